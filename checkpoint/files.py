@@ -1,0 +1,55 @@
+"""Finds a checkpoint's files and reads the small ones.
+
+Knows Hugging Face directories and hub ids. Does not know tensors, tokens or templates.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from checkpoint.errors import CheckpointError
+
+# Everything either half may need; the vision tower lives in the same shards, so shards come whole.
+HUB_PATTERNS = ("*.json", "*.safetensors", "tokenizer*", "*.md")
+
+
+def resolve(name: str, revision: str | None = None) -> Path:
+    """The local directory of a checkpoint: `name` itself, or the hub snapshot with that id.
+
+    Raises:
+        CheckpointError: neither a directory nor a hub id that can be fetched.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"checkpoint {name!r} is a file; expected a Hugging Face directory or a hub id")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CheckpointError(f"checkpoint {name!r}: no such directory, and not a hub id of the form owner/name")
+    from huggingface_hub import snapshot_download  # slow to import, and not needed for a directory
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_PATTERNS)))
+    except Exception as exc:  # the hub client raises many unrelated types; each means the same here
+        raise CheckpointError(
+            f"checkpoint {name!r}: not a local directory, and the hub could not provide it ({type(exc).__name__}: {exc})"
+        ) from exc
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of a checkpoint.
+
+    Raises:
+        CheckpointError: unreadable, not JSON, or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing; a checkpoint directory needs it") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as exc:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({exc})") from exc
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value

@@ -1,0 +1,152 @@
+"""Makes checkpoints with random weights: for tests, benchmarks and capacity planning.
+
+They load like real ones and rank like dice. Does not know training.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from checkpoint.shapes import embedding_shapes, stack_shapes
+
+CONTROL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
+
+# What the tokenizer is trained on: enough to give real merges, and the words of the default template.
+_TEXT = (
+    'Judge whether the Document meets the requirements based on the Query and the Instruct provided. '
+    'Note that the answer can only be "yes" or "no".',
+    "user model system", "<Document>: <Query>: <Instruct>: Given a query, retrieve documents that answer the query.",
+    "A passage is read once, and the pooled states of its tokens are kept in a store. "
+    "The decoder reads the query, attends over the cached states, and answers yes or no. "
+    "The capital of China is Beijing. Gravity attracts bodies toward one another. What is the capital of China?",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The numbers of a T5Gemma 2 configuration that decide its size."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    sliding_window: int
+    layer_types: tuple[str, ...] | None = None  # None: five sliding layers, then a full one
+
+
+SHAPES = {
+    # Two kv heads, sliding and full layers, a window shorter than most passages.
+    "tiny": Shape(512, 64, 128, 3, 4, 2, 16, 8, ("sliding_attention", "full_attention", "sliding_attention")),
+    # Text halves of t5gemma-2-270m-270m, the base of KaLM-Reranker-V1-Nano.
+    "nano": Shape(262_144, 640, 2048, 18, 4, 1, 256, 512),
+}
+
+
+def make_checkpoint(
+    directory: str | Path,
+    shape: str | Shape = "tiny",
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    settings: dict[str, Any] | None = None,
+) -> Path:
+    """Writes a random checkpoint and returns its directory.
+
+    Args:
+        settings: written as preread.json when given (format_version is added).
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    shape = SHAPES[shape] if isinstance(shape, str) else shape
+    make_tokenizer(shape.vocab_size).save(str(directory / "tokenizer.json"))
+    (directory / "config.json").write_text(json.dumps(_config(shape), indent=2))
+    if settings is not None:
+        (directory / "preread.json").write_text(json.dumps({"format_version": 1} | settings, indent=2))
+    save_file(_random_tensors(shape, seed, dtype), directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def make_tokenizer(vocab_size: int) -> Tokenizer:
+    """A byte-fallback BPE tokenizer that keeps Gemma's habits.
+
+    Spaces become `▁`, control tokens are special, and `\\n\\n\\n\\n` is one token.
+    """
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    trainer = trainers.BpeTrainer(
+        vocab_size=min(vocab_size, 500),
+        special_tokens=[*CONTROL_TOKENS, *(f"<0x{i:02X}>" for i in range(256)), "yes", "no"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_TEXT, trainer)
+    # Training registers every listed token as special; only the control tokens are.
+    state = json.loads(tokenizer.to_str())
+    state["added_tokens"] = [t for t in state["added_tokens"] if t["content"] in CONTROL_TOKENS]
+    tokenizer = Tokenizer.from_str(json.dumps(state))
+    tokenizer.add_tokens([AddedToken("\n" * n, normalized=False) for n in range(2, 5)])
+    return tokenizer
+
+
+def _config(shape: Shape) -> dict[str, Any]:
+    values = asdict(shape)
+    stack = {
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.intermediate_size,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        "query_pre_attn_scalar": shape.head_dim,
+        "sliding_window": shape.sliding_window,
+    }
+    if values["layer_types"] is not None:
+        stack["layer_types"] = list(values["layer_types"])
+    vision = {
+        "model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 1, "image_size": 896, "patch_size": 14,
+    }  # fmt: skip
+    return {
+        "architectures": ["T5Gemma2ForConditionalGeneration"],
+        "model_type": "t5gemma2",
+        "encoder": {
+            "model_type": "t5gemma2_encoder",
+            "text_config": {"model_type": "t5gemma2_text", **stack},
+            "vision_config": vision,
+            "eoi_token_index": 1,
+            "image_token_index": 3,
+        },
+        "decoder": {"model_type": "t5gemma2_decoder", **stack},
+        "eoi_token_index": 1,
+        "image_token_index": 3,
+        "tie_word_embeddings": True,
+    }
+
+
+def _random_tensors(shape: Shape, seed: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Weights scaled so that attention, margins and norms all have something to say."""
+    generator = torch.Generator().manual_seed(seed)
+
+    class Stack:
+        vocab_size, hidden_size, intermediate_size = shape.vocab_size, shape.hidden_size, shape.intermediate_size
+        num_hidden_layers, num_attention_heads = shape.num_layers, shape.num_heads
+        num_key_value_heads, head_dim = shape.num_kv_heads, shape.head_dim
+
+    wanted = stack_shapes("encoder", Stack()) | stack_shapes("decoder", Stack()) | embedding_shapes("encoder", Stack())
+    tensors = {}
+    for name, size in wanted.items():
+        scale = 0.1 if "norm" in name else (size[-1] ** -0.5)
+        tensors[f"model.{name}"] = (torch.randn(size, generator=generator) * scale).to(dtype)
+    return tensors

@@ -1,0 +1,125 @@
+"""Single tensors straight from safetensors files, sharded or not.
+
+Knows the names T5Gemma 2 checkpoints use and gives each half only its own, so that neither ever
+holds the other half or the vision tower. Does not know what the tensors are for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from checkpoint.errors import CheckpointError
+from checkpoint.files import read_json
+
+# transformers wrote the text encoder as `encoder.*` first and as `encoder.text_model.*` later.
+_PREFIX = re.compile(r"^(?:model\.)?(?:(encoder)\.(?:text_model\.|language_model\.)?|(decoder)\.)(layers|norm|embed_tokens)\.")
+_HEAD = re.compile(r"^lm_head\.(?:out_proj\.)?weight$")
+
+
+def canonical_name(name: str) -> str | None:
+    """`encoder.…`, `decoder.…` or `lm_head.weight`; None for tensors that no half reads (the vision tower)."""
+    if _HEAD.match(name):
+        return "lm_head.weight"
+    match = _PREFIX.match(name)
+    if match is None:
+        return None
+    return f"{match[1] or match[2]}.{match[3]}.{name[match.end():]}"
+
+
+class TensorFiles:
+    """The safetensors files of one checkpoint, by canonical tensor name."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._where: dict[str, tuple[Path, str]] = {}
+        for path in _shards(directory):
+            with _open(path) as shard:
+                for name in shard.keys():  # noqa: SIM118 - a safetensors handle, not a dict
+                    canonical = canonical_name(name)
+                    if canonical is not None:
+                        self._where[canonical] = (path, name)
+
+    def names(self) -> list[str]:
+        return sorted(self._where)
+
+    def read(self, names: dict[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Reads tensors one at a time, so the peak is the result plus one tensor.
+
+        Args:
+            names: canonical name -> expected shape.
+
+        Raises:
+            CheckpointError: naming every missing tensor, or the first one of another shape.
+        """
+        missing = [name for name in names if name not in self._where]
+        if missing:
+            shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
+            raise CheckpointError(f"{self._directory}: {len(missing)} tensors are missing: {shown}")
+        tensors: dict[str, torch.Tensor] = {}
+        for path in sorted({self._where[name][0] for name in names}):
+            with _open(path) as shard:
+                for name in (n for n in names if self._where[n][0] == path):
+                    tensors[name] = self._read_one(shard, path, name, names[name]).to(dtype)
+        return tensors
+
+    def digest(self, names: list[str]) -> bytes:
+        """sha256 over names, dtypes, shapes and bytes; how tensors are spread over files does not matter."""
+        total = hashlib.sha256()
+        for name in sorted(names):
+            if name not in self._where:
+                raise CheckpointError(f"{self._directory}: tensor {name} is missing")
+            path, stored = self._where[name]
+            with _open(path) as shard:
+                tensor = _get(shard, path, stored).contiguous()
+                total.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+                total.update(tensor.view(torch.uint8).flatten().numpy().data)
+        return total.digest()
+
+    def _read_one(self, shard: safe_open, path: Path, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        tensor = _get(shard, path, self._where[name][1])
+        if tuple(tensor.shape) != shape:
+            raise CheckpointError(f"{path}: {name} has the shape {tuple(tensor.shape)}; config.json says {shape}")
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{path}: {name} is stored as {tensor.dtype}; expected a floating-point type")
+        # A clone, so that the tensor outlives the mapped file and the file's pages can go.
+        return tensor.clone()
+
+
+def _get(shard: safe_open, path: Path, name: str) -> torch.Tensor:
+    try:
+        tensor: torch.Tensor = shard.get_tensor(name)
+    except SafetensorError as exc:
+        raise CheckpointError(f"{path}: tensor {name} cannot be read ({exc})") from exc
+    return tensor
+
+
+def _open(path: Path) -> safe_open:
+    try:
+        return safe_open(str(path), framework="pt")
+    except (SafetensorError, OSError) as exc:
+        raise CheckpointError(f"{path}: cannot be read as safetensors ({exc})") from exc
+
+
+def _shards(directory: Path) -> Iterator[Path]:
+    index = directory / "model.safetensors.index.json"
+    if not index.exists():
+        single = directory / "model.safetensors"
+        if not single.exists():
+            raise CheckpointError(f"{directory}: neither model.safetensors nor model.safetensors.index.json is there")
+        yield single
+        return
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{index}: weight_map is missing or no object")
+    for name in sorted({str(shard) for shard in weight_map.values()}):
+        if Path(name).name != name:
+            raise CheckpointError(f"{index}: shard {name!r} is not a plain file name")
+        if not (directory / name).exists():
+            raise CheckpointError(f"{directory}: shard {name} is named by the index and missing")
+        yield directory / name

