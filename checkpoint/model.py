@@ -30,7 +30,9 @@ MODEL_TYPE = "t5gemma2"
 class Checkpoint:
     """A T5Gemma2ForConditionalGeneration directory, opened for reading."""
 
-    def __init__(self, path: Path, name: str, config: T5Gemma2Config, settings: CheckpointSettings, *, neutralise: bool):
+    def __init__(
+        self, path: Path, name: str, config: T5Gemma2Config, settings: CheckpointSettings, *, neutralise: bool
+    ):
         self.path = path
         self.name = name
         self.config = config

@@ -78,7 +78,9 @@ def _check_template(path: Path, key: str, template: str, needed: set[str], allow
     try:
         found = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
     except ValueError as exc:
-        raise CheckpointError(f"{path}: {key} is not a template ({exc}); braces of the text itself are doubled") from exc
+        raise CheckpointError(
+            f"{path}: {key} is not a template ({exc}); braces of the text itself are doubled"
+        ) from exc
     if not needed <= found or not found <= allowed:
         raise CheckpointError(
             f"{path}: {key} has the fields {sorted(found)}; expected {sorted(needed)}, allowed {sorted(allowed)}"

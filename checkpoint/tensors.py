@@ -18,7 +18,9 @@ from checkpoint.errors import CheckpointError
 from checkpoint.files import read_json
 
 # transformers wrote the text encoder as `encoder.*` first and as `encoder.text_model.*` later.
-_PREFIX = re.compile(r"^(?:model\.)?(?:(encoder)\.(?:text_model\.|language_model\.)?|(decoder)\.)(layers|norm|embed_tokens)\.")
+_PREFIX = re.compile(
+    r"^(?:model\.)?(?:(encoder)\.(?:text_model\.|language_model\.)?|(decoder)\.)(layers|norm|embed_tokens)\."
+)
 _HEAD = re.compile(r"^lm_head\.(?:out_proj\.)?weight$")
 
 
@@ -29,7 +31,7 @@ def canonical_name(name: str) -> str | None:
     match = _PREFIX.match(name)
     if match is None:
         return None
-    return f"{match[1] or match[2]}.{match[3]}.{name[match.end():]}"
+    return f"{match[1] or match[2]}.{match[3]}.{name[match.end() :]}"
 
 
 class TensorFiles:

@@ -120,7 +120,8 @@ class TextTokenizer:
     def _encode(self, template: str, rows: list[dict[str, str]]) -> list[list[int]]:
         """Token ids of the filled template, per row of fields."""
         hostile = [
-            i for i, row in enumerate(rows)
+            i
+            for i, row in enumerate(rows)
             if self._neutralise and any(self._controls.search(text) for text in row.values())
         ]
         texts = [template.format(**row) for row in rows]

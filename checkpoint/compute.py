@@ -1,0 +1,73 @@
+"""Where and in which number format a half computes. Does not know models."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def choose_device(name: str | None = None) -> torch.device:
+    """The named device, or CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: a device that this machine or torch build does not have.
+    """
+    if name is None or name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as exc:
+        raise ValueError(f"device is {name!r}; expected auto, cpu or cuda[:N]") from exc
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {name!r}; expected auto, cpu or cuda[:N]")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {name!r}; this torch build or machine has no CUDA device")
+    return device
+
+
+def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The named format, or bfloat16 where the processor multiplies it natively, else float32.
+
+    float16 is never offered: this model family overflows it.
+
+    Raises:
+        ValueError: an unknown format.
+    """
+    if name is not None and name != "auto":
+        if name not in DTYPES:
+            raise ValueError(f"dtype is {name!r}; expected auto, {' or '.join(DTYPES)}")
+        return DTYPES[name]
+    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_multiplies_bfloat16()
+    return torch.bfloat16 if native else torch.float32
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """AMX or AVX512-BF16; without them bfloat16 is emulated and several times slower than float32."""
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def tune_process(num_threads: int | None = None) -> None:
+    """Process-wide settings for steady inference; called once by whoever owns the process.
+
+    glibc hands activation-sized blocks back to the kernel on every free and pages them in again on
+    the next batch, which costs more than the arithmetic on them: keep them. Denormals are flushed,
+    because they slow a layer down several times and never reach a margin.
+    """
+    torch.set_flush_denormal(True)
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # absent from other C libraries
+        if mallopt is not None:
+            m_trim_threshold, m_mmap_threshold = -1, -3
+            mallopt(m_mmap_threshold, 1 << 30)
+            mallopt(m_trim_threshold, (1 << 31) - 1)

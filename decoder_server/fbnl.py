@@ -1,0 +1,80 @@
+"""The fbnl backend: cached passage states, read by the decoder half of a checkpoint.
+
+Knows the checkpoint and the decoder; does not know requests, stores or batching policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from checkpoint import Checkpoint, CheckpointError, EncoderIdentity, TokenizedPrompt
+from checkpoint.compute import choose_device, choose_dtype, dtype_name
+from decoder_server.backend import Pair
+from decoder_server.decoder import Decoder
+from decoder_server.layout import Layout
+
+
+class FbnlBackend:
+    """Decoder half of one checkpoint, loaded."""
+
+    name = "fbnl"
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+        self.settings = checkpoint.settings
+        self.dtype_name = dtype_name(dtype)
+        self.device_name = str(device)
+        self._checkpoint = checkpoint
+        self._text = checkpoint.text  # read before the weights: a wrong tokenizer should fail fast
+        self._device, self._dtype = device, dtype
+        tensors = checkpoint.decoder_tensors(dtype)
+        if device.type != "cpu":
+            tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+        self._decoder = Decoder(checkpoint.config.decoder, tensors, checkpoint.config.eoi_token_index)
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, *, device: str | None = None, dtype: str | None = None) -> FbnlBackend:
+        """Reads the decoder's tensors.
+
+        Args:
+            device: auto, cpu or cuda[:N]; None is auto.
+            dtype: auto, float32 or bfloat16; None is auto.
+
+        Raises:
+            CheckpointError: files that cannot be served.
+            ValueError: a device or dtype that is not to be had.
+        """
+        where = choose_device(device)
+        return cls(checkpoint, where, choose_dtype(dtype, where))
+
+    def identity(self) -> EncoderIdentity:
+        return self._checkpoint.identity()
+
+    def prompt(self, query: str, instruction: str | None = None) -> TokenizedPrompt:
+        return self._text.prompt(query, instruction)
+
+    def score(self, pairs: Sequence[Pair]) -> NDArray[np.float32]:
+        """Margins (len(pairs),); NaN where a logit was not finite."""
+        if not pairs:
+            return np.empty(0, dtype=np.float32)
+        ids = torch.tensor([token for pair in pairs for token in pair.prompt.ids], device=self._device)
+        states = torch.from_numpy(np.concatenate([pair.states for pair in pairs])).to(self._device, self._dtype)
+        layout = Layout([len(p.prompt.ids) for p in pairs], [len(p.states) for p in pairs], self._device)
+        margins: NDArray[np.float32] = (
+            self._decoder.margins(ids, states, layout, self._text.yes_id, self._text.no_id).cpu().numpy()
+        )
+        return np.where(np.isfinite(margins), margins, np.float32("nan"))
+
+    def warm_up(self) -> None:
+        """One real pass over a real prompt.
+
+        Raises:
+            CheckpointError: the weights give no finite margin.
+        """
+        states = np.full((4, self._checkpoint.dim), 0.5, dtype=np.float32)
+        margin = self.score([Pair(self.prompt("Does this model answer?"), states)])
+        if not np.isfinite(margin).all():
+            raise CheckpointError(f"{self._checkpoint.path}: the first forward pass gave no finite margin")
