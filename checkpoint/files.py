@@ -34,7 +34,7 @@ def resolve(name: str, revision: str | None = None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_PATTERNS)))
     except Exception as exc:  # the hub client raises many unrelated types; each means the same here
         raise CheckpointError(
-            f"checkpoint {name!r}: not a local directory, and the hub could not provide it ({type(exc).__name__}: {exc})"
+            f"checkpoint {name!r}: no local directory, and the hub did not provide it ({type(exc).__name__}: {exc})"
         ) from exc
 
 

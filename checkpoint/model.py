@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -23,8 +23,23 @@ from checkpoint.text import TextTokenizer
 
 if TYPE_CHECKING:
     from transformers import T5Gemma2Config
+    from transformers.models.t5gemma2.configuration_t5gemma2 import T5Gemma2DecoderConfig, T5Gemma2TextConfig
 
 MODEL_TYPE = "t5gemma2"
+
+# What config.json says that changes a state without changing a tensor.
+NUMERIC_KEYS = (
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_activation",
+    "rms_norm_eps",
+    "query_pre_attn_scalar",
+    "sliding_window",
+    "layer_types",
+    "rope_parameters",
+)
 
 
 class Checkpoint:
@@ -63,7 +78,7 @@ class Checkpoint:
         settings = CheckpointSettings.load(path)
         if max_passage_tokens is not None:
             settings = dataclasses.replace(settings, max_passage_tokens=max_passage_tokens)
-        positions = config.encoder.text_config.max_position_embeddings
+        positions = int(cast(Any, config.encoder).text_config.max_position_embeddings)
         if not 1 <= settings.max_passage_tokens <= positions:
             raise CheckpointError(
                 f"max_passage_tokens is {settings.max_passage_tokens}; expected 1..{positions}, the encoder's positions"
@@ -71,13 +86,27 @@ class Checkpoint:
         return cls(path, str(name), config, settings, neutralise=neutralise)
 
     @property
+    def encoder_config(self) -> T5Gemma2TextConfig:
+        """The text encoder's part of config.json."""
+        return cast("T5Gemma2TextConfig", cast(Any, self.config.encoder).text_config)
+
+    @property
+    def decoder_config(self) -> T5Gemma2DecoderConfig:
+        return cast("T5Gemma2DecoderConfig", self.config.decoder)
+
+    @property
+    def eoi_id(self) -> int:
+        """The token whose embedding is stored apart (end of image)."""
+        return cast(int, self.config.eoi_token_index)
+
+    @property
     def dim(self) -> int:
-        return int(self.config.decoder.hidden_size)
+        return int(self.decoder_config.hidden_size)
 
     @cached_property
     def text(self) -> TextTokenizer:
         tokenizer = TextTokenizer(self.path, self.settings, neutralise=self.neutralise)
-        rows = self.config.decoder.vocab_size
+        rows = self.decoder_config.vocab_size
         if tokenizer.vocab_size > rows:
             raise CheckpointError(
                 f"{self.path}: the tokenizer has {tokenizer.vocab_size} tokens; the embedding has {rows} rows"
@@ -90,7 +119,7 @@ class Checkpoint:
 
     def encoder_tensors(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Encoder layers, norm and embedding by canonical name (`encoder.…`)."""
-        config = self.config.encoder.text_config
+        config = self.encoder_config
         return self._tensors.read(stack_shapes("encoder", config) | embedding_shapes("encoder", config), dtype)
 
     def decoder_tensors(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -99,7 +128,7 @@ class Checkpoint:
         The embedding is usually stored once, under the encoder; `lm_head.weight` comes along
         only where it is stored and not tied.
         """
-        config = self.config.decoder
+        config = self.decoder_config
         stored = set(self._tensors.names())
         half = "decoder" if "decoder.embed_tokens.weight" in stored else "encoder"
         wanted = stack_shapes("decoder", config) | embedding_shapes(half, config)
@@ -110,18 +139,14 @@ class Checkpoint:
 
     @cached_property
     def _identity(self) -> EncoderIdentity:
-        config = self.config.encoder.text_config
+        config = self.encoder_config
         names = list(stack_shapes("encoder", config) | embedding_shapes("encoder", config))
-        numerics = (
-            "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_activation",
-            "rms_norm_eps", "query_pre_attn_scalar", "sliding_window", "layer_types", "rope_parameters", "attention_bias",
-        )  # fmt: skip
         value = fingerprint(
             weights=self._tensors.digest(names),
             tokenizer=hashlib.sha256((self.path / "tokenizer.json").read_bytes()).digest(),
             config={
-                "config": {key: getattr(config, key) for key in numerics},
-                "eoi_token_index": self.config.eoi_token_index,
+                "config": {key: getattr(config, key) for key in NUMERIC_KEYS},
+                "eoi_token_index": self.eoi_id,
                 "passage_template": self.settings.passage_template,
                 "max_passage_tokens": self.settings.max_passage_tokens,
                 "neutralise": self.neutralise,
@@ -155,7 +180,7 @@ def _read_config(path: Path) -> T5Gemma2Config:
         config: T5Gemma2Config = T5Gemma2Config.from_dict(raw)
     except Exception as exc:  # the strict config classes raise several unrelated types
         raise CheckpointError(f"{path / 'config.json'}: no valid T5Gemma 2 configuration ({exc})") from exc
-    for half in (config.encoder.text_config, config.decoder):
+    for half in (cast(Any, config.encoder).text_config, cast(Any, config.decoder)):
         if half.attention_bias:
             raise CheckpointError(f"{path / 'config.json'}: attention_bias is true; no published T5Gemma 2 has biases")
     return config

@@ -64,13 +64,13 @@ class CheckpointSettings:
 
 
 def _check(path: Path, key: str, value: Any) -> None:
-    fields = {field.name: field for field in dataclasses.fields(CheckpointSettings)}
-    if key not in fields:
-        raise CheckpointError(f"{path}: unknown key {key!r}; known: format_version, {', '.join(fields)}")
-    kind = type(fields[key].default)
+    defaults = dataclasses.asdict(CheckpointSettings())
+    if key not in defaults:
+        raise CheckpointError(f"{path}: unknown key {key!r}; known: format_version, {', '.join(defaults)}")
+    kind = type(defaults[key])
     if type(value) is not kind:
         raise CheckpointError(f"{path}: {key} is {value!r}; expected {kind.__name__}")
-    if kind is int and value < 1:
+    if isinstance(value, int) and value < 1:
         raise CheckpointError(f"{path}: {key} is {value}; expected at least 1")
 
 

@@ -6,7 +6,7 @@ They load like real ones and rank like dice. Does not know training.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +100,7 @@ def make_tokenizer(vocab_size: int) -> Tokenizer:
 
 
 def _config(shape: Shape) -> dict[str, Any]:
-    values = asdict(shape)
-    stack = {
+    stack: dict[str, Any] = {
         "vocab_size": shape.vocab_size,
         "hidden_size": shape.hidden_size,
         "intermediate_size": shape.intermediate_size,
@@ -112,8 +111,8 @@ def _config(shape: Shape) -> dict[str, Any]:
         "query_pre_attn_scalar": shape.head_dim,
         "sliding_window": shape.sliding_window,
     }
-    if values["layer_types"] is not None:
-        stack["layer_types"] = list(values["layer_types"])
+    if shape.layer_types is not None:
+        stack["layer_types"] = list(shape.layer_types)
     vision = {
         "model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
         "num_attention_heads": 1, "image_size": 896, "patch_size": 14,

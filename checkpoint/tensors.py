@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -95,10 +96,9 @@ class TensorFiles:
 
 def _get(shard: safe_open, path: Path, name: str) -> torch.Tensor:
     try:
-        tensor: torch.Tensor = shard.get_tensor(name)
+        return cast(torch.Tensor, cast(Any, shard).get_tensor(name))
     except SafetensorError as exc:
         raise CheckpointError(f"{path}: tensor {name} cannot be read ({exc})") from exc
-    return tensor
 
 
 def _open(path: Path) -> safe_open:

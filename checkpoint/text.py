@@ -57,8 +57,10 @@ class TextTokenizer:
         # tokenizer object, so two objects rather than a toggle that threads would race on.
         self._plain = _load(directory / "tokenizer.json")
         self._plain.encode_special_tokens = True
-        controls = [token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special]
-        self._controls = re.compile("|".join(re.escape(c) for c in sorted(controls, key=len, reverse=True)) or r"(?!)")
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._control_ids = {token.content: id_ for id_, token in added.items() if token.special}
+        longest_first = sorted(self._control_ids, key=len, reverse=True)
+        self._controls = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self.yes_id = self._answer_id(directory, "yes_token", settings.yes_token)
         self.no_id = self._answer_id(directory, "no_token", settings.no_token)
         if self.yes_id == self.no_id:
@@ -139,7 +141,7 @@ class TextTokenizer:
             for match in self._controls.finditer(literal):
                 plain += literal[position : match.start()]
                 ids += self._plain.encode(plain, add_special_tokens=False).ids
-                ids.append(self._tokenizer.token_to_id(match.group()))
+                ids.append(self._control_ids[match.group()])
                 plain, position = "", match.end()
             plain += literal[position:]
             plain += fields[name] if name is not None else ""

@@ -10,7 +10,7 @@ Does not know texts, stores or requests.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -55,6 +55,7 @@ class Decoder:
         self.eoi_id = eoi_id
         self.norm = _norm_weight(tensors.pop("decoder.norm.weight"))
         self.layers = [_take_layer(tensors, i) for i in range(config.num_hidden_layers)]
+        self.layer_types: list[str] = list(config.layer_types or ())
         self.rope = _Rope(config, self.embedding.device, self.embedding.dtype)
 
     @torch.inference_mode()
@@ -67,9 +68,9 @@ class Decoder:
             layout: which rows of both belong to which pair.
         """
         hidden = self._embed(token_ids)  # (num_tokens, dim)
-        rope = {kind: self.rope.at(kind, layout.positions) for kind in set(self.config.layer_types)}
+        rope = {kind: self.rope.at(kind, layout.positions) for kind in set(self.layer_types)}
         masks = {kind: layout.mask(self._window(kind), self.groups, hidden.dtype) for kind in rope}
-        for i, (layer, kind) in enumerate(zip(self.layers, self.config.layer_types, strict=True)):
+        for i, (layer, kind) in enumerate(zip(self.layers, self.layer_types, strict=True)):
             last = i == len(self.layers) - 1
             hidden = self._layer(layer, hidden, states, layout, rope[kind], masks[kind], last)
         hidden = _rms_norm(hidden, self.norm, self.eps)  # (batch, dim): the readout rows
@@ -134,9 +135,11 @@ class Decoder:
         """
         config, head = self.config, self.config.head_dim
         num_q, num_kv = config.num_attention_heads, config.num_key_value_heads
-        q, k, v = F.linear(normed, layer.qkv).view(-1, num_q + 2 * num_kv, head).split([num_q, num_kv, num_kv], dim=1)
+        qkv = F.linear(normed, layer.qkv).view(-1, num_q + 2 * num_kv, head)
+        q, k, v = torch.split(qkv, [num_q, num_kv, num_kv], dim=1)
         # Passage states have no query: the k and v rows of the fused projection alone.
-        cross_k, cross_v = F.linear(states, layer.qkv[num_q * head :]).view(-1, 2 * num_kv, head).split(num_kv, dim=1)
+        cross = F.linear(states, layer.qkv[num_q * head :]).view(-1, 2 * num_kv, head)
+        cross_k, cross_v = torch.split(cross, num_kv, dim=1)
         k = _rotate(_rms_norm(k, layer.k_norm, self.eps), rope)
         keys = layout.merge(k, _rms_norm(cross_k, layer.k_norm, self.eps))  # (batch, num_kv, max_keys, head)
         values = layout.merge(v, cross_v)
@@ -158,7 +161,7 @@ class _Rope:
         from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2RotaryEmbedding
 
         # transformers' own module: every rope_type of config.json is its business, not ours.
-        self._module = T5Gemma2RotaryEmbedding(config).to(device)
+        self._module = T5Gemma2RotaryEmbedding(cast(Any, config)).to(device)
         self._like = torch.empty(0, device=device, dtype=dtype)
         self._tables: dict[str, tuple[Tensor, Tensor]] = {}
 

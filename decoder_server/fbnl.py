@@ -33,7 +33,7 @@ class FbnlBackend:
         tensors = checkpoint.decoder_tensors(dtype)
         if device.type != "cpu":
             tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-        self._decoder = Decoder(checkpoint.config.decoder, tensors, checkpoint.config.eoi_token_index)
+        self._decoder = Decoder(checkpoint.decoder_config, tensors, checkpoint.eoi_id)
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, *, device: str | None = None, dtype: str | None = None) -> FbnlBackend:

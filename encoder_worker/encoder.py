@@ -91,13 +91,15 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> torch.nn.Module:
     """transformers' text encoder over the checkpoint's tensors, without a second copy of them."""
     from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2RotaryEmbedding, T5Gemma2TextEncoder
 
-    config = checkpoint.config.encoder.text_config
+    config = checkpoint.encoder_config
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
-        model = T5Gemma2TextEncoder(config, eoi_token_index=checkpoint.config.eoi_token_index)
+        model = T5Gemma2TextEncoder(config, eoi_token_index=checkpoint.eoi_id)
     tensors = {name.removeprefix("encoder."): t for name, t in checkpoint.encoder_tensors(dtype).items()}
     model.load_state_dict(tensors, strict=True, assign=True)
     # Buffers are not in a checkpoint: they follow from config.json.
     model.rotary_emb = T5Gemma2RotaryEmbedding(config)
-    model.embed_tokens.embed_scale = torch.tensor(config.hidden_size**0.5)
-    return model.eval()
+    model.embed_tokens.embed_scale = torch.nn.Buffer(torch.tensor(config.hidden_size**0.5), persistent=False)
+    model.requires_grad_(False)
+    model.train(False)
+    return model
