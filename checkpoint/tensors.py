@@ -7,6 +7,7 @@ holds the other half or the vision tower. Does not know what the tensors are for
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,9 @@ from checkpoint.files import read_json
 _PREFIX = re.compile(
     r"^(?:model\.)?(?:(encoder)\.(?:text_model\.|language_model\.)?|(decoder)\.)(layers|norm|embed_tokens)\."
 )
+# safetensors names of the formats a weight may be stored in.
+FLOAT_TYPES = frozenset({"F64", "F32", "F16", "BF16"})
+CHUNK_BYTES = 32 << 20
 _HEAD = re.compile(r"^lm_head\.(?:out_proj\.)?weight$")
 
 
@@ -52,7 +56,7 @@ class TensorFiles:
         return sorted(self._where)
 
     def read(self, names: dict[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """Reads tensors one at a time, so the peak is the result plus one tensor.
+        """Reads tensors chunk by chunk, so the peak is the result plus one chunk.
 
         Args:
             names: canonical name -> expected shape.
@@ -64,12 +68,7 @@ class TensorFiles:
         if missing:
             shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
             raise CheckpointError(f"{self._directory}: {len(missing)} tensors are missing: {shown}")
-        tensors: dict[str, torch.Tensor] = {}
-        for path in sorted({self._where[name][0] for name in names}):
-            with _open(path) as shard:
-                for name in (n for n in names if self._where[n][0] == path):
-                    tensors[name] = self._read_one(shard, path, name, names[name]).to(dtype)
-        return tensors
+        return {name: self._read_one(name, shape, dtype) for name, shape in names.items()}
 
     def digest(self, names: list[str]) -> bytes:
         """sha256 over names, dtypes, shapes and bytes; how tensors are spread over files does not matter."""
@@ -77,28 +76,48 @@ class TensorFiles:
         for name in sorted(names):
             if name not in self._where:
                 raise CheckpointError(f"{self._directory}: tensor {name} is missing")
-            path, stored = self._where[name]
-            with _open(path) as shard:
-                tensor = _get(shard, path, stored).contiguous()
-                total.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-                total.update(tensor.view(torch.uint8).flatten().numpy().data)
+            shape, stored_dtype = self._describe(name)
+            total.update(f"{name}|{stored_dtype}|{shape}|".encode())
+            for chunk in self._chunks(name, shape):
+                total.update(chunk.contiguous().view(torch.uint8).flatten().numpy().data)
         return total.digest()
 
-    def _read_one(self, shard: safe_open, path: Path, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        tensor = _get(shard, path, self._where[name][1])
-        if tuple(tensor.shape) != shape:
-            raise CheckpointError(f"{path}: {name} has the shape {tuple(tensor.shape)}; config.json says {shape}")
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"{path}: {name} is stored as {tensor.dtype}; expected a floating-point type")
-        # A clone, so that the tensor outlives the mapped file and the file's pages can go.
-        return tensor.clone()
+    def _read_one(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        path, _ = self._where[name]
+        stored_shape, stored_dtype = self._describe(name)
+        if stored_shape != shape:
+            raise CheckpointError(f"{path}: {name} has the shape {stored_shape}; config.json says {shape}")
+        if stored_dtype not in FLOAT_TYPES:
+            raise CheckpointError(f"{path}: {name} is stored as {stored_dtype}; expected one of {sorted(FLOAT_TYPES)}")
+        tensor = torch.empty(shape, dtype=dtype)
+        row = 0
+        for chunk in self._chunks(name, shape):
+            tensor[row : row + len(chunk)] = chunk
+            row += len(chunk)
+        return tensor
 
+    def _describe(self, name: str) -> tuple[tuple[int, ...], str]:
+        """Shape and safetensors dtype as stored."""
+        path, stored = self._where[name]
+        with _open(path) as shard:
+            part = cast(Any, shard).get_slice(stored)
+            return tuple(part.get_shape()), str(part.get_dtype())
 
-def _get(shard: safe_open, path: Path, name: str) -> torch.Tensor:
-    try:
-        return cast(torch.Tensor, cast(Any, shard).get_tensor(name))
-    except SafetensorError as exc:
-        raise CheckpointError(f"{path}: tensor {name} cannot be read ({exc})") from exc
+    def _chunks(self, name: str, shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
+        """Consecutive rows of one tensor, at most CHUNK_BYTES (as float32) at a time.
+
+        Each chunk has its own mapping: pages of a mapping count as ours for as long as it lives,
+        and an embedding read through one would be held twice.
+        """
+        path, stored = self._where[name]
+        row_bytes = 4 * math.prod(shape[1:])
+        step = max(1, CHUNK_BYTES // max(row_bytes, 1))
+        for first in range(0, shape[0], step):
+            with _open(path) as shard:
+                try:
+                    yield cast(torch.Tensor, cast(Any, shard).get_slice(stored)[first : first + step])
+                except SafetensorError as exc:
+                    raise CheckpointError(f"{path}: tensor {stored} cannot be read ({exc})") from exc
 
 
 def _open(path: Path) -> safe_open:
