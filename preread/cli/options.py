@@ -1,0 +1,118 @@
+"""Options that commands share, and the rule that every flag has an environment twin.
+
+`--some-flag` can be set as PREREAD_SOME_FLAG; the command line wins. Nothing below reads the environment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+import preread
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+DEFAULT_STORE = "faiss:./preread-data"
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+DEFAULT_ENCODER_ADDRESS = "127.0.0.1:50052"
+SHIPPED_MODEL = Path(preread.__file__).parent / "models" / "preread-mini"
+
+
+def environment_name(*flags: str) -> str:
+    """`--some-flag/--no-some-flag` -> PREREAD_SOME_FLAG: the first long form names the twin."""
+    long = next(flag for flag in flags if flag.startswith("--"))
+    return "PREREAD_" + long.split("/")[0].strip().removeprefix("--").replace("-", "_").upper()
+
+
+def option(*flags: str, **settings: Any) -> Callable[[F], F]:
+    """click.option with its environment twin, shown in the help beside the default."""
+    settings.setdefault("envvar", environment_name(*flags))
+    settings.setdefault("show_envvar", True)
+    settings.setdefault("show_default", True)
+    return click.option(*flags, **settings)
+
+
+def store_option(function: F) -> F:
+    """--store URL."""
+    return option(
+        "--store",
+        metavar="URL",
+        default=DEFAULT_STORE,
+        help="Where states are kept: faiss:PATH (a directory, no server), redis://HOST:PORT/DB, rediss://..., "
+        "redis+cluster://..., or memory: (gone when the process ends).",
+    )(function)
+
+
+def collection_option(*, required: bool = True, help: str = "The set of passages to use.") -> Callable[[F], F]:
+    """-c, --collection NAME."""
+    return option("-c", "--collection", metavar="NAME", required=required, help=help)
+
+
+def shipped_model() -> str | None:
+    """Directory of the checkpoint that came with the package, if one did."""
+    return str(SHIPPED_MODEL) if (SHIPPED_MODEL / "config.json").exists() else None
+
+
+def _model_or_shipped(ctx: click.Context, param: click.Parameter, value: str | None) -> str:
+    model = value or shipped_model()
+    if model is None and not ctx.resilient_parsing:
+        raise click.MissingParameter(
+            "Name a T5Gemma 2 reranker: a directory or a hub id; none came with this installation.",
+            ctx=ctx,
+            param=param,
+        )
+    return model or ""
+
+
+def model_option(function: F) -> F:
+    """--model DIR|HUB_ID, with the shipped checkpoint as its default; always a string when the command runs."""
+    return option(
+        "--model",
+        metavar="DIR|HUB_ID",
+        callback=_model_or_shipped,
+        help="Checkpoint: a directory or a Hugging Face id, such as KaLM-Embedding/KaLM-Reranker-V1-Nano. "
+        "Without it, the small one that comes with preread.",
+    )(function)
+
+
+def compute_options(function: F) -> F:
+    """--device, --dtype, --threads: where and how the model computes."""
+    for decorate in (
+        option("--threads", type=click.IntRange(min=1), help="Processor threads. Without it, torch's choice."),
+        option(
+            "--dtype",
+            type=click.Choice(["auto", "float32", "bfloat16"]),
+            default="auto",
+            help="Number format; auto takes bfloat16 only where the hardware multiplies it natively.",
+        ),
+        option("--device", default="auto", metavar="auto|cpu|cuda[:N]", help="auto takes CUDA where there is any."),
+    ):
+        function = decorate(function)
+    return function
+
+
+def address_option(function: F) -> F:
+    """--address HOST:PORT of a reranking server."""
+    return option("--address", metavar="HOST:PORT", default=DEFAULT_ADDRESS, help="The server to ask.")(function)
+
+
+def tls_options(function: F) -> F:
+    """--tls, --tls-ca-file: how a client command reaches a server."""
+    for decorate in (
+        option(
+            "--tls-ca-file",
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            help="Trust this certificate (PEM) and use TLS.",
+        ),
+        option("--tls", is_flag=True, help="Use TLS with the system's certificates."),
+    ):
+        function = decorate(function)
+    return function
+
+
+def json_option(function: F) -> F:
+    """--json: one JSON document on standard output instead of a table."""
+    return option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")(function)
