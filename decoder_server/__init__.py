@@ -1,0 +1,1 @@
+"""Online half: a query against passages that were encoded before it existed."""

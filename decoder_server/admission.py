@@ -1,0 +1,83 @@
+"""Who may join the queue: bounded by requests and by tokens, with an honest word on when to come back.
+
+A request reserves what it will cost by estimate, because its states are read only after it is
+admitted; the estimate learns from the passages seen. Does not know the order of work.
+"""
+
+from __future__ import annotations
+
+from decoder_server.batcher import BatchCounts
+from decoder_server.errors import Overloaded
+
+# Before anything was seen. The weight of a new mean in the running one afterwards.
+FIRST_PASSAGE_TOKENS = 256.0
+LEARNING_RATE = 0.1
+MIN_RETRY_SECONDS, MAX_RETRY_SECONDS = 0.05, 120.0
+
+
+class Place:
+    """One admitted request; gives its tokens back as its candidates finish."""
+
+    def __init__(self, admission: Admission, num_candidates: int, num_tokens: float) -> None:
+        self.num_tokens = num_tokens
+        self._admission = admission
+        self._each = num_tokens / num_candidates
+        self._left = num_candidates
+
+    def finished(self, num_candidates: int) -> None:
+        self._left -= num_candidates
+        self._admission.num_tokens -= num_candidates * self._each
+
+    def __enter__(self) -> Place:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.finished(self._left)
+        self._admission.num_requests -= 1
+
+
+class Admission:
+    """The bounds of one model's queue. Only touched from the event loop."""
+
+    def __init__(self, counts: BatchCounts, *, max_requests: int, max_tokens: int) -> None:
+        self.num_requests = 0
+        self.num_tokens = 0.0
+        self.num_refused = 0
+        self._counts = counts
+        self._max_requests = max_requests
+        self._max_tokens = max_tokens
+        self._passage_tokens = FIRST_PASSAGE_TOKENS
+
+    def admit(self, num_candidates: int, num_prompt_tokens: int, ratio: int) -> Place:
+        """A place in the queue, to be used as a context manager.
+
+        A request larger than the whole queue is admitted when nothing else is there: it could
+        never be otherwise.
+
+        Raises:
+            Overloaded: no room.
+        """
+        num_tokens = num_candidates * (num_prompt_tokens + max(1.0, self._passage_tokens / ratio))
+        if self.num_requests >= self._max_requests:
+            mean_tokens = self.num_tokens / self.num_requests
+            raise self._refusal(f"{self.num_requests} requests wait; the limit is {self._max_requests}", mean_tokens)
+        excess = self.num_tokens + num_tokens - self._max_tokens
+        if self.num_requests and excess > 0:
+            message = (
+                f"about {self.num_tokens:.0f} tokens wait and this request has about {num_tokens:.0f}; "
+                f"the limit is {self._max_tokens}"
+            )
+            raise self._refusal(message, min(excess, self.num_tokens))
+        self.num_requests += 1
+        self.num_tokens += num_tokens
+        return Place(self, num_candidates, num_tokens)
+
+    def learn(self, num_tokens: int) -> None:
+        """A passage of this many tokens was read."""
+        self._passage_tokens += LEARNING_RATE * (num_tokens - self._passage_tokens)
+
+    def _refusal(self, message: str, tokens_to_wait_for: float) -> Overloaded:
+        self.num_refused += 1
+        rate = self._counts.tokens_per_second
+        seconds = tokens_to_wait_for / rate if rate else 1.0
+        return Overloaded(f"the queue is full: {message}", min(max(seconds, MIN_RETRY_SECONDS), MAX_RETRY_SECONDS))

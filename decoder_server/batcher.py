@@ -1,0 +1,149 @@
+"""The loop that turns waiting pairs into passes of the model. The model runs on its own thread.
+
+Order among requests is the fair sojourn protocol (Friedman & Henderson, SIGMETRICS 2003): a
+request ranks by when it would finish if the machine were shared equally. Equal requests go first
+come, first served; a small one overtakes a large one that has more than that left; a large one
+cannot be overtaken for ever, because virtual time passes with all work done. Does not know where
+states come from or what a score means.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from decoder_server.backend import Backend, Pair
+from decoder_server.lengths import split_by_length
+from decoder_server.ticket import Deliver, Scored, Ticket, Work
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class BatchCounts:
+    """What the loop has done since it began."""
+
+    num_passes: int = 0
+    num_pairs: int = 0  # scored, or tried to
+    num_tokens: int = 0
+    num_dropped_pairs: int = 0  # their caller left, or its deadline passed
+    compute_seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The rate over all passes; 0 before the first."""
+        return self.num_tokens / self.compute_seconds if self.compute_seconds else 0.0
+
+
+class Batcher:
+    """The queue in front of one model, and the loop that empties it."""
+
+    def __init__(self, backend: Backend, executor: Executor, max_batch_tokens: int) -> None:
+        self.max_batch_tokens = max_batch_tokens
+        self.counts = BatchCounts()
+        self._backend = backend
+        self._executor = executor
+        self._tickets: list[Ticket] = []  # by rank, then arrival
+        self._virtual_time = 0.0
+        self._ready = asyncio.Event()
+
+    @contextmanager
+    def ticket(self, num_tokens: float, deliver: Deliver, deadline: float | None = None) -> Iterator[Ticket]:
+        """A place for a request of about `num_tokens`.
+
+        On leaving, for whatever reason, what still waits is dropped and never computed.
+
+        Args:
+            deliver: takes the margins of each finished pass; called on the event loop.
+            deadline: on time.monotonic's clock.
+        """
+        ticket = Ticket(self._virtual_time + num_tokens, deliver, deadline)
+        self._tickets.append(ticket)
+        self._tickets.sort(key=lambda t: t.rank)  # stable: equal ranks keep their arrival order
+        try:
+            yield ticket
+        finally:
+            ticket.closed = True
+            self.counts.num_dropped_pairs += ticket.clear()
+            self._tickets.remove(ticket)
+
+    def submit(self, ticket: Ticket, works: Sequence[Work]) -> None:
+        """Pairs that are ready to be scored; ignored when the request has ended."""
+        if not ticket.closed:
+            ticket.add(works)
+            self._ready.set()
+
+    def share_tokens(self) -> int:
+        """How much of a request should be ready at most: two batches, shared by all requests."""
+        return max(1, 2 * self.max_batch_tokens // max(1, len(self._tickets)))
+
+    async def run(self) -> None:
+        """Batches until cancelled."""
+        while True:
+            await self._ready.wait()
+            for works in split_by_length(self._next_batch()):
+                now = time.monotonic()
+                alive = [work for work in works if not work.ticket.gone(now)]
+                self.counts.num_dropped_pairs += len(works) - len(alive)
+                if alive:
+                    await self._pass(alive)
+
+    def _next_batch(self) -> list[Work]:
+        """Pairs of the best-ranked requests, up to the token budget; at least one where any waits."""
+        now = time.monotonic()
+        batch: list[Work] = []
+        num_tokens = 0
+        for ticket in self._tickets:
+            if ticket.gone(now):
+                self.counts.num_dropped_pairs += ticket.clear()
+            while ticket.waiting and (not batch or num_tokens + ticket.waiting[0].num_tokens <= self.max_batch_tokens):
+                work = ticket.take()
+                batch.append(work)
+                num_tokens += work.num_tokens
+        if not batch:
+            self._ready.clear()
+        return batch
+
+    async def _pass(self, works: list[Work]) -> None:
+        start = time.monotonic()
+        for ticket in {work.ticket for work in works}:
+            ticket.computing(start=start)
+        loop = asyncio.get_running_loop()
+        scored = await loop.run_in_executor(self._executor, self._score, [(work.index, work.pair) for work in works])
+        end = time.monotonic()
+        self._count(works, end - start)
+        owned: dict[Ticket, list[Scored]] = {}
+        for work, result in zip(works, scored, strict=True):
+            owned.setdefault(work.ticket, []).append(result)
+        for ticket, results in owned.items():
+            ticket.computed(results, start=start, end=end)
+
+    def _count(self, works: list[Work], seconds: float) -> None:
+        num_tokens = sum(work.num_tokens for work in works)
+        self.counts.num_passes += 1
+        self.counts.num_pairs += len(works)
+        self.counts.num_tokens += num_tokens
+        self.counts.compute_seconds += seconds
+        self._virtual_time += num_tokens / max(1, len(self._tickets))
+
+    def _score(self, works: list[tuple[int, Pair]]) -> list[Scored]:
+        """On the model's thread. A pass that raises is repeated pair by pair: a bad one costs itself only."""
+        try:
+            margins = self._backend.score([pair for _, pair in works])
+        except Exception as exc:  # whatever the model raises must not end the loop
+            if len(works) > 1:
+                log.warning("a pass of %d pairs failed, repeating it pair by pair: %s", len(works), exc)
+                return [scored for work in works for scored in self._score([work])]
+            log.exception("a pair could not be scored")
+            return [Scored(works[0][0], float("nan"), f"scoring failed: {type(exc).__name__}: {exc}")]
+        return [
+            Scored(index, float(margin), "" if np.isfinite(margin) else "the model's logits are not finite")
+            for (index, _), margin in zip(works, margins, strict=True)
+        ]

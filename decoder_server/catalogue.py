@@ -1,0 +1,76 @@
+"""Collections by name or alias: each opened once, and opened anew when its name means another one.
+
+`open` blocks on the store: call it off the event loop. Does not know passages or requests.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from threading import Lock
+
+from cache.collection import Collection
+from cache.store import Store
+
+from cache.errors import CollectionNotFound, EncoderMismatch, StoreUnavailable
+from decoder_server.errors import NotFound, Refused, Unavailable
+
+
+@dataclass(slots=True)
+class _Opened:
+    collection: Collection
+    checked: float  # time.monotonic()
+
+
+class Catalogue:
+    """The collections of one store that one encoder's states may be read from."""
+
+    def __init__(self, store: Store, fingerprint: str, check_seconds: float) -> None:
+        """
+        Args:
+            check_seconds: how long an opened collection is trusted before its name is looked up
+                again; a moved alias is noticed within that time.
+        """
+        self.store = store
+        self._fingerprint = fingerprint
+        self._check_seconds = check_seconds
+        self._opened: dict[str, _Opened] = {}
+        self._lock = Lock()
+
+    def fresh(self, name: str) -> Collection | None:
+        """The collection if it is open and was checked a moment ago; never blocks on the store."""
+        opened = self._opened.get(name)
+        if opened is None or time.monotonic() - opened.checked >= self._check_seconds:
+            return None
+        return opened.collection
+
+    def open(self, name: str) -> Collection:
+        """The collection that `name`, itself or as an alias, means now.
+
+        Raises:
+            NotFound: no such collection.
+            Refused: another encoder wrote it.
+            Unavailable: the store does not answer.
+        """
+        with self._lock:
+            try:
+                opened = self._look_up(name)
+            except CollectionNotFound as exc:
+                self._opened.pop(name, None)
+                raise NotFound("collection", name, str(exc)) from exc
+            except EncoderMismatch as exc:
+                raise Refused("ENCODER_MISMATCH", name, str(exc)) from exc
+            except StoreUnavailable as exc:
+                raise Unavailable(str(exc)) from exc
+            self._opened[name] = opened
+            return opened.collection
+
+    def _look_up(self, name: str) -> _Opened:
+        now = time.monotonic()
+        known = self._opened.get(name)
+        if known is not None:
+            target = self.store.aliases().get(name, name)
+            # Equal manifests, not equal names: a collection may be dropped and written anew.
+            if self.store.read_manifest(target) == known.collection.manifest:
+                return _Opened(known.collection, now)
+        return _Opened(Collection.open(self.store, name, fingerprint=self._fingerprint), now)

@@ -1,0 +1,62 @@
+"""Everything an online server can be told, checked once. Reads no environment; the command line does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Configuration of one DecoderServer. Counts are `num_*`, limits `max_*`, units come last."""
+
+    checkpoint: str  # directory or hub id
+    served_model_name: str = ""  # "": the checkpoint's last path component
+    host: str = "127.0.0.1"
+    port: int = 50051  # 0: any free one
+    store: str = "faiss:./preread-data"
+    encoder_address: str = ""  # host:port of an encoder worker; "": nothing is encoded on demand
+    device: str | None = None  # None: CUDA where present
+    dtype: str | None = None  # None: bfloat16 where the processor has it
+    num_threads: int | None = None
+    max_passage_tokens: int | None = None  # None: the checkpoint's; part of the fingerprint
+
+    max_batch_tokens: int | None = None  # None: by device
+    max_queue_requests: int = 256
+    max_queue_tokens: int = 1_000_000
+    max_candidates: int = 1000
+    max_query_bytes: int = 16 << 10
+    max_instruction_tokens: int = 512
+    max_text_bytes: int = 1 * MIB  # of one candidate
+    max_message_bytes: int = 64 * MIB
+    max_inline_cache_bytes: int = 256 * MIB  # states of inline texts
+    max_store_cache_bytes: int = 256 * MIB  # tier in front of the store; 0: none
+    encode_timeout_seconds: float = 60.0
+    alias_check_seconds: float = 1.0  # how stale a moved alias may be
+
+    def __post_init__(self) -> None:
+        positive = (
+            "max_queue_requests", "max_queue_tokens", "max_candidates", "max_query_bytes", "max_instruction_tokens",
+            "max_text_bytes", "max_message_bytes", "encode_timeout_seconds",
+        )  # fmt: skip
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0")
+        for name in ("max_inline_cache_bytes", "max_store_cache_bytes", "alias_check_seconds"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
+        for name in ("max_batch_tokens", "num_threads", "max_passage_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; expected at least 1")
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"port is {self.port}; expected 0..65535")
+        if not self.checkpoint:
+            raise ValueError("checkpoint is empty; expected a directory or a hub id")
+
+    @property
+    def model_name(self) -> str:
+        """The name clients ask for."""
+        return self.served_model_name or Path(self.checkpoint.rstrip("/")).name

@@ -1,0 +1,119 @@
+"""Texts to pooled states by asking an encoder worker. What comes back is checked before use.
+
+Does not know requests, stores or what the states are for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import grpc
+import numpy as np
+from numpy.typing import NDArray
+
+from cache.states import PassageStates, text_digest
+from preread.v1 import encoder_pb2, encoder_pb2_grpc
+
+# The largest answer is one batch of texts at ratio 1 in float32.
+MAX_ANSWER_BYTES = 1 << 30
+DESCRIBE_TIMEOUT_SECONDS = 5.0
+
+_FORMATS = {
+    "float32": encoder_pb2.STATE_FORMAT_FLOAT32,
+    "bfloat16": encoder_pb2.STATE_FORMAT_BFLOAT16,
+}
+
+
+class EncoderError(Exception):
+    """The worker cannot be asked, refused, or answered with something unusable."""
+
+
+class EncoderClient:
+    """One encoder worker, spoken to over gRPC."""
+
+    def __init__(self, address: str, *, fingerprint: str, dim: int, dtype_name: str, timeout_seconds: float) -> None:
+        """
+        Args:
+            address: host:port.
+            fingerprint: of the encoder whose states the decoder reads; no other is accepted.
+            dtype_name: number format of the decoder; states travel in it, finer would be lost anyway.
+        """
+        self.address = address
+        self._fingerprint = fingerprint
+        self._dim = dim
+        self._format = _FORMATS[dtype_name]
+        self._timeout_seconds = timeout_seconds
+        options = [("grpc.max_receive_message_length", MAX_ANSWER_BYTES), ("grpc.max_send_message_length", -1)]
+        self._channel = grpc.aio.insecure_channel(address, options=options)
+        self._stub = encoder_pb2_grpc.EncoderServiceStub(self._channel)
+
+    async def encode(self, texts: Sequence[str], ratio: int) -> list[PassageStates | str]:
+        """Pooled states of each text, or why the worker refused that text.
+
+        Raises:
+            EncoderError: no usable answer for any of them.
+        """
+        request = encoder_pb2.EncodeRequest(texts=texts, compression_ratio=ratio, format=self._format)
+        try:
+            answer = await self._stub.Encode(request, timeout=self._timeout_seconds)
+        except grpc.aio.AioRpcError as exc:
+            raise self._error(f"{exc.code().name}: {exc.details()}") from exc
+        self._check_identity(answer.fingerprint, answer.dim)
+        if len(answer.passages) != len(texts) or answer.compression_ratio != ratio or answer.format != self._format:
+            raise self._error(
+                f"answered {len(answer.passages)} passages at ratio {answer.compression_ratio} in format "
+                f"{answer.format}; expected {len(texts)} at {ratio} in {self._format}"
+            )
+        return [self._unpack(passage, ratio, text) for passage, text in zip(answer.passages, texts, strict=True)]
+
+    async def check(self) -> None:
+        """Asks the worker who it is.
+
+        Raises:
+            EncoderError: it does not answer.
+            ValueError: it is another encoder than the decoder was made for.
+        """
+        try:
+            answer = await self._stub.Describe(encoder_pb2.DescribeRequest(), timeout=DESCRIBE_TIMEOUT_SECONDS)
+        except grpc.aio.AioRpcError as exc:
+            raise self._error(f"{exc.code().name}: {exc.details()}") from exc
+        try:
+            self._check_identity(answer.encoder.fingerprint, answer.encoder.dim)
+        except EncoderError as exc:
+            raise ValueError(str(exc)) from exc
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    def _check_identity(self, fingerprint: str, dim: int) -> None:
+        if fingerprint != self._fingerprint or dim != self._dim:
+            raise self._error(
+                f"encodes with {fingerprint[:16]} (dim {dim}); the served model reads states of "
+                f"{self._fingerprint[:16]} (dim {self._dim})"
+            )
+
+    def _unpack(self, passage: encoder_pb2.EncodedPassage, ratio: int, text: str) -> PassageStates | str:
+        if passage.message:
+            return passage.message
+        try:
+            return PassageStates(
+                states=_floats(passage.states, self._format, self._dim),
+                window_tokens=tuple(passage.window_tokens),
+                compression_ratio=ratio,
+                truncated=passage.truncated,
+                text_digest=text_digest(text),
+            )
+        except ValueError as exc:
+            raise self._error(f"answered states that do not fit: {exc}") from exc
+
+    def _error(self, message: str) -> EncoderError:
+        return EncoderError(f"encoder worker {self.address}: {message}")
+
+
+def _floats(data: bytes, state_format: encoder_pb2.StateFormat, dim: int) -> NDArray[np.float32]:
+    """Little-endian rows -> (num_states, dim) float32. ValueError where they are not whole rows."""
+    if state_format == encoder_pb2.STATE_FORMAT_BFLOAT16:
+        # bfloat16 is the upper half of a float32.
+        wide = np.frombuffer(data, dtype="<u2").astype(np.uint32) << 16
+        return wide.view(np.float32).reshape(-1, dim)
+    return np.frombuffer(data, dtype="<f4").astype(np.float32).reshape(-1, dim)

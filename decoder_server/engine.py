@@ -1,0 +1,181 @@
+"""One served model: a request goes in, ranked outcomes come out.
+
+check -> resolve (which collection, which ratio) -> admit -> run -> rank.
+Knows neither gRPC nor HTTP; every edge calls `rerank`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import ParamSpec, TypeVar
+
+from cache.collection import Collection
+
+from cache.errors import CacheError
+from checkpoint import TokenizedPrompt
+from decoder_server.admission import Admission
+from decoder_server.backend import Backend
+from decoder_server.batcher import Batcher
+from decoder_server.catalogue import Catalogue
+from decoder_server.config import DecoderConfig
+from decoder_server.errors import DeadlineExceeded, InvalidRequest, Unavailable
+from decoder_server.passages import Passages, Wanted
+from decoder_server.request import OnMiss, Outcome, RerankRequest, Summary, Timings, check
+from decoder_server.run import Emit, Run
+from decoder_server.tally import ranked
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Engine:
+    """Everything one model needs to answer, put together."""
+
+    def __init__(
+        self,
+        name: str,
+        backend: Backend,
+        batcher: Batcher,
+        admission: Admission,
+        catalogue: Catalogue,
+        passages: Passages,
+        executor: Executor,
+        limits: DecoderConfig,
+    ) -> None:
+        """
+        Args:
+            name: what clients call the model.
+            executor: for tokenizing and the store; never the model's thread.
+        """
+        self.name = name
+        self.backend = backend
+        self.batcher = batcher
+        self.admission = admission
+        self.catalogue = catalogue
+        self.passages = passages
+        self.limits = limits
+        self._executor = executor
+        self._num_running = 0
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+        # What the prompt has beside query and instruction, to tell how long an instruction is.
+        self._template_tokens = len(backend.prompt("a", "a").ids) - 2
+
+    @property
+    def encodes_on_demand(self) -> bool:
+        return self.passages.inline is not None
+
+    async def rerank(
+        self, request: RerankRequest, *, deadline: float | None = None, emit: Emit | None = None
+    ) -> tuple[list[Outcome], Summary]:
+        """Scores a request's candidates.
+
+        Args:
+            deadline: on time.monotonic's clock, which is also the event loop's.
+            emit: takes outcomes as they come, unsorted and whatever top_n says.
+
+        Returns:
+            Outcomes, scored ones best first and cut to top_n, the others after them; and the summary.
+
+        Raises:
+            RerankError: the request as a whole cannot be answered.
+        """
+        if self._draining:
+            raise Unavailable("this server is shutting down")
+        started = time.monotonic()
+        check(request, self.limits)
+        self._num_running += 1
+        self._idle.clear()
+        try:
+            async with asyncio.timeout_at(deadline):
+                return await self._rerank(request, started, deadline, emit)
+        except TimeoutError:
+            raise DeadlineExceeded(f"the deadline passed after {time.monotonic() - started:.3f} s") from None
+        finally:
+            self._num_running -= 1
+            if self._num_running == 0:
+                self._idle.set()
+
+    async def drain(self, grace_seconds: float) -> bool:
+        """Accepts nothing more and waits for what runs; False when the time was up first."""
+        self._draining = True
+        try:
+            async with asyncio.timeout(grace_seconds):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def _rerank(
+        self, request: RerankRequest, started: float, deadline: float | None, emit: Emit | None
+    ) -> tuple[list[Outcome], Summary]:
+        prompt = await self._call(self.backend.prompt, request.query, request.instruction)
+        self._check_instruction(request, prompt)
+        wanted = await self._resolve(request)
+
+        async def emit_with_texts(outcomes: list[Outcome]) -> None:
+            assert emit is not None
+            await emit(await self._with_texts(request, wanted, outcomes))
+
+        with self.admission.admit(len(request.candidates), len(prompt.ids), wanted.compression_ratio) as place:
+            run = Run(wanted, prompt, self.batcher, self.passages, self.admission)
+            outcomes = await run.gather(place, deadline, emit_with_texts if emit is not None else None)
+        results = ranked(outcomes, request.top_n)
+        if emit is None:
+            results = await self._with_texts(request, wanted, results)
+        timings = Timings(
+            fetch_seconds=wanted.fetching.seconds,
+            encode_seconds=wanted.encoding.seconds,
+            queue_seconds=run.queue_seconds,
+            compute_seconds=run.compute_seconds,
+            total_seconds=time.monotonic() - started,
+        )
+        num_scored = sum(outcome.margin is not None for outcome in outcomes)
+        return results, Summary(self.name, timings, num_scored, prompt.num_query_tokens, prompt.query_truncated)
+
+    async def _resolve(self, request: RerankRequest) -> Wanted:
+        """What is to be read: one collection, one ratio for every candidate, so that scores compare."""
+        collection = await self._collection(request.collection)
+        stored = collection.manifest.compression_ratio if collection is not None else 1
+        default = stored if collection is not None else self.backend.settings.default_compression_ratio
+        ratio = request.compression_ratio or default
+        if ratio % stored:
+            expected = f"a multiple of {stored}, the ratio that collection {request.collection!r} is stored at"
+            raise InvalidRequest("compression_ratio", ratio, expected)
+        on_miss = request.on_miss or (OnMiss.ENCODE if self.encodes_on_demand else OnMiss.SKIP)
+        return Wanted(request.candidates, collection, ratio, on_miss, self.limits.max_text_bytes)
+
+    async def _collection(self, name: str | None) -> Collection | None:
+        if name is None:
+            return None
+        return self.catalogue.fresh(name) or await self._call(self.catalogue.open, name)
+
+    def _check_instruction(self, request: RerankRequest, prompt: TokenizedPrompt) -> None:
+        if not request.instruction:
+            return
+        num_tokens = len(prompt.ids) - prompt.num_query_tokens - self._template_tokens
+        if num_tokens > self.limits.max_instruction_tokens:
+            expected = f"at most {self.limits.max_instruction_tokens} tokens"
+            raise InvalidRequest("instruction", f"{num_tokens} tokens long", expected)
+
+    async def _with_texts(self, request: RerankRequest, wanted: Wanted, outcomes: list[Outcome]) -> list[Outcome]:
+        """Adds candidates' texts where they were asked for: inline ones, else stored ones."""
+        if not request.return_text:
+            return outcomes
+        texts: dict[str, str | None] = {}
+        inline = {candidate.index: candidate.text for candidate in request.candidates if candidate.text}
+        ids = [o.passage_id for o in outcomes if o.index not in inline and o.passage_id]
+        if ids and wanted.collection is not None and wanted.collection.manifest.stores_text:
+            try:
+                texts = dict(zip(ids, await self._call(wanted.collection.get_texts, ids), strict=True))
+            except CacheError:  # the scores are there; a text that cannot be read is left out
+                texts = {}
+        return [dataclasses.replace(o, text=inline.get(o.index, texts.get(o.passage_id))) for o in outcomes]
+
+    async def _call(self, function: Callable[P, T], *args: P.args) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)

@@ -1,0 +1,142 @@
+"""Protobuf to plain values and back; the only file here that builds or reads message bodies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cache.collection import Manifest
+from cache.store import StoreStats
+
+from checkpoint import EncoderIdentity
+from decoder_server.engine import Engine
+from decoder_server.request import Candidate, OnMiss, Outcome, RerankRequest, Status, Summary, Timings
+from preread.v1 import common_pb2, rerank_pb2
+
+_ON_MISS = {
+    common_pb2.ON_MISS_UNSPECIFIED: None,
+    common_pb2.ON_MISS_ENCODE: OnMiss.ENCODE,
+    common_pb2.ON_MISS_SKIP: OnMiss.SKIP,
+    common_pb2.ON_MISS_FAIL: OnMiss.FAIL,
+}
+_STATUS = {status: common_pb2.CandidateStatus.Value(f"CANDIDATE_STATUS_{status.name}") for status in Status}
+
+
+def unpack_request(message: rerank_pb2.RerankRequest) -> RerankRequest:
+    """Proto3's empty values become None where they mean the default."""
+    return RerankRequest(
+        query=message.query,
+        candidates=tuple(
+            Candidate(
+                index,
+                candidate.passage_id if candidate.passage_id else None,
+                candidate.text if candidate.HasField("text") else None,
+            )
+            for index, candidate in enumerate(message.candidates)
+        ),
+        instruction=message.instruction or None,
+        collection=message.collection or None,
+        top_n=message.top_n,
+        compression_ratio=message.compression_ratio or None,
+        on_miss=_ON_MISS.get(message.on_miss),  # a value from a newer client means the default
+        return_text=message.return_text,
+        model=message.model,
+    )
+
+
+def pack_response(outcomes: Sequence[Outcome], summary: Summary) -> rerank_pb2.RerankResponse:
+    return rerank_pb2.RerankResponse(
+        results=[_pack_outcome(outcome) for outcome in outcomes],
+        model=summary.model,
+        timings=_pack_timings(summary.timings),
+        num_scored=summary.num_scored,
+        num_query_tokens=summary.num_query_tokens,
+        query_truncated=summary.query_truncated,
+    )
+
+
+def pack_batch(outcomes: Sequence[Outcome]) -> rerank_pb2.RerankStreamResponse:
+    results = [_pack_outcome(outcome) for outcome in outcomes]
+    return rerank_pb2.RerankStreamResponse(batch=rerank_pb2.RerankStreamResponse.Batch(results=results))
+
+
+def pack_summary(summary: Summary) -> rerank_pb2.RerankStreamResponse:
+    return rerank_pb2.RerankStreamResponse(
+        summary=rerank_pb2.RerankStreamResponse.Summary(
+            model=summary.model,
+            timings=_pack_timings(summary.timings),
+            num_scored=summary.num_scored,
+            num_query_tokens=summary.num_query_tokens,
+            query_truncated=summary.query_truncated,
+        )
+    )
+
+
+def pack_model(engine: Engine) -> rerank_pb2.ModelInfo:
+    backend = engine.backend
+    identity = backend.identity()
+    return rerank_pb2.ModelInfo(
+        name=engine.name,
+        backend=backend.name,
+        checkpoint=identity.checkpoint,
+        encoder=_pack_identity(identity),
+        default_instruction=backend.settings.default_instruction,
+        default_compression_ratio=backend.settings.default_compression_ratio,
+        max_query_tokens=backend.settings.max_query_tokens,
+        max_candidates=engine.limits.max_candidates,
+        max_message_bytes=engine.limits.max_message_bytes,
+        dtype=backend.dtype_name,
+        device=backend.device_name,
+        encodes_on_demand=engine.encodes_on_demand,
+    )
+
+
+def pack_collection(manifest: Manifest, stats: StoreStats, aliases: Sequence[str]) -> common_pb2.CollectionInfo:
+    return common_pb2.CollectionInfo(
+        name=manifest.collection,
+        aliases=aliases,
+        encoder=_pack_identity(manifest),
+        compression_ratio=manifest.compression_ratio,
+        codec=manifest.codec,
+        num_passages=stats.num_passages,
+        num_states=stats.num_states,
+        num_tokens=stats.num_tokens,
+        num_truncated=stats.num_truncated,
+        size_bytes=stats.size_bytes,
+        stores_text=manifest.stores_text,
+    )
+
+
+def _pack_outcome(outcome: Outcome) -> rerank_pb2.Result:
+    return rerank_pb2.Result(
+        index=outcome.index,
+        passage_id=outcome.passage_id,
+        status=_STATUS[outcome.status],
+        score=outcome.score,
+        margin=outcome.margin,
+        text=outcome.text,
+        message=outcome.message,
+        num_states=outcome.num_states,
+        compression_ratio=outcome.compression_ratio,
+        truncated=outcome.truncated,
+    )
+
+
+def _pack_timings(timings: Timings) -> rerank_pb2.Timings:
+    return rerank_pb2.Timings(
+        fetch_seconds=timings.fetch_seconds,
+        encode_seconds=timings.encode_seconds,
+        queue_seconds=timings.queue_seconds,
+        compute_seconds=timings.compute_seconds,
+        total_seconds=timings.total_seconds,
+    )
+
+
+def _pack_identity(identity: EncoderIdentity | Manifest) -> common_pb2.EncoderIdentity:
+    return common_pb2.EncoderIdentity(
+        fingerprint=identity.fingerprint,
+        checkpoint=identity.checkpoint,
+        dim=identity.dim,
+        max_passage_tokens=identity.max_passage_tokens,
+        passage_template=identity.passage_template,
+        pooling_version=identity.pooling_version,
+    )

@@ -1,0 +1,178 @@
+"""Finds the states of a request's candidates: in the store, else by encoding their texts.
+
+Reads in chunks and delivers each as it arrives, so that the model works on the first while the
+next is read. Does not know queries, scores or the order among requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+
+from cache.collection import Collection
+
+from cache.errors import CacheError
+from cache.record import Damaged
+from cache.states import PassageStates, text_digest
+from decoder_server.inline import InlineStates, Refusal
+from decoder_server.request import Candidate, OnMiss, Status
+from decoder_server.stopwatch import Stopwatch
+
+# Candidates per read of the store: enough to make its round trip cheap, few enough that the
+# first reach the model early.
+FETCH_CHUNK = 64
+# Texts per call of the encoder worker, and calls under way for one request.
+ENCODE_CHUNK = 8
+MAX_ENCODE_CALLS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One candidate's states, or why there are none."""
+
+    candidate: Candidate
+    status: Status
+    states: PassageStates | None = None
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Miss:
+    """A candidate that has to be encoded, if anything."""
+
+    candidate: Candidate
+    digest: bytes | None  # None: no text
+    status: Status  # what it is when it is not encoded
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What one request wants read, and how."""
+
+    candidates: Sequence[Candidate]
+    collection: Collection | None
+    compression_ratio: int
+    on_miss: OnMiss
+    max_text_bytes: int
+    fetching: Stopwatch = field(default_factory=Stopwatch)
+    encoding: Stopwatch = field(default_factory=Stopwatch)
+
+
+Deliver = Callable[[list[Found]], None]
+Room = Callable[[], Awaitable[None]]
+
+
+class Passages:
+    """The sources of states of one served model."""
+
+    def __init__(self, executor: Executor, inline: InlineStates | None) -> None:
+        """
+        Args:
+            executor: where the store is read; never the model's thread.
+            inline: None where no encoder worker is configured.
+        """
+        self.inline = inline
+        self._executor = executor
+
+    async def feed(self, wanted: Wanted, room: Room, deliver: Deliver) -> None:
+        """Delivers every candidate exactly once, in any order.
+
+        Args:
+            room: returns when the queue wants more of this request.
+            deliver: takes what was found; called on the event loop.
+        """
+        loop = asyncio.get_running_loop()
+        calls = asyncio.Semaphore(MAX_ENCODE_CALLS)
+        async with asyncio.TaskGroup() as encoding:
+            for start in range(0, len(wanted.candidates), FETCH_CHUNK):
+                await room()
+                chunk = wanted.candidates[start : start + FETCH_CHUNK]
+                with wanted.fetching:
+                    read = await loop.run_in_executor(self._executor, _read, wanted, chunk)
+                decided, to_encode = self._decide(wanted, read)
+                deliver(decided)
+                for first in range(0, len(to_encode), ENCODE_CHUNK):
+                    misses = to_encode[first : first + ENCODE_CHUNK]
+                    encoding.create_task(self._encode(wanted, misses, calls, room, deliver))
+
+    def _decide(self, wanted: Wanted, read: list[Found | _Miss]) -> tuple[list[Found], list[_Miss]]:
+        """What is settled without encoding, and what is to be encoded."""
+        decided: list[Found] = []
+        to_encode: list[_Miss] = []
+        for item in read:
+            if isinstance(item, Found):
+                decided.append(item)
+            elif item.digest is None:
+                decided.append(Found(item.candidate, item.status, message=item.message))
+            elif self.inline and (states := self.inline.kept(item.digest, wanted.compression_ratio)):
+                decided.append(Found(item.candidate, Status.HIT, states))
+            elif self.inline is None:
+                # Asked to encode and unable to is a failure; left to the default, it is a miss.
+                status = Status.FAILED if wanted.on_miss is OnMiss.ENCODE else item.status
+                message = f"{item.message}; no encoder worker is configured"
+                decided.append(Found(item.candidate, status, message=message))
+            elif wanted.on_miss is not OnMiss.ENCODE:
+                decided.append(Found(item.candidate, item.status, message=item.message))
+            else:
+                to_encode.append(item)
+        return decided, to_encode
+
+    async def _encode(
+        self, wanted: Wanted, misses: list[_Miss], calls: asyncio.Semaphore, room: Room, deliver: Deliver
+    ) -> None:
+        assert self.inline is not None
+        texts = {miss.digest: miss.candidate.text or "" for miss in misses if miss.digest is not None}
+        async with calls:
+            await room()
+            with wanted.encoding:
+                encoded = await self.inline.encode(texts, wanted.compression_ratio)
+        found = []
+        for miss in misses:
+            result = encoded[miss.digest or b""]
+            if isinstance(result, Refusal):
+                found.append(Found(miss.candidate, Status.FAILED, message=result.reason))
+            else:
+                found.append(Found(miss.candidate, Status.ENCODED, result))
+        deliver(found)
+
+
+def _read(wanted: Wanted, chunk: Sequence[Candidate]) -> list[Found | _Miss]:
+    """Reads and re-pools one chunk; off the event loop."""
+    stored = _stored(wanted, [c for c in chunk if c.passage_id is not None])
+    return [_settle(wanted, candidate, stored) for candidate in chunk]
+
+
+def _stored(wanted: Wanted, candidates: Sequence[Candidate]) -> dict[str, PassageStates | Damaged | CacheError | None]:
+    if wanted.collection is None or not candidates:
+        return {}
+    ids = list(dict.fromkeys(c.passage_id for c in candidates if c.passage_id is not None))
+    try:
+        return dict(zip(ids, wanted.collection.get_many(ids), strict=True))
+    except CacheError as exc:  # the store is down: that costs these candidates, not the request
+        return dict.fromkeys(ids, exc)
+
+
+def _settle(
+    wanted: Wanted, candidate: Candidate, stored: dict[str, PassageStates | Damaged | CacheError | None]
+) -> Found | _Miss:
+    text = candidate.text or None  # an empty text is no text
+    size = len(text.encode()) if text is not None else 0
+    if size > wanted.max_text_bytes:
+        message = f"the text is {size} bytes long; expected at most {wanted.max_text_bytes}"
+        return Found(candidate, Status.TOO_LONG, message=message)
+    digest = text_digest(text) if text is not None else None
+    states = stored.get(candidate.passage_id) if candidate.passage_id is not None else None
+    if isinstance(states, PassageStates):
+        if digest is None or digest == states.text_digest:
+            return Found(candidate, Status.HIT, states.at_ratio(wanted.compression_ratio))
+        return _Miss(candidate, digest, Status.MISSING, "the stored states are of another text")
+    if isinstance(states, Damaged):
+        return _Miss(candidate, digest, Status.CORRUPT, f"the stored states are damaged: {states.reason}")
+    if isinstance(states, CacheError):
+        return _Miss(candidate, digest, Status.FAILED, f"the store could not be read: {states}")
+    if text is None and candidate.passage_id is None:
+        return Found(candidate, Status.FAILED, message="the text is empty")
+    return _Miss(candidate, digest, Status.MISSING, "no states are stored")

@@ -1,0 +1,128 @@
+"""A rerank request and its answer as plain values, and the limits a request must keep.
+
+Knows neither protobuf nor HTTP: each edge unpacks into these and packs out of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from decoder_server.config import DecoderConfig
+from decoder_server.errors import InvalidRequest
+
+
+class OnMiss(Enum):
+    """What to do with a candidate whose states are not stored."""
+
+    ENCODE = "encode"
+    SKIP = "skip"
+    FAIL = "fail"
+
+
+class Status(Enum):
+    """What became of one candidate. Names are those of the wire enum."""
+
+    HIT = "hit"
+    ENCODED = "encoded"
+    MISSING = "missing"
+    CORRUPT = "corrupt"
+    TOO_LONG = "too_long"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A passage to score: an id, inline text, or both (the text wins where the stored one differs)."""
+
+    index: int  # position in the request
+    passage_id: str | None
+    text: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class RerankRequest:
+    """One query and its candidates. None means the served model's default."""
+
+    query: str
+    candidates: tuple[Candidate, ...]
+    instruction: str | None = None
+    collection: str | None = None
+    top_n: int = 0  # 0: all
+    compression_ratio: int | None = None
+    on_miss: OnMiss | None = None
+    return_text: bool = False
+    model: str = ""  # "": the first served one
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one candidate."""
+
+    index: int
+    passage_id: str
+    status: Status
+    margin: float | None = None  # float32; None: not scored
+    score: float | None = None
+    text: str | None = None
+    message: str = ""
+    num_states: int = 0
+    compression_ratio: int = 0
+    truncated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where the time of one request went. Fetch, encode and compute overlap, so they need not add up to total.
+
+    fetch and encode: while any read of the store, any encoding, was under way; queue: while
+    pairs were ready and none of them computed; compute: while any of them did.
+    """
+
+    fetch_seconds: float
+    encode_seconds: float
+    queue_seconds: float
+    compute_seconds: float
+    total_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """The answer, less its results."""
+
+    model: str
+    timings: Timings
+    num_scored: int
+    num_query_tokens: int
+    query_truncated: bool
+
+
+def check(request: RerankRequest, limits: DecoderConfig) -> None:
+    """Checks what can be checked without tokenizer and store.
+
+    Raises:
+        InvalidRequest: the first field that is out of range.
+    """
+    if not request.query:
+        raise InvalidRequest("query", "", "a query that is not empty")
+    _check_bytes("query", request.query, limits.max_query_bytes)
+    _check_bytes("instruction", request.instruction or "", limits.max_query_bytes)
+    num_candidates = len(request.candidates)
+    if not 1 <= num_candidates <= limits.max_candidates:
+        raise InvalidRequest("candidates", f"{num_candidates} of them", f"1..{limits.max_candidates}")
+    if request.top_n < 0:
+        raise InvalidRequest("top_n", request.top_n, "0 (all) or more")
+    if request.compression_ratio is not None and request.compression_ratio < 1:
+        raise InvalidRequest("compression_ratio", request.compression_ratio, "0 (the stored ratio) or more")
+    for candidate in request.candidates:
+        if candidate.passage_id is None and candidate.text is None:
+            raise InvalidRequest(f"candidates[{candidate.index}]", "empty", "a passage_id, a text, or both")
+        if request.collection is None and candidate.text is None:
+            expected = f"the collection that holds candidates[{candidate.index}], which has an id and no text"
+            raise InvalidRequest("collection", "", expected)
+
+
+def _check_bytes(field: str, text: str, limit: int) -> None:
+    # A character is at most four bytes: most texts need no encoding to be known short.
+    if len(text) * 4 > limit and len(text.encode()) > limit:
+        raise InvalidRequest(field, f"{len(text.encode())} bytes long", f"at most {limit} bytes")

@@ -1,0 +1,102 @@
+"""One admitted request under way: states in, pairs to the queue, margins back, outcomes out.
+
+Everything here happens on the event loop. Does not know edges, limits or other requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from checkpoint import TokenizedPrompt
+from decoder_server.admission import Admission, Place
+from decoder_server.backend import Pair
+from decoder_server.batcher import Batcher
+from decoder_server.errors import Refused
+from decoder_server.passages import Found, Passages, Wanted
+from decoder_server.request import OnMiss, Outcome, Status
+from decoder_server.tally import Tally, unscored
+from decoder_server.ticket import Scored, Ticket, Work
+
+Emit = Callable[[list[Outcome]], Awaitable[None]]
+
+
+class Run:
+    """Made for one request inside its ticket."""
+
+    def __init__(
+        self, wanted: Wanted, prompt: TokenizedPrompt, batcher: Batcher, passages: Passages, admission: Admission
+    ) -> None:
+        self._wanted = wanted
+        self._prompt = prompt
+        self._batcher = batcher
+        self._passages = passages
+        self._admission = admission
+        self._tally = Tally()
+        self._finished: asyncio.Queue[list[Outcome] | BaseException] = asyncio.Queue()
+        self.queue_seconds = 0.0
+        self.compute_seconds = 0.0
+
+    async def gather(self, place: Place, deadline: float | None, emit: Emit | None) -> list[Outcome]:
+        """Every candidate's outcome, unsorted.
+
+        When the caller is cancelled, reading stops and what waits is dropped before the next pass.
+
+        Raises:
+            Refused: on_miss is fail and a candidate is missing.
+        """
+        outcomes: list[Outcome] = []
+        with self._batcher.ticket(place.num_tokens, self._scored, deadline) as ticket:
+            feeder = asyncio.create_task(self._feed(ticket))
+            try:
+                while len(outcomes) < len(self._wanted.candidates):
+                    fresh = await self._finished.get()
+                    if isinstance(fresh, BaseException):
+                        raise fresh
+                    place.finished(len(fresh))
+                    outcomes += fresh
+                    if emit is not None and fresh:
+                        await emit(fresh)
+            finally:
+                feeder.cancel()
+                self.queue_seconds, self.compute_seconds = ticket.queue_seconds, ticket.compute_seconds
+        return outcomes
+
+    async def _feed(self, ticket: Ticket) -> None:
+        try:
+            await self._passages.feed(
+                self._wanted,
+                room=lambda: ticket.room(self._batcher.share_tokens()),
+                deliver=lambda found: self._arrived(ticket, found),
+            )
+        except Exception as exc:  # a bug, or it would be a Found: the request must hear of it
+            self._finished.put_nowait(exc)
+
+    def _arrived(self, ticket: Ticket, found: list[Found]) -> None:
+        works: list[Work] = []
+        outcomes: list[Outcome] = []
+        for one in found:
+            if one.states is not None:
+                windows = one.states.windows()
+                self._tally.expect(one, len(windows))
+                works += [Work(ticket, one.candidate.index, Pair(self._prompt, window)) for window in windows]
+                self._admission.learn(sum(one.states.window_tokens))
+            elif one.status is Status.MISSING and self._wanted.on_miss is OnMiss.FAIL:
+                self._finished.put_nowait(_missing(one))
+            else:
+                outcomes.append(unscored(one))
+        self._batcher.submit(ticket, works)
+        self._finished.put_nowait(outcomes)
+
+    def _scored(self, scored: list[Scored]) -> None:
+        self._finished.put_nowait(self._tally.add(scored))
+
+
+def _missing(found: Found) -> Refused:
+    candidate = found.candidate
+    name = repr(candidate.passage_id) if candidate.passage_id is not None else "an inline text"
+    return Refused(
+        "PASSAGE_MISSING",
+        candidate.passage_id or f"candidates[{candidate.index}]",
+        f"candidates[{candidate.index}] ({name}): {found.message}, and on_miss is fail",
+    )

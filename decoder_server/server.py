@@ -1,0 +1,187 @@
+"""The online half as a process part: binds, loads, proves itself, serves, drains.
+
+`start` returns when a real forward pass has succeeded; until then health says NOT_SERVING. Owns
+two executors: one thread for the model, a few for tokenizing and the store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+from cache.lru import LruStore
+from cache.store import Store, open_store
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from decoder_server.admission import Admission
+from decoder_server.backend import Backend
+from decoder_server.batcher import Batcher
+from decoder_server.catalogue import Catalogue
+from decoder_server.config import DecoderConfig
+from decoder_server.encoder_client import EncoderClient, EncoderError
+from decoder_server.engine import Engine
+from decoder_server.inline import InlineStates
+from decoder_server.loading import batch_tokens, load_fbnl
+from decoder_server.passages import Passages
+from decoder_server.service import RerankService
+from preread.v1 import rerank_pb2, rerank_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+SERVICE = rerank_pb2.DESCRIPTOR.services_by_name["RerankService"].full_name
+NUM_STORE_THREADS = 4
+
+
+class DecoderServer:
+    """One online server. Not to be started twice."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        store: Store | None = None,
+        load: Callable[[DecoderConfig], Backend] = load_fbnl,
+    ) -> None:
+        """
+        Args:
+            store: shared with others and left open; None opens config.store and closes it at the end.
+            load: makes the model; called on the model's thread.
+        """
+        self.config = config
+        self.port = 0
+        self._load = load
+        self._own_store = open_store(config.store) if store is None else None
+        below = self._own_store if store is None else store
+        assert below is not None
+        self._store = LruStore(below, config.max_store_cache_bytes) if config.max_store_cache_bytes else below
+        self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._store_threads = ThreadPoolExecutor(NUM_STORE_THREADS, thread_name_prefix="store")
+        self._service = RerankService(self._store, self._store_threads)
+        self._loops: list[asyncio.Task[None]] = []
+        self._encoder: EncoderClient | None = None
+
+    @property
+    def engines(self) -> dict[str, Engine]:
+        """By served name; empty until the models have loaded."""
+        return self._service.engines
+
+    async def start(self) -> None:
+        """Binds, loads and proves the model. When it raises, everything is stopped again.
+
+        Raises:
+            OSError: the port is taken.
+            CheckpointError, ValueError: what cannot be served.
+        """
+        try:
+            await self.bind()
+            await self.load()
+        except BaseException:
+            await self.stop(0)
+            raise
+
+    async def bind(self) -> None:
+        """Listens, not ready: health answers NOT_SERVING, everything else UNAVAILABLE."""
+        limit = self.config.max_message_bytes
+        self._server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", limit),
+                ("grpc.max_send_message_length", limit),
+                ("grpc.so_reuseport", 0),  # a taken port should be an error, not a shared one
+            ]
+        )
+        self._health = health.aio.HealthServicer()
+        rerank_pb2_grpc.add_RerankServiceServicer_to_server(self._service, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection([SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        address = f"{self.config.host}:{self.config.port}"
+        try:
+            self.port = self._server.add_insecure_port(address)
+        except RuntimeError as exc:
+            raise OSError(f"cannot listen on {address}: is the port taken?") from exc
+        await self._server.start()
+
+    async def load(self) -> None:
+        """Loads the model, runs it once, and says SERVING."""
+        loop = asyncio.get_running_loop()
+        backend = await loop.run_in_executor(self._model_thread, self._load, self.config)
+        identity = await loop.run_in_executor(self._store_threads, backend.identity)
+        await loop.run_in_executor(self._model_thread, backend.warm_up)
+        inline = await self._inline(backend, identity.fingerprint, identity.dim)
+        batcher = Batcher(backend, self._model_thread, batch_tokens(self.config, backend))
+        admission = Admission(
+            batcher.counts, max_requests=self.config.max_queue_requests, max_tokens=self.config.max_queue_tokens
+        )
+        engine = Engine(
+            self.config.model_name,
+            backend,
+            batcher,
+            admission,
+            Catalogue(self._store, identity.fingerprint, self.config.alias_check_seconds),
+            Passages(self._store_threads, inline),
+            self._store_threads,
+            self.config,
+        )
+        task = loop.create_task(batcher.run())
+        task.add_done_callback(self._loop_ended)
+        self._loops.append(task)
+        self.engines[engine.name] = engine
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Says NOT_SERVING, accepts nothing more, lets what runs finish within the grace, then stops."""
+        if hasattr(self, "_server"):
+            await self._health.enter_graceful_shutdown()
+            drained = await asyncio.gather(*(engine.drain(grace_seconds) for engine in self.engines.values()))
+            if not all(drained):
+                log.warning("requests were still running after %g s and are cut off", grace_seconds)
+            # Answers being written get a moment more; what did not drain gets none.
+            await self._server.stop(1.0 if all(drained) else 0)
+        for task in self._loops:
+            task.remove_done_callback(self._loop_ended)
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        for engine in self.engines.values():
+            if engine.passages.inline is not None:
+                await engine.passages.inline.close()
+        if self._encoder is not None:
+            await self._encoder.close()
+        self._model_thread.shutdown(wait=True, cancel_futures=True)
+        self._store_threads.shutdown(wait=True, cancel_futures=True)
+        if self._own_store is not None:
+            self._own_store.close()
+
+    async def _inline(self, backend: Backend, fingerprint: str, dim: int) -> InlineStates | None:
+        if not self.config.encoder_address:
+            return None
+        self._encoder = EncoderClient(
+            self.config.encoder_address,
+            fingerprint=fingerprint,
+            dim=dim,
+            dtype_name=backend.dtype_name,
+            timeout_seconds=self.config.encode_timeout_seconds,
+        )
+        try:
+            await self._encoder.check()
+        except EncoderError as exc:  # it may come later; until then candidates to encode fail, each with the reason
+            log.warning("%s", exc)
+        return InlineStates(
+            self._encoder,
+            max_bytes=self.config.max_inline_cache_bytes,
+            base_ratio=backend.settings.default_compression_ratio,
+        )
+
+    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        for name in ("", SERVICE):
+            await self._health.set(name, status)
+
+    def _loop_ended(self, task: asyncio.Task[None]) -> None:
+        """The batching loop must never end by itself; if it does, say so and stop taking work."""
+        log.critical("the batching loop ended: %r", task.exception() if not task.cancelled() else "cancelled")
+        self._ending = asyncio.get_running_loop().create_task(self._health.enter_graceful_shutdown())

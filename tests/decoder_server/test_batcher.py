@@ -1,0 +1,217 @@
+"""Laws of the queue: order, budget, fairness, and that nobody's absence or bad pair costs another."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from decoder_server.admission import Admission
+from decoder_server.backend import Backend, Pair
+from decoder_server.batcher import BatchCounts, Batcher
+from decoder_server.errors import Overloaded
+from decoder_server.fbnl import FbnlBackend
+from decoder_server.lengths import FREE_CELLS, MAX_PADDING, split_by_length
+from decoder_server.ticket import Scored, Ticket, Work
+
+
+@asynccontextmanager
+async def running(backend: Backend, max_batch_tokens: int) -> AsyncIterator[Batcher]:
+    with ThreadPoolExecutor(1) as executor:
+        batcher = Batcher(backend, executor, max_batch_tokens)
+        task = asyncio.create_task(batcher.run())
+        try:
+            yield batcher
+        finally:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+
+def make_pairs(backend: Backend, sizes: Sequence[int], query: str = "what is read once?", seed: int = 0) -> list[Pair]:
+    rng = np.random.default_rng(seed)
+    prompt = backend.prompt(query)
+    return [Pair(prompt, rng.standard_normal((size, 64), dtype=np.float32)) for size in sizes]
+
+
+async def score(batcher: Batcher, pairs: list[Pair], on_done: Callable[[], None] | None = None) -> list[float]:
+    """One request, start to end."""
+    results: asyncio.Queue[list[Scored]] = asyncio.Queue()
+    with batcher.ticket(sum(p.num_tokens for p in pairs), results.put_nowait) as ticket:
+        batcher.submit(ticket, [Work(ticket, i, pair) for i, pair in enumerate(pairs)])
+        margins: dict[int, float] = {}
+        while len(margins) < len(pairs):
+            margins |= {one.index: one.margin for one in await results.get()}
+    if on_done is not None:
+        on_done()
+    return [margins[i] for i in range(len(pairs))]
+
+
+async def entered(backend) -> None:
+    while not backend.entered.is_set():
+        await asyncio.sleep(0.001)
+
+
+async def test_many_requests_at_once_get_what_one_by_one_gives(fbnl: FbnlBackend) -> None:
+    rng = np.random.default_rng(1)
+    requests = [make_pairs(fbnl, rng.integers(1, 40, 12).tolist(), "word " * n, seed=n) for n in range(1, 25)]
+    async with running(fbnl, 1500) as batcher:
+        together = await asyncio.gather(*(score(batcher, pairs) for pairs in requests))
+    for pairs, margins in zip(requests, together, strict=True):
+        alone = [float(fbnl.score([pair])[0]) for pair in pairs]
+        np.testing.assert_allclose(margins, alone, atol=1e-5)
+    assert batcher.counts.num_pairs == 24 * 12
+    assert batcher.counts.num_passes < 24 * 12 / 2
+
+
+async def test_a_batch_keeps_its_token_budget_unless_one_pair_is_over_it(gated) -> None:
+    pairs = make_pairs(gated, [10, 30, 50, 900, 20, 10])
+    budget = 3 * pairs[2].num_tokens
+    async with running(gated, budget) as batcher:
+        await score(batcher, pairs)
+    for batch in gated.passes:
+        assert len(batch) == 1 or sum(pair.num_tokens for pair in batch) <= budget
+    assert sum(map(len, gated.passes)) == len(pairs)
+
+
+async def test_a_small_request_does_not_wait_behind_a_large_one(gated) -> None:
+    large, small = make_pairs(gated, [20] * 300), make_pairs(gated, [20])
+    budget = 10 * small[0].num_tokens
+    async with running(gated, budget) as batcher:
+        gated.gate.clear()
+        first = asyncio.create_task(score(batcher, large))
+        await entered(gated)
+        second = asyncio.create_task(score(batcher, small))
+        await asyncio.sleep(0.01)
+        gated.gate.set()
+        await second
+        # One batch was under way when it came; the next one had it.
+        assert batcher.counts.num_passes <= 3
+        assert not first.done()
+        await first
+
+
+async def test_equal_requests_finish_first_come_first_served(fbnl: FbnlBackend) -> None:
+    order: list[int] = []
+    async with running(fbnl, 800) as batcher:
+        pairs = make_pairs(fbnl, [20] * 30)
+        await asyncio.gather(*(score(batcher, pairs, lambda n=n: order.append(n)) for n in range(6)))
+    assert order == sorted(order)
+
+
+async def test_a_large_request_is_not_starved_by_a_stream_of_small_ones(gated) -> None:
+    large, small = make_pairs(gated, [20] * 60), make_pairs(gated, [20] * 5)
+    finished_small = 0
+    async with running(gated, 10 * small[0].num_tokens) as batcher:
+        stop = asyncio.Event()
+
+        async def client() -> None:
+            nonlocal finished_small
+            while not stop.is_set():
+                await score(batcher, small)
+                finished_small += 1
+
+        clients = [asyncio.create_task(client()) for _ in range(4)]  # always 20 small pairs: two batches' worth
+        await asyncio.sleep(0.02)
+        before = finished_small
+        await asyncio.wait_for(score(batcher, large), 20)
+        stop.set()
+        await asyncio.gather(*clients)
+    # An equal share among five is twelve rounds of one small request each; give it twice that.
+    assert finished_small - before <= 4 * 12 * 2
+
+
+async def test_who_left_is_dropped_before_the_next_pass(gated) -> None:
+    pairs = make_pairs(gated, [20] * 40)
+    async with running(gated, 10 * pairs[0].num_tokens) as batcher:
+        gated.gate.clear()
+        leaver = asyncio.create_task(score(batcher, pairs))
+        await entered(gated)
+        leaver.cancel()
+        await asyncio.wait([leaver])
+        assert batcher.counts.num_dropped_pairs == 30
+        gated.gate.set()
+        await score(batcher, pairs[:1])
+        assert sum(map(len, gated.passes)) == 10 + 1
+
+
+async def test_pairs_past_their_deadline_are_never_computed(gated) -> None:
+    pairs = make_pairs(gated, [20] * 30)
+    async with running(gated, 10 * pairs[0].num_tokens) as batcher:
+        gated.gate.clear()
+        with batcher.ticket(1.0, lambda scored: None, deadline=time.monotonic() + 0.05) as ticket:
+            batcher.submit(ticket, [Work(ticket, i, pair) for i, pair in enumerate(pairs)])
+            await entered(gated)
+            await asyncio.sleep(0.06)
+            gated.gate.set()
+            await score(batcher, pairs[:1])
+            assert batcher.counts.num_dropped_pairs == 20
+            assert sum(map(len, gated.passes)) == 10 + 1
+
+
+class RaisesOn:
+    """A real backend that cannot bear pairs of one size, as a device short of memory."""
+
+    def __init__(self, real: FbnlBackend, size: int) -> None:
+        self.real, self.size = real, size
+
+    def score(self, pairs: Sequence[Pair]) -> NDArray[np.float32]:
+        if any(len(pair.states) == self.size for pair in pairs):
+            raise RuntimeError("out of memory")
+        return self.real.score(pairs)
+
+
+async def test_a_pair_that_cannot_be_scored_costs_itself_only(fbnl: FbnlBackend) -> None:
+    pairs = make_pairs(fbnl, [10, 13, 10])
+    async with running(RaisesOn(fbnl, 13), 10_000) as batcher:  # type: ignore[arg-type]  # all that the loop uses
+        margins = await score(batcher, pairs)
+    assert np.isnan(margins[1])
+    np.testing.assert_allclose([margins[0], margins[2]], fbnl.score([pairs[0], pairs[2]]), atol=1e-5)
+
+
+async def test_states_that_are_not_finite_cost_their_pair_only(fbnl: FbnlBackend) -> None:
+    pairs = make_pairs(fbnl, [10, 11, 12])
+    pairs[1].states[3, 5] = np.inf
+    async with running(fbnl, 10_000) as batcher:
+        margins = await score(batcher, pairs)
+    assert np.isfinite(margins).tolist() == [True, False, True]
+
+
+def test_passes_hold_similar_lengths_and_lose_nothing(fbnl: FbnlBackend) -> None:
+    pairs = make_pairs(fbnl, [4] * 200 + [2000] * 3)
+    ticket = Ticket(0.0, lambda scored: None, None)
+    works = [Work(ticket, i, pair) for i, pair in enumerate(pairs)]
+    passes = split_by_length(works)
+    assert sorted(work.index for one in passes for work in one) == list(range(len(pairs)))
+    for one in passes:
+        prompt, states = max(w.num_prompt_tokens for w in one), max(w.num_states for w in one)
+        padded = len(one) * prompt * (prompt + states)
+        real = sum(w.num_prompt_tokens * (w.num_prompt_tokens + w.num_states) for w in one)
+        assert padded <= max(FREE_CELLS, MAX_PADDING * real)
+    assert len(passes) == 2
+
+
+def test_admission_says_when_to_come_back() -> None:
+    counts = BatchCounts(num_tokens=1000, compute_seconds=2.0)  # 500 tokens a second
+    admission = Admission(counts, max_requests=2, max_tokens=10_000)
+    # 256 expected passage tokens at ratio 4, and 36 of prompt: 100 a candidate.
+    with admission.admit(50, 36, 4):
+        with pytest.raises(Overloaded, match="about 5000 tokens wait and this request has about 6000") as caught:
+            admission.admit(60, 36, 4)
+        assert caught.value.retry_after_seconds == pytest.approx(1000 / 500)
+        with admission.admit(10, 36, 4), pytest.raises(Overloaded, match="2 requests wait") as caught:
+            admission.admit(1, 36, 4)
+        assert caught.value.retry_after_seconds == pytest.approx(3000 / 500)
+    assert admission.num_tokens == 0
+    # Larger than the whole queue, and nobody else there.
+    with admission.admit(500, 36, 4) as place:
+        place.finished(499)
+        assert admission.num_tokens == pytest.approx(100)
+    assert (admission.num_requests, admission.num_tokens) == (0, pytest.approx(0))
