@@ -1,0 +1,238 @@
+"""Collection: passages of one encoder identity in a store, as float states.
+
+Encodes on the way in and decodes on the way out with the collection's codec, and refuses what does not belong. Does not
+know how a store keeps bytes, nor how states were made.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+
+from cache.errors import CodecError, CollectionExists, CollectionNotFound, EncoderMismatch, InvalidName, InvalidPassage
+from cache.manifest import Manifest
+from cache.names import is_passage_id, passage_id_bytes
+from cache.record import Damaged, Record
+from cache.states import PassageStates
+from cache.store import Store, StoreStats
+
+__all__ = ["Collection", "Manifest", "StoredPassage", "resolve"]
+
+_SCAN_BATCH_PASSAGES = 256
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class StoredPassage:
+    """One passage to be written."""
+
+    passage_id: str
+    states: PassageStates
+    text: str | None = None
+
+
+def resolve(store: Store, name_or_alias: str) -> str:
+    """The collection a name stands for at this moment. Raises CollectionNotFound only for a dangling name later on."""
+    return store.aliases().get(name_or_alias, name_or_alias)
+
+
+class Collection:
+    """One collection, bound to the name behind the alias it was opened by; open it again to follow a moved alias."""
+
+    def __init__(self, store: Store, manifest: Manifest) -> None:
+        self.store = store
+        self.manifest = manifest
+        self.name = manifest.collection
+        self.codec = manifest.make_codec()
+
+    @classmethod
+    def create(cls, store: Store, manifest: Manifest, *, exist_ok: bool = False) -> "Collection":
+        """Create the collection `manifest.collection`.
+
+        With `exist_ok` an existing one is opened instead, its codec table kept, where encoder, ratio, codec and text
+        keeping agree. Raises EncoderMismatch or CollectionExists naming both sides otherwise.
+        """
+        try:
+            store.write_manifest(manifest)
+        except CollectionExists:
+            existing = store.read_manifest(manifest.collection)
+            if existing is None or not exist_ok:
+                raise
+            _check_encoder(existing, manifest.fingerprint, manifest.checkpoint)
+            for name in ("dim", "compression_ratio", "codec", "stores_text"):
+                theirs, ours = getattr(existing, name), getattr(manifest, name)
+                if theirs != ours:
+                    raise CollectionExists(
+                        f"collection: {existing.collection!r} exists with {name} {theirs!r}, asked for {ours!r}"
+                    ) from None
+            return cls(store, existing)
+        return cls(store, manifest)
+
+    @classmethod
+    def open(
+        cls, store: Store, name_or_alias: str, *, fingerprint: str | None = None, checkpoint: str = ""
+    ) -> "Collection":
+        """Open by name or alias.
+
+        fingerprint: of the encoder that is going to write or score; None to look only. checkpoint: its name, for the
+        message. Raises CollectionNotFound, or EncoderMismatch naming both sides.
+        """
+        name = resolve(store, name_or_alias)
+        manifest = store.read_manifest(name)
+        if manifest is None:
+            known = ", ".join(store.list_collections()) or "none"
+            raise CollectionNotFound(f"collection: {name_or_alias!r} does not exist, the store has: {known}")
+        if fingerprint is not None:
+            _check_encoder(manifest, fingerprint, checkpoint)
+        return cls(store, manifest)
+
+    def put_many(self, passages: Sequence[StoredPassage]) -> None:
+        """Encode and write; on return all are durable. Raises InvalidPassage, and then nothing was written."""
+        if not passages:
+            return
+        seen: set[str] = set()
+        for passage in passages:
+            self._check(passage)
+            if passage.passage_id in seen:
+                raise InvalidPassage(passage.passage_id, "given twice in one write")
+            seen.add(passage.passage_id)
+        codes = self._encode(passages)
+        records = {}
+        end = 0
+        for passage in passages:
+            start, end = end, end + passage.states.num_states
+            records[passage.passage_id] = Record.build(
+                codes[start:end],
+                window_tokens=passage.states.window_tokens,
+                compression_ratio=passage.states.compression_ratio,
+                truncated=passage.states.truncated,
+                text_digest=passage.states.text_digest,
+                text=passage.text if self.manifest.stores_text else None,
+            )
+        self.store.put_many(self.name, records)
+
+    def get_many(self, passage_ids: Sequence[str]) -> list[PassageStates | Damaged | None]:
+        """One entry per id, in order; None where there is none, also for an id that cannot exist.
+
+        All passages are decoded by one codec call; their states are views into one float32 array.
+        """
+        return self._decode(passage_ids, self._records(passage_ids))
+
+    def get_texts(self, passage_ids: Sequence[str]) -> list[str | None]:
+        """The stored text per id; None where there is none, or the passage is damaged or missing."""
+        return [record.text if isinstance(record, Record) else None for record in self._records(passage_ids)]
+
+    def digests(self, passage_ids: Sequence[str]) -> list[bytes | None]:
+        """SHA-256 of the text each stored passage was encoded from, or None; reads no states."""
+        return self.store.contains_many(self.name, passage_ids)
+
+    def delete_many(self, passage_ids: Sequence[str]) -> int:
+        """Remove passages; returns how many were there."""
+        return self.store.delete_many(self.name, passage_ids)
+
+    def stats(self) -> StoreStats:
+        return self.store.stats(self.name)
+
+    def scan(self) -> Iterator[tuple[str, PassageStates | Damaged]]:
+        """Every passage once, in no particular order."""
+        records = self.store.scan(self.name)
+        while batch := list(islice(records, _SCAN_BATCH_PASSAGES)):
+            passage_ids = [passage_id for passage_id, _ in batch]
+            for passage_id, states in zip(
+                passage_ids, self._decode(passage_ids, [record for _, record in batch]), strict=True
+            ):
+                if states is not None:
+                    yield passage_id, states
+
+    def verify(self) -> Iterator[Damaged]:
+        """Read everything back, decode it, and yield what is damaged."""
+        for passage_id, states in self.scan():
+            if isinstance(states, Damaged):
+                yield states
+            elif not np.isfinite(states.states).all():
+                yield Damaged(passage_id, "decoded states are not finite")
+
+    def _records(self, passage_ids: Sequence[str]) -> list[Record | Damaged | None]:
+        if all(map(is_passage_id, passage_ids)):
+            return self.store.get_many(self.name, passage_ids)
+        # An id that cannot exist costs itself only: it is missing.
+        possible = [passage_id for passage_id in passage_ids if is_passage_id(passage_id)]
+        found = dict(zip(possible, self.store.get_many(self.name, possible), strict=True))
+        return [found.get(passage_id) for passage_id in passage_ids]
+
+    def _decode(
+        self, passage_ids: Sequence[str], records: Sequence[Record | Damaged | None]
+    ) -> list[PassageStates | Damaged | None]:
+        found = [self._fitting(*pair) for pair in zip(passage_ids, records, strict=True)]
+        codes = [record.codes for record in found if isinstance(record, Record)]
+        if not codes:
+            return [entry for entry in found if not isinstance(entry, Record)]
+        states = self.codec.decode(codes[0] if len(codes) == 1 else np.concatenate(codes))  # (sum of num_states, dim)
+        decoded: list[PassageStates | Damaged | None] = []
+        end = 0
+        for entry in found:
+            if isinstance(entry, Record):
+                start, end = end, end + entry.codes.shape[0]
+                decoded.append(
+                    PassageStates(
+                        states[start:end],
+                        entry.window_tokens,
+                        entry.compression_ratio,
+                        entry.truncated,
+                        entry.text_digest,
+                    )
+                )
+            else:
+                decoded.append(entry)
+        return decoded
+
+    def _fitting(self, passage_id: str, record: Record | Damaged | None) -> Record | Damaged | None:
+        """A record that is whole may still not be one of this collection: the store may be shared."""
+        if isinstance(record, Record):
+            if record.codes.shape[1] != self.codec.code_size_bytes:
+                return Damaged(
+                    passage_id, f"{record.codes.shape[1]} bytes per state, expected {self.codec.code_size_bytes}"
+                )
+            if record.compression_ratio != self.manifest.compression_ratio:
+                return Damaged(
+                    passage_id, f"ratio {record.compression_ratio}, expected {self.manifest.compression_ratio}"
+                )
+        return record
+
+    def _check(self, passage: StoredPassage) -> None:
+        states, passage_id = passage.states, passage.passage_id
+        try:
+            passage_id_bytes(passage_id)
+            if passage.text is not None:
+                passage.text.encode()
+        except (InvalidName, UnicodeEncodeError) as exc:
+            raise InvalidPassage(passage_id, str(exc)) from exc
+        if states.dim != self.manifest.dim:
+            raise InvalidPassage(passage_id, f"dim {states.dim}, the collection has {self.manifest.dim}")
+        if states.compression_ratio != self.manifest.compression_ratio:
+            raise InvalidPassage(
+                passage_id,
+                f"compression_ratio {states.compression_ratio}, the collection has {self.manifest.compression_ratio}",
+            )
+        if not np.isfinite(states.states).all():
+            raise InvalidPassage(passage_id, "states hold NaN or infinity")
+
+    def _encode(self, passages: Sequence[StoredPassage]) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
+        try:
+            return self.codec.encode(np.concatenate([passage.states.states for passage in passages]))
+        except CodecError:
+            for passage in passages:  # find the one to blame
+                try:
+                    self.codec.encode(passage.states.states)
+                except CodecError as exc:
+                    raise InvalidPassage(passage.passage_id, str(exc)) from exc
+            raise
+
+
+def _check_encoder(manifest: Manifest, fingerprint: str, checkpoint: str) -> None:
+    if manifest.fingerprint != fingerprint:
+        raise EncoderMismatch(
+            f"collection {manifest.collection!r} was written by encoder {manifest.checkpoint!r} (fingerprint "
+            f"{manifest.fingerprint}), not by {checkpoint!r} (fingerprint {fingerprint}); index it again or use the "
+            "checkpoint it was written with"
+        )

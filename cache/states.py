@@ -1,0 +1,97 @@
+"""PassageStates: the token states of one passage, pooled, with what is needed to pool them further.
+
+Does not know how they were encoded, under which id they are kept, or in which codec.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache.errors import RatioError
+from cache.pooling import num_pooled, repool
+
+
+def text_digest(text: str) -> bytes:
+    """SHA-256 of the UTF-8 text, 32 bytes: tells whether a passage changed since it was encoded."""
+    return hashlib.sha256(text.encode()).digest()
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class PassageStates:
+    """Pooled token states of one passage.
+
+    A passage longer than the encoder's limit may have been split into windows; each was encoded and pooled on its own
+    and their states lie one after the other.
+
+    states: float32 (num_states, dim), C-contiguous; possibly a view into a larger batch, so do not write to it
+    window_tokens: valid tokens of each window before pooling; one entry unless the passage was split
+    compression_ratio: tokens per state
+    truncated: the text was cut at the encoder's limit
+    text_digest: SHA-256 of the text, 32 bytes
+    """
+
+    states: NDArray[np.float32]
+    window_tokens: tuple[int, ...]
+    compression_ratio: int
+    truncated: bool
+    text_digest: bytes
+
+    def __post_init__(self) -> None:
+        if self.states.dtype != np.float32 or self.states.ndim != 2 or not self.states.flags.c_contiguous:
+            raise ValueError(
+                f"states: {self.states.dtype} {self.states.shape}, expected C-contiguous float32 (num_states, dim)"
+            )
+        if not self.window_tokens or min(self.window_tokens) < 1:
+            raise ValueError(f"window_tokens: {self.window_tokens}, expected at least one window of at least one token")
+        if len(self.text_digest) != 32:
+            raise ValueError(f"text_digest: {len(self.text_digest)} bytes, expected the 32 of a SHA-256")
+        expected = sum(num_pooled(tokens, self.compression_ratio) for tokens in self.window_tokens)
+        if self.states.shape[0] != expected:
+            raise ValueError(
+                f"states: {self.states.shape[0]} rows, expected {expected} for windows of {self.window_tokens} tokens "
+                f"at compression_ratio {self.compression_ratio}"
+            )
+
+    @property
+    def num_tokens(self) -> int:
+        """Valid tokens before pooling, over all windows."""
+        return sum(self.window_tokens)
+
+    @property
+    def num_states(self) -> int:
+        return int(self.states.shape[0])
+
+    @property
+    def dim(self) -> int:
+        return int(self.states.shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.states.nbytes)
+
+    def windows(self) -> list[NDArray[np.float32]]:
+        """The states of each window: views of (ceil(window_tokens / compression_ratio), dim)."""
+        if len(self.window_tokens) == 1:
+            return [self.states]
+        ends = np.cumsum([num_pooled(tokens, self.compression_ratio) for tokens in self.window_tokens])
+        return np.split(self.states, ends[:-1])
+
+    def at_ratio(self, ratio: int) -> "PassageStates":
+        """The same passage at a multiple of the stored ratio; every window is pooled on its own.
+
+        Raises RatioError (a ValueError) naming both ratios where `ratio` is no multiple.
+        """
+        if ratio == self.compression_ratio:
+            return self
+        if ratio < 1 or ratio % self.compression_ratio:
+            raise RatioError(
+                f"compression_ratio: {ratio} is not a multiple of the stored ratio {self.compression_ratio}"
+            )
+        pooled = [
+            repool(window, tokens, self.compression_ratio, ratio)
+            for window, tokens in zip(self.windows(), self.window_tokens, strict=True)
+        ]
+        states = pooled[0] if len(pooled) == 1 else np.concatenate(pooled)
+        return PassageStates(states, self.window_tokens, ratio, self.truncated, self.text_digest)
