@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from decoder_server.fused import gated_linear_for
 from decoder_server.layout import Layout
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class Decoder:
         self.norm = _norm_weight(tensors.pop("decoder.norm.weight"))
         self.layers = [_take_layer(tensors, i) for i in range(config.num_hidden_layers)]
         self.layer_types: list[str] = list(config.layer_types or ())
+        self._gated = gated_linear_for(self.embedding)
         self.rope = _Rope(config, self.embedding.device, self.embedding.dtype)
 
     @torch.inference_mode()
@@ -115,7 +117,7 @@ class Decoder:
             hidden = hidden[layout.readout]
         hidden = hidden + _rms_norm(F.linear(attended, layer.o), layer.post_attention, self.eps)
         normed = _rms_norm(hidden, layer.pre_mlp, self.eps)
-        inner = F.gelu(F.linear(normed, layer.gate), approximate="tanh").mul_(F.linear(normed, layer.up))
+        inner = self._gated(normed, layer.gate, layer.up)
         return hidden + _rms_norm(F.linear(inner, layer.down), layer.post_mlp, self.eps)
 
     def _attention(
