@@ -27,12 +27,13 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.common import matmul_peak, nano_checkpoint, report, start
-from checkpoint import Checkpoint
+from checkpoint import Checkpoint, TokenizedPrompt
 from checkpoint.compute import DTYPES
 from decoder_server.backend import Pair
 from decoder_server.fbnl import FbnlBackend
 from encoder_worker.encoder import Encoder
 
+PROMPT_TOKENS = 72  # KaLM's template around a query of 19 tokens
 BATCH = 10  # candidates a batch; every way gets the same
 
 
@@ -51,7 +52,7 @@ class Ways:
         rng = np.random.default_rng(0)
         vocab = checkpoint.text.vocab_size
         self.passages = [rng.integers(300, vocab, passage_tokens).tolist() for _ in range(num_candidates)]
-        self.prompt = self.backend.prompt("which passages does the decoder attend over, and what does that cost?")
+        self.prompt = TokenizedPrompt(rng.integers(300, vocab, PROMPT_TOKENS).tolist(), 19, query_truncated=False)
         self.states = self.encoder.encode(self.passages, ratio)
         self.pairs = [Pair(self.prompt, states) for states in self.states]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -36,7 +37,7 @@ def _fused_gated_linear(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _has_onednn_pointwise() -> bool:
-    if not torch.backends.mkldnn.is_available():
+    if not cast(Any, torch.backends.mkldnn).is_available():
         return False
     x = torch.ones(2, 8, dtype=torch.bfloat16)
     try:
