@@ -43,7 +43,7 @@ class CommandFailed(click.ClickException):
 
     def __init__(self, message: str, exit_code: int = BAD_INPUT) -> None:
         super().__init__(message)
-        self.exit_code = exit_code
+        self.exit_code = exit_code  # type: ignore[misc]  # click says ClassVar and reads it from the instance
 
     def show(self, file: IO[Any] | None = None) -> None:
         click.echo(f"preread: error: {self.format_message()}", file=file, err=file is None)

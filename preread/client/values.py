@@ -1,0 +1,166 @@
+"""What goes into a call and what comes out, as frozen values. Knows no protobuf; preread.client.wire does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, TypedDict
+
+OnMiss = Literal["encode", "skip", "fail"]
+Status = Literal["hit", "encoded", "missing", "corrupt", "too_long", "failed", "unspecified"]
+UpsertStatus = Literal["stored", "unchanged", "refused", "unspecified"]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A passage to score: an id in a collection, or text, or both (the text wins where another one is stored)."""
+
+    passage_id: str | None = None
+    text: str | None = None
+
+
+class RerankOptions(TypedDict, total=False):
+    """Keyword arguments of `rerank` and `rerank_stream`; what is left out, "" or 0 means the default."""
+
+    collection: str  # or alias: what passage ids refer to
+    instruction: str  # what to look for; default: the checkpoint's
+    top_n: int  # how many scored results to return; default: all
+    compression_ratio: int  # a multiple of the stored ratio; default: the stored one
+    on_miss: OnMiss | None  # for ids that are not stored; default: the server's
+    return_text: bool
+    model: str  # default: the only or first one
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of one candidate."""
+
+    index: int  # position among the candidates of the call
+    passage_id: str  # "" for inline text
+    status: Status
+    score: float | None  # P(yes) in [0, 1]; None: not scored
+    margin: float | None  # yes-logit minus no-logit; None: not scored
+    text: str | None  # with return_text
+    message: str  # why it was not scored
+    num_states: int
+    compression_ratio: int
+    truncated: bool  # the passage was cut when it was encoded
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where the time of a call went on the server, in seconds. Parts overlap: they need not add up."""
+
+    fetch_seconds: float
+    encode_seconds: float
+    queue_seconds: float
+    compute_seconds: float
+    total_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """An answer, less its results."""
+
+    model: str
+    timings: Timings
+    num_scored: int
+    num_query_tokens: int
+    query_truncated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Reranking:
+    """An answer: results best first, then those that could not be scored. Iterates over its results."""
+
+    results: tuple[Result, ...]
+    summary: Summary
+
+    def __iter__(self) -> Iterator[Result]:
+        return iter(self.results)
+
+    def __len__(self) -> int:
+        return len(self.results)
+
+    def __getitem__(self, position: int) -> Result:
+        return self.results[position]
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderIdentity:
+    """Which encoder wrote a collection, or whose states a model reads."""
+
+    fingerprint: str
+    checkpoint: str
+    dim: int
+    max_passage_tokens: int
+    passage_template: str
+    pooling_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """A served model and its limits."""
+
+    name: str
+    backend: str
+    checkpoint: str
+    encoder: EncoderIdentity
+    default_instruction: str
+    default_compression_ratio: int
+    max_query_tokens: int
+    max_candidates: int
+    max_message_bytes: int
+    dtype: str
+    device: str
+    encodes_on_demand: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CollectionInfo:
+    """One collection of a store."""
+
+    name: str
+    aliases: tuple[str, ...]
+    encoder: EncoderIdentity
+    compression_ratio: int
+    codec: str
+    num_passages: int
+    num_states: int
+    num_tokens: int
+    num_truncated: int
+    size_bytes: int
+    stores_text: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderInfo:
+    """What an encoder worker is and how it stores by default."""
+
+    encoder: EncoderIdentity
+    default_compression_ratio: int
+    default_codec: str
+    dtype: str
+    device: str
+    store: str
+    max_message_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A passage to store."""
+
+    passage_id: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class UpsertResult:
+    """The acknowledgement of one passage: it is in the store, was there already, or was refused."""
+
+    passage_id: str
+    status: UpsertStatus
+    num_tokens: int
+    num_states: int
+    truncated: bool
+    message: str

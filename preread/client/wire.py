@@ -1,0 +1,170 @@
+"""Protobuf from and to the values of preread.client; the only file of the client that knows message bodies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import cast, get_args
+
+from preread.client.values import (
+    Candidate,
+    CollectionInfo,
+    EncoderIdentity,
+    EncoderInfo,
+    ModelInfo,
+    OnMiss,
+    Reranking,
+    RerankOptions,
+    Result,
+    Status,
+    Summary,
+    Timings,
+    UpsertResult,
+    UpsertStatus,
+)
+from preread.v1 import common_pb2, encoder_pb2, rerank_pb2
+
+
+def pack_request(query: str, candidates: Iterable[str | Candidate], options: RerankOptions) -> rerank_pb2.RerankRequest:
+    """A plain string is an id where a collection is named, else a text.
+
+    Raises:
+        TypeError, ValueError: an argument that cannot be put on the wire.
+    """
+    if isinstance(candidates, str):
+        raise TypeError("candidates is one string; expected a list of them")
+    unknown = options.keys() - RerankOptions.__optional_keys__
+    if unknown:
+        raise TypeError(f"unknown arguments {sorted(unknown)}; known: {sorted(RerankOptions.__optional_keys__)}")
+    on_miss = options.get("on_miss")
+    if on_miss is not None and on_miss not in get_args(OnMiss):
+        raise ValueError(f"on_miss is {on_miss!r}; expected {', '.join(get_args(OnMiss))} or None")
+    collection = options.get("collection", "")
+    return rerank_pb2.RerankRequest(
+        query=query,
+        instruction=options.get("instruction", ""),
+        candidates=[_pack_candidate(candidate, is_id=bool(collection)) for candidate in candidates],
+        collection=collection,
+        top_n=options.get("top_n", 0),
+        compression_ratio=options.get("compression_ratio", 0),
+        on_miss=f"ON_MISS_{on_miss.upper() if on_miss else 'UNSPECIFIED'}",
+        return_text=options.get("return_text", False),
+        model=options.get("model", ""),
+    )
+
+
+def _pack_candidate(candidate: str | Candidate, *, is_id: bool) -> rerank_pb2.Candidate:
+    if isinstance(candidate, Candidate):
+        return rerank_pb2.Candidate(passage_id=candidate.passage_id, text=candidate.text)
+    return rerank_pb2.Candidate(passage_id=candidate) if is_id else rerank_pb2.Candidate(text=candidate)
+
+
+def unpack_response(message: rerank_pb2.RerankResponse) -> Reranking:
+    return Reranking(unpack_results(message.results), unpack_summary(message))
+
+
+def unpack_results(messages: Iterable[rerank_pb2.Result]) -> tuple[Result, ...]:
+    return tuple(
+        Result(
+            index=m.index,
+            passage_id=m.passage_id,
+            status=cast(Status, _enum_word(common_pb2.CandidateStatus, m.status, "CANDIDATE_STATUS_")),
+            score=m.score if m.HasField("score") else None,
+            margin=m.margin if m.HasField("margin") else None,
+            text=m.text if m.HasField("text") else None,
+            message=m.message,
+            num_states=m.num_states,
+            compression_ratio=m.compression_ratio,
+            truncated=m.truncated,
+        )
+        for m in messages
+    )
+
+
+def unpack_summary(message: rerank_pb2.RerankResponse | rerank_pb2.RerankStreamResponse.Summary) -> Summary:
+    times = message.timings
+    return Summary(
+        model=message.model,
+        timings=Timings(
+            times.fetch_seconds, times.encode_seconds, times.queue_seconds, times.compute_seconds, times.total_seconds
+        ),
+        num_scored=message.num_scored,
+        num_query_tokens=message.num_query_tokens,
+        query_truncated=message.query_truncated,
+    )
+
+
+def unpack_model(message: rerank_pb2.ModelInfo) -> ModelInfo:
+    return ModelInfo(
+        name=message.name,
+        backend=message.backend,
+        checkpoint=message.checkpoint,
+        encoder=unpack_identity(message.encoder),
+        default_instruction=message.default_instruction,
+        default_compression_ratio=message.default_compression_ratio,
+        max_query_tokens=message.max_query_tokens,
+        max_candidates=message.max_candidates,
+        max_message_bytes=message.max_message_bytes,
+        dtype=message.dtype,
+        device=message.device,
+        encodes_on_demand=message.encodes_on_demand,
+    )
+
+
+def unpack_collection(message: common_pb2.CollectionInfo) -> CollectionInfo:
+    return CollectionInfo(
+        name=message.name,
+        aliases=tuple(message.aliases),
+        encoder=unpack_identity(message.encoder),
+        compression_ratio=message.compression_ratio,
+        codec=message.codec,
+        num_passages=message.num_passages,
+        num_states=message.num_states,
+        num_tokens=message.num_tokens,
+        num_truncated=message.num_truncated,
+        size_bytes=message.size_bytes,
+        stores_text=message.stores_text,
+    )
+
+
+def unpack_identity(message: common_pb2.EncoderIdentity) -> EncoderIdentity:
+    return EncoderIdentity(
+        fingerprint=message.fingerprint,
+        checkpoint=message.checkpoint,
+        dim=message.dim,
+        max_passage_tokens=message.max_passage_tokens,
+        passage_template=message.passage_template,
+        pooling_version=message.pooling_version,
+    )
+
+
+def unpack_encoder(message: encoder_pb2.DescribeResponse) -> EncoderInfo:
+    return EncoderInfo(
+        encoder=unpack_identity(message.encoder),
+        default_compression_ratio=message.default_compression_ratio,
+        default_codec=message.default_codec,
+        dtype=message.dtype,
+        device=message.device,
+        store=message.store,
+        max_message_bytes=message.max_message_bytes,
+    )
+
+
+def unpack_upserts(message: encoder_pb2.UpsertResponse) -> Iterator[UpsertResult]:
+    for m in message.results:
+        yield UpsertResult(
+            passage_id=m.passage_id,
+            status=cast(UpsertStatus, _enum_word(encoder_pb2.UpsertStatus, m.status, "UPSERT_STATUS_")),
+            num_tokens=m.num_tokens,
+            num_states=m.num_states,
+            truncated=m.truncated,
+            message=m.message,
+        )
+
+
+def _enum_word(enum: object, value: int, prefix: str) -> str:
+    """CANDIDATE_STATUS_TOO_LONG -> too_long; a value of a newer server reads as unspecified."""
+    try:
+        name: str = enum.Name(value)  # type: ignore[attr-defined]  # protobuf's enum wrappers share no public type
+    except ValueError:
+        return "unspecified"
+    return name.removeprefix(prefix).lower()
