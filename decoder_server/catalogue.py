@@ -10,10 +10,31 @@ from dataclasses import dataclass
 from threading import Lock
 
 from cache.collection import Collection
-from cache.store import Store
+from cache.errors import CacheError, CollectionNotFound, EncoderMismatch, InvalidName, StoreLocked, StoreUnavailable
+from cache.manifest import Manifest
+from cache.store import Store, StoreStats
+from decoder_server.errors import InvalidRequest, NotFound, Refused, Unavailable
 
-from cache.errors import CollectionNotFound, EncoderMismatch, StoreUnavailable
-from decoder_server.errors import NotFound, Refused, Unavailable
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """One collection of a store, for people and for ListCollections."""
+
+    manifest: Manifest
+    stats: StoreStats
+    aliases: tuple[str, ...]
+
+
+def describe(store: Store) -> list[Described]:
+    """Every collection, by name. Blocks on the store and raises its errors."""
+    aliases = sorted(store.aliases().items())
+    described = []
+    for name in store.list_collections():
+        manifest = store.read_manifest(name)
+        if manifest is not None:  # else dropped a moment ago
+            own = tuple(alias for alias, target in aliases if target == name)
+            described.append(Described(manifest, store.stats(name), own))
+    return described
 
 
 @dataclass(slots=True)
@@ -49,7 +70,8 @@ class Catalogue:
 
         Raises:
             NotFound: no such collection.
-            Refused: another encoder wrote it.
+            InvalidRequest: no name a collection can have.
+            Refused: another encoder wrote it, or it cannot be read.
             Unavailable: the store does not answer.
         """
         with self._lock:
@@ -60,8 +82,12 @@ class Catalogue:
                 raise NotFound("collection", name, str(exc)) from exc
             except EncoderMismatch as exc:
                 raise Refused("ENCODER_MISMATCH", name, str(exc)) from exc
-            except StoreUnavailable as exc:
+            except InvalidName as exc:
+                raise InvalidRequest("collection", name, "the name of a collection or alias") from exc
+            except (StoreUnavailable, StoreLocked) as exc:
                 raise Unavailable(str(exc)) from exc
+            except CacheError as exc:  # damaged, not readable by us, of an unknown version
+                raise Refused("COLLECTION_UNREADABLE", name, str(exc)) from exc
             self._opened[name] = opened
             return opened.collection
 

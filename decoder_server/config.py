@@ -34,7 +34,7 @@ class DecoderConfig:
     max_inline_cache_bytes: int = 256 * MIB  # states of inline texts
     max_store_cache_bytes: int = 256 * MIB  # tier in front of the store; 0: none
     encode_timeout_seconds: float = 60.0
-    alias_check_seconds: float = 1.0  # how stale a moved alias may be
+    max_staleness_seconds: float = 1.0  # how long a moved alias or a passage written anew may go unnoticed
 
     def __post_init__(self) -> None:
         positive = (
@@ -44,7 +44,7 @@ class DecoderConfig:
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0")
-        for name in ("max_inline_cache_bytes", "max_store_cache_bytes", "alias_check_seconds"):
+        for name in ("max_inline_cache_bytes", "max_store_cache_bytes", "max_staleness_seconds"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
         for name in ("max_batch_tokens", "num_threads", "max_passage_tokens"):

@@ -83,7 +83,7 @@ class EncoderClient:
             raise ValueError(str(exc)) from exc
 
     async def close(self) -> None:
-        await self._channel.close()
+        await self._channel.close(None)
 
     def _check_identity(self, fingerprint: str, dim: int) -> None:
         if fingerprint != self._fingerprint or dim != self._dim:

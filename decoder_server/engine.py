@@ -11,10 +11,9 @@ import dataclasses
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
-from typing import ParamSpec, TypeVar
+from typing import TypeVar
 
 from cache.collection import Collection
-
 from cache.errors import CacheError
 from checkpoint import TokenizedPrompt
 from decoder_server.admission import Admission
@@ -28,7 +27,6 @@ from decoder_server.request import OnMiss, Outcome, RerankRequest, Summary, Timi
 from decoder_server.run import Emit, Run
 from decoder_server.tally import ranked
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -177,5 +175,5 @@ class Engine:
                 texts = {}
         return [dataclasses.replace(o, text=inline.get(o.index, texts.get(o.passage_id))) for o in outcomes]
 
-    async def _call(self, function: Callable[P, T], *args: P.args) -> T:
+    async def _call(self, function: Callable[..., T], *args: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)

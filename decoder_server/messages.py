@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cache.collection import Manifest
-from cache.store import StoreStats
-
+from cache.manifest import Manifest
 from checkpoint import EncoderIdentity
+from decoder_server.catalogue import Described
 from decoder_server.engine import Engine
 from decoder_server.request import Candidate, OnMiss, Outcome, RerankRequest, Status, Summary, Timings
 from preread.v1 import common_pb2, rerank_pb2
@@ -18,7 +17,7 @@ _ON_MISS = {
     common_pb2.ON_MISS_SKIP: OnMiss.SKIP,
     common_pb2.ON_MISS_FAIL: OnMiss.FAIL,
 }
-_STATUS = {status: common_pb2.CandidateStatus.Value(f"CANDIDATE_STATUS_{status.name}") for status in Status}
+_STATUS = {status: f"CANDIDATE_STATUS_{status.name}" for status in Status}
 
 
 def unpack_request(message: rerank_pb2.RerankRequest) -> RerankRequest:
@@ -90,10 +89,11 @@ def pack_model(engine: Engine) -> rerank_pb2.ModelInfo:
     )
 
 
-def pack_collection(manifest: Manifest, stats: StoreStats, aliases: Sequence[str]) -> common_pb2.CollectionInfo:
+def pack_collection(described: Described) -> common_pb2.CollectionInfo:
+    manifest, stats = described.manifest, described.stats
     return common_pb2.CollectionInfo(
         name=manifest.collection,
-        aliases=aliases,
+        aliases=described.aliases,
         encoder=_pack_identity(manifest),
         compression_ratio=manifest.compression_ratio,
         codec=manifest.codec,

@@ -14,10 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 from cache.lru import LruStore
-from cache.store import Store, open_store
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from cache.store import Store, open_store
 from decoder_server.admission import Admission
 from decoder_server.backend import Backend
 from decoder_server.batcher import Batcher
@@ -58,7 +58,11 @@ class DecoderServer:
         self._own_store = open_store(config.store) if store is None else None
         below = self._own_store if store is None else store
         assert below is not None
-        self._store = LruStore(below, config.max_store_cache_bytes) if config.max_store_cache_bytes else below
+        self._store: Store = below
+        if config.max_store_cache_bytes:
+            self._store = LruStore(
+                below, max_bytes=config.max_store_cache_bytes, staleness_seconds=config.max_staleness_seconds
+            )
         self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._store_threads = ThreadPoolExecutor(NUM_STORE_THREADS, thread_name_prefix="store")
         self._service = RerankService(self._store, self._store_threads)
@@ -94,12 +98,13 @@ class DecoderServer:
                 ("grpc.so_reuseport", 0),  # a taken port should be an error, not a shared one
             ]
         )
-        self._health = health.aio.HealthServicer()
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing in grpc-stubs
         rerank_pb2_grpc.add_RerankServiceServicer_to_server(self._service, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection([SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        address = f"{self.config.host}:{self.config.port}"
+        host = self.config.host
+        address = f"[{host}]:{self.config.port}" if ":" in host and host[0] != "[" else f"{host}:{self.config.port}"
         try:
             self.port = self._server.add_insecure_port(address)
         except RuntimeError as exc:
@@ -122,7 +127,7 @@ class DecoderServer:
             backend,
             batcher,
             admission,
-            Catalogue(self._store, identity.fingerprint, self.config.alias_check_seconds),
+            Catalogue(self._store, identity.fingerprint, self.config.max_staleness_seconds),
             Passages(self._store_threads, inline),
             self._store_threads,
             self.config,

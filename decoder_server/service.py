@@ -8,17 +8,15 @@ from __future__ import annotations
 import asyncio
 import time
 from concurrent.futures import Executor
-from typing import NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import grpc
-from cache.store import Store
-from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
-from google.rpc import error_details_pb2 as details
-from preread.rpc import abort
 
 from cache.errors import CacheError
+from cache.store import Store
 from decoder_server import messages
+from decoder_server.catalogue import describe
 from decoder_server.engine import Engine
 from decoder_server.errors import (
     DeadlineExceeded,
@@ -30,9 +28,9 @@ from decoder_server.errors import (
     Unavailable,
 )
 from decoder_server.request import Outcome, RerankRequest
-from preread.v1 import common_pb2, rerank_pb2, rerank_pb2_grpc
+from preread import rpc
+from preread.v1 import rerank_pb2, rerank_pb2_grpc
 
-DOMAIN = "preread"
 _CODES = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     NotFound: grpc.StatusCode.NOT_FOUND,
@@ -42,7 +40,7 @@ _CODES = {
     DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
 
-Context = grpc.aio.ServicerContext  # of any request and response
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 class RerankService(rerank_pb2_grpc.RerankServiceServicer):
@@ -86,10 +84,10 @@ class RerankService(rerank_pb2_grpc.RerankServiceServicer):
     ) -> rerank_pb2.ListCollectionsResponse:
         loop = asyncio.get_running_loop()
         try:
-            collections = await loop.run_in_executor(self._executor, _list_collections, self._store)
+            described = await loop.run_in_executor(self._executor, describe, self._store)
         except CacheError as exc:
             await _abort(context, Unavailable(str(exc)))
-        return rerank_pb2.ListCollectionsResponse(collections=collections)
+        return rerank_pb2.ListCollectionsResponse(collections=map(messages.pack_collection, described))
 
     def _engine(self, request: RerankRequest) -> Engine:
         if not self.engines:
@@ -100,44 +98,27 @@ class RerankService(rerank_pb2_grpc.RerankServiceServicer):
         return self.engines[name]
 
 
-def _list_collections(store: Store) -> list[common_pb2.CollectionInfo]:
-    aliases: dict[str, list[str]] = {}
-    for alias, name in sorted(store.aliases().items()):
-        aliases.setdefault(name, []).append(alias)
-    described = []
-    for name in sorted(store.list_collections()):
-        manifest = store.read_manifest(name)
-        if manifest is not None:  # dropped a moment ago
-            described.append(messages.pack_collection(manifest, store.stats(name), aliases.get(name, [])))
-    return described
-
-
 def _deadline(context: Context) -> float | None:
     remaining = context.time_remaining()
     return None if remaining is None else time.monotonic() + remaining
 
 
 async def _abort(context: Context, error: RerankError) -> NoReturn:
-    await abort(context, _CODES[type(error)], str(error), *_details(error))
-    raise AssertionError("abort returned")
+    await rpc.abort(context, _CODES[type(error)], str(error), *_details(error))
 
 
 def _details(error: RerankError) -> list[Message]:
     match error:
         case InvalidRequest():
-            violation = details.BadRequest.FieldViolation(field=error.field, description=str(error))
-            return [details.BadRequest(field_violations=[violation])]
+            return [rpc.field_violation(error.field, str(error))]
         case NotFound():
-            return [details.ResourceInfo(resource_type=error.kind, resource_name=error.name, description=str(error))]
+            return [rpc.resource_info(error.kind, error.name, str(error))]
         case Refused():
-            info = details.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata={"subject": error.subject})
-            violation = details.PreconditionFailure.Violation(
-                type=error.reason, subject=error.subject, description=str(error)
-            )
-            return [info, details.PreconditionFailure(violations=[violation])]
+            return [
+                rpc.error_info(error.reason, subject=error.subject),
+                rpc.precondition(error.reason, error.subject, str(error)),
+            ]
         case Overloaded():
-            delay = Duration()
-            delay.FromNanoseconds(int(error.retry_after_seconds * 1e9))
-            return [details.RetryInfo(retry_delay=delay)]
+            return [rpc.retry_after(error.retry_after_seconds)]
         case _:
             return []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -64,16 +64,17 @@ def _outcome(pending: _Pending) -> Outcome:
     found = pending.found
     states = found.states
     assert states is not None
-    known = {
-        "index": found.candidate.index,
-        "passage_id": found.candidate.passage_id or "",
-        "num_states": states.num_states,
-        "compression_ratio": states.compression_ratio,
-        "truncated": states.truncated,
-    }
+    outcome = Outcome(
+        index=found.candidate.index,
+        passage_id=found.candidate.passage_id or "",
+        status=found.status,
+        num_states=states.num_states,
+        compression_ratio=states.compression_ratio,
+        truncated=states.truncated,
+    )
     # With one window unknown the best is unknown too.
     bad = next((one for one in pending.scored if not math.isfinite(one.margin)), None)
     if bad is not None:
-        return Outcome(status=Status.FAILED, message=bad.error, **known)
+        return replace(outcome, status=Status.FAILED, message=bad.error)
     margin = max(one.margin for one in pending.scored)
-    return Outcome(status=found.status, margin=margin, score=sigmoid(margin), **known)
+    return replace(outcome, margin=margin, score=sigmoid(margin))

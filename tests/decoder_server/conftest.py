@@ -1,21 +1,34 @@
-"""A tiny random checkpoint, its real backend, and that backend behind a gate."""
+"""A tiny random checkpoint with both halves, real stores filled from it, and real servers on loopback."""
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 
+from cache.collection import Collection, StoredPassage
+from cache.manifest import Manifest
+from cache.states import PassageStates, text_digest
+from cache.store import Store, open_store
 from checkpoint import Checkpoint, EncoderIdentity, TokenizedPrompt
 from checkpoint.synthetic import make_checkpoint
-from decoder_server.backend import Pair
+from decoder_server.backend import Backend, Pair
+from decoder_server.config import DecoderConfig
 from decoder_server.fbnl import FbnlBackend
+from decoder_server.loading import load_fbnl
+from decoder_server.server import DecoderServer
+from encoder_worker.encoder import Encoder
+from preread.v1 import rerank_pb2, rerank_pb2_grpc
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -62,9 +75,141 @@ class GatedBackend:
         return self.real.score(pairs)
 
     def warm_up(self) -> None:
+        assert self.gate.wait(30)
         self.real.warm_up()
+
+    async def wait_entered(self) -> None:
+        """Returns when a pass is under way."""
+        while not self.entered.is_set():
+            await asyncio.sleep(0.001)
 
 
 @pytest.fixture
 def gated(fbnl: FbnlBackend) -> GatedBackend:
     return GatedBackend(fbnl)
+
+
+class Encoding:
+    """Texts to states by the real encoder, and collections filled with them."""
+
+    def __init__(self, directory: Path) -> None:
+        self.checkpoint = Checkpoint.open(directory)
+        self._encoder = Encoder.load(self.checkpoint, device="cpu", dtype="float32")
+
+    def encode(self, text: str, ratio: int) -> PassageStates:
+        (tokens,) = self.checkpoint.text.passages([text])
+        (states,) = self._encoder.encode([tokens.ids], ratio)
+        return PassageStates(states, (len(tokens.ids),), ratio, tokens.truncated, text_digest(text))
+
+    def manifest(self, name: str, ratio: int = 4, codec: str = "Flat", *, fingerprint: str | None = None) -> Manifest:
+        identity = self.checkpoint.identity()
+        return Manifest(
+            collection=name,
+            fingerprint=fingerprint or identity.fingerprint,
+            checkpoint=identity.checkpoint,
+            dim=identity.dim,
+            max_passage_tokens=identity.max_passage_tokens,
+            passage_template=identity.passage_template,
+            pooling_version=identity.pooling_version,
+            compression_ratio=ratio,
+            codec=codec,
+            stores_text=True,
+        )
+
+    def fill(self, store: Store, name: str, texts: Mapping[str, str], ratio: int = 4) -> Collection:
+        collection = Collection.create(store, self.manifest(name, ratio))
+        collection.put_many([StoredPassage(i, self.encode(text, ratio), text) for i, text in texts.items()])
+        return collection
+
+
+@pytest.fixture(scope="session")
+def encoding(tiny: Path) -> Encoding:
+    return Encoding(tiny)
+
+
+@pytest.fixture(scope="session")
+def texts() -> dict[str, str]:
+    """Passages of one to some ninety words."""
+    rng = np.random.default_rng(7)
+    words = ["passage", "query", "read", "once", "state", "decoder", "answers", "yes", "no", "gravity", "bodies"]
+    return {f"p{i}": " ".join(rng.choice(words, rng.integers(1, 90))) for i in range(60)}
+
+
+@pytest.fixture
+def store(tmp_path: Path, encoding: Encoding, texts: dict[str, str]) -> Store:
+    """An embedded store with the collection `docs`."""
+    store = open_store(f"faiss:{tmp_path / 'store'}")
+    encoding.fill(store, "docs", texts)
+    yield store
+    store.close()
+
+
+@dataclass
+class Serving:
+    """A running server and a stub that speaks to it."""
+
+    server: DecoderServer
+    channel: grpc.aio.Channel
+    stub: rerank_pb2_grpc.RerankServiceAsyncStub
+
+    @property
+    def engine(self):
+        return next(iter(self.server.engines.values()))
+
+    async def rerank(self, *, timeout: float | None = 30, **fields: object) -> rerank_pb2.RerankResponse:
+        return await self.stub.Rerank(request(**fields), timeout=timeout)
+
+
+def request(
+    query: str = "what is read once?", ids: Sequence[str] = (), inline: Sequence[str] = (), **fields: object
+) -> rerank_pb2.RerankRequest:
+    """Candidates by id, then by text; `candidates` gives them in full."""
+    candidates = [rerank_pb2.Candidate(passage_id=i) for i in ids]
+    candidates += [rerank_pb2.Candidate(text=text) for text in inline]
+    fields = {"collection": "docs", "candidates": candidates} | fields
+    return rerank_pb2.RerankRequest(query=query, **fields)
+
+
+Serve = Callable[..., AbstractAsyncContextManager[Serving]]
+
+
+@pytest.fixture
+def serve(tiny: Path, store: Store) -> Serve:
+    """Starts a server over the embedded store; keyword arguments are DecoderConfig's."""
+
+    @asynccontextmanager
+    async def start(
+        *, backend: Backend | None = None, over: Store | None = None, **config: object
+    ) -> AsyncIterator[Serving]:
+        settings = {"port": 0, "device": "cpu", "dtype": "float32", "max_staleness_seconds": 0.0} | config
+        server = DecoderServer(
+            DecoderConfig(str(tiny), **settings),
+            store=over or store,
+            load=(lambda _: backend) if backend is not None else load_fbnl,
+        )
+        await server.start()
+        try:
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+                yield Serving(server, channel, rerank_pb2_grpc.RerankServiceStub(channel))
+        finally:
+            if isinstance(backend, GatedBackend):
+                backend.gate.set()
+            await server.stop(5)
+
+    return start
+
+
+@pytest.fixture
+def make_request() -> Callable[..., rerank_pb2.RerankRequest]:
+    return request
+
+
+@pytest.fixture
+def by_hand(fbnl: FbnlBackend, encoding: Encoding) -> Callable[..., float]:
+    """The margin of a text by encoding it, pooling it and scoring it alone."""
+
+    def margin(text: str, ratio: int = 4, query: str = "what is read once?", instruction: str | None = None) -> float:
+        states = encoding.encode(text, 1).at_ratio(ratio).states
+        return float(fbnl.score([Pair(fbnl.prompt(query, instruction), states)])[0])
+
+    return margin
