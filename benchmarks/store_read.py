@@ -1,0 +1,129 @@
+"""How fast states come back from a store, by codec.
+
+    python -m benchmarks.store_read [--store faiss|redis] [--passages 1000]
+
+Nano-shaped passages: 344 tokens at r = 4, 86 states of 640 numbers. One `get_many` of all passages in
+random order, the page cache warm; checksums are verified and states decoded to float32. Redis, where
+asked for, is a redis-server started here on a free port.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from benchmarks.common import median_seconds, report, start
+from cache.codecs import Codec
+from cache.collection import Collection, Manifest, StoredPassage
+from cache.states import PassageStates, text_digest
+from cache.store import open_store
+
+CODECS = ("Flat", "SQfp16", "SQbf16", "SQ8", "SQ4", "PQ80", "RQ4x8")
+DIM, PASSAGE_TOKENS, RATIO = 640, 344, 4
+
+
+@contextmanager
+def redis_url() -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["redis-server", "--port", str(port), "--save", "", "--appendonly", "no", "--loglevel", "warning"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        for _ in range(100):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.05)
+        yield f"redis://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def read_seconds(url: str, codec_name: str, states: np.ndarray, num_passages: int) -> tuple[float, int]:
+    """Median seconds of one get_many, and bytes a state takes at rest."""
+    codec = Codec(codec_name, DIM)
+    if codec.needs_training:
+        codec.train(states.reshape(-1, DIM)[:20_000])
+    store = open_store(url, read_budget_seconds=60.0) if url.startswith("redis") else open_store(url)
+    name = codec_name.lower()
+    manifest = Manifest(
+        collection=name,
+        fingerprint="0" * 64,
+        checkpoint="benchmark",
+        dim=DIM,
+        max_passage_tokens=1024,
+        passage_template="{passage}",
+        pooling_version=1,
+        compression_ratio=RATIO,
+        codec=codec_name,
+        codec_table=codec.table(),
+        stores_text=False,
+    )
+    collection = Collection.create(store, manifest)
+    passages = [
+        StoredPassage(
+            str(i), PassageStates(states[i % len(states)], (PASSAGE_TOKENS,), RATIO, False, text_digest(str(i)))
+        )
+        for i in range(num_passages)
+    ]
+    for first in range(0, num_passages, 100):
+        collection.put_many(passages[first : first + 100])
+    ids = [str(i) for i in range(num_passages)]
+    random.Random(0).shuffle(ids)
+
+    def read() -> None:
+        found = collection.get_many(ids)
+        assert all(isinstance(entry, PassageStates) for entry in found)
+
+    seconds = median_seconds(read, repeats=7, warm_up=2)
+    store.drop_collection(name)
+    store.close()
+    return seconds, codec.code_size_bytes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--store", default="faiss,redis")
+    parser.add_argument("--passages", type=int, default=1000)
+    args = parser.parse_args()
+    start()
+    num_states = -(-PASSAGE_TOKENS // RATIO)
+    states = np.random.default_rng(0).standard_normal((50, num_states, DIM), dtype=np.float32)
+    rows = []
+    for kind in args.store.split(","):
+        with tempfile.TemporaryDirectory() as folder, redis_url() if kind == "redis" else no_server(folder) as url:
+            for codec_name in CODECS:
+                seconds, state_bytes = read_seconds(url, codec_name, states, args.passages)
+                decoded = args.passages * num_states * DIM * 4
+                rows.append(
+                    [
+                        kind,
+                        codec_name,
+                        state_bytes,
+                        args.passages * num_states * state_bytes / 2**20,
+                        seconds * 1e3,
+                        args.passages / seconds,
+                        decoded / seconds / 2**30,
+                    ]
+                )
+    columns = ["store", "codec", "bytes a state", "MiB read", "ms", "passages/s", "decoded GiB/s"]
+    report("store_read", columns, rows, passages=args.passages, states_per_passage=num_states, dim=DIM)
+
+
+@contextmanager
+def no_server(folder: str) -> Iterator[str]:
+    yield f"faiss:{folder}/store"
+
+
+if __name__ == "__main__":
+    main()
