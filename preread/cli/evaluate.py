@@ -1,0 +1,127 @@
+"""`preread evaluate`: how well a checkpoint ranks a judged collection, and how sure that is."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import click
+
+from preread.cli.options import collection_option, compute_options, model_option, option, store_option
+
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+READ_SECONDS = 30.0  # nobody waits for one answer: a slow store is better than one given up on
+
+
+class Ratios(click.ParamType[tuple[int, ...]]):
+    """1,2,4 -> (1, 2, 4)."""
+
+    name = "R,R,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(int(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r}; expected integers with commas between them, such as 1,4,16", param, ctx)
+
+
+@click.command()
+@click.argument("folder", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@option("--corpus", type=FILE, help="Passages, instead of the folder's corpus.jsonl[.gz].")
+@option("--queries", type=FILE, help="Queries, instead of the folder's queries.jsonl[.gz].")
+@option("--qrels", type=FILE, help="Judgements (BEIR or TREC columns), instead of the folder's qrels.tsv.")
+@option("--run", "run_file", type=FILE, help="Rerank the candidates of this TREC run file instead of BM25's.")
+@option("--top-k", type=click.IntRange(min=1), default=50, help="Candidates per query.")
+@option("--ratios", type=Ratios(), default="1,2,4,8,16,32", help="Compression ratios to read passages at.")
+@option("--instruction", metavar="TEXT", help="Task instruction, instead of the checkpoint's own.")
+@option("--teacher", metavar="minilm", help="Also rank the same candidates with all-MiniLM-L6-v2 (preread[teacher]).")
+@option(
+    "--queries-split", metavar="NAME", help="Only queries of qrels/NAME.tsv, or with this `split` in queries.jsonl."
+)
+@option("--max-queries", type=click.IntRange(min=1), help="Draw that many queries.")
+@option("--min-grade", type=click.IntRange(min=1), default=1, help="Grade from which MRR and recall count a passage.")
+@option("--seed", type=int, default=0, help="Of the drawn queries and the bootstrap.")
+@collection_option(required=False, help="Read states from this indexed collection instead of encoding the passages.")
+@store_option
+@model_option
+@compute_options
+@option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write everything to this file.")
+@option("--run-out", metavar="DIR", type=click.Path(file_okay=False, path_type=Path), help="Write TREC run files.")
+def command(
+    folder: Path | None,
+    corpus: Path | None,
+    queries: Path | None,
+    qrels: Path | None,
+    run_file: Path | None,
+    top_k: int,
+    ratios: tuple[int, ...],
+    instruction: str | None,
+    teacher: str | None,
+    queries_split: str | None,
+    max_queries: int | None,
+    min_grade: int,
+    seed: int,
+    collection: str | None,
+    store: str,
+    model: str,
+    device: str,
+    dtype: str,
+    threads: int | None,
+    json_file: Path | None,
+    run_out: Path | None,
+) -> None:
+    """Measure how well a checkpoint reranks a judged collection.
+
+    FOLDER is in BEIR's layout: corpus.jsonl, queries.jsonl, and qrels.tsv or qrels/test.tsv; .gz will do.
+    BM25 finds candidates, the checkpoint reranks them at each compression ratio, and nDCG@10, MRR@10 and
+    recall are shown with bootstrap intervals, against BM25 on the same queries.
+
+    \b
+    Examples:
+      preread evaluate scifact/ --queries-split validation
+      preread evaluate scifact/ --teacher minilm --ratios 1,4,16 --json scifact.json
+      preread evaluate --corpus corpus.jsonl --queries queries.jsonl --qrels qrels.txt --run first-stage.run
+      preread evaluate scifact/ --collection scifact --store redis://localhost
+    """
+    from cache.collection import Collection
+    from cache.store import open_store
+    from checkpoint.compute import tune_process
+    from tuning.evaluate import evaluate
+    from tuning.judged import read_judged
+    from tuning.progress import TerminalProgress
+    from tuning.settings import EvaluationSettings
+    from tuning.table import print_report
+    from tuning.trec import read_run
+
+    tune_process(threads)
+    settings = EvaluationSettings(
+        ratios=ratios,
+        top_k=top_k,
+        instruction=instruction,
+        teacher=teacher,
+        max_queries=max_queries,
+        min_grade=min_grade,
+        seed=seed,
+    )
+    judged = read_judged(
+        folder, corpus=corpus, queries=queries, qrels=qrels, split=queries_split, need_corpus=collection is None
+    )
+    candidates = read_run(run_file) if run_file is not None else None
+    with ExitStack() as stack:
+        stored = None
+        if collection is not None:
+            opened = open_store(store, read_budget_seconds=READ_SECONDS)
+            stack.callback(opened.close)
+            stored = Collection.open(opened, collection)
+        progress = stack.enter_context(TerminalProgress())
+        report = evaluate(
+            judged, model, settings, candidates=candidates, stored=stored, device=device, dtype=dtype, progress=progress
+        )
+    print_report(report)
+    if json_file is not None:
+        json_file.write_text(report.to_json(), encoding="utf-8")
+    if run_out is not None:
+        report.write_runs(run_out)

@@ -1,0 +1,180 @@
+"""Evaluation on one screen: candidates, states once, margins at each ratio, measures, intervals.
+
+    report = evaluate("examples/corpus", "preread/models/preread-mini", EvaluationSettings(ratios=(1, 4)))
+    report.baseline.measures["nDCG@10"].mean, report.reranked(4).measures["nDCG@10"].mean
+
+Knows no file format, metric or model by itself; each is a neighbour's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection as AnyOf
+from collections.abc import Mapping
+from pathlib import Path
+
+from cache.collection import Collection
+from cache.record import Record
+from checkpoint import Checkpoint
+from decoder_server.fbnl import FbnlBackend
+from encoder_worker.encoder import Encoder
+from tuning import first_stage
+from tuning.errors import EvaluationError
+from tuning.judged import JudgedCollection, read_judged
+from tuning.metrics import per_query
+from tuning.progress import SILENT, Progress
+from tuning.ranking import rank
+from tuning.report import Counts, EvaluationReport, compare
+from tuning.rerank import Reranked, check_ratios, rerank
+from tuning.settings import EvaluationSettings
+from tuning.states import EncodedStates, StateSource, StoredStates
+from tuning.teacher import TEACHERS, teacher_run
+from tuning.trec import Run, RunFile
+
+
+def evaluate(
+    judged: JudgedCollection | str | Path,
+    model: Checkpoint | str | Path,
+    settings: EvaluationSettings | None = None,
+    *,
+    candidates: RunFile | None = None,
+    stored: Collection | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    progress: Progress = SILENT,
+) -> EvaluationReport:
+    """Reranks first-stage candidates with a checkpoint and measures both.
+
+    Args:
+        judged: a collection, or a BEIR folder to read it from.
+        model: a checkpoint, or its directory or hub id.
+        candidates: the first stage's ranking; BM25's own where there is none.
+        stored: read states from this collection instead of encoding the passages.
+
+    Raises:
+        EvaluationError: input that cannot be evaluated.
+        CheckpointError, CacheError: a checkpoint or collection that cannot be used.
+    """
+    settings = settings or EvaluationSettings()
+    judged = judged if isinstance(judged, JudgedCollection) else read_judged(judged)
+    checkpoint = open_checkpoint(model, stored)
+    if stored is not None:
+        check_ratios(settings.ratios, stored.manifest.compression_ratio)
+        if not judged.passages:
+            judged = judged.with_passages(stored_texts(stored) if stored.manifest.stores_text else {})
+    if settings.max_queries is not None:
+        judged = judged.sample(settings.max_queries, settings.seed)
+
+    name, first = _first_stage(judged, candidates, settings.top_k, progress)
+    runs = {name: first}
+    if settings.teacher is not None:
+        runs[TEACHERS[settings.teacher]] = teacher_run(
+            settings.teacher, judged.passages, judged.queries, first, device=device, progress=progress
+        )
+    backend = FbnlBackend.load(checkpoint, device=device, dtype=dtype)
+    source: StateSource
+    if stored is not None:
+        source = StoredStates(stored)
+    else:
+        encoder = Encoder.load(checkpoint, device=device, dtype=dtype)
+        source = EncodedStates(checkpoint, encoder, judged.passages, math.gcd(*settings.ratios))
+    reranked = rerank(backend, source, judged.queries, first, sorted(settings.ratios), settings.instruction, progress)
+
+    rows: list[tuple[str, int | None, Run]] = [(system, None, run) for system, run in runs.items()]
+    rows += [(f"r = {ratio}", ratio, run) for ratio, run in reranked.runs.items()]
+    measured = [
+        (system, ratio, run, per_query(judged.qrels, run, settings.top_k, settings.min_grade))
+        for system, ratio, run in rows
+    ]
+    return EvaluationReport(
+        collection=judged.name,
+        checkpoint=checkpoint.name,
+        fingerprint=checkpoint.identity().fingerprint,
+        stored_as=stored.name if stored is not None else None,
+        codec=stored.manifest.codec if stored is not None else None,
+        dtype=backend.dtype_name,
+        device=backend.device_name,
+        instruction=settings.instruction or checkpoint.settings.default_instruction,
+        settings=settings,
+        counts=_count(judged, candidates, first, stored, reranked, settings),
+        query_ids=list(judged.qrels),
+        qrels=judged.qrels,
+        systems=compare(measured, settings, reranked.seconds),
+    )
+
+
+def open_checkpoint(model: Checkpoint | str | Path, stored: Collection | None) -> Checkpoint:
+    """The checkpoint, at the passage limit a stored collection was written with, checked against it.
+
+    Raises:
+        CheckpointError: it cannot be opened.
+        EncoderMismatch: another encoder wrote the collection.
+    """
+    if stored is None:
+        return model if isinstance(model, Checkpoint) else Checkpoint.open(model)
+    if not isinstance(model, Checkpoint):
+        model = Checkpoint.open(model, max_passage_tokens=stored.manifest.max_passage_tokens)
+    Collection.open(stored.store, stored.name, fingerprint=model.identity().fingerprint, checkpoint=model.name)
+    return model
+
+
+def stored_texts(stored: Collection) -> dict[str, str]:
+    """Texts kept beside the states, by passage id in order of ids; states are not decoded."""
+    texts = {
+        passage_id: record.text
+        for passage_id, record in stored.store.scan(stored.name)
+        if isinstance(record, Record) and record.text is not None
+    }
+    return dict(sorted(texts.items()))
+
+
+def _first_stage(
+    judged: JudgedCollection, candidates: RunFile | None, top_k: int, progress: Progress
+) -> tuple[str, Run]:
+    """The name and the ranking to rerank, an entry for each query, at most `top_k` passages each."""
+    if candidates is None:
+        if not judged.passages:
+            raise EvaluationError("no passage texts for BM25: name a corpus, or a run file with the candidates")
+        return first_stage.NAME, first_stage.search(judged.passages, judged.queries, top_k, progress)
+    run: Run = {}
+    for query_id in judged.queries:
+        found = candidates.run.get(query_id, [])[:top_k]
+        run[query_id] = rank([p for p, _ in found], [score for _, score in found])
+    if not any(run.values()):
+        raise EvaluationError("the run ranks nothing for any of the queries; are its query ids theirs?")
+    return candidates.tag, run
+
+
+def _known_passages(judged: JudgedCollection, stored: Collection | None) -> AnyOf[str]:
+    """Ids the collection has; of a store without texts, those of the judged ones it has."""
+    if judged.passages or stored is None:
+        return judged.passages.keys()
+    ids = sorted({p for grades in judged.qrels.values() for p in grades})
+    return {p for p, digest in zip(ids, stored.digests(ids), strict=True) if digest is not None}
+
+
+def _count(
+    judged: JudgedCollection,
+    candidates: RunFile | None,
+    first: Run,
+    stored: Collection | None,
+    reranked: Reranked,
+    settings: EvaluationSettings,
+) -> Counts:
+    known = _known_passages(judged, stored)
+    grades: list[Mapping[str, int]] = list(judged.qrels.values())
+    return Counts(
+        num_queries=len(judged.queries),
+        num_passages=len(judged.passages) if stored is None else stored.stats().num_passages,
+        num_candidates=sum(map(len, first.values())),
+        num_judgements=sum(map(len, grades)),
+        num_judgements_of_unknown_queries=judged.num_judgements_of_unknown_queries,
+        num_unknown_queries=len(judged.unknown_queries),
+        num_judgements_of_unknown_passages=sum(p not in known for own in grades for p in own),
+        num_queries_without_relevant=sum(max(own.values()) < settings.min_grade for own in grades),
+        num_queries_without_candidates=sum(not ranking for ranking in first.values()),
+        num_run_queries_ignored=len(candidates.run.keys() - judged.queries.keys()) if candidates is not None else 0,
+        num_missing_passages=len(reranked.missing_passages),
+        num_truncated_passages=len(reranked.truncated_passages),
+        num_unscored_pairs=reranked.num_unscored_pairs,
+    )

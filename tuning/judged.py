@@ -1,0 +1,149 @@
+"""A judged collection: passages, queries, and which passages answer which query. Does not know models.
+
+A passage with a title is its title, a blank and its text, as BEIR's own loaders join them.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tuning.errors import EvaluationError
+from tuning.files import first_existing, json_rows
+from tuning.trec import Qrels, read_qrels
+
+QRELS_NAMES = ("qrels.tsv", "qrels/test.tsv", "qrels.txt")
+
+
+@dataclass(frozen=True)
+class JudgedCollection:
+    """What is judged. The queries are those that will be run: each has a text and at least one judgement."""
+
+    name: str
+    passages: dict[str, str]  # passage_id -> text; empty where they are only in a store
+    queries: dict[str, str]  # query_id -> text
+    qrels: Qrels
+    num_judgements_of_unknown_queries: int = 0
+    unknown_queries: tuple[str, ...] = ()  # judged, but without a text
+    splits: dict[str, str] = field(default_factory=dict)  # query_id -> `split` of queries.jsonl
+
+    def with_passages(self, passages: dict[str, str]) -> JudgedCollection:
+        """The same judgements over these passages."""
+        return replace(self, passages=passages)
+
+    def only(self, query_ids: Iterable[str]) -> JudgedCollection:
+        """The same collection with fewer queries, in their own order."""
+        wanted = set(query_ids)
+        return replace(
+            self,
+            queries={q: text for q, text in self.queries.items() if q in wanted},
+            qrels={q: grades for q, grades in self.qrels.items() if q in wanted},
+        )
+
+    def sample(self, max_queries: int, seed: int) -> JudgedCollection:
+        """At most `max_queries` queries, drawn without replacement; the same seed draws the same."""
+        if len(self.queries) <= max_queries:
+            return self
+        return self.only(random.Random(seed).sample(sorted(self.queries), max_queries))
+
+
+def read_judged(
+    folder: str | Path | None = None,
+    *,
+    corpus: str | Path | None = None,
+    queries: str | Path | None = None,
+    qrels: str | Path | None = None,
+    split: str | None = None,
+    need_corpus: bool = True,
+) -> JudgedCollection:
+    """Reads a BEIR folder, or its three files by name; a file that is named wins over the folder's.
+
+    Args:
+        split: only these queries: of judgements in qrels/<split>.tsv where there is such a file, else
+            those whose queries.jsonl row says so in its field `split`.
+        need_corpus: False where passages come from a store and candidates from a run.
+
+    Raises:
+        EvaluationError: a file that is missing or broken; no query left to run.
+    """
+    folder = Path(folder) if folder is not None else None
+    if folder is not None and not folder.is_dir():
+        raise EvaluationError(f"{folder}: no such folder; expected corpus.jsonl, queries.jsonl and qrels (BEIR)")
+    corpus_path = _find(folder, corpus, ("corpus.jsonl", "corpus.jsonl.gz"), "corpus", needed=need_corpus)
+    queries_path = _find(folder, queries, ("queries.jsonl", "queries.jsonl.gz"), "queries", needed=True)
+    names = (f"qrels/{split}.tsv", *QRELS_NAMES) if split is not None else QRELS_NAMES
+    qrels_path = _find(folder, qrels, names, "qrels", needed=True)
+    assert queries_path is not None  # `needed`
+    assert qrels_path is not None
+
+    passages = read_texts(corpus_path)[0] if corpus_path is not None else {}
+    texts, splits = read_texts(queries_path)
+    judged = read_qrels(qrels_path)
+    unknown = tuple(q for q in judged if q not in texts)
+    collection = JudgedCollection(
+        name=folder.resolve().name if folder is not None else queries_path.name.split(".")[0],
+        passages=passages,
+        queries={q: texts[q] for q in texts if q in judged},
+        qrels={q: judged[q] for q in texts if q in judged},
+        num_judgements_of_unknown_queries=sum(len(judged[q]) for q in unknown),
+        unknown_queries=unknown,
+        splits=splits,
+    )
+    if split is not None and qrels_path.stem != split:
+        collection = _only_split(collection, split, queries_path)
+    if not collection.queries:
+        raise EvaluationError(f"{qrels_path}: judges no query of {queries_path}")
+    return collection
+
+
+def read_texts(path: str | Path) -> tuple[dict[str, str], dict[str, str]]:
+    """({id: text}, {id: split}) of a corpus or queries file in BEIR's JSON lines (`_id` or `id`, `title`, `text`).
+
+    Raises:
+        EvaluationError: a row without id or text, or an id twice.
+    """
+    texts: dict[str, str] = {}
+    splits: dict[str, str] = {}
+    for where, row in json_rows(Path(path)):
+        id_ = _id(where, row)
+        if id_ in texts:
+            raise EvaluationError(f"{where}: id {id_!r} a second time")
+        text, title = row.get("text"), row.get("title") or ""
+        if not isinstance(text, str) or not isinstance(title, str):
+            raise EvaluationError(f"{where}: text is {text!r}, title is {title!r}; expected strings")
+        texts[id_] = f"{title} {text}".strip() if title else text
+        if isinstance(row.get("split"), str):
+            splits[id_] = row["split"]
+    if not texts:
+        raise EvaluationError(f"{path}: no rows")
+    return texts, splits
+
+
+def _id(where: str, row: dict[str, Any]) -> str:
+    id_ = row.get("_id", row.get("id"))
+    if isinstance(id_, bool) or not isinstance(id_, str | int) or id_ == "":
+        raise EvaluationError(f"{where}: _id is {id_!r}; expected a string or an integer")
+    return str(id_)
+
+
+def _find(
+    folder: Path | None, named: str | Path | None, names: tuple[str, ...], what: str, *, needed: bool
+) -> Path | None:
+    if named is not None:
+        return Path(named)
+    found = first_existing(folder, names) if folder is not None else None
+    if found is None and needed:
+        where = f"{folder}: has none of {', '.join(names)}" if folder is not None else f"no {what} file is named"
+        raise EvaluationError(f"{where}; name the {what} file")
+    return found
+
+
+def _only_split(collection: JudgedCollection, split: str, path: Path) -> JudgedCollection:
+    found = sorted({collection.splits[q] for q in collection.queries if q in collection.splits})
+    if split not in found:
+        known = ", ".join(found) if found else "its rows have no field `split`"
+        raise EvaluationError(f"{path}: no judged query of split {split!r}; it has: {known}")
+    return collection.only(q for q, own in collection.splits.items() if own == split)

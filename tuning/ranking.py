@@ -1,0 +1,33 @@
+"""Scores of candidates to one ranking that every tool reads alike. Does not know where scores come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+# trec_eval compares scores as float32 and breaks ties by passage id. Neighbours are kept at least this far
+# apart, relative to their size: two units in the last place of a float32.
+_STEP = 2.0**-22
+
+
+def rank(candidates: Sequence[str], scores: NDArray[np.floating] | Sequence[float]) -> list[tuple[str, float]]:
+    """Candidates by falling score; equal scores stay in candidate order, candidates without a score come last.
+
+    The scores given back fall strictly, even in float32, so that no tool reorders them; they are
+    the scores themselves, but where two are equal or nearly so.
+
+    Args:
+        scores: (num_candidates,); NaN where there is none.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    missing = np.isnan(values)
+    order = np.lexsort((np.where(missing, 0.0, -values), missing))  # stable, last key first
+    ranking: list[tuple[str, float]] = []
+    ceiling = np.inf
+    for row in order.tolist():
+        score = min(ceiling, values[row]) if not missing[row] else min(ceiling, 0.0)
+        ranking.append((candidates[row], float(score)))
+        ceiling = score - _STEP * max(1.0, abs(score))
+    return ranking

@@ -1,0 +1,127 @@
+"""Judgements and run files, in the forms the field's tools read and write. Does not know texts or scores' meaning.
+
+Judgements: BEIR's three columns (query, passage, grade) with or without a header line, or TREC's four
+(query, iteration, passage, grade). Runs: TREC's six (query, Q0, passage, rank, score, tag).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tuning.errors import EvaluationError
+from tuning.files import fields, numbered_lines
+
+Qrels = dict[str, dict[str, int]]  # query_id -> {passage_id: grade}
+Run = dict[str, list[tuple[str, float]]]  # query_id -> [(passage_id, score)], best first
+
+
+@dataclass(frozen=True)
+class RunFile:
+    """A run and the tag of the system that made it."""
+
+    run: Run
+    tag: str
+
+
+def read_qrels(path: Path) -> Qrels:
+    """Judgements of a file. A passage judged twice for a query keeps the later grade, as trec_eval does.
+
+    Raises:
+        EvaluationError: a line of another form, or no judgement at all.
+    """
+    qrels: Qrels = {}
+    for position, (number, line) in enumerate(numbered_lines(path)):
+        columns = fields(line)
+        if position == 0 and columns and _is_header(columns):
+            continue
+        if len(columns) not in (3, 4):
+            raise EvaluationError(
+                f"{path}:{number}: {len(columns)} columns; expected query, passage, grade (BEIR) "
+                "or query, iteration, passage, grade (TREC)"
+            )
+        query_id, passage_id, grade = columns[0], columns[-2], columns[-1]
+        try:
+            qrels.setdefault(query_id, {})[passage_id] = int(grade)
+        except ValueError as exc:
+            raise EvaluationError(f"{path}:{number}: the grade is {grade!r}; expected an integer") from exc
+    if not qrels:
+        raise EvaluationError(f"{path}: no judgements")
+    return qrels
+
+
+def read_run(path: Path) -> RunFile:
+    """A TREC run file, each query's passages by falling score; equal scores by rank, then line.
+
+    Raises:
+        EvaluationError: a line of another form, a passage twice for one query, or an empty file.
+    """
+    rows: dict[str, dict[str, tuple[float, int]]] = {}
+    tag = ""
+    for number, line in numbered_lines(path):
+        columns = fields(line)
+        if len(columns) != 6:
+            raise EvaluationError(
+                f"{path}:{number}: {len(columns)} columns; expected query, Q0, passage, rank, score, tag"
+            )
+        query_id, _, passage_id, rank, score, tag = columns
+        found = rows.setdefault(query_id, {})
+        if passage_id in found:
+            raise EvaluationError(f"{path}:{number}: passage {passage_id!r} a second time for query {query_id!r}")
+        found[passage_id] = (_number(path, number, "score", score), int(_number(path, number, "rank", rank)))
+    if not rows:
+        raise EvaluationError(f"{path}: no ranked passages")
+    run = {
+        query_id: [(p, score) for p, (score, _) in sorted(found.items(), key=lambda row: (-row[1][0], row[1][1]))]
+        for query_id, found in rows.items()
+    }
+    return RunFile(run, tag)
+
+
+def write_run(path: Path, run: Run, tag: str) -> None:
+    """A TREC run file. Scores are written so that they read back as the same numbers.
+
+    Raises:
+        EvaluationError: an id with blanks in it, which the format cannot carry.
+    """
+    with path.open("w", encoding="utf-8") as file:
+        for query_id, ranking in run.items():
+            for rank, (passage_id, score) in enumerate(ranking, 1):
+                _check_ids(path, query_id, passage_id)
+                file.write(f"{query_id} Q0 {passage_id} {rank} {score!r} {tag}\n")
+
+
+def write_qrels(path: Path, qrels: Mapping[str, Mapping[str, int]]) -> None:
+    """TREC judgements.
+
+    Raises:
+        EvaluationError: an id with blanks in it, which the format cannot carry.
+    """
+    with path.open("w", encoding="utf-8") as file:
+        for query_id, grades in qrels.items():
+            for passage_id, grade in grades.items():
+                _check_ids(path, query_id, passage_id)
+                file.write(f"{query_id} 0 {passage_id} {grade}\n")
+
+
+def _is_header(columns: list[str]) -> bool:
+    """A first line whose last column is a word, as in `query-id corpus-id score`."""
+    return columns[-1].replace("-", "").replace("_", "").isalpha()
+
+
+def _number(path: Path, line: int, name: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError as exc:
+        raise EvaluationError(f"{path}:{line}: {name} is {text!r}; expected a number") from exc
+    if not math.isfinite(value):
+        raise EvaluationError(f"{path}:{line}: {name} is {text!r}; expected a finite number")
+    return value
+
+
+def _check_ids(path: Path, *ids: str) -> None:
+    for id_ in ids:
+        if not id_ or id_.split() != [id_]:
+            raise EvaluationError(f"{path}: id {id_!r} is empty or has blanks; a TREC file cannot carry it")
