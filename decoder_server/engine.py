@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from typing import TypeVar
 
@@ -23,7 +23,7 @@ from decoder_server.catalogue import Catalogue
 from decoder_server.config import DecoderConfig
 from decoder_server.errors import DeadlineExceeded, InvalidRequest, Unavailable
 from decoder_server.passages import Passages, Wanted
-from decoder_server.request import OnMiss, Outcome, RerankRequest, Summary, Timings, check
+from decoder_server.request import Candidate, OnMiss, Outcome, RerankRequest, Summary, Timings, check, distinct
 from decoder_server.run import Emit, Run
 from decoder_server.tally import ranked
 
@@ -114,14 +114,22 @@ class Engine:
     ) -> tuple[list[Outcome], Summary]:
         prompt = await self._call(self.backend.prompt, request.query, request.instruction)
         self._check_instruction(request, prompt)
-        wanted = await self._resolve(request)
+        same = distinct(request.candidates)
+        wanted = await self._resolve(request, list(same))
 
         async def emit_with_texts(outcomes: list[Outcome]) -> None:
             assert emit is not None
             await emit(await self._with_texts(request, wanted, outcomes))
 
-        with self.admission.admit(len(request.candidates), len(prompt.ids), wanted.compression_ratio) as place:
-            run = Run(wanted, prompt, self.batcher, self.passages, self.admission)
+        with self.admission.admit(len(same), len(prompt.ids), wanted.compression_ratio) as place:
+            run = Run(
+                wanted,
+                {first.index: i for first, i in same.items()},
+                prompt,
+                self.batcher,
+                self.passages,
+                self.admission,
+            )
             outcomes = await run.gather(place, deadline, emit_with_texts if emit is not None else None)
         results = ranked(outcomes, request.top_n)
         if emit is None:
@@ -136,7 +144,7 @@ class Engine:
         num_scored = sum(outcome.margin is not None for outcome in outcomes)
         return results, Summary(self.name, timings, num_scored, prompt.num_query_tokens, prompt.query_truncated)
 
-    async def _resolve(self, request: RerankRequest) -> Wanted:
+    async def _resolve(self, request: RerankRequest, candidates: Sequence[Candidate]) -> Wanted:
         """What is to be read: one collection, one ratio for every candidate, so that scores compare."""
         collection = await self._collection(request.collection)
         stored = collection.manifest.compression_ratio if collection is not None else 1
@@ -146,7 +154,7 @@ class Engine:
             expected = f"a multiple of {stored}, the ratio that collection {request.collection!r} is stored at"
             raise InvalidRequest("compression_ratio", ratio, expected)
         on_miss = request.on_miss or (OnMiss.ENCODE if self.encodes_on_demand else OnMiss.SKIP)
-        return Wanted(request.candidates, collection, ratio, on_miss, self.limits.max_text_bytes)
+        return Wanted(candidates, collection, ratio, on_miss, self.limits.max_text_bytes)
 
     async def _collection(self, name: str | None) -> Collection | None:
         if name is None:

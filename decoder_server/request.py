@@ -5,6 +5,7 @@ Knows neither protobuf nor HTTP: each edge unpacks into these and packs out of t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -95,6 +96,17 @@ class Summary:
     num_scored: int
     num_query_tokens: int
     query_truncated: bool
+
+
+def distinct(candidates: Sequence[Candidate]) -> dict[Candidate, list[int]]:
+    """The first candidate of each kind, and the indexes of all of that kind.
+
+    A passage that a request names twice is scored once, which also makes it a tie to the last bit.
+    """
+    groups: dict[tuple[str | None, str | None], list[Candidate]] = {}
+    for candidate in candidates:
+        groups.setdefault((candidate.passage_id, candidate.text), []).append(candidate)
+    return {same[0]: [candidate.index for candidate in same] for same in groups.values()}
 
 
 def check(request: RerankRequest, limits: DecoderConfig) -> None:

@@ -6,7 +6,8 @@ Everything here happens on the event loop. Does not know edges, limits or other 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 
 from checkpoint import TokenizedPrompt
 from decoder_server.admission import Admission, Place
@@ -25,14 +26,25 @@ class Run:
     """Made for one request inside its ticket."""
 
     def __init__(
-        self, wanted: Wanted, prompt: TokenizedPrompt, batcher: Batcher, passages: Passages, admission: Admission
+        self,
+        wanted: Wanted,
+        same: Mapping[int, Sequence[int]],
+        prompt: TokenizedPrompt,
+        batcher: Batcher,
+        passages: Passages,
+        admission: Admission,
     ) -> None:
+        """
+        Args:
+            same: per index of a wanted candidate, every index of the request that names the same passage.
+        """
         self._wanted = wanted
         self._prompt = prompt
         self._batcher = batcher
         self._passages = passages
         self._admission = admission
         self._tally = Tally()
+        self._same = same
         self._finished: asyncio.Queue[list[Outcome] | BaseException] = asyncio.Queue()
         self.queue_seconds = 0.0
         self.compute_seconds = 0.0
@@ -46,17 +58,20 @@ class Run:
             Refused: on_miss is fail and a candidate is missing.
         """
         outcomes: list[Outcome] = []
+        left = len(self._wanted.candidates)
         with self._batcher.ticket(place.num_tokens, self._scored, deadline) as ticket:
             feeder = asyncio.create_task(self._feed(ticket))
             try:
-                while len(outcomes) < len(self._wanted.candidates):
+                while left:
                     fresh = await self._finished.get()
                     if isinstance(fresh, BaseException):
                         raise fresh
+                    left -= len(fresh)
                     place.finished(len(fresh))
-                    outcomes += fresh
-                    if emit is not None and fresh:
-                        await emit(fresh)
+                    named = [replace(outcome, index=i) for outcome in fresh for i in self._same[outcome.index]]
+                    outcomes += named
+                    if emit is not None and named:
+                        await emit(named)
             finally:
                 feeder.cancel()
                 self.queue_seconds, self.compute_seconds = ticket.queue_seconds, ticket.compute_seconds

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,8 @@ import grpc
 import numpy as np
 import pytest
 import torch
+from google.protobuf.message import Message
+from grpc_status import rpc_status
 from numpy.typing import NDArray
 
 from cache.collection import Collection, StoredPassage
@@ -213,3 +215,30 @@ def by_hand(fbnl: FbnlBackend, encoding: Encoding) -> Callable[..., float]:
         return float(fbnl.score([Pair(fbnl.prompt(query, instruction), states)])[0])
 
     return margin
+
+
+async def _refused(call: Awaitable[object], code: grpc.StatusCode) -> grpc.aio.AioRpcError:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    assert caught.value.code() is code, caught.value
+    return caught.value
+
+
+@pytest.fixture
+def refused() -> Callable[..., Awaitable[grpc.aio.AioRpcError]]:
+    """Awaits a call that must end with a status; gives the error."""
+    return _refused
+
+
+def _detail(error: grpc.aio.AioRpcError, kind: type[Message]) -> Message:
+    for one in rpc_status.from_call(error).details:
+        message = kind()
+        if one.Unpack(message):
+            return message
+    raise AssertionError(f"no {kind.__name__} in {error}")
+
+
+@pytest.fixture
+def detail() -> Callable[..., Message]:
+    """The google.rpc detail of one kind that an error carries."""
+    return _detail

@@ -8,28 +8,11 @@ import grpc
 import numpy as np
 import pytest
 from google.rpc import error_details_pb2
-from grpc_status import rpc_status
 
 from preread.v1 import common_pb2, rerank_pb2
 
 HIT, MISSING = common_pb2.CANDIDATE_STATUS_HIT, common_pb2.CANDIDATE_STATUS_MISSING
 TOO_LONG, FAILED = common_pb2.CANDIDATE_STATUS_TOO_LONG, common_pb2.CANDIDATE_STATUS_FAILED
-
-
-def detail(error: grpc.aio.AioRpcError, kind: type) -> object:
-    """The google.rpc detail of one kind that an error carries."""
-    for one in rpc_status.from_call(error).details:
-        message = kind()
-        if one.Unpack(message):
-            return message
-    raise AssertionError(f"no {kind.__name__} in {error}")
-
-
-async def refused(call, code: grpc.StatusCode) -> grpc.aio.AioRpcError:
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call
-    assert caught.value.code() is code, caught.value
-    return caught.value
 
 
 async def test_scores_are_those_of_the_stored_states_scored_alone(serve, texts, by_hand) -> None:
@@ -144,7 +127,7 @@ async def test_a_stream_brings_what_the_unary_call_brings(serve, texts) -> None:
         assert events[-1].summary.num_scored == unary.num_scored
 
 
-async def test_on_miss_fail_refuses_the_whole_request(serve) -> None:
+async def test_on_miss_fail_refuses_the_whole_request(serve, refused, detail) -> None:
     async with serve() as serving:
         call = serving.rerank(ids=["p1", "nobody"], on_miss=common_pb2.ON_MISS_FAIL)
         error = await refused(call, grpc.StatusCode.FAILED_PRECONDITION)
@@ -165,11 +148,12 @@ async def test_on_miss_fail_refuses_the_whole_request(serve) -> None:
         ({"compression_ratio": -4}, "compression_ratio", "-4"),
         ({"instruction": "many words " * 60}, "instruction", "at most 100 tokens"),
         ({"collection": ""}, "collection", "candidates[0]"),
-        ({"collection": "no/such name"}, "collection", "no/such name"),
         ({"candidates": [rerank_pb2.Candidate()]}, "candidates[0]", "passage_id"),
     ],
 )
-async def test_bad_input_names_field_value_and_expectation(serve, fields, field: str, says: str) -> None:
+async def test_bad_input_names_field_value_and_expectation(
+    serve, fields, field: str, says: str, refused, detail
+) -> None:
     async with serve(max_query_bytes=2000, max_candidates=50, max_instruction_tokens=100) as serving:
         error = await refused(serving.rerank(**({"ids": ["p1"]} | fields)), grpc.StatusCode.INVALID_ARGUMENT)
         (violation,) = detail(error, error_details_pb2.BadRequest).field_violations
@@ -183,10 +167,11 @@ async def test_an_instruction_at_its_limit_passes(serve) -> None:
         assert (await serving.rerank(ids=["p1"], instruction=instruction)).num_scored == 1
 
 
-async def test_unknown_names_are_not_found(serve) -> None:
+async def test_unknown_names_are_not_found(serve, refused, detail) -> None:
     async with serve() as serving:
         error = await refused(serving.rerank(ids=["p1"], collection="other"), grpc.StatusCode.NOT_FOUND)
         assert detail(error, error_details_pb2.ResourceInfo).resource_name == "other"
+        await refused(serving.rerank(ids=["p1"], collection="no such / name"), grpc.StatusCode.NOT_FOUND)
         error = await refused(serving.rerank(ids=["p1"], model="other"), grpc.StatusCode.NOT_FOUND)
         assert detail(error, error_details_pb2.ResourceInfo).resource_type == "model"
         assert "tiny" in error.details()
