@@ -1,0 +1,119 @@
+"""What every format yields, and how fields become a passage. Knows no file format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from cache.errors import InvalidName
+from cache.names import passage_id_bytes
+
+
+class SourceError(ValueError):
+    """An input that cannot be read at all, or not further."""
+
+
+class Reason(StrEnum):
+    """Why a passage was refused; constants for machines."""
+
+    BROKEN_JSON = "broken_json"
+    BROKEN_ROW = "broken_row"
+    MISSING_FIELD = "missing_field"
+    WRONG_TYPE = "wrong_type"
+    INVALID_UTF8 = "invalid_utf8"
+    LINE_TOO_LONG = "line_too_long"
+    EMPTY_TEXT = "empty_text"
+    BAD_ID = "bad_id"
+    DUPLICATE_ID = "duplicate_id"
+    NOT_FINITE = "not_finite"
+    OUT_OF_MEMORY = "out_of_memory"
+    NOT_STORABLE = "not_storable"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a passage stood: input name and line (row for Parquet), from 1."""
+
+    source: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.line}"
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """One passage to encode; the title, where there is one, is already in the text."""
+
+    passage_id: str
+    text: str
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """One item that will not be encoded, and why."""
+
+    place: Place
+    passage_id: str | None
+    reason: Reason
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.message}"
+
+
+Item = Passage | Refused
+Position = Callable[[], int]  # bytes of the input that were read, compressed where it is compressed
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Names of the fields (or columns) that make a passage.
+
+    An id may be named `id` or `_id` (BEIR) unless it is given. A title is put before the text with
+    `title_separator`, which is what BEIR's own readers do.
+    """
+
+    id: str | None = None
+    text: str = "text"
+    title: str | None = "title"  # None: titles are ignored
+    title_separator: str = " "
+
+    @property
+    def id_names(self) -> tuple[str, ...]:
+        return (self.id,) if self.id is not None else ("id", "_id")
+
+    def find_id(self, names: object) -> str | None:
+        """The name among `names` (anything with `in`) that holds the id."""
+        return next((name for name in self.id_names if name in names), None)  # type: ignore[operator]  # mappings and sequences alike
+
+    def passage(self, place: Place, passage_id: object, text: object, title: object = None) -> Item:
+        """Checks the values of one item. Ids may be strings or whole numbers; a title may be missing."""
+        if isinstance(passage_id, int) and not isinstance(passage_id, bool):
+            passage_id = str(passage_id)
+        if not isinstance(passage_id, str):
+            return Refused(place, None, Reason.WRONG_TYPE, f"id is {_show(passage_id)}; expected a string or integer")
+        try:
+            passage_id_bytes(passage_id)
+        except InvalidName as exc:
+            return Refused(place, None, Reason.BAD_ID, str(exc))
+        if not isinstance(text, str):
+            return Refused(place, passage_id, Reason.WRONG_TYPE, f"{self.text} is {_show(text)}; expected a string")
+        if title is not None and not isinstance(title, str):
+            return Refused(place, passage_id, Reason.WRONG_TYPE, f"{self.title} is {_show(title)}; expected a string")
+        if title and title.strip():
+            text = f"{title}{self.title_separator}{text}" if text.strip() else title
+        if not text.strip():
+            return Refused(place, passage_id, Reason.EMPTY_TEXT, f"{self.text} is empty")
+        try:
+            text.encode()
+        except UnicodeEncodeError as exc:  # JSON can spell half a surrogate pair
+            return Refused(place, passage_id, Reason.INVALID_UTF8, f"{self.text} is not valid Unicode: {exc.reason}")
+        return Passage(passage_id, text, place)
+
+
+def _show(value: object) -> str:
+    kind = {type(None): "null", dict: "an object", list: "a list"}.get(type(value))
+    return kind or f"{type(value).__name__} {value!r:.40}"

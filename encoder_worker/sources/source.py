@@ -1,0 +1,120 @@
+"""Several inputs as one stream of passages, with how much of them was read. Knows names, not contents."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+from encoder_worker.sources.base import Fields, Item, Position, SourceError
+from encoder_worker.sources.delimited import read_delimited
+from encoder_worker.sources.jsonl import read_jsonl, read_text
+from encoder_worker.sources.parquet import read_parquet
+from encoder_worker.sources.streams import STDIN, open_bytes
+
+FORMATS = ("jsonl", "tsv", "csv", "parquet", "text", "beir")
+DEFAULT_MAX_LINE_BYTES = 16 << 20
+
+_SUFFIXES = {
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".tsv": "tsv", ".csv": "csv",
+    ".parquet": "parquet", ".pq": "parquet", ".txt": "text", ".text": "text",
+}  # fmt: skip
+_COMPRESSED = {".gz", ".gzip", ".zst", ".zstd"}
+_BEIR_NAMES = ("corpus.jsonl", "corpus.jsonl.gz", "corpus.jsonl.zst")
+
+
+class Source:
+    """Iterates over every item of its inputs once.
+
+    Args:
+        names: files, BEIR folders, or `-` for standard input.
+        format: one of FORMATS; None goes by each name.
+        max_line_bytes: lines (records, rows) over it are refused without being held in memory.
+
+    Raises:
+        SourceError: an input that is not there, or whose format the name does not tell.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str | Path],
+        *,
+        format: str | None = None,
+        fields: Fields | None = None,
+        max_line_bytes: int = DEFAULT_MAX_LINE_BYTES,
+    ) -> None:
+        if not names:
+            raise SourceError("no input given; expected files, BEIR folders, or - for standard input")
+        if format is not None and format not in FORMATS:
+            raise SourceError(f"format is {format!r}; expected one of {', '.join(FORMATS)}")
+        self._fields = fields or Fields()
+        self._max_line_bytes = max_line_bytes
+        self._inputs = [_resolve(str(name), format) for name in names]
+        sizes = [_size(name) for name, _ in self._inputs]
+        self._total_bytes = sum(size for size in sizes if size is not None) if None not in sizes else None
+        self._done_bytes = 0
+        self._position: Position = _nothing
+
+    def __iter__(self) -> Iterator[Item]:
+        for name, format in self._inputs:
+            with open_bytes(name) as (stream, position):
+                self._position = position
+                yield from self._read(stream, name, format)
+                self._done_bytes, self._position = self._done_bytes + position(), _nothing
+
+    def fraction(self) -> float | None:
+        """How much of the inputs was read, 0 to 1; None where their size is not known."""
+        if self._total_bytes is None:
+            return None
+        return min(1.0, (self._done_bytes + self._position()) / max(1, self._total_bytes))
+
+    def _read(self, stream: BinaryIO, name: str, format: str) -> Iterator[Item]:
+        readers: dict[str, Callable[[BinaryIO, str, Fields, int], Iterator[Item]]] = {
+            "jsonl": read_jsonl,
+            "tsv": partial(read_delimited, delimiter="\t"),
+            "csv": partial(read_delimited, delimiter=","),
+            "parquet": read_parquet,
+            # Line numbers of several files would collide.
+            "text": partial(read_text, id_prefix=f"{Path(name).name}:" if len(self._inputs) > 1 else ""),
+        }
+        source = "standard input" if name == STDIN else name
+        return readers[format](stream, source, self._fields, self._max_line_bytes)
+
+
+def _nothing() -> int:
+    return 0
+
+
+def _resolve(name: str, format: str | None) -> tuple[str, str]:
+    """The file to open and its format."""
+    if name == STDIN:
+        if format in (None, "beir"):
+            raise SourceError("standard input has no name to tell its format; expected a format (jsonl, tsv, ...)")
+        return name, str(format)
+    path = Path(name)
+    if path.is_dir():
+        if format not in (None, "beir"):
+            raise SourceError(f"{name}: a folder; expected a {format} file")
+        for candidate in _BEIR_NAMES:
+            if (path / candidate).is_file():
+                return str(path / candidate), "jsonl"
+        raise SourceError(f"{name}: a folder without {', '.join(_BEIR_NAMES[:-1])} or {_BEIR_NAMES[-1]}")
+    if not path.exists():
+        raise SourceError(f"{name}: no such file or folder")
+    if format == "beir":
+        raise SourceError(f"{name}: not a folder; a BEIR collection is one with corpus.jsonl in it")
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    while suffixes and suffixes[-1] in _COMPRESSED:
+        suffixes.pop()
+    found = format or _SUFFIXES.get(suffixes[-1] if suffixes else "")
+    if found is None:
+        raise SourceError(f"{name}: the name does not tell the format; expected a format ({', '.join(FORMATS)})")
+    return name, found
+
+
+def _size(name: str) -> int | None:
+    if name == STDIN or not Path(name).is_file():  # a named pipe has no size
+        return None
+    return os.stat(name).st_size
