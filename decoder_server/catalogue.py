@@ -13,6 +13,7 @@ from cache.collection import Collection
 from cache.errors import CacheError, CollectionNotFound, EncoderMismatch, InvalidName, StoreLocked, StoreUnavailable
 from cache.manifest import Manifest
 from cache.store import Store, StoreStats
+from checkpoint import EncoderIdentity
 from decoder_server.errors import InvalidRequest, NotFound, Refused, Unavailable
 
 
@@ -46,14 +47,14 @@ class _Opened:
 class Catalogue:
     """The collections of one store that one encoder's states may be read from."""
 
-    def __init__(self, store: Store, fingerprint: str, check_seconds: float) -> None:
+    def __init__(self, store: Store, identity: EncoderIdentity, check_seconds: float) -> None:
         """
         Args:
             check_seconds: how long an opened collection is trusted before its name is looked up
                 again; a moved alias is noticed within that time.
         """
         self.store = store
-        self._fingerprint = fingerprint
+        self._identity = identity
         self._check_seconds = check_seconds
         self._opened: dict[str, _Opened] = {}
         self._lock = Lock()
@@ -99,4 +100,6 @@ class Catalogue:
             # Equal manifests, not equal names: a collection may be dropped and written anew.
             if self.store.read_manifest(target) == known.collection.manifest:
                 return _Opened(known.collection, now)
-        return _Opened(Collection.open(self.store, name, fingerprint=self._fingerprint), now)
+        identity = self._identity
+        opened = Collection.open(self.store, name, fingerprint=identity.fingerprint, checkpoint=identity.checkpoint)
+        return _Opened(opened, now)

@@ -96,8 +96,11 @@ class EncoderClient:
         if passage.message:
             return passage.message
         try:
+            rows = _floats(passage.states, self._format, self._dim)
+            if not np.isfinite(rows).all():
+                return f"encoder worker {self.address}: states of this text are not finite"
             return PassageStates(
-                states=_floats(passage.states, self._format, self._dim),
+                states=rows,
                 window_tokens=tuple(passage.window_tokens),
                 compression_ratio=ratio,
                 truncated=passage.truncated,

@@ -30,3 +30,8 @@ def load_fbnl(config: DecoderConfig) -> Backend:
 def batch_tokens(config: DecoderConfig, backend: Backend) -> int:
     """The configured budget, or the device's."""
     return config.max_batch_tokens or BATCH_TOKENS[backend.device_name.split(":")[0]]
+
+
+def fetch_chunk(num_batch_tokens: int) -> int:
+    """Candidates per read of the store: about a batch of short ones, a share of it for long ones."""
+    return max(16, num_batch_tokens // 128)

@@ -12,7 +12,6 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
 from cache.collection import Collection
-
 from cache.errors import CacheError
 from cache.record import Damaged
 from cache.states import PassageStates, text_digest
@@ -20,9 +19,6 @@ from decoder_server.inline import InlineStates, Refusal
 from decoder_server.request import Candidate, OnMiss, Status
 from decoder_server.stopwatch import Stopwatch
 
-# Candidates per read of the store: enough to make its round trip cheap, few enough that the
-# first reach the model early.
-FETCH_CHUNK = 64
 # Texts per call of the encoder worker, and calls under way for one request.
 ENCODE_CHUNK = 8
 MAX_ENCODE_CALLS = 2
@@ -68,12 +64,15 @@ Room = Callable[[], Awaitable[None]]
 class Passages:
     """The sources of states of one served model."""
 
-    def __init__(self, executor: Executor, inline: InlineStates | None) -> None:
+    def __init__(self, executor: Executor, inline: InlineStates | None, *, fetch_chunk: int) -> None:
         """
         Args:
             executor: where the store is read; never the model's thread.
             inline: None where no encoder worker is configured.
+            fetch_chunk: candidates per read of the store: enough to make its round trip cheap, few
+                enough that the first reach the model early.
         """
+        self._fetch_chunk = fetch_chunk
         self.inline = inline
         self._executor = executor
 
@@ -87,9 +86,9 @@ class Passages:
         loop = asyncio.get_running_loop()
         calls = asyncio.Semaphore(MAX_ENCODE_CALLS)
         async with asyncio.TaskGroup() as encoding:
-            for start in range(0, len(wanted.candidates), FETCH_CHUNK):
+            for start in range(0, len(wanted.candidates), self._fetch_chunk):
                 await room()
-                chunk = wanted.candidates[start : start + FETCH_CHUNK]
+                chunk = wanted.candidates[start : start + self._fetch_chunk]
                 with wanted.fetching:
                     read = await loop.run_in_executor(self._executor, _read, wanted, chunk)
                 decided, to_encode = self._decide(wanted, read)

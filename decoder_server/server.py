@@ -26,7 +26,7 @@ from decoder_server.config import DecoderConfig
 from decoder_server.encoder_client import EncoderClient, EncoderError
 from decoder_server.engine import Engine
 from decoder_server.inline import InlineStates
-from decoder_server.loading import batch_tokens, load_fbnl
+from decoder_server.loading import batch_tokens, fetch_chunk, load_fbnl
 from decoder_server.passages import Passages
 from decoder_server.service import RerankService
 from preread.v1 import rerank_pb2, rerank_pb2_grpc
@@ -66,6 +66,7 @@ class DecoderServer:
         self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._store_threads = ThreadPoolExecutor(NUM_STORE_THREADS, thread_name_prefix="store")
         self._service = RerankService(self._store, self._store_threads)
+        self._server: grpc.aio.Server | None = None
         self._loops: list[asyncio.Task[None]] = []
         self._encoder: EncoderClient | None = None
 
@@ -127,8 +128,8 @@ class DecoderServer:
             backend,
             batcher,
             admission,
-            Catalogue(self._store, identity.fingerprint, self.config.max_staleness_seconds),
-            Passages(self._store_threads, inline),
+            Catalogue(self._store, identity, self.config.max_staleness_seconds),
+            Passages(self._store_threads, inline, fetch_chunk=fetch_chunk(batcher.max_batch_tokens)),
             self._store_threads,
             self.config,
         )
@@ -140,7 +141,7 @@ class DecoderServer:
 
     async def stop(self, grace_seconds: float) -> None:
         """Says NOT_SERVING, accepts nothing more, lets what runs finish within the grace, then stops."""
-        if hasattr(self, "_server"):
+        if self._server is not None:
             await self._health.enter_graceful_shutdown()
             drained = await asyncio.gather(*(engine.drain(grace_seconds) for engine in self.engines.values()))
             if not all(drained):

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from google.rpc import error_details_pb2
 
+from cache.collection import Collection, StoredPassage
+from cache.states import PassageStates, text_digest
 from preread.v1 import common_pb2, rerank_pb2
 
 HIT, MISSING = common_pb2.CANDIDATE_STATUS_HIT, common_pb2.CANDIDATE_STATUS_MISSING
@@ -125,6 +127,22 @@ async def test_a_stream_brings_what_the_unary_call_brings(serve, texts) -> None:
             assert other.margin == pytest.approx(result.margin, abs=1e-5)
             assert (other.status, other.text, other.num_states) == (result.status, result.text, result.num_states)
         assert events[-1].summary.num_scored == unary.num_scored
+
+
+async def test_the_best_window_of_a_split_passage_counts(serve, store, encoding, texts, by_hand) -> None:
+    windows = [encoding.encode(texts[i], 4) for i in ("p1", "p2", "p3")]
+    states = PassageStates(
+        np.concatenate([window.states for window in windows]),
+        tuple(window.num_tokens for window in windows),
+        4,
+        False,
+        text_digest("all three"),
+    )
+    Collection.open(store, "docs").put_many([StoredPassage("long", states, None)])
+    async with serve() as serving:
+        for ratio in (4, 8):
+            (result,) = (await serving.rerank(ids=["long"], compression_ratio=ratio)).results
+            assert result.margin == pytest.approx(max(by_hand(texts[i], ratio) for i in ("p1", "p2", "p3")), abs=1e-5)
 
 
 async def test_on_miss_fail_refuses_the_whole_request(serve, refused, detail) -> None:
