@@ -24,6 +24,9 @@ INTERRUPTED = 130
 # The first class of an error's ancestry that is listed here decides.
 _EXIT_CODES = {
     "cache.errors.StoreUnavailable": UNAVAILABLE,
+    "cache.errors.StoreLocked": UNAVAILABLE,
+    "cache.errors.StoreFull": UNAVAILABLE,
+    "cache.errors.StoreDamaged": UNAVAILABLE,
     "cache.errors.CacheError": BAD_INPUT,
     "checkpoint.errors.CheckpointError": BAD_INPUT,
     "preread.client.errors.InvalidRequest": BAD_INPUT,

@@ -31,7 +31,7 @@ def option(*flags: str, **settings: Any) -> Callable[[F], F]:
     """click.option with its environment twin, shown in the help beside the default."""
     settings.setdefault("envvar", environment_name(*flags))
     settings.setdefault("show_envvar", True)
-    settings.setdefault("show_default", True)
+    settings.setdefault("show_default", settings.get("default") not in (None, ""))
     return click.option(*flags, **settings)
 
 

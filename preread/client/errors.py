@@ -1,3 +1,4 @@
+# ruff: noqa: N818 - the names say what happened; `PrereadError` already says that it is an error.
 """What a call can raise.
 
 PrereadError                  .code, .reason, .metadata: google.rpc's own words

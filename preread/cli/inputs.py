@@ -1,0 +1,94 @@
+"""Queries, ids and candidates out of files or standard input, for commands that ask a server. Knows no server.
+
+A file named *.gz is unpacked; "-" is standard input. Empty lines are skipped. A line that begins with `{` is a
+JSON object in files of candidates and queries. What cannot be read stops the command: the message has file and line.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from preread.cli.failures import CommandFailed
+from preread.client.values import Candidate
+
+
+def read_ids(source: str) -> list[Candidate]:
+    """One passage id per line."""
+    return [Candidate(passage_id=line.strip()) for _, line in _lines(source)]
+
+
+def read_candidates(source: str) -> list[Candidate]:
+    """One text per line, or one object with `id` (or `_id`), `text`, or both; a `title` goes before the text."""
+    candidates = []
+    for where, line in _lines(source):
+        if not line.startswith("{"):
+            candidates.append(Candidate(text=line))
+            continue
+        row = _object(where, line)
+        passage_id, text, title = _text(where, row, "id", "_id"), _text(where, row, "text"), _text(where, row, "title")
+        if passage_id is None and text is None:
+            raise CommandFailed(f"{where}: neither id nor text; expected one or both")
+        if title and text is not None:
+            text = f"{title} {text}"
+        candidates.append(Candidate(passage_id, text))
+    return candidates
+
+
+def read_queries(source: str) -> dict[str, str]:
+    """query id -> text: `id<TAB>text` per line, or one object with `id` (or `_id`) and `text`."""
+    queries: dict[str, str] = {}
+    for where, line in _lines(source):
+        if line.startswith("{"):
+            row = _object(where, line)
+            query_id, text = _text(where, row, "id", "_id"), _text(where, row, "text")
+            if query_id is None or text is None:
+                raise CommandFailed(f"{where}: fields {', '.join(row)}; expected id and text")
+        else:
+            query_id, tab, text = line.partition("\t")
+            if not tab:
+                raise CommandFailed(f"{where}: no tab; expected id<TAB>text, or a JSON object")
+        if query_id in queries:
+            raise CommandFailed(f"{where}: query id {query_id!r} a second time")
+        queries[query_id] = text
+    if not queries:
+        raise CommandFailed(f"{source}: no queries")
+    return queries
+
+
+def _lines(source: str) -> Iterator[tuple[str, str]]:
+    """(file:line, text without its line end) of every line that is not empty."""
+    if source == "-":
+        for number, line in enumerate(sys.stdin, 1):
+            if line.strip():
+                yield f"standard input:{number}", line.rstrip("\r\n")
+        return
+    from tuning.files import numbered_lines
+
+    for number, line in numbered_lines(Path(source)):
+        yield f"{source}:{number}", line
+
+
+def _object(where: str, line: str) -> dict[str, Any]:
+    try:
+        row: dict[str, Any] = json.loads(line)
+    except ValueError as exc:
+        raise CommandFailed(f"{where}: begins with {{ and is not JSON ({exc})") from exc
+    return row
+
+
+def _text(where: str, row: dict[str, Any], *names: str) -> str | None:
+    """The first of the fields that is there; a number is taken as its digits."""
+    for name in names:
+        value = row.get(name)
+        if value is None:
+            continue
+        if isinstance(value, str):
+            return value
+        if isinstance(value, int) and not isinstance(value, bool):
+            return str(value)
+        raise CommandFailed(f"{where}: {name} is {value!r}; expected a string")
+    return None

@@ -1,0 +1,61 @@
+"""Candidates through a server, whatever their number. Knows the client, not where queries come from.
+
+A request carries at most the server's `max_candidates`; more are sent in several, and merged: a score
+does not depend on its company. Queries of a file run side by side, so that the server can batch across them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from preread.client import Candidate, Client, Reranking, RerankOptions, Result
+
+
+def rerank(
+    client: Client, query: str, candidates: Sequence[Candidate], max_candidates: int, options: RerankOptions
+) -> Reranking:
+    """Every candidate scored, best first, then those that could not be; cut to options' top_n."""
+    top_n = options.get("top_n", 0)
+    results: list[Result] = []
+    parts = []
+    for first in range(0, len(candidates), max_candidates):
+        part = client.rerank(query, candidates[first : first + max_candidates], **options)
+        results += [dataclasses.replace(result, index=result.index + first) for result in part]
+        parts.append(part.summary)
+    scored = sorted((r for r in results if r.margin is not None), key=lambda r: (-(r.margin or 0.0), r.index))
+    others = sorted((r for r in results if r.margin is None), key=lambda r: r.index)
+    times = [dataclasses.astuple(part.timings) for part in parts]
+    summary = dataclasses.replace(
+        parts[0],
+        timings=type(parts[0].timings)(*(sum(column) for column in zip(*times, strict=True))),
+        num_scored=sum(part.num_scored for part in parts),
+    )
+    return Reranking((*scored[: top_n or None], *others), summary)
+
+
+def rerank_all(
+    client: Client,
+    queries: Mapping[str, str],
+    candidates: Mapping[str, Sequence[Candidate]],
+    max_candidates: int,
+    options: RerankOptions,
+    concurrency: int,
+) -> Iterator[tuple[str, Reranking]]:
+    """(query id, answer) in the order of `queries`, with `concurrency` requests under way."""
+    with ThreadPoolExecutor(concurrency) as pool:
+        waiting: deque[tuple[str, Future[Reranking]]] = deque()
+        try:
+            for query_id, query in queries.items():
+                task = pool.submit(rerank, client, query, candidates[query_id], max_candidates, options)
+                waiting.append((query_id, task))
+                if len(waiting) > 2 * concurrency:
+                    done, answer = waiting.popleft()
+                    yield done, answer.result()
+            while waiting:
+                done, answer = waiting.popleft()
+                yield done, answer.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
