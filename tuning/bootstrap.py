@@ -71,10 +71,11 @@ class Bootstrap:
         return Difference(float(self._means[column] - self._means[baseline]), *_percentiles(drawn), p_value)
 
     def share(self, column: int, baseline: int) -> Share | None:
-        """column / baseline, paired; None where the baseline's mean is 0 in the data or any draw."""
-        if self._means[baseline] <= 0 or self._resampled[:, baseline].min() <= 0:
+        """column / baseline, paired, over draws where the baseline is not 0; None where its mean is."""
+        some = self._resampled[:, baseline] > 0
+        if self._means[baseline] <= 0:
             return None
-        drawn = self._resampled[:, column] / self._resampled[:, baseline]
+        drawn = self._resampled[some, column] / self._resampled[some, baseline]
         return Share(float(self._means[column] / self._means[baseline]), *_percentiles(drawn))
 
 

@@ -6,6 +6,7 @@ Values only: how they come about is tuning.evaluate, how they look tuning.table.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -129,7 +130,7 @@ class EvaluationReport:
             "query_ids": self.query_ids,
             "systems": [_system_json(system) for system in self.systems],
         }
-        return json.dumps(document, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
+        return _lists_on_one_line(json.dumps(document, ensure_ascii=False, allow_nan=False, indent=1)) + "\n"
 
     def write_runs(self, folder: str | Path) -> list[Path]:
         """TREC files: a run per system, and the judgements they were measured with as qrels.txt."""
@@ -204,3 +205,9 @@ def _system_json(system: System) -> dict[str, Any]:
 
 def _share_json(share: Share | None) -> dict[str, float] | None:
     return asdict(share) if share is not None else None
+
+
+def _lists_on_one_line(text: str) -> str:
+    """Indented JSON with lists of plain values on one line each; JSON strings hold no line breaks."""
+    plain_list = re.compile(r"\[\n\s+[^\[\]{}]*?\n\s+\]")
+    return plain_list.sub(lambda found: re.sub(r"\s*\n\s*", " ", found[0]), text)

@@ -42,7 +42,7 @@ def _table(report: EvaluationReport) -> Table:
     finest = report.reranked()
     ceiling = f"R@{report.settings.top_k}"  # the same for all of them: said below the table
     others = [name for name in report.baseline.measures if name not in (HEADLINE, ceiling)]
-    table = Table(show_edge=False, pad_edge=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("system", no_wrap=True)
     table.add_column(HEADLINE, justify="right", no_wrap=True)
     table.add_column(f"over {report.baseline.name}", justify="right", no_wrap=True)

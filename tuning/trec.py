@@ -14,6 +14,8 @@ from pathlib import Path
 from tuning.errors import EvaluationError
 from tuning.files import fields, numbered_lines
 
+GRADE_NAMES = ("score", "grade", "relevance", "rel", "label")  # of the last column, in a header line
+
 Qrels = dict[str, dict[str, int]]  # query_id -> {passage_id: grade}
 Run = dict[str, list[tuple[str, float]]]  # query_id -> [(passage_id, score)], best first
 
@@ -107,8 +109,8 @@ def write_qrels(path: Path, qrels: Mapping[str, Mapping[str, int]]) -> None:
 
 
 def _is_header(columns: list[str]) -> bool:
-    """A first line whose last column is a word, as in `query-id corpus-id score`."""
-    return columns[-1].replace("-", "").replace("_", "").isalpha()
+    """`query-id corpus-id score` and its kin. Not any word: a grade misspelt in line 1 should be told."""
+    return len(columns) in (3, 4) and columns[-1].casefold() in GRADE_NAMES
 
 
 def _number(path: Path, line: int, name: str, text: str) -> float:

@@ -1,0 +1,134 @@
+"""Judged files are read as they are; what is wrong with one is said in one sentence that names the place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tuning.errors import EvaluationError
+from tuning.judged import read_judged
+from tuning.trec import read_qrels
+
+
+def test_a_beir_folder_is_read_whole(beir: Path) -> None:
+    judged = read_judged(beir)
+    assert judged.name == "beir"
+    assert judged.passages["rust"] == "rust is iron oxide"
+    assert judged.passages["moon"] == "The Moon orbits the Earth and causes tides"
+    assert list(judged.queries) == ["q1", "q2", "q3", "q4"]  # q5 is not judged, "lost" has no text
+    assert judged.qrels["q1"] == {"tide": 2, "moon": 1, "nowhere": 1}
+    assert judged.unknown_queries == ("lost",)
+    assert judged.num_judgements_of_unknown_queries == 1
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("header", [False, True])
+@pytest.mark.parametrize("qrels", ["qrels.tsv", "qrels/test.tsv"])
+def test_every_layout_reads_alike(make_beir: Callable[..., Path], zipped: bool, header: bool, qrels: str) -> None:
+    judged = read_judged(make_beir(zipped=zipped, qrels=qrels, header=header))
+    assert len(judged.passages) == 7
+    assert {q: len(grades) for q, grades in judged.qrels.items()} == {"q1": 3, "q2": 2, "q3": 2, "q4": 1}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "query-id\tcorpus-id\tscore\n1\ta\t1\n2\tb\t0\n",
+        "1\ta\t1\n2\tb\t0\n",
+        "1 0 a 1\n2 0 b 0\n",
+        "1\t0\ta\t1\r\n\r\n2\t0\tb\t0\r\n",
+        "\ufeff1 a 1\n2 b 0",
+    ],
+)
+def test_judgements_in_every_form(tmp_path: Path, text: str) -> None:
+    (tmp_path / "qrels").write_bytes(text.encode())
+    assert read_qrels(tmp_path / "qrels") == {"1": {"a": 1}, "2": {"b": 0}}
+
+
+def test_a_split_is_the_field_of_the_queries_or_a_file_of_judgements(beir: Path) -> None:
+    assert list(read_judged(beir, split="test").queries) == ["q2", "q3", "q4"]
+    (beir / "qrels").mkdir()
+    (beir / "qrels/dev.tsv").write_text("q5\tmoon\t1\n")
+    assert list(read_judged(beir, split="dev").queries) == ["q5"]
+
+
+def test_a_named_file_wins_over_the_folders(beir: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("q5 0 moon 1\n")
+    assert list(read_judged(beir, qrels=tmp_path / "mine.txt").queries) == ["q5"]
+    judged = read_judged(corpus=beir / "corpus.jsonl", queries=beir / "queries.jsonl", qrels=tmp_path / "mine.txt")
+    assert judged.name == "queries"
+    assert list(judged.queries) == ["q5"]
+
+
+def test_a_sample_is_drawn_by_its_seed_and_keeps_the_order(beir: Path) -> None:
+    judged = read_judged(beir)
+    drawn = [tuple(judged.sample(2, seed).queries) for seed in range(20)]
+    assert drawn == [tuple(judged.sample(2, seed).queries) for seed in range(20)]
+    assert len(set(drawn)) > 3
+    assert all(list(pair) == sorted(pair) for pair in drawn)
+    assert list(judged.sample(2, 0).qrels) == list(judged.sample(2, 0).queries)
+    assert judged.sample(4, 0) is judged
+
+
+def _write(name: str, content: str | bytes) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return write
+
+
+def _remove(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_remove("corpus.jsonl"), "beir: has none of corpus.jsonl, corpus.jsonl.gz; name the corpus file"),
+        (_remove("qrels.tsv"), "beir: has none of qrels.tsv, qrels/test.tsv, qrels.txt; name the qrels file"),
+        (_write("corpus.jsonl", '{"_id": "a", "text": "x"}\n{"_id": \n'), "corpus.jsonl:2: not JSON"),
+        (_write("corpus.jsonl", "[1]\n"), "corpus.jsonl:1: list; expected a JSON object"),
+        (_write("corpus.jsonl", '{"text": "x"}\n'), "corpus.jsonl:1: _id is None; expected a string or an integer"),
+        (_write("corpus.jsonl", '{"_id": 1}\n'), "corpus.jsonl:1: text is None, title is ''; expected strings"),
+        (_write("corpus.jsonl", '{"_id": 1, "text": ""}\n' * 2), "corpus.jsonl:2: id '1' a second time"),
+        (_write("corpus.jsonl", ""), "corpus.jsonl: no rows"),
+        (_write("queries.jsonl", b'{"_id": "a", "text": "\xff"}\n'), "queries.jsonl: not UTF-8 text"),
+        (_write("qrels.tsv", "q1\tmoon\n"), "qrels.tsv:1: 2 columns; expected query, passage, grade"),
+        (_write("qrels.tsv", "q1\tmoon\t1\nq1\ttide\thigh\n"), "qrels.tsv:2: the grade is 'high'; expected an integer"),
+        (_write("qrels.tsv", "q1\tmoon\thigh\n"), "qrels.tsv:1: the grade is 'high'; expected an integer"),
+        (_write("qrels.tsv", "query-id\tcorpus-id\tscore\n"), "qrels.tsv: no judgements"),
+        (_write("qrels.tsv", "other\tmoon\t1\n"), "qrels.tsv: judges no query of "),
+    ],
+)
+def test_bad_files_give_one_error_that_names_the_place(beir: Path, spoil: Callable[[Path], None], message: str) -> None:
+    spoil(beir)
+    with pytest.raises(EvaluationError) as caught:
+        read_judged(beir)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_broken_gzip_stream_is_named(make_beir: Callable[..., Path]) -> None:
+    folder = make_beir(zipped=True)
+    (folder / "corpus.jsonl.gz").write_bytes((folder / "corpus.jsonl.gz").read_bytes()[:-20])
+    with pytest.raises(EvaluationError, match=r"corpus\.jsonl\.gz: cannot be read"):
+        read_judged(folder)
+    (folder / "corpus.jsonl.gz").write_bytes(b"plain")
+    with pytest.raises(EvaluationError, match=r"corpus\.jsonl\.gz: cannot be read"):
+        read_judged(folder)
+
+
+def test_an_unknown_split_names_those_there_are(beir: Path) -> None:
+    with pytest.raises(EvaluationError, match="no judged query of split 'dev'; it has: test, train"):
+        read_judged(beir, split="dev")
+    (beir / "queries.jsonl").write_text(json.dumps({"_id": "q1", "text": "x"}) + "\n")
+    with pytest.raises(EvaluationError, match="no judged query of split 'dev'; it has: its rows have no field"):
+        read_judged(beir, split="dev")
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match="nowhere: no such folder"):
+        read_judged(tmp_path / "nowhere")
