@@ -124,11 +124,13 @@ class Collection:
 
     def digests(self, passage_ids: Sequence[str]) -> list[bytes | None]:
         """SHA-256 of the text each stored passage was encoded from, or None; reads no states."""
-        return self.store.contains_many(self.name, passage_ids)
+        possible = [passage_id for passage_id in passage_ids if is_passage_id(passage_id)]
+        found = dict(zip(possible, self.store.contains_many(self.name, possible), strict=True))
+        return [found.get(passage_id) for passage_id in passage_ids]
 
     def delete_many(self, passage_ids: Sequence[str]) -> int:
         """Remove passages; returns how many were there."""
-        return self.store.delete_many(self.name, passage_ids)
+        return self.store.delete_many(self.name, [id_ for id_ in passage_ids if is_passage_id(id_)])
 
     def stats(self) -> StoreStats:
         return self.store.stats(self.name)
@@ -153,8 +155,6 @@ class Collection:
                 yield Damaged(passage_id, "decoded states are not finite")
 
     def _records(self, passage_ids: Sequence[str]) -> list[Record | Damaged | None]:
-        if all(map(is_passage_id, passage_ids)):
-            return self.store.get_many(self.name, passage_ids)
         # An id that cannot exist costs itself only: it is missing.
         possible = [passage_id for passage_id in passage_ids if is_passage_id(passage_id)]
         found = dict(zip(possible, self.store.get_many(self.name, possible), strict=True))

@@ -3,7 +3,8 @@
 The byte form is a fixed header and a payload:
 
     magic "PRST" | version u16 | flags u16 | compression_ratio u32 | num_states u32 | num_tokens u32
-    | code_size u32 | num_windows u32 | text_bytes u32 | text_digest 32 bytes | payload checksum u64 | header checksum u64
+    | code_size u32 | num_windows u32 | text_bytes u32 | text_digest 32 bytes
+    | payload checksum u64 | header checksum u64
     payload: window_tokens u32 x num_windows | codes num_states x code_size | text (UTF-8)
 
 Little-endian, checksums xxh3_64. The header checksum covers the payload's, so it alone identifies a stored value, and a
@@ -11,7 +12,7 @@ header can be trusted without reading what follows. Does not know codecs, ids or
 """
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import xxhash
@@ -50,7 +51,7 @@ class Header:
     text_digest: bytes
     payload_checksum: int
     checksum: int
-    packed: bytes
+    packed: bytes = field(repr=False)
 
     @classmethod
     def parse(cls, packed: bytes) -> "Header":
@@ -99,7 +100,7 @@ class Record:
     Made by `Record.build` (writing) or `unpack` / `join` (reading, checked).
     """
 
-    codes: NDArray[np.uint8]
+    codes: NDArray[np.uint8] = field(repr=False)
     window_tokens: tuple[int, ...]
     text: str | None
     header: Header
@@ -129,7 +130,8 @@ class Record:
         payload_checksum = _payload_checksum(pack_windows(window_tokens), codes, encoded)
         fields = _FIELDS.pack(
             _MAGIC, RECORD_VERSION, truncated * _TRUNCATED | (text is not None) * _HAS_TEXT, compression_ratio,
-            codes.shape[0], sum(window_tokens), codes.shape[1], len(window_tokens), len(encoded), text_digest, payload_checksum,
+            codes.shape[0], sum(window_tokens), codes.shape[1], len(window_tokens), len(encoded),
+            text_digest, payload_checksum,
         )  # fmt: skip
         header = Header.parse(fields + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(fields)))
         return cls(codes, window_tokens, text, header)

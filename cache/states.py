@@ -4,7 +4,7 @@ Does not know how they were encoded, under which id they are kept, or in which c
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +32,7 @@ class PassageStates:
     text_digest: SHA-256 of the text, 32 bytes
     """
 
-    states: NDArray[np.float32]
+    states: NDArray[np.float32] = field(repr=False)
     window_tokens: tuple[int, ...]
     compression_ratio: int
     truncated: bool

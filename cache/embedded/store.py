@@ -1,0 +1,265 @@
+"""EmbeddedStore: `faiss:PATH`. See the package docstring for the layout and the order of a write.
+
+Joins catalogue, segments and lock into the Store contract. Does not know floats.
+"""
+
+import logging
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from cache.codecs import Codec
+from cache.embedded import compaction, naming, rows
+from cache.embedded.catalogue import Catalogue
+from cache.embedded.failures import translated
+from cache.embedded.lock import WriterLock
+from cache.embedded.segments import SegmentGone, SegmentMaps, remove_orphans, write_segment
+from cache.errors import CacheError, CodecError, CollectionNotFound
+from cache.manifest import Manifest
+from cache.names import check_name, passage_id_bytes
+from cache.record import Damaged, Header, Record
+from cache.store import StoreStats
+
+_SCAN_PAGE_PASSAGES = 256
+
+_logger = logging.getLogger(__name__)
+
+
+class EmbeddedStore:
+    """Records in a directory; see `Store` for the contract. Nothing is made on disk before the first write."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        lock_timeout_seconds: float = 30.0,
+        max_small_segments: int = compaction.MAX_SMALL_SEGMENTS,
+    ) -> None:
+        self.path = Path(path).expanduser().absolute()
+        self._directory = self.path / "segments"
+        self._catalogue = Catalogue(self.path / "catalogue.sqlite")
+        self._lock = WriterLock(self.path / "writer.lock", lock_timeout_seconds)
+        self._maps = SegmentMaps(self._directory)
+        self._max_small_segments = max_small_segments
+        self._codecs: dict[int, Codec] = {}
+        self._seen_removals = 0
+        # Another process may have died before this one came, and this one may fail half way.
+        self._may_have_orphans = True
+
+    def put_many(self, collection: str, records: Mapping[str, Record]) -> None:
+        for passage_id in records:
+            passage_id_bytes(passage_id)
+        with self._writing():
+            collection_id, codec = self._require(collection)
+            if not records:
+                return
+            for passage_id, record in records.items():
+                if record.header.code_size != codec.code_size_bytes:
+                    raise CodecError(
+                        f"passage {passage_id!r}: {record.header.code_size} bytes per state, collection "
+                        f"{collection!r} has {codec.code_size_bytes}"
+                    )
+            codes = np.concatenate([record.codes for record in records.values()])  # (num_rows, code_size)
+            file_name, offset = write_segment(self._directory, codec, codes)
+            with self._catalogue.writing() as connection:
+                segment_id = compaction.add_segment(
+                    connection, collection_id, file_name, codes.shape[0], codes.shape[1], offset
+                )
+                rows.insert(connection, collection_id, segment_id, records)
+                naming.bump(connection, collection)
+            self._merge_small(collection_id, codec)
+
+    def get_many(self, collection: str, passage_ids: Sequence[str]) -> list[Record | Damaged | None]:
+        found, gone = self._read(collection, passage_ids)
+        if gone:
+            # A compaction removed the segment after the catalogue was read; the catalogue now knows the new one.
+            again, gone = self._read(collection, list(gone))
+            found |= again
+            found |= {id_: Damaged(id_, f"segment {file_name} is missing") for id_, file_name in gone.items()}
+        return [found.get(passage_id) for passage_id in passage_ids]
+
+    def delete_many(self, collection: str, passage_ids: Sequence[str]) -> int:
+        if not self._catalogue.exists:
+            return 0
+        with self._writing(), self._catalogue.writing() as connection:
+            collection_id = naming.find_collection(connection, collection)
+            num_deleted = 0 if collection_id is None else rows.delete(connection, collection_id, passage_ids)
+            if num_deleted:
+                naming.bump(connection, collection)
+            return num_deleted
+
+    def headers_many(self, collection: str, passage_ids: Sequence[str]) -> list[Header | None]:
+        with self._catalogue.reading() as connection:
+            collection_id = naming.find_collection(connection, collection)
+            found = {} if collection_id is None else rows.headers(connection, collection_id, passage_ids)
+        return [found.get(passage_id) for passage_id in passage_ids]
+
+    def contains_many(self, collection: str, passage_ids: Sequence[str]) -> list[bytes | None]:
+        return [None if header is None else header.text_digest for header in self.headers_many(collection, passage_ids)]
+
+    def scan(self, collection: str) -> Iterator[tuple[str, Record | Damaged]]:
+        after = b""
+        while True:
+            # Short reads instead of one long one, which would keep SQLite from folding its log into the file.
+            with self._catalogue.reading() as connection:
+                collection_id = naming.find_collection(connection, collection)
+                if collection_id is None:
+                    return
+                page = rows.page(connection, collection_id, after, _SCAN_PAGE_PASSAGES)
+            if not page:
+                return
+            after = page[-1].encoded_id
+            for row in page:
+                try:
+                    yield row.passage_id, row.read(self._maps)
+                except SegmentGone:
+                    (record,) = self.get_many(collection, [row.passage_id])
+                    if record is not None:
+                        yield row.passage_id, record
+
+    def stats(self, collection: str) -> StoreStats:
+        with self._catalogue.reading() as connection:
+            return naming.stats(connection, collection)
+
+    def generation(self, collection: str) -> int:
+        with self._catalogue.reading() as connection:
+            return naming.generation(connection, collection)
+
+    def read_manifest(self, collection: str) -> Manifest | None:
+        with self._catalogue.reading() as connection:
+            return naming.read_manifest(connection, collection)
+
+    def write_manifest(self, manifest: Manifest) -> None:
+        with self._writing(), self._catalogue.writing() as connection:
+            naming.write_manifest(connection, manifest)
+
+    def list_collections(self) -> list[str]:
+        with self._catalogue.reading() as connection:
+            return naming.list_collections(connection)
+
+    def drop_collection(self, collection: str) -> None:
+        if not self._catalogue.exists:
+            raise CollectionNotFound(f"collection: {collection!r} does not exist in this store")
+        with self._writing():
+            with self._catalogue.writing() as connection:
+                file_names = naming.drop(connection, collection)
+            for file_name in file_names:
+                (self._directory / file_name).unlink(missing_ok=True)
+
+    def aliases(self) -> dict[str, str]:
+        with self._catalogue.reading() as connection:
+            return naming.aliases(connection)
+
+    def set_alias(self, alias: str, collection: str) -> None:
+        check_name("alias", alias)
+        with self._writing(), self._catalogue.writing() as connection:
+            naming.set_alias(connection, alias, collection)
+
+    def remove_alias(self, alias: str) -> bool:
+        if not self._catalogue.exists:
+            return False
+        with self._writing(), self._catalogue.writing() as connection:
+            return naming.remove_alias(connection, alias)
+
+    def compact(self, collection: str) -> compaction.Compaction:
+        """Merge small segments and drop the codes of deleted and replaced passages; readers go on meanwhile.
+
+        The lock is given up between groups, so other writers get their turn. Raises CollectionNotFound.
+        """
+        before: list[compaction.SegmentUse] | None = None
+        unreadable: set[int] = set()
+        while True:
+            with self._writing():
+                collection_id, codec = self._require(collection)
+                with self._catalogue.reading() as connection:
+                    uses = compaction.segments_in_use(connection, collection_id)
+                before = uses if before is None else before
+                groups = compaction.plan([use for use in uses if use.segment.segment_id not in unreadable])
+                if not groups:
+                    dead = [sum(use.num_dead_bytes for use in state) for state in (before, uses)]
+                    return compaction.Compaction(len(before), len(uses), dead[0] - dead[1])
+                unreadable |= self._rewrite(groups[0], collection_id, codec)
+
+    def close(self) -> None:
+        self._maps.close()
+        self._catalogue.close()
+
+    def _read(self, collection: str, passage_ids: Sequence[str]) -> tuple[dict[str, Record | Damaged], dict[str, str]]:
+        """What could be read, and the ids whose segment has no file, with its name."""
+        found: dict[str, Record | Damaged] = {}
+        gone: dict[str, str] = {}
+        with self._catalogue.reading() as connection:
+            collection_id = naming.find_collection(connection, collection)
+            if collection_id is None:
+                return found, gone
+            located = rows.find(connection, collection_id, passage_ids)
+            self._forget_removed(connection)
+        with translated(self.path):
+            for row in located:
+                try:
+                    found[row.passage_id] = row.read(self._maps)
+                except SegmentGone as exc:
+                    gone[row.passage_id] = str(exc)
+        return found, gone
+
+    def _forget_removed(self, connection: sqlite3.Connection) -> None:
+        (num_removals,) = connection.execute("SELECT num_removed FROM removals").fetchone()
+        if num_removals != self._seen_removals:
+            self._seen_removals = num_removals
+            kept = connection.execute("SELECT segment_id FROM segments")
+            self._maps.keep_only({segment_id for (segment_id,) in kept})
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Be the one writer, on a store that exists and has no orphans."""
+        with translated(self.path):
+            self._directory.mkdir(parents=True, exist_ok=True)
+            with self._lock.held():
+                self._catalogue.create()
+                if self._may_have_orphans:
+                    with self._catalogue.reading() as connection:
+                        committed = {name for (name,) in connection.execute("SELECT file_name FROM segments")}
+                    remove_orphans(self._directory, committed)
+                    self._may_have_orphans = False
+                try:
+                    yield
+                except BaseException:
+                    # Not removed right here: a failed COMMIT may still be found complete after a crash.
+                    self._may_have_orphans = True
+                    raise
+
+    def _require(self, collection: str) -> tuple[int, Codec]:
+        with self._catalogue.reading() as connection:
+            collection_id = naming.require_collection(connection, collection)
+            if collection_id not in self._codecs:
+                manifest = naming.read_manifest(connection, collection)
+                assert manifest is not None
+                self._codecs[collection_id] = manifest.make_codec()
+        return collection_id, self._codecs[collection_id]
+
+    def _merge_small(self, collection_id: int, codec: Codec) -> None:
+        """Keep single-passage writes from piling up segments. The write before it stands, whatever happens here."""
+        try:
+            with self._catalogue.reading() as connection:
+                if compaction.num_small_segments(connection, collection_id) < self._max_small_segments:
+                    return
+                uses = compaction.segments_in_use(connection, collection_id)
+            small = [use for use in uses if use.is_small]
+            for group in compaction.plan(small)[:1]:
+                self._rewrite(group, collection_id, codec)
+        except (CacheError, OSError, sqlite3.Error) as exc:
+            self._may_have_orphans = True
+            _logger.warning("store %s: small segments were not merged: %s", self.path, exc)
+
+    def _rewrite(self, group: list[compaction.SegmentUse], collection_id: int, codec: Codec) -> set[int]:
+        return compaction.rewrite(
+            group,
+            catalogue=self._catalogue,
+            directory=self._directory,
+            maps=self._maps,
+            codec=codec,
+            collection_id=collection_id,
+        )
