@@ -3,7 +3,8 @@
     {"query": "...", "instruction": "...", "positives": ["..."], "negatives": ["..."], "scores": [0.8, 0.1]}
 
 `instruction` may be missing or empty (the checkpoint's default is used). `scores`, optional, holds one teacher
-score per passage, positives first. Nothing here knows where the judgements came from.
+score per passage, positives first. `"in_batch": false` says that passages of other groups must not be taken as
+non-relevant (an instruction that asks for unrelated passages). Nothing here knows where the judgements came from.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ class Group:
     positives: tuple[str, ...]
     negatives: tuple[str, ...]
     scores: tuple[float, ...] = ()  # teacher scores of positives + negatives, or empty
+    in_batch: bool = True  # whether other groups' passages count as non-relevant
 
     @property
     def passages(self) -> tuple[str, ...]:
@@ -38,7 +40,14 @@ def parse_group(row: dict[str, Any], where: str) -> Group:
     for name in ("positives", "negatives"):
         if not isinstance(row[name], list) or not all(isinstance(text, str) for text in row[name]):
             raise ValueError(f"{where}: {name} must be a list of texts")
-    group = Group(row["query"], row.get("instruction") or "", tuple(row["positives"]), tuple(row["negatives"]), tuple(row.get("scores") or ()))
+    group = Group(
+        query=row["query"],
+        instruction=row.get("instruction") or "",
+        positives=tuple(row["positives"]),
+        negatives=tuple(row["negatives"]),
+        scores=tuple(row.get("scores") or ()),
+        in_batch=bool(row.get("in_batch", True)),
+    )
     if not group.positives:
         raise ValueError(f"{where}: positives is empty, expected at least one passage")
     if group.scores and len(group.scores) != len(group.passages):
@@ -63,7 +72,7 @@ def write_groups(path: Path, groups: Iterable[Group]) -> int:
     count = 0
     with open(path, "w", encoding="utf-8") as out:
         for group in groups:
-            row = {k: v for k, v in asdict(group).items() if k != "scores" or v}
+            row = {k: v for k, v in asdict(group).items() if not (k == "scores" and not v) and not (k == "in_batch" and v)}
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
             count += 1
     return count

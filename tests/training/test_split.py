@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import pytest
+
+from training.collections_io import Collection
+from training.instructions import topic_of
+from training.split import Components, fraction, held_out_queries
+
+
+def test_components_join_through_shared_keys() -> None:
+    components = Components()
+    components.union(["a", "b"])
+    components.union(["c", "d"])
+    assert components.find("a") == components.find("b") != components.find("c")
+    components.union(["b", "d"])
+    assert len({components.find(key) for key in "abcd"}) == 1
+
+
+def collection() -> Collection:
+    made = Collection("toy")
+    for i in range(200):
+        name = "".join(chr(97 + (i // 26**k) % 26) for k in range(3))
+        for aspect, question in (("s", f"What are the symptoms of {name} ?"), ("t", f"What are the treatments for {name} ?")):
+            made.queries[f"{i}{aspect}"] = question
+            made.passages[f"p{i}{aspect}"] = f"{name} {aspect} text"
+            made.qrels[f"{i}{aspect}"] = {f"p{i}{aspect}": 1}
+    return made
+
+
+def test_a_topic_falls_on_one_side_and_the_split_is_stable() -> None:
+    made = collection()
+    held = held_out_queries(made, 0.2, topic_of)
+    assert held == held_out_queries(made, 0.2, topic_of)
+    assert 0.1 < len(held) / len(made.queries) < 0.3
+    for i in range(200):
+        assert (f"{i}s" in held) == (f"{i}t" in held)
+
+
+def test_near_duplicate_passages_fall_on_one_side() -> None:
+    made = collection()
+    for i in range(0, 200, 2):
+        made.passages[f"p{i}s"] = f"Same words {i}."
+        made.passages[f"p{i + 1}s"] = f"same   WORDS {i + 1}!"
+    held = held_out_queries(made, 0.2, topic_of, max_component=1000)
+    assert len({f"{i}s" in held for i in range(200)}) == 1
+
+
+def test_a_giant_family_stays_in_training() -> None:
+    made = collection()
+    for passage_id in made.passages:
+        made.passages[passage_id] = "one text"
+    assert held_out_queries(made, 0.99, topic_of, max_component=60) == set()
+
+
+@pytest.mark.parametrize(("key", "value"), [("a", 0.79), ("b", 0.24)])
+def test_fraction_is_a_fixed_number(key: str, value: float) -> None:
+    assert fraction(key) == pytest.approx(value, abs=0.01)

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+
+from training import scoring, soft_maxsim, vocabulary
+from training.checkpoint_dir import KALM_PROMPT, MINI, Checkpoint, Settings, load, save
+
+
+def wordpiece(words: list[str]) -> str:
+    letters = [c for c in "abcdefghijklmnopqrstuvwxyz"]
+    pieces = ["[PAD]", "[unused0]", "[unused1]", "[UNK]", "[CLS]", "[SEP]", *letters, *(f"##{c}" for c in letters), *words]
+    tokenizer = Tokenizer(models.WordPiece({p: i for i, p in enumerate(pieces)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return tokenizer.to_str()
+
+
+WORDS = ["yes", "no", "the", "retrieve", "passages", "that", "answer", "query", "red", "fish", "stone", "river", "cloud", "zebra"]
+
+
+def test_trim_keeps_frequent_words_and_spells_the_rest() -> None:
+    tokenizer = vocabulary.trim(wordpiece(WORDS), ["zebra zebra river", "river"], size=62, corpus_share=1.0)
+    assert tokenizer.encode("Zebra river").tokens == ["zebra", "river"]
+    assert tokenizer.encode("cloud").tokens == ["c", "##l", "##o", "##u", "##d"]
+    assert tokenizer.encode("[CLS] zebra [SEP]", add_special_tokens=False).ids[::2] == [4, 5]
+    assert [tokenizer.token_to_id(s) for s in vocabulary.SPECIAL] == list(range(6))
+
+
+def test_the_start_ranks_by_matching_words_at_every_ratio(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tokenizer = vocabulary.trim(wordpiece(WORDS), [" ".join(WORDS)], size=80, corpus_share=1.0)
+    size = tokenizer.get_vocab_size()
+    model = soft_maxsim.empty_model(soft_maxsim.Shape(size, intermediate_size=32))
+    checkpoint = Checkpoint(model, tokenizer, MINI)
+    yes, no = checkpoint.answers
+    soft_maxsim.initialise(model, torch.randn(size, soft_maxsim.WIDTH), torch.full((size,), 4.0), range(6), 4, yes, no)
+    save(checkpoint, tmp_path)
+    loaded = load(tmp_path)
+    passages = ["the zebra the red fish", "the river the stone the", "the cloud the stone river"]
+    prompts = loaded.prompt_ids(["zebra fish", "river", "cloud"], [""] * 3)
+    with torch.inference_mode():
+        states, mask = scoring.encode(loaded.model, loaded.passage_ids(passages))
+        for ratio in (1, 2):
+            pooled, pooled_mask = scoring.mean_pool(states, mask, ratio)
+            margins = scoring.margins(loaded.model, [prompts[0]] * 3, pooled, pooled_mask, loaded.answers)
+            assert int(margins.argmax()) == 0
+    assert json.loads((tmp_path / "preread.json").read_text())["prompt_template"] == MINI.prompt_template
+
+
+def test_kalm_settings_are_the_default() -> None:
+    settings = Settings()
+    assert settings.passage_template == "<Document>: {passage}" and settings.max_passage_tokens == 1024
+    assert KALM_PROMPT.startswith("<bos><start_of_turn>user\n") and KALM_PROMPT.endswith("<start_of_turn>model\n\n\n\n")
+
+
+def test_a_long_query_is_cut_before_the_template(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_str(wordpiece(WORDS))
+    tokenizer.add_special_tokens(list(vocabulary.SPECIAL))
+    settings = Settings(prompt_template="[CLS] {instruction} [SEP] {query} [SEP]", default_instruction="answer", max_query_tokens=3)
+    checkpoint = Checkpoint(soft_maxsim.empty_model(soft_maxsim.Shape(80, 1, 1, 8)), tokenizer, settings)
+    ids = checkpoint.prompt_ids(["red fish red fish red"], [""])[0]
+    assert tokenizer.decode(ids, skip_special_tokens=False).split() == ["[CLS]", "answer", "[SEP]", "red", "fish", "red", "[SEP]"]

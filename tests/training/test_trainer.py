@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from training import scoring
+from training.batches import GroupSet
+from training.checkpoint_dir import Checkpoint, load
+from training.groups import Group
+from training.recipe import Recipe
+from training.trainer import Trainer, rate
+
+COLOURS = ("red", "green", "blue")
+GROUPS = [Group(c, "", (f"{c} fish", f"{c} bird stone"), tuple(f"{o} fish" for o in COLOURS if o != c)) for c in COLOURS] * 4
+RECIPE = Recipe(steps=6, queries_per_step=3, num_negatives=2, num_shared=1, max_passage_tokens=(8,), ratios_low=(1, 2), ratios_high=(4,), warmup_steps=2)
+CPU = torch.device("cpu")
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(tiny: Callable[[int], Checkpoint], tmp_path: Path) -> None:
+    first = tiny(0)
+    whole = Trainer(first, GroupSet(GROUPS, first), RECIPE, tmp_path / "whole", CPU)
+    whole.run()
+    second = tiny(0)
+    broken = Trainer(second, GroupSet(GROUPS, second), RECIPE, tmp_path / "broken", CPU)
+    for _ in range(3):
+        broken.advance()
+    broken.save_state()
+    third = tiny(5)  # other weights: all must come from the state
+    resumed = Trainer(third, GroupSet(GROUPS, third), RECIPE, tmp_path / "broken", CPU)
+    resumed.resume()
+    assert resumed.step == 3
+    resumed.run()
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(resumed)[name]), name
+
+
+def test_a_tiny_model_learns_its_groups_at_every_ratio(tiny: Callable[[int], Checkpoint], tmp_path: Path) -> None:
+    checkpoint = tiny(0)
+    recipe = Recipe(
+        steps=120, queries_per_step=3, num_negatives=2, num_shared=1, max_passage_tokens=(8,), ratios_low=(1, 2), ratios_high=(4,), learning_rate=5e-3,
+        embedding_rate=1.0, warmup_steps=5, precision="fp32",
+    )  # fmt: skip
+    Trainer(checkpoint, GroupSet(GROUPS, checkpoint), recipe, tmp_path, CPU).run()
+    loaded = load(tmp_path)  # what was written ranks, not only what is in memory
+    passages = [f"{c} fish" for c in COLOURS]
+    with torch.inference_mode():
+        states, mask = scoring.encode(loaded.model, loaded.passage_ids(passages))
+        for ratio in (1, 2, 4):
+            pooled, pooled_mask = scoring.mean_pool(states, mask, ratio)
+            for i, prompt in enumerate(loaded.prompt_ids(list(COLOURS), [""] * 3)):
+                margins = scoring.margins(loaded.model, [prompt] * 3, pooled, pooled_mask, loaded.answers)
+                assert int(margins.argmax()) == i, (ratio, margins)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft reads every attribute
+def test_lora_trains_few_weights_and_saves_a_plain_checkpoint(tiny: Callable[[int], Checkpoint], tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    checkpoint = tiny(0)
+    before = {name: value.clone() for name, value in checkpoint.model.state_dict().items()}
+    recipe = Recipe(steps=4, queries_per_step=3, num_negatives=2, num_shared=0, max_passage_tokens=(8,), lora_rank=2, learning_rate=1e-2, precision="fp32")
+    trainer = Trainer(checkpoint, GroupSet(GROUPS, checkpoint), recipe, tmp_path, CPU)
+    assert sum(p.numel() for p in trainer.parameters) < 0.3 * sum(value.numel() for value in before.values())
+    trainer.run()
+    after = load(tmp_path).model.state_dict()
+    assert set(after) == set(before)
+    changed = {name for name in before if not torch.equal(before[name].bfloat16(), after[name].bfloat16())}
+    assert changed and all(name.endswith("_proj.weight") for name in changed)
+
+
+def test_the_rate_warms_up_stays_and_falls_to_zero() -> None:
+    recipe = Recipe(steps=100, warmup_steps=10, decay_share=0.5)
+    assert [round(rate(step, recipe), 2) for step in (0, 9, 49, 75, 100)] == [0.1, 1.0, 1.0, 0.5, 0.0]
+
+
+def test_a_recipe_names_what_is_wrong() -> None:
+    with pytest.raises(ValueError, match="precision is 'fp8', expected bf16 or fp32"):
+        Recipe(precision="fp8")
+    with pytest.raises(ValueError, match="steps is 0"):
+        Recipe(steps=0)

@@ -1,0 +1,65 @@
+"""Do instructions decide? Pairs of opposed instructions on held-out MedQuAD, same query, same passages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from training.checkpoint_dir import Checkpoint, load
+from training.collections_io import Collection, read_collection
+from training.heldout import Run, rerank
+from training.instructions import ASPECTS, aspect_of
+from training.trainer import pick_device
+
+ANSWER = "Retrieve passages that answer the query"
+CONTRARY = "Retrieve passages that do not answer the query"
+
+
+def contrary(checkpoint: Checkpoint, collection: Collection, num_queries: int, ratio: int) -> tuple[float, float, float]:
+    """Shares of queries where the answer outscores an unrelated passage under ANSWER, is outscored under CONTRARY,
+    and where the answer's own margin changes sign between the two."""
+    query_ids = list(collection.qrels)[:num_queries]
+    answers = {q: next(iter(collection.qrels[q])) for q in query_ids}
+    others = {q: answers[query_ids[i - 7]] for i, q in enumerate(query_ids)}
+    pairs: Run = {q: {answers[q]: 0.0, others[q]: 0.0} for q in query_ids if answers[q] != others[q]}
+    plain = rerank(checkpoint, collection, pairs, [ratio], ANSWER)[ratio]
+    flipped = rerank(checkpoint, collection, pairs, [ratio], CONTRARY)[ratio]
+    hits = [plain[q][answers[q]] > plain[q][others[q]] for q in pairs]
+    turned = [flipped[q][answers[q]] < flipped[q][others[q]] for q in pairs]
+    signs = [plain[q][answers[q]] > 0 > flipped[q][answers[q]] for q in pairs]
+    return sum(hits) / len(hits), sum(turned) / len(turned), sum(signs) / len(signs)
+
+
+def aspects(checkpoint: Checkpoint, collection: Collection, ratio: int) -> tuple[float, int]:
+    """For a topic with answers on two aspects: how often the asked aspect's answer outscores the other's, both ways round."""
+    topics: dict[str, dict[str, str]] = {}
+    for query_id, grades in collection.qrels.items():
+        found = aspect_of(collection.queries[query_id])
+        if found:
+            topics.setdefault(found[1], {})[found[0]] = next(iter(grades))
+    won, total = 0, 0
+    for name in ASPECTS:
+        having = {t: a for t, a in topics.items() if name in a and len(set(a.values())) > 1}
+        if not having:
+            continue
+        view = Collection("aspects", passages=collection.passages, queries={t: t for t in having})
+        pairs: Run = {t: dict.fromkeys(a.values(), 0.0) for t, a in having.items()}
+        run = rerank(checkpoint, view, pairs, [ratio], f"Retrieve passages about {ASPECTS[name][1]}")[ratio]
+        for topic, found_aspects in having.items():
+            asked = found_aspects[name]
+            for other in set(found_aspects.values()) - {asked}:
+                won, total = won + (run[topic][asked] > run[topic][other]), total + 1
+    return won / max(1, total), total
+
+
+def report(folder: Path, medquad: Path, ratio: int = 4) -> None:
+    checkpoint = load(folder)
+    checkpoint.model.to(pick_device()).eval()
+    collection = read_collection(medquad)
+    with torch.inference_mode():
+        hits, turned, signs = contrary(checkpoint, collection, 200, ratio)
+        share, total = aspects(checkpoint, collection, ratio)
+    print(f"{ANSWER!r}: answer above an unrelated passage in {hits:.1%}")
+    print(f"{CONTRARY!r}: answer below it in {turned:.1%}; the answer's margin changes sign in {signs:.1%}")
+    print(f"aspect asked for by the instruction above another aspect of the same topic in {share:.1%} of {total} pairs (chance 50%)")

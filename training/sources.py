@@ -1,0 +1,148 @@
+"""From raw collections to training groups: hard negatives, instructions, opposed pairs, teacher scores.
+
+Every text that belongs to a held-out query's relevant passages stays out, as a positive and as a negative.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from training import instructions
+from training.collections_io import Collection
+from training.groups import Group
+from training.lexical import Bm25
+from training.split import normalise
+
+MAX_CHARACTERS = 1500  # about 300 tokens: more than a training passage is ever cut to
+NUM_NEGATIVES = 7
+
+
+@dataclass
+class Source:
+    """One training source after the split: passages open for training, their vectors, a BM25 index over them."""
+
+    collection: Collection
+    held: set[str]  # query ids kept for evaluation
+    vectors: dict[str, NDArray[np.float32]]  # passage_id -> (384,) teacher vector
+    rng: random.Random
+    ids: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        hidden = {p for q in self.held for p in self.collection.qrels.get(q, {})}
+        self.ids = [p for p in self.collection.passages if p not in hidden]
+        self._open = set(self.ids)
+        self.index = Bm25([self.collection.passages[p] for p in self.ids])
+
+    def training_pairs(self) -> list[tuple[str, list[str]]]:
+        """(query_id, open relevant passage ids), queries with none left out."""
+        pairs = [(q, [p for p in grades if p in self._open]) for q, grades in self.collection.qrels.items() if q not in self.held]
+        return [(q, relevant) for q, relevant in pairs if relevant]
+
+    def negatives(self, top: list[int], relevant: set[str]) -> list[str]:
+        """Four of the best ten and three of the next thirty; near-copies of a relevant passage are dropped."""
+        bodies = {normalise(self.collection.passages[p]) for p in relevant}
+        anchors = np.stack([self.vectors[p] for p in relevant])
+        kept = []
+        for row in top:
+            p = self.ids[row]
+            if p not in relevant and float((anchors @ self.vectors[p]).max()) < 0.95 and normalise(self.collection.passages[p]) not in bodies:
+                kept.append(p)
+        near, far = kept[:10], kept[10:40]
+        chosen = self.rng.sample(near, min(4, len(near))) + self.rng.sample(far, min(NUM_NEGATIVES - 4, len(far)))
+        return chosen + [self.rng.choice(self.ids) for _ in range(3 - len(chosen))]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A group before its teacher scores: passages by id, so that vectors are looked up, not computed again."""
+
+    query: str
+    instruction: str
+    positives: list[str]
+    negatives: list[str]
+    override: str | None = None  # text of the positive when it is not the stored passage
+    opposed: bool = False
+
+
+def wording(task: str, rng: random.Random, default_share: float = 0.4) -> str:
+    """One of the task's wordings, or empty for the checkpoint's default instruction."""
+    return "" if rng.random() < default_share else rng.choice(instructions.TASKS[task])
+
+
+def query_drafts(source: Source, task: str, repeat: int = 1) -> Iterator[Draft]:
+    """The judged queries of a source, each against its BM25 neighbours."""
+    pairs = source.training_pairs() * repeat
+    top, _ = source.index.top([source.collection.queries[q] for q, _ in pairs], 45)
+    for (query_id, relevant), rows in zip(pairs, top.tolist(), strict=True):
+        positives = source.rng.sample(relevant, min(2, len(relevant)))
+        yield Draft(source.collection.queries[query_id], wording(task, source.rng), positives, source.negatives(rows, set(relevant)))
+
+
+def title_drafts(source: Source, repeat: int = 1) -> Iterator[Draft]:
+    """Title -> abstract, the title cut from its passage."""
+    ids = [p for p in source.ids if p in source.collection.titles] * repeat
+    top, _ = source.index.top([source.collection.titles[p] for p in ids], 45)
+    for p, rows in zip(ids, top.tolist(), strict=True):
+        title = source.collection.titles[p]
+        body = source.collection.passages[p][len(title) :].strip()
+        if len(body.split()) > 20:
+            yield Draft(title, wording("title", source.rng), [p], source.negatives(rows, {p}), override=body)
+
+
+def sentence_drafts(source: Source, count: int) -> Iterator[Draft]:
+    """Inverse cloze: a sentence with some words dropped -> the passage without that sentence."""
+    ids = [p for p in source.ids if len(source.collection.passages[p].split()) > 60]
+    drawn = []
+    for p in (source.rng.choice(ids) for _ in range(count)):
+        sentences = re.split(r"(?<=[.?!]) ?(?=[A-Z])", source.collection.passages[p][:MAX_CHARACTERS])
+        fit = [i for i, s in enumerate(sentences) if 8 <= len(s.split()) <= 40]
+        if len(sentences) > 2 and fit:
+            i = source.rng.choice(fit)
+            query = " ".join(w for w in sentences[i].split() if source.rng.random() > 0.2)
+            drawn.append((p, query, " ".join(sentences[:i] + sentences[i + 1 :])))
+    top, _ = source.index.top([query for _, query, _ in drawn], 45)
+    for (p, query, rest), rows in zip(drawn, top.tolist(), strict=True):
+        yield Draft(query, wording("sentence", source.rng), [p], source.negatives(rows, {p}), override=rest)
+
+
+def aspect_drafts(source: Source) -> Iterator[Draft]:
+    """The instruction decides: query `X`, instruction `... the symptoms`, other aspects of X are the negatives."""
+    topics: dict[str, dict[str, str]] = {}
+    for query_id, relevant in source.training_pairs():
+        found = instructions.aspect_of(source.collection.queries[query_id])
+        if found:
+            topics.setdefault(found[1], {})[found[0]] = relevant[0]
+    topics = {topic: aspects for topic, aspects in topics.items() if len(set(aspects.values())) > 1}
+    top, _ = source.index.top(list(topics), 45)
+    for (topic, aspects), rows in zip(topics.items(), top.tolist(), strict=True):
+        for name in source.rng.sample(sorted(aspects), min(3, len(aspects))):
+            others = [p for p in set(aspects.values()) if p != aspects[name]]
+            phrase = source.rng.choice(instructions.ASPECT_WORDINGS).format(aspect=instructions.ASPECTS[name][1])
+            same = set(aspects.values())
+            negatives = sorted(others)[:4] + [p for p in source.negatives(rows, same) if p not in same][:3]
+            yield Draft(topic, phrase, [aspects[name]], negatives)
+
+
+def opposed_drafts(drafts: list[Draft], rng: random.Random, share: float) -> Iterator[Draft]:
+    """The same query and passages under an instruction that asks for the contrary: labels change places."""
+    for draft in drafts:
+        if rng.random() < share and draft.override is None:
+            yield Draft(draft.query, rng.choice(instructions.TASKS["opposed"]), draft.negatives, draft.positives, opposed=True)
+
+
+def finish(draft: Draft, source: Source, query_vector: NDArray[np.float32]) -> Group:
+    """Texts and teacher scores of a draft. An opposed group has no scores: the teacher reads no instruction."""
+    texts = [source.collection.passages[p][:MAX_CHARACTERS] for p in draft.positives + draft.negatives]
+    if draft.override is not None:
+        texts[0] = draft.override[:MAX_CHARACTERS]
+    cut = len(draft.positives)
+    if draft.opposed:
+        return Group(draft.query, draft.instruction, tuple(texts[:cut]), tuple(texts[cut:]), in_batch=False)
+    scores = tuple(round(float(query_vector @ source.vectors[p]), 4) for p in draft.positives + draft.negatives)
+    return Group(draft.query, draft.instruction, tuple(texts[:cut]), tuple(texts[cut:]), scores)

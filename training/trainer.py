@@ -1,0 +1,147 @@
+"""The training loop: groups -> encode once -> pool at two ratios -> margins -> loss -> AdamW.
+
+It knows nothing of raw data or of how the starting weights were made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from training import scoring
+from training.batches import GroupSet, Sampler, Step
+from training.checkpoint_dir import Checkpoint, save
+from training.loss import group_loss
+from training.recipe import Recipe
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def rate(step: int, recipe: Recipe) -> float:
+    """Warm-up, plateau, linear decay to zero over the last `decay_share` of the run."""
+    left = (recipe.steps - step) / max(1.0, recipe.steps * recipe.decay_share)
+    return min(1.0, (step + 1) / max(1, recipe.warmup_steps), left)
+
+
+class Trainer:
+    """State of one run; `run` goes from `step` to the recipe's last step."""
+
+    def __init__(self, checkpoint: Checkpoint, data: GroupSet, recipe: Recipe, out: Path, device: torch.device) -> None:
+        self.checkpoint, self.recipe, self.out, self.device = checkpoint, recipe, out, device
+        torch.manual_seed(recipe.seed)
+        self.model: Any = checkpoint.model.to(device).train()
+        self.model.model.encoder.vision_tower.requires_grad_(False)
+        self.model.model.encoder.multi_modal_projector.requires_grad_(False)
+        self.sampler = Sampler(data, recipe.seed, recipe.queries_per_step, recipe.num_negatives, recipe.num_shared, recipe.max_passage_tokens)
+        self.peft = add_lora(self.model, recipe) if recipe.lora_rank else None
+        if recipe.compile:
+            for layer in [*self.model.model.encoder.text_model.layers, *self.model.model.decoder.layers]:
+                layer.compile(dynamic=True)
+        embedding = self.model.model.encoder.text_model.embed_tokens.weight
+        rest = [p for p in self.model.parameters() if p.requires_grad and p is not embedding]
+        groups = [{"params": rest, "factor": 1.0}]
+        if embedding.requires_grad:
+            groups.append({"params": [embedding], "factor": recipe.embedding_rate, "weight_decay": 0.0})
+        self.parameters = [p for group in groups for p in group["params"]]  # type: ignore[attr-defined]
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=recipe.weight_decay, fused=True)
+        self.step = 0
+
+    def loss(self, batch: Step) -> torch.Tensor:
+        """Sum over one low and one high ratio; passages are encoded once."""
+        recipe, (num_queries, width) = self.recipe, batch.candidates.shape
+        generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + self.step)
+        states, mask = scoring.encode(self.model, batch.passages)  # (num_passages, num_tokens, dim)
+        pairs = batch.valid.flatten().nonzero()[:, 0]
+        prompts = [batch.prompts[int(i) // width] for i in pairs]
+        rows = batch.candidates.flatten()[pairs].to(self.device)
+        total = torch.zeros((), device=self.device)
+        for ratios in (recipe.ratios_low, recipe.ratios_high):
+            if not ratios:
+                continue
+            ratio = ratios[int(torch.randint(len(ratios), (), generator=generator))]
+            pooled, pooled_mask = scoring.mean_pool(states, mask, ratio)
+            margin = scoring.pair_margins(self.model, prompts, pooled, pooled_mask, rows, self.checkpoint.answers)
+            table = torch.zeros(num_queries * width, device=self.device).index_put((pairs.to(self.device),), margin)
+            total = total + group_loss(
+                table.view(num_queries, width),
+                batch.valid.to(self.device),
+                batch.teacher.to(self.device),
+                recipe.distil,
+                recipe.distil_temperature,
+                recipe.binary,
+            )
+        return total
+
+    def advance(self) -> float:
+        """One optimiser step, returns its loss."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.learning_rate * group["factor"] * rate(self.step, self.recipe)
+        autocast = torch.autocast(self.device.type, torch.bfloat16) if self.recipe.precision == "bf16" else contextlib.nullcontext()
+        with autocast:
+            loss = self.loss(self.sampler.step(self.step))
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.max_grad_norm)
+        self.optimizer.step()
+        self.step += 1
+        return float(loss.detach())
+
+    def run(self, evaluate: Callable[[], str] | None = None) -> None:
+        """Train to the last step, saving the resume state and evaluating on the way, then write the checkpoint."""
+        recent, started = [], time.monotonic()
+        with tqdm(total=self.recipe.steps, initial=self.step, desc="train", mininterval=10) as bar:
+            while self.step < self.recipe.steps:
+                recent = [*recent[-99:], self.advance()]
+                bar.set_postfix(loss=f"{sum(recent) / len(recent):.3f}", refresh=False)
+                bar.update(1)
+                last = self.step == self.recipe.steps
+                if self.step % self.recipe.save_every == 0 or last:
+                    self.save_state()
+                if evaluate and (self.step % self.recipe.evaluate_every == 0 or last):
+                    took = time.monotonic() - started
+                    self.model.eval()
+                    with torch.compiler.set_stance("force_eager"):  # inference mode would compile every layer again
+                        bar.write(f"step {self.step}, {took:.0f} s, loss {sum(recent) / len(recent):.4f}, {evaluate()}")
+                    self.model.train()
+        self.export(self.out)
+
+    def save_state(self) -> None:
+        """Everything a resumed run needs, written aside and renamed."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        weights = {k: v for k, v in self.model.state_dict().items()}
+        torch.save({"step": self.step, "model": weights, "optimizer": self.optimizer.state_dict()}, self.out / "state.tmp")
+        os.replace(self.out / "state.tmp", self.out / "state.pt")
+
+    def resume(self) -> None:
+        """Go on from the state in `out`; FileNotFoundError where there is none."""
+        state = torch.load(self.out / "state.pt", map_location=self.device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        factors = [group["factor"] for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, factor in zip(self.optimizer.param_groups, factors, strict=True):
+            group["factor"] = factor
+        self.step = state["step"]
+
+    def export(self, folder: Path) -> None:
+        """A checkpoint directory as `preread` loads it; LoRA weights are merged in."""
+        if self.peft is not None:
+            self.peft.merge_and_unload()
+            self.peft = None
+        save(self.checkpoint, folder)
+
+
+def add_lora(model: Any, recipe: Recipe) -> Any:
+    """LoRA on every attention and MLP projection of both halves, in place; returns the wrapper that merges it."""
+    from peft import LoraConfig, get_peft_model  # optional dependency
+
+    names = r".*(text_model|decoder)\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
+    return get_peft_model(model, LoraConfig(r=recipe.lora_rank, lora_alpha=recipe.lora_alpha, target_modules=names))
