@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from threading import Lock
 
-from cache.collection import Collection
+from cache.collection import Collection, resolve
 from cache.errors import CacheError, CollectionNotFound, EncoderMismatch, InvalidName, StoreLocked, StoreUnavailable
 from cache.manifest import Manifest
 from cache.store import Store, StoreStats
@@ -73,7 +73,7 @@ class Catalogue:
             NotFound: no such collection.
             InvalidRequest: no name a collection can have.
             Refused: another encoder wrote it, or it cannot be read.
-            Unavailable: the store does not answer.
+            Unavailable: the store does not answer and the collection is not open yet.
         """
         with self._lock:
             try:
@@ -86,7 +86,10 @@ class Catalogue:
             except InvalidName as exc:
                 raise InvalidRequest("collection", name, "the name of a collection or alias") from exc
             except (StoreUnavailable, StoreLocked) as exc:
-                raise Unavailable(str(exc)) from exc
+                if name not in self._opened:
+                    raise Unavailable(str(exc)) from exc
+                # Better what the name meant a moment ago: a tier may still hold states, and texts can be encoded.
+                opened = _Opened(self._opened[name].collection, time.monotonic())
             except CacheError as exc:  # damaged, not readable by us, of an unknown version
                 raise Refused("COLLECTION_UNREADABLE", name, str(exc)) from exc
             self._opened[name] = opened
@@ -95,11 +98,9 @@ class Catalogue:
     def _look_up(self, name: str) -> _Opened:
         now = time.monotonic()
         known = self._opened.get(name)
-        if known is not None:
-            target = self.store.aliases().get(name, name)
-            # Equal manifests, not equal names: a collection may be dropped and written anew.
-            if self.store.read_manifest(target) == known.collection.manifest:
-                return _Opened(known.collection, now)
+        # Equal manifests, not equal names: a collection may be dropped and written anew.
+        if known and self.store.read_manifest(resolve(self.store, name)) == known.collection.manifest:
+            return _Opened(known.collection, now)
         identity = self._identity
         opened = Collection.open(self.store, name, fingerprint=identity.fingerprint, checkpoint=identity.checkpoint)
         return _Opened(opened, now)

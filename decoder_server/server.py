@@ -7,7 +7,6 @@ two executors: one thread for the model, a few for tokenizing and the store.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -151,15 +150,14 @@ class DecoderServer:
         for task in self._loops:
             task.remove_done_callback(self._loop_ended)
             task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+        await asyncio.gather(*self._loops, return_exceptions=True)
         for engine in self.engines.values():
             if engine.passages.inline is not None:
                 await engine.passages.inline.close()
         if self._encoder is not None:
             await self._encoder.close()
-        self._model_thread.shutdown(wait=True, cancel_futures=True)
-        self._store_threads.shutdown(wait=True, cancel_futures=True)
+        for threads in (self._model_thread, self._store_threads):  # a pass under way is waited for, off the loop
+            await asyncio.to_thread(threads.shutdown, cancel_futures=True)
         if self._own_store is not None:
             self._own_store.close()
 
@@ -188,6 +186,6 @@ class DecoderServer:
             await self._health.set(name, status)
 
     def _loop_ended(self, task: asyncio.Task[None]) -> None:
-        """The batching loop must never end by itself; if it does, say so and stop taking work."""
-        log.critical("the batching loop ended: %r", task.exception() if not task.cancelled() else "cancelled")
-        self._ending = asyncio.get_running_loop().create_task(self._health.enter_graceful_shutdown())
+        """The batching loop must never end by itself; if it does, callers should hear of it rather than wait."""
+        log.critical("the batching loop ended, stopping", exc_info=task.exception())
+        self._stopping = asyncio.get_running_loop().create_task(self.stop(0))

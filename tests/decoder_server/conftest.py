@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -97,8 +98,9 @@ class Encoding:
     def __init__(self, directory: Path) -> None:
         self.checkpoint = Checkpoint.open(directory)
         self._encoder = Encoder.load(self.checkpoint, device="cpu", dtype="float32")
+        self.encode = functools.cache(self._encode)
 
-    def encode(self, text: str, ratio: int) -> PassageStates:
+    def _encode(self, text: str, ratio: int) -> PassageStates:
         (tokens,) = self.checkpoint.text.passages([text])
         (states,) = self._encoder.encode([tokens.ids], ratio)
         return PassageStates(states, (len(tokens.ids),), ratio, tokens.truncated, text_digest(text))
@@ -176,8 +178,11 @@ Serve = Callable[..., AbstractAsyncContextManager[Serving]]
 
 
 @pytest.fixture
-def serve(tiny: Path, store: Store) -> Serve:
-    """Starts a server over the embedded store; keyword arguments are DecoderConfig's."""
+def serve(tiny: Path, store: Store, fbnl: FbnlBackend) -> Serve:
+    """Starts a server over the embedded store; keyword arguments are DecoderConfig's.
+
+    The model is the one loaded already, unless a backend is given or the configuration wants another.
+    """
 
     @asynccontextmanager
     async def start(
@@ -187,7 +192,7 @@ def serve(tiny: Path, store: Store) -> Serve:
         server = DecoderServer(
             DecoderConfig(str(tiny), **settings),
             store=over or store,
-            load=(lambda _: backend) if backend is not None else load_fbnl,
+            load=load_fbnl if settings["dtype"] != "float32" else lambda _: backend or fbnl,
         )
         await server.start()
         try:
