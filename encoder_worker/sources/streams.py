@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import gzip
 import io
-import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, BinaryIO, cast
+from io import FileIO
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 
 from encoder_worker.sources.base import Position, SourceError
 
 STDIN = "-"
-_BUFFER_BYTES = 1 << 20
+_BUFFER_BYTES = 1 << 16
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 
 
 class _Counting(io.RawIOBase):
     """Passes reads on and counts them: a pipe has no tell()."""
 
-    def __init__(self, raw: BinaryIO) -> None:
+    def __init__(self, raw: FileIO) -> None:
         self.num_bytes = 0
         self._raw = raw
 
@@ -31,12 +30,9 @@ class _Counting(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        # One system call at most, so that lines of a slow pipe come through as they are written.
-        read = getattr(self._raw, "read1", self._raw.read)
-        data = read(len(buffer))
-        buffer[: len(data)] = data
-        self.num_bytes += len(data)
-        return len(data)
+        num_bytes = self._raw.readinto(buffer)
+        self.num_bytes += num_bytes
+        return num_bytes
 
 
 @contextmanager
@@ -48,7 +44,8 @@ def open_bytes(name: str) -> Iterator[tuple[BinaryIO, Position]]:
             data is damaged or ends early.
     """
     try:
-        raw = sys.stdin.buffer if name == STDIN else cast(BinaryIO, Path(name).open("rb", buffering=0))  # noqa: SIM115 - closed below
+        # Descriptor 0 itself: a thread waiting for input would hold sys.stdin's lock when the process ends.
+        raw = FileIO(0, closefd=False) if name == STDIN else FileIO(name)
     except OSError as exc:
         raise SourceError(f"{name}: {exc.strerror or exc}") from exc
     counting = _Counting(raw)
@@ -60,8 +57,7 @@ def open_bytes(name: str) -> Iterator[tuple[BinaryIO, Position]]:
     except OSError as exc:
         raise SourceError(f"{name}: cannot be read further ({exc})") from exc
     finally:
-        if raw is not sys.stdin.buffer:
-            raw.close()
+        raw.close()
 
 
 def _buffered(raw: Any) -> io.BufferedReader:

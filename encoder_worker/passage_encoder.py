@@ -1,0 +1,148 @@
+"""Texts to pooled states, in the two steps that run on different threads: tokenize, then encode.
+
+Does not know files, stores or requests.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cache.states import PassageStates, text_digest
+from checkpoint import Checkpoint, EncoderIdentity, TokenizedPassage
+from encoder_worker.batching import BatchLimits
+from encoder_worker.encoder import Encoder
+
+States = NDArray[np.float32]
+
+
+class EncodingFailed(Exception):  # noqa: N818 - says what happened
+    """One sequence could not be encoded; `reason` is a constant for machines."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenized:
+    """One text as token windows: one, or several when it was split."""
+
+    windows: tuple[array[int], ...]  # 4 bytes a token: lists of int take nine times that
+    truncated: bool
+
+    @property
+    def window_tokens(self) -> tuple[int, ...]:
+        return tuple(map(len, self.windows))
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.window_tokens)
+
+    def num_states(self, ratio: int) -> int:
+        return sum(-(-num_tokens // ratio) for num_tokens in self.window_tokens)
+
+    def join(self, windows: Sequence[States], ratio: int, digest: bytes) -> PassageStates:
+        """The passage out of its encoded windows, in order."""
+        states = windows[0] if len(windows) == 1 else np.concatenate(windows)
+        return PassageStates(states, self.window_tokens, ratio, self.truncated, digest)
+
+
+class PassageEncoder:
+    """A checkpoint's tokenizer and encoder. `tokenize` may run on any thread, `encode` on one at a time."""
+
+    def __init__(self, checkpoint: Checkpoint, encoder: Encoder, limits: BatchLimits) -> None:
+        self.identity: EncoderIdentity = checkpoint.identity()
+        self.settings = checkpoint.settings
+        self.dtype_name = encoder.dtype_name
+        self.device_name = encoder.device_name
+        self.limits = limits
+        self._text = checkpoint.text
+        self._encoder = encoder
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+        max_passage_tokens: int | None = None,
+        max_batch_tokens: int | None = None,
+    ) -> PassageEncoder:
+        """Opens a checkpoint and loads its encoder half.
+
+        Raises:
+            CheckpointError: files that cannot be used, or a limit over the encoder's positions.
+            ValueError: a device or dtype that is not to be had.
+        """
+        checkpoint = Checkpoint.open(name, max_passage_tokens=max_passage_tokens)
+        encoder = Encoder.load(checkpoint, device=device, dtype=dtype)
+        return cls(checkpoint, encoder, BatchLimits.for_device(encoder.device_name, max_batch_tokens))
+
+    @property
+    def dim(self) -> int:
+        return self.identity.dim
+
+    def tokenize(self, texts: Sequence[str], *, split: bool = False) -> list[Tokenized]:
+        """Texts under the passage template; those over the limit are cut, or split into windows."""
+        passages = self._text.passages(texts)
+        return [
+            _tokenized(self._text.passage_windows(text) if split and passage.truncated else [passage])
+            for text, passage in zip(texts, passages, strict=True)
+        ]
+
+    def encode(self, batch: Sequence[Sequence[int]], ratio: int) -> list[States | EncodingFailed]:
+        """Pooled states of one batch, (num_states, dim) each, or why there are none of that sequence.
+
+        A batch the memory does not hold is tried again in halves; what fails alone is given up.
+        """
+        try:
+            encoded = self._encoder.encode(batch, ratio)
+        except RuntimeError as exc:
+            if not _out_of_memory(exc):
+                raise
+            if len(batch) == 1:
+                message = f"{len(batch[0])} tokens do not fit into memory"
+                return [EncodingFailed("out_of_memory", message)]
+        else:
+            return [_checked(states) for states in encoded]
+        half = len(batch) // 2
+        return self.encode(batch[:half], ratio) + self.encode(batch[half:], ratio)
+
+    def encode_one(self, text: str, ratio: int, *, split: bool = False) -> PassageStates:
+        """One text alone, window by window; what every batch must agree with."""
+        (tokenized,) = self.tokenize([text], split=split)
+        windows = [self.encode([window], ratio)[0] for window in tokenized.windows]
+        return tokenized.join(list(_all_states(windows)), ratio, text_digest(text))
+
+    def warm_up(self) -> None:
+        """A real forward pass; raises where the encoder does not work."""
+        self.encode_one("warm", 1)
+
+
+def _tokenized(windows: Sequence[TokenizedPassage]) -> Tokenized:
+    return Tokenized(tuple(array("i", window.ids) for window in windows), any(window.truncated for window in windows))
+
+
+def _checked(states: States) -> States | EncodingFailed:
+    if np.isfinite(states).all():
+        return states
+    return EncodingFailed("not_finite", "its states hold NaN or infinity")
+
+
+def _all_states(windows: Sequence[States | EncodingFailed]) -> Iterator[States]:
+    for window in windows:
+        if isinstance(window, EncodingFailed):
+            raise window
+        yield window
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    # torch's CPU allocator raises a plain RuntimeError.
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

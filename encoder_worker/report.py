@@ -1,0 +1,147 @@
+"""What became of every item of an index run: counts in memory, single items spooled. Knows no progress bars."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cache.states import PassageStates
+from encoder_worker.sources import Passage, Place, Refused
+
+_SPOOL_BYTES = 4 << 20
+
+
+class IssueLog:
+    """Items worth a line in the report, in the order they came; on disk beyond a few megabytes."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.SpooledTemporaryFile(_SPOOL_BYTES, mode="w+", encoding="utf-8")  # noqa: SIM115 - lives as long as the log
+
+    def add(self, place: Place, passage_id: str | None, reason: str, message: str) -> None:
+        entry = {"source": place.source, "line": place.line, "passage_id": passage_id}
+        self._file.write(json.dumps(entry | {"reason": reason, "message": message}) + "\n")
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self._file.seek(0)
+        for line in self._file:
+            yield json.loads(line)
+        self._file.seek(0, 2)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@dataclass
+class IndexReport:
+    """Counts of one run. Every item read is stored, unchanged or refused, or the run was stopped before it."""
+
+    collection: str
+    num_read: int = 0
+    num_encoded: int = 0
+    num_stored: int = 0  # of those encoded: acknowledged by the store
+    num_unchanged: int = 0  # stored before, with the same text
+    num_refused: int = 0
+    num_truncated: int = 0
+    num_split: int = 0
+    num_tokens: int = 0  # encoded
+    num_padding_tokens: int = 0
+    num_states: int = 0
+    num_batches: int = 0
+    seconds: float = 0.0
+    interrupted: bool = False
+    stopped_by: str | None = None  # the refused item that ended a strict run
+    alias: str | None = None  # moved to the collection at the end
+    reasons: Counter[str] = field(default_factory=Counter)
+    refused: IssueLog = field(default_factory=IssueLog)
+    truncated: IssueLog = field(default_factory=IssueLog)
+
+    @property
+    def complete(self) -> bool:
+        """The source was read to its end."""
+        return not self.interrupted and self.stopped_by is None
+
+    @property
+    def padding_share(self) -> float:
+        """Share of the tokens computed that were padding."""
+        return self.num_padding_tokens / max(1, self.num_tokens + self.num_padding_tokens)
+
+    @property
+    def passages_per_second(self) -> float:
+        return self.num_stored / self.seconds if self.seconds else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.num_tokens / self.seconds if self.seconds else 0.0
+
+    def refuse(self, item: Refused) -> None:
+        self.num_refused += 1
+        self.reasons[item.reason.value] += 1
+        self.refused.add(item.place, item.passage_id, item.reason.value, item.message)
+
+    def take(self, num_read: int, num_unchanged: int, refused: list[Refused]) -> None:
+        """Items as they came out of the source."""
+        self.num_read += num_read
+        self.num_unchanged += num_unchanged
+        for item in refused:
+            self.refuse(item)
+
+    def encoded(self, passage: Passage, states: PassageStates, max_passage_tokens: int) -> None:
+        """One passage that is on its way to the store."""
+        self.num_encoded += 1
+        self.num_split += len(states.window_tokens) > 1
+        if states.truncated:
+            self.num_truncated += 1
+            message = f"cut at {max_passage_tokens} tokens"
+            self.truncated.add(passage.place, passage.passage_id, "truncated", message)
+
+    def batch(self, lengths: list[int]) -> None:
+        """One forward pass over sequences of these lengths."""
+        self.num_batches += 1
+        self.num_tokens += sum(lengths)
+        self.num_padding_tokens += max(lengths) * len(lengths) - sum(lengths)
+
+    def summary(self) -> dict[str, Any]:
+        """The counts as JSON values."""
+        return {
+            "collection": self.collection,
+            "alias": self.alias,
+            "num_read": self.num_read,
+            "num_encoded": self.num_encoded,
+            "num_stored": self.num_stored,
+            "num_unchanged": self.num_unchanged,
+            "num_refused": self.num_refused,
+            "refused_by_reason": dict(sorted(self.reasons.items())),
+            "num_truncated": self.num_truncated,
+            "num_split": self.num_split,
+            "num_tokens": self.num_tokens,
+            "num_padding_tokens": self.num_padding_tokens,
+            "padding_share": round(self.padding_share, 6),
+            "num_states": self.num_states,
+            "num_batches": self.num_batches,
+            "seconds": round(self.seconds, 3),
+            "passages_per_second": round(self.passages_per_second, 3),
+            "tokens_per_second": round(self.tokens_per_second, 1),
+            "interrupted": self.interrupted,
+            "stopped_by": self.stopped_by,
+        }
+
+    def write(self, path: Path) -> None:
+        """The counts and every refused and truncated item as one JSON document; items are streamed."""
+        with path.open("w", encoding="utf-8") as out:
+            out.write(json.dumps(self.summary(), indent=1).removesuffix("\n}"))
+            for name, log in (("refused", self.refused), ("truncated", self.truncated)):
+                out.write(f',\n "{name}": [')
+                for number, entry in enumerate(log):
+                    out.write((",\n  " if number else "\n  ") + json.dumps(entry))
+                out.write("]")
+            out.write("\n}\n")
+
+    def close(self) -> None:
+        """Gives the spooled items up; the counts stay."""
+        self.refused.close()
+        self.truncated.close()

@@ -1,0 +1,153 @@
+"""Encoded passages into the store, in groups, on a thread of its own. Knows no tokens and no model.
+
+A group is one durable write, so it is also what an interruption may cost: what was not yet
+acknowledged is encoded again by the next run.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from types import TracebackType
+
+import numpy as np
+
+from cache.collection import StoredPassage
+from cache.errors import InvalidPassage, StoreLocked, StoreUnavailable
+from cache.states import PassageStates
+from encoder_worker.report import IndexReport
+from encoder_worker.sources import Passage, Reason, Refused
+from encoder_worker.target import Target
+
+log = logging.getLogger(__name__)
+
+MAX_PENDING_WRITES = 2
+RETRY_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0)
+
+
+@dataclass(frozen=True)
+class GroupLimits:
+    """When a group is written: at whichever of these it reaches first."""
+
+    max_passages: int = 2048
+    max_bytes: int = 64 << 20
+    max_seconds: float = 20.0
+
+
+@dataclass
+class _Group:
+    passages: list[Passage] = field(default_factory=list)
+    states: list[PassageStates] = field(default_factory=list)
+    num_bytes: int = 0
+    num_states: int = 0
+    begun: float = field(default_factory=time.monotonic)
+
+
+class Sink:
+    """`add` encoded passages, `flush` to have them all stored. Counts into the report on the caller's thread."""
+
+    def __init__(self, target: Target, report: IndexReport, limits: GroupLimits) -> None:
+        self._target = target
+        self._report = report
+        self._limits = limits
+        self._group = _Group()
+        self._writes: deque[Future[tuple[list[PassageStates], list[Refused]]]] = deque()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
+
+    def __enter__(self) -> Sink:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=kind is not None)
+        if kind is not None:  # what was written is acknowledged, whatever else went wrong
+            for write in self._writes:
+                if write.done() and not write.cancelled() and write.exception() is None:
+                    self._count(write)
+
+    def add(self, passage: Passage, states: PassageStates) -> None:
+        """Takes one passage; blocks while more than a few groups wait for the store.
+
+        Raises:
+            CacheError: what a write that was going on raised.
+        """
+        group = self._group
+        group.passages.append(passage)
+        group.states.append(states)
+        group.num_bytes += states.nbytes
+        group.num_states += states.num_states
+        held_back = self._target.num_training_states
+        if held_back:
+            if group.num_states >= held_back:
+                self._write()
+            return
+        if (
+            len(group.passages) >= self._limits.max_passages
+            or group.num_bytes >= self._limits.max_bytes
+            or time.monotonic() - group.begun >= self._limits.max_seconds
+        ):
+            self._write()
+
+    def flush(self, *, complete: bool = True) -> None:
+        """Returns when everything added is stored.
+
+        Args:
+            complete: False after an interruption; a codec is then not trained on the few states there
+                are, because its table would stay, and what waited for it is given up.
+
+        Raises:
+            CodecError: too few states to train the codec on.
+        """
+        if not complete and self._target.num_training_states:
+            self._group = _Group()
+        if self._group.passages:
+            self._write()
+        while self._writes:
+            self._count(self._writes.popleft())
+
+    def _write(self) -> None:
+        group, self._group = self._group, _Group()
+        if self._target.collection is None:
+            sample = (
+                np.concatenate([states.states for states in group.states])
+                if self._target.codec.needs_training
+                else None
+            )
+            self._target.create(sample)
+        self._writes.append(self._thread.submit(_put, self._target, group))
+        while len(self._writes) > MAX_PENDING_WRITES or (self._writes and self._writes[0].done()):
+            self._count(self._writes.popleft())
+
+    def _count(self, write: Future[tuple[list[PassageStates], list[Refused]]]) -> None:
+        stored, refused = write.result()
+        self._report.num_stored += len(stored)
+        self._report.num_states += sum(states.num_states for states in stored)
+        for item in refused:
+            self._report.refuse(item)
+
+
+def _put(target: Target, group: _Group) -> tuple[list[PassageStates], list[Refused]]:
+    """Stores a group; passages the collection will not have are refused one by one."""
+    collection = target.collection
+    assert collection is not None
+    todo = {passage.passage_id: (passage, states) for passage, states in zip(group.passages, group.states, strict=True)}
+    refused: list[Refused] = []
+    attempt = 0
+    while todo:
+        try:
+            collection.put_many([StoredPassage(i, states, passage.text) for i, (passage, states) in todo.items()])
+            break
+        except InvalidPassage as exc:
+            passage, _ = todo.pop(exc.passage_id)
+            refused.append(Refused(passage.place, passage.passage_id, Reason.NOT_STORABLE, exc.reason))
+        except (StoreUnavailable, StoreLocked) as exc:
+            if attempt == len(RETRY_SECONDS):
+                raise
+            log.warning("%s; trying again in %g s", exc, RETRY_SECONDS[attempt])
+            time.sleep(RETRY_SECONDS[attempt])
+            attempt += 1
+    return [states for _, states in todo.values()], refused
