@@ -24,8 +24,15 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m training", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
     data = commands.add_parser("data", help="raw collections and Debian descriptions -> training groups")
-    data.add_argument("--collections", type=Path, required=True, help="folder of BEIR folders, with medquad and scifact")
-    data.add_argument("--debian", type=Path, required=True, help="private folder for the description lists; filled by apt-get when empty")
+    data.add_argument(
+        "--collections", type=Path, required=True, help="folder of BEIR folders, with medquad and scifact"
+    )
+    data.add_argument(
+        "--debian",
+        type=Path,
+        required=True,
+        help="private folder for the description lists; filled by apt-get when empty",
+    )
     data.add_argument("--out", type=Path, required=True)
     data.add_argument("--max-debian", type=int, help="take only so many Debian queries")
     start = commands.add_parser("start", help="training texts -> vocabulary and starting weights")
@@ -34,14 +41,29 @@ def parser() -> argparse.ArgumentParser:
     start.add_argument("--vocab-size", type=int, default=15000)
     train = commands.add_parser("train", help="groups + a checkpoint -> a checkpoint")
     train.add_argument("--data", type=Path, required=True, help="a .jsonl of groups, or the folder `data` wrote")
-    train.add_argument("--from", dest="source", type=Path, required=True, help="checkpoint directory to start from (ours, or a KaLM one)")
+    train.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        required=True,
+        help="checkpoint directory to start from (ours, or a KaLM one)",
+    )
     train.add_argument("--out", type=Path, required=True)
     train.add_argument("--recipe", type=Path, help="TOML; flags below override it")
-    train.add_argument("--heldout", type=Path, help="folder of BEIR folders evaluated while training; default DATA/heldout where it exists")
+    train.add_argument(
+        "--heldout",
+        type=Path,
+        help="folder of BEIR folders evaluated while training; default DATA/heldout where it exists",
+    )
     train.add_argument("--resume", action="store_true", help="go on from OUT/state.pt")
     train.add_argument("--device", default="auto")
     for field in dataclasses.fields(Recipe):
-        train.add_argument(f"--{field.name.replace('_', '-')}", type=_flag_type(field.default), default=None, help=f"default {field.default}")
+        train.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=_flag_type(field.default),
+            default=None,
+            help=f"default {field.default}",
+        )
     make = commands.add_parser("make", help="data, start and train in one go")
     make.add_argument("--collections", type=Path, required=True)
     make.add_argument("--work", type=Path, required=True, help="folder for everything in between")
@@ -102,7 +124,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif args.command == "evaluate":
         from training.evaluate import evaluate
 
-        evaluate(args.checkpoint, args.collections, args.ratios, args.depth, args.max_queries, args.instruction, args.teacher, args.json)
+        evaluate(
+            args.checkpoint,
+            args.collections,
+            args.ratios,
+            args.depth,
+            args.max_queries,
+            args.instruction,
+            args.teacher,
+            args.json,
+        )
     elif args.command == "opposed":
         from training.opposed import report
 

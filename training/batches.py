@@ -1,4 +1,4 @@
-"""Which groups and which passages a step sees: a function of (seed, step) alone, so that a resumed run goes on exactly."""
+"""Which groups and passages a step sees: a function of (seed, step) alone, so that a resumed run goes on exactly."""
 
 from __future__ import annotations
 
@@ -58,7 +58,15 @@ class GroupSet:
 class Sampler:
     """Shuffles every epoch, keeps groups of like length in one step to spare padding."""
 
-    def __init__(self, data: GroupSet, seed: int, queries_per_step: int, num_negatives: int, num_shared: int, max_tokens: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        data: GroupSet,
+        seed: int,
+        queries_per_step: int,
+        num_negatives: int,
+        num_shared: int,
+        max_tokens: tuple[int, ...],
+    ) -> None:
         self.data, self.seed = data, seed
         self.queries_per_step = min(queries_per_step, len(data))
         self.num_negatives, self.num_shared, self.max_tokens = num_negatives, num_shared, max_tokens
@@ -71,7 +79,9 @@ class Sampler:
         rng.shuffle(order)
         steps, pool = [], 40 * self.queries_per_step
         for start in range(0, len(order), pool):
-            part = sorted(order[start : start + pool], key=lambda i: len(self.data.table[self.data.groups[i].positives[0]]))
+            part = sorted(
+                order[start : start + pool], key=lambda i: len(self.data.table[self.data.groups[i].positives[0]])
+            )
             steps += [part[k : k + self.queries_per_step] for k in range(0, len(part), self.queries_per_step)]
         steps = [s for s in steps if len(s) == self.queries_per_step]
         rng.shuffle(steps)
@@ -88,7 +98,10 @@ class Sampler:
         own: list[list[tuple[int, float]]] = []
         for group in chosen:
             scores = dict(zip(group.positives + group.negatives, group.scores or [float("nan")] * 99, strict=False))
-            rows = [rng.choice(group.positives)] + rng.sample(group.negatives, min(self.num_negatives, len(group.negatives)))
+            rows = [
+                rng.choice(group.positives),
+                *rng.sample(group.negatives, min(self.num_negatives, len(group.negatives))),
+            ]
             own.append([(place.setdefault(row, len(place)), scores[row]) for row in rows])
         width = 1 + self.num_negatives + self.num_shared
         candidates = torch.zeros(len(chosen), width, dtype=torch.long)

@@ -19,7 +19,8 @@ from transformers import T5Gemma2ForConditionalGeneration
 from training.instructions import DEFAULT
 
 KALM_PROMPT = (
-    "<bos><start_of_turn>user\nJudge whether the Document meets the requirements based on the Query and the Instruct provided."
+    "<bos><start_of_turn>user\nJudge whether the Document meets the requirements"
+    " based on the Query and the Instruct provided."
     ' Note that the answer can only be "yes" or "no".\n\n<Instruct>: {instruction}\n<Query>: {query}<end_of_turn>\n'
     "<start_of_turn>model\n\n\n\n"
 )
@@ -51,7 +52,7 @@ MINI = Settings(
 
 @dataclass
 class Checkpoint:
-    model: T5Gemma2ForConditionalGeneration
+    model: Any  # T5Gemma2ForConditionalGeneration; its module tree is typed too loosely to follow
     tokenizer: Tokenizer
     settings: Settings
 
@@ -70,8 +71,14 @@ class Checkpoint:
         """Token ids, cut right at max_passage_tokens."""
         ids: list[list[int]] = []
         for start in range(0, len(passages), 1024):
-            texts = [self.settings.passage_template.replace("{passage}", passage) for passage in passages[start : start + 1024]]
-            ids += [e.ids[: self.settings.max_passage_tokens] for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
+            texts = [
+                self.settings.passage_template.replace("{passage}", passage)
+                for passage in passages[start : start + 1024]
+            ]
+            ids += [
+                e.ids[: self.settings.max_passage_tokens]
+                for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)
+            ]
         return ids
 
     def prompt_ids(self, queries: list[str], instructions: list[str]) -> list[list[int]]:
@@ -103,7 +110,11 @@ def save(checkpoint: Checkpoint, folder: Path) -> None:
     """Write bf16 weights (the tied embedding once), config.json, tokenizer files and preread.json."""
     folder.mkdir(parents=True, exist_ok=True)
     tied = set(checkpoint.model.all_tied_weights_keys)
-    weights = {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in checkpoint.model.state_dict().items() if k not in tied}
+    weights = {
+        k: v.detach().to("cpu", torch.bfloat16).contiguous()
+        for k, v in checkpoint.model.state_dict().items()
+        if k not in tied
+    }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config: Any = checkpoint.model.config
     config.architectures = [type(checkpoint.model).__name__]
@@ -112,6 +123,12 @@ def save(checkpoint: Checkpoint, folder: Path) -> None:
     checkpoint.tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     known = {k: v for k, v in names.items() if checkpoint.tokenizer.token_to_id(v) is not None}
-    tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": checkpoint.settings.max_passage_tokens, **known}
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": checkpoint.settings.max_passage_tokens,
+        **known,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n", encoding="utf-8")
-    (folder / "preread.json").write_text(json.dumps(asdict(checkpoint.settings), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "preread.json").write_text(
+        json.dumps(asdict(checkpoint.settings), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )

@@ -34,7 +34,7 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write rows one a line, gzipped when the name ends in .gz, with no timestamp so that equal rows give equal bytes."""
+    """Write rows one a line; .gz names are gzipped, with no timestamp, so that equal rows give equal bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     path.write_bytes(gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)
@@ -68,7 +68,9 @@ def read_collection(folder: Path) -> Collection:
 def write_collection(folder: Path, collection: Collection) -> None:
     """Write a BEIR folder; titles are already part of the passage text and are not written again."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_jsonl(folder / "corpus.jsonl.gz", ({"_id": i, "title": "", "text": t} for i, t in collection.passages.items()))
+    write_jsonl(
+        folder / "corpus.jsonl.gz", ({"_id": i, "title": "", "text": t} for i, t in collection.passages.items())
+    )
     write_jsonl(folder / "queries.jsonl.gz", ({"_id": i, "text": t} for i, t in collection.queries.items()))
     lines = ["query-id\tcorpus-id\tscore"]
     lines += [f"{q}\t{p}\t{g}" for q, grades in collection.qrels.items() for p, g in grades.items()]

@@ -43,7 +43,9 @@ def held_out_collection(collection: Collection, held: set[str]) -> Collection:
     )
 
 
-def build(collections_folder: Path, debian_folder: Path, out: Path, seed: int = 0, max_debian: int | None = None) -> None:
+def build(
+    collections_folder: Path, debian_folder: Path, out: Path, seed: int = 0, max_debian: int | None = None
+) -> None:
     """One call makes everything `train` reads."""
     medquad = read_collection(collections_folder / "medquad")
     scifact = read_collection(collections_folder / "scifact")
@@ -57,7 +59,11 @@ def build(collections_folder: Path, debian_folder: Path, out: Path, seed: int = 
     held["scifact"], dropped = scifact_held_out(scifact)
     for collection in (medquad, scifact, debian):
         write_collection(out / "heldout" / collection.name, held_out_collection(collection, held[collection.name]))
-        print(f"{collection.name}: {len(collection.passages)} passages, {len(collection.qrels)} queries, {len(held[collection.name])} held out", flush=True)
+        print(
+            f"{collection.name}: {len(collection.passages)} passages, {len(collection.qrels)} queries,"
+            f" {len(held[collection.name])} held out",
+            flush=True,
+        )
     for query_id in dropped:
         del scifact.qrels[query_id]
     teacher = MiniLM()
@@ -83,6 +89,8 @@ def build(collections_folder: Path, debian_folder: Path, out: Path, seed: int = 
         print(f"{collection.name}: {len(made)} groups", flush=True)
     rng.shuffle(drafts)
     vectors = teacher.embed([draft.query for _, draft in drafts], max_tokens=64)
-    count = write_groups(out / "train.jsonl", (sources.finish(d, s, v) for (s, d), v in zip(drafts, np.asarray(vectors), strict=True)))
+    count = write_groups(
+        out / "train.jsonl", (sources.finish(d, s, v) for (s, d), v in zip(drafts, np.asarray(vectors), strict=True))
+    )
     write_jsonl(out / "texts.jsonl", ({"text": s.collection.passages[p]} for s in opened.values() for p in s.ids))
     print(f"{count} groups in {out / 'train.jsonl'}")

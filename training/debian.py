@@ -19,7 +19,11 @@ def fetch_lists(folder: Path) -> list[Path]:
     """Download the English description lists into `folder` unless they are there, and name them."""
     if not list(folder.glob("*Translation-en*")):
         (folder / "partial").mkdir(parents=True, exist_ok=True)
-        options = ["Acquire::Languages=en", "Acquire::IndexTargets::deb::Translations::DefaultEnabled=true", f"Dir::State::Lists={folder.resolve()}"]
+        options = [
+            "Acquire::Languages=en",
+            "Acquire::IndexTargets::deb::Translations::DefaultEnabled=true",
+            f"Dir::State::Lists={folder.resolve()}",
+        ]
         subprocess.run(["apt-get", *(part for option in options for part in ("-o", option)), "update"], check=True)
     lists = sorted(folder.glob("*Translation-en*"))
     if not lists:
@@ -32,7 +36,9 @@ def read_descriptions(lists: list[Path]) -> Collection:
     collection = Collection("debian")
     seen: set[tuple[str, str]] = set()
     for path in lists:
-        text = subprocess.run([APT_HELPER, "cat-file", str(path)], check=True, capture_output=True).stdout.decode("utf-8", "replace")
+        text = subprocess.run([APT_HELPER, "cat-file", str(path)], check=True, capture_output=True).stdout.decode(
+            "utf-8", "replace"
+        )
         for stanza in text.split("\n\n"):
             match = re.search(r"^Description-en: (.*)\n((?: .*\n?)*)", stanza + "\n", re.MULTILINE)
             if match is None:

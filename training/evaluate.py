@@ -23,6 +23,7 @@ from training.trainer import pick_device
 
 MEASURES = {"nDCG@10": nDCG @ 10, "MRR@10": RR @ 10, "R@10": R @ 10}
 NUM_RESAMPLES = 10_000
+HEADER = "| | nDCG@10 (95% interval) | over BM25 (paired) | MRR@10 | R@10 |\n|---|---|---|---|---|"
 
 
 def per_query(collection: Collection, run: Run) -> dict[str, NDArray[np.float64]]:
@@ -43,7 +44,9 @@ def interval(values: NDArray[np.float64], draws: NDArray[np.int64]) -> tuple[flo
     return float(low), float(high)
 
 
-def gain_interval(values: NDArray[np.float64], base: NDArray[np.float64], draws: NDArray[np.int64]) -> tuple[float, float]:
+def gain_interval(
+    values: NDArray[np.float64], base: NDArray[np.float64], draws: NDArray[np.int64]
+) -> tuple[float, float]:
     """95% paired bootstrap of mean(values) / mean(base) - 1."""
     low, high = np.percentile(values[draws].mean(1) / base[draws].mean(1) - 1, [2.5, 97.5])
     return float(low), float(high)
@@ -55,7 +58,9 @@ def minilm_run(collection: Collection, candidates: Run) -> Run:
     teacher = MiniLM()
     ids = sorted({p for found in candidates.values() for p in found})
     passages = dict(zip(ids, teacher.embed([collection.passages[p] for p in ids], max_tokens=256), strict=True))
-    queries = dict(zip(candidates, teacher.embed([collection.queries[q] for q in candidates], max_tokens=256), strict=True))
+    queries = dict(
+        zip(candidates, teacher.embed([collection.queries[q] for q in candidates], max_tokens=256), strict=True)
+    )
     return {q: {p: float(queries[q] @ passages[p]) for p in found} for q, found in candidates.items()}
 
 
@@ -80,20 +85,27 @@ def evaluate(
         runs: dict[str, Run] = {"BM25": candidates}
         if teacher:
             runs["MiniLM"] = minilm_run(collection, candidates)
-        runs |= {f"r={ratio}": run for ratio, run in rerank(checkpoint, collection, candidates, ratios, instruction).items()}
+        runs |= {
+            f"r={ratio}": run for ratio, run in rerank(checkpoint, collection, candidates, ratios, instruction).items()
+        }
         draws = np.random.default_rng(0).integers(0, len(query_ids), (NUM_RESAMPLES, len(query_ids)))
         base = per_query(collection, candidates)["nDCG@10"]
         rows = figures[folder.name] = {"num_queries": len(query_ids), "systems": {}}
-        print(f"\n{folder.name}: {len(query_ids)} queries, BM25 top {depth}\n| | nDCG@10 (95% interval) | over BM25 (paired) | MRR@10 | R@10 |\n|---|---|---|---|---|")
+        print(f"\n{folder.name}: {len(query_ids)} queries, BM25 top {depth}\n{HEADER}")
         for name, run in runs.items():
             values = per_query(collection, run)
             low, high = interval(values["nDCG@10"], draws)
             gain = float(values["nDCG@10"].mean() / base.mean() - 1)
             gain_low, gain_high = gain_interval(values["nDCG@10"], base, draws)
             means = {measure: round(float(v.mean()), 4) for measure, v in values.items()}
-            rows["systems"][name] = {**means, "interval": [round(low, 4), round(high, 4)], "gain": [round(g, 4) for g in (gain, gain_low, gain_high)]}
+            rows["systems"][name] = {
+                **means,
+                "interval": [round(low, 4), round(high, 4)],
+                "gain": [round(g, 4) for g in (gain, gain_low, gain_high)],
+            }
             print(
-                f"| {name} | {means['nDCG@10']:.3f} ({low:.3f} to {high:.3f}) | {gain:+.1%} ({gain_low:+.1%} to {gain_high:+.1%})"
+                f"| {name} | {means['nDCG@10']:.3f} ({low:.3f} to {high:.3f})"
+                f" | {gain:+.1%} ({gain_low:+.1%} to {gain_high:+.1%})"
                 f" | {means['MRR@10']:.3f} | {means['R@10']:.3f} |",
                 flush=True,
             )

@@ -72,7 +72,9 @@ def write_groups(path: Path, groups: Iterable[Group]) -> int:
     count = 0
     with open(path, "w", encoding="utf-8") as out:
         for group in groups:
-            row = {k: v for k, v in asdict(group).items() if not (k == "scores" and not v) and not (k == "in_batch" and v)}
+            row = {
+                k: v for k, v in asdict(group).items() if not (k == "scores" and not v) and not (k == "in_batch" and v)
+            }
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
             count += 1
     return count

@@ -31,7 +31,14 @@ def first_stage(collection: Collection, query_ids: list[str], k: int) -> Run:
 
 
 @torch.inference_mode()
-def rerank(checkpoint: Checkpoint, collection: Collection, candidates: Run, ratios: Iterable[int], instruction: str = "", batch: int = 256) -> dict[int, Run]:
+def rerank(
+    checkpoint: Checkpoint,
+    collection: Collection,
+    candidates: Run,
+    ratios: Iterable[int],
+    instruction: str = "",
+    batch: int = 256,
+) -> dict[int, Run]:
     """{ratio: run}. Each passage is encoded once, pooled per ratio, and scored in order of prompt length."""
     model = checkpoint.model
     passage_ids = sorted({p for found in candidates.values() for p in found})
@@ -46,12 +53,24 @@ def rerank(checkpoint: Checkpoint, collection: Collection, candidates: Run, rati
             states, _ = scoring.encode(model, [tokens[i] or [0] for i in part])
             encoded |= {i: states[k, : max(1, len(tokens[i]))].float() for k, i in enumerate(part)}
     query_ids = list(candidates)
-    prompts = dict(zip(query_ids, checkpoint.prompt_ids([collection.queries[q] for q in query_ids], [instruction] * len(query_ids)), strict=True))
-    pairs = sorted(((q, p) for q in query_ids for p in candidates[q]), key=lambda pair: (len(encoded[place[pair[1]]]), len(prompts[pair[0]])))
+    prompts = dict(
+        zip(
+            query_ids,
+            checkpoint.prompt_ids([collection.queries[q] for q in query_ids], [instruction] * len(query_ids)),
+            strict=True,
+        )
+    )
+    pairs = sorted(
+        ((q, p) for q in query_ids for p in candidates[q]),
+        key=lambda pair: (len(encoded[place[pair[1]]]), len(prompts[pair[0]])),
+    )
     out: dict[int, Run] = {}
     for ratio in ratios:
         run: Run = {q: {} for q in query_ids}
-        pooled = {i: scoring.mean_pool(s[None], torch.ones(1, len(s), dtype=torch.long, device=s.device), ratio)[0][0] for i, s in encoded.items()}
+        pooled = {
+            i: scoring.mean_pool(s[None], torch.ones(1, len(s), dtype=torch.long, device=s.device), ratio)[0][0]
+            for i, s in encoded.items()
+        }
         for start in range(0, len(pairs), batch):
             part_pairs = pairs[start : start + batch]
             rows = [pooled[place[p]] for _, p in part_pairs]
@@ -70,7 +89,7 @@ def ndcg(collection: Collection, run: Run) -> dict[str, float]:
     """nDCG@10 of each query of the run; a query with nothing found has 0."""
     qrels = [Qrel(q, p, g) for q in run for p, g in collection.qrels[q].items()]
     scored = [ScoredDoc(q, p, s) for q, found in run.items() for p, s in found.items()]
-    values = {q: 0.0 for q in run}
+    values = dict.fromkeys(run, 0.0)
     for metric in ir_measures.iter_calc([nDCG @ 10], qrels, scored):
         values[metric.query_id] = float(metric.value)
     return values
@@ -87,7 +106,7 @@ class HeldOut:
         self.parts: list[tuple[Collection, Run]] = []
         for part in sorted(p for p in folder.iterdir() if (p / "qrels.tsv").exists()):
             collection = read_collection(part)
-            query_ids = [q for q in collection.qrels][:num_queries]
+            query_ids = list(collection.qrels)[:num_queries]
             self.parts.append((collection, first_stage(collection, query_ids, k)))
 
     def report(self, checkpoint: Checkpoint, ratios: tuple[int, ...] = (4,)) -> str:

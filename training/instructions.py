@@ -51,7 +51,11 @@ ASPECTS: dict[str, tuple[str, str]] = {  # name -> (how MedQuAD asks for it, how
     "risk": (r"^who is at risk for (.+?)\?? ?\?$", "who is at risk"),
     "prevention": (r"^how to prevent (.+?) ?\?$", "the prevention"),
 }
-ASPECT_WORDINGS = ("Retrieve passages about {aspect}", "Given a topic, find the passage that describes {aspect}", "Find passages on {aspect} of the query")
+ASPECT_WORDINGS = (
+    "Retrieve passages about {aspect}",
+    "Given a topic, find the passage that describes {aspect}",
+    "Find passages on {aspect} of the query",
+)
 
 
 def aspect_of(question: str) -> tuple[str, str] | None:

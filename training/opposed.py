@@ -16,7 +16,9 @@ ANSWER = "Retrieve passages that answer the query"
 CONTRARY = "Retrieve passages that do not answer the query"
 
 
-def contrary(checkpoint: Checkpoint, collection: Collection, num_queries: int, ratio: int) -> tuple[float, float, float]:
+def contrary(
+    checkpoint: Checkpoint, collection: Collection, num_queries: int, ratio: int
+) -> tuple[float, float, float]:
     """Shares of queries where the answer outscores an unrelated passage under ANSWER, is outscored under CONTRARY,
     and where the answer's own margin changes sign between the two."""
     query_ids = list(collection.qrels)[:num_queries]
@@ -32,7 +34,7 @@ def contrary(checkpoint: Checkpoint, collection: Collection, num_queries: int, r
 
 
 def aspects(checkpoint: Checkpoint, collection: Collection, ratio: int) -> tuple[float, int]:
-    """For a topic with answers on two aspects: how often the asked aspect's answer outscores the other's, both ways round."""
+    """For a topic with answers on several aspects: how often the asked aspect's answer outscores another's."""
     topics: dict[str, dict[str, str]] = {}
     for query_id, grades in collection.qrels.items():
         found = aspect_of(collection.queries[query_id])
@@ -62,4 +64,7 @@ def report(folder: Path, medquad: Path, ratio: int = 4) -> None:
         share, total = aspects(checkpoint, collection, ratio)
     print(f"{ANSWER!r}: answer above an unrelated passage in {hits:.1%}")
     print(f"{CONTRARY!r}: answer below it in {turned:.1%}; the answer's margin changes sign in {signs:.1%}")
-    print(f"aspect asked for by the instruction above another aspect of the same topic in {share:.1%} of {total} pairs (chance 50%)")
+    print(
+        f"the aspect the instruction asks for above another aspect of the same topic in {share:.1%}"
+        f" of {total} pairs (chance 50%)"
+    )

@@ -36,7 +36,9 @@ class Recipe:
     evaluate_every: int = 500
     evaluate_queries: int = 100
     precision: str = "bf16"  # or fp32
-    compile: bool = False  # compile every layer once (a minute or more): RMSNorm and GELU passes dominate a small model on CPU
+    compile: bool = (
+        False  # compile every layer once (a minute or more): RMSNorm and GELU passes dominate a small model on CPU
+    )
 
     def __post_init__(self) -> None:
         for name in ("steps", "queries_per_step", "save_every", "evaluate_every"):
@@ -55,4 +57,7 @@ def read_recipe(path: Path | None, overrides: dict[str, Any]) -> Recipe:
     if unknown := set(values) - known:
         raise ValueError(f"{path}: unknown fields {sorted(unknown)}, expected some of {sorted(known)}")
     values |= {name: value for name, value in overrides.items() if value is not None}
-    return Recipe(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
+    return Recipe(**fields)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import T5Gemma2Config, T5Gemma2ForConditionalGeneration
@@ -51,28 +52,40 @@ def empty_model(shape: Shape) -> T5Gemma2ForConditionalGeneration:
 
     def text(num_layers: int) -> dict[str, object]:
         rope = {"rope_type": "default", "rope_theta": 1e8}
-        return dict(
-            vocab_size=shape.vocab_size,
-            hidden_size=HIDDEN,
-            intermediate_size=shape.intermediate_size,
-            num_hidden_layers=num_layers,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=HEAD,
-            sliding_window=1024,
-            max_position_embeddings=8192,
-            query_pre_attn_scalar=256,
-            dropout_rate=0.0,
-            pad_token_id=0,
-            bos_token_id=4,
-            eos_token_id=5,
-            rope_parameters={"full_attention": dict(rope), "sliding_attention": dict(rope)},
-        )
+        return {
+            "vocab_size": shape.vocab_size,
+            "hidden_size": HIDDEN,
+            "intermediate_size": shape.intermediate_size,
+            "num_hidden_layers": num_layers,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": HEAD,
+            "sliding_window": 1024,
+            "max_position_embeddings": 8192,
+            "query_pre_attn_scalar": 256,
+            "dropout_rate": 0.0,
+            "pad_token_id": 0,
+            "bos_token_id": 4,
+            "eos_token_id": 5,
+            "rope_parameters": {"full_attention": dict(rope), "sliding_attention": dict(rope)},
+        }
 
-    vision = dict(
-        model_type="siglip_vision_model", hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, image_size=224, patch_size=14
-    )
-    encoder = dict(text_config=text(shape.encoder_layers), vision_config=vision, boi_token_index=1, eoi_token_index=1, image_token_index=2)
+    vision = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "image_size": 224,
+        "patch_size": 14,
+    }
+    encoder = {
+        "text_config": text(shape.encoder_layers),
+        "vision_config": vision,
+        "boi_token_index": 1,
+        "eoi_token_index": 1,
+        "image_token_index": 2,
+    }
     config = T5Gemma2Config(encoder=encoder, decoder=text(shape.decoder_layers), eoi_token_index=1, image_token_index=2)
     return T5Gemma2ForConditionalGeneration(config)
 
@@ -86,16 +99,17 @@ def rope_order() -> torch.Tensor:
 
 @torch.no_grad()
 def initialise(
-    model: T5Gemma2ForConditionalGeneration,
+    model: Any,
     vectors: torch.Tensor,  # (vocab, WIDTH), strongest component last
     rarity: torch.Tensor,  # (vocab,)
     special: range,
     cls: int,
     yes: int,
     no: int,
-    strength: Strength = Strength(),
+    strength: Strength | None = None,
 ) -> None:
     """Write the start into `model`, in place."""
+    strength = strength or Strength()
     encoder, decoder = model.model.encoder.text_model, model.model.decoder
     embedding, root, eye = encoder.embed_tokens.weight, math.sqrt(HIDDEN), torch.eye(HEAD)
     size = 1.5 * math.sqrt(WIDTH) / root
@@ -123,7 +137,7 @@ def initialise(
     _gather_layer(decoder.layers[1], strength)
 
 
-def _copy_layer(layer: torch.nn.Module, eye: torch.Tensor) -> None:
+def _copy_layer(layer: Any, eye: torch.Tensor) -> None:
     """Encoder layer 0: attend to like tokens, copy CONTENT into COPY: a lightly contextual copy."""
     attention = layer.self_attn
     for linear in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj):
@@ -135,7 +149,7 @@ def _copy_layer(layer: torch.nn.Module, eye: torch.Tensor) -> None:
     layer.post_self_attn_layernorm.weight.fill_(0.0)
 
 
-def _match_layer(layer: torch.nn.Module, eye: torch.Tensor, strength: Strength) -> None:
+def _match_layer(layer: Any, eye: torch.Tensor, strength: Strength) -> None:
     """Decoder layer 0: WON <- attention mass on the passage, LOST <- mass on the prompt."""
     attention = layer.self_attn
     attention.q_proj.weight.normal_(std=0.01)
@@ -155,7 +169,7 @@ def _match_layer(layer: torch.nn.Module, eye: torch.Tensor, strength: Strength) 
     layer.post_self_attn_layernorm.weight.fill_(0.0)
 
 
-def _gather_layer(layer: torch.nn.Module, strength: Strength) -> None:
+def _gather_layer(layer: Any, strength: Strength) -> None:
     """Decoder layer 1: the last token averages WON and LOST over the prompt, rare words first."""
     attention = layer.self_attn
     attention.q_proj.weight.normal_(std=0.002)

@@ -41,7 +41,11 @@ class Source:
 
     def training_pairs(self) -> list[tuple[str, list[str]]]:
         """(query_id, open relevant passage ids), queries with none left out."""
-        pairs = [(q, [p for p in grades if p in self._open]) for q, grades in self.collection.qrels.items() if q not in self.held]
+        pairs = [
+            (q, [p for p in grades if p in self._open])
+            for q, grades in self.collection.qrels.items()
+            if q not in self.held
+        ]
         return [(q, relevant) for q, relevant in pairs if relevant]
 
     def negatives(self, top: list[int], relevant: set[str]) -> list[str]:
@@ -51,7 +55,11 @@ class Source:
         kept = []
         for row in top:
             p = self.ids[row]
-            if p not in relevant and float((anchors @ self.vectors[p]).max()) < 0.95 and normalise(self.collection.passages[p]) not in bodies:
+            if (
+                p not in relevant
+                and float((anchors @ self.vectors[p]).max()) < 0.95
+                and normalise(self.collection.passages[p]) not in bodies
+            ):
                 kept.append(p)
         near, far = kept[:10], kept[10:40]
         chosen = self.rng.sample(near, min(4, len(near))) + self.rng.sample(far, min(NUM_NEGATIVES - 4, len(far)))
@@ -81,7 +89,12 @@ def query_drafts(source: Source, task: str, repeat: int = 1) -> Iterator[Draft]:
     top, _ = source.index.top([source.collection.queries[q] for q, _ in pairs], 45)
     for (query_id, relevant), rows in zip(pairs, top.tolist(), strict=True):
         positives = source.rng.sample(relevant, min(2, len(relevant)))
-        yield Draft(source.collection.queries[query_id], wording(task, source.rng), positives, source.negatives(rows, set(relevant)))
+        yield Draft(
+            source.collection.queries[query_id],
+            wording(task, source.rng),
+            positives,
+            source.negatives(rows, set(relevant)),
+        )
 
 
 def title_drafts(source: Source, repeat: int = 1) -> Iterator[Draft]:
@@ -133,7 +146,9 @@ def opposed_drafts(drafts: list[Draft], rng: random.Random, share: float) -> Ite
     """The same query and passages under an instruction that asks for the contrary: labels change places."""
     for draft in drafts:
         if rng.random() < share and draft.override is None:
-            yield Draft(draft.query, rng.choice(instructions.TASKS["opposed"]), draft.negatives, draft.positives, opposed=True)
+            yield Draft(
+                draft.query, rng.choice(instructions.TASKS["opposed"]), draft.negatives, draft.positives, opposed=True
+            )
 
 
 def finish(draft: Draft, source: Source, query_vector: NDArray[np.float32]) -> Group:

@@ -39,7 +39,9 @@ class Components:
             self._parent[self.find(root)] = self.find(roots[0])
 
 
-def held_out_queries(collection: Collection, share: float, topic: Callable[[str], str] = normalise, max_component: int = 60) -> set[str]:
+def held_out_queries(
+    collection: Collection, share: float, topic: Callable[[str], str] = normalise, max_component: int = 60
+) -> set[str]:
     """About `share` of the queries, as whole components of (query topic, passage text, passage opening) keys.
 
     A component larger than `max_component` queries stays in training: one giant family of near-duplicates would

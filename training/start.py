@@ -1,4 +1,4 @@
-"""`python -m training start`: training texts -> a checkpoint directory with a trimmed vocabulary and soft-MaxSim weights."""
+"""`python -m training start`: training texts -> a checkpoint with a trimmed vocabulary and soft-MaxSim weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from training.collections_io import read_jsonl
 from training.teacher import MiniLM, minilm_folder
 
 
-def start(data: Path, out: Path, vocab_size: int = 15000, seed: int = 0, num_texts: int = 30000, strength: soft_maxsim.Strength | None = None) -> None:
+def start(
+    data: Path,
+    out: Path,
+    vocab_size: int = 15000,
+    seed: int = 0,
+    num_texts: int = 30000,
+    strength: soft_maxsim.Strength | None = None,
+) -> None:
     """Deterministic for a seed; needs `texts.jsonl` of the data step and the MiniLM package."""
     torch.manual_seed(seed)
     texts = [row["text"] for row in read_jsonl(data / "texts.jsonl")]
@@ -34,9 +41,9 @@ def start(data: Path, out: Path, vocab_size: int = 15000, seed: int = 0, num_tex
         vocabulary.principal(vectors, soft_maxsim.WIDTH),
         vocabulary.rarity(tokenizer, texts),
         special=range(len(vocabulary.SPECIAL)),
-        cls=tokenizer.token_to_id("[CLS]"),
+        cls=vocabulary.SPECIAL.index("[CLS]"),
         yes=yes,
         no=no,
-        strength=strength or soft_maxsim.Strength(),
+        strength=strength,
     )
     save(checkpoint, out)

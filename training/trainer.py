@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from training import scoring
 from training.batches import GroupSet, Sampler, Step
@@ -41,7 +41,14 @@ class Trainer:
         self.model: Any = checkpoint.model.to(device).train()
         self.model.model.encoder.vision_tower.requires_grad_(False)
         self.model.model.encoder.multi_modal_projector.requires_grad_(False)
-        self.sampler = Sampler(data, recipe.seed, recipe.queries_per_step, recipe.num_negatives, recipe.num_shared, recipe.max_passage_tokens)
+        self.sampler = Sampler(
+            data,
+            recipe.seed,
+            recipe.queries_per_step,
+            recipe.num_negatives,
+            recipe.num_shared,
+            recipe.max_passage_tokens,
+        )
         self.peft = add_lora(self.model, recipe) if recipe.lora_rank else None
         if recipe.compile:
             for layer in [*self.model.model.encoder.text_model.layers, *self.model.model.decoder.layers]:
@@ -52,7 +59,9 @@ class Trainer:
         if embedding.requires_grad:
             groups.append({"params": [embedding], "factor": recipe.embedding_rate, "weight_decay": 0.0})
         self.parameters = [p for group in groups for p in group["params"]]  # type: ignore[attr-defined]
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=recipe.weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=0.0, betas=(0.9, 0.98), weight_decay=recipe.weight_decay, fused=True
+        )
         self.step = 0
 
     def loss(self, batch: Step) -> torch.Tensor:
@@ -85,7 +94,11 @@ class Trainer:
         """One optimiser step, returns its loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate * group["factor"] * rate(self.step, self.recipe)
-        autocast = torch.autocast(self.device.type, torch.bfloat16) if self.recipe.precision == "bf16" else contextlib.nullcontext()
+        autocast = (
+            torch.autocast(self.device.type, torch.bfloat16)
+            if self.recipe.precision == "bf16"
+            else contextlib.nullcontext()
+        )
         with autocast:
             loss = self.loss(self.sampler.step(self.step))
         self.optimizer.zero_grad()
@@ -97,7 +110,8 @@ class Trainer:
 
     def run(self, evaluate: Callable[[], str] | None = None) -> None:
         """Train to the last step, saving the resume state and evaluating on the way, then write the checkpoint."""
-        recent, started = [], time.monotonic()
+        recent: list[float] = []
+        started = time.monotonic()
         with tqdm(total=self.recipe.steps, initial=self.step, desc="train", mininterval=10) as bar:
             while self.step < self.recipe.steps:
                 recent = [*recent[-99:], self.advance()]
@@ -117,8 +131,10 @@ class Trainer:
     def save_state(self) -> None:
         """Everything a resumed run needs, written aside and renamed."""
         self.out.mkdir(parents=True, exist_ok=True)
-        weights = {k: v for k, v in self.model.state_dict().items()}
-        torch.save({"step": self.step, "model": weights, "optimizer": self.optimizer.state_dict()}, self.out / "state.tmp")
+        weights = dict(self.model.state_dict().items())
+        torch.save(
+            {"step": self.step, "model": weights, "optimizer": self.optimizer.state_dict()}, self.out / "state.tmp"
+        )
         os.replace(self.out / "state.tmp", self.out / "state.pt")
 
     def resume(self) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from training.teacher import MiniLM
 
@@ -45,10 +45,20 @@ def trim(tokenizer_json: str, texts: list[str], size: int, corpus_share: float =
     state = json.loads(tokenizer_json)
     state["model"]["vocab"] = {piece: i for i, piece in enumerate(keep)}
     state["added_tokens"] = [
-        {"id": i, "content": piece, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        {
+            "id": i,
+            "content": piece,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
         for i, piece in enumerate(SPECIAL)
     ]
-    state["post_processor"] = state["padding"] = state["truncation"] = None  # templates write [CLS] and [SEP] themselves
+    state["post_processor"] = state["padding"] = state["truncation"] = (
+        None  # templates write [CLS] and [SEP] themselves
+    )
     return Tokenizer.from_str(json.dumps(state))
 
 
@@ -75,7 +85,7 @@ def token_vectors(tokenizer: Tokenizer, teacher: MiniLM, texts: list[str], max_t
     to_teacher = torch.tensor([teacher.tokenizer.convert_tokens_to_ids(piece) for piece in pieces])
     cls, sep = teacher.tokenizer.cls_token_id, teacher.tokenizer.sep_token_id
     alone = torch.zeros(size, 384)
-    for rows in torch.arange(size).split(1024):
+    for rows in torch.split(torch.arange(size), 1024):
         ids = torch.stack([torch.full_like(rows, cls), to_teacher[rows], torch.full_like(rows, sep)], 1)
         alone[rows] = teacher.token_states(ids, torch.ones_like(ids))[:, 1]
     total, count = torch.zeros(size, 384), torch.zeros(size)
@@ -88,7 +98,9 @@ def token_vectors(tokenizer: Tokenizer, teacher: MiniLM, texts: list[str], max_t
             own[k, : len(r)] = torch.tensor(r)
         inside = own > 0
         ids = torch.cat([torch.full((len(rows_), 1), cls), torch.where(inside, to_teacher[own], torch.tensor(0))], 1)
-        states = teacher.token_states(ids, torch.cat([torch.ones(len(rows_), 1, dtype=torch.long), inside.long()], 1))[:, 1:]
+        states = teacher.token_states(ids, torch.cat([torch.ones(len(rows_), 1, dtype=torch.long), inside.long()], 1))[
+            :, 1:
+        ]
         total.index_add_(0, own[inside], states[inside])
         count.index_add_(0, own[inside], torch.ones(int(inside.sum())))
     weight = (count / (count + 4))[:, None]

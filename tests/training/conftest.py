@@ -11,7 +11,28 @@ from transformers import T5Gemma2Config, T5Gemma2ForConditionalGeneration
 
 from training.checkpoint_dir import MINI, Checkpoint
 
-WORDS = "yes no find not passages that answer the query about red green blue fish bird stone river cloud north south".split()
+WORDS = [
+    "yes",
+    "no",
+    "find",
+    "not",
+    "passages",
+    "that",
+    "answer",
+    "the",
+    "query",
+    "about",
+    "red",
+    "green",
+    "blue",
+    "fish",
+    "bird",
+    "stone",
+    "river",
+    "cloud",
+    "north",
+    "south",
+]
 
 
 @pytest.fixture
@@ -26,22 +47,38 @@ def tiny() -> Callable[[int], Checkpoint]:
         tokenizer.add_special_tokens(special)
 
         def text(num_layers: int) -> dict[str, object]:
-            return dict(
-                vocab_size=len(special) + len(WORDS),
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=num_layers,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                head_dim=16,
-                sliding_window=64,
-                query_pre_attn_scalar=16,
-                dropout_rate=0.0,
-            )
+            return {
+                "vocab_size": len(special) + len(WORDS),
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": num_layers,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "head_dim": 16,
+                "sliding_window": 64,
+                "query_pre_attn_scalar": 16,
+                "dropout_rate": 0.0,
+            }
 
-        vision = dict(model_type="siglip_vision_model", hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, image_size=224, patch_size=14)
-        encoder = dict(text_config=text(1), vision_config=vision, boi_token_index=1, eoi_token_index=1, image_token_index=2)
-        model = T5Gemma2ForConditionalGeneration(T5Gemma2Config(encoder=encoder, decoder=text(2), eoi_token_index=1, image_token_index=2))
+        vision = {
+            "model_type": "siglip_vision_model",
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+            "image_size": 224,
+            "patch_size": 14,
+        }
+        encoder = {
+            "text_config": text(1),
+            "vision_config": vision,
+            "boi_token_index": 1,
+            "eoi_token_index": 1,
+            "image_token_index": 2,
+        }
+        model = T5Gemma2ForConditionalGeneration(
+            T5Gemma2Config(encoder=encoder, decoder=text(2), eoi_token_index=1, image_token_index=2)
+        )
         with torch.no_grad():  # wide enough that unit-size post-norm updates do not drown token identity
             for name, weight in model.named_parameters():
                 if "embed_tokens.weight" in name or name.endswith("_proj.weight"):

@@ -8,7 +8,10 @@ from training.instructions import TASKS, aspect_of, topic_of
 @pytest.mark.parametrize(
     ("question", "found"),
     [
-        ("What are the symptoms of Adult Acute Lymphoblastic Leukemia ?", ("symptoms", "Adult Acute Lymphoblastic Leukemia")),
+        (
+            "What are the symptoms of Adult Acute Lymphoblastic Leukemia ?",
+            ("symptoms", "Adult Acute Lymphoblastic Leukemia"),
+        ),
         ("Is Lynch syndrome inherited ?", ("inheritance", "Lynch syndrome")),
         ("What is (are) Q Fever ?", ("overview", "Q Fever")),
         ("Do you have information about Anthrax", None),

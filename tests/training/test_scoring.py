@@ -25,7 +25,8 @@ def test_mean_pool_equals_the_naive_loop(ratio: int) -> None:
 def test_mean_pool_by_hand() -> None:
     states = torch.tensor([[[1.0], [3.0], [10.0], [99.0]]])
     pooled, mask = scoring.mean_pool(states, torch.tensor([[1, 1, 1, 0]]), 2)
-    assert pooled[0, :, 0].tolist() == [2.0, 10.0] and mask.tolist() == [[1, 1]]
+    assert pooled[0, :, 0].tolist() == [2.0, 10.0]
+    assert mask.tolist() == [[1, 1]]
 
 
 def test_encode_keeps_the_order_and_does_not_depend_on_chunks(tiny: Callable[[int], Checkpoint]) -> None:
@@ -49,5 +50,7 @@ def test_margins_equal_the_whole_model_and_ignore_batch_mates(tiny: Callable[[in
         states, mask = scoring.encode(checkpoint.model, passages)
         margins = scoring.margins(checkpoint.model, prompts, states, mask, checkpoint.answers)
         for i in range(2):
-            logits = checkpoint.model(input_ids=torch.tensor([passages[i]]), decoder_input_ids=torch.tensor([prompts[i]])).logits[0, -1]
+            logits = checkpoint.model(
+                input_ids=torch.tensor([passages[i]]), decoder_input_ids=torch.tensor([prompts[i]])
+            ).logits[0, -1]
             assert float(margins[i]) == pytest.approx(float(logits[yes] - logits[no]), abs=1e-4)

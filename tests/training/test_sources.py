@@ -9,7 +9,7 @@ from training import sources
 from training.collections_io import Collection
 from training.sources import Source
 
-SUBJECTS = "influenza malaria cholera measles rabies tetanus typhus leprosy scurvy rickets".split()
+SUBJECTS = ["influenza", "malaria", "cholera", "measles", "rabies", "tetanus", "typhus", "leprosy", "scurvy", "rickets"]
 ASPECTS = {"symptoms": "What are the symptoms of {} ?", "treatments": "What are the treatments for {} ?"}
 
 
@@ -32,14 +32,18 @@ def source() -> Source:
 
 def test_held_out_passages_appear_nowhere(source: Source) -> None:
     drafts = list(sources.query_drafts(source, "question")) + list(sources.aspect_drafts(source))
-    assert drafts and not any("rickets" in p for d in drafts for p in d.positives + d.negatives)
+    assert drafts
+    assert not any("rickets" in p for d in drafts for p in d.positives + d.negatives)
 
 
 def test_negatives_are_not_relevant_and_near(source: Source) -> None:
     drafts = list(sources.query_drafts(source, "question"))
     for draft in drafts:
-        assert len(draft.negatives) == 7 and not set(draft.positives) & set(draft.negatives)
-    hard = [any(p.startswith(d.positives[0].split()[0]) for p in d.negatives) for d in drafts]  # the subject's other aspect
+        assert len(draft.negatives) == 7
+        assert not set(draft.positives) & set(draft.negatives)
+    hard = [
+        any(p.startswith(d.positives[0].split()[0]) for p in d.negatives) for d in drafts
+    ]  # the subject's other aspect
     assert sum(hard) > len(hard) / 4
 
 
@@ -48,7 +52,8 @@ def test_the_instruction_decides_in_aspect_groups(source: Source) -> None:
     assert len(drafts) == 18
     for draft in drafts:
         subject, aspect = draft.positives[0].split()
-        assert draft.query == subject and aspect in draft.instruction
+        assert draft.query == subject
+        assert aspect in draft.instruction
         other = next(a for a in ASPECTS if a != aspect)
         assert f"{subject} {other}" in draft.negatives
 
@@ -61,12 +66,18 @@ def test_opposed_groups_swap_labels_and_carry_no_teacher(source: Source) -> None
         assert (turned.query, turned.positives, turned.negatives) == (plain.query, plain.negatives, plain.positives)
         assert turned.instruction != plain.instruction
         group = sources.finish(turned, source, np.ones(384, dtype=np.float32))
-        assert group.scores == () and not group.in_batch
-        assert len(sources.finish(plain, source, np.ones(384, dtype=np.float32)).scores) == len(plain.positives + plain.negatives)
+        assert group.scores == ()
+        assert not group.in_batch
+        assert len(sources.finish(plain, source, np.ones(384, dtype=np.float32)).scores) == len(
+            plain.positives + plain.negatives
+        )
 
 
 def test_sentence_groups_hide_the_sentence(source: Source) -> None:
     for passage_id in source.ids:
-        source.collection.passages[passage_id] = f"{passage_id} opens this text with some words here. " + " ".join(f"Word{i} follows." for i in range(40))
+        source.collection.passages[passage_id] = f"{passage_id} opens this text with some words here. " + " ".join(
+            f"Word{i} follows." for i in range(40)
+        )
     for draft in sources.sentence_drafts(source, 20):
-        assert draft.override is not None and draft.query not in draft.override
+        assert draft.override is not None
+        assert draft.query not in draft.override

@@ -20,7 +20,10 @@ def collection() -> Collection:
     made = Collection("toy")
     for i in range(200):
         name = "".join(chr(97 + (i // 26**k) % 26) for k in range(3))
-        for aspect, question in (("s", f"What are the symptoms of {name} ?"), ("t", f"What are the treatments for {name} ?")):
+        for aspect, question in (
+            ("s", f"What are the symptoms of {name} ?"),
+            ("t", f"What are the treatments for {name} ?"),
+        ):
             made.queries[f"{i}{aspect}"] = question
             made.passages[f"p{i}{aspect}"] = f"{name} {aspect} text"
             made.qrels[f"{i}{aspect}"] = {f"p{i}{aspect}": 1}

@@ -11,15 +11,40 @@ from training.checkpoint_dir import KALM_PROMPT, MINI, Checkpoint, Settings, loa
 
 
 def wordpiece(words: list[str]) -> str:
-    letters = [c for c in "abcdefghijklmnopqrstuvwxyz"]
-    pieces = ["[PAD]", "[unused0]", "[unused1]", "[UNK]", "[CLS]", "[SEP]", *letters, *(f"##{c}" for c in letters), *words]
+    letters = list("abcdefghijklmnopqrstuvwxyz")
+    pieces = [
+        "[PAD]",
+        "[unused0]",
+        "[unused1]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        *letters,
+        *(f"##{c}" for c in letters),
+        *words,
+    ]
     tokenizer = Tokenizer(models.WordPiece({p: i for i, p in enumerate(pieces)}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     return tokenizer.to_str()
 
 
-WORDS = ["yes", "no", "the", "retrieve", "passages", "that", "answer", "query", "red", "fish", "stone", "river", "cloud", "zebra"]
+WORDS = [
+    "yes",
+    "no",
+    "the",
+    "retrieve",
+    "passages",
+    "that",
+    "answer",
+    "query",
+    "red",
+    "fish",
+    "stone",
+    "river",
+    "cloud",
+    "zebra",
+]
 
 
 def test_trim_keeps_frequent_words_and_spells_the_rest() -> None:
@@ -53,14 +78,26 @@ def test_the_start_ranks_by_matching_words_at_every_ratio(tmp_path: Path) -> Non
 
 def test_kalm_settings_are_the_default() -> None:
     settings = Settings()
-    assert settings.passage_template == "<Document>: {passage}" and settings.max_passage_tokens == 1024
-    assert KALM_PROMPT.startswith("<bos><start_of_turn>user\n") and KALM_PROMPT.endswith("<start_of_turn>model\n\n\n\n")
+    assert settings.passage_template == "<Document>: {passage}"
+    assert settings.max_passage_tokens == 1024
+    assert KALM_PROMPT.startswith("<bos><start_of_turn>user\n")
+    assert KALM_PROMPT.endswith("<start_of_turn>model\n\n\n\n")
 
 
 def test_a_long_query_is_cut_before_the_template(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_str(wordpiece(WORDS))
     tokenizer.add_special_tokens(list(vocabulary.SPECIAL))
-    settings = Settings(prompt_template="[CLS] {instruction} [SEP] {query} [SEP]", default_instruction="answer", max_query_tokens=3)
+    settings = Settings(
+        prompt_template="[CLS] {instruction} [SEP] {query} [SEP]", default_instruction="answer", max_query_tokens=3
+    )
     checkpoint = Checkpoint(soft_maxsim.empty_model(soft_maxsim.Shape(80, 1, 1, 8)), tokenizer, settings)
     ids = checkpoint.prompt_ids(["red fish red fish red"], [""])[0]
-    assert tokenizer.decode(ids, skip_special_tokens=False).split() == ["[CLS]", "answer", "[SEP]", "red", "fish", "red", "[SEP]"]
+    assert tokenizer.decode(ids, skip_special_tokens=False).split() == [
+        "[CLS]",
+        "answer",
+        "[SEP]",
+        "red",
+        "fish",
+        "red",
+        "[SEP]",
+    ]

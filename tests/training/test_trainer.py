@@ -14,8 +14,19 @@ from training.recipe import Recipe
 from training.trainer import Trainer, rate
 
 COLOURS = ("red", "green", "blue")
-GROUPS = [Group(c, "", (f"{c} fish", f"{c} bird stone"), tuple(f"{o} fish" for o in COLOURS if o != c)) for c in COLOURS] * 4
-RECIPE = Recipe(steps=6, queries_per_step=3, num_negatives=2, num_shared=1, max_passage_tokens=(8,), ratios_low=(1, 2), ratios_high=(4,), warmup_steps=2)
+GROUPS = [
+    Group(c, "", (f"{c} fish", f"{c} bird stone"), tuple(f"{o} fish" for o in COLOURS if o != c)) for c in COLOURS
+] * 4
+RECIPE = Recipe(
+    steps=6,
+    queries_per_step=3,
+    num_negatives=2,
+    num_shared=1,
+    max_passage_tokens=(8,),
+    ratios_low=(1, 2),
+    ratios_high=(4,),
+    warmup_steps=2,
+)
 CPU = torch.device("cpu")
 
 
@@ -44,7 +55,8 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(tiny: Callable[[int]
 def test_a_tiny_model_learns_its_groups_at_every_ratio(tiny: Callable[[int], Checkpoint], tmp_path: Path) -> None:
     checkpoint = tiny(0)
     recipe = Recipe(
-        steps=120, queries_per_step=3, num_negatives=2, num_shared=1, max_passage_tokens=(8,), ratios_low=(1, 2), ratios_high=(4,), learning_rate=5e-3,
+        steps=120, queries_per_step=3, num_negatives=2, num_shared=1, max_passage_tokens=(8,),
+        ratios_low=(1, 2), ratios_high=(4,), learning_rate=5e-3,
         embedding_rate=1.0, warmup_steps=5, precision="fp32",
     )  # fmt: skip
     Trainer(checkpoint, GroupSet(GROUPS, checkpoint), recipe, tmp_path, CPU).run()
@@ -59,19 +71,33 @@ def test_a_tiny_model_learns_its_groups_at_every_ratio(tiny: Callable[[int], Che
                 assert int(margins.argmax()) == i, (ratio, margins)
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft reads every attribute
-def test_lora_trains_few_weights_and_saves_a_plain_checkpoint(tiny: Callable[[int], Checkpoint], tmp_path: Path) -> None:
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)  # peft reads every attribute
+def test_lora_trains_few_weights_and_saves_a_plain_checkpoint(
+    tiny: Callable[[int], Checkpoint], tmp_path: Path
+) -> None:
     pytest.importorskip("peft")
     checkpoint = tiny(0)
     before = {name: value.clone() for name, value in checkpoint.model.state_dict().items()}
-    recipe = Recipe(steps=4, queries_per_step=3, num_negatives=2, num_shared=0, max_passage_tokens=(8,), lora_rank=2, learning_rate=1e-2, precision="fp32")
+    recipe = Recipe(
+        steps=4,
+        queries_per_step=3,
+        num_negatives=2,
+        num_shared=0,
+        max_passage_tokens=(8,),
+        lora_rank=2,
+        learning_rate=1e-2,
+        precision="fp32",
+    )
     trainer = Trainer(checkpoint, GroupSet(GROUPS, checkpoint), recipe, tmp_path, CPU)
     assert sum(p.numel() for p in trainer.parameters) < 0.3 * sum(value.numel() for value in before.values())
     trainer.run()
     after = load(tmp_path).model.state_dict()
     assert set(after) == set(before)
     changed = {name for name in before if not torch.equal(before[name].bfloat16(), after[name].bfloat16())}
-    assert changed and all(name.endswith("_proj.weight") for name in changed)
+    assert changed
+    assert all(name.endswith("_proj.weight") for name in changed)
 
 
 def test_the_rate_warms_up_stays_and_falls_to_zero() -> None:
