@@ -15,9 +15,12 @@ from pathlib import Path
 
 from cache.collection import Collection
 from cache.record import Record
+from cache.states import text_digest
 from checkpoint import Checkpoint
 from decoder_server.fbnl import FbnlBackend
+from encoder_worker.batching import BatchLimits
 from encoder_worker.encoder import Encoder
+from encoder_worker.passage_encoder import PassageEncoder
 from tuning import first_stage
 from tuning.errors import EvaluationError
 from tuning.judged import JudgedCollection, read_judged
@@ -76,8 +79,9 @@ def evaluate(
     if stored is not None:
         source = StoredStates(stored)
     else:
-        encoder = Encoder.load(checkpoint, device=device, dtype=dtype)
-        source = EncodedStates(checkpoint, encoder, judged.passages, math.gcd(*settings.ratios))
+        half = Encoder.load(checkpoint, device=device, dtype=dtype)
+        encoder = PassageEncoder(checkpoint, half, BatchLimits.for_device(half.device_name))
+        source = EncodedStates(encoder, judged.passages, math.gcd(*settings.ratios), split=settings.split)
     reranked = rerank(backend, source, judged.queries, first, sorted(settings.ratios), settings.instruction, progress)
 
     rows: list[tuple[str, int | None, Run]] = [(system, None, run) for system, run in runs.items()]
@@ -175,6 +179,14 @@ def _count(
         num_queries_without_candidates=sum(not ranking for ranking in first.values()),
         num_run_queries_ignored=len(candidates.run.keys() - judged.queries.keys()) if candidates is not None else 0,
         num_missing_passages=len(reranked.missing_passages),
+        num_changed_passages=_num_changed(judged, stored, first) if stored is not None else 0,
         num_truncated_passages=len(reranked.truncated_passages),
         num_unscored_pairs=reranked.num_unscored_pairs,
     )
+
+
+def _num_changed(judged: JudgedCollection, stored: Collection, first: Run) -> int:
+    """Candidates whose states are of another text than the corpus has now."""
+    ids = sorted({p for ranking in first.values() for p, _ in ranking if p in judged.passages})
+    digests = zip(ids, stored.digests(ids), strict=True)
+    return sum(digest is not None and digest != text_digest(judged.passages[p]) for p, digest in digests)

@@ -1,6 +1,6 @@
 """A judged collection: passages, queries, and which passages answer which query. Does not know models.
 
-A passage with a title is its title, a blank and its text, as BEIR's own loaders join them.
+Passages are read by the reader that indexes them, so that both mean the same text.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from encoder_worker.sources import Passage, Reason, Source, SourceError
 from tuning.errors import EvaluationError
 from tuning.files import first_existing, json_rows
 from tuning.trec import Qrels, read_qrels
 
+CORPUS_NAMES = ("corpus.jsonl", "corpus.jsonl.gz", "corpus.jsonl.zst")
 QRELS_NAMES = ("qrels.tsv", "qrels/test.tsv", "qrels.txt")
 
 
@@ -72,15 +74,15 @@ def read_judged(
     folder = Path(folder) if folder is not None else None
     if folder is not None and not folder.is_dir():
         raise EvaluationError(f"{folder}: no such folder; expected corpus.jsonl, queries.jsonl and qrels (BEIR)")
-    corpus_path = _find(folder, corpus, ("corpus.jsonl", "corpus.jsonl.gz"), "corpus", needed=need_corpus)
+    corpus_path = _find(folder, corpus, CORPUS_NAMES, "corpus", needed=need_corpus)
     queries_path = _find(folder, queries, ("queries.jsonl", "queries.jsonl.gz"), "queries", needed=True)
     names = (f"qrels/{split}.tsv", *QRELS_NAMES) if split is not None else QRELS_NAMES
     qrels_path = _find(folder, qrels, names, "qrels", needed=True)
     assert queries_path is not None  # `needed`
     assert qrels_path is not None
 
-    passages = read_texts(corpus_path)[0] if corpus_path is not None else {}
-    texts, splits = read_texts(queries_path)
+    passages = read_corpus(corpus_path) if corpus_path is not None else {}
+    texts, splits = read_queries(queries_path)
     judged = read_qrels(qrels_path)
     unknown = tuple(q for q in judged if q not in texts)
     collection = JudgedCollection(
@@ -99,8 +101,33 @@ def read_judged(
     return collection
 
 
-def read_texts(path: str | Path) -> tuple[dict[str, str], dict[str, str]]:
-    """({id: text}, {id: split}) of a corpus or queries file in BEIR's JSON lines (`_id` or `id`, `title`, `text`).
+def read_corpus(path: str | Path) -> dict[str, str]:
+    """{passage_id: text} of whatever `preread index` reads. A passage without text is kept: it may be judged.
+
+    Raises:
+        EvaluationError: a line that indexing would refuse for another reason, or an id twice.
+    """
+    passages: dict[str, str] = {}
+    try:
+        for item in Source([path]):
+            if isinstance(item, Passage):
+                passage_id, text = item.passage_id, item.text
+            elif item.reason is Reason.EMPTY_TEXT and item.passage_id is not None:
+                passage_id, text = item.passage_id, ""
+            else:
+                raise EvaluationError(str(item))
+            if passage_id in passages:
+                raise EvaluationError(f"{item.place}: id {passage_id!r} a second time")
+            passages[passage_id] = text
+    except SourceError as exc:
+        raise EvaluationError(str(exc)) from exc
+    if not passages:
+        raise EvaluationError(f"{path}: no passages")
+    return passages
+
+
+def read_queries(path: str | Path) -> tuple[dict[str, str], dict[str, str]]:
+    """({query_id: text}, {query_id: split}) of BEIR's JSON lines (`id` or `_id`, `text`, perhaps `split`).
 
     Raises:
         EvaluationError: a row without id or text, or an id twice.
@@ -108,24 +135,23 @@ def read_texts(path: str | Path) -> tuple[dict[str, str], dict[str, str]]:
     texts: dict[str, str] = {}
     splits: dict[str, str] = {}
     for where, row in json_rows(Path(path)):
-        id_ = _id(where, row)
+        id_, text = _id(where, row), row.get("text")
         if id_ in texts:
             raise EvaluationError(f"{where}: id {id_!r} a second time")
-        text, title = row.get("text"), row.get("title") or ""
-        if not isinstance(text, str) or not isinstance(title, str):
-            raise EvaluationError(f"{where}: text is {text!r}, title is {title!r}; expected strings")
-        texts[id_] = f"{title} {text}".strip() if title else text
+        if not isinstance(text, str):
+            raise EvaluationError(f"{where}: text is {text!r}; expected a string")
+        texts[id_] = text
         if isinstance(row.get("split"), str):
             splits[id_] = row["split"]
     if not texts:
-        raise EvaluationError(f"{path}: no rows")
+        raise EvaluationError(f"{path}: no queries")
     return texts, splits
 
 
 def _id(where: str, row: dict[str, Any]) -> str:
-    id_ = row.get("_id", row.get("id"))
+    id_ = row.get("id", row.get("_id"))
     if isinstance(id_, bool) or not isinstance(id_, str | int) or id_ == "":
-        raise EvaluationError(f"{where}: _id is {id_!r}; expected a string or an integer")
+        raise EvaluationError(f"{where}: id is {id_!r}; expected a string or an integer")
     return str(id_)
 
 

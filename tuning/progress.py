@@ -35,7 +35,7 @@ class TerminalProgress:
 
     def __init__(self) -> None:
         self._bars = Bars(
-            TextColumn("{task.description:>10}"),
+            TextColumn("{task.description:>15}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("elapsed"),

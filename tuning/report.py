@@ -62,6 +62,7 @@ class Counts:
     num_queries_without_candidates: int
     num_run_queries_ignored: int
     num_missing_passages: int
+    num_changed_passages: int
     num_truncated_passages: int
     num_unscored_pairs: int
 
@@ -80,6 +81,7 @@ class Counts:
             (self.num_queries_without_relevant, "queries have no relevant passage: they count 0"),
             (self.num_queries_without_candidates, "queries have no candidates: they count 0"),
             (self.num_missing_passages, "candidate passages have no text or states: ranked last"),
+            (self.num_changed_passages, "candidate passages were stored with another text than the corpus has"),
             (self.num_truncated_passages, "candidate passages were read up to the passage limit only"),
             (self.num_unscored_pairs, "scores were not finite: those candidates are ranked last"),
         )

@@ -23,7 +23,7 @@ from tuning.ranking import rank
 from tuning.states import StateSource
 from tuning.trec import Run
 
-STAGE = "score"
+STAGE = "score (pairs)"
 
 
 @dataclass

@@ -16,6 +16,7 @@ class EvaluationSettings:
     """
     ratios: compression ratios to read passages at
     top_k: candidates per query
+    split: passages over the limit become windows, the best of which counts, instead of being cut
     instruction: instead of the checkpoint's own
     teacher: another model on the same candidates (tuning.teacher.TEACHERS)
     max_queries: draw that many queries; None takes all
@@ -27,6 +28,7 @@ class EvaluationSettings:
 
     ratios: tuple[int, ...] = DEFAULT_RATIOS
     top_k: int = 50
+    split: bool = False
     instruction: str | None = None
     teacher: str | None = None
     max_queries: int | None = None

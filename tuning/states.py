@@ -9,16 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cache.collection import Collection
 from cache.states import PassageStates, text_digest
-from checkpoint import Checkpoint, TokenizedPassage
-from encoder_worker.encoder import Encoder
-from tuning.batches import by_length
+from encoder_worker.batching import plan
+from encoder_worker.passage_encoder import EncodingFailed, PassageEncoder, Tokenized
 from tuning.progress import SILENT, Progress
 
 CHUNK_BYTES = 256 << 20
-ENCODE_TOKENS = {"cpu": 4096, "cuda": 65_536}  # padded tokens a batch
 STORE_READ_PASSAGES = 64
+_NOT_YET = EncodingFailed("not_encoded", "not encoded")
 
 
 class StateSource(Protocol):
@@ -35,54 +37,70 @@ class StateSource(Protocol):
 
 
 class EncodedStates:
-    """States of texts, encoded when they are asked for."""
+    """States of texts, encoded when they are asked for; empty texts and those that do not encode have none."""
 
-    stage = "encode"
+    stage = "encode (tokens)"
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
-        encoder: Encoder,
+        encoder: PassageEncoder,
         texts: Mapping[str, str],
         ratio: int,
+        *,
+        split: bool = False,
         chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
+        """
+        Args:
+            split: texts over the passage limit become windows instead of being cut.
+        """
         self.ratio = ratio
-        self._checkpoint = checkpoint
         self._encoder = encoder
         self._texts = texts
+        self._split = split
         self._chunk_bytes = chunk_bytes
-        self._max_batch_tokens = ENCODE_TOKENS[encoder.device_name.split(":")[0]]
 
     def chunks(self, passage_ids: Sequence[str], progress: Progress = SILENT) -> Iterator[Mapping[str, PassageStates]]:
-        known = [p for p in passage_ids if p in self._texts]
-        tokens = dict(zip(known, self._checkpoint.text.passages([self._texts[p] for p in known]), strict=True))
-        progress.begin(self.stage, len(known))
-        chunk: dict[str, PassageStates] = {}
+        known = [p for p in passage_ids if self._texts.get(p, "").strip()]
+        tokenized = self._encoder.tokenize([self._texts[p] for p in known], split=self._split)
+        passages = dict(zip(known, tokenized, strict=True))
+        progress.begin(self.stage, sum(passage.num_tokens for passage in tokenized))
+        state_bytes = 4 * self._encoder.dim
+        chunk: dict[str, Tokenized] = {}
         num_bytes = 0
-        for batch in by_length(known, lambda p: len(tokens[p].ids), self._max_batch_tokens):
-            encoded = self._encode({p: tokens[p] for p in batch})
-            progress.advance(self.stage, len(batch))
-            chunk |= encoded
-            num_bytes += sum(states.nbytes for states in encoded.values())
+        # The longest first, so that memory runs out at once or not at all, and the time left is
+        # guessed too high rather than too low.
+        for p in sorted(known, key=lambda p: -passages[p].num_tokens):
+            chunk[p] = passages[p]
+            num_bytes += passages[p].num_states(self.ratio) * state_bytes
             if num_bytes >= self._chunk_bytes:
-                yield chunk
+                yield self._encode(chunk, progress)
                 chunk, num_bytes = {}, 0
         if chunk:
-            yield chunk
+            yield self._encode(chunk, progress)
 
-    def _encode(self, batch: Mapping[str, TokenizedPassage]) -> dict[str, PassageStates]:
-        states = self._encoder.encode([passage.ids for passage in batch.values()], self.ratio)
-        return {
-            p: PassageStates(own, (len(passage.ids),), self.ratio, passage.truncated, text_digest(self._texts[p]))
-            for (p, passage), own in zip(batch.items(), states, strict=True)
-        }
+    def _encode(self, chunk: Mapping[str, Tokenized], progress: Progress) -> dict[str, PassageStates]:
+        windows = [window for passage in chunk.values() for window in passage.windows]
+        owners = [p for p, passage in chunk.items() for _ in passage.windows]
+        encoded: list[NDArray[np.float32] | EncodingFailed] = [_NOT_YET] * len(windows)
+        for rows in plan([len(window) for window in windows], self._encoder.limits):
+            batch = [windows[row] for row in rows]
+            for row, states in zip(rows, self._encoder.encode(batch, self.ratio), strict=True):
+                encoded[row] = states
+            progress.advance(self.stage, sum(map(len, batch)))
+        parts: dict[str, list[NDArray[np.float32]]] = {p: [] for p in chunk}
+        for p, states in zip(owners, encoded, strict=True):
+            if isinstance(states, EncodingFailed):
+                parts.pop(p, None)
+            elif p in parts:
+                parts[p].append(states)
+        return {p: chunk[p].join(own, self.ratio, text_digest(self._texts[p])) for p, own in parts.items()}
 
 
 class StoredStates:
     """States of an indexed collection; a damaged passage counts as one it does not have."""
 
-    stage = "read"
+    stage = "read (passages)"
 
     def __init__(self, collection: Collection, chunk_bytes: int = CHUNK_BYTES) -> None:
         self._collection = collection

@@ -36,6 +36,7 @@ class Ratios(click.ParamType[tuple[int, ...]]):
 @option("--run", "run_file", type=FILE, help="Rerank the candidates of this TREC run file instead of BM25's.")
 @option("--top-k", type=click.IntRange(min=1), default=50, help="Candidates per query.")
 @option("--ratios", type=Ratios(), default="1,2,4,8,16,32", help="Compression ratios to read passages at.")
+@option("--split", is_flag=True, help="Read long passages in windows, instead of cutting them; the best window counts.")
 @option("--instruction", metavar="TEXT", help="Task instruction, instead of the checkpoint's own.")
 @option("--teacher", metavar="minilm", help="Also rank the same candidates with all-MiniLM-L6-v2 (preread[teacher]).")
 @option(
@@ -58,6 +59,7 @@ def command(
     run_file: Path | None,
     top_k: int,
     ratios: tuple[int, ...],
+    split: bool,
     instruction: str | None,
     teacher: str | None,
     queries_split: str | None,
@@ -100,6 +102,7 @@ def command(
     settings = EvaluationSettings(
         ratios=ratios,
         top_k=top_k,
+        split=split,
         instruction=instruction,
         teacher=teacher,
         max_queries=max_queries,

@@ -140,6 +140,10 @@ def test_an_indexed_collection_is_evaluated_as_it_lies(beir: Path, tiny: Path) -
     assert with_corpus.counts.num_truncated_passages == 1  # bread, at the collection's 64 tokens
     for ours, theirs in zip(from_store.systems, with_corpus.systems, strict=True):
         assert ours.measures == theirs.measures
+    assert with_corpus.counts.num_changed_passages == 0
+    changed = read_judged(beir)
+    changed = changed.with_passages(changed.passages | {"tide": "tides are told anew"})
+    assert evaluate(changed, tiny, settings, stored=stored).counts.num_changed_passages == 1
     with pytest.raises(EvaluationError, match="ratio is 2; the states are at 4, expected a multiple of it"):
         evaluate(beir, tiny, EvaluationSettings(ratios=(2,)), stored=stored)
 

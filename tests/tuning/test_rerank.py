@@ -16,8 +16,9 @@ from cache.store import open_store
 from checkpoint import Checkpoint
 from decoder_server.backend import Pair
 from decoder_server.fbnl import FbnlBackend
+from encoder_worker.batching import BatchLimits
 from encoder_worker.encoder import Encoder
-from tuning.batches import by_length
+from encoder_worker.passage_encoder import PassageEncoder
 from tuning.errors import EvaluationError
 from tuning.judged import JudgedCollection, read_judged
 from tuning.rerank import rerank, score_passages
@@ -38,6 +39,11 @@ def encoder(checkpoint: Checkpoint) -> Encoder:
 
 
 @pytest.fixture(scope="module")
+def worker(checkpoint: Checkpoint, encoder: Encoder) -> PassageEncoder:
+    return PassageEncoder(checkpoint, encoder, BatchLimits(64))
+
+
+@pytest.fixture(scope="module")
 def backend(checkpoint: Checkpoint) -> FbnlBackend:
     return FbnlBackend.load(checkpoint, device="cpu", dtype="float32")
 
@@ -53,25 +59,18 @@ def candidates(judged: JudgedCollection) -> Run:
     return {"q1": everything, "q2": everything[::-1], "q3": everything[:2], "q4": []}
 
 
-def test_batches_hold_everything_once_within_the_budget() -> None:
-    lengths = [3, 90, 7, 7, 40, 1, 250]
-    batches = list(by_length(lengths, lambda n: n, 100))
-    assert sorted(item for batch in batches for item in batch) == sorted(lengths)
-    assert all(len(batch) * max(batch) <= 100 for batch in batches if len(batch) > 1)
-    assert batches[0] == [250]
-
-
 @pytest.mark.parametrize("chunk_bytes", [1, 1 << 30])
 def test_margins_equal_the_plain_loop(
     checkpoint: Checkpoint,
     encoder: Encoder,
+    worker: PassageEncoder,
     backend: FbnlBackend,
     judged: JudgedCollection,
     candidates: Run,
     chunk_bytes: int,
 ) -> None:
     ratios = [1, 2, 3, 8]
-    source = EncodedStates(checkpoint, encoder, judged.passages, 1, chunk_bytes)
+    source = EncodedStates(worker, judged.passages, 1, chunk_bytes=chunk_bytes)
     result = rerank(backend, source, judged.queries, candidates, ratios)
     for ratio in ratios:
         for query_id, ranking in candidates.items():
@@ -87,9 +86,9 @@ def test_margins_equal_the_plain_loop(
 
 
 def test_states_are_made_at_the_ratios_common_divisor_and_re_pooled_exactly(
-    checkpoint: Checkpoint, encoder: Encoder, judged: JudgedCollection
+    checkpoint: Checkpoint, encoder: Encoder, worker: PassageEncoder, judged: JudgedCollection
 ) -> None:
-    source = EncodedStates(checkpoint, encoder, judged.passages, 2)
+    source = EncodedStates(worker, judged.passages, 2)
     (chunk,) = source.chunks(list(judged.passages))
     assert chunk.keys() == judged.passages.keys()
     for passage_id, states in chunk.items():
@@ -100,20 +99,40 @@ def test_states_are_made_at_the_ratios_common_divisor_and_re_pooled_exactly(
 
 
 def test_a_ratio_that_the_states_cannot_be_read_at_is_refused(
-    checkpoint: Checkpoint, encoder: Encoder, backend: FbnlBackend, judged: JudgedCollection, candidates: Run
+    worker: PassageEncoder, backend: FbnlBackend, judged: JudgedCollection, candidates: Run
 ) -> None:
-    source = EncodedStates(checkpoint, encoder, judged.passages, 4)
+    source = EncodedStates(worker, judged.passages, 4)
     with pytest.raises(EvaluationError, match="ratio is 6; the states are at 4, expected a multiple of it"):
         rerank(backend, source, judged.queries, candidates, [4, 6])
 
 
 def test_candidates_without_text_are_counted_and_come_last(
-    checkpoint: Checkpoint, encoder: Encoder, backend: FbnlBackend, judged: JudgedCollection
+    worker: PassageEncoder, backend: FbnlBackend, judged: JudgedCollection
 ) -> None:
-    source = EncodedStates(checkpoint, encoder, judged.passages, 4)
+    source = EncodedStates(worker, judged.passages, 4)
     result = rerank(backend, source, judged.queries, {"q1": [("gone", 9.0), ("tide", 8.0), ("lost", 7.0)]}, [4])
     assert result.missing_passages == {"gone", "lost"}
     assert [p for p, _ in result.runs[4]["q1"]] == ["tide", "gone", "lost"]
+
+
+def test_empty_texts_have_no_states(worker: PassageEncoder) -> None:
+    (chunk,) = EncodedStates(worker, {"a": "", "b": " ", "c": "x"}, 4).chunks(["a", "b", "c", "d"])
+    assert chunk.keys() == {"c"}
+    assert list(EncodedStates(worker, {"a": ""}, 4).chunks(["a"])) == []
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 1 << 30])
+def test_long_passages_may_be_read_in_windows(
+    tiny: Path, encoder: Encoder, judged: JudgedCollection, chunk_bytes: int
+) -> None:
+    short = PassageEncoder(Checkpoint.open(tiny, max_passage_tokens=40), encoder, BatchLimits(128))
+    source = EncodedStates(short, judged.passages, 3, split=True, chunk_bytes=chunk_bytes)
+    found = {p: states for chunk in source.chunks(list(judged.passages)) for p, states in chunk.items()}
+    assert len(found["bread"].window_tokens) > 3
+    for passage_id, states in found.items():
+        alone = short.encode_one(judged.passages[passage_id], 3, split=True)
+        assert (states.window_tokens, states.truncated) == (alone.window_tokens, False)
+        np.testing.assert_allclose(states.states, alone.states, atol=2e-5)
 
 
 def test_the_best_window_of_a_passage_counts(backend: FbnlBackend) -> None:
@@ -142,13 +161,13 @@ def test_not_a_number_costs_that_candidate_alone(backend: FbnlBackend) -> None:
 
 def test_stored_states_rank_like_encoded_ones(
     checkpoint: Checkpoint,
-    encoder: Encoder,
+    worker: PassageEncoder,
     backend: FbnlBackend,
     judged: JudgedCollection,
     candidates: Run,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    encoded = EncodedStates(checkpoint, encoder, judged.passages, 2)
+    encoded = EncodedStates(worker, judged.passages, 2)
     identity = checkpoint.identity()
     manifest = Manifest(
         collection="c",
