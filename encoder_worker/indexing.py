@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from cache.errors import CollectionExists
 from cache.names import check_name
 from cache.store import Store
 from encoder_worker import pipeline
+from encoder_worker.dry_run import Estimate, estimate
 from encoder_worker.passage_encoder import PassageEncoder
 from encoder_worker.pipeline import OnProgress
 from encoder_worker.report import IndexReport
 from encoder_worker.sink import GroupLimits, Sink
 from encoder_worker.sources import Passage, Refused
 from encoder_worker.target import CollectionSettings, Target
-from encoder_worker.windows import WindowLimits, read_windows
+from encoder_worker.windows import Window, WindowLimits, read_windows
 
 
 @dataclass(frozen=True)
@@ -62,21 +63,11 @@ def index(
     """
     options = options or IndexOptions()
     report = report if report is not None else IndexReport(collection)
-    target = Target(store, collection, settings or CollectionSettings(), encoder.identity, encoder.settings)
-    if options.alias is not None:
-        _check_alias(store, options.alias, target)
+    target = _target(encoder, store, collection, settings, options)
     begun = time.monotonic()
     try:
         pipeline.run(
-            read_windows(
-                source,
-                encoder,
-                target,
-                split=options.split,
-                strict=options.strict,
-                force=options.force,
-                limits=options.window,
-            ),
+            _windows(source, encoder, target, options),
             encoder,
             target.compression_ratio,
             Sink(target, report, options.group),
@@ -92,8 +83,48 @@ def index(
     return report
 
 
-def _check_alias(store: Store, alias: str, target: Target) -> None:
-    """Known now, not after hours of encoding."""
-    check_name("alias", alias)
-    if alias == target.name or alias in store.list_collections():
-        raise CollectionExists(f"alias: {alias!r} is the name of a collection; expected a name of its own")
+def dry_run(
+    source: Iterable[Passage | Refused],
+    encoder: PassageEncoder,
+    store: Store,
+    collection: str,
+    settings: CollectionSettings | None = None,
+    options: IndexOptions | None = None,
+    *,
+    stop: threading.Event | None = None,
+    report: IndexReport | None = None,
+) -> Estimate:
+    """What `index` with the same arguments would cost. Raises what it would raise before encoding."""
+    options = options or IndexOptions()
+    report = report if report is not None else IndexReport(collection)
+    target = _target(encoder, store, collection, settings, options)
+    begun = time.monotonic()
+    result = estimate(_windows(source, encoder, target, options), encoder, target, report, stop)
+    report.seconds = time.monotonic() - begun
+    return result
+
+
+def _target(
+    encoder: PassageEncoder, store: Store, collection: str, settings: CollectionSettings | None, options: IndexOptions
+) -> Target:
+    target = Target(store, collection, settings or CollectionSettings(), encoder.identity, encoder.settings)
+    if options.alias is not None:
+        # Refused now, not after hours of encoding.
+        check_name("alias", options.alias)
+        if options.alias == target.name or options.alias in store.list_collections():
+            raise CollectionExists(f"alias: {options.alias!r} is the name of a collection; expected a name of its own")
+    return target
+
+
+def _windows(
+    source: Iterable[Passage | Refused], encoder: PassageEncoder, target: Target, options: IndexOptions
+) -> Iterator[Window]:
+    return read_windows(
+        source,
+        encoder,
+        target,
+        split=options.split,
+        strict=options.strict,
+        force=options.force,
+        limits=options.window,
+    )

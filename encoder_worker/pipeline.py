@@ -41,6 +41,7 @@ def run(
         CacheError: the store failed; what it acknowledged before stays.
     """
     meter = Speedometer(report)
+    max_passage_tokens = encoder.settings.max_passage_tokens
     with Ahead(windows, stop=stop, name="read and tokenize") as ready, sink:
         for window in ready:
             report.take(window.num_read, window.num_unchanged, window.refused)
@@ -52,7 +53,7 @@ def run(
                     if isinstance(states, Refused):
                         report.refuse(states)
                     else:
-                        report.encoded(todo.passage, states, encoder.settings.max_passage_tokens)
+                        report.note(todo.passage, len(states.window_tokens), states.truncated, max_passage_tokens)
                         sink.add(todo.passage, states)
                 report.batch(forward.lengths(batch))
                 on_progress(meter.read(window.fraction, len(window.todo)))

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cache.states import PassageStates
 from encoder_worker.sources import Passage, Place, Refused
 
 _SPOOL_BYTES = 4 << 20
@@ -90,11 +89,11 @@ class IndexReport:
         for item in refused:
             self.refuse(item)
 
-    def encoded(self, passage: Passage, states: PassageStates, max_passage_tokens: int) -> None:
-        """One passage that is on its way to the store."""
+    def note(self, passage: Passage, num_windows: int, truncated: bool, max_passage_tokens: int) -> None:
+        """One passage that is on its way to the store, or would be."""
         self.num_encoded += 1
-        self.num_split += len(states.window_tokens) > 1
-        if states.truncated:
+        self.num_split += num_windows > 1
+        if truncated:
             self.num_truncated += 1
             message = f"cut at {max_passage_tokens} tokens"
             self.truncated.add(passage.place, passage.passage_id, "truncated", message)
