@@ -44,6 +44,7 @@ class Collection:
         self.manifest = manifest
         self.name = manifest.collection
         self.codec = manifest.make_codec()
+        self._manifest_checksum = manifest.checksum
 
     @classmethod
     def create(cls, store: Store, manifest: Manifest, *, exist_ok: bool = False) -> "Collection":
@@ -107,6 +108,7 @@ class Collection:
                 compression_ratio=passage.states.compression_ratio,
                 truncated=passage.states.truncated,
                 text_digest=passage.states.text_digest,
+                manifest_checksum=self._manifest_checksum,
                 text=passage.text if self.manifest.stores_text else None,
             )
         self.store.put_many(self.name, records)
@@ -125,7 +127,12 @@ class Collection:
     def digests(self, passage_ids: Sequence[str]) -> list[bytes | None]:
         """SHA-256 of the text each stored passage was encoded from, or None; reads no states."""
         possible = [passage_id for passage_id in passage_ids if is_passage_id(passage_id)]
-        found = dict(zip(possible, self.store.contains_many(self.name, possible), strict=True))
+        headers = self.store.headers_many(self.name, possible)
+        found = {
+            passage_id: header.text_digest
+            for passage_id, header in zip(possible, headers, strict=True)
+            if header is not None and header.manifest_checksum == self._manifest_checksum
+        }
         return [found.get(passage_id) for passage_id in passage_ids]
 
     def delete_many(self, passage_ids: Sequence[str]) -> int:
@@ -189,6 +196,8 @@ class Collection:
     def _fitting(self, passage_id: str, record: Record | Damaged | None) -> Record | Damaged | None:
         """A record that is whole may still not be one of this collection: the store may be shared."""
         if isinstance(record, Record):
+            if record.header.manifest_checksum != self._manifest_checksum:
+                return Damaged(passage_id, "written under another manifest of this name; open the collection again")
             if record.codes.shape[1] != self.codec.code_size_bytes:
                 return Damaged(
                     passage_id, f"{record.codes.shape[1]} bytes per state, expected {self.codec.code_size_bytes}"

@@ -73,6 +73,11 @@ class Manifest:
         """The trained codec of this collection."""
         return Codec.from_table(self.codec, self.dim, self.codec_table)
 
+    @property
+    def checksum(self) -> int:
+        """Identifies this manifest; every record written under it carries it."""
+        return xxhash.xxh3_64_intdigest(self.to_json())
+
     def to_json(self) -> bytes:
         """UTF-8 JSON with the codec table in base64 and a checksum."""
         values: dict[str, Any] = asdict(self)

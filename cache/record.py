@@ -3,7 +3,7 @@
 The byte form is a fixed header and a payload:
 
     magic "PRST" | version u16 | flags u16 | compression_ratio u32 | num_states u32 | num_tokens u32
-    | code_size u32 | num_windows u32 | text_bytes u32 | text_digest 32 bytes
+    | code_size u32 | num_windows u32 | text_bytes u32 | text_digest 32 bytes | manifest checksum u64
     | payload checksum u64 | header checksum u64
     payload: window_tokens u32 x num_windows | codes num_states x code_size | text (UTF-8)
 
@@ -22,7 +22,7 @@ from cache.errors import DamagedRecord
 
 RECORD_VERSION = 1
 _MAGIC = b"PRST"
-_FIELDS = struct.Struct("<4sHHIIIIII32sQ")
+_FIELDS = struct.Struct("<4sHHIIIIII32sQQ")
 _CHECKSUM = struct.Struct("<Q")
 HEADER_BYTES = _FIELDS.size + _CHECKSUM.size
 _TRUNCATED, _HAS_TEXT = 1, 2
@@ -49,6 +49,7 @@ class Header:
     has_text: bool
     truncated: bool
     text_digest: bytes
+    manifest_checksum: int
     payload_checksum: int
     checksum: int
     packed: bytes = field(repr=False)
@@ -58,19 +59,8 @@ class Header:
         """Raises DamagedRecord where the bytes are not a whole, undamaged header of a known version."""
         if len(packed) != HEADER_BYTES:
             raise DamagedRecord(f"header of {len(packed)} bytes, expected {HEADER_BYTES}")
-        (
-            magic,
-            version,
-            flags,
-            ratio,
-            num_states,
-            num_tokens,
-            code_size,
-            num_windows,
-            text_bytes,
-            digest,
-            payload_checksum,
-        ) = _FIELDS.unpack_from(packed)
+        magic, version, flags, *counts, digest, manifest_checksum, payload_checksum = _FIELDS.unpack_from(packed)
+        ratio, num_states, num_tokens, code_size, num_windows, text_bytes = counts
         if magic != _MAGIC:
             raise DamagedRecord(f"magic {magic!r}, expected {_MAGIC!r}")
         if version != RECORD_VERSION:
@@ -83,7 +73,7 @@ class Header:
             raise DamagedRecord("header counts contradict each other")
         return cls(
             ratio, num_states, num_tokens, code_size, num_windows, text_bytes, has_text, truncated, digest,
-            payload_checksum, checksum, bytes(packed),
+            manifest_checksum, payload_checksum, checksum, bytes(packed),
         )  # fmt: skip
 
     @property
@@ -114,9 +104,13 @@ class Record:
         compression_ratio: int,
         truncated: bool,
         text_digest: bytes,
+        manifest_checksum: int,
         text: str | None = None,
     ) -> "Record":
-        """A record to be written; computes its checksums. Raises ValueError where the counts do not fit together."""
+        """A record to be written; computes its checksums. Raises ValueError where the counts do not fit together.
+
+        manifest_checksum: of the manifest it is written under, so that it is never read under another one.
+        """
         codes = np.ascontiguousarray(codes)
         if codes.dtype != np.uint8 or codes.ndim != 2 or 0 in codes.shape:
             raise ValueError(f"codes: {codes.dtype} {codes.shape}, expected uint8 (num_states, code_size), not empty")
@@ -131,7 +125,7 @@ class Record:
         fields = _FIELDS.pack(
             _MAGIC, RECORD_VERSION, truncated * _TRUNCATED | (text is not None) * _HAS_TEXT, compression_ratio,
             codes.shape[0], sum(window_tokens), codes.shape[1], len(window_tokens), len(encoded),
-            text_digest, payload_checksum,
+            text_digest, manifest_checksum, payload_checksum,
         )  # fmt: skip
         header = Header.parse(fields + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(fields)))
         return cls(codes, window_tokens, text, header)

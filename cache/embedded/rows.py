@@ -67,7 +67,8 @@ def insert(connection: sqlite3.Connection, collection_id: int, segment_id: int, 
         rows.append(
             (
                 collection_id, passage_id_bytes(passage_id), segment_id, first_row,
-                header.num_states, header.num_tokens, header.truncated, header.total_bytes, header.packed, pack_windows(record.window_tokens), text,
+                header.num_states, header.num_tokens, header.truncated, header.total_bytes,
+                header.packed, pack_windows(record.window_tokens), text,
             )
         )  # fmt: skip
         first_row += header.num_states

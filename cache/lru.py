@@ -1,0 +1,160 @@
+"""LruStore: a byte-bounded tier in this process, in front of any store.
+
+Holds records that were checked once, so a hit costs neither a checksum nor a page fault. It never serves what the store
+behind no longer has: before a read it asks for the collection's generation, and after a change compares the checksums
+of what it holds, not the states. Does not know which store is behind it.
+"""
+
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from cachetools import LRUCache
+
+from cache.manifest import Manifest
+from cache.record import Damaged, Header, Record
+from cache.store import Store, StoreStats
+
+# A record's Python objects beside its codes and text, generously.
+_ENTRY_OVERHEAD_BYTES = 1024
+
+
+@dataclass(slots=True)
+class _Entry:
+    record: Record
+    generation: int  # of the collection, read before the record was
+
+
+class LruStore:
+    """The most recently read records, at most `max_bytes` of them; see `Store` for the contract.
+
+    staleness_seconds: for how long a generation may be taken as still current; with 0 every read asks.
+    """
+
+    def __init__(self, store: Store, *, max_bytes: int, staleness_seconds: float = 0.0) -> None:
+        if max_bytes < 1:
+            raise ValueError(f"max_bytes: {max_bytes}, expected at least 1")
+        self.store = store
+        self.num_hits = 0
+        self.num_misses = 0
+        self._staleness_seconds = staleness_seconds
+        self._lock = threading.Lock()
+        self._entries: LRUCache[tuple[str, str], _Entry] = LRUCache(max_bytes, getsizeof=_size_bytes)
+        self._generations: dict[str, tuple[int, float]] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held now."""
+        return int(self._entries.currsize)
+
+    def get_many(self, collection: str, passage_ids: Sequence[str]) -> list[Record | Damaged | None]:
+        generation = self.generation(collection)
+        found: dict[str, Record | Damaged | None] = {}
+        aged: dict[str, _Entry] = {}
+        with self._lock:
+            for passage_id in passage_ids:
+                entry = self._entries.get((collection, passage_id))
+                if entry is not None and entry.generation == generation:
+                    found[passage_id] = entry.record
+                elif entry is not None:
+                    aged[passage_id] = entry
+        if aged:
+            # Something in the collection changed. A header's checksum covers the whole record, so it settles which.
+            for (passage_id, entry), header in zip(
+                aged.items(), self.store.headers_many(collection, list(aged)), strict=True
+            ):
+                if header is not None and header.checksum == entry.record.checksum:
+                    entry.generation = generation
+                    found[passage_id] = entry.record
+        missing = [passage_id for passage_id in dict.fromkeys(passage_ids) if passage_id not in found]
+        fetched = self.store.get_many(collection, missing) if missing else []
+        self._admit(collection, generation, dict(zip(missing, fetched, strict=True)))
+        self.num_hits += len(found)
+        self.num_misses += len(missing)
+        found.update(zip(missing, fetched, strict=True))
+        return [found[passage_id] for passage_id in passage_ids]
+
+    def generation(self, collection: str) -> int:
+        known = self._generations.get(collection)
+        now = time.monotonic()
+        if known is not None and now - known[1] < self._staleness_seconds:
+            return known[0]
+        generation = self.store.generation(collection)
+        self._generations[collection] = (generation, now)
+        return generation
+
+    def put_many(self, collection: str, records: Mapping[str, Record]) -> None:
+        try:
+            self.store.put_many(collection, records)
+        finally:  # also after an error: some of them may have been written
+            self._forget(collection, records)
+
+    def delete_many(self, collection: str, passage_ids: Sequence[str]) -> int:
+        try:
+            return self.store.delete_many(collection, passage_ids)
+        finally:
+            self._forget(collection, passage_ids)
+
+    def drop_collection(self, collection: str) -> None:
+        try:
+            self.store.drop_collection(collection)
+        finally:
+            self._forget(collection, [passage_id for name, passage_id in list(self._entries) if name == collection])
+
+    def close(self) -> None:
+        with self._lock:
+            self._entries.clear()
+        self.store.close()
+
+    # The rest is the store's own answer.
+
+    def contains_many(self, collection: str, passage_ids: Sequence[str]) -> list[bytes | None]:
+        return self.store.contains_many(collection, passage_ids)
+
+    def headers_many(self, collection: str, passage_ids: Sequence[str]) -> list[Header | None]:
+        return self.store.headers_many(collection, passage_ids)
+
+    def scan(self, collection: str) -> Iterator[tuple[str, Record | Damaged]]:
+        return self.store.scan(collection)
+
+    def stats(self, collection: str) -> StoreStats:
+        return self.store.stats(collection)
+
+    def read_manifest(self, collection: str) -> Manifest | None:
+        return self.store.read_manifest(collection)
+
+    def write_manifest(self, manifest: Manifest) -> None:
+        self.store.write_manifest(manifest)
+
+    def list_collections(self) -> list[str]:
+        return self.store.list_collections()
+
+    def aliases(self) -> dict[str, str]:
+        return self.store.aliases()
+
+    def set_alias(self, alias: str, collection: str) -> None:
+        self.store.set_alias(alias, collection)
+
+    def remove_alias(self, alias: str) -> bool:
+        return self.store.remove_alias(alias)
+
+    def _admit(self, collection: str, generation: int, fetched: Mapping[str, Record | Damaged | None]) -> None:
+        for passage_id, record in fetched.items():
+            if not isinstance(record, Record):
+                continue
+            # A copy: the codes may be a view into a mapped file or a larger buffer, which would stay alive uncounted.
+            entry = _Entry(replace(record, codes=record.codes.copy()), generation)
+            with self._lock:
+                if _size_bytes(entry) <= self._entries.maxsize:
+                    self._entries[collection, passage_id] = entry
+
+    def _forget(self, collection: str, passage_ids: Iterator[str] | Sequence[str] | Mapping[str, Record]) -> None:
+        with self._lock:
+            self._generations.pop(collection, None)
+            for passage_id in passage_ids:
+                self._entries.pop((collection, passage_id), None)
+
+
+def _size_bytes(entry: _Entry) -> int:
+    return entry.record.size_bytes + _ENTRY_OVERHEAD_BYTES
