@@ -27,8 +27,8 @@ from tuning.judged import JudgedCollection, read_judged
 from tuning.metrics import per_query
 from tuning.progress import SILENT, Progress
 from tuning.ranking import rank
-from tuning.report import Counts, EvaluationReport, compare
-from tuning.rerank import Reranked, check_ratios, rerank
+from tuning.report import Counts, EvaluationReport, Measured, compare
+from tuning.rerank import Reranked, rerank
 from tuning.settings import EvaluationSettings
 from tuning.states import EncodedStates, StateSource, StoredStates
 from tuning.teacher import TEACHERS, teacher_run
@@ -58,22 +58,25 @@ def evaluate(
         EvaluationError: input that cannot be evaluated.
         CheckpointError, CacheError: a checkpoint or collection that cannot be used.
     """
-    settings = settings or EvaluationSettings()
     judged = judged if isinstance(judged, JudgedCollection) else read_judged(judged)
+    settings = (settings or EvaluationSettings()).with_ratios(stored.manifest.compression_ratio if stored else 1)
+    assert settings.ratios is not None
     checkpoint = open_checkpoint(model, stored)
-    if stored is not None:
-        check_ratios(settings.ratios, stored.manifest.compression_ratio)
-        if not judged.passages:
-            judged = judged.with_passages(stored_texts(stored) if stored.manifest.stores_text else {})
+    if stored is not None and not judged.passages:
+        judged = judged.with_passages(stored_texts(stored))
     if settings.max_queries is not None:
         judged = judged.sample(settings.max_queries, settings.seed)
+    measured: list[Measured] = []
+
+    def measure(name: str, ratio: int | None, run: Run) -> None:
+        measured.append((name, ratio, run, per_query(judged.qrels, run, settings.top_k, settings.min_grade)))
 
     name, first = _first_stage(judged, candidates, settings.top_k, progress)
-    runs = {name: first}
+    measure(name, None, first)
     if settings.teacher is not None:
-        runs[TEACHERS[settings.teacher]] = teacher_run(
-            settings.teacher, judged.passages, judged.queries, first, device=device, progress=progress
-        )
+        taught = teacher_run(settings.teacher, judged.passages, judged.queries, first, device=device, progress=progress)
+        measure(TEACHERS[settings.teacher], None, taught)
+
     backend = FbnlBackend.load(checkpoint, device=device, dtype=dtype)
     source: StateSource
     if stored is not None:
@@ -82,14 +85,10 @@ def evaluate(
         half = Encoder.load(checkpoint, device=device, dtype=dtype)
         encoder = PassageEncoder(checkpoint, half, BatchLimits.for_device(half.device_name))
         source = EncodedStates(encoder, judged.passages, math.gcd(*settings.ratios), split=settings.split)
-    reranked = rerank(backend, source, judged.queries, first, sorted(settings.ratios), settings.instruction, progress)
+    reranked = rerank(backend, source, judged.queries, first, settings.ratios, settings.instruction, progress)
+    for ratio, run in reranked.runs.items():
+        measure(f"r = {ratio}", ratio, run)
 
-    rows: list[tuple[str, int | None, Run]] = [(system, None, run) for system, run in runs.items()]
-    rows += [(f"r = {ratio}", ratio, run) for ratio, run in reranked.runs.items()]
-    measured = [
-        (system, ratio, run, per_query(judged.qrels, run, settings.top_k, settings.min_grade))
-        for system, ratio, run in rows
-    ]
     return EvaluationReport(
         collection=judged.name,
         checkpoint=checkpoint.name,

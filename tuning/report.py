@@ -22,6 +22,8 @@ from tuning.trec import Qrels, Run, write_qrels, write_run
 
 FORMAT_VERSION = 1
 
+Measured = tuple[str, int | None, Run, dict[str, NDArray[np.float64]]]  # name, ratio, run, per-query values
+
 
 @dataclass(frozen=True)
 class System:
@@ -147,14 +149,14 @@ class EvaluationReport:
 
 
 def compare(
-    rows: Sequence[tuple[str, int | None, Run, dict[str, NDArray[np.float64]]]],
+    rows: Sequence[Measured],
     settings: EvaluationSettings,
     seconds: dict[int, float],
 ) -> list[System]:
     """Systems with intervals, each against the first row, reranked ones against the finest ratio too.
 
     Args:
-        rows: (name, ratio, run, per-query values by measure); the first is the first stage.
+        rows: the first is the first stage; at least one has a ratio.
     """
     names = list(rows[0][3])
     columns = np.stack([values[name] for *_, values in rows for name in names], axis=1)

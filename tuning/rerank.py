@@ -17,7 +17,6 @@ from checkpoint import TokenizedPrompt
 from decoder_server.backend import Backend, Pair
 from decoder_server.lengths import split_by_length
 from decoder_server.loading import BATCH_TOKENS
-from tuning.errors import EvaluationError
 from tuning.progress import SILENT, Progress
 from tuning.ranking import rank
 from tuning.states import StateSource
@@ -37,16 +36,6 @@ class Reranked:
     seconds: dict[int, float] = field(default_factory=dict)  # of the model, per ratio
 
 
-def check_ratios(ratios: Sequence[int], stored: int) -> None:
-    """
-    Raises:
-        EvaluationError: a ratio that states at `stored` cannot be read at.
-    """
-    for ratio in ratios:
-        if ratio % stored:
-            raise EvaluationError(f"ratio is {ratio}; the states are at {stored}, expected a multiple of it")
-
-
 def rerank(
     backend: Backend,
     source: StateSource,
@@ -62,9 +51,8 @@ def rerank(
         candidates: in first-stage order; their scores are not used.
 
     Raises:
-        EvaluationError: a ratio that the source cannot be read at.
+        RatioError: a ratio that the source's states cannot be read at.
     """
-    check_ratios(ratios, source.ratio)
     prompts = {q: backend.prompt(queries[q], instruction) for q in candidates}
     wanted: dict[str, list[tuple[str, int]]] = {}  # passage_id -> its places (query_id, rank) among candidates
     for query_id, ranking in candidates.items():

