@@ -23,6 +23,7 @@ CACHE = Path(os.environ.get("PREREAD_BENCHMARK_CACHE", Path.home() / ".cache" / 
 def start(num_threads: int | None = None) -> None:
     """The same process settings the server uses."""
     tune_process(num_threads)
+    torch.set_flush_denormal(True)
     torch.set_grad_enabled(False)
 
 

@@ -59,10 +59,8 @@ def tune_process(num_threads: int | None = None) -> None:
     """Process-wide settings for steady inference; called once by whoever owns the process.
 
     glibc hands activation-sized blocks back to the kernel on every free and pages them in again on
-    the next batch, which costs more than the arithmetic on them: keep them. Denormals are flushed,
-    because they slow a layer down several times and never reach a margin.
+    the next batch, which costs more than the arithmetic on them: keep them.
     """
-    torch.set_flush_denormal(True)
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     if sys.platform == "linux":

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import pytest
-import torch
 
 from checkpoint.synthetic import make_checkpoint
 
@@ -41,13 +39,6 @@ QRELS = [
     ("q4", "moon", 1),
     ("lost", "moon", 1),  # no such query
 ]
-
-
-@pytest.fixture(autouse=True)
-def _thread_settings() -> Iterator[None]:
-    """A command tunes the process it owns; here that is pytest's, where hypothesis wants denormals."""
-    yield
-    torch.set_flush_denormal(False)
 
 
 @pytest.fixture(scope="session")
