@@ -118,6 +118,8 @@ def save(checkpoint: Checkpoint, folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config: Any = checkpoint.model.config
     config.architectures = [type(checkpoint.model).__name__]
+    for part in (config.decoder, config.encoder, config.encoder.text_config, config.encoder.vision_config):
+        part.dtype = None  # a part's own dtype would win over the one asked for at load
     config.dtype = torch.bfloat16
     config.save_pretrained(folder)
     checkpoint.tokenizer.save(str(folder / "tokenizer.json"), pretty=False)

@@ -83,6 +83,7 @@ def tiny() -> Callable[[int], Checkpoint]:
             for name, weight in model.named_parameters():
                 if "embed_tokens.weight" in name or name.endswith("_proj.weight"):
                     weight.normal_(std=0.3 if "embed" in name else 0.15)
-        return Checkpoint(model.eval(), tokenizer, MINI)
+        model.train(False)
+        return Checkpoint(model, tokenizer, MINI)
 
     return build
