@@ -1,0 +1,87 @@
+"""Fixtures for every package's tests: a clean environment, a tiny checkpoint, one running pair of servers."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+from checkpoint.synthetic import make_checkpoint
+
+ROOT = Path(__file__).parent.parent
+KEPT = {"PREREAD_KALM_CHECKPOINT", "PREREAD_TEST_REDIS_SERVER"}
+START_SECONDS = 120
+
+
+@pytest.fixture(scope="session", autouse=True)
+def clean_environment() -> None:
+    """A developer's own PREREAD_ settings must not reach the tests."""
+    for name in os.environ.keys() - KEPT:
+        if name.startswith("PREREAD_"):
+            del os.environ[name]
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights in a directory: three layers, two kv heads, sliding and full attention, a BPE tokenizer."""
+    return make_checkpoint(tmp_path_factory.mktemp("tiny") / "tiny-reranker")
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tiny_checkpoint: Path) -> Tokenizer:
+    """The tokenizer of the tiny checkpoint, with Gemma's control tokens."""
+    return Tokenizer.from_file(str(tiny_checkpoint / "tokenizer.json"))
+
+
+@dataclass(frozen=True)
+class ServerPair:
+    """`preread serve` in a process of its own, both halves, on free ports."""
+
+    address: str
+    encoder_address: str
+    store: str
+    checkpoint: Path
+    process: subprocess.Popen[bytes]
+
+
+@pytest.fixture(scope="session")
+def server_pair(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerPair]:
+    """One pair for all tests that only ask: take a collection name of your own."""
+    directory = tmp_path_factory.mktemp("server")
+    store = f"faiss:{directory / 'store'}"
+    log = directory / "log"
+    command = [sys.executable, "-m", "preread", "serve", "--model", str(tiny_checkpoint), "--store", store]
+    command += ["--port", "0", "--encoder-port", "0", "--threads", "1", "--dtype", "float32"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output, env=environment) as process:
+        try:
+            _wait_until_ready(process, log)
+            said = log.read_text()
+            address = re.search(r"^listening\s+(\S+)", said, re.MULTILINE)
+            encoder = re.search(r"^encoder\s+(\S+)", said, re.MULTILINE)
+            assert address is not None
+            assert encoder is not None
+            yield ServerPair(address[1], encoder[1], store, tiny_checkpoint, process)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while "\nready" not in log.read_text():
+        if process.poll() is not None or time.monotonic() > deadline:
+            pytest.fail(f"`preread serve` did not become ready:\n{log.read_text()}")
+        time.sleep(0.05)
