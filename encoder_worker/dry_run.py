@@ -65,6 +65,7 @@ def estimate(
                 sample.append(one)
             elif (at := chance.randrange(num_passages)) < SAMPLE_PASSAGES:
                 sample[at] = one
+        report.end_window()
         lengths = [length for one in window.todo for length in one.tokenized.window_tokens]
         num_padded += sum(lengths[batch[0]] * len(batch) for batch in plan(lengths, encoder.limits))
         if stop is not None and stop.is_set():

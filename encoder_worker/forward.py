@@ -48,10 +48,7 @@ class Forward:
         return self._todo[i].tokenized.windows[w]
 
     def _join(self, one: Todo, windows: list[States | EncodingFailed]) -> PassageStates | Refused:
-        states: list[States] = []
-        for window in windows:
-            if isinstance(window, EncodingFailed):
-                passage = one.passage
-                return Refused(passage.place, passage.passage_id, Reason(window.reason), str(window))
-            states.append(window)
-        return one.tokenized.join(states, self._ratio, one.digest)
+        joined = one.tokenized.join(windows, self._ratio, one.digest)
+        if isinstance(joined, EncodingFailed):
+            return Refused(one.passage.place, one.passage.passage_id, Reason(joined.reason), str(joined))
+        return joined

@@ -6,7 +6,7 @@ Does not know files, stores or requests.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,9 +47,16 @@ class Tokenized:
     def num_states(self, ratio: int) -> int:
         return sum(-(-num_tokens // ratio) for num_tokens in self.window_tokens)
 
-    def join(self, windows: Sequence[States], ratio: int, digest: bytes) -> PassageStates:
-        """The passage out of its encoded windows, in order."""
-        states = windows[0] if len(windows) == 1 else np.concatenate(windows)
+    def join(
+        self, windows: Sequence[States | EncodingFailed], ratio: int, digest: bytes
+    ) -> PassageStates | EncodingFailed:
+        """The passage out of its encoded windows, in order, or why the first failing one failed."""
+        encoded: list[States] = []
+        for window in windows:
+            if isinstance(window, EncodingFailed):
+                return window
+            encoded.append(window)
+        states = encoded[0] if len(encoded) == 1 else np.concatenate(encoded)
         return PassageStates(states, self.window_tokens, ratio, self.truncated, digest)
 
 
@@ -116,10 +123,13 @@ class PassageEncoder:
         return self.encode(batch[:half], ratio) + self.encode(batch[half:], ratio)
 
     def encode_one(self, text: str, ratio: int, *, split: bool = False) -> PassageStates:
-        """One text alone, window by window; what every batch must agree with."""
+        """One text alone, window by window; what every batch must agree with. Raises EncodingFailed."""
         (tokenized,) = self.tokenize([text], split=split)
         windows = [self.encode([window], ratio)[0] for window in tokenized.windows]
-        return tokenized.join(list(_all_states(windows)), ratio, text_digest(text))
+        joined = tokenized.join(windows, ratio, text_digest(text))
+        if isinstance(joined, EncodingFailed):
+            raise joined
+        return joined
 
     def warm_up(self) -> None:
         """A real forward pass; raises where the encoder does not work."""
@@ -134,13 +144,6 @@ def _checked(states: States) -> States | EncodingFailed:
     if np.isfinite(states).all():
         return states
     return EncodingFailed("not_finite", "its states hold NaN or infinity")
-
-
-def _all_states(windows: Sequence[States | EncodingFailed]) -> Iterator[States]:
-    for window in windows:
-        if isinstance(window, EncodingFailed):
-            raise window
-        yield window
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

@@ -57,6 +57,7 @@ def run(
                         sink.add(todo.passage, states)
                 report.batch(forward.lengths(batch))
                 on_progress(meter.read(window.fraction, len(window.todo)))
+            report.end_window()
             meter.next_window(window.fraction)
             on_progress(meter.read(window.fraction, 0))
             report.stopped_by = window.stopped_by

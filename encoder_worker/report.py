@@ -58,6 +58,7 @@ class IndexReport:
     reasons: Counter[str] = field(default_factory=Counter)
     refused: IssueLog = field(default_factory=IssueLog)
     truncated: IssueLog = field(default_factory=IssueLog)
+    _cut: list[tuple[Passage, int]] = field(default_factory=list)
 
     @property
     def complete(self) -> bool:
@@ -95,8 +96,13 @@ class IndexReport:
         self.num_split += num_windows > 1
         if truncated:
             self.num_truncated += 1
-            message = f"cut at {max_passage_tokens} tokens"
-            self.truncated.add(passage.place, passage.passage_id, "truncated", message)
+            self._cut.append((passage, max_passage_tokens))
+
+    def end_window(self) -> None:
+        """Lists what was cut since the last time, in the order it stood in the source."""
+        for passage, max_tokens in sorted(self._cut, key=lambda cut: (cut[0].place.source, cut[0].place.line)):
+            self.truncated.add(passage.place, passage.passage_id, "truncated", f"cut at {max_tokens} tokens")
+        self._cut.clear()
 
     def batch(self, lengths: list[int]) -> None:
         """One forward pass over sequences of these lengths."""

@@ -7,7 +7,10 @@ import hashlib
 import numpy as np
 from numpy.typing import NDArray
 
+from encoder_worker.sources import Place
+
 _MERGE_AT = 1 << 16
+_LINE_BITS = 40
 
 
 class SeenIds:
@@ -18,36 +21,39 @@ class SeenIds:
     """
 
     def __init__(self) -> None:
-        self._latest: dict[int, int] = {}
-        self._sorted: list[tuple[NDArray[np.uint64], NDArray[np.uint64]]] = []  # hashes, lines; large to small
+        self._sources: list[str] = []
+        self._latest: dict[int, int] = {}  # hash -> number of the source and line in one
+        self._sorted: list[tuple[NDArray[np.uint64], NDArray[np.uint64]]] = []  # the same, large to small
 
-    def first_line(self, passage_id: str, line: int) -> int | None:
-        """The line where the id came first, or None where this is the first time; remembers it then."""
+    def first_place(self, passage_id: str, place: Place) -> Place | None:
+        """Where the id came first, or None where this is the first time; remembers it then."""
         key = int.from_bytes(hashlib.blake2b(passage_id.encode(), digest_size=8).digest(), "little")
         found = self._latest.get(key)
         if found is None:
             found = self._search(key)
         if found is not None:
-            return found
-        self._latest[key] = line
+            return Place(self._sources[found >> _LINE_BITS], found & ((1 << _LINE_BITS) - 1))
+        if not self._sources or self._sources[-1] != place.source:
+            self._sources.append(place.source)
+        self._latest[key] = (len(self._sources) - 1) << _LINE_BITS | place.line
         if len(self._latest) >= _MERGE_AT:
             self._merge()
         return None
 
     def _search(self, key: int) -> int | None:
         wanted = np.uint64(key)
-        for hashes, lines in self._sorted:
+        for hashes, places in self._sorted:
             at = int(np.searchsorted(hashes, wanted))
             if at < len(hashes) and hashes[at] == wanted:
-                return int(lines[at])
+                return int(places[at])
         return None
 
     def _merge(self) -> None:
         hashes = np.fromiter(self._latest.keys(), np.uint64, len(self._latest))
-        lines = np.fromiter(self._latest.values(), np.uint64, len(self._latest))
+        places = np.fromiter(self._latest.values(), np.uint64, len(self._latest))
         self._latest = {}
         while self._sorted and len(self._sorted[-1][0]) <= len(hashes):
-            more_hashes, more_lines = self._sorted.pop()
-            hashes, lines = np.concatenate([more_hashes, hashes]), np.concatenate([more_lines, lines])
+            more_hashes, more_places = self._sorted.pop()
+            hashes, places = np.concatenate([more_hashes, hashes]), np.concatenate([more_places, places])
         order = np.argsort(hashes)
-        self._sorted.append((hashes[order], lines[order]))
+        self._sorted.append((hashes[order], places[order]))

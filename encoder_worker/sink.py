@@ -6,7 +6,6 @@ acknowledged is encoded again by the next run.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,13 +15,11 @@ from types import TracebackType
 import numpy as np
 
 from cache.collection import StoredPassage
-from cache.errors import InvalidPassage, StoreLocked, StoreUnavailable
 from cache.states import PassageStates
 from encoder_worker.report import IndexReport
 from encoder_worker.sources import Passage, Reason, Refused
+from encoder_worker.storing import put
 from encoder_worker.target import Target
-
-log = logging.getLogger(__name__)
 
 MAX_PENDING_WRITES = 2
 RETRY_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0)
@@ -132,22 +129,13 @@ class Sink:
 
 def _put(target: Target, group: _Group) -> tuple[list[PassageStates], list[Refused]]:
     """Stores a group; passages the collection will not have are refused one by one."""
-    collection = target.collection
-    assert collection is not None
-    todo = {passage.passage_id: (passage, states) for passage, states in zip(group.passages, group.states, strict=True)}
-    refused: list[Refused] = []
-    attempt = 0
-    while todo:
-        try:
-            collection.put_many([StoredPassage(i, states, passage.text) for i, (passage, states) in todo.items()])
-            break
-        except InvalidPassage as exc:
-            passage, _ = todo.pop(exc.passage_id)
-            refused.append(Refused(passage.place, passage.passage_id, Reason.NOT_STORABLE, exc.reason))
-        except (StoreUnavailable, StoreLocked) as exc:
-            if attempt == len(RETRY_SECONDS):
-                raise
-            log.warning("%s; trying again in %g s", exc, RETRY_SECONDS[attempt])
-            time.sleep(RETRY_SECONDS[attempt])
-            attempt += 1
-    return [states for _, states in todo.values()], refused
+    assert target.collection is not None
+    pairs = list(zip(group.passages, group.states, strict=True))
+    passages = [StoredPassage(passage.passage_id, states, passage.text) for passage, states in pairs]
+    why = put(target.collection, passages, RETRY_SECONDS)
+    refused = [
+        Refused(passage.place, passage.passage_id, Reason.NOT_STORABLE, why[passage.passage_id])
+        for passage, _ in pairs
+        if passage.passage_id in why
+    ]
+    return [states for passage, states in pairs if passage.passage_id not in why], refused

@@ -96,10 +96,10 @@ def read_windows(
 
 
 def _once(passage: Passage, seen: SeenIds) -> Passage | Refused:
-    first = seen.first_line(passage.passage_id, passage.place.line)
+    first = seen.first_place(passage.passage_id, passage.place)
     if first is None:
         return passage
-    message = f"id {passage.passage_id!r} came before, in line {first}; the first one counts"
+    message = f"id {passage.passage_id!r} came before, at {first}; the first one counts"
     return Refused(passage.place, passage.passage_id, Reason.DUPLICATE_ID, message)
 
 

@@ -1,0 +1,151 @@
+"""The offline half as a process part: binds, loads, proves itself, serves, drains.
+
+`start` returns when a real forward pass has succeeded; until then health says NOT_SERVING. Owns one
+thread for the model and a few for the tokenizer and the store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from cache.store import Store, open_store
+from encoder_worker.config import EncoderConfig
+from encoder_worker.engine import Engine
+from encoder_worker.passage_encoder import PassageEncoder
+from encoder_worker.scheduler import Scheduler
+from encoder_worker.service import EncoderService, public_url
+from preread.v1 import encoder_pb2, encoder_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+SERVICE = encoder_pb2.DESCRIPTOR.services_by_name["EncoderService"].full_name
+NUM_THREADS = 4
+# Writers are in no hurry: a slow store is better than a passage given up on.
+STORE_READ_SECONDS = 5.0
+
+
+class EncoderServer:
+    """One encoder worker. `start`, then serve on `.port`, then `stop`.
+
+    Args:
+        store: shared with another part of the process; None opens the configured one.
+    """
+
+    def __init__(self, config: EncoderConfig, *, store: Store | None = None) -> None:
+        self.config = config
+        self.port = 0
+        self._own_store = open_store(config.store, read_budget_seconds=STORE_READ_SECONDS) if store is None else None
+        self._store = store or self._own_store
+        self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="encoder")
+        self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="text and store")
+        self._service = EncoderService()
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing in grpc-stubs
+        self._server: grpc.aio.Server | None = None
+        self._loop: asyncio.Task[None] | None = None
+
+    @property
+    def engine(self) -> Engine:
+        """What serves the calls; only between `start` and `stop`."""
+        if self._service.engine is None:
+            raise RuntimeError("this worker has not started, or was stopped")
+        return self._service.engine
+
+    @property
+    def public_store(self) -> str:
+        """The store's URL, without user and password."""
+        return public_url(self.config.store)
+
+    async def start(self) -> None:
+        """Binds, loads and proves the model. When it raises, everything is stopped again.
+
+        Raises:
+            OSError: the port is taken.
+            CheckpointError, ValueError: what cannot be served.
+        """
+        try:
+            await self._bind()
+            await self._load()
+        except BaseException:
+            await self.stop(0)
+            raise
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Says NOT_SERVING, takes no new calls, lets what runs finish within the grace, then stops."""
+        if self._server is not None:
+            await self._health.enter_graceful_shutdown()
+            await self._server.stop(grace_seconds)
+            self._server = None
+        self._service.engine = None
+        if self._loop is not None:
+            self._loop.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._loop
+            self._loop = None
+        for threads in (self._model_thread, self._threads):
+            await asyncio.to_thread(threads.shutdown, wait=True, cancel_futures=True)
+        if self._own_store is not None:
+            self._own_store.close()
+            self._own_store = None
+
+    async def _bind(self) -> None:
+        server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", self.config.max_message_bytes),
+                ("grpc.max_send_message_length", self.config.max_answer_bytes),
+                ("grpc.so_reuseport", 0),  # a taken port should be an error, not a shared one
+            ]
+        )
+        encoder_pb2_grpc.add_EncoderServiceServicer_to_server(self._service, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection([SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+        await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
+        address = f"{self.config.host}:{self.config.port}"
+        try:
+            self.port = server.add_insecure_port(address)
+        except RuntimeError as exc:
+            raise OSError(f"cannot listen on {address}: is the port taken?") from exc
+        await server.start()
+        self._server = server
+
+    async def _load(self) -> None:
+        assert self._store is not None
+        loop = asyncio.get_running_loop()
+        encoder = await loop.run_in_executor(self._model_thread, _load_encoder, self.config)
+        scheduler = Scheduler(encoder, self._model_thread)
+        self._loop = asyncio.create_task(scheduler.run())
+        self._loop.add_done_callback(self._loop_ended)
+        self._service.engine = Engine(self.config, encoder, scheduler, self._store, self._threads)
+        await self._say(health_pb2.HealthCheckResponse.SERVING)
+
+    async def _say(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        for name in ("", SERVICE):
+            await self._health.set(name, status)
+
+    def _loop_ended(self, task: asyncio.Task[None]) -> None:
+        """The batching loop must never end by itself; if it does, say so and take no more work."""
+        if not task.cancelled():
+            log.critical("the batching loop ended: %r", task.exception())
+            self._service.engine = None
+
+
+def _load_encoder(config: EncoderConfig) -> PassageEncoder:
+    """On the model's thread."""
+    import torch
+
+    torch.set_flush_denormal(True)  # a setting of the thread, and this is the one that computes
+    encoder = PassageEncoder.load(
+        config.checkpoint,
+        device=config.device,
+        dtype=config.dtype,
+        max_passage_tokens=config.max_passage_tokens,
+        max_batch_tokens=config.max_batch_tokens,
+    )
+    encoder.warm_up()
+    return encoder
