@@ -39,7 +39,7 @@ def rerank(
     instruction: str = "",
     batch: int = 256,
 ) -> dict[int, Run]:
-    """{ratio: run}. Each passage is encoded once, pooled per ratio, and scored in order of prompt length."""
+    """{ratio: run}. Each passage is encoded once, pooled per ratio, and scored among pairs of like length."""
     model = checkpoint.model
     passage_ids = sorted({p for found in candidates.values() for p in found})
     place = {p: i for i, p in enumerate(passage_ids)}
@@ -60,10 +60,10 @@ def rerank(
             strict=True,
         )
     )
-    pairs = sorted(
-        ((q, p) for q in query_ids for p in candidates[q]),
-        key=lambda pair: (len(encoded[place[pair[1]]]), len(prompts[pair[0]])),
-    )
+    pairs = [(q, p) for q in query_ids for p in candidates[q]]
+    pairs.sort(
+        key=lambda pair: (len(prompts[pair[0]]) // 3, len(encoded[place[pair[1]]]))
+    )  # little padding on either side
     out: dict[int, Run] = {}
     for ratio in ratios:
         run: Run = {q: {} for q in query_ids}
