@@ -2,55 +2,42 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
-import redis
 
 from cache.store import open_store
 from encoder_worker.config import EncoderConfig
 from encoder_worker.server import EncoderServer
 from preread.v1 import common_pb2, encoder_pb2, encoder_pb2_grpc, rerank_pb2, rerank_pb2_grpc
 
+# Tests are not a package; the redis-server they share is taken over by path.
+_spec = importlib.util.spec_from_file_location("redis_fixture", Path(__file__).parents[1] / "redis_fixture.py")
+assert _spec is not None
+assert _spec.loader is not None
+_redis_fixture = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_redis_fixture)
+RedisServer = _redis_fixture.RedisServer
+
 HIT, ENCODED = common_pb2.CANDIDATE_STATUS_HIT, common_pb2.CANDIDATE_STATUS_ENCODED
 CORRUPT = common_pb2.CANDIDATE_STATUS_CORRUPT
 
 
-@contextmanager
-def redis_server(directory: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """A redis-server of our own on a free port: its URL and its process."""
-    binary = shutil.which("redis-server")
-    assert binary is not None, "redis-server is not on PATH"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [binary, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(directory)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process, redis.Redis(port=port) as client:
-        for _ in range(500):
-            try:
-                client.ping()
-                break
-            except redis.ConnectionError:
-                time.sleep(0.01)
-        yield f"redis://127.0.0.1:{port}/0", process
-        process.terminate()
-
-
-@pytest.fixture(scope="module")
-def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with redis_server(tmp_path_factory.mktemp("redis")) as (url, _):
-        yield url
+@pytest.fixture
+def redis_server(tmp_path: Path) -> Iterator[Any]:
+    server = RedisServer(tmp_path / "redis").start()
+    yield server
+    server.stop()
 
 
 async def upsert(address: str, collection: str, texts: dict[str, str]) -> None:
@@ -69,7 +56,7 @@ def shared(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     if request.param == "faiss":
         yield f"faiss:{tmp_path / 'shared'}"
     else:
-        yield request.getfixturevalue("redis_url")
+        yield request.getfixturevalue("redis_server").url
 
 
 async def test_what_the_worker_stored_the_server_ranks(serve, tiny, texts, by_hand, shared: str) -> None:
@@ -97,12 +84,12 @@ async def test_what_the_worker_stored_the_server_ranks(serve, tiny, texts, by_ha
         store.close()
 
 
-async def test_a_damaged_value_costs_its_passage_only(serve, encoding, texts, redis_url: str) -> None:
-    store = open_store(redis_url)
+async def test_a_damaged_value_costs_its_passage_only(serve, encoding, texts, redis_server) -> None:
+    store = open_store(redis_server.url)
     encoding.fill(store, "damaged", {i: texts[i] for i in ("p1", "p2", "p3")})
     async with serve(over=store) as serving:
         whole = await serving.rerank(ids=["p1", "p2", "p3"], collection="damaged")
-        with redis.Redis.from_url(redis_url) as client:
+        with redis_server.client() as client:
             key = next(key for key in client.scan_iter() if b"damaged" in key and key.endswith(b"p2"))
             value = bytearray(client.get(key))
             value[len(value) // 2] ^= 1
@@ -116,20 +103,18 @@ async def test_a_damaged_value_costs_its_passage_only(serve, encoding, texts, re
     store.close()
 
 
-async def test_a_store_that_went_away_costs_what_is_stored_there(serve, encoding, texts, tmp_path) -> None:
-    with redis_server(tmp_path) as (url, process):
-        store = open_store(url)
-        encoding.fill(store, "docs", {i: texts[i] for i in ("p1", "p2")})
-        async with serve(over=store, max_store_cache_bytes=0) as serving:
-            assert (await serving.rerank(ids=["p1"])).num_scored == 1
-            process.terminate()
-            process.wait()
-            started = time.monotonic()
-            answer = await serving.rerank(ids=["p1", "p2"])
-            assert time.monotonic() - started < 2
-            assert [r.status for r in answer.results] == [common_pb2.CANDIDATE_STATUS_FAILED] * 2
-            assert "store could not be read" in answer.results[0].message
-        store.close()
+async def test_a_store_that_went_away_costs_what_is_stored_there(serve, encoding, texts, redis_server) -> None:
+    store = open_store(redis_server.url)
+    encoding.fill(store, "docs", {i: texts[i] for i in ("p1", "p2")})
+    async with serve(over=store, max_store_cache_bytes=0) as serving:
+        assert (await serving.rerank(ids=["p1"])).num_scored == 1
+        redis_server.stop()
+        started = time.monotonic()
+        answer = await serving.rerank(ids=["p1", "p2"])
+        assert time.monotonic() - started < 2
+        assert [r.status for r in answer.results] == [common_pb2.CANDIDATE_STATUS_FAILED] * 2
+        assert "store could not be read" in answer.results[0].message
+    store.close()
 
 
 def test_preread_serve_starts_both_halves_and_drains_on_sigterm(tiny: Path, tmp_path: Path) -> None:
