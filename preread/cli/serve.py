@@ -7,7 +7,6 @@ others on this machine. Does not know what either half does with a request.
 from __future__ import annotations
 
 import asyncio
-import signal
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from preread.cli.options import compute_options, model_option, option, store_option
+from preread.cli.signals import told_to_stop
 
 if TYPE_CHECKING:
     from cache.store import Store
@@ -99,13 +99,13 @@ async def _serve(options: dict[str, Any]) -> None:
 
     started = time.monotonic()
     tune_process(options["threads"])
-    told_to_stop = _signals()
+    stop = told_to_stop()
     store = open_store(options["store"])
     try:
         async with _encoder(options, store) as encoder_address:
             server = DecoderServer(_config(options, encoder_address), store=store)
             starting = asyncio.create_task(server.start())
-            await asyncio.wait([starting, told_to_stop], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([starting, stop], return_when=asyncio.FIRST_COMPLETED)
             if not starting.done():
                 starting.cancel()
                 await asyncio.wait([starting])
@@ -113,27 +113,11 @@ async def _serve(options: dict[str, Any]) -> None:
             await starting
             await _introduce(server, store, options)
             click.echo(f"ready        in {time.monotonic() - started:.1f} s")
-            await told_to_stop
+            await stop
             click.echo(f"stopping     requests under way have {options['grace_seconds']:g} s to finish")
             await server.stop(options["grace_seconds"])
     finally:
         store.close()
-
-
-def _signals() -> asyncio.Future[None]:
-    """Done at the first SIGTERM or SIGINT; a second one has its usual effect."""
-    loop = asyncio.get_running_loop()
-    told = loop.create_future()
-
-    def tell() -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
-        if not told.done():
-            told.set_result(None)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, tell)
-    return told
 
 
 def _config(options: dict[str, Any], encoder_address: str) -> DecoderConfig:
@@ -181,6 +165,8 @@ async def _encoder(options: dict[str, Any], store: Store) -> AsyncIterator[str]:
 
 async def _introduce(server: DecoderServer, store: Store, options: dict[str, Any]) -> None:
     """What a person wants to see before the first request."""
+    from encoder_worker.service import public_url
+
     config = server.config
     (engine,) = server.engines.values()
     identity = engine.backend.identity()
@@ -188,7 +174,7 @@ async def _introduce(server: DecoderServer, store: Store, options: dict[str, Any
         f"model        {engine.name} ({engine.backend.name}, {config.checkpoint}, encoder {identity.fingerprint[:12]})"
     )
     click.echo(f"compute      {engine.backend.dtype_name} on {engine.backend.device_name}")
-    click.echo(f"store        {config.store}")
+    click.echo(f"store        {public_url(config.store)}")
     click.echo(f"collections  {await asyncio.to_thread(_collections, store, identity.fingerprint)}")
     if not config.encoder_address:
         click.echo("encoder      none: what is not stored is not scored")
