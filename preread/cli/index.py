@@ -91,6 +91,8 @@ def _run(
     options: dict[str, Any], source: Source, settings: Any, how: IndexOptions, stop: threading.Event
 ) -> tuple[IndexReport, Any]:
     """The report, and with --dry-run the estimate."""
+    import torch
+
     from cache.store import open_store
     from checkpoint.compute import tune_process
     from encoder_worker.indexing import dry_run, index
@@ -99,6 +101,7 @@ def _run(
     from preread.cli.index_view import shown_progress
 
     tune_process(options["threads"])
+    torch.set_flush_denormal(True)  # a setting of the thread, and this is the one that computes
     with closing(open_store(options["store"], read_budget_seconds=READ_SECONDS)) as store:
         encoder = PassageEncoder.load(
             options["model"],
