@@ -1,0 +1,112 @@
+"""A real encoder over the tiny checkpoint, real passages, stores, and the command in processes of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from pydoc_data.topics import topics
+
+from cache.store import Store, open_store
+from encoder_worker.passage_encoder import PassageEncoder
+from encoder_worker.sources import Passage, Place
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def encoder(tiny_checkpoint: Path) -> PassageEncoder:
+    """Passages of up to 1,024 tokens, the checkpoint's own limit."""
+    return PassageEncoder.load(str(tiny_checkpoint), device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def short_encoder(tiny_checkpoint: Path) -> PassageEncoder:
+    """The same weights with a limit of 32 tokens: longer passages are cut or split."""
+    return PassageEncoder.load(str(tiny_checkpoint), device="cpu", dtype="float32", max_passage_tokens=32)
+
+
+@pytest.fixture(scope="session")
+def real_texts() -> list[str]:
+    """Some 2,600 paragraphs of Python's own reference, of every length from a few words on."""
+    return [part.strip() for topic in topics.values() for part in re.split(r"\n\s*\n", topic) if part.strip()]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    opened = open_store(f"faiss:{tmp_path / 'store'}")
+    yield opened
+    opened.close()
+
+
+def as_passages(texts: list[str], prefix: str = "p") -> list[Passage]:
+    return [Passage(f"{prefix}{i}", text, Place("test", i + 1)) for i, text in enumerate(texts)]
+
+
+@pytest.fixture
+def passages() -> Callable[..., list[Passage]]:
+    return as_passages
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    rows = (json.dumps({"id": f"p{i}", "text": text}) for i, text in enumerate(texts))
+    path.write_text("".join(row + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def jsonl(tmp_path: Path) -> Callable[[list[str]], Path]:
+    """Writes texts as p0, p1, ... and returns the file."""
+    return lambda texts: write_jsonl(tmp_path / "passages.jsonl", texts)
+
+
+Preread = Callable[..., "subprocess.Popen[bytes]"]
+
+
+@pytest.fixture
+def preread(tmp_path: Path, tiny_checkpoint: Path) -> Iterator[Preread]:
+    """Starts `preread COMMAND ...` on the tiny checkpoint and the test's store in a process of its own."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(command: str, *arguments: object, **options: object) -> subprocess.Popen[bytes]:
+        line = [sys.executable, "-m", "preread", command, *map(str, arguments)]
+        line += ["--model", str(tiny_checkpoint), "--store", f"faiss:{tmp_path / 'store'}", "--threads", "1"]
+        process = subprocess.Popen(
+            [*line, "--dtype", "float32"],
+            stdin=options.get("stdin", subprocess.DEVNULL),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def run_index(preread: Preread) -> Callable[..., tuple[int, str, str]]:
+    """`preread index ...` to its end: exit code, standard output, standard error."""
+
+    def run(*arguments: object, stdin: bytes | None = None) -> tuple[int, str, str]:
+        process = preread("index", *arguments, stdin=subprocess.PIPE)
+        out, err = process.communicate(stdin or b"", timeout=120)
+        return process.returncode, out.decode(), err.decode()
+
+    return run
