@@ -56,7 +56,10 @@ def alias_command(alias: str, collection: str | None, remove: bool, store: str) 
 @click.argument("collection")
 @store_option
 def compact_command(collection: str, store: str) -> None:
-    """Give the space of deleted and replaced passages back. Embedded stores (faiss:) only."""
+    """Give back the space of deleted and replaced passages.
+
+    For embedded stores (faiss:); Redis frees it at once.
+    """
     from cache.collection import Collection
 
     with _opened(store) as opened:

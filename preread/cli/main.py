@@ -24,7 +24,7 @@ COMMANDS: dict[str, dict[str, str]] = {
     "Queries, many times": {
         "serve": "Start the reranking server.",
         "rerank": "Rank passages for a query, or for a file of queries.",
-        "evaluate": "Measure how well a checkpoint ranks a judged collection.",
+        "evaluate": "Measure how well a checkpoint reranks a judged collection.",
     },
     "Looking after it": {
         "stats": "Show what the store holds.",

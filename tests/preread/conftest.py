@@ -91,3 +91,17 @@ def failing() -> Callable[..., Answer]:
 def answering() -> Answer:
     """The answer with one result per candidate."""
     return give_results
+
+
+@pytest.fixture
+def scripted_with() -> Iterator[Callable[[grpc.ServerCredentials], Scripted]]:
+    """scripted_with(credentials) listens with TLS."""
+    started: list[Scripted] = []
+
+    def start(credentials: grpc.ServerCredentials) -> Scripted:
+        started.append(Scripted(credentials))
+        return started[-1]
+
+    yield start
+    for running in started:
+        running.server.stop(0).wait()

@@ -1,0 +1,150 @@
+"""`preread stats | verify | collection` over a store, in processes of their own; damage is real damage."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from preread.cli.main import cli
+
+ROOT = Path(__file__).parents[2]
+NUM_PASSAGES = 12
+
+
+def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "preread", *arguments]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+@pytest.fixture(scope="module")
+def indexed(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of an embedded store with one collection. Indexed in a process of its own, like everything
+    that sets torch up: such settings are for the whole process."""
+    directory = tmp_path_factory.mktemp("indexed")
+    passages = directory / "passages.jsonl"
+    rows = [{"id": f"p{i}", "text": f"Passage number {i}."} for i in range(NUM_PASSAGES)]
+    passages.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    store = f"faiss:{directory / 'store'}"
+    answer = run("index", str(passages), "-c", "docs", "--store", store, "--model", str(tiny_checkpoint))
+    assert answer.returncode == 0, answer.stderr
+    return directory / "store"
+
+
+@pytest.fixture
+def store(indexed: Path, tmp_path: Path) -> str:
+    """A copy, to be changed."""
+    shutil.copytree(indexed, tmp_path / "store")
+    return f"faiss:{tmp_path / 'store'}"
+
+
+def in_process(*arguments: str, store: str, stdin: str | None = None):
+    return CliRunner().invoke(cli, [*arguments, "--store", store], input=stdin)
+
+
+def test_stats_show_what_is_there(store: str, tiny_checkpoint: Path) -> None:
+    assert in_process("collection", "alias", "live", "docs", store=store).exit_code == 0
+    answer = run("stats", "--json", "--store", store)
+
+    assert answer.returncode == 0
+    (row,) = json.loads(answer.stdout)
+    assert row["collection"] == "docs"
+    assert row["aliases"] == ["live"]
+    assert row["num_passages"] == NUM_PASSAGES
+    assert row["checkpoint"] == str(tiny_checkpoint)
+    assert json.loads(in_process("stats", "-c", "live", "--json", store=store).stdout) == [row]
+    table = in_process("stats", store=store).stdout
+    assert "docs  <- live" in table
+    assert "12 (0 cut at 1,024 tokens)" in table
+
+
+def test_an_empty_store_is_no_error(tmp_path: Path) -> None:
+    answer = in_process("stats", store=f"faiss:{tmp_path / 'new'}")
+
+    assert answer.exit_code == 0
+    assert "holds no collection" in answer.stdout
+
+
+def test_a_whole_collection_verifies(store: str) -> None:
+    answer = run("verify", "-c", "docs", "--store", store)
+
+    assert answer.returncode == 0
+    assert answer.stdout == "docs: 12 passages read, 0 damaged\n"
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 0x01
+    path.write_bytes(data)
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+@pytest.mark.parametrize("damage", [flip, remove])
+def test_damage_is_reported_and_ends_with_1(store: str, damage: Callable[[Path], None]) -> None:
+    directory = Path(store.removeprefix("faiss:"))
+    largest = max((p for p in directory.rglob("*") if p.is_file() and "sqlite" not in p.name and p.suffix != ".db"),
+                  key=lambda p: p.stat().st_size)  # fmt: skip
+    damage(largest)
+
+    answer = run("verify", "-c", "docs", "--store", store)
+    as_json = in_process("verify", "-c", "docs", "--json", store=store)
+
+    assert answer.returncode == as_json.exit_code == 1
+    damaged = json.loads(as_json.stdout)["damaged"]
+    assert 1 <= len(damaged) <= NUM_PASSAGES
+    assert f"12 passages read, {len(damaged)} damaged" in answer.stdout
+    assert f"damaged: {damaged[0]['passage_id']}: {damaged[0]['reason']}" in answer.stdout
+
+
+def test_an_alias_moves_in_one_step_and_guards_what_it_names(store: str) -> None:
+    assert in_process("collection", "alias", "live", "docs", store=store).stdout == "live -> docs\n"
+
+    dropped = in_process("collection", "drop", "docs", "--yes", store=store)
+    assert dropped.exit_code == 2
+    assert "live" in dropped.stderr
+
+    assert in_process("collection", "alias", "live", "--remove", store=store).exit_code == 0
+    assert in_process("collection", "alias", "live", "--remove", store=store).exit_code == 2
+    assert in_process("collection", "alias", "live", "nowhere", store=store).exit_code == 2
+    assert in_process("collection", "alias", "live", store=store).exit_code == 2
+
+
+def test_dropping_asks_first(store: str) -> None:
+    refused = in_process("collection", "drop", "docs", store=store, stdin="n\n")
+    assert refused.exit_code == 1
+    assert "12 passages" in refused.stdout
+
+    assert in_process("collection", "drop", "docs", store=store, stdin="y\n").exit_code == 0
+    assert json.loads(in_process("stats", "--json", store=store).stdout) == []
+    assert in_process("collection", "drop", "docs", "--yes", store=store).exit_code == 2
+
+
+def test_compacting_keeps_every_passage(store: str) -> None:
+    assert in_process("collection", "compact", "docs", store=store).exit_code == 0
+    assert "12 passages read, 0 damaged" in in_process("verify", "-c", "docs", store=store).stdout
+    assert in_process("collection", "compact", "nowhere", store=store).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("url", "code", "message"),
+    [
+        ("nonsense", 2, "nonsense"),
+        ("redis://127.0.0.1:1", 3, "127.0.0.1:1"),
+        ("faiss:/proc/no/such", 2, "'docs' does not exist"),
+    ],
+)
+def test_a_store_that_cannot_be_used_is_one_line(url: str, code: int, message: str) -> None:
+    answer = run("verify", "-c", "docs", "--store", url)
+
+    assert answer.returncode == code
+    assert message in answer.stderr
+    assert len(answer.stderr.splitlines()) == 1
