@@ -37,10 +37,13 @@ class Codec:
         self._table_length, self.min_training_states = _shape_of(factory, dim)
         index: Any = faiss.index_factory(dim, factory)  # the stubs know only the base class
         self._index = index
-        if factory.startswith(("PQ", "RQ")):
-            # Enough points is our own check in train(), with an error; FAISS would print a warning per sub-codebook.
-            quantizer = index.pq if factory.startswith("PQ") else index.rq
-            quantizer.cp.min_points_per_centroid = 1
+        # Whether a sample is large enough is train()'s own check; FAISS would print a warning per sub-codebook.
+        if factory.startswith("PQ"):
+            index.pq.cp.min_points_per_centroid = 1
+            # Reorders centroids for Hamming search, which nobody does here, and takes far longer than the training.
+            index.do_polysemous_training = False
+        elif factory.startswith("RQ"):
+            index.rq.cp.min_points_per_centroid = 1
 
     @classmethod
     def from_table(cls, factory: str, dim: int, table: bytes) -> "Codec":

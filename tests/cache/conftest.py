@@ -277,16 +277,16 @@ def make_backend(request, tmp_path):
 # Helpers as fixtures: tests are not a package and cannot import them from here.
 
 
-@pytest.fixture(name="make_manifest")
+@pytest.fixture(name="make_manifest", scope="session")
 def _make_manifest():
     return make_manifest
 
 
-@pytest.fixture(name="make_record")
+@pytest.fixture(name="make_record", scope="session")
 def _make_record():
     return make_record
 
 
-@pytest.fixture(name="same")
+@pytest.fixture(name="same", scope="session")
 def _same():
     return same

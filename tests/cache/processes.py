@@ -1,0 +1,125 @@
+"""What the embedded store's tests run in processes of their own: writers to be killed, and readers beside a writer.
+
+    processes.py writers PATH LOG     forks a writer for every line on standard input, a seed, and prints its pid
+    processes.py reader PATH VERSION  reads until it has seen that version, prints a JSON report
+
+Must stay light: it imports what a writer needs, and no more.
+"""
+
+import json
+import os
+import random
+import sys
+import time
+from functools import partial
+
+import numpy as np
+
+from cache.collection import Manifest
+from cache.embedded.store import EmbeddedStore
+from cache.record import Record
+
+DIM = 8
+COLLECTION = "passages"
+say = partial(print, flush=True, file=sys.stdout)  # the test reads it
+PASSAGE_IDS = [f"p{i}" for i in range(40)]
+GROUP = [f"g{i}" for i in range(8)]
+
+
+def manifest() -> Manifest:
+    return Manifest(
+        collection=COLLECTION,
+        fingerprint="f" * 64,
+        checkpoint="test",
+        dim=DIM,
+        max_passage_tokens=1024,
+        passage_template="{text}",
+        pooling_version=1,
+        compression_ratio=1,
+        created_at="2026-01-01T00:00:00+00:00",
+    )
+
+
+def record(seed: int) -> Record:
+    """Contents that follow from the seed, and tell it: it is the digest's first bytes."""
+    rng = np.random.default_rng(seed)
+    num_states = int(rng.integers(1, 200))
+    codes = rng.integers(0, 256, (num_states, 2 * DIM), dtype=np.uint8)
+    return Record.build(
+        codes,
+        window_tokens=(num_states,),
+        compression_ratio=1,
+        truncated=False,
+        text_digest=seed.to_bytes(32, "little"),
+        manifest_checksum=0,
+        text=f"text {seed}",
+    )
+
+
+def seed_of(found: Record) -> int:
+    return int.from_bytes(found.text_digest, "little")
+
+
+def write_until_killed(path: str, log: str, seed: int) -> None:
+    """Random writes; each is logged before it begins ("begin") and once it was acknowledged ("done")."""
+    rng = random.Random(seed)
+    store = EmbeddedStore(path, max_small_segments=5)
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+    def note(**line: object) -> None:
+        os.write(descriptor, json.dumps(line).encode() + b"\n")
+
+    while True:
+        choice = rng.random()
+        passage_ids = rng.sample(PASSAGE_IDS, rng.randint(1, 6))
+        if choice < 0.75:
+            seeds = {passage_id: rng.getrandbits(60) for passage_id in passage_ids}
+            note(begin="put", seeds=seeds)
+            store.put_many(COLLECTION, {passage_id: record(value) for passage_id, value in seeds.items()})
+        elif choice < 0.9:
+            note(begin="delete", passage_ids=passage_ids)
+            store.delete_many(COLLECTION, passage_ids)
+        else:
+            note(begin="compact")
+            store.compact(COLLECTION)
+        note(done=True)
+
+
+def serve_writers(path: str, log: str) -> None:
+    """Fork writers on request: a process that starts in a millisecond can be killed often."""
+    say("torch" in sys.modules)
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            write_until_killed(path, log, int(line))
+        say(pid)
+        os.waitpid(pid, 0)
+        say("reaped")
+
+
+def read_until(path: str, last_version: int) -> None:
+    """Read the whole group over and over: never damaged, never missing, never a mixture, never going back."""
+    store = EmbeddedStore(path)
+    version, num_reads, problems = 0, 0, []
+    deadline = time.monotonic() + 60
+    while version < last_version and not problems and time.monotonic() < deadline:
+        found = store.get_many(COLLECTION, GROUP)
+        seeds = {seed_of(entry) if isinstance(entry, Record) else entry for entry in found}
+        if len(seeds) != 1 or not isinstance(next(iter(seeds)), int):
+            problems.append(f"not one version: {seeds}")
+        elif (seen := next(iter(seeds))) < version:
+            problems.append(f"version {seen} after {version}")
+        elif any(entry.checksum != record(seen).checksum for entry in found):
+            problems.append(f"version {seen} holds something else")
+        else:
+            version = seen
+        num_reads += 1
+    say(json.dumps({"version": version, "num_reads": num_reads, "problems": problems}))
+
+
+if __name__ == "__main__":
+    command, path, argument = sys.argv[1:]
+    if command == "writers":
+        serve_writers(path, argument)
+    else:
+        read_until(path, int(argument))
