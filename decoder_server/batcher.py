@@ -25,6 +25,10 @@ from decoder_server.ticket import Deliver, Scored, Ticket, Work
 
 log = logging.getLogger(__name__)
 
+# Who comes next waits for the batch under way, and who left is noticed after it: long enough that
+# a pass's fixed cost does not show, short enough that a person does not notice.
+BATCH_SECONDS = 0.1
+
 
 @dataclass
 class BatchCounts:
@@ -45,8 +49,16 @@ class BatchCounts:
 class Batcher:
     """The queue in front of one model, and the loop that empties it."""
 
-    def __init__(self, backend: Backend, executor: Executor, max_batch_tokens: int) -> None:
+    def __init__(
+        self, backend: Backend, executor: Executor, max_batch_tokens: int, min_batch_tokens: int | None = None
+    ) -> None:
+        """
+        Args:
+            min_batch_tokens: where given, batches hold what the model reads in BATCH_SECONDS, but at
+                least this and at most `max_batch_tokens`; None: always `max_batch_tokens`.
+        """
         self.max_batch_tokens = max_batch_tokens
+        self.min_batch_tokens = max_batch_tokens if min_batch_tokens is None else min_batch_tokens
         self.counts = BatchCounts()
         self._backend = backend
         self._executor = executor
@@ -80,9 +92,15 @@ class Batcher:
             ticket.add(works)
             self._ready.set()
 
+    @property
+    def batch_tokens(self) -> int:
+        """The budget of the next batch."""
+        measured = int(self.counts.tokens_per_second * BATCH_SECONDS)
+        return min(self.max_batch_tokens, max(self.min_batch_tokens, measured))
+
     def share_tokens(self) -> int:
         """How much of a request should be ready at most: two batches, shared by all requests."""
-        return max(1, 2 * self.max_batch_tokens // max(1, len(self._tickets)))
+        return max(1, 2 * self.batch_tokens // max(1, len(self._tickets)))
 
     async def run(self) -> None:
         """Batches until cancelled."""
@@ -99,11 +117,11 @@ class Batcher:
         """Pairs of the best-ranked requests, up to the token budget; at least one where any waits."""
         now = time.monotonic()
         batch: list[Work] = []
-        num_tokens = 0
+        num_tokens, budget = 0, self.batch_tokens
         for ticket in self._tickets:
             if ticket.gone(now):
                 self.counts.num_dropped_pairs += ticket.clear()
-            while ticket.waiting and (not batch or num_tokens + ticket.waiting[0].num_tokens <= self.max_batch_tokens):
+            while ticket.waiting and (not batch or num_tokens + ticket.waiting[0].num_tokens <= budget):
                 work = ticket.take()
                 batch.append(work)
                 num_tokens += work.num_tokens

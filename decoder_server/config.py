@@ -23,7 +23,7 @@ class DecoderConfig:
     num_threads: int | None = None
     max_passage_tokens: int | None = None  # None: the checkpoint's; part of the fingerprint
 
-    max_batch_tokens: int | None = None  # None: by device
+    max_batch_tokens: int | None = None  # None: by device and measured rate
     max_queue_requests: int = 256
     max_queue_tokens: int = 1_000_000
     max_candidates: int = 1000

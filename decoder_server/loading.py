@@ -5,9 +5,10 @@ from __future__ import annotations
 from decoder_server.backend import Backend
 from decoder_server.config import DecoderConfig
 
-# Tokens per batch. On a CPU a pass of this size already runs at full rate, and a caller who
-# comes next waits for it; a GPU needs far more to be busy.
-BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
+# Most and fewest tokens per batch, by device: above the first a pass is no faster per token, below
+# the second it is mostly fixed cost.
+BATCH_TOKENS = {"cpu": 8192, "cuda": 65_536}
+MIN_BATCH_TOKENS = {"cpu": 1024, "cuda": 16_384}
 
 
 def load_fbnl(config: DecoderConfig) -> Backend:
@@ -27,11 +28,14 @@ def load_fbnl(config: DecoderConfig) -> Backend:
     return FbnlBackend.load(checkpoint, device=config.device, dtype=config.dtype)
 
 
-def batch_tokens(config: DecoderConfig, backend: Backend) -> int:
-    """The configured budget, or the device's."""
-    return config.max_batch_tokens or BATCH_TOKENS[backend.device_name.split(":")[0]]
+def batch_tokens(config: DecoderConfig, backend: Backend) -> tuple[int, int]:
+    """Fewest and most tokens per batch: as configured, or as suits the device."""
+    if config.max_batch_tokens is not None:
+        return config.max_batch_tokens, config.max_batch_tokens
+    device = backend.device_name.split(":")[0]
+    return MIN_BATCH_TOKENS[device], BATCH_TOKENS[device]
 
 
-def fetch_chunk(num_batch_tokens: int) -> int:
+def fetch_chunk(max_batch_tokens: int) -> int:
     """Candidates per read of the store: about a batch of short ones, a share of it for long ones."""
-    return max(16, num_batch_tokens // 128)
+    return max(16, max_batch_tokens // 128)

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
-from cache.lru import LruStore
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from cache.lru import LruStore
 from cache.store import Store, open_store
 from decoder_server.admission import Admission
 from decoder_server.backend import Backend
@@ -118,7 +118,8 @@ class DecoderServer:
         identity = await loop.run_in_executor(self._store_threads, backend.identity)
         await loop.run_in_executor(self._model_thread, backend.warm_up)
         inline = await self._inline(backend, identity.fingerprint, identity.dim)
-        batcher = Batcher(backend, self._model_thread, batch_tokens(self.config, backend))
+        min_tokens, max_tokens = batch_tokens(self.config, backend)
+        batcher = Batcher(backend, self._model_thread, max_tokens, min_tokens)
         admission = Admission(
             batcher.counts, max_requests=self.config.max_queue_requests, max_tokens=self.config.max_queue_tokens
         )
@@ -128,7 +129,7 @@ class DecoderServer:
             batcher,
             admission,
             Catalogue(self._store, identity, self.config.max_staleness_seconds),
-            Passages(self._store_threads, inline, fetch_chunk=fetch_chunk(batcher.max_batch_tokens)),
+            Passages(self._store_threads, inline, fetch_chunk=fetch_chunk(max_tokens)),
             self._store_threads,
             self.config,
         )

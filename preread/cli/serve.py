@@ -49,7 +49,9 @@ MAX_SHOWN = 5  # collections in the start-up lines
     help="Passage limit, if the collections were indexed with another than the checkpoint's.",
 )
 @option(
-    "--max-batch-tokens", type=click.IntRange(min=1), help="Prompt tokens and states per batch.  [default: by device]"
+    "--max-batch-tokens",
+    type=click.IntRange(min=1),
+    help="Prompt tokens and states per batch.  [default: measured]",
 )
 @option(
     "--max-queue-requests",

@@ -81,6 +81,15 @@ async def test_a_batch_keeps_its_token_budget_unless_one_pair_is_over_it(gated) 
     assert sum(map(len, gated.passes)) == len(pairs)
 
 
+def test_a_budget_that_is_not_fixed_follows_the_measured_rate(gated) -> None:
+    with ThreadPoolExecutor(1) as executor:
+        batcher = Batcher(gated, executor, 8192, 1024)
+        for tokens_per_second, budget in ((0, 1024), (4000, 1024), (40_000, 4000), (1_000_000, 8192)):
+            batcher.counts = BatchCounts(num_tokens=tokens_per_second, compute_seconds=1.0)
+            assert batcher.batch_tokens == budget
+        assert Batcher(gated, executor, 500).batch_tokens == 500
+
+
 async def test_a_small_request_does_not_wait_behind_a_large_one(gated) -> None:
     large, small = make_pairs(gated, [20] * 300), make_pairs(gated, [20])
     budget = 10 * small[0].num_tokens
