@@ -5,7 +5,6 @@ A conftest.py takes it over by path (tests are not a package):
     spec = importlib.util.spec_from_file_location("redis_fixture", Path(__file__).parents[1] / "redis_fixture.py")
 """
 
-import contextlib
 import os
 import shutil
 import socket
@@ -69,9 +68,14 @@ class RedisServer:
         while time.monotonic() < deadline:
             if self.process is None or self.process.poll() is not None:
                 raise RuntimeError(f"redis-server did not start:\n{log.read_text()}")
-            with contextlib.suppress(redis.ConnectionError, redis.TimeoutError), self.client() as client:
-                client.ping()
+            try:
+                with self.client() as client:
+                    client.ping()
                 return
+            except redis.AuthenticationError:
+                return  # it wants a password, so it is up
+            except (redis.ConnectionError, redis.TimeoutError):
+                pass
             time.sleep(0.02)
         raise RuntimeError(f"redis-server did not answer within 20 s:\n{log.read_text()}")
 

@@ -1,6 +1,8 @@
 """What the embedded store's tests run in processes of their own: writers to be killed, and readers beside a writer.
 
     processes.py writers PATH LOG     forks a writer for every line on standard input, a seed, and prints its pid
+    processes.py limited PATH BYTES   writes a passage where no file may grow beyond that; prints the error
+    processes.py unprivileged PATH 0  writes a passage as a user who owns nothing, where it can; prints the error
     processes.py reader PATH VERSION  reads until it has seen that version, prints a JSON report
 
 Must stay light: it imports what a writer needs, and no more.
@@ -9,6 +11,7 @@ Must stay light: it imports what a writer needs, and no more.
 import json
 import os
 import random
+import resource
 import sys
 import time
 from functools import partial
@@ -17,6 +20,7 @@ import numpy as np
 
 from cache.collection import Manifest
 from cache.embedded.store import EmbeddedStore
+from cache.errors import CacheError
 from cache.record import Record
 
 DIM = 8
@@ -117,9 +121,28 @@ def read_until(path: str, last_version: int) -> None:
     say(json.dumps({"version": version, "num_reads": num_reads, "problems": problems}))
 
 
+def write_large(path: str) -> None:
+    """One write of half a megabyte."""
+    codes = np.zeros((500_000 // (2 * DIM), 2 * DIM), dtype=np.uint8)
+    values = {"compression_ratio": 1, "truncated": False, "text_digest": bytes(32), "manifest_checksum": 0}
+    large = Record.build(codes, window_tokens=(len(codes),), **values)
+    try:
+        EmbeddedStore(path).put_many(COLLECTION, {"large": large})
+        say("written")
+    except CacheError as exc:
+        say(type(exc).__name__, exc)
+
+
 if __name__ == "__main__":
     command, path, argument = sys.argv[1:]
     if command == "writers":
         serve_writers(path, argument)
+    elif command == "limited":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(argument), int(argument)))
+        write_large(path)
+    elif command == "unprivileged":
+        if os.getuid() == 0:
+            os.setuid(65534)  # root may write anywhere
+        write_large(path)
     else:
         read_until(path, int(argument))

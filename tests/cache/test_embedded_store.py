@@ -1,0 +1,233 @@
+"""The embedded store alone: files as FAISS reads them, compaction beside readers, damage, full disks."""
+
+import os
+import sqlite3
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+
+from cache.codecs import Codec
+from cache.embedded import compaction
+from cache.embedded.store import EmbeddedStore
+from cache.errors import CacheError, CodecError, StoreDamaged
+from cache.record import Damaged, Record
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def store(path, make_manifest):
+    store = EmbeddedStore(path)
+    store.write_manifest(make_manifest())
+    yield store
+    store.close()
+
+
+def segments(path: Path) -> list[Path]:
+    return sorted((path / "segments").iterdir())
+
+
+def test_nothing_is_made_before_the_first_write(path, make_manifest):
+    store = EmbeddedStore(path)
+    assert store.list_collections() == []
+    assert store.get_many("passages", ["a"]) == [None]
+    assert store.delete_many("passages", ["a"]) == 0
+    assert not path.exists()
+    store.write_manifest(make_manifest())
+    assert store.list_collections() == ["passages"]
+    store.close()
+
+
+def test_a_segment_is_a_faiss_index_and_reading_copies_nothing(store, path, make_record):
+    records = {f"p{i}": make_record(i, num_states=5) for i in range(10)}
+    store.put_many("passages", records)
+    (segment,) = segments(path)
+    index = faiss.read_index(str(segment), faiss.IO_FLAG_MMAP_IFC)
+    expected = Codec("SQfp16", 8).decode(np.concatenate([record.codes for record in records.values()]))
+    assert np.array_equal(index.reconstruct_n(0, index.ntotal), expected)
+    first, second = store.get_many("passages", ["p3", "p3"]), store.get_many("passages", ["p3"])
+    assert np.shares_memory(first[0].codes, second[0].codes)  # views of one map
+    assert not first[0].codes.flags.writeable
+
+
+@pytest.mark.parametrize("factory", ["Flat", "SQbf16", "SQ8", "SQ4", "PQ4x4", "RQ2x4"])
+def test_segments_of_every_codec_are_faiss_indexes(path, make_manifest, make_record, factory):
+    codec = Codec(factory, 8)
+    states = np.random.default_rng(0).standard_normal((64, 8)).astype(np.float32)
+    codec.train(states)
+    store = EmbeddedStore(path)
+    store.write_manifest(make_manifest(codec=factory, codec_table=codec.table()))
+    codes = codec.encode(states)
+    values = {"compression_ratio": 4, "truncated": False, "text_digest": bytes(32), "manifest_checksum": 0}
+    store.put_many("passages", {"p": Record.build(codes, window_tokens=(256,), **values)})
+    (found,) = store.get_many("passages", ["p"])
+    assert np.array_equal(found.codes, codes)
+    index = faiss.read_index(str(segments(path)[0]), faiss.IO_FLAG_MMAP_IFC)
+    assert np.array_equal(index.reconstruct_n(0, 64), codec.decode(codes))
+    store.close()
+
+
+def test_codes_of_another_codec_are_refused(store, make_manifest, make_record):
+    store.write_manifest(make_manifest("flat", codec="Flat"))
+    with pytest.raises(CodecError, match="'p': 16 bytes per state, collection 'flat' has 32"):
+        store.put_many("flat", {"p": make_record()})
+
+
+def test_compaction_drops_what_nobody_points_at(store, path, make_record, same):
+    records = {f"p{i}": make_record(i) for i in range(30)}
+    for passage_id, record in records.items():
+        store.put_many("passages", {passage_id: record})
+    store.put_many("passages", {"p1": records["p2"]})
+    store.delete_many("passages", [f"p{i}" for i in range(10, 30)])
+    seen = store.generation("passages")
+    report = store.compact("passages")
+    # 31 segments of 3 states of 16 bytes; 20 deleted passages and one replaced
+    assert report == compaction.Compaction(31, 1, 21 * 3 * 16)
+    assert len(segments(path)) == 1
+    assert store.generation("passages") == seen  # nothing a reader could tell
+    expected = [records["p0"], records["p2"], *(records[f"p{i}"] for i in range(2, 10))]
+    assert all(map(same, store.get_many("passages", [f"p{i}" for i in range(10)]), expected))
+    assert store.compact("passages") == compaction.Compaction(1, 1, 0)
+    store.delete_many("passages", [f"p{i}" for i in range(10)])
+    assert store.compact("passages").num_segments_after == 0
+    assert segments(path) == []
+
+
+def test_readers_keep_what_they_hold_over_a_compaction(store, path, make_record, same):
+    reader = EmbeddedStore(path)
+    records = {f"p{i}": make_record(i) for i in range(4)}
+    for passage_id, record in records.items():
+        store.put_many("passages", {passage_id: record})
+    held = reader.get_many("passages", list(records))
+    scan = reader.scan("passages")  # its catalogue rows are read, its segments not yet mapped
+    first_id, first = next(scan)
+    store.compact("passages")
+    assert all(map(same, held, records.values()))  # the maps outlive their unlinked files
+    rest = {first_id: first} | dict(scan)
+    assert rest.keys() == records.keys()
+    assert all(same(rest[passage_id], record) for passage_id, record in records.items())
+    reader.get_many("passages", ["p0"])
+    assert len(reader._maps._maps) == 1  # maps of removed files are dropped, and their disk space with them
+    reader.close()
+
+
+def test_small_segments_are_merged_by_themselves(path, make_manifest, make_record, same):
+    store = EmbeddedStore(path, max_small_segments=8)
+    store.write_manifest(make_manifest())
+    records = {f"p{i}": make_record(i) for i in range(50)}
+    for passage_id, record in records.items():
+        store.put_many("passages", {passage_id: record})
+        assert len(segments(path)) < 8
+    assert all(map(same, store.get_many("passages", list(records)), records.values()))
+    store.close()
+
+
+def test_compaction_works_in_bounded_pieces(path, make_manifest, make_record, same, monkeypatch):
+    monkeypatch.setattr(compaction, "TARGET_SEGMENT_BYTES", 480)  # ten passages of 48 bytes
+    store = EmbeddedStore(path)
+    store.write_manifest(make_manifest())
+    records = {f"p{i}": make_record(i) for i in range(35)}
+    for passage_id, record in records.items():
+        store.put_many("passages", {passage_id: record})
+    assert store.compact("passages") == compaction.Compaction(35, 4, 0)
+    assert all(map(same, store.get_many("passages", list(records)), records.values()))
+    store.close()
+
+
+def test_a_missing_segment_costs_its_passages_alone(store, path, make_record, same):
+    records = {f"p{i}": make_record(i) for i in range(4)}
+    for passage_id, record in records.items():
+        store.put_many("passages", {passage_id: record})
+    connection = sqlite3.connect(path / "catalogue.sqlite")
+    query = "SELECT file_name FROM segments JOIN passages USING (segment_id) WHERE passage_id = ?"
+    (file_name,) = connection.execute(query, (b"p2",)).fetchone()
+    connection.close()
+    (path / "segments" / file_name).unlink()
+    for _ in range(2):
+        reader = EmbeddedStore(path)
+        found = reader.get_many("passages", list(records))
+        assert found[2] == Damaged("p2", f"segment {file_name} is missing")
+        assert all(same(found[i], records[f"p{i}"]) for i in (0, 1, 3))
+        reader.close()
+        store.compact("passages")  # which neither fails nor forgets it
+
+
+def test_a_segment_cut_short_under_an_open_map_does_not_kill_the_reader(store, path, make_record, same):
+    records = {f"p{i}": make_record(i, num_states=400) for i in range(4)}
+    store.put_many("passages", records)
+    assert same(store.get_many("passages", ["p3"])[0], records["p3"])
+    (segment,) = segments(path)
+    os.truncate(segment, segment.stat().st_size - 400 * 16 * 2)
+    found = store.get_many("passages", list(records))
+    assert same(found[0], records["p0"])
+    assert same(found[1], records["p1"])
+    assert all(isinstance(entry, Damaged) and "too short" in entry.reason for entry in found[2:])
+    os.truncate(segment, 0)
+    assert isinstance(store.get_many("passages", ["p0"])[0], Damaged)
+
+
+def test_a_damaged_faiss_header_harms_nobody(store, path, make_record, same):
+    store.put_many("passages", {"p": make_record(1)})
+    (segment,) = segments(path)
+    with segment.open("r+b") as file:
+        file.write(b"\xff" * 24)
+    reader = EmbeddedStore(path)
+    assert same(reader.get_many("passages", ["p"])[0], make_record(1))
+    reader.close()
+
+
+def test_another_catalogue_version_is_refused(store, path):
+    connection = sqlite3.connect(path / "catalogue.sqlite")
+    connection.execute("PRAGMA user_version = 9")
+    connection.close()
+    with pytest.raises(StoreDamaged, match="version 9 is unknown, expected 1"):
+        EmbeddedStore(path).list_collections()
+
+
+def test_a_catalogue_that_is_none_is_refused(path):
+    path.mkdir()
+    (path / "catalogue.sqlite").write_bytes(b"not a database at all" * 400)
+    with pytest.raises(StoreDamaged, match="is not a catalogue"):
+        EmbeddedStore(path).list_collections()
+
+
+def test_a_path_that_is_a_file_is_refused(path, make_manifest):
+    path.write_text("a file")
+    with pytest.raises(CacheError, match=str(path)):
+        EmbeddedStore(path).write_manifest(make_manifest())
+
+
+def in_process(*arguments: object) -> str:
+    """What processes.py says about a write in a process with fewer rights or less room."""
+    command = [sys.executable, str(Path(__file__).with_name("processes.py")), *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+def test_a_full_disk_is_told_and_leaves_what_was_there(store, path, make_record, same):
+    store.put_many("passages", {"before": make_record(1)})
+    seen = segments(path)
+    assert in_process("limited", path, 100_000).startswith("StoreFull store ")
+    assert segments(path) == seen
+    assert same(store.get_many("passages", ["before"])[0], make_record(1))
+    assert store.stats("passages").num_passages == 1
+    store.put_many("passages", {"after": make_record(2)})
+
+
+def test_missing_permissions_are_told(store, path, make_record):
+    store.put_many("passages", {"a": make_record(1)})
+    for directory in (path, path / "segments"):
+        directory.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    try:
+        assert in_process("unprivileged", path, 0).startswith("StoreAccessDenied store ")
+    finally:
+        for directory in (path, path / "segments"):
+            directory.chmod(stat.S_IRWXU)

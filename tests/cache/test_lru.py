@@ -1,0 +1,131 @@
+"""The in-process tier: bounded by bytes, never stale, and really a tier."""
+
+import threading
+
+import pytest
+
+from cache.errors import StoreUnavailable
+from cache.lru import LruStore
+from cache.memory import MemoryStore
+
+
+class Counting(MemoryStore):
+    """A memory store that counts what it is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: list[str] = []
+        self.num_generation_reads = 0
+        self.is_down = False
+
+    def get_many(self, collection, passage_ids):
+        self.read.extend(passage_ids)
+        return super().get_many(collection, passage_ids)
+
+    def generation(self, collection):
+        if self.is_down:
+            raise StoreUnavailable("down")
+        self.num_generation_reads += 1
+        return super().generation(collection)
+
+
+@pytest.fixture
+def behind(make_manifest, make_record):
+    behind = Counting()
+    behind.write_manifest(make_manifest())
+    behind.put_many("passages", {f"p{i}": make_record(i) for i in range(100)})
+    return behind
+
+
+def test_a_hit_does_not_reach_the_store(behind, make_record, same):
+    tier = LruStore(behind, max_bytes=1 << 20)
+    for _ in range(3):
+        found = tier.get_many("passages", ["p1", "absent", "p2", "p1"])
+        assert same(found[0], make_record(1))
+        assert same(found[3], make_record(1))
+        assert same(found[2], make_record(2))
+        assert found[1] is None
+    assert behind.read == ["p1", "absent", "p2", "absent", "absent"]
+    assert (tier.num_hits, tier.num_misses) == (4, 5)
+
+
+def test_a_change_behind_its_back_costs_only_what_changed(behind, make_record, same):
+    tier = LruStore(behind, max_bytes=1 << 20)
+    tier.get_many("passages", ["p1", "p2", "p3"])
+    behind.read.clear()
+    behind.put_many("passages", {"p1": make_record(77)})
+    behind.delete_many("passages", ["p3"])
+    found = tier.get_many("passages", ["p1", "p2", "p3"])
+    assert same(found[0], make_record(77))
+    assert same(found[1], make_record(2))
+    assert found[2] is None
+    assert behind.read == ["p1", "p3"]  # p2 was settled by its checksum
+
+
+def test_it_never_holds_more_than_its_bytes(behind):
+    tier = LruStore(behind, max_bytes=10_000)
+    for i in range(100):
+        tier.get_many("passages", [f"p{i}"])
+        assert tier.num_bytes <= 10_000
+    assert tier.num_bytes > 8_000
+    behind.read.clear()
+    tier.get_many("passages", ["p99", "p98", "p0"])
+    assert behind.read == ["p0"]
+
+
+def test_what_does_not_fit_is_served_and_not_kept(behind, make_record, same):
+    behind.put_many("passages", {"huge": make_record(5, num_states=2000)})
+    tier = LruStore(behind, max_bytes=10_000)
+    tier.get_many("passages", ["p1"])
+    assert same(tier.get_many("passages", ["huge"])[0], make_record(5, num_states=2000))
+    behind.read.clear()
+    tier.get_many("passages", ["p1"])
+    assert behind.read == []
+
+
+def test_staleness_saves_questions_and_own_writes_end_it(behind, make_record, same):
+    tier = LruStore(behind, max_bytes=1 << 20, staleness_seconds=60)
+    for _ in range(5):
+        tier.get_many("passages", ["p1"])
+    assert behind.num_generation_reads == 1
+    tier.put_many("passages", {"p1": make_record(77)})
+    assert same(tier.get_many("passages", ["p1"])[0], make_record(77))
+
+
+def test_a_store_that_is_down_is_said_to_be_down(behind):
+    tier = LruStore(behind, max_bytes=1 << 20)
+    tier.get_many("passages", ["p1"])
+    behind.is_down = True
+    with pytest.raises(StoreUnavailable):
+        tier.get_many("passages", ["p1"])
+
+
+def test_readers_racing_a_writer_never_go_back(behind, make_record):
+    tier = LruStore(behind, max_bytes=1 << 20)
+    versions = {make_record(seed, num_states=seed + 1).checksum: seed for seed in range(100)}
+    behind.put_many("passages", {"p": make_record(0, num_states=1)})
+    failures, stop = [], threading.Event()
+
+    def read() -> None:
+        newest = 0
+        while not stop.is_set():
+            version = versions[tier.get_many("passages", ["p"])[0].checksum]
+            if version < newest:
+                failures.append((version, newest))
+            newest = version
+
+    threads = [threading.Thread(target=read) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for seed in range(100):
+        behind.put_many("passages", {"p": make_record(seed, num_states=seed + 1)})
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert versions[tier.get_many("passages", ["p"])[0].checksum] == 99
+
+
+def test_a_size_of_nothing_is_refused(behind):
+    with pytest.raises(ValueError, match="max_bytes: 0"):
+        LruStore(behind, max_bytes=0)

@@ -1,0 +1,284 @@
+"""The shared store when things go wrong: down, hung, restarted, full, the wrong password, a foreign certificate."""
+
+import socket
+import threading
+import time
+
+import pytest
+
+from cache.errors import CacheError, StoreAccessDenied, StoreFull, StoreUnavailable, StoreUrlError
+from cache.record import Damaged, pack
+from cache.shared.address import Address
+from cache.shared.breaker import CircuitBreaker
+from cache.store import open_store
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start a redis-server of one's own, to be killed; RedisServer(directory, *arguments)."""
+    from redis_fixture import RedisServer
+
+    servers = []
+
+    def start(*arguments: str, port: int | None = None):
+        server = RedisServer(tmp_path / f"redis{len(servers)}", *arguments, port=port).start()
+        servers.append(server)
+        return server
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture
+def open_redis():
+    opened = []
+
+    def open_redis(url: str, **options):
+        opened.append(open_store(url, **options))
+        return opened[-1]
+
+    yield open_redis
+    for store in opened:
+        store.close()
+
+
+@pytest.fixture
+def silent_port():
+    """A server that accepts and never says a word."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    accepted, stop = [], threading.Event()
+
+    def accept() -> None:
+        listener.settimeout(0.05)
+        while not stop.is_set():
+            try:
+                accepted.append(listener.accept()[0])
+            except TimeoutError:
+                continue
+
+    thread = threading.Thread(target=accept)
+    thread.start()
+    yield listener.getsockname()[1]
+    stop.set()
+    thread.join()
+    for connection in [listener, *accepted]:
+        connection.close()
+
+
+def elapsed(function) -> float:
+    start = time.monotonic()
+    with pytest.raises(StoreUnavailable):
+        function()
+    return time.monotonic() - start
+
+
+def test_a_restart_in_the_middle_is_survived(start, open_redis, make_manifest, make_record, same):
+    server = start("--appendonly", "yes", "--appendfsync", "always")
+    store = open_redis(server.url, read_budget_seconds=5.0)
+    store.write_manifest(make_manifest())
+    record = make_record(1)
+    store.put_many("passages", {"a": record})
+    for _ in range(2):
+        server.kill()
+        with pytest.raises(StoreUnavailable, match=r"127\.0\.0\.1"):
+            store.get_many("passages", ["a"])
+        server.start()
+        assert same(store.get_many("passages", ["a"])[0], record)  # on the first call, over its dead connections
+        store.put_many("passages", {"a": record})
+
+
+def test_many_threads_survive_a_restart(start, open_redis, make_manifest, make_record):
+    server = start("--appendonly", "yes")
+    store = open_redis(server.url, read_budget_seconds=5.0)
+    store.write_manifest(make_manifest())
+    store.put_many("passages", {"a": make_record(1)})
+    stop, others, num_reads = threading.Event(), [], []
+
+    def read() -> None:
+        while not stop.is_set():
+            try:
+                assert store.get_many("passages", ["a"])[0] is not None
+                num_reads.append(1)
+            except StoreUnavailable:
+                time.sleep(0.01)
+            except BaseException as exc:
+                others.append(exc)
+                return
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.2)
+    server.kill()
+    time.sleep(0.3)
+    server.start()
+    recovered = len(num_reads)
+    deadline = time.monotonic() + 20
+    while len(num_reads) < recovered + 50 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert others == []
+    assert len(num_reads) >= recovered + 50
+
+
+def test_a_server_that_is_down_fails_at_once_and_then_without_asking(start, open_redis):
+    server = start()
+    server.kill()
+    store = open_redis(server.url)
+    for _ in range(5):
+        assert elapsed(lambda: store.get_many("passages", ["a"])) < 1.0
+    with pytest.raises(StoreUnavailable, match=r"5 failures in a row, next try in .* Connection refused"):
+        store.get_many("passages", ["a"])
+    started = time.monotonic()
+    for _ in range(1000):
+        with pytest.raises(StoreUnavailable):
+            store.get_many("passages", ["a"])
+        if time.monotonic() - started > 0.5:
+            break
+    else:
+        assert time.monotonic() - started < 0.5
+    server.start()
+    time.sleep(1.1)  # the breaker's cooldown
+    assert store.get_many("passages", ["a"]) == [None]
+
+
+@pytest.mark.parametrize("scheme", ["redis", "rediss", "redis+cluster"])
+def test_a_server_that_hangs_costs_the_budget_and_no_more(silent_port, open_redis, scheme):
+    store = open_redis(f"{scheme}://127.0.0.1:{silent_port}", read_budget_seconds=0.1, write_budget_seconds=0.3)
+    for _ in range(3):
+        assert 0.09 < elapsed(lambda: store.get_many("passages", ["a"])) < 0.25
+    assert 0.29 < elapsed(lambda: store.contains_many("passages", ["a"])) < 0.45
+
+
+def test_a_server_that_stops_in_the_middle_of_an_answer(start, open_redis, make_manifest, make_record):
+    server = start()
+    store = open_redis(server.url, read_budget_seconds=0.2)
+    store.write_manifest(make_manifest())
+    store.put_many("passages", {"a": make_record(1)})
+    assert store.get_many("passages", ["a"])[0] is not None
+    with server.client() as client:
+        client.execute_command("CLIENT PAUSE", 700)
+    assert 0.19 < elapsed(lambda: store.get_many("passages", ["a"])) < 0.5
+    time.sleep(0.7)
+    assert store.get_many("passages", ["a"])[0] is not None
+
+
+def test_the_budget_covers_name_lookup_too(open_redis):
+    store = open_redis("redis://name-that-does-not-exist.invalid", read_budget_seconds=0.2)
+    assert elapsed(lambda: store.get_many("passages", ["a"])) < 0.4
+
+
+def test_memory_that_is_used_up(start, open_redis, make_manifest, make_record, same):
+    server = start("--maxmemory", "3mb", "--maxmemory-policy", "noeviction")
+    store = open_redis(server.url)
+    store.write_manifest(make_manifest())
+    store.put_many("passages", {"a": make_record(1)})
+    records = {f"p{i}": make_record(i, num_states=4000) for i in range(100)}
+    with pytest.raises(StoreFull, match="maxmemory"):
+        store.put_many("passages", records)
+    assert same(store.get_many("passages", ["a"])[0], make_record(1))  # the breaker stays closed: it did answer
+
+
+def test_passwords(start, open_redis):
+    server = start("--requirepass", "secret/:@")
+    address = f"127.0.0.1:{server.port}"
+    assert open_redis(f"redis://:secret%2F%3A%40@{address}").list_collections() == []
+    for wrong in (f"redis://:wr0ng@{address}", f"redis://{address}"):
+        with pytest.raises(StoreAccessDenied, match=address) as caught:
+            open_redis(wrong).list_collections()
+        assert "wr0ng" not in str(caught.value)
+
+
+def test_a_certificate_of_someone_else_is_not_trusted(redis_tls_server, certificate, open_redis, make_record):
+    trusted = open_redis(redis_tls_server.url, tls_ca_file=str(certificate / "cert.pem"), read_budget_seconds=20.0)
+    assert trusted.get_many("passages", ["a"]) == [None]
+    with pytest.raises(StoreUnavailable, match="certificate"):
+        open_redis(redis_tls_server.url, read_budget_seconds=20.0).get_many("passages", ["a"])
+    plain = redis_tls_server.url.replace("rediss", "redis")
+    with pytest.raises(StoreUnavailable):
+        open_redis(plain, read_budget_seconds=20.0).get_many("passages", ["a"])
+
+
+def test_passages_expire_and_collections_do_not(redis_server, open_redis, make_manifest, make_record):
+    store = open_redis(f"{redis_server.url}?prefix=expiring", ttl_seconds=1, read_budget_seconds=20.0)
+    store.write_manifest(make_manifest())
+    store.put_many("passages", {"a": make_record(1)})
+    assert store.get_many("passages", ["a"])[0] is not None
+    with redis_server.client() as client:
+        assert 0 < client.pttl("expiring:p:passages:a") <= 1000
+        client.pexpire("expiring:p:passages:a", 1)
+        time.sleep(0.05)
+    assert store.get_many("passages", ["a"]) == [None]
+    assert store.stats("passages").num_passages == 0
+    assert store.list_collections() == ["passages"]
+
+
+def test_a_key_of_another_kind_is_that_passages_damage(redis_server, open_redis, make_manifest, make_record, same):
+    store = open_redis(f"{redis_server.url}?prefix=foreign", read_budget_seconds=20.0)
+    store.write_manifest(make_manifest())
+    store.put_many("passages", {"a": make_record(1)})
+    with redis_server.client() as client:
+        client.rpush("foreign:p:passages:b", "x")
+        client.set("foreign:p:passages:c", b"")
+        client.set("foreign:p:passages:d", pack(make_record(4))[:-3] + b"abc")
+    found = store.get_many("passages", list("abcd"))
+    assert same(found[0], make_record(1))
+    assert all(isinstance(entry, Damaged) for entry in found[1:])
+    assert store.contains_many("passages", list("abc"))[1:] == [None, None]
+
+
+def test_a_manifest_someone_wrote_over_is_not_believed(redis_server, open_redis, make_manifest):
+    store = open_redis(f"{redis_server.url}?prefix=overwritten")
+    store.write_manifest(make_manifest())
+    with redis_server.client() as client:
+        client.hset("overwritten:manifests", "passages", make_manifest().to_json().replace(b"test/", b"evil/"))
+    with pytest.raises(CacheError, match="checksum"):
+        store.read_manifest("passages")
+
+
+def test_the_breaker_lets_one_try_at_a_time():
+    breaker = CircuitBreaker(max_failures=2, cooldown_seconds=0.05)
+    breaker.failed("first")
+    breaker.check()
+    breaker.failed("second")
+    with pytest.raises(StoreUnavailable, match=r"2 failures in a row.*second"):
+        breaker.check()
+    time.sleep(0.06)
+    breaker.check()  # this one may try
+    with pytest.raises(StoreUnavailable):
+        breaker.check()
+    breaker.succeeded()
+    breaker.check()
+    breaker.check()
+
+
+def test_addresses():
+    address = Address.parse("rediss+cluster://user:p%40ss@one:7000,[::1],three?prefix=p1")
+    assert address.hosts == (("one", 7000), ("::1", 6379), ("three", 6379))
+    assert (address.username, address.password, address.prefix) == ("user", "p@ss", "p1")
+    assert address.is_tls
+    assert address.is_cluster
+    assert Address.parse("redis://h/3").database == 3
+    assert "p@ss" not in repr(address) + str(address)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis:", "redis://", "redis://h:0", "redis://h:99999", "redis://h:port", "redis://a,b", "redis+sentinel://h",
+        "redis://h/x", "redis+cluster://h/1", "redis://h?db=1", "redis://h?prefix=a:b", "redis://:secret@h:x",
+        "", "memory", "http://h", "faiss:", "/some/path",
+    ],
+)  # fmt: skip
+def test_wrong_urls_are_refused_and_keep_the_password(url):
+    with pytest.raises(StoreUrlError) as caught:
+        open_store(url)
+    assert "secret" not in str(caught.value)
+
+
+def test_options_that_mean_nothing_are_refused(tmp_path):
+    with pytest.raises(StoreUrlError, match="ttl_seconds: 5"):
+        open_store(f"faiss:{tmp_path}", ttl_seconds=5)
