@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 _POLL_SECONDS = 0.1
+_LEAVE_SECONDS = 1.0
 
 
 class _End:
@@ -42,7 +43,7 @@ class Ahead(Generic[T]):
         self._closed.set()
         # A read that blocks (a pipe nobody writes to) cannot be interrupted: the thread is a daemon
         # and is left behind after a moment.
-        self._thread.join(timeout=5.0 if kind is None else 1.0)
+        self._thread.join(timeout=_LEAVE_SECONDS)
 
     def _take(self) -> Iterator[T]:
         while not self._stop.is_set():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,7 +20,8 @@ class IssueLog:
     """Items worth a line in the report, in the order they came; on disk beyond a few megabytes."""
 
     def __init__(self) -> None:
-        self._file = tempfile.SpooledTemporaryFile(_SPOOL_BYTES, mode="w+", encoding="utf-8")  # noqa: SIM115 - lives as long as the log
+        self._file = tempfile.SpooledTemporaryFile(_SPOOL_BYTES, mode="w+", encoding="utf-8")  # noqa: SIM115
+        weakref.finalize(self, self._file.close)  # it lives as long as the log
 
     def add(self, place: Place, passage_id: str | None, reason: str, message: str) -> None:
         entry = {"source": place.source, "line": place.line, "passage_id": passage_id}
@@ -30,9 +32,6 @@ class IssueLog:
         for line in self._file:
             yield json.loads(line)
         self._file.seek(0, 2)
-
-    def close(self) -> None:
-        self._file.close()
 
 
 @dataclass
@@ -145,8 +144,3 @@ class IndexReport:
                     out.write((",\n  " if number else "\n  ") + json.dumps(entry))
                 out.write("]")
             out.write("\n}\n")
-
-    def close(self) -> None:
-        """Gives the spooled items up; the counts stay."""
-        self.refused.close()
-        self.truncated.close()

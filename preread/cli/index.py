@@ -77,13 +77,12 @@ def command(ctx: click.Context, /, **options: Any) -> None:
     settings, how = _settings(options)
     with _stopping() as stop:
         report, estimate = _run(options, source, settings, how, stop)
-    with closing(report):
-        if options["report"] is not None:
-            report.write(options["report"])
-        if options["as_json"]:
-            show_json(report, estimate)
-        else:
-            show_report(report, estimate, report_file=options["report"])
+    if options["report"] is not None:
+        report.write(options["report"])
+    if options["as_json"]:
+        show_json(report, estimate)
+    else:
+        show_report(report, estimate, report_file=options["report"])
     ctx.exit(_exit_code(report))
 
 

@@ -9,14 +9,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 import torch
-from pydoc_data.topics import topics
+from click.testing import CliRunner
 
 from cache.store import Store, open_store
 from encoder_worker.passage_encoder import PassageEncoder
 from encoder_worker.sources import Passage, Place
+from preread.cli.main import cli
 
 ROOT = Path(__file__).parents[2]
 
@@ -101,12 +103,13 @@ def preread(tmp_path: Path, tiny_checkpoint: Path) -> Iterator[Preread]:
 
 
 @pytest.fixture
-def run_index(preread: Preread) -> Callable[..., tuple[int, str, str]]:
-    """`preread index ...` to its end: exit code, standard output, standard error."""
+def run_index(tmp_path: Path, tiny_checkpoint: Path) -> Callable[..., tuple[int, str, str]]:
+    """`preread index ...` in this process, to its end: exit code, standard output, standard error."""
 
-    def run(*arguments: object, stdin: bytes | None = None) -> tuple[int, str, str]:
-        process = preread("index", *arguments, stdin=subprocess.PIPE)
-        out, err = process.communicate(stdin or b"", timeout=120)
-        return process.returncode, out.decode(), err.decode()
+    def run(*arguments: object) -> tuple[int, str, str]:
+        line = ["index", *map(str, arguments), "--model", str(tiny_checkpoint)]
+        line += ["--store", f"faiss:{tmp_path / 'store'}", "--threads", "1", "--dtype", "float32"]
+        result = CliRunner().invoke(cli, line, prog_name="preread")
+        return result.exit_code, result.stdout, result.stderr
 
     return run

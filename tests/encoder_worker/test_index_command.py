@@ -1,0 +1,149 @@
+"""`preread index` as a process of its own: killed and resumed, told to stop, fed hostile input."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from cache.collection import Collection
+from cache.states import text_digest
+from cache.store import open_store
+from encoder_worker.passage_encoder import PassageEncoder
+
+RunIndex = Callable[..., tuple[int, str, str]]
+
+
+def stats(tmp_path: Path, collection: str = "docs") -> int:
+    store = open_store(f"faiss:{tmp_path / 'store'}")
+    try:
+        return store.stats(collection).num_passages
+    finally:
+        store.close()
+
+
+def wait_for_passages(tmp_path: Path, process: subprocess.Popen[bytes]) -> int:
+    """Returns when the store has acknowledged something."""
+    deadline = time.monotonic() + 60
+    while (num_passages := stats(tmp_path)) == 0:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return num_passages
+
+
+def feed(process: subprocess.Popen[bytes], texts: list[str]) -> None:
+    """Lines on standard input, which is left open: the run cannot end by itself."""
+    assert process.stdin is not None
+    rows = (json.dumps({"id": f"p{i}", "text": text}) + "\n" for i, text in enumerate(texts))
+    process.stdin.write("".join(rows).encode())
+    process.stdin.flush()
+
+
+def test_killed_and_resumed(
+    tmp_path: Path,
+    preread: Callable[..., subprocess.Popen[bytes]],
+    run_index: RunIndex,
+    encoder: PassageEncoder,
+    real_texts: list[str],
+    jsonl: Callable[[list[str]], Path],
+) -> None:
+    """SIGKILL in the middle: what was acknowledged is there, whole, and only the rest is encoded."""
+    texts = [f"{i} {text}"[:160] for i, text in enumerate((real_texts * 2)[:5200])]
+    path = jsonl(texts)
+    process = preread("index", path, "-c", "docs")
+    wait_for_passages(tmp_path, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = stats(tmp_path)
+    assert 0 < kept < len(texts)
+
+    short = jsonl(texts[:4500])
+    code, out, _ = run_index(short, "-c", "docs", "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert report["num_unchanged"] > 0
+    assert report["num_stored"] == 4500 - report["num_unchanged"]
+    store = open_store(f"faiss:{tmp_path / 'store'}")
+    collection = Collection.open(store, "docs", fingerprint=encoder.identity.fingerprint)
+    assert collection.digests([f"p{i}" for i in range(4500)]) == [text_digest(text) for text in texts[:4500]]
+    assert list(collection.verify()) == []
+    store.close()
+
+
+def test_told_to_stop_it_stores_what_it_encoded(
+    tmp_path: Path, preread: Callable[..., subprocess.Popen[bytes]], real_texts: list[str]
+) -> None:
+    process = preread("index", "-", "--format", "jsonl", "-c", "docs", stdin=subprocess.PIPE)
+    feed(process, [f"{i} {text}"[:200] for i, text in enumerate((real_texts * 2)[:5000])])
+    wait_for_passages(tmp_path, process)  # a first window of 4,096 was read; the next one never fills
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert b"interrupted" in err
+    stored = int(out.decode().split(" stored")[0].split()[-1].replace(",", ""))
+    assert stats(tmp_path) == stored > 0
+
+
+def test_every_bad_line_is_in_the_report(
+    tmp_path: Path, run_index: RunIndex, jsonl: Callable[[list[str]], Path]
+) -> None:
+    path = jsonl(["first", "second"])
+    with path.open("ab") as more:
+        more.write(b'{"id": "p0", "text": "again"}\n{"id": "x", "text": ""}\nnot json\n\xff\n')
+        more.write(b'{"id": "big", "text": "' + b"z" * 3000 + b'"}\n')
+    report_file = tmp_path / "report.json"
+    code, out, err = run_index(path, "-c", "docs", "--max-line-bytes", 2000, "--report", report_file)
+    assert code == 1, err
+    assert "7 read, 2 stored, 0 unchanged, 5 refused" in out
+    written = json.loads(report_file.read_text())
+    assert [(entry["line"], entry["reason"]) for entry in written["refused"]] == [
+        (3, "duplicate_id"), (4, "empty_text"), (5, "broken_json"), (6, "invalid_utf8"), (7, "line_too_long"),
+    ]  # fmt: skip
+    for line in range(3, 8):
+        assert f"refused: {path}:{line}" in out
+    code, out, err = run_index(path, "-c", "docs", "--strict")
+    assert code == 2
+    assert f"stopped at {path}:3" in err
+
+
+def test_standard_input_cut_passages_and_an_alias(
+    tmp_path: Path, preread: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    arguments = ("-", "--format", "csv", "-c", "docs", "--alias", "live", "--max-passage-tokens", 32)
+    process = preread("index", *arguments, stdin=subprocess.PIPE)
+    out, err = process.communicate(gzip.compress(b"id,text\n1,short\n2," + b"word " * 100 + b"\n"), timeout=60)
+    assert process.returncode == 0, err
+    assert b"cut: standard input:3 (id 2): cut at 32 tokens" in out
+    assert b"warning: 1 passages are over the token limit" in out
+    store = open_store(f"faiss:{tmp_path / 'store'}")
+    assert Collection.open(store, "live").stats().num_truncated == 1
+    store.close()
+
+
+def test_a_dry_run_leaves_no_trace(tmp_path: Path, run_index: RunIndex, jsonl: Callable[[list[str]], Path]) -> None:
+    code, out, err = run_index(jsonl(["first", "second"]), "-c", "docs", "--dry-run")
+    assert code == 0, err
+    assert "would encode     2 passages" in out
+    assert "tokens/s" in out
+    assert not (tmp_path / "store").exists()
+
+
+def test_one_clear_error_and_the_exit_code(
+    tmp_path: Path, run_index: RunIndex, jsonl: Callable[[list[str]], Path]
+) -> None:
+    path = jsonl(["text"])
+    for arguments, expected in [
+        ([tmp_path / "gone.jsonl", "-c", "docs"], "no such file or folder"),
+        ([path, "-c", "docs", "--max-passage-tokens", 10_000_000], "max_passage_tokens is 10000000"),
+        ([path, "-c", "bad name"], "collection: 'bad name'"),
+        ([path, "-c", "docs", "--codec", "zip"], "'zip' is unknown"),
+        ([path, "-c", "docs", "--codec", "PQ16"], "PQ16 trains on at least 256"),
+    ]:
+        code, _, err = run_index(*arguments)
+        assert (code, err.count("\n")) == (2, 1), err
+        assert expected in err

@@ -1,0 +1,275 @@
+"""Laws of an index run: states are those of one passage alone; nothing is encoded twice, nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cache.collection import Collection
+from cache.errors import CodecError, CollectionExists, EncoderMismatch, InvalidName
+from cache.states import PassageStates
+from cache.store import Store
+from encoder_worker.indexing import IndexOptions, dry_run, index
+from encoder_worker.passage_encoder import PassageEncoder
+from encoder_worker.report import IndexReport
+from encoder_worker.sink import GroupLimits
+from encoder_worker.sources import Passage, Place, Reason, Refused
+from encoder_worker.target import CollectionSettings
+from encoder_worker.windows import WindowLimits
+
+Make = Callable[..., list[Passage]]
+SMALL = IndexOptions(window=WindowLimits(max_passages=16), group=GroupLimits(max_passages=8))
+
+
+def stored(store: Store, name: str, ids: list[str]) -> list[PassageStates]:
+    found = Collection.open(store, name).get_many(ids)
+    assert all(isinstance(states, PassageStates) for states in found)
+    return found
+
+
+@pytest.mark.parametrize("options", [IndexOptions(), SMALL], ids=["one window", "many windows"])
+def test_states_are_those_of_each_passage_alone(
+    encoder: PassageEncoder, store: Store, real_texts: list[str], passages: Make, options: IndexOptions
+) -> None:
+    items = passages(real_texts[:120])
+    report = index(items, encoder, store, "docs", CollectionSettings(3, "Flat"), options)
+    assert (report.num_read, report.num_stored, report.num_refused) == (120, 120, 0)
+    assert report.padding_share < 0.05
+    for item, states in zip(items, stored(store, "docs", [item.passage_id for item in items]), strict=True):
+        alone = encoder.encode_one(item.text, 3)
+        np.testing.assert_allclose(states.states, alone.states, atol=1e-5)
+        assert states.window_tokens == alone.window_tokens
+        assert states.text_digest == alone.text_digest
+    assert Collection.open(store, "docs").get_texts(["p0", "p119"]) == [items[0].text, items[119].text]
+
+
+def test_a_second_run_encodes_only_what_is_new_or_changed(
+    encoder: PassageEncoder, store: Store, real_texts: list[str], passages: Make
+) -> None:
+    first = passages(real_texts[:30])
+    index(first, encoder, store, "docs")
+    again = index(first, encoder, store, "docs")
+    assert (again.num_unchanged, again.num_encoded, again.num_batches) == (30, 0, 0)
+    changed = [*first[:10], Passage("p10", "another text", Place("test", 11)), *first[11:], *passages(["new"], "q")]
+    report = index(changed, encoder, store, "docs")
+    assert (report.num_unchanged, report.num_stored) == (29, 2)
+    assert Collection.open(store, "docs").get_texts(["p10", "q0"]) == ["another text", "new"]
+    assert index(first, encoder, store, "docs", options=IndexOptions(force=True)).num_stored == 30
+
+
+def test_over_long_passages_are_cut_and_counted_or_split(
+    short_encoder: PassageEncoder, store: Store, real_texts: list[str], passages: Make
+) -> None:
+    items = passages([*[text for text in real_texts if len(text) > 300][:12], "short"])
+    cut = index(items, short_encoder, store, "cut", CollectionSettings(4, "Flat"))
+    assert (cut.num_truncated, cut.num_split) == (12, 0)
+    assert [entry["line"] for entry in cut.truncated] == list(range(1, 13))
+    assert {states.num_tokens for states in stored(store, "cut", [f"p{i}" for i in range(12)])} == {32}
+
+    split = index(items, short_encoder, store, "split", CollectionSettings(4, "Flat"), IndexOptions(split=True))
+    assert (split.num_truncated, split.num_split, split.num_stored) == (0, 12, 13)
+    for item, states in zip(items, stored(store, "split", [item.passage_id for item in items]), strict=True):
+        alone = short_encoder.encode_one(item.text, 4, split=True)
+        assert max(states.window_tokens) <= 32
+        assert states.window_tokens == alone.window_tokens
+        np.testing.assert_allclose(states.states, alone.states, atol=1e-5)
+
+
+def test_split_encodes_again_what_was_stored_cut(
+    short_encoder: PassageEncoder, store: Store, real_texts: list[str], passages: Make
+) -> None:
+    items = passages([real_texts[0] * 5, "short"])
+    index(items, short_encoder, store, "docs")
+    report = index(items, short_encoder, store, "docs", options=IndexOptions(split=True))
+    assert (report.num_stored, report.num_unchanged) == (1, 1)
+    assert len(stored(store, "docs", ["p0"])[0].window_tokens) > 1
+
+
+def test_duplicates_and_refusals_are_reported_and_the_first_counts(
+    encoder: PassageEncoder, store: Store, tmp_path: Path
+) -> None:
+    bad = Refused(Place("test", 2), None, Reason.BROKEN_JSON, "not JSON")
+    items = [Passage("a", "one", Place("test", 1)), bad, Passage("a", "two", Place("test", 3))]
+    report = index(items, encoder, store, "docs")
+    assert (report.num_read, report.num_stored, report.num_refused) == (3, 1, 2)
+    assert Collection.open(store, "docs").get_texts(["a"]) == ["one"]
+    report.write(tmp_path / "report.json")
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert written["refused_by_reason"] == {"broken_json": 1, "duplicate_id": 1}
+    assert [(entry["line"], entry["reason"]) for entry in written["refused"]] == [
+        (2, "broken_json"),
+        (3, "duplicate_id"),
+    ]
+    assert "test:1" in written["refused"][1]["message"]
+
+
+def test_strict_stops_at_the_first_refusal_and_keeps_what_came_before(encoder: PassageEncoder, store: Store) -> None:
+    bad = Refused(Place("test", 2), None, Reason.BROKEN_JSON, "not JSON")
+    items = [Passage("a", "one", Place("test", 1)), bad, Passage("b", "two", Place("test", 3))]
+    report = index(items, encoder, store, "docs", options=IndexOptions(strict=True, alias="live"))
+    assert report.stopped_by == "test:2: not JSON"
+    assert Collection.open(store, "docs").digests(["b"]) == [None]
+    assert report.num_stored == 1
+    assert store.aliases() == {}
+
+
+def test_a_passage_with_nan_states_is_refused_alone(
+    encoder: PassageEncoder, store: Store, real_texts: list[str], passages: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = passages(real_texts[:20])
+    poisoned = list(encoder.tokenize([items[7].text])[0].windows[0])
+    encode = encoder._encoder.encode
+
+    def overflow(batch: list[list[int]], ratio: int) -> list[np.ndarray]:
+        return [
+            np.full_like(states, np.nan) if list(tokens) == poisoned else states
+            for tokens, states in zip(batch, encode(batch, ratio), strict=True)
+        ]
+
+    monkeypatch.setattr(encoder._encoder, "encode", overflow)
+    report = index(items, encoder, store, "docs")
+    assert (report.num_stored, report.num_refused) == (19, 1)
+    (entry,) = report.refused
+    assert (entry["passage_id"], entry["reason"]) == ("p7", "not_finite")
+
+
+def test_a_batch_over_memory_is_tried_in_halves(
+    encoder: PassageEncoder, store: Store, real_texts: list[str], passages: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = encoder._encoder.encode
+
+    def little_memory(batch: list[list[int]], ratio: int) -> list[np.ndarray]:
+        if sum(map(len, batch)) > 300:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+        return encode(batch, ratio)
+
+    monkeypatch.setattr(encoder._encoder, "encode", little_memory)
+    report = index(passages([*(text[:200] for text in real_texts[:40]), "long " * 400]), encoder, store, "docs")
+    assert (report.num_stored, dict(report.reasons)) == (40, {"out_of_memory": 1})
+
+
+def test_stop_keeps_what_was_encoded_and_a_rerun_does_the_rest(
+    encoder: PassageEncoder, store: Store, real_texts: list[str], passages: Make
+) -> None:
+    stop = threading.Event()
+    items = passages(real_texts[:60])
+    first = index(
+        items, encoder, store, "docs", options=SMALL, stop=stop,
+        on_progress=lambda now: stop.set() if now.num_encoded >= 20 else None,
+    )  # fmt: skip
+    assert first.interrupted
+    assert 20 <= first.num_stored == first.num_encoded < 60
+    assert Collection.open(store, "docs").stats().num_passages == first.num_stored
+    second = index(items, encoder, store, "docs", options=SMALL)
+    assert (second.num_unchanged, second.num_stored) == (first.num_stored, 60 - first.num_stored)
+
+
+def test_reading_that_blocks_does_not_hold_up_a_stop(encoder: PassageEncoder, store: Store) -> None:
+    stop, never = threading.Event(), threading.Event()
+
+    def blocked() -> Iterator[Passage]:
+        threading.Timer(0.2, stop.set).start()
+        never.wait(20)
+        yield from ()
+
+    report = index(blocked(), encoder, store, "docs", stop=stop)
+    never.set()
+    assert report.interrupted
+    assert report.seconds < 10
+
+
+def test_at_most_three_windows_are_in_memory(encoder: PassageEncoder, store: Store, passages: Make) -> None:
+    num_read = 0
+    ahead = []
+
+    def counted() -> Iterator[Passage]:
+        nonlocal num_read
+        for item in passages([f"passage number {i}" for i in range(200)]):
+            num_read += 1
+            yield item
+
+    index(
+        counted(), encoder, store, "docs", options=SMALL, on_progress=lambda now: ahead.append(num_read - now.num_done)
+    )
+    assert max(ahead) <= 3 * 16
+
+
+def test_codecs_that_train_do_so_on_the_first_passages(
+    encoder: PassageEncoder, store: Store, real_texts: list[str], passages: Make
+) -> None:
+    items = passages(real_texts[:150])
+    report = index(items, encoder, store, "docs", CollectionSettings(1, "PQ16"), SMALL)
+    assert report.num_stored == 150
+    states = stored(store, "docs", ["p3"])[0]
+    exact = encoder.encode_one(items[3].text, 1).states
+    assert np.abs(states.states - exact).mean() < 0.5 * np.abs(exact).mean()
+    with pytest.raises(CodecError, match=r"PQ16 trains on at least 256"):
+        index(items[:2], encoder, store, "few", CollectionSettings(32, "PQ16"))
+    assert store.list_collections() == ["docs"]
+
+
+def test_an_interrupted_run_trains_no_codec(
+    encoder: PassageEncoder, store: Store, real_texts: list[str], passages: Make
+) -> None:
+    stop = threading.Event()
+    report = index(
+        passages(real_texts[:60]), encoder, store, "docs", CollectionSettings(1, "PQ16"), SMALL,
+        stop=stop, on_progress=lambda now: stop.set(),
+    )  # fmt: skip
+    assert (report.interrupted, report.num_stored, store.list_collections()) == (True, 0, [])
+
+
+def test_an_alias_moves_when_everything_was_read(
+    encoder: PassageEncoder, store: Store, real_texts: list[str], passages: Make
+) -> None:
+    items = passages(real_texts[:5])
+    index(items, encoder, store, "docs-1", options=IndexOptions(alias="docs"))
+    report = index(items, encoder, store, "docs-2", CollectionSettings(8), IndexOptions(alias="docs"))
+    assert (report.alias, store.aliases()) == ("docs", {"docs": "docs-2"})
+    assert index(items, encoder, store, "docs").num_unchanged == 5  # by alias
+    for alias, error in (("docs-1", CollectionExists), ("docs-2", CollectionExists), ("a b", InvalidName)):
+        with pytest.raises(error):
+            index(items, encoder, store, "docs-2", options=IndexOptions(alias=alias))
+
+
+def test_a_collection_of_another_encoder_or_with_other_settings_is_refused(
+    encoder: PassageEncoder, short_encoder: PassageEncoder, store: Store, passages: Make
+) -> None:
+    items = passages(["text"])
+    index(items, encoder, store, "docs", CollectionSettings(4, "SQfp16", stores_text=False))
+    with pytest.raises(EncoderMismatch, match="was written by encoder"):
+        index(items, short_encoder, store, "docs")
+    for settings, field in [
+        (CollectionSettings(8), "compression_ratio 4, asked for 8"),
+        (CollectionSettings(codec="SQ8"), "codec 'SQfp16', asked for 'SQ8'"),
+        (CollectionSettings(stores_text=True), "stores_text False, asked for True"),
+    ]:
+        with pytest.raises(CollectionExists, match=field):
+            index(items, encoder, store, "docs", settings)
+    with pytest.raises(CodecError, match="'zip' is unknown"):
+        index(items, encoder, store, "new", CollectionSettings(codec="zip"))
+    assert Collection.open(store, "docs").get_texts(["p0"]) == [None]
+
+
+def test_a_dry_run_tells_what_a_run_then_does(
+    encoder: PassageEncoder, store: Store, real_texts: list[str], passages: Make
+) -> None:
+    items = passages(real_texts[:80])
+    index(items[:10], encoder, store, "docs", CollectionSettings(2, "SQ8"))
+    before = Collection.open(store, "docs").stats()
+    told_report = IndexReport("docs")
+    told = dry_run(items, encoder, store, "docs", report=told_report)
+    assert Collection.open(store, "docs").stats() == before
+    done = index(items, encoder, store, "docs")
+    after = Collection.open(store, "docs").stats()
+    assert told_report.num_unchanged == 10
+    assert (told.num_passages, told.num_tokens, told.num_states) == (70, done.num_tokens, done.num_states)
+    assert told.num_padding_tokens == done.num_padding_tokens
+    assert told.size_bytes == after.size_bytes - before.size_bytes
+    assert told.num_sample_tokens > 0
+    assert told.seconds == pytest.approx(told.num_tokens / told.tokens_per_second)
