@@ -107,7 +107,7 @@ def score_passages(
     passages: Sequence[tuple[TokenizedPrompt, PassageStates]],
     advance: Callable[[int], None] = lambda num: None,
 ) -> NDArray[np.float32]:
-    """Margins (len(passages),), NaN where none is finite; the best window of a passage counts.
+    """Margins (len(passages),), the best window of a passage counts, NaN where one is not finite.
 
     Pairs of all queries are batched together by length, each batch up to the device's token budget.
 
@@ -116,12 +116,12 @@ def score_passages(
     """
     works = [_Work(i, Pair(prompt, w)) for i, (prompt, states) in enumerate(passages) for w in states.windows()]
     works.sort(key=lambda work: (work.num_states, work.num_prompt_tokens))
-    best = np.full(len(passages), np.nan, dtype=np.float32)
+    best = np.full(len(passages), -np.inf, dtype=np.float32)
     seen: set[int] = set()
     for batch in _budgeted(works, BATCH_TOKENS[backend.device_name.split(":")[0]]):
         for part in split_by_length(batch):
             for work, margin in zip(part, backend.score([work.pair for work in part]), strict=True):
-                best[work.index] = np.fmax(best[work.index], margin)  # fmax: a number beats NaN
+                best[work.index] = np.maximum(best[work.index], margin)  # NaN stays, as in the server
         begun = {work.index for work in batch} - seen
         seen |= begun
         advance(len(begun))

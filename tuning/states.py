@@ -88,13 +88,11 @@ class EncodedStates:
             for row, states in zip(rows, self._encoder.encode(batch, self.ratio), strict=True):
                 encoded[row] = states
             progress.advance(self.stage, sum(map(len, batch)))
-        parts: dict[str, list[NDArray[np.float32]]] = {p: [] for p in chunk}
+        parts: dict[str, list[NDArray[np.float32] | EncodingFailed]] = {p: [] for p in chunk}
         for p, states in zip(owners, encoded, strict=True):
-            if isinstance(states, EncodingFailed):
-                parts.pop(p, None)
-            elif p in parts:
-                parts[p].append(states)
-        return {p: chunk[p].join(own, self.ratio, text_digest(self._texts[p])) for p, own in parts.items()}
+            parts[p].append(states)
+        joined = {p: chunk[p].join(own, self.ratio, text_digest(self._texts[p])) for p, own in parts.items()}
+        return {p: states for p, states in joined.items() if isinstance(states, PassageStates)}
 
 
 class StoredStates:
