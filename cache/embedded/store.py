@@ -74,11 +74,13 @@ class EmbeddedStore:
 
     def get_many(self, collection: str, passage_ids: Sequence[str]) -> list[Record | Damaged | None]:
         found, gone = self._read(collection, passage_ids)
-        if gone:
-            # A compaction removed the segment after the catalogue was read; the catalogue now knows the new one.
-            again, gone = self._read(collection, list(gone))
-            found |= again
-            found |= {id_: Damaged(id_, f"segment {file_name} is missing") for id_, file_name in gone.items()}
+        while gone:
+            # A compaction removed the segment after the catalogue was read; the catalogue now names the new one. Files
+            # are unlinked after the catalogue forgot them, so one that it still names and that is not there is lost.
+            again, still_gone = self._read(collection, list(gone))
+            lost = gone.items() & still_gone.items()
+            found |= again | {id_: Damaged(id_, f"segment {file_name} is missing") for id_, file_name in lost}
+            gone = dict(still_gone.items() - lost)
         return [found.get(passage_id) for passage_id in passage_ids]
 
     def delete_many(self, collection: str, passage_ids: Sequence[str]) -> int:
