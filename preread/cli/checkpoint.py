@@ -15,7 +15,7 @@ SHAPES = ("tiny", "nano")
 
 @click.command()
 @click.argument("model", metavar="[DIR|HUB_ID]", required=False)
-@option("--max-passage-tokens", metavar="N", type=click.IntRange(min=1), help="As it would be with this passage limit.")
+@option("--max-passage-tokens", type=click.IntRange(min=1), help="As it would be with this passage limit.")
 @option("--make-random", metavar="|".join(SHAPES), type=click.Choice(SHAPES), help="Write random weights to DIR first.")
 @option("--seed", metavar="N", default=0, help="With --make-random.")
 @json_option

@@ -31,6 +31,8 @@ def option(*flags: str, **settings: Any) -> Callable[[F], F]:
     """click.option with its environment twin, shown in the help beside the default."""
     settings.setdefault("envvar", environment_name(*flags))
     settings.setdefault("show_envvar", True)
+    if isinstance(settings.get("type"), click.IntRange | click.FloatRange):
+        settings.setdefault("metavar", "SECONDS" if environment_name(*flags).endswith("_SECONDS") else "N")
     settings.setdefault("show_default", settings.get("default") not in (None, ""))
     return click.option(*flags, **settings)
 

@@ -27,44 +27,15 @@ DEFAULT_TOP_N = 10
 @option("--candidates", metavar="FILE", help='Rank these texts: one per line, or JSON lines with "id", "text" or both.')
 @option("--queries", metavar="FILE", help='Ask all of these: id<TAB>text per line, or JSON lines with "id" and "text".')
 @option("--run", "run_file", metavar="FILE", help="With --queries: candidates of each query, a first stage's TREC run.")
-@option(
-    "--depth",
-    metavar="N",
-    type=click.IntRange(min=1),
-    default=100,
-    help="With --run: how many candidates of each query.",
-)
+@option("--depth", type=click.IntRange(min=1), default=100, help="With --run: how many candidates of each query.")
 @option("--output", metavar="FILE", default="-", help="With --queries: where the TREC run goes.")
-@option(
-    "--top-n",
-    metavar="N",
-    type=click.IntRange(min=0),
-    help="Show this many; 0 is all.  [default: 10; with --queries all]",
-)
+@option("--top-n", type=click.IntRange(min=0), help="Show this many; 0 is all.  [default: 10; with --queries all]")
 @option("--instruction", metavar="TEXT", default="", help="What to look for, instead of the model's own task.")
-@option(
-    "--compression-ratio",
-    metavar="N",
-    type=click.IntRange(min=0),
-    default=0,
-    help="A multiple of the stored one; 0: that one.",
-)
+@option("--compression-ratio", type=click.IntRange(min=0), default=0, help="A multiple of the stored one; 0: that one.")
 @option("--on-miss", type=click.Choice(["encode", "skip", "fail"]), help="For ids without states.  [default: server's]")
 @option("--model-name", metavar="NAME", default="", help="Which of the server's models; without it, the first.")
-@option(
-    "--concurrency",
-    metavar="N",
-    type=click.IntRange(min=1),
-    default=4,
-    help="With --queries: requests under way at a time.",
-)
-@option(
-    "--timeout-seconds",
-    metavar="SECONDS",
-    type=click.FloatRange(min=0, min_open=True),
-    default=300.0,
-    help="For one request.",
-)
+@option("--concurrency", type=click.IntRange(min=1), default=4, help="With --queries: requests under way at a time.")
+@option("--timeout-seconds", type=click.FloatRange(min=0, min_open=True), default=300.0, help="For one request.")
 @json_option
 @store_option
 @address_option

@@ -16,7 +16,7 @@ READ_SECONDS = 30.0
 
 @click.command()
 @collection_option()
-@option("--max-shown", metavar="N", type=click.IntRange(min=0), default=20, help="Show this many damaged passages.")
+@option("--max-shown", type=click.IntRange(min=0), default=20, help="Show this many damaged passages.")
 @json_option
 @store_option
 @click.pass_context

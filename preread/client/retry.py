@@ -25,7 +25,7 @@ class RetryPolicy:
 
     max_attempts: int = 4
     first_wait_seconds: float = 0.1
-    max_wait_seconds: float = 5.0
+    max_wait_seconds: float = 10.0  # a hint beyond it is the caller's to follow
     jitter: float = 0.2  # a wait is stretched by up to this share
 
     def __post_init__(self) -> None:
@@ -51,9 +51,11 @@ class RetryPolicy:
             return None
         wait = error.retry_after_seconds
         if wait is None:
-            wait = self.first_wait_seconds * 2 ** (attempt - 1)
+            wait = min(self.first_wait_seconds * 2 ** (attempt - 1), self.max_wait_seconds)
+        if wait > self.max_wait_seconds:
+            return None
         # Jitter only stretches: coming back before the server asked would be refused again.
-        wait = min(wait, self.max_wait_seconds) * (1 + self.jitter * random.random())
+        wait *= 1 + self.jitter * random.random()
         if remaining_seconds is not None and wait >= remaining_seconds:
             return None
         return wait
