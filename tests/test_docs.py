@@ -1,0 +1,85 @@
+"""What the documentation shows exists: commands, flags, files, links, and the Python it prints compiles."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+from checkpoint.settings import CheckpointSettings
+from preread.cli.main import cli
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples" / "README.md"]
+
+
+def shown_commands() -> list[object]:
+    """`preread …` in code blocks and in code spans."""
+    found = []
+    for page in PAGES:
+        text = page.read_text()
+        blocks = re.findall(r"```\n(preread .*?)```", text, re.DOTALL) + re.findall(
+            r"^    (preread .*)$", text, re.MULTILINE
+        )
+        lines = [line for block in blocks for line in block.splitlines() if line]
+        for span in lines + re.findall(r"`(preread [^`\n]*)`", text):
+            found.append(pytest.param(span.split("  #")[0].strip(), id=f"{page.name}: {span[:60]}"))
+    return found
+
+
+def parameters(command: click.Command) -> set[str]:
+    return {flag for p in command.params if isinstance(p, click.Option) for flag in (*p.opts, *p.secondary_opts)}
+
+
+@pytest.mark.parametrize("line", shown_commands())
+def test_a_shown_command_exists_with_its_flags(line: str) -> None:
+    words = shlex.split(line)[1:]
+    command: click.Command = cli
+    while words and isinstance(command, click.Group):
+        while words and words[0].startswith("-"):
+            assert words[0] in parameters(command) | {"--help", "--version"}
+            words = words[1:]
+        if not words or words[0] == "COMMAND":
+            return
+        found = command.get_command(click.Context(command), words[0])
+        assert found is not None, f"there is no {words[0]!r}"
+        command, words = found, words[1:]
+    flags = {word.split("=")[0] for word in words if word.startswith("-") and word != "-"}
+    assert flags <= parameters(command) | {"--help"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_files_exist(page: Path) -> None:
+    text = page.read_text()
+    targets = re.findall(r"\]\((?!http)([^)#]+)\)", text)
+    targets += re.findall(r"`((?:scripts|docs|examples|cache|proto|deploy)/[\w./-]*)`", text)
+    for target in targets:
+        assert (page.parent / target).exists() or (ROOT / target).exists(), f"{page.name} names {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_flags_named_in_the_text_exist(page: Path) -> None:
+    every: set[str] = {"--help", "--version"}
+    for name in cli.list_commands(click.Context(cli)):
+        command = cli.get_command(click.Context(cli), name)
+        assert command is not None
+        every |= parameters(command) | parameters(cli)
+    named = set(re.findall(r"`(--[a-z-]+)", page.read_text())) - {"--split"}
+    assert named <= every
+
+
+def test_the_readmes_python_compiles() -> None:
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
+        compile(block, "README.md", "exec")
+
+
+def test_the_shown_preread_json_is_one(tmp_path: Path) -> None:
+    (shown,) = re.findall(r"```json\n(.*?)```", (ROOT / "docs" / "formats.md").read_text(), re.DOTALL)
+    (tmp_path / "preread.json").write_text(shown)
+
+    assert CheckpointSettings.load(tmp_path).max_passage_tokens == 1024
+    assert set(json.loads(shown)) == {"format_version", *CheckpointSettings.__dataclass_fields__}
