@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,22 +15,50 @@ import pyarrow.parquet as pq
 from encoder_worker.sources.base import Fields, Item, Place, Reason, Refused, SourceError
 
 _BATCH_ROWS = 1024
+_MAGIC = b"PAR1"
 
 
-def read_parquet(stream: BinaryIO, source: str, fields: Fields, max_line_bytes: int) -> Iterator[Item]:
-    """Rows of a Parquet file; the stream is copied to a temporary file first, because Parquet is read from its end.
+class ParquetRows:
+    """Iterates over the rows of one file. A stream is copied to a temporary file first: Parquet is read from its end.
 
     Raises:
-        SourceError: not Parquet, damaged, or a column is missing or no strings.
+        SourceError: not Parquet, damaged, or a column is missing or holds no strings.
     """
-    with tempfile.TemporaryFile() as spooled:
-        shutil.copyfileobj(stream, spooled)
+
+    def __init__(self, stream: BinaryIO, name: str, source: str, fields: Fields, max_line_bytes: int) -> None:
+        """
+        Args:
+            name: of the file, which is read in place where the stream turns out to be its plain bytes.
+            source: what to call it in places.
+        """
+        self._stream, self._name, self._source = stream, name, source
+        self._fields, self._max_line_bytes = fields, max_line_bytes
+        self._num_rows = self._num_read = 0
+
+    def share(self) -> float:
+        """How much was read, 0 to 1."""
+        return self._num_read / self._num_rows if self._num_rows else 0.0
+
+    def __iter__(self) -> Iterator[Item]:
+        with ExitStack() as stack:
+            try:
+                file = stack.enter_context(pq.ParquetFile(self._place(stack)))
+                self._num_rows = file.metadata.num_rows
+                for item in _rows(file, self._source, self._fields, self._max_line_bytes):
+                    self._num_read += 1
+                    yield item
+            except pa.ArrowException as exc:
+                raise SourceError(f"{self._source}: cannot be read as Parquet ({exc})") from exc
+
+    def _place(self, stack: ExitStack) -> str | IO[bytes]:
+        if Path(self._name).is_file():
+            with open(self._name, "rb") as file:
+                if file.read(len(_MAGIC)) == _MAGIC:
+                    return self._name
+        spooled = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - the stack closes it
+        shutil.copyfileobj(self._stream, spooled)
         spooled.seek(0)
-        try:
-            with pq.ParquetFile(spooled) as file:
-                yield from _rows(file, source, fields, max_line_bytes)
-        except pa.ArrowException as exc:
-            raise SourceError(f"{source}: cannot be read as Parquet ({exc})") from exc
+        return spooled
 
 
 def _rows(file: Any, source: str, fields: Fields, max_line_bytes: int) -> Iterator[Item]:

@@ -11,7 +11,7 @@ from typing import BinaryIO
 from encoder_worker.sources.base import Fields, Item, Position, SourceError
 from encoder_worker.sources.delimited import read_delimited
 from encoder_worker.sources.jsonl import read_jsonl, read_text
-from encoder_worker.sources.parquet import read_parquet
+from encoder_worker.sources.parquet import ParquetRows
 from encoder_worker.sources.streams import STDIN, open_bytes
 
 FORMATS = ("jsonl", "tsv", "csv", "parquet", "text", "beir")
@@ -61,8 +61,15 @@ class Source:
         for name, format in self._inputs:
             with open_bytes(name) as (stream, position):
                 self._position = position
-                yield from self._read(stream, name, format)
-                self._done_bytes, self._position = self._done_bytes + position(), _nothing
+                source = "standard input" if name == STDIN else name
+                if format == "parquet":
+                    rows = ParquetRows(stream, name, source, self._fields, self._max_line_bytes)
+                    size = _size(name) or 0
+                    self._position = partial(_part, rows, size)
+                    yield from rows
+                else:
+                    yield from self._lines(stream, source, format)
+                self._done_bytes, self._position = self._done_bytes + (_size(name) or 0), _nothing
 
     def fraction(self) -> float | None:
         """How much of the inputs was read, 0 to 1; None where their size is not known."""
@@ -70,21 +77,24 @@ class Source:
             return None
         return min(1.0, (self._done_bytes + self._position()) / max(1, self._total_bytes))
 
-    def _read(self, stream: BinaryIO, name: str, format: str) -> Iterator[Item]:
+    def _lines(self, stream: BinaryIO, source: str, format: str) -> Iterator[Item]:
         readers: dict[str, Callable[[BinaryIO, str, Fields, int], Iterator[Item]]] = {
             "jsonl": read_jsonl,
             "tsv": partial(read_delimited, delimiter="\t"),
             "csv": partial(read_delimited, delimiter=","),
-            "parquet": read_parquet,
             # Line numbers of several files would collide.
-            "text": partial(read_text, id_prefix=f"{Path(name).name}:" if len(self._inputs) > 1 else ""),
+            "text": partial(read_text, id_prefix=f"{Path(source).name}:" if len(self._inputs) > 1 else ""),
         }
-        source = "standard input" if name == STDIN else name
         return readers[format](stream, source, self._fields, self._max_line_bytes)
 
 
 def _nothing() -> int:
     return 0
+
+
+def _part(rows: ParquetRows, size: int) -> int:
+    """Parquet is not read from front to back: its share of rows stands for the bytes."""
+    return round(rows.share() * size)
 
 
 def _resolve(name: str, format: str | None) -> tuple[str, str]:

@@ -73,6 +73,8 @@ def command(ctx: click.Context, /, **options: Any) -> None:
 
     if options["store"].startswith("memory:"):
         raise click.BadParameter("memory: ends with this command; expected a store that stays", param_hint="--store")
+    if options["report"] is not None and not options["report"].parent.is_dir():
+        raise click.BadParameter(f"{options['report'].parent} is no directory", param_hint="--report")
     source = _source(options)
     settings, how = _settings(options)
     with _stopping() as stop:

@@ -157,6 +157,19 @@ def test_compressed_data_that_ends_early_is_an_error_after_what_was_whole(tmp_pa
         list(source)
 
 
+def test_parquet_is_read_in_place_or_out_of_a_compressed_copy(tmp_path: Path) -> None:
+    path = tmp_path / "p.parquet"
+    ids = [f"p{i}" for i in range(5000)]
+    pq.write_table(pa.table({"id": ids, "text": ids}), path, row_group_size=1000)
+    for name in (path, write(tmp_path / "p.parquet.gz", gzip.compress(path.read_bytes()))):
+        source = Source([name])
+        items = iter(source)
+        read_part = [next(items) for _ in range(2500)]
+        assert source.fraction() == pytest.approx(0.5, abs=0.01)
+        assert [item.passage_id for item in [*read_part, *items]] == ids
+        assert source.fraction() == 1.0
+
+
 def test_parquet_values_are_checked_one_by_one(tmp_path: Path) -> None:
     raw = pa.array([b"good", b"\xff\xfe", None, b"", b"dup"], pa.binary()).view(pa.string())
     table = pa.table({"_id": pa.array([1, 2, 3, 4, 5]), "text": raw.dictionary_encode()})
