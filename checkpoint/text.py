@@ -103,6 +103,20 @@ class TextTokenizer:
                 return windows
             first, begin = last, end
 
+    def cut(self, text: str, max_tokens: int | None = None, *, keep_end: bool = False) -> str:
+        """The beginning of a passage's text, or with `keep_end` its end, cut at a token border.
+
+        Args:
+            max_tokens: at least 1; None: what fits under the passage template.
+        """
+        if max_tokens is None:
+            template_tokens = len(self._encode(self._settings.passage_template, [{"passage": ""}])[0])
+            max_tokens = max(1, self._settings.max_passage_tokens - template_tokens)
+        offsets = self._reader.encode(text, add_special_tokens=False).offsets
+        if len(offsets) <= max_tokens:
+            return text
+        return text[offsets[-max_tokens][0] :] if keep_end else text[: offsets[max_tokens][0]]
+
     def prompt(self, query: str, instruction: str | None = None) -> TokenizedPrompt:
         """The decoder's prompt. The query is cut to `max_query_tokens`; the rest is never cut."""
         limit = self._settings.max_query_tokens

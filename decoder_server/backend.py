@@ -44,6 +44,10 @@ class Backend(Protocol):
         """Tokenizes query and instruction; safe from any thread."""
         ...
 
+    def cut(self, text: str, max_tokens: int | None, *, keep_end: bool = False) -> str:
+        """A passage's beginning, or end, of at most `max_tokens` (None: what a passage may have); from any thread."""
+        ...
+
     def score(self, pairs: Sequence[Pair]) -> NDArray[np.float32]:
         """Margins (len(pairs),), yes-logit minus no-logit; NaN where a logit was not finite."""
         ...

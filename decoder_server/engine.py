@@ -141,8 +141,15 @@ class Engine:
             compute_seconds=run.compute_seconds,
             total_seconds=time.monotonic() - started,
         )
-        num_scored = sum(outcome.margin is not None for outcome in outcomes)
-        return results, Summary(self.name, timings, num_scored, prompt.num_query_tokens, prompt.query_truncated)
+        scored = [outcome for outcome in outcomes if outcome.margin is not None]
+        return results, Summary(
+            self.name,
+            timings,
+            len(scored),
+            prompt.num_query_tokens,
+            prompt.query_truncated,
+            sum(outcome.num_states * outcome.compression_ratio for outcome in scored),
+        )
 
     async def _resolve(self, request: RerankRequest, candidates: Sequence[Candidate]) -> Wanted:
         """What is to be read: one collection, one ratio for every candidate, so that scores compare."""

@@ -56,6 +56,9 @@ class FbnlBackend:
     def prompt(self, query: str, instruction: str | None = None) -> TokenizedPrompt:
         return self._text.prompt(query, instruction)
 
+    def cut(self, text: str, max_tokens: int | None, *, keep_end: bool = False) -> str:
+        return self._text.cut(text, max_tokens, keep_end=keep_end)
+
     def score(self, pairs: Sequence[Pair]) -> NDArray[np.float32]:
         """Margins (len(pairs),); NaN where a logit was not finite."""
         if not pairs:

@@ -96,6 +96,7 @@ class Summary:
     num_scored: int
     num_query_tokens: int
     query_truncated: bool
+    num_passage_tokens: int  # of the scored candidates, each in whole states: at ratio 1 exact
 
 
 def distinct(candidates: Sequence[Candidate]) -> dict[Candidate, list[int]]:

@@ -1,0 +1,1 @@
+"""Stubs of other projects' contracts that preread also answers: Text Embeddings Inference."""
