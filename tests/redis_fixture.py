@@ -13,6 +13,10 @@ import time
 from pathlib import Path
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+_NO_RETRY = Retry(NoBackoff(), 0)  # the default would turn waiting for a start into seconds
 
 
 def redis_binary() -> str:
@@ -82,7 +86,7 @@ class RedisServer:
     def client(self) -> redis.Redis:
         """A plain client, for looking at and damaging what is there."""
         options = {"ssl": True, "ssl_cert_reqs": "none", "ssl_check_hostname": False} if self.is_tls else {}
-        return redis.Redis(host="127.0.0.1", port=self.port, protocol=2, socket_timeout=10, **options)
+        return redis.Redis(host="127.0.0.1", port=self.port, protocol=2, socket_timeout=10, retry=_NO_RETRY, **options)
 
     def kill(self) -> None:
         """kill -9, as a crash would."""

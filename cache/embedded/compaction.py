@@ -16,8 +16,8 @@ from cache.embedded.catalogue import Catalogue
 from cache.embedded.segments import Segment, SegmentGone, SegmentMaps, write_segment
 from cache.errors import DamagedRecord
 
-# Up to this much is rewritten at a time: it is held in memory twice.
-TARGET_SEGMENT_BYTES = 256 << 20
+# Up to this much is rewritten at a time; FAISS's copies make it about four times that in memory.
+TARGET_SEGMENT_BYTES = 128 << 20
 # Segments below are merged by themselves once there are this many; larger ones are only touched on request.
 SMALL_SEGMENT_BYTES = 8 << 20
 MAX_SMALL_SEGMENTS = 64

@@ -7,6 +7,7 @@ rows belong to which passage.
 
 import mmap
 import os
+import resource
 import threading
 import uuid
 from collections import OrderedDict
@@ -20,8 +21,8 @@ from numpy.typing import NDArray
 from cache.codecs import Codec
 from cache.errors import CacheError, DamagedRecord
 
-# Each map holds a file descriptor; processes commonly may open 1,024.
-MAX_OPEN_SEGMENTS = 256
+# Each map holds a file descriptor, of which the process needs others, and Linux allows 65,530 maps.
+MAX_OPEN_SEGMENTS = min(16384, max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
 _SUFFIX, _ASIDE = ".faiss", ".tmp"
 
 

@@ -49,12 +49,10 @@ class Deadline:
 class Link:
     """One kind of calls to one address. Thread-safe; connects on first use, and again after the server went away."""
 
-    def __init__(
-        self, address: Address, *, budget_seconds: float, breaker: CircuitBreaker, tls_ca_file: str | None
-    ) -> None:
+    def __init__(self, address: Address, *, budget_seconds: float, tls_ca_file: str | None) -> None:
         self._address = address
         self._budget_seconds = budget_seconds
-        self._breaker = breaker
+        self._breaker = CircuitBreaker()
         self._tls_ca_file = tls_ca_file
         self._lock = threading.Lock()
         self._client: Client | None = None

@@ -17,7 +17,6 @@ from cache.manifest import Manifest
 from cache.names import check_name, passage_id_bytes
 from cache.record import HEADER_BYTES, Damaged, Header, Record, pack, unpack
 from cache.shared.address import Address
-from cache.shared.breaker import CircuitBreaker
 from cache.shared.link import Client, Deadline, Link
 from cache.store import StoreStats, sum_headers
 
@@ -46,9 +45,9 @@ class RedisStore:
         if ttl_seconds is not None and ttl_seconds < 1:
             raise ValueError(f"ttl_seconds: {ttl_seconds}, expected at least 1")
         address = Address.parse(url)
-        breaker = CircuitBreaker()
-        self._online = Link(address, budget_seconds=read_budget_seconds, breaker=breaker, tls_ca_file=tls_ca_file)
-        self._bulk = Link(address, budget_seconds=write_budget_seconds, breaker=breaker, tls_ca_file=tls_ca_file)
+        # A breaker each: reads that are too large for their budget must not stop an indexing run.
+        self._online = Link(address, budget_seconds=read_budget_seconds, tls_ca_file=tls_ca_file)
+        self._bulk = Link(address, budget_seconds=write_budget_seconds, tls_ca_file=tls_ca_file)
         self._ttl_seconds = ttl_seconds
         self._is_cluster = address.is_cluster
         self._prefix = address.prefix
@@ -113,11 +112,8 @@ class RedisStore:
 
     def write_manifest(self, manifest: Manifest) -> None:
         name, value = manifest.collection, manifest.to_json()
-        exists = name in self.aliases()
-        if exists or not self._bulk.call(lambda client, _: client.hsetnx(self._manifests, name, value)):
-            # A retried call may have met its own first attempt.
-            if not exists and self._bulk.call(lambda client, _: client.hget(self._manifests, name)) == value:
-                return
+        is_alias = name in self.aliases()
+        if is_alias or not self._bulk.call(lambda client, _: client.hsetnx(self._manifests, name, value)):
             raise CollectionExists(f"collection: {name!r} already exists in this store")
         self._bump(name)
 

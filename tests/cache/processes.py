@@ -1,6 +1,6 @@
 """What the embedded store's tests run in processes of their own: writers to be killed, and readers beside a writer.
 
-    processes.py writers PATH LOG     forks a writer for every line on standard input, a seed, and prints its pid
+    processes.py writers PATH LOG     forks a writer for every line on standard input, "SEED PATH", and prints its pid
     processes.py limited PATH BYTES   writes a passage where no file may grow beyond that; prints the error
     processes.py unprivileged PATH 0  writes a passage as a user who owns nothing, where it can; prints the error
     processes.py reader PATH VERSION  reads until it has seen that version, prints a JSON report
@@ -14,13 +14,14 @@ import random
 import resource
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 
 import numpy as np
 
 from cache.collection import Manifest
 from cache.embedded.store import EmbeddedStore
-from cache.errors import CacheError
+from cache.errors import CacheError, CollectionExists
 from cache.record import Record
 
 DIM = 8
@@ -68,6 +69,8 @@ def write_until_killed(path: str, log: str, seed: int) -> None:
     """Random writes; each is logged before it begins ("begin") and once it was acknowledged ("done")."""
     rng = random.Random(seed)
     store = EmbeddedStore(path, max_small_segments=5)
+    with suppress(CollectionExists):
+        store.write_manifest(manifest())
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
     def note(**line: object) -> None:
@@ -89,13 +92,14 @@ def write_until_killed(path: str, log: str, seed: int) -> None:
         note(done=True)
 
 
-def serve_writers(path: str, log: str) -> None:
+def serve_writers(log: str) -> None:
     """Fork writers on request: a process that starts in a millisecond can be killed often."""
     say("torch" in sys.modules)
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
-            write_until_killed(path, log, int(line))
+            seed, path = line.split(maxsplit=1)
+            write_until_killed(path.strip(), log, int(seed))
         say(pid)
         os.waitpid(pid, 0)
         say("reaped")
@@ -136,7 +140,7 @@ def write_large(path: str) -> None:
 if __name__ == "__main__":
     command, path, argument = sys.argv[1:]
     if command == "writers":
-        serve_writers(path, argument)
+        serve_writers(argument)
     elif command == "limited":
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(argument), int(argument)))
         write_large(path)

@@ -36,6 +36,16 @@ def run(*arguments: object) -> subprocess.Popen:
     )
 
 
+def write_and_be_killed(writers: subprocess.Popen, seed: int, path: Path, *, after_seconds: float) -> None:
+    """Let one more writer start, and kill -9 it."""
+    writers.stdin.write(f"{seed} {path}\n")
+    writers.stdin.flush()
+    pid = int(writers.stdout.readline())
+    time.sleep(after_seconds)
+    os.kill(pid, signal.SIGKILL)
+    assert writers.stdout.readline().strip() == "reaped"
+
+
 def expected_states(lines: list[str]) -> tuple[dict[str, int], dict[str, int]]:
     """Seeds by passage id that the log promises: what was acknowledged, and that with the unfinished write applied."""
     acknowledged: dict[str, int] = {}
@@ -70,12 +80,7 @@ def test_a_writer_killed_at_any_moment_loses_nothing_it_acknowledged(tmp_path):
     with run("writers", path, log) as writers:
         assert writers.stdout.readline().strip() == "False", "the writer must not import torch"
         for kill in range(NUM_KILLS):
-            writers.stdin.write(f"{kill}\n")
-            writers.stdin.flush()
-            pid = int(writers.stdout.readline())
-            time.sleep(rng.uniform(0.0, 0.1))
-            os.kill(pid, signal.SIGKILL)
-            assert writers.stdout.readline().strip() == "reaped"
+            write_and_be_killed(writers, kill, path, after_seconds=rng.uniform(0.0, 0.1))
 
             lines = log.read_text().splitlines()
             acknowledged, pending = expected_states(lines)
@@ -105,6 +110,32 @@ def test_a_writer_killed_at_any_moment_loses_nothing_it_acknowledged(tmp_path):
     assert {file.name for file in (path / "segments").iterdir()} == committed_files(path), "orphans were not removed"
     for opened in (store, reader, fresh):
         opened.close()
+
+
+@pytest.mark.slow
+def test_a_writer_killed_while_it_makes_the_store_leaves_one_that_can_be_used(tmp_path):
+    rng = random.Random(3)
+    num_made = 0
+    with run("writers", tmp_path, tmp_path / "log") as writers:
+        writers.stdout.readline()
+        for attempt in range(30):
+            write_and_be_killed(writers, attempt, tmp_path / f"store{attempt}", after_seconds=rng.uniform(0.0, 0.02))
+        writers.stdin.close()
+    for attempt in range(30):
+        path = tmp_path / f"store{attempt}"
+        store = EmbeddedStore(path)
+        collections = store.list_collections()
+        num_made += bool(collections)
+        assert collections in ([], ["passages"])
+        if not collections:
+            store.write_manifest(processes.manifest())
+        store.put_many("passages", {"after": processes.record(1)})
+        assert store.get_many("passages", ["after"])[0].checksum == processes.record(1).checksum
+        assert {file.name for file in (path / "segments").iterdir()} == committed_files(path)
+        assert {"catalogue.sqlite", "segments", "writer.lock"} <= {file.name for file in path.iterdir()}
+        assert not list(path.glob("*.tmp*"))
+        store.close()
+    assert num_made < 30, "no kill came before the store was made"
 
 
 @pytest.mark.slow

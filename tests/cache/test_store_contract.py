@@ -17,6 +17,7 @@ NAMES = [
     "lru:memory",
     "lru:faiss",
     "lru:redis",
+    "lru:rediss",
     "lru:redis+cluster",
 ]
 
@@ -180,8 +181,9 @@ def test_manifests_are_kept_whole_and_written_once(backend, store, make_manifest
     manifest = make_manifest("trained", codec="SQ8", codec_table=bytes(4 * 2 * 8), passage_template="<{text}> ä")
     store.write_manifest(manifest)
     assert backend.open().read_manifest("trained") == manifest
-    with pytest.raises(CollectionExists, match="'trained'"):
-        store.write_manifest(make_manifest("trained", fingerprint="b"))
+    for again in (manifest, make_manifest("trained", fingerprint="b")):
+        with pytest.raises(CollectionExists, match="'trained'"):
+            store.write_manifest(again)
     assert store.read_manifest("trained") == manifest
     assert store.list_collections() == ["passages", "trained"]
 
