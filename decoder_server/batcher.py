@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from decoder_server.backend import Backend, Pair
-from decoder_server.lengths import split_by_length
+from decoder_server.lengths import num_cells, split_by_length
+from decoder_server.observer import Pass
 from decoder_server.ticket import Deliver, Scored, Ticket, Work
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,12 @@ class Batcher:
     """The queue in front of one model, and the loop that empties it."""
 
     def __init__(
-        self, backend: Backend, executor: Executor, max_batch_tokens: int, min_batch_tokens: int | None = None
+        self,
+        backend: Backend,
+        executor: Executor,
+        max_batch_tokens: int,
+        min_batch_tokens: int | None = None,
+        on_pass: Callable[[Pass], None] = lambda _: None,
     ) -> None:
         """
         Args:
@@ -62,6 +68,7 @@ class Batcher:
         self.counts = BatchCounts()
         self._backend = backend
         self._executor = executor
+        self._on_pass = on_pass
         self._tickets: list[Ticket] = []  # by rank, then arrival
         self._virtual_time = 0.0
         self._ready = asyncio.Event()
@@ -149,6 +156,8 @@ class Batcher:
         self.counts.num_pairs += len(works)
         self.counts.num_tokens += num_tokens
         self.counts.compute_seconds += seconds
+        needed, computed = num_cells(works)
+        self._on_pass(Pass(len(works), num_tokens, needed, computed - needed, seconds))
         self._virtual_time += num_tokens / max(1, len(self._tickets))
 
     def _score(self, works: list[tuple[int, Pair]]) -> list[Scored]:

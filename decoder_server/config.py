@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from preread.client.channel import TlsFiles
+from preread.edge.tls import ServerTls
 
 MIB = 1 << 20
 
@@ -27,6 +30,7 @@ class DecoderConfig:
     max_queue_requests: int = 256
     max_queue_tokens: int = 1_000_000
     max_candidates: int = 1000
+    max_request_tokens: int | None = None  # prompt tokens and states over all candidates; None: the queue's limit only
     max_query_bytes: int = 16 << 10
     max_instruction_tokens: int = 512
     max_text_bytes: int = 1 * MIB  # of one candidate
@@ -34,6 +38,14 @@ class DecoderConfig:
     max_inline_cache_bytes: int = 256 * MIB  # states of inline texts
     max_store_cache_bytes: int = 256 * MIB  # tier in front of the store; 0: none
     encode_timeout_seconds: float = 60.0
+    encoder_api_key: str = field(default="", repr=False)  # shown to the encoder worker
+    encoder_tls_ca_file: str = ""  # PEM; any of the three: the worker is spoken to with TLS
+    encoder_tls_cert_file: str = ""
+    encoder_tls_key_file: str = ""
+    tls_cert_file: str = ""  # PEM of this server; "": plain text
+    tls_key_file: str = ""
+    tls_client_ca_file: str = ""  # callers must show a certificate of this authority
+    log_text: bool = False  # queries in the log
     max_staleness_seconds: float = 1.0  # how long a moved alias or a passage written anew may go unnoticed
 
     def __post_init__(self) -> None:
@@ -47,7 +59,7 @@ class DecoderConfig:
         for name in ("max_inline_cache_bytes", "max_store_cache_bytes", "max_staleness_seconds"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
-        for name in ("max_batch_tokens", "num_threads", "max_passage_tokens"):
+        for name in ("max_batch_tokens", "num_threads", "max_passage_tokens", "max_request_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; expected at least 1")
@@ -55,6 +67,20 @@ class DecoderConfig:
             raise ValueError(f"port is {self.port}; expected 0..65535")
         if not self.checkpoint:
             raise ValueError("checkpoint is empty; expected a directory or a hub id")
+        _ = self.tls  # raises where files contradict each other
+        if bool(self.encoder_tls_cert_file) != bool(self.encoder_tls_key_file):
+            raise ValueError("encoder_tls_cert_file and encoder_tls_key_file go together; only one of them is given")
+
+    @property
+    def tls(self) -> ServerTls:
+        """How this server's ports are opened."""
+        return ServerTls(self.tls_cert_file, self.tls_key_file, self.tls_client_ca_file)
+
+    @property
+    def encoder_tls(self) -> TlsFiles | None:
+        """How the encoder worker is reached; None: in plain text."""
+        files = (self.encoder_tls_ca_file, self.encoder_tls_cert_file, self.encoder_tls_key_file)
+        return TlsFiles(*(name or None for name in files)) if any(files) else None
 
     @property
     def model_name(self) -> str:

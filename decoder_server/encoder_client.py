@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.states import PassageStates, text_digest
+from preread.client.channel import TlsFiles
+from preread.edge.calls import current
 from preread.v1 import encoder_pb2, encoder_pb2_grpc
 
 # The largest answer is one batch of texts at ratio 1 in float32.
@@ -31,20 +33,31 @@ class EncoderError(Exception):
 class EncoderClient:
     """One encoder worker, spoken to over gRPC."""
 
-    def __init__(self, address: str, *, fingerprint: str, dim: int, dtype_name: str, timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        fingerprint: str,
+        dim: int,
+        dtype_name: str,
+        timeout_seconds: float,
+        api_key: str = "",
+        tls: TlsFiles | None = None,
+    ) -> None:
         """
         Args:
             address: host:port.
             fingerprint: of the encoder whose states the decoder reads; no other is accepted.
             dtype_name: number format of the decoder; states travel in it, finer would be lost anyway.
+            tls: None: plain text.
         """
         self.address = address
         self._fingerprint = fingerprint
         self._dim = dim
         self._format = _FORMATS[dtype_name]
         self._timeout_seconds = timeout_seconds
-        options = [("grpc.max_receive_message_length", MAX_ANSWER_BYTES), ("grpc.max_send_message_length", -1)]
-        self._channel = grpc.aio.insecure_channel(address, options=options)
+        self._api_key = api_key
+        self._channel = open_channel(address, tls)
         self._stub = encoder_pb2_grpc.EncoderServiceStub(self._channel)
 
     async def encode(self, texts: Sequence[str], ratio: int) -> list[PassageStates | str]:
@@ -55,7 +68,9 @@ class EncoderClient:
         """
         request = encoder_pb2.EncodeRequest(texts=texts, compression_ratio=ratio, format=self._format)
         try:
-            answer = await self._stub.Encode(request, timeout=self._timeout_seconds)
+            answer = await self._stub.Encode(
+                request, timeout=self._timeout_seconds, metadata=call_metadata(self._api_key)
+            )
         except grpc.aio.AioRpcError as exc:
             raise self._error(f"{exc.code().name}: {exc.details()}") from exc
         self._check_identity(answer.fingerprint, answer.dim)
@@ -74,7 +89,11 @@ class EncoderClient:
             ValueError: it is another encoder than the decoder was made for.
         """
         try:
-            answer = await self._stub.Describe(encoder_pb2.DescribeRequest(), timeout=DESCRIBE_TIMEOUT_SECONDS)
+            answer = await self._stub.Describe(
+                encoder_pb2.DescribeRequest(),
+                timeout=DESCRIBE_TIMEOUT_SECONDS,
+                metadata=call_metadata(self._api_key),
+            )
         except grpc.aio.AioRpcError as exc:
             raise self._error(f"{exc.code().name}: {exc.details()}") from exc
         try:
@@ -111,6 +130,29 @@ class EncoderClient:
 
     def _error(self, message: str) -> EncoderError:
         return EncoderError(f"encoder worker {self.address}: {message}")
+
+
+def open_channel(address: str, tls: TlsFiles | None) -> grpc.aio.Channel:
+    """A channel to a worker, for messages as large as it sends.
+
+    Raises:
+        OSError, ValueError: certificate files that cannot be used.
+    """
+    options = [("grpc.max_receive_message_length", MAX_ANSWER_BYTES), ("grpc.max_send_message_length", -1)]
+    if tls is None:
+        return grpc.aio.insecure_channel(address, options=options)
+    return grpc.aio.secure_channel(address, tls.credentials(), options=options)
+
+
+def call_metadata(api_key: str) -> tuple[tuple[str, str], ...]:
+    """What goes along with a call: the key, and the id and trace of the call this one serves."""
+    metadata = [("authorization", f"Bearer {api_key}")] if api_key else []
+    call = current()
+    if call is not None:
+        metadata.append(("x-request-id", call.request_id))
+        if call.traceparent:
+            metadata.append(("traceparent", call.traceparent))
+    return tuple(metadata)
 
 
 def _floats(data: bytes, state_format: encoder_pb2.StateFormat, dim: int) -> NDArray[np.float32]:

@@ -21,7 +21,8 @@ from decoder_server.backend import Backend
 from decoder_server.batcher import Batcher
 from decoder_server.catalogue import Catalogue
 from decoder_server.config import DecoderConfig
-from decoder_server.errors import DeadlineExceeded, InvalidRequest, Unavailable
+from decoder_server.errors import DeadlineExceeded, InvalidRequest, Unavailable, code_of
+from decoder_server.observer import Answered, Observer, Trail
 from decoder_server.passages import Passages, Wanted
 from decoder_server.request import Candidate, OnMiss, Outcome, RerankRequest, Summary, Timings, check, distinct
 from decoder_server.run import Emit, Run
@@ -43,11 +44,13 @@ class Engine:
         passages: Passages,
         executor: Executor,
         limits: DecoderConfig,
+        observers: Sequence[Observer] = (),
     ) -> None:
         """
         Args:
             name: what clients call the model.
             executor: for tokenizing and the store; never the model's thread.
+            observers: hear of every request that ends.
         """
         self.name = name
         self.backend = backend
@@ -57,6 +60,7 @@ class Engine:
         self.passages = passages
         self.limits = limits
         self._executor = executor
+        self._observers = observers
         self._num_running = 0
         self._draining = False
         self._idle = asyncio.Event()
@@ -83,15 +87,33 @@ class Engine:
         Raises:
             RerankError: the request as a whole cannot be answered.
         """
+        started = time.monotonic()
+        trail = Trail()
+        code, timings = "internal", None
+        try:
+            outcomes, summary = await self._within(request, started, deadline, emit, trail)
+            code, timings = "ok", summary.timings
+            return outcomes, summary
+        except BaseException as exc:
+            code = code_of(exc)
+            raise
+        finally:
+            answered = Answered(request, self.name, code, started, time.monotonic(), timings, trail)
+            for observer in self._observers:
+                observer.answered(answered)
+
+    async def _within(
+        self, request: RerankRequest, started: float, deadline: float | None, emit: Emit | None, trail: Trail
+    ) -> tuple[list[Outcome], Summary]:
+        """Checks, and keeps to the deadline."""
         if self._draining:
             raise Unavailable("this server is shutting down")
-        started = time.monotonic()
         check(request, self.limits)
         self._num_running += 1
         self._idle.clear()
         try:
             async with asyncio.timeout_at(deadline):
-                return await self._rerank(request, started, deadline, emit)
+                return await self._rerank(request, started, deadline, emit, trail)
         except TimeoutError:
             raise DeadlineExceeded(f"the deadline passed after {time.monotonic() - started:.3f} s") from None
         finally:
@@ -110,12 +132,12 @@ class Engine:
         return True
 
     async def _rerank(
-        self, request: RerankRequest, started: float, deadline: float | None, emit: Emit | None
+        self, request: RerankRequest, started: float, deadline: float | None, emit: Emit | None, trail: Trail
     ) -> tuple[list[Outcome], Summary]:
         prompt = await self._call(self.backend.prompt, request.query, request.instruction)
         self._check_instruction(request, prompt)
         same = distinct(request.candidates)
-        wanted = await self._resolve(request, list(same))
+        wanted = await self._resolve(request, list(same), trail)
 
         async def emit_with_texts(outcomes: list[Outcome]) -> None:
             assert emit is not None
@@ -129,8 +151,13 @@ class Engine:
                 self.batcher,
                 self.passages,
                 self.admission,
+                self.limits.max_request_tokens,
             )
-            outcomes = await run.gather(place, deadline, emit_with_texts if emit is not None else None)
+            try:
+                outcomes = await run.gather(place, deadline, emit_with_texts if emit is not None else None)
+            finally:
+                trail.turns = run.turns
+        trail.outcomes = outcomes
         results = ranked(outcomes, request.top_n)
         if emit is None:
             results = await self._with_texts(request, wanted, results)
@@ -151,7 +178,7 @@ class Engine:
             sum(outcome.num_states * outcome.compression_ratio for outcome in scored),
         )
 
-    async def _resolve(self, request: RerankRequest, candidates: Sequence[Candidate]) -> Wanted:
+    async def _resolve(self, request: RerankRequest, candidates: Sequence[Candidate], trail: Trail) -> Wanted:
         """What is to be read: one collection, one ratio for every candidate, so that scores compare."""
         collection = await self._collection(request.collection)
         stored = collection.manifest.compression_ratio if collection is not None else 1
@@ -161,7 +188,7 @@ class Engine:
             expected = f"a multiple of {stored}, the ratio that collection {request.collection!r} is stored at"
             raise InvalidRequest("compression_ratio", ratio, expected)
         on_miss = request.on_miss or (OnMiss.ENCODE if self.encodes_on_demand else OnMiss.SKIP)
-        return Wanted(candidates, collection, ratio, on_miss, self.limits.max_text_bytes)
+        return Wanted(candidates, collection, ratio, on_miss, self.limits.max_text_bytes, fetches=trail.fetches)
 
     async def _collection(self, name: str | None) -> Collection | None:
         if name is None:

@@ -16,6 +16,9 @@ Knows neither gRPC nor HTTP; each edge translates.
 
 from __future__ import annotations
 
+import asyncio
+import re
+
 
 class RerankError(Exception):
     """Base of everything the engine raises for a request as a whole."""
@@ -63,3 +66,12 @@ class Unavailable(RerankError):
 
 class DeadlineExceeded(RerankError):
     """The caller's deadline passed."""
+
+
+def code_of(error: BaseException) -> str:
+    """The error's name for logs and metrics: few and constant. InvalidRequest is invalid_request."""
+    if isinstance(error, asyncio.CancelledError):
+        return "cancelled"
+    if isinstance(error, RerankError):
+        return re.sub(r"(?<!^)(?=[A-Z])", "_", type(error).__name__).lower()
+    return "internal"

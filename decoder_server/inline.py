@@ -41,16 +41,25 @@ class InlineStates:
                 encoding serves every such ratio.
         """
         self.num_encoded = 0
+        self.num_hits = 0
         self._encoder = encoder
         self._base_ratio = base_ratio
         self._kept: LRUCache[Key, PassageStates] = LRUCache(max(1, max_bytes), getsizeof=lambda states: states.nbytes)
         self._flights: dict[Key, asyncio.Future[PassageStates | Refusal]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held now."""
+        return int(self._kept.currsize)
+
     def kept(self, digest: bytes, ratio: int) -> PassageStates | None:
         """States at `ratio` that need no encoding, if there are any."""
         states: PassageStates | None = self._kept.get(self._key(digest, ratio))
-        return states.at_ratio(ratio) if states is not None else None
+        if states is None:
+            return None
+        self.num_hits += 1
+        return states.at_ratio(ratio)
 
     async def encode(self, texts: Mapping[bytes, str], ratio: int) -> dict[bytes, PassageStates | Refusal]:
         """States at `ratio` of texts by digest; what is being encoded already is waited for.

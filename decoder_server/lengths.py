@@ -48,5 +48,12 @@ def split_by_length(pairs: Sequence[S]) -> list[list[S]]:
     return passes
 
 
+def num_cells(pairs: Sequence[Sized]) -> tuple[int, int]:
+    """Attention cells of one pass: those the pairs need, and those computed with padding."""
+    needed = sum(_cells(pair.num_prompt_tokens, pair.num_states) for pair in pairs)
+    longest = _cells(max(pair.num_prompt_tokens for pair in pairs), max(pair.num_states for pair in pairs))
+    return needed, len(pairs) * longest
+
+
 def _cells(num_prompt_tokens: int, num_states: int) -> int:
     return num_prompt_tokens * (num_prompt_tokens + num_states)

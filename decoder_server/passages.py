@@ -7,6 +7,7 @@ next is read. Does not know queries, scores or the order among requests.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from cache.errors import CacheError
 from cache.record import Damaged
 from cache.states import PassageStates, text_digest
 from decoder_server.inline import InlineStates, Refusal
+from decoder_server.observer import Fetch
 from decoder_server.request import Candidate, OnMiss, Status
 from decoder_server.stopwatch import Stopwatch
 
@@ -55,6 +57,7 @@ class Wanted:
     max_text_bytes: int
     fetching: Stopwatch = field(default_factory=Stopwatch)
     encoding: Stopwatch = field(default_factory=Stopwatch)
+    fetches: list[Fetch] = field(default_factory=list)
 
 
 Deliver = Callable[[list[Found]], None]
@@ -89,8 +92,10 @@ class Passages:
             for start in range(0, len(wanted.candidates), self._fetch_chunk):
                 await room()
                 chunk = wanted.candidates[start : start + self._fetch_chunk]
+                start_seconds = time.monotonic()
                 with wanted.fetching:
                     read = await loop.run_in_executor(self._executor, _read, wanted, chunk)
+                wanted.fetches.append(Fetch(start_seconds, time.monotonic(), len(chunk)))
                 decided, to_encode = self._decide(wanted, read)
                 deliver(decided)
                 for first in range(0, len(to_encode), ENCODE_CHUNK):

@@ -13,7 +13,8 @@ from checkpoint import TokenizedPrompt
 from decoder_server.admission import Admission, Place
 from decoder_server.backend import Pair
 from decoder_server.batcher import Batcher
-from decoder_server.errors import Refused
+from decoder_server.errors import InvalidRequest, Refused
+from decoder_server.observer import Turn
 from decoder_server.passages import Found, Passages, Wanted
 from decoder_server.request import OnMiss, Outcome, Status
 from decoder_server.tally import Tally, unscored
@@ -33,10 +34,12 @@ class Run:
         batcher: Batcher,
         passages: Passages,
         admission: Admission,
+        max_tokens: int | None = None,
     ) -> None:
         """
         Args:
             same: per index of a wanted candidate, every index of the request that names the same passage.
+            max_tokens: of the request, prompt tokens and states over all its pairs; None: no limit.
         """
         self._wanted = wanted
         self._prompt = prompt
@@ -46,6 +49,9 @@ class Run:
         self._tally = Tally()
         self._same = same
         self._finished: asyncio.Queue[list[Outcome] | BaseException] = asyncio.Queue()
+        self._max_tokens = max_tokens
+        self._num_tokens = 0
+        self.turns: list[Turn] = []
         self.queue_seconds = 0.0
         self.compute_seconds = 0.0
 
@@ -56,6 +62,7 @@ class Run:
 
         Raises:
             Refused: on_miss is fail and a candidate is missing.
+            InvalidRequest: the request has more tokens than one may.
         """
         outcomes: list[Outcome] = []
         left = len(self._wanted.candidates)
@@ -75,6 +82,7 @@ class Run:
             finally:
                 feeder.cancel()
                 self.queue_seconds, self.compute_seconds = ticket.queue_seconds, ticket.compute_seconds
+                self.turns = ticket.turns
         return outcomes
 
     async def _feed(self, ticket: Ticket) -> None:
@@ -100,6 +108,11 @@ class Run:
                 self._finished.put_nowait(_missing(one))
             else:
                 outcomes.append(unscored(one))
+        self._num_tokens += sum(work.num_tokens for work in works)
+        if self._max_tokens is not None and self._num_tokens > self._max_tokens:
+            expected = f"at most {self._max_tokens}, prompt tokens and states over all candidates"
+            self._finished.put_nowait(InvalidRequest("tokens of the request", self._num_tokens, expected))
+            return
         self._batcher.submit(ticket, works)
         self._finished.put_nowait(outcomes)
 

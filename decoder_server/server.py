@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha import reflection
 
 from cache.lru import LruStore
 from cache.store import Store, open_store
+from cache.timed import timed
 from decoder_server.admission import Admission
 from decoder_server.backend import Backend
 from decoder_server.batcher import Batcher
@@ -24,10 +25,17 @@ from decoder_server.catalogue import Catalogue
 from decoder_server.config import DecoderConfig
 from decoder_server.encoder_client import EncoderClient, EncoderError
 from decoder_server.engine import Engine
+from decoder_server.gauges import ServerCollector
 from decoder_server.inline import InlineStates
 from decoder_server.loading import batch_tokens, fetch_chunk, load_fbnl
+from decoder_server.metrics import Metrics
+from decoder_server.observer import Observer, Pass
 from decoder_server.passages import Passages
+from decoder_server.requestlog import RequestLog
 from decoder_server.service import RerankService
+from preread.edge.access import AccessInterceptor
+from preread.edge.keys import ApiKeys
+from preread.edge.observe import ObservingInterceptor
 from preread.v1 import rerank_pb2, rerank_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -45,26 +53,34 @@ class DecoderServer:
         *,
         store: Store | None = None,
         load: Callable[[DecoderConfig], Backend] = load_fbnl,
+        keys: ApiKeys | None = None,
+        observers: Sequence[Observer] = (),
     ) -> None:
         """
         Args:
             store: shared with others and left open; None opens config.store and closes it at the end.
             load: makes the model; called on the model's thread.
+            keys: who may call; None: whoever reaches the port.
+            observers: hear of every request beside this server's own metrics and log.
         """
         self.config = config
+        self.keys = keys or ApiKeys()
+        self.metrics = Metrics()
+        self._observers: tuple[Observer, ...] = (self.metrics, RequestLog(log_text=config.log_text), *observers)
         self.port = 0
         self._load = load
         self._own_store = open_store(config.store) if store is None else None
         below = self._own_store if store is None else store
         assert below is not None
-        self._store: Store = below
+        self._store: Store = timed(below, self.metrics.store_read)
         if config.max_store_cache_bytes:
             self._store = LruStore(
-                below, max_bytes=config.max_store_cache_bytes, staleness_seconds=config.max_staleness_seconds
+                self._store, max_bytes=config.max_store_cache_bytes, staleness_seconds=config.max_staleness_seconds
             )
         self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._store_threads = ThreadPoolExecutor(NUM_STORE_THREADS, thread_name_prefix="store")
         self._service = RerankService(self._store, self._store_threads)
+        self.metrics.registry.register(ServerCollector(self._service.engines, self._store))
         self._server: grpc.aio.Server | None = None
         self._loops: list[asyncio.Task[None]] = []
         self._encoder: EncoderClient | None = None
@@ -92,23 +108,19 @@ class DecoderServer:
         """Listens, not ready: health answers NOT_SERVING, everything else UNAVAILABLE."""
         limit = self.config.max_message_bytes
         self._server = grpc.aio.server(
+            interceptors=(ObservingInterceptor(self.metrics.rpc), AccessInterceptor(self.keys)),
             options=[
                 ("grpc.max_receive_message_length", limit),
                 ("grpc.max_send_message_length", limit),
                 ("grpc.so_reuseport", 0),  # a taken port should be an error, not a shared one
-            ]
+            ],
         )
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing in grpc-stubs
         rerank_pb2_grpc.add_RerankServiceServicer_to_server(self._service, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection([SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        host = self.config.host
-        address = f"[{host}]:{self.config.port}" if ":" in host and host[0] != "[" else f"{host}:{self.config.port}"
-        try:
-            self.port = self._server.add_insecure_port(address)
-        except RuntimeError as exc:
-            raise OSError(f"cannot listen on {address}: is the port taken?") from exc
+        self.port = self.config.tls.listen(self._server, self.config.host, self.config.port)
         await self._server.start()
 
     async def load(self) -> None:
@@ -119,7 +131,7 @@ class DecoderServer:
         await loop.run_in_executor(self._model_thread, backend.warm_up)
         inline = await self._inline(backend, identity.fingerprint, identity.dim)
         min_tokens, max_tokens = batch_tokens(self.config, backend)
-        batcher = Batcher(backend, self._model_thread, max_tokens, min_tokens)
+        batcher = Batcher(backend, self._model_thread, max_tokens, min_tokens, self._passed)
         admission = Admission(
             batcher.counts, max_requests=self.config.max_queue_requests, max_tokens=self.config.max_queue_tokens
         )
@@ -132,6 +144,7 @@ class DecoderServer:
             Passages(self._store_threads, inline, fetch_chunk=fetch_chunk(max_tokens)),
             self._store_threads,
             self.config,
+            self._observers,
         )
         task = loop.create_task(batcher.run())
         task.add_done_callback(self._loop_ended)
@@ -171,6 +184,8 @@ class DecoderServer:
             dim=dim,
             dtype_name=backend.dtype_name,
             timeout_seconds=self.config.encode_timeout_seconds,
+            api_key=self.config.encoder_api_key,
+            tls=self.config.encoder_tls,
         )
         try:
             await self._encoder.check()
@@ -181,6 +196,10 @@ class DecoderServer:
             max_bytes=self.config.max_inline_cache_bytes,
             base_ratio=backend.settings.default_compression_ratio,
         )
+
+    def _passed(self, one: Pass) -> None:
+        for observer in self._observers:
+            observer.passed(one)
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for name in ("", SERVICE):

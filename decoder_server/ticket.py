@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from decoder_server.backend import Pair
+from decoder_server.observer import Turn
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,9 +65,11 @@ class Ticket:
         self.closed = False
         self.queue_seconds = 0.0  # pairs were ready and none of them computed
         self.compute_seconds = 0.0
+        self.turns: list[Turn] = []
         self._deliver = deliver
         self._taken = asyncio.Event()
         self._waiting_since: float | None = None
+        self._ready: float | None = None  # when the pairs of the pass under way began to wait
         self._computing = False
 
     def add(self, works: Iterable[Work]) -> None:
@@ -106,6 +109,7 @@ class Ticket:
     def computing(self, *, start: float) -> None:
         """A pass with pairs of this request began at `start`."""
         self._computing = True
+        self._ready = self._waiting_since
         if self._waiting_since is not None:
             self.queue_seconds += start - self._waiting_since
             self._waiting_since = None
@@ -114,6 +118,7 @@ class Ticket:
         """The pass is over; hands its margins to the request."""
         self._computing = False
         self.compute_seconds += end - start
+        self.turns.append(Turn(start if self._ready is None else self._ready, start, end))
         self._waiting_since = end if self.waiting else None
         if not self.closed:
             self._deliver(scored)

@@ -37,7 +37,9 @@ async def abort(
     if status.ByteSize() > MAX_MESSAGE_BYTES + MAX_DETAILS_BYTES:
         del status.details[:]
     rich = rpc_status.to_status(status)
-    await context.abort(rich.code, rich.details, rich.trailing_metadata)
+    # What is there already (the request's id) stays: abort would replace it.
+    trailers = (*rich.trailing_metadata, *(context.trailing_metadata() or ()))
+    await context.abort(rich.code, rich.details, trailers)
     raise AssertionError("abort returned")
 
 

@@ -1,0 +1,71 @@
+"""Requests as OpenTelemetry spans: rerank, and under it fetch and batch, and under batch forward.
+
+An Observer: spans are written when a request has ended, from the times it left behind, so that
+serving itself knows nothing of traces. Needs the `tracing` extra; nothing imports this unless
+tracing is on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+from opentelemetry.context import Context
+from opentelemetry.trace import SpanKind, Status, StatusCode, Tracer, set_span_in_context
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from decoder_server.observer import Answered, Pass
+from preread.edge.calls import current
+
+# The caller's doing or a full queue; neither is this server's error (OpenTelemetry's gRPC conventions for servers).
+_NOT_ERRORS = ("ok", "cancelled", "invalid_request", "not_found", "refused", "overloaded")
+
+
+class TracingObserver:
+    """`tracer` is made by whoever owns the process, see preread.edge.otel."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        self._tracer = tracer
+
+    def answered(self, answered: Answered) -> None:
+        epoch = time.time() - time.monotonic()  # now, not once: clocks are set
+
+        def at(seconds: float) -> int:
+            return int((seconds + epoch) * 1e9)
+
+        call = current()
+        span = self._tracer.start_span(
+            "rerank", _parent(call.traceparent if call else ""), SpanKind.SERVER, start_time=at(answered.start)
+        )
+        span.set_attribute("preread.model", answered.model)
+        span.set_attribute("preread.code", answered.code)
+        span.set_attribute("preread.num_candidates", len(answered.request.candidates))
+        if call is not None:
+            span.set_attribute("preread.request_id", call.request_id)
+        for status, count in Counter(outcome.status.value for outcome in answered.trail.outcomes).items():
+            span.set_attribute(f"preread.num_{status}", count)
+        if answered.code not in _NOT_ERRORS:
+            span.set_status(Status(StatusCode.ERROR, answered.code))
+        within = set_span_in_context(span)
+        for fetch in answered.trail.fetches:
+            self._write("fetch", within, at(fetch.start), at(fetch.end), num_passages=fetch.num_passages)
+        for turn in answered.trail.turns:
+            batch = self._write("batch", within, at(turn.ready), at(turn.end))
+            self._write("forward", batch, at(turn.start), at(turn.end))
+        span.end(at(answered.end))
+
+    def passed(self, one: Pass) -> None:
+        """A pass serves several requests; each has it in its own trace."""
+
+    def _write(self, name: str, within: Context, start: int, end: int, **attributes: int) -> Context:
+        span = self._tracer.start_span(name, within, start_time=start)
+        for key, value in attributes.items():
+            span.set_attribute(f"preread.{key}", value)
+        span.end(end)
+        return set_span_in_context(span)
+
+
+def _parent(traceparent: str) -> Context:
+    """The caller's span, or an empty context: what else happens to be current is no parent of a request."""
+    carrier = {"traceparent": traceparent} if traceparent else {}
+    return TraceContextTextMapPropagator().extract(carrier, Context())

@@ -1,0 +1,88 @@
+"""Gives every gRPC call its id and says afterwards how it went. Knows gRPC; not who listens.
+
+The id comes in x-request-id, or is made here, and goes back in the trailing metadata of every
+answer, errors too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+
+from preread.edge import calls
+from preread.edge.handlers import function_of, replaced
+
+REQUEST_ID = "x-request-id"
+# Probes and descriptions would drown what matters.
+_OURS = ("/preread.", "/tei.")
+
+# method as Service/Method, name of the status, seconds
+OnCall = Callable[[str, str, float], None]
+
+
+class ObservingInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in grpc-stubs only
+    """The outermost interceptor, so that refusals have ids and are counted too."""
+
+    def __init__(self, *on_call: OnCall) -> None:
+        self._on_call = on_call
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        method = str(handler_call_details.method)
+        if not method.startswith(_OURS):
+            return await continuation(handler_call_details)
+        metadata = dict(handler_call_details.invocation_metadata or ())
+        # Before the inner interceptors, so that what they log has the id.
+        call = calls.begin(str(metadata.get(REQUEST_ID, "")), str(metadata.get("traceparent", "")))
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        function = function_of(handler)
+        short = method.rpartition("/")[0].rpartition(".")[2] + "/" + method.rpartition("/")[2]
+
+        async def once(request: Any, context: Any) -> Any:
+            with self._observed(short, call, context):
+                return await function(request, context)
+
+        async def many(request: Any, context: Any) -> AsyncIterator[Any]:
+            with self._observed(short, call, context):
+                async for answer in function(request, context):
+                    yield answer
+
+        return replaced(handler, many if inspect.isasyncgenfunction(function) else once)
+
+    @contextmanager
+    def _observed(self, method: str, call: calls.Call, context: Any) -> Iterator[None]:
+        started = time.monotonic()
+        context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
+        code = "UNKNOWN"
+        try:
+            yield
+            code = _code(context, "OK")
+        except asyncio.CancelledError:
+            code = "CANCELLED"
+            raise
+        except BaseException:
+            code = _code(context, "UNKNOWN")
+            raise
+        finally:
+            for on_call in self._on_call:
+                on_call(method, code, time.monotonic() - started)
+
+
+def _code(context: Any, default: str) -> str:
+    """Name of the status that was set, by abort or otherwise."""
+    number = context.code()
+    if isinstance(number, grpc.StatusCode):
+        return number.name
+    names = {status.value[0]: status.name for status in grpc.StatusCode}
+    return names.get(number, default) if number else default
