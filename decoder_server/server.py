@@ -33,6 +33,8 @@ from decoder_server.observer import Observer, Pass
 from decoder_server.passages import Passages
 from decoder_server.requestlog import RequestLog
 from decoder_server.service import RerankService
+from decoder_server.tei_service import SERVICES as TEI_SERVICES
+from decoder_server.tei_service import add_services as add_tei_services
 from preread.edge.access import AccessInterceptor
 from preread.edge.keys import ApiKeys
 from preread.edge.observe import ObservingInterceptor
@@ -90,6 +92,16 @@ class DecoderServer:
         """By served name; empty until the models have loaded."""
         return self._service.engines
 
+    @property
+    def store(self) -> Store:
+        """What is read, the tier in front of it included."""
+        return self._store
+
+    @property
+    def threads(self) -> ThreadPoolExecutor:
+        """For whatever blocks: the store, a tokenizer."""
+        return self._store_threads
+
     async def start(self) -> None:
         """Binds, loads and proves the model. When it raises, everything is stopped again.
 
@@ -117,8 +129,10 @@ class DecoderServer:
         )
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing in grpc-stubs
         rerank_pb2_grpc.add_RerankServiceServicer_to_server(self._service, self._server)
+        add_tei_services(self._server, lambda: self.engines)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection([SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
+        names = [SERVICE, *TEI_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME]
+        reflection.enable_server_reflection(names, self._server)
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         self.port = self.config.tls.listen(self._server, self.config.host, self.config.port)
         await self._server.start()

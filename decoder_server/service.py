@@ -56,9 +56,9 @@ class RerankService(rerank_pb2_grpc.RerankServiceServicer):
     ) -> rerank_pb2.RerankResponse:
         try:
             wanted = messages.unpack_request(request)
-            outcomes, summary = await self._engine(wanted).rerank(wanted, deadline=_deadline(context))
+            outcomes, summary = await self._engine(wanted).rerank(wanted, deadline=deadline_of(context))
         except RerankError as exc:
-            await _abort(context, exc)
+            await abort(context, exc)
         return messages.pack_response(outcomes, summary)
 
     async def RerankStream(  # type: ignore[override]  # noqa: N802  # the stubs know generators only; grpc.aio takes writers too
@@ -69,9 +69,9 @@ class RerankService(rerank_pb2_grpc.RerankServiceServicer):
 
         try:
             wanted = messages.unpack_request(request.request)
-            _, summary = await self._engine(wanted).rerank(wanted, deadline=_deadline(context), emit=emit)
+            _, summary = await self._engine(wanted).rerank(wanted, deadline=deadline_of(context), emit=emit)
         except RerankError as exc:
-            await _abort(context, exc)
+            await abort(context, exc)
         await context.write(messages.pack_summary(summary))
 
     async def ListModels(  # noqa: N802
@@ -86,7 +86,7 @@ class RerankService(rerank_pb2_grpc.RerankServiceServicer):
         try:
             described = await loop.run_in_executor(self._executor, describe, self._store)
         except CacheError as exc:
-            await _abort(context, Unavailable(str(exc)))
+            await abort(context, Unavailable(str(exc)))
         return rerank_pb2.ListCollectionsResponse(collections=map(messages.pack_collection, described))
 
     def _engine(self, request: RerankRequest) -> Engine:
@@ -98,12 +98,14 @@ class RerankService(rerank_pb2_grpc.RerankServiceServicer):
         return self.engines[name]
 
 
-def _deadline(context: Context) -> float | None:
+def deadline_of(context: Context) -> float | None:
+    """When the caller's time is up, on time.monotonic's clock."""
     remaining = context.time_remaining()
     return None if remaining is None else time.monotonic() + remaining
 
 
-async def _abort(context: Context, error: RerankError) -> NoReturn:
+async def abort(context: Context, error: RerankError) -> NoReturn:
+    """Ends a call with what the engine raised."""
     await rpc.abort(context, _CODES[type(error)], str(error), *_details(error))
 
 

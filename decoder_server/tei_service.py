@@ -1,0 +1,122 @@
+"""TEI's gRPC contract on our engines: Rerank, RerankStream and Info of tei.v1, for clients that speak it already.
+
+`truncate` false, which proto3 cannot tell from absent, does not refuse: TEI's own servers truncate by default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import grpc
+
+from decoder_server.engine import Engine
+from decoder_server.errors import InvalidRequest, RerankError, Unavailable
+from decoder_server.request import Candidate, RerankRequest
+from decoder_server.service import abort, deadline_of
+from preread.tei.v1 import tei_pb2, tei_pb2_grpc
+
+SERVICES = tuple(service.full_name for service in tei_pb2.DESCRIPTOR.services_by_name.values())
+
+Engines = Callable[[], dict[str, Engine]]
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+def add_services(server: grpc.aio.Server, engines: Engines) -> None:
+    """Puts both services on a server. `engines`: by name, empty until they have loaded; the first is asked."""
+    tei_pb2_grpc.add_RerankServicer_to_server(_Rerank(engines), server)
+    tei_pb2_grpc.add_InfoServicer_to_server(_Info(engines), server)
+
+
+class _Rerank(tei_pb2_grpc.RerankServicer):
+    def __init__(self, engines: Engines) -> None:
+        self._engines = engines
+
+    async def Rerank(self, request: tei_pb2.RerankRequest, context: _Context) -> tei_pb2.RerankResponse:  # type: ignore[override]  # noqa: N802
+        return await self._answer(list(request.texts), request, context)
+
+    async def RerankStream(  # type: ignore[override]  # noqa: N802  # the stubs know sync iterators only
+        self, request_iterator: AsyncIterator[tei_pb2.RerankStreamRequest], context: _Context
+    ) -> tei_pb2.RerankResponse:
+        first: tei_pb2.RerankStreamRequest | None = None
+        texts: list[str] = []
+        async for message in request_iterator:
+            first = first or message
+            texts.append(message.text)
+            engines = self._engines()
+            if engines and len(texts) > _first(engines).limits.max_candidates:
+                break  # the engine refuses that many, so the rest need not come
+        return await self._answer(texts, first or tei_pb2.RerankStreamRequest(), context)
+
+    async def _answer(
+        self, texts: list[str], flags: tei_pb2.RerankRequest | tei_pb2.RerankStreamRequest, context: _Context
+    ) -> tei_pb2.RerankResponse:
+        try:
+            engine = _first(self._engines())
+            wanted = RerankRequest(
+                query=flags.query,
+                candidates=tuple(Candidate(i, None, text) for i, text in enumerate(texts)),
+                return_text=flags.return_text,
+            )
+            outcomes, summary = await engine.rerank(wanted, deadline=deadline_of(context))
+            scored = [outcome for outcome in outcomes if outcome.margin is not None]
+            if not scored:  # an empty ranking would look like an answer
+                raise _why(engine, outcomes[0].message)
+        except RerankError as exc:
+            await abort(context, exc)
+        ranks = [
+            tei_pb2.Rank(index=o.index, text=o.text, score=o.margin if flags.raw_scores else o.score) for o in scored
+        ]
+        timings = summary.timings
+        return tei_pb2.RerankResponse(
+            ranks=ranks,
+            metadata=tei_pb2.Metadata(
+                compute_chars=sum(map(len, texts)),
+                compute_tokens=summary.num_scored * summary.num_query_tokens + summary.num_passage_tokens,
+                total_time_ns=int(timings.total_seconds * 1e9),
+                queue_time_ns=int(timings.queue_seconds * 1e9),
+                inference_time_ns=int((timings.encode_seconds + timings.compute_seconds) * 1e9),
+            ),
+        )
+
+
+class _Info(tei_pb2_grpc.InfoServicer):
+    def __init__(self, engines: Engines) -> None:
+        self._engines = engines
+
+    async def Info(self, request: tei_pb2.InfoRequest, context: _Context) -> tei_pb2.InfoResponse:  # type: ignore[override]  # noqa: N802
+        try:
+            engine = _first(self._engines())
+        except RerankError as exc:
+            await abort(context, exc)
+        return tei_pb2.InfoResponse(
+            version=_version(),
+            model_id=engine.name,
+            model_dtype=engine.backend.dtype_name,
+            model_type=tei_pb2.MODEL_TYPE_RERANKER,
+            max_concurrent_requests=engine.limits.max_queue_requests,
+            max_input_length=engine.backend.settings.max_passage_tokens,
+            max_batch_tokens=engine.limits.max_queue_tokens,
+            max_client_batch_size=engine.limits.max_candidates,
+            tokenization_workers=1,
+        )
+
+
+def _first(engines: dict[str, Engine]) -> Engine:
+    if not engines:
+        raise Unavailable("this server is still loading its model")
+    return next(iter(engines.values()))
+
+
+def _why(engine: Engine, message: str) -> RerankError:
+    if not engine.encodes_on_demand:
+        return Unavailable(f"no encoder worker is configured to encode texts: {message}")
+    return InvalidRequest("texts", "none of them scored", message)
+
+
+def _version() -> str:
+    try:
+        return version("preread")
+    except PackageNotFoundError:
+        return "0+unknown"
