@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +23,13 @@ from encoder_worker.sources import Passage, Place
 from preread.cli.main import cli
 
 ROOT = Path(__file__).parents[2]
+
+_spec = importlib.util.spec_from_file_location("worker_fixture", Path(__file__).with_name("worker_fixture.py"))
+assert _spec is not None
+assert _spec.loader is not None
+worker_fixture = importlib.util.module_from_spec(_spec)
+sys.modules["worker_fixture"] = worker_fixture  # dataclasses look their module up
+_spec.loader.exec_module(worker_fixture)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -113,3 +122,9 @@ def run_index(tmp_path: Path, tiny_checkpoint: Path) -> Callable[..., tuple[int,
         return result.exit_code, result.stdout, result.stderr
 
     return run
+
+
+@pytest.fixture
+def worker(tiny_checkpoint: Path, store: Store) -> Callable[..., Any]:
+    """Starts an EncoderServer over the embedded store; keyword arguments are EncoderConfig's."""
+    return lambda **config: worker_fixture.serve(tiny_checkpoint, store, **config)
