@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from preread.edge.tls import ServerTls
+
 MIB = 1 << 20
 
 
@@ -28,6 +30,10 @@ class EncoderConfig:
     max_unacknowledged_passages: int = 1024  # of one Upsert stream; the next message is read when there is room
     max_unacknowledged_bytes: int = 64 * MIB  # of their texts
 
+    tls_cert_file: str = ""  # PEM of this server; "": plain text
+    tls_key_file: str = ""
+    tls_client_ca_file: str = ""  # callers must show a certificate of this authority
+
     def __post_init__(self) -> None:
         positive = (
             "max_message_bytes", "max_answer_bytes", "max_texts", "max_text_bytes", "max_queue_tokens",
@@ -44,3 +50,9 @@ class EncoderConfig:
             raise ValueError(f"port is {self.port}; expected 0..65535")
         if not self.checkpoint:
             raise ValueError("checkpoint is empty; expected a directory or a hub id")
+        _ = self.tls  # raises where files contradict each other
+
+    @property
+    def tls(self) -> ServerTls:
+        """How the port is opened."""
+        return ServerTls(self.tls_cert_file, self.tls_key_file, self.tls_client_ca_file)

@@ -7,7 +7,8 @@ next batch. Runs on the event loop; does not know texts, stores or gRPC.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from enum import IntEnum
@@ -29,6 +30,22 @@ class Priority(IntEnum):
     BULK = 1
 
 
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One forward pass, for whoever watches."""
+
+    lengths: list[int]  # tokens of each sequence
+    seconds: float
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def num_padding_tokens(self) -> int:
+        return len(self.lengths) * max(self.lengths) - self.num_tokens
+
+
 @dataclass(eq=False, slots=True)
 class _Waiting:
     tokens: Sequence[int]
@@ -39,9 +56,12 @@ class _Waiting:
 class Scheduler:
     """`run` it as a task; `encode` from any number of others."""
 
-    def __init__(self, encoder: PassageEncoder, model_thread: Executor) -> None:
+    def __init__(
+        self, encoder: PassageEncoder, model_thread: Executor, on_pass: Callable[[Pass], None] = lambda _: None
+    ) -> None:
         self._encoder = encoder
         self._model_thread = model_thread
+        self._on_pass = on_pass
         self._queues: dict[Priority, list[_Waiting]] = {priority: [] for priority in Priority}
         self._wake = asyncio.Event()
         self._passed_over = 0  # batches since an upload waited and was not served
@@ -79,6 +99,7 @@ class Scheduler:
                 await self._wake.wait()
                 continue
             tokens = [one.tokens for one in batch]
+            start = time.monotonic()
             try:
                 results = await loop.run_in_executor(self._model_thread, self._encoder.encode, tokens, batch[0].ratio)
             except Exception as exc:  # costs this batch's calls, not the loop
@@ -86,6 +107,7 @@ class Scheduler:
                     if not one.done.done():
                         one.done.set_exception(exc)
                 continue
+            self._on_pass(Pass([len(sequence) for sequence in tokens], time.monotonic() - start))
             for one, result in zip(batch, results, strict=True):
                 if not one.done.done():
                     one.done.set_result(result)

@@ -18,9 +18,13 @@ from grpc_reflection.v1alpha import reflection
 from cache.store import Store, open_store
 from encoder_worker.config import EncoderConfig
 from encoder_worker.engine import Engine
+from encoder_worker.metrics import WorkerMetrics
 from encoder_worker.passage_encoder import PassageEncoder
 from encoder_worker.scheduler import Scheduler
 from encoder_worker.service import EncoderService, public_url
+from preread.edge.access import AccessInterceptor
+from preread.edge.keys import ApiKeys
+from preread.edge.observe import ObservingInterceptor, log_call
 from preread.v1 import encoder_pb2, encoder_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -36,16 +40,19 @@ class EncoderServer:
 
     Args:
         store: shared with another part of the process; None opens the configured one.
+        keys: who may call; None: whoever reaches the port.
     """
 
-    def __init__(self, config: EncoderConfig, *, store: Store | None = None) -> None:
+    def __init__(self, config: EncoderConfig, *, store: Store | None = None, keys: ApiKeys | None = None) -> None:
         self.config = config
+        self.keys = keys or ApiKeys()
+        self.metrics = WorkerMetrics()
         self.port = 0
         self._own_store = open_store(config.store, read_budget_seconds=STORE_READ_SECONDS) if store is None else None
         self._store = store or self._own_store
         self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="encoder")
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="text and store")
-        self._service = EncoderService()
+        self._service = EncoderService(self.metrics.upserted)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing in grpc-stubs
         self._server: grpc.aio.Server | None = None
         self._loop: asyncio.Task[None] | None = None
@@ -96,21 +103,18 @@ class EncoderServer:
 
     async def _bind(self) -> None:
         server = grpc.aio.server(
+            interceptors=(ObservingInterceptor(self.metrics.rpc, log_call), AccessInterceptor(self.keys)),
             options=[
                 ("grpc.max_receive_message_length", self.config.max_message_bytes),
                 ("grpc.max_send_message_length", self.config.max_answer_bytes),
                 ("grpc.so_reuseport", 0),  # a taken port should be an error, not a shared one
-            ]
+            ],
         )
         encoder_pb2_grpc.add_EncoderServiceServicer_to_server(self._service, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection([SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
         await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
-        address = f"{self.config.host}:{self.config.port}"
-        try:
-            self.port = server.add_insecure_port(address)
-        except RuntimeError as exc:
-            raise OSError(f"cannot listen on {address}: is the port taken?") from exc
+        self.port = self.config.tls.listen(server, self.config.host, self.config.port)
         await server.start()
         self._server = server
 
@@ -118,7 +122,8 @@ class EncoderServer:
         assert self._store is not None
         loop = asyncio.get_running_loop()
         encoder = await loop.run_in_executor(self._model_thread, _load_encoder, self.config)
-        scheduler = Scheduler(encoder, self._model_thread)
+        scheduler = Scheduler(encoder, self._model_thread, self.metrics.passed)
+        self.metrics.watch(scheduler, encoder)
         self._loop = asyncio.create_task(scheduler.run())
         self._loop.add_done_callback(self._loop_ended)
         self._service.engine = Engine(self.config, encoder, scheduler, self._store, self._threads)

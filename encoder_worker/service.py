@@ -5,7 +5,7 @@ Does not know models or batching.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from urllib.parse import urlsplit
 
@@ -24,14 +24,20 @@ from preread.v1 import common_pb2, encoder_pb2, encoder_pb2_grpc
 class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
     """The edge. `engine` is None until the model has loaded; every call is UNAVAILABLE until then."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_upserted: Callable[[encoder_pb2.UpsertResponse], None] = lambda _: None) -> None:
+        """
+        Args:
+            on_upserted: hears of what an upload acknowledges.
+        """
         self.engine: Engine | None = None
+        self._on_upserted = on_upserted
 
     async def Upsert(  # type: ignore[override]  # noqa: N802  # the stubs know sync iterators only
         self, request_iterator: AsyncIterator[encoder_pb2.UpsertRequest], context: Context
     ) -> None:
         async with translated(context), aclosing(Upload(self._loaded()).run(request_iterator)) as responses:
             async for response in responses:
+                self._on_upserted(response)
                 await context.write(response)
 
     async def Encode(  # noqa: N802

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,9 @@ import grpc
 
 from preread.edge import calls
 from preread.edge.handlers import function_of, replaced
+from preread.edge.logs import fields
+
+log = logging.getLogger(__name__)
 
 REQUEST_ID = "x-request-id"
 # Probes and descriptions would drown what matters.
@@ -24,6 +28,11 @@ _OURS = ("/preread.", "/tei.")
 
 # method as Service/Method, name of the status, seconds
 OnCall = Callable[[str, str, float], None]
+
+
+def log_call(method: str, code: str, seconds: float) -> None:
+    """One log line per call."""
+    log.info("call", extra=fields(method=method, code=code, seconds=round(seconds, 6)))
 
 
 class ObservingInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in grpc-stubs only
