@@ -1,4 +1,4 @@
-"""Laws of the collection an index run writes to: codecs that train, aliases, settings, and what a dry run tells of it."""
+"""Laws of the collection an index run writes to: codecs that train, aliases, settings, dry runs."""
 
 from __future__ import annotations
 
