@@ -33,10 +33,10 @@ class _Rerank(tei_pb2_grpc.RerankServicer):
     def __init__(self, engines: Engines) -> None:
         self._engines = engines
 
-    async def Rerank(self, request: tei_pb2.RerankRequest, context: _Context) -> tei_pb2.RerankResponse:  # type: ignore[override]  # noqa: N802
+    async def Rerank(self, request: tei_pb2.RerankRequest, context: _Context) -> tei_pb2.RerankResponse:  # noqa: N802
         return await self._answer(list(request.texts), request, context)
 
-    async def RerankStream(  # type: ignore[override]  # noqa: N802  # the stubs know sync iterators only
+    async def RerankStream(  # noqa: N802
         self, request_iterator: AsyncIterator[tei_pb2.RerankStreamRequest], context: _Context
     ) -> tei_pb2.RerankResponse:
         first: tei_pb2.RerankStreamRequest | None = None
@@ -85,7 +85,7 @@ class _Info(tei_pb2_grpc.InfoServicer):
     def __init__(self, engines: Engines) -> None:
         self._engines = engines
 
-    async def Info(self, request: tei_pb2.InfoRequest, context: _Context) -> tei_pb2.InfoResponse:  # type: ignore[override]  # noqa: N802
+    async def Info(self, request: tei_pb2.InfoRequest, context: _Context) -> tei_pb2.InfoResponse:  # noqa: N802
         try:
             engine = _first(self._engines())
         except RerankError as exc:

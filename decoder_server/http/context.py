@@ -1,0 +1,108 @@
+"""What the endpoints share: the engines, the store, the encoder worker, the limits."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from starlette.requests import Request
+
+from cache.store import Store
+from decoder_server.engine import Engine
+from decoder_server.errors import InvalidRequest, NotFound, Unavailable
+from decoder_server.http import body
+from decoder_server.http.config import ANY_MODEL, DEFAULT_NAMES, HttpConfig
+from decoder_server.http.errors import HttpError
+from preread.client import AsyncClient
+from preread.edge.keys import ApiKeys
+
+T = TypeVar("T")
+
+
+@dataclass(eq=False)
+class Context:
+    """One gateway's surroundings. Lives in `app.state.context`."""
+
+    config: HttpConfig
+    engines: Mapping[str, Engine]  # empty until the models have loaded; the first is the default
+    store: Store
+    threads: Executor  # for whatever blocks: the store, a tokenizer
+    worker: AsyncClient | None  # None: no encoder worker is configured
+    keys: ApiKeys = field(default_factory=ApiKeys)  # none: whoever reaches the port may do everything
+    tls: bool = False
+    draining: bool = False
+
+    @property
+    def ready(self) -> bool:
+        return bool(self.engines) and not self.draining
+
+    def engine(self, name: str) -> Engine:
+        """
+        Raises:
+            NotFound: another model is asked for.
+            Unavailable: none has loaded yet.
+        """
+        if not self.engines:
+            raise Unavailable("this server is still loading its model")
+        if name in self.engines:
+            return self.engines[name]
+        aliases = self.config.model_aliases
+        if not name or name in DEFAULT_NAMES or name in aliases or ANY_MODEL in aliases:
+            return next(iter(self.engines.values()))
+        raise NotFound("model", name, f"model is {name[:100]!r}; served here: {', '.join(self.engines)}")
+
+    def encoder(self) -> AsyncClient:
+        """
+        Raises:
+            Unavailable: there is none.
+        """
+        if self.worker is None:
+            message = "no encoder worker is configured, so passages cannot be added or deleted here"
+            raise Unavailable(f"{message}; start the server with --encoder-address, or without --no-encoder")
+        return self.worker
+
+    async def call(self, function: Callable[..., T], *args: object) -> T:
+        """Off the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self.threads, function, *args)
+
+
+def context(request: Request) -> Context:
+    found: Context = request.app.state.context
+    return found
+
+
+async def while_connected(request: Request, work: Awaitable[T]) -> T:
+    """The result of `work`, which is cancelled when the client leaves. The body must have been read.
+
+    Raises:
+        HttpError: the client left; the answer goes nowhere.
+    """
+    task = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(body.gone(request))
+    try:
+        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise HttpError(499, "client_error", "client_closed_request", "the client closed the connection")
+        return task.result()
+    finally:
+        for one in (task, leaving):
+            one.cancel()
+        await asyncio.gather(task, leaving, return_exceptions=True)
+
+
+async def read_json(request: Request) -> body.Json:
+    """The body as JSON, within the size limit."""
+    if request.headers.get("content-encoding", "identity") != "identity":
+        message = f"content-encoding {request.headers['content-encoding'][:40]!r} is not understood; send it plain"
+        raise HttpError(415, "invalid_request_error", "unsupported_encoding", message)
+    return body.parse(await body.read(request, context(request).config.max_body_bytes))
+
+
+def renamed(error: InvalidRequest, field: str) -> InvalidRequest:
+    """The engine speaks of candidates; a dialect has its own word."""
+    if not error.field.startswith("candidates"):
+        return error
+    return InvalidRequest(field + error.field.removeprefix("candidates"), error.value, error.expected)

@@ -1,0 +1,53 @@
+"""Around every answer: `x-request-id`, and JSON in place of an exception nobody foresaw.
+
+Plain ASGI, the outermost layer. Logs the id and the exception's type and place, never a request's text.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from decoder_server.http import errors
+from preread.edge import calls
+
+log = logging.getLogger(__name__)
+
+
+class Envelope:
+    """Takes the caller's request id where it is fit for a header and a log, else makes one."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        request_id = calls.begin(headers.get("x-request-id", ""), headers.get("traceparent", "")).request_id
+        scope.setdefault("state", {})["request_id"] = request_id
+        started = False
+
+        async def send_named(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_named)
+        except Exception as exc:
+            log.error("request %s failed: %s", request_id, type(exc).__name__, exc_info=exc)
+            if started:
+                raise  # the connection has to break: half an answer must not look like a whole one
+            await errors.respond(errors.internal(), tei=wants_tei(scope))(scope, receive, send_named)
+
+
+def wants_tei(scope: Scope) -> bool:
+    """Whether the caller is known to read TEI's errors: by the path, or because its body said so."""
+    path: str = scope["path"]
+    return path.startswith("/tei/") or scope.get("state", {}).get("dialect") == "tei"

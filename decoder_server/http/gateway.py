@@ -1,0 +1,121 @@
+"""The gateway as a process part: a socket, uvicorn on the loop that is running, and an end.
+
+Serves from the first moment (health), answers 503 until the models have loaded. Does not know endpoints.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import ssl
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import uvicorn
+from starlette.routing import BaseRoute
+
+from decoder_server.config import DecoderConfig
+from decoder_server.http.config import HttpConfig
+from decoder_server.http.context import Context
+from decoder_server.http.routes import build
+from decoder_server.server import DecoderServer
+from preread.client import AsyncClient, ClientOptions
+
+log = logging.getLogger(__name__)
+
+BACKLOG = 2048
+KEEP_ALIVE_SECONDS = 75  # longer than the minute that proxies keep an idle connection
+
+
+class _Uvicorn(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals belong to whoever owns the process."""
+        yield
+
+
+def _tls(config: DecoderConfig) -> dict[str, Any]:
+    """The gRPC port's files serve here too; where it asks callers for certificates, so does this one."""
+    if not config.tls_cert_file:
+        return {}
+    settings: dict[str, Any] = {"ssl_certfile": config.tls_cert_file, "ssl_keyfile": config.tls_key_file}
+    if config.tls_client_ca_file:
+        settings |= {"ssl_ca_certs": config.tls_client_ca_file, "ssl_cert_reqs": ssl.CERT_REQUIRED}
+    return settings
+
+
+class Gateway:
+    """HTTP in front of one DecoderServer. `start`, then serve on `.port`, then `stop`; not to be started twice."""
+
+    def __init__(
+        self,
+        config: HttpConfig,
+        server: DecoderServer,
+        *,
+        worker: AsyncClient | None = None,
+        extra: Sequence[BaseRoute] = (),
+    ) -> None:
+        """
+        Args:
+            worker: a client of the encoder worker, for passages that come over HTTP; closed at the end.
+                None: one for the address the server has, if it has one.
+            extra: routes of others, such as /metrics.
+        """
+        self.config = config
+        self.port = 0
+        address = server.config.encoder_address
+        if worker is None and address:
+            key = server.config.encoder_api_key
+            metadata = {"authorization": f"Bearer {key}"} if key else {}
+            options = ClientOptions(timeout_seconds=None, tls=server.config.encoder_tls, metadata=metadata)
+            worker = AsyncClient(address, encoder_address=address, options=options)
+        self.context = Context(
+            config, server.engines, server.store, server.threads, worker, server.keys, tls=server.config.tls.enabled
+        )
+        self._uvicorn = _Uvicorn(
+            uvicorn.Config(
+                build(self.context, extra),
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
+                backlog=BACKLOG,
+                **_tls(server.config),
+            )
+        )
+        self._serving: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Listens.
+
+        Raises:
+            OSError: the port is taken, or the address is not ours.
+        """
+        host = self.config.host.strip("[]")
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            listener = socket.create_server((host, self.config.port), family=family, backlog=BACKLOG)
+        except OSError as exc:
+            message = f"cannot listen on {host}:{self.config.port} (HTTP): {exc.strerror or exc}"
+            raise OSError(exc.errno, message) from exc
+        self.port = listener.getsockname()[1]
+        self._serving = asyncio.create_task(self._uvicorn.serve(sockets=[listener]))
+        while not self._uvicorn.started:
+            if self._serving.done():
+                await self._serving
+                raise OSError(f"the HTTP server on {host}:{self.port} ended at once")
+            await asyncio.sleep(0.005)
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Says not ready, accepts nothing more, lets what runs finish within the grace, then stops."""
+        self.context.draining = True
+        if self._serving is not None:
+            self._uvicorn.config.timeout_graceful_shutdown = max(1, round(grace_seconds))
+            self._uvicorn.should_exit = True
+            await self._serving
+            self._serving = None
+        if self.context.worker is not None:
+            await self.context.worker.close()

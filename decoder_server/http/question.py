@@ -1,0 +1,130 @@
+"""What every dialect asks in the end, and what it hears: a Question, an Answer.
+
+Reads the fields that mean the same everywhere, ours among them; a dialect adds its own. Knows no paths.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from decoder_server.errors import InvalidRequest
+from decoder_server.http.fields import Fields, as_text
+from decoder_server.request import Candidate, OnMiss, Outcome, RerankRequest, Summary
+
+ON_MISS = tuple(on_miss.value for on_miss in OnMiss)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A request for the engine, and what the edge itself has to do about it."""
+
+    request: RerankRequest
+    candidates_field: str = "documents"  # what this dialect calls the candidates
+    max_tokens_per_doc: int | None = None  # inline texts are cut there
+    keep_end: bool = False  # inline texts over the model's limit lose their beginning
+    refuse_truncated: bool = False  # rather an error than a score of part of a text
+    return_margins: bool = False
+
+    def replace(self, **changes: Any) -> Question:
+        return dataclasses.replace(self, **changes)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The engine's answer: scored outcomes best first, at most top_n; the others in request order."""
+
+    question: Question
+    scored: list[Outcome]
+    unscored: list[Outcome]
+    summary: Summary
+    request_id: str
+
+    @property
+    def num_tokens(self) -> int:
+        """What was read for it: the query once per candidate, and passages in whole states."""
+        return self.summary.num_scored * self.summary.num_query_tokens + self.summary.num_passage_tokens
+
+    @property
+    def usage(self) -> dict[str, int]:
+        return {"prompt_tokens": self.num_tokens, "total_tokens": self.num_tokens}
+
+    def warnings(self) -> list[str]:
+        """One line per candidate that is not in the ranking, and why."""
+        name = self.question.candidates_field
+        lines = [f"{name}[{o.index}] was not scored ({o.status.value}): {o.message}" for o in self.unscored]
+        return ["the query was truncated", *lines] if self.summary.query_truncated else lines
+
+    def results(self, score_name: str) -> list[dict[str, Any]]:
+        """`index` and the score under its name; `id` and `margin` where there is one, or was asked for."""
+        results: list[dict[str, Any]] = []
+        for outcome in self.scored:
+            result: dict[str, Any] = {"index": outcome.index, score_name: outcome.score}
+            if outcome.passage_id:
+                result["id"] = outcome.passage_id
+            if self.question.return_margins:
+                result["margin"] = outcome.margin
+            results.append(result)
+        return results
+
+
+Ask = Callable[[Question], Awaitable[Answer]]
+
+
+def question(
+    body: Fields, candidates_field: str, *, top: str = "top_n", return_text: str = "return_documents"
+) -> Question:
+    """The fields all dialects share.
+
+    Args:
+        top, return_text: what this dialect calls them.
+
+    Raises:
+        InvalidRequest: the first field that cannot be read.
+    """
+    on_miss = body.word("on_miss", ON_MISS)
+    request = RerankRequest(
+        query=body.needed_text("query"),
+        candidates=candidates(body, candidates_field),
+        instruction=body.text("instruction") or None,
+        collection=body.text("collection") or None,
+        top_n=body.count(top) or 0,
+        compression_ratio=body.count("compression_ratio") or None,
+        on_miss=OnMiss(on_miss) if on_miss is not None else None,
+        return_text=body.flag(return_text) or False,
+        model=body.text("model") or "",
+    )
+    return Question(
+        request,
+        candidates_field,
+        max_tokens_per_doc=body.count("max_tokens_per_doc") or None,
+        return_margins=body.flag("return_margins") or False,
+    )
+
+
+def candidates(body: Fields, field: str) -> tuple[Candidate, ...]:
+    """Texts, or objects with `text`, `id` or both; `passage_ids` beside them, or alone."""
+    items, ids = body.items(field), body.texts("passage_ids")
+    if items is None and ids is None:
+        raise InvalidRequest(field, "absent", "a list of texts, or passage_ids and a collection")
+    if items is None:
+        items = [None] * len(ids or ())
+    if not items:
+        raise InvalidRequest(field, "empty", "at least one")
+    if ids is not None and len(ids) != len(items):
+        raise InvalidRequest("passage_ids", f"{len(ids)} of them", f"{len(items)}, one for each of {field}")
+    return tuple(_candidate(i, item, f"{field}[{i}]", ids[i] if ids else "") for i, item in enumerate(items))
+
+
+def _candidate(index: int, item: object, where: str, passage_id: str) -> Candidate:
+    text: str | None = None
+    if isinstance(item, str):
+        text = as_text(item, where)
+    elif item is not None or not passage_id:
+        fields = Fields(item, f"{where}.", where)
+        text, passage_id = fields.text("text"), passage_id or fields.text("id") or ""
+        if text is None and not passage_id:
+            raise InvalidRequest(where, "an object without text", "a string, or an object with text, id or both")
+    return Candidate(index, passage_id or None, text)

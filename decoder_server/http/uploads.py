@@ -1,0 +1,69 @@
+"""Passages out of a request body: one JSON document, or NDJSON read line by line as it arrives.
+
+Reading waits for whoever takes the passages; so backpressure reaches the client's socket. Knows no collection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from starlette.requests import Request
+
+from decoder_server.errors import InvalidRequest
+from decoder_server.http import body
+from decoder_server.http.fields import Fields
+from preread.client import Passage
+
+NDJSON = ("application/x-ndjson", "application/ndjson", "application/jsonl", "application/x-jsonlines")
+
+
+def is_ndjson(request: Request) -> bool:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower() in NDJSON
+
+
+async def from_lines(request: Request, max_line_bytes: int) -> AsyncIterator[Passage]:
+    """One passage per line; empty lines are skipped.
+
+    Raises:
+        InvalidRequest: a line that is no passage; `param` is its number, from 1.
+        TooLarge: a line over the limit.
+        ClientDisconnect: the client left.
+    """
+    number = 0
+    rest = bytearray()
+    async for chunk in request.stream():
+        start = len(rest)  # what was there holds no line end
+        rest += chunk
+        while (end := rest.find(b"\n", start)) >= 0:
+            number += 1
+            if end > max_line_bytes:
+                raise body.TooLarge(max_line_bytes)
+            line = bytes(rest[:end]).strip()
+            del rest[: end + 1]
+            start = 0
+            if line:
+                yield _passage(body.parse(line, f"line {number}"), f"line {number}")
+        if len(rest) > max_line_bytes:
+            raise body.TooLarge(max_line_bytes)
+    if line := bytes(rest).strip():
+        yield _passage(body.parse(line, f"line {number + 1}"), f"line {number + 1}")
+
+
+def from_document(fields: Fields) -> list[Passage]:
+    """`passages` of a JSON object.
+
+    Raises:
+        InvalidRequest: something there is no passage.
+    """
+    items = fields.items("passages")
+    if not items:
+        raise InvalidRequest("passages", "empty" if items is not None else "absent", "a list of objects")
+    return [_passage(item, f"passages[{i}]") for i, item in enumerate(items)]
+
+
+def _passage(item: object, where: str) -> Passage:
+    fields = Fields(item, f"{where}.", where)
+    passage_id = fields.text("id") or fields.text("passage_id")
+    if not passage_id:
+        raise InvalidRequest(f"{where}.id", "absent or empty", "the passage's id, a string")
+    return Passage(passage_id, fields.needed_text("text"))

@@ -1,0 +1,83 @@
+"""`preread serve`'s HTTP gateway: its options, and its life beside the gRPC server's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from preread.cli.options import option
+
+if TYPE_CHECKING:
+    from decoder_server.http.gateway import Gateway
+    from decoder_server.server import DecoderServer
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+MIB = 1 << 20
+
+
+def http_options(function: F) -> F:
+    """--http-port and what goes with it."""
+    for decorate in (
+        option(
+            "--max-body-bytes",
+            type=click.IntRange(min=1),
+            default=64 * MIB,
+            help="Largest HTTP request body; NDJSON uploads are read line by line and may be longer.",
+        ),
+        option(
+            "--http-timeout-seconds",
+            type=click.FloatRange(min=0, min_open=True),
+            default=120.0,
+            help="Longest time an HTTP reranking request may take.",
+        ),
+        option(
+            "--model-alias",
+            "model_aliases",
+            multiple=True,
+            metavar="NAME",
+            help="HTTP clients may ask for the model by this name too; '*': by any. May be repeated.",
+        ),
+        option(
+            "--http-port",
+            type=click.IntRange(0, 65535),
+            help="Answer HTTP here too, on --host: Cohere, Jina, vLLM, TEI, NIM, Voyage and other dialects. "
+            "0 takes a free port and prints it.",
+        ),
+    ):
+        function = decorate(function)
+    return function
+
+
+async def start_gateway(options: dict[str, Any], server: DecoderServer) -> Gateway | None:
+    """Listens before the model has loaded, so that health can be asked; None without --http-port.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    if options["http_port"] is None:
+        return None
+    from decoder_server.http.config import HttpConfig
+    from decoder_server.http.gateway import Gateway
+
+    config = HttpConfig(
+        host=options["host"],
+        port=options["http_port"],
+        model_aliases=options["model_aliases"],
+        max_body_bytes=options["max_body_bytes"],
+        timeout_seconds=options["http_timeout_seconds"],
+    )
+    gateway = Gateway(config, server)
+    await gateway.start()
+    return gateway
+
+
+def gateway_line(gateway: Gateway) -> str:
+    """Where it listens, for the start-up lines."""
+    scheme = "https" if gateway.context.tls else "http"
+    asks = " (API keys)" if gateway.context.keys.required else ""
+    host = gateway.config.host
+    host = f"[{host}]" if ":" in host and host[0] != "[" else host
+    return f"http         {scheme}://{host}:{gateway.port}{asks}"
