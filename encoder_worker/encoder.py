@@ -1,7 +1,7 @@
 """The encoder half: token ids in, pooled token states out.
 
-The forward pass is transformers' own text encoder, filled straight from safetensors; the vision
-tower and the decoder are never built. Does not know texts, batching policy or stores.
+Reads the encoder's tensors straight from safetensors; the vision tower and the decoder are never
+built. Does not know texts, batching policy or stores.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from checkpoint import Checkpoint
 from checkpoint.compute import choose_device, choose_dtype, dtype_name
+from encoder_worker.text_encoder import TextEncoder
 
 
 class Encoder:
@@ -26,7 +27,10 @@ class Encoder:
         self.dtype_name = dtype_name(dtype)
         self.device_name = str(device)
         self._device = device
-        self._model = _build(checkpoint, dtype).to(device)
+        tensors = checkpoint.encoder_tensors(dtype)
+        if device.type != "cpu":
+            tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+        self._model = TextEncoder(checkpoint.encoder_config, tensors, checkpoint.eoi_id)
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, *, device: str | None = None, dtype: str | None = None) -> Encoder:
@@ -61,7 +65,7 @@ class Encoder:
             ids[row, : len(tokens)] = torch.tensor(tokens)
         real = torch.arange(longest) < lengths[:, None]
         ids, real = ids.to(self._device), real.to(self._device)
-        states = self._model(input_ids=ids, attention_mask=real.long()).last_hidden_state
+        states = self._model.states(ids, real)
         pooled = pool_batch(states, real, ratio).cpu()
         # Copies, so that one passage kept does not keep the whole batch alive.
         return [pooled[row, : -(-len(tokens) // ratio)].numpy().copy() for row, tokens in enumerate(batch)]
@@ -85,21 +89,3 @@ def pool_batch(states: Tensor, real: Tensor, ratio: int) -> Tensor:
     grouped = F.pad(states.float() * real[..., None], (0, 0, 0, extra)).view(batch, -1, ratio, dim)
     counts = F.pad(real, (0, extra)).view(batch, -1, ratio).sum(2)
     return grouped.sum(2) / counts.clamp(min=1)[..., None]
-
-
-def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> torch.nn.Module:
-    """transformers' text encoder over the checkpoint's tensors, without a second copy of them."""
-    from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2RotaryEmbedding, T5Gemma2TextEncoder
-
-    config = checkpoint.encoder_config
-    config._attn_implementation = "sdpa"
-    with torch.device("meta"):
-        model = T5Gemma2TextEncoder(config, eoi_token_index=checkpoint.eoi_id)
-    tensors = {name.removeprefix("encoder."): t for name, t in checkpoint.encoder_tensors(dtype).items()}
-    model.load_state_dict(tensors, strict=True, assign=True)
-    # Buffers are not in a checkpoint: they follow from config.json.
-    model.rotary_emb = T5Gemma2RotaryEmbedding(config)
-    model.embed_tokens.embed_scale = torch.nn.Buffer(torch.tensor(config.hidden_size**0.5), persistent=False)
-    model.requires_grad_(False)
-    model.train(False)
-    return model

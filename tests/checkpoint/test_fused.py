@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from decoder_server.fused import _fused_gated_linear, _has_onednn_pointwise, _plain_gated_linear, gated_linear_for
+from checkpoint.fused import _fused_gated_linear, _has_onednn_pointwise, _plain_gated_linear, gated_linear_for
 
 
 @pytest.mark.skipif(not _has_onednn_pointwise(), reason="this torch build has no oneDNN pointwise operators")
