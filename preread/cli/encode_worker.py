@@ -7,16 +7,23 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from preread.cli.config_file import config_option
+from preread.cli.effective import effective_lines
 from preread.cli.options import compute_options, model_option, option, store_option
+from preread.cli.server_options import access_options, api_keys, grace_option, observe_options, tls_files
+
+if TYPE_CHECKING:
+    from encoder_worker.server import EncoderServer
 
 MIB = 1 << 20
 
 
 @click.command()
+@config_option
 @store_option
 @model_option
 @option("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 for every interface.")
@@ -37,13 +44,11 @@ MIB = 1 << 20
     default=1024,
     help="Passages of one upload that are read before the first is stored.",
 )
-@option(
-    "--grace-seconds",
-    type=click.FloatRange(min=0),
-    default=30.0,
-    help="How long calls under way may take to finish after SIGTERM.",
-)
-def command(**options: Any) -> None:
+@access_options
+@observe_options
+@grace_option
+@click.pass_context
+def command(ctx: click.Context, /, **options: Any) -> None:
     """Keep an encoder running for other machines to send passages to.
 
     \b
@@ -52,6 +57,11 @@ def command(**options: Any) -> None:
 
     Ready when the last line says so; SIGTERM or Ctrl-C lets calls under way finish.
     """
+    from preread.edge.logs import set_up
+
+    set_up(options["log_format"], options["log_level"])
+    for line in effective_lines(ctx):
+        click.echo(line)
     asyncio.run(_work(options))
 
 
@@ -59,14 +69,24 @@ async def _work(options: dict[str, Any]) -> None:
     from checkpoint.compute import tune_process
     from encoder_worker.config import EncoderConfig
     from encoder_worker.server import EncoderServer
+    from preread.cli.serve_parts import metrics_port
     from preread.cli.signals import told_to_stop
 
     started = time.monotonic()
-    tune_process(options.pop("threads"))
-    grace_seconds = options.pop("grace_seconds")
-    config = EncoderConfig(checkpoint=options.pop("model"), **options)
+    tune_process(options["threads"])
+    same = (
+        "store", "host", "port", "device", "dtype", "max_passage_tokens", "max_batch_tokens", "max_message_bytes",
+        "max_queue_tokens", "max_unacknowledged_passages",
+    )  # fmt: skip
+    config = EncoderConfig(checkpoint=options["model"], **tls_files(options), **{name: options[name] for name in same})
     told = told_to_stop()
-    server = EncoderServer(config)
+    server = EncoderServer(config, keys=api_keys(options))
+    with metrics_port(options, server.metrics.registry):
+        await _run(server, told, options["grace_seconds"], started)
+
+
+async def _run(server: EncoderServer, told: asyncio.Future[None], grace_seconds: float, started: float) -> None:
+    config = server.config
     starting = asyncio.create_task(server.start())
     await asyncio.wait([starting, told], return_when=asyncio.FIRST_COMPLETED)
     if not starting.done():
@@ -79,7 +99,9 @@ async def _work(options: dict[str, Any]) -> None:
     click.echo(f"encoder      {config.checkpoint} (encoder {identity.fingerprint[:12]}, dim {identity.dim})")
     click.echo(f"compute      {engine.encoder.dtype_name} on {engine.encoder.device_name}")
     click.echo(f"store        {server.public_store}")
-    click.echo(f"listening    {config.host}:{server.port} (gRPC)")
+    secured = ", TLS" if config.tls.enabled else ""
+    asks = ", API keys" if server.keys.required else ""
+    click.echo(f"listening    {config.host}:{server.port} (gRPC{secured}{asks})")
     click.echo(f"ready        in {time.monotonic() - started:.1f} s")
     await told
     click.echo(f"stopping     calls under way have {grace_seconds:g} s to finish")

@@ -5,13 +5,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 import preread
+
+if TYPE_CHECKING:
+    from preread.client import ClientOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -102,8 +105,19 @@ def address_option(function: F) -> F:
 
 
 def tls_options(function: F) -> F:
-    """--tls, --tls-ca-file: how a client command reaches a server."""
+    """--tls, --tls-ca-file, --tls-cert-file, --tls-key-file, --api-key: how a client command reaches a server."""
     for decorate in (
+        option("--api-key", metavar="KEY", help="Shown to a server that asks for one."),
+        option(
+            "--tls-key-file",
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            help="The key of --tls-cert-file (PEM).",
+        ),
+        option(
+            "--tls-cert-file",
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            help="Show this certificate (PEM), for mutual TLS.",
+        ),
         option(
             "--tls-ca-file",
             type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -113,6 +127,19 @@ def tls_options(function: F) -> F:
     ):
         function = decorate(function)
     return function
+
+
+def client_options(given: Mapping[str, Any], **settings: Any) -> ClientOptions:
+    """What `tls_options` were given, and other settings of ClientOptions.
+
+    Raises:
+        ValueError: a certificate without its key, or the reverse.
+    """
+    from preread.client import ClientOptions, TlsFiles
+
+    files = [given[f"tls_{name}_file"] for name in ("ca", "cert", "key")]
+    tls = TlsFiles(*files) if given["tls"] or any(files) else None
+    return ClientOptions(tls=tls, api_key=given["api_key"], **settings)
 
 
 def json_option(function: F) -> F:

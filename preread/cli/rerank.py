@@ -13,7 +13,15 @@ from typing import Any
 import click
 
 from preread.cli.failures import BAD_ITEMS, CommandFailed
-from preread.cli.options import address_option, collection_option, json_option, option, store_option, tls_options
+from preread.cli.options import (
+    address_option,
+    client_options,
+    collection_option,
+    json_option,
+    option,
+    store_option,
+    tls_options,
+)
 
 # Asking for a whole collection is for trying things out; ranking needs a first stage beyond this.
 MAX_WHOLE_COLLECTION = 5000
@@ -65,7 +73,9 @@ def command(ctx: click.Context, /, query: str | None, **given: Any) -> None:
         "model": given["model_name"],
     }
     try:
-        with Client(given["address"], options=_client_options(given)) as client:
+        with Client(
+            given["address"], options=client_options(given, timeout_seconds=given["timeout_seconds"])
+        ) as client:
             max_candidates = _max_candidates(client, given["model_name"])
             if query is not None:
                 num_bad = _one_query(client, query, given, max_candidates, options)
@@ -87,13 +97,6 @@ def _check(query: str | None, given: Mapping[str, Any]) -> None:
         raise click.UsageError("--run goes with --queries.")
     if given["collection"] is None and given["candidates"] is None:
         raise click.UsageError("Name the --collection that holds the passages, or give texts with --candidates.")
-
-
-def _client_options(given: Mapping[str, Any]) -> Any:
-    from preread.client import ClientOptions, TlsFiles
-
-    tls = TlsFiles(given["tls_ca_file"]) if given["tls"] or given["tls_ca_file"] else None
-    return ClientOptions(timeout_seconds=given["timeout_seconds"], tls=tls)
 
 
 def _max_candidates(client: Any, model: str) -> int:

@@ -8,25 +8,30 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from preread.cli.config_file import config_option
+from preread.cli.effective import effective_lines
 from preread.cli.options import compute_options, model_option, option, store_option
+from preread.cli.serve_http import gateway_line, http_gateway, http_options
+from preread.cli.server_options import access_options, api_keys, grace_option, observe_options, tls_files
 from preread.cli.signals import told_to_stop
 
 if TYPE_CHECKING:
     from cache.store import Store
     from decoder_server.config import DecoderConfig
     from decoder_server.server import DecoderServer
+    from preread.cli.serve_parts import EncoderHalf
 
 MIB = 1 << 20
 MAX_SHOWN = 5  # collections in the start-up lines
+_FILE = click.Path(exists=True, dir_okay=False)
 
 
 @click.command()
+@config_option
 @store_option
 @model_option
 @option(
@@ -37,10 +42,15 @@ MAX_SHOWN = 5  # collections in the start-up lines
 )
 @option("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 for every interface.")
 @option("--port", type=click.IntRange(0, 65535), default=50051, help="gRPC port; 0 takes a free one and prints it.")
+@http_options
 @option(
     "--encoder-port", type=click.IntRange(0, 65535), default=50052, help="Loopback port of the encoder in this process."
 )
 @option("--encoder-address", metavar="HOST:PORT", help="Use this encoder worker instead of one in this process.")
+@option("--encoder-api-key", metavar="KEY", help="Shown to the worker at --encoder-address.")
+@option("--encoder-tls-ca-file", type=_FILE, help="Reach that worker with TLS, trusting this certificate (PEM).")
+@option("--encoder-tls-cert-file", type=_FILE, help="Show that worker this certificate (PEM), for mutual TLS.")
+@option("--encoder-tls-key-file", type=_FILE, help="The key of --encoder-tls-cert-file (PEM).")
 @option("--no-encoder", is_flag=True, help="Answer from stored states only.")
 @compute_options
 @option(
@@ -66,6 +76,12 @@ MAX_SHOWN = 5  # collections in the start-up lines
     help="Tokens under way before new requests are turned away.",
 )
 @option("--max-candidates", type=click.IntRange(min=1), default=1000, help="Candidates of one request.")
+@option(
+    "--max-request-tokens",
+    type=click.IntRange(min=1),
+    help="Prompt tokens and states of one request, over all its candidates.  [default: no limit]",
+)
+@option("--max-text-bytes", type=click.IntRange(min=1), default=MIB, help="Longest text of one candidate.")
 @option("--max-message-bytes", type=click.IntRange(min=1), default=64 * MIB, help="Largest gRPC message.")
 @option(
     "--cache-bytes",
@@ -73,24 +89,30 @@ MAX_SHOWN = 5  # collections in the start-up lines
     default=256 * MIB,
     help="Memory for stored states read before, and as much for states of inline texts.",
 )
-@option(
-    "--grace-seconds",
-    type=click.FloatRange(min=0),
-    default=30.0,
-    help="How long requests under way may take to finish after SIGTERM.",
-)
-def command(**options: Any) -> None:
+@access_options
+@observe_options
+@option("--log-text", is_flag=True, help="Log queries and instructions too; passages never.")
+@option("--tracing", is_flag=True, help="Send OpenTelemetry spans to where the OTEL_* variables say.")
+@grace_option
+@click.pass_context
+def command(ctx: click.Context, /, **options: Any) -> None:
     """Start the reranking server.
 
     \b
-    Answers gRPC on --port from the states in --store. Texts that come with a request, and ids that
-    are not stored but come with a text, are encoded by a second half in this process, or by the
-    worker at --encoder-address (`preread encode-worker`), or not at all with --no-encoder.
+    Answers gRPC on --port, and HTTP on --http-port, from the states in --store. Texts that come
+    with a request, and ids that are not stored but come with a text, are encoded by a second half
+    in this process, or by the worker at --encoder-address (`preread encode-worker`), or not at all
+    with --no-encoder.
 
     Ready when the last line says so; SIGTERM or Ctrl-C lets requests under way finish.
     """
     if options["no_encoder"] and options["encoder_address"]:
         raise click.UsageError("--no-encoder and --encoder-address contradict each other: give one of them.")
+    from preread.edge.logs import set_up
+
+    set_up(options["log_format"], options["log_level"])
+    for line in effective_lines(ctx):
+        click.echo(line)
     asyncio.run(_serve(options))
 
 
@@ -98,71 +120,65 @@ async def _serve(options: dict[str, Any]) -> None:
     from cache.store import open_store
     from checkpoint.compute import tune_process
     from decoder_server.server import DecoderServer
+    from preread.cli.serve_parts import encoder_half, metrics_port, tracing
 
     started = time.monotonic()
     tune_process(options["threads"])
     stop = told_to_stop()
+    keys = api_keys(options)
     store = open_store(options["store"])
     try:
-        async with _encoder(options, store) as encoder_address:
-            server = DecoderServer(_config(options, encoder_address), store=store)
-            starting = asyncio.create_task(server.start())
-            await asyncio.wait([starting, stop], return_when=asyncio.FIRST_COMPLETED)
-            if not starting.done():
-                starting.cancel()
-                await asyncio.wait([starting])
-                return
-            await starting
-            await _introduce(server, store, options)
-            click.echo(f"ready        in {time.monotonic() - started:.1f} s")
-            await stop
-            click.echo(f"stopping     requests under way have {options['grace_seconds']:g} s to finish")
-            await server.stop(options["grace_seconds"])
+        with tracing(options) as observers:
+            async with encoder_half(options, store, keys) as encoder:
+                server = DecoderServer(_config(options, encoder), store=store, keys=keys, observers=observers)
+                with metrics_port(options, server.metrics.registry, *encoder.registries):
+                    await _run(server, store, options, stop, started)
     finally:
         store.close()
 
 
-def _config(options: dict[str, Any], encoder_address: str) -> DecoderConfig:
+async def _run(
+    server: DecoderServer, store: Store, options: dict[str, Any], stop: asyncio.Future[None], started: float
+) -> None:
+    async with http_gateway(options, server) as gateway:
+        starting = asyncio.create_task(server.start())
+        await asyncio.wait([starting, stop], return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
+            await asyncio.wait([starting])
+            return
+        await starting
+        await _introduce(server, store, options)
+        if gateway is not None:
+            click.echo(gateway_line(gateway))
+        click.echo(f"ready        in {time.monotonic() - started:.1f} s")
+        await stop
+        click.echo(f"stopping     requests under way have {options['grace_seconds']:g} s to finish")
+        stops = [server.stop(options["grace_seconds"])]
+        if gateway is not None:
+            stops.append(gateway.stop(options["grace_seconds"]))
+        await asyncio.gather(*stops)
+
+
+def _config(options: dict[str, Any], encoder: EncoderHalf) -> DecoderConfig:
     from decoder_server.config import DecoderConfig
 
     same = (
         "served_model_name", "host", "port", "store", "device", "dtype", "max_passage_tokens", "max_batch_tokens",
         "max_queue_requests", "max_queue_tokens", "max_candidates", "max_message_bytes",
+        "max_request_tokens", "max_text_bytes", "log_text",
     )  # fmt: skip
+    worker_tls = ("encoder_tls_ca_file", "encoder_tls_cert_file", "encoder_tls_key_file")
     return DecoderConfig(
         checkpoint=options["model"],
-        encoder_address=encoder_address,
+        encoder_address=encoder.address,
+        encoder_api_key=encoder.api_key,
+        **dict[str, Any]({name: options[name] or "" for name in worker_tls}),
+        **tls_files(options),
         max_inline_cache_bytes=options["cache_bytes"],
         max_store_cache_bytes=options["cache_bytes"],
         **{name: options[name] for name in same},
     )
-
-
-@asynccontextmanager
-async def _encoder(options: dict[str, Any], store: Store) -> AsyncIterator[str]:
-    """The address texts are sent to; "" for none. Runs the worker where no other one is named."""
-    if options["no_encoder"] or options["encoder_address"]:
-        yield options["encoder_address"] or ""
-        return
-    from encoder_worker.config import EncoderConfig
-    from encoder_worker.server import EncoderServer
-
-    worker = EncoderServer(
-        EncoderConfig(
-            checkpoint=options["model"],
-            store=options["store"],
-            port=options["encoder_port"],
-            device=options["device"],
-            dtype=options["dtype"],
-            max_passage_tokens=options["max_passage_tokens"],
-        ),
-        store=store,
-    )
-    await worker.start()
-    try:
-        yield f"127.0.0.1:{worker.port}"
-    finally:
-        await worker.stop(0)
 
 
 async def _introduce(server: DecoderServer, store: Store, options: dict[str, Any]) -> None:
@@ -183,7 +199,9 @@ async def _introduce(server: DecoderServer, store: Store, options: dict[str, Any
     else:
         where = "elsewhere" if options["encoder_address"] else "in this process"
         click.echo(f"encoder      {config.encoder_address} ({where})")
-    click.echo(f"listening    {config.host}:{server.port} (gRPC)")
+    secured = ", TLS" if config.tls.enabled else ""
+    asks = ", API keys" if server.keys.required else ""
+    click.echo(f"listening    {config.host}:{server.port} (gRPC{secured}{asks})")
 
 
 def _collections(store: Store, fingerprint: str) -> str:

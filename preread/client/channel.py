@@ -46,7 +46,8 @@ class ClientOptions:
     timeout_seconds: float | None = DEFAULT_TIMEOUT_SECONDS  # of a call as a whole, retries included; None: no end
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     tls: TlsFiles | None = None  # None: plain text
-    metadata: Mapping[str, str] = field(default_factory=dict)  # such as {"authorization": "Bearer ..."}
+    api_key: str | None = field(default=None, repr=False)  # for a server that asks for one
+    metadata: Mapping[str, str] = field(default_factory=dict)  # sent with every call, such as {"x-request-id": "..."}
     max_message_bytes: int = MAX_MESSAGE_BYTES
 
     def __post_init__(self) -> None:
@@ -65,7 +66,9 @@ class ClientOptions:
         ]
 
     def call_metadata(self) -> tuple[tuple[str, str], ...]:
-        return tuple((key.lower(), value) for key, value in self.metadata.items())  # HTTP/2 wants lower case
+        key = () if self.api_key is None else (("authorization", f"Bearer {self.api_key}"),)
+        # HTTP/2 wants lower case
+        return (*key, *((name.lower(), value) for name, value in self.metadata.items()))
 
 
 def check_address(name: str, address: str) -> str:

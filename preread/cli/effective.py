@@ -1,0 +1,46 @@
+"""The settings a server starts with, by where they came from, secrets masked. Knows no particular setting."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import click
+from click.core import ParameterSource
+
+MASK = "***"
+_SECRETS = ("api_key", "encoder_api_key")
+# user:password@ of a URL, and a password among its parameters
+_PASSWORD = re.compile(r"(?<=://)[^/@\s]*@|(?<=[?&]password=)[^&\s]*")
+
+_SOURCES = {
+    ParameterSource.COMMANDLINE: "flags",
+    ParameterSource.ENVIRONMENT: "environment",
+    ParameterSource.DEFAULT_MAP: "file",
+    ParameterSource.DEFAULT: "defaults",
+}
+
+
+def effective_lines(ctx: click.Context) -> Iterator[str]:
+    """One line for each source that gave any."""
+    by_source: dict[str, list[str]] = {}
+    for param in ctx.command.params:
+        value = ctx.params.get(str(param.name))
+        if not isinstance(param, click.Option) or value is None or value is False or value in ("", ()):
+            continue
+        source = _SOURCES.get(ctx.get_parameter_source(str(param.name)) or ParameterSource.DEFAULT, "flags")
+        by_source.setdefault(source, []).append(f"{_flag(param)}={masked(str(param.name), value)}")
+    for source in _SOURCES.values():
+        if source in by_source:
+            yield f"{source:<12} {' '.join(by_source[source])}"
+
+
+def masked(name: str, value: object) -> str:
+    """The value as it may be shown."""
+    if name in _SECRETS:
+        return MASK
+    return _PASSWORD.sub(lambda found: f"{MASK}@" if found[0].endswith("@") else MASK, str(value))
+
+
+def _flag(param: click.Option) -> str:
+    return next(flag for flag in param.opts if flag.startswith("--")).removeprefix("--")

@@ -1,0 +1,167 @@
+"""Laws of who may call a reranking server: keys by scope, certificates from files, by the product's own client."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+from pathlib import Path
+
+import grpc
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from decoder_server.config import DecoderConfig
+from decoder_server.server import DecoderServer
+from preread.client import AsyncClient, ClientOptions, RetryPolicy, TlsFiles, Unauthenticated, Unavailable
+from preread.edge.keys import parse_keys
+from preread.v1 import rerank_pb2, rerank_pb2_grpc
+
+ASKS, WRITES = "asks-0123456789ab", "writes-0123456789"
+ONCE = RetryPolicy(max_attempts=1)
+
+
+@pytest.fixture(scope="module")
+def pem(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A self-signed certificate of 127.0.0.1, which is its own authority, and its key."""
+    directory = tmp_path_factory.mktemp("tls")
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "preread test")])
+    now, day = datetime.datetime.now(datetime.UTC), datetime.timedelta(days=1)
+    address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now - day, now + day)
+    built = builder.add_extension(address, critical=False)
+    built = built.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+    cert_file, key_file = directory / "cert.pem", directory / "key.pem"
+    cert_file.write_bytes(built.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+    key_file.write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    return str(cert_file), str(key_file)
+
+
+@pytest.fixture
+async def started(tiny, store, fbnl):
+    """started(keys=..., **config): a running server."""
+    running: list[DecoderServer] = []
+
+    async def start(keys=(), **config: object) -> DecoderServer:
+        settings = DecoderConfig(str(tiny), port=0, device="cpu", dtype="float32", **config)
+        running.append(DecoderServer(settings, store=store, load=lambda _: fbnl, keys=parse_keys(keys)))
+        await running[-1].start()
+        return running[-1]
+
+    yield start
+    for server in running:
+        await server.stop(1)
+
+
+async def test_keys(started, refused, detail) -> None:
+    server = await started([f"rerank:{ASKS}", f"index:{WRITES}"])
+    address = f"127.0.0.1:{server.port}"
+    async with AsyncClient(address, options=ClientOptions(api_key=ASKS)) as client:
+        assert len(await client.rerank("q", ["x"])) == 1
+    async with AsyncClient(address) as nobody:
+        with pytest.raises(Unauthenticated, match="authorization"):
+            await nobody.list_models()
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = rerank_pb2_grpc.RerankServiceStub(channel)
+        metadata = (("authorization", f"Bearer {WRITES}"),)
+        call = stub.ListModels(rerank_pb2.ListModelsRequest(), metadata=metadata)
+        error = await refused(call, grpc.StatusCode.PERMISSION_DENIED)
+        assert detail(error, error_details_pb2.ErrorInfo).reason == "SCOPE_REQUIRED"
+        await refused(_first(stub.RerankStream(rerank_pb2.RerankStreamRequest())), grpc.StatusCode.UNAUTHENTICATED)
+        answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING, "probes carry no keys"
+
+
+async def _first(call):
+    return [one async for one in call]
+
+
+async def test_tls(started, pem) -> None:
+    cert, key = pem
+    server = await started(tls_cert_file=cert, tls_key_file=key)
+    address = f"127.0.0.1:{server.port}"
+    async with AsyncClient(address, options=ClientOptions(tls=TlsFiles(cert))) as client:
+        assert len(await client.list_models()) == 1
+    async with AsyncClient(address, options=ClientOptions(retry=ONCE)) as plain:
+        with pytest.raises(Unavailable):
+            await plain.list_models()
+
+
+async def test_mutual_tls(started, pem) -> None:
+    cert, key = pem
+    server = await started(tls_cert_file=cert, tls_key_file=key, tls_client_ca_file=cert)
+    address = f"127.0.0.1:{server.port}"
+    async with AsyncClient(address, options=ClientOptions(tls=TlsFiles(cert, cert, key))) as client:
+        assert len(await client.list_models()) == 1
+    async with AsyncClient(address, options=ClientOptions(tls=TlsFiles(cert), retry=ONCE)) as stranger:
+        with pytest.raises(Unavailable):
+            await stranger.list_models()
+
+
+async def test_files_that_are_no_certificate_end_the_start(started, tmp_path: Path) -> None:
+    nonsense = tmp_path / "nonsense.pem"
+    nonsense.write_text("nonsense")
+    with pytest.raises(OSError, match=r"nonsense\.pem"):
+        await started(tls_cert_file=str(nonsense), tls_key_file=str(nonsense))
+    with pytest.raises(FileNotFoundError):
+        await started(tls_cert_file=str(tmp_path / "none"), tls_key_file=str(nonsense))
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"tls_cert_file": "c"}, "tls_key_file"),
+        ({"tls_key_file": "k"}, "tls_cert_file"),
+        ({"tls_client_ca_file": "a"}, "expected all three"),
+        ({"encoder_tls_cert_file": "c"}, "go together"),
+    ],
+)
+def test_files_go_together(files: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DecoderConfig("x", **files)
+
+
+def test_a_key_is_not_shown() -> None:
+    assert "secret" not in repr(DecoderConfig("x", encoder_api_key="secret"))
+
+
+async def test_a_server_asks_its_worker_with_key_and_tls(started, pem, tiny, tmp_path) -> None:
+    from encoder_worker.config import EncoderConfig
+    from encoder_worker.server import EncoderServer
+
+    cert, key = pem
+    worker = EncoderServer(
+        EncoderConfig(
+            str(tiny),
+            port=0,
+            store=f"faiss:{tmp_path / 'worker'}",
+            device="cpu",
+            dtype="float32",
+            tls_cert_file=cert,
+            tls_key_file=key,
+            tls_client_ca_file=cert,
+        ),
+        keys=parse_keys([f"rerank:{ASKS}"]),
+    )
+    await worker.start()
+    try:
+        reach = {"encoder_address": f"127.0.0.1:{worker.port}", "encoder_tls_ca_file": cert}
+        pair = {"encoder_tls_cert_file": cert, "encoder_tls_key_file": key}
+        for config, well in (
+            ({"encoder_api_key": ASKS, **pair}, True),
+            ({"encoder_api_key": ASKS}, False),  # no certificate to show
+            (pair, False),  # no key
+        ):
+            server = await started(**reach, **config)
+            async with AsyncClient(f"127.0.0.1:{server.port}") as client:
+                (result,) = await client.rerank("q", ["a text"])
+                assert (result.score is not None) is well
+    finally:
+        await worker.stop(1)
