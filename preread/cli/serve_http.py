@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -51,14 +52,18 @@ def http_options(function: F) -> F:
     return function
 
 
-async def start_gateway(options: dict[str, Any], server: DecoderServer) -> Gateway | None:
+@asynccontextmanager
+async def http_gateway(options: dict[str, Any], server: DecoderServer) -> AsyncIterator[Gateway | None]:
     """Listens before the model has loaded, so that health can be asked; None without --http-port.
+
+    Stops at the end without grace, if nobody has stopped it with some before.
 
     Raises:
         OSError: the port is taken.
     """
     if options["http_port"] is None:
-        return None
+        yield None
+        return
     from decoder_server.http.config import HttpConfig
     from decoder_server.http.gateway import Gateway
 
@@ -71,7 +76,10 @@ async def start_gateway(options: dict[str, Any], server: DecoderServer) -> Gatew
     )
     gateway = Gateway(config, server)
     await gateway.start()
-    return gateway
+    try:
+        yield gateway
+    finally:
+        await gateway.stop(0)
 
 
 def gateway_line(gateway: Gateway) -> str:
