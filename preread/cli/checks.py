@@ -1,0 +1,149 @@
+"""What `preread doctor` looks at. Each check is a function that gives its findings; none of them changes anything."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cache.store import Store
+    from checkpoint import Checkpoint
+
+GIB = 1 << 30
+
+
+class State(Enum):
+    """How bad it is. Only FAIL means that serving will not work."""
+
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "FAIL"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    name: str
+    state: State
+    message: str
+
+
+def processor() -> Iterator[Finding]:
+    """Instruction sets that decide how fast a pass is."""
+    import torch
+
+    from checkpoint.compute import cpu_multiplies_bfloat16
+
+    has = {name for name, there in torch.cpu.get_capabilities().items() if there is True}
+    wanted = ("avx2", "avx512", "avx512_bf16", "amx_bf16", "asimd", "sve")
+    there = ", ".join(name for name in wanted if any(one.startswith(name) for one in has)) or "none of the known ones"
+    bfloat16 = "multiplies bfloat16" if cpu_multiplies_bfloat16() else "float32 only: bfloat16 would be emulated"
+    state = State.OK if has & {"avx2", "asimd"} or any("avx512" in name for name in has) else State.WARN
+    yield Finding("processor", state, f"{there}; {bfloat16}")
+
+
+def torch_build(options: Mapping[str, Any]) -> Iterator[Finding]:
+    """The build, the device that would be taken, and the number format."""
+    import torch
+
+    from checkpoint.compute import choose_device, choose_dtype, dtype_name
+
+    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
+    yield Finding("torch", State.OK, f"{torch.__version__} ({cuda}), Python {sys.version.split()[0]}")
+    try:
+        device = choose_device(options["device"])
+        dtype = choose_dtype(options["dtype"], device)
+    except ValueError as exc:
+        yield Finding("device", State.FAIL, str(exc))
+        return
+    yield Finding("device", State.OK, f"{device}, {dtype_name(dtype)}")
+
+
+def threads(options: Mapping[str, Any]) -> Iterator[Finding]:
+    """Whether the threads fit the processors this process may use."""
+    import torch
+
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wanted = options["threads"] or torch.get_num_threads()
+    if wanted > usable:
+        message = f"{wanted} threads on {usable} processors: they wait for each other; set --threads {usable}"
+        yield Finding("threads", State.WARN, message)
+    else:
+        yield Finding("threads", State.OK, f"{wanted} of {usable} processors")
+
+
+def memory(options: Mapping[str, Any]) -> Iterator[Finding]:
+    """Whether weights and tiers fit. Knows Linux only; says so elsewhere."""
+    from checkpoint import Checkpoint
+
+    available = _available_bytes()
+    if available is None:
+        yield Finding("memory", State.WARN, "cannot be told on this system")
+        return
+    checkpoint = Checkpoint.open(options["model"])
+    weights = sum(file.stat().st_size for file in checkpoint.path.glob("*.safetensors"))
+    needed = weights + 2 * options["cache_bytes"]
+    message = f"{available / GIB:.1f} GiB available; weights and tiers take up to {needed / GIB:.1f} GiB"
+    yield Finding("memory", State.OK if needed < available else State.WARN, message)
+
+
+def _available_bytes() -> int | None:
+    """The kernel's estimate, or what the container may still use, whichever is less."""
+    try:
+        with open("/proc/meminfo") as lines:
+            kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+    available = kib * 1024
+    try:
+        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
+            available = min(available, int(limit.read()) - int(used.read()))
+    except (OSError, ValueError):  # no cgroup of ours, or "max"
+        pass
+    return available
+
+
+def checkpoint(options: Mapping[str, Any]) -> tuple[Checkpoint | None, list[Finding]]:
+    """Whether the files are there and are a reranker we can serve."""
+    from checkpoint import Checkpoint, CheckpointError
+
+    try:
+        found = Checkpoint.open(options["model"], max_passage_tokens=options["max_passage_tokens"])
+        identity = found.identity()
+        _ = found.text
+    except (CheckpointError, OSError, ValueError) as exc:
+        return None, [Finding("checkpoint", State.FAIL, str(exc))]
+    message = f"{identity.checkpoint}, encoder {identity.fingerprint[:12]}, dim {identity.dim}"
+    return found, [Finding("checkpoint", State.OK, message)]
+
+
+def store(opened: Store, shown: str, found: Checkpoint | None) -> Iterator[Finding]:
+    """Whether the store answers, and whether its collections were written by this checkpoint's encoder."""
+    from cache.errors import CacheError
+    from decoder_server.catalogue import describe
+
+    try:
+        described = describe(opened)
+    except CacheError as exc:
+        yield Finding("store", State.FAIL, f"{shown}: {exc}")
+        return
+    yield Finding("store", State.OK, f"{shown}, {len(described)} collections")
+    identity = found.identity() if found is not None else None
+    for one in described:
+        manifest = one.manifest
+        name, about = f"collection {manifest.collection}", f"{one.stats.num_passages:,} passages, {manifest.codec}"
+        if identity is None:
+            yield Finding(name, State.WARN, f"{about}; nothing to compare its encoder with")
+        elif manifest.fingerprint == identity.fingerprint:
+            yield Finding(name, State.OK, f"{about}, ratio {manifest.compression_ratio}, of this encoder")
+        else:
+            message = (
+                f"{about}; written by {manifest.checkpoint} ({manifest.fingerprint[:12]}), this checkpoint's encoder "
+                f"is {identity.fingerprint[:12]}: requests for it are refused; index it again into a new collection"
+            )
+            yield Finding(name, State.FAIL, message)

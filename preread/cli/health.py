@@ -1,0 +1,40 @@
+"""`preread health`: is a server ready? For probes of containers; loads nothing but gRPC."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from preread.cli.failures import UNAVAILABLE, CommandFailed
+from preread.cli.options import address_option, client_options, option, tls_options
+
+
+@click.command()
+@option("--timeout-seconds", type=click.FloatRange(min=0, min_open=True), default=5.0, help="For the answer.")
+@address_option
+@tls_options
+def command(**given: Any) -> None:
+    """Ask a server, of either kind, whether it is ready.
+
+    Exit codes: 0 ready, 3 not ready or not there.
+    """
+    import grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    from preread.client.channel import check_address
+
+    options = client_options(given)
+    address = check_address("address", given["address"])
+    opened = (
+        grpc.insecure_channel(address)
+        if options.tls is None
+        else grpc.secure_channel(address, options.tls.credentials())
+    )
+    with opened as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=given["timeout_seconds"])
+    status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+    if answer.status != health_pb2.HealthCheckResponse.SERVING:
+        raise CommandFailed(f"{address} answers {status}", UNAVAILABLE)
+    click.echo(f"{address} is ready")
