@@ -45,6 +45,7 @@ class DecoderConfig:
     tls_cert_file: str = ""  # PEM of this server; "": plain text
     tls_key_file: str = ""
     tls_client_ca_file: str = ""  # callers must show a certificate of this authority
+    max_connection_age_seconds: float = 0.0  # then a gRPC client is asked to connect anew; 0: never
     log_text: bool = False  # queries in the log
     max_staleness_seconds: float = 1.0  # how long a moved alias or a passage written anew may go unnoticed
 
@@ -56,7 +57,12 @@ class DecoderConfig:
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0")
-        for name in ("max_inline_cache_bytes", "max_store_cache_bytes", "max_staleness_seconds"):
+        for name in (
+            "max_inline_cache_bytes",
+            "max_store_cache_bytes",
+            "max_staleness_seconds",
+            "max_connection_age_seconds",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
         for name in ("max_batch_tokens", "num_threads", "max_passage_tokens", "max_request_tokens"):

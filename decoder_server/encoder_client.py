@@ -138,7 +138,11 @@ def open_channel(address: str, tls: TlsFiles | None) -> grpc.aio.Channel:
     Raises:
         OSError, ValueError: certificate files that cannot be used.
     """
-    options = [("grpc.max_receive_message_length", MAX_ANSWER_BYTES), ("grpc.max_send_message_length", -1)]
+    options: list[tuple[str, int | str]] = [
+        ("grpc.max_receive_message_length", MAX_ANSWER_BYTES),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.lb_policy_name", "round_robin"),  # a name with several addresses is a set of equal workers
+    ]
     if tls is None:
         return grpc.aio.insecure_channel(address, options=options)
     return grpc.aio.secure_channel(address, tls.credentials(), options=options)

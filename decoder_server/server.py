@@ -125,6 +125,7 @@ class DecoderServer:
                 ("grpc.max_receive_message_length", limit),
                 ("grpc.max_send_message_length", limit),
                 ("grpc.so_reuseport", 0),  # a taken port should be an error, not a shared one
+                *self._connection_age(),
             ],
         )
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing in grpc-stubs
@@ -210,6 +211,11 @@ class DecoderServer:
             max_bytes=self.config.max_inline_cache_bytes,
             base_ratio=backend.settings.default_compression_ratio,
         )
+
+    def _connection_age(self) -> list[tuple[str, int]]:
+        """Clients that connect anew look names up anew, and find servers that were added; calls under way finish."""
+        seconds = self.config.max_connection_age_seconds
+        return [("grpc.max_connection_age_ms", max(1, int(seconds * 1000)))] if seconds else []
 
     def _passed(self, one: Pass) -> None:
         for observer in self._observers:

@@ -89,6 +89,12 @@ _FILE = click.Path(exists=True, dir_okay=False)
     default=256 * MIB,
     help="Memory for stored states read before, and as much for states of inline texts.",
 )
+@option(
+    "--max-connection-age-seconds",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    help="Then a gRPC client is asked to connect anew, and so to find servers that were added; 0: never.",
+)
 @access_options
 @observe_options
 @option("--log-text", is_flag=True, help="Log queries and instructions too; passages never.")
@@ -166,7 +172,7 @@ def _config(options: dict[str, Any], encoder: EncoderHalf) -> DecoderConfig:
     same = (
         "served_model_name", "host", "port", "store", "device", "dtype", "max_passage_tokens", "max_batch_tokens",
         "max_queue_requests", "max_queue_tokens", "max_candidates", "max_message_bytes",
-        "max_request_tokens", "max_text_bytes", "log_text",
+        "max_request_tokens", "max_text_bytes", "log_text", "max_connection_age_seconds",
     )  # fmt: skip
     worker_tls = ("encoder_tls_ca_file", "encoder_tls_cert_file", "encoder_tls_key_file")
     return DecoderConfig(

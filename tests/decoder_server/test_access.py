@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import ipaddress
 from pathlib import Path
@@ -165,3 +166,12 @@ async def test_a_server_asks_its_worker_with_key_and_tls(started, pem, tiny, tmp
                 assert (result.score is not None) is well
     finally:
         await worker.stop(1)
+
+
+async def test_an_aged_connection_is_renewed_without_losing_a_call(started) -> None:
+    server = await started(max_connection_age_seconds=0.2)
+    async with AsyncClient(f"127.0.0.1:{server.port}", options=ClientOptions(retry=ONCE)) as client:
+        until = asyncio.get_running_loop().time() + 1.0
+        while asyncio.get_running_loop().time() < until:
+            assert len(await client.list_models()) == 1
+            await asyncio.sleep(0.01)
