@@ -18,8 +18,19 @@ CREATED = 1735689600  # the list of models has to have a date; 2025-01-01
 
 async def models(request: Request) -> Response:
     """OpenAI's list of models, with our facts beside it."""
+    path = request.url.path
+    # infinity's client asks here, and rejects any other owner.
+    owner = "infinity" if path == "/models" or path.startswith("/infinity/") else "preread"
     data = [
-        {"id": engine.name, "object": "model", "created": CREATED, "owned_by": "preread", **_facts(engine)}
+        {
+            "id": engine.name,
+            "object": "model",
+            "created": CREATED,
+            "owned_by": owner,
+            "capabilities": ["rerank"],
+            "stats": {"num_requests": engine.admission.num_requests, "num_refused": engine.admission.num_refused},
+            **_facts(engine),
+        }
         for engine in context(request).engines.values()
     ]
     return _json({"object": "list", "data": data})

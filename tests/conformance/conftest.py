@@ -1,0 +1,170 @@
+"""Real servers for real clients: `preread serve` from the main environment, in processes of their own.
+
+These tests run in the clients' environment (scripts/test-conformance), which has neither torch nor preread.
+Elsewhere there is nothing to collect here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+SERVER_PYTHON = os.environ.get("PREREAD_SERVER_PYTHON", str(ROOT / ".venv" / "bin" / "python"))
+START_SECONDS = 120
+KEY = "a-key-for-conformance-tests"
+
+if importlib.util.find_spec("cohere") is None:
+    collect_ignore_glob = ["test_*.py"]
+
+
+@dataclass(frozen=True)
+class Server:
+    """One running `preread serve`."""
+
+    url: str
+    grpc_address: str
+
+
+def _preread(*arguments: str) -> list[str]:
+    return [SERVER_PYTHON, "-m", "preread", *arguments]
+
+
+def _environment() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREREAD_", "PYTHON"))}
+    return kept | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights: what is tested is the wire, not the order."""
+    directory = tmp_path_factory.mktemp("checkpoint") / "tiny-reranker"
+    subprocess.run(_preread("checkpoint", "--make-random", "tiny", str(directory)), check=True, env=_environment())
+    return directory
+
+
+@contextmanager
+def _serving(checkpoint: Path, directory: Path, *flags: str) -> Iterator[Server]:
+    log = directory / "log"
+    command = _preread("serve", "--model", str(checkpoint), "--store", f"faiss:{directory / 'store'}")
+    command += ["--port", "0", "--encoder-port", "0", "--http-port", "0", "--threads", "1", "--dtype", "float32"]
+    with (
+        log.open("wb") as output,
+        subprocess.Popen([*command, *flags], stdout=output, stderr=output, env=_environment()) as process,
+    ):
+        try:
+            deadline = time.monotonic() + START_SECONDS
+            while "\nready" not in log.read_text():
+                if process.poll() is not None or time.monotonic() > deadline:
+                    pytest.fail(f"`preread serve` did not become ready:\n{log.read_text()}")
+                time.sleep(0.05)
+            url = re.search(r"^http\s+(\S+)", log.read_text(), re.MULTILINE)
+            address = re.search(r"^listening\s+(\S+)", log.read_text(), re.MULTILINE)
+            assert url is not None
+            assert address is not None
+            yield Server(url[1], address[1])
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+@pytest.fixture(scope="session")
+def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Open to everyone; knows one model, and rerank-v3.5 as another name of it."""
+    with _serving(checkpoint, tmp_path_factory.mktemp("server"), "--model-alias", "rerank-v3.5") as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def guarded(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Wants a key, and serves one request at a time: the second is turned away."""
+    flags = ("--api-key", f"rerank:{KEY}", "--max-queue-requests", "1", "--model-alias", "*")
+    with _serving(checkpoint, tmp_path_factory.mktemp("guarded"), *flags) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def model(checkpoint: Path) -> str:
+    return checkpoint.name
+
+
+@pytest.fixture(scope="session")
+def key() -> str:
+    return KEY
+
+
+@pytest.fixture(scope="session")
+def query() -> str:
+    return "What is deep learning?"
+
+
+@pytest.fixture(scope="session")
+def documents() -> list[str]:
+    return [
+        "Deep learning is a branch of machine learning that uses neural networks with many layers.",
+        "The weather today is sunny with a gentle breeze.",
+        "Neural networks learn representations from data.",
+        "Paris is the capital of France.",
+    ]
+
+
+@pytest.fixture(scope="session")
+def long_text() -> str:
+    """Some five times the passage limit."""
+    return "network " * 5000
+
+
+@pytest.fixture(scope="session")
+def ranking(server: Server, query: str, documents: list[str]) -> list[tuple[int, float]]:
+    """(index, score) best first, without any client package."""
+    answer = post(server, "/v1/rerank", {"query": query, "documents": documents})
+    return [(result["index"], result["relevance_score"]) for result in answer["results"]]
+
+
+def post(server: Server, path: str, body: object) -> dict:
+    import httpx
+
+    response = httpx.post(server.url + path, json=body, timeout=30)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+@pytest.fixture
+def busy(guarded: Server, key: str, query: str) -> Iterator[None]:
+    """While the test runs, somebody else's requests fill the guarded server."""
+    import threading
+
+    import httpx
+
+    stop = threading.Event()
+    headers = {"authorization": f"Bearer {key}"}
+
+    def fill(worker: int) -> None:
+        turn = 0
+        while not stop.is_set():
+            turn += 1
+            texts = [f"document {worker} {turn} {i} " * 20 for i in range(400)]
+            httpx.post(
+                f"{guarded.url}/v1/rerank", json={"query": query, "documents": texts}, headers=headers, timeout=60
+            )
+
+    threads = [threading.Thread(target=fill, args=(worker,)) for worker in range(2)]
+    for thread in threads:
+        thread.start()
+    yield
+    stop.set()
+    for thread in threads:
+        thread.join()
