@@ -30,6 +30,16 @@ def clean_environment() -> None:
             del os.environ[name]
 
 
+@pytest.fixture(autouse=True)
+def denormals_as_usual() -> Iterator[None]:
+    """A command run in this process flushes denormals on its thread, which is ours; Hypothesis needs them."""
+    yield
+    if "torch" in sys.modules:
+        import torch
+
+        torch.set_flush_denormal(False)
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights in a directory: three layers, two kv heads, sliding and full attention, a BPE tokenizer."""
