@@ -1,7 +1,8 @@
 """--config FILE: settings in one TOML file, under the flags and the environment, over the defaults.
 
 A key is a flag without its dashes. At the top it counts for every command that has it; in a table
-named like a command ([serve]) for that one, and wins. What no command knows is an error.
+named like a command ([serve]) for that one, and wins; doctor reads [serve] too. What no command
+knows is an error.
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ def _settings(document: Mapping[str, Any], name: str, commands: Mapping[str, cli
         _check(f"{table}.", values, known[table])
     _check("", shared, {key: param for flags in known.values() for key, param in flags.items()})
     own = known.get(name, {})
-    merged = {key: value for key, value in shared.items() if key in own} | tables.get(name, {})
+    # What doctor looks at is what serve would be given.
+    inherited = tables.get("serve", {}) if name == "doctor" else {}
+    merged = {key: value for key, value in (shared | inherited).items() if key in own} | tables.get(name, {})
     return {str(own[key].name): value for key, value in merged.items()}
 
 

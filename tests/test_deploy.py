@@ -1,0 +1,110 @@
+"""What deploy/ says exists: commands, flags, variables, ports; every setting in its files is one the commands know."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import yaml
+
+from preread.cli.config_file import COMMANDS
+from preread.cli.main import cli
+
+DEPLOY = Path(__file__).parents[1] / "deploy"
+DOCKERFILES = sorted(DEPLOY.glob("Dockerfile.*"))
+COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+MANIFESTS = [
+    one
+    for file in sorted((DEPLOY / "kubernetes").glob("*.yaml"))
+    if file.name != "kustomization.yaml"
+    for one in yaml.safe_load_all(file.read_text())
+]
+PORTS = {"encode-worker": 50052, "serve": 50051}
+
+
+def command(name: str) -> click.Command:
+    found = cli.get_command(click.Context(cli), name)
+    assert found is not None, name
+    return found
+
+
+def variables(name: str) -> set[str]:
+    return {str(param.envvar) for param in command(name).params if isinstance(param, click.Option)}
+
+
+@pytest.mark.parametrize("file", DOCKERFILES, ids=lambda file: file.name)
+def test_an_image_is_not_root_and_has_a_health_check(file: Path) -> None:
+    text = file.read_text()
+    assert re.search(r"^USER 10001:10001$", text, re.MULTILINE)
+    assert 'CMD ["preread", "health"]' in text
+    for name in re.findall(r"\b(PREREAD_\w+)=", text):
+        assert name in variables("serve"), name
+
+
+def test_images_differ_in_what_they_must() -> None:
+    cpu, cuda = (file.read_text().splitlines() for file in DOCKERFILES)
+    ours = [line for line in cuda if line not in cpu and not line.startswith("#")]
+    assert {line.strip(" \\").split("=")[0] for line in ours} == {
+        "PREREAD_LOG_FORMAT", "PREREAD_DEVICE", "NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("service", ["worker", "server"])
+def test_compose_speaks_of_flags_there_are(service: str) -> None:
+    settings = COMPOSE["services"][service]
+    (name,) = settings["command"]
+    assert set(settings["environment"]) <= variables(name)
+    for published in settings.get("ports", ()):
+        assert published.startswith("127.0.0.1:"), "loopback unless someone decides otherwise"
+
+
+def test_the_config_map_is_a_settings_file(tmp_path: Path) -> None:
+    file = DEPLOY / "kubernetes" / "preread.toml"
+    for name in COMMANDS:
+        parent = click.Context(cli, info_name="preread")
+        context = command(name).make_context(name, ["--config", str(file), "--model", "m"], parent=parent)
+        assert context.params["store"] == "redis://redis:6379/0"
+        if name != "encode-worker":
+            assert context.params["encoder_address"] == "dns:///worker:50052"
+
+
+def containers() -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    for manifest in MANIFESTS:
+        if manifest["kind"] in ("Deployment", "StatefulSet"):
+            pod = manifest["spec"]["template"]["spec"]
+            for container in pod["containers"]:
+                yield pod, container
+
+
+def test_containers_are_confined_and_probed() -> None:
+    for pod, container in containers():
+        assert pod["securityContext"]["runAsNonRoot"]
+        assert container["securityContext"]["readOnlyRootFilesystem"]
+        assert not container["securityContext"]["allowPrivilegeEscalation"]
+        assert {"readinessProbe", "livenessProbe"} <= set(container)
+        assert "memory" in container["resources"]["limits"]
+        if container["image"] == "preread":
+            name = container["args"][0]
+            assert pod["terminationGracePeriodSeconds"] > 30
+            for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+                assert container[probe]["grpc"]["port"] == PORTS[name]
+
+
+def test_grpc_services_are_headless_and_select_pods_that_listen() -> None:
+    pods = {}
+    for manifest in MANIFESTS:
+        if manifest["kind"] in ("Deployment", "StatefulSet"):
+            (container,) = manifest["spec"]["template"]["spec"]["containers"]
+            name = manifest["spec"]["template"]["metadata"]["labels"]["app.kubernetes.io/name"]
+            pods[name] = {port["containerPort"] for port in container["ports"]}
+    services = [manifest for manifest in MANIFESTS if manifest["kind"] == "Service"]
+    assert len(services) == 4
+    for service in services:
+        ports = {port["port"] for port in service["spec"]["ports"]}
+        assert ports <= pods[service["spec"]["selector"]["app.kubernetes.io/name"]]
+        if any(port["name"] == "grpc" for port in service["spec"]["ports"]):
+            assert service["spec"]["clusterIP"] == "None"
