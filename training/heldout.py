@@ -37,7 +37,7 @@ def rerank(
     candidates: Run,
     ratios: Iterable[int],
     instruction: str = "",
-    batch: int = 256,
+    batch: int = 64,
 ) -> dict[int, Run]:
     """{ratio: run}. Each passage is encoded once, pooled per ratio, and scored among pairs of like length."""
     model = checkpoint.model
