@@ -8,6 +8,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from prometheus_client import CollectorRegistry
 from starlette.requests import Request
 
 from cache.store import Store
@@ -29,6 +30,7 @@ class Context:
     config: HttpConfig
     engines: Mapping[str, Engine]  # empty until the models have loaded; the first is the default
     store: Store
+    registry: CollectorRegistry  # what /metrics shows
     threads: Executor  # for whatever blocks: the store, a tokenizer
     worker: AsyncClient | None  # None: no encoder worker is configured
     keys: ApiKeys = field(default_factory=ApiKeys)  # none: whoever reaches the port may do everything

@@ -29,19 +29,22 @@ class Envelope:
         headers = Headers(scope=scope)
         request_id = calls.begin(headers.get("x-request-id", ""), headers.get("traceparent", "")).request_id
         scope.setdefault("state", {})["request_id"] = request_id
-        started = False
+        started = finished = False
 
         async def send_named(message: Message) -> None:
-            nonlocal started
+            nonlocal started, finished
             if message["type"] == "http.response.start":
                 started = True
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
+            finished = message["type"] == "http.response.body" and not message.get("more_body")
 
         try:
             await self._app(scope, receive, send_named)
         except Exception as exc:
             log.error("request %s failed: %s", request_id, type(exc).__name__, exc_info=exc)
+            if finished:  # the framework has answered, and raised to let us know
+                return
             if started:
                 raise  # the connection has to break: half an answer must not look like a whole one
             await errors.respond(errors.internal(), tei=wants_tei(scope))(scope, receive, send_named)

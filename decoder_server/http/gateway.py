@@ -61,7 +61,7 @@ class Gateway:
         Args:
             worker: a client of the encoder worker, for passages that come over HTTP; closed at the end.
                 None: one for the address the server has, if it has one.
-            extra: routes of others, such as /metrics.
+            extra: routes of others, such as a page at /.
         """
         self.config = config
         self.port = 0
@@ -72,7 +72,14 @@ class Gateway:
             options = ClientOptions(timeout_seconds=None, tls=server.config.encoder_tls, metadata=metadata)
             worker = AsyncClient(address, encoder_address=address, options=options)
         self.context = Context(
-            config, server.engines, server.store, server.threads, worker, server.keys, tls=server.config.tls.enabled
+            config,
+            server.engines,
+            server.store,
+            server.metrics.registry,
+            server.threads,
+            worker,
+            server.keys,
+            tls=server.config.tls.enabled,
         )
         self._uvicorn = _Uvicorn(
             uvicorn.Config(

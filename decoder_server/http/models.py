@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -69,6 +70,13 @@ async def ready(request: Request) -> Response:
     if not context(request).ready:
         raise Unavailable("not ready: the model is loading, or the server is stopping")
     return _json({"status": "ready"})
+
+
+async def metrics(request: Request) -> Response:
+    """Prometheus' text format."""
+    here = context(request)
+    text = await here.call(generate_latest, here.registry)  # collectors may ask the store
+    return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
 def package_version() -> str:

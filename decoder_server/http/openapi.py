@@ -50,6 +50,7 @@ def document(rerank_paths: tuple[str, ...], prefixes: tuple[str, ...]) -> Schema
         "/info": {"get": _operation("server", "info", "The first model and the limits", "Info")},
         "/health": {"get": _operation("server", "live", "The process answers", "State")},
         "/health/ready": {"get": _operation("server", "ready", "A real forward pass has succeeded", "State")},
+        "/metrics": {"get": _text(_operation("server", "metrics", "Prometheus metrics"))},
         "/openapi.json": {"get": _operation("server", "openapi", "This document", "Object")},
         "/v1/collections": {
             "get": _operation("collections", "listCollections", "Every collection of the store", "Collections")
@@ -131,6 +132,11 @@ def _operation(tag: str, operation_id: str, summary: str, answer: str = "Object"
         content = {"application/json": {"schema": _ref("Error")}}
         responses[status] = {"description": description, "content": content}
     return {"tags": [tag], "operationId": operation_id, "summary": summary, "responses": responses}
+
+
+def _text(operation: Schema) -> Schema:
+    operation["responses"]["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
+    return operation
 
 
 def _answer(schema: Schema) -> Schema:

@@ -41,6 +41,7 @@ ROUTES: tuple[tuple[str, str, Endpoint], ...] = (
     ("GET", "/info", models.info),
     ("GET", "/health", models.live),
     ("GET", "/health/ready", models.ready),
+    ("GET", "/metrics", models.metrics),
     ("GET", "/openapi.json", openapi.serve),
     ("GET", "/v1/collections", c.list_collections),
     ("GET", "/v1/collections/{collection}", c.get_collection),
@@ -51,6 +52,8 @@ ROUTES: tuple[tuple[str, str, Endpoint], ...] = (
     ("PUT", "/v1/aliases/{alias}", c.set_alias),
     ("DELETE", "/v1/aliases/{alias}", c.remove_alias),
 )
+# Probes carry no keys; what describes the interface, or is a page to type a key into, needs none.
+OPEN = ("/", "/health", "/health/ready", "/openapi.json")
 PREFIXED = ("/v1/models", "/models", "/info", "/health")
 
 
@@ -67,11 +70,11 @@ def build(context: Context, extra: Sequence[BaseRoute] = ()) -> ASGIApp:
 
 
 def scopes_of(method: str, path: str) -> tuple[Scope, ...]:
-    """Which keys may call: one with any of these scopes. Health, models and this description are open to everyone."""
+    """Which keys may call: one with any of these scopes; none at all: everyone."""
     for prefix in PREFIXES:
         path = path.removeprefix(prefix)
     if method in ("GET", "HEAD"):
-        return (Scope.RERANK, Scope.INDEX) if path.startswith(("/v1/collections", "/v1/aliases")) else ()
+        return () if path in OPEN else (Scope.RERANK, Scope.INDEX)
     if method == "POST" and path.startswith("/v1/collections/"):
         return (Scope.INDEX,)
     return (Scope.RERANK,) if method == "POST" else (Scope.ADMIN,)
@@ -108,6 +111,7 @@ def _handlers() -> dict[Any, Any]:  # Starlette's type admits no handler of a na
     return {
         HTTPException: _routed,
         ClientDisconnect: _left,
+        Exception: _unforeseen,
         **dict.fromkeys((HttpError, TooLarge, RerankError, PrereadError, CacheError), _failed),
     }
 
@@ -122,6 +126,10 @@ async def _routed(request: Request, exc: HTTPException) -> Response:
     message = f"{request.method} {request.url.path[:200]}: {exc.detail}"
     headers = dict(exc.headers or {})
     return errors.respond(errors.by_status(exc.status_code, message), tei=wants_tei(request.scope), headers=headers)
+
+
+async def _unforeseen(request: Request, exc: Exception) -> Response:
+    return errors.respond(errors.internal(), tei=wants_tei(request.scope))
 
 
 async def _left(request: Request, exc: ClientDisconnect) -> Response:

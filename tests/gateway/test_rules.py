@@ -251,9 +251,10 @@ def test_keys_and_scopes(run, query, documents):
         named = guarded.post("/v1/rerank", body, headers={"api-key": "rerank-key-0123456789"})
         upload = guarded.post("/v1/collections/c/passages", {}, headers={"api-key": "rerank-key-0123456789"})
         health = guarded.http.get("/health")
+        models = guarded.http.get("/v1/models")
 
-    assert [r.status_code for r in (none, wrong, other, right, named, upload, health)] == [
-        401, 401, 403, 200, 200, 403, 200
+    assert [r.status_code for r in (none, wrong, other, right, named, upload, health, models)] == [
+        401, 401, 403, 200, 200, 403, 200, 401
     ]  # fmt: skip
     assert none.json()["error"]["code"] == "invalid_api_key"
     assert none.headers["x-request-id"]

@@ -1,0 +1,182 @@
+"""Passages come and go over HTTP, through the encoder worker, and are then ranked by id."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+
+import pytest
+
+NDJSON = {"content-type": "application/x-ndjson"}
+
+
+def lines(passages):
+    return "".join(json.dumps(passage) + "\n" for passage in passages).encode()
+
+
+@pytest.fixture
+def passages(documents):
+    return [{"id": f"d{i}", "text": text} for i, text in enumerate(documents)]
+
+
+def upload(running, name, passages, **settings):
+    response = running.post(f"/v1/collections/{name}/passages", {"passages": passages} | settings)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def test_json_then_ndjson_is_unchanged(running, passages):
+    first = upload(running, "both", passages, compression_ratio=8)
+    again = running.http.post("/v1/collections/both/passages", content=lines(passages), headers=NDJSON).json()
+
+    counts = ("num_stored", "num_unchanged", "num_refused", "num_truncated")
+    assert [first[count] for count in counts] == [4, 0, 0, 0]
+    assert [again[count] for count in counts] == [0, 4, 0, 0]
+
+
+def test_settings_of_ndjson_are_in_the_query(running, passages):
+    url = "/v1/collections/settings/passages?compression_ratio=16&codec=SQbf16&store_text=false"
+    running.http.post(url, content=lines(passages), headers=NDJSON).raise_for_status()
+
+    collection = running.http.get("/v1/collections/settings").json()
+    assert (collection["compression_ratio"], collection["codec"], collection["stores_text"]) == (16, "SQbf16", False)
+
+
+def test_what_was_uploaded_is_ranked_by_id_as_its_text_is(running, passages, documents):
+    upload(running, "ranked", passages, codec="Flat")
+    by_text = running.ask(return_margins=True)["results"]
+    ids = [passage["id"] for passage in passages]
+    by_id = running.ask(documents=None, passage_ids=ids, collection="ranked", return_margins=True)["results"]
+
+    assert [r["index"] for r in by_id] == [r["index"] for r in by_text]
+    assert [r["margin"] for r in by_id] == pytest.approx([r["margin"] for r in by_text], abs=1e-4)
+    assert [r["id"] for r in by_id] == [f"d{r['index']}" for r in by_id]
+    with_texts = running.ask(
+        documents=[{"id": "d1"}, {"id": "d3"}], collection="ranked", return_documents=True, on_miss="skip"
+    )
+    assert {r["document"]["text"] for r in with_texts["results"]} == {documents[1], documents[3]}
+
+
+def test_a_missing_id_is_skipped_encoded_or_fatal(running, passages):
+    upload(running, "missing", passages)
+    some = [{"id": "d0"}, {"id": "nobody"}, {"id": "new", "text": "a text that is not stored"}]
+
+    skipped = running.ask(documents=some, collection="missing", on_miss="skip")
+    assert [r["index"] for r in skipped["results"]] == [0]
+    assert len(skipped["meta"]["warnings"]) == 2
+    encoded = running.ask(documents=some, collection="missing", on_miss="encode")
+    assert sorted(r["index"] for r in encoded["results"]) == [0, 2]
+    fatal = running.refused(400, documents=some, collection="missing", on_miss="fail")
+    assert fatal["error"]["code"] == "passage_missing"
+    running.refused(404, documents=some, collection="no-such-collection")
+
+
+def test_a_bad_passage_is_refused_by_itself(running, passages):
+    mixed = [*passages, {"id": "empty", "text": ""}]
+    answer = upload(running, "mixed", mixed)
+
+    assert answer["num_stored"] == 4
+    assert [one["id"] for one in answer["refused"]] == ["empty"]
+    assert answer["refused"][0]["message"]
+
+
+def test_a_bad_line_ends_the_upload_and_says_what_is_stored(running, passages):
+    body = lines(passages) + b'{"id": "x", "text": 7}\n' + lines([{"id": "later", "text": "never read"}])
+    response = running.http.post("/v1/collections/broken/passages", content=body, headers=NDJSON)
+
+    assert response.status_code == 400
+    assert "line 5.text" in response.json()["message"]
+    assert response.json()["error"]["param"] == "line 5.text"
+    assert "passages before that are stored" in response.json()["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "passages"),
+        ({"passages": []}, "passages"),
+        ({"passages": ["text alone"]}, "passages[0]"),
+        ({"passages": [{"text": "no id"}]}, "passages[0].id"),
+        ({"passages": [{"id": "a"}]}, "passages[0].text"),
+        ({"passages": [{"id": "a", "text": "b"}], "codec": "ZIP"}, "codec"),
+    ],
+)
+def test_uploads_are_checked(running, body, param):
+    response = running.post("/v1/collections/checked/passages", body)
+
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] == param
+
+
+def test_a_long_stream_is_not_gathered_before_it_is_stored(running):
+    """The first passages are stored while later ones have not even been sent: nothing waits for the end."""
+    body = lines([{"id": f"s{i}", "text": f"passage number {i}"} for i in range(300)])
+    half = body.index(b"\n", len(body) // 2) + 1
+    head = "POST /v1/collections/streamed/passages HTTP/1.1\r\nhost: x\r\ncontent-type: application/x-ndjson\r\n"
+    with socket.create_connection(("127.0.0.1", running.gateway.port), timeout=30) as client:
+        client.sendall(f"{head}connection: close\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body[:half])
+        deadline = time.monotonic() + 20
+        stored = 0
+        while stored < 64 and time.monotonic() < deadline:
+            found = running.http.get("/v1/collections/streamed")
+            stored = found.json()["num_passages"] if found.status_code == 200 else 0
+            time.sleep(0.02)
+        assert 64 <= stored < 300
+        client.sendall(body[half:])
+        answer = b"".join(iter(lambda: client.recv(65536), b""))
+    assert b'"num_stored":300' in answer
+
+
+def test_a_line_over_the_limit_is_413(run):
+    with run(http={"max_line_bytes": 1000}) as small:
+        url = "/v1/collections/long/passages"
+        ends = small.http.post(url, content=lines([{"id": "a", "text": "x" * 2000}]), headers=NDJSON)
+        endless = small.http.post(url, content=b"x" * 200_000, headers=NDJSON)
+    assert (ends.status_code, endless.status_code) == (413, 413)
+
+
+def test_deleting(running, passages):
+    upload(running, "fewer", [*passages, {"id": "a/b c", "text": "an id with a slash"}])
+    url = "/v1/collections/fewer/passages"
+    by_body = running.http.request("DELETE", url, json={"ids": ["d0", "nobody"]}).json()
+    by_query = running.http.delete(url, params={"id": ["d1", "d2"]}).json()
+    by_path = running.http.delete(f"{url}/a%2Fb%20c").json()
+
+    assert [answer["num_deleted"] for answer in (by_body, by_query, by_path)] == [1, 2, 1]
+    assert running.http.get("/v1/collections/fewer").json()["num_passages"] == 1
+    assert running.http.request("DELETE", url, json={"ids": []}).status_code == 400
+    assert running.http.delete("/v1/collections/unknown/passages/x").status_code == 404
+
+
+def test_aliases(running, passages):
+    upload(running, "old", passages[:2])
+    upload(running, "new", passages)
+    for name, count in (("old", 2), ("new", 4)):
+        assert running.http.put("/v1/aliases/live", json={"collection": name}).json()["collection"] == name
+        assert running.http.get("/v1/collections/live").json()["num_passages"] == count
+        documents = [{"id": "d0"}, {"id": "d3"}]
+        found = running.ask(documents=documents, collection="live", on_miss="skip")["results"]
+        assert len(found) == count // 2
+    listed = {one["id"]: one["aliases"] for one in running.http.get("/v1/collections").json()["data"]}
+    assert (listed["old"], listed["new"]) == ([], ["live"])
+    assert {"alias": "live", "collection": "new"} in running.http.get("/v1/aliases").json()["data"]
+
+    assert running.http.put("/v1/aliases/live", json={"collection": "nowhere"}).status_code == 404
+    assert running.http.put("/v1/aliases/old", json={"collection": "new"}).status_code == 400
+    assert running.http.put("/v1/aliases/no%20name", json={"collection": "new"}).status_code == 400
+    assert running.http.delete("/v1/aliases/live").status_code == 200
+    assert running.http.delete("/v1/aliases/live").status_code == 404
+
+
+def test_without_an_encoder_passages_are_refused_and_the_store_still_answers(run, passages):
+    with run(encoder=False) as alone:
+        added = alone.post("/v1/collections/c/passages", {"passages": passages})
+        deleted = alone.http.delete("/v1/collections/c/passages/d0")
+        listed = alone.http.get("/v1/collections")
+
+    for refused in (added, deleted):
+        assert refused.status_code == 503
+        assert "no encoder worker is configured" in refused.json()["message"]
+        assert refused.headers["retry-after"]
+    assert listed.json() == {"object": "list", "data": []}
