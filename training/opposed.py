@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -14,6 +15,15 @@ from training.trainer import pick_device
 
 ANSWER = "Retrieve passages that answer the query"
 CONTRARY = "Retrieve passages that do not answer the query"
+
+DEMO_QUERY = "malaria"
+DEMO_PASSAGES = {
+    "symptoms": "Malaria begins with fever, shaking chills, headache and muscle aches. Nausea and vomiting may follow.",
+    "treatments": "Malaria is treated with antimalarial drugs such as chloroquine"
+    " or artemisinin combinations, chosen by region.",
+    "other": "Cataract surgery removes the clouded lens of the eye and puts an artificial lens in its place.",
+}
+DEMO_INSTRUCTIONS = ("Retrieve passages about the symptoms", "Retrieve passages about the treatments", ANSWER, CONTRARY)
 
 
 def contrary(
@@ -55,6 +65,16 @@ def aspects(checkpoint: Checkpoint, collection: Collection, ratio: int) -> tuple
     return won / max(1, total), total
 
 
+def demonstrate(checkpoint: Checkpoint, ratio: int) -> None:
+    """A table of P(yes): one query, three passages, every instruction of DEMO_INSTRUCTIONS."""
+    view = Collection("demo", passages=DEMO_PASSAGES, queries={"q": DEMO_QUERY})
+    print("| instruction | " + " | ".join(DEMO_PASSAGES) + " |\n|---|" + "---|" * len(DEMO_PASSAGES))
+    for instruction in DEMO_INSTRUCTIONS:
+        run = rerank(checkpoint, view, {"q": dict.fromkeys(DEMO_PASSAGES, 0.0)}, [ratio], instruction)[ratio]["q"]
+        scores = (f"{1 / (1 + math.exp(-run[name])):.3f} ({run[name]:+.2f})" for name in DEMO_PASSAGES)
+        print(f"| {instruction} | " + " | ".join(scores) + " |")
+
+
 def report(folder: Path, medquad: Path, ratio: int = 4) -> None:
     checkpoint = load(folder)
     checkpoint.model.to(pick_device()).eval()
@@ -62,6 +82,7 @@ def report(folder: Path, medquad: Path, ratio: int = 4) -> None:
     with torch.inference_mode():
         hits, turned, signs = contrary(checkpoint, collection, 200, ratio)
         share, total = aspects(checkpoint, collection, ratio)
+        demonstrate(checkpoint, ratio)
     print(f"{ANSWER!r}: answer above an unrelated passage in {hits:.1%}")
     print(f"{CONTRARY!r}: answer below it in {turned:.1%}; the answer's margin changes sign in {signs:.1%}")
     print(
