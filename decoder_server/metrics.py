@@ -72,6 +72,11 @@ class Metrics:
             "preread_rpc_seconds", "One gRPC call.", ["method"], buckets=SECONDS, registry=registry
         )
 
+        self._http_answers = Counter(
+            "preread_http_answers", "HTTP answers of the gateway, of every path.", ["status"], registry=registry
+        )
+        self._http_seconds = Histogram("preread_http_seconds", "One HTTP request.", buckets=SECONDS, registry=registry)
+
     def answered(self, answered: Answered) -> None:
         self._requests.labels(answered.model, answered.code).inc()
         self._request_seconds.labels(answered.model).observe(answered.end - answered.start)
@@ -95,6 +100,11 @@ class Metrics:
         self._store_bytes.inc(num_bytes)
         if not went_well:
             self._store_errors.inc()
+
+    def http(self, status: int, seconds: float) -> None:
+        """For decoder_server.http.counted."""
+        self._http_answers.labels(str(status)).inc()
+        self._http_seconds.observe(seconds)
 
     def rpc(self, method: str, code: str, seconds: float) -> None:
         """For preread.edge.observe."""

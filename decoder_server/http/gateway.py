@@ -19,6 +19,7 @@ from starlette.routing import BaseRoute
 from decoder_server.config import DecoderConfig
 from decoder_server.http.config import HttpConfig
 from decoder_server.http.context import Context
+from decoder_server.http.counted import Counted
 from decoder_server.http.routes import build
 from decoder_server.server import DecoderServer
 from preread.client import AsyncClient, ClientOptions
@@ -83,7 +84,7 @@ class Gateway:
         )
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
-                build(self.context, extra),
+                Counted(build(self.context, extra), server.metrics.http),
                 lifespan="off",
                 log_config=None,
                 access_log=False,

@@ -137,7 +137,9 @@ async def _serve(options: dict[str, Any]) -> None:
         with tracing(options) as observers:
             async with encoder_half(options, store, keys) as encoder:
                 server = DecoderServer(_config(options, encoder), store=store, keys=keys, observers=observers)
-                with metrics_port(options, server.metrics.registry, *encoder.registries):
+                for registry in encoder.registries:  # one process, one scrape
+                    server.metrics.registry.register(registry)
+                with metrics_port(options, server.metrics.registry):
                     await _run(server, store, options, stop, started)
     finally:
         store.close()

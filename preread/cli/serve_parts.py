@@ -58,14 +58,14 @@ async def encoder_half(options: Mapping[str, Any], store: Store, keys: ApiKeys) 
 
 
 @contextmanager
-def metrics_port(options: Mapping[str, Any], *registries: CollectorRegistry) -> Iterator[None]:
+def metrics_port(options: Mapping[str, Any], registry: CollectorRegistry) -> Iterator[None]:
     """Listens on --metrics-port while the block runs, if there is one."""
     if options["metrics_port"] is None:
         yield
         return
-    from preread.edge.scrape import combined, metrics_listener
+    from preread.edge.scrape import metrics_listener
 
-    with metrics_listener(combined(*registries), options["metrics_host"], options["metrics_port"]) as port:
+    with metrics_listener(registry, options["metrics_host"], options["metrics_port"]) as port:
         click.echo(f"metrics      http://{options['metrics_host']}:{port}/metrics")
         yield
 

@@ -1,7 +1,6 @@
-"""ASGI middleware of the same two kinds as the gRPC interceptors: an id for every request, and API keys.
+"""API keys as ASGI middleware: the same keys and scopes as the gRPC interceptor's.
 
-Put CallId outside of AccessMiddleware, so that refusals have ids too. Knows no framework; which
-path needs which scope, and what a refusal looks like, is the application's.
+Knows no framework; which path needs which scope, and what a refusal looks like, is the application's.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ import logging
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from preread.edge import calls
 from preread.edge.keys import ApiKeys, Scope, bearer
 
 log = logging.getLogger(__name__)
@@ -24,30 +22,6 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 ScopesOf = Callable[[str, str], tuple[Scope, ...]]
 # (status, message) -> the application that answers so
 Refuse = Callable[[int, str], App]
-
-
-class CallId:
-    """Takes x-request-id and traceparent in, gives x-request-id back. The application finds the id it goes by there."""
-
-    def __init__(self, app: App) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        call = calls.begin(header(scope, b"x-request-id"), header(scope, b"traceparent"))
-
-        headers = [pair for pair in scope["headers"] if pair[0] != b"x-request-id"]
-        scope = {**scope, "headers": [*headers, (b"x-request-id", call.request_id.encode())]}
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = [pair for pair in message.get("headers", ()) if pair[0].lower() != b"x-request-id"]
-                message = {**message, "headers": [*headers, (b"x-request-id", call.request_id.encode())]}
-            await send(message)
-
-        await self._app(scope, receive, send_with_id)
 
 
 class AccessMiddleware:

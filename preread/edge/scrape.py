@@ -8,14 +8,6 @@ from contextlib import contextmanager
 from prometheus_client import CollectorRegistry, start_http_server
 
 
-def combined(*registries: CollectorRegistry) -> CollectorRegistry:
-    """One registry that renders several, of parts that share a process. Their metrics have different names."""
-    whole = CollectorRegistry()
-    for registry in registries:
-        whole.register(registry)
-    return whole
-
-
 @contextmanager
 def metrics_listener(registry: CollectorRegistry, host: str, port: int) -> Iterator[int]:
     """Answers GET /metrics on a thread until the block ends; yields the port, which 0 leaves to the system.

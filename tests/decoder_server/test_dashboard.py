@@ -45,6 +45,7 @@ async def exported(serve) -> dict[str, set[str]]:
     async with serve() as serving:
         await serving.rerank(ids=["p1"])
         serving.server.metrics.passed(Pass(1, 1, 1, 1, 0.1))
+        serving.server.metrics.http(200, 0.1)
         found = samples(serving.server.metrics.registry)
     worker = WorkerMetrics()
     worker.rpc("EncoderService/Encode", "OK", 0.1)
