@@ -16,7 +16,7 @@ from cache.names import check_name
 from decoder_server.catalogue import Described, describe
 from decoder_server.errors import InvalidRequest
 from decoder_server.http import body, errors
-from decoder_server.http.context import context, read_json
+from decoder_server.http.context import check_encoding, context, read_json
 from decoder_server.http.fields import Fields, as_text
 from decoder_server.http.uploads import from_document, from_lines, is_ndjson
 from preread.client import Passage, UpsertResult
@@ -31,6 +31,7 @@ async def add_passages(request: Request) -> Response:
     name = check_name("collection", request.path_params["collection"])
     passages: Iterable[Passage] | AsyncIterable[Passage]
     if is_ndjson(request):
+        check_encoding(request)
         settings = Fields({key: _literal(value) for key, value in request.query_params.items()})
         passages = from_lines(request, here.config.max_line_bytes)
     else:

@@ -97,10 +97,18 @@ async def while_connected(request: Request, work: Awaitable[T]) -> T:
 
 async def read_json(request: Request) -> body.Json:
     """The body as JSON, within the size limit."""
+    check_encoding(request)
+    return body.parse(await body.read(request, context(request).config.max_body_bytes))
+
+
+def check_encoding(request: Request) -> None:
+    """
+    Raises:
+        HttpError: a compressed body, whose real size nobody knows before it is in memory.
+    """
     if request.headers.get("content-encoding", "identity") != "identity":
         message = f"content-encoding {request.headers['content-encoding'][:40]!r} is not understood; send it plain"
         raise HttpError(415, "invalid_request_error", "unsupported_encoding", message)
-    return body.parse(await body.read(request, context(request).config.max_body_bytes))
 
 
 def renamed(error: InvalidRequest, field: str) -> InvalidRequest:

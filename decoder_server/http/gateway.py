@@ -20,6 +20,7 @@ from decoder_server.config import DecoderConfig
 from decoder_server.http.config import HttpConfig
 from decoder_server.http.context import Context
 from decoder_server.http.counted import Counted
+from decoder_server.http.protocol import Protocol
 from decoder_server.http.routes import build
 from decoder_server.server import DecoderServer
 from preread.client import AsyncClient, ClientOptions
@@ -85,6 +86,8 @@ class Gateway:
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
                 Counted(build(self.context, extra), server.metrics.http),
+                http=Protocol,
+                ws="none",
                 lifespan="off",
                 log_config=None,
                 access_log=False,

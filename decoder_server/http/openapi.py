@@ -18,6 +18,7 @@ ERRORS = {
     "404": "No such model, collection or path",
     "408": "The body did not arrive in time",
     "413": "The body is too large",
+    "415": "The body is compressed",
     "429": "The queue is full; retry-after and retry-after-ms say when to come back",
     "503": "Starting, stopping, or the store or encoder worker is away",
     "504": "The request's time was up",

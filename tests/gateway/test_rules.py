@@ -179,6 +179,14 @@ def test_a_body_over_the_limit_is_413(run, query):
         assert response.json()["error"]["code"] == "body_too_large"
 
 
+def test_a_compressed_body_is_415(running):
+    for path, kind in (("/rerank", "application/json"), ("/v1/collections/c/passages", "application/x-ndjson")):
+        headers = {"content-encoding": "gzip", "content-type": kind}
+        response = running.http.post(path, content=b"\x1f\x8b", headers=headers)
+        assert response.status_code == 415
+        assert response.json()["error"]["code"] == "unsupported_encoding"
+
+
 def test_overload_is_429_with_a_hint_and_ends(run, query, documents):
     with run(max_queue_requests=1) as one:
         one.backend.gate.clear()
