@@ -59,6 +59,13 @@ async def test_every_name_exists(exported) -> None:
     assert used <= set(exported), used - set(exported)
 
 
+async def test_the_page_for_operators_names_metrics_that_exist(exported) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+    named = set(re.findall(r"`(preread_\w+)`", page))
+    assert len(named) > 20
+    assert named <= set(exported) | {re.sub(r"_(bucket|sum|count)$", "", name) for name in exported}
+
+
 async def test_every_metric_is_shown(exported) -> None:
     used = " ".join(EXPRESSIONS)
     families = {re.sub(r"_(bucket|sum|count|created)$", "", name) for name in exported}
