@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Any
 
 from decoder_server.errors import InvalidRequest
@@ -10,12 +11,15 @@ from decoder_server.http.body import Json
 from decoder_server.http.fields import Fields, as_text
 from decoder_server.http.question import Answer, Ask, question
 
+MAX_PAIRS = 1000  # as many as one query may have passages
 MAX_QUERIES_AT_ONCE = 8  # of one call; a call should not fill the queue by itself
 
 
 async def answer(body: Fields, ask: Ask) -> Json:
     """One question per distinct query. A pair that cannot be scored ends the call: there is no rank to leave out."""
     field, pairs = _pairs(body)
+    if len(pairs) > MAX_PAIRS:
+        raise InvalidRequest(field, f"{len(pairs)} of them", f"at most {MAX_PAIRS}")
     by_query: dict[str, list[int]] = {}
     for position, (query, _) in enumerate(pairs):
         by_query.setdefault(query, []).append(position)
@@ -26,7 +30,10 @@ async def answer(body: Fields, ask: Ask) -> Json:
         shared = {name: body.get(name) for name in ("model", "instruction", "compression_ratio", "return_margins")}
         asked = question(Fields({**shared, "query": query, "documents": texts}), "documents")
         async with places:
-            return await ask(asked.replace(candidates_field=field))
+            try:
+                return await ask(asked.replace(candidates_field=field))
+            except InvalidRequest as exc:
+                raise _at_its_place(exc, field, positions) from exc
 
     tasks = [asyncio.ensure_future(ask_one(query, positions)) for query, positions in by_query.items()]
     try:
@@ -51,6 +58,14 @@ async def answer(body: Fields, ask: Ask) -> Json:
         "model": replies[0].summary.model,
         "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
     }
+
+
+def _at_its_place(error: InvalidRequest, field: str, positions: list[int]) -> InvalidRequest:
+    """The engine counts the passages of one query; the caller counts pairs."""
+    found = re.fullmatch(rf"{field}\[(\d+)\]", error.field)
+    if found is None:
+        return error
+    return InvalidRequest(f"{field}[{positions[int(found[1])]}]", error.value, error.expected)
 
 
 def _pairs(body: Fields) -> tuple[str, list[tuple[str, str]]]:

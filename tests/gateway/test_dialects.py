@@ -151,6 +151,26 @@ def test_score_of_several_queries_keeps_their_order(running, query, documents):
         assert together[position]["score"] == pytest.approx(alone["score"], abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"pairs": []}, "pairs"),
+        ({"pairs": [["a", "b"], ["a"]]}, "pairs[1]"),
+        ({"pairs": [["a", "b"], ["c", ""]]}, "pairs[1]"),
+        ({"pairs": [[str(i), "x"] for i in range(1001)]}, "pairs"),
+        ({"text_1": "a"}, "text_2"),
+        ({"text_1": ["a", "b"], "text_2": ["x", "y", "z"]}, "text_2"),
+        ({"text_1": "a", "text_2": ["x", ""]}, "text_2[1]"),
+        ({"text_1": "", "text_2": "x"}, "query"),
+    ],
+)
+def test_pairs_are_checked(running, body, param):
+    response = running.post("/score", body)
+
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] == param
+
+
 def test_answers_are_json_with_an_id(running, query, documents):
     given = running.post("/rerank", {"query": query, "documents": documents}, headers={"x-request-id": "mine-7"})
     made = running.post("/rerank", {"query": query, "documents": documents}, headers={"x-request-id": "bad id"})
