@@ -188,7 +188,15 @@ class Engine:
             expected = f"a multiple of {stored}, the ratio that collection {request.collection!r} is stored at"
             raise InvalidRequest("compression_ratio", ratio, expected)
         on_miss = request.on_miss or (OnMiss.ENCODE if self.encodes_on_demand else OnMiss.SKIP)
-        return Wanted(candidates, collection, ratio, on_miss, self.limits.max_text_bytes, fetches=trail.fetches)
+        return Wanted(
+            candidates,
+            collection,
+            ratio,
+            on_miss,
+            self.limits.max_text_bytes,
+            fetches=trail.fetches,
+            encodings=trail.encodings,
+        )
 
     async def _collection(self, name: str | None) -> Collection | None:
         if name is None:

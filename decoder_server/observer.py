@@ -13,7 +13,7 @@ from decoder_server.request import Outcome, RerankRequest, Timings
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """One read of candidates' states, through whatever tier is in front of the store."""
+    """Candidates' states on their way here: a read, through whatever tier is in front of the store, or an encoding."""
 
     start: float
     end: float
@@ -45,6 +45,7 @@ class Trail:
     """What a request leaves behind while it runs."""
 
     fetches: list[Fetch] = field(default_factory=list)
+    encodings: list[Fetch] = field(default_factory=list)  # calls of the encoder, waiting for another's included
     turns: list[Turn] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)  # of every candidate, top_n or not
 

@@ -58,6 +58,7 @@ class Wanted:
     fetching: Stopwatch = field(default_factory=Stopwatch)
     encoding: Stopwatch = field(default_factory=Stopwatch)
     fetches: list[Fetch] = field(default_factory=list)
+    encodings: list[Fetch] = field(default_factory=list)
 
 
 Deliver = Callable[[list[Found]], None]
@@ -131,8 +132,10 @@ class Passages:
         texts = {miss.digest: miss.candidate.text or "" for miss in misses if miss.digest is not None}
         async with calls:
             await room()
+            start = time.monotonic()
             with wanted.encoding:
                 encoded = await self.inline.encode(texts, wanted.compression_ratio)
+            wanted.encodings.append(Fetch(start, time.monotonic(), len(texts)))
         found = []
         for miss in misses:
             result = encoded[miss.digest or b""]

@@ -1,4 +1,4 @@
-"""Requests as OpenTelemetry spans: rerank, and under it fetch and batch, and under batch forward.
+"""Requests as OpenTelemetry spans: the call, under it fetch, encode and batch, and under batch forward.
 
 An Observer: spans are written when a request has ended, from the times it left behind, so that
 serving itself knows nothing of traces. Needs the `tracing` extra; nothing imports this unless
@@ -20,6 +20,11 @@ from preread.edge.calls import current
 # The caller's doing or a full queue; neither is this server's error (OpenTelemetry's gRPC conventions for servers).
 _NOT_ERRORS = ("ok", "cancelled", "invalid_request", "not_found", "refused", "overloaded")
 
+_GRPC_STATUS = {
+    "ok": 0, "cancelled": 1, "invalid_request": 3, "deadline_exceeded": 4, "not_found": 5, "overloaded": 8,
+    "refused": 9, "unavailable": 14,
+}  # fmt: skip
+
 
 class TracingObserver:
     """`tracer` is made by whoever owns the process, see preread.edge.otel."""
@@ -35,7 +40,11 @@ class TracingObserver:
 
         call = current()
         span = self._tracer.start_span(
-            "rerank", _parent(call.traceparent if call else ""), SpanKind.SERVER, start_time=at(answered.start)
+            (call.rpc if call else "") or "rerank",
+            _parent(call.traceparent if call else ""),
+            SpanKind.SERVER,
+            _rpc_attributes(call.rpc, answered.code) if call else None,
+            start_time=at(answered.start),
         )
         span.set_attribute("preread.model", answered.model)
         span.set_attribute("preread.code", answered.code)
@@ -49,6 +58,8 @@ class TracingObserver:
         within = set_span_in_context(span)
         for fetch in answered.trail.fetches:
             self._write("fetch", within, at(fetch.start), at(fetch.end), num_passages=fetch.num_passages)
+        for encoding in answered.trail.encodings:
+            self._write("encode", within, at(encoding.start), at(encoding.end), num_passages=encoding.num_passages)
         for turn in answered.trail.turns:
             batch = self._write("batch", within, at(turn.ready), at(turn.end))
             self._write("forward", batch, at(turn.start), at(turn.end))
@@ -63,6 +74,15 @@ class TracingObserver:
             span.set_attribute(f"preread.{key}", value)
         span.end(end)
         return set_span_in_context(span)
+
+
+def _rpc_attributes(rpc: str, code: str) -> dict[str, str | int]:
+    """OpenTelemetry's semantic conventions for gRPC; none on other edges."""
+    if not rpc:
+        return {}
+    service, _, method = rpc.rpartition("/")
+    status = _GRPC_STATUS.get(code, 2)
+    return {"rpc.system": "grpc", "rpc.service": service, "rpc.method": method, "rpc.grpc.status_code": status}
 
 
 def _parent(traceparent: str) -> Context:

@@ -16,18 +16,23 @@ _USABLE = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """request_id: the caller's, or our own. traceparent: the caller's W3C header, "" where there is none."""
+    """
+    request_id: the caller's, or our own
+    traceparent: the caller's W3C header, "" where there is none
+    rpc: full name of a gRPC method (preread.v1.RerankService/Rerank), "" on other edges
+    """
 
     request_id: str
     traceparent: str = ""
+    rpc: str = ""
 
 
 _current: ContextVar[Call | None] = ContextVar("preread_call", default=None)
 
 
-def begin(request_id: str = "", traceparent: str = "") -> Call:
+def begin(request_id: str = "", traceparent: str = "", rpc: str = "") -> Call:
     """Makes this the current call; an id that is missing or unusable is replaced by a random one."""
-    call = Call(request_id if _USABLE.fullmatch(request_id) else secrets.token_hex(16), traceparent)
+    call = Call(request_id if _USABLE.fullmatch(request_id) else secrets.token_hex(16), traceparent, rpc)
     _current.set(call)
     return call
 

@@ -51,7 +51,8 @@ class ObservingInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg
             return await continuation(handler_call_details)
         metadata = dict(handler_call_details.invocation_metadata or ())
         # Before the inner interceptors, so that what they log has the id.
-        call = calls.begin(str(metadata.get(REQUEST_ID, "")), str(metadata.get("traceparent", "")))
+        request_id, traceparent = (str(metadata.get(name, "")) for name in (REQUEST_ID, "traceparent"))
+        call = calls.begin(request_id, traceparent, method.removeprefix("/"))
         handler = await continuation(handler_call_details)
         if handler is None:
             return None

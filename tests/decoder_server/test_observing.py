@@ -11,9 +11,14 @@ import grpc
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from decoder_server.config import DecoderConfig
+from decoder_server.server import DecoderServer
 from decoder_server.tracing import TracingObserver
+from encoder_worker.config import EncoderConfig
+from encoder_worker.server import EncoderServer
 from preread.edge.logs import set_up
 from preread.edge.scrape import metrics_listener
+from preread.v1 import rerank_pb2_grpc
 
 ID = (("x-request-id", "order-66"),)
 
@@ -132,47 +137,59 @@ async def test_a_log_line_has_the_id_and_text_only_where_asked_for(serve, make_r
     assert "crimson" not in everything
 
 
-async def test_spans_follow_a_request(serve, fbnl, tiny, store, make_request) -> None:
+@pytest.fixture
+async def traced(fbnl, tiny, store, tmp_path):
+    """A server that writes spans, with a real encoder worker beside it: a stub, and what was written so far by name."""
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import SimpleSpanProcessor
     from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-    from decoder_server.config import DecoderConfig
-    from decoder_server.server import DecoderServer
-    from preread.v1 import rerank_pb2_grpc
-
     exporter = InMemorySpanExporter()
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(exporter))
+    compute = {"device": "cpu", "dtype": "float32"}
+    worker = EncoderServer(EncoderConfig(str(tiny), port=0, store=f"faiss:{tmp_path / 'worker'}", **compute))
+    await worker.start()
     server = DecoderServer(
-        DecoderConfig(str(tiny), port=0, device="cpu", dtype="float32"),
+        DecoderConfig(str(tiny), port=0, encoder_address=f"127.0.0.1:{worker.port}", **compute),
         store=store,
         load=lambda _: fbnl,
         observers=[TracingObserver(provider.get_tracer("test"))],
     )
     await server.start()
-    try:
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-            trace = "0af7651916cd43dd8448eb211c80319c"
-            parent = (("traceparent", f"00-{trace}-b7ad6b7169203331-01"),)
-            stub = rerank_pb2_grpc.RerankServiceStub(channel)
-            await stub.Rerank(make_request(ids=["p1", "p2"]), metadata=parent)
-    finally:
-        await server.stop(1)
-    spans = {span.name: span for span in exporter.get_finished_spans()}
-    assert set(spans) == {"rerank", "fetch", "batch", "forward"}
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        stub = rerank_pb2_grpc.RerankServiceStub(channel)
+        yield stub, lambda: {span.name: span for span in exporter.get_finished_spans()}
+    await server.stop(1)
+    await worker.stop(1)
+
+
+async def test_spans_follow_a_request(traced, make_request) -> None:
+    stub, written = traced
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    parent = (("traceparent", f"00-{trace}-b7ad6b7169203331-01"),)
+    await stub.Rerank(make_request(ids=["p1", "p2"], inline=["a text"]), metadata=parent)
+    spans, call = written(), "preread.v1.RerankService/Rerank"
+    assert set(spans) == {call, "fetch", "encode", "batch", "forward"}
     assert all(f"{span.context.trace_id:032x}" == trace for span in spans.values())
-    ids = {name: span.context.span_id for name, span in spans.items()}
-    parents = {name: span.parent.span_id for name, span in spans.items()}
-    assert parents == {
-        "rerank": 0xB7AD6B7169203331,
-        "fetch": ids["rerank"],
-        "batch": ids["rerank"],
-        "forward": ids["batch"],
-    }
-    root = spans["rerank"]
+    ids = {span.context.span_id: name for name, span in spans.items()}
+    parents = {name: ids.get(span.parent.span_id) for name, span in spans.items()}
+    assert parents == {call: None, "fetch": call, "encode": call, "batch": call, "forward": "batch"}
+    root = spans[call]
+    assert root.parent.span_id == 0xB7AD6B7169203331
     assert all(root.start_time <= span.start_time <= span.end_time <= root.end_time for span in spans.values())
-    assert root.attributes["preread.num_hit"] == 2
+    assert (root.attributes["preread.num_hit"], root.attributes["preread.num_encoded"]) == (2, 1)
+    assert root.attributes["rpc.service"] == "preread.v1.RerankService"
+    assert (root.attributes["rpc.method"], root.attributes["rpc.grpc.status_code"]) == ("Rerank", 0)
+    assert root.status.is_ok or root.status.is_unset
+
+
+async def test_a_refused_request_has_a_span_too(traced, make_request, refused) -> None:
+    stub, written = traced
+    await refused(stub.Rerank(make_request(ids=["p1"], compression_ratio=3)), grpc.StatusCode.INVALID_ARGUMENT)
+    (span,) = written().values()
+    assert (span.attributes["preread.code"], span.attributes["rpc.grpc.status_code"]) == ("invalid_request", 3)
+    assert span.parent is None
 
 
 async def test_a_request_has_a_token_limit(serve, texts, refused) -> None:
