@@ -41,16 +41,25 @@ def test_an_image_is_not_root_and_has_a_health_check(file: Path) -> None:
     text = file.read_text()
     assert re.search(r"^USER 10001:10001$", text, re.MULTILINE)
     assert 'CMD ["preread", "health"]' in text
-    for name in re.findall(r"\b(PREREAD_\w+)=", text):
-        assert name in variables("serve"), name
+    # A variable would win over the file that someone mounts.
+    assert set(re.findall(r"\b(PREREAD_\w+)=", text)) == {"PREREAD_CONFIG"}
+    assert "COPY deploy/image.toml /etc/preread/preread.toml" in text
 
 
 def test_images_differ_in_what_they_must() -> None:
-    cpu, cuda = (file.read_text().splitlines() for file in DOCKERFILES)
-    ours = [line for line in cuda if line not in cpu and not line.startswith("#")]
-    assert {line.strip(" \\").split("=")[0] for line in ours} == {
-        "PREREAD_LOG_FORMAT", "PREREAD_DEVICE", "NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES",
-    }  # fmt: skip
+    cpu, cuda = (
+        {line.strip(" \\") for line in file.read_text().splitlines() if not line.startswith("#")}
+        for file in DOCKERFILES
+    )
+    assert {line.split("=")[0] for line in cpu ^ cuda} == {"NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_images_settings_are_settings(name: str) -> None:
+    parent = click.Context(cli, info_name="preread")
+    arguments = ["--config", str(DEPLOY / "image.toml"), "--model", "m"]
+    params = command(name).make_context(name, arguments, parent=parent).params
+    assert params.get("host", "0.0.0.0") == "0.0.0.0"
 
 
 @pytest.mark.parametrize("service", ["worker", "server"])
@@ -90,6 +99,7 @@ def test_containers_are_confined_and_probed() -> None:
         if container["image"] == "preread":
             name = container["args"][0]
             assert pod["terminationGracePeriodSeconds"] > 30
+            assert pod["enableServiceLinks"] is False, "PREREAD_PORT is a setting"
             for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
                 assert container[probe]["grpc"]["port"] == PORTS[name]
 
