@@ -26,6 +26,7 @@ class Envelope:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope["path"] = tidy(scope["path"])
         headers = Headers(scope=scope)
         request_id = calls.begin(headers.get("x-request-id", ""), headers.get("traceparent", "")).request_id
         scope.setdefault("state", {})["request_id"] = request_id
@@ -48,6 +49,13 @@ class Envelope:
             if started:
                 raise  # the connection has to break: half an answer must not look like a whole one
             await errors.respond(errors.internal(), tei=wants_tei(scope))(scope, receive, send_named)
+
+
+def tidy(path: str) -> str:
+    """Without empty parts: a base URL that ends in / gives `/v1//rerank`. Passage ids are left alone."""
+    if path.startswith("/v1/collections/"):
+        return path
+    return "/" + "/".join(part for part in path.split("/") if part)
 
 
 def wants_tei(scope: Scope) -> bool:

@@ -35,6 +35,13 @@ def test_every_path_answers(running, ranking, path):
     assert [(r["index"], r["relevance_score"]) for r in answer["results"]] == ranking
 
 
+@pytest.mark.parametrize("path", ["/v1//rerank", "//v1/rerank", "/v1/rerank/", "/tei//rerank/"])
+def test_a_base_url_that_ends_in_a_slash(running, ranking, query, documents, path):
+    response = running.post(path, {"query": query, "texts": documents})
+
+    assert [(r["index"], r["score"]) for r in response.json()] == ranking
+
+
 def test_a_path_of_nim_names_the_model(running, query, documents):
     response = running.post("/v1/retrieval/nvidia/some-model/reranking", {"query": query, "documents": documents})
 

@@ -78,7 +78,7 @@ def test_what_is_no_json_object_is_400(running, content):
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
-    [("GET", "/v1/rerank", 405), ("POST", "/health", 405), ("GET", "/nowhere", 404), ("POST", "/v1/rerank/", 404)],
+    [("GET", "/v1/rerank", 405), ("POST", "/health", 405), ("GET", "/nowhere", 404), ("POST", "/v1", 404)],
 )
 def test_the_router_speaks_json_too(running, method, path, status):
     response = running.http.request(method, path)
