@@ -76,6 +76,20 @@ class TextTokenizer:
         rows = self._encode(self._settings.passage_template, [{"passage": text} for text in texts])
         return [TokenizedPassage(ids[:limit], len(ids) > limit) for ids in rows]
 
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """Per token of `passages([text])`, before its cut, begin and end in the text's characters.
+
+        The template's own tokens have an empty span. Empty where the text spells control tokens,
+        because its tokens are then not those of one filled template.
+        """
+        if self._neutralise and self._controls.search(text):
+            return []
+        template = self._settings.passage_template
+        first = len(template[: template.index("{passage}")].format())
+        offsets = self._tokenizer.encode(template.format(passage=text), add_special_tokens=False).offsets
+        clipped = [(max(0, begin - first), min(len(text), end - first)) for begin, end in offsets]
+        return [(begin, end) if begin < end else (0, 0) for begin, end in clipped]
+
     def passage_windows(self, text: str) -> list[TokenizedPassage]:
         """One passage cut into windows of at most `max_passage_tokens`, each under the template.
 

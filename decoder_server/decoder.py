@@ -64,6 +64,34 @@ class Decoder:
             logits = torch.tanh(logits / cap) * cap
         return logits[:, 0] - logits[:, 1]
 
+    @torch.inference_mode()
+    def attention(self, token_ids: Tensor, states: Tensor) -> Tensor:
+        """What one prompt's readout token attends to: weights over the states, float32 (num_layers, num_states).
+
+        The mean over heads of the softmax over [prompt ; states]; what a row lacks to 1 went to the
+        prompt. For looking at, not for serving: queries and keys are projected twice.
+
+        Args:
+            token_ids: (num_tokens,).
+            states: (num_states, dim).
+        """
+        layout = Layout([len(token_ids)], [len(states)], token_ids.device)
+        hidden = self.embedding(token_ids)
+        rows = []
+        for layer, kind in zip(self.layers, self.layer_types, strict=True):
+            rope = self._rotation(kind, layout)
+            mask = layout.mask(self._window(kind), self.groups, hidden.dtype)
+            normed = rms_norm(hidden, layer.pre_attention, self.eps)
+            q, keys, _, seen = self._projected(layer, normed, states, layout, rope, mask, True)
+            logits = q.float() @ keys.float().transpose(2, 3) * self._scale + seen.float()
+            rows.append(logits.softmax(-1)[0, :, :, layout.max_prompt :].mean((0, 1)))  # (num_states,)
+            hidden = self._layer(layer, hidden, states, layout, rope, mask, False)
+        return torch.stack(rows)
+
+    @property
+    def _scale(self) -> float:
+        return float(self.config.query_pre_attn_scalar**-0.5)
+
     @property
     def eps(self) -> float:
         return float(self.config.rms_norm_eps)
@@ -111,7 +139,22 @@ class Decoder:
         mask: Tensor,
         last: bool,
     ) -> Tensor:
-        """Merged attention: one softmax over [prompt keys ; passage keys].
+        """Merged attention: one softmax over [prompt keys ; passage keys]."""
+        q, keys, values, mask = self._projected(layer, normed, states, layout, rope, mask, last)
+        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=self._scale)
+        return layout.unfold(out, self.groups, readout=last)  # (num_tokens or batch, num_heads head)
+
+    def _projected(
+        self,
+        layer: LayerWeights,
+        normed: Tensor,
+        states: Tensor,
+        layout: Layout,
+        rope: Rotation,
+        mask: Tensor,
+        last: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Folded queries, merged keys, merged values, and the mask over them.
 
         Passage keys carry no position and no window. Query heads that share a kv head are folded
         into the query axis, so that shared keys are read once and never repeated in memory.
@@ -132,6 +175,4 @@ class Decoder:
         q = layout.fold(q, num_kv, readout=last)  # (batch, num_kv, max_prompt * groups, head)
         if last:
             mask = layout.readout_mask(mask, self.groups)
-        scale = config.query_pre_attn_scalar**-0.5
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
-        return layout.unfold(out, self.groups, readout=last)  # (num_tokens or batch, num_heads head)
+        return q, keys, values, mask

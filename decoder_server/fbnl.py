@@ -71,6 +71,17 @@ class FbnlBackend:
         )
         return np.where(np.isfinite(margins), margins, np.float32("nan"))
 
+    def attention(self, pair: Pair) -> NDArray[np.float32]:
+        """The readout token's weight on every state, (num_states,): mean over heads and layers."""
+        ids = torch.tensor(pair.prompt.ids, device=self._device)
+        states = torch.from_numpy(np.ascontiguousarray(pair.states)).to(self._device, self._dtype)
+        weights: NDArray[np.float32] = self._decoder.attention(ids, states).mean(0).cpu().numpy()
+        return weights
+
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """Per token of the passage as the encoder reads it, the characters of `text` it stands for."""
+        return self._text.spans(text)
+
     def warm_up(self) -> None:
         """One real pass over a real prompt.
 
