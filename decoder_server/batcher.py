@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -23,6 +24,8 @@ from decoder_server.backend import Backend, Pair
 from decoder_server.lengths import num_cells, split_by_length
 from decoder_server.observer import Pass
 from decoder_server.ticket import Deliver, Scored, Ticket, Work
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +111,10 @@ class Batcher:
     def share_tokens(self) -> int:
         """How much of a request should be ready at most: two batches, shared by all requests."""
         return max(1, 2 * self.batch_tokens // max(1, len(self._tickets)))
+
+    async def aside(self, function: Callable[[], T]) -> T:
+        """Runs something else on the model's thread, between two passes."""
+        return await asyncio.get_running_loop().run_in_executor(self._executor, function)
 
     async def run(self) -> None:
         """Batches until cancelled."""

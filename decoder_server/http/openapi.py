@@ -53,6 +53,10 @@ def document(rerank_paths: tuple[str, ...], prefixes: tuple[str, ...]) -> Schema
         "/health/ready": {"get": _operation("server", "ready", "A real forward pass has succeeded", "State")},
         "/metrics": {"get": _text(_operation("server", "metrics", "Prometheus metrics"))},
         "/openapi.json": {"get": _operation("server", "openapi", "This document", "Object")},
+        "/v1/explain": {
+            "post": _operation("rerank", "explain", "A few candidates at every ratio, and what was attended to")
+            | {"requestBody": _body({"application/json": "Object"})}
+        },
         "/v1/collections": {
             "get": _operation("collections", "listCollections", "Every collection of the store", "Collections")
         },

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 from cache.errors import CacheError
 from decoder_server.errors import RerankError
 from decoder_server.http import collections as c
-from decoder_server.http import errors, models, openapi
+from decoder_server.http import errors, models, openapi, page
 from decoder_server.http.body import TooLarge
 from decoder_server.http.context import Context
 from decoder_server.http.envelope import Envelope, wants_tei
@@ -43,6 +43,7 @@ ROUTES: tuple[tuple[str, str, Endpoint], ...] = (
     ("GET", "/health/ready", models.ready),
     ("GET", "/metrics", models.metrics),
     ("GET", "/openapi.json", openapi.serve),
+    ("POST", "/v1/explain", page.explain_few),
     ("GET", "/v1/collections", c.list_collections),
     ("GET", "/v1/collections/{collection}", c.get_collection),
     ("POST", "/v1/collections/{collection}/passages", c.add_passages),
@@ -53,7 +54,7 @@ ROUTES: tuple[tuple[str, str, Endpoint], ...] = (
     ("DELETE", "/v1/aliases/{alias}", c.remove_alias),
 )
 # Probes carry no keys; what describes the interface, or is a page to type a key into, needs none.
-OPEN = ("/", "/health", "/health/ready", "/openapi.json")
+OPEN = ("/", "/page/page.js", "/page/page.css", "/page/icon.svg", "/health", "/health/ready", "/openapi.json")
 PREFIXED = ("/v1/models", "/models", "/info", "/health")
 
 
@@ -63,7 +64,7 @@ def build(context: Context, extra: Sequence[BaseRoute] = ()) -> ASGIApp:
     Args:
         extra: routes of others, such as /metrics; they come first.
     """
-    app = Starlette(routes=[*extra, *_routes()], exception_handlers=_handlers())
+    app = Starlette(routes=[*extra, *_routes(), *page.ROUTES], exception_handlers=_handlers())
     app.router.redirect_slashes = False  # a redirected POST loses its body with many clients
     app.state.context = context
     return Envelope(AccessMiddleware(app, context.keys, scopes_of, _refuse))

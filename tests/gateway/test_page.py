@@ -1,0 +1,104 @@
+"""The page in a real Chromium: it ranks, shows every ratio, draws attention, and asks no other host."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ARTEFACTS = Path(__file__).parent.parent / "artefacts"
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update", "--hide-scrollbars",
+)  # fmt: skip
+
+
+def test_explain_scores_what_rerank_scores_and_is_bounded(running: Any, query: str, documents: list[str]) -> None:
+    for ratio in (1, 4, 32):
+        answer = running.ask("/v1/explain", compression_ratio=ratio)
+        expected = {r["index"]: r["relevance_score"] for r in running.ask(compression_ratio=ratio)["results"]}
+        for result in answer["results"]:
+            by_ratio = {score["compression_ratio"]: score["score"] for score in result["scores"]}
+            assert list(by_ratio) == [1, 2, 4, 8, 16, 32]
+            assert by_ratio[ratio] == pytest.approx(expected[result["index"]], abs=1e-4)
+            text = documents[result["index"]]
+            assert result["text"] == text
+            assert result["parts"][-1]["end"] == len(text)
+            assert 0 < sum(part["weight"] for part in result["parts"]) <= result["passage_weight"] + 1e-6 <= 1.001
+    assert "documents" in running.refused(400, "/v1/explain", documents=["a"] * 17)["error"]["message"]
+    assert running.refused(400, "/v1/explain", documents=None)
+
+
+def test_explain_of_a_collection_takes_its_first_passages(running: Any) -> None:
+    passages = [{"id": f"p{i}", "text": f"Passage {i} is about the sky."} for i in range(3)]
+    stored = running.post("/v1/collections/few/passages", {"passages": passages, "compression_ratio": 4})
+    assert stored.json()["num_stored"] == 3, stored.text
+    answer = running.ask("/v1/explain", documents=None, collection="few", first=2)
+    assert len(answer["results"]) == 2
+    for result in answer["results"]:
+        assert result["status"] == "hit"
+        assert [score["compression_ratio"] for score in result["scores"]] == [4, 8, 16, 32]
+        assert result["parts"]
+
+
+def test_the_page_allows_nothing_from_elsewhere(running: Any) -> None:
+    response = running.http.get("/")
+    assert response.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in response.headers["content-security-policy"]
+    for name in ("page.js", "page.css", "icon.svg"):
+        assert running.http.get(f"/page/{name}").status_code == 200
+        assert f"/page/{name}" in response.text
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Any]:
+    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if binary is None or driver is None:
+        pytest.skip("NO BROWSER, THE PAGE IS NOT TESTED: apt-get install chromium chromium-driver")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="NO SELENIUM, THE PAGE IS NOT TESTED")
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path}/profile"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    try:
+        yield chrome
+    finally:
+        chrome.quit()
+
+
+@pytest.mark.slow
+def test_a_person_ranks_with_the_keyboard(running: Any, browser: Any) -> None:
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    ARTEFACTS.mkdir(exist_ok=True)
+    for name, width, height in (("desktop", 1280, 1000), ("phone", 390, 1500)):
+        for scheme in ("light", "dark"):
+            features = [{"name": "prefers-color-scheme", "value": scheme}]
+            browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+            size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": name == "phone"}
+            browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+            browser.get(running.url)
+            query = browser.find_element(By.ID, "query")
+            query.clear()
+            assert not browser.find_element(By.ID, "wanted").is_displayed()
+            query.send_keys("Why is the sky blue?", Keys.ENTER)
+            WebDriverWait(browser, 30).until(lambda b: b.find_elements(By.CSS_SELECTOR, "#results li"))
+            cards = browser.find_elements(By.CSS_SELECTOR, "#results li")
+            assert len(cards) == 4
+            for card in cards:
+                ratios = [cell.text for cell in card.find_elements(By.CSS_SELECTOR, "tr:first-child td")]
+                assert ratios == ["1", "2", "4", "8", "16", "32"]
+                assert card.find_elements(By.CSS_SELECTOR, "mark[style*=background]")
+            assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+            path = ARTEFACTS / f"page-{name}-{scheme}.png"
+            shot = browser.get_screenshot_as_file(str(path))
+            assert shot
+            print(f"screenshot: {path}")  # noqa: T201 - where the artefact lies
+    assert not [line for line in browser.get_log("browser") if line["level"] == "SEVERE"]
