@@ -39,13 +39,18 @@ class Place:
 class Admission:
     """The bounds of one model's queue. Only touched from the event loop."""
 
-    def __init__(self, counts: BatchCounts, *, max_requests: int, max_tokens: int) -> None:
+    def __init__(self, counts: BatchCounts, *, max_requests: int, max_tokens: int, max_seconds: float = 0.0) -> None:
+        """
+        Args:
+            max_seconds: of work at the measured rate; 0: no such limit.
+        """
         self.num_requests = 0
         self.num_tokens = 0.0
         self.num_refused = 0
         self._counts = counts
         self._max_requests = max_requests
         self._max_tokens = max_tokens
+        self._max_seconds = max_seconds
         self._passage_tokens = FIRST_PASSAGE_TOKENS
 
     def admit(self, num_candidates: int, num_prompt_tokens: int, ratio: int) -> Place:
@@ -61,16 +66,22 @@ class Admission:
         if self.num_requests >= self._max_requests:
             mean_tokens = self.num_tokens / self.num_requests
             raise self._refusal(f"{self.num_requests} requests wait; the limit is {self._max_requests}", mean_tokens)
-        excess = self.num_tokens + num_tokens - self._max_tokens
+        limit = self._limit_tokens()
+        excess = self.num_tokens + num_tokens - limit
         if self.num_requests and excess > 0:
             message = (
                 f"about {self.num_tokens:.0f} tokens wait and this request has about {num_tokens:.0f}; "
-                f"the limit is {self._max_tokens}"
+                f"the limit is {limit:.0f}"
             )
             raise self._refusal(message, min(excess, self.num_tokens))
         self.num_requests += 1
         self.num_tokens += num_tokens
         return Place(self, num_candidates, num_tokens)
+
+    def _limit_tokens(self) -> float:
+        """What may wait: the tokens configured, or those the model reads in the time configured, if fewer."""
+        rate = self._counts.tokens_per_second
+        return min(self._max_tokens, rate * self._max_seconds) if rate and self._max_seconds else self._max_tokens
 
     def learn(self, num_tokens: int) -> None:
         """A passage of this many tokens was read."""

@@ -29,6 +29,7 @@ class DecoderConfig:
     max_batch_tokens: int | None = None  # None: by device and measured rate
     max_queue_requests: int = 256
     max_queue_tokens: int = 1_000_000
+    max_queue_seconds: float = 0.0  # of work at the measured rate; 0: no such limit
     max_candidates: int = 1000
     max_request_tokens: int | None = None  # prompt tokens and states over all candidates; None: the queue's limit only
     max_query_bytes: int = 16 << 10
@@ -61,6 +62,7 @@ class DecoderConfig:
             "max_inline_cache_bytes",
             "max_store_cache_bytes",
             "max_staleness_seconds",
+            "max_queue_seconds",
             "max_connection_age_seconds",
         ):
             if getattr(self, name) < 0:

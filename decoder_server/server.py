@@ -148,7 +148,10 @@ class DecoderServer:
         min_tokens, max_tokens = batch_tokens(self.config, backend)
         batcher = Batcher(backend, self._model_thread, max_tokens, min_tokens, self._passed)
         admission = Admission(
-            batcher.counts, max_requests=self.config.max_queue_requests, max_tokens=self.config.max_queue_tokens
+            batcher.counts,
+            max_requests=self.config.max_queue_requests,
+            max_tokens=self.config.max_queue_tokens,
+            max_seconds=self.config.max_queue_seconds,
         )
         engine = Engine(
             self.config.model_name,

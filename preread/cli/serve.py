@@ -75,6 +75,12 @@ _FILE = click.Path(exists=True, dir_okay=False)
     default=1_000_000,
     help="Tokens under way before new requests are turned away.",
 )
+@option(
+    "--max-queue-seconds",
+    type=click.FloatRange(min=0),
+    default=30.0,
+    help="Seconds of work under way, at the measured rate, before new requests are turned away; 0: no such limit.",
+)
 @option("--max-candidates", type=click.IntRange(min=1), default=1000, help="Candidates of one request.")
 @option(
     "--max-request-tokens",
@@ -173,7 +179,7 @@ def _config(options: dict[str, Any], encoder: EncoderHalf) -> DecoderConfig:
 
     same = (
         "served_model_name", "host", "port", "store", "device", "dtype", "max_passage_tokens", "max_batch_tokens",
-        "max_queue_requests", "max_queue_tokens", "max_candidates", "max_message_bytes",
+        "max_queue_requests", "max_queue_tokens", "max_queue_seconds", "max_candidates", "max_message_bytes",
         "max_request_tokens", "max_text_bytes", "log_text", "max_connection_age_seconds",
     )  # fmt: skip
     worker_tls = ("encoder_tls_ca_file", "encoder_tls_cert_file", "encoder_tls_key_file")

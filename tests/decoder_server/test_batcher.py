@@ -224,3 +224,17 @@ def test_admission_says_when_to_come_back() -> None:
         place.finished(499)
         assert admission.num_tokens == pytest.approx(100)
     assert (admission.num_requests, admission.num_tokens) == (0, pytest.approx(0))
+
+
+def test_admission_by_time_holds_what_the_measured_rate_reads_in_it() -> None:
+    counts = BatchCounts(num_tokens=1000, compute_seconds=1.0)  # 1000 tokens a second
+    admission = Admission(counts, max_requests=10, max_tokens=1_000_000, max_seconds=2.0)
+    each = 3 * (10 + 256)  # three passages of the first guess and their prompts: 798 tokens
+
+    with admission.admit(3, 10, 1), admission.admit(3, 10, 1):
+        with pytest.raises(Overloaded, match="the limit is 2000") as refused:
+            admission.admit(3, 10, 1)
+        assert refused.value.retry_after_seconds == pytest.approx((3 * each - 2000) / 1000)
+    counts.num_tokens = 10_000  # a faster machine lets more in
+    with admission.admit(3, 10, 1), admission.admit(3, 10, 1), admission.admit(3, 10, 1):
+        pass
