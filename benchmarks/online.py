@@ -86,22 +86,22 @@ def index(store_url: str, checkpoint: Checkpoint, dtype: str | None) -> None:
 def serving(model: Path, store: str, *flags: str) -> Iterator[str]:
     """A real `preread serve` on a free port."""
     command = [sys.executable, "-m", "preread", "serve", "--model", str(model), "--store", store]
-    command += ["--port", "0", "--encoder-port", "0", *flags]
+    command += ["--port", "0", "--encoder-port", "0", "--log-level", "warning", *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
         seen = []
-        port = None
+        address = None
         for line in process.stdout:
             seen.append(line)
-            if match := re.search(r"127\.0\.0\.1:(\d+)", line):
-                port = port or match[1]
+            if match := re.match(r"listening +(\S+:\d+)", line):
+                address = match[1]
             if line.startswith("ready"):
                 break
-        if port is None:
+        if address is None:
             raise RuntimeError("the server did not start:\n" + "".join(seen))
         threading.Thread(target=process.stdout.read, daemon=True).start()
-        yield f"127.0.0.1:{port}"
+        yield address
     finally:
         process.terminate()
         process.wait(60)
@@ -158,7 +158,7 @@ def main() -> None:
                             continue  # minutes of encoding that benchmarks.index already measures
                         if state == "warm":  # fill the tier
                             client.rerank(QUERY, timeout=600, **stored_request(ratio, count))
-                        repeats = 1 if state == "cold" else (7 if count < 100 else 3)
+                        repeats = 1 if state == "cold" or count >= 1000 else (7 if count < 100 else 3)
                         measure(client, state, ratio, count, repeats)
     columns = ["states", "r", "candidates", "ms a request", "of it in the model", "ms a candidate", "candidates/s"]
     report("online", columns, rows, passage_tokens=PASSAGE_TOKENS)
