@@ -7,6 +7,7 @@ Every store obeys the same contract, tests/cache/test_store_contract.py.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+from urllib.parse import urlsplit
 
 from cache.errors import StoreUrlError
 from cache.manifest import Manifest
@@ -166,3 +167,9 @@ def open_store(
 
         store = LruStore(store, max_bytes=lru_bytes, staleness_seconds=lru_staleness_seconds)
     return store
+
+
+def public_url(store: str) -> str:
+    """A store URL without user and password."""
+    parts = urlsplit(store)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else store

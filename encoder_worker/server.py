@@ -15,13 +15,13 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from cache.store import Store, open_store
+from cache.store import Store, open_store, public_url
 from encoder_worker.config import EncoderConfig
 from encoder_worker.engine import Engine
 from encoder_worker.metrics import WorkerMetrics
 from encoder_worker.passage_encoder import PassageEncoder
 from encoder_worker.scheduler import Scheduler
-from encoder_worker.service import EncoderService, public_url
+from encoder_worker.service import EncoderService
 from preread.edge.access import AccessInterceptor
 from preread.edge.keys import ApiKeys
 from preread.edge.observe import ObservingInterceptor, log_call

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
-from urllib.parse import urlsplit
 
 from cache.codecs import DEFAULT_CODEC
 from cache.collection import Collection
 from cache.errors import CollectionNotFound
 from cache.names import is_passage_id
-from cache.store import Store
+from cache.store import Store, public_url
 from encoder_worker import messages, on_demand
 from encoder_worker.engine import Engine
 from encoder_worker.errors import Context, Starting, translated
@@ -81,12 +80,6 @@ class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
         if self.engine is None:
             raise Starting("this worker is loading its model, or stopping")
         return self.engine
-
-
-def public_url(store: str) -> str:
-    """A store URL without user and password."""
-    parts = urlsplit(store)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else store
 
 
 def _delete(store: Store, request: encoder_pb2.DeleteRequest) -> int:

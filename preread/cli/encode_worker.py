@@ -15,6 +15,7 @@ from preread.cli.config_file import config_option
 from preread.cli.effective import effective_lines
 from preread.cli.options import compute_options, model_option, option, store_option
 from preread.cli.server_options import access_options, api_keys, grace_option, observe_options, tls_files
+from preread.cli.signals import started_unless_told, told_to_stop
 
 if TYPE_CHECKING:
     from encoder_worker.server import EncoderServer
@@ -70,7 +71,6 @@ async def _work(options: dict[str, Any]) -> None:
     from encoder_worker.config import EncoderConfig
     from encoder_worker.server import EncoderServer
     from preread.cli.serve_parts import metrics_port
-    from preread.cli.signals import told_to_stop
 
     started = time.monotonic()
     tune_process(options["threads"])
@@ -87,13 +87,8 @@ async def _work(options: dict[str, Any]) -> None:
 
 async def _run(server: EncoderServer, told: asyncio.Future[None], grace_seconds: float, started: float) -> None:
     config = server.config
-    starting = asyncio.create_task(server.start())
-    await asyncio.wait([starting, told], return_when=asyncio.FIRST_COMPLETED)
-    if not starting.done():
-        starting.cancel()
-        await asyncio.wait([starting])
+    if not await started_unless_told(server.start(), told):
         return
-    await starting
     engine = server.engine
     identity = engine.encoder.identity
     click.echo(f"encoder      {config.checkpoint} (encoder {identity.fingerprint[:12]}, dim {identity.dim})")

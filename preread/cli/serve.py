@@ -17,7 +17,7 @@ from preread.cli.effective import effective_lines
 from preread.cli.options import compute_options, model_option, option, store_option
 from preread.cli.serve_http import gateway_line, http_gateway, http_options
 from preread.cli.server_options import access_options, api_keys, grace_option, observe_options, tls_files
-from preread.cli.signals import told_to_stop
+from preread.cli.signals import started_unless_told, told_to_stop
 
 if TYPE_CHECKING:
     from cache.store import Store
@@ -155,13 +155,8 @@ async def _run(
     server: DecoderServer, store: Store, options: dict[str, Any], stop: asyncio.Future[None], started: float
 ) -> None:
     async with http_gateway(options, server) as gateway:
-        starting = asyncio.create_task(server.start())
-        await asyncio.wait([starting, stop], return_when=asyncio.FIRST_COMPLETED)
-        if not starting.done():
-            starting.cancel()
-            await asyncio.wait([starting])
+        if not await started_unless_told(server.start(), stop):
             return
-        await starting
         await _introduce(server, store, options)
         if gateway is not None:
             click.echo(gateway_line(gateway))
@@ -197,7 +192,7 @@ def _config(options: dict[str, Any], encoder: EncoderHalf) -> DecoderConfig:
 
 async def _introduce(server: DecoderServer, store: Store, options: dict[str, Any]) -> None:
     """What a person wants to see before the first request."""
-    from encoder_worker.service import public_url
+    from cache.store import public_url
 
     config = server.config
     (engine,) = server.engines.values()

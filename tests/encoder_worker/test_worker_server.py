@@ -13,11 +13,10 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from cache.store import Store
+from cache.store import Store, public_url
 from encoder_worker.config import EncoderConfig
 from encoder_worker.passage_encoder import PassageEncoder
 from encoder_worker.server import SERVICE, EncoderServer
-from encoder_worker.service import public_url
 from preread.v1 import encoder_pb2
 
 Serve = Callable[..., Any]
