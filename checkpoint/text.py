@@ -36,6 +36,10 @@ class TokenizedPrompt:
     num_query_tokens: int  # of the query alone, after the cut
     query_truncated: bool
 
+    @property
+    def num_tokens(self) -> int:
+        return len(self.ids)
+
 
 class TextTokenizer:
     """A checkpoint's tokenizer together with its templates. Safe to use from several threads."""

@@ -1,55 +1,134 @@
 """The seam between serving and models: a prompt and a passage go in, a margin comes out.
 
-Whoever serves knows this file and no model behind it.
+Whoever serves knows this file and no model behind it. A backend reads passages as pooled states
+(fbnl) or as text (cross_encoder); serving only carries them there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoint import CheckpointSettings, EncoderIdentity, TokenizedPrompt
+from cache.states import PassageStates
+from checkpoint import EncoderIdentity, TokenizedPrompt
+
+Passage = PassageStates | str  # what a backend reads
+
+
+class Prompt(Protocol):
+    """Query and instruction, tokenized once for all candidates of a request."""
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def num_query_tokens(self) -> int: ...
+
+    @property
+    def query_truncated(self) -> bool: ...
+
+
+class Item(Protocol):
+    """One prompt and one window of a passage, ready for a pass of the model."""
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens that attend."""
+        ...
+
+    @property
+    def num_states(self) -> int:
+        """States attended to beside them."""
+        ...
+
+    @property
+    def num_tokens(self) -> int:
+        """What the item costs a batch."""
+        ...
+
+    @property
+    def truncated(self) -> bool:
+        """The passage was cut to fit, here or when it was encoded."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pair:
-    """One prompt and one window of a passage, at the ratio it is read at."""
+    """The item of a backend that reads states: a prompt and one window, at the ratio it is read at."""
 
     prompt: TokenizedPrompt
     states: NDArray[np.float32]  # (num_states, dim)
+    truncated: bool = False
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt.ids)
+
+    @property
+    def num_states(self) -> int:
+        return len(self.states)
 
     @property
     def num_tokens(self) -> int:
-        """What the pair costs a batch: prompt tokens and states attended to."""
         return len(self.prompt.ids) + len(self.states)
+
+
+class ModelSettings(Protocol):
+    """What clients may want to know of a model before they ask it."""
+
+    @property
+    def default_instruction(self) -> str: ...
+
+    @property
+    def default_compression_ratio(self) -> int:
+        """0 for a model that reads text."""
+        ...
+
+    @property
+    def max_passage_tokens(self) -> int: ...
+
+    @property
+    def max_query_tokens(self) -> int: ...
 
 
 class Backend(Protocol):
     """A loaded model. `score` and `warm_up` are called from one thread only."""
 
-    name: str
-    settings: CheckpointSettings
+    name: str  # fbnl or cross_encoder
+    checkpoint_name: str
     dtype_name: str
     device_name: str
+    notice: str  # what its licence asks to be told; mostly empty
 
-    def identity(self) -> EncoderIdentity:
-        """The encoder whose states this model reads."""
+    @property
+    def settings(self) -> ModelSettings: ...
+
+    def identity(self) -> EncoderIdentity | None:
+        """The encoder whose states this model reads; None: it reads text."""
         ...
 
-    def prompt(self, query: str, instruction: str | None = None) -> TokenizedPrompt:
+    def prompt(self, query: str, instruction: str | None = None) -> Prompt:
         """Tokenizes query and instruction; safe from any thread."""
+        ...
+
+    def items(self, prompt: Any, passage: Any) -> Sequence[Item]:
+        """A passage's windows under this backend's own prompt; safe from any thread."""
         ...
 
     def cut(self, text: str, max_tokens: int | None, *, keep_end: bool = False) -> str:
         """A passage's beginning, or end, of at most `max_tokens` (None: what a passage may have); from any thread."""
         ...
 
-    def score(self, pairs: Sequence[Pair]) -> NDArray[np.float32]:
-        """Margins (len(pairs),), yes-logit minus no-logit; NaN where a logit was not finite."""
+    def score(self, items: Sequence[Any]) -> NDArray[np.float32]:
+        """Margins (len(items),) of this backend's own items; NaN where a logit was not finite."""
+        ...
+
+    def activate(self, margin: float) -> float:
+        """The score that a margin stands for: P(yes) for fbnl, for others what their authors publish."""
         ...
 
     def warm_up(self) -> None:

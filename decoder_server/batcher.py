@@ -20,7 +20,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from decoder_server.backend import Backend, Pair
+from decoder_server.backend import Backend, Item
 from decoder_server.lengths import num_cells, split_by_length
 from decoder_server.observer import Pass
 from decoder_server.ticket import Deliver, Scored, Ticket, Work
@@ -148,7 +148,7 @@ class Batcher:
         for ticket in {work.ticket for work in works}:
             ticket.computing(start=start)
         loop = asyncio.get_running_loop()
-        scored = await loop.run_in_executor(self._executor, self._score, [(work.index, work.pair) for work in works])
+        scored = await loop.run_in_executor(self._executor, self._score, [(work.index, work.item) for work in works])
         end = time.monotonic()
         self._count(works, end - start)
         owned: dict[Ticket, list[Scored]] = {}
@@ -167,10 +167,10 @@ class Batcher:
         self._on_pass(Pass(len(works), num_tokens, needed, computed - needed, seconds))
         self._virtual_time += num_tokens / max(1, len(self._tickets))
 
-    def _score(self, works: list[tuple[int, Pair]]) -> list[Scored]:
+    def _score(self, works: list[tuple[int, Item]]) -> list[Scored]:
         """On the model's thread. A pass that raises is repeated pair by pair: a bad one costs itself only."""
         try:
-            margins = self._backend.score([pair for _, pair in works])
+            margins = self._backend.score([item for _, item in works])
         except Exception as exc:  # whatever the model raises must not end the loop
             if len(works) > 1:
                 log.warning("a pass of %d pairs failed, repeating it pair by pair: %s", len(works), exc)

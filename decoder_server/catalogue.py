@@ -45,11 +45,12 @@ class _Opened:
 
 
 class Catalogue:
-    """The collections of one store that one encoder's states may be read from."""
+    """The collections of one store that one encoder's states, or texts, may be read from."""
 
-    def __init__(self, store: Store, identity: EncoderIdentity, check_seconds: float) -> None:
+    def __init__(self, store: Store, identity: EncoderIdentity | None, check_seconds: float) -> None:
         """
         Args:
+            identity: the encoder; None: only texts are read, and any collection will do.
             check_seconds: how long an opened collection is trusted before its name is looked up
                 again; a moved alias is noticed within that time.
         """
@@ -102,5 +103,8 @@ class Catalogue:
         if known and self.store.read_manifest(resolve(self.store, name)) == known.collection.manifest:
             return _Opened(known.collection, now)
         identity = self._identity
-        opened = Collection.open(self.store, name, fingerprint=identity.fingerprint, checkpoint=identity.checkpoint)
+        if identity is None:
+            opened = Collection.open(self.store, name)
+        else:
+            opened = Collection.open(self.store, name, fingerprint=identity.fingerprint, checkpoint=identity.checkpoint)
         return _Opened(opened, now)

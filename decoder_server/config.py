@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from pathlib import Path
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
 
+from decoder_server.model_config import ModelConfig
 from preread.client.channel import TlsFiles
 from preread.edge.tls import ServerTls
 
@@ -15,16 +17,11 @@ MIB = 1 << 20
 class DecoderConfig:
     """Configuration of one DecoderServer. Counts are `num_*`, limits `max_*`, units come last."""
 
-    checkpoint: str  # directory or hub id
-    served_model_name: str = ""  # "": the checkpoint's last path component
+    models: tuple[ModelConfig, ...]  # the first is what a request gets that names none
     host: str = "127.0.0.1"
     port: int = 50051  # 0: any free one
     store: str = "faiss:./preread-data"
-    encoder_address: str = ""  # host:port of an encoder worker; "": nothing is encoded on demand
-    device: str | None = None  # None: CUDA where present
-    dtype: str | None = None  # None: bfloat16 where the processor has it
     num_threads: int | None = None
-    max_passage_tokens: int | None = None  # None: the checkpoint's; part of the fingerprint
 
     max_batch_tokens: int | None = None  # None: by device and measured rate
     max_queue_requests: int = 256
@@ -39,7 +36,6 @@ class DecoderConfig:
     max_inline_cache_bytes: int = 256 * MIB  # states of inline texts
     max_store_cache_bytes: int = 256 * MIB  # tier in front of the store; 0: none
     encode_timeout_seconds: float = 60.0
-    encoder_api_key: str = field(default="", repr=False)  # shown to the encoder worker
     encoder_tls_ca_file: str = ""  # PEM; any of the three: the worker is spoken to with TLS
     encoder_tls_cert_file: str = ""
     encoder_tls_key_file: str = ""
@@ -67,14 +63,18 @@ class DecoderConfig:
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
-        for name in ("max_batch_tokens", "num_threads", "max_passage_tokens", "max_request_tokens"):
+        for name in ("max_batch_tokens", "num_threads", "max_request_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; expected at least 1")
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port is {self.port}; expected 0..65535")
-        if not self.checkpoint:
-            raise ValueError("checkpoint is empty; expected a directory or a hub id")
+        if not self.models:
+            raise ValueError("models is empty; expected at least one")
+        names = [model.served_name for model in self.models]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise ValueError(f"two models are called {twice.pop()!r}; give them names: name=checkpoint")
         _ = self.tls  # raises where files contradict each other
         if bool(self.encoder_tls_cert_file) != bool(self.encoder_tls_key_file):
             raise ValueError("encoder_tls_cert_file and encoder_tls_key_file go together; only one of them is given")
@@ -90,7 +90,9 @@ class DecoderConfig:
         files = (self.encoder_tls_ca_file, self.encoder_tls_cert_file, self.encoder_tls_key_file)
         return TlsFiles(*(name or None for name in files)) if any(files) else None
 
-    @property
-    def model_name(self) -> str:
-        """The name clients ask for."""
-        return self.served_model_name or Path(self.checkpoint.rstrip("/")).name
+    @classmethod
+    def of_one(cls, checkpoint: str, **fields: Any) -> DecoderConfig:
+        """A server of one model; `fields` are those of the model and of the server."""
+        own = {field.name for field in dataclasses.fields(ModelConfig)}
+        model = ModelConfig(checkpoint, **{name: value for name, value in fields.items() if name in own})
+        return cls((model,), **{name: value for name, value in fields.items() if name not in own})

@@ -11,19 +11,19 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
+from functools import partial
 from typing import TypeVar
 
 from cache.collection import Collection
 from cache.errors import CacheError
-from checkpoint import TokenizedPrompt
 from decoder_server.admission import Admission
-from decoder_server.backend import Backend
+from decoder_server.backend import Backend, Prompt
 from decoder_server.batcher import Batcher
 from decoder_server.catalogue import Catalogue
 from decoder_server.config import DecoderConfig
 from decoder_server.errors import DeadlineExceeded, InvalidRequest, Unavailable, code_of
 from decoder_server.observer import Answered, Observer, Trail
-from decoder_server.passages import Passages, Wanted
+from decoder_server.passages import Source, Wanted
 from decoder_server.request import Candidate, OnMiss, Outcome, RerankRequest, Summary, Timings, check, distinct
 from decoder_server.run import Emit, Run
 from decoder_server.tally import ranked
@@ -41,7 +41,7 @@ class Engine:
         batcher: Batcher,
         admission: Admission,
         catalogue: Catalogue,
-        passages: Passages,
+        passages: Source,
         executor: Executor,
         limits: DecoderConfig,
         observers: Sequence[Observer] = (),
@@ -66,7 +66,8 @@ class Engine:
         self._idle = asyncio.Event()
         self._idle.set()
         # What the prompt has beside query and instruction, to tell how long an instruction is.
-        self._template_tokens = len(backend.prompt("a", "a").ids) - 2
+        self._template_tokens = backend.prompt("a", "a").num_tokens - 2
+        self.reads_text = backend.identity() is None
 
     @property
     def encodes_on_demand(self) -> bool:
@@ -137,17 +138,18 @@ class Engine:
         prompt = await self._call(self.backend.prompt, request.query, request.instruction)
         self._check_instruction(request, prompt)
         same = distinct(request.candidates)
-        wanted = await self._resolve(request, list(same), trail)
+        wanted = await self._resolve(request, list(same), prompt, trail)
 
         async def emit_with_texts(outcomes: list[Outcome]) -> None:
             assert emit is not None
             await emit(await self._with_texts(request, wanted, outcomes))
 
-        with self.admission.admit(len(same), len(prompt.ids), wanted.compression_ratio) as place:
+        with self.admission.admit(len(same), prompt.num_tokens, max(1, wanted.compression_ratio)) as place:
             run = Run(
                 wanted,
                 {first.index: i for first, i in same.items()},
                 prompt,
+                self.backend,
                 self.batcher,
                 self.passages,
                 self.admission,
@@ -175,18 +177,18 @@ class Engine:
             len(scored),
             prompt.num_query_tokens,
             prompt.query_truncated,
-            sum(outcome.num_states * outcome.compression_ratio for outcome in scored),
+            sum(outcome.num_passage_tokens for outcome in scored),
         )
 
-    async def _resolve(self, request: RerankRequest, candidates: Sequence[Candidate], trail: Trail) -> Wanted:
-        """What is to be read: one collection, one ratio for every candidate, so that scores compare."""
+    async def _resolve(
+        self, request: RerankRequest, candidates: Sequence[Candidate], prompt: Prompt, trail: Trail
+    ) -> Wanted:
+        """What is to be read: one collection, one ratio for every candidate, so that scores compare.
+
+        A model that reads text has no ratio: it takes the same requests and leaves that field be.
+        """
         collection = await self._collection(request.collection)
-        stored = collection.manifest.compression_ratio if collection is not None else 1
-        default = stored if collection is not None else self.backend.settings.default_compression_ratio
-        ratio = request.compression_ratio or default
-        if ratio % stored:
-            expected = f"a multiple of {stored}, the ratio that collection {request.collection!r} is stored at"
-            raise InvalidRequest("compression_ratio", ratio, expected)
+        ratio = 0 if self.reads_text else self._ratio(request, collection)
         on_miss = request.on_miss or (OnMiss.ENCODE if self.encodes_on_demand else OnMiss.SKIP)
         return Wanted(
             candidates,
@@ -194,19 +196,29 @@ class Engine:
             ratio,
             on_miss,
             self.limits.max_text_bytes,
+            partial(self.backend.items, prompt),
             fetches=trail.fetches,
             encodings=trail.encodings,
         )
+
+    def _ratio(self, request: RerankRequest, collection: Collection | None) -> int:
+        stored = collection.manifest.compression_ratio if collection is not None else 1
+        default = stored if collection is not None else self.backend.settings.default_compression_ratio
+        ratio = request.compression_ratio or default
+        if ratio % stored:
+            expected = f"a multiple of {stored}, the ratio that collection {request.collection!r} is stored at"
+            raise InvalidRequest("compression_ratio", ratio, expected)
+        return ratio
 
     async def _collection(self, name: str | None) -> Collection | None:
         if name is None:
             return None
         return self.catalogue.fresh(name) or await self._call(self.catalogue.open, name)
 
-    def _check_instruction(self, request: RerankRequest, prompt: TokenizedPrompt) -> None:
+    def _check_instruction(self, request: RerankRequest, prompt: Prompt) -> None:
         if not request.instruction:
             return
-        num_tokens = len(prompt.ids) - prompt.num_query_tokens - self._template_tokens
+        num_tokens = prompt.num_tokens - prompt.num_query_tokens - self._template_tokens
         if num_tokens > self.limits.max_instruction_tokens:
             expected = f"at most {self.limits.max_instruction_tokens} tokens"
             raise InvalidRequest("instruction", f"{num_tokens} tokens long", expected)

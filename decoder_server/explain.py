@@ -10,21 +10,20 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cache.collection import Collection
 from cache.states import PassageStates
-from checkpoint import TokenizedPrompt
-from decoder_server.backend import Backend, Pair
+from decoder_server.backend import Backend, Prompt
 from decoder_server.engine import Engine
 from decoder_server.errors import DeadlineExceeded, InvalidRequest
 from decoder_server.passages import Found, Wanted
 from decoder_server.request import Candidate, OnMiss, RerankRequest, Status, check
-from decoder_server.tally import sigmoid
 
 RATIOS = (1, 2, 4, 8, 16, 32)
 MAX_CANDIDATES = 16  # each is as much work as a dozen of a ranking
@@ -34,7 +33,7 @@ MAX_CANDIDATES = 16  # each is as much work as a dozen of a ranking
 class Attends(Protocol):
     """What a backend can do beside `Backend` to be looked at."""
 
-    def attention(self, pair: Pair) -> NDArray[np.float32]: ...
+    def attention(self, pair: Any) -> NDArray[np.float32]: ...
 
     def spans(self, text: str) -> list[tuple[int, int]]: ...
 
@@ -96,6 +95,8 @@ async def explain(engine: Engine, request: RerankRequest, deadline: float) -> li
     if len(request.candidates) > MAX_CANDIDATES:
         raise InvalidRequest("candidates", f"{len(request.candidates)} of them", f"1..{MAX_CANDIDATES}")
     check(request, engine.limits)
+    if engine.reads_text:
+        raise InvalidRequest("model", engine.name, "a model that reads states: this one reads text, at no ratio")
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout_at(deadline):
@@ -106,8 +107,8 @@ async def explain(engine: Engine, request: RerankRequest, deadline: float) -> li
             if chosen % stored:
                 raise InvalidRequest("compression_ratio", chosen, f"a multiple of {stored}, the collection's ratio")
             ratios = sorted({ratio for ratio in RATIOS if ratio % stored == 0} | {chosen})
-            with engine.admission.admit(len(request.candidates) * len(ratios), len(prompt.ids), stored):
-                found = await _found(engine, request, collection, stored)
+            with engine.admission.admit(len(request.candidates) * len(ratios), prompt.num_tokens, stored):
+                found = await _found(engine, request, prompt, collection, stored)
                 texts = await loop.run_in_executor(None, _texts, collection, found)
                 explained = []
                 for one in found:
@@ -124,9 +125,12 @@ async def _opened(engine: Engine, name: str | None) -> Collection | None:
     return engine.catalogue.fresh(name) or await asyncio.to_thread(engine.catalogue.open, name)
 
 
-async def _found(engine: Engine, request: RerankRequest, collection: Collection | None, ratio: int) -> list[Found]:
+async def _found(
+    engine: Engine, request: RerankRequest, prompt: Prompt, collection: Collection | None, ratio: int
+) -> list[Found]:
     on_miss = OnMiss.ENCODE if engine.encodes_on_demand else OnMiss.SKIP
-    wanted = Wanted(request.candidates, collection, ratio, on_miss, engine.limits.max_text_bytes)
+    make = partial(engine.backend.items, prompt)
+    wanted = Wanted(request.candidates, collection, ratio, on_miss, engine.limits.max_text_bytes, make)
     found: list[Found] = []
 
     async def room() -> None:
@@ -146,7 +150,7 @@ def _texts(collection: Collection | None, found: Sequence[Found]) -> dict[int, s
 
 
 def _looker(
-    backend: Backend, prompt: TokenizedPrompt, found: Found, text: str | None, ratios: Sequence[int], chosen: int
+    backend: Backend, prompt: Prompt, found: Found, text: str | None, ratios: Sequence[int], chosen: int
 ) -> Callable[[], Explained]:
     """What to run on the model's thread for one candidate."""
     candidate: Candidate = found.candidate
@@ -160,24 +164,23 @@ def _looker(
         for ratio in ratios:
             pooled = states.at_ratio(ratio)
             start = time.perf_counter()
-            margin = float(backend.score([Pair(prompt, window) for window in pooled.windows()]).max())
+            margin = float(backend.score(backend.items(prompt, pooled)).max())
             seconds = time.perf_counter() - start
             if not np.isfinite(margin):
                 return replace(empty, status=Status.FAILED, message="the model's logits are not finite")
-            scores.append(RatioScore(ratio, pooled.num_states, margin, sigmoid(margin), seconds))
+            scores.append(RatioScore(ratio, pooled.num_states, margin, backend.activate(margin), seconds))
         parts, weight = _parts(backend, prompt, states.at_ratio(chosen), text)
         return replace(empty, scores=tuple(scores), parts=parts, passage_weight=weight)
 
     return look
 
 
-def _parts(
-    backend: Backend, prompt: TokenizedPrompt, states: PassageStates, text: str | None
-) -> tuple[tuple[Part, ...], float]:
+def _parts(backend: Backend, prompt: Prompt, states: PassageStates, text: str | None) -> tuple[tuple[Part, ...], float]:
     """Nothing where the backend cannot be looked at, the text is not kept, or its tokens cannot be told apart."""
     if not isinstance(backend, Attends) or len(states.window_tokens) > 1:
         return (), 0.0
-    weights = backend.attention(Pair(prompt, states.states))
+    (item,) = backend.items(prompt, states)
+    weights = backend.attention(item)
     spans = backend.spans(text) if text else []
     if len(spans) < states.num_tokens:
         return (), float(weights.sum())

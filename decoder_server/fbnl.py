@@ -11,20 +11,24 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cache.states import PassageStates
 from checkpoint import Checkpoint, CheckpointError, EncoderIdentity, TokenizedPrompt
 from checkpoint.compute import choose_device, choose_dtype, dtype_name
 from decoder_server.backend import Pair
 from decoder_server.decoder import Decoder
 from decoder_server.layout import Layout
+from decoder_server.sigmoid import sigmoid
 
 
 class FbnlBackend:
     """Decoder half of one checkpoint, loaded."""
 
     name = "fbnl"
+    notice = ""
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
         self.settings = checkpoint.settings
+        self.checkpoint_name = checkpoint.name
         self.dtype_name = dtype_name(dtype)
         self.device_name = str(device)
         self._checkpoint = checkpoint
@@ -55,6 +59,14 @@ class FbnlBackend:
 
     def prompt(self, query: str, instruction: str | None = None) -> TokenizedPrompt:
         return self._text.prompt(query, instruction)
+
+    def items(self, prompt: TokenizedPrompt, passage: PassageStates) -> list[Pair]:
+        """Every window of the passage under the prompt."""
+        return [Pair(prompt, window, passage.truncated) for window in passage.windows()]
+
+    def activate(self, margin: float) -> float:
+        """P(yes)."""
+        return sigmoid(margin)
 
     def cut(self, text: str, max_tokens: int | None, *, keep_end: bool = False) -> str:
         return self._text.cut(text, max_tokens, keep_end=keep_end)

@@ -124,8 +124,8 @@ def _models(engines: Mapping[str, Engine]) -> Metric:
             {
                 "model": name,
                 "backend": engine.backend.name,
-                "checkpoint": identity.checkpoint,
-                "fingerprint": identity.fingerprint[:12],
+                "checkpoint": engine.backend.checkpoint_name,
+                "fingerprint": identity.fingerprint[:12] if identity is not None else "",
                 "dtype": engine.backend.dtype_name,
                 "device": engine.backend.device_name,
             },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from decoder_server.backend import Backend
 from decoder_server.config import DecoderConfig
+from decoder_server.model_config import ModelConfig
 
 # Most and fewest tokens per batch, by device: above the first a pass is no faster per token, below
 # the second it is mostly fixed cost.
@@ -11,21 +12,46 @@ BATCH_TOKENS = {"cpu": 8192, "cuda": 65_536}
 MIN_BATCH_TOKENS = {"cpu": 1024, "cuda": 16_384}
 
 
-def load_fbnl(config: DecoderConfig) -> Backend:
-    """Opens the checkpoint and loads its decoder half.
+def load_model(model: ModelConfig) -> Backend:
+    """Loads a model as its checkpoint, or the configuration, says.
 
     Raises:
         CheckpointError: files that cannot be served.
-        ValueError: a device or dtype that is not to be had.
+        ValueError: a device, dtype or runtime that is not to be had.
     """
     import torch  # seconds to import; only a process that serves should pay
 
+    torch.set_flush_denormal(True)  # a setting of the thread, and this is the one that computes
+    return _load_fbnl(model) if is_fbnl(model) else _load_cross_encoder(model)
+
+
+def is_fbnl(model: ModelConfig) -> bool:
+    """Whether the model reads states.
+
+    Raises:
+        CheckpointError: no such checkpoint.
+    """
+    if model.backend != "auto":
+        return model.backend == "fbnl"
+    from checkpoint.files import read_json, resolve
+    from checkpoint.model import MODEL_TYPE
+
+    # A configuration without a type is nobody's; loading it as fbnl says what is missing.
+    return read_json(resolve(model.checkpoint) / "config.json").get("model_type", MODEL_TYPE) == MODEL_TYPE
+
+
+def _load_fbnl(model: ModelConfig) -> Backend:
     from checkpoint import Checkpoint
     from decoder_server.fbnl import FbnlBackend
 
-    torch.set_flush_denormal(True)  # a setting of the thread, and this is the one that computes
-    checkpoint = Checkpoint.open(config.checkpoint, max_passage_tokens=config.max_passage_tokens)
-    return FbnlBackend.load(checkpoint, device=config.device, dtype=config.dtype)
+    checkpoint = Checkpoint.open(model.checkpoint, max_passage_tokens=model.max_passage_tokens)
+    return FbnlBackend.load(checkpoint, device=model.device, dtype=model.dtype)
+
+
+def _load_cross_encoder(model: ModelConfig) -> Backend:
+    from decoder_server.cross_encoder_backend import CrossEncoderBackend
+
+    return CrossEncoderBackend.load(model)
 
 
 def batch_tokens(config: DecoderConfig, backend: Backend) -> tuple[int, int]:

@@ -76,8 +76,8 @@ def pack_model(engine: Engine) -> rerank_pb2.ModelInfo:
     return rerank_pb2.ModelInfo(
         name=engine.name,
         backend=backend.name,
-        checkpoint=identity.checkpoint,
-        encoder=_pack_identity(identity),
+        checkpoint=backend.checkpoint_name,
+        encoder=_pack_identity(identity) if identity is not None else None,
         default_instruction=backend.settings.default_instruction,
         default_compression_ratio=backend.settings.default_compression_ratio,
         max_query_tokens=backend.settings.max_query_tokens,
@@ -86,6 +86,8 @@ def pack_model(engine: Engine) -> rerank_pb2.ModelInfo:
         dtype=backend.dtype_name,
         device=backend.device_name,
         encodes_on_demand=engine.encodes_on_demand,
+        max_passage_tokens=backend.settings.max_passage_tokens,
+        notice=backend.notice,
     )
 
 

@@ -1,4 +1,4 @@
-"""Finds the states of a request's candidates: in the store, else by encoding their texts.
+"""Finds what a model reads of a request's candidates: states, in the store, else by encoding their texts.
 
 Reads in chunks and delivers each as it arrives, so that the model works on the first while the
 next is read. Does not know queries, scores or the order among requests.
@@ -11,11 +11,13 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from cache.collection import Collection
 from cache.errors import CacheError
 from cache.record import Damaged
 from cache.states import PassageStates, text_digest
+from decoder_server.backend import Item
 from decoder_server.inline import InlineStates, Refusal
 from decoder_server.observer import Fetch
 from decoder_server.request import Candidate, OnMiss, Status
@@ -28,12 +30,17 @@ MAX_ENCODE_CALLS = 2
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """One candidate's states, or why there are none."""
+    """What a model reads of one candidate, states or text; or why there is nothing."""
 
     candidate: Candidate
     status: Status
-    states: PassageStates | None = None
+    passage: PassageStates | str | None = None
     message: str = ""
+    items: Sequence[Item] = ()  # made already where that takes time, as tokenizing does
+
+    @property
+    def states(self) -> PassageStates | None:
+        return self.passage if isinstance(self.passage, PassageStates) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +62,7 @@ class Wanted:
     compression_ratio: int
     on_miss: OnMiss
     max_text_bytes: int
+    items: Callable[[PassageStates | str], Sequence[Item]]  # of a passage under the request's prompt
     fetching: Stopwatch = field(default_factory=Stopwatch)
     encoding: Stopwatch = field(default_factory=Stopwatch)
     fetches: list[Fetch] = field(default_factory=list)
@@ -65,8 +73,26 @@ Deliver = Callable[[list[Found]], None]
 Room = Callable[[], Awaitable[None]]
 
 
+class Source(Protocol):
+    """Where one served model's passages come from."""
+
+    @property
+    def inline(self) -> InlineStates | None:
+        """What encodes texts; None where nothing does."""
+        ...
+
+    async def feed(self, wanted: Wanted, room: Room, deliver: Deliver) -> None:
+        """Delivers every candidate exactly once, in any order.
+
+        Args:
+            room: returns when the queue wants more of this request.
+            deliver: takes what was found; called on the event loop.
+        """
+        ...
+
+
 class Passages:
-    """The sources of states of one served model."""
+    """The source of a model that reads states."""
 
     def __init__(self, executor: Executor, inline: InlineStates | None, *, fetch_chunk: int) -> None:
         """
@@ -81,12 +107,7 @@ class Passages:
         self._executor = executor
 
     async def feed(self, wanted: Wanted, room: Room, deliver: Deliver) -> None:
-        """Delivers every candidate exactly once, in any order.
-
-        Args:
-            room: returns when the queue wants more of this request.
-            deliver: takes what was found; called on the event loop.
-        """
+        """As Source says."""
         loop = asyncio.get_running_loop()
         calls = asyncio.Semaphore(MAX_ENCODE_CALLS)
         async with asyncio.TaskGroup() as encoding:

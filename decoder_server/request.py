@@ -68,8 +68,9 @@ class Outcome:
     text: str | None = None
     message: str = ""
     num_states: int = 0
-    compression_ratio: int = 0
+    compression_ratio: int = 0  # 0: the passage was read as text
     truncated: bool = False
+    num_passage_tokens: int = 0  # of a scored passage; of states each stands for compression_ratio of them
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,13 +9,12 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 
-from checkpoint import TokenizedPrompt
 from decoder_server.admission import Admission, Place
-from decoder_server.backend import Pair
+from decoder_server.backend import Backend, Item, Prompt
 from decoder_server.batcher import Batcher
 from decoder_server.errors import InvalidRequest, Refused
 from decoder_server.observer import Turn
-from decoder_server.passages import Found, Passages, Wanted
+from decoder_server.passages import Found, Source, Wanted
 from decoder_server.request import OnMiss, Outcome, Status
 from decoder_server.tally import Tally, unscored
 from decoder_server.ticket import Scored, Ticket, Work
@@ -30,9 +29,10 @@ class Run:
         self,
         wanted: Wanted,
         same: Mapping[int, Sequence[int]],
-        prompt: TokenizedPrompt,
+        prompt: Prompt,
+        backend: Backend,
         batcher: Batcher,
-        passages: Passages,
+        source: Source,
         admission: Admission,
         max_tokens: int | None = None,
     ) -> None:
@@ -42,11 +42,11 @@ class Run:
             max_tokens: of the request, prompt tokens and states over all its pairs; None: no limit.
         """
         self._wanted = wanted
-        self._prompt = prompt
+        self._num_prompt_tokens = prompt.num_tokens
         self._batcher = batcher
-        self._passages = passages
+        self._source = source
         self._admission = admission
-        self._tally = Tally()
+        self._tally = Tally(backend.activate, prompt.num_tokens)
         self._same = same
         self._finished: asyncio.Queue[list[Outcome] | BaseException] = asyncio.Queue()
         self._max_tokens = max_tokens
@@ -87,7 +87,7 @@ class Run:
 
     async def _feed(self, ticket: Ticket) -> None:
         try:
-            await self._passages.feed(
+            await self._source.feed(
                 self._wanted,
                 room=lambda: ticket.room(self._batcher.share_tokens()),
                 deliver=lambda found: self._arrived(ticket, found),
@@ -99,11 +99,11 @@ class Run:
         works: list[Work] = []
         outcomes: list[Outcome] = []
         for one in found:
-            if one.states is not None:
-                windows = one.states.windows()
-                self._tally.expect(one, len(windows))
-                works += [Work(ticket, one.candidate.index, Pair(self._prompt, window)) for window in windows]
-                self._admission.learn(sum(one.states.window_tokens))
+            if one.passage is not None:
+                items = one.items or self._wanted.items(one.passage)
+                self._tally.expect(one, items)
+                works += [Work(ticket, one.candidate.index, item) for item in items]
+                self._admission.learn(self._num_passage_tokens(one, items))
             elif one.status is Status.MISSING and self._wanted.on_miss is OnMiss.FAIL:
                 self._finished.put_nowait(_missing(one))
             else:
@@ -115,6 +115,11 @@ class Run:
             return
         self._batcher.submit(ticket, works)
         self._finished.put_nowait(outcomes)
+
+    def _num_passage_tokens(self, found: Found, items: Sequence[Item]) -> int:
+        if found.states is not None:
+            return found.states.num_tokens
+        return sum(max(1, item.num_tokens - self._num_prompt_tokens) for item in items)
 
     def _scored(self, scored: list[Scored]) -> None:
         self._finished.put_nowait(self._tally.add(scored))

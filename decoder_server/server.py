@@ -27,14 +27,16 @@ from decoder_server.encoder_client import EncoderClient, EncoderError
 from decoder_server.engine import Engine
 from decoder_server.gauges import ServerCollector
 from decoder_server.inline import InlineStates
-from decoder_server.loading import batch_tokens, fetch_chunk, load_fbnl
+from decoder_server.loading import batch_tokens, fetch_chunk, load_model
 from decoder_server.metrics import Metrics
+from decoder_server.model_config import ModelConfig
 from decoder_server.observer import Observer, Pass
-from decoder_server.passages import Passages
+from decoder_server.passages import Passages, Source
 from decoder_server.requestlog import RequestLog
 from decoder_server.service import RerankService
 from decoder_server.tei_service import SERVICES as TEI_SERVICES
 from decoder_server.tei_service import add_services as add_tei_services
+from decoder_server.texts import Texts
 from preread.edge.access import AccessInterceptor
 from preread.edge.keys import ApiKeys
 from preread.edge.observe import ObservingInterceptor
@@ -54,14 +56,14 @@ class DecoderServer:
         config: DecoderConfig,
         *,
         store: Store | None = None,
-        load: Callable[[DecoderConfig], Backend] = load_fbnl,
+        load: Callable[[ModelConfig], Backend] = load_model,
         keys: ApiKeys | None = None,
         observers: Sequence[Observer] = (),
     ) -> None:
         """
         Args:
             store: shared with others and left open; None opens config.store and closes it at the end.
-            load: makes the model; called on the model's thread.
+            load: makes a model; called on the model's thread.
             keys: who may call; None: whoever reaches the port.
             observers: hear of every request beside this server's own metrics and log.
         """
@@ -85,7 +87,7 @@ class DecoderServer:
         self.metrics.registry.register(ServerCollector(self._service.engines, self._store))
         self._server: grpc.aio.Server | None = None
         self._loops: list[asyncio.Task[None]] = []
-        self._encoder: EncoderClient | None = None
+        self._encoders: list[EncoderClient] = []
 
     @property
     def engines(self) -> dict[str, Engine]:
@@ -139,12 +141,21 @@ class DecoderServer:
         await self._server.start()
 
     async def load(self) -> None:
-        """Loads the model, runs it once, and says SERVING."""
+        """Loads the models, runs each once, and says SERVING."""
+        for model in self.config.models:
+            engine = await self._engine(model)
+            task = asyncio.get_running_loop().create_task(engine.batcher.run())
+            task.add_done_callback(self._loop_ended)
+            self._loops.append(task)
+            self.engines[engine.name] = engine
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+
+    async def _engine(self, model: ModelConfig) -> Engine:
         loop = asyncio.get_running_loop()
-        backend = await loop.run_in_executor(self._model_thread, self._load, self.config)
+        # One thread for every model: passes take turns, each with all the cores.
+        backend = await loop.run_in_executor(self._model_thread, self._load, model)
         identity = await loop.run_in_executor(self._store_threads, backend.identity)
         await loop.run_in_executor(self._model_thread, backend.warm_up)
-        inline = await self._inline(backend, identity.fingerprint, identity.dim)
         min_tokens, max_tokens = batch_tokens(self.config, backend)
         batcher = Batcher(backend, self._model_thread, max_tokens, min_tokens, self._passed)
         admission = Admission(
@@ -153,22 +164,24 @@ class DecoderServer:
             max_tokens=self.config.max_queue_tokens,
             max_seconds=self.config.max_queue_seconds,
         )
-        engine = Engine(
-            self.config.model_name,
+        chunk = fetch_chunk(max_tokens)
+        source: Source
+        if identity is None:
+            source = Texts(self._store_threads, fetch_chunk=chunk)
+        else:
+            inline = await self._inline(model, backend, identity.fingerprint, identity.dim)
+            source = Passages(self._store_threads, inline, fetch_chunk=chunk)
+        return Engine(
+            model.served_name,
             backend,
             batcher,
             admission,
             Catalogue(self._store, identity, self.config.max_staleness_seconds),
-            Passages(self._store_threads, inline, fetch_chunk=fetch_chunk(max_tokens)),
+            source,
             self._store_threads,
             self.config,
             self._observers,
         )
-        task = loop.create_task(batcher.run())
-        task.add_done_callback(self._loop_ended)
-        self._loops.append(task)
-        self.engines[engine.name] = engine
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
     async def stop(self, grace_seconds: float) -> None:
         """Says NOT_SERVING, accepts nothing more, lets what runs finish within the grace, then stops."""
@@ -186,31 +199,32 @@ class DecoderServer:
         for engine in self.engines.values():
             if engine.passages.inline is not None:
                 await engine.passages.inline.close()
-        if self._encoder is not None:
-            await self._encoder.close()
+        for encoder in self._encoders:
+            await encoder.close()
         for threads in (self._model_thread, self._store_threads):  # a pass under way is waited for, off the loop
             await asyncio.to_thread(threads.shutdown, cancel_futures=True)
         if self._own_store is not None:
             self._own_store.close()
 
-    async def _inline(self, backend: Backend, fingerprint: str, dim: int) -> InlineStates | None:
-        if not self.config.encoder_address:
+    async def _inline(self, model: ModelConfig, backend: Backend, fingerprint: str, dim: int) -> InlineStates | None:
+        if not model.encoder_address:
             return None
-        self._encoder = EncoderClient(
-            self.config.encoder_address,
+        encoder = EncoderClient(
+            model.encoder_address,
             fingerprint=fingerprint,
             dim=dim,
             dtype_name=backend.dtype_name,
             timeout_seconds=self.config.encode_timeout_seconds,
-            api_key=self.config.encoder_api_key,
+            api_key=model.encoder_api_key,
             tls=self.config.encoder_tls,
         )
+        self._encoders.append(encoder)
         try:
-            await self._encoder.check()
+            await encoder.check()
         except EncoderError as exc:  # it may come later; until then candidates to encode fail, each with the reason
             log.warning("%s", exc)
         return InlineStates(
-            self._encoder,
+            encoder,
             max_bytes=self.config.max_inline_cache_bytes,
             base_ratio=backend.settings.default_compression_ratio,
         )

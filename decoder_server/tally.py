@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
+from decoder_server.backend import Item
 from decoder_server.passages import Found
 from decoder_server.request import Outcome, Status
 from decoder_server.ticket import Scored
-
-
-def sigmoid(margin: float) -> float:
-    """P(yes) of a margin, in float32, without overflow for any finite margin."""
-    x = np.float32(margin)
-    if x >= 0:
-        return float(np.float32(1) / (np.float32(1) + np.exp(-x)))
-    return float(np.exp(x) / (np.float32(1) + np.exp(x)))
 
 
 def ranked(outcomes: Iterable[Outcome], top_n: int) -> list[Outcome]:
@@ -36,18 +27,25 @@ def unscored(found: Found) -> Outcome:
 @dataclass(slots=True)
 class _Pending:
     found: Found
-    num_windows: int
+    items: Sequence[Item]
     scored: list[Scored] = field(default_factory=list)
 
 
 class Tally:
     """Candidates whose windows are being scored; the best window of a passage counts."""
 
-    def __init__(self) -> None:
+    def __init__(self, activate: Callable[[float], float], num_prompt_tokens: int) -> None:
+        """
+        Args:
+            activate: a margin's score.
+            num_prompt_tokens: what of an item's tokens is not the passage's.
+        """
+        self._activate = activate
+        self._num_prompt_tokens = num_prompt_tokens
         self._pending: dict[int, _Pending] = {}
 
-    def expect(self, found: Found, num_windows: int) -> None:
-        self._pending[found.candidate.index] = _Pending(found, num_windows)
+    def expect(self, found: Found, items: Sequence[Item]) -> None:
+        self._pending[found.candidate.index] = _Pending(found, items)
 
     def add(self, scored: Sequence[Scored]) -> list[Outcome]:
         """Takes margins; returns the candidates that are complete now."""
@@ -55,26 +53,29 @@ class Tally:
         for one in scored:
             pending = self._pending[one.index]
             pending.scored.append(one)
-            if len(pending.scored) == pending.num_windows:
-                complete.append(_outcome(self._pending.pop(one.index)))
+            if len(pending.scored) == len(pending.items):
+                complete.append(self._outcome(self._pending.pop(one.index)))
         return complete
 
-
-def _outcome(pending: _Pending) -> Outcome:
-    found = pending.found
-    states = found.states
-    assert states is not None
-    outcome = Outcome(
-        index=found.candidate.index,
-        passage_id=found.candidate.passage_id or "",
-        status=found.status,
-        num_states=states.num_states,
-        compression_ratio=states.compression_ratio,
-        truncated=states.truncated,
-    )
-    # With one window unknown the best is unknown too.
-    bad = next((one for one in pending.scored if not math.isfinite(one.margin)), None)
-    if bad is not None:
-        return replace(outcome, status=Status.FAILED, message=bad.error)
-    margin = max(one.margin for one in pending.scored)
-    return replace(outcome, margin=margin, score=sigmoid(margin))
+    def _outcome(self, pending: _Pending) -> Outcome:
+        found = pending.found
+        states = found.states
+        if states is not None:
+            num_tokens = states.num_states * states.compression_ratio
+        else:
+            num_tokens = sum(max(0, item.num_tokens - self._num_prompt_tokens) for item in pending.items)
+        outcome = Outcome(
+            index=found.candidate.index,
+            passage_id=found.candidate.passage_id or "",
+            status=found.status,
+            num_states=states.num_states if states is not None else 0,
+            compression_ratio=states.compression_ratio if states is not None else 0,
+            truncated=any(item.truncated for item in pending.items),
+            num_passage_tokens=num_tokens,
+        )
+        # With one window unknown the best is unknown too.
+        bad = next((one for one in pending.scored if not math.isfinite(one.margin)), None)
+        if bad is not None:
+            return replace(outcome, status=Status.FAILED, message=bad.error)
+        margin = max(one.margin for one in pending.scored)
+        return replace(outcome, margin=margin, score=self._activate(margin))

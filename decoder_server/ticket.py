@@ -11,29 +11,29 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from decoder_server.backend import Pair
+from decoder_server.backend import Item
 from decoder_server.observer import Turn
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Work:
-    """One pair and whose it is."""
+    """One item and whose it is."""
 
     ticket: Ticket
     index: int  # of the candidate in its request
-    pair: Pair
+    item: Item
 
     @property
     def num_prompt_tokens(self) -> int:
-        return len(self.pair.prompt.ids)
+        return self.item.num_prompt_tokens
 
     @property
     def num_states(self) -> int:
-        return len(self.pair.states)
+        return self.item.num_states
 
     @property
     def num_tokens(self) -> int:
-        return self.pair.num_tokens
+        return self.item.num_tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.states import PassageStates
-from checkpoint import TokenizedPrompt
-from decoder_server.backend import Backend, Pair
+from decoder_server.backend import Backend, Item, Prompt
 from decoder_server.lengths import split_by_length
 from decoder_server.loading import BATCH_TOKENS
 from tuning.progress import SILENT, Progress
@@ -91,20 +90,20 @@ class _Work:
     """One window of one of the passages to score."""
 
     index: int
-    pair: Pair
+    item: Item
 
     @property
     def num_prompt_tokens(self) -> int:
-        return len(self.pair.prompt.ids)
+        return self.item.num_prompt_tokens
 
     @property
     def num_states(self) -> int:
-        return len(self.pair.states)
+        return self.item.num_states
 
 
 def score_passages(
     backend: Backend,
-    passages: Sequence[tuple[TokenizedPrompt, PassageStates]],
+    passages: Sequence[tuple[Prompt, PassageStates]],
     advance: Callable[[int], None] = lambda num: None,
 ) -> NDArray[np.float32]:
     """Margins (len(passages),), the best window of a passage counts, NaN where one is not finite.
@@ -114,13 +113,13 @@ def score_passages(
     Args:
         advance: is told how many passages were begun.
     """
-    works = [_Work(i, Pair(prompt, w)) for i, (prompt, states) in enumerate(passages) for w in states.windows()]
+    works = [_Work(i, item) for i, (prompt, states) in enumerate(passages) for item in backend.items(prompt, states)]
     works.sort(key=lambda work: (work.num_states, work.num_prompt_tokens))
     best = np.full(len(passages), -np.inf, dtype=np.float32)
     seen: set[int] = set()
     for batch in _budgeted(works, BATCH_TOKENS[backend.device_name.split(":")[0]]):
         for part in split_by_length(batch):
-            for work, margin in zip(part, backend.score([work.pair for work in part]), strict=True):
+            for work, margin in zip(part, backend.score([work.item for work in part]), strict=True):
                 best[work.index] = np.maximum(best[work.index], margin)  # NaN stays, as in the server
         begun = {work.index for work in batch} - seen
         seen |= begun
@@ -133,9 +132,9 @@ def _budgeted(works: Sequence[_Work], max_tokens: int) -> list[list[_Work]]:
     batches: list[list[_Work]] = []
     num_tokens = max_tokens + 1
     for work in works:
-        num_tokens += work.pair.num_tokens
+        num_tokens += work.item.num_tokens
         if num_tokens > max_tokens:
             batches.append([])
-            num_tokens = work.pair.num_tokens
+            num_tokens = work.item.num_tokens
         batches[-1].append(work)
     return batches

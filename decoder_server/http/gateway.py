@@ -67,9 +67,10 @@ class Gateway:
         """
         self.config = config
         self.port = 0
-        address = server.config.encoder_address
-        if worker is None and address:
-            key = server.config.encoder_api_key
+        # Passages that come over HTTP are written by the first model that has a worker.
+        writer = next((model for model in server.config.models if model.encoder_address), None)
+        if worker is None and writer is not None:
+            address, key = writer.encoder_address, writer.encoder_api_key
             metadata = {"authorization": f"Bearer {key}"} if key else {}
             options = ClientOptions(timeout_seconds=None, tls=server.config.encoder_tls, metadata=metadata)
             worker = AsyncClient(address, encoder_address=address, options=options)

@@ -91,9 +91,10 @@ def _facts(engine: Engine) -> dict[str, Any]:
     identity = backend.identity()
     return {
         "backend": backend.name,
-        "checkpoint": identity.checkpoint,
-        "fingerprint": identity.fingerprint,
-        "dim": identity.dim,
+        "checkpoint": backend.checkpoint_name,
+        "fingerprint": identity.fingerprint if identity is not None else None,
+        "dim": identity.dim if identity is not None else None,
+        "notice": backend.notice or None,
         "dtype": backend.dtype_name,
         "device": backend.device_name,
         "default_instruction": backend.settings.default_instruction or None,

@@ -65,7 +65,12 @@ def _settings(document: Mapping[str, Any], name: str, commands: Mapping[str, cli
     # What doctor looks at is what serve would be given.
     inherited = tables.get("serve", {}) if name == "doctor" else {}
     merged = {key: value for key, value in (shared | inherited).items() if key in own} | tables.get(name, {})
-    return {str(own[key].name): value for key, value in merged.items()}
+    return {str(own[key].name): _value(own[key], value) for key, value in merged.items()}
+
+
+def _value(param: click.Option, value: object) -> object:
+    """One string will do where there may be several."""
+    return [value] if param.multiple and isinstance(value, str) else value
 
 
 def _flags(command: click.Command) -> dict[str, click.Option]:
@@ -89,7 +94,7 @@ def _check(where: str, values: Mapping[str, Any], known: Mapping[str, click.Opti
 
 def _expected(param: click.Option) -> tuple[str, ...]:
     if param.multiple:
-        return ("list",)
+        return ("list", "str") if "--model" in param.opts else ("list",)  # mostly there is one
     if param.is_flag:
         return ("bool",)
     if isinstance(param.type, click.types.IntParamType):

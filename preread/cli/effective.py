@@ -39,7 +39,8 @@ def masked(name: str, value: object) -> str:
     """The value as it may be shown."""
     if name in _SECRETS:
         return MASK
-    return _PASSWORD.sub(lambda found: f"{MASK}@" if found[0].endswith("@") else MASK, str(value))
+    text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return _PASSWORD.sub(lambda found: f"{MASK}@" if found[0].endswith("@") else MASK, text)
 
 
 def _flag(param: click.Option) -> str:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from preread.cli.config_file import config_option
 from preread.cli.effective import effective_lines
-from preread.cli.options import compute_options, model_option, option, store_option
+from preread.cli.model_specs import models_option, parse_models
+from preread.cli.options import compute_options, option, store_option
 from preread.cli.serve_http import gateway_line, http_gateway, http_options
 from preread.cli.server_options import access_options, api_keys, grace_option, observe_options, tls_files
 from preread.cli.signals import started_unless_told, told_to_stop
@@ -22,8 +24,10 @@ from preread.cli.signals import started_unless_told, told_to_stop
 if TYPE_CHECKING:
     from cache.store import Store
     from decoder_server.config import DecoderConfig
+    from decoder_server.engine import Engine
+    from decoder_server.model_config import ModelConfig
     from decoder_server.server import DecoderServer
-    from preread.cli.serve_parts import EncoderHalf
+    from preread.cli.serve_parts import EncoderHalves
 
 MIB = 1 << 20
 MAX_SHOWN = 5  # collections in the start-up lines
@@ -33,12 +37,12 @@ _FILE = click.Path(exists=True, dir_okay=False)
 @click.command()
 @config_option
 @store_option
-@model_option
+@models_option
 @option(
     "--served-model-name",
     metavar="NAME",
     default="",
-    help="What clients call the model.  [default: its directory's name]",
+    help="What clients call the (first) model.  [default: its directory's name]",
 )
 @option("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 for every interface.")
 @option("--port", type=click.IntRange(0, 65535), default=50051, help="gRPC port; 0 takes a free one and prints it.")
@@ -132,32 +136,38 @@ async def _serve(options: dict[str, Any]) -> None:
     from cache.store import open_store
     from checkpoint.compute import tune_process
     from decoder_server.server import DecoderServer
-    from preread.cli.serve_parts import encoder_half, metrics_port, tracing
+    from preread.cli.serve_parts import encoder_halves, metrics_port, tracing
 
     started = time.monotonic()
     tune_process(options["threads"])
     stop = told_to_stop()
     keys = api_keys(options)
+    models = parse_models(options)
     store = open_store(options["store"])
     try:
         with tracing(options) as observers:
-            async with encoder_half(options, store, keys) as encoder:
-                server = DecoderServer(_config(options, encoder), store=store, keys=keys, observers=observers)
-                for registry in encoder.registries:  # one process, one scrape
+            async with encoder_halves(options, models, store, keys) as halves:
+                server = DecoderServer(_config(options, halves), store=store, keys=keys, observers=observers)
+                for registry in halves.registries:
                     server.metrics.registry.register(registry)
                 with metrics_port(options, server.metrics.registry):
-                    await _run(server, store, options, stop, started)
+                    await _run(server, store, halves, options, stop, started)
     finally:
         store.close()
 
 
 async def _run(
-    server: DecoderServer, store: Store, options: dict[str, Any], stop: asyncio.Future[None], started: float
+    server: DecoderServer,
+    store: Store,
+    halves: EncoderHalves,
+    options: dict[str, Any],
+    stop: asyncio.Future[None],
+    started: float,
 ) -> None:
     async with http_gateway(options, server) as gateway:
         if not await started_unless_told(server.start(), stop):
             return
-        await _introduce(server, store, options)
+        await _introduce(server, store, halves.local)
         if gateway is not None:
             click.echo(gateway_line(gateway))
         click.echo(f"ready        in {time.monotonic() - started:.1f} s")
@@ -169,19 +179,17 @@ async def _run(
         await asyncio.gather(*stops)
 
 
-def _config(options: dict[str, Any], encoder: EncoderHalf) -> DecoderConfig:
+def _config(options: dict[str, Any], halves: EncoderHalves) -> DecoderConfig:
     from decoder_server.config import DecoderConfig
 
     same = (
-        "served_model_name", "host", "port", "store", "device", "dtype", "max_passage_tokens", "max_batch_tokens",
+        "host", "port", "store", "max_batch_tokens",
         "max_queue_requests", "max_queue_tokens", "max_queue_seconds", "max_candidates", "max_message_bytes",
         "max_request_tokens", "max_text_bytes", "log_text", "max_connection_age_seconds",
     )  # fmt: skip
     worker_tls = ("encoder_tls_ca_file", "encoder_tls_cert_file", "encoder_tls_key_file")
     return DecoderConfig(
-        checkpoint=options["model"],
-        encoder_address=encoder.address,
-        encoder_api_key=encoder.api_key,
+        models=halves.models,
         **dict[str, Any]({name: options[name] or "" for name in worker_tls}),
         **tls_files(options),
         max_inline_cache_bytes=options["cache_bytes"],
@@ -190,27 +198,32 @@ def _config(options: dict[str, Any], encoder: EncoderHalf) -> DecoderConfig:
     )
 
 
-async def _introduce(server: DecoderServer, store: Store, options: dict[str, Any]) -> None:
+async def _introduce(server: DecoderServer, store: Store, local: Collection[str]) -> None:
     """What a person wants to see before the first request."""
     from cache.store import public_url
 
     config = server.config
-    (engine,) = server.engines.values()
-    identity = engine.backend.identity()
-    click.echo(
-        f"model        {engine.name} ({engine.backend.name}, {config.checkpoint}, encoder {identity.fingerprint[:12]})"
-    )
-    click.echo(f"compute      {engine.backend.dtype_name} on {engine.backend.device_name}")
     click.echo(f"store        {public_url(config.store)}")
-    click.echo(f"collections  {await asyncio.to_thread(_collections, store, identity.fingerprint)}")
-    if not config.encoder_address:
-        click.echo("encoder      none: what is not stored is not scored")
-    else:
-        where = "elsewhere" if options["encoder_address"] else "in this process"
-        click.echo(f"encoder      {config.encoder_address} ({where})")
+    for model, engine in zip(config.models, server.engines.values(), strict=True):
+        await _introduce_model(model, engine, store, local=model.encoder_address in local)
     secured = ", TLS" if config.tls.enabled else ""
     asks = ", API keys" if server.keys.required else ""
     click.echo(f"listening    {config.host}:{server.port} (gRPC{secured}{asks})")
+
+
+async def _introduce_model(model: ModelConfig, engine: Engine, store: Store, *, local: bool) -> None:
+    backend = engine.backend
+    identity = backend.identity()
+    what = f"encoder {identity.fingerprint[:12]}" if identity is not None else "reads text"
+    click.echo(f"model        {engine.name} ({backend.name}, {model.checkpoint}, {what})")
+    if backend.notice:
+        click.echo(f"licence      {backend.notice}")
+    click.echo(f"compute      {backend.dtype_name} on {backend.device_name}")
+    if identity is None:
+        return
+    click.echo(f"collections  {await asyncio.to_thread(_collections, store, identity.fingerprint)}")
+    where = f"{model.encoder_address} ({'in this process' if local else 'elsewhere'})"
+    click.echo(f"encoder      {where if model.encoder_address else 'none: what is not stored is not scored'}")
 
 
 def _collections(store: Store, fingerprint: str) -> str:

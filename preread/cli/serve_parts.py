@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,45 +14,81 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
     from cache.store import Store
+    from decoder_server.model_config import ModelConfig
     from decoder_server.observer import Observer
+    from encoder_worker.server import EncoderServer
     from preread.edge.keys import ApiKeys
 
 
 @dataclass(frozen=True)
-class EncoderHalf:
-    """Where texts are sent to, and what is shown there."""
+class EncoderHalves:
+    """The models with the address where each one's texts are sent to, and what is counted there."""
 
-    address: str = ""  # "": nowhere
-    api_key: str = ""
+    models: tuple[ModelConfig, ...]
     registries: tuple[CollectorRegistry, ...] = ()
+    local: frozenset[str] = frozenset()  # addresses of workers in this process
 
 
 @asynccontextmanager
-async def encoder_half(options: Mapping[str, Any], store: Store, keys: ApiKeys) -> AsyncIterator[EncoderHalf]:
-    """Runs the worker where no other one is named. It asks for the same keys, and for one made for this process."""
-    if options["no_encoder"] or options["encoder_address"]:
-        yield EncoderHalf(options["encoder_address"] or "", options["encoder_api_key"] or "")
-        return
+async def encoder_halves(
+    options: Mapping[str, Any], models: Sequence[ModelConfig], store: Store, keys: ApiKeys
+) -> AsyncIterator[EncoderHalves]:
+    """Runs a worker for every model that reads states and has none elsewhere.
+
+    A worker here asks for the same keys, and for one made for this process.
+    """
+    from decoder_server.loading import is_fbnl
+
+    placed: list[ModelConfig] = []
+    registries: list[CollectorRegistry] = []
+    local: list[str] = []
+    elsewhere = options["encoder_address"] or ""
+    own = secrets.token_urlsafe(32) if keys.required else ""
+    async with AsyncExitStack() as stack:
+        for model in models:
+            if model.encoder_address or not is_fbnl(model):
+                placed.append(model)
+            elif elsewhere:
+                # One worker has one encoder; models of another name theirs in --model.
+                placed.append(
+                    replace(model, encoder_address=elsewhere, encoder_api_key=options["encoder_api_key"] or "")
+                )
+                elsewhere = ""
+            elif options["no_encoder"] or options["encoder_address"]:
+                placed.append(model)
+            else:
+                port = 0 if registries else options["encoder_port"]
+                worker = await stack.enter_async_context(_worker(options, model, port, store, keys, own))
+                placed.append(replace(model, encoder_address=f"127.0.0.1:{worker.port}", encoder_api_key=own))
+                registries.append(worker.metrics.registry)
+                local.append(placed[-1].encoder_address)
+        # One process, one scrape: names may not repeat, so the first worker's figures are the ones shown.
+        yield EncoderHalves(tuple(placed), tuple(registries[:1]), frozenset(local))
+
+
+@asynccontextmanager
+async def _worker(
+    options: Mapping[str, Any], model: ModelConfig, port: int, store: Store, keys: ApiKeys, own: str
+) -> AsyncIterator[EncoderServer]:
     from encoder_worker.config import EncoderConfig
     from encoder_worker.server import EncoderServer
     from preread.edge.keys import ApiKeys, Scope, make_key
 
-    own = secrets.token_urlsafe(32) if keys.required else ""
     worker = EncoderServer(
         EncoderConfig(
-            checkpoint=options["model"],
+            checkpoint=model.checkpoint,
             store=options["store"],
-            port=options["encoder_port"],
-            device=options["device"],
-            dtype=options["dtype"],
-            max_passage_tokens=options["max_passage_tokens"],
+            port=port,
+            device=model.device,
+            dtype=model.dtype,
+            max_passage_tokens=model.max_passage_tokens,
         ),
         store=store,
         keys=keys + ApiKeys((make_key(own, [Scope.ADMIN]),)) if own else keys,
     )
     await worker.start()
     try:
-        yield EncoderHalf(f"127.0.0.1:{worker.port}", own, (worker.metrics.registry,))
+        yield worker
     finally:
         await worker.stop(0)
 

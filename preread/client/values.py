@@ -105,7 +105,7 @@ class ModelInfo:
     name: str
     backend: str
     checkpoint: str
-    encoder: EncoderIdentity
+    encoder: EncoderIdentity | None  # None: the model reads text
     default_instruction: str
     default_compression_ratio: int
     max_query_tokens: int
@@ -114,6 +114,8 @@ class ModelInfo:
     dtype: str
     device: str
     encodes_on_demand: bool
+    max_passage_tokens: int
+    notice: str  # what the model's licence asks to be told; mostly empty
 
 
 @dataclass(frozen=True, slots=True)

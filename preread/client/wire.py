@@ -98,7 +98,7 @@ def unpack_model(message: rerank_pb2.ModelInfo) -> ModelInfo:
         name=message.name,
         backend=message.backend,
         checkpoint=message.checkpoint,
-        encoder=unpack_identity(message.encoder),
+        encoder=unpack_identity(message.encoder) if message.HasField("encoder") else None,
         default_instruction=message.default_instruction,
         default_compression_ratio=message.default_compression_ratio,
         max_query_tokens=message.max_query_tokens,
@@ -107,6 +107,8 @@ def unpack_model(message: rerank_pb2.ModelInfo) -> ModelInfo:
         dtype=message.dtype,
         device=message.device,
         encodes_on_demand=message.encodes_on_demand,
+        max_passage_tokens=message.max_passage_tokens,
+        notice=message.notice,
     )
 
 

@@ -128,7 +128,7 @@ class ListModelsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ModelInfo(_message.Message):
-    __slots__ = ("name", "backend", "checkpoint", "encoder", "default_instruction", "default_compression_ratio", "max_query_tokens", "max_candidates", "max_message_bytes", "dtype", "device", "encodes_on_demand")
+    __slots__ = ("name", "backend", "checkpoint", "encoder", "default_instruction", "default_compression_ratio", "max_query_tokens", "max_candidates", "max_message_bytes", "dtype", "device", "encodes_on_demand", "max_passage_tokens", "notice")
     NAME_FIELD_NUMBER: _ClassVar[int]
     BACKEND_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
@@ -141,6 +141,8 @@ class ModelInfo(_message.Message):
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     ENCODES_ON_DEMAND_FIELD_NUMBER: _ClassVar[int]
+    MAX_PASSAGE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NOTICE_FIELD_NUMBER: _ClassVar[int]
     name: str
     backend: str
     checkpoint: str
@@ -153,7 +155,9 @@ class ModelInfo(_message.Message):
     dtype: str
     device: str
     encodes_on_demand: bool
-    def __init__(self, name: _Optional[str] = ..., backend: _Optional[str] = ..., checkpoint: _Optional[str] = ..., encoder: _Optional[_Union[_common_pb2.EncoderIdentity, _Mapping]] = ..., default_instruction: _Optional[str] = ..., default_compression_ratio: _Optional[int] = ..., max_query_tokens: _Optional[int] = ..., max_candidates: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., encodes_on_demand: _Optional[bool] = ...) -> None: ...
+    max_passage_tokens: int
+    notice: str
+    def __init__(self, name: _Optional[str] = ..., backend: _Optional[str] = ..., checkpoint: _Optional[str] = ..., encoder: _Optional[_Union[_common_pb2.EncoderIdentity, _Mapping]] = ..., default_instruction: _Optional[str] = ..., default_compression_ratio: _Optional[int] = ..., max_query_tokens: _Optional[int] = ..., max_candidates: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., encodes_on_demand: _Optional[bool] = ..., max_passage_tokens: _Optional[int] = ..., notice: _Optional[str] = ...) -> None: ...
 
 class ListModelsResponse(_message.Message):
     __slots__ = ("models",)

@@ -28,7 +28,7 @@ from checkpoint.synthetic import make_checkpoint
 from decoder_server.backend import Backend, Pair
 from decoder_server.config import DecoderConfig
 from decoder_server.fbnl import FbnlBackend
-from decoder_server.loading import load_fbnl
+from decoder_server.loading import load_model
 from decoder_server.server import DecoderServer
 from encoder_worker.encoder import Encoder
 from preread.v1 import rerank_pb2, rerank_pb2_grpc
@@ -58,6 +58,7 @@ class GatedBackend:
     def __init__(self, real: FbnlBackend) -> None:
         self.real = real
         self.settings, self.dtype_name, self.device_name = real.settings, real.dtype_name, real.device_name
+        self.checkpoint_name, self.notice = real.checkpoint_name, real.notice
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Event()
@@ -69,6 +70,12 @@ class GatedBackend:
 
     def prompt(self, query: str, instruction: str | None = None) -> TokenizedPrompt:
         return self.real.prompt(query, instruction)
+
+    def items(self, prompt: TokenizedPrompt, passage: PassageStates) -> list[Pair]:
+        return self.real.items(prompt, passage)
+
+    def activate(self, margin: float) -> float:
+        return self.real.activate(margin)
 
     def score(self, pairs: Sequence[Pair]) -> NDArray[np.float32]:
         self.passes.append(list(pairs))
@@ -190,9 +197,9 @@ def serve(tiny: Path, store: Store, fbnl: FbnlBackend) -> Serve:
     ) -> AsyncIterator[Serving]:
         settings = {"port": 0, "device": "cpu", "dtype": "float32", "max_staleness_seconds": 0.0} | config
         server = DecoderServer(
-            DecoderConfig(str(tiny), **settings),
+            DecoderConfig.of_one(str(tiny), **settings),
             store=over or store,
-            load=load_fbnl if settings["dtype"] != "float32" else lambda _: backend or fbnl,
+            load=load_model if settings["dtype"] != "float32" else lambda _: backend or fbnl,
         )
         await server.start()
         try:

@@ -51,7 +51,7 @@ async def started(tiny, store, fbnl):
     running: list[DecoderServer] = []
 
     async def start(keys=(), **config: object) -> DecoderServer:
-        settings = DecoderConfig(str(tiny), port=0, device="cpu", dtype="float32", **config)
+        settings = DecoderConfig.of_one(str(tiny), port=0, device="cpu", dtype="float32", **config)
         running.append(DecoderServer(settings, store=store, load=lambda _: fbnl, keys=parse_keys(keys)))
         await running[-1].start()
         return running[-1]
@@ -126,11 +126,11 @@ async def test_files_that_are_no_certificate_end_the_start(started, tmp_path: Pa
 )
 def test_files_go_together(files: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        DecoderConfig("x", **files)
+        DecoderConfig.of_one("x", **files)
 
 
 def test_a_key_is_not_shown() -> None:
-    assert "secret" not in repr(DecoderConfig("x", encoder_api_key="secret"))
+    assert "secret" not in repr(DecoderConfig.of_one("x", encoder_api_key="secret"))
 
 
 async def test_a_server_asks_its_worker_with_key_and_tls(started, pem, tiny, tmp_path) -> None:

@@ -267,7 +267,7 @@ async def test_an_unusable_answer_is_never_scored(serve, worker, tamper, says: s
 
 async def test_a_worker_with_another_encoder_ends_the_start(tiny, store, worker) -> None:
     worker.fingerprint = "f" * 64
-    server = DecoderServer(DecoderConfig(str(tiny), port=0, encoder_address=worker.address), store=store)
+    server = DecoderServer(DecoderConfig.of_one(str(tiny), port=0, encoder_address=worker.address), store=store)
     with pytest.raises(ValueError, match=r"ffffffff.*the served model reads states of"):
         await server.start()
 

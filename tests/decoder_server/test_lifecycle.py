@@ -28,7 +28,7 @@ async def health(channel: grpc.aio.Channel) -> set[int]:
 
 async def test_not_serving_until_a_forward_pass_has_succeeded(tiny, store, gated, refused) -> None:
     gated.gate.clear()
-    server = DecoderServer(DecoderConfig(str(tiny), port=0), store=store, load=lambda _: gated)
+    server = DecoderServer(DecoderConfig.of_one(str(tiny), port=0), store=store, load=lambda _: gated)
     starting = asyncio.create_task(server.start())
     while not server.port:
         await asyncio.sleep(0.001)
@@ -44,14 +44,14 @@ async def test_not_serving_until_a_forward_pass_has_succeeded(tiny, store, gated
 
 async def test_a_checkpoint_that_cannot_be_served_ends_the_start(tmp_path, store) -> None:
     (tmp_path / "config.json").write_text("{}")
-    server = DecoderServer(DecoderConfig(str(tmp_path), port=0), store=store)
+    server = DecoderServer(DecoderConfig.of_one(str(tmp_path), port=0), store=store)
     with pytest.raises(ValueError, match="model_type"):
         await server.start()
 
 
 async def test_a_taken_port_is_one_clear_error(serve, tiny, store) -> None:
     async with serve() as serving:
-        server = DecoderServer(DecoderConfig(str(tiny), port=serving.server.port), store=store)
+        server = DecoderServer(DecoderConfig.of_one(str(tiny), port=serving.server.port), store=store)
         with pytest.raises(OSError, match="is the port taken"):
             await server.start()
 

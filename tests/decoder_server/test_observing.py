@@ -151,7 +151,7 @@ async def traced(fbnl, tiny, store, tmp_path):
     worker = EncoderServer(EncoderConfig(str(tiny), port=0, store=f"faiss:{tmp_path / 'worker'}", **compute))
     await worker.start()
     server = DecoderServer(
-        DecoderConfig(str(tiny), port=0, encoder_address=f"127.0.0.1:{worker.port}", **compute),
+        DecoderConfig.of_one(str(tiny), port=0, encoder_address=f"127.0.0.1:{worker.port}", **compute),
         store=store,
         load=lambda _: fbnl,
         observers=[TracingObserver(provider.get_tracer("test"))],

@@ -6,15 +6,24 @@ import numpy as np
 import pytest
 
 from cache.states import PassageStates, text_digest
+from checkpoint import TokenizedPrompt
+from decoder_server.backend import Pair
 from decoder_server.passages import Found
 from decoder_server.request import Candidate, Outcome, Status
-from decoder_server.tally import Tally, ranked, sigmoid
+from decoder_server.sigmoid import sigmoid
+from decoder_server.tally import Tally, ranked
 from decoder_server.ticket import Scored
 
 
 def found(index: int, windows: tuple[int, ...]) -> Found:
     states = PassageStates(np.zeros((sum(windows), 4), np.float32), windows, 1, False, text_digest("x"))
     return Found(Candidate(index, f"p{index}", None), Status.HIT, states)
+
+
+def expect(tally: Tally, one: Found) -> None:
+    prompt = TokenizedPrompt([1, 2, 3], 1, False)
+    assert one.states is not None
+    tally.expect(one, [Pair(prompt, window) for window in one.states.windows()])
 
 
 # P(yes) of published margins, reference of KaLM-Reranker-V1-Nano.
@@ -29,17 +38,17 @@ def test_sigmoid_never_overflows(margin: float) -> None:
 
 
 def test_the_best_window_counts_and_only_when_all_are_in() -> None:
-    tally = Tally()
-    tally.expect(found(3, (2, 5)), 2)
+    tally = Tally(sigmoid, 3)
+    expect(tally, found(3, (2, 5)))
     assert tally.add([Scored(3, -1.0)]) == []
     (outcome,) = tally.add([Scored(3, 2.0)])
     assert (outcome.index, outcome.margin, outcome.num_states) == (3, 2.0, 7)
 
 
 def test_a_window_that_is_not_finite_fails_its_passage_only() -> None:
-    tally = Tally()
-    tally.expect(found(0, (2, 5)), 2)
-    tally.expect(found(1, (2,)), 1)
+    tally = Tally(sigmoid, 3)
+    expect(tally, found(0, (2, 5)))
+    expect(tally, found(1, (2,)))
     bad, good = tally.add([Scored(0, 1.0), Scored(0, float("nan"), "not finite"), Scored(1, 1.0)])
     assert (bad.status, bad.margin, bad.message) == (Status.FAILED, None, "not finite")
     assert (good.status, good.margin) == (Status.HIT, 1.0)

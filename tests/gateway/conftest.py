@@ -18,7 +18,8 @@ from cache.store import open_store
 from decoder_server.config import DecoderConfig
 from decoder_server.http.config import HttpConfig
 from decoder_server.http.gateway import Gateway
-from decoder_server.loading import load_fbnl
+from decoder_server.loading import load_model
+from decoder_server.model_config import ModelConfig
 from decoder_server.server import DecoderServer
 from encoder_worker.config import EncoderConfig
 from encoder_worker.server import EncoderServer
@@ -122,8 +123,8 @@ def _run(
     store = open_store(store_url)
     held: list[Held] = []
 
-    def load(settings: DecoderConfig) -> Any:
-        held.append(Held(load_fbnl(settings)))
+    def load(settings: ModelConfig) -> Any:
+        held.append(Held(load_model(settings)))
         return held[0]
 
     async def start() -> tuple[Gateway, DecoderServer, EncoderServer | None]:
@@ -134,7 +135,10 @@ def _run(
         settings = {"port": 0, "device": "cpu", "dtype": "float32", "max_staleness_seconds": 0.0} | config
         address = f"127.0.0.1:{worker.port}" if worker else ""
         server = DecoderServer(
-            DecoderConfig(str(checkpoint), encoder_address=address, **settings), store=store, load=load, keys=keys
+            DecoderConfig.of_one(str(checkpoint), encoder_address=address, **settings),
+            store=store,
+            load=load,
+            keys=keys,
         )
         gateway = Gateway(HttpConfig(port=0, **(http or {})), server)
         await gateway.start()

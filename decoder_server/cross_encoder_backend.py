@@ -1,0 +1,128 @@
+"""The cross_encoder backend: query and passage read together, as text. Knows no request, store or batching policy.
+
+What a model wants of its texts, and how its answer is read, is `cross_encoder`'s; here it only meets the seam.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoint import CheckpointError
+from decoder_server.model_config import ModelConfig
+
+if TYPE_CHECKING:
+    from decoder_server.cross_encoder.model import CrossEncoder, TextPair
+
+
+@dataclass(frozen=True, slots=True)
+class TextPrompt:
+    """Query and instruction; a cross-encoder reads them anew with every passage."""
+
+    query: str
+    instruction: str | None
+    num_tokens: int
+    num_query_tokens: int
+    query_truncated: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TextItem:
+    """One query and passage as token ids."""
+
+    pair: TextPair
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return self.pair.num_tokens
+
+    @property
+    def num_states(self) -> int:
+        return 0
+
+    @property
+    def num_tokens(self) -> int:
+        return self.pair.num_tokens
+
+    @property
+    def truncated(self) -> bool:
+        return self.pair.truncated
+
+
+@dataclass(frozen=True, slots=True)
+class TextSettings:
+    """The limits of a model that reads text."""
+
+    default_instruction: str
+    max_passage_tokens: int  # of query, passage and template together
+    max_query_tokens: int
+    default_compression_ratio: int = 0
+
+
+class CrossEncoderBackend:
+    """One loaded cross-encoder."""
+
+    name = "cross_encoder"
+
+    def __init__(self, checkpoint_name: str, model: CrossEncoder) -> None:
+        self.checkpoint_name = checkpoint_name
+        self.model = model
+        self.dtype_name, self.device_name = model.dtype_name, model.device_name
+        self.notice = model.license_notice
+        limit = model.max_tokens
+        self.settings = TextSettings(model.profile.default_instruction or "", limit, limit)
+
+    @classmethod
+    def load(cls, config: ModelConfig) -> CrossEncoderBackend:
+        """
+        Raises:
+            CheckpointError, ValueError: what cannot be served, and why.
+        """
+        from decoder_server.cross_encoder import open_cross_encoder
+
+        model = open_cross_encoder(
+            config.checkpoint,
+            device=config.device,
+            dtype=config.dtype,
+            runtime=config.runtime,
+            profile=config.profile or None,
+        )
+        return cls(config.checkpoint, model)
+
+    def identity(self) -> None:
+        """It reads no states."""
+
+    def prompt(self, query: str, instruction: str | None = None) -> TextPrompt:
+        num_query = self.model.count_tokens(query)
+        num_instruction = self.model.count_tokens(instruction) if instruction else 0
+        return TextPrompt(query, instruction, num_query + num_instruction, num_query)
+
+    def items(self, prompt: TextPrompt, passage: str) -> list[TextItem]:
+        """
+        Raises:
+            ValueError: query and instruction leave no room for a passage.
+        """
+        return [TextItem(self.model.pair(prompt.query, prompt.instruction, passage))]
+
+    def cut(self, text: str, max_tokens: int | None, *, keep_end: bool = False) -> str:
+        return self.model.cut(text, max_tokens, keep_end=keep_end)
+
+    def score(self, items: Sequence[TextItem]) -> NDArray[np.float32]:
+        return self.model.score_pairs([item.pair for item in items])
+
+    def activate(self, margin: float) -> float:
+        return float(self.model.activation(np.array([margin], dtype=np.float32))[0])
+
+    def warm_up(self) -> None:
+        """One real pass over a real pair.
+
+        Raises:
+            CheckpointError: the weights give no finite margin.
+        """
+        margin = self.score(self.items(self.prompt("Does this model answer?"), "It does."))
+        if not np.isfinite(margin).all():
+            raise CheckpointError(f"{self.checkpoint_name}: the first forward pass gave no finite margin")

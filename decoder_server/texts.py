@@ -1,0 +1,87 @@
+"""The source of a model that reads text: what came with the request, else what the collection keeps.
+
+Tokenizes where it reads, off the event loop. Does not know queries, scores or the order among requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from concurrent.futures import Executor
+
+from cache.errors import CacheError
+from decoder_server.observer import Fetch
+from decoder_server.passages import Deliver, Found, Room, Wanted
+from decoder_server.request import Candidate, Status
+
+
+class Texts:
+    """Reads and tokenizes in chunks, each delivered as it is ready."""
+
+    inline = None  # nothing is encoded: nothing has to be
+
+    def __init__(self, executor: Executor, *, fetch_chunk: int) -> None:
+        """
+        Args:
+            executor: where the store is read and texts are tokenized; never the model's thread.
+            fetch_chunk: candidates per read.
+        """
+        self._executor = executor
+        self._fetch_chunk = fetch_chunk
+
+    async def feed(self, wanted: Wanted, room: Room, deliver: Deliver) -> None:
+        """As Source says."""
+        loop = asyncio.get_running_loop()
+        for start in range(0, len(wanted.candidates), self._fetch_chunk):
+            await room()
+            chunk = wanted.candidates[start : start + self._fetch_chunk]
+            began = time.monotonic()
+            with wanted.fetching:
+                found = await loop.run_in_executor(self._executor, _read, wanted, chunk)
+            wanted.fetches.append(Fetch(began, time.monotonic(), len(chunk)))
+            deliver(found)
+
+
+def _read(wanted: Wanted, chunk: Sequence[Candidate]) -> list[Found]:
+    stored, failure = _stored(wanted, [c.passage_id for c in chunk if not c.text and c.passage_id is not None])
+    return [_settle(wanted, candidate, stored, failure) for candidate in chunk]
+
+
+def _stored(wanted: Wanted, ids: Sequence[str]) -> tuple[dict[str, str | None], CacheError | None]:
+    collection = wanted.collection
+    if collection is None or not collection.manifest.stores_text or not ids:
+        return {}, None
+    unique = list(dict.fromkeys(ids))
+    try:
+        return dict(zip(unique, collection.get_texts(unique), strict=True)), None
+    except CacheError as exc:  # the store is down: that costs these candidates, not the request
+        return {}, exc
+
+
+def _settle(wanted: Wanted, candidate: Candidate, stored: dict[str, str | None], failure: CacheError | None) -> Found:
+    if candidate.text:
+        size = len(candidate.text.encode())
+        if size > wanted.max_text_bytes:
+            message = f"the text is {size} bytes long; expected at most {wanted.max_text_bytes}"
+            return Found(candidate, Status.TOO_LONG, message=message)
+        return _found(wanted, candidate, Status.ENCODED, candidate.text)
+    if candidate.passage_id is None:
+        return Found(candidate, Status.FAILED, message="the text is empty")
+    text = stored.get(candidate.passage_id)
+    if text:
+        return _found(wanted, candidate, Status.HIT, text)
+    if failure is not None:
+        return Found(candidate, Status.FAILED, message=f"the store could not be read: {failure}")
+    if wanted.collection is not None and not wanted.collection.manifest.stores_text:
+        name = wanted.collection.name
+        message = f"collection {name!r} keeps no texts, and this model reads text: send it, or index with --store-text"
+        return Found(candidate, Status.MISSING, message=message)
+    return Found(candidate, Status.MISSING, message="no text is stored")
+
+
+def _found(wanted: Wanted, candidate: Candidate, status: Status, text: str) -> Found:
+    try:
+        return Found(candidate, status, text, items=wanted.items(text))
+    except ValueError as exc:  # a text that no template can hold costs itself only
+        return Found(candidate, Status.FAILED, message=str(exc))
