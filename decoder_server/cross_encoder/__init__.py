@@ -1,0 +1,8 @@
+"""Rerankers that read query and passage together, each the way it was published."""
+
+from decoder_server.cross_encoder.model import CrossEncoder
+from decoder_server.cross_encoder.opening import open_cross_encoder
+from decoder_server.cross_encoder.profiles import Profile
+from decoder_server.cross_encoder.texts import TextPair
+
+__all__ = ["CrossEncoder", "Profile", "TextPair", "open_cross_encoder"]

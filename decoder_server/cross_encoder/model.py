@@ -1,0 +1,117 @@
+"""A loaded cross-encoder: texts in, margins out, in batches by token budget. Does not know requests or servers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoint.errors import CheckpointError
+from decoder_server.cross_encoder.batching import batches
+from decoder_server.cross_encoder.profiles import Profile
+from decoder_server.cross_encoder.runner import Runner
+from decoder_server.cross_encoder.texts import PairReader, TextPair, Texts
+
+# Padded tokens per pass, by device: above it a pass is no faster per token.
+BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
+# Texts tokenized at a time, so that a long list never stands in memory as tokens all at once.
+CHUNK_TEXTS = 1024
+
+
+class CrossEncoder:
+    """Weights with the profile they are read by. Scoring is for one thread; `pair` is safe from any."""
+
+    name = "cross_encoder"
+
+    def __init__(
+        self, reader: PairReader, runner: Runner, profile: Profile, *, model: str, fingerprint: Callable[[], str]
+    ) -> None:
+        self.profile = profile
+        self.model = model  # as it was opened
+        self.runtime = "torch"
+        self._reader, self._runner, self._fingerprint = reader, runner, fingerprint
+
+    @property
+    def settings(self) -> Profile:
+        """Limits and default instruction."""
+        return self.profile
+
+    @property
+    def dtype_name(self) -> str:
+        return self._runner.dtype_name
+
+    @property
+    def device_name(self) -> str:
+        return self._runner.device_name
+
+    @cached_property
+    def identity(self) -> str:
+        """Weights, tokenizer, configuration and profile in one fingerprint; reads the weights the first time."""
+        return self._fingerprint()
+
+    @property
+    def license_notice(self) -> str | None:
+        """What a user of this model should be told; None where its profile names no licence."""
+        if not self.profile.license:
+            return None
+        limits = "; not for commercial use" if "-NC" in self.profile.license else ""
+        return f"{self.model} is under the licence {self.profile.license}{limits}"
+
+    def pair(self, query: str, instruction: str | None, passage: str) -> TextPair:
+        """Token ids as the model reads them; safe from any thread.
+
+        Raises:
+            ValueError: an instruction over its limit, or a query that leaves no room for a passage.
+        """
+        return self._reader.pairs([(query, instruction, passage)])[0]
+
+    def pairs(self, texts: Sequence[Texts]) -> list[TextPair]:
+        """`pair` for many, which is faster."""
+        return self._reader.pairs(texts)
+
+    def score_pairs(self, pairs: Sequence[TextPair]) -> NDArray[np.float32]:
+        """Margins (len(pairs),) of one padded pass; NaN where not finite."""
+        if not pairs:
+            return np.empty(0, dtype=np.float32)
+        margins = self._runner.margins(pairs)
+        return np.where(np.isfinite(margins), margins, np.float32("nan"))
+
+    def score_texts(self, texts: Sequence[Texts], max_batch_tokens: int | None = None) -> NDArray[np.float32]:
+        """Margins (len(texts),) in the order of `texts`: pairs of like length share a pass.
+
+        Args:
+            texts: (query, instruction or None, passage).
+            max_batch_tokens: padded tokens per pass; None: as suits the device.
+        """
+        budget = max_batch_tokens or BATCH_TOKENS[self.device_name.split(":")[0]]
+        margins = np.empty(len(texts), dtype=np.float32)
+        for first in range(0, len(texts), CHUNK_TEXTS):
+            pairs = self.pairs(texts[first : first + CHUNK_TEXTS])
+            for batch in batches(pairs, budget):
+                margins[[first + i for i in batch]] = self.score_pairs([pairs[i] for i in batch])
+        return margins
+
+    def activation(self, margins: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Scores as the model publishes them, computed in float32."""
+        margins = np.asarray(margins, dtype=np.float32)
+        if self.profile.activation == "identity":
+            return margins
+        return sigmoid(margins / np.float32(self.profile.temperature))
+
+    def warm_up(self) -> None:
+        """One real pass.
+
+        Raises:
+            CheckpointError: the weights give no finite margin.
+        """
+        margin = self.score_texts([("Does this model answer?", None, "It gives a number for every pair.")])
+        if not np.isfinite(margin).all():
+            raise CheckpointError(f"{self.model}: the first forward pass gave no finite margin")
+
+
+def sigmoid(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """1 / (1 + exp(-x)) without overflow."""
+    small = np.exp(-np.abs(x))
+    return np.where(x >= 0, 1 / (1 + small), small / (1 + small)).astype(np.float32)

@@ -1,0 +1,165 @@
+"""Fills a template, or a tokenizer's own pair, and says which token ids are the passage's.
+
+Control tokens spelled in texts from outside are tokenized as plain text; text without such spelling gets exactly
+the ids of the filled template. Does not know limits or models.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from tokenizers import Encoding, Tokenizer
+
+Fields = Mapping[str, str]  # query, instruction, passage
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Token ids of one pair."""
+
+    ids: list[int]
+    type_ids: list[int] | None = None  # which of two segments each id belongs to; None: all the first
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """The same with, per id, where the token ends in the passage's text; None where it is not the passage's alone."""
+
+    encoded: Encoded
+    ends: list[int | None]
+
+
+class Filler(Protocol):
+    """Makes one sequence of a query, an instruction and a passage."""
+
+    def encode(self, rows: Sequence[Fields]) -> list[Encoded]: ...
+
+    def locate(self, row: Fields) -> Located: ...
+
+
+class Tokenizers:
+    """A tokenizer twice: as it is, and with control tokens switched off (one object with a switch would race)."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        state = tokenizer.to_str()
+        self.exact, self.plain = Tokenizer.from_str(state), Tokenizer.from_str(state)
+        for each in (self.exact, self.plain):
+            each.no_truncation()
+            each.no_padding()
+        self.plain.encode_special_tokens = True
+        added = self.exact.get_added_tokens_decoder()
+        self.control_ids = {token.content: id_ for id_, token in added.items() if token.special}
+        longest_first = sorted(self.control_ids, key=len, reverse=True)
+        self.controls = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+    def cut(self, text: str, max_tokens: int) -> str:
+        """The beginning of a text, at most `max_tokens` long."""
+        offsets = self.plain.encode(text, add_special_tokens=False).offsets
+        return text if len(offsets) <= max_tokens else text[: offsets[max_tokens - 1][1]]
+
+    def count(self, text: str) -> int:
+        return len(self.plain.encode(text, add_special_tokens=False).ids)
+
+
+class PairFiller:
+    """The tokenizer's own pair: `[CLS] query [SEP] passage [SEP]` or what its post-processor says."""
+
+    def __init__(self, tokenizers: Tokenizers) -> None:
+        # Special tokens come from the post-processor, so the plain tokenizer reads every text rightly.
+        self._plain = tokenizers.plain
+
+    def encode(self, rows: Sequence[Fields]) -> list[Encoded]:
+        pairs = [(row["query"], row["passage"]) for row in rows]
+        return [Encoded(e.ids, e.type_ids) for e in self._plain.encode_batch_fast(pairs, add_special_tokens=True)]
+
+    def locate(self, row: Fields) -> Located:
+        found = self._plain.encode(row["query"], row["passage"], add_special_tokens=True)
+        ends = [
+            end if sequence == 1 else None for sequence, (_, end) in zip(found.sequence_ids, found.offsets, strict=True)
+        ]
+        return Located(Encoded(found.ids, found.type_ids), ends)
+
+
+class TemplateFiller:
+    """A template in pieces, each tokenized by itself; ids are joined."""
+
+    def __init__(self, tokenizers: Tokenizers, pieces: Sequence[str], *, add_special_tokens: bool) -> None:
+        self._tokenizers = tokenizers
+        self._pieces = list(pieces)
+        self._prefix: list[int] = []
+        self._suffix: list[int] = []
+        if add_special_tokens:
+            # What the tokenizer puts around any text: found once, so that neutralised text gets it too.
+            bare = tokenizers.exact.encode("a", add_special_tokens=False).ids
+            whole = tokenizers.exact.encode("a", add_special_tokens=True).ids
+            at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+            self._prefix, self._suffix = whole[:at], whole[at + len(bare) :]
+
+    @property
+    def suffix(self) -> list[int]:
+        """Ids that the tokenizer puts behind the filled template."""
+        return self._suffix
+
+    def encode(self, rows: Sequence[Fields]) -> list[Encoded]:
+        hostile = {i for i, row in enumerate(rows) if self._hostile(row)}
+        kind = [row for i, row in enumerate(rows) if i not in hostile]
+        joined = [list(self._prefix) for _ in kind]
+        for piece in self._pieces:
+            texts = [piece.format(**row) for row in kind]
+            for ids, e in zip(
+                joined, self._tokenizers.exact.encode_batch_fast(texts, add_special_tokens=False), strict=True
+            ):
+                ids.extend(e.ids)
+        quick = iter(joined)
+        return [
+            self.locate(row).encoded if i in hostile else Encoded(next(quick) + self._suffix)
+            for i, row in enumerate(rows)
+        ]
+
+    def locate(self, row: Fields) -> Located:
+        ids, ends = list(self._prefix), [None] * len(self._prefix)  # type: list[int], list[int | None]
+        for piece in self._pieces:
+            (self._guarded if self._hostile(row) else self._exact)(piece, row, ids, ends)
+        return Located(Encoded(ids + self._suffix), ends + [None] * len(self._suffix))
+
+    def _hostile(self, row: Fields) -> bool:
+        """Whether a text spells a control token."""
+        return any(self._tokenizers.controls.search(text) for text in row.values())
+
+    def _exact(self, piece: str, row: Fields, ids: list[int], ends: list[int | None]) -> None:
+        """Appends one piece, tokenized as a whole."""
+        text, begin, end = "", 0, -1
+        for literal, name, _, _ in string.Formatter().parse(piece):
+            text += literal
+            if name == "passage":
+                begin, end = len(text), len(text) + len(row[name])
+            text += row[name] if name is not None else ""
+        self._append(self._tokenizers.exact.encode(text, add_special_tokens=False), begin, end, ids, ends)
+
+    def _guarded(self, piece: str, row: Fields, ids: list[int], ends: list[int | None]) -> None:
+        """Appends one piece: the template's own control tokens count, all text between them is read as plain."""
+        text, begin, end = "", 0, -1  # text not yet tokenized; the passage in it is [begin, end)
+        for literal, name, _, _ in string.Formatter().parse(piece):
+            position = 0
+            for match in self._tokenizers.controls.finditer(literal):
+                self._flush(text + literal[position : match.start()], begin, end, ids, ends)
+                ids.append(self._tokenizers.control_ids[match.group()])
+                ends.append(None)
+                text, begin, end, position = "", 0, -1, match.end()
+            text += literal[position:]
+            if name == "passage":
+                begin, end = len(text), len(text) + len(row[name])
+            text += row[name] if name is not None else ""
+        self._flush(text, begin, end, ids, ends)
+
+    def _flush(self, text: str, begin: int, end: int, ids: list[int], ends: list[int | None]) -> None:
+        self._append(self._tokenizers.plain.encode(text, add_special_tokens=False), begin, end, ids, ends)
+
+    def _append(self, found: Encoding, begin: int, end: int, ids: list[int], ends: list[int | None]) -> None:
+        ids.extend(found.ids)
+        # A token that reaches out of the passage belongs to the template and stays.
+        ends.extend(stop - begin if begin <= start and stop <= end else None for start, stop in found.offsets)
