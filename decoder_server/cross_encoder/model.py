@@ -39,6 +39,11 @@ class CrossEncoder:
         return self.profile
 
     @property
+    def max_tokens(self) -> int:
+        """Of template, query, instruction and passage together; for a listwise model of all passages."""
+        return self.profile.max_tokens
+
+    @property
     def dtype_name(self) -> str:
         return self._runner.dtype_name
 
@@ -52,10 +57,10 @@ class CrossEncoder:
         return self._fingerprint()
 
     @property
-    def license_notice(self) -> str | None:
-        """What a user of this model should be told; None where its profile names no licence."""
+    def license_notice(self) -> str:
+        """What a user of this model should be told; empty where its profile names no licence."""
         if not self.profile.license:
-            return None
+            return ""
         limits = "; not for commercial use" if "-NC" in self.profile.license else ""
         return f"{self.model} is under the licence {self.profile.license}{limits}"
 
@@ -71,6 +76,15 @@ class CrossEncoder:
         """`pair` for many, which is faster."""
         return self._reader.pairs(texts)
 
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text alone; safe from any thread."""
+        return self._reader.tokenizers.count(text)
+
+    def cut(self, text: str, max_tokens: int | None = None, *, keep_end: bool = False) -> str:
+        """A text's beginning, or end, of at most `max_tokens` (None: what a passage may have); safe from any thread."""
+        most = max_tokens or self.profile.max_passage_tokens or self.profile.max_tokens
+        return self._reader.tokenizers.cut(text, most, keep_end=keep_end)
+
     def score_pairs(self, pairs: Sequence[TextPair]) -> NDArray[np.float32]:
         """Margins (len(pairs),) of one padded pass; NaN where not finite."""
         if not pairs:
@@ -85,6 +99,8 @@ class CrossEncoder:
             texts: (query, instruction or None, passage).
             max_batch_tokens: padded tokens per pass; None: as suits the device.
         """
+        if self.profile.listwise:  # one list is one pass, whatever its length
+            return self.score_pairs(self.pairs(texts))
         budget = max_batch_tokens or BATCH_TOKENS[self.device_name.split(":")[0]]
         margins = np.empty(len(texts), dtype=np.float32)
         for first in range(0, len(texts), CHUNK_TEXTS):

@@ -53,6 +53,7 @@ KINDS = {
     "Qwen2ForCausalLM": "chat",
     "GemmaForCausalLM": "gemma",
     "MistralForCausalLM": "mistral",
+    "JinaForRanking": "chat",  # a Qwen3 with a projector instead of an output embedding
 }
 
 
@@ -79,7 +80,8 @@ def make_cross_encoder(
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = TOKENIZERS[KINDS[architecture]](size.vocab)
     save_tokenizer(tokenizer, directory, KINDS[architecture])
-    kind: Any = getattr(transformers, architecture)
+    listwise = architecture == "JinaForRanking"
+    kind: Any = transformers.Qwen3Model if listwise else getattr(transformers, architecture)
     fields = _fields(architecture, size, tokenizer) | ({"num_labels": num_labels} if "Sequence" in architecture else {})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -92,6 +94,8 @@ def make_cross_encoder(
                 parameter.data += 0.1 * torch.randn_like(parameter)
     with quiet():
         model.to(dtype).save_pretrained(directory, **save)
+    if listwise:
+        _add_projector(directory, size, seed)
     return directory
 
 
@@ -203,7 +207,7 @@ def _fields(architecture: str, size: Size, tokenizer: Tokenizer) -> dict[str, An
         "num_attention_heads": size.heads,
         "max_position_embeddings": size.positions,
     }
-    if architecture.startswith(("Qwen", "Gemma", "Mistral")):
+    if architecture.startswith(("Qwen", "Gemma", "Mistral", "Jina")):
         fields |= {"num_key_value_heads": size.kv_heads, "head_dim": size.hidden // size.heads}
         names = ("<|endoftext|>", "<pad>")
         fields["pad_token_id"] = next(i for i in map(tokenizer.token_to_id, names) if i is not None)
@@ -221,3 +225,18 @@ def _fields(architecture: str, size: Size, tokenizer: Tokenizer) -> dict[str, An
     if architecture.startswith("ModernBert"):
         fields |= {"cls_token_id": 2, "bos_token_id": 2, "sep_token_id": 3, "eos_token_id": 3, "local_attention": 16}
     return fields
+
+
+def _add_projector(directory: Path, size: Size, seed: int) -> None:
+    """Two layers over a marker's hidden state, and the class name of the published checkpoint."""
+    from safetensors.torch import load_file, save_file
+
+    generator = torch.Generator().manual_seed(seed)
+    path = directory / "model.safetensors"
+    tensors = {f"model.{name}": tensor for name, tensor in load_file(path).items()}
+    half = size.hidden // 2
+    tensors["projector.0.weight"] = torch.randn(half, size.hidden, generator=generator) * size.hidden**-0.5
+    tensors["projector.2.weight"] = torch.randn(half, half, generator=generator) * half**-0.5
+    save_file(tensors, path, metadata={"format": "pt"})
+    config = json.loads((directory / "config.json").read_text()) | {"architectures": ["JinaForRanking"]}
+    (directory / "config.json").write_text(json.dumps(config, indent=2))

@@ -1,7 +1,7 @@
 """Fills a template, or a tokenizer's own pair, and says which token ids are the passage's.
 
 Control tokens spelled in texts from outside are tokenized as plain text; text without such spelling gets exactly
-the ids of the filled template. Does not know limits or models.
+the ids of the filled template. Does not know limits or tensors.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from tokenizers import Encoding, Tokenizer
+
+from decoder_server.cross_encoder.profiles import Profile
 
 Fields = Mapping[str, str]  # query, instruction, passage
 
@@ -56,10 +58,12 @@ class Tokenizers:
         longest_first = sorted(self.control_ids, key=len, reverse=True)
         self.controls = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
-    def cut(self, text: str, max_tokens: int) -> str:
-        """The beginning of a text, at most `max_tokens` long."""
+    def cut(self, text: str, max_tokens: int, *, keep_end: bool = False) -> str:
+        """The beginning of a text, or its end, at most `max_tokens` long."""
         offsets = self.plain.encode(text, add_special_tokens=False).offsets
-        return text if len(offsets) <= max_tokens else text[: offsets[max_tokens - 1][1]]
+        if len(offsets) <= max_tokens:
+            return text
+        return text[offsets[-max_tokens][0] :] if keep_end else text[: offsets[max_tokens - 1][1]]
 
     def count(self, text: str) -> int:
         return len(self.plain.encode(text, add_special_tokens=False).ids)
@@ -163,3 +167,17 @@ class TemplateFiller:
         ids.extend(found.ids)
         # A token that reaches out of the passage belongs to the template and stays.
         ends.extend(stop - begin if begin <= start and stop <= end else None for start, stop in found.offsets)
+
+
+def list_template(profile: Profile, num_passages: int) -> str:
+    """The profile's template with a place for each passage: {passage} for the first, {passage1} and so on."""
+    places = [
+        profile.passage_format.replace("{index}", str(i)).replace("{passage}", "{" + place(i) + "}")
+        for i in range(num_passages)
+    ]
+    return profile.template[0].replace("{count}", str(num_passages)).replace("{passages}", "\n".join(places))
+
+
+def place(index: int) -> str:
+    """The field of a list's passage."""
+    return f"passage{index or ''}"

@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer
 
 from decoder_server.cross_encoder.profiles import Profile
-from decoder_server.cross_encoder.templates import Encoded, Fields, Filler, PairFiller, TemplateFiller, Tokenizers
+from decoder_server.cross_encoder.templates import (
+    Encoded,
+    Fields,
+    Filler,
+    PairFiller,
+    TemplateFiller,
+    Tokenizers,
+    list_template,
+)
 
 Texts = tuple[str, str | None, str]  # query, instruction or None, passage
 
@@ -51,9 +59,8 @@ class PairReader:
         self.tokenizers = Tokenizers(tokenizer)
         self._filler: Filler
         if profile.template:
-            self._filler = TemplateFiller(
-                self.tokenizers, profile.template, add_special_tokens=profile.add_special_tokens
-            )
+            pieces = [list_template(profile, 1)] if profile.listwise else profile.template
+            self._filler = TemplateFiller(self.tokenizers, pieces, add_special_tokens=profile.add_special_tokens)
         else:
             self._filler = PairFiller(self.tokenizers)
 
@@ -65,7 +72,7 @@ class PairReader:
         """
         asked = {(query, instruction): self.question(query, instruction) for query, instruction, _ in texts}
         questions = [asked[query, instruction] for query, instruction, _ in texts]
-        passages = [passage.strip() if self._profile.strip else passage for _, _, passage in texts]
+        passages = [self._clean(passage) for _, _, passage in texts]
         rows = [
             {"query": q.query, "instruction": q.instruction, "passage": p}
             for q, p in zip(questions, passages, strict=True)
@@ -82,7 +89,7 @@ class PairReader:
             ValueError: an instruction over its limit: half an instruction may say the opposite of the whole.
         """
         profile = self._profile
-        query = query.strip() if profile.strip else query
+        query = self._clean(query)
         cut = self.tokenizers.cut(query, profile.max_query_tokens)
         text = ""
         instruction = instruction or profile.default_instruction
@@ -95,6 +102,12 @@ class PairReader:
                 )
             text = profile.instruction_format.format(instruction=instruction)
         return Question(cut, text, truncated=len(cut) < len(query))
+
+    def _clean(self, text: str) -> str:
+        """As the model's authors take a text before it meets the template."""
+        for marker in (self._profile.passage_token, self._profile.query_token):
+            text = text.replace(marker, "") if marker else text
+        return text.strip() if self._profile.strip else text
 
     def _pair(self, question: Question, row: Fields, encoded: Encoded) -> TextPair:
         passage, truncated = row["passage"], False

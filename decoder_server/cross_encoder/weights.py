@@ -66,6 +66,11 @@ class StoredTensors:
                 raise CheckpointError(f"{path}: {name} has {count} rows; expected row {max(indices)}")
             return torch.cat([cast(torch.Tensor, part[index : index + 1]) for index in indices]).float()
 
+    def read(self, name: str) -> torch.Tensor:
+        """A whole tensor in float32."""
+        with safe_open(str(self._where[name]), framework="pt") as shard:
+            return cast(torch.Tensor, cast(Any, shard).get_tensor(name)).float()
+
     def digest(self) -> str:
         """sha256 over the files' bytes: a second or two per gigabyte."""
         total = hashlib.sha256()
