@@ -16,6 +16,9 @@ from checkpoint.errors import CheckpointError
 from decoder_server.cross_encoder.profiles import Profile
 from decoder_server.cross_encoder.weights import StoredTensors
 
+# A tokenizer this large is a published one, whose answers have known ids; smaller ones are made for tests.
+REAL_VOCABULARY = 10_000
+
 
 @dataclass(frozen=True, slots=True)
 class RowHead:
@@ -80,9 +83,14 @@ def answer_ids(directory: Path, tokenizer: Tokenizer, profile: Profile) -> tuple
             found = tokenizer.encode(answer, add_special_tokens=False).ids
             if len(found) != 1:
                 raise CheckpointError(
-                    f"{directory}: {key} {answer!r} is {len(found)} tokens {found}; expected exactly one"
+                    f"{directory}: the {key} answer {answer!r} is {len(found)} tokens {found}; expected exactly one"
                 )
             ids.append(found[0])
     if len(set(ids)) != len(ids):
         raise CheckpointError(f"{directory}: yes and no are the same token {ids[0]}")
+    if profile.answer_ids and tuple(ids) != profile.answer_ids and tokenizer.get_vocab_size() >= REAL_VOCABULARY:
+        raise CheckpointError(
+            f"{directory}: the answers are the tokens {ids}; the published tokenizer of {profile.model} "
+            f"has {list(profile.answer_ids)}: this one is another model's"
+        )
     return tuple(ids)

@@ -17,6 +17,16 @@ from decoder_server.cross_encoder.texts import PairReader
 from decoder_server.cross_encoder.transformer import load_config
 from decoder_server.cross_encoder.weights import StoredTensors
 
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "sentencepiece.bpe.model",
+    "spm.model",
+    "tokenizer.model",
+    "tekken.json",
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -70,6 +80,9 @@ def _load_tokenizer(directory: Path, raw: dict[str, Any], trust_remote_code: boo
     """The tokenizer, the id that pads, and the names of a model's inputs."""
     from transformers import AutoTokenizer
 
+    if not any((directory / name).exists() for name in TOKENIZER_FILES):
+        # Given none of these, transformers makes a tokenizer that reads every text as nothing.
+        raise CheckpointError(f"{directory}: no tokenizer; expected one of {', '.join(TOKENIZER_FILES)}")
     try:
         loaded: Any = AutoTokenizer.from_pretrained(
             directory, local_files_only=True, trust_remote_code=trust_remote_code
@@ -78,6 +91,8 @@ def _load_tokenizer(directory: Path, raw: dict[str, Any], trust_remote_code: boo
     except Exception as exc:  # a missing file, a broken one and an unknown class raise unrelated types
         lines = str(exc).strip().splitlines() or [""]
         raise CheckpointError(f"{directory}: no tokenizer that can be read ({lines[0][:300]})") from exc
+    if len(tokenizer.encode("a query and a passage", add_special_tokens=False).ids) == 0:
+        raise CheckpointError(f"{directory}: the tokenizer reads every text as nothing; its files are not all there")
     # Encoders that count positions from the pad id want the configuration's; elsewhere padding is masked.
     candidates = (raw.get("pad_token_id"), loaded.pad_token_id, loaded.eos_token_id, 0)
     pad_id = next(id_ for id_ in candidates if isinstance(id_, int) and id_ >= 0)

@@ -57,6 +57,15 @@ class Tokenizers:
         self.control_ids = {token.content: id_ for id_, token in added.items() if token.special}
         longest_first = sorted(self.control_ids, key=len, reverse=True)
         self.controls = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        # A unigram model may find a control token's spelling in its own vocabulary.
+        self._leaky = any(
+            id_ in self.plain.encode(f"a {text}", add_special_tokens=False).ids
+            for text, id_ in self.control_ids.items()
+        )
+
+    def calm(self, text: str) -> str:
+        """A text that `plain` reads without control tokens: where it otherwise would not, their spelling is broken."""
+        return self.controls.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text) if self._leaky else text
 
     def cut(self, text: str, max_tokens: int, *, keep_end: bool = False) -> str:
         """The beginning of a text, or its end, at most `max_tokens` long."""

@@ -100,14 +100,14 @@ class PairReader:
                     f"instruction has {found} tokens; expected at most {profile.max_instruction_tokens} "
                     f"for {profile.model}"
                 )
-            text = profile.instruction_format.format(instruction=instruction)
+            text = profile.instruction_format.format(instruction=self._clean(instruction))
         return Question(cut, text, truncated=len(cut) < len(query))
 
     def _clean(self, text: str) -> str:
         """As the model's authors take a text before it meets the template."""
         for marker in (self._profile.passage_token, self._profile.query_token):
             text = text.replace(marker, "") if marker else text
-        return text.strip() if self._profile.strip else text
+        return self.tokenizers.calm(text.strip() if self._profile.strip else text)
 
     def _pair(self, question: Question, row: Fields, encoded: Encoded) -> TextPair:
         passage, truncated = row["passage"], False
