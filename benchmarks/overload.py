@@ -6,6 +6,9 @@ Finds the rate a real `preread serve` (the shipped model, --max-queue-seconds) s
 clients that wait for answers, then offers ten times that, open loop, half over gRPC and half over
 HTTP, from threads of this process on the same cores. Clients do not try again. A request may wait
 for its place for the queue's seconds, so an admitted one should take at most twice them.
+
+Every request has another query length and other candidates of a pool that was encoded before, so
+that batches are of ever new sizes and the server's tiers are full when the flood begins.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import argparse
 import http.client
 import itertools
 import json
+import random
 import re
 import subprocess
 import sys
@@ -34,8 +38,8 @@ from preread.v1 import rerank_pb2 as pb
 from preread.v1 import rerank_pb2_grpc
 
 MODEL = Path(__file__).parent.parent / "preread/models/preread-mini"
-QUERY = "which passages does the decoder attend over"
 SENTENCE = "The pooled states of its tokens are kept, and the decoder attends over them. "
+POOL = [f"{i}. {SENTENCE * (1 + i % 7)}" for i in range(512)]
 NUM_CALIBRATING = 4  # clients
 NUM_CLIENTS = 160  # threads: more than the queue holds, or they would wait in it and offer no more
 TIMES = 10
@@ -52,17 +56,26 @@ class Tally:
     wrong: list[str] = field(default_factory=list)  # any other answer, or none
 
 
-def texts(num_candidates: int) -> list[str]:
-    return [f"{i}. {SENTENCE * 4}" for i in range(num_candidates)]
+class Questions:
+    """Queries and candidates, another each time; the same ones in every run."""
+
+    def __init__(self, seed: int, num_candidates: int) -> None:
+        self._random = random.Random(seed)
+        self._num_candidates = num_candidates
+
+    def __next__(self) -> tuple[str, list[str]]:
+        query = "which passages " + "really " * self._random.randrange(12) + "matter"
+        return query, self._random.sample(POOL, self._num_candidates)
 
 
-def grpc_caller(address: str, passages: list[str], tally: Tally) -> Callable[[], None]:
+def grpc_caller(address: str, questions: Questions, tally: Tally) -> Callable[[], None]:
     # A connection of its own: without this, channels of one process share one.
     channel = grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)])
     stub = rerank_pb2_grpc.RerankServiceStub(channel)
-    request = pb.RerankRequest(query=QUERY, candidates=[pb.Candidate(text=text) for text in passages])
 
     def call() -> None:
+        query, passages = next(questions)
+        request = pb.RerankRequest(query=query, candidates=[pb.Candidate(text=text) for text in passages])
         begin = time.perf_counter()
         try:
             answer = stub.Rerank(request, timeout=TIMEOUT_SECONDS)
@@ -84,11 +97,12 @@ def grpc_caller(address: str, passages: list[str], tally: Tally) -> Callable[[],
     return call
 
 
-def http_caller(address: str, passages: list[str], tally: Tally) -> Callable[[], None]:
+def http_caller(address: str, questions: Questions, tally: Tally) -> Callable[[], None]:
     connection = http.client.HTTPConnection(address, timeout=TIMEOUT_SECONDS)
-    body = json.dumps({"query": QUERY, "documents": passages})
 
     def call() -> None:
+        query, passages = next(questions)
+        body = json.dumps({"query": query, "documents": passages})
         begin = time.perf_counter()
         try:
             connection.request("POST", "/v1/rerank", body, {"content-type": "application/json"})
@@ -109,6 +123,15 @@ def http_caller(address: str, passages: list[str], tally: Tally) -> Callable[[],
             tally.admitted.append(seconds)
 
     return call
+
+
+def encode(address: str) -> None:
+    """The whole pool, so that the flood finds the texts' states kept."""
+    with grpc.insecure_channel(address) as channel:
+        stub = rerank_pb2_grpc.RerankServiceStub(channel)
+        for first in range(0, len(POOL), 64):
+            some = [pb.Candidate(text=text) for text in POOL[first : first + 64]]
+            stub.Rerank(pb.RerankRequest(query="q", candidates=some), timeout=TIMEOUT_SECONDS)
 
 
 @contextmanager
@@ -165,16 +188,15 @@ def main() -> None:
     parser.add_argument("--queue-seconds", type=float, default=2.0)
     parser.add_argument("--candidates", type=int, default=64)
     args = parser.parse_args()
-    passages = texts(args.candidates)
     with serving(args.queue_seconds) as (process, rpc, web):
 
         def callers(num: int, tally: Tally) -> list[Callable[[], None]]:
-            return [
-                (http_caller(web, passages, tally) if i % 2 else grpc_caller(rpc, passages, tally)) for i in range(num)
-            ]
+            every = [Questions(seed, args.candidates) for seed in range(num)]
+            return [http_caller(web, q, tally) if i % 2 else grpc_caller(rpc, q, tally) for i, q in enumerate(every)]
 
         calm, busy = Tally(), Tally()
-        drive(callers(2, Tally()), 1, None)  # texts encoded, rates measured
+        encode(rpc)
+        drive(callers(2, Tally()), 2, None)  # rates measured
         _, took = drive(callers(NUM_CALIBRATING, calm), max(3.0, args.seconds / 6), None)
         rate = len(calm.admitted) / took
         memory: list[float] = []
@@ -204,6 +226,7 @@ def main() -> None:
         ["admitted, 99 %, s", float(np.quantile(busy.admitted or [np.nan], 0.99))],
         ["admitted, slowest, s", max(busy.admitted, default=float("nan"))],
         ["refused, 99 %, s", float(np.quantile(busy.refused or [np.nan], 0.99))],
+        ["memory at the end, of that when the flood began", memory[-1] / memory[0]],
         *[[f"memory, quarter {i + 1}, MiB", float(np.mean(part))] for i, part in enumerate(np.array_split(memory, 4))],
     ]
     report("overload", ["", "value"], rows, seconds=args.seconds, candidates=args.candidates, wrong=busy.wrong[:20])
