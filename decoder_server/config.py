@@ -42,6 +42,7 @@ class DecoderConfig:
     tls_cert_file: str = ""  # PEM of this server; "": plain text
     tls_key_file: str = ""
     tls_client_ca_file: str = ""  # callers must show a certificate of this authority
+    max_connections: int = 1024  # gRPC calls at once
     max_connection_age_seconds: float = 0.0  # then a gRPC client is asked to connect anew; 0: never
     log_text: bool = False  # queries in the log
     max_staleness_seconds: float = 1.0  # how long a moved alias or a passage written anew may go unnoticed
@@ -49,7 +50,7 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         positive = (
             "max_queue_requests", "max_queue_tokens", "max_candidates", "max_query_bytes", "max_instruction_tokens",
-            "max_text_bytes", "max_message_bytes", "encode_timeout_seconds",
+            "max_text_bytes", "max_message_bytes", "encode_timeout_seconds", "max_connections",
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) <= 0:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
 
@@ -88,39 +89,42 @@ class Engine:
         Raises:
             RerankError: the request as a whole cannot be answered.
         """
-        started = time.monotonic()
-        trail = Trail()
-        code, timings = "internal", None
-        try:
-            outcomes, summary = await self._within(request, started, deadline, emit, trail)
-            code, timings = "ok", summary.timings
+        with self.under_way(request) as trail:
+            check(request, self.limits)
+            started = time.monotonic()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    outcomes, summary = await self._rerank(request, started, deadline, emit, trail)
+            except TimeoutError:
+                raise DeadlineExceeded(f"the deadline passed after {time.monotonic() - started:.3f} s") from None
+            trail.timings = summary.timings
             return outcomes, summary
+
+    @contextmanager
+    def under_way(self, request: RerankRequest, kind: str = "rerank") -> Iterator[Trail]:
+        """Around a request: observers hear how it ended, and a server that stops waits for it.
+
+        Raises:
+            Unavailable: this server is stopping.
+        """
+        started, trail, code = time.monotonic(), Trail(), "internal"
+        self._num_running += 1
+        self._idle.clear()
+        try:
+            if self._draining:
+                raise Unavailable("this server is shutting down")
+            yield trail
+            code = "ok"
         except BaseException as exc:
             code = code_of(exc)
             raise
         finally:
-            answered = Answered(request, self.name, code, started, time.monotonic(), timings, trail)
-            for observer in self._observers:
-                observer.answered(answered)
-
-    async def _within(
-        self, request: RerankRequest, started: float, deadline: float | None, emit: Emit | None, trail: Trail
-    ) -> tuple[list[Outcome], Summary]:
-        """Checks, and keeps to the deadline."""
-        if self._draining:
-            raise Unavailable("this server is shutting down")
-        check(request, self.limits)
-        self._num_running += 1
-        self._idle.clear()
-        try:
-            async with asyncio.timeout_at(deadline):
-                return await self._rerank(request, started, deadline, emit, trail)
-        except TimeoutError:
-            raise DeadlineExceeded(f"the deadline passed after {time.monotonic() - started:.3f} s") from None
-        finally:
             self._num_running -= 1
             if self._num_running == 0:
                 self._idle.set()
+            answered = Answered(request, self.name, code, started, time.monotonic(), trail.timings, trail, kind)
+            for observer in self._observers:
+                observer.answered(answered)
 
     async def drain(self, grace_seconds: float) -> bool:
         """Accepts nothing more and waits for what runs; False when the time was up first."""

@@ -23,7 +23,7 @@ from decoder_server.backend import Backend, Prompt
 from decoder_server.engine import Engine
 from decoder_server.errors import DeadlineExceeded, InvalidRequest
 from decoder_server.passages import Found, Wanted
-from decoder_server.request import Candidate, OnMiss, RerankRequest, Status, check
+from decoder_server.request import Candidate, OnMiss, Outcome, RerankRequest, Status, check
 
 RATIOS = (1, 2, 4, 8, 16, 32)
 MAX_CANDIDATES = 16  # each is as much work as a dozen of a ranking
@@ -92,6 +92,13 @@ async def explain(engine: Engine, request: RerankRequest, deadline: float) -> li
     Raises:
         RerankError: the request as a whole cannot be answered.
     """
+    with engine.under_way(request, "explain") as trail:
+        explained = await _explain(engine, request, deadline)
+        trail.outcomes = [Outcome(one.index, one.passage_id, one.status) for one in explained]
+        return explained
+
+
+async def _explain(engine: Engine, request: RerankRequest, deadline: float) -> list[Explained]:
     if len(request.candidates) > MAX_CANDIDATES:
         raise InvalidRequest("candidates", f"{len(request.candidates)} of them", f"1..{MAX_CANDIDATES}")
     check(request, engine.limits)

@@ -24,7 +24,7 @@ class Metrics:
         self.registry = registry = CollectorRegistry()
         self._requests = Counter(
             "preread_requests",
-            "Rerank requests by how they ended, of every edge.",
+            "Requests to rerank or explain by how they ended, of every edge.",
             ["model", "code"],
             registry=registry,
         )

@@ -48,6 +48,7 @@ class Trail:
     encodings: list[Fetch] = field(default_factory=list)  # calls of the encoder, waiting for another's included
     turns: list[Turn] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)  # of every candidate, top_n or not
+    timings: Timings | None = None  # of a ranking that went well
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,7 @@ class Answered:
     end: float
     timings: Timings | None  # None unless ok
     trail: Trail
+    kind: str = "rerank"  # or explain
 
 
 class Observer(Protocol):

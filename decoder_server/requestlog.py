@@ -38,7 +38,7 @@ class RequestLog:
         if self._log_text:
             values |= {"query": request.query, "instruction": request.instruction}
         level = logging.ERROR if answered.code == "internal" else logging.INFO
-        log.log(level, "rerank", extra=fields(**values))
+        log.log(level, answered.kind, extra=fields(**values))
 
     def passed(self, one: Pass) -> None:
         log.debug("pass", extra=fields(num_pairs=one.num_pairs, num_tokens=one.num_tokens, seconds=one.seconds))

@@ -39,7 +39,7 @@ from decoder_server.tei_service import add_services as add_tei_services
 from decoder_server.texts import Texts
 from preread.edge.access import AccessInterceptor
 from preread.edge.keys import ApiKeys
-from preread.edge.observe import ObservingInterceptor
+from preread.edge.observe import ObservingInterceptor, connection_options
 from preread.v1 import rerank_pb2, rerank_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -122,11 +122,15 @@ class DecoderServer:
         """Listens, not ready: health answers NOT_SERVING, everything else UNAVAILABLE."""
         limit = self.config.max_message_bytes
         self._server = grpc.aio.server(
-            interceptors=(ObservingInterceptor(self.metrics.rpc), AccessInterceptor(self.keys)),
+            interceptors=(
+                ObservingInterceptor(self.metrics.rpc, max_calls=self.config.max_connections),
+                AccessInterceptor(self.keys),
+            ),
             options=[
                 ("grpc.max_receive_message_length", limit),
                 ("grpc.max_send_message_length", limit),
                 ("grpc.so_reuseport", 0),  # a taken port should be an error, not a shared one
+                *connection_options(self.config.max_connections),
                 *self._connection_age(),
             ],
         )

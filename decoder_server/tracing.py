@@ -40,7 +40,7 @@ class TracingObserver:
 
         call = current()
         span = self._tracer.start_span(
-            (call.rpc if call else "") or "rerank",
+            (call.rpc if call else "") or answered.kind,
             _parent(call.traceparent if call else ""),
             SpanKind.SERVER,
             _rpc_attributes(call.rpc, answered.code) if call else None,

@@ -27,6 +27,7 @@ class EncoderConfig:
     max_texts: int = 4096  # of one Encode request
     max_text_bytes: int = 16 * MIB  # of one text
     max_queue_tokens: int = 1_000_000  # on-demand tokens under way before new calls are turned away
+    max_connections: int = 1024  # gRPC calls at once
     max_unacknowledged_passages: int = 1024  # of one Upsert stream; the next message is read when there is room
     max_unacknowledged_bytes: int = 64 * MIB  # of their texts
 
@@ -37,7 +38,7 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         positive = (
             "max_message_bytes", "max_answer_bytes", "max_texts", "max_text_bytes", "max_queue_tokens",
-            "max_unacknowledged_passages", "max_unacknowledged_bytes",
+            "max_connections", "max_unacknowledged_passages", "max_unacknowledged_bytes",
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) < 1:

@@ -24,7 +24,7 @@ from encoder_worker.scheduler import Scheduler
 from encoder_worker.service import EncoderService
 from preread.edge.access import AccessInterceptor
 from preread.edge.keys import ApiKeys
-from preread.edge.observe import ObservingInterceptor, log_call
+from preread.edge.observe import ObservingInterceptor, connection_options, log_call
 from preread.v1 import encoder_pb2, encoder_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -103,11 +103,15 @@ class EncoderServer:
 
     async def _bind(self) -> None:
         server = grpc.aio.server(
-            interceptors=(ObservingInterceptor(self.metrics.rpc, log_call), AccessInterceptor(self.keys)),
+            interceptors=(
+                ObservingInterceptor(self.metrics.rpc, log_call, max_calls=self.config.max_connections),
+                AccessInterceptor(self.keys),
+            ),
             options=[
                 ("grpc.max_receive_message_length", self.config.max_message_bytes),
                 ("grpc.max_send_message_length", self.config.max_answer_bytes),
                 ("grpc.so_reuseport", 0),  # a taken port should be an error, not a shared one
+                *connection_options(self.config.max_connections),
             ],
         )
         encoder_pb2_grpc.add_EncoderServiceServicer_to_server(self._service, server)

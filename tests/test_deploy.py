@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import yaml
 from preread.cli.config_file import COMMANDS
 from preread.cli.main import cli
 
-DEPLOY = Path(__file__).parents[1] / "deploy"
+ROOT = Path(__file__).parents[1]
+DEPLOY = ROOT / "deploy"
 DOCKERFILES = sorted(DEPLOY.glob("Dockerfile.*"))
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 MANIFESTS = [
@@ -52,6 +54,20 @@ def test_images_differ_in_what_they_must() -> None:
         for file in DOCKERFILES
     )
     assert {line.split("=")[0] for line in cpu ^ cuda} == {"NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES"}
+
+
+def test_an_image_gets_every_package_there_is_and_the_pinned_torch() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    let_through = set(re.findall(r"^!(.+)$", (ROOT / ".dockerignore").read_text(), re.MULTILINE))
+    packages = set(project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"])
+    files = {"pyproject.toml", "constraints.txt", project["project"]["readme"], *project["project"]["license-files"]}
+    assert packages | files | {"deploy/image.toml"} == let_through
+    (torch,) = re.findall(r"^torch==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    for file in DOCKERFILES:
+        text = file.read_text()
+        assert re.findall(r"\btorch==(\S+)", text) == [torch]
+        (extras,) = re.findall(r'"\.\[([\w,]+)\]"', text)
+        assert set(extras.split(",")) <= set(project["project"]["optional-dependencies"])
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -56,6 +56,59 @@ def test_the_command_list_says_what_the_commands_say() -> None:
     assert first_lines == {name: text for section in COMMANDS.values() for name, text in section.items()}
 
 
+# A variable is named by its flag, whichever command has it: whoever sets it sets it for all of them. Where commands
+# explain the flag in different words, here is why one value is right for each.
+SHARED = {
+    "the same limit or place, in each command's words": {
+        "CACHE_BYTES", "COLLECTION", "COMPRESSION_RATIO", "ENCODER_ADDRESS", "ENCODER_API_KEY", "ENCODER_TLS_CA_FILE",
+        "ENCODER_TLS_CERT_FILE", "ENCODER_TLS_KEY_FILE", "INSTRUCTION", "MAX_BATCH_TOKENS", "MAX_PASSAGE_TOKENS",
+        "MAX_QUEUE_TOKENS", "QUERIES", "RUN", "SEED", "SPLIT", "TIMEOUT_SECONDS",
+    },
+    "a server may have several models, with spaces between them; the others read one": {"MODEL"},
+    "a server's keys; a client shows the first of them": {"API_KEY"},
+    "a server's certificate; a client shows it for mutual TLS, and needs TLS_CA_FILE to trust the server's": {
+        "TLS_CERT_FILE", "TLS_KEY_FILE",
+    },
+}  # fmt: skip
+
+
+def test_a_variable_that_commands_explain_differently_is_meant_to_be_shared() -> None:
+    said: dict[str, set[object]] = {}
+    for _, command in EVERY:
+        for one in command.params:
+            if isinstance(one, click.Option) and one.envvar:
+                said.setdefault(str(one.envvar), set()).add((one.help, one.is_flag, one.multiple))
+    different = {name.removeprefix("PREREAD_") for name, ways in said.items() if len(ways) > 1}
+    assert different <= set().union(*SHARED.values())
+
+
+def test_no_variable_is_a_switch_here_and_a_value_there() -> None:
+    switches: dict[str, set[bool]] = {}
+    for _, command in EVERY:
+        for one in command.params:
+            if isinstance(one, click.Option) and one.envvar:
+                switches.setdefault(str(one.envvar), set()).add(bool(one.is_flag))
+    assert [name for name, ways in switches.items() if len(ways) > 1] == []
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("0123456789abcdef", "0123456789abcdef"),
+        ("rerank,index:0123456789abcdef admin:fedcba9876543210", "0123456789abcdef"),
+        ("with:colon-0123456789", "with:colon-0123456789"),
+        ("", None),
+    ],
+)
+def test_a_client_shows_the_first_key_of_a_servers_variable(
+    given: str, shown: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREREAD_API_KEY", given)
+    health = cli.get_command(click.Context(cli), "health")
+    assert health is not None
+    assert health.make_context("health", []).params["api_key"] == shown
+
+
 def test_the_environment_is_read_and_the_command_line_wins(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREREAD_STORE", f"faiss:{tmp_path / 'from-environment'}")
 

@@ -20,10 +20,11 @@ class HttpConfig:
     model_aliases: tuple[str, ...] = ()  # other names of the first model; "*": every name
     max_body_bytes: int = 64 * MIB  # of a request that is read as a whole
     max_line_bytes: int = 16 * MIB  # of an NDJSON upload, whose whole is not bounded
+    max_connections: int = 1024  # at once; requests on more are turned away
     timeout_seconds: float = 120.0  # of a request as a whole, uploads excepted; clients may ask for less
 
     def __post_init__(self) -> None:
-        for name in ("max_body_bytes", "max_line_bytes", "timeout_seconds"):
+        for name in ("max_body_bytes", "max_line_bytes", "max_connections", "timeout_seconds"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0")
         if not 0 <= self.port <= 65535:

@@ -1,4 +1,4 @@
-"""Around every answer: `x-request-id`, and JSON in place of an exception nobody foresaw.
+"""Around every answer: `x-request-id`, JSON in place of an exception nobody foresaw, a word to one connection too many.
 
 Plain ASGI, the outermost layer. Logs the id and the exception's type and place, never a request's text.
 """
@@ -14,6 +14,9 @@ from decoder_server.http import errors
 from preread.edge import calls
 
 log = logging.getLogger(__name__)
+
+PROBES = ("/health", "/health/ready", "/metrics")  # a full server is alive, and someone should be able to see why
+CLOSE = {"connection": "close"}
 
 
 class Envelope:
@@ -41,6 +44,9 @@ class Envelope:
             finished = message["type"] == "http.response.body" and not message.get("more_body")
 
         try:
+            if scope["state"].get("crowded") and scope["path"] not in PROBES:
+                await errors.respond(errors.crowded(), tei=wants_tei(scope), headers=CLOSE)(scope, receive, send_named)
+                return
             await self._app(scope, receive, send_named)
         except Exception as exc:
             log.error("request %s failed: %s", request_id, type(exc).__name__, exc_info=exc)

@@ -67,6 +67,12 @@ def internal() -> Problem:
     return Problem(500, "internal_error", "internal_error", "internal error; the log has it under x-request-id")
 
 
+def crowded() -> Problem:
+    """More connections than this server takes."""
+    message = "too many connections; try again, or use fewer connections for more requests each"
+    return Problem(429, "overloaded_error", "too_many_connections", message, retry_after_seconds=RETRY_SECONDS)
+
+
 def by_status(status: int, message: str) -> Problem:
     """For what the router and the guard at the door say: no such path, not this method, no key."""
     kind, code = _BY_STATUS.get(status, ("invalid_request_error", "bad_request"))

@@ -11,12 +11,14 @@ import logging
 import socket
 import ssl
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import uvicorn
 from starlette.routing import BaseRoute
 
 from decoder_server.config import DecoderConfig
+from decoder_server.encoder_client import call_metadata
 from decoder_server.http.config import HttpConfig
 from decoder_server.http.context import Context
 from decoder_server.http.counted import Counted
@@ -48,6 +50,10 @@ def _tls(config: DecoderConfig) -> dict[str, Any]:
     return settings
 
 
+def _metadata(api_key: str) -> dict[str, str]:
+    return dict(call_metadata(api_key))
+
+
 class Gateway:
     """HTTP in front of one DecoderServer. `start`, then serve on `.port`, then `stop`; not to be started twice."""
 
@@ -70,10 +76,10 @@ class Gateway:
         # Passages that come over HTTP are written by the first model that has a worker.
         writer = next((model for model in server.config.models if model.encoder_address), None)
         if worker is None and writer is not None:
-            address, key = writer.encoder_address, writer.encoder_api_key
-            metadata = {"authorization": f"Bearer {key}"} if key else {}
+            # The worker's log has the id of the request that this call serves.
+            metadata = partial(_metadata, writer.encoder_api_key)
             options = ClientOptions(timeout_seconds=None, tls=server.config.encoder_tls, metadata=metadata)
-            worker = AsyncClient(address, encoder_address=address, options=options)
+            worker = AsyncClient(writer.encoder_address, encoder_address=writer.encoder_address, options=options)
         self.context = Context(
             config,
             server.engines,
@@ -95,6 +101,7 @@ class Gateway:
                 server_header=False,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 backlog=BACKLOG,
+                limit_concurrency=config.max_connections,
                 **_tls(server.config),
             )
         )

@@ -76,7 +76,7 @@ async def _work(options: dict[str, Any]) -> None:
     tune_process(options["threads"])
     same = (
         "store", "host", "port", "device", "dtype", "max_passage_tokens", "max_batch_tokens", "max_message_bytes",
-        "max_queue_tokens", "max_unacknowledged_passages",
+        "max_queue_tokens", "max_unacknowledged_passages", "max_connections",
     )  # fmt: skip
     config = EncoderConfig(checkpoint=options["model"], **tls_files(options), **{name: options[name] for name in same})
     told = told_to_stop()

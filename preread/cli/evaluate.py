@@ -51,7 +51,13 @@ class Ratios(click.ParamType[tuple[int, ...]]):
 @store_option
 @model_option
 @compute_options
-@option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write everything to this file.")
+@option(
+    "--json-file",
+    "--json",
+    "json_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write everything to this file.",
+)
 @option("--run-out", metavar="DIR", type=click.Path(file_okay=False, path_type=Path), help="Write TREC run files.")
 def command(
     folder: Path | None,

@@ -104,10 +104,17 @@ def address_option(function: F) -> F:
     return option("--address", metavar="HOST:PORT", default=DEFAULT_ADDRESS, help="The server to ask.")(function)
 
 
+def _key_to_show(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """A server reads the same variable and may have several keys there, with scopes: its first, without them."""
+    from preread.edge.keys import without_scopes
+
+    return without_scopes(value.split()[0]) if value and value.split() else None
+
+
 def tls_options(function: F) -> F:
     """--tls, --tls-ca-file, --tls-cert-file, --tls-key-file, --api-key: how a client command reaches a server."""
     for decorate in (
-        option("--api-key", metavar="KEY", help="Shown to a server that asks for one."),
+        option("--api-key", metavar="KEY", callback=_key_to_show, help="Shown to a server that asks for one."),
         option(
             "--tls-key-file",
             type=click.Path(exists=True, dir_okay=False, path_type=Path),

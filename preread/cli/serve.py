@@ -185,7 +185,7 @@ def _config(options: dict[str, Any], halves: EncoderHalves) -> DecoderConfig:
     same = (
         "host", "port", "store", "max_batch_tokens",
         "max_queue_requests", "max_queue_tokens", "max_queue_seconds", "max_candidates", "max_message_bytes",
-        "max_request_tokens", "max_text_bytes", "log_text", "max_connection_age_seconds",
+        "max_request_tokens", "max_text_bytes", "log_text", "max_connection_age_seconds", "max_connections",
     )  # fmt: skip
     worker_tls = ("encoder_tls_ca_file", "encoder_tls_cert_file", "encoder_tls_key_file")
     return DecoderConfig(

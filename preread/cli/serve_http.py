@@ -72,6 +72,7 @@ async def http_gateway(options: dict[str, Any], server: DecoderServer) -> AsyncI
         port=options["http_port"],
         model_aliases=options["model_aliases"],
         max_body_bytes=options["max_body_bytes"],
+        max_connections=options["max_connections"],
         timeout_seconds=options["http_timeout_seconds"],
     )
     gateway = Gateway(config, server)

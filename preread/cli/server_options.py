@@ -17,8 +17,14 @@ _FILE = click.Path(exists=True, dir_okay=False)
 
 
 def access_options(function: F) -> F:
-    """--api-key, --api-keys-file, --tls-cert-file, --tls-key-file, --tls-client-ca-file."""
+    """--api-key, --api-keys-file, --tls-cert-file, --tls-key-file, --tls-client-ca-file, --max-connections."""
     for decorate in (
+        option(
+            "--max-connections",
+            type=click.IntRange(min=1),
+            default=1024,
+            help="gRPC calls, and HTTP connections, at once; more are told to come back. Probes always get in.",
+        ),
         option("--tls-client-ca-file", type=_FILE, help="Callers must show a certificate of this authority (PEM)."),
         option("--tls-key-file", type=_FILE, help="The key of --tls-cert-file (PEM)."),
         option("--tls-cert-file", type=_FILE, help="Speak TLS with this certificate (PEM)."),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,7 +47,8 @@ class ClientOptions:
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     tls: TlsFiles | None = None  # None: plain text
     api_key: str | None = field(default=None, repr=False)  # for a server that asks for one
-    metadata: Mapping[str, str] = field(default_factory=dict)  # sent with every call, such as {"x-request-id": "..."}
+    # sent with every call, such as {"x-request-id": "..."}; a function is asked anew for each
+    metadata: Mapping[str, str] | Callable[[], Mapping[str, str]] = field(default_factory=dict)
     max_message_bytes: int = MAX_MESSAGE_BYTES
 
     def __post_init__(self) -> None:
@@ -67,8 +68,9 @@ class ClientOptions:
 
     def call_metadata(self) -> tuple[tuple[str, str], ...]:
         key = () if self.api_key is None else (("authorization", f"Bearer {self.api_key}"),)
+        own = self.metadata() if callable(self.metadata) else self.metadata
         # HTTP/2 wants lower case
-        return (*key, *((name.lower(), value) for name, value in self.metadata.items()))
+        return (*key, *((name.lower(), value) for name, value in own.items()))
 
 
 def check_address(name: str, address: str) -> str:

@@ -37,13 +37,17 @@ class _Service:
     def __init__(self, address: str, options: ClientOptions) -> None:
         self.address = address
         self.options = options
-        self.metadata = options.call_metadata()
         arguments = options.channel_arguments()
         if options.tls is None:
             self.channel = grpc.insecure_channel(address, options=arguments)
         else:
             self.channel = grpc.secure_channel(address, options.tls.credentials(), options=arguments)
         self._budget = RetryBudget()
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What goes along with the next call."""
+        return self.options.call_metadata()
 
     def call(self, method: Callable[..., A], request: object, timeout: float | None) -> A:
         """Asks until there is an answer, an error that stays, or no time."""

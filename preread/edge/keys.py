@@ -80,12 +80,17 @@ def parse_keys(values: Iterable[str]) -> ApiKeys:
     """Keys as given on the command line: `SCOPES:KEY`, or KEY for one that may do everything."""
     keys = []
     for value in values:
-        scopes, colon, key = value.partition(":")
-        if colon and all(name in {scope.value for scope in Scope} for name in scopes.split(",")):
-            keys.append(make_key(key, _scopes(scopes)))
-        else:
-            keys.append(make_key(value, [Scope.ADMIN]))
+        key = without_scopes(value)
+        scopes = value.removesuffix(key).rstrip(":")
+        keys.append(make_key(key, _scopes(scopes) if scopes else [Scope.ADMIN]))
     return ApiKeys(tuple(keys))
+
+
+def without_scopes(value: str) -> str:
+    """The key in `SCOPES:KEY`, or KEY itself, which may have colons too."""
+    scopes, colon, key = value.partition(":")
+    known = {scope.value for scope in Scope}
+    return key if colon and known.issuperset(scopes.split(",")) else value
 
 
 def read_keys(path: Path) -> ApiKeys:

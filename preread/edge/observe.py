@@ -1,4 +1,4 @@
-"""Gives every gRPC call its id and says afterwards how it went. Knows gRPC; not who listens.
+"""Gives every gRPC call its id, bounds how many run, says afterwards how it went. Knows gRPC; not who listens.
 
 The id comes in x-request-id, or is made here, and goes back in the trailing metadata of every
 answer, errors too.
@@ -16,6 +16,7 @@ from typing import Any
 
 import grpc
 
+from preread import rpc
 from preread.edge import calls
 from preread.edge.handlers import function_of, replaced
 from preread.edge.logs import fields
@@ -23,6 +24,9 @@ from preread.edge.logs import fields
 log = logging.getLogger(__name__)
 
 REQUEST_ID = "x-request-id"
+RETRY_SECONDS = 1.0
+SPARE = 8
+IDLE_SECONDS = 600  # a connection without a call is closed then; clients open another when they need one
 # Probes and descriptions would drown what matters.
 _OURS = ("/preread.", "/tei.")
 
@@ -38,8 +42,14 @@ def log_call(method: str, code: str, seconds: float) -> None:
 class ObservingInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in grpc-stubs only
     """The outermost interceptor, so that refusals have ids and are counted too."""
 
-    def __init__(self, *on_call: OnCall) -> None:
+    def __init__(self, *on_call: OnCall, max_calls: int) -> None:
+        """
+        Args:
+            max_calls: at once; more are RESOURCE_EXHAUSTED. Probes are not counted.
+        """
         self._on_call = on_call
+        self._max_calls = max_calls
+        self._num_calls = 0
 
     async def intercept_service(
         self,
@@ -61,20 +71,28 @@ class ObservingInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg
 
         async def once(request: Any, context: Any) -> Any:
             with self._observed(short, call, context):
+                await self._admit(context)
                 return await function(request, context)
 
         async def many(request: Any, context: Any) -> AsyncIterator[Any]:
             with self._observed(short, call, context):
+                await self._admit(context)
                 async for answer in function(request, context):
                     yield answer
 
         return replaced(handler, many if inspect.isasyncgenfunction(function) else once)
+
+    async def _admit(self, context: Any) -> None:
+        if self._num_calls > self._max_calls:
+            message = f"too many calls at once; the limit is {self._max_calls}"
+            await rpc.abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, message, rpc.retry_after(RETRY_SECONDS))
 
     @contextmanager
     def _observed(self, method: str, call: calls.Call, context: Any) -> Iterator[None]:
         started = time.monotonic()
         context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
         code = "UNKNOWN"
+        self._num_calls += 1
         try:
             yield
             code = _code(context, "OK")
@@ -85,8 +103,15 @@ class ObservingInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg
             code = _code(context, "UNKNOWN")
             raise
         finally:
+            self._num_calls -= 1
             for on_call in self._on_call:
                 on_call(method, code, time.monotonic() - started)
+
+
+def connection_options(max_calls: int) -> list[tuple[str, int]]:
+    """Of a server: what one connection may ask at once, and that idle ones end; gRPC does not bound their number."""
+    # a few more than are admitted: a probe on the same connection should not wait
+    return [("grpc.max_concurrent_streams", max_calls + SPARE), ("grpc.max_connection_idle_ms", IDLE_SECONDS * 1000)]
 
 
 def _code(context: Any, default: str) -> str:

@@ -77,6 +77,21 @@ async def test_a_full_queue_says_when_to_come_back_and_the_server_lives_on(serve
         assert serving.engine.admission.num_refused == 20
 
 
+async def test_a_call_too_many_is_told_so_and_probes_get_in(serve, gated, refused, detail) -> None:
+    async with serve(backend=gated, max_connections=2) as serving:
+        gated.gate.clear()
+        held = [asyncio.create_task(serving.rerank(ids=["p1"])) for _ in range(2)]
+        await gated.wait_entered()
+        while serving.engine.admission.num_requests < 2:
+            await asyncio.sleep(0.001)
+        error = await refused(serving.rerank(ids=["p1"]), grpc.StatusCode.RESOURCE_EXHAUSTED)
+        assert detail(error, error_details_pb2.RetryInfo).retry_delay.seconds == 1
+        assert await health(serving.channel) == {SERVING}
+        gated.gate.set()
+        await asyncio.gather(*held)
+        assert (await serving.rerank(ids=["p1"])).num_scored == 1
+
+
 async def test_a_queue_is_bounded_by_tokens_too(serve, gated, texts, refused) -> None:
     async with serve(backend=gated, max_queue_tokens=5000) as serving:
         gated.gate.clear()

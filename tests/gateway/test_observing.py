@@ -44,3 +44,14 @@ def test_every_answer_is_counted(running) -> None:
     running.post("/v1/rerank", {"query": "q", "documents": []})
     running.http.get("/nowhere")
     assert {status: count(status) - before[status] for status in before} == {200: 1, 400: 1, 404: 1}
+
+
+def test_the_workers_log_has_the_id_too(running, log_lines) -> None:
+    passages = {"passages": [{"id": "p", "text": "crimson"}]}
+    headers = {"x-request-id": "order-67"}
+    assert running.post("/v1/collections/noted/passages", passages, headers=headers).status_code == 200
+    url = "/v1/collections/noted/passages/p"
+    assert running.http.delete(url, headers={"x-request-id": "order-68"}).status_code == 200
+
+    found = {line["method"]: line["request_id"] for line in log_lines() if line["message"] == "call"}
+    assert found == {"EncoderService/Upsert": "order-67", "EncoderService/Delete": "order-68"}

@@ -16,34 +16,6 @@ FLAGS = (
 )  # fmt: skip
 
 
-def test_explain_scores_what_rerank_scores_and_is_bounded(running: Any, query: str, documents: list[str]) -> None:
-    for ratio in (1, 4, 32):
-        answer = running.ask("/v1/explain", compression_ratio=ratio)
-        expected = {r["index"]: r["relevance_score"] for r in running.ask(compression_ratio=ratio)["results"]}
-        for result in answer["results"]:
-            by_ratio = {score["compression_ratio"]: score["score"] for score in result["scores"]}
-            assert list(by_ratio) == [1, 2, 4, 8, 16, 32]
-            assert by_ratio[ratio] == pytest.approx(expected[result["index"]], abs=1e-4)
-            text = documents[result["index"]]
-            assert result["text"] == text
-            assert result["parts"][-1]["end"] == len(text)
-            assert 0 < sum(part["weight"] for part in result["parts"]) <= result["passage_weight"] + 1e-6 <= 1.001
-    assert "documents" in running.refused(400, "/v1/explain", documents=["a"] * 17)["error"]["message"]
-    assert running.refused(400, "/v1/explain", documents=None)
-
-
-def test_explain_of_a_collection_takes_its_first_passages(running: Any) -> None:
-    passages = [{"id": f"p{i}", "text": f"Passage {i} is about the sky."} for i in range(3)]
-    stored = running.post("/v1/collections/few/passages", {"passages": passages, "compression_ratio": 4})
-    assert stored.json()["num_stored"] == 3, stored.text
-    answer = running.ask("/v1/explain", documents=None, collection="few", first=2)
-    assert len(answer["results"]) == 2
-    for result in answer["results"]:
-        assert result["status"] == "hit"
-        assert [score["compression_ratio"] for score in result["scores"]] == [4, 8, 16, 32]
-        assert result["parts"]
-
-
 def test_the_page_allows_nothing_from_elsewhere(running: Any) -> None:
     response = running.http.get("/")
     assert response.headers["content-type"].startswith("text/html")

@@ -1,0 +1,36 @@
+"""Who may ask what, by key and scope."""
+
+from __future__ import annotations
+
+from preread.edge.keys import parse_keys
+
+
+def test_keys_and_scopes(run, query, documents):
+    keys = parse_keys(["rerank:rerank-key-0123456789", "index:index-key-01234567890"])
+    body = {"query": query, "documents": documents}
+    with run(keys=keys) as guarded:
+        none = guarded.post("/v1/rerank", body)
+        wrong = guarded.post("/tei/rerank", body, headers={"authorization": "Bearer nobody-knows-this-one"})
+        other = guarded.post("/v1/rerank", body, headers={"authorization": "Bearer index-key-01234567890"})
+        right = guarded.post("/v1/rerank", body, headers={"authorization": "Bearer rerank-key-0123456789"})
+        named = guarded.post("/v1/rerank", body, headers={"api-key": "rerank-key-0123456789"})
+        upload = guarded.post("/v1/collections/c/passages", {}, headers={"api-key": "rerank-key-0123456789"})
+        health = guarded.http.get("/health")
+        models = guarded.http.get("/v1/models")
+
+    assert [r.status_code for r in (none, wrong, other, right, named, upload, health, models)] == [
+        401, 401, 403, 200, 200, 403, 200, 401
+    ]  # fmt: skip
+    assert none.json()["error"]["code"] == "invalid_api_key"
+    assert none.headers["x-request-id"]
+    assert set(wrong.json()) == {"error", "error_type"}
+
+
+def test_a_closer_look_needs_the_scope_of_asking(run, query, documents):
+    keys = parse_keys(["rerank:rerank-key-0123456789", "index:index-key-01234567890"])
+    body = {"query": query, "documents": documents}
+    with run(keys=keys) as guarded:
+        given = [{}, {"api-key": "index-key-01234567890"}, {"api-key": "rerank-key-0123456789"}]
+        assert [guarded.post("/v1/explain", body, headers=one).status_code for one in given] == [401, 403, 200]
+        # the page itself asks for the key
+        assert guarded.http.get("/").status_code == 200
