@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from checkpoint.compute import tune_process
+from checkpoint.hardware import hardware
 
 RESULTS = Path(__file__).parent / "results"
 CACHE = Path(os.environ.get("PREREAD_BENCHMARK_CACHE", Path.home() / ".cache" / "preread-benchmarks"))
@@ -25,24 +25,6 @@ def start(num_threads: int | None = None) -> None:
     tune_process(num_threads)
     torch.set_flush_denormal(True)
     torch.set_grad_enabled(False)
-
-
-def hardware() -> dict[str, Any]:
-    """The machine, as far as it explains a figure."""
-    capabilities = torch.cpu.get_capabilities()
-    features = [name for name in ("avx512_f", "avx512_bf16", "amx_bf16", "amx_int8") if capabilities.get(name)]
-    line: dict[str, Any] = {
-        "processor": capabilities.get("cpu_name") or platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "features": ", ".join(features),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-    if torch.cuda.is_available():
-        line["gpu"] = torch.cuda.get_device_name()
-    return line
 
 
 def nano_checkpoint() -> Path:

@@ -28,6 +28,11 @@ HEADER_BYTES = _FIELDS.size + _CHECKSUM.size
 _TRUNCATED, _HAS_TEXT = 1, 2
 
 
+def record_bytes(num_states: int, code_size: int, num_windows: int = 1, text_bytes: int = 0) -> int:
+    """Length of a packed record of such a passage."""
+    return HEADER_BYTES + 4 * num_windows + num_states * code_size + text_bytes
+
+
 @dataclass(frozen=True, slots=True)
 class Damaged:
     """Given in place of a passage whose stored bytes fail a check; damage costs that passage alone."""
@@ -79,7 +84,7 @@ class Header:
     @property
     def total_bytes(self) -> int:
         """Length of the whole packed record."""
-        return HEADER_BYTES + 4 * self.num_windows + self.num_states * self.code_size + self.text_bytes
+        return record_bytes(self.num_states, self.code_size, self.num_windows, self.text_bytes)
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -162,6 +162,15 @@ class Checkpoint:
             pooling_version=POOLING_VERSION,
         )
 
+    def weights_digest(self) -> str:
+        """sha256, hex, of every tensor either half reads; with `settings` it is what margins depend on."""
+        encoder, decoder = self.encoder_config, self.decoder_config
+        wanted = stack_shapes("encoder", encoder) | embedding_shapes("encoder", encoder)
+        wanted |= stack_shapes("decoder", decoder) | embedding_shapes("decoder", decoder)
+        wanted["lm_head.weight"] = ()
+        stored = set(self._tensors.names())
+        return self._tensors.digest([name for name in wanted if name in stored]).hex()
+
     def identity(self) -> EncoderIdentity:
         """Hashes the encoder's weights (about a second per gigabyte) the first time it is asked."""
         return self._identity

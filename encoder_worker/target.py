@@ -74,13 +74,8 @@ class Target:
 
     @property
     def num_training_states(self) -> int:
-        """States to hold back until the codec can be trained; 0 when the collection is there or none is needed.
-
-        64 points for each centroid of a product or residual quantizer (FAISS asks for 39 and uses 256).
-        """
-        if self.collection is not None or not self.codec.needs_training:
-            return 0
-        return max(8192, 64 * self.codec.min_training_states)
+        """States to hold back until the codec can be trained; 0 when the collection is there or none is needed."""
+        return 0 if self.collection is not None else num_training_states(self.codec)
 
     def create(self, sample: NDArray[np.float32] | None) -> Collection:
         """Makes the collection, its codec trained on `sample` (num_states, dim) where it needs that.
@@ -119,6 +114,14 @@ class Target:
             return [False] * len(passage_ids)
         headers = self.store.headers_many(self.collection.name, passage_ids)
         return [header is not None and header.truncated for header in headers]
+
+
+def num_training_states(codec: Codec) -> int:
+    """States a codec is trained on where there are as many; 0 where it needs none.
+
+    64 points for each centroid of a product or residual quantizer (FAISS asks for 39 and uses 256).
+    """
+    return max(8192, 64 * codec.min_training_states) if codec.needs_training else 0
 
 
 def _check_agreement(manifest: Manifest, wanted: CollectionSettings) -> None:

@@ -22,11 +22,9 @@ from encoder_worker.batching import BatchLimits
 from encoder_worker.encoder import Encoder
 from encoder_worker.passage_encoder import PassageEncoder
 from tuning import first_stage
-from tuning.errors import EvaluationError
 from tuning.judged import JudgedCollection, read_judged
 from tuning.metrics import per_query
 from tuning.progress import SILENT, Progress
-from tuning.ranking import rank
 from tuning.report import Counts, EvaluationReport, Measured, compare
 from tuning.rerank import Reranked, rerank
 from tuning.settings import EvaluationSettings
@@ -71,7 +69,7 @@ def evaluate(
     def measure(name: str, ratio: int | None, run: Run) -> None:
         measured.append((name, ratio, run, per_query(judged.qrels, run, settings.top_k, settings.min_grade)))
 
-    name, first = _first_stage(judged, candidates, settings.top_k, progress)
+    name, first = first_stage.candidates(judged.passages, judged.queries, candidates, settings.top_k, progress)
     measure(name, None, first)
     if settings.teacher is not None:
         taught = teacher_run(settings.teacher, judged.passages, judged.queries, first, device=device, progress=progress)
@@ -129,23 +127,6 @@ def stored_texts(stored: Collection) -> dict[str, str]:
         if isinstance(record, Record) and record.text is not None
     }
     return dict(sorted(texts.items()))
-
-
-def _first_stage(
-    judged: JudgedCollection, candidates: RunFile | None, top_k: int, progress: Progress
-) -> tuple[str, Run]:
-    """The name and the ranking to rerank, an entry for each query, at most `top_k` passages each."""
-    if candidates is None:
-        if not judged.passages:
-            raise EvaluationError("no passage texts for BM25: name a corpus, or a run file with the candidates")
-        return first_stage.NAME, first_stage.search(judged.passages, judged.queries, top_k, progress)
-    run: Run = {}
-    for query_id in judged.queries:
-        found = candidates.run.get(query_id, [])[:top_k]
-        run[query_id] = rank([p for p, _ in found], [score for _, score in found])
-    if not any(run.values()):
-        raise EvaluationError("the run ranks nothing for any of the queries; are its query ids theirs?")
-    return candidates.tag, run
 
 
 def _known_passages(judged: JudgedCollection, stored: Collection | None) -> AnyOf[str]:

@@ -1,4 +1,4 @@
-"""BM25 through bm25s: the candidates that are reranked, and the ranking to beat.
+"""The candidates that are reranked, and the ranking to beat: a run file's, or BM25's through bm25s.
 
 bm25s' own defaults (Lucene's BM25, k1 1.5, b 0.75; words of two and more letters or digits, lower case, no
 stemming) with English stop words. Does not know judgements or models.
@@ -12,12 +12,40 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tuning.errors import MissingExtra
+from tuning.errors import EvaluationError, MissingExtra
 from tuning.progress import SILENT, Progress
 from tuning.ranking import rank
-from tuning.trec import Run
+from tuning.trec import Run, RunFile
 
 NAME = "BM25"
+
+
+def candidates(
+    passages: Mapping[str, str],
+    queries: Mapping[str, str],
+    given: RunFile | None,
+    top_k: int,
+    progress: Progress = SILENT,
+) -> tuple[str, Run]:
+    """The name and the ranking to rerank: the run that is given, or BM25's own.
+
+    Returns:
+        An entry for each query, at most `top_k` passages each.
+
+    Raises:
+        EvaluationError: no texts to search, or a run of other queries.
+    """
+    if given is None:
+        if not passages:
+            raise EvaluationError("no passage texts for BM25: name a corpus, or a run file with the candidates")
+        return NAME, search(passages, queries, top_k, progress)
+    run: Run = {}
+    for query_id in queries:
+        found = given.run.get(query_id, [])[:top_k]
+        run[query_id] = rank([p for p, _ in found], [score for _, score in found])
+    if not any(run.values()):
+        raise EvaluationError("the run ranks nothing for any of the queries; are its query ids theirs?")
+    return given.tag, run
 
 
 def search(passages: Mapping[str, str], queries: Mapping[str, str], top_k: int, progress: Progress = SILENT) -> Run:

@@ -17,12 +17,15 @@ from tuning.files import first_existing, json_rows
 from tuning.trec import Qrels, read_qrels
 
 CORPUS_NAMES = ("corpus.jsonl", "corpus.jsonl.gz", "corpus.jsonl.zst")
-QRELS_NAMES = ("qrels.tsv", "qrels/test.tsv", "qrels.txt")
+QRELS_NAMES = ("qrels.tsv", "qrels/test.tsv", "qrels.txt", "qrels.jsonl")
 
 
 @dataclass(frozen=True)
 class JudgedCollection:
-    """What is judged. The queries are those that will be run: each has a text and at least one judgement."""
+    """What is judged. The queries are those that will be run: each has a text and at least one judgement.
+
+    Where judgements were not asked for and there are none, `qrels` is empty and the queries are all there are.
+    """
 
     name: str
     passages: dict[str, str]  # passage_id -> text; empty where they are only in a store
@@ -35,6 +38,10 @@ class JudgedCollection:
     def with_passages(self, passages: dict[str, str]) -> JudgedCollection:
         """The same judgements over these passages."""
         return replace(self, passages=passages)
+
+    def without_judgements(self) -> JudgedCollection:
+        """The same queries, judged by nobody."""
+        return replace(self, qrels={}, num_judgements_of_unknown_queries=0, unknown_queries=())
 
     def only(self, query_ids: Iterable[str]) -> JudgedCollection:
         """The same collection with fewer queries, in their own order."""
@@ -60,6 +67,7 @@ def read_judged(
     qrels: str | Path | None = None,
     split: str | None = None,
     need_corpus: bool = True,
+    need_qrels: bool = True,
 ) -> JudgedCollection:
     """Reads a BEIR folder, or its three files by name; a file that is named wins over the folder's.
 
@@ -67,6 +75,7 @@ def read_judged(
         split: only these queries: of judgements in qrels/<split>.tsv where there is such a file, else
             those whose queries.jsonl row says so in its field `split`.
         need_corpus: False where passages come from a store and candidates from a run.
+        need_qrels: False where queries without any judgements will do.
 
     Raises:
         EvaluationError: a file that is missing or broken; no query left to run.
@@ -77,24 +86,23 @@ def read_judged(
     corpus_path = _find(folder, corpus, CORPUS_NAMES, "corpus", needed=need_corpus)
     queries_path = _find(folder, queries, ("queries.jsonl", "queries.jsonl.gz"), "queries", needed=True)
     names = (f"qrels/{split}.tsv", *QRELS_NAMES) if split is not None else QRELS_NAMES
-    qrels_path = _find(folder, qrels, names, "qrels", needed=True)
+    qrels_path = _find(folder, qrels, names, "qrels", needed=need_qrels)
     assert queries_path is not None  # `needed`
-    assert qrels_path is not None
 
     passages = read_corpus(corpus_path) if corpus_path is not None else {}
     texts, splits = read_queries(queries_path)
-    judged = read_qrels(qrels_path)
+    judged = read_qrels(qrels_path) if qrels_path is not None else {}
     unknown = tuple(q for q in judged if q not in texts)
     collection = JudgedCollection(
         name=folder.resolve().name if folder is not None else queries_path.name.split(".")[0],
         passages=passages,
-        queries={q: texts[q] for q in texts if q in judged},
+        queries={q: texts[q] for q in texts if q in judged or not judged},
         qrels={q: judged[q] for q in texts if q in judged},
         num_judgements_of_unknown_queries=sum(len(judged[q]) for q in unknown),
         unknown_queries=unknown,
         splits=splits,
     )
-    if split is not None and qrels_path.stem != split:
+    if split is not None and (qrels_path is None or qrels_path.stem != split):
         collection = _only_split(collection, split, queries_path)
     if not collection.queries:
         raise EvaluationError(f"{qrels_path}: judges no query of {queries_path}")

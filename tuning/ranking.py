@@ -12,6 +12,13 @@ from numpy.typing import NDArray
 _STEP = 2.0**-22
 
 
+def order(scores: NDArray[np.floating]) -> NDArray[np.intp]:
+    """Rows by falling score; equal ones stay in place, rows without a score (NaN) come last."""
+    values = np.asarray(scores, dtype=np.float64)
+    missing = np.isnan(values)
+    return np.lexsort((np.where(missing, 0.0, -values), missing))  # stable, last key first
+
+
 def rank(candidates: Sequence[str], scores: NDArray[np.floating] | Sequence[float]) -> list[tuple[str, float]]:
     """Candidates by falling score; equal scores stay in candidate order, candidates without a score come last.
 
@@ -22,12 +29,10 @@ def rank(candidates: Sequence[str], scores: NDArray[np.floating] | Sequence[floa
         scores: (num_candidates,); NaN where there is none.
     """
     values = np.asarray(scores, dtype=np.float64)
-    missing = np.isnan(values)
-    order = np.lexsort((np.where(missing, 0.0, -values), missing))  # stable, last key first
     ranking: list[tuple[str, float]] = []
     ceiling = np.inf
-    for row in order.tolist():
-        score = min(ceiling, values[row]) if not missing[row] else min(ceiling, 0.0)
+    for row in order(values).tolist():
+        score = min(ceiling, values[row]) if not np.isnan(values[row]) else min(ceiling, 0.0)
         ranking.append((candidates[row], float(score)))
         ceiling = score - _STEP * max(1.0, abs(score))
     return ranking

@@ -134,7 +134,7 @@ class EvaluationReport:
             "query_ids": self.query_ids,
             "systems": [_system_json(system) for system in self.systems],
         }
-        return _lists_on_one_line(json.dumps(document, ensure_ascii=False, allow_nan=False, indent=1)) + "\n"
+        return lists_on_one_line(json.dumps(document, ensure_ascii=False, allow_nan=False, indent=1)) + "\n"
 
     def write_runs(self, folder: str | Path) -> list[Path]:
         """TREC files: a run per system, and the judgements they were measured with as qrels.txt."""
@@ -194,9 +194,9 @@ def _system_json(system: System) -> dict[str, Any]:
         if system.gain is not None and system.relative is not None:
             gain = system.gain[name]
             measures[name]["gain"] = asdict(gain) | {"significant": gain.significant}
-            measures[name]["relative"] = _share_json(system.relative[name])
+            measures[name]["relative"] = share_json(system.relative[name])
         if system.kept is not None:
-            measures[name]["kept"] = _share_json(system.kept[name])
+            measures[name]["kept"] = share_json(system.kept[name])
     return {
         "name": system.name,
         "ratio": system.ratio,
@@ -207,11 +207,12 @@ def _system_json(system: System) -> dict[str, Any]:
     }
 
 
-def _share_json(share: Share | None) -> dict[str, float] | None:
+def share_json(share: Share | None) -> dict[str, float] | None:
+    """As JSON values."""
     return asdict(share) if share is not None else None
 
 
-def _lists_on_one_line(text: str) -> str:
+def lists_on_one_line(text: str) -> str:
     """Indented JSON with lists of plain values on one line each; JSON strings hold no line breaks."""
     plain_list = re.compile(r"\[\n\s+[^\[\]{}]*?\n\s+\]")
     return plain_list.sub(lambda found: re.sub(r"\s*\n\s*", " ", found[0]), text)

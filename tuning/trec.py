@@ -1,20 +1,24 @@
 """Judgements and run files, in the forms the field's tools read and write. Does not know texts or scores' meaning.
 
-Judgements: BEIR's three columns (query, passage, grade) with or without a header line, or TREC's four
-(query, iteration, passage, grade). Runs: TREC's six (query, Q0, passage, rank, score, tag).
+Judgements: BEIR's three columns (query, passage, grade) with or without a header line, TREC's four
+(query, iteration, passage, grade), or a JSON object a line. Runs: TREC's six (query, Q0, passage, rank, score, tag).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from tuning.errors import EvaluationError
-from tuning.files import fields, numbered_lines
+from tuning.files import fields, json_rows, numbered_lines
 
 GRADE_NAMES = ("score", "grade", "relevance", "rel", "label")  # of the last column, in a header line
+
+# Keys of a JSON line, the first that is there counts.
+QUERY_KEYS = ("query-id", "query_id", "qid")
+PASSAGE_KEYS = ("corpus-id", "passage_id", "doc_id", "docid", "pid")
 
 Qrels = dict[str, dict[str, int]]  # query_id -> {passage_id: grade}
 Run = dict[str, list[tuple[str, float]]]  # query_id -> [(passage_id, score)], best first
@@ -35,6 +39,19 @@ def read_qrels(path: Path) -> Qrels:
         EvaluationError: a line of another form, or no judgement at all.
     """
     qrels: Qrels = {}
+    is_json = path.name.removesuffix(".gz").endswith(".jsonl")
+    for where, query_id, passage_id, grade in _json_judgements(path) if is_json else _judgement_columns(path):
+        try:
+            qrels.setdefault(query_id, {})[passage_id] = int(grade)
+        except (TypeError, ValueError) as exc:
+            raise EvaluationError(f"{where}: the grade is {grade!r}; expected an integer") from exc
+    if not qrels:
+        raise EvaluationError(f"{path}: no judgements")
+    return qrels
+
+
+def _judgement_columns(path: Path) -> Iterator[tuple[str, str, str, str]]:
+    """(where, query, passage, grade) of BEIR's or TREC's columns."""
     for position, (number, line) in enumerate(numbered_lines(path)):
         columns = fields(line)
         if position == 0 and columns and _is_header(columns):
@@ -44,14 +61,20 @@ def read_qrels(path: Path) -> Qrels:
                 f"{path}:{number}: {len(columns)} columns; expected query, passage, grade (BEIR) "
                 "or query, iteration, passage, grade (TREC)"
             )
-        query_id, passage_id, grade = columns[0], columns[-2], columns[-1]
-        try:
-            qrels.setdefault(query_id, {})[passage_id] = int(grade)
-        except ValueError as exc:
-            raise EvaluationError(f"{path}:{number}: the grade is {grade!r}; expected an integer") from exc
-    if not qrels:
-        raise EvaluationError(f"{path}: no judgements")
-    return qrels
+        yield f"{path}:{number}", columns[0], columns[-2], columns[-1]
+
+
+def _json_judgements(path: Path) -> Iterator[tuple[str, str, str, str]]:
+    """The same of objects with the columns' names as keys."""
+    for where, row in json_rows(path):
+        found = [next((row[key] for key in keys if key in row), None) for keys in (QUERY_KEYS, PASSAGE_KEYS)]
+        query_id, passage_id = (str(one) if isinstance(one, str | int) else None for one in found)
+        grade = next((row[key] for key in GRADE_NAMES if key in row), None)
+        if query_id is None or passage_id is None or isinstance(grade, float | bool | None):
+            raise EvaluationError(
+                f"{where}: fields {', '.join(row)}; expected {QUERY_KEYS[0]}, {PASSAGE_KEYS[0]} and an integer score"
+            )
+        yield where, query_id, passage_id, str(grade)
 
 
 def read_run(path: Path) -> RunFile:

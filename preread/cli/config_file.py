@@ -18,7 +18,7 @@ import click
 from preread.cli.options import F, option
 
 # The commands that take --config; one file configures them all.
-COMMANDS = ("serve", "encode-worker", "doctor")
+COMMANDS = ("serve", "encode-worker", "index", "doctor")
 
 
 def config_option(function: F) -> F:

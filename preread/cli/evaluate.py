@@ -4,39 +4,25 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import click
 
 from preread.cli.options import collection_option, compute_options, model_option, option, store_option
+from preread.cli.quantities import Integers
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 READ_SECONDS = 30.0  # nobody waits for one answer: a slow store is better than one given up on
-
-
-class Ratios(click.ParamType[tuple[int, ...]]):
-    """1,2,4 -> (1, 2, 4)."""
-
-    name = "R,R,..."
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(int(part) for part in value.split(","))
-        except ValueError:
-            self.fail(f"{value!r}; expected integers with commas between them, such as 1,4,16", param, ctx)
 
 
 @click.command()
 @click.argument("folder", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @option("--corpus", type=FILE, help="Passages, instead of the folder's corpus.jsonl[.gz].")
 @option("--queries", type=FILE, help="Queries, instead of the folder's queries.jsonl[.gz].")
-@option("--qrels", type=FILE, help="Judgements (BEIR or TREC columns), instead of the folder's qrels.tsv.")
+@option("--qrels", type=FILE, help="Judgements (BEIR or TREC columns, or JSON lines), instead of the folder's.")
 @option("--run", "run_file", type=FILE, help="Rerank the candidates of this TREC run file instead of BM25's.")
 @option("--top-k", type=click.IntRange(min=1), default=50, help="Candidates per query.")
 @option(
-    "--ratios", type=Ratios(), help="Compression ratios to read passages at. Without it, 1 (or the stored one) to 32."
+    "--ratios", type=Integers(), help="Compression ratios to read passages at. Without it, 1 (or the stored one) to 32."
 )
 @option("--split", is_flag=True, help="Read long passages in windows, instead of cutting them; the best window counts.")
 @option("--instruction", metavar="TEXT", help="Task instruction, instead of the checkpoint's own.")

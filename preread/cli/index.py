@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from preread.cli.config_file import config_option
 from preread.cli.failures import BAD_INPUT, BAD_ITEMS, INTERRUPTED
 from preread.cli.options import collection_option, compute_options, json_option, model_option, option, store_option
 
@@ -27,6 +28,7 @@ FORMATS = ("jsonl", "tsv", "csv", "parquet", "text", "beir")
 
 @click.command()
 @click.argument("inputs", metavar="INPUT...", nargs=-1, required=True)
+@config_option
 @collection_option(help="The set of passages to write; made when it does not exist.")
 @option("--alias", metavar="NAME", help="Point this name at the collection when everything was read.")
 @store_option

@@ -24,6 +24,7 @@ COMMANDS: dict[str, dict[str, str]] = {
     "Queries, many times": {
         "serve": "Start the reranking server.",
         "rerank": "Rank passages for a query, or for a file of queries.",
+        "tune": "Choose stored ratio, codec and read ratio by measuring them.",
         "evaluate": "Measure how well a checkpoint reranks a judged collection.",
     },
     "Looking after it": {

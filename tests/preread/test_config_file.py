@@ -61,7 +61,7 @@ def test_lists_and_switches(settings) -> None:
     [
         ("max-candidate = 5", "did you mean max-candidates?"),
         ("[serve]\nmax-unacknowledged-passages = 5", "serve.max-unacknowledged-passages is not a setting"),
-        ("[index]\nport = 5", "[index] is not a command with settings"),
+        ("[rerank]\nport = 5", "[rerank] is not a command with settings"),
         ('port = "5"', "port is a str; expected int"),
         ("port = true", "port is a bool; expected int"),
         ("no-encoder = 1", "no-encoder is a int; expected bool"),

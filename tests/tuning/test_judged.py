@@ -88,7 +88,7 @@ def _remove(name: str) -> Callable[[Path], None]:
     ("spoil", "message"),
     [
         (_remove("corpus.jsonl"), "beir: has none of corpus.jsonl, corpus.jsonl.gz, corpus.jsonl.zst; name the "),
-        (_remove("qrels.tsv"), "beir: has none of qrels.tsv, qrels/test.tsv, qrels.txt; name the qrels file"),
+        (_remove("qrels.tsv"), "has none of qrels.tsv, qrels/test.tsv, qrels.txt, qrels.jsonl; name the qrels file"),
         (_write("corpus.jsonl", '{"_id": "a", "text": "x"}\n{"_id": \n'), "corpus.jsonl:2: "),
         (_write("corpus.jsonl", "[1]\n"), "corpus.jsonl:1: "),
         (_write("corpus.jsonl", '{"text": "x"}\n'), "corpus.jsonl:1: "),

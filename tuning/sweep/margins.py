@@ -1,0 +1,172 @@
+"""Margins of every candidate of every query, for each stored ratio, codec and read ratio; what was computed is kept.
+
+Knows the seam to the model and no model; does not know judgements, orders or cascades.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache.errors import CodecError
+from cache.states import PassageStates
+from decoder_server.backend import Backend
+from tuning.progress import SILENT, Progress
+from tuning.rerank import score_passages
+from tuning.sweep.configurations import Unit
+from tuning.sweep.recode import Codecs, file_name, roundtrip
+from tuning.sweep.spill import SpilledStates
+from tuning.sweep.workdir import WorkDir
+
+STAGE = "score (pairs)"
+REFERENCE = "reference (pairs)"
+
+States = Mapping[str, PassageStates]
+
+
+class Pairs:
+    """Every query with its candidates, in one flat order that margins keep."""
+
+    def __init__(self, candidates: Mapping[str, Sequence[str]]) -> None:
+        self.candidates = {q: list(found) for q, found in candidates.items()}
+        self.query_ids = list(self.candidates)
+        self.places: dict[str, list[tuple[str, int]]] = {}  # passage_id -> its (query_id, flat index)
+        self.num = 0
+        for query_id, found in self.candidates.items():
+            for p in found:
+                self.places.setdefault(p, []).append((query_id, self.num))
+                self.num += 1
+
+    @property
+    def passage_ids(self) -> list[str]:
+        """Each candidate once, in order of first appearance."""
+        return list(self.places)
+
+    def split(self, flat: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+        """By query, the values of its candidates."""
+        ends = np.cumsum([len(found) for found in self.candidates.values()])
+        return dict(zip(self.candidates, np.split(flat, ends[:-1]), strict=True))
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Passages whose states fit into memory together, and the pairs they are in."""
+
+    number: int
+    passage_ids: list[str]
+    pairs: list[tuple[str, str]]  # query_id, passage_id
+    indices: NDArray[np.intp]  # flat, (len(pairs),)
+
+
+class Margins:
+    """Flat margins (num_pairs,) by unit; NaN where a candidate has no states or its margin is not finite."""
+
+    def __init__(self, work: WorkDir, states: SpilledStates, pairs: Pairs, queries: Mapping[str, str]) -> None:
+        self.pairs = pairs
+        self.values: dict[Unit, NDArray[np.float32]] = {}
+        self.seconds: dict[Unit, float] = {}  # of pooling and the decoder, over all pairs
+        self._work = work
+        self._states = states
+        self._queries = queries
+        self._chunks = []
+        # Cut the same way each time, so that a run that goes on scores the same batches.
+        for number, chunk in enumerate(states.chunks(pairs.passage_ids)):
+            places = [(p, query_id, index) for p in chunk for query_id, index in pairs.places[p]]
+            indices = np.array([index for *_, index in places], dtype=np.intp)
+            self._chunks.append(_Chunk(number, list(chunk), [(q, p) for p, q, _ in places], indices))
+
+    def reference(self, backend: Backend, instruction: str | None, progress: Progress = SILENT) -> NDArray[np.float32]:
+        """Of the states as they are kept: their own ratio, no codec."""
+        progress.begin(REFERENCE, self.pairs.num)
+        flat = self._empty()
+        score = self._scorer(backend, instruction, lambda num: progress.advance(REFERENCE, num))
+        for chunk in self._chunks:
+            name = f"margins/reference/{chunk.number:04}"
+            margins, _ = score(name, chunk, lambda: self._load(chunk, self._states.ratio))  # noqa: B023 - called here
+            flat[chunk.indices] = margins
+        return flat
+
+    def fill(
+        self,
+        backend: Backend,
+        units: Sequence[Unit],
+        codecs: Codecs,
+        instruction: str | None,
+        progress: Progress = SILENT,
+    ) -> None:
+        """Computes each unit, but those whose codec is left out.
+
+        Raises:
+            EvaluationError: a codec that cannot be used and may not be left out.
+        """
+        progress.begin(STAGE, self.pairs.num * len(units))
+        score = self._scorer(backend, instruction, lambda num: progress.advance(STAGE, num))
+        for (ratio, factory), group in groupby(units, key=lambda unit: (unit.stored_ratio, unit.codec)):
+            own = list(group)
+            trained = codecs.get(ratio, factory)
+            if trained is None:
+                progress.advance(STAGE, self.pairs.num * len(own))
+                continue
+            flats = {unit: self._empty() for unit in own}
+            seconds = dict.fromkeys(own, 0.0)
+            try:
+                for chunk in self._chunks:
+                    stored = _Once(lambda: roundtrip(trained.codec, self._load(chunk, ratio)))  # noqa: B023 - called here
+                    for unit in own:
+                        name = f"margins/{file_name(ratio, factory)}/{unit.read_ratio}-{chunk.number:04}"
+                        margins, took = score(
+                            name,
+                            chunk,
+                            lambda: {p: one.at_ratio(unit.read_ratio) for p, one in stored().items()},  # noqa: B023
+                        )
+                        flats[unit][chunk.indices] = margins
+                        seconds[unit] += took
+            except CodecError as exc:
+                codecs.refuse(ratio, factory, str(exc))
+                continue
+            self.values |= flats
+            self.seconds |= seconds
+
+    def _scorer(
+        self, backend: Backend, instruction: str | None, advance: Callable[[int], None]
+    ) -> Callable[[str, _Chunk, Callable[[], States]], tuple[NDArray[np.float32], float]]:
+        """Scores a chunk, or finds it scored; margins (len(chunk.pairs),) and what computing them took."""
+        prompts = {q: backend.prompt(self._queries[q], instruction) for q in self.pairs.query_ids}
+
+        def score(name: str, chunk: _Chunk, load: Callable[[], States]) -> tuple[NDArray[np.float32], float]:
+            kept = self._work.load(name)
+            if kept is not None and kept["margins"].shape == chunk.indices.shape:
+                advance(len(chunk.pairs))
+                return kept["margins"], float(kept["seconds"])
+            states = load()
+            begun = time.perf_counter()
+            margins = score_passages(backend, [(prompts[q], states[p]) for q, p in chunk.pairs], advance)
+            took = time.perf_counter() - begun
+            self._work.save(name, margins=margins, seconds=np.float64(took))
+            return margins, took
+
+        return score
+
+    def _load(self, chunk: _Chunk, ratio: int) -> dict[str, PassageStates]:
+        return {p: self._states.states(p).at_ratio(ratio) for p in chunk.passage_ids}
+
+    def _empty(self) -> NDArray[np.float32]:
+        return np.full(self.pairs.num, np.nan, dtype=np.float32)
+
+
+class _Once:
+    """A call whose answer is kept: decoding is skipped where every reading of it was already scored."""
+
+    def __init__(self, call: Callable[[], States]) -> None:
+        self._call = call
+        self._answer: States | None = None
+
+    def __call__(self) -> States:
+        if self._answer is None:
+            self._answer = self._call()
+        return self._answer

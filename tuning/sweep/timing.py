@@ -1,0 +1,211 @@
+"""How long reading the store and the decoder take on this machine, query by query, and what a rerank adds up to.
+
+A rerank of one query is the store's read (a `faiss:` directory, its pages warm, decoding included), pooling to the
+ratio read at, and the decoder: no network, no queue, no other request. The decoder's time hangs on how many states it
+reads and not on their codec, so it is measured once per reading, the store once per stored ratio and codec, and a
+configuration's sample is the sum for the same query and round. Does not know quality.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from shutil import rmtree
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache.collection import Collection, StoredPassage
+from cache.manifest import Manifest
+from cache.store import open_store
+from checkpoint import EncoderIdentity, TokenizedPrompt
+from decoder_server.backend import Backend
+from tuning.progress import SILENT, Progress
+from tuning.rerank import score_passages
+from tuning.sweep.configurations import Configuration, Stage
+from tuning.sweep.orders import compose, num_read
+from tuning.sweep.recode import Codecs, TrainedCodec
+from tuning.sweep.spill import SpilledStates
+
+STAGE = "time (reranks)"
+_WRITE_PASSAGES = 256
+
+Stages = tuple[Stage, ...]
+Samples = NDArray[np.float64]  # seconds, (rounds * num_queries,): the same place is the same query and round
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A query to time: its prompt, its candidates that have states, and their margins at each ratio it is read at."""
+
+    prompt: TokenizedPrompt
+    passage_ids: list[str]
+    margins: Mapping[int, NDArray[np.float32]]  # by read ratio; decides who goes on in a cascade
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one configuration on this machine: medians, but for p99."""
+
+    p50_seconds: float  # a rerank of one query's candidates
+    p99_seconds: float
+    store_seconds: float  # of it, reading and decoding
+    decoder_seconds: float  # of it, pooling and the decoder
+    num_samples: int
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What storing takes beside the encoder, per passage."""
+
+    codec_seconds: float  # states to codes
+    store_seconds: float  # the whole write, durable, codes included
+
+
+@dataclass
+class Timings:
+    """What was measured; `of` adds it up."""
+
+    num_candidates: float  # mean over the timed queries
+    store: dict[tuple[int, str], Samples] = field(default_factory=dict)  # by stored ratio and codec
+    writing: dict[tuple[int, str], Writing] = field(default_factory=dict)
+    pool: dict[tuple[int, int], Samples] = field(default_factory=dict)  # by stored and read ratio, all candidates
+    decoder: dict[Stages, Samples] = field(default_factory=dict)  # all stages
+
+    def of(self, one: Configuration) -> Timing | None:
+        key = (one.stored_ratio, one.codec)
+        if key not in self.store or one.stages not in self.decoder:
+            return None
+        # Later stages pool only those that came that far.
+        counts = num_read(one.stages, max(1, round(self.num_candidates)))
+        decoder = self.decoder[one.stages].copy()
+        for stage, count in zip(one.stages, counts, strict=True):
+            decoder += self.pool[one.stored_ratio, stage.ratio] * (count / counts[0])
+        whole = self.store[key] + decoder
+        p50, p99 = np.percentile(whole, [50, 99])
+        return Timing(float(p50), float(p99), float(np.median(self.store[key])), float(np.median(decoder)), len(whole))
+
+
+def measure(
+    backend: Backend,
+    identity: EncoderIdentity,
+    states: SpilledStates,
+    codecs: Codecs,
+    queries: Sequence[Timed],
+    configurations: Sequence[Configuration],
+    rounds: int,
+    directory: Path,
+    progress: Progress = SILENT,
+) -> Timings:
+    """Times everything that `configurations` need; `directory` holds a store meanwhile and is removed."""
+    timings = Timings(float(np.mean([len(query.passage_ids) for query in queries])))
+    keys = list(dict.fromkeys((one.stored_ratio, one.codec) for one in configurations))
+    readings = list(dict.fromkeys(one.stages for one in configurations))
+    pools = sorted({(one.stored_ratio, stage.ratio) for one in configurations for stage in one.stages})
+    num_samples = rounds * len(queries)
+    progress.begin(STAGE, num_samples * (len(keys) + len(readings) + len(pools)))
+    _warm_up(backend, states, queries[0])
+
+    timings.decoder = {stages: np.zeros(num_samples) for stages in readings}
+    timings.pool = {key: np.zeros(num_samples) for key in pools}
+    for sample in range(num_samples):  # everything takes turns: a machine that slows down slows all of it
+        query = queries[sample % len(queries)]
+        fine = {p: states.states(p) for p in query.passage_ids}
+        stored = {ratio: {p: one.at_ratio(ratio) for p, one in fine.items()} for ratio in {ratio for ratio, _ in pools}}
+        for from_ratio, to_ratio in pools:
+            begun = time.perf_counter()
+            for one in stored[from_ratio].values():
+                one.at_ratio(to_ratio)
+            timings.pool[from_ratio, to_ratio][sample] = time.perf_counter() - begun
+        progress.advance(STAGE, len(pools))
+        pooled = {ratio: {p: one.at_ratio(ratio) for p, one in fine.items()} for ratio in query.margins}
+        for stages in readings:
+            for number, stage in enumerate(stages):
+                pairs = [(query.prompt, pooled[stage.ratio][p]) for p in _read(query, stages, number)]
+                begun = time.perf_counter()
+                score_passages(backend, pairs)
+                timings.decoder[stages][sample] += time.perf_counter() - begun
+        progress.advance(STAGE, len(readings))
+
+    for ratio, factory in keys:
+        trained = codecs.get(ratio, factory)
+        if trained is not None:
+            store = _Reads(directory, identity, ratio, trained)
+            timings.writing[ratio, factory] = store.write(states, queries)
+            timings.store[ratio, factory] = store.read(queries, rounds)
+            store.drop()
+        progress.advance(STAGE, num_samples)
+    return timings
+
+
+def _read(query: Timed, stages: Stages, number: int) -> list[str]:
+    """The candidates that stage `number` reads."""
+    count = num_read(stages, len(query.passage_ids))[number]
+    if number == 0:
+        return query.passage_ids
+    rows = compose(stages[:number], [query.margins[stage.ratio] for stage in stages[:number]])
+    return [query.passage_ids[row] for row in rows[:count].tolist()]
+
+
+def _warm_up(backend: Backend, states: SpilledStates, query: Timed) -> None:
+    for _ in range(2):
+        score_passages(
+            backend, [(query.prompt, states.states(p).at_ratio(4 * states.ratio)) for p in query.passage_ids]
+        )
+
+
+class _Reads:
+    """One stored ratio and codec in an embedded store, for as long as it is timed."""
+
+    def __init__(self, directory: Path, identity: EncoderIdentity, ratio: int, trained: TrainedCodec) -> None:
+        self._directory = directory
+        self._ratio = ratio
+        self._trained = trained
+        rmtree(directory, ignore_errors=True)  # of a run that was killed
+        self._store = open_store(f"faiss:{directory}")
+        manifest = Manifest(
+            collection="timed",
+            fingerprint=identity.fingerprint,
+            checkpoint=identity.checkpoint,
+            dim=identity.dim,
+            max_passage_tokens=identity.max_passage_tokens,
+            passage_template=identity.passage_template,
+            pooling_version=identity.pooling_version,
+            compression_ratio=ratio,
+            codec=trained.codec.factory,
+            codec_table=trained.codec.table(),
+        )
+        self._collection = Collection.create(self._store, manifest)
+
+    def write(self, states: SpilledStates, queries: Sequence[Timed]) -> Writing:
+        """Stores every candidate of the queries."""
+        ids = list(dict.fromkeys(p for query in queries for p in query.passage_ids))
+        codec_seconds = store_seconds = 0.0
+        for start in range(0, len(ids), _WRITE_PASSAGES):
+            group = [
+                StoredPassage(p, states.states(p).at_ratio(self._ratio)) for p in ids[start : start + _WRITE_PASSAGES]
+            ]
+            rows = np.concatenate([one.states.states for one in group])
+            begun = time.perf_counter()
+            self._trained.codec.encode(rows)
+            codec_seconds += time.perf_counter() - begun
+            begun = time.perf_counter()
+            self._collection.put_many(group)
+            store_seconds += time.perf_counter() - begun
+        return Writing(codec_seconds / len(ids), store_seconds / len(ids))
+
+    def read(self, queries: Sequence[Timed], rounds: int) -> Samples:
+        samples = np.zeros(rounds * len(queries))
+        for query in queries:  # the first touch of a page is the disk's time
+            self._collection.get_many(query.passage_ids)
+        for sample in range(len(samples)):
+            begun = time.perf_counter()
+            self._collection.get_many(queries[sample % len(queries)].passage_ids)
+            samples[sample] = time.perf_counter() - begun
+        return samples
+
+    def drop(self) -> None:
+        self._store.close()
+        rmtree(self._directory, ignore_errors=True)
