@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from cache.collection import Collection, StoredPassage
 from cache.manifest import Manifest
 from cache.store import open_store
-from checkpoint import EncoderIdentity, TokenizedPrompt
-from decoder_server.backend import Backend
+from checkpoint import EncoderIdentity
+from decoder_server.backend import Backend, Prompt
 from tuning.progress import SILENT, Progress
 from tuning.rerank import score_passages
 from tuning.sweep.configurations import Configuration, Stage
@@ -40,7 +40,7 @@ Samples = NDArray[np.float64]  # seconds, (rounds * num_queries,): the same plac
 class Timed:
     """A query to time: its prompt, its candidates that have states, and their margins at each ratio it is read at."""
 
-    prompt: TokenizedPrompt
+    prompt: Prompt
     passage_ids: list[str]
     margins: Mapping[int, NDArray[np.float32]]  # by read ratio; decides who goes on in a cascade
 

@@ -1,0 +1,86 @@
+"""What is swept: stages as people write them, and which combinations can be."""
+
+from __future__ import annotations
+
+import pytest
+
+from cache.errors import CodecError
+from tuning.errors import EvaluationError
+from tuning.sweep.configurations import Stage, Unit, grid, parse_stages, units_of
+from tuning.sweep.settings import SweepSettings, default_cascades, default_codecs
+
+
+def test_stages_are_ratio_and_how_many_go_on() -> None:
+    assert parse_stages("32:100, 4:20, 1:5") == (Stage(32, 100), Stage(4, 20), Stage(1, 5))
+    assert parse_stages("32:20,2") == (Stage(32, 20), Stage(2))
+    assert parse_stages("8") == (Stage(8),)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "x", "4:", "0:5,1", "32:0,1", "32:20:4", "-4", "32,4", "4:5,4", "4:5,8", "8:5,4:6"]
+)
+def test_stages_of_another_form_are_refused(text: str) -> None:
+    if text == "4:":
+        assert parse_stages(text) == (Stage(4),)  # as good as 4
+        return
+    with pytest.raises(EvaluationError, match="stages is "):
+        parse_stages(text)
+
+
+def test_a_grid_has_what_can_be_read() -> None:
+    found = grid((4, 2), ("Flat", "SQ8"), (2, 4, 8), [parse_stages("8:3,2"), parse_stages("8:3,4")])
+    names = [one.name for one in found]
+    assert names[:6] == ["2 Flat read 2", "2 Flat read 4", "2 Flat read 8", "2 Flat read 8:3,2", "2 Flat read 8:3,4",
+                         "2 SQ8 read 2"]  # fmt: skip
+    assert [n for n in names if n.startswith("4 SQ8")] == ["4 SQ8 read 4", "4 SQ8 read 8", "4 SQ8 read 8:3,4"]
+    assert len({one.file_stem for one in found}) == len(found)
+
+
+def test_cascades_share_the_units_of_plain_readings() -> None:
+    found = grid((2,), ("Flat",), (2, 8), [parse_stages("8:3,2"), parse_stages("16:3,2")])
+    assert units_of(found) == [Unit(2, "Flat", 2), Unit(2, "Flat", 8), Unit(2, "Flat", 16)]
+
+
+def test_what_is_left_open_follows_from_the_states() -> None:
+    settings = SweepSettings(top_k=100).resolved(1, 64)
+    assert settings.stored_ratios == (1, 2, 4, 8)
+    assert settings.read_ratios == (1, 2, 4, 8, 16, 32)
+    assert settings.codecs == default_codecs(64) == ("Flat", "SQfp16", "SQ8", "SQ4", "PQ16", "PQ8")
+    assert settings.cascades is not None
+    assert settings.cascades[0] == parse_stages("32:20,2")  # the published one
+    assert SweepSettings().resolved(16, 7).stored_ratios == (16,)
+    assert default_codecs(7) == ("Flat", "SQfp16", "SQ8", "SQ4", "PQ1")[: len(default_codecs(7))]
+    assert default_cascades(4) == ()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"stored_ratios": (0,)}, r"stored_ratios is \(0,\); expected integers of at least 1"),
+        ({"read_ratios": (2, 2)}, r"read_ratios is \(2, 2\); expected each once"),
+        ({"codecs": ()}, r"codecs is \(\); expected at least one, each once"),
+        ({"few_samples": "guess"}, "few_samples is 'guess'; expected fallback or refuse"),
+        ({"rounds": 0}, "rounds is 0; expected at least 1"),
+    ],
+)
+def test_bad_settings_are_named(values: dict[str, object], message: str) -> None:
+    with pytest.raises(EvaluationError, match=message):
+        SweepSettings(**values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"stored_ratios": (6,)}, "stored ratio is 6; the states are at 4, expected a multiple of it"),
+        ({"stored_ratios": (4, 8), "read_ratios": (6,)}, "read ratio is 6; no stored ratio of 4, 8 can give it"),
+        ({"cascades": (parse_stages("8:2,6"),)}, "cascade is 8:2,6; no stored ratio"),
+    ],
+)
+def test_ratios_that_cannot_be_given_are_named(values: dict[str, object], message: str) -> None:
+    with pytest.raises(EvaluationError, match=message):
+        SweepSettings(**values).resolved(4, 64)  # type: ignore[arg-type]
+
+
+def test_a_codec_that_faiss_does_not_know_is_refused_before_anything_is_encoded() -> None:
+    with pytest.raises(CodecError, match="'ZIP9' is unknown, expected one of Flat"):
+        SweepSettings(codecs=("Flat", "ZIP9")).resolved(1, 64)
