@@ -12,6 +12,8 @@ from itertools import pairwise
 
 from tuning.errors import EvaluationError
 
+_STAGE = re.compile(r"(?P<ratio>[1-9]\d{0,8})(?::(?P<keep>[1-9]\d{0,8}))?")
+
 
 @dataclass(frozen=True, slots=True)
 class Stage:
@@ -73,10 +75,10 @@ def parse_stages(text: str) -> tuple[Stage, ...]:
     """
     stages = []
     for part in text.split(","):
-        ratio, _, keep = part.strip().partition(":")
-        if not ratio.isdecimal() or int(ratio) < 1 or (keep and (not keep.isdecimal() or int(keep) < 1)):
+        match = _STAGE.fullmatch(part.strip())
+        if match is None:
             raise EvaluationError(f"stages is {text!r}; expected RATIO:HOW-MANY-GO-ON,... such as 32:100,4:20,1:5")
-        stages.append(Stage(int(ratio), int(keep) if keep else None))
+        stages.append(Stage(int(match["ratio"]), int(match["keep"]) if match["keep"] else None))
     for before, after in pairwise(stages):
         if before.keep is None:
             raise EvaluationError(

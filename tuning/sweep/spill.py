@@ -154,7 +154,7 @@ class SpilledStates:
                     self._complete = True
                 else:
                     self._take(line)
-        except (ValueError, KeyError, TypeError) as exc:
+        except (ValueError, KeyError, TypeError, AttributeError) as exc:
             raise EvaluationError(f"{self._index}: damaged ({exc}); delete the folder and run again") from exc
         if len(whole) < len(content):
             os.truncate(self._index, len(whole))
