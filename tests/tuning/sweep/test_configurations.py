@@ -16,13 +16,8 @@ def test_stages_are_ratio_and_how_many_go_on() -> None:
     assert parse_stages("8") == (Stage(8),)
 
 
-@pytest.mark.parametrize(
-    "text", ["", "x", "4:", "0:5,1", "32:0,1", "32:20:4", "-4", "32,4", "4:5,4", "4:5,8", "8:5,4:6"]
-)
+@pytest.mark.parametrize("text", ["", "x", "4:", "0:5,1", "32:0,1", "32:20:4", "32,4", "4:5,4", "4:5,8", "8:5,4:6"])
 def test_stages_of_another_form_are_refused(text: str) -> None:
-    if text == "4:":
-        assert parse_stages(text) == (Stage(4),)  # as good as 4
-        return
     with pytest.raises(EvaluationError, match="stages is "):
         parse_stages(text)
 
