@@ -15,7 +15,7 @@ from tuning.sweep.result import Row, SweepReport
 # Okabe and Ito's colours, which stay apart for colour-blind readers, and three more.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F5539", "#6A4C93", "#8A8F98")
 INK, FAINT, FRONT = "#1f2933", "#9aa5b1", "#52606d"
-SIZE = (7.6, 4.6)  # inches
+SIZE = (6.4, 4.9)  # inches, legend included
 _SVG = "http://www.w3.org/2000/svg"
 
 
@@ -56,7 +56,7 @@ def _plot(name: str, title: str, draw: Callable[[Any], None], report: SweepRepor
     import matplotlib
     from matplotlib.figure import Figure
 
-    style = {
+    style: dict[Any, Any] = {
         "svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10, "axes.edgecolor": FAINT, "text.color": INK,
         "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False,
         "axes.spines.right": False, "legend.frameon": False,
@@ -75,8 +75,10 @@ def _plot(name: str, title: str, draw: Callable[[Any], None], report: SweepRepor
 
 
 def _against_bytes(axes: Any, report: SweepReport, chosen: Row | None) -> None:
+    from matplotlib.ticker import LogLocator
+
     colours = {codec: COLOURS[place % len(COLOURS)] for place, codec in enumerate(report.codecs)}
-    axes.set_xscale("log")
+    axes.set_xscale("log", base=2)
     axes.set_xlabel("bytes of a stored passage, in the mean")
     points = [row.size.bytes_per_passage for row in report.rows]
     _reference(axes, report)
@@ -84,7 +86,9 @@ def _against_bytes(axes: Any, report: SweepReport, chosen: Row | None) -> None:
         axes, report, points, report.on_size_front(), [colours[r.configuration.codec] for r in report.rows], chosen
     )
     _legend(axes, [(codec, colour, "o") for codec, colour in colours.items()], report)
+    axes.xaxis.set_major_locator(LogLocator(base=4))
     axes.xaxis.set_major_formatter(lambda value, _: _short_bytes(value))
+    axes.minorticks_off()
 
 
 def _against_latency(axes: Any, report: SweepReport, chosen: Row | None) -> None:
@@ -122,7 +126,7 @@ def _over_ratio(axes: Any, report: SweepReport) -> None:
     axes.axhline(report.first_stage.headline, color=FAINT, lw=1, ls=":", label=report.first_stage_name)
     axes.set_xticks(ratios, [str(ratio) for ratio in ratios])
     axes.minorticks_off()
-    axes.legend(fontsize=8.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    _below(axes, axes.get_legend_handles_labels()[0])
 
 
 def _reference(axes: Any, report: SweepReport) -> None:
@@ -146,7 +150,8 @@ def _scatter(
         if row is chosen:
             axes.scatter([x], [y], s=210, facecolors="none", edgecolors="#c81e1e", linewidths=1.8, zorder=4)
             axes.annotate(row.configuration.name, (x, y), xytext=(10, -14), textcoords="offset points",
-                          color="#c81e1e", fontsize=9, fontweight="bold", zorder=5)  # fmt: skip
+                          color="#c81e1e", fontsize=9, fontweight="bold", zorder=5,
+                          bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5})  # fmt: skip
 
 
 def _legend(axes: Any, kinds: list[tuple[str, str, str]], report: SweepReport) -> None:
@@ -158,7 +163,12 @@ def _legend(axes: Any, kinds: list[tuple[str, str, str]], report: SweepReport) -
     handles.append(Line2D([], [], color=FRONT, lw=1.2, label="Pareto front"))
     lines, labels = axes.get_legend_handles_labels()
     handles += [line for line, label in zip(lines, labels, strict=True) if not label.startswith("_")]
-    axes.legend(handles=handles, fontsize=8.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    _below(axes, handles)
+
+
+def _below(axes: Any, handles: list[Any]) -> None:
+    """The legend, out of the data's way."""
+    axes.figure.legend(handles=handles, fontsize=8.5, loc="outside lower center", ncols=4, columnspacing=1.4)
 
 
 def _with_titles(svg: bytes, name: str, report: SweepReport) -> str:

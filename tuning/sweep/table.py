@@ -11,7 +11,7 @@ from tuning.sweep.choice import Choice, Limits
 from tuning.sweep.quality import AUC, TAU, Quality, overlap_name
 from tuning.sweep.result import Row, SweepReport
 
-MIN_WIDTH = 116  # cells are never cut: a narrow terminal wraps lines by itself
+MIN_WIDTH = 120  # cells are never cut: a narrow terminal wraps lines by itself
 SMALL, FAST, CHOSEN = "●", "◆", "▶"
 
 

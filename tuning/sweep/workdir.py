@@ -64,8 +64,9 @@ class WorkDir:
     def load(self, name: str) -> dict[str, NDArray[Any]] | None:
         """What was saved under the name, or None: not there, or damaged."""
         try:
-            with np.load(self.path / f"{name}.npz", allow_pickle=False) as file:
-                return {key: file[key] for key in file.files}
+            # Opened here: numpy does not close what it cannot read.
+            with (self.path / f"{name}.npz").open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                return {key: arrays[key] for key in arrays.files}
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
             return None
 
