@@ -6,6 +6,8 @@ admitted; the estimate learns from the passages seen. Does not know the order of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from decoder_server.batcher import BatchCounts
 from decoder_server.errors import Overloaded
 
@@ -16,24 +18,34 @@ MIN_RETRY_SECONDS, MAX_RETRY_SECONDS = 0.05, 120.0
 
 
 class Place:
-    """One admitted request; gives its tokens back as its candidates finish."""
+    """One admitted request; gives its tokens back as its candidates finish, stage by stage."""
 
-    def __init__(self, admission: Admission, num_candidates: int, num_tokens: float) -> None:
-        self.num_tokens = num_tokens
+    def __init__(self, admission: Admission, stages: Sequence[tuple[int, float]]) -> None:
+        """
+        Args:
+            stages: how many candidates each reads, and tokens of one of them.
+        """
+        self.num_tokens = sum(num_candidates * each for num_candidates, each in stages)
         self._admission = admission
-        self._each = num_tokens / num_candidates
-        self._left = num_candidates
+        self._each = [each for _, each in stages]
+        self._left = [num_candidates for num_candidates, _ in stages]
 
-    def finished(self, num_candidates: int) -> None:
-        self._left -= num_candidates
-        self._admission.num_tokens -= num_candidates * self._each
+    @property
+    def num_left_tokens(self) -> float:
+        """What is still to be computed, by estimate."""
+        return sum(left * each for left, each in zip(self._left, self._each, strict=True))
+
+    def finished(self, num_candidates: int, stage: int = 0) -> None:
+        self._left[stage] -= num_candidates
+        self._admission.num_tokens -= num_candidates * self._each[stage]
 
     def __enter__(self) -> Place:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.finished(self._left)
-        self._admission.num_requests -= 1
+        for stage, left in enumerate(self._left):
+            self.finished(left, stage)
+        self._admission.left(self)
 
 
 class Admission:
@@ -52,17 +64,29 @@ class Admission:
         self._max_tokens = max_tokens
         self._max_seconds = max_seconds
         self._passage_tokens = FIRST_PASSAGE_TOKENS
+        self._places: set[Place] = set()
 
-    def admit(self, num_candidates: int, num_prompt_tokens: int, ratio: int) -> Place:
+    def pair_tokens(self, num_prompt_tokens: int, ratio: int) -> float:
+        """What one candidate costs, as far as one can tell before it is read."""
+        return num_prompt_tokens + max(1.0, self._passage_tokens / max(1, ratio))
+
+    def admit(
+        self, num_candidates: int, num_prompt_tokens: int, ratio: int, later: Sequence[tuple[int, int]] = ()
+    ) -> Place:
         """A place in the queue, to be used as a context manager.
 
         A request larger than the whole queue is admitted when nothing else is there: it could
         never be otherwise.
 
+        Args:
+            later: how many candidates each further stage reads, and at which ratio.
+
         Raises:
             Overloaded: no room.
         """
-        num_tokens = num_candidates * (num_prompt_tokens + max(1.0, self._passage_tokens / ratio))
+        stages = [(num, self.pair_tokens(num_prompt_tokens, r)) for num, r in ((num_candidates, ratio), *later)]
+        place = Place(self, stages)
+        num_tokens = place.num_tokens
         if self.num_requests >= self._max_requests:
             mean_tokens = self.num_tokens / self.num_requests
             raise self._refusal(f"{self.num_requests} requests wait; the limit is {self._max_requests}", mean_tokens)
@@ -76,7 +100,13 @@ class Admission:
             raise self._refusal(message, min(excess, self.num_tokens))
         self.num_requests += 1
         self.num_tokens += num_tokens
-        return Place(self, num_candidates, num_tokens)
+        self._places.add(place)
+        return place
+
+    def left(self, place: Place) -> None:
+        """Its request ended."""
+        self.num_requests -= 1
+        self._places.discard(place)
 
     def _limit_tokens(self) -> float:
         """What may wait: the tokens configured, or those the model reads in the time configured, if fewer."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from decoder_server.model_config import ModelConfig
 from preread.client.channel import TlsFiles
+from preread.client.stages import Stage, format_stages, stages_problem
 from preread.edge.tls import ServerTls
 
 MIB = 1 << 20
@@ -28,6 +29,8 @@ class DecoderConfig:
     max_queue_tokens: int = 1_000_000
     max_queue_seconds: float = 0.0  # of work at the measured rate; 0: no such limit
     max_candidates: int = 1000
+    read_ratio: int | None = None  # what a request is read at that names no ratio; None: as stored
+    stages: tuple[Stage, ...] = ()  # a cascade in place of read_ratio
     max_request_tokens: int | None = None  # prompt tokens and states over all candidates; None: the queue's limit only
     max_query_bytes: int = 16 << 10
     max_instruction_tokens: int = 512
@@ -64,7 +67,7 @@ class DecoderConfig:
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
-        for name in ("max_batch_tokens", "num_threads", "max_request_tokens"):
+        for name in ("max_batch_tokens", "num_threads", "max_request_tokens", "read_ratio"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; expected at least 1")
@@ -76,9 +79,19 @@ class DecoderConfig:
         twice = {name for name in names if names.count(name) > 1}
         if twice:
             raise ValueError(f"two models are called {twice.pop()!r}; give them names: name=checkpoint")
+        self._check_stages()
         _ = self.tls  # raises where files contradict each other
         if bool(self.encoder_tls_cert_file) != bool(self.encoder_tls_key_file):
             raise ValueError("encoder_tls_cert_file and encoder_tls_key_file go together; only one of them is given")
+
+    def _check_stages(self) -> None:
+        problem = stages_problem(self.stages) if self.stages else None
+        if problem is not None:
+            raise ValueError("{} is {}; expected {}".format(*problem))
+        if self.stages and self.read_ratio is not None:
+            raise ValueError(
+                f"read_ratio is {self.read_ratio} and stages is {format_stages(self.stages)}; expected one of the two"
+            )
 
     @property
     def tls(self) -> ServerTls:

@@ -1,6 +1,6 @@
 """One served model: a request goes in, ranked outcomes come out.
 
-check -> resolve (which collection, which ratio) -> admit -> run -> rank.
+check -> plan (which collection, which ratio or stages) -> admit -> run -> rank.
 Knows neither gRPC nor HTTP; every edge calls `rerank`.
 """
 
@@ -25,11 +25,15 @@ from decoder_server.config import DecoderConfig
 from decoder_server.errors import DeadlineExceeded, InvalidRequest, Unavailable, code_of
 from decoder_server.observer import Answered, Observer, Trail
 from decoder_server.passages import Source, Wanted
+from decoder_server.plan import Defaults, Plan, plan, text_plan
 from decoder_server.request import Candidate, OnMiss, Outcome, RerankRequest, Summary, Timings, check, distinct
 from decoder_server.run import Emit, Run
 from decoder_server.tally import ranked
 
 T = TypeVar("T")
+
+# Of the time a cascade is given, what it leaves for its answer's way back: a share, and at most seconds.
+ANSWER_SHARE, ANSWER_SECONDS = 0.1, 0.2
 
 
 class Engine:
@@ -142,25 +146,31 @@ class Engine:
         prompt = await self._call(self.backend.prompt, request.query, request.instruction)
         self._check_instruction(request, prompt)
         same = distinct(request.candidates)
-        wanted = await self._resolve(request, list(same), prompt, trail)
+        collection = await self._collection(request.collection)
+        read = self._plan(request, collection)
+        wanted = self._wanted(request, list(same), collection, read, prompt, trail)
 
         async def emit_with_texts(outcomes: list[Outcome]) -> None:
             assert emit is not None
             await emit(await self._with_texts(request, wanted, outcomes))
 
-        with self.admission.admit(len(same), prompt.num_tokens, max(1, wanted.compression_ratio)) as place:
+        first, *later = read.reads(len(same))
+        with self.admission.admit(first[0], prompt.num_tokens, first[1], later) as place:
             run = Run(
                 wanted,
-                {first.index: i for first, i in same.items()},
+                read,
+                {one.index: i for one, i in same.items()},
                 prompt,
                 self.backend,
                 self.batcher,
                 self.passages,
                 self.admission,
+                self._executor,
                 self.limits.max_request_tokens,
             )
+            stop_at = _stop_at(started, deadline) if read.cascade else None
             try:
-                outcomes = await run.gather(place, deadline, emit_with_texts if emit is not None else None)
+                outcomes = await run.gather(place, deadline, emit_with_texts if emit is not None else None, stop_at)
             finally:
                 trail.turns = run.turns
         trail.outcomes = outcomes
@@ -182,37 +192,39 @@ class Engine:
             prompt.num_query_tokens,
             prompt.query_truncated,
             sum(outcome.num_passage_tokens for outcome in scored),
+            compression_ratio=0 if read.cascade else read.first.compression_ratio,
+            stages=read.stages if read.cascade else (),
+            stopped_early=run.stopped_early,
         )
 
-    async def _resolve(
-        self, request: RerankRequest, candidates: Sequence[Candidate], prompt: Prompt, trail: Trail
-    ) -> Wanted:
-        """What is to be read: one collection, one ratio for every candidate, so that scores compare.
+    def _plan(self, request: RerankRequest, collection: Collection | None) -> Plan:
+        """What is read: one ratio, or stages of them, for every candidate, so that scores compare."""
+        if self.reads_text:
+            return text_plan(request)
+        stored = collection.manifest.compression_ratio if collection is not None else None
+        defaults = Defaults(self.limits.read_ratio, self.limits.stages)
+        return plan(request, defaults, stored, self.backend.settings.default_compression_ratio)
 
-        A model that reads text has no ratio: it takes the same requests and leaves that field be.
-        """
-        collection = await self._collection(request.collection)
-        ratio = 0 if self.reads_text else self._ratio(request, collection)
+    def _wanted(
+        self,
+        request: RerankRequest,
+        candidates: Sequence[Candidate],
+        collection: Collection | None,
+        read: Plan,
+        prompt: Prompt,
+        trail: Trail,
+    ) -> Wanted:
         on_miss = request.on_miss or (OnMiss.ENCODE if self.encodes_on_demand else OnMiss.SKIP)
         return Wanted(
             candidates,
             collection,
-            ratio,
+            read.base_ratio,
             on_miss,
             self.limits.max_text_bytes,
             partial(self.backend.items, prompt),
             fetches=trail.fetches,
             encodings=trail.encodings,
         )
-
-    def _ratio(self, request: RerankRequest, collection: Collection | None) -> int:
-        stored = collection.manifest.compression_ratio if collection is not None else 1
-        default = stored if collection is not None else self.backend.settings.default_compression_ratio
-        ratio = request.compression_ratio or default
-        if ratio % stored:
-            expected = f"a multiple of {stored}, the ratio that collection {request.collection!r} is stored at"
-            raise InvalidRequest("compression_ratio", ratio, expected)
-        return ratio
 
     async def _collection(self, name: str | None) -> Collection | None:
         if name is None:
@@ -243,3 +255,8 @@ class Engine:
 
     async def _call(self, function: Callable[..., T], *args: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
+
+
+def _stop_at(started: float, deadline: float | None) -> float | None:
+    """When a cascade answers with what it has."""
+    return None if deadline is None else deadline - min(ANSWER_SECONDS, ANSWER_SHARE * (deadline - started))

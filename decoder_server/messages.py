@@ -8,7 +8,8 @@ from cache.manifest import Manifest
 from checkpoint import EncoderIdentity
 from decoder_server.catalogue import Described
 from decoder_server.engine import Engine
-from decoder_server.request import Candidate, OnMiss, Outcome, RerankRequest, Status, Summary, Timings
+from decoder_server.request import Candidate, Degraded, OnMiss, Outcome, RerankRequest, Status, Summary, Timings
+from preread.client.stages import Stage
 from preread.v1 import common_pb2, rerank_pb2
 
 _ON_MISS = {
@@ -39,6 +40,7 @@ def unpack_request(message: rerank_pb2.RerankRequest) -> RerankRequest:
         on_miss=_ON_MISS.get(message.on_miss),  # a value from a newer client means the default
         return_text=message.return_text,
         model=message.model,
+        stages=tuple(Stage(stage.compression_ratio, stage.keep) for stage in message.stages),
     )
 
 
@@ -50,6 +52,10 @@ def pack_response(outcomes: Sequence[Outcome], summary: Summary) -> rerank_pb2.R
         num_scored=summary.num_scored,
         num_query_tokens=summary.num_query_tokens,
         query_truncated=summary.query_truncated,
+        compression_ratio=summary.compression_ratio,
+        stages=_pack_stages(summary.stages),
+        stopped_early=summary.stopped_early,
+        degraded=_pack_degraded(summary.degraded),
     )
 
 
@@ -66,6 +72,10 @@ def pack_summary(summary: Summary) -> rerank_pb2.RerankStreamResponse:
             num_scored=summary.num_scored,
             num_query_tokens=summary.num_query_tokens,
             query_truncated=summary.query_truncated,
+            compression_ratio=summary.compression_ratio,
+            stages=_pack_stages(summary.stages),
+            stopped_early=summary.stopped_early,
+            degraded=_pack_degraded(summary.degraded),
         )
     )
 
@@ -120,6 +130,29 @@ def _pack_outcome(outcome: Outcome) -> rerank_pb2.Result:
         num_states=outcome.num_states,
         compression_ratio=outcome.compression_ratio,
         truncated=outcome.truncated,
+        stages=[
+            rerank_pb2.StageScore(
+                compression_ratio=stage.compression_ratio,
+                score=stage.score,
+                margin=stage.margin,
+                num_states=stage.num_states,
+            )
+            for stage in outcome.stages
+        ],
+    )
+
+
+def _pack_stages(stages: Sequence[Stage]) -> list[rerank_pb2.Stage]:
+    return [rerank_pb2.Stage(compression_ratio=stage.compression_ratio, keep=stage.keep) for stage in stages]
+
+
+def _pack_degraded(degraded: Degraded | None) -> rerank_pb2.Degraded | None:
+    if degraded is None:
+        return None
+    return rerank_pb2.Degraded(
+        reason=degraded.reason,
+        compression_ratio=degraded.compression_ratio,
+        stages=_pack_stages(degraded.stages),
     )
 
 

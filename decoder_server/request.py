@@ -11,6 +11,7 @@ from enum import Enum
 
 from decoder_server.config import DecoderConfig
 from decoder_server.errors import InvalidRequest
+from preread.client.stages import Stage, stages_problem
 
 
 class OnMiss(Enum):
@@ -54,6 +55,17 @@ class RerankRequest:
     on_miss: OnMiss | None = None
     return_text: bool = False
     model: str = ""  # "": the first served one
+    stages: tuple[Stage, ...] = ()  # in place of compression_ratio
+
+
+@dataclass(frozen=True, slots=True)
+class StageScore:
+    """What one stage of a cascade said of a candidate."""
+
+    compression_ratio: int
+    margin: float
+    score: float
+    num_states: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +83,16 @@ class Outcome:
     compression_ratio: int = 0  # 0: the passage was read as text
     truncated: bool = False
     num_passage_tokens: int = 0  # of a scored passage; of states each stands for compression_ratio of them
+    stages: tuple[StageScore, ...] = ()  # of a cascade: each that scored it, the last as above
+
+
+@dataclass(frozen=True, slots=True)
+class Degraded:
+    """The server read coarser than it was asked to, or than its default."""
+
+    reason: str  # deadline or queue
+    compression_ratio: int  # what would have been read; 0: stages
+    stages: tuple[Stage, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +120,10 @@ class Summary:
     num_query_tokens: int
     query_truncated: bool
     num_passage_tokens: int  # of the scored candidates, each in whole states: at ratio 1 exact
+    compression_ratio: int = 0  # what every candidate was read at; 0: text, or stages
+    stages: tuple[Stage, ...] = ()  # that were read, where it was a cascade
+    stopped_early: bool = False  # the deadline came before the cascade was through
+    degraded: Degraded | None = None
 
 
 def distinct(candidates: Sequence[Candidate]) -> dict[Candidate, list[int]]:
@@ -128,12 +154,23 @@ def check(request: RerankRequest, limits: DecoderConfig) -> None:
         raise InvalidRequest("top_n", request.top_n, "0 (all) or more")
     if request.compression_ratio is not None and request.compression_ratio < 1:
         raise InvalidRequest("compression_ratio", request.compression_ratio, "0 (the stored ratio) or more")
+    _check_stages(request)
     for candidate in request.candidates:
         if candidate.passage_id is None and candidate.text is None:
             raise InvalidRequest(f"candidates[{candidate.index}]", "empty", "a passage_id, a text, or both")
         if request.collection is None and candidate.text is None:
             expected = f"the collection that holds candidates[{candidate.index}], which has an id and no text"
             raise InvalidRequest("collection", "", expected)
+
+
+def _check_stages(request: RerankRequest) -> None:
+    if not request.stages:
+        return
+    if request.compression_ratio:
+        raise InvalidRequest("compression_ratio", request.compression_ratio, "none beside stages, which have their own")
+    problem = stages_problem(request.stages)
+    if problem is not None:
+        raise InvalidRequest(*problem)
 
 
 def _check_bytes(field: str, text: str, limit: int) -> None:

@@ -13,9 +13,12 @@ from decoder_server.ticket import Scored
 
 
 def ranked(outcomes: Iterable[Outcome], top_n: int) -> list[Outcome]:
-    """Scored ones best first, ties by index, at most `top_n` (0: all); then the others in request order."""
+    """Scored ones best first, ties by index, at most `top_n` (0: all); then the others in request order.
+
+    In a cascade whoever reached a later stage comes before all that did not.
+    """
     every = sorted(outcomes, key=lambda o: o.index)
-    scored = sorted((o for o in every if o.margin is not None), key=lambda o: -(o.margin or 0.0))
+    scored = sorted((o for o in every if o.margin is not None), key=lambda o: (-len(o.stages), -(o.margin or 0.0)))
     return (scored[:top_n] if top_n else scored) + [o for o in every if o.margin is None]
 
 

@@ -18,6 +18,7 @@ from preread.cli.effective import effective_lines
 from preread.cli.model_specs import models_option, parse_models
 from preread.cli.options import compute_options, option, store_option
 from preread.cli.serve_http import gateway_line, http_gateway, http_options
+from preread.cli.serve_reading import reading, reading_options
 from preread.cli.server_options import access_options, api_keys, grace_option, observe_options, tls_files
 from preread.cli.signals import started_unless_told, told_to_stop
 
@@ -57,6 +58,7 @@ _FILE = click.Path(exists=True, dir_okay=False)
 @option("--encoder-tls-key-file", type=_FILE, help="The key of --encoder-tls-cert-file (PEM).")
 @option("--no-encoder", is_flag=True, help="Answer from stored states only.")
 @compute_options
+@reading_options
 @option(
     "--max-passage-tokens",
     type=click.IntRange(min=1),
@@ -192,6 +194,7 @@ def _config(options: dict[str, Any], halves: EncoderHalves) -> DecoderConfig:
         models=halves.models,
         **dict[str, Any]({name: options[name] or "" for name in worker_tls}),
         **tls_files(options),
+        **reading(options),
         max_inline_cache_bytes=options["cache_bytes"],
         max_store_cache_bytes=options["cache_bytes"],
         **{name: options[name] for name in same},

@@ -17,10 +17,12 @@ from preread.client.errors import (
     Unavailable,
 )
 from preread.client.retry import RetryPolicy
+from preread.client.stages import Stage, format_stages, parse_stages
 from preread.client.sync import Client, RerankingStream
 from preread.client.values import (
     Candidate,
     CollectionInfo,
+    Degraded,
     EncoderIdentity,
     EncoderInfo,
     ModelInfo,
@@ -28,6 +30,7 @@ from preread.client.values import (
     Reranking,
     RerankOptions,
     Result,
+    StageScore,
     Summary,
     Timings,
     UpsertResult,
@@ -42,6 +45,7 @@ __all__ = [
     "ClientOptions",
     "CollectionInfo",
     "DeadlineExceeded",
+    "Degraded",
     "EncoderIdentity",
     "EncoderInfo",
     "FailedPrecondition",
@@ -59,10 +63,14 @@ __all__ = [
     "Result",
     "RetryPolicy",
     "ServerError",
+    "Stage",
+    "StageScore",
     "Summary",
     "Timings",
     "TlsFiles",
     "Unauthenticated",
     "Unavailable",
     "UpsertResult",
+    "format_stages",
+    "parse_stages",
 ]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict
+
+from preread.client.stages import Stage
 
 OnMiss = Literal["encode", "skip", "fail"]
 Status = Literal["hit", "encoded", "missing", "corrupt", "too_long", "failed", "unspecified"]
@@ -25,10 +27,30 @@ class RerankOptions(TypedDict, total=False):
     collection: str  # or alias: what passage ids refer to
     instruction: str  # what to look for; default: the checkpoint's
     top_n: int  # how many scored results to return; default: all
-    compression_ratio: int  # a multiple of the stored ratio; default: the stored one
+    compression_ratio: int  # a multiple of the stored ratio; default: the server's, else the stored one
+    stages: str | Sequence[Stage]  # a cascade in place of one ratio: "32:100, 4:20, 1"
     on_miss: OnMiss | None  # for ids that are not stored; default: the server's
     return_text: bool
     model: str  # default: the only or first one
+
+
+@dataclass(frozen=True, slots=True)
+class StageScore:
+    """What one stage of a cascade said of a candidate."""
+
+    compression_ratio: int
+    score: float
+    margin: float
+    num_states: int
+
+
+@dataclass(frozen=True, slots=True)
+class Degraded:
+    """The server, under pressure, read coarser than it was asked to."""
+
+    reason: str  # deadline or queue
+    compression_ratio: int  # what would have been read; 0: stages
+    stages: tuple[Stage, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +67,7 @@ class Result:
     num_states: int
     compression_ratio: int
     truncated: bool  # the passage was cut when it was encoded
+    stages: tuple[StageScore, ...] = ()  # of a cascade: each that scored it, the last as above
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +90,10 @@ class Summary:
     num_scored: int
     num_query_tokens: int
     query_truncated: bool
+    compression_ratio: int = 0  # what every candidate was read at; 0: text, or stages
+    stages: tuple[Stage, ...] = ()  # that were read, where it was a cascade
+    stopped_early: bool = False  # the deadline neared: this is what the cascade had finished
+    degraded: Degraded | None = None  # less was read than asked for
 
 
 @dataclass(frozen=True, slots=True)

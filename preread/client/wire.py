@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import cast, get_args
 
+from preread.client.stages import Stage, parse_stages
 from preread.client.values import (
     Candidate,
     CollectionInfo,
+    Degraded,
     EncoderIdentity,
     EncoderInfo,
     ModelInfo,
@@ -15,6 +17,7 @@ from preread.client.values import (
     Reranking,
     RerankOptions,
     Result,
+    StageScore,
     Status,
     Summary,
     Timings,
@@ -49,7 +52,13 @@ def pack_request(query: str, candidates: Iterable[str | Candidate], options: Rer
         on_miss=f"ON_MISS_{on_miss.upper() if on_miss else 'UNSPECIFIED'}",
         return_text=options.get("return_text", False),
         model=options.get("model", ""),
+        stages=_pack_stages(options.get("stages", ())),
     )
+
+
+def _pack_stages(stages: str | Iterable[Stage]) -> list[rerank_pb2.Stage]:
+    parsed = (parse_stages(stages) if stages else ()) if isinstance(stages, str) else stages
+    return [rerank_pb2.Stage(compression_ratio=stage.compression_ratio, keep=stage.keep) for stage in parsed]
 
 
 def _pack_candidate(candidate: str | Candidate, *, is_id: bool) -> rerank_pb2.Candidate:
@@ -75,6 +84,10 @@ def unpack_results(messages: Iterable[rerank_pb2.Result]) -> tuple[Result, ...]:
             num_states=m.num_states,
             compression_ratio=m.compression_ratio,
             truncated=m.truncated,
+            stages=tuple(
+                StageScore(s.compression_ratio, score=s.score, margin=s.margin, num_states=s.num_states)
+                for s in m.stages
+            ),
         )
         for m in messages
     )
@@ -90,7 +103,19 @@ def unpack_summary(message: rerank_pb2.RerankResponse | rerank_pb2.RerankStreamR
         num_scored=message.num_scored,
         num_query_tokens=message.num_query_tokens,
         query_truncated=message.query_truncated,
+        compression_ratio=message.compression_ratio,
+        stages=_unpack_stages(message.stages),
+        stopped_early=message.stopped_early,
+        degraded=_unpack_degraded(message.degraded) if message.HasField("degraded") else None,
     )
+
+
+def _unpack_stages(messages: Iterable[rerank_pb2.Stage]) -> tuple[Stage, ...]:
+    return tuple(Stage(m.compression_ratio, m.keep) for m in messages)
+
+
+def _unpack_degraded(message: rerank_pb2.Degraded) -> Degraded:
+    return Degraded(message.reason, message.compression_ratio, _unpack_stages(message.stages))
 
 
 def unpack_model(message: rerank_pb2.ModelInfo) -> ModelInfo:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from preread.v1 import common_pb2 as preread_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17preread/v1/rerank.proto\x12\npreread.v1\x1a\x17preread/v1/common.proto\"O\n\tCandidate\x12\x17\n\npassage_id\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x11\n\x04text\x18\x02 \x01(\tH\x01\x88\x01\x01\x42\r\n\x0b_passage_idB\x07\n\x05_text\"\xe5\x01\n\rRerankRequest\x12\r\n\x05query\x18\x01 \x01(\t\x12\x13\n\x0binstruction\x18\x02 \x01(\t\x12)\n\ncandidates\x18\x03 \x03(\x0b\x32\x15.preread.v1.Candidate\x12\x12\n\ncollection\x18\x04 \x01(\t\x12\r\n\x05top_n\x18\x05 \x01(\x05\x12\x19\n\x11\x63ompression_ratio\x18\x06 \x01(\x05\x12#\n\x07on_miss\x18\x07 \x01(\x0e\x32\x12.preread.v1.OnMiss\x12\x13\n\x0breturn_text\x18\x08 \x01(\x08\x12\r\n\x05model\x18\t \x01(\t\"\x85\x02\n\x06Result\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x12\n\npassage_id\x18\x02 \x01(\t\x12+\n\x06status\x18\x03 \x01(\x0e\x32\x1b.preread.v1.CandidateStatus\x12\x12\n\x05score\x18\x04 \x01(\x02H\x00\x88\x01\x01\x12\x13\n\x06margin\x18\x05 \x01(\x02H\x01\x88\x01\x01\x12\x11\n\x04text\x18\x06 \x01(\tH\x02\x88\x01\x01\x12\x0f\n\x07message\x18\x07 \x01(\t\x12\x12\n\nnum_states\x18\x08 \x01(\x05\x12\x19\n\x11\x63ompression_ratio\x18\t \x01(\x05\x12\x11\n\ttruncated\x18\n \x01(\x08\x42\x08\n\x06_scoreB\t\n\x07_marginB\x07\n\x05_text\"\x7f\n\x07Timings\x12\x15\n\rfetch_seconds\x18\x01 \x01(\x01\x12\x16\n\x0e\x65ncode_seconds\x18\x02 \x01(\x01\x12\x15\n\rqueue_seconds\x18\x03 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x04 \x01(\x01\x12\x15\n\rtotal_seconds\x18\x05 \x01(\x01\"\xb1\x01\n\x0eRerankResponse\x12#\n\x07results\x18\x01 \x03(\x0b\x32\x12.preread.v1.Result\x12\r\n\x05model\x18\x02 \x01(\t\x12$\n\x07timings\x18\x03 \x01(\x0b\x32\x13.preread.v1.Timings\x12\x12\n\nnum_scored\x18\x04 \x01(\x05\x12\x18\n\x10num_query_tokens\x18\x05 \x01(\x05\x12\x17\n\x0fquery_truncated\x18\x06 \x01(\x08\"A\n\x13RerankStreamRequest\x12*\n\x07request\x18\x01 \x01(\x0b\x32\x19.preread.v1.RerankRequest\"\xcb\x02\n\x14RerankStreamResponse\x12\x37\n\x05\x62\x61tch\x18\x01 \x01(\x0b\x32&.preread.v1.RerankStreamResponse.BatchH\x00\x12;\n\x07summary\x18\x02 \x01(\x0b\x32(.preread.v1.RerankStreamResponse.SummaryH\x00\x1a,\n\x05\x42\x61tch\x12#\n\x07results\x18\x01 \x03(\x0b\x32\x12.preread.v1.Result\x1a\x85\x01\n\x07Summary\x12\r\n\x05model\x18\x01 \x01(\t\x12$\n\x07timings\x18\x02 \x01(\x0b\x32\x13.preread.v1.Timings\x12\x12\n\nnum_scored\x18\x03 \x01(\x05\x12\x18\n\x10num_query_tokens\x18\x04 \x01(\x05\x12\x17\n\x0fquery_truncated\x18\x05 \x01(\x08\x42\x07\n\x05\x65vent\"\x13\n\x11ListModelsRequest\"\xdf\x02\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x02 \x01(\t\x12\x12\n\ncheckpoint\x18\x03 \x01(\t\x12,\n\x07\x65ncoder\x18\x04 \x01(\x0b\x32\x1b.preread.v1.EncoderIdentity\x12\x1b\n\x13\x64\x65\x66\x61ult_instruction\x18\x05 \x01(\t\x12!\n\x19\x64\x65\x66\x61ult_compression_ratio\x18\x06 \x01(\x05\x12\x18\n\x10max_query_tokens\x18\x07 \x01(\x05\x12\x16\n\x0emax_candidates\x18\x08 \x01(\x05\x12\x19\n\x11max_message_bytes\x18\t \x01(\x03\x12\r\n\x05\x64type\x18\n \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x0b \x01(\t\x12\x19\n\x11\x65ncodes_on_demand\x18\x0c \x01(\x08\x12\x1a\n\x12max_passage_tokens\x18\r \x01(\x05\x12\x0e\n\x06notice\x18\x0e \x01(\t\";\n\x12ListModelsResponse\x12%\n\x06models\x18\x01 \x03(\x0b\x32\x15.preread.v1.ModelInfo\"\x18\n\x16ListCollectionsRequest\"J\n\x17ListCollectionsResponse\x12/\n\x0b\x63ollections\x18\x01 \x03(\x0b\x32\x1a.preread.v1.CollectionInfo2\xce\x02\n\rRerankService\x12?\n\x06Rerank\x12\x19.preread.v1.RerankRequest\x1a\x1a.preread.v1.RerankResponse\x12S\n\x0cRerankStream\x12\x1f.preread.v1.RerankStreamRequest\x1a .preread.v1.RerankStreamResponse0\x01\x12K\n\nListModels\x12\x1d.preread.v1.ListModelsRequest\x1a\x1e.preread.v1.ListModelsResponse\x12Z\n\x0fListCollections\x12\".preread.v1.ListCollectionsRequest\x1a#.preread.v1.ListCollectionsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17preread/v1/rerank.proto\x12\npreread.v1\x1a\x17preread/v1/common.proto\"O\n\tCandidate\x12\x17\n\npassage_id\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x11\n\x04text\x18\x02 \x01(\tH\x01\x88\x01\x01\x42\r\n\x0b_passage_idB\x07\n\x05_text\"0\n\x05Stage\x12\x19\n\x11\x63ompression_ratio\x18\x01 \x01(\x05\x12\x0c\n\x04keep\x18\x02 \x01(\x05\"\x88\x02\n\rRerankRequest\x12\r\n\x05query\x18\x01 \x01(\t\x12\x13\n\x0binstruction\x18\x02 \x01(\t\x12)\n\ncandidates\x18\x03 \x03(\x0b\x32\x15.preread.v1.Candidate\x12\x12\n\ncollection\x18\x04 \x01(\t\x12\r\n\x05top_n\x18\x05 \x01(\x05\x12\x19\n\x11\x63ompression_ratio\x18\x06 \x01(\x05\x12#\n\x07on_miss\x18\x07 \x01(\x0e\x32\x12.preread.v1.OnMiss\x12\x13\n\x0breturn_text\x18\x08 \x01(\x08\x12\r\n\x05model\x18\t \x01(\t\x12!\n\x06stages\x18\n \x03(\x0b\x32\x11.preread.v1.Stage\"Z\n\nStageScore\x12\x19\n\x11\x63ompression_ratio\x18\x01 \x01(\x05\x12\r\n\x05score\x18\x02 \x01(\x02\x12\x0e\n\x06margin\x18\x03 \x01(\x02\x12\x12\n\nnum_states\x18\x04 \x01(\x05\"\xad\x02\n\x06Result\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x12\n\npassage_id\x18\x02 \x01(\t\x12+\n\x06status\x18\x03 \x01(\x0e\x32\x1b.preread.v1.CandidateStatus\x12\x12\n\x05score\x18\x04 \x01(\x02H\x00\x88\x01\x01\x12\x13\n\x06margin\x18\x05 \x01(\x02H\x01\x88\x01\x01\x12\x11\n\x04text\x18\x06 \x01(\tH\x02\x88\x01\x01\x12\x0f\n\x07message\x18\x07 \x01(\t\x12\x12\n\nnum_states\x18\x08 \x01(\x05\x12\x19\n\x11\x63ompression_ratio\x18\t \x01(\x05\x12\x11\n\ttruncated\x18\n \x01(\x08\x12&\n\x06stages\x18\x0b \x03(\x0b\x32\x16.preread.v1.StageScoreB\x08\n\x06_scoreB\t\n\x07_marginB\x07\n\x05_text\"X\n\x08\x44\x65graded\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x19\n\x11\x63ompression_ratio\x18\x02 \x01(\x05\x12!\n\x06stages\x18\x03 \x03(\x0b\x32\x11.preread.v1.Stage\"\x7f\n\x07Timings\x12\x15\n\rfetch_seconds\x18\x01 \x01(\x01\x12\x16\n\x0e\x65ncode_seconds\x18\x02 \x01(\x01\x12\x15\n\rqueue_seconds\x18\x03 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x04 \x01(\x01\x12\x15\n\rtotal_seconds\x18\x05 \x01(\x01\"\xae\x02\n\x0eRerankResponse\x12#\n\x07results\x18\x01 \x03(\x0b\x32\x12.preread.v1.Result\x12\r\n\x05model\x18\x02 \x01(\t\x12$\n\x07timings\x18\x03 \x01(\x0b\x32\x13.preread.v1.Timings\x12\x12\n\nnum_scored\x18\x04 \x01(\x05\x12\x18\n\x10num_query_tokens\x18\x05 \x01(\x05\x12\x17\n\x0fquery_truncated\x18\x06 \x01(\x08\x12\x19\n\x11\x63ompression_ratio\x18\x07 \x01(\x05\x12!\n\x06stages\x18\x08 \x03(\x0b\x32\x11.preread.v1.Stage\x12\x15\n\rstopped_early\x18\t \x01(\x08\x12&\n\x08\x64\x65graded\x18\n \x01(\x0b\x32\x14.preread.v1.Degraded\"A\n\x13RerankStreamRequest\x12*\n\x07request\x18\x01 \x01(\x0b\x32\x19.preread.v1.RerankRequest\"\xc8\x03\n\x14RerankStreamResponse\x12\x37\n\x05\x62\x61tch\x18\x01 \x01(\x0b\x32&.preread.v1.RerankStreamResponse.BatchH\x00\x12;\n\x07summary\x18\x02 \x01(\x0b\x32(.preread.v1.RerankStreamResponse.SummaryH\x00\x1a,\n\x05\x42\x61tch\x12#\n\x07results\x18\x01 \x03(\x0b\x32\x12.preread.v1.Result\x1a\x82\x02\n\x07Summary\x12\r\n\x05model\x18\x01 \x01(\t\x12$\n\x07timings\x18\x02 \x01(\x0b\x32\x13.preread.v1.Timings\x12\x12\n\nnum_scored\x18\x03 \x01(\x05\x12\x18\n\x10num_query_tokens\x18\x04 \x01(\x05\x12\x17\n\x0fquery_truncated\x18\x05 \x01(\x08\x12\x19\n\x11\x63ompression_ratio\x18\x06 \x01(\x05\x12!\n\x06stages\x18\x07 \x03(\x0b\x32\x11.preread.v1.Stage\x12\x15\n\rstopped_early\x18\x08 \x01(\x08\x12&\n\x08\x64\x65graded\x18\t \x01(\x0b\x32\x14.preread.v1.DegradedB\x07\n\x05\x65vent\"\x13\n\x11ListModelsRequest\"\xdf\x02\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x02 \x01(\t\x12\x12\n\ncheckpoint\x18\x03 \x01(\t\x12,\n\x07\x65ncoder\x18\x04 \x01(\x0b\x32\x1b.preread.v1.EncoderIdentity\x12\x1b\n\x13\x64\x65\x66\x61ult_instruction\x18\x05 \x01(\t\x12!\n\x19\x64\x65\x66\x61ult_compression_ratio\x18\x06 \x01(\x05\x12\x18\n\x10max_query_tokens\x18\x07 \x01(\x05\x12\x16\n\x0emax_candidates\x18\x08 \x01(\x05\x12\x19\n\x11max_message_bytes\x18\t \x01(\x03\x12\r\n\x05\x64type\x18\n \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x0b \x01(\t\x12\x19\n\x11\x65ncodes_on_demand\x18\x0c \x01(\x08\x12\x1a\n\x12max_passage_tokens\x18\r \x01(\x05\x12\x0e\n\x06notice\x18\x0e \x01(\t\";\n\x12ListModelsResponse\x12%\n\x06models\x18\x01 \x03(\x0b\x32\x15.preread.v1.ModelInfo\"\x18\n\x16ListCollectionsRequest\"J\n\x17ListCollectionsResponse\x12/\n\x0b\x63ollections\x18\x01 \x03(\x0b\x32\x1a.preread.v1.CollectionInfo2\xce\x02\n\rRerankService\x12?\n\x06Rerank\x12\x19.preread.v1.RerankRequest\x1a\x1a.preread.v1.RerankResponse\x12S\n\x0cRerankStream\x12\x1f.preread.v1.RerankStreamRequest\x1a .preread.v1.RerankStreamResponse0\x01\x12K\n\nListModels\x12\x1d.preread.v1.ListModelsRequest\x1a\x1e.preread.v1.ListModelsResponse\x12Z\n\x0fListCollections\x12\".preread.v1.ListCollectionsRequest\x1a#.preread.v1.ListCollectionsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,32 +34,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CANDIDATE']._serialized_start=64
   _globals['_CANDIDATE']._serialized_end=143
-  _globals['_RERANKREQUEST']._serialized_start=146
-  _globals['_RERANKREQUEST']._serialized_end=375
-  _globals['_RESULT']._serialized_start=378
-  _globals['_RESULT']._serialized_end=639
-  _globals['_TIMINGS']._serialized_start=641
-  _globals['_TIMINGS']._serialized_end=768
-  _globals['_RERANKRESPONSE']._serialized_start=771
-  _globals['_RERANKRESPONSE']._serialized_end=948
-  _globals['_RERANKSTREAMREQUEST']._serialized_start=950
-  _globals['_RERANKSTREAMREQUEST']._serialized_end=1015
-  _globals['_RERANKSTREAMRESPONSE']._serialized_start=1018
-  _globals['_RERANKSTREAMRESPONSE']._serialized_end=1349
-  _globals['_RERANKSTREAMRESPONSE_BATCH']._serialized_start=1160
-  _globals['_RERANKSTREAMRESPONSE_BATCH']._serialized_end=1204
-  _globals['_RERANKSTREAMRESPONSE_SUMMARY']._serialized_start=1207
-  _globals['_RERANKSTREAMRESPONSE_SUMMARY']._serialized_end=1340
-  _globals['_LISTMODELSREQUEST']._serialized_start=1351
-  _globals['_LISTMODELSREQUEST']._serialized_end=1370
-  _globals['_MODELINFO']._serialized_start=1373
-  _globals['_MODELINFO']._serialized_end=1724
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1726
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1785
-  _globals['_LISTCOLLECTIONSREQUEST']._serialized_start=1787
-  _globals['_LISTCOLLECTIONSREQUEST']._serialized_end=1811
-  _globals['_LISTCOLLECTIONSRESPONSE']._serialized_start=1813
-  _globals['_LISTCOLLECTIONSRESPONSE']._serialized_end=1887
-  _globals['_RERANKSERVICE']._serialized_start=1890
-  _globals['_RERANKSERVICE']._serialized_end=2224
+  _globals['_STAGE']._serialized_start=145
+  _globals['_STAGE']._serialized_end=193
+  _globals['_RERANKREQUEST']._serialized_start=196
+  _globals['_RERANKREQUEST']._serialized_end=460
+  _globals['_STAGESCORE']._serialized_start=462
+  _globals['_STAGESCORE']._serialized_end=552
+  _globals['_RESULT']._serialized_start=555
+  _globals['_RESULT']._serialized_end=856
+  _globals['_DEGRADED']._serialized_start=858
+  _globals['_DEGRADED']._serialized_end=946
+  _globals['_TIMINGS']._serialized_start=948
+  _globals['_TIMINGS']._serialized_end=1075
+  _globals['_RERANKRESPONSE']._serialized_start=1078
+  _globals['_RERANKRESPONSE']._serialized_end=1380
+  _globals['_RERANKSTREAMREQUEST']._serialized_start=1382
+  _globals['_RERANKSTREAMREQUEST']._serialized_end=1447
+  _globals['_RERANKSTREAMRESPONSE']._serialized_start=1450
+  _globals['_RERANKSTREAMRESPONSE']._serialized_end=1906
+  _globals['_RERANKSTREAMRESPONSE_BATCH']._serialized_start=1592
+  _globals['_RERANKSTREAMRESPONSE_BATCH']._serialized_end=1636
+  _globals['_RERANKSTREAMRESPONSE_SUMMARY']._serialized_start=1639
+  _globals['_RERANKSTREAMRESPONSE_SUMMARY']._serialized_end=1897
+  _globals['_LISTMODELSREQUEST']._serialized_start=1908
+  _globals['_LISTMODELSREQUEST']._serialized_end=1927
+  _globals['_MODELINFO']._serialized_start=1930
+  _globals['_MODELINFO']._serialized_end=2281
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2283
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2342
+  _globals['_LISTCOLLECTIONSREQUEST']._serialized_start=2344
+  _globals['_LISTCOLLECTIONSREQUEST']._serialized_end=2368
+  _globals['_LISTCOLLECTIONSRESPONSE']._serialized_start=2370
+  _globals['_LISTCOLLECTIONSRESPONSE']._serialized_end=2444
+  _globals['_RERANKSERVICE']._serialized_start=2447
+  _globals['_RERANKSERVICE']._serialized_end=2781
 # @@protoc_insertion_point(module_scope)

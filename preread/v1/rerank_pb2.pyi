@@ -15,8 +15,16 @@ class Candidate(_message.Message):
     text: str
     def __init__(self, passage_id: _Optional[str] = ..., text: _Optional[str] = ...) -> None: ...
 
+class Stage(_message.Message):
+    __slots__ = ("compression_ratio", "keep")
+    COMPRESSION_RATIO_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
+    compression_ratio: int
+    keep: int
+    def __init__(self, compression_ratio: _Optional[int] = ..., keep: _Optional[int] = ...) -> None: ...
+
 class RerankRequest(_message.Message):
-    __slots__ = ("query", "instruction", "candidates", "collection", "top_n", "compression_ratio", "on_miss", "return_text", "model")
+    __slots__ = ("query", "instruction", "candidates", "collection", "top_n", "compression_ratio", "on_miss", "return_text", "model", "stages")
     QUERY_FIELD_NUMBER: _ClassVar[int]
     INSTRUCTION_FIELD_NUMBER: _ClassVar[int]
     CANDIDATES_FIELD_NUMBER: _ClassVar[int]
@@ -26,6 +34,7 @@ class RerankRequest(_message.Message):
     ON_MISS_FIELD_NUMBER: _ClassVar[int]
     RETURN_TEXT_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    STAGES_FIELD_NUMBER: _ClassVar[int]
     query: str
     instruction: str
     candidates: _containers.RepeatedCompositeFieldContainer[Candidate]
@@ -35,10 +44,23 @@ class RerankRequest(_message.Message):
     on_miss: _common_pb2.OnMiss
     return_text: bool
     model: str
-    def __init__(self, query: _Optional[str] = ..., instruction: _Optional[str] = ..., candidates: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ..., collection: _Optional[str] = ..., top_n: _Optional[int] = ..., compression_ratio: _Optional[int] = ..., on_miss: _Optional[_Union[_common_pb2.OnMiss, str]] = ..., return_text: _Optional[bool] = ..., model: _Optional[str] = ...) -> None: ...
+    stages: _containers.RepeatedCompositeFieldContainer[Stage]
+    def __init__(self, query: _Optional[str] = ..., instruction: _Optional[str] = ..., candidates: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ..., collection: _Optional[str] = ..., top_n: _Optional[int] = ..., compression_ratio: _Optional[int] = ..., on_miss: _Optional[_Union[_common_pb2.OnMiss, str]] = ..., return_text: _Optional[bool] = ..., model: _Optional[str] = ..., stages: _Optional[_Iterable[_Union[Stage, _Mapping]]] = ...) -> None: ...
+
+class StageScore(_message.Message):
+    __slots__ = ("compression_ratio", "score", "margin", "num_states")
+    COMPRESSION_RATIO_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    MARGIN_FIELD_NUMBER: _ClassVar[int]
+    NUM_STATES_FIELD_NUMBER: _ClassVar[int]
+    compression_ratio: int
+    score: float
+    margin: float
+    num_states: int
+    def __init__(self, compression_ratio: _Optional[int] = ..., score: _Optional[float] = ..., margin: _Optional[float] = ..., num_states: _Optional[int] = ...) -> None: ...
 
 class Result(_message.Message):
-    __slots__ = ("index", "passage_id", "status", "score", "margin", "text", "message", "num_states", "compression_ratio", "truncated")
+    __slots__ = ("index", "passage_id", "status", "score", "margin", "text", "message", "num_states", "compression_ratio", "truncated", "stages")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     PASSAGE_ID_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
@@ -49,6 +71,7 @@ class Result(_message.Message):
     NUM_STATES_FIELD_NUMBER: _ClassVar[int]
     COMPRESSION_RATIO_FIELD_NUMBER: _ClassVar[int]
     TRUNCATED_FIELD_NUMBER: _ClassVar[int]
+    STAGES_FIELD_NUMBER: _ClassVar[int]
     index: int
     passage_id: str
     status: _common_pb2.CandidateStatus
@@ -59,7 +82,18 @@ class Result(_message.Message):
     num_states: int
     compression_ratio: int
     truncated: bool
-    def __init__(self, index: _Optional[int] = ..., passage_id: _Optional[str] = ..., status: _Optional[_Union[_common_pb2.CandidateStatus, str]] = ..., score: _Optional[float] = ..., margin: _Optional[float] = ..., text: _Optional[str] = ..., message: _Optional[str] = ..., num_states: _Optional[int] = ..., compression_ratio: _Optional[int] = ..., truncated: _Optional[bool] = ...) -> None: ...
+    stages: _containers.RepeatedCompositeFieldContainer[StageScore]
+    def __init__(self, index: _Optional[int] = ..., passage_id: _Optional[str] = ..., status: _Optional[_Union[_common_pb2.CandidateStatus, str]] = ..., score: _Optional[float] = ..., margin: _Optional[float] = ..., text: _Optional[str] = ..., message: _Optional[str] = ..., num_states: _Optional[int] = ..., compression_ratio: _Optional[int] = ..., truncated: _Optional[bool] = ..., stages: _Optional[_Iterable[_Union[StageScore, _Mapping]]] = ...) -> None: ...
+
+class Degraded(_message.Message):
+    __slots__ = ("reason", "compression_ratio", "stages")
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    COMPRESSION_RATIO_FIELD_NUMBER: _ClassVar[int]
+    STAGES_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    compression_ratio: int
+    stages: _containers.RepeatedCompositeFieldContainer[Stage]
+    def __init__(self, reason: _Optional[str] = ..., compression_ratio: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[Stage, _Mapping]]] = ...) -> None: ...
 
 class Timings(_message.Message):
     __slots__ = ("fetch_seconds", "encode_seconds", "queue_seconds", "compute_seconds", "total_seconds")
@@ -76,20 +110,28 @@ class Timings(_message.Message):
     def __init__(self, fetch_seconds: _Optional[float] = ..., encode_seconds: _Optional[float] = ..., queue_seconds: _Optional[float] = ..., compute_seconds: _Optional[float] = ..., total_seconds: _Optional[float] = ...) -> None: ...
 
 class RerankResponse(_message.Message):
-    __slots__ = ("results", "model", "timings", "num_scored", "num_query_tokens", "query_truncated")
+    __slots__ = ("results", "model", "timings", "num_scored", "num_query_tokens", "query_truncated", "compression_ratio", "stages", "stopped_early", "degraded")
     RESULTS_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     NUM_SCORED_FIELD_NUMBER: _ClassVar[int]
     NUM_QUERY_TOKENS_FIELD_NUMBER: _ClassVar[int]
     QUERY_TRUNCATED_FIELD_NUMBER: _ClassVar[int]
+    COMPRESSION_RATIO_FIELD_NUMBER: _ClassVar[int]
+    STAGES_FIELD_NUMBER: _ClassVar[int]
+    STOPPED_EARLY_FIELD_NUMBER: _ClassVar[int]
+    DEGRADED_FIELD_NUMBER: _ClassVar[int]
     results: _containers.RepeatedCompositeFieldContainer[Result]
     model: str
     timings: Timings
     num_scored: int
     num_query_tokens: int
     query_truncated: bool
-    def __init__(self, results: _Optional[_Iterable[_Union[Result, _Mapping]]] = ..., model: _Optional[str] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., num_scored: _Optional[int] = ..., num_query_tokens: _Optional[int] = ..., query_truncated: _Optional[bool] = ...) -> None: ...
+    compression_ratio: int
+    stages: _containers.RepeatedCompositeFieldContainer[Stage]
+    stopped_early: bool
+    degraded: Degraded
+    def __init__(self, results: _Optional[_Iterable[_Union[Result, _Mapping]]] = ..., model: _Optional[str] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., num_scored: _Optional[int] = ..., num_query_tokens: _Optional[int] = ..., query_truncated: _Optional[bool] = ..., compression_ratio: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[Stage, _Mapping]]] = ..., stopped_early: _Optional[bool] = ..., degraded: _Optional[_Union[Degraded, _Mapping]] = ...) -> None: ...
 
 class RerankStreamRequest(_message.Message):
     __slots__ = ("request",)
@@ -105,18 +147,26 @@ class RerankStreamResponse(_message.Message):
         results: _containers.RepeatedCompositeFieldContainer[Result]
         def __init__(self, results: _Optional[_Iterable[_Union[Result, _Mapping]]] = ...) -> None: ...
     class Summary(_message.Message):
-        __slots__ = ("model", "timings", "num_scored", "num_query_tokens", "query_truncated")
+        __slots__ = ("model", "timings", "num_scored", "num_query_tokens", "query_truncated", "compression_ratio", "stages", "stopped_early", "degraded")
         MODEL_FIELD_NUMBER: _ClassVar[int]
         TIMINGS_FIELD_NUMBER: _ClassVar[int]
         NUM_SCORED_FIELD_NUMBER: _ClassVar[int]
         NUM_QUERY_TOKENS_FIELD_NUMBER: _ClassVar[int]
         QUERY_TRUNCATED_FIELD_NUMBER: _ClassVar[int]
+        COMPRESSION_RATIO_FIELD_NUMBER: _ClassVar[int]
+        STAGES_FIELD_NUMBER: _ClassVar[int]
+        STOPPED_EARLY_FIELD_NUMBER: _ClassVar[int]
+        DEGRADED_FIELD_NUMBER: _ClassVar[int]
         model: str
         timings: Timings
         num_scored: int
         num_query_tokens: int
         query_truncated: bool
-        def __init__(self, model: _Optional[str] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., num_scored: _Optional[int] = ..., num_query_tokens: _Optional[int] = ..., query_truncated: _Optional[bool] = ...) -> None: ...
+        compression_ratio: int
+        stages: _containers.RepeatedCompositeFieldContainer[Stage]
+        stopped_early: bool
+        degraded: Degraded
+        def __init__(self, model: _Optional[str] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., num_scored: _Optional[int] = ..., num_query_tokens: _Optional[int] = ..., query_truncated: _Optional[bool] = ..., compression_ratio: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[Stage, _Mapping]]] = ..., stopped_early: _Optional[bool] = ..., degraded: _Optional[_Union[Degraded, _Mapping]] = ...) -> None: ...
     BATCH_FIELD_NUMBER: _ClassVar[int]
     SUMMARY_FIELD_NUMBER: _ClassVar[int]
     batch: RerankStreamResponse.Batch

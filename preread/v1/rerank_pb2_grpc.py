@@ -70,7 +70,8 @@ class RerankServiceServicer:
 
     def RerankStream(self, request, context):
         """Same request; answers with scored batches as they finish, in no particular
-        order, then one final message with the summary.
+        order, then one final message with the summary. In a cascade a candidate
+        comes once, when no further stage will read it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -37,7 +37,8 @@ class RerankServiceStub:
     """Scores every candidate and answers with the best first."""
     RerankStream: _grpc.UnaryStreamMultiCallable[_rerank_pb2.RerankStreamRequest, _rerank_pb2.RerankStreamResponse]
     """Same request; answers with scored batches as they finish, in no particular
-    order, then one final message with the summary.
+    order, then one final message with the summary. In a cascade a candidate
+    comes once, when no further stage will read it.
     """
     ListModels: _grpc.UnaryUnaryMultiCallable[_rerank_pb2.ListModelsRequest, _rerank_pb2.ListModelsResponse]
     """The models served here and their limits."""
@@ -53,7 +54,8 @@ class RerankServiceAsyncStub(RerankServiceStub):
     """Scores every candidate and answers with the best first."""
     RerankStream: _aio.UnaryStreamMultiCallable[_rerank_pb2.RerankStreamRequest, _rerank_pb2.RerankStreamResponse]  # type: ignore[assignment]
     """Same request; answers with scored batches as they finish, in no particular
-    order, then one final message with the summary.
+    order, then one final message with the summary. In a cascade a candidate
+    comes once, when no further stage will read it.
     """
     ListModels: _aio.UnaryUnaryMultiCallable[_rerank_pb2.ListModelsRequest, _rerank_pb2.ListModelsResponse]  # type: ignore[assignment]
     """The models served here and their limits."""
@@ -78,7 +80,8 @@ class RerankServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_rerank_pb2.RerankStreamResponse], _abc.AsyncIterator[_rerank_pb2.RerankStreamResponse]]:
         """Same request; answers with scored batches as they finish, in no particular
-        order, then one final message with the summary.
+        order, then one final message with the summary. In a cascade a candidate
+        comes once, when no further stage will read it.
         """
 
     @_abc_1.abstractmethod
