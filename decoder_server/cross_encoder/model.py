@@ -26,11 +26,18 @@ class CrossEncoder:
     name = "cross_encoder"
 
     def __init__(
-        self, reader: PairReader, runner: Runner, profile: Profile, *, model: str, fingerprint: Callable[[], str]
+        self,
+        reader: PairReader,
+        runner: Runner,
+        profile: Profile,
+        *,
+        model: str,
+        runtime: str,
+        fingerprint: Callable[[], str],
     ) -> None:
         self.profile = profile
         self.model = model  # as it was opened
-        self.runtime = "torch"
+        self.runtime = runtime  # torch, onnx or onnx-int8
         self._reader, self._runner, self._fingerprint = reader, runner, fingerprint
 
     @property

@@ -19,11 +19,12 @@ from decoder_server.cross_encoder.choosing import (
 )
 from decoder_server.cross_encoder.model import CrossEncoder
 from decoder_server.cross_encoder.profiles import Profile
+from decoder_server.cross_encoder.runner import Runner
 from decoder_server.cross_encoder.source import Source
 from decoder_server.cross_encoder.torch_loading import load_torch
 
 log = logging.getLogger(__name__)
-RUNTIMES = ("torch",)
+RUNTIMES = ("torch", "onnx", "onnx-int8")
 
 
 def open_cross_encoder(
@@ -36,6 +37,7 @@ def open_cross_encoder(
     revision: str | None = None,
     max_tokens: int | None = None,
     trust_remote_code: bool = False,
+    cache_dir: Path | None = None,
 ) -> CrossEncoder:
     """Loads a reranker that reads query and passage together.
 
@@ -43,10 +45,12 @@ def open_cross_encoder(
         name: directory or hub id.
         device: auto, cpu or cuda[:N]; None is auto.
         dtype: auto, float32 or bfloat16; None is auto.
+        runtime: torch, or onnx (float32) or onnx-int8 with ONNX Runtime on the CPU.
         profile: a model id whose recipe to use, a TOML file, `generic`, or a Profile; None: by exact id, by the
             checkpoint's own file, or from its configuration.
         max_tokens: a lower or higher limit than the profile's.
         trust_remote_code: run Python that comes with the checkpoint; never without being told to.
+        cache_dir: where ONNX graphs are kept; None: ~/.cache/preread/onnx.
 
     Raises:
         CheckpointError: files that cannot be served, with the reason.
@@ -55,6 +59,14 @@ def open_cross_encoder(
     name = str(name)
     if runtime not in RUNTIMES:
         raise ValueError(f"runtime is {runtime!r}; expected {' or '.join(RUNTIMES)}")
+    if runtime != "torch":
+        if device not in (None, "auto", "cpu"):
+            raise ValueError(f"device is {device!r}; the runtime {runtime!r} computes on the CPU")
+        if dtype not in (None, "auto", "float32"):
+            raise ValueError(
+                f"dtype is {dtype!r}; the runtime {runtime!r} computes in float32 around its int8 products"
+            )
+        device, dtype = "cpu", "float32"
     where = choose_device(device)
     number_format = choose_dtype(dtype, where)
     if number_format is torch.bfloat16 and where.type == "cpu" and not cpu_multiplies_bfloat16():
@@ -68,8 +80,16 @@ def open_cross_encoder(
         _check_allowed(name, chosen, trust_remote_code)
     check_architecture(chosen, raw, name)
     source = Source.open(directory, raw, limited(chosen, raw, max_tokens), trust_remote_code=trust_remote_code)
-    runner = load_torch(source, where, number_format)
-    model = CrossEncoder(source.reader, runner, source.profile, model=name, fingerprint=source.fingerprint)
+    runner: Runner
+    if runtime == "torch":
+        runner = load_torch(source, where, number_format)
+    else:
+        from decoder_server.cross_encoder.onnx_cache import load_onnx  # an extra
+
+        runner = load_onnx(source, quantized=runtime == "onnx-int8", cache_dir=cache_dir)
+    model = CrossEncoder(
+        source.reader, runner, source.profile, model=name, runtime=runtime, fingerprint=source.fingerprint
+    )
     if model.license_notice:
         log.log(logging.WARNING if chosen.restricted else logging.INFO, "%s", model.license_notice)
     return model

@@ -25,7 +25,7 @@ def load_config(directory: Path, *, trust_remote_code: bool) -> Any:
         return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as exc:  # strict config classes and remote code raise several unrelated types
         raise CheckpointError(
-            f"{directory / 'config.json'}: cannot be read as a configuration ({_short(exc)})"
+            f"{directory / 'config.json'}: cannot be read as a configuration ({one_line(exc)})"
         ) from exc
 
 
@@ -52,7 +52,7 @@ def load_transformer(
                 output_loading_info=True,
             )
     except Exception as exc:  # shapes, files, remote code: unrelated types, one meaning
-        raise CheckpointError(f"{directory}: the model cannot be loaded ({_short(exc)})") from exc
+        raise CheckpointError(f"{directory}: the model cannot be loaded ({one_line(exc)})") from exc
     missing = sorted(info["missing_keys"]) + sorted(str(key[0]) for key in info["mismatched_keys"])
     if missing:
         shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
@@ -92,7 +92,7 @@ def quiet() -> Iterator[None]:
             talk.enable_progress_bar()
 
 
-def _short(exc: Exception) -> str:
+def one_line(exc: Exception) -> str:
     """The first line of a message that may be pages long."""
     lines = str(exc).strip().splitlines()
     return f"{type(exc).__name__}: {lines[0][:300]}" if lines else type(exc).__name__

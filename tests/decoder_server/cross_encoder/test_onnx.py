@@ -1,0 +1,116 @@
+"""ONNX graphs score like torch, int8 stays near, and a graph is made once for its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from checkpoint.errors import CheckpointError
+from checkpoint.files import read_json
+from decoder_server.cross_encoder import open_cross_encoder
+from decoder_server.cross_encoder.profiles import builtin_profiles
+from decoder_server.cross_encoder.source import Source
+
+onnx = pytest.importorskip("onnx", reason="the extra `onnx` is not installed")
+onnx_cache = pytest.importorskip("decoder_server.cross_encoder.onnx_cache")
+
+Tiny = Callable[..., Path]
+QWEN, BGE = "Qwen/Qwen3-Reranker-0.6B", "BAAI/bge-reranker-v2-m3"
+TEXTS = [
+    ("What is the capital of China?", None, "The capital of China is Beijing."),
+    ("gravity", None, "Gravity attracts bodies toward one another. " * 9),
+    ("수도는 어디인가?", None, "서울이다."),
+]
+
+
+@pytest.mark.slow
+def test_a_graph_scores_like_torch_and_is_made_once(tiny: Tiny, tmp_path: Path) -> None:
+    directory, profile = tiny("Qwen3ForCausalLM"), QWEN
+    expected = open_cross_encoder(directory, profile=profile, dtype="float32").score_texts(TEXTS)
+    model = open_cross_encoder(directory, profile=profile, runtime="onnx", cache_dir=tmp_path)
+    assert (model.runtime, model.dtype_name, model.device_name) == ("onnx", "float32", "cpu")
+    np.testing.assert_allclose(model.score_pairs(model.pairs(TEXTS)), expected, atol=3e-5)
+    (made,) = tmp_path.iterdir()
+    before = (made / "model.onnx").stat()
+    again = open_cross_encoder(directory, profile=profile, runtime="onnx", cache_dir=tmp_path)
+    np.testing.assert_array_equal(again.score_texts(TEXTS), model.score_texts(TEXTS))
+    assert (made / "model.onnx").stat().st_ino == before.st_ino
+    assert [path.name for path in tmp_path.iterdir()] == [made.name]
+
+
+@pytest.mark.slow
+def test_int8_leaves_head_and_second_layers_in_float(tiny: Tiny, tmp_path: Path) -> None:
+    directory = tiny("XLMRobertaForSequenceClassification")
+    exact = open_cross_encoder(directory, profile=BGE, dtype="float32")
+    model = open_cross_encoder(directory, profile=BGE, runtime="onnx-int8", cache_dir=tmp_path)
+    assert model.dtype_name == "int8"
+    margins = model.score_texts(TEXTS)
+    np.testing.assert_allclose(margins, exact.score_texts(TEXTS), atol=0.1)
+    assert not np.array_equal(margins, exact.score_texts(TEXTS))
+    # Batch-mates change nothing at all.
+    np.testing.assert_array_equal(model.score_pairs(model.pairs(TEXTS)), margins)
+    np.testing.assert_array_equal(np.concatenate([model.score_texts([text]) for text in TEXTS]), margins)
+    (made,) = tmp_path.iterdir()
+    counts: dict[str, int] = {}
+    for node in onnx.load(str(made / "model.onnx"), load_external_data=False).graph.node:
+        counts[node.op_type] = counts.get(node.op_type, 0) + 1
+    # Per layer: query, key, value, attention output and the first feed-forward layer in int8; the second in float,
+    # as are attention's two own products and the head's two.
+    assert counts["MatMulInteger"] == 5 * 2
+    assert counts["MatMul"] == (1 + 2) * 2 + 2
+    assert json.loads((made / "made-of.json").read_text())["products_in_float"] == 2 + 2
+
+
+def source(directory: Path, profile: str) -> Source:
+    raw = read_json(directory / "config.json")
+    return Source.open(directory, raw, builtin_profiles()[profile], trust_remote_code=False)
+
+
+def test_other_weights_or_another_profile_are_another_graph(tiny: Tiny, tmp_path: Path) -> None:
+    directory = tiny("Qwen3ForCausalLM")
+    moved = Path(shutil.copytree(directory, tmp_path / "moved"))
+    retrained = tiny("Qwen3ForCausalLM", seed=1)
+    for name in ("tokenizer.json", "config.json"):
+        shutil.copy(directory / name, retrained)
+    first = onnx_cache.ingredients(source(directory, QWEN), quantized=False)
+    assert onnx_cache.ingredients(source(moved, QWEN), quantized=False) == first
+    others = [
+        onnx_cache.ingredients(source(retrained, QWEN), quantized=False),
+        onnx_cache.ingredients(source(directory, "zeroentropy/zerank-1-small"), quantized=False),
+        onnx_cache.ingredients(source(directory, QWEN), quantized=True),
+    ]
+    assert len({onnx_cache.key(made_of) for made_of in (first, *others)}) == 4
+    assert {"torch", "transformers", "onnx", "onnxruntime"} <= first.keys()
+
+
+def test_a_damaged_graph_is_made_anew_or_told(tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    directory = tiny("Qwen3ForCausalLM")
+    made_of = onnx_cache.ingredients(source(directory, QWEN), quantized=False)
+    damaged = tmp_path / onnx_cache.key(made_of)
+    damaged.mkdir()
+    (damaged / "model.onnx").write_bytes(b"not a graph")
+    with pytest.raises(CheckpointError, match="onnxruntime cannot load the graph"):
+        onnx_cache.open_graph(source(directory, QWEN), damaged, quantized=False)
+
+
+def test_what_the_onnx_runtimes_do_not_do_is_said(tiny: Tiny) -> None:
+    directory = tiny("Qwen3ForCausalLM")
+    with pytest.raises(ValueError, match="device is 'cuda'; the runtime 'onnx' computes on the CPU"):
+        open_cross_encoder(directory, profile=QWEN, runtime="onnx", device="cuda")
+    with pytest.raises(ValueError, match="dtype is 'bfloat16'; the runtime 'onnx-int8' computes in float32"):
+        open_cross_encoder(directory, profile=QWEN, runtime="onnx-int8", dtype="bfloat16")
+    profile = dataclasses.replace(builtin_profiles()["jinaai/jina-reranker-v3"], max_passage_tokens=64)
+    with pytest.raises(ValueError, match="a listwise model runs in the torch runtime only"):
+        open_cross_encoder(tiny("JinaForRanking"), profile=profile, runtime="onnx")
+
+
+def test_a_place_that_cannot_be_written_is_named(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="graphs cannot be kept there"):
+        open_cross_encoder(tiny("Qwen3ForCausalLM"), profile=QWEN, runtime="onnx", cache_dir=tmp_path / "file" / "x")
