@@ -16,7 +16,7 @@ from checkpoint import CheckpointError
 from decoder_server.model_config import ModelConfig
 
 if TYPE_CHECKING:
-    from decoder_server.cross_encoder.model import CrossEncoder, TextPair
+    from decoder_server.cross_encoder import CrossEncoder, TextPair
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,11 @@ its logits, with the head's nodes left in float32.
 from __future__ import annotations
 
 import ast
+import contextlib
 import logging
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,16 +148,14 @@ def _stays_float(module: str) -> bool:
     return second or (module != "" and not _LAYER.search(module))
 
 
-class _quiet(warnings.catch_warnings):  # noqa: N801 - used as a function
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
     """The exporter's and the quantizer's warnings are advice to their own developers."""
-
-    def __enter__(self) -> Any:
-        entered = super().__enter__()
-        warnings.simplefilter("ignore")
-        self._level = logging.root.manager.disable
-        logging.disable(logging.WARNING)
-        return entered
-
-    def __exit__(self, *exc: object) -> None:
-        logging.disable(self._level)
-        super().__exit__(*exc)
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
