@@ -64,6 +64,8 @@ def test_a_person_ranks_with_the_keyboard(running: Any, browser: Any) -> None:
             WebDriverWait(browser, 30).until(lambda b: b.find_elements(By.CSS_SELECTOR, "#results li"))
             cards = browser.find_elements(By.CSS_SELECTOR, "#results li")
             assert len(cards) == 4
+            places = browser.find_elements(By.CSS_SELECTOR, "#overview a")
+            assert [place.get_attribute("hash") for place in places] == [f"#place-{i}" for i in range(1, 5)]
             for card in cards:
                 ratios = [cell.text for cell in card.find_elements(By.CSS_SELECTOR, "tr:first-child td")]
                 assert ratios == ["1", "2", "4", "8", "16", "32"]
@@ -73,4 +75,55 @@ def test_a_person_ranks_with_the_keyboard(running: Any, browser: Any) -> None:
             shot = browser.get_screenshot_as_file(str(path))
             assert shot
             print(f"screenshot: {path}")  # noqa: T201 - where the artefact lies
+    assert not [line for line in browser.get_log("browser") if line["level"] == "SEVERE"]
+
+
+@pytest.mark.slow
+def test_a_person_picks_a_collection_with_the_keyboard(running: Any, browser: Any) -> None:
+    """Nothing but keys, in the order that Tab gives; what is offered is what the collection is stored at."""
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.ui import Select, WebDriverWait
+
+    texts = ["The sky is blue because air scatters short waves.", "<b>Grass</b> is green.", "Paris is in France."]
+    passages = [{"id": f"p{i}", "text": text} for i, text in enumerate(texts)]
+    stored = running.post("/v1/collections/picked/passages", {"passages": passages, "compression_ratio": 4})
+    assert stored.json()["num_stored"] == 3, stored.text
+    browser.get(running.url)
+    named = "option[value='picked']"
+    WebDriverWait(browser, 30).until(lambda b: b.find_elements(By.CSS_SELECTOR, named))
+
+    def press(*keys: str) -> None:
+        ActionChains(browser).send_keys(*keys).perform()
+
+    def focused() -> str:
+        return str(browser.execute_script("return document.activeElement.id || document.activeElement.tagName"))
+
+    order = []
+    for _ in range(6):
+        press(Keys.TAB)
+        order.append(focused())
+        if order[-1] == "collection":
+            break
+    assert order == ["query", "SUMMARY", "collection"]
+    press("picked")
+    WebDriverWait(browser, 10).until(lambda b: b.find_element(By.ID, "wanted").is_displayed())
+    assert not browser.find_element(By.ID, "passages").is_displayed()
+    assert [one.text for one in Select(browser.find_element(By.ID, "ratio")).options] == ["4", "8", "16", "32"]
+    press(Keys.TAB)
+    assert focused() == "wanted"
+    press("p1 p0")
+    ActionChains(browser).key_down(Keys.CONTROL).send_keys(Keys.ENTER).key_up(Keys.CONTROL).perform()
+    WebDriverWait(browser, 30).until(lambda b: b.find_elements(By.CSS_SELECTOR, "#results li"))
+    cards = browser.find_elements(By.CSS_SELECTOR, "#results li")
+    assert {card.find_element(By.CSS_SELECTOR, ".id").text for card in cards} == {"p0", "p1"}
+    assert {card.find_element(By.CSS_SELECTOR, ".status").text for card in cards} == {"cached"}
+    assert {card.find_element(By.CSS_SELECTOR, ".text").text for card in cards} == {texts[0], texts[1]}
+    rows = [line.text.split() for line in browser.find_elements(By.CSS_SELECTOR, "#overview tr")]
+    assert rows[0] == ["ratio", "4", "8", "16", "32"]
+    assert [len(line) for line in rows[1:]] == [6, 6]
+    path = ARTEFACTS / "page-collection.png"
+    ARTEFACTS.mkdir(exist_ok=True)
+    assert browser.get_screenshot_as_file(str(path))
     assert not [line for line in browser.get_log("browser") if line["level"] == "SEVERE"]

@@ -3,6 +3,7 @@
 const $ = (id) => document.getElementById(id);
 const RATIOS = [1, 2, 4, 8, 16, 32];
 const FIRST = 8; // of a collection
+const STATUS = { hit: "cached", encoded: "encoded now", too_long: "too long" };
 const stored = new Map([["", 1]]); // ratio of every collection; texts are encoded at 1
 
 function make(tag, className, text) {
@@ -39,11 +40,17 @@ function sourceChanged() {
 
 async function learn() {
   try {
-    const model = (await call("/v1/models")).data[0];
-    if (model) $("model").textContent = `${model.id}, ${model.dtype} on ${model.device}`;
+    const models = (await call("/v1/models")).data.filter((one) => one.fingerprint); // the others read text, at no ratio
+    const old = $("model").value;
+    $("model").replaceChildren(...models.map((one) => make("option", "", one.id)));
+    if (models.some((one) => one.id === old)) $("model").value = old;
+    $("models").hidden = models.length < 2;
+    const shown = models.map((one) => `${one.id}, ${one.dtype} on ${one.device}`);
+    $("about").textContent = shown.join("; ") || "No model here reads kept states; this page has nothing to show.";
     for (const one of (await call("/v1/collections")).data) {
       if (!stored.has(one.id)) {
-        const option = make("option", "", `${one.id} (${one.num_passages} passages, r = ${one.compression_ratio})`);
+        const many = one.num_passages === 1 ? "1 passage" : `${one.num_passages} passages`;
+        const option = make("option", "", `${one.id} (${many}, ratio ${one.compression_ratio})`);
         option.value = one.id;
         $("collection").append(option);
       }
@@ -56,6 +63,7 @@ async function learn() {
 
 function asked() {
   const body = { query: $("query").value, compression_ratio: Number($("ratio").value) || undefined };
+  if ($("model").value) body.model = $("model").value;
   if ($("instruction").value.trim()) body.instruction = $("instruction").value;
   const collection = $("collection").value;
   if (!collection) return { ...body, documents: $("passages").value.split("\n").filter((line) => line.trim()) };
@@ -86,36 +94,59 @@ function highlighted(result) {
   return text;
 }
 
+function row(head, scores, ratio, cell) {
+  const line = make("tr");
+  head.scope = "row";
+  line.append(head);
+  for (const one of scores) line.append(make("td", one.compression_ratio === ratio ? "chosen" : "", cell(one)));
+  return line;
+}
+
+function ratios(scores, ratio) {
+  return row(make("th", "", "ratio"), scores, ratio, (one) => String(one.compression_ratio));
+}
+
 function table(result, ratio) {
   const grid = make("table");
-  const row = (name, cell) => {
-    const line = make("tr");
-    const head = make("th", "", name);
-    head.scope = "row";
-    line.append(head);
-    for (const one of result.scores) {
-      line.append(make("td", one.compression_ratio === ratio ? "chosen" : "", cell(one)));
-    }
-    grid.append(line);
-  };
-  row("r", (one) => String(one.compression_ratio));
-  row("score", (one) => one.score.toFixed(3));
-  row("states", (one) => String(one.num_states));
-  row("ms", (one) => (one.seconds * 1000).toFixed(1));
+  const add = (name, cell) => grid.append(row(make("th", "", name), result.scores, ratio, cell));
+  grid.append(ratios(result.scores, ratio));
+  add("score", (one) => one.score.toFixed(3));
+  add("states", (one) => String(one.num_states));
+  add("ms", (one) => (one.seconds * 1000).toFixed(1));
   const around = make("div", "scroll");
   around.append(grid);
   return around;
 }
 
+function nameOf(result) {
+  return result.passage_id || `passage ${result.index + 1}`;
+}
+
+function overview(results, ratio) {
+  const scored = results.filter((one) => one.scores.length);
+  if (scored.length < 2) return [];
+  const grid = make("table");
+  grid.append(make("caption", "", "Scores at every ratio"), ratios(scored[0].scores, ratio));
+  scored.forEach((result, i) => {
+    const head = make("th");
+    const link = make("a", "", `${i + 1}. ${nameOf(result)}`);
+    link.href = `#place-${i + 1}`;
+    head.append(link);
+    grid.append(row(head, result.scores, ratio, (one) => one.score.toFixed(3)));
+  });
+  return [grid];
+}
+
 function card(result, place, ratio) {
   const item = make("li");
+  item.id = `place-${place}`;
   const head = make("div", "head");
   const at = result.scores.find((one) => one.compression_ratio === ratio);
   head.append(make("b", "", at ? `${place}. ${at.score.toFixed(3)}` : "not scored"));
-  head.append(make("span", "id", result.passage_id || `passage ${result.index + 1}`));
-  head.append(make("span", "status", result.status));
+  head.append(make("span", "id", nameOf(result)));
+  head.append(make("span", "status", STATUS[result.status] || result.status));
   if (at) head.append(make("span", "", `${(at.seconds * 1000).toFixed(1)} ms`));
-  if (result.parts.length) head.append(make("span", "", `${(result.passage_weight * 100).toFixed(0)} % of attention`));
+  if (result.parts.length) head.append(make("span", "", `${(result.passage_weight * 100).toFixed(0)} % of attention on it`));
   item.append(head);
   if (result.message) item.append(make("p", "hint", result.message));
   item.append(highlighted(result));
@@ -130,9 +161,12 @@ async function rank(event) {
   try {
     const ratio = Number($("ratio").value);
     const answer = await call("/v1/explain", asked());
+    $("overview").replaceChildren(...overview(answer.results, ratio));
     $("results").replaceChildren(...answer.results.map((result, i) => card(result, i + 1, ratio)));
     $("legend").hidden = false;
-    say(`${answer.results.length} passages in ${(answer.seconds * 1000).toFixed(0)} ms, at every ratio`);
+    const many = answer.results.length === 1 ? "1 passage" : `${answer.results.length} passages`;
+    const which = $("collection").value && !$("wanted").value.trim() ? `The first ${many} of ${$("collection").value}` : many;
+    say(`${which} in ${(answer.seconds * 1000).toFixed(0)} ms, at every ratio`);
   } catch (error) {
     say(error.message, true);
   } finally {
