@@ -11,12 +11,16 @@ from typing import Any
 
 from checkpoint.errors import CheckpointError
 
-# Everything either half may need; the vision tower lives in the same shards, so shards come whole.
-HUB_PATTERNS = ("*.json", "*.safetensors", "tokenizer*", "*.md")
+# Everything a model may need; the vision tower lives in the same shards, so shards come whole. Vocabularies of older
+# cross-encoders are `vocab.txt`, `merges.txt` or sentencepiece's `*.model`.
+HUB_PATTERNS = ("*.json", "*.safetensors", "tokenizer*", "vocab.txt", "merges.txt", "*.model", "*.toml", "*.md")
 
 
-def resolve(name: str, revision: str | None = None) -> Path:
+def resolve(name: str, revision: str | None = None, *, with_code: bool = False) -> Path:
     """The local directory of a checkpoint: `name` itself, or the hub snapshot with that id.
+
+    Args:
+        with_code: fetch the repository's Python files too.
 
     Raises:
         CheckpointError: neither a directory nor a hub id that can be fetched.
@@ -30,8 +34,9 @@ def resolve(name: str, revision: str | None = None) -> Path:
         raise CheckpointError(f"checkpoint {name!r}: no such directory, and not a hub id of the form owner/name")
     from huggingface_hub import snapshot_download  # slow to import, and not needed for a directory
 
+    patterns = [*HUB_PATTERNS, *(["*.py"] if with_code else [])]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_PATTERNS)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as exc:  # the hub client raises many unrelated types; each means the same here
         raise CheckpointError(
             f"checkpoint {name!r}: no local directory, and the hub did not provide it ({type(exc).__name__}: {exc})"

@@ -73,7 +73,7 @@ def open_cross_encoder(
         log.warning("this processor has no bfloat16 instructions: they are emulated, slower than float32")
     chosen = named_profile(name, profile)
     _check_allowed(name, chosen, trust_remote_code)  # before anything is downloaded
-    directory = resolve(name, revision)
+    directory = resolve(name, revision, with_code=trust_remote_code)
     raw = read_json(directory / "config.json")
     if chosen is None:
         chosen = (own_profile(directory) if profile is None else None) or generic_profile(name, raw)

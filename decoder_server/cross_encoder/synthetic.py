@@ -238,5 +238,6 @@ def _add_projector(directory: Path, size: Size, seed: int) -> None:
     tensors["projector.0.weight"] = torch.randn(half, size.hidden, generator=generator) * size.hidden**-0.5
     tensors["projector.2.weight"] = torch.randn(half, half, generator=generator) * half**-0.5
     save_file(tensors, path, metadata={"format": "pt"})
-    config = json.loads((directory / "config.json").read_text()) | {"architectures": ["JinaForRanking"]}
+    published = {"architectures": ["JinaForRanking"], "auto_map": {"AutoModel": "modeling.JinaForRanking"}}
+    config = json.loads((directory / "config.json").read_text()) | published
     (directory / "config.json").write_text(json.dumps(config, indent=2))

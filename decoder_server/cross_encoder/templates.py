@@ -54,7 +54,8 @@ class Tokenizers:
             each.no_padding()
         self.plain.encode_special_tokens = True
         added = self.exact.get_added_tokens_decoder()
-        self.control_ids = {token.content: id_ for id_, token in added.items() if token.special}
+        # A single character made special (ctxl 2b pads with `+`) opens nothing: it is read as published.
+        self.control_ids = {t.content: id_ for id_, t in added.items() if t.special and len(t.content) > 1}
         longest_first = sorted(self.control_ids, key=len, reverse=True)
         self.controls = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         # A unigram model may find a control token's spelling in its own vocabulary.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,6 +137,30 @@ def test_ctxl_takes_an_instruction_behind_the_query(tiny: Callable[..., Path]) -
     margins = model.score_texts([(QUERY, INSTRUCTION, p) for p in PASSAGES])
     prompts = filled(CTXL.replace("{query}", "{query} " + INSTRUCTION), PASSAGES)
     np.testing.assert_allclose(margins, causal(directory, prompts)[:, 0], atol=TOLERANCE)
+
+
+def test_ctxl_is_read_from_shards_and_from_a_tied_head(tiny: Callable[..., Path]) -> None:
+    profile = "ContextualAI/ctxl-rerank-v2-instruct-multilingual-1b"
+    sharded = tiny("Qwen3ForCausalLM", max_shard_size="60KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 1
+    tied = tiny("Qwen3ForCausalLM", config={"tie_word_embeddings": True})
+    for directory in (sharded, tied):
+        model = open_cross_encoder(directory, profile=profile, dtype="float32")
+        margins = model.score_texts([(QUERY, None, p) for p in PASSAGES])
+        np.testing.assert_allclose(margins, causal(directory, filled(CTXL, PASSAGES))[:, 0], atol=TOLERANCE)
+
+
+def test_a_character_that_pads_is_read_as_the_published_tokenizer_reads_it(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    directory = Path(shutil.copytree(tiny("Qwen3ForCausalLM"), tmp_path / "copy"))
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": "+"}))
+    profile = "ContextualAI/ctxl-rerank-v2-instruct-multilingual-2b"
+    model = open_cross_encoder(directory, profile=profile, dtype="float32")
+    passages = ["C++ is a language", "1+1", *PASSAGES]
+    margins = model.score_texts([(QUERY, None, p) for p in passages])
+    np.testing.assert_allclose(margins, causal(directory, filled(CTXL, passages))[:, 0], atol=TOLERANCE)
 
 
 def test_ctxl_converted_is_the_score_row_of_the_last_token(tiny: Callable[..., Path]) -> None:

@@ -115,6 +115,12 @@ def test_a_tokenizer_of_another_model(tiny: Tiny, tmp_path: Path) -> None:
         open_cross_encoder(directory, profile=QWEN)
 
 
+def test_logits_that_are_scaled_in_a_way_not_known_here(tiny: Tiny, tmp_path: Path) -> None:
+    directory = changed(tiny("Qwen3ForCausalLM"), tmp_path, config={"logit_scale": 0.0625})
+    with pytest.raises(CheckpointError, match=r"config\.json scales its logits by logit_scale"):
+        open_cross_encoder(directory, profile=QWEN)
+
+
 def test_answers_that_the_tokenizer_does_not_know(tiny: Tiny) -> None:
     directory, qwen = tiny("Qwen3ForCausalLM"), builtin_profiles()[QWEN]
     with pytest.raises(CheckpointError, match=r"the yes answer 'yes indeed' is \d+ tokens .*; expected exactly one"):
