@@ -3,6 +3,6 @@
 from decoder_server.cross_encoder.model import CrossEncoder
 from decoder_server.cross_encoder.opening import open_cross_encoder
 from decoder_server.cross_encoder.profiles import Profile
-from decoder_server.cross_encoder.texts import TextPair
+from decoder_server.cross_encoder.texts import Question, TextPair
 
-__all__ = ["CrossEncoder", "Profile", "TextPair", "open_cross_encoder"]
+__all__ = ["CrossEncoder", "Profile", "Question", "TextPair", "open_cross_encoder"]

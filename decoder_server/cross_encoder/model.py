@@ -12,7 +12,7 @@ from checkpoint.errors import CheckpointError
 from decoder_server.cross_encoder.batching import batches
 from decoder_server.cross_encoder.profiles import Profile
 from decoder_server.cross_encoder.runner import Runner
-from decoder_server.cross_encoder.texts import PairReader, TextPair, Texts
+from decoder_server.cross_encoder.texts import PairReader, Question, TextPair, Texts
 
 # Padded tokens per pass, by device: above it a pass is no faster per token.
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
@@ -71,6 +71,14 @@ class CrossEncoder:
         limits = "; not for commercial use" if "-NC" in self.profile.license else ""
         return f"{self.model} is under the licence {self.profile.license}{limits}"
 
+    def question(self, query: str, instruction: str | None = None) -> Question:
+        """Query and instruction as every passage meets them; safe from any thread.
+
+        Raises:
+            ValueError: an instruction over its limit.
+        """
+        return self._reader.question(query, instruction)
+
     def pair(self, query: str, instruction: str | None, passage: str) -> TextPair:
         """Token ids as the model reads them; safe from any thread.
 
@@ -122,6 +130,17 @@ class CrossEncoder:
         if self.profile.activation == "identity":
             return margins
         return sigmoid(margins / np.float32(self.profile.temperature))
+
+    def bounded(self, margins: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Scores in 0..1 for interfaces that demand them, in the order of the margins.
+
+        The published activation where that is a sigmoid; else a sigmoid of the margin, which is no probability; of a
+        listwise cosine its half above a half.
+        """
+        margins = np.asarray(margins, dtype=np.float32)
+        if self.profile.listwise:
+            return ((1 + margins) / 2).clip(0, 1)
+        return self.activation(margins) if self.profile.activation == "sigmoid" else sigmoid(margins)
 
     def warm_up(self) -> None:
         """One real pass.

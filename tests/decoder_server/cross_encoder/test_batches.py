@@ -157,3 +157,17 @@ def test_sigmoid_does_not_overflow() -> None:
     np.testing.assert_allclose(found[:5], [0, 0, 0.5, 1, 1], atol=1e-30)
     assert np.isnan(found[5])
     assert found.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("architecture", "profile"),
+    [*MODELS, ("Qwen3ForCausalLM", "zeroentropy/zerank-1-small"), ("JinaForRanking", "jinaai/jina-reranker-v3")],
+)
+def test_bounded_scores_keep_the_order_of_margins(tiny: Tiny, architecture: str, profile: str) -> None:
+    model = open_cross_encoder(tiny(architecture), profile=profile, dtype="float32")
+    margins = np.linspace(-1, 1, 9, dtype=np.float32)
+    bounded = model.bounded(margins)
+    assert ((bounded >= 0) & (bounded <= 1)).all()
+    assert (np.diff(bounded) > 0).all()
+    if model.profile.activation == "sigmoid":
+        np.testing.assert_array_equal(bounded, model.activation(margins))
