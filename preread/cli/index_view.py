@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -76,8 +76,7 @@ def show_json(report: IndexReport, estimate: Estimate | None) -> None:
 
 def show_report(report: IndexReport, estimate: Estimate | None, *, report_file: Path | None) -> None:
     """What became of every line, on standard output."""
-    _show_items("refused", report.refused, report.num_refused, report_file)
-    _show_items("cut", report.truncated, report.num_truncated, report_file)
+    _show_refused(report.refused, report.num_refused, report_file)
     if estimate is not None:
         _show_estimate(estimate, report)
     else:
@@ -92,7 +91,7 @@ def show_report(report: IndexReport, estimate: Estimate | None, *, report_file: 
                 f"{report.padding_share:.2%} padding"
             )
     if report.num_truncated:
-        click.echo(f"warning: {report.num_truncated:,} passages are over the token limit and are cut (see --split)")
+        _show_cut(report.truncated, report.num_truncated, report_file)
     if report.num_split:
         click.echo(f"{report.num_split:,} passages are over the token limit and are split into windows")
     if report.alias:
@@ -114,13 +113,25 @@ def _show_estimate(estimate: Estimate, report: IndexReport) -> None:
         )
 
 
-def _show_items(what: str, items: IssueLog, num_items: int, report_file: Path | None) -> None:
+def _place(item: dict[str, Any]) -> str:
+    passage = f" (id {item['passage_id']})" if item["passage_id"] is not None else ""
+    return f"{item['source']}:{item['line']}{passage}: {item['message']}"
+
+
+def _show_refused(items: IssueLog, num_items: int, report_file: Path | None) -> None:
     for item in islice(items, MAX_SHOWN):
-        passage = f" (id {item['passage_id']})" if item["passage_id"] is not None else ""
-        click.echo(f"{what}: {item['source']}:{item['line']}{passage}: {item['message']}")
+        click.echo(f"refused: {_place(item)}")
     if num_items > MAX_SHOWN:
         where = f"all of them in {report_file}" if report_file else "--report FILE lists them all"
-        click.echo(f"{what}: {num_items - MAX_SHOWN:,} more; {where}")
+        click.echo(f"refused: {num_items - MAX_SHOWN:,} more; {where}")
+
+
+def _show_cut(items: IssueLog, num_items: int, report_file: Path | None) -> None:
+    """One line with an example: a limit below the usual length would fill the screen."""
+    example = "".join(f" ({_place(item)})" for item in islice(items, 1))
+    where = f"all of them in {report_file}" if report_file else "--report FILE lists them"
+    click.echo(f"warning: {num_items:,} passages are over the token limit and are cut{example}; --split keeps all of")
+    click.echo(f"         a passage, in windows; {where}")
 
 
 def duration(seconds: float) -> str:

@@ -65,10 +65,10 @@ def test_opposed_groups_swap_labels_and_carry_no_teacher(source: Source) -> None
     for plain, turned in zip(drafts, opposed, strict=True):
         assert (turned.query, turned.positives, turned.negatives) == (plain.query, plain.negatives, plain.positives)
         assert turned.instruction != plain.instruction
-        group = sources.finish(turned, source, np.ones(384, dtype=np.float32))
+        group, _ = sources.finish(turned, source, np.ones(384, dtype=np.float32))
         assert group.scores == ()
         assert not group.in_batch
-        assert len(sources.finish(plain, source, np.ones(384, dtype=np.float32)).scores) == len(
+        assert len(sources.finish(plain, source, np.ones(384, dtype=np.float32))[0].scores) == len(
             plain.positives + plain.negatives
         )
 
