@@ -156,7 +156,7 @@ def command(ctx: click.Context, /, **options: Any) -> None:
 
 
 def _settings(options: dict[str, Any]) -> SweepSettings:
-    from tuning.sweep.configurations import parse_stages
+    from preread.client.stages import parse_stages
     from tuning.sweep.settings import SweepSettings
 
     same = (

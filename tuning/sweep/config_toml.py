@@ -31,8 +31,8 @@ def config_toml(report: SweepReport, row: Row, model: str | None = None) -> str:
     lines += ["", "[index]", _line("compression-ratio", one.stored_ratio), _line("codec", one.codec)]
     if report.settings.split:
         lines.append(_line("split", True))
-    lines += ["", "[serve]"]
-    lines.append(_line("stages", one.reading) if one.is_cascade else _line("read-ratio", one.stages[0].ratio))
+    reading = ("stages", one.reading) if one.is_cascade else ("read-ratio", one.stages[0].compression_ratio)
+    lines += ["", "[serve]", _line(*reading)]
     return "\n".join(lines) + "\n"
 
 

@@ -8,22 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
-from tuning.errors import EvaluationError
-
-_STAGE = re.compile(r"(?P<ratio>[1-9]\d{0,8})(?::(?P<keep>[1-9]\d{0,8}))?")
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """Read what came this far at `ratio`; the best `keep` go on to the next stage. None: nothing follows."""
-
-    ratio: int
-    keep: int | None = None
-
-    def __str__(self) -> str:
-        return f"{self.ratio}:{self.keep}" if self.keep is not None else str(self.ratio)
+from preread.client.stages import Stage, format_stages
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +36,7 @@ class Configuration:
     @property
     def reading(self) -> str:
         """`8`, or `32:20,4` for a cascade: the value of --read-ratio or --stages."""
-        return ",".join(map(str, self.stages))
+        return format_stages(self.stages)
 
     @property
     def name(self) -> str:
@@ -64,31 +50,7 @@ class Configuration:
 
     def units(self) -> list[Unit]:
         """The margins it needs, by stage."""
-        return [Unit(self.stored_ratio, self.codec, stage.ratio) for stage in self.stages]
-
-
-def parse_stages(text: str) -> tuple[Stage, ...]:
-    """`32:100,4:20,1:5` -> stages: read ratio, and how many go on. The last count may be left out.
-
-    Raises:
-        EvaluationError: another form, a ratio that is not finer than the one before, or a count that grows.
-    """
-    stages = []
-    for part in text.split(","):
-        match = _STAGE.fullmatch(part.strip())
-        if match is None:
-            raise EvaluationError(f"stages is {text!r}; expected RATIO:HOW-MANY-GO-ON,... such as 32:100,4:20,1:5")
-        stages.append(Stage(int(match["ratio"]), int(match["keep"]) if match["keep"] else None))
-    for before, after in pairwise(stages):
-        if before.keep is None:
-            raise EvaluationError(
-                f"stages is {text!r}; expected after {before.ratio} how many go on, as in 32:100,4:20"
-            )
-        if after.ratio >= before.ratio:
-            raise EvaluationError(f"stages is {text!r}; expected ratios that fall: {after.ratio} after {before.ratio}")
-        if after.keep is not None and after.keep > before.keep:
-            raise EvaluationError(f"stages is {text!r}; expected fewer to go on: {after.keep} after {before.keep}")
-    return tuple(stages)
+        return [Unit(self.stored_ratio, self.codec, stage.compression_ratio) for stage in self.stages]
 
 
 def grid(
@@ -104,7 +66,7 @@ def grid(
         for stored in sorted(stored_ratios)
         for codec in codecs
         for stages in readings
-        if all(stage.ratio % stored == 0 for stage in stages)
+        if all(stage.compression_ratio % stored == 0 for stage in stages)
     ]
 
 

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from decoder_server.plan import Plan
+from preread.client.stages import Stage
 from tuning.ranking import order, rank
-from tuning.sweep.configurations import Stage
 
 
 def compose(stages: Sequence[Stage], margins: Sequence[NDArray[np.floating]]) -> NDArray[np.intp]:
@@ -22,18 +23,14 @@ def compose(stages: Sequence[Stage], margins: Sequence[NDArray[np.floating]]) ->
     """
     rows = order(margins[0])
     for before, own in zip(stages, margins[1:], strict=False):
-        keep = len(rows) if before.keep is None else before.keep
-        going = np.sort(rows[:keep])  # in candidate order, so that equal margins stay in it
-        rows = np.concatenate([going[order(own[going])], rows[keep:]])
+        going = np.sort(rows[: before.keep])  # in candidate order, so that equal margins stay in it
+        rows = np.concatenate([going[order(own[going])], rows[before.keep :]])
     return rows
 
 
 def num_read(stages: Sequence[Stage], num_candidates: int) -> list[int]:
     """How many candidates each stage reads."""
-    counts = [num_candidates]
-    for stage in stages[:-1]:
-        counts.append(counts[-1] if stage.keep is None else min(counts[-1], stage.keep))
-    return counts
+    return [count for count, _ in Plan(tuple(stages), cascade=len(stages) > 1).reads(num_candidates)]
 
 
 def ranking(

@@ -92,12 +92,12 @@ def _against_bytes(axes: Any, report: SweepReport, chosen: Row | None) -> None:
 
 
 def _against_latency(axes: Any, report: SweepReport, chosen: Row | None) -> None:
-    ratios = sorted({row.configuration.stages[-1].ratio for row in report.rows})
+    ratios = sorted({row.configuration.stages[-1].compression_ratio for row in report.rows})
     colours = {ratio: COLOURS[place % len(COLOURS)] for place, ratio in enumerate(ratios)}
     axes.set_xlabel(f"p50 of a rerank of {report.settings.top_k}, ms  ({report.machine})")
     points = [row.timing.p50_seconds * 1000 if row.timing is not None else 0.0 for row in report.rows]
     _reference(axes, report)
-    own = [colours[row.configuration.stages[-1].ratio] for row in report.rows]
+    own = [colours[row.configuration.stages[-1].compression_ratio] for row in report.rows]
     _scatter(axes, report, points, report.on_latency_front(), own, chosen)
     _legend(axes, [(f"read at {ratio}", colours[ratio], "o") for ratio in ratios], report)
     axes.set_xlim(left=0)
@@ -108,15 +108,15 @@ def _over_ratio(axes: Any, report: SweepReport) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xlabel("ratio read at (tokens per state)")
     single = [row for row in report.rows if not row.configuration.is_cascade]
-    ratios = sorted({row.configuration.stages[0].ratio for row in single})
+    ratios = sorted({row.configuration.stages[0].compression_ratio for row in single})
     for place, codec in enumerate(dict.fromkeys(row.configuration.codec for row in single)):
         own = [row for row in single if row.configuration.codec == codec]
         finest = min(row.configuration.stored_ratio for row in own)
         line = sorted(
             (row for row in own if row.configuration.stored_ratio == finest),
-            key=lambda row: row.configuration.stages[0].ratio,
+            key=lambda row: row.configuration.stages[0].compression_ratio,
         )
-        xs = [row.configuration.stages[0].ratio for row in line]
+        xs = [row.configuration.stages[0].compression_ratio for row in line]
         colour = COLOURS[place % len(COLOURS)]
         if place == 0:
             bounds = [row.quality.measures[HEADLINE] for row in line]

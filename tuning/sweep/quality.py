@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import kendalltau
 
+from preread.client.stages import Stage
 from tuning.bootstrap import Bootstrap, Difference, Interval, Share
 from tuning.metrics import HEADLINE, per_query
 from tuning.progress import SILENT, Progress
 from tuning.ranking import order
-from tuning.sweep.configurations import Configuration, Stage
+from tuning.sweep.configurations import Configuration
 from tuning.sweep.margins import Margins, Pairs
 from tuning.sweep.orders import compose, places, ranking
 from tuning.trec import Qrels, Run

@@ -140,7 +140,7 @@ def _row_json(row: Row) -> dict[str, Any]:
         "name": one.name,
         "stored_ratio": one.stored_ratio,
         "codec": one.codec,
-        "stages": [{"ratio": stage.ratio, "keep": stage.keep} for stage in one.stages],
+        "stages": [asdict(stage) for stage in one.stages],
         "quality": _quality_json(row.quality),
         "size": asdict(row.size),
         "timing": asdict(row.timing) if row.timing is not None else None,

@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 
 from cache.codecs import Codec
 from cache.errors import CodecError
+from preread.client.stages import Stage, format_stages, parse_stages
 from tuning.bootstrap import NUM_RESAMPLES
 from tuning.errors import EvaluationError
 from tuning.settings import COARSEST
-from tuning.sweep.configurations import Configuration, Stage, grid, parse_stages
+from tuning.sweep.configurations import Configuration, grid
 
 COARSEST_STORED = 8  # of the default stored ratios: beyond, only bytes nobody counts are saved
 
@@ -89,8 +90,8 @@ class SweepSettings:
         cascades = self.cascades if self.cascades is not None else default_cascades(self.top_k)
         if self.cascades is not None:
             for stages in cascades:
-                if not any(all(stage.ratio % one == 0 for stage in stages) for one in stored):
-                    shown = ",".join(map(str, stages))
+                if not any(all(stage.compression_ratio % one == 0 for stage in stages) for one in stored):
+                    shown = format_stages(stages)
                     raise EvaluationError(f"cascade is {shown}; no stored ratio of {stored} can give all its ratios")
         codecs = self.codecs or default_codecs(dim)
         for codec in codecs:

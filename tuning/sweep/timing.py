@@ -22,9 +22,10 @@ from cache.manifest import Manifest
 from cache.store import open_store
 from checkpoint import EncoderIdentity
 from decoder_server.backend import Backend, Prompt
+from preread.client.stages import Stage
 from tuning.progress import SILENT, Progress
 from tuning.rerank import score_passages
-from tuning.sweep.configurations import Configuration, Stage
+from tuning.sweep.configurations import Configuration
 from tuning.sweep.orders import compose, num_read
 from tuning.sweep.recode import Codecs, TrainedCodec
 from tuning.sweep.spill import SpilledStates
@@ -82,7 +83,7 @@ class Timings:
         counts = num_read(one.stages, max(1, round(self.num_candidates)))
         decoder = self.decoder[one.stages].copy()
         for stage, count in zip(one.stages, counts, strict=True):
-            decoder += self.pool[one.stored_ratio, stage.ratio] * (count / counts[0])
+            decoder += self.pool[one.stored_ratio, stage.compression_ratio] * (count / counts[0])
         whole = self.store[key] + decoder
         p50, p99 = np.percentile(whole, [50, 99])
         return Timing(float(p50), float(p99), float(np.median(self.store[key])), float(np.median(decoder)), len(whole))
@@ -103,7 +104,7 @@ def measure(
     timings = Timings(float(np.mean([len(query.passage_ids) for query in queries])))
     keys = list(dict.fromkeys((one.stored_ratio, one.codec) for one in configurations))
     readings = list(dict.fromkeys(one.stages for one in configurations))
-    pools = sorted({(one.stored_ratio, stage.ratio) for one in configurations for stage in one.stages})
+    pools = sorted({(one.stored_ratio, stage.compression_ratio) for one in configurations for stage in one.stages})
     num_samples = rounds * len(queries)
     progress.begin(STAGE, num_samples * (len(keys) + len(readings) + len(pools)))
     _warm_up(backend, states, queries[0])
@@ -123,7 +124,7 @@ def measure(
         pooled = {ratio: {p: one.at_ratio(ratio) for p, one in fine.items()} for ratio in query.margins}
         for stages in readings:
             for number, stage in enumerate(stages):
-                pairs = [(query.prompt, pooled[stage.ratio][p]) for p in _read(query, stages, number)]
+                pairs = [(query.prompt, pooled[stage.compression_ratio][p]) for p in _read(query, stages, number)]
                 begun = time.perf_counter()
                 score_passages(backend, pairs)
                 timings.decoder[stages][sample] += time.perf_counter() - begun
@@ -145,7 +146,7 @@ def _read(query: Timed, stages: Stages, number: int) -> list[str]:
     count = num_read(stages, len(query.passage_ids))[number]
     if number == 0:
         return query.passage_ids
-    rows = compose(stages[:number], [query.margins[stage.ratio] for stage in stages[:number]])
+    rows = compose(stages[:number], [query.margins[stage.compression_ratio] for stage in stages[:number]])
     return [query.passage_ids[row] for row in rows[:count].tolist()]
 
 

@@ -7,15 +7,10 @@ Knows no file format, metric or model by itself; each is a neighbour's.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from cache.collection import Collection
-from cache.states import text_digest
 from checkpoint import Checkpoint
 from checkpoint.hardware import hardware
 from decoder_server.backend import Backend
@@ -30,18 +25,19 @@ from tuning.judged import JudgedCollection
 from tuning.progress import SILENT, Progress
 from tuning.states import EncodedStates, StateSource, StoredStates
 from tuning.sweep import quality, sizes, timing
-from tuning.sweep.configurations import units_of
+from tuning.sweep.configurations import Configuration, units_of
+from tuning.sweep.inputs import inputs_of
 from tuning.sweep.margins import Margins, Pairs
 from tuning.sweep.notes import notes
-from tuning.sweep.quality import Judgements
+from tuning.sweep.quality import Judgements, Quality
 from tuning.sweep.recode import Codecs
 from tuning.sweep.result import Indexing, Row, SweepReport
 from tuning.sweep.settings import SweepSettings
+from tuning.sweep.sizes import Lengths
 from tuning.sweep.spill import SpilledStates
 from tuning.sweep.workdir import WorkDir
-from tuning.trec import Run, RunFile
+from tuning.trec import RunFile
 
-WORK_VERSION = 1  # raised when what is kept in a work directory means something else
 SPILL_CHUNK_BYTES = 32 << 20  # how much a killed run encodes again at most
 
 
@@ -88,7 +84,7 @@ def tune(
     exact = backend if backend.dtype_name == "float32" else FbnlBackend.load(checkpoint, device=device, dtype="float32")
     half = Encoder.load(checkpoint, device=device, dtype=dtype)
     encoder = PassageEncoder(checkpoint, half, BatchLimits.for_device(half.device_name))
-    work = WorkDir(Path(work_dir), _inputs(judged, checkpoint, backend, settings, first, from_states))
+    work = WorkDir(Path(work_dir), inputs_of(judged, checkpoint, backend, settings, first, from_states))
     with work.held():
         source: StateSource
         if from_states is not None:
@@ -142,23 +138,8 @@ def tune(
                 progress,
             )
 
-    encoder_seconds = None
-    if from_states is None and states.num_tokens:
-        encoder_seconds = states.seconds / states.num_tokens * lengths.num_tokens
-    rows = []
-    for one, own in measured.items():
-        trained = codecs.get(one.stored_ratio, one.codec)
-        assert trained is not None  # or it would not have been measured
-        key = (one.stored_ratio, one.codec)
-        writing = timings.writing[key] if timings is not None else None
-        indexing = Indexing(
-            encoder_seconds,
-            writing.codec_seconds * lengths.num_passages if writing is not None else None,
-            trained.train_seconds,
-            writing.store_seconds * lengths.num_passages if writing is not None else None,
-        )
-        size = sizes.size_of(lengths, one.stored_ratio, trained.codec)
-        rows.append(Row(one, own, size, timings.of(one) if timings is not None else None, indexing))
+    encoded = from_states is None and states.num_tokens > 0
+    seconds_per_token = states.seconds / states.num_tokens if encoded else None
     wanted = {p for found in pairs.candidates.values() for p in found}
     return SweepReport(
         collection=judged.name,
@@ -179,12 +160,36 @@ def tune(
         notes=notes(judged, candidates, from_states, judgements, pairs, states, reference, margins, codecs),
         first_stage=first_quality,
         reference=reference_quality,
-        rows=rows,
+        rows=_rows(measured, codecs, lengths, timings, seconds_per_token),
         query_ids=list(judgements.qrels),
         qrels=judgements.qrels,
         queries=judged.queries,
         passages={p: judged.passages[p] for p in judged.passages if p in wanted},
     )
+
+
+def _rows(
+    measured: dict[Configuration, Quality],
+    codecs: Codecs,
+    lengths: Lengths,
+    timings: timing.Timings | None,
+    seconds_per_token: float | None,
+) -> list[Row]:
+    """Quality beside cost; what indexing takes is carried over from what was encoded and written here."""
+    rows = []
+    for one, own in measured.items():
+        trained = codecs.get(one.stored_ratio, one.codec)
+        assert trained is not None  # or it would not have been measured
+        writing = timings.writing[one.stored_ratio, one.codec] if timings is not None else None
+        indexing = Indexing(
+            seconds_per_token * lengths.num_tokens if seconds_per_token is not None else None,
+            writing.codec_seconds * lengths.num_passages if writing is not None else None,
+            trained.train_seconds,
+            writing.store_seconds * lengths.num_passages if writing is not None else None,
+        )
+        size = sizes.size_of(lengths, one.stored_ratio, trained.codec)
+        rows.append(Row(one, own, size, timings.of(one) if timings is not None else None, indexing))
+    return rows
 
 
 def _timed(
@@ -208,41 +213,3 @@ def _timed(
         )
         for q in drawn
     ]
-
-
-def _inputs(
-    judged: JudgedCollection,
-    checkpoint: Checkpoint,
-    backend: Backend,
-    settings: SweepSettings,
-    first: Run,
-    from_states: Collection | None,
-) -> dict[str, Any]:
-    """Everything that states and margins depend on."""
-    wanted = sorted({p for found in first.values() for p, _ in found})
-    if from_states is not None:
-        digests = from_states.digests(wanted)
-        passages: list[Any] = [
-            [p, digest.hex() if digest is not None else None] for p, digest in zip(wanted, digests, strict=True)
-        ]
-    else:
-        passages = [[p, text_digest(judged.passages[p]).hex()] for p in wanted if p in judged.passages]
-    candidates = [[q, judged.queries[q], [p for p, _ in found]] for q, found in first.items()]
-    return {
-        "version": WORK_VERSION,
-        "fingerprint": checkpoint.identity().fingerprint,
-        "weights": checkpoint.weights_digest(),
-        "checkpoint_settings": asdict(checkpoint.settings),
-        "states_of": from_states.manifest.checksum if from_states is not None else None,
-        "dtype": backend.dtype_name,
-        "device": backend.device_name,
-        "split": settings.split,
-        "instruction": settings.instruction,
-        "seed": settings.seed,
-        "passages": _digest(passages),
-        "candidates": _digest(candidates),
-    }
-
-
-def _digest(value: list[Any]) -> str:
-    return hashlib.sha256(json.dumps(value, ensure_ascii=True).encode()).hexdigest()

@@ -5,21 +5,10 @@ from __future__ import annotations
 import pytest
 
 from cache.errors import CodecError
+from preread.client.stages import parse_stages
 from tuning.errors import EvaluationError
-from tuning.sweep.configurations import Stage, Unit, grid, parse_stages, units_of
+from tuning.sweep.configurations import Unit, grid, units_of
 from tuning.sweep.settings import SweepSettings, default_cascades, default_codecs
-
-
-def test_stages_are_ratio_and_how_many_go_on() -> None:
-    assert parse_stages("32:100, 4:20, 1:5") == (Stage(32, 100), Stage(4, 20), Stage(1, 5))
-    assert parse_stages("32:20,2") == (Stage(32, 20), Stage(2))
-    assert parse_stages("8") == (Stage(8),)
-
-
-@pytest.mark.parametrize("text", ["", "x", "4:", "0:5,1", "32:0,1", "32:20:4", "32,4", "4:5,4", "4:5,8", "8:5,4:6"])
-def test_stages_of_another_form_are_refused(text: str) -> None:
-    with pytest.raises(EvaluationError, match="stages is "):
-        parse_stages(text)
 
 
 def test_a_grid_has_what_can_be_read() -> None:

@@ -116,11 +116,11 @@ def test_a_codec_with_too_few_states_is_left_out_or_refused(tmp_path: Path, pass
     assert codecs.get(1, "PQ4") is None
     assert codecs.left_out == {(1, "PQ4"): "sample: 33 states, PQ4 trains on at least 256"}
     assert codecs.get(1, "Flat") is not None
-    trained = codecs.get(2, "SQ8")
+    trained = codecs.get(1, "SQ8")
     assert trained is not None
-    assert (trained.num_sample, trained.codec.is_trained) == (sum(-(-(3 + i) // 2) for i in range(6)), True)
-    assert "SQ8 at stored ratio 2 was trained on 18 states; an index run takes 8,192" in codecs.warnings[0]
-    again = Codecs(spilled, work, "fallback", seed=99).get(2, "SQ8")
+    assert (trained.num_sample, trained.codec.is_trained) == (33, True)
+    assert "SQ8 at stored ratio 1 was trained on 33 states; an index run takes 8,192" in codecs.warnings[0]
+    again = Codecs(spilled, work, "fallback", seed=99).get(1, "SQ8")
     assert again is not None
     assert again.codec.table() == trained.codec.table()  # kept, not trained anew
     with pytest.raises(EvaluationError, match="codec PQ4 at stored ratio 1: sample: 33 states, PQ4 trains on at least"):

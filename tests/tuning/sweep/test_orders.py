@@ -8,8 +8,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from preread.client.stages import Stage
 from tuning.ranking import order
-from tuning.sweep.configurations import Stage
 from tuning.sweep.orders import compose, num_read, places, ranking
 
 MARGINS = st.one_of(st.integers(-3, 3).map(float), st.just(math.nan))
@@ -22,7 +22,7 @@ def naive(stages: list[Stage], margins: list[list[float]]) -> list[int]:
         here.sort()
         here.sort(key=lambda row: (math.isnan(own[row]), 0 if math.isnan(own[row]) else -own[row]))
         last = stage is stages[-1]
-        if not last and stage.keep is not None:
+        if not last:
             here, tail = here[: stage.keep], here[stage.keep :] + tail
     return here + tail
 
