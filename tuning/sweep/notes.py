@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from cache.codecs import Codec
 from cache.collection import Collection
+from encoder_worker.target import num_training_states
 from tuning.judged import JudgedCollection
 from tuning.sweep.margins import Margins, Pairs
 from tuning.sweep.quality import Judgements
@@ -71,4 +73,9 @@ def notes(
         f"{factory} at stored ratio {ratio} is left out: {reason}"
         for (ratio, factory), reason in codecs.left_out.items()
     ]
-    return told + codecs.warnings
+    told += [
+        f"{factory} was trained on few states: {', '.join(f'{n:,} at {r}' for r, n in sorted(few.items()))}. An index "
+        f"run takes {num_training_states(Codec(factory, states.dim)):,} where it has them, and may do better"
+        for factory, few in codecs.few.items()
+    ]
+    return told

@@ -195,7 +195,7 @@ def _tip(row: Row) -> str:
     own = row.quality.measures[HEADLINE]
     lines = [
         row.configuration.name,
-        f"{HEADLINE} {own.mean:.4f} [{own.low:.4f}, {own.high:.4f}], {-row.quality.loss:+.2%}",
+        f"{HEADLINE} {own.mean:.4f} [{own.low:.4f}, {own.high:.4f}], {row.quality.gain:+.2%}",
         f"{row.size.bytes_per_passage:,.0f} bytes a passage",
     ]
     if row.timing is not None:

@@ -73,6 +73,11 @@ class Quality:
         return 1 - share.mean if share is not None else 0.0
 
     @property
+    def gain(self) -> float:
+        """The same the other way round, for people: a change, and never -0."""
+        return round(-self.loss, 9) + 0.0
+
+    @property
     def loss_bounds(self) -> tuple[float, float]:
         """The 95% interval of `loss`."""
         share = self.kept[HEADLINE] if self.kept is not None else None

@@ -35,7 +35,7 @@ class Codecs:
     few_samples: str
     seed: int
     left_out: dict[tuple[int, str], str] = field(default_factory=dict)  # (stored ratio, codec) -> reason
-    warnings: list[str] = field(default_factory=list)
+    few: dict[str, dict[int, int]] = field(default_factory=dict)  # codec -> states it was trained on, by stored ratio
     _made: dict[tuple[int, str], TrainedCodec] = field(default_factory=dict)
 
     def get(self, ratio: int, factory: str) -> TrainedCodec | None:
@@ -84,10 +84,7 @@ class Codecs:
                 name, table=np.frombuffer(table, np.uint8), seconds=np.float64(seconds), num_sample=np.int64(num_sample)
             )
         if num_sample < num_training_states(codec):
-            self.warnings.append(
-                f"{factory} at stored ratio {ratio} was trained on {num_sample:,} states; an index run takes "
-                f"{num_training_states(codec):,} where it has them: it may do better there"
-            )
+            self.few.setdefault(factory, {})[ratio] = num_sample
         return TrainedCodec(codec, seconds, num_sample)
 
 

@@ -114,7 +114,7 @@ def _quality(quality: Quality, overlap: str) -> list[str]:
     others = [quality.measures.get(name) for name in ("MRR@10", TAU, overlap, AUC)]
     return [
         f"{own.mean:.3f} \\[{own.low:.3f}, {own.high:.3f}]",  # an open bracket would be markup
-        f"{-quality.loss:+.1%} {mark}" if quality.kept is not None else "",
+        f"{quality.gain:+.1%} {mark}" if quality.kept is not None else "",
         *(f"{one.mean:.3f}" if one is not None else "–" for one in others),
     ]
 
