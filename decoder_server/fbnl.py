@@ -31,7 +31,7 @@ class FbnlBackend:
         self.checkpoint_name = checkpoint.name
         self.dtype_name = dtype_name(dtype)
         self.device_name = str(device)
-        self._checkpoint = checkpoint
+        self.checkpoint = checkpoint
         self._text = checkpoint.text  # read before the weights: a wrong tokenizer should fail fast
         self._device, self._dtype = device, dtype
         tensors = checkpoint.decoder_tensors(dtype)
@@ -55,7 +55,7 @@ class FbnlBackend:
         return cls(checkpoint, where, choose_dtype(dtype, where))
 
     def identity(self) -> EncoderIdentity:
-        return self._checkpoint.identity()
+        return self.checkpoint.identity()
 
     def prompt(self, query: str, instruction: str | None = None) -> TokenizedPrompt:
         return self._text.prompt(query, instruction)
@@ -100,7 +100,7 @@ class FbnlBackend:
         Raises:
             CheckpointError: the weights give no finite margin.
         """
-        states = np.full((4, self._checkpoint.dim), 0.5, dtype=np.float32)
+        states = np.full((4, self.checkpoint.dim), 0.5, dtype=np.float32)
         margin = self.score([Pair(self.prompt("Does this model answer?"), states)])
         if not np.isfinite(margin).all():
-            raise CheckpointError(f"{self._checkpoint.path}: the first forward pass gave no finite margin")
+            raise CheckpointError(f"{self.checkpoint.path}: the first forward pass gave no finite margin")

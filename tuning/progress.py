@@ -55,7 +55,8 @@ class TerminalProgress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bars.stop()
+        if self._bars.console.is_terminal:  # else it never started, and stopping it would print an empty line
+            self._bars.stop()
 
     def begin(self, stage: str, total: int) -> None:
         self._tasks[stage] = self._bars.add_task(stage, total=total)

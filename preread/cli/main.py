@@ -32,6 +32,8 @@ COMMANDS: dict[str, dict[str, str]] = {
         "verify": "Read a whole collection back and report damage.",
         "collection": "Point an alias at a collection, compact it or drop it.",
         "checkpoint": "Describe a checkpoint, or make a random one.",
+        "check": "Check whether a model's scores are the right ones.",
+        "convert-ctxl": "Convert a ctxl reranker to a classifier.",
         "doctor": "Check whether this machine, checkpoint and store can serve.",
         "health": "Ask a server, of either kind, whether it is ready.",
     },

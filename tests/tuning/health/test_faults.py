@@ -1,0 +1,219 @@
+"""A model served rightly is healthy; every known way to serve it wrongly is found and called by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from decoder_server.cross_encoder import CrossEncoder, TextPair, open_cross_encoder
+from decoder_server.cross_encoder.model import sigmoid
+from decoder_server.cross_encoder.texts import Texts
+from tuning.health import HealthReport, PairSet, State, check, health_gate
+from tuning.health.behaviour import all_doubled, all_tiny
+
+Margins = NDArray[np.float32]
+
+
+class Planted(CrossEncoder):
+    """A real model whose margins, scores or tokens pass through a fault on their way out."""
+
+    def __init__(
+        self,
+        real: CrossEncoder,
+        *,
+        margins: Callable[[Margins], Margins] | None = None,
+        activation: Callable[[Margins], Margins] | None = None,
+        cut_right: bool = False,
+    ) -> None:
+        self.__dict__.update(real.__dict__)
+        self._spoil, self._publish, self._cut_right = margins, activation, cut_right
+
+    def pairs(self, texts: Sequence[Texts]) -> list[TextPair]:
+        read = super().pairs(texts)
+        if self._cut_right:  # as a tokenizer does that knows nothing of templates
+            whole = PairwithoutLimit(self)
+            read = [whole(text) for text in texts]
+        return read
+
+    def score_pairs(self, pairs: Sequence[TextPair]) -> Margins:
+        margins = super().score_pairs(pairs)
+        return self._spoil(margins) if self._spoil is not None else margins
+
+    def activation(self, margins: Margins) -> Margins:
+        return self._publish(margins) if self._publish is not None else super().activation(margins)
+
+
+class PairwithoutLimit:
+    """Fills the template with the whole passage and cuts the result from the right."""
+
+    def __init__(self, model: CrossEncoder) -> None:
+        from dataclasses import replace
+
+        from decoder_server.cross_encoder.texts import PairReader
+
+        reader = model._reader
+        self._max_tokens = model.profile.max_tokens
+        self._reader = PairReader(reader.tokenizers.exact, replace(model.profile, max_tokens=1_000_000))
+
+    def __call__(self, text: Texts) -> TextPair:
+        from dataclasses import replace
+
+        (pair,) = self._reader.pairs([text])
+        return replace(pair, ids=pair.ids[: self._max_tokens])
+
+
+def open_float32(directory: Path, **settings: Any) -> CrossEncoder:
+    return open_cross_encoder(directory, device="cpu", dtype="float32", **settings)
+
+
+@pytest.fixture
+def gate(some_pairs: PairSet) -> Callable[[CrossEncoder], HealthReport]:
+    return lambda model: health_gate(model, pairs=some_pairs)
+
+
+def assert_named(report: HealthReport, words: str) -> None:
+    assert not report.passed
+    assert report.causes, report.summary()
+    assert report.causes[0].startswith(words), report.causes[0]
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "causal"])
+def test_a_model_served_rightly_is_healthy(
+    kind: str, request: pytest.FixtureRequest, gate: Callable[[CrossEncoder], HealthReport]
+) -> None:
+    profile = "ContextualAI/ctxl-rerank-v2-instruct-multilingual-1b" if kind == "causal" else None
+    report = gate(open_float32(request.getfixturevalue(kind), profile=profile))
+
+    assert report.passed, report.summary()
+    assert report.causes == ()
+    assert report.finding("by itself", "the query counts").state is State.PASS
+
+
+def test_a_softmax_over_the_hidden_vector_is_named(bert: Path, gate: Callable[[CrossEncoder], HealthReport]) -> None:
+    model = open_float32(bert)
+    base = model._runner._model.base_model
+
+    def of_hidden(pairs: Sequence[TextPair]) -> Margins:
+        rows = []
+        for pair in pairs:
+            types = torch.tensor([pair.type_ids]) if pair.type_ids else None
+            with torch.inference_mode():
+                hidden = base(input_ids=torch.tensor([pair.ids]), token_type_ids=types).last_hidden_state[0, 0]
+            rows.append(float(hidden.softmax(-1)[0]))
+        return np.array(rows, dtype=np.float32)
+
+    model._runner.margins = of_hidden
+    assert_named(gate(model), "softmax over the hidden vector")
+
+
+def test_scores_that_all_vanish_are_a_softmax_too(bert: Path, gate: Callable[[CrossEncoder], HealthReport]) -> None:
+    """As at a real width, where one of a thousand classes gets next to nothing."""
+    model = open_float32(bert)
+    vanishing = Planted(model, margins=lambda m: sigmoid(m) * 1e-7)
+    assert_named(gate(vanishing), "softmax over the hidden vector")
+
+
+def test_a_sigmoid_taken_twice_is_named(bert: Path, gate: Callable[[CrossEncoder], HealthReport]) -> None:
+    model = open_float32(bert)
+    assert model.profile.activation == "sigmoid"
+    in_the_runtime = Planted(model, margins=sigmoid)
+    assert_named(gate(in_the_runtime), "double sigmoid")
+    when_published = Planted(model, activation=lambda m: sigmoid(sigmoid(m)))
+    assert_named(gate(when_published), "double sigmoid")
+
+
+def test_a_sigmoid_of_a_raw_logit_is_named(causal: Path, gate: Callable[[CrossEncoder], HealthReport]) -> None:
+    raw = open_float32(causal, profile="ContextualAI/ctxl-rerank-v2-instruct-multilingual-1b")
+    assert_named(gate(Planted(raw, margins=sigmoid)), "sigmoid where the logit is expected")
+
+
+BARE = """
+[[profile]]
+models = ["bare"]
+architectures = ["Qwen3ForSequenceClassification"]
+head = "score"
+padding = "left"
+template = ["{query}\\n{passage}"]
+"""
+
+
+def test_a_missing_template_is_named(causal: Path, tmp_path: Path, some_pairs: PairSet) -> None:
+    from decoder_server.cross_encoder.conversion import CausalSource, convert, staged
+
+    with staged(tmp_path / "converted") as folder:
+        convert(CausalSource.open(str(causal)), folder)
+    (tmp_path / "bare.toml").write_text(BARE)
+
+    settings: dict[str, Any] = {"dtype": "float32", "pairs": some_pairs}
+    assert check(tmp_path / "converted", **settings).passed
+    report = check(tmp_path / "converted", profile=str(tmp_path / "bare.toml"), **settings)
+    assert_named(report, "missing template")
+    assert any("compared with its own" in note for note in report.notes)
+
+
+LEFT = """
+[[profile]]
+models = ["left"]
+architectures = ["BertForSequenceClassification"]
+activation = "sigmoid"
+padding = "left"
+max_tokens = 192
+"""
+
+
+def test_padding_on_the_wrong_side_is_named(bert: Path, tmp_path: Path, some_pairs: PairSet) -> None:
+    (tmp_path / "left.toml").write_text(LEFT)
+    report = check(bert, dtype="float32", profile=str(tmp_path / "left.toml"), pairs=some_pairs)
+
+    assert_named(report, "wrong padding side")
+    assert report.finding("by itself", "alone or beside others").state is State.FAIL
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_a_dropped_pooler_is_named(
+    kind: str, request: pytest.FixtureRequest, gate: Callable[[CrossEncoder], HealthReport]
+) -> None:
+    model = open_float32(request.getfixturevalue(kind))
+    served = model._runner._model
+    if kind == "bert":
+        served.bert.pooler.forward = lambda states: states[:, 0]
+    else:
+        served.classifier.forward = lambda states: served.classifier.out_proj(states[:, 0])
+    assert_named(gate(model), "dropped pooler")
+
+
+def test_a_query_cut_from_the_right_is_named(causal: Path, gate: Callable[[CrossEncoder], HealthReport]) -> None:
+    model = open_float32(causal, profile="ContextualAI/ctxl-rerank-v2-instruct-multilingual-1b")
+    report = gate(Planted(model, cut_right=True))
+
+    assert not report.passed
+    assert any(cause.startswith("the query is cut off") for cause in report.causes)
+    assert report.finding("by itself", "the query counts").value == 0
+
+
+def test_numbers_that_overflow_and_heads_that_see_nothing_are_named(
+    bert: Path, gate: Callable[[CrossEncoder], HealthReport]
+) -> None:
+    model = open_float32(bert)
+    assert_named(gate(Planted(model, margins=lambda m: np.where(m > 0, np.nan, m))), "some scores are not finite")
+    assert_named(gate(Planted(model, margins=np.zeros_like)), "every pair has the same score")
+
+
+def test_other_weights_are_not_given_a_name(bert: Path, gate: Callable[[CrossEncoder], HealthReport]) -> None:
+    noise = np.random.default_rng(0)
+    model = Planted(open_float32(bert), margins=lambda m: m + noise.normal(size=len(m)).astype(np.float32) * 9)
+    report = gate(model)
+    assert not report.passed
+
+
+def test_the_marks_of_saturation() -> None:
+    assert all_tiny(np.array([0.0, 9e-7]))
+    assert not all_tiny(np.array([-2.0, -13.0]))  # ctxl's raw logits
+    assert all_doubled(np.array([0.5, 0.73]))
+    assert not all_doubled(np.array([0.49, 0.73]))

@@ -1,0 +1,209 @@
+"""Known ways to serve a model wrongly, and what its scores look like then.
+
+Two kinds of evidence. A pattern in the numbers suggests a fault; doing the same wrong thing to the plain model and
+getting the served numbers proves it. Does not decide whether there is a fault: limits do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from tuning.health.behaviour import all_doubled, all_tiny
+from tuning.health.compare import Margins
+from tuning.health.pairs import TextTriple
+from tuning.health.plain import PlainModel
+from tuning.health.statistics import kendall_tau, spread_ratio
+
+SOFTMAX_OVER_HIDDEN = (
+    "softmax over the hidden vector: the scores are what a softmax over the last hidden state gives, as when a runtime "
+    "finds no classification head and takes the hidden size for a number of labels; load the head"
+)
+DOUBLE_SIGMOID = (
+    "double sigmoid: a sigmoid was taken of scores that were probabilities already, so all of them lie between "
+    "sigmoid(0) = 0.50 and sigmoid(1) = 0.73; make the runtime return logits, or the activation identity"
+)
+SIGMOID_FOR_LOGIT = (
+    "sigmoid where the logit is expected: the runtime applies the activation itself; make it return logits"
+)
+MISSING_TEMPLATE = (
+    "missing template: the model reads bare texts and not the prompt it was trained with; the order may survive while "
+    "the spread changes; serve it with its profile's template"
+)
+WRONG_PADDING = (
+    "wrong padding side or a missing attention mask: pairs score right alone and wrong beside longer ones; "
+    "encoders that read their first token need padding on the right, decoders that read their last need it on the left"
+)
+DROPPED_POOLER = (
+    "dropped pooler: the head is applied to the first token's hidden state without the dense layer and tanh before it; "
+    "convert the checkpoint again with its pooler"
+)
+QUERY_CUT = (
+    "the query is cut off: the passage stands before it and truncation takes the end of the whole prompt; "
+    "cut the passage instead"
+)
+LOST_SPREAD = (
+    "the order is kept while the spread is not: usually a missing or different template, or an activation applied "
+    "inside the runtime"
+)
+NOT_FINITE = "some scores are not finite: float16 overflows most of these models; use bfloat16 or float32"
+CONSTANT = "every pair has the same score: the head does not see the texts"
+UNKNOWN = "no known fault gives these numbers: compare weights, template and readout with the published ones"
+
+# A fault proves itself where it gives the served margins but for rounding (root mean square, in spreads of its own),
+# and gives them better than the right way does.
+PROOF_SPREADS = 0.1
+PROOF_GAIN = 0.5
+SAME_ORDER = 0.95
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known once something failed."""
+
+    pairs: Sequence[TextTriple]
+    margins: Margins  # as served
+    scores: Margins  # as published from them
+    reference: Margins | None  # of the plain model
+    alone_agrees: bool | None  # whether unpadded passes give the reference's margins
+    batch_failed: bool
+    swap_failed: bool
+    compare_failed: bool
+
+
+def name_causes(evidence: Evidence, plain: PlainModel | None) -> list[str]:
+    """Likely causes in words, the surest first.
+
+    Args:
+        plain: where there is one, faults are tried out on it.
+    """
+    causes = [QUERY_CUT] if evidence.swap_failed else []
+    if not np.isfinite(evidence.margins).all():
+        return [NOT_FINITE, *causes]
+    first = _by_pattern_alone(evidence) or (_by_trying(evidence, plain) if plain is not None else None)
+    first = first or _by_spread(evidence)
+    return [first, *causes] if first else causes or [UNKNOWN]
+
+
+def _by_pattern_alone(evidence: Evidence) -> str | None:
+    """Marks that no other fault leaves."""
+    if all_tiny(evidence.margins) or all_tiny(evidence.scores):
+        return SOFTMAX_OVER_HIDDEN
+    if np.ptp(evidence.margins) == 0:
+        return CONSTANT
+    return WRONG_PADDING if evidence.batch_failed and evidence.alone_agrees is not False else None
+
+
+def _by_trying(evidence: Evidence, plain: PlainModel) -> str | None:
+    """The fault that gives the served margins when the plain model is made to commit it."""
+    if not evidence.compare_failed or evidence.reference is None:
+        return None
+    for words, attempt in ATTEMPTS:
+        for margins in attempt(plain, evidence):
+            if _proves(margins, evidence.margins, evidence.reference):
+                doubled = words is SIGMOID_FOR_LOGIT and all_doubled(evidence.scores)
+                return DOUBLE_SIGMOID if doubled else words
+    return None
+
+
+def _by_spread(evidence: Evidence) -> str | None:
+    """Marks that several faults leave: the likeliest of them."""
+    if all_doubled(evidence.scores) or all_doubled(evidence.margins):
+        return DOUBLE_SIGMOID
+    if not evidence.compare_failed or evidence.reference is None:
+        return None
+    ratio = spread_ratio(evidence.margins, evidence.reference)
+    kept = kendall_tau(evidence.margins, evidence.reference) >= SAME_ORDER
+    return LOST_SPREAD if kept and not 0.8 <= ratio <= 1.25 else None
+
+
+def _proves(attempted: Margins, served: Margins, reference: Margins) -> bool:
+    spread, off = float(attempted.std()), _rms(served - attempted)
+    return spread > 0 and off <= PROOF_SPREADS * spread and off <= PROOF_GAIN * _rms(served - reference)
+
+
+def _rms(values: Margins) -> float:
+    return float(np.sqrt(np.square(values.astype(np.float64)).mean()))
+
+
+Attempt = Callable[[PlainModel, Evidence], Iterator[Margins]]
+
+
+def _sigmoid_for_logit(_: PlainModel, evidence: Evidence) -> Iterator[Margins]:
+    assert evidence.reference is not None
+    yield np.asarray(1 / (1 + np.exp(-evidence.reference.astype(np.float64))), dtype=np.float32)
+
+
+def _without_template(plain: PlainModel, evidence: Evidence) -> Iterator[Margins]:
+    """The texts alone, in the ways that runtimes join them; of a model that has no template, without its pair."""
+    bare = dataclasses.replace(plain.profile, instruction_format="", default_instruction="")
+    joined = [("{query} {passage}",), ("{passage} {query}",), ("{query}\n{passage}",)]
+    for template in ([()] if plain.profile.template else []) + joined:
+        yield plain.margins(plain.read(evidence.pairs, dataclasses.replace(bare, template=template)))
+
+
+def _without_pooler(plain: PlainModel, evidence: Evidence) -> Iterator[Margins]:
+    with _pooler_dropped(plain.model) as dropped:
+        if dropped:
+            yield plain.margins(plain.read(evidence.pairs))
+
+
+def _softmax_over_hidden(plain: PlainModel, evidence: Evidence) -> Iterator[Margins]:
+    hidden = [plain.last_hidden(pair).float().softmax(-1) for pair in plain.read(evidence.pairs)]
+    for index in (0, 1):  # the first label's share, or the second's as of two labels
+        yield np.array([float(row[index]) for row in hidden], dtype=np.float32)
+
+
+def _padded_on_the_wrong_side(plain: PlainModel, evidence: Evidence) -> Iterator[Margins]:
+    """Every pair padded to the longest on the other side, without a mask or position for it."""
+    read = plain.read(evidence.pairs)
+    longest = max(len(pair.ids) for pair in read)
+    left = plain.profile.padding == "right"
+    margins = []
+    for pair in read:
+        inputs = plain.inputs(pair)
+        extra = longest - len(pair.ids)
+        sides = (extra, 0) if left else (0, extra)
+        inputs = {
+            name: torch.nn.functional.pad(value, sides, value=plain.pad_id if name == "input_ids" else 0)
+            for name, value in inputs.items()
+        }
+        margins.append(float(plain.readout(plain.forward(inputs))))
+    yield np.array(margins, dtype=np.float32)
+
+
+ATTEMPTS: tuple[tuple[str, Attempt], ...] = (
+    (SIGMOID_FOR_LOGIT, _sigmoid_for_logit),
+    (SOFTMAX_OVER_HIDDEN, _softmax_over_hidden),
+    (DROPPED_POOLER, _without_pooler),
+    (MISSING_TEMPLATE, _without_template),
+    (WRONG_PADDING, _padded_on_the_wrong_side),
+)
+
+
+@contextmanager
+def _pooler_dropped(model: Any) -> Iterator[bool]:
+    """Takes dense and activation between the first token and the last layer out, where a model has them."""
+    handles = []
+    base_pooler = getattr(model.base_model, "pooler", None)
+    classifier = getattr(model, "classifier", None)
+    if base_pooler is not None:  # BERT: (batch, tokens, hidden) -> (batch, hidden)
+        handles.append(base_pooler.register_forward_hook(lambda _, inputs, __: inputs[0][:, 0]))
+    elif getattr(model, "pooler", None) is not None:  # DeBERTa
+        handles.append(model.pooler.register_forward_hook(lambda _, inputs, __: inputs[0][:, 0]))
+    elif hasattr(classifier, "dense") and hasattr(classifier, "out_proj"):  # RoBERTa
+        hook = lambda head, inputs, _: head.out_proj(inputs[0][:, 0])  # noqa: E731
+        handles.append(classifier.register_forward_hook(hook))
+    elif getattr(model, "head", None) is not None and classifier is not None:  # ModernBERT
+        handles.append(model.head.register_forward_hook(lambda _, inputs, __: inputs[0]))
+    try:
+        yield bool(handles)
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,120 @@
+"""Both halves of an fbnl checkpoint as the checks see them, and its states by way of a store.
+
+Does not know what is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from cache.collection import StoredPassage
+from cache.states import PassageStates
+from cache.store import open_store
+from checkpoint import Checkpoint
+from decoder_server.backend import Pair
+from decoder_server.fbnl import FbnlBackend
+from encoder_worker.batching import BatchLimits
+from encoder_worker.encoder import Encoder
+from encoder_worker.passage_encoder import PassageEncoder
+from encoder_worker.target import CollectionSettings, Target
+from tuning.errors import EvaluationError
+from tuning.health.compare import Margins
+from tuning.health.pairs import TextTriple
+from tuning.health.scorer import Advance, unheard
+from tuning.rerank import score_passages
+from tuning.states import EncodedStates
+
+# A word that every tokenizer here spells in at least one token.
+_FILLER = "the water of the sea rises and falls twice a day "
+MAX_FILLED_TOKENS = 8192
+
+
+class FbnlScorer:
+    """Both halves at one number format, and the ratio that passages are read at."""
+
+    def __init__(self, encoder: PassageEncoder, backend: FbnlBackend, ratio: int) -> None:
+        self.encoder, self.backend, self.ratio = encoder, backend, ratio
+        self.number_format = backend.dtype_name
+
+    @classmethod
+    def load(
+        cls, checkpoint: Checkpoint, *, device: str | None = None, dtype: str | None = None, ratio: int | None = None
+    ) -> FbnlScorer:
+        """Both halves. Raises CheckpointError, ValueError as loading does."""
+        backend = FbnlBackend.load(checkpoint, device=device, dtype=dtype)
+        return cls.beside(backend, checkpoint, ratio)
+
+    @classmethod
+    def beside(cls, backend: FbnlBackend, checkpoint: Checkpoint, ratio: int | None = None) -> FbnlScorer:
+        """The encoder that belongs to a loaded decoder, on its device and in its format."""
+        half = Encoder.load(checkpoint, device=backend.device_name, dtype=backend.dtype_name)
+        encoder = PassageEncoder(checkpoint, half, BatchLimits.for_device(half.device_name))
+        return cls(encoder, backend, ratio or checkpoint.settings.default_compression_ratio)
+
+    def states(self, pairs: Sequence[TextTriple], ratio: int | None = None) -> list[PassageStates]:
+        """States of each pair's passage, encoded now.
+
+        Raises:
+            EvaluationError: a passage that cannot be encoded.
+        """
+        texts = {str(i): pair.passage for i, pair in enumerate(pairs)}
+        found: dict[str, PassageStates] = {}
+        for chunk in EncodedStates(self.encoder, texts, ratio or self.ratio).chunks(list(texts)):
+            found |= chunk
+        missing = [i for i in range(len(pairs)) if str(i) not in found]
+        if missing:
+            raise EvaluationError(f"pair {missing[0] + 1}: its passage gave no finite states")
+        return [found[str(i)] for i in range(len(pairs))]
+
+    def score(
+        self, pairs: Sequence[TextTriple], states: Sequence[PassageStates], advance: Advance = unheard
+    ) -> Margins:
+        """Margins of passages already encoded."""
+        prompts = [self.backend.prompt(pair.query, pair.instruction) for pair in pairs]
+        return score_passages(self.backend, list(zip(prompts, states, strict=True)), advance)
+
+    def margins(self, pairs: Sequence[TextTriple], advance: Advance = unheard) -> Margins:
+        return self.score(pairs, self.states(pairs), advance)
+
+    def together(self, pairs: Sequence[TextTriple]) -> Margins:
+        tokenized = self.encoder.tokenize([pair.passage for pair in pairs])
+        states = self.encoder.encode([one.windows[0] for one in tokenized], self.ratio)
+        failed = next((one for one in states if isinstance(one, Exception)), None)
+        if failed is not None:
+            raise EvaluationError(f"a passage cannot be encoded: {failed}")
+        good = [one for one in states if isinstance(one, np.ndarray)]
+        prompts = [self.backend.prompt(pair.query, pair.instruction) for pair in pairs]
+        return self.backend.score([Pair(prompt, one) for prompt, one in zip(prompts, good, strict=True)])
+
+    def scores(self, margins: Margins) -> Margins:
+        return np.asarray(1 / (1 + np.exp(-margins.astype(np.float64))), dtype=np.float32)
+
+    def overlong(self) -> str | None:
+        limit = self.encoder.settings.max_passage_tokens
+        return _FILLER * (limit // 2 + 1) if limit <= MAX_FILLED_TOKENS else None
+
+
+def through_store(
+    states: Sequence[PassageStates], encoder: PassageEncoder, ratio: int, codec: str | None
+) -> list[PassageStates]:
+    """The states as a server reads them: encoded by the codec into a collection, and read back.
+
+    Raises:
+        CacheError: an unknown codec, or one that needs more states to train.
+    """
+    store = open_store("memory:")
+    try:
+        settings = CollectionSettings(ratio, codec, stores_text=False)
+        target = Target(store, "check", settings, encoder.identity, encoder.settings)
+        collection = target.create(np.concatenate([one.states for one in states]))
+        ids = [str(i) for i in range(len(states))]
+        collection.put_many([StoredPassage(id_, one) for id_, one in zip(ids, states, strict=True)])
+        read = collection.get_many(ids)
+        damaged = next((one for one in read if not isinstance(one, PassageStates)), None)
+        if damaged is not None or len(read) != len(states):
+            raise EvaluationError(f"a stored passage did not come back: {damaged}")
+        return [one for one in read if isinstance(one, PassageStates)]
+    finally:
+        store.close()

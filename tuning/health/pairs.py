@@ -1,0 +1,77 @@
+"""The pairs that scores are compared on: a file of the user's, or the hundred that come with preread.
+
+The built-in ones are twenty questions with five passages each, from the answer to nonsense: eight in
+English, eight in Korean, four that mix both; nine of the questions have an instruction. Knows no models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tuning.errors import EvaluationError
+from tuning.files import json_rows
+
+BUILT_IN = Path(__file__).parent / "pairs.jsonl"
+PASSAGE_FIELDS = ("passage", "text", "document")
+MIN_PAIRS = 2  # fewer have no order to compare
+FEW_PAIRS = 20  # reference: 20 to 100 pairs; fewer are used, and the report says so
+
+
+@dataclass(frozen=True, slots=True)
+class TextTriple:
+    """A query, its instruction if any, and one passage, as a person wrote them."""
+
+    query: str
+    instruction: str | None
+    passage: str
+
+    def fields(self) -> tuple[str, str | None, str]:
+        """In the order that cross-encoders take them."""
+        return self.query, self.instruction, self.passage
+
+
+@dataclass(frozen=True)
+class PairSet:
+    """Pairs and where they came from."""
+
+    name: str
+    pairs: Sequence[TextTriple]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+
+def built_in_pairs() -> PairSet:
+    """The hundred pairs of the package."""
+    return PairSet("built-in pairs", read_pairs(BUILT_IN).pairs)
+
+
+def read_pairs(path: Path) -> PairSet:
+    """One JSON object a line: `query`, `passage` (or `text`, `document`), and `instruction` where there is one.
+
+    Raises:
+        EvaluationError: an unreadable file, or a line that is no pair; the message names the line.
+    """
+    pairs = [_pair(where, row) for where, row in json_rows(path)]
+    if len(pairs) < MIN_PAIRS:
+        raise EvaluationError(f"{path}: {len(pairs)} pairs; expected at least {MIN_PAIRS}")
+    return PairSet(str(path), pairs)
+
+
+def _pair(where: str, row: dict[str, Any]) -> TextTriple:
+    passage_field = next((name for name in PASSAGE_FIELDS if name in row), PASSAGE_FIELDS[0])
+    query, passage = _text(where, row, "query"), _text(where, row, passage_field)
+    instruction = _text(where, row, "instruction") if row.get("instruction") not in (None, "") else None
+    return TextTriple(query, instruction, passage)
+
+
+def _text(where: str, row: dict[str, Any], name: str) -> str:
+    if name not in row:
+        raise EvaluationError(f"{where}: fields {', '.join(row) or 'none'}; expected query and passage")
+    value = row[name]
+    if not isinstance(value, str) or not value.strip():
+        raise EvaluationError(f"{where}: {name} is {value!r}; expected a text")
+    return value

@@ -1,0 +1,139 @@
+"""Whether a converted classifier gives the scores of the language model it came from, on the same padded batches.
+
+Runs transformers' own classes, one loaded at a time. Does not know how the conversion was done.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from checkpoint.compute import DTYPES
+from checkpoint.errors import CheckpointError
+from decoder_server.cross_encoder.batching import Padded, batches, pad
+from decoder_server.cross_encoder.conversion import COLUMN, CausalSource
+from decoder_server.cross_encoder.texts import PairReader
+from decoder_server.cross_encoder.transformer import load_config, load_transformer, quiet
+from tuning.health.compare import Margins
+from tuning.health.pairs import PairSet
+from tuning.health.running import counted
+from tuning.health.statistics import kendall_tau, max_delta, rank_agreement
+from tuning.progress import SILENT, Progress
+
+BATCH_TOKENS = 4096
+# float32: the same sums in another kernel; 2e-7 was measured, and a margin more than 1e-4 off is wrong by any account.
+# bfloat16: the language model rounds its logit to 8 bits, the classifier may not: a step of the largest score.
+MAX_DELTA = {"float32": 1e-4, "bfloat16": 2.0**-7}  # absolute; a share of the largest score
+MIN_TAU = {"float32": 0.999, "bfloat16": 0.98}
+
+
+@dataclass(frozen=True)
+class ParityRow:
+    """One number format."""
+
+    dtype: str
+    num_pairs: int
+    max_delta: float
+    allowed_delta: float
+    tau: float
+    rank_agreement: float  # share of places that the same pair holds
+
+    @property
+    def passed(self) -> bool:
+        return self.max_delta <= self.allowed_delta and self.tau >= MIN_TAU[self.dtype]
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {"passed": self.passed}
+
+
+def parity(
+    source: CausalSource,
+    converted: Path,
+    pairs: PairSet,
+    dtypes: Sequence[str] = ("float32", "bfloat16"),
+    progress: Progress = SILENT,
+) -> list[ParityRow]:
+    """Scores the pairs with both models in each format.
+
+    Raises:
+        CheckpointError: either cannot be loaded, or a score is not finite.
+    """
+    loaded_batches, order = _batches(source, pairs)
+    rows = []
+    for dtype in dtypes:
+        margins = []
+        for side, path, head in (("original", source.path, True), ("converted", converted, False)):
+            with counted(progress, f"{side} {dtype}", len(pairs)) as advance:
+                model = _load(path, dtype, causal=head)
+                found = []
+                for batch in loaded_batches:
+                    found.append(_margins(model, batch, causal=head))
+                    advance(len(batch.ids))
+                del model
+                gc.collect()  # the next one needs the room
+            margins.append(np.concatenate(found)[order])
+        rows.append(_row(dtype, margins[0], margins[1]))
+    return rows
+
+
+def _batches(source: CausalSource, pairs: PairSet) -> tuple[list[Padded], list[int]]:
+    """Padded batches, and where in their concatenation each pair stands."""
+    from transformers import AutoTokenizer
+
+    loaded: Any = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
+    read = PairReader(loaded.backend_tokenizer, source.profile).pairs([pair.fields() for pair in pairs.pairs])
+    groups = list(batches(read, BATCH_TOKENS))
+    padded = [
+        pad([read[i].ids for i in group], [None] * len(group), side="left", pad_id=source.pad_token_id)
+        for group in groups
+    ]
+    place = {index: at for at, index in enumerate(index for group in groups for index in group)}
+    return padded, [place[i] for i in range(len(read))]
+
+
+def _load(path: Path, dtype: str, *, causal: bool) -> Any:
+    if not causal:  # refuses missing and random weights by itself
+        config = load_config(path, trust_remote_code=False)
+        return load_transformer(
+            path, config, DTYPES[dtype], torch.device("cpu"), headless=False, trust_remote_code=False
+        )
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with quiet():
+            return AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], local_files_only=True).eval()
+    except Exception as exc:  # transformers raises many unrelated types
+        raise CheckpointError(f"{path}: the language model cannot be loaded ({str(exc).splitlines()[0]})") from exc
+
+
+@torch.inference_mode()
+def _margins(model: Any, batch: Padded, *, causal: bool) -> Margins:
+    """(batch,) scores as either model's own forward gives them."""
+    inputs = {"input_ids": torch.from_numpy(batch.ids), "attention_mask": torch.from_numpy(batch.mask)}
+    if causal:
+        logits = model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1, COLUMN]
+    else:
+        logits = model(**inputs, use_cache=False).logits.squeeze(-1)
+    margins: Margins = logits.float().numpy()
+    return margins
+
+
+def _row(dtype: str, original: Margins, converted: Margins) -> ParityRow:
+    if not (np.isfinite(original).all() and np.isfinite(converted).all()):
+        raise CheckpointError(f"a score is not finite in {dtype}: nothing to compare")
+    largest = float(np.abs(original).max())
+    allowed = MAX_DELTA[dtype] * (1.0 if dtype == "float32" else max(1.0, largest))
+    return ParityRow(
+        dtype,
+        len(original),
+        max_delta(original, converted),
+        allowed,
+        kendall_tau(original, converted),
+        rank_agreement(original, converted),
+    )
