@@ -56,6 +56,8 @@ def mixed(pairs: Sequence[TextTriple]) -> list[TextTriple]:
 
 def batch(scorer: Scorer, pairs: Sequence[TextTriple]) -> Finding:
     """A pair's margin alone against the same beside pairs of other lengths."""
+    if scorer.listwise:
+        return Finding(BATCH, State.SKIP, detail="a listwise model's scores depend on the other candidates")
     some = mixed(pairs)
     alone = one_by_one(scorer, some)
     together = scorer.together(some)

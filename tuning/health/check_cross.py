@@ -11,13 +11,14 @@ from checkpoint.errors import CheckpointError
 from checkpoint.files import read_json, resolve
 from decoder_server.cross_encoder import CrossEncoder, Profile, open_cross_encoder
 from decoder_server.cross_encoder.choosing import limited, named_profile, own_profile
+from tuning.errors import EvaluationError
 from tuning.health.behaviour import BATCH, SWAP, behaviour, mixed, one_by_one
 from tuning.health.compare import Margins, farthest
 from tuning.health.cross import CrossScorer
 from tuning.health.faults import Evidence, name_causes
 from tuning.health.golden import golden_section
 from tuning.health.limits import limits_for
-from tuning.health.pairs import PairSet, TextTriple
+from tuning.health.pairs import MIN_PAIRS, PairSet, TextTriple
 from tuning.health.plain import PlainModel
 from tuning.health.report import HealthReport
 from tuning.health.running import counted, failed, judged, notes
@@ -40,10 +41,12 @@ def check_cross(
 
     Raises:
         CheckpointError: weights that cannot be loaded once more.
-        ValueError: pairs that do not fit the model, such as an over-long instruction.
+        EvaluationError: no pairs fit the model.
     """
     started = time.monotonic()
-    model, texts = served.model, pairs.pairs
+    model = served.model
+    pairs, left_out = _fitting(model, pairs)
+    texts = pairs.pairs
     with counted(progress, f"served, {served.number_format}", len(texts)) as advance:
         margins = served.margins(texts, advance)
     sections = [behaviour(served, texts, margins)]
@@ -63,7 +66,9 @@ def check_cross(
             margins=margins,
             scores=served.scores(margins),
             reference=expected,
-            alone_agrees=_agrees(served, reference, mixed(texts), limits.max_delta_spreads or 1.0),
+            alone_agrees=None
+            if served.listwise
+            else _agrees(served, reference, mixed(texts), limits.max_delta_spreads or 1.0),
             batch_failed=failed(sections[:1], BATCH),
             swap_failed=failed(sections[:1], SWAP),
             compare_failed=any(section.failed for section in sections[1:]),
@@ -79,9 +84,26 @@ def check_cross(
         sections=sections,
         causes=causes,
         farthest=farthest(pairs, margins, expected) if sections[1].failed else (),
-        notes=[*notes(pairs), *reference.notes],
+        notes=[*left_out, *notes(pairs), *reference.notes],
         seconds=time.monotonic() - started,
     )
+
+
+def _fitting(model: CrossEncoder, pairs: PairSet) -> tuple[PairSet, list[str]]:
+    """The pairs whose query and instruction the model can read, and a note about the others."""
+    fitting, reason = [], ""
+    for number, pair in enumerate(pairs.pairs, 1):
+        try:
+            model.pair(*pair.fields())
+        except ValueError as exc:
+            reason = reason or f"pair {number}: {exc}"
+        else:
+            fitting.append(pair)
+    num_others = len(pairs) - len(fitting)
+    if len(fitting) < MIN_PAIRS:
+        raise EvaluationError(f"{num_others} of {len(pairs)} pairs do not fit {model.model}; the first, {reason}")
+    note = f"{num_others} pairs do not fit and are left out; the first, {reason}"
+    return PairSet(pairs.name, fitting), [note] if num_others else []
 
 
 class _Reference:

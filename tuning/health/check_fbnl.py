@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from cache.codecs import DEFAULT_CODEC
 from checkpoint import Checkpoint
 from tuning.health.behaviour import BATCH, SWAP, behaviour
 from tuning.health.compare import Margins, farthest
-from tuning.health.faults import Evidence, name_causes
+from tuning.health.faults import UNKNOWN, Evidence, name_causes
 from tuning.health.fbnl import FbnlScorer, through_store
 from tuning.health.golden import golden_section
 from tuning.health.limits import BFLOAT16, FLOAT32, INT8, POOLED, limits_for
 from tuning.health.pairs import PairSet
-from tuning.health.report import HealthReport
+from tuning.health.report import HealthReport, Section
 from tuning.health.running import counted, failed, judged, notes
 from tuning.health.scorer import Scorer
 from tuning.progress import SILENT, Progress
@@ -21,6 +22,11 @@ from tuning.progress import SILENT, Progress
 # Codecs that round numbers; the others approximate vectors, as int8 weights do.
 CODEC_LIMITS = {"Flat": FLOAT32, "SQfp16": BFLOAT16, "SQbf16": BFLOAT16}
 NARROW = "bfloat16"
+
+TOO_NARROW = "bfloat16 is too narrow for these weights: serve them in float32"
+TOO_LOSSY = "index with SQfp16, or a codec with more bits"
+TOO_COARSE = "the compression ratio is too high for this checkpoint: serve and store it at a lower one"
+UNEVEN = "pooling does not nest: states stored at one ratio are not those of another; index again with this version"
 
 
 def check_fbnl(
@@ -53,41 +59,42 @@ def check_fbnl(
             return scorer.margins(texts, advance)
 
     margins = score(f"served, {served.number_format}", served)
-    sections = [behaviour(served, texts, margins)]
-    wide = served if served.number_format == "float32" else FbnlScorer.load(
-        checkpoint, device=served.backend.device_name, dtype="float32", ratio=ratio
-    )  # fmt: skip
-    reference = margins if wide is served else score("float32", wide)
+    alone = behaviour(served, texts, margins)
+    wide = served
     if served.number_format != "float32":
-        sections.append(judged(f"{served.number_format} against float32", margins, reference, BFLOAT16))
-    elif every_format:
-        narrow = FbnlScorer.load(checkpoint, device=served.backend.device_name, dtype=NARROW, ratio=ratio)
-        sections.append(judged(f"{NARROW} against float32", score(NARROW, narrow), reference, BFLOAT16))
+        wide = FbnlScorer.load(checkpoint, device=served.backend.device_name, dtype="float32", ratio=ratio)
+    reference = margins if wide is served else score("float32", wide)
+    own, narrow = limits_for(served.number_format), margins
+    if wide is served and every_format:
+        other_format = FbnlScorer.load(checkpoint, device=served.backend.device_name, dtype=NARROW, ratio=ratio)
+        narrow = score(NARROW, other_format)
+    compared: list[tuple[Section, str]] = []  # and the likely cause where it fails
+    if narrow is not reference:
+        compared.append((judged(f"{NARROW} against float32", narrow, reference, BFLOAT16), TOO_NARROW))
     with counted(progress, "stored and pooled", 3 * len(texts)) as advance:
-        on_demand = served.states(texts)
+        on_demand, unpooled = served.states(texts), served.states(texts, 1)
         stored = served.score(texts, through_store(on_demand, served.encoder, ratio, codec), advance)
-        sections.append(
-            judged(f"stored states ({codec}) against on demand", stored, margins, CODEC_LIMITS.get(codec, INT8))
-        )
-        unpooled = served.states(texts, 1)
         fine = served.score(texts, unpooled, advance)
         again = served.score(texts, [one.at_ratio(ratio) for one in unpooled], advance)
-    sections.append(judged(f"stored at r = 1, re-pooled to {ratio}", again, margins, limits_for(served.number_format)))
+    kept = CODEC_LIMITS.get(codec, INT8)
+    title = f"stored states ({codec}) against on demand"
+    compared.append((judged(title, stored, margins, kept), f"the codec {codec} loses too much: {TOO_LOSSY}"))
+    compared.append((judged(f"stored at r = 1, re-pooled to {ratio}", again, margins, own), UNEVEN))
     if ratio > 1:
-        sections.append(judged(f"r = {ratio} against r = 1", margins, fine, POOLED))
+        compared.append((judged(f"r = {ratio} against r = 1", margins, fine, POOLED), TOO_COARSE))
     if other is not None:
         name, scorer = other
-        sections.append(judged(f"against {name}", margins, score("other", scorer), limits_for(served.number_format)))
-    sections.append(golden_section(checkpoint.name, served))
+        compared.append((judged(f"against {name}", margins, score("other", scorer), own), ""))
+    sections = [alone, *(section for section, _ in compared), golden_section(checkpoint.name, served)]
     evidence = Evidence(
         pairs=texts,
         margins=margins,
         scores=served.scores(margins),
         reference=reference,
         alone_agrees=None,
-        batch_failed=failed(sections[:1], BATCH),
-        swap_failed=failed(sections[:1], SWAP),
-        compare_failed=any(section.failed for section in sections[1:]),
+        batch_failed=failed([alone], BATCH),
+        swap_failed=failed([alone], SWAP),
+        compare_failed=wide is not served and compared[0][0].failed,
     )
     healthy = not any(section.failed for section in sections)
     return HealthReport(
@@ -98,8 +105,14 @@ def check_fbnl(
         pairs=pairs.name,
         num_pairs=len(pairs),
         sections=sections,
-        causes=() if healthy else name_causes(evidence, None),
+        causes=() if healthy else _causes(evidence, compared),
         farthest=() if healthy or wide is served else farthest(pairs, margins, reference),
         notes=notes(pairs),
         seconds=time.monotonic() - started,
     )
+
+
+def _causes(evidence: Evidence, compared: Sequence[tuple[Section, str]]) -> list[str]:
+    """Faults that leave a mark, then what the comparison that failed says by itself."""
+    marked = [cause for cause in name_causes(evidence, None) if cause != UNKNOWN]
+    return marked + [words for section, words in compared if section.failed and words] or [UNKNOWN]

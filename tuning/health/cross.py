@@ -21,9 +21,12 @@ class CrossScorer:
 
     def __init__(self, model: CrossEncoder) -> None:
         self.model = model
+        self.listwise = model.profile.listwise
         self.number_format = model.runtime if "int8" in model.runtime else model.dtype_name
 
     def margins(self, pairs: Sequence[TextTriple], advance: Advance = unheard) -> Margins:
+        if self.listwise:  # lists must stay whole
+            return self.model.score_texts([pair.fields() for pair in pairs])
         order = sorted(range(len(pairs)), key=lambda i: len(pairs[i].passage))
         margins = np.empty(len(pairs), dtype=np.float32)
         for first in range(0, len(order), CHUNK_PAIRS):

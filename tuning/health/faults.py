@@ -93,10 +93,10 @@ def name_causes(evidence: Evidence, plain: PlainModel | None) -> list[str]:
 
 def _by_pattern_alone(evidence: Evidence) -> str | None:
     """Marks that no other fault leaves."""
-    if all_tiny(evidence.margins) or all_tiny(evidence.scores):
-        return SOFTMAX_OVER_HIDDEN
     if np.ptp(evidence.margins) == 0:
         return CONSTANT
+    if all_tiny(evidence.margins) or all_tiny(evidence.scores):
+        return SOFTMAX_OVER_HIDDEN
     return WRONG_PADDING if evidence.batch_failed and evidence.alone_agrees is not False else None
 
 

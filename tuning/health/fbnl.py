@@ -34,6 +34,8 @@ MAX_FILLED_TOKENS = 8192
 class FbnlScorer:
     """Both halves at one number format, and the ratio that passages are read at."""
 
+    listwise = False
+
     def __init__(self, encoder: PassageEncoder, backend: FbnlBackend, ratio: int) -> None:
         self.encoder, self.backend, self.ratio = encoder, backend, ratio
         self.number_format = backend.dtype_name

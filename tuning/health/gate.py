@@ -14,6 +14,7 @@ from typing import Any
 from checkpoint import Checkpoint
 from checkpoint.files import read_json, resolve
 from checkpoint.model import MODEL_TYPE
+from decoder_server.backend import Backend
 from decoder_server.cross_encoder import CrossEncoder, open_cross_encoder
 from decoder_server.cross_encoder.choosing import named_profile
 from decoder_server.fbnl import FbnlBackend
@@ -87,7 +88,7 @@ def check(
 
 
 def health_gate(
-    model: CrossEncoder | FbnlBackend,
+    model: CrossEncoder | Backend,
     *,
     pairs: PairSet | None = None,
     trust_remote_code: bool = False,
@@ -99,11 +100,13 @@ def health_gate(
     anybody else scores.
     """
     given = pairs or built_in_pairs()
-    if isinstance(model, CrossEncoder):
-        return check_cross(CrossScorer(model), given, trust_remote_code=trust_remote_code, progress=progress)
-    return check_fbnl(
-        FbnlScorer.beside(model, model.checkpoint), model.checkpoint, given, every_format=False, progress=progress
-    )
+    if isinstance(model, FbnlBackend):
+        scorer = FbnlScorer.beside(model, model.checkpoint)
+        return check_fbnl(scorer, model.checkpoint, given, every_format=False, progress=progress)
+    loaded = model if isinstance(model, CrossEncoder) else getattr(model, "model", None)
+    if not isinstance(loaded, CrossEncoder):
+        raise TypeError(f"{type(model).__name__} is no backend that can be checked")
+    return check_cross(CrossScorer(loaded), given, trust_remote_code=trust_remote_code, progress=progress)
 
 
 def is_fbnl(name: str) -> bool:

@@ -19,6 +19,7 @@ class Scorer(Protocol):
     """One way of serving one model."""
 
     number_format: str  # float32, bfloat16, or a runtime's name with int8 in it
+    listwise: bool  # a score depends on the other pairs that are scored with it
 
     def margins(self, pairs: Sequence[TextTriple], advance: Advance = unheard) -> Margins:
         """Margins (len(pairs),) as a server computes them: pairs of like length share a pass."""

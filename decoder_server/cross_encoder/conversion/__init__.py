@@ -8,8 +8,8 @@ The classifier computes 1 row of the output embedding where the language model c
 Does not run either of them: tuning.health.parity does.
 """
 
-from decoder_server.cross_encoder.conversion.convert import Advance, convert
 from decoder_server.cross_encoder.conversion.source import COLUMN, CausalSource
 from decoder_server.cross_encoder.conversion.staging import staged
+from decoder_server.cross_encoder.conversion.writing import Advance, convert
 
 __all__ = ["COLUMN", "Advance", "CausalSource", "convert", "staged"]

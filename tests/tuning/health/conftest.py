@@ -10,7 +10,7 @@ import torch
 from decoder_server.cross_encoder.synthetic import Size, make_cross_encoder
 from tuning.health import PairSet, built_in_pairs
 
-SIZE = Size(positions=192)  # short, so that a passage over the limit is quickly read
+SIZE = Size()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -163,7 +163,7 @@ models = ["left"]
 architectures = ["BertForSequenceClassification"]
 activation = "sigmoid"
 padding = "left"
-max_tokens = 192
+max_tokens = 512
 """
 
 
