@@ -22,14 +22,22 @@ from preread.cli.options import compute_options, option, shipped_model
     "--pairs",
     "pairs_file",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Score these: JSON lines with query, passage and maybe instruction.  [default: 100 built-in pairs]",
+    help="JSON lines with query, passage and maybe instruction.  [default: 100 built-in pairs]",
 )
-@option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write everything to this file.")
+@option(
+    "--json-file",
+    "--json",
+    "json_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write everything to this file.",
+)
 @option("--runtime", metavar="NAME", default="torch", help="What computes a cross-encoder, as serve is told.")
 @option("--profile", metavar="NAME|TOML", help="A cross-encoder's recipe, instead of the one it goes by.")
 @option("--max-tokens", type=click.IntRange(min=1), help="A cross-encoder's limit, instead of its profile's.")
 @option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the checkpoint.")
-@option("--codec", metavar="CODEC", help="fbnl: how states are stored.  [default: SQfp16]")
+@option(
+    "--codec", metavar="CODEC", help="Flat, SQfp16, SQbf16, SQ8, SQ4, PQ<m>[x<bits>], RQ<m>x<bits>.  [default: SQfp16]"
+)
 @option("--compression-ratio", type=click.IntRange(min=1), help="fbnl: tokens per state.  [default: the checkpoint's]")
 @compute_options
 @click.pass_context

@@ -24,7 +24,7 @@ RECORD = "conversion.json"
     "--pairs",
     "pairs_file",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Compare on these: JSON lines with query, passage and maybe instruction.  [default: 100 built-in pairs]",
+    help="JSON lines with query, passage and maybe instruction.  [default: 100 built-in pairs]",
 )
 @option(
     "--parity",

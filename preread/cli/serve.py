@@ -109,6 +109,7 @@ _FILE = click.Path(exists=True, dir_okay=False)
 )
 @access_options
 @observe_options
+@option("--check", is_flag=True, help="Refuse to start with a model whose scores are wrong (`preread check`); slower.")
 @option("--log-text", is_flag=True, help="Log queries and instructions too; passages never.")
 @option("--tracing", is_flag=True, help="Send OpenTelemetry spans to where the OTEL_* variables say.")
 @grace_option
@@ -137,7 +138,9 @@ def command(ctx: click.Context, /, **options: Any) -> None:
 async def _serve(options: dict[str, Any]) -> None:
     from cache.store import open_store
     from checkpoint.compute import tune_process
+    from decoder_server.loading import load_model
     from decoder_server.server import DecoderServer
+    from preread.cli.serve_check import checked
     from preread.cli.serve_parts import encoder_halves, metrics_port, tracing
 
     started = time.monotonic()
@@ -149,7 +152,8 @@ async def _serve(options: dict[str, Any]) -> None:
     try:
         with tracing(options) as observers:
             async with encoder_halves(options, models, store, keys) as halves:
-                server = DecoderServer(_config(options, halves), store=store, keys=keys, observers=observers)
+                load = checked(load_model) if options["check"] else load_model
+                server = DecoderServer(_config(options, halves), store=store, load=load, keys=keys, observers=observers)
                 for registry in halves.registries:
                     server.metrics.registry.register(registry)
                 with metrics_port(options, server.metrics.registry):
