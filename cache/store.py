@@ -121,7 +121,8 @@ def open_store(
     faiss:PATH             embedded, a directory, made on first write; `lock_timeout_seconds` to wait for another writer
     redis://[user:password@]HOST[:PORT][/DB]           shared; rediss:// for TLS (`tls_ca_file`: trust this authority)
     redis+cluster://HOST[:PORT][,HOST[:PORT]...]       a Redis cluster; rediss+cluster:// for TLS
-        `read_budget_seconds` bounds an online read, `write_budget_seconds` each step of a write or scan,
+        `read_budget_seconds` bounds an online read (bytes that come earn it 10 ms a megabyte more),
+        `write_budget_seconds` each step of a write or scan,
         `ttl_seconds` lets passages expire
 
     lru_bytes: size of an in-process tier in front of it, 0 for none; it asks the store for changes before every read

@@ -9,7 +9,6 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-import redis
 import xxhash
 
 from cache.errors import CollectionExists, CollectionInUse, CollectionNotFound, DamagedRecord
@@ -18,13 +17,12 @@ from cache.names import check_name, passage_id_bytes
 from cache.record import HEADER_BYTES, Damaged, Header, Record, pack, unpack
 from cache.shared.address import Address
 from cache.shared.link import Client, Deadline, Link
+from cache.shared.pipeline import run, take_bytes
 from cache.store import StoreStats, sum_headers
 
-# Per pipeline: bounds what the server buffers for one client, and how long it is busy for it.
 _READ_CHUNK, _HEADER_CHUNK, _SCAN_COUNT = 64, 1000, 512
-_WRITE_CHUNK_BYTES = 8 << 20
-
-Command = tuple[Any, ...]
+# A pipeline's size bounds what the server buffers for one client, and how long it is busy for it.
+_CHUNK_BYTES = 8 << 20
 
 
 class RedisStore:
@@ -59,9 +57,9 @@ class RedisStore:
         keys = [self._key(collection, passage_id) for passage_id in records]
         self._require(collection)
         pairs = zip(keys, records.values(), strict=True)
-        while chunk := _take_bytes(pairs, _WRITE_CHUNK_BYTES):
+        while chunk := take_bytes(pairs, _CHUNK_BYTES):
             expiry = () if self._ttl_seconds is None else ("EX", self._ttl_seconds)
-            self._pipeline(self._bulk, [("SET", key, pack(record), *expiry) for key, record in chunk], len(chunk))
+            run(self._bulk, [("SET", key, pack(record), *expiry) for key, record in chunk], len(chunk))
         if keys:
             # After the values: a tier that saw the old number looks again once they are there. A writer that dies in
             # between has not acknowledged, and will come back.
@@ -72,7 +70,7 @@ class RedisStore:
 
     def delete_many(self, collection: str, passage_ids: Sequence[str]) -> int:
         keys = [self._key(collection, passage_id) for passage_id in dict.fromkeys(passage_ids)]
-        num_deleted: int = sum(self._pipeline(self._bulk, [("UNLINK", key) for key in keys], _HEADER_CHUNK))
+        num_deleted: int = sum(run(self._bulk, [("UNLINK", key) for key in keys], _HEADER_CHUNK))
         if num_deleted:
             self._bump(collection)
         return num_deleted
@@ -131,7 +129,7 @@ class RedisStore:
         passage_ids = self._scan_ids(collection)
         while batch := list(islice(passage_ids, _HEADER_CHUNK)):
             commands = [("UNLINK", self._key(collection, passage_id)) for passage_id in batch]
-            self._pipeline(self._bulk, commands, _HEADER_CHUNK)
+            run(self._bulk, commands, _HEADER_CHUNK)
 
     def aliases(self) -> dict[str, str]:
         found = self._bulk.call(lambda client, _: client.hgetall(self._aliases))
@@ -153,31 +151,13 @@ class RedisStore:
 
     def _get(self, link: Link, collection: str, passage_ids: Sequence[str]) -> list[Record | Damaged | None]:
         commands = [("GET", self._key(collection, passage_id)) for passage_id in passage_ids]
-        values = self._pipeline(link, commands, _READ_CHUNK)
+        values = run(link, commands, _READ_CHUNK, chunk_bytes=_CHUNK_BYTES)
         return [_checked(*pair) for pair in zip(passage_ids, values, strict=True)]
 
     def _headers(self, link: Link, collection: str, passage_ids: Sequence[str]) -> list[Header | None]:
         keys = [self._key(collection, passage_id) for passage_id in passage_ids]
         commands = [("GETRANGE", key, 0, HEADER_BYTES - 1) for key in keys]
-        return [_header(value) for value in self._pipeline(link, commands, _HEADER_CHUNK)]
-
-    def _pipeline(self, link: Link, commands: Sequence[Command], chunk: int) -> list[Any]:
-        """Results in order. A reply that is an error of reading one key stays in its place; others are raised."""
-
-        def work(client: Client, deadline: Deadline) -> list[Any]:
-            results: list[Any] = []
-            for start in range(0, len(commands), chunk):
-                deadline.check()
-                pipeline = client.pipeline(transaction=False)
-                for command in commands[start : start + chunk]:
-                    pipeline.execute_command(*command)
-                results.extend(pipeline.execute(raise_on_error=False))
-            for result in results:
-                if isinstance(result, Exception) and not _is_wrong_type(result):
-                    raise result
-            return results
-
-        return link.call(work) if commands else []
+        return [_header(value) for value in run(link, commands, _HEADER_CHUNK)]
 
     def _scan_ids(self, collection: str) -> Iterator[str]:
         """Ids of a collection, each once; SCAN itself may repeat some."""
@@ -216,21 +196,6 @@ def _scan_step(client: Client, _: Deadline, *, node: Any, cursor: int, start: by
         client = client.get_redis_connection(node)
     cursor, keys = client.scan(cursor, match=start + b"*", count=_SCAN_COUNT)
     return cursor, keys
-
-
-def _take_bytes(pairs: Iterator[tuple[bytes, Record]], num_bytes: int) -> list[tuple[bytes, Record]]:
-    """The next pairs, until they are about `num_bytes`."""
-    chunk = []
-    for key, record in pairs:
-        chunk.append((key, record))
-        num_bytes -= record.size_bytes
-        if num_bytes <= 0:
-            break
-    return chunk
-
-
-def _is_wrong_type(result: Exception) -> bool:
-    return isinstance(result, redis.ResponseError) and str(result).startswith("WRONGTYPE")
 
 
 def _checked(passage_id: str, value: bytes | Exception | None) -> Record | Damaged | None:

@@ -10,6 +10,7 @@ from cache.errors import CacheError, StoreAccessDenied, StoreFull, StoreUnavaila
 from cache.record import Damaged, pack
 from cache.shared.address import Address
 from cache.shared.breaker import CircuitBreaker
+from cache.shared.link import Link
 from cache.store import open_store
 
 
@@ -164,6 +165,37 @@ def test_a_server_that_stops_in_the_middle_of_an_answer(start, open_redis, make_
     assert 0.19 < elapsed(lambda: store.get_many("passages", ["a"])) < 0.6
     time.sleep(0.7)
     assert store.get_many("passages", ["a"])[0] is not None
+
+
+def test_bytes_that_come_earn_a_read_more_time(redis_server):
+    link = Link(Address.parse(redis_server.url), budget_seconds=1.0, tls_ca_file=None)
+
+    def work(num_bytes: int):
+        def step(client, deadline):
+            for _ in range(6):
+                time.sleep(0.25)
+                deadline.check()
+                deadline.received(num_bytes)
+            return client.ping()
+
+        return step
+
+    try:
+        assert link.call(work(100_000_000))
+        with pytest.raises(StoreUnavailable, match="no answer within 1 s"):
+            link.call(work(0))
+    finally:
+        link.close()
+
+
+def test_reads_larger_than_a_chunk_come_in_order(open_redis, redis_server, make_manifest, make_record, same):
+    store = open_redis(f"{redis_server.url}?prefix=large", read_budget_seconds=20.0)
+    store.write_manifest(make_manifest())
+    records = {f"p{i}": make_record(i, num_states=1 if i % 3 else 30_000) for i in range(90)}
+    store.put_many("passages", records)
+    found = store.get_many("passages", [*records, "missing"])
+    assert found.pop() is None
+    assert all(same(record, records[passage_id]) for passage_id, record in zip(records, found, strict=True))
 
 
 def test_the_budget_covers_name_lookup_too(open_redis):
