@@ -16,15 +16,17 @@ READ_SECONDS = 30.0
 
 @click.command()
 @collection_option()
+@option("--remove-damaged", is_flag=True, help="Remove what is damaged, so that `preread index` encodes it again.")
 @option("--max-shown", type=click.IntRange(min=0), default=20, help="Show this many damaged passages.")
 @json_option
 @store_option
 @click.pass_context
-def command(ctx: click.Context, /, collection: str, max_shown: int, as_json: bool, store: str) -> None:
+def command(ctx: click.Context, /, collection: str, remove_damaged: bool, max_shown: int, as_json: bool, store: str) -> None:
     """Read a whole collection back and report damage.
 
     Checks version, lengths and checksum of every passage, decodes it, and checks its values. Exit code 1
-    when any passage is damaged: index these again, the rest is not affected.
+    when any passage is damaged: the rest is not affected. Indexing again leaves alone what is stored with the
+    same text, damaged or not: remove it first.
     """
     from cache.collection import Collection
     from cache.store import open_store
@@ -33,17 +35,19 @@ def command(ctx: click.Context, /, collection: str, max_shown: int, as_json: boo
     try:
         whole = Collection.open(opened, collection)
         num_read, damaged = _read(whole, whole.stats().num_passages)
+        num_removed = whole.delete_many([one.passage_id for one in damaged]) if remove_damaged else 0
     finally:
         opened.close()
     if as_json:
         rows = [{"passage_id": one.passage_id, "reason": one.reason} for one in damaged]
-        click.echo(json.dumps({"collection": whole.name, "num_passages": num_read, "damaged": rows}, indent=2))
+        click.echo(json.dumps({"collection": whole.name, "num_passages": num_read, "damaged": rows, "removed": num_removed}, indent=2))
     else:
         for one in damaged[:max_shown]:
             click.echo(f"damaged: {one.passage_id}: {one.reason}")
+        removed = f", {num_removed:,} removed" if remove_damaged else ""
         if len(damaged) > max_shown:
             click.echo(f"damaged: {len(damaged) - max_shown:,} more")
-        click.echo(f"{whole.name}: {num_read:,} passages read, {len(damaged):,} damaged")
+        click.echo(f"{whole.name}: {num_read:,} passages read, {len(damaged):,} damaged" + removed)
     if damaged:
         ctx.exit(BAD_ITEMS)
 

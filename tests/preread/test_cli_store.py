@@ -105,6 +105,19 @@ def test_damage_is_reported_and_ends_with_1(store: str, damage: Callable[[Path],
     assert f"damaged: {damaged[0]['passage_id']}: {damaged[0]['reason']}" in answer.stdout
 
 
+def test_damage_is_removed_when_asked(store: str) -> None:
+    directory = Path(store.removeprefix("faiss:"))
+    flip(max(directory.rglob("*.faiss"), key=lambda path: path.stat().st_size))
+
+    removed = in_process("verify", "-c", "docs", "--remove-damaged", store=store)
+    again = in_process("verify", "-c", "docs", store=store)
+
+    assert removed.exit_code == 1
+    assert "1 damaged, 1 removed" in removed.stdout
+    assert again.stdout == "docs: 11 passages read, 0 damaged\n"
+    assert again.exit_code == 0
+
+
 def test_an_alias_moves_in_one_step_and_guards_what_it_names(store: str) -> None:
     assert in_process("collection", "alias", "live", "docs", store=store).stdout == "live -> docs\n"
 
