@@ -1,10 +1,12 @@
 """Codec: float32 states to bytes and back, by FAISS standalone codecs.
 
-A codec is named by its FAISS factory string. Its trained numbers travel as a raw float32 table whose length is checked,
-never as a serialised FAISS index: a table may come from a shared store and is not trusted. Does not know passages.
+A codec is named by its FAISS factory string, before which may stand a scaling of our own (`scaling.py`). Its trained
+numbers travel as a raw float32 table whose length is checked, never as a serialised FAISS index: a table may come from
+a shared store and is not trusted. Does not know passages.
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import faiss
@@ -12,11 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.errors import CodecError
+from cache.scaling import FLOAT16_MAX, BlockScaling
 
 DEFAULT_CODEC = "SQfp16"
-KNOWN_CODECS = "Flat, SQfp16, SQbf16, SQ8, SQ4, PQ<m>[x<bits>], RQ<m>x<bits>"
+KNOWN_CODECS = "Flat, SQfp16, SQbf16, SQ8, SQ6, SQ4, [Z,]B<n>,SQ8 (or 6, 4), PQ<m>[x<bits>], RQ<m>x<bits>"
 
-_FLOAT16_MAX = 65504.0
+SCALAR = ("SQ8", "SQ6", "SQ4")
+# Fewer say nothing about a range: whatever lies outside it is cut off.
+MIN_SCALAR_TRAINING_STATES = 32
 _PQ = re.compile(r"PQ(?P<num_parts>[1-9]\d{0,3})(?:x(?P<bits>[1-9]\d?))?")
 _RQ = re.compile(r"RQ(?P<num_parts>[1-9]\d{0,2})x(?P<bits>[1-9]\d?)")
 # 4,096 centroids per part: beyond that a codec trains for hours and its table outweighs a small collection.
@@ -35,15 +40,19 @@ class Codec:
         self.factory = factory
         self.dim = dim
         self._table_length, self.min_training_states = _shape_of(factory, dim)
-        index: Any = faiss.index_factory(dim, factory)  # the stubs know only the base class
+        self._scaling = BlockScaling.named(factory, dim)
+        self._base = factory.rpartition(",")[2]
+        index: Any = faiss.index_factory(dim, self._base)  # the stubs know only the base class
         self._index = index
         # Whether a sample is large enough is train()'s own check; FAISS would print a warning per sub-codebook.
-        if factory.startswith("PQ"):
+        if self._base.startswith("PQ"):
             index.pq.cp.min_points_per_centroid = 1
             # Reorders centroids for Hamming search, which nobody does here, and takes far longer than the training.
             index.do_polysemous_training = False
-        elif factory.startswith("RQ"):
+        elif self._base.startswith("RQ"):
             index.rq.cp.min_points_per_centroid = 1
+        if self._scaling is not None and not self.needs_training:
+            self._set_trained(self._scaling.ranges(self._base))
 
     @classmethod
     def from_table(cls, factory: str, dim: int, table: bytes) -> "Codec":
@@ -56,11 +65,11 @@ class Codec:
         numbers = np.frombuffer(table, dtype="<f4").astype(np.float32)
         if not np.isfinite(numbers).all():
             raise CodecError(f"codec_table: of {factory} holds a number that is not finite")
-        if codec.needs_training:
-            faiss.copy_array_to_vector(numbers, codec._trained_vector())
-            if factory.startswith("RQ"):
-                codec._index.rq.is_trained = True
-            codec._index.is_trained = True
+        if codec._scaling is not None and codec.needs_training:
+            codec._scaling.load(numbers)
+            codec._set_trained(codec._scaling.ranges(codec._base))
+        elif codec.needs_training:
+            codec._set_trained(numbers)
         return codec
 
     @property
@@ -74,7 +83,7 @@ class Codec:
     @property
     def code_size_bytes(self) -> int:
         """Bytes of one state."""
-        return int(self._index.sa_code_size())
+        return int(self._index.sa_code_size()) + (self._scaling.num_bytes if self._scaling is not None else 0)
 
     def train(self, sample: NDArray[np.float32]) -> None:
         """Learn the table from a sample (num_states, dim); does nothing for a codec that needs none."""
@@ -85,51 +94,98 @@ class Codec:
             raise CodecError("sample: holds a number that is not finite")
         if sample.shape[0] < self.min_training_states:
             raise CodecError(
-                f"sample: {sample.shape[0]} states, {self.factory} trains on at least {self.min_training_states}"
+                f"sample: {sample.shape[0]} states, {self.factory} trains on at least {self.min_training_states}; "
+                f"{DEFAULT_CODEC} needs no training"
             )
-        self._index.train(sample)
+        if self._scaling is not None:
+            self._scaling.train(sample)
+            self._set_trained(self._scaling.ranges(self._base))
+        else:
+            self._index.train(sample)
 
     def table(self) -> bytes:
         """The trained numbers, little-endian float32; empty for a codec that needs no training."""
         self._check_trained()
         if not self.needs_training:
             return b""
+        if self._scaling is not None:
+            return self._scaling.table().astype("<f4").tobytes()
         return faiss.vector_to_array(self._trained_vector()).astype("<f4").tobytes()
 
     def encode(self, states: NDArray[np.float32]) -> NDArray[np.uint8]:
         """float32 (n, dim) to uint8 (n, code_size_bytes).
 
-        Raises CodecError for a value too large for SQfp16, which would come back as infinity.
+        Raises CodecError for a value that is not finite, or too large for the codec to come back as anything else.
         """
         self._check_trained()
         states = self._checked(states, np.float32, self.dim, "states")
         if states.shape[0] == 0:
             return np.empty((0, self.code_size_bytes), dtype=np.uint8)
-        if self.factory == "SQfp16":
-            largest = max(float(states.max()), -float(states.min()))
-            if largest > _FLOAT16_MAX:
-                raise CodecError(
-                    f"states: a value of magnitude {largest:.6g} is over float16's {_FLOAT16_MAX:g}; use SQbf16 or Flat"
-                )
-        return np.asarray(self._index.sa_encode(states), dtype=np.uint8)
+        largest = max(float(states.max()), -float(states.min()))
+        if not np.isfinite(largest):  # NaN goes through max and min
+            raise CodecError("states: hold NaN or infinity")
+        if self._base == "SQfp16" and largest > FLOAT16_MAX:
+            raise CodecError(
+                f"states: a value of magnitude {largest:.6g} is over float16's {FLOAT16_MAX:g}; use SQbf16 or Flat"
+            )
+        if self._scaling is None:
+            return np.asarray(self._index.sa_encode(states), dtype=np.uint8)
+        scaled, scales = self._scaling.scale(states)
+        return np.concatenate([scales, self._index.sa_encode(scaled)], axis=1)
 
     def decode(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
         """uint8 (n, code_size_bytes) to a new float32 (n, dim)."""
+        return self.decode_many([codes])
+
+    def decode_many(
+        self, parts: Sequence[NDArray[np.uint8]], out: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
+        """Codes of many passages, uint8 (n, code_size_bytes) each, straight into one buffer (sum of n, dim).
+
+        out: a C-contiguous float32 buffer to fill instead of a new one.
+        """
         self._check_trained()
-        codes = self._checked(codes, np.uint8, self.code_size_bytes, "codes")
-        if codes.shape[0] == 0:
-            return np.empty((0, self.dim), dtype=np.float32)
-        return np.asarray(self._index.sa_decode(codes), dtype=np.float32)
+        parts = [self._checked(codes, np.uint8, self.code_size_bytes, "codes") for codes in parts]
+        shape = (sum(codes.shape[0] for codes in parts), self.dim)
+        if out is None:
+            out = np.empty(shape, dtype=np.float32)
+        elif out.shape != shape or out.dtype != np.float32 or not out.flags.c_contiguous:
+            raise CodecError(f"out: {out.dtype} {out.shape}, expected C-contiguous float32 {shape}")
+        end = 0
+        for codes in parts:
+            start, end = end, end + codes.shape[0]
+            if start < end:
+                self._decode(codes, out[start:end])
+        return out
+
+    def _decode(self, codes: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
+        if self._scaling is None:
+            self._index.sa_decode(codes, x=out)
+            return
+        num_bytes = self._scaling.num_bytes
+        self._index.sa_decode(np.ascontiguousarray(codes[:, num_bytes:]), x=out)
+        self._scaling.unscale(out, codes[:, :num_bytes])
 
     def new_index(self) -> faiss.Index:
-        """An empty trained FAISS index of this codec, for writing a segment."""
+        """An empty trained FAISS index of this codec, for writing a segment.
+
+        FAISS does not know our scalings: it is given their codes as plain bytes.
+        """
         self._check_trained()
+        if self._scaling is not None:
+            return faiss.IndexScalarQuantizer(self.code_size_bytes, faiss.ScalarQuantizer.QT_8bit_direct)
         return faiss.clone_index(self._index)
 
+    def _set_trained(self, numbers: NDArray[np.float32]) -> None:
+        faiss.copy_array_to_vector(numbers, self._trained_vector())
+        if self._base.startswith("RQ"):
+            self._index.rq.is_trained = True
+        self._index.is_trained = True
+
     def _trained_vector(self) -> Any:
-        if self.factory.startswith("PQ"):
+        if self._base.startswith("PQ"):
             return self._index.pq.centroids
-        if self.factory.startswith("RQ"):
+        if self._base.startswith("RQ"):
             return self._index.rq.codebooks
         return self._index.sq.trained
 
@@ -150,8 +206,10 @@ def _shape_of(factory: str, dim: int) -> tuple[int, int]:
         raise CodecError(f"dim: {dim}, expected 1 to 65536")
     if factory in ("Flat", "SQfp16", "SQbf16"):
         return 0, 0
-    if factory in ("SQ8", "SQ4"):
-        return 2 * dim, 1  # per dimension: minimum and range
+    if factory in SCALAR:
+        return 2 * dim, MIN_SCALAR_TRAINING_STATES  # per dimension: minimum and range
+    if scaling := BlockScaling.named(factory, dim):
+        return scaling.table_length, MIN_SCALAR_TRAINING_STATES if scaling.table_length else 0
     for pattern in (_PQ, _RQ):
         if match := pattern.fullmatch(factory):
             num_parts, bits = int(match["num_parts"]), int(match["bits"] or 8)

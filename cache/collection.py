@@ -116,7 +116,7 @@ class Collection:
     def get_many(self, passage_ids: Sequence[str]) -> list[PassageStates | Damaged | None]:
         """One entry per id, in order; None where there is none, also for an id that cannot exist.
 
-        All passages are decoded by one codec call; their states are views into one float32 array.
+        All passages are decoded by one codec call into one buffer; their states are views into one float32 array.
         """
         return self._decode(passage_ids, self._records(passage_ids))
 
@@ -174,7 +174,7 @@ class Collection:
         codes = [record.codes for record in found if isinstance(record, Record)]
         if not codes:
             return [entry for entry in found if not isinstance(entry, Record)]
-        states = self.codec.decode(codes[0] if len(codes) == 1 else np.concatenate(codes))  # (sum of num_states, dim)
+        states = self.codec.decode_many(codes)  # (sum of num_states, dim)
         decoded: list[PassageStates | Damaged | None] = []
         end = 0
         for entry in found:

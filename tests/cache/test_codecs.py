@@ -4,13 +4,14 @@ import faiss
 import numpy as np
 import pytest
 
-from cache.codecs import DEFAULT_CODEC, Codec
+from cache.codecs import Codec
 from cache.errors import CodecError
 
 DIM = 64
 # Bytes per state at DIM, and the largest mean error allowed for values of unit variance.
 CODECS = {
-    "Flat": (256, 0.0), "SQfp16": (128, 5e-4), "SQbf16": (128, 4e-3), "SQ8": (64, 0.02), "SQ4": (32, 0.2),
+    "Flat": (256, 0.0), "SQfp16": (128, 5e-4), "SQbf16": (128, 4e-3), "SQ8": (64, 0.02), "SQ6": (48, 0.05),
+    "SQ4": (32, 0.2), "B16,SQ8": (72, 0.01), "B24,SQ6": (54, 0.03), "B64,SQ4": (34, 0.2), "Z,B16,SQ4": (40, 0.2),
     "PQ16": (16, 0.4), "PQ32x4": (16, 0.5), "PQ8x6": (6, 0.7), "RQ4x8": (4, 0.7), "RQ8x4": (4, 0.7), "RQ3x5": (2, 0.8),
 }  # fmt: skip
 
@@ -54,6 +55,38 @@ def test_rows_do_not_depend_on_each_other(codec, sample):
     assert np.array_equal(codec.decode(codes[10:20]), codec.decode(codes)[10:20])
 
 
+def test_many_passages_decode_into_one_buffer(codec, sample):
+    codes = codec.encode(sample[:60])
+    parts = [codes[:1], codes[1:30], codes[30:30], codes[30:]]
+    expected = codec.decode(codes)
+    assert np.array_equal(codec.decode_many(parts), expected)
+    buffer = np.full((60, DIM), np.nan, dtype=np.float32)
+    assert codec.decode_many(parts, out=buffer) is buffer
+    assert np.array_equal(buffer, expected)
+    assert codec.decode_many([]).shape == (0, DIM)
+    for wrong in (buffer[:59], buffer.astype(np.float64), np.asfortranarray(buffer)):
+        with pytest.raises(CodecError, match=r"out: .* expected C-contiguous float32 \(60, 64\)"):
+            codec.decode_many(parts, out=wrong)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_states_that_are_not_finite_are_refused(codec, sample, value):
+    states = sample[:5].copy()
+    states[3, 7] = value
+    with pytest.raises(CodecError, match="states: hold NaN or infinity"):
+        codec.encode(states)
+
+
+def test_dimensions_that_never_move_come_back(codec, sample):
+    still = sample.copy()
+    still[:, :20] = 0.0
+    trained = Codec(codec.factory, DIM)
+    trained.train(still)
+    decoded = trained.decode(trained.encode(still[:50]))
+    assert np.isfinite(decoded).all()
+    assert np.abs(decoded - still[:50]).mean() <= CODECS[codec.factory][1]
+
+
 def test_nothing_in_nothing_out(codec):
     assert codec.encode(np.empty((0, DIM), dtype=np.float32)).shape == (0, codec.code_size_bytes)
     assert codec.decode(np.empty((0, codec.code_size_bytes), dtype=np.uint8)).shape == (0, DIM)
@@ -69,6 +102,9 @@ def test_a_faiss_index_of_the_codec_decodes_the_same(codec, sample):
     codes = codec.encode(sample[:100])
     index = codec.new_index()
     index.add_sa_codes(codes)
+    if "B" in codec.factory:  # FAISS does not know our scalings: to it the codes are bytes
+        assert np.array_equal(index.reconstruct_n(0, 100).astype(np.uint8), codes)
+        return
     assert np.array_equal(
         faiss.deserialize_index(faiss.serialize_index(index)).reconstruct_n(0, 100), codec.decode(codes)
     )
@@ -86,10 +122,29 @@ def test_wrong_tables_are_refused(codec):
 
 
 @pytest.mark.parametrize(
-    "factory", ["", "SQ6", "IVF100,Flat", "HNSW32", "PCA32,SQ8", "flat", "PQ", "PQ0", "RQ4", "SQ8 ", "LSQ4x8"]
+    "factory",
+    [
+        "",
+        "SQ5",
+        "Z,SQ8",
+        "B32",
+        "B0,SQ8",
+        "B32,PQ16",
+        "Z,B32,SQfp16",
+        "L2norm,SQ8",
+        "IVF100,Flat",
+        "HNSW32",
+        "PCA32,SQ8",
+        "flat",
+        "PQ",
+        "PQ0",
+        "RQ4",
+        "SQ8 ",
+        "LSQ4x8",
+    ],
 )
 def test_an_unknown_codec_names_the_known_ones(factory):
-    with pytest.raises(CodecError, match=r"SQfp16, SQbf16, SQ8, SQ4"):
+    with pytest.raises(CodecError, match=r"SQfp16, SQbf16, SQ8, SQ6, SQ4"):
         Codec(factory, DIM)
 
 
@@ -111,6 +166,8 @@ def test_an_untrained_codec_says_so(sample):
         codec.train(sample[:255])
     with pytest.raises(CodecError, match="not finite"):
         codec.train(np.full((300, DIM), np.inf, dtype=np.float32))
+    with pytest.raises(CodecError, match=r"31 states, SQ8 trains on at least 32; \S+ needs no training"):
+        Codec("SQ8", DIM).train(sample[:31])
 
 
 def test_wrong_arrays_name_what_was_expected(sample):
@@ -121,9 +178,69 @@ def test_wrong_arrays_name_what_was_expected(sample):
         codec.decode(np.zeros((1, 127), dtype=np.uint8))
 
 
+@pytest.mark.parametrize("bits", [8, 6, 4])
+@pytest.mark.parametrize("block", [16, 24, 64, 1000])
+def test_block_scaling_is_the_naive_loop(sample, block, bits):
+    """Per block a float16 scale, the largest magnitude in it; then 2^bits even steps of -scale to scale, by middles."""
+    codec = Codec(f"B{block},SQ{bits}", DIM)
+    decoded = codec.decode(codec.encode(sample[:20]))
+    levels = 2**bits
+    for row, got in zip(sample[:20], decoded, strict=True):
+        for start in range(0, DIM, block):
+            part = row[start : start + block].astype(np.float64)
+            scale = np.float64(np.float16(np.abs(part).max()))
+            step = np.clip(np.floor((part / scale + 1) / 2 * levels), 0, levels - 1)
+            expected = ((step + 0.5) / levels * 2 - 1) * scale
+            # A number on the border of two steps may be rounded into either.
+            assert np.abs(got[start : start + block] - expected).max() <= 2.001 * scale / levels
+            assert np.abs(got[start : start + block] - part).max() <= (1.001 / levels + 0.001) * scale
+
+
+def test_an_outlier_costs_its_block_and_nothing_is_cut_off(sample):
+    states = sample[:40].copy()
+    states[:, 5] *= 300.0  # beyond whatever a sample of the others has seen
+    trained = Codec("SQ8", DIM)
+    trained.train(sample)
+    blocks = Codec("B16,SQ8", DIM)
+    error = np.abs(blocks.decode(blocks.encode(states)) - states)
+    assert (error / np.abs(states[:, 5:6]).max(axis=1, keepdims=True)).max() < 1 / 200
+    assert error[:, 16:].max() < 0.02
+    assert np.abs(trained.decode(trained.encode(states)) - states).max() > 100
+
+
+def test_all_zero_blocks_stay_zero():
+    codec = Codec("B16,SQ4", DIM)
+    states = np.zeros((2, DIM), dtype=np.float32)
+    states[1, :16] = 1.0
+    decoded = codec.decode(codec.encode(states))
+    assert not decoded[0].any()
+    assert not decoded[1, 16:].any()
+
+
+def test_standardising_codecs_check_their_table(sample):
+    codec = Codec("Z,B16,SQ8", DIM)
+    with pytest.raises(CodecError, match="must be trained"):
+        codec.encode(sample)
+    codec.train(sample)
+    table = np.frombuffer(codec.table(), dtype="<f4").copy()
+    table[DIM + 3] = 0.0
+    with pytest.raises(CodecError, match="codec_table: a standard deviation of 0, expected more than 0"):
+        Codec.from_table("Z,B16,SQ8", DIM, table.tobytes())
+
+
+def test_scales_do_not_overflow_silently():
+    for factory in ("B16,SQ8", "B16,SQ4"):
+        states = np.full((2, DIM), 65504.0, dtype=np.float32)
+        codec = Codec(factory, DIM)
+        assert np.isfinite(codec.decode(codec.encode(states))).all()
+        states[1, 3] = -70000.0
+        with pytest.raises(CodecError, match=r"70000.*SQbf16"):
+            codec.encode(states)
+
+
 def test_float16_does_not_overflow_silently():
     states = np.full((2, DIM), 65504.0, dtype=np.float32)
-    codec = Codec(DEFAULT_CODEC, DIM)
+    codec = Codec("SQfp16", DIM)
     assert np.array_equal(codec.decode(codec.encode(states)), states)
     states[1, 3] = -70000.0
     with pytest.raises(CodecError, match=r"70000.*SQbf16"):
