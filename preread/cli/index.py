@@ -44,7 +44,7 @@ FORMATS = ("jsonl", "tsv", "csv", "parquet", "text", "beir")
 @option(
     "--codec",
     metavar="CODEC",
-    help="Flat, SQfp16, SQbf16, SQ8, SQ6, SQ4, [Z,]B<n>,SQ8 (or 6, 4), PQ<m>[x<bits>], RQ<m>x<bits>.  [default: SQfp16]",
+    help="Flat, SQfp16, SQbf16, SQ8, SQ6, SQ4, [Z,]B<n>,SQ8 (or 6, 4), PQ<m>[x<bits>], RQ<m>x<b>.  [default: SQfp16]",
 )
 @option("--store-text/--no-store-text", default=None, help="Keep texts beside the states.  [default: keep]")
 @option("--strict", is_flag=True, help="Stop at the first item that would be refused.")

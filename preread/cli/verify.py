@@ -21,7 +21,9 @@ READ_SECONDS = 30.0
 @json_option
 @store_option
 @click.pass_context
-def command(ctx: click.Context, /, collection: str, remove_damaged: bool, max_shown: int, as_json: bool, store: str) -> None:
+def command(
+    ctx: click.Context, /, collection: str, remove_damaged: bool, max_shown: int, as_json: bool, store: str
+) -> None:
     """Read a whole collection back and report damage.
 
     Checks version, lengths and checksum of every passage, decodes it, and checks its values. Exit code 1
@@ -40,7 +42,8 @@ def command(ctx: click.Context, /, collection: str, remove_damaged: bool, max_sh
         opened.close()
     if as_json:
         rows = [{"passage_id": one.passage_id, "reason": one.reason} for one in damaged]
-        click.echo(json.dumps({"collection": whole.name, "num_passages": num_read, "damaged": rows, "removed": num_removed}, indent=2))
+        counts = {"collection": whole.name, "num_passages": num_read, "removed": num_removed}
+        click.echo(json.dumps(counts | {"damaged": rows}, indent=2))
     else:
         for one in damaged[:max_shown]:
             click.echo(f"damaged: {one.passage_id}: {one.reason}")
