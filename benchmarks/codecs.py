@@ -1,0 +1,160 @@
+"""What a codec costs in margins and order, on real states: bytes against loss, at every ratio.
+
+    python -m benchmarks.codecs [--checkpoint DIR] [--collection DIR] [--ratios 1,2,4,8,16,32] [--codecs Flat,SQ8,…]
+    python -m benchmarks.codecs --plot docs/codecs.png RESULT.json …
+
+States of a ratio go through each codec and back; margins are computed in float32 and compared with those of the states
+as they were. mean and max are absolute changes of the margin, `noise` is the mean one over the standard deviation of a
+query's margins; tau is Kendall's, top 10 the share of the best ten that stays, both the mean over queries. The last row
+of each ratio is no codec: the decoder in bfloat16 over float32 states, for scale. Goes on where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import kendalltau
+
+from benchmarks.codecs_workload import Margins, Sizes, Workload
+from benchmarks.common import CACHE, report, start
+from tuning.metrics import HEADLINE, per_query
+from tuning.progress import TerminalProgress
+from tuning.ranking import rank
+
+# 16, 8, 6 and 4 bits a number, plain, scaled and rotated; then 4, 2 and 1 by product quantizers, and others.
+CODECS = (
+    "SQfp16", "SQbf16",
+    "SQ8", "B32,SQ8", "Z,B32,SQ8", "B{dim},SQ8", "Z,B{dim},SQ8", "RR{dim},SQ8",
+    "SQ6", "B32,SQ6", "Z,B32,SQ6",
+    "SQ4", "B32,SQ4", "Z,B32,SQ4", "RR{dim},SQ4",
+    "PQ{half}", "PQ{quarter}", "PQ{eighth}", "OPQ{eighth},PQ{eighth}", "PCA{half},SQ8", "RQ8x8",
+)  # fmt: skip
+COMPUTE = "bfloat16 decoder"
+COLUMNS = ["codec", "r", "bytes a state", "bytes a token", "max", "mean", "noise", "tau", "top 10", HEADLINE, "change"]
+
+
+def compare(workload: Workload, reference: Margins, margins: Margins) -> list[float]:
+    """max, mean, noise, tau, top 10, nDCG@10 and its change."""
+    change = np.abs(margins - reference)
+    tau = np.mean([kendalltau(*rows).statistic for rows in zip(reference, margins, strict=True)])
+    top = np.mean([len(best(a) & best(b)) / 10 for a, b in zip(reference, margins, strict=True)])
+    ndcg, before = quality(workload, margins), quality(workload, reference)
+    noise = change.mean() / reference.std(axis=1).mean()
+    return [float(x) for x in (change.max(), change.mean(), noise, tau, top, ndcg, ndcg - before)]
+
+
+def best(margins: NDArray[np.float32]) -> set[int]:
+    return set(np.argsort(-margins, kind="stable")[:10].tolist())
+
+
+def quality(workload: Workload, margins: Margins) -> float:
+    run = {q: rank(ids, row) for (q, ids), row in zip(workload.candidates.items(), margins, strict=True)}
+    return float(per_query(workload.qrels, run, top_k=10)[HEADLINE].mean())
+
+
+def outliers(workload: Workload, ratio: int) -> dict[str, float]:
+    """How uneven the dimensions of real states are."""
+    states = workload.sample(ratio, 20_000).astype(np.float64)
+    energy = np.sort((states**2).mean(axis=0))[::-1]
+    deviation, norms = np.sort(states.std(axis=0)), np.linalg.norm(states, axis=1)
+    spread = np.linalg.eigvalsh(np.cov(states.T))[::-1]
+    return {
+        "ratio": ratio,
+        "states": len(states),
+        "largest value over rms": float(np.abs(states).max() / np.sqrt(energy.mean())),
+        "std of the widest dim over the median one": float(deviation[-1] / np.median(deviation)),
+        "constant dims": int((deviation < 1e-6 * deviation[-1]).sum()),
+        "energy in the top 1 dim": float(energy[0] / energy.sum()),
+        "energy in the top 4": float(energy[:4].sum() / energy.sum()),
+        "energy in the top 16": float(energy[:16].sum() / energy.sum()),
+        "norm, 99th over 1st percentile": float(np.percentile(norms, 99) / np.percentile(norms, 1)),
+        "variance in a quarter of the principal directions": float(spread[: len(spread) // 4].sum() / spread.sum()),
+    }
+
+
+def measure(args: argparse.Namespace) -> None:
+    start()
+    sizes = Sizes(args.queries, args.candidates, args.training_passages)
+    with TerminalProgress() as progress:
+        workload = Workload(args.checkpoint, args.collection, sizes, args.work, progress)
+        rows: list[list[Any]] = []
+        trained_on: dict[str, int] = {}
+        dim = workload.dim
+        args.codecs = [c.format(dim=dim, half=dim // 2, quarter=dim // 4, eighth=dim // 8) for c in args.codecs]
+        progress.begin("margins", len(args.ratios) * (len(args.codecs) + 2))
+        for ratio in args.ratios:
+            reference = workload.margins("reference", ratio, lambda states: states)
+            progress.advance("margins", 1)
+            for name in args.codecs:
+                codec, num_states = workload.trained(name, ratio)
+                trained_on[f"{name} at {ratio}"] = num_states
+                margins = workload.margins(name, ratio, lambda states, codec=codec: codec.decode(codec.encode(states)))
+                size = codec.code_size_bytes
+                rows.append([name, ratio, size, size / ratio, *compare(workload, reference, margins)])
+                progress.advance("margins", 1)
+            margins = workload.margins("bfloat16", ratio, lambda states: states, dtype="bfloat16")
+            rows.append([COMPUTE, ratio, 0, 0.0, *compare(workload, reference, margins)])
+            progress.advance("margins", 1)
+        spread = [outliers(workload, ratio) for ratio in args.ratios]
+    report(
+        f"codecs-{workload.name}", COLUMNS, rows, dim=workload.dim, queries=args.queries, candidates=args.candidates,
+        passages=len(workload.scored), outliers=spread, trained_on=trained_on,
+    )  # fmt: skip
+
+
+def plot(target: Path, results: list[Path]) -> None:
+    """Noise against bytes per token, a panel per result, a colour per ratio."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(results), figsize=(5.2 * len(results), 4.2), squeeze=False)
+    for axis, file in zip(axes[0], results, strict=True):
+        rows = [dict(zip(COLUMNS, row, strict=True)) for row in json.loads(file.read_text())["rows"]]
+        for ratio in sorted({row["r"] for row in rows}):
+            own = [row for row in rows if row["r"] == ratio and row["codec"] != COMPUTE]
+            line = axis.plot(
+                [r["bytes a token"] for r in own], [r["noise"] for r in own], "o", ms=4, label=f"r = {ratio}"
+            )
+            for row in own:
+                if ratio in (1, 4, 32):
+                    axis.annotate(
+                        row["codec"], (row["bytes a token"], row["noise"]), fontsize=5, color=line[0].get_color()
+                    )
+        floor = np.mean([row["noise"] for row in rows if row["codec"] == COMPUTE])
+        axis.axhline(floor, color="grey", lw=0.8, ls="--")
+        axis.text(axis.get_xlim()[1], floor, "bfloat16 decoder ", fontsize=6, ha="right", va="bottom", color="grey")
+        axis.set(xscale="log", yscale="log", xlabel="bytes per token", title=file.stem.removeprefix("codecs-"))
+        axis.set_ylabel("mean change of the margin / its standard deviation")
+        axis.legend(fontsize=6)
+    figure.tight_layout()
+    figure.savefig(target, dpi=90)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="*", type=Path, help="with --plot: results to draw")
+    parser.add_argument("--checkpoint", default="preread/models/preread-mini")
+    parser.add_argument("--collection", type=Path, default=Path("examples/scifact"), help="a BEIR folder")
+    parser.add_argument("--queries", type=int, default=16)
+    parser.add_argument("--candidates", type=int, default=20, help="of each query")
+    parser.add_argument("--training-passages", type=int, default=600, help="kept apart, to train codecs on")
+    parser.add_argument("--ratios", type=lambda text: [int(r) for r in text.split(",")], default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--codecs", type=lambda text: text.split(";"), default=list(CODECS), help="separated by ';'")
+    parser.add_argument("--work", type=Path, default=CACHE / "codecs", help="states and margins are kept here")
+    parser.add_argument("--plot", type=Path, metavar="PNG")
+    args = parser.parse_args()
+    if args.plot:
+        plot(args.plot, args.results)
+    else:
+        measure(args)
+
+
+if __name__ == "__main__":
+    main()
