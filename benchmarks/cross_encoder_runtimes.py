@@ -88,7 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architectures", action="store_true", help="distances of every architecture, no times")
     parser.add_argument("--pairs", type=int, help="pairs scored (default 12; 100 for --architectures)")
-    parser.add_argument("--words", type=int, help="words of a passage (default 100; 30 for --architectures)")
+    parser.add_argument("--words", type=int, help="words of a passage (default 40; 30 for --architectures)")
     arguments = parser.parse_args()
     start()
     if arguments.architectures:
@@ -98,7 +98,7 @@ def main() -> None:
         asked = texts(arguments.pairs or 100, arguments.words or 30)
     else:
         cases = SHAPES
-        asked = texts(arguments.pairs or 12, arguments.words or 100)
+        asked = texts(arguments.pairs or 12, arguments.words or 40)
     columns = ["model", "tokens a pair", "runtime", "max |difference|", "in standard deviations", "tau"]
     if not arguments.architectures:
         columns.insert(3, "ms a pair")

@@ -20,8 +20,8 @@ GENERIC = "generic"
 MAX_GENERIC_TOKENS = 8192
 # Encoders that transformers gives a classification head over the first token or a pool of all: a pair goes in.
 ENCODERS = frozenset({
-    "albert", "bert", "big_bird", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "ernie", "eurobert",
-    "modernbert", "mpnet", "nystromformer", "roberta", "xlm-roberta", "xlm-roberta-xl",
+    "albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "ernie", "eurobert",
+    "modernbert", "mpnet", "roberta", "xlm-roberta", "xlm-roberta-xl",
 })  # fmt: skip
 # These count positions from padding_idx + 1, so two of them are never used.
 OFFSET_POSITIONS = frozenset({"camembert", "mpnet", "roberta", "xlm-roberta", "xlm-roberta-xl"})

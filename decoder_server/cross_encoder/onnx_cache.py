@@ -23,6 +23,8 @@ from decoder_server.cross_encoder.transformer import one_line
 
 log = logging.getLogger(__name__)
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+# Without one of these, x86 adds pairs of 8-bit products in 16 bits, which overflows.
+EXACT_INT8 = ("avx512_vnni", "avx_vnni", "amx_int8")
 DEFAULT_CACHE = Path("~/.cache/preread/onnx")
 
 
@@ -56,7 +58,8 @@ def ingredients(source: Source, *, quantized: bool) -> dict[str, object]:
     Raises:
         ValueError: the packages are not installed.
     """
-    saturates = not torch.cpu.get_capabilities().get("avx512_vnni", False)
+    features = torch.cpu.get_capabilities()
+    saturates = features.get("architecture") == "x86_64" and not any(features.get(name) for name in EXACT_INT8)
     return {
         "identity": source.fingerprint(),
         "quantized": quantized,
