@@ -90,6 +90,8 @@ def open_cross_encoder(
     model = CrossEncoder(
         source.reader, runner, source.profile, model=name, runtime=runtime, fingerprint=source.fingerprint
     )
+    without = "" if where.type != "cpu" or cpu_multiplies_bfloat16() else " (no bfloat16 on this processor)"
+    log.info("%s: profile %s, %s on %s%s", name, chosen.model, model.dtype_name, model.device_name, without)
     if model.license_notice:
         log.log(logging.WARNING if chosen.restricted else logging.INFO, "%s", model.license_notice)
     return model

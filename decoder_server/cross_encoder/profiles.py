@@ -188,9 +188,15 @@ def check_profile(profile: Profile, where: str) -> None:
             fail("template names {instruction} exactly when instruction_format is given")
     if profile.takes_instruction and not profile.template:
         fail("instruction_format needs a template to stand in")
+    if profile.takes_instruction and _fields(profile.instruction_format) != ["instruction"]:
+        fail(f"instruction_format has the fields {_fields(profile.instruction_format)}; expected ['instruction']")
+    if profile.listwise and len(profile.template) != 1:
+        fail(f"template has {len(profile.template)} pieces; a list is tokenized as one")
     if profile.listwise and not (profile.passage_format and profile.passage_token and profile.query_token):
         fail("a listwise head needs passage_format, passage_token and query_token")
 
 
 def _fields(template: str) -> list[str]:
-    return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    """Names in braces; one with a format of its own is no known name, and so refused."""
+    parts = string.Formatter().parse(template)
+    return [f"{name}{kind or ''}{form or ''}" for _, name, form, kind in parts if name is not None]

@@ -117,6 +117,12 @@ def test_a_checkpoint_may_carry_its_own_profile(tmp_path: Path, tiny: Callable[.
         (ROW + "template = ['{query}']", "template has the fields ['query']"),
         (ROW + "template = ['{query} {passage} {']", "braces of the text itself are doubled"),
         (ROW + "instruction_format = '{instruction}'", "instruction_format needs a template"),
+        (ROW + "template = ['{query} {passage.x}']", "template has the fields ['passage.x', 'query']"),
+        (ROW + "template = ['{query} {passage:>9}']", "template has the fields ['passage>9', 'query']"),
+        (
+            ROW + "template = ['{query} {passage}{instruction}']\ninstruction_format = ' {task}'",
+            "instruction_format has the fields ['task']; expected ['instruction']",
+        ),
         (ROW + "head = 'vocabulary'", "yes is missing"),
         (ROW + "yes = 'yes'", "yes and no belong to a vocabulary head"),
         (ROW + "head = 'score'\ntemplate = ['{query}{passage}']", "needs left"),
