@@ -208,14 +208,14 @@ def main() -> None:
 
         watcher = threading.Thread(target=watch)
         watcher.start()
-        sent, took = drive(callers(NUM_CLIENTS, busy), args.seconds, TIMES * rate)
+        sent, _ = drive(callers(NUM_CLIENTS, busy), args.seconds, TIMES * rate)
         done.set()
         watcher.join()
     answered = len(busy.admitted) + len(busy.refused)
     rows: list[list[object]] = [
         ["sustained, requests/s", rate],
-        ["offered, requests/s", sent / took],
-        ["offered, times the sustained", sent / took / rate],
+        ["offered, requests/s", sent / args.seconds],
+        ["offered, times the sustained", sent / args.seconds / rate],
         ["sent", sent],
         ["answered, with success", len(busy.admitted)],
         ["answered, RESOURCE_EXHAUSTED or 429", len(busy.refused)],
@@ -226,7 +226,7 @@ def main() -> None:
         ["admitted, 99 %, s", float(np.quantile(busy.admitted or [np.nan], 0.99))],
         ["admitted, slowest, s", max(busy.admitted, default=float("nan"))],
         ["refused, 99 %, s", float(np.quantile(busy.refused or [np.nan], 0.99))],
-        ["memory at the end, of that when the flood began", memory[-1] / memory[0]],
+        ["memory when the flood began, MiB", memory[0]],
         *[[f"memory, quarter {i + 1}, MiB", float(np.mean(part))] for i, part in enumerate(np.array_split(memory, 4))],
     ]
     report("overload", ["", "value"], rows, seconds=args.seconds, candidates=args.candidates, wrong=busy.wrong[:20])

@@ -98,3 +98,20 @@ def test_infinity_unauthorised(guarded, key, query, documents):
     assert rerank.sync_detailed(client=Client(base_url=guarded.url), body=body).status_code == 401
     known = AuthenticatedClient(base_url=guarded.url, token=key)
     assert len(rerank.sync(client=known, body=body).results) == 4
+
+
+def test_infinity_over_long_input(infinity, query, documents, long_text):
+    answer = rerank.sync(client=infinity, body=RerankInput(query=query, documents=[*documents, long_text]))
+
+    assert len(answer.results) == 5
+
+
+def test_infinity_overload(guarded, key, query, documents, busy):
+    """It does not try again by itself; the status and the hint are there."""
+    client = AuthenticatedClient(base_url=guarded.url, token=key)
+    for _ in range(200):
+        answer = rerank.sync_detailed(client=client, body=RerankInput(query=query, documents=documents))
+        if answer.status_code != 200:
+            break
+    assert answer.status_code == 429
+    assert int(answer.headers["retry-after"]) > 0
