@@ -25,6 +25,8 @@ MANIFESTS = [
     if file.name != "kustomization.yaml"
     for one in yaml.safe_load_all(file.read_text())
 ]
+# What a command cannot be made without.
+NEEDED = {"index": ["-", "--collection", "docs"]}
 PORTS = {"encode-worker": 50052, "serve": 50051}
 
 
@@ -73,7 +75,7 @@ def test_an_image_gets_every_package_there_is_and_the_pinned_torch() -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_images_settings_are_settings(name: str) -> None:
     parent = click.Context(cli, info_name="preread")
-    arguments = ["--config", str(DEPLOY / "image.toml"), "--model", "m"]
+    arguments = ["--config", str(DEPLOY / "image.toml"), "--model", "m", *NEEDED.get(name, [])]
     params = command(name).make_context(name, arguments, parent=parent).params
     assert params.get("host", "0.0.0.0") == "0.0.0.0"
 
@@ -91,9 +93,10 @@ def test_the_config_map_is_a_settings_file(tmp_path: Path) -> None:
     file = DEPLOY / "kubernetes" / "preread.toml"
     for name in COMMANDS:
         parent = click.Context(cli, info_name="preread")
-        context = command(name).make_context(name, ["--config", str(file), "--model", "m"], parent=parent)
+        arguments = ["--config", str(file), "--model", "m", *NEEDED.get(name, [])]
+        context = command(name).make_context(name, arguments, parent=parent)
         assert context.params["store"] == "redis://redis:6379/0"
-        if name != "encode-worker":
+        if name in ("serve", "doctor"):
             assert context.params["encoder_address"] == "dns:///worker:50052"
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cache.store import Store
-    from checkpoint import Checkpoint
+    from checkpoint import EncoderIdentity
+    from decoder_server.model_config import ModelConfig
 
 GIB = 1 << 30
 
@@ -77,16 +79,13 @@ def threads(options: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding("threads", State.OK, f"{wanted} of {usable} processors")
 
 
-def memory(options: Mapping[str, Any]) -> Iterator[Finding]:
+def memory(options: Mapping[str, Any], paths: Sequence[Path]) -> Iterator[Finding]:
     """Whether weights and tiers fit. Knows Linux only; says so elsewhere."""
-    from checkpoint import Checkpoint
-
     available = _available_bytes()
     if available is None:
         yield Finding("memory", State.WARN, "cannot be told on this system")
         return
-    checkpoint = Checkpoint.open(options["model"])
-    weights = sum(file.stat().st_size for file in checkpoint.path.glob("*.safetensors"))
+    weights = sum(file.stat().st_size for path in paths for file in path.glob("*.safetensors"))
     needed = weights + 2 * options["cache_bytes"]
     message = f"{available / GIB:.1f} GiB available; weights and tiers take up to {needed / GIB:.1f} GiB"
     yield Finding("memory", State.OK if needed < available else State.WARN, message)
@@ -108,22 +107,35 @@ def _available_bytes() -> int | None:
     return available
 
 
-def checkpoint(options: Mapping[str, Any]) -> tuple[Checkpoint | None, list[Finding]]:
-    """Whether the files are there and are a reranker we can serve."""
+@dataclass(frozen=True)
+class Model:
+    """A model that could be served: where its files are, and its encoder where it has one."""
+
+    path: Path
+    identity: EncoderIdentity | None
+
+
+def checkpoint(model: ModelConfig, name: str) -> tuple[Model | None, Finding]:
+    """Whether the files are there and are a reranker we can serve; weights are not loaded."""
     from checkpoint import Checkpoint, CheckpointError
+    from checkpoint.files import resolve
+    from decoder_server.loading import is_fbnl
 
     try:
-        found = Checkpoint.open(options["model"], max_passage_tokens=options["max_passage_tokens"])
+        if not is_fbnl(model):
+            path = resolve(model.checkpoint)
+            return Model(path, None), Finding(name, State.OK, f"{path}, a cross-encoder: reads text, needs no store")
+        found = Checkpoint.open(model.checkpoint, max_passage_tokens=model.max_passage_tokens)
         identity = found.identity()
         _ = found.text
     except (CheckpointError, OSError, ValueError) as exc:
-        return None, [Finding("checkpoint", State.FAIL, str(exc))]
+        return None, Finding(name, State.FAIL, str(exc))
     message = f"{identity.checkpoint}, encoder {identity.fingerprint[:12]}, dim {identity.dim}"
-    return found, [Finding("checkpoint", State.OK, message)]
+    return Model(found.path, identity), Finding(name, State.OK, message)
 
 
-def store(opened: Store, shown: str, found: Checkpoint | None) -> Iterator[Finding]:
-    """Whether the store answers, and whether its collections were written by this checkpoint's encoder."""
+def store(opened: Store, shown: str, identities: Sequence[EncoderIdentity]) -> Iterator[Finding]:
+    """Whether the store answers, and whether its collections were written by an encoder of these."""
     from cache.errors import CacheError
     from decoder_server.catalogue import describe
 
@@ -133,17 +145,18 @@ def store(opened: Store, shown: str, found: Checkpoint | None) -> Iterator[Findi
         yield Finding("store", State.FAIL, f"{shown}: {exc}")
         return
     yield Finding("store", State.OK, f"{shown}, {len(described)} collections")
-    identity = found.identity() if found is not None else None
+    ours = {identity.fingerprint for identity in identities}
     for one in described:
         manifest = one.manifest
         name, about = f"collection {manifest.collection}", f"{one.stats.num_passages:,} passages, {manifest.codec}"
-        if identity is None:
+        if not ours:
             yield Finding(name, State.WARN, f"{about}; nothing to compare its encoder with")
-        elif manifest.fingerprint == identity.fingerprint:
+        elif manifest.fingerprint in ours:
             yield Finding(name, State.OK, f"{about}, ratio {manifest.compression_ratio}, of this encoder")
         else:
+            here = " or ".join(sorted(fingerprint[:12] for fingerprint in ours))
             message = (
-                f"{about}; written by {manifest.checkpoint} ({manifest.fingerprint[:12]}), this checkpoint's encoder "
-                f"is {identity.fingerprint[:12]}: requests for it are refused; index it again into a new collection"
+                f"{about}; written by {manifest.checkpoint} ({manifest.fingerprint[:12]}), the encoder here is {here}: "
+                "requests for it are refused; index it again into a new collection"
             )
             yield Finding(name, State.FAIL, message)

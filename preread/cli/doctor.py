@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,7 +13,12 @@ from preread.cli.checks import Finding, State
 from preread.cli.config_file import config_option
 from preread.cli.effective import masked
 from preread.cli.failures import BAD_ITEMS
-from preread.cli.options import compute_options, json_option, model_option, option, store_option
+from preread.cli.model_specs import models_option, parse_models
+from preread.cli.options import compute_options, json_option, option, store_option
+
+if TYPE_CHECKING:
+    from checkpoint import EncoderIdentity
+    from decoder_server.model_config import ModelConfig
 
 _FILE = click.Path(exists=True, dir_okay=False)
 
@@ -21,7 +26,7 @@ _FILE = click.Path(exists=True, dir_okay=False)
 @click.command()
 @config_option
 @store_option
-@model_option
+@models_option
 @compute_options
 @option("--max-passage-tokens", type=click.IntRange(min=1), help="Passage limit, as the server is given it.")
 @option("--cache-bytes", type=click.IntRange(min=0), default=256 << 20, help="As the server is given it.")
@@ -36,7 +41,7 @@ def command(ctx: click.Context, /, **options: Any) -> None:
     """Check whether this machine, checkpoint and store can serve.
 
     \b
-    Takes the settings of `preread serve`, also from --config. Changes nothing, and makes no store.
+    Takes the settings of `preread serve`, every model too, also from --config. Changes nothing, and makes no store.
 
     \b
     Exit codes: 0 nothing in the way (warnings are allowed), 1 something that serving will stumble over.
@@ -60,31 +65,50 @@ def _findings(options: Mapping[str, Any]) -> Iterator[Finding]:
     yield from checks.processor()
     yield from checks.torch_build(options)
     yield from checks.threads(options)
-    found, findings = checks.checkpoint(options)
-    yield from findings
-    if found is not None:
-        yield from checks.memory(options)
+    models = parse_models({**options, "served_model_name": ""})
+    found: list[tuple[ModelConfig, checks.Model]] = []
+    for model in models:
+        own, finding = checks.checkpoint(model, "checkpoint" if len(models) == 1 else f"model {model.served_name}")
+        yield finding
+        if own is not None:
+            found.append((model, own))
+    if found:
+        yield from checks.memory(options, [own.path for _, own in found])
+    identities = [own.identity for _, own in found if own.identity is not None]
     shown = masked("store", options["store"])
     try:
         with closing(open_store(options["store"])) as opened:
-            yield from checks.store(opened, shown, found)
+            yield from checks.store(opened, shown, identities)
     except CacheError as exc:
         yield Finding("store", State.FAIL, f"{shown}: {exc}")
-    if options["encoder_address"]:
-        yield _worker(options, found.identity().fingerprint if found is not None else None)
+    yield from _workers(options, models, {id(model): own.identity for model, own in found})
 
 
-def _worker(options: Mapping[str, Any], fingerprint: str | None) -> Finding:
+def _workers(
+    options: Mapping[str, Any], models: Sequence[ModelConfig], identities: Mapping[int, EncoderIdentity | None]
+) -> Iterator[Finding]:
+    """Every worker that is named: by a model, or for the first that names none."""
+    address, key = options["encoder_address"], options["encoder_api_key"]
+    for model in models:
+        identity = identities.get(id(model))
+        fingerprint = identity.fingerprint if identity is not None else None
+        if model.encoder_address:
+            yield _worker(options, model.encoder_address, model.encoder_api_key or None, fingerprint)
+        elif address and (identity is not None or len(models) == 1):
+            yield _worker(options, address, key, fingerprint)
+            address = None
+
+
+def _worker(options: Mapping[str, Any], address: str, key: str | None, fingerprint: str | None) -> Finding:
     """Asks the worker who it is, as the server would."""
     from preread.client import Client, ClientOptions, PrereadError, RetryPolicy, TlsFiles
 
-    address = options["encoder_address"]
     files = [options[f"encoder_tls_{name}_file"] for name in ("ca", "cert", "key")]
     once = ClientOptions(
         timeout_seconds=5.0,
         retry=RetryPolicy(max_attempts=1),
         tls=TlsFiles(*files) if any(files) else None,
-        api_key=options["encoder_api_key"],
+        api_key=key,
     )
     try:
         with Client(address, encoder_address=address, options=once) as client:

@@ -45,6 +45,25 @@ def test_a_collection_of_another_encoder(tiny_checkpoint: Path, tmp_path: Path) 
     assert "index it again" in answer.stdout
 
 
+def test_several_models_from_the_file_that_serves_them(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    store = f"faiss:{tmp_path / 'store'}"
+    other = make_checkpoint(tmp_path / "other", "tiny", seed=1)
+    index(tmp_path, other, store)
+    (tmp_path / "reads-text").mkdir()
+    (tmp_path / "reads-text" / "config.json").write_text('{"model_type": "bert"}')
+    models = [str(tiny_checkpoint), f"second={other},dtype=float32", str(tmp_path / "reads-text"), "gone=/no/such"]
+    (tmp_path / "preread.toml").write_text(f'store = "{store}"\n[serve]\nmodel = {json.dumps(models)}\n')
+    answer, states = doctor("--config", tmp_path / "preread.toml")
+    assert answer.exit_code == 1
+    assert {name: states[name] for name in states if name.startswith(("model ", "collection "))} == {
+        f"model {tiny_checkpoint.name}": "ok",
+        "model second": "ok",
+        "model reads-text": "ok",
+        "model gone": "fail",
+        "collection docs": "ok",
+    }
+
+
 def test_what_is_not_there(tmp_path: Path) -> None:
     missing = ("--model", tmp_path / "none", "--store", "redis://user:secret@127.0.0.1:1/0")
     answer, states = doctor(*missing, "--encoder-address", "127.0.0.1:1", "--threads", 10_000)
