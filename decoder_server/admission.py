@@ -110,7 +110,7 @@ class Admission:
 
     def _limit_tokens(self) -> float:
         """What may wait: the tokens configured, or those the model reads in the time configured, if fewer."""
-        rate = self._counts.tokens_per_second
+        rate = self._counts.drain_rate
         return min(self._max_tokens, rate * self._max_seconds) if rate and self._max_seconds else self._max_tokens
 
     def learn(self, num_tokens: int) -> None:
@@ -119,6 +119,6 @@ class Admission:
 
     def _refusal(self, message: str, tokens_to_wait_for: float) -> Overloaded:
         self.num_refused += 1
-        rate = self._counts.tokens_per_second
+        rate = self._counts.drain_rate
         seconds = tokens_to_wait_for / rate if rate else 1.0
         return Overloaded(f"the queue is full: {message}", min(max(seconds, MIN_RETRY_SECONDS), MAX_RETRY_SECONDS))

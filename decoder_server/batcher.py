@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 # Who comes next waits for the batch under way, and who left is noticed after it: long enough that
 # a pass's fixed cost does not show, short enough that a person does not notice.
 BATCH_SECONDS = 0.1
+# The weight of what was before, pass by pass, in the rate that the queue is bounded by: some fifty passes back.
+MEMORY = 0.98
 
 
 @dataclass
@@ -43,11 +45,26 @@ class BatchCounts:
     num_tokens: int = 0
     num_dropped_pairs: int = 0  # their caller left, or its deadline passed
     compute_seconds: float = 0.0
+    _recent_tokens: float = 0.0
+    _recent_seconds: float = 0.0
 
     @property
     def tokens_per_second(self) -> float:
         """The rate over all passes; 0 before the first."""
         return self.num_tokens / self.compute_seconds if self.compute_seconds else 0.0
+
+    def drained(self, num_tokens: int, seconds: float) -> None:
+        """A pass took that much from the queue; `seconds` since the pass before, if work waited then already."""
+        self._recent_tokens = MEMORY * self._recent_tokens + num_tokens
+        self._recent_seconds = MEMORY * self._recent_seconds + seconds
+
+    @property
+    def drain_rate(self) -> float:
+        """Tokens a second that have left the queue of late, all that passes wait for included; 0 before the first.
+
+        Under a flood the process has more to do than passes: who waits, waits for that, too.
+        """
+        return self._recent_tokens / self._recent_seconds if self._recent_seconds else self.tokens_per_second
 
 
 class Batcher:
@@ -75,6 +92,7 @@ class Batcher:
         self._tickets: list[Ticket] = []  # by rank, then arrival
         self._virtual_time = 0.0
         self._ready = asyncio.Event()
+        self._pass_before: float | None = None  # when it ended, if work has waited ever since
 
     @contextmanager
     def ticket(self, num_tokens: float, deliver: Deliver, deadline: float | None = None) -> Iterator[Ticket]:
@@ -141,6 +159,7 @@ class Batcher:
                 num_tokens += work.num_tokens
         if not batch:
             self._ready.clear()
+            self._pass_before = None
         return batch
 
     async def _pass(self, works: list[Work]) -> None:
@@ -151,6 +170,8 @@ class Batcher:
         scored = await loop.run_in_executor(self._executor, self._score, [(work.index, work.item) for work in works])
         end = time.monotonic()
         self._count(works, end - start)
+        self.counts.drained(sum(work.num_tokens for work in works), end - (self._pass_before or start))
+        self._pass_before = end
         owned: dict[Ticket, list[Scored]] = {}
         for work, result in zip(works, scored, strict=True):
             owned.setdefault(work.ticket, []).append(result)

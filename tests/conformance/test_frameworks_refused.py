@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import cohere
 import pytest
-from infinity_client import AuthenticatedClient
+from infinity_client import Client
 from infinity_client.errors import UnexpectedStatus
 from langchain_cohere import CohereRerank
 from langchain_community.document_compressors.infinity_rerank import InfinityRerank
@@ -32,7 +32,7 @@ def reranker(name, url, model, key="anything"):
     if name == "langchain cohere":
         found = CohereRerank(model=model, top_n=TOP_N, cohere_api_key=key, base_url=url)
     elif name == "langchain infinity":
-        client = AuthenticatedClient(base_url=url, token=key, raise_on_unexpected_status=True)
+        client = Client(base_url=url, headers={"authorization": f"Bearer {key}"}, raise_on_unexpected_status=True)
         found = InfinityRerank(client=client, model=model, top_n=TOP_N)
     elif name == "llama-index cohere":
         found = LlamaIndexCohere(model=model, top_n=TOP_N, api_key=key, base_url=url)

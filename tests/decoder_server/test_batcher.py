@@ -226,6 +226,21 @@ def test_admission_says_when_to_come_back() -> None:
     assert (admission.num_requests, admission.num_tokens) == (0, pytest.approx(0))
 
 
+def test_the_rate_that_bounds_the_queue_follows_what_happened_of_late() -> None:
+    """A calm hour does not let a flooded process promise what it cannot keep."""
+    counts = BatchCounts(num_tokens=3_600_000, compute_seconds=3600.0)
+    assert counts.drain_rate == counts.tokens_per_second == 1000
+    for _ in range(1000):
+        counts.drained(100, 0.1)
+    assert counts.drain_rate == pytest.approx(1000)
+    for _ in range(200):  # as much a pass, half of the time spent on other things
+        counts.drained(100, 0.2)
+    assert counts.drain_rate == pytest.approx(500, rel=0.02)
+    admission = Admission(counts, max_requests=10, max_tokens=1_000_000, max_seconds=2.0)
+    with admission.admit(1, 10, 1), pytest.raises(Overloaded, match=f"the limit is {2 * counts.drain_rate:.0f}"):
+        admission.admit(3, 10, 1)
+
+
 def test_admission_by_time_holds_what_the_measured_rate_reads_in_it() -> None:
     counts = BatchCounts(num_tokens=1000, compute_seconds=1.0)  # 1000 tokens a second
     admission = Admission(counts, max_requests=10, max_tokens=1_000_000, max_seconds=2.0)
