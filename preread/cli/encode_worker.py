@@ -14,7 +14,14 @@ import click
 from preread.cli.config_file import config_option
 from preread.cli.effective import effective_lines
 from preread.cli.options import compute_options, model_option, option, store_option
-from preread.cli.server_options import access_options, api_keys, grace_option, observe_options, tls_files
+from preread.cli.server_options import (
+    access_options,
+    api_keys,
+    grace_option,
+    listening_line,
+    observe_options,
+    tls_files,
+)
 from preread.cli.signals import started_unless_told, told_to_stop
 
 if TYPE_CHECKING:
@@ -94,9 +101,7 @@ async def _run(server: EncoderServer, told: asyncio.Future[None], grace_seconds:
     click.echo(f"encoder      {config.checkpoint} (encoder {identity.fingerprint[:12]}, dim {identity.dim})")
     click.echo(f"compute      {engine.encoder.dtype_name} on {engine.encoder.device_name}")
     click.echo(f"store        {server.public_store}")
-    secured = ", TLS" if config.tls.enabled else ""
-    asks = ", API keys" if server.keys.required else ""
-    click.echo(f"listening    {config.host}:{server.port} (gRPC{secured}{asks})")
+    click.echo(listening_line(server))
     click.echo(f"ready        in {time.monotonic() - started:.1f} s")
     await told
     click.echo(f"stopping     calls under way have {grace_seconds:g} s to finish")

@@ -19,7 +19,14 @@ from preread.cli.model_specs import models_option, parse_models
 from preread.cli.options import compute_options, option, store_option
 from preread.cli.serve_http import gateway_line, http_gateway, http_options
 from preread.cli.serve_reading import reading, reading_options
-from preread.cli.server_options import access_options, api_keys, grace_option, observe_options, tls_files
+from preread.cli.server_options import (
+    access_options,
+    api_keys,
+    grace_option,
+    listening_line,
+    observe_options,
+    tls_files,
+)
 from preread.cli.signals import started_unless_told, told_to_stop
 
 if TYPE_CHECKING:
@@ -213,9 +220,7 @@ async def _introduce(server: DecoderServer, store: Store, local: Collection[str]
     click.echo(f"store        {public_url(config.store)}")
     for model, engine in zip(config.models, server.engines.values(), strict=True):
         await _introduce_model(model, engine, store, local=model.encoder_address in local)
-    secured = ", TLS" if config.tls.enabled else ""
-    asks = ", API keys" if server.keys.required else ""
-    click.echo(f"listening    {config.host}:{server.port} (gRPC{secured}{asks})")
+    click.echo(listening_line(server))
 
 
 async def _introduce_model(model: ModelConfig, engine: Engine, store: Store, *, local: bool) -> None:

@@ -11,6 +11,8 @@ import click
 from preread.cli.options import F, option
 
 if TYPE_CHECKING:
+    from decoder_server.server import DecoderServer
+    from encoder_worker.server import EncoderServer
     from preread.edge.keys import ApiKeys
 
 _FILE = click.Path(exists=True, dir_okay=False)
@@ -83,3 +85,10 @@ def api_keys(options: Mapping[str, Any]) -> ApiKeys:
 def tls_files(options: Mapping[str, Any]) -> dict[str, Any]:
     """The TLS fields of either server's configuration."""
     return {name: options[name] or "" for name in ("tls_cert_file", "tls_key_file", "tls_client_ca_file")}
+
+
+def listening_line(server: DecoderServer | EncoderServer) -> str:
+    """Where a server that has started listens, for its start-up lines."""
+    secured = ", TLS" if server.config.tls.enabled else ""
+    asks = ", API keys" if server.keys.required else ""
+    return f"listening    {server.config.host}:{server.port} (gRPC{secured}{asks})"

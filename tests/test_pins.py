@@ -1,0 +1,60 @@
+"""constraints.txt pins what pyproject.toml asks for, what that needs in turn, and nothing else."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from importlib.metadata import PackageNotFoundError, requires
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PINS = {
+    canonicalize_name(name): version
+    for name, version in re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+}
+BUILDING = {"hatchling", "editables"}  # scripts/environment installs them first
+CUDA = re.compile(r"nvidia-|cuda-|triton$")  # what other builds of torch need; this file is for all of them
+
+
+def asked_for(extra: str) -> list[Requirement]:
+    """What an extra means, extras of ours within it included."""
+    wanted = [Requirement(line) for line in PROJECT["optional-dependencies"][extra]]
+    own = [inner for one in wanted if one.name == PROJECT["name"] for inner in one.extras]
+    return [one for one in wanted if one.name != PROJECT["name"]] + [r for inner in own for r in asked_for(inner)]
+
+
+def everything() -> set[str]:
+    """Names of all packages of a development environment, from what is installed here."""
+    found: set[str] = set()
+    todo = [(one.name, tuple(one.extras)) for one in map(Requirement, PROJECT["dependencies"])]
+    todo += [(one.name, tuple(one.extras)) for one in asked_for("dev")] + [(name, ()) for name in BUILDING]
+    seen = set(todo)
+    while todo:
+        name, extras = todo.pop()
+        found.add(canonicalize_name(name))
+        try:
+            lines = requires(name) or []
+        except PackageNotFoundError:
+            continue
+        for one in map(Requirement, lines):
+            if one.marker is None or any(one.marker.evaluate({"extra": extra}) for extra in ("", *extras)):
+                further = (one.name, tuple(sorted(one.extras)))
+                if further not in seen and not CUDA.match(canonicalize_name(one.name)):
+                    seen.add(further)
+                    todo.append(further)
+    return found
+
+
+def test_pins_are_what_is_needed_and_no_more() -> None:
+    needed = everything()
+    assert needed - set(PINS) == set(), "not pinned: run scripts/pin"
+    assert set(PINS) - needed == set(), "pinned and not needed: run scripts/pin"
+
+
+def test_pins_are_within_the_ranges() -> None:
+    for one in [*map(Requirement, PROJECT["dependencies"]), *asked_for("dev")]:
+        assert one.specifier.contains(PINS[canonicalize_name(one.name)]), one
