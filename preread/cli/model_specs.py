@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-KEYS = ("backend", "device", "dtype", "max_passage_tokens", "runtime", "profile", "encoder_address", "encoder_api_key")
+KEYS = ("backend", "device", "dtype", "max_passage_tokens", "runtime", "profile", "encoder_address")
 # A name clients may send in a path or a header; anything else before "=" belongs to the checkpoint's own path.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]*(/[A-Za-z0-9._:-]+)?")
 

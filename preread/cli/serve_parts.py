@@ -46,14 +46,13 @@ async def encoder_halves(
     own = secrets.token_urlsafe(32) if keys.required else ""
     async with AsyncExitStack() as stack:
         for model in models:
-            if model.encoder_address or not is_fbnl(model):
+            if not is_fbnl(model):
                 placed.append(model)
-            elif elsewhere:
-                # One worker has one encoder; models of another name theirs in --model.
-                placed.append(
-                    replace(model, encoder_address=elsewhere, encoder_api_key=options["encoder_api_key"] or "")
-                )
-                elsewhere = ""
+            elif model.encoder_address or elsewhere:
+                address = model.encoder_address or elsewhere
+                placed.append(replace(model, encoder_address=address, encoder_api_key=options["encoder_api_key"] or ""))
+                # One worker has one encoder; models of another encoder name theirs in --model.
+                elsewhere = elsewhere if model.encoder_address else ""
             elif options["no_encoder"] or options["encoder_address"]:
                 placed.append(model)
             else:
