@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoint import CheckpointError
+from decoder_server.errors import InvalidRequest
 from decoder_server.model_config import ModelConfig
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class TextSettings:
     """The limits of a model that reads text."""
 
     default_instruction: str
-    max_passage_tokens: int  # of query, passage and template together
+    max_passage_tokens: int
     max_query_tokens: int
     default_compression_ratio: int = 0
 
@@ -72,9 +73,11 @@ class CrossEncoderBackend:
         self.checkpoint_name = checkpoint_name
         self.model = model
         self.dtype_name, self.device_name = model.dtype_name, model.device_name
-        self.notice = model.license_notice
-        limit = model.max_tokens
-        self.settings = TextSettings(model.profile.default_instruction or "", limit, limit)
+        self.notice = model.license_notice or ""
+        profile = model.profile
+        self.settings = TextSettings(
+            profile.default_instruction, profile.max_passage_tokens or profile.max_tokens, profile.max_query_tokens
+        )
 
     @classmethod
     def load(cls, config: ModelConfig) -> CrossEncoderBackend:
@@ -90,6 +93,8 @@ class CrossEncoderBackend:
             dtype=config.dtype,
             runtime=config.runtime,
             profile=config.profile or None,
+            max_tokens=config.max_passage_tokens,
+            trust_remote_code=config.trust_remote_code,
         )
         return cls(config.checkpoint, model)
 
@@ -97,9 +102,18 @@ class CrossEncoderBackend:
         """It reads no states."""
 
     def prompt(self, query: str, instruction: str | None = None) -> TextPrompt:
-        num_query = self.model.count_tokens(query)
-        num_instruction = self.model.count_tokens(instruction) if instruction else 0
-        return TextPrompt(query, instruction, num_query + num_instruction, num_query)
+        """
+        Raises:
+            InvalidRequest: an instruction over the model's limit.
+        """
+        try:
+            question = self.model.question(query, instruction)
+        except ValueError as exc:
+            limit = self.model.profile.max_instruction_tokens
+            raise InvalidRequest("instruction", f"too long ({exc})", f"at most {limit} tokens") from exc
+        num_query = self.model.count_tokens(question.query)
+        num_tokens = num_query + self.model.count_tokens(question.instruction)
+        return TextPrompt(query, instruction, num_tokens, num_query, question.truncated)
 
     def items(self, prompt: TextPrompt, passage: str) -> list[TextItem]:
         """
@@ -109,7 +123,7 @@ class CrossEncoderBackend:
         return [TextItem(self.model.pair(prompt.query, prompt.instruction, passage))]
 
     def cut(self, text: str, max_tokens: int | None, *, keep_end: bool = False) -> str:
-        return self.model.cut(text, max_tokens, keep_end=keep_end)
+        return self.model.cut(text, max_tokens or self.settings.max_passage_tokens, keep_end=keep_end)
 
     def score(self, items: Sequence[TextItem]) -> NDArray[np.float32]:
         return self.model.score_pairs([item.pair for item in items])

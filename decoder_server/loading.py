@@ -37,7 +37,7 @@ def is_fbnl(model: ModelConfig) -> bool:
     from checkpoint.model import MODEL_TYPE
 
     # A configuration without a type is nobody's; loading it as fbnl says what is missing.
-    return read_json(resolve(model.checkpoint) / "config.json").get("model_type", MODEL_TYPE) == MODEL_TYPE
+    return bool(read_json(resolve(model.checkpoint) / "config.json").get("model_type", MODEL_TYPE) == MODEL_TYPE)
 
 
 def _load_fbnl(model: ModelConfig) -> Backend:

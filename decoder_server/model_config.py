@@ -22,6 +22,7 @@ class ModelConfig:
     encoder_address: str = ""  # host:port of an encoder worker (fbnl); "": nothing is encoded on demand
     encoder_api_key: str = field(default="", repr=False)  # shown to that worker
     runtime: str = "torch"  # of a cross-encoder
+    trust_remote_code: bool = False  # run Python that a cross-encoder's checkpoint brings
     profile: str = ""  # of a cross-encoder; "": by id, else from its own configuration
 
     def __post_init__(self) -> None:

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-KEYS = ("backend", "device", "dtype", "max_passage_tokens", "runtime", "profile", "encoder_address")
+KEYS = (
+    "backend", "device", "dtype", "max_passage_tokens", "runtime", "profile", "encoder_address", "trust_remote_code",
+)  # fmt: skip
 # A name clients may send in a path or a header; anything else before "=" belongs to the checkpoint's own path.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]*(/[A-Za-z0-9._:-]+)?")
 
@@ -62,7 +64,7 @@ def _parse(spec: str, options: Mapping[str, Any]) -> ModelConfig:
         if not equals or name not in KEYS:
             known = ", ".join(key.replace("_", "-") for key in KEYS)
             raise click.UsageError(f"--model {spec}: {pair!r} is not KEY=VALUE with KEY one of {known}")
-        fields[name] = _number(spec, key, value) if name == "max_passage_tokens" else value
+        fields[name] = _read(spec, key, value, name)
     name, equals, rest = checkpoint.partition("=")
     if equals and _NAME.fullmatch(name):
         fields["name"], checkpoint = name, rest
@@ -72,8 +74,13 @@ def _parse(spec: str, options: Mapping[str, Any]) -> ModelConfig:
         raise click.UsageError(f"--model {spec}: {exc}") from exc
 
 
-def _number(spec: str, key: str, value: str) -> int:
-    try:
+def _read(spec: str, key: str, value: str, name: str) -> object:
+    if name == "max_passage_tokens":
+        if not value.isdecimal():
+            raise click.UsageError(f"--model {spec}: {key} is {value!r}; expected a number")
         return int(value)
-    except ValueError:
-        raise click.UsageError(f"--model {spec}: {key} is {value!r}; expected a number") from None
+    if name == "trust_remote_code":
+        if value not in ("yes", "no"):
+            raise click.UsageError(f"--model {spec}: {key} is {value!r}; expected yes or no")
+        return value == "yes"
+    return value

@@ -1,0 +1,194 @@
+"""Models that read text, behind the same requests as those that read states, in one server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from google.rpc import error_details_pb2
+
+from cache.collection import Collection
+from decoder_server.config import DecoderConfig
+from decoder_server.cross_encoder import CrossEncoder, open_cross_encoder
+from decoder_server.cross_encoder.synthetic import make_cross_encoder
+from decoder_server.model_config import ModelConfig
+from decoder_server.server import DecoderServer
+from preread.v1 import common_pb2, rerank_pb2, rerank_pb2_grpc
+
+HIT, ENCODED = common_pb2.CANDIDATE_STATUS_HIT, common_pb2.CANDIDATE_STATUS_ENCODED
+MISSING, TOO_LONG = common_pb2.CANDIDATE_STATUS_MISSING, common_pb2.CANDIDATE_STATUS_TOO_LONG
+FAILED = common_pb2.CANDIDATE_STATUS_FAILED
+QUERY = "what is read once?"
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_cross_encoder(tmp_path_factory.mktemp("cross") / "reader")
+
+
+@pytest.fixture(scope="module")
+def model(directory: Path) -> CrossEncoder:
+    return open_cross_encoder(directory, device="cpu", dtype="float32")
+
+
+@pytest.fixture
+def ask(tiny, directory, store):
+    """Starts a server of both kinds of model; gives its stub."""
+
+    @contextlib.asynccontextmanager
+    async def start(**config):
+        compute = {"device": "cpu", "dtype": "float32"}
+        models = (ModelConfig(str(tiny), "states", **compute), ModelConfig(str(directory), "texts", **compute))
+        server = DecoderServer(DecoderConfig(models, port=0, max_staleness_seconds=0.0, **config), store=store)
+        await server.start()
+        try:
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+                yield rerank_pb2_grpc.RerankServiceStub(channel)
+        finally:
+            await server.stop(5)
+
+    return start
+
+
+async def test_one_request_two_models(ask, make_request, model, texts, by_hand) -> None:
+    ids = ["p1", "p2", "p3"]
+    async with ask() as stub:
+        by_text = await stub.Rerank(make_request(QUERY, ids, model="texts"))
+        by_states = await stub.Rerank(make_request(QUERY, ids, model="states"))
+        default = await stub.Rerank(make_request(QUERY, ids))
+    expected = model.score_texts([(QUERY, None, texts[i]) for i in ids])
+    got = {r.passage_id: r for r in by_text.results}
+    np.testing.assert_allclose([got[i].margin for i in ids], expected, atol=1e-5)
+    np.testing.assert_allclose([got[i].score for i in ids], model.activation(expected), atol=1e-5)
+    assert [r.margin for r in by_text.results] == sorted((r.margin for r in by_text.results), reverse=True)
+    assert {(r.status, r.num_states, r.compression_ratio) for r in by_text.results} == {(HIT, 0, 0)}
+    assert (by_text.model, by_states.model, default.model) == ("texts", "states", "states")
+    assert {r.passage_id: r.margin for r in by_states.results} == pytest.approx(
+        {i: by_hand(texts[i]) for i in ids}, abs=1e-4
+    )
+
+
+async def test_a_text_of_the_request_is_read_before_the_stored_one(ask, make_request, model) -> None:
+    candidates = [rerank_pb2.Candidate(passage_id="p1", text="another text"), rerank_pb2.Candidate(text="a text")]
+    async with ask() as stub:
+        answer = await stub.Rerank(make_request(QUERY, candidates=candidates, model="texts", return_text=True))
+    expected = model.score_texts([(QUERY, None, "another text"), (QUERY, None, "a text")])
+    got = sorted(answer.results, key=lambda r: r.index)
+    np.testing.assert_allclose([r.margin for r in got], expected, atol=1e-5)
+    assert [(r.status, r.text) for r in got] == [(ENCODED, "another text"), (ENCODED, "a text")]
+
+
+async def test_a_bad_candidate_costs_itself_only(ask, make_request) -> None:
+    async with ask(max_text_bytes=100) as stub:
+        answer = await stub.Rerank(make_request(QUERY, ["p1", "nobody"], ["good", "x" * 101, ""], model="texts"))
+    found = {r.index: (r.status, r.message) for r in answer.results}
+    assert [found[i][0] for i in range(5)] == [HIT, MISSING, ENCODED, TOO_LONG, FAILED]
+    assert "no text is stored" in found[1][1]
+    assert answer.num_scored == 2
+
+
+async def test_a_collection_that_keeps_no_texts_says_so(ask, make_request, encoding, texts, store) -> None:
+    import dataclasses
+
+    from cache.collection import StoredPassage
+
+    bare = Collection.create(store, dataclasses.replace(encoding.manifest("bare"), stores_text=False))
+    bare.put_many([StoredPassage("p1", encoding.encode(texts["p1"], 4))])
+    async with ask() as stub:
+        answer = await stub.Rerank(make_request(QUERY, ["p1"], ["a text"], model="texts", collection="bare"))
+        assert {r.index: r.status for r in answer.results} == {0: MISSING, 1: ENCODED}
+        assert "keeps no texts" in answer.results[-1].message
+        fail = make_request(QUERY, ["p1"], model="texts", collection="bare", on_miss=common_pb2.ON_MISS_FAIL)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await stub.Rerank(fail)
+        assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+
+
+async def test_a_collection_of_another_encoder_has_texts_all_the_same(
+    ask, make_request, encoding, texts, store
+) -> None:
+    from cache.collection import StoredPassage
+
+    other = Collection.create(store, encoding.manifest("other", fingerprint="0" * 64))
+    other.put_many([StoredPassage("p1", encoding.encode(texts["p1"], 4), texts["p1"])])
+    async with ask() as stub:
+        answer = await stub.Rerank(make_request(QUERY, ["p1"], model="texts", collection="other"))
+        assert answer.num_scored == 1
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await stub.Rerank(make_request(QUERY, ["p1"], model="states", collection="other"))
+        assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+
+
+async def test_streamed_results_are_those_of_the_plain_call(ask, make_request, texts) -> None:
+    request = make_request(QUERY, list(texts), model="texts")
+    async with ask(max_batch_tokens=300) as stub:
+        whole = await stub.Rerank(request)
+        events = [event async for event in stub.RerankStream(rerank_pb2.RerankStreamRequest(request=request))]
+    parts = [result for event in events for result in event.batch.results]
+    assert len(events) > 2
+    assert {r.index: r.margin for r in parts} == pytest.approx({r.index: r.margin for r in whole.results}, abs=1e-5)
+    assert events[-1].summary.num_scored == len(texts)
+
+
+async def test_both_models_answer_while_the_other_works(ask, make_request, texts) -> None:
+    async with ask() as stub:
+        requests = [make_request(QUERY, list(texts), model=name) for name in ("texts", "states") * 4]
+        answers = await asyncio.gather(*(stub.Rerank(one) for one in requests))
+    assert [a.model for a in answers] == ["texts", "states"] * 4
+    assert all(a.num_scored == len(texts) for a in answers)
+
+
+async def test_a_deadline_that_passes_ends_the_call(ask, make_request, texts) -> None:
+    async with ask() as stub:
+        with pytest.raises(grpc.aio.AioRpcError) as late:
+            await stub.Rerank(make_request(QUERY, list(texts) * 10, model="texts"), timeout=0.02)
+        assert late.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert (await stub.Rerank(make_request(QUERY, ["p1"], model="texts"))).num_scored == 1
+
+
+async def test_an_unknown_model_is_named_with_those_there_are(ask, make_request, refused, detail) -> None:
+    async with ask() as stub:
+        error = await refused(stub.Rerank(make_request(QUERY, ["p1"], model="mine")), grpc.StatusCode.NOT_FOUND)
+    assert "states, texts" in error.details()
+    assert detail(error, error_details_pb2.ResourceInfo).resource_name == "mine"
+
+
+async def test_models_are_listed_with_what_they_read(ask) -> None:
+    async with ask() as stub:
+        models = (await stub.ListModels(rerank_pb2.ListModelsRequest())).models
+    assert [(m.name, m.backend, m.HasField("encoder")) for m in models] == [
+        ("states", "fbnl", True),
+        ("texts", "cross_encoder", False),
+    ]
+    assert models[1].default_compression_ratio == 0
+    assert models[1].max_passage_tokens > 0
+
+
+def test_two_models_of_one_name_are_refused(directory) -> None:
+    with pytest.raises(ValueError, match="two models are called 'reader'"):
+        DecoderConfig((ModelConfig(str(directory)), ModelConfig(str(directory))))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"backend": "x"}, "backend is 'x'"),
+        ({"runtime": "x"}, "runtime is 'x'"),
+        ({"max_passage_tokens": 0}, "at least 1"),
+    ],
+)
+def test_a_model_is_checked_before_it_is_loaded(fields, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        ModelConfig("x", **fields)
+
+
+async def test_a_store_that_went_away_costs_what_is_stored_there(ask, make_request, store) -> None:
+    async with ask(max_store_cache_bytes=0) as stub:
+        assert (await stub.Rerank(make_request(QUERY, ["p1"], model="texts"))).num_scored == 1
+        store.close()
+        answer = await stub.Rerank(make_request(QUERY, ["p1"], ["a text"], model="texts"))
+    assert {r.index: r.status for r in answer.results} == {0: FAILED, 1: ENCODED}
