@@ -103,6 +103,7 @@ class Backend(Protocol):
     dtype_name: str
     device_name: str
     notice: str  # what its licence asks to be told; mostly empty
+    listwise: bool  # a score depends on the request's other candidates: all of them in one pass, no other's beside
 
     @property
     def settings(self) -> ModelSettings: ...

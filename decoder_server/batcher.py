@@ -138,7 +138,8 @@ class Batcher:
         """Batches until cancelled."""
         while True:
             await self._ready.wait()
-            for works in split_by_length(self._next_batch()):
+            batch = self._next_batch()
+            for works in [batch] if self._backend.listwise and batch else split_by_length(batch):
                 now = time.monotonic()
                 alive = [work for work in works if not work.ticket.gone(now)]
                 self.counts.num_dropped_pairs += len(works) - len(alive)
@@ -153,6 +154,10 @@ class Batcher:
         for ticket in self._tickets:
             if ticket.gone(now):
                 self.counts.num_dropped_pairs += ticket.clear()
+            if self._backend.listwise:
+                if ticket.waiting:  # one request's list, whole
+                    return [ticket.take() for _ in range(len(ticket.waiting))]
+                continue
             while ticket.waiting and (not batch or num_tokens + ticket.waiting[0].num_tokens <= budget):
                 work = ticket.take()
                 batch.append(work)

@@ -73,7 +73,8 @@ class CrossEncoderBackend:
         self.checkpoint_name = checkpoint_name
         self.model = model
         self.dtype_name, self.device_name = model.dtype_name, model.device_name
-        self.notice = model.license_notice or ""
+        self.notice = model.license_notice
+        self.listwise = model.profile.listwise
         profile = model.profile
         self.settings = TextSettings(
             profile.default_instruction, profile.max_passage_tokens or profile.max_tokens, profile.max_query_tokens

@@ -25,6 +25,7 @@ class FbnlBackend:
 
     name = "fbnl"
     notice = ""
+    listwise = False
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
         self.settings = checkpoint.settings

@@ -66,6 +66,9 @@ class Run:
         self._max_tokens = max_tokens
         self._num_tokens = 0
         self.stopped_early = False
+        self._whole = backend.listwise
+        self._held: list[Found] = []  # of a listwise model, until every candidate is here
+        self._num_awaited = len(wanted.candidates)
         self.turns: list[Turn] = []
         self.queue_seconds = 0.0
         self.compute_seconds = 0.0
@@ -157,12 +160,20 @@ class Run:
                 self._finished.put_nowait(_missing(one))
             else:
                 outcomes.append(unscored(one))
+        self._num_awaited -= len(found)
+        self._held += ready
+        if not self._whole or self._num_awaited == 0:
+            self._begin(ticket, self._held)
+            self._held = []
+        if outcomes:
+            self._finished.put_nowait(outcomes)
+
+    def _begin(self, ticket: Ticket, ready: list[Found]) -> None:
+        """Makes items of what is here; pooling goes elsewhere."""
         if self._contest.ratio == self._wanted.compression_ratio:
             self._submit(ticket, [(one, one.items or self._wanted.items(one.passage)) for one in ready if one.passage])
         elif ready:
             self._start(self._pool(ticket, ready))
-        if outcomes:
-            self._finished.put_nowait(outcomes)
 
     async def _pool(self, ticket: Ticket, found: Sequence[Found]) -> None:
         """States at the present stage's ratio, made off the event loop, to the queue."""

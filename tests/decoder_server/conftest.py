@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import importlib.util
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -32,6 +34,14 @@ from decoder_server.loading import load_model
 from decoder_server.server import DecoderServer
 from encoder_worker.encoder import Encoder
 from preread.v1 import rerank_pb2, rerank_pb2_grpc
+
+# Tests are not a package; the redis-server they share is taken over by path.
+_spec = importlib.util.spec_from_file_location("redis_fixture", Path(__file__).parents[1] / "redis_fixture.py")
+assert _spec is not None
+assert _spec.loader is not None
+_redis_fixture = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_redis_fixture)
+RedisServer = _redis_fixture.RedisServer
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -58,7 +68,7 @@ class GatedBackend:
     def __init__(self, real: FbnlBackend) -> None:
         self.real = real
         self.settings, self.dtype_name, self.device_name = real.settings, real.dtype_name, real.device_name
-        self.checkpoint_name, self.notice = real.checkpoint_name, real.notice
+        self.checkpoint_name, self.notice, self.listwise = real.checkpoint_name, real.notice, real.listwise
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Event()
@@ -153,6 +163,13 @@ def store(tmp_path: Path, encoding: Encoding, texts: dict[str, str]) -> Store:
     encoding.fill(store, "docs", texts)
     yield store
     store.close()
+
+
+@pytest.fixture
+def redis_server(tmp_path: Path) -> Iterator[Any]:
+    server = RedisServer(tmp_path / "redis").start()
+    yield server
+    server.stop()
 
 
 @dataclass

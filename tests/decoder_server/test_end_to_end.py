@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import signal
@@ -11,7 +10,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
@@ -21,23 +19,8 @@ from encoder_worker.config import EncoderConfig
 from encoder_worker.server import EncoderServer
 from preread.v1 import common_pb2, encoder_pb2, encoder_pb2_grpc, rerank_pb2, rerank_pb2_grpc
 
-# Tests are not a package; the redis-server they share is taken over by path.
-_spec = importlib.util.spec_from_file_location("redis_fixture", Path(__file__).parents[1] / "redis_fixture.py")
-assert _spec is not None
-assert _spec.loader is not None
-_redis_fixture = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_redis_fixture)
-RedisServer = _redis_fixture.RedisServer
-
 HIT, ENCODED = common_pb2.CANDIDATE_STATUS_HIT, common_pb2.CANDIDATE_STATUS_ENCODED
 CORRUPT = common_pb2.CANDIDATE_STATUS_CORRUPT
-
-
-@pytest.fixture
-def redis_server(tmp_path: Path) -> Iterator[Any]:
-    server = RedisServer(tmp_path / "redis").start()
-    yield server
-    server.stop()
 
 
 async def upsert(address: str, collection: str, texts: dict[str, str]) -> None:

@@ -12,6 +12,7 @@ import pytest
 from google.rpc import error_details_pb2
 
 from cache.collection import Collection
+from cache.store import open_store
 from decoder_server.config import DecoderConfig
 from decoder_server.cross_encoder import CrossEncoder, open_cross_encoder
 from decoder_server.cross_encoder.synthetic import make_cross_encoder
@@ -142,6 +143,26 @@ async def test_both_models_answer_while_the_other_works(ask, make_request, texts
     assert all(a.num_scored == len(texts) for a in answers)
 
 
+async def test_a_listwise_model_sees_each_request_whole_and_alone(tmp_path, store, make_request, texts) -> None:
+    directory = make_cross_encoder(tmp_path / "list", "JinaForRanking")
+    profile = "jinaai/jina-reranker-v3"
+    model = open_cross_encoder(directory, device="cpu", dtype="float32", profile=profile)
+    config = ModelConfig(str(directory), "list", device="cpu", dtype="float32", profile=profile)
+    server = DecoderServer(DecoderConfig((config,), port=0, max_batch_tokens=50), store=store)
+    await server.start()
+    queries = {QUERY: ["p1", "p2", "p3"], "another question": ["p2", "p4", "p1", "p5"]}
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            stub = rerank_pb2_grpc.RerankServiceStub(channel)
+            answers = await asyncio.gather(*(stub.Rerank(make_request(q, ids)) for q, ids in queries.items()))
+    finally:
+        await server.stop(5)
+    for (query, ids), answer in zip(queries.items(), answers, strict=True):
+        expected = model.score_texts([(query, None, texts[i]) for i in ids])
+        margins = {r.passage_id: r.margin for r in answer.results}
+        np.testing.assert_allclose([margins[i] for i in ids], expected, atol=1e-5)
+
+
 async def test_a_deadline_that_passes_ends_the_call(ask, make_request, texts) -> None:
     async with ask() as stub:
         with pytest.raises(grpc.aio.AioRpcError) as late:
@@ -186,9 +207,22 @@ def test_a_model_is_checked_before_it_is_loaded(fields, message) -> None:
         ModelConfig("x", **fields)
 
 
-async def test_a_store_that_went_away_costs_what_is_stored_there(ask, make_request, store) -> None:
-    async with ask(max_store_cache_bytes=0) as stub:
-        assert (await stub.Rerank(make_request(QUERY, ["p1"], model="texts"))).num_scored == 1
+async def test_a_store_that_went_away_costs_what_is_stored_there(
+    redis_server, directory, encoding, texts, make_request
+) -> None:
+    store = open_store(redis_server.url)
+    encoding.fill(store, "docs", {"p1": texts["p1"]})
+    model = ModelConfig(str(directory), device="cpu", dtype="float32")
+    server = DecoderServer(DecoderConfig((model,), port=0, max_store_cache_bytes=0), store=store)
+    await server.start()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            stub = rerank_pb2_grpc.RerankServiceStub(channel)
+            assert (await stub.Rerank(make_request(QUERY, ["p1"]))).num_scored == 1
+            redis_server.stop()
+            answer = await stub.Rerank(make_request(QUERY, ["p1"], ["a text"]))
+    finally:
+        await server.stop(5)
         store.close()
-        answer = await stub.Rerank(make_request(QUERY, ["p1"], ["a text"], model="texts"))
     assert {r.index: r.status for r in answer.results} == {0: FAILED, 1: ENCODED}
+    assert "store could not be read" in answer.results[-1].message
