@@ -83,7 +83,7 @@ def index(store_url: str, checkpoint: Checkpoint, dtype: str | None) -> None:
 
 
 @contextmanager
-def serving(model: Path, store: str, *flags: str) -> Iterator[str]:
+def serving(model: Path | str, store: str, *flags: str) -> Iterator[str]:
     """A real `preread serve` on a free port."""
     command = [sys.executable, "-m", "preread", "serve", "--model", str(model), "--store", store]
     command += ["--port", "0", "--encoder-port", "0", "--log-level", "warning", *flags]

@@ -1,0 +1,159 @@
+"""What a rerank costs by backend: cached states, states made on demand, a cross-encoder of like size; one server.
+
+    python -m benchmarks.backends [--candidates 1,10,30] [--lengths 64,344,1024,4096]
+
+warm    fbnl, candidates by id: their states are cached
+cold    fbnl, texts never seen before: encoded on demand, then scored
+cross   a cross-encoder (the Qwen3 architecture, layers and widths of the fbnl decoder), texts
+
+Random weights in the shape of KaLM-Reranker-V1-Nano's halves. One `preread serve` with two models answers over gRPC;
+each way's texts have as many tokens under its own tokenizer. Writes results/backends.json and docs/backends.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from benchmarks.common import CACHE, nano_checkpoint, report, start
+from benchmarks.online import serving, time_requests
+from cache.collection import Collection, Manifest, StoredPassage
+from cache.pooling import num_pooled
+from cache.states import PassageStates, text_digest
+from cache.store import open_store
+from checkpoint import Checkpoint
+from decoder_server.cross_encoder.synthetic import Size, make_cross_encoder
+from preread import Client
+
+# The decoder half of Nano: 18 layers, width 640, 4 heads of 256 with one kv head, MLP 2,048.
+LIKE_NANO = Size(hidden=640, intermediate=2048, layers=18, heads=4, kv_heads=1, vocab=700, positions=16_384)
+RATIO = 4
+SENTENCE = "The pooled states of its tokens are kept, and the decoder attends over them. "
+PLOT = Path(__file__).parents[1] / "docs" / "backends.png"
+WAYS = {
+    "warm": "fbnl, states cached",
+    "cold": "fbnl, states made on demand",
+    "cross": "cross-encoder of like size",
+}
+
+
+def cross_encoder() -> Path:
+    """Random weights, made once and kept."""
+    directory = CACHE / "cross-like-nano"
+    if not (directory / "model.safetensors").exists():
+        config = {"head_dim": 256}
+        make_cross_encoder(directory, "Qwen3ForSequenceClassification", LIKE_NANO, config=config, dtype=torch.bfloat16)
+    return directory
+
+
+def texts_of(count_tokens: Callable[[str], int]) -> Callable[[int], str]:
+    """Makes texts of about so many tokens, none of them twice."""
+    each = count_tokens(SENTENCE * 11) - count_tokens(SENTENCE * 10)
+    fresh = itertools.count()
+    return lambda num_tokens: f"{next(fresh)} " + SENTENCE * max(1, round(num_tokens / each))
+
+
+def fill(store_url: str, checkpoint: Checkpoint, lengths: list[int], num_passages: int) -> None:
+    """A collection per length. What is timed does not depend on the states' values, so they are random."""
+    identity = checkpoint.identity()
+    store = open_store(store_url)
+    rng = np.random.default_rng(0)
+    for length in lengths:
+        manifest = Manifest(
+            collection=f"t{length}",
+            fingerprint=identity.fingerprint,
+            checkpoint=identity.checkpoint,
+            dim=identity.dim,
+            max_passage_tokens=identity.max_passage_tokens,
+            passage_template=identity.passage_template,
+            pooling_version=identity.pooling_version,
+            compression_ratio=RATIO,
+            stores_text=False,
+        )
+        states = rng.standard_normal((num_pooled(length, RATIO), identity.dim), dtype=np.float32)
+        Collection.create(store, manifest).put_many(
+            [
+                StoredPassage(f"p{i}", PassageStates(states, (length,), RATIO, False, text_digest(str(i))))
+                for i in range(num_passages)
+            ]
+        )
+    store.close()
+
+
+def plot(rows: list[list[Any]], base_count: int, base_length: int) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for way, label in WAYS.items():
+        by_count = [(count, ms) for w, count, length, ms, *_ in rows if w == way and length == base_length]
+        by_length = [(length, ms / count) for w, count, length, ms, *_ in rows if w == way and count == base_count]
+        left.plot(*zip(*sorted(by_count), strict=True), marker="o", label=label)
+        right.plot(*zip(*sorted(by_length), strict=True), marker="o", label=label)
+    for axes, x, y in (
+        (left, f"candidates of {base_length} tokens", "ms a request"),
+        (right, f"tokens of a passage, {base_count} candidates", "ms a candidate"),
+    ):
+        axes.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
+        axes.grid(visible=True, which="major", alpha=0.3)
+        axes.legend(frameon=False)
+    figure.savefig(PLOT, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--candidates", default="1,10,30")
+    parser.add_argument("--lengths", default="64,344,1024,4096", help="the second is used for the counts")
+    parser.add_argument("--length-candidates", type=int, default=4, help="candidates at the other lengths")
+    args = parser.parse_args()
+    counts = [int(one) for one in args.candidates.split(",")]
+    lengths = [int(one) for one in args.lengths.split(",")]
+    base_length, few = lengths[min(1, len(lengths) - 1)], args.length_candidates
+    start()
+    limit = max(1024, 2 * max(lengths))
+    nano, cross = nano_checkpoint(), cross_encoder()
+    checkpoint = Checkpoint.open(nano, max_passage_tokens=limit)
+    tokenizer = Tokenizer.from_file(str(cross / "tokenizer.json"))
+    text = {
+        "cold": texts_of(lambda one: len(checkpoint.text.passages([one])[0].ids)),
+        "cross": texts_of(lambda one: len(tokenizer.encode(one).ids)),
+    }
+    rows: list[list[Any]] = []
+
+    def measure(client: Client, way: str, count: int, length: int) -> None:
+        request: dict[str, Any] = {"model": "cross" if way == "cross" else "nano"}
+        if way == "warm":
+            request |= {"candidates": [f"p{i}" for i in range(count)], "collection": f"t{length}"}
+            client.rerank("fill the tier", timeout=600, **request)
+        else:
+            request["candidates"] = [text[way](length) for _ in range(count)]
+        total, compute = time_requests(client, 3 if way == "warm" or count * length < 4000 else 1, **request)
+        rows.append([way, count, length, total * 1e3, compute * 1e3, total / count * 1e3])
+
+    with tempfile.TemporaryDirectory() as folder:
+        store = f"faiss:{folder}/store"
+        fill(store, checkpoint, lengths, max(counts))
+        models = [f"nano={nano},max-passage-tokens={limit}", f"cross={cross},max-passage-tokens={limit}"]
+        with serving(models[0], store, "--model", models[1]) as address, Client(address) as client:
+            grid = [(count, base_length) for count in counts]
+            grid += [(few, length) for length in lengths if (few, length) not in grid]
+            for count, length in grid:
+                for way in WAYS:  # in turn, so that a busy minute of the machine hits all alike
+                    measure(client, way, count, length)
+    columns = ["way", "candidates", "passage tokens", "ms a request", "of it in the model", "ms a candidate"]
+    report("backends", columns, rows, compression_ratio=RATIO)
+    plot(rows, few, base_length)
+
+
+if __name__ == "__main__":
+    main()
