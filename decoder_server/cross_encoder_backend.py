@@ -130,7 +130,8 @@ class CrossEncoderBackend:
         return self.model.score_pairs([item.pair for item in items])
 
     def activate(self, margin: float) -> float:
-        return float(self.model.activation(np.array([margin], dtype=np.float32))[0])
+        """In 0..1 for every model, as the wire promises; some publish the bare logit, which is the margin."""
+        return float(self.model.bounded(np.array([margin], dtype=np.float32))[0])
 
     def warm_up(self) -> None:
         """One real pass over a real pair.

@@ -100,14 +100,6 @@ class CrossEncoder:
         most = max_tokens or self.profile.max_passage_tokens or self.profile.max_tokens
         return self._reader.tokenizers.cut(text, most, keep_end=keep_end)
 
-    def question(self, query: str, instruction: str | None) -> Question:
-        """Query and instruction as every pair of them has them; safe from any thread.
-
-        Raises:
-            ValueError: an instruction over its limit.
-        """
-        return self._reader.question(query, instruction)
-
     def score_pairs(self, pairs: Sequence[TextPair]) -> NDArray[np.float32]:
         """Margins (len(pairs),) of one padded pass; NaN where not finite."""
         if not pairs:

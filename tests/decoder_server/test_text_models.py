@@ -64,7 +64,7 @@ async def test_one_request_two_models(ask, make_request, model, texts, by_hand) 
     expected = model.score_texts([(QUERY, None, texts[i]) for i in ids])
     got = {r.passage_id: r for r in by_text.results}
     np.testing.assert_allclose([got[i].margin for i in ids], expected, atol=1e-5)
-    np.testing.assert_allclose([got[i].score for i in ids], model.activation(expected), atol=1e-5)
+    np.testing.assert_allclose([got[i].score for i in ids], model.bounded(expected), atol=1e-5)
     assert [r.margin for r in by_text.results] == sorted((r.margin for r in by_text.results), reverse=True)
     assert {(r.status, r.num_states, r.compression_ratio) for r in by_text.results} == {(HIT, 0, 0)}
     assert (by_text.model, by_states.model, default.model) == ("texts", "states", "states")
