@@ -146,12 +146,14 @@ class DecoderServer:
 
     async def load(self) -> None:
         """Loads the models, runs each once, and says SERVING."""
+        loaded: dict[str, Engine] = {}
         for model in self.config.models:
             engine = await self._engine(model)
             task = asyncio.get_running_loop().create_task(engine.batcher.run())
             task.add_done_callback(self._loop_ended)
             self._loops.append(task)
-            self.engines[engine.name] = engine
+            loaded[engine.name] = engine
+        self.engines.update(loaded)  # all at once: who is ready is ready for every name
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
     async def _engine(self, model: ModelConfig) -> Engine:

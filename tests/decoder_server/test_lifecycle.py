@@ -13,6 +13,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from checkpoint.synthetic import make_checkpoint
 from decoder_server.config import DecoderConfig
+from decoder_server.model_config import ModelConfig
 from decoder_server.server import SERVICE, DecoderServer
 from preread.v1 import rerank_pb2, rerank_pb2_grpc
 
@@ -39,6 +40,32 @@ async def test_not_serving_until_a_forward_pass_has_succeeded(tiny, store, gated
         gated.gate.set()
         await starting
         assert await health(channel) == {SERVING}
+    await server.stop(1)
+
+
+async def test_nothing_is_answered_until_every_model_has_loaded(tiny, store, fbnl, gated, refused) -> None:
+    """Or a name that comes later would be unknown, and not merely not there yet."""
+    gated.gate.clear()
+    models = (ModelConfig(str(tiny), "first"), ModelConfig(str(tiny), "second"))
+    loading: list[str] = []
+
+    def load(model: ModelConfig) -> object:
+        loading.append(model.name)
+        return fbnl if model.name == "first" else gated  # whose first pass is held
+
+    server = DecoderServer(DecoderConfig(models, port=0), store=store, load=load)
+    starting = asyncio.create_task(server.start())
+    while "second" not in loading:
+        await asyncio.sleep(0.001)
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        assert await health(channel) == {NOT_SERVING}
+        stub = rerank_pb2_grpc.RerankServiceStub(channel)
+        for name in ("", "first", "second"):
+            await refused(stub.Rerank(rerank_pb2.RerankRequest(query="q", model=name)), grpc.StatusCode.UNAVAILABLE)
+        gated.gate.set()
+        await starting
+        assert await health(channel) == {SERVING}
+        assert list(server.engines) == ["first", "second"]
     await server.stop(1)
 
 
