@@ -75,10 +75,10 @@ class Margins:
         self._queries = queries
         self._chunks = []
         # Cut the same way each time, so that a run that goes on scores the same batches.
-        for number, chunk in enumerate(states.chunks(pairs.passage_ids)):
-            places = [(p, query_id, index) for p in chunk for query_id, index in pairs.places[p]]
+        for number, ids in enumerate(states.chunk_ids(pairs.passage_ids)):
+            places = [(p, query_id, index) for p in ids for query_id, index in pairs.places[p]]
             indices = np.array([index for *_, index in places], dtype=np.intp)
-            self._chunks.append(_Chunk(number, list(chunk), [(q, p) for p, q, _ in places], indices))
+            self._chunks.append(_Chunk(number, ids, [(q, p) for p, q, _ in places], indices))
 
     def reference(self, backend: Backend, instruction: str | None, progress: Progress = SILENT) -> NDArray[np.float32]:
         """Of the states as they are kept: their own ratio, no codec."""

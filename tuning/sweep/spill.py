@@ -81,19 +81,23 @@ class SpilledStates:
         self._complete = True
 
     def chunks(self, passage_ids: Sequence[str], progress: Progress = SILENT) -> Iterator[Mapping[str, PassageStates]]:
+        for ids in self.chunk_ids(passage_ids):
+            yield {p: self.states(p) for p in ids}
+
+    def chunk_ids(self, passage_ids: Sequence[str]) -> list[list[str]]:
+        """Which passages `chunks` gives together; nothing is read."""
         wanted = set(passage_ids)
-        chunk: dict[str, PassageStates] = {}
-        num_bytes = 0
-        for p in self._rows:
+        chunks: list[list[str]] = []
+        num_bytes = self._chunk_bytes
+        for p, row in self._rows.items():
             if p not in wanted:
                 continue
-            chunk[p] = self.states(p)
-            num_bytes += chunk[p].nbytes
             if num_bytes >= self._chunk_bytes:
-                yield chunk
-                chunk, num_bytes = {}, 0
-        if chunk:
-            yield chunk
+                chunks.append([])
+                num_bytes = 0
+            chunks[-1].append(p)
+            num_bytes += row.num_states * self.dim * 4
+        return chunks
 
     def states(self, passage_id: str) -> PassageStates:
         """One passage; its states are read from the file, not mapped. Raises KeyError."""

@@ -217,8 +217,14 @@ def test_judgements_may_be_json_lines(tune: Tune, beir: Path) -> None:
     assert "qrels.jsonl:1: fields query_id, score; expected query-id, corpus-id and an integer score" in str(error)
 
 
-def _qualities(tune: Tune) -> list[object]:
-    assert tune().exit_code == 0
+def test_a_run_file_of_its_own_gives_the_same_again(tune: Tune) -> None:
+    assert tune("--run-out", tune.out / "runs").exit_code == 0
+    before = _qualities(tune)
+    assert _qualities(tune, "--run", tune.out / "runs" / "first-stage.run") == before
+
+
+def _qualities(tune: Tune, *arguments: object) -> list[object]:
+    assert tune(*arguments).exit_code == 0
     return [one["quality"] for one in json.loads((tune.out / "tune.json").read_text())["configurations"]]
 
 
