@@ -39,7 +39,9 @@ READ_SECONDS = 30.0  # nobody waits for one answer: a slow store is better than 
 @option("--min-grade", type=click.IntRange(min=1), default=1, help="Grade from which a passage counts as relevant.")
 @option("--stored-ratios", type=Integers(), help="Tokens per stored state.  [default: 1,2,4,8]")
 @option(
-    "--codecs", type=Words(), help="Codecs, blanks between them.  [default: Flat SQfp16 SQ8 SQ4 and PQ at two sizes]"
+    "--codecs",
+    type=Words(),
+    help="Codecs, blanks between them.  [default: Flat SQfp16 SQ8 B32,SQ4 and PQ at two sizes]",
 )
 @option("--read-ratios", type=Integers(), help="Ratios to read stored states at.  [default: 1,2,4,8,16,32]")
 @option(
@@ -99,7 +101,7 @@ def command(ctx: click.Context, /, **options: Any) -> None:
     Examples:
       preread tune scifact/ --max-loss 1%
       preread tune --collection docs --queries queries.jsonl --max-bytes 8KiB --max-latency 50ms
-      preread tune scifact/ --stored-ratios 4 --codecs "SQ8 SQ4" --cascades "32:20,4"
+      preread tune scifact/ --stored-ratios 4 --codecs "SQ8 B32,SQ4" --cascades "32:20,4"
     \b
     and then, with what it chose:
       preread index passages.jsonl --collection docs --config preread-tune/preread.toml

@@ -84,7 +84,9 @@ class SweepReport:
     @property
     def machine(self) -> str:
         """Where times come from, in a few words."""
-        where = self.hardware.get("gpu") or f"{self.hardware['processor']}, {self.hardware['threads']} threads"
+        threads = self.hardware["threads"]
+        where = self.hardware.get("gpu") if self.device != "cpu" else None
+        where = where or f"{self.hardware['processor']}, {threads} thread{'s' * (threads != 1)}"
         return f"{where}, {self.dtype}"
 
     @property

@@ -117,7 +117,7 @@ def default_cascades(top_k: int) -> tuple[tuple[Stage, ...], ...]:
 
 def default_codecs(dim: int) -> tuple[str, ...]:
     """From exact to an eighth of a byte per number, where `dim` can be cut so."""
-    codecs = ["Flat", "SQfp16", "SQ8", "SQ4"]
+    codecs = ["Flat", "SQfp16", "SQ8", "B32,SQ4"]
     for share in (4, 8):
         try:
             Codec(f"PQ{dim // share}", dim)

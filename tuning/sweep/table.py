@@ -27,12 +27,10 @@ def print_sweep(
 def render(report: SweepReport, choice: Choice | None, *, show_all: bool = False) -> RenderableType:
     """Title, table, how to read it, and what was odd about the data."""
     judged = f"judged by r = {report.reference_ratio} itself" if report.taught else "judged"
-    hardware = report.hardware
     head = Text(
         f"{report.collection}: {report.num_queries:,} queries, {judged}; {report.num_passages:,} passages of "
         f"{report.mean_tokens:,.0f} tokens in the mean; {report.first_stage_name} top {report.settings.top_k}\n"
-        f"{report.checkpoint}: {report.dtype} on {report.device}, {hardware.get('gpu') or hardware['processor']}, "
-        f"{hardware['threads']} threads"
+        f"{report.checkpoint}: {report.machine}"
     )
     shown = [place for place in range(len(report.rows)) if show_all or _is_shown(report, place, choice)]
     left = len(report.rows) - len(shown)

@@ -29,11 +29,11 @@ def test_what_is_left_open_follows_from_the_states() -> None:
     settings = SweepSettings(top_k=100).resolved(1, 64)
     assert settings.stored_ratios == (1, 2, 4, 8)
     assert settings.read_ratios == (1, 2, 4, 8, 16, 32)
-    assert settings.codecs == default_codecs(64) == ("Flat", "SQfp16", "SQ8", "SQ4", "PQ16", "PQ8")
+    assert settings.codecs == default_codecs(64) == ("Flat", "SQfp16", "SQ8", "B32,SQ4", "PQ16", "PQ8")
     assert settings.cascades is not None
     assert settings.cascades[0] == parse_stages("32:20,2")  # the published one
     assert SweepSettings().resolved(16, 7).stored_ratios == (16,)
-    assert default_codecs(7) == ("Flat", "SQfp16", "SQ8", "SQ4", "PQ1")[: len(default_codecs(7))]
+    assert default_codecs(7) == ("Flat", "SQfp16", "SQ8", "B32,SQ4", "PQ1")
     assert default_cascades(4) == ()
 
 
