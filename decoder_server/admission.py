@@ -66,9 +66,9 @@ class Admission:
         self._passage_tokens = FIRST_PASSAGE_TOKENS
         self._places: set[Place] = set()
 
-    def pair_tokens(self, num_prompt_tokens: int, ratio: int) -> float:
-        """What one candidate costs, as far as one can tell before it is read."""
-        return num_prompt_tokens + max(1.0, self._passage_tokens / max(1, ratio))
+    def states(self, ratio: int) -> float:
+        """Of one candidate, as far as one can tell before it is read; of a model that reads text, tokens."""
+        return max(1.0, self._passage_tokens / max(1, ratio))
 
     def admit(
         self, num_candidates: int, num_prompt_tokens: int, ratio: int, later: Sequence[tuple[int, int]] = ()
@@ -84,13 +84,13 @@ class Admission:
         Raises:
             Overloaded: no room.
         """
-        stages = [(num, self.pair_tokens(num_prompt_tokens, r)) for num, r in ((num_candidates, ratio), *later)]
+        stages = [(num, num_prompt_tokens + self.states(r)) for num, r in ((num_candidates, ratio), *later)]
         place = Place(self, stages)
         num_tokens = place.num_tokens
         if self.num_requests >= self._max_requests:
             mean_tokens = self.num_tokens / self.num_requests
             raise self._refusal(f"{self.num_requests} requests wait; the limit is {self._max_requests}", mean_tokens)
-        limit = self._limit_tokens()
+        limit = self.limit_tokens
         excess = self.num_tokens + num_tokens - limit
         if self.num_requests and excess > 0:
             message = (
@@ -108,7 +108,12 @@ class Admission:
         self.num_requests -= 1
         self._places.discard(place)
 
-    def _limit_tokens(self) -> float:
+    def tokens_ahead(self, num_tokens: float) -> float:
+        """What is computed before a request of this size is done, when the machine is shared equally."""
+        return sum(min(num_tokens, place.num_left_tokens) for place in self._places)
+
+    @property
+    def limit_tokens(self) -> float:
         """What may wait: the tokens configured, or those the model reads in the time configured, if fewer."""
         rate = self._counts.drain_rate
         return min(self._max_tokens, rate * self._max_seconds) if rate and self._max_seconds else self._max_tokens

@@ -23,6 +23,7 @@ import numpy as np
 from decoder_server.backend import Backend, Item
 from decoder_server.lengths import num_cells, split_by_length
 from decoder_server.observer import Pass
+from decoder_server.pace import Pace
 from decoder_server.ticket import Deliver, Scored, Ticket, Work
 
 T = TypeVar("T")
@@ -86,6 +87,7 @@ class Batcher:
         self.max_batch_tokens = max_batch_tokens
         self.min_batch_tokens = max_batch_tokens if min_batch_tokens is None else min_batch_tokens
         self.counts = BatchCounts()
+        self.pace = Pace()
         self._backend = backend
         self._executor = executor
         self._on_pass = on_pass
@@ -189,6 +191,8 @@ class Batcher:
         self.counts.num_pairs += len(works)
         self.counts.num_tokens += num_tokens
         self.counts.compute_seconds += seconds
+        num_prompt_tokens = sum(work.num_prompt_tokens for work in works)
+        self.pace.learn(num_prompt_tokens, num_tokens - num_prompt_tokens, seconds)
         needed, computed = num_cells(works)
         self._on_pass(Pass(len(works), num_tokens, needed, computed - needed, seconds))
         self._virtual_time += num_tokens / max(1, len(self._tickets))

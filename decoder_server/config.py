@@ -31,6 +31,8 @@ class DecoderConfig:
     max_candidates: int = 1000
     read_ratio: int | None = None  # what a request is read at that names no ratio; None: as stored
     stages: tuple[Stage, ...] = ()  # a cascade in place of read_ratio
+    degrade: bool = False  # under pressure requests are read coarser than asked, and told so
+    degrade_queue_share: float = 0.5  # of what the queue may hold, before that
     max_request_tokens: int | None = None  # prompt tokens and states over all candidates; None: the queue's limit only
     max_query_bytes: int = 16 << 10
     max_instruction_tokens: int = 512
@@ -79,6 +81,8 @@ class DecoderConfig:
         twice = {name for name in names if names.count(name) > 1}
         if twice:
             raise ValueError(f"two models are called {twice.pop()!r}; give them names: name=checkpoint")
+        if not 0 <= self.degrade_queue_share <= 1:
+            raise ValueError(f"degrade_queue_share is {self.degrade_queue_share}; expected 0..1")
         self._check_stages()
         _ = self.tls  # raises where files contradict each other
         if bool(self.encoder_tls_cert_file) != bool(self.encoder_tls_key_file):

@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from cache.collection import Collection
 from cache.errors import CacheError
+from decoder_server import degrade
 from decoder_server.admission import Admission
 from decoder_server.backend import Backend, Prompt
 from decoder_server.batcher import Batcher
@@ -26,7 +27,17 @@ from decoder_server.errors import DeadlineExceeded, InvalidRequest, Unavailable,
 from decoder_server.observer import Answered, Observer, Trail
 from decoder_server.passages import Source, Wanted
 from decoder_server.plan import Defaults, Plan, plan, text_plan
-from decoder_server.request import Candidate, OnMiss, Outcome, RerankRequest, Summary, Timings, check, distinct
+from decoder_server.request import (
+    Candidate,
+    Degraded,
+    OnMiss,
+    Outcome,
+    RerankRequest,
+    Summary,
+    Timings,
+    check,
+    distinct,
+)
 from decoder_server.run import Emit, Run
 from decoder_server.tally import ranked
 
@@ -147,7 +158,9 @@ class Engine:
         self._check_instruction(request, prompt)
         same = distinct(request.candidates)
         collection = await self._collection(request.collection)
-        read = self._plan(request, collection)
+        asked = self._plan(request, collection)
+        read, reason = self._eased(asked, len(same), prompt, deadline)
+        degraded = _degraded(asked, reason)
         wanted = self._wanted(request, list(same), collection, read, prompt, trail)
 
         async def emit_with_texts(outcomes: list[Outcome]) -> None:
@@ -174,6 +187,7 @@ class Engine:
             finally:
                 trail.turns = run.turns
         trail.outcomes = outcomes
+        trail.degraded, trail.stopped_early = reason, run.stopped_early
         results = ranked(outcomes, request.top_n)
         if emit is None:
             results = await self._with_texts(request, wanted, results)
@@ -195,6 +209,7 @@ class Engine:
             compression_ratio=0 if read.cascade else read.first.compression_ratio,
             stages=read.stages if read.cascade else (),
             stopped_early=run.stopped_early,
+            degraded=degraded,
         )
 
     def _plan(self, request: RerankRequest, collection: Collection | None) -> Plan:
@@ -204,6 +219,25 @@ class Engine:
         stored = collection.manifest.compression_ratio if collection is not None else None
         defaults = Defaults(self.limits.read_ratio, self.limits.stages)
         return plan(request, defaults, stored, self.backend.settings.default_compression_ratio)
+
+    def _eased(self, asked: Plan, num_candidates: int, prompt: Prompt, deadline: float | None) -> tuple[Plan, str]:
+        """What is read, and which pressure made it less than asked; "": none did."""
+        if not self.limits.degrade or self.reads_text or not self.batcher.pace.known:
+            return asked, ""
+        plans = degrade.options(asked)
+        estimates = [self._estimate(read, num_candidates, prompt.num_tokens) for read in plans]
+        seconds_left = None if deadline is None else deadline - time.monotonic()
+        share = self.limits.degrade_queue_share * self.admission.limit_tokens
+        chosen, reason = degrade.choose(estimates, seconds_left, self.admission.num_tokens, share)
+        return plans[chosen], reason
+
+    def _estimate(self, read: Plan, num_candidates: int, num_prompt_tokens: int) -> degrade.Estimate:
+        reads = [(num, self.admission.states(ratio)) for num, ratio in read.reads(num_candidates)]
+        num_tokens = sum(num * (num_prompt_tokens + num_states) for num, num_states in reads)
+        num, num_states = reads[0]
+        ahead = self.admission.tokens_ahead(num_tokens) / self.batcher.counts.drain_rate
+        own = self.batcher.pace.seconds(num * num_prompt_tokens, num * num_states)
+        return degrade.Estimate(num_tokens, ahead + own)
 
     def _wanted(
         self,
@@ -260,3 +294,9 @@ class Engine:
 def _stop_at(started: float, deadline: float | None) -> float | None:
     """When a cascade answers with what it has."""
     return None if deadline is None else deadline - min(ANSWER_SECONDS, ANSWER_SHARE * (deadline - started))
+
+
+def _degraded(asked: Plan, reason: str) -> Degraded | None:
+    if not reason:
+        return None
+    return Degraded(reason, 0, asked.stages) if asked.cascade else Degraded(reason, asked.first.compression_ratio)

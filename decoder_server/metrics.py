@@ -34,6 +34,18 @@ class Metrics:
         self._candidates = Counter(
             "preread_candidates", "Candidates of answered requests.", ["model", "status"], registry=registry
         )
+        self._degraded = Counter(
+            "preread_degraded_requests",
+            "Requests read coarser than asked, by the pressure they were under.",
+            ["model", "reason"],
+            registry=registry,
+        )
+        self._stopped_early = Counter(
+            "preread_stopped_early_requests",
+            "Cascades whose deadline neared before their last stage was through.",
+            ["model"],
+            registry=registry,
+        )
         self._queue_wait = Histogram(
             "preread_queue_wait_seconds",
             "Time in which a request had pairs ready and none of them computed.",
@@ -82,6 +94,10 @@ class Metrics:
         self._request_seconds.labels(answered.model).observe(answered.end - answered.start)
         for status, count in Tally(outcome.status.value for outcome in answered.trail.outcomes).items():
             self._candidates.labels(answered.model, status).inc(count)
+        if answered.trail.degraded:
+            self._degraded.labels(answered.model, answered.trail.degraded).inc()
+        if answered.trail.stopped_early:
+            self._stopped_early.labels(answered.model).inc()
         if answered.timings is not None:
             self._queue_wait.observe(answered.timings.queue_seconds)
         for fetch in answered.trail.fetches:

@@ -48,6 +48,8 @@ class Trail:
     encodings: list[Fetch] = field(default_factory=list)  # calls of the encoder, waiting for another's included
     turns: list[Turn] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)  # of every candidate, top_n or not
+    degraded: str = ""  # read coarser than asked: deadline or queue
+    stopped_early: bool = False
     timings: Timings | None = None  # of a ranking that went well
 
 

@@ -71,7 +71,8 @@ def plan(request: RerankRequest, defaults: Defaults, stored_ratio: int | None, m
         _check("compression_ratio", request.compression_ratio, stored, request.collection)
         return plain(request.compression_ratio)
     if defaults.stages:
-        return Plan(_fitted(defaults.stages, stored), cascade=True)
+        stages = _fitted(defaults.stages, stored)
+        return plain(stages[-1].compression_ratio) if request.one_ratio else Plan(stages, cascade=True)
     if defaults.compression_ratio:
         return plain(_next_multiple(defaults.compression_ratio, stored))
     return plain(stored_ratio or model_ratio)

@@ -56,6 +56,7 @@ class RerankRequest:
     return_text: bool = False
     model: str = ""  # "": the first served one
     stages: tuple[Stage, ...] = ()  # in place of compression_ratio
+    one_ratio: bool = False  # every score must compare with every other: the server's default may not be a cascade
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,10 @@ class RequestLog:
                 "queue_seconds": round(timings.queue_seconds, 6),
                 "compute_seconds": round(timings.compute_seconds, 6),
             }
+        if answered.trail.degraded:
+            values |= {"degraded": answered.trail.degraded}
+        if answered.trail.stopped_early:
+            values |= {"stopped_early": True}
         counts = Counter(outcome.status.value for outcome in answered.trail.outcomes)
         values |= {f"num_{status}": count for status, count in sorted(counts.items())}
         if self._log_text:

@@ -51,6 +51,10 @@ class TracingObserver:
         span.set_attribute("preread.num_candidates", len(answered.request.candidates))
         if call is not None:
             span.set_attribute("preread.request_id", call.request_id)
+        if answered.trail.degraded:
+            span.set_attribute("preread.degraded", answered.trail.degraded)
+        if answered.trail.stopped_early:
+            span.set_attribute("preread.stopped_early", True)
         for status, count in Counter(outcome.status.value for outcome in answered.trail.outcomes).items():
             span.set_attribute(f"preread.num_{status}", count)
         if answered.code not in _NOT_ERRORS:

@@ -23,6 +23,12 @@ ERRORS = {
     "503": "Starting, stopping, or the store or encoder worker is away",
     "504": "The request's time was up",
 }
+READ_HEADERS = {
+    "x-preread-read": "The ratio that was read, or the stages of a cascade: 32:100,4:20,1",
+    "x-preread-degraded": "Read coarser than asked: deadline or queue",
+    "x-preread-asked": "With x-preread-degraded: what would have been read",
+    "x-preread-stopped-early": "true: the deadline came before the last stage was through",
+}
 TAGS = {
     "rerank": "Every reranking path takes every dialect: what the body has tells which one it is.",
     "collections": "Passages that are read once and ranked by id afterwards.",
@@ -125,6 +131,8 @@ def _rerank(path: str, parameters: list[Schema]) -> Schema:
         "content": {"application/json": {"schema": {"anyOf": [_ref(name) for name in requests]}}},
     }
     operation["responses"]["200"] = _answer({"anyOf": [_ref(name) for name in answers]})
+    for name, says in READ_HEADERS.items():
+        operation["responses"]["200"]["headers"][name] = {"description": says, "schema": {"type": "string"}}
     for status in ERRORS:
         schema = {"anyOf": [_ref("Error"), _ref("TeiError")]}
         operation["responses"][status]["content"] = {"application/json": {"schema": schema}}

@@ -6,13 +6,14 @@ Reads the fields that mean the same everywhere, ours among them; a dialect adds 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from decoder_server.errors import InvalidRequest
 from decoder_server.http.fields import Fields, as_text
 from decoder_server.request import Candidate, OnMiss, Outcome, RerankRequest, Summary
+from preread.client.stages import Stage, format_stages, parse_stages
 
 ON_MISS = tuple(on_miss.value for on_miss in OnMiss)
 
@@ -55,19 +56,55 @@ class Answer:
         """One line per candidate that is not in the ranking, and why."""
         name = self.question.candidates_field
         lines = [f"{name}[{o.index}] was not scored ({o.status.value}): {o.message}" for o in self.unscored]
+        if self.summary.stopped_early:
+            lines = ["the deadline came before the last stage was through", *lines]
+        if self.summary.degraded is not None:
+            lines = [f"read at {self.read} in place of {self.asked} ({self.summary.degraded.reason})", *lines]
         return ["the query was truncated", *lines] if self.summary.query_truncated else lines
 
+    @property
+    def read(self) -> str:
+        """The ratio that was read, or the stages; "" for a model that reads text."""
+        return _read(self.summary.compression_ratio, self.summary.stages)
+
+    @property
+    def asked(self) -> str:
+        """What would have been read, had the server not been under pressure."""
+        degraded = self.summary.degraded
+        return self.read if degraded is None else _read(degraded.compression_ratio, degraded.stages)
+
+    def headers(self) -> dict[str, str]:
+        """What dialects have no field for."""
+        headers = {"x-preread-read": self.read} if self.read else {}
+        if self.summary.degraded is not None:
+            headers |= {"x-preread-degraded": self.summary.degraded.reason, "x-preread-asked": self.asked}
+        return headers | ({"x-preread-stopped-early": "true"} if self.summary.stopped_early else {})
+
     def results(self, score_name: str) -> list[dict[str, Any]]:
-        """`index` and the score under its name; `id` and `margin` where there is one, or was asked for."""
+        """`index` and the score under its name; `id` where there is one, `margin` and more where it was asked for."""
         results: list[dict[str, Any]] = []
         for outcome in self.scored:
             result: dict[str, Any] = {"index": outcome.index, score_name: outcome.score}
             if outcome.passage_id:
                 result["id"] = outcome.passage_id
             if self.question.return_margins:
-                result["margin"] = outcome.margin
+                result |= _details(outcome)
             results.append(result)
         return results
+
+
+def _details(outcome: Outcome) -> dict[str, Any]:
+    """With return_margins: the margin, and what was read for it."""
+    details: dict[str, Any] = {"margin": outcome.margin}
+    if outcome.compression_ratio:
+        details["compression_ratio"] = outcome.compression_ratio
+    if outcome.stages:
+        details["stages"] = [dataclasses.asdict(stage) for stage in outcome.stages]
+    return details
+
+
+def _read(ratio: int, stages: Sequence[Stage]) -> str:
+    return format_stages(stages) if stages else str(ratio or "")
 
 
 Ask = Callable[[Question], Awaitable[Answer]]
@@ -95,6 +132,7 @@ def question(
         on_miss=OnMiss(on_miss) if on_miss is not None else None,
         return_text=body.flag(return_text) or False,
         model=body.text("model") or "",
+        stages=_stages(body),
     )
     return Question(
         request,
@@ -102,6 +140,18 @@ def question(
         max_tokens_per_doc=body.count("max_tokens_per_doc") or None,
         return_margins=body.flag("return_margins") or False,
     )
+
+
+def _stages(body: Fields) -> tuple[Stage, ...]:
+    """`"32:100, 4:20, 1"`, or a list of objects; what does not fit together the engine refuses."""
+    value = body.get("stages")
+    if isinstance(value, str):
+        try:
+            return parse_stages(value) if value else ()
+        except ValueError as exc:
+            raise InvalidRequest("stages", value[:100], f"RATIO:KEEP, RATIO:KEEP, RATIO ({exc})") from exc
+    parts = [Fields(item, f"stages[{i}].", f"stages[{i}]") for i, item in enumerate(body.items("stages") or ())]
+    return tuple(Stage(part.count("compression_ratio") or 0, part.count("keep") or 0) for part in parts)
 
 
 def candidates(body: Fields, field: str) -> tuple[Candidate, ...]:

@@ -37,11 +37,17 @@ async def rerank(request: Request) -> Response:
     if model := request.path_params.get("model"):  # NIM's path has it; a body that names one wins
         fields = fields.or_else("model", model)
 
+    headers: dict[str, str] = {}
+
     async def ask(question: Question) -> Answer:
-        return await _ask(here, question, deadline, request.state.request_id)
+        reply = await _ask(here, question, deadline, request.state.request_id)
+        # Of several questions in one body, one that was read less than asked is the one to tell.
+        if reply.summary.degraded is not None or "x-preread-degraded" not in headers:
+            headers.update(reply.headers())
+        return reply
 
     answer = await while_connected(request, dialect.answer(fields, ask))
-    return Response(body.render(answer), media_type="application/json")
+    return Response(body.render(answer), headers=headers, media_type="application/json")
 
 
 def _dialect(request: Request, fields: Fields) -> Dialect:

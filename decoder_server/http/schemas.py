@@ -40,15 +40,38 @@ OURS: dict[str, Schema] = {
     "instruction": _or_null(_says(STRING, "What to look for; absent: the model's default")),
     "collection": _or_null(_says(STRING, "Collection or alias that ids refer to")),
     "passage_ids": _or_null(_says(_list(STRING), "Ids beside the texts, or alone in place of them")),
-    "compression_ratio": _or_null(_says(COUNT, "A multiple of the stored ratio; 0 or absent: the stored one")),
+    "compression_ratio": _or_null(
+        _says(COUNT, "A multiple of the stored ratio; 0 or absent: the server's default, else the stored one")
+    ),
+    "stages": _or_null(
+        _says(
+            {"anyOf": [STRING, _list(_object(("compression_ratio",), compression_ratio=COUNT, keep=COUNT))]},
+            "A cascade in place of one ratio: '32:100, 4:20, 1' reads all at 32, the best 100 at 4, 20 of those at 1",
+        )
+    ),
     "on_miss": _or_null({"enum": ["encode", "skip", "fail"], "description": "For ids that are not stored"}),
-    "return_margins": _or_null(_says(FLAG, "Adds margin, the yes-logit minus the no-logit, to each result")),
+    "return_margins": _or_null(
+        _says(FLAG, "Adds margin (yes-logit minus no-logit), compression_ratio and stages to each result")
+    ),
     "max_tokens_per_doc": _or_null(_says(COUNT, "Texts are cut there")),
 }
 RESULT: dict[str, Schema] = {
     "index": _says(COUNT, "Position in the request"),
     "id": _says(STRING, "Where the request gave one"),
     "margin": _says(NUMBER, "With return_margins"),
+    "compression_ratio": _says(COUNT, "With return_margins: what it was read at"),
+    "stages": _says(
+        _list(
+            _object(
+                ("compression_ratio", "margin", "score", "num_states"),
+                compression_ratio=COUNT,
+                margin=NUMBER,
+                score=SCORE,
+                num_states=COUNT,
+            )
+        ),
+        "With return_margins, of a cascade: every stage that scored it",
+    ),
 }
 DOCUMENT = {"anyOf": [STRING, _object(text=_or_null(STRING), id=_or_null(STRING))]}
 TOP = _or_null(_says(COUNT, "0, absent or more than there are: all"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import re
 from typing import Any
 
@@ -18,6 +19,8 @@ MAX_QUERIES_AT_ONCE = 8  # of one call; a call should not fill the queue by itse
 async def answer(body: Fields, ask: Ask) -> Json:
     """One question per distinct query. A pair that cannot be scored ends the call: there is no rank to leave out."""
     field, pairs = _pairs(body)
+    if "stages" in body:
+        raise InvalidRequest("stages", "given", "none here: scores of different stages do not compare")
     if len(pairs) > MAX_PAIRS:
         raise InvalidRequest(field, f"{len(pairs)} of them", f"at most {MAX_PAIRS}")
     by_query: dict[str, list[int]] = {}
@@ -29,6 +32,7 @@ async def answer(body: Fields, ask: Ask) -> Json:
         texts = [pairs[position][1] for position in positions]
         shared = {name: body.get(name) for name in ("model", "instruction", "compression_ratio", "return_margins")}
         asked = question(Fields({**shared, "query": query, "documents": texts}), "documents")
+        asked = asked.replace(request=dataclasses.replace(asked.request, one_ratio=True))
         async with places:
             try:
                 return await ask(asked.replace(candidates_field=field))
@@ -48,7 +52,7 @@ async def answer(body: Fields, ask: Ask) -> Json:
         for outcome in reply.scored:
             score: dict[str, Any] = {"index": positions[outcome.index], "object": "score", "score": outcome.score}
             if reply.question.return_margins:
-                score["margin"] = outcome.margin
+                score |= {"margin": outcome.margin, "compression_ratio": outcome.compression_ratio}
             scores[positions[outcome.index]] = score
     num_tokens = sum(reply.num_tokens for reply in replies)
     return {

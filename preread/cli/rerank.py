@@ -39,7 +39,19 @@ DEFAULT_TOP_N = 10
 @option("--output", metavar="FILE", default="-", help="With --queries: where the TREC run goes.")
 @option("--top-n", type=click.IntRange(min=0), help="Show this many; 0 is all.  [default: 10; with --queries all]")
 @option("--instruction", metavar="TEXT", default="", help="What to look for, instead of the model's own task.")
-@option("--compression-ratio", type=click.IntRange(min=0), default=0, help="A multiple of the stored one; 0: that one.")
+@option(
+    "--compression-ratio",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Read at this multiple of the stored ratio; 0: at the server's own default.",
+)
+@option(
+    "--stages",
+    metavar="RATIO:KEEP,...",
+    default="",
+    help="A cascade in place of one ratio: 32:100,4:20,1 reads every candidate at ratio 32, the best 100 at 4, the "
+    "best 20 of those at 1.",
+)
 @option("--on-miss", type=click.Choice(["encode", "skip", "fail"]), help="For ids without states.  [default: server's]")
 @option("--model-name", metavar="NAME", default="", help="Which of the server's models; without it, the first.")
 @option("--concurrency", type=click.IntRange(min=1), default=4, help="With --queries: requests under way at a time.")
@@ -69,6 +81,7 @@ def command(ctx: click.Context, /, query: str | None, **given: Any) -> None:
         "collection": given["collection"] or "",
         "instruction": given["instruction"],
         "compression_ratio": given["compression_ratio"],
+        "stages": given["stages"],
         "on_miss": given["on_miss"],
         "model": given["model_name"],
     }
@@ -161,7 +174,7 @@ def _many_queries(client: Any, given: Mapping[str, Any], max_candidates: int, op
     from rich.progress import track
 
     from preread.cli.inputs import read_queries
-    from preread.cli.ranking import rerank_all
+    from preread.cli.ranking import rerank_all, run_rows
     from tuning.trec import write_run
 
     queries = read_queries(given["queries"])
@@ -181,17 +194,24 @@ def _many_queries(client: Any, given: Mapping[str, Any], max_candidates: int, op
     if given["as_json"]:
         _write_json(given["output"], queries, reranked)
     else:
-        run = {
-            query_id: [(r.passage_id or str(r.index), r.margin) for r in answer if r.margin is not None]
-            for query_id, answer in reranked.items()
-        }
+        run = {query_id: run_rows(answer) for query_id, answer in reranked.items()}
         write_run(Path("/dev/stdout" if given["output"] == "-" else given["output"]), run, "preread")
+    _tell_what_was_read(list(reranked.values()))
     num_scored = sum(answer.summary.num_scored for answer in reranked.values())
     num_bad = sum(len(candidates[query_id]) for query_id in queries) - num_scored
     click.echo(f"{len(reranked):,} queries, {num_scored:,} passages scored, {num_bad:,} not scored", err=True)
     for result in islice((r for answer in reranked.values() for r in answer if r.margin is None), 5):
         click.echo(f"  {result.passage_id}: {result.status} {result.message}", err=True)
     return num_bad
+
+
+def _tell_what_was_read(answers: Sequence[Any]) -> None:
+    num_degraded = sum(answer.summary.degraded is not None for answer in answers)
+    num_stopped = sum(answer.summary.stopped_early for answer in answers)
+    if num_degraded:
+        click.echo(f"{num_degraded:,} queries were read coarser than asked: the server was under pressure", err=True)
+    if num_stopped:
+        click.echo(f"{num_stopped:,} queries were stopped early by their deadline", err=True)
 
 
 def _from_run(path: Path, queries: Mapping[str, str], depth: int) -> dict[str, Sequence[Any]]:

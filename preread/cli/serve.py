@@ -134,6 +134,7 @@ def command(ctx: click.Context, /, **options: Any) -> None:
     """
     if options["no_encoder"] and options["encoder_address"]:
         raise click.UsageError("--no-encoder and --encoder-address contradict each other: give one of them.")
+    reading(options)  # said before anything is loaded
     from preread.edge.logs import set_up
 
     set_up(options["log_format"], options["log_level"])

@@ -15,8 +15,21 @@ STAGES_METAVAR = "RATIO:KEEP,..."
 
 
 def reading_options(function: F) -> F:
-    """--read-ratio and --stages."""
+    """--read-ratio, --stages, --degrade, --degrade-queue-share."""
     for decorate in (
+        option(
+            "--degrade-queue-share",
+            type=click.FloatRange(0, 1),
+            default=0.5,
+            metavar="SHARE",
+            help="With --degrade: how full the queue may be, of what it may hold, before requests are read coarser.",
+        ),
+        option(
+            "--degrade",
+            is_flag=True,
+            help="Read a request coarser than asked when it would miss its deadline, or the queue fills; its answer "
+            "says so, and preread_degraded_requests_total counts it.",
+        ),
         option(
             "--stages",
             metavar=STAGES_METAVAR,
@@ -48,4 +61,5 @@ def reading(options: Mapping[str, Any]) -> dict[str, Any]:
         stages = parse_stages(options["stages"]) if options["stages"] else ()
     except ValueError as exc:
         raise click.UsageError(f"--stages: {exc}") from exc
-    return {"read_ratio": options["read_ratio"], "stages": stages}
+    same = ("read_ratio", "degrade", "degrade_queue_share")
+    return {"stages": stages} | {name: options[name] for name in same}

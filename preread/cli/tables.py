@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from preread.client import Reranking
+from preread.client import Reranking, Summary, format_stages
 
 MAX_TEXT_CHARACTERS = 400
 
@@ -17,14 +17,17 @@ def print_reranking(query: str, answer: Reranking, num_candidates: int) -> None:
     """The ranking, then what could not be scored, then where the time went."""
     console = Console()
     table = Table(box=None, pad_edge=False, show_header=True, header_style="bold")
-    for heading, align in (("#", "right"), ("score", "right"), ("margin", "right"), ("passage", "left")):
-        table.add_column(heading, justify="right" if align == "right" else "left")
     scored = [result for result in answer if result.margin is not None]
+    staged = any(result.stages for result in scored)
+    for heading in ("#", "score", "margin", *(["ratio"] if staged else [])):
+        table.add_column(heading, justify="right")
+    table.add_column("passage")
     for rank, result in enumerate(scored, 1):
         passage = Text(result.passage_id, style="bold")
         if result.text:
             passage.append(("  " if result.passage_id else "") + shorten(result.text), style="not bold")
-        table.add_row(str(rank), f"{result.score:.4f}", f"{result.margin:+.2f}", passage)
+        ratio = [str(result.compression_ratio)] if staged else []
+        table.add_row(str(rank), f"{result.score:.4f}", f"{result.margin:+.2f}", *ratio, passage)
     console.print(Text(query, style="bold"))
     console.print(table)
     others = [result for result in answer if result.margin is None]
@@ -35,10 +38,30 @@ def print_reranking(query: str, answer: Reranking, num_candidates: int) -> None:
         Text(
             f"{answer.summary.num_scored} of {num_candidates} scored by {answer.summary.model} "
             f"in {times.total_seconds * 1000:,.0f} ms (compute {times.compute_seconds * 1000:,.0f} ms)"
+            + _read(answer.summary)
             + (", the query was cut" if answer.summary.query_truncated else ""),
             style="dim",
         )
     )
+    for line in reading_notes(answer.summary):
+        console.print(Text(line, style="yellow"))
+
+
+def _read(summary: Summary) -> str:
+    if summary.stages:
+        return f", read in stages {format_stages(summary.stages)}"
+    return f", read at ratio {summary.compression_ratio}" if summary.compression_ratio else ""
+
+
+def reading_notes(summary: Summary) -> list[str]:
+    """What a person should know who compares these scores with others."""
+    notes = []
+    if summary.degraded is not None:
+        asked = format_stages(summary.degraded.stages) or str(summary.degraded.compression_ratio)
+        notes.append(f"read coarser than {asked}: the server was under pressure ({summary.degraded.reason})")
+    if summary.stopped_early:
+        notes.append("the deadline came before the last stage was through: this is what was finished")
+    return notes
 
 
 def print_facts(facts: Mapping[str, object]) -> None:

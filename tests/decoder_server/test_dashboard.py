@@ -11,7 +11,8 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from decoder_server.observer import Pass
+from decoder_server.observer import Answered, Pass, Trail
+from decoder_server.request import RerankRequest
 from encoder_worker.metrics import WorkerMetrics
 from encoder_worker.scheduler import Pass as WorkerPass
 from preread.v1 import encoder_pb2
@@ -46,6 +47,8 @@ async def exported(serve) -> dict[str, set[str]]:
         await serving.rerank(ids=["p1"])
         serving.server.metrics.passed(Pass(1, 1, 1, 1, 0.1))
         serving.server.metrics.http(200, 0.1)
+        trail = Trail(degraded="queue", stopped_early=True)
+        serving.server.metrics.answered(Answered(RerankRequest("q", ()), "tiny", "ok", 0.0, 1.0, None, trail))
         found = samples(serving.server.metrics.registry)
     worker = WorkerMetrics()
     worker.rpc("EncoderService/Encode", "OK", 0.1)

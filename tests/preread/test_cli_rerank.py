@@ -56,6 +56,35 @@ def test_a_table_shows_rank_score_and_text(rerank) -> None:
     assert "speaks of" in answer.stdout
 
 
+def test_a_ratio_and_stages_are_read_as_asked_and_shown(rerank) -> None:
+    plain = json.loads(rerank("blue sky", "-c", COLLECTION, "--compression-ratio", "8", "--json").stdout)
+    assert {result["compression_ratio"] for result in plain["results"]} == {8}
+    assert plain["summary"]["compression_ratio"] == 8
+
+    staged = json.loads(rerank("blue sky", "-c", COLLECTION, "--stages", "32:2, 8", "--json").stdout)
+    assert [len(result["stages"]) for result in staged["results"]] == [2, 2, 1, 1, 1]
+
+    table = rerank("blue sky", "-c", COLLECTION, "--stages", "32:2, 8").stdout
+    assert "ratio" in table.splitlines()[1]
+    assert "read in stages 32:2,8" in " ".join(table.split())
+
+    both = rerank("blue sky", "-c", COLLECTION, "--stages", "32:2, 8", "--compression-ratio", "8")
+    assert both.exit_code == 2
+    assert "stages" in both.stderr
+    assert rerank("blue sky", "-c", COLLECTION, "--stages", "8:2, 32").exit_code == 2
+
+
+def test_a_run_of_a_cascade_reads_back_in_its_order(rerank, client, tmp_path: Path) -> None:
+    (tmp_path / "queries.tsv").write_text("q1\tblue sky\n")
+    run = tmp_path / "out.run"
+    answer = rerank(
+        "--queries", str(tmp_path / "queries.tsv"), "-c", COLLECTION, "--stages", "32:2,8", "--output", str(run)
+    )
+    assert answer.exit_code == 0, answer.stderr
+    expected = client.rerank("blue sky", sorted(PASSAGES), collection=COLLECTION, stages="32:2,8")
+    assert [passage_id for passage_id, _ in read_run(run).run["q1"]] == [r.passage_id for r in expected]
+
+
 def test_ids_from_a_file_or_standard_input(rerank, tmp_path: Path) -> None:
     (tmp_path / "ids").write_text("p3\n\np1\n")
 

@@ -14,7 +14,9 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from preread.cli.main import cli
 from preread.client import Client, ClientOptions, Unauthenticated
 
 ROOT = Path(__file__).parents[2]
@@ -33,6 +35,22 @@ def ask(url: str, body: object = None, key: str = "") -> tuple[int, str]:
             return exc.code, exc.read().decode()
 
 
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--stages", "4:20,32"], "less than 4"),
+        (["--stages", "32"], ""),
+        (["--stages", "32:20,4", "--read-ratio", "4"], "contradict"),
+        (["--stages", "fast"], "RATIO:KEEP"),
+    ],
+)
+def test_what_is_read_by_default_is_checked_before_anything_is_loaded(flags: list[str], says: str) -> None:
+    answer = CliRunner().invoke(cli, ["serve", "--model", "/nowhere", "--store", "memory:", *flags])
+    assert answer.exit_code != 0
+    assert says in answer.stderr
+    assert ("/nowhere" in answer.stderr) == (not says)  # with nothing wrong it goes on to load
+
+
 def test_one_file_configures_it_all(tiny_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text(f"rerank,index {KEY}\n")
     (tmp_path / "preread.toml").write_text(f"""
@@ -47,6 +65,8 @@ def test_one_file_configures_it_all(tiny_checkpoint: Path, tmp_path: Path) -> No
         port = 0
         http-port = 0
         encoder-port = 0
+        read-ratio = 8
+        degrade = true
     """)
     out, err = tmp_path / "out", tmp_path / "err"
     environment = os.environ | {
@@ -90,7 +110,9 @@ def use(said: str) -> None:
     assert "api-key=***" in said
     assert "file         store=" in said
     with Client(where("listening"), options=ClientOptions(api_key=KEY)) as client:
-        assert client.rerank("velvet", ["crimson"])[0].score is not None
+        reranking = client.rerank("velvet", ["crimson"])
+        assert reranking[0].score is not None
+        assert reranking.summary.compression_ratio == 8
     with Client(where("listening")) as nobody, pytest.raises(Unauthenticated):
         nobody.list_models()
 

@@ -1,0 +1,193 @@
+"""Quality and cost of cascades against single ratios, through a real `preread serve`.
+
+    python -m benchmarks.cascade --collections DIR --names scifact,vaswani [--queries 100] [--depth 100]
+
+Every query's BM25 candidates are indexed at ratio 1 with `--model` (default: the one that ships) and
+reranked once under each plan, one request at a time: what a request costs is its own. Quality is
+nDCG@10 with the paired 95% bootstrap interval of its difference to ratio 1; cost is the time in the
+model and of the whole request. `--store DIR` keeps the indexed candidates for the next run.
+
+DIR/NAME holds corpus.jsonl.gz, queries.jsonl.gz and qrels.tsv, as BEIR lays them out. Where queries
+carry a split, those of `--split` are asked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common import report, start
+from benchmarks.online import serving
+from cache.collection import Collection, Manifest, StoredPassage
+from cache.errors import CollectionNotFound
+from cache.store import Store, open_store
+from checkpoint import Checkpoint
+from encoder_worker.passage_encoder import PassageEncoder
+from preread import Client
+from preread.cli.options import shipped_model
+from preread.cli.ranking import run_rows
+from tuning.bootstrap import Bootstrap
+from tuning.first_stage import search
+from tuning.judged import JudgedCollection, read_judged
+from tuning.metrics import HEADLINE, per_query
+from tuning.ranking import rank
+from tuning.states import EncodedStates
+from tuning.trec import Run
+
+SEED = 20260101
+RATIOS = (1, 2, 4, 8, 16, 32)
+CASCADES = ("32:50,1", "32:20,1", "32:10,1", "32:20,2", "16:20,1", "8:20,1", "32:50,4:20,1", "32:20,4:10,1")
+BASELINE = 0  # of RATIOS: the finest
+CANDIDATES = "first stage"
+
+
+def index(
+    store: Store, judged: JudgedCollection, found: Run, checkpoint: Checkpoint, dtype: str | None, name: str
+) -> None:
+    """The candidates' states at ratio 1, unless they are there already."""
+    wanted = sorted({passage_id for ranking in found.values() for passage_id, _ in ranking})
+    identity = checkpoint.identity()
+    try:
+        if Collection.open(store, name, fingerprint=identity.fingerprint).stats().num_passages == len(wanted):
+            return
+    except CollectionNotFound:
+        pass
+    manifest = Manifest(
+        collection=name,
+        fingerprint=identity.fingerprint,
+        checkpoint=identity.checkpoint,
+        dim=identity.dim,
+        max_passage_tokens=identity.max_passage_tokens,
+        passage_template=identity.passage_template,
+        pooling_version=identity.pooling_version,
+        compression_ratio=1,
+        stores_text=False,
+    )
+    collection = Collection.create(store, manifest)
+    encoder = PassageEncoder.load(str(checkpoint.path), dtype=dtype)
+    for chunk in EncodedStates(encoder, judged.passages, 1).chunks(wanted):
+        collection.put_many([StoredPassage(passage_id, states, None) for passage_id, states in chunk.items()])
+
+
+def ask(
+    client: Client, judged: JudgedCollection, found: Run, name: str, **plan: Any
+) -> tuple[Run, list[float], list[float]]:
+    """The ranking of every query, and seconds of each in the model and in all."""
+    run: Run = {}
+    compute, total = [], []
+    for query_id, ranking in found.items():
+        candidates = [passage_id for passage_id, _ in ranking]
+        begin = time.perf_counter()
+        answer = client.rerank(judged.queries[query_id], candidates, collection=name, timeout=600, **plan)
+        total.append(time.perf_counter() - begin)
+        compute.append(answer.summary.timings.compute_seconds)
+        rows = run_rows(answer)
+        run[query_id] = rank([passage_id for passage_id, _ in rows], [margin for _, margin in rows])
+    return run, compute, total
+
+
+def plans() -> list[tuple[str, dict[str, Any]]]:
+    return [(str(ratio), {"compression_ratio": ratio}) for ratio in RATIOS] + [(c, {"stages": c}) for c in CASCADES]
+
+
+def measure(client: Client, judged: JudgedCollection, found: Run, name: str) -> list[list[object]]:
+    """A row for the first stage and for each plan."""
+    ask(client, judged, found, name, compression_ratio=RATIOS[BASELINE])  # fills the tier in front of the store
+    runs, costs = [found], [([0.0], [0.0])]
+    for _, plan in plans():
+        run, compute, total = ask(client, judged, found, name, **plan)
+        runs.append(run)
+        costs.append((compute, total))
+    values = np.stack([per_query(judged.qrels, run, 100)[HEADLINE] for run in runs], axis=1)
+    bootstrap = Bootstrap(values, seed=SEED)
+    finest = 1 + BASELINE
+    rows: list[list[object]] = []
+    for column, (plan_name, _) in enumerate([(CANDIDATES, {}), *plans()]):
+        compute, total = (np.array(seconds) * 1e3 for seconds in costs[column])
+        lost = bootstrap.difference(column, finest)
+        interval = f"{lost.mean:+.3f} [{lost.low:+.3f}, {lost.high:+.3f}]" if column != finest else ""
+        share = float(np.mean(compute)) / (1e3 * float(np.mean(costs[finest][0])))
+        mean = float(values[:, column].mean())
+        p50, p99 = (float(np.percentile(total, q)) for q in (50, 99))
+        rows.append([name, plan_name, round(mean, 4), interval, float(compute.mean()), round(share, 3), p50, p99])
+    return rows
+
+
+def draw(path: Path, rows: Sequence[Sequence[Any]]) -> None:
+    """nDCG@10 against time in the model, one panel a collection. Needs matplotlib, of the tuning extra."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(dict.fromkeys(row[0] for row in rows))
+    figure, panels = pyplot.subplots(1, len(names), figsize=(6 * len(names), 4.2), squeeze=False)
+    for panel, name in zip(panels[0], names, strict=True):
+        own = [row for row in rows if row[0] == name and row[1] != CANDIDATES]
+        for is_cascade, label, mark in ((False, "one ratio", "o-"), (True, "cascade", "s")):
+            points = [row for row in own if ("," in row[1]) is is_cascade]
+            panel.plot([row[4] for row in points], [row[2] for row in points], mark, label=label)
+            for row in points:
+                panel.annotate(row[1], (row[4], row[2]), textcoords="offset points", xytext=(4, 4), fontsize=7)
+        panel.set(title=name, xlabel="ms in the model, a query", ylabel=HEADLINE)
+        panel.grid(alpha=0.3)
+        panel.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--collections", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--names", default="scifact,vaswani")
+    parser.add_argument("--split", default="validation")
+    parser.add_argument("--queries", type=int, default=100)
+    parser.add_argument("--depth", type=int, default=100)
+    parser.add_argument("--model", default=shipped_model(), metavar="DIR|HUB_ID")
+    parser.add_argument("--dtype", help="default: the server's own choice")
+    parser.add_argument("--store", type=Path, metavar="DIR", help="keeps the indexed candidates")
+    parser.add_argument("--index-only", action="store_true", help="fill --store and stop")
+    args = parser.parse_args()
+    start()
+    checkpoint = Checkpoint.open(args.model)
+    rows: list[list[object]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        url = f"faiss:{args.store or folder}"
+        asked: list[tuple[str, JudgedCollection, Run]] = []
+        store = open_store(url)
+        for name in args.names.split(","):
+            judged = read_judged(args.collections / name)
+            if judged.splits:
+                judged = read_judged(args.collections / name, split=args.split)
+            judged = judged.sample(args.queries, SEED)
+            found = search(judged.passages, judged.queries, args.depth)
+            index(store, judged, found, checkpoint, args.dtype, name)
+            asked.append((name, judged, found))
+        store.close()
+        if args.index_only:
+            return
+        dtype = ["--dtype", args.dtype] if args.dtype else []
+        cache = ["--cache-bytes", str(4 << 30)]
+        with serving(Path(args.model), url, "--no-encoder", *cache, *dtype) as address, Client(address) as client:
+            for name, judged, found in asked:
+                rows += measure(client, judged, found, name)
+                print(f"{name}: {len(found)} queries, {sum(map(len, found.values()))} candidates", flush=True)
+    columns = [
+        "collection", "read at", HEADLINE, "against ratio 1 [95%]", "ms in the model", "share of ratio 1's",
+        "ms p50", "ms p99",
+    ]  # fmt: skip
+    weights = hashlib.sha256((Path(args.model) / "model.safetensors").read_bytes()).hexdigest()[:12]
+    model = f"{checkpoint.name}, weights {weights}"
+    report("cascade", columns, rows, model=model, depth=args.depth, queries=args.queries)
+    draw(Path(__file__).parent / "results" / "cascade.png", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Coarser only under pressure, only as far as needed, and told in the answer, the metrics and the log."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from decoder_server.degrade import Estimate, choose, options
+from decoder_server.pace import Pace
+from decoder_server.plan import Plan, plain
+from preread.client.stages import Stage, format_stages
+from preread.v1 import rerank_pb2
+
+
+@pytest.mark.parametrize(
+    ("plan", "ratios"),
+    [
+        (plain(4), ["4", "8", "16", "32"]),
+        (plain(12), ["12", "24"]),
+        (plain(32), ["32"]),
+        (plain(40), ["40"]),
+        (plain(0), ["0"]),  # text
+        (
+            Plan((Stage(16, 50), Stage(8, 9), Stage(4)), cascade=True),
+            ["16:50,8:9,4", "16:50,8:9", "16:50", "32"],
+        ),
+    ],
+)
+def test_options_are_multiples_and_ever_coarser(plan: Plan, ratios: list[str]) -> None:
+    found = options(plan)
+    assert [format_stages(one.stages) for one in found] == ratios
+    assert {one.cascade for one in found} == {plan.cascade}
+
+
+# Tokens over all stages, seconds until there is an answer.
+COSTS = [Estimate(800, 8.0), Estimate(400, 4.0), Estimate(200, 2.0), Estimate(100, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("seconds_left", "queued", "limit", "chosen", "reason"),
+    [
+        (None, 0, 0, 0, ""),  # nobody waits and nothing presses
+        (None, 1, 801, 0, ""),
+        (None, 1, 800, 1, "queue"),
+        (None, 700, 800, 3, "queue"),
+        (None, 900, 800, 3, "queue"),  # nothing would do: the least there is
+        (10.0, 0, 0, 0, ""),
+        (9.9, 0, 0, 1, "deadline"),
+        (2.5, 0, 0, 2, "deadline"),
+        (0.1, 0, 0, 3, "deadline"),
+        (-1.0, 0, 0, 3, "deadline"),
+        (5.0, 700, 900, 2, "queue"),  # the tighter of the two
+        (1.25, 700, 900, 3, "deadline"),
+    ],
+)
+def test_the_finest_option_that_both_pressures_let_pass(seconds_left, queued, limit, chosen: int, reason: str) -> None:
+    assert choose(COSTS, seconds_left, queued, limit) == (chosen, reason)
+
+
+def test_a_pace_tells_prompt_tokens_from_states() -> None:
+    rng, pace = np.random.default_rng(3), Pace()
+    assert not pace.known
+    assert pace.seconds(100, 100) == 0
+    for _ in range(200):
+        prompt, states = rng.integers(500, 3000), rng.integers(100, 4000)
+        pace.learn(int(prompt), int(states), float(1e-4 * prompt + 1e-5 * states) * rng.uniform(0.95, 1.05))
+    assert pace.seconds(1000, 0) == pytest.approx(0.1, rel=0.1)
+    assert pace.seconds(0, 1000) == pytest.approx(0.01, rel=0.3)
+
+
+def test_a_pace_without_variety_has_one_rate_for_both() -> None:
+    pace = Pace()
+    for _ in range(5):
+        pace.learn(1000, 1000, 0.2)
+    assert pace.seconds(1, 0) == pytest.approx(1e-4, rel=0.01)
+    assert pace.seconds(0, 1) == pytest.approx(1e-4, rel=0.01)
+
+
+def test_a_pace_is_never_negative() -> None:
+    rng, pace = np.random.default_rng(4), Pace()
+    for _ in range(50):
+        pace.learn(int(rng.integers(1, 100)), int(rng.integers(1, 100)), float(rng.uniform(0.0, 1.0)))
+        assert pace.seconds(1, 0) >= 0
+        assert pace.seconds(0, 1) >= 0
+
+
+def counted(serving, name: str) -> dict[tuple[str, ...], float]:
+    from prometheus_client import generate_latest
+
+    families = text_string_to_metric_families(generate_latest(serving.server.metrics.registry).decode())
+    return {
+        tuple(sample.labels.values()): sample.value
+        for family in families
+        for sample in family.samples
+        if sample.name == name
+    }
+
+
+async def test_a_full_queue_is_read_coarser_and_everyone_is_told(serve, gated, texts, by_hand) -> None:
+    async with serve(backend=gated, degrade=True, degrade_queue_share=0.0) as serving:
+        alone = await serving.rerank(ids=["p1", "p2"])  # no pass before, nobody beside
+        assert not alone.HasField("degraded")
+        gated.gate.clear()
+        gated.entered.clear()
+        first = asyncio.create_task(serving.rerank(ids=["p3"]))
+        await gated.wait_entered()
+        plain_one = asyncio.create_task(serving.rerank(ids=["p1", "p2"], compression_ratio=8))
+        staged = [rerank_pb2.Stage(compression_ratio=16, keep=2), rerank_pb2.Stage(compression_ratio=4)]
+        cascade = asyncio.create_task(serving.rerank(ids=["p1", "p2", "p3"], stages=staged))
+        while serving.engine.admission.num_requests < 3:
+            await asyncio.sleep(0.001)
+        gated.gate.set()
+        assert not (await first).HasField("degraded")
+        answer = await plain_one
+        assert (answer.degraded.reason, answer.degraded.compression_ratio) == ("queue", 8)
+        assert {result.compression_ratio for result in answer.results} == {answer.compression_ratio} == {32}
+        for result in answer.results:
+            assert result.margin == pytest.approx(by_hand(texts[result.passage_id], 32), abs=1e-5)
+        answer = await cascade
+        assert (answer.degraded.reason, list(answer.degraded.stages)) == ("queue", staged)
+        assert [[s.compression_ratio for s in result.stages] for result in answer.results] == [[32]] * 3
+        assert counted(serving, "preread_degraded_requests_total") == {("tiny", "queue"): 2}
+
+
+async def test_a_deadline_that_would_be_missed_is_met_coarser(serve, gated) -> None:
+    gated.seconds_per_pass = 0.3
+    async with serve(backend=gated, degrade=True, max_batch_tokens=150) as serving:
+        await serving.rerank(ids=["p1", "p2"])
+        ids = [f"p{i}" for i in range(12)]
+        with_time = await serving.rerank(ids=ids)
+        assert not with_time.HasField("degraded")
+        seconds = with_time.timings.total_seconds
+        gated.seconds_per_pass = 0.0
+        answer = await serving.rerank(ids=ids, timeout=seconds)
+        assert answer.degraded.reason == "deadline"
+        assert answer.degraded.compression_ratio == 4
+        assert answer.compression_ratio > 4
+        assert counted(serving, "preread_degraded_requests_total") == {("tiny", "deadline"): 1}
+
+
+async def test_without_the_flag_nothing_is_read_coarser(serve, gated) -> None:
+    async with serve(backend=gated, degrade_queue_share=0.0) as serving:
+        answers = await asyncio.gather(*(serving.rerank(ids=["p1", "p2"]) for _ in range(5)))
+        assert {answer.compression_ratio for answer in answers} == {4}
+        assert not any(answer.HasField("degraded") for answer in answers)
