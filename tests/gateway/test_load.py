@@ -142,3 +142,10 @@ def test_connections_have_an_end_even_for_those_who_do_not_listen(run):
         for one in held:
             one.close()
         _until(lambda: len(small.ask()["results"]) == 4)
+
+
+def test_a_connection_that_asks_nothing_ends(run, monkeypatch):
+    monkeypatch.setattr("decoder_server.http.gateway.KEEP_ALIVE_SECONDS", 0.05)
+    with run() as one, socket.create_connection(("127.0.0.1", one.gateway.port), timeout=10) as silent:
+        assert silent.recv(1) == b""
+        assert len(one.ask()["results"]) == 4
