@@ -302,3 +302,18 @@ def test_two_queries_are_two_lists(tiny: Callable[..., Path]) -> None:
     margins = model.score_texts(texts)
     np.testing.assert_array_equal(margins[::2], model.score_texts(texts[::2]))
     np.testing.assert_array_equal(margins[1::2], model.score_texts(texts[1::2]))
+
+
+def test_an_older_checkpoint_has_only_a_word_list(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(tiny("BertForSequenceClassification", num_labels=2), tmp_path / "copy"))
+    (directory / "tokenizer.json").unlink()
+    (directory / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": True, "model_max_length": 512}))
+    words = open_cross_encoder(
+        tiny("BertForSequenceClassification", num_labels=2), profile="generic"
+    )._reader.tokenizers.exact.get_vocab()
+    (directory / "vocab.txt").write_text("\n".join(sorted(words, key=words.__getitem__)) + "\n")
+    profile = "amberoad/bert-multilingual-passage-reranking-msmarco"
+    model = open_cross_encoder(directory, profile=profile, dtype="float32")
+    margins = model.score_texts([(QUERY, None, p) for p in PASSAGES])
+    logits = classifier(tiny("BertForSequenceClassification", num_labels=2), PASSAGES)
+    np.testing.assert_allclose(margins, logits[:, 1] - logits[:, 0], atol=TOLERANCE)
