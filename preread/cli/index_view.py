@@ -130,8 +130,8 @@ def _show_cut(items: IssueLog, num_items: int, report_file: Path | None) -> None
     """One line with an example: a limit below the usual length would fill the screen."""
     example = "".join(f" ({_place(item)})" for item in islice(items, 1))
     where = f"all of them in {report_file}" if report_file else "--report FILE lists them"
-    click.echo(f"warning: {num_items:,} passages are over the token limit and are cut{example}; --split keeps all of")
-    click.echo(f"         a passage, in windows; {where}")
+    click.echo(f"warning: {num_items:,} passages are over the token limit and are cut{example}")
+    click.echo(f"         --split reads them whole, in windows; {where}")
 
 
 def duration(seconds: float) -> str:
