@@ -65,13 +65,14 @@ class BlockScaling:
         self._mean, self._deviation = mean.copy(), deviation.copy()
 
     def ranges(self, base: str) -> NDArray[np.float32]:
-        """What FAISS calls trained: minimum and range per dimension, so that levels lie evenly within -1 to 1.
+        """What FAISS calls trained, minimum and range per dimension, so that levels lie evenly from -1 to 1 about 0.
 
-        FAISS cuts [minimum, minimum + range] into 2^bits - 1 steps and gives back the middle of one; with these, the
-        2^bits middles are symmetric about 0.
+        FAISS cuts [minimum, minimum + range] into 2^bits - 1 steps and gives back the middle of one. Here the middle
+        of step 2^(bits - 1) is 0 itself: a dimension that never moves would otherwise always be off to the same side.
         """
-        levels = 2 ** int(base.removeprefix("SQ"))
-        return np.concatenate([-self._deviation, 2 * self._deviation * np.float32((levels - 1) / levels)])
+        middle = 2 ** (int(base.removeprefix("SQ")) - 1)
+        minimum, spread = -(middle + 0.5) / (middle - 1), (2 * middle - 1) / (middle - 1)
+        return np.concatenate([self._deviation * np.float32(minimum), self._deviation * np.float32(spread)])
 
     def scale(self, states: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
         """States (n, dim) over their scales, and the scales (n, num_bytes). Raises CodecError for too large ones."""
