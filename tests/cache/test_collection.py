@@ -69,7 +69,7 @@ def test_split_passages_keep_their_windows(collection):
     assert found.num_tokens == 14
 
 
-@pytest.mark.parametrize("factory", ["Flat", "SQbf16", "SQ8", "SQ4", "PQ4x4", "RQ2x4"])
+@pytest.mark.parametrize("factory", ["Flat", "SQbf16", "SQ8", "SQ6", "B4,SQ8", "B3,SQ6", "Z,B8,SQ4", "PQ4x4", "RQ2x4"])
 def test_every_codec_survives_being_opened_again(backend, store, make_manifest, factory):
     codec = Codec(factory, DIM)
     codec.train(np.random.default_rng(0).standard_normal((100, DIM)).astype(np.float32))
