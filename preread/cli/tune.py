@@ -56,7 +56,7 @@ READ_SECONDS = 30.0  # nobody waits for one answer: a slow store is better than 
     "--few-samples",
     type=click.Choice(["fallback", "refuse"]),
     default="fallback",
-    help="A codec with too few states to train on is left out with a note, or ends the run.",
+    help="For a codec with too few states to train on SQfp16 stands in, with a note; or the run ends.",
 )
 @option("--split", is_flag=True, help="Read long passages in windows, instead of cutting them; the best window counts.")
 @option("--instruction", metavar="TEXT", help="Task instruction, instead of the checkpoint's own.")

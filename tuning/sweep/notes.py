@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.codecs import Codec
+from cache.codecs import DEFAULT_CODEC, Codec
 from cache.collection import Collection
 from encoder_worker.target import num_training_states
 from tuning.judged import JudgedCollection
@@ -29,6 +29,8 @@ def notes(
 ) -> list[str]:
     """In the order of the data: judgements, candidates, states, codecs, margins."""
     there = set(states.passage_ids)
+    absent = pairs.places.keys() - there
+    unread = {p for p in absent if judged.passages.get(p, "").strip()}
     grades = list(judged.qrels.values())
     unscored = sum(int(np.isnan(flat).sum()) for flat in margins.values.values()) - len(margins.values) * sum(
         len(places) for p, places in pairs.places.items() if p not in there
@@ -55,10 +57,8 @@ def notes(
             "queries have no candidates: " + ("left out" if judgements.taught else "they count 0"),
         ),
         (states.num_not_finite, "candidate passages have states that are NaN or infinite: ranked last"),
-        (
-            len(pairs.places.keys() - there) - states.num_not_finite,
-            "candidate passages have no text or states: ranked last",
-        ),
+        (len(absent) - len(unread) - states.num_not_finite, "candidate passages have no text or states: ranked last"),
+        (len(unread), "candidate passages gave no states (NaN, infinite, or out of memory): ranked last"),
         (len(states.truncated & pairs.places.keys()), "candidate passages were read up to the passage limit only"),
         (unscored, "margins, over all configurations, were not finite: those candidates are ranked last"),
     )
@@ -70,7 +70,8 @@ def notes(
             f"{manifest.compression_ratio}, {manifest.codec}), and codecs are laid over theirs"
         )
     told += [
-        f"{factory} at stored ratio {ratio} is left out: {reason}"
+        f"{factory} at stored ratio {ratio} is left out"
+        f"{f', {DEFAULT_CODEC} stands in for it' if factory != DEFAULT_CODEC else ''}: {reason}"
         for (ratio, factory), reason in codecs.left_out.items()
     ]
     told += [

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from cache.codecs import Codec
+from cache.codecs import DEFAULT_CODEC, Codec
 from cache.errors import CodecError
 from cache.states import PassageStates
 from encoder_worker.target import num_training_states
 from tuning.errors import EvaluationError
+from tuning.sweep.configurations import Configuration
 from tuning.sweep.spill import SpilledStates
 from tuning.sweep.workdir import WorkDir
 
@@ -86,6 +87,19 @@ class Codecs:
         if num_sample < num_training_states(codec):
             self.few.setdefault(factory, {})[ratio] = num_sample
         return TrainedCodec(codec, seconds, num_sample)
+
+
+def with_fallback(configurations: Sequence[Configuration], codecs: Codecs) -> list[Configuration]:
+    """The same, the default codec standing in for one that cannot be trained; each once.
+
+    Raises:
+        EvaluationError: a codec cannot be trained, and few_samples is `refuse`.
+    """
+    found: dict[Configuration, None] = {}
+    for one in configurations:
+        usable = codecs.get(one.stored_ratio, one.codec) is not None
+        found[one if usable else replace(one, codec=DEFAULT_CODEC)] = None
+    return list(found)
 
 
 def roundtrip(codec: Codec, passages: Mapping[str, PassageStates]) -> dict[str, PassageStates]:

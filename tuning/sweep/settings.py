@@ -23,7 +23,7 @@ class SweepSettings:
     stored_ratios, codecs, read_ratios, cascades: what is combined; None stands for a default by checkpoint
     top_k: candidates per query
     overlap_k: how many of the top are compared with the reference's
-    few_samples: what to do with a codec that has too few states to train on: `fallback` leaves it out and says so
+    few_samples: for a codec with too few states to train on the default one stands in (`fallback`), or the sweep ends
     split, instruction, max_queries, min_grade: as in an evaluation
     seed: of the drawn queries, the training samples and the bootstrap
     timed_queries, rounds: how many queries are timed, how often each; 0 queries: nothing is timed

@@ -30,7 +30,7 @@ from tuning.sweep.inputs import inputs_of
 from tuning.sweep.margins import Margins, Pairs
 from tuning.sweep.notes import notes
 from tuning.sweep.quality import Judgements, Quality
-from tuning.sweep.recode import Codecs
+from tuning.sweep.recode import Codecs, with_fallback
 from tuning.sweep.result import Indexing, Row, SweepReport
 from tuning.sweep.settings import SweepSettings
 from tuning.sweep.sizes import Lengths
@@ -99,6 +99,7 @@ def tune(
         margins = Margins(work, states, pairs, judged.queries)
         reference = margins.reference(exact, settings.instruction, progress)
         codecs = Codecs(states, work, settings.few_samples, settings.seed)
+        configurations = with_fallback(configurations, codecs)
         margins.fill(backend, units_of(configurations), codecs, settings.instruction, progress)
 
         taught = not judged.qrels

@@ -190,8 +190,9 @@ def test_no_candidates_at_all_end_the_sweep(sweep: Sweep, judged: JudgedCollecti
 
 def test_a_codec_without_enough_states_falls_back_or_is_refused(sweep: Sweep) -> None:
     report = sweep(codecs=("Flat", "PQ4x10"))
-    assert report.codecs == ["Flat"]
-    assert any(note.startswith("PQ4x10 at stored ratio 1 is left out: sample: ") for note in report.notes)
+    assert report.codecs == ["Flat", "SQfp16"]
+    told = "PQ4x10 at stored ratio 1 is left out, SQfp16 stands in for it: sample: "
+    assert any(note.startswith(told) for note in report.notes)
     with pytest.raises(EvaluationError, match=r"codec PQ4x10 at stored ratio 1: sample: .* at least 1024"):
         sweep(codecs=("Flat", "PQ4x10"), few_samples="refuse")
 
@@ -230,7 +231,7 @@ def test_states_that_are_nan_cost_their_passage_alone(
 
     monkeypatch.setattr(Encoder, "encode", encode)
     report = sweep(work_dir=tmp_path / "spoilt")
-    assert "1 candidate passages have no text or states: ranked last" in report.notes
+    assert "1 candidate passages gave no states (NaN, infinite, or out of memory): ranked last" in report.notes
     assert all(row.quality.run["q1"][-1][0] == "sea" for row in report.rows)
 
 
