@@ -28,7 +28,7 @@ from benchmarks.online import serving
 from cache.collection import Collection, Manifest, StoredPassage
 from cache.errors import CollectionNotFound
 from cache.store import Store, open_store
-from checkpoint import Checkpoint
+from checkpoint import Checkpoint, EncoderIdentity
 from encoder_worker.passage_encoder import PassageEncoder
 from preread import Client
 from preread.cli.options import shipped_model
@@ -51,15 +51,22 @@ CANDIDATES = "first stage"
 def index(
     store: Store, judged: JudgedCollection, found: Run, checkpoint: Checkpoint, dtype: str | None, name: str
 ) -> None:
-    """The candidates' states at ratio 1, unless they are there already."""
+    """Adds the candidates' states at ratio 1 that are not there yet."""
     wanted = sorted({passage_id for ranking in found.values() for passage_id, _ in ranking})
     identity = checkpoint.identity()
     try:
-        if Collection.open(store, name, fingerprint=identity.fingerprint).stats().num_passages == len(wanted):
-            return
+        collection = Collection.open(store, name, fingerprint=identity.fingerprint)
     except CollectionNotFound:
-        pass
-    manifest = Manifest(
+        collection = Collection.create(store, _manifest(name, identity))
+    missing = [passage_id for passage_id, there in zip(wanted, collection.digests(wanted), strict=True) if there is None]
+    if missing:
+        encoder = PassageEncoder.load(str(checkpoint.path), dtype=dtype)
+        for chunk in EncodedStates(encoder, judged.passages, 1).chunks(missing):
+            collection.put_many([StoredPassage(passage_id, states, None) for passage_id, states in chunk.items()])
+
+
+def _manifest(name: str, identity: EncoderIdentity) -> Manifest:
+    return Manifest(
         collection=name,
         fingerprint=identity.fingerprint,
         checkpoint=identity.checkpoint,
@@ -70,10 +77,6 @@ def index(
         compression_ratio=1,
         stores_text=False,
     )
-    collection = Collection.create(store, manifest)
-    encoder = PassageEncoder.load(str(checkpoint.path), dtype=dtype)
-    for chunk in EncodedStates(encoder, judged.passages, 1).chunks(wanted):
-        collection.put_many([StoredPassage(passage_id, states, None) for passage_id, states in chunk.items()])
 
 
 def ask(
@@ -184,7 +187,7 @@ def main() -> None:
         "ms p50", "ms p99",
     ]  # fmt: skip
     weights = hashlib.sha256((Path(args.model) / "model.safetensors").read_bytes()).hexdigest()[:12]
-    model = f"{checkpoint.name}, weights {weights}"
+    model = f"{Path(args.model).name}, weights {weights}"
     report("cascade", columns, rows, model=model, depth=args.depth, queries=args.queries)
     draw(Path(__file__).parent / "results" / "cascade.png", rows)
 
