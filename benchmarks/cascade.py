@@ -58,7 +58,9 @@ def index(
         collection = Collection.open(store, name, fingerprint=identity.fingerprint)
     except CollectionNotFound:
         collection = Collection.create(store, _manifest(name, identity))
-    missing = [passage_id for passage_id, there in zip(wanted, collection.digests(wanted), strict=True) if there is None]
+    missing = [
+        passage_id for passage_id, there in zip(wanted, collection.digests(wanted), strict=True) if there is None
+    ]
     if missing:
         encoder = PassageEncoder.load(str(checkpoint.path), dtype=dtype)
         for chunk in EncodedStates(encoder, judged.passages, 1).chunks(missing):

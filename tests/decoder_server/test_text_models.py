@@ -18,6 +18,7 @@ from decoder_server.cross_encoder import CrossEncoder, open_cross_encoder
 from decoder_server.cross_encoder.synthetic import make_cross_encoder
 from decoder_server.model_config import ModelConfig
 from decoder_server.server import DecoderServer
+from preread.client.stages import Stage
 from preread.v1 import common_pb2, rerank_pb2, rerank_pb2_grpc
 
 HIT, ENCODED = common_pb2.CANDIDATE_STATUS_HIT, common_pb2.CANDIDATE_STATUS_ENCODED
@@ -226,3 +227,19 @@ async def test_a_store_that_went_away_costs_what_is_stored_there(
         store.close()
     assert {r.index: r.status for r in answer.results} == {0: FAILED, 1: ENCODED}
     assert "store could not be read" in answer.results[-1].message
+
+
+async def test_stages_are_for_models_that_read_states(ask, make_request, refused, detail) -> None:
+    stages = [rerank_pb2.Stage(compression_ratio=8, keep=1), rerank_pb2.Stage(compression_ratio=4)]
+    async with ask(stages=(Stage(8, 1), Stage(4)), degrade=True, degrade_queue_share=0.0) as stub:
+        by_states, *by_text = await asyncio.gather(
+            stub.Rerank(make_request(QUERY, ["p1", "p2"], model="states")),
+            *(stub.Rerank(make_request(QUERY, ["p1", "p2"], model="texts")) for _ in range(3)),
+        )
+        assert list(by_states.stages) == stages
+        for answer in by_text:  # the server's default is not for them, and there is nothing to read coarser
+            assert (list(answer.stages), answer.compression_ratio, answer.HasField("degraded")) == ([], 0, False)
+        asked = make_request(QUERY, ["p1"], model="texts", stages=stages)
+        error = await refused(stub.Rerank(asked), grpc.StatusCode.INVALID_ARGUMENT)
+        (violation,) = detail(error, error_details_pb2.BadRequest).field_violations
+        assert (violation.field, "reads text" in violation.description) == ("stages", True)
