@@ -38,8 +38,9 @@ def resolve(name: str, revision: str | None = None, *, with_code: bool = False) 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as exc:  # the hub client raises many unrelated types; each means the same here
+        reason = " ".join(f"{type(exc).__name__}: {exc}".split())  # the hub's messages have several lines
         raise CheckpointError(
-            f"checkpoint {name!r}: no local directory, and the hub did not provide it ({type(exc).__name__}: {exc})"
+            f"checkpoint {name!r}: no local directory, and the hub did not provide it ({reason})"
         ) from exc
 
 

@@ -13,14 +13,14 @@ from decoder_server.cross_encoder import CrossEncoder, Profile, open_cross_encod
 from decoder_server.cross_encoder.choosing import limited, named_profile, own_profile
 from tuning.errors import EvaluationError
 from tuning.health.behaviour import BATCH, SWAP, behaviour, mixed, one_by_one
-from tuning.health.compare import Margins, farthest
+from tuning.health.compare import DELTA, SPREAD, Margins, farthest
 from tuning.health.cross import CrossScorer
-from tuning.health.faults import Evidence, name_causes
+from tuning.health.faults import UNKNOWN, UNPUBLISHED, Evidence, name_causes
 from tuning.health.golden import golden_section
 from tuning.health.limits import limits_for
 from tuning.health.pairs import MIN_PAIRS, PairSet, TextTriple
 from tuning.health.plain import PlainModel
-from tuning.health.report import HealthReport
+from tuning.health.report import HealthReport, Section
 from tuning.health.running import counted, failed, judged, notes
 from tuning.health.scorer import Scorer
 from tuning.progress import SILENT, Progress
@@ -74,6 +74,8 @@ def check_cross(
             compare_failed=any(section.failed for section in sections[1:]),
         )
         causes = name_causes(evidence, reference.plain)
+        if causes == [UNKNOWN]:
+            causes = _by_comparison(sections[1], served.number_format, other)
     return HealthReport(
         model=model.model,
         backend="cross_encoder",
@@ -86,6 +88,20 @@ def check_cross(
         farthest=farthest(pairs, margins, expected) if sections[1].failed else (),
         notes=[*left_out, *notes(pairs), *reference.notes],
         seconds=time.monotonic() - started,
+    )
+
+
+def _by_comparison(own: Section, number_format: str, other: tuple[str, Scorer] | None) -> list[str]:
+    """What failing says by itself, where no known fault gives the numbers."""
+    if not own.failed:
+        if other is None:
+            return [UNPUBLISHED]
+        return [f"its scores are right for its own weights and are not those of {other[0]}: other weights or template"]
+    narrow = number_format != "float32" and not any(failed([own], name) for name in (DELTA, SPREAD))
+    return (
+        [f"{number_format} rounds by more than the pairs differ: serve these weights in float32"]
+        if narrow
+        else [UNKNOWN]
     )
 
 

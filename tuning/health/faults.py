@@ -54,6 +54,7 @@ LOST_SPREAD = (
 )
 NOT_FINITE = "some scores are not finite: float16 overflows most of these models; use bfloat16 or float32"
 CONSTANT = "every pair has the same score: the head does not see the texts"
+UNPUBLISHED = "these are not the published weights, or not the published template: a plain pass gives other scores, too"
 UNKNOWN = "no known fault gives these numbers: compare weights, template and readout with the published ones"
 
 # A fault proves itself where it gives the served margins but for rounding (root mean square, in spreads of its own),

@@ -11,9 +11,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from checkpoint import CheckpointError
 from decoder_server.cross_encoder import CrossEncoder, TextPair, open_cross_encoder
 from decoder_server.cross_encoder.model import sigmoid
 from decoder_server.cross_encoder.texts import Texts
+from decoder_server.loading import load_model
+from decoder_server.model_config import ModelConfig
+from preread.cli.serve_check import checked
 from tuning.health import HealthReport, PairSet, State, check, health_gate
 from tuning.health.behaviour import all_doubled, all_tiny
 
@@ -173,6 +177,14 @@ def test_padding_on_the_wrong_side_is_named(bert: Path, tmp_path: Path, some_pai
 
     assert_named(report, "wrong padding side")
     assert report.finding("by itself", "alone or beside others").state is State.FAIL
+
+
+def test_a_server_asked_to_check_does_not_start_with_it(bert: Path, tmp_path: Path) -> None:
+    (tmp_path / "left.toml").write_text(LEFT)
+    load = checked(load_model)
+    assert load(ModelConfig(str(bert), dtype="float32")).name == "cross_encoder"
+    with pytest.raises(CheckpointError, match=r"NOT healthy.*wrong padding side"):
+        load(ModelConfig(str(bert), dtype="float32", profile=str(tmp_path / "left.toml")))
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
