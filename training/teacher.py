@@ -46,6 +46,11 @@ class VectorCache:
             self._write()
         return np.stack([self._kept[key] for key in keys]).astype(np.float32)
 
+    @property
+    def has_run(self) -> bool:
+        """Whether anything had to be computed."""
+        return self._teacher is not None
+
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         aside = self.path.with_name(self.path.name + ".tmp.npz")

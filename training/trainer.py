@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from training import scoring
-from training.batches import GroupSet, Sampler
+from training.batches import GroupSet, Sampler, Step
 from training.checkpoint_dir import Checkpoint, save
 from training.loss import group_loss
 from training.recipe import Recipe
@@ -64,12 +64,15 @@ class Trainer:
             groups, lr=0.0, betas=(0.9, 0.98), weight_decay=recipe.weight_decay, fused=True
         )
         self.step = 0
-        self.num_warm = 0
-        self.workers = ThreadPoolExecutor(recipe.batches_per_step if device.type == "cpu" else 1)
+        self._num_warm = 0
+        self._workers: ThreadPoolExecutor | None = None
+        if recipe.batches_per_step > 1 and device.type == "cpu":  # a thread a batch, none inside an operation
+            self._workers = ThreadPoolExecutor(
+                recipe.batches_per_step, initializer=torch.set_num_threads, initargs=(1,)
+            )
 
-    def loss(self, number: int) -> torch.Tensor:
+    def loss(self, number: int, batch: Step) -> torch.Tensor:
         """Of batch `number`: the sum over one low and one high ratio; passages are encoded once."""
-        batch = self.sampler.step(number)
         recipe, (num_queries, width) = self.recipe, batch.candidates.shape
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + number)
         states, mask = scoring.encode(self.model, batch.passages)  # (num_passages, num_tokens, dim)
@@ -99,10 +102,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate * group["factor"] * rate(self.step, self.recipe)
         first = self.step * self.recipe.batches_per_step
-        one_by_one = self.num_warm < 3  # compiling is no work for several threads
-        self.num_warm += 1
-        each = map if one_by_one else self.workers.map
-        made = list(each(self.gradients, range(first, first + self.recipe.batches_per_step)))
+        made = self._gradients_of(range(first, first + self.recipe.batches_per_step))
         for parameter, *parts in zip(self.parameters, *(gradients for _, gradients in made), strict=True):
             known = [part for part in parts if part is not None]
             parameter.grad = torch.stack(known).mean(0) if len(known) > 1 else known[0] if known else None
@@ -111,10 +111,29 @@ class Trainer:
         self.step += 1
         return sum(loss for loss, _ in made) / len(made)
 
-    def gradients(self, number: int) -> tuple[float, tuple[torch.Tensor | None, ...]]:
-        """Loss and gradients of one batch; safe in several threads at once, which share nothing but the weights."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
-            loss = self.loss(number)
+    def _gradients_of(self, numbers: range) -> list[tuple[float, tuple[torch.Tensor | None, ...]]]:
+        """In order of the batches, whichever ended first."""
+        batches = [self.sampler.step(number) for number in numbers]  # the sampler is no work for several threads
+        if self._workers is None:
+            return [self.gradients(number, batch) for number, batch in zip(numbers, batches, strict=True)]
+        self._num_warm += 1
+        if self.recipe.compile and self._num_warm <= 3:  # nor is compiling
+            pairs = zip(numbers, batches, strict=True)
+            return [self._workers.submit(self.gradients, number, batch).result() for number, batch in pairs]
+        return list(self._workers.map(self.gradients, numbers, batches))
+
+    def gradients(self, number: int, batch: Step) -> tuple[float, tuple[torch.Tensor | None, ...]]:
+        """Loss and gradients of one batch; safe in several threads at once, which share nothing but the weights.
+
+        Several threads would share autocast's cache of cast weights, and sum gradients in an order of chance.
+        """
+        with torch.autocast(
+            self.device.type,
+            torch.bfloat16,
+            enabled=self.recipe.precision == "bf16",
+            cache_enabled=self._workers is None,
+        ):
+            loss = self.loss(number, batch)
         return float(loss.detach()), torch.autograd.grad(loss, self.parameters, allow_unused=True)
 
     def run(self, evaluate: Callable[[], str] | None = None) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ from training import scoring
 from training.batches import GroupSet
 from training.checkpoint_dir import Checkpoint, load
 from training.groups import Group
-from training.recipe import Recipe
+from training.recipe import Recipe, read_recipe
 from training.trainer import Trainer, rate
 
+RECIPES = Path(__file__).parents[2] / "training" / "recipes"
 COLOURS = ("red", "green", "blue")
 GROUPS = [
     Group(c, "", (f"{c} fish", f"{c} bird stone"), tuple(f"{o} fish" for o in COLOURS if o != c)) for c in COLOURS
@@ -34,22 +36,38 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in trainer.model.state_dict().items()}
 
 
-def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(tiny: Callable[[int], Checkpoint], tmp_path: Path) -> None:
+@pytest.mark.parametrize("batches_per_step", [1, 2])
+def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(
+    tiny: Callable[[int], Checkpoint], tmp_path: Path, batches_per_step: int
+) -> None:
+    recipe = replace(RECIPE, batches_per_step=batches_per_step)
     first = tiny(0)
-    whole = Trainer(first, GroupSet(GROUPS, first), RECIPE, tmp_path / "whole", CPU)
+    whole = Trainer(first, GroupSet(GROUPS, first), recipe, tmp_path / "whole", CPU)
     whole.run()
     second = tiny(0)
-    broken = Trainer(second, GroupSet(GROUPS, second), RECIPE, tmp_path / "broken", CPU)
+    broken = Trainer(second, GroupSet(GROUPS, second), recipe, tmp_path / "broken", CPU)
     for _ in range(3):
         broken.advance()
     broken.save_state()
     third = tiny(5)  # other weights: all must come from the state
-    resumed = Trainer(third, GroupSet(GROUPS, third), RECIPE, tmp_path / "broken", CPU)
+    resumed = Trainer(third, GroupSet(GROUPS, third), recipe, tmp_path / "broken", CPU)
     resumed.resume()
     assert resumed.step == 3
     resumed.run()
     for name, value in weights(whole).items():
         assert torch.equal(value, weights(resumed)[name]), name
+
+
+def test_a_step_takes_the_mean_gradient_of_its_batches(tiny: Callable[[int], Checkpoint], tmp_path: Path) -> None:
+    checkpoint = tiny(0)
+    recipe = replace(RECIPE, batches_per_step=2, max_grad_norm=1e9, precision="fp32")
+    trainer = Trainer(checkpoint, GroupSet(GROUPS, checkpoint), recipe, tmp_path, CPU)
+    (_, one), (_, other) = (trainer.gradients(number, trainer.sampler.step(number)) for number in (0, 1))
+    trainer.advance()
+    for parameter, first, second in zip(trainer.parameters, one, other, strict=True):
+        known = [gradient for gradient in (first, second) if gradient is not None]
+        if known:
+            torch.testing.assert_close(parameter.grad, sum(known) / len(known))
 
 
 def test_a_tiny_model_learns_its_groups_at_every_ratio(tiny: Callable[[int], Checkpoint], tmp_path: Path) -> None:
@@ -103,6 +121,11 @@ def test_lora_trains_few_weights_and_saves_a_plain_checkpoint(
 def test_the_rate_warms_up_stays_and_falls_to_zero() -> None:
     recipe = Recipe(steps=100, warmup_steps=10, decay_share=0.5)
     assert [round(rate(step, recipe), 2) for step in (0, 9, 49, 75, 100)] == [0.1, 1.0, 1.0, 0.5, 0.0]
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_a_shipped_recipe_can_be_read(path: Path) -> None:
+    assert read_recipe(path, {"steps": 7}).steps == 7
 
 
 def test_a_recipe_names_what_is_wrong() -> None:
