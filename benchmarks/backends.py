@@ -37,6 +37,7 @@ from preread import Client
 LIKE_NANO = Size(hidden=640, intermediate=2048, layers=18, heads=4, kv_heads=1, vocab=700, positions=16_384)
 RATIO = 4
 SENTENCE = "The pooled states of its tokens are kept, and the decoder attends over them. "
+PROFILE = "sigridjineth/ctxl-rerank-v2-1b-seq-cls"  # its template and readout
 PLOT = Path(__file__).parents[1] / "docs" / "backends.png"
 WAYS = {
     "warm": "fbnl, states cached",
@@ -143,7 +144,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = f"faiss:{folder}/store"
         fill(store, checkpoint, lengths, max(counts))
-        models = [f"nano={nano},max-passage-tokens={limit}", f"cross={cross},max-passage-tokens={limit}"]
+        models = [f"nano={nano},max-passage-tokens={limit}", f"cross={cross},profile={PROFILE}"]
         with serving(models[0], store, "--model", models[1]) as address, Client(address) as client:
             grid = [(count, base_length) for count in counts]
             grid += [(few, length) for length in lengths if (few, length) not in grid]

@@ -87,7 +87,7 @@ def serving(model: Path | str, store: str, *flags: str) -> Iterator[str]:
     """A real `preread serve` on a free port."""
     command = [sys.executable, "-m", "preread", "serve", "--model", str(model), "--store", store]
     command += ["--port", "0", "--encoder-port", "0", "--log-level", "warning", *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
     try:
         seen = []
