@@ -4,8 +4,9 @@
 
 Every query's BM25 candidates are indexed at ratio 1 with `--model` (default: the one that ships) and
 reranked once under each plan, one request at a time: what a request costs is its own. Quality is
-nDCG@10 with the paired 95% bootstrap interval of its difference to ratio 1; cost is the time in the
-model and of the whole request. `--store DIR` keeps the indexed candidates for the next run.
+nDCG@10 with the paired 95% bootstrap interval of its difference to ratio 1; cost is how many
+pairs and states a query took, and the time in the model and of the whole request. `--store DIR` keeps the
+indexed candidates for the next run.
 
 DIR/NAME holds corpus.jsonl.gz, queries.jsonl.gz and qrels.tsv, as BEIR lays them out. Where queries
 carry a split, those of `--split` are asked.
@@ -18,6 +19,7 @@ import hashlib
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +44,8 @@ from tuning.states import EncodedStates
 from tuning.trec import Run
 
 SEED = 20260101
-RATIOS = (1, 2, 4, 8, 16, 32)
-CASCADES = ("32:50,1", "32:20,1", "32:10,1", "32:20,2", "16:20,1", "8:20,1", "32:50,4:20,1", "32:20,4:10,1")
+RATIOS = (1, 4, 8, 16, 32)
+CASCADES = ("32:50,1", "32:20,1", "16:20,1", "8:20,1", "32:20,4", "32:50,4:20,1")
 BASELINE = 0  # of RATIOS: the finest
 CANDIDATES = "first stage"
 
@@ -81,21 +83,32 @@ def _manifest(name: str, identity: EncoderIdentity) -> Manifest:
     )
 
 
-def ask(
-    client: Client, judged: JudgedCollection, found: Run, name: str, **plan: Any
-) -> tuple[Run, list[float], list[float]]:
-    """The ranking of every query, and seconds of each in the model and in all."""
+@dataclass
+class Cost:
+    """Of every query."""
+
+    pairs: list[int] = field(default_factory=list)  # of prompt and passage that the model scored
+    states: list[int] = field(default_factory=list)  # read for them
+    compute: list[float] = field(default_factory=list)  # seconds in the model
+    total: list[float] = field(default_factory=list)  # seconds of the request
+
+
+def ask(client: Client, judged: JudgedCollection, found: Run, name: str, **plan: Any) -> tuple[Run, Cost]:
+    """The ranking of every query, and what it cost."""
     run: Run = {}
-    compute, total = [], []
+    cost = Cost()
     for query_id, ranking in found.items():
         candidates = [passage_id for passage_id, _ in ranking]
         begin = time.perf_counter()
         answer = client.rerank(judged.queries[query_id], candidates, collection=name, timeout=600, **plan)
-        total.append(time.perf_counter() - begin)
-        compute.append(answer.summary.timings.compute_seconds)
+        cost.total.append(time.perf_counter() - begin)
+        cost.compute.append(answer.summary.timings.compute_seconds)
+        read = [one.num_states for result in answer for one in (result.stages or (result,)) if one.num_states]
+        cost.pairs.append(len(read))
+        cost.states.append(sum(read))
         rows = run_rows(answer)
         run[query_id] = rank([passage_id for passage_id, _ in rows], [margin for _, margin in rows])
-    return run, compute, total
+    return run, cost
 
 
 def plans() -> list[tuple[str, dict[str, Any]]]:
@@ -104,24 +117,25 @@ def plans() -> list[tuple[str, dict[str, Any]]]:
 
 def measure(client: Client, judged: JudgedCollection, found: Run, name: str) -> list[list[object]]:
     """A row for the first stage and for each plan."""
-    ask(client, judged, found, name, compression_ratio=RATIOS[BASELINE])  # fills the tier in front of the store
-    runs, costs = [found], [([0.0], [0.0])]
+    ask(client, judged, found, name, compression_ratio=RATIOS[-1])  # fills the tier in front of the store
+    runs, costs = [found], [Cost([0], [0], [0.0], [0.0])]
     for _, plan in plans():
-        run, compute, total = ask(client, judged, found, name, **plan)
+        run, cost = ask(client, judged, found, name, **plan)
         runs.append(run)
-        costs.append((compute, total))
+        costs.append(cost)
     values = np.stack([per_query(judged.qrels, run, 100)[HEADLINE] for run in runs], axis=1)
     bootstrap = Bootstrap(values, seed=SEED)
     finest = 1 + BASELINE
     rows: list[list[object]] = []
     for column, (plan_name, _) in enumerate([(CANDIDATES, {}), *plans()]):
-        compute, total = (np.array(seconds) * 1e3 for seconds in costs[column])
+        cost = costs[column]
         lost = bootstrap.difference(column, finest)
         interval = f"{lost.mean:+.3f} [{lost.low:+.3f}, {lost.high:+.3f}]" if column != finest else ""
-        share = float(np.mean(compute)) / (1e3 * float(np.mean(costs[finest][0])))
-        mean = float(values[:, column].mean())
-        p50, p99 = (float(np.percentile(total, q)) for q in (50, 99))
-        rows.append([name, plan_name, round(mean, 4), interval, float(compute.mean()), round(share, 3), p50, p99])
+        mean = round(float(values[:, column].mean()), 3)
+        pairs, states = round(float(np.mean(cost.pairs))), round(float(np.mean(cost.states)))
+        share = round(float(np.mean(cost.compute) / np.mean(costs[finest].compute)), 3)
+        milliseconds = [1e3 * float(x) for x in (np.mean(cost.compute), *np.percentile(cost.total, (50, 99)))]
+        rows.append([name, plan_name, mean, interval, pairs, states, share, *milliseconds])
     return rows
 
 
@@ -138,9 +152,9 @@ def draw(path: Path, rows: Sequence[Sequence[Any]]) -> None:
         own = [row for row in rows if row[0] == name and row[1] != CANDIDATES]
         for is_cascade, label, mark in ((False, "one ratio", "o-"), (True, "cascade", "s")):
             points = [row for row in own if ("," in row[1]) is is_cascade]
-            panel.plot([row[4] for row in points], [row[2] for row in points], mark, label=label)
+            panel.plot([row[7] for row in points], [row[2] for row in points], mark, label=label)
             for row in points:
-                panel.annotate(row[1], (row[4], row[2]), textcoords="offset points", xytext=(4, 4), fontsize=7)
+                panel.annotate(row[1], (row[7], row[2]), textcoords="offset points", xytext=(4, 4), fontsize=7)
         panel.set(title=name, xlabel="ms in the model, a query", ylabel=HEADLINE)
         panel.grid(alpha=0.3)
         panel.legend()
@@ -158,6 +172,7 @@ def main() -> None:
     parser.add_argument("--model", default=shipped_model(), metavar="DIR|HUB_ID")
     parser.add_argument("--dtype", help="default: the server's own choice")
     parser.add_argument("--store", type=Path, metavar="DIR", help="keeps the indexed candidates")
+    parser.add_argument("--output", default="cascade", metavar="NAME", help="results/NAME.json and .png")
     parser.add_argument("--index-only", action="store_true", help="fill --store and stop")
     args = parser.parse_args()
     start()
@@ -185,13 +200,13 @@ def main() -> None:
                 rows += measure(client, judged, found, name)
                 print(f"{name}: {len(found)} queries, {sum(map(len, found.values()))} candidates", flush=True)
     columns = [
-        "collection", "read at", HEADLINE, "against ratio 1 [95%]", "ms in the model", "share of ratio 1's",
-        "ms p50", "ms p99",
+        "collection", "read at", HEADLINE, "against ratio 1 [95%]", "pairs", "states", "time, of ratio 1's",
+        "ms in the model", "ms p50", "ms p99",
     ]  # fmt: skip
     weights = hashlib.sha256((Path(args.model) / "model.safetensors").read_bytes()).hexdigest()[:12]
     model = f"{Path(args.model).name}, weights {weights}"
-    report("cascade", columns, rows, model=model, depth=args.depth, queries=args.queries)
-    draw(Path(__file__).parent / "results" / "cascade.png", rows)
+    report(args.output, columns, rows, model=model, depth=args.depth, queries=args.queries)
+    draw(Path(__file__).parent / "results" / f"{args.output}.png", rows)
 
 
 if __name__ == "__main__":

@@ -72,6 +72,25 @@ async def test_order_and_margins_are_those_of_the_plain_loop(serve, texts, by_ha
         assert [result.index for result in best.results] == [index for index, _ in expected[:3]]
 
 
+async def test_requests_at_several_ratios_share_passes(serve, gated, texts, by_hand) -> None:
+    async with serve(backend=gated) as serving:
+        gated.gate.clear()
+        first = asyncio.create_task(serving.rerank(ids=["p1"]))
+        await gated.wait_entered()
+        ratios = [4, 8, 12, 16, 32] * 2
+        asked = [asyncio.create_task(serving.rerank(ids=["p2", "p3"], compression_ratio=ratio)) for ratio in ratios]
+        while serving.engine.admission.num_requests < 11:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.2)  # to read their states; later, and they would share fewer passes
+        gated.gate.set()
+        await first
+        for ratio, answer in zip(ratios, await asyncio.gather(*asked), strict=True):
+            assert answer.compression_ratio == ratio
+            for result in answer.results:
+                assert result.margin == pytest.approx(by_hand(texts[result.passage_id], ratio), abs=1e-5)
+        assert len(gated.passes) - 1 < len(ratios)
+
+
 async def test_concurrent_cascades_share_passes_and_are_each_answered_as_alone(serve, texts, by_hand) -> None:
     plans = [stages((32, 10), (4, 3)), stages((16, 12), (8, 6), (4, 0)), stages((8, 0))]
     async with serve(max_batch_tokens=4000) as serving:

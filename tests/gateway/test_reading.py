@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from decoder_server.http.question import Answer, Question
+from decoder_server.request import RerankRequest, Summary, Timings
 from preread.client import parse_stages
 
 # Path, what the body calls the candidates, where the results are, what they call a score.
@@ -110,3 +112,17 @@ def test_less_than_asked_is_told_in_headers_and_warnings(run, query, documents):
     assert response.headers["x-preread-asked"] == "4"
     assert response.headers["x-preread-degraded"] == "queue"
     assert response.json()["meta"]["warnings"] == ["read at 32 in place of 4 (queue)"]
+
+
+def test_a_cascade_that_was_cut_says_so():
+    summary = Summary("m", Timings(0, 0, 0, 0, 0), 1, 1, False, 1, stages=parse_stages("8:2,1"), stopped_early=True)
+    answer = Answer(Question(RerankRequest("q", ())), [], [], summary, "id")
+
+    assert answer.headers() == {"x-preread-read": "8:2,1", "x-preread-stopped-early": "true"}
+    assert answer.warnings() == ["the deadline came before the last stage was through"]
+
+
+def test_a_model_that_reads_text_has_no_ratio_to_tell():
+    summary = Summary("m", Timings(0, 0, 0, 0, 0), 1, 1, False, 1)
+
+    assert Answer(Question(RerankRequest("q", ())), [], [], summary, "id").headers() == {}
