@@ -11,19 +11,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-Rotation = tuple[Tensor, Tensor]  # cos and sin
+from checkpoint.linear import GatedLinear, Linear
+from checkpoint.pointwise import Rotation
 
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
     """One layer of either half; norms are stored as 1 + w, in float32."""
 
-    qkv: Tensor  # ((num_heads + 2 num_kv_heads) head_dim, dim)
-    o: Tensor  # (dim, num_heads head_dim)
-    gate: Tensor  # (inner, dim)
-    up: Tensor  # (inner, dim)
-    down: Tensor  # (dim, inner)
-    q_norm: Tensor  # (head_dim,)
+    q: Linear  # dim -> num_heads head_dim
+    kv: Linear  # dim -> 2 num_kv_heads head_dim
+    o: Linear  # num_heads head_dim -> dim
+    gated: GatedLinear  # dim -> inner
+    down: Linear  # inner -> dim
+    q_norm: Tensor  # (head_dim,); times the scale of the attention's logits
     k_norm: Tensor  # (head_dim,)
     pre_attention: Tensor  # (dim,)
     post_attention: Tensor  # (dim,)
@@ -31,23 +32,24 @@ class LayerWeights:
     post_mlp: Tensor  # (dim,)
 
 
-def take_layer(tensors: dict[str, Tensor], prefix: str) -> LayerWeights:
-    """Removes one layer's tensors from `tensors`, so that fusing never holds two copies of the model.
+def take_layer(tensors: dict[str, Tensor], prefix: str, scale: float) -> LayerWeights:
+    """Removes one layer's tensors from `tensors`, so that packing never holds two copies of the model.
 
     Args:
         prefix: `encoder.layers.3` or the like.
+        scale: of the attention's logits.
     """
 
     def take(name: str) -> Tensor:
         return tensors.pop(f"{prefix}.{name}.weight")
 
     return LayerWeights(
-        qkv=torch.cat([take("self_attn.q_proj"), take("self_attn.k_proj"), take("self_attn.v_proj")]),
-        o=take("self_attn.o_proj"),
-        gate=take("mlp.gate_proj"),
-        up=take("mlp.up_proj"),
-        down=take("mlp.down_proj"),
-        q_norm=norm_weight(take("self_attn.q_norm")),
+        q=Linear(take("self_attn.q_proj")),
+        kv=Linear(torch.cat([take("self_attn.k_proj"), take("self_attn.v_proj")])),
+        o=Linear(take("self_attn.o_proj")),
+        gated=GatedLinear(take("mlp.gate_proj"), take("mlp.up_proj")),
+        down=Linear(take("mlp.down_proj")),
+        q_norm=norm_weight(take("self_attn.q_norm")) * scale,
         k_norm=norm_weight(take("self_attn.k_norm")),
         pre_attention=norm_weight(take("pre_self_attn_layernorm")),
         post_attention=norm_weight(take("post_self_attn_layernorm")),
@@ -92,19 +94,6 @@ class Rope:
             cos, sin = self._module(self._like, ids, kind)
             self._tables[kind] = (cos[0, :, None], sin[0, :, None])
         return self._tables[kind]
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root mean square norm over the last axis, in float32, back in x's format."""
-    x32 = x.float()
-    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).mul_(weight).to(x.dtype)
-
-
-def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Rotary position embedding on (..., tokens, heads, head_dim)."""
-    cos, sin = rotation
-    half = x.shape[-1] // 2
-    return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
 
 
 def norm_weight(weight: Tensor) -> Tensor:

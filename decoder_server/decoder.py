@@ -1,63 +1,70 @@
 """The T5Gemma 2 decoder as a reranker runs it: one packed pass, read out at each prompt's last token.
 
 Reads like the model's definition (transformers' modeling_t5gemma2 is the oracle in the tests), less
-what reranking never uses: no cache, no generation, no full vocabulary. Dense layers see prompts
-packed end to end, so no padded token is ever multiplied; the last layer computes queries, output
-projection and MLP at the readout rows only; two rows of the output embedding are multiplied.
-Does not know texts, stores or requests.
+what reranking never uses: no generation, no full vocabulary. Dense layers see prompts packed end to
+end, so no padded token is ever multiplied; the last layer computes queries, output projection and MLP
+at the readout rows only; two rows of the output embedding are multiplied.
+
+What a pass needs of a passage are its keys and values, layer by layer: a context. `passage_kv` makes
+it of pooled states; `prompt_kv` continues it by the beginning of a prompt, so that a pass over the
+rest alone gives the same margins. Whoever keeps contexts does it elsewhere. Does not know texts,
+stores or requests.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from checkpoint.fused import gated_linear_for
-from checkpoint.layers import Embedding, LayerWeights, Rope, Rotation, norm_weight, rms_norm, rotate, take_layer
+from checkpoint.attention import attend
+from checkpoint.layers import Embedding, LayerWeights, Rope, norm_weight, take_layer
+from checkpoint.pointwise import Pointwise, Rotation
 from decoder_server.layout import Layout
 
 if TYPE_CHECKING:
     from transformers.models.t5gemma2.configuration_t5gemma2 import T5Gemma2DecoderConfig
 
+KeysValues = tuple[Tensor, Tensor]  # of one layer, normed and rotated, (rows, num_kv, head) each
+
 
 class Decoder:
     """Decoder weights and the forward pass over them."""
 
-    def __init__(self, config: T5Gemma2DecoderConfig, tensors: dict[str, Tensor], eoi_id: int) -> None:
-        """Takes tensors out of `tensors` (canonical names `decoder.…`) as it fuses them.
+    def __init__(
+        self, config: T5Gemma2DecoderConfig, tensors: dict[str, Tensor], eoi_id: int, *, compiled: bool = False
+    ) -> None:
+        """Takes tensors out of `tensors` (canonical names `decoder.…`) as it packs them.
 
         Args:
             eoi_id: the token whose embedding row is kept apart (end of image).
+            compiled: see Pointwise.
         """
         self.config = config
         self.embedding = Embedding(tensors, "decoder", eoi_id)
         weight = self.embedding.weight
         self.head = tensors.pop("lm_head.weight", weight)
         self.norm = norm_weight(tensors.pop("decoder.norm.weight"))
-        self.layers = [take_layer(tensors, f"decoder.layers.{i}") for i in range(config.num_hidden_layers)]
+        scale = float(config.query_pre_attn_scalar**-0.5)
+        self.layers = [take_layer(tensors, f"decoder.layers.{i}", scale) for i in range(config.num_hidden_layers)]
         self.layer_types: list[str] = list(config.layer_types or ())
-        self._gated = gated_linear_for(weight)
-        self.rope = Rope(config, weight.device, weight.dtype)
+        self.pointwise = Pointwise(float(config.rms_norm_eps), compiled=compiled)
+        self._rope = Rope(config, weight.device, weight.dtype)
 
     @torch.inference_mode()
-    def margins(self, token_ids: Tensor, states: Tensor, layout: Layout, yes_id: int, no_id: int) -> Tensor:
+    def margins(
+        self, token_ids: Tensor, context: Iterable[KeysValues], layout: Layout, yes_id: int, no_id: int
+    ) -> Tensor:
         """Yes-logit minus no-logit at the last token of every prompt, float32 (batch,).
 
         Args:
-            token_ids: prompts packed end to end, (num_tokens,).
-            states: pooled passage states packed end to end, (num_states, dim).
+            token_ids: prompts packed end to end, without what the context has of them, (num_tokens,).
+            context: per layer, packed end to end.
             layout: which rows of both belong to which pair.
         """
-        hidden = self.embedding(token_ids)  # (num_tokens, dim)
-        rope = {kind: self._rotation(kind, layout) for kind in set(self.layer_types)}
-        masks = {kind: layout.mask(self._window(kind), self.groups, hidden.dtype) for kind in rope}
-        for i, (layer, kind) in enumerate(zip(self.layers, self.layer_types, strict=True)):
-            last = i == len(self.layers) - 1
-            hidden = self._layer(layer, hidden, states, layout, rope[kind], masks[kind], last)
-        hidden = rms_norm(hidden, self.norm, self.eps)  # (batch, dim): the readout rows
+        hidden = self._run(token_ids, context, layout)  # (batch, dim): the readout rows
         logits = hidden.float() @ self.head[[yes_id, no_id]].float().T  # (batch, 2)
         cap = self.config.final_logit_softcapping
         if cap is not None:
@@ -65,114 +72,105 @@ class Decoder:
         return logits[:, 0] - logits[:, 1]
 
     @torch.inference_mode()
+    def passage_kv(self, states: Tensor) -> Iterator[KeysValues]:
+        """The context that pooled states (num_states, dim) make, layer by layer as it is asked for.
+
+        Passage keys carry no position.
+        """
+        for layer in self.layers:
+            with torch.inference_mode():  # a generator runs in its caller's mode
+                k, v = self._projected(layer, states)
+                yield self.pointwise.rms_norm(k, layer.k_norm), v
+
+    @torch.inference_mode()
+    def prompt_kv(self, token_ids: Tensor, context: Iterable[KeysValues], layout: Layout) -> list[KeysValues]:
+        """What the beginning of prompts adds to a context, per layer (num_tokens, num_kv, head) each.
+
+        Args: as of `margins`.
+        """
+        kept: list[KeysValues] = []
+        self._run(token_ids, context, layout, keep=kept.append)
+        return kept
+
+    @torch.inference_mode()
     def attention(self, token_ids: Tensor, states: Tensor) -> Tensor:
         """What one prompt's readout token attends to: weights over the states, float32 (num_layers, num_states).
 
-        The mean over heads of the softmax over [prompt ; states]; what a row lacks to 1 went to the
-        prompt. For looking at, not for serving: queries and keys are projected twice.
+        The mean over heads of the softmax over [states ; prompt]; what a row lacks to 1 went to the
+        prompt. For looking at, not for serving.
 
         Args:
             token_ids: (num_tokens,).
             states: (num_states, dim).
         """
+        rows: list[Tensor] = []
+
+        def watch(q: Tensor, keys: Tensor, mask: Tensor) -> None:
+            group = q.shape[2] // mask.shape[2]
+            logits = q[:, :, -group:].float() @ keys.float().transpose(2, 3) + mask[:, :, -1:].float()
+            rows.append(logits.softmax(-1)[0, :, :, : len(states)].mean((0, 1)))  # (num_states,)
+
         layout = Layout([len(token_ids)], [len(states)], token_ids.device)
-        hidden = self.embedding(token_ids)
-        rows = []
-        for layer, kind in zip(self.layers, self.layer_types, strict=True):
-            rope = self._rotation(kind, layout)
-            mask = layout.mask(self._window(kind), self.groups, hidden.dtype)
-            normed = rms_norm(hidden, layer.pre_attention, self.eps)
-            q, keys, _, seen = self._projected(layer, normed, states, layout, rope, mask, True)
-            logits = q.float() @ keys.float().transpose(2, 3) * self._scale + seen.float()
-            rows.append(logits.softmax(-1)[0, :, :, layout.max_prompt :].mean((0, 1)))  # (num_states,)
-            hidden = self._layer(layer, hidden, states, layout, rope, mask, False)
+        self._run(token_ids, self.passage_kv(states), layout, watch=watch)
         return torch.stack(rows)
 
-    @property
-    def _scale(self) -> float:
-        return float(self.config.query_pre_attn_scalar**-0.5)
+    def _run(
+        self,
+        token_ids: Tensor,
+        context: Iterable[KeysValues],
+        layout: Layout,
+        *,
+        keep: Callable[[KeysValues], None] | None = None,
+        watch: Callable[[Tensor, Tensor, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Every layer over every token but the last layer, which computes the readout rows; they come out normed.
 
-    @property
-    def eps(self) -> float:
-        return float(self.config.rms_norm_eps)
+        Args:
+            keep: takes the prompt's keys and values of each layer; then nothing after the last is computed.
+            watch: sees each layer's queries, keys and mask.
+        """
+        hidden = self.embedding(token_ids)  # (num_tokens, dim)
+        views = {kind: self._view(kind, layout, hidden.dtype) for kind in set(self.layer_types)}
+        norms = [layer.pre_attention for layer in self.layers] + [self.norm]
+        normed = self.pointwise.rms_norm(hidden, norms[0])
+        for i, (layer, passage) in enumerate(zip(self.layers, context, strict=True)):
+            last = i == len(self.layers) - 1
+            rotation, mask = views[self.layer_types[i]]
+            k, v = self._projected(layer, normed)
+            k = self.pointwise.norm_rotate(k, layer.k_norm, *rotation)
+            if keep is not None:
+                keep((k, v))
+                if last:
+                    break
+            # One softmax over [passage keys ; prompt keys].
+            keys, values = layout.merge(passage[0], k), layout.merge(passage[1], v)
+            if last:
+                rows = layout.readout
+                hidden, normed = hidden[rows], normed[rows]  # (batch, dim)
+                rotation, mask = (rotation[0][rows], rotation[1][rows]), layout.readout_mask(mask)
+            q = layer.q(normed).view(len(normed), -1, self.config.head_dim)
+            q = layout.fold(self.pointwise.norm_rotate(q, layer.q_norm, *rotation), keys.shape[1], readout=last)
+            if watch is not None:
+                watch(q, keys, mask)
+            attended = layout.unfold(attend(q, keys, values, mask, self.pointwise), self.groups, readout=last)
+            hidden, normed = self.pointwise.add_norm(hidden, layer.o(attended), layer.post_attention, layer.pre_mlp)
+            update = layer.down(layer.gated(normed))
+            hidden, normed = self.pointwise.add_norm(hidden, update, layer.post_mlp, norms[i + 1])
+        return normed
 
     @property
     def groups(self) -> int:
         """Query heads per kv head."""
         return int(self.config.num_attention_heads // self.config.num_key_value_heads)
 
-    def _window(self, kind: str) -> int | None:
-        return self.config.sliding_window if kind == "sliding_attention" else None
+    def _projected(self, layer: LayerWeights, x: Tensor) -> KeysValues:
+        """(rows, dim) -> raw keys and values, (rows, num_kv, head) each."""
+        kv = layer.kv(x).view(len(x), 2, self.config.num_key_value_heads, self.config.head_dim)
+        return kv[:, 0], kv[:, 1]
 
-    def _rotation(self, kind: str, layout: Layout) -> Rotation:
-        """cos and sin of the packed prompt tokens, (num_tokens, 1, head_dim) each."""
-        cos, sin = self.rope.table(kind, layout.max_prompt)
-        return cos[layout.positions], sin[layout.positions]
-
-    def _layer(
-        self,
-        layer: LayerWeights,
-        hidden: Tensor,  # (num_tokens, dim)
-        states: Tensor,  # (num_states, dim)
-        layout: Layout,
-        rope: Rotation,
-        mask: Tensor,
-        last: bool,
-    ) -> Tensor:
-        """One layer; the last one returns the readout rows (batch, dim), the others every token."""
-        normed = rms_norm(hidden, layer.pre_attention, self.eps)
-        attended = self._attention(layer, normed, states, layout, rope, mask, last)
-        if last:
-            hidden = hidden[layout.readout]
-        hidden = hidden + rms_norm(F.linear(attended, layer.o), layer.post_attention, self.eps)
-        normed = rms_norm(hidden, layer.pre_mlp, self.eps)
-        inner = self._gated(normed, layer.gate, layer.up)
-        return hidden + rms_norm(F.linear(inner, layer.down), layer.post_mlp, self.eps)
-
-    def _attention(
-        self,
-        layer: LayerWeights,
-        normed: Tensor,
-        states: Tensor,
-        layout: Layout,
-        rope: Rotation,
-        mask: Tensor,
-        last: bool,
-    ) -> Tensor:
-        """Merged attention: one softmax over [prompt keys ; passage keys]."""
-        q, keys, values, mask = self._projected(layer, normed, states, layout, rope, mask, last)
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=self._scale)
-        return layout.unfold(out, self.groups, readout=last)  # (num_tokens or batch, num_heads head)
-
-    def _projected(
-        self,
-        layer: LayerWeights,
-        normed: Tensor,
-        states: Tensor,
-        layout: Layout,
-        rope: Rotation,
-        mask: Tensor,
-        last: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Folded queries, merged keys, merged values, and the mask over them.
-
-        Passage keys carry no position and no window. Query heads that share a kv head are folded
-        into the query axis, so that shared keys are read once and never repeated in memory.
-        """
-        config, head = self.config, self.config.head_dim
-        num_q, num_kv = config.num_attention_heads, config.num_key_value_heads
-        qkv = F.linear(normed, layer.qkv).view(-1, num_q + 2 * num_kv, head)
-        q, k, v = torch.split(qkv, [num_q, num_kv, num_kv], dim=1)
-        # Passage states have no query: the k and v rows of the fused projection alone.
-        cross = F.linear(states, layer.qkv[num_q * head :]).view(-1, 2 * num_kv, head)
-        cross_k, cross_v = torch.split(cross, num_kv, dim=1)
-        k = rotate(rms_norm(k, layer.k_norm, self.eps), rope)
-        keys = layout.merge(k, rms_norm(cross_k, layer.k_norm, self.eps))  # (batch, num_kv, max_keys, head)
-        values = layout.merge(v, cross_v)
-        if last:
-            q, rope = q[layout.readout], (rope[0][layout.readout], rope[1][layout.readout])
-        q = rotate(rms_norm(q, layer.q_norm, self.eps), rope)
-        q = layout.fold(q, num_kv, readout=last)  # (batch, num_kv, max_prompt * groups, head)
-        if last:
-            mask = layout.readout_mask(mask, self.groups)
-        return q, keys, values, mask
+    def _view(self, kind: str, layout: Layout, dtype: torch.dtype) -> tuple[Rotation, Tensor]:
+        """What layers of this kind share: cos and sin of the packed tokens, and the mask."""
+        cos, sin = self._rope.table(kind, layout.num_positions)
+        window = self.config.sliding_window if kind == "sliding_attention" else None
+        mask = layout.mask(window, self.config.num_key_value_heads, dtype)
+        return (cos[layout.positions], sin[layout.positions]), mask

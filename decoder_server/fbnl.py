@@ -27,7 +27,9 @@ class FbnlBackend:
     notice = ""
     listwise = False
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *, compiled: bool = False
+    ) -> None:
         self.settings = checkpoint.settings
         self.checkpoint_name = checkpoint.name
         self.dtype_name = dtype_name(dtype)
@@ -38,7 +40,7 @@ class FbnlBackend:
         tensors = checkpoint.decoder_tensors(dtype)
         if device.type != "cpu":
             tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-        self._decoder = Decoder(checkpoint.decoder_config, tensors, checkpoint.eoi_id)
+        self._decoder = Decoder(checkpoint.decoder_config, tensors, checkpoint.eoi_id, compiled=compiled)
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, *, device: str | None = None, dtype: str | None = None) -> FbnlBackend:
@@ -80,7 +82,9 @@ class FbnlBackend:
         states = torch.from_numpy(np.concatenate([pair.states for pair in pairs])).to(self._device, self._dtype)
         layout = Layout([len(p.prompt.ids) for p in pairs], [len(p.states) for p in pairs], self._device)
         margins: NDArray[np.float32] = (
-            self._decoder.margins(ids, states, layout, self._text.yes_id, self._text.no_id).cpu().numpy()
+            self._decoder.margins(ids, self._decoder.passage_kv(states), layout, self._text.yes_id, self._text.no_id)
+            .cpu()
+            .numpy()
         )
         return np.where(np.isfinite(margins), margins, np.float32("nan"))
 

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -22,7 +21,9 @@ from encoder_worker.text_encoder import TextEncoder
 class Encoder:
     """Encoder half of one checkpoint, loaded. Call it from one thread."""
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *, compiled: bool = False
+    ) -> None:
         self.dim = checkpoint.dim
         self.dtype_name = dtype_name(dtype)
         self.device_name = str(device)
@@ -30,7 +31,7 @@ class Encoder:
         tensors = checkpoint.encoder_tensors(dtype)
         if device.type != "cpu":
             tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-        self._model = TextEncoder(checkpoint.encoder_config, tensors, checkpoint.eoi_id)
+        self._model = TextEncoder(checkpoint.encoder_config, tensors, checkpoint.eoi_id, compiled=compiled)
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, *, device: str | None = None, dtype: str | None = None) -> Encoder:
@@ -49,7 +50,7 @@ class Encoder:
 
     @torch.inference_mode()
     def encode(self, batch: Sequence[Sequence[int]], ratio: int) -> list[NDArray[np.float32]]:
-        """Pooled states of one padded batch.
+        """Pooled states of one batch.
 
         Args:
             batch: token ids per passage, template included, each at least one token.
@@ -58,34 +59,26 @@ class Encoder:
         Returns:
             Per passage (ceil(num_tokens / ratio), dim) float32.
         """
-        lengths = torch.tensor([len(ids) for ids in batch])
-        longest = int(lengths.max())
-        ids = torch.zeros(len(batch), longest, dtype=torch.long)
-        for row, tokens in enumerate(batch):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-        real = torch.arange(longest) < lengths[:, None]
-        ids, real = ids.to(self._device), real.to(self._device)
-        states = self._model.states(ids, real)
-        pooled = pool_batch(states, real, ratio).cpu()
+        lengths = [len(ids) for ids in batch]
+        ids = torch.from_numpy(np.concatenate([np.asarray(tokens, dtype=np.int64) for tokens in batch]))
+        states = self._model.states(ids.to(self._device), lengths)
+        pooled = pool_packed(states, lengths, ratio).cpu()
         # Copies, so that one passage kept does not keep the whole batch alive.
-        return [pooled[row, : -(-len(tokens) // ratio)].numpy().copy() for row, tokens in enumerate(batch)]
+        counts = [-(-length // ratio) for length in lengths]
+        return [rows.numpy().copy() for rows in pooled.split(counts)]
 
 
-def pool_batch(states: Tensor, real: Tensor, ratio: int) -> Tensor:
-    """Matryoshka embedding pooling of a padded batch on its own device.
+def pool_packed(states: Tensor, lengths: Sequence[int], ratio: int) -> Tensor:
+    """Matryoshka embedding pooling of packed passages on their own device.
 
-    The mean over groups of `ratio` tokens aligned at token 0, over real tokens alone; cache.pooling
-    has the same law for one passage, and the tests hold both to it.
+    The mean over groups of `ratio` tokens aligned at each passage's token 0; cache.pooling has the
+    same law for one passage, and the tests hold both to it.
 
     Args:
-        states: (batch, num_tokens, dim).
-        real: (batch, num_tokens), True where a token is not padding.
+        states: (num_tokens, dim).
 
     Returns:
-        (batch, ceil(num_tokens / ratio), dim) float32; groups without a real token are zero.
+        (sum of ceil(length / ratio), dim) float32.
     """
-    batch, length, dim = states.shape
-    extra = -length % ratio
-    grouped = F.pad(states.float() * real[..., None], (0, 0, 0, extra)).view(batch, -1, ratio, dim)
-    counts = F.pad(real, (0, extra)).view(batch, -1, ratio).sum(2)
-    return grouped.sum(2) / counts.clamp(min=1)[..., None]
+    sizes = [min(ratio, length - first) for length in lengths for first in range(0, length, ratio)]
+    return torch.segment_reduce(states.float(), "mean", lengths=torch.tensor(sizes, device=states.device), axis=0)

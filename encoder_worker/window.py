@@ -2,85 +2,145 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-BLOCK_TOKENS = 512  # queries a block; their keys are the block and what the window reaches beside it
+from checkpoint.attention import BLOCK_LOGITS, attend
+from checkpoint.pointwise import Pointwise
+
+# Queries at a time where a layer slides: their keys are these and what the window reaches beside
+# them, so more would see more keys in vain.
+BLOCK_TOKENS = 128
 
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """Queries [first, last) against keys [first_key, last_key)."""
+    """Queries [first, last) against keys [first_key, last_key) of every passage of a group."""
 
     first: int
     last: int
     first_key: int
     last_key: int
-    mask: Tensor | None  # additive, broadcastable to (batch, 1, queries * groups, keys)
+    mask: Tensor | None  # additive, (batch or 1, 1, queries, keys)
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Passages of one length that lie beside one another; or, padded, of several lengths."""
+
+    rows: slice  # of the packed batch
+    source: Tensor | None  # packed row of every padded one; None: nothing is padded
+    real: Tensor | None  # (batch, longest)
+    batch: int
+    length: int
+    blocks: tuple[_Block, ...]
 
 
 class Window:
-    """Bidirectional attention, sliding or over everything, for one padded batch."""
+    """Bidirectional attention, sliding or over everything, for one packed batch."""
 
-    def __init__(self, size: int | None, real: Tensor, groups: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, size: int | None, lengths: Sequence[int], group: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
         """
         Args:
             size: sliding window in tokens: a query sees (size - 1) // 2 tokens to its left and size // 2 to
                 its right (source: sliding_window_mask_function in transformers' modeling_t5gemma2);
                 None sees everything.
-            real: (batch, length), True where a token is not padding.
-            groups: query heads per kv head.
+            lengths: of the packed passages, in order.
+            group: query heads per kv head.
         """
-        self._groups = groups
-        length = real.shape[1]
-        padding = None if bool(real.all()) else _additive(real[:, None, None, :], dtype)  # (batch, 1, 1, length)
-        if size is None or length <= (size + 1) // 2:
-            self._blocks = [_Block(0, length, 0, length, padding)]
-            return
-        left, right = (size + 1) // 2 - 1, size // 2
-        self._blocks = []
-        for first in range(0, length, BLOCK_TOKENS):
-            last = min(first + BLOCK_TOKENS, length)
-            first_key, last_key = max(0, first - left), min(length, last + right)
-            queries = torch.arange(first, last, device=real.device)[:, None]
-            distance = queries - torch.arange(first_key, last_key, device=real.device)
-            seen = ((distance <= left) & (distance >= -right)).repeat_interleave(groups, dim=0)[None, None]
-            if padding is not None:
-                seen = seen & real[:, None, None, first_key:last_key]
-                # A padding query whose window holds padding alone would have nothing to average: let it see itself.
-                seen = seen | ~seen.any(-1, keepdim=True)
-            self._blocks.append(_Block(first, last, first_key, last_key, _additive(seen, dtype)))
+        self._size, self._group, self._device, self._dtype = size, group, device, dtype
+        self._masks: dict[tuple[int, int, int], Tensor] = {}
+        # A CPU takes every length by itself and pads nothing; a GPU would spend its time launching.
+        pad = device.type != "cpu" and len(set(lengths)) > 1
+        self._groups = [self._padded(lengths)] if pad else list(self._even(lengths))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Attention of every token.
-
-        Query heads that share a kv head are folded into the query axis: shared keys are read once.
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, pointwise: Pointwise) -> Tensor:
+        """Attention of every token; q is scaled already.
 
         Args:
-            q: (batch, length, num_heads, head_dim).
-            k, v: (batch, num_kv, length, head_dim).
+            q: (num_tokens, num_heads, head).
+            k, v: (num_tokens, num_kv, head).
 
         Returns:
-            (batch, length, num_heads, head_dim).
+            (num_tokens, num_heads * head).
         """
-        batch, length, num_heads, head = q.shape
-        num_kv = k.shape[1]
-        folded = q.view(batch, length, num_kv, self._groups, head).transpose(1, 2)
-        out = q.new_empty(batch, length, num_kv, self._groups, head)
-        for block in self._blocks:
-            part = F.scaled_dot_product_attention(
-                folded[:, :, block.first : block.last].reshape(batch, num_kv, -1, head),
-                k[:, :, block.first_key : block.last_key],
-                v[:, :, block.first_key : block.last_key],
-                attn_mask=block.mask,
-                scale=scale,
+        num_heads, head, num_kv = q.shape[1], q.shape[2], k.shape[1]
+        out = torch.empty_like(q)
+        for group in self._groups:
+            queries, keys, values = (
+                x[group.rows if group.source is None else group.source].view(group.batch, group.length, *x.shape[1:])
+                for x in (q, k, v)
             )
-            out[:, block.first : block.last] = part.view(batch, num_kv, -1, self._groups, head).transpose(1, 2)
-        return out.view(batch, length, num_heads, head)
+            keys, values = keys.transpose(1, 2), values.transpose(1, 2)  # (batch, num_kv, length, head)
+            parts = []
+            for block in group.blocks:
+                folded = queries[:, block.first : block.last].unflatten(2, (num_kv, self._group)).transpose(1, 2)
+                part = attend(
+                    folded.reshape(group.batch, num_kv, -1, head),
+                    keys[:, :, block.first_key : block.last_key],
+                    values[:, :, block.first_key : block.last_key],
+                    None if block.mask is None else block.mask.expand(group.batch, num_kv, -1, -1),
+                    pointwise,
+                )
+                parts.append(part.view(group.batch, num_kv, -1, self._group, head).transpose(1, 2))
+            whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+            rows = whole.reshape(group.batch, group.length, num_heads, head)
+            out[group.rows] = rows.flatten(0, 1) if group.real is None else rows[group.real]
+        return out.flatten(1)
+
+    def _even(self, lengths: Sequence[int]) -> Iterator[_Group]:
+        """Runs of passages of one length."""
+        first = row = 0
+        while first < len(lengths):
+            length, last = lengths[first], first
+            while last < len(lengths) and lengths[last] == length:
+                last += 1
+            batch = last - first
+            yield _Group(slice(row, row + batch * length), None, None, batch, length, self._blocks(length, None))
+            first, row = last, row + batch * length
+
+    def _padded(self, lengths: Sequence[int]) -> _Group:
+        longest = max(lengths)
+        real = torch.arange(longest, device=self._device) < torch.tensor(lengths, device=self._device)[:, None]
+        source = (real.flatten().cumsum(0) - 1).clamp(min=0)
+        return _Group(slice(None), source, real, len(lengths), longest, self._blocks(longest, real))
+
+    def _blocks(self, length: int, real: Tensor | None) -> tuple[_Block, ...]:
+        """The queries of `length` tokens, cut so that whole rows of logits fit."""
+        if self._size is None or length <= (self._size + 1) // 2:
+            left = right = length
+            step = max(1, BLOCK_LOGITS // (self._group * length))
+        else:
+            left, right = (self._size + 1) // 2 - 1, self._size // 2
+            step = BLOCK_TOKENS
+        blocks = []
+        for first in range(0, length, step):
+            last = min(first + step, length)
+            first_key, last_key = max(0, first - left), min(length, last + right)
+            mask = self._mask(first - first_key, last - first, last_key - first_key, left, right)
+            if real is not None:
+                padding = _additive(real[:, None, None, first_key:last_key], self._dtype)
+                mask = padding if mask is None else mask + padding
+            blocks.append(_Block(first, last, first_key, last_key, mask))
+        return tuple(blocks)
+
+    def _mask(self, offset: int, num_queries: int, num_keys: int, left: int, right: int) -> Tensor | None:
+        """Of a block whose first query is its key number `offset`; made once for all blocks that look alike."""
+        if num_queries + offset - 1 <= left and num_keys - 1 - offset <= right:
+            return None
+        key = (offset, num_queries, num_keys)
+        if key not in self._masks:
+            queries = torch.arange(offset, offset + num_queries, device=self._device)[:, None]
+            distance = queries - torch.arange(num_keys, device=self._device)
+            self._masks[key] = _additive((distance <= left) & (distance >= -right), self._dtype)[None, None]
+        return self._masks[key]
 
 
 def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
+    # Lowest rather than -inf: a padding query that sees padding alone still has something to average.
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min / 4)
