@@ -132,7 +132,7 @@ class Decoder:
         hidden = self.embedding(token_ids)  # (num_tokens, dim)
         views = {kind: self._view(kind, layout, hidden.dtype) for kind in set(self.layer_types)}
         norms = [layer.pre_attention for layer in self.layers] + [self.norm]
-        normed = self.pointwise.rms_norm(hidden, norms[0])
+        normed: Tensor = self.pointwise.rms_norm(hidden, norms[0])
         for i, (layer, passage) in enumerate(zip(self.layers, context, strict=True)):
             last = i == len(self.layers) - 1
             rotation, mask = views[self.layer_types[i]]

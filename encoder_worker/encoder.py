@@ -65,7 +65,7 @@ class Encoder:
         pooled = pool_packed(states, lengths, ratio).cpu()
         # Copies, so that one passage kept does not keep the whole batch alive.
         counts = [-(-length // ratio) for length in lengths]
-        return [rows.numpy().copy() for rows in pooled.split(counts)]
+        return [rows.copy() for rows in np.split(pooled.numpy(), np.cumsum(counts)[:-1])]
 
 
 def pool_packed(states: Tensor, lengths: Sequence[int], ratio: int) -> Tensor:

@@ -63,14 +63,13 @@ class TextEncoder:
             cos, sin = self._rope.table(kind, max(lengths))
             rotations[kind] = (cos[positions], sin[positions])
         norms = [layer.pre_attention for layer in self.layers] + [self.norm]
-        normed = self.pointwise.rms_norm(hidden, norms[0])
+        normed: Tensor = self.pointwise.rms_norm(hidden, norms[0])
         for layer, kind, following in zip(self.layers, self.layer_types, norms[1:], strict=True):
             attended = self._attended(layer, normed, windows[kind], rotations[kind])
             hidden, normed = self.pointwise.add_norm(hidden, layer.o(attended), layer.post_attention, layer.pre_mlp)
             update = layer.down(layer.gated(normed))
             hidden, normed = self.pointwise.add_norm(hidden, update, layer.post_mlp, following)
-        states: Tensor = normed
-        return states
+        return normed
 
     def _attended(self, layer: LayerWeights, normed: Tensor, window: Window, rotation: Rotation) -> Tensor:
         """(num_tokens, dim) -> (num_tokens, num_heads * head_dim)."""

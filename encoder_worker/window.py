@@ -79,7 +79,8 @@ class Window:
             keys, values = keys.transpose(1, 2), values.transpose(1, 2)  # (batch, num_kv, length, head)
             parts = []
             for block in group.blocks:
-                folded = queries[:, block.first : block.last].unflatten(2, (num_kv, self._group)).transpose(1, 2)
+                part = queries[:, block.first : block.last]  # (batch, queries, num_heads, head)
+                folded = part.reshape(*part.shape[:2], num_kv, self._group, head).transpose(1, 2)
                 part = attend(
                     folded.reshape(group.batch, num_kv, -1, head),
                     keys[:, :, block.first_key : block.last_key],
