@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import sys
 
 import torch
@@ -54,6 +55,28 @@ def cpu_multiplies_bfloat16() -> bool:
     """AMX or AVX512-BF16; without them bfloat16 is emulated and several times slower than float32."""
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+# A model narrower than that computes a pass in less time than its steps take to compile.
+MIN_FUSED_DIM = 512
+
+
+def choose_fused(dim: int, device: torch.device) -> bool:
+    """Whether the steps between matrix products are worth compiling, and can be.
+
+    On a CPU that needs a C++ compiler, some ten seconds once per machine (torch keeps what it compiled) and
+    a few at every start. TORCH_COMPILE_DISABLE=1 is torch's own switch.
+    """
+    return device.type == "cpu" and dim >= MIN_FUSED_DIM and cpp_compiler() is not None
+
+
+def cpp_compiler() -> str | None:
+    """Path of the compiler that torch would call, if there is one."""
+    from torch._inductor import config
+
+    wanted = config.cpp.cxx
+    names = [wanted] if isinstance(wanted, str) else [name for name in wanted if name]
+    return next((path for name in names if (path := shutil.which(name))), None)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

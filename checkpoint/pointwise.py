@@ -83,13 +83,18 @@ class Pointwise:
 
         def call(*tensors: Tensor) -> Any:
             # A compiler takes 1 for a constant; so little is as fast unfused.
-            if tensors[0].shape[0] < 2 or (keys is not None and tensors[0].shape[keys] < 2):
+            if not self.compiled or tensors[0].shape[0] < 2 or (keys is not None and tensors[0].shape[keys] < 2):
                 return function(*tensors)
             for row in rows:
                 torch._dynamo.maybe_mark_dynamic(tensors[row], 0)
                 if keys is not None:
                     torch._dynamo.maybe_mark_dynamic(tensors[row], keys)
-            return fused(*tensors)
+            try:
+                return fused(*tensors)
+            except torch._dynamo.exc.TorchDynamoException as exc:  # no compiler that works: slower, not wrong
+                log.warning("computing unfused, %s", str(exc).partition("\n")[0])
+                self.compiled = False
+                return function(*tensors)
 
         return call
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from cache.states import PassageStates
 from checkpoint import Checkpoint, CheckpointError, EncoderIdentity, TokenizedPrompt
-from checkpoint.compute import choose_device, choose_dtype, dtype_name
+from checkpoint.compute import choose_device, choose_dtype, choose_fused, dtype_name
 from decoder_server.backend import Pair
 from decoder_server.decoder import Decoder
 from decoder_server.layout import Layout
@@ -55,7 +55,13 @@ class FbnlBackend:
             ValueError: a device or dtype that is not to be had.
         """
         where = choose_device(device)
-        return cls(checkpoint, where, choose_dtype(dtype, where))
+        fused = choose_fused(checkpoint.dim, where)
+        return cls(checkpoint, where, choose_dtype(dtype, where), compiled=fused)
+
+    @property
+    def num_compilations(self) -> int:
+        """Fused steps compiled so far; constant once warm, whatever comes."""
+        return self._decoder.pointwise.num_compilations
 
     def identity(self) -> EncoderIdentity:
         return self.checkpoint.identity()

@@ -107,12 +107,16 @@ def _queues(engines: Mapping[str, Engine]) -> Iterable[Metric]:
     tokens = GaugeMetricFamily("preread_queue_tokens", "Tokens they still need, by estimate.", labels=["model"])
     refused = CounterMetricFamily("preread_admission_refusals", "Requests turned away: queue full.", labels=["model"])
     dropped = CounterMetricFamily("preread_dropped_pairs", "Pairs whose caller left or was late.", labels=["model"])
+    compiled = CounterMetricFamily(
+        "preread_compilations", "Fused steps compiled; constant once warm.", labels=["model"]
+    )
     for name, engine in engines.items():
+        compiled.add_metric([name], getattr(engine.backend, "num_compilations", 0))  # where a backend compiles
         requests.add_metric([name], engine.admission.num_requests)
         tokens.add_metric([name], max(0.0, engine.admission.num_tokens))
         refused.add_metric([name], engine.admission.num_refused)
         dropped.add_metric([name], engine.batcher.counts.num_dropped_pairs)
-    return requests, tokens, refused, dropped
+    return requests, tokens, refused, dropped, compiled
 
 
 def _models(engines: Mapping[str, Engine]) -> Metric:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from checkpoint import Checkpoint
-from checkpoint.compute import choose_device, choose_dtype, dtype_name
+from checkpoint.compute import choose_device, choose_dtype, choose_fused, dtype_name
 from encoder_worker.text_encoder import TextEncoder
 
 
@@ -46,7 +46,8 @@ class Encoder:
             ValueError: a device or dtype that is not to be had.
         """
         where = choose_device(device)
-        return cls(checkpoint, where, choose_dtype(dtype, where))
+        fused = choose_fused(checkpoint.dim, where)
+        return cls(checkpoint, where, choose_dtype(dtype, where), compiled=fused)
 
     @torch.inference_mode()
     def encode(self, batch: Sequence[Sequence[int]], ratio: int) -> list[NDArray[np.float32]]:

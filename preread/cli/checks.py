@@ -53,7 +53,7 @@ def torch_build(options: Mapping[str, Any]) -> Iterator[Finding]:
     """The build, the device that would be taken, and the number format."""
     import torch
 
-    from checkpoint.compute import choose_device, choose_dtype, dtype_name
+    from checkpoint.compute import choose_device, choose_dtype, cpp_compiler, dtype_name
 
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
     yield Finding("torch", State.OK, f"{torch.__version__} ({cuda}), Python {sys.version.split()[0]}")
@@ -64,6 +64,12 @@ def torch_build(options: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding("device", State.FAIL, str(exc))
         return
     yield Finding("device", State.OK, f"{device}, {dtype_name(dtype)}")
+    if device.type == "cpu":
+        compiler = cpp_compiler()
+        fused = (
+            f"{compiler} compiles them at load" if compiler else "no C++ compiler (g++): unfused, a few percent slower"
+        )
+        yield Finding("fused steps", State.OK, fused)
 
 
 def threads(options: Mapping[str, Any]) -> Iterator[Finding]:
