@@ -107,9 +107,7 @@ def _queues(engines: Mapping[str, Engine]) -> Iterable[Metric]:
     tokens = GaugeMetricFamily("preread_queue_tokens", "Tokens they still need, by estimate.", labels=["model"])
     refused = CounterMetricFamily("preread_admission_refusals", "Requests turned away: queue full.", labels=["model"])
     dropped = CounterMetricFamily("preread_dropped_pairs", "Pairs whose caller left or was late.", labels=["model"])
-    compiled = CounterMetricFamily(
-        "preread_compilations", "Fused steps compiled; constant once warm.", labels=["model"]
-    )
+    compiled = CounterMetricFamily("preread_compilations", "Fused steps; constant once warm.", labels=["model"])
     for name, engine in engines.items():
         compiled.add_metric([name], getattr(engine.backend, "num_compilations", 0))  # where a backend compiles
         requests.add_metric([name], engine.admission.num_requests)
