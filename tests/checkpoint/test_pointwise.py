@@ -1,0 +1,56 @@
+"""Fused steps compute what they are made of, and are compiled once whatever the number of rows."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from checkpoint.compute import choose_fused, cpp_compiler
+from checkpoint.pointwise import Pointwise, add_norm, masked_softmax, norm_rotate, rms_norm
+
+EPS = 1e-6
+
+
+@pytest.mark.skipif(cpp_compiler() is None, reason="no C++ compiler: fused steps NOT checked")
+@pytest.mark.slow
+def test_fused_steps_are_the_plain_ones_and_never_compile_again() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    fused = Pointwise(EPS, compiled=True)
+    weight, head = random(64), random(16)
+    compilations = []
+    for rows, keys in ((5, 7), (2, 3), (40, 19), (1, 7), (3, 1)):
+        x, update, heads = random(rows, 64), random(rows, 64), random(rows, 4, 16)
+        cos, sin = random(rows, 1, 16), random(rows, 1, 16)
+        logits, mask = random(rows, 4, keys), random(rows, 1, keys)
+        torch.testing.assert_close(fused.rms_norm(x, weight), rms_norm(x, weight, EPS))
+        torch.testing.assert_close(fused.add_norm(x, update, weight, weight), add_norm(x, update, weight, weight, EPS))
+        rotated = norm_rotate(heads, head, cos, sin, EPS)
+        torch.testing.assert_close(fused.norm_rotate(heads, head, cos, sin), rotated)
+        torch.testing.assert_close(fused.masked_softmax(logits, mask), masked_softmax(logits, mask))
+        compilations.append(fused.num_compilations)
+    assert fused.compiled
+    assert compilations == [4] * len(compilations)
+
+
+def test_small_models_and_machines_without_a_compiler_compute_unfused(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert not choose_fused(64, cpu)
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    assert not choose_fused(4096, cpu)
+
+
+def test_a_compiler_that_does_not_work_costs_speed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Pointwise, graph: object, inputs: object) -> object:
+        raise RuntimeError("no such compiler")
+
+    monkeypatch.setattr(Pointwise, "_inductor", broken)
+    fused = Pointwise(EPS, compiled=True)
+    x, weight = torch.randn(5, 8), torch.randn(8)
+    torch.testing.assert_close(fused.rms_norm(x, weight), rms_norm(x, weight, EPS))
+    assert not fused.compiled
