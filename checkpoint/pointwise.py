@@ -92,7 +92,7 @@ class Pointwise:
             try:
                 return fused(*tensors)
             except torch._dynamo.exc.TorchDynamoException as exc:  # no compiler that works: slower, not wrong
-                log.warning("computing unfused, %s", str(exc).partition("\n")[0])
+                log.warning("computing unfused: %s", getattr(exc, "inner_exception", exc))
                 self.compiled = False
                 return function(*tensors)
 

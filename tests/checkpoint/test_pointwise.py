@@ -14,6 +14,7 @@ EPS = 1e-6
 
 
 @pytest.mark.skipif(cpp_compiler() is None, reason="no C++ compiler: fused steps NOT checked")
+@pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")  # torch's own, from inside its compiler
 @pytest.mark.slow
 def test_fused_steps_are_the_plain_ones_and_never_compile_again() -> None:
     generator = torch.Generator().manual_seed(0)
