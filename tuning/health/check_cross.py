@@ -22,7 +22,7 @@ from tuning.health.pairs import MIN_PAIRS, PairSet, TextTriple
 from tuning.health.plain import PlainModel
 from tuning.health.report import HealthReport, Section
 from tuning.health.running import counted, failed, judged, notes
-from tuning.health.scorer import Scorer
+from tuning.health.scorer import Advance, Scorer, unheard
 from tuning.progress import SILENT, Progress
 
 
@@ -71,7 +71,7 @@ def check_cross(
             else _agrees(served, reference, mixed(texts), limits.max_delta_spreads or 1.0),
             batch_failed=failed(sections[:1], BATCH),
             swap_failed=failed(sections[:1], SWAP),
-            compare_failed=any(section.failed for section in sections[1:]),
+            compare_failed=sections[1].failed,
         )
         causes = name_causes(evidence, reference.plain)
         if causes == [UNKNOWN]:
@@ -142,11 +142,10 @@ class _Reference:
         else:
             self.plain = PlainModel(directory, profile, model.device_name, trust_remote_code)
 
-    def margins(self, texts: Sequence[TextTriple], advance: object = None) -> Margins:
-        tell = advance if callable(advance) else (lambda num: None)
+    def margins(self, texts: Sequence[TextTriple], advance: Advance = unheard) -> Margins:
         if self.plain is None:
-            return self._same.margins(texts, tell)
-        return self.plain.margins(self.plain.read(texts), tell)
+            return self._same.margins(texts, advance)
+        return self.plain.margins(self.plain.read(texts), advance)
 
 
 def _own(model: CrossEncoder) -> Profile:
