@@ -82,6 +82,11 @@ class SweepReport:
         return bool(self.rows) and all(row.timing is not None for row in self.rows)
 
     @property
+    def model(self) -> str:
+        """The checkpoint's name without the folder it lies in; a hub id is one as it is."""
+        return Path(self.checkpoint).name if Path(self.checkpoint).is_dir() else self.checkpoint
+
+    @property
     def machine(self) -> str:
         """Where times come from, in a few words."""
         threads = self.hardware["threads"]

@@ -30,7 +30,7 @@ def render(report: SweepReport, choice: Choice | None, *, show_all: bool = False
     head = Text(
         f"{report.collection}: {report.num_queries:,} queries, {judged}; {report.num_passages:,} passages of "
         f"{report.mean_tokens:,.0f} tokens in the mean; {report.first_stage_name} top {report.settings.top_k}\n"
-        f"{report.checkpoint}: {report.machine}"
+        f"{report.model}: {report.machine}"
     )
     shown = [place for place in range(len(report.rows)) if show_all or _is_shown(report, place, choice)]
     left = len(report.rows) - len(shown)
