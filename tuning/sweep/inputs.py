@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict
+from importlib.metadata import version
 from typing import Any
 
 from cache.collection import Collection
@@ -38,6 +39,8 @@ def inputs_of(
     candidates = [[q, judged.queries[q], [p for p, _ in found]] for q, found in first.items()]
     return {
         "version": WORK_VERSION,
+        # Another codec, pass or product may round otherwise.
+        "packages": {name: version(name) for name in ("preread", "faiss-cpu", "torch")},
         "fingerprint": checkpoint.identity().fingerprint,
         "weights": checkpoint.weights_digest(),
         "checkpoint_settings": asdict(checkpoint.settings),
