@@ -30,10 +30,16 @@ def redis_binary() -> str:
     return binary
 
 
+MAX_PORT = 55_535  # a cluster's nodes talk on the port 10,000 above, which has to exist
+
+
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    while True:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = int(listener.getsockname()[1])
+        if port <= MAX_PORT:
+            return port
 
 
 class RedisServer:
