@@ -191,9 +191,9 @@ ATTEMPTS: tuple[tuple[str, Attempt], ...] = (
 @contextmanager
 def _pooler_dropped(model: Any) -> Iterator[bool]:
     """Takes dense and activation between the first token and the last layer out, where a model has them."""
-    handles = []
+    handles: list[Any] = []
     base_pooler = getattr(model.base_model, "pooler", None)
-    classifier = getattr(model, "classifier", None)
+    classifier: Any = getattr(model, "classifier", None)
     if base_pooler is not None:  # BERT: (batch, tokens, hidden) -> (batch, hidden)
         handles.append(base_pooler.register_forward_hook(lambda _, inputs, __: inputs[0][:, 0]))
     elif getattr(model, "pooler", None) is not None:  # DeBERTa

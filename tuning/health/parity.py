@@ -107,7 +107,8 @@ def _load(path: Path, dtype: str, *, causal: bool) -> Any:
 
     try:
         with quiet():
-            return AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], local_files_only=True).eval()
+            kind: Any = AutoModelForCausalLM
+            return kind.from_pretrained(path, dtype=DTYPES[dtype], local_files_only=True).eval()
     except Exception as exc:  # transformers raises many unrelated types
         raise CheckpointError(f"{path}: the language model cannot be loaded ({str(exc).splitlines()[0]})") from exc
 
