@@ -33,7 +33,7 @@ class Recipe:
     leaf: int = 8  # groups on one subject that stay together in a step, where teacher vectors tell the subject
     binary: float = 0.1
     lora_rank: int = 0  # 0 trains every weight
-    lora_alpha: float = 16.0
+    lora_alpha: int = 16
     save_every: int = 200
     evaluate_every: int = 500
     evaluate_queries: int = 100

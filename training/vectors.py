@@ -49,7 +49,7 @@ def word_vectors(texts: list[str], dim: int = 384) -> Vectors:
     words = [Counter(re.findall(r"\w+", text.lower())) for text in texts]
     seen = Counter(word for counts in words for word in counts)
     signs = {
-        word: np.random.default_rng(zlib.crc32(word.encode())).choice(np.float32([-1, 1]), dim)
+        word: np.random.default_rng(zlib.crc32(word.encode())).choice(np.array([-1, 1], dtype=np.float32), dim)
         * np.float32(np.log(len(texts) / count + 1))
         for word, count in seen.items()
         if count > 1
@@ -59,7 +59,8 @@ def word_vectors(texts: list[str], dim: int = 384) -> Vectors:
         for word, count in counts.items():
             if word in signs:
                 out[i] += np.sqrt(count, dtype=np.float32) * signs[word]
-    return out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), np.float32(1e-6))
+    out /= np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-6)
+    return out
 
 
 def leaves(vectors: Vectors, size: int, rng: np.random.Generator) -> list[list[int]]:

@@ -9,7 +9,7 @@ import torch
 from training.batches import NEAR_COPY, GroupSet, Sampler
 from training.checkpoint_dir import Checkpoint
 from training.groups import Group
-from training.vectors import TeacherVectors, leaves
+from training.vectors import TeacherVectors, leaves, word_vectors
 
 GROUPS = [
     Group("red", "", ("red fish", "red bird"), ("green stone", "blue stone"), (0.9, 0.8, 0.1, 0.2)),
@@ -126,3 +126,11 @@ def test_leaves_hold_every_row_once_and_near_rows_together() -> None:
     assert sorted(row for leaf in found for row in leaf) == list(range(32))
     assert all(len(leaf) == 4 for leaf in found)
     assert sum(len({row // 4 for row in leaf}) == 1 for leaf in found) >= 4
+
+
+def test_word_vectors_are_near_where_rare_words_are_shared() -> None:
+    texts = ["the red fish", "the red fish swims", "the blue bird", "the blue bird sings", "the red fish"]
+    vectors = word_vectors(texts, dim=256)
+    assert np.linalg.norm(vectors, axis=1) == pytest.approx(1, abs=1e-5)
+    assert vectors[0] @ vectors[4] == pytest.approx(1, abs=1e-5)
+    assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2] + 0.3
