@@ -60,7 +60,8 @@ def test_the_command_list_says_what_the_commands_say() -> None:
 # explain the flag in different words, here is why one value is right for each.
 SHARED = {
     "the same limit or place, in each command's words": {
-        "CACHE_BYTES", "COLLECTION", "COMPRESSION_RATIO", "ENCODER_ADDRESS", "ENCODER_API_KEY", "ENCODER_TLS_CA_FILE",
+        "CACHE_BYTES", "CODEC", "COLLECTION", "COMPRESSION_RATIO", "ENCODER_ADDRESS", "ENCODER_API_KEY",
+        "ENCODER_TLS_CA_FILE",
         "ENCODER_TLS_CERT_FILE", "ENCODER_TLS_KEY_FILE", "INSTRUCTION", "MAX_BATCH_TOKENS", "MAX_PASSAGE_TOKENS",
         "MAX_QUEUE_TOKENS", "MIN_GRADE", "QRELS", "QUERIES", "RUN", "SEED", "SPLIT", "STAGES", "TIMEOUT_SECONDS",
     },
