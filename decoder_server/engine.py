@@ -17,19 +17,18 @@ from typing import TypeVar
 
 from cache.collection import Collection
 from cache.errors import CacheError
-from decoder_server import degrade
 from decoder_server.admission import Admission
 from decoder_server.backend import Backend, Prompt
 from decoder_server.batcher import Batcher
 from decoder_server.catalogue import Catalogue
 from decoder_server.config import DecoderConfig
+from decoder_server.easing import Easing
 from decoder_server.errors import DeadlineExceeded, InvalidRequest, Unavailable, code_of
 from decoder_server.observer import Answered, Observer, Trail
 from decoder_server.passages import Source, Wanted
 from decoder_server.plan import Defaults, Plan, plan, text_plan
 from decoder_server.request import (
     Candidate,
-    Degraded,
     OnMiss,
     Outcome,
     RerankRequest,
@@ -84,6 +83,8 @@ class Engine:
         # What the prompt has beside query and instruction, to tell how long an instruction is.
         self._template_tokens = backend.prompt("a", "a").num_tokens - 2
         self.reads_text = backend.identity() is None
+        eases = limits.degrade and not self.reads_text
+        self._easing = Easing(batcher, admission, limits.degrade_queue_share) if eases else None
 
     @property
     def encodes_on_demand(self) -> bool:
@@ -159,8 +160,9 @@ class Engine:
         same = distinct(request.candidates)
         collection = await self._collection(request.collection)
         asked = self._plan(request, collection)
-        read, reason = self._eased(asked, len(same), prompt, deadline)
-        degraded = _degraded(asked, reason)
+        read, degraded = asked, None
+        if self._easing is not None:
+            read, degraded = self._easing.ease(asked, len(same), prompt.num_tokens, deadline)
         wanted = self._wanted(request, list(same), collection, read, prompt, trail)
 
         async def emit_with_texts(outcomes: list[Outcome]) -> None:
@@ -187,7 +189,8 @@ class Engine:
             finally:
                 trail.turns = run.turns
         trail.outcomes = outcomes
-        trail.degraded, trail.stopped_early = reason, run.stopped_early
+        trail.degraded = degraded.reason if degraded is not None else ""
+        trail.stopped_early = run.stopped_early
         results = ranked(outcomes, request.top_n)
         if emit is None:
             results = await self._with_texts(request, wanted, results)
@@ -219,25 +222,6 @@ class Engine:
         stored = collection.manifest.compression_ratio if collection is not None else None
         defaults = Defaults(self.limits.read_ratio, self.limits.stages)
         return plan(request, defaults, stored, self.backend.settings.default_compression_ratio)
-
-    def _eased(self, asked: Plan, num_candidates: int, prompt: Prompt, deadline: float | None) -> tuple[Plan, str]:
-        """What is read, and which pressure made it less than asked; "": none did."""
-        if not self.limits.degrade or self.reads_text or not self.batcher.pace.known:
-            return asked, ""
-        plans = degrade.options(asked)
-        estimates = [self._estimate(read, num_candidates, prompt.num_tokens) for read in plans]
-        seconds_left = None if deadline is None else deadline - time.monotonic()
-        share = self.limits.degrade_queue_share * self.admission.limit_tokens
-        chosen, reason = degrade.choose(estimates, seconds_left, self.admission.num_tokens, share)
-        return plans[chosen], reason
-
-    def _estimate(self, read: Plan, num_candidates: int, num_prompt_tokens: int) -> degrade.Estimate:
-        reads = [(num, self.admission.states(ratio)) for num, ratio in read.reads(num_candidates)]
-        num_tokens = sum(num * (num_prompt_tokens + num_states) for num, num_states in reads)
-        num, num_states = reads[0]
-        ahead = self.admission.tokens_ahead(num_tokens) / self.batcher.counts.drain_rate
-        own = self.batcher.pace.seconds(num * num_prompt_tokens, num * num_states)
-        return degrade.Estimate(num_tokens, ahead + own)
 
     def _wanted(
         self,
@@ -294,9 +278,3 @@ class Engine:
 def _stop_at(started: float, deadline: float | None) -> float | None:
     """When a cascade answers with what it has."""
     return None if deadline is None else deadline - min(ANSWER_SECONDS, ANSWER_SHARE * (deadline - started))
-
-
-def _degraded(asked: Plan, reason: str) -> Degraded | None:
-    if not reason:
-        return None
-    return Degraded(reason, 0, asked.stages) if asked.cascade else Degraded(reason, asked.first.compression_ratio)
