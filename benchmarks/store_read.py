@@ -26,7 +26,7 @@ from cache.collection import Collection, Manifest, StoredPassage
 from cache.states import PassageStates, text_digest
 from cache.store import open_store
 
-CODECS = ("Flat", "SQfp16", "SQbf16", "SQ8", "SQ4", "PQ80", "RQ4x8")
+CODECS = ("Flat", "SQfp16", "SQbf16", "SQ8", "B32,SQ8", "Z,B32,SQ8", "SQ4", "Z,B32,SQ4", "PQ80")
 DIM, PASSAGE_TOKENS, RATIO = 640, 344, 4
 
 
@@ -54,8 +54,8 @@ def read_seconds(url: str, codec_name: str, states: np.ndarray, num_passages: in
     codec = Codec(codec_name, DIM)
     if codec.needs_training:
         codec.train(states.reshape(-1, DIM)[:20_000])
-    store = open_store(url, read_budget_seconds=60.0) if url.startswith("redis") else open_store(url)
-    name = codec_name.lower()
+    store = open_store(url)
+    name = codec_name.lower().replace(",", "-")
     manifest = Manifest(
         collection=name,
         fingerprint="0" * 64,
@@ -95,6 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", default="faiss,redis")
     parser.add_argument("--passages", type=int, default=1000)
+    parser.add_argument("--codecs", type=lambda text: text.split(";"), default=list(CODECS), help="separated by ';'")
     args = parser.parse_args()
     start()
     num_states = -(-PASSAGE_TOKENS // RATIO)
@@ -102,7 +103,7 @@ def main() -> None:
     rows = []
     for kind in args.store.split(","):
         with tempfile.TemporaryDirectory() as folder, redis_url() if kind == "redis" else no_server(folder) as url:
-            for codec_name in CODECS:
+            for codec_name in args.codecs:
                 seconds, state_bytes = read_seconds(url, codec_name, states, args.passages)
                 decoded = args.passages * num_states * DIM * 4
                 rows.append(
