@@ -91,10 +91,7 @@ def measure(args: argparse.Namespace) -> None:
             reference = workload.margins("reference", ratio, lambda states: states)
             progress.advance("margins", 1)
             for name in args.codecs:
-                codec, num_states = workload.trained(name, ratio)
-                trained_on[f"{name} at {ratio}"] = num_states
-                margins = workload.margins(name, ratio, lambda states, codec=codec: codec.decode(codec.encode(states)))
-                size = codec.code_size_bytes
+                margins, size, trained_on[f"{name} at {ratio}"] = workload.coded(name, ratio)
                 rows.append([name, ratio, size, size / ratio, *compare(workload, reference, margins)])
                 progress.advance("margins", 1)
             margins = workload.margins("bfloat16", ratio, lambda states: states, dtype="bfloat16")

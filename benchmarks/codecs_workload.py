@@ -151,14 +151,21 @@ class Workload:
             self._samples[key] = np.concatenate(parts)[:num_states]
         return self._samples[key]
 
-    def trained(self, name: str, ratio: int) -> tuple[Codec | Rotated, int]:
-        """A codec trained on states of a ratio, and on how many."""
+    def coded(self, name: str, ratio: int) -> tuple[Margins, int, int]:
+        """Margins where states went through a codec and back, bytes of a state, and states it was trained on."""
         codec = Rotated(name, self.dim) if name.startswith(ROTATIONS) else Codec(name, self.dim)
-        if not codec.needs_training:
-            return codec, 0
-        sample = self.sample(ratio, max(8192, 64 * codec.min_training_states))
-        codec.train(sample)
-        return codec, len(sample)
+        num_states = max(8192, 64 * codec.min_training_states) if codec.needs_training else 0
+        sample = self.sample(ratio, num_states) if num_states else np.empty((0, self.dim), np.float32)
+        trained = False
+
+        def change(states: NDArray[np.float32]) -> NDArray[np.float32]:
+            nonlocal trained
+            if not trained:  # not before: margins may have been kept
+                codec.train(sample)
+                trained = True
+            return codec.decode(codec.encode(states))
+
+        return self.margins(name, ratio, change), codec.code_size_bytes, len(sample)
 
     def margins(self, key: str, ratio: int, change: Change, dtype: str = "float32") -> Margins:
         """Margins where `change` was done to all states of a ratio, (num_states, dim) each. Kept under `key`."""
