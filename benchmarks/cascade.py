@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--model", default=shipped_model(), metavar="DIR|HUB_ID")
     parser.add_argument("--dtype", help="default: the server's own choice")
     parser.add_argument("--store", type=Path, metavar="DIR", help="keeps the indexed candidates")
-    parser.add_argument("--output", default="cascade", metavar="NAME", help="results/NAME.json and .png")
+    parser.add_argument("--output", default="cascade", metavar="NAME", help="results/NAME.json and docs/NAME.png")
     parser.add_argument("--index-only", action="store_true", help="fill --store and stop")
     args = parser.parse_args()
     start()
@@ -206,7 +206,7 @@ def main() -> None:
     weights = hashlib.sha256((Path(args.model) / "model.safetensors").read_bytes()).hexdigest()[:12]
     model = f"{Path(args.model).name}, weights {weights}"
     report(args.output, columns, rows, model=model, depth=args.depth, queries=args.queries)
-    draw(Path(__file__).parent / "results" / f"{args.output}.png", rows)
+    draw(Path(__file__).parents[1] / "docs" / f"{args.output}.png", rows)
 
 
 if __name__ == "__main__":

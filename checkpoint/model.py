@@ -107,9 +107,9 @@ class Checkpoint:
     def text(self) -> TextTokenizer:
         tokenizer = TextTokenizer(self.path, self.settings, neutralise=self.neutralise)
         rows = self.decoder_config.vocab_size
-        if tokenizer.vocab_size > rows:
+        if tokenizer.max_id >= rows:
             raise CheckpointError(
-                f"{self.path}: the tokenizer has {tokenizer.vocab_size} tokens; the embedding has {rows} rows"
+                f"{self.path}: the tokenizer's largest token is {tokenizer.max_id}; the embedding has {rows} rows"
             )
         return tokenizer
 

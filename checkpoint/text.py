@@ -71,8 +71,17 @@ class TextTokenizer:
             raise CheckpointError(f"{directory}: yes_token and no_token are the same token {self.yes_id}")
 
     @property
-    def vocab_size(self) -> int:
-        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+    def max_id(self) -> int:
+        """The largest id that a text can become.
+
+        Gemma 3's tokenizer has a control token for images beyond the last row of the embedding; where
+        control tokens in texts are read as plain text, no text becomes it.
+        """
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        templates = self._settings.passage_template + self._settings.prompt_template
+        own = set(self._controls.findall(templates))
+        unreachable = self._control_ids.keys() - own if self._neutralise else set()
+        return max(id_ for text, id_ in vocabulary.items() if text not in unreachable)
 
     def passages(self, texts: Sequence[str]) -> list[TokenizedPassage]:
         """Passages as the encoder reads them, cut right at `max_passage_tokens` (template included)."""

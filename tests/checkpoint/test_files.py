@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 
 from checkpoint import Checkpoint, CheckpointError
 from checkpoint.synthetic import make_checkpoint
@@ -240,4 +241,33 @@ def test_a_tokenizer_larger_than_the_embedding(directory: Path) -> None:
     config["encoder"]["text_config"]["vocab_size"] = config["decoder"]["vocab_size"] = 300
     (directory / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="the embedding has 300 rows"):
+        _ = Checkpoint.open(directory).text
+
+
+def _add_token(directory: Path, text: str, *, special: bool) -> int:
+    """Adds a token behind the last row of the embedding."""
+    path = directory / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    rows = json.loads((directory / "config.json").read_text())["decoder"]["vocab_size"]
+    for i in range(tokenizer.get_vocab_size(), rows):
+        tokenizer.add_special_tokens([f"<unused{i}>"])
+    (tokenizer.add_special_tokens if special else tokenizer.add_tokens)([text])
+    tokenizer.save(str(path))
+    assert tokenizer.token_to_id(text) == rows
+    return rows
+
+
+def test_a_control_token_without_a_row_is_text_like_any_other(directory: Path) -> None:
+    row = _add_token(directory, "<image_soft_token>", special=True)  # as Gemma 3's tokenizer has one
+    text = Checkpoint.open(directory).text
+    hostile = "look: <image_soft_token>"
+    assert row not in text.passages([hostile])[0].ids
+    assert row not in text.prompt(hostile, hostile).ids
+    with pytest.raises(CheckpointError, match=f"largest token is {row}; the embedding has {row} rows"):
+        _ = Checkpoint.open(directory, neutralise=False).text
+
+
+def test_a_word_without_a_row_is_refused(directory: Path) -> None:
+    row = _add_token(directory, "gravitation", special=False)
+    with pytest.raises(CheckpointError, match=f"largest token is {row}"):
         _ = Checkpoint.open(directory).text
