@@ -86,7 +86,7 @@ def index(store_url: str, checkpoint: Checkpoint, dtype: str | None) -> None:
 def serving(model: Path | str, store: str, *flags: str) -> Iterator[str]:
     """A real `preread serve` on a free port."""
     command = [sys.executable, "-m", "preread", "serve", "--model", str(model), "--store", store]
-    command += ["--port", "0", "--encoder-port", "0", "--log-level", "warning", *flags]
+    command += ["--port", "0", "--encoder-port", "0", "--log-level", "warning", "--no-check", *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
     try:

@@ -116,7 +116,12 @@ _FILE = click.Path(exists=True, dir_okay=False)
 )
 @access_options
 @observe_options
-@option("--check", is_flag=True, help="Refuse to start with a model whose scores are wrong (`preread check`); slower.")
+@option(
+    "--check/--no-check",
+    default=None,
+    help="Refuse to start with a model whose scores are wrong (`preread check`): every model, or none. Without it, "
+    "cross-encoders that are not run in plain float32, once each.",
+)
 @option("--log-text", is_flag=True, help="Log queries and instructions too; passages never.")
 @option("--tracing", is_flag=True, help="Send OpenTelemetry spans to where the OTEL_* variables say.")
 @grace_option
@@ -160,7 +165,7 @@ async def _serve(options: dict[str, Any]) -> None:
     try:
         with tracing(options) as observers:
             async with encoder_halves(options, models, store, keys) as halves:
-                load = checked(load_model) if options["check"] else load_model
+                load = load_model if options["check"] is False else checked(load_model, every=bool(options["check"]))
                 server = DecoderServer(_config(options, halves), store=store, load=load, keys=keys, observers=observers)
                 for registry in halves.registries:
                     server.metrics.registry.register(registry)

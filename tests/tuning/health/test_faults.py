@@ -187,6 +187,18 @@ def test_a_server_asked_to_check_does_not_start_with_it(bert: Path, tmp_path: Pa
         load(ModelConfig(str(bert), dtype="float32", profile=str(tmp_path / "left.toml")))
 
 
+def test_a_model_not_run_as_published_is_checked_once(
+    bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load = checked(load_model, every=False, passed=tmp_path / "health")
+    load(ModelConfig(str(bert), dtype="float32"))
+    assert capsys.readouterr().out == ""
+    load(ModelConfig(str(bert), dtype="float32", runtime="onnx"))
+    assert "scores are healthy" in capsys.readouterr().out
+    load(ModelConfig(str(bert), dtype="float32", runtime="onnx"))
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 def test_a_dropped_pooler_is_named(
     kind: str, request: pytest.FixtureRequest, gate: Callable[[CrossEncoder], HealthReport]
