@@ -68,14 +68,9 @@ def fill(store_url: str, checkpoint: Checkpoint, lengths: list[int], num_passage
     store = open_store(store_url)
     rng = np.random.default_rng(0)
     for length in lengths:
-        manifest = Manifest(
+        manifest = Manifest.of(
+            identity,
             collection=f"t{length}",
-            fingerprint=identity.fingerprint,
-            checkpoint=identity.checkpoint,
-            dim=identity.dim,
-            max_passage_tokens=identity.max_passage_tokens,
-            passage_template=identity.passage_template,
-            pooling_version=identity.pooling_version,
             compression_ratio=RATIO,
             stores_text=False,
         )

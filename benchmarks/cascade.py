@@ -70,17 +70,7 @@ def index(
 
 
 def _manifest(name: str, identity: EncoderIdentity) -> Manifest:
-    return Manifest(
-        collection=name,
-        fingerprint=identity.fingerprint,
-        checkpoint=identity.checkpoint,
-        dim=identity.dim,
-        max_passage_tokens=identity.max_passage_tokens,
-        passage_template=identity.passage_template,
-        pooling_version=identity.pooling_version,
-        compression_ratio=1,
-        stores_text=False,
-    )
+    return Manifest.of(identity, collection=name, compression_ratio=1, stores_text=False)
 
 
 @dataclass

@@ -58,14 +58,9 @@ def index(store_url: str, checkpoint: Checkpoint, dtype: str | None) -> None:
     store = open_store(store_url)
     for ratio in (1, 4):
         states = [s for i in range(0, 20, 5) for s in encoder.encode(tokens[i : i + 5], ratio)]
-        manifest = Manifest(
+        manifest = Manifest.of(
+            identity,
             collection=f"r{ratio}",
-            fingerprint=identity.fingerprint,
-            checkpoint=identity.checkpoint,
-            dim=identity.dim,
-            max_passage_tokens=identity.max_passage_tokens,
-            passage_template=identity.passage_template,
-            pooling_version=identity.pooling_version,
             compression_ratio=ratio,
             stores_text=False,
         )

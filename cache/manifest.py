@@ -9,7 +9,7 @@ import binascii
 import json
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Protocol
 
 import xxhash
 
@@ -22,6 +22,28 @@ MANIFEST_VERSION = 1
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+class Identity(Protocol):
+    """What tells an encoder from others: checkpoint.EncoderIdentity, which this package does not know."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def checkpoint(self) -> str: ...
+
+    @property
+    def dim(self) -> int: ...
+
+    @property
+    def max_passage_tokens(self) -> int: ...
+
+    @property
+    def passage_template(self) -> str: ...
+
+    @property
+    def pooling_version(self) -> int: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +90,19 @@ class Manifest:
             self.make_codec()
         except CacheError as exc:
             raise ManifestError(str(exc)) from exc
+
+    @classmethod
+    def of(cls, identity: Identity, **rest: Any) -> "Manifest":
+        """A manifest of this encoder; `rest` are the other fields."""
+        return cls(
+            fingerprint=identity.fingerprint,
+            checkpoint=identity.checkpoint,
+            dim=identity.dim,
+            max_passage_tokens=identity.max_passage_tokens,
+            passage_template=identity.passage_template,
+            pooling_version=identity.pooling_version,
+            **rest,
+        )
 
     def make_codec(self) -> Codec:
         """The trained codec of this collection."""

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoint import CheckpointError
 from decoder_server.errors import InvalidRequest
 from decoder_server.model_config import ModelConfig
 
@@ -124,7 +123,7 @@ class CrossEncoderBackend:
         return [TextItem(self.model.pair(prompt.query, prompt.instruction, passage))]
 
     def cut(self, text: str, max_tokens: int | None, *, keep_end: bool = False) -> str:
-        return self.model.cut(text, max_tokens or self.settings.max_passage_tokens, keep_end=keep_end)
+        return self.model.cut(text, max_tokens, keep_end=keep_end)
 
     def score(self, items: Sequence[TextItem]) -> NDArray[np.float32]:
         return self.model.score_pairs([item.pair for item in items])
@@ -139,6 +138,4 @@ class CrossEncoderBackend:
         Raises:
             CheckpointError: the weights give no finite margin.
         """
-        margin = self.score(self.items(self.prompt("Does this model answer?"), "It does."))
-        if not np.isfinite(margin).all():
-            raise CheckpointError(f"{self.checkpoint_name}: the first forward pass gave no finite margin")
+        self.model.warm_up()

@@ -86,15 +86,9 @@ class Target:
         if self.collection is None:
             if self.codec.needs_training:
                 self.codec.train(sample if sample is not None else np.empty((0, self._identity.dim), np.float32))
-            identity = self._identity
-            manifest = Manifest(
+            manifest = Manifest.of(
+                self._identity,
                 collection=self.name,
-                fingerprint=identity.fingerprint,
-                checkpoint=identity.checkpoint,
-                dim=identity.dim,
-                max_passage_tokens=identity.max_passage_tokens,
-                passage_template=identity.passage_template,
-                pooling_version=identity.pooling_version,
                 compression_ratio=self.compression_ratio,
                 codec=self.codec.factory,
                 codec_table=self.codec.table(),

@@ -166,14 +166,9 @@ class _Reads:
         self._trained = trained
         rmtree(directory, ignore_errors=True)  # of a run that was killed
         self._store = open_store(f"faiss:{directory}")
-        manifest = Manifest(
+        manifest = Manifest.of(
+            identity,
             collection="timed",
-            fingerprint=identity.fingerprint,
-            checkpoint=identity.checkpoint,
-            dim=identity.dim,
-            max_passage_tokens=identity.max_passage_tokens,
-            passage_template=identity.passage_template,
-            pooling_version=identity.pooling_version,
             compression_ratio=ratio,
             codec=trained.codec.factory,
             codec_table=trained.codec.table(),
