@@ -187,6 +187,7 @@ class Collection:
                         entry.compression_ratio,
                         entry.truncated,
                         entry.text_digest,
+                        entry.text_digest + entry.checksum.to_bytes(8, "little"),
                     )
                 )
             else:

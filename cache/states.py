@@ -30,6 +30,8 @@ class PassageStates:
     compression_ratio: tokens per state
     truncated: the text was cut at the encoder's limit
     text_digest: SHA-256 of the text, 32 bytes
+    key: names these states, at any ratio they are pooled to: what was computed of them may serve whoever comes with the
+        same key; empty where nothing may
     """
 
     states: NDArray[np.float32] = field(repr=False)
@@ -37,6 +39,7 @@ class PassageStates:
     compression_ratio: int
     truncated: bool
     text_digest: bytes
+    key: bytes = b""
 
     def __post_init__(self) -> None:
         if self.states.dtype != np.float32 or self.states.ndim != 2 or not self.states.flags.c_contiguous:
@@ -94,4 +97,4 @@ class PassageStates:
             for window, tokens in zip(self.windows(), self.window_tokens, strict=True)
         ]
         states = pooled[0] if len(pooled) == 1 else np.concatenate(pooled)
-        return PassageStates(states, self.window_tokens, ratio, self.truncated, self.text_digest)
+        return PassageStates(states, self.window_tokens, ratio, self.truncated, self.text_digest, self.key)

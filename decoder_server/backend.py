@@ -63,6 +63,7 @@ class Pair:
     prompt: TokenizedPrompt
     states: NDArray[np.float32]  # (num_states, dim)
     truncated: bool = False
+    key: bytes = b""  # names the states; empty: nothing computed of them is kept
 
     @property
     def num_prompt_tokens(self) -> int:

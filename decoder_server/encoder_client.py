@@ -5,6 +5,7 @@ Does not know requests, stores or what the states are for.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 
 import grpc
@@ -118,12 +119,14 @@ class EncoderClient:
             rows = _floats(passage.states, self._format, self._dim)
             if not np.isfinite(rows).all():
                 return f"encoder worker {self.address}: states of this text are not finite"
+            digest = text_digest(text)
             return PassageStates(
                 states=rows,
                 window_tokens=tuple(passage.window_tokens),
                 compression_ratio=ratio,
                 truncated=passage.truncated,
-                text_digest=text_digest(text),
+                text_digest=digest,
+                key=digest + struct.pack("<I", ratio),  # of one encoder: the one that this client checked
             )
         except ValueError as exc:
             raise self._error(f"answered states that do not fit: {exc}") from exc

@@ -5,6 +5,7 @@ Knows the checkpoint and the decoder; does not know requests, stores or batching
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 
 import numpy as np
@@ -71,7 +72,8 @@ class FbnlBackend:
 
     def items(self, prompt: TokenizedPrompt, passage: PassageStates) -> list[Pair]:
         """Every window of the passage under the prompt."""
-        return [Pair(prompt, window, passage.truncated) for window in passage.windows()]
+        windows = zip(passage.windows(), _window_keys(passage), strict=True)
+        return [Pair(prompt, states, passage.truncated, key) for states, key in windows]
 
     def activate(self, margin: float) -> float:
         """P(yes)."""
@@ -115,3 +117,11 @@ class FbnlBackend:
         margin = self.score([Pair(self.prompt("Does this model answer?"), states)])
         if not np.isfinite(margin).all():
             raise CheckpointError(f"{self.checkpoint.path}: the first forward pass gave no finite margin")
+
+
+def _window_keys(passage: PassageStates) -> list[bytes]:
+    """What names each window's states at the ratio they are read at; empty where nothing names the passage's."""
+    num_windows = len(passage.window_tokens)
+    if not passage.key:
+        return [b""] * num_windows
+    return [passage.key + struct.pack("<II", passage.compression_ratio, i) for i in range(num_windows)]
