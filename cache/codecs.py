@@ -13,11 +13,9 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from cache.codec_names import DEFAULT_CODEC, KNOWN_CODECS
 from cache.errors import CodecError
 from cache.scaling import FLOAT16_MAX, BlockScaling
-
-DEFAULT_CODEC = "SQfp16"
-KNOWN_CODECS = "Flat, SQfp16, SQbf16, SQ8, SQ6, SQ4, [Z,]B<n>,SQ8 (or 6, 4), PQ<m>[x<bits>], RQ<m>x<bits>"
 
 SCALAR = ("SQ8", "SQ6", "SQ4")
 # Fewer say nothing about a range: whatever lies outside it is cut off.
@@ -39,7 +37,7 @@ class Codec:
     def __init__(self, factory: str, dim: int) -> None:
         self.factory = factory
         self.dim = dim
-        self._table_length, self.min_training_states = _shape_of(factory, dim)
+        self._table_length, self.min_training_states, self.num_centroids = _shape_of(factory, dim)
         self._scaling = BlockScaling.named(factory, dim)
         self._base = factory.rpartition(",")[2]
         index: Any = faiss.index_factory(dim, self._base)  # the stubs know only the base class
@@ -200,24 +198,25 @@ class Codec:
         return np.ascontiguousarray(array)
 
 
-def _shape_of(factory: str, dim: int) -> tuple[int, int]:
-    """Numbers in the trained table, and states needed to train; both 0 where nothing is trained."""
+def _shape_of(factory: str, dim: int) -> tuple[int, int, int]:
+    """Numbers in the trained table, states needed to train, and centroids of a part; each 0 where there is none."""
     if not 1 <= dim <= 65536:
         raise CodecError(f"dim: {dim}, expected 1 to 65536")
     if factory in ("Flat", "SQfp16", "SQbf16"):
-        return 0, 0
+        return 0, 0, 0
     if factory in SCALAR:
-        return 2 * dim, MIN_SCALAR_TRAINING_STATES  # per dimension: minimum and range
+        return 2 * dim, MIN_SCALAR_TRAINING_STATES, 0  # per dimension: minimum and range
     if scaling := BlockScaling.named(factory, dim):
-        return scaling.table_length, MIN_SCALAR_TRAINING_STATES if scaling.table_length else 0
+        return scaling.table_length, MIN_SCALAR_TRAINING_STATES if scaling.table_length else 0, 0
     for pattern in (_PQ, _RQ):
         if match := pattern.fullmatch(factory):
             num_parts, bits = int(match["num_parts"]), int(match["bits"] or 8)
             if bits > _MAX_BITS:
                 raise CodecError(f"codec: {factory} has {bits} bits per part, at most {_MAX_BITS} are supported")
             if pattern is _RQ:
-                return num_parts * 2**bits * dim, 2**bits
+                # FAISS starts from the principal directions of the sample, and fails where they are fewer than dim.
+                return num_parts * 2**bits * dim, max(2**bits, dim), 2**bits
             if dim % num_parts:
                 raise CodecError(f"codec: {factory} cannot cut {dim} dimensions into {num_parts} equal parts")
-            return 2**bits * dim, 2**bits
+            return 2**bits * dim, 2**bits, 2**bits
     raise CodecError(f"codec: {factory!r} is unknown, expected one of {KNOWN_CODECS}")

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 import xxhash
 
-from cache.codecs import DEFAULT_CODEC, Codec
+from cache.codec_names import DEFAULT_CODEC
+from cache.codecs import Codec
 from cache.errors import CacheError, ManifestError
 from cache.names import check_name
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 
-from cache.codecs import DEFAULT_CODEC
+from cache.codec_names import DEFAULT_CODEC
 from cache.collection import Collection
 from cache.errors import CollectionNotFound
 from cache.names import is_passage_id

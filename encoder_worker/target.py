@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.codecs import DEFAULT_CODEC, Codec
+from cache.codec_names import DEFAULT_CODEC
+from cache.codecs import Codec
 from cache.collection import Collection
 from cache.errors import CollectionExists, CollectionNotFound
 from cache.manifest import Manifest
@@ -115,7 +116,7 @@ def num_training_states(codec: Codec) -> int:
 
     64 points for each centroid of a product or residual quantizer (FAISS asks for 39 and uses 256).
     """
-    return max(8192, 64 * codec.min_training_states) if codec.needs_training else 0
+    return max(8192, 64 * codec.num_centroids, codec.min_training_states) if codec.needs_training else 0
 
 
 def _check_agreement(manifest: Manifest, wanted: CollectionSettings) -> None:

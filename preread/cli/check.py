@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from preread.cli.failures import BAD_ITEMS
-from preread.cli.options import compute_options, option, shipped_model
+from preread.cli.options import codec_option, compute_options, option, shipped_model
 
 
 @click.command()
@@ -35,9 +35,7 @@ from preread.cli.options import compute_options, option, shipped_model
 @option("--profile", metavar="NAME|TOML", help="A cross-encoder's recipe, instead of the one it goes by.")
 @option("--max-tokens", type=click.IntRange(min=1), help="A cross-encoder's limit, instead of its profile's.")
 @option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the checkpoint.")
-@option(
-    "--codec", metavar="CODEC", help="Flat, SQfp16, SQbf16, SQ8, SQ4, PQ<m>[x<bits>], RQ<m>x<bits>.  [default: SQfp16]"
-)
+@codec_option
 @option("--compression-ratio", type=click.IntRange(min=1), help="fbnl: tokens per state.  [default: the checkpoint's]")
 @compute_options
 @click.pass_context

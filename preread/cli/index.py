@@ -14,7 +14,15 @@ import click
 
 from preread.cli.config_file import config_option
 from preread.cli.failures import BAD_INPUT, BAD_ITEMS, INTERRUPTED
-from preread.cli.options import collection_option, compute_options, json_option, model_option, option, store_option
+from preread.cli.options import (
+    codec_option,
+    collection_option,
+    compute_options,
+    json_option,
+    model_option,
+    option,
+    store_option,
+)
 
 if TYPE_CHECKING:
     from encoder_worker.indexing import IndexOptions
@@ -41,11 +49,7 @@ FORMATS = ("jsonl", "tsv", "csv", "parquet", "text", "beir")
 @option("--max-passage-tokens", type=click.IntRange(min=1), help="Passage limit.  [default: the checkpoint's]")
 @option("--split", is_flag=True, help="Split longer passages into windows instead of cutting them.")
 @option("--compression-ratio", type=click.IntRange(min=1), help="Tokens per stored state.  [default: the checkpoint's]")
-@option(
-    "--codec",
-    metavar="CODEC",
-    help="Flat, SQfp16, SQbf16, SQ8, SQ6, SQ4, [Z,]B<n>,SQ8 (or 6, 4), PQ<m>[x<bits>], RQ<m>x<b>.  [default: SQfp16]",
-)
+@codec_option
 @option("--store-text/--no-store-text", default=None, help="Keep texts beside the states.  [default: keep]")
 @option("--strict", is_flag=True, help="Stop at the first item that would be refused.")
 @option("--force", is_flag=True, help="Encode also what is stored with the same text.")

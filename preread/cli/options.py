@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 import preread
+from cache.codec_names import DEFAULT_CODEC, KNOWN_CODECS
 
 if TYPE_CHECKING:
     from preread.client import ClientOptions
@@ -54,6 +55,11 @@ def store_option(function: F) -> F:
 def collection_option(*, required: bool = True, help: str = "The set of passages to use.") -> Callable[[F], F]:
     """-c, --collection NAME."""
     return option("-c", "--collection", metavar="NAME", required=required, help=help)
+
+
+def codec_option(function: F) -> F:
+    """--codec CODEC; None where it was not given."""
+    return option("--codec", metavar="CODEC", help=f"{KNOWN_CODECS}.  [default: {DEFAULT_CODEC}]")(function)
 
 
 def shipped_model() -> str | None:

@@ -158,6 +158,16 @@ def test_impossible_codecs():
         Codec("Flat", 0)
 
 
+@pytest.mark.parametrize("factory", ["RQ1x1", "RQ2x4"])
+def test_residual_quantizers_train_on_as_many_states_as_dimensions(factory, sample):
+    # FAISS itself ends in an error about a matrix of its own.
+    codec = Codec(factory, DIM)
+    with pytest.raises(CodecError, match=rf"63 states, {factory} trains on at least 64"):
+        codec.train(sample[: DIM - 1])
+    codec.train(sample[:DIM])
+    assert codec.encode(sample[:5]).shape == (5, 1)
+
+
 def test_an_untrained_codec_says_so(sample):
     codec = Codec("PQ16", DIM)
     for use in (lambda: codec.encode(sample), lambda: codec.table(), lambda: codec.decode(sample.view(np.uint8))):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from cache.codecs import DEFAULT_CODEC
+from cache.codec_names import DEFAULT_CODEC
 from checkpoint import Checkpoint
 from tuning.health.behaviour import BATCH, SWAP, behaviour
 from tuning.health.compare import Margins, farthest

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.codecs import DEFAULT_CODEC, Codec
+from cache.codec_names import DEFAULT_CODEC
+from cache.codecs import Codec
 from cache.collection import Collection
 from encoder_worker.target import num_training_states
 from tuning.judged import JudgedCollection

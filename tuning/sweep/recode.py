@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from cache.codecs import DEFAULT_CODEC, Codec
+from cache.codec_names import DEFAULT_CODEC
+from cache.codecs import Codec
 from cache.errors import CodecError
 from cache.states import PassageStates
 from encoder_worker.target import num_training_states
