@@ -1,12 +1,14 @@
 """What a codec costs in margins and order, on real states: bytes against loss, at every ratio.
 
     python -m benchmarks.codecs [--checkpoint DIR] [--collection DIR] [--ratios 1,2,4,8,16,32] [--codecs Flat,SQ8,…]
-    python -m benchmarks.codecs --plot docs/codecs.png RESULT.json …
+    python -m benchmarks.codecs --plot docs/codecs.png RESULT.json …     and the tables of docs/codecs.md
 
 States of a ratio go through each codec and back; margins are computed in float32 and compared with those of the states
 as they were. mean and max are absolute changes of the margin, `noise` is the mean one over the standard deviation of a
-query's margins; tau is Kendall's, top 10 the share of the best ten that stays, both the mean over queries. The last row
-of each ratio is no codec: the decoder in bfloat16 over float32 states, for scale. Goes on where it was interrupted.
+query's margins; tau is Kendall's, top 10 the share of the best ten that stays, both the mean over queries; `tau to
+r = 1` is against the uncoded states of every token, so it holds what pooling costs too. The last row of each ratio is
+no codec: the decoder in bfloat16 over float32 states, for scale. Goes on where it was interrupted, and takes from the
+work folder what an earlier run with other codecs or ratios has measured.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import kendalltau
 
+from benchmarks.codecs_shown import COMPUTE, plot, print_tables
 from benchmarks.codecs_workload import Margins, Sizes, Workload
 from benchmarks.common import CACHE, report, start
 from tuning.metrics import HEADLINE, per_query
@@ -34,18 +37,23 @@ CODECS = (
     "SQ4", "B32,SQ4", "Z,B32,SQ4", "RR{dim},SQ4",
     "PQ{half}", "PQ{quarter}", "PQ{eighth}", "OPQ{eighth},PQ{eighth}", "PCA{half},SQ8", "RQ8x8",
 )  # fmt: skip
-COMPUTE = "bfloat16 decoder"
 COLUMNS = ["codec", "r", "bytes a state", "bytes a token", "max", "mean", "noise", "tau", "top 10", HEADLINE, "change"]
+COLUMNS += ["tau to r = 1"]
 
 
-def compare(workload: Workload, reference: Margins, margins: Margins) -> list[float]:
-    """max, mean, noise, tau, top 10, nDCG@10 and its change."""
+def compare(workload: Workload, finest: Margins, reference: Margins, margins: Margins) -> list[float]:
+    """max, mean, noise, tau, top 10, nDCG@10 and its change; tau to r = 1."""
     change = np.abs(margins - reference)
-    tau = np.mean([kendalltau(*rows).statistic for rows in zip(reference, margins, strict=True)])
     top = np.mean([len(best(a) & best(b)) / 10 for a, b in zip(reference, margins, strict=True)])
     ndcg, before = quality(workload, margins), quality(workload, reference)
     noise = change.mean() / reference.std(axis=1).mean()
-    return [float(x) for x in (change.max(), change.mean(), noise, tau, top, ndcg, ndcg - before)]
+    tau, tau_finest = order(reference, margins), order(finest, margins)
+    return [float(x) for x in (change.max(), change.mean(), noise, tau, top, ndcg, ndcg - before, tau_finest)]
+
+
+def order(reference: Margins, margins: Margins) -> float:
+    """Kendall's tau, the mean over queries."""
+    return float(np.mean([kendalltau(*rows).statistic for rows in zip(reference, margins, strict=True)]))
 
 
 def best(margins: NDArray[np.float32]) -> set[int]:
@@ -79,7 +87,7 @@ def outliers(workload: Workload, ratio: int) -> dict[str, float]:
 
 def measure(args: argparse.Namespace) -> None:
     start()
-    sizes = Sizes(args.queries, args.candidates, args.training_passages)
+    sizes = Sizes(args.queries, args.candidates, args.training_passages, args.residual_training_states)
     with TerminalProgress() as progress:
         workload = Workload(args.checkpoint, args.collection, sizes, args.work, progress)
         rows: list[list[Any]] = []
@@ -87,68 +95,47 @@ def measure(args: argparse.Namespace) -> None:
         dim = workload.dim
         args.codecs = [c.format(dim=dim, half=dim // 2, quarter=dim // 4, eighth=dim // 8) for c in args.codecs]
         progress.begin("margins", len(args.ratios) * (len(args.codecs) + 2))
+        finest = workload.margins("reference", 1, lambda states: states)
         for ratio in args.ratios:
             reference = workload.margins("reference", ratio, lambda states: states)
             progress.advance("margins", 1)
             for name in args.codecs:
                 margins, size, trained_on[f"{name} at {ratio}"] = workload.coded(name, ratio)
-                rows.append([name, ratio, size, size / ratio, *compare(workload, reference, margins)])
+                rows.append([name, ratio, size, size / ratio, *compare(workload, finest, reference, margins)])
                 progress.advance("margins", 1)
             margins = workload.margins("bfloat16", ratio, lambda states: states, dtype="bfloat16")
-            rows.append([COMPUTE, ratio, 0, 0.0, *compare(workload, reference, margins)])
+            rows.append([COMPUTE, ratio, 0, 0.0, *compare(workload, finest, reference, margins)])
             progress.advance("margins", 1)
         spread = [outliers(workload, ratio) for ratio in args.ratios]
     report(
-        f"codecs-{workload.name}", COLUMNS, rows, dim=workload.dim, queries=args.queries, candidates=args.candidates,
+        f"codecs-{workload.name}", COLUMNS, rows, weights=workload.weights, dim=workload.dim, queries=args.queries,
+        candidates=args.candidates,
         passages=len(workload.scored), outliers=spread, trained_on=trained_on,
     )  # fmt: skip
 
 
-def plot(target: Path, results: list[Path]) -> None:
-    """Noise against bytes per token, a panel per result, a colour per ratio."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(results), figsize=(5.2 * len(results), 4.2), squeeze=False)
-    for axis, file in zip(axes[0], results, strict=True):
-        rows = [dict(zip(COLUMNS, row, strict=True)) for row in json.loads(file.read_text())["rows"]]
-        for ratio in sorted({row["r"] for row in rows}):
-            own = [row for row in rows if row["r"] == ratio and row["codec"] != COMPUTE]
-            line = axis.plot(
-                [r["bytes a token"] for r in own], [r["noise"] for r in own], "o", ms=4, label=f"r = {ratio}"
-            )
-            for row in own:
-                if ratio in (1, 4, 32):
-                    axis.annotate(
-                        row["codec"], (row["bytes a token"], row["noise"]), fontsize=5, color=line[0].get_color()
-                    )
-        floor = np.mean([row["noise"] for row in rows if row["codec"] == COMPUTE])
-        axis.axhline(floor, color="grey", lw=0.8, ls="--")
-        axis.text(axis.get_xlim()[1], floor, "bfloat16 decoder ", fontsize=6, ha="right", va="bottom", color="grey")
-        axis.set(xscale="log", yscale="log", xlabel="bytes per token", title=file.stem.removeprefix("codecs-"))
-        axis.set_ylabel("mean change of the margin / its standard deviation")
-        axis.legend(fontsize=6)
-    figure.tight_layout()
-    figure.savefig(target, dpi=90)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="*", type=Path, help="with --plot: results to draw")
+    parser.add_argument("results", nargs="*", type=Path, help="with --plot: what to draw and to print tables of")
     parser.add_argument("--checkpoint", default="preread/models/preread-mini")
     parser.add_argument("--collection", type=Path, default=Path("examples/scifact"), help="a BEIR folder")
     parser.add_argument("--queries", type=int, default=16)
     parser.add_argument("--candidates", type=int, default=20, help="of each query")
     parser.add_argument("--training-passages", type=int, default=600, help="kept apart, to train codecs on")
+    parser.add_argument(
+        "--residual-training-states", type=int, metavar="N",
+        help="train residual quantizers, which take long, on at most so many; default: as preread index would",
+    )  # fmt: skip
     parser.add_argument("--ratios", type=lambda text: [int(r) for r in text.split(",")], default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--codecs", type=lambda text: text.split(";"), default=list(CODECS), help="separated by ';'")
     parser.add_argument("--work", type=Path, default=CACHE / "codecs", help="states and margins are kept here")
     parser.add_argument("--plot", type=Path, metavar="PNG")
     args = parser.parse_args()
     if args.plot:
-        plot(args.plot, args.results)
+        results = [json.loads(file.read_text()) | {"name": file.stem} for file in args.results]
+        plot(args.plot, results)
+        for result in results:
+            print_tables(result)
     else:
         measure(args)
 

@@ -44,7 +44,7 @@ class Rotated:
     def __init__(self, factory: str, dim: int) -> None:
         self._index: Any = faiss.index_factory(dim, factory)
         base = faiss.downcast_index(self._index.index)
-        self.min_training_states = 256 if factory.rpartition(",")[2].startswith("PQ") else 1
+        self.num_centroids = 256 if factory.rpartition(",")[2].startswith("PQ") else 0
         if isinstance(base, faiss.IndexPQ):
             base.pq.cp.min_points_per_centroid = 1
             base.do_polysemous_training = False
@@ -70,6 +70,7 @@ class Sizes:
     queries: int
     candidates: int
     training_passages: int
+    residual_training_states: int | None = None
     seed: int = 0
 
 
@@ -102,7 +103,8 @@ class Workload:
         texts = {p: judged.passages[p] for p in [*self.scored, *self.training] if judged.passages[p].strip()}
         self.name = f"{Path(checkpoint).name}-{folder.name}"
         # States serve every size; margins are of one.
-        root = work / f"{self.name}-{self.opened.identity().fingerprint[:8]}"
+        self.weights = self.opened.identity().fingerprint[:8]
+        root = work / f"{self.name}-{self.weights}"
         self._folder = root / f"{sizes.queries}x{sizes.candidates}-{sizes.training_passages}-{sizes.seed}"
         self._folder.mkdir(parents=True, exist_ok=True)
         self._store = open_store(f"faiss:{root}/store")
@@ -154,7 +156,11 @@ class Workload:
     def coded(self, name: str, ratio: int) -> tuple[Margins, int, int]:
         """Margins where states went through a codec and back, bytes of a state, and states it was trained on."""
         codec = Rotated(name, self.dim) if name.startswith(ROTATIONS) else Codec(name, self.dim)
-        num_states = max(8192, 64 * codec.min_training_states) if codec.needs_training else 0
+        num_states = max(8192, 64 * codec.num_centroids) if codec.needs_training else 0
+        key = name
+        if name.startswith("RQ") and self.sizes.residual_training_states:
+            num_states = min(num_states, self.sizes.residual_training_states)
+            key = f"{name}~{num_states}"
         sample = self.sample(ratio, num_states) if num_states else np.empty((0, self.dim), np.float32)
         trained = False
 
@@ -165,7 +171,7 @@ class Workload:
                 trained = True
             return codec.decode(codec.encode(states))
 
-        return self.margins(name, ratio, change), codec.code_size_bytes, len(sample)
+        return self.margins(key, ratio, change), codec.code_size_bytes, len(sample)
 
     def margins(self, key: str, ratio: int, change: Change, dtype: str = "float32") -> Margins:
         """Margins where `change` was done to all states of a ratio, (num_states, dim) each. Kept under `key`."""
