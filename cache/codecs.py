@@ -17,6 +17,8 @@ from cache.codec_names import DEFAULT_CODEC, KNOWN_CODECS
 from cache.errors import CodecError
 from cache.scaling import FLOAT16_MAX, BlockScaling
 
+# Codecs whose codes are the numbers themselves, one after another, and the format of those.
+NUMBERS = {"Flat": "float32", "SQfp16": "float16", "SQbf16": "bfloat16"}
 SCALAR = ("SQ8", "SQ6", "SQ4")
 # Fewer say nothing about a range: whatever lies outside it is cut off.
 MIN_SCALAR_TRAINING_STATES = 32
@@ -77,6 +79,11 @@ class Codec:
     @property
     def is_trained(self) -> bool:
         return bool(self._index.is_trained)
+
+    @property
+    def number_format(self) -> str:
+        """What its codes are as numbers, little-endian: float32, float16 or bfloat16; empty where they are no such."""
+        return NUMBERS.get(self.factory, "")
 
     @property
     def code_size_bytes(self) -> int:
@@ -149,11 +156,12 @@ class Codec:
             out = np.empty(shape, dtype=np.float32)
         elif out.shape != shape or out.dtype != np.float32 or not out.flags.c_contiguous:
             raise CodecError(f"out: {out.dtype} {out.shape}, expected C-contiguous float32 {shape}")
-        end = 0
-        for codes in parts:
-            start, end = end, end + codes.shape[0]
-            if start < end:
-                self._decode(codes, out[start:end])
+        # End to end first, which is a copy of bytes, so that FAISS is called once: a call costs more than a short
+        # passage's decoding, and may start threads.
+        if self.number_format == "float32":
+            np.concatenate([np.empty((0, out.shape[1] * 4), np.uint8), *parts], out=out.view(np.uint8))
+        elif shape[0]:
+            self._decode(parts[0] if len(parts) == 1 else np.concatenate(parts), out)
         return out
 
     def _decode(self, codes: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
@@ -202,7 +210,7 @@ def _shape_of(factory: str, dim: int) -> tuple[int, int, int]:
     """Numbers in the trained table, states needed to train, and centroids of a part; each 0 where there is none."""
     if not 1 <= dim <= 65536:
         raise CodecError(f"dim: {dim}, expected 1 to 65536")
-    if factory in ("Flat", "SQfp16", "SQbf16"):
+    if factory in NUMBERS:
         return 0, 0, 0
     if factory in SCALAR:
         return 2 * dim, MIN_SCALAR_TRAINING_STATES, 0  # per dimension: minimum and range

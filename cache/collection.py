@@ -1,7 +1,7 @@
 """Collection: passages of one encoder identity in a store, as float states.
 
-Encodes on the way in and decodes on the way out with the collection's codec, and refuses what does not belong. Does not
-know how a store keeps bytes, nor how states were made.
+Encodes on the way in and decodes on the way out, or leaves that to whoever reads, with the collection's codec, and
+refuses what does not belong. Does not know how a store keeps bytes, nor how states were made.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,6 +10,7 @@ from itertools import islice
 
 import numpy as np
 
+from cache.encoded import Codes, EncodedPassage, decode_all
 from cache.errors import CodecError, CollectionExists, CollectionNotFound, EncoderMismatch, InvalidName, InvalidPassage
 from cache.manifest import Manifest
 from cache.names import is_passage_id, passage_id_bytes
@@ -118,7 +119,11 @@ class Collection:
 
         All passages are decoded by one codec call into one buffer; their states are views into one float32 array.
         """
-        return self._decode(passage_ids, self._records(passage_ids))
+        return _decoded(self.get_encoded_many(passage_ids))
+
+    def get_encoded_many(self, passage_ids: Sequence[str]) -> list[EncodedPassage | Damaged | None]:
+        """The same without decoding: codes as the store gave them, checked."""
+        return self._fitting_all(passage_ids, self._records(passage_ids))
 
     def get_texts(self, passage_ids: Sequence[str]) -> list[str | None]:
         """The stored text per id; None where there is none, or the passage is damaged or missing."""
@@ -147,9 +152,8 @@ class Collection:
         records = self.store.scan(self.name)
         while batch := list(islice(records, _SCAN_BATCH_PASSAGES)):
             passage_ids = [passage_id for passage_id, _ in batch]
-            for passage_id, states in zip(
-                passage_ids, self._decode(passage_ids, [record for _, record in batch]), strict=True
-            ):
+            found = self._fitting_all(passage_ids, [record for _, record in batch])
+            for passage_id, states in zip(passage_ids, _decoded(found), strict=True):
                 if states is not None:
                     yield passage_id, states
 
@@ -167,47 +171,31 @@ class Collection:
         found = dict(zip(possible, self.store.get_many(self.name, possible), strict=True))
         return [found.get(passage_id) for passage_id in passage_ids]
 
-    def _decode(
+    def _fitting_all(
         self, passage_ids: Sequence[str], records: Sequence[Record | Damaged | None]
-    ) -> list[PassageStates | Damaged | None]:
-        found = [self._fitting(*pair) for pair in zip(passage_ids, records, strict=True)]
-        codes = [record.codes for record in found if isinstance(record, Record)]
-        if not codes:
-            return [entry for entry in found if not isinstance(entry, Record)]
-        states = self.codec.decode_many(codes)  # (sum of num_states, dim)
-        decoded: list[PassageStates | Damaged | None] = []
-        end = 0
-        for entry in found:
-            if isinstance(entry, Record):
-                start, end = end, end + entry.codes.shape[0]
-                decoded.append(
-                    PassageStates(
-                        states[start:end],
-                        entry.window_tokens,
-                        entry.compression_ratio,
-                        entry.truncated,
-                        entry.text_digest,
-                        entry.text_digest + entry.checksum.to_bytes(8, "little"),
-                    )
-                )
-            else:
-                decoded.append(entry)
-        return decoded
+    ) -> list[EncodedPassage | Damaged | None]:
+        return [self._fitting(*pair) for pair in zip(passage_ids, records, strict=True)]
 
-    def _fitting(self, passage_id: str, record: Record | Damaged | None) -> Record | Damaged | None:
+    def _fitting(self, passage_id: str, record: Record | Damaged | None) -> EncodedPassage | Damaged | None:
         """A record that is whole may still not be one of this collection: the store may be shared."""
-        if isinstance(record, Record):
-            if record.header.manifest_checksum != self._manifest_checksum:
-                return Damaged(passage_id, "written under another manifest of this name; open the collection again")
-            if record.codes.shape[1] != self.codec.code_size_bytes:
-                return Damaged(
-                    passage_id, f"{record.codes.shape[1]} bytes per state, expected {self.codec.code_size_bytes}"
-                )
-            if record.compression_ratio != self.manifest.compression_ratio:
-                return Damaged(
-                    passage_id, f"ratio {record.compression_ratio}, expected {self.manifest.compression_ratio}"
-                )
-        return record
+        if not isinstance(record, Record):
+            return record
+        if record.header.manifest_checksum != self._manifest_checksum:
+            return Damaged(passage_id, "written under another manifest of this name; open the collection again")
+        if record.codes.shape[1] != self.codec.code_size_bytes:
+            return Damaged(
+                passage_id, f"{record.codes.shape[1]} bytes per state, expected {self.codec.code_size_bytes}"
+            )
+        if record.compression_ratio != self.manifest.compression_ratio:
+            return Damaged(passage_id, f"ratio {record.compression_ratio}, expected {self.manifest.compression_ratio}")
+        return EncodedPassage(
+            Codes(self.codec, record.codes),
+            record.window_tokens,
+            record.compression_ratio,
+            record.truncated,
+            record.text_digest,
+            record.text_digest + record.checksum.to_bytes(8, "little"),
+        )
 
     def _check(self, passage: StoredPassage) -> None:
         states, passage_id = passage.states, passage.passage_id
@@ -237,6 +225,11 @@ class Collection:
                 except CodecError as exc:
                     raise InvalidPassage(passage.passage_id, str(exc)) from exc
             raise
+
+
+def _decoded(found: Sequence[EncodedPassage | Damaged | None]) -> list[PassageStates | Damaged | None]:
+    decoded = iter(decode_all([entry for entry in found if isinstance(entry, EncodedPassage)]))
+    return [next(decoded) if isinstance(entry, EncodedPassage) else entry for entry in found]
 
 
 def _check_encoder(manifest: Manifest, fingerprint: str, checkpoint: str) -> None:

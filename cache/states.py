@@ -18,6 +18,23 @@ def text_digest(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
+def window_ends(window_tokens: tuple[int, ...], ratio: int) -> NDArray[np.intp]:
+    """Per window of a passage, where its states end among the passage's."""
+    return np.cumsum([num_pooled(tokens, ratio) for tokens in window_tokens], dtype=np.intp)
+
+
+def check_rows(num_states: int, window_tokens: tuple[int, ...], ratio: int) -> None:
+    """Raises ValueError unless windows of so many tokens have `num_states` states at `ratio`."""
+    if not window_tokens or min(window_tokens) < 1:
+        raise ValueError(f"window_tokens: {window_tokens}, expected at least one window of at least one token")
+    expected = sum(num_pooled(tokens, ratio) for tokens in window_tokens)
+    if num_states != expected:
+        raise ValueError(
+            f"states: {num_states} rows, expected {expected} for windows of {window_tokens} tokens "
+            f"at compression_ratio {ratio}"
+        )
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class PassageStates:
     """Pooled token states of one passage.
@@ -46,16 +63,9 @@ class PassageStates:
             raise ValueError(
                 f"states: {self.states.dtype} {self.states.shape}, expected C-contiguous float32 (num_states, dim)"
             )
-        if not self.window_tokens or min(self.window_tokens) < 1:
-            raise ValueError(f"window_tokens: {self.window_tokens}, expected at least one window of at least one token")
         if len(self.text_digest) != 32:
             raise ValueError(f"text_digest: {len(self.text_digest)} bytes, expected the 32 of a SHA-256")
-        expected = sum(num_pooled(tokens, self.compression_ratio) for tokens in self.window_tokens)
-        if self.states.shape[0] != expected:
-            raise ValueError(
-                f"states: {self.states.shape[0]} rows, expected {expected} for windows of {self.window_tokens} tokens "
-                f"at compression_ratio {self.compression_ratio}"
-            )
+        check_rows(self.states.shape[0], self.window_tokens, self.compression_ratio)
 
     @property
     def num_tokens(self) -> int:
@@ -78,8 +88,11 @@ class PassageStates:
         """The states of each window: views of (ceil(window_tokens / compression_ratio), dim)."""
         if len(self.window_tokens) == 1:
             return [self.states]
-        ends = np.cumsum([num_pooled(tokens, self.compression_ratio) for tokens in self.window_tokens])
-        return np.split(self.states, ends[:-1])
+        return np.split(self.states, window_ends(self.window_tokens, self.compression_ratio)[:-1])
+
+    def decoded(self) -> "PassageStates":
+        """Itself: these are numbers already."""
+        return self
 
     def at_ratio(self, ratio: int) -> "PassageStates":
         """The same passage at a multiple of the stored ratio; every window is pooled on its own.

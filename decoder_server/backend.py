@@ -13,10 +13,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.states import PassageStates
+from cache.encoded import AnyStates, Codes
 from checkpoint import EncoderIdentity, TokenizedPrompt
 
-Passage = PassageStates | str  # what a backend reads
+Passage = AnyStates | str  # what a backend reads
 
 
 class Prompt(Protocol):
@@ -58,10 +58,13 @@ class Item(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pair:
-    """The item of a backend that reads states: a prompt and one window, at the ratio it is read at."""
+    """The item of a backend that reads states: a prompt and one window, at the ratio it is read at.
+
+    What is read as it was stored stays encoded until its batch is put together (batch_states.py).
+    """
 
     prompt: TokenizedPrompt
-    states: NDArray[np.float32]  # (num_states, dim)
+    states: NDArray[np.float32] | Codes  # (num_states, dim)
     truncated: bool = False
     key: bytes = b""  # names the states; empty: nothing computed of them is kept
 

@@ -164,9 +164,9 @@ def _looker(
     empty = Explained(candidate.index, candidate.passage_id or "", found.status, text, found.message)
 
     def look() -> Explained:
-        states = found.states
-        if states is None:
+        if found.states is None:
             return empty
+        states = found.states.decoded()  # once, for all ratios
         scores = []
         for ratio in ratios:
             pooled = states.at_ratio(ratio)

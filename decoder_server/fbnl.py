@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cache.states import PassageStates
+from cache.encoded import AnyStates, Codes
 from checkpoint import Checkpoint, CheckpointError, EncoderIdentity, TokenizedPrompt
 from checkpoint.compute import choose_device, choose_dtype, choose_fused, dtype_name
 from decoder_server.backend import Pair
+from decoder_server.batch_states import batch_states
 from decoder_server.decoder import Decoder
 from decoder_server.layout import Layout
 from decoder_server.sigmoid import sigmoid
@@ -70,10 +71,11 @@ class FbnlBackend:
     def prompt(self, query: str, instruction: str | None = None) -> TokenizedPrompt:
         return self._text.prompt(query, instruction)
 
-    def items(self, prompt: TokenizedPrompt, passage: PassageStates) -> list[Pair]:
+    def items(self, prompt: TokenizedPrompt, passage: AnyStates) -> list[Pair]:
         """Every window of the passage under the prompt."""
-        windows = zip(passage.windows(), _window_keys(passage), strict=True)
-        return [Pair(prompt, states, passage.truncated, key) for states, key in windows]
+        windows: Sequence[NDArray[np.float32] | Codes] = passage.windows()
+        keyed = zip(windows, _window_keys(passage), strict=True)
+        return [Pair(prompt, states, passage.truncated, key) for states, key in keyed]
 
     def activate(self, margin: float) -> float:
         """P(yes)."""
@@ -87,7 +89,7 @@ class FbnlBackend:
         if not pairs:
             return np.empty(0, dtype=np.float32)
         ids = torch.tensor([token for pair in pairs for token in pair.prompt.ids], device=self._device)
-        states = torch.from_numpy(np.concatenate([pair.states for pair in pairs])).to(self._device, self._dtype)
+        states = batch_states(pairs, self._device, self._dtype)
         layout = Layout([len(p.prompt.ids) for p in pairs], [len(p.states) for p in pairs], self._device)
         margins: NDArray[np.float32] = (
             self._decoder.margins(ids, self._decoder.passage_kv(states), layout, self._text.yes_id, self._text.no_id)
@@ -99,7 +101,7 @@ class FbnlBackend:
     def attention(self, pair: Pair) -> NDArray[np.float32]:
         """The readout token's weight on every state, (num_states,): mean over heads and layers."""
         ids = torch.tensor(pair.prompt.ids, device=self._device)
-        states = torch.from_numpy(np.ascontiguousarray(pair.states)).to(self._device, self._dtype)
+        states = batch_states([pair], self._device, self._dtype)
         weights: NDArray[np.float32] = self._decoder.attention(ids, states).mean(0).cpu().numpy()
         return weights
 
@@ -119,7 +121,7 @@ class FbnlBackend:
             raise CheckpointError(f"{self.checkpoint.path}: the first forward pass gave no finite margin")
 
 
-def _window_keys(passage: PassageStates) -> list[bytes]:
+def _window_keys(passage: AnyStates) -> list[bytes]:
     """What names each window's states at the ratio they are read at; empty where nothing names the passage's."""
     num_windows = len(passage.window_tokens)
     if not passage.key:

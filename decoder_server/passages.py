@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from cache.collection import Collection
+from cache.encoded import AnyStates, EncodedPassage, all_at_ratio
 from cache.errors import CacheError
 from cache.record import Damaged
 from cache.states import PassageStates, text_digest
@@ -34,13 +35,13 @@ class Found:
 
     candidate: Candidate
     status: Status
-    passage: PassageStates | str | None = None
+    passage: AnyStates | str | None = None
     message: str = ""
     items: Sequence[Item] = ()  # made already where that takes time, as tokenizing does
 
     @property
-    def states(self) -> PassageStates | None:
-        return self.passage if isinstance(self.passage, PassageStates) else None
+    def states(self) -> AnyStates | None:
+        return self.passage if isinstance(self.passage, PassageStates | EncodedPassage) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +63,14 @@ class Wanted:
     compression_ratio: int
     on_miss: OnMiss
     max_text_bytes: int
-    items: Callable[[PassageStates | str], Sequence[Item]]  # of a passage under the request's prompt
+    items: Callable[[AnyStates | str], Sequence[Item]]  # of a passage under the request's prompt
     fetching: Stopwatch = field(default_factory=Stopwatch)
     encoding: Stopwatch = field(default_factory=Stopwatch)
     fetches: list[Fetch] = field(default_factory=list)
     encodings: list[Fetch] = field(default_factory=list)
 
 
+_Stored = AnyStates | Damaged | CacheError | None  # of one passage id, at the wanted ratio
 Deliver = Callable[[list[Found]], None]
 Room = Callable[[], Awaitable[None]]
 
@@ -168,24 +170,27 @@ class Passages:
 
 
 def _read(wanted: Wanted, chunk: Sequence[Candidate]) -> list[Found | _Miss]:
-    """Reads and re-pools one chunk; off the event loop."""
+    """Reads one chunk, pools what is wanted coarser than it is stored; off the event loop."""
     stored = _stored(wanted, [c for c in chunk if c.passage_id is not None])
     return [_settle(wanted, candidate, stored) for candidate in chunk]
 
 
-def _stored(wanted: Wanted, candidates: Sequence[Candidate]) -> dict[str, PassageStates | Damaged | CacheError | None]:
+def _stored(wanted: Wanted, candidates: Sequence[Candidate]) -> dict[str, _Stored]:
     if wanted.collection is None or not candidates:
         return {}
     ids = list(dict.fromkeys(c.passage_id for c in candidates if c.passage_id is not None))
     try:
-        return dict(zip(ids, wanted.collection.get_many(ids), strict=True))
+        read = wanted.collection.get_encoded_many(ids)
     except CacheError as exc:  # the store is down: that costs these candidates, not the request
         return dict.fromkeys(ids, exc)
+    states = iter(all_at_ratio([one for one in read if isinstance(one, EncodedPassage)], wanted.compression_ratio))
+    return {
+        passage_id: next(states) if isinstance(one, EncodedPassage) else one
+        for passage_id, one in zip(ids, read, strict=True)
+    }
 
 
-def _settle(
-    wanted: Wanted, candidate: Candidate, stored: dict[str, PassageStates | Damaged | CacheError | None]
-) -> Found | _Miss:
+def _settle(wanted: Wanted, candidate: Candidate, stored: dict[str, _Stored]) -> Found | _Miss:
     text = candidate.text or None  # an empty text is no text
     size = len(text.encode()) if text is not None else 0
     if size > wanted.max_text_bytes:
@@ -193,9 +198,9 @@ def _settle(
         return Found(candidate, Status.TOO_LONG, message=message)
     digest = text_digest(text) if text is not None else None
     states = stored.get(candidate.passage_id) if candidate.passage_id is not None else None
-    if isinstance(states, PassageStates):
+    if isinstance(states, PassageStates | EncodedPassage):
         if digest is None or digest == states.text_digest:
-            return Found(candidate, Status.HIT, states.at_ratio(wanted.compression_ratio))
+            return Found(candidate, Status.HIT, states)
         return _Miss(candidate, digest, Status.MISSING, "the stored states are of another text")
     if isinstance(states, Damaged):
         return _Miss(candidate, digest, Status.CORRUPT, f"the stored states are damaged: {states.reason}")

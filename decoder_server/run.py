@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, S
 from concurrent.futures import Executor
 from dataclasses import replace
 
+from cache.encoded import all_at_ratio
 from decoder_server.admission import Admission, Place
 from decoder_server.backend import Backend, Item, Prompt
 from decoder_server.batcher import Batcher
@@ -206,8 +207,12 @@ class Run:
 
 
 def _pooled(wanted: Wanted, ratio: int, found: Sequence[Found]) -> list[tuple[Found, Sequence[Item]]]:
-    pooled = [replace(one, passage=one.states.at_ratio(ratio)) for one in found if one.states is not None]
-    return [(one, wanted.items(one.passage)) for one in pooled if one.passage is not None]
+    with_states = [(one, one.states) for one in found if one.states is not None]
+    pooled = all_at_ratio([states for _, states in with_states], ratio)
+    return [
+        (replace(one, passage=states), wanted.items(states))
+        for (one, _), states in zip(with_states, pooled, strict=True)
+    ]
 
 
 def _missing(found: Found) -> Refused:

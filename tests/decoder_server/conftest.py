@@ -22,6 +22,7 @@ from grpc_status import rpc_status
 from numpy.typing import NDArray
 
 from cache.collection import Collection, StoredPassage
+from cache.encoded import AnyStates
 from cache.manifest import Manifest
 from cache.states import PassageStates, text_digest
 from cache.store import Store, open_store
@@ -81,7 +82,7 @@ class GatedBackend:
     def prompt(self, query: str, instruction: str | None = None) -> TokenizedPrompt:
         return self.real.prompt(query, instruction)
 
-    def items(self, prompt: TokenizedPrompt, passage: PassageStates) -> list[Pair]:
+    def items(self, prompt: TokenizedPrompt, passage: AnyStates) -> list[Pair]:
         return self.real.items(prompt, passage)
 
     def activate(self, margin: float) -> float:

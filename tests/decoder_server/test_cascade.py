@@ -222,7 +222,7 @@ async def test_a_deadline_cuts_and_what_is_finished_comes_marked(serve, gated, t
 
     def score_and_hold(pairs):
         margins = score(pairs)
-        if any(pair.states.shape[0] > 24 for pair in pairs):  # more than any passage has at 16
+        if any(len(pair.states) > 24 for pair in pairs):  # more than any passage has at 16
             gated.gate.clear()
         return margins
 
