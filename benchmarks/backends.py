@@ -13,22 +13,15 @@ each way's texts have as many tokens under its own tokenizer. Writes results/bac
 from __future__ import annotations
 
 import argparse
-import itertools
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer
 
 from benchmarks.common import CACHE, nano_checkpoint, report, start
-from benchmarks.online import serving, time_requests
-from cache.collection import Collection, Manifest, StoredPassage
-from cache.pooling import num_pooled
-from cache.states import PassageStates, text_digest
-from cache.store import open_store
+from benchmarks.servers import fill, serving, texts_of, time_requests
 from checkpoint import Checkpoint
 from decoder_server.cross_encoder.synthetic import Size, make_cross_encoder
 from preread import Client
@@ -36,7 +29,6 @@ from preread import Client
 # The decoder half of Nano: 18 layers, width 640, 4 heads of 256 with one kv head, MLP 2,048.
 LIKE_NANO = Size(hidden=640, intermediate=2048, layers=18, heads=4, kv_heads=1, vocab=700, positions=16_384)
 RATIO = 4
-SENTENCE = "The pooled states of its tokens are kept, and the decoder attends over them. "
 PROFILE = "sigridjineth/ctxl-rerank-v2-1b-seq-cls"  # its template and readout
 PLOT = Path(__file__).parents[1] / "docs" / "backends.png"
 WAYS = {
@@ -53,35 +45,6 @@ def cross_encoder() -> Path:
         config = {"head_dim": 256}
         make_cross_encoder(directory, "Qwen3ForSequenceClassification", LIKE_NANO, config=config, dtype=torch.bfloat16)
     return directory
-
-
-def texts_of(count_tokens: Callable[[str], int]) -> Callable[[int], str]:
-    """Makes texts of about so many tokens, none of them twice."""
-    each = count_tokens(SENTENCE * 11) - count_tokens(SENTENCE * 10)
-    fresh = itertools.count()
-    return lambda num_tokens: f"{next(fresh)} " + SENTENCE * max(1, round(num_tokens / each))
-
-
-def fill(store_url: str, checkpoint: Checkpoint, lengths: list[int], num_passages: int) -> None:
-    """A collection per length. What is timed does not depend on the states' values, so they are random."""
-    identity = checkpoint.identity()
-    store = open_store(store_url)
-    rng = np.random.default_rng(0)
-    for length in lengths:
-        manifest = Manifest.of(
-            identity,
-            collection=f"t{length}",
-            compression_ratio=RATIO,
-            stores_text=False,
-        )
-        states = rng.standard_normal((num_pooled(length, RATIO), identity.dim), dtype=np.float32)
-        Collection.create(store, manifest).put_many(
-            [
-                StoredPassage(f"p{i}", PassageStates(states, (length,), RATIO, False, text_digest(str(i))))
-                for i in range(num_passages)
-            ]
-        )
-    store.close()
 
 
 def plot(rows: list[list[Any]], base_count: int, base_length: int) -> None:
@@ -140,7 +103,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         store = f"faiss:{folder}/store"
-        fill(store, checkpoint, lengths, max(counts))
+        fill(store, checkpoint, lengths, max(counts), RATIO)
         models = [f"nano={nano},max-passage-tokens={limit}", f"cross={cross},profile={PROFILE}"]
         with serving(models[0], store, "--model", models[1]) as address, Client(address) as client:
             grid = [(count, base_length) for count in counts]

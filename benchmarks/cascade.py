@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import report, start
-from benchmarks.online import serving
+from benchmarks.servers import serving
 from cache.collection import Collection, Manifest, StoredPassage
 from cache.errors import CollectionNotFound
 from cache.store import Store, open_store

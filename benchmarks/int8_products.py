@@ -19,7 +19,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from benchmarks.common import median_seconds, nano_checkpoint, report, start
-from benchmarks.side_by_side import BATCH, PROMPT_TOKENS
+from benchmarks.operations import PROMPT_TOKENS
+from benchmarks.ways import BATCH
 from checkpoint import Checkpoint, TokenizedPrompt
 from decoder_server.backend import Pair
 from decoder_server.fbnl import FbnlBackend

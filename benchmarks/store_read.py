@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import argparse
 import random
-import socket
-import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 
 from benchmarks.common import median_seconds, report, start
+from benchmarks.servers import redis_url
 from cache.codecs import Codec
 from cache.collection import Collection, Manifest, StoredPassage
 from cache.states import PassageStates, text_digest
@@ -28,25 +26,6 @@ from cache.store import open_store
 
 CODECS = ("Flat", "SQfp16", "SQbf16", "SQ8", "B32,SQ8", "Z,B32,SQ8", "SQ4", "Z,B32,SQ4", "PQ80")
 DIM, PASSAGE_TOKENS, RATIO = 640, 344, 4
-
-
-@contextmanager
-def redis_url() -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = ["redis-server", "--port", str(port), "--save", "", "--appendonly", "no", "--loglevel", "warning"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    try:
-        for _ in range(100):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.05)
-        yield f"redis://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def read_seconds(url: str, codec_name: str, states: np.ndarray, num_passages: int) -> tuple[float, int]:

@@ -1,0 +1,133 @@
+"""One to 64 concurrent clients over gRPC: latency, what of it is not the model, and throughput beside the model's own.
+
+    python -m benchmarks.clients [--model nano|mini] [--candidates 4] [--requests 96] [--quick]
+    python -m benchmarks.clients --plot docs/clients.png
+
+A real `preread serve` and its clients, two processes on the same cores. Each client is one connection
+that asks again as soon as it is answered, for stored candidates of 344 tokens at r = 4 that the server
+has read before. `overhead` is what of a request's time was neither in the model nor waiting for its
+turn there. The model-bound rate is that of the model alone, before the server starts: its score() over
+the same pairs, at the best of several batch sizes. nano has random weights in the shape of
+KaLM-Reranker-V1-Nano; mini is the shipped model, whose passes are so short that what is beside them shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.charts import line, panels, ticks
+from benchmarks.collection_size import MODEL
+from benchmarks.common import median_seconds, nano_checkpoint, read_result, report, start, tiny_checkpoint
+from benchmarks.servers import QUERY, fill, serving
+from cache.states import PassageStates, text_digest
+from checkpoint import Checkpoint
+from decoder_server.fbnl import FbnlBackend
+from preread.client import AsyncClient
+
+CLIENTS = (1, 4, 16, 32, 64)
+PASSAGE_TOKENS, RATIO, NUM_STORED = 344, 4, 100
+COLUMNS = ["clients", "requests", "p50, ms", "p99, ms", "in the model, p50", "overhead, p50 ms", "overhead, p99 ms",
+           "candidates/s", "share of the model-bound rate"]  # fmt: skip
+
+
+def model_bound_rate(checkpoint: Checkpoint, dtype: str | None) -> float:
+    """Candidates a second of the model alone."""
+    backend = FbnlBackend.load(checkpoint, dtype=dtype)
+    states = np.random.default_rng(0).standard_normal((PASSAGE_TOKENS // RATIO, checkpoint.dim), dtype=np.float32)
+    entry = PassageStates(states, (PASSAGE_TOKENS,), RATIO, False, text_digest(""))
+    pairs = backend.items(backend.prompt(QUERY), entry) * 64
+    sizes = (1, 2, 4, 8, 16, 32, 64)
+    return max(size / median_seconds(lambda: backend.score(pairs[:size]), repeats=3) for size in sizes)  # noqa: B023
+
+
+async def drive(address: str, num_clients: int, num_requests: int, candidates: int) -> tuple[float, list[list[float]]]:
+    """Seconds in all; per request its latency, the model's part, and the wait for it."""
+    samples: list[list[float]] = []
+    left = iter(range(num_requests))
+
+    async def ask(client: AsyncClient) -> None:
+        for number in left:
+            ids = [f"p{(number * candidates + i) % NUM_STORED}" for i in range(candidates)]
+            begin = time.perf_counter()
+            answer = await client.rerank(QUERY, ids, collection=f"t{PASSAGE_TOKENS}", timeout=600)
+            timings = answer.summary.timings
+            samples.append([time.perf_counter() - begin, timings.compute_seconds, timings.queue_seconds])
+
+    clients = [AsyncClient(address) for _ in range(num_clients)]
+    try:
+        await asyncio.gather(*(client.rerank(QUERY, ["p0"], collection=f"t{PASSAGE_TOKENS}") for client in clients))
+        begin = time.perf_counter()
+        await asyncio.gather(*map(ask, clients))
+        return time.perf_counter() - begin, samples
+    finally:
+        await asyncio.gather(*(client.close() for client in clients))
+
+
+def row(clients: int, seconds: float, samples: list[list[float]], candidates: int, bound: float) -> list[Any]:
+    total, model, waiting = np.array(samples).T * 1e3
+    overhead = total - model - waiting
+    rate = len(samples) * candidates / seconds
+    spread = [*np.percentile(total, [50, 99]), np.median(model), *np.percentile(overhead, [50, 99])]
+    return [clients, len(samples), *map(float, spread), rate, rate / bound]
+
+
+def plot(target: Path, names: list[str], quick: bool) -> None:
+    results = [read_result(name, quick=quick) for name in names]
+    with panels(target, 2) as (left, right):
+        for place, result in enumerate(results):
+            rows, name = result["rows"], result["model"]
+            for column, style in (("p50, ms", "-"), ("p99, ms", "--")):
+                label = f"{name}, {column.removesuffix(', ms')}"
+                line(left, [(row["clients"], row[column]) for row in rows], label, place, ls=style)
+            shares = [(row["clients"], 100 * row["share of the model-bound rate"]) for row in rows]
+            line(right, shares, f"{name}, throughput", place, ls=":")
+        left.set(xscale="log", yscale="log", xlabel="concurrent clients", ylabel="ms a request")
+        right.set(xscale="log", xlabel="concurrent clients", ylabel="% of the model-bound rate")
+        right.set_ylim(bottom=0)
+        for axes in (left, right):
+            ticks(axes, CLIENTS)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("nano", "mini"), default="nano")
+    parser.add_argument("--candidates", type=int, default=4, help="of a request")
+    parser.add_argument("--requests", type=int, default=96, help="at each number of clients; at least two a client")
+    parser.add_argument("--dtype", help="default: the server's own choice")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, to try the command")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw what was measured of both models")
+    args = parser.parse_args()
+    if args.plot:
+        plot(args.plot, ["clients-nano", "clients-mini"], args.quick)
+        return
+    start()
+    model = tiny_checkpoint() if args.quick else nano_checkpoint() if args.model == "nano" else MODEL
+    checkpoint = Checkpoint.open(model)
+    bound = model_bound_rate(checkpoint, args.dtype)
+    dtype = ["--dtype", args.dtype] if args.dtype else []
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        store = f"faiss:{folder}/store"
+        fill(store, checkpoint, [PASSAGE_TOKENS], NUM_STORED, RATIO)
+        with serving(model, store, "--no-encoder", *dtype) as address:
+            asyncio.run(drive(address, 4, NUM_STORED // args.candidates + 1, args.candidates))  # every tier is full
+            for clients in CLIENTS:
+                num_requests = max(args.requests, 2 * clients)
+                seconds, samples = asyncio.run(drive(address, clients, num_requests, args.candidates))
+                rows.append(row(clients, seconds, samples, args.candidates, bound))
+                print(f"{clients} clients: {seconds:.1f} s", flush=True)
+    report(
+        f"clients-{args.model}", COLUMNS, rows, quick=args.quick, model=args.model, candidates=args.candidates,
+        passage_tokens=PASSAGE_TOKENS, ratio=RATIO, model_bound_rate=bound,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Milliseconds a candidate against the number of candidates, the length of passages, and the ratio they are read at.
+
+    python -m benchmarks.scaling [--seconds 1.5] [--quick]
+    python -m benchmarks.scaling --plot docs/scaling.png
+
+The ways of benchmarks/ways.py on Nano-shaped random weights, one after another at each point; a point
+is repeated for --seconds, or runs once where it takes longer. Slow ways score as few candidates as show
+what one costs. Ratios are varied at 4,096 tokens; what straightforward and joint cost there hardly
+depends on the ratio, so they stand in the table of lengths only.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.charts import line, panels, ticks
+from benchmarks.common import (
+    matmul_peak,
+    nano_checkpoint,
+    pivot,
+    read_result,
+    report,
+    seconds_each,
+    start,
+    tiny_checkpoint,
+)
+from benchmarks.operations import PREFIX_TOKENS, PROMPT_TOKENS
+from benchmarks.ways import BATCH, NUM_DISTINCT, SLOW, WAYS, Candidates, Models
+
+COUNTS = (1, 10, 100, 1000)
+LENGTHS = (64, 256, 1024, 4096, 8192)
+RATIOS = (1, 2, 4, 8, 16, 32)
+PASSAGE_TOKENS, LONG_TOKENS, RATIO = 344, 4096, 4
+CACHED = "cached, full vocabulary"  # slow, but not so slow that it could not be varied with the ratio
+LABELS = {  # what is varied: its column, and how that is called
+    "candidates": ("candidates", "candidates of {passage_tokens} tokens, r = {ratio}"),
+    "tokens": ("passage tokens", "tokens of a passage, r = {ratio}"),
+    "ratio": ("r", "r, passages of {long_tokens:,} tokens"),
+}
+COLUMNS = ["varied", "way", "candidates", "passage tokens", "r", "ms a candidate", "Gop a candidate", "share of peak"]
+
+
+@dataclass(frozen=True)
+class Point:
+    varied: str
+    count: int
+    passage_tokens: int = PASSAGE_TOKENS
+    ratio: int = RATIO
+
+    def counts(self) -> dict[str, int]:
+        """How many candidates each way scores."""
+        if self.varied == "candidates":
+            most = {way: 10 if way in SLOW and way != CACHED else 100 if way == CACHED else 1000 for way in WAYS}
+            return {way: self.count for way in WAYS if self.count <= most[way]}
+        few = max(1, min(BATCH, 2048 // self.passage_tokens))
+        ways = [way for way in WAYS if self.varied == "tokens" or way not in SLOW or way == CACHED]
+        return {way: few if way in SLOW and way != CACHED else self.count for way in ways}
+
+
+def points(quick: bool) -> list[Point]:
+    lengths, ratios = (LENGTHS[:3], RATIOS[::3]) if quick else (LENGTHS, RATIOS)
+    long = lengths[-1] if quick else LONG_TOKENS
+
+    def count(tokens: int, ratio: int) -> int:
+        """So many that their states fit the memory a few times."""
+        return max(2, min(BATCH, 16_384 * ratio // tokens))
+
+    by_count = [Point("candidates", count) for count in (COUNTS[:3] if quick else COUNTS)]
+    by_length = [Point("tokens", count(tokens, RATIO), tokens) for tokens in lengths]
+    return by_count + by_length + [Point("ratio", count(long, ratio), long, ratio) for ratio in ratios]
+
+
+def measure(models: Models, point: Point, budget_seconds: float) -> list[list[Any]]:
+    """A row for each way."""
+    peak = matmul_peak(models.dtype)
+    distinct = NUM_DISTINCT if point.varied == "candidates" else point.count
+    candidates = Candidates(models, point.passage_tokens, point.ratio, distinct)
+    rows: list[list[Any]] = []
+    for way, count in point.counts().items():
+        if way not in SLOW:
+            WAYS[way](candidates, min(count, BATCH))  # what is kept is made
+        seconds = seconds_each(partial(WAYS[way], candidates, count), budget_seconds=budget_seconds) / count
+        work = models.operations(way, point.passage_tokens, point.ratio)
+        row = [point.varied, way, count, point.passage_tokens, point.ratio]
+        rows.append([*row, seconds * 1e3, work / 1e9, work / seconds / peak])
+        print(*rows[-1][:5], f"{seconds * 1e3:.1f} ms", flush=True)
+    return rows
+
+
+def tables(result: dict[str, Any]) -> str:
+    """Milliseconds a candidate, a table for what is varied; then how much of the machine that is."""
+    parts = []
+    for varied, (column, label) in LABELS.items():
+        own = [row for row in result["rows"] if row["varied"] == varied]
+        for value in ("ms a candidate", "share of peak"):
+            parts.append(f"{value}, by {label.format(**result)}:\n\n{pivot(own, 'way', column, value)}")
+    return "\n\n".join(parts)
+
+
+def plot(target: Path, quick: bool) -> None:
+    result = read_result("scaling", quick=quick)
+    rows = result["rows"]
+    with panels(target, len(LABELS), legend_rows=2, share_y=True) as axes:
+        for one, (varied, (column, label)) in zip(axes, LABELS.items(), strict=True):
+            own = [row for row in rows if row["varied"] == varied]
+            for place, way in enumerate(WAYS):
+                series = [(row[column], row["ms a candidate"]) for row in own if row["way"] == way]
+                if not series:  # as in the panel before, whatever the ratio
+                    at = {"way": way, "varied": "tokens", "passage tokens": result["long_tokens"]}
+                    (same,) = [row["ms a candidate"] for row in rows if at.items() <= row.items()]
+                    series = [(row["r"], same) for row in own]
+                line(one, series, way, place, ls="-" if way.startswith("preread") else "--")
+            one.set(xscale="log", yscale="log", xlabel=label.format(**result))
+            ticks(one, sorted({row[column] for row in own}))
+        axes[0].set_ylabel("ms a candidate")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=1.5, help="at each point")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--quick", action="store_true", help="a tiny model and few points, to try the command")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw what was measured")
+    args = parser.parse_args()
+    if args.plot:
+        plot(args.plot, args.quick)
+        return
+    start()
+    models = Models(tiny_checkpoint() if args.quick else nano_checkpoint(), args.dtype)
+    rows = [row for point in points(args.quick) for row in measure(models, point, args.seconds)]
+    report(
+        "scaling", COLUMNS, rows, tables, quick=args.quick, dtype=args.dtype, passage_tokens=PASSAGE_TOKENS,
+        ratio=RATIO, long_tokens=points(args.quick)[-1].passage_tokens,
+        prompt_tokens=PROMPT_TOKENS, prefix_tokens=PREFIX_TOKENS, batch=BATCH,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Real servers for benchmarks, each a process of its own on a free port, and what they are asked for."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cache.collection import Collection, Manifest, StoredPassage
+from cache.pooling import num_pooled
+from cache.states import PassageStates, text_digest
+from cache.store import open_store
+from checkpoint import Checkpoint
+from preread import Client
+
+QUERY = "which passages does the decoder attend over"
+SENTENCE = "The pooled states of its tokens are kept, and the decoder attends over them. "
+
+
+@contextmanager
+def serving(model: Path | str, store: str, *flags: str) -> Iterator[str]:
+    """The address of a `preread serve`."""
+    command = [sys.executable, "-m", "preread", "serve", "--model", str(model), "--store", store]
+    command += ["--port", "0", "--encoder-port", "0", "--log-level", "warning", "--no-check", *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    try:
+        seen = []
+        address = None
+        for line in process.stdout:
+            seen.append(line)
+            if match := re.match(r"listening +(\S+:\d+)", line):
+                address = match[1]
+            if line.startswith("ready"):
+                break
+        if address is None:
+            raise RuntimeError("the server did not start:\n" + "".join(seen))
+        threading.Thread(target=process.stdout.read, daemon=True).start()
+        yield address
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def time_requests(client: Client, repeats: int, **request: Any) -> tuple[float, float]:
+    """Median seconds of a request, and of what the server spent in the model."""
+    total, compute = [], []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        answer = client.rerank(QUERY, timeout=600, **request)
+        total.append(time.perf_counter() - begin)
+        compute.append(answer.summary.timings.compute_seconds)
+        assert answer.summary.num_scored == len(request["candidates"])
+    return statistics.median(total), statistics.median(compute)
+
+
+def texts_of(count_tokens: Callable[[str], int]) -> Callable[[int], str]:
+    """Makes texts of about so many tokens, none of them twice."""
+    each = count_tokens(SENTENCE * 11) - count_tokens(SENTENCE * 10)
+    fresh = itertools.count()
+    return lambda num_tokens: f"{next(fresh)} " + SENTENCE * max(1, round(num_tokens / each))
+
+
+def fill(store_url: str, checkpoint: Checkpoint, lengths: list[int], num_passages: int, ratio: int) -> None:
+    """A collection for each length, called t344 and so on. No time depends on the states' values: they are random."""
+    identity = checkpoint.identity()
+    store = open_store(store_url)
+    rng = np.random.default_rng(0)
+    for length in lengths:
+        manifest = Manifest.of(identity, collection=f"t{length}", compression_ratio=ratio, stores_text=False)
+        states = rng.standard_normal((num_pooled(length, ratio), identity.dim), dtype=np.float32)
+        Collection.create(store, manifest).put_many(
+            [
+                StoredPassage(f"p{i}", PassageStates(states, (length,), ratio, False, text_digest(str(i))))
+                for i in range(num_passages)
+            ]
+        )
+    store.close()
+
+
+@contextmanager
+def redis_url() -> Iterator[str]:
+    """Of a redis-server that keeps everything in memory."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["redis-server", "--port", str(port), "--save", "", "--appendonly", "no", "--loglevel", "warning"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        for _ in range(100):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.05)
+        yield f"redis://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
