@@ -107,8 +107,8 @@ class Store(Protocol):
 def open_store(
     url: str,
     *,
-    lru_bytes: int = 0,
-    lru_staleness_seconds: float = 0.0,
+    tier_bytes: int = 0,
+    tier_staleness_seconds: float = 0.0,
     lock_timeout_seconds: float = 30.0,
     read_budget_seconds: float = 0.1,
     write_budget_seconds: float = 30.0,
@@ -125,8 +125,8 @@ def open_store(
         `write_budget_seconds` each step of a write or scan,
         `ttl_seconds` lets passages expire
 
-    lru_bytes: size of an in-process tier in front of it, 0 for none; it asks the store for changes before every read
-    unless `lru_staleness_seconds` allows otherwise.
+    tier_bytes: size of an in-process tier in front of it, 0 for none; it asks the store for changes before every read
+    unless `tier_staleness_seconds` allows otherwise.
 
     Raises StoreUrlError. Nothing is connected or created before it is used.
     """
@@ -163,10 +163,10 @@ def open_store(
         raise StoreUrlError(
             f"store: scheme {scheme!r} of {url!r}, expected memory:, faiss:PATH, redis://, rediss:// or redis+cluster://"
         )
-    if lru_bytes:
-        from cache.lru import LruStore
+    if tier_bytes:
+        from cache.tier import StatesTier
 
-        store = LruStore(store, max_bytes=lru_bytes, staleness_seconds=lru_staleness_seconds)
+        store = StatesTier(store, max_bytes=tier_bytes, staleness_seconds=tier_staleness_seconds)
     return store
 
 

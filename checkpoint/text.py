@@ -12,12 +12,19 @@ import re
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
+from moka_py import Moka
 from tokenizers import Tokenizer
 
 from checkpoint.errors import CheckpointError
 from checkpoint.settings import CheckpointSettings
+
+# No two begin alike in any script or spelling a tokenizer might join with what stands before them.
+UNLIKE_QUERIES = ("a", "The", "1", "(", "é", "中")
+# Instructions whose beginnings are remembered.
+MAX_PREFIXES = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +42,7 @@ class TokenizedPrompt:
     ids: list[int]
     num_query_tokens: int  # of the query alone, after the cut
     query_truncated: bool
+    prefix_length: int = 0  # ids at the beginning that every query under this instruction has; 0 where this one differs
 
     @property
     def num_tokens(self) -> int:
@@ -67,6 +75,7 @@ class TextTokenizer:
         self._controls = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self.yes_id = self._answer_id(directory, "yes_token", settings.yes_token)
         self.no_id = self._answer_id(directory, "no_token", settings.no_token)
+        self._prefixes: Moka[str, list[int]] = Moka(MAX_PREFIXES)
         if self.yes_id == self.no_id:
             raise CheckpointError(f"{directory}: yes_token and no_token are the same token {self.yes_id}")
 
@@ -153,7 +162,23 @@ class TextTokenizer:
             query = self._tokenizer.decode(query_ids[:limit], skip_special_tokens=False)
         fields = {"query": query, "instruction": instruction or self._settings.default_instruction}
         ids = self._encode(self._settings.prompt_template, [fields])[0]
-        return TokenizedPrompt(ids, min(len(query_ids), limit), truncated)
+        prefix = self._prefix(fields["instruction"])
+        shared = len(prefix) if len(prefix) < len(ids) and ids[: len(prefix)] == prefix else 0
+        return TokenizedPrompt(ids, min(len(query_ids), limit), truncated, shared)
+
+    def _prefix(self, instruction: str) -> list[int]:
+        """Ids that prompts under this instruction begin with, as far as a few unlike queries tell.
+
+        A tokenizer may join the query's first letters with what stands before them, so the template's own
+        tokenization does not say where the query's begins.
+        """
+        prefix: list[int] | None = self._prefixes.get(instruction)
+        if prefix is None:
+            rows = [{"query": query, "instruction": instruction} for query in UNLIKE_QUERIES]
+            columns = zip(*self._encode(self._settings.prompt_template, rows), strict=False)
+            prefix = [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
+            self._prefixes.set(instruction, prefix)
+        return prefix
 
     @property
     def _reader(self) -> Tokenizer:

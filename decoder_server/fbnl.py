@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,8 +19,10 @@ from checkpoint.compute import choose_device, choose_dtype, choose_fused, dtype_
 from decoder_server.backend import Pair
 from decoder_server.batch_states import batch_states
 from decoder_server.decoder import Decoder
-from decoder_server.layout import Layout
 from decoder_server.sigmoid import sigmoid
+from decoder_server.tiers.budgets import NO_TIERS, TierBudgets
+from decoder_server.tiers.contexts import Contexts
+from decoder_server.tiers.tiers import Tiers
 
 
 class FbnlBackend:
@@ -30,7 +33,13 @@ class FbnlBackend:
     listwise = False
 
     def __init__(
-        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *, compiled: bool = False
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        compiled: bool = False,
+        budgets: TierBudgets = NO_TIERS,
     ) -> None:
         self.settings = checkpoint.settings
         self.checkpoint_name = checkpoint.name
@@ -43,14 +52,25 @@ class FbnlBackend:
         if device.type != "cpu":
             tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         self._decoder = Decoder(checkpoint.decoder_config, tensors, checkpoint.eoi_id, compiled=compiled)
+        self.tiers = Tiers(budgets)
+        states = partial(batch_states, device=device, dtype=dtype)
+        self._contexts = Contexts(self._decoder, self.tiers, states, device, dtype)
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, *, device: str | None = None, dtype: str | None = None) -> FbnlBackend:
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+        budgets: TierBudgets = NO_TIERS,
+    ) -> FbnlBackend:
         """Reads the decoder's tensors.
 
         Args:
             device: auto, cpu or cuda[:N]; None is auto.
             dtype: auto, float32 or bfloat16; None is auto.
+            budgets: what may be kept of passes, so that the next over the same passage is cheaper.
 
         Raises:
             CheckpointError: files that cannot be served.
@@ -58,7 +78,7 @@ class FbnlBackend:
         """
         where = choose_device(device)
         fused = choose_fused(checkpoint.dim, where)
-        return cls(checkpoint, where, choose_dtype(dtype, where), compiled=fused)
+        return cls(checkpoint, where, choose_dtype(dtype, where), compiled=fused, budgets=budgets)
 
     @property
     def num_compilations(self) -> int:
@@ -88,15 +108,21 @@ class FbnlBackend:
         """Margins (len(pairs),); NaN where a logit was not finite."""
         if not pairs:
             return np.empty(0, dtype=np.float32)
-        ids = torch.tensor([token for pair in pairs for token in pair.prompt.ids], device=self._device)
-        states = batch_states(pairs, self._device, self._dtype)
-        layout = Layout([len(p.prompt.ids) for p in pairs], [len(p.states) for p in pairs], self._device)
-        margins: NDArray[np.float32] = (
-            self._decoder.margins(ids, self._decoder.passage_kv(states), layout, self._text.yes_id, self._text.no_id)
-            .cpu()
-            .numpy()
-        )
+        margins = np.empty(len(pairs), dtype=np.float32)
+        for part in self._contexts.parts(pairs):
+            read = self._decoder.margins(part.token_ids, part.context, part.layout, self._text.yes_id, self._text.no_id)
+            margins[list(part.rows)] = read.cpu().numpy()
         return np.where(np.isfinite(margins), margins, np.float32("nan"))
+
+    def fill(self, pairs: Sequence[Pair]) -> tuple[int, int]:
+        """Fills the tiers with what passes over these pairs would need.
+
+        Returns:
+            How many of the pairs have their passage's keys kept now, and how many the beginning of their prompt.
+        """
+        self._contexts.fill(pairs)
+        held = [self._contexts.holds(pair) for pair in pairs]
+        return sum(keys for keys, _ in held), sum(prefix for _, prefix in held)
 
     def attention(self, pair: Pair) -> NDArray[np.float32]:
         """The readout token's weight on every state, (num_states,): mean over heads and layers."""

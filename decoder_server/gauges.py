@@ -14,8 +14,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.registry import Collector
 
 from cache.errors import CacheError
-from cache.lru import LruStore
 from cache.store import Store
+from cache.tier import StatesTier
 from decoder_server.catalogue import Described, describe
 from decoder_server.engine import Engine
 
@@ -56,7 +56,7 @@ class ServerCollector(Collector):
         hits = CounterMetricFamily("preread_cache_hits", "Passages found in a tier in memory.", labels=["tier"])
         misses = CounterMetricFamily("preread_cache_misses", "Passages not found there.", labels=["tier"])
         held = GaugeMetricFamily("preread_cache_bytes", "Bytes a tier holds.", labels=["tier"])
-        if isinstance(self._store, LruStore):
+        if isinstance(self._store, StatesTier):
             hits.add_metric(["store"], self._store.num_hits)
             misses.add_metric(["store"], self._store.num_misses)
             held.add_metric(["store"], self._store.num_bytes)

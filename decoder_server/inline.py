@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from cachetools import LRUCache
+from moka_py import Moka
 
 from cache.states import PassageStates
 from decoder_server.encoder_client import EncoderError
@@ -32,7 +32,10 @@ class Refusal:
 
 
 class InlineStates:
-    """A byte-bounded LRU of encoded texts with single flight. Only touched from the event loop."""
+    """States of inline texts, those most asked for within a byte budget, with single flight.
+
+    Only touched from the event loop.
+    """
 
     def __init__(self, encoder: Encodes, *, max_bytes: int, base_ratio: int) -> None:
         """
@@ -44,14 +47,16 @@ class InlineStates:
         self.num_hits = 0
         self._encoder = encoder
         self._base_ratio = base_ratio
-        self._kept: LRUCache[Key, PassageStates] = LRUCache(max(1, max_bytes), getsizeof=lambda states: states.nbytes)
+        self._max_bytes = max_bytes
+        self._kept: Moka[Key, PassageStates] = Moka(max(1, max_bytes), weigher=lambda _, states: states.nbytes)
         self._flights: dict[Key, asyncio.Future[PassageStates | Refusal]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
     def num_bytes(self) -> int:
         """Bytes held now."""
-        return int(self._kept.currsize)
+        self._kept.run_pending_tasks()
+        return self._kept.weighted_size()
 
     def kept(self, digest: bytes, ratio: int) -> PassageStates | None:
         """States at `ratio` that need no encoding, if there are any."""
@@ -102,8 +107,8 @@ class InlineStates:
             for key, result in zip(new, results, strict=True):
                 flight = self._flights.pop(key)
                 flight.set_result(Refusal(result) if isinstance(result, str) else result)
-                if isinstance(result, PassageStates) and result.nbytes <= self._kept.maxsize:
-                    self._kept[key] = result
+                if isinstance(result, PassageStates) and result.nbytes <= self._max_bytes:
+                    self._kept.set(key, result)
 
 
 def _at_ratio(result: PassageStates | Refusal, ratio: int) -> PassageStates | Refusal:

@@ -45,7 +45,7 @@ def _load_fbnl(model: ModelConfig) -> Backend:
     from decoder_server.fbnl import FbnlBackend
 
     checkpoint = Checkpoint.open(model.checkpoint, max_passage_tokens=model.max_passage_tokens)
-    return FbnlBackend.load(checkpoint, device=model.device, dtype=model.dtype)
+    return FbnlBackend.load(checkpoint, device=model.device, dtype=model.dtype, budgets=model.tiers)
 
 
 def _load_cross_encoder(model: ModelConfig) -> Backend:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from decoder_server.tiers.budgets import TierBudgets
+
 BACKENDS = ("auto", "fbnl", "cross_encoder")
 RUNTIMES = ("torch", "onnx", "onnx-int8")
 
@@ -23,6 +25,7 @@ class ModelConfig:
     encoder_api_key: str = field(default="", repr=False)  # shown to that worker
     runtime: str = "torch"  # of a cross-encoder
     trust_remote_code: bool = False  # run Python that a cross-encoder's checkpoint brings
+    tiers: TierBudgets = field(default_factory=TierBudgets)  # what is kept of passes (fbnl)
     profile: str = ""  # of a cross-encoder; "": by id, else from its own configuration
 
     def __post_init__(self) -> None:

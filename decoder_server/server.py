@@ -15,8 +15,8 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from cache.lru import LruStore
 from cache.store import Store, open_store
+from cache.tier import StatesTier
 from cache.timed import timed
 from decoder_server.admission import Admission
 from decoder_server.backend import Backend
@@ -78,7 +78,7 @@ class DecoderServer:
         assert below is not None
         self._store: Store = timed(below, self.metrics.store_read)
         if config.max_store_cache_bytes:
-            self._store = LruStore(
+            self._store = StatesTier(
                 self._store, max_bytes=config.max_store_cache_bytes, staleness_seconds=config.max_staleness_seconds
             )
         self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")

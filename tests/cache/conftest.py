@@ -174,7 +174,7 @@ class EmbeddedBackend(Backend):
         connection.close()
 
 
-class LruBackend(Backend):
+class TierBackend(Backend):
     """The tier in front of another backend; every handle has a tier of its own."""
 
     def __init__(self, behind: Backend) -> None:
@@ -183,7 +183,7 @@ class LruBackend(Backend):
         self.tamper, self.tamper_header = behind.tamper, behind.tamper_header
 
     def _open(self) -> Store:
-        return open_store(self.behind.url, lru_bytes=1 << 20, **getattr(self.behind, "options", {}))
+        return open_store(self.behind.url, tier_bytes=1 << 20, **getattr(self.behind, "options", {}))
 
     def tamper(self, collection: str, passage_id: str, change) -> None: ...
 
@@ -250,8 +250,8 @@ def make_backend(request, tmp_path):
     made: list[Backend] = []
 
     def make(name: str) -> Backend:
-        if name.startswith("lru:"):
-            backend = LruBackend(make(name.removeprefix("lru:")))
+        if name.startswith("tier:"):
+            backend = TierBackend(make(name.removeprefix("tier:")))
         elif name == "memory":
             backend = MemoryBackend()
         elif name == "faiss":

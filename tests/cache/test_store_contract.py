@@ -14,11 +14,11 @@ NAMES = [
     "redis",
     "rediss",
     "redis+cluster",
-    "lru:memory",
-    "lru:faiss",
-    "lru:redis",
-    "lru:rediss",
-    "lru:redis+cluster",
+    "tier:memory",
+    "tier:faiss",
+    "tier:redis",
+    "tier:rediss",
+    "tier:redis+cluster",
 ]
 
 

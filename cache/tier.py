@@ -1,16 +1,19 @@
-"""LruStore: a byte-bounded tier in this process, in front of any store.
+"""StatesTier: pooled states in this process, within a byte budget, in front of any store.
 
 Holds records that were checked once, so a hit costs neither a checksum nor a page fault. It never serves what the store
 behind no longer has: before a read it asks for the collection's generation, and after a change compares the checksums
-of what it holds, not the states. Does not know which store is behind it.
+of what it holds, not the states. When it is full, what is asked for more often stays (TinyLFU, as Moka does it), so
+that a scan of rare passages does not empty it. A passage that several threads miss is read once. Does not know which
+store is behind it.
 """
 
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
-from cachetools import LRUCache
+from moka_py import Moka
 
 from cache.manifest import Manifest
 from cache.record import Damaged, Header, Record
@@ -19,6 +22,8 @@ from cache.store import Store, StoreStats
 # A record's Python objects beside its codes and text, generously.
 _ENTRY_OVERHEAD_BYTES = 1024
 
+_Read = Record | Damaged | None
+
 
 @dataclass(slots=True)
 class _Entry:
@@ -26,8 +31,8 @@ class _Entry:
     generation: int  # of the collection, read before the record was
 
 
-class LruStore:
-    """The most recently read records, at most `max_bytes` of them; see `Store` for the contract.
+class StatesTier:
+    """The records most asked for, at most `max_bytes` of them; see `Store` for the contract.
 
     staleness_seconds: for how long a generation may be taken as still current; with 0 every read asks.
     """
@@ -40,25 +45,28 @@ class LruStore:
         self.num_misses = 0
         self._staleness_seconds = staleness_seconds
         self._lock = threading.Lock()
-        self._entries: LRUCache[tuple[str, str], _Entry] = LRUCache(max_bytes, getsizeof=_size_bytes)
+        self._max_bytes = max_bytes
+        self._entries: Moka[tuple[str, str], _Entry] = Moka(max_bytes, weigher=_size_bytes)
         self._generations: dict[str, tuple[int, float]] = {}
+        # Reads under way, by what they were begun for: a later generation does not take an earlier one's answer.
+        self._flights: dict[tuple[str, int, str], Future[_Read]] = {}
 
     @property
     def num_bytes(self) -> int:
         """Bytes held now."""
-        return int(self._entries.currsize)
+        self._entries.run_pending_tasks()
+        return self._entries.weighted_size()
 
-    def get_many(self, collection: str, passage_ids: Sequence[str]) -> list[Record | Damaged | None]:
+    def get_many(self, collection: str, passage_ids: Sequence[str]) -> list[_Read]:
         generation = self.generation(collection)
-        found: dict[str, Record | Damaged | None] = {}
+        found: dict[str, _Read] = {}
         aged: dict[str, _Entry] = {}
-        with self._lock:
-            for passage_id in passage_ids:
-                entry = self._entries.get((collection, passage_id))
-                if entry is not None and entry.generation == generation:
-                    found[passage_id] = entry.record
-                elif entry is not None:
-                    aged[passage_id] = entry
+        for passage_id in passage_ids:
+            entry = self._entries.get((collection, passage_id))
+            if entry is not None and entry.generation == generation:
+                found[passage_id] = entry.record
+            elif entry is not None:
+                aged[passage_id] = entry
         if aged:
             # Something in the collection changed. A header's checksum covers the whole record, so it settles which.
             for (passage_id, entry), header in zip(
@@ -68,11 +76,9 @@ class LruStore:
                     entry.generation = generation
                     found[passage_id] = entry.record
         missing = [passage_id for passage_id in dict.fromkeys(passage_ids) if passage_id not in found]
-        fetched = self.store.get_many(collection, missing) if missing else []
-        self._admit(collection, generation, dict(zip(missing, fetched, strict=True)))
         self.num_hits += len(found)
         self.num_misses += len(missing)
-        found.update(zip(missing, fetched, strict=True))
+        found |= self._fetch(collection, generation, missing)
         return [found[passage_id] for passage_id in passage_ids]
 
     def generation(self, collection: str) -> int:
@@ -100,11 +106,11 @@ class LruStore:
         try:
             self.store.drop_collection(collection)
         finally:
-            self._forget(collection, [passage_id for name, passage_id in list(self._entries) if name == collection])
+            self._generations.pop(collection, None)
+            self._entries.clear()  # dropping is rare, and a cache that can be listed would be slower
 
     def close(self) -> None:
-        with self._lock:
-            self._entries.clear()
+        self._entries.clear()
         self.store.close()
 
     # The rest is the store's own answer.
@@ -139,22 +145,46 @@ class LruStore:
     def remove_alias(self, alias: str) -> bool:
         return self.store.remove_alias(alias)
 
-    def _admit(self, collection: str, generation: int, fetched: Mapping[str, Record | Damaged | None]) -> None:
+    def _fetch(self, collection: str, generation: int, passage_ids: Sequence[str]) -> dict[str, _Read]:
+        """From the store, or from a read of it that another thread has under way."""
+        own: dict[str, Future[_Read]] = {}
+        flights: dict[str, Future[_Read]] = {}
+        with self._lock:
+            for passage_id in passage_ids:
+                key = collection, generation, passage_id
+                if key not in self._flights:
+                    own[passage_id] = self._flights[key] = Future()
+                flights[passage_id] = self._flights[key]
+        if own:
+            try:
+                fetched = dict(zip(own, self.store.get_many(collection, list(own)), strict=True))
+                self._admit(collection, generation, fetched)
+                for passage_id, record in fetched.items():
+                    own[passage_id].set_result(record)
+            except BaseException as exc:
+                for flight in own.values():
+                    flight.set_exception(exc)
+                raise
+            finally:
+                with self._lock:
+                    for passage_id in own:
+                        del self._flights[collection, generation, passage_id]
+        return {passage_id: flight.result() for passage_id, flight in flights.items()}
+
+    def _admit(self, collection: str, generation: int, fetched: Mapping[str, _Read]) -> None:
         for passage_id, record in fetched.items():
             if not isinstance(record, Record):
                 continue
             # A copy: the codes may be a view into a mapped file or a larger buffer, which would stay alive uncounted.
-            entry = _Entry(replace(record, codes=record.codes.copy()), generation)
-            with self._lock:
-                if _size_bytes(entry) <= self._entries.maxsize:
-                    self._entries[collection, passage_id] = entry
+            key, entry = (collection, passage_id), _Entry(replace(record, codes=record.codes.copy()), generation)
+            if _size_bytes(key, entry) <= self._max_bytes:
+                self._entries.set(key, entry)
 
-    def _forget(self, collection: str, passage_ids: Iterator[str] | Sequence[str] | Mapping[str, Record]) -> None:
-        with self._lock:
-            self._generations.pop(collection, None)
-            for passage_id in passage_ids:
-                self._entries.pop((collection, passage_id), None)
+    def _forget(self, collection: str, passage_ids: Sequence[str] | Mapping[str, Record]) -> None:
+        self._generations.pop(collection, None)
+        for passage_id in passage_ids:
+            self._entries.remove((collection, passage_id))
 
 
-def _size_bytes(entry: _Entry) -> int:
+def _size_bytes(key: tuple[str, str], entry: _Entry) -> int:
     return entry.record.size_bytes + _ENTRY_OVERHEAD_BYTES
