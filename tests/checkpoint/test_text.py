@@ -44,6 +44,24 @@ def test_an_empty_instruction_is_the_default_one(text: TextTokenizer) -> None:
     assert text.prompt("q", "Another.") != text.prompt("q")
 
 
+@pytest.mark.parametrize("instruction", ["", "Retrieve passages.", "中文", HOSTILE])
+@given(query=st.text(max_size=40))
+def test_a_prompt_tells_what_it_shares_with_every_other_query(
+    text: TextTokenizer, instruction: str, query: str
+) -> None:
+    """Exactly the ids that a plain query has, or nothing; never the last id, which is read out."""
+    plain, prompt = text.prompt("What is it?", instruction), text.prompt(query, instruction)
+    assert prompt.prefix_length in (0, plain.prefix_length)
+    assert prompt.prefix_length < len(prompt.ids)
+    assert prompt.ids[: prompt.prefix_length] == plain.ids[: prompt.prefix_length]
+    assert plain.prefix_length > 10
+
+
+def test_another_instruction_has_another_beginning(text: TextTokenizer) -> None:
+    one, other = text.prompt("q", "Retrieve passages."), text.prompt("q", "Retrieve answers.")
+    assert one.ids[: one.prefix_length] != other.ids[: other.prefix_length]
+
+
 def test_the_prefix_merges_with_the_first_word(text: TextTokenizer, reference: Tokenizer) -> None:
     (passage,) = text.passages(["The capital"])
     assert passage.ids == reference.encode("<Document>: The capital", add_special_tokens=False).ids

@@ -1,0 +1,189 @@
+"""Tiers change what a pass costs and never what it says: margins stay those of a pass that keeps nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from checkpoint import Checkpoint
+from decoder_server.backend import Pair
+from decoder_server.fbnl import FbnlBackend
+from decoder_server.tiers.at_rest import Kept
+from decoder_server.tiers.budgets import TierBudgets
+from decoder_server.tiers.tier import MIN_ASKINGS, Tier
+
+MIB = 1 << 20
+QUERIES = ("What is the capital of China?", "gravity", "A passage is read once, and the states are kept")
+INSTRUCTIONS = (None, "Find what explains the query.", "Find what contradicts the query.")
+# The largest difference of margins from a pass that keeps nothing; random weights' margins spread over some units.
+TOLERANCE = {"auto": 1e-5, "bfloat16": 0.03, "int8": 0.15}
+PLENTY = 4 * MIB
+
+
+def kv(rows: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(3, 2, rows, 2, 16, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny: Path) -> Checkpoint:
+    return Checkpoint.open(tiny)
+
+
+def made(checkpoint: Checkpoint, budgets: TierBudgets) -> FbnlBackend:
+    return FbnlBackend.load(checkpoint, device="cpu", dtype="float32", budgets=budgets)
+
+
+def batches(backend: FbnlBackend, num: int, seed: int = 0) -> Iterator[list[Pair]]:
+    """Pairs of a few passages and prompts, some asked for far more often than others, some without a key."""
+    rng = np.random.default_rng(seed)
+    passages = [rng.standard_normal((n, backend.checkpoint.dim)).astype(np.float32) for n in rng.integers(1, 30, 12)]
+    prompts = [backend.prompt(query, instruction) for query in QUERIES for instruction in INSTRUCTIONS]
+    for _ in range(num):
+        chosen = np.minimum(rng.geometric(0.25, size=int(rng.integers(1, 9))) - 1, len(passages) - 1)
+        yield [
+            Pair(prompts[rng.integers(len(prompts))], passages[i], False, bytes([i]) if i != 3 else b"") for i in chosen
+        ]
+
+
+@pytest.mark.parametrize("form", ["auto", "bfloat16", "int8"])
+def test_what_is_kept_comes_back_within_its_format(form: str) -> None:
+    numbers = kv(7)
+    numbers[0, 0, 3] = 0  # a row of zeros has no largest number
+    read = Kept.of(numbers, form).read(torch.float32)
+    largest = numbers.abs().amax(-1, keepdim=True)
+    bound = {"auto": 0.0, "bfloat16": 2**-8 * numbers.abs(), "int8": largest / 127 / 2 + 1e-6}[form]
+    assert ((read - numbers).abs() <= bound).all()
+
+
+def test_int8_and_bfloat16_take_the_bytes_they_say() -> None:
+    numbers = kv(32)
+    assert Kept.of(numbers, "auto").num_bytes == numbers.nbytes
+    assert Kept.of(numbers, "bfloat16").num_bytes == numbers.nbytes // 2
+    assert Kept.of(numbers, "int8").num_bytes == numbers.nbytes // 4 + numbers.nbytes // 16  # and a scale per 16
+
+
+def test_an_entry_is_wanted_from_its_second_asking_on() -> None:
+    tier = Tier("keys", MIB, "auto")
+    for asking in range(1, 4):
+        assert tier.get("a") is None
+        assert tier.wants("a") is (asking >= MIN_ASKINGS)
+    assert not tier.wants("b")
+    tier.put("a", kv(3))
+    assert tier.get("a") is not None
+    assert (tier.num_hits, tier.num_misses, tier.num_admitted) == (1, 3, 1)
+
+
+def test_a_tier_stays_within_its_bytes_and_keeps_what_is_asked_for_often() -> None:
+    tier = Tier("keys", 300_000, "auto")
+    for i in range(25):  # frequencies are counted from a tier half full on
+        tier.put(i, kv(10))
+    assert tier.num_bytes > 150_000
+    for i in range(100, 300):
+        assert tier.get(i % 4) is not None  # one of the four that are asked for all the time
+        tier.get(i)
+        tier.put(i, kv(10))
+        assert tier.num_bytes <= 300_000
+    assert not all(tier.holds(i) for i in range(100, 300))
+    assert tier.put("too large", kv(2000)) is None
+    tier.clear()
+    assert (tier.num_bytes, tier.num_entries) == (0, 0)
+
+
+def test_a_tier_without_a_budget_wants_nothing() -> None:
+    tier = Tier("keys", 0, "auto")
+    for _ in range(3):
+        tier.get("a")
+    assert not tier.wants("a")
+
+
+@pytest.mark.parametrize(
+    "budgets",
+    [
+        TierBudgets(PLENTY, PLENTY),
+        TierBudgets(PLENTY, 0),
+        TierBudgets(0, PLENTY),
+        TierBudgets(40_000, 150_000),  # of a handful of entries: they come and go all the time
+        TierBudgets(PLENTY, PLENTY, "bfloat16"),
+        TierBudgets(PLENTY, PLENTY, "int8"),
+    ],
+    ids=["both", "keys", "prefixes", "hardly any room", "bfloat16", "int8"],
+)
+def test_margins_are_those_of_a_pass_that_keeps_nothing(
+    checkpoint: Checkpoint, fbnl: FbnlBackend, budgets: TierBudgets
+) -> None:
+    backend = made(checkpoint, budgets)
+    for batch in batches(backend, 60):
+        np.testing.assert_allclose(backend.score(batch), fbnl.score(batch), atol=TOLERANCE[budgets.form], rtol=0)
+    keys, prefixes = backend.tiers.all()
+    assert bool(keys.num_hits) is keys.on
+    assert bool(prefixes.num_hits) is prefixes.on
+    assert keys.num_bytes <= budgets.max_keys_bytes
+    assert prefixes.num_bytes <= budgets.max_prefix_bytes
+
+
+def test_filling_makes_the_next_pass_a_hit(checkpoint: Checkpoint, fbnl: FbnlBackend) -> None:
+    backend = made(checkpoint, TierBudgets(PLENTY, PLENTY))
+    rng = np.random.default_rng(2)
+    passages = [rng.standard_normal((n, checkpoint.dim)).astype(np.float32) for n in (1, 7, 12)]
+    warmed = [Pair(backend.prompt("any"), states, False, bytes([i])) for i, states in enumerate(passages)]
+    assert backend.fill(warmed) == (3, 3)
+    assert [tier.num_misses for tier in backend.tiers.all()] == [0, 0]  # nobody asked
+    asked = [Pair(backend.prompt("never asked before"), pair.states, False, pair.key) for pair in warmed]
+    np.testing.assert_allclose(backend.score(asked), fbnl.score(asked), atol=1e-5, rtol=0)
+    assert [(tier.num_hits, tier.num_misses) for tier in backend.tiers.all()] == [(3, 0)] * 2
+
+
+def test_a_beginning_serves_its_own_tokens_only(checkpoint: Checkpoint, fbnl: FbnlBackend) -> None:
+    """A query of the same instruction hits; another instruction, passage or ratio does not."""
+    backend = made(checkpoint, TierBudgets(PLENTY, PLENTY))
+    rng = np.random.default_rng(1)
+    states = rng.standard_normal((9, checkpoint.dim)).astype(np.float32)
+    prefixes = backend.tiers.prefixes
+
+    def hits(pair: Pair) -> bool:
+        before = prefixes.num_hits
+        np.testing.assert_allclose(backend.score([pair]), fbnl.score([pair]), atol=1e-5, rtol=0)
+        return prefixes.num_hits > before
+
+    backend.fill([Pair(backend.prompt(QUERIES[0], INSTRUCTIONS[1]), states, False, b"p")])
+    assert hits(Pair(backend.prompt(QUERIES[1], INSTRUCTIONS[1]), states, False, b"p"))
+    assert not hits(Pair(backend.prompt(QUERIES[1], INSTRUCTIONS[2]), states, False, b"p"))
+    assert not hits(Pair(backend.prompt(QUERIES[1], INSTRUCTIONS[1]), states[:4], False, b"p at another ratio"))
+
+
+def test_a_passage_that_requests_share_is_computed_once(checkpoint: Checkpoint) -> None:
+    """Two queries of one batch over one passage: its states are read once, and its beginning is computed once."""
+    backend = made(checkpoint, TierBudgets(PLENTY, PLENTY))
+    states: NDArray[np.float32] = np.ones((5, checkpoint.dim), dtype=np.float32)
+    backend.score([Pair(backend.prompt(query), states, False, b"p") for query in QUERIES])
+    keys, prefixes = backend.tiers.all()
+    assert (keys.num_admitted, keys.num_entries) == (1, 1)
+    assert (prefixes.num_admitted, prefixes.num_entries) == (1, 1)
+
+
+def test_models_share_nothing(checkpoint: Checkpoint) -> None:
+    """Entries belong to the weights and templates that computed them: another loaded model begins with none."""
+    budgets = TierBudgets(PLENTY, PLENTY)
+    one, other = made(checkpoint, budgets), made(checkpoint, budgets)
+    pair = next(batches(one, 1))[:1]
+    one.fill(pair)
+    assert [tier.num_entries for tier in one.tiers.all()] == [1, 1]
+    assert [tier.num_entries for tier in other.tiers.all()] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("budgets", "message"),
+    [
+        ({"max_keys_bytes": -1}, "max_keys_bytes is -1; expected 0 or more"),
+        ({"max_prefix_bytes": -5}, "max_prefix_bytes is -5; expected 0 or more"),
+        ({"form": "fp4"}, "form is 'fp4'; expected auto, bfloat16, int8"),
+    ],
+)
+def test_budgets_that_make_no_sense_are_refused(budgets: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TierBudgets(**budgets)  # type: ignore[arg-type]  # that is the point
