@@ -1,10 +1,17 @@
 """Index throughput: the real job into the embedded store, beside transformers one passage at a time.
 
-    python -m benchmarks.indexing [--passages 60] [--repeats 3]
+    python -m benchmarks.indexing [--passages 48] [--slow-passages 6] [--seconds 60]
 
-Nano-shaped random weights over abstracts of examples/scifact (the random checkpoint's tokenizer makes
-them about four times as long as Gemma's would). Both ways take turns. Operations are counted from the
-shapes and held against the matrix-product rate of the same run.
+Nano-shaped random weights over abstracts of examples/scifact, each cut to its first quarter: the random
+checkpoint's tokenizer makes texts about four times as long as Gemma's would. The ways take turns until
+the time is up, at least once. Operations are counted from the shapes, attention as far as a token sees
+and not what a block computes in vain; they are held against the matrix-product rate of the same run.
+
+    transformers    one passage a pass, the first few passages only
+    forward alone   our passes, in the batches an index run makes of these passages
+    index           the same with reading, tokenizing, pooling, codec and a durable store around it
+
+Padding is what a padded batch of the same passages would have had; on a CPU nothing is padded.
 """
 
 from __future__ import annotations
@@ -14,8 +21,11 @@ import itertools
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import T5Gemma2ForConditionalGeneration
 from transformers.utils import logging as transformers_logging
@@ -24,23 +34,33 @@ from benchmarks.common import matmul_peak, nano_checkpoint, report, start
 from cache.store import open_store
 from checkpoint import Checkpoint
 from checkpoint.compute import DTYPES
+from encoder_worker.batching import plan
 from encoder_worker.indexing import index
 from encoder_worker.passage_encoder import PassageEncoder
 from encoder_worker.report import IndexReport
 from encoder_worker.sources import Passage, Source
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "scifact"
-LAYERS, DIM, INNER, HEADS, KV, HEAD, REACH = 18, 640, 2048, 4, 1, 256, 512
+RATIO = 4
 
 
-def operations(num_tokens: int) -> float:
-    """Multiply-adds times two to encode one passage of Nano; attention as far as the window reaches."""
-    dense = DIM * (HEADS + 2 * KV) * HEAD + HEADS * HEAD * DIM + 3 * DIM * INNER
-    keys = (5 * min(num_tokens, REACH) + num_tokens) / 6  # five sliding layers to a full one
-    return 2 * LAYERS * num_tokens * (dense + 2 * keys * HEADS * HEAD)
+def operations(checkpoint: Checkpoint, num_tokens: int) -> float:
+    """Multiply-adds times two to encode one passage; norms and softmax left out."""
+    config = checkpoint.encoder_config
+    dim, head, num_heads = config.hidden_size, config.head_dim, config.num_attention_heads
+    heads = num_heads * head
+    dense = dim * (heads + 2 * config.num_key_value_heads * head) + heads * dim + 3 * dim * config.intermediate_size
+    before = np.arange(num_tokens)  # tokens to the left of each
+    total = 0.0
+    for kind in config.layer_types:
+        size = config.sliding_window if kind == "sliding_attention" else 2 * num_tokens
+        # A token sees itself, (size - 1) // 2 to its left and size // 2 to its right.
+        seen = num_tokens + np.minimum(before, (size - 1) // 2).sum() + np.minimum(before, size // 2).sum()
+        total += num_tokens * dense + 2 * int(seen) * heads
+    return 2 * total
 
 
-def index_once(encoder: PassageEncoder, passages: list[Passage]) -> IndexReport:
+def index_once(encoder: PassageEncoder, passages: Sequence[Passage]) -> IndexReport:
     with tempfile.TemporaryDirectory() as folder:
         store = open_store(f"faiss:{folder}/store")
         result = index(iter(passages), encoder, store, "bench")
@@ -48,54 +68,72 @@ def index_once(encoder: PassageEncoder, passages: list[Passage]) -> IndexReport:
     return result
 
 
+def quarters(num_passages: int) -> list[Passage]:
+    """The first quarter of each of so many abstracts."""
+    items = (item for item in Source([str(EXAMPLE)]) if isinstance(item, Passage))
+    return [replace(item, text=item.text[: len(item.text) // 4]) for item in itertools.islice(items, num_passages)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--passages", type=int, default=60)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--passages", type=int, default=48)
+    parser.add_argument("--slow-passages", type=int, default=6, help="of them, what transformers encodes")
+    parser.add_argument("--seconds", type=float, default=60.0, help="begin no further round after that")
     parser.add_argument("--dtype", default="bfloat16")
     args = parser.parse_args()
     start()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     directory = nano_checkpoint()
+    checkpoint = Checkpoint.open(directory)
     encoder = PassageEncoder.load(str(directory), device="cpu", dtype=args.dtype)
     plain = T5Gemma2ForConditionalGeneration.from_pretrained(directory, dtype=DTYPES[args.dtype]).eval().get_encoder()
-    items = Source([str(EXAMPLE)])
-    passages = list(itertools.islice((item for item in items if isinstance(item, Passage)), args.passages))
-    text = Checkpoint.open(directory).text
-    ids = [passage.ids for passage in text.passages([passage.text for passage in passages])]
-    num_tokens, work = sum(map(len, ids)), sum(operations(len(row)) for row in ids)
+    passages = quarters(args.passages)
+    ids = [list(one.windows[0]) for one in encoder.tokenize([passage.text for passage in passages])]
+    batches = plan([len(row) for row in ids], encoder.limits)
+    num_slow = min(args.slow_passages, len(ids))
+    done: list[IndexReport] = []
 
     def one_at_a_time() -> None:
-        for row in ids:
+        for row in ids[:num_slow]:
             plain(torch.tensor([row]), attention_mask=torch.ones(1, len(row), dtype=torch.long))
 
-    times: dict[str, list[float]] = {"transformers, one at a time": [], "preread index": []}
-    peaks, padding = [], 0.0
-    for _ in range(args.repeats):
+    def forward_alone() -> None:
+        for batch in batches:
+            encoder.encode([ids[i] for i in batch], RATIO)
+
+    ways: dict[str, tuple[Callable[[], object], int]] = {
+        "transformers, one at a time": (one_at_a_time, num_slow),
+        "forward alone": (forward_alone, len(ids)),
+        "index": (lambda: done.append(index_once(encoder, passages)), len(ids)),
+    }
+    index_once(encoder, passages[:8])  # compiles what is compiled, and prepares products
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    peaks: list[float] = []
+    begun = time.perf_counter()
+    while not peaks or time.perf_counter() - begun < args.seconds:
         peaks.append(matmul_peak(DTYPES[args.dtype]))
-        begin = time.perf_counter()
-        one_at_a_time()
-        times["transformers, one at a time"].append(time.perf_counter() - begin)
-        begin = time.perf_counter()
-        done = index_once(encoder, passages)
-        times["preread index"].append(time.perf_counter() - begin)
-        assert done.num_stored == len(passages)
-        padding = done.num_padding_tokens / (done.num_tokens + done.num_padding_tokens)
+        for name, (call, _) in ways.items():
+            begin = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - begin)
+        print(f"round {len(peaks)}: {time.perf_counter() - begun:.0f} s", flush=True)
+    assert all(one.num_stored == len(passages) for one in done)
     peak = statistics.median(peaks)
     rows = []
-    for way, seconds in times.items():
-        each = statistics.median(seconds)
-        rows.append([way, len(passages) / each, num_tokens / each, work / each / peak])
-    columns = ["way", "passages/s", "tokens/s", "share of peak"]
+    for name, (_, num_passages) in ways.items():
+        each, lengths = statistics.median(times[name]), [len(row) for row in ids[:num_passages]]
+        work = sum(operations(checkpoint, length) for length in lengths)
+        rows.append([name, num_passages, num_passages / each, sum(lengths) / each, work / each / peak])
     report(
         "indexing",
-        columns,
+        ["way", "passages", "passages/s", "tokens/s", "share of peak"],
         rows,
         dtype=args.dtype,
-        passages=len(passages),
-        mean_tokens=round(num_tokens / len(passages)),
-        padding_share=round(padding, 4),
+        rounds=len(peaks),
+        mean_tokens=round(sum(map(len, ids)) / len(ids)),
+        batches=len(batches),
+        padding_share=round(done[0].padding_share, 4),
         peak_gops=round(peak / 1e9),
     )
 

@@ -6,7 +6,8 @@ a shared store and is not trusted. Does not know passages.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import faiss
@@ -165,12 +166,11 @@ class Codec:
         return out
 
     def _decode(self, codes: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
-        if self._scaling is None:
-            self._index.sa_decode(codes, x=out)
-            return
-        num_bytes = self._scaling.num_bytes
-        self._index.sa_decode(np.ascontiguousarray(codes[:, num_bytes:]), x=out)
-        self._scaling.unscale(out, codes[:, :num_bytes])
+        num_bytes = 0 if self._scaling is None else self._scaling.num_bytes
+        with _alone():
+            self._index.sa_decode(np.ascontiguousarray(codes[:, num_bytes:]), x=out)
+        if self._scaling is not None:
+            self._scaling.unscale(out, codes[:, :num_bytes])
 
     def new_index(self) -> faiss.Index:
         """An empty trained FAISS index of this codec, for writing a segment.
@@ -204,6 +204,22 @@ class Codec:
         if array.ndim != 2 or array.shape[1] != width or array.dtype != dtype:
             raise CodecError(f"{field}: {array.dtype} {array.shape}, expected {dtype.__name__} (n, {width})")
         return np.ascontiguousarray(array)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """FAISS' OpenMP uses the calling thread only, as long as this lasts.
+
+    Decoding is what a server does beside a forward pass, and is over before a second thread has begun to help; that one
+    then spins for a while, on a core that the pass needs. OpenMP keeps this number per thread: setting it once for the
+    process would not reach the threads that read.
+    """
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
 
 
 def _shape_of(factory: str, dim: int) -> tuple[int, int, int]:

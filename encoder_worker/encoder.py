@@ -81,5 +81,8 @@ def pool_packed(states: Tensor, lengths: Sequence[int], ratio: int) -> Tensor:
     Returns:
         (sum of ceil(length / ratio), dim) float32.
     """
-    sizes = [min(ratio, length - first) for length in lengths for first in range(0, length, ratio)]
-    return torch.segment_reduce(states.float(), "mean", lengths=torch.tensor(sizes, device=states.device), axis=0)
+    num_tokens = np.asarray(lengths)
+    counts = -(-num_tokens // ratio)  # states per passage
+    sizes = np.full(counts.sum(), ratio)
+    sizes[counts.cumsum() - 1] = num_tokens - (counts - 1) * ratio  # the last group has what is left
+    return torch.segment_reduce(states.float(), "mean", lengths=torch.from_numpy(sizes).to(states.device), axis=0)

@@ -1,5 +1,8 @@
 """Codecs: what comes back is as near as the codec promises, and tables are checked like any foreign bytes."""
 
+import os
+import threading
+
 import faiss
 import numpy as np
 import pytest
@@ -67,6 +70,23 @@ def test_many_passages_decode_into_one_buffer(codec, sample):
     for wrong in (buffer[:59], buffer.astype(np.float64), np.asfortranarray(buffer)):
         with pytest.raises(CodecError, match=r"out: .* expected C-contiguous float32 \(60, 64\)"):
             codec.decode_many(parts, out=wrong)
+
+
+def test_decoding_starts_no_threads(codec, sample):
+    """Whatever OpenMP was told before, in whichever thread; and what it was told stays."""
+    codes = codec.encode(sample)
+    seen = []
+
+    def decode():
+        faiss.omp_set_num_threads(3)
+        before = len(os.listdir("/proc/self/task"))
+        codec.decode_many([codes[:700], codes[700:]])
+        seen.append((len(os.listdir("/proc/self/task")) - before, faiss.omp_get_max_threads()))
+
+    thread = threading.Thread(target=decode)
+    thread.start()
+    thread.join()
+    assert seen == [(0, 3)]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -195,3 +195,36 @@ def test_at_most_three_windows_are_in_memory(encoder: PassageEncoder, store: Sto
         counted(), encoder, store, "docs", options=SMALL, on_progress=lambda now: ahead.append(num_read - now.num_done)
     )
     assert max(ahead) <= 3 * 16
+
+
+@pytest.mark.parametrize("first", ["tokenize", "encode"])
+def test_tokenizing_and_the_forward_pass_do_not_wait_for_each_other(
+    encoder: PassageEncoder, store: Store, passages: Make, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    """Whichever of the second window's tokenizing and the first window's passes has to come first, can."""
+    tokenized, encoded = threading.Event(), threading.Event()
+    tokenize, encode = encoder.tokenize, encoder.encode
+    num_calls = 0
+
+    def watched_tokenize(texts: list[str], *, split: bool = False) -> object:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 2 and first == "encode":
+            assert encoded.wait(20), "the first window's pass waited for the second's tokenizing"
+        result = tokenize(texts, split=split)
+        if num_calls == 2:
+            tokenized.set()
+        return result
+
+    def watched_encode(batch: list[list[int]], ratio: int) -> object:
+        if first == "tokenize":
+            assert tokenized.wait(20), "the second window's tokenizing waited for the first's pass"
+        result = encode(batch, ratio)
+        encoded.set()
+        return result
+
+    monkeypatch.setattr(encoder, "tokenize", watched_tokenize)
+    monkeypatch.setattr(encoder, "encode", watched_encode)
+    items = passages([f"passage number {i}" for i in range(60)])
+    assert index(items, encoder, store, "docs", options=SMALL).num_stored == 60
+    assert num_calls == 4
