@@ -1,11 +1,11 @@
 """Index throughput: the real job into the embedded store, beside transformers one passage at a time.
 
-    python -m benchmarks.indexing [--passages 48] [--slow-passages 6] [--seconds 60]
+    python -m benchmarks.indexing [--passages 32] [--slow-passages 4] [--seconds 45]
 
 Nano-shaped random weights over abstracts of examples/scifact, each cut to its first quarter: the random
 checkpoint's tokenizer makes texts about four times as long as Gemma's would. The ways take turns until
-the time is up, at least once. Operations are counted from the shapes, attention as far as a token sees
-and not what a block computes in vain; they are held against the matrix-product rate of the same run.
+the time is up, at least once. What a way executes is counted from the shapes (operations.py) and held
+against the matrix-product rate of the same run.
 
     transformers    one passage a pass, the first few passages only
     forward alone   our passes, in the batches an index run makes of these passages
@@ -25,12 +25,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import T5Gemma2ForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.common import matmul_peak, nano_checkpoint, report, start
+from benchmarks.common import matmul_peak, nano_checkpoint, report, start, tiny_checkpoint
+from benchmarks.operations import Operations
 from cache.store import open_store
 from checkpoint import Checkpoint
 from checkpoint.compute import DTYPES
@@ -42,22 +42,6 @@ from encoder_worker.sources import Passage, Source
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "scifact"
 RATIO = 4
-
-
-def operations(checkpoint: Checkpoint, num_tokens: int) -> float:
-    """Multiply-adds times two to encode one passage; norms and softmax left out."""
-    config = checkpoint.encoder_config
-    dim, head, num_heads = config.hidden_size, config.head_dim, config.num_attention_heads
-    heads = num_heads * head
-    dense = dim * (heads + 2 * config.num_key_value_heads * head) + heads * dim + 3 * dim * config.intermediate_size
-    before = np.arange(num_tokens)  # tokens to the left of each
-    total = 0.0
-    for kind in config.layer_types:
-        size = config.sliding_window if kind == "sliding_attention" else 2 * num_tokens
-        # A token sees itself, (size - 1) // 2 to its left and size // 2 to its right.
-        seen = num_tokens + np.minimum(before, (size - 1) // 2).sum() + np.minimum(before, size // 2).sum()
-        total += num_tokens * dense + 2 * int(seen) * heads
-    return 2 * total
 
 
 def index_once(encoder: PassageEncoder, passages: Sequence[Passage]) -> IndexReport:
@@ -76,15 +60,16 @@ def quarters(num_passages: int) -> list[Passage]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--passages", type=int, default=48)
-    parser.add_argument("--slow-passages", type=int, default=6, help="of them, what transformers encodes")
-    parser.add_argument("--seconds", type=float, default=60.0, help="begin no further round after that")
+    parser.add_argument("--passages", type=int, default=32)
+    parser.add_argument("--slow-passages", type=int, default=4, help="of them, what transformers encodes")
+    parser.add_argument("--seconds", type=float, default=45.0, help="begin no further round after that")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--quick", action="store_true", help="a tiny model: tries the command, measures nothing")
     args = parser.parse_args()
     start()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    directory = nano_checkpoint()
+    directory = tiny_checkpoint() if args.quick else nano_checkpoint()
     checkpoint = Checkpoint.open(directory)
     encoder = PassageEncoder.load(str(directory), device="cpu", dtype=args.dtype)
     plain = T5Gemma2ForConditionalGeneration.from_pretrained(directory, dtype=DTYPES[args.dtype]).eval().get_encoder()
@@ -102,10 +87,15 @@ def main() -> None:
         for batch in batches:
             encoder.encode([ids[i] for i in batch], RATIO)
 
-    ways: dict[str, tuple[Callable[[], object], int]] = {
-        "transformers, one at a time": (one_at_a_time, num_slow),
-        "forward alone": (forward_alone, len(ids)),
-        "index": (lambda: done.append(index_once(encoder, passages)), len(ids)),
+    def operations(num_tokens: int) -> Operations:
+        return Operations(checkpoint.encoder_config, checkpoint.decoder_config, num_tokens, RATIO)
+
+    plain_work = sum(operations(len(row)).plain_encoding() for row in ids[:num_slow])
+    work = sum(operations(len(row)).encoding() for row in ids)
+    ways: dict[str, tuple[Callable[[], object], int, int]] = {
+        "transformers, one at a time": (one_at_a_time, num_slow, plain_work),
+        "forward alone": (forward_alone, len(ids), work),
+        "index": (lambda: done.append(index_once(encoder, passages)), len(ids), work),
     }
     index_once(encoder, passages[:8])  # compiles what is compiled, and prepares products
     times: dict[str, list[float]] = {name: [] for name in ways}
@@ -113,7 +103,7 @@ def main() -> None:
     begun = time.perf_counter()
     while not peaks or time.perf_counter() - begun < args.seconds:
         peaks.append(matmul_peak(DTYPES[args.dtype]))
-        for name, (call, _) in ways.items():
+        for name, (call, _, _) in ways.items():
             begin = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - begin)
@@ -121,14 +111,14 @@ def main() -> None:
     assert all(one.num_stored == len(passages) for one in done)
     peak = statistics.median(peaks)
     rows = []
-    for name, (_, num_passages) in ways.items():
-        each, lengths = statistics.median(times[name]), [len(row) for row in ids[:num_passages]]
-        work = sum(operations(checkpoint, length) for length in lengths)
-        rows.append([name, num_passages, num_passages / each, sum(lengths) / each, work / each / peak])
+    for name, (_, num_passages, num_operations) in ways.items():
+        each, num_tokens = statistics.median(times[name]), sum(map(len, ids[:num_passages]))
+        rows.append([name, num_passages, num_passages / each, num_tokens / each, num_operations / each / peak])
     report(
         "indexing",
         ["way", "passages", "passages/s", "tokens/s", "share of peak"],
         rows,
+        quick=args.quick,
         dtype=args.dtype,
         rounds=len(peaks),
         mean_tokens=round(sum(map(len, ids)) / len(ids)),

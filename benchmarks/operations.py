@@ -27,7 +27,11 @@ class Operations:
 
     def straightforward(self) -> int:
         """Encode and decode per call."""
-        return _stack(self.encoder, self.passage, self.passage) + self.cached_full_vocabulary()
+        return self.plain_encoding() + self.cached_full_vocabulary()
+
+    def plain_encoding(self) -> int:
+        """transformers' encoder."""
+        return _stack(self.encoder, self.passage, self.passage)
 
     def joint(self) -> int:
         """One stack over prompt and passage."""
@@ -41,11 +45,15 @@ class Operations:
 
     def texts(self) -> int:
         """Our encoder, then our decoder."""
+        return self.encoding() + self.states()
+
+    def encoding(self) -> int:
+        """Our encoder."""
         shape, length = self.encoder, self.passage
         sliding = sum(kind == "sliding_attention" for kind in shape.layer_types)
         cells = sliding * _windowed_cells(length, shape.sliding_window)
         cells += (shape.num_hidden_layers - sliding) * length * length
-        return int(shape.num_hidden_layers * length * _token(shape) + cells * _cell(shape) + self.states())
+        return int(shape.num_hidden_layers * length * _token(shape) + cells * _cell(shape))
 
     def states(self) -> int:
         """Our decoder over pooled states."""
