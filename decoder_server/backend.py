@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,10 @@ from cache.encoded import AnyStates, Codes
 from checkpoint import EncoderIdentity, TokenizedPrompt
 
 Passage = AnyStates | str  # what a backend reads
+
+
+if TYPE_CHECKING:
+    from decoder_server.tiers.tiers import Tiers
 
 
 class Prompt(Protocol):
@@ -97,6 +101,21 @@ class ModelSettings(Protocol):
 
     @property
     def max_query_tokens(self) -> int: ...
+
+
+@runtime_checkable
+class KeepsContexts(Protocol):
+    """A backend that may keep what a pass computed of a passage. `fill` is called from the model's thread only."""
+
+    tiers: Tiers
+
+    def fill(self, pairs: Sequence[Pair]) -> tuple[int, int]:
+        """Fills the tiers with what passes over these pairs would need.
+
+        Returns:
+            Of how many pairs the passage's keys are kept now, and of how many the beginning of the prompt.
+        """
+        ...
 
 
 class Backend(Protocol):

@@ -155,11 +155,11 @@ class Engine:
     async def _rerank(
         self, request: RerankRequest, started: float, deadline: float | None, emit: Emit | None, trail: Trail
     ) -> tuple[list[Outcome], Summary]:
-        prompt = await self._call(self.backend.prompt, request.query, request.instruction)
+        prompt = await self.call(self.backend.prompt, request.query, request.instruction)
         self._check_instruction(request, prompt)
         same = distinct(request.candidates)
-        collection = await self._collection(request.collection)
-        asked = self._plan(request, collection)
+        collection = await self.open_collection(request.collection) if request.collection is not None else None
+        asked = self.plan_of(request, collection)
         read, degraded = asked, None
         if self._easing is not None:
             read, degraded = self._easing.ease(asked, len(same), prompt.num_tokens, deadline)
@@ -215,7 +215,7 @@ class Engine:
             degraded=degraded,
         )
 
-    def _plan(self, request: RerankRequest, collection: Collection | None) -> Plan:
+    def plan_of(self, request: RerankRequest, collection: Collection | None) -> Plan:
         """What is read: one ratio, or stages of them, for every candidate, so that scores compare."""
         if self.reads_text:
             return text_plan(request)
@@ -244,10 +244,10 @@ class Engine:
             encodings=trail.encodings,
         )
 
-    async def _collection(self, name: str | None) -> Collection | None:
-        if name is None:
-            return None
-        return self.catalogue.fresh(name) or await self._call(self.catalogue.open, name)
+    async def open_collection(self, name: str) -> Collection:
+        """What the name, or alias, means now; raises as Catalogue.open does."""
+        fresh = self.catalogue.fresh(name)
+        return fresh if fresh is not None else await self.call(self.catalogue.open, name)
 
     def _check_instruction(self, request: RerankRequest, prompt: Prompt) -> None:
         if not request.instruction:
@@ -266,12 +266,13 @@ class Engine:
         ids = [o.passage_id for o in outcomes if o.index not in inline and o.passage_id]
         if ids and wanted.collection is not None and wanted.collection.manifest.stores_text:
             try:
-                texts = dict(zip(ids, await self._call(wanted.collection.get_texts, ids), strict=True))
+                texts = dict(zip(ids, await self.call(wanted.collection.get_texts, ids), strict=True))
             except CacheError:  # the scores are there; a text that cannot be read is left out
                 texts = {}
         return [dataclasses.replace(o, text=inline.get(o.index, texts.get(o.passage_id))) for o in outcomes]
 
-    async def _call(self, function: Callable[..., T], *args: object) -> T:
+    async def call(self, function: Callable[..., T], *args: object) -> T:
+        """Runs what blocks, off the event loop and off the model's thread."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
 
 

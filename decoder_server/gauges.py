@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 from cache.errors import CacheError
 from cache.store import Store
 from cache.tier import StatesTier
+from decoder_server.backend import KeepsContexts
 from decoder_server.catalogue import Described, describe
 from decoder_server.engine import Engine
 
@@ -65,6 +66,11 @@ class ServerCollector(Collector):
             hits.add_metric(["inline"], sum(one.num_hits for one in inline))
             misses.add_metric(["inline"], sum(one.num_encoded for one in inline))
             held.add_metric(["inline"], sum(one.num_bytes for one in inline))
+        kept = [one.backend.tiers.all() for one in engines.values() if isinstance(one.backend, KeepsContexts)]
+        for tiers in zip(*kept, strict=True):  # one kind of tier, of all models
+            hits.add_metric([tiers[0].name], sum(tier.num_hits for tier in tiers))
+            misses.add_metric([tiers[0].name], sum(tier.num_misses for tier in tiers))
+            held.add_metric([tiers[0].name], sum(tier.num_bytes for tier in tiers))
         return hits, misses, held
 
     def _collections(self) -> Iterable[Metric]:

@@ -9,6 +9,7 @@ from checkpoint import EncoderIdentity
 from decoder_server.catalogue import Described
 from decoder_server.engine import Engine
 from decoder_server.request import Candidate, Degraded, OnMiss, Outcome, RerankRequest, Status, Summary, Timings
+from decoder_server.warming import ANY_QUERY, Warmed
 from preread.client.stages import Stage
 from preread.v1 import common_pb2, rerank_pb2
 
@@ -41,6 +42,33 @@ def unpack_request(message: rerank_pb2.RerankRequest) -> RerankRequest:
         return_text=message.return_text,
         model=message.model,
         stages=tuple(Stage(stage.compression_ratio, stage.keep) for stage in message.stages),
+    )
+
+
+def unpack_warm(message: rerank_pb2.WarmRequest) -> RerankRequest:
+    """A request for the same passages; its query stands for those to come."""
+    return RerankRequest(
+        query=ANY_QUERY,
+        candidates=tuple(Candidate(index, passage_id, None) for index, passage_id in enumerate(message.passage_ids)),
+        instruction=message.instruction or None,
+        collection=message.collection or None,
+        compression_ratio=message.compression_ratio or None,
+        model=message.model,
+    )
+
+
+def pack_warmed(model: str, warmed: Warmed) -> rerank_pb2.WarmResponse:
+    return rerank_pb2.WarmResponse(
+        model=model,
+        num_passages=warmed.num_passages,
+        num_windows=warmed.num_windows,
+        missing_ids=warmed.missing_ids,
+        tiers=[
+            rerank_pb2.TierUse(
+                name=tier.name, num_kept=tier.num_kept, num_bytes=tier.num_bytes, max_bytes=tier.max_bytes
+            )
+            for tier in warmed.tiers
+        ],
     )
 
 

@@ -64,7 +64,7 @@ class Answered:
     end: float
     timings: Timings | None  # None unless ok
     trail: Trail
-    kind: str = "rerank"  # or explain
+    kind: str = "rerank"  # or explain, or warm
 
 
 class Observer(Protocol):

@@ -28,6 +28,7 @@ from decoder_server.errors import (
     Unavailable,
 )
 from decoder_server.request import Outcome, RerankRequest
+from decoder_server.warming import warm
 from preread import rpc
 from preread.v1 import rerank_pb2, rerank_pb2_grpc
 
@@ -88,6 +89,16 @@ class RerankService(rerank_pb2_grpc.RerankServiceServicer):
         except CacheError as exc:
             await abort(context, Unavailable(str(exc)))
         return rerank_pb2.ListCollectionsResponse(collections=map(messages.pack_collection, described))
+
+    async def Warm(  # noqa: N802
+        self, request: rerank_pb2.WarmRequest, context: Context
+    ) -> rerank_pb2.WarmResponse:
+        try:
+            wanted = messages.unpack_warm(request)
+            engine = self._engine(wanted)
+            return messages.pack_warmed(engine.name, await warm(engine, wanted))
+        except RerankError as exc:
+            await abort(context, exc)
 
     def _engine(self, request: RerankRequest) -> Engine:
         if not self.engines:

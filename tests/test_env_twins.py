@@ -62,8 +62,9 @@ SHARED = {
     "the same limit or place, in each command's words": {
         "CACHE_BYTES", "CODEC", "COLLECTION", "COMPRESSION_RATIO", "ENCODER_ADDRESS", "ENCODER_API_KEY",
         "ENCODER_TLS_CA_FILE",
-        "ENCODER_TLS_CERT_FILE", "ENCODER_TLS_KEY_FILE", "INSTRUCTION", "MAX_BATCH_TOKENS", "MAX_PASSAGE_TOKENS",
-        "MAX_QUEUE_TOKENS", "MIN_GRADE", "QRELS", "QUERIES", "RUN", "SEED", "SPLIT", "STAGES", "TIMEOUT_SECONDS",
+        "ENCODER_TLS_CERT_FILE", "ENCODER_TLS_KEY_FILE", "IDS", "INSTRUCTION", "MAX_BATCH_TOKENS",
+        "MAX_PASSAGE_TOKENS", "MAX_QUEUE_TOKENS", "MIN_GRADE", "QRELS", "QUERIES", "RUN", "SEED",
+        "SPLIT", "STAGES", "TIMEOUT_SECONDS",
     },
     "a server may have several models, with spaces between them; the others read one": {"MODEL"},
     "a server's keys; a client shows the first of them": {"API_KEY"},

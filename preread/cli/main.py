@@ -23,6 +23,7 @@ COMMANDS: dict[str, dict[str, str]] = {
     },
     "Queries, many times": {
         "serve": "Start the reranking server.",
+        "warm": "Have a server compute ahead what queries over some passages will need.",
         "rerank": "Rank passages for a query, or for a file of queries.",
         "tune": "Choose stored ratio, codec and read ratio by measuring them.",
         "evaluate": "Measure how well a checkpoint reranks a judged collection.",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from preread.cli.options import option, shipped_model
+from preread.cli.serve_tiers import budgets
 
 if TYPE_CHECKING:
     from decoder_server.model_config import ModelConfig
@@ -57,6 +58,7 @@ def _parse(spec: str, options: Mapping[str, Any]) -> ModelConfig:
     from decoder_server.model_config import ModelConfig
 
     fields: dict[str, Any] = {name: options[name] for name in ("device", "dtype", "max_passage_tokens")}
+    fields["tiers"] = budgets(options)
     checkpoint, *pairs = spec.split(",")
     for pair in pairs:
         key, equals, value = pair.partition("=")

@@ -19,6 +19,7 @@ from preread.cli.model_specs import models_option, parse_models
 from preread.cli.options import compute_options, option, store_option
 from preread.cli.serve_http import gateway_line, http_gateway, http_options
 from preread.cli.serve_reading import reading, reading_options
+from preread.cli.serve_tiers import tiers_options
 from preread.cli.server_options import (
     access_options,
     api_keys,
@@ -102,12 +103,7 @@ _FILE = click.Path(exists=True, dir_okay=False)
 )
 @option("--max-text-bytes", type=click.IntRange(min=1), default=MIB, help="Longest text of one candidate.")
 @option("--max-message-bytes", type=click.IntRange(min=1), default=64 * MIB, help="Largest gRPC message.")
-@option(
-    "--cache-bytes",
-    type=click.IntRange(min=0),
-    default=256 * MIB,
-    help="Memory for stored states read before, and as much for states of inline texts.",
-)
+@tiers_options
 @option(
     "--max-connection-age-seconds",
     type=click.FloatRange(min=0),

@@ -32,8 +32,10 @@ from preread.client.values import (
     Result,
     StageScore,
     Summary,
+    TierUse,
     Timings,
     UpsertResult,
+    Warmed,
 )
 
 __all__ = [
@@ -66,11 +68,13 @@ __all__ = [
     "Stage",
     "StageScore",
     "Summary",
+    "TierUse",
     "Timings",
     "TlsFiles",
     "Unauthenticated",
     "Unavailable",
     "UpsertResult",
+    "Warmed",
     "format_stages",
     "parse_stages",
 ]

@@ -25,6 +25,7 @@ from preread.client.values import (
     Result,
     Summary,
     UpsertResult,
+    Warmed,
 )
 from preread.v1 import encoder_pb2, encoder_pb2_grpc, rerank_pb2, rerank_pb2_grpc
 
@@ -139,6 +140,26 @@ class Client:
         timeout = self._server.options.timeout_seconds if timeout is None else timeout
         call = self._reranker.RerankStream(request, timeout=timeout, metadata=self._server.metadata)
         return RerankingStream(call, self._server.address)
+
+    def warm(
+        self,
+        passage_ids: Iterable[str],
+        *,
+        collection: str,
+        instruction: str = "",
+        compression_ratio: int = 0,
+        model: str = "",
+        timeout: float | None = None,
+    ) -> Warmed:
+        """Has the server compute and keep what queries over these passages will need; changes no score.
+
+        Args:
+            passage_ids: at most ModelInfo.max_candidates of them.
+            instruction: what queries will be asked under; "": the model's default.
+            compression_ratio: what they will be read at; 0: the server's default.
+        """
+        request = wire.pack_warm(passage_ids, collection, instruction, compression_ratio, model)
+        return wire.unpack_warmed(self._server.call(self._reranker.Warm, request, timeout))
 
     def list_models(self, *, timeout: float | None = None) -> tuple[ModelInfo, ...]:
         answer = self._server.call(self._reranker.ListModels, rerank_pb2.ListModelsRequest(), timeout)

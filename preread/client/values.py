@@ -146,6 +146,27 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class TierUse:
+    """What a tier of a server holds after a call of warm."""
+
+    name: str  # keys: of passages, per layer; prefixes: of prompt beginnings over passages
+    num_kept: int  # of the call's windows
+    num_bytes: int  # for all passages
+    max_bytes: int  # 0: the tier is off
+
+
+@dataclass(frozen=True, slots=True)
+class Warmed:
+    """What became of a call of warm. A passage has one window, or several when it was split, each at every ratio."""
+
+    model: str
+    num_passages: int
+    num_windows: int
+    missing_ids: tuple[str, ...]  # not stored, or damaged
+    tiers: tuple[TierUse, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class CollectionInfo:
     """One collection of a store."""
 

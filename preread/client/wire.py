@@ -20,9 +20,11 @@ from preread.client.values import (
     StageScore,
     Status,
     Summary,
+    TierUse,
     Timings,
     UpsertResult,
     UpsertStatus,
+    Warmed,
 )
 from preread.v1 import common_pb2, encoder_pb2, rerank_pb2
 
@@ -65,6 +67,34 @@ def _pack_candidate(candidate: str | Candidate, *, is_id: bool) -> rerank_pb2.Ca
     if isinstance(candidate, Candidate):
         return rerank_pb2.Candidate(passage_id=candidate.passage_id, text=candidate.text)
     return rerank_pb2.Candidate(passage_id=candidate) if is_id else rerank_pb2.Candidate(text=candidate)
+
+
+def pack_warm(
+    passage_ids: Iterable[str], collection: str, instruction: str, compression_ratio: int, model: str
+) -> rerank_pb2.WarmRequest:
+    """
+    Raises:
+        TypeError: ids that are one string.
+    """
+    if isinstance(passage_ids, str):
+        raise TypeError("passage_ids is one string; expected a list of them")
+    return rerank_pb2.WarmRequest(
+        collection=collection,
+        passage_ids=passage_ids,
+        instruction=instruction,
+        compression_ratio=compression_ratio,
+        model=model,
+    )
+
+
+def unpack_warmed(message: rerank_pb2.WarmResponse) -> Warmed:
+    return Warmed(
+        message.model,
+        message.num_passages,
+        message.num_windows,
+        tuple(message.missing_ids),
+        tuple(TierUse(tier.name, tier.num_kept, tier.num_bytes, tier.max_bytes) for tier in message.tiers),
+    )
 
 
 def unpack_response(message: rerank_pb2.RerankResponse) -> Reranking:

@@ -224,3 +224,43 @@ class ListCollectionsResponse(_message.Message):
     COLLECTIONS_FIELD_NUMBER: _ClassVar[int]
     collections: _containers.RepeatedCompositeFieldContainer[_common_pb2.CollectionInfo]
     def __init__(self, collections: _Optional[_Iterable[_Union[_common_pb2.CollectionInfo, _Mapping]]] = ...) -> None: ...
+
+class WarmRequest(_message.Message):
+    __slots__ = ("collection", "passage_ids", "instruction", "compression_ratio", "model")
+    COLLECTION_FIELD_NUMBER: _ClassVar[int]
+    PASSAGE_IDS_FIELD_NUMBER: _ClassVar[int]
+    INSTRUCTION_FIELD_NUMBER: _ClassVar[int]
+    COMPRESSION_RATIO_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    collection: str
+    passage_ids: _containers.RepeatedScalarFieldContainer[str]
+    instruction: str
+    compression_ratio: int
+    model: str
+    def __init__(self, collection: _Optional[str] = ..., passage_ids: _Optional[_Iterable[str]] = ..., instruction: _Optional[str] = ..., compression_ratio: _Optional[int] = ..., model: _Optional[str] = ...) -> None: ...
+
+class TierUse(_message.Message):
+    __slots__ = ("name", "num_kept", "num_bytes", "max_bytes")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    NUM_KEPT_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_BYTES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    num_kept: int
+    num_bytes: int
+    max_bytes: int
+    def __init__(self, name: _Optional[str] = ..., num_kept: _Optional[int] = ..., num_bytes: _Optional[int] = ..., max_bytes: _Optional[int] = ...) -> None: ...
+
+class WarmResponse(_message.Message):
+    __slots__ = ("model", "num_passages", "num_windows", "missing_ids", "tiers")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    NUM_PASSAGES_FIELD_NUMBER: _ClassVar[int]
+    NUM_WINDOWS_FIELD_NUMBER: _ClassVar[int]
+    MISSING_IDS_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    num_passages: int
+    num_windows: int
+    missing_ids: _containers.RepeatedScalarFieldContainer[str]
+    tiers: _containers.RepeatedCompositeFieldContainer[TierUse]
+    def __init__(self, model: _Optional[str] = ..., num_passages: _Optional[int] = ..., num_windows: _Optional[int] = ..., missing_ids: _Optional[_Iterable[str]] = ..., tiers: _Optional[_Iterable[_Union[TierUse, _Mapping]]] = ...) -> None: ...

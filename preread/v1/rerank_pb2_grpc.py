@@ -55,6 +55,11 @@ class RerankServiceStub:
                 request_serializer=preread_dot_v1_dot_rerank__pb2.ListCollectionsRequest.SerializeToString,
                 response_deserializer=preread_dot_v1_dot_rerank__pb2.ListCollectionsResponse.FromString,
                 _registered_method=True)
+        self.Warm = channel.unary_unary(
+                '/preread.v1.RerankService/Warm',
+                request_serializer=preread_dot_v1_dot_rerank__pb2.WarmRequest.SerializeToString,
+                response_deserializer=preread_dot_v1_dot_rerank__pb2.WarmResponse.FromString,
+                _registered_method=True)
 
 
 class RerankServiceServicer:
@@ -91,6 +96,14 @@ class RerankServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Warm(self, request, context):
+        """Computes now what requests for these passages would compute, and keeps it in
+        the server's tiers. Changes no score.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RerankServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -113,6 +126,11 @@ def add_RerankServiceServicer_to_server(servicer, server):
                     servicer.ListCollections,
                     request_deserializer=preread_dot_v1_dot_rerank__pb2.ListCollectionsRequest.FromString,
                     response_serializer=preread_dot_v1_dot_rerank__pb2.ListCollectionsResponse.SerializeToString,
+            ),
+            'Warm': grpc.unary_unary_rpc_method_handler(
+                    servicer.Warm,
+                    request_deserializer=preread_dot_v1_dot_rerank__pb2.WarmRequest.FromString,
+                    response_serializer=preread_dot_v1_dot_rerank__pb2.WarmResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -224,6 +242,33 @@ class RerankService:
             '/preread.v1.RerankService/ListCollections',
             preread_dot_v1_dot_rerank__pb2.ListCollectionsRequest.SerializeToString,
             preread_dot_v1_dot_rerank__pb2.ListCollectionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Warm(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/preread.v1.RerankService/Warm',
+            preread_dot_v1_dot_rerank__pb2.WarmRequest.SerializeToString,
+            preread_dot_v1_dot_rerank__pb2.WarmResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -44,6 +44,10 @@ class RerankServiceStub:
     """The models served here and their limits."""
     ListCollections: _grpc.UnaryUnaryMultiCallable[_rerank_pb2.ListCollectionsRequest, _rerank_pb2.ListCollectionsResponse]
     """The collections this server can read."""
+    Warm: _grpc.UnaryUnaryMultiCallable[_rerank_pb2.WarmRequest, _rerank_pb2.WarmResponse]
+    """Computes now what requests for these passages would compute, and keeps it in
+    the server's tiers. Changes no score.
+    """
 
 @_typing.type_check_only
 class RerankServiceAsyncStub(RerankServiceStub):
@@ -61,6 +65,10 @@ class RerankServiceAsyncStub(RerankServiceStub):
     """The models served here and their limits."""
     ListCollections: _aio.UnaryUnaryMultiCallable[_rerank_pb2.ListCollectionsRequest, _rerank_pb2.ListCollectionsResponse]  # type: ignore[assignment]
     """The collections this server can read."""
+    Warm: _aio.UnaryUnaryMultiCallable[_rerank_pb2.WarmRequest, _rerank_pb2.WarmResponse]  # type: ignore[assignment]
+    """Computes now what requests for these passages would compute, and keeps it in
+    the server's tiers. Changes no score.
+    """
 
 class RerankServiceServicer(metaclass=_abc_1.ABCMeta):
     """Online half: a query against passages that were encoded before it existed."""
@@ -99,5 +107,15 @@ class RerankServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_rerank_pb2.ListCollectionsResponse, _abc.Awaitable[_rerank_pb2.ListCollectionsResponse]]:
         """The collections this server can read."""
+
+    @_abc_1.abstractmethod
+    def Warm(
+        self,
+        request: _rerank_pb2.WarmRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_rerank_pb2.WarmResponse, _abc.Awaitable[_rerank_pb2.WarmResponse]]:
+        """Computes now what requests for these passages would compute, and keeps it in
+        the server's tiers. Changes no score.
+        """
 
 def add_RerankServiceServicer_to_server(servicer: RerankServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
