@@ -1,71 +1,166 @@
-"""Peak memory of each half while it loads, on a Nano-shaped random checkpoint.
+"""Peak memory of each part on a Nano-shaped random checkpoint: halves, passes and tiers, each in a fresh process.
 
-    python -m benchmarks.memory
+    python -m benchmarks.memory [--quick]
 
-Each half is loaded in a fresh process; what imports and the tokenizer took before is subtracted.
+What imports and the tokenizer took before is subtracted; from a pass and a tier, also what was loaded
+before them. `own` is what a part is meant to take: a half its weights, a tier its budget. Passes are of
+one batch of benchmarks.side_by_side: ten candidates of 344 tokens at r = 4.
 """
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from math import prod
 from pathlib import Path
 
-from benchmarks.common import nano_checkpoint, report
+from benchmarks.common import nano_checkpoint, report, tiny_checkpoint
+
+TIER_BYTES = 128 << 20
+PASSAGE_TOKENS, RATIO = 344, 4
+COLUMNS = ["part", "dtype", "own MiB", "peak MiB", "peak / own"]
 
 
-def peak_bytes() -> int:
+def high_water_bytes() -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError("this kernel reports no VmHWM")
 
 
-def measure(half: str, directory: str, dtype: str) -> None:
-    """Runs in the child: prints the half's own bytes and the peak above the baseline."""
-    import transformers.models.t5gemma2.modeling_t5gemma2 as _  # noqa: F401 - part of the baseline
+@contextmanager
+def printed_peak(own_bytes: int) -> Iterator[None]:
+    """Prints `own_bytes` and how far memory rose meanwhile."""
+    Path("/proc/self/clear_refs").write_text("5")  # starts the high-water mark again
+    before = high_water_bytes()
+    yield
+    print(own_bytes, high_water_bytes() - before)
 
+
+def load(half: str, directory: Path, dtype: str) -> None:
+    """One half, its first pass included."""
+    import transformers.models.t5gemma2.modeling_t5gemma2 as _  # noqa: F401 - part of what was before
+
+    from checkpoint import Checkpoint
+    from decoder_server.fbnl import FbnlBackend
+    from encoder_worker.encoder import Encoder
+
+    checkpoint = Checkpoint.open(directory)
+    tokens = checkpoint.text.passages(["warm up"])[0].ids
+    with printed_peak(weight_bytes(directory, dtype, half)):
+        if half == "encoder":
+            Encoder.load(checkpoint, device="cpu", dtype=dtype).encode([tokens], RATIO)
+        else:
+            FbnlBackend.load(checkpoint, device="cpu", dtype=dtype).warm_up()
+
+
+def load_transformers(directory: Path, dtype: str) -> None:
+    """Both halves as transformers loads them: one embedding, and the vision tower, which is tiny here."""
+    from transformers import T5Gemma2ForConditionalGeneration
+
+    from checkpoint.compute import DTYPES
+
+    own = weight_bytes(directory, dtype, "encoder", "decoder") - embedding_bytes(directory, dtype)
+    with printed_peak(own):
+        T5Gemma2ForConditionalGeneration.from_pretrained(directory, dtype=DTYPES[dtype])
+
+
+def run_pass(way: str, directory: Path, dtype: str) -> None:
+    """One batch, everything loaded before and run once on a single candidate."""
+    from benchmarks.common import start
+    from benchmarks.ways import BATCH, WAYS, Candidates, Models
+
+    start()
+    candidates = Candidates(Models(directory, dtype), PASSAGE_TOKENS, RATIO, BATCH)
+    WAYS[way](candidates, 1)
+    with printed_peak(0):
+        WAYS[way](candidates, BATCH)
+
+
+def fill_store_tier(directory: Path, dtype: str) -> None:
+    """The tier in front of the store, offered twice what it may hold."""
+    import numpy as np
+
+    from cache.collection import Collection, StoredPassage
+    from cache.lru import LruStore
+    from cache.manifest import Manifest
+    from cache.states import PassageStates, text_digest
+    from cache.store import open_store
+    from checkpoint import Checkpoint
+
+    checkpoint = Checkpoint.open(directory)
+    states = np.ones((-(-PASSAGE_TOKENS // RATIO), checkpoint.dim), dtype=np.float32)
+    one = PassageStates(states, (PASSAGE_TOKENS,), RATIO, False, text_digest(""))
+    manifest = Manifest.of(checkpoint.identity(), collection="c", compression_ratio=RATIO, stores_text=False)
+    store = open_store("memory:")
+    collection = Collection.create(LruStore(store, max_bytes=TIER_BYTES), manifest)
+    count = 2 * TIER_BYTES // (len(states) * collection.codec.code_size_bytes)
+    for first in range(0, count, 100):
+        collection.put_many([StoredPassage(str(i), one) for i in range(first, min(first + 100, count))])
+    with printed_peak(TIER_BYTES):
+        for first in range(0, count, 10):
+            collection.get_encoded_many([str(i) for i in range(first, min(first + 10, count))])
+
+
+PARTS: dict[str, Callable[[Path, str], None]] = {
+    "encoder": partial(load, "encoder"),
+    "decoder": partial(load, "decoder"),
+    "transformers, both halves": load_transformers,
+    "pass: straightforward": partial(run_pass, "straightforward"),
+    "pass: joint": partial(run_pass, "joint"),
+    "pass: cached, full vocabulary": partial(run_pass, "cached, full vocabulary"),
+    "pass: preread, texts": partial(run_pass, "preread, texts"),
+    "pass: preread": partial(run_pass, "preread"),
+    "pass: preread, prefix": partial(run_pass, "preread, prefix"),
+    "tier: stored states": fill_store_tier,
+}
+
+
+def weight_bytes(directory: Path, dtype: str, *halves: str) -> int:
     from checkpoint import Checkpoint
     from checkpoint.compute import DTYPES
     from checkpoint.shapes import embedding_shapes, stack_shapes
 
-    checkpoint = Checkpoint.open(directory)
-    tokenizer = checkpoint.text
-    config = checkpoint.encoder_config if half == "encoder" else checkpoint.decoder_config
-    shapes = stack_shapes(half, config) | embedding_shapes(half, config)
-    own = sum(_product(shape) for shape in shapes.values()) * DTYPES[dtype].itemsize
-    Path("/proc/self/clear_refs").write_text("5")  # start the high-water mark again
-    before = peak_bytes()
-    if half == "encoder":
-        from encoder_worker.encoder import Encoder
-
-        Encoder.load(checkpoint, device="cpu", dtype=dtype).encode([tokenizer.passages(["warm up"])[0].ids], 4)
-    else:
-        from decoder_server.fbnl import FbnlBackend
-
-        FbnlBackend.load(checkpoint, device="cpu", dtype=dtype).warm_up()
-    print(own, peak_bytes() - before)
+    checkpoint, own = Checkpoint.open(directory), 0
+    for half in halves:
+        config = checkpoint.encoder_config if half == "encoder" else checkpoint.decoder_config
+        own += sum(prod(shape) for shape in (stack_shapes(half, config) | embedding_shapes(half, config)).values())
+    return own * DTYPES[dtype].itemsize
 
 
-def _product(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
+def embedding_bytes(directory: Path, dtype: str) -> int:
+    from checkpoint import Checkpoint
+    from checkpoint.compute import DTYPES
+    from checkpoint.shapes import embedding_shapes
+
+    shapes = embedding_shapes("decoder", Checkpoint.open(directory).decoder_config)
+    return sum(map(prod, shapes.values())) * DTYPES[dtype].itemsize
 
 
 def main() -> None:
-    if len(sys.argv) == 4:
-        measure(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a tiny model, to try the command")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    directory = tiny_checkpoint() if args.quick else nano_checkpoint()
+    if args.part:
+        PARTS[args.part](directory, args.dtype)
         return
-    directory = nano_checkpoint()
-    rows = []
-    for half in ("encoder", "decoder"):
-        for dtype in ("bfloat16", "float32"):
-            command = [sys.executable, "-m", "benchmarks.memory", half, str(directory), dtype]
+    rows: list[list[object]] = []
+    for part in PARTS:
+        for dtype in ("bfloat16", "float32") if part in ("encoder", "decoder") else ("bfloat16",):
+            command = [sys.executable, "-m", "benchmarks.memory", "--part", part, "--dtype", dtype]
+            command += ["--quick"] if args.quick else []
             own, peak = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
-            rows.append([half, dtype, round(own / 2**20), round(peak / 2**20), peak / own])
-    report("memory", ["half", "dtype", "own MiB", "peak MiB", "peak / own"], rows)
+            ratio = peak / own if own else ""
+            rows.append([part, dtype, round(own / 2**20) if own else "", round(peak / 2**20), ratio])
+            print(*rows[-1], flush=True)
+    report("memory", COLUMNS, rows, quick=args.quick)
 
 
 if __name__ == "__main__":
