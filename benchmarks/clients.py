@@ -1,14 +1,15 @@
 """One to 64 concurrent clients over gRPC: latency, what of it is not the model, and throughput beside the model's own.
 
-    python -m benchmarks.clients [--model nano|mini] [--candidates 4] [--requests 96] [--quick]
+    python -m benchmarks.clients [--model nano|mini] [--candidates 4] [--requests 128] [--quick]
     python -m benchmarks.clients --plot docs/clients.png
 
 A real `preread serve` and its clients, two processes on the same cores. Each client is one connection
 that asks again as soon as it is answered, for stored candidates of 344 tokens at r = 4 that the server
-has read before. `overhead` is what of a request's time was neither in the model nor waiting for its
-turn there. The model-bound rate is that of the model alone, before the server starts: its score() over
-the same pairs, at the best of several batch sizes. nano has random weights in the shape of
-KaLM-Reranker-V1-Nano; mini is the shipped model, whose passes are so short that what is beside them shows.
+has read often enough to keep in every tier. `overhead` is what of a request's time was neither in the
+model nor waiting for its turn there. The model-bound rate is that of the model alone, before the server
+starts: its score() over such pairs, tiers hot, at the best of several batch sizes. nano has random
+weights in the shape of KaLM-Reranker-V1-Nano; mini is the shipped model, whose passes are so short that
+what is beside them shows.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import asyncio
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +26,32 @@ import numpy as np
 
 from benchmarks.charts import line, panels, ticks
 from benchmarks.collection_size import MODEL
-from benchmarks.common import median_seconds, nano_checkpoint, read_result, report, start, tiny_checkpoint
+from benchmarks.common import median_seconds, nano_checkpoint, read_result, report, result_path, start, tiny_checkpoint
 from benchmarks.servers import QUERY, fill, serving
 from cache.states import PassageStates, text_digest
 from checkpoint import Checkpoint
 from decoder_server.fbnl import FbnlBackend
+from decoder_server.tiers.budgets import TierBudgets
 from preread.client import AsyncClient
 
 CLIENTS = (1, 4, 16, 32, 64)
-PASSAGE_TOKENS, RATIO, NUM_STORED = 344, 4, 100
+PASSAGE_TOKENS, RATIO, NUM_STORED = 344, 4, 32
 COLUMNS = ["clients", "requests", "p50, ms", "p99, ms", "in the model, p50", "overhead, p50 ms", "overhead, p99 ms",
            "candidates/s", "share of the model-bound rate"]  # fmt: skip
 
 
 def model_bound_rate(checkpoint: Checkpoint, dtype: str | None) -> float:
     """Candidates a second of the model alone."""
-    backend = FbnlBackend.load(checkpoint, dtype=dtype)
+    backend = FbnlBackend.load(checkpoint, dtype=dtype, budgets=TierBudgets())
     states = np.random.default_rng(0).standard_normal((PASSAGE_TOKENS // RATIO, checkpoint.dim), dtype=np.float32)
-    entry = PassageStates(states, (PASSAGE_TOKENS,), RATIO, False, text_digest(""))
-    pairs = backend.items(backend.prompt(QUERY), entry) * 64
-    sizes = (1, 2, 4, 8, 16, 32, 64)
-    return max(size / median_seconds(lambda: backend.score(pairs[:size]), repeats=3) for size in sizes)  # noqa: B023
+    prompt = backend.prompt(QUERY)
+    passages = [
+        PassageStates(states, (PASSAGE_TOKENS,), RATIO, False, text_digest(""), key=str(i).encode())
+        for i in range(NUM_STORED)
+    ]
+    pairs = [pair for passage in passages for pair in backend.items(prompt, passage)]
+    backend.fill(pairs)
+    return max(size / median_seconds(partial(backend.score, pairs[:size])) for size in (1, 2, 4, 8, 16, 32))
 
 
 async def drive(address: str, num_clients: int, num_requests: int, candidates: int) -> tuple[float, list[list[float]]]:
@@ -79,7 +86,7 @@ def row(clients: int, seconds: float, samples: list[list[float]], candidates: in
 
 
 def plot(target: Path, names: list[str], quick: bool) -> None:
-    results = [read_result(name, quick=quick) for name in names]
+    results = [read_result(name, quick=quick) for name in names if result_path(name, quick=quick).exists()]
     with panels(target, 2) as (left, right):
         for place, result in enumerate(results):
             rows, name = result["rows"], result["model"]
@@ -99,7 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("nano", "mini"), default="nano")
     parser.add_argument("--candidates", type=int, default=4, help="of a request")
-    parser.add_argument("--requests", type=int, default=96, help="at each number of clients; at least two a client")
+    parser.add_argument("--requests", type=int, default=128, help="at each number of clients; at least two a client")
     parser.add_argument("--dtype", help="default: the server's own choice")
     parser.add_argument("--quick", action="store_true", help="a tiny model, to try the command")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw what was measured of both models")
@@ -117,7 +124,8 @@ def main() -> None:
         store = f"faiss:{folder}/store"
         fill(store, checkpoint, [PASSAGE_TOKENS], NUM_STORED, RATIO)
         with serving(model, store, "--no-encoder", *dtype) as address:
-            asyncio.run(drive(address, 4, NUM_STORED // args.candidates + 1, args.candidates))  # every tier is full
+            for _ in range(3):  # what is asked for again is kept
+                asyncio.run(drive(address, 1, NUM_STORED // args.candidates + 1, args.candidates))
             for clients in CLIENTS:
                 num_requests = max(args.requests, 2 * clients)
                 seconds, samples = asyncio.run(drive(address, clients, num_requests, args.candidates))

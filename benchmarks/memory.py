@@ -2,14 +2,16 @@
 
     python -m benchmarks.memory [--quick]
 
-What imports and the tokenizer took before is subtracted; from a pass and a tier, also what was loaded
-before them. `own` is what a part is meant to take: a half its weights, a tier its budget. Passes are of
-one batch of benchmarks.side_by_side: ten candidates of 344 tokens at r = 4.
+What modules and the tokenizer took before is subtracted; from a pass and a tier, also what was loaded
+before them. `own` is what a part is meant to take: a half its weights, a tier its budget, which it is
+offered half as much again as it holds. Passes are of one batch of benchmarks.side_by_side: ten
+candidates of 344 tokens at r = 4.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +21,7 @@ from math import prod
 from pathlib import Path
 
 from benchmarks.common import nano_checkpoint, report, tiny_checkpoint
+from benchmarks.operations import PREFIX_TOKENS
 
 TIER_BYTES = 128 << 20
 PASSAGE_TOKENS, RATIO = 344, 4
@@ -35,6 +38,7 @@ def high_water_bytes() -> int:
 @contextmanager
 def printed_peak(own_bytes: int) -> Iterator[None]:
     """Prints `own_bytes` and how far memory rose meanwhile."""
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed would be used again, and not seen
     Path("/proc/self/clear_refs").write_text("5")  # starts the high-water mark again
     before = high_water_bytes()
     yield
@@ -43,7 +47,7 @@ def printed_peak(own_bytes: int) -> Iterator[None]:
 
 def load(half: str, directory: Path, dtype: str) -> None:
     """One half, its first pass included."""
-    import transformers.models.t5gemma2.modeling_t5gemma2 as _  # noqa: F401 - part of what was before
+    import transformers.models.t5gemma2.modeling_t5gemma2  # noqa: F401
 
     from checkpoint import Checkpoint
     from decoder_server.fbnl import FbnlBackend
@@ -59,14 +63,17 @@ def load(half: str, directory: Path, dtype: str) -> None:
 
 
 def load_transformers(directory: Path, dtype: str) -> None:
-    """Both halves as transformers loads them: one embedding, and the vision tower, which is tiny here."""
+    """Both halves as transformers loads them, with one embedding; its tensors come when they are read, in a pass."""
+    import torch
     from transformers import T5Gemma2ForConditionalGeneration
 
     from checkpoint.compute import DTYPES
 
+    tokens = torch.ones((1, 8), dtype=torch.long)
     own = weight_bytes(directory, dtype, "encoder", "decoder") - embedding_bytes(directory, dtype)
-    with printed_peak(own):
-        T5Gemma2ForConditionalGeneration.from_pretrained(directory, dtype=DTYPES[dtype])
+    with printed_peak(own), torch.inference_mode():
+        whole = T5Gemma2ForConditionalGeneration.from_pretrained(directory, dtype=DTYPES[dtype])
+        whole(input_ids=tokens, decoder_input_ids=tokens)
 
 
 def run_pass(way: str, directory: Path, dtype: str) -> None:
@@ -76,34 +83,53 @@ def run_pass(way: str, directory: Path, dtype: str) -> None:
 
     start()
     candidates = Candidates(Models(directory, dtype), PASSAGE_TOKENS, RATIO, BATCH)
-    WAYS[way](candidates, 1)
+    WAYS[way].prepare(candidates, BATCH)
+    WAYS[way].score(candidates, 1)
     with printed_peak(0):
-        WAYS[way](candidates, BATCH)
+        WAYS[way].score(candidates, BATCH)
 
 
-def fill_store_tier(directory: Path, dtype: str) -> None:
-    """The tier in front of the store, offered twice what it may hold."""
+def fill_states_tier(directory: Path, dtype: str) -> None:
+    """The tier in front of the store."""
     import numpy as np
 
     from cache.collection import Collection, StoredPassage
-    from cache.lru import LruStore
     from cache.manifest import Manifest
     from cache.states import PassageStates, text_digest
     from cache.store import open_store
+    from cache.tier import StatesTier
     from checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(directory)
     states = np.ones((-(-PASSAGE_TOKENS // RATIO), checkpoint.dim), dtype=np.float32)
     one = PassageStates(states, (PASSAGE_TOKENS,), RATIO, False, text_digest(""))
     manifest = Manifest.of(checkpoint.identity(), collection="c", compression_ratio=RATIO, stores_text=False)
-    store = open_store("memory:")
-    collection = Collection.create(LruStore(store, max_bytes=TIER_BYTES), manifest)
-    count = 2 * TIER_BYTES // (len(states) * collection.codec.code_size_bytes)
-    for first in range(0, count, 100):
-        collection.put_many([StoredPassage(str(i), one) for i in range(first, min(first + 100, count))])
+    collection = Collection.create(StatesTier(open_store("memory:"), max_bytes=TIER_BYTES), manifest)
+    count = TIER_BYTES * 3 // 2 // (len(states) * collection.codec.code_size_bytes)
+    batches = [range(first, min(first + 100, count)) for first in range(0, count, 100)]
+    for some in batches:
+        collection.put_many([StoredPassage(str(i), one) for i in some])
     with printed_peak(TIER_BYTES):
-        for first in range(0, count, 10):
-            collection.get_encoded_many([str(i) for i in range(first, min(first + 10, count))])
+        for some in batches:
+            collection.get_encoded_many([str(i) for i in some])
+
+
+def fill_tier(name: str, directory: Path, dtype: str) -> None:
+    """Of keys or prefixes. Keys and values are copies of one, so that only what is kept is seen."""
+    import torch
+
+    from checkpoint import Checkpoint
+    from checkpoint.compute import DTYPES
+    from decoder_server.tiers.budgets import TierBudgets
+    from decoder_server.tiers.tiers import Tiers
+
+    config = Checkpoint.open(directory).decoder_config
+    rows = PREFIX_TOKENS if name == "prefixes" else -(-PASSAGE_TOKENS // RATIO)
+    kv = torch.ones(config.num_hidden_layers, 2, rows, config.num_key_value_heads, config.head_dim, dtype=DTYPES[dtype])
+    tier = getattr(Tiers(TierBudgets(TIER_BYTES, TIER_BYTES)), name)
+    with printed_peak(TIER_BYTES):
+        for i in range(TIER_BYTES * 3 // 2 // kv.nbytes):
+            tier.put(i, kv)
 
 
 PARTS: dict[str, Callable[[Path, str], None]] = {
@@ -116,7 +142,9 @@ PARTS: dict[str, Callable[[Path, str], None]] = {
     "pass: preread, texts": partial(run_pass, "preread, texts"),
     "pass: preread": partial(run_pass, "preread"),
     "pass: preread, prefix": partial(run_pass, "preread, prefix"),
-    "tier: stored states": fill_store_tier,
+    "tier: states": fill_states_tier,
+    "tier: keys": partial(fill_tier, "keys"),
+    "tier: prefixes": partial(fill_tier, "prefixes"),
 }
 
 

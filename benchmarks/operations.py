@@ -67,13 +67,23 @@ class Operations:
         """Our decoder over these and the kept beginning of the prompt."""
         return self._readout(PROMPT_TOKENS - PREFIX_TOKENS)
 
+    def prefix_cold(self) -> int:
+        """The same, and what it keeps: keys and values of the passage, and of the beginning of the prompt over it."""
+        tokens, keys = PREFIX_TOKENS, PREFIX_TOKENS + self._num_states
+        left_out = _token(self.decoder) - _keys_values(self.decoder) + keys * _cell(self.decoder)
+        return self._passage_keys() + _stack(self.decoder, tokens, keys) - tokens * left_out + self.prefix()
+
+    @property
+    def _num_states(self) -> int:
+        return -(-self.passage // self.ratio)
+
     @property
     def _keys(self) -> int:
-        return PROMPT_TOKENS - (-self.passage // self.ratio)
+        return PROMPT_TOKENS + self._num_states
 
     def _passage_keys(self) -> int:
         """Keys and values of every layer, from states."""
-        return int(self.decoder.num_hidden_layers * (self._keys - PROMPT_TOKENS) * _keys_values(self.decoder))
+        return int(self.decoder.num_hidden_layers * self._num_states * _keys_values(self.decoder))
 
     def _readout(self, tokens: int) -> int:
         """The prompt's last `tokens`; of the last layer all their keys and values, and one row of the rest."""

@@ -1,9 +1,9 @@
 """Milliseconds a candidate against the number of candidates, the length of passages, and the ratio they are read at.
 
-    python -m benchmarks.scaling [--seconds 1.5] [--quick]
+    python -m benchmarks.scaling [--seconds 1] [--quick]
     python -m benchmarks.scaling --plot docs/scaling.png
 
-The ways of benchmarks/ways.py on Nano-shaped random weights, one after another at each point; a point
+The ways of benchmarks/ways.py, tiers hot, on Nano-shaped random weights, one after another at each point; a point
 is repeated for --seconds, or runs once where it takes longer. Slow ways score as few candidates as show
 what one costs. Ratios are varied at 4,096 tokens; what straightforward and joint cost there hardly
 depends on the ratio, so they stand in the table of lengths only.
@@ -29,12 +29,13 @@ from benchmarks.common import (
     tiny_checkpoint,
 )
 from benchmarks.operations import PREFIX_TOKENS, PROMPT_TOKENS
-from benchmarks.ways import BATCH, NUM_DISTINCT, SLOW, WAYS, Candidates, Models
+from benchmarks.ways import BATCH, NUM_DISTINCT, WAYS, Candidates, Models
 
 COUNTS = (1, 10, 100, 1000)
 LENGTHS = (64, 256, 1024, 4096, 8192)
 RATIOS = (1, 2, 4, 8, 16, 32)
 PASSAGE_TOKENS, LONG_TOKENS, RATIO = 344, 4096, 4
+SHOWN = [name for name in WAYS if not name.endswith(("cold", "int8"))]
 CACHED = "cached, full vocabulary"  # slow, but not so slow that it could not be varied with the ratio
 LABELS = {  # what is varied: its column, and how that is called
     "candidates": ("candidates", "candidates of {passage_tokens} tokens, r = {ratio}"),
@@ -53,12 +54,15 @@ class Point:
 
     def counts(self) -> dict[str, int]:
         """How many candidates each way scores."""
-        if self.varied == "candidates":
-            most = {way: 10 if way in SLOW and way != CACHED else 100 if way == CACHED else 1000 for way in WAYS}
-            return {way: self.count for way in WAYS if self.count <= most[way]}
-        few = max(1, min(BATCH, 2048 // self.passage_tokens))
-        ways = [way for way in WAYS if self.varied == "tokens" or way not in SLOW or way == CACHED]
-        return {way: few if way in SLOW and way != CACHED else self.count for way in ways}
+        counts = {}
+        for name in SHOWN:
+            slow = WAYS[name].slow and name != CACHED
+            if self.varied == "candidates":
+                if self.count <= (10 if slow else 100 if name == CACHED else 1000):
+                    counts[name] = self.count
+            elif self.varied == "tokens" or not slow:
+                counts[name] = max(1, min(BATCH, 2048 // self.passage_tokens)) if slow else self.count
+        return counts
 
 
 def points(quick: bool) -> list[Point]:
@@ -81,9 +85,8 @@ def measure(models: Models, point: Point, budget_seconds: float) -> list[list[An
     candidates = Candidates(models, point.passage_tokens, point.ratio, distinct)
     rows: list[list[Any]] = []
     for way, count in point.counts().items():
-        if way not in SLOW:
-            WAYS[way](candidates, min(count, BATCH))  # what is kept is made
-        seconds = seconds_each(partial(WAYS[way], candidates, count), budget_seconds=budget_seconds) / count
+        WAYS[way].prepare(candidates, count)
+        seconds = seconds_each(partial(WAYS[way].score, candidates, count), budget_seconds=budget_seconds) / count
         work = models.operations(way, point.passage_tokens, point.ratio)
         row = [point.varied, way, count, point.passage_tokens, point.ratio]
         rows.append([*row, seconds * 1e3, work / 1e9, work / seconds / peak])
@@ -107,7 +110,7 @@ def plot(target: Path, quick: bool) -> None:
     with panels(target, len(LABELS), legend_rows=2, share_y=True) as axes:
         for one, (varied, (column, label)) in zip(axes, LABELS.items(), strict=True):
             own = [row for row in rows if row["varied"] == varied]
-            for place, way in enumerate(WAYS):
+            for place, way in enumerate(SHOWN):
                 series = [(row[column], row["ms a candidate"]) for row in own if row["way"] == way]
                 if not series:  # as in the panel before, whatever the ratio
                     at = {"way": way, "varied": "tokens", "passage tokens": result["long_tokens"]}
@@ -121,7 +124,7 @@ def plot(target: Path, quick: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=1.5, help="at each point")
+    parser.add_argument("--seconds", type=float, default=1.0, help="at each point")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--quick", action="store_true", help="a tiny model and few points, to try the command")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw what was measured")

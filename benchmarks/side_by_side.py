@@ -3,10 +3,10 @@
     python -m benchmarks.side_by_side [--candidates 100] [--slow-candidates 10] [--passage-tokens 344] [--repeats 3]
 
 All of benchmarks/ways.py on the same Nano-shaped random weights, in one run, in turns (a round measures
-every way once, so that a noisy neighbour hits all alike). transformers' ways and the one that encodes
-score the first few candidates only; their cost is per candidate. Operations are counted from the shapes
-(benchmarks/operations.py), and each way is held against the machine's own matrix-product rate, measured
-in the same run.
+every way once, so that a noisy neighbour hits all alike). transformers' ways, the one that encodes and
+the askings that fill a tier score the first few candidates only: what is told is the cost of one.
+Operations are counted from the shapes (benchmarks/operations.py), and each way is held against the
+machine's own matrix-product rate, measured in the same run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.common import matmul_peak, nano_checkpoint, report, start, tiny_checkpoint
 from benchmarks.operations import PREFIX_TOKENS, PROMPT_TOKENS
-from benchmarks.ways import BATCH, SLOW, WAYS, Candidates, Models
+from benchmarks.ways import BATCH, WAYS, Candidates, Models
 from checkpoint.compute import DTYPES
 
 COLUMNS = ["dtype", "way", "ms a candidate", "times faster", "Gop a candidate", "share of peak"]
@@ -48,22 +48,23 @@ def measure(directory: Path, dtype: str, args: argparse.Namespace) -> list[list[
     """A row for each way."""
     models = Models(directory, dtype)
     candidates = Candidates(models, args.passage_tokens, args.ratio)
-    counts = {way: args.slow_candidates if way in SLOW else args.candidates for way in WAYS}
-    times: dict[str, list[float]] = {way: [] for way in WAYS}
+    counts = {name: args.slow_candidates if way.slow else args.candidates for name, way in WAYS.items()}
+    times: dict[str, list[float]] = {name: [] for name in WAYS}
     peaks: list[float] = []
     for _ in range(args.repeats + 1):  # the first round warms up
         peaks.append(matmul_peak(DTYPES[dtype]))
-        for way, call in WAYS.items():
+        for name, way in WAYS.items():
+            way.prepare(candidates, counts[name])
             begin = time.perf_counter()
-            call(candidates, counts[way])
-            times[way].append((time.perf_counter() - begin) / counts[way])
+            way.score(candidates, counts[name])
+            times[name].append((time.perf_counter() - begin) / counts[name])
     peak = statistics.median(peaks[1:])
-    each = {way: statistics.median(seconds[1:]) for way, seconds in times.items()}
+    each = {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
     rows: list[list[object]] = []
-    for way, seconds in each.items():
-        work = models.operations(way, args.passage_tokens, args.ratio)
+    for name, seconds in each.items():
+        work = models.operations(name, args.passage_tokens, args.ratio)
         faster = each["straightforward"] / seconds
-        rows.append([dtype, way, seconds * 1e3, faster, work / 1e9, work / seconds / peak])
+        rows.append([dtype, name, seconds * 1e3, faster, work / 1e9, work / seconds / peak])
     return [*rows, [dtype, "matrix-product peak, Gop/s", "", "", peak / 1e9, 1.0]]
 
 

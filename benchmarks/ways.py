@@ -5,8 +5,10 @@
     cached, full vocabulary  transformers' decoder over cached states, full vocabulary
     preread, texts           our encoder and our decoder, nothing kept
     preread                  cached states, our decoder
-    preread, keys            the same with every layer's passage keys and values kept
-    preread, prefix          the same with the constant beginning of the prompt kept per passage as well
+    preread, keys            every layer's passage keys and values in their tier
+    preread, prefix          the constant beginning of the prompt over each passage in its tier as well
+    … cold                   the asking that fills the tier
+    … int8                   kept as int8, not as computed
 
 Passages and states are random: no time depends on their values. Does not know clocks.
 """
@@ -14,7 +16,8 @@ Passages and states are random: no time depends on their values. Does not know c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +29,15 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.operations import PREFIX_TOKENS, PROMPT_TOKENS, Operations
 from checkpoint import Checkpoint, TokenizedPrompt
-from checkpoint.compute import DTYPES
+from checkpoint.compute import DTYPES, dtype_name
 from decoder_server.backend import Pair
-from decoder_server.decoder import Decoder, KeysValues
 from decoder_server.fbnl import FbnlBackend
-from decoder_server.layout import Layout
+from decoder_server.tiers.budgets import TierBudgets
 from encoder_worker.encoder import Encoder
 
 BATCH = 10  # candidates a batch; every way gets the same
-NUM_DISTINCT = 40  # candidates; more are these again. Few processors' caches hold even them
+NUM_DISTINCT = 100  # candidates; more are these again. No processor's caches hold even them
+TIER_BYTES = 4 << 30
 
 
 class Models:
@@ -51,10 +54,16 @@ class Models:
         whole: Any = T5Gemma2ForConditionalGeneration.from_pretrained(directory, dtype=self.dtype)
         self.whole = whole.eval()
 
+    @cache  # noqa: B019 - lives as long as the process
+    def tiered(self, form: str, *, prefix: bool) -> FbnlBackend:
+        """Our decoder with the tier of keys, and that of prefixes where asked for, each as large as it likes."""
+        budgets = TierBudgets(TIER_BYTES, TIER_BYTES if prefix else 0, form)
+        return FbnlBackend.load(self.checkpoint, device="cpu", dtype=dtype_name(self.dtype), budgets=budgets)
+
     def operations(self, way: str, passage_tokens: int, ratio: int) -> int:
         """Of one candidate."""
         shape = Operations(self.checkpoint.encoder_config, self.checkpoint.decoder_config, passage_tokens, ratio)
-        return OPERATIONS[way](shape)
+        return WAYS[way].operations(shape)
 
 
 class Candidates:
@@ -68,7 +77,8 @@ class Candidates:
         self._passages = rng.integers(min(300, vocab // 2), vocab, (num_distinct, passage_tokens))
         self._states = rng.standard_normal(shape, dtype=np.float32)
         prompt = rng.integers(min(300, vocab // 2), vocab, PROMPT_TOKENS).tolist()
-        self._prompt = TokenizedPrompt(prompt, PROMPT_TOKENS - PREFIX_TOKENS, query_truncated=False)
+        num_query = PROMPT_TOKENS - PREFIX_TOKENS
+        self._prompt = TokenizedPrompt(prompt, num_query, query_truncated=False, prefix_length=PREFIX_TOKENS)
 
     def straightforward(self, count: int) -> None:
         for some in self._batches(count):
@@ -95,35 +105,25 @@ class Candidates:
 
     def states(self, count: int) -> None:
         for some in self._batches(count):
-            self._models.backend.score([Pair(self._prompt, self._states[i]) for i in some])
+            self._models.backend.score(self._pairs(some))
 
-    def keys(self, count: int) -> None:
-        self._continued(self._kept_keys, 0, count)
-
-    def prefix(self, count: int) -> None:
-        self._continued(self._kept_prefix, PREFIX_TOKENS, count)
-
-    @cached_property
-    def _kept_keys(self) -> list[list[KeysValues]]:
-        states = torch.from_numpy(self._states).to(self._models.dtype)
-        return [list(self._decoder.passage_kv(one)) for one in states]
-
-    @cached_property
-    def _kept_prefix(self) -> list[list[KeysValues]]:
-        beginning = torch.tensor(self._prompt.ids[:PREFIX_TOKENS])
-        layout = Layout([PREFIX_TOKENS], [self._states.shape[1]], beginning.device)
-        return [packed([self._decoder.prompt_kv(beginning, keys, layout), keys]) for keys in self._kept_keys]
-
-    @property
-    def _decoder(self) -> Decoder:
-        return self._models.backend._decoder
-
-    def _continued(self, contexts: list[list[KeysValues]], begin: int, count: int) -> None:
+    def kept(self, count: int, form: str, *, prefix: bool) -> None:
+        """Our decoder over what the tiers hold; what they lack it computes and keeps, if it is asked for again."""
         for some in self._batches(count):
-            ids = torch.tensor(self._prompt.ids[begin:] * len(some))
-            lengths, counts = [PROMPT_TOKENS - begin] * len(some), [self._states.shape[1]] * len(some)
-            layout = Layout(lengths, counts, ids.device, [begin] * len(some))
-            self._decoder.margins(ids, packed([contexts[i] for i in some]), layout, 4, 5)
+            self._models.tiered(form, prefix=prefix).score(self._pairs(some))
+
+    def fill(self, count: int, form: str, *, prefix: bool) -> None:
+        """All that passes need is in the tiers."""
+        for some in self._batches(min(count, len(self._states))):
+            self._models.tiered(form, prefix=prefix).fill(self._pairs(some))
+
+    def empty(self, count: int, form: str, *, prefix: bool) -> None:
+        """Nothing is in the tiers, and every passage was asked for once."""
+        self._models.tiered(form, prefix=prefix).tiers.clear()
+        self.kept(min(count, len(self._states)), form, prefix=prefix)
+
+    def _pairs(self, some: list[int]) -> list[Pair]:
+        return [Pair(self._prompt, self._states[i], key=b"%d %d" % (self._states[i].size, i)) for i in some]
 
     def _batches(self, count: int) -> Iterator[list[int]]:
         """Which candidates each batch scores."""
@@ -138,27 +138,39 @@ class Candidates:
         )
 
 
-def packed(contexts: list[list[KeysValues]]) -> list[KeysValues]:
-    """Contexts end to end, layer by layer."""
-    return [(torch.cat([k for k, _ in rows]), torch.cat([v for _, v in rows])) for rows in zip(*contexts, strict=True)]
+Call = Callable[[Candidates, int], None]
 
 
-WAYS: dict[str, Callable[[Candidates, int], None]] = {
-    "straightforward": Candidates.straightforward,
-    "joint": Candidates.joint,
-    "cached, full vocabulary": Candidates.cached_full_vocabulary,
-    "preread, texts": Candidates.texts,
-    "preread": Candidates.states,
-    "preread, keys": Candidates.keys,
-    "preread, prefix": Candidates.prefix,
+@dataclass(frozen=True)
+class Way:
+    score: Call
+    operations: Callable[[Operations], int]
+    prepare: Call = lambda candidates, count: None  # before every timed call
+    slow: bool = False  # few candidates show what one costs
+
+
+def tiered(form: str = "auto", *, prefix: bool, cold: bool = False) -> Way:
+    warm_operations, cold_operations = (
+        (Operations.prefix, Operations.prefix_cold) if prefix else (Operations.keys, Operations.states)
+    )
+    return Way(
+        partial(Candidates.kept, form=form, prefix=prefix),
+        cold_operations if cold else warm_operations,
+        partial(Candidates.empty if cold else Candidates.fill, form=form, prefix=prefix),
+        slow=cold,
+    )
+
+
+WAYS = {
+    "straightforward": Way(Candidates.straightforward, Operations.straightforward, slow=True),
+    "joint": Way(Candidates.joint, Operations.joint, slow=True),
+    "cached, full vocabulary": Way(Candidates.cached_full_vocabulary, Operations.cached_full_vocabulary, slow=True),
+    "preread, texts": Way(Candidates.texts, Operations.texts, slow=True),
+    "preread": Way(Candidates.states, Operations.states),
+    "preread, keys cold": tiered(prefix=False, cold=True),
+    "preread, keys": tiered(prefix=False),
+    "preread, keys int8": tiered("int8", prefix=False),
+    "preread, prefix cold": tiered(prefix=True, cold=True),
+    "preread, prefix": tiered(prefix=True),
+    "preread, prefix int8": tiered("int8", prefix=True),
 }
-OPERATIONS: dict[str, Callable[[Operations], int]] = {
-    "straightforward": Operations.straightforward,
-    "joint": Operations.joint,
-    "cached, full vocabulary": Operations.cached_full_vocabulary,
-    "preread, texts": Operations.texts,
-    "preread": Operations.states,
-    "preread, keys": Operations.keys,
-    "preread, prefix": Operations.prefix,
-}
-SLOW = ("straightforward", "joint", "cached, full vocabulary", "preread, texts")  # these score few candidates

@@ -39,7 +39,7 @@ COUNTED = {
 @pytest.mark.parametrize(("passage_tokens", "ratio"), [(40, 4), (301, 32)])
 def test_counted_operations_are_the_ones_executed(models: Models, way: str, passage_tokens: int, ratio: int) -> None:
     candidates = Candidates(models, passage_tokens, ratio)
-    WAYS[way](candidates, COUNT)  # what is kept is made
+    WAYS[way].prepare(candidates, COUNT)
     with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter, torch.no_grad():
-        WAYS[way](candidates, COUNT)
+        WAYS[way].score(candidates, COUNT)
     assert counter.get_total_flops() == COUNT * models.operations(way, passage_tokens, ratio)
