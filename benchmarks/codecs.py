@@ -29,13 +29,13 @@ from tuning.metrics import HEADLINE, per_query
 from tuning.progress import TerminalProgress
 from tuning.ranking import rank
 
-# 16, 8, 6 and 4 bits a number, plain, scaled and rotated; then 4, 2 and 1 by product quantizers, and others.
+# 16, 8, 6 and 4 bits a number, plain, scaled and rotated; then 4, 2 and 1 by product quantizers; 16 and 8 bytes in all.
 CODECS = (
     "SQfp16", "SQbf16",
     "SQ8", "B32,SQ8", "Z,B32,SQ8", "B{dim},SQ8", "Z,B{dim},SQ8", "RR{dim},SQ8",
     "SQ6", "B32,SQ6", "Z,B32,SQ6",
     "SQ4", "B32,SQ4", "Z,B32,SQ4", "RR{dim},SQ4",
-    "PQ{half}", "PQ{quarter}", "PQ{eighth}", "OPQ{eighth},PQ{eighth}", "PCA{half},SQ8", "RQ8x8",
+    "PQ{half}", "PQ{quarter}", "PQ{eighth}", "OPQ{eighth},PQ{eighth}", "PCA{half},SQ8", "RQ16x8", "RQ8x8",
 )  # fmt: skip
 COLUMNS = ["codec", "r", "bytes a state", "bytes a token", "max", "mean", "noise", "tau", "top 10", HEADLINE, "change"]
 COLUMNS += ["tau to r = 1"]

@@ -42,10 +42,11 @@ class Rotated:
     needs_training = True
 
     def __init__(self, factory: str, dim: int) -> None:
-        self._index: Any = faiss.index_factory(dim, factory)
-        base = faiss.downcast_index(self._index.index)
+        index: Any = faiss.index_factory(dim, factory)  # the stubs know only the base class
+        self._index = index
         self.num_centroids = 256 if factory.rpartition(",")[2].startswith("PQ") else 0
-        if isinstance(base, faiss.IndexPQ):
+        if self.num_centroids:
+            base: Any = faiss.downcast_index(index.index)
             base.pq.cp.min_points_per_centroid = 1
             base.do_polysemous_training = False
 
