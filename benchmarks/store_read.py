@@ -1,10 +1,14 @@
-"""How fast states come back from a store, by codec.
+"""How fast states come back from a store, and into a batch, by codec.
 
     python -m benchmarks.store_read [--store faiss|redis] [--passages 1000]
 
-Nano-shaped passages: 344 tokens at r = 4, 86 states of 640 numbers. One `get_many` of all passages in
-random order, the page cache warm; checksums are verified and states decoded to float32. Redis, where
-asked for, is a redis-server started here on a free port.
+Nano-shaped passages: 344 tokens at r = 4, 86 states of 640 numbers, in random order, the page cache warm;
+checksums are verified. Redis, where asked for, is a redis-server started here on a free port.
+
+    ms              one `get_many` of all passages, decoded to float32
+    read            the same as a server does it, nothing decoded
+    batch           what was read, ten passages at a time, into bfloat16 as a pass takes it (batch_states)
+    decoded first   a get_many, and the same batches out of it, concatenated and converted
 """
 
 from __future__ import annotations
@@ -14,22 +18,42 @@ import random
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from benchmarks.common import median_seconds, report, start
 from benchmarks.servers import redis_url
 from cache.codecs import Codec
 from cache.collection import Collection, Manifest, StoredPassage
+from cache.encoded import EncodedPassage
 from cache.states import PassageStates, text_digest
 from cache.store import open_store
+from checkpoint import TokenizedPrompt
+from decoder_server.backend import Pair
+from decoder_server.batch_states import batch_states
 
 CODECS = ("Flat", "SQfp16", "SQbf16", "SQ8", "B32,SQ8", "Z,B32,SQ8", "SQ4", "Z,B32,SQ4", "PQ80")
 DIM, PASSAGE_TOKENS, RATIO = 640, 344, 4
 
 
-def read_seconds(url: str, codec_name: str, states: np.ndarray, num_passages: int) -> tuple[float, int]:
-    """Median seconds of one get_many, and bytes a state takes at rest."""
+BATCH_PASSAGES = 10
+PROMPT = TokenizedPrompt([1], 1, query_truncated=False)
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Medians, of all passages."""
+
+    decoded: float
+    read: float
+    batch: float
+    decoded_first: float
+
+
+def read_seconds(url: str, codec_name: str, states: np.ndarray, num_passages: int) -> tuple[Seconds, int]:
+    """How long it takes, and bytes a state takes at rest."""
     codec = Codec(codec_name, DIM)
     if codec.needs_training:
         codec.train(states.reshape(-1, DIM)[:20_000])
@@ -60,11 +84,24 @@ def read_seconds(url: str, codec_name: str, states: np.ndarray, num_passages: in
     ids = [str(i) for i in range(num_passages)]
     random.Random(0).shuffle(ids)
 
-    def read() -> None:
-        found = collection.get_many(ids)
-        assert all(isinstance(entry, PassageStates) for entry in found)
+    encoded = [Pair(PROMPT, one.states) for one in collection.get_encoded_many(ids) if isinstance(one, EncodedPassage)]
+    numbers = [one.states for one in collection.get_many(ids) if isinstance(one, PassageStates)]
+    assert len(encoded) == len(numbers) == num_passages
+    firsts = range(0, num_passages, BATCH_PASSAGES)
 
-    seconds = median_seconds(read, repeats=7, warm_up=2)
+    def batch() -> None:
+        for first in firsts:
+            batch_states(encoded[first : first + BATCH_PASSAGES], torch.device("cpu"), torch.bfloat16)
+
+    def convert() -> None:
+        for first in firsts:
+            torch.from_numpy(np.concatenate(numbers[first : first + BATCH_PASSAGES])).to(torch.bfloat16)
+
+    decoded, read, batched, converted = (
+        median_seconds(call, repeats=7, warm_up=2)
+        for call in (lambda: collection.get_many(ids), lambda: collection.get_encoded_many(ids), batch, convert)
+    )
+    seconds = Seconds(decoded, read, batched, decoded + converted)
     store.drop_collection(name)
     store.close()
     return seconds, codec.code_size_bytes
@@ -91,12 +128,16 @@ def main() -> None:
                         codec_name,
                         state_bytes,
                         args.passages * num_states * state_bytes / 2**20,
-                        seconds * 1e3,
-                        args.passages / seconds,
-                        decoded / seconds / 2**30,
+                        seconds.decoded * 1e3,
+                        args.passages / seconds.decoded,
+                        decoded / seconds.decoded / 2**30,
+                        seconds.read * 1e3,
+                        seconds.batch * 1e3,
+                        seconds.decoded_first * 1e3,
                     ]
                 )
     columns = ["store", "codec", "bytes a state", "MiB read", "ms", "passages/s", "decoded GiB/s"]
+    columns += ["read, ms", "batch, ms", "decoded first, ms"]
     report("store_read", columns, rows, passages=args.passages, states_per_passage=num_states, dim=DIM)
 
 
