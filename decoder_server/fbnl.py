@@ -5,6 +5,7 @@ Knows the checkpoint and the decoder; does not know requests, stores or batching
 
 from __future__ import annotations
 
+import copy
 import struct
 from collections.abc import Sequence
 from functools import partial
@@ -52,9 +53,7 @@ class FbnlBackend:
         if device.type != "cpu":
             tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         self._decoder = Decoder(checkpoint.decoder_config, tensors, checkpoint.eoi_id, compiled=compiled)
-        self.tiers = Tiers(budgets)
-        states = partial(batch_states, device=device, dtype=dtype)
-        self._contexts = Contexts(self._decoder, self.tiers, states, device, dtype)
+        self._keep(budgets)
 
     @classmethod
     def load(
@@ -79,6 +78,17 @@ class FbnlBackend:
         where = choose_device(device)
         fused = choose_fused(checkpoint.dim, where)
         return cls(checkpoint, where, choose_dtype(dtype, where), compiled=fused, budgets=budgets)
+
+    def keeping(self, budgets: TierBudgets) -> FbnlBackend:
+        """The same weights, with tiers of their own."""
+        other = copy.copy(self)
+        other._keep(budgets)
+        return other
+
+    def _keep(self, budgets: TierBudgets) -> None:
+        self.tiers = Tiers(budgets)
+        states = partial(batch_states, device=self._device, dtype=self._dtype)
+        self._contexts = Contexts(self._decoder, self.tiers, states, self._device, self._dtype)
 
     @property
     def num_compilations(self) -> int:

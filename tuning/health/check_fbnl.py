@@ -26,6 +26,8 @@ NARROW = "bfloat16"
 TOO_NARROW = "bfloat16 is too narrow for these weights: serve them in float32"
 TOO_LOSSY = "index with SQfp16, or a codec with more bits"
 TOO_COARSE = "the compression ratio is too high for this checkpoint: serve and store it at a lower one"
+KEPT_WRONG = "what is kept between passes is not what they compute: serve with the keys and prefix caches at 0 bytes"
+KEPT_COARSE = "int8 is too coarse for what is kept between passes: leave --cache-format at auto"
 UNEVEN = "pooling does not nest: states stored at one ratio are not those of another; index again with this version"
 
 
@@ -71,14 +73,18 @@ def check_fbnl(
     compared: list[tuple[Section, str]] = []  # and the likely cause where it fails
     if narrow is not reference:
         compared.append((judged(f"{NARROW} against float32", narrow, reference, BFLOAT16), TOO_NARROW))
-    with counted(progress, "stored and pooled", 3 * len(texts)) as advance:
+    with counted(progress, "stored, kept and pooled", 5 * len(texts)) as advance:
         on_demand, unpooled = served.states(texts), served.states(texts, 1)
-        stored = served.score(texts, through_store(on_demand, served.encoder, ratio, codec), advance)
+        read = through_store(on_demand, served.encoder, ratio, codec)
+        stored = served.score(texts, read, advance)
+        from_tiers = {form: served.kept(texts, read, form, advance) for form in ("auto", "int8")}
         fine = served.score(texts, unpooled, advance)
         again = served.score(texts, [one.at_ratio(ratio) for one in unpooled], advance)
     kept = CODEC_LIMITS.get(codec, INT8)
     title = f"stored states ({codec}) against on demand"
     compared.append((judged(title, stored, margins, kept), f"the codec {codec} loses too much: {TOO_LOSSY}"))
+    compared.append((judged("kept between passes against fresh", from_tiers["auto"], stored, own), KEPT_WRONG))
+    compared.append((judged("kept as int8 against fresh", from_tiers["int8"], stored, INT8), KEPT_COARSE))
     compared.append((judged(f"stored at r = 1, re-pooled to {ratio}", again, margins, own), UNEVEN))
     if ratio > 1:
         compared.append((judged(f"r = {ratio} against r = 1", margins, fine, POOLED), TOO_COARSE))

@@ -15,6 +15,7 @@ from cache.store import open_store
 from checkpoint import Checkpoint
 from decoder_server.backend import Pair
 from decoder_server.fbnl import FbnlBackend
+from decoder_server.tiers.budgets import TierBudgets
 from encoder_worker.batching import BatchLimits
 from encoder_worker.encoder import Encoder
 from encoder_worker.passage_encoder import PassageEncoder
@@ -29,6 +30,8 @@ from tuning.states import EncodedStates
 # A word that every tokenizer here spells in at least one token.
 _FILLER = "the water of the sea rises and falls twice a day "
 MAX_FILLED_TOKENS = 8192
+# More than the check's pairs need.
+KEPT_BYTES = 8 << 30
 
 
 class FbnlScorer:
@@ -76,6 +79,20 @@ class FbnlScorer:
         """Margins of passages already encoded."""
         prompts = [self.backend.prompt(pair.query, pair.instruction) for pair in pairs]
         return score_passages(self.backend, list(zip(prompts, states, strict=True)), advance)
+
+    def kept(
+        self, pairs: Sequence[TextTriple], states: Sequence[PassageStates], form: str, advance: Advance = unheard
+    ) -> Margins:
+        """Margins from a server's tiers, filled before.
+
+        Args:
+            states: with keys, as a collection gives them.
+            form: how the tiers hold numbers.
+        """
+        backend = self.backend.keeping(TierBudgets(KEPT_BYTES, KEPT_BYTES, form))
+        for pair, passage in zip(pairs, states, strict=True):
+            backend.fill(backend.items(backend.prompt(pair.query, pair.instruction), passage))
+        return FbnlScorer(self.encoder, backend, self.ratio).score(pairs, states, advance)
 
     def margins(self, pairs: Sequence[TextTriple], advance: Advance = unheard) -> Margins:
         return self.score(pairs, self.states(pairs), advance)

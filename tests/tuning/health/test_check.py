@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from checkpoint.synthetic import make_checkpoint
+from decoder_server.tiers.at_rest import Kept
 from preread.cli.main import cli
 from preread.cli.options import SHIPPED_MODEL
 from tuning.errors import EvaluationError
@@ -47,11 +48,23 @@ def test_the_shipped_checkpoint_is_healthy(tmp_path: Path) -> None:
         *([] if "float32" in report["served"] else ["bfloat16 against float32"]),
         *(["bfloat16 against float32"] if "float32" in report["served"] else []),
         "stored states (SQfp16) against on demand",
+        "kept between passes against fresh",
+        "kept as int8 against fresh",
         "stored at r = 1, re-pooled to 4",
         "r = 4 against r = 1",
         "published scores",
     ]
     assert max(map(len, answer.output.splitlines())) <= 80  # of a narrow terminal
+
+
+def test_tiers_that_change_margins_are_found(some_pairs: PairSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entries whose rows come back in another order."""
+    read = Kept.read
+    monkeypatch.setattr(Kept, "read", lambda self, dtype: read(self, dtype).flip(0))
+    report = check(SHIPPED_MODEL, pairs=some_pairs, dtype="float32")
+    kept = {s.title for s in report.sections if s.title.startswith("kept")}
+    assert {s.title for s in report.sections if s.failed} == kept
+    assert report.causes[0].startswith("what is kept between passes is not what they compute")
 
 
 def test_a_codec_that_ruins_states_is_found(some_pairs: PairSet) -> None:
