@@ -5,11 +5,10 @@
 
 A real `preread serve` and its clients, two processes on the same cores. Each client is one connection
 that asks again as soon as it is answered, for stored candidates of 344 tokens at r = 4 that the server
-has read often enough to keep in every tier. `overhead` is what of a request's time was neither in the
-model nor waiting for its turn there. The model-bound rate is that of the model alone, before the server
-starts: its score() over such pairs, tiers hot, at the best of several batch sizes. nano has random
-weights in the shape of KaLM-Reranker-V1-Nano; mini is the shipped model, whose passes are so short that
-what is beside them shows.
+holds in every tier. `overhead` is what of a request's time was neither in the model nor waiting for its
+turn there. The model-bound rate is that of the model alone, before the server starts: its score() over
+such pairs, tiers hot, at the best of several batch sizes. nano has random weights in the shape of
+KaLM-Reranker-V1-Nano; mini is the shipped model, whose passes are so short that what is beside them shows.
 """
 
 from __future__ import annotations
@@ -27,22 +26,23 @@ import numpy as np
 from benchmarks.charts import line, panels, ticks
 from benchmarks.collection_size import MODEL
 from benchmarks.common import median_seconds, nano_checkpoint, read_result, report, result_path, start, tiny_checkpoint
-from benchmarks.servers import QUERY, fill, serving
+from benchmarks.servers import QUERY, TIER_BYTES, TIERS, fill, serving
 from cache.states import PassageStates, text_digest
 from checkpoint import Checkpoint
 from decoder_server.fbnl import FbnlBackend
 from decoder_server.tiers.budgets import TierBudgets
-from preread.client import AsyncClient
+from preread import AsyncClient, Client
 
 CLIENTS = (1, 4, 16, 32, 64)
 PASSAGE_TOKENS, RATIO, NUM_STORED = 344, 4, 32
+COLLECTION = f"t{PASSAGE_TOKENS}"
 COLUMNS = ["clients", "requests", "p50, ms", "p99, ms", "in the model, p50", "overhead, p50 ms", "overhead, p99 ms",
            "candidates/s", "share of the model-bound rate"]  # fmt: skip
 
 
 def model_bound_rate(checkpoint: Checkpoint, dtype: str | None) -> float:
     """Candidates a second of the model alone."""
-    backend = FbnlBackend.load(checkpoint, dtype=dtype, budgets=TierBudgets())
+    backend = FbnlBackend.load(checkpoint, dtype=dtype, budgets=TierBudgets(TIER_BYTES, TIER_BYTES))
     states = np.random.default_rng(0).standard_normal((PASSAGE_TOKENS // RATIO, checkpoint.dim), dtype=np.float32)
     prompt = backend.prompt(QUERY)
     passages = [
@@ -63,13 +63,13 @@ async def drive(address: str, num_clients: int, num_requests: int, candidates: i
         for number in left:
             ids = [f"p{(number * candidates + i) % NUM_STORED}" for i in range(candidates)]
             begin = time.perf_counter()
-            answer = await client.rerank(QUERY, ids, collection=f"t{PASSAGE_TOKENS}", timeout=600)
+            answer = await client.rerank(QUERY, ids, collection=COLLECTION, timeout=600)
             timings = answer.summary.timings
             samples.append([time.perf_counter() - begin, timings.compute_seconds, timings.queue_seconds])
 
     clients = [AsyncClient(address) for _ in range(num_clients)]
     try:
-        await asyncio.gather(*(client.rerank(QUERY, ["p0"], collection=f"t{PASSAGE_TOKENS}") for client in clients))
+        await asyncio.gather(*(client.rerank(QUERY, ["p0"], collection=COLLECTION) for client in clients))
         begin = time.perf_counter()
         await asyncio.gather(*map(ask, clients))
         return time.perf_counter() - begin, samples
@@ -87,7 +87,7 @@ def row(clients: int, seconds: float, samples: list[list[float]], candidates: in
 
 def plot(target: Path, names: list[str], quick: bool) -> None:
     results = [read_result(name, quick=quick) for name in names if result_path(name, quick=quick).exists()]
-    with panels(target, 2) as (left, right):
+    with panels(target, 2, legend_rows=2) as (left, right):
         for place, result in enumerate(results):
             rows, name = result["rows"], result["model"]
             for column, style in (("p50, ms", "-"), ("p99, ms", "--")):
@@ -97,7 +97,7 @@ def plot(target: Path, names: list[str], quick: bool) -> None:
             line(right, shares, f"{name}, throughput", place, ls=":")
         left.set(xscale="log", yscale="log", xlabel="concurrent clients", ylabel="ms a request")
         right.set(xscale="log", xlabel="concurrent clients", ylabel="% of the model-bound rate")
-        right.set_ylim(bottom=0)
+        right.set_ylim(0, 110)
         for axes in (left, right):
             ticks(axes, CLIENTS)
 
@@ -123,9 +123,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = f"faiss:{folder}/store"
         fill(store, checkpoint, [PASSAGE_TOKENS], NUM_STORED, RATIO)
-        with serving(model, store, "--no-encoder", *dtype) as address:
-            for _ in range(3):  # what is asked for again is kept
-                asyncio.run(drive(address, 1, NUM_STORED // args.candidates + 1, args.candidates))
+        with serving(model, store, "--no-encoder", *TIERS, *dtype) as address:
+            with Client(address) as client:
+                client.warm([f"p{i}" for i in range(NUM_STORED)], collection=COLLECTION, timeout=600)
+            asyncio.run(drive(address, 4, NUM_STORED, args.candidates))
             for clients in CLIENTS:
                 num_requests = max(args.requests, 2 * clients)
                 seconds, samples = asyncio.run(drive(address, clients, num_requests, args.candidates))

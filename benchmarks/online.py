@@ -1,10 +1,12 @@
-"""Latency of one client of `preread serve` over gRPC on loopback, by where candidates' states come from.
+"""Latency of one client of `preread serve` over gRPC on loopback, by what is kept of its candidates.
 
     python -m benchmarks.online [--candidates 1,10,100] [--quick]
 
-    warm    candidates by id, states in the tier in front of the store
-    store   candidates by id, no tier: every request reads the embedded store
-    cold    inline texts seen for the first time: encoded on demand, then scored
+    prefix    candidates by id; every tier holds what they need
+    keys      the same without the tier of prefixes
+    states    no tier but that of stored states
+    store     no tier at all: every request reads the embedded store
+    texts     inline texts seen for the first time: encoded on demand, then scored
 
 Nano-shaped random weights; server and client are separate processes on the same cores. Passages have
 344 tokens, read at r = 4, their states are random: what is timed does not depend on their values.
@@ -18,14 +20,21 @@ import tempfile
 from typing import Any
 
 from benchmarks.common import nano_checkpoint, report, start, tiny_checkpoint
-from benchmarks.servers import QUERY, fill, serving, texts_of, time_requests
+from benchmarks.servers import QUERY, TIERS, fill, serving, texts_of, time_requests
 from checkpoint import Checkpoint
 from preread import Client
 
 PASSAGE_TOKENS, RATIO = 344, 4
 COLLECTION = f"t{PASSAGE_TOKENS}"
-SERVERS = {"warm": ["--no-encoder"], "store": ["--no-encoder", "--cache-bytes", "0"], "cold": []}
-COLUMNS = ["states", "candidates", "ms a request", "of it in the model", "ms beside it", "ms a candidate"]
+NO_PREFIX, NO_KEYS = ["--prefix-cache-bytes", "0"], ["--keys-cache-bytes", "0"]
+SERVERS = {
+    "prefix": ["--no-encoder", *TIERS],
+    "keys": ["--no-encoder", *TIERS, *NO_PREFIX],
+    "states": ["--no-encoder", *NO_KEYS, *NO_PREFIX],
+    "store": ["--no-encoder", *NO_KEYS, *NO_PREFIX, "--cache-bytes", "0"],
+    "texts": [*NO_KEYS, *NO_PREFIX],
+}
+COLUMNS = ["kept", "candidates", "ms a request", "of it in the model", "ms beside it", "ms a candidate"]
 
 
 def main() -> None:
@@ -45,19 +54,22 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = f"faiss:{folder}/store"
         fill(store, checkpoint, [PASSAGE_TOKENS], max(counts), RATIO)
-        for states, flags in SERVERS.items():
+        for kept, flags in SERVERS.items():
             with serving(model, store, *dtype, *flags) as address, Client(address) as client:
+                everyone = [f"p{i}" for i in range(max(counts))]
+                if kept in ("prefix", "keys"):
+                    client.warm(everyone, collection=COLLECTION, timeout=600)
+                elif kept == "states":  # what is read stays
+                    client.rerank(QUERY, everyone, collection=COLLECTION, timeout=600)
                 client.rerank(QUERY, ["p0"], collection=COLLECTION, timeout=600)
                 for count in counts:
-                    stored = {"candidates": [f"p{i}" for i in range(count)], "collection": COLLECTION}
+                    stored = {"candidates": everyone[:count], "collection": COLLECTION}
                     fresh = {"candidates": [text(PASSAGE_TOKENS) for _ in range(count)]}
-                    request: dict[str, Any] = fresh if states == "cold" else stored
-                    if states == "warm":
-                        client.rerank(QUERY, timeout=600, **request)  # fills the tier
-                    # Texts are cold once only.
-                    repeats = 1 if states == "cold" else 9 if count <= 10 else 3
+                    request: dict[str, Any] = fresh if kept == "texts" else stored
+                    repeats = 1 if kept == "texts" else 9 if count <= 10 else 2  # texts are new once
                     total, compute = (1e3 * seconds for seconds in time_requests(client, repeats, **request))
-                    rows.append([states, count, total, compute, total - compute, total / count])
+                    rows.append([kept, count, total, compute, total - compute, total / count])
+                    print(*rows[-1][:2], f"{total:.0f} ms", flush=True)
     report("online", COLUMNS, rows, quick=args.quick, passage_tokens=PASSAGE_TOKENS, ratio=RATIO)
 
 

@@ -25,6 +25,8 @@ from checkpoint import Checkpoint
 from preread import Client
 
 QUERY = "which passages does the decoder attend over"
+TIER_BYTES = 1 << 30
+TIERS = ["--keys-cache-bytes", str(TIER_BYTES), "--prefix-cache-bytes", str(TIER_BYTES)]  # hold whatever is asked here
 SENTENCE = "The pooled states of its tokens are kept, and the decoder attends over them. "
 
 
