@@ -179,6 +179,7 @@ class StatesTier:
             key, entry = (collection, passage_id), _Entry(replace(record, codes=record.codes.copy()), generation)
             if _size_bytes(key, entry) <= self._max_bytes:
                 self._entries.set(key, entry)
+                self._entries.run_pending_tasks()  # else Moka lets some sixty entries wait, over the budget
 
     def _forget(self, collection: str, passage_ids: Sequence[str] | Mapping[str, Record]) -> None:
         self._generations.pop(collection, None)

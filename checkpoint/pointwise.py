@@ -17,6 +17,10 @@ Rotation = tuple[Tensor, Tensor]  # cos and sin, (tokens, 1, head_dim) each
 
 log = logging.getLogger(__name__)
 
+# How often torch may compile these functions before it runs them unfused. It counts over all stacks of a process, and
+# each has a few shapes: its width, its heads, its kv heads.
+MAX_COMPILATIONS = 256
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root mean square norm over the last axis, in float32, back in x's format."""
@@ -79,6 +83,7 @@ class Pointwise:
         """`function`, fused once for every size of the first axis of the arguments `rows` (and of axis `keys`)."""
         if not self.compiled:
             return function
+        torch._dynamo.config.recompile_limit = MAX_COMPILATIONS
         fused = torch.compile(function, backend=self._inductor, dynamic=False)
 
         def call(*tensors: Tensor) -> Any:

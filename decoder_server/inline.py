@@ -109,6 +109,7 @@ class InlineStates:
                 flight.set_result(Refusal(result) if isinstance(result, str) else result)
                 if isinstance(result, PassageStates) and result.nbytes <= self._max_bytes:
                     self._kept.set(key, result)
+                    self._kept.run_pending_tasks()  # else Moka lets some sixty entries wait, over the budget
 
 
 def _at_ratio(result: PassageStates | Refusal, ratio: int) -> PassageStates | Refusal:

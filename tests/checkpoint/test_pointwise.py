@@ -39,6 +39,17 @@ def test_fused_steps_are_the_plain_ones_and_never_compile_again() -> None:
     assert compilations == [4] * len(compilations)
 
 
+@pytest.mark.skipif(cpp_compiler() is None, reason="no C++ compiler: fused steps NOT checked")
+@pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")  # torch's own, from inside its compiler
+@pytest.mark.slow
+def test_many_stacks_of_one_process_are_all_fused() -> None:
+    x, weight = torch.randn(5, 8), torch.randn(8)
+    for _ in range(12):  # more than torch compiles one function by itself
+        fused = Pointwise(EPS, compiled=True)
+        fused.rms_norm(x, weight)
+        assert (fused.compiled, fused.num_compilations) == (True, 1)
+
+
 def test_small_models_and_machines_without_a_compiler_compute_unfused(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     assert not choose_fused(64, cpu)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -92,6 +93,18 @@ def test_a_tier_stays_within_its_bytes_and_keeps_what_is_asked_for_often() -> No
     assert tier.put("too large", kv(2000)) is None
     tier.clear()
     assert (tier.num_bytes, tier.num_entries) == (0, 0)
+
+
+def test_a_tier_has_hardly_more_than_its_bytes_in_memory() -> None:
+    """What counts is what is alive, whether or not anybody asks for the number of bytes."""
+    tier = Tier("keys", 20 * (kv(7).nbytes + 1024), "auto")
+    kept = []
+    for i in range(100):
+        entry = tier.put(i, kv(7))
+        assert entry is not None
+        kept.append(weakref.ref(entry.numbers))
+        del entry
+        assert sum(numbers() is not None for numbers in kept) <= 20 + 5  # and what is just leaving
 
 
 def test_a_tier_without_a_budget_wants_nothing() -> None:
