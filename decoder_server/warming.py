@@ -6,13 +6,13 @@ model, so that requests under way wait for one batch at most.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from cache.collection import Collection
-from cache.encoded import EncodedPassage
+from cache.encoded import AnyStates, EncodedPassage, all_at_ratio
 from cache.errors import CacheError
 from cache.record import Damaged
 from decoder_server.backend import KeepsContexts, Pair
@@ -66,9 +66,8 @@ async def warm(engine: Engine, request: RerankRequest) -> Warmed:
         ids = list(dict.fromkeys(candidate.passage_id or "" for candidate in request.candidates))
         found = await engine.call(_read, collection, ids)
         passages = [passage for passage in found if isinstance(passage, EncodedPassage)]
-        pairs: list[Any] = [  # a backend's own items, which serving only carries
-            pair for passage in passages for ratio in ratios for pair in backend.items(prompt, passage.at_ratio(ratio))
-        ]
+        read = await engine.call(_at_ratios, passages, ratios)
+        pairs: list[Any] = [pair for states in read for pair in backend.items(prompt, states)]  # a backend's own items
         kept = [0, 0]
         for batch in _batches(pairs, engine.batcher.batch_tokens):
             held = await engine.batcher.aside(partial(backend.fill, batch))
@@ -86,6 +85,10 @@ def _read(collection: Collection, ids: Sequence[str]) -> list[EncodedPassage | D
         return collection.get_encoded_many(ids)
     except CacheError as exc:
         raise Unavailable(f"the store could not be read: {exc}") from exc
+
+
+def _at_ratios(passages: Sequence[EncodedPassage], ratios: Iterable[int]) -> list[AnyStates]:
+    return [states for ratio in ratios for states in all_at_ratio(passages, ratio)]
 
 
 def _batches(pairs: Sequence[Pair], max_tokens: int) -> Iterator[list[Pair]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -105,7 +106,7 @@ class Contexts:
         own = [passages.there[passages.names[i]] for i in missing.values()]
         lengths = [len(ids) for ids in tokens]
         layout = Layout(lengths, [kv.shape[2] for kv in own], self._device)
-        ids = torch.tensor([token for ids in tokens for token in ids], device=self._device)
+        ids = torch.tensor(list(chain.from_iterable(tokens)), device=self._device)
         kv = _stacked(self._decoder.prompt_kv(ids, _packed(own), layout))
         for name, part in zip(missing, torch.split(kv, lengths, dim=2), strict=True):
             beginnings.computed(name, part)
@@ -114,7 +115,7 @@ class Contexts:
         self, pairs: Sequence[Pair], rows: Sequence[int], prefix_lengths: list[int], context: Iterable[KeysValues]
     ) -> Part:
         left = [pairs[i].prompt.ids[length:] for i, length in zip(rows, prefix_lengths, strict=True)]
-        ids = torch.tensor([token for prompt in left for token in prompt], device=self._device)
+        ids = torch.tensor(list(chain.from_iterable(left)), device=self._device)
         counts = [pairs[i].num_states for i in rows]
         layout = Layout([len(prompt) for prompt in left], counts, self._device, prefix_lengths)
         return Part(rows, ids, context, layout)
