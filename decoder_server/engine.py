@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import TypeVar
 
@@ -23,8 +23,8 @@ from decoder_server.batcher import Batcher
 from decoder_server.catalogue import Catalogue
 from decoder_server.config import DecoderConfig
 from decoder_server.easing import Easing
-from decoder_server.errors import DeadlineExceeded, InvalidRequest, Unavailable, code_of
-from decoder_server.observer import Answered, Observer, Trail
+from decoder_server.errors import DeadlineExceeded, InvalidRequest
+from decoder_server.observer import Observer, Trail
 from decoder_server.passages import Source, Wanted
 from decoder_server.plan import Defaults, Plan, plan, text_plan
 from decoder_server.request import (
@@ -38,6 +38,7 @@ from decoder_server.request import (
     distinct,
 )
 from decoder_server.run import Emit, Run
+from decoder_server.running import Running
 from decoder_server.tally import ranked
 
 T = TypeVar("T")
@@ -75,11 +76,7 @@ class Engine:
         self.passages = passages
         self.limits = limits
         self._executor = executor
-        self._observers = observers
-        self._num_running = 0
-        self._draining = False
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._running = Running(name, observers)
         # What the prompt has beside query and instruction, to tell how long an instruction is.
         self._template_tokens = backend.prompt("a", "a").num_tokens - 2
         self.reads_text = backend.identity() is None
@@ -116,41 +113,13 @@ class Engine:
             trail.timings = summary.timings
             return outcomes, summary
 
-    @contextmanager
-    def under_way(self, request: RerankRequest, kind: str = "rerank") -> Iterator[Trail]:
-        """Around a request: observers hear how it ended, and a server that stops waits for it.
-
-        Raises:
-            Unavailable: this server is stopping.
-        """
-        started, trail, code = time.monotonic(), Trail(), "internal"
-        self._num_running += 1
-        self._idle.clear()
-        try:
-            if self._draining:
-                raise Unavailable("this server is shutting down")
-            yield trail
-            code = "ok"
-        except BaseException as exc:
-            code = code_of(exc)
-            raise
-        finally:
-            self._num_running -= 1
-            if self._num_running == 0:
-                self._idle.set()
-            answered = Answered(request, self.name, code, started, time.monotonic(), trail.timings, trail, kind)
-            for observer in self._observers:
-                observer.answered(answered)
+    def under_way(self, request: RerankRequest, kind: str = "rerank") -> AbstractContextManager[Trail]:
+        """Around a request; see Running.request."""
+        return self._running.request(request, kind)
 
     async def drain(self, grace_seconds: float) -> bool:
         """Accepts nothing more and waits for what runs; False when the time was up first."""
-        self._draining = True
-        try:
-            async with asyncio.timeout(grace_seconds):
-                await self._idle.wait()
-        except TimeoutError:
-            return False
-        return True
+        return await self._running.drain(grace_seconds)
 
     async def _rerank(
         self, request: RerankRequest, started: float, deadline: float | None, emit: Emit | None, trail: Trail
