@@ -49,7 +49,7 @@ def block(match: re.Match[str]) -> str:
         module, png, shows = PLOTS[name]
         subprocess.run([sys.executable, "-m", module, "--plot", str(DOCS / png)], check=True, cwd=DOCS.parent)
         text += f"\n\n![{shows}]({png})"
-    return f"<!-- {name} -->\n{text}\n<!-- end -->"
+    return f"<!-- {name} -->\n\n{text}\n\n<!-- end -->"
 
 
 def main() -> None:
