@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +53,20 @@ class Models:
         self.encoder = Encoder.load(self.checkpoint, device="cpu", dtype=dtype)
         whole: Any = T5Gemma2ForConditionalGeneration.from_pretrained(directory, dtype=self.dtype)
         self.whole = whole.eval()
+        self._tiered: dict[tuple[str, bool], FbnlBackend] = {}
 
-    @cache  # noqa: B019 - lives as long as the process
     def tiered(self, form: str, *, prefix: bool) -> FbnlBackend:
         """Our decoder with the tier of keys, and that of prefixes where asked for, each as large as it likes."""
-        budgets = TierBudgets(TIER_BYTES, TIER_BYTES if prefix else 0, form)
-        return FbnlBackend.load(self.checkpoint, device="cpu", dtype=dtype_name(self.dtype), budgets=budgets)
+        if (form, prefix) not in self._tiered:
+            budgets = TierBudgets(TIER_BYTES, TIER_BYTES if prefix else 0, form)
+            backend = FbnlBackend.load(self.checkpoint, device="cpu", dtype=dtype_name(self.dtype), budgets=budgets)
+            self._tiered[form, prefix] = backend
+        return self._tiered[form, prefix]
+
+    def forget(self) -> None:
+        """Empties all tiers."""
+        for backend in self._tiered.values():
+            backend.tiers.clear()
 
     def operations(self, way: str, passage_tokens: int, ratio: int) -> int:
         """Of one candidate."""
@@ -70,6 +78,7 @@ class Candidates:
     """Passages of one length, read at one ratio. Every way takes how many of them to score."""
 
     def __init__(self, models: Models, passage_tokens: int, ratio: int, num_distinct: int = NUM_DISTINCT) -> None:
+        models.forget()  # other passages' keys and prefixes
         rng = np.random.default_rng(0)
         vocab = int(models.checkpoint.decoder_config.vocab_size)
         shape = (num_distinct, -(-passage_tokens // ratio), models.checkpoint.dim)
@@ -123,7 +132,7 @@ class Candidates:
         self.kept(min(count, len(self._states)), form, prefix=prefix)
 
     def _pairs(self, some: list[int]) -> list[Pair]:
-        return [Pair(self._prompt, self._states[i], key=b"%d %d" % (self._states[i].size, i)) for i in some]
+        return [Pair(self._prompt, self._states[i], key=b"%d" % i) for i in some]
 
     def _batches(self, count: int) -> Iterator[list[int]]:
         """Which candidates each batch scores."""
