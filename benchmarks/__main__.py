@@ -17,12 +17,12 @@ from benchmarks.common import hardware_line, read_result, result_path, rows_tabl
 
 DOCS = Path(__file__).parent.parent / "docs"
 COMMANDS = {  # minutes
-    "benchmarks.side_by_side": 4,
+    "benchmarks.side_by_side": 3,
     "benchmarks.scaling": 7,
     "benchmarks.collection_size": 4,
     "benchmarks.clients --model nano": 2,
     "benchmarks.clients --model mini": 1,
-    "benchmarks.online": 2,
+    "benchmarks.online": 3,
     "benchmarks.memory": 2,
     "benchmarks.indexing": 1,
     "benchmarks.store_read": 1,

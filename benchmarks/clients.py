@@ -40,8 +40,8 @@ COLUMNS = ["clients", "requests", "p50, ms", "p99, ms", "in the model, p50", "ov
            "candidates/s", "share of the model-bound rate"]  # fmt: skip
 
 
-def model_bound_rate(checkpoint: Checkpoint, dtype: str | None) -> float:
-    """Candidates a second of the model alone."""
+def rates_alone(checkpoint: Checkpoint, dtype: str | None) -> dict[int, float]:
+    """Candidates a second of the model alone, by how many are in a batch."""
     backend = FbnlBackend.load(checkpoint, dtype=dtype, budgets=TierBudgets(TIER_BYTES, TIER_BYTES))
     states = np.random.default_rng(0).standard_normal((PASSAGE_TOKENS // RATIO, checkpoint.dim), dtype=np.float32)
     prompt = backend.prompt(QUERY)
@@ -51,7 +51,7 @@ def model_bound_rate(checkpoint: Checkpoint, dtype: str | None) -> float:
     ]
     pairs = [pair for passage in passages for pair in backend.items(prompt, passage)]
     backend.fill(pairs)
-    return max(size / median_seconds(partial(backend.score, pairs[:size])) for size in (1, 2, 4, 8, 16, 32))
+    return {size: size / median_seconds(partial(backend.score, pairs[:size])) for size in (1, 2, 4, 8, 16, 32)}
 
 
 async def drive(address: str, num_clients: int, num_requests: int, candidates: int) -> tuple[float, list[list[float]]]:
@@ -117,7 +117,8 @@ def main() -> None:
     start()
     model = tiny_checkpoint() if args.quick else nano_checkpoint() if args.model == "nano" else MODEL
     checkpoint = Checkpoint.open(model)
-    bound = model_bound_rate(checkpoint, args.dtype)
+    alone = rates_alone(checkpoint, args.dtype)
+    bound = max(alone.values())
     dtype = ["--dtype", args.dtype] if args.dtype else []
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -134,7 +135,7 @@ def main() -> None:
                 print(f"{clients} clients: {seconds:.1f} s", flush=True)
     report(
         f"clients-{args.model}", COLUMNS, rows, quick=args.quick, model=args.model, candidates=args.candidates,
-        passage_tokens=PASSAGE_TOKENS, ratio=RATIO, model_bound_rate=bound,
+        passage_tokens=PASSAGE_TOKENS, ratio=RATIO, alone=alone,
     )  # fmt: skip
 
 
