@@ -29,6 +29,7 @@ COMMANDS = {  # minutes
     "benchmarks.backends": 4,
     "benchmarks.steps": 1,
 }
+OTHERS = "codecs, cascade, overload, cross_encoder_runtimes, int8_products"
 PLOTS = {  # under the table of which result: what draws it, where, and what it shows
     "scaling": ("benchmarks.scaling", "scaling.png", "cost by candidates, length and ratio"),
     "collection_size": ("benchmarks.collection_size", "collection-size.png", "reading 100 passages, and bytes"),
@@ -60,6 +61,7 @@ def main() -> None:
         print(
             table(["command", "minutes"], [[f"python -m {command}", minutes] for command, minutes in COMMANDS.items()])
         )
+        print(f"\nThe others take arguments; --help says which: {OTHERS}")
         return
     page = DOCS / "benchmarks.md"
     page.write_text(MARKED.sub(block, page.read_text()))
