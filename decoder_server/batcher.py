@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 # Who comes next waits for the batch under way, and who left is noticed after it: long enough that
 # a pass's fixed cost does not show, short enough that a person does not notice.
 BATCH_SECONDS = 0.1
+# Where many requests wait, the wait is theirs and not the batch's: a pass may then take so much of what waits, up to
+# so long. A model reads more a second in larger batches.
+WAITING_SHARE, MAX_BATCH_SECONDS = 0.25, 0.4
 # The weight of what was before, pass by pass, in the rate that the queue is bounded by: some fifty passes back.
 MEMORY = 0.98
 
@@ -125,8 +128,10 @@ class Batcher:
     @property
     def batch_tokens(self) -> int:
         """The budget of the next batch."""
-        measured = int(self.counts.tokens_per_second * BATCH_SECONDS)
-        return min(self.max_batch_tokens, max(self.min_batch_tokens, measured))
+        rate = self.counts.tokens_per_second
+        waiting = WAITING_SHARE * sum(ticket.waiting_tokens for ticket in self._tickets)
+        measured = max(rate * BATCH_SECONDS, min(rate * MAX_BATCH_SECONDS, waiting))
+        return min(self.max_batch_tokens, max(self.min_batch_tokens, int(measured)))
 
     def share_tokens(self) -> int:
         """How much of a request should be ready at most: two batches, shared by all requests."""

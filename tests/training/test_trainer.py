@@ -36,6 +36,34 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in trainer.model.state_dict().items()}
 
 
+def test_the_mean_of_several_steps_is_exported_also_by_a_resumed_run(
+    tiny: Callable[[int], Checkpoint], tmp_path: Path
+) -> None:
+    recipe = replace(RECIPE, mean_of=(3, 6))
+    seen: dict[int, dict[str, torch.Tensor]] = {}
+    watched = tiny(0)
+    trainer = Trainer(watched, GroupSet(GROUPS, watched), RECIPE, tmp_path / "watched", CPU)
+    while trainer.step < 6:
+        trainer.advance()
+        seen[trainer.step] = weights(trainer)
+    begun = tiny(0)
+    first = Trainer(begun, GroupSet(GROUPS, begun), recipe, tmp_path / "run", CPU)
+    while first.step < 4:
+        first.advance()
+    first.save_state()
+    ended = tiny(5)
+    resumed = Trainer(ended, GroupSet(GROUPS, ended), recipe, tmp_path / "run", CPU)
+    resumed.resume()
+    resumed.run()
+    for name, value in weights(resumed).items():
+        torch.testing.assert_close(value, (seen[3][name] + seen[6][name]) / 2, msg=name)
+
+
+def test_a_mean_that_leaves_out_the_last_step_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"mean_of is \(3, 5\), expected steps up to the last, 6"):
+        replace(RECIPE, mean_of=(3, 5))
+
+
 @pytest.mark.parametrize("batches_per_step", [1, 2])
 def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(
     tiny: Callable[[int], Checkpoint], tmp_path: Path, batches_per_step: int
