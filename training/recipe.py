@@ -34,7 +34,7 @@ class Recipe:
     binary: float = 0.1
     lora_rank: int = 0  # 0 trains every weight
     lora_alpha: int = 16
-    mean_of: tuple[int, ...] = ()  # export the mean of the weights at these steps, the last among them; empty: the last
+    mean_with: tuple[int, ...] = ()  # earlier steps: what is exported is the mean of their weights and the last step's
     save_every: int = 200
     evaluate_every: int = 500
     evaluate_queries: int = 100
@@ -49,8 +49,6 @@ class Recipe:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         if self.precision not in ("bf16", "fp32"):
             raise ValueError(f"precision is {self.precision!r}, expected bf16 or fp32")
-        if self.mean_of and max(self.mean_of) != self.steps:
-            raise ValueError(f"mean_of is {self.mean_of}, expected steps up to the last, {self.steps}")
         if any(r < 1 for r in self.ratios_low + self.ratios_high):
             raise ValueError(f"ratios are {self.ratios_low + self.ratios_high}, expected positive integers")
 

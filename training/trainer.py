@@ -64,7 +64,8 @@ class Trainer:
             groups, lr=0.0, betas=(0.9, 0.98), weight_decay=recipe.weight_decay, fused=True
         )
         self.step = 0
-        self._sums: dict[str, torch.Tensor] = {}  # of the weights at the steps of recipe.mean_of
+        self._sums: dict[str, torch.Tensor] = {}  # of the weights at so many of recipe.mean_with
+        self._num_summed = 0
         self._num_warm = 0
         self._workers: ThreadPoolExecutor | None = None
         if recipe.batches_per_step > 1 and device.type == "cpu":  # a thread a batch, none inside an operation
@@ -110,7 +111,7 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.max_grad_norm)
         self.optimizer.step()
         self.step += 1
-        if self.step in self.recipe.mean_of:
+        if self.step in self.recipe.mean_with:
             self._add_weights()
         return sum(loss for loss, _ in made) / len(made)
 
@@ -158,20 +159,28 @@ class Trainer:
                         bar.write(f"step {self.step}, {took:.0f} s, loss {sum(recent) / len(recent):.4f}, {evaluate()}")
                     self.model.train()
         if self._sums:
-            self.model.load_state_dict({k: s / len(self.recipe.mean_of) for k, s in self._sums.items()}, strict=False)
+            self._add_weights()
+            self.model.load_state_dict({k: s / self._num_summed for k, s in self._sums.items()}, strict=False)
         self.export(self.out)
 
     def _add_weights(self) -> None:
         for name, weight in self.model.state_dict().items():
             if weight.is_floating_point():
                 self._sums[name] = self._sums.get(name, 0) + weight.detach().clone()
+        self._num_summed += 1
 
     def save_state(self) -> None:
         """Everything a resumed run needs, written aside and renamed."""
         self.out.mkdir(parents=True, exist_ok=True)
         weights = dict(self.model.state_dict().items())
         torch.save(
-            {"step": self.step, "model": weights, "optimizer": self.optimizer.state_dict(), "sums": self._sums},
+            {
+                "step": self.step,
+                "model": weights,
+                "optimizer": self.optimizer.state_dict(),
+                "sums": self._sums,
+                "num_summed": self._num_summed,
+            },
             self.out / "state.tmp",
         )
         os.replace(self.out / "state.tmp", self.out / "state.pt")
@@ -185,7 +194,7 @@ class Trainer:
         for group, factor in zip(self.optimizer.param_groups, factors, strict=True):
             group["factor"] = factor
         self.step = state["step"]
-        self._sums = state["sums"]
+        self._sums, self._num_summed = state["sums"], state["num_summed"]
 
     def export(self, folder: Path) -> None:
         """A checkpoint directory as `preread` loads it; LoRA weights are merged in."""
