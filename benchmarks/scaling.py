@@ -135,6 +135,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="at each point")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--quick", action="store_true", help="a tiny model and few points, to try the command")
+    parser.add_argument("--only", choices=list(LABELS), help="measure these points, keep the last run's others")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw what was measured")
     args = parser.parse_args()
     if args.plot:
@@ -143,7 +144,11 @@ def main() -> None:
     start()
     models = Models(tiny_checkpoint() if args.quick else nano_checkpoint(), args.dtype)
     measure(models, Point("candidates", 10, 64), 0.0)  # whatever is compiled or laid out at the first call
-    rows = [row for point in points(args.quick) for row in measure(models, point, args.seconds)]
+    wanted = [point for point in points(args.quick) if args.only in (None, point.varied)]
+    rows = [row for point in wanted for row in measure(models, point, args.seconds)]
+    if args.only:
+        before = [[row[name] for name in COLUMNS] for row in read_result("scaling", quick=args.quick)["rows"]]
+        rows = [row for varied in LABELS for row in (rows if varied == args.only else before) if row[0] == varied]
     report(
         "scaling", COLUMNS, rows, tables, quick=args.quick, dtype=args.dtype, passage_tokens=PASSAGE_TOKENS,
         ratio=RATIO, long_tokens=points(args.quick)[-1].passage_tokens,

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 BATCH_SECONDS = 0.1
 # Where many requests wait, the wait is theirs and not the batch's: a pass may then take so much of what waits, up to
 # so long. A model reads more a second in larger batches.
-WAITING_SHARE, MAX_BATCH_SECONDS = 0.25, 0.4
+WAITING_SHARE, MAX_BATCH_SECONDS = 0.25, 0.6
 # The weight of what was before, pass by pass, in the rate that the queue is bounded by: some fifty passes back.
 MEMORY = 0.98
 

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import os
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,14 @@ def parser() -> argparse.ArgumentParser:
     make.add_argument("--collections", type=Path, required=True)
     make.add_argument("--work", type=Path, required=True, help="folder for everything in between")
     make.add_argument("--out", type=Path, required=True)
-    make.add_argument("--recipe", type=Path, default=Path(__file__).parent / "recipes" / "mini.toml")
+    recipes = Path(__file__).parent / "recipes"
+    make.add_argument(
+        "--recipe",
+        type=Path,
+        nargs="+",
+        default=[recipes / "mini.toml", recipes / "mini-more.toml"],
+        help="one after the other, each from what the one before made; default: preread-mini's",
+    )
     opposed = commands.add_parser("opposed", help="measure opposed instructions on held-out MedQuAD")
     opposed.add_argument("checkpoint", type=Path)
     opposed.add_argument("medquad", type=Path, help="the held-out MedQuAD folder")
@@ -113,7 +121,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         work, out = str(args.work), str(args.out)
         main(["data", "--collections", str(args.collections), "--debian", f"{work}/debian", "--out", f"{work}/data"])
         main(["start", "--data", f"{work}/data", "--out", f"{work}/start"])
-        main(["train", "--data", f"{work}/data", "--from", f"{work}/start", "--out", out, "--recipe", str(args.recipe)])
+        made = [f"{work}/start", *(f"{work}/after-{recipe.stem}" for recipe in args.recipe[:-1]), out]
+        for recipe, (begin, end) in zip(args.recipe, pairwise(made), strict=True):
+            main(["train", "--data", f"{work}/data", "--from", begin, "--out", end, "--recipe", str(recipe)])
     elif args.command == "opposed":
         from training.opposed import report
 
