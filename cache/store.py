@@ -4,10 +4,10 @@ A store knows records, manifests and aliases. It does not know floats: encoding 
 Every store obeys the same contract, tests/cache/test_store_contract.py.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
-from urllib.parse import urlsplit
 
 from cache.errors import StoreUrlError
 from cache.manifest import Manifest
@@ -172,5 +172,4 @@ def open_store(
 
 def public_url(store: str) -> str:
     """A store URL without user and password."""
-    parts = urlsplit(store)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else store
+    return re.sub(r"^([^:/?#]+://)[^/?#]*@", r"\1", store)

@@ -32,7 +32,7 @@ class Refusal:
 
 
 class InlineStates:
-    """States of inline texts, those most asked for within a byte budget, with single flight.
+    """States of the latest inline texts within a byte budget, with single flight.
 
     Only touched from the event loop.
     """
@@ -48,7 +48,10 @@ class InlineStates:
         self._encoder = encoder
         self._base_ratio = base_ratio
         self._max_bytes = max_bytes
-        self._kept: Moka[Key, PassageStates] = Moka(max(1, max_bytes), weigher=lambda _, states: states.nbytes)
+        # The latest rather than the most asked for: who sends a text will soon ask of it again, or never.
+        self._kept: Moka[Key, PassageStates] = Moka(
+            max(1, max_bytes), policy="lru", weigher=lambda _, states: states.nbytes
+        )
         self._flights: dict[Key, asyncio.Future[PassageStates | Refusal]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 

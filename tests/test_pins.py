@@ -17,6 +17,7 @@ PINS = {
     for name, version in re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
 }
 BUILDING = {"hatchling", "editables"}  # scripts/environment installs them first
+OLDER_PYTHON = {"async-timeout"}  # redis asks for it before Python 3.11.3, which Debian 12 has
 CUDA = re.compile(r"nvidia-|cuda-|triton$")  # what other builds of torch need; this file is for all of them
 
 
@@ -52,7 +53,7 @@ def everything() -> set[str]:
 def test_pins_are_what_is_needed_and_no_more() -> None:
     needed = everything()
     assert needed - set(PINS) == set(), "not pinned: run scripts/pin"
-    assert set(PINS) - needed == set(), "pinned and not needed: run scripts/pin"
+    assert set(PINS) - needed - OLDER_PYTHON == set(), "pinned and not needed: run scripts/pin"
 
 
 def test_pins_are_within_the_ranges() -> None:

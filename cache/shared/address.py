@@ -2,11 +2,13 @@
 
 import re
 from dataclasses import dataclass, field
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, unquote
 
 from cache.errors import StoreUrlError
 
 _HOST = re.compile(r"(?P<host>\[[0-9A-Fa-f:.%]+\]|[^:\[\],/@\s]+)(?::(?P<port>\d{1,5}))?")
+# As RFC 3986, appendix B, but for several hosts: urlsplit of some Pythons takes no bracket behind a comma.
+_PARTS = re.compile(r"(?P<netloc>[^/?#]*)(?P<path>[^?#]*)(?:\?(?P<query>[^#]*))?(?P<fragment>#.*)?", re.DOTALL)
 _PREFIX = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -30,16 +32,17 @@ class Address:
         kind, plus, cluster = scheme.partition("+")
         if kind not in ("redis", "rediss") or (plus and cluster != "cluster") or not rest:
             raise StoreUrlError(f"store: {shown!r}, expected redis://HOST, rediss://HOST or redis+cluster://HOST")
-        parts = urlsplit(f"//{rest}")
-        user, at, hosts = parts.netloc.rpartition("@")
+        parts = _PARTS.fullmatch(rest)
+        assert parts is not None  # every string has these parts, some of them empty
+        user, at, hosts = parts["netloc"].rpartition("@")
         username, _, password = user.partition(":")
-        query = dict(parse_qsl(parts.query))
+        query = dict(parse_qsl(parts["query"] or ""))
         prefix = query.pop("prefix", "preread")
-        if query or parts.fragment:
+        if query or parts["fragment"]:
             raise StoreUrlError(f"store: {shown!r} has options besides ?prefix=: {sorted(query)}")
         if not _PREFIX.fullmatch(prefix):
             raise StoreUrlError(f"prefix: {prefix!r}, expected 1 to 64 of letters, digits, '.', '_' and '-'")
-        database = parts.path.strip("/") or "0"
+        database = parts["path"].strip("/") or "0"
         if not database.isascii() or not database.isdigit() or (plus and database != "0"):
             raise StoreUrlError(f"store: database {database!r} of {shown!r}, expected a number (0 in a cluster)")
         addresses = tuple(_host(host, shown) for host in hosts.split(","))

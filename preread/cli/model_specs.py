@@ -58,7 +58,8 @@ def _parse(spec: str, options: Mapping[str, Any]) -> ModelConfig:
     from decoder_server.model_config import ModelConfig
 
     fields: dict[str, Any] = {name: options[name] for name in ("device", "dtype", "max_passage_tokens")}
-    fields["tiers"] = budgets(options)
+    if "cache_format" in options:  # of commands that serve; others keep nothing
+        fields["tiers"] = budgets(options)
     checkpoint, *pairs = spec.split(",")
     for pair in pairs:
         key, equals, value = pair.partition("=")

@@ -21,6 +21,7 @@ from decoder_server.http.gateway import Gateway
 from decoder_server.loading import load_model
 from decoder_server.model_config import ModelConfig
 from decoder_server.server import DecoderServer
+from decoder_server.tiers.budgets import NO_TIERS
 from encoder_worker.config import EncoderConfig
 from encoder_worker.server import EncoderServer
 from preread.edge.keys import ApiKeys
@@ -132,7 +133,9 @@ def _run(
         if encoder:
             worker = EncoderServer(EncoderConfig(str(checkpoint), port=0, device="cpu", dtype="float32"), store=store)
             await worker.start()
-        settings = {"port": 0, "device": "cpu", "dtype": "float32", "max_staleness_seconds": 0.0} | config
+        # Without tiers the same request has the same score to the last bit, on whichever path it is asked.
+        settings = {"port": 0, "device": "cpu", "dtype": "float32", "max_staleness_seconds": 0.0, "tiers": NO_TIERS}
+        settings |= config
         address = f"127.0.0.1:{worker.port}" if worker else ""
         server = DecoderServer(
             DecoderConfig.of_one(str(checkpoint), encoder_address=address, **settings),

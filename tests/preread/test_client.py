@@ -47,7 +47,9 @@ def test_ids_texts_and_both_are_scored_alike(client, collection) -> None:
 
     assert [r.status for r in by_id] == ["hit"] * 5
     assert [r.status for r in by_text] == ["encoded"] * 5
-    assert both.results == by_id.results
+    assert [(r.passage_id, r.status) for r in both] == [(r.passage_id, r.status) for r in by_id]
+    # A server may go on from what it kept of the first request, which moves the last digits.
+    assert [r.margin for r in both] == pytest.approx([r.margin for r in by_id], abs=1e-5)
     assert [r.index for r in by_text] == [r.index for r in by_id]
     # The stored states went through the default codec (16 bit), the others did not.
     assert [r.margin for r in by_text] == pytest.approx([r.margin for r in by_id], abs=0.05)
