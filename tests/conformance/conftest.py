@@ -57,6 +57,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _serving(checkpoint: Path, directory: Path, *flags: str) -> Iterator[Server]:
     log = directory / "log"
     command = _preread("serve", "--model", str(checkpoint), "--store", f"faiss:{directory / 'store'}")
+    # Without tiers the same request has the same score to the last digit, whichever client asks.
+    command += ["--keys-cache-bytes", "0", "--prefix-cache-bytes", "0"]
     command += ["--port", "0", "--encoder-port", "0", "--http-port", "0", "--threads", "1", "--dtype", "float32"]
     with (
         log.open("wb") as output,
