@@ -80,6 +80,7 @@ def with_int8_products(backend: FbnlBackend) -> FbnlBackend:
         plain = [one.weight.to_dense() for one in (layer.q, layer.kv, layer.o, layer.down)]
         q, kv, o, down = map(Int8Linear, plain)
         gated = Int8GatedLinear(layer.gated.gate.weight.to_dense(), layer.gated.up.weight.to_dense())
+        # Stand-ins that are called as the layer's own products are, and are no Linear.
         layers[i] = dataclasses.replace(layer, q=q, kv=kv, o=o, down=down, gated=gated)  # type: ignore[arg-type]
     return backend
 

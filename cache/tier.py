@@ -13,8 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
-from moka_py import Moka
-
+from cache.bounded import ByteBounded
 from cache.manifest import Manifest
 from cache.record import Damaged, Header, Record
 from cache.store import Store, StoreStats
@@ -45,8 +44,7 @@ class StatesTier:
         self.num_misses = 0
         self._staleness_seconds = staleness_seconds
         self._lock = threading.Lock()
-        self._max_bytes = max_bytes
-        self._entries: Moka[tuple[str, str], _Entry] = Moka(max_bytes, weigher=_size_bytes)
+        self._entries: ByteBounded[tuple[str, str], _Entry] = ByteBounded(max_bytes, _size_bytes)
         self._generations: dict[str, tuple[int, float]] = {}
         # Reads under way, by what they were begun for: a later generation does not take an earlier one's answer.
         self._flights: dict[tuple[str, int, str], Future[_Read]] = {}
@@ -54,8 +52,7 @@ class StatesTier:
     @property
     def num_bytes(self) -> int:
         """Bytes held now."""
-        self._entries.run_pending_tasks()
-        return self._entries.weighted_size()
+        return self._entries.num_bytes
 
     def get_many(self, collection: str, passage_ids: Sequence[str]) -> list[_Read]:
         generation = self.generation(collection)
@@ -176,10 +173,7 @@ class StatesTier:
             if not isinstance(record, Record):
                 continue
             # A copy: the codes may be a view into a mapped file or a larger buffer, which would stay alive uncounted.
-            key, entry = (collection, passage_id), _Entry(replace(record, codes=record.codes.copy()), generation)
-            if _size_bytes(key, entry) <= self._max_bytes:
-                self._entries.set(key, entry)
-                self._entries.run_pending_tasks()  # else Moka lets some sixty entries wait, over the budget
+            self._entries.put((collection, passage_id), _Entry(replace(record, codes=record.codes.copy()), generation))
 
     def _forget(self, collection: str, passage_ids: Sequence[str] | Mapping[str, Record]) -> None:
         self._generations.pop(collection, None)
@@ -187,5 +181,5 @@ class StatesTier:
             self._entries.remove((collection, passage_id))
 
 
-def _size_bytes(key: tuple[str, str], entry: _Entry) -> int:
+def _size_bytes(entry: _Entry) -> int:
     return entry.record.size_bytes + _ENTRY_OVERHEAD_BYTES

@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from moka_py import Moka
-
+from cache.bounded import ByteBounded
 from cache.states import PassageStates
 from decoder_server.encoder_client import EncoderError
 
@@ -47,23 +46,19 @@ class InlineStates:
         self.num_hits = 0
         self._encoder = encoder
         self._base_ratio = base_ratio
-        self._max_bytes = max_bytes
         # The latest rather than the most asked for: who sends a text will soon ask of it again, or never.
-        self._kept: Moka[Key, PassageStates] = Moka(
-            max(1, max_bytes), policy="lru", weigher=lambda _, states: states.nbytes
-        )
+        self._kept: ByteBounded[Key, PassageStates] = ByteBounded(max_bytes, lambda states: states.nbytes, policy="lru")
         self._flights: dict[Key, asyncio.Future[PassageStates | Refusal]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
     def num_bytes(self) -> int:
         """Bytes held now."""
-        self._kept.run_pending_tasks()
-        return self._kept.weighted_size()
+        return self._kept.num_bytes
 
     def kept(self, digest: bytes, ratio: int) -> PassageStates | None:
         """States at `ratio` that need no encoding, if there are any."""
-        states: PassageStates | None = self._kept.get(self._key(digest, ratio))
+        states = self._kept.get(self._key(digest, ratio))
         if states is None:
             return None
         self.num_hits += 1
@@ -110,9 +105,8 @@ class InlineStates:
             for key, result in zip(new, results, strict=True):
                 flight = self._flights.pop(key)
                 flight.set_result(Refusal(result) if isinstance(result, str) else result)
-                if isinstance(result, PassageStates) and result.nbytes <= self._max_bytes:
-                    self._kept.set(key, result)
-                    self._kept.run_pending_tasks()  # else Moka lets some sixty entries wait, over the budget
+                if isinstance(result, PassageStates):
+                    self._kept.put(key, result)
 
 
 def _at_ratio(result: PassageStates | Refusal, ratio: int) -> PassageStates | Refusal:

@@ -12,6 +12,7 @@ from collections.abc import Hashable
 from moka_py import Moka
 from torch import Tensor
 
+from cache.bounded import ByteBounded
 from decoder_server.tiers.at_rest import Kept
 
 # Askings that make an entry worth keeping.
@@ -20,8 +21,6 @@ MIN_ASKINGS = 2
 MAX_REMEMBERED = 1 << 17
 # Python objects and keys beside the numbers of an entry, generously.
 ENTRY_OVERHEAD_BYTES = 1024
-# More than Moka counts an entry's weight in.
-MAX_ENTRY_BYTES = (1 << 32) - 1
 
 
 class Tier:
@@ -39,7 +38,7 @@ class Tier:
         self.num_misses = 0
         self.num_admitted = 0
         self._form = form
-        self._kept: Moka[Hashable, Kept] = Moka(max(1, max_bytes), weigher=_weight)
+        self._kept: ByteBounded[Hashable, Kept] = ByteBounded(max_bytes, _size_bytes)
         self._askings: Moka[int, int] = Moka(MAX_REMEMBERED, policy="lru")
 
     @property
@@ -49,13 +48,11 @@ class Tier:
     @property
     def num_bytes(self) -> int:
         """Bytes held now."""
-        self._kept.run_pending_tasks()
-        return self._kept.weighted_size()
+        return self._kept.num_bytes
 
     @property
     def num_entries(self) -> int:
-        self._kept.run_pending_tasks()
-        return self._kept.count()
+        return self._kept.num_entries
 
     def get(self, key: Hashable) -> Kept | None:
         """What is kept, if anything; either way the key was asked for once more."""
@@ -78,24 +75,20 @@ class Tier:
         A full tier may still let go of it at once, in favour of what is asked for more often.
         """
         kept = Kept.of(kv, self._form)
-        if _weight(key, kept) > min(self.max_bytes, MAX_ENTRY_BYTES):
+        if not self._kept.put(key, kept):
             return None
-        self._kept.set(key, kept)
-        self._kept.run_pending_tasks()  # else Moka lets some sixty entries wait, over the budget
         self.num_admitted += 1
         return kept
 
     def holds(self, key: Hashable) -> bool:
         """Whether an entry is there now; nobody asked for it."""
-        self._kept.run_pending_tasks()
         return self._kept.get(key) is not None
 
     def clear(self) -> None:
         """Drops everything, what is known of askings too."""
         self._kept.clear()
         self._askings.clear()
-        self._kept.run_pending_tasks()
 
 
-def _weight(key: Hashable, kept: Kept) -> int:
+def _size_bytes(kept: Kept) -> int:
     return kept.num_bytes + ENTRY_OVERHEAD_BYTES

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from preread.cli.options import option, shipped_model
-from preread.cli.serve_tiers import budgets
 
 if TYPE_CHECKING:
     from decoder_server.model_config import ModelConfig
@@ -39,8 +38,11 @@ def models_option(function: F) -> F:
     )(function)
 
 
-def parse_models(options: Mapping[str, Any]) -> tuple[ModelConfig, ...]:
+def parse_models(options: Mapping[str, Any], **common: Any) -> tuple[ModelConfig, ...]:
     """Every model of the command line; what a model does not say itself it takes from the common options.
+
+    Args:
+        common: fields of ModelConfig that a model cannot say itself.
 
     Raises:
         click.UsageError: no model at all, or one that cannot be read.
@@ -48,18 +50,16 @@ def parse_models(options: Mapping[str, Any]) -> tuple[ModelConfig, ...]:
     specs: Sequence[str] = options["models"] or [shipped_model() or ""]
     if not specs[0]:
         raise click.UsageError("Name a model: --model with a directory or a hub id; none came with this installation.")
-    models = [_parse(spec, options) for spec in specs]
+    models = [_parse(spec, options, common) for spec in specs]
     if options["served_model_name"]:
         models[0] = replace(models[0], name=options["served_model_name"])
     return tuple(models)
 
 
-def _parse(spec: str, options: Mapping[str, Any]) -> ModelConfig:
+def _parse(spec: str, options: Mapping[str, Any], common: Mapping[str, Any]) -> ModelConfig:
     from decoder_server.model_config import ModelConfig
 
     fields: dict[str, Any] = {name: options[name] for name in ("device", "dtype", "max_passage_tokens")}
-    if "cache_format" in options:  # of commands that serve; others keep nothing
-        fields["tiers"] = budgets(options)
     checkpoint, *pairs = spec.split(",")
     for pair in pairs:
         key, equals, value = pair.partition("=")
@@ -72,7 +72,7 @@ def _parse(spec: str, options: Mapping[str, Any]) -> ModelConfig:
     if equals and _NAME.fullmatch(name):
         fields["name"], checkpoint = name, rest
     try:
-        return ModelConfig(checkpoint, **fields)
+        return ModelConfig(checkpoint, **fields, **common)
     except ValueError as exc:
         raise click.UsageError(f"--model {spec}: {exc}") from exc
 

@@ -133,24 +133,13 @@ def _candidates(given: Mapping[str, Any]) -> Sequence[Any]:
 
 
 def _whole_collection(store_url: str, name: str) -> Sequence[Any]:
-    from cache.collection import Collection
-    from cache.store import open_store
+    from preread.cli.stored import stored_ids
     from preread.client import Candidate
 
-    store = open_store(store_url)
-    try:
-        collection = Collection.open(store, name)
-        num_passages = collection.stats().num_passages
-        if num_passages > MAX_WHOLE_COLLECTION:
-            raise CommandFailed(
-                f"collection {name!r} has {num_passages:,} passages; without --ids or --run at most "
-                f"{MAX_WHOLE_COLLECTION:,} are ranked. Let a first stage choose candidates"
-            )
-        ids = sorted(passage_id for passage_id, _ in islice(store.scan(collection.name), MAX_WHOLE_COLLECTION))
-    finally:
-        store.close()
-    if not ids:
-        raise CommandFailed(f"collection {name!r} is empty")
+    otherwise = (
+        f"without --ids or --run at most {MAX_WHOLE_COLLECTION:,} are ranked. Let a first stage choose candidates"
+    )
+    ids = stored_ids(store_url, name, max_passages=MAX_WHOLE_COLLECTION, otherwise=otherwise)
     return [Candidate(passage_id=passage_id) for passage_id in ids]
 
 

@@ -19,7 +19,7 @@ from preread.cli.model_specs import models_option, parse_models
 from preread.cli.options import compute_options, option, store_option
 from preread.cli.serve_http import gateway_line, http_gateway, http_options
 from preread.cli.serve_reading import reading, reading_options
-from preread.cli.serve_tiers import tiers_options
+from preread.cli.serve_tiers import budgets, tiers_options
 from preread.cli.server_options import (
     access_options,
     api_keys,
@@ -156,7 +156,7 @@ async def _serve(options: dict[str, Any]) -> None:
     tune_process(options["threads"])
     stop = told_to_stop()
     keys = api_keys(options)
-    models = parse_models(options)
+    models = parse_models(options, tiers=budgets(options))
     store = open_store(options["store"])
     try:
         with tracing(options) as observers:

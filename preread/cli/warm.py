@@ -78,27 +78,14 @@ def command(ctx: click.Context, /, **given: Any) -> None:
 
 def _ids(given: dict[str, Any]) -> Sequence[str]:
     from preread.cli.inputs import read_ids
+    from preread.cli.stored import stored_ids
 
     if given["ids"] is None:
-        found = _all_ids(given["store"], given["collection"])
-        what = f"collection {given['collection']!r}"
-    else:
-        found = [candidate.passage_id or "" for candidate in read_ids(given["ids"])]
-        what = given["ids"]
+        return stored_ids(given["store"], given["collection"])
+    found = [candidate.passage_id or "" for candidate in read_ids(given["ids"])]
     if not found:
-        raise CommandFailed(f"{what}: no ids, nothing to warm")
+        raise CommandFailed(f"{given['ids']}: no ids, nothing to warm")
     return found
-
-
-def _all_ids(store_url: str, name: str) -> list[str]:
-    from cache.collection import Collection
-    from cache.store import open_store
-
-    store = open_store(store_url)
-    try:
-        return sorted(passage_id for passage_id, _ in store.scan(Collection.open(store, name).name))
-    finally:
-        store.close()
 
 
 def _warm(client: Client, ids: Sequence[str], given: dict[str, Any]) -> Iterator[tuple[int, Warmed]]:
