@@ -1,7 +1,7 @@
 """Every benchmark in one place, with the minutes it takes on two cores.
 
 python -m benchmarks              lists the commands
-python -m benchmarks --docs       draws what was measured, and writes its tables into docs/benchmarks.md
+python -m benchmarks --docs       draws what was measured, and writes its tables into docs/
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ COMMANDS = {  # minutes
     "benchmarks.backends": 4,
     "benchmarks.steps": 1,
 }
-OTHERS = "codecs, cascade, overload, cross_encoder_runtimes, int8_products"
+OTHERS = "reliability, codecs, cascade, overload, cross_encoder_runtimes, int8_products"
 PLOTS = {  # under the table of which result: what draws it, where, and what it shows
     "scaling": ("benchmarks.scaling", "scaling.png", "cost by candidates, length and ratio"),
     "collection_size": ("benchmarks.collection_size", "collection-size.png", "reading 100 passages, and bytes"),
@@ -63,8 +63,9 @@ def main() -> None:
         )
         print(f"\nThe others take arguments; --help says which: {OTHERS}")
         return
-    page = DOCS / "benchmarks.md"
-    page.write_text(MARKED.sub(block, page.read_text()))
+    for name in ("benchmarks.md", "reliability.md"):
+        page = DOCS / name
+        page.write_text(MARKED.sub(block, page.read_text()))
 
 
 if __name__ == "__main__":
