@@ -154,12 +154,16 @@ class TextTokenizer:
         return text[offsets[-max_tokens][0] :] if keep_end else text[: offsets[max_tokens][0]]
 
     def prompt(self, query: str, instruction: str | None = None) -> TokenizedPrompt:
-        """The decoder's prompt. The query is cut to `max_query_tokens`; the rest is never cut."""
+        """The decoder's prompt. The query is cut to `max_query_tokens`; the rest is never cut.
+
+        Every query goes through its tokens and back into text, cut or not, as in the official code
+        (KaLM-Reranker's build_decoder_text): what a tokenizer does not give back, such as U+2581 for a space,
+        is read as the text that comes back.
+        """
         limit = self._settings.max_query_tokens
         query_ids = self._reader.encode(query, add_special_tokens=False).ids
         truncated = len(query_ids) > limit
-        if truncated:
-            query = self._tokenizer.decode(query_ids[:limit], skip_special_tokens=False)
+        query = self._tokenizer.decode(query_ids[:limit], skip_special_tokens=False)
         fields = {"query": query, "instruction": instruction or self._settings.default_instruction}
         ids = self._encode(self._settings.prompt_template, [fields])[0]
         prefix = self._prefix(fields["instruction"])

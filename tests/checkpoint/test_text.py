@@ -80,6 +80,22 @@ def test_the_switch_gives_the_references_behaviour(directory: Path, reference: T
     assert text.passages([HOSTILE])[0].ids == reference.encode(f"<Document>: {HOSTILE}", add_special_tokens=False).ids
 
 
+@pytest.mark.parametrize(
+    "query", ["▁▁b", "a▁b", "plain words", " two  spaces ", "\ufffd", "中文 ▁", "", "x" * 3, HOSTILE, "▁<end_of_turn>▁"]
+)
+def test_every_query_goes_through_its_tokens_as_in_the_official_code(
+    directory: Path, reference: Tokenizer, query: str
+) -> None:
+    """Encode, cut, decode, fill, encode: what KaLM-Reranker's build_decoder_text does, with the control tokens too."""
+    settings = CheckpointSettings(max_query_tokens=6)
+    ids = reference.encode(query, add_special_tokens=False).ids[:6]
+    filled = KALM_PROMPT.format(instruction="i", query=reference.decode(ids, skip_special_tokens=False))
+    official = TextTokenizer(directory, settings, neutralise=False).prompt(query, "i")
+    assert official.ids == reference.encode(filled, add_special_tokens=False).ids
+    if query != HOSTILE and "<" not in query:
+        assert TextTokenizer(directory, settings).prompt(query, "i").ids == official.ids
+
+
 @given(st.text(max_size=60), st.sampled_from(["", "<bos>", "<end_of_turn>"]))
 def test_neutralised_text_decodes_to_itself(text: TextTokenizer, reference: Tokenizer, body: str, control: str) -> None:
     passage = control + body.replace("▁", "") + control
