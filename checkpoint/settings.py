@@ -16,6 +16,10 @@ from checkpoint.files import read_json
 
 FILE_NAME = "preread.json"
 FORMAT_VERSION = 1
+# A checkpoint is a stranger's input: what its strings and numbers may cost is bounded when they are read.
+MAX_TEXT_CHARS = 65_536
+MAX_FIELD_USES = 4  # of one field in one template: a text from outside is repeated at most so often
+MAX_NUMBER = 2**31 - 1  # what the wire's integers hold
 
 # Source: the reference code of KaLM-Embedding/KaLM-Reranker-V1-Nano on the hub.
 KALM_SYSTEM = (
@@ -70,13 +74,34 @@ def _check(path: Path, key: str, value: Any) -> None:
     kind = type(defaults[key])
     if type(value) is not kind:
         raise CheckpointError(f"{path}: {key} is {value!r}; expected {kind.__name__}")
-    if isinstance(value, int) and value < 1:
-        raise CheckpointError(f"{path}: {key} is {value}; expected at least 1")
+    if isinstance(value, int) and not 1 <= value <= MAX_NUMBER:
+        raise CheckpointError(f"{path}: {key} is {value}; expected at least 1 and at most {MAX_NUMBER}")
+    if isinstance(value, str) and len(value) > MAX_TEXT_CHARS:
+        raise CheckpointError(f"{path}: {key} has {len(value):,} characters; expected at most {MAX_TEXT_CHARS:,}")
+
+
+def template_fields(template: str) -> list[str]:
+    """Names of a template's fields, in order, each with whatever more its braces hold.
+
+    str.format pads (`{query:>999999999}` asks for a gigabyte), converts, indexes and follows attributes. None of it
+    is a plain name, so a caller that allows plain names alone refuses it.
+
+    Raises:
+        ValueError: no template, or one too long or too repetitive to be filled with texts from outside.
+    """
+    if len(template) > MAX_TEXT_CHARS:
+        raise ValueError(f"it has {len(template):,} characters; expected at most {MAX_TEXT_CHARS:,}")
+    parts = string.Formatter().parse(template)
+    names = [f"{name}{kind or ''}{form or ''}" for _, name, form, kind in parts if name is not None]
+    for name in set(names):
+        if names.count(name) > MAX_FIELD_USES:
+            raise ValueError(f"it names {name!r} {names.count(name)} times; expected at most {MAX_FIELD_USES}")
+    return names
 
 
 def _check_template(path: Path, key: str, template: str, needed: set[str], allowed: set[str]) -> None:
     try:
-        found = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+        found = set(template_fields(template))
     except ValueError as exc:
         raise CheckpointError(
             f"{path}: {key} is not a template ({exc}); braces of the text itself are doubled"

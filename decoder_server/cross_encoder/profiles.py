@@ -6,7 +6,6 @@ The rows live in profiles.toml; a user's file has the same form. Does not know t
 from __future__ import annotations
 
 import dataclasses
-import string
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from checkpoint.errors import CheckpointError
+from checkpoint.settings import template_fields
 
 # classifier: the model's own sequence-classification head, as an encoder has it.
 # score: one row of weights over a decoder's last token.
@@ -75,7 +75,8 @@ class Profile:
 
     @property
     def fields(self) -> set[str]:
-        return {name for piece in self.template for name in _fields(piece)}
+        template_fields("".join(self.template))  # for what all pieces together cost
+        return {name for piece in self.template for name in template_fields(piece)}
 
 
 def builtin_profiles() -> dict[str, Profile]:
@@ -176,27 +177,25 @@ def check_profile(profile: Profile, where: str) -> None:
         if getattr(profile, name) < 1:
             fail(f"{name} is {getattr(profile, name)}; expected at least 1")
     needed = {"query", "passages" if profile.listwise else "passage"}
+    allowed = needed | {"instruction"} | ({"count"} if profile.listwise else set())
+    try:
+        found = profile.fields
+        in_format = template_fields(profile.instruction_format)
+        in_passage = template_fields(profile.passage_format)
+    except ValueError as exc:
+        raise CheckpointError(f"{where}: template is none ({exc}); braces of the text itself are doubled") from exc
     if profile.template or profile.head != "classifier":
-        allowed = needed | {"instruction"} | ({"count"} if profile.listwise else set())
-        try:
-            found = profile.fields
-        except ValueError as exc:
-            raise CheckpointError(f"{where}: template is none ({exc}); braces of the text itself are doubled") from exc
         if not needed <= found <= allowed:
             fail(f"template has the fields {sorted(found)}; expected {sorted(needed)}, allowed {sorted(allowed)}")
         if ("instruction" in found) != profile.takes_instruction:
             fail("template names {instruction} exactly when instruction_format is given")
     if profile.takes_instruction and not profile.template:
         fail("instruction_format needs a template to stand in")
-    if profile.takes_instruction and _fields(profile.instruction_format) != ["instruction"]:
-        fail(f"instruction_format has the fields {_fields(profile.instruction_format)}; expected ['instruction']")
+    if profile.takes_instruction and in_format != ["instruction"]:
+        fail(f"instruction_format has the fields {in_format}; expected ['instruction']")
     if profile.listwise and len(profile.template) != 1:
         fail(f"template has {len(profile.template)} pieces; a list is tokenized as one")
     if profile.listwise and not (profile.passage_format and profile.passage_token and profile.query_token):
         fail("a listwise head needs passage_format, passage_token and query_token")
-
-
-def _fields(template: str) -> list[str]:
-    """Names in braces; one with a format of its own is no known name, and so refused."""
-    parts = string.Formatter().parse(template)
-    return [f"{name}{kind or ''}{form or ''}" for _, name, form, kind in parts if name is not None]
+    if profile.passage_format and (in_passage.count("passage") != 1 or not set(in_passage) <= {"passage", "index"}):
+        fail(f"passage_format has the fields {sorted(in_passage)}; expected ['passage'], allowed ['index', 'passage']")

@@ -45,6 +45,10 @@ KNOWN = {
     "mixedbread-ai/mxbai-rerank-large-v2",
 }
 
+LIST = (
+    '[[profile]]\nmodels = ["me/list"]\narchitectures = ["JinaForRanking"]\nhead = "listwise"\n'
+    'passage_token = "<p>"\nquery_token = "<q>"\ntemplate = ["{query}{passages}"]\n'
+)
 ROW = '[[profile]]\nmodels = ["me/mine"]\narchitectures = ["BertForSequenceClassification"]\n'
 
 
@@ -123,6 +127,23 @@ def test_a_checkpoint_may_carry_its_own_profile(tmp_path: Path, tiny: Callable[.
             ROW + "template = ['{query} {passage}{instruction}']\ninstruction_format = ' {task}'",
             "instruction_format has the fields ['task']; expected ['instruction']",
         ),
+        (ROW + "template = ['{query} {passage!r}']", "template has the fields ['passager', 'query']"),
+        (ROW + "template = ['{query} {passage}{:>9}']", "template has the fields ['>9', 'passage', 'query']"),
+        (ROW + "template = ['{query}', '{query}', '{passage}', '{query}{query}{query}']", "names 'query' 5 times"),
+        (ROW + f"template = ['{{query}}{{passage}}{'x' * 65_536}']", "expected at most 65,536"),
+        (
+            ROW + "template = ['{query} {passage}{instruction}']\ninstruction_format = '{instruction:>999999999}'",
+            "instruction_format has the fields ['instruction>999999999']",
+        ),
+        (
+            ROW + "template = ['{query} {passage}{instruction}']\ninstruction_format = '{instruction'",
+            "braces of the text itself are doubled",
+        ),
+        (
+            LIST + "passage_format = '{passage}{query:>999999999}'",
+            "passage_format has the fields ['passage', 'query>999999999']",
+        ),
+        (LIST + "passage_format = '{passage}{passage}'", "passage_format has the fields ['passage', 'passage']"),
         (ROW + "head = 'vocabulary'", "yes is missing"),
         (ROW + "yes = 'yes'", "yes and no belong to a vocabulary head"),
         (ROW + "head = 'score'\ntemplate = ['{query}{passage}']", "needs left"),
