@@ -21,6 +21,8 @@ from encoder_worker.engine import Engine
 from encoder_worker.errors import InvalidRequest, Refused
 from encoder_worker.passage_encoder import EncodingFailed
 from encoder_worker.scheduler import Priority
+from encoder_worker.seen import SeenIds
+from encoder_worker.sources import Place
 from encoder_worker.storing import put
 from encoder_worker.target import CollectionSettings, Target
 from preread.v1 import encoder_pb2
@@ -40,13 +42,9 @@ class _Entry:
     text: str
     digest: bytes = b""
     refused: str = ""
-    same_as: _Entry | None = None  # an earlier one of this stream that is still under way
-    unchanged: bool = False
     states: PassageStates | None = None
 
     def result(self) -> encoder_pb2.UpsertResult:
-        if self.same_as is not None:
-            self.refused, self.unchanged = self.same_as.refused, True
         if self.refused:
             return encoder_pb2.UpsertResult(passage_id=self.passage_id, status=REFUSED, message=self.refused)
         if self.states is None:
@@ -93,7 +91,8 @@ class Upload:
         self._engine = engine
         self._name = ""
         self._collection: Collection | None = None
-        self._under_way: dict[str, _Entry] = {}  # the latest of each id that is not yet acknowledged
+        self._seen = SeenIds()
+        self._num_read = 0
         self._room = _Room(engine.config.max_unacknowledged_passages, engine.config.max_unacknowledged_bytes)
         self._messages: deque[_Encoding] = deque()  # read and not yet stored, in order
         self._read_more = asyncio.Event()  # a message came, or none will
@@ -113,7 +112,7 @@ class Upload:
                 await self._store([entry for entries in ready for entry in entries])
                 for entries in ready:
                     yield encoder_pb2.UpsertResponse(results=[entry.result() for entry in entries])
-                    self._acknowledged(entries)
+                    self._room.give_back(entries)
             await reader  # raises what ended it
         finally:
             for task in (reader, *self._messages):
@@ -160,27 +159,24 @@ class Upload:
 
     def _check(self, passage: encoder_pb2.Passage) -> _Entry:
         entry = _Entry(passage.passage_id, passage.text)
+        self._num_read += 1
         if not is_passage_id(passage.passage_id):
             entry.refused = "passage_id is empty or over 512 bytes"
-        else:
-            entry.refused = self._engine.why_not(passage.text) or ""
+        elif reason := self._engine.why_not(passage.text):
+            entry.refused = reason
+        elif first := self._seen.first_place(passage.passage_id, Place("upload", self._num_read)):
+            entry.refused = f"id {entry.passage_id!r} came before, as passage {first.line}; the first one counts"
         return entry
 
     async def _changed(self, collection: Collection, entries: list[_Entry]) -> list[_Entry]:
-        """Those to encode. The others are refused, or the same text is stored or under way."""
+        """Those to encode. The others are refused, or stored with the same text."""
         good = [entry for entry in entries if not entry.refused]
         stored = await self._engine.call(collection.digests, [entry.passage_id for entry in good])
         todo: list[_Entry] = []
         for entry, digest in zip(good, stored, strict=True):
             entry.digest = text_digest(entry.text)
-            before = self._under_way.get(entry.passage_id)
-            if before is not None and before.digest == entry.digest:
-                entry.same_as = before
-            elif before is None and digest == entry.digest:
-                entry.unchanged = True
-            else:
+            if digest != entry.digest:
                 todo.append(entry)
-                self._under_way[entry.passage_id] = entry
         return todo
 
     async def _encode(self, collection: Collection, entries: list[_Entry], todo: list[_Entry]) -> list[_Entry]:
@@ -207,21 +203,14 @@ class Upload:
         return ready
 
     async def _store(self, entries: list[_Entry]) -> None:
-        """Of several passages with one id the last one counts, as if they had been stored one by one."""
-        last = {entry.passage_id: entry for entry in entries if entry.states is not None}
+        encoded = {entry.passage_id: entry for entry in entries if entry.states is not None}  # ids are distinct
         passages = [
             StoredPassage(entry.passage_id, entry.states, entry.text)
-            for entry in last.values()
+            for entry in encoded.values()
             if entry.states is not None
         ]
         if not passages or self._collection is None:
             return
         why = await self._engine.call(put, self._collection, passages)
         for passage_id, reason in why.items():
-            last[passage_id].refused = reason
-
-    def _acknowledged(self, entries: list[_Entry]) -> None:
-        for entry in entries:
-            if self._under_way.get(entry.passage_id) is entry:
-                del self._under_way[entry.passage_id]
-        self._room.give_back(entries)
+            encoded[passage_id].refused = reason

@@ -13,6 +13,7 @@ from decoder_server.errors import InvalidRequest
 from decoder_server.http import body
 from decoder_server.http.fields import Fields
 from preread.client import Passage
+from preread.passages import join_title
 
 NDJSON = ("application/x-ndjson", "application/ndjson", "application/jsonl", "application/x-jsonlines")
 
@@ -63,7 +64,7 @@ def from_document(fields: Fields) -> list[Passage]:
 
 def _passage(item: object, where: str) -> Passage:
     fields = Fields(item, f"{where}.", where)
-    passage_id = fields.text("id") or fields.text("passage_id")
+    passage_id = next(filter(None, map(fields.text, ("id", "_id", "passage_id"))), None)
     if not passage_id:
         raise InvalidRequest(f"{where}.id", "absent or empty", "the passage's id, a string")
-    return Passage(passage_id, fields.needed_text("text"))
+    return Passage(passage_id, join_title(fields.text("title"), fields.needed_text("text")))

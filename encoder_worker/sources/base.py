@@ -8,6 +8,7 @@ from enum import StrEnum
 
 from cache.errors import InvalidName
 from cache.names import passage_id_bytes
+from preread.passages import id_text, join_title
 
 
 class SourceError(ValueError):
@@ -91,10 +92,10 @@ class Fields:
 
     def passage(self, place: Place, passage_id: object, text: object, title: object = None) -> Item:
         """Checks the values of one item. Ids may be strings or whole numbers; a title may be missing."""
-        if isinstance(passage_id, int) and not isinstance(passage_id, bool):
-            passage_id = str(passage_id)
-        if not isinstance(passage_id, str):
+        own_id = id_text(passage_id)
+        if own_id is None:
             return Refused(place, None, Reason.WRONG_TYPE, f"id is {_show(passage_id)}; expected a string or integer")
+        passage_id = own_id
         try:
             passage_id_bytes(passage_id)
         except InvalidName as exc:
@@ -103,8 +104,7 @@ class Fields:
             return Refused(place, passage_id, Reason.WRONG_TYPE, f"{self.text} is {_show(text)}; expected a string")
         if title is not None and not isinstance(title, str):
             return Refused(place, passage_id, Reason.WRONG_TYPE, f"{self.title} is {_show(title)}; expected a string")
-        if title and title.strip():
-            text = f"{title}{self.title_separator}{text}" if text.strip() else title
+        text = join_title(title, text, self.title_separator)
         if not text.strip():
             return Refused(place, passage_id, Reason.EMPTY_TEXT, f"{self.text} is empty")
         try:

@@ -14,6 +14,7 @@ from typing import Any
 
 from preread.cli.failures import CommandFailed
 from preread.client.values import Candidate
+from preread.passages import join_title
 
 
 def read_ids(source: str) -> list[Candidate]:
@@ -32,9 +33,7 @@ def read_candidates(source: str) -> list[Candidate]:
         passage_id, text, title = _text(where, row, "id", "_id"), _text(where, row, "text"), _text(where, row, "title")
         if passage_id is None and text is None:
             raise CommandFailed(f"{where}: neither id nor text; expected one or both")
-        if title and text is not None:
-            text = f"{title} {text}"
-        candidates.append(Candidate(passage_id, text))
+        candidates.append(Candidate(passage_id, text if text is None else join_title(title, text)))
     return candidates
 
 

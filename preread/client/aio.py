@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self, Unpack
 
 import grpc
 
-from preread.client import wire
+from preread.client import checks, wire
 from preread.client.channel import DEFAULT_ADDRESS, ClientOptions, check_address
 from preread.client.errors import translate
 from preread.client.retry import RetryBudget
@@ -50,7 +50,7 @@ class _Service:
 
     async def call(self, method: Callable[..., Any], request: object, timeout: float | None) -> Any:
         """Asks until there is an answer, an error that stays, or no time."""
-        timeout = self.options.timeout_seconds if timeout is None else timeout
+        timeout = self.options.call_timeout(timeout)
         deadline = None if timeout is None else time.monotonic() + timeout
         attempt = 1
         while True:
@@ -89,11 +89,14 @@ class AsyncClient:
             encoder_address: host:port of an encoder worker; upsert, delete, stats and describe ask it.
         """
         options = options or ClientOptions()
-        self._server = _Service(check_address("address", address), options)
+        check_address("address", address)
+        if encoder_address is not None:
+            check_address("encoder_address", encoder_address)
+        self._server = _Service(address, options)
         self._reranker = rerank_pb2_grpc.RerankServiceStub(self._server.channel)
         self._worker: _Service | None = None
         if encoder_address is not None:
-            self._worker = _Service(check_address("encoder_address", encoder_address), options)
+            self._worker = _Service(encoder_address, options)
 
     async def close(self) -> None:
         await self._server.channel.close(None)
@@ -111,7 +114,7 @@ class AsyncClient:
     async def rerank(
         self,
         query: str,
-        candidates: Iterable[str | Candidate],
+        candidates: Iterable[str | Candidate | Mapping[str, Any]],
         *,
         timeout: float | None = None,
         **options: Unpack[RerankOptions],
@@ -123,14 +126,14 @@ class AsyncClient:
     def rerank_stream(
         self,
         query: str,
-        candidates: Iterable[str | Candidate],
+        candidates: Iterable[str | Candidate | Mapping[str, Any]],
         *,
         timeout: float | None = None,
         **options: Unpack[RerankOptions],
     ) -> AsyncRerankingStream:
         """Like rerank, but yields results as they are scored, in no particular order; never tried again."""
         request = rerank_pb2.RerankStreamRequest(request=wire.pack_request(query, candidates, options))
-        timeout = self._server.options.timeout_seconds if timeout is None else timeout
+        timeout = self._server.options.call_timeout(timeout)
         call = self._reranker.RerankStream(request, timeout=timeout, metadata=self._server.metadata)
         return AsyncRerankingStream(call, self._server.address)
 
@@ -157,7 +160,7 @@ class AsyncClient:
         answer = await self._server.call(self._reranker.ListCollections, request, timeout)
         return tuple(wire.unpack_collection(collection) for collection in answer.collections)
 
-    async def upsert(
+    def upsert(
         self,
         passages: Passages,
         *,
@@ -168,8 +171,11 @@ class AsyncClient:
         timeout: float | None = None,
     ) -> AsyncIterator[UpsertResult]:
         """Encodes and stores passages; yields each acknowledgement after the store has it. See Client.upsert."""
-        worker, stub = self._encoder()
         upload = Upload(passages, collection, compression_ratio, codec, store_text)
+        return self._upsert(upload, checks.seconds("timeout", timeout))
+
+    async def _upsert(self, upload: Upload, timeout: float | None) -> AsyncIterator[UpsertResult]:
+        worker, stub = self._encoder()
         upsert: Any = stub.Upsert  # the stubs know sync iterators only
         call = upsert(aiter(upload), timeout=timeout, metadata=worker.metadata)
         try:
@@ -189,14 +195,14 @@ class AsyncClient:
     async def delete(self, passage_ids: Iterable[str], *, collection: str, timeout: float | None = None) -> int:
         """Removes passages; returns how many there were."""
         worker, stub = self._encoder()
-        request = encoder_pb2.DeleteRequest(collection=collection, passage_ids=passage_ids)
+        request = wire.pack_delete(passage_ids, collection)
         answer: encoder_pb2.DeleteResponse = await worker.call(stub.Delete, request, timeout)
         return answer.num_deleted
 
     async def stats(self, collection: str = "", *, timeout: float | None = None) -> tuple[CollectionInfo, ...]:
         """What the worker's store holds: one collection, or all of them."""
         worker, stub = self._encoder()
-        answer = await worker.call(stub.GetStats, encoder_pb2.GetStatsRequest(collection=collection), timeout)
+        answer = await worker.call(stub.GetStats, wire.pack_stats(collection), timeout)
         return tuple(wire.unpack_collection(info) for info in answer.collections)
 
     async def describe(self, *, timeout: float | None = None) -> EncoderInfo:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import grpc
 
+from preread.client import checks
 from preread.client.retry import RetryPolicy
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
@@ -52,10 +53,11 @@ class ClientOptions:
     max_message_bytes: int = MAX_MESSAGE_BYTES
 
     def __post_init__(self) -> None:
-        if self.timeout_seconds is not None and self.timeout_seconds <= 0:
-            raise ValueError(f"timeout_seconds is {self.timeout_seconds}; expected more than 0, or None")
-        if self.max_message_bytes < 1:
-            raise ValueError(f"max_message_bytes is {self.max_message_bytes}; expected at least 1")
+        checks.seconds("timeout_seconds", self.timeout_seconds)
+        if checks.integer("max_message_bytes", self.max_message_bytes) < 1:
+            raise checks.invalid("max_message_bytes", str(self.max_message_bytes), "at least 1")
+        if self.api_key is not None:
+            _check_key(self.api_key)
 
     def channel_arguments(self) -> list[tuple[str, int | str]]:
         return [
@@ -67,14 +69,34 @@ class ClientOptions:
         ]
 
     def call_metadata(self) -> tuple[tuple[str, str], ...]:
+        """
+        Raises:
+            TypeError, InvalidRequest: an entry that HTTP/2 does not carry.
+        """
         key = () if self.api_key is None else (("authorization", f"Bearer {self.api_key}"),)
         own = self.metadata() if callable(self.metadata) else self.metadata
-        # HTTP/2 wants lower case
-        return (*key, *((name.lower(), value) for name, value in own.items()))
+        return (*key, *(checks.metadata(name, value) for name, value in own.items()))
+
+    def call_timeout(self, timeout: float | None) -> float | None:
+        """What ends a call: its own time limit, else the one of all calls, in seconds."""
+        own = checks.seconds("timeout", timeout)
+        return self.timeout_seconds if own is None else own
+
+
+def _check_key(key: object) -> None:
+    """It is a secret: errors do not show it."""
+    if not isinstance(key, str):
+        raise TypeError(f"api_key is of type {type(key).__name__}; expected a string")
+    if not key.isascii() or not key.isprintable():
+        raise checks.invalid("api_key", "not printable ASCII", "printable ASCII characters")
 
 
 def check_address(name: str, address: str) -> str:
-    """ValueError unless it looks like host:port, or like a gRPC target (dns:///name:port, unix:path)."""
-    if ":" not in address:
-        raise ValueError(f"{name} is {address!r}; expected host:port")
+    """An address as it is.
+
+    Raises:
+        TypeError, InvalidRequest: it does not look like host:port, or like a gRPC target (dns:///name:port, unix:path).
+    """
+    if ":" not in checks.text(name, address) or not address.isprintable():
+        raise checks.invalid(name, ascii(address), "host:port")
     return address

@@ -2,7 +2,7 @@
 """What a call can raise.
 
 PrereadError                  .code, .reason, .metadata: google.rpc's own words
-├── InvalidRequest            a field is out of range; .violations says which and why
+├── InvalidRequest            a field is out of range; .violations says which and why; also a ValueError
 ├── NotFound                  no such collection or model; .resource_type, .resource_name
 ├── FailedPrecondition        another encoder's collection, a missing passage under on_miss="fail"
 ├── Unauthenticated           no key, or a wrong one
@@ -12,6 +12,8 @@ PrereadError                  .code, .reason, .metadata: google.rpc's own words
 ├── DeadlineExceeded          `timeout` passed before the answer
 ├── Cancelled                 the call was cancelled
 └── ServerError               anything else: a fault of the server, not of the request
+
+An argument of another type than the field's is a TypeError.
 
 Knows gRPC's error shapes; does not decide what is tried again (preread.client.retry does).
 """
@@ -45,8 +47,8 @@ class PrereadError(Exception):
         self.retry_after_seconds = details.retry_after_seconds  # None: the server gave no hint
 
 
-class InvalidRequest(PrereadError):
-    """A field of the request is out of range."""
+class InvalidRequest(PrereadError, ValueError):
+    """A field of the request is out of range, said by the server, or by the client where no message can carry it."""
 
 
 class NotFound(PrereadError):

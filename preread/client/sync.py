@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 import grpc
 
-from preread.client import wire
+from preread.client import checks, wire
 from preread.client.channel import DEFAULT_ADDRESS, ClientOptions, check_address
 from preread.client.errors import translate
 from preread.client.retry import RetryBudget
-from preread.client.upload import Upload
+from preread.client.upload import AnyPassage, Upload
 from preread.client.values import (
     Candidate,
     CollectionInfo,
     EncoderInfo,
     ModelInfo,
-    Passage,
     Reranking,
     RerankOptions,
     Result,
@@ -52,7 +51,7 @@ class _Service:
 
     def call(self, method: Callable[..., A], request: object, timeout: float | None) -> A:
         """Asks until there is an answer, an error that stays, or no time."""
-        timeout = self.options.timeout_seconds if timeout is None else timeout
+        timeout = self.options.call_timeout(timeout)
         deadline = None if timeout is None else time.monotonic() + timeout
         attempt = 1
         while True:
@@ -91,11 +90,14 @@ class Client:
             encoder_address: host:port of an encoder worker; upsert, delete, stats and describe ask it.
         """
         options = options or ClientOptions()
-        self._server = _Service(check_address("address", address), options)
+        check_address("address", address)
+        if encoder_address is not None:
+            check_address("encoder_address", encoder_address)
+        self._server = _Service(address, options)
         self._reranker = rerank_pb2_grpc.RerankServiceStub(self._server.channel)
         self._worker: _Service | None = None
         if encoder_address is not None:
-            self._worker = _Service(check_address("encoder_address", encoder_address), options)
+            self._worker = _Service(encoder_address, options)
 
     def close(self) -> None:
         self._server.channel.close()
@@ -113,7 +115,7 @@ class Client:
     def rerank(
         self,
         query: str,
-        candidates: Iterable[str | Candidate],
+        candidates: Iterable[str | Candidate | Mapping[str, Any]],
         *,
         timeout: float | None = None,
         **options: Unpack[RerankOptions],
@@ -121,7 +123,8 @@ class Client:
         """Scores candidates and returns the best first.
 
         Args:
-            candidates: plain strings are passage ids where `collection` is given, else texts; Candidate says which.
+            candidates: plain strings are passage ids where `collection` is given, else texts; a Candidate, or a
+                mapping {"id": ..., "text": ...} with one or both, says which.
             options: see preread.client.values.RerankOptions.
         """
         request = wire.pack_request(query, candidates, options)
@@ -130,14 +133,14 @@ class Client:
     def rerank_stream(
         self,
         query: str,
-        candidates: Iterable[str | Candidate],
+        candidates: Iterable[str | Candidate | Mapping[str, Any]],
         *,
         timeout: float | None = None,
         **options: Unpack[RerankOptions],
     ) -> RerankingStream:
         """Like rerank, but yields results as they are scored, in no particular order; never tried again."""
         request = rerank_pb2.RerankStreamRequest(request=wire.pack_request(query, candidates, options))
-        timeout = self._server.options.timeout_seconds if timeout is None else timeout
+        timeout = self._server.options.call_timeout(timeout)
         call = self._reranker.RerankStream(request, timeout=timeout, metadata=self._server.metadata)
         return RerankingStream(call, self._server.address)
 
@@ -171,7 +174,7 @@ class Client:
 
     def upsert(
         self,
-        passages: Iterable[Passage | tuple[str, str]],
+        passages: Iterable[AnyPassage],
         *,
         collection: str,
         compression_ratio: int = 0,
@@ -181,14 +184,23 @@ class Client:
     ) -> Iterator[UpsertResult]:
         """Encodes and stores passages; yields each acknowledgement after the store has that passage.
 
-        `passages` is read as fast as the worker takes them. Has no timeout unless one is given, and is
-        never tried again: repeat the call, and what is stored already is answered "unchanged".
+        Nothing is sent before the first acknowledgement is asked for. `passages` is read as fast as the worker takes
+        them. Has no timeout unless one is given, and is never tried again: repeat the call, and what is stored already
+        is answered "unchanged".
 
         Args:
+            passages: Passage values, mappings as `preread index` reads them ("id" or "_id", "text", perhaps "title"),
+                or tuples (id, text). Of several with one id the first is stored and the others are refused.
             compression_ratio, codec, store_text: how to make a collection that does not exist yet.
+
+        Raises:
+            TypeError: anything else, named by its index; what was acknowledged before it stays.
         """
-        worker, stub = self._encoder()
         upload = Upload(passages, collection, compression_ratio, codec, store_text)
+        return self._upsert(upload, checks.seconds("timeout", timeout))
+
+    def _upsert(self, upload: Upload, timeout: float | None) -> Iterator[UpsertResult]:
+        worker, stub = self._encoder()
         call: Any = stub.Upsert(iter(upload), timeout=timeout, metadata=worker.metadata)
         try:
             for message in call:
@@ -201,13 +213,13 @@ class Client:
     def delete(self, passage_ids: Iterable[str], *, collection: str, timeout: float | None = None) -> int:
         """Removes passages; returns how many there were."""
         worker, stub = self._encoder()
-        request = encoder_pb2.DeleteRequest(collection=collection, passage_ids=passage_ids)
+        request = wire.pack_delete(passage_ids, collection)
         return worker.call(stub.Delete, request, timeout).num_deleted
 
     def stats(self, collection: str = "", *, timeout: float | None = None) -> tuple[CollectionInfo, ...]:
         """What the worker's store holds: one collection, or all of them."""
         worker, stub = self._encoder()
-        answer = worker.call(stub.GetStats, encoder_pb2.GetStatsRequest(collection=collection), timeout)
+        answer = worker.call(stub.GetStats, wire.pack_stats(collection), timeout)
         return tuple(wire.unpack_collection(info) for info in answer.collections)
 
     def describe(self, *, timeout: float | None = None) -> EncoderInfo:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
+from typing import Any
 
+from preread.client import checks
 from preread.client.values import Passage
 from preread.v1 import encoder_pb2
 
@@ -11,7 +13,8 @@ from preread.v1 import encoder_pb2
 MAX_PASSAGES_PER_MESSAGE = 64
 MAX_CHARACTERS_PER_MESSAGE = 1 << 20
 
-Passages = Iterable[Passage | tuple[str, str]] | AsyncIterable[Passage | tuple[str, str]]
+AnyPassage = Passage | Mapping[str, Any] | tuple[str, str]
+Passages = Iterable[AnyPassage] | AsyncIterable[AnyPassage]
 
 
 class Upload:
@@ -23,19 +26,24 @@ class Upload:
     def __init__(
         self, passages: Passages, collection: str, compression_ratio: int, codec: str, store_text: bool
     ) -> None:
+        """
+        Raises:
+            TypeError, InvalidRequest: an argument that cannot be put on the wire; a passage raises when it is read.
+        """
         self.error: Exception | None = None
-        self._passages = passages
-        self._collection = collection
-        self._compression_ratio = compression_ratio
-        self._codec = codec
-        self._store_text = store_text
+        self._passages = passages if isinstance(passages, AsyncIterable) else checks.many("passages", passages)
+        self._collection = checks.text("collection", collection)
+        self._compression_ratio = checks.integer("compression_ratio", compression_ratio)
+        self._codec = checks.optional_text("codec", codec)
+        self._store_text = checks.flag("store_text", store_text)
         self._waiting: list[encoder_pb2.Passage] = []
+        self._num_read = 0
         self._num_characters = 0
 
     def __iter__(self) -> Iterator[encoder_pb2.UpsertRequest]:
         try:
             if not isinstance(self._passages, Iterable):
-                raise TypeError(f"passages is {type(self._passages).__name__}; expected an iterable")
+                raise TypeError(f"passages is {checks.show(self._passages)}; only AsyncClient reads it")
             for passage in self._passages:
                 if self._add(passage):
                     yield self._message()
@@ -60,9 +68,10 @@ class Upload:
             self.error = exc
             raise
 
-    def _add(self, passage: Passage | tuple[str, str]) -> bool:
+    def _add(self, passage: AnyPassage) -> bool:
         """True: the message is full."""
-        passage_id, text = (passage.passage_id, passage.text) if isinstance(passage, Passage) else passage
+        passage_id, text = checks.passage(self._num_read, passage)
+        self._num_read += 1
         self._waiting.append(encoder_pb2.Passage(passage_id=passage_id, text=text))
         self._num_characters += len(text)
         return len(self._waiting) >= MAX_PASSAGES_PER_MESSAGE or self._num_characters >= MAX_CHARACTERS_PER_MESSAGE

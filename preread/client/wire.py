@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
+from preread.client import checks
 from preread.client.stages import Stage, parse_stages
 from preread.client.values import (
-    Candidate,
     CollectionInfo,
     Degraded,
     EncoderIdentity,
@@ -29,44 +29,52 @@ from preread.client.values import (
 from preread.v1 import common_pb2, encoder_pb2, rerank_pb2
 
 
-def pack_request(query: str, candidates: Iterable[str | Candidate], options: RerankOptions) -> rerank_pb2.RerankRequest:
+def pack_request(query: str, candidates: Iterable[Any], options: RerankOptions) -> rerank_pb2.RerankRequest:
     """A plain string is an id where a collection is named, else a text.
 
     Raises:
-        TypeError, ValueError: an argument that cannot be put on the wire.
+        TypeError, InvalidRequest: an argument that cannot be put on the wire.
     """
-    if isinstance(candidates, str):
-        raise TypeError("candidates is one string; expected a list of them")
     unknown = options.keys() - RerankOptions.__optional_keys__
     if unknown:
         raise TypeError(f"unknown arguments {sorted(unknown)}; known: {sorted(RerankOptions.__optional_keys__)}")
     on_miss = options.get("on_miss")
     if on_miss is not None and on_miss not in get_args(OnMiss):
-        raise ValueError(f"on_miss is {on_miss!r}; expected {', '.join(get_args(OnMiss))} or None")
-    collection = options.get("collection", "")
+        raise checks.invalid("on_miss", ascii(on_miss), f"{', '.join(get_args(OnMiss))} or None")
+    collection = checks.optional_text("collection", options.get("collection"))
+    checked = (
+        checks.candidate(i, candidate, is_id=bool(collection))
+        for i, candidate in enumerate(checks.many("candidates", candidates))
+    )
     return rerank_pb2.RerankRequest(
-        query=query,
-        instruction=options.get("instruction", ""),
-        candidates=[_pack_candidate(candidate, is_id=bool(collection)) for candidate in candidates],
+        query=checks.text("query", query),
+        instruction=checks.optional_text("instruction", options.get("instruction")),
+        candidates=[rerank_pb2.Candidate(passage_id=one.passage_id, text=one.text) for one in checked],
         collection=collection,
-        top_n=options.get("top_n", 0),
-        compression_ratio=options.get("compression_ratio", 0),
+        top_n=checks.integer("top_n", options.get("top_n")),
+        compression_ratio=checks.integer("compression_ratio", options.get("compression_ratio")),
         on_miss=f"ON_MISS_{on_miss.upper() if on_miss else 'UNSPECIFIED'}",
-        return_text=options.get("return_text", False),
-        model=options.get("model", ""),
-        stages=_pack_stages(options.get("stages", ())),
+        return_text=checks.flag("return_text", options.get("return_text", False)),
+        model=checks.optional_text("model", options.get("model")),
+        stages=_pack_stages(options.get("stages")),
     )
 
 
-def _pack_stages(stages: str | Iterable[Stage]) -> list[rerank_pb2.Stage]:
-    parsed = (parse_stages(stages) if stages else ()) if isinstance(stages, str) else stages
-    return [rerank_pb2.Stage(compression_ratio=stage.compression_ratio, keep=stage.keep) for stage in parsed]
-
-
-def _pack_candidate(candidate: str | Candidate, *, is_id: bool) -> rerank_pb2.Candidate:
-    if isinstance(candidate, Candidate):
-        return rerank_pb2.Candidate(passage_id=candidate.passage_id, text=candidate.text)
-    return rerank_pb2.Candidate(passage_id=candidate) if is_id else rerank_pb2.Candidate(text=candidate)
+def _pack_stages(stages: object) -> list[rerank_pb2.Stage]:
+    if not stages:
+        return []
+    if isinstance(stages, str):
+        try:
+            stages = parse_stages(stages)
+        except ValueError as exc:
+            raise checks.invalid("stages", ascii(stages), f"stages that fit ({exc})") from exc
+    packed = []
+    for i, stage in enumerate(checks.many("stages", stages)):
+        if not isinstance(stage, Stage):
+            raise TypeError(f"stages[{i}] is {checks.show(stage)}; expected a Stage")
+        ratio = checks.integer(f"stages[{i}].compression_ratio", stage.compression_ratio)
+        packed.append(rerank_pb2.Stage(compression_ratio=ratio, keep=checks.integer(f"stages[{i}].keep", stage.keep)))
+    return packed
 
 
 def pack_warm(
@@ -74,17 +82,33 @@ def pack_warm(
 ) -> rerank_pb2.WarmRequest:
     """
     Raises:
-        TypeError: ids that are one string.
+        TypeError, InvalidRequest: an argument that cannot be put on the wire.
     """
-    if isinstance(passage_ids, str):
-        raise TypeError("passage_ids is one string; expected a list of them")
     return rerank_pb2.WarmRequest(
-        collection=collection,
-        passage_ids=passage_ids,
-        instruction=instruction,
-        compression_ratio=compression_ratio,
-        model=model,
+        collection=checks.text("collection", collection),
+        passage_ids=checks.texts("passage_ids", passage_ids),
+        instruction=checks.optional_text("instruction", instruction),
+        compression_ratio=checks.integer("compression_ratio", compression_ratio),
+        model=checks.optional_text("model", model),
     )
+
+
+def pack_delete(passage_ids: Iterable[str], collection: str) -> encoder_pb2.DeleteRequest:
+    """
+    Raises:
+        TypeError, InvalidRequest: an argument that cannot be put on the wire.
+    """
+    return encoder_pb2.DeleteRequest(
+        collection=checks.text("collection", collection), passage_ids=checks.texts("passage_ids", passage_ids)
+    )
+
+
+def pack_stats(collection: str) -> encoder_pb2.GetStatsRequest:
+    """
+    Raises:
+        TypeError, InvalidRequest: an argument that cannot be put on the wire.
+    """
+    return encoder_pb2.GetStatsRequest(collection=checks.optional_text("collection", collection))
 
 
 def unpack_warmed(message: rerank_pb2.WarmResponse) -> Warmed:

@@ -59,20 +59,25 @@ async def test_an_acknowledged_passage_is_in_the_store(worker: Serve, store: Sto
         assert await call.read() is grpc.aio.EOF
 
 
-async def test_the_last_of_several_texts_with_one_id_counts(worker: Serve, store: Store) -> None:
+async def test_of_several_passages_with_one_id_the_first_counts_however_far_apart(worker: Serve, store: Store) -> None:
     async with worker() as to:
-        gate = to.gate()
-        sent = [to.message("docs", x="old"), to.message(x="new"), to.message(x="new"), to.message(y="n", x="newest")]
-        upload = asyncio.create_task(to.upsert(*sent))
-        await gate.wait_entered()
-        gate.open()
-        assert to.statuses(await upload) == [[STORED], [STORED], [UNCHANGED], [STORED, STORED]]
-        assert Collection.open(store, "docs").get_texts(["x"]) == ["newest"]
+        many = [to.message(**{f"p{64 * i + j}": f"{i} {j}" for j in range(64)}) for i in range(4)]
+        sent = [to.message("docs", x="first", empty=" "), *many, to.message(x="second", y="n"), to.message(x="first")]
+        responses = await to.upsert(*sent, to.message(empty="not empty now"))
+        assert to.statuses(responses) == [
+            [STORED, REFUSED],
+            *[[STORED] * 64] * 4,
+            [REFUSED, STORED],
+            [REFUSED],
+            [STORED],
+        ]
+        assert responses[5].results[0].message == "id 'x' came before, as passage 1; the first one counts"
         twice = encoder_pb2.UpsertRequest(
             collection="docs", passages=[encoder_pb2.Passage(passage_id="z", text=text) for text in ("1", "2")]
         )
-        assert to.statuses(await to.upsert(twice)) == [[STORED, STORED]]
-        assert Collection.open(store, "docs").get_texts(["z"]) == ["2"]
+        assert to.statuses(await to.upsert(twice)) == [[STORED, REFUSED]]
+        assert to.statuses(await to.upsert(to.message("docs", x="second"))) == [[STORED]]  # another upload may
+        assert Collection.open(store, "docs").get_texts(["x", "z"]) == ["second", "1"]
 
 
 async def test_bad_passages_are_refused_one_by_one(worker: Serve, store: Store) -> None:

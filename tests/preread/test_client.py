@@ -8,6 +8,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 
 from preread import AsyncClient, Candidate, Client
@@ -145,6 +146,27 @@ async def test_async_upserts_take_both_kinds_of_passages(server_pair) -> None:
 
     assert [one.status for one in first] == ["stored"] * 3
     assert [one.status for one in again] == ["unchanged"]
+
+
+def test_mappings_values_and_pairs_are_stored_as_index_reads_them(client) -> None:
+    passages = [
+        {"id": "a", "text": "A mapping."},
+        {"_id": 7, "title": "Title", "text": "and text"},
+        {"passage_id": np.str_("n"), "title": None, "text": np.str_("of numpy")},
+        Passage("p", "A value."),
+        ("t", "A pair."),
+        {"id": "a", "text": "The same id again."},
+    ]
+    told = list(client.upsert(passages, collection="client-mappings"))
+
+    assert [one.status for one in told] == ["stored"] * 5 + ["refused"]
+    assert "came before" in told[5].message
+    ids = ["a", "7", "n", "p", "t"]
+    answer = client.rerank("what", [*ids[:4], {"id": "t"}], collection="client-mappings", return_text=True)
+    texts = ["A mapping.", "Title and text", "of numpy", "A value.", "A pair."]
+    assert {r.passage_id: r.text for r in answer} == dict(zip(ids, texts, strict=True))
+    by_text = client.rerank("what", [{"title": "Title", "text": "and text"}, "Title and text"])
+    assert by_text[0].margin == by_text[1].margin
 
 
 def test_an_error_of_the_callers_passages_is_the_callers_own(client) -> None:
