@@ -4,6 +4,7 @@ Encodes on the way in and decodes on the way out, or leaves that to whoever read
 refuses what does not belong. Does not know how a store keeps bytes, nor how states were made.
 """
 
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -45,7 +46,7 @@ class Collection:
         self.manifest = manifest
         self.name = manifest.collection
         self.codec = manifest.make_codec()
-        self._manifest_checksum = manifest.checksum
+        self._binding = manifest.binding
 
     @classmethod
     def create(cls, store: Store, manifest: Manifest, *, exist_ok: bool = False) -> "Collection":
@@ -109,8 +110,9 @@ class Collection:
                 compression_ratio=passage.states.compression_ratio,
                 truncated=passage.states.truncated,
                 text_digest=passage.states.text_digest,
-                manifest_checksum=self._manifest_checksum,
+                binding=self._binding,
                 text=passage.text if self.manifest.stores_text else None,
+                version=self.manifest.record_version,
             )
         self.store.put_many(self.name, records)
 
@@ -136,7 +138,7 @@ class Collection:
         found = {
             passage_id: header.text_digest
             for passage_id, header in zip(possible, headers, strict=True)
-            if header is not None and header.manifest_checksum == self._manifest_checksum
+            if header is not None and header.binding == self._binding
         }
         return [found.get(passage_id) for passage_id in passage_ids]
 
@@ -180,7 +182,7 @@ class Collection:
         """A record that is whole may still not be one of this collection: the store may be shared."""
         if not isinstance(record, Record):
             return record
-        if record.header.manifest_checksum != self._manifest_checksum:
+        if record.header.binding != self._binding:
             return Damaged(passage_id, "written under another manifest of this name; open the collection again")
         if record.codes.shape[1] != self.codec.code_size_bytes:
             return Damaged(
@@ -194,7 +196,8 @@ class Collection:
             record.compression_ratio,
             record.truncated,
             record.text_digest,
-            record.text_digest + record.checksum.to_bytes(8, "little"),
+            # The same for equal texts under two ids: what is computed of one serves the other.
+            record.text_digest + struct.pack("<QQ", record.header.payload_checksum, record.header.binding),
         )
 
     def _check(self, passage: StoredPassage) -> None:

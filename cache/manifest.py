@@ -2,11 +2,18 @@
 
 Its JSON form carries a checksum and is validated strictly on reading, because it may come from a shared store. Does not
 know where it is kept.
+
+A collection is told by its `identity`, 128 random bits without time or name in them: shards that are to be merged are
+created with one identity, and it stays over copy, export and rename; dropping and creating again gives another. Records
+are bound to it and to what decides how codes are read: see `Manifest.binding`. Version 1 has no identity; such a
+collection is read, and written with records of version 1, which old readers of a shared store understand.
 """
 
 import base64
 import binascii
 import json
+import re
+import secrets
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from typing import Any, Protocol
@@ -17,12 +24,20 @@ from cache.codec_names import DEFAULT_CODEC
 from cache.codecs import Codec
 from cache.errors import CacheError, ManifestError
 from cache.names import check_name
+from cache.record import RECORD_VERSION
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
+_VERSIONS = (1, MANIFEST_VERSION)
+_IDENTITY = re.compile(r"[0-9a-f]{32}")
 
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def new_identity() -> str:
+    """A collection identity that no other collection has: 128 random bits in hex."""
+    return secrets.token_hex(16)
 
 
 class Identity(Protocol):
@@ -57,6 +72,7 @@ class Manifest:
     codec, codec_table: FAISS factory string and its trained numbers (`Codec.table()`), empty where nothing is trained
     stores_text: whether texts are kept beside the states
     created_at: ISO 8601, UTC
+    identity: 32 hex digits, by default random; give one to make collections that can be merged. Empty in version 1
     """
 
     collection: str
@@ -72,6 +88,7 @@ class Manifest:
     stores_text: bool = True
     created_at: str = field(default_factory=_now)
     version: int = MANIFEST_VERSION
+    identity: str = field(default_factory=new_identity)
 
     def __post_init__(self) -> None:
         for spec in fields(self):
@@ -79,8 +96,11 @@ class Manifest:
             if type(value) is not spec.type:
                 expected = getattr(spec.type, "__name__", spec.type)
                 raise ManifestError(f"{spec.name}: {value!r:.80}, expected {expected}")
-        if self.version != MANIFEST_VERSION:
-            raise ManifestError(f"version: {self.version} is unknown, expected {MANIFEST_VERSION}")
+        _check_version(self.version)
+        if self.version == 1:
+            object.__setattr__(self, "identity", "")
+        elif not _IDENTITY.fullmatch(self.identity):
+            raise ManifestError(f"identity: {self.identity!r:.80}, expected 32 hex digits")
         if not self.fingerprint:
             raise ManifestError("fingerprint: empty, expected the encoder's")
         for name in ("dim", "max_passage_tokens", "compression_ratio"):
@@ -110,38 +130,63 @@ class Manifest:
         return Codec.from_table(self.codec, self.dim, self.codec_table)
 
     @property
-    def checksum(self) -> int:
-        """Identifies this manifest; every record written under it carries it."""
-        return xxhash.xxh3_64_intdigest(self.to_json())
+    def binding(self) -> int:
+        """What every record written under this manifest carries, 64 bits.
+
+        A digest of the identity and of all that decides how codes are read, so that a manifest which was damaged or
+        exchanged decodes nothing. In version 1 it is the checksum of the whole JSON.
+        """
+        if self.version == 1:
+            return xxhash.xxh3_64_intdigest(self.to_json())
+        bound = (self.identity, self.fingerprint, self.dim, self.compression_ratio, self.codec, self.codec_table.hex())
+        return xxhash.xxh3_64_intdigest(json.dumps(bound).encode())
+
+    @property
+    def record_version(self) -> int:
+        """The version of the records that are written into this collection."""
+        return 1 if self.version == 1 else RECORD_VERSION
 
     def to_json(self) -> bytes:
         """UTF-8 JSON with the codec table in base64 and a checksum."""
         values: dict[str, Any] = asdict(self)
+        if self.version == 1:
+            del values["identity"]
         values["codec_table"] = base64.b64encode(self.codec_table).decode()
         values["checksum"] = _checksum(values)
         return json.dumps(values, ensure_ascii=False, indent=1).encode()
 
     @classmethod
-    def from_json(cls, data: bytes) -> "Manifest":
-        """Raises ManifestError for anything but an undamaged manifest of a known version."""
+    def from_json(cls, data: bytes, collection: str | None = None) -> "Manifest":
+        """Raises ManifestError for anything but an undamaged manifest of a known version.
+
+        collection: the name it was found under; a manifest of another name is refused.
+        """
         try:
             values = json.loads(data)
         except (ValueError, RecursionError) as exc:
             raise ManifestError(f"manifest: not JSON: {exc}") from exc
         if not isinstance(values, dict):
             raise ManifestError(f"manifest: a JSON {type(values).__name__}, expected an object")
-        if values.get("version") != MANIFEST_VERSION:
-            raise ManifestError(f"version: {values.get('version')!r} is unknown, expected {MANIFEST_VERSION}")
+        _check_version(values.get("version"))
         checksum = values.pop("checksum", None)
         if checksum != _checksum(values):
             raise ManifestError("manifest: checksum does not match its content")
-        if unexpected := values.keys() ^ {spec.name for spec in fields(cls)}:
+        expected = {spec.name for spec in fields(cls)} - ({"identity"} if values["version"] == 1 else set())
+        if unexpected := values.keys() ^ expected:
             raise ManifestError(f"manifest: missing or unknown fields {sorted(unexpected)}")
         try:
             values["codec_table"] = base64.b64decode(values["codec_table"], validate=True)
         except (binascii.Error, TypeError, ValueError) as exc:
             raise ManifestError("codec_table: not base64") from exc
-        return cls(**values)
+        manifest = cls(**values)
+        if collection is not None and manifest.collection != collection:
+            raise ManifestError(f"collection: {manifest.collection!r}, expected {collection!r}")
+        return manifest
+
+
+def _check_version(version: object) -> None:
+    if type(version) is not int or version not in _VERSIONS:
+        raise ManifestError(f"version: {version!r} is unknown, expected {' or '.join(map(str, _VERSIONS))}")
 
 
 def _checksum(values: dict[str, Any]) -> str:

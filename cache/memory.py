@@ -49,7 +49,7 @@ class MemoryStore:
                 self._shared[self._name] = (store, num_openers - 1)
 
     def put_many(self, collection: str, records: Mapping[str, Record]) -> None:
-        packed = {passage_id: pack(record) for passage_id, record in records.items() if passage_id_bytes(passage_id)}
+        packed = {id_: pack(record, passage_id_bytes(id_)) for id_, record in records.items()}
         with self._lock:
             if collection not in self._manifests:
                 raise CollectionNotFound(f"collection: {collection!r} does not exist in this store")
@@ -71,7 +71,10 @@ class MemoryStore:
             return num_deleted
 
     def headers_many(self, collection: str, passage_ids: Sequence[str]) -> list[Header | None]:
-        return [None if value is None else _header(value) for value in self._find(collection, passage_ids)]
+        return [
+            None if value is None else _header(passage_id, value)
+            for passage_id, value in zip(passage_ids, self._find(collection, passage_ids), strict=True)
+        ]
 
     def contains_many(self, collection: str, passage_ids: Sequence[str]) -> list[bytes | None]:
         return [None if header is None else header.text_digest for header in self.headers_many(collection, passage_ids)]
@@ -147,13 +150,13 @@ class MemoryStore:
 
 def _checked(passage_id: str, value: bytes) -> Record | Damaged:
     try:
-        return unpack(value)
+        return unpack(value, passage_id)
     except DamagedRecord as exc:
         return Damaged(passage_id, str(exc))
 
 
-def _header(value: bytes) -> Header | None:
+def _header(passage_id: str, value: bytes) -> Header | None:
     try:
-        return Header.parse(value[:HEADER_BYTES])
+        return Header.parse(value[:HEADER_BYTES], passage_id)
     except DamagedRecord:
         return None

@@ -3,12 +3,17 @@
 The byte form is a fixed header and a payload:
 
     magic "PRST" | version u16 | flags u16 | compression_ratio u32 | num_states u32 | num_tokens u32
-    | code_size u32 | num_windows u32 | text_bytes u32 | text_digest 32 bytes | manifest checksum u64
-    | payload checksum u64 | header checksum u64
+    | code_size u32 | num_windows u32 | text_bytes u32 | num_clipped u32 | text_digest 32 bytes
+    | manifest binding u64 | payload checksum u64 | header checksum u64
     payload: window_tokens u32 x num_windows | codes num_states x code_size | text (UTF-8)
 
-Little-endian, checksums xxh3_64. The header checksum covers the payload's, so it alone identifies a stored value, and a
-header can be trusted without reading what follows. Does not know codecs, ids or stores; bytes read are not trusted.
+Little-endian, checksums xxh3_64. A record knows whose it is: the header checksum covers the fields before it and then
+the passage id (UTF-8), which is not stored, so a header read under another id is damaged; the manifest binding
+(`Manifest.binding`) says of which collection, with which codec. The payload checksum covers the payload alone, so equal
+texts under two ids share it. A header can be trusted without reading what follows.
+
+Version 1, read everywhere and written only into collections of that version, has no num_clipped (its header is 4 bytes
+shorter) and no id in its checksum. Does not know codecs or stores; bytes read are not trusted.
 """
 
 import struct
@@ -20,11 +25,12 @@ from numpy.typing import NDArray
 
 from cache.errors import DamagedRecord
 
-RECORD_VERSION = 1
+RECORD_VERSION = 2
 _MAGIC = b"PRST"
-_FIELDS = struct.Struct("<4sHHIIIIII32sQQ")
+_START = struct.Struct("<4sH")
+_FIELDS = {1: struct.Struct("<4sHHIIIIII32sQQ"), 2: struct.Struct("<4sHHIIIIIII32sQQ")}  # by version
 _CHECKSUM = struct.Struct("<Q")
-HEADER_BYTES = _FIELDS.size + _CHECKSUM.size
+HEADER_BYTES = _FIELDS[RECORD_VERSION].size + _CHECKSUM.size  # of the latest version, which has the longest
 _TRUNCATED, _HAS_TEXT = 1, 2
 
 
@@ -43,55 +49,97 @@ class Damaged:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The fixed part of a stored record; `packed` is its byte form, HEADER_BYTES long, checksum included."""
+    """The fixed part of a stored record.
 
+    num_clipped: numbers of the passage that lay outside the range its codec was trained for, and were cut to it
+    binding: `Manifest.binding` of the collection it was written into
+    packed: its fields in byte form, without the checksum that the passage id goes into
+    """
+
+    version: int
     compression_ratio: int
     num_states: int
     num_tokens: int
     code_size: int
     num_windows: int
     text_bytes: int
+    num_clipped: int
     has_text: bool
     truncated: bool
     text_digest: bytes
-    manifest_checksum: int
+    binding: int
     payload_checksum: int
-    checksum: int
     packed: bytes = field(repr=False)
 
     @classmethod
-    def parse(cls, packed: bytes) -> "Header":
-        """Raises DamagedRecord where the bytes are not a whole, undamaged header of a known version."""
-        if len(packed) != HEADER_BYTES:
-            raise DamagedRecord(f"header of {len(packed)} bytes, expected {HEADER_BYTES}")
-        magic, version, flags, *counts, digest, manifest_checksum, payload_checksum = _FIELDS.unpack_from(packed)
-        ratio, num_states, num_tokens, code_size, num_windows, text_bytes = counts
+    def parse(cls, data: bytes, passage_id: str | bytes) -> "Header":
+        """The header that `data` begins with; what follows it is not looked at.
+
+        passage_id: of the passage that was asked for, or its UTF-8. Raises DamagedRecord where there is no whole,
+        undamaged header of a known version, or where it is another passage's.
+        """
+        if len(data) < _START.size:
+            raise DamagedRecord(f"header of {len(data)} bytes, expected {HEADER_BYTES}")
+        magic, version = _START.unpack_from(data)
         if magic != _MAGIC:
             raise DamagedRecord(f"magic {magic!r}, expected {_MAGIC!r}")
-        if version != RECORD_VERSION:
-            raise DamagedRecord(f"record version {version} is unknown, expected {RECORD_VERSION}")
-        (checksum,) = _CHECKSUM.unpack_from(packed, _FIELDS.size)
-        if checksum != xxhash.xxh3_64_intdigest(memoryview(packed)[: _FIELDS.size]):
-            raise DamagedRecord("checksum of the header does not match")
+        if version not in _FIELDS:
+            raise DamagedRecord(f"record version {version} is unknown, expected {' or '.join(map(str, _FIELDS))}")
+        size = _FIELDS[version].size
+        if len(data) < size + _CHECKSUM.size:
+            raise DamagedRecord(f"header of {len(data)} bytes, expected {size + _CHECKSUM.size}")
+        packed = bytes(data[:size])
+        if data[size : size + _CHECKSUM.size] != _header_checksum(version, packed, passage_id):
+            raise DamagedRecord("checksum of the header does not match, or it is another passage's")
+        return cls._of(packed)
+
+    @classmethod
+    def _of(cls, packed: bytes) -> "Header":
+        """The header of checked fields. Raises DamagedRecord where they contradict each other."""
+        (_, version) = _START.unpack_from(packed)
+        _, _, flags, *counts, digest, binding, payload_checksum = _FIELDS[version].unpack(packed)
+        ratio, num_states, num_tokens, code_size, num_windows, text_bytes, num_clipped = (*counts, 0)[:7]
         truncated, has_text = bool(flags & _TRUNCATED), bool(flags & _HAS_TEXT)
         if not (ratio and num_states and num_tokens and code_size and num_windows) or (text_bytes and not has_text):
             raise DamagedRecord("header counts contradict each other")
         return cls(
-            ratio, num_states, num_tokens, code_size, num_windows, text_bytes, has_text, truncated, digest,
-            manifest_checksum, payload_checksum, checksum, bytes(packed),
+            version, ratio, num_states, num_tokens, code_size, num_windows, text_bytes, num_clipped, has_text,
+            truncated, digest, binding, payload_checksum, packed,
         )  # fmt: skip
+
+    def pack(self, passage_id: str | bytes) -> bytes:
+        """Its byte form, as the header of that passage."""
+        return self.packed + _header_checksum(self.version, self.packed, passage_id)
+
+    def latest(self) -> "Header":
+        """The same header in the version that is written today."""
+        if self.version == RECORD_VERSION:
+            return self
+        magic, _, flags, *counts, digest, binding, payload_checksum = _FIELDS[self.version].unpack(self.packed)
+        fields = _FIELDS[RECORD_VERSION]
+        return self._of(fields.pack(magic, RECORD_VERSION, flags, *counts, 0, digest, binding, payload_checksum))
+
+    @property
+    def checksum(self) -> int:
+        """Identifies the stored value among those of its passage: every byte of it goes in."""
+        return xxhash.xxh3_64_intdigest(self.packed)
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of its own byte form."""
+        return len(self.packed) + _CHECKSUM.size
 
     @property
     def total_bytes(self) -> int:
         """Length of the whole packed record."""
-        return record_bytes(self.num_states, self.code_size, self.num_windows, self.text_bytes)
+        return self.num_bytes + 4 * self.num_windows + self.num_states * self.code_size + self.text_bytes
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Record:
     """One passage as stored: encoded states and what is needed to use them.
 
-    codes: uint8 (num_states, code_size), C-contiguous; often a read-only view into a mapped file or a network buffer.
+    codes: uint8 (num_states, code_size), C-contiguous; often a view into what a read brought for several passages.
     Made by `Record.build` (writing) or `unpack` / `join` (reading, checked).
     """
 
@@ -109,12 +157,15 @@ class Record:
         compression_ratio: int,
         truncated: bool,
         text_digest: bytes,
-        manifest_checksum: int,
+        binding: int,
         text: str | None = None,
+        num_clipped: int = 0,
+        version: int = RECORD_VERSION,
     ) -> "Record":
         """A record to be written; computes its checksums. Raises ValueError where the counts do not fit together.
 
-        manifest_checksum: of the manifest it is written under, so that it is never read under another one.
+        binding: of the manifest it is written under, so that it is never read under another one.
+        num_clipped: numbers outside the range the codec was trained for; version 1 cannot tell.
         """
         codes = np.ascontiguousarray(codes)
         if codes.dtype != np.uint8 or codes.ndim != 2 or 0 in codes.shape:
@@ -127,12 +178,13 @@ class Record:
             )
         encoded = b"" if text is None else text.encode()
         payload_checksum = _payload_checksum(pack_windows(window_tokens), codes, encoded)
-        fields = _FIELDS.pack(
-            _MAGIC, RECORD_VERSION, truncated * _TRUNCATED | (text is not None) * _HAS_TEXT, compression_ratio,
-            codes.shape[0], sum(window_tokens), codes.shape[1], len(window_tokens), len(encoded),
-            text_digest, manifest_checksum, payload_checksum,
-        )  # fmt: skip
-        header = Header.parse(fields + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(fields)))
+        counts = [
+            compression_ratio, codes.shape[0], sum(window_tokens), codes.shape[1], len(window_tokens), len(encoded),
+            *([num_clipped] if version > 1 else []),
+        ]  # fmt: skip
+        flags = truncated * _TRUNCATED | (text is not None) * _HAS_TEXT
+        fields = _FIELDS[version].pack(_MAGIC, version, flags, *counts, text_digest, binding, payload_checksum)
+        header = Header._of(fields)
         return cls(codes, window_tokens, text, header)
 
     @property
@@ -149,7 +201,7 @@ class Record:
 
     @property
     def checksum(self) -> int:
-        """Identifies the stored value: it covers every byte of it."""
+        """Identifies the stored value among those of its passage: every byte of it goes in."""
         return self.header.checksum
 
     @property
@@ -162,21 +214,24 @@ class Record:
         return self.header.total_bytes
 
 
-def pack(record: Record) -> bytes:
-    """The whole record as one value."""
+def pack(record: Record, passage_id: str | bytes) -> bytes:
+    """The whole record as one value, which can be read under that id only."""
     text = b"" if record.text is None else record.text.encode()
-    return b"".join((record.header.packed, pack_windows(record.window_tokens), record.codes.data, text))
+    return b"".join((record.header.pack(passage_id), pack_windows(record.window_tokens), record.codes.data, text))
 
 
-def unpack(data: bytes) -> Record:
-    """A record out of one value, `codes` being a view into it. Raises DamagedRecord: nothing is used unchecked."""
-    header = Header.parse(data[:HEADER_BYTES])
+def unpack(data: bytes, passage_id: str | bytes) -> Record:
+    """A record out of one value, `codes` being a view into it.
+
+    passage_id: of the passage that was asked for. Raises DamagedRecord: nothing is used unchecked.
+    """
+    header = Header.parse(data[:HEADER_BYTES], passage_id)
     if len(data) != header.total_bytes:
         raise DamagedRecord(f"value of {len(data)} bytes, expected {header.total_bytes}")
-    windows_end = HEADER_BYTES + 4 * header.num_windows
+    windows_end = header.num_bytes + 4 * header.num_windows
     codes_end = windows_end + header.num_states * header.code_size
     codes = np.frombuffer(data, dtype=np.uint8, count=codes_end - windows_end, offset=windows_end)
-    return join(header, data[HEADER_BYTES:windows_end], codes, data[codes_end:])
+    return join(header, data[header.num_bytes : windows_end], codes, data[codes_end:])
 
 
 def join(header: Header, windows: bytes, codes: NDArray[np.uint8], text: bytes) -> Record:
@@ -205,6 +260,11 @@ def join(header: Header, windows: bytes, codes: NDArray[np.uint8], text: bytes) 
 def pack_windows(window_tokens: tuple[int, ...]) -> bytes:
     """Window lengths, little-endian u32."""
     return struct.pack(f"<{len(window_tokens)}I", *window_tokens)
+
+
+def _header_checksum(version: int, packed: bytes, passage_id: str | bytes) -> bytes:
+    encoded_id = passage_id if isinstance(passage_id, bytes) else passage_id.encode()
+    return _CHECKSUM.pack(xxhash.xxh3_64_intdigest(packed if version == 1 else packed + encoded_id))
 
 
 def _payload_checksum(windows: bytes, codes: NDArray[np.uint8], text: bytes) -> int:

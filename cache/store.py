@@ -16,18 +16,23 @@ from cache.record import Damaged, Header, Record
 
 @dataclass(frozen=True, slots=True)
 class StoreStats:
-    """Counts of one collection. `size_bytes` is the sum of packed records, without the store's own overhead."""
+    """Counts of one collection.
+
+    size_bytes: sum of packed records, without the store's own overhead
+    num_clipped: numbers over all passages that lay outside the range their codec was trained for
+    """
 
     num_passages: int = 0
     num_states: int = 0
     num_tokens: int = 0
     num_truncated: int = 0
     size_bytes: int = 0
+    num_clipped: int = 0
 
 
 def sum_headers(headers: Iterable[Header | None]) -> StoreStats:
     """Stats out of the headers of a collection; damaged ones (None) are counted as passages only."""
-    num_passages = num_states = num_tokens = num_truncated = size_bytes = 0
+    num_passages = num_states = num_tokens = num_truncated = size_bytes = num_clipped = 0
     for header in headers:
         num_passages += 1
         if header is not None:
@@ -35,7 +40,8 @@ def sum_headers(headers: Iterable[Header | None]) -> StoreStats:
             num_tokens += header.num_tokens
             num_truncated += header.truncated
             size_bytes += header.total_bytes
-    return StoreStats(num_passages, num_states, num_tokens, num_truncated, size_bytes)
+            num_clipped += header.num_clipped
+    return StoreStats(num_passages, num_states, num_tokens, num_truncated, size_bytes, num_clipped)
 
 
 class Store(Protocol):

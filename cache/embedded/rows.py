@@ -48,7 +48,7 @@ class Row:
     def read(self, maps: SegmentMaps) -> Record | Damaged:
         """The record, checked. Raises SegmentGone."""
         try:
-            header = Header.parse(self.header)
+            header = Header.parse(self.header, self.encoded_id)
             if header.code_size != self.segment.code_size:
                 raise DamagedRecord(f"{header.code_size} bytes per state, its segment has {self.segment.code_size}")
             codes = maps.codes(self.segment, self.first_row, header.num_states)
@@ -62,13 +62,14 @@ def insert(connection: sqlite3.Connection, collection_id: int, segment_id: int, 
     rows = []
     first_row = 0
     for passage_id, record in records.items():
-        header = record.header
+        # Software that writes version 1 cannot open this catalogue, so it is not written here.
+        header, encoded_id = record.header.latest(), passage_id_bytes(passage_id)
         text = b"" if record.text is None else record.text.encode()
         rows.append(
             (
-                collection_id, passage_id_bytes(passage_id), segment_id, first_row,
+                collection_id, encoded_id, segment_id, first_row,
                 header.num_states, header.num_tokens, header.truncated, header.total_bytes,
-                header.packed, pack_windows(record.window_tokens), text,
+                header.pack(encoded_id), pack_windows(record.window_tokens), text,
             )
         )  # fmt: skip
         first_row += header.num_states
@@ -98,7 +99,7 @@ def headers(connection: sqlite3.Connection, collection_id: int, passage_ids: Seq
         query = f"SELECT passage_id, header FROM passages WHERE collection_id = ? AND passage_id IN ({marks})"
         for encoded_id, packed in connection.execute(query, (collection_id, *chunk)):
             with suppress(DamagedRecord):
-                found[encoded_id.decode()] = Header.parse(packed)
+                found[encoded_id.decode()] = Header.parse(packed, encoded_id)
     return found
 
 

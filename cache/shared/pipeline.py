@@ -47,8 +47,8 @@ def run(link: Link, commands: Sequence[Command], max_chunk: int, *, chunk_bytes:
 def take_bytes(pairs: Iterator[tuple[bytes, Record]], num_bytes: int) -> list[tuple[bytes, Record]]:
     """The next pairs, until they are about `num_bytes`."""
     chunk = []
-    for key, record in pairs:
-        chunk.append((key, record))
+    for encoded_id, record in pairs:
+        chunk.append((encoded_id, record))
         num_bytes -= record.size_bytes
         if num_bytes <= 0:
             break

@@ -54,13 +54,15 @@ class RedisStore:
         )
 
     def put_many(self, collection: str, records: Mapping[str, Record]) -> None:
-        keys = [self._key(collection, passage_id) for passage_id in records]
+        start = self._key_start(collection)
+        encoded_ids = [passage_id_bytes(passage_id) for passage_id in records]
         self._require(collection)
-        pairs = zip(keys, records.values(), strict=True)
+        pairs = zip(encoded_ids, records.values(), strict=True)
         while chunk := take_bytes(pairs, _CHUNK_BYTES):
             expiry = () if self._ttl_seconds is None else ("EX", self._ttl_seconds)
-            run(self._bulk, [("SET", key, pack(record), *expiry) for key, record in chunk], len(chunk))
-        if keys:
+            commands = [("SET", start + encoded_id, pack(record, encoded_id), *expiry) for encoded_id, record in chunk]
+            run(self._bulk, commands, len(chunk))
+        if encoded_ids:
             # After the values: a tier that saw the old number looks again once they are there. A writer that dies in
             # between has not acknowledged, and will come back.
             self._bump(collection)
@@ -106,7 +108,7 @@ class RedisStore:
 
     def read_manifest(self, collection: str) -> Manifest | None:
         value = self._bulk.call(lambda client, _: client.hget(self._manifests, collection))
-        return None if value is None else Manifest.from_json(value)
+        return None if value is None else Manifest.from_json(value, collection)
 
     def write_manifest(self, manifest: Manifest) -> None:
         name, value = manifest.collection, manifest.to_json()
@@ -122,8 +124,8 @@ class RedisStore:
         self._require(collection)
         if users := sorted(alias for alias, name in self.aliases().items() if name == collection):
             raise CollectionInUse(f"collection: {collection!r} is in use by the aliases {users}; move them first")
-        # The manifest first: nothing can be written then. What a crash leaves behind carries the old manifest's
-        # checksum, so a new collection of this name does not take it for its own.
+        # The manifest first: nothing can be written then. What a crash leaves behind is bound to the old manifest, so a
+        # new collection of this name does not take it for its own.
         self._bulk.call(lambda client, _: client.hdel(self._manifests, collection))
         self._bump(collection)
         passage_ids = self._scan_ids(collection)
@@ -157,7 +159,8 @@ class RedisStore:
     def _headers(self, link: Link, collection: str, passage_ids: Sequence[str]) -> list[Header | None]:
         keys = [self._key(collection, passage_id) for passage_id in passage_ids]
         commands = [("GETRANGE", key, 0, HEADER_BYTES - 1) for key in keys]
-        return [_header(value) for value in run(link, commands, _HEADER_CHUNK)]
+        values = run(link, commands, _HEADER_CHUNK)
+        return [_header(*pair) for pair in zip(passage_ids, values, strict=True)]
 
     def _scan_ids(self, collection: str) -> Iterator[str]:
         """Ids of a collection, each once; SCAN itself may repeat some."""
@@ -204,15 +207,15 @@ def _checked(passage_id: str, value: bytes | Exception | None) -> Record | Damag
     try:
         if isinstance(value, Exception):
             raise DamagedRecord(f"not a value: {value}")
-        return unpack(value)
+        return unpack(value, passage_id)
     except DamagedRecord as exc:
         return Damaged(passage_id, str(exc))
 
 
-def _header(value: bytes | Exception) -> Header | None:
+def _header(passage_id: str, value: bytes | Exception) -> Header | None:
     if isinstance(value, Exception) or not value:
         return None
     try:
-        return Header.parse(value)
+        return Header.parse(value, passage_id)
     except DamagedRecord:
         return None

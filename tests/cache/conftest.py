@@ -51,7 +51,7 @@ def make_record(seed: int = 0, *, num_states: int = 3, text: str | None = None, 
         compression_ratio=4,
         truncated=truncated,
         text_digest=text_digest(text or str(seed)),
-        manifest_checksum=0,
+        binding=0,
         text=text,
     )
 

@@ -56,7 +56,7 @@ def record(seed: int) -> Record:
         compression_ratio=1,
         truncated=False,
         text_digest=seed.to_bytes(32, "little"),
-        manifest_checksum=0,
+        binding=0,
         text=f"text {seed}",
     )
 
@@ -128,7 +128,7 @@ def read_until(path: str, last_version: int) -> None:
 def write_large(path: str) -> None:
     """One write of half a megabyte."""
     codes = np.zeros((500_000 // (2 * DIM), 2 * DIM), dtype=np.uint8)
-    values = {"compression_ratio": 1, "truncated": False, "text_digest": bytes(32), "manifest_checksum": 0}
+    values = {"compression_ratio": 1, "truncated": False, "text_digest": bytes(32), "binding": 0}
     large = Record.build(codes, window_tokens=(len(codes),), **values)
     try:
         EmbeddedStore(path).put_many(COLLECTION, {"large": large})

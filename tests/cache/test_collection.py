@@ -191,7 +191,7 @@ def test_a_manifest_survives_json_and_nothing_else_does(make_manifest):
     manifest = make_manifest(codec="SQ8", codec_table=np.arange(2 * DIM, dtype="<f4").tobytes(), passage_template="ü{}")
     data = manifest.to_json()
     assert Manifest.from_json(data) == manifest
-    assert Manifest.from_json(data).checksum == manifest.checksum
+    assert Manifest.from_json(data).binding == manifest.binding
     for position in range(len(data)):
         damaged = data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :]
         with contextlib.suppress(ManifestError):
@@ -199,8 +199,8 @@ def test_a_manifest_survives_json_and_nothing_else_does(make_manifest):
     for junk in (b"", b"[]", b"null", b"\xff", b"{}", b"[" * 100_000):
         with pytest.raises(ManifestError):
             Manifest.from_json(junk)
-    newer = json.dumps(json.loads(data) | {"version": 2}).encode()
-    with pytest.raises(ManifestError, match="version: 2 is unknown, expected 1"):
+    newer = json.dumps(json.loads(data) | {"version": 3}).encode()
+    with pytest.raises(ManifestError, match="version: 3 is unknown, expected 1 or 2"):
         Manifest.from_json(newer)
 
 
@@ -214,7 +214,9 @@ def test_a_manifest_survives_json_and_nothing_else_does(make_manifest):
         ({"codec": "ZIP"}, "ZIP"),
         ({"codec": "SQ8"}, "codec_table: 0 bytes, expected 64"),
         ({"fingerprint": ""}, "fingerprint"),
-        ({"version": 3}, "version: 3 is unknown, expected 1"),
+        ({"version": 3}, "version: 3 is unknown, expected 1 or 2"),
+        ({"identity": "A" * 32}, "identity: 'AAAA"),
+        ({"identity": ""}, "identity: '', expected 32 hex digits"),
     ],
 )
 def test_a_wrong_manifest_names_the_field(make_manifest, changes, message):
@@ -240,3 +242,61 @@ def test_memory_stores_of_one_name_are_one_until_closed(make_manifest):
     third = open_store("memory:one")
     assert third.list_collections() == []
     third.close()
+
+
+MANIFEST_1 = """{
+ "collection": "old",\n "fingerprint": "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+ "checkpoint": "c",\n "dim": 8,\n "max_passage_tokens": 1024,\n "passage_template": "{text}",
+ "pooling_version": 1,\n "compression_ratio": 4,\n "codec": "SQfp16",\n "codec_table": "",\n "stores_text": true,
+ "created_at": "2026-01-01T00:00:00+00:00",\n "version": 1,\n "checksum": "ad8e617a6054794c"\n}"""
+
+
+def test_a_collection_of_version_1_is_read_and_written_as_old_readers_know_it():
+    manifest = Manifest.from_json(MANIFEST_1.encode())
+    assert manifest.to_json().decode() == MANIFEST_1
+    assert manifest.binding == 2314507997012052886  # as the software of that version computed it
+    store = open_store("memory:")
+    collection = Collection.create(store, manifest)
+    collection.put_many([make_passage("p")])
+    assert store.headers_many("old", ["p"])[0].version == 1
+    assert isinstance(collection.get_many(["p"])[0], PassageStates)
+    store.close()
+
+
+def test_an_identity_stays_over_names_and_times_and_ends_with_its_collection(store, make_manifest):
+    planned = make_manifest("shard-0")
+    other = make_manifest("all", identity=planned.identity, created_at="2031-01-01", checkpoint="elsewhere")
+    assert other.binding == planned.binding
+    assert make_manifest("shard-0").binding != planned.binding
+    Collection.create(store, planned).put_many([make_passage("p")])
+    Collection.create(store, other)
+    store.put_many("all", {"p": store.get_many("shard-0", ["p"])[0]})  # as a merge does, undecoded
+    found, merged = (Collection.open(store, name).get_encoded_many(["p"])[0] for name in ("shard-0", "all"))
+    assert np.array_equal(found.states.rows, merged.states.rows)
+    assert found.key == merged.key
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dim": 4, "compression_ratio": 4}, {"compression_ratio": 8}, {"fingerprint": "b" * 64}, {"codec": "SQbf16"},
+        {"codec": "SQ8", "codec_table": np.arange(2 * DIM, dtype="<f4").tobytes()},
+    ],
+)  # fmt: skip
+def test_whatever_decides_how_codes_are_read_is_bound(make_manifest, changes):
+    manifest = make_manifest()
+    assert make_manifest(identity=manifest.identity, **changes).binding != manifest.binding
+
+
+def test_a_manifest_under_another_name_is_refused(make_manifest):
+    data = make_manifest("left").to_json()
+    assert Manifest.from_json(data, "left").collection == "left"
+    with pytest.raises(ManifestError, match="collection: 'left', expected 'right'"):
+        Manifest.from_json(data, "right")
+
+
+def test_equal_texts_under_two_ids_have_one_key(collection):
+    one, other = make_passage("p"), make_passage("q", 1)
+    collection.put_many([one, StoredPassage("again", one.states, one.text), other])
+    first, second, third = (states.key for states in collection.get_encoded_many(["p", "again", "q"]))
+    assert first == second != third

@@ -66,7 +66,7 @@ def test_segments_of_every_codec_are_faiss_indexes(path, make_manifest, make_rec
     store = EmbeddedStore(path)
     store.write_manifest(make_manifest(codec=factory, codec_table=codec.table()))
     codes = codec.encode(states)
-    values = {"compression_ratio": 4, "truncated": False, "text_digest": bytes(32), "manifest_checksum": 0}
+    values = {"compression_ratio": 4, "truncated": False, "text_digest": bytes(32), "binding": 0}
     store.put_many("passages", {"p": Record.build(codes, window_tokens=(256,), **values)})
     (found,) = store.get_many("passages", ["p"])
     assert np.array_equal(found.codes, codes)

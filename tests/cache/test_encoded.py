@@ -67,7 +67,7 @@ def test_pooled_together_is_pooled_alone(collection):
 
 
 def test_damage_and_foreign_records_are_told_as_before(collection):
-    collection._manifest_checksum += 1  # as one who opened another collection of this name
+    collection._binding += 1  # as one who opened another collection of this name
     (found,) = collection.get_encoded_many(["p0"])
     assert isinstance(found, Damaged)
     assert "another manifest" in found.reason

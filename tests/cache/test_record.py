@@ -1,6 +1,7 @@
 """The byte form of a record: what was packed comes back, and nothing else is accepted."""
 
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache.errors import DamagedRecord
-from cache.record import HEADER_BYTES, Header, Record, pack, unpack
+from cache.record import HEADER_BYTES, RECORD_VERSION, Header, Record, pack, unpack
+
+ID = "a passage"
+# One that version 1 wrote: 3 states of 16 bytes, 9 tokens at ratio 4, truncated, the text "é", under manifest 77.
+VERSION_1 = bytes.fromhex(
+    "5052535401000300040000000300000009000000100000000100000002000000000102030405060708090a0b0c0d0e0f10111213141516"
+    "1718191a1b1c1d1e1f4d00000000000000d83ac4209f2f87fec4caf4f66617baa709000000000102030405060708090a0b0c0d0e0f1011"
+    "12131415161718191a1b1c1d1e1f202122232425262728292a2b2c2d2e2fc3a9"
+)
+IDS = st.text(st.characters(codec="utf-8"), max_size=20)
 
 
 @st.composite
@@ -26,77 +36,81 @@ def records(draw):
         compression_ratio=ratio,
         truncated=draw(st.booleans()),
         text_digest=draw(st.binary(min_size=32, max_size=32)),
-        manifest_checksum=draw(st.integers(0, 2**64 - 1)),
+        binding=draw(st.integers(0, 2**64 - 1)),
+        num_clipped=draw(st.integers(0, 9)),
         text=draw(st.none() | st.text(max_size=20)),
     )
 
 
-@given(records())
-def test_unpacking_gives_what_was_packed(same, record):
-    packed = pack(record)
+@given(records(), IDS)
+def test_unpacking_gives_what_was_packed(same, record, passage_id):
+    packed = pack(record, passage_id)
     assert len(packed) == record.size_bytes
-    assert same(unpack(packed), record)
-    assert Header.parse(packed[:HEADER_BYTES]) == record.header
+    assert same(unpack(packed, passage_id), record)
+    assert Header.parse(packed[:HEADER_BYTES], passage_id) == record.header
 
 
 @given(records(), st.data())
 def test_any_flipped_bit_is_found(record, data):
-    packed = bytearray(pack(record))
+    packed = bytearray(pack(record, ID))
     position = data.draw(st.integers(0, len(packed) - 1))
     packed[position] ^= 1 << data.draw(st.integers(0, 7))
     with pytest.raises(DamagedRecord):
-        unpack(bytes(packed))
+        unpack(bytes(packed), ID)
 
 
 @given(records(), st.data())
 def test_any_other_length_is_found(record, data):
-    packed = pack(record)
+    packed = pack(record, ID)
     with pytest.raises(DamagedRecord):
-        unpack(packed[: data.draw(st.integers(0, len(packed) - 1))])
+        unpack(packed[: data.draw(st.integers(0, len(packed) - 1))], ID)
     with pytest.raises(DamagedRecord, match="expected"):
-        unpack(packed + data.draw(st.binary(min_size=1, max_size=8)))
+        unpack(packed + data.draw(st.binary(min_size=1, max_size=8)), ID)
 
 
 @settings(max_examples=300)
 @given(st.binary(max_size=200))
 def test_foreign_bytes_are_refused(junk):
     with pytest.raises(DamagedRecord):
-        unpack(junk)
+        unpack(junk, ID)
     with pytest.raises(DamagedRecord):
-        unpack(b"PRST\x01\x00" + junk)
+        unpack(b"PRST\x01\x00" + junk, ID)
+    with pytest.raises(DamagedRecord):
+        unpack(b"PRST\x02\x00" + junk, ID)
 
 
 def forge(record: Record, offset: int, value: bytes) -> bytes:
     """A packed record with a changed header field and checksums made to fit, as an attacker would."""
-    packed = bytearray(pack(record))
+    packed = bytearray(pack(record, ID))
     packed[offset : offset + len(value)] = value
     packed[HEADER_BYTES - 16 : HEADER_BYTES - 8] = struct.pack("<Q", xxhash.xxh3_64_intdigest(packed[HEADER_BYTES:]))
-    packed[HEADER_BYTES - 8 : HEADER_BYTES] = struct.pack("<Q", xxhash.xxh3_64_intdigest(packed[: HEADER_BYTES - 8]))
+    covered = bytes(packed[: HEADER_BYTES - 8]) + ID.encode()
+    packed[HEADER_BYTES - 8 : HEADER_BYTES] = struct.pack("<Q", xxhash.xxh3_64_intdigest(covered))
     return bytes(packed)
 
 
 def test_forged_counts_with_right_checksums_are_refused(make_record, same):
     record = make_record(1, num_states=3, text="text")
-    assert same(unpack(forge(record, 0, b"PRST")), record)  # the forgery itself is sound
+    assert same(unpack(forge(record, 0, b"PRST"), ID), record)  # the forgery itself is sound
     huge = struct.pack("<I", 2**32 - 1)
     # compression_ratio, num_states, num_tokens, code_size, num_windows, text_bytes
     for offset in range(8, 32, 4):
         for value in (huge, bytes(4)):
             with pytest.raises(DamagedRecord):
-                unpack(forge(record, offset, value))
+                unpack(forge(record, offset, value), ID)
     with pytest.raises(DamagedRecord, match="add up"):
-        unpack(forge(record, HEADER_BYTES, struct.pack("<I", 4)))  # window_tokens
+        unpack(forge(record, HEADER_BYTES, struct.pack("<I", 4)), ID)  # window_tokens
     with pytest.raises(DamagedRecord, match="UTF-8"):
-        unpack(forge(record, record.size_bytes - 4, b"\xff\xff\xff\xff"))
-    with pytest.raises(DamagedRecord, match="version 2 is unknown, expected 1"):
-        unpack(forge(record, 4, b"\x02\x00"))
+        unpack(forge(record, record.size_bytes - 4, b"\xff\xff\xff\xff"), ID)
+    with pytest.raises(DamagedRecord, match="version 3 is unknown, expected 1 or 2"):
+        unpack(forge(record, 4, b"\x03\x00"), ID)
 
 
 def test_a_record_that_does_not_fit_itself_cannot_be_built():
     codes = np.zeros((3, 4), dtype=np.uint8)
     values = {
         "window_tokens": (12,), "compression_ratio": 4, "truncated": False, "text_digest": bytes(32),
-        "manifest_checksum": 0,
+        "binding": 0,
     }  # fmt: skip
     Record.build(codes, **values)
     for wrong in ({"window_tokens": (13,)}, {"compression_ratio": 6}, {"text_digest": b""}):
@@ -109,7 +123,49 @@ def test_a_record_that_does_not_fit_itself_cannot_be_built():
 
 
 def test_codes_of_an_unpacked_record_are_a_view(make_record):
-    packed = pack(make_record(1))
-    record = unpack(packed)
+    packed = pack(make_record(1), ID)
+    record = unpack(packed, ID)
     assert np.shares_memory(record.codes, np.frombuffer(packed, dtype=np.uint8))
     assert not record.codes.flags.writeable
+
+
+@given(records(), IDS, IDS)
+def test_a_record_is_read_under_its_own_id_only(record, own, other):
+    packed = pack(record, own)
+    if own != other:
+        with pytest.raises(DamagedRecord, match="another passage's"):
+            unpack(packed, other)
+        with pytest.raises(DamagedRecord, match="another passage's"):
+            Header.parse(packed[:HEADER_BYTES], other)
+    # What is computed of the payload can serve under any id: its checksum does not know one.
+    other_header = Header.parse(pack(record, other)[:HEADER_BYTES], other)
+    assert other_header.payload_checksum == record.header.payload_checksum
+
+
+def test_version_1_is_read_and_written_again_as_the_latest(same):
+    for passage_id in (ID, "of any id: it does not know its own"):
+        record = unpack(VERSION_1, passage_id)
+        assert record.header.version == 1
+        assert np.array_equal(record.codes, np.arange(48, dtype=np.uint8).reshape(3, 16))
+        assert (record.window_tokens, record.text, record.truncated) == ((9,), "é", True)
+        assert (record.header.binding, record.header.num_clipped) == (77, 0)
+    written = Record.build(
+        record.codes, window_tokens=(9,), compression_ratio=4, truncated=True, text_digest=bytes(range(32)), binding=77,
+        text="é", version=1,
+    )  # fmt: skip
+    assert pack(written, ID) == VERSION_1
+    latest = replace(record, header=record.header.latest())
+    again = unpack(pack(latest, ID), ID)
+    assert again.header.version == RECORD_VERSION
+    assert same(again, latest)
+    assert again.header.payload_checksum == record.header.payload_checksum
+    with pytest.raises(DamagedRecord, match="another passage's"):
+        unpack(pack(latest, ID), "other")
+
+
+@given(st.data())
+def test_any_flipped_bit_of_version_1_is_found(data):
+    packed = bytearray(VERSION_1)
+    packed[data.draw(st.integers(0, len(packed) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    with pytest.raises(DamagedRecord):
+        unpack(bytes(packed), ID)

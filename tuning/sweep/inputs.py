@@ -44,7 +44,7 @@ def inputs_of(
         "fingerprint": checkpoint.identity().fingerprint,
         "weights": checkpoint.weights_digest(),
         "checkpoint_settings": asdict(checkpoint.settings),
-        "states_of": from_states.manifest.checksum if from_states is not None else None,
+        "states_of": from_states.manifest.binding if from_states is not None else None,
         "dtype": backend.dtype_name,
         "device": backend.device_name,
         "split": settings.split,
