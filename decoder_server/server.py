@@ -12,8 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_health.v1 import health, health_pb2
 
 from cache.store import Store, open_store
 from cache.tier import StatesTier
@@ -37,9 +36,8 @@ from decoder_server.service import RerankService
 from decoder_server.tei_service import SERVICES as TEI_SERVICES
 from decoder_server.tei_service import add_services as add_tei_services
 from decoder_server.texts import Texts
-from preread.edge.access import AccessInterceptor
+from preread.edge.grpc_server import add_standard_services, make_server
 from preread.edge.keys import ApiKeys
-from preread.edge.observe import ObservingInterceptor, connection_options
 from preread.v1 import rerank_pb2, rerank_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -121,25 +119,18 @@ class DecoderServer:
     async def bind(self) -> None:
         """Listens, not ready: health answers NOT_SERVING, everything else UNAVAILABLE."""
         limit = self.config.max_message_bytes
-        self._server = grpc.aio.server(
-            interceptors=(
-                ObservingInterceptor(self.metrics.rpc, max_calls=self.config.max_connections),
-                AccessInterceptor(self.keys),
-            ),
-            options=[
-                ("grpc.max_receive_message_length", limit),
-                ("grpc.max_send_message_length", limit),
-                ("grpc.so_reuseport", 0),  # a taken port should be an error, not a shared one
-                *connection_options(self.config.max_connections),
-                *self._connection_age(),
-            ],
+        self._server = make_server(
+            self.keys,
+            [self.metrics.rpc],
+            max_calls=self.config.max_connections,
+            max_request_bytes=limit,
+            max_response_bytes=limit,
+            options=self._connection_age(),
         )
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing in grpc-stubs
         rerank_pb2_grpc.add_RerankServiceServicer_to_server(self._service, self._server)
         add_tei_services(self._server, lambda: self.engines)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = [SERVICE, *TEI_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME]
-        reflection.enable_server_reflection(names, self._server)
+        add_standard_services(self._server, self._health, [SERVICE, *TEI_SERVICES])
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         self.port = self.config.tls.listen(self._server, self.config.host, self.config.port)
         await self._server.start()

@@ -12,8 +12,7 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_health.v1 import health, health_pb2
 
 from cache.store import Store, open_store, public_url
 from encoder_worker.config import EncoderConfig
@@ -22,9 +21,9 @@ from encoder_worker.metrics import WorkerMetrics
 from encoder_worker.passage_encoder import PassageEncoder
 from encoder_worker.scheduler import Scheduler
 from encoder_worker.service import EncoderService
-from preread.edge.access import AccessInterceptor
+from preread.edge.grpc_server import add_standard_services, make_server
 from preread.edge.keys import ApiKeys
-from preread.edge.observe import ObservingInterceptor, connection_options, log_call
+from preread.edge.observe import log_call
 from preread.v1 import encoder_pb2, encoder_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -102,21 +101,15 @@ class EncoderServer:
             self._own_store = None
 
     async def _bind(self) -> None:
-        server = grpc.aio.server(
-            interceptors=(
-                ObservingInterceptor(self.metrics.rpc, log_call, max_calls=self.config.max_connections),
-                AccessInterceptor(self.keys),
-            ),
-            options=[
-                ("grpc.max_receive_message_length", self.config.max_message_bytes),
-                ("grpc.max_send_message_length", self.config.max_answer_bytes),
-                ("grpc.so_reuseport", 0),  # a taken port should be an error, not a shared one
-                *connection_options(self.config.max_connections),
-            ],
+        server = make_server(
+            self.keys,
+            [self.metrics.rpc, log_call],
+            max_calls=self.config.max_connections,
+            max_request_bytes=self.config.max_message_bytes,
+            max_response_bytes=self.config.max_answer_bytes,
         )
         encoder_pb2_grpc.add_EncoderServiceServicer_to_server(self._service, server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        reflection.enable_server_reflection([SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+        add_standard_services(server, self._health, [SERVICE])
         await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
         self.port = self.config.tls.listen(server, self.config.host, self.config.port)
         await server.start()

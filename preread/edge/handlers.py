@@ -32,5 +32,14 @@ def replaced(handler: Any, function: Callable[..., Any]) -> Any:
     return _MAKERS[_shape(handler)](function, handler.request_deserializer, handler.response_serializer)
 
 
+def reading_raw(handler: Any, function: Callable[..., Any]) -> Any:
+    """A handler that gives `function` the request's messages as an iterator of bytes, also where there is only one.
+
+    gRPC calls it when the call begins, where it would otherwise wait for the message and parse it first. A caller
+    cannot tell the difference: on the wire both are the same.
+    """
+    return _MAKERS[True, bool(handler.response_streaming)](function, None, handler.response_serializer)
+
+
 def _shape(handler: Any) -> tuple[bool, bool]:
     return bool(handler.request_streaming), bool(handler.response_streaming)

@@ -7,10 +7,9 @@ answer, errors too.
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,8 +24,6 @@ log = logging.getLogger(__name__)
 
 REQUEST_ID = "x-request-id"
 RETRY_SECONDS = 1.0
-SPARE = 8
-IDLE_SECONDS = 600  # a connection without a call is closed then; clients open another when they need one
 # Probes and descriptions would drown what matters.
 _OURS = ("/preread.", "/tei.")
 
@@ -69,18 +66,12 @@ class ObservingInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg
         function = function_of(handler)
         short = method.rpartition("/")[0].rpartition(".")[2] + "/" + method.rpartition("/")[2]
 
-        async def once(request: Any, context: Any) -> Any:
+        async def observed(request: Any, context: Any) -> Any:
             with self._observed(short, call, context):
                 await self._admit(context)
                 return await function(request, context)
 
-        async def many(request: Any, context: Any) -> AsyncIterator[Any]:
-            with self._observed(short, call, context):
-                await self._admit(context)
-                async for answer in function(request, context):
-                    yield answer
-
-        return replaced(handler, many if inspect.isasyncgenfunction(function) else once)
+        return replaced(handler, observed)
 
     async def _admit(self, context: Any) -> None:
         if self._num_calls > self._max_calls:
@@ -97,7 +88,7 @@ class ObservingInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg
             yield
             code = _code(context, "OK")
         except asyncio.CancelledError:
-            code = "CANCELLED"
+            code = _code(context, "CANCELLED")
             raise
         except BaseException:
             code = _code(context, "UNKNOWN")
@@ -106,12 +97,6 @@ class ObservingInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg
             self._num_calls -= 1
             for on_call in self._on_call:
                 on_call(method, code, time.monotonic() - started)
-
-
-def connection_options(max_calls: int) -> list[tuple[str, int]]:
-    """Of a server: what one connection may ask at once, and that idle ones end; gRPC does not bound their number."""
-    # a few more than are admitted: a probe on the same connection should not wait
-    return [("grpc.max_concurrent_streams", max_calls + SPARE), ("grpc.max_connection_idle_ms", IDLE_SECONDS * 1000)]
 
 
 def _code(context: Any, default: str) -> str:

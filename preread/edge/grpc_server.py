@@ -1,0 +1,75 @@
+"""What the gRPC ports of both servers share: interceptors in their order, limits, and the services of every port."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+
+import grpc
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from preread.edge.access import AccessInterceptor
+from preread.edge.keys import ApiKeys
+from preread.edge.messages import CheckStructure, MessageInterceptor, accept_any
+from preread.edge.observe import ObservingInterceptor, OnCall
+
+SPARE = 8
+IDLE_SECONDS = 600  # a connection without a call is closed then; clients open another when they need one
+
+
+def make_server(
+    keys: ApiKeys,
+    on_call: Sequence[OnCall],
+    *,
+    max_calls: int,
+    max_request_bytes: int,
+    max_response_bytes: int,
+    check_structure: CheckStructure = accept_any,
+    options: Iterable[tuple[str, int]] = (),
+) -> grpc.aio.Server:
+    """A server without services.
+
+    Args:
+        max_calls: at once.
+        max_request_bytes: of one message, also once it is decompressed.
+        check_structure: what a message must pass before it is parsed.
+        options: further arguments of gRPC's.
+    """
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_ended_by_grpc)  # adding it again changes nothing
+    return grpc.aio.server(
+        # The outermost first: every call is counted, then its key is checked, and only then is a message read.
+        interceptors=(
+            ObservingInterceptor(*on_call, max_calls=max_calls),
+            AccessInterceptor(keys),
+            MessageInterceptor(check_structure),
+        ),
+        options=[
+            ("grpc.max_receive_message_length", max_request_bytes),
+            ("grpc.max_send_message_length", max_response_bytes),
+            ("grpc.so_reuseport", 0),  # a taken port should be an error, not a shared one
+            # a few more than are admitted: a probe on the same connection should not wait
+            ("grpc.max_concurrent_streams", max_calls + SPARE),
+            # gRPC does not bound the number of connections
+            ("grpc.max_connection_idle_ms", IDLE_SECONDS * 1000),
+            *options,
+        ],
+    )
+
+
+def add_standard_services(server: grpc.aio.Server, servicer: health.aio.HealthServicer, names: Iterable[str]) -> None:  # type: ignore[name-defined]  # missing in grpc-stubs
+    """Health, and reflection of it and of the services `names`."""
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+
+
+def _ended_by_grpc(record: logging.LogRecord) -> bool:
+    """One line in place of gRPC's traceback where a method has returned and its call had ended before.
+
+    That is so when a message of a stream is over the size limit or badly compressed: the method sees the stream's end.
+    """
+    if record.exc_info and isinstance(record.exc_info[1], grpc.aio.InternalError):
+        record.levelno, record.levelname = logging.WARNING, "WARNING"
+        record.msg, record.args = f"{record.getMessage()}: the call had ended before", ()
+        record.exc_info = None
+    return True

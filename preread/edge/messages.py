@@ -1,0 +1,127 @@
+"""One place where bytes of a gRPC call become messages, on every method of both servers.
+
+Every method reads raw bytes from a stream, unary ones too, so a key is checked and a call counted before its first
+byte is read. Then, per message: bounds of its structure, and parsing. What goes wrong here or in the method's own code
+ends the call with a status, and never with the text of an exception.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from preread import rpc
+from preread.edge.handlers import function_of, reading_raw
+
+log = logging.getLogger(__name__)
+
+MESSAGE_SECONDS = 120.0  # until the message of a unary call is complete; a caller who stalls would hold a place
+
+# (method as /package.Service/Method, bytes of one message); awaited before they are parsed
+CheckStructure = Callable[[str, bytes], Awaitable[None]]
+
+
+class InvalidMessage(Exception):  # noqa: N818
+    """A message that is not parsed, or cannot be. The text goes to the caller."""
+
+    def __init__(self, message: str, code: grpc.StatusCode = grpc.StatusCode.INVALID_ARGUMENT) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+async def accept_any(_: str, __: bytes) -> None:
+    """No bound."""
+
+
+class MessageInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in grpc-stubs only
+    """The innermost interceptor. INVALID_ARGUMENT for what is no message, INTERNAL for an exception of the method."""
+
+    def __init__(self, check: CheckStructure = accept_any, *, message_seconds: float = MESSAGE_SECONDS) -> None:
+        """
+        Args:
+            check: raises InvalidMessage for bytes that are not worth parsing.
+            message_seconds: a unary call whose message is not complete by then is DEADLINE_EXCEEDED.
+        """
+        self._check = check
+        self._message_seconds = message_seconds
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        method = str(handler_call_details.method)
+        function = function_of(handler)
+
+        async def call(raw: AsyncIterator[bytes], context: Any) -> Any:
+            try:
+                messages = self._parsed(method, raw, handler.request_deserializer)
+                request = messages if handler.request_streaming else await self._only(messages)
+                answer = function(request, context)
+                if not inspect.isasyncgen(answer):
+                    return await answer
+                async with aclosing(answer):
+                    async for response in answer:
+                        await context.write(response)
+            except InvalidMessage as exc:
+                await _refuse(context, method, exc)
+            except grpc.aio.BaseError:  # the call has ended: by abort, or because the caller left
+                raise
+            except Exception:
+                log.exception("%s: unexpected error", method)
+                message = "internal error; the server's log has it under this call's x-request-id"
+                await rpc.abort(context, grpc.StatusCode.INTERNAL, message, rpc.error_info("INTERNAL"))
+
+        return reading_raw(handler, call)
+
+    async def _parsed(
+        self, method: str, raw: AsyncIterator[bytes], parse: Callable[[bytes], Any] | None
+    ) -> AsyncIterator[Any]:
+        async for data in raw:
+            await self._check(method, data)
+            yield _parse(data, parse)
+
+    async def _only(self, messages: AsyncIterator[Any]) -> Any:
+        try:
+            async with asyncio.timeout(self._message_seconds):
+                return await anext(messages)
+        except StopAsyncIteration:
+            raise InvalidMessage("the call ended without a message; expected one") from None
+        except TimeoutError:
+            message = f"no whole message within {self._message_seconds:g} s; expected one"
+            raise InvalidMessage(message, grpc.StatusCode.DEADLINE_EXCEEDED) from None
+
+
+async def _refuse(context: Any, method: str, error: InvalidMessage) -> None:
+    try:
+        await rpc.abort(context, error.code, str(error), rpc.error_info("INVALID_MESSAGE"))
+    except grpc.aio.AbortError:
+        log.warning("%s: %s", method, error)
+        raise
+    except grpc.aio.InternalError:
+        # gRPC has ended the call already, and shows its messages as none: one was over the limit, or not as its
+        # compression says. Nothing more can be sent.
+        context.set_code(grpc.StatusCode.RESOURCE_EXHAUSTED)
+        log.warning("%s: a message is over the size limit or badly compressed", method)
+        raise asyncio.CancelledError from None
+
+
+def _parse(data: bytes, parse: Callable[[bytes], Any] | None) -> Any:
+    if parse is None:
+        return data
+    try:
+        return parse(data)
+    except DecodeError:
+        described = getattr(getattr(parse, "__self__", None), "DESCRIPTOR", None)
+        expected = getattr(described, "full_name", "protobuf")
+        raise InvalidMessage(f"a message of {len(data)} bytes cannot be parsed; expected {expected}") from None
