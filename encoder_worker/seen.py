@@ -1,4 +1,4 @@
-"""Which ids came already, and where. Some 20 bytes an id, so that a hundred million fit. Knows no passages."""
+"""Which ids came already, and where. Some 20 bytes an id, so that a hundred million fit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import numpy as np
 from numpy.typing import NDArray
 
-from encoder_worker.sources import Place
+from encoder_worker.sources import Passage, Place, Reason, Refused
 
 _MERGE_AT = 1 << 16
 _LINE_BITS = 40
@@ -24,6 +24,14 @@ class SeenIds:
         self._sources: list[str] = []
         self._latest: dict[int, int] = {}  # hash -> number of the source and line in one
         self._sorted: list[tuple[NDArray[np.uint64], NDArray[np.uint64]]] = []  # the same, large to small
+
+    def once(self, passage: Passage) -> Passage | Refused:
+        """The passage, or why it is refused where its id came before."""
+        first = self.first_place(passage.passage_id, passage.place)
+        if first is None:
+            return passage
+        message = f"id {passage.passage_id!r} came before, at {first}; the first one counts"
+        return Refused(passage.place, passage.passage_id, Reason.DUPLICATE_ID, message)
 
     def first_place(self, passage_id: str, place: Place) -> Place | None:
         """Where the id came first, or None where this is the first time; remembers it then."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from cache.states import text_digest
 from encoder_worker.passage_encoder import PassageEncoder, Tokenized
 from encoder_worker.seen import SeenIds
-from encoder_worker.sources import Passage, Reason, Refused, SourceError
+from encoder_worker.sources import Passage, Refused, SourceError
 from encoder_worker.target import Target
 
 _TOKENIZE_PASSAGES = 256
@@ -78,7 +78,7 @@ def read_windows(
             break
         window.num_read += 1
         if isinstance(item, Passage):
-            item = _once(item, seen)
+            item = seen.once(item)
         if isinstance(item, Refused):
             window.refused.append(item)
             if strict:
@@ -93,14 +93,6 @@ def read_windows(
             window, fresh, num_bytes = Window(), [], 0
     window.fraction = fraction()
     yield _prepare(window, fresh, encoder, target, split=split, force=force)
-
-
-def _once(passage: Passage, seen: SeenIds) -> Passage | Refused:
-    first = seen.first_place(passage.passage_id, passage.place)
-    if first is None:
-        return passage
-    message = f"id {passage.passage_id!r} came before, at {first}; the first one counts"
-    return Refused(passage.place, passage.passage_id, Reason.DUPLICATE_ID, message)
 
 
 def _prepare(

@@ -101,6 +101,7 @@ def evaluate(
         query_ids=list(judged.qrels),
         qrels=judged.qrels,
         systems=compare(measured, settings, reranked.seconds),
+        refused=judged.refused,
     )
 
 
@@ -162,6 +163,7 @@ def _count(
         num_changed_passages=_num_changed(judged, stored, first) if stored is not None else 0,
         num_truncated_passages=len(reranked.truncated_passages),
         num_unscored_pairs=reranked.num_unscored_pairs,
+        num_refused_lines=len(judged.refused),
     )
 
 

@@ -1,51 +1,77 @@
-"""Lines and rows of judged files: JSON lines and tables, plain or gzipped. Does not know what they mean."""
+"""Lines and rows of judged files, read by the reader of `preread index`. Does not know what they mean.
+
+A line that cannot be used costs itself: it is noted in `refused`, with its place, and the others are read on.
+"""
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from encoder_worker.sources import Place, Refused, SourceError
+from encoder_worker.sources.jsonl import json_object
+from encoder_worker.sources.lines import DEFAULT_MAX_LINE_BYTES, read_texts
+from encoder_worker.sources.streams import STDIN, open_bytes
 from tuning.errors import EvaluationError
 
 
-def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Non-empty lines of a text file with their numbers, from 1, without their line ends.
+def numbered_lines(path: Path, refused: list[Refused] | None = None) -> Iterator[tuple[Place, str]]:
+    """Lines that are not blank, without their ends, of a text file, plain, gzip or zstd; `-` is standard input.
+
+    Args:
+        refused: takes lines that are too long or not UTF-8; None: the first of them is an error.
 
     Raises:
-        EvaluationError: no such file, not UTF-8, or a broken gzip stream.
+        EvaluationError: no such file, or a broken compressed stream.
     """
     try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-                if text.strip():
-                    yield number, text
-    except UnicodeDecodeError as exc:
-        raise EvaluationError(f"{path}: not UTF-8 text ({exc})") from exc
-    except (OSError, EOFError, zlib.error) as exc:
-        reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
-        raise EvaluationError(f"{path}: cannot be read ({reason})") from exc
+        with open_bytes(str(path), sys.stdin.buffer) as (stream, _):
+            source = "standard input" if str(path) == STDIN else str(path)
+            for entry in read_texts(stream, source, DEFAULT_MAX_LINE_BYTES):
+                if isinstance(entry, Refused):
+                    refuse(entry, refused)
+                else:
+                    yield entry
+    except SourceError as exc:
+        raise EvaluationError(str(exc)) from exc
 
 
-def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, object) of each line; `where` is path:line, for errors.
+def json_rows(path: Path, refused: list[Refused] | None = None) -> Iterator[tuple[Place, dict[str, Any]]]:
+    """The JSON object of each line, and where it stood.
+
+    Args:
+        refused: takes lines that hold no object; None: the first of them is an error.
 
     Raises:
-        EvaluationError: a line that is not a JSON object.
+        EvaluationError: as `numbered_lines`.
     """
-    for number, line in numbered_lines(path):
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except ValueError as exc:
-            raise EvaluationError(f"{where}: not JSON ({exc})") from exc
-        if not isinstance(row, dict):
-            raise EvaluationError(f"{where}: {type(row).__name__}; expected a JSON object")
-        yield where, row
+    for place, line in numbered_lines(path, refused):
+        row = json_object(place, line)
+        if isinstance(row, Refused):
+            refuse(row, refused)
+        else:
+            yield place, row
+
+
+def refuse(item: Refused, refused: list[Refused] | None) -> None:
+    """Notes a line that cannot be used.
+
+    Raises:
+        EvaluationError: there is nowhere to note it.
+    """
+    if refused is None:
+        raise EvaluationError(str(item))
+    refused.append(item)
+
+
+def nothing_left(path: str | Path, what: str, refused: Sequence[Refused] | None) -> EvaluationError:
+    """The error of a file without a line of use; the first refused one says why."""
+    why = [str(item) for item in refused or () if item.place.source == str(path)]
+    return EvaluationError(
+        f"{path}: no {what}" + (f"; {len(why):,} lines refused, the first is {why[0]}" if why else "")
+    )
 
 
 def fields(line: str) -> list[str]:

@@ -1,22 +1,25 @@
 """A judged collection: passages, queries, and which passages answer which query. Does not know models.
 
-Passages are read by the reader that indexes them, so that both mean the same text.
+Passages are read by the reader that indexes them, and queries and judgements by the same rules: what indexing would
+refuse is left out, and listed.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-from encoder_worker.sources import Passage, Reason, Source, SourceError
+from encoder_worker.seen import SeenIds
+from encoder_worker.sources import Fields, Passage, Place, Refused, Source, SourceError
 from tuning.errors import EvaluationError
-from tuning.files import first_existing, json_rows
+from tuning.files import first_existing, json_rows, nothing_left, refuse
 from tuning.trec import Qrels, read_qrels
 
 CORPUS_NAMES = ("corpus.jsonl", "corpus.jsonl.gz", "corpus.jsonl.zst")
+QUERY_NAMES = ("queries.jsonl", "queries.jsonl.gz", "queries.jsonl.zst")
+QUERY_FIELDS = Fields(title=None)
 QRELS_NAMES = ("qrels.tsv", "qrels/test.tsv", "qrels.txt", "qrels.jsonl")
 
 
@@ -34,6 +37,7 @@ class JudgedCollection:
     num_judgements_of_unknown_queries: int = 0
     unknown_queries: tuple[str, ...] = ()  # judged, but without a text
     splits: dict[str, str] = field(default_factory=dict)  # query_id -> `split` of queries.jsonl
+    refused: tuple[Refused, ...] = ()  # lines of the three files that were left out, and why
 
     def with_passages(self, passages: dict[str, str]) -> JudgedCollection:
         """The same judgements over these passages."""
@@ -78,20 +82,22 @@ def read_judged(
         need_qrels: False where queries without any judgements will do.
 
     Raises:
-        EvaluationError: a file that is missing or broken; no query left to run.
+        EvaluationError: a file that is missing, cannot be read or holds nothing of use; no query left to run. A line
+            that cannot be used is in `refused`, and left out.
     """
     folder = Path(folder) if folder is not None else None
     if folder is not None and not folder.is_dir():
         raise EvaluationError(f"{folder}: no such folder; expected corpus.jsonl, queries.jsonl and qrels (BEIR)")
     corpus_path = _find(folder, corpus, CORPUS_NAMES, "corpus", needed=need_corpus)
-    queries_path = _find(folder, queries, ("queries.jsonl", "queries.jsonl.gz"), "queries", needed=True)
+    queries_path = _find(folder, queries, QUERY_NAMES, "queries", needed=True)
     names = (f"qrels/{split}.tsv", *QRELS_NAMES) if split is not None else QRELS_NAMES
     qrels_path = _find(folder, qrels, names, "qrels", needed=need_qrels)
     assert queries_path is not None  # `needed`
 
-    passages = read_corpus(corpus_path) if corpus_path is not None else {}
-    texts, splits = read_queries(queries_path)
-    judged = read_qrels(qrels_path) if qrels_path is not None else {}
+    refused: list[Refused] = []
+    passages = read_corpus(corpus_path, refused) if corpus_path is not None else {}
+    texts, splits = read_queries(queries_path, refused)
+    judged = read_qrels(qrels_path, refused) if qrels_path is not None else {}
     unknown = tuple(q for q in judged if q not in texts)
     collection = JudgedCollection(
         name=folder.resolve().name if folder is not None else queries_path.name.split(".")[0],
@@ -101,6 +107,7 @@ def read_judged(
         num_judgements_of_unknown_queries=sum(len(judged[q]) for q in unknown),
         unknown_queries=unknown,
         splits=splits,
+        refused=tuple(refused),
     )
     if split is not None and (qrels_path is None or qrels_path.stem != split):
         collection = _only_split(collection, split, queries_path)
@@ -109,58 +116,62 @@ def read_judged(
     return collection
 
 
-def read_corpus(path: str | Path) -> dict[str, str]:
-    """{passage_id: text} of whatever `preread index` reads. A passage without text is kept: it may be judged.
+def read_corpus(path: str | Path, refused: list[Refused] | None = None) -> dict[str, str]:
+    """{passage_id: text} of whatever `preread index` reads.
+
+    Args:
+        refused: takes what indexing would refuse, ids that came before included; None: the first of them is an error.
 
     Raises:
-        EvaluationError: a line that indexing would refuse for another reason, or an id twice.
+        EvaluationError: a file that cannot be read, or without any passage.
     """
-    passages: dict[str, str] = {}
     try:
-        for item in Source([path]):
-            if isinstance(item, Passage):
-                passage_id, text = item.passage_id, item.text
-            elif item.reason is Reason.EMPTY_TEXT and item.passage_id is not None:
-                passage_id, text = item.passage_id, ""
-            else:
-                raise EvaluationError(str(item))
-            if passage_id in passages:
-                raise EvaluationError(f"{item.place}: id {passage_id!r} a second time")
-            passages[passage_id] = text
+        passages = _texts(Source([path]), refused)
     except SourceError as exc:
         raise EvaluationError(str(exc)) from exc
     if not passages:
-        raise EvaluationError(f"{path}: no passages")
+        raise nothing_left(path, "passages", refused)
     return passages
 
 
-def read_queries(path: str | Path) -> tuple[dict[str, str], dict[str, str]]:
+def read_queries(path: str | Path, refused: list[Refused] | None = None) -> tuple[dict[str, str], dict[str, str]]:
     """({query_id: text}, {query_id: split}) of BEIR's JSON lines (`id` or `_id`, `text`, perhaps `split`).
 
+    Args:
+        refused: as `read_corpus`.
+
     Raises:
-        EvaluationError: a row without id or text, or an id twice.
+        EvaluationError: a file that cannot be read, or without any query.
     """
-    texts: dict[str, str] = {}
-    splits: dict[str, str] = {}
-    for where, row in json_rows(Path(path)):
-        id_, text = _id(where, row), row.get("text")
-        if id_ in texts:
-            raise EvaluationError(f"{where}: id {id_!r} a second time")
-        if not isinstance(text, str):
-            raise EvaluationError(f"{where}: text is {text!r}; expected a string")
-        texts[id_] = text
-        if isinstance(row.get("split"), str):
-            splits[id_] = row["split"]
+    splits: dict[Place, str] = {}
+    places: dict[str, Place] = {}
+
+    def items() -> Iterator[Passage | Refused]:
+        for place, row in json_rows(Path(path), refused):
+            item = QUERY_FIELDS.of_row(place, row)
+            if isinstance(item, Passage):
+                places.setdefault(item.passage_id, place)
+                if isinstance(row.get("split"), str):
+                    splits[place] = row["split"]
+            yield item
+
+    texts = _texts(items(), refused)
     if not texts:
-        raise EvaluationError(f"{path}: no queries")
-    return texts, splits
+        raise nothing_left(path, "queries", refused)
+    return texts, {q: splits[places[q]] for q in texts if places[q] in splits}
 
 
-def _id(where: str, row: dict[str, Any]) -> str:
-    id_ = row.get("id", row.get("_id"))
-    if isinstance(id_, bool) or not isinstance(id_, str | int) or id_ == "":
-        raise EvaluationError(f"{where}: id is {id_!r}; expected a string or an integer")
-    return str(id_)
+def _texts(items: Iterable[Passage | Refused], refused: list[Refused] | None) -> dict[str, str]:
+    """{id: text}; the first of several with one id counts, as in an index run."""
+    texts: dict[str, str] = {}
+    seen = SeenIds()
+    for one in items:
+        item = seen.once(one) if isinstance(one, Passage) else one
+        if isinstance(item, Refused):
+            refuse(item, refused)
+        else:
+            texts[item.passage_id] = item.text
+    return texts
 
 
 def _find(

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from encoder_worker.sources import Refused
 from tuning.bootstrap import Bootstrap, Difference, Interval, Share
 from tuning.metrics import HEADLINE
 from tuning.settings import EvaluationSettings
@@ -67,10 +68,12 @@ class Counts:
     num_changed_passages: int
     num_truncated_passages: int
     num_unscored_pairs: int
+    num_refused_lines: int
 
     def notes(self) -> list[str]:
         """One sentence for each thing a reader of the numbers should know."""
         told = (
+            (self.num_refused_lines, "lines of the judged files cannot be used: left out"),
             (
                 self.num_judgements_of_unknown_queries,
                 f"judgements name queries without a text ({self.num_unknown_queries} of them): left out",
@@ -107,6 +110,7 @@ class EvaluationReport:
     query_ids: list[str]
     qrels: Qrels = field(repr=False)
     systems: list[System]
+    refused: tuple[Refused, ...] = ()  # lines of the judged files that were left out
 
     @property
     def baseline(self) -> System:
@@ -131,6 +135,7 @@ class EvaluationReport:
             "settings": asdict(self.settings),
             "counts": asdict(self.counts),
             "notes": self.counts.notes(),
+            "refused": [refused_json(item) for item in self.refused],
             "query_ids": self.query_ids,
             "systems": [_system_json(system) for system in self.systems],
         }
@@ -205,6 +210,12 @@ def _system_json(system: System) -> dict[str, Any]:
         "decoder_seconds": system.seconds,
         "per_query": {name: [round(v, 6) for v in values.tolist()] for name, values in system.per_query.items()},
     }
+
+
+def refused_json(item: Refused) -> dict[str, Any]:
+    """As in the report of `preread index`."""
+    place = {"source": item.place.source, "line": item.place.line, "passage_id": item.passage_id}
+    return place | {"reason": item.reason.value, "message": item.message}
 
 
 def share_json(share: Share | None) -> dict[str, float] | None:

@@ -11,8 +11,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from cache.errors import InvalidName
+from cache.names import passage_id_bytes
+from encoder_worker.sources import Place, Reason, Refused
+from preread.passages import id_text
 from tuning.errors import EvaluationError
-from tuning.files import fields, json_rows, numbered_lines
+from tuning.files import fields, json_rows, nothing_left, numbered_lines, refuse
 
 GRADE_NAMES = ("score", "grade", "relevance", "rel", "label")  # of the last column, in a header line
 
@@ -21,6 +25,7 @@ QUERY_KEYS = ("query-id", "query_id", "qid")
 PASSAGE_KEYS = ("corpus-id", "passage_id", "doc_id", "docid", "pid")
 
 Qrels = dict[str, dict[str, int]]  # query_id -> {passage_id: grade}
+Judgement = tuple[str, str, int]  # query_id, passage_id, grade
 Run = dict[str, list[tuple[str, float]]]  # query_id -> [(passage_id, score)], best first
 
 
@@ -32,49 +37,70 @@ class RunFile:
     tag: str
 
 
-def read_qrels(path: Path) -> Qrels:
+def read_qrels(path: Path, refused: list[Refused] | None = None) -> Qrels:
     """Judgements of a file. A passage judged twice for a query keeps the later grade, as trec_eval does.
 
+    Args:
+        refused: takes lines that are no judgement; None: the first of them is an error.
+
     Raises:
-        EvaluationError: a line of another form, or no judgement at all.
+        EvaluationError: a file that cannot be read, or without any judgement.
     """
     qrels: Qrels = {}
-    is_json = path.name.removesuffix(".gz").endswith(".jsonl")
-    for where, query_id, passage_id, grade in _json_judgements(path) if is_json else _judgement_columns(path):
-        try:
-            qrels.setdefault(query_id, {})[passage_id] = int(grade)
-        except (TypeError, ValueError) as exc:
-            raise EvaluationError(f"{where}: the grade is {grade!r}; expected an integer") from exc
+    is_json = path.name.removesuffix(".gz").removesuffix(".zst").endswith(".jsonl")
+    for item in _json_judgements(path, refused) if is_json else _judgement_columns(path, refused):
+        if isinstance(item, Refused):
+            refuse(item, refused)
+        else:
+            query_id, passage_id, grade = item
+            qrels.setdefault(query_id, {})[passage_id] = grade
     if not qrels:
-        raise EvaluationError(f"{path}: no judgements")
+        raise nothing_left(path, "judgements", refused)
     return qrels
 
 
-def _judgement_columns(path: Path) -> Iterator[tuple[str, str, str, str]]:
-    """(where, query, passage, grade) of BEIR's or TREC's columns."""
-    for position, (number, line) in enumerate(numbered_lines(path)):
+def _judgement_columns(path: Path, refused: list[Refused] | None) -> Iterator[Judgement | Refused]:
+    """BEIR's or TREC's columns."""
+    for position, (place, line) in enumerate(numbered_lines(path, refused)):
         columns = fields(line)
-        if position == 0 and columns and _is_header(columns):
+        if position == 0 and _is_header(columns):
             continue
         if len(columns) not in (3, 4):
-            raise EvaluationError(
-                f"{path}:{number}: {len(columns)} columns; expected query, passage, grade (BEIR) "
-                "or query, iteration, passage, grade (TREC)"
-            )
-        yield f"{path}:{number}", columns[0], columns[-2], columns[-1]
+            expected = "query, passage, grade (BEIR) or query, iteration, passage, grade (TREC)"
+            yield Refused(place, None, Reason.BROKEN_ROW, f"{len(columns)} columns; expected {expected}")
+        else:
+            yield _judgement(place, columns[0], columns[-2], columns[-1])
 
 
-def _json_judgements(path: Path) -> Iterator[tuple[str, str, str, str]]:
-    """The same of objects with the columns' names as keys."""
-    for where, row in json_rows(path):
-        found = [next((row[key] for key in keys if key in row), None) for keys in (QUERY_KEYS, PASSAGE_KEYS)]
-        query_id, passage_id = (str(one) if isinstance(one, str | int) else None for one in found)
-        grade = next((row[key] for key in GRADE_NAMES if key in row), None)
-        if query_id is None or passage_id is None or isinstance(grade, float | bool | None):
-            raise EvaluationError(
-                f"{where}: fields {', '.join(row)}; expected {QUERY_KEYS[0]}, {PASSAGE_KEYS[0]} and an integer score"
-            )
-        yield where, query_id, passage_id, str(grade)
+def _json_judgements(path: Path, refused: list[Refused] | None) -> Iterator[Judgement | Refused]:
+    """Objects with the columns' names as keys."""
+    for place, row in json_rows(path, refused):
+        keys = [next((key for key in names if key in row), None) for names in (QUERY_KEYS, PASSAGE_KEYS, GRADE_NAMES)]
+        if None in keys:
+            message = f"fields {', '.join(row)}; expected {QUERY_KEYS[0]}, {PASSAGE_KEYS[0]} and an integer score"
+            yield Refused(place, None, Reason.MISSING_FIELD, message)
+        else:
+            yield _judgement(place, *(row[key] for key in keys if key is not None))
+
+
+def _judgement(place: Place, query: object, passage: object, grade: object) -> Judgement | Refused:
+    query_id, passage_id = id_text(query), id_text(passage)
+    for name, value, id_ in (("query", query, query_id), ("passage", passage, passage_id)):
+        if id_ is None:
+            message = f"the {name} id is {value!r}; expected a string or integer"
+            return Refused(place, None, Reason.WRONG_TYPE, message)
+        try:
+            passage_id_bytes(id_)
+        except InvalidName as exc:
+            return Refused(place, None, Reason.BAD_ID, str(exc))
+    assert query_id is not None
+    assert passage_id is not None
+    try:
+        if isinstance(grade, float | bool):
+            raise TypeError
+        return query_id, passage_id, int(grade)  # type: ignore[call-overload]  # whatever is no integer raises
+    except (TypeError, ValueError):
+        return Refused(place, passage_id, Reason.WRONG_TYPE, f"the grade is {grade!r}; expected an integer")
 
 
 def read_run(path: Path) -> RunFile:
@@ -85,17 +111,15 @@ def read_run(path: Path) -> RunFile:
     """
     rows: dict[str, dict[str, tuple[float, int]]] = {}
     tag = ""
-    for number, line in numbered_lines(path):
+    for place, line in numbered_lines(path):
         columns = fields(line)
         if len(columns) != 6:
-            raise EvaluationError(
-                f"{path}:{number}: {len(columns)} columns; expected query, Q0, passage, rank, score, tag"
-            )
+            raise EvaluationError(f"{place}: {len(columns)} columns; expected query, Q0, passage, rank, score, tag")
         query_id, _, passage_id, rank, score, tag = columns
         found = rows.setdefault(query_id, {})
         if passage_id in found:
-            raise EvaluationError(f"{path}:{number}: passage {passage_id!r} a second time for query {query_id!r}")
-        found[passage_id] = (_number(path, number, "score", score), int(_number(path, number, "rank", rank)))
+            raise EvaluationError(f"{place}: passage {passage_id!r} a second time for query {query_id!r}")
+        found[passage_id] = (_number(place, "score", score), int(_number(place, "rank", rank)))
     if not rows:
         raise EvaluationError(f"{path}: no ranked passages")
     run = {
@@ -136,13 +160,13 @@ def _is_header(columns: list[str]) -> bool:
     return len(columns) in (3, 4) and columns[-1].casefold() in GRADE_NAMES
 
 
-def _number(path: Path, line: int, name: str, text: str) -> float:
+def _number(place: Place, name: str, text: str) -> float:
     try:
         value = float(text)
     except ValueError as exc:
-        raise EvaluationError(f"{path}:{line}: {name} is {text!r}; expected a number") from exc
+        raise EvaluationError(f"{place}: {name} is {text!r}; expected a number") from exc
     if not math.isfinite(value):
-        raise EvaluationError(f"{path}:{line}: {name} is {text!r}; expected a finite number")
+        raise EvaluationError(f"{place}: {name} is {text!r}; expected a finite number")
     return value
 
 

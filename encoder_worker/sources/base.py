@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from cache.errors import InvalidName
 from cache.names import passage_id_bytes
@@ -89,6 +90,15 @@ class Fields:
     def find_id(self, names: object) -> str | None:
         """The name among `names` (anything with `in`) that holds the id."""
         return next((name for name in self.id_names if name in names), None)  # type: ignore[operator]  # mappings and sequences alike
+
+    def of_row(self, place: Place, row: Mapping[str, Any]) -> Item:
+        """Finds the fields in one item by name, and checks their values."""
+        id_name = self.find_id(row)
+        missing = " or ".join(self.id_names) if id_name is None else self.text if self.text not in row else None
+        if id_name is None or missing is not None:
+            return Refused(place, None, Reason.MISSING_FIELD, f"no {missing}; found {', '.join(row) or 'no keys':.200}")
+        title = row.get(self.title) if self.title is not None else None
+        return self.passage(place, row[id_name], row[self.text], title)
 
     def passage(self, place: Place, passage_id: object, text: object, title: object = None) -> Item:
         """Checks the values of one item. Ids may be strings or whole numbers; a title may be missing."""

@@ -4,50 +4,40 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from encoder_worker.sources.base import Fields, Item, Reason, Refused
-from encoder_worker.sources.lines import decode, read_lines
+from encoder_worker.sources.base import Fields, Item, Place, Reason, Refused
+from encoder_worker.sources.lines import read_texts
 
 
 def read_jsonl(stream: BinaryIO, source: str, fields: Fields, max_line_bytes: int) -> Iterator[Item]:
     """One JSON object per line; other keys are ignored. Blank lines hold nothing and are passed over."""
-    for entry in read_lines(stream, source, max_line_bytes):
+    for entry in read_texts(stream, source, max_line_bytes):
         if isinstance(entry, Refused):
             yield entry
-            continue
-        place, line = entry
-        text = decode(place, line)
-        if isinstance(text, Refused):
-            yield text
-            continue
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except (ValueError, RecursionError) as exc:
-            yield Refused(place, None, Reason.BROKEN_JSON, f"not JSON: {exc}")
-            continue
-        if not isinstance(row, dict):
-            yield Refused(place, None, Reason.WRONG_TYPE, f"a JSON {type(row).__name__}; expected an object")
-            continue
-        id_name = fields.find_id(row)
-        missing = " or ".join(fields.id_names) if id_name is None else fields.text if fields.text not in row else None
-        if id_name is None or missing is not None:
-            yield Refused(place, None, Reason.MISSING_FIELD, f"no {missing}; found {', '.join(row) or 'no keys':.200}")
-            continue
-        title = row.get(fields.title) if fields.title is not None else None
-        yield fields.passage(place, row[id_name], row[fields.text], title)
+        else:
+            row = json_object(*entry)
+            yield row if isinstance(row, Refused) else fields.of_row(entry[0], row)
+
+
+def json_object(place: Place, text: str) -> dict[str, Any] | Refused:
+    """The object that a line spells, or why it spells none."""
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as exc:
+        return Refused(place, None, Reason.BROKEN_JSON, f"not JSON: {exc}")
+    if not isinstance(row, dict):
+        return Refused(place, None, Reason.WRONG_TYPE, f"a JSON {type(row).__name__}; expected an object")
+    return row
 
 
 def read_text(
     stream: BinaryIO, source: str, fields: Fields, max_line_bytes: int, *, id_prefix: str = ""
 ) -> Iterator[Item]:
     """One passage per line; its id is the line's number after `id_prefix`."""
-    for entry in read_lines(stream, source, max_line_bytes):
+    for entry in read_texts(stream, source, max_line_bytes, blank=True):
         if isinstance(entry, Refused):
             yield entry
-            continue
-        place, line = entry
-        text = decode(place, line)
-        yield text if isinstance(text, Refused) else fields.passage(place, f"{id_prefix}{place.line}", text)
+        else:
+            place, text = entry
+            yield fields.passage(place, f"{id_prefix}{place.line}", text)

@@ -7,6 +7,7 @@ from typing import BinaryIO
 
 from encoder_worker.sources.base import Place, Reason, Refused
 
+DEFAULT_MAX_LINE_BYTES = 16 << 20
 _SKIP_BYTES = 1 << 16
 _BOM = b"\xef\xbb\xbf"
 
@@ -31,6 +32,21 @@ def read_lines(stream: BinaryIO, source: str, max_line_bytes: int) -> Iterator[t
             )
         else:
             yield place, line
+
+
+def read_texts(
+    stream: BinaryIO, source: str, max_line_bytes: int, *, blank: bool = False
+) -> Iterator[tuple[Place, str] | Refused]:
+    """Every line as text; without `blank` only those that hold something."""
+    for entry in read_lines(stream, source, max_line_bytes):
+        if isinstance(entry, Refused):
+            yield entry
+            continue
+        text = decode(*entry)
+        if isinstance(text, Refused):
+            yield text
+        elif blank or text.strip():
+            yield entry[0], text
 
 
 def decode(place: Place, line: bytes) -> str | Refused:

@@ -11,12 +11,11 @@ from typing import BinaryIO
 from encoder_worker.sources.base import Fields, Item, Position, SourceError
 from encoder_worker.sources.delimited import read_delimited
 from encoder_worker.sources.jsonl import read_jsonl, read_text
+from encoder_worker.sources.lines import DEFAULT_MAX_LINE_BYTES
 from encoder_worker.sources.parquet import ParquetRows
 from encoder_worker.sources.streams import STDIN, open_bytes
 
 FORMATS = ("jsonl", "tsv", "csv", "parquet", "text", "beir")
-DEFAULT_MAX_LINE_BYTES = 16 << 20
-
 _SUFFIXES = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".tsv": "tsv", ".csv": "csv",
     ".parquet": "parquet", ".pq": "parquet", ".txt": "text", ".text": "text",

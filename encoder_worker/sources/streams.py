@@ -22,7 +22,7 @@ _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 class _Counting(io.RawIOBase):
     """Passes reads on and counts them: a pipe has no tell()."""
 
-    def __init__(self, raw: FileIO) -> None:
+    def __init__(self, raw: BinaryIO | FileIO) -> None:
         self.num_bytes = 0
         self._raw = raw
 
@@ -30,14 +30,17 @@ class _Counting(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        num_bytes = self._raw.readinto(buffer)
+        num_bytes = self._raw.readinto(buffer)  # type: ignore[union-attr]  # binary streams have it; BinaryIO does not say so
         self.num_bytes += num_bytes
         return num_bytes
 
 
 @contextmanager
-def open_bytes(name: str) -> Iterator[tuple[BinaryIO, Position]]:
+def open_bytes(name: str, stdin: BinaryIO | None = None) -> Iterator[tuple[BinaryIO, Position]]:
     """The decompressed bytes of a file, or of standard input for `-`, and how far the input was read.
+
+    Args:
+        stdin: what standard input is, where it is not descriptor 0.
 
     Raises:
         SourceError: no such file, no permission, a directory; also while reading, where compressed
@@ -45,7 +48,7 @@ def open_bytes(name: str) -> Iterator[tuple[BinaryIO, Position]]:
     """
     try:
         # Descriptor 0 itself: a thread waiting for input would hold sys.stdin's lock when the process ends.
-        raw = FileIO(0, closefd=False) if name == STDIN else FileIO(name)
+        raw = (stdin or FileIO(0, closefd=False)) if name == STDIN else FileIO(name)
     except OSError as exc:
         raise SourceError(f"{name}: {exc.strerror or exc}") from exc
     counting = _Counting(raw)
@@ -57,7 +60,8 @@ def open_bytes(name: str) -> Iterator[tuple[BinaryIO, Position]]:
     except OSError as exc:
         raise SourceError(f"{name}: cannot be read further ({exc})") from exc
     finally:
-        raw.close()
+        if raw is not stdin:
+            raw.close()
 
 
 def _buffered(raw: Any) -> io.BufferedReader:

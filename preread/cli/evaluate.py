@@ -85,6 +85,7 @@ def command(
     from cache.collection import Collection
     from cache.store import open_store
     from checkpoint.compute import tune_process
+    from preread.cli.inputs import tell_refused
     from tuning.evaluate import evaluate
     from tuning.judged import read_judged
     from tuning.progress import TerminalProgress
@@ -106,6 +107,7 @@ def command(
     judged = read_judged(
         folder, corpus=corpus, queries=queries, qrels=qrels, split=queries_split, need_corpus=collection is None
     )
+    tell_refused(judged.refused)
     for folder_out in (run_out, json_file.parent if json_file is not None else None):
         if folder_out is not None:  # now, not after hours
             folder_out.mkdir(parents=True, exist_ok=True)

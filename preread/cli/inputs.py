@@ -1,20 +1,26 @@
 """Queries, ids and candidates out of files or standard input, for commands that ask a server. Knows no server.
 
-A file named *.gz is unpacked; "-" is standard input. Empty lines are skipped. A line that begins with `{` is a
+Gzip and zstd are seen through; "-" is standard input. Blank lines are skipped. A line that begins with `{` is a
 JSON object in files of candidates and queries. What cannot be read stops the command: the message has file and line.
 """
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import click
 
 from preread.cli.failures import CommandFailed
 from preread.client.values import Candidate
-from preread.passages import join_title
+from preread.passages import id_text, join_title
+
+if TYPE_CHECKING:
+    from encoder_worker.sources import Refused
+
+MAX_SHOWN = 20
 
 
 def read_ids(source: str) -> list[Candidate]:
@@ -59,35 +65,40 @@ def read_queries(source: str) -> dict[str, str]:
 
 
 def _lines(source: str) -> Iterator[tuple[str, str]]:
-    """(file:line, text without its line end) of every line that is not empty."""
-    if source == "-":
-        for number, line in enumerate(sys.stdin, 1):
-            if line.strip():
-                yield f"standard input:{number}", line.rstrip("\r\n")
-        return
+    """(file:line, text without its line end) of every line that is not blank."""
     from tuning.files import numbered_lines
 
-    for number, line in numbered_lines(Path(source)):
-        yield f"{source}:{number}", line
+    for place, line in numbered_lines(Path(source)):
+        yield str(place), line
+
+
+def tell_refused(refused: Sequence[Refused]) -> None:
+    """Lines that a command leaves out, on standard error."""
+    for item in refused[:MAX_SHOWN]:
+        click.echo(f"refused: {item}", err=True)
+    if len(refused) > MAX_SHOWN:
+        click.echo(f"refused: {len(refused) - MAX_SHOWN:,} more", err=True)
 
 
 def _object(where: str, line: str) -> dict[str, Any]:
     try:
         row: dict[str, Any] = json.loads(line)
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise CommandFailed(f"{where}: begins with {{ and is not JSON ({exc})") from exc
     return row
 
 
 def _text(where: str, row: dict[str, Any], *names: str) -> str | None:
-    """The first of the fields that is there; a number is taken as its digits."""
+    """The first of the fields that is there; an integer is taken as its digits."""
     for name in names:
-        value = row.get(name)
-        if value is None:
+        if row.get(name) is None:
             continue
-        if isinstance(value, str):
-            return value
-        if isinstance(value, int) and not isinstance(value, bool):
-            return str(value)
-        raise CommandFailed(f"{where}: {name} is {value!r}; expected a string")
+        value = id_text(row[name])
+        if value is None:
+            raise CommandFailed(f"{where}: {name} is {row[name]!r}; expected a string")
+        try:
+            value.encode()
+        except UnicodeEncodeError as exc:  # JSON can spell half a surrogate pair
+            raise CommandFailed(f"{where}: {name} is not valid Unicode: {exc.reason}") from exc
+        return value
     return None

@@ -110,6 +110,7 @@ def command(ctx: click.Context, /, **options: Any) -> None:
     from cache.collection import Collection
     from cache.store import open_store
     from checkpoint.compute import tune_process
+    from preread.cli.inputs import tell_refused
     from tuning.judged import read_judged
     from tuning.progress import TerminalProgress
     from tuning.sweep.plots import check_available
@@ -128,6 +129,7 @@ def command(ctx: click.Context, /, **options: Any) -> None:
         need_corpus=options["collection"] is None,
         need_qrels=False,
     )
+    tell_refused(judged.refused)
     if options["ignore_qrels"]:
         judged = judged.without_judgements()
     out: Path = options["out"]

@@ -36,6 +36,8 @@ class EncoderServiceStub:
     Upsert: _grpc.StreamStreamMultiCallable[_encoder_pb2.UpsertRequest, _encoder_pb2.UpsertResponse]
     """Encodes and stores passages; each is acknowledged after the store has it.
     The first message names the collection. Flow control is the backpressure.
+    Of several passages with one id in a stream the first is stored; the others
+    are refused.
     """
     Delete: _grpc.UnaryUnaryMultiCallable[_encoder_pb2.DeleteRequest, _encoder_pb2.DeleteResponse]
     GetStats: _grpc.UnaryUnaryMultiCallable[_encoder_pb2.GetStatsRequest, _encoder_pb2.GetStatsResponse]
@@ -51,6 +53,8 @@ class EncoderServiceAsyncStub(EncoderServiceStub):
     Upsert: _aio.StreamStreamMultiCallable[_encoder_pb2.UpsertRequest, _encoder_pb2.UpsertResponse]  # type: ignore[assignment]
     """Encodes and stores passages; each is acknowledged after the store has it.
     The first message names the collection. Flow control is the backpressure.
+    Of several passages with one id in a stream the first is stored; the others
+    are refused.
     """
     Delete: _aio.UnaryUnaryMultiCallable[_encoder_pb2.DeleteRequest, _encoder_pb2.DeleteResponse]  # type: ignore[assignment]
     GetStats: _aio.UnaryUnaryMultiCallable[_encoder_pb2.GetStatsRequest, _encoder_pb2.GetStatsResponse]  # type: ignore[assignment]
@@ -69,6 +73,8 @@ class EncoderServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_encoder_pb2.UpsertResponse], _abc.AsyncIterator[_encoder_pb2.UpsertResponse]]:
         """Encodes and stores passages; each is acknowledged after the store has it.
         The first message names the collection. Flow control is the backpressure.
+        Of several passages with one id in a stream the first is stored; the others
+        are refused.
         """
 
     @_abc_1.abstractmethod

@@ -171,7 +171,7 @@ def test_queries_as_json_in_and_json_out(rerank, tmp_path: Path) -> None:
         (["q", "-c", COLLECTION, "--run", "a"], "--run goes with --queries"),
         (["q", "-c", "no-such"], "'no-such' does not exist"),
         (["q", "-c", "no-such", "--ids", "-"], "no-such"),
-        (["q", "-c", COLLECTION, "--ids", "/no/such/file"], "/no/such/file: cannot be read"),
+        (["q", "-c", COLLECTION, "--ids", "/no/such/file"], "/no/such/file: No such file"),
         (["q", "-c", COLLECTION, "--model-name", "other", "--ids", "-"], "model is 'other'"),
         (["q", "-c", COLLECTION, "--compression-ratio", "3", "--ids", "-"], "compression_ratio"),
     ],

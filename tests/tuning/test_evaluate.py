@@ -227,6 +227,29 @@ def test_the_command_prints_a_table_and_writes_its_files(beir: Path, tiny: Path,
     assert sorted(path.name for path in out.iterdir()) == ["bm25.run", "qrels.txt", "r1.run", "r4.run"]
 
 
+def test_the_command_says_which_lines_it_leaves_out_and_goes_on(beir: Path, tiny: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "whole.json"
+    assert _invoke(beir, "--model", tiny, "--ratios", "1", "--json", whole).exit_code == 0
+    odd = ('{"_id": 1.5, "text": "x"}\n', '{"_id": "moon", "text": "again"}\n', '{"_id": "o", "text": "\\ud800"}\n')
+    with (beir / "corpus.jsonl").open("a") as file:
+        file.writelines(odd)
+    with (beir / "qrels.tsv").open("a") as file:
+        file.write("q1\tmoon\thigh\n")
+
+    result = _invoke(beir, "--model", tiny, "--ratios", "1", "--json", tmp_path / "odd.json")
+
+    assert result.exit_code == 0, result.output
+    told = [line for line in result.stderr.splitlines() if line.startswith("refused: ")]
+    assert [line.split(": ")[1].rpartition("/")[2] for line in told] == [
+        "corpus.jsonl:8", "corpus.jsonl:9", "corpus.jsonl:10", "qrels.tsv:11",
+    ]  # fmt: skip
+    before, after = (json.loads(path.read_text()) for path in (whole, tmp_path / "odd.json"))
+    assert after["counts"] == before["counts"] | {"num_refused_lines": 4}
+    assert [item["line"] for item in after["refused"]] == [8, 9, 10, 11]
+    for one, other in zip(before["systems"], after["systems"], strict=True):
+        assert one["measures"] == other["measures"]
+
+
 def test_the_command_reranks_its_own_run_file(beir: Path, tiny: Path, tmp_path: Path) -> None:
     first = ("--model", tiny, "--ratios", "4", "--json", tmp_path / "a.json", "--run-out", tmp_path)
     assert _invoke(beir, *first).exit_code == 0

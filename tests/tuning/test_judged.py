@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from encoder_worker.seen import SeenIds
+from encoder_worker.sources import Passage, Refused, Source
 from tuning.errors import EvaluationError
 from tuning.judged import read_judged
 from tuning.trec import read_qrels
@@ -84,33 +86,97 @@ def _remove(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).unlink()
 
 
+ODD_PASSAGES = [
+    ('{"_id": \n', "not JSON"),
+    ("[1]\n", "a JSON list; expected an object"),
+    ('{"text": "x"}\n', "no id or _id; found text"),
+    ('{"_id": "o"}\n', "no text; found _id"),
+    ('{"_id": 1.5, "text": "x"}\n', "id is float 1.5; expected a string or integer"),
+    ('{"_id": "moon", "text": "other"}\n', "id 'moon' came before, at "),
+    ('{"_id": "o", "text": "\\ud800"}\n', "text is not valid Unicode"),
+    ('{"_id": "\\ud800", "text": "o"}\n', "cannot be written as UTF-8"),
+    ('{"_id": "o", "text": " "}\n', "text is empty"),
+    ('{"_id": "o", "text": null}\n', "text is null; expected a string"),
+    (b'{"_id": "o", "text": "\xff"}\n', "not UTF-8"),
+]
+ODD_QUERIES = [
+    (line if isinstance(line, bytes) else line.replace("moon", "q1"), says.replace("moon", "q1"))
+    for line, says in ODD_PASSAGES
+]
+ODD_JUDGEMENTS = [
+    ("q1\tmoon\n", "2 columns; expected query, passage, grade"),
+    ("q1\tnew\thigh\n", "the grade is 'high'; expected an integer"),
+    ("q1\tnew\t1.5\n", "the grade is '1.5'; expected an integer"),
+    ("\tnew\t1\n", "empty"),
+    (b"q1\t\xff\t1\n", "not UTF-8"),
+]
+ODD_JSON_JUDGEMENTS = [
+    ('{"query-id": "q1", "corpus-id": 1.5, "score": 1}\n', "the passage id is 1.5; expected a string or integer"),
+    ('{"query-id": "\\ud800", "corpus-id": "new", "score": 1}\n', "cannot be written as UTF-8"),
+    ('{"query-id": "q1", "corpus-id": "new", "score": true}\n', "the grade is True; expected an integer"),
+    ('{"query-id": "q1", "score": 1}\n', "fields query-id, score; expected query-id, corpus-id"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "says"),
+    [(name, *odd)
+     for name, odds in (("corpus.jsonl", ODD_PASSAGES), ("queries.jsonl", ODD_QUERIES), ("qrels.tsv", ODD_JUDGEMENTS))
+     for odd in odds],
+)  # fmt: skip
+def test_an_odd_line_costs_itself_and_is_named(beir: Path, name: str, line: str | bytes, says: str) -> None:
+    whole = read_judged(beir)
+    with (beir / name).open("ab") as file:
+        file.write(line if isinstance(line, bytes) else line.encode())
+    number = len((beir / name).read_bytes().splitlines())
+
+    judged = read_judged(beir)
+
+    (refused,) = judged.refused
+    assert str(refused).startswith(f"{beir / name}:{number}: ")
+    assert says in str(refused)
+    assert (judged.passages, judged.queries, judged.qrels) == (whole.passages, whole.queries, whole.qrels)
+
+
+@pytest.mark.parametrize(("line", "says"), ODD_JSON_JUDGEMENTS)
+def test_an_odd_json_judgement_too(beir: Path, line: str, says: str) -> None:
+    good = '{"query-id": "q1", "corpus-id": "moon", "score": 1}\n'
+    (beir / "odd.jsonl").write_text(line + good)
+    judged = read_judged(beir, qrels=beir / "odd.jsonl")
+    assert judged.qrels == {"q1": {"moon": 1}}
+    assert says in str(judged.refused[0])
+    assert judged.refused[0].place.line == 1
+
+
+@pytest.mark.parametrize("odd", [line for line, _ in ODD_PASSAGES])
+def test_a_corpus_is_read_as_it_is_indexed(beir: Path, odd: str | bytes) -> None:
+    """What indexing stores and what evaluation reads are one thing."""
+    with (beir / "corpus.jsonl").open("ab") as file:
+        file.write(odd if isinstance(odd, bytes) else odd.encode())
+    seen = SeenIds()
+    items = [seen.once(item) if isinstance(item, Passage) else item for item in Source([beir])]
+    judged = read_judged(beir)
+    assert judged.passages == {item.passage_id: item.text for item in items if isinstance(item, Passage)}
+    assert [str(item) for item in judged.refused] == [str(item) for item in items if isinstance(item, Refused)]
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (_remove("corpus.jsonl"), "beir: has none of corpus.jsonl, corpus.jsonl.gz, corpus.jsonl.zst; name the "),
         (_remove("qrels.tsv"), "has none of qrels.tsv, qrels/test.tsv, qrels.txt, qrels.jsonl; name the qrels file"),
-        (_write("corpus.jsonl", '{"_id": "a", "text": "x"}\n{"_id": \n'), "corpus.jsonl:2: "),
-        (_write("corpus.jsonl", "[1]\n"), "corpus.jsonl:1: "),
-        (_write("corpus.jsonl", '{"text": "x"}\n'), "corpus.jsonl:1: "),
-        (_write("corpus.jsonl", '{"_id": 1}\n'), "corpus.jsonl:1: "),
-        (_write("corpus.jsonl", '{"_id": 1, "text": ""}\n' * 2), "corpus.jsonl:2: id '1' a second time"),
-        (_write("corpus.jsonl", '{"_id": 1, "text": "\\ud800"}\n'), "corpus.jsonl:1: "),
+        (_write("corpus.jsonl", '{"text": "x"}\n'), "corpus.jsonl: no passages; 1 lines refused, the first is "),
         (_write("corpus.jsonl", ""), "corpus.jsonl: no passages"),
-        (_write("queries.jsonl", '{"_id": "a", "text": "x"}\n{"_id": \n'), "queries.jsonl:2: not JSON"),
-        (_write("queries.jsonl", "[1]\n"), "queries.jsonl:1: list; expected a JSON object"),
-        (_write("queries.jsonl", '{"text": "x"}\n'), "queries.jsonl:1: id is None; expected a string or an integer"),
-        (_write("queries.jsonl", '{"_id": 1}\n'), "queries.jsonl:1: text is None; expected a string"),
-        (_write("queries.jsonl", '{"_id": 1, "text": ""}\n' * 2), "queries.jsonl:2: id '1' a second time"),
+        (_write("queries.jsonl", "[1]\n[2]\n"), "queries.jsonl: no queries; 2 lines refused, the first is "),
         (_write("queries.jsonl", ""), "queries.jsonl: no queries"),
-        (_write("queries.jsonl", b'{"_id": "a", "text": "\xff"}\n'), "queries.jsonl: not UTF-8 text"),
-        (_write("qrels.tsv", "q1\tmoon\n"), "qrels.tsv:1: 2 columns; expected query, passage, grade"),
-        (_write("qrels.tsv", "q1\tmoon\t1\nq1\ttide\thigh\n"), "qrels.tsv:2: the grade is 'high'; expected an integer"),
-        (_write("qrels.tsv", "q1\tmoon\thigh\n"), "qrels.tsv:1: the grade is 'high'; expected an integer"),
+        (_write("qrels.tsv", "q1\tmoon\thigh\n"), "the grade is 'high'; expected an integer"),
         (_write("qrels.tsv", "query-id\tcorpus-id\tscore\n"), "qrels.tsv: no judgements"),
         (_write("qrels.tsv", "other\tmoon\t1\n"), "qrels.tsv: judges no query of "),
     ],
 )
-def test_bad_files_give_one_error_that_names_the_place(beir: Path, spoil: Callable[[Path], None], message: str) -> None:
+def test_files_without_use_give_one_error_that_names_the_place(
+    beir: Path, spoil: Callable[[Path], None], message: str
+) -> None:
     spoil(beir)
     with pytest.raises(EvaluationError) as caught:
         read_judged(beir)
@@ -125,12 +191,6 @@ def test_a_broken_gzip_stream_is_named(make_beir: Callable[..., Path], name: str
         path.write_bytes(content)
         with pytest.raises(EvaluationError, match=rf"{name}\.jsonl\.gz:"):
             read_judged(path.parent)
-
-
-def test_an_empty_passage_is_kept_for_its_judgements(beir: Path) -> None:
-    with (beir / "corpus.jsonl").open("a") as file:
-        file.write('{"_id": "nowhere", "title": "", "text": " "}\n')
-    assert read_judged(beir).passages["nowhere"] == ""
 
 
 def test_an_unknown_split_names_those_there_are(beir: Path) -> None:

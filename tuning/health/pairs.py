@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from encoder_worker.sources import Place
 from tuning.errors import EvaluationError
 from tuning.files import json_rows
 
@@ -61,14 +62,14 @@ def read_pairs(path: Path) -> PairSet:
     return PairSet(str(path), pairs)
 
 
-def _pair(where: str, row: dict[str, Any]) -> TextTriple:
+def _pair(where: Place, row: dict[str, Any]) -> TextTriple:
     passage_field = next((name for name in PASSAGE_FIELDS if name in row), PASSAGE_FIELDS[0])
     query, passage = _text(where, row, "query"), _text(where, row, passage_field)
     instruction = _text(where, row, "instruction") if row.get("instruction") not in (None, "") else None
     return TextTriple(query, instruction, passage)
 
 
-def _text(where: str, row: dict[str, Any], name: str) -> str:
+def _text(where: Place, row: dict[str, Any], name: str) -> str:
     if name not in row:
         raise EvaluationError(f"{where}: fields {', '.join(row) or 'none'}; expected query and passage")
     value = row[name]

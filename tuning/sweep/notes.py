@@ -37,6 +37,7 @@ def notes(
         len(places) for p, places in pairs.places.items() if p not in there
     )
     counted = (
+        (len(judged.refused), "lines of the judged files cannot be used: left out"),
         (
             judged.num_judgements_of_unknown_queries,
             f"judgements name queries without a text ({len(judged.unknown_queries)} of them): left out",

@@ -234,3 +234,17 @@ def test_a_cascade_is_served_as_stages(tune: Tune) -> None:
     report = json.loads((tune.out / "tune.json").read_text())
     cascade = next(one for one in report["configurations"] if one["name"] == "2 SQ8 read 8:3,2")
     assert cascade["stages"] == [{"compression_ratio": 8, "keep": 3}, {"compression_ratio": 2, "keep": 0}]
+
+
+def test_odd_lines_are_said_and_left_out(tune: Tune) -> None:
+    with (tune.beir / "corpus.jsonl").open("a") as file:
+        file.write('{"_id": 1.5, "text": "x"}\n')
+    with (tune.beir / "queries.jsonl").open("a") as file:
+        file.write('{"_id": "q1", "text": "again"}\n')
+    result = tune()
+    assert result.exit_code == 0, result.output
+    assert [line.split(": ")[1].rpartition("/")[2] for line in result.stderr.splitlines() if "refused" in line] == [
+        "corpus.jsonl:8", "queries.jsonl:6",
+    ]  # fmt: skip
+    notes = json.loads((tune.out / "tune.json").read_text())["notes"]
+    assert "2 lines of the judged files cannot be used: left out" in notes
