@@ -23,6 +23,8 @@ from checkpoint.settings import CheckpointSettings
 
 # No two begin alike in any script or spelling a tokenizer might join with what stands before them.
 UNLIKE_QUERIES = ("a", "The", "1", "(", "é", "中")
+# Characters looked at first for a token: most texts have one among them.
+PROBE_CHARACTERS = 64
 # Instructions whose beginnings are remembered.
 MAX_PREFIXES = 1024
 
@@ -76,6 +78,11 @@ class TextTokenizer:
         self.yes_id = self._answer_id(directory, "yes_token", settings.yes_token)
         self.no_id = self._answer_id(directory, "no_token", settings.no_token)
         self._prefixes: Moka[str, list[int]] = Moka(MAX_PREFIXES)
+        no_passage = {"passage": ""}
+        self._no_passage = [  # ids of the template alone, in both ways that texts are read
+            self._encode(settings.passage_template, [no_passage])[0],
+            self._encode_guarded(settings.passage_template, no_passage),
+        ]
         if self.yes_id == self.no_id:
             raise CheckpointError(f"{directory}: yes_token and no_token are the same token {self.yes_id}")
 
@@ -97,6 +104,18 @@ class TextTokenizer:
         limit = self._settings.max_passage_tokens
         rows = self._encode(self._settings.passage_template, [{"passage": text} for text in texts])
         return [TokenizedPassage(ids[:limit], len(ids) > limit) for ids in rows]
+
+    def is_empty(self, text: str) -> bool:
+        """Whether a passage's text is empty: white space alone, or nothing that adds a token to the template's.
+
+        A tokenizer may drop what it does not know, so characters do not tell. Index, worker and server all ask
+        here: a text is empty for each of them or for none. It must be text that UTF-8 can hold.
+        """
+        text = text.strip()
+        for part in dict.fromkeys((text[:PROBE_CHARACTERS], text)):
+            if part and self._encode(self._settings.passage_template, [{"passage": part}])[0] not in self._no_passage:
+                return False
+        return True
 
     def spans(self, text: str) -> list[tuple[int, int]]:
         """Per token of `passages([text])`, before its cut, begin and end in the text's characters.

@@ -44,9 +44,7 @@ class Engine:
         return tokenized
 
     def why_not(self, text: str) -> str | None:
-        """Why a text cannot be encoded, or None."""
-        if not text.strip():
-            return "text is empty"
+        """Why a text is not even tokenized, or None."""
         num_bytes = len(text.encode())
         if num_bytes > self.config.max_text_bytes:
             return f"text is {num_bytes:,} bytes; at most {self.config.max_text_bytes:,} are encoded"

@@ -5,6 +5,7 @@ Does not know files, stores or requests.
 
 from __future__ import annotations
 
+import logging
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from cache.states import PassageStates, text_digest
 from checkpoint import Checkpoint, EncoderIdentity, TokenizedPassage
 from encoder_worker.batching import BatchLimits
 from encoder_worker.encoder import Encoder
+
+log = logging.getLogger(__name__)
 
 States = NDArray[np.float32]
 
@@ -35,6 +38,7 @@ class Tokenized:
 
     windows: tuple[array[int], ...]  # 4 bytes a token: lists of int take nine times that
     truncated: bool
+    failed: EncodingFailed | None = None  # why there is nothing to encode
 
     @property
     def window_tokens(self) -> tuple[int, ...]:
@@ -51,6 +55,8 @@ class Tokenized:
         self, windows: Sequence[States | EncodingFailed], ratio: int, digest: bytes
     ) -> PassageStates | EncodingFailed:
         """The passage out of its encoded windows, in order, or why the first failing one failed."""
+        if self.failed is not None:
+            return self.failed
         encoded: list[States] = []
         for window in windows:
             if isinstance(window, EncodingFailed):
@@ -58,6 +64,9 @@ class Tokenized:
             encoded.append(window)
         states = encoded[0] if len(encoded) == 1 else np.concatenate(encoded)
         return PassageStates(states, self.window_tokens, ratio, self.truncated, digest)
+
+
+EMPTY = Tokenized((), False, EncodingFailed("empty_text", "text is empty"))
 
 
 class PassageEncoder:
@@ -96,27 +105,41 @@ class PassageEncoder:
     def dim(self) -> int:
         return self.identity.dim
 
+    def is_empty(self, text: str) -> bool:
+        """Whether a text is refused as empty; see TextTokenizer.is_empty."""
+        return self._text.is_empty(text)
+
     def tokenize(self, texts: Sequence[str], *, split: bool = False) -> list[Tokenized]:
-        """Texts under the passage template; those over the limit are cut, or split into windows."""
-        passages = self._text.passages(texts)
-        return [
-            _tokenized(self._text.passage_windows(text) if split and passage.truncated else [passage])
-            for text, passage in zip(texts, passages, strict=True)
-        ]
+        """Texts under the passage template; those over the limit are cut, or split into windows.
+
+        A text that is empty, or that the tokenizer does not take, has failed; the others are read.
+        """
+        try:
+            empty = [self.is_empty(text) for text in texts]
+            read = iter(self._text.passages([text for text, none in zip(texts, empty, strict=True) if not none]))
+            return [
+                EMPTY if none else self._tokenized(text, next(read), split)
+                for text, none in zip(texts, empty, strict=True)
+            ]
+        except Exception:  # whatever a tokenizer raises, it costs the text that it is about
+            if len(texts) > 1:
+                return [one for text in texts for one in self.tokenize([text], split=split)]
+            log.exception("a text of %d characters could not be tokenized", len(texts[0]))
+            return [Tokenized((), False, EncodingFailed("encoding_failed", "text cannot be tokenized"))]
 
     def encode(self, batch: Sequence[Sequence[int]], ratio: int) -> list[States | EncodingFailed]:
         """Pooled states of one batch, (num_states, dim) each, or why there are none of that sequence.
 
-        A batch the memory does not hold is tried again in halves; what fails alone is given up.
+        A batch that fails is tried again in halves; what fails alone is given up.
         """
         try:
             encoded = self._encoder.encode(batch, ratio)
-        except RuntimeError as exc:
-            if not _out_of_memory(exc):
-                raise
+        except Exception as exc:  # whatever the model raises, it costs the sequence that it is about
             if len(batch) == 1:
-                message = f"{len(batch[0])} tokens do not fit into memory"
-                return [EncodingFailed("out_of_memory", message)]
+                if _out_of_memory(exc):
+                    return [EncodingFailed("out_of_memory", f"{len(batch[0])} tokens do not fit into memory")]
+                log.exception("a sequence of %d tokens could not be encoded", len(batch[0]))
+                return [EncodingFailed("encoding_failed", "the encoder failed on this text; its log has the cause")]
         else:
             return [_checked(states) for states in encoded]
         half = len(batch) // 2
@@ -131,13 +154,14 @@ class PassageEncoder:
             raise joined
         return joined
 
+    def _tokenized(self, text: str, passage: TokenizedPassage, split: bool) -> Tokenized:
+        read = self._text.passage_windows(text) if split and passage.truncated else [passage]
+        windows = tuple(array("i", window.ids) for window in read if window.ids)
+        return Tokenized(windows, any(window.truncated for window in read)) if windows else EMPTY
+
     def warm_up(self) -> None:
         """A real forward pass; raises where the encoder does not work."""
         self.encode_one("warm", 1)
-
-
-def _tokenized(windows: Sequence[TokenizedPassage]) -> Tokenized:
-    return Tokenized(tuple(array("i", window.ids) for window in windows), any(window.truncated for window in windows))
 
 
 def _checked(states: States) -> States | EncodingFailed:
@@ -146,6 +170,6 @@ def _checked(states: States) -> States | EncodingFailed:
     return EncodingFailed("not_finite", "its states hold NaN or infinity")
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
+def _out_of_memory(error: Exception) -> bool:
     # torch's CPU allocator raises a plain RuntimeError.
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -78,7 +78,7 @@ def read_windows(
             break
         window.num_read += 1
         if isinstance(item, Passage):
-            item = seen.once(item)
+            item = _accepted(item, encoder, seen)
         if isinstance(item, Refused):
             window.refused.append(item)
             if strict:
@@ -95,6 +95,12 @@ def read_windows(
     yield _prepare(window, fresh, encoder, target, split=split, force=force)
 
 
+def _accepted(passage: Passage, encoder: PassageEncoder, seen: SeenIds) -> Passage | Refused:
+    if encoder.is_empty(passage.text):  # before its id counts: a later passage may have it, and a text
+        return Refused(passage.place, passage.passage_id, Reason.EMPTY_TEXT, "text is empty")
+    return seen.once(passage)
+
+
 def _prepare(
     window: Window, passages: list[Passage], encoder: PassageEncoder, target: Target, *, split: bool, force: bool
 ) -> Window:
@@ -105,7 +111,11 @@ def _prepare(
     for start in range(0, len(todo), _TOKENIZE_PASSAGES):
         chunk = todo[start : start + _TOKENIZE_PASSAGES]
         tokenized = encoder.tokenize([passage.text for passage, _ in chunk], split=split)
-        window.todo += [Todo(*pair, tokens) for pair, tokens in zip(chunk, tokenized, strict=True)]
+        for (passage, digest), tokens in zip(chunk, tokenized, strict=True):
+            if (failed := tokens.failed) is None:
+                window.todo.append(Todo(passage, digest, tokens))
+            else:
+                window.refused.append(Refused(passage.place, passage.passage_id, Reason(failed.reason), str(failed)))
     return window
 
 

@@ -61,16 +61,16 @@ class EncodedStates:
         self._chunk_bytes = chunk_bytes
 
     def chunks(self, passage_ids: Sequence[str], progress: Progress = SILENT) -> Iterator[Mapping[str, PassageStates]]:
-        known = [p for p in passage_ids if self._texts.get(p, "").strip()]
+        known = [p for p in passage_ids if p in self._texts]
         tokenized = self._encoder.tokenize([self._texts[p] for p in known], split=self._split)
-        passages = dict(zip(known, tokenized, strict=True))
+        passages = {p: passage for p, passage in zip(known, tokenized, strict=True) if passage.failed is None}
         progress.begin(self.stage, sum(passage.num_tokens for passage in tokenized))
         state_bytes = 4 * self._encoder.dim
         chunk: dict[str, Tokenized] = {}
         num_bytes = 0
         # The longest first, so that memory runs out at once or not at all, and the time left is
         # guessed too high rather than too low.
-        for p in sorted(known, key=lambda p: -passages[p].num_tokens):
+        for p in sorted(passages, key=lambda p: -passages[p].num_tokens):
             chunk[p] = passages[p]
             num_bytes += passages[p].num_states(self.ratio) * state_bytes
             if num_bytes >= self._chunk_bytes:

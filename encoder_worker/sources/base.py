@@ -30,6 +30,7 @@ class Reason(StrEnum):
     DUPLICATE_ID = "duplicate_id"
     NOT_FINITE = "not_finite"
     OUT_OF_MEMORY = "out_of_memory"
+    ENCODING_FAILED = "encoding_failed"
     NOT_STORABLE = "not_storable"
 
 
@@ -115,7 +116,7 @@ class Fields:
         if title is not None and not isinstance(title, str):
             return Refused(place, passage_id, Reason.WRONG_TYPE, f"{self.title} is {_show(title)}; expected a string")
         text = join_title(title, text, self.title_separator)
-        if not text.strip():
+        if not text.strip():  # what else has no tokens, the tokenizer says (windows.py)
             return Refused(place, passage_id, Reason.EMPTY_TEXT, f"{self.text} is empty")
         try:
             text.encode()

@@ -99,8 +99,10 @@ class FbnlScorer:
 
     def together(self, pairs: Sequence[TextTriple]) -> Margins:
         tokenized = self.encoder.tokenize([pair.passage for pair in pairs])
-        states = self.encoder.encode([one.windows[0] for one in tokenized], self.ratio)
-        failed = next((one for one in states if isinstance(one, Exception)), None)
+        windows = [one.windows[0] for one in tokenized if one.failed is None]
+        states = self.encoder.encode(windows, self.ratio) if len(windows) == len(pairs) else []
+        whys = [one.failed for one in tokenized] + [one for one in states if isinstance(one, Exception)]
+        failed = next((why for why in whys if why is not None), None)
         if failed is not None:
             raise EvaluationError(f"a passage cannot be encoded: {failed}")
         good = [one for one in states if isinstance(one, np.ndarray)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -27,11 +29,16 @@ def notes(
     reference: NDArray[np.float32],
     margins: Margins,
     codecs: Codecs,
+    is_empty: Callable[[str], bool],
 ) -> list[str]:
-    """In the order of the data: judgements, candidates, states, codecs, margins."""
+    """In the order of the data: judgements, candidates, states, codecs, margins.
+
+    Args:
+        is_empty: whether a passage's text is empty to the model's tokenizer.
+    """
     there = set(states.passage_ids)
     absent = pairs.places.keys() - there
-    unread = {p for p in absent if judged.passages.get(p, "").strip()}
+    unread = {p for p in absent if not is_empty(judged.passages.get(p, ""))}
     grades = list(judged.qrels.values())
     unscored = sum(int(np.isnan(flat).sum()) for flat in margins.values.values()) - len(margins.values) * sum(
         len(places) for p, places in pairs.places.items() if p not in there

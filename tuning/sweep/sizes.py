@@ -61,12 +61,11 @@ def of_texts(
     encoder: PassageEncoder, texts: Sequence[str], *, split: bool = False, progress: Progress = SILENT
 ) -> Lengths:
     """By tokenizing them; nothing is encoded. Empty texts are not stored."""
-    kept = [text for text in texts if text.strip()]
-    progress.begin(STAGE, len(kept))
+    progress.begin(STAGE, len(texts))
     windows: list[tuple[int, ...]] = []
-    for start in range(0, len(kept), _BATCH):
-        part = kept[start : start + _BATCH]
-        windows += [passage.window_tokens for passage in encoder.tokenize(part, split=split)]
+    for start in range(0, len(texts), _BATCH):
+        part = texts[start : start + _BATCH]
+        windows += [one.window_tokens for one in encoder.tokenize(part, split=split) if one.failed is None]
         progress.advance(STAGE, len(part))
     return Lengths(windows)
 

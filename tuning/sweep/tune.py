@@ -158,7 +158,9 @@ def tune(
         num_passages=lengths.num_passages,
         num_candidates=pairs.num,
         mean_tokens=lengths.num_tokens / max(1, lengths.num_passages),
-        notes=notes(judged, candidates, from_states, judgements, pairs, states, reference, margins, codecs),
+        notes=notes(
+            judged, candidates, from_states, judgements, pairs, states, reference, margins, codecs, encoder.is_empty
+        ),
         first_stage=first_quality,
         reference=reference_quality,
         rows=_rows(measured, codecs, lengths, timings, seconds_per_token),
