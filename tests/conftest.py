@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -44,6 +45,17 @@ def denormals_as_usual() -> Iterator[None]:
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights in a directory: three layers, two kv heads, sliding and full attention, a BPE tokenizer."""
     return make_checkpoint(tmp_path_factory.mktemp("tiny") / "tiny-reranker")
+
+
+@pytest.fixture(scope="session", params=["{passage}", "<Document>: {passage}"], ids=["bare", "template"])
+def lossy_checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint with a tokenizer that drops every character it was not trained on, as WordPiece does some."""
+    settings = {"passage_template": request.param, "prompt_template": "{instruction} {query} :"}
+    path = make_checkpoint(tmp_path_factory.mktemp("lossy") / "lossy-reranker", settings=settings)
+    tokenizer = json.loads((path / "tokenizer.json").read_text())
+    tokenizer["model"] |= {"byte_fallback": False, "unk_token": None}
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return path
 
 
 @pytest.fixture(scope="session")
