@@ -44,8 +44,8 @@ class Engine:
         return tokenized
 
     def why_not(self, text: str) -> str | None:
-        """Why a text is not even tokenized, or None."""
+        """Why a text cannot be encoded, or None. May tokenize: off the event loop."""
         num_bytes = len(text.encode())
         if num_bytes > self.config.max_text_bytes:
             return f"text is {num_bytes:,} bytes; at most {self.config.max_text_bytes:,} are encoded"
-        return None
+        return "text is empty" if self.encoder.is_empty(text) else None

@@ -24,7 +24,7 @@ async def encode(engine: Engine, request: encoder_pb2.EncodeRequest) -> encoder_
     if ratio < 1:
         raise InvalidRequest("compression_ratio", ratio, "0 (the default) or more")
     format = messages.state_format(request.format)
-    refused = [engine.why_not(text) for text in request.texts]
+    refused = await engine.call(lambda: [engine.why_not(text) for text in request.texts])
     good = [text for text, why in zip(request.texts, refused, strict=True) if why is None]
     tokenized = await engine.tokenize(good, split=request.split)
     _check_size(engine, tokenized, ratio, messages.BYTES_PER_VALUE[format])

@@ -106,8 +106,11 @@ class PassageEncoder:
         return self.identity.dim
 
     def is_empty(self, text: str) -> bool:
-        """Whether a text is refused as empty; see TextTokenizer.is_empty."""
-        return self._text.is_empty(text)
+        """Whether a text is refused as empty; see TextTokenizer.is_empty. False where the tokenizer does not take it."""
+        try:
+            return self._text.is_empty(text)
+        except Exception:  # `tokenize` says so
+            return False
 
     def tokenize(self, texts: Sequence[str], *, split: bool = False) -> list[Tokenized]:
         """Texts under the passage template; those over the limit are cut, or split into windows.

@@ -122,7 +122,7 @@ class Upload:
     async def _read(self, requests: AsyncIterator[encoder_pb2.UpsertRequest]) -> None:
         async for request in requests:
             collection = await self._open(request)
-            entries = [self._check(passage) for passage in request.passages]
+            entries = await self._engine.call(self._checked, request)
             self._room.take(entries)
             todo = await self._changed(collection, entries)
             self._messages.append(asyncio.create_task(self._encode(collection, entries, todo)))
@@ -156,6 +156,10 @@ class Upload:
             )
         target.stores_text = target.stores_text if target.collection is not None else request.store_text
         return target.create(None)
+
+    def _checked(self, request: encoder_pb2.UpsertRequest) -> list[_Entry]:
+        """The passages of one message, the refused ones with why; off the event loop, one message at a time."""
+        return [self._check(passage) for passage in request.passages]
 
     def _check(self, passage: encoder_pb2.Passage) -> _Entry:
         entry = _Entry(passage.passage_id, passage.text)

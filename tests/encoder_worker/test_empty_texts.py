@@ -82,6 +82,8 @@ async def test_upsert_refuses_each_and_stores_the_others(serve: Any, lossy: Pass
         stored = encoder_pb2.UPSERT_STATUS_STORED
         assert [r.status == stored for r in response.results] == [t not in EMPTY for t in MIXED]
         assert {r.message for r in response.results if r.status != stored} == {"text is empty"}
+        again = await to.upsert(*(to.message("docs", twice=text) for text in ("\u200b", "the first had no text")))
+        assert [r.status == stored for response in again for r in response.results] == [False, True]
         held = Collection.open(store, "docs").get_many(ids)
         assert [states is None for states in held] == [t in EMPTY for t in MIXED]
 
