@@ -106,7 +106,7 @@ class PassageEncoder:
         return self.identity.dim
 
     def is_empty(self, text: str) -> bool:
-        """Whether a text is refused as empty; see TextTokenizer.is_empty. False where the tokenizer does not take it."""
+        """As TextTokenizer.is_empty; False where the tokenizer does not take the text."""
         try:
             return self._text.is_empty(text)
         except Exception:  # `tokenize` says so

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from cache.states import text_digest
 from encoder_worker.passage_encoder import PassageEncoder, Tokenized
 from encoder_worker.seen import SeenIds
-from encoder_worker.sources import Passage, Refused, SourceError
+from encoder_worker.sources import Passage, Reason, Refused, SourceError
 from encoder_worker.target import Target
 
 _TOKENIZE_PASSAGES = 256

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
@@ -69,8 +69,7 @@ class ObservingInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg
         async def observed(request: Any, context: Any) -> Any:
             with self._observed(short, call, context):
                 await self._admit(context)
-                async with _internal(short, context):
-                    return await function(request, context)
+                return await function(request, context)
 
         return replaced(handler, observed)
 
@@ -100,28 +99,6 @@ class ObservingInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg
                 on_call(method, code, time.monotonic() - started)
 
 
-<<<<<<< HEAD
-=======
-@asynccontextmanager
-async def _internal(method: str, context: Any) -> AsyncIterator[None]:
-    """Ends a call that nothing else ended with INTERNAL: grpc would send the exception's own text."""
-    try:
-        yield
-    except grpc.aio.AbortError:  # ended already, with a status
-        raise
-    except Exception as exc:
-        log.error("%s failed: %s", method, type(exc).__name__, exc_info=exc)
-        message = "internal error; the log has it under x-request-id"
-        await rpc.abort(context, grpc.StatusCode.INTERNAL, message, rpc.error_info("INTERNAL"))
-
-
-def connection_options(max_calls: int) -> list[tuple[str, int]]:
-    """Of a server: what one connection may ask at once, and that idle ones end; gRPC does not bound their number."""
-    # a few more than are admitted: a probe on the same connection should not wait
-    return [("grpc.max_concurrent_streams", max_calls + SPARE), ("grpc.max_connection_idle_ms", IDLE_SECONDS * 1000)]
-
-
->>>>>>> 2b6511d (Decide by tokens what an empty text is, once for all paths)
 def _code(context: Any, default: str) -> str:
     """Name of the status that was set, by abort or otherwise."""
     number = context.code()
