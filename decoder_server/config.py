@@ -34,7 +34,7 @@ class DecoderConfig:
     degrade: bool = False  # under pressure requests are read coarser than asked, and told so
     degrade_queue_share: float = 0.5  # of what the queue may hold, before that
     max_request_tokens: int | None = None  # prompt tokens and states over all candidates; None: the queue's limit only
-    max_query_bytes: int = 16 << 10
+    max_query_bytes: int = 1 * MIB  # that are tokenized, of a query and of an instruction; a query is cut by tokens
     max_instruction_tokens: int = 512
     max_text_bytes: int = 1 * MIB  # of one candidate
     max_message_bytes: int = 64 * MIB

@@ -124,8 +124,7 @@ class Engine:
     async def _rerank(
         self, request: RerankRequest, started: float, deadline: float | None, emit: Emit | None, trail: Trail
     ) -> tuple[list[Outcome], Summary]:
-        prompt = await self.call(self.backend.prompt, request.query, request.instruction)
-        self._check_instruction(request, prompt)
+        prompt = await self.prompt(request.query, request.instruction)
         same = distinct(request.candidates)
         collection = await self.open_collection(request.collection) if request.collection is not None else None
         asked = self.plan_of(request, collection)
@@ -218,13 +217,18 @@ class Engine:
         fresh = self.catalogue.fresh(name)
         return fresh if fresh is not None else await self.call(self.catalogue.open, name)
 
-    def _check_instruction(self, request: RerankRequest, prompt: Prompt) -> None:
-        if not request.instruction:
-            return
+    async def prompt(self, query: str, instruction: str | None) -> Prompt:
+        """The tokens before a passage. A long query is cut, and the prompt says so; an instruction never is.
+
+        Raises:
+            InvalidRequest: an instruction over its limit.
+        """
+        prompt = await self.call(self.backend.prompt, query, instruction)
         num_tokens = prompt.num_tokens - prompt.num_query_tokens - self._template_tokens
-        if num_tokens > self.limits.max_instruction_tokens:
+        if instruction and num_tokens > self.limits.max_instruction_tokens:
             expected = f"at most {self.limits.max_instruction_tokens} tokens"
             raise InvalidRequest("instruction", f"{num_tokens} tokens long", expected)
+        return prompt
 
     async def _with_texts(self, request: RerankRequest, wanted: Wanted, outcomes: list[Outcome]) -> list[Outcome]:
         """Adds candidates' texts where they were asked for: inline ones, else stored ones."""

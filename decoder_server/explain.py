@@ -107,7 +107,7 @@ async def _explain(engine: Engine, request: RerankRequest, deadline: float) -> l
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout_at(deadline):
-            prompt = await loop.run_in_executor(None, engine.backend.prompt, request.query, request.instruction)
+            prompt = await engine.prompt(request.query, request.instruction)
             collection = await _opened(engine, request.collection)
             stored = collection.manifest.compression_ratio if collection is not None else 1
             chosen = request.compression_ratio or stored

@@ -62,7 +62,7 @@ async def warm(engine: Engine, request: RerankRequest) -> Warmed:
             raise InvalidRequest("collection", "", "the collection that holds the ids")
         collection = await engine.open_collection(request.collection)
         ratios = {stage.compression_ratio for stage in engine.plan_of(request, collection).stages}
-        prompt = await engine.call(backend.prompt, ANY_QUERY, request.instruction)
+        prompt = await engine.prompt(ANY_QUERY, request.instruction)
         ids = list(dict.fromkeys(candidate.passage_id or "" for candidate in request.candidates))
         found = await engine.call(_read, collection, ids)
         passages = [passage for passage in found if isinstance(passage, EncodedPassage)]

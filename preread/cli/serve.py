@@ -101,6 +101,19 @@ _FILE = click.Path(exists=True, dir_okay=False)
     type=click.IntRange(min=1),
     help="Prompt tokens and states of one request, over all its candidates.  [default: no limit]",
 )
+@option(
+    "--max-query-bytes",
+    type=click.IntRange(min=1),
+    default=MIB,
+    help="Longest query, and longest instruction, that is tokenized. A query over the model's token limit, far below, "
+    "is cut, and the answer says so.",
+)
+@option(
+    "--max-instruction-tokens",
+    type=click.IntRange(min=1),
+    default=512,
+    help="Longest instruction; a longer one is refused: half an instruction may say the opposite.",
+)
 @option("--max-text-bytes", type=click.IntRange(min=1), default=MIB, help="Longest text of one candidate.")
 @option("--max-message-bytes", type=click.IntRange(min=1), default=64 * MIB, help="Largest gRPC message.")
 @tiers_options
@@ -200,7 +213,8 @@ def _config(options: dict[str, Any], halves: EncoderHalves) -> DecoderConfig:
     same = (
         "host", "port", "store", "max_batch_tokens",
         "max_queue_requests", "max_queue_tokens", "max_queue_seconds", "max_candidates", "max_message_bytes",
-        "max_request_tokens", "max_text_bytes", "log_text", "max_connection_age_seconds", "max_connections",
+        "max_request_tokens", "max_query_bytes", "max_instruction_tokens", "max_text_bytes",
+        "log_text", "max_connection_age_seconds", "max_connections",
     )  # fmt: skip
     worker_tls = ("encoder_tls_ca_file", "encoder_tls_cert_file", "encoder_tls_key_file")
     return DecoderConfig(

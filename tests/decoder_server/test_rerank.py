@@ -195,8 +195,9 @@ async def test_unknown_names_are_not_found(serve, refused, detail) -> None:
         assert "tiny" in error.details()
 
 
-async def test_a_query_over_the_limit_is_cut_and_told(serve) -> None:
+@pytest.mark.parametrize("query", ["word " * 1500, "word " * 100_000, "字" * 300_000])
+async def test_a_query_over_the_limit_is_cut_and_told(serve, query: str) -> None:
     async with serve() as serving:
-        answer = await serving.rerank(query="word " * 1500, ids=["p1"])
+        answer = await serving.rerank(query=query, ids=["p1"])
         assert answer.query_truncated
         assert answer.num_query_tokens == 512

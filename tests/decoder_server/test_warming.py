@@ -50,6 +50,14 @@ async def test_a_request_after_warming_computes_its_own_tokens_only(serve, tiere
     assert [r.margin for r in found.results] == pytest.approx([r.margin for r in expected.results], abs=1e-5)
 
 
+async def test_an_instruction_has_the_limit_of_a_request(serve, tiered, refused) -> None:
+    async with serve(backend=tiered, max_instruction_tokens=20) as serving:
+        error = await refused(
+            serving.stub.Warm(warm_request(instruction="many words " * 20)), grpc.StatusCode.INVALID_ARGUMENT
+        )
+        assert "at most 20 tokens" in error.details()
+
+
 async def test_another_instruction_or_ratio_is_not_warm(serve, tiered) -> None:
     async with serve(backend=tiered) as serving:
         await serving.stub.Warm(warm_request(instruction="Judge."))

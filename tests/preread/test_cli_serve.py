@@ -17,7 +17,7 @@ import pytest
 from click.testing import CliRunner
 
 from preread.cli.main import cli
-from preread.client import Client, ClientOptions, Unauthenticated
+from preread.client import Client, ClientOptions, InvalidRequest, Unauthenticated
 
 ROOT = Path(__file__).parents[2]
 KEY = "asks-0123456789abcdef"
@@ -66,6 +66,8 @@ def test_one_file_configures_it_all(tiny_checkpoint: Path, tmp_path: Path) -> No
         http-port = 0
         encoder-port = 0
         read-ratio = 8
+        max-query-bytes = 20000
+        max-instruction-tokens = 40
         degrade = true
     """)
     out, err = tmp_path / "out", tmp_path / "err"
@@ -93,7 +95,7 @@ def test_one_file_configures_it_all(tiny_checkpoint: Path, tmp_path: Path) -> No
             process.kill()
     lines = [json.loads(line) for line in err.read_text().splitlines()]
     assert {"rerank", "call"} <= {line["message"] for line in lines}
-    assert len({line["request_id"] for line in lines if line["message"] == "rerank"}) == 2
+    assert len({line["request_id"] for line in lines if line["message"] == "rerank"}) == 5
     everything = out.read_text() + err.read_text()
     for secret in (KEY, "ops-secret", "velvet", "crimson"):
         assert secret not in everything
@@ -113,6 +115,13 @@ def use(said: str) -> None:
         reranking = client.rerank("velvet", ["crimson"])
         assert reranking[0].score is not None
         assert reranking.summary.compression_ratio == 8
+        assert client.rerank("velvet " * 2500, ["crimson"]).summary.query_truncated
+        for limit, arguments in (
+            ("20000 bytes", {"query": "velvet " * 3000}),
+            ("40 tokens", {"query": "velvet", "instruction": "crimson " * 41}),
+        ):
+            with pytest.raises(InvalidRequest, match=f"at most {limit}"):
+                client.rerank(candidates=["crimson"], **arguments)
     with Client(where("listening")) as nobody, pytest.raises(Unauthenticated):
         nobody.list_models()
 
