@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from encoder_worker.sources import Passage, Place, Refused
+from preread.outputs import open_output
 
 _SPOOL_BYTES = 4 << 20
 
@@ -136,7 +137,7 @@ class IndexReport:
 
     def write(self, path: Path) -> None:
         """The counts and every refused and truncated item as one JSON document; items are streamed."""
-        with path.open("w", encoding="utf-8") as out:
+        with open_output(path) as out:
             out.write(json.dumps(self.summary(), indent=1).removesuffix("\n}"))
             for name, log in (("refused", self.refused), ("truncated", self.truncated)):
                 out.write(f',\n "{name}": [')

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 # trec_eval compares scores as float32 and breaks ties by passage id. Neighbours are kept at least this far
 # apart, relative to their size: two units in the last place of a float32.
 _STEP = 2.0**-22
+_LARGEST = 1e38  # below float32's largest number, with room for the steps
 
 
 def order(scores: NDArray[np.floating]) -> NDArray[np.intp]:
@@ -29,10 +30,25 @@ def rank(candidates: Sequence[str], scores: NDArray[np.floating] | Sequence[floa
         scores: (num_candidates,); NaN where there is none.
     """
     values = np.asarray(scores, dtype=np.float64)
-    ranking: list[tuple[str, float]] = []
+    rows = order(values)
+    return [
+        (candidates[row], score)
+        for row, score in zip(
+            rows.tolist(), falling(np.nan_to_num(values[rows], posinf=np.inf, neginf=-np.inf)), strict=True
+        )
+    ]
+
+
+def falling(scores: Iterable[float]) -> list[float]:
+    """Scores of a ranking, best first, made to fall strictly: one that is not below the one before is lowered.
+
+    Read as float32 they still differ. Beyond float32's range none of them could, so there ranks take their place.
+    """
+    lowered: list[float] = []
     ceiling = np.inf
-    for row in order(values).tolist():
-        score = min(ceiling, values[row]) if not np.isnan(values[row]) else min(ceiling, 0.0)
-        ranking.append((candidates[row], float(score)))
-        ceiling = score - _STEP * max(1.0, abs(score))
-    return ranking
+    for score in scores:
+        lowered.append(min(ceiling, float(score)))
+        ceiling = lowered[-1] - _STEP * max(1.0, abs(lowered[-1]))
+    if lowered and not (lowered[-1] > -_LARGEST and lowered[0] < _LARGEST):
+        return [float(-rank) for rank in range(1, len(lowered) + 1)]
+    return lowered

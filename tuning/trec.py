@@ -7,16 +7,18 @@ Judgements: BEIR's three columns (query, passage, grade) with or without a heade
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cache.errors import InvalidName
 from cache.names import passage_id_bytes
 from encoder_worker.sources import Place, Reason, Refused
+from preread.outputs import open_output
 from preread.passages import id_text
 from tuning.errors import EvaluationError
 from tuning.files import fields, json_rows, nothing_left, numbered_lines, refuse
+from tuning.ranking import falling
 
 GRADE_NAMES = ("score", "grade", "relevance", "rel", "label")  # of the last column, in a header line
 
@@ -129,17 +131,31 @@ def read_run(path: Path) -> RunFile:
     return RunFile(run, tag)
 
 
-def write_run(path: Path, run: Run, tag: str) -> None:
-    """A TREC run file. Scores are written so that they read back as the same numbers.
+def write_run(path: str | Path, run: Run, tag: str) -> None:
+    """A TREC run file, whole or not at all, in the lines of `run_lines`.
 
     Raises:
-        EvaluationError: an id with blanks in it, which the format cannot carry.
+        EvaluationError: an id that the format cannot carry.
     """
-    with path.open("w", encoding="utf-8") as file:
+    with open_output(path) as file:
         for query_id, ranking in run.items():
-            for rank, (passage_id, score) in enumerate(ranking, 1):
-                _check_ids(path, query_id, passage_id)
-                file.write(f"{query_id} Q0 {passage_id} {rank} {score!r} {tag}\n")
+            file.writelines(run_lines(query_id, ranking, tag))
+
+
+def run_lines(query_id: str, ranking: Sequence[tuple[str, float]], tag: str) -> list[str]:
+    """The lines of one query. Scores fall strictly, also as float32, so that every tool keeps this order.
+
+    Scores that do so are written so that they read back as the same numbers.
+
+    Raises:
+        EvaluationError: an id that the format cannot carry.
+    """
+    check_ids(query_id, *(passage_id for passage_id, _ in ranking))
+    scores = falling(score for _, score in ranking)
+    return [
+        f"{query_id} Q0 {passage_id} {rank} {score!r} {tag}\n"
+        for rank, ((passage_id, _), score) in enumerate(zip(ranking, scores, strict=True), 1)
+    ]
 
 
 def write_qrels(path: Path, qrels: Mapping[str, Mapping[str, int]]) -> None:
@@ -148,10 +164,10 @@ def write_qrels(path: Path, qrels: Mapping[str, Mapping[str, int]]) -> None:
     Raises:
         EvaluationError: an id with blanks in it, which the format cannot carry.
     """
-    with path.open("w", encoding="utf-8") as file:
+    with open_output(path) as file:
         for query_id, grades in qrels.items():
+            check_ids(query_id, *grades)
             for passage_id, grade in grades.items():
-                _check_ids(path, query_id, passage_id)
                 file.write(f"{query_id} 0 {passage_id} {grade}\n")
 
 
@@ -170,7 +186,11 @@ def _number(place: Place, name: str, text: str) -> float:
     return value
 
 
-def _check_ids(path: Path, *ids: str) -> None:
+def check_ids(*ids: str) -> None:
+    """
+    Raises:
+        EvaluationError: an id that no TREC file can carry.
+    """
     for id_ in ids:
         if not id_ or id_.split() != [id_]:
-            raise EvaluationError(f"{path}: id {id_!r} is empty or has blanks; a TREC file cannot carry it")
+            raise EvaluationError(f"id {id_!r} is empty or has blanks; a TREC file cannot carry it")

@@ -48,6 +48,8 @@ class Source:
             raise SourceError("no input given; expected files, BEIR folders, or - for standard input")
         if format is not None and format not in FORMATS:
             raise SourceError(f"format is {format!r}; expected one of {', '.join(FORMATS)}")
+        if [str(name) for name in names].count(STDIN) > 1:
+            raise SourceError("- is given twice; standard input can be read once")
         self._fields = fields or Fields()
         self._max_line_bytes = max_line_bytes
         self._inputs = [_resolve(str(name), format) for name in names]

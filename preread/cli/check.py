@@ -28,8 +28,8 @@ from preread.cli.options import codec_option, compute_options, option, shipped_m
     "--json-file",
     "--json",
     "json_file",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Write everything to this file.",
+    type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
+    help="Write everything to this file; - prints it instead of the table.",
 )
 @option("--runtime", metavar="NAME", default="torch", help="What computes a cross-encoder, as serve is told.")
 @option("--profile", metavar="NAME|TOML", help="A cross-encoder's recipe, instead of the one it goes by.")
@@ -72,6 +72,7 @@ def command(
     Exit codes: 0 healthy, 1 not, 2 bad input.
     """
     from checkpoint.compute import tune_process
+    from preread.outputs import is_stdout, write_output
     from tuning.health import check, read_pairs
     from tuning.health.table import print_health
     from tuning.progress import TerminalProgress
@@ -98,8 +99,9 @@ def command(
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-    print_health(report)
+    if json_file is None or not is_stdout(json_file):
+        print_health(report)
     if json_file is not None:
-        json_file.write_text(report.to_json(), encoding="utf-8")
+        write_output(json_file, report.to_json())
     if not report.passed:
         ctx.exit(BAD_ITEMS)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from preread.cli.options import collection_option, compute_options, model_option, option, store_option
+from preread.cli.options import OutputFolder, collection_option, compute_options, model_option, option, store_option
 from preread.cli.quantities import Integers
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -41,10 +41,10 @@ READ_SECONDS = 30.0  # nobody waits for one answer: a slow store is better than 
     "--json-file",
     "--json",
     "json_file",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Write everything to this file.",
+    type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
+    help="Write everything to this file; - prints it instead of the table.",
 )
-@option("--run-out", metavar="DIR", type=click.Path(file_okay=False, path_type=Path), help="Write TREC run files.")
+@option("--run-out", metavar="DIR", type=OutputFolder(), help="Write TREC run files.")
 def command(
     folder: Path | None,
     corpus: Path | None,
@@ -86,6 +86,7 @@ def command(
     from cache.store import open_store
     from checkpoint.compute import tune_process
     from preread.cli.inputs import tell_refused
+    from preread.outputs import is_stdout, write_output
     from tuning.evaluate import evaluate
     from tuning.judged import read_judged
     from tuning.progress import TerminalProgress
@@ -122,8 +123,9 @@ def command(
         report = evaluate(
             judged, model, settings, candidates=candidates, stored=stored, device=device, dtype=dtype, progress=progress
         )
-    print_report(report)
+    if json_file is None or not is_stdout(json_file):
+        print_report(report)
     if json_file is not None:
-        json_file.write_text(report.to_json(), encoding="utf-8")
+        write_output(json_file, report.to_json())
     if run_out is not None:
         report.write_runs(run_out)

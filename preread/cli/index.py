@@ -54,7 +54,11 @@ FORMATS = ("jsonl", "tsv", "csv", "parquet", "text", "beir")
 @option("--strict", is_flag=True, help="Stop at the first item that would be refused.")
 @option("--force", is_flag=True, help="Encode also what is stored with the same text.")
 @option("--dry-run", is_flag=True, help="Count tokens, bytes and time; store nothing.")
-@option("--report", type=click.Path(dir_okay=False, path_type=Path), help="Write counts and every refused line (JSON).")
+@option(
+    "--report",
+    type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
+    help="Write counts and every refused line (JSON); - prints them instead of the summary.",
+)
 @option("--max-line-bytes", type=click.IntRange(min=1), default=16 << 20, help="Longer lines are refused.")
 @option("--max-batch-tokens", type=click.IntRange(min=1), help="Tokens per forward pass.  [default: by device]")
 @compute_options
@@ -78,7 +82,10 @@ def command(ctx: click.Context, /, **options: Any) -> None:
     3 the store cannot be reached, 130 interrupted (what was encoded is stored).
     """
     from preread.cli.index_view import show_json, show_report
+    from preread.outputs import is_stdout
 
+    if options["as_json"] and options["report"] is not None and is_stdout(options["report"]):
+        raise click.UsageError("--report - and --json both print to standard output: give one of them.")
     if options["store"].startswith("memory:"):
         raise click.BadParameter("memory: ends with this command; expected a store that stays", param_hint="--store")
     if options["report"] is not None and not options["report"].parent.is_dir():
@@ -89,7 +96,9 @@ def command(ctx: click.Context, /, **options: Any) -> None:
         report, estimate = _run(options, source, settings, how, stop)
     if options["report"] is not None:
         report.write(options["report"])
-    if options["as_json"]:
+    if options["report"] is not None and is_stdout(options["report"]):
+        pass  # it is all there
+    elif options["as_json"]:
         show_json(report, estimate)
     else:
         show_report(report, estimate, report_file=options["report"])

@@ -41,6 +41,18 @@ def option(*flags: str, **settings: Any) -> Callable[[F], F]:
     return click.option(*flags, **settings)
 
 
+class OutputFolder(click.Path):
+    """A folder to write into; made where there is none."""
+
+    def __init__(self) -> None:
+        super().__init__(file_okay=False, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if str(value) == "-":
+            self.fail("-: several files are written; expected a folder", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 def store_option(function: F) -> F:
     """--store URL."""
     return option(

@@ -67,12 +67,12 @@ def rerank_all(
 
 
 def run_rows(answer: Reranking) -> list[tuple[str, float]]:
-    """The scored passages for a TREC run, whose readers sort by score alone.
+    """The scored passages for a TREC run, whose readers sort by score alone and know each passage once.
 
     Margins of different stages do not compare: what a cascade's earlier stage said last is moved below all
     that came further, by so much that margins keep their order and their distances within a stage.
     """
-    rows: list[tuple[str, float]] = []
+    rows: dict[str, float] = {}
     moved, stages, lowest = 0.0, 0, 0.0
     for result in answer:
         if result.margin is None:
@@ -80,5 +80,5 @@ def run_rows(answer: Reranking) -> list[tuple[str, float]]:
         if rows and len(result.stages) < stages:
             moved = min(0.0, lowest - 1.0 - result.margin)
         stages, lowest = len(result.stages), result.margin + moved
-        rows.append((result.passage_id or str(result.index), lowest))
-    return rows
+        rows.setdefault(result.passage_id or str(result.index), lowest)  # the better of two
+    return list(rows.items())

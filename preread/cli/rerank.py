@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -36,7 +35,7 @@ DEFAULT_TOP_N = 10
 @option("--queries", metavar="FILE", help='Ask all of these: id<TAB>text per line, or JSON lines with "id" and "text".')
 @option("--run", "run_file", metavar="FILE", help="With --queries: candidates of each query, a first stage's TREC run.")
 @option("--depth", type=click.IntRange(min=1), default=100, help="With --run: how many candidates of each query.")
-@option("--output", metavar="FILE", default="-", help="With --queries: where the TREC run goes.")
+@option("--output", metavar="FILE", default="-", help="With --queries: where the TREC run goes; - is standard output.")
 @option("--top-n", type=click.IntRange(min=0), help="Show this many; 0 is all.  [default: 10; with --queries all]")
 @option("--instruction", metavar="TEXT", default="", help="What to look for, instead of the model's own task.")
 @option(
@@ -106,6 +105,8 @@ def _check(query: str | None, given: Mapping[str, Any]) -> None:
     sources = [name for name in ("ids", "candidates", "run_file") if given[name] is not None]
     if len(sources) > 1:
         raise click.UsageError("--ids, --candidates and --run exclude one another.")
+    if sum(given[name] == "-" for name in ("queries", "ids", "candidates", "run_file")) > 1:
+        raise click.UsageError("- is standard input, which can be read once: name a file for all but one.")
     if given["run_file"] is not None and query is not None:
         raise click.UsageError("--run goes with --queries.")
     if given["collection"] is None and given["candidates"] is None:
@@ -163,8 +164,9 @@ def _many_queries(client: Any, given: Mapping[str, Any], max_candidates: int, op
     from rich.progress import track
 
     from preread.cli.inputs import read_queries
-    from preread.cli.ranking import rerank_all, run_rows
-    from tuning.trec import write_run
+    from preread.cli.ranking import rerank_all
+    from preread.outputs import open_output
+    from tuning.trec import check_ids
 
     queries = read_queries(given["queries"])
     if given["run_file"] is not None:
@@ -172,26 +174,36 @@ def _many_queries(client: Any, given: Mapping[str, Any], max_candidates: int, op
         queries = {query_id: text for query_id, text in queries.items() if query_id in candidates}
     else:
         candidates = dict.fromkeys(queries, _candidates(given))
+    if not given["as_json"]:  # now, not after hours
+        check_ids(*queries)
+        check_ids(*{one.passage_id for found in candidates.values() for one in found if one.passage_id})
     answers = rerank_all(
         client, queries, candidates, max_candidates, options | {"top_n": given["top_n"] or 0}, given["concurrency"]
     )
     console = Console(stderr=True)
-    reranked = {}
-    bar = track(answers, "reranking", total=len(queries), console=console, disable=not console.is_terminal)
-    for query_id, answer in bar:
-        reranked[query_id] = answer
-    if given["as_json"]:
-        _write_json(given["output"], queries, reranked)
-    else:
-        run = {query_id: run_rows(answer) for query_id, answer in reranked.items()}
-        write_run(Path("/dev/stdout" if given["output"] == "-" else given["output"]), run, "preread")
-    _tell_what_was_read(list(reranked.values()))
-    num_scored = sum(answer.summary.num_scored for answer in reranked.values())
+    done = []
+    with open_output(given["output"]) as file:
+        bar = track(answers, "reranking", total=len(queries), console=console, disable=not console.is_terminal)
+        for query_id, answer in bar:
+            file.writelines(_lines(query_id, queries[query_id], answer, as_json=given["as_json"]))
+            done.append(answer)
+    _tell_what_was_read(done)
+    num_scored = sum(answer.summary.num_scored for answer in done)
     num_bad = sum(len(candidates[query_id]) for query_id in queries) - num_scored
-    click.echo(f"{len(reranked):,} queries, {num_scored:,} passages scored, {num_bad:,} not scored", err=True)
-    for result in islice((r for answer in reranked.values() for r in answer if r.margin is None), 5):
+    click.echo(f"{len(done):,} queries, {num_scored:,} passages scored, {num_bad:,} not scored", err=True)
+    for result in islice((r for answer in done for r in answer if r.margin is None), 5):
         click.echo(f"  {result.passage_id}: {result.status} {result.message}", err=True)
     return num_bad
+
+
+def _lines(query_id: str, query: str, answer: Any, *, as_json: bool) -> list[str]:
+    """What is written for one query."""
+    from preread.cli.ranking import run_rows
+    from tuning.trec import run_lines
+
+    if as_json:
+        return [json.dumps({"query_id": query_id, "query": query} | asdict(answer), ensure_ascii=False) + "\n"]
+    return run_lines(query_id, run_rows(answer), "preread")
 
 
 def _tell_what_was_read(answers: Sequence[Any]) -> None:
@@ -217,10 +229,3 @@ def _from_run(path: Path, queries: Mapping[str, str], depth: int) -> dict[str, S
     if not found:
         raise CommandFailed(f"{path}: holds none of the {len(queries)} queries")
     return found
-
-
-def _write_json(output: str, queries: Mapping[str, str], answers: Mapping[str, Any]) -> None:
-    with click.open_file(output, "w", encoding="utf-8") as file, suppress(BrokenPipeError):
-        for query_id, answer in answers.items():
-            row = {"query_id": query_id, "query": queries[query_id]} | asdict(answer)
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")

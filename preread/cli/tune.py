@@ -10,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 from preread.cli.failures import BAD_INPUT, CommandFailed
-from preread.cli.options import collection_option, compute_options, model_option, option, store_option
+from preread.cli.options import OutputFolder, collection_option, compute_options, model_option, option, store_option
 from preread.cli.quantities import DURATION, SHARE, SIZE, Integers, Words
 
 if TYPE_CHECKING:
@@ -77,17 +77,17 @@ READ_SECONDS = 30.0  # nobody waits for one answer: a slow store is better than 
 @option(
     "--out",
     metavar="DIR",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=OutputFolder(),
     default=Path("preread-tune"),
     help="Where report.html, tune.json, plots and the chosen preread.toml go.",
 )
 @option(
     "--work-dir",
     metavar="DIR",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=OutputFolder(),
     help="Where states and margins are kept, for a run that goes on.  [default: work/ in --out]",
 )
-@option("--run-out", metavar="DIR", type=click.Path(file_okay=False, path_type=Path), help="Write TREC run files.")
+@option("--run-out", metavar="DIR", type=OutputFolder(), help="Write TREC run files.")
 @option("--all", "show_all", is_flag=True, help="Show every configuration in the terminal, not the best ones alone.")
 @click.pass_context
 def command(ctx: click.Context, /, **options: Any) -> None:
@@ -189,13 +189,14 @@ def _limits(options: dict[str, Any]) -> Limits:
 
 def _show(report: SweepReport, limits: Limits, out: Path, *, model: str | None, show_all: bool) -> None:
     """The files, the table, and the choice."""
+    from preread.outputs import write_output
     from tuning.sweep.choice import choose
     from tuning.sweep.config_toml import config_toml
     from tuning.sweep.page import write_page
     from tuning.sweep.table import describe_broken, print_sweep
 
     choice = choose(report.rows, limits) if limits.given else None
-    (out / "tune.json").write_text(report.to_json(limits, choice), encoding="utf-8")
+    write_output(out / "tune.json", report.to_json(limits, choice))
     write_page(out, report, limits, choice)
     print_sweep(report, choice, show_all=show_all)
     click.echo(f"Report: {out / 'report.html'}")
@@ -203,7 +204,7 @@ def _show(report: SweepReport, limits: Limits, out: Path, *, model: str | None, 
     if choice is None or choice.broken:
         config.unlink(missing_ok=True)  # of an earlier run: it would not be this one's choice
     else:
-        config.write_text(config_toml(report, choice.row, model), encoding="utf-8")
+        write_output(config, config_toml(report, choice.row, model))
         click.echo(f"Chosen: {choice.row.configuration.name}; {config} is for preread index and serve --config.")
     if choice is not None and choice.broken:
         raise CommandFailed(

@@ -106,6 +106,8 @@ def test_every_bad_line_is_in_the_report(
     ]  # fmt: skip
     for line in range(3, 8):
         assert f"refused: {path}:{line}" in out
+    code, out, err = run_index(path, "-c", "again", "--max-line-bytes", 2000, "--report", "-")
+    assert json.loads(out)["refused"] == written["refused"]
     code, out, err = run_index(path, "-c", "docs", "--strict")
     assert code == 2
     assert f"stopped at {path}:3" in err

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
+import sys
 from pathlib import Path
 
+import ir_measures
 import pytest
 from click.testing import CliRunner
 
@@ -223,3 +226,66 @@ def test_no_server_is_3_and_says_what_to_start() -> None:
 
     assert answer.exit_code == 3
     assert "is `preread serve` running there?" in answer.stderr
+
+
+def test_equal_scores_are_written_in_our_order_for_every_evaluator(rerank, client, tmp_path: Path) -> None:
+    """trec_eval breaks ties by falling passage id: `z` would come before what we rank first."""
+    candidates = [{"id": name, "text": "The same text."} for name in ("a", "m", "z")]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(one) + "\n" for one in candidates))
+    (tmp_path / "queries.tsv").write_text("q1\tblue sky\n")
+    out = tmp_path / "out.run"
+    arguments = ("--queries", str(tmp_path / "queries.tsv"), "--candidates", str(tmp_path / "texts.jsonl"))
+
+    assert rerank(*arguments, "--output", str(out)).exit_code == 0
+
+    (one, other, third) = client.rerank("blue sky", candidates)
+    assert one.margin == other.margin == third.margin
+    run = ir_measures.read_trec_run(str(out))
+    qrels = [ir_measures.Qrel("q1", "a", 1)]
+    assert ir_measures.calc_aggregate([ir_measures.RR], qrels, run) == {ir_measures.RR: 1.0}
+
+
+def test_standard_output_is_appended_to_and_a_closed_pipe_ends_quietly(server_pair, client, tmp_path: Path) -> None:
+    (tmp_path / "queries.tsv").write_text("".join(f"q{i}\tblue sky\n" for i in range(300)))
+    (tmp_path / "ids").write_text("\n".join(PASSAGES))
+    command = [sys.executable, "-m", "preread", "rerank", "-c", COLLECTION, "--address", server_pair.address]
+    command += ["--queries", str(tmp_path / "queries.tsv"), "--ids", str(tmp_path / "ids")]
+    log = tmp_path / "log.run"
+    log.write_text("before\n")
+    with log.open("a") as file:
+        subprocess.run(command, stdout=file, check=True, capture_output=False, stderr=subprocess.DEVNULL)
+    lines = log.read_text().splitlines()
+    assert lines[0] == "before"
+    assert len(lines) == 1 + 300 * 5
+
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline().startswith("q0 Q0 p")
+        process.stdout.close()
+        told = process.stderr.read()
+    assert "Traceback" not in told
+    assert "rror" not in told
+    assert process.returncode == 1
+
+
+def test_a_failed_run_leaves_the_old_file(rerank, tmp_path: Path) -> None:
+    (tmp_path / "queries.tsv").write_text("q1\tblue sky\nq2\t\n")  # the server refuses an empty query
+    out = tmp_path / "out.run"
+    out.write_text("old\n")
+    answer = rerank("--queries", str(tmp_path / "queries.tsv"), "-c", COLLECTION, "--output", str(out))
+    assert answer.exit_code == 2
+    assert out.read_text() == "old\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.run", "queries.tsv"]
+
+
+def test_what_no_run_can_carry_is_said_before_anything_is_scored(rerank, tmp_path: Path) -> None:
+    (tmp_path / "queries.tsv").write_text("q 1\tblue sky\n")
+    answer = rerank("--queries", str(tmp_path / "queries.tsv"), "-c", COLLECTION)
+    assert answer.exit_code == 2
+    assert "id 'q 1' is empty or has blanks" in answer.stderr
+    assert "scored" not in answer.stderr
+
+
+def test_standard_input_is_read_once(rerank) -> None:
+    answer = rerank("--queries", "-", "-c", COLLECTION, "--ids", "-", stdin="q1\tblue sky\n")
+    assert answer.exit_code == 2
+    assert "can be read once" in answer.stderr

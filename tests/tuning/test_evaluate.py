@@ -236,14 +236,14 @@ def test_the_command_says_which_lines_it_leaves_out_and_goes_on(beir: Path, tiny
     with (beir / "qrels.tsv").open("a") as file:
         file.write("q1\tmoon\thigh\n")
 
-    result = _invoke(beir, "--model", tiny, "--ratios", "1", "--json", tmp_path / "odd.json")
+    result = _invoke(beir, "--model", tiny, "--ratios", "1", "--json", "-")
 
     assert result.exit_code == 0, result.output
     told = [line for line in result.stderr.splitlines() if line.startswith("refused: ")]
     assert [line.split(": ")[1].rpartition("/")[2] for line in told] == [
         "corpus.jsonl:8", "corpus.jsonl:9", "corpus.jsonl:10", "qrels.tsv:11",
     ]  # fmt: skip
-    before, after = (json.loads(path.read_text()) for path in (whole, tmp_path / "odd.json"))
+    before, after = json.loads(whole.read_text()), json.loads(result.stdout)
     assert after["counts"] == before["counts"] | {"num_refused_lines": 4}
     assert [item["line"] for item in after["refused"]] == [8, 9, 10, 11]
     for one, other in zip(before["systems"], after["systems"], strict=True):

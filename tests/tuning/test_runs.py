@@ -7,6 +7,7 @@ from pathlib import Path
 import ir_measures
 import numpy as np
 import pytest
+import pytrec_eval
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -46,6 +47,35 @@ def test_a_run_reads_back_as_it_was_written(tmp_path: Path) -> None:
     assert back.run == {q: ranking for q, ranking in run.items() if ranking}
     theirs = [(s.query_id, s.doc_id, s.score) for s in ir_measures.read_trec_run(str(tmp_path / "x.run"))]
     assert theirs == [(q, p, score) for q, ranking in run.items() for p, score in ranking]
+
+
+MARGINS = st.one_of(
+    st.floats(-1e4, 1e4, width=32),
+    st.floats(-1e-6, 1e-6),
+    st.sampled_from([0.0, -0.0, 1.0, 1e30, -1e30, 3.4028234663852886e38, -3.4028234663852886e38, 1e300, -1e300]),
+)
+
+
+@given(st.lists(MARGINS, min_size=1, max_size=40))
+def test_every_evaluator_keeps_the_order_that_is_written(tmp_path_factory: pytest.TempPathFactory, margins) -> None:
+    """Names sort against the order, as trec_eval breaks ties by them; it compares float32."""
+    ranking = [(f"p{i:03}", margin) for i, margin in enumerate(sorted(margins, reverse=True))]
+    path = tmp_path_factory.mktemp("run") / "x.run"
+    write_run(path, {"q": ranking}, "t")
+    scores = [float(line.split()[4]) for line in path.read_text().splitlines()]
+    assert (np.diff(np.array(scores, dtype=np.float32)) < 0).all()
+    assert [p for p, _ in read_run(path).run["q"]] == [p for p, _ in ranking]
+    last = ranking[-1][0]
+    found = pytrec_eval.RelevanceEvaluator({"q": {last: 1}}, {"recip_rank"}).evaluate(
+        {"q": {line.split()[2]: float(line.split()[4]) for line in path.read_text().splitlines()}}
+    )
+    assert found["q"]["recip_rank"] == pytest.approx(1 / len(ranking))
+
+
+def test_writing_a_written_run_again_changes_nothing(tmp_path: Path) -> None:
+    write_run(tmp_path / "x.run", {"q": [("a", 1.0), ("b", 1.0), ("c", 1.0), ("d", -5.0)]}, "t")
+    write_run(tmp_path / "y.run", read_run(tmp_path / "x.run").run, "t")
+    assert (tmp_path / "x.run").read_bytes() == (tmp_path / "y.run").read_bytes()
 
 
 def test_a_foreign_run_is_ordered_by_score_then_rank(tmp_path: Path) -> None:

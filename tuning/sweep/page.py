@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from preread.outputs import write_output
 from tuning.metrics import HEADLINE
 from tuning.sweep.choice import Choice, Limits
 from tuning.sweep.examples import examples_of, shown_rows
@@ -30,9 +31,9 @@ def write_page(folder: Path, report: SweepReport, limits: Limits, choice: Choice
     paths = []
     for plot in drawn:
         paths.append(folder / f"{plot.name}.png")
-        paths[-1].write_bytes(plot.png)
+        write_output(paths[-1], plot.png)
     paths.append(folder / "report.html")
-    paths[-1].write_text(page(report, limits, choice, drawn), encoding="utf-8")
+    write_output(paths[-1], page(report, limits, choice, drawn))
     return paths
 
 
