@@ -14,6 +14,7 @@ import yaml
 
 from preread.cli.config_file import COMMANDS
 from preread.cli.main import cli
+from preread.edge.hosts import Guard
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
@@ -98,6 +99,36 @@ def test_the_config_map_is_a_settings_file(tmp_path: Path) -> None:
         assert context.params["store"] == "redis://redis:6379/0"
         if name in ("serve", "doctor"):
             assert context.params["encoder_address"] == "dns:///worker:50052"
+
+
+def answers(guard: Guard, name: str, own: str) -> bool:
+    """Whether a listener at the address `own` answers to a name."""
+    headers = [(b"host", name.encode())]
+    scope = {"method": "GET", "headers": headers, "server": (own, 1), "raw_path": b"/", "path": "/"}
+    return guard.problem(scope) is None
+
+
+def test_compose_answers_to_its_services_names_and_to_published_ports() -> None:
+    for service, settings in COMPOSE["services"].items():
+        if "command" in settings and settings["command"][0] in PORTS:
+            guard = Guard(tuple(settings["environment"]["PREREAD_ALLOWED_HOST"].split()))
+            published = [f"127.0.0.1:{port.split(':')[1]}" for port in settings.get("ports", ())]
+            for name in (service, f"{service}:9464", "172.18.0.3:9464", "localhost:8080", *published):
+                assert answers(guard, name, "172.18.0.3"), name
+            assert not answers(guard, "evil.example", "172.18.0.3")
+
+
+def test_kubernetes_answers_to_its_services_names_and_to_a_pods_address() -> None:
+    settings = tomllib.loads((DEPLOY / "kubernetes" / "preread.toml").read_text())
+    guard = Guard(tuple(settings["allowed-host"]))
+    namespace = yaml.safe_load((DEPLOY / "kubernetes" / "kustomization.yaml").read_text())["namespace"]
+    for manifest in MANIFESTS:
+        if manifest["kind"] == "Service" and manifest["metadata"]["name"] != "redis":
+            name = manifest["metadata"]["name"]
+            suffixes = ("", f".{namespace}", f".{namespace}.svc", f".{namespace}.svc.cluster.local")
+            for written in (*(name + suffix for suffix in suffixes), "10.244.1.7:9464", "[fd00::7]:9464"):
+                assert answers(guard, written, "fd00::7" if "[" in written else "10.244.1.7"), written
+    assert not answers(guard, "evil.example", "10.244.1.7")
 
 
 def containers() -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:

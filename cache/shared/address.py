@@ -59,7 +59,7 @@ class Address:
         )
 
     def __str__(self) -> str:
-        hosts = ",".join(f"{host}:{port}" for host, port in self.hosts)
+        hosts = ",".join(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in self.hosts)
         return f"redis{'s' * self.is_tls}{'+cluster' * self.is_cluster}://{hosts}"
 
 

@@ -16,9 +16,9 @@ from cache.names import check_name
 from decoder_server.catalogue import Described, describe
 from decoder_server.errors import InvalidRequest
 from decoder_server.http import body, errors
-from decoder_server.http.context import check_encoding, context, read_json
+from decoder_server.http.context import check_encoding, check_written, content_type, context, read_json
 from decoder_server.http.fields import Fields, as_text
-from decoder_server.http.uploads import from_document, from_lines, is_ndjson
+from decoder_server.http.uploads import NDJSON, from_document, from_lines
 from preread.client import Passage, UpsertResult
 
 MAX_REFUSED_SHOWN = 1000  # an answer to an endless stream is not endless
@@ -29,11 +29,12 @@ async def add_passages(request: Request) -> Response:
     here = context(request)
     worker = here.encoder()
     name = check_name("collection", request.path_params["collection"])
+    check_written(request, *NDJSON)
     passages: Iterable[Passage] | AsyncIterable[Passage]
-    if is_ndjson(request):
+    if content_type(request) in NDJSON:
         check_encoding(request)
         settings = Fields({key: _literal(value) for key, value in request.query_params.items()})
-        passages = from_lines(request, here.config.max_line_bytes)
+        passages = from_lines(request, here.config.max_line_bytes, here.config.timeout_seconds)
     else:
         document = await read_json(request)
         settings = Fields({"passages": document} if isinstance(document, list) else document)
@@ -90,6 +91,7 @@ async def delete_passages(request: Request) -> Response:
     elif "id" in request.query_params:
         ids = request.query_params.getlist("id")
     else:
+        check_written(request)
         fields = Fields(await read_json(request))
         ids = fields.texts("ids") or fields.texts("passage_ids") or []
     if not ids:
@@ -125,6 +127,7 @@ async def list_aliases(request: Request) -> Response:
 async def set_alias(request: Request) -> Response:
     """PUT: points an alias at a collection, in one step for all readers."""
     here = context(request)
+    check_written(request)
     alias = check_name("alias", request.path_params["alias"])
     collection = check_name("collection", Fields(await read_json(request)).needed_text("collection"))
     await here.call(here.store.set_alias, alias, collection)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
@@ -95,10 +96,45 @@ async def while_connected(request: Request, work: Awaitable[T]) -> T:
         await asyncio.gather(task, leaving, return_exceptions=True)
 
 
-async def read_json(request: Request) -> body.Json:
-    """The body as JSON, within the size limit."""
+async def read_json(request: Request, deadline: float | None = None) -> body.Json:
+    """The body as JSON, within the size limit.
+
+    Args:
+        deadline: on time.monotonic's clock; None: the server's time for a request, from now.
+    """
     check_encoding(request)
-    return body.parse(await body.read(request, context(request).config.max_body_bytes))
+    here = context(request)
+    try:
+        async with asyncio.timeout_at(deadline or time.monotonic() + here.config.timeout_seconds):
+            data = await body.read(request, here.config.max_body_bytes)
+            return body.parse(data)
+    except TimeoutError:
+        raise too_slow() from None
+
+
+def too_slow() -> HttpError:
+    return HttpError(408, "timeout_error", "request_timeout", "the request body did not arrive in time")
+
+
+def content_type(request: Request) -> str:
+    """The media type of the body, in lower case and without its parameters."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def check_written(request: Request, *more: str) -> None:
+    """A write says what it writes, as no web page can without being asked first.
+
+    Args:
+        more: media types beside application/json.
+
+    Raises:
+        HttpError: another content type, or none.
+    """
+    types = ("application/json", *more)
+    if len(request.headers.getlist("content-type")) != 1 or content_type(request) not in types:
+        given = request.headers.get("content-type", "")
+        message = f"content-type is {given[:100]!r}; expected {' or '.join(types[:2])}"
+        raise HttpError(415, "invalid_request_error", "unsupported_media_type", message)
 
 
 def check_encoding(request: Request) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -28,6 +29,25 @@ INFINITY = Dialect("infinity", superset.answer_infinity)
 SUPERSET = Dialect("superset", superset.answer)
 
 FORCED = {"tei": TEI, "voyage": VOYAGE, "infinity": INFINITY}  # by the first part of the path
+
+
+_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}:,]', re.DOTALL)
+
+
+def guess(data: bytes) -> Dialect:
+    """The dialect of a body by its beginning, or by all of it where it is no JSON: as far as its fields can be told."""
+    depth, last = 0, b""
+    names: dict[str, object] = {}
+    for match in _TOKEN.finditer(data):
+        token = match[0]
+        if token in (b"{", b"["):
+            depth += 1
+        elif token in (b"}", b"]"):
+            depth -= 1
+        elif token == b":" and depth == 1:
+            names[last[1:-1].decode(errors="replace")] = True
+        last = token
+    return pick(Fields(names))
 
 
 def pick(body: Fields) -> Dialect:

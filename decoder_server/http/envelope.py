@@ -1,60 +1,90 @@
-"""Around every answer: `x-request-id`, JSON in place of an exception nobody foresaw, a word to one connection too many.
+"""Around every answer: the guard at the door, `x-request-id`, CORS, and errors in the caller's dialect.
 
 Plain ASGI, the outermost layer. Logs the id and the exception's type and place, never a request's text.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
+from collections.abc import Mapping
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from decoder_server.http import errors
+from decoder_server.http import dialects, errors
+from decoder_server.http.errors import Problem
 from preread.edge import calls
+from preread.edge.hosts import Guard
 
 log = logging.getLogger(__name__)
 
 PROBES = ("/health", "/health/ready", "/metrics")  # a full server is alive, and someone should be able to see why
+NO_DIALECT = ("/v1/collections/", "/v1/explain")
 CLOSE = {"connection": "close"}
+# Of a body that is not read as a whole: enough to tell the dialect its error is to be in.
+SEEN_BYTES = 64 << 10
+PEEK_SECONDS = 1.0
 
 
 class Envelope:
     """Takes the caller's request id where it is fit for a header and a log, else makes one."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, guard: Guard) -> None:
         self._app = app
+        self._guard = guard
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        refused = self._guard.problem(scope)
         scope["path"] = tidy(scope["path"])
         headers = Headers(scope=scope)
         request_id = calls.begin(headers.get("x-request-id", ""), headers.get("traceparent", "")).request_id
-        scope.setdefault("state", {})["request_id"] = request_id
+        seen = bytearray()
+        scope.setdefault("state", {}).update(request_id=request_id, seen=seen)
+        cors = self._guard.cors(scope)
         started = finished = False
+
+        async def receive_seen() -> Message:
+            message = await receive()
+            if message["type"] == "http.request" and len(seen) < SEEN_BYTES:
+                seen.extend(message["body"][: SEEN_BYTES - len(seen)])
+            return message
 
         async def send_named(message: Message) -> None:
             nonlocal started, finished
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                named = MutableHeaders(scope=message)
+                named["x-request-id"] = request_id
+                for name, value in cors.items():
+                    named.setdefault(name, value)
             await send(message)
             finished = message["type"] == "http.response.body" and not message.get("more_body")
 
         try:
             if scope["state"].get("crowded") and scope["path"] not in PROBES:
-                await errors.respond(errors.crowded(), tei=wants_tei(scope), headers=CLOSE)(scope, receive, send_named)
+                response = await respond(scope, receive_seen, errors.crowded(), CLOSE)
+            elif refused is not None:
+                response = await respond(scope, receive_seen, errors.stranger(*refused))
+            elif (preflight := self._guard.preflight(scope)) is not None:
+                response = Response(status_code=204, headers=preflight)
+            else:
+                await self._app(scope, receive_seen, send_named)
                 return
-            await self._app(scope, receive, send_named)
+            await response(scope, receive_seen, send_named)
         except Exception as exc:
             log.error("request %s failed: %s", request_id, type(exc).__name__, exc_info=exc)
             if finished:  # the framework has answered, and raised to let us know
                 return
             if started:
                 raise  # the connection has to break: half an answer must not look like a whole one
-            await errors.respond(errors.internal(), tei=wants_tei(scope))(scope, receive, send_named)
+            response = await respond(scope, receive_seen, errors.internal())
+            await response(scope, receive_seen, send_named)
 
 
 def tidy(path: str) -> str:
@@ -64,7 +94,26 @@ def tidy(path: str) -> str:
     return "/" + "/".join(part for part in path.split("/") if part)
 
 
-def wants_tei(scope: Scope) -> bool:
-    """Whether the caller is known to read TEI's errors: by the path, or because its body said so."""
-    path: str = scope["path"]
-    return path.startswith("/tei/") or scope.get("state", {}).get("dialect") == "tei"
+async def respond(
+    scope: Scope, receive: Receive, problem: Problem, headers: Mapping[str, str] | None = None
+) -> Response:
+    """The error in the shape of the caller's dialect, which the path tells, or the body: its beginning is read."""
+    tei = scope["path"].startswith("/tei/") or scope["state"].get("dialect") == dialects.TEI.name
+    if not tei and scope["method"] == "POST" and not scope["path"].startswith(NO_DIALECT):
+        await _peek(scope, receive)
+        tei = dialects.guess(bytes(scope["state"]["seen"])) is dialects.TEI
+    return errors.respond(problem, tei=tei, headers=dict(headers or {}))
+
+
+async def _peek(scope: Scope, receive: Receive) -> None:
+    """Reads what a client that is refused has sent already, if nothing was read. The rest is for nobody."""
+    headers = Headers(scope=scope)
+    has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+    if scope["state"]["seen"] or not has_body or "expect" in headers:
+        return
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(PEEK_SECONDS):
+            while len(scope["state"]["seen"]) < SEEN_BYTES:
+                message = await receive()
+                if message["type"] != "http.request" or not message.get("more_body"):
+                    return

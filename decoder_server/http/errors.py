@@ -23,6 +23,9 @@ _BY_STATUS = {
     403: ("permission_error", "permission_denied"),
     404: ("not_found_error", "path_not_found"),
     405: ("invalid_request_error", "method_not_allowed"),
+    408: ("timeout_error", "request_timeout"),
+    415: ("invalid_request_error", "unsupported_media_type"),
+    431: ("invalid_request_error", "header_too_large"),
 }
 
 
@@ -73,10 +76,21 @@ def crowded() -> Problem:
     return Problem(429, "overloaded_error", "too_many_connections", message, retry_after_seconds=RETRY_SECONDS)
 
 
+def stranger(code: str, message: str) -> Problem:
+    """Asked under a name, or from a web page, that this server does not answer to."""
+    return Problem(403, "permission_error", code, message)
+
+
 def by_status(status: int, message: str) -> Problem:
     """For what the router and the guard at the door say: no such path, not this method, no key."""
     kind, code = _BY_STATUS.get(status, ("invalid_request_error", "bad_request"))
     return Problem(status, kind, code, message)
+
+
+def refusal(status: int, message: str) -> tuple[str, bytes]:
+    """What is said to bytes that are no request: content type and body."""
+    response = respond(by_status(status, message))
+    return "application/json", bytes(response.body)
 
 
 def respond(problem: Problem, *, tei: bool = False, headers: dict[str, str] | None = None) -> Response:

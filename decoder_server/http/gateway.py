@@ -6,38 +6,24 @@ Serves from the first moment (health), answers 503 until the models have loaded.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
-import socket
 import ssl
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import uvicorn
 from starlette.routing import BaseRoute
 
 from decoder_server.config import DecoderConfig
 from decoder_server.encoder_client import call_metadata
+from decoder_server.http import errors
 from decoder_server.http.config import HttpConfig
 from decoder_server.http.context import Context
 from decoder_server.http.counted import Counted
-from decoder_server.http.protocol import Protocol
 from decoder_server.http.routes import build
 from decoder_server.server import DecoderServer
 from preread.client import AsyncClient, ClientOptions
-
-log = logging.getLogger(__name__)
-
-BACKLOG = 2048
-KEEP_ALIVE_SECONDS = 75  # longer than the minute that proxies keep an idle connection
-
-
-class _Uvicorn(uvicorn.Server):
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Signals belong to whoever owns the process."""
-        yield
+from preread.edge.hosts import Guard, join
+from preread.edge.listener import bind, make_server
 
 
 def _tls(config: DecoderConfig) -> dict[str, Any]:
@@ -90,20 +76,13 @@ class Gateway:
             server.keys,
             tls=server.config.tls.enabled,
         )
-        self._uvicorn = _Uvicorn(
-            uvicorn.Config(
-                Counted(build(self.context, extra), server.metrics.http),
-                http=Protocol,
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                timeout_keep_alive=KEEP_ALIVE_SECONDS,
-                backlog=BACKLOG,
-                limit_concurrency=config.max_connections,
-                **_tls(server.config),
-            )
+        guard = Guard(config.allowed_hosts, config.allowed_origins, any_host=server.keys.required)
+        self._uvicorn = make_server(
+            Counted(build(self.context, guard, extra), server.metrics.http),
+            max_connections=config.max_connections,
+            refusal=errors.refusal,
+            header_seconds=config.header_seconds,
+            **_tls(server.config),
         )
         self._serving: asyncio.Task[None] | None = None
 
@@ -113,19 +92,13 @@ class Gateway:
         Raises:
             OSError: the port is taken, or the address is not ours.
         """
-        host = self.config.host.strip("[]")
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        try:
-            listener = socket.create_server((host, self.config.port), family=family, backlog=BACKLOG)
-        except OSError as exc:
-            message = f"cannot listen on {host}:{self.config.port} (HTTP): {exc.strerror or exc}"
-            raise OSError(exc.errno, message) from exc
+        listener = bind(self.config.host, self.config.port, "HTTP")
         self.port = listener.getsockname()[1]
         self._serving = asyncio.create_task(self._uvicorn.serve(sockets=[listener]))
         while not self._uvicorn.started:
             if self._serving.done():
                 await self._serving
-                raise OSError(f"the HTTP server on {host}:{self.port} ended at once")
+                raise OSError(f"the HTTP server on {join(self.config.host, self.port)} ended during its start")
             await asyncio.sleep(0.005)
 
     async def stop(self, grace_seconds: float) -> None:

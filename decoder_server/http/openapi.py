@@ -15,10 +15,12 @@ Schema = dict[str, Any]
 
 ERRORS = {
     "400": "A field is out of range, or the request contradicts the state of the service",
+    "401": "The API key is missing or unknown",
+    "403": "The key has not the scope, or the host or origin is foreign",
     "404": "No such model, collection or path",
-    "408": "The body did not arrive in time",
+    "408": "The header or the body did not arrive in time",
     "413": "The body is too large",
-    "415": "The body is compressed",
+    "415": "The body is compressed, or a write is not JSON",
     "429": "The queue is full; retry-after and retry-after-ms say when to come back",
     "503": "Starting, stopping, or the store or encoder worker is away",
     "504": "The request's time was up",

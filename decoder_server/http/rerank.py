@@ -5,7 +5,6 @@ Does not know how a dialect looks.
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import time
 
@@ -17,7 +16,6 @@ from decoder_server.errors import InvalidRequest, Unavailable
 from decoder_server.http import body
 from decoder_server.http.context import Context, context, read_json, renamed, while_connected
 from decoder_server.http.dialects import FORCED, Dialect, pick
-from decoder_server.http.errors import HttpError
 from decoder_server.http.fields import Fields
 from decoder_server.http.question import Answer, Question
 from decoder_server.request import Candidate, OnMiss, Outcome, RerankRequest, Status
@@ -27,11 +25,7 @@ async def rerank(request: Request) -> Response:
     """POST of any dialect."""
     here = context(request)
     deadline = time.monotonic() + body.seconds_left(request, here.config.timeout_seconds)
-    try:
-        async with asyncio.timeout_at(deadline):
-            fields = Fields(await read_json(request))
-    except TimeoutError:
-        raise HttpError(408, "timeout_error", "request_timeout", "the request body did not arrive in time") from None
+    fields = Fields(await read_json(request, deadline))
     dialect = _dialect(request, fields)
     request.state.dialect = dialect.name
     if model := request.path_params.get("model"):  # NIM's path has it; a body that names one wins

@@ -18,11 +18,12 @@ from decoder_server.http import collections as c
 from decoder_server.http import errors, models, openapi, page
 from decoder_server.http.body import TooLarge
 from decoder_server.http.context import Context
-from decoder_server.http.envelope import Envelope, wants_tei
+from decoder_server.http.envelope import Envelope, respond
 from decoder_server.http.errors import HttpError
 from decoder_server.http.rerank import rerank
 from preread.client import PrereadError
 from preread.edge.asgi import AccessMiddleware, App
+from preread.edge.hosts import Guard
 from preread.edge.keys import Scope
 
 # One endpoint: the body tells the dialect. Clients disagree on everything else.
@@ -58,16 +59,17 @@ OPEN = ("/", "/page/page.js", "/page/page.css", "/page/icon.svg", "/health", "/h
 PREFIXED = ("/v1/models", "/models", "/info", "/health")
 
 
-def build(context: Context, extra: Sequence[BaseRoute] = ()) -> ASGIApp:
+def build(context: Context, guard: Guard, extra: Sequence[BaseRoute] = ()) -> ASGIApp:
     """The application.
 
     Args:
+        guard: which names and pages it answers to.
         extra: routes of others, such as /metrics; they come first.
     """
     app = Starlette(routes=[*extra, *_routes(), *page.ROUTES], exception_handlers=_handlers())
     app.router.redirect_slashes = False  # a redirected POST loses its body with many clients
     app.state.context = context
-    return Envelope(AccessMiddleware(app, context.keys, scopes_of, _refuse))
+    return Envelope(AccessMiddleware(app, context.keys, scopes_of, _refuse), guard)
 
 
 def scopes_of(method: str, path: str) -> tuple[Scope, ...]:
@@ -83,7 +85,8 @@ def scopes_of(method: str, path: str) -> tuple[Scope, ...]:
 
 def _refuse(status: int, message: str) -> App:
     async def refuse(scope: Any, receive: Any, send: Any) -> None:
-        await errors.respond(errors.by_status(status, message), tei=wants_tei(scope))(scope, receive, send)
+        response = await respond(scope, receive, errors.by_status(status, message))
+        await response(scope, receive, send)
 
     return refuse
 
@@ -120,17 +123,17 @@ def _handlers() -> dict[Any, Any]:  # Starlette's type admits no handler of a na
 async def _failed(request: Request, exc: Exception) -> Response:
     found = errors.problem(exc)
     assert found is not None
-    return errors.respond(found, tei=wants_tei(request.scope))
+    return await respond(request.scope, request.receive, found)
 
 
 async def _routed(request: Request, exc: HTTPException) -> Response:
     message = f"{request.method} {request.url.path[:200]}: {exc.detail}"
     headers = dict(exc.headers or {})
-    return errors.respond(errors.by_status(exc.status_code, message), tei=wants_tei(request.scope), headers=headers)
+    return await respond(request.scope, request.receive, errors.by_status(exc.status_code, message), headers)
 
 
 async def _unforeseen(request: Request, exc: Exception) -> Response:
-    return errors.respond(errors.internal(), tei=wants_tei(request.scope))
+    return await respond(request.scope, request.receive, errors.internal())
 
 
 async def _left(request: Request, exc: ClientDisconnect) -> Response:

@@ -5,12 +5,15 @@ Reading waits for whoever takes the passages; so backpressure reaches the client
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncIterator
 
 from starlette.requests import Request
 
 from decoder_server.errors import InvalidRequest
 from decoder_server.http import body
+from decoder_server.http.context import too_slow
 from decoder_server.http.fields import Fields
 from preread.client import Passage
 from preread.passages import join_title
@@ -18,21 +21,32 @@ from preread.passages import join_title
 NDJSON = ("application/x-ndjson", "application/ndjson", "application/jsonl", "application/x-jsonlines")
 
 
-def is_ndjson(request: Request) -> bool:
-    return request.headers.get("content-type", "").partition(";")[0].strip().lower() in NDJSON
-
-
-async def from_lines(request: Request, max_line_bytes: int) -> AsyncIterator[Passage]:
+async def from_lines(request: Request, max_line_bytes: int, line_seconds: float) -> AsyncIterator[Passage]:
     """One passage per line; empty lines are skipped.
 
+    Args:
+        line_seconds: how long a client may keep the server waiting for the end of one line.
+
     Raises:
+        HttpError: a line did not end in time.
         InvalidRequest: a line that is no passage; `param` is its number, from 1.
         TooLarge: a line over the limit.
         ClientDisconnect: the client left.
     """
     number = 0
     rest = bytearray()
-    async for chunk in request.stream():
+    waited = 0.0
+    stream = request.stream()
+    while True:
+        began = time.monotonic()
+        try:
+            async with asyncio.timeout(line_seconds - waited):
+                chunk = await anext(stream, None)
+        except TimeoutError:
+            raise too_slow() from None
+        if chunk is None:
+            break
+        waited = 0.0 if b"\n" in chunk else waited + time.monotonic() - began
         start = len(rest)  # what was there holds no line end
         rest += chunk
         while (end := rest.find(b"\n", start)) >= 0:

@@ -35,6 +35,20 @@ def http_options(function: F) -> F:
             help="Longest time an HTTP reranking request may take.",
         ),
         option(
+            "--http-header-seconds",
+            type=click.FloatRange(min=0, min_open=True),
+            default=10.0,
+            help="Longest time until the header of an HTTP request is complete.",
+        ),
+        option(
+            "--allow-origin",
+            "allowed_origins",
+            multiple=True,
+            metavar="ORIGIN",
+            help="Web pages of this origin (https://app.example.com) may call, beside the server's own. '*': of any, "
+            "where keys are required. May be repeated.",
+        ),
+        option(
             "--model-alias",
             "model_aliases",
             multiple=True,
@@ -74,6 +88,9 @@ async def http_gateway(options: dict[str, Any], server: DecoderServer) -> AsyncI
         max_body_bytes=options["max_body_bytes"],
         max_connections=options["max_connections"],
         timeout_seconds=options["http_timeout_seconds"],
+        header_seconds=options["http_header_seconds"],
+        allowed_hosts=options["allowed_hosts"],
+        allowed_origins=options["allowed_origins"],
     )
     gateway = Gateway(config, server)
     await gateway.start()
@@ -85,8 +102,8 @@ async def http_gateway(options: dict[str, Any], server: DecoderServer) -> AsyncI
 
 def gateway_line(gateway: Gateway) -> str:
     """Where it listens, for the start-up lines."""
+    from preread.edge.hosts import join
+
     scheme = "https" if gateway.context.tls else "http"
     asks = " (API keys)" if gateway.context.keys.required else ""
-    host = gateway.config.host
-    host = f"[{host}]" if ":" in host and host[0] != "[" else host
-    return f"http         {scheme}://{host}:{gateway.port}{asks}"
+    return f"http         {scheme}://{join(gateway.config.host, gateway.port)}{asks}"

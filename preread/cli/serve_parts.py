@@ -98,10 +98,13 @@ def metrics_port(options: Mapping[str, Any], registry: CollectorRegistry) -> Ite
     if options["metrics_port"] is None:
         yield
         return
+    from preread.edge.hosts import Guard, join
     from preread.edge.scrape import metrics_listener
 
-    with metrics_listener(registry, options["metrics_host"], options["metrics_port"]) as port:
-        click.echo(f"metrics      http://{options['metrics_host']}:{port}/metrics")
+    # It asks for no key, so the name counts whatever the other ports ask for.
+    guard = Guard(options["allowed_hosts"])
+    with metrics_listener(registry, options["metrics_host"], options["metrics_port"], guard) as port:
+        click.echo(f"metrics      http://{join(options['metrics_host'], port)}/metrics")
         yield
 
 

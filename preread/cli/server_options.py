@@ -19,13 +19,22 @@ _FILE = click.Path(exists=True, dir_okay=False)
 
 
 def access_options(function: F) -> F:
-    """--api-key, --api-keys-file, --tls-cert-file, --tls-key-file, --tls-client-ca-file, --max-connections."""
+    """--api-key, --api-keys-file, --tls-cert-file, --tls-key-file, --tls-client-ca-file, --allowed-host,
+    --max-connections."""
     for decorate in (
         option(
             "--max-connections",
             type=click.IntRange(min=1),
             default=1024,
             help="gRPC calls, and HTTP connections, at once; more are told to come back. Probes always get in.",
+        ),
+        option(
+            "--allowed-host",
+            "allowed_hosts",
+            multiple=True,
+            metavar="NAME",
+            help="A name that HTTP callers may use for this server (.example.com: and every name below it), beside "
+            "loopback's and the address of the connection. Where keys are required, any will do. May be repeated.",
         ),
         option("--tls-client-ca-file", type=_FILE, help="Callers must show a certificate of this authority (PEM)."),
         option("--tls-key-file", type=_FILE, help="The key of --tls-cert-file (PEM)."),
@@ -89,6 +98,8 @@ def tls_files(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def listening_line(server: DecoderServer | EncoderServer) -> str:
     """Where a server that has started listens, for its start-up lines."""
+    from preread.edge.hosts import join
+
     secured = ", TLS" if server.config.tls.enabled else ""
     asks = ", API keys" if server.keys.required else ""
-    return f"listening    {server.config.host}:{server.port} (gRPC{secured}{asks})"
+    return f"listening    {join(server.config.host, server.port)} (gRPC{secured}{asks})"

@@ -125,6 +125,8 @@ def _scopes(text: str) -> list[Scope]:
 
 
 def bearer(header: str) -> str:
-    """The key in an `authorization` header: after Bearer, or "" where there is none."""
-    kind, _, key = header.partition(" ")
-    return key.strip() if kind.lower() == "bearer" else ""
+    """The key in an `authorization` header: after Bearer, or all of it where it is one word; "" where there is none."""
+    words = header.split()
+    if len(words) == 2 and words[0].lower() == "bearer":
+        return words[1]
+    return words[0] if len(words) == 1 and words[0].lower() != "bearer" else ""

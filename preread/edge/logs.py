@@ -32,38 +32,67 @@ def fields(**values: Any) -> dict[str, Any]:
     return {"fields": values}
 
 
+MAX_VALUE_CHARS = 2000  # of one value or message in a line; an exception has its own limit
+MAX_EXCEPTION_CHARS = 20_000
+
+
+def escaped(text: str, max_chars: int = MAX_VALUE_CHARS) -> str:
+    r"""The text on one line, whatever a caller put there: controls, line and text direction marks as \xNN, \uNNNN.
+
+    Longer texts are cut, and say so.
+    """
+    if len(text) > max_chars:
+        text = f"{text[:max_chars]}… ({len(text)} characters)"
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
+def _shown(value: Any) -> str:
+    """A field's value: strings in quotes, so that a space in one does not begin a field."""
+    return escaped(repr(value[:MAX_VALUE_CHARS]) if isinstance(value, str) else str(value))
+
+
 class JsonFormatter(logging.Formatter):
-    """One JSON object per line."""
+    """One JSON object per line; nothing in it ends the line or changes how it is shown."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": _cut(record.getMessage()),
         }
         call = current()
         if call is not None:
             line["request_id"] = call.request_id
-        line |= getattr(record, "fields", {})
+        line |= {name: _cut(value) for name, value in getattr(record, "fields", {}).items()}
         if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False, default=str)
+            line["exception"] = _cut(self.formatException(record.exc_info), MAX_EXCEPTION_CHARS)
+        text = json.dumps(line, ensure_ascii=False, default=lambda value: _cut(str(value)))
+        if text.isprintable():
+            return text
+        return "".join(one if one.isprintable() else json.dumps(one)[1:-1] for one in text)
+
+
+def _cut(value: Any, max_chars: int = MAX_VALUE_CHARS) -> Any:
+    if not isinstance(value, str) or len(value) <= max_chars:
+        return value
+    return f"{value[:max_chars]}… ({len(value)} characters)"
 
 
 class TextFormatter(logging.Formatter):
-    """Time, level, message, fields; the id last."""
+    """Time, level, message, fields; the id last. Lines of an exception are indented: none looks like an entry."""
 
     def format(self, record: logging.LogRecord) -> str:
         when = datetime.fromtimestamp(record.created).isoformat(sep=" ", timespec="milliseconds")
-        parts = [when, record.levelname.lower().ljust(7), record.getMessage()]
-        # repr, so that a line break in a value does not start a line of its own
-        parts += [
-            f"{name}={value!r}" if isinstance(value, str) else f"{name}={value}"
-            for name, value in getattr(record, "fields", {}).items()
-        ]
+        parts = [when, record.levelname.lower().ljust(7), escaped(record.getMessage())]
+        parts += [f"{name}={_shown(value)}" for name, value in getattr(record, "fields", {}).items()]
         call = current()
         if call is not None:
             parts.append(f"request_id={call.request_id}")
-        text = " ".join(parts)
-        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+        lines = [" ".join(parts)]
+        if record.exc_info:
+            exception = self.formatException(record.exc_info)[:MAX_EXCEPTION_CHARS]
+            lines += [f"  {escaped(line)}" for line in exception.split("\n")]
+        return "\n".join(lines)

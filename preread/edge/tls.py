@@ -7,6 +7,8 @@ from pathlib import Path
 
 import grpc
 
+from preread.edge.hosts import join
+
 
 @dataclass(frozen=True)
 class ServerTls:
@@ -33,7 +35,7 @@ class ServerTls:
         Raises:
             OSError: the address is taken, or a file cannot be read or is no certificate and key.
         """
-        address = f"[{host}]:{port}" if ":" in host and host[0] != "[" else f"{host}:{port}"
+        address = join(host, port)
         try:
             if not self.enabled:
                 return int(server.add_insecure_port(address))

@@ -113,7 +113,9 @@ def test_a_long_stream_is_not_gathered_before_it_is_stored(running):
     """The first passages are stored while later ones have not even been sent: nothing waits for the end."""
     body = lines([{"id": f"s{i}", "text": f"passage number {i}"} for i in range(300)])
     half = body.index(b"\n", len(body) // 2) + 1
-    head = "POST /v1/collections/streamed/passages HTTP/1.1\r\nhost: x\r\ncontent-type: application/x-ndjson\r\n"
+    head = (
+        "POST /v1/collections/streamed/passages HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/x-ndjson\r\n"
+    )
     with socket.create_connection(("127.0.0.1", running.gateway.port), timeout=30) as client:
         client.sendall(f"{head}connection: close\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body[:half])
         deadline = time.monotonic() + 20

@@ -11,7 +11,7 @@ import time
 import httpx2
 import pytest
 
-from decoder_server.http.protocol import SPARE
+from preread.edge.listener import SPARE
 
 
 def test_a_body_over_the_limit_is_413(run, query):
@@ -77,7 +77,7 @@ def test_a_client_that_leaves_is_not_computed_for(run, documents):
         assert one.backend.entered.wait(10)
         body = json.dumps({"query": "another one", "documents": documents}).encode()
         with socket.create_connection(("127.0.0.1", one.gateway.port)) as leaving:
-            head = f"POST /rerank HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+            head = f"POST /rerank HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n"
             leaving.sendall(head.encode() + body)
             _until(lambda: one.engine.admission.num_requests == 2)
         _until(lambda: one.engine.admission.num_requests == 1)
@@ -151,8 +151,10 @@ def test_connections_have_an_end_even_for_those_who_do_not_listen(run):
         _until(lambda: len(small.ask()["results"]) == 4)
 
 
-def test_a_connection_that_asks_nothing_ends(run, monkeypatch):
-    monkeypatch.setattr("decoder_server.http.gateway.KEEP_ALIVE_SECONDS", 0.05)
-    with run() as one, socket.create_connection(("127.0.0.1", one.gateway.port), timeout=10) as silent:
+def test_a_connection_that_asks_nothing_ends(run):
+    with (
+        run(http={"header_seconds": 0.05}) as one,
+        socket.create_connection(("127.0.0.1", one.gateway.port), timeout=10) as silent,
+    ):
         assert silent.recv(1) == b""
         assert len(one.ask()["results"]) == 4

@@ -41,7 +41,7 @@ async def explain_few(request: Request) -> Response:
     """POST: query, instruction, and documents, or collection with passage_ids or `first`, a number of passages."""
     here = context(request)
     deadline = time.monotonic() + body.seconds_left(request, here.config.timeout_seconds)
-    fields = Fields(await read_json(request))
+    fields = Fields(await read_json(request, deadline))
     engine = here.engine(fields.text("model") or "")
     name, first = fields.text("collection"), fields.count("first")
     if name and first:

@@ -1,0 +1,214 @@
+"""Which host names a listener answers to, and which web pages may call it. Knows HTTP's headers; no framework.
+
+A page that a browser got elsewhere reaches a server on its user's machine in two ways: by asking it across origins,
+which the browser tells in Origin, and under a name that was made to point here (DNS rebinding), which Host tells.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, MutableMapping
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from typing import Any
+from urllib.parse import unquote
+
+Scope = MutableMapping[str, Any]
+Address = IPv4Address | IPv6Address
+
+_NAME = re.compile(r"(?=.{1,253}$)[a-z0-9_]([a-z0-9_-]{0,62})(\.[a-z0-9_-]{1,63})*")
+_AUTHORITY = re.compile(r"(?P<host>\[[0-9a-fA-F:.]+\]|[^\[\]:@/?#\\\s]+)(:(?P<port>[0-9]{0,5}))?")
+_ORIGIN = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<authority>[^/?#\s]+)")
+_TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}")
+_PORTS = {"http": 80, "https": 443}
+
+ANY = "*"
+METHODS = "GET, HEAD, POST, PUT, DELETE, OPTIONS"
+ALLOWED_HEADERS = (
+    "authorization", "content-type", "x-request-id", "x-request-timeout-ms", "api-key", "x-api-key", "traceparent",
+)  # fmt: skip
+EXPOSED_HEADERS = (
+    "x-request-id", "retry-after", "retry-after-ms", "www-authenticate", "x-preread-read", "x-preread-degraded",
+    "x-preread-asked", "x-preread-stopped-early",
+)  # fmt: skip
+PREFLIGHT_SECONDS = 600
+MAX_REQUESTED_HEADERS = 64
+
+
+def join(host: str, port: int | str) -> str:
+    """host:port as it is written in addresses and URLs: an IPv6 address stands in brackets."""
+    return f"[{bare(host)}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def bare(host: str) -> str:
+    """A host as sockets take it: without brackets."""
+    return host.removeprefix("[").removesuffix("]")
+
+
+def parse_host(text: str) -> tuple[Address | str, int | None] | None:
+    """The host and the port of an authority; None where it is none, or has a user.
+
+    A name is in lower case and without the dot of the root.
+    """
+    match = _AUTHORITY.fullmatch(text)
+    if match is None:
+        return None
+    host, port = match["host"], int(match["port"]) if match["port"] else None
+    if port is not None and port > 65535:
+        return None
+    if host[0] == "[":
+        try:
+            return IPv6Address(bare(host)), port
+        except ValueError:
+            return None
+    try:
+        return IPv4Address(host), port
+    except ValueError:
+        name = host.lower().removesuffix(".")
+        return (name, port) if _NAME.fullmatch(name) and not name.replace(".", "").isdigit() else None
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Who may call a listener, by the name it was called under and the page that calls."""
+
+    allowed_hosts: tuple[str, ...] = ()  # beside loopback's names and the address that a connection came in at
+    allowed_origins: tuple[str, ...] = ()
+    any_host: bool = False  # keys are asked for, so a name proves nothing
+    _origins: frozenset[str] = field(init=False, repr=False, compare=False)
+    _hosts: frozenset[Address | str] = field(init=False, repr=False, compare=False)
+    _suffixes: tuple[str, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            ValueError: a host or an origin that cannot be one.
+        """
+        object.__setattr__(self, "_origins", frozenset(map(self._origin, self.allowed_origins)))
+        suffixes = [name.lower() for name in self.allowed_hosts if name.startswith(".")]
+        hosts = [_host(name) for name in self.allowed_hosts if not name.startswith(".")]
+        hosts += [_host(name.removeprefix(".")) for name in suffixes]
+        object.__setattr__(self, "_hosts", frozenset(hosts))
+        object.__setattr__(self, "_suffixes", tuple(suffixes))
+
+    def problem(self, scope: Scope) -> tuple[str, str] | None:
+        """Why an ASGI request is refused, as a code and a message; None: it is not.
+
+        A request that names its target in full (`GET http://HOST/PATH`) gets the path alone.
+        """
+        targets = [*_absolute(scope), *_values(scope, b"host")]
+        hosts = [parse_host(target) for target in targets]
+        for target, host in zip(targets, hosts, strict=True):
+            if host is None or not self._allows(host[0], scope):
+                expected = "a name of this machine's loopback, the address it listens on, or one of --allowed-host"
+                return "host_not_allowed", f"host is {target[:100]!r}; expected {expected}"
+        origins = _values(scope, b"origin")
+        if origins and (len(origins) > 1 or not self._is_known(origins[0], hosts)):
+            expected = "none, this server's own, or one of --allow-origin"
+            return "origin_not_allowed", f"origin is {origins[0][:100]!r}; expected {expected}"
+        # Without an Origin: a browser tells the same in another word.
+        if not origins and scope["method"] not in ("GET", "HEAD") and "cross-site" in _values(scope, b"sec-fetch-site"):
+            return "origin_not_allowed", "sec-fetch-site is 'cross-site'; expected a page of this server"
+        return None
+
+    def cors(self, scope: Scope) -> dict[str, str]:
+        """Headers of every response to the request: a page of an allowed origin may read it."""
+        (origin,) = (*_values(scope, b"origin"), "")[:1]
+        headers = {"vary": "origin"}
+        if self._is_allowed(origin):
+            headers |= {
+                "access-control-allow-origin": origin,
+                "access-control-expose-headers": ", ".join(EXPOSED_HEADERS),
+            }
+        return headers
+
+    def preflight(self, scope: Scope) -> dict[str, str] | None:
+        """Headers that answer a browser's question before a request; None: the request is not that question."""
+        if scope["method"] != "OPTIONS" or not _values(scope, b"access-control-request-method"):
+            return None
+        asked = ",".join(_values(scope, b"access-control-request-headers")).split(",")[:MAX_REQUESTED_HEADERS]
+        names = [name for one in asked if _TOKEN.fullmatch(name := one.strip().lower())]
+        headers = {
+            "vary": "origin, access-control-request-headers",
+            "access-control-allow-methods": METHODS,
+            "access-control-allow-headers": ", ".join(dict.fromkeys((*ALLOWED_HEADERS, *names))),
+            "access-control-max-age": str(PREFLIGHT_SECONDS),
+        }
+        if "true" in _values(scope, b"access-control-request-private-network"):
+            headers["access-control-allow-private-network"] = "true"
+        return headers
+
+    def _origin(self, text: str) -> str:
+        if text == ANY and self.any_host:
+            return ANY
+        origin = _normal_origin(text)
+        if origin is None:
+            expected = "SCHEME://HOST[:PORT], or '*' where keys are required"
+            raise ValueError(f"allow_origin is {text[:100]!r}; expected {expected}")
+        return origin
+
+    def _allows(self, host: Address | str, scope: Scope) -> bool:
+        if self.any_host or host in self._hosts or _is_loopback(host):
+            return True
+        if isinstance(host, str):
+            return host.endswith(self._suffixes) if self._suffixes else False
+        server = scope.get("server")
+        return server is not None and str(host) == str(_unmapped(ip_address(server[0].partition("%")[0])))
+
+    def _is_known(self, origin: str, hosts: Iterable[tuple[Address | str, int | None] | None]) -> bool:
+        """Whether it is this server's own, as the caller names it, or an allowed one."""
+        match = _ORIGIN.fullmatch(origin.lower())
+        theirs = parse_host(match["authority"]) if match else None
+        if match and theirs:
+            default = _PORTS.get(match["scheme"])
+            own = {(host[0], host[1] or default) for host in hosts if host is not None}
+            if len(own) == 1 and (theirs[0], theirs[1] or default) in own:
+                return True
+        return self._is_allowed(origin)
+
+    def _is_allowed(self, origin: str) -> bool:
+        normal = _normal_origin(origin)
+        return normal is not None and (normal in self._origins or ANY in self._origins)
+
+
+def _normal_origin(text: str) -> str | None:
+    """As browsers write it: lower case, no default port; None where it is no origin, `null` too."""
+    match = _ORIGIN.fullmatch(text.lower())
+    host = parse_host(match["authority"]) if match else None
+    if match is None or host is None:
+        return None
+    name = f"[{host[0]}]" if isinstance(host[0], IPv6Address) else str(host[0])
+    default = _PORTS.get(match["scheme"])
+    return f"{match['scheme']}://{name}" + (f":{host[1]}" if host[1] not in (None, default) else "")
+
+
+def _host(text: str) -> Address | str:
+    parsed = parse_host(f"[{text}]" if text.count(":") > 1 and text[0] != "[" else text)
+    if parsed is None or parsed[1] is not None:
+        raise ValueError(f"allowed_host is {text[:100]!r}; expected NAME, .SUFFIX or an address, without a port")
+    return parsed[0]
+
+
+def _is_loopback(host: Address | str) -> bool:
+    return host == "localhost" if isinstance(host, str) else host.is_loopback and not getattr(host, "ipv4_mapped", None)
+
+
+def _unmapped(address: Address) -> Address:
+    """The IPv4 address of a connection that a socket for both families took."""
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    return mapped or address
+
+
+def _values(scope: Scope, name: bytes) -> list[str]:
+    return [value.decode("latin-1").strip() for key, value in scope["headers"] if key == name]
+
+
+def _absolute(scope: Scope) -> list[str]:
+    """The authority of a target in absolute form, as proxies send it; the scope's path becomes the path alone."""
+    raw: bytes = scope.get("raw_path") or b""
+    match = re.match(rb"(?i:https?)://([^/?#]*)", raw)
+    if match is None:
+        return []
+    scope["raw_path"] = raw[match.end() :] or b"/"
+    scope["path"] = unquote(scope["raw_path"].decode("latin-1"))
+    return [match[1].decode("latin-1")]
