@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.states import PassageStates, text_digest
-from preread.client.channel import TlsFiles
+from preread.client.channel import TlsFiles, connection_arguments
 from preread.edge.calls import current
 from preread.v1 import encoder_pb2, encoder_pb2_grpc
 
@@ -144,7 +144,7 @@ def open_channel(address: str, tls: TlsFiles | None) -> grpc.aio.Channel:
     options: list[tuple[str, int | str]] = [
         ("grpc.max_receive_message_length", MAX_ANSWER_BYTES),
         ("grpc.max_send_message_length", -1),
-        ("grpc.lb_policy_name", "round_robin"),  # a name with several addresses is a set of equal workers
+        *connection_arguments(address),
     ]
     if tls is None:
         return grpc.aio.insecure_channel(address, options=options)

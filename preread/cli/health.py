@@ -26,10 +26,11 @@ def command(**given: Any) -> None:
 
     options = client_options(given)
     address = check_address("address", given["address"])
+    arguments = options.channel_arguments(address)
     opened = (
-        grpc.insecure_channel(address)
+        grpc.insecure_channel(address, arguments)
         if options.tls is None
-        else grpc.secure_channel(address, options.tls.credentials())
+        else grpc.secure_channel(address, options.tls.credentials(), arguments)
     )
     with opened as channel:
         stub = health_pb2_grpc.HealthStub(channel)

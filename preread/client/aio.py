@@ -36,7 +36,7 @@ class _Service:
     def __init__(self, address: str, options: ClientOptions) -> None:
         self.address = address
         self.options = options
-        arguments = options.channel_arguments()
+        arguments = options.channel_arguments(address)
         if options.tls is None:
             self.channel = grpc.aio.insecure_channel(address, options=arguments)
         else:

@@ -10,11 +10,13 @@ import grpc
 
 from preread.client import checks
 from preread.client.retry import RetryPolicy
+from preread.edge.addresses import proxy_options
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 DEFAULT_TIMEOUT_SECONDS = 120.0
 MAX_MESSAGE_BYTES = 64 << 20
-# Not below one a minute, and only while a call runs: servers hang up on clients that ping more ("too_many_pings").
+# While a call runs. Our servers take a ping every ten seconds and less; others hang up on clients that ping more often
+# than they were set up for ("too_many_pings"), some of them below five minutes.
 KEEPALIVE_SECONDS = 60
 KEEPALIVE_TIMEOUT_SECONDS = 20
 
@@ -59,13 +61,12 @@ class ClientOptions:
         if self.api_key is not None:
             _check_key(self.api_key)
 
-    def channel_arguments(self) -> list[tuple[str, int | str]]:
+    def channel_arguments(self, address: str) -> list[tuple[str, int | str]]:
+        """gRPC's arguments of a channel to that address."""
         return [
             ("grpc.max_send_message_length", self.max_message_bytes),
             ("grpc.max_receive_message_length", self.max_message_bytes),
-            ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
-            ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_SECONDS * 1000),
-            ("grpc.lb_policy_name", "round_robin"),  # a name with several addresses is a set of equal servers
+            *connection_arguments(address),
         ]
 
     def call_metadata(self) -> tuple[tuple[str, str], ...]:
@@ -89,6 +90,17 @@ def _check_key(key: object) -> None:
         raise TypeError(f"api_key is of type {type(key).__name__}; expected a string")
     if not key.isascii() or not key.isprintable():
         raise checks.invalid("api_key", "not printable ASCII", "printable ASCII characters")
+
+
+def connection_arguments(address: str) -> list[tuple[str, int | str]]:
+    """How any client of ours keeps a connection: pings, no proxy on this machine, every address of a name in turn."""
+    return [
+        ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
+        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_SECONDS * 1000),
+        ("grpc.http2.max_pings_without_data", 0),  # also in a call that is quiet for long: no limit
+        ("grpc.lb_policy_name", "round_robin"),  # a name with several addresses is a set of equal servers
+        *proxy_options(address),
+    ]
 
 
 def check_address(name: str, address: str) -> str:

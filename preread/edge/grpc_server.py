@@ -16,6 +16,9 @@ from preread.edge.observe import ObservingInterceptor, OnCall
 
 SPARE = 8
 IDLE_SECONDS = 600  # a connection without a call is closed then; clients open another when they need one
+# Of keepalive pings that come closer together, a connection is closed at the third. Clients send one every ten seconds
+# at most, by gRPC's own advice; networks bring some of them closer together.
+PING_SECONDS = 5.0
 
 
 def make_server(
@@ -52,6 +55,10 @@ def make_server(
             ("grpc.max_concurrent_streams", max_calls + SPARE),
             # gRPC does not bound the number of connections
             ("grpc.max_connection_idle_ms", IDLE_SECONDS * 1000),
+            # gRPC's defaults end a call that is quiet for longer than a few pings: one in five minutes is allowed, or
+            # one in two hours where no call runs
+            ("grpc.http2.min_ping_interval_without_data_ms", int(PING_SECONDS * 1000)),
+            ("grpc.keepalive_permit_without_calls", 1),
             *options,
         ],
     )

@@ -1,0 +1,54 @@
+"""Addresses of gRPC targets: which are on this machine, and which proxy the environment puts in front of others."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import socket
+from collections.abc import Mapping
+
+# What gRPC reads, the first that is set. Other libraries read more; none of them connects to our own servers.
+PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
+_LOCAL_SCHEMES = ("unix:", "unix-abstract:")
+
+
+def host_of(target: str) -> str:
+    """The host of `host:port`, or of a gRPC target such as dns:///name:port or ipv6:[::1]:50051; no brackets."""
+    rest = re.sub(r"^(dns:(//[^/]*/)?|ipv[46]:)", "", target.strip())
+    if rest.startswith("["):
+        return rest[1:].partition("]")[0]
+    return rest if rest.count(":") > 1 else rest.partition(":")[0]
+
+
+def is_loopback(target: str) -> bool:
+    """Whether a target is on this machine: loopback addresses in every notation, localhost, sockets in files."""
+    if target.startswith(_LOCAL_SCHEMES):
+        return True
+    host = host_of(target).rstrip(".").lower()
+    if host == "localhost" or host.endswith(".localhost") or host.startswith(("ip6-localhost", "ip6-loopback")):
+        return True
+    address = _address(host.partition("%")[0])
+    return address is not None and (address.is_loopback or address.is_unspecified)
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        found = ipaddress.ip_address(host)
+    except ValueError:
+        try:
+            return ipaddress.IPv4Address(socket.inet_aton(host))  # 127.1, and whatever else the system resolves so
+        except (OSError, UnicodeError):
+            return None
+    return (found.ipv4_mapped or found) if isinstance(found, ipaddress.IPv6Address) else found
+
+
+def proxy_variable(environment: Mapping[str, str] | None = None) -> str:
+    """Name of the variable that gives gRPC a proxy; "" where none does."""
+    environment = os.environ if environment is None else environment
+    return next((name for name in PROXY_VARIABLES if environment.get(name)), "")
+
+
+def proxy_options(target: str) -> list[tuple[str, int]]:
+    """Channel arguments: nothing on this machine is reached through a proxy, whatever the environment says."""
+    return [("grpc.enable_http_proxy", 0)] if is_loopback(target) else []

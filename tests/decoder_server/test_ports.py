@@ -1,0 +1,86 @@
+"""Laws of connections to both servers' gRPC ports: keepalive."""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import AsyncIterator
+
+import pytest
+
+from decoder_server.config import DecoderConfig
+from decoder_server.server import DecoderServer
+from encoder_worker.config import EncoderConfig
+from encoder_worker.server import EncoderServer
+from preread.client import channel
+from preread.edge import grpc_server
+
+SETTINGS, PING, GOAWAY = 4, 6, 7
+ACK = 1
+ENHANCE_YOUR_CALM = 11
+
+
+@pytest.fixture
+async def ports(tiny, store, fbnl, tmp_path, monkeypatch) -> AsyncIterator[list[int]]:
+    """Of both servers, which take pings a hundred times as close together."""
+    monkeypatch.setattr(grpc_server, "PING_SECONDS", grpc_server.PING_SECONDS / 100)
+    settings = {"port": 0, "device": "cpu", "dtype": "float32"}
+    decoder = DecoderServer(DecoderConfig.of_one(str(tiny), **settings), store=store, load=lambda _: fbnl)
+    worker = EncoderServer(EncoderConfig(str(tiny), store=f"faiss:{tmp_path / 'worker'}", **settings))
+    await decoder.start()
+    await worker.start()
+    yield [decoder.port, worker.port]
+    await decoder.stop(0)
+    await worker.stop(0)
+
+
+class Connection:
+    """HTTP/2 by hand, as far as pings go; no call runs on it."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer = reader, writer
+        writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+        self.send(SETTINGS)
+
+    def send(self, kind: int, payload: bytes = b"", flags: int = 0) -> None:
+        self._writer.write(len(payload).to_bytes(3, "big") + bytes([kind, flags]) + bytes(4) + payload)
+
+    async def next(self, *kinds: int) -> tuple[int, bytes]:
+        """The next frame of these kinds; the server's settings are acknowledged on the way."""
+        while True:
+            head = await asyncio.wait_for(self._reader.readexactly(9), 30)
+            payload = await self._reader.readexactly(int.from_bytes(head[:3], "big"))
+            if head[3] == SETTINGS and not head[4] & ACK:
+                self.send(SETTINGS, flags=ACK)
+            if head[3] in kinds and (head[3] != PING or head[4] & ACK):
+                return head[3], payload
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+async def test_pings_are_answered_where_no_call_runs(ports: list[int]) -> None:
+    """As close together as ten seconds, by the hundredth part; what comes after an answer is never closer."""
+    for port in ports:
+        connection = Connection(*await asyncio.open_connection("127.0.0.1", port))
+        for number in range(8):
+            connection.send(PING, struct.pack(">Q", number))
+            assert await connection.next(PING, GOAWAY) == (PING, struct.pack(">Q", number))
+            await asyncio.sleep(0.1)
+        connection.close()
+
+
+async def test_a_flood_of_pings_ends_the_connection(ports: list[int]) -> None:
+    for port in ports:
+        connection = Connection(*await asyncio.open_connection("127.0.0.1", port))
+        kind = PING
+        while kind == PING:
+            connection.send(PING, bytes(8))
+            kind, payload = await connection.next(PING, GOAWAY)
+        assert (kind, struct.unpack(">I", payload[4:8])[0]) == (GOAWAY, ENHANCE_YOUR_CALM)
+        connection.close()
+
+
+def test_settings_go_together() -> None:
+    """Clients may ping every ten seconds; our own do so less often."""
+    assert grpc_server.PING_SECONDS < 10 <= channel.KEEPALIVE_SECONDS
