@@ -6,14 +6,16 @@ import logging
 from collections.abc import Iterable, Sequence
 
 import grpc
+from google.protobuf import descriptor_pb2, descriptor_pool
 from grpc_health.v1 import health, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
 from preread.edge.access import AccessInterceptor
 from preread.edge.keys import ApiKeys
 from preread.edge.messages import CheckStructure, MessageInterceptor, accept_any
 from preread.edge.observe import ObservingInterceptor, OnCall
 
+REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 SPARE = 8
 IDLE_SECONDS = 600  # a connection without a call is closed then; clients open another when they need one
 # Of keepalive pings that come closer together, a connection is closed at the third. Clients send one every ten seconds
@@ -65,9 +67,39 @@ def make_server(
 
 
 def add_standard_services(server: grpc.aio.Server, servicer: health.aio.HealthServicer, names: Iterable[str]) -> None:  # type: ignore[name-defined]  # missing in grpc-stubs
-    """Health, and reflection of it and of the services `names`."""
+    """Health, and reflection of it and of the services `names`, for clients of either version of reflection."""
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
-    reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+    described = [*names, health.SERVICE_NAME, reflection.SERVICE_NAME, REFLECTION_V1]
+    reflector = reflection.aio.ReflectionServicer(described)  # type: ignore[attr-defined]  # missing in grpc-stubs
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflector, server)
+    _describe_reflection_v1()
+    method = grpc.stream_stream_rpc_method_handler(
+        reflector.ServerReflectionInfo,
+        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    handler = grpc.method_handlers_generic_handler(REFLECTION_V1, {"ServerReflectionInfo": method})
+    server.add_generic_rpc_handlers((handler,))
+
+
+def _describe_reflection_v1() -> None:
+    """Puts reflection's version 1 among the known descriptors: version 1alpha under another name.
+
+    grpcio-reflection has 1alpha only, which clients are giving up.
+    """
+    pool = descriptor_pool.Default()
+    name = "grpc/reflection/v1/reflection.proto"
+    try:
+        pool.FindFileByName(name)
+    except KeyError:
+        file = descriptor_pb2.FileDescriptorProto.FromString(reflection_pb2.DESCRIPTOR.serialized_pb)
+        file.name, file.package = name, "grpc.reflection.v1"
+        file.options.Clear()
+        (method,) = file.service[0].method
+        fields = [field for message in file.message_type for field in message.field if field.type_name]
+        for typed, attribute in [(method, "input_type"), (method, "output_type")] + [(f, "type_name") for f in fields]:
+            setattr(typed, attribute, getattr(typed, attribute).replace("v1alpha", "v1"))
+        pool.AddSerializedFile(file.SerializeToString())
 
 
 def _ended_by_grpc(record: logging.LogRecord) -> bool:

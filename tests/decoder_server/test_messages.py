@@ -133,7 +133,12 @@ async def test_a_stranger_is_refused_before_a_message_comes(servers) -> None:
 
 
 @pytest.mark.parametrize(
-    "service", ["grpc.health.v1.Health/Check", "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"]
+    "service",
+    [
+        "grpc.health.v1.Health/Check",
+        "grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+        "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+    ],
 )
 async def test_open_services_read_messages_the_same_way(servers, caplog, service: str) -> None:
     for server in servers.values():

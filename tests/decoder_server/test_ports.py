@@ -1,4 +1,4 @@
-"""Laws of connections to both servers' gRPC ports: keepalive."""
+"""Laws of connections to both servers' gRPC ports: keepalive, and reflection in both versions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import asyncio
 import struct
 from collections.abc import AsyncIterator
 
+import grpc
 import pytest
+from google.protobuf import descriptor_pool, message_factory
 
 from decoder_server.config import DecoderConfig
 from decoder_server.server import DecoderServer
@@ -79,6 +81,35 @@ async def test_a_flood_of_pings_ends_the_connection(ports: list[int]) -> None:
             kind, payload = await connection.next(PING, GOAWAY)
         assert (kind, struct.unpack(">I", payload[4:8])[0]) == (GOAWAY, ENHANCE_YOUR_CALM)
         connection.close()
+
+
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+async def test_reflection_describes_every_service_it_lists(ports: list[int], version: str) -> None:
+    """Spoken as a client does that knows this version only: its own messages, descriptors from what comes."""
+    name = f"grpc.reflection.{version}"
+    known = descriptor_pool.Default()
+    request, response = (
+        message_factory.GetMessageClass(known.FindMessageTypeByName(f"{name}.ServerReflection{kind}"))
+        for kind in ("Request", "Response")
+    )
+    for port, ours in zip(ports, ("preread.v1.RerankService", "preread.v1.EncoderService"), strict=True):
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as opened:
+            info = opened.stream_stream(
+                f"/{name}.ServerReflection/ServerReflectionInfo", request.SerializeToString, response.FromString
+            )
+            (listed,) = [one async for one in info(iter([request(list_services="")]), timeout=30)]
+            services = [one.name for one in listed.list_services_response.service]
+            assert {ours, "grpc.health.v1.Health"} <= set(services)
+            assert {f"grpc.reflection.{one}.ServerReflection" for one in ("v1", "v1alpha")} <= set(services)
+            asked = [request(file_containing_symbol=service) for service in services]
+            files = [one async for one in info(iter(asked), timeout=30)]
+        found = descriptor_pool.DescriptorPool()
+        for service, answer in zip(services, files, strict=True):
+            for file in reversed(answer.file_descriptor_response.file_descriptor_proto):
+                found.AddSerializedFile(file)
+            described = found.FindServiceByName(service)
+            assert described.methods, "each with its methods, and the messages that they name"
+            assert all(method.input_type.full_name for method in described.methods)
 
 
 def test_settings_go_together() -> None:
