@@ -1,9 +1,9 @@
 """How fast states come back from a store, and into a batch, by codec.
 
-    python -m benchmarks.store_read [--store faiss|redis] [--passages 1000]
+    python -m benchmarks.store_read [--store faiss|redis] [--passages 1000] [--tokens 344]
 
-Nano-shaped passages: 344 tokens at r = 4, 86 states of 640 numbers, in random order, the page cache warm;
-checksums are verified. Redis, where asked for, is a redis-server started here on a free port.
+Nano-shaped passages: 344 tokens (`--tokens`) at r = 4, 86 states of 640 numbers, in random order, the page cache
+warm; checksums are verified. Redis, where asked for, is a redis-server started here on a free port.
 
     ms              one `get_many` of all passages, decoded to float32
     read            the same as a server does it, nothing decoded
@@ -52,7 +52,9 @@ class Seconds:
     decoded_first: float
 
 
-def read_seconds(url: str, codec_name: str, states: np.ndarray, num_passages: int) -> tuple[Seconds, int]:
+def read_seconds(
+    url: str, codec_name: str, states: np.ndarray, num_passages: int, num_tokens: int = PASSAGE_TOKENS
+) -> tuple[Seconds, int]:
     """How long it takes, and bytes a state takes at rest."""
     codec = Codec(codec_name, DIM)
     if codec.needs_training:
@@ -64,7 +66,7 @@ def read_seconds(url: str, codec_name: str, states: np.ndarray, num_passages: in
         fingerprint="0" * 64,
         checkpoint="benchmark",
         dim=DIM,
-        max_passage_tokens=1024,
+        max_passage_tokens=8192,
         passage_template="{passage}",
         pooling_version=1,
         compression_ratio=RATIO,
@@ -74,9 +76,7 @@ def read_seconds(url: str, codec_name: str, states: np.ndarray, num_passages: in
     )
     collection = Collection.create(store, manifest)
     passages = [
-        StoredPassage(
-            str(i), PassageStates(states[i % len(states)], (PASSAGE_TOKENS,), RATIO, False, text_digest(str(i)))
-        )
+        StoredPassage(str(i), PassageStates(states[i % len(states)], (num_tokens,), RATIO, False, text_digest(str(i))))
         for i in range(num_passages)
     ]
     for first in range(0, num_passages, 100):
@@ -111,16 +111,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", default="faiss,redis")
     parser.add_argument("--passages", type=int, default=1000)
+    parser.add_argument("--tokens", type=int, default=PASSAGE_TOKENS, help="of a passage")
     parser.add_argument("--codecs", type=lambda text: text.split(";"), default=list(CODECS), help="separated by ';'")
     args = parser.parse_args()
     start()
-    num_states = -(-PASSAGE_TOKENS // RATIO)
+    num_states = -(-args.tokens // RATIO)
     states = np.random.default_rng(0).standard_normal((50, num_states, DIM), dtype=np.float32)
     rows = []
     for kind in args.store.split(","):
         with tempfile.TemporaryDirectory() as folder, redis_url() if kind == "redis" else no_server(folder) as url:
             for codec_name in args.codecs:
-                seconds, state_bytes = read_seconds(url, codec_name, states, args.passages)
+                seconds, state_bytes = read_seconds(url, codec_name, states, args.passages, args.tokens)
                 decoded = args.passages * num_states * DIM * 4
                 rows.append(
                     [

@@ -8,6 +8,7 @@ a shared store and is not trusted. Does not know passages.
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, TypeVar
 
 import faiss
@@ -86,7 +87,7 @@ class Codec:
         """What its codes are as numbers, little-endian: float32, float16 or bfloat16; empty where they are no such."""
         return NUMBERS.get(self.factory, "")
 
-    @property
+    @cached_property
     def code_size_bytes(self) -> int:
         """Bytes of one state."""
         return int(self._index.sa_code_size()) + (self._scaling.num_bytes if self._scaling is not None else 0)

@@ -270,7 +270,8 @@ def _header_checksum(version: int, packed: bytes, passage_id: str | bytes) -> by
 def _payload_checksum(windows: bytes, codes: NDArray[np.uint8], text: bytes) -> int:
     digest = xxhash.xxh3_64(windows)
     digest.update(codes.data)
-    digest.update(text)
+    if text:
+        digest.update(text)
     return digest.intdigest()
 
 

@@ -1,8 +1,8 @@
 """Compaction: merges small segments and drops rows nobody points at, beside readers.
 
 A group of segments is rewritten as one new segment; one transaction moves the passages over and forgets the old ones;
-then their files are unlinked. Readers that have them mapped keep what they have; readers that find one gone look into
-the catalogue again. Does not take the writer lock: its caller holds it around each group.
+then their files are unlinked. Readers keep what they read; readers that find a file gone look into the catalogue
+again. Does not take the writer lock: its caller holds it around each group.
 """
 
 import sqlite3
@@ -13,7 +13,7 @@ import numpy as np
 
 from cache.codecs import Codec
 from cache.embedded.catalogue import Catalogue
-from cache.embedded.segments import Segment, SegmentGone, SegmentMaps, write_segment
+from cache.embedded.segments import Segment, SegmentFiles, SegmentGone, write_segment
 from cache.errors import DamagedRecord
 
 # Up to this much is rewritten at a time; FAISS's copies make it about four times that in memory.
@@ -93,7 +93,7 @@ def rewrite(
     *,
     catalogue: Catalogue,
     directory: Path,
-    maps: SegmentMaps,
+    files: SegmentFiles,
     codec: Codec,
     collection_id: int,
 ) -> set[int]:
@@ -112,12 +112,15 @@ def rewrite(
             query = "SELECT row_key, first_row, num_states FROM passages WHERE segment_id = ? ORDER BY first_row"
             rows = connection.execute(query, (use.segment.segment_id,)).fetchall()
             try:
-                codes = [maps.codes(use.segment, first_row, num_states) for _, first_row, num_states in rows]
-            except (SegmentGone, DamagedRecord):
+                codes = list(files.codes(use.segment, [(first_row, num_states) for _, first_row, num_states in rows]))
+            except SegmentGone:
+                codes = []
+            whole = [one for one in codes if not isinstance(one, DamagedRecord)]
+            if len(whole) < len(rows):
                 unreadable.add(use.segment.segment_id)
                 continue
             readable.append(use)
-            parts.extend(codes)
+            parts.extend(whole)
             for row_key, _, num_states in rows:
                 moved.append((num_rows, row_key, use.segment.segment_id))
                 num_rows += num_states

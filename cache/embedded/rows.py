@@ -1,4 +1,4 @@
-"""Rows of the catalogue's `passages` table: written from records, read back into records over mapped segments.
+"""Rows of the catalogue's `passages` table: written from records, read back into records.
 
 The one place that knows the columns. Transactions and locks are the caller's.
 """
@@ -7,8 +7,13 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 
-from cache.embedded.segments import Segment, SegmentMaps
+import numpy as np
+from numpy.typing import NDArray
+
+from cache.embedded.segments import Segment, SegmentFiles, SegmentGone
 from cache.errors import DamagedRecord
 from cache.names import passage_id_bytes
 from cache.record import Damaged, Header, Record, join, pack_windows
@@ -45,16 +50,45 @@ class Row:
     def passage_id(self) -> str:
         return self.encoded_id.decode(errors="replace")
 
-    def read(self, maps: SegmentMaps) -> Record | Damaged:
-        """The record, checked. Raises SegmentGone."""
+    def checked_header(self) -> Header:
+        """Raises DamagedRecord where the header is damaged, another passage's, or does not fit the row."""
+        header = Header.parse(self.header, self.encoded_id)
+        if header.code_size != self.segment.code_size:
+            raise DamagedRecord(f"{header.code_size} bytes per state, its segment has {self.segment.code_size}")
+        return header
+
+
+def read(rows: Iterable[Row], files: SegmentFiles) -> Iterator[tuple[Row, Record | Damaged | SegmentGone]]:
+    """The records of rows, in their order, checked; rows of one segment that follow each other are read together."""
+    for _, group in groupby(rows, key=attrgetter("segment.segment_id")):
+        headers: list[tuple[Row, Header | DamagedRecord]] = []
+        for row in group:
+            try:
+                headers.append((row, row.checked_header()))
+            except DamagedRecord as exc:
+                headers.append((row, exc))
+        ranges = [(row.first_row, header.num_states) for row, header in headers if isinstance(header, Header)]
         try:
-            header = Header.parse(self.header, self.encoded_id)
-            if header.code_size != self.segment.code_size:
-                raise DamagedRecord(f"{header.code_size} bytes per state, its segment has {self.segment.code_size}")
-            codes = maps.codes(self.segment, self.first_row, header.num_states)
-            return join(header, self.windows, codes, self.text)
-        except DamagedRecord as exc:
-            return Damaged(self.passage_id, str(exc))
+            codes = files.codes(headers[0][0].segment, ranges)
+        except SegmentGone as exc:
+            yield from ((row, exc) for row, _ in headers)
+            continue
+        for row, header in headers:
+            yield row, _joined(row, header, codes)
+
+
+def _joined(
+    row: Row, header: Header | DamagedRecord, codes: Iterator[NDArray[np.uint8] | DamagedRecord]
+) -> Record | Damaged:
+    try:
+        if isinstance(header, DamagedRecord):
+            raise header
+        found = next(codes)
+        if isinstance(found, DamagedRecord):
+            raise found
+        return join(header, row.windows, found, row.text)
+    except DamagedRecord as exc:
+        return Damaged(row.passage_id, str(exc))
 
 
 def insert(connection: sqlite3.Connection, collection_id: int, segment_id: int, records: Mapping[str, Record]) -> None:
@@ -81,15 +115,15 @@ def find(connection: sqlite3.Connection, collection_id: int, passage_ids: Iterab
     rows: list[Row] = []
     for chunk, marks in _chunks(passage_ids):
         query = f"{_SELECT} AND passage_id IN ({marks})"
-        rows.extend(map(_row, connection.execute(query, (collection_id, *chunk))))
-    rows.sort(key=lambda row: (row.segment.segment_id, row.first_row))
+        rows.extend(_rows(connection.execute(query, (collection_id, *chunk))))
+    rows.sort(key=attrgetter("segment.segment_id", "first_row"))
     return rows
 
 
 def page(connection: sqlite3.Connection, collection_id: int, after: bytes, limit: int) -> list[Row]:
     """The next rows in order of passage id bytes."""
     query = f"{_SELECT} AND passage_id > ? ORDER BY passage_id LIMIT ?"
-    return list(map(_row, connection.execute(query, (collection_id, after, limit))))
+    return list(_rows(connection.execute(query, (collection_id, after, limit))))
 
 
 def headers(connection: sqlite3.Connection, collection_id: int, passage_ids: Sequence[str]) -> dict[str, Header]:
@@ -119,5 +153,10 @@ def _chunks(passage_ids: Iterable[str]) -> Iterator[tuple[list[bytes], str]]:
         yield chunk, ",".join("?" * len(chunk))
 
 
-def _row(values: tuple[bytes, int, bytes, bytes, bytes, int, str, int, int, int]) -> Row:
-    return Row(*values[:5], Segment(*values[5:]))
+def _rows(found: Iterable[tuple[bytes, int, bytes, bytes, bytes, int, str, int, int, int]]) -> Iterator[Row]:
+    segments: dict[int, Segment] = {}  # most passages of a request share theirs with others
+    for values in found:
+        segment = segments.get(values[5])
+        if segment is None:
+            segment = segments[values[5]] = Segment(*values[5:])
+        yield Row(*values[:5], segment)

@@ -1,16 +1,18 @@
-"""Segments: immutable FAISS index files of codes, written whole and read through a memory map.
+"""Segments: immutable FAISS index files of codes, written whole and read by offset.
 
-A segment is what `faiss.write_index` writes, and `faiss.read_index` opens it. Reading here maps the file and slices the
-codes out at a known offset instead: no copy, and a damaged FAISS header cannot mislead the reader. Does not know which
-rows belong to which passage.
+A segment is what `faiss.write_index` writes, and `faiss.read_index` opens it. Reading here takes the codes from a known
+offset instead: a damaged FAISS header cannot mislead the reader. They are read into memory and not mapped: a mapped
+file that is truncated (cp over it, rsync --inplace) kills the process at the next touch, which may be long after the
+read, and no check before can rule that out. Does not know which rows belong to which passage.
 """
 
-import mmap
 import os
 import resource
+import sys
 import threading
 import uuid
 from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +23,12 @@ from numpy.typing import NDArray
 from cache.codecs import Codec
 from cache.errors import CacheError, DamagedRecord
 
-# Each map holds a file descriptor, of which the process needs others, and Linux allows 65,530 maps.
+# The process needs descriptors for other things.
 MAX_OPEN_SEGMENTS = min(16384, max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
+# The codes of one read stay in the processor's cache; those of several share a block, which any one of them keeps.
+MAX_READ_BYTES, BLOCK_BYTES = 1 << 18, 4 << 20
+# What a store keeps of the memory that its reads took at once.
+MAX_KEPT_BYTES = 128 << 20
 _SUFFIX, _ASIDE = ".faiss", ".tmp"
 
 
@@ -86,57 +92,152 @@ def remove_orphans(directory: Path, committed: set[str]) -> int:
     return len(orphans)
 
 
-class SegmentMaps:
-    """Memory maps of the segments in use, the latest used kept open. Thread-safe.
-
-    A view handed out keeps its map alive, also after the map was dropped here or the file unlinked.
-    """
+class SegmentFiles:
+    """Files of the segments in use, the latest used kept open. Thread-safe."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._lock = threading.Lock()
-        self._maps: OrderedDict[int, mmap.mmap] = OrderedDict()
+        self._files: OrderedDict[int, _OpenFile] = OrderedDict()
+        self._memory = _Memory(MAX_KEPT_BYTES, BLOCK_BYTES)
 
-    def codes(self, segment: Segment, first_row: int, num_states: int) -> NDArray[np.uint8]:
-        """Codes of some rows, a read-only view (num_states * code_size,).
+    def codes(self, segment: Segment, ranges: Sequence[tuple[int, int]]) -> Iterator[NDArray[np.uint8] | DamagedRecord]:
+        """Codes of ranges of rows, (first_row, num_states) each: uint8 (num_states * code_size,) in memory.
 
-        Raises SegmentGone where there is no file, DamagedRecord where the file is too short.
+        Ranges that lie next to each other in the file are read together, and their codes are views into one buffer.
+        A range that the file does not have, or that cannot be read, costs itself alone: DamagedRecord takes its place.
+        Raises SegmentGone where there is no file.
         """
-        mapped = self._map(segment)
-        start = segment.codes_offset + first_row * segment.code_size
-        length = num_states * segment.code_size
-        # The size is asked of the file every time: touching a page that a truncation took away kills the process.
-        if start + length > min(len(mapped), mapped.size()):
-            raise DamagedRecord(f"segment {segment.file_name} is too short")
-        return np.frombuffer(mapped, dtype=np.uint8, count=length, offset=start)
+        return self._read(segment, self._open(segment), ranges)
+
+    def _read(
+        self, segment: Segment, file: "_OpenFile", ranges: Sequence[tuple[int, int]]
+    ) -> Iterator[NDArray[np.uint8] | DamagedRecord]:
+        # One run after the other, as its reader comes to it: codes are checked while the processor's cache has them.
+        for first, run in _runs(ranges, segment.code_size):
+            codes = self._read_rows(segment, file, first, sum(run))
+            if isinstance(codes, DamagedRecord) and len(run) > 1:
+                for num_rows in run:
+                    yield self._read_rows(segment, file, first, num_rows)
+                    first += num_rows
+            elif isinstance(codes, DamagedRecord):
+                yield codes
+            else:
+                end = 0
+                for num_rows in run:
+                    start, end = end, end + num_rows * segment.code_size
+                    yield codes[start:end]
+
+    def _read_rows(
+        self, segment: Segment, file: "_OpenFile", first_row: int, num_rows: int
+    ) -> NDArray[np.uint8] | DamagedRecord:
+        """Codes of consecutive rows, (num_rows * code_size,), or why they cannot be had."""
+        if min(first_row, segment.codes_offset) < 0 or first_row + num_rows > segment.num_rows:
+            return DamagedRecord(f"rows {first_row} to {first_row + num_rows}, its segment has {segment.num_rows}")
+        codes = self._memory.take(num_rows * segment.code_size)
+        try:
+            num_read = file.read_into(codes, segment.codes_offset + first_row * segment.code_size)
+        except OSError as exc:
+            return DamagedRecord(f"segment {segment.file_name} cannot be read: {exc.strerror}")
+        return codes if num_read == codes.nbytes else DamagedRecord(f"segment {segment.file_name} is too short")
 
     def keep_only(self, segment_ids: set[int]) -> None:
-        """Drop maps of other segments, so that the disk space of removed files comes back."""
+        """Close files of other segments, so that the disk space of removed ones comes back."""
         with self._lock:
-            for segment_id in self._maps.keys() - segment_ids:
-                del self._maps[segment_id]
+            for segment_id in self._files.keys() - segment_ids:
+                del self._files[segment_id]
 
     def close(self) -> None:
         with self._lock:
-            self._maps.clear()
+            self._files.clear()
 
-    def _map(self, segment: Segment) -> mmap.mmap:
+    def _open(self, segment: Segment) -> "_OpenFile":
         with self._lock:
-            mapped = self._maps.get(segment.segment_id)
-            if mapped is not None:
-                self._maps.move_to_end(segment.segment_id)
-                return mapped
+            file = self._files.get(segment.segment_id)
+            if file is not None and file.name == segment.file_name:
+                self._files.move_to_end(segment.segment_id)
+                return file
             try:
-                with open(self._directory / segment.file_name, "rb") as file:
-                    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                file = _OpenFile(self._directory, segment.file_name)
             except FileNotFoundError as exc:
                 raise SegmentGone(segment.file_name) from exc
-            except ValueError as exc:
-                raise DamagedRecord(f"segment {segment.file_name} is empty") from exc
-            self._maps[segment.segment_id] = mapped
-            if len(self._maps) > MAX_OPEN_SEGMENTS:
-                self._maps.popitem(last=False)
-            return mapped
+            self._files[segment.segment_id] = file
+            if len(self._files) > MAX_OPEN_SEGMENTS:
+                self._files.popitem(last=False)
+            return file
+
+
+class _OpenFile:
+    """A descriptor that is closed with the last reference, so never while another thread reads from it."""
+
+    def __init__(self, directory: Path, name: str) -> None:
+        self.name = name
+        self._descriptor = os.open(directory / name, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+    def read_into(self, buffer: NDArray[np.uint8], offset: int) -> int:
+        """Fill a buffer from an offset on; returns how many bytes the file had."""
+        num_read = 0
+        while num_read < buffer.nbytes:
+            if not (count := os.preadv(self._descriptor, [buffer[num_read:].data], offset + num_read)):
+                break
+            num_read += count
+        return num_read
+
+
+class _Memory:
+    """Buffers that are given out again once nothing refers to them. Thread-safe.
+
+    Fresh memory costs several times what reading into it does: a page fault for every 4 KiB.
+    """
+
+    def __init__(self, max_bytes: int, block_bytes: int) -> None:
+        self._max_bytes, self._block_bytes = max_bytes, block_bytes
+        self._lock = threading.Lock()
+        self._blocks: list[NDArray[np.uint8]] = []
+        self._num_bytes = 0
+        self._rest = np.empty(0, dtype=np.uint8)  # of the latest block, not yet given out
+
+    def take(self, num_bytes: int) -> NDArray[np.uint8]:
+        """Uninitialised memory, uint8 (num_bytes,); it is the caller's until the last view of it is gone."""
+        with self._lock:
+            if self._rest.nbytes < num_bytes:
+                self._rest = np.empty(0, dtype=np.uint8)
+                self._rest = self._block(num_bytes)
+            taken, self._rest = self._rest[:num_bytes], self._rest[num_bytes:]
+            return taken
+
+    def _block(self, num_bytes: int) -> NDArray[np.uint8]:
+        for i in range(len(self._blocks)):
+            # Every view, memoryview and tensor over a block refers to it: two references are the list's and the call's.
+            if sys.getrefcount(self._blocks[i]) == 2 and num_bytes <= self._blocks[i].nbytes:
+                return self._blocks[i][:]
+        block = np.empty(max(num_bytes, self._block_bytes), dtype=np.uint8)
+        if self._num_bytes + block.nbytes <= self._max_bytes:
+            self._blocks.append(block)
+            self._num_bytes += block.nbytes
+        return block[:]
+
+
+def _runs(ranges: Sequence[tuple[int, int]], code_size: int) -> Iterator[tuple[int, list[int]]]:
+    """Ranges, in order, joined where each begins at the end of the one before: first row, and rows of each."""
+    max_rows = MAX_READ_BYTES // code_size
+    run: list[int] = []
+    first = end = num_rows = 0
+    for start, count in ranges:
+        if run and (start != end or num_rows + count > max_rows):
+            yield first, run
+            run, num_rows = [], 0
+        if not run:
+            first = start
+        run.append(count)
+        num_rows += count
+        end = start + count
+    if run:
+        yield first, run
 
 
 def _codes_offset(codec: Codec) -> int:

@@ -16,7 +16,7 @@ from cache.embedded import compaction, naming, rows
 from cache.embedded.catalogue import Catalogue
 from cache.embedded.failures import translated
 from cache.embedded.lock import WriterLock
-from cache.embedded.segments import SegmentGone, SegmentMaps, remove_orphans, write_segment
+from cache.embedded.segments import SegmentFiles, SegmentGone, remove_orphans, write_segment
 from cache.errors import CacheError, CodecError, CollectionNotFound
 from cache.manifest import Manifest
 from cache.names import check_name, passage_id_bytes
@@ -42,7 +42,7 @@ class EmbeddedStore:
         self._directory = self.path / "segments"
         self._catalogue = Catalogue(self.path / "catalogue.sqlite")
         self._lock = WriterLock(self.path / "writer.lock", lock_timeout_seconds)
-        self._maps = SegmentMaps(self._directory)
+        self._files = SegmentFiles(self._directory)
         self._max_small_segments = max_small_segments
         self._codecs: dict[int, Codec] = {}
         self._seen_removals = 0
@@ -114,13 +114,13 @@ class EmbeddedStore:
             if not page:
                 return
             after = page[-1].encoded_id
-            for row in page:
-                try:
-                    yield row.passage_id, row.read(self._maps)
-                except SegmentGone:
-                    (record,) = self.get_many(collection, [row.passage_id])
-                    if record is not None:
-                        yield row.passage_id, record
+            for row, record in rows.read(page, self._files):
+                if isinstance(record, SegmentGone):
+                    (again,) = self.get_many(collection, [row.passage_id])
+                    if again is not None:
+                        yield row.passage_id, again
+                else:
+                    yield row.passage_id, record
 
     def stats(self, collection: str) -> StoreStats:
         with self._catalogue.reading() as connection:
@@ -186,7 +186,7 @@ class EmbeddedStore:
                 unreadable |= self._rewrite(groups[0], collection_id, codec)
 
     def close(self) -> None:
-        self._maps.close()
+        self._files.close()
         self._catalogue.close()
 
     def _read(self, collection: str, passage_ids: Sequence[str]) -> tuple[dict[str, Record | Damaged], dict[str, str]]:
@@ -200,11 +200,11 @@ class EmbeddedStore:
             located = rows.find(connection, collection_id, passage_ids)
             self._forget_removed(connection)
         with translated(self.path):
-            for row in located:
-                try:
-                    found[row.passage_id] = row.read(self._maps)
-                except SegmentGone as exc:
-                    gone[row.passage_id] = str(exc)
+            for row, record in rows.read(located, self._files):
+                if isinstance(record, SegmentGone):
+                    gone[row.passage_id] = str(record)
+                else:
+                    found[row.passage_id] = record
         return found, gone
 
     def _forget_removed(self, connection: sqlite3.Connection) -> None:
@@ -212,7 +212,7 @@ class EmbeddedStore:
         if num_removals != self._seen_removals:
             self._seen_removals = num_removals
             kept = connection.execute("SELECT segment_id FROM segments")
-            self._maps.keep_only({segment_id for (segment_id,) in kept})
+            self._files.keep_only({segment_id for (segment_id,) in kept})
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -261,7 +261,7 @@ class EmbeddedStore:
             group,
             catalogue=self._catalogue,
             directory=self._directory,
-            maps=self._maps,
+            files=self._files,
             codec=codec,
             collection_id=collection_id,
         )

@@ -13,6 +13,7 @@ import pytest
 
 from cache.codecs import Codec
 from cache.embedded import compaction
+from cache.embedded.segments import _Memory
 from cache.embedded.store import EmbeddedStore
 from cache.errors import CacheError, CodecError, StoreDamaged
 from cache.record import Damaged, Record
@@ -46,16 +47,17 @@ def test_nothing_is_made_before_the_first_write(path, make_manifest):
     store.close()
 
 
-def test_a_segment_is_a_faiss_index_and_reading_copies_nothing(store, path, make_record):
+def test_a_segment_is_a_faiss_index_and_what_is_read_of_it_is_memory(store, path, make_record, same):
     records = {f"p{i}": make_record(i, num_states=5) for i in range(10)}
     store.put_many("passages", records)
     (segment,) = segments(path)
     index = faiss.read_index(str(segment), faiss.IO_FLAG_MMAP_IFC)
     expected = Codec("SQfp16", 8).decode(np.concatenate([record.codes for record in records.values()]))
     assert np.array_equal(index.reconstruct_n(0, index.ntotal), expected)
-    first, second = store.get_many("passages", ["p3", "p3"]), store.get_many("passages", ["p3"])
-    assert np.shares_memory(first[0].codes, second[0].codes)  # views of one map
-    assert not first[0].codes.flags.writeable
+    held = store.get_many("passages", list(records))
+    assert np.shares_memory(held[3].codes.base, held[4].codes.base)  # neighbours come in one read
+    os.truncate(segment, 0)
+    assert all(map(same, held, records.values()))  # and none of it lies in the file, whatever becomes of that
 
 
 @pytest.mark.parametrize("factory", ["Flat", "SQbf16", "SQ8", "SQ6", "SQ4", "B4,SQ8", "Z,B8,SQ4", "PQ4x4", "RQ2x4"])
@@ -109,15 +111,15 @@ def test_readers_keep_what_they_hold_over_a_compaction(store, path, make_record,
     for passage_id, record in records.items():
         store.put_many("passages", {passage_id: record})
     held = reader.get_many("passages", list(records))
-    scan = reader.scan("passages")  # its catalogue rows are read, its segments not yet mapped
+    scan = reader.scan("passages")  # its catalogue rows are read, its segments not yet opened
     first_id, first = next(scan)
     store.compact("passages")
-    assert all(map(same, held, records.values()))  # the maps outlive their unlinked files
+    assert all(map(same, held, records.values()))  # what was read outlives its file
     rest = {first_id: first} | dict(scan)
     assert rest.keys() == records.keys()
     assert all(same(rest[passage_id], record) for passage_id, record in records.items())
     reader.get_many("passages", ["p0"])
-    assert len(reader._maps._maps) == 1  # maps of removed files are dropped, and their disk space with them
+    assert len(reader._files._files) == 1  # removed files are closed, and their disk space comes back
     reader.close()
 
 
@@ -162,7 +164,7 @@ def test_a_missing_segment_costs_its_passages_alone(store, path, make_record, sa
         store.compact("passages")  # which neither fails nor forgets it
 
 
-def test_a_segment_cut_short_under_an_open_map_does_not_kill_the_reader(store, path, make_record, same):
+def test_a_segment_cut_short_under_an_open_file_does_not_kill_the_reader(store, path, make_record, same):
     records = {f"p{i}": make_record(i, num_states=400) for i in range(4)}
     store.put_many("passages", records)
     assert same(store.get_many("passages", ["p3"])[0], records["p3"])
@@ -174,6 +176,25 @@ def test_a_segment_cut_short_under_an_open_map_does_not_kill_the_reader(store, p
     assert all(isinstance(entry, Damaged) and "too short" in entry.reason for entry in found[2:])
     os.truncate(segment, 0)
     assert isinstance(store.get_many("passages", ["p0"])[0], Damaged)
+
+
+def test_memory_is_given_out_again_only_when_nothing_refers_to_it():
+    memory = _Memory(max_bytes=400, block_bytes=100)
+    held = [memory.take(30) for _ in range(12)]  # four blocks, all that is kept
+    for i, one in enumerate(held):
+        one[:] = i
+    assert all((one == i).all() for i, one in enumerate(held))
+    view = memoryview(held[0])[:5]  # keeps the first block, and nothing else does any longer
+    addresses = {one.ctypes.data for one in held[3:]}
+    expected = bytes(view)
+    del held, one
+    again = [memory.take(30) for _ in range(9)]
+    assert {one.ctypes.data for one in again} == addresses
+    large = memory.take(1000)  # more than a block, and more than is kept
+    for one in (*again, large):
+        one[:] = 255
+    assert bytes(view) == expected
+    assert memory._num_bytes == 400
 
 
 def test_a_damaged_faiss_header_harms_nobody(store, path, make_record, same):
