@@ -1,19 +1,24 @@
-"""Link: calls to a Redis server within a time budget, with one retry and a circuit breaker.
+"""Link: calls to a Redis server within a time budget, with one retry on fresh connections and a circuit breaker.
 
 redis-py's own defaults retry for tens of seconds and its timeouts are per packet; here its retries are off and the
-budget bounds the whole call, name lookup and TLS handshake included, because the call runs on another thread that is
-left behind when time is up. Large answers earn time as they arrive. Does not know what is asked.
+budget bounds the whole call by the clock. A call runs on another thread whose every receive knows the deadline
+(`_Bounded`); only a name lookup can outlive it, and that thread is left behind. Large replies earn time as they
+arrive. Does not know what is asked.
 """
 
+import logging
+import queue
+import re
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
 import redis
 from redis.backoff import NoBackoff
 from redis.cluster import ClusterNode, RedisCluster
+from redis.connection import Connection, SSLConnection
 from redis.retry import Retry
 
 from cache.errors import CacheError, StoreAccessDenied, StoreFull, StoreUnavailable
@@ -24,19 +29,44 @@ T = TypeVar("T")
 # redis-py's commands are typed for sync and async at once, which no caller can use.
 Client = Any
 
+log = logging.getLogger(__name__)
+
 _MAX_THREADS = 16
 # What a budget leaves out of account: a reply in full flow. A tenth of what one local server was measured to give.
 _MIN_BYTES_PER_SECOND = 100e6
 _READ_SIZE_BYTES = 1 << 18
-_DENIED_CODES = ("NOAUTH", "WRONGPASS", "NOPERM", "READONLY")
-_DOWN = (redis.ConnectionError, redis.exceptions.ClusterError, redis.exceptions.RedisClusterException, OSError)
-_AGAIN_CODES = ("LOADING", "CLUSTERDOWN", "MASTERDOWN", "TRYAGAIN", "BUSY", "MISCONF")
+# Of the replies to one round trip, whatever lengths they claim: eight passages of some 20,000 states.
+_MAX_REPLY_BYTES = 256 << 20
+_MAX_ERROR_CHARS = 200
+
+# What the first word of an error reply means. The reply's own words are not repeated: a server that does not know AUTH
+# quotes the password.
+_ERRORS: dict[str, tuple[type[CacheError], str]] = {
+    "NOAUTH": (StoreAccessDenied, "asks for a password, and the store URL has none"),
+    "WRONGPASS": (StoreAccessDenied, "does not accept the user name or password"),
+    "NOPERM": (StoreAccessDenied, "does not allow this user a command or key that is needed"),
+    "READONLY": (StoreAccessDenied, "is a read-only replica and takes no writes"),
+    "OOM": (StoreFull, "has used up its maxmemory"),
+    "LOADING": (StoreUnavailable, "is still loading its data"),
+    "CLUSTERDOWN": (StoreUnavailable, "belongs to a cluster that is down"),
+    "MASTERDOWN": (StoreUnavailable, "has lost its primary"),
+    "TRYAGAIN": (StoreUnavailable, "is moving the keys to another node"),
+    "BUSY": (StoreUnavailable, "is busy with a script"),
+    "MISCONF": (StoreUnavailable, "cannot save its data and takes no writes"),
+    "MOVED": (StoreUnavailable, "is a node of a cluster that has the keys elsewhere; expected redis+cluster://"),
+    "ASK": (StoreUnavailable, "is a node of a cluster that has the keys elsewhere; expected redis+cluster://"),
+}
+
+
+class Malformed(Exception):  # noqa: N818 - says what the replies are
+    """Replies that are not those of the commands sent: of other types, or a stream that is out of step."""
 
 
 class Deadline:
-    """When a call must be over; long work asks between its steps, so that nothing goes on after it was given up."""
+    """When a call must be over; every receive asks, so that nothing goes on after the call was given up."""
 
     def __init__(self, seconds: float) -> None:
+        self.budget_seconds = seconds
         self._end = time.monotonic() + seconds
 
     @property
@@ -50,6 +80,120 @@ class Deadline:
     def check(self) -> None:
         if not self.left_seconds:
             raise redis.TimeoutError("time budget used up")
+
+
+class _Current(threading.local):
+    """The deadline of the call that this thread works on; redis-py has no argument to hand it down."""
+
+    deadline: Deadline | None = None
+
+
+_current = _Current()
+
+
+class _Bounded:
+    """A socket that sends and receives until the deadline of the thread's call, and no endless reply.
+
+    A timeout per packet, redis-py's own, lets a server that sends a byte a second go on without end.
+    """
+
+    def __init__(self, sock: Any) -> None:
+        self._sock = sock
+        self._num_bytes = 0
+        self._is_blocking = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
+
+    def settimeout(self, seconds: float | None) -> None:
+        """redis-py looks without waiting whether a pooled connection has something to read; else we know better."""
+        self._is_blocking = seconds != 0
+        self._sock.settimeout(seconds)
+
+    def sendall(self, data: bytes) -> None:
+        self._limit()
+        self._num_bytes = 0
+        self._sock.sendall(data)
+
+    def recv(self, size: int) -> bytes:
+        self._limit()
+        data: bytes = self._sock.recv(size)
+        self._count(len(data))
+        return data
+
+    def recv_into(self, *args: Any) -> int:
+        """What redis-py calls where hiredis is installed."""
+        self._limit()
+        num_bytes: int = self._sock.recv_into(*args)
+        self._count(num_bytes)
+        return num_bytes
+
+    def _limit(self) -> None:
+        deadline = _current.deadline
+        if deadline is not None and self._is_blocking:
+            deadline.check()
+            self._sock.settimeout(max(deadline.left_seconds, 1e-3))  # 0 would mean: do not block
+
+    def _count(self, num_bytes: int) -> None:
+        self._num_bytes += num_bytes
+        if self._num_bytes > _MAX_REPLY_BYTES:
+            raise Malformed(f"replies of more than {_MAX_REPLY_BYTES} bytes")
+        if _current.deadline is not None:
+            _current.deadline.received(num_bytes)
+
+
+class _PlainConnection(Connection):
+    def _connect(self) -> Any:
+        _limit_connecting(self)
+        return _Bounded(super()._connect())  # type: ignore[no-untyped-call]  # redis-py has no types here
+
+
+class _TlsConnection(SSLConnection):
+    def _connect(self) -> Any:
+        _limit_connecting(self)
+        return _Bounded(super()._connect())  # type: ignore[no-untyped-call]  # redis-py has no types here
+
+
+def _limit_connecting(connection: Any) -> None:
+    if _current.deadline is not None:
+        _current.deadline.check()
+        connection.socket_connect_timeout = max(_current.deadline.left_seconds, 1e-3)
+
+
+class _Threads:
+    """Threads that run calls; unlike an executor's they end with the process, whatever they wait for."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._idle = threading.Semaphore(0)
+        self._lock = threading.Lock()
+        self._num_threads = 0
+
+    def submit(self, call: Callable[[], T]) -> Future[T]:
+        future: Future[T] = Future()
+        self._queue.put((future, call))
+        if not self._idle.acquire(blocking=False):
+            with self._lock:
+                if self._num_threads < _MAX_THREADS:
+                    self._num_threads += 1
+                    threading.Thread(target=self._run, name="preread-redis", daemon=True).start()
+        return future
+
+    def close(self) -> None:
+        with self._lock:
+            for _ in range(self._num_threads):
+                self._queue.put(None)
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            future, call = item
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(call())
+                except BaseException as exc:
+                    future.set_exception(exc)
+            del item, future, call  # not kept alive while the thread is idle
+            self._idle.release()
 
 
 def _result(future: Future[T], deadline: Deadline) -> T:
@@ -70,18 +214,18 @@ class Link:
         self._tls_ca_file = tls_ca_file
         self._lock = threading.Lock()
         self._client: Client | None = None
-        self._threads = ThreadPoolExecutor(_MAX_THREADS, thread_name_prefix="preread-redis")
+        self._threads = _Threads()
 
-    def call(self, work: Callable[[Client, Deadline], T]) -> T:
+    def call(self, work: Callable[[Client, Deadline], T], *, budget_seconds: float | None = None) -> T:
         """The result of `work`, which may run twice. Raises a CacheError, within the budget."""
         self._breaker.check()
-        deadline = Deadline(self._budget_seconds)
-        future = self._threads.submit(self._try_twice, work, deadline)
+        deadline = Deadline(self._budget_seconds if budget_seconds is None else budget_seconds)
+        future = self._threads.submit(lambda: self._try_twice(work, deadline))
         try:
             result = _result(future, deadline)
         except Exception as exc:
             future.cancel()
-            error = self._translated(exc)
+            error = self._translated(exc, deadline)
             if isinstance(error, StoreUnavailable):
                 self._breaker.failed(str(error))
             else:
@@ -92,8 +236,12 @@ class Link:
         self._breaker.succeeded()
         return result
 
+    def reconnect(self) -> None:
+        """Drop the connections, so that the next call is made on fresh ones."""
+        self._forget(self._client)
+
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
         with self._lock:
             client, self._client = self._client, None
         if client is not None:
@@ -101,28 +249,44 @@ class Link:
 
     def _try_twice(self, work: Callable[[Client, Deadline], T], deadline: Deadline) -> T:
         client = None
+        _current.deadline = deadline
         try:
+            deadline.check()
             client = self._connected()
             return work(client, deadline)
-        except (redis.AuthenticationError, redis.exceptions.AuthorizationError):
+        except Exception as exc:
+            # After a restart every pooled connection is dead, a stream that is out of step stays so, and a replica that
+            # takes no writes may have been replaced behind its name: start afresh.
+            if not _is_settled(exc):
+                self._forget(client)
+                if deadline.left_seconds:
+                    return work(self._connected(), deadline)
             raise
-        except (redis.ConnectionError, redis.TimeoutError, redis.exceptions.RedisClusterException, OSError):
-            if not deadline.left_seconds:
-                raise
-            # After a restart every pooled connection is dead, and so the next one would be; start afresh.
-            self._forget(client)
-            return work(self._connected(), deadline)
+        finally:
+            _current.deadline = None
 
     def _connected(self) -> Client:
         with self._lock:
-            if self._client is None:
-                self._client = self._connect()
-            return self._client
+            client = self._client
+        if client is None:
+            client = self._connect()  # a cluster's answers here: not under the lock, where every other call would wait
+            with self._lock:
+                if self._client is None:
+                    self._client = client
+                client = self._client
+        return client
 
-    def _forget(self, client: Client | None) -> None:
+    def _forget(self, client: Client) -> None:
         with self._lock:
-            if client is not None and self._client is client:
+            is_current = client is not None and client is self._client
+            if is_current:
                 self._client = None
+        if not is_current:
+            return
+        nodes = client.get_nodes() if self._address.is_cluster else []
+        for one in [node.redis_connection for node in nodes] if nodes else [client]:
+            if one is not None:
+                one.connection_pool.disconnect(inuse_connections=False)  # those of other calls may be in step
 
     def _connect(self) -> Client:
         address = self._address
@@ -136,30 +300,66 @@ class Link:
             "driver_info": None,
         }
         if address.is_tls:
-            options |= {"ssl": True, "ssl_ca_certs": self._tls_ca_file}
-        if address.is_cluster:
-            nodes = [ClusterNode(host, port) for host, port in address.hosts]  # type: ignore[no-untyped-call]  # redis-py has no types here
-            return RedisCluster(startup_nodes=nodes, retry=Retry(NoBackoff(), 0), **options)
-        ((host, port),) = address.hosts
-        return redis.Redis(host=host, port=port, db=address.database, retry=Retry(NoBackoff(), 0), **options)
+            options["ssl_ca_certs"] = self._tls_ca_file
+        options["connection_class"] = _TlsConnection if address.is_tls else _PlainConnection
+        retry = Retry(NoBackoff(), 0)
+        if not address.is_cluster:
+            ((host, port),) = address.hosts
+            pool = redis.ConnectionPool(host=host, port=port, db=address.database, retry=retry, **options)
+            return redis.Redis.from_pool(pool)
+        # Only with a URL does redis-py take a connection class for a cluster; this one says no more than a node does.
+        (host, port), *others = address.hosts
+        nodes = [ClusterNode(*other) for other in others]  # type: ignore[no-untyped-call]  # redis-py has no types here
+        url = f"redis://[{host}]:{port}" if ":" in host else f"redis://{host}:{port}"
+        return RedisCluster(url=url, startup_nodes=nodes, retry=retry, **options)
 
-    def _translated(self, exc: Exception) -> Exception:
-        """The CacheError for what redis-py or the network raised; anything else as it is."""
-        code = str(exc).partition(" ")[0]
+    def _translated(self, exc: Exception, deadline: Deadline) -> Exception:
+        """The CacheError for what redis-py, the network or a reply raised."""
+        if isinstance(exc, CacheError):
+            return exc
+        where = self._address
+        if isinstance(exc, redis.exceptions.RedisClusterException) and isinstance(exc.__cause__, Exception):
+            return self._translated(exc.__cause__, deadline)  # it only says that no node could be asked
         if isinstance(exc, TimeoutError | redis.TimeoutError):
-            return StoreUnavailable(f"{self._address}: no answer within {self._budget_seconds:g} s")
-        if isinstance(exc, redis.AuthenticationError | redis.exceptions.AuthorizationError) or code in _DENIED_CODES:
-            return StoreAccessDenied(f"{self._address}: {exc}")
-        if isinstance(exc, redis.exceptions.NoPermissionError | redis.ReadOnlyError):
-            return StoreAccessDenied(f"{self._address}: {exc}")
-        if isinstance(exc, redis.OutOfMemoryError):
-            return StoreFull(f"{self._address}: {exc}")
-        is_down = isinstance(
-            exc,
-            redis.ConnectionError | redis.exceptions.ClusterError | redis.exceptions.RedisClusterException | OSError,
-        )
-        if is_down or code in _AGAIN_CODES:
-            return StoreUnavailable(f"{self._address}: {exc}")
-        if isinstance(exc, redis.RedisError):
-            return CacheError(f"{self._address}: {exc}")
-        return exc
+            return StoreUnavailable(f"{where}: no answer within {deadline.budget_seconds:g} s")
+        code = _code(exc)
+        if code in _ERRORS:
+            kind, meaning = _ERRORS[code]
+            return kind(f"{where}: {code}: the server {meaning}")
+        if _is_denied(exc):
+            return StoreAccessDenied(f"{where}: the server does not accept the user name or password")
+        if isinstance(exc, redis.ResponseError | redis.exceptions.ClusterError):
+            named = f" ({code})" if re.fullmatch("[A-Z]{2,20}", code) else ""
+            return StoreUnavailable(f"{where}: the server refused a command{named}")
+        is_network = isinstance(exc, redis.ConnectionError | redis.exceptions.RedisClusterException | OSError)
+        if is_network and not isinstance(exc, redis.AuthenticationError):
+            return StoreUnavailable(f"{where}: {self._said(exc)}")
+        if not isinstance(exc, Malformed | redis.RedisError):
+            log.warning("%s: a reply could not be read", where, exc_info=exc)
+        return StoreUnavailable(f"{where}: the server's replies are malformed or out of step")
+
+    def _said(self, exc: Exception) -> str:
+        """The network's own words: one line, without what the URL keeps secret."""
+        text = "".join(char if char.isprintable() else " " for char in str(exc))[:_MAX_ERROR_CHARS]
+        for secret in (self._address.password, self._address.username):
+            text = text.replace(secret, "***") if secret else text
+        return text
+
+
+def _code(exc: Exception) -> str:
+    """The first word of an error reply; "" for what is none."""
+    if not isinstance(exc, redis.RedisError):
+        return ""
+    return exc.status_code or (str(exc).partition(" ")[0] if isinstance(exc, redis.ResponseError) else "")
+
+
+def _is_settled(exc: Exception) -> bool:
+    """Whether fresh connections would give the same answer."""
+    if isinstance(exc, redis.ReadOnlyError):
+        return False
+    return _is_denied(exc) or isinstance(exc, redis.ResponseError | redis.exceptions.BusyLoadingError | CacheError)
+
+
+def _is_denied(exc: Exception) -> bool:
+    # redis-py raises it without a code where the reply to AUTH was no reply to AUTH.
+    return isinstance(exc, redis.AuthenticationError | redis.exceptions.AuthorizationError) and bool(exc.status_code)

@@ -1,9 +1,12 @@
 """RedisStore: records as values of a shared Redis server or cluster. The package docstring has the key layout.
 
-What is read is not trusted: every value goes through `record.unpack` or `Manifest.from_json`. A multi-get is pipelined
-and not atomic, each passage is.
+What is read is not trusted: every reply has the type its command gives, every value goes through `record.unpack` or
+`Manifest.from_json`, and keys or fields that no passage, collection or alias can have are passed over: the database may
+be shared. A multi-get is pipelined and not atomic, each passage is.
 """
 
+import logging
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
@@ -11,18 +14,30 @@ from typing import Any
 
 import xxhash
 
-from cache.errors import CollectionExists, CollectionInUse, CollectionNotFound, DamagedRecord
+from cache.errors import (
+    CollectionExists,
+    CollectionInUse,
+    CollectionNotFound,
+    DamagedRecord,
+    InvalidName,
+    StoreDamaged,
+    StoreUnavailable,
+)
 from cache.manifest import Manifest
-from cache.names import check_name, passage_id_bytes
+from cache.names import check_name, is_passage_id, passage_id_bytes
 from cache.record import HEADER_BYTES, Damaged, Header, Record, pack, unpack
 from cache.shared.address import Address
-from cache.shared.link import Client, Deadline, Link
-from cache.shared.pipeline import run, take_bytes
+from cache.shared.link import Client, Deadline, Link, Malformed
+from cache.shared.pipeline import IsValid, exchange, run, take_bytes
 from cache.store import StoreStats, sum_headers
+
+log = logging.getLogger(__name__)
 
 _READ_CHUNK, _HEADER_CHUNK, _SCAN_COUNT = 64, 1000, 512
 # A pipeline's size bounds what the server buffers for one client, and how long it is busy for it.
 _CHUNK_BYTES = 8 << 20
+# Counting a collection answers people and scrapes: longer than an online read, shorter than a write may take.
+_COUNT_SECONDS = 2.0
 
 
 class RedisStore:
@@ -42,13 +57,12 @@ class RedisStore:
     ) -> None:
         if ttl_seconds is not None and ttl_seconds < 1:
             raise ValueError(f"ttl_seconds: {ttl_seconds}, expected at least 1")
-        address = Address.parse(url)
+        self._address = address = Address.parse(url)
         # A breaker each: reads that are too large for their budget must not stop an indexing run.
         self._online = Link(address, budget_seconds=read_budget_seconds, tls_ca_file=tls_ca_file)
         self._bulk = Link(address, budget_seconds=write_budget_seconds, tls_ca_file=tls_ca_file)
+        self._count_seconds = min(write_budget_seconds, max(read_budget_seconds, _COUNT_SECONDS))
         self._ttl_seconds = ttl_seconds
-        self._is_cluster = address.is_cluster
-        self._prefix = address.prefix
         self._manifests, self._aliases, self._generations = (
             f"{address.prefix}:{name}" for name in ("manifests", "aliases", "generations")
         )
@@ -61,7 +75,7 @@ class RedisStore:
         while chunk := take_bytes(pairs, _CHUNK_BYTES):
             expiry = () if self._ttl_seconds is None else ("EX", self._ttl_seconds)
             commands = [("SET", start + encoded_id, pack(record, encoded_id), *expiry) for encoded_id, record in chunk]
-            run(self._bulk, commands, len(chunk))
+            run(self._bulk, commands, _is_true, len(chunk))
         if encoded_ids:
             # After the values: a tier that saw the old number looks again once they are there. A writer that dies in
             # between has not acknowledged, and will come back.
@@ -72,9 +86,9 @@ class RedisStore:
 
     def delete_many(self, collection: str, passage_ids: Sequence[str]) -> int:
         keys = [self._key(collection, passage_id) for passage_id in dict.fromkeys(passage_ids)]
-        num_deleted: int = sum(run(self._bulk, [("UNLINK", key) for key in keys], _HEADER_CHUNK))
-        if num_deleted:
-            self._bump(collection)
+        num_deleted: int = sum(run(self._bulk, [("UNLINK", key) for key in keys], _is_count, _HEADER_CHUNK))
+        if keys:
+            self._bump(collection)  # also where none was there: a repeated UNLINK finds what the first one removed
         return num_deleted
 
     def headers_many(self, collection: str, passage_ids: Sequence[str]) -> list[Header | None]:
@@ -96,109 +110,210 @@ class RedisStore:
         """Counted by a scan over headers: about a second per million passages on a local server."""
 
         def headers() -> Iterator[Header | None]:
-            passage_ids = self._scan_ids(collection)
+            passage_ids = self._scan_ids(collection, self._count_seconds)
             while batch := list(islice(passage_ids, _HEADER_CHUNK)):
-                yield from self._headers(self._bulk, collection, batch)
+                yield from self._headers(self._bulk, collection, batch, self._count_seconds)
 
         return sum_headers(headers())
 
     def generation(self, collection: str) -> int:
-        value = self._online.call(lambda client, _: client.hget(self._generations, collection))
-        return int(value or 0)
+        value = self._ask(self._online, _is_value, "HGET", self._generations, collection)
+        # Whatever the value, as long as another one is another number: it may be foreign or damaged.
+        return 0 if value is None else xxhash.xxh3_64_intdigest(value)
 
     def read_manifest(self, collection: str) -> Manifest | None:
-        value = self._bulk.call(lambda client, _: client.hget(self._manifests, collection))
+        value = self._ask(self._online, _is_value, "HGET", self._manifests, collection)
         return None if value is None else Manifest.from_json(value, collection)
 
     def write_manifest(self, manifest: Manifest) -> None:
         name, value = manifest.collection, manifest.to_json()
-        is_alias = name in self.aliases()
-        if is_alias or not self._bulk.call(lambda client, _: client.hsetnx(self._manifests, name, value)):
+        is_alias = name in self._aliases_by(self._bulk)
+        if is_alias or not self._ask(self._bulk, _is_count, "HSETNX", self._manifests, name, value):
             raise CollectionExists(f"collection: {name!r} already exists in this store")
         self._bump(name)
 
     def list_collections(self) -> list[str]:
-        return sorted(name.decode() for name in self._bulk.call(lambda client, _: client.hkeys(self._manifests)))
+        found = self._ask(self._online, _is_list, "HKEYS", self._manifests)
+        return sorted(name for field in found if (name := _name(field)) is not None)
 
     def drop_collection(self, collection: str) -> None:
         self._require(collection)
-        if users := sorted(alias for alias, name in self.aliases().items() if name == collection):
+        aliases = self._aliases_by(self._bulk)
+        if users := sorted(alias for alias, name in aliases.items() if name == collection):
             raise CollectionInUse(f"collection: {collection!r} is in use by the aliases {users}; move them first")
         # The manifest first: nothing can be written then. What a crash leaves behind is bound to the old manifest, so a
         # new collection of this name does not take it for its own.
-        self._bulk.call(lambda client, _: client.hdel(self._manifests, collection))
+        self._ask(self._bulk, _is_count, "HDEL", self._manifests, collection)
         self._bump(collection)
-        passage_ids = self._scan_ids(collection)
-        while batch := list(islice(passage_ids, _HEADER_CHUNK)):
-            commands = [("UNLINK", self._key(collection, passage_id)) for passage_id in batch]
-            run(self._bulk, commands, _HEADER_CHUNK)
+        keys = self._scan_keys(collection)
+        while batch := list(islice(keys, _HEADER_CHUNK)):
+            run(self._bulk, [("UNLINK", key) for key in batch], _is_count, _HEADER_CHUNK)
 
     def aliases(self) -> dict[str, str]:
-        found = self._bulk.call(lambda client, _: client.hgetall(self._aliases))
-        return {alias.decode(): name.decode() for alias, name in found.items()}
+        return self._aliases_by(self._online)
 
     def set_alias(self, alias: str, collection: str) -> None:
         check_name("alias", alias)
-        if self._bulk.call(lambda client, _: client.hexists(self._manifests, alias)):
+        if self._ask(self._bulk, _is_count, "HEXISTS", self._manifests, alias):
             raise CollectionExists(f"alias: {alias!r} is the name of a collection")
         self._require(collection)
-        self._bulk.call(lambda client, _: client.hset(self._aliases, alias, collection))
+        value = f"{collection}:{_alias_checksum(alias, collection)}"
+        self._ask(self._bulk, _is_count, "HSET", self._aliases, alias, value)
 
     def remove_alias(self, alias: str) -> bool:
-        return bool(self._bulk.call(lambda client, _: client.hdel(self._aliases, alias)))
+        return bool(self._ask(self._bulk, _is_count, "HDEL", self._aliases, alias))
 
     def close(self) -> None:
         self._online.close()
         self._bulk.close()
 
+    def _ask(self, link: Link, is_valid: IsValid, *command: Any) -> Any:
+        """The reply to a command on one of the store's hashes."""
+        (reply,) = run(link, [command], is_valid, 1)
+        if isinstance(reply, Exception):
+            raise StoreDamaged(f"Redis key {command[1]}: another type of value, expected the hash Preread keeps there")
+        return reply
+
+    def _aliases_by(self, link: Link) -> dict[str, str]:
+        found = self._ask(link, _is_pairs, "HGETALL", self._aliases)
+        named = {_name(alias): _target(alias, value) for alias, value in found.items()}
+        return {
+            alias: collection for alias, collection in named.items() if alias is not None and collection is not None
+        }
+
     def _get(self, link: Link, collection: str, passage_ids: Sequence[str]) -> list[Record | Damaged | None]:
+        found = self._get_once(link, collection, passage_ids)
+        # A record knows whose it is. What does not fit may be another key's, on a connection that mixes its replies up,
+        # and then a nil may stand in a record's place: all but the records are asked for once more, on another one.
+        if any(isinstance(record, Damaged) for record in found):
+            doubted = [i for i, record in enumerate(found) if not isinstance(record, Record)]
+            link.reconnect()
+            again = self._get_once(link, collection, [passage_ids[i] for i in doubted])
+            for i, record in zip(doubted, again, strict=True):
+                found[i] = record
+        return found
+
+    def _get_once(self, link: Link, collection: str, passage_ids: Sequence[str]) -> list[Record | Damaged | None]:
         commands = [("GET", self._key(collection, passage_id)) for passage_id in passage_ids]
-        values = run(link, commands, _READ_CHUNK, chunk_bytes=_CHUNK_BYTES)
+        values = run(link, commands, _is_value, _READ_CHUNK, chunk_bytes=_CHUNK_BYTES)
         return [_checked(*pair) for pair in zip(passage_ids, values, strict=True)]
 
-    def _headers(self, link: Link, collection: str, passage_ids: Sequence[str]) -> list[Header | None]:
+    def _headers(
+        self, link: Link, collection: str, passage_ids: Sequence[str], budget_seconds: float | None = None
+    ) -> list[Header | None]:
         keys = [self._key(collection, passage_id) for passage_id in passage_ids]
         commands = [("GETRANGE", key, 0, HEADER_BYTES - 1) for key in keys]
-        values = run(link, commands, _HEADER_CHUNK)
+        values = run(link, commands, _is_value, _HEADER_CHUNK, budget_seconds=budget_seconds)
         return [_header(*pair) for pair in zip(passage_ids, values, strict=True)]
 
-    def _scan_ids(self, collection: str) -> Iterator[str]:
-        """Ids of a collection, each once; SCAN itself may repeat some."""
+    def _scan_ids(self, collection: str, budget_seconds: float | None = None) -> Iterator[str]:
+        """Ids of a collection, each once. A key that no passage can have is not one of ours, and not among them."""
+        start = self._key_start(collection)
+        for key in self._scan_keys(collection, budget_seconds):
+            passage_id = key[len(start) :].decode(errors="surrogateescape")
+            if is_passage_id(passage_id):
+                yield passage_id
+
+    def _scan_keys(self, collection: str, budget_seconds: float | None = None) -> Iterator[bytes]:
+        """Every key under a collection's prefix, each once; SCAN itself may repeat some."""
         start = self._key_start(collection)
         seen: set[int] = set()
-        nodes = self._bulk.call(lambda client, _: client.get_primaries() if self._is_cluster else [None])
+        nodes = [None]
+        if self._address.is_cluster:
+            nodes = self._bulk.call(lambda client, _: client.get_primaries(), budget_seconds=budget_seconds)
         for node in nodes:
-            cursor = 0
+            cursor, cursors = 0, {0}
             while True:
-                cursor, keys = self._bulk.call(partial(_scan_step, node=node, cursor=cursor, start=start))
+                step = partial(_scan_step, node=node, cursor=cursor, start=start)
+                cursor, keys = self._bulk.call(step, budget_seconds=budget_seconds)
                 for key in keys:
                     digest = xxhash.xxh3_64_intdigest(key)
                     if digest not in seen:
                         seen.add(digest)
-                        yield key[len(start) :].decode(errors="replace")
+                        yield key
                 if not cursor:
                     break
+                if cursor in cursors:  # no server comes by one twice, so this one would go on without end
+                    raise StoreUnavailable(f"{self._address}: SCAN repeats its cursor {cursor}")
+                cursors.add(cursor)
 
     def _key(self, collection: str, passage_id: str) -> bytes:
         return self._key_start(collection) + passage_id_bytes(passage_id)
 
     def _key_start(self, collection: str) -> bytes:
         # A checked name holds no ':' and no glob character, so no collection's keys match another's pattern.
-        return f"{self._prefix}:p:{check_name('collection', collection)}:".encode()
+        return f"{self._address.prefix}:p:{check_name('collection', collection)}:".encode()
 
     def _require(self, collection: str) -> None:
-        if not self._bulk.call(lambda client, _: client.hexists(self._manifests, collection)):
+        if not self._ask(self._bulk, _is_count, "HEXISTS", self._manifests, collection):
             raise CollectionNotFound(f"collection: {collection!r} does not exist in this store")
 
     def _bump(self, collection: str) -> None:
-        self._bulk.call(lambda client, _: client.hincrby(self._generations, collection, 1))
+        # Random, not counted: a count comes by a number again after a restart without data, or on a replica that is
+        # behind. Within what HINCRBY takes, because earlier versions count on from it.
+        self._ask(self._bulk, _is_count, "HSET", self._generations, collection, secrets.randbits(62))
 
 
 def _scan_step(client: Client, _: Deadline, *, node: Any, cursor: int, start: bytes) -> tuple[int, list[bytes]]:
+    """One SCAN, on one node of a cluster (None: on the server there is)."""
     if node is not None:
         client = client.get_redis_connection(node)
-    cursor, keys = client.scan(cursor, match=start + b"*", count=_SCAN_COUNT)
+    command = ("SCAN", cursor, "MATCH", start + b"*", "COUNT", _SCAN_COUNT)
+    ((cursor, keys),) = exchange(client, [command], _is_page)
+    if not all(key.startswith(start) for key in keys):
+        raise Malformed("SCAN gave keys that were not asked for")
     return cursor, keys
+
+
+def _is_true(reply: object) -> bool:
+    return reply is True
+
+
+def _is_count(reply: object) -> bool:
+    return isinstance(reply, int)
+
+
+def _is_value(reply: object) -> bool:
+    return reply is None or isinstance(reply, bytes)
+
+
+def _is_list(reply: object) -> bool:
+    return isinstance(reply, list) and all(isinstance(one, bytes) for one in reply)
+
+
+def _is_pairs(reply: object) -> bool:
+    return isinstance(reply, dict) and _is_list([*reply, *reply.values()])
+
+
+def _is_page(reply: object) -> bool:
+    return isinstance(reply, tuple) and len(reply) == 2 and _is_count(reply[0]) and _is_list(reply[1])
+
+
+def _name(field: bytes) -> str | None:
+    """A collection's or alias's name; None for what is none, and so was not written by us."""
+    try:
+        return check_name("name", field.decode())
+    except (UnicodeDecodeError, InvalidName):
+        return None
+
+
+def _target(alias: bytes, value: bytes) -> str | None:
+    """The collection an alias means; None where alias or value was damaged, or is not ours.
+
+    Such an alias is none, so that asking for it is an error; the others stay.
+    """
+    encoded, separator, checksum = value.partition(b":")
+    collection = _name(encoded)
+    if separator and (
+        collection is None or checksum != _alias_checksum(alias.decode(errors="replace"), collection).encode()
+    ):
+        log.warning("alias %r: its value %.80r fails its checksum", alias, value)
+        return None
+    return collection  # without a checksum: as earlier versions wrote it
+
+
+def _alias_checksum(alias: str, collection: str) -> str:
+    return xxhash.xxh3_64_hexdigest(f"{alias}:{collection}".encode())
 
 
 def _checked(passage_id: str, value: bytes | Exception | None) -> Record | Damaged | None:
@@ -206,7 +321,7 @@ def _checked(passage_id: str, value: bytes | Exception | None) -> Record | Damag
         return None
     try:
         if isinstance(value, Exception):
-            raise DamagedRecord(f"not a value: {value}")
+            raise DamagedRecord("the key holds another type of value")
         return unpack(value, passage_id)
     except DamagedRecord as exc:
         return Damaged(passage_id, str(exc))
