@@ -139,11 +139,13 @@ def open_store(
     scheme, separator, rest = url.partition(":")
     if not separator:
         raise StoreUrlError(
-            f"store: {url!r} has no scheme, expected memory:, faiss:PATH, redis://, rediss:// or redis+cluster://"
+            f"store: {public_url(url)!r} has no scheme, expected memory:, faiss:PATH, redis://, rediss:// or redis+cluster://"
         )
     is_redis = scheme in ("redis", "rediss", "redis+cluster", "rediss+cluster")
     if ttl_seconds is not None and not is_redis:
-        raise StoreUrlError(f"ttl_seconds: {ttl_seconds} has no meaning for {scheme}:, only Redis expires passages")
+        raise StoreUrlError(
+            f"ttl_seconds: {ttl_seconds} has no meaning for {public_url(url)!r}, only Redis expires passages"
+        )
     store: Store
     if scheme == "memory":
         from cache.memory import MemoryStore
@@ -167,7 +169,7 @@ def open_store(
         )
     else:
         raise StoreUrlError(
-            f"store: scheme {scheme!r} of {url!r}, expected memory:, faiss:PATH, redis://, rediss:// or redis+cluster://"
+            f"store: {public_url(url)!r}, expected memory:, faiss:PATH, redis://, rediss:// or redis+cluster://"
         )
     if tier_bytes:
         from cache.tier import StatesTier
@@ -176,6 +178,34 @@ def open_store(
     return store
 
 
-def public_url(store: str) -> str:
-    """A store URL without user and password."""
-    return re.sub(r"^([^:/?#]+://)[^/?#]*@", r"\1", store)
+_SHOWN_HOST = r"(?:\[[0-9A-Fa-f:.]+\]|[\w.-]+)(?::\d{1,5})?"
+_SHOWN = re.compile(rf"{_SHOWN_HOST}(?:,{_SHOWN_HOST})*(?:/\d*)?")
+_SHOWN_OPTIONS = re.compile(r"prefix=[A-Za-z0-9._-]*")
+_SHOWN_UNKNOWN = re.compile(r"[\w+.-]*:(?:/[\w./-]*)?")  # no URL: a scheme alone, or a path behind it
+_HIDDEN = "***"
+
+
+def public_url(store: str, mask: str = "") -> str:
+    """A store URL as it may be shown: without user, password and whatever could be a part of them.
+
+    Shows what is known to be harmless, hosts, database and prefix, and `***` in place of the rest: a password may hold
+    any character, and a URL that is shown because it is wrong may be cut anywhere.
+
+    Args:
+        mask: stands in the place of user and password; "": nothing does.
+    """
+    scheme, separator, rest = store.partition(":")
+    if scheme in ("faiss", "memory") or not (separator or "@" in store):
+        return store  # a path or a name
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme) or not rest.startswith("//"):
+        return store if _SHOWN_UNKNOWN.fullmatch(store) else _HIDDEN
+    rest = rest[2:]
+    end = min((i for i in map(rest.find, "/?#") if i >= 0), default=len(rest))  # of the part that names hosts
+    if "@" in rest[end:] and _SHOWN.fullmatch(rest[:end].rpartition("@")[2]):
+        return f"{scheme}://{_HIDDEN}"  # an option that holds an @, or a password that holds a slash: none can tell
+    user, _, rest = rest.rpartition("@")
+    place, question, options = rest.partition("?")
+    shown = place if _SHOWN.fullmatch(place) else _HIDDEN
+    if question:
+        shown += f"?{options}" if _SHOWN_OPTIONS.fullmatch(options) else f"?{_HIDDEN}"
+    return f"{scheme}://{mask}@{shown}" if user and mask else f"{scheme}://{shown}"

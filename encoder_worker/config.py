@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from preread.edge.tls import ServerTls
 
@@ -16,7 +16,7 @@ class EncoderConfig:
     checkpoint: str  # directory or hub id
     host: str = "127.0.0.1"
     port: int = 50052  # 0: any free one
-    store: str = "faiss:./preread-data"
+    store: str = field(default="faiss:./preread-data", repr=False)  # may hold a password
     device: str | None = None  # None: CUDA where present
     dtype: str | None = None  # None: bfloat16 where the hardware has it
     max_passage_tokens: int | None = None  # None: the checkpoint's; part of the fingerprint

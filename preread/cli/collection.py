@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from preread.cli.failures import CommandFailed
-from preread.cli.options import option, store_option
+from preread.cli.options import ADMIN_READ_SECONDS, option, store_option
 
 
 @click.group()
@@ -25,7 +25,7 @@ def command() -> None:
 def _opened(url: str) -> Iterator[Any]:
     from cache.store import open_store
 
-    store = open_store(url)
+    store = open_store(url, read_budget_seconds=ADMIN_READ_SECONDS)
     try:
         yield store
     finally:
@@ -61,12 +61,15 @@ def compact_command(collection: str, store: str) -> None:
     For embedded stores (faiss:); Redis frees it at once.
     """
     from cache.collection import Collection
+    from cache.store import public_url
 
     with _opened(store) as opened:
         name = Collection.open(opened, collection).name
         compact = getattr(opened, "compact", None)
         if compact is None:
-            raise CommandFailed(f"{store}: nothing to compact; only faiss: stores keep deleted passages on disk")
+            raise CommandFailed(
+                f"{public_url(store)}: nothing to compact; only faiss: stores keep deleted passages on disk"
+            )
         compact(name)
         click.echo(f"{name} is compact")
 
@@ -77,9 +80,11 @@ def compact_command(collection: str, store: str) -> None:
 @store_option
 def drop_command(collection: str, yes: bool, store: str) -> None:
     """Delete COLLECTION and its passages. Refused while an alias points at it."""
+    from cache.store import public_url
+
     with _opened(store) as opened:
         num_passages = opened.stats(collection).num_passages
         if not yes:
-            click.confirm(f"Delete {collection} with {num_passages:,} passages from {store}?", abort=True)
+            click.confirm(f"Delete {collection} with {num_passages:,} passages from {public_url(store)}?", abort=True)
         opened.drop_collection(collection)
         click.echo(f"{collection} is gone ({num_passages:,} passages)")

@@ -10,8 +10,7 @@ from click.core import ParameterSource
 
 MASK = "***"
 _SECRETS = ("api_key", "encoder_api_key")
-# user:password@ of a URL, and a password among its parameters
-_PASSWORD = re.compile(r"(?<=://)[^/@\s]*@|(?<=[?&]password=)[^&\s]*")
+_USER = re.compile(r"(?<=://)[^\s,]*@")  # of any other URL
 
 _SOURCES = {
     ParameterSource.COMMANDLINE: "flags",
@@ -39,8 +38,10 @@ def masked(name: str, value: object) -> str:
     """The value as it may be shown."""
     if name in _SECRETS:
         return MASK
+    from cache.store import public_url
+
     text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-    return _PASSWORD.sub(lambda found: f"{MASK}@" if found[0].endswith("@") else MASK, text)
+    return public_url(text, MASK) if name == "store" else _USER.sub(f"{MASK}@", text)
 
 
 def _flag(param: click.Option) -> str:

@@ -22,6 +22,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 DEFAULT_STORE = "faiss:./preread-data"
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 DEFAULT_ENCODER_ADDRESS = "127.0.0.1:50052"
+# Of commands that look at a store: a slow one does not pass for a broken one, a hanging one keeps no person waiting.
+ADMIN_READ_SECONDS = 5.0
 SHIPPED_MODEL = Path(preread.__file__).parent / "models" / "preread-mini"
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from preread.cli.options import collection_option, json_option, store_option
+from preread.cli.options import ADMIN_READ_SECONDS, collection_option, json_option, store_option
 
 
 @click.command()
@@ -20,9 +20,9 @@ def command(collection: str | None, as_json: bool, store: str) -> None:
     One collection after another: which encoder wrote it, how it is stored, how much is in it. Bytes per
     passage are those of the records, without the store's own overhead.
     """
-    from cache.store import open_store
+    from cache.store import open_store, public_url
 
-    opened = open_store(store)
+    opened = open_store(store, read_budget_seconds=ADMIN_READ_SECONDS)
     try:
         rows = _describe(opened, collection)
     finally:
@@ -30,7 +30,7 @@ def command(collection: str | None, as_json: bool, store: str) -> None:
     if as_json:
         click.echo(json.dumps(rows, ensure_ascii=False, indent=2))
     elif not rows:
-        click.echo(f"{store} holds no collection; `preread index` makes one.")
+        click.echo(f"{public_url(store)} holds no collection; `preread index` makes one.")
     else:
         _print(rows)
 

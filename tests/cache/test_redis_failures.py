@@ -11,7 +11,8 @@ from cache.record import Damaged, pack
 from cache.shared.address import Address
 from cache.shared.breaker import CircuitBreaker
 from cache.shared.link import Link
-from cache.store import open_store
+from cache.store import open_store, public_url
+from decoder_server.config import DecoderConfig
 
 
 @pytest.fixture
@@ -255,7 +256,7 @@ def test_a_key_of_another_kind_is_that_passages_damage(redis_server, open_redis,
     with redis_server.client() as client:
         client.rpush("foreign:p:passages:b", "x")
         client.set("foreign:p:passages:c", b"")
-        client.set("foreign:p:passages:d", pack(make_record(4))[:-3] + b"abc")
+        client.set("foreign:p:passages:d", pack(make_record(4), "d")[:-3] + b"abc")
     found = store.get_many("passages", list("abcd"))
     assert same(found[0], make_record(1))
     assert all(isinstance(entry, Damaged) for entry in found[1:])
@@ -309,6 +310,52 @@ def test_wrong_urls_are_refused_and_keep_the_password(url):
     with pytest.raises(StoreUrlError) as caught:
         open_store(url)
     assert "secret" not in str(caught.value)
+
+
+PASSWORDS = [
+    "p@ss", "p/ss", "a/b@c", "x?y", "x#y", "a:b", "a%40b", "p\u00e4 ss", "p?y@z", "1/2@z", "12/3?4@5", "a,b", "[x]",
+    "a]b@[c", "\udcff", "p\nq", "%zz", "https://x@y", "a&b=c", "0", "\u202e",
+]  # fmt: skip
+FORMS = [
+    "redis://:{}@host:6379/0", "rediss://user:{}@host/3?prefix=abc", "redis+cluster://u:{}@a:1,[::1]:2,c", "redis://{}@host",
+    "redis://host/0?password={}", "redis://host?x={}&prefix=p", "redis://host#{}", "reds://u:{}@host", "u:{}@host:6379",
+    "redis:/:{}@host", "redis//:{}@h", "redis://:{}@", "redis://user:123/{}@host", "redis://u:{}@h:port", "redis://u:{}@h/x",
+    "redis://u:{}@h1,h2", "redis://u:{}@h?prefix=a:b", "redis+sentinel://u:{}@h",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("password", PASSWORDS)
+def test_no_part_of_a_password_is_shown(form, password):
+    url = form.format(f"s3cr{password}3t0")
+    shown = [public_url(url), public_url(url, "***")]
+    try:
+        store = open_store(url)
+        shown += [repr(store), repr(vars(store)), repr(store._address)]
+        store.close()
+    except StoreUrlError as exc:
+        shown.append(str(exc))
+    shown.append(repr(DecoderConfig.of_one("m", store=url)))
+    for text in shown:
+        assert "s3cr" not in text
+        assert "3t0" not in text
+
+
+@pytest.mark.parametrize(
+    ("url", "shown", "with_mask"),
+    [
+        ("redis://u:p@h:1/2?prefix=x", "redis://h:1/2?prefix=x", "redis://***@h:1/2?prefix=x"),
+        ("redis://:a/b@host:6379/0", "redis://host:6379/0", "redis://***@host:6379/0"),
+        ("redis+cluster://u:p@@a:1,[::1]:2,c", "redis+cluster://a:1,[::1]:2,c", "redis+cluster://***@a:1,[::1]:2,c"),
+        ("redis://h", "redis://h", "redis://h"),
+        ("faiss:./a@b", "faiss:./a@b", "faiss:./a@b"),
+        ("memory:", "memory:", "memory:"),
+        ("/some/path", "/some/path", "/some/path"),
+    ],
+)
+def test_what_is_harmless_is_shown(url, shown, with_mask):
+    assert public_url(url) == shown
+    assert public_url(url, "***") == with_mask
 
 
 def test_options_that_mean_nothing_are_refused(tmp_path):
