@@ -5,16 +5,29 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 from threading import Lock
 
 from cache.collection import Collection, resolve
-from cache.errors import CacheError, CollectionNotFound, EncoderMismatch, InvalidName, StoreLocked, StoreUnavailable
+from cache.errors import (
+    CacheError,
+    CollectionNotFound,
+    EncoderMismatch,
+    InvalidName,
+    ManifestError,
+    StoreAccessDenied,
+    StoreDamaged,
+    StoreLocked,
+    StoreUnavailable,
+)
 from cache.manifest import Manifest
 from cache.store import Store, StoreStats
 from checkpoint import EncoderIdentity
 from decoder_server.errors import InvalidRequest, NotFound, Refused, Unavailable
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,15 +40,27 @@ class Described:
 
 
 def describe(store: Store) -> list[Described]:
-    """Every collection, by name. Blocks on the store and raises its errors."""
-    aliases = sorted(store.aliases().items())
-    described = []
-    for name in store.list_collections():
-        manifest = store.read_manifest(name)
-        if manifest is not None:  # else dropped a moment ago
-            own = tuple(alias for alias, target in aliases if target == name)
-            described.append(Described(manifest, store.stats(name), own))
+    """Every collection that can be read, by name; the log has the others. Blocks on the store and raises its errors."""
+    described, unreadable = survey(store)
+    for name, reason in unreadable.items():
+        log.warning("collection %r cannot be read: %s", name, reason)
     return described
+
+
+def survey(store: Store) -> tuple[list[Described], dict[str, str]]:
+    """The same, and why each of the others cannot be read: what is damaged costs its own collection only."""
+    aliases = sorted(store.aliases().items())
+    described: list[Described] = []
+    unreadable: dict[str, str] = {}
+    for name in store.list_collections():
+        own = tuple(alias for alias, target in aliases if target == name)
+        try:
+            manifest = store.read_manifest(name)
+            if manifest is not None:  # else dropped a moment ago
+                described.append(Described(manifest, store.stats(name), own))
+        except (ManifestError, StoreDamaged) as exc:
+            unreadable[name] = str(exc)
+    return described, unreadable
 
 
 @dataclass(slots=True)
@@ -59,6 +84,7 @@ class Catalogue:
         self._check_seconds = check_seconds
         self._opened: dict[str, _Opened] = {}
         self._lock = Lock()
+        self._failed: tuple[float, CacheError] | None = None  # when the store last did not answer, and how
 
     def fresh(self, name: str) -> Collection | None:
         """The collection if it is open and was checked a moment ago; never blocks on the store."""
@@ -76,8 +102,14 @@ class Catalogue:
             Refused: another encoder wrote it, or it cannot be read.
             Unavailable: the store does not answer and the collection is not open yet.
         """
+        came = time.monotonic()
         with self._lock:
+            known = self._opened.get(name)
+            if known is not None and known.checked >= came:
+                return known.collection  # another thread looked while this one waited
             try:
+                if self._failed is not None and self._failed[0] >= came:
+                    raise self._failed[1]  # and was kept waiting: not each of them in turn
                 opened = self._look_up(name)
             except CollectionNotFound as exc:
                 self._opened.pop(name, None)
@@ -86,7 +118,8 @@ class Catalogue:
                 raise Refused("ENCODER_MISMATCH", name, str(exc)) from exc
             except InvalidName as exc:
                 raise InvalidRequest("collection", name, "the name of a collection or alias") from exc
-            except (StoreUnavailable, StoreLocked) as exc:
+            except (StoreUnavailable, StoreLocked, StoreAccessDenied) as exc:
+                self._failed = (time.monotonic(), exc)
                 if name not in self._opened:
                     raise Unavailable(str(exc)) from exc
                 # Better what the name meant a moment ago: a tier may still hold states, and texts can be encoded.

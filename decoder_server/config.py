@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from decoder_server.model_config import ModelConfig
@@ -21,7 +21,8 @@ class DecoderConfig:
     models: tuple[ModelConfig, ...]  # the first is what a request gets that names none
     host: str = "127.0.0.1"
     port: int = 50051  # 0: any free one
-    store: str = "faiss:./preread-data"
+    store: str = field(default="faiss:./preread-data", repr=False)  # may hold a password
+    read_budget_seconds: float = 0.1  # of each online read of a Redis store
     num_threads: int | None = None
 
     max_batch_tokens: int | None = None  # None: by device and measured rate
@@ -56,6 +57,7 @@ class DecoderConfig:
         positive = (
             "max_queue_requests", "max_queue_tokens", "max_candidates", "max_query_bytes", "max_instruction_tokens",
             "max_text_bytes", "max_message_bytes", "encode_timeout_seconds", "max_connections",
+            "read_budget_seconds",
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) <= 0:

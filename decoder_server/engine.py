@@ -25,7 +25,7 @@ from decoder_server.config import DecoderConfig
 from decoder_server.easing import Easing
 from decoder_server.errors import DeadlineExceeded, InvalidRequest
 from decoder_server.observer import Observer, Trail
-from decoder_server.passages import Source, Wanted
+from decoder_server.passages import Source, Wanted, read_unless_unavailable
 from decoder_server.plan import Defaults, Plan, plan, text_plan
 from decoder_server.request import (
     Candidate,
@@ -239,7 +239,8 @@ class Engine:
         ids = [o.passage_id for o in outcomes if o.index not in inline and o.passage_id]
         if ids and wanted.collection is not None and wanted.collection.manifest.stores_text:
             try:
-                texts = dict(zip(ids, await self.call(wanted.collection.get_texts, ids), strict=True))
+                get = wanted.collection.get_texts
+                texts = dict(zip(ids, await self.call(read_unless_unavailable, wanted, get, ids), strict=True))
             except CacheError:  # the scores are there; a text that cannot be read is left out
                 texts = {}
         return [dataclasses.replace(o, text=inline.get(o.index, texts.get(o.passage_id))) for o in outcomes]

@@ -11,11 +11,11 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from cache.collection import Collection
 from cache.encoded import AnyStates, EncodedPassage, all_at_ratio
-from cache.errors import CacheError
+from cache.errors import CacheError, StoreUnavailable
 from cache.record import Damaged
 from cache.states import PassageStates, text_digest
 from decoder_server.backend import Item
@@ -23,6 +23,8 @@ from decoder_server.inline import InlineStates, Refusal
 from decoder_server.observer import Fetch
 from decoder_server.request import Candidate, OnMiss, Status
 from decoder_server.stopwatch import Stopwatch
+
+T = TypeVar("T")
 
 # Texts per call of the encoder worker, and calls under way for one request.
 ENCODE_CHUNK = 8
@@ -68,6 +70,7 @@ class Wanted:
     encoding: Stopwatch = field(default_factory=Stopwatch)
     fetches: list[Fetch] = field(default_factory=list)
     encodings: list[Fetch] = field(default_factory=list)
+    unavailable: list[StoreUnavailable] = field(default_factory=list)  # after one, the store is not waited for again
 
 
 _Stored = AnyStates | Damaged | CacheError | None  # of one passage id, at the wanted ratio
@@ -180,7 +183,7 @@ def _stored(wanted: Wanted, candidates: Sequence[Candidate]) -> dict[str, _Store
         return {}
     ids = list(dict.fromkeys(c.passage_id for c in candidates if c.passage_id is not None))
     try:
-        read = wanted.collection.get_encoded_many(ids)
+        read = read_unless_unavailable(wanted, wanted.collection.get_encoded_many, ids)
     except CacheError as exc:  # the store is down: that costs these candidates, not the request
         return dict.fromkeys(ids, exc)
     states = iter(all_at_ratio([one for one in read if isinstance(one, EncodedPassage)], wanted.compression_ratio))
@@ -188,6 +191,17 @@ def _stored(wanted: Wanted, candidates: Sequence[Candidate]) -> dict[str, _Store
         passage_id: next(states) if isinstance(one, EncodedPassage) else one
         for passage_id, one in zip(ids, read, strict=True)
     }
+
+
+def read_unless_unavailable(wanted: Wanted, read: Callable[[Sequence[str]], list[T]], ids: Sequence[str]) -> list[T]:
+    """What `read` gives. Raises a CacheError, without a wait where the store has kept this request waiting before."""
+    if wanted.unavailable:
+        raise wanted.unavailable[0]
+    try:
+        return read(ids)
+    except StoreUnavailable as exc:
+        wanted.unavailable.append(exc)
+        raise
 
 
 def _settle(wanted: Wanted, candidate: Candidate, stored: dict[str, _Stored]) -> Found | _Miss:

@@ -71,10 +71,10 @@ class DecoderServer:
         self._observers: tuple[Observer, ...] = (self.metrics, RequestLog(log_text=config.log_text), *observers)
         self.port = 0
         self._load = load
-        self._own_store = open_store(config.store) if store is None else None
-        below = self._own_store if store is None else store
-        assert below is not None
-        self._store: Store = timed(below, self.metrics.store_read)
+        self._own_store: Store | None = None
+        if store is None:
+            store = self._own_store = open_store(config.store, read_budget_seconds=config.read_budget_seconds)
+        self._store: Store = timed(store, self.metrics.store_read)
         if config.max_store_cache_bytes:
             self._store = StatesTier(
                 self._store, max_bytes=config.max_store_cache_bytes, staleness_seconds=config.max_staleness_seconds

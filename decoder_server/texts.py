@@ -12,7 +12,7 @@ from concurrent.futures import Executor
 
 from cache.errors import CacheError
 from decoder_server.observer import Fetch
-from decoder_server.passages import Deliver, Found, Room, Wanted
+from decoder_server.passages import Deliver, Found, Room, Wanted, read_unless_unavailable
 from decoder_server.request import Candidate, Status
 
 
@@ -54,7 +54,7 @@ def _stored(wanted: Wanted, ids: Sequence[str]) -> tuple[dict[str, str | None], 
         return {}, None
     unique = list(dict.fromkeys(ids))
     try:
-        return dict(zip(unique, collection.get_texts(unique), strict=True)), None
+        return dict(zip(unique, read_unless_unavailable(wanted, collection.get_texts, unique), strict=True)), None
     except CacheError as exc:  # the store is down: that costs these candidates, not the request
         return {}, exc
 

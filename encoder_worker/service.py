@@ -5,12 +5,13 @@ Does not know models or batching.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 
 from cache.codec_names import DEFAULT_CODEC
 from cache.collection import Collection
-from cache.errors import CollectionNotFound
+from cache.errors import CollectionNotFound, ManifestError, StoreDamaged
 from cache.names import is_passage_id
 from cache.store import Store, public_url
 from encoder_worker import messages, on_demand
@@ -18,6 +19,8 @@ from encoder_worker.engine import Engine
 from encoder_worker.errors import Context, Starting, translated
 from encoder_worker.upsert import Upload
 from preread.v1 import common_pb2, encoder_pb2, encoder_pb2_grpc
+
+log = logging.getLogger(__name__)
 
 
 class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
@@ -95,9 +98,14 @@ def _collections(store: Store, name: str) -> list[common_pb2.CollectionInfo]:
         aliases.setdefault(target, []).append(alias)
     infos = []
     for one in names:
-        manifest = store.read_manifest(one)
-        if manifest is not None:  # dropped a moment ago
-            infos.append(messages.pack_collection(manifest, store.stats(one), aliases.get(one, [])))
+        try:
+            manifest = store.read_manifest(one)
+            if manifest is not None:  # dropped a moment ago
+                infos.append(messages.pack_collection(manifest, store.stats(one), aliases.get(one, [])))
+        except (ManifestError, StoreDamaged) as exc:
+            if name:
+                raise
+            log.warning("collection %r cannot be read: %s", one, exc)  # costs itself only
     if name and not infos:
         raise CollectionNotFound(f"collection: {name!r} was dropped")
     return infos

@@ -143,14 +143,16 @@ def checkpoint(model: ModelConfig, name: str) -> tuple[Model | None, Finding]:
 def store(opened: Store, shown: str, identities: Sequence[EncoderIdentity]) -> Iterator[Finding]:
     """Whether the store answers, and whether its collections were written by an encoder of these."""
     from cache.errors import CacheError
-    from decoder_server.catalogue import describe
+    from decoder_server.catalogue import survey
 
     try:
-        described = describe(opened)
+        described, unreadable = survey(opened)
     except CacheError as exc:
         yield Finding("store", State.FAIL, f"{shown}: {exc}")
         return
     yield Finding("store", State.OK, f"{shown}, {len(described)} collections")
+    for name, reason in unreadable.items():
+        yield Finding(f"collection {name}", State.FAIL, f"cannot be read: {reason}")
     ours = {identity.fingerprint for identity in identities}
     for one in described:
         manifest = one.manifest

@@ -14,7 +14,7 @@ from preread.cli.config_file import config_option
 from preread.cli.effective import masked
 from preread.cli.failures import BAD_ITEMS
 from preread.cli.model_specs import models_option, parse_models
-from preread.cli.options import compute_options, json_option, option, store_option
+from preread.cli.options import ADMIN_READ_SECONDS, compute_options, json_option, option, store_option
 
 if TYPE_CHECKING:
     from checkpoint import EncoderIdentity
@@ -77,7 +77,7 @@ def _findings(options: Mapping[str, Any]) -> Iterator[Finding]:
     identities = [own.identity for _, own in found if own.identity is not None]
     shown = masked("store", options["store"])
     try:
-        with closing(open_store(options["store"])) as opened:
+        with closing(open_store(options["store"], read_budget_seconds=ADMIN_READ_SECONDS)) as opened:
             yield from checks.store(opened, shown, identities)
     except CacheError as exc:
         yield Finding("store", State.FAIL, f"{shown}: {exc}")

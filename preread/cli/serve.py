@@ -46,6 +46,13 @@ _FILE = click.Path(exists=True, dir_okay=False)
 @click.command()
 @config_option
 @store_option
+@option(
+    "--read-budget-seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=0.1,
+    help="How long a request waits for each read of a Redis store, the collection's name and manifest too; bytes that "
+    "come earn 10 ms a megabyte. Then what needed the store is FAILED, or encoded where its text came along.",
+)
 @models_option
 @option(
     "--served-model-name",
@@ -170,7 +177,7 @@ async def _serve(options: dict[str, Any]) -> None:
     stop = told_to_stop()
     keys = api_keys(options)
     models = parse_models(options, tiers=budgets(options))
-    store = open_store(options["store"])
+    store = open_store(options["store"], read_budget_seconds=options["read_budget_seconds"])
     try:
         with tracing(options) as observers:
             async with encoder_halves(options, models, store, keys) as halves:
@@ -214,7 +221,7 @@ def _config(options: dict[str, Any], halves: EncoderHalves) -> DecoderConfig:
         "host", "port", "store", "max_batch_tokens",
         "max_queue_requests", "max_queue_tokens", "max_queue_seconds", "max_candidates", "max_message_bytes",
         "max_request_tokens", "max_query_bytes", "max_instruction_tokens", "max_text_bytes",
-        "log_text", "max_connection_age_seconds", "max_connections",
+        "log_text", "max_connection_age_seconds", "max_connections", "read_budget_seconds",
     )  # fmt: skip
     worker_tls = ("encoder_tls_ca_file", "encoder_tls_cert_file", "encoder_tls_key_file")
     return DecoderConfig(
@@ -256,10 +263,10 @@ async def _introduce_model(model: ModelConfig, engine: Engine, store: Store, *, 
 
 def _collections(store: Store, fingerprint: str) -> str:
     from cache.errors import CacheError
-    from decoder_server.catalogue import describe
+    from decoder_server.catalogue import survey
 
     try:
-        described = describe(store)
+        described, unreadable = survey(store)
     except CacheError as exc:  # it may come back; until then requests for it are UNAVAILABLE
         return f"unknown: {exc}"
     shown = []
@@ -272,4 +279,5 @@ def _collections(store: Store, fingerprint: str) -> str:
         )
     if len(described) > MAX_SHOWN:
         shown.append(f"{len(described) - MAX_SHOWN} more")
+    shown += [f"{name} (UNREADABLE: {reason})" for name, reason in unreadable.items()]
     return "; ".join(shown) or "none yet: `preread index` makes one"

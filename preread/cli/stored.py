@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import islice
 
 from preread.cli.failures import CommandFailed
+from preread.cli.options import ADMIN_READ_SECONDS
 
 
 def stored_ids(store_url: str, name: str, *, max_passages: int | None = None, otherwise: str = "") -> list[str]:
@@ -20,7 +21,7 @@ def stored_ids(store_url: str, name: str, *, max_passages: int | None = None, ot
     from cache.collection import Collection
     from cache.store import open_store
 
-    store = open_store(store_url)
+    store = open_store(store_url, read_budget_seconds=ADMIN_READ_SECONDS)
     try:
         collection = Collection.open(store, name)
         num_passages = collection.stats().num_passages

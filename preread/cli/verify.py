@@ -8,10 +8,7 @@ from typing import Any
 import click
 
 from preread.cli.failures import BAD_ITEMS
-from preread.cli.options import collection_option, json_option, option, store_option
-
-# A background reader is in no hurry: a slow store should not pass for a broken one.
-READ_SECONDS = 30.0
+from preread.cli.options import ADMIN_READ_SECONDS, collection_option, json_option, option, store_option
 
 
 @click.command()
@@ -33,7 +30,7 @@ def command(
     from cache.collection import Collection
     from cache.store import open_store
 
-    opened = open_store(store, read_budget_seconds=READ_SECONDS)
+    opened = open_store(store, read_budget_seconds=ADMIN_READ_SECONDS)
     try:
         whole = Collection.open(opened, collection)
         num_read, damaged = _read(whole, whole.stats().num_passages)

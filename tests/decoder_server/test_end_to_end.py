@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -126,3 +127,28 @@ def test_preread_serve_starts_both_halves_and_drains_on_sigterm(tiny: Path, tmp_
             assert [r.status for r in answer.results] == [ENCODED]
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0, process.stdout.read()
+
+
+def test_preread_serve_starts_beside_a_redis_that_hangs_and_says_so(tiny: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        command = [
+            sys.executable, "-m", "preread", "serve", "--model", str(tiny), "--no-encoder", "--port", "0",
+            "--store", f"redis://user:s3cr@3t@127.0.0.1:{silent.getsockname()[1]}",
+            "--device", "cpu", "--dtype", "float32", "--threads", "1", "--read-budget-seconds", "0.3",
+        ]  # fmt: skip
+        environment = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        ) as process:
+            assert process.stdout is not None
+            told = ""
+            for line in process.stdout:
+                told += line
+                if line.startswith("ready"):
+                    break
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 0
+    assert re.search(r"^collections +unknown: .*no answer within 0.3 s", told, re.MULTILINE), told
+    assert "redis://***@127.0.0.1" in told
+    assert "s3cr" not in told
+    assert "3t" not in told.replace("0.3 s", "")

@@ -121,7 +121,7 @@ def _run(
     http: Any = None,
     **config: Any,
 ) -> Iterator[Running]:
-    store = open_store(store_url)
+    store = open_store(store_url, read_budget_seconds=config.get("read_budget_seconds", 0.1))
     held: list[Held] = []
 
     def load(settings: ModelConfig) -> Any:
@@ -175,8 +175,9 @@ def running(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture
 def run(tiny_checkpoint: Path, tmp_path: Path) -> Callable[..., Any]:
-    """Starts a gateway with other settings: DecoderConfig's as keywords, HttpConfig's as `http`."""
-    return lambda **settings: _run(tiny_checkpoint, f"faiss:{tmp_path / 'store'}", **settings)
+    """Starts a gateway; over another store, with settings: DecoderConfig's as keywords, HttpConfig's as `http`."""
+    own = f"faiss:{tmp_path / 'store'}"
+    return lambda store=own, **settings: _run(tiny_checkpoint, store, **settings)
 
 
 @pytest.fixture
