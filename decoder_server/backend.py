@@ -147,6 +147,10 @@ class Backend(Protocol):
         """A passage's beginning, or end, of at most `max_tokens` (None: what a passage may have); from any thread."""
         ...
 
+    def is_empty(self, text: str) -> bool:
+        """Whether a passage's text is empty to this model: nothing of it is a token; safe from any thread."""
+        ...
+
     def score(self, items: Sequence[Any]) -> NDArray[np.float32]:
         """Margins (len(items),) of this backend's own items; NaN where a logit was not finite."""
         ...

@@ -28,6 +28,8 @@ from decoder_server.ticket import Deliver, Scored, Ticket, Work
 
 T = TypeVar("T")
 
+SCORING_FAILED = "the model failed on it; the server's log has the cause"
+
 log = logging.getLogger(__name__)
 
 # Who comes next waits for the batch under way, and who left is noticed after it: long enough that
@@ -203,15 +205,18 @@ class Batcher:
         self._virtual_time += num_tokens / max(1, len(self._tickets))
 
     def _score(self, works: list[tuple[int, Item]]) -> list[Scored]:
-        """On the model's thread. A pass that raises is repeated pair by pair: a bad one costs itself only."""
+        """On the model's thread. A pass that raises is repeated pair by pair: a bad one costs itself only.
+
+        The pairs of a list cost each other: read alone they would have other scores.
+        """
         try:
             margins = self._backend.score([item for _, item in works])
         except Exception as exc:  # whatever the model raises must not end the loop
-            if len(works) > 1:
+            if len(works) > 1 and not self._backend.listwise:
                 log.warning("a pass of %d pairs failed, repeating it pair by pair: %s", len(works), exc)
                 return [scored for work in works for scored in self._score([work])]
-            log.exception("a pair could not be scored")
-            return [Scored(works[0][0], float("nan"), f"scoring failed: {type(exc).__name__}: {exc}")]
+            log.exception("a pass of %d could not be scored", len(works))
+            return [Scored(index, float("nan"), SCORING_FAILED) for index, _ in works]
         return [
             Scored(index, float(margin), "" if np.isfinite(margin) else "the model's logits are not finite")
             for (index, _), margin in zip(works, margins, strict=True)

@@ -125,6 +125,9 @@ class CrossEncoderBackend:
     def cut(self, text: str, max_tokens: int | None, *, keep_end: bool = False) -> str:
         return self.model.cut(text, max_tokens, keep_end=keep_end)
 
+    def is_empty(self, text: str) -> bool:
+        return self.model.is_empty(text)
+
     def score(self, items: Sequence[TextItem]) -> NDArray[np.float32]:
         return self.model.score_pairs([item.pair for item in items])
 

@@ -5,6 +5,7 @@ Does not know requests, stores or what the states are for.
 
 from __future__ import annotations
 
+import logging
 import struct
 from collections.abc import Sequence
 
@@ -16,6 +17,8 @@ from cache.states import PassageStates, text_digest
 from preread.client.channel import TlsFiles, connection_arguments
 from preread.edge.calls import current
 from preread.v1 import encoder_pb2, encoder_pb2_grpc
+
+log = logging.getLogger(__name__)
 
 # The largest answer is one batch of texts at ratio 1 in float32.
 MAX_ANSWER_BYTES = 1 << 30
@@ -73,7 +76,7 @@ class EncoderClient:
                 request, timeout=self._timeout_seconds, metadata=call_metadata(self._api_key)
             )
         except grpc.aio.AioRpcError as exc:
-            raise self._error(f"{exc.code().name}: {exc.details()}") from exc
+            raise self._error(_why(exc)) from exc
         self._check_identity(answer.fingerprint, answer.dim)
         if len(answer.passages) != len(texts) or answer.compression_ratio != ratio or answer.format != self._format:
             raise self._error(
@@ -96,7 +99,7 @@ class EncoderClient:
                 metadata=call_metadata(self._api_key),
             )
         except grpc.aio.AioRpcError as exc:
-            raise self._error(f"{exc.code().name}: {exc.details()}") from exc
+            raise self._error(_why(exc)) from exc
         try:
             self._check_identity(answer.encoder.fingerprint, answer.encoder.dim)
         except EncoderError as exc:
@@ -133,6 +136,15 @@ class EncoderClient:
 
     def _error(self, message: str) -> EncoderError:
         return EncoderError(f"encoder worker {self.address}: {message}")
+
+
+def _why(error: grpc.aio.AioRpcError) -> str:
+    """What a failed call says to callers of this server. Of a bug only that it is one: its text is for the log."""
+    code = error.code()
+    if code in (grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL):
+        log.error("the encoder worker failed: %s: %s", code.name, error.details())
+        return f"{code.name}: its log has the cause"
+    return f"{code.name}: {error.details()}"
 
 
 def open_channel(address: str, tls: TlsFiles | None) -> grpc.aio.Channel:

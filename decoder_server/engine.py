@@ -125,7 +125,9 @@ class Engine:
         self, request: RerankRequest, started: float, deadline: float | None, emit: Emit | None, trail: Trail
     ) -> tuple[list[Outcome], Summary]:
         prompt = await self.prompt(request.query, request.instruction)
-        same = distinct(request.candidates)
+        # A listwise model reads the list as it was sent: a passage that is in it twice changes every score.
+        every = {candidate: [candidate.index] for candidate in request.candidates}
+        same = every if self.backend.listwise else distinct(request.candidates)
         collection = await self.open_collection(request.collection) if request.collection is not None else None
         asked = self.plan_of(request, collection)
         read, degraded = asked, None
@@ -181,6 +183,7 @@ class Engine:
             stages=read.stages if read.cascade else (),
             stopped_early=run.stopped_early,
             degraded=degraded,
+            truncated=tuple(sorted(outcome.index for outcome in scored if outcome.truncated)),
         )
 
     def plan_of(self, request: RerankRequest, collection: Collection | None) -> Plan:
@@ -208,6 +211,7 @@ class Engine:
             on_miss,
             self.limits.max_text_bytes,
             partial(self.backend.items, prompt),
+            self.backend.is_empty,
             fetches=trail.fetches,
             encodings=trail.encodings,
         )

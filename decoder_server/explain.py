@@ -7,6 +7,7 @@ the model's thread between the batcher's passes. Knows no edge.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,10 +21,13 @@ from numpy.typing import NDArray
 from cache.collection import Collection
 from cache.states import PassageStates
 from decoder_server.backend import Backend, Prompt
+from decoder_server.batcher import SCORING_FAILED
 from decoder_server.engine import Engine
 from decoder_server.errors import DeadlineExceeded, InvalidRequest
 from decoder_server.passages import Found, Wanted
 from decoder_server.request import Candidate, OnMiss, Outcome, RerankRequest, Status, check
+
+log = logging.getLogger(__name__)
 
 RATIOS = (1, 2, 4, 8, 16, 32)
 MAX_CANDIDATES = 16  # each is as much work as a dozen of a ranking
@@ -137,7 +141,9 @@ async def _found(
 ) -> list[Found]:
     on_miss = OnMiss.ENCODE if engine.encodes_on_demand else OnMiss.SKIP
     make = partial(engine.backend.items, prompt)
-    wanted = Wanted(request.candidates, collection, ratio, on_miss, engine.limits.max_text_bytes, make)
+    wanted = Wanted(
+        request.candidates, collection, ratio, on_miss, engine.limits.max_text_bytes, make, engine.backend.is_empty
+    )
     found: list[Found] = []
 
     async def room() -> None:
@@ -164,6 +170,13 @@ def _looker(
     empty = Explained(candidate.index, candidate.passage_id or "", found.status, text, found.message)
 
     def look() -> Explained:
+        try:
+            return looked()
+        except Exception:
+            log.exception("candidates[%d] could not be looked at", candidate.index)
+            return replace(empty, status=Status.FAILED, message=SCORING_FAILED)
+
+    def looked() -> Explained:
         if found.states is None:
             return empty
         states = found.states.decoded()  # once, for all ratios

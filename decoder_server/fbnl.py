@@ -114,6 +114,9 @@ class FbnlBackend:
     def cut(self, text: str, max_tokens: int | None, *, keep_end: bool = False) -> str:
         return self._text.cut(text, max_tokens, keep_end=keep_end)
 
+    def is_empty(self, text: str) -> bool:
+        return self._text.is_empty(text)
+
     def score(self, pairs: Sequence[Pair]) -> NDArray[np.float32]:
         """Margins (len(pairs),); NaN where a logit was not finite."""
         if not pairs:

@@ -6,6 +6,7 @@ Concurrent requests with one text share one encoding. Does not know how encoding
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,6 +14,8 @@ from typing import Protocol
 from cache.bounded import ByteBounded
 from cache.states import PassageStates
 from decoder_server.encoder_client import EncoderError
+
+log = logging.getLogger(__name__)
 
 Key = tuple[bytes, int]  # text digest, ratio the text is encoded at
 
@@ -95,12 +98,15 @@ class InlineStates:
 
     async def _fly(self, new: dict[Key, str]) -> None:
         (ratio,) = {ratio for _, ratio in new}  # one call of encode, one ratio
-        results: list[PassageStates | str] = ["encoding was given up"] * len(new)
+        results: list[PassageStates | str] = ["encoding was cut off"] * len(new)
         try:
             results = await self._encoder.encode(list(new.values()), ratio)
             self.num_encoded += len(new)
         except EncoderError as exc:
             results = [str(exc)] * len(new)
+        except Exception:  # a bug: the callers must hear that there are no states, the log has why
+            log.exception("%d texts could not be encoded", len(new))
+            results = ["encoding failed; the server's log has the cause"] * len(new)
         finally:
             for key, result in zip(new, results, strict=True):
                 flight = self._flights.pop(key)

@@ -7,10 +7,12 @@ next is read. Does not know queries, scores or the order among requests.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol, TypeVar
 
 from cache.collection import Collection
@@ -26,6 +28,8 @@ from decoder_server.stopwatch import Stopwatch
 
 T = TypeVar("T")
 
+log = logging.getLogger(__name__)
+
 # Texts per call of the encoder worker, and calls under way for one request.
 ENCODE_CHUNK = 8
 MAX_ENCODE_CALLS = 2
@@ -40,6 +44,7 @@ class Found:
     passage: AnyStates | str | None = None
     message: str = ""
     items: Sequence[Item] = ()  # made already where that takes time, as tokenizing does
+    empty: bool = False  # there is nothing, because nothing of the text is a token
 
     @property
     def states(self) -> AnyStates | None:
@@ -66,6 +71,7 @@ class Wanted:
     on_miss: OnMiss
     max_text_bytes: int
     items: Callable[[AnyStates | str], Sequence[Item]]  # of a passage under the request's prompt
+    is_empty: Callable[[str], bool]  # whether nothing of a text is a token
     fetching: Stopwatch = field(default_factory=Stopwatch)
     encoding: Stopwatch = field(default_factory=Stopwatch)
     fetches: list[Fetch] = field(default_factory=list)
@@ -175,7 +181,36 @@ class Passages:
 def _read(wanted: Wanted, chunk: Sequence[Candidate]) -> list[Found | _Miss]:
     """Reads one chunk, pools what is wanted coarser than it is stored; off the event loop."""
     stored = _stored(wanted, [c for c in chunk if c.passage_id is not None])
-    return [_settle(wanted, candidate, stored) for candidate in chunk]
+    return [guarded(candidate, partial(_settle, wanted, candidate, stored)) for candidate in chunk]
+
+
+def guarded(candidate: Candidate, settle: Callable[[], T]) -> T | Found:
+    """What `settle` says of a candidate. Whatever it raises on, that costs the candidate and no other."""
+    try:
+        return settle()
+    except Exception:
+        log.exception("candidates[%d] could not be read", candidate.index)
+        return Found(candidate, Status.FAILED, message="it could not be read; the server's log has the cause")
+
+
+def text_of(wanted: Wanted, candidate: Candidate) -> str | Found | None:
+    """The text that came with a candidate; a Found where it is refused; None where there is none to read.
+
+    An empty text is no text: beside an id, the id alone decides.
+    """
+    if candidate.problem:
+        return Found(candidate, Status.FAILED, message=candidate.problem)
+    if candidate.text is None:
+        return None
+    size = len(candidate.text.encode())
+    if size > wanted.max_text_bytes:
+        message = f"the text is {size} bytes long; expected at most {wanted.max_text_bytes}"
+        return Found(candidate, Status.TOO_LONG, message=message)
+    if not wanted.is_empty(candidate.text):
+        return candidate.text
+    if candidate.passage_id is None:
+        return Found(candidate, Status.FAILED, message="the text is empty", empty=True)
+    return None
 
 
 def _stored(wanted: Wanted, candidates: Sequence[Candidate]) -> dict[str, _Stored]:
@@ -205,11 +240,9 @@ def read_unless_unavailable(wanted: Wanted, read: Callable[[Sequence[str]], list
 
 
 def _settle(wanted: Wanted, candidate: Candidate, stored: dict[str, _Stored]) -> Found | _Miss:
-    text = candidate.text or None  # an empty text is no text
-    size = len(text.encode()) if text is not None else 0
-    if size > wanted.max_text_bytes:
-        message = f"the text is {size} bytes long; expected at most {wanted.max_text_bytes}"
-        return Found(candidate, Status.TOO_LONG, message=message)
+    text = text_of(wanted, candidate)
+    if isinstance(text, Found):
+        return text
     digest = text_digest(text) if text is not None else None
     states = stored.get(candidate.passage_id) if candidate.passage_id is not None else None
     if isinstance(states, PassageStates | EncodedPassage):
@@ -220,6 +253,4 @@ def _settle(wanted: Wanted, candidate: Candidate, stored: dict[str, _Stored]) ->
         return _Miss(candidate, digest, Status.CORRUPT, f"the stored states are damaged: {states.reason}")
     if isinstance(states, CacheError):
         return _Miss(candidate, digest, Status.FAILED, f"the store could not be read: {states}")
-    if text is None and candidate.passage_id is None:
-        return Found(candidate, Status.FAILED, message="the text is empty")
     return _Miss(candidate, digest, Status.MISSING, "no states are stored")

@@ -40,6 +40,7 @@ class Candidate:
     index: int  # position in the request
     passage_id: str | None
     text: str | None
+    problem: str = ""  # what the edge found wrong with it: it fails, alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,7 @@ class Outcome:
     truncated: bool = False
     num_passage_tokens: int = 0  # of a scored passage; of states each stands for compression_ratio of them
     stages: tuple[StageScore, ...] = ()  # of a cascade: each that scored it, the last as above
+    empty: bool = False  # not scored, because nothing of its text is a token
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +127,7 @@ class Summary:
     stages: tuple[Stage, ...] = ()  # that were read, where it was a cascade
     stopped_early: bool = False  # the deadline came before the cascade was through
     degraded: Degraded | None = None
+    truncated: tuple[int, ...] = ()  # indexes of all scored candidates that were cut, those beyond top_n too
 
 
 def distinct(candidates: Sequence[Candidate]) -> dict[Candidate, list[int]]:
@@ -132,9 +135,9 @@ def distinct(candidates: Sequence[Candidate]) -> dict[Candidate, list[int]]:
 
     A passage that a request names twice is scored once, which also makes it a tie to the last bit.
     """
-    groups: dict[tuple[str | None, str | None], list[Candidate]] = {}
+    groups: dict[tuple[str | None, str | None, str], list[Candidate]] = {}
     for candidate in candidates:
-        groups.setdefault((candidate.passage_id, candidate.text), []).append(candidate)
+        groups.setdefault((candidate.passage_id, candidate.text, candidate.problem), []).append(candidate)
     return {same[0]: [candidate.index for candidate in same] for same in groups.values()}
 
 
@@ -157,6 +160,8 @@ def check(request: RerankRequest, limits: DecoderConfig) -> None:
         raise InvalidRequest("compression_ratio", request.compression_ratio, "0 (the stored ratio) or more")
     _check_stages(request)
     for candidate in request.candidates:
+        if candidate.problem:
+            continue
         if candidate.passage_id is None and candidate.text is None:
             raise InvalidRequest(f"candidates[{candidate.index}]", "empty", "a passage_id, a text, or both")
         if request.collection is None and candidate.text is None:

@@ -24,7 +24,8 @@ def ranked(outcomes: Iterable[Outcome], top_n: int) -> list[Outcome]:
 
 def unscored(found: Found) -> Outcome:
     """The outcome of a candidate without states."""
-    return Outcome(found.candidate.index, found.candidate.passage_id or "", found.status, message=found.message)
+    candidate = found.candidate
+    return Outcome(candidate.index, candidate.passage_id or "", found.status, message=found.message, empty=found.empty)
 
 
 @dataclass(slots=True)

@@ -12,7 +12,8 @@ from typing import Any
 import grpc
 
 from decoder_server.engine import Engine
-from decoder_server.errors import InvalidRequest, RerankError, Unavailable
+from decoder_server.errors import RerankError, Unavailable
+from decoder_server.floor import every_scored
 from decoder_server.request import Candidate, RerankRequest
 from decoder_server.service import abort, deadline_of
 from preread.tei.v1 import tei_pb2, tei_pb2_grpc
@@ -60,9 +61,8 @@ class _Rerank(tei_pb2_grpc.RerankServicer):
                 return_text=flags.return_text,
             )
             outcomes, summary = await engine.rerank(wanted, deadline=deadline_of(context))
-            scored = [outcome for outcome in outcomes if outcome.margin is not None]
-            if not scored:  # an empty ranking would look like an answer
-                raise _why(engine, outcomes[0].message)
+            encodes = engine.encodes_on_demand or engine.reads_text
+            scored = every_scored(outcomes, summary, lambda index: f"texts[{index}]", encodes_on_demand=encodes)
         except RerankError as exc:
             await abort(context, exc)
         ranks = [
@@ -107,12 +107,6 @@ def _first(engines: dict[str, Engine]) -> Engine:
     if not engines:
         raise Unavailable("this server is still loading its model")
     return next(iter(engines.values()))
-
-
-def _why(engine: Engine, message: str) -> RerankError:
-    if not engine.encodes_on_demand:
-        return Unavailable(f"no encoder worker is configured to encode texts: {message}")
-    return InvalidRequest("texts", "none of them scored", message)
 
 
 def _version() -> str:

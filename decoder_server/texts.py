@@ -9,10 +9,11 @@ import asyncio
 import time
 from collections.abc import Sequence
 from concurrent.futures import Executor
+from functools import partial
 
 from cache.errors import CacheError
 from decoder_server.observer import Fetch
-from decoder_server.passages import Deliver, Found, Room, Wanted, read_unless_unavailable
+from decoder_server.passages import Deliver, Found, Room, Wanted, guarded, read_unless_unavailable, text_of
 from decoder_server.request import Candidate, Status
 
 
@@ -44,8 +45,10 @@ class Texts:
 
 
 def _read(wanted: Wanted, chunk: Sequence[Candidate]) -> list[Found]:
-    stored, failure = _stored(wanted, [c.passage_id for c in chunk if not c.text and c.passage_id is not None])
-    return [_settle(wanted, candidate, stored, failure) for candidate in chunk]
+    sent = [guarded(candidate, partial(text_of, wanted, candidate)) for candidate in chunk]
+    named = [c.passage_id for c, text in zip(chunk, sent, strict=True) if text is None and c.passage_id is not None]
+    stored, failure = _stored(wanted, named)
+    return [guarded(c, partial(_settle, wanted, c, text, stored, failure)) for c, text in zip(chunk, sent, strict=True)]
 
 
 def _stored(wanted: Wanted, ids: Sequence[str]) -> tuple[dict[str, str | None], CacheError | None]:
@@ -59,16 +62,20 @@ def _stored(wanted: Wanted, ids: Sequence[str]) -> tuple[dict[str, str | None], 
         return {}, exc
 
 
-def _settle(wanted: Wanted, candidate: Candidate, stored: dict[str, str | None], failure: CacheError | None) -> Found:
-    if candidate.text:
-        size = len(candidate.text.encode())
-        if size > wanted.max_text_bytes:
-            message = f"the text is {size} bytes long; expected at most {wanted.max_text_bytes}"
-            return Found(candidate, Status.TOO_LONG, message=message)
-        return _found(wanted, candidate, Status.ENCODED, candidate.text)
-    if candidate.passage_id is None:
-        return Found(candidate, Status.FAILED, message="the text is empty")
-    text = stored.get(candidate.passage_id)
+def _settle(
+    wanted: Wanted,
+    candidate: Candidate,
+    sent: str | Found | None,
+    stored: dict[str, str | None],
+    failure: CacheError | None,
+) -> Found:
+    if isinstance(sent, Found):
+        return sent
+    if sent is not None:
+        return _found(wanted, candidate, Status.ENCODED, sent)
+    text = stored.get(candidate.passage_id or "")
+    if text and wanted.is_empty(text):
+        return Found(candidate, Status.FAILED, message="the stored text is empty to this model", empty=True)
     if text:
         return _found(wanted, candidate, Status.HIT, text)
     if failure is not None:

@@ -95,6 +95,10 @@ class CrossEncoder:
         """Tokens of a text alone; safe from any thread."""
         return self._reader.tokenizers.count(text)
 
+    def is_empty(self, text: str) -> bool:
+        """Whether a passage's text adds no token to a pair; safe from any thread."""
+        return self._reader.is_empty(text)
+
     def cut(self, text: str, max_tokens: int | None = None, *, keep_end: bool = False) -> str:
         """A text's beginning, or end, of at most `max_tokens` (None: what a passage may have); safe from any thread."""
         most = max_tokens or self.profile.max_passage_tokens or self.profile.max_tokens

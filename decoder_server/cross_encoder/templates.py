@@ -40,7 +40,12 @@ class Filler(Protocol):
 
     def encode(self, rows: Sequence[Fields]) -> list[Encoded]: ...
 
-    def locate(self, row: Fields) -> Located: ...
+    def locate(self, row: Fields, *, guarded: bool = False) -> Located:
+        """
+        Args:
+            guarded: tokenize as if a text spelled a control token.
+        """
+        ...
 
 
 class Tokenizers:
@@ -90,7 +95,7 @@ class PairFiller:
         pairs = [(row["query"], row["passage"]) for row in rows]
         return [Encoded(e.ids, e.type_ids) for e in self._plain.encode_batch_fast(pairs, add_special_tokens=True)]
 
-    def locate(self, row: Fields) -> Located:
+    def locate(self, row: Fields, *, guarded: bool = False) -> Located:
         found = self._plain.encode(row["query"], row["passage"], add_special_tokens=True)
         ends = [
             end if sequence == 1 else None for sequence, (_, end) in zip(found.sequence_ids, found.offsets, strict=True)
@@ -134,10 +139,11 @@ class TemplateFiller:
             for i, row in enumerate(rows)
         ]
 
-    def locate(self, row: Fields) -> Located:
+    def locate(self, row: Fields, *, guarded: bool = False) -> Located:
+        guarded = guarded or self._hostile(row)
         ids, ends = list(self._prefix), [None] * len(self._prefix)  # type: list[int], list[int | None]
         for piece in self._pieces:
-            (self._guarded if self._hostile(row) else self._exact)(piece, row, ids, ends)
+            (self._guarded if guarded else self._exact)(piece, row, ids, ends)
         return Located(Encoded(ids + self._suffix), ends + [None] * len(self._suffix))
 
     def _hostile(self, row: Fields) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
+from checkpoint.text import PROBE_CHARACTERS
 from decoder_server.cross_encoder.profiles import Profile
 from decoder_server.cross_encoder.templates import (
     Encoded,
@@ -63,6 +64,20 @@ class PairReader:
             self._filler = TemplateFiller(self.tokenizers, pieces, add_special_tokens=profile.add_special_tokens)
         else:
             self._filler = PairFiller(self.tokenizers)
+        nothing = {"query": "a", "instruction": "", "passage": ""}
+        self._nothing = [self._filler.locate(nothing, guarded=each).encoded.ids for each in (False, True)]
+
+    def is_empty(self, text: str) -> bool:
+        """Whether a passage's text is empty: white space alone, or nothing that adds a token to a pair.
+
+        As checkpoint.text says it of passages that are encoded. An unknown token is a token.
+        """
+        text = self._clean(text).strip()
+        for part in dict.fromkeys((text[:PROBE_CHARACTERS], text)):
+            row = {"query": "a", "instruction": "", "passage": part}
+            if part and self._filler.encode([row])[0].ids not in self._nothing:
+                return False
+        return True
 
     def pairs(self, texts: Sequence[Texts]) -> list[TextPair]:
         """Pairs in the order of `texts`.

@@ -14,7 +14,7 @@ from starlette.requests import Request
 
 from cache.store import Store
 from decoder_server.engine import Engine
-from decoder_server.errors import InvalidRequest, NotFound, Unavailable
+from decoder_server.errors import NotFound, Unavailable
 from decoder_server.http import body
 from decoder_server.http.config import ANY_MODEL, DEFAULT_NAMES, HttpConfig
 from decoder_server.http.errors import HttpError
@@ -145,10 +145,3 @@ def check_encoding(request: Request) -> None:
     if request.headers.get("content-encoding", "identity") != "identity":
         message = f"content-encoding {request.headers['content-encoding'][:40]!r} is not understood; send it plain"
         raise HttpError(415, "invalid_request_error", "unsupported_encoding", message)
-
-
-def renamed(error: InvalidRequest, field: str) -> InvalidRequest:
-    """The engine speaks of candidates; a dialect has its own word."""
-    if not error.field.startswith("candidates"):
-        return error
-    return InvalidRequest(field + error.field.removeprefix("candidates"), error.value, error.expected)

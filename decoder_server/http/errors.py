@@ -148,7 +148,8 @@ def _worker(error: worker.PrereadError) -> Problem:
             return _unavailable(message)
         case worker.DeadlineExceeded():
             return Problem(504, "timeout_error", "deadline_exceeded", message)
-    return Problem(500, "internal_error", "encoder_failed", message)
+    # Of a bug over there only that it is one: an exception's own text is for its log.
+    return Problem(500, "internal_error", "encoder_failed", "the encoder worker failed; its log has the cause")
 
 
 def _store(error: CacheError) -> Problem:

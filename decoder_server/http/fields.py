@@ -6,6 +6,7 @@ from typing import Any
 
 from decoder_server.errors import InvalidRequest
 
+HALF_A_PAIR = "half of a surrogate pair", "text that UTF-8 can hold"  # what it is, and what was expected
 MAX_INT = 2**31 - 1  # more is never meant, and gRPC could not say it either
 
 
@@ -84,14 +85,21 @@ class Fields:
 
 
 def as_text(value: object, field: str) -> str:
-    """A string that can be written as UTF-8; JSON's escapes can spell half a surrogate pair."""
+    """A string that can be written as UTF-8."""
     if not isinstance(value, str):
         raise InvalidRequest(field, _kind(value), "a string")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise InvalidRequest(field, "half of a surrogate pair", "text that UTF-8 can hold") from None
+    if not is_utf8(value):
+        raise InvalidRequest(field, *HALF_A_PAIR)
     return value
+
+
+def is_utf8(text: str) -> bool:
+    """Whether UTF-8 can hold a string; JSON's escapes can spell half a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _kind(value: object) -> str:

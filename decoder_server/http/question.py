@@ -6,14 +6,19 @@ Reads the fields that mean the same everywhere, ours among them; a dialect adds 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Awaitable, Callable, Sequence
+import re
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from decoder_server.errors import InvalidRequest
-from decoder_server.http.fields import Fields, as_text
+from decoder_server.errors import InvalidRequest, Refused
+from decoder_server.floor import texts_alone
+from decoder_server.http.fields import HALF_A_PAIR, Fields, as_text, is_utf8
 from decoder_server.request import Candidate, OnMiss, Outcome, RerankRequest, Summary
 from preread.client.stages import Stage, format_stages, parse_stages
+
+MAX_POSITIONS_SHOWN = 500
+_CANDIDATE = re.compile(r"^candidates\b(?:\[(\d+)\])?")
 
 ON_MISS = tuple(on_miss.value for on_miss in OnMiss)
 
@@ -28,6 +33,30 @@ class Question:
     keep_end: bool = False  # inline texts over the model's limit lose their beginning
     refuse_truncated: bool = False  # rather an error than a score of part of a text
     return_margins: bool = False
+    positions: tuple[int, ...] = ()  # of the candidates among the caller's; empty: as they are here
+
+    @property
+    def texts_alone(self) -> bool:
+        """No candidate has an id: each gets a score, or the request fails."""
+        return texts_alone(self.request.candidates)
+
+    def position(self, index: int) -> int:
+        """Where the caller put a candidate."""
+        return self.positions[index] if self.positions else index
+
+    def where(self, index: int) -> str:
+        """What the caller calls a candidate."""
+        return f"{self.candidates_field}[{self.position(index)}]"
+
+    def renamed(self, error: InvalidRequest | Refused) -> InvalidRequest | Refused:
+        """The engine speaks of candidates; a dialect has its own word."""
+
+        def own(text: str) -> str:
+            return _CANDIDATE.sub(lambda m: self.where(int(m[1])) if m[1] else self.candidates_field, text, count=1)
+
+        if isinstance(error, Refused):
+            return Refused(error.reason, own(error.subject), own(str(error)))
+        return InvalidRequest(own(error.field), error.value, error.expected)
 
     def replace(self, **changes: Any) -> Question:
         return dataclasses.replace(self, **changes)
@@ -42,6 +71,8 @@ class Answer:
     unscored: list[Outcome]
     summary: Summary
     request_id: str
+    cut: tuple[int, ...] = ()  # indexes of the candidates that were read in part, those beyond top_n too
+    empty: tuple[int, ...] = ()  # of those that have the floor of all scores
 
     @property
     def num_tokens(self) -> int:
@@ -53,9 +84,11 @@ class Answer:
         return {"prompt_tokens": self.num_tokens, "total_tokens": self.num_tokens}
 
     def warnings(self) -> list[str]:
-        """One line per candidate that is not in the ranking, and why."""
-        name = self.question.candidates_field
-        lines = [f"{name}[{o.index}] was not scored ({o.status.value}): {o.message}" for o in self.unscored]
+        """One line per candidate that is not in the ranking, is there without being read, or was read in part."""
+        where = self.question.where
+        lines = [f"{where(o.index)} was not scored ({o.status.value}): {o.message}" for o in self.unscored]
+        lines += [f"{where(index)} is empty: it has the lowest score of all and was not read" for index in self.empty]
+        lines += [f"{where(index)} was cut: its score is that of a part" for index in self.cut]
         if self.summary.stopped_early:
             lines = ["the deadline came before the last stage was through", *lines]
         if self.summary.degraded is not None:
@@ -88,14 +121,22 @@ class Answer:
             if outcome.passage_id:
                 result["id"] = outcome.passage_id
             if self.question.return_margins:
-                result |= _details(outcome)
+                result |= _details(outcome, cut=outcome.index in self.cut)
             results.append(result)
         return results
 
 
-def _details(outcome: Outcome) -> dict[str, Any]:
+def shown(positions: Iterable[int]) -> str:
+    """A header's list of positions; the first of very many, since a header has to fit."""
+    every = sorted(positions)
+    return ",".join([*map(str, every[:MAX_POSITIONS_SHOWN]), *(["..."] if len(every) > MAX_POSITIONS_SHOWN else [])])
+
+
+def _details(outcome: Outcome, *, cut: bool) -> dict[str, Any]:
     """With return_margins: the margin, and what was read for it."""
     details: dict[str, Any] = {"margin": outcome.margin}
+    if cut:
+        details["truncated"] = True
     if outcome.compression_ratio:
         details["compression_ratio"] = outcome.compression_ratio
     if outcome.stages:
@@ -165,16 +206,27 @@ def candidates(body: Fields, field: str) -> tuple[Candidate, ...]:
         raise InvalidRequest(field, "empty", "at least one")
     if ids is not None and len(ids) != len(items):
         raise InvalidRequest("passage_ids", f"{len(ids)} of them", f"{len(items)}, one for each of {field}")
-    return tuple(_candidate(i, item, f"{field}[{i}]", ids[i] if ids else "") for i, item in enumerate(items))
+    found = tuple(_candidate(i, item, f"{field}[{i}]", ids[i] if ids else "") for i, item in enumerate(items))
+    bad = next((candidate for candidate in found if candidate.problem), None)
+    if bad is not None and texts_alone(found):  # there is no status to say it in
+        raise InvalidRequest(f"{field}[{bad.index}]", *HALF_A_PAIR)
+    return found
 
 
 def _candidate(index: int, item: object, where: str, passage_id: str) -> Candidate:
-    text: str | None = None
-    if isinstance(item, str):
-        text = as_text(item, where)
-    elif item is not None or not passage_id:
+    """The candidate; one whose text UTF-8 cannot hold has a problem, and no text."""
+    if item is None and passage_id:
+        return Candidate(index, passage_id, None)
+    text: object = item
+    if not isinstance(item, str):
         fields = Fields(item, f"{where}.", where)
-        text, passage_id = fields.text("text"), passage_id or fields.text("id") or ""
+        text, passage_id = fields.get("text"), passage_id or fields.text("id") or ""
+        if isinstance(text, dict):
+            text = text.get("text")
         if text is None and not passage_id:
             raise InvalidRequest(where, "an object without text", "a string, or an object with text, id or both")
-    return Candidate(index, passage_id or None, text)
+        where += ".text"
+    if isinstance(text, str) and not is_utf8(text):
+        value, expected = HALF_A_PAIR
+        return Candidate(index, passage_id or None, None, problem=f"the text is {value}; expected {expected}")
+    return Candidate(index, passage_id or None, None if text is None else as_text(text, where))

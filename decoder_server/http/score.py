@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import re
 from typing import Any
 
 from decoder_server.errors import InvalidRequest
@@ -17,7 +16,7 @@ MAX_QUERIES_AT_ONCE = 8  # of one call; a call should not fill the queue by itse
 
 
 async def answer(body: Fields, ask: Ask) -> Json:
-    """One question per distinct query. A pair that cannot be scored ends the call: there is no rank to leave out."""
+    """One question per distinct query."""
     field, pairs = _pairs(body)
     if "stages" in body:
         raise InvalidRequest("stages", "given", "none here: scores of different stages do not compare")
@@ -32,12 +31,9 @@ async def answer(body: Fields, ask: Ask) -> Json:
         texts = [pairs[position][1] for position in positions]
         shared = {name: body.get(name) for name in ("model", "instruction", "compression_ratio", "return_margins")}
         asked = question(Fields({**shared, "query": query, "documents": texts}), "documents")
-        asked = asked.replace(request=dataclasses.replace(asked.request, one_ratio=True))
+        request = dataclasses.replace(asked.request, one_ratio=True)
         async with places:
-            try:
-                return await ask(asked.replace(candidates_field=field))
-            except InvalidRequest as exc:
-                raise _at_its_place(exc, field, positions) from exc
+            return await ask(asked.replace(request=request, candidates_field=field, positions=tuple(positions)))
 
     tasks = [asyncio.ensure_future(ask_one(query, positions)) for query, positions in by_query.items()]
     try:
@@ -47,12 +43,11 @@ async def answer(body: Fields, ask: Ask) -> Json:
             task.cancel()
     scores: dict[int, dict[str, Any]] = {}
     for reply, positions in zip(replies, by_query.values(), strict=True):
-        for outcome in reply.unscored:
-            raise InvalidRequest(f"{field}[{positions[outcome.index]}]", outcome.status.value, outcome.message)
         for outcome in reply.scored:
             score: dict[str, Any] = {"index": positions[outcome.index], "object": "score", "score": outcome.score}
             if reply.question.return_margins:
                 score |= {"margin": outcome.margin, "compression_ratio": outcome.compression_ratio}
+                score |= {"truncated": True} if outcome.index in reply.cut else {}
             scores[positions[outcome.index]] = score
     num_tokens = sum(reply.num_tokens for reply in replies)
     return {
@@ -62,14 +57,6 @@ async def answer(body: Fields, ask: Ask) -> Json:
         "model": replies[0].summary.model,
         "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
     }
-
-
-def _at_its_place(error: InvalidRequest, field: str, positions: list[int]) -> InvalidRequest:
-    """The engine counts the passages of one query; the caller counts pairs."""
-    found = re.fullmatch(rf"{field}\[(\d+)\]", error.field)
-    if found is None:
-        return error
-    return InvalidRequest(f"{field}[{positions[int(found[1])]}]", error.value, error.expected)
 
 
 def _pairs(body: Fields) -> tuple[str, list[tuple[str, str]]]:

@@ -88,6 +88,9 @@ class GatedBackend:
     def activate(self, margin: float) -> float:
         return self.real.activate(margin)
 
+    def is_empty(self, text: str) -> bool:
+        return self.real.is_empty(text)
+
     def score(self, pairs: Sequence[Pair]) -> NDArray[np.float32]:
         self.passes.append(list(pairs))
         self.entered.set()

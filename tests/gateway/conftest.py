@@ -16,6 +16,7 @@ import torch
 
 from cache.store import open_store
 from decoder_server.config import DecoderConfig
+from decoder_server.cross_encoder.synthetic import make_cross_encoder
 from decoder_server.http.config import HttpConfig
 from decoder_server.http.gateway import Gateway
 from decoder_server.loading import load_model
@@ -170,6 +171,21 @@ def _run(
 def running(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """Both halves with default settings."""
     with _run(tiny_checkpoint, f"faiss:{tmp_path_factory.mktemp('store')}") as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def lossy(lossy_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """Both halves of a model whose tokenizer drops what it does not know."""
+    with _run(lossy_checkpoint, f"faiss:{tmp_path_factory.mktemp('lossy')}") as one:
+        yield one
+
+
+@pytest.fixture(scope="module", params=["BertForSequenceClassification", "XLMRobertaForSequenceClassification"])
+def cross(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A model that reads text, without a sigmoid of its own."""
+    directory = make_cross_encoder(tmp_path_factory.mktemp("cross") / "model", request.param)
+    with _run(directory, f"faiss:{tmp_path_factory.mktemp('store')}", encoder=False) as one:
         yield one
 
 

@@ -163,16 +163,16 @@ def test_score_of_several_queries_keeps_their_order(running, query, documents):
     [
         ({"pairs": []}, "pairs"),
         ({"pairs": [["a", "b"], ["a"]]}, "pairs[1]"),
-        ({"pairs": [["a", "b"], ["c", ""]]}, "pairs[1]"),
+        ({"pairs": [["a", "b"], ["c", "\ud800"]]}, "pairs[1][1]"),
         ({"pairs": [[str(i), "x"] for i in range(1001)]}, "pairs"),
         ({"text_1": "a"}, "text_2"),
         ({"text_1": ["a", "b"], "text_2": ["x", "y", "z"]}, "text_2"),
-        ({"text_1": "a", "text_2": ["x", ""]}, "text_2[1]"),
+        ({"text_1": ["a", "b", "a"], "text_2": ["x", "y", "z" * 2_000_000]}, "text_2[2]"),
         ({"text_1": "", "text_2": "x"}, "query"),
     ],
 )
 def test_pairs_are_checked(running, body, param):
-    response = running.post("/score", body)
+    response = running.http.post("/score", content=json.dumps(body))
 
     assert response.status_code == 400, response.text
     assert response.json()["error"]["param"] == param

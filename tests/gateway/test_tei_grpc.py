@@ -59,7 +59,7 @@ def test_what_is_wrong_has_a_status(running, rerank, query):
     for call in (
         lambda: rerank.Rerank(tei_pb2.RerankRequest(query=query)),
         lambda: rerank.Rerank(tei_pb2.RerankRequest(query="", texts=["x"])),
-        lambda: rerank.Rerank(tei_pb2.RerankRequest(query=query, texts=[""])),
+        lambda: rerank.Rerank(tei_pb2.RerankRequest(query=query, texts=["x", "x" * 2_000_000])),
         lambda: rerank.RerankStream(iter([])),
         lambda: rerank.RerankStream(iter(many)),
     ):

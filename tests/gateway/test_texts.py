@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+import json
+
 LONG = "network " * 5000
 
 
-def test_a_candidate_that_cannot_be_scored_costs_itself(running, documents):
-    answer = running.ask(documents=[*documents, "", "x" * 2_000_000])
+def test_beside_ids_a_candidate_that_cannot_be_scored_costs_itself(running, documents):
+    """Four ways to have no score; `\\ud800` travels as JSON's escape."""
+    bad = ["", "x" * 2_000_000, "\ud800", "half a pair \udfff"]
+    objects = [{"id": f"d{i}", "text": text} for i, text in enumerate(documents)] + [{"text": text} for text in bad]
+    for body in (objects, [*objects[:4], *bad, {"id": "x", "text": "\ud800"}]):
+        response = running.http.post("/v1/rerank", content=json.dumps({"query": "q", "documents": body}))
+        assert response.status_code == 200, response.text
+        answer = response.json()
+        assert sorted(r["index"] for r in answer["results"]) == [0, 1, 2, 3]
+        lines = [line.split(" was not scored ") for line in answer["meta"]["warnings"]]
+        assert [line[0] for line in lines] == [f"documents[{i}]" for i in range(4, len(body))]
+        assert all("half of a surrogate pair" in line[1] for line in lines[2:])
 
-    assert sorted(r["index"] for r in answer["results"]) == [0, 1, 2, 3]
-    assert [line.split(" was")[0] for line in answer["meta"]["warnings"]] == ["documents[4]", "documents[5]"]
+
+def test_without_ids_what_cannot_be_scored_fails_the_request_and_is_named(running, documents):
+    for text in ("x" * 2_000_000, "\ud800"):
+        body = {"query": "q", "documents": [*documents, text]}
+        response = running.http.post("/v1/rerank", content=json.dumps(body))
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == "documents[4]"
+    for on_miss in ("skip", "fail"):
+        error = running.refused(400, documents=["a text that is not cached"], on_miss=on_miss)
+        assert error["message"].startswith("documents[0]")
 
 
 def test_a_text_over_the_limit_is_cut_unless_that_is_refused(running, query):
@@ -71,7 +91,10 @@ def test_ids_of_texts_come_back(running, documents):
 def test_without_an_encoder_texts_are_refused_clearly(run):
     with run(encoder=False) as alone:
         error = alone.refused(503)
-        skipped = alone.ask(on_miss="skip")
+        skipped = alone.refused(503, on_miss="skip")
+        empty = alone.ask(documents=["", " "])
 
-    assert "no encoder worker is configured" in error["message"]
-    assert skipped["results"] == []
+    for one in (error, skipped):
+        assert one["message"].startswith("documents[0]")
+        assert "no encoder worker is configured" in one["message"]
+    assert [result["relevance_score"] for result in empty["results"]] == [0.0, 0.0]

@@ -14,7 +14,7 @@ from starlette.routing import Route
 from decoder_server.errors import InvalidRequest
 from decoder_server.explain import MAX_CANDIDATES, Explained, explain, first_ids
 from decoder_server.http import body
-from decoder_server.http.context import context, read_json, renamed, while_connected
+from decoder_server.http.context import context, read_json, while_connected
 from decoder_server.http.fields import Fields
 from decoder_server.http.question import question
 
@@ -48,12 +48,12 @@ async def explain_few(request: Request) -> Response:
         if first > MAX_CANDIDATES:
             raise InvalidRequest("first", first, f"1..{MAX_CANDIDATES}")
         fields = fields.or_else("passage_ids", await first_ids(engine, name, first))
-    asked = question(fields, "documents").request
+    asked = question(fields, "documents")
     start = time.monotonic()
     try:
-        explained = await while_connected(request, explain(engine, asked, deadline))
+        explained = await while_connected(request, explain(engine, asked.request, deadline))
     except InvalidRequest as exc:
-        raise renamed(exc, "documents") from exc
+        raise asked.renamed(exc) from exc
     document: dict[str, Any] = {
         "object": "explanation",
         "model": engine.name,
