@@ -19,6 +19,8 @@ from __future__ import annotations
 import asyncio
 import re
 
+MAX_SHOWN_CHARS = 200  # of a value in a message: a caller may have sent megabytes of it
+
 
 class RerankError(Exception):
     """Base of everything the engine raises for a request as a whole."""
@@ -28,7 +30,8 @@ class InvalidRequest(RerankError):
     """One field of a request is out of range."""
 
     def __init__(self, field: str, value: object, expected: str) -> None:
-        super().__init__(f"{field} is {value!r}; expected {expected}")
+        shown = value[:MAX_SHOWN_CHARS] if isinstance(value, str) else value
+        super().__init__(f"{field} is {shown!r}; expected {expected}")
         self.field = field
         self.value = value
         self.expected = expected

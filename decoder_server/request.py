@@ -13,6 +13,8 @@ from decoder_server.config import DecoderConfig
 from decoder_server.errors import InvalidRequest
 from preread.client.stages import Stage, stages_problem
 
+MAX_NAME_CHARS = 128  # as cache.names has it; a longer one is not even looked up
+
 
 class OnMiss(Enum):
     """What to do with a candidate whose states are not stored."""
@@ -151,6 +153,8 @@ def check(request: RerankRequest, limits: DecoderConfig) -> None:
         raise InvalidRequest("query", "", "a query that is not empty")
     _check_bytes("query", request.query, limits.max_query_bytes)
     _check_bytes("instruction", request.instruction or "", limits.max_query_bytes)
+    if request.collection is not None and len(request.collection) > MAX_NAME_CHARS:
+        raise InvalidRequest("collection", request.collection[:MAX_NAME_CHARS], "the name of a collection or alias")
     num_candidates = len(request.candidates)
     if not 1 <= num_candidates <= limits.max_candidates:
         raise InvalidRequest("candidates", f"{num_candidates} of them", f"1..{limits.max_candidates}")

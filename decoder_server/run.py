@@ -217,7 +217,7 @@ def _pooled(wanted: Wanted, ratio: int, found: Sequence[Found]) -> list[tuple[Fo
 
 def _missing(found: Found) -> Refused:
     candidate = found.candidate
-    name = repr(candidate.passage_id) if candidate.passage_id is not None else "an inline text"
+    name = repr(candidate.passage_id[:100]) if candidate.passage_id is not None else "an inline text"
     return Refused(
         "PASSAGE_MISSING",
         candidate.passage_id or f"candidates[{candidate.index}]",

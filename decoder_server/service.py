@@ -105,7 +105,7 @@ class RerankService(rerank_pb2_grpc.RerankServiceServicer):
             raise Unavailable("this server is still loading its model")
         name = request.model or next(iter(self.engines))
         if name not in self.engines:
-            raise NotFound("model", name, f"model is {name!r}; served here: {', '.join(self.engines)}")
+            raise NotFound("model", name, f"model is {name[:100]!r}; served here: {', '.join(self.engines)}")
         return self.engines[name]
 
 

@@ -82,7 +82,7 @@ def retry_after(seconds: float) -> error_details_pb2.RetryInfo:
 
 def shorten(text: str, max_bytes: int) -> str:
     """The text, or its beginning and an ellipsis, in at most `max_bytes` of UTF-8."""
-    data = text.encode(errors="replace")
+    data = text[: max_bytes + 1].encode(errors="replace")
     if len(data) <= max_bytes:
         return data.decode()
     return data[: max_bytes - 3].decode(errors="ignore") + "…"

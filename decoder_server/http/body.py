@@ -1,14 +1,18 @@
-"""Bytes to JSON and back, with limits. Knows no fields."""
+"""Bytes to JSON and back, with limits: large documents in steps, beside the event loop. Knows no fields."""
 
 from __future__ import annotations
 
 import json
 import math
-from typing import Any, NoReturn
+from typing import Any
 
 from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from decoder_server.errors import InvalidRequest
+from decoder_server.http import parsing
+from preread.edge.steps import SMALL_BYTES, stepped
 
 Json = Any
 
@@ -21,7 +25,7 @@ class TooLarge(Exception):  # noqa: N818 - says what happened
         self.limit = limit
 
 
-async def read(request: Request, max_bytes: int) -> bytes:
+async def read(request: Request, max_bytes: int) -> bytearray:
     """The whole body.
 
     Raises:
@@ -36,17 +40,19 @@ async def read(request: Request, max_bytes: int) -> bytes:
         data += chunk
         if len(data) > max_bytes:
             raise TooLarge(max_bytes)
-    return bytes(data)
+    return data
 
 
-def parse(data: bytes, what: str = "body") -> Json:
+async def parse(data: bytes | bytearray, what: str = "body") -> Json:
     """A JSON document.
 
     Raises:
-        InvalidRequest: anything else, NaN and infinity included.
+        InvalidRequest: anything else, NaN and infinity included; a large one of too many values, or too deep.
     """
+    if len(data) > SMALL_BYTES:
+        return await stepped(parsing.parse, data, what)
     try:
-        return json.loads(data, parse_constant=_no_constant)
+        return parsing.loads(data.decode(json.detect_encoding(data), "surrogatepass"))
     except RecursionError:
         raise InvalidRequest(what, "too deeply nested", "JSON") from None
     except ValueError as exc:  # JSONDecodeError and UnicodeDecodeError are both
@@ -55,7 +61,33 @@ def parse(data: bytes, what: str = "body") -> Json:
 
 def render(document: Json) -> bytes:
     """UTF-8; a NaN would be a bug and raises."""
-    return json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    return parsing.dumps(document).encode()
+
+
+async def respond(document: Json, headers: dict[str, str] | None = None, *, is_large: bool = False) -> Response:
+    """The response of a document.
+
+    Args:
+        is_large: it may hold the caller's texts, and is made in steps.
+    """
+    if is_large:
+        return _Parts(await stepped(parsing.render, document), headers)
+    return Response(render(document), headers=headers, media_type="application/json")
+
+
+class _Parts(Response):
+    """A body in parts, each sent when the client took the ones before."""
+
+    def __init__(self, parts: list[bytes], headers: dict[str, str] | None) -> None:
+        length = {"content-length": str(sum(map(len, parts)))}
+        super().__init__(None, headers=length | (headers or {}), media_type="application/json")
+        self._parts = parts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        for part in self._parts:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
 
 
 async def gone(request: Request) -> None:
@@ -78,9 +110,5 @@ def seconds_left(request: Request, at_most: float) -> float:
     except ValueError:
         seconds = math.nan
     if not seconds > 0:
-        raise InvalidRequest("x-request-timeout-ms", asked, "milliseconds, more than 0")
+        raise InvalidRequest("x-request-timeout-ms", asked[:100], "milliseconds, more than 0")
     return min(at_most, seconds)
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")

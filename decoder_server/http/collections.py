@@ -20,7 +20,9 @@ from decoder_server.http.context import check_encoding, check_written, content_t
 from decoder_server.http.fields import Fields, as_text
 from decoder_server.http.uploads import NDJSON, from_document, from_lines
 from preread.client import Passage, UpsertResult
+from preread.edge.steps import Step, stepped
 
+IDS_AT_ONCE = 1000  # of one call of the worker
 MAX_REFUSED_SHOWN = 1000  # an answer to an endless stream is not endless
 
 
@@ -38,7 +40,7 @@ async def add_passages(request: Request) -> Response:
     else:
         document = await read_json(request)
         settings = Fields({"passages": document} if isinstance(document, list) else document)
-        passages = from_document(settings)
+        passages = await stepped(from_document, settings)
     store_text = settings.flag("store_text")
     received = Received(name)
     try:
@@ -93,11 +95,23 @@ async def delete_passages(request: Request) -> Response:
     else:
         check_written(request)
         fields = Fields(await read_json(request))
-        ids = fields.texts("ids") or fields.texts("passage_ids") or []
+        ids = await stepped(_ids, fields)
     if not ids:
         raise InvalidRequest("ids", "empty", "at least one passage id")
-    num_deleted = await worker.delete(ids, collection=name)
+    num_deleted = 0
+    for first in range(0, len(ids), IDS_AT_ONCE):
+        num_deleted += await worker.delete(ids[first : first + IDS_AT_ONCE], collection=name)
     return _json({"object": "collection.deleted", "collection": name, "num_deleted": num_deleted})
+
+
+def _ids(step: Step, fields: Fields) -> list[str]:
+    """What a body names; there may be hundreds of thousands."""
+    name = "ids" if fields.get("ids") else "passage_ids"
+    ids = []
+    for i, item in enumerate(fields.items(name) or ()):
+        ids.append(as_text(item, f"{name}[{i}]"))
+        step()
+    return ids
 
 
 async def list_collections(request: Request) -> Response:

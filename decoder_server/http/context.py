@@ -107,7 +107,7 @@ async def read_json(request: Request, deadline: float | None = None) -> body.Jso
     try:
         async with asyncio.timeout_at(deadline or time.monotonic() + here.config.timeout_seconds):
             data = await body.read(request, here.config.max_body_bytes)
-            return body.parse(data)
+            return await body.parse(data)
     except TimeoutError:
         raise too_slow() from None
 

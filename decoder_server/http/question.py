@@ -17,6 +17,8 @@ from decoder_server.http.fields import HALF_A_PAIR, Fields, as_text, is_utf8
 from decoder_server.request import Candidate, OnMiss, Outcome, RerankRequest, Summary
 from preread.client.stages import Stage, format_stages, parse_stages
 
+# Whose values are read one by one; other fields are only looked at where a dialect knows them.
+LISTS = ("documents", "texts", "passages", "input", "pairs", "text_1", "text_2", "passage_ids", "stages")
 MAX_POSITIONS_SHOWN = 500
 _CANDIDATE = re.compile(r"^candidates\b(?:\[(\d+)\])?")
 
@@ -166,7 +168,7 @@ def question(
     request = RerankRequest(
         query=body.needed_text("query"),
         candidates=candidates(body, candidates_field),
-        instruction=body.text("instruction"),
+        instruction=body.text("instruction") or None,
         collection=body.text("collection") or None,
         top_n=body.count(top) or 0,
         compression_ratio=body.count("compression_ratio") or None,
@@ -181,6 +183,18 @@ def question(
         max_tokens_per_doc=body.count("max_tokens_per_doc") or None,
         return_margins=body.flag("return_margins") or False,
     )
+
+
+def check_counts(body: Fields, limit: int) -> None:
+    """Before any of them is read.
+
+    Raises:
+        InvalidRequest: a list longer than any request's.
+    """
+    for name in LISTS:
+        value = body.get(name)
+        if isinstance(value, list) and len(value) > limit:
+            raise InvalidRequest(name, f"{len(value)} of them", f"1..{limit}")
 
 
 def _stages(body: Fields) -> tuple[Stage, ...]:

@@ -19,8 +19,10 @@ from decoder_server.http import body
 from decoder_server.http.context import Context, context, read_json, while_connected
 from decoder_server.http.dialects import FORCED, Dialect, pick
 from decoder_server.http.fields import Fields
-from decoder_server.http.question import Answer, Question, shown
+from decoder_server.http.question import Answer, Question, check_counts, shown
+from decoder_server.http.score import MAX_PAIRS
 from decoder_server.request import OnMiss, RerankRequest, Summary
+from preread.edge.steps import SMALL_BYTES
 
 
 async def rerank(request: Request) -> Response:
@@ -33,6 +35,8 @@ async def rerank(request: Request) -> Response:
     if model := request.path_params.get("model"):  # NIM's path has it; a body that names one wins
         fields = fields.or_else("model", model)
 
+    most = max((engine.limits.max_candidates for engine in here.engines.values()), default=0)
+    check_counts(fields, max(most, MAX_PAIRS))
     replies: list[Answer] = []
 
     async def ask(question: Question) -> Answer:
@@ -40,7 +44,8 @@ async def rerank(request: Request) -> Response:
         return replies[-1]
 
     answer = await while_connected(request, dialect.answer(fields, ask))
-    return Response(body.render(answer), headers=headers_of(replies), media_type="application/json")
+    num_characters = sum(len(one.text or "") + len(one.passage_id) for reply in replies for one in reply.scored)
+    return await body.respond(answer, headers_of(replies), is_large=num_characters > SMALL_BYTES)
 
 
 def _dialect(request: Request, fields: Fields) -> Dialect:

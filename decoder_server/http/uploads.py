@@ -16,9 +16,12 @@ from decoder_server.http import body
 from decoder_server.http.context import too_slow
 from decoder_server.http.fields import Fields
 from preread.client import Passage
+from preread.edge.steps import Step
 from preread.passages import join_title
 
 NDJSON = ("application/x-ndjson", "application/ndjson", "application/jsonl", "application/x-jsonlines")
+
+LINES_AT_ONCE = 100
 
 
 async def from_lines(request: Request, max_line_bytes: int, line_seconds: float) -> AsyncIterator[Passage]:
@@ -57,15 +60,17 @@ async def from_lines(request: Request, max_line_bytes: int, line_seconds: float)
             del rest[: end + 1]
             start = 0
             if line:
-                yield _passage(body.parse(line, f"line {number}"), f"line {number}")
+                yield _passage(await body.parse(line, f"line {number}"), f"line {number}")
+            if not number % LINES_AT_ONCE:
+                await asyncio.sleep(0)  # many short lines arrive together
         if len(rest) > max_line_bytes:
             raise body.TooLarge(max_line_bytes)
     if line := bytes(rest).strip():
-        yield _passage(body.parse(line, f"line {number + 1}"), f"line {number + 1}")
+        yield _passage(await body.parse(line, f"line {number + 1}"), f"line {number + 1}")
 
 
-def from_document(fields: Fields) -> list[Passage]:
-    """`passages` of a JSON object.
+def from_document(step: Step, fields: Fields) -> list[Passage]:
+    """`passages` of a JSON object; there may be hundreds of thousands.
 
     Raises:
         InvalidRequest: something there is no passage.
@@ -73,7 +78,11 @@ def from_document(fields: Fields) -> list[Passage]:
     items = fields.items("passages")
     if not items:
         raise InvalidRequest("passages", "empty" if items is not None else "absent", "a list of objects")
-    return [_passage(item, f"passages[{i}]") for i, item in enumerate(items)]
+    passages = []
+    for i, item in enumerate(items):
+        passages.append(_passage(item, f"passages[{i}]"))
+        step()
+    return passages
 
 
 def _passage(item: object, where: str) -> Passage:

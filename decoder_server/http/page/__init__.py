@@ -16,7 +16,7 @@ from decoder_server.explain import MAX_CANDIDATES, Explained, explain, first_ids
 from decoder_server.http import body
 from decoder_server.http.context import context, read_json, while_connected
 from decoder_server.http.fields import Fields
-from decoder_server.http.question import question
+from decoder_server.http.question import check_counts, question
 
 TYPES = {"page.html": "text/html", "page.js": "text/javascript", "page.css": "text/css", "icon.svg": "image/svg+xml"}
 HEADERS = {
@@ -48,6 +48,7 @@ async def explain_few(request: Request) -> Response:
         if first > MAX_CANDIDATES:
             raise InvalidRequest("first", first, f"1..{MAX_CANDIDATES}")
         fields = fields.or_else("passage_ids", await first_ids(engine, name, first))
+    check_counts(fields, engine.limits.max_candidates)
     asked = question(fields, "documents")
     start = time.monotonic()
     try:
@@ -60,7 +61,7 @@ async def explain_few(request: Request) -> Response:
         "seconds": time.monotonic() - start,
         "results": [_result(one) for one in explained],
     }
-    return Response(body.render(document), media_type="application/json")
+    return await body.respond(document, is_large=True)
 
 
 def _result(explained: Explained) -> dict[str, Any]:

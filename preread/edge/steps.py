@@ -1,0 +1,78 @@
+"""Long work on one message, in steps that leave the interpreter to others. Knows no message.
+
+Parsing holds the interpreter, so a thread alone does not keep the event loop, or the model's thread, going. What
+runs here calls its `step` often; two thirds of the time then belong to others, whatever its number of callers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Concatenate, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# Messages below are parsed where they are: at worst (an array of empty arrays) 64 KiB take 4 ms.
+SMALL_BYTES = 64 << 10
+SLICE_SECONDS = 0.003
+REST = 2.0  # for every second of work
+MAX_AT_ONCE = 4  # the others wait, so that a short message is not behind more than so many long ones
+
+Step = Callable[[], None]
+
+_turn = threading.Lock()
+_threads = ThreadPoolExecutor(MAX_AT_ONCE, thread_name_prefix="steps")
+
+
+class Abandoned(Exception):  # noqa: N818 - says what happened
+    """Nobody waits for the result any more."""
+
+
+class _Steps:
+    """Of one piece of work. One piece at a time has the turn, also while it rests."""
+
+    def __init__(self) -> None:
+        self.abandoned = False
+        self._since = 0.0
+
+    def __enter__(self) -> _Steps:
+        _turn.acquire()
+        self._since = time.thread_time()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._rest()
+        _turn.release()
+
+    def __call__(self) -> None:
+        if time.thread_time() - self._since < SLICE_SECONDS:
+            return
+        self._rest()
+        _turn.release()
+        time.sleep(0.0005)  # those that wait for the turn get it
+        _turn.acquire()
+        if self.abandoned:
+            raise Abandoned
+        self._since = time.thread_time()
+
+    def _rest(self) -> None:
+        time.sleep(REST * min(1.0, time.thread_time() - self._since))
+
+
+async def stepped(function: Callable[Concatenate[Step, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """`function(step, ...)` on a thread; it calls `step` between any two pieces of work of a millisecond."""
+    steps = _Steps()
+
+    def run() -> T:
+        with steps:
+            return function(steps, *args, **kwargs)
+
+    try:
+        return await asyncio.get_running_loop().run_in_executor(_threads, run)
+    except asyncio.CancelledError:
+        steps.abandoned = True
+        raise
