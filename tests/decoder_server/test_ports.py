@@ -1,14 +1,16 @@
-"""Laws of connections to both servers' gRPC ports: keepalive, and reflection in both versions."""
+"""Laws of both servers' gRPC ports: keepalive, reflection in both versions, the calls that the pages show."""
 
 from __future__ import annotations
 
 import asyncio
+import re
 import struct
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import grpc
 import pytest
-from google.protobuf import descriptor_pool, message_factory
+from google.protobuf import descriptor_pool, json_format, message_factory
 
 from decoder_server.config import DecoderConfig
 from decoder_server.server import DecoderServer
@@ -20,6 +22,8 @@ from preread.edge import grpc_server
 SETTINGS, PING, GOAWAY = 4, 6, 7
 ACK = 1
 ENHANCE_YOUR_CALM = 11
+ROOT = Path(__file__).parents[2]
+SHOWN = re.compile(r"^grpcurl -plaintext -d '(.*)' 127\.0\.0\.1:5005([12]) ([\w.]+/\w+)$", re.MULTILINE)
 
 
 @pytest.fixture
@@ -110,6 +114,28 @@ async def test_reflection_describes_every_service_it_lists(ports: list[int], ver
             described = found.FindServiceByName(service)
             assert described.methods, "each with its methods, and the messages that they name"
             assert all(method.input_type.full_name for method in described.methods)
+
+
+def shown_calls() -> list[object]:
+    """Of every page: what is sent, to which port, and the method's full name."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    found = [(page, *words) for page in pages for words in SHOWN.findall(page.read_text())]
+    return [pytest.param(*words, id=f"{page.name}: {words[2]}") for page, *words in found]
+
+
+@pytest.mark.parametrize(("document", "port", "path"), shown_calls())
+async def test_shown_calls_are_answered(ports: list[int], document: str, port: str, path: str) -> None:
+    service, _, name = path.partition("/")
+    method = descriptor_pool.Default().FindServiceByName(service).methods_by_name[name]
+    request, response = map(message_factory.GetMessageClass, (method.input_type, method.output_type))
+    message = json_format.Parse(document, request())  # raises where a field is not one of the request's
+    shape = "_".join("stream" if one else "unary" for one in (method.client_streaming, method.server_streaming))
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{ports[int(port) - 1]}") as opened:
+        call = getattr(opened, shape)(f"/{path}", request.SerializeToString, response.FromString)
+        called = call(iter([message]) if method.client_streaming else message, timeout=30)
+        answers = [one async for one in called] if method.server_streaming else [await called]
+    assert all(answer.ListFields() for answer in answers)
+    assert "refused" not in str(answers).lower()
 
 
 def test_settings_go_together() -> None:
