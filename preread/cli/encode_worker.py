@@ -22,7 +22,7 @@ from preread.cli.server_options import (
     observe_options,
     tls_files,
 )
-from preread.cli.signals import started_unless_told, told_to_stop
+from preread.cli.signals import say, started_unless_told, told_to_stop
 
 if TYPE_CHECKING:
     from encoder_worker.server import EncoderServer
@@ -63,13 +63,13 @@ def command(ctx: click.Context, /, **options: Any) -> None:
     Answers gRPC on --port: passages are encoded and put into --store, and texts that a reranking
     server has no states of are encoded for it (`preread serve --encoder-address`).
 
-    Ready when the last line says so; SIGTERM or Ctrl-C lets calls under way finish.
+    Ready when the last line says so; SIGTERM, SIGHUP or Ctrl-C lets calls under way finish.
     """
     from preread.edge.logs import set_up
 
     set_up(options["log_format"], options["log_level"])
     for line in effective_lines(ctx):
-        click.echo(line)
+        say(line)
     asyncio.run(_work(options))
 
 
@@ -98,11 +98,11 @@ async def _run(server: EncoderServer, told: asyncio.Future[None], grace_seconds:
         return
     engine = server.engine
     identity = engine.encoder.identity
-    click.echo(f"encoder      {config.checkpoint} (encoder {identity.fingerprint[:12]}, dim {identity.dim})")
-    click.echo(f"compute      {engine.encoder.dtype_name} on {engine.encoder.device_name}")
-    click.echo(f"store        {server.public_store}")
-    click.echo(listening_line(server))
-    click.echo(f"ready        in {time.monotonic() - started:.1f} s")
+    say(f"encoder      {config.checkpoint} (encoder {identity.fingerprint[:12]}, dim {identity.dim})")
+    say(f"compute      {engine.encoder.dtype_name} on {engine.encoder.device_name}")
+    say(f"store        {server.public_store}")
+    say(listening_line(server))
+    say(f"ready        in {time.monotonic() - started:.1f} s")
     await told
-    click.echo(f"stopping     calls under way have {grace_seconds:g} s to finish")
+    say(f"stopping     calls under way have {grace_seconds:g} s to finish")
     await server.stop(grace_seconds)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import os
 from typing import Any
 
 import click
@@ -93,6 +94,11 @@ def cli(debug: bool) -> None:
 
 def main() -> None:
     """The console script."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # begun without it: the next socket would take its number, and get what is printed
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, which is this one
     cli(prog_name="preread")
 
 

@@ -28,7 +28,7 @@ from preread.cli.server_options import (
     observe_options,
     tls_files,
 )
-from preread.cli.signals import started_unless_told, told_to_stop
+from preread.cli.signals import say, started_unless_told, told_to_stop
 
 if TYPE_CHECKING:
     from cache.store import Store
@@ -151,7 +151,7 @@ def command(ctx: click.Context, /, **options: Any) -> None:
     in this process, or by the worker at --encoder-address (`preread encode-worker`), or not at all
     with --no-encoder.
 
-    Ready when the last line says so; SIGTERM or Ctrl-C lets requests under way finish.
+    Ready when the last line says so; SIGTERM, SIGHUP or Ctrl-C lets requests under way finish.
     """
     if options["no_encoder"] and options["encoder_address"]:
         raise click.UsageError("--no-encoder and --encoder-address contradict each other: give one of them.")
@@ -160,7 +160,7 @@ def command(ctx: click.Context, /, **options: Any) -> None:
 
     set_up(options["log_format"], options["log_level"])
     for line in effective_lines(ctx):
-        click.echo(line)
+        say(line)
     asyncio.run(_serve(options))
 
 
@@ -204,10 +204,10 @@ async def _run(
             return
         await _introduce(server, store, halves.local)
         if gateway is not None:
-            click.echo(gateway_line(gateway))
-        click.echo(f"ready        in {time.monotonic() - started:.1f} s")
+            say(gateway_line(gateway))
+        say(f"ready        in {time.monotonic() - started:.1f} s")
         await stop
-        click.echo(f"stopping     requests under way have {options['grace_seconds']:g} s to finish")
+        say(f"stopping     requests under way have {options['grace_seconds']:g} s to finish")
         stops = [server.stop(options["grace_seconds"])]
         if gateway is not None:
             stops.append(gateway.stop(options["grace_seconds"]))
@@ -240,25 +240,25 @@ async def _introduce(server: DecoderServer, store: Store, local: Collection[str]
     from cache.store import public_url
 
     config = server.config
-    click.echo(f"store        {public_url(config.store)}")
+    say(f"store        {public_url(config.store)}")
     for model, engine in zip(config.models, server.engines.values(), strict=True):
         await _introduce_model(model, engine, store, local=model.encoder_address in local)
-    click.echo(listening_line(server))
+    say(listening_line(server))
 
 
 async def _introduce_model(model: ModelConfig, engine: Engine, store: Store, *, local: bool) -> None:
     backend = engine.backend
     identity = backend.identity()
     what = f"encoder {identity.fingerprint[:12]}" if identity is not None else "reads text"
-    click.echo(f"model        {engine.name} ({backend.name}, {model.checkpoint}, {what})")
+    say(f"model        {engine.name} ({backend.name}, {model.checkpoint}, {what})")
     if backend.notice:
-        click.echo(f"licence      {backend.notice}")
-    click.echo(f"compute      {backend.dtype_name} on {backend.device_name}")
+        say(f"licence      {backend.notice}")
+    say(f"compute      {backend.dtype_name} on {backend.device_name}")
     if identity is None:
         return
-    click.echo(f"collections  {await asyncio.to_thread(_collections, store, identity.fingerprint)}")
+    say(f"collections  {await asyncio.to_thread(_collections, store, identity.fingerprint)}")
     where = f"{model.encoder_address} ({'in this process' if local else 'elsewhere'})"
-    click.echo(f"encoder      {where if model.encoder_address else 'none: what is not stored is not scored'}")
+    say(f"encoder      {where if model.encoder_address else 'none: what is not stored is not scored'}")
 
 
 def _collections(store: Store, fingerprint: str) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
+from preread.cli.signals import say
 
 if TYPE_CHECKING:
     from decoder_server.backend import Backend
@@ -56,12 +56,12 @@ def _check(model: ModelConfig, backend: Backend) -> None:
     from tuning.health import health_gate
     from tuning.health.table import print_health
 
-    click.echo(f"checking     {model.served_name} against its own weights in float32 (once; --no-check leaves it out)")
+    say(f"checking     {model.served_name} against its own weights in float32 (once; --no-check leaves it out)")
     report = health_gate(backend)
     if not report.passed:
         print_health(report, Console(stderr=True))
         raise CheckpointError(report.summary())
-    click.echo(f"checked      {model.served_name}: scores are healthy, {report.seconds:.0f} s")
+    say(f"checked      {model.served_name}: scores are healthy, {report.seconds:.0f} s")
 
 
 def _remember(known: Path) -> None:

@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import click
+from preread.cli.signals import say
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -104,7 +104,7 @@ def metrics_port(options: Mapping[str, Any], registry: CollectorRegistry) -> Ite
     # It asks for no key, so the name counts whatever the other ports ask for.
     guard = Guard(options["allowed_hosts"])
     with metrics_listener(registry, options["metrics_host"], options["metrics_port"], guard) as port:
-        click.echo(f"metrics      http://{join(options['metrics_host'], port)}/metrics")
+        say(f"metrics      http://{join(options['metrics_host'], port)}/metrics")
         yield
 
 

@@ -1,14 +1,22 @@
-"""How a running server is told to stop. Knows signals, not servers."""
+"""What a running server hears and says: signals to stop, and lines on standard output. Knows no server."""
 
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
+import sys
 from collections.abc import Coroutine
+
+import click
 
 
 def told_to_stop() -> asyncio.Future[None]:
-    """Done at the first SIGTERM or SIGINT; a second one has its usual effect."""
+    """Done at the first SIGTERM, SIGINT or SIGHUP; a second SIGTERM or SIGINT has its usual effect.
+
+    A SIGHUP that was ignored when the process began (nohup) stays ignored. One that comes while the server stops
+    changes nothing: service managers send it right after SIGTERM, and a closing terminal more than once.
+    """
     loop = asyncio.get_running_loop()
     told = loop.create_future()
 
@@ -18,7 +26,10 @@ def told_to_stop() -> asyncio.Future[None]:
         if not told.done():
             told.set_result(None)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    for number in numbers:
         loop.add_signal_handler(number, tell)
     return told
 
@@ -37,3 +48,17 @@ async def started_unless_told(start: Coroutine[object, object, None], told: asyn
         return False
     await starting
     return True
+
+
+def say(line: str) -> None:
+    """One line on standard output, which may have no reader any more.
+
+    A terminal that was closed, a pipe whose reader has ended or a full disk must not end a server, least of all one
+    that is told to stop by SIGHUP and has requests to finish.
+    """
+    try:
+        click.echo(line)
+    except OSError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())  # what is buffered goes there too, or the process would end with an error
+        os.close(null)
