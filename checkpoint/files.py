@@ -50,12 +50,17 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: unreadable, not JSON, or not an object.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing; a checkpoint directory needs it") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as exc:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({exc})") from exc
+    value = read_json_value(path)
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def read_json_value(path: Path) -> Any:
+    """Any JSON value from a file of a checkpoint. Raises CheckpointError: unreadable, or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing; a checkpoint directory needs it") from None
+    except (OSError, ValueError, RecursionError) as exc:  # bad UTF-8, bad JSON, a number or a nesting too long
+        raise CheckpointError(f"{path}: cannot be read as JSON ({exc})") from exc

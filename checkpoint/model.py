@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from checkpoint.errors import CheckpointError
+from checkpoint.fields import STORAGE, check_fields, positive
 from checkpoint.files import read_json, resolve
 from checkpoint.identity import POOLING_VERSION, EncoderIdentity, fingerprint
 from checkpoint.settings import CheckpointSettings
-from checkpoint.shapes import embedding_shapes, stack_shapes
+from checkpoint.shapes import HEAD, Shapes, embedding_shapes, stack_shapes
 from checkpoint.tensors import TensorFiles
 from checkpoint.text import TextTokenizer
 
@@ -40,6 +41,21 @@ NUMERIC_KEYS = (
     "layer_types",
     "rope_parameters",
 )
+
+# Fields of either stack that checkpoint.layers, the encoder and the decoder compute by; the others must have the
+# values of transformers' class. The older names of RoPE are what transformers makes `rope_parameters` of.
+APPLIED = frozenset({
+    "head_dim", "hidden_size", "intermediate_size", "layer_types", "max_position_embeddings", "num_attention_heads",
+    "num_hidden_layers", "num_key_value_heads", "query_pre_attn_scalar", "rms_norm_eps", "rope_local_base_freq",
+    "rope_parameters", "rope_scaling", "rope_theta", "sliding_window", "sliding_window_pattern", "tie_word_embeddings",
+    "vocab_size",
+})  # fmt: skip
+TOP_PARTS = frozenset({"encoder", "decoder", "eoi_token_index", "tie_word_embeddings", "vocab_size"})
+# Of what stands around the encoder's text_config; the vision tower is never built.
+ENCODER_PARTS = frozenset({"eoi_token_index", "mm_tokens_per_image", "text_config", "vision_config", "vocab_size"})
+# Rotations that do not depend on how long the text at hand is: tables are made once, for the longest.
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 class Checkpoint:
@@ -115,7 +131,10 @@ class Checkpoint:
 
     @cached_property
     def _tensors(self) -> TensorFiles:
-        return TensorFiles(self.path)
+        encoder, decoder = self.encoder_config, self.decoder_config
+        used = stack_shapes("encoder", encoder) | embedding_shapes("encoder", encoder)
+        used |= stack_shapes("decoder", decoder) | embedding_shapes("decoder", decoder)
+        return TensorFiles(self.path, used.keys() | {HEAD})
 
     def encoder_tensors(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Encoder layers, norm and embedding by canonical name (`encoder.…`)."""
@@ -125,17 +144,43 @@ class Checkpoint:
     def decoder_tensors(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Decoder layers, norm and embedding by canonical name (`decoder.…`).
 
-        The embedding is usually stored once, under the encoder; `lm_head.weight` comes along
-        only where it is stored and not tied.
+        The embedding is usually stored once, under the encoder. `lm_head.weight` comes along where the output
+        embedding is another one than the decoder's own: transformers ties it to the encoder's, unless it is stored.
         """
-        config = self.decoder_config
-        stored = set(self._tensors.names())
-        half = "decoder" if "decoder.embed_tokens.weight" in stored else "encoder"
-        wanted = stack_shapes("decoder", config) | embedding_shapes(half, config)
-        if "lm_head.weight" in stored and not self.config.tie_word_embeddings:
-            wanted["lm_head.weight"] = (config.vocab_size, config.hidden_size)
+        wanted, head = self._decoder_shapes()
+        if head is not None and not self._tensors.equal(head, _embedding_of(wanted)):
+            wanted[head] = (self.decoder_config.vocab_size, self.decoder_config.hidden_size)
+        else:
+            head = None
         tensors = self._tensors.read(wanted, dtype)
-        return {name.replace(f"{half}.embed_tokens", "decoder.embed_tokens"): t for name, t in tensors.items()}
+        if head is not None:
+            tensors[HEAD] = tensors.pop(head)
+        return {name.replace("encoder.embed_tokens", "decoder.embed_tokens"): t for name, t in tensors.items()}
+
+    def check_decoder(self) -> None:
+        """Raises CheckpointError where the decoder's tensors are not all there; reads names and shapes."""
+        self._tensors.check(self._decoder_shapes()[0])
+
+    def _decoder_shapes(self) -> tuple[Shapes, str | None]:
+        """What the decoder reads, and the output embedding where that may be another tensor than the input one.
+
+        Raises:
+            CheckpointError: an embedding that is neither stored nor tied; transformers would draw it at random.
+        """
+        config, stored = self.decoder_config, set(self._tensors.names())
+        own, shared = embedding_shapes("decoder", config), embedding_shapes("encoder", config)
+        if not self.config.tie_word_embeddings:
+            missing = [name for name in (*own, HEAD) if name not in stored]
+            if missing:
+                raise CheckpointError(
+                    f"{self.path}: tie_word_embeddings is false and {missing[0]} is not stored; expected the tensor"
+                )
+        wanted = stack_shapes("decoder", config)
+        for (mine, shape), theirs in zip(own.items(), shared, strict=True):
+            wanted[mine if mine in stored else theirs] = shape
+        embedding = _embedding_of(wanted)
+        head = HEAD if HEAD in stored else next(iter(shared))
+        return wanted, head if head != embedding and head in stored else None
 
     @cached_property
     def _identity(self) -> EncoderIdentity:
@@ -167,7 +212,7 @@ class Checkpoint:
         encoder, decoder = self.encoder_config, self.decoder_config
         wanted = stack_shapes("encoder", encoder) | embedding_shapes("encoder", encoder)
         wanted |= stack_shapes("decoder", decoder) | embedding_shapes("decoder", decoder)
-        wanted["lm_head.weight"] = ()
+        wanted[HEAD] = ()
         stored = set(self._tensors.names())
         return self._tensors.digest([name for name in wanted if name in stored]).hex()
 
@@ -176,20 +221,77 @@ class Checkpoint:
         return self._identity
 
 
+def _embedding_of(wanted: Shapes) -> str:
+    return next(name for name in wanted if name.endswith("embed_tokens.weight"))
+
+
 def _read_config(path: Path) -> T5Gemma2Config:
     from transformers import T5Gemma2Config  # a second to import; `--help` should not pay it
 
-    raw = read_json(path / "config.json")
+    where = path / "config.json"
+    raw = read_json(where)
     if raw.get("model_type") != MODEL_TYPE:
         raise CheckpointError(
-            f"{path / 'config.json'}: model_type is {raw.get('model_type')!r}; expected {MODEL_TYPE!r} "
+            f"{where}: model_type is {raw.get('model_type')!r}; expected {MODEL_TYPE!r} "
             "(T5Gemma2ForConditionalGeneration)"
         )
     try:
         config: T5Gemma2Config = T5Gemma2Config.from_dict(raw)
     except Exception as exc:  # the strict config classes raise several unrelated types
-        raise CheckpointError(f"{path / 'config.json'}: no valid T5Gemma 2 configuration ({exc})") from exc
-    for half in (cast(Any, config.encoder).text_config, cast(Any, config.decoder)):
-        if half.attention_bias:
-            raise CheckpointError(f"{path / 'config.json'}: attention_bias is true; no published T5Gemma 2 has biases")
+        raise CheckpointError(f"{where}: no valid T5Gemma 2 configuration ({exc})") from exc
+    encoder, decoder = cast(Any, config.encoder), cast(Any, config.decoder)
+    parts: list[tuple[str, Any, Any, frozenset[str]]] = [
+        ("", raw, config, STORAGE | TOP_PARTS),
+        ("encoder.", raw.get("encoder") or {}, encoder, ENCODER_PARTS),
+        ("encoder.text_config.", (raw.get("encoder") or {}).get("text_config") or {}, encoder.text_config, APPLIED),
+        ("decoder.", raw.get("decoder") or {}, decoder, APPLIED | {"final_logit_softcapping"}),
+    ]
+    for place, found, made, applied in parts:
+        check_fields(f"{where}: {place or 'the model'}".rstrip("."), found, _defaults(type(made)), applied)
+    for place, stack in (("encoder.text_config", encoder.text_config), ("decoder", decoder)):
+        _check_numbers(f"{where}: {place}", stack)
     return config
+
+
+def _defaults(kind: type[Any]) -> dict[str, Any]:
+    """What a configuration class takes for a field that is missing."""
+    return {
+        field.name: field.default
+        for field in dataclasses.fields(kind)
+        if field.default is not dataclasses.MISSING and not field.name.startswith("_")
+    }
+
+
+def _check_numbers(where: str, stack: Any) -> None:
+    """Raises CheckpointError where a stack's numbers cannot be computed with, or not as transformers does."""
+    whole = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    for key in (*whole, "head_dim", "vocab_size"):
+        positive(where, key, getattr(stack, key), whole=True)
+    for key in ("query_pre_attn_scalar", "rms_norm_eps"):
+        positive(where, key, getattr(stack, key))
+    if stack.final_logit_softcapping is not None:
+        positive(where, "final_logit_softcapping", stack.final_logit_softcapping)
+    if stack.num_attention_heads % stack.num_key_value_heads:
+        raise CheckpointError(
+            f"{where}: num_attention_heads is {stack.num_attention_heads}; "
+            f"expected a multiple of num_key_value_heads, {stack.num_key_value_heads}"
+        )
+    kinds = list(stack.layer_types or ())
+    if len(kinds) != stack.num_hidden_layers or not set(kinds) <= set(LAYER_TYPES):
+        raise CheckpointError(
+            f"{where}: layer_types is {kinds}; expected {stack.num_hidden_layers} of {' and '.join(LAYER_TYPES)}"
+        )
+    if "sliding_attention" in kinds:
+        positive(where, "sliding_window", stack.sliding_window, whole=True)
+    for kind in sorted(set(kinds)):
+        rope = stack.rope_parameters.get(kind) or {}
+        if rope.get("rope_type", "default") not in ROPE_TYPES:
+            raise CheckpointError(
+                f"{where}: rope_parameters.{kind}.rope_type is {rope['rope_type']!r}; "
+                f"expected {' or '.join(ROPE_TYPES)}: the others change with the length of the text"
+            )
+        if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
+            raise CheckpointError(
+                f"{where}: rope_parameters.{kind}.partial_rotary_factor is {rope['partial_rotary_factor']}; "
+                "expected 1: every number of a head is rotated here"
+            )

@@ -20,6 +20,8 @@ class StackConfig(Protocol):
     head_dim: int
 
 
+HEAD = "lm_head.weight"  # the output embedding, where it is stored
+
 Shapes = dict[str, tuple[int, ...]]
 
 

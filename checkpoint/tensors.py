@@ -1,7 +1,9 @@
-"""Single tensors straight from safetensors files, sharded or not.
+"""Single tensors straight from safetensors files, sharded or not, quantized or not.
 
-Knows the names T5Gemma 2 checkpoints use and gives each half only its own, so that neither ever
-holds the other half or the vision tower. Does not know what the tensors are for.
+Every tensor of a checkpoint is used, known to be unused, or an error that names it: one that is left over would make
+scores that are not the model's. `StoredTensors` has the names as they are stored, for cross-encoders; `TensorFiles`
+knows the names T5Gemma 2 checkpoints use and gives each half only its own, so that neither ever holds the other half
+or the vision tower. Does not know what the tensors are for.
 """
 
 from __future__ import annotations
@@ -9,29 +11,42 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from checkpoint.errors import CheckpointError
 from checkpoint.files import read_json
+from checkpoint.quantized import (
+    FLOAT_TYPES,
+    HF_QUANT_CONFIG,
+    REMEDY,
+    Stored,
+    Weight,
+    declared_quantization,
+    opened,
+    pair_up,
+)
 
 # transformers wrote the text encoder as `encoder.*` first and as `encoder.text_model.*` later.
 _PREFIX = re.compile(
     r"^(?:model\.)?(?:(encoder)\.(?:text_model\.|language_model\.)?|(decoder)\.)(layers|norm|embed_tokens)\."
 )
-# safetensors names of the formats a weight may be stored in.
-FLOAT_TYPES = frozenset({"F64", "F32", "F16", "BF16"})
+_VISION = re.compile(r"^(?:model\.)?encoder\.(?:vision_tower|multi_modal_projector)\.")
+# What some writers store and every forward pass computes for itself.
+_BUFFERS = re.compile(r"(?:^|\.)(?:position_ids|token_type_ids|(?:\w+_)?inv_freq|embed_scale)$")
+_ADAPTERS = re.compile(r"(?:^|\.)(?:lora_|base_layer\.|modules_to_save\.|ia3_|adapter)")
+_QUANTIZED = re.compile(
+    r"(?:scale|_scale_inv|_packed|zero_point|qweight|qzeros|scales|g_idx|absmax|quant_map|quant_state[\w.]*|SCB|"
+    r"weight_format|weight_shape)(?:$|\.)|_scale(?:_2)?$"
+)
 CHUNK_BYTES = 32 << 20
-_HEAD = re.compile(r"^lm_head\.(?:out_proj\.)?weight$")
 
 
 def canonical_name(name: str) -> str | None:
-    """`encoder.…`, `decoder.…` or `lm_head.weight`; None for tensors that no half reads (the vision tower)."""
-    if _HEAD.match(name):
+    """`encoder.…`, `decoder.…` or `lm_head.weight`; None for names of neither half."""
+    if name == "lm_head.out_proj.weight":
         return "lm_head.weight"
     match = _PREFIX.match(name)
     if match is None:
@@ -39,36 +54,175 @@ def canonical_name(name: str) -> str | None:
     return f"{match[1] or match[2]}.{match[3]}.{name[match.end() :]}"
 
 
-class TensorFiles:
-    """The safetensors files of one checkpoint, by canonical tensor name."""
+def is_buffer(name: str) -> bool:
+    """Whether a tensor is one that every forward pass computes for itself."""
+    return _BUFFERS.search(name) is not None
+
+
+def refuse_unused(directory: Path, names: Iterable[str]) -> None:
+    """Raises CheckpointError where there are any, with the first of them and what to do."""
+    left = sorted(names)
+    if not left:
+        return
+    if any(_ADAPTERS.search(name) for name in left):
+        remedy = "merge the adapter into the weights first"
+    elif any(_QUANTIZED.search(name) for name in left):
+        remedy = REMEDY
+    else:
+        remedy = "expected the tensors that config.json implies: it is of another model, or has another size"
+    raise CheckpointError(
+        f"{directory}: {len(left)} stored tensors are not used by this model, whose scores would be wrong without "
+        f"them: {', '.join(left[:4])}{f' and {len(left) - 4} more' if len(left) > 4 else ''}; {remedy}"
+    )
+
+
+class StoredTensors:
+    """A checkpoint's tensors by the names they have in its files; quantized weights read as plain ones."""
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._where: dict[str, tuple[Path, str]] = {}
-        for path in _shards(directory):
-            with _open(path) as shard:
+        """Reads names, shapes and formats.
+
+        Raises:
+            CheckpointError: files that are missing or broken, a tensor stored twice, a quantization of another scheme.
+        """
+        self.directory = directory
+        self.files = safetensors_files(directory)
+        found: dict[str, Stored] = {}
+        for path in self.files:
+            with opened(path) as shard:
                 for name in shard.keys():  # noqa: SIM118 - a safetensors handle, not a dict
-                    canonical = canonical_name(name)
-                    if canonical is not None:
-                        self._where[canonical] = (path, name)
+                    if name in found:
+                        raise CheckpointError(
+                            f"{directory}: {name} is stored in {found[name].path.name} and in {path.name}; "
+                            "expected each tensor once"
+                        )
+                    part = shard.get_slice(name)
+                    found[name] = Stored(path, name, tuple(part.get_shape()), str(part.get_dtype()))
+        self.quantization = declared_quantization(directory)  # "", modelopt or compressed-tensors
+        self.weights = pair_up(found) if self.quantization else {name: Weight(one) for name, one in found.items()}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.weights
+
+    def names(self) -> list[str]:
+        return sorted(self.weights)
+
+    def check_format(self, name: str) -> None:
+        """Raises CheckpointError where a weight is stored in a format that says nothing without its scales."""
+        weight = self.weights[name]
+        if not weight.quantized and weight.values.dtype not in FLOAT_TYPES:
+            raise CheckpointError(
+                f"{weight.values.path}: {name} is stored as {weight.values.dtype}; "
+                f"expected one of {sorted(FLOAT_TYPES)}; {REMEDY}"
+            )
+
+    def rows(self, name: str, indices: list[int]) -> torch.Tensor:
+        """Rows of a matrix in float32, (len(indices), width), without reading the rest."""
+        weight = self.weights[name]
+        self.check_format(name)
+        count = weight.shape[0] if len(weight.shape) == 2 else 0
+        if not all(0 <= index < count for index in indices):
+            raise CheckpointError(
+                f"{weight.values.path}: {name} has the shape {weight.shape}; expected row {max(indices)}"
+            )
+        return torch.cat([weight.rows(index, index + 1) for index in indices]).float()
+
+    def read(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """A whole tensor, chunk by chunk, so the peak is the result plus one chunk."""
+        weight = self.weights[name]
+        if is_buffer(name) and not weight.quantized:
+            return weight.values.rows(0, math.prod(weight.shape[:1]))
+        self.check_format(name)
+        tensor = torch.empty(weight.shape, dtype=dtype)
+        if not weight.shape:
+            return tensor.copy_(weight.rows(0, 1))
+        row = 0
+        for chunk in self.chunks(name):
+            tensor[row : row + len(chunk)] = chunk
+            row += len(chunk)
+        return tensor
+
+    def chunks(self, name: str) -> Iterator[torch.Tensor]:
+        """Consecutive rows of one tensor, at most CHUNK_BYTES (as float32) at a time."""
+        weight = self.weights[name]
+        return _chunks(weight, weight.shape)
+
+    def digest(self) -> str:
+        """sha256 over the files' bytes, and what says how they are quantized: a second or two per gigabyte."""
+        total = hashlib.sha256()
+        beside = self.directory / HF_QUANT_CONFIG
+        for path in [*self.files, *([beside] if beside.exists() else [])]:
+            with path.open("rb") as file:
+                total.update(hashlib.file_digest(file, "sha256").digest())
+        return total.hexdigest()
+
+
+class TensorFiles:
+    """The safetensors files of one T5Gemma 2 checkpoint, by canonical tensor name."""
+
+    def __init__(self, directory: Path, used: Collection[str]) -> None:
+        """
+        Args:
+            used: canonical names that one half or the other reads.
+
+        Raises:
+            CheckpointError: files that cannot be used, or a tensor that neither half reads and no list excuses.
+        """
+        self._directory = directory
+        self._stored = StoredTensors(directory)
+        self._where: dict[str, str] = {}  # canonical name -> stored name
+        unused = []
+        for name in self._stored.names():
+            canonical = canonical_name(name)
+            if canonical is None or canonical not in used:
+                if not _VISION.match(name) and not is_buffer(name):
+                    unused.append(name)
+            elif canonical in self._where:
+                raise CheckpointError(
+                    f"{directory}: {self._where[canonical]} and {name} are the same tensor {canonical}; expected one"
+                )
+            else:
+                self._where[canonical] = name
+        refuse_unused(directory, unused)
 
     def names(self) -> list[str]:
         return sorted(self._where)
 
-    def read(self, names: dict[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """Reads tensors chunk by chunk, so the peak is the result plus one chunk.
+    def check(self, names: dict[str, tuple[int, ...]]) -> None:
+        """Raises CheckpointError naming every missing tensor, or the first one of another shape or format.
 
         Args:
             names: canonical name -> expected shape.
-
-        Raises:
-            CheckpointError: naming every missing tensor, or the first one of another shape.
         """
         missing = [name for name in names if name not in self._where]
         if missing:
             shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
             raise CheckpointError(f"{self._directory}: {len(missing)} tensors are missing: {shown}")
-        return {name: self._read_one(name, shape, dtype) for name, shape in names.items()}
+        for name, shape in names.items():
+            weight = self._weight(name)
+            if weight.shape != shape:
+                raise CheckpointError(
+                    f"{weight.values.path}: {name} has the shape {weight.shape}; config.json says {shape}"
+                )
+            self._stored.check_format(self._where[name])
+
+    def read(self, names: dict[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Reads tensors chunk by chunk, so the peak is the result plus one chunk.
+
+        Args: as of `check`.
+
+        Raises:
+            CheckpointError: as `check`.
+        """
+        self.check(names)
+        return {name: self._stored.read(self._where[name], dtype) for name in names}
+
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors hold the same numbers; reads both a chunk at a time."""
+        if self._weight(one).shape != self._weight(other).shape:
+            return False
+        chunks = (self._stored.chunks(self._where[name]) for name in (one, other))
+        return all(torch.equal(a.float(), b.float()) for a, b in zip(*chunks, strict=True))
 
     def digest(self, names: list[str]) -> bytes:
         """sha256 over names, dtypes, shapes and bytes; how tensors are spread over files does not matter."""
@@ -76,71 +230,56 @@ class TensorFiles:
         for name in sorted(names):
             if name not in self._where:
                 raise CheckpointError(f"{self._directory}: tensor {name} is missing")
-            shape, stored_dtype = self._describe(name)
-            total.update(f"{name}|{stored_dtype}|{shape}|".encode())
-            for chunk in self._chunks(name, shape):
-                total.update(chunk.contiguous().view(torch.uint8).flatten().numpy().data)
+            weight = self._weight(name)
+            for part in weight.parts:
+                label = name if not weight.quantized else f"{name} from {part.name.rpartition('.')[2]}"
+                total.update(f"{label}|{part.dtype}|{part.shape}|".encode())
+                for chunk in _chunks(Weight(part), part.shape):
+                    total.update(chunk.contiguous().view(torch.uint8).flatten().numpy().data)
         return total.digest()
 
-    def _read_one(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        path, _ = self._where[name]
-        stored_shape, stored_dtype = self._describe(name)
-        if stored_shape != shape:
-            raise CheckpointError(f"{path}: {name} has the shape {stored_shape}; config.json says {shape}")
-        if stored_dtype not in FLOAT_TYPES:
-            raise CheckpointError(f"{path}: {name} is stored as {stored_dtype}; expected one of {sorted(FLOAT_TYPES)}")
-        tensor = torch.empty(shape, dtype=dtype)
-        row = 0
-        for chunk in self._chunks(name, shape):
-            tensor[row : row + len(chunk)] = chunk
-            row += len(chunk)
-        return tensor
-
-    def _describe(self, name: str) -> tuple[tuple[int, ...], str]:
-        """Shape and safetensors dtype as stored."""
-        path, stored = self._where[name]
-        with _open(path) as shard:
-            part = cast(Any, shard).get_slice(stored)
-            return tuple(part.get_shape()), str(part.get_dtype())
-
-    def _chunks(self, name: str, shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
-        """Consecutive rows of one tensor, at most CHUNK_BYTES (as float32) at a time.
-
-        Each chunk has its own mapping: pages of a mapping count as ours for as long as it lives,
-        and an embedding read through one would be held twice.
-        """
-        path, stored = self._where[name]
-        row_bytes = 4 * math.prod(shape[1:])
-        step = max(1, CHUNK_BYTES // max(row_bytes, 1))
-        for first in range(0, shape[0], step):
-            with _open(path) as shard:
-                try:
-                    yield cast(torch.Tensor, cast(Any, shard).get_slice(stored)[first : first + step])
-                except SafetensorError as exc:
-                    raise CheckpointError(f"{path}: tensor {stored} cannot be read ({exc})") from exc
+    def _weight(self, name: str) -> Weight:
+        return self._stored.weights[self._where[name]]
 
 
-def _open(path: Path) -> safe_open:
-    try:
-        return safe_open(str(path), framework="pt")
-    except (SafetensorError, OSError) as exc:
-        raise CheckpointError(f"{path}: cannot be read as safetensors ({exc})") from exc
-
-
-def _shards(directory: Path) -> Iterator[Path]:
-    index = directory / "model.safetensors.index.json"
-    if not index.exists():
-        single = directory / "model.safetensors"
-        if not single.exists():
-            raise CheckpointError(f"{directory}: neither model.safetensors nor model.safetensors.index.json is there")
-        yield single
+def _chunks(weight: Weight, shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
+    if not shape:
+        yield weight.rows(0, 1).reshape(1)
         return
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{index}: weight_map is missing or no object")
-    for name in sorted({str(shard) for shard in weight_map.values()}):
-        if Path(name).name != name:
-            raise CheckpointError(f"{index}: shard {name!r} is not a plain file name")
-        if not (directory / name).exists():
-            raise CheckpointError(f"{directory}: shard {name} is named by the index and missing")
-        yield directory / name
+    step = max(1, CHUNK_BYTES // max(4 * math.prod(shape[1:]), 1))
+    for first in range(0, shape[0], step):
+        yield weight.rows(first, min(first + step, shape[0]))
+
+
+def safetensors_files(directory: Path) -> list[Path]:
+    """The files that hold a checkpoint's tensors.
+
+    Raises:
+        CheckpointError: none, one that the index names is missing, or files that contradict each other.
+    """
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if (directory / name).exists():
+            raise CheckpointError(
+                f"{directory}: {name} is there and would not be applied; merge the adapter into the weights first"
+            )
+    single = directory / "model.safetensors"
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index}: weight_map is missing or no object")
+        names = sorted({str(name) for name in weight_map.values()})
+        for name in names:
+            if Path(name).name != name:
+                raise CheckpointError(f"{index}: shard {name!r} is not a plain file name")
+            if not (directory / name).exists():
+                raise CheckpointError(f"{directory}: shard {name} is named by the index and missing")
+        if single.exists() and single.name not in names:
+            # transformers reads the single file then, other programs the shards.
+            raise CheckpointError(f"{directory}: {single.name} and {index.name} are both there; expected one of them")
+        return [directory / name for name in names]
+    if single.exists():
+        return [single]
+    other = [path.name for path in (*directory.glob("*.bin"), *directory.glob("*.pt"))]
+    also = f"; {', '.join(sorted(other))} can run code when opened and is not read" if other else ""
+    raise CheckpointError(f"{directory}: no model.safetensors and no index of shards{also}")

@@ -8,14 +8,14 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from checkpoint.errors import CheckpointError
-from decoder_server.cross_encoder.profiles import Activation, Profile, builtin_profiles, load_profiles
+from decoder_server.cross_encoder.declared import declared_activation, declared_max_tokens
+from decoder_server.cross_encoder.profiles import GENERIC, Activation, Profile, builtin_profiles, load_profiles
 
 # A checkpoint may carry its recipe: what `preread convert-ctxl` writes, and what a user may put there.
 FILE_NAME = "preread-profile.toml"
-GENERIC = "generic"
 # Longest input taken from a configuration that names more; attention on a CPU is quadratic.
 MAX_GENERIC_TOKENS = 8192
 # Encoders that transformers gives a classification head over the first token or a pool of all: a pair goes in.
@@ -68,8 +68,8 @@ def own_profile(directory: Path) -> Profile | None:
     return next(iter(rows.values()))
 
 
-def generic_profile(name: str, config: dict[str, Any]) -> Profile:
-    """A profile from config.json alone, for an encoder with a classification head.
+def generic_profile(name: str, config: dict[str, Any], directory: Path | None = None) -> Profile:
+    """A profile from config.json and what sentence-transformers wrote beside it, for an encoder with a head.
 
     A decoder's prompt and answer tokens stand in no configuration: guessing them gives numbers, not scores.
 
@@ -89,14 +89,15 @@ def generic_profile(name: str, config: dict[str, Any]) -> Profile:
             f"{name}: config.json has {labels} labels; a reranker has 1, or 2 with the second relevant"
         )
     positions = int(config.get("max_position_embeddings") or 512)
+    at = directory or Path(name)
     if kind in OFFSET_POSITIONS:
         positions -= int(config.get("pad_token_id") or 0) + 1
     return Profile(
         model=GENERIC,
         architectures=(architecture,),
         num_labels=labels,
-        activation=_activation(config, labels),
-        max_tokens=max(1, min(positions, MAX_GENERIC_TOKENS)),
+        activation=cast(Activation, declared_activation(at, config, labels)),
+        max_tokens=max(1, min(positions, declared_max_tokens(at) or MAX_GENERIC_TOKENS, MAX_GENERIC_TOKENS)),
         needs_remote_code="auto_map" in config,
     )
 
@@ -149,14 +150,6 @@ def limited(profile: Profile, config: dict[str, Any], max_tokens: int | None) ->
         max_query_tokens=max(1, min(profile.max_query_tokens, share)),
         max_instruction_tokens=max(1, min(profile.max_instruction_tokens, share)),
     )
-
-
-def _activation(config: dict[str, Any], labels: int) -> Activation:
-    """As sentence-transformers reads it: what config.json names, else a sigmoid for one label."""
-    saved = (config.get("sentence_transformers") or {}).get("activation_fn") or config.get(
-        "sbert_ce_default_activation_function"
-    )
-    return "identity" if labels == 1 and saved is not None and str(saved).endswith("Identity") else "sigmoid"
 
 
 def _owner_and_name(name: str) -> str:

@@ -13,8 +13,8 @@ import torch
 from tokenizers import Tokenizer
 
 from checkpoint.errors import CheckpointError
+from checkpoint.tensors import StoredTensors
 from decoder_server.cross_encoder.profiles import Profile
-from decoder_server.cross_encoder.weights import StoredTensors
 
 # A tokenizer this large is a published one, whose answers have known ids; smaller ones are made for tests.
 REAL_VOCABULARY = 10_000
@@ -35,16 +35,17 @@ class RowHead:
         return logits[:, 0] if logits.shape[1] == 1 else logits[:, 0] - logits[:, 1]
 
 
-def score_head(directory: Path, tensors: StoredTensors) -> RowHead:
+def score_head(directory: Path, tensors: StoredTensors, config: Any) -> RowHead:
     """`score.weight` of a decoder with a sequence-classification head.
 
     Raises:
-        CheckpointError: it is not stored, as in a checkpoint that was never converted.
+        CheckpointError: it is not stored, as in a checkpoint that was never converted, or has another shape.
     """
     if "score.weight" not in tensors:
         raise CheckpointError(
             f"{directory}: score.weight is not in the checkpoint and would be random; convert the original first"
         )
+    _check_shape(tensors, "score.weight", (1, config.hidden_size))
     return RowHead(tensors.rows("score.weight", [0]))
 
 
@@ -54,19 +55,26 @@ def vocabulary_head(directory: Path, tensors: StoredTensors, config: Any, answer
     Raises:
         CheckpointError: no output embedding is stored and none is tied.
     """
-    for key in ("logit_scale", "logits_scaling"):
+    for key in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
         if getattr(config, key, None) not in (None, 1, 1.0):
             raise CheckpointError(
                 f"{directory}: config.json scales its logits by {key}; that readout is not known here"
             )
     tied = "model.embed_tokens.weight"
     if "lm_head.weight" in tensors:  # transformers prefers a stored head to a tied one, too
-        rows = tensors.rows("lm_head.weight", list(answers))
+        name = "lm_head.weight"
     elif config.tie_word_embeddings and tied in tensors:
-        rows = tensors.rows(tied, list(answers))
+        name = tied
     else:
         raise CheckpointError(f"{directory}: lm_head.weight is not in the checkpoint and would be random")
-    return RowHead(rows, getattr(config, "final_logit_softcapping", None))
+    _check_shape(tensors, name, (config.vocab_size, config.hidden_size))
+    return RowHead(tensors.rows(name, list(answers)), getattr(config, "final_logit_softcapping", None))
+
+
+def _check_shape(tensors: StoredTensors, name: str, shape: tuple[int, int]) -> None:
+    found = tensors.weights[name].shape
+    if found != shape:
+        raise CheckpointError(f"{tensors.directory}: {name} has the shape {found}; config.json says {shape}")
 
 
 def answer_ids(directory: Path, tokenizer: Tokenizer, profile: Profile) -> tuple[int, ...]:

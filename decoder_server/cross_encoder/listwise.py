@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 
 from checkpoint.compute import dtype_name
 from checkpoint.errors import CheckpointError
+from checkpoint.tensors import StoredTensors
 from decoder_server.cross_encoder.profiles import Profile
 from decoder_server.cross_encoder.templates import TemplateFiller, Tokenizers, list_template, place
 from decoder_server.cross_encoder.texts import TextPair
-from decoder_server.cross_encoder.weights import StoredTensors
+
+PROJECTOR = ("projector.0.weight", "projector.2.weight")  # two layers without biases, a ReLU between them
 
 
 class ListwiseRunner:
@@ -92,17 +94,26 @@ class ListwiseRunner:
             yield block
 
 
-def read_projector(directory: Path, tensors: StoredTensors) -> tuple[torch.Tensor, torch.Tensor]:
+def read_projector(directory: Path, tensors: StoredTensors, hidden: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The two layers of the projector, in float32.
 
+    Args:
+        hidden: width of the states that go in.
+
     Raises:
-        CheckpointError: they are not stored.
+        CheckpointError: they are not stored, or of a shape that does not fit.
     """
-    names = ("projector.0.weight", "projector.2.weight")
+    names = PROJECTOR
     missing = [name for name in names if name not in tensors]
     if missing:
         raise CheckpointError(f"{directory}: {', '.join(missing)} is not in the checkpoint and would be random")
-    return tensors.read(names[0]), tensors.read(names[1])
+    first, second = tensors.read(names[0]), tensors.read(names[1])
+    if first.dim() != 2 or second.dim() != 2 or first.shape[1] != hidden or second.shape[1] != first.shape[0]:
+        raise CheckpointError(
+            f"{directory}: {names[0]} and {names[1]} have the shapes {tuple(first.shape)} and {tuple(second.shape)}; "
+            f"expected (a, {hidden}) and (b, a)"
+        )
+    return first, second
 
 
 def marker_id(tokenizers: Tokenizers, token: str) -> int:

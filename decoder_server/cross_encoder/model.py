@@ -13,6 +13,7 @@ from decoder_server.cross_encoder.batching import batches
 from decoder_server.cross_encoder.profiles import Profile
 from decoder_server.cross_encoder.runner import Runner
 from decoder_server.cross_encoder.texts import PairReader, Question, TextPair, Texts
+from decoder_server.cross_encoder.transformer import one_line
 
 # Padded tokens per pass, by device: above it a pass is no faster per token.
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
@@ -146,14 +147,24 @@ class CrossEncoder:
             return ((1 + margins) / 2).clip(0, 1)
         return self.activation(margins) if self.profile.activation == "sigmoid" else sigmoid(margins)
 
+    def first_pass(self) -> NDArray[np.float32]:
+        """The margin of one real pair, (1,).
+
+        Raises:
+            CheckpointError: configuration and weights load, and cannot be computed with.
+        """
+        try:
+            return self.score_texts([("Does this model answer?", None, "It gives a number for every pair.")])
+        except (RuntimeError, KeyError, IndexError, TypeError, AttributeError, ValueError) as exc:
+            raise CheckpointError(f"{self.model}: the first forward pass failed ({one_line(exc)})") from exc
+
     def warm_up(self) -> None:
         """One real pass.
 
         Raises:
-            CheckpointError: the weights give no finite margin.
+            CheckpointError: as first_pass, or the weights give no finite margin.
         """
-        margin = self.score_texts([("Does this model answer?", None, "It gives a number for every pair.")])
-        if not np.isfinite(margin).all():
+        if not np.isfinite(self.first_pass()).all():
             raise CheckpointError(f"{self.model}: the first forward pass gave no finite margin")
 
 

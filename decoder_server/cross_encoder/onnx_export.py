@@ -19,7 +19,8 @@ import torch
 
 from checkpoint.errors import CheckpointError
 from decoder_server.cross_encoder.source import Source
-from decoder_server.cross_encoder.transformer import load_transformer, one_line
+from decoder_server.cross_encoder.torch_loading import load_model
+from decoder_server.cross_encoder.transformer import one_line
 
 # Raised whenever the same weights would give another graph.
 EXPORT_VERSION = 1
@@ -62,14 +63,7 @@ def export(source: Source, path: Path) -> None:
         CheckpointError: this architecture cannot be exported on the installed versions, with the exporter's words.
     """
     last = source.profile.head in ("score", "vocabulary")
-    model = load_transformer(
-        source.directory,
-        source.config,
-        torch.float32,
-        torch.device("cpu"),
-        headless=last,
-        trust_remote_code=source.trust_remote_code,
-    )
+    model = load_model(source, torch.float32, torch.device("cpu"))
     names = input_names(source)
     ids = torch.full((2, 12), source.pad_id)
     mask, positions = torch.ones_like(ids), torch.arange(12).repeat(2, 1)

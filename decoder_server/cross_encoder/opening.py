@@ -76,7 +76,7 @@ def open_cross_encoder(
     directory = resolve(name, revision, with_code=trust_remote_code)
     raw = read_json(directory / "config.json")
     if chosen is None:
-        chosen = (own_profile(directory) if profile is None else None) or generic_profile(name, raw)
+        chosen = (own_profile(directory) if profile is None else None) or generic_profile(name, raw, directory)
         _check_allowed(name, chosen, trust_remote_code)
     check_architecture(chosen, raw, name)
     source = Source.open(directory, raw, limited(chosen, raw, max_tokens), trust_remote_code=trust_remote_code)
@@ -90,6 +90,7 @@ def open_cross_encoder(
     model = CrossEncoder(
         source.reader, runner, source.profile, model=name, runtime=runtime, fingerprint=source.fingerprint
     )
+    model.first_pass()  # what config.json says may make a model that loads and cannot compute
     without = "" if where.type != "cpu" or cpu_multiplies_bfloat16() else " (no bfloat16 on this processor)"
     log.info("%s: profile %s, %s on %s%s", name, chosen.model, model.dtype_name, model.device_name, without)
     if model.license_notice:

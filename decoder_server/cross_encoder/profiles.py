@@ -23,6 +23,7 @@ from checkpoint.settings import template_fields
 Head = Literal["classifier", "score", "vocabulary", "listwise"]
 Activation = Literal["identity", "sigmoid"]
 Padding = Literal["left", "right"]
+GENERIC = "generic"  # the profile made from a checkpoint's own configuration
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from checkpoint.errors import CheckpointError
+from checkpoint.tensors import StoredTensors
+from decoder_server.cross_encoder.declared import check_declared
 from decoder_server.cross_encoder.profiles import Profile
 from decoder_server.cross_encoder.texts import PairReader
 from decoder_server.cross_encoder.transformer import load_config
-from decoder_server.cross_encoder.weights import StoredTensors
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -50,6 +51,7 @@ class Source:
             CheckpointError: a tokenizer, configuration or weights file that is missing, broken or of another model.
         """
         config = load_config(directory, trust_remote_code=trust_remote_code)
+        check_declared(directory, raw, config, profile)
         tokenizer, pad_id, names = _load_tokenizer(directory, raw, trust_remote_code)
         size = tokenizer.get_vocab_size(with_added_tokens=True)
         if size > config.vocab_size:

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
 from checkpoint.errors import CheckpointError
+from checkpoint.tensors import StoredTensors, is_buffer, refuse_unused
+
+# Heads that a checkpoint keeps from its training and a score is not read from; and, where no class has one, the pooler
+# that they stood on. A tensor of these names that the model does use is never left over.
+_OTHER_HEADS = re.compile(
+    r"(?:(?:cls\.(?:predictions|seq_relationship)|lm_head|lm_predictions|mask_predictions|decoder)\.(?:\w+\.)*|"
+    r"(?:\w+\.)?pooler\.dense\.)(?:weight|bias|gamma|beta)$"
+)
 
 
 def load_config(directory: Path, *, trust_remote_code: bool) -> Any:
@@ -30,37 +40,78 @@ def load_config(directory: Path, *, trust_remote_code: bool) -> Any:
 
 
 def load_transformer(
-    directory: Path, config: Any, dtype: torch.dtype, device: torch.device, *, headless: bool, trust_remote_code: bool
+    tensors: StoredTensors,
+    config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    kind: str,
+    beside: Collection[str] = (),
+    trust_remote_code: bool = False,
 ) -> Any:
-    """The base model (`headless`), or the one with its sequence-classification head, in evaluation mode.
+    """A model of transformers in evaluation mode, with every stored tensor in it or accounted for.
+
+    Args:
+        kind: name of the auto class.
+        beside: tensors that somebody else reads, or that the readout has no use for.
 
     Raises:
-        CheckpointError: weights missing (transformers would draw them at random), of another shape, or unreadable.
+        CheckpointError: weights missing (transformers would draw them at random), of another shape, unreadable, or
+            stored and not used by the model (transformers would leave them out).
     """
-    from transformers import AutoModel, AutoModelForSequenceClassification
+    import transformers
 
-    kind = AutoModel if headless else AutoModelForSequenceClassification
+    directory = tensors.directory
+    for name in tensors.names():
+        if not is_buffer(name):
+            tensors.check_format(name)
     try:
         with quiet():
-            model, info = kind.from_pretrained(
-                directory,
-                config=config,
+            model, info = _from_pretrained(
+                getattr(transformers, kind),
+                tensors,
+                config,
+                ignore_mismatched_sizes=True,  # refused below, by name
                 dtype=dtype,  # else transformers keeps the stored one, which may be float16
-                local_files_only=True,
-                use_safetensors=True,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
             )
-    except Exception as exc:  # shapes, files, remote code: unrelated types, one meaning
+    except KeyError as exc:  # of a table of transformers', such as that of the activation functions
+        raise CheckpointError(f"{directory / 'config.json'}: names {exc}, which transformers does not have") from exc
+    except Exception as exc:  # files, remote code: unrelated types, one meaning
         raise CheckpointError(f"{directory}: the model cannot be loaded ({one_line(exc)})") from exc
-    missing = sorted(info["missing_keys"]) + sorted(str(key[0]) for key in info["mismatched_keys"])
+    for name, found, wanted in sorted(info["mismatched_keys"]):
+        raise CheckpointError(f"{directory}: {name} has the shape {tuple(found)}; config.json says {tuple(wanted)}")
+    missing = sorted(info["missing_keys"])
     if missing:
         shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
         raise CheckpointError(
             f"{directory}: {len(missing)} weights of {type(model).__name__} are not in the checkpoint "
             f"and would be random: {shown}"
         )
+    left = {name for name in info["unexpected_keys"] if name not in beside and not is_buffer(name)}
+    if kind == "AutoModelForSequenceClassification":
+        left = {name for name in left if not _OTHER_HEADS.match(name)}
+    refuse_unused(directory, left)
     return cast(Any, model).to(device).eval()
+
+
+def _from_pretrained(kind: Any, tensors: StoredTensors, config: Any, *, dtype: torch.dtype, **how: Any) -> Any:
+    """transformers' own loading, or of plain numbers where the stored ones are quantized.
+
+    transformers reads one of the two layouts, and only with a further package.
+    """
+    if not tensors.quantization:
+        return kind.from_pretrained(
+            tensors.directory, config=config, dtype=dtype, local_files_only=True, use_safetensors=True, **how
+        )
+    plain = copy.deepcopy(config)
+    if hasattr(plain, "quantization_config"):
+        del plain.quantization_config
+    with torch.device("meta"):
+        exact = type(kind.from_config(plain, trust_remote_code=how.pop("trust_remote_code")))
+    state = {name: tensors.read(name, dtype) for name in tensors.names()}
+    return exact.from_pretrained(None, config=plain, dtype=dtype, state_dict=state, **how)
 
 
 def keep_heads_in_float32(model: Any) -> None:
@@ -93,6 +144,6 @@ def quiet() -> Iterator[None]:
 
 
 def one_line(exc: Exception) -> str:
-    """The first line of a message that may be pages long."""
-    lines = str(exc).strip().splitlines()
-    return f"{type(exc).__name__}: {lines[0][:300]}" if lines else type(exc).__name__
+    """The beginning of a message that may be pages long."""
+    text = " ".join(str(exc).split())[:300]
+    return f"{type(exc).__name__}: {text}" if text else type(exc).__name__

@@ -54,7 +54,7 @@ def command(
 def _facts(checkpoint: Any) -> dict[str, Any]:
     from checkpoint.shapes import embedding_shapes, stack_shapes
 
-    _check_decoder(checkpoint)
+    checkpoint.check_decoder()  # the fingerprint reads every encoder tensor; the decoder's are looked for
     settings = checkpoint.settings
     encoder, decoder = checkpoint.encoder_config, checkpoint.decoder_config
     prompt = checkpoint.text.prompt("a")
@@ -78,19 +78,6 @@ def _facts(checkpoint: Any) -> dict[str, Any]:
         "yes": {"token": settings.yes_token, "id": checkpoint.text.yes_id},
         "no": {"token": settings.no_token, "id": checkpoint.text.no_id},
     }
-
-
-def _check_decoder(checkpoint: Any) -> None:
-    """The fingerprint reads every encoder tensor; the decoder's are looked for by name."""
-    from checkpoint import CheckpointError
-    from checkpoint.shapes import stack_shapes
-    from checkpoint.tensors import TensorFiles
-
-    missing = sorted(
-        set(stack_shapes("decoder", checkpoint.decoder_config)) - set(TensorFiles(checkpoint.path).names())
-    )
-    if missing:
-        raise CheckpointError(f"{checkpoint.path}: {len(missing)} tensors are missing, the first is {missing[0]}")
 
 
 def _count(shapes: dict[str, tuple[int, ...]]) -> int:

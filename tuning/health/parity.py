@@ -16,10 +16,11 @@ import torch
 
 from checkpoint.compute import DTYPES
 from checkpoint.errors import CheckpointError
+from checkpoint.tensors import StoredTensors
 from decoder_server.cross_encoder.batching import Padded, batches, pad
 from decoder_server.cross_encoder.conversion import COLUMN, CausalSource
 from decoder_server.cross_encoder.texts import PairReader
-from decoder_server.cross_encoder.transformer import load_config, load_transformer, quiet
+from decoder_server.cross_encoder.transformer import load_config, load_transformer
 from tuning.health.compare import Margins
 from tuning.health.pairs import PairSet
 from tuning.health.running import counted
@@ -98,19 +99,13 @@ def _batches(source: CausalSource, pairs: PairSet) -> tuple[list[Padded], list[i
 
 
 def _load(path: Path, dtype: str, *, causal: bool) -> Any:
-    if not causal:  # refuses missing and random weights by itself
-        config = load_config(path, trust_remote_code=False)
-        return load_transformer(
-            path, config, DTYPES[dtype], torch.device("cpu"), headless=False, trust_remote_code=False
-        )
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with quiet():
-            kind: Any = AutoModelForCausalLM
-            return kind.from_pretrained(path, dtype=DTYPES[dtype], local_files_only=True).eval()
-    except Exception as exc:  # transformers raises many unrelated types
-        raise CheckpointError(f"{path}: the language model cannot be loaded ({str(exc).splitlines()[0]})") from exc
+    return load_transformer(
+        StoredTensors(path),
+        load_config(path, trust_remote_code=False),
+        DTYPES[dtype],
+        torch.device("cpu"),
+        kind="AutoModelForCausalLM" if causal else "AutoModelForSequenceClassification",
+    )
 
 
 @torch.inference_mode()

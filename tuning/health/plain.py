@@ -1,7 +1,8 @@
 """The plain way: transformers' own classes in float32, one unpadded pair a pass, the published readout written out.
 
-Shares no code with what serves, but for the tokenizer with its templates: those say what is read, not how. Faults are
-computed here too, by doing the wrong thing on purpose. Does not judge.
+Shares no code with what serves, but for the reading of the files: the tokenizer with its templates, and tensors, which
+are all in the model or refused. Those say what is read, not how. Faults are computed here too, by doing the wrong thing
+on purpose. Does not judge.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from checkpoint.tensors import StoredTensors
 from decoder_server.cross_encoder.heads import answer_ids
 from decoder_server.cross_encoder.profiles import Profile
 from decoder_server.cross_encoder.texts import PairReader, TextPair
-from decoder_server.cross_encoder.transformer import quiet
+from decoder_server.cross_encoder.transformer import load_config, load_transformer, quiet
 from tuning.health.compare import Margins
 from tuning.health.pairs import TextTriple
 from tuning.health.scorer import Advance, unheard
@@ -27,17 +29,21 @@ class PlainModel:
     """A checkpoint's own weights by the book. Not for listwise models, whose score is not a pair's."""
 
     def __init__(self, directory: Path, profile: Profile, device: str = "cpu", trust_remote_code: bool = False) -> None:
-        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoTokenizer
 
-        kind: Any = AutoModelForCausalLM if profile.head == "vocabulary" else AutoModelForSequenceClassification
+        kind = "AutoModelForCausalLM" if profile.head == "vocabulary" else "AutoModelForSequenceClassification"
+        self.model: Any = load_transformer(
+            StoredTensors(directory),
+            load_config(directory, trust_remote_code=trust_remote_code),
+            torch.float32,
+            torch.device(device),
+            kind=kind,
+            trust_remote_code=trust_remote_code,
+        )
         with quiet():
-            self.model: Any = kind.from_pretrained(
-                directory, dtype=torch.float32, local_files_only=True, trust_remote_code=trust_remote_code
-            )
             loaded: Any = cast(Any, AutoTokenizer).from_pretrained(
                 directory, local_files_only=True, trust_remote_code=trust_remote_code
             )
-        self.model.to(device).eval()
         self.profile = profile
         self.tokenizer = loaded.backend_tokenizer
         self.pad_id = self.model.config.pad_token_id or loaded.pad_token_id or 0

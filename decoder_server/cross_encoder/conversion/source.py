@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from safetensors import SafetensorError, safe_open
-
 from checkpoint.errors import CheckpointError
 from checkpoint.files import read_json, resolve
-from checkpoint.tensors import FLOAT_TYPES
+from checkpoint.tensors import StoredTensors, is_buffer
 from decoder_server.cross_encoder.choosing import named_profile, own_profile
+from decoder_server.cross_encoder.declared import check_declared
 from decoder_server.cross_encoder.profiles import Profile, builtin_profiles
-from decoder_server.cross_encoder.weights import safetensors_files
+from decoder_server.cross_encoder.transformer import load_config
 
 TARGETS = {
     "Qwen3ForCausalLM": "Qwen3ForSequenceClassification",
@@ -29,15 +28,6 @@ COLUMN = 0  # of the vocabulary: the answer that ctxl models were trained to giv
 
 
 @dataclass(frozen=True)
-class Stored:
-    """One tensor of the source."""
-
-    path: Path
-    shape: tuple[int, ...]
-    dtype: str  # as safetensors calls it
-
-
-@dataclass(frozen=True)
 class CausalSource:
     """A checked causal language model."""
 
@@ -45,7 +35,7 @@ class CausalSource:
     path: Path
     config: dict[str, Any]
     profile: Profile  # how the language model is asked
-    tensors: dict[str, Stored]
+    tensors: StoredTensors
     head: str  # the tensor whose first row becomes the score
     pad_token: str
     pad_token_id: int
@@ -66,8 +56,9 @@ class CausalSource:
                 f"{name}: its profile {profile.model!r} reads more than column {COLUMN} of the vocabulary; "
                 "expected a ctxl reranker, whose relevance is that one column"
             )
+        check_declared(path, config, load_config(path, trust_remote_code=False), profile)
         pad_token, pad_token_id = _pad(name, path, config, profile)
-        tensors = _tensors(path)
+        tensors = StoredTensors(path)
         return cls(name, path, config, profile, tensors, _head(name, config, tensors), pad_token, pad_token_id)
 
     @property
@@ -82,7 +73,7 @@ class CausalSource:
     @property
     def num_tensors(self) -> int:
         """Of the result."""
-        return len(self.tensors.keys() - {HEAD}) + 1
+        return len(self.tensors.weights.keys() - {HEAD}) + 1
 
     @property
     def tied(self) -> bool:
@@ -98,9 +89,6 @@ def _check_config(name: str, config: dict[str, Any]) -> None:
         raise CheckpointError(
             f"{name}: config.json names the architecture {' '.join(found) or 'none'}; expected {' or '.join(TARGETS)}"
         )
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise CheckpointError(f"{name}: its weights are quantized ({method}); expected the unquantized checkpoint")
 
 
 def _usual_profile(architecture: str) -> Profile:
@@ -141,24 +129,13 @@ def _pad(name: str, path: Path, config: dict[str, Any], profile: Profile) -> tup
     return str(tokenizer.convert_ids_to_tokens(int(pad))), int(pad)
 
 
-def _tensors(path: Path) -> dict[str, Stored]:
-    found: dict[str, Stored] = {}
-    for file in safetensors_files(path):
-        try:
-            with safe_open(str(file), framework="pt") as shard:
-                for name in shard.keys():  # noqa: SIM118 - a safetensors handle, not a dict
-                    part = cast(Any, shard).get_slice(name)
-                    found[name] = Stored(file, tuple(part.get_shape()), str(part.get_dtype()))
-        except (SafetensorError, OSError) as exc:
-            raise CheckpointError(f"{file}: cannot be read as safetensors ({exc})") from exc
-    return found
-
-
-def _head(name: str, config: dict[str, Any], tensors: dict[str, Stored]) -> str:
+def _head(name: str, config: dict[str, Any], tensors: StoredTensors) -> str:
     """The tensor that the language model multiplies for its logits."""
-    strangers = [tensor for tensor in tensors if not tensor.startswith("model.") and tensor not in (HEAD, HEAD_BIAS)]
-    if strangers:
-        raise CheckpointError(f"{name}: tensor {strangers[0]} is none of a {config['architectures'][0]}")
+    for tensor in tensors.names():
+        if not tensor.startswith("model.") and tensor not in (HEAD, HEAD_BIAS):
+            raise CheckpointError(f"{name}: tensor {tensor} is none of a {config['architectures'][0]}")
+        if not is_buffer(tensor):
+            tensors.check_format(tensor)
     if HEAD_BIAS in tensors:
         raise CheckpointError(f"{name}: {HEAD_BIAS} is there; a classifier's score has no bias to put it into")
     head = HEAD if HEAD in tensors else EMBEDDING
@@ -168,8 +145,6 @@ def _head(name: str, config: dict[str, Any], tensors: dict[str, Stored]) -> str:
         # transformers would fill the missing head with random numbers and only log it.
         raise CheckpointError(f"{name}: {HEAD} is missing and config.json does not tie it to the embedding")
     shape = (config.get("vocab_size"), config.get("hidden_size"))
-    if tensors[head].shape != shape:
-        raise CheckpointError(f"{name}: {head} has the shape {tensors[head].shape}; config.json says {shape}")
-    if tensors[head].dtype not in FLOAT_TYPES:
-        raise CheckpointError(f"{name}: {head} is {tensors[head].dtype}; expected one of {', '.join(FLOAT_TYPES)}")
+    if tensors.weights[head].shape != shape:
+        raise CheckpointError(f"{name}: {head} has the shape {tensors.weights[head].shape}; config.json says {shape}")
     return head

@@ -11,10 +11,9 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from checkpoint.errors import CheckpointError
@@ -60,15 +59,16 @@ def convert(source: CausalSource, folder: Path, advance: Advance = lambda num: N
 def _num_bytes(source: CausalSource, name: str) -> int:
     if name == SCORE:
         return 8 * int(source.config["hidden_size"])
-    stored = source.tensors[name]
-    return math.prod(stored.shape) * _ITEM_BYTES.get(stored.dtype, 8)
+    weight = source.tensors.weights[name]
+    item = _ITEM_BYTES["F32"] if weight.quantized else _ITEM_BYTES.get(weight.values.dtype, 8)
+    return math.prod(weight.shape) * item
 
 
 def _groups(source: CausalSource) -> list[list[str]]:
     """Tensor names of the result, shard by shard, in the source's order."""
     groups: list[list[str]] = [[SCORE]]
     size = 0
-    for name in source.tensors:
+    for name in source.tensors.weights:
         if name == HEAD:
             continue
         size += _num_bytes(source, name)
@@ -93,21 +93,20 @@ def _write_weights(
 
 
 def _read(source: CausalSource, names: list[str], advance: Advance) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each through a mapping of its own: pages of a mapping count as ours for as long as it lives."""
+    """One after the other; what was quantized becomes float32, which holds the product with its scales."""
     for name in names:
-        stored_name = source.head if name == SCORE else name
-        path = source.tensors[stored_name].path
-        with safe_open(str(path), framework="pt") as shard:
-            try:
-                if name == SCORE:
-                    row = cast(torch.Tensor, cast(Any, shard).get_slice(stored_name)[COLUMN : COLUMN + 1])
-                    if not row.isfinite().all() or not row.any():
-                        raise CheckpointError(f"{path}: row {COLUMN} of {stored_name} is zero or not finite: no score")
-                    yield name, row.clone()  # (1, hidden)
-                else:
-                    yield name, shard.get_tensor(name)
-            except SafetensorError as exc:
-                raise CheckpointError(f"{path}: tensor {stored_name} cannot be read ({exc})") from exc
+        weight = source.tensors.weights[source.head if name == SCORE else name]
+        if name == SCORE:
+            row = weight.rows(COLUMN, COLUMN + 1)  # (1, hidden)
+            if not row.isfinite().all() or not row.any():
+                raise CheckpointError(
+                    f"{weight.values.path}: row {COLUMN} of {source.head} is zero or not finite: no score"
+                )
+            yield name, row.clone()
+        elif weight.quantized:
+            yield name, source.tensors.read(name)
+        else:
+            yield name, weight.values.rows(0, math.prod(weight.shape[:1]))
         advance(1)
 
 
@@ -124,6 +123,11 @@ def _config(source: CausalSource) -> dict[str, Any]:
         sentence_transformers={"activation_fn": "torch.nn.modules.linear.Identity"},
     )
     config.pop("auto_map", None)
+    if source.tensors.quantization:  # the result holds plain numbers
+        for key in ("quantization_config", "compression_config"):
+            config.pop(key, None)
+        config["dtype"] = "float32"
+        config.pop("torch_dtype", None)
     return config
 
 

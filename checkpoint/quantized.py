@@ -1,0 +1,232 @@
+"""Weights stored as 8- or 4-bit floats beside their scales, given back as plain numbers. Runs no model.
+
+Two writers' layouts are read, by the names of the tensors. A module `m` with a weight of shape (out, in) has
+
+    FP8, both           m.weight F8_E4M3 (out, in); m.weight_scale one number, or one per row
+                        weight = m.weight * m.weight_scale
+    NVFP4, modelopt     m.weight U8 (out, in / 2); m.weight_scale F8_E4M3 (out, in / 16); m.weight_scale_2 one number
+                        weight = e2m1(m.weight) * m.weight_scale * m.weight_scale_2
+    NVFP4,              m.weight_packed U8 (out, in / 2); m.weight_scale as above; m.weight_global_scale one number
+    compressed-tensors  weight = e2m1(m.weight_packed) * m.weight_scale / m.weight_global_scale
+
+A byte of NVFP4 holds two e2m1 numbers, the earlier in its low half. Sources: NVIDIA Model Optimizer's unified
+Hugging Face checkpoint (docs/source/deployment/3_unified_hf.rst) and NVFP4QTensor; compressed-tensors'
+float-quantized and nvfp4-pack-quantized compressors; vLLM's modelopt and compressed_tensors loaders.
+
+Every other scheme is refused: its weights would load as numbers of another meaning.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from checkpoint.errors import CheckpointError
+from checkpoint.files import read_json
+
+# safetensors names of the formats a plain weight may be stored in.
+FLOAT_TYPES = frozenset({"F64", "F32", "F16", "BF16"})
+HF_QUANT_CONFIG = "hf_quant_config.json"
+MODELOPT_ALGORITHMS = frozenset({"FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4"})
+COMPRESSED_FORMATS = frozenset({"float-quantized", "naive-quantized", "nvfp4-pack-quantized"})
+BLOCK = 16  # numbers of NVFP4 that share a scale
+# Scales of activations and of cached keys and values. Weights alone are taken from the checkpoint: activations stay in
+# the format that computes, so nothing is divided by these and nothing has to be multiplied back.
+ACTIVATION_SCALES = ("input_scale", "input_global_scale", "q_scale", "k_scale", "v_scale")
+# By code: a sign, two bits of exponent, one of mantissa (OCP Microscaling Formats, FP4 E2M1).
+_E2M1 = torch.tensor([sign * x for sign in (1, -1) for x in (0, 0.5, 1, 1.5, 2, 3, 4, 6)])
+REMEDY = (
+    "serve the unquantized checkpoint, or one that modelopt or compressed-tensors wrote in FP8 or NVFP4; "
+    "dtype=bfloat16 and runtime=onnx-int8 make a served model smaller"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One tensor as a file holds it."""
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors calls it
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """Rows [first, last) of a tensor, or the one number of a scalar.
+
+        Each call has its own mapping: pages of a mapping count as ours for as long as it lives.
+        """
+        with opened(self.path) as shard:
+            try:
+                part = cast(Any, shard)
+                return cast(Tensor, part.get_slice(self.name)[first:last] if self.shape else part.get_tensor(self.name))
+            except SafetensorError as exc:
+                raise CheckpointError(f"{self.path}: tensor {self.name} cannot be read ({exc})") from exc
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One weight as a model uses it, with the scales it was stored beside."""
+
+    values: Stored
+    scale: Stored | None = None
+    global_scale: Stored | None = None
+    divides: bool = False  # by the global scale
+
+    @property
+    def quantized(self) -> bool:
+        return self.scale is not None
+
+    @property
+    def parts(self) -> list[Stored]:
+        return [part for part in (self.values, self.scale, self.global_scale) if part is not None]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        if self.global_scale is None:
+            return self.values.shape
+        return (*self.values.shape[:-1], 2 * self.values.shape[-1])
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """Rows [first, last) as stored, or in float32 where they were quantized."""
+        values = self.values.rows(first, last)
+        if self.scale is None:
+            return values
+        if self.global_scale is None:
+            one = math.prod(self.scale.shape) == 1
+            scale = self.scale.rows(0, 1) if one else self.scale.rows(first, last)
+            return values.float() * scale.float().reshape(-1, 1)
+        codes = torch.stack([values & 0xF, values >> 4], dim=-1).flatten(-2)  # (rows, in)
+        scales = self.scale.rows(first, last).float().repeat_interleave(BLOCK, dim=-1)
+        overall = self.global_scale.rows(0, 1).float().reshape(())
+        weight: Tensor = _E2M1[codes.long()] * scales
+        return weight.div_(overall) if self.divides else weight.mul_(overall)
+
+
+def opened(path: Path) -> safe_open:
+    """A safetensors file. Raises CheckpointError."""
+    try:
+        return safe_open(str(path), framework="pt")
+    except (SafetensorError, OSError) as exc:
+        raise CheckpointError(f"{path}: cannot be read as safetensors ({exc})") from exc
+
+
+def declared_quantization(directory: Path) -> str:
+    """`modelopt` or `compressed-tensors` where the checkpoint says that its weights are quantized, else "".
+
+    Raises:
+        CheckpointError: another scheme, with what to do.
+    """
+    config_path, beside = directory / "config.json", directory / HF_QUANT_CONFIG
+    config = read_json(config_path) if config_path.exists() else {}
+    method = ""
+    for key in ("quantization_config", "compression_config"):
+        if config.get(key):
+            method = _checked_scheme(f"{config_path}: {key}", config[key])
+    if beside.exists():
+        method = _checked_scheme(str(beside), {"quant_method": "modelopt"} | read_json(beside))
+    return method
+
+
+def _checked_scheme(where: str, scheme: Any) -> str:
+    if not isinstance(scheme, dict):
+        raise CheckpointError(f"{where}: {scheme!r}; expected an object")
+    method = str(scheme.get("quant_method", "unknown"))
+    inner = scheme.get("quantization")
+    facts = scheme | inner if isinstance(inner, dict) else scheme
+    if method in ("modelopt", "modelopt_fp4"):
+        _expect(where, "quant_algo", facts.get("quant_algo"), MODELOPT_ALGORITHMS, method)
+        return "modelopt"
+    if method != "compressed-tensors":
+        raise CheckpointError(f"{where}: the weights are quantized ({method}); {REMEDY}")
+    _expect(where, "format", facts.get("format"), COMPRESSED_FORMATS, method)
+    _expect(where, "quantization_status", facts.get("quantization_status", "compressed"), {"compressed"}, method)
+    for key in ("sparsity_config", "transform_config"):  # 2:4 packing, and rotations of the activations
+        if facts.get(key) not in (None, {}) and facts[key].get("format") != "dense":
+            raise CheckpointError(f"{where}: has a {key}, which is not applied here; {REMEDY}")
+    return method
+
+
+def _expect(where: str, key: str, value: object, allowed: frozenset[str] | set[str], method: str) -> None:
+    if value not in allowed:
+        raise CheckpointError(
+            f"{where}: {key} is {value!r} ({method}); expected {' or '.join(sorted(allowed))}; {REMEDY}"
+        )
+
+
+def pair_up(found: Mapping[str, Stored]) -> dict[str, Weight]:
+    """Weights by the name that a model knows them by; scales of activations are left out.
+
+    Raises:
+        CheckpointError: a quantized weight without its scales, or with scales of another shape.
+    """
+    weights: dict[str, Weight] = {}
+    used: set[str] = set()
+    for name, stored in found.items():
+        module, _, kind = name.rpartition(".")
+        if kind == "weight_packed" or (kind == "weight" and stored.dtype == "U8"):
+            divides = kind == "weight_packed"
+            name = f"{module}.weight"
+            overall = found.get(f"{module}.{'weight_global_scale' if divides else 'weight_scale_2'}")
+            weight = Weight(stored, found.get(f"{module}.weight_scale"), overall, divides)
+            _check_packed(weight)
+        elif kind == "weight" and stored.dtype == "F8_E4M3":
+            weight = Weight(stored, found.get(f"{module}.weight_scale"))
+            _check_scaled(weight)
+        else:
+            continue
+        if name in weights:
+            raise CheckpointError(f"{stored.path}: {name} is stored packed and plain; expected one of them")
+        weights[name] = weight
+        used |= {part.name for part in weight.parts}
+    scaled = {name.rpartition(".")[0] for name in weights}
+    for name, stored in found.items():
+        module, _, kind = name.rpartition(".")
+        if name in used or (kind in ACTIVATION_SCALES and _near(module, scaled)):
+            continue
+        if name in weights:
+            raise CheckpointError(f"{stored.path}: {name} is stored packed and plain; expected one of them")
+        weights[name] = Weight(stored)
+    return weights
+
+
+def _near(module: str, scaled: set[str]) -> bool:
+    """Whether a scale belongs to a quantized module, or to the attention around one."""
+    return module in scaled or any(name.startswith(f"{module}.") for name in scaled)
+
+
+def _check_scaled(weight: Weight) -> None:
+    values, scale = weight.values, weight.scale
+    rows = values.shape[0] if len(values.shape) == 2 else None
+    if scale is None or rows is None or scale.shape not in ((), (1,), (1, 1), (rows,), (rows, 1)):
+        found = "none" if scale is None else f"shape {scale.shape}"
+        raise CheckpointError(
+            f"{values.path}: {values.name} is F8_E4M3 {values.shape} and its weight_scale has {found}; "
+            f"expected one number, or one for each row; {REMEDY}"
+        )
+    _check_float(scale)
+
+
+def _check_packed(weight: Weight) -> None:
+    values, scale, overall = weight.values, weight.scale, weight.global_scale
+    wanted = (*values.shape[:-1], 2 * values.shape[-1] // BLOCK) if values.shape else ()
+    fits = len(values.shape) == 2 and 2 * values.shape[-1] % BLOCK == 0 and values.dtype == "U8"
+    if scale is None or overall is None or not fits or scale.shape != wanted or scale.dtype != "F8_E4M3":
+        raise CheckpointError(
+            f"{values.path}: {values.name} is {values.dtype} {values.shape} without the scales of NVFP4; expected "
+            f"weight_scale F8_E4M3 {wanted} and weight_scale_2 or, where it is packed, weight_global_scale; {REMEDY}"
+        )
+    if math.prod(overall.shape) != 1:
+        raise CheckpointError(f"{overall.path}: {overall.name} has the shape {overall.shape}; expected one number")
+    _check_float(overall)
+
+
+def _check_float(scale: Stored) -> None:
+    if scale.dtype not in FLOAT_TYPES:
+        raise CheckpointError(f"{scale.path}: {scale.name} is stored as {scale.dtype}; expected a float")
