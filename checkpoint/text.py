@@ -183,7 +183,8 @@ class TextTokenizer:
         query_ids = self._reader.encode(query, add_special_tokens=False).ids
         truncated = len(query_ids) > limit
         query = self._tokenizer.decode(query_ids[:limit], skip_special_tokens=False)
-        fields = {"query": query, "instruction": instruction or self._settings.default_instruction}
+        instruction = self._settings.default_instruction if instruction is None else instruction
+        fields = {"query": query, "instruction": instruction}
         ids = self._encode(self._settings.prompt_template, [fields])[0]
         prefix = self._prefix(fields["instruction"])
         shared = len(prefix) if len(prefix) < len(ids) and ids[: len(prefix)] == prefix else 0

@@ -34,7 +34,7 @@ def unpack_request(message: rerank_pb2.RerankRequest) -> RerankRequest:
             )
             for index, candidate in enumerate(message.candidates)
         ),
-        instruction=message.instruction or None,
+        instruction=message.instruction if message.HasField("instruction") else None,
         collection=message.collection or None,
         top_n=message.top_n,
         compression_ratio=message.compression_ratio or None,
@@ -50,7 +50,7 @@ def unpack_warm(message: rerank_pb2.WarmRequest) -> RerankRequest:
     return RerankRequest(
         query=ANY_QUERY,
         candidates=tuple(Candidate(index, passage_id, None) for index, passage_id in enumerate(message.passage_ids)),
-        instruction=message.instruction or None,
+        instruction=message.instruction if message.HasField("instruction") else None,
         collection=message.collection or None,
         compression_ratio=message.compression_ratio or None,
         model=message.model,

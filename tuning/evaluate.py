@@ -95,7 +95,7 @@ def evaluate(
         codec=stored.manifest.codec if stored is not None else None,
         dtype=backend.dtype_name,
         device=backend.device_name,
-        instruction=settings.instruction or checkpoint.settings.default_instruction,
+        instruction=(checkpoint.settings.default_instruction if settings.instruction is None else settings.instruction),
         settings=settings,
         counts=_count(judged, candidates, first, stored, reranked, settings),
         query_ids=list(judged.qrels),

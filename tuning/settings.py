@@ -17,7 +17,7 @@ class EvaluationSettings:
     ratios: compression ratios to read passages at; None for 1, 2, 4 ... 32, from the stored ratio on
     top_k: candidates per query
     split: passages over the limit become windows, the best of which counts, instead of being cut
-    instruction: instead of the checkpoint's own
+    instruction: instead of the checkpoint's own; "": none
     teacher: another model on the same candidates (tuning.teacher.TEACHERS)
     max_queries: draw that many queries; None takes all
     min_grade: lowest grade that counts as relevant for MRR and recall

@@ -100,6 +100,9 @@ class PairReader:
     def question(self, query: str, instruction: str | None) -> Question:
         """A query cut to `max_query_tokens`, and the instruction as the template takes it.
 
+        None is the model's default. An empty one is the template's words with nothing in them, for a model that has
+        a default; the others leave the words out, as their authors' code does.
+
         Raises:
             ValueError: an instruction over its limit: half an instruction may say the opposite of the whole.
         """
@@ -107,8 +110,8 @@ class PairReader:
         query = self._clean(query)
         cut = self.tokenizers.cut(query, profile.max_query_tokens)
         text = ""
-        instruction = instruction or profile.default_instruction
-        if instruction and profile.takes_instruction:
+        instruction = profile.default_instruction if instruction is None else instruction
+        if (instruction or profile.default_instruction) and profile.takes_instruction:
             found = self.tokenizers.count(instruction)
             if found > profile.max_instruction_tokens:
                 raise ValueError(

@@ -168,7 +168,7 @@ def question(
     request = RerankRequest(
         query=body.needed_text("query"),
         candidates=candidates(body, candidates_field),
-        instruction=body.text("instruction") or None,
+        instruction=body.text("instruction"),
         collection=body.text("collection") or None,
         top_n=body.count(top) or 0,
         compression_ratio=body.count("compression_ratio") or None,

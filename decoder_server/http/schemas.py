@@ -37,7 +37,7 @@ TEXT_OR_OBJECT: Schema = {"anyOf": [STRING, _object(("text",), text=STRING)]}
 
 OURS: dict[str, Schema] = {
     "model": _or_null(_says(STRING, "A served name, or absent for the first")),
-    "instruction": _or_null(_says(STRING, "What to look for; absent: the model's default")),
+    "instruction": _or_null(_says(STRING, "What to look for; absent or null: the model's default; empty: nothing")),
     "collection": _or_null(_says(STRING, "Collection or alias that ids refer to")),
     "passage_ids": _or_null(_says(_list(STRING), "Ids beside the texts, or alone in place of them")),
     "compression_ratio": _or_null(

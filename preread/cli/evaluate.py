@@ -25,7 +25,7 @@ READ_SECONDS = 30.0  # nobody waits for one answer: a slow store is better than 
     "--ratios", type=Integers(), help="Compression ratios to read passages at. Without it, 1 (or the stored one) to 32."
 )
 @option("--split", is_flag=True, help="Read long passages in windows, instead of cutting them; the best window counts.")
-@option("--instruction", metavar="TEXT", help="Task instruction, instead of the checkpoint's own.")
+@option("--instruction", metavar="TEXT", help='Task instruction, instead of the checkpoint\'s own; "" for none.')
 @option("--teacher", metavar="minilm", help="Also rank the same candidates with all-MiniLM-L6-v2 (preread[teacher]).")
 @option(
     "--queries-split", metavar="NAME", help="Only queries of qrels/NAME.tsv, or with this `split` in queries.jsonl."

@@ -37,7 +37,7 @@ DEFAULT_TOP_N = 10
 @option("--depth", type=click.IntRange(min=1), default=100, help="With --run: how many candidates of each query.")
 @option("--output", metavar="FILE", default="-", help="With --queries: where the TREC run goes; - is standard output.")
 @option("--top-n", type=click.IntRange(min=0), help="Show this many; 0 is all.  [default: 10; with --queries all]")
-@option("--instruction", metavar="TEXT", default="", help="What to look for, instead of the model's own task.")
+@option("--instruction", metavar="TEXT", help='What to look for, instead of the model\'s own task; "" for nothing.')
 @option(
     "--compression-ratio",
     type=click.IntRange(min=0),

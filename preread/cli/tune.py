@@ -59,7 +59,7 @@ READ_SECONDS = 30.0  # nobody waits for one answer: a slow store is better than 
     help="For a codec with too few states to train on SQfp16 stands in, with a note; or the run ends.",
 )
 @option("--split", is_flag=True, help="Read long passages in windows, instead of cutting them; the best window counts.")
-@option("--instruction", metavar="TEXT", help="Task instruction, instead of the checkpoint's own.")
+@option("--instruction", metavar="TEXT", help='Task instruction, instead of the checkpoint\'s own; "" for none.')
 @option("--max-loss", type=SHARE, metavar="PERCENT", help="Choose: nDCG@10 lost against r = 1, at most. 1%")
 @option("--sure", is_flag=True, help="The worse end of the loss's 95% interval must keep --max-loss, not its mean.")
 @option("--max-bytes", type=SIZE, metavar="BYTES", help="Choose: stored bytes of a passage in the mean, at most. 8KiB")

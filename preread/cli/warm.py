@@ -32,7 +32,7 @@ FLAGS = {"keys": "--keys-cache-bytes", "prefixes": "--prefix-cache-bytes"}
 @click.command()
 @collection_option(help="The collection, or alias, that holds the passages.")
 @option("--ids", metavar="FILE", help="These passages: one id per line; - is standard input.  [default: all]")
-@option("--instruction", metavar="TEXT", default="", help="What to look for, instead of the model's own task.")
+@option("--instruction", metavar="TEXT", help='What to look for, instead of the model\'s own task; "" for nothing.')
 @option(
     "--compression-ratio",
     type=click.IntRange(min=0),

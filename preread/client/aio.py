@@ -142,7 +142,7 @@ class AsyncClient:
         passage_ids: Iterable[str],
         *,
         collection: str,
-        instruction: str = "",
+        instruction: str | None = None,
         compression_ratio: int = 0,
         model: str = "",
         timeout: float | None = None,

@@ -47,6 +47,11 @@ def optional_text(field: str, value: object) -> str:
     return "" if value is None else text(field, value)
 
 
+def text_or_absent(field: str, value: object) -> str | None:
+    """The same where the two differ: None is absent, "" is an empty text."""
+    return None if value is None else text(field, value)
+
+
 def integer(field: str, value: object) -> int:
     """An int32; None and 0 are the default."""
     if value is None:

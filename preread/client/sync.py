@@ -149,7 +149,7 @@ class Client:
         passage_ids: Iterable[str],
         *,
         collection: str,
-        instruction: str = "",
+        instruction: str | None = None,
         compression_ratio: int = 0,
         model: str = "",
         timeout: float | None = None,
@@ -158,7 +158,7 @@ class Client:
 
         Args:
             passage_ids: at most ModelInfo.max_candidates of them.
-            instruction: what queries will be asked under; "": the model's default.
+            instruction: what queries will be asked under; None: the model's default; "": nothing.
             compression_ratio: what they will be read at; 0: the server's default.
         """
         request = wire.pack_warm(passage_ids, collection, instruction, compression_ratio, model)

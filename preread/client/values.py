@@ -22,10 +22,13 @@ class Candidate:
 
 
 class RerankOptions(TypedDict, total=False):
-    """Keyword arguments of `rerank` and `rerank_stream`; what is left out, "" or 0 means the default."""
+    """Keyword arguments of `rerank` and `rerank_stream`; what is left out, "" or 0 means the default.
+
+    An instruction of "" is an empty one; None is the default.
+    """
 
     collection: str  # or alias: what passage ids refer to
-    instruction: str  # what to look for; default: the checkpoint's
+    instruction: str | None  # what to look for; default: the checkpoint's
     top_n: int  # how many scored results to return; default: all
     compression_ratio: int  # a multiple of the stored ratio; default: the server's, else the stored one
     stages: str | Sequence[Stage]  # a cascade in place of one ratio: "32:100, 4:20, 1"

@@ -48,7 +48,7 @@ def pack_request(query: str, candidates: Iterable[Any], options: RerankOptions) 
     )
     return rerank_pb2.RerankRequest(
         query=checks.text("query", query),
-        instruction=checks.optional_text("instruction", options.get("instruction")),
+        instruction=checks.text_or_absent("instruction", options.get("instruction")),
         candidates=[rerank_pb2.Candidate(passage_id=one.passage_id, text=one.text) for one in checked],
         collection=collection,
         top_n=checks.integer("top_n", options.get("top_n")),
@@ -78,7 +78,7 @@ def _pack_stages(stages: object) -> list[rerank_pb2.Stage]:
 
 
 def pack_warm(
-    passage_ids: Iterable[str], collection: str, instruction: str, compression_ratio: int, model: str
+    passage_ids: Iterable[str], collection: str, instruction: str | None, compression_ratio: int, model: str
 ) -> rerank_pb2.WarmRequest:
     """
     Raises:
@@ -87,7 +87,7 @@ def pack_warm(
     return rerank_pb2.WarmRequest(
         collection=checks.text("collection", collection),
         passage_ids=checks.texts("passage_ids", passage_ids),
-        instruction=checks.optional_text("instruction", instruction),
+        instruction=checks.text_or_absent("instruction", instruction),
         compression_ratio=checks.integer("compression_ratio", compression_ratio),
         model=checks.optional_text("model", model),
     )

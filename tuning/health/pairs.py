@@ -65,7 +65,9 @@ def read_pairs(path: Path) -> PairSet:
 def _pair(where: Place, row: dict[str, Any]) -> TextTriple:
     passage_field = next((name for name in PASSAGE_FIELDS if name in row), PASSAGE_FIELDS[0])
     query, passage = _text(where, row, "query"), _text(where, row, passage_field)
-    instruction = _text(where, row, "instruction") if row.get("instruction") not in (None, "") else None
+    instruction = row.get("instruction")  # none: the model's default
+    if instruction not in (None, ""):
+        instruction = _text(where, row, "instruction")
     return TextTriple(query, instruction, passage)
 
 

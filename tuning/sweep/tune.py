@@ -149,7 +149,7 @@ def tune(
         dtype=backend.dtype_name,
         device=backend.device_name,
         hardware=hardware(),
-        instruction=settings.instruction or checkpoint.settings.default_instruction,
+        instruction=(checkpoint.settings.default_instruction if settings.instruction is None else settings.instruction),
         settings=settings,
         reference_ratio=source.ratio,
         taught=taught,
