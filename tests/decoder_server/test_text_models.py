@@ -164,6 +164,48 @@ async def test_a_listwise_model_sees_each_request_whole_and_alone(tmp_path, stor
         np.testing.assert_allclose([margins[i] for i in ids], expected, atol=1e-5)
 
 
+async def test_a_listwise_model_reads_equal_passages_as_often_as_they_were_sent(tmp_path, store, texts) -> None:
+    directory = make_cross_encoder(tmp_path / "list", "JinaForRanking")
+    profile = "jinaai/jina-reranker-v3"
+    model = open_cross_encoder(directory, device="cpu", dtype="float32", profile=profile)
+    config = ModelConfig(str(directory), "list", device="cpu", dtype="float32", profile=profile)
+    server = DecoderServer(DecoderConfig((config,), port=0), store=store)
+    await server.start()
+    text, by_id = rerank_pb2.Candidate, {i: rerank_pb2.Candidate(passage_id=i) for i in ("p1", "p2")}
+    both = text(passage_id="p1", text=texts["p1"])
+    lists = [
+        ([text(text=one) for one in ("cat", "moon", "cat")], ["cat", "moon", "cat"]),
+        ([by_id["p1"], by_id["p2"], by_id["p1"]], [texts["p1"], texts["p2"], texts["p1"]]),
+        ([both, text(text="moon"), both, by_id["p1"]], [texts["p1"], "moon", texts["p1"], texts["p1"]]),
+        ([text(text="cat"), text(text=""), text(text="cat")], ["cat", None, "cat"]),  # an empty text is not read
+    ]
+    score = server.engines["list"].backend.score
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            stub = rerank_pb2_grpc.RerankServiceStub(channel)
+            for candidates, sent in lists:
+                request = rerank_pb2.RerankRequest(query=QUERY, candidates=candidates, collection="docs")
+                answer = await stub.Rerank(request)
+                read = [one for one in sent if one is not None]
+                expected = model.score_texts([(QUERY, None, one) for one in read])
+                got = [r.margin for r in sorted(answer.results, key=lambda r: r.index) if r.HasField("margin")]
+                np.testing.assert_allclose(got, expected, atol=1e-5)
+            # A list that cannot be read as a whole has no scores: alone each passage would have another.
+            backend = server.engines["list"].backend
+
+            def broken(items):
+                if len(items) > 1:
+                    raise ZeroDivisionError("a secret")
+                return score(items)
+
+            backend.score = broken
+            answer = await stub.Rerank(rerank_pb2.RerankRequest(query=QUERY, candidates=lists[0][0]))
+            assert [r.status for r in answer.results] == [FAILED] * 3
+            assert not any("secret" in r.message for r in answer.results)
+    finally:
+        await server.stop(5)
+
+
 async def test_a_deadline_that_passes_ends_the_call(ask, make_request, texts) -> None:
     async with ask() as stub:
         with pytest.raises(grpc.aio.AioRpcError) as late:
