@@ -5,7 +5,7 @@ The worker writes because only it can encode; what is described is what this ser
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, Iterable
+from collections.abc import AsyncIterable, AsyncIterator, Iterable
 from typing import Any
 
 from starlette.requests import Request
@@ -32,20 +32,20 @@ async def add_passages(request: Request) -> Response:
     worker = here.encoder()
     name = check_name("collection", request.path_params["collection"])
     check_written(request, *NDJSON)
-    passages: Iterable[Passage] | AsyncIterable[Passage]
+    items: Iterable[Passage | UpsertResult] | AsyncIterable[Passage | UpsertResult]
     if content_type(request) in NDJSON:
         check_encoding(request)
         settings = Fields({key: _literal(value) for key, value in request.query_params.items()})
-        passages = from_lines(request, here.config.max_line_bytes, here.config.timeout_seconds)
+        items = from_lines(request, here.config.max_line_bytes, here.config.timeout_seconds)
     else:
         document = await read_json(request)
         settings = Fields({"passages": document} if isinstance(document, list) else document)
-        passages = await stepped(from_document, settings)
+        items = await stepped(from_document, settings)
     store_text = settings.flag("store_text")
     received = Received(name)
     try:
         async for result in worker.upsert(
-            passages,
+            received.sendable(items),
             collection=name,
             compression_ratio=settings.count("compression_ratio") or 0,
             codec=settings.text("codec") or "",
@@ -57,6 +57,11 @@ async def add_passages(request: Request) -> Response:
     return _json(received.as_document())
 
 
+async def _each(items: Iterable[Passage | UpsertResult]) -> AsyncIterator[Passage | UpsertResult]:
+    for item in items:
+        yield item
+
+
 class Received:
     """Acknowledgements, counted."""
 
@@ -66,11 +71,24 @@ class Received:
         self._num_truncated = 0
         self._refused: list[dict[str, str]] = []
 
+    async def sendable(
+        self, items: Iterable[Passage | UpsertResult] | AsyncIterable[Passage | UpsertResult]
+    ) -> AsyncIterator[Passage]:
+        """The passages; what is refused before it is sent is counted here."""
+        if not isinstance(items, AsyncIterable):
+            items = _each(items)
+        async for item in items:
+            if isinstance(item, Passage):
+                yield item
+            else:
+                self.add(item)
+
     def add(self, result: UpsertResult) -> None:
         self.num[result.status] = self.num.get(result.status, 0) + 1
         self._num_truncated += result.truncated
         if result.status == "refused" and len(self._refused) < MAX_REFUSED_SHOWN:
-            self._refused.append({"id": result.passage_id, "message": result.message})
+            named = {"id": result.passage_id} if result.passage_id else {}  # a line that was not read has none
+            self._refused.append(named | {"message": result.message})
 
     def as_document(self) -> dict[str, Any]:
         return {

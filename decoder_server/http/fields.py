@@ -32,10 +32,17 @@ class Fields:
 
     def text(self, name: str) -> str | None:
         """A string; None where there is none. An object with `text` stands for its text, as NIM and Jina write it."""
+        value = self.raw_text(name)
+        return None if value is None else as_text(value, self._where + name)
+
+    def raw_text(self, name: str) -> str | None:
+        """The same as it came: UTF-8 may not hold it. For a text that a status can be said of."""
         value = self._values.get(name)
         if isinstance(value, dict):
             value = value.get("text")
-        return None if value is None else as_text(value, self._where + name)
+        if value is not None and not isinstance(value, str):
+            raise InvalidRequest(self._where + name, _kind(value), "a string")
+        return value
 
     def needed_text(self, name: str) -> str:
         """A string that must be there."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from decoder_server.errors import InvalidRequest, Refused
 from decoder_server.floor import texts_alone
-from decoder_server.http.fields import HALF_A_PAIR, Fields, as_text, is_utf8
+from decoder_server.http.fields import HALF_A_PAIR, Fields, is_utf8
 from decoder_server.request import Candidate, OnMiss, Outcome, RerankRequest, Summary
 from preread.client.stages import Stage, format_stages, parse_stages
 
@@ -231,16 +231,14 @@ def _candidate(index: int, item: object, where: str, passage_id: str) -> Candida
     """The candidate; one whose text UTF-8 cannot hold has a problem, and no text."""
     if item is None and passage_id:
         return Candidate(index, passage_id, None)
-    text: object = item
-    if not isinstance(item, str):
+    if isinstance(item, str):
+        text: str | None = item
+    else:
         fields = Fields(item, f"{where}.", where)
-        text, passage_id = fields.get("text"), passage_id or fields.text("id") or ""
-        if isinstance(text, dict):
-            text = text.get("text")
+        text, passage_id = fields.raw_text("text"), passage_id or fields.text("id") or ""
         if text is None and not passage_id:
             raise InvalidRequest(where, "an object without text", "a string, or an object with text, id or both")
-        where += ".text"
-    if isinstance(text, str) and not is_utf8(text):
+    if text is not None and not is_utf8(text):
         value, expected = HALF_A_PAIR
         return Candidate(index, passage_id or None, None, problem=f"the text is {value}; expected {expected}")
-    return Candidate(index, passage_id or None, None if text is None else as_text(text, where))
+    return Candidate(index, passage_id or None, text)

@@ -14,8 +14,8 @@ from starlette.requests import Request
 from decoder_server.errors import InvalidRequest
 from decoder_server.http import body
 from decoder_server.http.context import too_slow
-from decoder_server.http.fields import Fields
-from preread.client import Passage
+from decoder_server.http.fields import HALF_A_PAIR, Fields, is_utf8
+from preread.client import Passage, UpsertResult
 from preread.edge.steps import Step
 from preread.passages import join_title
 
@@ -24,8 +24,10 @@ NDJSON = ("application/x-ndjson", "application/ndjson", "application/jsonl", "ap
 LINES_AT_ONCE = 100
 
 
-async def from_lines(request: Request, max_line_bytes: int, line_seconds: float) -> AsyncIterator[Passage]:
-    """One passage per line; empty lines are skipped.
+async def from_lines(
+    request: Request, max_line_bytes: int, line_seconds: float
+) -> AsyncIterator[Passage | UpsertResult]:
+    """One passage per line, or why it is refused; empty lines are skipped. A line over the limit is not kept.
 
     Args:
         line_seconds: how long a client may keep the server waiting for the end of one line.
@@ -33,11 +35,11 @@ async def from_lines(request: Request, max_line_bytes: int, line_seconds: float)
     Raises:
         HttpError: a line did not end in time.
         InvalidRequest: a line that is no passage; `param` is its number, from 1.
-        TooLarge: a line over the limit.
         ClientDisconnect: the client left.
     """
     number = 0
-    rest = bytearray()
+    rest = bytearray()  # of a line that has not ended
+    too_long = False  # what came of that line before
     waited = 0.0
     stream = request.stream()
     while True:
@@ -54,23 +56,28 @@ async def from_lines(request: Request, max_line_bytes: int, line_seconds: float)
         rest += chunk
         while (end := rest.find(b"\n", start)) >= 0:
             number += 1
-            if end > max_line_bytes:
-                raise body.TooLarge(max_line_bytes)
-            line = bytes(rest[:end]).strip()
+            too_long = too_long or end > max_line_bytes
+            line = b"" if too_long else bytes(rest[:end]).strip()
             del rest[: end + 1]
             start = 0
-            if line:
+            if too_long:
+                yield _refused("", f"line {number} is over {max_line_bytes} bytes")
+                too_long = False
+            elif line:
                 yield _passage(await body.parse(line, f"line {number}"), f"line {number}")
             if not number % LINES_AT_ONCE:
                 await asyncio.sleep(0)  # many short lines arrive together
         if len(rest) > max_line_bytes:
-            raise body.TooLarge(max_line_bytes)
-    if line := bytes(rest).strip():
+            too_long = True
+            rest.clear()
+    if too_long:
+        yield _refused("", f"line {number + 1} is over {max_line_bytes} bytes")
+    elif line := bytes(rest).strip():
         yield _passage(await body.parse(line, f"line {number + 1}"), f"line {number + 1}")
 
 
-def from_document(step: Step, fields: Fields) -> list[Passage]:
-    """`passages` of a JSON object; there may be hundreds of thousands.
+def from_document(step: Step, fields: Fields) -> list[Passage | UpsertResult]:
+    """`passages` of a JSON object, or why one is refused; there may be hundreds of thousands.
 
     Raises:
         InvalidRequest: something there is no passage.
@@ -78,16 +85,27 @@ def from_document(step: Step, fields: Fields) -> list[Passage]:
     items = fields.items("passages")
     if not items:
         raise InvalidRequest("passages", "empty" if items is not None else "absent", "a list of objects")
-    passages = []
+    passages: list[Passage | UpsertResult] = []
     for i, item in enumerate(items):
         passages.append(_passage(item, f"passages[{i}]"))
         step()
     return passages
 
 
-def _passage(item: object, where: str) -> Passage:
+def _passage(item: object, where: str) -> Passage | UpsertResult:
     fields = Fields(item, f"{where}.", where)
     passage_id = next(filter(None, map(fields.text, ("id", "_id", "passage_id"))), None)
     if not passage_id:
         raise InvalidRequest(f"{where}.id", "absent or empty", "the passage's id, a string")
-    return Passage(passage_id, join_title(fields.text("title"), fields.needed_text("text")))
+    text = fields.raw_text("text")
+    if text is None:
+        raise InvalidRequest(f"{where}.text", "absent", "a string")
+    text = join_title(fields.raw_text("title"), text)
+    if not is_utf8(text):
+        value, expected = HALF_A_PAIR
+        return _refused(passage_id, f"text is {value}; expected {expected}")
+    return Passage(passage_id, text)
+
+
+def _refused(passage_id: str, message: str) -> UpsertResult:
+    return UpsertResult(passage_id, "refused", 0, 0, False, message)

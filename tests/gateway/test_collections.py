@@ -130,12 +130,41 @@ def test_a_long_stream_is_not_gathered_before_it_is_stored(running):
     assert b'"num_stored":300' in answer
 
 
-def test_a_line_over_the_limit_is_413(run):
+def test_a_line_over_the_limit_costs_itself(run):
+    """However it lies in the chunks that arrive, and whether or not it ends."""
+    long, good = lines([{"id": "long", "text": "x" * 2000}]), lines([{"id": "good", "text": "y"}])
     with run(http={"max_line_bytes": 1000}) as small:
         url = "/v1/collections/long/passages"
-        ends = small.http.post(url, content=lines([{"id": "a", "text": "x" * 2000}]), headers=NDJSON)
-        endless = small.http.post(url, content=b"x" * 200_000, headers=NDJSON)
-    assert (ends.status_code, endless.status_code) == (413, 413)
+        for body, numbers in (
+            (long + good, [1]),
+            (good + b"x" * 200_000, [2]),
+            (good + long[:-1], [2]),
+            (b"x" * 70_000 + b"\n\n" + good + long + b"z" * 300_000, [1, 4, 5]),
+        ):
+            answer = small.http.post(url, content=body, headers=NDJSON).raise_for_status().json()
+            assert answer["num_stored"] + answer["num_unchanged"] == 1
+            assert answer["num_refused"] == len(numbers)
+            assert [one["message"] for one in answer["refused"]] == [f"line {n} is over 1000 bytes" for n in numbers]
+
+
+def test_a_text_that_cannot_be_stored_costs_itself(running, passages):
+    """Half a surrogate pair, over the byte limit, empty: in a document and in lines."""
+    bad = ["\ud800", "half a pair \udfff", "x" * 17_000_000, "", " \n", "\u3000"]
+    every = [*passages[:2], *({"id": f"bad{i}", "text": text} for i, text in enumerate(bad)), *passages[2:]]
+    every.append({"id": "titled", "title": "\udc00", "text": "good"})
+    for name, content, headers in (
+        ("document", json.dumps({"passages": every}).encode(), {"content-type": "application/json"}),
+        ("lines", lines(every), NDJSON),
+    ):
+        answer = running.http.post(f"/v1/collections/{name}/passages", content=content, headers=headers)
+        answer = answer.raise_for_status().json()
+        assert (answer["num_stored"], answer["num_refused"]) == (4, len(bad) + 1)
+        why = {one.get("id"): one["message"] for one in answer["refused"]}
+        halves = [why[i] for i in ("bad0", "bad1", "titled")]
+        assert all(message.startswith("text is half of a surrogate pair") for message in halves)
+        assert [why[f"bad{i}"] for i in range(3, 6)] == ["text is empty"] * 3
+        # As a line it is over the lines' own limit, and its id was never read.
+        assert ("16,777,216" in why["bad2"]) if name == "document" else why[None] == "line 5 is over 16777216 bytes"
 
 
 def test_deleting(running, passages):
