@@ -9,6 +9,8 @@ import sys
 
 import torch
 
+from checkpoint.hardware import usable_cores
+
 # Matrix products that oneDNN keeps prepared, one for every number of rows: two caches, a thousand each by default,
 # which every batch of another size fills up to a gigabyte, in our measurements without saving any time.
 PREPARED_PRODUCTS = {"LRU_CACHE_CAPACITY": "32", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32"}
@@ -90,11 +92,15 @@ def tune_process(num_threads: int | None = None) -> None:
     the next batch, which costs more than the arithmetic on them: keep them. What oneDNN prepares for
     one batch size is mostly of no use to the next: keep less of it. It reads that from the environment
     at the first product and offers no other way; what is set there already wins.
+
+    torch counts processors, and does not know that a container's quota pays for fewer of them; more threads than that
+    are stopped together for part of every period. So without a number there are at most as many as the quota allows.
     """
     for name, value in PREPARED_PRODUCTS.items():
         os.environ.setdefault(name, value)
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
+    cores = usable_cores()
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(32, cores)))  # a process each
+    torch.set_num_threads(num_threads or min(torch.get_num_threads(), cores))
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # absent from other C libraries
         if mallopt is not None:

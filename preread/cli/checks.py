@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -76,13 +76,16 @@ def threads(options: Mapping[str, Any]) -> Iterator[Finding]:
     """Whether the threads fit the processors this process may use."""
     import torch
 
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    wanted = options["threads"] or torch.get_num_threads()
+    from checkpoint.hardware import cpu_quota, usable_cores
+
+    usable, quota = usable_cores(), cpu_quota()
+    wanted = options["threads"] or min(torch.get_num_threads(), usable)
+    paid = f" (a quota of {quota:g})" if quota < math.inf else ""
     if wanted > usable:
-        message = f"{wanted} threads on {usable} processors: they wait for each other; set --threads {usable}"
+        message = f"{wanted} threads on {usable} processors{paid}: they wait for each other; set --threads {usable}"
         yield Finding("threads", State.WARN, message)
     else:
-        yield Finding("threads", State.OK, f"{wanted} of {usable} processors")
+        yield Finding("threads", State.OK, f"{wanted} of {usable} processors{paid}")
 
 
 def memory(options: Mapping[str, Any], paths: Sequence[Path]) -> Iterator[Finding]:
@@ -99,18 +102,14 @@ def memory(options: Mapping[str, Any], paths: Sequence[Path]) -> Iterator[Findin
 
 def _available_bytes() -> int | None:
     """The kernel's estimate, or what the container may still use, whichever is less."""
+    from checkpoint.hardware import memory_left
+
     try:
         with open("/proc/meminfo") as lines:
             kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return None
-    available = kib * 1024
-    try:
-        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
-            available = min(available, int(limit.read()) - int(used.read()))
-    except (OSError, ValueError):  # no cgroup of ours, or "max"
-        pass
-    return available
+    return int(min(kib * 1024, memory_left()))
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,11 @@ RECORD = "conversion.json"
     default="both",
     help="Number formats to compare in; float32 needs 4 bytes of memory a parameter.",
 )
-@option("--threads", type=click.IntRange(min=1), help="Processor threads. Without it, torch's choice.")
+@option(
+    "--threads",
+    type=click.IntRange(min=1),
+    help="Processor threads. Without it, torch's choice, and no more than a container's quota pays for.",
+)
 @click.pass_context
 def command(
     ctx: click.Context, source: str, target: Path, pairs_file: Path | None, formats: str, threads: int | None

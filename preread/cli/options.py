@@ -106,7 +106,11 @@ def model_option(function: F) -> F:
 def compute_options(function: F) -> F:
     """--device, --dtype, --threads: where and how the model computes."""
     for decorate in (
-        option("--threads", type=click.IntRange(min=1), help="Processor threads. Without it, torch's choice."),
+        option(
+            "--threads",
+            type=click.IntRange(min=1),
+            help="Processor threads. Without it, torch's choice, and no more than a container's quota pays for.",
+        ),
         option(
             "--dtype",
             type=click.Choice(["auto", "float32", "bfloat16"]),
