@@ -19,7 +19,7 @@ from cache.record import Damaged, Record
 from cache.states import PassageStates
 from cache.store import Store, StoreStats
 
-__all__ = ["Collection", "Manifest", "StoredPassage", "resolve"]
+__all__ = ["Collection", "Manifest", "StoredPassage", "Verified", "resolve"]
 
 _SCAN_BATCH_PASSAGES = 256
 
@@ -31,6 +31,15 @@ class StoredPassage:
     passage_id: str
     states: PassageStates
     text: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """One passage that was read back: what is wrong with it, and the version of its record (0 where damaged)."""
+
+    passage_id: str
+    version: int
+    damage: str = ""
 
 
 def resolve(store: Store, name_or_alias: str) -> str:
@@ -159,13 +168,19 @@ class Collection:
                 if states is not None:
                     yield passage_id, states
 
-    def verify(self) -> Iterator[Damaged]:
-        """Read everything back, decode it, and yield what is damaged."""
-        for passage_id, states in self.scan():
-            if isinstance(states, Damaged):
-                yield states
-            elif not np.isfinite(states.states).all():
-                yield Damaged(passage_id, "decoded states are not finite")
+    def verify(self) -> Iterator[Verified]:
+        """Read everything back, decode it, and say of each passage what is wrong with it, if anything is."""
+        records = self.store.scan(self.name)
+        while batch := list(islice(records, _SCAN_BATCH_PASSAGES)):
+            found = self._fitting_all([passage_id for passage_id, _ in batch], [record for _, record in batch])
+            for (passage_id, record), states in zip(batch, _decoded(found), strict=True):
+                version = record.header.version if isinstance(record, Record) else 0
+                if states is None or isinstance(states, Damaged):
+                    yield Verified(passage_id, version, "" if states is None else states.reason)
+                elif not np.isfinite(states.states).all():
+                    yield Verified(passage_id, version, "decoded states are not finite")
+                else:
+                    yield Verified(passage_id, version)
 
     def _records(self, passage_ids: Sequence[str]) -> list[Record | Damaged | None]:
         # An id that cannot exist costs itself only: it is missing.

@@ -13,7 +13,7 @@ from cache.errors import CollectionExists, CollectionInUse, CollectionNotFound, 
 from cache.manifest import Manifest
 from cache.names import check_name, passage_id_bytes
 from cache.record import HEADER_BYTES, Damaged, Header, Record, pack, unpack
-from cache.store import StoreStats, sum_headers
+from cache.store import Audit, StoreStats, sum_headers
 
 
 class MemoryStore:
@@ -91,6 +91,12 @@ class MemoryStore:
         with self._lock:
             passage_ids = list(self._values.get(collection, {}))
         return sum_headers(self.headers_many(collection, passage_ids))
+
+    def audit(self, collection: str) -> Audit:
+        return Audit()
+
+    def mend(self) -> list[str]:
+        return []
 
     def generation(self, collection: str) -> int:
         with self._lock:

@@ -30,6 +30,18 @@ class StoreStats:
     num_clipped: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """What a store finds of itself beside its passages.
+
+    problems: damage that reading passages does not show, a sentence each
+    orphans: files or keys that belong to nothing, without anything being lost; the next write may remove them
+    """
+
+    problems: tuple[str, ...] = ()
+    orphans: tuple[str, ...] = ()
+
+
 def sum_headers(headers: Iterable[Header | None]) -> StoreStats:
     """Stats out of the headers of a collection; damaged ones (None) are counted as passages only."""
     num_passages = num_states = num_tokens = num_truncated = size_bytes = num_clipped = 0
@@ -76,6 +88,14 @@ class Store(Protocol):
         ...
 
     def stats(self, collection: str) -> StoreStats: ...
+
+    def audit(self, collection: str) -> Audit:
+        """Look for damage that reading the passages of a collection does not show; reads no states."""
+        ...
+
+    def mend(self) -> list[str]:
+        """Put right what `audit` finds, keep what is whole, and say what was left behind, a sentence each."""
+        ...
 
     def generation(self, collection: str) -> int:
         """A number that is another one after every write to or drop of the collection; tiers in front compare it."""

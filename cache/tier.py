@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from cache.bounded import ByteBounded
 from cache.manifest import Manifest
 from cache.record import Damaged, Header, Record
-from cache.store import Store, StoreStats
+from cache.store import Audit, Store, StoreStats
 
 # A record's Python objects beside its codes and text, generously.
 _ENTRY_OVERHEAD_BYTES = 1024
@@ -123,6 +123,16 @@ class StatesTier:
 
     def stats(self, collection: str) -> StoreStats:
         return self.store.stats(collection)
+
+    def audit(self, collection: str) -> Audit:
+        return self.store.audit(collection)
+
+    def mend(self) -> list[str]:
+        try:
+            return self.store.mend()
+        finally:
+            self._generations.clear()
+            self._entries.clear()
 
     def read_manifest(self, collection: str) -> Manifest | None:
         return self.store.read_manifest(collection)

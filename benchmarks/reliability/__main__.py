@@ -14,7 +14,7 @@ import importlib
 
 from benchmarks.common import report
 
-PARTS: dict[str, int] = {"checkpoints": 2000, "redis_wire": 1100}  # name: the count of a long run
+PARTS: dict[str, int] = {"checkpoints": 2000, "damage": 5000, "redis_wire": 1100}  # name: the count of a long run
 
 
 def main() -> None:

@@ -1,26 +1,30 @@
 """The catalogue of an embedded store: SQLite in WAL mode. Schema, connections and transactions.
 
-Does not know the meaning of headers or codes, nor when to write what: see `store.py`.
+Where the directory can be written, connections are ordinary ones, and readers see every commit of other processes.
+Where it cannot (a read-only mount, or files of another user) and no log is left, the file is opened immutable: SQLite
+then takes no locks and makes no files, so any number of readers share one volume. A catalogue that was replaced, or
+on such a volume written, is noticed before the next read and opened again. Does not know the meaning of headers or
+codes, nor when to write what: see `store.py`.
 """
 
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import quote
 
-from cache.embedded.failures import translated
+from cache.embedded.failures import UNCHECKED, blob, check_row, integer, only, row_checksum, translated
 from cache.embedded.segments import fsync_directory
-from cache.errors import StoreDamaged
+from cache.errors import StoreAccessDenied, StoreDamaged, StoreUnavailable
 
-CATALOGUE_VERSION = 1
+CATALOGUE_VERSION = 2
 
 # Counters are kept by triggers, in the transaction that changes the rows. Compaction moves rows without touching the
 # counted columns, so it fires nothing. Generations outlive their collection: a name used again continues the count.
-_SCHEMA = f"""
-PRAGMA user_version = {CATALOGUE_VERSION};
+_SCHEMA_1 = """
 CREATE TABLE collections (
     collection_id INTEGER PRIMARY KEY AUTOINCREMENT,
     name TEXT NOT NULL UNIQUE,
@@ -78,61 +82,152 @@ CREATE TRIGGER passages_replaced AFTER UPDATE OF num_states, num_tokens, truncat
 END;
 """
 
+# What version 2 has more: num_clipped, a checksum in every row that no record vouches for, a count of all commits, and
+# a checksum of the schema itself. A new catalogue is made by both scripts, so there is one schema.
+_SCHEMA_2 = """
+ALTER TABLE collections ADD COLUMN num_clipped INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE collections ADD COLUMN checksum BLOB;
+UPDATE collections SET checksum = row_checksum(collection_id, name);
+ALTER TABLE aliases ADD COLUMN checksum BLOB;
+UPDATE aliases SET checksum = row_checksum(alias, name);
+ALTER TABLE generations ADD COLUMN checksum BLOB;
+UPDATE generations SET checksum = row_checksum(name, generation);
+ALTER TABLE segments ADD COLUMN checksum BLOB;
+UPDATE segments
+    SET checksum = row_checksum(segment_id, collection_id, file_name, num_rows, code_size, codes_offset);
+ALTER TABLE passages ADD COLUMN num_clipped INTEGER NOT NULL DEFAULT 0;
+DROP TABLE removals;
+CREATE TABLE store (num_removed INTEGER NOT NULL, num_commits INTEGER NOT NULL, schema BLOB NOT NULL, checksum BLOB);
+DROP TRIGGER passages_added;
+DROP TRIGGER passages_removed;
+DROP TRIGGER passages_replaced;
+CREATE TRIGGER passages_added AFTER INSERT ON passages BEGIN
+    UPDATE collections SET num_passages = num_passages + 1, num_states = num_states + NEW.num_states,
+        num_tokens = num_tokens + NEW.num_tokens, num_truncated = num_truncated + NEW.truncated,
+        size_bytes = size_bytes + NEW.size_bytes, num_clipped = num_clipped + NEW.num_clipped
+        WHERE collection_id = NEW.collection_id;
+END;
+CREATE TRIGGER passages_removed AFTER DELETE ON passages BEGIN
+    UPDATE collections SET num_passages = num_passages - 1, num_states = num_states - OLD.num_states,
+        num_tokens = num_tokens - OLD.num_tokens, num_truncated = num_truncated - OLD.truncated,
+        size_bytes = size_bytes - OLD.size_bytes, num_clipped = num_clipped - OLD.num_clipped
+        WHERE collection_id = OLD.collection_id;
+END;
+CREATE TRIGGER passages_replaced AFTER UPDATE OF num_states, num_tokens, truncated, size_bytes, num_clipped ON passages
+BEGIN
+    UPDATE collections SET num_states = num_states + NEW.num_states - OLD.num_states,
+        num_tokens = num_tokens + NEW.num_tokens - OLD.num_tokens,
+        num_truncated = num_truncated + NEW.truncated - OLD.truncated,
+        size_bytes = size_bytes + NEW.size_bytes - OLD.size_bytes,
+        num_clipped = num_clipped + NEW.num_clipped - OLD.num_clipped WHERE collection_id = NEW.collection_id;
+END;
+PRAGMA user_version = 2;
+"""
+_SCHEMA_OF = "SELECT sql FROM main.sqlite_master WHERE sql NOT NULL ORDER BY name"
+
+# A catalogue of version 1 that cannot be written, or was not written since, read as if it were version 2.
+_AS_VERSION_2 = f"""
+CREATE TEMP VIEW collections AS SELECT collection_id, name, manifest, num_passages, num_states, num_tokens,
+    num_truncated, size_bytes, 0 AS num_clipped, x'{UNCHECKED.hex()}' AS checksum FROM main.collections;
+CREATE TEMP VIEW aliases AS SELECT alias, name, x'{UNCHECKED.hex()}' AS checksum FROM main.aliases;
+CREATE TEMP VIEW generations AS SELECT name, generation, x'{UNCHECKED.hex()}' AS checksum FROM main.generations;
+CREATE TEMP VIEW segments AS SELECT segment_id, collection_id, file_name, num_rows, code_size, codes_offset,
+    x'{UNCHECKED.hex()}' AS checksum FROM main.segments;
+CREATE TEMP VIEW passages AS SELECT row_key, collection_id, passage_id, segment_id, first_row, num_states, num_tokens,
+    truncated, size_bytes, header, windows, text, 0 AS num_clipped FROM main.passages;
+CREATE TEMP VIEW store AS SELECT num_removed, 0 AS num_commits, x'' AS schema, x'{UNCHECKED.hex()}' AS checksum
+    FROM main.removals;
+"""
+
 
 class Catalogue:
-    """Connections to one catalogue file. Thread-safe: every reading call takes a connection of its own from a pool."""
+    """Connections to one catalogue file. Thread-safe: every reading call takes its own from a pool.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    on_commit: called after each commit with the number of commits that the catalogue then has
+    """
+
+    def __init__(self, path: Path, on_commit: Callable[[int], None]) -> None:
+        self.path = path
+        self._on_commit = on_commit
         self._lock = threading.Lock()
-        self._idle: list[sqlite3.Connection] = []
+        self._idle: list[_Connection] = []
+        self._seen: _Seen | None = None
         self._closed = False
-
-    def create(self) -> None:
-        """Make the file where there is none; only for the holder of the writer lock.
-
-        It is built aside and renamed, so nobody ever sees a catalogue without its tables.
-        """
-        if self._path.exists():
-            return
-        aside = self._path.with_name(self._path.name + ".tmp")
-        for leftover in aside.parent.glob(aside.name + "*"):
-            leftover.unlink(missing_ok=True)
-        connection = sqlite3.connect(aside)
-        try:
-            connection.executescript(f"PRAGMA journal_mode = WAL; BEGIN; {_SCHEMA} COMMIT;")
-        finally:
-            connection.close()  # folds the log into the file
-        os.rename(aside, self._path)
-        fsync_directory(self._path.parent)
-        fsync_directory(self._path.parent.parent)
+        self.num_reopened = 0  # another file than before: what was known of the old one may not hold
 
     @property
     def exists(self) -> bool:
-        return self._path.exists()
+        return self.path.exists()
+
+    def create(self) -> None:
+        """Make the file where there is none, or bring one of version 1 up; only for the holder of the writer lock.
+
+        A new one is built aside and renamed, so no reader ever sees a catalogue without its tables. Raises StoreDamaged
+        where there is none and should be.
+        """
+        if self.path.exists():
+            self._upgrade()
+            return
+        self._check_missing()
+        build(self.path, self.aside)
+        fsync_directory(self.path.parent.parent)
+
+    @property
+    def aside(self) -> Path:
+        """Where a new catalogue is built; of a process that died, if there is one."""
+        return self.path.with_name(self.path.name + ".tmp")
 
     @contextmanager
-    def reading(self) -> Iterator[sqlite3.Connection]:
-        """A connection in autocommit; an empty catalogue where there is no file yet."""
-        with translated(self._path):
-            connection, is_pooled = self._take()
+    def reading(self) -> "Iterator[_Connection]":
+        """A connection in autocommit; an empty catalogue where there is no file yet.
+
+        Raises StoreDamaged for what is no catalogue of ours, StoreAccessDenied where a log would have to be applied and
+        cannot, and StoreUnavailable where a read-only volume was written meanwhile: what was read may not fit together.
+        """
+        with translated(self.path):
+            connection, seen = self._take()
             try:
                 yield connection
             finally:
-                self._give_back(connection, is_pooled)
+                self._give_back(connection, seen)
+            if seen is not None and seen.is_immutable and seen != _Seen.of(self.path):
+                raise StoreUnavailable(f"store {self.path}: was written while it was read; read it again")
 
     @contextmanager
-    def writing(self) -> Iterator[sqlite3.Connection]:
+    def writing(self) -> "Iterator[_Connection]":
         """A transaction, committed durably at the end, rolled back on any error; under the writer lock."""
         with self.reading() as connection:
             connection.execute("BEGIN IMMEDIATE")
             try:
                 yield connection
+                num_commits = num_committed(connection) + 1
+                query = "UPDATE store SET num_commits = ?, checksum = ?"
+                connection.execute(query, (num_commits, row_checksum(num_commits, _schema(connection))))
                 connection.execute("COMMIT")
             except BaseException:
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
                 raise
+            self._on_commit(num_commits)
+
+    def checkpoint(self) -> None:
+        """Fold the log into the file, as far as readers let it, so that the directory can be copied or mounted."""
+        with self.reading() as connection:
+            connection.execute("PRAGMA busy_timeout = 1000")
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            connection.execute("PRAGMA busy_timeout = 10000")
+
+    def replace(self, new: Path) -> None:
+        """Put another catalogue file in the place of this one, beside readers; only for the holder of the writer lock.
+
+        Connections to the old file keep it until they are given back.
+        """
+        with suppress(StoreDamaged):
+            self.checkpoint()
+        for suffix in ("-wal", "-shm"):  # of the old file: what a reader has open stays, and a new one makes its own
+            self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
+        os.rename(new, self.path)
+        fsync_directory(self.path.parent)
 
     def close(self) -> None:
         with self._lock:
@@ -141,36 +236,175 @@ class Catalogue:
         for connection in idle:
             connection.close()
 
-    def _take(self) -> tuple[sqlite3.Connection, bool]:
+    def _take(self) -> "tuple[_Connection, _Seen | None]":
+        seen = _Seen.of(self.path)
         with self._lock:
-            if self._idle:
-                return self._idle.pop(), True
-        if not self._path.exists():
-            # Reading before the first write: everything is empty. Not pooled, so the file is seen once it is there.
-            connection = sqlite3.connect(":memory:", isolation_level=None)
-            connection.executescript(_SCHEMA)
-            return connection, False
-        connection = sqlite3.connect(
-            f"file:{quote(str(self._path))}?mode=rw",
-            uri=True,
-            timeout=10.0,
-            isolation_level=None,
-            check_same_thread=False,
-        )
-        try:
-            connection.execute("PRAGMA synchronous = FULL")
-            connection.execute("PRAGMA cache_size = -16384")
-            (version,) = connection.execute("PRAGMA user_version").fetchone()
-            if version != CATALOGUE_VERSION:
-                raise StoreDamaged(f"{self._path}: version {version} is unknown, expected {CATALOGUE_VERSION}")
-        except BaseException:
+            stale: list[_Connection] = []
+            if seen != self._seen:
+                stale, self._idle = self._idle, []
+                self.num_reopened += self._seen is not None
+                self._seen = seen
+            idle = self._idle.pop() if self._idle else None
+        for connection in stale:
             connection.close()
-            raise
-        return connection, True
+        if idle is not None:
+            return idle, seen
+        if seen is None:
+            # Reading before the first write: everything is empty.
+            self._check_missing()
+            connection = _open(":memory:")
+            _make(connection, _SCHEMA_1 + _SCHEMA_2)
+            return connection, seen
+        return _connect(self.path, seen), seen
 
-    def _give_back(self, connection: sqlite3.Connection, is_pooled: bool) -> None:
+    def _give_back(self, connection: "_Connection", seen: "_Seen | None") -> None:
         with self._lock:
-            if is_pooled and not self._closed:
+            if seen is not None and seen == self._seen and connection.is_kept and not self._closed:
                 self._idle.append(connection)
                 return
         connection.close()
+
+    def _check_missing(self) -> None:
+        segments = self.path.parent / "segments"
+        if segments.is_dir() and any(segments.iterdir()):
+            raise StoreDamaged(f"store {self.path}: is missing, and {segments} holds codes that only it can tell apart")
+
+    def _upgrade(self) -> None:
+        with self.reading() as connection:
+            if connection.is_kept:
+                return
+        with translated(self.path):
+            connection = _open(f"file:{quote(str(self.path))}?mode=rw")
+            try:
+                connection.execute("PRAGMA synchronous = FULL")
+                connection.execute("BEGIN IMMEDIATE")
+                _make(connection, _SCHEMA_2)
+                connection.execute("COMMIT")
+            finally:
+                connection.close()
+
+
+class _Connection(sqlite3.Connection):
+    """A connection whose text is bytes; see `failures.text`."""
+
+    is_kept = True  # in the pool; not to a file of version 1, which another process may bring up
+
+
+class _Seen(NamedTuple):
+    """A catalogue file as it is found: another value means that connections to it are to be opened again."""
+
+    device: int
+    inode: int
+    is_immutable: bool = False
+    modified_ns: int = 0
+    num_bytes: int = 0
+
+    @classmethod
+    def of(cls, path: Path) -> "_Seen | None":
+        try:
+            found = os.stat(path)
+        except FileNotFoundError:
+            return None
+        if os.access(path.parent, os.W_OK):
+            return cls(found.st_dev, found.st_ino)
+        log, index = (path.with_name(path.name + suffix) for suffix in ("-wal", "-shm"))
+        if not (log.exists() and log.stat().st_size):
+            return cls(found.st_dev, found.st_ino, True, found.st_mtime_ns, found.st_size)
+        if os.statvfs(path.parent).f_flag & os.ST_RDONLY or not index.exists():
+            raise StoreAccessDenied(
+                f"store {path}: its log {log.name} holds writes that cannot be applied in a read-only directory; "
+                "checkpoint it first: run `preread stats` on the store where it can be written"
+            )
+        return cls(found.st_dev, found.st_ino)  # beside a writer whose files we may read
+
+
+def build(path: Path, aside: Path) -> None:
+    """Make an empty catalogue under a name aside, and rename it to `path`, durably."""
+    new_file(aside).close()  # which folds the log into the file
+    os.rename(aside, path)
+    fsync_directory(path.parent)
+
+
+def new_file(aside: Path) -> _Connection:
+    """An empty catalogue in a file that replaces one left there by a process that died."""
+    for leftover in aside.parent.glob(aside.name + "*"):
+        leftover.unlink(missing_ok=True)
+    connection = _open(str(aside))
+    try:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("BEGIN")
+        _make(connection, _SCHEMA_1 + _SCHEMA_2)
+        connection.execute("COMMIT")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def num_committed(connection: sqlite3.Connection) -> int:
+    """Transactions that this catalogue has seen. Raises StoreDamaged."""
+    number, schema, checksum = only(connection.execute("SELECT num_commits, schema, checksum FROM store").fetchone())
+    check_row("its counters", checksum, integer(number), blob(schema))
+    return integer(number)
+
+
+def num_removed(connection: sqlite3.Connection) -> int:
+    """Another number after every removal of segments."""
+    return integer(only(connection.execute("SELECT num_removed FROM store").fetchone())[0])
+
+
+def _connect(path: Path, seen: _Seen) -> _Connection:
+    connection = _open(f"file:{quote(str(path))}?{'mode=ro&immutable=1' if seen.is_immutable else 'mode=rw'}")
+    try:
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA cache_size = -16384")
+        connection.execute("PRAGMA mmap_size = 0")  # a mapped file that is truncated kills the process
+        connection.execute("PRAGMA cell_size_check = ON")
+        (version,) = only(connection.execute("PRAGMA user_version").fetchone())
+        if version == 1:
+            _run(connection, _AS_VERSION_2)
+            connection.is_kept = False
+        elif version != CATALOGUE_VERSION:
+            raise StoreDamaged(f"{path}: version {version} is unknown, expected 1 or {CATALOGUE_VERSION}")
+        elif _schema(connection) != only(connection.execute("SELECT schema FROM store").fetchone())[0]:
+            raise StoreDamaged(f"store {path}: the catalogue is damaged: its schema is not the one it was made with")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _open(database: str) -> _Connection:
+    connection = sqlite3.connect(
+        database,
+        uri=database.startswith("file:"),
+        timeout=10.0,
+        isolation_level=None,
+        check_same_thread=False,
+        factory=_Connection,
+    )
+    connection.text_factory = bytes
+    return connection
+
+
+def _schema(connection: sqlite3.Connection) -> bytes:
+    """A checksum of the schema as it is."""
+    return row_checksum(*(blob(sql) for (sql,) in connection.execute(_SCHEMA_OF)))
+
+
+def _make(connection: sqlite3.Connection, script: str) -> None:
+    """Run a schema's script, and count the commits from here on."""
+    connection.create_function("row_checksum", -1, row_checksum, deterministic=True)
+    _run(connection, script)
+    schema = _schema(connection)
+    connection.execute("INSERT INTO store VALUES (0, 0, ?, ?)", (schema, row_checksum(0, schema)))
+
+
+def _run(connection: sqlite3.Connection, script: str) -> None:
+    """The statements of a script, in the transaction that is open; `executescript` would commit it."""
+    statement = ""
+    for line in script.splitlines(keepends=True):
+        statement += line
+        if sqlite3.complete_statement(statement):
+            connection.execute(statement)
+            statement = ""

@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from cache.codecs import Codec
+from cache.embedded import rows
 from cache.embedded.catalogue import Catalogue
+from cache.embedded.failures import integer, row_checksum
 from cache.embedded.segments import Segment, SegmentFiles, SegmentGone, write_segment
-from cache.errors import DamagedRecord
+from cache.errors import DamagedRecord, StoreDamaged
 
 # Up to this much is rewritten at a time; FAISS's copies make it about four times that in memory.
 TARGET_SEGMENT_BYTES = 128 << 20
@@ -33,7 +35,7 @@ class Compaction:
 
 
 _USE = """
-SELECT segment_id, file_name, num_rows, code_size, codes_offset,
+SELECT segment_id, collection_id, file_name, num_rows, code_size, codes_offset, checksum,
     (SELECT coalesce(sum(num_states), 0) FROM passages WHERE passages.segment_id = segments.segment_id)
 FROM segments WHERE collection_id = ? ORDER BY segment_id
 """
@@ -61,7 +63,13 @@ class SegmentUse:
 
 def segments_in_use(connection: sqlite3.Connection, collection_id: int) -> list[SegmentUse]:
     """All segments of a collection, oldest first."""
-    return [SegmentUse(Segment(*row[:5]), row[5]) for row in connection.execute(_USE, (collection_id,))]
+    uses = []
+    for *values, num_live_rows in connection.execute(_USE, (collection_id,)):
+        segment = rows.segment_of(collection_id, tuple(values))
+        if isinstance(segment, str):
+            raise StoreDamaged(segment)
+        uses.append(SegmentUse(segment, integer(num_live_rows)))
+    return uses
 
 
 def num_small_segments(connection: sqlite3.Connection, collection_id: int) -> int:
@@ -100,7 +108,7 @@ def rewrite(
     """Rewrite a group as one segment; returns the segments that could not be.
 
     A segment whose file is missing or too short is left as it is, so that its passages keep being reported damaged;
-    codes are copied unchecked for the same reason: their checksums travel with them.
+    codes are copied unchecked for the same reason: their checksums travel with them. Raises StoreDamaged.
     """
     parts = []
     moved: list[tuple[int, int, int]] = []  # new first row, row key, old segment
@@ -110,18 +118,21 @@ def rewrite(
     with catalogue.reading() as connection:
         for use in group:
             query = "SELECT row_key, first_row, num_states FROM passages WHERE segment_id = ? ORDER BY first_row"
-            rows = connection.execute(query, (use.segment.segment_id,)).fetchall()
+            places = [
+                (integer(row_key), integer(first_row), integer(num_states))
+                for row_key, first_row, num_states in connection.execute(query, (use.segment.segment_id,))
+            ]
             try:
-                codes = list(files.codes(use.segment, [(first_row, num_states) for _, first_row, num_states in rows]))
+                codes = list(files.codes(use.segment, [(first_row, num_states) for _, first_row, num_states in places]))
             except SegmentGone:
                 codes = []
             whole = [one for one in codes if not isinstance(one, DamagedRecord)]
-            if len(whole) < len(rows):
+            if len(whole) < len(places):
                 unreadable.add(use.segment.segment_id)
                 continue
             readable.append(use)
             parts.extend(whole)
-            for row_key, _, num_states in rows:
+            for row_key, _, num_states in places:
                 moved.append((num_rows, row_key, use.segment.segment_id))
                 num_rows += num_states
     if not readable:
@@ -146,12 +157,15 @@ def add_segment(
 ) -> int:
     """A catalogue row for a segment file that is already durable; returns its id."""
     query = "INSERT INTO segments (collection_id, file_name, num_rows, code_size, codes_offset) VALUES (?, ?, ?, ?, ?)"
-    segment_id = connection.execute(query, (collection_id, file_name, num_rows, code_size, offset)).lastrowid
+    columns = (collection_id, file_name, num_rows, code_size, offset)
+    segment_id = connection.execute(query, columns).lastrowid
     assert segment_id is not None
+    query = "UPDATE segments SET checksum = ? WHERE segment_id = ?"
+    connection.execute(query, (row_checksum(segment_id, *columns), segment_id))
     return segment_id
 
 
 def forget_segments(connection: sqlite3.Connection, segment_ids: list[int]) -> None:
     """Remove catalogue rows of segments, and tell readers that some are gone."""
     connection.executemany("DELETE FROM segments WHERE segment_id = ?", [(segment_id,) for segment_id in segment_ids])
-    connection.execute("UPDATE removals SET num_removed = num_removed + 1")
+    connection.execute("UPDATE store SET num_removed = num_removed + 1")

@@ -1,6 +1,8 @@
 """Rows of the catalogue's `passages` table: written from records, read back into records.
 
-The one place that knows the columns. Transactions and locks are the caller's.
+The one place that knows the columns, and where rows are checked: a record's header is the checksum of its row. It holds
+the id it was asked for, and what the other columns say must agree with it; a wrong place in a segment has other codes.
+Transactions and locks are the caller's.
 """
 
 import sqlite3
@@ -13,80 +15,89 @@ from operator import attrgetter
 import numpy as np
 from numpy.typing import NDArray
 
+from cache.embedded.failures import blob, check_row, integer, text
 from cache.embedded.segments import Segment, SegmentFiles, SegmentGone
-from cache.errors import DamagedRecord
+from cache.errors import DamagedRecord, StoreDamaged
 from cache.names import passage_id_bytes
-from cache.record import Damaged, Header, Record, join, pack_windows
+from cache.record import RECORD_VERSION, Damaged, Header, Record, join, pack_windows
 
 # SQLite's bound on variables per statement is 32,766; larger statements only take longer to prepare.
 _LOOKUP_CHUNK = 1000
 
 _UPSERT = """
 INSERT INTO passages (collection_id, passage_id, segment_id, first_row, num_states, num_tokens, truncated, size_bytes,
-    header, windows, text) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+    num_clipped, header, windows, text) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT (collection_id, passage_id) DO UPDATE SET segment_id = excluded.segment_id,
     first_row = excluded.first_row, num_states = excluded.num_states, num_tokens = excluded.num_tokens,
-    truncated = excluded.truncated, size_bytes = excluded.size_bytes, header = excluded.header,
-    windows = excluded.windows, text = excluded.text
+    truncated = excluded.truncated, size_bytes = excluded.size_bytes, num_clipped = excluded.num_clipped,
+    header = excluded.header, windows = excluded.windows, text = excluded.text
 """
+# A row whose segment is not in the catalogue is found, and damaged.
 _SELECT = """
-SELECT passage_id, first_row, header, windows, text, segment_id, file_name, num_rows, code_size, codes_offset
-FROM passages JOIN segments USING (segment_id) WHERE passages.collection_id = ?
+SELECT passage_id, header, windows, text, first_row, passages.num_states, num_tokens, truncated, size_bytes,
+    num_clipped, passages.segment_id, segments.collection_id, file_name, num_rows, code_size, codes_offset, checksum
+FROM passages LEFT JOIN segments ON segments.segment_id = passages.segment_id WHERE passages.collection_id = ?
 """
+_Values = tuple[object, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One passage as the catalogue has it; nothing checked yet."""
+    """One passage as the catalogue has it, its columns checked against its header."""
 
     encoded_id: bytes
-    first_row: int
-    header: bytes
+    header: Header
     windows: bytes
     text: bytes
+    first_row: int
     segment: Segment
+
+    @property
+    def passage_id(self) -> str:
+        return self.encoded_id.decode()
+
+
+@dataclass(frozen=True, slots=True)
+class DamagedRow:
+    """A row that its header does not vouch for."""
+
+    encoded_id: bytes
+    reason: str
+    segment: None = None
 
     @property
     def passage_id(self) -> str:
         return self.encoded_id.decode(errors="replace")
 
-    def checked_header(self) -> Header:
-        """Raises DamagedRecord where the header is damaged, another passage's, or does not fit the row."""
-        header = Header.parse(self.header, self.encoded_id)
-        if header.code_size != self.segment.code_size:
-            raise DamagedRecord(f"{header.code_size} bytes per state, its segment has {self.segment.code_size}")
-        return header
 
+def read(rows: Iterable[Row | DamagedRow], files: SegmentFiles) -> Iterator[tuple[str, Record | Damaged | SegmentGone]]:
+    """The records of rows by passage id, in their order; those of one segment that follow each other are read together.
 
-def read(rows: Iterable[Row], files: SegmentFiles) -> Iterator[tuple[Row, Record | Damaged | SegmentGone]]:
-    """The records of rows, in their order, checked; rows of one segment that follow each other are read together."""
-    for _, group in groupby(rows, key=attrgetter("segment.segment_id")):
-        headers: list[tuple[Row, Header | DamagedRecord]] = []
+    Checked: what comes back as a Record is that passage as it was written.
+    """
+    for _, group in groupby(rows, key=attrgetter("segment")):
+        located: list[Row] = []
         for row in group:
-            try:
-                headers.append((row, row.checked_header()))
-            except DamagedRecord as exc:
-                headers.append((row, exc))
-        ranges = [(row.first_row, header.num_states) for row, header in headers if isinstance(header, Header)]
-        try:
-            codes = files.codes(headers[0][0].segment, ranges)
-        except SegmentGone as exc:
-            yield from ((row, exc) for row, _ in headers)
+            if isinstance(row, Row):
+                located.append(row)
+            else:
+                yield row.passage_id, Damaged(row.passage_id, row.reason)
+        if not located:
             continue
-        for row, header in headers:
-            yield row, _joined(row, header, codes)
+        try:
+            codes = files.codes(located[0].segment, [(row.first_row, row.header.num_states) for row in located])
+        except SegmentGone as exc:
+            yield from ((row.passage_id, exc) for row in located)
+            continue
+        for row, found in zip(located, codes, strict=True):
+            yield row.passage_id, _joined(row, found)
 
 
-def _joined(
-    row: Row, header: Header | DamagedRecord, codes: Iterator[NDArray[np.uint8] | DamagedRecord]
-) -> Record | Damaged:
+def _joined(row: Row, codes: NDArray[np.uint8] | DamagedRecord) -> Record | Damaged:
     try:
-        if isinstance(header, DamagedRecord):
-            raise header
-        found = next(codes)
-        if isinstance(found, DamagedRecord):
-            raise found
-        return join(header, row.windows, found, row.text)
+        if isinstance(codes, DamagedRecord):
+            raise codes
+        return join(row.header, row.windows, codes, row.text)
     except DamagedRecord as exc:
         return Damaged(row.passage_id, str(exc))
 
@@ -98,32 +109,42 @@ def insert(connection: sqlite3.Connection, collection_id: int, segment_id: int, 
     for passage_id, record in records.items():
         # Software that writes version 1 cannot open this catalogue, so it is not written here.
         header, encoded_id = record.header.latest(), passage_id_bytes(passage_id)
-        text = b"" if record.text is None else record.text.encode()
+        written = b"" if record.text is None else record.text.encode()
         rows.append(
             (
                 collection_id, encoded_id, segment_id, first_row,
-                header.num_states, header.num_tokens, header.truncated, header.total_bytes,
-                header.pack(encoded_id), pack_windows(record.window_tokens), text,
+                header.num_states, header.num_tokens, header.truncated, header.total_bytes, header.num_clipped,
+                header.pack(encoded_id), pack_windows(record.window_tokens), written,
             )
         )  # fmt: skip
         first_row += header.num_states
     connection.executemany(_UPSERT, rows)
 
 
-def find(connection: sqlite3.Connection, collection_id: int, passage_ids: Iterable[str]) -> list[Row]:
+def find(connection: sqlite3.Connection, collection_id: int, passage_ids: Iterable[str]) -> list[Row | DamagedRow]:
     """Rows of the passages that exist, in the order they lie on disk."""
-    rows: list[Row] = []
+    rows: list[Row | DamagedRow] = []
     for chunk, marks in _chunks(passage_ids):
         query = f"{_SELECT} AND passage_id IN ({marks})"
-        rows.extend(_rows(connection.execute(query, (collection_id, *chunk))))
-    rows.sort(key=attrgetter("segment.segment_id", "first_row"))
+        rows.extend(_rows(collection_id, connection.execute(query, (collection_id, *chunk))))
+    rows.sort(key=_place)
     return rows
 
 
-def page(connection: sqlite3.Connection, collection_id: int, after: bytes, limit: int) -> list[Row]:
-    """The next rows in order of passage id bytes."""
+def page(
+    connection: sqlite3.Connection, collection_id: int, after: bytes, limit: int
+) -> tuple[list[Row | DamagedRow], bytes]:
+    """The next rows in order of passage id bytes, and the last of those.
+
+    Raises StoreDamaged where they are not in order: a scan over such an index might not end.
+    """
     query = f"{_SELECT} AND passage_id > ? ORDER BY passage_id LIMIT ?"
-    return list(_rows(connection.execute(query, (collection_id, after, limit))))
+    values = connection.execute(query, (collection_id, after, limit)).fetchall()
+    for encoded_id, *_ in values:
+        if blob(encoded_id) <= after:
+            raise StoreDamaged("the catalogue is damaged: its index of passage ids is out of order")
+        after = encoded_id
+    return list(_rows(collection_id, values)), after
 
 
 def headers(connection: sqlite3.Connection, collection_id: int, passage_ids: Sequence[str]) -> dict[str, Header]:
@@ -132,9 +153,28 @@ def headers(connection: sqlite3.Connection, collection_id: int, passage_ids: Seq
     for chunk, marks in _chunks(passage_ids):
         query = f"SELECT passage_id, header FROM passages WHERE collection_id = ? AND passage_id IN ({marks})"
         for encoded_id, packed in connection.execute(query, (collection_id, *chunk)):
-            with suppress(DamagedRecord):
-                found[encoded_id.decode()] = Header.parse(packed, encoded_id)
+            with suppress(DamagedRecord, StoreDamaged):
+                found[text(encoded_id)] = Header.parse(blob(packed), encoded_id)
     return found
+
+
+def renew(connection: sqlite3.Connection, collection_id: int, after: int, limit: int) -> int | None:
+    """Rewrite headers of older versions among the next rows; the last of them, or None where there are no more.
+
+    A header that is damaged stays as it is, so that its passage keeps being reported.
+    """
+    query = """SELECT row_key, passage_id, header FROM passages NOT INDEXED
+        WHERE row_key > ? AND collection_id = ? ORDER BY row_key LIMIT ?"""
+    changed = []
+    last = None
+    for last, encoded_id, packed in connection.execute(query, (after, collection_id, limit)).fetchall():
+        with suppress(DamagedRecord, StoreDamaged):
+            header = Header.parse(blob(packed), blob(encoded_id))
+            if header.version != RECORD_VERSION:
+                latest = header.latest()
+                changed.append((latest.pack(encoded_id), latest.total_bytes, last))
+    connection.executemany("UPDATE passages SET header = ?, size_bytes = ? WHERE row_key = ?", changed)
+    return last
 
 
 def delete(connection: sqlite3.Connection, collection_id: int, passage_ids: Iterable[str]) -> int:
@@ -153,10 +193,49 @@ def _chunks(passage_ids: Iterable[str]) -> Iterator[tuple[list[bytes], str]]:
         yield chunk, ",".join("?" * len(chunk))
 
 
-def _rows(found: Iterable[tuple[bytes, int, bytes, bytes, bytes, int, str, int, int, int]]) -> Iterator[Row]:
-    segments: dict[int, Segment] = {}  # most passages of a request share theirs with others
+def _rows(collection_id: int, found: Iterable[_Values]) -> Iterator[Row | DamagedRow]:
+    segments: dict[object, Segment | str] = {}  # most passages of a request share theirs with others
     for values in found:
-        segment = segments.get(values[5])
+        encoded_id, packed, windows, written, first_row, *counts = values[:10]
+        if type(encoded_id) is not bytes:
+            raise StoreDamaged(f"the catalogue is damaged: passage id {encoded_id!r:.40}, expected bytes")
+        segment = segments.get(values[10])
         if segment is None:
-            segment = segments[values[5]] = Segment(*values[5:])
-        yield Row(*values[:5], segment)
+            segment = segments[values[10]] = segment_of(collection_id, values[10:])
+        try:
+            if not (type(packed) is type(windows) is type(written) is bytes and type(first_row) is int):
+                raise DamagedRecord("a column of its catalogue row is of another type")
+            header = Header.parse(packed, encoded_id)
+            if counts != [
+                header.num_states, header.num_tokens, header.truncated, header.total_bytes, header.num_clipped,
+            ]:  # fmt: skip
+                raise DamagedRecord("its catalogue row does not agree with its header")
+            if isinstance(segment, str):
+                raise DamagedRecord(segment)
+            if header.code_size != segment.code_size:
+                raise DamagedRecord(f"{header.code_size} bytes per state, its segment has {segment.code_size}")
+            yield Row(encoded_id, header, windows, written, first_row, segment)
+        except DamagedRecord as exc:
+            yield DamagedRow(encoded_id, str(exc))
+
+
+def segment_of(collection_id: int, values: _Values) -> Segment | str:
+    """A segment out of its whole row, or why there is none."""
+    segment_id, owner, file_name, num_rows, code_size, codes_offset, checksum = values
+    if owner is None:
+        return f"segment {segment_id} is not in the catalogue"
+    try:
+        segment = Segment(
+            integer(segment_id), text(file_name), integer(num_rows), integer(code_size), integer(codes_offset)
+        )
+        check_row(
+            f"segment {segment_id}", checksum, segment.segment_id, integer(owner), segment.file_name,
+            segment.num_rows, segment.code_size, segment.codes_offset,
+        )  # fmt: skip
+    except StoreDamaged as exc:
+        return str(exc)
+    return segment if owner == collection_id else f"segment {segment_id} is another collection's"
+
+
+def _place(row: Row | DamagedRow) -> tuple[int, int]:
+    return (row.segment.segment_id, row.first_row) if isinstance(row, Row) else (0, 0)

@@ -6,14 +6,14 @@ Joins catalogue, segments and lock into the Store contract. Does not know floats
 import logging
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 
 from cache.codecs import Codec
-from cache.embedded import compaction, naming, rows
-from cache.embedded.catalogue import Catalogue
+from cache.embedded import audit, compaction, naming, rows
+from cache.embedded.catalogue import Catalogue, num_removed
 from cache.embedded.failures import translated
 from cache.embedded.lock import WriterLock
 from cache.embedded.segments import SegmentFiles, SegmentGone, remove_orphans, write_segment
@@ -21,9 +21,9 @@ from cache.errors import CacheError, CodecError, CollectionNotFound
 from cache.manifest import Manifest
 from cache.names import check_name, passage_id_bytes
 from cache.record import Damaged, Header, Record
-from cache.store import StoreStats
+from cache.store import Audit, StoreStats
 
-_SCAN_PAGE_PASSAGES = 256
+_SCAN_PAGE_PASSAGES, _RENEWED_PASSAGES = 256, 20_000
 
 _logger = logging.getLogger(__name__)
 
@@ -40,12 +40,13 @@ class EmbeddedStore:
     ) -> None:
         self.path = Path(path).expanduser().absolute()
         self._directory = self.path / "segments"
-        self._catalogue = Catalogue(self.path / "catalogue.sqlite")
         self._lock = WriterLock(self.path / "writer.lock", lock_timeout_seconds)
+        self._catalogue = Catalogue(self.path / "catalogue.sqlite", on_commit=self._lock.note)
         self._files = SegmentFiles(self._directory)
         self._max_small_segments = max_small_segments
-        self._codecs: dict[int, Codec] = {}
+        self._codecs: dict[tuple[int, int], Codec] = {}  # by collection in the catalogue file opened so many times
         self._seen_removals = 0
+        self._has_written = False
         # Another process may have died before this one came, and this one may fail half way.
         self._may_have_orphans = True
 
@@ -110,17 +111,16 @@ class EmbeddedStore:
                 collection_id = naming.find_collection(connection, collection)
                 if collection_id is None:
                     return
-                page = rows.page(connection, collection_id, after, _SCAN_PAGE_PASSAGES)
+                page, after = rows.page(connection, collection_id, after, _SCAN_PAGE_PASSAGES)
             if not page:
                 return
-            after = page[-1].encoded_id
-            for row, record in rows.read(page, self._files):
+            for passage_id, record in rows.read(page, self._files):
                 if isinstance(record, SegmentGone):
-                    (again,) = self.get_many(collection, [row.passage_id])
+                    (again,) = self.get_many(collection, [passage_id])
                     if again is not None:
-                        yield row.passage_id, again
+                        yield passage_id, again
                 else:
-                    yield row.passage_id, record
+                    yield passage_id, record
 
     def stats(self, collection: str) -> StoreStats:
         with self._catalogue.reading() as connection:
@@ -128,7 +128,8 @@ class EmbeddedStore:
 
     def generation(self, collection: str) -> int:
         with self._catalogue.reading() as connection:
-            return naming.generation(connection, collection)
+            # A replaced catalogue may have come to the same number by other writes.
+            return naming.generation(connection, collection) + (self._catalogue.num_reopened << 40)
 
     def read_manifest(self, collection: str) -> Manifest | None:
         with self._catalogue.reading() as connection:
@@ -169,8 +170,10 @@ class EmbeddedStore:
     def compact(self, collection: str) -> compaction.Compaction:
         """Merge small segments and drop the codes of deleted and replaced passages; readers go on meanwhile.
 
-        The lock is given up between groups, so other writers get their turn. Raises CollectionNotFound.
+        Headers of older versions are written in the latest. The lock is given up between groups, so other writers get
+        their turn. Raises CollectionNotFound.
         """
+        self._renew(collection)
         before: list[compaction.SegmentUse] | None = None
         unreadable: set[int] = set()
         while True:
@@ -185,7 +188,26 @@ class EmbeddedStore:
                     return compaction.Compaction(len(before), len(uses), dead[0] - dead[1])
                 unreadable |= self._rewrite(groups[0], collection_id, codec)
 
+    def audit(self, collection: str) -> Audit:
+        """Reads the whole catalogue, and no codes; see `audit.find`."""
+        return audit.find(self._catalogue, self._directory, self._lock, collection)
+
+    def mend(self) -> list[str]:
+        """Write the catalogue again out of what is whole in it, beside readers, and say what was left behind.
+
+        Raises StoreDamaged where there is nothing to start from.
+        """
+        if not self._catalogue.exists:
+            return []
+        with translated(self.path), self._lock.held():
+            self._has_written = True
+            return audit.rebuild(self._catalogue, self._directory, self._lock)
+
     def close(self) -> None:
+        if self._has_written:
+            # So that what was written can be copied, or mounted where nothing can be applied.
+            with suppress(CacheError):
+                self._catalogue.checkpoint()
         self._files.close()
         self._catalogue.close()
 
@@ -200,15 +222,15 @@ class EmbeddedStore:
             located = rows.find(connection, collection_id, passage_ids)
             self._forget_removed(connection)
         with translated(self.path):
-            for row, record in rows.read(located, self._files):
+            for passage_id, record in rows.read(located, self._files):
                 if isinstance(record, SegmentGone):
-                    gone[row.passage_id] = str(record)
+                    gone[passage_id] = str(record)
                 else:
-                    found[row.passage_id] = record
+                    found[passage_id] = record
         return found, gone
 
     def _forget_removed(self, connection: sqlite3.Connection) -> None:
-        (num_removals,) = connection.execute("SELECT num_removed FROM removals").fetchone()
+        num_removals = num_removed(connection)
         if num_removals != self._seen_removals:
             self._seen_removals = num_removals
             kept = connection.execute("SELECT segment_id FROM segments")
@@ -222,11 +244,10 @@ class EmbeddedStore:
             with self._lock.held():
                 self._catalogue.create()
                 if self._may_have_orphans:
-                    with self._catalogue.reading() as connection:
-                        committed = {name for (name,) in connection.execute("SELECT file_name FROM segments")}
-                    remove_orphans(self._directory, committed)
+                    remove_orphans(self._directory, audit.committed_files(self._catalogue, self._lock))
                     self._may_have_orphans = False
                 try:
+                    self._has_written = True
                     yield
                 except BaseException:
                     # Not removed right here: a failed COMMIT may still be found complete after a crash.
@@ -236,11 +257,20 @@ class EmbeddedStore:
     def _require(self, collection: str) -> tuple[int, Codec]:
         with self._catalogue.reading() as connection:
             collection_id = naming.require_collection(connection, collection)
-            if collection_id not in self._codecs:
+            key = self._catalogue.num_reopened, collection_id
+            if key not in self._codecs:
                 manifest = naming.read_manifest(connection, collection)
                 assert manifest is not None
-                self._codecs[collection_id] = manifest.make_codec()
-        return collection_id, self._codecs[collection_id]
+                self._codecs[key] = manifest.make_codec()
+        return collection_id, self._codecs[key]
+
+    def _renew(self, collection: str) -> None:
+        after: int | None = 0
+        while after is not None:
+            with self._writing():
+                collection_id, _ = self._require(collection)
+                with self._catalogue.writing() as connection:
+                    after = rows.renew(connection, collection_id, after, _RENEWED_PASSAGES)
 
     def _merge_small(self, collection_id: int, codec: Codec) -> None:
         """Keep single-passage writes from piling up segments. The write before it stands, whatever happens here."""

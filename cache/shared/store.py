@@ -29,7 +29,7 @@ from cache.record import HEADER_BYTES, Damaged, Header, Record, pack, unpack
 from cache.shared.address import Address
 from cache.shared.link import Client, Deadline, Link, Malformed
 from cache.shared.pipeline import IsValid, exchange, run, take_bytes
-from cache.store import StoreStats, sum_headers
+from cache.store import Audit, StoreStats, sum_headers
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +115,12 @@ class RedisStore:
                 yield from self._headers(self._bulk, collection, batch, self._count_seconds)
 
         return sum_headers(headers())
+
+    def audit(self, collection: str) -> Audit:
+        return Audit()
+
+    def mend(self) -> list[str]:
+        return []
 
     def generation(self, collection: str) -> int:
         value = self._ask(self._online, _is_value, "HGET", self._generations, collection)

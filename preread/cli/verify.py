@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
 
 import click
 
 from preread.cli.failures import BAD_ITEMS
 from preread.cli.options import ADMIN_READ_SECONDS, collection_option, json_option, option, store_option
+
+if TYPE_CHECKING:
+    from cache.collection import Collection
+    from cache.store import Store
 
 
 @click.command()
@@ -23,54 +28,110 @@ def command(
 ) -> None:
     """Read a whole collection back and report damage.
 
-    Checks version, lengths and checksum of every passage, decodes it, and checks its values. Exit code 1
-    when any passage is damaged: the rest is not affected. Indexing again leaves alone what is stored with the
-    same text, damaged or not: remove it first.
+    Checks version, lengths, checksum and id of every passage, decodes it, and checks its values; then what
+    no passage shows: the catalogue's pages, its other rows, its counts, and whether commits are lost. Exit code
+    1 when anything is damaged: the rest is not affected. --remove-damaged deletes damaged passages, and writes
+    a damaged catalogue again out of what is whole. Indexing again leaves alone what is stored with the same
+    text, damaged or not: remove it first.
     """
-    from cache.collection import Collection
     from cache.store import open_store
 
     opened = open_store(store, read_budget_seconds=ADMIN_READ_SECONDS)
     try:
-        whole = Collection.open(opened, collection)
-        num_read, damaged = _read(whole, whole.stats().num_passages)
-        num_removed = whole.delete_many([one.passage_id for one in damaged]) if remove_damaged else 0
+        found = _verified(opened, collection, remove_damaged=remove_damaged)
     finally:
         opened.close()
     if as_json:
-        rows = [{"passage_id": one.passage_id, "reason": one.reason} for one in damaged]
-        counts = {"collection": whole.name, "num_passages": num_read, "removed": num_removed}
-        click.echo(json.dumps(counts | {"damaged": rows}, indent=2))
+        click.echo(json.dumps(asdict(found), indent=2))
     else:
-        for one in damaged[:max_shown]:
-            click.echo(f"damaged: {one.passage_id}: {one.reason}")
-        removed = f", {num_removed:,} removed" if remove_damaged else ""
-        if len(damaged) > max_shown:
-            click.echo(f"damaged: {len(damaged) - max_shown:,} more")
-        click.echo(f"{whole.name}: {num_read:,} passages read, {len(damaged):,} damaged" + removed)
-    if damaged:
+        _print(found, max_shown, remove_damaged)
+    if found.damaged or found.problems:
         ctx.exit(BAD_ITEMS)
 
 
-def _read(whole: Any, num_passages: int) -> tuple[int, list[Any]]:
-    """Number of passages read, and the damaged ones among them."""
-    import numpy as np
+@dataclass
+class _Found:
+    """What was read and found, for people and for machines."""
+
+    collection: str
+    num_passages: int = 0
+    num_version_1: int = 0
+    removed: int = 0
+    damaged: list[dict[str, str]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    left_behind: list[str] = field(default_factory=list)
+    orphans: list[str] = field(default_factory=list)
+
+
+def _verified(store: Store, name: str, *, remove_damaged: bool) -> _Found:
+    from cache.collection import Collection
+    from cache.errors import StoreDamaged
+
+    mended: list[str] = []
+    problems: list[str] = []
+    try:
+        found = _read(store, Collection.open(store, name))
+        problems = found.problems
+    except StoreDamaged as exc:
+        if not remove_damaged:
+            raise
+        problems = [str(exc)]
+    if remove_damaged and problems:
+        mended = store.mend()
+        found = _read(store, Collection.open(store, name))
+        problems += [problem for problem in found.problems if problem not in problems]
+    if remove_damaged:
+        passage_ids = [one["passage_id"] for one in found.damaged]
+        found.removed = Collection.open(store, name).delete_many(passage_ids)
+    found.problems, found.left_behind = problems, mended
+    return found
+
+
+def _print(found: _Found, max_shown: int, remove_damaged: bool) -> None:
+    for one in found.damaged[:max_shown]:
+        click.echo(f"damaged: {one['passage_id']}: {one['reason']}")
+    if len(found.damaged) > max_shown:
+        click.echo(f"damaged: {len(found.damaged) - max_shown:,} more")
+    for problem in found.problems[:max_shown]:
+        click.echo(f"damaged: {problem}")
+    for left in found.left_behind[:max_shown]:
+        click.echo(f"left behind: {left}")
+    if len(found.left_behind) > max_shown:
+        click.echo(f"left behind: {len(found.left_behind) - max_shown:,} more")
+    if found.orphans:
+        click.echo(f"{len(found.orphans):,} segment files of writes that were cut off; the next write removes them")
+    if found.num_version_1:
+        click.echo(
+            f"{found.num_version_1:,} records of version 1, which do not know their id; `preread collection compact`"
+        )
+    removed = f", {found.removed:,} removed" if remove_damaged else ""
+    mended = ", catalogue written again" if remove_damaged and found.problems else ""
+    click.echo(
+        f"{found.collection}: {found.num_passages:,} passages read, {len(found.damaged):,} damaged{removed}{mended}"
+    )
+
+
+def _read(store: Store, whole: Collection) -> _Found:
+    """Every passage, and what the store finds of itself."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from cache.record import Damaged
+    from cache.errors import StoreDamaged
 
+    found = _Found(whole.name)
+    audit = store.audit(whole.name)
+    found.problems, found.orphans = list(audit.problems), list(audit.orphans)
     console = Console(stderr=True)
     columns = (TextColumn("reading"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    num_read = 0
-    damaged = []
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("", total=num_passages)
-        for passage_id, states in whole.scan():
-            num_read += 1
-            if isinstance(states, Damaged):
-                damaged.append(states)
-            elif not np.isfinite(states.states).all():
-                damaged.append(Damaged(passage_id, "decoded states are not finite"))
-            bar.advance(task)
-    return num_read, damaged
+    try:
+        with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+            task = bar.add_task("", total=whole.stats().num_passages)
+            for one in whole.verify():
+                found.num_passages += 1
+                found.num_version_1 += one.version == 1
+                if one.damage:
+                    found.damaged.append({"passage_id": one.passage_id, "reason": one.damage})
+                bar.advance(task)
+    except StoreDamaged as exc:
+        found.problems.append(str(exc))
+    return found

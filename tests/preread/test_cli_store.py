@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -116,6 +118,45 @@ def test_damage_is_removed_when_asked(store: str) -> None:
     assert "1 damaged, 1 removed" in removed.stdout
     assert again.stdout == "docs: 11 passages read, 0 damaged\n"
     assert again.exit_code == 0
+
+
+def change(store: str, statement: str) -> None:
+    with closing(
+        sqlite3.connect(f"{store.removeprefix('faiss:')}/catalogue.sqlite", isolation_level=None)
+    ) as catalogue:
+        assert catalogue.execute(statement).rowcount == 1
+
+
+def test_damage_of_the_catalogue_is_reported_and_mended(store: str) -> None:
+    change(store, "UPDATE collections SET num_states = num_states + 1")
+    change(store, "UPDATE passages SET passage_id = CAST('other' AS BLOB) WHERE passage_id = CAST('p3' AS BLOB)")
+    answer = in_process("verify", "-c", "docs", store=store)
+    assert answer.exit_code == 1
+    assert "damaged: other: checksum of the header does not match" in answer.stdout
+    assert "damaged: num_states of collection 'docs' is " in answer.stdout
+    as_json = json.loads(in_process("verify", "-c", "docs", "--json", store=store).stdout)
+    assert len(as_json["problems"]) == len(as_json["damaged"]) == 1
+
+    mended = in_process("verify", "-c", "docs", "--remove-damaged", store=store)
+    assert mended.exit_code == 1
+    assert "left behind: passage 'other'" in mended.stdout
+    assert "catalogue written again" in mended.stdout
+    again = in_process("verify", "-c", "docs", store=store)
+    assert again.stdout == "docs: 11 passages read, 0 damaged\n"
+
+
+def test_a_damaged_alias_is_one_clear_error_until_it_is_mended(store: str) -> None:
+    assert in_process("collection", "alias", "live", "docs", store=store).exit_code == 0
+    change(store, "UPDATE aliases SET name = 'docz'")
+    for command in (["verify", "-c", "docs"], ["stats"], ["collection", "alias", "live", "--remove"]):
+        answer = run(*command, "--store", store)
+        if command[0] != "collection":  # which removes it unread
+            assert answer.returncode == 3
+            assert "checksum of alias 'live' does not match" in answer.stderr
+    change(store, "INSERT INTO aliases (alias, name) VALUES ('live', 'docs')")
+    mended = in_process("verify", "-c", "docs", "--remove-damaged", store=store)
+    assert "left behind: alias 'live'" in mended.stdout
+    assert in_process("verify", "-c", "docs", store=store).stdout == "docs: 12 passages read, 0 damaged\n"
 
 
 def test_an_alias_moves_in_one_step_and_guards_what_it_names(store: str) -> None:

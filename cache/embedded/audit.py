@@ -1,0 +1,244 @@
+"""What reading passages does not show: damage of the catalogue as a whole, and its mending.
+
+A passage that is lost together with the catalogue page that names it reads as missing, and only the catalogue can tell
+that there was one. `find` looks for such damage; `rebuild` writes the catalogue again out of what is whole.
+"""
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from itertools import chain
+from pathlib import Path
+
+from cache.embedded import naming, rows
+from cache.embedded.catalogue import Catalogue, new_file, num_committed
+from cache.embedded.failures import blob, check_row, integer, is_whole, row_checksum, text, translated
+from cache.embedded.lock import WriterLock
+from cache.embedded.segments import remove_orphans
+from cache.errors import CacheError, DamagedRecord, ManifestError, StoreDamaged
+from cache.manifest import Manifest
+from cache.record import Header
+from cache.store import Audit
+
+MAX_SHOWN = 20
+_UNREADABLE = "rows that cannot be read:"
+_COUNTED = "num_passages, num_states, num_tokens, num_truncated, size_bytes, num_clipped"
+_COUNTS = """SELECT count(*), coalesce(sum(num_states), 0), coalesce(sum(num_tokens), 0), coalesce(sum(truncated), 0),
+    coalesce(sum(size_bytes), 0), coalesce(sum(num_clipped), 0) FROM passages NOT INDEXED WHERE collection_id = ?"""
+_SEGMENT = "segment_id, collection_id, file_name, num_rows, code_size, codes_offset, checksum"
+
+
+def find(catalogue: Catalogue, directory: Path, lock: WriterLock, collection: str) -> Audit:
+    """Damage of the catalogue: its pages and indexes, rows that no record vouches for, counts, lost commits.
+
+    Raises StoreDamaged where it cannot be opened at all.
+    """
+    noted = lock.noted() or 0  # before the catalogue: a writer commits first
+    found: list[str] = []
+    if not catalogue.exists:
+        return Audit()
+    with translated(catalogue.path), catalogue.reading() as connection:
+        checks = _pages(connection), _lost_commits(connection, noted), _names(connection)
+        for check in (*checks, _counters(connection, collection)):
+            try:
+                found.extend(check)
+            except (CacheError, sqlite3.Error) as exc:
+                found.append(f"catalogue: {exc}")
+        with suppress(CacheError, sqlite3.Error):
+            found.extend(_segments(connection, directory))
+    return Audit(tuple(found), tuple(_orphans(catalogue, directory, lock)))
+
+
+def committed_files(catalogue: Catalogue, lock: WriterLock) -> set[str]:
+    """Names of the segments that are in the catalogue: all others may be removed.
+
+    Raises StoreDamaged where that is not certain, so that a damaged catalogue never costs the codes it should name.
+    """
+    noted = lock.noted() or 0
+    with catalogue.reading() as connection:
+        for problem in chain(_lost_commits(connection, noted), _pages(connection, "segments")):
+            raise StoreDamaged(f"the catalogue is damaged: {problem}")
+        found = set()
+        for values in connection.execute(f"SELECT {_SEGMENT} FROM segments"):
+            segment = rows.segment_of(integer(values[1]), values)
+            if isinstance(segment, str):
+                raise StoreDamaged(f"the catalogue is damaged: {segment}")
+            found.add(segment.file_name)
+        return found
+
+
+def rebuild(catalogue: Catalogue, directory: Path, lock: WriterLock) -> list[str]:
+    """Write a new catalogue with all rows of this one that are whole, put it in its place, and say what was left.
+
+    Only for the holder of the writer lock. Counters, indexes and generations are made again.
+    """
+    left: list[str] = []
+    with catalogue.reading() as old, closing(new_file(catalogue.aside)) as new:
+        new.execute("PRAGMA synchronous = FULL")
+        new.execute("BEGIN")
+        collections = _copy_names(old, new, left)
+        _copy_passages(old, new, collections, left)
+        commits = 0
+        with suppress(StoreDamaged, sqlite3.Error):
+            commits = num_committed(old)
+        # More than any that was acknowledged: what is lost has been said here.
+        commits = max(commits, lock.noted() or 0) + 1
+        (schema,) = new.execute("SELECT schema FROM store").fetchone()
+        new.execute("UPDATE store SET num_commits = ?, checksum = ?", (commits, row_checksum(commits, schema)))
+        new.execute("COMMIT")
+    catalogue.replace(catalogue.aside)
+    lock.note(commits)
+    remove_orphans(directory, committed_files(catalogue, lock))
+    return left
+
+
+def _pages(connection: sqlite3.Connection, table: str = "") -> Iterator[str]:
+    """SQLite's own check, which ends where a walk over a damaged index might not: it counts what it has visited."""
+    for (line,) in connection.execute(f"PRAGMA integrity_check({table or MAX_SHOWN})"):
+        if line != b"ok":
+            yield f"catalogue: {line.decode(errors='replace')}"
+
+
+def _lost_commits(connection: sqlite3.Connection, noted: int) -> Iterator[str]:
+    commits = num_committed(connection)
+    if commits < noted:
+        yield f"the last {noted - commits} of {noted} commits are lost"
+
+
+def _names(connection: sqlite3.Connection) -> Iterator[str]:
+    """Collections, aliases and generations whose row is damaged, or that point nowhere."""
+    names = set()
+    for collection_id, name, manifest, checksum in connection.execute(
+        "SELECT collection_id, name, manifest, checksum FROM collections"
+    ):
+        try:
+            names.add(text(name))
+            check_row(f"collection {text(name)!r}", checksum, integer(collection_id), text(name))
+            Manifest.from_json(blob(manifest), text(name))
+        except CacheError as exc:
+            yield f"collection {name!r}: {exc}"
+    for alias, name, checksum in connection.execute("SELECT alias, name, checksum FROM aliases"):
+        if not is_whole(checksum, text(alias), text(name)):
+            yield f"checksum of alias {text(alias)!r} does not match"
+        elif text(name) not in names:
+            yield f"alias {text(alias)!r} points at {text(name)!r}, which does not exist"
+    for name, generation, checksum in connection.execute("SELECT name, generation, checksum FROM generations"):
+        if not is_whole(checksum, text(name), integer(generation)):
+            yield f"checksum of the generation of {text(name)!r} does not match"
+
+
+def _counters(connection: sqlite3.Connection, collection: str) -> Iterator[str]:
+    """Counters that differ from the rows, and rows that belong to nothing."""
+    collection_id = naming.find_collection(connection, collection)
+    if collection_id is not None:
+        # One statement: both see the same commits.
+        query = f"SELECT * FROM (SELECT {_COUNTED} FROM collections WHERE collection_id = ?), ({_COUNTS})"
+        both = connection.execute(query, (collection_id, collection_id)).fetchone()
+        counted, there = both[:6], both[6:]
+        for name, left, right in zip(_COUNTED.split(", "), counted, there, strict=True):
+            if left != right:
+                yield f"{name} of collection {collection!r} is {left}, its rows have {right}"
+    query = (
+        "SELECT count(*) FROM passages NOT INDEXED WHERE collection_id NOT IN (SELECT collection_id FROM collections)"
+    )
+    (num_stray,) = connection.execute(query).fetchone()
+    if num_stray:
+        yield f"{num_stray} passages belong to no collection"
+
+
+def _segments(connection: sqlite3.Connection, directory: Path) -> Iterator[str]:
+    for values in connection.execute(f"SELECT {_SEGMENT} FROM segments"):
+        segment = rows.segment_of(integer(values[1]), values)
+        if isinstance(segment, str):
+            yield segment
+            continue
+        try:
+            num_bytes = (directory / segment.file_name).stat().st_size
+        except OSError:
+            continue  # a compaction may have removed it; its passages say so where it is missing
+        expected = segment.codes_offset + segment.num_rows * segment.code_size
+        if num_bytes < expected:
+            yield f"segment {segment.file_name} has {num_bytes} bytes, expected at least {expected}"
+
+
+def _orphans(catalogue: Catalogue, directory: Path, lock: WriterLock) -> list[str]:
+    with lock.idle() as is_idle, suppress(CacheError, sqlite3.Error):
+        if is_idle and directory.is_dir():
+            committed = committed_files(catalogue, lock)
+            return sorted(path.name for path in directory.iterdir() if path.name not in committed)
+    return []
+
+
+def _copy_names(old: sqlite3.Connection, new: sqlite3.Connection, left: list[str]) -> set[int]:
+    """Copy collections, aliases, generations and segments; returns the numbers of the collections."""
+    kept: dict[str, int] = {}
+    for collection_id, name, manifest, checksum in _salvaged(
+        old, "SELECT collection_id, name, manifest, checksum FROM collections", left
+    ):
+        try:
+            check_row(f"collection {name!r}", checksum, integer(collection_id), text(name))
+            Manifest.from_json(blob(manifest), text(name))
+        except (StoreDamaged, ManifestError) as exc:
+            left.append(f"collection {name!r}: {exc}")
+            continue
+        query = "INSERT INTO collections (collection_id, name, manifest, checksum) VALUES (?, ?, ?, ?)"
+        new.execute(query, (collection_id, text(name), manifest, row_checksum(integer(collection_id), text(name))))
+        kept[text(name)] = integer(collection_id)
+    for alias, name, checksum in _salvaged(old, "SELECT alias, name, checksum FROM aliases", left):
+        if is_whole(checksum, _shown(alias), _shown(name)) and text(name) in kept:
+            naming.set_alias(new, text(alias), text(name))
+        else:
+            left.append(f"alias {_shown(alias)!r}")
+    for name, generation, checksum in _salvaged(old, "SELECT name, generation, checksum FROM generations", left):
+        if type(generation) is int and is_whole(checksum, _shown(name), generation):
+            query = "INSERT OR IGNORE INTO generations (name, generation, checksum) VALUES (?, ?, ?)"
+            new.execute(query, (text(name), generation, row_checksum(text(name), generation)))
+    for name in kept:
+        naming.bump(new, name)
+    for values in _salvaged(old, f"SELECT {_SEGMENT} FROM segments", left):
+        if type(values[1]) is not int or isinstance(segment := rows.segment_of(values[1], values), str):
+            left.append(f"the row of segment {values[0]!r}")
+        elif values[1] in kept.values():
+            columns = values[0], values[1], segment.file_name, segment.num_rows, segment.code_size, segment.codes_offset
+            query = f"INSERT INTO segments ({_SEGMENT}) VALUES (?, ?, ?, ?, ?, ?, ?)"
+            new.execute(query, (*columns, row_checksum(*columns)))  # type: ignore[arg-type]
+    return set(kept.values())
+
+
+def _copy_passages(old: sqlite3.Connection, new: sqlite3.Connection, collections: set[int], left: list[str]) -> None:
+    segments = {segment_id for (segment_id,) in new.execute("SELECT segment_id FROM segments")}
+    insert = """INSERT OR IGNORE INTO passages (row_key, collection_id, passage_id, segment_id, first_row, num_states,
+        num_tokens, truncated, size_bytes, num_clipped, header, windows, text)
+        VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+    # From both ends: a page that cannot be read ends either way.
+    for order in ("ASC", "DESC"):
+        query = f"""SELECT row_key, collection_id, passage_id, segment_id, first_row, header, windows, text
+            FROM passages NOT INDEXED ORDER BY row_key {order}"""
+        complete = len(left)
+        for row_key, collection_id, passage_id, segment_id, first_row, packed, windows, written in _salvaged(
+            old, query, left
+        ):
+            try:
+                header = Header.parse(blob(packed), blob(passage_id))
+                if segment_id not in segments or collection_id not in collections:
+                    raise DamagedRecord("belongs to no collection or segment")
+                counts = header.num_states, header.num_tokens, header.truncated, header.total_bytes, header.num_clipped
+                place = integer(row_key), collection_id, passage_id, segment_id, integer(first_row)
+                new.execute(insert, (*place, *counts, packed, blob(windows), blob(written)))
+            except (DamagedRecord, StoreDamaged) as exc:
+                left.append(f"passage {_shown(passage_id)!r}: {exc}")
+        if len(left) == complete or not left[-1].startswith(_UNREADABLE):
+            return
+
+
+def _salvaged(connection: sqlite3.Connection, query: str, left: list[str]) -> Iterator[tuple[object, ...]]:
+    """Rows of a query until one cannot be read; that is put down."""
+    try:
+        yield from connection.execute(query)
+    except sqlite3.Error as exc:
+        left.append(f"{_UNREADABLE} {exc}")
+
+
+def _shown(value: object) -> str:
+    """What a column says, as far as it is text."""
+    return value.decode(errors="replace") if isinstance(value, bytes) else repr(value)
