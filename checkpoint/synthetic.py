@@ -1,6 +1,7 @@
 """Makes checkpoints with random weights: for tests, benchmarks and capacity planning.
 
-They load like real ones and rank like dice. Does not know training.
+They load like real ones and rank like dice. The same arguments give the same bytes in every process and on every
+processor. Does not know training.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -136,7 +138,7 @@ def _config(shape: Shape) -> dict[str, Any]:
 
 def _random_tensors(shape: Shape, seed: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Weights scaled so that attention, margins and norms all have something to say."""
-    generator = torch.Generator().manual_seed(seed)
+    rng = np.random.default_rng(seed)  # torch's normal numbers depend on the processor's vector units
 
     class Stack:
         vocab_size, hidden_size, intermediate_size = shape.vocab_size, shape.hidden_size, shape.intermediate_size
@@ -147,5 +149,5 @@ def _random_tensors(shape: Shape, seed: int, dtype: torch.dtype) -> dict[str, to
     tensors = {}
     for name, size in wanted.items():
         scale = 0.1 if "norm" in name else (size[-1] ** -0.5)
-        tensors[f"model.{name}"] = (torch.randn(size, generator=generator) * scale).to(dtype)
+        tensors[f"model.{name}"] = (torch.from_numpy(rng.standard_normal(size, dtype=np.float32)) * scale).to(dtype)
     return tensors

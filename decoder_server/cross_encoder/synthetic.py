@@ -1,15 +1,19 @@
 """Makes cross-encoders with random weights: for tests, benchmarks and trying out a server.
 
-They load like real ones and rank like dice. Tokenizers are made here too; nothing is fetched.
+They load like real ones and rank like dice. Tokenizers are made here too; nothing is fetched. The same arguments give
+the same bytes in every process and on every processor.
 """
 
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -71,6 +75,7 @@ def make_cross_encoder(
     """Writes a random checkpoint and returns its directory.
 
     Args:
+        seed: of the weights, which no other random numbers touch.
         config: further fields of config.json.
         save: further arguments of `save_pretrained`, such as max_shard_size.
     """
@@ -83,15 +88,16 @@ def make_cross_encoder(
     listwise = architecture == "JinaForRanking"
     kind: Any = transformers.Qwen3Model if listwise else getattr(transformers, architecture)
     fields = _fields(architecture, size, tokenizer) | ({"num_labels": num_labels} if "Sequence" in architecture else {})
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.random.fork_rng():  # what transformers draws is written over
         model = kind(kind.config_class(**(fields | (config or {}))))
-        for name, parameter in model.named_parameters():
-            # Weights at a scale where attention, heads and norms all have something to say.
-            if parameter.dim() > 1:
-                torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5 * (4 if "embed" in name else 1.5))
-            else:
-                parameter.data += 0.1 * torch.randn_like(parameter)
+    rng = np.random.default_rng(seed)
+    for name, parameter in model.named_parameters():
+        drawn = torch.from_numpy(rng.standard_normal(parameter.shape, dtype=np.float32))
+        # Weights at a scale where attention, heads and norms all have something to say.
+        if parameter.dim() > 1:
+            parameter.data = drawn * (parameter.shape[-1] ** -0.5 * (4 if "embed" in name else 1.5))
+        else:
+            parameter.data += 0.1 * drawn
     with quiet():
         model.to(dtype).save_pretrained(directory, **save)
     if listwise:
@@ -119,9 +125,14 @@ def wordpiece_tokenizer(vocab: int) -> Tokenizer:
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    trainer = trainers.WordPieceTrainer(vocab_size=vocab, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator(_TEXT, trainer)
+    words, letters = _pieces(tokenizer)
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    for word in words:  # whole, and the two halves of it that other words may share
+        half = (len(word) + 1) // 2
+        pieces += [word, word[:half], f"##{word[half:]}"] if len(word) > 1 else []
+    table = {piece: number for number, piece in enumerate(list(dict.fromkeys(pieces))[:vocab])}
+    tokenizer.model = models.WordPiece(table, unk_token="[UNK]")
+    tokenizer.add_special_tokens(pieces[:5])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
@@ -134,14 +145,32 @@ def unigram_tokenizer(vocab: int) -> Tokenizer:
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=vocab, special_tokens=["<s>", "<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
-    )
-    tokenizer.train_from_iterator(_TEXT, trainer)
+    words, letters = _pieces(tokenizer)
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    # A letter costs more than a word, so that words are read whole.
+    pieces = dict.fromkeys(letters, -10.0) | {
+        piece: math.log(count / words.total()) for piece, count in words.items() if len(piece) > 1
+    }
+    table = [*((token, 0.0) for token in special), *pieces.items()]
+    tokenizer.model = models.Unigram(table[:vocab], unk_id=3)
+    tokenizer.add_special_tokens(special)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
     )
     return tokenizer
+
+
+def _pieces(tokenizer: Tokenizer) -> tuple[Counter[str], list[str]]:
+    """Words of the text as a tokenizer splits it, in order of appearance with their counts, and their letters.
+
+    The library's own trainers of these two models number and choose pieces in the order of a hash table with a random
+    seed: another vocabulary in every process.
+    """
+    words: Counter[str] = Counter()
+    for text in _TEXT:
+        normalized = tokenizer.normalizer.normalize_str(text)
+        words.update(word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normalized))
+    return words, sorted({letter for word in words for letter in word})
 
 
 def chat_tokenizer(vocab: int) -> Tokenizer:
@@ -231,12 +260,12 @@ def _add_projector(directory: Path, size: Size, seed: int) -> None:
     """Two layers over a marker's hidden state, and the class name of the published checkpoint."""
     from safetensors.torch import load_file, save_file
 
-    generator = torch.Generator().manual_seed(seed)
+    rng = np.random.default_rng(seed)
     path = directory / "model.safetensors"
     tensors = {f"model.{name}": tensor for name, tensor in load_file(path).items()}
     half = size.hidden // 2
-    tensors["projector.0.weight"] = torch.randn(half, size.hidden, generator=generator) * size.hidden**-0.5
-    tensors["projector.2.weight"] = torch.randn(half, half, generator=generator) * half**-0.5
+    for name, width in (("projector.0.weight", size.hidden), ("projector.2.weight", half)):
+        tensors[name] = torch.from_numpy(rng.standard_normal((half, width), dtype=np.float32)) * width**-0.5
     save_file(tensors, path, metadata={"format": "pt"})
     published = {"architectures": ["JinaForRanking"], "auto_map": {"AutoModel": "modeling.JinaForRanking"}}
     config = json.loads((directory / "config.json").read_text()) | published

@@ -42,8 +42,11 @@ def all_doubled(values: Margins) -> bool:
 def saturation(margins: Margins, scores: Margins) -> Finding:
     """Whether scores lie where only a fault puts all of them."""
     expected = f"not all < {SATURATED_SCORE:g} or in {DOUBLE_SIGMOID[0]:.2f}..{DOUBLE_SIGMOID[1]:.2f}"
+    numbers = scores[np.isfinite(scores)]
+    if not len(numbers):
+        return Finding(SATURATION, State.SKIP, None, expected, "not finite")
     stuck = any(all_tiny(values) or all_doubled(values) for values in (margins, scores))
-    shown = f"here {np.nanmin(scores):.3g} to {np.nanmax(scores):.3g}" if np.isfinite(scores).any() else "no numbers"
+    shown = f"here {numbers.min():.3g} to {numbers.max():.3g}"
     return Finding(SATURATION, State.FAIL if stuck else State.PASS, None, expected, shown)
 
 
@@ -59,9 +62,11 @@ def batch(scorer: Scorer, pairs: Sequence[TextTriple]) -> Finding:
     if scorer.listwise:
         return Finding(BATCH, State.SKIP, detail="a listwise model's scores depend on the other candidates")
     some = mixed(pairs)
-    alone = one_by_one(scorer, some)
-    together = scorer.together(some)
-    spread = float(np.nanstd(alone))
+    alone, together = (np.asarray(one, dtype=np.float64) for one in (one_by_one(scorer, some), scorer.together(some)))
+    missing = int((~(np.isfinite(alone) & np.isfinite(together))).sum())
+    if missing:
+        return Finding(BATCH, State.FAIL, detail=f"{missing} of {len(some)} pairs are not finite")
+    spread = float(alone.std())
     most = MAX_BATCH_DELTA_SPREADS["float32" if scorer.number_format == "float32" else "bfloat16"] * spread
     delta = max_delta(alone, together)
     state = State.PASS if delta <= most else State.FAIL
@@ -78,13 +83,11 @@ def swapped(scorer: Scorer) -> Finding:
     passage = scorer.overlong()
     if passage is None:
         return Finding(SWAP, State.SKIP, detail="the limit is too long to fill here")
-    first, second = one_by_one(scorer, [TextTriple(query, None, passage) for query in SWAPPED_QUERIES])
+    given = one_by_one(scorer, [TextTriple(query, None, passage) for query in SWAPPED_QUERIES])
+    first, second = (float(margin) for margin in given)
+    if not np.isfinite(given).all():
+        return Finding(SWAP, State.FAIL, None, "not 0", "the margins are not finite")
     # Equal to the last bit, or to what a float32 sum may lose: the same text was read.
     same = abs(first - second) <= 1e-6 * max(abs(first), abs(second))
-    return Finding(
-        SWAP,
-        State.FAIL if same or not np.isfinite([first, second]).all() else State.PASS,
-        float(abs(first - second)),
-        "not 0",
-        "two queries, one passage over the limit",
-    )
+    state = State.FAIL if same else State.PASS
+    return Finding(SWAP, state, abs(first - second), "not 0", "two queries, one passage over the limit")

@@ -163,4 +163,6 @@ def _own(model: CrossEncoder) -> Profile:
 def _agrees(served: CrossScorer, reference: _Reference, some: Sequence[TextTriple], spreads: float) -> bool:
     """Whether unpadded passes of what is served give the reference's margins."""
     alone, expected = one_by_one(served, some), reference.margins(some)
+    if not (np.isfinite(alone).all() and np.isfinite(expected).all()):
+        return False
     return bool(np.abs(alone - expected).max() <= spreads * expected.std())

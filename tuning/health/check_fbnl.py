@@ -9,7 +9,7 @@ from cache.codec_names import DEFAULT_CODEC
 from checkpoint import Checkpoint
 from tuning.health.behaviour import BATCH, SWAP, behaviour
 from tuning.health.compare import Margins, farthest
-from tuning.health.faults import UNKNOWN, Evidence, name_causes
+from tuning.health.faults import NONE_FINITE, UNKNOWN, Evidence, name_causes
 from tuning.health.fbnl import FbnlScorer, through_store
 from tuning.health.golden import golden_section
 from tuning.health.limits import BFLOAT16, FLOAT32, INT8, POOLED, limits_for
@@ -121,4 +121,6 @@ def check_fbnl(
 def _causes(evidence: Evidence, compared: Sequence[tuple[Section, str]]) -> list[str]:
     """Faults that leave a mark, then what the comparison that failed says by itself."""
     marked = [cause for cause in name_causes(evidence, None) if cause != UNKNOWN]
+    if marked == [NONE_FINITE]:
+        return marked
     return marked + [words for section, words in compared if section.failed and words] or [UNKNOWN]

@@ -22,6 +22,7 @@ NUM_FARTHEST = 3
 
 def compare(title: str, served: Margins, reference: Margins, limits: Limits) -> Section:
     """How well `served` keeps order, distances, spread and resolution of `reference`; both (n,) and finite."""
+    served, reference = served.astype(np.float64), reference.astype(np.float64)  # differences of float32 may overflow
     tau, ratio = kendall_tau(served, reference), spread_ratio(served, reference)
     delta, spread = max_delta(served, reference), float(reference.std())
     distinct, possible = distinct_share(served), distinct_share(reference)
@@ -55,17 +56,19 @@ def finite(margins: Margins, scores: Margins) -> Finding:
     """Whether every pair has a number."""
     good = np.isfinite(margins) & np.isfinite(scores)
     missing = int((~good).sum())
-    first = f"; the first is pair {int(np.flatnonzero(~good)[0]) + 1}" if missing else ""
-    return Finding(
-        FINITE, _state(missing == 0), float(good.mean()), "all", f"{missing} are not{first}" if missing else ""
-    )
+    detail = f"{missing} are not finite; the first is pair {int(np.flatnonzero(~good)[0]) + 1}" if missing else ""
+    if missing == len(good):
+        detail = "not finite: no pair has a number"
+    return Finding(FINITE, _state(missing == 0), float(good.mean()), "all", detail)
 
 
 def farthest(pairs: PairSet, served: Margins, reference: Margins) -> list[Farthest]:
-    """The pairs that differ most, most first."""
-    order = np.argsort(-np.abs(served - reference), kind="stable")[:NUM_FARTHEST]
+    """The pairs that differ most, most first, of those that both have a number for."""
+    both = np.flatnonzero(np.isfinite(served) & np.isfinite(reference))
+    delta = np.abs(served[both].astype(np.float64) - reference[both])
     return [
-        Farthest(pairs.pairs[i].query, pairs.pairs[i].passage, float(served[i]), float(reference[i])) for i in order
+        Farthest(pairs.pairs[i].query, pairs.pairs[i].passage, float(served[i]), float(reference[i]))
+        for i in both[np.argsort(-delta, kind="stable")[:NUM_FARTHEST]]
     ]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from decoder_server.cross_encoder.model import sigmoid
 from tuning.health.behaviour import all_doubled, all_tiny
 from tuning.health.compare import Margins
 from tuning.health.pairs import TextTriple
@@ -53,6 +54,10 @@ LOST_SPREAD = (
     "inside the runtime"
 )
 NOT_FINITE = "some scores are not finite: float16 overflows most of these models; use bfloat16 or float32"
+NONE_FINITE = (
+    "the scores are not finite, not one of them: weights that are NaN or infinite, or a number format that overflows; "
+    "compare the weights with the published ones, and use bfloat16 or float32"
+)
 CONSTANT = "every pair has the same score: the head does not see the texts"
 UNPUBLISHED = "these are not the published weights, or not the published template: a plain pass gives other scores, too"
 UNKNOWN = "no known fault gives these numbers: compare weights, template and readout with the published ones"
@@ -84,9 +89,14 @@ def name_causes(evidence: Evidence, plain: PlainModel | None) -> list[str]:
     Args:
         plain: where there is one, faults are tried out on it.
     """
+    good = np.isfinite(evidence.margins) & np.isfinite(evidence.scores)
+    if not good.any():
+        return [NONE_FINITE]
     causes = [QUERY_CUT] if evidence.swap_failed else []
-    if not np.isfinite(evidence.margins).all():
+    if not good.all():
         return [NOT_FINITE, *causes]
+    if evidence.reference is not None and not np.isfinite(evidence.reference).all():
+        evidence = dataclasses.replace(evidence, reference=None)  # proves nothing
     first = _by_pattern_alone(evidence) or (_by_trying(evidence, plain) if plain is not None else None)
     first = first or _by_spread(evidence)
     return [first, *causes] if first else causes or [UNKNOWN]
@@ -138,7 +148,7 @@ Attempt = Callable[[PlainModel, Evidence], Iterator[Margins]]
 
 def _sigmoid_for_logit(_: PlainModel, evidence: Evidence) -> Iterator[Margins]:
     assert evidence.reference is not None
-    yield np.asarray(1 / (1 + np.exp(-evidence.reference.astype(np.float64))), dtype=np.float32)
+    yield sigmoid(evidence.reference)
 
 
 def _without_template(plain: PlainModel, evidence: Evidence) -> Iterator[Margins]:

@@ -14,6 +14,7 @@ from cache.states import PassageStates
 from cache.store import open_store
 from checkpoint import Checkpoint
 from decoder_server.backend import Pair
+from decoder_server.cross_encoder.model import sigmoid
 from decoder_server.fbnl import FbnlBackend
 from decoder_server.tiers.budgets import TierBudgets
 from encoder_worker.batching import BatchLimits
@@ -70,7 +71,8 @@ class FbnlScorer:
             found |= chunk
         missing = [i for i in range(len(pairs)) if str(i) not in found]
         if missing:
-            raise EvaluationError(f"pair {missing[0] + 1}: its passage gave no finite states")
+            which = "of all passages" if len(missing) == len(pairs) else f"of the passage of pair {missing[0] + 1}"
+            raise EvaluationError(f"the encoder's states {which} are not finite: there is nothing to score")
         return [found[str(i)] for i in range(len(pairs))]
 
     def score(
@@ -110,7 +112,7 @@ class FbnlScorer:
         return self.backend.score([Pair(prompt, one) for prompt, one in zip(prompts, good, strict=True)])
 
     def scores(self, margins: Margins) -> Margins:
-        return np.asarray(1 / (1 + np.exp(-margins.astype(np.float64))), dtype=np.float32)
+        return sigmoid(margins)
 
     def overlong(self) -> str | None:
         limit = self.encoder.settings.max_passage_tokens

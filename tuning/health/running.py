@@ -18,7 +18,8 @@ def judged(title: str, served: Margins, reference: Margins, limits: Limits) -> S
     """A comparison over the pairs that both have a number for."""
     both = np.isfinite(served) & np.isfinite(reference)
     if both.sum() < 2:
-        return Section(title, [Finding("comparison", State.FAIL, detail="fewer than two pairs have a number")])
+        detail = f"not finite: {int(both.sum())} of {len(both)} pairs have a number in both"
+        return Section(title, [Finding("comparison", State.FAIL, detail=detail)])
     return compare(title, served[both], reference[both], limits)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,14 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 
 from checkpoint import CheckpointError
+from checkpoint.synthetic import make_checkpoint
 from decoder_server.cross_encoder import CrossEncoder, TextPair, open_cross_encoder
 from decoder_server.cross_encoder.model import sigmoid
 from decoder_server.cross_encoder.texts import Texts
 from decoder_server.loading import load_model
 from decoder_server.model_config import ModelConfig
+from preread.cli.main import cli
 from preread.cli.serve_check import checked
 from tuning.health import HealthReport, PairSet, State, check, health_gate
 from tuning.health.behaviour import all_doubled, all_tiny
@@ -225,8 +231,51 @@ def test_numbers_that_overflow_and_heads_that_see_nothing_are_named(
     bert: Path, gate: Callable[[CrossEncoder], HealthReport]
 ) -> None:
     model = open_float32(bert)
-    assert_named(gate(Planted(model, margins=lambda m: np.where(m > 0, np.nan, m))), "some scores are not finite")
     assert_named(gate(Planted(model, margins=np.zeros_like)), "every pair has the same score")
+
+    def first_overflows(margins: Margins) -> Margins:
+        """Of each pass, so that there are both kinds whatever the model says."""
+        return np.concatenate([[np.float32(np.inf)], margins[1:]])
+
+    report = gate(Planted(model, margins=first_overflows))
+    assert_named(report, "some scores are not finite")
+    assert 0 < report.finding("by itself", "finite").value < 1
+    json.loads(report.to_json())
+
+
+NOTHING = {"nan": np.nan, "inf": np.inf, "-inf": -np.inf}
+
+
+@pytest.mark.parametrize("where", ["margins", "activation"])
+@pytest.mark.parametrize("number", NOTHING)
+def test_a_model_without_one_finite_score_is_told_so_plainly(
+    bert: Path, gate: Callable[[CrossEncoder], HealthReport], where: str, number: str
+) -> None:
+    """Without a warning of numpy's on the way, which the tests take for errors, and in a document that can be read."""
+    report = gate(Planted(open_float32(bert), **{where: lambda m: np.full_like(m, NOTHING[number])}))
+    assert_named(report, "the scores are not finite, not one of them")
+    assert report.finding("by itself", "finite").detail == "not finite: no pair has a number"
+    assert "not finite" in report.summary()
+    assert json.loads(report.to_json())["causes"] == list(report.causes)
+
+
+@pytest.mark.parametrize(("half", "code"), [("decoder", 1), ("encoder", 2), ("classifier", 1)])
+def test_weights_that_overflow_are_not_finite_in_the_commands_words(
+    tmp_path: Path, bert: Path, half: str, code: int
+) -> None:
+    directory = tmp_path / "spoilt"
+    if half == "classifier":
+        shutil.copytree(bert, directory)
+    else:
+        make_checkpoint(directory)
+    tensors = load_file(directory / "model.safetensors")
+    for name in (name for name in tensors if f"{half}.norm" in name or f"{half}.weight" in name):
+        tensors[name].fill_(3e38)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    answer = CliRunner().invoke(cli, ["check", str(directory), "--dtype", "float32", "--json", str(tmp_path / "json")])
+    assert answer.exit_code == code, answer.output
+    assert "not finite" in answer.output
+    assert not isinstance(answer.exception, ValueError | RuntimeWarning)
 
 
 def test_other_weights_are_not_given_a_name(bert: Path, gate: Callable[[CrossEncoder], HealthReport]) -> None:
