@@ -12,7 +12,10 @@ OnAnswer = Callable[[int, float], None]
 
 
 class Counted:
-    """The outermost layer, so that refusals count too. A request that got no answer does not."""
+    """The outermost layer, so that refusals count too. A request that got no answer does not.
+
+    An answer is told of before its last byte goes: a caller who has it whole finds it counted.
+    """
 
     def __init__(self, app: ASGIApp, on_answer: OnAnswer) -> None:
         self._app = app
@@ -25,14 +28,21 @@ class Counted:
         start = time.monotonic()
         status = 0
 
+        def tell() -> None:
+            nonlocal status
+            if status:
+                self._on_answer(status, time.monotonic() - start)
+                status = 0
+
         async def send_seen(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+            elif message["type"] == "http.response.body" and not message.get("more_body"):
+                tell()
             await send(message)
 
         try:
             await self._app(scope, receive, send_seen)
         finally:
-            if status:
-                self._on_answer(status, time.monotonic() - start)
+            tell()  # an answer that broke off

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
-import logging
 
 import pytest
 
+from decoder_server.http.counted import Counted
 from preread.edge.logs import set_up
 
 
 @pytest.fixture
 def log_lines():
     """What was logged as JSON, by a handler of its own."""
-    root = logging.getLogger()
-    before, stream = root.handlers[:], io.StringIO()
+    stream = io.StringIO()
     set_up("json", "info", stream)
-    yield lambda: [json.loads(line) for line in stream.getvalue().splitlines()]
-    root.handlers[:] = before
-    for package in ("preread", "decoder_server", "encoder_worker", "cache", "checkpoint"):
-        logging.getLogger(package).setLevel(logging.NOTSET)
+    return lambda: [json.loads(line) for line in stream.getvalue().splitlines()]
 
 
 def test_the_log_has_the_id_of_the_answer_and_no_text(running, log_lines) -> None:
@@ -28,8 +25,8 @@ def test_the_log_has_the_id_of_the_answer_and_no_text(running, log_lines) -> Non
     answer = running.post("/v1/rerank", body, headers={"x-request-id": "order-66"})
     assert answer.status_code == 200
     assert answer.headers["x-request-id"] == "order-66"
-    (line,) = [line for line in log_lines() if line["message"] == "rerank"]
-    assert (line["request_id"], line["code"], line["num_candidates"]) == ("order-66", "ok", 2)
+    (line,) = [line for line in log_lines() if (line["message"], line.get("request_id")) == ("rerank", "order-66")]
+    assert (line["code"], line["num_candidates"]) == ("ok", 2)
     everything = json.dumps(log_lines())
     assert not any(word in everything for word in ("velvet", "crimson", "indigo"))
 
@@ -44,6 +41,32 @@ def test_every_answer_is_counted(running) -> None:
     running.post("/v1/rerank", {"query": "q", "documents": []})
     running.http.get("/nowhere")
     assert {status: count(status) - before[status] for status in before} == {200: 1, 400: 1, 404: 1}
+
+
+@pytest.mark.parametrize("breaks", ["nowhere", "before the end", "while the last part is sent"])
+async def test_an_answer_is_counted_once_and_before_its_caller_has_all_of_it(breaks: str) -> None:
+    told: list[int] = []
+    counted_at_the_end: list[int] = []
+
+    async def app(scope, receive, send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"half", "more_body": True})
+        assert told == []
+        if breaks == "before the end":
+            raise ConnectionError
+        await send({"type": "http.response.body", "body": b"end"})
+
+    async def send(message) -> None:
+        if message["type"] == "http.response.body" and not message.get("more_body"):
+            counted_at_the_end.append(len(told))
+            if breaks == "while the last part is sent":
+                raise ConnectionError
+
+    counted = Counted(app, lambda status, seconds: told.append(status))
+    with contextlib.suppress(ConnectionError):
+        await counted({"type": "http"}, None, send)
+    assert told == [200]
+    assert counted_at_the_end == ([] if breaks == "before the end" else [1])
 
 
 def test_the_workers_log_has_the_id_too(running, log_lines) -> None:
