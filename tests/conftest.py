@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -14,13 +15,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer
 
 from checkpoint.synthetic import make_checkpoint
 
 ROOT = Path(__file__).parent.parent
 KEPT = {"PREREAD_KALM_CHECKPOINT", "PREREAD_TEST_REDIS_SERVER"}
+LOGGERS = ("", "preread", "decoder_server", "encoder_worker", "cache", "checkpoint")
 START_SECONDS = 120
+
+# The same examples in every run and on every machine; none fails by the clock, none comes out of a database.
+settings.register_profile(
+    "repeatable", derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -32,13 +42,22 @@ def clean_environment() -> None:
 
 
 @pytest.fixture(autouse=True)
-def denormals_as_usual() -> Iterator[None]:
-    """A command run in this process flushes denormals on its thread, which is ours; Hypothesis needs them."""
+def process_as_before() -> Iterator[None]:
+    """What a command sets for its whole process, which is the tests' here, ends with the test that ran it."""
+    environment, directory, root = dict(os.environ), Path.cwd(), logging.getLogger()
+    handlers, levels = root.handlers[:], {name: logging.getLogger(name).level for name in LOGGERS}
+    torch.set_num_threads(1)
     yield
-    if "torch" in sys.modules:
-        import torch
-
-        torch.set_flush_denormal(False)
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(False)  # Hypothesis needs them
+    torch.set_default_dtype(torch.float32)
+    root.handlers[:] = handlers
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+    os.chdir(directory)
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment)
 
 
 @pytest.fixture(scope="session")

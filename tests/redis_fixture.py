@@ -30,6 +30,7 @@ def redis_binary() -> str:
     return binary
 
 
+NUM_TRIES = 5
 MAX_PORT = 55_535  # a cluster's nodes talk on the port 10,000 above, which has to exist
 
 
@@ -42,11 +43,16 @@ def free_port() -> int:
             return port
 
 
+class PortTakenError(RuntimeError):
+    """Another process listens on a port that was free a moment ago."""
+
+
 class RedisServer:
     """One server process; may be killed and started again on the same port, keeping its data if it saves."""
 
     def __init__(self, directory: Path, *arguments: str, port: int | None = None, tls: bool = False) -> None:
         self.directory = directory
+        self._chosen = port is None
         self.port = port or free_port()
         self.arguments = arguments
         self.is_tls = tls
@@ -57,6 +63,18 @@ class RedisServer:
         return f"redis{'s' * self.is_tls}://127.0.0.1:{self.port}"
 
     def start(self) -> "RedisServer":
+        """Starts on its port; on another one where somebody took the first before it was ever ours."""
+        for _ in range(NUM_TRIES if self._chosen else 0):
+            try:
+                self._start()
+                self._chosen = False
+                return self
+            except PortTakenError:
+                self.port = free_port()
+        self._start()
+        return self
+
+    def _start(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         port = ("--port", "0", "--tls-port", str(self.port)) if self.is_tls else ("--port", str(self.port))
         command = [
@@ -71,13 +89,13 @@ class RedisServer:
         except BaseException:
             self.kill()
             raise
-        return self
 
     def _wait(self, log: Path) -> None:
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:
             if self.process is None or self.process.poll() is not None:
-                raise RuntimeError(f"redis-server did not start:\n{log.read_text()}")
+                kind = PortTakenError if "Address already in use" in log.read_text() else RuntimeError
+                raise kind(f"redis-server did not start:\n{log.read_text()}")
             try:
                 with self.client() as client:
                     client.ping()

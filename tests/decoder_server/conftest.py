@@ -16,7 +16,6 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-import torch
 from google.protobuf.message import Message
 from grpc_status import rpc_status
 from numpy.typing import NDArray
@@ -43,11 +42,6 @@ assert _spec.loader is not None
 _redis_fixture = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_redis_fixture)
 RedisServer = _redis_fixture.RedisServer
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -69,7 +69,7 @@ async def test_what_the_worker_stored_the_server_ranks(serve, tiny, texts, by_ha
 
 
 async def test_a_damaged_value_costs_its_passage_only(serve, encoding, texts, redis_server) -> None:
-    store = open_store(redis_server.url)
+    store = open_store(redis_server.url, read_budget_seconds=20.0)
     encoding.fill(store, "damaged", {i: texts[i] for i in ("p1", "p2", "p3")})
     async with serve(over=store) as serving:
         whole = await serving.rerank(ids=["p1", "p2", "p3"], collection="damaged")
@@ -88,14 +88,14 @@ async def test_a_damaged_value_costs_its_passage_only(serve, encoding, texts, re
 
 
 async def test_a_store_that_went_away_costs_what_is_stored_there(serve, encoding, texts, redis_server) -> None:
-    store = open_store(redis_server.url)
+    store = open_store(redis_server.url, read_budget_seconds=20.0)
     encoding.fill(store, "docs", {i: texts[i] for i in ("p1", "p2")})
     async with serve(over=store, max_store_cache_bytes=0) as serving:
         assert (await serving.rerank(ids=["p1"])).num_scored == 1
         redis_server.stop()
         started = time.monotonic()
         answer = await serving.rerank(ids=["p1", "p2"])
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 20
         assert [r.status for r in answer.results] == [common_pb2.CANDIDATE_STATUS_FAILED] * 2
         assert "store could not be read" in answer.results[0].message
     store.close()

@@ -135,9 +135,9 @@ async def test_a_queue_is_bounded_by_tokens_too(serve, gated, texts, refused) ->
 async def test_a_deadline_ends_the_call_and_its_work(serve, gated, texts, refused) -> None:
     async with serve(backend=gated, max_batch_tokens=1000) as serving:
         gated.gate.clear()
-        started = time.monotonic()
-        await refused(serving.rerank(ids=texts, timeout=0.2), grpc.StatusCode.DEADLINE_EXCEEDED)
-        assert time.monotonic() - started < 2
+        call = asyncio.create_task(serving.rerank(ids=texts, timeout=1))
+        await gated.wait_entered()
+        await refused(call, grpc.StatusCode.DEADLINE_EXCEEDED)  # while its first pass is still held
         while serving.engine.admission.num_requests:
             await asyncio.sleep(0.001)
         before = len(gated.passes)
@@ -191,7 +191,7 @@ async def test_a_small_request_overtakes_a_large_one(serve, gated, texts) -> Non
         small = await serving.rerank(ids=["p1"])
         assert not large.done()
         assert len(gated.passes) - before <= 3
-        assert small.timings.queue_seconds < 0.2
+        assert small.num_scored == 1
         assert (await large).num_scored == len(texts)
 
 

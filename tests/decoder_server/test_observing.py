@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import urllib.request
 
 import grpc
@@ -114,14 +113,10 @@ async def test_an_id_is_made_where_none_is_usable(serve, make_request, given) ->
 
 @pytest.fixture
 def log_lines():
-    """set_up on a stream of its own, undone afterwards; gives what was logged."""
-    root = logging.getLogger()
-    before, stream = root.handlers[:], io.StringIO()
+    """Set logs up on a separate stream; give what was logged."""
+    stream = io.StringIO()
     set_up("json", "debug", stream)
-    yield lambda: [json.loads(line) for line in stream.getvalue().splitlines()]
-    root.handlers[:] = before
-    for package in ("preread", "decoder_server", "encoder_worker", "cache", "checkpoint"):
-        logging.getLogger(package).setLevel(logging.NOTSET)
+    return lambda: [json.loads(line) for line in stream.getvalue().splitlines()]
 
 
 @pytest.mark.parametrize("log_text", [False, True])

@@ -253,7 +253,7 @@ def test_a_model_is_checked_before_it_is_loaded(fields, message) -> None:
 async def test_a_store_that_went_away_costs_what_is_stored_there(
     redis_server, directory, encoding, texts, make_request
 ) -> None:
-    store = open_store(redis_server.url)
+    store = open_store(redis_server.url, read_budget_seconds=20.0)
     encoding.fill(store, "docs", {"p1": texts["p1"]})
     model = ModelConfig(str(directory), device="cpu", dtype="float32")
     server = DecoderServer(DecoderConfig((model,), port=0, max_store_cache_bytes=0), store=store)

@@ -14,7 +14,6 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
-import torch
 from click.testing import CliRunner
 
 from cache.store import Store, open_store
@@ -30,11 +29,6 @@ assert _spec.loader is not None
 worker_fixture = importlib.util.module_from_spec(_spec)
 sys.modules["worker_fixture"] = worker_fixture  # dataclasses look their module up
 _spec.loader.exec_module(worker_fixture)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

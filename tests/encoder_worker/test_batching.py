@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from encoder_worker.batching import BatchLimits, plan
@@ -21,7 +21,6 @@ def padding(lengths: list[int], batches: list[list[int]]) -> float:
     return 1 - sum(lengths) / padded
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.integers(1, 2000), max_size=300),
     st.integers(1, 5000),
@@ -41,7 +40,6 @@ def test_every_sequence_is_in_one_batch_within_the_limits(
         assert wasted <= share * padded or padded <= free
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 1024), min_size=1, max_size=2000))
 def test_padding_stays_under_five_percent_whatever_the_lengths(lengths: list[int]) -> None:
     assert padding(lengths, plan(lengths, BatchLimits.for_device("cpu"))) <= 0.05

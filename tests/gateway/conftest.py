@@ -12,7 +12,6 @@ from typing import Any
 
 import httpx2
 import pytest
-import torch
 
 from cache.store import open_store
 from decoder_server.config import DecoderConfig
@@ -92,11 +91,6 @@ class Running:
         response = self.post(path, {"query": QUERY, "documents": DOCUMENTS} | fields)
         assert response.status_code == status, response.text
         return response.json()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @contextmanager

@@ -126,7 +126,7 @@ def test_a_hostile_passage_is_cut_like_any_other() -> None:
     st.text(max_size=40).filter(lambda t: "<" not in t and "[" not in t),
     st.text(max_size=40).filter(lambda t: "<" not in t and "[" not in t),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_text_without_control_tokens_gets_the_ids_of_the_whole(query: str, passage: str) -> None:
     for model in (CTXL, "Qwen/Qwen3-Reranker-0.6B"):
         each = reader(model)

@@ -5,17 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from decoder_server.cross_encoder.synthetic import Size, make_cross_encoder
 from tuning.health import PairSet, built_in_pairs
 
 SIZE = Size()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
