@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
+import platform
 import shutil
 import sys
+from pathlib import Path
 
 import torch
 
@@ -59,6 +62,8 @@ def cpu_multiplies_bfloat16() -> bool:
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
+_COMPILED = "preread-"  # begins the name of a processor's folder
+
 # A model narrower than that computes a pass in less time than its steps take to compile.
 MIN_FUSED_DIM = 512
 
@@ -79,6 +84,25 @@ def cpp_compiler() -> str | None:
     wanted = config.cpp.cxx
     names = [wanted] if isinstance(wanted, str) else [name for name in wanted if name]
     return next((path for name in names if (path := shutil.which(name))), None)
+
+
+def separate_compiled_code() -> Path:
+    """Point torch's cache of compiled code at a folder for this processor, and return it.
+
+    torch names what it keeps by source and options, not by the vector units it was generated for: code of another
+    processor (a folder that moved, an image, ATEN_CPU_CAPABILITY) gives wrong numbers or ends the process.
+    TORCHINDUCTOR_CACHE_DIR still says where; what lies there belongs to the folder inside.
+    """
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    units = {name: value for name, value in torch.cpu.get_capabilities().items() if isinstance(value, bool)}
+    described = f"{platform.machine()} {pick_vec_isa()} {sorted(units.items())} {torch.__version__}"
+    given = Path(cache_dir())
+    above = given.parent if given.name.startswith(_COMPILED) else given  # this process, or its parent, was here before
+    folder = above / (_COMPILED + hashlib.sha256(described.encode()).hexdigest()[:16])
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    return folder
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from checkpoint.compute import separate_compiled_code
+
 Rotation = tuple[Tensor, Tensor]  # cos and sin, (tokens, 1, head_dim) each
 
 log = logging.getLogger(__name__)
@@ -84,6 +86,7 @@ class Pointwise:
         if not self.compiled:
             return function
         torch._dynamo.config.recompile_limit = MAX_COMPILATIONS
+        separate_compiled_code()
         fused = torch.compile(function, backend=self._inductor, dynamic=False)
 
         def call(*tensors: Tensor) -> Any:

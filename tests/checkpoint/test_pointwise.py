@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from checkpoint.compute import choose_fused, cpp_compiler
+from checkpoint.compute import choose_fused, cpp_compiler, separate_compiled_code
 from checkpoint.pointwise import Pointwise, add_norm, masked_softmax, norm_rotate, rms_norm
 
+ROOT = Path(__file__).parents[2]
 EPS = 1e-6
 
 
@@ -39,11 +44,47 @@ def test_fused_steps_are_the_plain_ones_and_never_compile_again() -> None:
     assert compilations == [4] * len(compilations)
 
 
+NORM = """
+import torch
+from checkpoint.pointwise import Pointwise, rms_norm
+x, weight = (torch.randn(size, generator=torch.Generator().manual_seed(0)) for size in ((40, 64), (64,)))
+fused = Pointwise(1e-6, compiled=True)
+torch.testing.assert_close(fused.rms_norm(x, weight), rms_norm(x, weight, 1e-6))
+assert fused.compiled
+"""
+
+
+@pytest.mark.skipif(cpp_compiler() is None, reason="no C++ compiler: fused steps NOT checked")
+@pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")  # torch's own, from inside its compiler
+@pytest.mark.slow
+def test_code_that_was_compiled_for_other_vector_units_is_never_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a folder of compiled code is kept, and the processor or what it may use changes."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "kept"))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "ATEN_CPU_CAPABILITY": "avx2"}
+    done = subprocess.run([sys.executable, "-c", NORM], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    exec(NORM, {})
+
+
+def test_a_processor_has_one_folder_of_compiled_code_wherever_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "given"))
+    first = separate_compiled_code()
+    assert first.parent == tmp_path / "given"
+    assert separate_compiled_code() == first == Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")  # no vector units at all
+    if torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "NO AVX"):
+        assert separate_compiled_code() != first
+
+
 @pytest.mark.skipif(cpp_compiler() is None, reason="no C++ compiler: fused steps NOT checked")
 @pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")  # torch's own, from inside its compiler
 @pytest.mark.slow
 def test_many_stacks_of_one_process_are_all_fused() -> None:
-    x, weight = torch.randn(5, 8), torch.randn(8)
+    x, weight = (torch.randn(size, generator=torch.Generator().manual_seed(0)) for size in ((5, 8), (8,)))
     for _ in range(12):  # more than torch compiles one function by itself
         fused = Pointwise(EPS, compiled=True)
         fused.rms_norm(x, weight)
@@ -63,6 +104,6 @@ def test_a_compiler_that_does_not_work_costs_speed_alone(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Pointwise, "_inductor", broken)
     fused = Pointwise(EPS, compiled=True)
-    x, weight = torch.randn(5, 8), torch.randn(8)
+    x, weight = (torch.randn(size, generator=torch.Generator().manual_seed(0)) for size in ((5, 8), (8,)))
     torch.testing.assert_close(fused.rms_norm(x, weight), rms_norm(x, weight, EPS))
     assert not fused.compiled
