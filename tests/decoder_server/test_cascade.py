@@ -81,7 +81,8 @@ async def test_requests_at_several_ratios_share_passes(serve, gated, texts, by_h
         asked = [asyncio.create_task(serving.rerank(ids=["p2", "p3"], compression_ratio=ratio)) for ratio in ratios]
         while serving.engine.admission.num_requests < 11:
             await asyncio.sleep(0.001)
-        await asyncio.sleep(0.2)  # to read their states; later, and they would share fewer passes
+        while sum(len(ticket.waiting) for ticket in serving.engine.batcher._tickets) < 20:
+            await asyncio.sleep(0.001)
         gated.gate.set()
         await first
         for ratio, answer in zip(ratios, await asyncio.gather(*asked), strict=True):

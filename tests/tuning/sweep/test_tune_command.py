@@ -106,7 +106,8 @@ def test_texts_in_the_page_stay_texts(tune: Tune, beir: Path) -> None:
     for row in rows:
         row["text"] += " </script><script>alert(1)</script> & <b>"
     queries.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert tune("--max-loss", "100%").exit_code == 0
+    # Queries are shown where a configuration wins or loses; the instruction always is.
+    assert tune("--max-loss", "100%", "--instruction", "Find </script><script>alert(1)</script>").exit_code == 0
     page = Page((tune.out / "report.html").read_text())
     assert page.tags.count("script") == 1
     assert any("<script>alert(1)</script>" in one for one in page.shown)
