@@ -123,7 +123,7 @@ def test_kalm_weights_that_are_not_kalms_are_found(tmp_path: Path, some_pairs: P
     ("line", "message"),
     [
         ('{"query": "q"', "pairs.jsonl:2: not JSON"),
-        ('["q", "p"]', "pairs.jsonl:2: list; expected a JSON object"),
+        ('["q", "p"]', "pairs.jsonl:2: a JSON list; expected an object"),
         ('{"query": "q"}', "pairs.jsonl:2: fields query; expected query and passage"),
         ('{"query": "", "passage": "p"}', "pairs.jsonl:2: query is ''; expected a text"),
         ('{"query": "q", "passage": 7}', "pairs.jsonl:2: passage is 7; expected a text"),
