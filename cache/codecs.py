@@ -140,6 +140,44 @@ class Codec:
         scaled, scales = self._scaling.scale(states)
         return np.concatenate([scales, self._index.sa_encode(scaled)], axis=1)
 
+    def count_outside(self, states: NDArray[np.float32], codes: NDArray[np.uint8]) -> NDArray[np.int64]:
+        """How many numbers of each state lie outside what the table was trained for, (n,); 0 where nothing is.
+
+        SQ8, SQ6, SQ4: numbers more than half a step outside their dimension's range, which come back as its border.
+        PQ, RQ: all numbers of a part (of RQ: of the state) that is farther from what comes back than any code reaches
+        from the mean of the codes.
+
+        states: float32 (n, dim). codes: of these states, uint8 (n, code_size_bytes).
+        """
+        if not self.needs_training or self._scaling is not None:
+            return np.zeros(len(states), dtype=np.int64)  # fixed-point numbers, or scales that follow each block
+        low, high, radius = self._trained_for
+        if radius is None:
+            outside = states < low
+            outside |= states > high
+            return np.asarray(np.count_nonzero(outside, axis=1), dtype=np.int64)
+        error = (states - self.decode(codes)).reshape(len(states), len(radius), -1)  # (n, num_parts, dim / num_parts)
+        outside = np.einsum("npd,npd->np", error, error) > radius
+        return np.asarray(np.count_nonzero(outside, axis=1) * error.shape[2], dtype=np.int64)
+
+    @cached_property
+    def _trained_for(self) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32] | None]:
+        """Lowest and highest number of each dimension (dim,), or the squared radius of each part (num_parts,)."""
+        self._check_trained()
+        numbers = faiss.vector_to_array(self._trained_vector())
+        nothing = np.empty(0, dtype=np.float32)
+        if self.factory in SCALAR:
+            low, width = numbers.reshape(2, self.dim)
+            half_step = width / 2 ** (1 + int(self.factory.removeprefix("SQ")))
+            return low - half_step, low + width + half_step, None
+        # Of a part (of RQ there is one) each codebook (of PQ there is one) adds one centroid to what comes back.
+        num_parts = 1 if self._base.startswith("RQ") else int(self._index.pq.M)
+        # (num_parts, num_books, num_centroids, dim / num_parts)
+        centroids = numbers.reshape(num_parts, -1, self.num_centroids, self.dim // num_parts)
+        apart = centroids - centroids.mean(axis=2, keepdims=True)
+        reach = np.sqrt(np.einsum("pbcd,pbcd->pbc", apart, apart).max(axis=2)).sum(axis=1)
+        return nothing, nothing, np.square(reach)
+
     def decode(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
         """uint8 (n, code_size_bytes) to a new float32 (n, dim)."""
         return self.decode_many([codes])

@@ -16,6 +16,7 @@
     ├── CodecError               unknown factory string, bad table, untrained codec, values a codec cannot hold
     ├── InvalidName              a passage id, collection name or alias out of bounds
     ├── InvalidPassage           a passage that may not be stored; carries `.passage_id`
+    ├── OutOfRange               passages the codec was not trained for; carries `.reasons`, by id
     ├── RatioError               a compression ratio that cannot be reached (also a ValueError)
     └── DamagedRecord            stored bytes that fail a check; stores turn it into a `Damaged` value
 
@@ -86,6 +87,16 @@ class InvalidPassage(CacheError):
         super().__init__(f"passage {passage_id!r}: {reason}")
         self.passage_id = passage_id
         self.reason = reason
+
+
+class OutOfRange(CacheError):
+    """Passages of a write whose numbers the codec was not trained for; nothing of that write was stored."""
+
+    def __init__(self, reasons: dict[str, str]) -> None:
+        passage_id, reason = next(iter(reasons.items()))
+        more = f" (and {len(reasons) - 1:,} more passages)" if len(reasons) > 1 else ""
+        super().__init__(f"passage {passage_id!r}: {reason}{more}")
+        self.reasons = reasons
 
 
 class RatioError(CacheError, ValueError):

@@ -29,6 +29,10 @@ class StoreStats:
     size_bytes: int = 0
     num_clipped: int = 0
 
+    def clipped_share(self, dim: int) -> float:
+        """Those, as a share of all numbers."""
+        return self.num_clipped / max(1, self.num_states * dim)
+
 
 @dataclass(frozen=True, slots=True)
 class Audit:

@@ -143,6 +143,7 @@ def pack_collection(described: Described) -> common_pb2.CollectionInfo:
         num_truncated=stats.num_truncated,
         size_bytes=stats.size_bytes,
         stores_text=manifest.stores_text,
+        num_clipped=stats.num_clipped,
     )
 
 

@@ -30,6 +30,7 @@ class EncoderConfig:
     max_connections: int = 1024  # gRPC calls at once
     max_unacknowledged_passages: int = 1024  # of one Upsert stream; the next message is read when there is room
     max_unacknowledged_bytes: int = 64 * MIB  # of their texts
+    allow_clipped: bool = False  # store also passages that a collection's codec was not trained for
 
     tls_cert_file: str = ""  # PEM of this server; "": plain text
     tls_key_file: str = ""

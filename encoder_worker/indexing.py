@@ -31,6 +31,7 @@ class IndexOptions:
     split: bool = False  # passages over the token limit become windows instead of being cut
     strict: bool = False  # stop at the first refused item
     force: bool = False  # encode also what is stored with the same text
+    allow_clipped: bool = False  # store also passages that the codec was not trained for
     alias: str | None = None  # moved to the collection when everything was read
     window: WindowLimits = field(default_factory=WindowLimits)
     group: GroupLimits = field(default_factory=GroupLimits)
@@ -70,7 +71,7 @@ def index(
             _windows(source, encoder, target, options),
             encoder,
             target.compression_ratio,
-            Sink(target, report, options.group),
+            Sink(target, report, options.group, allow_clipped=options.allow_clipped),
             report,
             stop or threading.Event(),
             on_progress or (lambda progress: None),

@@ -62,4 +62,5 @@ def pack_collection(manifest: Manifest, stats: StoreStats, aliases: Sequence[str
         num_truncated=stats.num_truncated,
         size_bytes=stats.size_bytes,
         stores_text=manifest.stores_text,
+        num_clipped=stats.num_clipped,
     )

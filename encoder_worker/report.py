@@ -50,6 +50,10 @@ class IndexReport:
     num_tokens: int = 0  # encoded
     num_padding_tokens: int = 0
     num_states: int = 0
+    num_values: int = 0  # numbers in the stored states
+    num_clipped: int = 0  # of them: outside what the codec was trained for
+    num_clipped_passages: int = 0  # that have any
+    num_training_states: int = 0  # that this run trained the codec on
     num_batches: int = 0
     seconds: float = 0.0
     interrupted: bool = False
@@ -64,6 +68,11 @@ class IndexReport:
     def complete(self) -> bool:
         """The source was read to its end."""
         return not self.interrupted and self.stopped_by is None
+
+    @property
+    def clipped_share(self) -> float:
+        """Share of the stored numbers that lie outside what the codec was trained for."""
+        return self.num_clipped / max(1, self.num_values)
 
     @property
     def padding_share(self) -> float:
@@ -127,6 +136,10 @@ class IndexReport:
             "num_padding_tokens": self.num_padding_tokens,
             "padding_share": round(self.padding_share, 6),
             "num_states": self.num_states,
+            "num_clipped": self.num_clipped,
+            "clipped_share": round(self.clipped_share, 6),
+            "num_clipped_passages": self.num_clipped_passages,
+            "num_training_states": self.num_training_states,
             "num_batches": self.num_batches,
             "seconds": round(self.seconds, 3),
             "passages_per_second": round(self.passages_per_second, 3),

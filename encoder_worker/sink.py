@@ -46,12 +46,15 @@ class _Group:
 class Sink:
     """`add` encoded passages, `flush` to have them all stored. Counts into the report on the caller's thread."""
 
-    def __init__(self, target: Target, report: IndexReport, limits: GroupLimits) -> None:
+    def __init__(
+        self, target: Target, report: IndexReport, limits: GroupLimits, *, allow_clipped: bool = False
+    ) -> None:
         self._target = target
         self._report = report
         self._limits = limits
+        self._allow_clipped = allow_clipped
         self._group = _Group()
-        self._writes: deque[Future[tuple[list[PassageStates], list[Refused]]]] = deque()
+        self._writes: deque[Future[_Written]] = deque()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
 
     def __enter__(self) -> Sink:
@@ -115,27 +118,40 @@ class Sink:
                 else None
             )
             self._target.create(sample)
-        self._writes.append(self._thread.submit(_put, self._target, group))
+            self._report.num_training_states = 0 if sample is None else len(sample)
+        self._writes.append(self._thread.submit(_put, self._target, group, self._allow_clipped))
         while len(self._writes) > MAX_PENDING_WRITES or (self._writes and self._writes[0].done()):
             self._count(self._writes.popleft())
 
-    def _count(self, write: Future[tuple[list[PassageStates], list[Refused]]]) -> None:
-        stored, refused = write.result()
+    def _count(self, write: Future[_Written]) -> None:
+        stored, refused, clipped = write.result()
         self._report.num_stored += len(stored)
+        self._report.num_values += sum(states.states.size for states in stored)
+        self._report.num_clipped += sum(clipped)
+        self._report.num_clipped_passages += len(clipped)
         self._report.num_states += sum(states.num_states for states in stored)
         for item in refused:
             self._report.refuse(item)
 
 
-def _put(target: Target, group: _Group) -> tuple[list[PassageStates], list[Refused]]:
+_Written = tuple[list[PassageStates], list[Refused], list[int]]  # stored, refused, clipped numbers where there are any
+
+
+def _put(target: Target, group: _Group, allow_clipped: bool) -> _Written:
     """Stores a group; passages the collection will not have are refused one by one."""
     assert target.collection is not None
     pairs = list(zip(group.passages, group.states, strict=True))
     passages = [StoredPassage(passage.passage_id, states, passage.text) for passage, states in pairs]
-    why = put(target.collection, passages, RETRY_SECONDS)
+    written = put(target.collection, passages, RETRY_SECONDS, allow_clipped=allow_clipped)
     refused = [
-        Refused(passage.place, passage.passage_id, Reason.NOT_STORABLE, why[passage.passage_id])
+        Refused(
+            passage.place,
+            passage.passage_id,
+            Reason.OUT_OF_RANGE if passage.passage_id in written.out_of_range else Reason.NOT_STORABLE,
+            written.refused[passage.passage_id],
+        )
         for passage, _ in pairs
-        if passage.passage_id in why
+        if passage.passage_id in written.refused
     ]
-    return [states for passage, states in pairs if passage.passage_id not in why], refused
+    stored = [states for passage, states in pairs if passage.passage_id not in written.refused]
+    return stored, refused, list(written.clipped.values())

@@ -13,6 +13,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from cache.collection import Collection, StoredPassage
 from cache.names import is_passage_id
@@ -43,6 +44,7 @@ class _Entry:
     digest: bytes = b""
     refused: str = ""
     states: PassageStates | None = None
+    num_clipped: int = 0
 
     def result(self) -> encoder_pb2.UpsertResult:
         if self.refused:
@@ -55,6 +57,7 @@ class _Entry:
             num_tokens=self.states.num_tokens,
             num_states=self.states.num_states,
             truncated=self.states.truncated,
+            num_clipped=self.num_clipped,
         )
 
 
@@ -215,6 +218,9 @@ class Upload:
         ]
         if not passages or self._collection is None:
             return
-        why = await self._engine.call(put, self._collection, passages)
-        for passage_id, reason in why.items():
+        store = partial(put, allow_clipped=self._engine.config.allow_clipped)
+        written = await self._engine.call(store, self._collection, passages)
+        for passage_id, reason in written.refused.items():
             encoded[passage_id].refused = reason
+        for passage_id, num_clipped in written.clipped.items():
+            encoded[passage_id].num_clipped = num_clipped

@@ -68,7 +68,7 @@ class Received:
     def __init__(self, collection: str) -> None:
         self._collection = collection
         self.num = {"stored": 0, "unchanged": 0, "refused": 0}
-        self._num_truncated = 0
+        self._num_truncated = self._num_clipped = 0
         self._refused: list[dict[str, str]] = []
 
     async def sendable(
@@ -86,6 +86,7 @@ class Received:
     def add(self, result: UpsertResult) -> None:
         self.num[result.status] = self.num.get(result.status, 0) + 1
         self._num_truncated += result.truncated
+        self._num_clipped += result.num_clipped
         if result.status == "refused" and len(self._refused) < MAX_REFUSED_SHOWN:
             named = {"id": result.passage_id} if result.passage_id else {}  # a line that was not read has none
             self._refused.append(named | {"message": result.message})
@@ -98,6 +99,7 @@ class Received:
             "num_unchanged": self.num["unchanged"],
             "num_refused": self.num["refused"],
             "num_truncated": self._num_truncated,
+            "num_clipped": self._num_clipped,
             "refused": self._refused,
         }
 
@@ -189,6 +191,7 @@ def _document(described: Described) -> dict[str, Any]:
         "num_states": stats.num_states,
         "num_tokens": stats.num_tokens,
         "num_truncated": stats.num_truncated,
+        "num_clipped": stats.num_clipped,
         "size_bytes": stats.size_bytes,
         "stores_text": manifest.stores_text,
     }

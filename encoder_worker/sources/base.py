@@ -32,6 +32,7 @@ class Reason(StrEnum):
     OUT_OF_MEMORY = "out_of_memory"
     ENCODING_FAILED = "encoding_failed"
     NOT_STORABLE = "not_storable"
+    OUT_OF_RANGE = "out_of_range"
 
 
 @dataclass(frozen=True, slots=True)

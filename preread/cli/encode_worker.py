@@ -13,7 +13,7 @@ import click
 
 from preread.cli.config_file import config_option
 from preread.cli.effective import effective_lines
-from preread.cli.options import compute_options, model_option, option, store_option
+from preread.cli.options import allow_clipped_option, compute_options, model_option, option, store_option
 from preread.cli.server_options import (
     access_options,
     api_keys,
@@ -52,6 +52,7 @@ MIB = 1 << 20
     default=1024,
     help="Passages of one upload that are read before the first is stored.",
 )
+@allow_clipped_option
 @access_options
 @observe_options
 @grace_option
@@ -83,7 +84,7 @@ async def _work(options: dict[str, Any]) -> None:
     tune_process(options["threads"])
     same = (
         "store", "host", "port", "device", "dtype", "max_passage_tokens", "max_batch_tokens", "max_message_bytes",
-        "max_queue_tokens", "max_unacknowledged_passages", "max_connections",
+        "max_queue_tokens", "max_unacknowledged_passages", "max_connections", "allow_clipped",
     )  # fmt: skip
     config = EncoderConfig(checkpoint=options["model"], **tls_files(options), **{name: options[name] for name in same})
     told = told_to_stop()

@@ -15,6 +15,7 @@ import click
 from preread.cli.config_file import config_option
 from preread.cli.failures import BAD_INPUT, BAD_ITEMS, INTERRUPTED
 from preread.cli.options import (
+    allow_clipped_option,
     codec_option,
     collection_option,
     compute_options,
@@ -52,6 +53,7 @@ FORMATS = ("jsonl", "tsv", "csv", "parquet", "text", "beir")
 @codec_option
 @option("--store-text/--no-store-text", default=None, help="Keep texts beside the states.  [default: keep]")
 @option("--strict", is_flag=True, help="Stop at the first item that would be refused.")
+@allow_clipped_option
 @option("--force", is_flag=True, help="Encode also what is stored with the same text.")
 @option("--dry-run", is_flag=True, help="Count tokens, bytes and time; store nothing.")
 @option(
@@ -160,7 +162,11 @@ def _settings(options: dict[str, Any]) -> tuple[Any, IndexOptions]:
 
     settings = CollectionSettings(options["compression_ratio"], options["codec"], options["store_text"])
     return settings, IndexOptions(
-        split=options["split"], strict=options["strict"], force=options["force"], alias=options["alias"]
+        split=options["split"],
+        strict=options["strict"],
+        force=options["force"],
+        alias=options["alias"],
+        allow_clipped=options["allow_clipped"],
     )
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from encoder_worker.sources import Reason
 from preread.cli.tables import human_bytes
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 MAX_SHOWN = 20
 LINE_SECONDS = 10.0
+WARN_CLIPPED_SHARE = 0.01
+FEW_TRAINING_STATES = 1000
 
 
 @contextmanager
@@ -90,6 +93,7 @@ def show_report(report: IndexReport, estimate: Estimate | None, *, report_file: 
                 f"{report.passages_per_second:,.1f} passages/s, {report.tokens_per_second:,.0f} tokens/s, "
                 f"{report.padding_share:.2%} padding"
             )
+    _show_clipped(report)
     if report.num_truncated:
         _show_cut(report.truncated, report.num_truncated, report_file)
     if report.num_split:
@@ -100,6 +104,26 @@ def show_report(report: IndexReport, estimate: Estimate | None, *, report_file: 
         click.echo(f"preread: error: stopped at {report.stopped_by}", err=True)
     if report.interrupted:
         click.echo("preread: interrupted; run again to go on from here", err=True)
+
+
+def _show_clipped(report: IndexReport) -> None:
+    """What a trained codec cuts off; nothing of it shows in the states that are stored."""
+    if report.num_clipped:
+        grave = "warning: " if report.clipped_share > WARN_CLIPPED_SHARE else ""
+        click.echo(
+            f"{grave}{report.num_clipped:,} numbers ({report.clipped_share:.2%}) of {report.num_clipped_passages:,} "
+            "passages lie outside what the codec was trained for, and are cut to it"
+        )
+    if report.reasons[Reason.OUT_OF_RANGE]:
+        click.echo(
+            f"warning: {report.reasons[Reason.OUT_OF_RANGE]:,} passages were refused because the codec was trained on "
+            f"others; `preread collection reencode {report.collection}` trains it again (--allow-clipped stores them)"
+        )
+    if 0 < report.num_training_states < FEW_TRAINING_STATES:
+        click.echo(
+            f"warning: the codec was trained on {report.num_training_states:,} states only; passages unlike these will "
+            "be clipped or refused. B32,SQ8 needs no training"
+        )
 
 
 def _show_estimate(estimate: Estimate, report: IndexReport) -> None:

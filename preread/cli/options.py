@@ -76,6 +76,16 @@ def codec_option(function: F) -> F:
     return option("--codec", metavar="CODEC", help=f"{KNOWN_CODECS}.  [default: {DEFAULT_CODEC}]")(function)
 
 
+def allow_clipped_option(function: F) -> F:
+    """--allow-clipped."""
+    return option(
+        "--allow-clipped",
+        is_flag=True,
+        help="Store also passages that a trained codec was not trained for: over 5% of a write's numbers outside its "
+        "ranges. Their scores will be wrong.",
+    )(function)
+
+
 def shipped_model() -> str | None:
     """Directory of the checkpoint that came with the package, if one did."""
     return str(SHIPPED_MODEL) if (SHIPPED_MODEL / "config.json").exists() else None

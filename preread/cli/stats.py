@@ -54,6 +54,8 @@ def _describe(store: Any, only: str | None) -> list[dict[str, Any]]:
                 "num_tokens": stats.num_tokens,
                 "num_states": stats.num_states,
                 "num_truncated": stats.num_truncated,
+                "num_clipped": stats.num_clipped,
+                "clipped_share": stats.clipped_share(manifest.dim),
                 "size_bytes": stats.size_bytes,
                 "compression_ratio": manifest.compression_ratio,
                 "codec": manifest.codec,
@@ -76,6 +78,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
         if position:
             click.echo()
         num_passages = row["num_passages"]
+        clipped = f"{row['clipped_share']:.2%} of the numbers lie outside what the codec was trained for"
         per_passage = f" ({human_bytes(row['size_bytes'] / num_passages)} per passage)" if num_passages else ""
         print_facts(
             {
@@ -84,6 +87,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
                 "tokens": f"{row['num_tokens']:,}",
                 "states": f"{row['num_states']:,} of {row['dim']} values, compression ratio {row['compression_ratio']}",
                 "size": f"{human_bytes(row['size_bytes'])} as {row['codec']}{per_passage}",
+                **({"clipped": clipped} if row["num_clipped"] else {}),
                 "texts": "stored" if row["stores_text"] else "not stored",
                 "encoder": f"{row['checkpoint']} ({row['fingerprint'][:12]})",
                 "created": row["created_at"],

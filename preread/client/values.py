@@ -184,6 +184,7 @@ class CollectionInfo:
     num_truncated: int
     size_bytes: int
     stores_text: bool
+    num_clipped: int = 0  # numbers of all states that lie outside what the codec was trained for
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,3 +218,4 @@ class UpsertResult:
     num_states: int
     truncated: bool
     message: str
+    num_clipped: int = 0  # numbers of its states that lie outside what the codec was trained for

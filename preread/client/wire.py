@@ -204,6 +204,7 @@ def unpack_collection(message: common_pb2.CollectionInfo) -> CollectionInfo:
         num_truncated=message.num_truncated,
         size_bytes=message.size_bytes,
         stores_text=message.stores_text,
+        num_clipped=message.num_clipped,
     )
 
 
@@ -239,6 +240,7 @@ def unpack_upserts(message: encoder_pb2.UpsertResponse) -> Iterator[UpsertResult
             num_states=m.num_states,
             truncated=m.truncated,
             message=m.message,
+            num_clipped=m.num_clipped,
         )
 
 

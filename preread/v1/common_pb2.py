@@ -24,19 +24,19 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17preread/v1/common.proto\x12\npreread.v1\"\x96\x01\n\x0f\x45ncoderIdentity\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\x12\x12\n\ncheckpoint\x18\x02 \x01(\t\x12\x0b\n\x03\x64im\x18\x03 \x01(\x05\x12\x1a\n\x12max_passage_tokens\x18\x04 \x01(\x05\x12\x18\n\x10passage_template\x18\x05 \x01(\t\x12\x17\n\x0fpooling_version\x18\x06 \x01(\x05\"\x85\x02\n\x0e\x43ollectionInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61liases\x18\x02 \x03(\t\x12,\n\x07\x65ncoder\x18\x03 \x01(\x0b\x32\x1b.preread.v1.EncoderIdentity\x12\x19\n\x11\x63ompression_ratio\x18\x04 \x01(\x05\x12\r\n\x05\x63odec\x18\x05 \x01(\t\x12\x14\n\x0cnum_passages\x18\x06 \x01(\x03\x12\x12\n\nnum_states\x18\x07 \x01(\x03\x12\x12\n\nnum_tokens\x18\x08 \x01(\x03\x12\x15\n\rnum_truncated\x18\t \x01(\x03\x12\x12\n\nsize_bytes\x18\n \x01(\x03\x12\x13\n\x0bstores_text\x18\x0b \x01(\x08*\xe3\x01\n\x0f\x43\x61ndidateStatus\x12 \n\x1c\x43\x41NDIDATE_STATUS_UNSPECIFIED\x10\x00\x12\x18\n\x14\x43\x41NDIDATE_STATUS_HIT\x10\x01\x12\x1c\n\x18\x43\x41NDIDATE_STATUS_ENCODED\x10\x02\x12\x1c\n\x18\x43\x41NDIDATE_STATUS_MISSING\x10\x03\x12\x1c\n\x18\x43\x41NDIDATE_STATUS_CORRUPT\x10\x04\x12\x1d\n\x19\x43\x41NDIDATE_STATUS_TOO_LONG\x10\x05\x12\x1b\n\x17\x43\x41NDIDATE_STATUS_FAILED\x10\x06*Y\n\x06OnMiss\x12\x17\n\x13ON_MISS_UNSPECIFIED\x10\x00\x12\x12\n\x0eON_MISS_ENCODE\x10\x01\x12\x10\n\x0cON_MISS_SKIP\x10\x02\x12\x10\n\x0cON_MISS_FAIL\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17preread/v1/common.proto\x12\npreread.v1\"\x96\x01\n\x0f\x45ncoderIdentity\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\x12\x12\n\ncheckpoint\x18\x02 \x01(\t\x12\x0b\n\x03\x64im\x18\x03 \x01(\x05\x12\x1a\n\x12max_passage_tokens\x18\x04 \x01(\x05\x12\x18\n\x10passage_template\x18\x05 \x01(\t\x12\x17\n\x0fpooling_version\x18\x06 \x01(\x05\"\x9a\x02\n\x0e\x43ollectionInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61liases\x18\x02 \x03(\t\x12,\n\x07\x65ncoder\x18\x03 \x01(\x0b\x32\x1b.preread.v1.EncoderIdentity\x12\x19\n\x11\x63ompression_ratio\x18\x04 \x01(\x05\x12\r\n\x05\x63odec\x18\x05 \x01(\t\x12\x14\n\x0cnum_passages\x18\x06 \x01(\x03\x12\x12\n\nnum_states\x18\x07 \x01(\x03\x12\x12\n\nnum_tokens\x18\x08 \x01(\x03\x12\x15\n\rnum_truncated\x18\t \x01(\x03\x12\x12\n\nsize_bytes\x18\n \x01(\x03\x12\x13\n\x0bstores_text\x18\x0b \x01(\x08\x12\x13\n\x0bnum_clipped\x18\x0c \x01(\x03*\xe3\x01\n\x0f\x43\x61ndidateStatus\x12 \n\x1c\x43\x41NDIDATE_STATUS_UNSPECIFIED\x10\x00\x12\x18\n\x14\x43\x41NDIDATE_STATUS_HIT\x10\x01\x12\x1c\n\x18\x43\x41NDIDATE_STATUS_ENCODED\x10\x02\x12\x1c\n\x18\x43\x41NDIDATE_STATUS_MISSING\x10\x03\x12\x1c\n\x18\x43\x41NDIDATE_STATUS_CORRUPT\x10\x04\x12\x1d\n\x19\x43\x41NDIDATE_STATUS_TOO_LONG\x10\x05\x12\x1b\n\x17\x43\x41NDIDATE_STATUS_FAILED\x10\x06*Y\n\x06OnMiss\x12\x17\n\x13ON_MISS_UNSPECIFIED\x10\x00\x12\x12\n\x0eON_MISS_ENCODE\x10\x01\x12\x10\n\x0cON_MISS_SKIP\x10\x02\x12\x10\n\x0cON_MISS_FAIL\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'preread.v1.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CANDIDATESTATUS']._serialized_start=457
-  _globals['_CANDIDATESTATUS']._serialized_end=684
-  _globals['_ONMISS']._serialized_start=686
-  _globals['_ONMISS']._serialized_end=775
+  _globals['_CANDIDATESTATUS']._serialized_start=478
+  _globals['_CANDIDATESTATUS']._serialized_end=705
+  _globals['_ONMISS']._serialized_start=707
+  _globals['_ONMISS']._serialized_end=796
   _globals['_ENCODERIDENTITY']._serialized_start=40
   _globals['_ENCODERIDENTITY']._serialized_end=190
   _globals['_COLLECTIONINFO']._serialized_start=193
-  _globals['_COLLECTIONINFO']._serialized_end=454
+  _globals['_COLLECTIONINFO']._serialized_end=475
 # @@protoc_insertion_point(module_scope)

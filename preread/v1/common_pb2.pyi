@@ -52,7 +52,7 @@ class EncoderIdentity(_message.Message):
     def __init__(self, fingerprint: _Optional[str] = ..., checkpoint: _Optional[str] = ..., dim: _Optional[int] = ..., max_passage_tokens: _Optional[int] = ..., passage_template: _Optional[str] = ..., pooling_version: _Optional[int] = ...) -> None: ...
 
 class CollectionInfo(_message.Message):
-    __slots__ = ("name", "aliases", "encoder", "compression_ratio", "codec", "num_passages", "num_states", "num_tokens", "num_truncated", "size_bytes", "stores_text")
+    __slots__ = ("name", "aliases", "encoder", "compression_ratio", "codec", "num_passages", "num_states", "num_tokens", "num_truncated", "size_bytes", "stores_text", "num_clipped")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ALIASES_FIELD_NUMBER: _ClassVar[int]
     ENCODER_FIELD_NUMBER: _ClassVar[int]
@@ -64,6 +64,7 @@ class CollectionInfo(_message.Message):
     NUM_TRUNCATED_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     STORES_TEXT_FIELD_NUMBER: _ClassVar[int]
+    NUM_CLIPPED_FIELD_NUMBER: _ClassVar[int]
     name: str
     aliases: _containers.RepeatedScalarFieldContainer[str]
     encoder: EncoderIdentity
@@ -75,4 +76,5 @@ class CollectionInfo(_message.Message):
     num_truncated: int
     size_bytes: int
     stores_text: bool
-    def __init__(self, name: _Optional[str] = ..., aliases: _Optional[_Iterable[str]] = ..., encoder: _Optional[_Union[EncoderIdentity, _Mapping]] = ..., compression_ratio: _Optional[int] = ..., codec: _Optional[str] = ..., num_passages: _Optional[int] = ..., num_states: _Optional[int] = ..., num_tokens: _Optional[int] = ..., num_truncated: _Optional[int] = ..., size_bytes: _Optional[int] = ..., stores_text: _Optional[bool] = ...) -> None: ...
+    num_clipped: int
+    def __init__(self, name: _Optional[str] = ..., aliases: _Optional[_Iterable[str]] = ..., encoder: _Optional[_Union[EncoderIdentity, _Mapping]] = ..., compression_ratio: _Optional[int] = ..., codec: _Optional[str] = ..., num_passages: _Optional[int] = ..., num_states: _Optional[int] = ..., num_tokens: _Optional[int] = ..., num_truncated: _Optional[int] = ..., size_bytes: _Optional[int] = ..., stores_text: _Optional[bool] = ..., num_clipped: _Optional[int] = ...) -> None: ...

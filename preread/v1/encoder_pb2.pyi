@@ -51,20 +51,22 @@ class UpsertRequest(_message.Message):
     def __init__(self, collection: _Optional[str] = ..., passages: _Optional[_Iterable[_Union[Passage, _Mapping]]] = ..., compression_ratio: _Optional[int] = ..., codec: _Optional[str] = ..., store_text: _Optional[bool] = ...) -> None: ...
 
 class UpsertResult(_message.Message):
-    __slots__ = ("passage_id", "status", "num_tokens", "num_states", "truncated", "message")
+    __slots__ = ("passage_id", "status", "num_tokens", "num_states", "truncated", "message", "num_clipped")
     PASSAGE_ID_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_STATES_FIELD_NUMBER: _ClassVar[int]
     TRUNCATED_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    NUM_CLIPPED_FIELD_NUMBER: _ClassVar[int]
     passage_id: str
     status: UpsertStatus
     num_tokens: int
     num_states: int
     truncated: bool
     message: str
-    def __init__(self, passage_id: _Optional[str] = ..., status: _Optional[_Union[UpsertStatus, str]] = ..., num_tokens: _Optional[int] = ..., num_states: _Optional[int] = ..., truncated: _Optional[bool] = ..., message: _Optional[str] = ...) -> None: ...
+    num_clipped: int
+    def __init__(self, passage_id: _Optional[str] = ..., status: _Optional[_Union[UpsertStatus, str]] = ..., num_tokens: _Optional[int] = ..., num_states: _Optional[int] = ..., truncated: _Optional[bool] = ..., message: _Optional[str] = ..., num_clipped: _Optional[int] = ...) -> None: ...
 
 class UpsertResponse(_message.Message):
     __slots__ = ("results",)

@@ -131,6 +131,30 @@ def test_a_faiss_index_of_the_codec_decodes_the_same(codec, sample):
     )
 
 
+def test_what_the_table_was_trained_for_is_inside_and_what_it_was_not_is_counted(codec, sample):
+    """Half the states, ten times as large: SQ and PQ cut them to their range, the others hold them as they are."""
+    inside = codec.count_outside(sample, codec.encode(sample))
+    assert inside.shape == (len(sample),)
+    assert inside.mean() < 0.01 * DIM
+    odd = np.concatenate([sample[:100], 10 * sample[:100]])
+    counts = codec.count_outside(odd, codec.encode(odd))
+    assert counts[:100].mean() < 0.02 * DIM
+    if codec.factory.startswith(("SQ8", "SQ6", "SQ4", "PQ", "RQ")):
+        assert counts[100:].mean() > 0.6 * DIM
+        assert counts.max() <= DIM
+    else:
+        assert not counts.any()
+
+
+@pytest.mark.parametrize("factory", ["SQ8", "SQ4"])
+def test_a_number_outside_by_less_than_a_rounding_is_not_counted(factory):
+    codec = Codec(factory, 2)
+    codec.train(np.linspace([0, 5], [1, 5], 64).astype(np.float32))
+    step = 1 / 2 ** int(factory[2:])
+    rows = np.array([[0, 5], [1, 5], [1 + 0.4 * step, 5], [1 + 0.6 * step, 5], [-0.6 * step, 5.1]], dtype=np.float32)
+    assert codec.count_outside(rows, codec.encode(rows)).tolist() == [0, 0, 0, 1, 2]
+
+
 def test_wrong_tables_are_refused(codec):
     table = codec.table()
     for wrong in (table + b"\0", table + bytes(4), *([table[:-4], b""] if table else [])):

@@ -1,6 +1,7 @@
 """Collections: floats in, floats out, and only what belongs."""
 
 import contextlib
+import dataclasses
 import json
 
 import numpy as np
@@ -14,6 +15,7 @@ from cache.errors import (
     EncoderMismatch,
     InvalidPassage,
     ManifestError,
+    OutOfRange,
 )
 from cache.pooling import pool
 from cache.record import Damaged
@@ -67,6 +69,57 @@ def test_split_passages_keep_their_windows(collection):
     (found,) = collection.get_many(["p"])
     assert [window.shape[0] for window in found.windows()] == [3, 1, 1]
     assert found.num_tokens == 14
+
+
+@pytest.fixture
+def narrow(make_manifest):
+    """A collection whose SQ8 was trained on a tenth of what passages hold."""
+    codec = Codec("SQ8", DIM)
+    codec.train(0.1 * np.random.default_rng(0).standard_normal((200, DIM)).astype(np.float32))
+    store = open_store("memory:")
+    yield Collection.create(store, make_manifest(codec="SQ8", codec_table=codec.table()))
+    store.close()
+
+
+def small(passage: StoredPassage) -> StoredPassage:
+    """The same passage within the range of `narrow`."""
+    states = dataclasses.replace(passage.states, states=0.05 * passage.states.states)
+    return dataclasses.replace(passage, states=states)
+
+
+def test_numbers_outside_the_trained_range_are_counted_in_the_header(narrow):
+    inside, outside = small(make_passage("in", 1, tokens=400)), make_passage("out", 2, tokens=40)
+    assert narrow.put_many([inside, outside]) == [0, narrow.stats().num_clipped]
+    headers = narrow.store.headers_many(narrow.name, ["in", "out"])
+    assert headers[0].num_clipped == 0
+    assert 0.3 * 10 * DIM < headers[1].num_clipped <= 10 * DIM
+    assert narrow.stats().clipped_share(DIM) == pytest.approx(headers[1].num_clipped / (110 * DIM))
+
+
+def test_a_write_for_which_the_codec_was_not_trained_is_refused_unless_told(narrow):
+    """Only the passages that lie outside are named; a few among many are stored."""
+    inside = [small(make_passage(f"in{i}", i, tokens=40)) for i in range(6)]
+    outside = [make_passage(f"out{i}", i, tokens=40) for i in range(4)]
+    with pytest.raises(OutOfRange, match=r"'out0': .* lie outside what SQ8 was trained for") as caught:
+        narrow.put_many([*inside, *outside])
+    assert caught.value.reasons.keys() == {"out0", "out1", "out2", "out3"}
+    assert narrow.stats().num_passages == 0
+    narrow.put_many(inside)
+    narrow.put_many(outside, allow_clipped=True)
+    assert narrow.stats().num_passages == 10
+    narrow.put_many(
+        [make_passage("few", 9, tokens=4), *[small(make_passage(f"s{i}", i, tokens=400)) for i in range(3)]]
+    )
+
+
+def test_small_writes_are_judged_together(narrow):
+    """One odd word is stored; a stream of them is refused when there are as many states as say something."""
+    narrow.put_many([make_passage("p0", 0, tokens=4)])
+    for i in range(1, 31):
+        narrow.put_many([make_passage(f"p{i}", i, tokens=4)])
+    with pytest.raises(OutOfRange):
+        narrow.put_many([make_passage("p31", 31, tokens=4)])
+    assert narrow.stats().num_passages == 31
 
 
 @pytest.mark.parametrize("factory", ["Flat", "SQbf16", "SQ8", "SQ6", "B4,SQ8", "B3,SQ6", "Z,B8,SQ4", "PQ4x4", "RQ2x4"])

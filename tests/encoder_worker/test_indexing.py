@@ -228,3 +228,52 @@ def test_tokenizing_and_the_forward_pass_do_not_wait_for_each_other(
     items = passages([f"passage number {i}" for i in range(60)])
     assert index(items, encoder, store, "docs", options=SMALL).num_stored == 60
     assert num_calls == 4
+
+
+UNIFORM = ["the same few words " * 3 for _ in range(12)]
+
+
+@pytest.mark.parametrize("codec", ["SQ8", "SQ4"])
+def test_a_table_of_few_uniform_passages_does_not_ruin_later_ones_silently(
+    encoder: PassageEncoder, store: Store, real_texts: list[str], passages: Make, codec: str
+) -> None:
+    """Everything that the table was not trained for is refused and named, or stored because it was asked for."""
+    uniform = passages([f"{text} {i}" for i, text in enumerate(UNIFORM)], "u")
+    first = index(uniform, encoder, store, "docs", CollectionSettings(4, codec))
+    assert first.num_stored == 12
+    assert first.clipped_share < 0.01
+    assert 0 < first.num_training_states < 1000
+
+    report = index(passages(real_texts[:60]), encoder, store, "docs")
+
+    assert report.num_read == 60
+    assert report.num_stored + report.num_refused == 60
+    assert report.reasons[Reason.OUT_OF_RANGE] > 40
+    refused = list(report.refused)
+    assert all("lie outside what" in entry["message"] for entry in refused)
+    assert {entry["reason"] for entry in refused} == {"out_of_range"}
+
+    told = index(passages(real_texts[:60]), encoder, store, "docs", options=IndexOptions(allow_clipped=True))
+    assert told.num_refused == 0
+    assert told.clipped_share > 0.05
+    headers = store.headers_many("docs", [f"p{i}" for i in range(60)])
+    assert sum(header.num_clipped for header in headers if header is not None) == told.num_clipped + report.num_clipped
+
+
+@pytest.mark.parametrize("codec", ["SQ8", "SQ4"])
+def test_a_well_trained_table_refuses_nothing(
+    encoder: PassageEncoder, store: Store, real_texts: list[str], passages: Make, codec: str
+) -> None:
+    index(passages(real_texts[:100]), encoder, store, "docs", CollectionSettings(4, codec))
+    odd = ["cat", "3141592653589793238462643383279502884197" * 4, "zzzz qqqq " * 40, "\U0001f600 " * 60]
+    for group in (real_texts[100:160], *[[text] for text in odd]):
+        report = index(passages(group, f"q{group[0][:5]}"), encoder, store, "docs")
+        assert (report.num_refused, report.num_stored) == (0, len(group))
+
+
+@pytest.mark.parametrize("codec", ["SQfp16", "Flat", "B16,SQ8"])
+def test_a_codec_without_a_table_counts_nothing(
+    encoder: PassageEncoder, store: Store, real_texts: list[str], passages: Make, codec: str
+) -> None:
+    report = index(passages([*UNIFORM[:1], *real_texts[:20]]), encoder, store, "docs", CollectionSettings(4, codec))
+    assert (report.num_clipped, report.num_refused) == (0, 0)

@@ -80,6 +80,24 @@ async def test_of_several_passages_with_one_id_the_first_counts_however_far_apar
         assert Collection.open(store, "docs").get_texts(["x", "z"]) == ["second", "1"]
 
 
+async def test_what_the_codec_was_not_trained_for_is_refused_unless_told(
+    worker: Serve, store: Store, encoder: PassageEncoder, real_texts: list[str], passages: Callable[..., list[Passage]]
+) -> None:
+    uniform = passages([f"the same few words the same few words {i}" for i in range(16)], "u")
+    index(uniform, encoder, store, "docs", CollectionSettings(4, "SQ8"))
+    sent = {f"p{i}": text for i, text in enumerate(text for text in real_texts if len(text) > 200) if i < 8}
+    async with worker() as to:
+        (response,) = await to.upsert(to.message("docs", **sent))
+        assert {result.status for result in response.results} == {REFUSED}
+        assert "lie outside what SQ8 was trained for" in response.results[0].message
+    async with worker(allow_clipped=True) as to:
+        (response,) = await to.upsert(to.message("docs", **sent))
+        assert {result.status for result in response.results} == {STORED}
+        headers = store.headers_many("docs", list(sent))
+        assert [result.num_clipped for result in response.results] == [header.num_clipped for header in headers]
+        assert min(header.num_clipped for header in headers) > 0
+
+
 async def test_bad_passages_are_refused_one_by_one(worker: Serve, store: Store) -> None:
     async with worker(max_text_bytes=100, max_passage_tokens=16) as to:
         bad = [
