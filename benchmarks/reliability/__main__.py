@@ -14,7 +14,12 @@ import importlib
 
 from benchmarks.common import report
 
-PARTS: dict[str, int] = {"checkpoints": 2000, "damage": 5000, "redis_wire": 1100}  # name: the count of a long run
+PARTS: dict[str, int] = {  # name: the count of a long run
+    "checkpoints": 2000,
+    "damage": 5000,
+    "redis_wire": 1100,
+    "unicode": 2000,
+}
 
 
 def main() -> None:
