@@ -185,7 +185,8 @@ def add_tensor(tensors: Tensors, config: dict[str, Any], rng: random.Random) -> 
         parts = found.split(".")
         at = next(i for i, part in enumerate(parts) if part.isdecimal())
         made = ".".join([*parts[:at], "97", *parts[at + 1 :]])
-    tensors[made] = torch.randn(rows) if rng.random() < 0.5 else torch.randn(rows, 4)
+    size = (rows,) if rng.random() < 0.5 else (rows, 4)
+    tensors[made] = torch.randn(size, generator=torch.Generator().manual_seed(rng.getrandbits(32)))
     return Change("tensor added", made, unknown=True)
 
 
