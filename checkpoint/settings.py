@@ -21,15 +21,28 @@ MAX_TEXT_CHARS = 65_536
 MAX_FIELD_USES = 4  # of one field in one template: a text from outside is repeated at most so often
 MAX_NUMBER = 2**31 - 1  # what the wire's integers hold
 
+# What KaLM-Reranker-V1-*-R2 comes with: the configuration of its sentence-transformers module
+# (KaLMCrossEncoderModule), and sentence-transformers' own file, whose default prompt is that module's instruction.
+KALM_FILE_NAME = "kalm_cross_encoder_config.json"
+PROMPTS_FILE_NAME = "config_sentence_transformers.json"
+KALM_KEYS = ("query_max_length", "document_max_length", "encoder_chunk_size", "system_instruction")
+
 # Source: the reference code of KaLM-Embedding/KaLM-Reranker-V1-Nano on the hub.
 KALM_SYSTEM = (
     "Judge whether the Document meets the requirements based on the Query and the Instruct provided. "
     'Note that the answer can only be "yes" or "no".'
 )
-KALM_PROMPT = (
-    "<bos><start_of_turn>user\n" + KALM_SYSTEM + "\n\n<Instruct>: {instruction}\n<Query>: {query}"
-    "<end_of_turn>\n<start_of_turn>model\n\n\n\n"
-)
+
+
+def kalm_prompt(system: str) -> str:
+    """The prompt's template under a system instruction, which is text and no template."""
+    return (
+        f"<bos><start_of_turn>user\n{system.replace('{', '{{').replace('}', '}}')}"
+        "\n\n<Instruct>: {instruction}\n<Query>: {query}<end_of_turn>\n<start_of_turn>model\n\n\n\n"
+    )
+
+
+KALM_PROMPT = kalm_prompt(KALM_SYSTEM)
 
 
 @dataclass(frozen=True)
@@ -47,31 +60,81 @@ class CheckpointSettings:
 
     @classmethod
     def load(cls, directory: Path) -> CheckpointSettings:
-        """Reads `preread.json` where there is one.
+        """Reads `preread.json` and KaLM's own files, where they are there; a key of `preread.json` wins.
 
         Raises:
             CheckpointError: an unknown key, a wrong type, a template without its field.
         """
         path = directory / FILE_NAME
-        if not path.exists():
-            return cls()
-        values = read_json(path)
-        version = values.pop("format_version", None)
-        if version != FORMAT_VERSION:
-            raise CheckpointError(f"{path}: format_version is {version!r}; this version reads {FORMAT_VERSION}")
-        for key, value in values.items():
-            _check(path, key, value)
+        values = _kalm_values(directory)
+        if path.exists():
+            own = read_json(path)
+            version = own.pop("format_version", None)
+            if version != FORMAT_VERSION:
+                raise CheckpointError(f"{path}: format_version is {version!r}; this version reads {FORMAT_VERSION}")
+            for key, value in own.items():
+                _check(path, key, value)
+            values |= own
         settings = cls(**values)
         _check_template(path, "passage_template", settings.passage_template, {"passage"}, {"passage"})
         _check_template(path, "prompt_template", settings.prompt_template, {"query"}, {"query", "instruction"})
         return settings
 
 
-def _check(path: Path, key: str, value: Any) -> None:
+def _kalm_values(directory: Path) -> dict[str, Any]:
+    """What KaLM's own files say, as fields of CheckpointSettings.
+
+    Raises:
+        CheckpointError: a key that the module does not have, or a value it does not take.
+    """
+    path = directory / KALM_FILE_NAME
+    if not path.exists():
+        return {}
+    given = read_json(path)
+    for key in given:
+        if key not in KALM_KEYS:
+            raise CheckpointError(f"{path}: unknown key {key!r}; known: {', '.join(KALM_KEYS)}")
+    values: dict[str, Any] = {}
+    names = {"query_max_length": "max_query_tokens", "document_max_length": "max_passage_tokens"}
+    for key, name in names.items():
+        if key in given:
+            _check(path, name, given[key], shown=key)
+            values[name] = given[key]
+    if "encoder_chunk_size" in given:
+        ratio = 1 if given["encoder_chunk_size"] is None else given["encoder_chunk_size"]  # null: no pooling
+        _check(path, "default_compression_ratio", ratio, shown="encoder_chunk_size")
+        values["default_compression_ratio"] = ratio
+    if "system_instruction" in given:
+        _check(path, "prompt_template", given["system_instruction"], shown="system_instruction")
+        values["prompt_template"] = kalm_prompt(given["system_instruction"])
+    instruction = _default_prompt(directory / PROMPTS_FILE_NAME)
+    if instruction is not None:
+        values["default_instruction"] = instruction
+    return values
+
+
+def _default_prompt(path: Path) -> str | None:
+    """The prompt that sentence-transformers uses where it is given none, if any."""
+    if not path.exists():
+        return None
+    found = read_json(path)
+    name, prompts = found.get("default_prompt_name"), found.get("prompts")
+    if name is None:
+        return None
+    if not isinstance(prompts, dict) or name not in prompts:
+        raise CheckpointError(f"{path}: default_prompt_name is {name!r}; expected a name in prompts")
+    _check(path, "default_instruction", prompts[name], shown=f"prompts.{name}")
+    text: str = prompts[name]
+    return text
+
+
+def _check(path: Path, key: str, value: Any, *, shown: str = "") -> None:
+    """Raises CheckpointError where a value is none of the field `key`, which the file calls `shown`."""
     defaults = dataclasses.asdict(CheckpointSettings())
     if key not in defaults:
         raise CheckpointError(f"{path}: unknown key {key!r}; known: format_version, {', '.join(defaults)}")
     kind = type(defaults[key])
+    key = shown or key
     if type(value) is not kind:
         raise CheckpointError(f"{path}: {key} is {value!r}; expected {kind.__name__}")
     if isinstance(value, int) and not 1 <= value <= MAX_NUMBER:

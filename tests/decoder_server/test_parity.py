@@ -137,6 +137,22 @@ def test_other_head_and_layer_layouts(load: Callable[[str | Shape], Halves], sha
     halves.assert_parity(QUERIES, [passage_of(halves, n) for n in (1, 5, 33)], 4)
 
 
+# Widths and heads of the published sizes; layers, vocabulary and the MLP's inner width are few, so that it stays cheap.
+WIDE = ("sliding_attention", "full_attention")
+WIDTHS = {
+    "Nano": Shape(512, 640, 2048, 2, 4, 1, 256, 512, WIDE),
+    "Small": Shape(512, 1152, 1024, 2, 4, 1, 256, 512, WIDE),
+    "Large": Shape(512, 2560, 512, 2, 8, 4, 256, 512, WIDE),
+}
+
+
+@pytest.mark.parametrize("window", [64, 512])
+@pytest.mark.parametrize("size", WIDTHS)
+def test_long_documents_at_the_published_widths(load: Callable[[str | Shape], Halves], size: str, window: int) -> None:
+    halves = load(replace(WIDTHS[size], sliding_window=window))
+    halves.assert_parity(QUERIES[1:], [passage_of(halves, n) for n in (63, 65, 1024)], 4)
+
+
 def test_queries_up_to_and_over_the_limit(load: Callable[[str | Shape], Halves]) -> None:
     halves = load("tiny")
     limit = halves.checkpoint.settings.max_query_tokens
