@@ -44,13 +44,20 @@ def _load_fbnl(model: ModelConfig) -> Backend:
     from checkpoint import Checkpoint
     from decoder_server.fbnl import FbnlBackend
 
-    checkpoint = Checkpoint.open(model.checkpoint, max_passage_tokens=model.max_passage_tokens)
+    checkpoint = Checkpoint.open(
+        model.checkpoint, max_passage_tokens=model.max_passage_tokens, neutralise=not model.read_control_tokens
+    )
     return FbnlBackend.load(checkpoint, device=model.device, dtype=model.dtype, budgets=model.tiers)
 
 
 def _load_cross_encoder(model: ModelConfig) -> Backend:
     from decoder_server.cross_encoder_backend import CrossEncoderBackend
 
+    if model.read_control_tokens:
+        raise ValueError(
+            f"read_control_tokens is on for {model.checkpoint}, a cross-encoder, which reads control tokens in texts "
+            "as plain text; expected it for fbnl models alone (--model CHECKPOINT,read-control-tokens=yes)"
+        )
     return CrossEncoderBackend.load(model)
 
 

@@ -21,6 +21,7 @@ class ModelConfig:
     device: str | None = None  # None: CUDA where present
     dtype: str | None = None  # None: bfloat16 where the processor has it
     max_passage_tokens: int | None = None  # None: the checkpoint's; for fbnl part of the fingerprint
+    read_control_tokens: bool = False  # in texts, as KaLM's own code does (fbnl); part of the fingerprint when on
     encoder_address: str = ""  # host:port of an encoder worker (fbnl); "": nothing is encoded on demand
     encoder_api_key: str = field(default="", repr=False)  # shown to that worker
     runtime: str = "torch"  # of a cross-encoder

@@ -37,7 +37,7 @@ from decoder_server.tei_service import SERVICES as TEI_SERVICES
 from decoder_server.tei_service import add_services as add_tei_services
 from decoder_server.texts import Texts
 from preread.edge.grpc_server import add_standard_services, make_server
-from preread.edge.keys import ApiKeys
+from preread.edge.keys import ApiKeys, refuse_control_tokens
 from preread.v1 import rerank_pb2, rerank_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -67,6 +67,8 @@ class DecoderServer:
         """
         self.config = config
         self.keys = keys or ApiKeys()
+        if any(model.read_control_tokens for model in config.models):
+            refuse_control_tokens(config.host, self.keys)
         self.metrics = Metrics()
         self._observers: tuple[Observer, ...] = (self.metrics, RequestLog(log_text=config.log_text), *observers)
         self.port = 0

@@ -20,6 +20,7 @@ class EncoderConfig:
     device: str | None = None  # None: CUDA where present
     dtype: str | None = None  # None: bfloat16 where the hardware has it
     max_passage_tokens: int | None = None  # None: the checkpoint's; part of the fingerprint
+    read_control_tokens: bool = False  # in texts, as KaLM's own code does; part of the fingerprint when on
 
     max_batch_tokens: int | None = None  # padded tokens of one pass; None: by device
     max_message_bytes: int = 64 * MIB  # of one request message; published by Describe

@@ -90,14 +90,18 @@ class PassageEncoder:
         dtype: str | None = None,
         max_passage_tokens: int | None = None,
         max_batch_tokens: int | None = None,
+        read_control_tokens: bool = False,
     ) -> PassageEncoder:
         """Opens a checkpoint and loads its encoder half.
+
+        Args:
+            read_control_tokens: in texts, as KaLM's own code does.
 
         Raises:
             CheckpointError: files that cannot be used, or a limit over the encoder's positions.
             ValueError: a device or dtype that is not to be had.
         """
-        checkpoint = Checkpoint.open(name, max_passage_tokens=max_passage_tokens)
+        checkpoint = Checkpoint.open(name, max_passage_tokens=max_passage_tokens, neutralise=not read_control_tokens)
         encoder = Encoder.load(checkpoint, device=device, dtype=dtype)
         return cls(checkpoint, encoder, BatchLimits.for_device(encoder.device_name, max_batch_tokens))
 

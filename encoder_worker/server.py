@@ -22,7 +22,7 @@ from encoder_worker.passage_encoder import PassageEncoder
 from encoder_worker.scheduler import Scheduler
 from encoder_worker.service import EncoderService
 from preread.edge.grpc_server import add_standard_services, make_server
-from preread.edge.keys import ApiKeys
+from preread.edge.keys import ApiKeys, refuse_control_tokens
 from preread.edge.observe import log_call
 from preread.v1 import encoder_pb2, encoder_pb2_grpc
 
@@ -45,6 +45,8 @@ class EncoderServer:
     def __init__(self, config: EncoderConfig, *, store: Store | None = None, keys: ApiKeys | None = None) -> None:
         self.config = config
         self.keys = keys or ApiKeys()
+        if config.read_control_tokens:
+            refuse_control_tokens(config.host, self.keys)
         self.metrics = WorkerMetrics()
         self.port = 0
         self._own_store = open_store(config.store, read_budget_seconds=STORE_READ_SECONDS) if store is None else None
@@ -147,6 +149,7 @@ def _load_encoder(config: EncoderConfig) -> PassageEncoder:
         device=config.device,
         dtype=config.dtype,
         max_passage_tokens=config.max_passage_tokens,
+        read_control_tokens=config.read_control_tokens,
         max_batch_tokens=config.max_batch_tokens,
     )
     encoder.warm_up()

@@ -105,17 +105,23 @@ def evaluate(
     )
 
 
-def open_checkpoint(model: Checkpoint | str | Path, stored: Collection | None) -> Checkpoint:
+def open_checkpoint(
+    model: Checkpoint | str | Path, stored: Collection | None, *, read_control_tokens: bool = False
+) -> Checkpoint:
     """The checkpoint, at the passage limit a stored collection was written with, checked against it.
+
+    Args:
+        read_control_tokens: in texts, as KaLM's own code does; of a checkpoint that is opened here.
 
     Raises:
         CheckpointError: it cannot be opened.
         EncoderMismatch: another encoder wrote the collection.
     """
     if stored is None:
-        return model if isinstance(model, Checkpoint) else Checkpoint.open(model)
+        return model if isinstance(model, Checkpoint) else Checkpoint.open(model, neutralise=not read_control_tokens)
     if not isinstance(model, Checkpoint):
-        model = Checkpoint.open(model, max_passage_tokens=stored.manifest.max_passage_tokens)
+        limit = stored.manifest.max_passage_tokens
+        model = Checkpoint.open(model, max_passage_tokens=limit, neutralise=not read_control_tokens)
     Collection.open(stored.store, stored.name, fingerprint=model.identity().fingerprint, checkpoint=model.name)
     return model
 

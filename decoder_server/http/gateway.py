@@ -23,6 +23,7 @@ from decoder_server.http.routes import build
 from decoder_server.server import DecoderServer
 from preread.client import AsyncClient, ClientOptions
 from preread.edge.hosts import Guard, join
+from preread.edge.keys import refuse_control_tokens
 from preread.edge.listener import bind, make_server
 
 
@@ -58,6 +59,8 @@ class Gateway:
             extra: routes of others, such as a page at /.
         """
         self.config = config
+        if any(model.read_control_tokens for model in server.config.models):
+            refuse_control_tokens(config.host, server.keys)
         self.port = 0
         # Passages that come over HTTP are written by the first model that has a worker.
         writer = next((model for model in server.config.models if model.encoder_address), None)

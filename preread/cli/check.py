@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from preread.cli.failures import BAD_ITEMS
-from preread.cli.options import codec_option, compute_options, option, shipped_model
+from preread.cli.options import codec_option, compute_options, control_tokens_option, option, shipped_model
 
 
 @click.command()
@@ -37,6 +37,7 @@ from preread.cli.options import codec_option, compute_options, option, shipped_m
 @option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the checkpoint.")
 @codec_option
 @option("--compression-ratio", type=click.IntRange(min=1), help="fbnl: tokens per state.  [default: the checkpoint's]")
+@control_tokens_option
 @compute_options
 @click.pass_context
 def command(
@@ -51,6 +52,7 @@ def command(
     trust_remote_code: bool,
     codec: str | None,
     compression_ratio: int | None,
+    read_control_tokens: bool,
     device: str,
     dtype: str,
     threads: int | None,
@@ -97,6 +99,7 @@ def command(
             ratio=compression_ratio,
             max_tokens=max_tokens,
             trust_remote_code=trust_remote_code,
+            read_control_tokens=read_control_tokens,
             progress=progress,
         )
     if json_file is None or not is_stdout(json_file):

@@ -8,19 +8,25 @@ from typing import Any
 
 import click
 
-from preread.cli.options import json_option, option, shipped_model
+from preread.cli.options import control_tokens_option, json_option, option, shipped_model
 
 SHAPES = ("tiny", "nano")
 
 
 @click.command()
 @click.argument("model", metavar="[DIR|HUB_ID]", required=False)
+@control_tokens_option
 @option("--max-passage-tokens", type=click.IntRange(min=1), help="As it would be with this passage limit.")
 @option("--make-random", metavar="|".join(SHAPES), type=click.Choice(SHAPES), help="Write random weights to DIR first.")
 @option("--seed", metavar="N", default=0, help="With --make-random.")
 @json_option
 def command(
-    model: str | None, max_passage_tokens: int | None, make_random: str | None, seed: int, as_json: bool
+    model: str | None,
+    read_control_tokens: bool,
+    max_passage_tokens: int | None,
+    make_random: str | None,
+    seed: int,
+    as_json: bool,
 ) -> None:
     """Describe a checkpoint, or make a random one.
 
@@ -44,7 +50,8 @@ def command(
     model = model or shipped_model()
     if model is None:
         raise click.UsageError("Name a directory or a hub id; none came with this installation.")
-    facts = _facts(Checkpoint.open(model, max_passage_tokens=max_passage_tokens))
+    opened = Checkpoint.open(model, max_passage_tokens=max_passage_tokens, neutralise=not read_control_tokens)
+    facts = _facts(opened)
     if as_json:
         click.echo(json.dumps(facts, ensure_ascii=False, indent=2))
     else:

@@ -130,7 +130,9 @@ def checkpoint(model: ModelConfig, name: str) -> tuple[Model | None, Finding]:
         if not is_fbnl(model):
             path = resolve(model.checkpoint)
             return Model(path, None), Finding(name, State.OK, f"{path}, a cross-encoder: reads text, needs no store")
-        found = Checkpoint.open(model.checkpoint, max_passage_tokens=model.max_passage_tokens)
+        found = Checkpoint.open(
+            model.checkpoint, max_passage_tokens=model.max_passage_tokens, neutralise=not model.read_control_tokens
+        )
         identity = found.identity()
         _ = found.text
     except (CheckpointError, OSError, ValueError) as exc:

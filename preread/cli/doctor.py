@@ -14,7 +14,14 @@ from preread.cli.config_file import config_option
 from preread.cli.effective import masked
 from preread.cli.failures import BAD_ITEMS
 from preread.cli.model_specs import models_option, parse_models
-from preread.cli.options import ADMIN_READ_SECONDS, compute_options, json_option, option, store_option
+from preread.cli.options import (
+    ADMIN_READ_SECONDS,
+    compute_options,
+    control_tokens_option,
+    json_option,
+    option,
+    store_option,
+)
 
 if TYPE_CHECKING:
     from checkpoint import EncoderIdentity
@@ -28,6 +35,7 @@ _FILE = click.Path(exists=True, dir_okay=False)
 @store_option
 @models_option
 @compute_options
+@control_tokens_option
 @option("--max-passage-tokens", type=click.IntRange(min=1), help="Passage limit, as the server is given it.")
 @option("--cache-bytes", type=click.IntRange(min=0), default=256 << 20, help="As the server is given it.")
 @option("--encoder-address", metavar="HOST:PORT", help="The encoder worker that the server would ask.")

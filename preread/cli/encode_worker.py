@@ -13,7 +13,14 @@ import click
 
 from preread.cli.config_file import config_option
 from preread.cli.effective import effective_lines
-from preread.cli.options import allow_clipped_option, compute_options, model_option, option, store_option
+from preread.cli.options import (
+    allow_clipped_option,
+    compute_options,
+    control_tokens_option,
+    model_option,
+    option,
+    store_option,
+)
 from preread.cli.server_options import (
     access_options,
     api_keys,
@@ -37,6 +44,7 @@ MIB = 1 << 20
 @option("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 for every interface.")
 @option("--port", type=click.IntRange(0, 65535), default=50052, help="gRPC port; 0 takes a free one and prints it.")
 @compute_options
+@control_tokens_option
 @option("--max-passage-tokens", type=click.IntRange(min=1), help="Passage limit.  [default: the checkpoint's]")
 @option("--max-batch-tokens", type=click.IntRange(min=1), help="Tokens per forward pass.  [default: by device]")
 @option("--max-message-bytes", type=click.IntRange(min=1), default=64 * MIB, help="Largest gRPC message.")
@@ -83,8 +91,8 @@ async def _work(options: dict[str, Any]) -> None:
     started = time.monotonic()
     tune_process(options["threads"])
     same = (
-        "store", "host", "port", "device", "dtype", "max_passage_tokens", "max_batch_tokens", "max_message_bytes",
-        "max_queue_tokens", "max_unacknowledged_passages", "max_connections", "allow_clipped",
+        "store", "host", "port", "device", "dtype", "max_passage_tokens", "read_control_tokens", "max_batch_tokens",
+        "max_message_bytes", "max_queue_tokens", "max_unacknowledged_passages", "max_connections", "allow_clipped",
     )  # fmt: skip
     config = EncoderConfig(checkpoint=options["model"], **tls_files(options), **{name: options[name] for name in same})
     told = told_to_stop()

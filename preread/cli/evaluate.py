@@ -7,7 +7,15 @@ from pathlib import Path
 
 import click
 
-from preread.cli.options import OutputFolder, collection_option, compute_options, model_option, option, store_option
+from preread.cli.options import (
+    OutputFolder,
+    collection_option,
+    compute_options,
+    control_tokens_option,
+    model_option,
+    option,
+    store_option,
+)
 from preread.cli.quantities import Integers
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -36,6 +44,7 @@ READ_SECONDS = 30.0  # nobody waits for one answer: a slow store is better than 
 @collection_option(required=False, help="Read states from this indexed collection instead of encoding the passages.")
 @store_option
 @model_option
+@control_tokens_option
 @compute_options
 @option(
     "--json-file",
@@ -63,6 +72,7 @@ def command(
     collection: str | None,
     store: str,
     model: str,
+    read_control_tokens: bool,
     device: str,
     dtype: str,
     threads: int | None,
@@ -87,7 +97,7 @@ def command(
     from checkpoint.compute import tune_process
     from preread.cli.inputs import tell_refused
     from preread.outputs import is_stdout, write_output
-    from tuning.evaluate import evaluate
+    from tuning.evaluate import evaluate, open_checkpoint
     from tuning.judged import read_judged
     from tuning.progress import TerminalProgress
     from tuning.settings import EvaluationSettings
@@ -120,8 +130,16 @@ def command(
             stack.callback(opened.close)
             stored = Collection.open(opened, collection)
         progress = stack.enter_context(TerminalProgress())
+        checkpoint = open_checkpoint(model, stored, read_control_tokens=read_control_tokens)
         report = evaluate(
-            judged, model, settings, candidates=candidates, stored=stored, device=device, dtype=dtype, progress=progress
+            judged,
+            checkpoint,
+            settings,
+            candidates=candidates,
+            stored=stored,
+            device=device,
+            dtype=dtype,
+            progress=progress,
         )
     if json_file is None or not is_stdout(json_file):
         print_report(report)

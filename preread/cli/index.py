@@ -19,6 +19,7 @@ from preread.cli.options import (
     codec_option,
     collection_option,
     compute_options,
+    control_tokens_option,
     json_option,
     model_option,
     option,
@@ -47,6 +48,7 @@ FORMATS = ("jsonl", "tsv", "csv", "parquet", "text", "beir")
 @option("--text-field", metavar="NAME", default="text", help="Field or column of the text.")
 @option("--title-field", metavar="NAME", default="title", help="Field or column put before the text; '' for none.")
 @option("--title-separator", metavar="TEXT", default=" ", help="What stands between title and text.")
+@control_tokens_option
 @option("--max-passage-tokens", type=click.IntRange(min=1), help="Passage limit.  [default: the checkpoint's]")
 @option("--split", is_flag=True, help="Split longer passages into windows instead of cutting them.")
 @option("--compression-ratio", type=click.IntRange(min=1), help="Tokens per stored state.  [default: the checkpoint's]")
@@ -128,6 +130,7 @@ def _run(
             device=options["device"],
             dtype=options["dtype"],
             max_passage_tokens=options["max_passage_tokens"],
+            read_control_tokens=options["read_control_tokens"],
             max_batch_tokens=options["max_batch_tokens"],
         )
         report = IndexReport(options["collection"])

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 KEYS = (
-    "backend", "device", "dtype", "max_passage_tokens", "runtime", "profile", "encoder_address", "trust_remote_code",
+    "backend", "device", "dtype", "max_passage_tokens", "read_control_tokens", "runtime", "profile", "encoder_address",
+    "trust_remote_code",
 )  # fmt: skip
 # A name clients may send in a path or a header; anything else before "=" belongs to the checkpoint's own path.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]*(/[A-Za-z0-9._:-]+)?")
@@ -59,7 +60,9 @@ def parse_models(options: Mapping[str, Any], **common: Any) -> tuple[ModelConfig
 def _parse(spec: str, options: Mapping[str, Any], common: Mapping[str, Any]) -> ModelConfig:
     from decoder_server.model_config import ModelConfig
 
-    fields: dict[str, Any] = {name: options[name] for name in ("device", "dtype", "max_passage_tokens")}
+    fields: dict[str, Any] = {
+        name: options[name] for name in ("device", "dtype", "max_passage_tokens", "read_control_tokens")
+    }
     checkpoint, *pairs = spec.split(",")
     for pair in pairs:
         key, equals, value = pair.partition("=")
@@ -82,7 +85,7 @@ def _read(spec: str, key: str, value: str, name: str) -> object:
         if not value.isdecimal():
             raise click.UsageError(f"--model {spec}: {key} is {value!r}; expected a number")
         return int(value)
-    if name == "trust_remote_code":
+    if name in ("trust_remote_code", "read_control_tokens"):
         if value not in ("yes", "no"):
             raise click.UsageError(f"--model {spec}: {key} is {value!r}; expected yes or no")
         return value == "yes"

@@ -183,6 +183,16 @@ def client_options(given: Mapping[str, Any], **settings: Any) -> ClientOptions:
     return ClientOptions(tls=tls, api_key=given["api_key"], **settings)
 
 
+def control_tokens_option(function: F) -> F:
+    """--read-control-tokens, of every command that opens an fbnl checkpoint."""
+    return option(
+        "--read-control-tokens",
+        is_flag=True,
+        help="Read <end_of_turn> and the like in queries and passages as control tokens, as KaLM's own code does: a "
+        "text can then write the prompt. For comparing with it; part of the encoder's fingerprint.",
+    )(function)
+
+
 def json_option(function: F) -> F:
     """--json: one JSON document on standard output instead of a table."""
     return option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")(function)

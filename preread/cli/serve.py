@@ -16,7 +16,7 @@ import click
 from preread.cli.config_file import config_option
 from preread.cli.effective import effective_lines
 from preread.cli.model_specs import models_option, parse_models
-from preread.cli.options import compute_options, option, store_option
+from preread.cli.options import compute_options, control_tokens_option, option, store_option
 from preread.cli.serve_http import gateway_line, http_gateway, http_options
 from preread.cli.serve_reading import reading, reading_options
 from preread.cli.serve_tiers import budgets, tiers_options
@@ -74,6 +74,7 @@ _FILE = click.Path(exists=True, dir_okay=False)
 @option("--no-encoder", is_flag=True, help="Answer from stored states only.")
 @compute_options
 @reading_options
+@control_tokens_option
 @option(
     "--max-passage-tokens",
     type=click.IntRange(min=1),
@@ -253,6 +254,8 @@ async def _introduce_model(model: ModelConfig, engine: Engine, store: Store, *, 
     say(f"model        {engine.name} ({backend.name}, {model.checkpoint}, {what})")
     if backend.notice:
         say(f"licence      {backend.notice}")
+    if model.read_control_tokens:
+        say("texts        control tokens in queries and passages are read as such: they can write the prompt")
     say(f"compute      {backend.dtype_name} on {backend.device_name}")
     if identity is None:
         return

@@ -81,6 +81,7 @@ async def _worker(
             device=model.device,
             dtype=model.dtype,
             max_passage_tokens=model.max_passage_tokens,
+            read_control_tokens=model.read_control_tokens,
         ),
         store=store,
         keys=keys + ApiKeys((make_key(own, [Scope.ADMIN]),)) if own else keys,

@@ -10,7 +10,15 @@ import click
 from click.core import ParameterSource
 
 from preread.cli.failures import BAD_INPUT, CommandFailed
-from preread.cli.options import OutputFolder, collection_option, compute_options, model_option, option, store_option
+from preread.cli.options import (
+    OutputFolder,
+    collection_option,
+    compute_options,
+    control_tokens_option,
+    model_option,
+    option,
+    store_option,
+)
 from preread.cli.quantities import DURATION, SHARE, SIZE, Integers, Words
 
 if TYPE_CHECKING:
@@ -73,6 +81,7 @@ READ_SECONDS = 30.0  # nobody waits for one answer: a slow store is better than 
 @option("--rounds", type=click.IntRange(min=1), default=3, help="How often each of them is timed.")
 @option("--seed", type=int, default=0, help="Of the drawn queries, the codecs' training samples and the bootstrap.")
 @model_option
+@control_tokens_option
 @compute_options
 @option(
     "--out",
@@ -111,6 +120,7 @@ def command(ctx: click.Context, /, **options: Any) -> None:
     from cache.store import open_store
     from checkpoint.compute import tune_process
     from preread.cli.inputs import tell_refused
+    from tuning.evaluate import open_checkpoint
     from tuning.judged import read_judged
     from tuning.progress import TerminalProgress
     from tuning.sweep.plots import check_available
@@ -144,7 +154,7 @@ def command(ctx: click.Context, /, **options: Any) -> None:
             stored = Collection.open(opened, options["collection"])
         report = tune(
             judged,
-            options["model"],
+            open_checkpoint(options["model"], stored, read_control_tokens=options["read_control_tokens"]),
             settings,
             work_dir=options["work_dir"] or out / "work",
             candidates=candidates,
@@ -156,7 +166,9 @@ def command(ctx: click.Context, /, **options: Any) -> None:
     if options["run_out"] is not None:
         report.write_runs(options["run_out"])
     named = ctx.get_parameter_source("model") is not ParameterSource.DEFAULT
-    _show(report, limits, out, model=options["model"] if named else None, show_all=options["show_all"])
+    model = options["model"] if named else None
+    control_tokens = options["read_control_tokens"]
+    _show(report, limits, out, model=model, control_tokens=control_tokens, show_all=options["show_all"])
 
 
 def _settings(options: dict[str, Any]) -> SweepSettings:
@@ -187,7 +199,9 @@ def _limits(options: dict[str, Any]) -> Limits:
     )
 
 
-def _show(report: SweepReport, limits: Limits, out: Path, *, model: str | None, show_all: bool) -> None:
+def _show(
+    report: SweepReport, limits: Limits, out: Path, *, model: str | None, control_tokens: bool, show_all: bool
+) -> None:
     """The files, the table, and the choice."""
     from preread.outputs import write_output
     from tuning.sweep.choice import choose
@@ -204,7 +218,7 @@ def _show(report: SweepReport, limits: Limits, out: Path, *, model: str | None, 
     if choice is None or choice.broken:
         config.unlink(missing_ok=True)  # of an earlier run: it would not be this one's choice
     else:
-        write_output(config, config_toml(report, choice.row, model))
+        write_output(config, config_toml(report, choice.row, model, control_tokens=control_tokens))
         click.echo(f"Chosen: {choice.row.configuration.name}; {config} is for preread index and serve --config.")
     if choice is not None and choice.broken:
         raise CommandFailed(

@@ -32,6 +32,12 @@ def is_loopback(target: str) -> bool:
     return address is not None and (address.is_loopback or address.is_unspecified)
 
 
+def listens_on_loopback(host: str) -> bool:
+    """Whether an address to listen on is reached from this machine alone; 0.0.0.0, :: and "" are every interface."""
+    address = _address(host.strip("[]").partition("%")[0])
+    return bool(host) and is_loopback(host) and not (address is not None and address.is_unspecified)
+
+
 def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
         found = ipaddress.ip_address(host)

@@ -13,6 +13,8 @@ from enum import Enum
 from hashlib import sha256
 from pathlib import Path
 
+from preread.edge.addresses import listens_on_loopback
+
 MIN_KEY_LENGTH = 16  # shorter ones can be guessed
 
 
@@ -130,3 +132,16 @@ def bearer(header: str) -> str:
     if len(words) == 2 and words[0].lower() == "bearer":
         return words[1]
     return words[0] if len(words) == 1 and words[0].lower() != "bearer" else ""
+
+
+def refuse_control_tokens(host: str, keys: ApiKeys) -> None:
+    """Raises ValueError where strangers could write prompts: control tokens in texts count, and no key is asked for.
+
+    Args:
+        host: the address to listen on.
+    """
+    if not keys.required and not listens_on_loopback(host):
+        raise ValueError(
+            f"read_control_tokens is on and {host!r} is reached from other machines without a key; expected API keys, "
+            "or a loopback address: a text with control tokens writes the prompt"
+        )

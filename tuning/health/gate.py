@@ -44,6 +44,7 @@ def check(
     ratio: int | None = None,
     max_tokens: int | None = None,
     trust_remote_code: bool = False,
+    read_control_tokens: bool = False,
     progress: Progress = SILENT,
 ) -> HealthReport:
     """Loads a model as it would be served and checks its scores.
@@ -52,6 +53,7 @@ def check(
         against: fp32, the same weights in float32; or another directory or hub id, whose float32 scores it must give.
         pairs: None: the built-in hundred.
         codec, ratio: how passages are stored; fbnl only.
+        read_control_tokens: in texts, as KaLM's own code does; fbnl only.
         runtime, profile, max_tokens, trust_remote_code: of cross-encoders only.
 
     Raises:
@@ -62,7 +64,7 @@ def check(
     other = None if against in FLOAT32_NAMES else against
     if is_fbnl(name):
         _refuse("cross-encoders", runtime=runtime != "torch", profile=profile, max_tokens=max_tokens)
-        checkpoint = Checkpoint.open(name)
+        checkpoint = Checkpoint.open(name, neutralise=not read_control_tokens)
         backend = FbnlBackend.load(checkpoint, device=device, dtype=dtype)
         beside = _open_other(other, device, trust_remote_code) if other is not None else None
         return check_fbnl(
@@ -73,7 +75,7 @@ def check(
             other=beside,
             progress=progress,
         )
-    _refuse("fbnl checkpoints", codec=codec, ratio=ratio)
+    _refuse("fbnl checkpoints", codec=codec, ratio=ratio, read_control_tokens=read_control_tokens)
     loaded = open_cross_encoder(
         name,
         device=device,

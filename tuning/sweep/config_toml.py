@@ -8,11 +8,12 @@ from typing import Any
 from tuning.sweep.result import Row, SweepReport
 
 
-def config_toml(report: SweepReport, row: Row, model: str | None = None) -> str:
+def config_toml(report: SweepReport, row: Row, model: str | None = None, *, control_tokens: bool = False) -> str:
     """Stored ratio and codec for index, how they are read for serve.
 
     Args:
         model: the checkpoint, where it is not the one that comes with preread.
+        control_tokens: whether the measured encoder read control tokens in texts, which its fingerprint says.
     """
     one, quality = row.configuration, row.quality
     low, high = quality.loss_bounds
@@ -28,6 +29,8 @@ def config_toml(report: SweepReport, row: Row, model: str | None = None) -> str:
         )
     if model is not None:
         lines += ["", _line("model", model)]
+    if control_tokens:
+        lines += ["", _line("read-control-tokens", True)]
     lines += ["", "[index]", _line("compression-ratio", one.stored_ratio), _line("codec", one.codec)]
     if report.settings.split:
         lines.append(_line("split", True))
