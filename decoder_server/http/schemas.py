@@ -60,6 +60,7 @@ RESULT: dict[str, Schema] = {
     "id": _says(STRING, "Where the request gave one"),
     "margin": _says(NUMBER, "With return_margins"),
     "compression_ratio": _says(COUNT, "With return_margins: what it was read at"),
+    "truncated": _says(FLAG, "With return_margins, where it was cut: true"),
     "stages": _says(
         _list(
             _object(
@@ -220,7 +221,7 @@ SCHEMAS: dict[str, Schema] = {
         num_refused=COUNT,
         num_truncated=COUNT,
         num_clipped=COUNT,
-        refused=_list(_object(("id", "message"), id=STRING, message=STRING)),
+        refused=_list(_object(("message",), id=_says(STRING, "Absent: a line too long to read"), message=STRING)),
     ),
     "DeleteRequest": _object(("ids",), ids=_list(STRING)),
     "Deleted": _object(("num_deleted",), object=STRING, collection=STRING, num_deleted=COUNT),
