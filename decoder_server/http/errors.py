@@ -10,7 +10,16 @@ from dataclasses import dataclass
 
 from starlette.responses import Response
 
-from cache.errors import CacheError, CollectionExists, CollectionNotFound, InvalidName, StoreLocked, StoreUnavailable
+from cache.errors import (
+    CacheError,
+    CollectionExists,
+    CollectionNotFound,
+    InvalidName,
+    StoreAccessDenied,
+    StoreFull,
+    StoreLocked,
+    StoreUnavailable,
+)
 from decoder_server import errors as engine
 from decoder_server.http.body import TooLarge, render
 from preread.client import errors as worker
@@ -159,7 +168,7 @@ def _store(error: CacheError) -> Problem:
             return Problem(404, "not_found_error", "collection_not_found", message, "collection")
         case InvalidName() | CollectionExists():
             return Problem(400, "invalid_request_error", "invalid_value", message, "collection")
-        case StoreUnavailable() | StoreLocked():
+        case StoreUnavailable() | StoreLocked() | StoreAccessDenied() | StoreFull():  # nothing the caller can mend
             return _unavailable(message)
     return Problem(500, "internal_error", "store_failed", message)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from preread.cli.failures import BAD_ITEMS
 from preread.cli.options import ADMIN_READ_SECONDS, collection_option, json_option, store_option
 
 
@@ -14,38 +15,51 @@ from preread.cli.options import ADMIN_READ_SECONDS, collection_option, json_opti
 @collection_option(required=False, help="Only this one, by name or alias.")
 @json_option
 @store_option
-def command(collection: str | None, as_json: bool, store: str) -> None:
+@click.pass_context
+def command(ctx: click.Context, /, collection: str | None, as_json: bool, store: str) -> None:
     """Show what the store holds.
 
     One collection after another: which encoder wrote it, how it is stored, how much is in it. Bytes per
-    passage are those of the records, without the store's own overhead.
+    passage are those of the records, without the store's own overhead. Exit code 1 when a collection cannot be
+    read; the others are shown.
     """
     from cache.store import open_store, public_url
 
     opened = open_store(store, read_budget_seconds=ADMIN_READ_SECONDS)
     try:
-        rows = _describe(opened, collection)
+        rows, unreadable = _describe(opened, collection)
     finally:
         opened.close()
     if as_json:
         click.echo(json.dumps(rows, ensure_ascii=False, indent=2))
-    elif not rows:
+    elif not rows and not unreadable:
         click.echo(f"{public_url(store)} holds no collection; `preread index` makes one.")
     else:
         _print(rows)
+    for name, reason in unreadable.items():
+        click.echo(f"{name} cannot be read: {reason}", err=True)
+    if unreadable:
+        ctx.exit(BAD_ITEMS)
 
 
-def _describe(store: Any, only: str | None) -> list[dict[str, Any]]:
+def _describe(store: Any, only: str | None) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """A row per collection, and why others cannot be read."""
     from cache.collection import Collection
+    from cache.errors import ManifestError, StoreDamaged
 
     aliases = store.aliases()
     names = [Collection.open(store, only).name] if only else store.list_collections()
     rows = []
+    unreadable = {}
     for name in names:
-        manifest = store.read_manifest(name)
-        if manifest is None:  # dropped a moment ago
+        try:
+            manifest = store.read_manifest(name)
+            if manifest is None:  # dropped a moment ago
+                continue
+            stats = store.stats(name)
+        except (ManifestError, StoreDamaged) as exc:
+            unreadable[name] = str(exc)
             continue
-        stats = store.stats(name)
         rows.append(
             {
                 "collection": name,
@@ -68,7 +82,7 @@ def _describe(store: Any, only: str | None) -> list[dict[str, Any]]:
                 "created_at": manifest.created_at,
             }
         )
-    return rows
+    return rows, unreadable
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
