@@ -28,7 +28,8 @@ import redis
 
 from benchmarks.charts import line, panels, ticks
 from benchmarks.common import median_seconds, read_result, report, start
-from benchmarks.servers import QUERY, redis_url
+from benchmarks.redis_server import redis_url
+from benchmarks.servers import QUERY
 from cache.collection import Collection, Manifest, StoredPassage
 from cache.states import PassageStates, text_digest
 from cache.store import open_store

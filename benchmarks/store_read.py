@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from benchmarks.common import median_seconds, report, start
-from benchmarks.servers import redis_url
+from benchmarks.redis_server import redis_url
 from cache.codecs import Codec
 from cache.collection import Collection, Manifest, StoredPassage
 from cache.encoded import EncodedPassage

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from benchmarks.servers import redis_url
+from benchmarks.redis_server import redis_url
 from cache.collection import Collection, StoredPassage
 from cache.errors import CacheError
 from cache.manifest import Manifest

@@ -20,6 +20,7 @@ from cache.errors import (
     CollectionNotFound,
     DamagedRecord,
     InvalidName,
+    ManifestError,
     StoreDamaged,
     StoreUnavailable,
 )
@@ -63,6 +64,7 @@ class RedisStore:
         self._bulk = Link(address, budget_seconds=write_budget_seconds, tls_ca_file=tls_ca_file)
         self._count_seconds = min(write_budget_seconds, max(read_budget_seconds, _COUNT_SECONDS))
         self._ttl_seconds = ttl_seconds
+        self._told: set[tuple[bytes, bytes]] = set()  # damaged aliases that the log has
         self._manifests, self._aliases, self._generations = (
             f"{address.prefix}:{name}" for name in ("manifests", "aliases", "generations")
         )
@@ -117,14 +119,34 @@ class RedisStore:
         return sum_headers(headers())
 
     def audit(self, collection: str) -> Audit:
-        return Audit()
+        """Its own keys and fields: those of every collection, because one hash holds them all."""
+        problems = [problem for _, _, problem in self._flaws()]
+        if num_stray := sum(1 for _ in self._stray_keys(collection)):
+            problems.append(f"{num_stray} keys under {self._key_start(collection).decode()} that no passage can have")
+        return Audit(tuple(problems))
 
     def mend(self) -> list[str]:
-        return []
+        left_behind = []
+        for key, field, problem in list(self._flaws()):
+            name = _name(field)
+            if key == self._manifests and name is not None:
+                left_behind.append(f"{problem}; drop {name!r} and index it again")
+                continue
+            self._ask(self._bulk, _is_count, "HDEL", key, field)
+            if key == self._generations and name is not None:
+                self._bump(name)
+            else:
+                left_behind.append(f"{problem}; removed")
+        for collection in self.list_collections():
+            keys = list(self._stray_keys(collection))
+            run(self._bulk, [("UNLINK", key) for key in keys], _is_count, _HEADER_CHUNK)
+            if keys:
+                left_behind.append(f"{len(keys)} keys of {collection!r} that no passage can have; removed")
+        return left_behind
 
     def generation(self, collection: str) -> int:
         value = self._ask(self._online, _is_value, "HGET", self._generations, collection)
-        # Whatever the value, as long as another one is another number: it may be foreign or damaged.
+        # Whatever the value, as long as another one is another number: where it is damaged, `audit` says so.
         return 0 if value is None else xxhash.xxh3_64_intdigest(value)
 
     def read_manifest(self, collection: str) -> Manifest | None:
@@ -136,7 +158,7 @@ class RedisStore:
         is_alias = name in self._aliases_by(self._bulk)
         if is_alias or not self._ask(self._bulk, _is_count, "HSETNX", self._manifests, name, value):
             raise CollectionExists(f"collection: {name!r} already exists in this store")
-        self._bump(name)
+        self._bump(name, is_plain=manifest.version == 1)
 
     def list_collections(self) -> list[str]:
         found = self._ask(self._online, _is_list, "HKEYS", self._manifests)
@@ -163,7 +185,7 @@ class RedisStore:
         if self._ask(self._bulk, _is_count, "HEXISTS", self._manifests, alias):
             raise CollectionExists(f"alias: {alias!r} is the name of a collection")
         self._require(collection)
-        value = f"{collection}:{_alias_checksum(alias, collection)}"
+        value = f"{collection}:{_checksum(alias, collection)}"
         self._ask(self._bulk, _is_count, "HSET", self._aliases, alias, value)
 
     def remove_alias(self, alias: str) -> bool:
@@ -180,12 +202,36 @@ class RedisStore:
             raise StoreDamaged(f"Redis key {command[1]}: another type of value, expected the hash Preread keeps there")
         return reply
 
+    def _flaws(self) -> Iterator[tuple[str, bytes, str]]:
+        """Fields of the store's hashes that it did not write so: key, field, and what is wrong."""
+        problem: str | None
+        for key, check in (
+            (self._manifests, _manifest_problem),
+            (self._aliases, _alias_problem),
+            (self._generations, _generation_problem),
+        ):
+            for field, value in sorted(self._ask(self._bulk, _is_pairs, "HGETALL", key).items()):
+                problem = check(field, value)
+                if problem is not None:
+                    yield key, field, f"{key} {field.decode(errors='backslashreplace')!r}: {problem}"
+
+    def _stray_keys(self, collection: str) -> Iterator[bytes]:
+        start = self._key_start(collection)
+        for key in self._scan_keys(collection):
+            if not is_passage_id(key[len(start) :].decode(errors="surrogateescape")):
+                yield key
+
     def _aliases_by(self, link: Link) -> dict[str, str]:
-        found = self._ask(link, _is_pairs, "HGETALL", self._aliases)
-        named = {_name(alias): _target(alias, value) for alias, value in found.items()}
-        return {
-            alias: collection for alias, collection in named.items() if alias is not None and collection is not None
-        }
+        """What is damaged or not ours is no alias: asking for it is an error, and the others stay."""
+        aliases = {}
+        for alias, value in self._ask(link, _is_pairs, "HGETALL", self._aliases).items():
+            problem = _alias_problem(alias, value)
+            if problem is None:
+                aliases[alias.decode()] = value.partition(b":")[0].decode()
+            elif (alias, value) not in self._told:
+                self._told.add((alias, value))
+                log.warning("alias %r: %s", alias, problem)
+        return aliases
 
     def _get(self, link: Link, collection: str, passage_ids: Sequence[str]) -> list[Record | Damaged | None]:
         found = self._get_once(link, collection, passage_ids)
@@ -254,10 +300,17 @@ class RedisStore:
         if not self._ask(self._bulk, _is_count, "HEXISTS", self._manifests, collection):
             raise CollectionNotFound(f"collection: {collection!r} does not exist in this store")
 
-    def _bump(self, collection: str) -> None:
-        # Random, not counted: a count comes by a number again after a restart without data, or on a replica that is
-        # behind. Within what HINCRBY takes, because earlier versions count on from it.
-        self._ask(self._bulk, _is_count, "HSET", self._generations, collection, secrets.randbits(62))
+    def _bump(self, collection: str, *, is_plain: bool | None = None) -> None:
+        """Another generation. Plain, as the number it is, for collections of version 1, whose writers count on from it.
+
+        Random, not counted: a count comes by a number again after a restart without data, or on a stale replica.
+        """
+        if is_plain is None:
+            known = self._ask(self._bulk, _is_value, "HGET", self._generations, collection)
+            is_plain = known is not None and known.isdigit()
+        number = str(secrets.randbits(62))
+        value = number if is_plain else f"{number}:{_checksum(collection, number)}"
+        self._ask(self._bulk, _is_count, "HSET", self._generations, collection, value)
 
 
 def _scan_step(client: Client, _: Deadline, *, node: Any, cursor: int, start: bytes) -> tuple[int, list[bytes]]:
@@ -303,23 +356,40 @@ def _name(field: bytes) -> str | None:
         return None
 
 
-def _target(alias: bytes, value: bytes) -> str | None:
-    """The collection an alias means; None where alias or value was damaged, or is not ours.
-
-    Such an alias is none, so that asking for it is an error; the others stay.
-    """
+def _alias_problem(alias: bytes, value: bytes) -> str | None:
     encoded, separator, checksum = value.partition(b":")
-    collection = _name(encoded)
-    if separator and (
-        collection is None or checksum != _alias_checksum(alias.decode(errors="replace"), collection).encode()
-    ):
-        log.warning("alias %r: its value %.80r fails its checksum", alias, value)
+    name, collection = _name(alias), _name(encoded)
+    if name is None or collection is None:
+        return "no alias of this store"
+    if separator and checksum.decode(errors="replace") != _checksum(name, collection):  # earlier versions wrote none
+        return "its checksum does not match"
+    return None
+
+
+def _manifest_problem(collection: bytes, value: bytes) -> str | None:
+    name = _name(collection)
+    if name is None:
+        return "no collection of this store"
+    try:
+        Manifest.from_json(value, name)
+    except ManifestError as exc:
+        return str(exc)
+    return None
+
+
+def _generation_problem(collection: bytes, value: bytes) -> str | None:
+    number, separator, checksum = value.partition(b":")
+    name = _name(collection)
+    if name is None:
+        return "no collection of this store"
+    if number.isdigit() and (not separator or checksum.decode(errors="replace") == _checksum(name, number.decode())):
         return None
-    return collection  # without a checksum: as earlier versions wrote it
+    return "its checksum does not match"
 
 
-def _alias_checksum(alias: str, collection: str) -> str:
-    return xxhash.xxh3_64_hexdigest(f"{alias}:{collection}".encode())
+def _checksum(field: str, value: str) -> str:
+    """Of a value in one of the store's hashes, in hex; under another field, or changed, it does not fit."""
+    return xxhash.xxh3_64_hexdigest(f"{field}:{value}".encode())
 
 
 def _checked(passage_id: str, value: bytes | Exception | None) -> Record | Damaged | None:

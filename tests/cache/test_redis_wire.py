@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from benchmarks.reliability import redis_wire
+from benchmarks.reliability import redis_damage, redis_wire
 from cache.collection import Collection
 from cache.errors import CacheError, StoreAccessDenied, StoreDamaged, StoreFull, StoreUnavailable
 from cache.record import Damaged
@@ -137,6 +137,13 @@ def test_no_fault_of_one_reply_is_silent():
     for row in rows:
         assert (row["silent"], row["bug"], row["lasting"]) == (0, 0, 0), row
     assert sum(row["right"] for row in rows) > 0
+
+
+def test_no_damaged_or_exchanged_value_is_silent():
+    *rows, total = redis_damage.run(100, 4)
+    assert total["flips"] == 100
+    assert (total["silent"], total["crashed"], total["unused"]) == (0, 0, 0), rows
+    assert len(rows) == 10
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -290,9 +297,16 @@ def test_stray_keys_and_fields_are_passed_over(redis_server, open_redis, make_ma
     assert store.aliases() == {"live": "other"}
     assert store.stats("passages").num_passages == 2
     assert {id_: type(one).__name__ for id_, one in store.scan("passages")} == {"a": "Record", "b": "Damaged"}
+    problems = store.audit("passages").problems
+    assert "4 keys under stray:p:passages: that no passage can have" in problems
+    assert len(problems) == 1 + 3 * 3 + 2 + 1  # fields of each hash, two aliases, a generation
+    assert len(store.mend()) == len(problems) - 1  # the generation is another one now
+    assert store.audit("passages").problems == ()
     before = store.generation("passages")
     assert store.delete_many("passages", ["a"]) == 1
     assert store.generation("passages") != before
+    with redis_server.client() as client:
+        client.set(b"stray:p:passages:", b"not ours")
     store.drop_collection("passages")
     with redis_server.client() as client:
         assert client.keys("stray:p:passages:*") == []

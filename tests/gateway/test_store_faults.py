@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from benchmarks.redis_server import redis_url
 from benchmarks.reliability.redis_wire import Proxy, pass_on
-from benchmarks.servers import redis_url
 
 BOUND_SECONDS = 5.0  # of a budget of 0.5; a step outside it takes 30
 NAME = "faults"
