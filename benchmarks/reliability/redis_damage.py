@@ -9,6 +9,7 @@ that is gone is not among the faults, because that is what a deletion looks like
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -112,6 +113,7 @@ def run(count: int, seed: int) -> list[dict[str, object]]:
 
 
 if __name__ == "__main__":
+    logging.disable(logging.WARNING)  # which tells of every damaged alias
     with redis_url() as url:
         targets = {"a byte of": Values(url), "exchanged": Exchanged(url)}
         print(json.dumps(damage(targets, int(sys.argv[1]), int(sys.argv[2]))))

@@ -221,7 +221,8 @@ def run(count: int, seed: int) -> list[dict[str, Any]]:
                 row["faults"] += 1
                 row[_judged(store, ids, truth)] += 1
                 proxy.fault = pass_on
-                if _judged(store, ids, truth) != "right":
+                # On a machine that is busy a read may also be late; what lasts goes on.
+                if all(_judged(store, ids, truth) != "right" for _ in range(3)):
                     row["lasting"] += 1
                 store.close()
         finally:
