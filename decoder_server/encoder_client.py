@@ -131,8 +131,8 @@ class EncoderClient:
                 text_digest=digest,
                 key=digest + struct.pack("<I", ratio),  # of one encoder: the one that this client checked
             )
-        except ValueError as exc:
-            raise self._error(f"answered states that do not fit: {exc}") from exc
+        except ValueError as exc:  # costs this text: the others' states are their own
+            return str(self._error(f"answered states that do not fit: {exc}"))
 
     def _error(self, message: str) -> EncoderError:
         return EncoderError(f"encoder worker {self.address}: {message}")

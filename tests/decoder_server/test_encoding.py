@@ -264,6 +264,15 @@ async def test_an_unusable_answer_is_never_scored(serve, worker, tamper, says: s
         assert says in failed.message
 
 
+@pytest.mark.parametrize("tamper", [_cut_states, _missing_row, _no_windows, _not_finite])
+async def test_unusable_states_of_one_text_cost_no_other(serve, worker, by_hand, tamper) -> None:
+    async with serve(encoder_address=worker.address) as serving:
+        worker.tamper = tamper
+        failed, encoded = by_index(await serving.rerank(inline=["some new text", "bodies attract one another"]))
+        assert (failed.status, encoded.status) == (FAILED, ENCODED)
+        assert encoded.margin == pytest.approx(by_hand("bodies attract one another"), abs=1e-4)
+
+
 async def test_a_worker_with_another_encoder_ends_the_start(tiny, store, worker) -> None:
     worker.fingerprint = "f" * 64
     server = DecoderServer(DecoderConfig.of_one(str(tiny), port=0, encoder_address=worker.address), store=store)
