@@ -104,6 +104,30 @@ def test_top_n_counts_the_floor_too(lossy: Any) -> None:
         assert [score == FLOOR_SCORE for _, score, _ in found] == [place >= len(GOOD) for place in range(num)]
 
 
+def test_in_a_cascade_the_floor_is_below_every_stage(lossy: Any) -> None:
+    found = lossy.ask(documents=MIXED, stages="32:2, 4", return_margins=True)["results"]
+    assert sorted(one["index"] for one in found) == list(range(len(MIXED)))
+    assert [len(one.get("stages", [])) for one in found] == [2, 2, 1] + [0] * (len(MIXED) - len(GOOD))
+    assert {one["margin"] for one in found[len(GOOD) :]} == {FLOOR_MARGIN}
+
+
+def test_what_cannot_be_scored_fails_the_request_and_is_named(running: Any) -> None:
+    """One document over the byte limit among others, in every dialect: a client would not read a warning."""
+    texts = [GOOD[0], "x" * 2_000_000, GOOD[1]]
+    for dialect, (path, field) in PATHS.items():
+        body = {"query": "q", "text_1": "q", field: [{"text": t} for t in texts] if dialect == "nim" else texts}
+        if dialect != "score":
+            del body["text_1"]
+        response = running.post(path, body)
+        assert response.status_code == 400, dialect
+        assert f"{field}[1]" in response.text
+    with grpc.insecure_channel(f"127.0.0.1:{running.server.port}") as channel:
+        with pytest.raises(grpc.RpcError) as caught:
+            tei_pb2_grpc.RerankStub(channel).Rerank(tei_pb2.RerankRequest(query="q", texts=texts))
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert caught.value.details().startswith("texts[1]")
+
+
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_only_empty_documents(lossy: Any, dialect: str) -> None:
     texts = ["\u200b", "", "\ufffd"]
