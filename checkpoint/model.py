@@ -55,6 +55,11 @@ TOP_PARTS = frozenset({"encoder", "decoder", "eoi_token_index", "tie_word_embedd
 ENCODER_PARTS = frozenset({"eoi_token_index", "mm_tokens_per_image", "text_config", "vision_config", "vocab_size"})
 # Rotations that do not depend on how long the text at hand is: tables are made once, for the longest.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ROPE_NUMBERS = frozenset({
+    "attention_factor", "beta_fast", "beta_slow", "factor", "high_freq_factor", "low_freq_factor", "mscale",
+    "mscale_all_dim", "original_max_position_embeddings", "rope_theta",
+})  # fmt: skip
+ROPE_WORDS = frozenset({"partial_rotary_factor", "rope_type", "truncate", "type"})
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -285,6 +290,11 @@ def _check_numbers(where: str, stack: Any) -> None:
         positive(where, "sliding_window", stack.sliding_window, whole=True)
     for kind in sorted(set(kinds)):
         rope = stack.rope_parameters.get(kind) or {}
+        for key, value in rope.items():
+            if key not in ROPE_NUMBERS | ROPE_WORDS:
+                raise CheckpointError(f"{where}: rope_parameters.{kind} has {key!r}; it is not applied here")
+            if key in ROPE_NUMBERS:
+                positive(where, f"rope_parameters.{kind}.{key}", value)
         if rope.get("rope_type", "default") not in ROPE_TYPES:
             raise CheckpointError(
                 f"{where}: rope_parameters.{kind}.rope_type is {rope['rope_type']!r}; "

@@ -197,8 +197,8 @@ def pair_up(found: Mapping[str, Stored]) -> dict[str, Weight]:
 
 
 def _near(module: str, scaled: set[str]) -> bool:
-    """Whether a scale belongs to a quantized module, or to the attention around one."""
-    return module in scaled or any(name.startswith(f"{module}.") for name in scaled)
+    """Whether a scale belongs to a quantized module, or to the attention whose projections are."""
+    return module in scaled or any(name.rpartition(".")[0] == module for name in scaled)
 
 
 def _check_scaled(weight: Weight) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.errors import CheckpointError
-from checkpoint.files import read_json
+from checkpoint.files import read_json, read_json_value
 
 FILE_NAME = "preread.json"
 FORMAT_VERSION = 1
@@ -25,6 +25,7 @@ MAX_NUMBER = 2**31 - 1  # what the wire's integers hold
 # (KaLMCrossEncoderModule), and sentence-transformers' own file, whose default prompt is that module's instruction.
 KALM_FILE_NAME = "kalm_cross_encoder_config.json"
 PROMPTS_FILE_NAME = "config_sentence_transformers.json"
+KALM_MODULE = "KaLMCrossEncoderModule"
 KALM_KEYS = ("query_max_length", "document_max_length", "encoder_chunk_size", "system_instruction")
 
 # Source: the reference code of KaLM-Embedding/KaLM-Reranker-V1-Nano on the hub.
@@ -66,6 +67,7 @@ class CheckpointSettings:
             CheckpointError: an unknown key, a wrong type, a template without its field.
         """
         path = directory / FILE_NAME
+        _check_modules(directory / "modules.json")
         values = _kalm_values(directory)
         if path.exists():
             own = read_json(path)
@@ -111,6 +113,19 @@ def _kalm_values(directory: Path) -> dict[str, Any]:
     if instruction is not None:
         values["default_instruction"] = instruction
     return values
+
+
+def _check_modules(path: Path) -> None:
+    """Raises CheckpointError where sentence-transformers would put more behind the model than KaLM's own module."""
+    modules = read_json_value(path) if path.exists() else []
+    if not isinstance(modules, list):
+        raise CheckpointError(f"{path}: expected a list of modules, found {type(modules).__name__}")
+    kinds = [str(module.get("type", module) if isinstance(module, dict) else module) for module in modules]
+    others = [kind for kind in kinds if kind.rpartition(".")[2] != KALM_MODULE]
+    if others or len(kinds) > 1:
+        raise CheckpointError(
+            f"{path}: lists the modules {', '.join(kinds)}; expected {KALM_MODULE} alone: others are not applied here"
+        )
 
 
 def _default_prompt(path: Path) -> str | None:

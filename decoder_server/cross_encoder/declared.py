@@ -148,7 +148,10 @@ def declared_activation(directory: Path, raw: dict[str, Any], labels: int) -> st
 
 
 def declared_max_tokens(directory: Path) -> int | None:
-    """The input that sentence-transformers cuts at, where it says so."""
-    path = directory / "sentence_bert_config.json"
-    found = read_json(path).get("max_seq_length") if path.exists() else None
-    return found if type(found) is int and found > 0 else None
+    """The input that sentence-transformers cuts at, where it or the tokenizer says so."""
+    for name, key in (("sentence_bert_config.json", "max_seq_length"), ("tokenizer_config.json", "model_max_length")):
+        path = directory / name
+        found = read_json(path).get(key) if path.exists() else None
+        if type(found) is int and found > 0:  # transformers stores 1e30 where there is no limit
+            return found
+    return None

@@ -183,6 +183,10 @@ def test_a_tensor_in_two_shards_is_refused(directory: Path) -> None:
             {"rope_parameters": {"full_attention": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6}}},
             "rope_type is 'dynamic'",
         ),
+        ({"rope_theta": "x"}, "rope_theta is 'x'; expected a number above 0"),
+        ({"rope_theta": -1.0}, "rope_theta is -1.0"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 0}}}, "factor is 0"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default", "bent": 2}}}, "has 'bent'"),
     ],
 )
 def test_a_field_that_is_not_applied_is_named(directory: Path, place: str, values: dict[str, Any], said: str) -> None:

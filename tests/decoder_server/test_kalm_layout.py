@@ -173,6 +173,15 @@ def test_what_the_module_does_not_take_is_named(
         CheckpointSettings.load(r2(tmp_path / "r2", prompts, **config))
 
 
+@pytest.mark.parametrize("more", ["sentence_transformers.base.modules.dense.Dense", "a.KaLMCrossEncoderModule"])
+def test_a_module_behind_the_published_one_is_refused(tmp_path: Path, more: str) -> None:
+    directory = r2(tmp_path / "r2")
+    modules = json.loads((directory / "modules.json").read_text())
+    (directory / "modules.json").write_text(json.dumps([*modules, {"type": more, "path": "1_More"}]))
+    with pytest.raises(CheckpointError, match=f"lists the modules .*{more}; expected KaLMCrossEncoderModule alone"):
+        Checkpoint.open(directory)
+
+
 def test_a_system_instruction_is_text_and_no_template(tmp_path: Path) -> None:
     settings = CheckpointSettings.load(r2(tmp_path / "r2", system_instruction="{query:>999999999} {x}"))
     filled = settings.prompt_template.format(instruction="i", query="q")

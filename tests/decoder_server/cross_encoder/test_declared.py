@@ -172,6 +172,28 @@ def test_heads_that_the_readout_does_not_use_are_known(tiny: Tiny, tmp_path: Pat
     np.testing.assert_array_equal(margins(copy_of(tiny(BERT), tmp_path, {}, heads)), margins(tiny(BERT)))
 
 
+def test_a_stored_head_stands_where_config_ties_it(tiny: Tiny, tmp_path: Path) -> None:
+    """transformers keeps a stored output embedding that differs from the tied one, and so is it here."""
+    import transformers
+
+    head = torch.randn(700, 32, generator=torch.Generator().manual_seed(3))
+    directory = copy_of(tiny("GemmaForCausalLM"), tmp_path, {"tie_word_embeddings": True}, {"lm_head.weight": head})
+    model = open_cross_encoder(directory, profile=GEMMA, dtype="float32")
+    yes = model._reader.tokenizers.exact.token_to_id("Yes")
+    plain: Any = transformers.AutoModelForCausalLM
+    whole = plain.from_pretrained(directory, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        expected = [float(whole(torch.tensor([model.pair(*texts).ids])).logits[0, -1, yes]) for texts in PAIRS]
+    np.testing.assert_allclose(model.score_texts(PAIRS), expected, atol=1e-4)
+
+
+def test_the_tokenizers_limit_counts_where_no_other_is_given(tiny: Tiny, tmp_path: Path) -> None:
+    directory = copy_of(tiny(BERT), tmp_path, {}, {})
+    given = json.loads((directory / "tokenizer_config.json").read_text())
+    write(directory, "tokenizer_config.json", given | {"model_max_length": 40})
+    assert open_cross_encoder(directory, dtype="float32").profile.max_tokens == 40
+
+
 def write(directory: Path, name: str, value: Any) -> None:
     path = directory / name
     path.parent.mkdir(exist_ok=True)

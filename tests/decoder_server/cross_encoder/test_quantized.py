@@ -129,6 +129,14 @@ def test_a_quantized_cross_encoder_scores_as_its_plain_weights(
     assert np.abs(margins[0] - untouched).max() > 1e-4  # quantization does change scores
 
 
+def test_onnx_computes_with_the_plain_weights(tiny: Tiny, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="the onnx extra is not installed")
+    small, plain = quantized(tiny("Qwen3ForCausalLM"), tmp_path, "compressed-tensors NVFP4")
+    model = open_cross_encoder(small, profile=CTXL, runtime="onnx", cache_dir=tmp_path / "graphs")
+    expected = open_cross_encoder(plain, profile=CTXL, dtype="float32").score_texts(PAIRS)
+    np.testing.assert_allclose(model.score_texts(PAIRS), expected, atol=1e-4)
+
+
 def fbnl_margins(directory: Path) -> NDArray[np.float32]:
     checkpoint = Checkpoint.open(directory)
     encoder = Encoder.load(checkpoint, device="cpu", dtype="float32")
