@@ -132,10 +132,10 @@ class MemoryStore:
         with self._lock:
             return dict(self._aliases)
 
-    def set_alias(self, alias: str, collection: str) -> None:
+    def set_alias(self, alias: str, collection: str, *, shadowing: bool = False) -> None:
         check_name("alias", alias)
         with self._lock:
-            if alias in self._manifests:
+            if alias in self._manifests and not shadowing:
                 raise CollectionExists(f"alias: {alias!r} is the name of a collection")
             if collection not in self._manifests:
                 raise CollectionNotFound(f"collection: {collection!r} does not exist in this store")

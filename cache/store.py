@@ -123,8 +123,12 @@ class Store(Protocol):
         """Alias to collection name."""
         ...
 
-    def set_alias(self, alias: str, collection: str) -> None:
-        """Point an alias at a collection, in one step for all readers. Raises CollectionNotFound, CollectionExists."""
+    def set_alias(self, alias: str, collection: str, *, shadowing: bool = False) -> None:
+        """Point an alias at a collection, in one step for all readers. Raises CollectionNotFound, CollectionExists.
+
+        shadowing: also where a collection has that name. Whoever opens the name then finds the other one, until the
+        alias is removed; `drop_collection` still means the shadowed one.
+        """
         ...
 
     def remove_alias(self, alias: str) -> bool:

@@ -146,8 +146,8 @@ class StatesTier:
     def aliases(self) -> dict[str, str]:
         return self.store.aliases()
 
-    def set_alias(self, alias: str, collection: str) -> None:
-        self.store.set_alias(alias, collection)
+    def set_alias(self, alias: str, collection: str, *, shadowing: bool = False) -> None:
+        self.store.set_alias(alias, collection, shadowing=shadowing)
 
     def remove_alias(self, alias: str) -> bool:
         return self.store.remove_alias(alias)

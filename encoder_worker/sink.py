@@ -38,6 +38,7 @@ class GroupLimits:
 class _Group:
     passages: list[Passage] = field(default_factory=list)
     states: list[PassageStates] = field(default_factory=list)
+    clipped_before: list[int] = field(default_factory=list)
     num_bytes: int = 0
     num_states: int = 0
     begun: float = field(default_factory=time.monotonic)
@@ -69,8 +70,11 @@ class Sink:
                 if write.done() and not write.cancelled() and write.exception() is None:
                     self._count(write)
 
-    def add(self, passage: Passage, states: PassageStates) -> None:
+    def add(self, passage: Passage, states: PassageStates, *, num_clipped_before: int = 0) -> None:
         """Takes one passage; blocks while more than a few groups wait for the store.
+
+        Args:
+            num_clipped_before: numbers that another codec had cut before these states were read back.
 
         Raises:
             CacheError: what a write that was going on raised.
@@ -78,6 +82,7 @@ class Sink:
         group = self._group
         group.passages.append(passage)
         group.states.append(states)
+        group.clipped_before.append(num_clipped_before)
         group.num_bytes += states.nbytes
         group.num_states += states.num_states
         held_back = self._target.num_training_states
@@ -141,7 +146,10 @@ def _put(target: Target, group: _Group, allow_clipped: bool) -> _Written:
     """Stores a group; passages the collection will not have are refused one by one."""
     assert target.collection is not None
     pairs = list(zip(group.passages, group.states, strict=True))
-    passages = [StoredPassage(passage.passage_id, states, passage.text) for passage, states in pairs]
+    passages = [
+        StoredPassage(passage.passage_id, states, passage.text, num_before)
+        for (passage, states), num_before in zip(pairs, group.clipped_before, strict=True)
+    ]
     written = put(target.collection, passages, RETRY_SECONDS, allow_clipped=allow_clipped)
     refused = [
         Refused(

@@ -68,6 +68,8 @@ def test_flags_named_in_the_text_exist(page: Path) -> None:
         command = cli.get_command(click.Context(cli), name)
         assert command is not None
         every |= parameters(command) | parameters(cli)
+        if isinstance(command, click.Group):
+            every |= {flag for one in command.commands.values() for flag in parameters(one)}
     named = set(re.findall(r"`(--[a-z-]+)", page.read_text())) - {"--split"}
     assert named <= every
 

@@ -186,7 +186,7 @@ def _copy_names(old: sqlite3.Connection, new: sqlite3.Connection, left: list[str
         kept[text(name)] = integer(collection_id)
     for alias, name, checksum in _salvaged(old, "SELECT alias, name, checksum FROM aliases", left):
         if is_whole(checksum, _shown(alias), _shown(name)) and text(name) in kept:
-            naming.set_alias(new, text(alias), text(name))
+            naming.set_alias(new, text(alias), text(name), shadowing=True)
         else:
             left.append(f"alias {_shown(alias)!r}")
     for name, generation, checksum in _salvaged(old, "SELECT name, generation, checksum FROM generations", left):

@@ -83,9 +83,9 @@ def aliases(connection: sqlite3.Connection) -> dict[str, str]:
     return found
 
 
-def set_alias(connection: sqlite3.Connection, alias: str, name: str) -> None:
+def set_alias(connection: sqlite3.Connection, alias: str, name: str, *, shadowing: bool = False) -> None:
     check_name("alias", alias)
-    if find_collection(connection, alias) is not None:
+    if find_collection(connection, alias) is not None and not shadowing:
         raise CollectionExists(f"alias: {alias!r} is the name of a collection")
     require_collection(connection, name)
     query = """INSERT INTO aliases (alias, name, checksum) VALUES (?, ?, ?)

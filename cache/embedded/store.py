@@ -156,10 +156,10 @@ class EmbeddedStore:
         with self._catalogue.reading() as connection:
             return naming.aliases(connection)
 
-    def set_alias(self, alias: str, collection: str) -> None:
+    def set_alias(self, alias: str, collection: str, *, shadowing: bool = False) -> None:
         check_name("alias", alias)
         with self._writing(), self._catalogue.writing() as connection:
-            naming.set_alias(connection, alias, collection)
+            naming.set_alias(connection, alias, collection, shadowing=shadowing)
 
     def remove_alias(self, alias: str) -> bool:
         if not self._catalogue.exists:

@@ -180,9 +180,9 @@ class RedisStore:
     def aliases(self) -> dict[str, str]:
         return self._aliases_by(self._online)
 
-    def set_alias(self, alias: str, collection: str) -> None:
+    def set_alias(self, alias: str, collection: str, *, shadowing: bool = False) -> None:
         check_name("alias", alias)
-        if self._ask(self._bulk, _is_count, "HEXISTS", self._manifests, alias):
+        if not shadowing and self._ask(self._bulk, _is_count, "HEXISTS", self._manifests, alias):
             raise CollectionExists(f"alias: {alias!r} is the name of a collection")
         self._require(collection)
         value = f"{collection}:{_checksum(alias, collection)}"

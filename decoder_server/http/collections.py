@@ -144,7 +144,9 @@ async def get_collection(request: Request) -> Response:
     """GET: by name or alias."""
     here = context(request)
     name = check_name("collection", request.path_params["collection"])
-    for one in await here.call(describe, here.store):
+    described = await here.call(describe, here.store)
+    # An alias first: it may have taken the place of a collection of its name.
+    for one in sorted(described, key=lambda one: name not in one.aliases):
         if name == one.manifest.collection or name in one.aliases:
             return _json(_document(one))
     raise CollectionNotFound(f"collection: no collection or alias {name!r}")

@@ -96,7 +96,7 @@ def command(ctx: click.Context, /, **options: Any) -> None:
         raise click.BadParameter(f"{options['report'].parent} is no directory", param_hint="--report")
     source = _source(options)
     settings, how = _settings(options)
-    with _stopping() as stop:
+    with stopping() as stop:
         report, estimate = _run(options, source, settings, how, stop)
     if options["report"] is not None:
         report.write(options["report"])
@@ -174,7 +174,7 @@ def _settings(options: dict[str, Any]) -> tuple[Any, IndexOptions]:
 
 
 @contextmanager
-def _stopping() -> Iterator[threading.Event]:
+def stopping() -> Iterator[threading.Event]:
     """Set by the first SIGINT or SIGTERM; a second one has its usual effect."""
     stop = threading.Event()
     usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

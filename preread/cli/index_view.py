@@ -49,6 +49,20 @@ def shown_progress(label: str) -> Iterator[Callable[[Progress], None]]:
         yield update
 
 
+@contextmanager
+def counted_progress(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar over so many of so many, on standard error, where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda num_done, num_all: bar.update(task, completed=num_done, total=num_all)
+
+
 def _lines() -> Callable[[Progress], None]:
     last = time.monotonic()
 

@@ -32,7 +32,7 @@ COMMANDS: dict[str, dict[str, str]] = {
     "Looking after it": {
         "stats": "Show what the store holds.",
         "verify": "Read a whole collection back and report damage.",
-        "collection": "Point an alias at a collection, compact it or drop it.",
+        "collection": "Point an alias at a collection, compact, re-encode or drop it.",
         "checkpoint": "Describe a checkpoint, or make a random one.",
         "check": "Check whether a model's scores are the right ones.",
         "convert-ctxl": "Convert a ctxl reranker to a classifier.",

@@ -57,6 +57,7 @@ class _Found:
     num_passages: int = 0
     num_version_1: int = 0
     removed: int = 0
+    clipped_share: float = 0.0  # of the numbers: outside what the codec was trained for
     damaged: list[dict[str, str]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     left_behind: list[str] = field(default_factory=list)
@@ -104,6 +105,11 @@ def _print(found: _Found, max_shown: int, remove_damaged: bool) -> None:
         click.echo(
             f"{found.num_version_1:,} records of version 1, which do not know their id; `preread collection compact`"
         )
+    if found.clipped_share:
+        click.echo(
+            f"{found.clipped_share:.2%} of the numbers lie outside what the codec was trained for, and are cut to it; "
+            f"`preread collection reencode {found.collection}` trains it again"
+        )
     removed = f", {found.removed:,} removed" if remove_damaged else ""
     mended = ", catalogue written again" if remove_damaged and found.problems else ""
     click.echo(
@@ -125,7 +131,9 @@ def _read(store: Store, whole: Collection) -> _Found:
     columns = (TextColumn("reading"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
         with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-            task = bar.add_task("", total=whole.stats().num_passages)
+            stats = whole.stats()
+            found.clipped_share = stats.clipped_share(whole.manifest.dim)
+            task = bar.add_task("", total=stats.num_passages)
             for one in whole.verify():
                 found.num_passages += 1
                 found.num_version_1 += one.version == 1

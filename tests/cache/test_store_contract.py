@@ -4,6 +4,7 @@ import threading
 
 import pytest
 
+from cache.collection import Collection
 from cache.errors import CollectionExists, CollectionInUse, CollectionNotFound, InvalidName
 from cache.record import Damaged
 from cache.store import StoreStats
@@ -198,6 +199,21 @@ def test_an_alias_moves_in_one_step(backend, store, make_manifest):
     assert store.remove_alias("live")
     assert not store.remove_alias("live")
     store.drop_collection("next")
+
+
+def test_an_alias_may_take_the_place_of_a_collection_when_told(backend, store, make_manifest):
+    """Readers of the name see the other collection in one step, and the first one again when the alias is gone."""
+    store.write_manifest(make_manifest("next"))
+    store.set_alias("passages", "next", shadowing=True)
+    assert Collection.open(backend.open(), "passages").name == "next"
+    assert store.list_collections() == ["next", "passages"]
+    with pytest.raises(CollectionInUse):
+        store.drop_collection("next")
+    assert store.remove_alias("passages")
+    assert Collection.open(backend.open(), "passages").name == "passages"
+    store.set_alias("passages", "next", shadowing=True)
+    store.drop_collection("passages")
+    assert Collection.open(backend.open(), "passages").name == "next"
 
 
 def test_aliases_and_collections_share_one_namespace(store, make_manifest):

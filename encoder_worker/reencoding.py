@@ -1,0 +1,239 @@
+"""A collection under a table that is trained again: what the old one had cut comes from the kept texts.
+
+Passages go to a new collection, whose table learns from a random sample of all of them; the old one stays as it is,
+for readers and for a run that goes on after an interruption, until aliases move. Knows no command line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from cache.codecs import Codec
+from cache.collection import Collection
+from cache.errors import CollectionExists
+from cache.manifest import MANIFEST_VERSION, new_identity
+from cache.record import Record
+from cache.states import PassageStates
+from encoder_worker.forward import Forward
+from encoder_worker.passage_encoder import PassageEncoder
+from encoder_worker.report import IndexReport
+from encoder_worker.sink import GroupLimits, Sink
+from encoder_worker.sources import Passage, Place, Refused
+from encoder_worker.target import Target
+from encoder_worker.windows import Todo
+
+_CHUNK_PASSAGES = 256
+_MAX_PASSES = 5  # over a collection that is written to meanwhile
+
+
+@dataclass
+class Reencoding:
+    """What a run did."""
+
+    collection: str  # the new one
+    source: str
+    report: IndexReport
+    num_passages: int = 0
+    num_from_texts: int = 0  # of the stored ones
+    needs_input: list[str] = field(default_factory=list)  # cut, and without a text: as they were
+    damaged: list[str] = field(default_factory=list)  # left out
+    moved_names: list[str] = field(default_factory=list)
+    complete: bool = False
+
+
+class Successor(Target):
+    """The collection that takes the passages over: made when its codec's table can be trained, or there already."""
+
+    def __init__(self, source: Collection, name: str, codec: str) -> None:
+        """
+        Raises:
+            CollectionExists: there is another collection of that name.
+        """
+        self.store = source.store
+        self.name = name
+        self.compression_ratio = source.manifest.compression_ratio
+        self.stores_text = source.manifest.stores_text
+        self._source = source.manifest
+        self.collection = None
+        manifest = self.store.read_manifest(name)
+        if manifest is None:
+            self.codec = Codec(codec, self._source.dim)
+            return
+        same = ("fingerprint", "compression_ratio", "stores_text")
+        if manifest.codec != codec or any(getattr(manifest, one) != getattr(self._source, one) for one in same):
+            raise CollectionExists(f"collection: {name!r} exists and is no copy of {self._source.collection!r}")
+        self.collection = Collection(self.store, manifest)
+        self.codec = self.collection.codec
+
+    def create(self, sample: NDArray[np.float32] | None) -> Collection:
+        if self.collection is None:
+            if self.codec.needs_training:
+                self.codec.train(sample if sample is not None else np.empty((0, self._source.dim), np.float32))
+            manifest = dataclasses.replace(
+                self._source,
+                collection=self.name,
+                codec=self.codec.factory,
+                codec_table=self.codec.table(),
+                created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+                version=MANIFEST_VERSION,
+                identity=new_identity(),
+            )
+            self.collection = Collection.create(self.store, manifest, exist_ok=True)
+        return self.collection
+
+
+def reencode(
+    source: Collection,
+    into: str,
+    codec: str,
+    load: Callable[[], PassageEncoder],
+    *,
+    move_names: bool = True,
+    stop: threading.Event | None = None,
+    on_progress: Callable[[int, int], None] = lambda num_done, num_passages: None,
+    group: GroupLimits | None = None,
+) -> Reencoding:
+    """Writes every passage into the collection `into`; when all are there the name and aliases of `source` mean it.
+
+    A passage of which the old table cut something is encoded from its text; what it did not cut is decoded, and so is
+    what has no text, whose count of cut numbers then stays. Running it again goes on where it was interrupted.
+
+    Args:
+        codec: of the new collection.
+        load: opens the encoder that wrote the collection; called when a text has to be encoded.
+        on_progress: passages done, and how many there are.
+
+    Raises:
+        CollectionExists: `into` is something else.
+        EncoderMismatch: the encoder is not the collection's.
+        CodecError: too few states to train the codec on.
+        CacheError: the store failed.
+    """
+    target = Successor(source, into, codec)
+    result = Reencoding(into, source.name, IndexReport(into))
+    stop = stop or threading.Event()
+    run = _Run(source, target, result, load, stop, on_progress, group or GroupLimits())
+    for _ in range(_MAX_PASSES):
+        generation = source.store.generation(source.name)
+        run.all_passages()
+        if stop.is_set() or source.store.generation(source.name) == generation:
+            break
+    result.report.interrupted = stop.is_set()
+    result.complete = not stop.is_set() and not result.report.num_refused
+    if result.complete and move_names and target.collection is not None:
+        for alias, name in sorted(source.store.aliases().items()):
+            if name == source.name:
+                source.store.set_alias(alias, into, shadowing=True)
+                result.moved_names.append(alias)
+        if source.name not in result.moved_names:
+            source.store.set_alias(source.name, into, shadowing=True)
+            result.moved_names.append(source.name)
+    return result
+
+
+class _Run:
+    """One run over a collection."""
+
+    def __init__(
+        self,
+        source: Collection,
+        target: Successor,
+        result: Reencoding,
+        load: Callable[[], PassageEncoder],
+        stop: threading.Event,
+        on_progress: Callable[[int, int], None],
+        group: GroupLimits,
+    ) -> None:
+        self._source, self._target, self._result = source, target, result
+        self._load, self._stop, self._on_progress, self._group = load, stop, on_progress, group
+        self._encoder: PassageEncoder | None = None
+
+    def all_passages(self) -> None:
+        """Every passage that the target does not hold as it is now; then drops there what the source lost."""
+        ids = self._ids()
+        self._result.num_passages = len(ids)
+        self._result.needs_input.clear()
+        self._result.damaged.clear()
+        # Nothing that the new table cuts is refused here: it was trained on a sample of just these passages.
+        with Sink(self._target, self._result.report, self._group, allow_clipped=True) as sink:
+            for start in range(0, len(ids), _CHUNK_PASSAGES):
+                if self._stop.is_set():
+                    break
+                for passage, states, num_cut in self._chunk(ids[start : start + _CHUNK_PASSAGES]):
+                    sink.add(passage, states, num_clipped_before=num_cut)
+                self._on_progress(min(start + _CHUNK_PASSAGES, len(ids)), len(ids))
+            sink.flush(complete=not self._stop.is_set())
+        if not self._stop.is_set() and self._target.collection is not None:
+            gone = {passage_id for passage_id, _ in self._target.store.scan(self._target.name)} - set(ids)
+            self._target.collection.delete_many(sorted(gone))
+
+    def _ids(self) -> list[str]:
+        """In the order of a hash: the first of them are a fair sample to train on, the same in every run."""
+        ids = [passage_id for passage_id, _ in self._source.store.scan(self._source.name)]
+        return sorted(ids, key=lambda one: xxhash.xxh3_64_intdigest(one.encode()))
+
+    def _chunk(self, ids: Sequence[str]) -> Iterator[tuple[Passage, PassageStates, int]]:
+        """Passages with the states to write, and how many of their numbers stay cut."""
+        records = self._source.store.get_many(self._source.name, ids)
+        decoded = self._source.get_many(ids)
+        held = self._target.digests(ids)
+        todo: list[Todo] = []
+        for passage_id, record, states, digest in zip(ids, records, decoded, held, strict=True):
+            if record is None or states is None:  # deleted meanwhile
+                continue
+            if not isinstance(record, Record) or not isinstance(states, PassageStates):
+                self._result.damaged.append(passage_id)
+                continue
+            cut = self._was_cut(record)
+            if cut and record.text is None:
+                self._result.needs_input.append(passage_id)
+            if digest == record.text_digest:
+                continue
+            passage = Passage(passage_id, record.text or "", Place(self._source.name, 0))
+            if cut and record.text is not None:
+                (tokenized,) = self._open().tokenize([record.text], split=len(record.window_tokens) > 1)
+                todo.append(Todo(passage, record.text_digest, tokenized))
+            else:
+                yield passage, states, record.header.num_clipped
+        yield from self._encoded(todo)
+
+    def _encoded(self, todo: Sequence[Todo]) -> Iterator[tuple[Passage, PassageStates, int]]:
+        if not todo:
+            return
+        forward = Forward(todo, self._open(), self._target.compression_ratio)
+        for batch in forward.batches:
+            if self._stop.is_set():
+                return
+            for one, states in forward.encode(batch):
+                if isinstance(states, Refused):
+                    self._result.report.refuse(states)
+                else:
+                    self._result.num_from_texts += 1
+                    yield one.passage, states, 0
+
+    def _was_cut(self, record: Record) -> bool:
+        """Records of version 1 do not tell, so of a codec that cuts all of them may be."""
+        if not self._source.codec.needs_training:
+            return False
+        return bool(record.header.num_clipped) or record.header.version == 1
+
+    def _open(self) -> PassageEncoder:
+        if self._encoder is None:
+            self._encoder = self._load()
+            identity: Any = self._encoder.identity
+            Collection.open(
+                self._source.store,
+                self._source.name,
+                fingerprint=identity.fingerprint,
+                checkpoint=identity.checkpoint,
+            )
+        return self._encoder
