@@ -190,7 +190,7 @@ class Catalogue:
                 yield connection
             finally:
                 self._give_back(connection, seen)
-            if seen is not None and seen.is_immutable and seen != _Seen.of(self.path):
+            if seen is not None and seen.is_immutable and seen != _Seen.of(self.path, seen):
                 raise StoreUnavailable(f"store {self.path}: was written while it was read; read it again")
 
     @contextmanager
@@ -237,7 +237,7 @@ class Catalogue:
             connection.close()
 
     def _take(self) -> "tuple[_Connection, _Seen | None]":
-        seen = _Seen.of(self.path)
+        seen = _Seen.of(self.path, self._seen)
         with self._lock:
             stale: list[_Connection] = []
             if seen != self._seen:
@@ -300,22 +300,26 @@ class _Seen(NamedTuple):
     num_bytes: int = 0
 
     @classmethod
-    def of(cls, path: Path) -> "_Seen | None":
+    def of(cls, path: Path, known: "_Seen | None") -> "_Seen | None":
+        """The file as it is now; `known` is how it was found last."""
         try:
             found = os.stat(path)
         except FileNotFoundError:
             return None
+        ordinary = cls(found.st_dev, found.st_ino)
         if os.access(path.parent, os.W_OK):
-            return cls(found.st_dev, found.st_ino)
+            return ordinary
+        immutable = cls(found.st_dev, found.st_ino, True, found.st_mtime_ns, found.st_size)
         log, index = (path.with_name(path.name + suffix) for suffix in ("-wal", "-shm"))
-        if not (log.exists() and log.stat().st_size):
-            return cls(found.st_dev, found.st_ino, True, found.st_mtime_ns, found.st_size)
+        # A log that came since belongs to a writer elsewhere, and the file is still what it was.
+        if immutable == known or not (log.exists() and log.stat().st_size):
+            return immutable
         if os.statvfs(path.parent).f_flag & os.ST_RDONLY or not index.exists():
             raise StoreAccessDenied(
                 f"store {path}: its log {log.name} holds writes that cannot be applied in a read-only directory; "
                 "checkpoint it first: run `preread stats` on the store where it can be written"
             )
-        return cls(found.st_dev, found.st_ino)  # beside a writer whose files we may read
+        return ordinary  # beside a writer whose files we may read
 
 
 def build(path: Path, aside: Path) -> None:

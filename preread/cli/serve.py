@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Collection
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -180,6 +181,7 @@ async def _serve(options: dict[str, Any]) -> None:
     models = parse_models(options, tiers=budgets(options))
     store = open_store(options["store"], read_budget_seconds=options["read_budget_seconds"])
     try:
+        await asyncio.to_thread(_check_opens, store)
         with tracing(options) as observers:
             async with encoder_halves(options, models, store, keys) as halves:
                 load = load_model if options["check"] is False else checked(load_model, every=bool(options["check"]))
@@ -190,6 +192,14 @@ async def _serve(options: dict[str, Any]) -> None:
                     await _run(server, store, halves, options, stop, started)
     finally:
         store.close()
+
+
+def _check_opens(store: Store) -> None:
+    """Raises what is wrong with a store that cannot be opened; one that does not answer may come back."""
+    from cache.errors import StoreLocked, StoreUnavailable
+
+    with suppress(StoreLocked, StoreUnavailable):
+        store.list_collections()
 
 
 async def _run(

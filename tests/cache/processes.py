@@ -4,6 +4,7 @@
     processes.py limited PATH BYTES   writes a passage where no file may grow beyond that; prints the error
     processes.py unprivileged PATH 0  writes a passage as a user who owns nothing, where it can; prints the error
     processes.py reader PATH VERSION  reads until it has seen that version, prints a JSON report
+    processes.py asked PATH USER      reads or writes for every line on standard input, where it can write nothing
 
 Must stay light: it imports what a writer needs, and no more.
 """
@@ -137,6 +138,23 @@ def write_large(path: str) -> None:
         say(type(exc).__name__, exc)
 
 
+def answer_lines(path: str, user: str) -> None:
+    """ "read": ids and what they hold; "write": a passage. Errors are told by their class and message."""
+    new = record(1)  # now: another user may not find what it imports
+    if os.getuid() == 0 and user == "unprivileged":
+        os.setuid(65534)
+    store = EmbeddedStore(path, lock_timeout_seconds=1)
+    for line in sys.stdin:
+        try:
+            if line.strip() == "write":
+                store.put_many(COLLECTION, {"new": new})
+            found = store.get_many(COLLECTION, PASSAGE_IDS[:4])
+            said = [seed_of(entry) if isinstance(entry, Record) else repr(entry) for entry in found]
+        except CacheError as exc:
+            said = f"{type(exc).__name__} {exc}"
+        say(json.dumps(said))
+
+
 if __name__ == "__main__":
     command, path, argument = sys.argv[1:]
     if command == "writers":
@@ -148,5 +166,7 @@ if __name__ == "__main__":
         if os.getuid() == 0:
             os.setuid(65534)  # root may write anywhere
         write_large(path)
+    elif command == "asked":
+        answer_lines(path, argument)
     else:
         read_until(path, int(argument))
