@@ -131,7 +131,8 @@ def _show_clipped(report: IndexReport) -> None:
     if report.reasons[Reason.OUT_OF_RANGE]:
         click.echo(
             f"warning: {report.reasons[Reason.OUT_OF_RANGE]:,} passages were refused because the codec was trained on "
-            f"others; `preread collection reencode {report.collection}` trains it again (--allow-clipped stores them)"
+            f"others: store them with --allow-clipped, and train it on all with `preread collection reencode "
+            f"{report.collection}`; or index into a new collection with --codec B32,SQ8, which needs no training"
         )
     if 0 < report.num_training_states < FEW_TRAINING_STATES:
         click.echo(

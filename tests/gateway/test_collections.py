@@ -81,6 +81,25 @@ def test_a_bad_passage_is_refused_by_itself(running, passages):
     assert answer["refused"][0]["message"]
 
 
+def test_of_passages_with_one_id_the_first_counts_and_rows_are_read_as_index_reads_them(running):
+    rows = [
+        {"_id": "a", "title": "Title", "text": "first"},
+        *({"id": f"p{i}", "text": f"number {i}"} for i in range(150)),
+        {"id": "a", "text": "second"},
+    ]
+    answers = [
+        upload(running, "twice", rows),
+        running.http.post("/v1/collections/twice-lines/passages", content=lines(rows), headers=NDJSON).json(),
+    ]
+    for answer in answers:
+        assert (answer["num_stored"], answer["num_refused"], answer["num_clipped"]) == (151, 1, 0)
+        assert answer["refused"] == [
+            {"id": "a", "message": "id 'a' came before, as passage 1; the first one counts"},
+        ]
+    found = running.ask(documents=[{"id": "a"}], collection="twice", return_documents=True)["results"]
+    assert found[0]["document"]["text"] == "Title first"
+
+
 def test_a_bad_line_ends_the_upload_and_says_what_is_stored(running, passages):
     body = lines(passages) + b'{"id": "x", "text": 7}\n' + lines([{"id": "later", "text": "never read"}])
     response = running.http.post("/v1/collections/broken/passages", content=body, headers=NDJSON)
