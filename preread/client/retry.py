@@ -8,10 +8,12 @@ that a service in trouble is not buried under retries.
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 from dataclasses import dataclass
 
+from preread.client import checks
 from preread.client.errors import Overloaded, PrereadError, Unavailable
 
 # The values of A6's example: retries stop while less than half is left.
@@ -29,11 +31,14 @@ class RetryPolicy:
     jitter: float = 0.2  # a wait is stretched by up to this share
 
     def __post_init__(self) -> None:
-        if self.max_attempts < 1:
-            raise ValueError(f"max_attempts is {self.max_attempts}; expected at least 1")
+        if checks.integer("max_attempts", self.max_attempts) < 1:
+            raise checks.invalid("max_attempts", str(self.max_attempts), "at least 1")
         for name in ("first_wait_seconds", "max_wait_seconds", "jitter"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{name} is {checks.show(value)}; expected a number")
+            if not 0 <= value < math.inf:
+                raise checks.invalid(name, str(value), "0 or more")
 
     def wait_seconds(self, error: PrereadError, attempt: int, remaining_seconds: float | None) -> float | None:
         """How long to wait before the next attempt; None: do not try again.

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from preread import AsyncClient, Candidate, Client, PrereadError
-from preread.client import ClientOptions, InvalidRequest, Passage, Stage
+from preread.client import ClientOptions, InvalidRequest, Passage, RetryPolicy, Stage
 
 HALF = "half \ud83d of a pair"
 
@@ -103,6 +103,8 @@ WRONG = [
     ("address", lambda c: Client(None)),
     ("api_key", lambda c: ClientOptions(api_key=b"key")),
     ("timeout_seconds", lambda c: ClientOptions(timeout_seconds="5")),
+    ("max_attempts", lambda c: RetryPolicy(max_attempts="3")),
+    ("jitter", lambda c: RetryPolicy(jitter=None)),
 ]  # fmt: skip
 
 
