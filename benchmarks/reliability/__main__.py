@@ -15,7 +15,7 @@ import importlib
 from benchmarks.common import report
 
 PARTS: dict[str, int] = {  # name: the count of a long run
-    "checkpoints": 2000,
+    "checkpoints": 2500,
     "damage": 5000,
     "redis_damage": 3000,
     "redis_wire": 1100,

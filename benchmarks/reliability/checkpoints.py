@@ -198,6 +198,29 @@ def recast_tensor(tensors: Tensors, config: dict[str, Any], rng: random.Random) 
     return Change("tensor recast", name, unknown=True)
 
 
+def rename_tensors(tensors: Tensors, config: dict[str, Any], rng: random.Random) -> Change:
+    """One tensor or all of them under another prefix, or one of them gone, or an output embedding of another model."""
+    name = rng.choice(sorted(tensors))
+    what = rng.randrange(4)
+    if what == 0:
+        del tensors[name]
+    elif what == 1:
+        tensors[rng.choice(["model.", "module.", "base_model.model."]) + name] = tensors.pop(name)
+    elif what == 2:
+        prefix = name.split(".")[0] + "."
+        for each in [each for each in tensors if each.startswith(prefix)]:
+            tensors[each.removeprefix(prefix)] = tensors.pop(each)
+        name = name.removeprefix(prefix)
+    else:
+        embedding = tensors[next(each for each in sorted(tensors) if "embed" in each and tensors[each].dim() == 2)]
+        fbnl = "encoder" in config and isinstance(config["encoder"], dict)
+        name = (
+            rng.choice(["lm_head.out_proj.weight", "model.decoder.embed_tokens.weight"]) if fbnl else "lm_head.weight"
+        )
+        tensors[name] = torch.randn(embedding.shape, generator=torch.Generator().manual_seed(rng.randrange(99))) / 8
+    return Change("tensor renamed", name, unknown=False)
+
+
 def alter_field(tensors: Tensors, config: dict[str, Any], rng: random.Random) -> Change:
     """A field that config.json has, with another value."""
     place = rng.choice([part for part in _objects(config) if part])
@@ -217,6 +240,7 @@ def add_field(tensors: Tensors, config: dict[str, Any], rng: random.Random) -> C
 CHANGES: list[Callable[[Tensors, dict[str, Any], random.Random], Change]] = [
     add_tensor,
     recast_tensor,
+    rename_tensors,
     alter_field,
     add_field,
 ]
@@ -297,7 +321,7 @@ def run(count: int, seed: int, show: Callable[[str, Change, str], None] | None =
                 show(subject.architecture, made, what)
     rows = []
     for model in ("fbnl", "cross-encoder"):
-        for kind in ("tensor added", "tensor recast", "field altered", "field added"):
+        for kind in ("tensor added", "tensor recast", "tensor renamed", "field altered", "field added"):
             found = {
                 what: counts[model, kind, what] for what in ("refused", "refused, unnamed", "as transformers", "silent")
             }
