@@ -36,11 +36,11 @@ async def test_concurrent_requests_of_many_queries_are_each_answered_as_alone(se
     async with serve(max_batch_tokens=1000) as serving:
 
         async def one(n: int) -> None:
-            query, instruction = f"question {'word ' * n}", "Find it." if n % 2 else ""
+            query, told = f"question {'word ' * n}", {"instruction": "Find it."} if n % 2 else {}
             ids = list(texts)[n : n + 1 + n % 7]
-            answer = await serving.rerank(query=query, instruction=instruction, ids=ids)
+            answer = await serving.rerank(query=query, ids=ids, **told)
             for result in answer.results:
-                alone = by_hand(texts[result.passage_id], query=query, instruction=instruction or None)
+                alone = by_hand(texts[result.passage_id], query=query, **told)
                 assert result.margin == pytest.approx(alone, abs=1e-5)
 
         await asyncio.gather(*(one(n) for n in range(40)))
