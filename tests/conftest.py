@@ -35,7 +35,13 @@ settings.load_profile("repeatable")
 
 @pytest.fixture(scope="session", autouse=True)
 def clean_environment() -> None:
-    """A developer's own PREREAD_ settings must not reach the tests."""
+    """A developer's own PREREAD_ settings must not reach the tests, nor signals that nohup or a shell ignores.
+
+    An ignored signal is ignored by what a test starts, too; one with a handler is not.
+    """
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
     for name in os.environ.keys() - KEPT:
         if name.startswith("PREREAD_"):
             del os.environ[name]
