@@ -83,7 +83,7 @@ class DecoderServer:
             )
         self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._store_threads = ThreadPoolExecutor(NUM_STORE_THREADS, thread_name_prefix="store")
-        self._service = RerankService(self._store, self._store_threads)
+        self._service = RerankService(self._store)
         self.metrics.registry.register(ServerCollector(self._service.engines, self._store))
         self._server: grpc.aio.Server | None = None
         self._loops: list[asyncio.Task[None]] = []

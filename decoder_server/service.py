@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from concurrent.futures import Executor
 from typing import Any, NoReturn, TypeAlias
 
 import grpc
@@ -47,10 +46,9 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 class RerankService(rerank_pb2_grpc.RerankServiceServicer):
     """The edge. `engines` fills when the models have loaded; until then every call is UNAVAILABLE."""
 
-    def __init__(self, store: Store, executor: Executor) -> None:
+    def __init__(self, store: Store) -> None:
         self.engines: dict[str, Engine] = {}  # by served name; the first is the default
         self._store = store
-        self._executor = executor
 
     async def Rerank(  # noqa: N802
         self, request: rerank_pb2.RerankRequest, context: Context
@@ -83,9 +81,9 @@ class RerankService(rerank_pb2_grpc.RerankServiceServicer):
     async def ListCollections(  # noqa: N802
         self, request: rerank_pb2.ListCollectionsRequest, context: Context
     ) -> rerank_pb2.ListCollectionsResponse:
-        loop = asyncio.get_running_loop()
         try:
-            described = await loop.run_in_executor(self._executor, describe, self._store)
+            # Not on the threads of requests: counting takes as long as the store does.
+            described = await asyncio.to_thread(describe, self._store)
         except CacheError as exc:
             await abort(context, Unavailable(str(exc)))
         return rerank_pb2.ListCollectionsResponse(collections=map(messages.pack_collection, described))

@@ -30,11 +30,16 @@ class Engine:
     encoder: PassageEncoder
     scheduler: Scheduler
     store: Store
-    threads: Executor  # for the tokenizer and the store
+    threads: Executor  # for the tokenizer
+    store_threads: Executor  # for the store alone: one that hangs must not keep texts from being encoded
 
     async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Runs something that blocks off the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self.threads, lambda: function(*args, **kwargs))
+
+    async def call_store(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The same for what waits for the store."""
+        return await asyncio.get_running_loop().run_in_executor(self.store_threads, lambda: function(*args, **kwargs))
 
     async def tokenize(self, texts: Sequence[str], *, split: bool = False) -> list[Tokenized]:
         """In pieces, so that a caller who left is noticed between them."""

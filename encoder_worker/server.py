@@ -52,7 +52,8 @@ class EncoderServer:
         self._own_store = open_store(config.store, read_budget_seconds=STORE_READ_SECONDS) if store is None else None
         self._store = store or self._own_store
         self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="encoder")
-        self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="text and store")
+        self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="text")
+        self._store_threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="store")
         self._service = EncoderService(self.metrics.upserted)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing in grpc-stubs
         self._server: grpc.aio.Server | None = None
@@ -96,7 +97,7 @@ class EncoderServer:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._loop
             self._loop = None
-        for threads in (self._model_thread, self._threads):
+        for threads in (self._model_thread, self._threads, self._store_threads):
             await asyncio.to_thread(threads.shutdown, wait=True, cancel_futures=True)
         if self._own_store is not None:
             self._own_store.close()
@@ -125,7 +126,9 @@ class EncoderServer:
         self.metrics.watch(scheduler, encoder)
         self._loop = asyncio.create_task(scheduler.run())
         self._loop.add_done_callback(self._loop_ended)
-        self._service.engine = Engine(self.config, encoder, scheduler, self._store, self._threads)
+        self._service.engine = Engine(
+            self.config, encoder, scheduler, self._store, self._threads, self._store_threads
+        )
         await self._say(health_pb2.HealthCheckResponse.SERVING)
 
     async def _say(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:

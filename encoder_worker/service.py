@@ -53,7 +53,7 @@ class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
     ) -> encoder_pb2.DeleteResponse:
         async with translated(context, request.collection):
             engine = self._loaded()
-            return encoder_pb2.DeleteResponse(num_deleted=await engine.call(_delete, engine.store, request))
+            return encoder_pb2.DeleteResponse(num_deleted=await engine.call_store(_delete, engine.store, request))
 
     async def GetStats(  # noqa: N802
         self, request: encoder_pb2.GetStatsRequest, context: Context
@@ -61,7 +61,7 @@ class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
         async with translated(context, request.collection):
             engine = self._loaded()
             return encoder_pb2.GetStatsResponse(
-                collections=await engine.call(_collections, engine.store, request.collection)
+                collections=await engine.call_store(_collections, engine.store, request.collection)
             )
 
     async def Describe(  # noqa: N802

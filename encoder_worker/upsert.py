@@ -143,7 +143,7 @@ class Upload:
         if request.compression_ratio < 0:
             raise InvalidRequest("compression_ratio", request.compression_ratio, "0 (the default) or more")
         self._name = request.collection
-        self._collection = await self._engine.call(self._open_or_make, request)
+        self._collection = await self._engine.call_store(self._open_or_make, request)
         return self._collection
 
     def _open_or_make(self, request: encoder_pb2.UpsertRequest) -> Collection:
@@ -178,7 +178,7 @@ class Upload:
     async def _changed(self, collection: Collection, entries: list[_Entry]) -> list[_Entry]:
         """Those to encode. The others are refused, or stored with the same text."""
         good = [entry for entry in entries if not entry.refused]
-        stored = await self._engine.call(collection.digests, [entry.passage_id for entry in good])
+        stored = await self._engine.call_store(collection.digests, [entry.passage_id for entry in good])
         todo: list[_Entry] = []
         for entry, digest in zip(good, stored, strict=True):
             entry.digest = text_digest(entry.text)
@@ -219,7 +219,7 @@ class Upload:
         if not passages or self._collection is None:
             return
         store = partial(put, allow_clipped=self._engine.config.allow_clipped)
-        written = await self._engine.call(store, self._collection, passages)
+        written = await self._engine.call_store(store, self._collection, passages)
         for passage_id, reason in written.refused.items():
             encoded[passage_id].refused = reason
         for passage_id, num_clipped in written.clipped.items():

@@ -136,7 +136,7 @@ def _ids(step: Step, fields: Fields) -> list[str]:
 
 async def list_collections(request: Request) -> Response:
     here = context(request)
-    described = await here.call(describe, here.store)
+    described = await here.administer(describe, here.store)
     return _json({"object": "list", "data": [_document(one) for one in described]})
 
 
@@ -144,7 +144,7 @@ async def get_collection(request: Request) -> Response:
     """GET: by name or alias."""
     here = context(request)
     name = check_name("collection", request.path_params["collection"])
-    described = await here.call(describe, here.store)
+    described = await here.administer(describe, here.store)
     # An alias first: it may have taken the place of a collection of its name.
     for one in sorted(described, key=lambda one: name not in one.aliases):
         if name == one.manifest.collection or name in one.aliases:
@@ -154,7 +154,7 @@ async def get_collection(request: Request) -> Response:
 
 async def list_aliases(request: Request) -> Response:
     here = context(request)
-    aliases = await here.call(here.store.aliases)
+    aliases = await here.administer(here.store.aliases)
     return _json(
         {"object": "list", "data": [{"alias": alias, "collection": to} for alias, to in sorted(aliases.items())]}
     )
@@ -166,14 +166,14 @@ async def set_alias(request: Request) -> Response:
     check_written(request)
     alias = check_name("alias", request.path_params["alias"])
     collection = check_name("collection", Fields(await read_json(request)).needed_text("collection"))
-    await here.call(here.store.set_alias, alias, collection)
+    await here.administer(here.store.set_alias, alias, collection)
     return _json({"object": "alias", "alias": alias, "collection": collection})
 
 
 async def remove_alias(request: Request) -> Response:
     here = context(request)
     alias = check_name("alias", request.path_params["alias"])
-    if not await here.call(here.store.remove_alias, alias):
+    if not await here.administer(here.store.remove_alias, alias):
         raise CollectionNotFound(f"alias: there is no alias {alias!r}")
     return _json({"object": "alias.deleted", "alias": alias})
 

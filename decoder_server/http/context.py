@@ -71,6 +71,10 @@ class Context:
         """Off the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self.threads, function, *args)
 
+    async def administer(self, function: Callable[..., T], *args: object) -> T:
+        """The same for what no rerank waits for: a store may take its time, and not those threads."""
+        return await asyncio.to_thread(function, *args)
+
 
 def context(request: Request) -> Context:
     found: Context = request.app.state.context

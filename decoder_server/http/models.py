@@ -75,7 +75,7 @@ async def ready(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
     here = context(request)
-    text = await here.call(generate_latest, here.registry)  # collectors may ask the store
+    text = await here.administer(generate_latest, here.registry)  # collectors may ask the store
     return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 

@@ -34,7 +34,7 @@ def serving(run, proxy, documents):
 
 
 def hang(proxy: Proxy) -> None:
-    proxy.fault = lambda number, reply, send: proxy.closing.wait(60)
+    proxy.fault = lambda number, reply, send: proxy.closing.wait(60) and False
 
 
 def garble(proxy: Proxy) -> None:
@@ -83,6 +83,24 @@ def test_many_callers_wait_for_a_hanging_redis_together_and_not_in_turn(serving,
         thread.join()
     assert len(slowest) == 20
     assert max(slowest) < BOUND_SECONDS
+
+
+def test_what_changes_a_hanging_redis_does_not_hold_up_what_needs_none(serving, proxy, documents):
+    hang(proxy)
+    threads = [
+        threading.Thread(target=serving.http.put, args=(f"/v1/aliases/a{i}",), kwargs={"json": {"collection": NAME}})
+        for i in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.5)  # they wait now, and have 30 s
+    started = time.monotonic()
+    serving.ask(documents=documents)
+    assert time.monotonic() - started < BOUND_SECONDS
+    assert all(thread.is_alive() for thread in threads)
+    proxy.closing.set()
+    for thread in threads:
+        thread.join()
 
 
 def test_one_damaged_manifest_costs_its_collection_only(serving, proxy, redis_client):
