@@ -126,9 +126,7 @@ class EncoderServer:
         self.metrics.watch(scheduler, encoder)
         self._loop = asyncio.create_task(scheduler.run())
         self._loop.add_done_callback(self._loop_ended)
-        self._service.engine = Engine(
-            self.config, encoder, scheduler, self._store, self._threads, self._store_threads
-        )
+        self._service.engine = Engine(self.config, encoder, scheduler, self._store, self._threads, self._store_threads)
         await self._say(health_pb2.HealthCheckResponse.SERVING)
 
     async def _say(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
