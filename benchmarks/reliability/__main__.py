@@ -17,6 +17,7 @@ from benchmarks.common import report
 PARTS: dict[str, int] = {  # name: the count of a long run
     "checkpoints": 2500,
     "damage": 5000,
+    "kills": 1000,
     "redis_damage": 3000,
     "redis_wire": 1100,
     "unicode": 2000,
