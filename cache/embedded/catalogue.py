@@ -242,7 +242,7 @@ class Catalogue:
             stale: list[_Connection] = []
             if seen != self._seen:
                 stale, self._idle = self._idle, []
-                self.num_reopened += self._seen is not None
+                self.num_reopened += self._seen is not None and not (seen and seen.continues(self._seen))
                 self._seen = seen
             idle = self._idle.pop() if self._idle else None
         for connection in stale:
@@ -295,9 +295,13 @@ class _Seen(NamedTuple):
 
     device: int
     inode: int
+    modified_ns: int  # also by a checkpoint; a connection would not notice a copy over the file
+    num_bytes: int
     is_immutable: bool = False
-    modified_ns: int = 0
-    num_bytes: int = 0
+
+    def continues(self, earlier: "_Seen") -> bool:
+        """Whether it is the same file, whose writers raise its generations."""
+        return self[:2] == earlier[:2] and not self.is_immutable
 
     @classmethod
     def of(cls, path: Path, known: "_Seen | None") -> "_Seen | None":
@@ -306,10 +310,10 @@ class _Seen(NamedTuple):
             found = os.stat(path)
         except FileNotFoundError:
             return None
-        ordinary = cls(found.st_dev, found.st_ino)
+        ordinary = cls(found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
         if os.access(path.parent, os.W_OK):
             return ordinary
-        immutable = cls(found.st_dev, found.st_ino, True, found.st_mtime_ns, found.st_size)
+        immutable = ordinary._replace(is_immutable=True)
         log, index = (path.with_name(path.name + suffix) for suffix in ("-wal", "-shm"))
         # A log that came since belongs to a writer elsewhere, and the file is still what it was.
         if immutable == known or not (log.exists() and log.stat().st_size):

@@ -206,6 +206,8 @@ def _rows(collection_id: int, found: Iterable[_Values]) -> Iterator[Row | Damage
             if not (type(packed) is type(windows) is type(written) is bytes and type(first_row) is int):
                 raise DamagedRecord("a column of its catalogue row is of another type")
             header = Header.parse(packed, encoded_id)
+            if header.version == 1:
+                _check_utf8(encoded_id)  # which its checksum does not cover
             if counts != [
                 header.num_states, header.num_tokens, header.truncated, header.total_bytes, header.num_clipped,
             ]:  # fmt: skip
@@ -217,6 +219,13 @@ def _rows(collection_id: int, found: Iterable[_Values]) -> Iterator[Row | Damage
             yield Row(encoded_id, header, windows, written, first_row, segment)
         except DamagedRecord as exc:
             yield DamagedRow(encoded_id, str(exc))
+
+
+def _check_utf8(encoded_id: bytes) -> None:
+    try:
+        encoded_id.decode()
+    except UnicodeDecodeError as exc:
+        raise DamagedRecord("its passage id is not UTF-8") from exc
 
 
 def segment_of(collection_id: int, values: _Values) -> Segment | str:

@@ -172,7 +172,8 @@ class _OpenFile:
 
     def __init__(self, directory: Path, name: str) -> None:
         self.name = name
-        self._descriptor = os.open(directory / name, os.O_RDONLY | os.O_CLOEXEC)
+        # Not blocking: what lies in a segment's place may be no file at all.
+        self._descriptor = os.open(directory / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
 
     def __del__(self) -> None:
         if hasattr(self, "_descriptor"):

@@ -103,7 +103,8 @@ def _print(found: _Found, max_shown: int, remove_damaged: bool) -> None:
         click.echo(f"{len(found.orphans):,} segment files of writes that were cut off; the next write removes them")
     if found.num_version_1:
         click.echo(
-            f"{found.num_version_1:,} records of version 1, which do not know their id; `preread collection compact`"
+            f"{found.num_version_1:,} records of version 1, which do not know their id; `preread collection compact` "
+            "(faiss:) or a new collection (Redis) writes them again"
         )
     if found.clipped_share:
         click.echo(

@@ -257,6 +257,33 @@ def test_a_replaced_catalogue_is_noticed(store, path, tmp_path, make_manifest, m
         assert reader.generation("passages") != seen
 
 
+def test_a_catalogue_that_is_overwritten_in_place_is_noticed(store, path, tmp_path, make_manifest, make_record, same):
+    with closing(EmbeddedStore(path)) as reader, closing(EmbeddedStore(tmp_path / "other")) as other:
+        other.write_manifest(make_manifest())
+        other.put_many("passages", {f"p{i:03}": make_record(500 + i) for i in range(200)})
+        assert reader.get_many("passages", ["p001", "q1"]) != [None, None]
+        for writer in (store, other):
+            writer.close()
+        for name in (
+            "catalogue.sqlite",
+            *(f"segments/{one.name}" for one in (tmp_path / "other" / "segments").iterdir()),
+        ):
+            shutil.copyfile(tmp_path / "other" / name, path / name)  # as cp does
+        found = reader.get_many("passages", [f"p{i:03}" for i in range(200)])
+        assert all(same(one, make_record(500 + i)) for i, one in enumerate(found))
+        assert reader.get_many("passages", ["q1"]) == [None]
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_in_a_segments_place_is_damage(store, path, make):
+    segment = max((path / "segments").iterdir(), key=lambda one: one.stat().st_size)
+    segment.unlink()
+    make(segment)
+    with closing(EmbeddedStore(path)) as reader:
+        found = reader.get_many("passages", ["p001", "q1"])
+        assert [damaged(one) for one in found] == [True, False]
+
+
 # Version 1: what the software before wrote.
 
 
@@ -339,6 +366,11 @@ def test_compaction_writes_records_of_version_1_again(path, old):
         assert verified(path) == (Audit(), set())
         swap_ids(path)
         assert all(map(damaged, store.get_many("passages", ["a", "b"])))
+
+
+def test_an_id_of_version_1_that_is_no_text_is_damage(path, old):
+    change(path, "UPDATE passages SET passage_id = X'61ff' WHERE passage_id = X'61'")
+    assert verified(path)[1] == {"a\ufffd"}
 
 
 def test_what_version_1_cannot_tell(path, old):
