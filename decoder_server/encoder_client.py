@@ -157,6 +157,7 @@ def open_channel(address: str, tls: TlsFiles | None) -> grpc.aio.Channel:
         ("grpc.max_receive_message_length", MAX_ANSWER_BYTES),
         ("grpc.max_send_message_length", -1),
         *connection_arguments(address),
+        ("grpc.max_reconnect_backoff_ms", 5000),  # one that comes back is found within seconds, not two minutes
     ]
     if tls is None:
         return grpc.aio.insecure_channel(address, options=options)

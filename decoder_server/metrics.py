@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter as Tally
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from decoder_server.observer import Answered, Pass
 
@@ -77,6 +77,12 @@ class Metrics:
             "preread_store_read_bytes", "Bytes of records that the store gave.", registry=registry
         )
         self._store_errors = Counter("preread_store_read_errors", "Reads of the store that failed.", registry=registry)
+        self._encoder_up = Gauge(
+            "preread_encoder_up",
+            "1: the model's encoder answered when it was last asked.",
+            ["model"],
+            registry=registry,
+        )
         self._rpcs = Counter(
             "preread_rpcs", "gRPC calls by how they ended, refused ones too.", ["method", "code"], registry=registry
         )
@@ -116,6 +122,10 @@ class Metrics:
         self._store_bytes.inc(num_bytes)
         if not went_well:
             self._store_errors.inc()
+
+    def encoder_up(self, model: str, up: bool) -> None:
+        """For decoder_server.readiness."""
+        self._encoder_up.labels(model).set(up)
 
     def http(self, status: int, seconds: float) -> None:
         """For decoder_server.http.counted."""

@@ -23,6 +23,7 @@ class ModelConfig:
     max_passage_tokens: int | None = None  # None: the checkpoint's; for fbnl part of the fingerprint
     read_control_tokens: bool = False  # in texts, as KaLM's own code does (fbnl); part of the fingerprint when on
     encoder_address: str = ""  # host:port of an encoder worker (fbnl); "": nothing is encoded on demand
+    encoder_in_process: bool = False  # that worker is a part of this process, which is not ready without it
     encoder_api_key: str = field(default="", repr=False)  # shown to that worker
     runtime: str = "torch"  # of a cross-encoder
     trust_remote_code: bool = False  # run Python that a cross-encoder's checkpoint brings

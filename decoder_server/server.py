@@ -1,7 +1,7 @@
 """The online half as a process part: binds, loads, proves itself, serves, drains.
 
-`start` returns when a real forward pass has succeeded; until then health says NOT_SERVING. Owns
-two executors: one thread for the model, a few for tokenizing and the store.
+`start` returns when a real forward pass has succeeded; until then health says NOT_SERVING, and for longer where an
+encoder does not answer. Owns two executors: one thread for the model, a few for tokenizing and the store.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
-from grpc_health.v1 import health, health_pb2
 
 from cache.store import Store, open_store
 from cache.tier import StatesTier
@@ -22,7 +21,7 @@ from decoder_server.backend import Backend
 from decoder_server.batcher import Batcher
 from decoder_server.catalogue import Catalogue
 from decoder_server.config import DecoderConfig
-from decoder_server.encoder_client import EncoderClient, EncoderError
+from decoder_server.encoder_client import EncoderClient
 from decoder_server.engine import Engine
 from decoder_server.gauges import ServerCollector
 from decoder_server.inline import InlineStates
@@ -31,6 +30,7 @@ from decoder_server.metrics import Metrics
 from decoder_server.model_config import ModelConfig
 from decoder_server.observer import Observer, Pass
 from decoder_server.passages import Passages, Source
+from decoder_server.readiness import Readiness
 from decoder_server.requestlog import RequestLog
 from decoder_server.service import RerankService
 from decoder_server.tei_service import SERVICES as TEI_SERVICES
@@ -85,6 +85,7 @@ class DecoderServer:
         self._store_threads = ThreadPoolExecutor(NUM_STORE_THREADS, thread_name_prefix="store")
         self._service = RerankService(self._store)
         self.metrics.registry.register(ServerCollector(self._service.engines, self._store))
+        self.readiness = Readiness([SERVICE, *TEI_SERVICES], self.metrics.encoder_up)
         self._server: grpc.aio.Server | None = None
         self._loops: list[asyncio.Task[None]] = []
         self._encoders: list[EncoderClient] = []
@@ -129,16 +130,15 @@ class DecoderServer:
             max_response_bytes=limit,
             options=self._connection_age(),
         )
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing in grpc-stubs
         rerank_pb2_grpc.add_RerankServiceServicer_to_server(self._service, self._server)
         add_tei_services(self._server, lambda: self.engines)
-        add_standard_services(self._server, self._health, [SERVICE, *TEI_SERVICES])
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        add_standard_services(self._server, self.readiness.servicer, [SERVICE, *TEI_SERVICES])
+        await self.readiness.loading()
         self.port = self.config.tls.listen(self._server, self.config.host, self.config.port)
         await self._server.start()
 
     async def load(self) -> None:
-        """Loads the models, runs each once, and says SERVING."""
+        """Loads the models, runs each once, and says SERVING, if every encoder has answered; or as soon as it does."""
         loaded: dict[str, Engine] = {}
         for model in self.config.models:
             engine = await self._engine(model)
@@ -147,7 +147,7 @@ class DecoderServer:
             self._loops.append(task)
             loaded[engine.name] = engine
         self.engines.update(loaded)  # all at once: who is ready is ready for every name
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        await self.readiness.loaded()
 
     async def _engine(self, model: ModelConfig) -> Engine:
         loop = asyncio.get_running_loop()
@@ -185,7 +185,7 @@ class DecoderServer:
     async def stop(self, grace_seconds: float) -> None:
         """Says NOT_SERVING, accepts nothing more, lets what runs finish within the grace, then stops."""
         if self._server is not None:
-            await self._health.enter_graceful_shutdown()
+            await self.readiness.stop()
             drained = await asyncio.gather(*(engine.drain(grace_seconds) for engine in self.engines.values()))
             if not all(drained):
                 log.warning("requests were still running after %g s and are cut off", grace_seconds)
@@ -218,10 +218,8 @@ class DecoderServer:
             tls=self.config.encoder_tls,
         )
         self._encoders.append(encoder)
-        try:
-            await encoder.check()
-        except EncoderError as exc:  # it may come later; until then candidates to encode fail, each with the reason
-            log.warning("%s", exc)
+        # Where it does not answer it may come later; until then candidates to encode fail, each with the reason.
+        await self.readiness.add(encoder, model.served_name, in_process=model.encoder_in_process)
         return InlineStates(
             encoder,
             max_bytes=self.config.max_inline_cache_bytes,
@@ -236,10 +234,6 @@ class DecoderServer:
     def _passed(self, one: Pass) -> None:
         for observer in self._observers:
             observer.passed(one)
-
-    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
-        for name in ("", SERVICE):
-            await self._health.set(name, status)
 
     def _loop_ended(self, task: asyncio.Task[None]) -> None:
         """The batching loop must never end by itself; if it does, callers should hear of it rather than wait."""

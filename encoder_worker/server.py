@@ -7,7 +7,6 @@ thread for the model and a few for the tokenizer and the store.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from concurrent.futures import ThreadPoolExecutor
 
@@ -94,8 +93,7 @@ class EncoderServer:
         self._service.engine = None
         if self._loop is not None:
             self._loop.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._loop
+            await asyncio.gather(self._loop, return_exceptions=True)  # what ended it before was logged
             self._loop = None
         for threads in (self._model_thread, self._threads, self._store_threads):
             await asyncio.to_thread(threads.shutdown, wait=True, cancel_futures=True)
@@ -136,8 +134,9 @@ class EncoderServer:
     def _loop_ended(self, task: asyncio.Task[None]) -> None:
         """The batching loop must never end by itself; if it does, say so and take no more work."""
         if not task.cancelled():
-            log.critical("the batching loop ended: %r", task.exception())
+            log.critical("the batching loop ended, stopping", exc_info=task.exception())
             self._service.engine = None
+            self._saying = asyncio.create_task(self._say(health_pb2.HealthCheckResponse.NOT_SERVING))
 
 
 def _load_encoder(config: EncoderConfig) -> PassageEncoder:

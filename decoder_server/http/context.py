@@ -18,6 +18,7 @@ from decoder_server.errors import NotFound, Unavailable
 from decoder_server.http import body
 from decoder_server.http.config import ANY_MODEL, DEFAULT_NAMES, HttpConfig
 from decoder_server.http.errors import HttpError
+from decoder_server.readiness import Readiness
 from preread.client import AsyncClient
 from preread.edge.keys import ApiKeys
 
@@ -32,6 +33,7 @@ class Context:
     engines: Mapping[str, Engine]  # empty until the models have loaded; the first is the default
     store: Store
     registry: CollectorRegistry  # what /metrics shows
+    readiness: Readiness
     threads: Executor  # for whatever blocks: the store, a tokenizer
     worker: AsyncClient | None  # None: no encoder worker is configured
     keys: ApiKeys = field(default_factory=ApiKeys)  # none: whoever reaches the port may do everything
@@ -39,8 +41,9 @@ class Context:
     draining: bool = False
 
     @property
-    def ready(self) -> bool:
-        return bool(self.engines) and not self.draining
+    def unready(self) -> str:
+        """Why this gateway is not ready; "" where it is."""
+        return "the server is stopping" if self.draining else self.readiness.problem
 
     def engine(self, name: str) -> Engine:
         """

@@ -74,6 +74,7 @@ class Gateway:
             server.engines,
             server.store,
             server.metrics.registry,
+            server.readiness,
             server.threads,
             worker,
             server.keys,

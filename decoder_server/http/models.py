@@ -66,10 +66,12 @@ async def live(request: Request) -> Response:
 
 
 async def ready(request: Request) -> Response:
-    """200 once a real forward pass has succeeded and until the server stops."""
-    if not context(request).ready:
-        raise Unavailable("not ready: the model is loading, or the server is stopping")
-    return _json({"status": "ready"})
+    """200 once a real forward pass has succeeded and every encoder has answered, until the server stops."""
+    here = context(request)
+    if here.unready:
+        raise Unavailable(f"not ready: {here.unready}")
+    degraded = here.readiness.degraded
+    return _json({"status": "ready"} | ({"degraded": degraded} if degraded else {}))
 
 
 async def metrics(request: Request) -> Response:

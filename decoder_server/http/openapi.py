@@ -60,7 +60,9 @@ def document(rerank_paths: tuple[str, ...], prefixes: tuple[str, ...]) -> Schema
         "/models": {"get": _operation("server", "listModelsShort", "Models served", "Models")},
         "/info": {"get": _operation("server", "info", "The first model and the limits", "Info")},
         "/health": {"get": _operation("server", "live", "The process answers", "State")},
-        "/health/ready": {"get": _operation("server", "ready", "A real forward pass has succeeded", "State")},
+        "/health/ready": {
+            "get": _operation("server", "ready", "Ready: loaded, and every encoder has answered", "State")
+        },
         "/metrics": {"get": _text(_operation("server", "metrics", "Prometheus metrics"))},
         "/openapi.json": {"get": _operation("server", "openapi", "This document", "Object")},
         "/v1/explain": {

@@ -80,7 +80,7 @@ USAGE = _object(("total_tokens",), prompt_tokens=COUNT, total_tokens=COUNT)
 
 SCHEMAS: dict[str, Schema] = {
     "Object": {"type": "object"},
-    "State": _object(("status",), status=STRING),
+    "State": _object(("status",), status=STRING, degraded=STRING),
     "Error": _object(
         ("error", "message", "detail"),
         error=_object(

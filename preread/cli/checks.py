@@ -112,6 +112,21 @@ def _available_bytes() -> int | None:
     return int(min(kib * 1024, memory_left()))
 
 
+def proxy(addresses: Sequence[str]) -> Iterator[Finding]:
+    """Whether the environment puts a proxy between the server and its encoders elsewhere."""
+    from preread.edge.addresses import proxy_variable
+
+    name = proxy_variable()
+    if not name:
+        return
+    through = [address for address in addresses if proxy_variable(address)]
+    if through:
+        message = f"{name} is set: {', '.join(through)} is reached through that proxy; no_proxy takes hosts out of it"
+        yield Finding("proxy", State.WARN, message)
+    else:
+        yield Finding("proxy", State.OK, f"{name} is set; nothing of ours is reached through it")
+
+
 @dataclass(frozen=True)
 class Model:
     """A model that could be served: where its files are, and its encoder where it has one."""

@@ -89,6 +89,8 @@ def _findings(options: Mapping[str, Any]) -> Iterator[Finding]:
             yield from checks.store(opened, shown, identities)
     except CacheError as exc:
         yield Finding("store", State.FAIL, f"{shown}: {exc}")
+    named = [model.encoder_address for model in models] + [options["encoder_address"] or ""]
+    yield from checks.proxy([address for address in dict.fromkeys(named) if address])
     yield from _workers(options, models, {id(model): own.identity for model, own in found})
 
 
@@ -110,6 +112,7 @@ def _workers(
 def _worker(options: Mapping[str, Any], address: str, key: str | None, fingerprint: str | None) -> Finding:
     """Asks the worker who it is, as the server would."""
     from preread.client import Client, ClientOptions, PrereadError, RetryPolicy, TlsFiles
+    from preread.edge.addresses import proxy_variable
 
     files = [options[f"encoder_tls_{name}_file"] for name in ("ca", "cert", "key")]
     once = ClientOptions(
@@ -122,7 +125,9 @@ def _worker(options: Mapping[str, Any], address: str, key: str | None, fingerpri
         with Client(address, encoder_address=address, options=once) as client:
             described = client.describe()
     except PrereadError as exc:
-        return Finding("worker", State.FAIL, f"{address}: {exc}")
+        proxy = proxy_variable(address)
+        through = f" (asked through the proxy of {proxy})" if proxy else ""
+        return Finding("worker", State.FAIL, f"{address}: {exc}{through}")
     theirs = described.encoder.fingerprint
     if fingerprint is not None and theirs != fingerprint:
         message = f"{address} encodes with {theirs[:12]}, this checkpoint's encoder is {fingerprint[:12]}"

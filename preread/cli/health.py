@@ -12,6 +12,12 @@ from preread.cli.options import address_option, client_options, option, tls_opti
 
 @click.command()
 @option("--timeout-seconds", type=click.FloatRange(min=0, min_open=True), default=5.0, help="For the answer.")
+@option(
+    "--service",
+    metavar="NAME",
+    default="",
+    help="What to ask about in place of readiness: live, for liveness probes, or encoder; a reranking server has both.",
+)
 @address_option
 @tls_options
 def command(**given: Any) -> None:
@@ -34,8 +40,8 @@ def command(**given: Any) -> None:
     )
     with opened as channel:
         stub = health_pb2_grpc.HealthStub(channel)
-        answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=given["timeout_seconds"])
+        answer = stub.Check(health_pb2.HealthCheckRequest(service=given["service"]), timeout=given["timeout_seconds"])
     status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
     if answer.status != health_pb2.HealthCheckResponse.SERVING:
         raise CommandFailed(f"{address} answers {status}", UNAVAILABLE)
-    click.echo(f"{address} is ready")
+    click.echo(f"{address} is {given['service'] or 'ready'}")

@@ -216,8 +216,11 @@ async def _run(
         await _introduce(server, store, halves.local)
         if gateway is not None:
             say(gateway_line(gateway))
-        say(f"ready        in {time.monotonic() - started:.1f} s")
-        await stop
+        if server.readiness.problem:
+            say(f"waiting      not ready: {server.readiness.problem}")
+        if await started_unless_told(server.readiness.wait(), stop):
+            say(f"ready        in {time.monotonic() - started:.1f} s")
+            await stop
         say(f"stopping     requests under way have {options['grace_seconds']:g} s to finish")
         stops = [server.stop(options["grace_seconds"])]
         if gateway is not None:

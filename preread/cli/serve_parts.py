@@ -58,7 +58,9 @@ async def encoder_halves(
             else:
                 port = 0 if registries else options["encoder_port"]
                 worker = await stack.enter_async_context(_worker(options, model, port, store, keys, own))
-                placed.append(replace(model, encoder_address=f"127.0.0.1:{worker.port}", encoder_api_key=own))
+                address = f"127.0.0.1:{worker.port}"
+                here = replace(model, encoder_address=address, encoder_api_key=own, encoder_in_process=True)
+                placed.append(here)
                 registries.append(worker.metrics.registry)
                 local.append(placed[-1].encoder_address)
         # One process, one scrape: names may not repeat, so the first worker's figures are the ones shown.

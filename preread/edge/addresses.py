@@ -7,6 +7,7 @@ import os
 import re
 import socket
 from collections.abc import Mapping
+from urllib.parse import unquote
 
 # What gRPC reads, the first that is set. Other libraries read more; none of them connects to our own servers.
 PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
@@ -15,7 +16,7 @@ _LOCAL_SCHEMES = ("unix:", "unix-abstract:")
 
 def host_of(target: str) -> str:
     """The host of `host:port`, or of a gRPC target such as dns:///name:port or ipv6:[::1]:50051; no brackets."""
-    rest = re.sub(r"^(dns:(//[^/]*/)?|ipv[46]:)", "", target.strip())
+    rest = re.sub(r"^(dns:(//[^/]*/)?|ipv[46]:)", "", unquote(target.strip()))
     if rest.startswith("["):
         return rest[1:].partition("]")[0]
     return rest if rest.count(":") > 1 else rest.partition(":")[0]
@@ -49,10 +50,32 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     return (found.ipv4_mapped or found) if isinstance(found, ipaddress.IPv6Address) else found
 
 
-def proxy_variable(environment: Mapping[str, str] | None = None) -> str:
-    """Name of the variable that gives gRPC a proxy; "" where none does."""
+def proxy_variable(target: str = "", environment: Mapping[str, str] | None = None) -> str:
+    """Name of the variable whose proxy gRPC would reach a target through; "" where it would ask it directly.
+
+    Args:
+        target: "": any that is elsewhere and not named in no_proxy.
+    """
     environment = os.environ if environment is None else environment
-    return next((name for name in PROXY_VARIABLES if environment.get(name)), "")
+    name = next((name for name in PROXY_VARIABLES if environment.get(name)), "")
+    return "" if target and (is_loopback(target) or _excepted(host_of(target), environment)) else name
+
+
+def _excepted(host: str, environment: Mapping[str, str]) -> bool:
+    """Whether no_proxy names a host: by the end of its name, or by a network it is in."""
+    address = _address(host)
+    for entry in (environment.get("no_grpc_proxy") or environment.get("no_proxy") or "").split(","):
+        if not (wanted := entry.strip()):
+            continue
+        if host.lower().endswith(wanted.lower()):
+            return True
+        if "/" in wanted and address is not None:
+            try:
+                if address in ipaddress.ip_network(wanted, strict=False):
+                    return True
+            except ValueError:  # no network
+                continue
+    return False
 
 
 def proxy_options(target: str) -> list[tuple[str, int]]:

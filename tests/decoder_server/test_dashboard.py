@@ -47,6 +47,7 @@ async def exported(serve) -> dict[str, set[str]]:
         await serving.rerank(ids=["p1"])
         serving.server.metrics.passed(Pass(1, 1, 1, 1, 0.1))
         serving.server.metrics.http(200, 0.1)
+        serving.server.metrics.encoder_up("tiny", True)
         trail = Trail(degraded="queue", stopped_early=True)
         serving.server.metrics.answered(Answered(RerankRequest("q", ()), "tiny", "ok", 0.0, 1.0, None, trail))
         found = samples(serving.server.metrics.registry)

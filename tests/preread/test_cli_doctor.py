@@ -93,3 +93,21 @@ def test_doctor_sees_a_running_worker(server_pair, name: str) -> None:
         "--model", server_pair.checkpoint, "--store", server_pair.store, "--encoder-address", address
     )
     assert states["worker"] == ("ok" if name == "worker" else "fail"), answer.stdout
+
+
+def test_a_proxy_in_the_environment(server_pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dead one: what is on this machine is reached without it, a worker elsewhere is not, and doctor says why."""
+    monkeypatch.setenv("http_proxy", "http://user:secret@127.0.0.1:9")
+    arguments = ["--model", server_pair.checkpoint, "--store", "memory:"]
+    answer, states = doctor(*arguments, "--encoder-address", server_pair.encoder_address)
+    assert (states["worker"], states["proxy"]) == ("ok", "ok"), answer.output
+    assert "http_proxy" in answer.output
+    health = ["health", "--address", server_pair.address]
+    for service in ("", "live", "encoder"):
+        assert CliRunner().invoke(cli, [*health, "--service", service]).exit_code == 0
+    assert CliRunner().invoke(cli, [*health, "--service", "unknown"]).exit_code != 0
+
+    answer, states = doctor(*arguments, "--encoder-address", "worker.invalid:50052")
+    assert (states["worker"], states["proxy"], answer.exit_code) == ("fail", "warn", 1)
+    assert answer.output.count("http_proxy") == 2
+    assert "secret" not in answer.output

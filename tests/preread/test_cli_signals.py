@@ -159,3 +159,22 @@ def test_a_process_without_standard_streams(tiny_checkpoint: Path) -> None:
     os.close(write)
     with open(read, "rb") as said:
         assert said.read() == b"/dev/null /dev/null /dev/null"
+
+
+def test_a_server_whose_encoder_is_away_waits_and_can_be_stopped(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Behind a proxy that is dead, which the log names."""
+    line = [sys.executable, "-m", "preread", "serve", "--model", str(tiny_checkpoint), "--store", f"faiss:{tmp_path}"]
+    line += ["--port", "0", "--threads", "1", "--dtype", "float32", "--encoder-address", "worker.invalid:50052"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "http_proxy": "http://127.0.0.1:9"}
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            assert process.stdout is not None
+            seen = next((said for said in process.stdout if said.startswith(("waiting", "ready"))), "")
+            assert seen.startswith("waiting      not ready: an encoder does not answer")
+            process.send_signal(signal.SIGTERM)
+            said, errors = process.communicate(timeout=60)
+            assert (process.returncode, "ready  " in said) == (0, False)
+            assert "worker.invalid" in errors
+            assert "http_proxy is set" in errors
+        finally:
+            process.kill()

@@ -35,6 +35,14 @@ def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
     server.stop(0).wait()
 
 
+def test_a_collector_on_this_machine_is_reached_without_the_environments_proxy(collector, monkeypatch) -> None:
+    monkeypatch.setenv("grpc_proxy", "http://127.0.0.1:9")  # nothing listens there
+    tracer, shutdown = make_tracer("preread")
+    tracer.start_span("rerank").end()
+    shutdown()
+    assert len(collector.requests) == 1
+
+
 @pytest.mark.parametrize("name", [None, "search-reranker"])
 def test_spans_arrive(collector: Collector, monkeypatch: pytest.MonkeyPatch, name: str | None) -> None:
     if name is not None:

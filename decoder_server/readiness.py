@@ -1,0 +1,154 @@
+"""What a server says of itself to probes: ready, alive, and whether its encoders answer.
+
+    ready     loaded, not stopping; every encoder has answered since the start, and one in this process answers now
+    live      loaded, and a restart would not mend anything
+    encoder   every encoder answers now
+
+An encoder elsewhere may go away later without costing readiness: stored states are ranked without it, and every server
+would go out of service together. One that never answered is a wrong address, key or proxy, at which a rollout should
+stop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from grpc_health.v1 import health, health_pb2
+
+from decoder_server.encoder_client import EncoderClient, EncoderError
+from preread.edge.addresses import proxy_variable
+
+log = logging.getLogger(__name__)
+
+LIVE, ENCODER = "live", "encoder"  # names for health checks, beside those of services
+WATCH_SECONDS = 5.0  # between questions to an encoder that answers
+RETRY_SECONDS = 1.0  # to one that does not
+
+
+@dataclass(eq=False, slots=True)
+class _Encoder:
+    client: EncoderClient
+    model: str
+    in_process: bool
+    answered: bool = False  # at any time
+    problem: str = "has not been asked"  # "": it answered when it was last asked
+
+    @property
+    def needed(self) -> bool:
+        return self.in_process or not self.answered
+
+
+class Readiness:
+    """Of one server. `servicer` answers gRPC's health checks with it."""
+
+    def __init__(self, services: Sequence[str], encoder_up: Callable[[str, bool], None] = lambda _, __: None) -> None:
+        """
+        Args:
+            services: names that are SERVING where the server is ready.
+            encoder_up: hears of every answer: the model's name, and whether its encoder answers.
+        """
+        self.servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing in grpc-stubs
+        self._services = ("", *services)
+        self._encoder_up = encoder_up
+        self._encoders: list[_Encoder] = []
+        self._loaded = self._stopping = False
+        self._changed = asyncio.Event()
+        self._watching: asyncio.Task[None] | None = None
+
+    @property
+    def problem(self) -> str:
+        """Why the server is not ready, for anyone to read; "" where it is."""
+        if self._stopping:
+            return "the server is stopping"
+        if not self._loaded:
+            return "the model is loading"
+        if any(one.problem and one.needed for one in self._encoders):
+            return "an encoder does not answer; the server's log has the cause"
+        return ""
+
+    @property
+    def degraded(self) -> str:
+        """What a ready server cannot do at present; "" where it can do everything."""
+        if any(one.problem for one in self._encoders):
+            return "an encoder does not answer: texts are not encoded on demand, stored passages are ranked"
+        return ""
+
+    async def wait(self) -> None:
+        """Returns when the server is ready."""
+        while self.problem:
+            self._changed.clear()
+            await self._changed.wait()
+
+    async def add(self, client: EncoderClient, model: str, *, in_process: bool) -> None:
+        """Another encoder to watch, which is asked now.
+
+        Raises:
+            ValueError: it is another encoder than the model was made for.
+        """
+        one = _Encoder(client, model, in_process)
+        self._encoders.append(one)
+        await self._ask(one)
+
+    async def loading(self) -> None:
+        await self._publish()
+
+    async def loaded(self) -> None:
+        self._loaded = True
+        await self._publish()
+        if self._encoders:
+            self._watching = asyncio.create_task(self._watch())
+
+    async def stop(self) -> None:
+        """Not ready from here on, whatever comes."""
+        self._stopping = True
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
+        await self.servicer.enter_graceful_shutdown()
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(RETRY_SECONDS if any(one.problem for one in self._encoders) else WATCH_SECONDS)
+            for one in self._encoders:
+                try:
+                    await self._ask(one)
+                except Exception as exc:  # such as another encoder than the model's; the next question must come
+                    self._heard(one, str(exc) or type(exc).__name__)
+            await self._publish()
+
+    async def _ask(self, one: _Encoder) -> None:
+        try:
+            await one.client.check()
+        except EncoderError as exc:
+            self._heard(one, str(exc))
+        else:
+            self._heard(one, "")
+
+    def _heard(self, one: _Encoder, problem: str) -> None:
+        if problem and one.problem != problem:
+            log.warning("%s%s", problem, _proxied(one.client.address))
+        elif one.problem and not problem and one.answered:
+            log.warning("encoder worker %s answers again", one.client.address)
+        one.problem = problem
+        one.answered = one.answered or not problem
+        self._encoder_up(one.model, not problem)
+
+    async def _publish(self) -> None:
+        status = health_pb2.HealthCheckResponse
+        ready = status.NOT_SERVING if self.problem else status.SERVING
+        broken = any(one.problem and one.in_process for one in self._encoders)
+        for name in self._services:
+            await self.servicer.set(name, ready)
+        await self.servicer.set(LIVE, status.SERVING if self._loaded and not broken else status.NOT_SERVING)
+        if self._encoders:
+            await self.servicer.set(ENCODER, status.NOT_SERVING if self.degraded else status.SERVING)
+        self._changed.set()
+
+
+def _proxied(address: str) -> str:
+    """The proxy that the environment puts in front of a worker elsewhere, where there is one, for the log."""
+    name = proxy_variable(address)
+    return f" ({name} is set, so it is asked through that proxy; no_proxy takes hosts out of it)" if name else ""
