@@ -32,6 +32,7 @@ from decoder_server.request import (
     OnMiss,
     Outcome,
     RerankRequest,
+    Status,
     Summary,
     Timings,
     check,
@@ -239,15 +240,19 @@ class Engine:
         if not request.return_text:
             return outcomes
         texts: dict[str, str | None] = {}
-        inline = {candidate.index: candidate.text for candidate in request.candidates if candidate.text}
-        ids = [o.passage_id for o in outcomes if o.index not in inline and o.passage_id]
+        # A text over the limit is not sent back: its status says why it was not read.
+        wanting = [one for one in outcomes if one.status is not Status.TOO_LONG]
+        given = {candidate.index: candidate.text for candidate in request.candidates if candidate.text}
+        inline = {one.index: given[one.index] for one in wanting if one.index in given}
+        ids = [one.passage_id for one in wanting if one.index not in inline and one.passage_id]
         if ids and wanted.collection is not None and wanted.collection.manifest.stores_text:
             try:
                 get = wanted.collection.get_texts
                 texts = dict(zip(ids, await self.call(read_unless_unavailable, wanted, get, ids), strict=True))
             except CacheError:  # the scores are there; a text that cannot be read is left out
                 texts = {}
-        return [dataclasses.replace(o, text=inline.get(o.index, texts.get(o.passage_id))) for o in outcomes]
+        found = {one.index: inline.get(one.index, texts.get(one.passage_id)) for one in wanting}
+        return [dataclasses.replace(one, text=found.get(one.index)) for one in outcomes]
 
     async def call(self, function: Callable[..., T], *args: object) -> T:
         """Runs what blocks, off the event loop and off the model's thread."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
+from itertools import chain
 
 from cache.manifest import Manifest
 from checkpoint import EncoderIdentity
 from decoder_server.catalogue import Described
 from decoder_server.engine import Engine
+from decoder_server.errors import InvalidRequest
 from decoder_server.request import Candidate, Degraded, OnMiss, Outcome, RerankRequest, Status, Summary, Timings
 from decoder_server.warming import ANY_QUERY, Warmed
 from preread.client.stages import Stage
+from preread.edge.messages import joined
+from preread.edge.steps import SMALL_BYTES, Pace
 from preread.v1 import common_pb2, rerank_pb2
 
 _ON_MISS = {
@@ -22,18 +26,23 @@ _ON_MISS = {
 _STATUS = {status: f"CANDIDATE_STATUS_{status.name}" for status in Status}
 
 
-def unpack_request(message: rerank_pb2.RerankRequest) -> RerankRequest:
-    """Proto3's empty values become None where they mean the default."""
+async def unpack_request(message: rerank_pb2.RerankRequest, max_candidates: int) -> RerankRequest:
+    """Proto3's empty values become None where they mean the default.
+
+    Raises:
+        InvalidRequest: more candidates than a request may have.
+    """
+    _check_count("candidates", message.candidates, max_candidates)
+    _check_count("stages", message.stages, max_candidates)
+    candidates = []
+    pace = Pace()
+    for index, candidate in enumerate(message.candidates):
+        text = candidate.text if candidate.HasField("text") else None
+        candidates.append(Candidate(index, candidate.passage_id or None, text))
+        await pace.worked(len(text or ""))
     return RerankRequest(
         query=message.query,
-        candidates=tuple(
-            Candidate(
-                index,
-                candidate.passage_id if candidate.passage_id else None,
-                candidate.text if candidate.HasField("text") else None,
-            )
-            for index, candidate in enumerate(message.candidates)
-        ),
+        candidates=tuple(candidates),
         instruction=message.instruction if message.HasField("instruction") else None,
         collection=message.collection or None,
         top_n=message.top_n,
@@ -45,8 +54,18 @@ def unpack_request(message: rerank_pb2.RerankRequest) -> RerankRequest:
     )
 
 
-def unpack_warm(message: rerank_pb2.WarmRequest) -> RerankRequest:
-    """A request for the same passages; its query stands for those to come."""
+def _check_count(field: str, values: Sized, limit: int) -> None:
+    if len(values) > limit:
+        raise InvalidRequest(field, f"{len(values)} of them", f"1..{limit}")
+
+
+def unpack_warm(message: rerank_pb2.WarmRequest, max_candidates: int) -> RerankRequest:
+    """A request for the same passages; its query stands for those to come.
+
+    Raises:
+        InvalidRequest: more ids than a request may have candidates.
+    """
+    _check_count("candidates", message.passage_ids, max_candidates)
     return RerankRequest(
         query=ANY_QUERY,
         candidates=tuple(Candidate(index, passage_id, None) for index, passage_id in enumerate(message.passage_ids)),
@@ -72,7 +91,19 @@ def pack_warmed(model: str, warmed: Warmed) -> rerank_pb2.WarmResponse:
     )
 
 
-def pack_response(outcomes: Sequence[Outcome], summary: Summary) -> rerank_pb2.RerankResponse:
+async def pack_response(outcomes: Sequence[Outcome], summary: Summary) -> rerank_pb2.RerankResponse | bytes:
+    """The message, or its bytes where it holds long texts."""
+    if not _is_long(outcomes):
+        return _pack_response(outcomes, summary)
+    parts = (rerank_pb2.RerankResponse(results=[_pack_outcome(outcome)]) for outcome in outcomes)
+    return await joined(chain([_pack_response((), summary)], parts))
+
+
+def _is_long(outcomes: Sequence[Outcome]) -> bool:
+    return sum(len(outcome.text or "") for outcome in outcomes) > SMALL_BYTES
+
+
+def _pack_response(outcomes: Sequence[Outcome], summary: Summary) -> rerank_pb2.RerankResponse:
     return rerank_pb2.RerankResponse(
         results=[_pack_outcome(outcome) for outcome in outcomes],
         model=summary.model,
@@ -87,7 +118,14 @@ def pack_response(outcomes: Sequence[Outcome], summary: Summary) -> rerank_pb2.R
     )
 
 
-def pack_batch(outcomes: Sequence[Outcome]) -> rerank_pb2.RerankStreamResponse:
+async def pack_batch(outcomes: Sequence[Outcome]) -> rerank_pb2.RerankStreamResponse | bytes:
+    """The message, or its bytes where it holds long texts."""
+    if not _is_long(outcomes):
+        return _pack_batch(outcomes)
+    return await joined(_pack_batch([outcome]) for outcome in outcomes)
+
+
+def _pack_batch(outcomes: Sequence[Outcome]) -> rerank_pb2.RerankStreamResponse:
     results = [_pack_outcome(outcome) for outcome in outcomes]
     return rerank_pb2.RerankStreamResponse(batch=rerank_pb2.RerankStreamResponse.Batch(results=results))
 

@@ -26,7 +26,7 @@ from decoder_server.errors import (
     RerankError,
     Unavailable,
 )
-from decoder_server.request import Outcome, RerankRequest
+from decoder_server.request import Outcome
 from decoder_server.warming import warm
 from preread import rpc
 from preread.v1 import rerank_pb2, rerank_pb2_grpc
@@ -54,21 +54,23 @@ class RerankService(rerank_pb2_grpc.RerankServiceServicer):
         self, request: rerank_pb2.RerankRequest, context: Context
     ) -> rerank_pb2.RerankResponse:
         try:
-            wanted = messages.unpack_request(request)
-            outcomes, summary = await self._engine(wanted).rerank(wanted, deadline=deadline_of(context))
+            engine = self._engine(request.model)
+            wanted = await messages.unpack_request(request, engine.limits.max_candidates)
+            outcomes, summary = await engine.rerank(wanted, deadline=deadline_of(context))
         except RerankError as exc:
             await abort(context, exc)
-        return messages.pack_response(outcomes, summary)
+        return await messages.pack_response(outcomes, summary)  # type: ignore[return-value]  # or its bytes: edge/handlers
 
     async def RerankStream(  # type: ignore[override]  # noqa: N802  # the stubs know generators only; grpc.aio takes writers too
         self, request: rerank_pb2.RerankStreamRequest, context: Context
     ) -> None:
         async def emit(outcomes: list[Outcome]) -> None:
-            await context.write(messages.pack_batch(outcomes))
+            await context.write(await messages.pack_batch(outcomes))
 
         try:
-            wanted = messages.unpack_request(request.request)
-            _, summary = await self._engine(wanted).rerank(wanted, deadline=deadline_of(context), emit=emit)
+            engine = self._engine(request.request.model)
+            wanted = await messages.unpack_request(request.request, engine.limits.max_candidates)
+            _, summary = await engine.rerank(wanted, deadline=deadline_of(context), emit=emit)
         except RerankError as exc:
             await abort(context, exc)
         await context.write(messages.pack_summary(summary))
@@ -92,16 +94,16 @@ class RerankService(rerank_pb2_grpc.RerankServiceServicer):
         self, request: rerank_pb2.WarmRequest, context: Context
     ) -> rerank_pb2.WarmResponse:
         try:
-            wanted = messages.unpack_warm(request)
-            engine = self._engine(wanted)
+            engine = self._engine(request.model)
+            wanted = messages.unpack_warm(request, engine.limits.max_candidates)
             return messages.pack_warmed(engine.name, await warm(engine, wanted))
         except RerankError as exc:
             await abort(context, exc)
 
-    def _engine(self, request: RerankRequest) -> Engine:
+    def _engine(self, name: str) -> Engine:
         if not self.engines:
             raise Unavailable("this server is still loading its model")
-        name = request.model or next(iter(self.engines))
+        name = name or next(iter(self.engines))
         if name not in self.engines:
             raise NotFound("model", name, f"model is {name[:100]!r}; served here: {', '.join(self.engines)}")
         return self.engines[name]

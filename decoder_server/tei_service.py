@@ -5,17 +5,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from typing import Any
 
 import grpc
 
 from decoder_server.engine import Engine
-from decoder_server.errors import RerankError, Unavailable
+from decoder_server.errors import InvalidRequest, RerankError, Unavailable
 from decoder_server.floor import every_scored
 from decoder_server.request import Candidate, RerankRequest
 from decoder_server.service import abort, deadline_of
+from preread.edge.messages import joined
+from preread.edge.steps import Pace
 from preread.tei.v1 import tei_pb2, tei_pb2_grpc
 
 SERVICES = tuple(service.full_name for service in tei_pb2.DESCRIPTOR.services_by_name.values())
@@ -35,7 +38,7 @@ class _Rerank(tei_pb2_grpc.RerankServicer):
         self._engines = engines
 
     async def Rerank(self, request: tei_pb2.RerankRequest, context: _Context) -> tei_pb2.RerankResponse:  # noqa: N802
-        return await self._answer(list(request.texts), request, context)
+        return await self._answer(request.texts, request, context)
 
     async def RerankStream(  # noqa: N802
         self, request_iterator: AsyncIterator[tei_pb2.RerankStreamRequest], context: _Context
@@ -51,13 +54,20 @@ class _Rerank(tei_pb2_grpc.RerankServicer):
         return await self._answer(texts, first or tei_pb2.RerankStreamRequest(), context)
 
     async def _answer(
-        self, texts: list[str], flags: tei_pb2.RerankRequest | tei_pb2.RerankStreamRequest, context: _Context
+        self, texts: Sequence[str], flags: tei_pb2.RerankRequest | tei_pb2.RerankStreamRequest, context: _Context
     ) -> tei_pb2.RerankResponse:
         try:
             engine = _first(self._engines())
+            if len(texts) > engine.limits.max_candidates:
+                raise InvalidRequest("texts", f"{len(texts)} of them", f"1..{engine.limits.max_candidates}")
+            candidates = []
+            pace = Pace()
+            for index, text in enumerate(texts):
+                candidates.append(Candidate(index, None, text))
+                await pace.worked(len(text))
             wanted = RerankRequest(
                 query=flags.query,
-                candidates=tuple(Candidate(i, None, text) for i, text in enumerate(texts)),
+                candidates=tuple(candidates),
                 return_text=flags.return_text,
             )
             outcomes, summary = await engine.rerank(wanted, deadline=deadline_of(context))
@@ -65,20 +75,21 @@ class _Rerank(tei_pb2_grpc.RerankServicer):
             scored = every_scored(outcomes, summary, lambda index: f"texts[{index}]", encodes_on_demand=encodes)
         except RerankError as exc:
             await abort(context, exc)
-        ranks = [
+        ranks = (
             tei_pb2.Rank(index=o.index, text=o.text, score=o.margin if flags.raw_scores else o.score) for o in scored
-        ]
+        )
         timings = summary.timings
-        return tei_pb2.RerankResponse(
-            ranks=ranks,
+        response = tei_pb2.RerankResponse(
             metadata=tei_pb2.Metadata(
-                compute_chars=sum(map(len, texts)),
+                compute_chars=sum(len(candidate.text or "") for candidate in candidates),
                 compute_tokens=summary.num_scored * summary.num_query_tokens + summary.num_passage_tokens,
                 total_time_ns=int(timings.total_seconds * 1e9),
                 queue_time_ns=int(timings.queue_seconds * 1e9),
                 inference_time_ns=int((timings.encode_seconds + timings.compute_seconds) * 1e9),
             ),
         )
+        parts = (tei_pb2.RerankResponse(ranks=[rank]) for rank in ranks)
+        return await joined(chain([response], parts))  # type: ignore[return-value]  # bytes: edge/handlers
 
 
 class _Info(tei_pb2_grpc.InfoServicer):

@@ -36,9 +36,15 @@ def reading_raw(handler: Any, function: Callable[..., Any]) -> Any:
     """A handler that gives `function` the request's messages as an iterator of bytes, also where there is only one.
 
     gRPC calls it when the call begins, where it would otherwise wait for the message and parse it first. A caller
-    cannot tell the difference: on the wire both are the same.
+    cannot tell the difference: on the wire both are the same. Its responses are messages, or their bytes.
     """
-    return _MAKERS[True, bool(handler.response_streaming)](function, None, handler.response_serializer)
+    serialize = handler.response_serializer
+
+    def serialized(response: Any) -> bytes:
+        data: bytes = response if isinstance(response, bytes) else serialize(response)
+        return data
+
+    return _MAKERS[True, bool(handler.response_streaming)](function, None, serialized)
 
 
 def _shape(handler: Any) -> tuple[bool, bool]:

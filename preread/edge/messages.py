@@ -10,18 +10,21 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from typing import Any
 
 import grpc
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
 from preread import rpc
 from preread.edge.handlers import function_of, reading_raw
+from preread.edge.steps import SMALL_BYTES, Pace, Step, stepped
 
 log = logging.getLogger(__name__)
 
+MAX_FIELDS = 1_000_000  # of a message, those of its submessages too: of a candidate, three
+_SIZES = {1: 8, 3: 0, 4: 0, 5: 4}  # by wire type, of what needs no look at the bytes
 MESSAGE_SECONDS = 120.0  # until the message of a unary call is complete; a caller who stalls would hold a place
 
 # (method as /package.Service/Method, bytes of one message); awaited before they are parsed
@@ -89,7 +92,10 @@ class MessageInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] 
     ) -> AsyncIterator[Any]:
         async for data in raw:
             await self._check(method, data)
-            yield _parse(data, parse)
+            if len(data) <= SMALL_BYTES or parse is None:
+                yield _parse(data, parse)
+            else:
+                yield await stepped(_parse_large, data, parse)
 
     async def _only(self, messages: AsyncIterator[Any]) -> Any:
         try:
@@ -114,6 +120,75 @@ async def _refuse(context: Any, method: str, error: InvalidMessage) -> None:
         context.set_code(grpc.StatusCode.RESOURCE_EXHAUSTED)
         log.warning("%s: a message is over the size limit or badly compressed", method)
         raise asyncio.CancelledError from None
+
+
+def _parse_large(step: Step, data: bytes, parse: Callable[[bytes], Any]) -> Any:
+    described = getattr(getattr(parse, "__self__", None), "DESCRIPTOR", None)
+    _count_fields(step, data, described)
+    return _parse(data, parse)
+
+
+def _count_fields(step: Step, data: bytes, described: Any) -> None:
+    """Bounds what a message is made of, before anything is: 64 MiB may hold 33 million empty submessages.
+
+    Ends quietly where the bytes are no message: parsing ends there too.
+
+    Raises:
+        InvalidMessage: more than MAX_FIELDS.
+    """
+    num_fields = 0
+    ranges = [(0, len(data), described)]
+    while ranges:
+        at, end, message = ranges.pop()
+        nested = {field.number: field.message_type for field in message.fields if field.message_type} if message else {}
+        try:
+            while at < end:
+                num_fields += 1
+                if num_fields > MAX_FIELDS:
+                    text = f"a message has more than {MAX_FIELDS:,} fields; expected at most that, in all it holds"
+                    raise InvalidMessage(text)
+                if not num_fields % 1000:
+                    step()
+                key, at = _varint(data, at)
+                kind = key & 7
+                if kind == 2:
+                    size, at = _varint(data, at)
+                    if nested.get(key >> 3) is not None:
+                        ranges.append((at, min(at + size, end), nested[key >> 3]))
+                    at += size
+                elif kind == 0:
+                    _, at = _varint(data, at)
+                else:
+                    at += _SIZES[kind]
+        except (IndexError, KeyError):
+            continue
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """A number of up to ten bytes, and where it ends."""
+    value = data[at]
+    if value < 0x80:
+        return value, at + 1
+    value &= 0x7F
+    for shift in range(7, 70, 7):
+        at += 1
+        value |= (data[at] & 0x7F) << shift
+        if data[at] < 0x80:
+            return value, at + 1
+    raise IndexError
+
+
+async def joined(messages: Iterable[Message]) -> bytes:
+    """One message of several of its type: protobuf reads the bytes of each behind the other as one.
+
+    What a message of many texts costs is shared out between turns of the event loop.
+    """
+    parts: list[bytes] = []
+    pace = Pace()
+    for message in messages:
+        parts.append(message.SerializeToString())
+        await pace.worked(len(parts[-1]))
+    return b"".join(parts)
 
 
 def _parse(data: bytes, parse: Callable[[bytes], Any] | None) -> Any:

@@ -76,3 +76,17 @@ async def stepped(function: Callable[Concatenate[Step, P], T], *args: P.args, **
     except asyncio.CancelledError:
         steps.abandoned = True
         raise
+
+
+class Pace:
+    """On the event loop: work whose parts are short, with a turn for others in between."""
+
+    def __init__(self) -> None:
+        self._num_bytes = 0
+
+    async def worked(self, num_bytes: int) -> None:
+        """After a part of it, over so many bytes."""
+        self._num_bytes += num_bytes + 100
+        if self._num_bytes >= SMALL_BYTES * 4:
+            self._num_bytes = 0
+            await asyncio.sleep(0)

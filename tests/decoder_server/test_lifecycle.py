@@ -156,7 +156,9 @@ async def test_a_deadline_is_kept_without_the_transport(serve, gated, texts, mak
     async with serve(backend=gated) as serving:
         gated.gate.clear()
         with pytest.raises(DeadlineExceeded):
-            await serving.engine.rerank(unpack_request(make_request(ids=texts)), deadline=time.monotonic() + 0.05)
+            await serving.engine.rerank(
+                await unpack_request(make_request(ids=texts), 1000), deadline=time.monotonic() + 0.05
+            )
 
 
 async def test_who_cancels_is_dropped_before_the_next_pass(serve, gated, texts) -> None:

@@ -65,7 +65,7 @@ def test_grpc_and_a_client_from_before(running: Any, margins: tuple[float, float
             assert stub.Rerank(request).results[0].margin == pytest.approx(margins[which], abs=1e-4)
     for given in (None, ""):
         warm = rerank_pb2.WarmRequest(passage_ids=["a"], collection="docs", instruction=given)
-        assert messages.unpack_warm(warm).instruction == given
+        assert messages.unpack_warm(warm, 1000).instruction == given
 
 
 def test_the_client_and_the_command(running: Any, margins: tuple[float, float], tmp_path: Path) -> None:
