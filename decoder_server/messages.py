@@ -39,7 +39,7 @@ async def unpack_request(message: rerank_pb2.RerankRequest, max_candidates: int)
     for index, candidate in enumerate(message.candidates):
         text = candidate.text if candidate.HasField("text") else None
         candidates.append(Candidate(index, candidate.passage_id or None, text))
-        await pace.worked(len(text or ""))
+        await pace.worked()
     return RerankRequest(
         query=message.query,
         candidates=tuple(candidates),

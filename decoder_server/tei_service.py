@@ -64,7 +64,7 @@ class _Rerank(tei_pb2_grpc.RerankServicer):
             pace = Pace()
             for index, text in enumerate(texts):
                 candidates.append(Candidate(index, None, text))
-                await pace.worked(len(text))
+                await pace.worked()
             wanted = RerankRequest(
                 query=flags.query,
                 candidates=tuple(candidates),

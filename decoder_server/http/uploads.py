@@ -16,12 +16,10 @@ from decoder_server.http import body
 from decoder_server.http.context import too_slow
 from decoder_server.http.fields import HALF_A_PAIR, Fields, is_utf8
 from preread.client import Passage, UpsertResult
-from preread.edge.steps import Step
+from preread.edge.steps import Pace, Step
 from preread.passages import join_title
 
 NDJSON = ("application/x-ndjson", "application/ndjson", "application/jsonl", "application/x-jsonlines")
-
-LINES_AT_ONCE = 100
 
 
 async def from_lines(
@@ -53,7 +51,11 @@ async def from_lines(
             break
         waited = 0.0 if b"\n" in chunk else waited + time.monotonic() - began
         start = len(rest)  # what was there holds no line end
+        if not start and not too_long and not chunk.strip():  # nothing but empty lines
+            number += chunk.count(b"\n")
+            continue
         rest += chunk
+        pace = Pace()
         while (end := rest.find(b"\n", start)) >= 0:
             number += 1
             too_long = too_long or end > max_line_bytes
@@ -65,8 +67,7 @@ async def from_lines(
                 too_long = False
             elif line:
                 yield _passage(await body.parse(line, f"line {number}"), f"line {number}")
-            if not number % LINES_AT_ONCE:
-                await asyncio.sleep(0)  # many short lines arrive together
+            await pace.worked()  # many short lines arrive together
         if len(rest) > max_line_bytes:
             too_long = True
             rest.clear()

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import secrets
 import socket
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,6 +27,7 @@ KEEP_ALIVE_SECONDS = 75  # longer than the minute that proxies keep an idle conn
 HEADER_SECONDS = 10.0  # from a connection, or the first byte of a further request, to the end of its header
 # h11 reads a chunk in 20 microseconds: of a body in chunks of one byte this much takes 10 ms.
 SLICE_BYTES = 2048
+SHORT_SECONDS = 0.001  # a slice that took longer is followed by a rest
 
 # (status, message) -> content type and body
 Refusal = Callable[[int, str], tuple[str, bytes]]
@@ -126,13 +128,15 @@ class Protocol(H11Protocol):
         """Reads one slice; the next one after everybody else had a turn."""
         if self.transport.is_closing():
             self._received.clear()
+        began = time.perf_counter()
         if self._received:
             super().data_received(self._received.popleft())
             self._watch()
         if self._received:
             self.flow.held = True
             self.transport.pause_reading()
-            self.loop.call_soon(self._read_on)
+            seconds = time.perf_counter() - began
+            self.loop.call_later(seconds if seconds > SHORT_SECONDS else 0, self._read_on)
         elif self.flow.held:
             self.flow.held = False
             if not self.flow.read_paused and not self.transport.is_closing():

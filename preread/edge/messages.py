@@ -8,6 +8,7 @@ ends the call with a status, and never with the text of an exception.
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
@@ -23,7 +24,7 @@ from preread.edge.steps import SMALL_BYTES, Pace, Step, stepped
 
 log = logging.getLogger(__name__)
 
-MAX_FIELDS = 1_000_000  # of a message, those of its submessages too: of a candidate, three
+MAX_FIELDS = 250_000  # of a message, those of its submessages too: of a candidate, three
 _SIZES = {1: 8, 3: 0, 4: 0, 5: 4}  # by wire type, of what needs no look at the bytes
 MESSAGE_SECONDS = 120.0  # until the message of a unary call is complete; a caller who stalls would hold a place
 
@@ -137,31 +138,41 @@ def _count_fields(step: Step, data: bytes, described: Any) -> None:
         InvalidMessage: more than MAX_FIELDS.
     """
     num_fields = 0
-    ranges = [(0, len(data), described)]
-    while ranges:
-        at, end, message = ranges.pop()
-        nested = {field.number: field.message_type for field in message.fields if field.message_type} if message else {}
-        try:
-            while at < end:
-                num_fields += 1
-                if num_fields > MAX_FIELDS:
-                    text = f"a message has more than {MAX_FIELDS:,} fields; expected at most that, in all it holds"
-                    raise InvalidMessage(text)
-                if not num_fields % 1000:
-                    step()
-                key, at = _varint(data, at)
-                kind = key & 7
-                if kind == 2:
-                    size, at = _varint(data, at)
-                    if nested.get(key >> 3) is not None:
-                        ranges.append((at, min(at + size, end), nested[key >> 3]))
-                    at += size
-                elif kind == 0:
-                    _, at = _varint(data, at)
+    at, end, nested = 0, len(data), _nested(described)
+    outer: list[tuple[int, dict[int, Any]]] = []  # ends of the messages around, and what is nested in them
+    try:
+        while True:
+            while at >= end:
+                if not outer:
+                    return
+                end, nested = outer.pop()
+            num_fields += 1
+            if num_fields > MAX_FIELDS:
+                text = f"a message has more than {MAX_FIELDS:,} fields; expected at most that, in all it holds"
+                raise InvalidMessage(text)
+            if not num_fields % 500:
+                step()
+            key, at = _varint(data, at)
+            kind = key & 7
+            if kind == 2:
+                size, at = _varint(data, at)
+                if size and nested.get(key >> 3) is not None:
+                    outer.append((end, nested))
+                    end, nested = at + size, _nested(nested[key >> 3])
                 else:
-                    at += _SIZES[kind]
-        except (IndexError, KeyError):
-            continue
+                    at += size
+            elif kind == 0:
+                _, at = _varint(data, at)
+            else:
+                at += _SIZES[kind]
+    except (IndexError, KeyError):
+        return
+
+
+@functools.cache
+def _nested(described: Any) -> dict[int, Any]:
+    """The messages that a message's fields hold, by number."""
+    return {field.number: field.message_type for field in described.fields if field.message_type} if described else {}
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
@@ -187,7 +198,7 @@ async def joined(messages: Iterable[Message]) -> bytes:
     pace = Pace()
     for message in messages:
         parts.append(message.SerializeToString())
-        await pace.worked(len(parts[-1]))
+        await pace.worked()
     return b"".join(parts)
 
 

@@ -79,14 +79,14 @@ async def stepped(function: Callable[Concatenate[Step, P], T], *args: P.args, **
 
 
 class Pace:
-    """On the event loop: work whose parts are short, with a turn for others in between."""
+    """On the event loop: work in short parts, with a rest for others in between."""
 
     def __init__(self) -> None:
-        self._num_bytes = 0
+        self._since = time.perf_counter()
 
-    async def worked(self, num_bytes: int) -> None:
-        """After a part of it, over so many bytes."""
-        self._num_bytes += num_bytes + 100
-        if self._num_bytes >= SMALL_BYTES * 4:
-            self._num_bytes = 0
-            await asyncio.sleep(0)
+    async def worked(self) -> None:
+        """After each part."""
+        seconds = time.perf_counter() - self._since
+        if seconds >= SLICE_SECONDS:
+            await asyncio.sleep(REST * min(seconds, SLICE_SECONDS * 4))
+            self._since = time.perf_counter()
