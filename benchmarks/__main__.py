@@ -27,6 +27,7 @@ COMMANDS = {  # minutes
     "benchmarks.indexing": 1,
     "benchmarks.store_read": 1,
     "benchmarks.backends": 4,
+    "benchmarks.bodies": 3,
     "benchmarks.steps": 1,
 }
 OTHERS = "reliability, codecs, cascade, overload, keepalive, cross_encoder_runtimes, int8_products"

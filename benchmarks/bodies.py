@@ -21,8 +21,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,7 @@ def _lines(size: int) -> bytes:
     return line * (size // len(line))
 
 
+ONE_CANDIDATE = '{"query": "q", "documents": ["a passage"]}'
 RETURN_TEXT = bytes((8 << 3, 1))
 GRPC = "/preread.v1.RerankService/Rerank"
 TEI = "/tei.v1.Rerank/Rerank"
@@ -188,12 +190,16 @@ def _send_grpc(body: Body, data: bytes, address: str) -> str:
 class Probes:
     """Four kinds of short calls, each on a thread, and how long each waited at most."""
 
-    def __init__(self, http_address: str, grpc_address: str) -> None:
-        self._calls = {
-            "health": _http_call(http_address, "GET", "/health", None),
-            "one candidate": _http_call(http_address, "POST", RERANK, {"query": "q", "documents": ["a passage"]}),
-            "gRPC health": _grpc_health(grpc_address),
-            "gRPC, one candidate": _grpc_rerank(grpc_address),
+    def __init__(self, http_address: str, channel: grpc.Channel) -> None:
+        health, reranker = health_pb2_grpc.HealthStub(channel), rerank_pb2_grpc.RerankServiceStub(channel)
+        request = pb.RerankRequest(query="q", candidates=[pb.Candidate(text="a passage")])
+        check = health_pb2.HealthCheckRequest()
+        self._connections = [http.client.HTTPConnection(http_address, timeout=TIMEOUT_SECONDS) for _ in range(2)]
+        self._calls: dict[str, Callable[[], object]] = {
+            "health": partial(_ask, self._connections[0], "GET", "/health"),
+            "one candidate": partial(_ask, self._connections[1], "POST", RERANK, ONE_CANDIDATE),
+            "gRPC health": lambda: health.Check(check, timeout=TIMEOUT_SECONDS),
+            "gRPC, one candidate": lambda: reranker.Rerank(request, timeout=TIMEOUT_SECONDS),
         }
         for call in self._calls.values():
             call()  # the passage is encoded, the connections are open
@@ -214,6 +220,10 @@ class Probes:
             for thread in threads:
                 thread.join()
 
+    def close(self) -> None:
+        for connection in self._connections:
+            connection.close()
+
     def _run(self, name: str) -> None:
         while not self._stop.is_set():
             begin = time.perf_counter()
@@ -222,36 +232,12 @@ class Probes:
             time.sleep(PAUSE_SECONDS)
 
 
-def _http_call(address: str, method: str, path: str, document: Any) -> Callable[[], None]:
-    connection = http.client.HTTPConnection(address, timeout=TIMEOUT_SECONDS)
-    content = None if document is None else json.dumps(document)
-
-    def call() -> None:
-        connection.request(method, path, content, {"content-type": "application/json"} if content else {})
-        response = connection.getresponse()
-        answered = response.read()
-        assert response.status == 200, answered
-
-    return call
-
-
-def _grpc_health(address: str) -> Callable[[], None]:
-    stub = health_pb2_grpc.HealthStub(grpc.insecure_channel(address))
-
-    def call() -> None:
-        stub.Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_SECONDS)
-
-    return call
-
-
-def _grpc_rerank(address: str) -> Callable[[], None]:
-    stub = rerank_pb2_grpc.RerankServiceStub(grpc.insecure_channel(address))
-    request = pb.RerankRequest(query="q", candidates=[pb.Candidate(text="a passage")])
-
-    def call() -> None:
-        assert stub.Rerank(request, timeout=TIMEOUT_SECONDS).num_scored == 1
-
-    return call
+def _ask(connection: http.client.HTTPConnection, method: str, path: str, content: str | None = None) -> None:
+    connection.request(method, path, content, {"content-type": "application/json"} if content else {})
+    response = connection.getresponse()
+    answered = response.read()
+    if response.status != 200:
+        raise RuntimeError(f"{path} was answered {response.status}: {answered!r:.200}")
 
 
 @contextmanager
@@ -288,8 +274,11 @@ def run(model: Path, size: int, bodies: Sequence[Body] = BODIES) -> list[dict[st
     """A row for each body."""
     spawn = multiprocessing.get_context("spawn")
     rows = []
-    with serving(model) as (process, http_address, grpc_address):
-        probes = Probes(http_address, grpc_address)
+    with (
+        serving(model) as (process, http_address, grpc_address),
+        grpc.insecure_channel(grpc_address) as channel,
+        closing(Probes(http_address, channel)) as probes,
+    ):
         for body in bodies:
             ours, theirs = spawn.Pipe()
             sender = spawn.Process(target=send, args=(body.name, size, http_address, grpc_address, theirs))
@@ -305,6 +294,9 @@ def run(model: Path, size: int, bodies: Sequence[Body] = BODIES) -> list[dict[st
                 answered, seconds = ours.recv(), time.perf_counter() - begin
                 time.sleep(0.3)
             sender.join()
+            ours.close()
+            theirs.close()
+            sender.close()
             waits = {name: round(wait * 1000) for name, wait in probes.longest.items()}
             rows.append(
                 {"body": body.name, "answered": answered, "seconds": round(seconds, 1)}

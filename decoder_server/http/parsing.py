@@ -22,7 +22,7 @@ Json = Any
 
 BLOCK_BYTES = 64 << 10
 # Brackets, commas and colons: each costs at most 60 bytes of memory. A passage of an upload has six.
-MAX_TOKENS = 2_000_000
+MAX_TOKENS = 1_000_000
 MAX_DEPTH = 100
 
 _QUOTE, _SLASH, _COMMA, _COLON = b'"\\,:'

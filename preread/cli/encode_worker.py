@@ -103,8 +103,11 @@ async def _work(options: dict[str, Any]) -> None:
 
 async def _run(server: EncoderServer, told: asyncio.Future[None], grace_seconds: float, started: float) -> None:
     config = server.config
+    from checkpoint.compute import keep_loaded
+
     if not await started_unless_told(server.start(), told):
         return
+    keep_loaded()
     engine = server.engine
     identity = engine.encoder.identity
     say(f"encoder      {config.checkpoint} (encoder {identity.fingerprint[:12]}, dim {identity.dim})")

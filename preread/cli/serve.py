@@ -210,9 +210,12 @@ async def _run(
     stop: asyncio.Future[None],
     started: float,
 ) -> None:
+    from checkpoint.compute import keep_loaded
+
     async with http_gateway(options, server) as gateway:
         if not await started_unless_told(server.start(), stop):
             return
+        keep_loaded()
         await _introduce(server, store, halves.local)
         if gateway is not None:
             say(gateway_line(gateway))
