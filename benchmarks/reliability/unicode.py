@@ -55,6 +55,7 @@ NEIGHBOURS = (
 ODD_AT_ONCE = 8  # in one request
 TOLERANCE = 1e-4  # of margins and states: other batches differ in the last digits
 EMPTY = "empty"
+ORDINARY = "ordinary"
 RESULTS = ("scored", "empty", "odd text differs", "neighbour differs", "server error")
 DIALECTS = {
     "cohere": ("/v2/rerank", "documents"), "tei": ("/tei/rerank", "texts"), "nim": ("/v1/ranking", "passages"),
@@ -78,11 +79,12 @@ def odd_texts(count: int, seed: int) -> list[str]:
         by_category.setdefault(unicodedata.category(character), []).append(character)
     del by_category["Cs"]  # half of a surrogate pair is no valid Unicode
     categories, chance = sorted(by_category), random.Random(seed)
+    by_category[ORDINARY] = sorted(set("".join(NEIGHBOURS)))
 
     def text(number: int) -> str:
         one = categories[number % len(categories)]
-        kinds = [one] * 3 if chance.random() < 0.5 else [one, *chance.choices(categories, k=2)]
-        characters = [chance.choice(by_category[kind]) for kind in kinds[: chance.choice((1, 1, 2, 3))]]
+        others = ([ORDINARY] * 2, [one] * 2, chance.choices(categories, k=2))[number // len(categories) % 3]
+        characters = [chance.choice(by_category[kind]) for kind in [one, *others][: chance.choice((1, 1, 2, 3))]]
         chance.shuffle(characters)
         return "".join(characters)
 
@@ -355,21 +357,23 @@ def interfaces(served: Served) -> dict[str, Callable[[Sequence[str]], Answer]]:
 
 
 def run(count: int, seed: int, models: Sequence[str] = tuple(MODELS)) -> list[dict[str, Any]]:
-    """One row per model and interface.
+    """One row per interface, over all models that have it.
 
     Args:
-        count: odd texts, each sent over every interface.
+        count: odd texts, each sent over every interface of every model.
     """
     odd = odd_texts(count, seed)
-    rows: list[dict[str, Any]] = []
+    totals: dict[str, Counter[str]] = {}
     with tempfile.TemporaryDirectory() as directory:
         for number, name in enumerate(models):
             with serving(MODELS[name], Path(directory) / str(number)) as served:
                 for interface, ask in interfaces(served).items():
-                    tally = _tally(served, ask, odd, random.Random(seed))
-                    counts = {result: tally[result] for result in RESULTS}
-                    rows.append({"model": name, "interface": interface, "texts": len(odd)} | counts)
-    return rows
+                    total = totals.setdefault(interface, Counter())
+                    total += _tally(served, ask, odd, random.Random(seed)) + Counter(models=1, texts=len(odd))
+    return [
+        {"interface": interface} | {column: total[column] for column in ("models", "texts", *RESULTS)}
+        for interface, total in totals.items()
+    ]
 
 
 def _tally(
