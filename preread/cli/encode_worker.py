@@ -29,7 +29,7 @@ from preread.cli.server_options import (
     observe_options,
     tls_files,
 )
-from preread.cli.signals import say, started_unless_told, told_to_stop
+from preread.cli.signals import open_files_for, say, started_unless_told, told_to_stop
 
 if TYPE_CHECKING:
     from encoder_worker.server import EncoderServer
@@ -90,6 +90,7 @@ async def _work(options: dict[str, Any]) -> None:
 
     started = time.monotonic()
     tune_process(options["threads"])
+    open_files_for(options["max_connections"])
     same = (
         "store", "host", "port", "device", "dtype", "max_passage_tokens", "read_control_tokens", "max_batch_tokens",
         "max_message_bytes", "max_queue_tokens", "max_unacknowledged_passages", "max_connections", "allow_clipped",

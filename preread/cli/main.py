@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
 import os
+import sys
 from typing import Any
 
 import click
@@ -99,6 +101,9 @@ def main() -> None:
             os.fstat(number)
         except OSError:  # begun without it: the next socket would take its number, and get what is printed
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, which is this one
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":  # an odd locale must not end a command
+            stream.reconfigure(errors="backslashreplace")
     cli(prog_name="preread")
 
 

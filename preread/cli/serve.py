@@ -29,7 +29,7 @@ from preread.cli.server_options import (
     observe_options,
     tls_files,
 )
-from preread.cli.signals import say, started_unless_told, told_to_stop
+from preread.cli.signals import open_files_for, say, started_unless_told, told_to_stop
 
 if TYPE_CHECKING:
     from cache.store import Store
@@ -176,6 +176,7 @@ async def _serve(options: dict[str, Any]) -> None:
 
     started = time.monotonic()
     tune_process(options["threads"])
+    open_files_for(options["max_connections"])
     stop = told_to_stop()
     keys = api_keys(options)
     models = parse_models(options, tiers=budgets(options))

@@ -1,14 +1,20 @@
-"""What a running server hears and says: signals to stop, and lines on standard output. Knows no server."""
+"""What a server asks of its process: signals to stop, lines on standard output, open files. Knows no server."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Coroutine
 
 import click
+
+log = logging.getLogger(__name__)
+
+SPARE_FILES = 256  # for the store, the model, and what a library opens
 
 
 def told_to_stop() -> asyncio.Future[None]:
@@ -48,6 +54,26 @@ async def started_unless_told(start: Coroutine[object, object, None], told: asyn
         return False
     await starting
     return True
+
+
+def open_files_for(max_connections: int) -> None:
+    """Raises the soft limit of open files, as far as the hard one allows, to what so many callers need.
+
+    Each may have a gRPC and an HTTP connection; many systems begin processes with 1,024 files. At the limit no one new
+    is accepted, probes included.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = 2 * max_connections + SPARE_FILES
+    wanted = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if wanted < needed:
+        log.warning(
+            "this process may open %d files, and --max-connections %d takes up to %d: raise its limit (ulimit -n)",
+            wanted,
+            max_connections,
+            needed,
+        )
 
 
 def say(line: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -117,8 +118,16 @@ def test_a_worker_finishes_what_runs(start: Start, number: signal.Signals) -> No
 
 
 def test_a_hangup_that_was_ignored_at_the_start_stays_ignored(start: Start) -> None:
-    """As under nohup. And a second SIGTERM ends the process, whatever runs."""
-    process, channel = start("encode-worker", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    """As under nohup. A second SIGTERM ends the process, whatever runs. And few open files are made enough."""
+
+    def begin() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+
+    process, channel = start("encode-worker", preexec_fn=begin)
+    assert resource.prlimit(process.pid, resource.RLIMIT_NOFILE)[0] >= min(
+        2 * 1024, resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    )
     over = threading.Event()
 
     def messages() -> Iterator[encoder_pb2.UpsertRequest]:
@@ -178,3 +187,15 @@ def test_a_server_whose_encoder_is_away_waits_and_can_be_stopped(tiny_checkpoint
             assert "http_proxy is set" in errors
         finally:
             process.kill()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_output_that_its_encoding_cannot_show_is_escaped(tmp_path: Path, encoding: str) -> None:
+    """A model's path with letters from elsewhere does not end the command in another way than a path does."""
+    command = [sys.executable, "-m", "preread", "doctor", "--model", str(tmp_path / "модель"), "--store", "memory:"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding}
+    done = subprocess.run(command, capture_output=True, env=environment, timeout=120)
+    assert done.returncode == 1, done.stderr
+    # click takes ASCII for a setting that no one meant, and writes UTF-8 there
+    assert ("\\u043c" if encoding == "latin-1" else "модель").encode() in done.stdout
+    assert not done.stderr
