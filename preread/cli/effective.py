@@ -10,7 +10,7 @@ from click.core import ParameterSource
 
 MASK = "***"
 _SECRETS = ("api_key", "encoder_api_key")
-_USER = re.compile(r"(?<=://)[^\s,]*@")  # of any other URL
+_USER = re.compile(r"(?<=://)\S*@")  # and password, of any URL in a text
 
 _SOURCES = {
     ParameterSource.COMMANDLINE: "flags",
@@ -41,7 +41,12 @@ def masked(name: str, value: object) -> str:
     from cache.store import public_url
 
     text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-    return public_url(text, MASK) if name == "store" else _USER.sub(f"{MASK}@", text)
+    return public_url(text, MASK) if name == "store" else without_users(text)
+
+
+def without_users(text: str) -> str:
+    """A text whose URLs show neither users nor passwords."""
+    return _USER.sub(f"{MASK}@", text)
 
 
 def _flag(param: click.Option) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from preread.cli.effective import without_users
 from preread.cli.failures import explain
 from preread.cli.options import option
 
@@ -66,7 +67,10 @@ class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
+        except click.ClickException as exc:
+            exc.message = without_users(exc.message)  # click quotes a store URL that it did not expect
+            raise
+        except (click.exceptions.Exit, click.Abort):
             raise
         except (Exception, KeyboardInterrupt) as exc:
             if isinstance(exc, OSError) and exc.errno == errno.EPIPE:

@@ -103,3 +103,11 @@ def test_every_flag_of_a_server_can_be_in_the_file() -> None:
 )
 def test_a_password_in_a_url_is_masked(url: str, shown: str) -> None:
     assert masked("store", url) == shown
+
+
+@pytest.mark.parametrize("arguments", [["stats"], [], ["stats", "--stor"], ["collection", "drop", "docs", "x"]])
+def test_a_password_in_the_wrong_place_is_not_quoted(arguments: list[str]) -> None:
+    answer = CliRunner().invoke(cli, [*arguments, "redis://user:s3cr@3t/x@host:6379/0"])
+    assert answer.exit_code == 2
+    assert "s3cr" not in answer.output
+    assert "3t/x" not in answer.output
