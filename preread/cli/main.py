@@ -68,7 +68,8 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except click.ClickException as exc:
-            exc.message = without_users(exc.message)  # click quotes a store URL that it did not expect
+            # Click quotes what it did not expect: a store URL whose flag was forgotten.
+            exc.message = without_users(exc.message)  # type: ignore[misc]  # final in its stubs
             raise
         except (click.exceptions.Exit, click.Abort):
             raise
