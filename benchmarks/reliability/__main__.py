@@ -20,7 +20,7 @@ PARTS: dict[str, int] = {  # name: the count of a long run
     "kills": 1000,
     "redis_damage": 3000,
     "redis_wire": 1100,
-    "unicode": 2000,
+    "unicode": 1000,
 }
 
 
