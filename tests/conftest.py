@@ -23,6 +23,8 @@ from checkpoint.synthetic import make_checkpoint
 
 ROOT = Path(__file__).parent.parent
 KEPT = {"PREREAD_KALM_CHECKPOINT", "PREREAD_TEST_REDIS_SERVER"}
+# Of the terminal, which decide how tables are cut and coloured, and of the way out, which tests never take.
+OWN = {"COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"}
 LOGGERS = ("", "preread", "decoder_server", "encoder_worker", "cache", "checkpoint")
 START_SECONDS = 120
 
@@ -35,7 +37,7 @@ settings.load_profile("repeatable")
 
 @pytest.fixture(scope="session", autouse=True)
 def clean_environment() -> None:
-    """A developer's own PREREAD_ settings must not reach the tests, nor signals that nohup or a shell ignores.
+    """A developer's own settings must not reach the tests, nor signals that nohup or a shell ignores.
 
     An ignored signal is ignored by what a test starts, too; one with a handler is not.
     """
@@ -43,7 +45,7 @@ def clean_environment() -> None:
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, lambda *_: None)
     for name in os.environ.keys() - KEPT:
-        if name.startswith("PREREAD_"):
+        if name.startswith(("PREREAD_", "OTEL_")) or name.upper() in OWN:
             del os.environ[name]
 
 
