@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from decoder_server.errors import InvalidRequest
 from decoder_server.http import parsing
-from preread.edge.steps import SMALL_BYTES, stepped
+from preread.edge.steps import SMALL_BYTES, Pace, stepped
 
 Json = Any
 
@@ -85,8 +85,10 @@ class _Parts(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        pace = Pace()  # a fast client takes every part at once
         for part in self._parts:
             await send({"type": "http.response.body", "body": part, "more_body": True})
+            await pace.worked()
         await send({"type": "http.response.body", "body": b""})
 
 
