@@ -113,15 +113,15 @@ class Manifest:
             raise ManifestError(str(exc)) from exc
 
     @classmethod
-    def of(cls, identity: Identity, **rest: Any) -> "Manifest":
+    def of(cls, encoder: Identity, /, **rest: Any) -> "Manifest":
         """A manifest of this encoder; `rest` are the other fields."""
         return cls(
-            fingerprint=identity.fingerprint,
-            checkpoint=identity.checkpoint,
-            dim=identity.dim,
-            max_passage_tokens=identity.max_passage_tokens,
-            passage_template=identity.passage_template,
-            pooling_version=identity.pooling_version,
+            fingerprint=encoder.fingerprint,
+            checkpoint=encoder.checkpoint,
+            dim=encoder.dim,
+            max_passage_tokens=encoder.max_passage_tokens,
+            passage_template=encoder.passage_template,
+            pooling_version=encoder.pooling_version,
             **rest,
         )
 

@@ -11,6 +11,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from cache.collection import Collection, StoredPassage
+from cache.manifest import Manifest, new_identity
+from cache.states import PassageStates, text_digest
+from cache.store import open_store
 from checkpoint import Checkpoint
 from decoder_server.backend import Pair
 from decoder_server.fbnl import FbnlBackend
@@ -177,6 +181,30 @@ def test_a_passage_that_requests_share_is_computed_once(checkpoint: Checkpoint) 
     keys, prefixes = backend.tiers.all()
     assert (keys.num_admitted, keys.num_entries) == (1, 1)
     assert (prefixes.num_admitted, prefixes.num_entries) == (1, 1)
+
+
+def test_equal_texts_under_two_ids_are_computed_once(checkpoint: Checkpoint) -> None:
+    """What is stored of a text has one key under any id, and in any collection of one identity."""
+    backend = made(checkpoint, TierBudgets(PLENTY, PLENTY))
+    store = open_store("memory:")
+    identity = new_identity()
+    shard, other = (
+        Collection.create(store, Manifest.of(checkpoint.identity(), collection=name, compression_ratio=4, identity=one))
+        for name, one in (("shard", identity), ("other", new_identity()))
+    )
+    merged = Manifest.of(checkpoint.identity(), collection="merged", compression_ratio=4, identity=identity)
+    states = np.random.default_rng(2).standard_normal((3, checkpoint.dim)).astype(np.float32)
+    passage = PassageStates(states, (12,), 4, False, text_digest("one text"))
+    for collection in (shard, Collection.create(store, merged), other):
+        collection.put_many([StoredPassage("a", passage, "one text"), StoredPassage("b", passage, "one text")])
+    num_entries = []
+    for name, passage_id in (("shard", "a"), ("shard", "b"), ("merged", "a"), ("other", "a")):
+        (found,) = Collection.open(store, name).get_many([passage_id])
+        assert isinstance(found, PassageStates)
+        backend.fill(backend.items(backend.prompt(QUERIES[0]), found))
+        num_entries.append([tier.num_entries for tier in backend.tiers.all()])
+    assert num_entries == [[1, 1]] * 3 + [[2, 2]]
+    store.close()
 
 
 def test_models_share_nothing(checkpoint: Checkpoint) -> None:
