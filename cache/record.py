@@ -18,6 +18,7 @@ shorter) and no id in its checksum. Does not know codecs or stores; bytes read a
 
 import struct
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -47,8 +48,7 @@ class Damaged:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(NamedTuple):
     """The fixed part of a stored record.
 
     num_clipped: numbers of the passage that lay outside the range its codec was trained for, and were cut to it
@@ -69,7 +69,7 @@ class Header:
     text_digest: bytes
     binding: int
     payload_checksum: int
-    packed: bytes = field(repr=False)
+    packed: bytes
 
     @classmethod
     def parse(cls, data: bytes, passage_id: str | bytes) -> "Header":
@@ -91,12 +91,11 @@ class Header:
         packed = bytes(data[:size])
         if data[size : size + _CHECKSUM.size] != _header_checksum(version, packed, passage_id):
             raise DamagedRecord("checksum of the header does not match, or it is another passage's")
-        return cls._of(packed)
+        return cls._of(packed, version)
 
     @classmethod
-    def _of(cls, packed: bytes) -> "Header":
+    def _of(cls, packed: bytes, version: int) -> "Header":
         """The header of checked fields. Raises DamagedRecord where they contradict each other."""
-        (_, version) = _START.unpack_from(packed)
         _, _, flags, *counts, digest, binding, payload_checksum = _FIELDS[version].unpack(packed)
         ratio, num_states, num_tokens, code_size, num_windows, text_bytes, num_clipped = (*counts, 0)[:7]
         truncated, has_text = bool(flags & _TRUNCATED), bool(flags & _HAS_TEXT)
@@ -117,7 +116,8 @@ class Header:
             return self
         magic, _, flags, *counts, digest, binding, payload_checksum = _FIELDS[self.version].unpack(self.packed)
         fields = _FIELDS[RECORD_VERSION]
-        return self._of(fields.pack(magic, RECORD_VERSION, flags, *counts, 0, digest, binding, payload_checksum))
+        packed = fields.pack(magic, RECORD_VERSION, flags, *counts, 0, digest, binding, payload_checksum)
+        return self._of(packed, RECORD_VERSION)
 
     @property
     def checksum(self) -> int:
@@ -184,7 +184,7 @@ class Record:
         ]  # fmt: skip
         flags = truncated * _TRUNCATED | (text is not None) * _HAS_TEXT
         fields = _FIELDS[version].pack(_MAGIC, version, flags, *counts, text_digest, binding, payload_checksum)
-        header = Header._of(fields)
+        header = Header._of(fields, version)
         return cls(codes, window_tokens, text, header)
 
     @property

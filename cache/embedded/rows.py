@@ -8,9 +8,9 @@ Transactions and locks are the caller's.
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,8 +41,7 @@ FROM passages LEFT JOIN segments ON segments.segment_id = passages.segment_id WH
 _Values = tuple[object, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One passage as the catalogue has it, its columns checked against its header."""
 
     encoded_id: bytes
@@ -57,8 +56,7 @@ class Row:
         return self.encoded_id.decode()
 
 
-@dataclass(frozen=True, slots=True)
-class DamagedRow:
+class DamagedRow(NamedTuple):
     """A row that its header does not vouch for."""
 
     encoded_id: bytes
