@@ -193,11 +193,13 @@ class AsyncClient:
             call.cancel()  # the caller may leave early; after the end this does nothing
 
     async def delete(self, passage_ids: Iterable[str], *, collection: str, timeout: float | None = None) -> int:
-        """Removes passages; returns how many there were."""
+        """Removes passages; returns how many there were. Many ids go in several calls, `timeout` being that of each."""
         worker, stub = self._encoder()
-        request = wire.pack_delete(passage_ids, collection)
-        answer: encoder_pb2.DeleteResponse = await worker.call(stub.Delete, request, timeout)
-        return answer.num_deleted
+        num_deleted = 0
+        for request in wire.pack_deletes(passage_ids, collection):
+            answer: encoder_pb2.DeleteResponse = await worker.call(stub.Delete, request, timeout)
+            num_deleted += answer.num_deleted
+        return num_deleted
 
     async def stats(self, collection: str = "", *, timeout: float | None = None) -> tuple[CollectionInfo, ...]:
         """What the worker's store holds: one collection, or all of them."""

@@ -211,10 +211,12 @@ class Client:
             call.cancel()  # the caller may leave early; after the end this does nothing
 
     def delete(self, passage_ids: Iterable[str], *, collection: str, timeout: float | None = None) -> int:
-        """Removes passages; returns how many there were."""
+        """Removes passages; returns how many there were. Many ids go in several calls, `timeout` being that of each."""
         worker, stub = self._encoder()
-        request = wire.pack_delete(passage_ids, collection)
-        return worker.call(stub.Delete, request, timeout).num_deleted
+        num_deleted = 0
+        for request in wire.pack_deletes(passage_ids, collection):
+            num_deleted += worker.call(stub.Delete, request, timeout).num_deleted
+        return num_deleted
 
     def stats(self, collection: str = "", *, timeout: float | None = None) -> tuple[CollectionInfo, ...]:
         """What the worker's store holds: one collection, or all of them."""

@@ -28,6 +28,8 @@ from preread.client.values import (
 )
 from preread.v1 import common_pb2, encoder_pb2, rerank_pb2
 
+IDS_PER_DELETE = 10_000  # 5 MB where each has the 512 bytes that an id may have
+
 
 def pack_request(query: str, candidates: Iterable[Any], options: RerankOptions) -> rerank_pb2.RerankRequest:
     """A plain string is an id where a collection is named, else a text.
@@ -93,14 +95,17 @@ def pack_warm(
     )
 
 
-def pack_delete(passage_ids: Iterable[str], collection: str) -> encoder_pb2.DeleteRequest:
-    """
+def pack_deletes(passage_ids: Iterable[str], collection: str) -> list[encoder_pb2.DeleteRequest]:
+    """One request per IDS_PER_DELETE ids, at least one: a server bounds the fields of a message.
+
     Raises:
         TypeError, InvalidRequest: an argument that cannot be put on the wire.
     """
-    return encoder_pb2.DeleteRequest(
-        collection=checks.text("collection", collection), passage_ids=checks.texts("passage_ids", passage_ids)
-    )
+    name, ids = checks.text("collection", collection), checks.texts("passage_ids", passage_ids)
+    return [
+        encoder_pb2.DeleteRequest(collection=name, passage_ids=ids[start : start + IDS_PER_DELETE])
+        for start in range(0, max(len(ids), 1), IDS_PER_DELETE)
+    ]
 
 
 def pack_stats(collection: str) -> encoder_pb2.GetStatsRequest:

@@ -13,6 +13,7 @@ import pytest
 
 from preread import AsyncClient, Candidate, Client
 from preread.client import FailedPrecondition, InvalidRequest, NotFound, Passage
+from preread.edge.messages import MAX_FIELDS
 
 PASSAGES = {
     "sky": "The sky is blue because air scatters short waves more than long ones.",
@@ -139,7 +140,10 @@ def test_upserts_are_acknowledged_once_each_and_repeat_for_free(client) -> None:
     (info,) = client.stats("client-upserts")
     assert info.num_passages == 200
     assert info.stores_text
-    assert client.delete(["p0", "p1", "never"], collection="client-upserts") == 2
+    # More ids than one message may have, the stored ones at both ends.
+    many = ["p0", *(f"never-{i}" for i in range(MAX_FIELDS + 1)), "p1"]
+    assert client.delete(many, collection="client-upserts") == 2
+    assert client.delete([], collection="client-upserts") == 0
     assert client.stats("client-upserts")[0].num_passages == 198
 
 
@@ -151,7 +155,7 @@ async def test_async_upserts_take_both_kinds_of_passages(server_pair) -> None:
     async with AsyncClient(server_pair.address, encoder_address=server_pair.encoder_address) as client:
         first = [one async for one in client.upsert(source(), collection="client-async")]
         again = [one async for one in client.upsert([("a0", "Number 0.")], collection="client-async")]
-        assert await client.delete(["a0"], collection="client-async") == 1
+        assert await client.delete((f"a{i}" for i in range(10_001)), collection="client-async") == 3
 
     assert [one.status for one in first] == ["stored"] * 3
     assert [one.status for one in again] == ["unchanged"]
