@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from encoder_worker.sources.base import Fields, Item, Place, Reason, Refused, SourceError
-from encoder_worker.sources.lines import decode, read_lines
+from encoder_worker.sources.lines import decode, read_lines, read_texts
 
 Row = tuple[Place, list[str]]
 
@@ -29,8 +29,10 @@ def read_delimited(
     Raises:
         SourceError: a header line that lacks a column.
     """
-    entries = read_lines(stream, source, max_line_bytes)
-    rows = _tsv_rows(entries) if delimiter == "\t" else _csv_rows(entries, delimiter, max_line_bytes)
+    if delimiter == "\t":
+        rows = _tsv_rows(read_texts(stream, source, max_line_bytes))
+    else:
+        rows = _csv_rows(read_lines(stream, source, max_line_bytes), delimiter, max_line_bytes)
     columns: _Columns | None = None
     for row in rows:
         if isinstance(row, Refused):
@@ -78,16 +80,9 @@ class _Columns:
         return cls(2, 0, 1, None, named=False)
 
 
-def _tsv_rows(entries: Iterator[tuple[Place, bytes] | Refused]) -> Iterator[Row | Refused]:
+def _tsv_rows(entries: Iterator[tuple[Place, str] | Refused]) -> Iterator[Row | Refused]:
     for entry in entries:
-        if isinstance(entry, Refused):
-            yield entry
-            continue
-        text = decode(*entry)
-        if isinstance(text, Refused):
-            yield text
-        elif text.strip():
-            yield entry[0], text.split("\t")
+        yield entry if isinstance(entry, Refused) else (entry[0], entry[1].split("\t"))
 
 
 def _csv_rows(
