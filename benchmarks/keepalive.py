@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from typing import Any
 import grpc
 
 from benchmarks.common import report, tiny_checkpoint
+from benchmarks.servers import started
 from preread.client import AsyncClient, ClientOptions, Passage
 from preread.tei.v1 import tei_pb2, tei_pb2_grpc
 from preread.v1 import encoder_pb2, encoder_pb2_grpc, rerank_pb2, rerank_pb2_grpc
@@ -75,25 +75,11 @@ upsert(done); rerank(done);
 @contextmanager
 def serving() -> Iterator[tuple[str, str]]:
     """Addresses of a server and of the worker inside it, both on the tiny checkpoint."""
-    with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("w") as log:
-        command = [sys.executable, "-m", "preread", "serve", "--model", str(tiny_checkpoint())]
-        command += ["--store", f"faiss:{folder}/store", "--port", "0", "--encoder-port", "0", "--no-check"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT)
-        assert process.stdout is not None
-        try:
-            seen = ""
-            for line in process.stdout:
-                seen += line
-                if line.startswith("ready"):
-                    break
-            found = [re.search(rf"^{name} +(\S+:\d+)", seen, re.M) for name in ("listening", "encoder")]
-            if None in found:
-                raise RuntimeError(f"the server did not start:\n{seen}")
-            address, encoder = (match[1] for match in found if match)
-            yield address, encoder
-        finally:
-            process.terminate()
-            process.wait(60)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        started(tiny_checkpoint(), f"faiss:{folder}/store") as said,
+    ):
+        yield said["listening"].split()[0], said["encoder"].split()[0]
 
 
 async def upsert(encoder: str, seconds: float, collection: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 import statistics
 import subprocess
 import sys
@@ -30,28 +29,32 @@ SENTENCE = "The pooled states of its tokens are kept, and the decoder attends ov
 
 
 @contextmanager
-def serving(model: Path | str, store: str, *flags: str) -> Iterator[str]:
-    """The address of a `preread serve`."""
+def started(model: Path | str, store: str, *flags: str) -> Iterator[dict[str, str]]:
+    """A `preread serve`: the lines it says at its start, by their first word."""
     command = [sys.executable, "-m", "preread", "serve", "--model", str(model), "--store", store]
     command += ["--port", "0", "--encoder-port", "0", "--log-level", "warning", "--no-check", *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
     try:
         seen = []
-        address = None
         for line in process.stdout:
             seen.append(line)
-            if match := re.match(r"listening +(\S+:\d+)", line):
-                address = match[1]
             if line.startswith("ready"):
                 break
-        if address is None:
+        else:
             raise RuntimeError("the server did not start:\n" + "".join(seen))
         threading.Thread(target=process.stdout.read, daemon=True).start()
-        yield address
+        yield {name: said.strip() for name, _, said in (line.partition(" ") for line in seen)}
     finally:
         process.terminate()
         process.wait(60)
+
+
+@contextmanager
+def serving(model: Path | str, store: str, *flags: str) -> Iterator[str]:
+    """The address of a `preread serve`."""
+    with started(model, store, *flags) as said:
+        yield said["listening"].split()[0]
 
 
 def time_requests(client: Client, repeats: int, **request: Any) -> tuple[float, float]:
