@@ -2,7 +2,7 @@
 
     python -m benchmarks.bodies [--mib 60] [--model preread/models/preread-mini]
 
-Sends each body to a real `preread serve` from a process of its own, and meanwhile asks, every 20 ms and from another
+Sends each body to a real `preread serve` from a separate process, and meanwhile asks, every 20 ms and from another
 process than the server's, for /health and for one candidate over HTTP, for health and for one candidate over gRPC.
 A row says how the body was answered, how long it took, the longest wait of each of the four, and how much memory the
 server had gained at most. The law: none waits longer than 250 ms.
@@ -150,7 +150,7 @@ BODIES = (
 
 
 def send(name: str, size: int, http_address: str, grpc_address: str, pipe: Connection) -> None:
-    """In a process of its own: makes the body, says so, sends it when told to, and tells how it was answered."""
+    """In a separate process: makes the body, says so, sends it when told to, and tells how it was answered."""
     body = next(one for one in BODIES if one.name == name)
     data = body.make(size)
     pipe.send("made")

@@ -131,7 +131,7 @@ class Manifest:
 
     @property
     def binding(self) -> int:
-        """What every record written under this manifest carries, 64 bits.
+        """The 64 bits that every record written under this manifest carries.
 
         A digest of the identity and of all that decides how codes are read, so that a manifest which was damaged or
         exchanged decodes nothing. In version 1 it is the checksum of the whole JSON.

@@ -126,7 +126,7 @@ class Header(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Length of its own byte form."""
+        """Length of the packed form, in bytes."""
         return len(self.packed) + _CHECKSUM.size
 
     @property

@@ -36,7 +36,7 @@ class StoreStats:
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """What a store finds of itself beside its passages.
+    """Findings of a store about itself, beside its passages.
 
     problems: damage that reading passages does not show, a sentence each
     orphans: files or keys that belong to nothing, without anything being lost; the next write may remove them
@@ -126,7 +126,7 @@ class Store(Protocol):
     def set_alias(self, alias: str, collection: str, *, shadowing: bool = False) -> None:
         """Point an alias at a collection, in one step for all readers. Raises CollectionNotFound, CollectionExists.
 
-        shadowing: also where a collection has that name. Whoever opens the name then finds the other one, until the
+        shadowing: also where a collection has that name. The name then opens the alias' collection, until the
         alias is removed; `drop_collection` still means the shadowed one.
         """
         ...

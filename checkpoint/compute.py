@@ -135,7 +135,7 @@ def tune_process(num_threads: int | None = None) -> None:
 
 
 def keep_loaded() -> None:
-    """What is loaded stays, and is left out of garbage collections; called once a server is ready.
+    """Leave loaded objects out of garbage collections; called once a server is ready.
 
     A full collection goes through half a million objects of models and libraries and stops every thread for up to a
     second. A body of 125,000 lists sets one off.

@@ -74,7 +74,7 @@ def control_groups(controller: str, root: Path = Path("/")) -> Iterator[Path]:
         if key is None or key not in own or (key and key not in kinds[2].split(",")):
             continue
         top = root / _unescaped(fields[4]).lstrip("/")
-        # What is mounted may be a group itself (a container without a namespace for groups): paths begin there. A path
+        # The mount may be a group itself (a container without a namespace for groups): paths begin there. A path
         # outside of it cannot be looked at; the mounted group is around it, or is it.
         inside, begin = own[key], PurePosixPath(_unescaped(fields[3]))
         relative = inside.relative_to(begin) if inside.is_relative_to(begin) and ".." not in inside.parts else None

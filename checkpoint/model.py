@@ -167,7 +167,7 @@ class Checkpoint:
         self._tensors.check(self._decoder_shapes()[0])
 
     def _decoder_shapes(self) -> tuple[Shapes, str | None]:
-        """What the decoder reads, and the output embedding where that may be another tensor than the input one.
+        """Tensors of the decoder, and the output embedding where that may be another tensor than the input one.
 
         Raises:
             CheckpointError: an embedding that is neither stored nor tied; transformers would draw it at random.
@@ -259,7 +259,7 @@ def _read_config(path: Path) -> T5Gemma2Config:
 
 
 def _defaults(kind: type[Any]) -> dict[str, Any]:
-    """What a configuration class takes for a field that is missing."""
+    """Default of a configuration class for a field that is missing."""
     return {
         field.name: field.default
         for field in dataclasses.fields(kind)

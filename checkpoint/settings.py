@@ -21,7 +21,7 @@ MAX_TEXT_CHARS = 65_536
 MAX_FIELD_USES = 4  # of one field in one template: a text from outside is repeated at most so often
 MAX_NUMBER = 2**31 - 1  # what the wire's integers hold
 
-# What KaLM-Reranker-V1-*-R2 comes with: the configuration of its sentence-transformers module
+# Files of KaLM-Reranker-V1-*-R2: the configuration of its sentence-transformers module
 # (KaLMCrossEncoderModule), and sentence-transformers' own file, whose default prompt is that module's instruction.
 KALM_FILE_NAME = "kalm_cross_encoder_config.json"
 PROMPTS_FILE_NAME = "config_sentence_transformers.json"
@@ -84,7 +84,7 @@ class CheckpointSettings:
 
 
 def _kalm_values(directory: Path) -> dict[str, Any]:
-    """What KaLM's own files say, as fields of CheckpointSettings.
+    """Values of KaLM's own files, as fields of CheckpointSettings.
 
     Raises:
         CheckpointError: a key that the module does not have, or a value it does not take.

@@ -34,7 +34,7 @@ _PREFIX = re.compile(
     r"^(?:model\.)?(?:(encoder)\.(?:text_model\.|language_model\.)?|(decoder)\.)(layers|norm|embed_tokens)\."
 )
 _VISION = re.compile(r"^(?:model\.)?encoder\.(?:vision_tower|multi_modal_projector)\.")
-# What some writers store and every forward pass computes for itself.
+# Stored by some writers, and computed by every forward pass.
 _BUFFERS = re.compile(r"(?:^|\.)(?:position_ids|token_type_ids|(?:\w+_)?inv_freq|embed_scale)$")
 _ADAPTERS = re.compile(r"(?:^|\.)(?:lora_|base_layer\.|modules_to_save\.|ia3_|adapter)")
 _QUANTIZED = re.compile(

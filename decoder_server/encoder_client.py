@@ -139,7 +139,7 @@ class EncoderClient:
 
 
 def _why(error: grpc.aio.AioRpcError) -> str:
-    """What a failed call says to callers of this server. Of a bug only that it is one: its text is for the log."""
+    """Reason of a failed call, for callers of this server. Of a bug only that it is one: its text is for the log."""
     code = error.code()
     if code in (grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL):
         log.error("the encoder worker failed: %s: %s", code.name, error.details())

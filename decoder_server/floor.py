@@ -1,7 +1,7 @@
 """Requests of texts alone: each has a score, or the request fails. For edges whose clients know no status.
 
 Clients of the HTTP and TEI dialects pair scores with documents by position or by count, so a document that is left
-out of an answer gives every later one another's score. What carries ids has a status per candidate instead.
+out of an answer gives every later one another's score. A request with ids has a status per candidate instead.
 """
 
 from __future__ import annotations

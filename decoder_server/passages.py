@@ -185,7 +185,7 @@ def _read(wanted: Wanted, chunk: Sequence[Candidate]) -> list[Found | _Miss]:
 
 
 def guarded(candidate: Candidate, settle: Callable[[], T]) -> T | Found:
-    """What `settle` says of a candidate. Whatever it raises on, that costs the candidate and no other."""
+    """Result of `settle` for a candidate. An exception of it costs this candidate and no other."""
     try:
         return settle()
     except Exception:
@@ -229,7 +229,7 @@ def _stored(wanted: Wanted, candidates: Sequence[Candidate]) -> dict[str, _Store
 
 
 def read_unless_unavailable(wanted: Wanted, read: Callable[[Sequence[str]], list[T]], ids: Sequence[str]) -> list[T]:
-    """What `read` gives. Raises a CacheError, without a wait where the store has kept this request waiting before."""
+    """Result of `read`. Raises a CacheError, without a wait where the store has kept this request waiting before."""
     if wanted.unavailable:
         raise wanted.unavailable[0]
     try:

@@ -1,4 +1,4 @@
-"""What a server says of itself to probes: ready, alive, and whether its encoders answer.
+"""State of a server, for probes: ready, alive, and whether its encoders answer.
 
     ready     loaded, not stopping; every encoder has answered since the start, and one in this process answers now
     live      loaded, and a restart would not mend anything
@@ -71,7 +71,7 @@ class Readiness:
 
     @property
     def degraded(self) -> str:
-        """What a ready server cannot do at present; "" where it can do everything."""
+        """Present limitation of a ready server; "" where it can do everything."""
         if any(one.problem for one in self._encoders):
             return "an encoder does not answer: texts are not encoded on demand, stored passages are ranked"
         return ""

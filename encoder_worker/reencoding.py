@@ -37,7 +37,7 @@ _MAX_PASSES = 5  # over a collection that is written to meanwhile
 
 @dataclass
 class Reencoding:
-    """What a run did."""
+    """Result of a run."""
 
     collection: str  # the new one
     source: str

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Written:
-    """What became of a group, by passage id: why it was refused, or how many of its numbers lie outside the codec's
+    """Outcome of a group, by passage id: why it was refused, or how many of its numbers lie outside the codec's
     trained range; 0 of them is left out."""
 
     refused: dict[str, str] = field(default_factory=dict)

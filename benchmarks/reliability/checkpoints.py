@@ -269,7 +269,7 @@ def _another(value: Any, rng: random.Random) -> Any:
 
 
 def outcome(subject: Subject, change: Callable[..., Change], rng: random.Random, directory: Path) -> tuple[Change, str]:
-    """What became of one fault: "refused", "refused, unnamed", "as transformers" or "silent"."""
+    """Outcome of one fault: "refused", "refused, unnamed", "as transformers" or "silent"."""
     shutil.rmtree(directory, ignore_errors=True)
     shutil.copytree(subject.directory, directory)
     tensors, config = dict(subject.tensors), json.loads(json.dumps(subject.config))

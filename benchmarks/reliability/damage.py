@@ -44,7 +44,7 @@ from cache.store import Store
 
 DIM, NUM_PASSAGES, SECONDS = 8, 60, 60
 NAMES = ("docs", "faq")
-# What reads ask for: what is stored, what was deleted, and what never was.
+# Ids that reads ask for: stored, deleted, and never stored ones.
 IDS = [f"passage {i}" for i in range(NUM_PASSAGES)] + ["nothing", "passage"]
 Answers = dict[str, str]
 SAID = "said: "
@@ -163,7 +163,7 @@ def answers(store: Store) -> Answers:
 
 
 def verify(store: Store) -> list[str]:
-    """What `preread verify` would tell of each collection."""
+    """Findings of `preread verify` on each collection."""
     told = []
     for name in NAMES:
         try:
@@ -242,7 +242,7 @@ def damage(targets: dict[str, Target], count: int, seed: int) -> list[dict[str, 
 
 
 def _forked(call: Callable[[], str]) -> str:
-    """What a call says in a forked process; "crashed" where that dies, raises or does not end."""
+    """Result of a call in a forked process; "crashed" where that dies, raises or does not end."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:

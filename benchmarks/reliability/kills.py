@@ -78,7 +78,7 @@ def seed_of(found: Record) -> int:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a store holds: seeds by passage id, and where the alias points."""
+    """Contents of a store: seeds by passage id, and where the alias points."""
 
     seeds: dict[str, int] = field(default_factory=dict)
     alias: str = ""

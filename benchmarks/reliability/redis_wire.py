@@ -1,6 +1,6 @@
 """Faults between the store and its Redis: replies lost, doubled, exchanged, cut, garbled, or never sent.
 
-A proxy in front of a real redis-server changes one reply of a read. What is read must be right, an error, or CORRUPT; a
+A proxy in front of a real redis-server changes one reply of a read. The read must be right, an error, or CORRUPT; a
 stored passage that reads as missing, or as another one, is silent. The read after it must be right again. Left out is a
 nil in a record's place with nothing else amiss: it says that the passage was deleted, and no reader can know better.
 """
@@ -239,7 +239,7 @@ def _lasts(store: Store, ids: list[str], truth: dict[str, PassageStates | Damage
 
 
 def _judged(store: Store, ids: list[str], truth: dict[str, PassageStates | Damaged | None]) -> str:
-    """What a read of all passages came to."""
+    """Outcome of a read of all passages."""
     try:
         found = Collection.open(store, "docs").get_many(ids)
     except CacheError:

@@ -379,7 +379,7 @@ def run(count: int, seed: int, models: Sequence[str] = tuple(MODELS)) -> list[di
 def _tally(
     served: Served, ask: Callable[[Sequence[str]], Answer], odd: Sequence[str], chance: random.Random
 ) -> Counter[str]:
-    """What became of the odd texts and of their neighbours, over one interface."""
+    """Outcomes of the odd texts and of their neighbours, over one interface."""
     tally: Counter[str] = Counter()
     for start in range(0, len(odd), ODD_AT_ONCE):
         texts = [*odd[start : start + ODD_AT_ONCE], *NEIGHBOURS]

@@ -9,7 +9,7 @@ the rows that point at it: after a crash a segment is either committed or an orp
 Readers take no lock. The directory must be on a local disk where it is written: file locks and SQLite's WAL do not work
 over NFS. Where it cannot be written, any number of readers share it (`catalogue.py`).
 
-What is read is checked: a passage's row against its record's header (`rows.py`), every other row by a checksum of its
+Reads are checked: a passage's row against its record's header (`rows.py`), every other row by a checksum of its
 columns (`failures.py`), the catalogue as a whole by `verify` (`audit.py`). Codes are read by offset into memory
 (`segments.py`): a file that is truncated or replaced under a running process costs its passages, never the process.
 

@@ -1,4 +1,4 @@
-"""What reading passages does not show: damage of the catalogue as a whole, and its mending.
+"""Damage of the catalogue as a whole, which reading passages does not show, and its mending.
 
 A passage that is lost together with the catalogue page that names it reads as missing, and only the catalogue can tell
 that there was one. `find` looks for such damage; `rebuild` writes the catalogue again out of what is whole.
@@ -240,5 +240,5 @@ def _salvaged(connection: sqlite3.Connection, query: str, left: list[str]) -> It
 
 
 def _shown(value: object) -> str:
-    """What a column says, as far as it is text."""
+    """The text of a column, as far as it is text."""
     return value.decode(errors="replace") if isinstance(value, bytes) else repr(value)

@@ -82,7 +82,7 @@ CREATE TRIGGER passages_replaced AFTER UPDATE OF num_states, num_tokens, truncat
 END;
 """
 
-# What version 2 has more: num_clipped, a checksum in every row that no record vouches for, a count of all commits, and
+# Added in version 2: num_clipped, a checksum in every row that no record vouches for, a count of all commits, and
 # a checksum of the schema itself. A new catalogue is made by both scripts, so there is one schema.
 _SCHEMA_2 = """
 ALTER TABLE collections ADD COLUMN num_clipped INTEGER NOT NULL DEFAULT 0;

@@ -52,7 +52,10 @@ class WriterLock:
 
     @contextmanager
     def idle(self) -> Iterator[bool]:
-        """Whether nobody writes, and then keep it so; also where the lock file may only be read, or is not there."""
+        """Yield whether there is no writer, and keep writers out meanwhile.
+
+        Also where the lock file may only be read, or is not there.
+        """
         try:
             descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:

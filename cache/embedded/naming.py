@@ -1,6 +1,6 @@
 """Collections, aliases and generations in the catalogue, as functions over a connection.
 
-Whatever changes something runs inside a write transaction of the caller. What is read is checked: StoreDamaged.
+Whatever changes something runs inside a write transaction of the caller. Rows that fail their check raise StoreDamaged.
 """
 
 import sqlite3

@@ -27,7 +27,7 @@ from cache.errors import CacheError, DamagedRecord
 MAX_OPEN_SEGMENTS = min(16384, max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
 # The codes of one read stay in the processor's cache; those of several share a block, which any one of them keeps.
 MAX_READ_BYTES, BLOCK_BYTES = 1 << 18, 4 << 20
-# What a store keeps of the memory that its reads took at once.
+# Read buffers that a store keeps for reuse.
 MAX_KEPT_BYTES = 128 << 20
 _SUFFIX, _ASIDE = ".faiss", ".tmp"
 

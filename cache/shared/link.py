@@ -39,7 +39,7 @@ _READ_SIZE_BYTES = 1 << 18
 _MAX_REPLY_BYTES = 256 << 20
 _MAX_ERROR_CHARS = 200
 
-# What the first word of an error reply means. The reply's own words are not repeated: a server that does not know AUTH
+# Meanings of the first word of an error reply. The reply's own words are not repeated: a server that does not know AUTH
 # quotes the password.
 _ERRORS: dict[str, tuple[type[CacheError], str]] = {
     "NOAUTH": (StoreAccessDenied, "asks for a password, and the store URL has none"),
@@ -122,7 +122,7 @@ class _Bounded:
         return data
 
     def recv_into(self, *args: Any) -> int:
-        """What redis-py calls where hiredis is installed."""
+        """Called by redis-py where hiredis is installed."""
         self._limit()
         num_bytes: int = self._sock.recv_into(*args)
         self._count(num_bytes)

@@ -1,6 +1,6 @@
 """RedisStore: records as values of a shared Redis server or cluster. The package docstring has the key layout.
 
-What is read is not trusted: every reply has the type its command gives, every value goes through `record.unpack` or
+Replies are not trusted: every reply has the type its command gives, every value goes through `record.unpack` or
 `Manifest.from_json`, and keys or fields that no passage, collection or alias can have are passed over: the database may
 be shared. A multi-get is pipelined and not atomic, each passage is.
 """
@@ -169,8 +169,8 @@ class RedisStore:
         aliases = self._aliases_by(self._bulk)
         if users := sorted(alias for alias, name in aliases.items() if name == collection):
             raise CollectionInUse(f"collection: {collection!r} is in use by the aliases {users}; move them first")
-        # The manifest first: nothing can be written then. What a crash leaves behind is bound to the old manifest, so a
-        # new collection of this name does not take it for its own.
+        # The manifest first: nothing can be written then. Records that a crash leaves are bound to the old manifest, so
+        # a new collection of this name does not take them for its own.
         self._ask(self._bulk, _is_count, "HDEL", self._manifests, collection)
         self._bump(collection)
         keys = self._scan_keys(collection)
@@ -222,7 +222,7 @@ class RedisStore:
                 yield key
 
     def _aliases_by(self, link: Link) -> dict[str, str]:
-        """What is damaged or not ours is no alias: asking for it is an error, and the others stay."""
+        """Damaged and foreign fields are no aliases: opening one is an error, and the others stay."""
         aliases = {}
         for alias, value in self._ask(link, _is_pairs, "HGETALL", self._aliases).items():
             problem = _alias_problem(alias, value)
@@ -235,7 +235,7 @@ class RedisStore:
 
     def _get(self, link: Link, collection: str, passage_ids: Sequence[str]) -> list[Record | Damaged | None]:
         found = self._get_once(link, collection, passage_ids)
-        # A record knows whose it is. What does not fit may be another key's, on a connection that mixes its replies up,
+        # A record knows whose it is. One that does not fit may be another key's, on a connection that mixes replies up,
         # and then a nil may stand in a record's place: all but the records are asked for once more, on another one.
         if any(isinstance(record, Damaged) for record in found):
             doubted = [i for i, record in enumerate(found) if not isinstance(record, Record)]

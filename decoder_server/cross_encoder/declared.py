@@ -1,4 +1,4 @@
-"""What a checkpoint declares about its own arithmetic: applied by transformers or by the profile, or refused.
+"""Declarations of a checkpoint about its own arithmetic: applied by transformers or by the profile, or refused.
 
 config.json, and the files that sentence-transformers writes beside it: modules.json, config_sentence_transformers.json
 and sentence_bert_config.json. Does not know tensors or tokens.
@@ -109,7 +109,7 @@ def _check_answers(path: Path, profile: Profile) -> None:
 
 
 def _check_texts(directory: Path) -> None:
-    """What sentence-transformers would do to texts first, for a model that no profile describes."""
+    """Changes sentence-transformers would make to texts first, for a model that no profile describes."""
     path = directory / "sentence_bert_config.json"
     if path.exists() and read_json(path).get("do_lower_case"):
         raise CheckpointError(f"{path}: do_lower_case is true, which is not applied here; expected false")

@@ -125,7 +125,7 @@ async def delete_passages(request: Request) -> Response:
 
 
 def _ids(step: Step, fields: Fields) -> list[str]:
-    """What a body names; there may be hundreds of thousands."""
+    """Ids that a body names; there may be hundreds of thousands."""
     name = "ids" if fields.get("ids") else "passage_ids"
     ids = []
     for i, item in enumerate(fields.items(name) or ()):

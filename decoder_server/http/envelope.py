@@ -106,7 +106,7 @@ async def respond(
 
 
 async def _peek(scope: Scope, receive: Receive) -> None:
-    """Reads what a client that is refused has sent already, if nothing was read. The rest is for nobody."""
+    """Reads what a client that is refused has sent already, if nothing was read. The rest is not read."""
     headers = Headers(scope=scope)
     has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
     if scope["state"]["seen"] or not has_body or "expect" in headers:

@@ -97,7 +97,7 @@ def by_status(status: int, message: str) -> Problem:
 
 
 def refusal(status: int, message: str) -> tuple[str, bytes]:
-    """What is said to bytes that are no request: content type and body."""
+    """Content type and body of the answer to bytes that are no request."""
     response = respond(by_status(status, message))
     return "application/json", bytes(response.body)
 

@@ -66,7 +66,7 @@ class _Document:
             raise InvalidRequest(what, "too deeply nested", f"JSON, at most {MAX_DEPTH} levels deep")
 
     def value(self, begin: int, end: int) -> Json:
-        """What stands there, with nothing but space around it."""
+        """The value of a range with nothing but space around it."""
         begin, end = self._strip(begin, end)
         if end - begin <= BLOCK_BYTES:
             return self._loads(begin, end)

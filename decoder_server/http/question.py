@@ -47,7 +47,7 @@ class Question:
         return self.positions[index] if self.positions else index
 
     def where(self, index: int) -> str:
-        """What the caller calls a candidate."""
+        """The caller's name of a candidate."""
         return f"{self.candidates_field}[{self.position(index)}]"
 
     def renamed(self, error: InvalidRequest | Refused) -> InvalidRequest | Refused:

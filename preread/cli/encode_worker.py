@@ -72,7 +72,7 @@ def command(ctx: click.Context, /, **options: Any) -> None:
     Answers gRPC on --port: passages are encoded and put into --store, and texts that a reranking
     server has no states of are encoded for it (`preread serve --encoder-address`).
 
-    Ready when the last line says so; SIGTERM, SIGHUP or Ctrl-C lets calls under way finish.
+    Ready when the last line says so; SIGTERM, SIGHUP or Ctrl-C lets calls in flight finish.
     """
     from preread.edge.logs import set_up
 
@@ -117,5 +117,5 @@ async def _run(server: EncoderServer, told: asyncio.Future[None], grace_seconds:
     say(listening_line(server))
     say(f"ready        in {time.monotonic() - started:.1f} s")
     await told
-    say(f"stopping     calls under way have {grace_seconds:g} s to finish")
+    say(f"stopping     calls in flight have {grace_seconds:g} s to finish")
     await server.stop(grace_seconds)

@@ -121,7 +121,7 @@ def show_report(report: IndexReport, estimate: Estimate | None, *, report_file: 
 
 
 def _show_clipped(report: IndexReport) -> None:
-    """What a trained codec cuts off; nothing of it shows in the states that are stored."""
+    """Numbers that a trained codec cuts off; the stored states do not show them."""
     if report.num_clipped:
         grave = "warning: " if report.clipped_share > WARN_CLIPPED_SHARE else ""
         click.echo(

@@ -197,7 +197,7 @@ def _many_queries(client: Any, given: Mapping[str, Any], max_candidates: int, op
 
 
 def _lines(query_id: str, query: str, answer: Any, *, as_json: bool) -> list[str]:
-    """What is written for one query."""
+    """Lines written for one query."""
     from preread.cli.ranking import run_rows
     from tuning.trec import run_lines
 

@@ -153,7 +153,7 @@ def command(ctx: click.Context, /, **options: Any) -> None:
     in this process, or by the worker at --encoder-address (`preread encode-worker`), or not at all
     with --no-encoder.
 
-    Ready when the last line says so; SIGTERM, SIGHUP or Ctrl-C lets requests under way finish.
+    Ready when the last line says so; SIGTERM, SIGHUP or Ctrl-C lets requests in flight finish.
     """
     if options["no_encoder"] and options["encoder_address"]:
         raise click.UsageError("--no-encoder and --encoder-address contradict each other: give one of them.")
@@ -225,7 +225,7 @@ async def _run(
         if await started_unless_told(server.readiness.wait(), stop):
             say(f"ready        in {time.monotonic() - started:.1f} s")
             await stop
-        say(f"stopping     requests under way have {options['grace_seconds']:g} s to finish")
+        say(f"stopping     requests in flight have {options['grace_seconds']:g} s to finish")
         stops = [server.stop(options["grace_seconds"])]
         if gateway is not None:
             stops.append(gateway.stop(options["grace_seconds"]))

@@ -75,7 +75,7 @@ def grace_option(function: F) -> F:
         "--grace-seconds",
         type=click.FloatRange(min=0),
         default=30.0,
-        help="How long calls under way may take to finish after SIGTERM or SIGHUP.",
+        help="How long calls in flight may take to finish after SIGTERM or SIGHUP.",
     )(function)
 
 

@@ -1,4 +1,4 @@
-"""What a server asks of its process: signals to stop, lines on standard output, open files. Knows no server."""
+"""Demands of a server on its process: signals to stop, lines on standard output, open files. Knows no server."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def command(
 
 @dataclass
 class _Found:
-    """What was read and found, for people and for machines."""
+    """Findings, for people and for machines."""
 
     collection: str
     num_passages: int = 0

@@ -79,7 +79,7 @@ class ClientOptions:
         return (*key, *(checks.metadata(name, value) for name, value in own.items()))
 
     def call_timeout(self, timeout: float | None) -> float | None:
-        """What ends a call: its own time limit, else the one of all calls, in seconds."""
+        """Time limit of a call in seconds: its own, else the one of all calls."""
         own = checks.seconds("timeout", timeout)
         return self.timeout_seconds if own is None else own
 

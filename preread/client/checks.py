@@ -1,7 +1,7 @@
 """Arguments of a call, checked before they go on the wire.
 
 TypeError: another kind of thing than the field holds. InvalidRequest: a value that no message can carry. Both name
-the field, and of a list its index. What a value means is the server's to check.
+the field, and of a list its index. The server checks what a value means.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Mapping
 from urllib.parse import unquote
 
-# What gRPC reads, the first that is set. Other libraries read more; none of them connects to our own servers.
+# Variables that gRPC reads, the first that is set. Other libraries read more; none of them connects to our own servers.
 PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
 _LOCAL_SCHEMES = ("unix:", "unix-abstract:")
 

@@ -1,4 +1,4 @@
-"""What the gRPC ports of both servers share: interceptors in their order, limits, and the services of every port."""
+"""Common parts of both servers' gRPC ports: interceptors in their order, limits, and the services of every port."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def parse_host(text: str) -> tuple[Address | str, int | None] | None:
 
 @dataclass(frozen=True)
 class Guard:
-    """Who may call a listener, by the name it was called under and the page that calls."""
+    """Admission to a listener, by the name it was called under and the page that calls."""
 
     allowed_hosts: tuple[str, ...] = ()  # beside loopback's names and the address that a connection came in at
     allowed_origins: tuple[str, ...] = ()

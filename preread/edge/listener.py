@@ -1,6 +1,6 @@
 """An HTTP listener on uvicorn that strangers may reach: deadlines, bounds, and no message with two readings.
 
-The one place that knows uvicorn's and h11's inside. What a refusal looks like is the caller's.
+The one place that knows uvicorn's and h11's inside. The caller shapes refusals.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ class Protocol(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, on one socket, with a deadline for TLS handshakes; signals belong to whoever owns the process."""
+    """uvicorn's, on one socket, with a deadline for TLS handshakes; signals belong to the owner of the process."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -1,7 +1,7 @@
 """One place where bytes of a gRPC call become messages, on every method of both servers.
 
 Every method reads raw bytes from a stream, unary ones too, so a key is checked and a call counted before its first
-byte is read. Then, per message: bounds of its structure, and parsing. What goes wrong here or in the method's own code
+byte is read. Then, per message: bounds of its structure, and parsing. An error here or in the method's own code
 ends the call with a status, and never with the text of an exception.
 """
 
@@ -192,7 +192,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 async def joined(messages: Iterable[Message]) -> bytes:
     """One message of several of its type: protobuf reads the bytes of each behind the other as one.
 
-    What a message of many texts costs is shared out between turns of the event loop.
+    The cost of a message of many texts is spread over turns of the event loop.
     """
     parts: list[bytes] = []
     pace = Pace()

@@ -32,7 +32,7 @@ OnCall = Callable[[str, str, float], None]
 
 
 def log_call(method: str, code: str, seconds: float) -> None:
-    """One log line per call; a question who one is, which servers ask every few seconds, is worth none by default."""
+    """One log line per call; Describe, which servers call every few seconds, has none by default."""
     level = logging.DEBUG if method.endswith("/Describe") and code == "OK" else logging.INFO
     log.log(level, "call", extra=fields(method=method, code=code, seconds=round(seconds, 6)))
 

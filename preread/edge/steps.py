@@ -29,7 +29,7 @@ _threads = ThreadPoolExecutor(MAX_AT_ONCE, thread_name_prefix="steps")
 
 
 class Abandoned(Exception):  # noqa: N818 - says what happened
-    """Nobody waits for the result any more."""
+    """The result is not waited for any more."""
 
 
 class _Steps:
