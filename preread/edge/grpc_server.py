@@ -12,7 +12,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_g
 
 from preread.edge.access import AccessInterceptor
 from preread.edge.keys import ApiKeys
-from preread.edge.messages import CheckStructure, MessageInterceptor, accept_any
+from preread.edge.messages import MessageInterceptor
 from preread.edge.observe import ObservingInterceptor, OnCall
 
 REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
@@ -30,7 +30,6 @@ def make_server(
     max_calls: int,
     max_request_bytes: int,
     max_response_bytes: int,
-    check_structure: CheckStructure = accept_any,
     options: Iterable[tuple[str, int]] = (),
 ) -> grpc.aio.Server:
     """A server without services.
@@ -38,7 +37,6 @@ def make_server(
     Args:
         max_calls: at once.
         max_request_bytes: of one message, also once it is decompressed.
-        check_structure: what a message must pass before it is parsed.
         options: further arguments of gRPC's.
     """
     logging.getLogger("grpc._cython.cygrpc").addFilter(_ended_by_grpc)  # adding it again changes nothing
@@ -47,7 +45,7 @@ def make_server(
         interceptors=(
             ObservingInterceptor(*on_call, max_calls=max_calls),
             AccessInterceptor(keys),
-            MessageInterceptor(check_structure),
+            MessageInterceptor(),
         ),
         options=[
             ("grpc.max_receive_message_length", max_request_bytes),

@@ -28,9 +28,6 @@ MAX_FIELDS = 250_000  # of a message, those of its submessages too: of a candida
 _SIZES = {1: 8, 3: 0, 4: 0, 5: 4}  # by wire type, of what needs no look at the bytes
 MESSAGE_SECONDS = 120.0  # until the message of a unary call is complete; a caller who stalls would hold a place
 
-# (method as /package.Service/Method, bytes of one message); awaited before they are parsed
-CheckStructure = Callable[[str, bytes], Awaitable[None]]
-
 
 class InvalidMessage(Exception):  # noqa: N818
     """A message that is not parsed, or cannot be. The text goes to the caller."""
@@ -40,20 +37,14 @@ class InvalidMessage(Exception):  # noqa: N818
         self.code = code
 
 
-async def accept_any(_: str, __: bytes) -> None:
-    """No bound."""
-
-
 class MessageInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in grpc-stubs only
     """The innermost interceptor. INVALID_ARGUMENT for what is no message, INTERNAL for an exception of the method."""
 
-    def __init__(self, check: CheckStructure = accept_any, *, message_seconds: float = MESSAGE_SECONDS) -> None:
+    def __init__(self, *, message_seconds: float = MESSAGE_SECONDS) -> None:
         """
         Args:
-            check: raises InvalidMessage for bytes that are not worth parsing.
             message_seconds: a unary call whose message is not complete by then is DEADLINE_EXCEEDED.
         """
-        self._check = check
         self._message_seconds = message_seconds
 
     async def intercept_service(
@@ -69,7 +60,7 @@ class MessageInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] 
 
         async def call(raw: AsyncIterator[bytes], context: Any) -> Any:
             try:
-                messages = self._parsed(method, raw, handler.request_deserializer)
+                messages = _parsed(raw, handler.request_deserializer)
                 request = messages if handler.request_streaming else await self._only(messages)
                 answer = function(request, context)
                 if not inspect.isasyncgen(answer):
@@ -88,16 +79,6 @@ class MessageInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] 
 
         return reading_raw(handler, call)
 
-    async def _parsed(
-        self, method: str, raw: AsyncIterator[bytes], parse: Callable[[bytes], Any] | None
-    ) -> AsyncIterator[Any]:
-        async for data in raw:
-            await self._check(method, data)
-            if len(data) <= SMALL_BYTES or parse is None:
-                yield _parse(data, parse)
-            else:
-                yield await stepped(_parse_large, data, parse)
-
     async def _only(self, messages: AsyncIterator[Any]) -> Any:
         try:
             async with asyncio.timeout(self._message_seconds):
@@ -107,6 +88,14 @@ class MessageInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] 
         except TimeoutError:
             message = f"no whole message within {self._message_seconds:g} s; expected one"
             raise InvalidMessage(message, grpc.StatusCode.DEADLINE_EXCEEDED) from None
+
+
+async def _parsed(raw: AsyncIterator[bytes], parse: Callable[[bytes], Any] | None) -> AsyncIterator[Any]:
+    async for data in raw:
+        if len(data) <= SMALL_BYTES or parse is None:
+            yield _parse(data, parse)
+        else:
+            yield await stepped(_parse_large, data, parse)
 
 
 async def _refuse(context: Any, method: str, error: InvalidMessage) -> None:

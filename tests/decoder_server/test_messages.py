@@ -18,7 +18,7 @@ from encoder_worker.config import EncoderConfig
 from encoder_worker.server import EncoderServer
 from preread.edge.grpc_server import make_server
 from preread.edge.keys import ApiKeys, parse_keys
-from preread.edge.messages import InvalidMessage, MessageInterceptor
+from preread.edge.messages import MessageInterceptor
 from preread.tei.v1 import tei_pb2
 from preread.v1 import encoder_pb2, rerank_pb2, rerank_pb2_grpc
 
@@ -175,15 +175,10 @@ class Failing(rerank_pb2_grpc.RerankServiceServicer):
         return "not a message"
 
 
-async def no_more_than_ten(method: str, data: bytes) -> None:
-    if len(data) > 10:
-        raise InvalidMessage(f"{method}: {len(data)} bytes; expected at most 10")
-
-
 @pytest.fixture
 async def failing() -> AsyncIterator[rerank_pb2_grpc.RerankServiceAsyncStub]:
     limits = {"max_calls": 10, "max_request_bytes": MIB, "max_response_bytes": MIB}
-    server = make_server(ApiKeys(), [], check_structure=no_more_than_ten, **limits)
+    server = make_server(ApiKeys(), [], **limits)
     rerank_pb2_grpc.add_RerankServiceServicer_to_server(Failing(), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -204,12 +199,6 @@ async def test_the_text_of_an_exception_stays_inside(failing, caplog, refused) -
     assert dict(error.trailing_metadata())["x-request-id"]
     error = await refused(failing.ListModels(rerank_pb2.ListModelsRequest()), grpc.StatusCode.NOT_FOUND)
     assert error.details() == "said on purpose"
-
-
-async def test_a_bound_is_asked_before_a_message_is_parsed(failing, refused) -> None:
-    call = failing.Rerank(rerank_pb2.RerankRequest(query="longer than ten bytes"))
-    error = await refused(call, grpc.StatusCode.INVALID_ARGUMENT)
-    assert error.details() == "/preread.v1.RerankService/Rerank: 23 bytes; expected at most 10"
 
 
 async def test_a_unary_call_has_to_bring_its_message() -> None:
