@@ -50,7 +50,8 @@ def fail(outcome: Outcome, summary: Summary, field: str, *, encodes_on_demand: b
     if outcome.status is Status.MISSING and not encodes_on_demand:
         raise Unavailable(f"{field}: {message}; start the server with --encoder-address, or without --no-encoder")
     if outcome.status is Status.MISSING:
-        raise InvalidRequest(field, outcome.status.value, f"an id that is stored, or a text to encode ({message})")
+        expected = f"an id that is stored, or a text and on_miss encode ({message})"
+        raise InvalidRequest(field, outcome.status.value, expected)
     if summary.stopped_early:
         raise DeadlineExceeded(f"{field}: {message}")
     raise Unavailable(f"{field} could not be scored: {message}")
