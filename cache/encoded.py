@@ -18,7 +18,7 @@ from cache.states import PassageStates, check_rows, window_ends
 class Codes:
     """Consecutive states in a codec's bytes.
 
-    rows: uint8 (num_states, code_size_bytes), C-contiguous; often a read-only view into a mapped file
+    rows: uint8 (num_states, code_size_bytes), C-contiguous; often a read-only view into a larger buffer
     """
 
     codec: Codec = field(repr=False)

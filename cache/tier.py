@@ -182,7 +182,7 @@ class StatesTier:
         for passage_id, record in fetched.items():
             if not isinstance(record, Record):
                 continue
-            # A copy: the codes may be a view into a mapped file or a larger buffer, which would stay alive uncounted.
+            # A copy: the codes may be a view into a larger buffer, which would stay alive uncounted.
             self._entries.put((collection, passage_id), _Entry(replace(record, codes=record.codes.copy()), generation))
 
     def _forget(self, collection: str, passage_ids: Sequence[str] | Mapping[str, Record]) -> None:
