@@ -123,7 +123,9 @@ async def _explain(engine: Engine, request: RerankRequest, deadline: float) -> l
                 texts = await loop.run_in_executor(None, _texts, collection, found)
                 explained = []
                 for one in found:
-                    look = _looker(engine.backend, prompt, one, texts[one.candidate.index], ratios, chosen)
+                    text = texts[one.candidate.index]
+                    spans = await loop.run_in_executor(None, _spans, engine.backend, one, text)
+                    look = _looker(engine.backend, prompt, one, text, spans, ratios, chosen)
                     explained.append(await engine.batcher.aside(look))
     except TimeoutError:
         raise DeadlineExceeded("the deadline passed before every candidate was looked at") from None
@@ -162,8 +164,19 @@ def _texts(collection: Collection | None, found: Sequence[Found]) -> dict[int, s
     return texts
 
 
+def _spans(backend: Backend, found: Found, text: str | None) -> list[tuple[int, int]]:
+    """Of the text's tokens. Tokenizes, perhaps a megabyte: not on the model's thread, where every request waits."""
+    return backend.spans(text) if text and found.states is not None and isinstance(backend, Attends) else []
+
+
 def _looker(
-    backend: Backend, prompt: Prompt, found: Found, text: str | None, ratios: Sequence[int], chosen: int
+    backend: Backend,
+    prompt: Prompt,
+    found: Found,
+    text: str | None,
+    spans: Sequence[tuple[int, int]],
+    ratios: Sequence[int],
+    chosen: int,
 ) -> Callable[[], Explained]:
     """What to run on the model's thread for one candidate."""
     candidate: Candidate = found.candidate
@@ -189,19 +202,20 @@ def _looker(
             if not np.isfinite(margin):
                 return replace(empty, status=Status.FAILED, message="the model's logits are not finite")
             scores.append(RatioScore(ratio, pooled.num_states, margin, backend.activate(margin), seconds))
-        parts, weight = _parts(backend, prompt, states.at_ratio(chosen), text)
+        parts, weight = _parts(backend, prompt, states.at_ratio(chosen), spans)
         return replace(empty, scores=tuple(scores), parts=parts, passage_weight=weight)
 
     return look
 
 
-def _parts(backend: Backend, prompt: Prompt, states: PassageStates, text: str | None) -> tuple[tuple[Part, ...], float]:
+def _parts(
+    backend: Backend, prompt: Prompt, states: PassageStates, spans: Sequence[tuple[int, int]]
+) -> tuple[tuple[Part, ...], float]:
     """Nothing where the backend cannot be looked at, the text is not kept, or its tokens cannot be told apart."""
     if not isinstance(backend, Attends) or len(states.window_tokens) > 1:
         return (), 0.0
     (item,) = backend.items(prompt, states)
     weights = backend.attention(item)
-    spans = backend.spans(text) if text else []
     if len(spans) < states.num_tokens:
         return (), float(weights.sum())
     parts = []

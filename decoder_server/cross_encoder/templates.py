@@ -6,7 +6,6 @@ the ids of the filled template. Does not know limits or tensors.
 
 from __future__ import annotations
 
-import re
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Protocol
 
 from tokenizers import Encoding, Tokenizer
 
+from checkpoint.text import any_of, encode
 from decoder_server.cross_encoder.profiles import Profile
 
 Fields = Mapping[str, str]  # query, instruction, passage
@@ -61,8 +61,7 @@ class Tokenizers:
         added = self.exact.get_added_tokens_decoder()
         # A single character made special (ctxl 2b pads with `+`) opens nothing: it is read as published.
         self.control_ids = {t.content: id_ for id_, t in added.items() if t.special and len(t.content) > 1}
-        longest_first = sorted(self.control_ids, key=len, reverse=True)
-        self.controls = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self.controls = any_of(self.control_ids)
         # A unigram model may find a control token's spelling in its own vocabulary.
         self._leaky = any(
             id_ in self.plain.encode(f"a {text}", add_special_tokens=False).ids
@@ -75,13 +74,13 @@ class Tokenizers:
 
     def cut(self, text: str, max_tokens: int, *, keep_end: bool = False) -> str:
         """The beginning of a text, or its end, at most `max_tokens` long."""
-        offsets = self.plain.encode(text, add_special_tokens=False).offsets
+        offsets = encode(self.plain, text).offsets
         if len(offsets) <= max_tokens:
             return text
         return text[offsets[-max_tokens][0] :] if keep_end else text[: offsets[max_tokens - 1][1]]
 
     def count(self, text: str) -> int:
-        return len(self.plain.encode(text, add_special_tokens=False).ids)
+        return len(encode(self.plain, text).ids)
 
 
 class PairFiller:
@@ -96,7 +95,7 @@ class PairFiller:
         return [Encoded(e.ids, e.type_ids) for e in self._plain.encode_batch_fast(pairs, add_special_tokens=True)]
 
     def locate(self, row: Fields, *, guarded: bool = False) -> Located:
-        found = self._plain.encode(row["query"], row["passage"], add_special_tokens=True)
+        found = encode(self._plain, (row["query"], row["passage"]), add_special_tokens=True)
         ends = [
             end if sequence == 1 else None for sequence, (_, end) in zip(found.sequence_ids, found.offsets, strict=True)
         ]
@@ -158,7 +157,7 @@ class TemplateFiller:
             if name == "passage":
                 begin, end = len(text), len(text) + len(row[name])
             text += row[name] if name is not None else ""
-        self._append(self._tokenizers.exact.encode(text, add_special_tokens=False), begin, end, ids, ends)
+        self._append(encode(self._tokenizers.exact, text), begin, end, ids, ends)
 
     def _guarded(self, piece: str, row: Fields, ids: list[int], ends: list[int | None]) -> None:
         """Appends one piece: the template's own control tokens count, all text between them is read as plain."""
@@ -177,7 +176,7 @@ class TemplateFiller:
         self._flush(text, begin, end, ids, ends)
 
     def _flush(self, text: str, begin: int, end: int, ids: list[int], ends: list[int | None]) -> None:
-        self._append(self._tokenizers.plain.encode(text, add_special_tokens=False), begin, end, ids, ends)
+        self._append(encode(self._tokenizers.plain, text), begin, end, ids, ends)
 
     def _append(self, found: Encoding, begin: int, end: int, ids: list[int], ends: list[int | None]) -> None:
         ids.extend(found.ids)
