@@ -31,7 +31,8 @@ SUPERSET = Dialect("superset", superset.answer)
 FORCED = {"tei": TEI, "voyage": VOYAGE, "infinity": INFINITY}  # by the first part of the path
 
 
-_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}:,]', re.DOTALL)
+# A string may be cut off. Were its end required, one of escaped quotes would be looked for from each of them again.
+_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"?|[\[\]{}:,]', re.DOTALL)
 
 
 def guess(data: bytes) -> Dialect:
