@@ -56,7 +56,7 @@ async def parse(data: bytes | bytearray, what: str = "body") -> Json:
     except RecursionError:
         raise InvalidRequest(what, "too deeply nested", "JSON") from None
     except ValueError as exc:  # JSONDecodeError and UnicodeDecodeError are both
-        raise InvalidRequest(what, f"not JSON ({exc})" if data else "empty", "JSON") from None
+        raise InvalidRequest(what, f"not JSON ({parsing.reason(exc)})" if data else "empty", "JSON") from None
 
 
 def render(document: Json) -> bytes:

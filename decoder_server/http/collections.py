@@ -23,6 +23,7 @@ from preread.client import Passage, UpsertResult
 from preread.edge.steps import Step, stepped
 
 IDS_AT_ONCE = 1000  # of one call of the worker
+MAX_DIGITS = 20  # of a count, whose greatest has fewer
 MAX_REFUSED_SHOWN = 1000  # an answer to an endless stream is not endless
 
 
@@ -221,7 +222,7 @@ def _literal(value: str) -> object:
     lowered = value.lower()
     if lowered in ("true", "false"):
         return lowered == "true"
-    return int(value) if value.isascii() and value.isdecimal() else value
+    return int(value[:MAX_DIGITS]) if value.isascii() and value.isdecimal() else value
 
 
 def _json(document: object) -> Response:

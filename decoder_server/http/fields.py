@@ -67,7 +67,7 @@ class Fields:
         if isinstance(value, bool) or not isinstance(value, int):
             raise InvalidRequest(self._where + name, _kind(value), "a whole number")
         if value < 0:
-            raise InvalidRequest(self._where + name, value, "0 or more")
+            raise InvalidRequest(self._where + name, max(value, -MAX_INT), "0 or more")
         return min(value, MAX_INT)
 
     def word(self, name: str, words: tuple[str, ...]) -> str | None:

@@ -39,6 +39,15 @@ def loads(text: str) -> Json:
     return json.loads(text, parse_constant=_no_constant)
 
 
+def reason(error: ValueError) -> str:
+    """Why `loads`, or decoding before it, failed; in no words but json's own, which are meant for writers of JSON."""
+    if isinstance(error, (json.JSONDecodeError, _NoConstant)):
+        return str(error)
+    if isinstance(error, UnicodeDecodeError):
+        return f"bytes that are not {error.encoding}, from byte {error.start} on"
+    return "a number of too many digits"
+
+
 def parse(step: Step, data: bytes | bytearray, what: str) -> Json:
     """A JSON document of UTF-8.
 
@@ -162,8 +171,8 @@ class _Document:
             raise InvalidRequest(self._what, "too deeply nested", "JSON") from None
         except json.JSONDecodeError as exc:
             raise self._problem(begin + exc.pos - len(before), exc.msg) from None
-        except ValueError as exc:  # UnicodeDecodeError is one; so is a number of too many digits
-            raise self._problem(begin, str(exc)) from None
+        except ValueError as exc:
+            raise self._problem(begin, reason(exc)) from None
         finally:
             self._step()
 
@@ -273,5 +282,9 @@ def _pieces(document: Json) -> Iterator[str]:
         yield dumps(document)
 
 
+class _NoConstant(ValueError):  # noqa: N818 - says what it is
+    """NaN or an infinity."""
+
+
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
+    raise _NoConstant(f"{name} is not JSON")

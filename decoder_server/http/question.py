@@ -204,7 +204,7 @@ def _stages(body: Fields) -> tuple[Stage, ...]:
         try:
             return parse_stages(value) if value else ()
         except ValueError as exc:
-            raise InvalidRequest("stages", value[:100], f"RATIO:KEEP, RATIO:KEEP, RATIO ({exc})") from exc
+            raise InvalidRequest("stages", value[:100], f"RATIO:KEEP, RATIO:KEEP, RATIO ({exc})") from None
     parts = [Fields(item, f"stages[{i}].", f"stages[{i}]") for i, item in enumerate(body.items("stages") or ())]
     return tuple(Stage(part.count("compression_ratio") or 0, part.count("keep") or 0) for part in parts)
 

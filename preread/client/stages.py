@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 MAX_STAGES = 8
+MAX_TEXT_CHARS = 400
+MAX_NUMBER = 2**31 - 1  # of a ratio or a count: the wire holds no greater one
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,8 @@ def parse_stages(text: str) -> tuple[Stage, ...]:
     Raises:
         ValueError: what cannot be read, or does not fit together.
     """
+    if len(text) > MAX_TEXT_CHARS:
+        raise ValueError(f"stages is {len(text)} characters long; expected at most {MAX_TEXT_CHARS}")
     stages = tuple(_parse(text, part) for part in text.split(","))
     problem = stages_problem(stages)
     if problem is not None:
@@ -54,10 +58,10 @@ def stages_problem(stages: Sequence[Stage]) -> tuple[str, object, str] | None:
         before = stages[max(0, i - 1)]
         ratio, keep = f"stages[{i}].compression_ratio", f"stages[{i}].keep"
         is_last = i == len(stages) - 1
-        if stage.compression_ratio < 1:
-            return ratio, stage.compression_ratio, "1 or more"
-        if stage.keep < (0 if is_last else 1):
-            return keep, stage.keep, "1 or more, how many go on" if not is_last else "0 or more"
+        if not 1 <= stage.compression_ratio <= MAX_NUMBER:
+            return ratio, stage.compression_ratio, f"1 or more, at most {MAX_NUMBER}"
+        if not (0 if is_last else 1) <= stage.keep <= MAX_NUMBER:
+            return keep, stage.keep, f"{0 if is_last else 1} or more, how many go on, at most {MAX_NUMBER}"
         if i and stage.compression_ratio >= before.compression_ratio:
             return (
                 ratio,

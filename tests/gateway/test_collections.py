@@ -42,6 +42,10 @@ def test_settings_of_ndjson_are_in_the_query(running, passages):
     collection = running.http.get("/v1/collections/settings").json()
     assert (collection["compression_ratio"], collection["codec"], collection["stores_text"]) == (16, "SQbf16", False)
 
+    refused = running.http.post(url.replace("=16", "=" + "9" * 5000), content=lines(passages), headers=NDJSON)
+    assert refused.status_code == 400
+    assert "asked for 2147483647" in refused.json()["message"]
+
 
 def test_what_was_uploaded_is_ranked_by_id_as_its_text_is(running, passages, documents):
     upload(running, "ranked", passages, codec="Flat")

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from decoder_server.errors import InvalidRequest
-from decoder_server.http import parsing
-from preread.edge.steps import stepped
+from decoder_server.http import body, parsing
+from preread.edge.steps import SMALL_BYTES, stepped
 
 BITS = ("a", '"', "\\", "\n", "é", "中", "😀", "\ud800", "\udc00", "{", "[", ",", ":", "/", " ", "\\u", "\x7f")
 DAMAGE = b'"\\[]{},: \xff\x00audc0\n'
@@ -151,3 +151,21 @@ async def test_the_loop_goes_on_meanwhile_and_work_for_nobody_ends() -> None:
     assert short == "done"
     work.cancel()
     await asyncio.wait_for(ended.wait(), 10)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b'{"top_n": %s}' % (b"9" * 5000), "a number of too many digits"),
+        (b'{"query": "a\xff"}', "bytes that are not utf-8, from byte"),
+        (b'{"query": NaN}', "NaN is not JSON"),
+    ],
+)
+@pytest.mark.parametrize("is_large", [False, True])
+async def test_a_reason_is_no_text_of_an_exception(content: bytes, says: str, is_large: bool) -> None:
+    content = content + b" " * SMALL_BYTES if is_large else content
+    with pytest.raises(InvalidRequest) as refused:
+        await body.parse(content)
+    assert says in str(refused.value)
+    assert "sys." not in str(refused.value)
+    assert "codec" not in str(refused.value)

@@ -45,6 +45,9 @@ def test_stages_read_as_written_and_back(text: str, stages: tuple[Stage, ...]) -
         ("4:100,32", r"stages\[1\].compression_ratio .* less than 4"),
         ("32,4", r"stages\[0\].keep"),
         ("0:5", r"stages\[0\].compression_ratio"),
+        ("99999999999:5,1", r"stages\[0\].compression_ratio .* at most 2147483647"),
+        ("5:99999999999,1", r"stages\[0\].keep .* at most 2147483647"),
+        ("32:100," * 10_000_000 + "1", "70000001 characters long; expected at most"),
     ],
 )
 def test_what_cannot_be_read_is_told(text: str, says: str) -> None:
