@@ -15,8 +15,9 @@ from cache.embedded.catalogue import Catalogue, new_file, num_committed
 from cache.embedded.failures import blob, check_row, integer, is_whole, row_checksum, text, translated
 from cache.embedded.lock import WriterLock
 from cache.embedded.segments import remove_orphans
-from cache.errors import CacheError, DamagedRecord, ManifestError, StoreDamaged
+from cache.errors import CacheError, DamagedRecord, InvalidName, ManifestError, StoreDamaged
 from cache.manifest import Manifest
+from cache.names import passage_id_bytes
 from cache.record import Header
 from cache.store import Audit
 
@@ -45,7 +46,7 @@ def find(catalogue: Catalogue, directory: Path, lock: WriterLock, collection: st
             except (CacheError, sqlite3.Error) as exc:
                 found.append(f"catalogue: {exc}")
         with suppress(CacheError, sqlite3.Error):
-            found.extend(_segments(connection, directory))
+            found.extend(_segments(connection))
     return Audit(tuple(found), tuple(_orphans(catalogue, directory, lock)))
 
 
@@ -73,11 +74,13 @@ def rebuild(catalogue: Catalogue, directory: Path, lock: WriterLock) -> list[str
     Only for the holder of the writer lock. Counters, indexes and generations are made again.
     """
     left: list[str] = []
-    with catalogue.reading() as old, closing(new_file(catalogue.aside)) as new:
+    with catalogue.salvaging() as old, closing(new_file(catalogue.aside)) as new:
         new.execute("PRAGMA synchronous = FULL")
         new.execute("BEGIN")
         collections = _copy_names(old, new, left)
         _copy_passages(old, new, collections, left)
+        if left and not collections:  # the codes must stay: an older copy of the catalogue may still name them
+            raise StoreDamaged(f"no collection can be read, and nothing was changed: {left[0]}")
         commits = 0
         with suppress(StoreDamaged, sqlite3.Error):
             commits = num_committed(old)
@@ -116,7 +119,7 @@ def _names(connection: sqlite3.Connection) -> Iterator[str]:
             check_row(f"collection {text(name)!r}", checksum, integer(collection_id), text(name))
             Manifest.from_json(blob(manifest), text(name))
         except CacheError as exc:
-            yield f"collection {name!r}: {exc}"
+            yield f"collection {_shown(name)!r}: {exc}"
     for alias, name, checksum in connection.execute("SELECT alias, name, checksum FROM aliases"):
         if not is_whole(checksum, text(alias), text(name)):
             yield f"checksum of alias {text(alias)!r} does not match"
@@ -125,6 +128,9 @@ def _names(connection: sqlite3.Connection) -> Iterator[str]:
     for name, generation, checksum in connection.execute("SELECT name, generation, checksum FROM generations"):
         if not is_whole(checksum, text(name), integer(generation)):
             yield f"checksum of the generation of {text(name)!r} does not match"
+        names.discard(text(name))
+    for name in sorted(names):
+        yield f"collection {name!r} has no generation"
 
 
 def _counters(connection: sqlite3.Connection, collection: str) -> Iterator[str]:
@@ -138,27 +144,22 @@ def _counters(connection: sqlite3.Connection, collection: str) -> Iterator[str]:
         for name, left, right in zip(_COUNTED.split(", "), counted, there, strict=True):
             if left != right:
                 yield f"{name} of collection {collection!r} is {left}, its rows have {right}"
-    query = (
-        "SELECT count(*) FROM passages NOT INDEXED WHERE collection_id NOT IN (SELECT collection_id FROM collections)"
-    )
-    (num_stray,) = connection.execute(query).fetchone()
-    if num_stray:
-        yield f"{num_stray} passages belong to no collection"
+    # Neither is found by a scan: an id of another type sorts before all that are bytes.
+    for condition, problem in (
+        ("collection_id NOT IN (SELECT collection_id FROM collections)", "belong to no collection"),
+        ("typeof(passage_id) != 'blob' OR length(passage_id) = 0", "have an id that no passage can have"),
+    ):
+        (number,) = connection.execute(f"SELECT count(*) FROM passages NOT INDEXED WHERE {condition}").fetchone()
+        if number:
+            yield f"{number} passages {problem}"
 
 
-def _segments(connection: sqlite3.Connection, directory: Path) -> Iterator[str]:
+def _segments(connection: sqlite3.Connection) -> Iterator[str]:
+    """Rows of segments that are damaged. What is wrong with a file is told by the passages that lie there."""
     for values in connection.execute(f"SELECT {_SEGMENT} FROM segments"):
         segment = rows.segment_of(integer(values[1]), values)
         if isinstance(segment, str):
             yield segment
-            continue
-        try:
-            num_bytes = (directory / segment.file_name).stat().st_size
-        except OSError:
-            continue  # a compaction may have removed it; its passages say so where it is missing
-        expected = segment.codes_offset + segment.num_rows * segment.code_size
-        if num_bytes < expected:
-            yield f"segment {segment.file_name} has {num_bytes} bytes, expected at least {expected}"
 
 
 def _orphans(catalogue: Catalogue, directory: Path, lock: WriterLock) -> list[str]:
@@ -176,19 +177,20 @@ def _copy_names(old: sqlite3.Connection, new: sqlite3.Connection, left: list[str
         old, "SELECT collection_id, name, manifest, checksum FROM collections", left
     ):
         try:
-            check_row(f"collection {name!r}", checksum, integer(collection_id), text(name))
+            check_row(f"collection {_shown(name)!r}", checksum, integer(collection_id), text(name))
             Manifest.from_json(blob(manifest), text(name))
         except (StoreDamaged, ManifestError) as exc:
-            left.append(f"collection {name!r}: {exc}")
+            left.append(f"collection {_shown(name)!r}: {exc}")
             continue
         query = "INSERT INTO collections (collection_id, name, manifest, checksum) VALUES (?, ?, ?, ?)"
         new.execute(query, (collection_id, text(name), manifest, row_checksum(integer(collection_id), text(name))))
         kept[text(name)] = integer(collection_id)
     for alias, name, checksum in _salvaged(old, "SELECT alias, name, checksum FROM aliases", left):
-        if is_whole(checksum, _shown(alias), _shown(name)) and text(name) in kept:
+        try:
+            check_row(f"alias {_shown(alias)!r}", checksum, text(alias), text(name))
             naming.set_alias(new, text(alias), text(name), shadowing=True)
-        else:
-            left.append(f"alias {_shown(alias)!r}")
+        except CacheError as exc:
+            left.append(f"alias {_shown(alias)!r}: {exc}")
     for name, generation, checksum in _salvaged(old, "SELECT name, generation, checksum FROM generations", left):
         if type(generation) is int and is_whole(checksum, _shown(name), generation):
             query = "INSERT OR IGNORE INTO generations (name, generation, checksum) VALUES (?, ?, ?)"
@@ -219,13 +221,13 @@ def _copy_passages(old: sqlite3.Connection, new: sqlite3.Connection, collections
             old, query, left
         ):
             try:
-                header = Header.parse(blob(packed), blob(passage_id))
+                header = Header.parse(blob(packed), passage_id_bytes(text(passage_id)))
                 if segment_id not in segments or collection_id not in collections:
                     raise DamagedRecord("belongs to no collection or segment")
                 counts = header.num_states, header.num_tokens, header.truncated, header.total_bytes, header.num_clipped
                 place = integer(row_key), collection_id, passage_id, segment_id, integer(first_row)
                 new.execute(insert, (*place, *counts, packed, blob(windows), blob(written)))
-            except (DamagedRecord, StoreDamaged) as exc:
+            except (DamagedRecord, InvalidName, StoreDamaged) as exc:
                 left.append(f"passage {_shown(passage_id)!r}: {exc}")
         if len(left) == complete or not left[-1].startswith(_UNREADABLE):
             return

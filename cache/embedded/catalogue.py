@@ -11,7 +11,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
@@ -192,6 +192,17 @@ class Catalogue:
                 self._give_back(connection, seen)
             if seen is not None and seen.is_immutable and seen != _Seen.of(self.path, seen):
                 raise StoreUnavailable(f"store {self.path}: was written while it was read; read it again")
+
+    @contextmanager
+    def salvaging(self) -> "Iterator[_Connection]":
+        """A connection to a catalogue that `reading` may refuse: whatever of its schema SQLite still understands."""
+        with translated(self.path), closing(_open(f"file:{quote(str(self.path))}?mode=rw")) as connection:
+            connection.execute("PRAGMA writable_schema = ON")  # what cannot be parsed is passed over
+            connection.execute("PRAGMA mmap_size = 0")
+            connection.execute("PRAGMA cell_size_check = ON")
+            if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'removals'").fetchone():
+                _run(connection, _AS_VERSION_2)
+            yield connection
 
     @contextmanager
     def writing(self) -> "Iterator[_Connection]":

@@ -6,6 +6,7 @@ file that is truncated (cp over it, rsync --inplace) kills the process at the ne
 read, and no check before can rule that out. Does not know which rows belong to which passage.
 """
 
+import errno
 import os
 import resource
 import sys
@@ -29,6 +30,8 @@ MAX_OPEN_SEGMENTS = min(16384, max(64, resource.getrlimit(resource.RLIMIT_NOFILE
 MAX_READ_BYTES, BLOCK_BYTES = 1 << 18, 4 << 20
 # Read buffers that a store keeps for reuse.
 MAX_KEPT_BYTES = 128 << 20
+# Of an open: the process lacks a right, descriptors or memory; anything else is the file's.
+_NOT_ITS_FAULT = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 _SUFFIX, _ASIDE = ".faiss", ".tmp"
 
 
@@ -106,9 +109,15 @@ class SegmentFiles:
 
         Ranges that lie next to each other in the file are read together, and their codes are views into one buffer.
         A range that the file does not have, or that cannot be read, costs itself alone: DamagedRecord takes its place.
-        Raises SegmentGone where there is no file.
+        Raises SegmentGone where there is no file, and OSError where none can be opened now, or this one not by us.
         """
-        return self._read(segment, self._open(segment), ranges)
+        try:
+            return self._read(segment, self._open(segment), ranges)
+        except OSError as exc:
+            if exc.errno in _NOT_ITS_FAULT:
+                raise
+            damage = DamagedRecord(f"segment {segment.file_name} cannot be opened: {exc.strerror}")
+            return iter([damage] * len(ranges))
 
     def _read(
         self, segment: Segment, file: "_OpenFile", ranges: Sequence[tuple[int, int]]

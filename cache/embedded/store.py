@@ -114,7 +114,9 @@ class EmbeddedStore:
                 page, after = rows.page(connection, collection_id, after, _SCAN_PAGE_PASSAGES)
             if not page:
                 return
-            for passage_id, record in rows.read(page, self._files):
+            with translated(self.path):
+                read = list(rows.read(page, self._files))
+            for passage_id, record in read:
                 if isinstance(record, SegmentGone):
                     (again,) = self.get_many(collection, [passage_id])
                     if again is not None:

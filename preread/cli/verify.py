@@ -66,7 +66,7 @@ class _Found:
 
 def _verified(store: Store, name: str, *, remove_damaged: bool) -> _Found:
     from cache.collection import Collection
-    from cache.errors import StoreDamaged
+    from cache.errors import CollectionNotFound, StoreDamaged
 
     mended: list[str] = []
     problems: list[str] = []
@@ -79,7 +79,10 @@ def _verified(store: Store, name: str, *, remove_damaged: bool) -> _Found:
         problems = [str(exc)]
     if remove_damaged and problems:
         mended = store.mend()
-        found = _read(store, Collection.open(store, name))
+        try:
+            found = _read(store, Collection.open(store, name))
+        except CollectionNotFound:  # its own row was damaged: what was left behind names it
+            return _Found(name, problems=problems, left_behind=mended)
         problems += [problem for problem in found.problems if problem not in problems]
     if remove_damaged:
         passage_ids = [one["passage_id"] for one in found.damaged]

@@ -119,6 +119,10 @@ def test_rows_that_changed_their_ids_are_not_taken_for_each_other(store, path):
          lambda store: store.read_manifest("passages")),
         ("UPDATE collections SET manifest = NULL || 1", None),
         ("UPDATE store SET num_commits = 'x'", None),
+        ("DELETE FROM generations", None),
+        ("UPDATE passages SET passage_id = 'p007' WHERE passage_id = CAST('p007' AS BLOB)", None),
+        ("UPDATE passages SET passage_id = 7 WHERE passage_id = CAST('p007' AS BLOB)", None),
+        ("UPDATE passages SET passage_id = x'' WHERE passage_id = CAST('p007' AS BLOB)", None),
     ],
 )  # fmt: skip
 def test_a_damaged_row_without_a_record_is_one_clear_error(store, path, statement, read):
@@ -274,14 +278,38 @@ def test_a_catalogue_that_is_overwritten_in_place_is_noticed(store, path, tmp_pa
         assert reader.get_many("passages", ["q1"]) == [None]
 
 
-@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
-def test_what_is_no_file_in_a_segments_place_is_damage(store, path, make):
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to(path), Path.touch])
+def test_what_is_no_segment_in_a_segments_place_is_damage_until_mended(store, path, make):
     segment = max((path / "segments").iterdir(), key=lambda one: one.stat().st_size)
     segment.unlink()
     make(segment)
     with closing(EmbeddedStore(path)) as reader:
         found = reader.get_many("passages", ["p001", "q1"])
         assert [damaged(one) for one in found] == [True, False]
+        gone = [passage_id for passage_id, one in reader.scan("passages") if damaged(one)]
+        assert reader.delete_many("passages", gone) == 200
+    assert verified(path) == (Audit(), set())
+
+
+@pytest.mark.parametrize("statement", ["DROP TRIGGER passages_added", "DROP INDEX passages_by_segment"])
+def test_a_catalogue_of_another_schema_is_refused_and_mended(store, path, statement):
+    store.close()
+    with closing(sqlite3.connect(path / "catalogue.sqlite")) as connection:
+        connection.execute(statement)
+    with closing(EmbeddedStore(path)) as reader:
+        with pytest.raises(StoreDamaged, match="schema"):
+            reader.get_many("passages", ["p001"])
+        assert reader.mend() == []
+    assert verified(path) == (Audit(), set())
+
+
+@pytest.mark.parametrize("statement", ["UPDATE collections SET collection_id = 7", "DELETE FROM collections"])
+def test_mending_keeps_the_codes_where_no_collection_can_be_read(store, path, statement):
+    segments = set((path / "segments").iterdir())
+    change(path, statement)
+    with closing(EmbeddedStore(path)) as mender, pytest.raises(StoreDamaged, match="nothing was changed"):
+        mender.mend()
+    assert set((path / "segments").iterdir()) == segments
 
 
 # Version 1: what the software before wrote.

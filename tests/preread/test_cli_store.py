@@ -9,11 +9,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from cache.store import open_store
 from preread.cli.main import cli
 
 ROOT = Path(__file__).parents[2]
@@ -143,6 +145,20 @@ def test_damage_of_the_catalogue_is_reported_and_mended(store: str) -> None:
     assert "catalogue written again" in mended.stdout
     again = in_process("verify", "-c", "docs", store=store)
     assert again.stdout == "docs: 11 passages read, 0 damaged\n"
+
+
+def test_what_is_left_of_a_collection_that_cannot_be_mended_is_said(store: str) -> None:
+    opened = open_store(store)
+    manifest = opened.read_manifest("docs")
+    assert manifest is not None
+    opened.write_manifest(replace(manifest, collection="faq"))
+    opened.close()
+    change(store, "UPDATE collections SET manifest = x'7b7d' WHERE name = 'docs'")
+    mended = in_process("verify", "-c", "docs", "--remove-damaged", store=store)
+    assert mended.exit_code == 1
+    assert "left behind: collection 'docs': " in mended.stdout
+    assert "left behind: passage 'p3': " in mended.stdout
+    assert in_process("verify", "-c", "faq", store=store).stdout == "faq: 0 passages read, 0 damaged\n"
 
 
 def test_a_damaged_alias_is_one_clear_error_until_it_is_mended(store: str) -> None:
