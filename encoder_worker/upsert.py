@@ -26,7 +26,10 @@ from encoder_worker.seen import SeenIds
 from encoder_worker.sources import Place
 from encoder_worker.storing import put
 from encoder_worker.target import CollectionSettings, Target
+from preread.edge.steps import Pace, Step, stepped
 from preread.v1 import encoder_pb2
+
+MANY = 1000  # passages of one message, which are then checked in steps
 
 UNCHANGED, STORED, REFUSED = (
     encoder_pb2.UPSERT_STATUS_UNCHANGED,
@@ -114,7 +117,12 @@ class Upload:
             while ready := await self._ready(reader):
                 await self._store([entry for entries in ready for entry in entries])
                 for entries in ready:
-                    yield encoder_pb2.UpsertResponse(results=[entry.result() for entry in entries])
+                    results = []
+                    pace = Pace()  # one message may hold tens of thousands of refused passages
+                    for entry in entries:
+                        results.append(entry.result())
+                        await pace.worked()
+                    yield encoder_pb2.UpsertResponse(results=results)
                     self._room.give_back(entries)
             await reader  # raises what ended it
         finally:
@@ -125,7 +133,10 @@ class Upload:
     async def _read(self, requests: AsyncIterator[encoder_pb2.UpsertRequest]) -> None:
         async for request in requests:
             collection = await self._open(request)
-            entries = await self._engine.call(self._checked, request)
+            if len(request.passages) > MANY:
+                entries = await stepped(self._checked, request)
+            else:
+                entries = await self._engine.call(self._checked, lambda: None, request)
             self._room.take(entries)
             todo = await self._changed(collection, entries)
             self._messages.append(asyncio.create_task(self._encode(collection, entries, todo)))
@@ -160,9 +171,13 @@ class Upload:
         target.stores_text = target.stores_text if target.collection is not None else request.store_text
         return target.create(None)
 
-    def _checked(self, request: encoder_pb2.UpsertRequest) -> list[_Entry]:
+    def _checked(self, step: Step, request: encoder_pb2.UpsertRequest) -> list[_Entry]:
         """The passages of one message, the refused ones with why; off the event loop, one message at a time."""
-        return [self._check(passage) for passage in request.passages]
+        entries = []
+        for passage in request.passages:
+            entries.append(self._check(passage))
+            step()
+        return entries
 
     def _check(self, passage: encoder_pb2.Passage) -> _Entry:
         entry = _Entry(passage.passage_id, passage.text)

@@ -18,6 +18,7 @@ from encoder_worker.passage_encoder import PassageEncoder
 from encoder_worker.scheduler import Priority
 from encoder_worker.sources import Passage
 from encoder_worker.target import CollectionSettings
+from encoder_worker.upsert import MANY
 from preread.v1 import encoder_pb2
 
 STORED, UNCHANGED, REFUSED = (
@@ -116,6 +117,16 @@ async def test_bad_passages_are_refused_one_by_one(worker: Serve, store: Store) 
         assert all(result.message for result in response.results[:4])
         assert [result.truncated for result in response.results[4:]] == [True, False]
     assert Collection.open(store, "docs").stats().num_passages == 2
+
+
+async def test_a_message_of_very_many_passages_is_checked_in_steps_and_in_order(worker: Serve, store: Store) -> None:
+    ids = [f"p{i}" for i in range(3 * MANY)]
+    good = {MANY // 2: "a text", 2 * MANY: "another", 3 * MANY - 1: "the last"}
+    async with worker() as to:
+        (response,) = await to.upsert(to.message("docs", **{id_: good.get(i, " ") for i, id_ in enumerate(ids)}))
+    assert [result.passage_id for result in response.results] == ids
+    assert [i for i, result in enumerate(response.results) if result.status == STORED] == list(good)
+    assert {result.status for result in response.results} == {STORED, REFUSED}
 
 
 async def test_backpressure_the_next_message_is_not_read_before_there_is_room(worker: Serve, store: Store) -> None:
