@@ -16,7 +16,6 @@ from cache.errors import (
     CollectionNotFound,
     EncoderMismatch,
     InvalidName,
-    ManifestError,
     StoreAccessDenied,
     StoreDamaged,
     StoreLocked,
@@ -58,7 +57,7 @@ def survey(store: Store) -> tuple[list[Described], dict[str, str]]:
             manifest = store.read_manifest(name)
             if manifest is not None:  # else dropped a moment ago
                 described.append(Described(manifest, store.stats(name), own))
-        except (ManifestError, StoreDamaged) as exc:
+        except StoreDamaged as exc:
             unreadable[name] = str(exc)
     return described, unreadable
 

@@ -11,7 +11,7 @@ from contextlib import aclosing
 
 from cache.codec_names import DEFAULT_CODEC
 from cache.collection import Collection
-from cache.errors import CollectionNotFound, ManifestError, StoreDamaged
+from cache.errors import CollectionNotFound, StoreDamaged
 from cache.names import is_passage_id
 from cache.store import Store, public_url
 from encoder_worker import messages, on_demand
@@ -102,7 +102,7 @@ def _collections(store: Store, name: str) -> list[common_pb2.CollectionInfo]:
             manifest = store.read_manifest(one)
             if manifest is not None:  # dropped a moment ago
                 infos.append(messages.pack_collection(manifest, store.stats(one), aliases.get(one, [])))
-        except (ManifestError, StoreDamaged) as exc:
+        except StoreDamaged as exc:
             if name:
                 raise
             log.warning("collection %r cannot be read: %s", one, exc)  # costs itself only

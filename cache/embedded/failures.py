@@ -17,7 +17,7 @@ from cache.errors import CacheError, StoreAccessDenied, StoreDamaged, StoreFull,
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _SQLITE: dict[int, tuple[type[CacheError], str]] = {
-    sqlite3.SQLITE_FULL: (StoreFull, "no space left"),
+    sqlite3.SQLITE_FULL: (StoreFull, "has no space left"),
     sqlite3.SQLITE_READONLY: (StoreAccessDenied, "may not be written"),
     sqlite3.SQLITE_PERM: (StoreAccessDenied, "may not be opened"),
     sqlite3.SQLITE_CANTOPEN: (StoreAccessDenied, "cannot be opened"),

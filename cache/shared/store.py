@@ -151,7 +151,10 @@ class RedisStore:
 
     def read_manifest(self, collection: str) -> Manifest | None:
         value = self._ask(self._online, _is_value, "HGET", self._manifests, collection)
-        return None if value is None else Manifest.from_json(value, collection)
+        try:
+            return None if value is None else Manifest.from_json(value, collection)
+        except ManifestError as exc:
+            raise StoreDamaged(f"collection {collection!r} cannot be read: {exc}; see `preread verify`") from exc
 
     def write_manifest(self, manifest: Manifest) -> None:
         name, value = manifest.collection, manifest.to_json()
@@ -230,7 +233,7 @@ class RedisStore:
                 aliases[alias.decode()] = value.partition(b":")[0].decode()
             elif (alias, value) not in self._told:
                 self._told.add((alias, value))
-                log.warning("alias %r: %s", alias, problem)
+                log.warning("alias %r: %s", alias.decode(errors="backslashreplace"), problem)
         return aliases
 
     def _get(self, link: Link, collection: str, passage_ids: Sequence[str]) -> list[Record | Damaged | None]:

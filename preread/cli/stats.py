@@ -45,7 +45,7 @@ def command(ctx: click.Context, /, collection: str | None, as_json: bool, store:
 def _describe(store: Any, only: str | None) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """A row per collection, and why others cannot be read."""
     from cache.collection import Collection
-    from cache.errors import ManifestError, StoreDamaged
+    from cache.errors import StoreDamaged
 
     aliases = store.aliases()
     names = [Collection.open(store, only).name] if only else store.list_collections()
@@ -57,7 +57,7 @@ def _describe(store: Any, only: str | None) -> tuple[list[dict[str, Any]], dict[
             if manifest is None:  # dropped a moment ago
                 continue
             stats = store.stats(name)
-        except (ManifestError, StoreDamaged) as exc:
+        except StoreDamaged as exc:
             unreadable[name] = str(exc)
             continue
         rows.append(

@@ -81,7 +81,7 @@ def _verified(store: Store, name: str, *, remove_damaged: bool) -> _Found:
         mended = store.mend()
         try:
             found = _read(store, Collection.open(store, name))
-        except CollectionNotFound:  # its own row was damaged: what was left behind names it
+        except (CollectionNotFound, StoreDamaged):  # its manifest was damaged: what was left behind names it
             return _Found(name, problems=problems, left_behind=mended)
         problems += [problem for problem in found.problems if problem not in problems]
     if remove_damaged:

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from cache.errors import CacheError, StoreAccessDenied, StoreFull, StoreUnavailable, StoreUrlError
+from cache.errors import StoreAccessDenied, StoreDamaged, StoreFull, StoreUnavailable, StoreUrlError
 from cache.record import Damaged, pack
 from cache.shared.address import Address
 from cache.shared.breaker import CircuitBreaker
@@ -278,7 +278,7 @@ def test_a_manifest_someone_wrote_over_is_not_believed(redis_server, open_redis,
     store.write_manifest(make_manifest())
     with redis_server.client() as client:
         client.hset("overwritten:manifests", "passages", make_manifest().to_json().replace(b"test/", b"evil/"))
-    with pytest.raises(CacheError, match="checksum"):
+    with pytest.raises(StoreDamaged, match=r"collection 'passages' cannot be read: .*checksum"):
         store.read_manifest("passages")
 
 
