@@ -23,7 +23,7 @@ from preread.cli.options import address_option, client_options, option, tls_opti
 def command(**given: Any) -> None:
     """Ask a server, of either kind, whether it is ready.
 
-    Exit codes: 0 ready, 3 not ready or not there.
+    Exit codes: 0 ready, 2 no such service, 3 not ready or not there.
     """
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -40,7 +40,14 @@ def command(**given: Any) -> None:
     )
     with opened as channel:
         stub = health_pb2_grpc.HealthStub(channel)
-        answer = stub.Check(health_pb2.HealthCheckRequest(service=given["service"]), timeout=given["timeout_seconds"])
+        request = health_pb2.HealthCheckRequest(service=given["service"])
+        try:
+            answer = stub.Check(request, timeout=given["timeout_seconds"])
+        except grpc.RpcError as exc:
+            if exc.code() is not grpc.StatusCode.NOT_FOUND:
+                raise
+            message = f"--service is {given['service']!r}, which {address} does not have; expected live, or encoder"
+            raise CommandFailed(f"{message}, of a reranking server that has one") from None
     status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
     if answer.status != health_pb2.HealthCheckResponse.SERVING:
         raise CommandFailed(f"{address} answers {status}", UNAVAILABLE)

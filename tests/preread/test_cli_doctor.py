@@ -105,7 +105,9 @@ def test_a_proxy_in_the_environment(server_pair, monkeypatch: pytest.MonkeyPatch
     health = ["health", "--address", server_pair.address]
     for service in ("", "live", "encoder"):
         assert CliRunner().invoke(cli, [*health, "--service", service]).exit_code == 0
-    assert CliRunner().invoke(cli, [*health, "--service", "unknown"]).exit_code != 0
+    unknown = CliRunner().invoke(cli, [*health, "--service", "unknown"])
+    assert unknown.exit_code == 2
+    assert "--service is 'unknown'" in unknown.output
 
     answer, states = doctor(*arguments, "--encoder-address", "worker.invalid:50052")
     assert (states["worker"], states["proxy"], answer.exit_code) == ("fail", "warn", 1)
