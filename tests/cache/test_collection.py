@@ -76,7 +76,7 @@ def narrow(make_manifest):
     """A collection whose SQ8 was trained on a tenth of what passages hold."""
     codec = Codec("SQ8", DIM)
     codec.train(0.1 * np.random.default_rng(0).standard_normal((200, DIM)).astype(np.float32))
-    store = open_store("memory:")
+    store = open_store("memory:narrow")
     yield Collection.create(store, make_manifest(codec="SQ8", codec_table=codec.table()))
     store.close()
 
@@ -308,7 +308,7 @@ def test_a_collection_of_version_1_is_read_and_written_as_old_readers_know_it():
     manifest = Manifest.from_json(MANIFEST_1.encode())
     assert manifest.to_json().decode() == MANIFEST_1
     assert manifest.binding == 2314507997012052886  # as the software of that version computed it
-    store = open_store("memory:")
+    store = open_store("memory:version-1")
     collection = Collection.create(store, manifest)
     collection.put_many([make_passage("p")])
     assert store.headers_many("old", ["p"])[0].version == 1

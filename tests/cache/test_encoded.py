@@ -25,7 +25,7 @@ def numbers(windows, seed, ratio=4):
 def collection(request, make_manifest):
     codec = Codec(request.param, DIM)
     codec.train(numbers((400,), 0))
-    store = open_store("memory:")
+    store = open_store("memory:encoded")
     collection = Collection.create(store, make_manifest("c", codec=request.param, codec_table=codec.table()))
     collection.put_many(
         [

@@ -32,12 +32,12 @@ REACHABLE = ("0.0.0.0", "::", "[::]", "", "192.168.1.5", "10.0.0.1", "rerank.exa
 
 def decoder_server(host: str, keys: ApiKeys) -> Any:
     models = (ModelConfig("anywhere", read_control_tokens=True),)
-    return DecoderServer(DecoderConfig(models=models, host=host), store=open_store("memory:"), keys=keys)
+    return DecoderServer(DecoderConfig(models=models, host=host), store=open_store("memory:control-tokens"), keys=keys)
 
 
 def encoder_server(host: str, keys: ApiKeys) -> Any:
     config = EncoderConfig("anywhere", host=host, read_control_tokens=True)
-    return EncoderServer(config, store=open_store("memory:"), keys=keys)
+    return EncoderServer(config, store=open_store("memory:control-tokens"), keys=keys)
 
 
 def gateway(host: str, keys: ApiKeys) -> Any:

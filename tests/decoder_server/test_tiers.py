@@ -186,7 +186,7 @@ def test_a_passage_that_requests_share_is_computed_once(checkpoint: Checkpoint) 
 def test_equal_texts_under_two_ids_are_computed_once(checkpoint: Checkpoint) -> None:
     """What is stored of a text has one key under any id, and in any collection of one identity."""
     backend = made(checkpoint, TierBudgets(PLENTY, PLENTY))
-    store = open_store("memory:")
+    store = open_store("memory:equal-texts")
     identity = new_identity()
     shard, other = (
         Collection.create(store, Manifest.of(checkpoint.identity(), collection=name, compression_ratio=4, identity=one))

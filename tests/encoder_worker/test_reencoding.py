@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -185,10 +184,8 @@ def test_a_damaged_passage_is_left_out_and_named(
 ) -> None:
     old = narrow()
     (record,) = store.get_many("docs", ["p1"])
-    other = dataclasses.replace(record, header=dataclasses.replace(record.header, binding=1))
-    codes = other.codes
     built = type(record).build(
-        codes, window_tokens=record.window_tokens, compression_ratio=4, truncated=False,
+        record.codes, window_tokens=record.window_tokens, compression_ratio=4, truncated=False,
         text_digest=record.text_digest, binding=1, text=record.text,
     )  # fmt: skip
     store.put_many("docs", {"p1": built})
