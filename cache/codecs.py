@@ -28,6 +28,8 @@ _PQ = re.compile(r"PQ(?P<num_parts>[1-9]\d{0,3})(?:x(?P<bits>[1-9]\d?))?")
 _RQ = re.compile(r"RQ(?P<num_parts>[1-9]\d{0,2})x(?P<bits>[1-9]\d?)")
 # 4,096 centroids per part: beyond that a codec trains for hours and its table outweighs a small collection.
 _MAX_BITS = 12
+# So many codes of a part reach as far as what they stand for, also where they are coarse.
+_MANY_CENTROIDS = 64
 
 _T = TypeVar("_T", bound=np.generic)
 
@@ -145,7 +147,7 @@ class Codec:
 
         SQ8, SQ6, SQ4: numbers more than half a step outside their dimension's range, which come back as its border.
         PQ, RQ: all numbers of a part (of RQ: of the state) that is farther from what comes back than any code reaches
-        from the mean of the codes.
+        from the mean of the codes; with less than 6 bits also farther than such coarse codes have to be.
 
         states: float32 (n, dim). codes: of these states, uint8 (n, code_size_bytes).
         """
@@ -175,8 +177,14 @@ class Codec:
         # (num_parts, num_books, num_centroids, dim / num_parts)
         centroids = numbers.reshape(num_parts, -1, self.num_centroids, self.dim // num_parts)
         apart = centroids - centroids.mean(axis=2, keepdims=True)
-        reach = np.sqrt(np.einsum("pbcd,pbcd->pbc", apart, apart).max(axis=2)).sum(axis=1)
-        return nothing, nothing, np.square(reach)
+        squares = np.einsum("pbcd,pbcd->pbc", apart, apart)  # (num_parts, num_books, num_centroids)
+        radius = np.square(np.sqrt(squares.max(axis=2)).sum(axis=1))
+        if self.num_centroids < _MANY_CENTROIDS:
+            # A few coarse codes stand nearer to their mean than to what they stand for. Of a normal distribution with
+            # their spread the best code's mean squared error would be this, by its rate-distortion function.
+            kept = float(self.num_centroids) ** (-2 * centroids.shape[1] / centroids.shape[3])
+            radius += 2 * squares.mean(axis=2).sum(axis=1) * kept / (1 - kept)
+        return nothing, nothing, radius
 
     def decode(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
         """uint8 (n, code_size_bytes) to a new float32 (n, dim)."""

@@ -146,6 +146,19 @@ def test_what_the_table_was_trained_for_is_inside_and_what_it_was_not_is_counted
         assert not counts.any()
 
 
+@pytest.mark.parametrize("factory", ["PQ4x4", "PQ8x4", "PQ16x4", "PQ32x4", "PQ8x5", "PQ8x6", "RQ4x4"])
+def test_few_codes_that_are_coarse_hold_what_they_were_trained_for(factory):
+    """Each of 16 codes in 24 dimensions is farther from what it stands for than from the codes' mean."""
+    rng = np.random.default_rng(1)
+    sample, others = rng.standard_normal((2, 1000, 96), dtype=np.float32)
+    codec = Codec(factory, 96)
+    codec.train(sample)
+    assert codec.count_outside(others, codec.encode(others)).mean() < 0.05 * 96
+    odd = 10 * others
+    if not factory.startswith("RQ"):
+        assert codec.count_outside(odd, codec.encode(odd)).mean() > 0.6 * 96
+
+
 @pytest.mark.parametrize("factory", ["SQ8", "SQ4"])
 def test_a_number_outside_by_less_than_a_rounding_is_not_counted(factory):
     codec = Codec(factory, 2)
