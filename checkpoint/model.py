@@ -249,7 +249,7 @@ def _read_config(path: Path) -> T5Gemma2Config:
         ("", raw, config, STORAGE | TOP_PARTS),
         ("encoder.", raw.get("encoder") or {}, encoder, ENCODER_PARTS),
         ("encoder.text_config.", (raw.get("encoder") or {}).get("text_config") or {}, encoder.text_config, APPLIED),
-        ("decoder.", raw.get("decoder") or {}, decoder, APPLIED | {"final_logit_softcapping"}),
+        ("decoder.", raw.get("decoder") or {}, decoder, APPLIED | {"final_logit_softcapping", "is_decoder"}),
     ]
     for place, found, made, applied in parts:
         check_fields(f"{where}: {place or 'the model'}".rstrip("."), found, _defaults(type(made)), applied)

@@ -234,7 +234,7 @@ def test_the_published_configuration_loads(directory: Path) -> None:
         },
         "use_bidirectional_attention": False, "use_cache": True,
     }  # fmt: skip
-    configure(directory, "decoder", **stack)
+    configure(directory, "decoder", **stack, is_decoder=True)  # as writers of encoder-decoders set it there
     text = old | stack | {"_name_or_path": "", "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
     configure(directory, "encoder.text_config", **text, tie_word_embeddings=True, problem_type=None)
     encoder = {"attention_dropout": 0.0, "boi_token_index": 5, "dropout_rate": 0.0, "dtype": "bfloat16"}
