@@ -47,6 +47,7 @@ class Reencoding:
     needs_input: list[str] = field(default_factory=list)  # cut, and without a text: as they were
     damaged: list[str] = field(default_factory=list)  # left out
     moved_names: list[str] = field(default_factory=list)
+    overtaken: bool = False  # the source was written to during every pass: not all of it is taken over
     complete: bool = False
 
 
@@ -127,8 +128,10 @@ def reencode(
         run.all_passages()
         if stop.is_set() or source.store.generation(source.name) == generation:
             break
+    else:
+        result.overtaken = True
     result.report.interrupted = stop.is_set()
-    result.complete = not stop.is_set() and not result.report.num_refused
+    result.complete = not stop.is_set() and not result.overtaken and not result.report.num_refused
     if result.complete and move_names and target.collection is not None:
         for alias, name in sorted(source.store.aliases().items()):
             if name == source.name:

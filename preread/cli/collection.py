@@ -100,7 +100,8 @@ def reencode_command(ctx: click.Context, /, collection: str, **options: Any) -> 
     one. Run again to go on after an interruption. `preread collection drop` deletes the old one.
 
     \b
-    Exit codes: 0 all done, 1 some passages need their input again (--missing has their ids), 130 interrupted.
+    Exit codes: 0 all done, 1 some passages need their input again (--missing has their ids) or writers never paused,
+    130 interrupted.
     """
     from cache.collection import Collection
     from preread.cli.index import stopping
@@ -142,7 +143,7 @@ def reencode_command(ctx: click.Context, /, collection: str, **options: Any) -> 
     _say_reencoded(done, codec)
     if done.report.interrupted:
         ctx.exit(INTERRUPTED)
-    if done.needs_input or done.damaged or done.report.num_refused:
+    if done.needs_input or done.damaged or done.overtaken or done.report.num_refused:
         ctx.exit(BAD_ITEMS)
 
 
@@ -171,6 +172,11 @@ def _say_reencoded(done: Reencoding, codec: str) -> None:
         click.echo(f"{name} -> {done.collection}")
     if done.source in done.moved_names:
         click.echo(f"the old one is there until `preread collection drop {done.source}`")
+    if done.overtaken:
+        click.echo(
+            f"preread: {done.source} was written to during every pass, and keeps its names; run again when writers pause",
+            err=True,
+        )
     if report.interrupted:
         click.echo("preread: interrupted; run again to go on from here", err=True)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from cache.collection import Collection
+from cache.collection import Collection, StoredPassage
 from cache.errors import CollectionExists, EncoderMismatch
 from cache.store import Store
 from checkpoint import Checkpoint
@@ -151,6 +151,27 @@ def test_what_is_written_or_deleted_meanwhile_is_taken_over(
     new = Collection.open(store, "live")
     assert new.get_texts(["late0", "p0"]) == ["a text that came later", None]
     assert {i for i, _ in new.scan()} == {i for i, _ in old.scan()}
+
+
+def test_names_stay_where_writers_do_not_rest(
+    encoder: PassageEncoder, store: Store, narrow: Callable[..., Collection], passages: Make
+) -> None:
+    """What comes during the last pass is in the old collection alone, so its names must not move away from it."""
+    old = narrow()
+    (states,) = old.get_many(["p1"])
+
+    def meanwhile(num_done: int, num_passages: int) -> None:
+        old.put_many([StoredPassage(f"late{num_passages}", states)], allow_clipped=True)
+
+    done = reencode(old, "docs.v2", "SQ8", lambda: encoder, on_progress=meanwhile)
+
+    assert done.overtaken
+    assert not done.complete
+    assert Collection.open(store, "live").name == Collection.open(store, "docs").name == "docs"
+    done = reencode(old, "docs.v2", "SQ8", lambda: encoder)
+    assert done.complete
+    assert not done.overtaken
+    assert {i for i, _ in Collection.open(store, "live").scan()} == {i for i, _ in old.scan()}
 
 
 def test_without_texts_it_says_whose_input_is_needed_and_keeps_the_count(
