@@ -63,9 +63,11 @@ def unpack_warm(message: rerank_pb2.WarmRequest, max_candidates: int) -> RerankR
     """A request for the same passages; its query stands for those to come.
 
     Raises:
-        InvalidRequest: more ids than a request may have candidates.
+        InvalidRequest: no ids, or more of them than a request may have candidates.
     """
-    _check_count("candidates", message.passage_ids, max_candidates)
+    if not message.passage_ids:
+        raise InvalidRequest("passage_ids", "empty", f"1..{max_candidates} ids")
+    _check_count("passage_ids", message.passage_ids, max_candidates)
     return RerankRequest(
         query=ANY_QUERY,
         candidates=tuple(Candidate(index, passage_id, None) for index, passage_id in enumerate(message.passage_ids)),

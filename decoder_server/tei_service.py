@@ -58,7 +58,7 @@ class _Rerank(tei_pb2_grpc.RerankServicer):
     ) -> tei_pb2.RerankResponse:
         try:
             engine = _first(self._engines())
-            if len(texts) > engine.limits.max_candidates:
+            if not 1 <= len(texts) <= engine.limits.max_candidates:
                 raise InvalidRequest("texts", f"{len(texts)} of them", f"1..{engine.limits.max_candidates}")
             candidates = []
             pace = Pace()

@@ -90,5 +90,5 @@ def _settle(
 def _found(wanted: Wanted, candidate: Candidate, status: Status, text: str) -> Found:
     try:
         return Found(candidate, status, text, items=wanted.items(text))
-    except ValueError as exc:  # a text that no template can hold costs itself only
-        return Found(candidate, Status.FAILED, message=str(exc))
+    except ValueError as exc:  # query and instruction leave no room: no later attempt finds any
+        return Found(candidate, Status.TOO_LONG, message=str(exc))

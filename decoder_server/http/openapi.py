@@ -30,6 +30,7 @@ READ_HEADERS = {
     "x-preread-degraded": "Read coarser than asked: deadline or queue",
     "x-preread-asked": "With x-preread-degraded: what would have been read",
     "x-preread-stopped-early": "true: the deadline came before the last stage was through",
+    "x-preread-query-truncated": "true: the query was cut to the model's limit",
     "x-preread-truncated": "Positions of the documents that were cut: 0,3; at most 500, then ...",
     "x-preread-empty": "Positions of the empty documents, which have the lowest score: 0,3; at most 500, then ...",
 }

@@ -82,6 +82,8 @@ def headers_of(replies: Sequence[Answer]) -> dict[str, str]:
     """Of all questions in one body. One that was read less than asked is the one to tell."""
     told = next((reply for reply in replies if reply.summary.degraded is not None), replies[-1])
     headers = told.headers()
+    if any(reply.summary.query_truncated for reply in replies):
+        headers["x-preread-query-truncated"] = "true"
     cut = [reply.question.position(index) for reply in replies for index in reply.cut]
     empty = [reply.question.position(index) for reply in replies for index in reply.empty]
     for name, positions in (("x-preread-truncated", cut), ("x-preread-empty", empty)):

@@ -24,6 +24,11 @@ async def answer(body: Fields, ask: Ask) -> Json:
         raise InvalidRequest(field, f"{len(pairs)} of them", f"at most {MAX_PAIRS}")
     by_query: dict[str, list[int]] = {}
     for position, (query, _) in enumerate(pairs):
+        if not query:
+            where = "text_1" if isinstance(body.get("text_1"), str) else f"text_1[{position}]"
+            raise InvalidRequest(
+                f"pairs[{position}][0]" if field == "pairs" else where, "", "a query that is not empty"
+            )
         by_query.setdefault(query, []).append(position)
     places = asyncio.Semaphore(MAX_QUERIES_AT_ONCE)
 

@@ -174,7 +174,7 @@ def _say_reencoded(done: Reencoding, codec: str) -> None:
         click.echo(f"the old one is there until `preread collection drop {done.source}`")
     if done.overtaken:
         click.echo(
-            f"preread: {done.source} was written to during every pass, and keeps its names; run again when writers pause",
+            f"{done.source} was written to during every pass, and keeps its names: run again when writers pause",
             err=True,
         )
     if report.interrupted:

@@ -29,7 +29,7 @@ ALLOWED_HEADERS = (
 )  # fmt: skip
 EXPOSED_HEADERS = (
     "x-request-id", "retry-after", "retry-after-ms", "www-authenticate", "x-preread-read", "x-preread-degraded",
-    "x-preread-asked", "x-preread-stopped-early", "x-preread-truncated", "x-preread-empty",
+    "x-preread-asked", "x-preread-stopped-early", "x-preread-query-truncated", "x-preread-truncated", "x-preread-empty",
 )  # fmt: skip
 PREFLIGHT_SECONDS = 600
 MAX_REQUESTED_HEADERS = 64

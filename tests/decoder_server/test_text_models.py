@@ -19,6 +19,7 @@ from decoder_server.cross_encoder.synthetic import make_cross_encoder
 from decoder_server.model_config import ModelConfig
 from decoder_server.server import DecoderServer
 from preread.client.stages import Stage
+from preread.tei.v1 import tei_pb2, tei_pb2_grpc
 from preread.v1 import common_pb2, rerank_pb2, rerank_pb2_grpc
 
 HIT, ENCODED = common_pb2.CANDIDATE_STATUS_HIT, common_pb2.CANDIDATE_STATUS_ENCODED
@@ -91,6 +92,27 @@ async def test_a_bad_candidate_costs_itself_only(ask, make_request) -> None:
     assert [found[i][0] for i in range(5)] == [HIT, MISSING, ENCODED, TOO_LONG, FAILED]
     assert "no text is stored" in found[1][1]
     assert answer.num_scored == 2
+
+
+async def test_a_passage_that_the_query_leaves_no_room_for_is_too_long(tmp_path, store) -> None:
+    """No later attempt finds room, so it is the request's fault and not the server's."""
+    directory = make_cross_encoder(tmp_path / "list", "JinaForRanking")  # whose template has the query twice
+    compute = {"device": "cpu", "dtype": "float32", "profile": "jinaai/jina-reranker-v3"}
+    server = DecoderServer(DecoderConfig((ModelConfig(str(directory), "list", **compute),), port=0), store=store)
+    await server.start()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            stub = rerank_pb2_grpc.RerankServiceStub(channel)
+            candidates = [rerank_pb2.Candidate(text="a passage")]
+            answer = await stub.Rerank(rerank_pb2.RerankRequest(query="a b " * 2000, candidates=candidates))
+            assert [result.status for result in answer.results] == [TOO_LONG]
+            assert "leave no room for a passage" in answer.results[0].message
+            request = tei_pb2.RerankRequest(query="a b " * 2000, texts=["a passage"])
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await tei_pb2_grpc.RerankStub(channel).Rerank(request)
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    finally:
+        await server.stop(5)
 
 
 async def test_a_collection_that_keeps_no_texts_says_so(ask, make_request, encoding, texts, store) -> None:

@@ -168,7 +168,9 @@ def test_score_of_several_queries_keeps_their_order(running, query, documents):
         ({"text_1": "a"}, "text_2"),
         ({"text_1": ["a", "b"], "text_2": ["x", "y", "z"]}, "text_2"),
         ({"text_1": ["a", "b", "a"], "text_2": ["x", "y", "z" * 2_000_000]}, "text_2[2]"),
-        ({"text_1": "", "text_2": "x"}, "query"),
+        ({"text_1": "", "text_2": "x"}, "text_1"),
+        ({"text_1": ["a", ""], "text_2": ["x", "y"]}, "text_1[1]"),
+        ({"pairs": [["a", "b"], ["", "c"]]}, "pairs[1][0]"),
     ],
 )
 def test_pairs_are_checked(running, body, param):

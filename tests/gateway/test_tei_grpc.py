@@ -66,6 +66,7 @@ def test_what_is_wrong_has_a_status(running, rerank, query):
         with pytest.raises(grpc.RpcError) as caught:
             call()
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "candidates" not in caught.value.details()  # a word of another contract
 
 
 def test_info(running, channel):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 LONG = "network " * 5000
 
 
@@ -30,6 +32,7 @@ def test_without_ids_what_cannot_be_scored_fails_the_request_and_is_named(runnin
     for on_miss in ("skip", "fail"):
         error = running.refused(400, documents=["a text that is not cached"], on_miss=on_miss)
         assert error["message"].startswith("documents[0]")
+        assert "on_miss" in error["message"]
 
 
 def test_a_text_over_the_limit_is_cut_unless_that_is_refused(running, query):
@@ -43,6 +46,13 @@ def test_a_text_over_the_limit_is_cut_unless_that_is_refused(running, query):
     assert str(settings.max_passage_tokens) in voyage["message"]
     assert (tei.status_code, nim.status_code) == (400, 400)
     assert running.ask(query=LONG[:16000])["meta"]["warnings"] == ["the query was truncated"]
+
+
+@pytest.mark.parametrize(("path", "field"), [("/tei/rerank", "texts"), ("/v1/ranking", "documents"), ("/score", None)])
+def test_a_query_that_was_cut_is_said_where_a_dialect_has_no_warnings(running, path, field):
+    for text, said in (("short", None), (LONG[:16000], "true")):
+        body = {"query": text, field: ["a"]} if field else {"pairs": [["short", "a"], [text, "b"]]}
+        assert running.post(path, body).headers.get("x-preread-query-truncated") == said
 
 
 def test_max_tokens_per_doc_cuts_the_text(running):
