@@ -87,7 +87,10 @@ def check_row(what: str, checksum: object, *columns: int | str | bytes) -> None:
 
 @contextmanager
 def translated(path: Path) -> Iterator[None]:
-    """Raise a CacheError that names the store at `path` in place of OSError and sqlite3.Error."""
+    """Raise a CacheError that names the store at `path` in place of OSError and sqlite3.Error.
+
+    Its text is ours, with a code of the system's or SQLite's: servers show it to callers. The cause has the rest.
+    """
     try:
         yield
     except StoreDamaged as exc:
@@ -95,17 +98,23 @@ def translated(path: Path) -> Iterator[None]:
             raise
         raise StoreDamaged(f"store {path}: {exc}; see `preread verify`") from exc
     except (UnicodeDecodeError, OverflowError) as exc:  # of the sqlite3 module, about a schema that is no text
-        raise StoreDamaged(f"store {path}: the catalogue is damaged: {exc}; see `preread verify`") from exc
+        raise StoreDamaged(f"store {path}: the catalogue is damaged; see `preread verify`") from exc
     except OSError as exc:
         if exc.errno in _FULL:
-            raise StoreFull(f"store {path}: no space left: {exc}") from exc
+            raise StoreFull(f"store {path}: no space left ({_code(exc)})") from exc
         if exc.errno in _DENIED:
-            raise StoreAccessDenied(f"store {path}: not permitted: {exc}") from exc
-        raise CacheError(f"store {path}: {exc}") from exc
+            raise StoreAccessDenied(f"store {path}: not permitted ({_code(exc)})") from exc
+        raise CacheError(f"store {path}: {exc.strerror or 'a file failed'} ({_code(exc)})") from exc
     except sqlite3.Error as exc:
-        # The low byte is the primary code; the rest tells details that the message has too.
+        # The low byte is the primary code; the rest tells details, which its name has.
         code = getattr(exc, "sqlite_errorcode", 0)
         error, reason = _SQLITE.get(code & 0xFF, (CacheError, "failed"))
         if code == _SHORT_READ:
             error, reason = StoreDamaged, "is too short"
-        raise error(f"store {path}: the catalogue {reason}: {exc}") from exc
+        raise error(
+            f"store {path}: the catalogue {reason} ({getattr(exc, 'sqlite_errorname', type(exc).__name__)})"
+        ) from exc
+
+
+def _code(error: OSError) -> str:
+    return errno.errorcode.get(error.errno or 0, type(error).__name__)

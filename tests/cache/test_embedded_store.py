@@ -222,6 +222,23 @@ def test_a_catalogue_that_is_none_is_refused(path):
         EmbeddedStore(path).list_collections()
 
 
+def test_the_text_of_an_exception_stays_inside(path, make_manifest):
+    store = EmbeddedStore(path)
+    store.write_manifest(make_manifest())
+    store.close()
+    content = (path / "catalogue.sqlite").read_bytes()
+    for damaged in (b"\xff" * len(content), content[:4096] + b"\xff" * (len(content) - 4096), content[:5000]):
+        (path / "catalogue.sqlite").write_bytes(damaged)
+        with pytest.raises(CacheError) as raised:
+            EmbeddedStore(path).list_collections()
+        causes = []
+        cause = raised.value.__cause__
+        while cause is not None:
+            causes, cause = [*causes, cause], cause.__cause__
+        foreign = [str(cause) for cause in causes if not isinstance(cause, CacheError)]
+        assert not [text for text in foreign if text in str(raised.value)]
+
+
 def test_a_path_that_is_a_file_is_refused(path, make_manifest):
     path.write_text("a file")
     with pytest.raises(CacheError, match=str(path)):
