@@ -65,7 +65,8 @@ class Tally:
         found = pending.found
         states = found.states
         if states is not None:
-            num_tokens = states.num_states * states.compression_ratio
+            # A ratio may be far above the passage's length: its one state stands for no more tokens than there are.
+            num_tokens = states.num_states * min(states.compression_ratio, states.num_tokens)
         else:
             num_tokens = sum(max(0, item.num_tokens - self._num_prompt_tokens) for item in pending.items)
         outcome = Outcome(

@@ -58,6 +58,8 @@ def test_superset(running, ranking):
     assert answer["meta"]["api_version"] == {"version": "2"}
     assert answer["meta"]["billed_units"] == {"search_units": 1}
     assert answer["meta"]["tokens"]["input_tokens"] == answer["usage"]["total_tokens"]
+    coarse = running.ask(compression_ratio=2**31 - 1, top_n=1)
+    assert coarse["usage"]["total_tokens"] <= 2 * answer["usage"]["total_tokens"]
     assert "warnings" not in answer["meta"]
     assert "error" not in answer
     assert isinstance(answer["created"], int)
