@@ -335,7 +335,8 @@ class Link:
         if is_network and not isinstance(exc, redis.AuthenticationError):
             return StoreUnavailable(f"{where}: {self._said(exc)}")
         if not isinstance(exc, Malformed | redis.RedisError):
-            log.warning("%s: a reply could not be read", where, exc_info=exc)
+            shown = exc if log.isEnabledFor(logging.DEBUG) else None  # a hostile server can make many and long ones
+            log.warning("%s: a reply could not be read: %s", where, type(exc).__name__, exc_info=shown)
         return StoreUnavailable(f"{where}: the server's replies are malformed or out of step")
 
     def _said(self, exc: Exception) -> str:
