@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from preread.cli.failures import BAD_ITEMS, INTERRUPTED, CommandFailed
-from preread.cli.options import ADMIN_READ_SECONDS, compute_options, model_option, option, store_option
+from preread.cli.options import (
+    ADMIN_READ_SECONDS,
+    compute_options,
+    control_tokens_option,
+    model_option,
+    option,
+    store_option,
+)
 
 if TYPE_CHECKING:
     from encoder_worker.passage_encoder import PassageEncoder
@@ -88,6 +95,7 @@ def compact_command(collection: str, store: str) -> None:
 @option("--keep-names", is_flag=True, help="Leave name and aliases with the old collection.")
 @option("--missing", metavar="FILE", help="Write ids that need their input again to this file; - is standard output.")
 @model_option
+@control_tokens_option
 @compute_options
 @store_option
 @click.pass_context
@@ -115,7 +123,11 @@ def reencode_command(ctx: click.Context, /, collection: str, **options: Any) -> 
         tune_process(options["threads"])
         limit = source.manifest.max_passage_tokens
         return PassageEncoder.load(
-            options["model"], device=options["device"], dtype=options["dtype"], max_passage_tokens=limit
+            options["model"],
+            device=options["device"],
+            dtype=options["dtype"],
+            max_passage_tokens=limit,
+            read_control_tokens=options["read_control_tokens"],
         )
 
     with _opened(options["store"]) as opened, ExitStack() as stack:

@@ -237,3 +237,19 @@ def test_the_command(tiny_checkpoint: Path, tmp_path: Path, store: Store, narrow
     none = CliRunner().invoke(cli, ["collection", "reencode", "live", *given])
     assert none.exit_code == 2
     assert "B16,SQ8 has no table to train" in none.stderr
+
+
+def test_the_command_reads_control_tokens_as_the_collection_does(
+    tiny_checkpoint: Path, tmp_path: Path, store: Store, passages: Make, texts: list[str]
+) -> None:
+    reading = PassageEncoder.load(str(tiny_checkpoint), device="cpu", dtype="float32", read_control_tokens=True)
+    index(passages(UNIFORM, "u"), reading, store, "docs", CollectionSettings(4, "SQ8", stores_text=True))
+    index(passages(texts), reading, store, "docs", options=IndexOptions(allow_clipped=True))
+    given = ("--store", f"faiss:{tmp_path / 'store'}", "--model", str(tiny_checkpoint), "--device", "cpu")
+
+    other = CliRunner().invoke(cli, ["collection", "reencode", "docs", *given])
+    assert other.exit_code != 0
+    assert "was written by encoder" in other.stderr
+    same = CliRunner().invoke(cli, ["collection", "reencode", "docs", "--read-control-tokens", *given])
+    assert same.exit_code == 0, same.output
+    assert Collection.open(store, "docs").name == "docs.v2"
