@@ -163,7 +163,7 @@ def _segments(connection: sqlite3.Connection) -> Iterator[str]:
 
 
 def _orphans(catalogue: Catalogue, directory: Path, lock: WriterLock) -> list[str]:
-    with lock.idle() as is_idle, suppress(CacheError, sqlite3.Error):
+    with lock.idle() as is_idle, suppress(CacheError, OSError, sqlite3.Error):
         if is_idle and directory.is_dir():
             committed = committed_files(catalogue, lock)
             return sorted(path.name for path in directory.iterdir() if path.name not in committed)

@@ -157,7 +157,8 @@ class Catalogue:
 
     @property
     def exists(self) -> bool:
-        return self.path.exists()
+        with translated(self.path):
+            return self.path.exists()
 
     def create(self) -> None:
         """Make the file where there is none, or bring one of version 1 up; only for the holder of the writer lock.

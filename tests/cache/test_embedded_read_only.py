@@ -111,6 +111,17 @@ def test_many_readers_share_a_store_that_none_can_write(path, how):
         assert listed(path) == before  # no log, no lock, no index of one
 
 
+def test_a_store_that_may_not_be_looked_into_is_one_clear_error_of_every_call(path):
+    with closing(Reader(path, "permissions")) as reader:
+        path.chmod(0)
+        try:
+            for call in ("read", "write", "audit", "mend", "drop_collection", "scan"):
+                said = reader.ask(call)
+                assert said.startswith("StoreAccessDenied"), (call, said)
+        finally:
+            path.chmod(0o755)
+
+
 @pytest.mark.parametrize("how", ["mount", "permissions"])
 def test_what_is_written_elsewhere_is_noticed(path, place, how):
     with unwritable(path), closing(Reader(path, how)) as reader:
