@@ -115,11 +115,11 @@ def texts(field: str, values: object) -> list[str]:
 
 
 def passage(index: int, value: object) -> tuple[str, str]:
-    """(id, text) of a Passage, of a pair of strings, or of a mapping with the keys that `preread index` reads.
+    """(id, text) of a Passage, or of a mapping with the keys that `preread index` reads.
 
     Raises:
-        TypeError: anything else. A list or a string of two is not taken for a pair: both unpack as one, and so does
-            a dictionary of two keys.
+        TypeError: anything else. Nothing is unpacked as a pair: strings of two letters and dictionaries of two keys
+            would unpack as well, and a tuple does not say which part is the id.
     """
     where = f"passages[{index}]"
     if isinstance(value, Passage):
@@ -130,10 +130,7 @@ def passage(index: int, value: object) -> tuple[str, str]:
             missing = "id" if passage_id is None else "text"
             raise TypeError(f"{where} has no {missing}; found {_keys(value)}")
         return passage_id, own
-    if type(value) is tuple and len(value) == 2:
-        return text(f"{where}[0]", value[0]), text(f"{where}[1]", value[1])
-    expected = 'a Passage, a mapping {"id": ..., "text": ...}, or a tuple (id, text)'
-    raise TypeError(f"{where} is {show(value)}; expected {expected}")
+    raise TypeError(f'{where} is {show(value)}; expected a Passage, or a mapping {{"id": ..., "text": ...}}')
 
 
 def candidate(index: int, value: object, *, is_id: bool) -> Candidate:

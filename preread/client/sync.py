@@ -189,8 +189,8 @@ class Client:
         is answered "unchanged".
 
         Args:
-            passages: Passage values, mappings as `preread index` reads them ("id" or "_id", "text", perhaps "title"),
-                or tuples (id, text). Of several with one id the first is stored and the others are refused.
+            passages: Passage values, or mappings as `preread index` reads them ("id" or "_id", "text", perhaps
+                "title"). Of several with one id the first is stored and the others are refused.
             compression_ratio, codec, store_text: how to make a collection that does not exist yet.
 
         Raises:

@@ -13,7 +13,7 @@ from preread.v1 import encoder_pb2
 MAX_PASSAGES_PER_MESSAGE = 64
 MAX_CHARACTERS_PER_MESSAGE = 1 << 20
 
-AnyPassage = Passage | Mapping[str, Any] | tuple[str, str]
+AnyPassage = Passage | Mapping[str, Any]
 Passages = Iterable[AnyPassage] | AsyncIterable[AnyPassage]
 
 

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 from preread import Client
 from preread.cli.main import cli
+from preread.client import Passage
 from tuning.trec import read_run
 
 PASSAGES = {
@@ -25,7 +26,7 @@ COLLECTION = "cli-rerank"
 @pytest.fixture(scope="module")
 def client(server_pair):
     with Client(server_pair.address, encoder_address=server_pair.encoder_address) as client:
-        assert len(list(client.upsert(PASSAGES.items(), collection=COLLECTION))) == 5
+        assert len(list(client.upsert([Passage(*pair) for pair in PASSAGES.items()], collection=COLLECTION))) == 5
         yield client
 
 

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from preread import AsyncClient, Client
 from preread.cli.main import cli
+from preread.client import Passage
 
 COLLECTION = "cli-warm"
 PASSAGES = {f"w{i}": f"Warm passage number {i}." for i in range(5)}
@@ -19,7 +20,7 @@ PASSAGES = {f"w{i}": f"Warm passage number {i}." for i in range(5)}
 @pytest.fixture(scope="module")
 def client(server_pair):
     with Client(server_pair.address, encoder_address=server_pair.encoder_address) as client:
-        assert len(list(client.upsert(PASSAGES.items(), collection=COLLECTION))) == 5
+        assert len(list(client.upsert([Passage(*pair) for pair in PASSAGES.items()], collection=COLLECTION))) == 5
         yield client
 
 

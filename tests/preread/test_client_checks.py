@@ -41,10 +41,10 @@ def _calls(client: Any) -> dict[str, Callable[..., Any]]:
         "on_miss": lambda bad: client.rerank("q", ["a"], on_miss=bad),
         "passage_ids[0]": lambda bad: client.warm([bad], collection="c"),
         "passage_ids[1]": lambda bad: client.delete(["a", bad], collection="c"),
-        "passages[1][1]": lambda bad: list(client.upsert([("a", "b"), ("c", bad)], collection="c")),
+        "passages[1].text": lambda bad: list(client.upsert([Passage("a", "b"), Passage("c", bad)], collection="c")),
         "passages[0].passage_id": lambda bad: list(client.upsert([Passage(bad, "b")], collection="c")),
         "passages[0].id": lambda bad: list(client.upsert([{"id": bad, "text": "b"}], collection="c")),
-        "codec": lambda bad: client.upsert([("a", "b")], collection="c", codec=bad),
+        "codec": lambda bad: client.upsert([Passage("a", "b")], collection="c", codec=bad),
         "address": lambda bad: Client(f"{bad}:1"),
         "encoder_address": lambda bad: AsyncClient(encoder_address=f"{bad}:1"),
         "api_key": lambda bad: ClientOptions(api_key=bad),
@@ -131,7 +131,7 @@ NO_PASSAGES = [
     "one string", b"bytes", {"id": "text"}, None, 3, SimpleNamespace(id="a", text="b"),
 ]  # fmt: skip
 NO_PASSAGE = [
-    "ab", b"ab", ["id", "text"], {"id", "text"}, Row("text", "id"), ("a",), ("a", "b", "c"), 1, 1.5, None,
+    "ab", b"ab", ["id", "text"], {"id", "text"}, Row("text", "id"), ("a", "b"), ("a",), ("a", "b", "c"), 1, 1.5, None,
     {"id": "a"}, {"text": "b"}, {"id": "a", "text": None}, {"id": "a", "text": "b", "body": "c"}, {},
     {"id": "a", "_id": "b", "text": "c"}, {"id": 1.5, "text": "b"}, {"id": True, "text": "b"}, {"id": "a", "text": 3},
     {"id": "a", "text": "b", "title": 3}, ("a", 3), (3, "a"), (None, "a"), Passage("a", None), Candidate("a", "b"),
@@ -148,7 +148,7 @@ def test_upsert_refuses_what_is_no_list_of_passages(client, bad: Any) -> None:
 @pytest.mark.parametrize("bad", NO_PASSAGE, ids=repr)
 async def test_upsert_refuses_what_is_no_passage_by_its_index(client, scripted, bad: Any) -> None:
     with pytest.raises(TypeError, match=r"^passages\[1\]"):
-        list(client.upsert(iter([("a", "b"), bad]), collection="c"))
+        list(client.upsert(iter([Passage("a", "b"), bad]), collection="c"))
 
     async def source() -> Any:
         yield {"id": "a", "text": "b"}
