@@ -30,7 +30,7 @@ COMMANDS = {  # minutes
     "benchmarks.bodies": 3,
     "benchmarks.steps": 1,
 }
-OTHERS = "reliability, codecs, cascade, overload, keepalive, cross_encoder_runtimes, int8_products"
+OTHERS = "reliability, codecs, clipping, cascade, overload, keepalive, cross_encoder_runtimes, int8_products"
 PLOTS = {  # under the table of which result: what draws it, where, and what it shows
     "scaling": ("benchmarks.scaling", "scaling.png", "cost by candidates, length and ratio"),
     "collection_size": ("benchmarks.collection_size", "collection-size.png", "reading 100 passages, and bytes"),
