@@ -49,14 +49,16 @@ def measure(args: argparse.Namespace) -> None:
             }
             for trained_on, sample in samples.items():
                 for name in CODECS:
+                    progress.advance("codecs", 1)
                     codec = Codec(name, workload.dim)
+                    if len(sample) < codec.min_training_states:  # it cannot be trained on so few
+                        continue
                     codec.train(sample)
                     outside = codec.count_outside(others, codec.encode(others)).sum() / others.size
                     key = f"{name}-{trained_on}".replace(" ", "-")
                     margins = workload.margins(key, ratio, lambda states, c=codec: c.decode(c.encode(states)))
                     _, _, noise, tau, top, *_ = compare(workload, reference, reference, margins)
                     rows.append([trained_on, name, ratio, f"{outside:.2%}", noise, tau, top])
-                    progress.advance("codecs", 1)
     columns = ["trained on", "codec", "r", "outside", "noise", "tau", "top 10"]
     report("clipping", columns, rows, queries=args.queries, candidates=args.candidates)
 
