@@ -28,6 +28,7 @@ from collections import Counter
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -83,10 +84,10 @@ class Contents:
     seeds: dict[str, int] = field(default_factory=dict)
     alias: str = ""
 
-    def after(self, step: dict[str, object]) -> Contents:
+    def after(self, step: dict[str, Any]) -> Contents:
         """The contents once a logged step is done."""
-        seeds = self.seeds | step.get("put", {})  # type: ignore[operator]
-        for passage_id in step.get("delete", ()):  # type: ignore[attr-defined]
+        seeds = self.seeds | step.get("put", {})
+        for passage_id in step.get("delete", ()):
             seeds.pop(passage_id, None)
         return replace(self, seeds=seeds, alias=str(step.get("alias", self.alias)))
 

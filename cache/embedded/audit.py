@@ -203,7 +203,7 @@ def _copy_names(old: sqlite3.Connection, new: sqlite3.Connection, left: list[str
         elif values[1] in kept.values():
             columns = values[0], values[1], segment.file_name, segment.num_rows, segment.code_size, segment.codes_offset
             query = f"INSERT INTO segments ({_SEGMENT}) VALUES (?, ?, ?, ?, ?, ?, ?)"
-            new.execute(query, (*columns, row_checksum(*columns)))  # type: ignore[arg-type]
+            new.execute(query, (*columns, row_checksum(*columns)))  # type: ignore[arg-type]  # segment_of checked them
     return set(kept.values())
 
 

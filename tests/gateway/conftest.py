@@ -177,7 +177,7 @@ def lossy(lossy_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 
 @pytest.fixture(scope="module", params=["BertForSequenceClassification", "XLMRobertaForSequenceClassification"])
 def cross(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A model that reads text, without a sigmoid of its own."""
+    """A model that reads text, whose margins pass no sigmoid."""
     directory = make_cross_encoder(tmp_path_factory.mktemp("cross") / "model", request.param)
     with _run(directory, f"faiss:{tmp_path_factory.mktemp('store')}", encoder=False) as one:
         yield one

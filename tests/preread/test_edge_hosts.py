@@ -1,4 +1,4 @@
-"""Laws of names, pages and log lines: what a stranger chose lets nobody in and forges nothing."""
+"""Laws of names, pages and log lines: a value that a stranger chose opens no door and forges no line."""
 
 from __future__ import annotations
 
