@@ -33,15 +33,13 @@ from cache.store import Store, open_store
 from checkpoint import Checkpoint, EncoderIdentity
 from encoder_worker.passage_encoder import PassageEncoder
 from preread import Client
-from preread.cli.options import shipped_model
-from preread.cli.ranking import run_rows
-from tuning.bootstrap import Bootstrap
-from tuning.first_stage import search
+from preread_cli.options import shipped_model
+from preread_cli.ranking import run_rows
+from tuning.baselines import search
 from tuning.judged import JudgedCollection, read_judged
-from tuning.metrics import HEADLINE, per_query
-from tuning.ranking import rank
-from tuning.states import EncodedStates
-from tuning.trec import Run
+from tuning.metrics import HEADLINE, Bootstrap, per_query
+from tuning.rerank import EncodedStates
+from tuning.trec import Run, rank
 
 SEED = 20260101
 RATIOS = (1, 4, 8, 16, 32)

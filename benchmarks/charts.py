@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tuning.sweep.plots import COLOURS, FAINT, INK
+from tuning.sweep.page import COLOURS, FAINT, INK
 
 PANEL = (3.5, 3.2)  # inches
 

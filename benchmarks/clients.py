@@ -29,8 +29,8 @@ from benchmarks.common import median_seconds, nano_checkpoint, read_result, repo
 from benchmarks.servers import QUERY, TIER_BYTES, TIERS, fill, serving
 from cache.states import PassageStates, text_digest
 from checkpoint import Checkpoint
-from decoder_server.fbnl import FbnlBackend
-from decoder_server.tiers.budgets import TierBudgets
+from decoder_server.config import TierBudgets
+from decoder_server.models.fbnl.backend import FbnlBackend
 from preread import AsyncClient, Client
 
 CLIENTS = (1, 4, 16, 32, 64)

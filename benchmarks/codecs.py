@@ -27,7 +27,7 @@ from benchmarks.codecs_workload import Margins, Sizes, Workload
 from benchmarks.common import CACHE, report, start
 from tuning.metrics import HEADLINE, per_query
 from tuning.progress import TerminalProgress
-from tuning.ranking import rank
+from tuning.trec import rank
 
 # 16, 8, 6 and 4 bits a number, plain, scaled and rotated; then 4, 2 and 1 by product quantizers; 16 and 8 bytes in all.
 CODECS = (

@@ -21,12 +21,12 @@ from cache.collection import Collection
 from cache.states import PassageStates
 from cache.store import open_store
 from checkpoint import Checkpoint
-from decoder_server.fbnl import FbnlBackend
+from decoder_server.models.fbnl.backend import FbnlBackend
 from encoder_worker.indexing import index
 from encoder_worker.passage_encoder import PassageEncoder
 from encoder_worker.sources import Passage, Place
-from encoder_worker.target import CollectionSettings
-from tuning import first_stage
+from encoder_worker.writing import CollectionSettings
+from tuning import baselines as first_stage
 from tuning.judged import read_judged
 from tuning.progress import Progress
 from tuning.rerank import score_passages

@@ -34,7 +34,7 @@ from cache.collection import Collection, Manifest, StoredPassage
 from cache.states import PassageStates, text_digest
 from cache.store import open_store
 from checkpoint import Checkpoint
-from decoder_server.fbnl import FbnlBackend
+from decoder_server.models.fbnl.backend import FbnlBackend
 
 MODEL = Path(__file__).parent.parent / "preread/models/preread-mini"
 SIZES = (1_000, 10_000, 100_000, 1_000_000)

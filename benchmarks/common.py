@@ -13,8 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from checkpoint.compute import tune_process
-from checkpoint.hardware import hardware
+from checkpoint.compute import hardware, tune_process
 
 RESULTS = Path(__file__).parent / "results"
 CACHE = Path(os.environ.get("PREREAD_BENCHMARK_CACHE", Path.home() / ".cache" / "preread-benchmarks"))

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from scipy.stats import kendalltau
 
 from benchmarks.common import CACHE, median_seconds, report, start
-from decoder_server.cross_encoder import open_cross_encoder
-from decoder_server.cross_encoder.synthetic import Size, make_cross_encoder
+from decoder_server.models.cross_encoder import open_cross_encoder
+from decoder_server.models.cross_encoder.synthetic import Size, make_cross_encoder
 
 RUNTIMES = (("torch", "float32"), ("torch", "bfloat16"), ("onnx", None), ("onnx-int8", None))
 TINY = {

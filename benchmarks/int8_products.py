@@ -22,8 +22,8 @@ from benchmarks.common import median_seconds, nano_checkpoint, report, start
 from benchmarks.operations import PROMPT_TOKENS
 from benchmarks.ways import BATCH
 from checkpoint import Checkpoint, TokenizedPrompt
-from decoder_server.backend import Pair
-from decoder_server.fbnl import FbnlBackend
+from decoder_server.models.backend import Pair
+from decoder_server.models.fbnl.backend import FbnlBackend
 
 RATIO = 4
 
@@ -38,7 +38,7 @@ fused_quantised = torch.compile(quantised, dynamic=True)
 
 
 class Int8Linear:
-    """x Wᵀ by an int8 product, in the place of checkpoint.linear.Linear."""
+    """x Wᵀ by an int8 product, in the place of checkpoint.layers.Linear."""
 
     def __init__(self, weight: Tensor) -> None:
         weight = weight.float()

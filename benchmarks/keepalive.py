@@ -26,7 +26,7 @@ import grpc
 
 from benchmarks.common import report, tiny_checkpoint
 from benchmarks.servers import started
-from preread.client import AsyncClient, ClientOptions, Passage
+from preread import AsyncClient, ClientOptions, Passage
 from preread.tei.v1 import tei_pb2, tei_pb2_grpc
 from preread.v1 import encoder_pb2, encoder_pb2_grpc, rerank_pb2, rerank_pb2_grpc
 

@@ -50,7 +50,7 @@ def load(half: str, directory: Path, dtype: str) -> None:
     import transformers.models.t5gemma2.modeling_t5gemma2  # noqa: F401
 
     from checkpoint import Checkpoint
-    from decoder_server.fbnl import FbnlBackend
+    from decoder_server.models.fbnl.backend import FbnlBackend
     from encoder_worker.encoder import Encoder
 
     checkpoint = Checkpoint.open(directory)
@@ -95,16 +95,16 @@ def fill_states_tier(directory: Path, dtype: str) -> None:
 
     from cache.collection import Collection, StoredPassage
     from cache.manifest import Manifest
+    from cache.read_cache import CachedStore
     from cache.states import PassageStates, text_digest
     from cache.store import open_store
-    from cache.tier import StatesTier
     from checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(directory)
     states = np.ones((-(-PASSAGE_TOKENS // RATIO), checkpoint.dim), dtype=np.float32)
     one = PassageStates(states, (PASSAGE_TOKENS,), RATIO, False, text_digest(""))
     manifest = Manifest.of(checkpoint.identity(), collection="c", compression_ratio=RATIO, stores_text=False)
-    collection = Collection.create(StatesTier(open_store("memory:"), max_bytes=TIER_BYTES), manifest)
+    collection = Collection.create(CachedStore(open_store("memory:"), max_bytes=TIER_BYTES), manifest)
     count = TIER_BYTES * 3 // 2 // (len(states) * collection.codec.code_size_bytes)
     batches = [range(first, min(first + 100, count)) for first in range(0, count, 100)]
     for some in batches:
@@ -120,8 +120,8 @@ def fill_tier(name: str, directory: Path, dtype: str) -> None:
 
     from checkpoint import Checkpoint
     from checkpoint.compute import DTYPES
-    from decoder_server.tiers.budgets import TierBudgets
-    from decoder_server.tiers.tiers import Tiers
+    from decoder_server.config import TierBudgets
+    from decoder_server.models.fbnl.kv_cache import Tiers
 
     config = Checkpoint.open(directory).decoder_config
     rows = PREFIX_TOKENS if name == "prefixes" else -(-PASSAGE_TOKENS // RATIO)
@@ -151,7 +151,7 @@ PARTS: dict[str, Callable[[Path, str], None]] = {
 def weight_bytes(directory: Path, dtype: str, *halves: str) -> int:
     from checkpoint import Checkpoint
     from checkpoint.compute import DTYPES
-    from checkpoint.shapes import embedding_shapes, stack_shapes
+    from checkpoint.model import embedding_shapes, stack_shapes
 
     checkpoint, own = Checkpoint.open(directory), 0
     for half in halves:
@@ -163,7 +163,7 @@ def weight_bytes(directory: Path, dtype: str, *halves: str) -> int:
 def embedding_bytes(directory: Path, dtype: str) -> int:
     from checkpoint import Checkpoint
     from checkpoint.compute import DTYPES
-    from checkpoint.shapes import embedding_shapes
+    from checkpoint.model import embedding_shapes
 
     shapes = embedding_shapes("decoder", Checkpoint.open(directory).decoder_config)
     return sum(map(prod, shapes.values())) * DTYPES[dtype].itemsize

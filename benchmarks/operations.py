@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from encoder_worker.window import BLOCK_TOKENS
+from encoder_worker.encoder import BLOCK_TOKENS
 
 PROMPT_TOKENS = 72  # KaLM's template around a query of 19 tokens
 PREFIX_TOKENS = 53  # of them before the query: template and instruction

@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 
 from cache.collection import Collection, Manifest, StoredPassage
-from cache.pooling import num_pooled
-from cache.states import PassageStates, text_digest
+from cache.states import PassageStates, num_pooled, text_digest
 from cache.store import open_store
 from checkpoint import Checkpoint
 from preread import Client

@@ -16,10 +16,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from benchmarks.common import report, start
-from checkpoint.attention import attend
 from checkpoint.compute import DTYPES
-from checkpoint.linear import GatedLinear, Linear
-from checkpoint.pointwise import Pointwise
+from checkpoint.layers import GatedLinear, Linear, Pointwise, attend
 
 DIM, INNER, HEADS, HEAD, BATCH, PROMPT, STATES = 640, 2048, 4, 256, 10, 72, 86
 EPS = 1e-6

@@ -27,12 +27,11 @@ from benchmarks.common import median_seconds, report, start
 from benchmarks.redis_server import redis_url
 from cache.codecs import Codec
 from cache.collection import Collection, Manifest, StoredPassage
-from cache.encoded import EncodedPassage
-from cache.states import PassageStates, text_digest
+from cache.states import EncodedPassage, PassageStates, text_digest
 from cache.store import open_store
 from checkpoint import TokenizedPrompt
-from decoder_server.backend import Pair
-from decoder_server.batch_states import batch_states
+from decoder_server.models.backend import Pair
+from decoder_server.models.fbnl.batch_states import batch_states
 
 CODECS = ("Flat", "SQfp16", "SQbf16", "SQ8", "B32,SQ8", "Z,B32,SQ8", "SQ4", "Z,B32,SQ4", "PQ80")
 DIM, PASSAGE_TOKENS, RATIO = 640, 344, 4

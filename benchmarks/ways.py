@@ -30,9 +30,9 @@ from transformers.utils import logging as transformers_logging
 from benchmarks.operations import PREFIX_TOKENS, PROMPT_TOKENS, Operations
 from checkpoint import Checkpoint, TokenizedPrompt
 from checkpoint.compute import DTYPES, dtype_name
-from decoder_server.backend import Pair
-from decoder_server.fbnl import FbnlBackend
-from decoder_server.tiers.budgets import TierBudgets
+from decoder_server.config import TierBudgets
+from decoder_server.models.backend import Pair
+from decoder_server.models.fbnl.backend import FbnlBackend
 from encoder_worker.encoder import Encoder
 
 BATCH = 10  # candidates a batch; every way gets the same

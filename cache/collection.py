@@ -12,7 +12,6 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.encoded import Codes, EncodedPassage, decode_all
 from cache.errors import (
     CodecError,
     CollectionExists,
@@ -23,9 +22,8 @@ from cache.errors import (
     OutOfRange,
 )
 from cache.manifest import Manifest
-from cache.names import is_passage_id, passage_id_bytes
-from cache.record import Damaged, Record
-from cache.states import PassageStates
+from cache.record import Damaged, Record, is_passage_id, passage_id_bytes
+from cache.states import Codes, EncodedPassage, PassageStates, decode_all
 from cache.store import Store, StoreStats
 
 __all__ = ["Collection", "Manifest", "StoredPassage", "Verified", "resolve"]

@@ -20,11 +20,10 @@ from typing import Any, Protocol
 
 import xxhash
 
-from cache.codec_names import DEFAULT_CODEC
+from cache import DEFAULT_CODEC
 from cache.codecs import Codec
 from cache.errors import CacheError, ManifestError
-from cache.names import check_name
-from cache.record import RECORD_VERSION
+from cache.record import RECORD_VERSION, check_name
 
 MANIFEST_VERSION = 2
 _VERSIONS = (1, MANIFEST_VERSION)

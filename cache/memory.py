@@ -11,8 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from cache.errors import CollectionExists, CollectionInUse, CollectionNotFound, DamagedRecord
 from cache.manifest import Manifest
-from cache.names import check_name, passage_id_bytes
-from cache.record import HEADER_BYTES, Damaged, Header, Record, pack, unpack
+from cache.record import HEADER_BYTES, Damaged, Header, Record, check_name, pack, passage_id_bytes, unpack
 from cache.store import Audit, StoreStats, sum_headers
 
 

@@ -180,13 +180,13 @@ def open_store(
 
         store = MemoryStore.shared(rest)
     elif scheme == "faiss":
-        from cache.embedded.store import EmbeddedStore
+        from cache.faiss.store import FaissStore
 
         if not rest:
             raise StoreUrlError(f"store: {url!r} has no path, expected faiss:PATH")
-        store = EmbeddedStore(rest, lock_timeout_seconds=lock_timeout_seconds)
+        store = FaissStore(rest, lock_timeout_seconds=lock_timeout_seconds)
     elif is_redis:
-        from cache.shared.store import RedisStore
+        from cache.redis.store import RedisStore
 
         store = RedisStore(
             url,
@@ -200,9 +200,9 @@ def open_store(
             f"store: {public_url(url)!r}, expected memory:, faiss:PATH, redis://, rediss:// or redis+cluster://"
         )
     if tier_bytes:
-        from cache.tier import StatesTier
+        from cache.read_cache import CachedStore
 
-        store = StatesTier(store, max_bytes=tier_bytes, staleness_seconds=tier_staleness_seconds)
+        store = CachedStore(store, max_bytes=tier_bytes, staleness_seconds=tier_staleness_seconds)
     return store
 
 

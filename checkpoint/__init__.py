@@ -1,8 +1,7 @@
 """A checkpoint on disk: its files, texts, tensors and identity. Knows neither gRPC nor the store."""
 
-from checkpoint.errors import CheckpointError
-from checkpoint.identity import EncoderIdentity
-from checkpoint.model import Checkpoint
+from checkpoint.files import CheckpointError
+from checkpoint.model import Checkpoint, EncoderIdentity
 from checkpoint.settings import CheckpointSettings
 from checkpoint.text import TextTokenizer, TokenizedPassage, TokenizedPrompt
 

@@ -1,15 +1,27 @@
-"""Finds a checkpoint's files and reads the small ones.
+"""The one error a checkpoint can raise.
+
+Finds a checkpoint's files and reads the small ones.
 
 Knows Hugging Face directories and hub ids. Does not know tensors, tokens or templates.
+
+Fields of a configuration: applied, known not to matter for a score, or an error that names the field.
+
+A field that changes the arithmetic and is not applied makes scores that are not the model's, so a field that is on
+neither list must have the value that its class gives it when it is missing. Knows no model's arithmetic.
 """
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from checkpoint.errors import CheckpointError
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be served; the message names the file, the value and what was expected."""
+
 
 # Everything a model may need; the vision tower lives in the same shards, so shards come whole. Vocabularies of older
 # cross-encoders are `vocab.txt`, `merges.txt` or sentencepiece's `*.model`.
@@ -64,3 +76,78 @@ def read_json_value(path: Path) -> Any:
         raise CheckpointError(f"{path}: missing; a checkpoint directory needs it") from None
     except (OSError, ValueError, RecursionError) as exc:  # bad UTF-8, bad JSON, a number or a nesting too long
         raise CheckpointError(f"{path}: cannot be read as JSON ({exc})") from exc
+
+
+# Names, versions and labels; tokens, which templates and tokenizers write themselves; what only training or the
+# generation of text reads. Old writers stored all of transformers' defaults for the latter.
+HARMLESS = frozenset({
+    # identity
+    "architectures", "auto_map", "dtype", "finetuning_task", "id2label", "label2id", "language", "license",
+    "model_type", "name", "name_or_path", "num_labels", "prefix", "problem_type",
+    "sbert_ce_default_activation_function", "sentence_transformers", "task_specific_params", "tokenizer_class",
+    "torch_dtype", "transformers_version", "unsloth_fixed", "unsloth_version",
+    # tokens
+    "bad_words_ids", "begin_suppress_tokens", "boi_token_id", "boi_token_index", "bos_token_id", "cls_token_id",
+    "decoder_start_token_id", "eoi_token_id", "eos_token_id", "forced_bos_token_id", "forced_eos_token_id",
+    "image_token_id", "image_token_index", "mask_token_id", "pad_token_id", "sep_token_id", "suppress_tokens",
+    "unk_token_id",
+    # training
+    "attention_dropout", "attention_probs_dropout_prob", "classifier_dropout", "classifier_dropout_prob",
+    "classifier_dropout_rate", "dropout", "dropout_rate", "embedding_dropout", "gradient_checkpointing",
+    "hidden_dropout", "hidden_dropout_prob", "initializer_cutoff_factor", "initializer_factor", "initializer_range",
+    "mlp_dropout", "pooler_dropout", "tf_legacy_loss", "use_bfloat16",
+    # form of the output, speed and memory
+    "cache_implementation", "chunk_size_feed_forward", "compile", "head_dtype", "max_seq_length", "model_max_length",
+    "output_attentions", "output_hidden_states", "output_past", "output_scores", "reference_compile", "return_dict",
+    "return_dict_in_generate", "torchscript", "use_cache", "use_return_dict",
+    # generation
+    "diversity_penalty", "do_sample", "early_stopping", "encoder_no_repeat_ngram_size",
+    "exponential_decay_length_penalty", "length_penalty", "max_length", "min_length", "no_repeat_ngram_size",
+    "num_beam_groups", "num_beams", "num_return_sequences", "remove_invalid_values", "repetition_penalty",
+    "temperature", "top_k", "top_p", "typical_p",
+    # a pooler that no class has any more (BERT's first multilingual checkpoints)
+    "directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head",
+})  # fmt: skip
+# How the weights are stored, said beside the model's fields; checkpoint.quantized reads it.
+STORAGE = frozenset({"compression_config", "quantization_config"})
+# Fields that classes of today no longer have, by the one value that they all compute.
+ONLY = {"is_causal": True, "position_embedding_type": "absolute", "pooler_type": "first_token_transform"}
+
+
+def check_fields(where: str, raw: Mapping[str, Any], defaults: Mapping[str, Any], applied: Collection[str]) -> None:
+    """Raises CheckpointError where a field is neither applied nor known not to matter.
+
+    Args:
+        where: file and place, for the message.
+        raw: as the file has it.
+        defaults: what the model's class takes for a field that is missing; a field without one is unknown to it.
+        applied: fields that whatever computes takes into account.
+    """
+    for key, value in raw.items():
+        if key in applied or key in HARMLESS or key.startswith("_"):
+            continue
+        if key in defaults:
+            fits, expected = value == defaults[key], repr(defaults[key])
+        elif key in ONLY:
+            fits, expected = value == ONLY[key], repr(ONLY[key])
+        else:
+            # Off, empty or absent: nothing that could be missing from the arithmetic.
+            fits, expected = value is None or value is False or value in ({}, [], ""), "a field that this model has"
+        if not fits:
+            raise CheckpointError(
+                f"{where}: {key} is {_short(value)}; expected {expected}. It is not applied here; if it changes no "
+                "score, remove it from the file"
+            )
+
+
+def positive(where: str, key: str, value: Any, *, whole: bool = False) -> None:
+    """Raises CheckpointError where a number is not finite and above 0, or not whole."""
+    kinds = (int,) if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value) or value <= 0:
+        expected = "a whole number of at least 1" if whole else "a number above 0"
+        raise CheckpointError(f"{where}: {key} is {_short(value)}; expected {expected}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

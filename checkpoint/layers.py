@@ -1,18 +1,225 @@
-"""The pieces of a T5Gemma 2 layer that encoder and decoder share. Pure functions and weights; knows no stack.
+"""The steps between matrix products: norms, rotation, softmax. Pure functions; knows no layer.
+
+`Pointwise` holds them as torch.compile fuses them, or as they stand here. Compiled ones are built for
+any number of rows: another batch size never compiles anything anew, and `num_compilations` tells.
+
+One softmax over given keys, under an additive mask. Knows no weights and no lengths.
+
+Matrix products with weights laid out once as the machine reads them. Knows torch's operators, not the model.
+
+On a CPU oneDNN multiplies blocked weights. Handed plain ones it re-orders them on every call, which
+costs a tenth of a large batch and most of a small one; so they are re-ordered here, at load. The
+operators are the ones torch.compile emits, pinned with torch by constraints.txt; a build or device
+without them multiplies plain weights.
+
+The pieces of a T5Gemma 2 layer that encoder and decoder share. Pure functions and weights; knows no stack.
 
 The oracle in the tests is transformers' modeling_t5gemma2.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from checkpoint.linear import GatedLinear, Linear
-from checkpoint.pointwise import Rotation
+from checkpoint.compute import separate_compiled_code
+
+Rotation = tuple[Tensor, Tensor]  # cos and sin, (tokens, 1, head_dim) each
+
+log = logging.getLogger(__name__)
+
+# How often torch may compile these functions before it runs them unfused. It counts over all stacks of a process, and
+# each has a few shapes: its width, its heads, its kv heads.
+MAX_COMPILATIONS = 256
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root mean square norm over the last axis, in float32, back in x's format."""
+    x32 = x.float()
+    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+
+
+def add_norm(hidden: Tensor, update: Tensor, post: Tensor, following: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """A residual block's end and the next one's begin: the sum, and the sum normed.
+
+    Args:
+        hidden, update: (tokens, dim).
+        post: norm weight of `update`.
+        following: norm weight of whatever comes next.
+    """
+    hidden = hidden + rms_norm(update, post, eps)
+    return hidden, rms_norm(hidden, following, eps)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding on (tokens, heads, head_dim)."""
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
+
+
+def norm_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    """A head's norm and its rotary position embedding on (tokens, heads, head_dim)."""
+    return rotate(rms_norm(x, weight, eps), cos, sin)
+
+
+def masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:
+    """Softmax over the last axis in float32, back in the logits' format.
+
+    Args:
+        logits: (rows, group, keys).
+        mask: additive, (rows, 1, keys).
+    """
+    return torch.softmax(logits.float() + mask, dim=-1).to(logits.dtype)
+
+
+class Pointwise:
+    """The functions above for one stack, compiled or not."""
+
+    def __init__(self, eps: float, *, compiled: bool = False) -> None:
+        """
+        Args:
+            compiled: fuse with torch.compile; on a CPU that needs a C++ compiler.
+        """
+        self.eps = eps
+        self.num_compilations = 0
+        self.compiled = compiled
+        self.rms_norm = self._for_any_rows(lambda x, w: rms_norm(x, w, eps), rows=(0,))
+        self.add_norm = self._for_any_rows(lambda h, u, p, f: add_norm(h, u, p, f, eps), rows=(0, 1))
+        self.norm_rotate = self._for_any_rows(lambda x, w, c, s: norm_rotate(x, w, c, s, eps), rows=(0, 2, 3))
+        self.masked_softmax = self._for_any_rows(masked_softmax, rows=(0, 1), keys=2)
+
+    def _for_any_rows(
+        self, function: Callable[..., Any], rows: tuple[int, ...], keys: int | None = None
+    ) -> Callable[..., Any]:
+        """`function`, fused once for every size of the first axis of the arguments `rows` (and of axis `keys`)."""
+        if not self.compiled:
+            return function
+        torch._dynamo.config.recompile_limit = MAX_COMPILATIONS
+        separate_compiled_code()
+        fused = torch.compile(function, backend=self._inductor, dynamic=False)
+
+        def call(*tensors: Tensor) -> Any:
+            # A compiler takes 1 for a constant; so little is as fast unfused.
+            if not self.compiled or tensors[0].shape[0] < 2 or (keys is not None and tensors[0].shape[keys] < 2):
+                return function(*tensors)
+            for row in rows:
+                torch._dynamo.maybe_mark_dynamic(tensors[row], 0)
+                if keys is not None:
+                    torch._dynamo.maybe_mark_dynamic(tensors[row], keys)
+            try:
+                return fused(*tensors)
+            except torch._dynamo.exc.TorchDynamoException as exc:  # no compiler that works: slower, not wrong
+                log.warning("computing unfused: %s", getattr(exc, "inner_exception", exc))
+                self.compiled = False
+                return function(*tensors)
+
+        return call
+
+    def _inductor(self, graph: Any, inputs: Any) -> Any:
+        from torch._inductor.compile_fx import compile_fx
+
+        self.num_compilations += 1
+        return compile_fx(graph, inputs)
+
+
+# Logits at a time on a CPU, about: more leave its caches before the softmax reads them.
+BLOCK_LOGITS = 1 << 20
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, pointwise: Pointwise) -> Tensor:
+    """softmax(q keysᵀ + mask) values; q is scaled already.
+
+    On a CPU two batched products around one softmax: with heads of 256 that is more than twice the rate
+    of torch's blocked kernel. Who has long queries cuts them, so that whole rows of logits fit.
+
+    Args:
+        q: (batch, num_kv, queries * group, head), queries that share a kv head beside one another.
+        keys, values: (batch, num_kv, keys, head).
+        mask: additive, (batch, num_kv, queries, keys); None: every query sees every key.
+
+    Returns:
+        As q.
+    """
+    if q.device.type != "cpu":
+        seen = None if mask is None else mask.repeat_interleave(q.shape[2] // mask.shape[2], dim=2)
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen, scale=1.0)
+    num_rows, num_keys = q.shape[2], keys.shape[2]
+    flat_q, flat_keys, flat_values = q.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), values.flatten(0, 1)
+    seen = None if mask is None else mask.flatten(0, 1)
+    out = torch.empty_like(flat_q)
+    step = max(1, BLOCK_LOGITS // (num_rows * num_keys))
+    for first in range(0, len(flat_q), step):
+        at = slice(first, first + step)
+        logits = torch.bmm(flat_q[at], flat_keys[at])
+        if seen is None:
+            weights = torch.softmax(logits, dim=-1)
+        else:
+            grouped = logits.view(logits.shape[0] * seen.shape[1], -1, num_keys)  # queries of one position together
+            weights = pointwise.masked_softmax(grouped, seen[at].reshape(-1, 1, num_keys)).view(logits.shape)
+        torch.bmm(weights, flat_values[at], out=out[at])
+    return out.view(q.shape)
+
+
+class Linear:
+    """x Wᵀ."""
+
+    def __init__(self, weight: Tensor) -> None:
+        """
+        Args:
+            weight: (out, in); not held where it is re-ordered.
+        """
+        self.out_features, self.in_features = weight.shape
+        self.packed = weight.device.type == "cpu" and _has_onednn(weight.dtype)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()) if self.packed else weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        if not self.packed:
+            return F.linear(x, self.weight)
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+        return product
+
+
+class GatedLinear:
+    """gelu(x Gᵀ) · (x Uᵀ), the first half of an MLP.
+
+    oneDNN applies gelu and product while the matrix product's tile is still in cache; torch's own
+    tanh over bfloat16 would cost more than it.
+    """
+
+    def __init__(self, gate: Tensor, up: Tensor) -> None:
+        self.gate, self.up = Linear(gate), Linear(up)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(tokens, in) -> (tokens, out)."""
+        if not self.gate.packed:
+            return F.gelu(self.gate(x), approximate="tanh").mul_(self.up(x))
+        linear = torch.ops.mkldnn._linear_pointwise
+        gated = linear(x, self.gate.weight, None, "gelu", [], "tanh")
+        fused: Tensor = linear.binary(x, gated, self.up.weight, None, "mul")
+        return fused
+
+
+@cache
+def _has_onednn(dtype: torch.dtype) -> bool:
+    """Whether this build's operators do what they are used for here, tried on a product that is exact."""
+    if dtype not in (torch.float32, torch.bfloat16) or not cast(Any, torch.backends.mkldnn).is_available():
+        return False
+    x = torch.arange(32, dtype=dtype).view(4, 8) / 8
+    try:
+        weight = torch.ops.mkldnn._reorder_linear_weight(x)
+        linear = torch.ops.mkldnn._linear_pointwise
+        product = linear.binary(x, linear(x, weight, None, "gelu", [], "tanh"), weight, None, "mul")
+    except (AttributeError, RuntimeError):
+        return False
+    return torch.allclose(product, F.gelu(x @ x.T, approximate="tanh") * (x @ x.T), rtol=0.02)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,13 @@
-"""One opened checkpoint: configuration, settings, tokenizer, and the tensors of either half.
+"""The identity of an encoder: everything that changes a stored state, in one fingerprint.
+
+Two directories with the same files have the same fingerprint wherever they lie and however
+their tensors are spread over shards.
+
+Which tensors each half reads, and their shapes, as config.json implies them.
+
+Source of names: transformers' T5Gemma2ForConditionalGeneration. The vision tower is in neither half.
+
+One opened checkpoint: configuration, settings, tokenizer, and the tensors of either half.
 
 Opening reads only small files. Does not run anything.
 """
@@ -7,24 +16,95 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 
-from checkpoint.errors import CheckpointError
-from checkpoint.fields import STORAGE, check_fields, positive
-from checkpoint.files import read_json, resolve
-from checkpoint.identity import POOLING_VERSION, EncoderIdentity, fingerprint
+from checkpoint.files import STORAGE, CheckpointError, check_fields, positive, read_json, resolve
 from checkpoint.settings import CheckpointSettings
-from checkpoint.shapes import HEAD, Shapes, embedding_shapes, stack_shapes
 from checkpoint.tensors import TensorFiles
 from checkpoint.text import TextTokenizer
 
 if TYPE_CHECKING:
     from transformers import T5Gemma2Config
     from transformers.models.t5gemma2.configuration_t5gemma2 import T5Gemma2DecoderConfig, T5Gemma2TextConfig
+
+
+# Raised whenever pooling or the encoder pass changes a state beyond rounding.
+POOLING_VERSION = 1
+
+
+@dataclass(frozen=True)
+class EncoderIdentity:
+    """Which encoder wrote (or may read) a collection."""
+
+    fingerprint: str  # sha256, hex
+    checkpoint: str  # name it was opened by; for people, not part of the fingerprint
+    dim: int
+    max_passage_tokens: int
+    passage_template: str
+    pooling_version: int
+
+
+def fingerprint(weights: bytes, tokenizer: bytes, config: dict[str, object]) -> str:
+    """sha256 over digests of weights and tokenizer and the canonical JSON of everything else."""
+    rest = json.dumps(config, sort_keys=True, ensure_ascii=True, separators=(",", ":")).encode()
+    return hashlib.sha256(weights + tokenizer + rest).hexdigest()
+
+
+class StackConfig(Protocol):
+    """What the encoder's text config and the decoder config have in common."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+
+
+HEAD = "lm_head.weight"  # the output embedding, where it is stored
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def stack_shapes(half: str, config: StackConfig) -> Shapes:
+    """Layers and final norm of one half (`encoder` or `decoder`)."""
+    dim, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
+    num_q, num_kv = config.num_attention_heads * head, config.num_key_value_heads * head
+    shapes: Shapes = {f"{half}.norm.weight": (dim,)}
+    for i in range(config.num_hidden_layers):
+        layer = f"{half}.layers.{i}"
+        shapes |= {
+            f"{layer}.self_attn.q_proj.weight": (num_q, dim),
+            f"{layer}.self_attn.k_proj.weight": (num_kv, dim),
+            f"{layer}.self_attn.v_proj.weight": (num_kv, dim),
+            f"{layer}.self_attn.o_proj.weight": (dim, num_q),
+            f"{layer}.self_attn.q_norm.weight": (head,),
+            f"{layer}.self_attn.k_norm.weight": (head,),
+            f"{layer}.mlp.gate_proj.weight": (inner, dim),
+            f"{layer}.mlp.up_proj.weight": (inner, dim),
+            f"{layer}.mlp.down_proj.weight": (dim, inner),
+            f"{layer}.pre_self_attn_layernorm.weight": (dim,),
+            f"{layer}.post_self_attn_layernorm.weight": (dim,),
+            f"{layer}.pre_feedforward_layernorm.weight": (dim,),
+            f"{layer}.post_feedforward_layernorm.weight": (dim,),
+        }
+    return shapes
+
+
+def embedding_shapes(half: str, config: StackConfig) -> Shapes:
+    """The embedding as stored under one half, with the extra end-of-image row."""
+    return {
+        f"{half}.embed_tokens.weight": (config.vocab_size, config.hidden_size),
+        f"{half}.embed_tokens.eoi_embedding": (config.hidden_size,),
+    }
+
 
 MODEL_TYPE = "t5gemma2"
 

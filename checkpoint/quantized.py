@@ -28,8 +28,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from checkpoint.errors import CheckpointError
-from checkpoint.files import read_json
+from checkpoint.files import CheckpointError, read_json
 
 # safetensors names of the formats a plain weight may be stored in.
 FLOAT_TYPES = frozenset({"F64", "F32", "F16", "BF16"})

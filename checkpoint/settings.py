@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpoint.errors import CheckpointError
-from checkpoint.files import read_json, read_json_value
+from checkpoint.files import CheckpointError, read_json, read_json_value
 
 FILE_NAME = "preread.json"
 FORMAT_VERSION = 1

@@ -16,8 +16,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint.errors import CheckpointError
-from checkpoint.files import read_json
+from checkpoint.files import CheckpointError, read_json
 from checkpoint.quantized import (
     FLOAT_TYPES,
     HF_QUANT_CONFIG,

@@ -18,7 +18,7 @@ from pathlib import Path
 from moka_py import Moka
 from tokenizers import Encoding, Tokenizer
 
-from checkpoint.errors import CheckpointError
+from checkpoint.files import CheckpointError
 from checkpoint.settings import CheckpointSettings
 
 # No two begin alike in any script or spelling a tokenizer might join with what stands before them.

@@ -1,17 +1,110 @@
-"""Everything an online server can be told, checked once. Reads no environment; the command line does."""
+"""How much a model's tiers may hold, and how. Plain values; loads nothing.
+
+Which model is served under which name, and how it is loaded. Reads nothing; plain values.
+
+Everything the gateway can be told, checked once. Reads no environment; the command line does.
+
+Everything an online server can be told, checked once. Reads no environment; the command line does.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from decoder_server.model_config import ModelConfig
-from preread.client.channel import TlsFiles
-from preread.client.stages import Stage, format_stages, stages_problem
-from preread.edge.tls import ServerTls
+from preread.channel import TlsFiles
+from preread.types import Stage, format_stages, stages_problem
+from preread_edge.listener import HEADER_SECONDS
+from preread_edge.tls import ServerTls
 
+FORMATS = ("auto", "bfloat16", "int8")
 MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class TierBudgets:
+    """Of one model."""
+
+    max_keys_bytes: int = 256 * MIB  # keys and values of passages; 0: none are kept
+    max_prefix_bytes: int = 256 * MIB  # keys and values of the beginnings of prompts over them
+    form: str = "auto"  # at rest: as computed, bfloat16 or int8
+
+    def __post_init__(self) -> None:
+        for name in ("max_keys_bytes", "max_prefix_bytes"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
+        if self.form not in FORMATS:
+            raise ValueError(f"form is {self.form!r}; expected {', '.join(FORMATS)}")
+
+
+NO_TIERS = TierBudgets(0, 0)
+
+
+BACKENDS = ("auto", "fbnl", "cross_encoder")
+RUNTIMES = ("torch", "onnx", "onnx-int8")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One model of a server."""
+
+    checkpoint: str  # directory or hub id
+    name: str = ""  # what clients call it; "": the checkpoint's last path component
+    backend: str = "auto"  # auto: fbnl for a T5Gemma 2 checkpoint, else cross_encoder
+    device: str | None = None  # None: CUDA where present
+    dtype: str | None = None  # None: bfloat16 where the processor has it
+    max_passage_tokens: int | None = None  # None: the checkpoint's; for fbnl part of the fingerprint
+    read_control_tokens: bool = False  # in texts, as KaLM's own code does (fbnl); part of the fingerprint when on
+    encoder_address: str = ""  # host:port of an encoder worker (fbnl); "": nothing is encoded on demand
+    encoder_in_process: bool = False  # that worker is a part of this process, which is not ready without it
+    encoder_api_key: str = field(default="", repr=False)  # shown to that worker
+    runtime: str = "torch"  # of a cross-encoder
+    trust_remote_code: bool = False  # run Python that a cross-encoder's checkpoint brings
+    tiers: TierBudgets = field(default_factory=TierBudgets)  # what is kept of passes (fbnl)
+    profile: str = ""  # of a cross-encoder; "": by id, else from its own configuration
+
+    def __post_init__(self) -> None:
+        if not self.checkpoint:
+            raise ValueError("checkpoint is empty; expected a directory or a hub id")
+        for name, allowed in (("backend", BACKENDS), ("runtime", RUNTIMES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected {', '.join(allowed)}")
+        if self.max_passage_tokens is not None and self.max_passage_tokens < 1:
+            raise ValueError(f"max_passage_tokens is {self.max_passage_tokens}; expected at least 1")
+
+    @property
+    def served_name(self) -> str:
+        return self.name or Path(self.checkpoint.rstrip("/")).name
+
+
+# What clients send when nobody chose a model: the 4D AI Kit's example, infinity_client's default.
+DEFAULT_NAMES = frozenset({"default", "default/not-specified"})
+ANY_MODEL = "*"
+
+
+@dataclass(frozen=True)
+class HttpConfig:
+    """Configuration of one Gateway."""
+
+    host: str = "127.0.0.1"
+    port: int = 8080  # 0: any free one
+    model_aliases: tuple[str, ...] = ()  # other names of the first model; "*": every name
+    max_body_bytes: int = 64 * MIB  # of a request that is read as a whole
+    max_line_bytes: int = 16 * MIB  # of an NDJSON upload, whose whole is not bounded
+    max_connections: int = 1024  # at once; requests on more are turned away
+    timeout_seconds: float = 120.0  # of a request as a whole, uploads excepted; clients may ask for less
+    header_seconds: float = HEADER_SECONDS  # for a request's header to be complete
+    allowed_hosts: tuple[str, ...] = ()  # names that requests may ask for, beside loopback's and the address itself
+    allowed_origins: tuple[str, ...] = ()  # of web pages that may call
+
+    def __post_init__(self) -> None:
+        for name in ("max_body_bytes", "max_line_bytes", "max_connections", "timeout_seconds", "header_seconds"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0")
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"port is {self.port}; expected 0..65535")
 
 
 @dataclass(frozen=True)

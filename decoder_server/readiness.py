@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 from grpc_health.v1 import health, health_pb2
 
-from decoder_server.encoder_client import EncoderClient, EncoderError
-from preread.edge.addresses import proxy_variable
+from decoder_server.engine.on_demand import EncoderClient, EncoderError
+from preread.channel import proxy_variable
 
 log = logging.getLogger(__name__)
 

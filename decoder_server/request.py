@@ -11,9 +11,9 @@ from enum import Enum
 
 from decoder_server.config import DecoderConfig
 from decoder_server.errors import InvalidRequest
-from preread.client.stages import Stage, stages_problem
+from preread.types import Stage, stages_problem
 
-MAX_NAME_CHARS = 128  # as cache.names has it; a longer one is not even looked up
+MAX_NAME_CHARS = 128  # as cache.record has it; a longer one is not even looked up
 
 
 class OnMiss(Enum):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from collections import Counter
 
-from decoder_server.observer import Answered, Pass
-from preread.edge.logs import fields
+from decoder_server.engine.lifecycle import Answered, Pass
+from preread_edge.logs import fields
 
 log = logging.getLogger(__name__)
 

@@ -13,32 +13,27 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
+from cache.read_cache import CachedStore, timed
 from cache.store import Store, open_store
-from cache.tier import StatesTier
-from cache.timed import timed
-from decoder_server.admission import Admission
-from decoder_server.backend import Backend
-from decoder_server.batcher import Batcher
-from decoder_server.catalogue import Catalogue
-from decoder_server.config import DecoderConfig
-from decoder_server.encoder_client import EncoderClient
-from decoder_server.engine import Engine
-from decoder_server.gauges import ServerCollector
-from decoder_server.inline import InlineStates
-from decoder_server.loading import batch_tokens, fetch_chunk, load_model
-from decoder_server.metrics import Metrics
-from decoder_server.model_config import ModelConfig
-from decoder_server.observer import Observer, Pass
-from decoder_server.passages import Passages, Source
+from decoder_server.config import DecoderConfig, ModelConfig
+from decoder_server.edge.grpc import RerankService
+from decoder_server.edge.tei_grpc import SERVICES as TEI_SERVICES
+from decoder_server.edge.tei_grpc import add_services as add_tei_services
+from decoder_server.engine.admission import Admission
+from decoder_server.engine.collections import Catalogue
+from decoder_server.engine.engine import Engine
+from decoder_server.engine.fetch import Passages, Source, Texts
+from decoder_server.engine.lifecycle import Observer, Pass
+from decoder_server.engine.on_demand import EncoderClient, InlineStates
+from decoder_server.engine.scheduler import Batcher
+from decoder_server.models.backend import Backend
+from decoder_server.models.loading import batch_tokens, fetch_chunk, load_model
 from decoder_server.readiness import Readiness
 from decoder_server.requestlog import RequestLog
-from decoder_server.service import RerankService
-from decoder_server.tei_service import SERVICES as TEI_SERVICES
-from decoder_server.tei_service import add_services as add_tei_services
-from decoder_server.texts import Texts
-from preread.edge.grpc_server import add_standard_services, make_server
-from preread.edge.keys import ApiKeys, refuse_control_tokens
+from decoder_server.telemetry import Metrics, ServerCollector
 from preread.v1 import rerank_pb2, rerank_pb2_grpc
+from preread_edge.grpc_server import add_standard_services, make_server
+from preread_edge.keys import ApiKeys, refuse_control_tokens
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +73,7 @@ class DecoderServer:
             store = self._own_store = open_store(config.store, read_budget_seconds=config.read_budget_seconds)
         self._store: Store = timed(store, self.metrics.store_read)
         if config.max_store_cache_bytes:
-            self._store = StatesTier(
+            self._store = CachedStore(
                 self._store, max_bytes=config.max_store_cache_bytes, staleness_seconds=config.max_staleness_seconds
             )
         self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")

@@ -14,8 +14,8 @@ from opentelemetry.context import Context
 from opentelemetry.trace import SpanKind, Status, StatusCode, Tracer, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from decoder_server.observer import Answered, Pass
-from preread.edge.calls import current
+from decoder_server.engine.lifecycle import Answered, Pass
+from preread_edge.logs import current
 
 # The caller's doing or a full queue; neither is this server's error (OpenTelemetry's gRPC conventions for servers).
 _NOT_ERRORS = ("ok", "cancelled", "invalid_request", "not_found", "refused", "overloaded")
@@ -27,7 +27,7 @@ _GRPC_STATUS = {
 
 
 class TracingObserver:
-    """`tracer` is made by whoever owns the process, see preread.edge.otel."""
+    """`tracer` is made by whoever owns the process, see preread_edge.logs."""
 
     def __init__(self, tracer: Tracer) -> None:
         self._tracer = tracer

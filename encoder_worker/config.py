@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from preread.edge.tls import ServerTls
+from preread_edge.tls import ServerTls
 
 MIB = 1 << 20
 

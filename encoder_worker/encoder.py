@@ -1,4 +1,13 @@
-"""The encoder half: token ids in, pooled token states out.
+"""Which tokens see which in one encoder layer, and attention over just those. Knows no weights.
+
+The T5Gemma 2 text encoder: token ids to token states, bidirectional, one packed batch a pass.
+
+Reads like the model's definition (transformers' modeling_t5gemma2 is the oracle in the tests). Passages
+lie end to end, so no padding is ever multiplied. Sliding layers are computed in blocks of queries
+against the keys their window reaches, so time and memory grow with the length of a passage, not with
+its square. Does not know texts, pooling or stores.
+
+The encoder half: token ids in, pooled token states out.
 
 Reads the encoder's tensors straight from safetensors; the vision tower and the decoder are never
 built. Does not know texts, batching policy or stores.
@@ -6,7 +15,9 @@ built. Does not know texts, batching policy or stores.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,7 +26,215 @@ from torch import Tensor
 
 from checkpoint import Checkpoint
 from checkpoint.compute import choose_device, choose_dtype, choose_fused, dtype_name
-from encoder_worker.text_encoder import TextEncoder
+from checkpoint.layers import (
+    BLOCK_LOGITS,
+    Embedding,
+    LayerWeights,
+    Pointwise,
+    Rope,
+    Rotation,
+    attend,
+    norm_weight,
+    take_layer,
+)
+
+if TYPE_CHECKING:
+    from transformers.models.t5gemma2.configuration_t5gemma2 import T5Gemma2TextConfig
+
+
+# Queries at a time where a layer slides: their keys are these and what the window reaches beside
+# them, so more would see more keys in vain.
+BLOCK_TOKENS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Queries [first, last) against keys [first_key, last_key) of every passage of a group."""
+
+    first: int
+    last: int
+    first_key: int
+    last_key: int
+    mask: Tensor | None  # additive, (batch or 1, 1, queries, keys)
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Passages of one length that lie beside one another; or, padded, of several lengths."""
+
+    rows: slice  # of the packed batch
+    source: Tensor | None  # packed row of every padded one; None: nothing is padded
+    real: Tensor | None  # (batch, longest)
+    batch: int
+    length: int
+    blocks: tuple[_Block, ...]
+
+
+class SlidingAttention:
+    """Bidirectional attention, sliding or over everything, for one packed batch."""
+
+    def __init__(
+        self, size: int | None, lengths: Sequence[int], group: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """
+        Args:
+            size: sliding window in tokens: a query sees (size - 1) // 2 tokens to its left and size // 2 to
+                its right (source: sliding_window_mask_function in transformers' modeling_t5gemma2);
+                None sees everything.
+            lengths: of the packed passages, in order.
+            group: query heads per kv head.
+        """
+        self._size, self._group, self._device, self._dtype = size, group, device, dtype
+        self._masks: dict[tuple[int, int, int], Tensor] = {}
+        # A CPU takes every length by itself and pads nothing; a GPU would spend its time launching.
+        pad = device.type != "cpu" and len(set(lengths)) > 1
+        self._groups = [self._padded(lengths)] if pad else list(self._even(lengths))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, pointwise: Pointwise) -> Tensor:
+        """Attention of every token; q is scaled already.
+
+        Args:
+            q: (num_tokens, num_heads, head).
+            k, v: (num_tokens, num_kv, head).
+
+        Returns:
+            (num_tokens, num_heads * head).
+        """
+        num_heads, head, num_kv = q.shape[1], q.shape[2], k.shape[1]
+        out = torch.empty_like(q)
+        for group in self._groups:
+            queries, keys, values = (
+                x[group.rows if group.source is None else group.source].view(group.batch, group.length, *x.shape[1:])
+                for x in (q, k, v)
+            )
+            keys, values = keys.transpose(1, 2), values.transpose(1, 2)  # (batch, num_kv, length, head)
+            parts = []
+            for block in group.blocks:
+                part = queries[:, block.first : block.last]  # (batch, queries, num_heads, head)
+                folded = part.reshape(*part.shape[:2], num_kv, self._group, head).transpose(1, 2)
+                part = attend(
+                    folded.reshape(group.batch, num_kv, -1, head),
+                    keys[:, :, block.first_key : block.last_key],
+                    values[:, :, block.first_key : block.last_key],
+                    None if block.mask is None else block.mask.expand(group.batch, num_kv, -1, -1),
+                    pointwise,
+                )
+                parts.append(part.view(group.batch, num_kv, -1, self._group, head).transpose(1, 2))
+            whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+            rows = whole.reshape(group.batch, group.length, num_heads, head)
+            out[group.rows] = rows.flatten(0, 1) if group.real is None else rows[group.real]
+        return out.flatten(1)
+
+    def _even(self, lengths: Sequence[int]) -> Iterator[_Group]:
+        """Runs of passages of one length."""
+        first = row = 0
+        while first < len(lengths):
+            length, last = lengths[first], first
+            while last < len(lengths) and lengths[last] == length:
+                last += 1
+            batch = last - first
+            yield _Group(slice(row, row + batch * length), None, None, batch, length, self._blocks(length, None))
+            first, row = last, row + batch * length
+
+    def _padded(self, lengths: Sequence[int]) -> _Group:
+        longest = max(lengths)
+        real = torch.arange(longest, device=self._device) < torch.tensor(lengths, device=self._device)[:, None]
+        source = (real.flatten().cumsum(0) - 1).clamp(min=0)
+        return _Group(slice(None), source, real, len(lengths), longest, self._blocks(longest, real))
+
+    def _blocks(self, length: int, real: Tensor | None) -> tuple[_Block, ...]:
+        """The queries of `length` tokens, cut so that whole rows of logits fit."""
+        if self._size is None or length <= (self._size + 1) // 2:
+            left = right = length
+            step = max(1, BLOCK_LOGITS // (self._group * length))
+        else:
+            left, right = (self._size + 1) // 2 - 1, self._size // 2
+            step = BLOCK_TOKENS
+        blocks = []
+        for first in range(0, length, step):
+            last = min(first + step, length)
+            first_key, last_key = max(0, first - left), min(length, last + right)
+            mask = self._mask(first - first_key, last - first, last_key - first_key, left, right)
+            if real is not None:
+                padding = _additive(real[:, None, None, first_key:last_key], self._dtype)
+                mask = padding if mask is None else mask + padding
+            blocks.append(_Block(first, last, first_key, last_key, mask))
+        return tuple(blocks)
+
+    def _mask(self, offset: int, num_queries: int, num_keys: int, left: int, right: int) -> Tensor | None:
+        """Of a block whose first query is its key number `offset`; made once for all blocks that look alike."""
+        if num_queries + offset - 1 <= left and num_keys - 1 - offset <= right:
+            return None
+        key = (offset, num_queries, num_keys)
+        if key not in self._masks:
+            queries = torch.arange(offset, offset + num_queries, device=self._device)[:, None]
+            distance = queries - torch.arange(num_keys, device=self._device)
+            self._masks[key] = _additive((distance <= left) & (distance >= -right), self._dtype)[None, None]
+        return self._masks[key]
+
+
+def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    # Lowest rather than -inf: a padding query that sees padding alone still has something to average.
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min / 4)
+
+
+class TextEncoder:
+    """Encoder weights and the forward pass over them."""
+
+    def __init__(
+        self, config: T5Gemma2TextConfig, tensors: dict[str, Tensor], eoi_id: int, *, compiled: bool = False
+    ) -> None:
+        """Takes tensors out of `tensors` (canonical names `encoder.…`) as it packs them.
+
+        Args:
+            eoi_id: the token whose embedding row is kept apart (end of image).
+            compiled: see Pointwise.
+        """
+        self.config = config
+        self.embedding = Embedding(tensors, "encoder", eoi_id)
+        weight = self.embedding.weight
+        self.norm = norm_weight(tensors.pop("encoder.norm.weight"))
+        scale = float(config.query_pre_attn_scalar**-0.5)
+        self.layers = [take_layer(tensors, f"encoder.layers.{i}", scale) for i in range(config.num_hidden_layers)]
+        self.layer_types: list[str] = list(config.layer_types or ())
+        self.pointwise = Pointwise(float(config.rms_norm_eps), compiled=compiled)
+        self._rope = Rope(config, weight.device, weight.dtype)
+
+    @torch.inference_mode()
+    def states(self, token_ids: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Token states after the final norm, (num_tokens, dim).
+
+        Args:
+            token_ids: passages packed end to end, (num_tokens,).
+            lengths: of the passages.
+        """
+        hidden = self.embedding(token_ids)
+        device, dtype = hidden.device, hidden.dtype
+        positions = torch.cat([torch.arange(length, device=device) for length in lengths])
+        group = self.config.num_attention_heads // self.config.num_key_value_heads
+        windows, rotations = {}, {}
+        for kind in set(self.layer_types):
+            size = self.config.sliding_window if kind == "sliding_attention" else None
+            windows[kind] = SlidingAttention(size, lengths, group, device, dtype)
+            cos, sin = self._rope.table(kind, max(lengths))
+            rotations[kind] = (cos[positions], sin[positions])
+        norms = [layer.pre_attention for layer in self.layers] + [self.norm]
+        normed: Tensor = self.pointwise.rms_norm(hidden, norms[0])
+        for layer, kind, following in zip(self.layers, self.layer_types, norms[1:], strict=True):
+            attended = self._attended(layer, normed, windows[kind], rotations[kind])
+            hidden, normed = self.pointwise.add_norm(hidden, layer.o(attended), layer.post_attention, layer.pre_mlp)
+            update = layer.down(layer.gated(normed))
+            hidden, normed = self.pointwise.add_norm(hidden, update, layer.post_mlp, following)
+        return normed
+
+    def _attended(self, layer: LayerWeights, normed: Tensor, window: SlidingAttention, rotation: Rotation) -> Tensor:
+        """(num_tokens, dim) -> (num_tokens, num_heads * head_dim)."""
+        head = self.config.head_dim
+        q = layer.q(normed).view(len(normed), -1, head)
+        k, v = layer.kv(normed).view(len(normed), 2, -1, head).unbind(1)
+        q = self.pointwise.norm_rotate(q, layer.q_norm, *rotation)
+        k = self.pointwise.norm_rotate(k, layer.k_norm, *rotation)
+        return window.attend(q, k, v.contiguous(), self.pointwise)
 
 
 class Encoder:
@@ -72,7 +291,7 @@ class Encoder:
 def pool_packed(states: Tensor, lengths: Sequence[int], ratio: int) -> Tensor:
     """Matryoshka embedding pooling of packed passages on their own device.
 
-    The mean over groups of `ratio` tokens aligned at each passage's token 0; cache.pooling has the
+    The mean over groups of `ratio` tokens aligned at each passage's token 0; cache.states has the
     same law for one passage, and the tests hold both to it.
 
     Args:

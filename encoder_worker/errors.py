@@ -23,7 +23,7 @@ from cache.errors import (
     StoreLocked,
     StoreUnavailable,
 )
-from preread import rpc
+from preread_edge import rpc
 
 RETRY_SECONDS = 1.0
 
@@ -38,7 +38,7 @@ class InvalidRequest(Exception):  # noqa: N818 - says what happened
         self.field = field
 
 
-class Refused(Exception):  # noqa: N818
+class FailedPrecondition(Exception):  # noqa: N818
     """The request cannot be served in the present state; `reason` is a constant for machines."""
 
     def __init__(self, reason: str, subject: str, message: str) -> None:
@@ -63,7 +63,7 @@ async def translated(context: Context, collection: str = "") -> AsyncIterator[No
     """
     try:
         yield
-    except (InvalidRequest, Refused, Overloaded, Starting, CacheError) as exc:
+    except (InvalidRequest, FailedPrecondition, Overloaded, Starting, CacheError) as exc:
         code, *details = _status(exc, collection)
         await rpc.abort(context, code, str(exc), *details)
 
@@ -83,7 +83,7 @@ def _status(error: Exception, collection: str) -> tuple[grpc.StatusCode, *tuple[
             return _precondition("ENCODER_MISMATCH", collection, message)
         case CollectionExists():
             return _precondition("COLLECTION_SETTINGS", collection, message)
-        case Refused():
+        case FailedPrecondition():
             return _precondition(error.reason, error.subject, message)
         case Overloaded():
             return code.RESOURCE_EXHAUSTED, rpc.error_info("OVERLOADED"), rpc.retry_after(RETRY_SECONDS)

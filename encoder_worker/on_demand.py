@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from cache.states import text_digest
 from encoder_worker import messages
-from encoder_worker.engine import Engine
 from encoder_worker.errors import InvalidRequest, Overloaded
 from encoder_worker.passage_encoder import EncodingFailed, States, Tokenized
-from encoder_worker.scheduler import Priority
+from encoder_worker.scheduler import Priority, Worker
 from preread.v1 import encoder_pb2
 
 
-async def encode(engine: Engine, request: encoder_pb2.EncodeRequest) -> encoder_pb2.EncodeResponse:
+async def encode(engine: Worker, request: encoder_pb2.EncodeRequest) -> encoder_pb2.EncodeResponse:
     """
     Raises:
         InvalidRequest: a field is out of range, or the answer would be larger than a message may be.
@@ -40,7 +39,7 @@ async def encode(engine: Engine, request: encoder_pb2.EncodeRequest) -> encoder_
     )
 
 
-def _check_size(engine: Engine, tokenized: list[Tokenized], ratio: int, bytes_per_value: int) -> None:
+def _check_size(engine: Worker, tokenized: list[Tokenized], ratio: int, bytes_per_value: int) -> None:
     """Before anything is computed."""
     num_bytes = sum(text.num_states(ratio) for text in tokenized) * engine.encoder.dim * bytes_per_value
     if num_bytes > engine.config.max_answer_bytes:

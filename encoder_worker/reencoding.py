@@ -23,13 +23,12 @@ from cache.errors import CollectionExists
 from cache.manifest import MANIFEST_VERSION, new_identity
 from cache.record import Record
 from cache.states import PassageStates
-from encoder_worker.forward import Forward
 from encoder_worker.passage_encoder import PassageEncoder
+from encoder_worker.pipeline import Forward, GroupLimits, Sink
+from encoder_worker.reading import Todo
 from encoder_worker.report import IndexReport
-from encoder_worker.sink import GroupLimits, Sink
 from encoder_worker.sources import Passage, Place, Refused
-from encoder_worker.target import Target
-from encoder_worker.windows import Todo
+from encoder_worker.writing import Target
 
 _CHUNK_PASSAGES = 256
 _MAX_PASSES = 5  # over a collection that is written to meanwhile

@@ -2,6 +2,10 @@
 
 Batches are made from whatever waits, across calls. A call that was cancelled is dropped before its
 next batch. Runs on the event loop; does not know texts, stores or gRPC.
+
+What every call of a worker shares: the encoder, the model's thread, the store and threads to wait on it.
+
+Does not know gRPC.
 """
 
 from __future__ import annotations
@@ -13,9 +17,11 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import islice
+from typing import ParamSpec, TypeVar
 
-from encoder_worker.batching import plan
-from encoder_worker.passage_encoder import EncodingFailed, PassageEncoder, States, Tokenized
+from cache.store import Store
+from encoder_worker.config import EncoderConfig
+from encoder_worker.passage_encoder import EncodingFailed, PassageEncoder, States, Tokenized, plan_batches
 
 # Sequences looked at for one batch: enough to find like lengths, few enough to sort between passes.
 _LOOK_AT = 1024
@@ -31,7 +37,7 @@ class Priority(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Pass:
+class ForwardPass:
     """One forward pass, for whoever watches."""
 
     lengths: list[int]  # tokens of each sequence
@@ -53,11 +59,11 @@ class _Waiting:
     done: asyncio.Future[States | EncodingFailed]
 
 
-class Scheduler:
+class EncodeScheduler:
     """`run` it as a task; `encode` from any number of others."""
 
     def __init__(
-        self, encoder: PassageEncoder, model_thread: Executor, on_pass: Callable[[Pass], None] = lambda _: None
+        self, encoder: PassageEncoder, model_thread: Executor, on_pass: Callable[[ForwardPass], None] = lambda _: None
     ) -> None:
         self._encoder = encoder
         self._model_thread = model_thread
@@ -107,7 +113,7 @@ class Scheduler:
                     if not one.done.done():
                         one.done.set_exception(exc)
                 continue
-            self._on_pass(Pass([len(sequence) for sequence in tokens], time.monotonic() - start))
+            self._on_pass(ForwardPass([len(sequence) for sequence in tokens], time.monotonic() - start))
             for one, result in zip(batch, results, strict=True):
                 if not one.done.done():
                     one.done.set_result(result)
@@ -123,8 +129,48 @@ class Scheduler:
             return []
         self._passed_over = 0 if bulk_now or not bulk else self._passed_over + 1
         near = list(islice((one for one in queue if one.ratio == queue[0].ratio), _LOOK_AT))
-        batches = plan([len(one.tokens) for one in near], self._encoder.limits)
+        batches = plan_batches([len(one.tokens) for one in near], self._encoder.limits)
         batch = [near[i] for i in next(batch for batch in batches if 0 in batch)]
         taken = set(map(id, batch))
         queue[:] = [one for one in queue if id(one) not in taken]
         return batch
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_TOKENIZE_TEXTS = 64
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A loaded worker."""
+
+    config: EncoderConfig
+    encoder: PassageEncoder
+    scheduler: EncodeScheduler
+    store: Store
+    threads: Executor  # for the tokenizer
+    store_threads: Executor  # for the store alone: one that hangs must not keep texts from being encoded
+
+    async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Runs something that blocks off the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self.threads, lambda: function(*args, **kwargs))
+
+    async def call_store(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The same for what waits for the store."""
+        return await asyncio.get_running_loop().run_in_executor(self.store_threads, lambda: function(*args, **kwargs))
+
+    async def tokenize(self, texts: Sequence[str], *, split: bool = False) -> list[Tokenized]:
+        """In pieces, so that a caller who left is noticed between them."""
+        tokenized: list[Tokenized] = []
+        for start in range(0, len(texts), _TOKENIZE_TEXTS):
+            tokenized += await self.call(self.encoder.tokenize, texts[start : start + _TOKENIZE_TEXTS], split=split)
+        return tokenized
+
+    def why_not(self, text: str) -> str | None:
+        """Why a text cannot be encoded, or None. May tokenize: off the event loop."""
+        num_bytes = len(text.encode())
+        if num_bytes > self.config.max_text_bytes:
+            return f"text is {num_bytes:,} bytes; at most {self.config.max_text_bytes:,} are encoded"
+        return "text is empty" if self.encoder.is_empty(text) else None

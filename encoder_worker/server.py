@@ -1,4 +1,6 @@
-"""The offline half as a process part: binds, loads, proves itself, serves, drains.
+"""Prometheus metrics of one encoder worker; nothing global. Their names differ from the reranking server's.
+
+The offline half as a process part: binds, loads, proves itself, serves, drains.
 
 `start` returns when a real forward pass has succeeded; until then health says NOT_SERVING. Owns one
 thread for the model and a few for the tokenizer and the store.
@@ -8,22 +10,83 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter as Tally
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 from grpc_health.v1 import health, health_pb2
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from cache.store import Store, open_store, public_url
 from encoder_worker.config import EncoderConfig
-from encoder_worker.engine import Engine
-from encoder_worker.metrics import WorkerMetrics
 from encoder_worker.passage_encoder import PassageEncoder
-from encoder_worker.scheduler import Scheduler
+from encoder_worker.scheduler import EncodeScheduler, ForwardPass, Worker
 from encoder_worker.service import EncoderService
-from preread.edge.grpc_server import add_standard_services, make_server
-from preread.edge.keys import ApiKeys, refuse_control_tokens
-from preread.edge.observe import log_call
 from preread.v1 import encoder_pb2, encoder_pb2_grpc
+from preread_edge.grpc_server import add_standard_services, log_call, make_server
+from preread_edge.keys import ApiKeys, refuse_control_tokens
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+TOKENS = tuple(float(2**power) for power in range(4, 18))
+
+
+class WorkerMetrics:
+    """Made by the worker that owns it; `registry` is what a scrape renders."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self._rpcs = Counter(
+            "preread_encoder_rpcs",
+            "gRPC calls by how they ended, refused ones too.",
+            ["method", "code"],
+            registry=registry,
+        )
+        self._rpc_seconds = Histogram(
+            "preread_encoder_rpc_seconds", "One gRPC call.", ["method"], buckets=SECONDS, registry=registry
+        )
+        self._forward_seconds = Histogram(
+            "preread_encoder_forward_seconds", "One pass of the encoder.", buckets=SECONDS, registry=registry
+        )
+        self._batch_tokens = Histogram(
+            "preread_encoder_batch_tokens", "Tokens of one pass, without padding.", buckets=TOKENS, registry=registry
+        )
+        self._tokens = Counter(
+            "preread_encoder_tokens", "Tokens computed: of texts, and padding.", ["kind"], registry=registry
+        )
+        self._passages = Counter(
+            "preread_encoder_passages", "Passages of uploads by what became of them.", ["status"], registry=registry
+        )
+        self._on_demand = Gauge("preread_encoder_on_demand_tokens", "On-demand tokens under way.", registry=registry)
+        self._model = Info("preread_encoder_model", "The encoder that runs here.", registry=registry)
+
+    def watch(self, scheduler: EncodeScheduler, encoder: PassageEncoder) -> None:
+        """What is there once the model has loaded."""
+        self._on_demand.set_function(lambda: scheduler.on_demand_tokens)
+        self._model.info(
+            {
+                "checkpoint": encoder.identity.checkpoint,
+                "fingerprint": encoder.identity.fingerprint[:12],
+                "dtype": encoder.dtype_name,
+                "device": encoder.device_name,
+            }
+        )
+
+    def rpc(self, method: str, code: str, seconds: float) -> None:
+        """For preread_edge.grpc_server."""
+        self._rpcs.labels(method, code).inc()
+        self._rpc_seconds.labels(method).observe(seconds)
+
+    def passed(self, one: ForwardPass) -> None:
+        self._forward_seconds.observe(one.seconds)
+        self._batch_tokens.observe(one.num_tokens)
+        self._tokens.labels("text").inc(one.num_tokens)
+        self._tokens.labels("padding").inc(one.num_padding_tokens)
+
+    def upserted(self, response: encoder_pb2.UpsertResponse) -> None:
+        for status, count in Tally(result.status for result in response.results).items():
+            name = encoder_pb2.UpsertStatus.Name(status).removeprefix("UPSERT_STATUS_").lower()
+            self._passages.labels(name).inc(count)
+
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +122,7 @@ class EncoderServer:
         self._loop: asyncio.Task[None] | None = None
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> Worker:
         """What serves the calls; only between `start` and `stop`."""
         if self._service.engine is None:
             raise RuntimeError("this worker has not started, or was stopped")
@@ -120,11 +183,11 @@ class EncoderServer:
         assert self._store is not None
         loop = asyncio.get_running_loop()
         encoder = await loop.run_in_executor(self._model_thread, _load_encoder, self.config)
-        scheduler = Scheduler(encoder, self._model_thread, self.metrics.passed)
+        scheduler = EncodeScheduler(encoder, self._model_thread, self.metrics.passed)
         self.metrics.watch(scheduler, encoder)
         self._loop = asyncio.create_task(scheduler.run())
         self._loop.add_done_callback(self._loop_ended)
-        self._service.engine = Engine(self.config, encoder, scheduler, self._store, self._threads, self._store_threads)
+        self._service.engine = Worker(self.config, encoder, scheduler, self._store, self._threads, self._store_threads)
         await self._say(health_pb2.HealthCheckResponse.SERVING)
 
     async def _say(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:

@@ -9,14 +9,14 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 
-from cache.codec_names import DEFAULT_CODEC
+from cache import DEFAULT_CODEC
 from cache.collection import Collection
 from cache.errors import CollectionNotFound, StoreDamaged
-from cache.names import is_passage_id
+from cache.record import is_passage_id
 from cache.store import Store, public_url
 from encoder_worker import messages, on_demand
-from encoder_worker.engine import Engine
 from encoder_worker.errors import Context, Starting, translated
+from encoder_worker.scheduler import Worker
 from encoder_worker.upsert import Upload
 from preread.v1 import common_pb2, encoder_pb2, encoder_pb2_grpc
 
@@ -31,7 +31,7 @@ class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
         Args:
             on_upserted: hears of what an upload acknowledges.
         """
-        self.engine: Engine | None = None
+        self.engine: Worker | None = None
         self._on_upserted = on_upserted
 
     async def Upsert(  # type: ignore[override]  # noqa: N802  # the stubs know sync iterators only
@@ -79,7 +79,7 @@ class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
                 max_message_bytes=engine.config.max_message_bytes,
             )
 
-    def _loaded(self) -> Engine:
+    def _loaded(self) -> Worker:
         if self.engine is None:
             raise Starting("this worker is loading its model, or stopping")
         return self.engine

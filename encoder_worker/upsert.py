@@ -16,18 +16,16 @@ from dataclasses import dataclass
 from functools import partial
 
 from cache.collection import Collection, StoredPassage
-from cache.names import is_passage_id
+from cache.record import is_passage_id
 from cache.states import PassageStates, text_digest
-from encoder_worker.engine import Engine
-from encoder_worker.errors import InvalidRequest, Refused
+from encoder_worker.errors import FailedPrecondition, InvalidRequest
 from encoder_worker.passage_encoder import EncodingFailed
-from encoder_worker.scheduler import Priority
-from encoder_worker.seen import SeenIds
+from encoder_worker.reading import SeenIds
+from encoder_worker.scheduler import Priority, Worker
 from encoder_worker.sources import Place
-from encoder_worker.storing import put
-from encoder_worker.target import CollectionSettings, Target
-from preread.edge.steps import Pace, Step, stepped
+from encoder_worker.writing import CollectionSettings, Target, put
 from preread.v1 import encoder_pb2
+from preread_edge.steps import Pace, Step, stepped
 
 MANY = 1000  # passages of one message, which are then checked in steps
 
@@ -93,7 +91,7 @@ _Encoding = asyncio.Task[list[_Entry]]
 class Upload:
     """Made for one stream."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Worker) -> None:
         self._engine = engine
         self._name = ""
         self._collection: Collection | None = None
@@ -162,7 +160,7 @@ class Upload:
         settings = CollectionSettings(request.compression_ratio or None, request.codec or None)
         target = Target(self._engine.store, request.collection, settings, encoder.identity, encoder.settings)
         if target.num_training_states:
-            raise Refused(
+            raise FailedPrecondition(
                 "CODEC_NEEDS_TRAINING",
                 request.collection,
                 f"codec {target.codec.factory} is trained on a sample of the passages, which a stream does not "

@@ -15,9 +15,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tuning.files import json_rows
-from tuning.first_stage import search
+from tuning.baselines import search
 from tuning.judged import JudgedCollection, read_judged
+from tuning.trec import json_rows
 
 
 def choose(judged: JudgedCollection, num_passages: int) -> set[str]:

@@ -1,5 +1,5 @@
 """`python -m preread` is the `preread` command."""
 
-from preread.cli.main import main
+from preread_cli.main import main
 
 main()

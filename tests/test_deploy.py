@@ -12,9 +12,9 @@ import click
 import pytest
 import yaml
 
-from preread.cli.config_file import COMMANDS
-from preread.cli.main import cli
-from preread.edge.hosts import Guard
+from preread_cli.config_file import COMMANDS
+from preread_cli.main import cli
+from preread_edge.hosts import Guard
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"

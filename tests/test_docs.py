@@ -11,7 +11,7 @@ import click
 import pytest
 
 from checkpoint.settings import CheckpointSettings
-from preread.cli.main import cli
+from preread_cli.main import cli
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples" / "README.md"]

@@ -8,8 +8,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from preread.cli.main import COMMANDS, cli
-from preread.cli.options import environment_name
+from preread_cli.main import COMMANDS, cli
+from preread_cli.options import environment_name
 
 
 def walk(command: click.Command, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], click.Command]]:

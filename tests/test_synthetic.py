@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from checkpoint.synthetic import make_checkpoint
-from decoder_server.cross_encoder.synthetic import KINDS, make_cross_encoder
+from decoder_server.models.cross_encoder.synthetic import KINDS, make_cross_encoder
 
 ROOT = Path(__file__).parents[1]
 FBNL = "an encoder-decoder"

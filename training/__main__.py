@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from training.recipe import Recipe, read_recipe
+from training.trainer import Recipe, read_recipe
 
 
 def _flag_type(default: Any) -> Any:
@@ -84,12 +84,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run_train(args: argparse.Namespace) -> None:
-    from training.batches import GroupSet
-    from training.checkpoint_dir import load
-    from training.groups import read_groups
-    from training.heldout import HeldOut
+    from training.evaluation import HeldOut
+    from training.groups import GroupSet, read_groups, read_vectors, vectors_path
+    from training.model import load
     from training.trainer import Trainer, pick_device
-    from training.vectors import read_vectors, vectors_path
 
     recipe = read_recipe(args.recipe, {f.name: getattr(args, f.name) for f in dataclasses.fields(Recipe)})
     checkpoint = load(args.source)
@@ -125,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for recipe, (begin, end) in zip(args.recipe, pairwise(made), strict=True):
             main(["train", "--data", f"{work}/data", "--from", begin, "--out", end, "--recipe", str(recipe)])
     elif args.command == "opposed":
-        from training.opposed import report
+        from training.evaluation import report
 
         report(args.checkpoint, args.medquad)
 

@@ -1,4 +1,8 @@
-"""`python -m training data`: raw collections and Debian descriptions -> training groups and held-out collections.
+"""From raw collections to training groups: hard negatives, instructions, opposed pairs, teacher scores.
+
+Every text that belongs to a held-out query's relevant passages stays out, as a positive and as a negative.
+
+`python -m training data`: raw collections and Debian descriptions -> training groups and held-out collections.
 
 Writes OUT/train.jsonl and OUT/train.npz (teacher vectors), OUT/heldout/<source>/ and OUT/select/<source>/ (BEIR:
 queries to report, and others to choose by while training), OUT/texts.jsonl (all training texts, for the vocabulary).
@@ -7,21 +11,191 @@ queries to report, and others to choose by while training), OUT/texts.jsonl (all
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from training import sources
-from training.collections_io import Collection, read_collection, write_collection, write_jsonl
-from training.debian import fetch_lists, read_descriptions
-from training.groups import Group, write_groups
-from training.instructions import topic_of
-from training.sources import Draft, Source
-from training.split import fraction, held_out_queries, normalise
-from training.teacher import VectorCache
-from training.vectors import TeacherVectors, vectors_path, word_vectors, write_vectors
+from training import collections as instructions
+from training.collections import (
+    Collection,
+    fetch_lists,
+    fraction,
+    held_out_queries,
+    normalise,
+    read_collection,
+    read_descriptions,
+    topic_of,
+    write_collection,
+    write_jsonl,
+)
+from training.groups import Group, TeacherVectors, vectors_path, word_vectors, write_groups, write_vectors
+from training.teacher import Bm25, VectorCache
+
+MAX_CHARACTERS = 2400  # about 480 tokens: more than a training passage is ever cut to
+DEFAULT_NEGATIVES = 7
+VECTOR_SIZE = 384  # MiniLM's
+NEAR_COPY = 0.95  # teacher cosine above which a passage counts as a copy of a relevant one
+
+
+@dataclass
+class Source:
+    """One training source after the split: passages open for training, their vectors, a BM25 index over them."""
+
+    collection: Collection
+    held: set[str]  # query ids kept for evaluation
+    vectors: dict[str, NDArray[np.float32]]  # passage_id -> (VECTOR_SIZE,), the teacher's or of words
+    rng: random.Random
+    num_negatives: int = DEFAULT_NEGATIVES
+    ids: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        hidden = {p for q in self.held for p in self.collection.qrels.get(q, {})}
+        self.ids = [p for p in self.collection.passages if p not in hidden]
+        self._open = set(self.ids)
+        self.index = Bm25([self.collection.passages[p] for p in self.ids])
+
+    def training_pairs(self) -> list[tuple[str, list[str]]]:
+        """(query_id, open relevant passage ids), queries with none left out."""
+        pairs = [
+            (q, [p for p in grades if p in self._open])
+            for q, grades in self.collection.qrels.items()
+            if q not in self.held
+        ]
+        return [(q, relevant) for q, relevant in pairs if relevant]
+
+    def near_copy(self, passage_id: str, relevant: Iterable[str]) -> bool:
+        anchors = np.stack([self.vectors[p] for p in relevant])
+        return float((anchors @ self.vectors[passage_id]).max()) >= NEAR_COPY
+
+    def negatives(self, top: list[int], relevant: set[str]) -> list[str]:
+        """Four of seven from the best ten, the rest from the next thirty; near-copies of a relevant one are dropped."""
+        bodies = {normalise(self.collection.passages[p]) for p in relevant}
+        kept = []
+        for row in top:
+            p = self.ids[row]
+            if (
+                p not in relevant
+                and not self.near_copy(p, relevant)
+                and normalise(self.collection.passages[p]) not in bodies
+            ):
+                kept.append(p)
+        near, far = kept[:10], kept[10:40]
+        num_near = (self.num_negatives + 1) // 2
+        chosen = self.rng.sample(near, min(num_near, len(near)))
+        chosen += self.rng.sample(far, min(self.num_negatives - num_near, len(far)))
+        return chosen + [self.rng.choice(self.ids) for _ in range(3 - len(chosen))]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A group before its teacher scores: passages by id, so that vectors are looked up, not computed again."""
+
+    query: str
+    instruction: str
+    positives: list[str]
+    negatives: list[str]
+    override: str | None = None  # text of the positive when it is not the stored passage
+    opposed: bool = False
+    reading: str | None = None  # what the teacher, which reads no instruction, is asked instead of the query
+
+
+def wording(task: str, rng: random.Random, default_share: float = 0.4) -> str:
+    """One of the task's wordings, or empty for the checkpoint's default instruction."""
+    return "" if rng.random() < default_share else rng.choice(instructions.TASKS[task])
+
+
+def query_drafts(source: Source, task: str, repeat: int = 1, limit: int | None = None) -> Iterator[Draft]:
+    """The judged queries of a source, each against its BM25 neighbours; `limit` takes so many, drawn by hash."""
+    pairs = source.training_pairs()
+    if limit is not None:
+        pairs = sorted(pairs, key=lambda pair: fraction(pair[0]))[:limit]
+    pairs = pairs * repeat
+    top, _ = source.index.top([source.collection.queries[q] for q, _ in pairs], 45)
+    for (query_id, relevant), rows in zip(pairs, top.tolist(), strict=True):
+        positives = source.rng.sample(relevant, min(2, len(relevant)))
+        yield Draft(
+            source.collection.queries[query_id],
+            wording(task, source.rng),
+            positives,
+            source.negatives(rows, set(relevant)),
+        )
+
+
+def title_drafts(source: Source, repeat: int = 1) -> Iterator[Draft]:
+    """Title -> abstract, the title cut from its passage."""
+    ids = [p for p in source.ids if p in source.collection.titles] * repeat
+    top, _ = source.index.top([source.collection.titles[p] for p in ids], 45)
+    for p, rows in zip(ids, top.tolist(), strict=True):
+        title = source.collection.titles[p]
+        body = source.collection.passages[p][len(title) :].strip()
+        if len(body.split()) > 20:
+            yield Draft(title, wording("title", source.rng), [p], source.negatives(rows, {p}), override=body)
+
+
+def sentence_drafts(source: Source, count: int) -> Iterator[Draft]:
+    """Inverse cloze: a sentence with some words dropped -> the passage without that sentence."""
+    ids = [p for p in source.ids if len(source.collection.passages[p].split()) > 60]
+    drawn = []
+    for p in (source.rng.choice(ids) for _ in range(count)):
+        sentences = re.split(r"(?<=[.?!]) ?(?=[A-Z])", source.collection.passages[p][:MAX_CHARACTERS])
+        fit = [i for i, s in enumerate(sentences) if 8 <= len(s.split()) <= 40]
+        if len(sentences) > 2 and fit:
+            i = source.rng.choice(fit)
+            query = " ".join(w for w in sentences[i].split() if source.rng.random() > 0.2)
+            drawn.append((p, query, " ".join(sentences[:i] + sentences[i + 1 :])))
+    top, _ = source.index.top([query for _, query, _ in drawn], 45)
+    for (p, query, rest), rows in zip(drawn, top.tolist(), strict=True):
+        yield Draft(query, wording("sentence", source.rng), [p], source.negatives(rows, {p}), override=rest)
+
+
+def aspect_drafts(source: Source) -> Iterator[Draft]:
+    """The instruction decides: query `X`, instruction `... the symptoms`, other aspects of X are the negatives."""
+    topics: dict[str, dict[str, str]] = {}
+    for query_id, relevant in source.training_pairs():
+        found = instructions.aspect_of(source.collection.queries[query_id])
+        if found:
+            topics.setdefault(found[1], {})[found[0]] = relevant[0]
+    topics = {topic: aspects for topic, aspects in topics.items() if len(set(aspects.values())) > 1}
+    top, _ = source.index.top(list(topics), 45)
+    for (topic, aspects), rows in zip(topics.items(), top.tolist(), strict=True):
+        for name in source.rng.sample(sorted(aspects), min(3, len(aspects))):
+            others = [p for p in set(aspects.values()) if p != aspects[name]]
+            phrase = source.rng.choice(instructions.ASPECT_WORDINGS).format(aspect=instructions.ASPECTS[name][1])
+            same = set(aspects.values())
+            negatives = sorted(others)[:4] + [p for p in source.negatives(rows, same) if p not in same][:3]
+            reading = f"{instructions.ASPECTS[name][1]} of {topic}"
+            yield Draft(topic, phrase, [aspects[name]], negatives, reading=reading)
+
+
+def opposed_drafts(drafts: list[Draft], rng: random.Random, share: float) -> Iterator[Draft]:
+    """The same query and passages under an instruction that asks for the contrary: labels change places."""
+    for draft in drafts:
+        if rng.random() < share and draft.override is None:
+            yield Draft(
+                draft.query, rng.choice(instructions.TASKS["opposed"]), draft.negatives, draft.positives, opposed=True
+            )
+
+
+def finish(draft: Draft, source: Source, query_vector: NDArray[np.float32] | None) -> tuple[Group, list[str]]:
+    """Texts and teacher scores of a draft, and its passages' ids. No scores without the query's vector, nor for an
+    opposed group: the teacher reads no instruction."""
+    texts = [source.collection.passages[p][:MAX_CHARACTERS] for p in draft.positives + draft.negatives]
+    if draft.override is not None:
+        texts[0] = draft.override[:MAX_CHARACTERS]
+    cut = len(draft.positives)
+    if draft.opposed:
+        group = Group(draft.query, draft.instruction, tuple(texts[:cut]), tuple(texts[cut:]), in_batch=False)
+        return group, draft.positives + draft.negatives
+    scores: tuple[float, ...] = ()
+    if query_vector is not None:
+        scores = tuple(round(float(query_vector @ source.vectors[p]), 4) for p in draft.positives + draft.negatives)
+    group = Group(draft.query, draft.instruction, tuple(texts[:cut]), tuple(texts[cut:]), scores)
+    return group, draft.positives + draft.negatives
+
 
 HELD_OUT_SHARE = {"medquad": 0.06, "debian": 0.02}
 OPPOSED_SHARE = 0.06
@@ -95,26 +269,26 @@ def build(
             source.vectors = dict(zip(collection.passages, teacher.embed(texts), strict=True))
         made: list[Draft] = []
         if collection is medquad:
-            made += list(sources.query_drafts(source, "question"))
-            made += list(sources.aspect_drafts(source)) + list(sources.sentence_drafts(source, 6000))
+            made += list(query_drafts(source, "question"))
+            made += list(aspect_drafts(source)) + list(sentence_drafts(source, 6000))
         elif collection is scifact:
-            made += list(sources.query_drafts(source, "claim", repeat=3))
-            made += list(sources.title_drafts(source, repeat=2)) + list(sources.sentence_drafts(source, 12000))
+            made += list(query_drafts(source, "claim", repeat=3))
+            made += list(title_drafts(source, repeat=2)) + list(sentence_drafts(source, 12000))
         else:
-            made += list(sources.query_drafts(source, "package", limit=max_debian or MAX_GROUPS[name]))
-        made += list(sources.opposed_drafts(made, rng, OPPOSED_SHARE))
+            made += list(query_drafts(source, "package", limit=max_debian or MAX_GROUPS[name]))
+        made += list(opposed_drafts(made, rng, OPPOSED_SHARE))
         made = rng.sample(made, min(len(made), MAX_GROUPS[name]))
         drafts += [(source, draft) for draft in made]
         print(f"{name}: {len(made)} groups", flush=True)
     rng.shuffle(drafts)
-    queries = np.zeros((len(drafts), sources.VECTOR_SIZE), dtype=np.float32)
+    queries = np.zeros((len(drafts), VECTOR_SIZE), dtype=np.float32)
     taught = [i for i, (source, _) in enumerate(drafts) if source.collection is not debian]
     queries[taught] = teacher.embed([drafts[i][1].reading or drafts[i][1].query for i in taught], max_tokens=64)
     rows: dict[str, NDArray[np.float32]] = {}  # text -> its passage's vector, in the order of the file
 
     def groups() -> Iterator[Group]:
         for (source, draft), vector in zip(drafts, queries, strict=True):
-            group, ids = sources.finish(draft, source, vector if vector.any() else None)
+            group, ids = finish(draft, source, vector if vector.any() else None)
             for text, passage_id in zip(group.passages, ids, strict=True):
                 rows.setdefault(text, source.vectors[passage_id])
             yield group

@@ -17,19 +17,16 @@ from cache.collection import Collection
 from cache.record import Record
 from cache.states import text_digest
 from checkpoint import Checkpoint
-from decoder_server.fbnl import FbnlBackend
-from encoder_worker.batching import BatchLimits
+from decoder_server.models.fbnl.backend import FbnlBackend
 from encoder_worker.encoder import Encoder
-from encoder_worker.passage_encoder import PassageEncoder
-from tuning import first_stage
+from encoder_worker.passage_encoder import BatchLimits, PassageEncoder
+from tuning import baselines as first_stage
+from tuning.baselines import TEACHERS, teacher_run
 from tuning.judged import JudgedCollection, read_judged
 from tuning.metrics import per_query
 from tuning.progress import SILENT, Progress
-from tuning.report import Counts, EvaluationReport, Measured, compare
-from tuning.rerank import Reranked, rerank
-from tuning.settings import EvaluationSettings
-from tuning.states import EncodedStates, StateSource, StoredStates
-from tuning.teacher import TEACHERS, teacher_run
+from tuning.report import Counts, EvaluationReport, EvaluationSettings, Measured, compare
+from tuning.rerank import EncodedStates, Reranked, StateSource, StoredStates, rerank
 from tuning.trec import Run, RunFile
 
 

@@ -11,11 +11,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from encoder_worker.seen import SeenIds
+from encoder_worker.reading import SeenIds
 from encoder_worker.sources import Fields, Passage, Place, Refused, Source, SourceError
-from tuning.errors import EvaluationError
-from tuning.files import first_existing, json_rows, nothing_left, refuse
-from tuning.trec import Qrels, read_qrels
+from tuning import EvaluationError
+from tuning.trec import Qrels, first_existing, json_rows, nothing_left, read_qrels, refuse
 
 CORPUS_NAMES = ("corpus.jsonl", "corpus.jsonl.gz", "corpus.jsonl.zst")
 QUERY_NAMES = ("queries.jsonl", "queries.jsonl.gz", "queries.jsonl.zst")

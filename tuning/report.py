@@ -1,6 +1,10 @@
-"""What an evaluation found: systems, their measures and how sure they are, and what was odd about the data.
+"""What an evaluation is asked to do; checked once, passed down.
 
-Values only: how they come about is tuning.evaluate, how they look tuning.table.
+What an evaluation found: systems, their measures and how sure they are, and what was odd about the data.
+
+Values only: how they come about is tuning.evaluate, how they look tuning.report.
+
+An evaluation for the eyes: one table in the terminal. Computes nothing.
 """
 
 from __future__ import annotations
@@ -8,18 +12,77 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 
 from encoder_worker.sources import Refused
-from tuning.bootstrap import Bootstrap, Difference, Interval, Share
-from tuning.metrics import HEADLINE
-from tuning.settings import EvaluationSettings
+from tuning import EvaluationError
+from tuning.baselines import check_teacher
+from tuning.metrics import HEADLINE, NUM_RESAMPLES, Bootstrap, Difference, Interval, Share
 from tuning.trec import Qrels, Run, write_qrels, write_run
+
+COARSEST = 32  # what published checkpoints are trained for
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """
+    ratios: compression ratios to read passages at; None for 1, 2, 4 ... 32, from the stored ratio on
+    top_k: candidates per query
+    split: passages over the limit become windows, the best of which counts, instead of being cut
+    instruction: instead of the checkpoint's own; "": none
+    teacher: another model on the same candidates (tuning.baselines.TEACHERS)
+    max_queries: draw that many queries; None takes all
+    min_grade: lowest grade that counts as relevant for MRR and recall
+    seed: of the drawn queries and the bootstrap
+
+    Raises EvaluationError naming the setting.
+    """
+
+    ratios: tuple[int, ...] | None = None
+    top_k: int = 50
+    split: bool = False
+    instruction: str | None = None
+    teacher: str | None = None
+    max_queries: int | None = None
+    min_grade: int = 1
+    seed: int = 0
+    num_resamples: int = NUM_RESAMPLES
+
+    def __post_init__(self) -> None:
+        if self.ratios is not None:
+            if not self.ratios or min(self.ratios) < 1:
+                raise EvaluationError(f"ratios is {self.ratios}; expected integers of at least 1")
+            if len(set(self.ratios)) != len(self.ratios):
+                raise EvaluationError(f"ratios is {self.ratios}; expected each once")
+        for name, least in (("top_k", 1), ("max_queries", 1), ("min_grade", 1), ("num_resamples", 100)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise EvaluationError(f"{name} is {value}; expected at least {least}")
+        if self.teacher is not None:
+            check_teacher(self.teacher)
+
+    def with_ratios(self, stored: int) -> EvaluationSettings:
+        """The same with the ratios that None stands for, fine to coarse; each can be read from states at `stored`.
+
+        Raises:
+            EvaluationError: a ratio asked for cannot be.
+        """
+        if self.ratios is None:
+            doublings = range(max(1, (COARSEST // stored).bit_length()))
+            return replace(self, ratios=tuple(stored << i for i in doublings))
+        for ratio in self.ratios:
+            if ratio % stored:
+                raise EvaluationError(f"ratio is {ratio}; the states are at {stored}, expected a multiple of it")
+        return replace(self, ratios=tuple(sorted(self.ratios)))
+
 
 FORMAT_VERSION = 1
 
@@ -227,3 +290,66 @@ def lists_on_one_line(text: str) -> str:
     """Indented JSON with lists of plain values on one line each; JSON strings hold no line breaks."""
     plain_list = re.compile(r"\[\n\s+[^\[\]{}]*?\n\s+\]")
     return plain_list.sub(lambda found: re.sub(r"\s*\n\s*", " ", found[0]), text)
+
+
+MIN_WIDTH = 80  # cells are never cut: a narrow terminal wraps lines by itself
+
+
+def render(report: EvaluationReport) -> RenderableType:
+    """Title, table, how to read it, and what was odd about the data."""
+    counts, settings = report.counts, report.settings
+    origin = f"states of {report.stored_as} ({report.codec})" if report.stored_as else "encoded now"
+    head = Text(
+        f"{report.collection}: {counts.num_queries:,} queries, {counts.num_passages:,} passages, "
+        f"{counts.num_judgements:,} judgements; {report.baseline.name} top {settings.top_k}\n"
+        f"{report.checkpoint}: {origin}, {report.dtype} on {report.device}"
+    )
+    best = report.baseline.measures[f"R@{settings.top_k}"].mean
+    lines = [
+        "[low, high]: 95% bootstrap over queries. ▲ ▼: the paired difference in nDCG@10 from "
+        f"{report.baseline.name} leaves 0 out ({settings.num_resamples:,} resamples, seed {settings.seed}).",
+        f"The candidates hold {best:.1%} of the relevant passages; no reranking finds more.",
+        *(f"Note: {note}." for note in counts.notes()),
+    ]
+    return Group(head, _table(report), *(Text(line) for line in lines))
+
+
+def print_report(report: EvaluationReport, console: Console | None = None) -> None:
+    """To standard output unless told otherwise."""
+    console = console or Console()
+    console.print(render(report), width=max(console.width, MIN_WIDTH))
+
+
+def _table(report: EvaluationReport) -> Table:
+    finest = report.reranked()
+    ceiling = f"R@{report.settings.top_k}"  # the same for all of them: said below the table
+    others = [name for name in report.baseline.measures if name not in (HEADLINE, ceiling)]
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("system", no_wrap=True)
+    table.add_column(HEADLINE, justify="right", no_wrap=True)
+    table.add_column(f"over {report.baseline.name}", justify="right", no_wrap=True)
+    table.add_column(f"of {finest.name}", justify="right", no_wrap=True)
+    for name in others:
+        table.add_column(name, justify="right", no_wrap=True)
+    for system in report.systems:
+        table.add_row(system.name, *_headline(system), *(f"{system.measures[name].mean:.3f}" for name in others))
+    return table
+
+
+def _headline(system: System) -> tuple[str, str, str]:
+    own = system.measures[HEADLINE]
+    interval = f"{own.mean:.3f} \\[{own.low:.3f}, {own.high:.3f}]"  # an open bracket would be markup
+    gain = system.gain[HEADLINE] if system.gain is not None else None
+    relative = system.relative[HEADLINE] if system.relative is not None else None
+    kept = system.kept[HEADLINE] if system.kept is not None else None
+    return interval, _gain(gain, relative), f"{kept.mean:.1%}" if kept is not None else ""
+
+
+def _gain(gain: Difference | None, relative: Share | None) -> str:
+    if gain is None:
+        return ""
+    mark = " " if not gain.significant else "▲" if gain.mean > 0 else "▼"
+    if relative is None:  # the first stage found nothing: no share to speak of
+        return f"{gain.mean:+.3f} {mark}"
+    low, high = relative.low - 1, relative.high - 1
+    return f"{relative.mean - 1:+.1%} \\[{low:+.1%}, {high:+.1%}] {mark}"

@@ -1,4 +1,10 @@
-"""Judgements and run files, in the forms the field's tools read and write. Does not know texts or scores' meaning.
+"""Lines and rows of judged files, read by the reader of `preread index`. Does not know what they mean.
+
+A line that cannot be used costs itself: it is noted in `refused`, with its place, and the others are read on.
+
+Scores of candidates to one ranking that every tool reads alike. Does not know where scores come from.
+
+Judgements and run files, in the forms the field's tools read and write. Does not know texts or scores' meaning.
 
 Judgements: BEIR's three columns (query, passage, grade) with or without a header line, TREC's four
 (query, iteration, passage, grade), or a JSON object a line. Runs: TREC's six (query, Q0, passage, rank, score, tag).
@@ -7,18 +13,138 @@ Judgements: BEIR's three columns (query, passage, grade) with or without a heade
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from cache.errors import InvalidName
-from cache.names import passage_id_bytes
-from encoder_worker.sources import Place, Reason, Refused
-from preread.outputs import open_output
-from preread.passages import id_text
-from tuning.errors import EvaluationError
-from tuning.files import fields, json_rows, nothing_left, numbered_lines, refuse
-from tuning.ranking import falling
+from cache.record import passage_id_bytes
+from encoder_worker.sources import Place, Reason, Refused, SourceError
+from encoder_worker.sources.source import STDIN, open_bytes
+from encoder_worker.sources.text import DEFAULT_MAX_LINE_BYTES, json_object, read_texts
+from preread.types import id_text
+from preread_edge.outputs import open_output
+from tuning import EvaluationError
+
+
+def numbered_lines(path: Path, refused: list[Refused] | None = None) -> Iterator[tuple[Place, str]]:
+    """Lines that are not blank, without their ends, of a text file, plain, gzip or zstd; `-` is standard input.
+
+    Args:
+        refused: takes lines that are too long or not UTF-8; None: the first of them is an error.
+
+    Raises:
+        EvaluationError: no such file, or a broken compressed stream.
+    """
+    try:
+        with open_bytes(str(path), sys.stdin.buffer) as (stream, _):
+            source = "standard input" if str(path) == STDIN else str(path)
+            for entry in read_texts(stream, source, DEFAULT_MAX_LINE_BYTES):
+                if isinstance(entry, Refused):
+                    refuse(entry, refused)
+                else:
+                    yield entry
+    except SourceError as exc:
+        raise EvaluationError(str(exc)) from exc
+
+
+def json_rows(path: Path, refused: list[Refused] | None = None) -> Iterator[tuple[Place, dict[str, Any]]]:
+    """The JSON object of each line, and where it stood.
+
+    Args:
+        refused: takes lines that hold no object; None: the first of them is an error.
+
+    Raises:
+        EvaluationError: as `numbered_lines`.
+    """
+    for place, line in numbered_lines(path, refused):
+        row = json_object(place, line)
+        if isinstance(row, Refused):
+            refuse(row, refused)
+        else:
+            yield place, row
+
+
+def refuse(item: Refused, refused: list[Refused] | None) -> None:
+    """Notes a line that cannot be used.
+
+    Raises:
+        EvaluationError: there is nowhere to note it.
+    """
+    if refused is None:
+        raise EvaluationError(str(item))
+    refused.append(item)
+
+
+def nothing_left(path: str | Path, what: str, refused: Sequence[Refused] | None) -> EvaluationError:
+    """The error of a file without a line of use; the first refused one says why."""
+    why = [str(item) for item in refused or () if item.place.source == str(path)]
+    return EvaluationError(
+        f"{path}: no {what}" + (f"; {len(why):,} lines refused, the first is {why[0]}" if why else "")
+    )
+
+
+def fields(line: str) -> list[str]:
+    """Columns of a judgement or run line: by tabs where it has any, by blanks otherwise."""
+    return [field.strip() for field in line.split("\t")] if "\t" in line else line.split()
+
+
+def first_existing(folder: Path, names: tuple[str, ...]) -> Path | None:
+    """The first of `names` that is a file in `folder`."""
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+# trec_eval compares scores as float32 and breaks ties by passage id. Neighbours are kept at least this far
+# apart, relative to their size: two units in the last place of a float32.
+_STEP = 2.0**-22
+_LARGEST = 1e38  # below float32's largest number, with room for the steps
+
+
+def order(scores: NDArray[np.floating]) -> NDArray[np.intp]:
+    """Rows by falling score; equal ones stay in place, rows without a score (NaN) come last."""
+    values = np.asarray(scores, dtype=np.float64)
+    missing = np.isnan(values)
+    return np.lexsort((np.where(missing, 0.0, -values), missing))  # stable, last key first
+
+
+def rank(candidates: Sequence[str], scores: NDArray[np.floating] | Sequence[float]) -> list[tuple[str, float]]:
+    """Candidates by falling score; equal scores stay in candidate order, candidates without a score come last.
+
+    The scores given back fall strictly, even in float32, so that no tool reorders them; they are
+    the scores themselves, but where two are equal or nearly so.
+
+    Args:
+        scores: (num_candidates,); NaN where there is none.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    rows = order(values)
+    return [
+        (candidates[row], score)
+        for row, score in zip(
+            rows.tolist(), falling(np.nan_to_num(values[rows], posinf=np.inf, neginf=-np.inf)), strict=True
+        )
+    ]
+
+
+def falling(scores: Iterable[float]) -> list[float]:
+    """Scores of a ranking, best first, made to fall strictly: one that is not below the one before is lowered.
+
+    Read as float32 they still differ. Beyond float32's range none of them could, so there ranks take their place.
+    """
+    lowered: list[float] = []
+    ceiling = np.inf
+    for score in scores:
+        lowered.append(min(ceiling, float(score)))
+        ceiling = lowered[-1] - _STEP * max(1.0, abs(lowered[-1]))
+    if lowered and not (lowered[-1] > -_LARGEST and lowered[0] < _LARGEST):
+        return [float(-rank) for rank in range(1, len(lowered) + 1)]
+    return lowered
+
 
 GRADE_NAMES = ("score", "grade", "relevance", "rel", "label")  # of the last column, in a header line
 

@@ -24,12 +24,12 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from checkpoint import Checkpoint, CheckpointError
 from checkpoint.synthetic import make_checkpoint
-from decoder_server.backend import Pair
-from decoder_server.cross_encoder import open_cross_encoder
-from decoder_server.cross_encoder.heads import answer_ids
-from decoder_server.cross_encoder.synthetic import make_cross_encoder
-from decoder_server.cross_encoder.transformer import quiet
-from decoder_server.fbnl import FbnlBackend
+from decoder_server.models.backend import Pair
+from decoder_server.models.cross_encoder import open_cross_encoder
+from decoder_server.models.cross_encoder.files import quiet
+from decoder_server.models.cross_encoder.synthetic import make_cross_encoder
+from decoder_server.models.cross_encoder.torch_runtime import answer_ids
+from decoder_server.models.fbnl.backend import FbnlBackend
 from encoder_worker.encoder import Encoder
 
 Margins = NDArray[np.float32]

@@ -36,8 +36,8 @@ from pathlib import Path
 import numpy as np
 
 from cache.collection import Collection, Manifest, StoredPassage
-from cache.embedded.store import EmbeddedStore
 from cache.errors import CacheError
+from cache.faiss.store import FaissStore
 from cache.record import Damaged, Record
 from cache.states import PassageStates, text_digest
 from cache.store import Store
@@ -88,7 +88,7 @@ class Directory(Target):
             file.write(bytes([byte ^ mask]))
 
     def open(self) -> Store:
-        return EmbeddedStore(self._path)
+        return FaissStore(self._path)
 
     def restore(self) -> None:
         shutil.rmtree(self._path, ignore_errors=True)
@@ -196,10 +196,10 @@ def directories() -> Iterator[dict[str, Target]]:
     """A store that was closed, and one whose writer was killed: its last writes are in the log alone."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        store = EmbeddedStore(root / "closed")
+        store = FaissStore(root / "closed")
         fill(store)
         store.close()
-        writer = EmbeddedStore(root / "killed")
+        writer = FaissStore(root / "killed")
         fill(writer)
         shutil.copytree(root / "killed", root / "log")
         writer.close()

@@ -33,8 +33,8 @@ from typing import Any
 import numpy as np
 
 from cache.collection import Manifest
-from cache.embedded.store import EmbeddedStore
 from cache.errors import CollectionExists
+from cache.faiss.store import FaissStore
 from cache.record import Record
 
 DIM = 8
@@ -92,7 +92,7 @@ class Contents:
         return replace(self, seeds=seeds, alias=str(step.get("alias", self.alias)))
 
     @classmethod
-    def of(cls, store: EmbeddedStore) -> Contents:
+    def of(cls, store: FaissStore) -> Contents:
         """Raises AssertionError for a passage that is damaged, or is not what its seed makes."""
         seeds = {}
         for passage_id, found in zip(PASSAGE_IDS, store.get_many(COLLECTION, PASSAGE_IDS), strict=True):
@@ -109,7 +109,7 @@ def run(count: int, seed: int) -> list[dict[str, object]]:
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
         path, log = Path(folder) / "store", Path(folder) / "log"
-        with closing(EmbeddedStore(path)) as store, closing(EmbeddedStore(path)) as reader:
+        with closing(FaissStore(path)) as store, closing(FaissStore(path)) as reader:
             for name in ALIASED:
                 store.write_manifest(manifest(name))
             before = Contents()
@@ -121,7 +121,7 @@ def run(count: int, seed: int) -> list[dict[str, object]]:
                     before = _judge(before, log, path, reader, counted)
                     counted["kills"] += 1
                     if kill % 10 == 0:
-                        with closing(EmbeddedStore(path)) as fresh:
+                        with closing(FaissStore(path)) as fresh:
                             counted["lost"] += Contents.of(fresh) != before
             finally:
                 writers.close()
@@ -129,7 +129,7 @@ def run(count: int, seed: int) -> list[dict[str, object]]:
     return [{name: counted[name] for name in names}]
 
 
-def _judge(before: Contents, log: Path, path: Path, reader: EmbeddedStore, counted: Counter[str]) -> Contents:
+def _judge(before: Contents, log: Path, path: Path, reader: FaissStore, counted: Counter[str]) -> Contents:
     """Compare what is there with what the log of one writer promises; returns what is there."""
     acknowledged = pending = before
     for line in map(json.loads, log.read_text().splitlines()):
@@ -190,7 +190,7 @@ class Writers:
 def write_until_killed(path: str, log: str, seed: int) -> None:
     """Random steps; each is logged before it begins, and once it was acknowledged."""
     rng = random.Random(seed)
-    store = EmbeddedStore(path, max_small_segments=5)
+    store = FaissStore(path, max_small_segments=5)
     with suppress(CollectionExists):
         store.write_manifest(manifest())
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)

@@ -31,18 +31,16 @@ from cache.collection import Collection
 from cache.states import PassageStates
 from cache.store import Store, open_store
 from checkpoint.synthetic import make_checkpoint
-from decoder_server.config import DecoderConfig
-from decoder_server.cross_encoder.synthetic import make_cross_encoder
-from decoder_server.floor import FLOOR_MARGIN
-from decoder_server.http.config import HttpConfig
-from decoder_server.http.gateway import Gateway
+from decoder_server.config import NO_TIERS, DecoderConfig, HttpConfig
+from decoder_server.edge.floor import FLOOR_MARGIN
+from decoder_server.gateway import Gateway
+from decoder_server.models.cross_encoder.synthetic import make_cross_encoder
 from decoder_server.server import DecoderServer
-from decoder_server.tiers.budgets import NO_TIERS
 from encoder_worker.config import EncoderConfig
 from encoder_worker.indexing import index
 from encoder_worker.server import EncoderServer
 from encoder_worker.sources import Source
-from encoder_worker.target import CollectionSettings
+from encoder_worker.writing import CollectionSettings
 from preread.tei.v1 import tei_pb2, tei_pb2_grpc
 from preread.v1 import encoder_pb2, encoder_pb2_grpc, rerank_pb2, rerank_pb2_grpc
 

@@ -8,8 +8,8 @@ from enum import StrEnum
 from typing import Any
 
 from cache.errors import InvalidName
-from cache.names import passage_id_bytes
-from preread.passages import id_text, join_title
+from cache.record import passage_id_bytes
+from preread.types import id_text, join_title
 
 
 class SourceError(ValueError):

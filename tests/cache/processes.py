@@ -18,8 +18,8 @@ from functools import partial
 import numpy as np
 
 from benchmarks.reliability.kills import COLLECTION, DIM, PASSAGE_IDS, manifest, record, seed_of
-from cache.embedded.store import EmbeddedStore
 from cache.errors import CacheError
+from cache.faiss.store import FaissStore
 from cache.record import Record
 
 __all__ = ["PASSAGE_IDS", "manifest", "record", "seed_of"]
@@ -30,7 +30,7 @@ GROUP = [f"g{i}" for i in range(8)]
 
 def read_until(path: str, last_version: int) -> None:
     """Read the whole group over and over: never damaged, never missing, never a mixture, never going back."""
-    store = EmbeddedStore(path)
+    store = FaissStore(path)
     version, num_reads, problems = 0, 0, []
     deadline = time.monotonic() + 60
     while version < last_version and not problems and time.monotonic() < deadline:
@@ -54,7 +54,7 @@ def write_large(path: str) -> None:
     values = {"compression_ratio": 1, "truncated": False, "text_digest": bytes(32), "binding": 0}
     large = Record.build(codes, window_tokens=(len(codes),), **values)
     try:
-        EmbeddedStore(path).put_many(COLLECTION, {"large": large})
+        FaissStore(path).put_many(COLLECTION, {"large": large})
         say("written")
     except CacheError as exc:
         say(type(exc).__name__, exc)
@@ -65,7 +65,7 @@ def answer_lines(path: str, user: str) -> None:
     new = record(1)  # now: another user may not find what it imports
     if os.getuid() == 0 and user == "unprivileged":
         os.setuid(65534)
-    store = EmbeddedStore(path, lock_timeout_seconds=1)
+    store = FaissStore(path, lock_timeout_seconds=1)
     for line in sys.stdin:
         try:
             if line.strip() == "write":

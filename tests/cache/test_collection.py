@@ -17,9 +17,8 @@ from cache.errors import (
     ManifestError,
     OutOfRange,
 )
-from cache.pooling import pool
 from cache.record import Damaged
-from cache.states import PassageStates, text_digest
+from cache.states import PassageStates, pool, text_digest
 from cache.store import open_store
 
 DIM = 8

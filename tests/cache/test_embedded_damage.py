@@ -11,10 +11,10 @@ import pytest
 
 from benchmarks.reliability import damage
 from cache.collection import Collection, Manifest
-from cache.embedded import catalogue
-from cache.embedded.segments import write_segment
-from cache.embedded.store import EmbeddedStore
 from cache.errors import StoreDamaged
+from cache.faiss import catalogue
+from cache.faiss.segments import write_segment
+from cache.faiss.store import FaissStore
 from cache.record import Damaged, Header, Record, pack_windows
 from cache.store import Audit
 
@@ -26,7 +26,7 @@ def path(tmp_path) -> Path:
 
 @pytest.fixture
 def store(path, make_manifest, make_record):
-    store = EmbeddedStore(path)
+    store = FaissStore(path)
     store.write_manifest(make_manifest())
     store.put_many("passages", {f"p{i:03}": make_record(i, text=f"text {i}" * 9) for i in range(200)})
     store.put_many("passages", {f"q{i}": make_record(300 + i) for i in range(5)})
@@ -44,7 +44,7 @@ def change(path: Path, statement: str, *values: object) -> None:
 
 def verified(path: Path) -> tuple[Audit, set[str]]:
     """What a store opened afresh finds: its audit, and the ids of damaged passages."""
-    with closing(EmbeddedStore(path)) as store:
+    with closing(FaissStore(path)) as store:
         whole = Collection.open(store, "passages")
         return store.audit("passages"), {passage_id for passage_id, one in store.scan(whole.name) if damaged(one)}
 
@@ -169,7 +169,7 @@ def test_a_damaged_page_is_told_and_the_rest_is_kept(store, path, make_record, s
     with (path / "catalogue.sqlite").open("r+b") as file:
         file.seek((page - 1) * 4096)
         file.write(b"\xff" * 4096)
-    with closing(EmbeddedStore(path)) as reader:
+    with closing(FaissStore(path)) as reader:
         assert any("catalogue" in problem for problem in reader.audit("passages").problems)
         with pytest.raises(StoreDamaged):
             list(reader.scan("passages"))
@@ -192,7 +192,7 @@ def test_an_index_that_runs_in_a_circle_ends(store, path, make_record):
     content = bytearray((path / "catalogue.sqlite").read_bytes())
     content[(other - 1) * 4096 : other * 4096] = content[(leaf - 1) * 4096 : leaf * 4096]
     (path / "catalogue.sqlite").write_bytes(content)
-    with closing(EmbeddedStore(path)) as reader:
+    with closing(FaissStore(path)) as reader:
         with pytest.raises(StoreDamaged, match="out of order"):
             list(reader.scan("passages"))
         assert reader.audit("passages").problems
@@ -211,7 +211,7 @@ def test_commits_that_a_damaged_log_lost_are_missed(store, path, tmp_path, make_
     log.write_bytes(content)
     audit, _ = verified(copy)
     assert audit.problems == (f"the last 1 of {5} commits are lost",)
-    with closing(EmbeddedStore(copy)) as again:
+    with closing(FaissStore(copy)) as again:
         with pytest.raises(StoreDamaged, match="commits are lost"):
             again.put_many("passages", {"more": make_record(2)})  # which would cover the loss, and remove its codes
         assert again.mend() == []
@@ -223,7 +223,7 @@ def test_a_store_without_its_catalogue_is_not_taken_for_a_new_one(store, path, m
     store.close()
     segments = sorted((path / "segments").iterdir())
     (path / "catalogue.sqlite").unlink()
-    for again in (EmbeddedStore(path), store):
+    for again in (FaissStore(path), store):
         with pytest.raises(StoreDamaged, match="is missing"):
             again.get_many("passages", ["p001"])
         with pytest.raises(StoreDamaged, match="is missing"):
@@ -231,7 +231,7 @@ def test_a_store_without_its_catalogue_is_not_taken_for_a_new_one(store, path, m
     assert sorted((path / "segments").iterdir()) == segments
     (path / "catalogue.sqlite").touch()
     with pytest.raises(StoreDamaged, match="version 0 is unknown"):
-        EmbeddedStore(path).list_collections()
+        FaissStore(path).list_collections()
 
 
 def test_swapped_and_copied_segments_are_not_taken_for_each_other(store, path):
@@ -246,7 +246,7 @@ def test_swapped_and_copied_segments_are_not_taken_for_each_other(store, path):
 
 
 def test_a_replaced_catalogue_is_noticed(store, path, tmp_path, make_manifest, make_record, same):
-    with closing(EmbeddedStore(path)) as reader, closing(EmbeddedStore(tmp_path / "other")) as other:
+    with closing(FaissStore(path)) as reader, closing(FaissStore(tmp_path / "other")) as other:
         seen = reader.generation("passages")
         other.write_manifest(make_manifest())
         other.put_many("passages", {"p001": make_record(77)})
@@ -262,7 +262,7 @@ def test_a_replaced_catalogue_is_noticed(store, path, tmp_path, make_manifest, m
 
 
 def test_a_catalogue_that_is_overwritten_in_place_is_noticed(store, path, tmp_path, make_manifest, make_record, same):
-    with closing(EmbeddedStore(path)) as reader, closing(EmbeddedStore(tmp_path / "other")) as other:
+    with closing(FaissStore(path)) as reader, closing(FaissStore(tmp_path / "other")) as other:
         other.write_manifest(make_manifest())
         other.put_many("passages", {f"p{i:03}": make_record(500 + i) for i in range(200)})
         assert reader.get_many("passages", ["p001", "q1"]) != [None, None]
@@ -283,7 +283,7 @@ def test_what_is_no_segment_in_a_segments_place_is_damage_until_mended(store, pa
     segment = max((path / "segments").iterdir(), key=lambda one: one.stat().st_size)
     segment.unlink()
     make(segment)
-    with closing(EmbeddedStore(path)) as reader:
+    with closing(FaissStore(path)) as reader:
         found = reader.get_many("passages", ["p001", "q1"])
         assert [damaged(one) for one in found] == [True, False]
         gone = [passage_id for passage_id, one in reader.scan("passages") if damaged(one)]
@@ -296,7 +296,7 @@ def test_a_catalogue_of_another_schema_is_refused_and_mended(store, path, statem
     store.close()
     with closing(sqlite3.connect(path / "catalogue.sqlite")) as connection:
         connection.execute(statement)
-    with closing(EmbeddedStore(path)) as reader:
+    with closing(FaissStore(path)) as reader:
         with pytest.raises(StoreDamaged, match="schema"):
             reader.get_many("passages", ["p001"])
         assert reader.mend() == []
@@ -307,7 +307,7 @@ def test_a_catalogue_of_another_schema_is_refused_and_mended(store, path, statem
 def test_mending_keeps_the_codes_where_no_collection_can_be_read(store, path, statement):
     segments = set((path / "segments").iterdir())
     change(path, statement)
-    with closing(EmbeddedStore(path)) as mender, pytest.raises(StoreDamaged, match="nothing was changed"):
+    with closing(FaissStore(path)) as mender, pytest.raises(StoreDamaged, match="nothing was changed"):
         mender.mend()
     assert set((path / "segments").iterdir()) == segments
 
@@ -369,7 +369,7 @@ def swap_ids(path: Path) -> None:
 
 
 def test_version_1_is_read_as_it_lies_and_brought_up_by_the_first_write(path, old, make_record, same):
-    with closing(EmbeddedStore(path)) as reader, closing(EmbeddedStore(path)) as writer:
+    with closing(FaissStore(path)) as reader, closing(FaissStore(path)) as writer:
         before = (path / "catalogue.sqlite").read_bytes()
         assert all(map(same, reader.get_many("passages", ["a", "b"]), old.values()))
         assert reader.stats("passages").num_passages == 2
@@ -384,7 +384,7 @@ def test_version_1_is_read_as_it_lies_and_brought_up_by_the_first_write(path, ol
 
 
 def test_compaction_writes_records_of_version_1_again(path, old):
-    with closing(EmbeddedStore(path)) as store:
+    with closing(FaissStore(path)) as store:
         store.compact("passages")
         for passage_id, found in zip(old, store.get_many("passages", list(old)), strict=True):
             assert found.header == old[passage_id].header.latest()
@@ -403,6 +403,6 @@ def test_an_id_of_version_1_that_is_no_text_is_damage(path, old):
 
 def test_what_version_1_cannot_tell(path, old):
     swap_ids(path)  # which is why it is rewritten
-    with closing(EmbeddedStore(path)) as store:
+    with closing(FaissStore(path)) as store:
         assert not any(map(damaged, store.get_many("passages", ["a", "b"])))
         assert Header.parse(old["a"].header.pack("a"), "b").version == 1

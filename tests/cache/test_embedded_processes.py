@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.reliability import kills
-from cache.embedded.store import EmbeddedStore
 from cache.errors import StoreLocked
+from cache.faiss.store import FaissStore
 from cache.store import Audit
 
 SCRIPT = Path(__file__).with_name("processes.py")
@@ -54,13 +54,13 @@ def test_a_writer_killed_at_any_moment_loses_nothing_it_acknowledged():
 
 def test_orphans_of_a_killed_writer_are_removed_by_the_next(tmp_path):
     path = tmp_path / "store"
-    with closing(EmbeddedStore(path)) as store:
+    with closing(FaissStore(path)) as store:
         store.write_manifest(processes.manifest())
         store.put_many("passages", {"a": processes.record(1)})
         for name in ("orphan.faiss", "half.faiss.tmp"):
             (path / "segments" / name).write_bytes(b"codes of a write that was cut off")
         assert store.audit("passages") == Audit(orphans=("half.faiss.tmp", "orphan.faiss"))
-    with closing(EmbeddedStore(path)) as fresh:
+    with closing(FaissStore(path)) as fresh:
         fresh.put_many("passages", {"b": processes.record(2)})
         assert {file.name for file in (path / "segments").iterdir()} == committed_files(path)
         assert fresh.audit("passages") == Audit()
@@ -76,7 +76,7 @@ def test_a_writer_killed_while_it_makes_the_store_leaves_one_that_can_be_used(tm
     writers.close()
     for attempt in range(30):
         path = tmp_path / f"store{attempt}"
-        store = EmbeddedStore(path)
+        store = FaissStore(path)
         collections = store.list_collections()
         num_made += bool(collections)
         assert collections in ([], ["passages"])
@@ -95,7 +95,7 @@ def test_a_writer_killed_while_it_makes_the_store_leaves_one_that_can_be_used(tm
 def test_readers_beside_a_writer_see_whole_versions_and_every_new_one(tmp_path):
     path = tmp_path / "store"
     last_version = 300
-    store = EmbeddedStore(path, max_small_segments=4)  # so that segments vanish under the readers all the time
+    store = FaissStore(path, max_small_segments=4)  # so that segments vanish under the readers all the time
     store.write_manifest(processes.manifest())
     store.put_many("passages", dict.fromkeys(processes.GROUP, processes.record(0)))
     readers = [run("reader", path, last_version) for _ in range(3)]
@@ -115,7 +115,7 @@ def test_readers_beside_a_writer_see_whole_versions_and_every_new_one(tmp_path):
 
 
 def test_two_writers_take_turns(tmp_path):
-    first, second = EmbeddedStore(tmp_path / "store"), EmbeddedStore(tmp_path / "store")
+    first, second = FaissStore(tmp_path / "store"), FaissStore(tmp_path / "store")
     first.write_manifest(processes.manifest())
     for seed in range(5):
         first.put_many("passages", {f"a{seed}": processes.record(seed)})
@@ -126,8 +126,8 @@ def test_two_writers_take_turns(tmp_path):
 
 
 def test_a_writer_that_waited_too_long_names_the_holder(tmp_path):
-    first = EmbeddedStore(tmp_path / "store")
-    second = EmbeddedStore(tmp_path / "store", lock_timeout_seconds=0.1)
+    first = FaissStore(tmp_path / "store")
+    second = FaissStore(tmp_path / "store", lock_timeout_seconds=0.1)
     first.write_manifest(processes.manifest())
     with first._writing(), pytest.raises(StoreLocked, match=rf"process {os.getpid()} .* 0.1 s"):
         second.put_many("passages", {"a": processes.record(1)})

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cache.embedded.store import EmbeddedStore
+from cache.faiss.store import FaissStore
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("processes.py")
@@ -86,7 +86,7 @@ def path(place) -> Path:
 
 def write(path: Path, seed: int, *, manifest: bool = False) -> None:
     """Write the same contents under four ids, and close, which folds the log in."""
-    with closing(EmbeddedStore(path)) as store:
+    with closing(FaissStore(path)) as store:
         if manifest:
             store.write_manifest(processes.manifest())
         store.put_many("passages", dict.fromkeys(processes.PASSAGE_IDS[:4], processes.record(seed)))
@@ -141,7 +141,7 @@ def test_what_is_written_elsewhere_is_noticed(path, place, how):
 @pytest.mark.parametrize("how", ["mount", "permissions"])
 def test_a_log_that_cannot_be_applied_is_told_with_what_to_do(path, place, how):
     copy = place / "copy"
-    with closing(EmbeddedStore(path)) as writer:
+    with closing(FaissStore(path)) as writer:
         writer.put_many("passages", {"later": processes.record(5)})
         shutil.copytree(path, copy)  # as a writer that was killed leaves it
     (copy / "catalogue.sqlite-shm").unlink()
@@ -150,19 +150,19 @@ def test_a_log_that_cannot_be_applied_is_told_with_what_to_do(path, place, how):
         assert said.startswith("StoreAccessDenied")
         assert "checkpoint it first" in said
         os.chmod(copy, 0o755)
-        with closing(EmbeddedStore(copy)) as writable:  # as `preread stats` does
+        with closing(FaissStore(copy)) as writable:  # as `preread stats` does
             assert writable.stats("passages").num_passages == 5
         os.chmod(copy, 0o555)
         assert reader.ask() == [1] * 4
 
 
 def test_a_closed_store_can_be_copied(path, place):
-    with closing(EmbeddedStore(path)) as reader:
+    with closing(FaissStore(path)) as reader:
         reader.list_collections()  # open beside the writer, so that SQLite would leave the log behind
         write(path, 4)
         log = path / "catalogue.sqlite-wal"
         assert not (log.exists() and log.stat().st_size)
         shutil.copytree(path / "segments", place / "copy" / "segments")
         shutil.copy(path / "catalogue.sqlite", place / "copy")
-        with closing(EmbeddedStore(place / "copy")) as copy:
+        with closing(FaissStore(place / "copy")) as copy:
             assert [processes.seed_of(one) for one in copy.get_many("passages", processes.PASSAGE_IDS[:4])] == [4] * 4

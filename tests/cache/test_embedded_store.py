@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from cache.codecs import Codec
-from cache.embedded import compaction
-from cache.embedded.segments import _Memory
-from cache.embedded.store import EmbeddedStore
 from cache.errors import CacheError, CodecError, StoreDamaged
+from cache.faiss import maintenance as compaction
+from cache.faiss.segments import _Memory
+from cache.faiss.store import FaissStore
 from cache.record import Damaged, Record
 
 
@@ -26,7 +26,7 @@ def path(tmp_path) -> Path:
 
 @pytest.fixture
 def store(path, make_manifest):
-    store = EmbeddedStore(path)
+    store = FaissStore(path)
     store.write_manifest(make_manifest())
     yield store
     store.close()
@@ -37,7 +37,7 @@ def segments(path: Path) -> list[Path]:
 
 
 def test_nothing_is_made_before_the_first_write(path, make_manifest):
-    store = EmbeddedStore(path)
+    store = FaissStore(path)
     assert store.list_collections() == []
     assert store.get_many("passages", ["a"]) == [None]
     assert store.delete_many("passages", ["a"]) == 0
@@ -65,7 +65,7 @@ def test_segments_of_every_codec_are_faiss_indexes(path, make_manifest, make_rec
     codec = Codec(factory, 8)
     states = np.random.default_rng(0).standard_normal((64, 8)).astype(np.float32)
     codec.train(states)
-    store = EmbeddedStore(path)
+    store = FaissStore(path)
     store.write_manifest(make_manifest(codec=factory, codec_table=codec.table()))
     codes = codec.encode(states)
     values = {"compression_ratio": 4, "truncated": False, "text_digest": bytes(32), "binding": 0}
@@ -106,7 +106,7 @@ def test_compaction_drops_what_nobody_points_at(store, path, make_record, same):
 
 
 def test_readers_keep_what_they_hold_over_a_compaction(store, path, make_record, same):
-    reader = EmbeddedStore(path)
+    reader = FaissStore(path)
     records = {f"p{i}": make_record(i) for i in range(4)}
     for passage_id, record in records.items():
         store.put_many("passages", {passage_id: record})
@@ -124,7 +124,7 @@ def test_readers_keep_what_they_hold_over_a_compaction(store, path, make_record,
 
 
 def test_small_segments_are_merged_by_themselves(path, make_manifest, make_record, same):
-    store = EmbeddedStore(path, max_small_segments=8)
+    store = FaissStore(path, max_small_segments=8)
     store.write_manifest(make_manifest())
     records = {f"p{i}": make_record(i) for i in range(50)}
     for passage_id, record in records.items():
@@ -136,7 +136,7 @@ def test_small_segments_are_merged_by_themselves(path, make_manifest, make_recor
 
 def test_compaction_works_in_bounded_pieces(path, make_manifest, make_record, same, monkeypatch):
     monkeypatch.setattr(compaction, "TARGET_SEGMENT_BYTES", 480)  # ten passages of 48 bytes
-    store = EmbeddedStore(path)
+    store = FaissStore(path)
     store.write_manifest(make_manifest())
     records = {f"p{i}": make_record(i) for i in range(35)}
     for passage_id, record in records.items():
@@ -156,7 +156,7 @@ def test_a_missing_segment_costs_its_passages_alone(store, path, make_record, sa
     connection.close()
     (path / "segments" / file_name).unlink()
     for _ in range(2):
-        reader = EmbeddedStore(path)
+        reader = FaissStore(path)
         found = reader.get_many("passages", list(records))
         assert found[2] == Damaged("p2", f"segment {file_name} is missing")
         assert all(same(found[i], records[f"p{i}"]) for i in (0, 1, 3))
@@ -202,7 +202,7 @@ def test_a_damaged_faiss_header_harms_nobody(store, path, make_record, same):
     (segment,) = segments(path)
     with segment.open("r+b") as file:
         file.write(b"\xff" * 24)
-    reader = EmbeddedStore(path)
+    reader = FaissStore(path)
     assert same(reader.get_many("passages", ["p"])[0], make_record(1))
     reader.close()
 
@@ -212,25 +212,25 @@ def test_another_catalogue_version_is_refused(store, path):
     connection.execute("PRAGMA user_version = 9")
     connection.close()
     with pytest.raises(StoreDamaged, match="version 9 is unknown, expected 1"):
-        EmbeddedStore(path).list_collections()
+        FaissStore(path).list_collections()
 
 
 def test_a_catalogue_that_is_none_is_refused(path):
     path.mkdir()
     (path / "catalogue.sqlite").write_bytes(b"not a database at all" * 400)
     with pytest.raises(StoreDamaged, match="is not a catalogue"):
-        EmbeddedStore(path).list_collections()
+        FaissStore(path).list_collections()
 
 
 def test_the_text_of_an_exception_stays_inside(path, make_manifest):
-    store = EmbeddedStore(path)
+    store = FaissStore(path)
     store.write_manifest(make_manifest())
     store.close()
     content = (path / "catalogue.sqlite").read_bytes()
     for damaged in (b"\xff" * len(content), content[:4096] + b"\xff" * (len(content) - 4096), content[:5000]):
         (path / "catalogue.sqlite").write_bytes(damaged)
         with pytest.raises(CacheError) as raised:
-            EmbeddedStore(path).list_collections()
+            FaissStore(path).list_collections()
         causes = []
         cause = raised.value.__cause__
         while cause is not None:
@@ -242,7 +242,7 @@ def test_the_text_of_an_exception_stays_inside(path, make_manifest):
 def test_a_path_that_is_a_file_is_refused(path, make_manifest):
     path.write_text("a file")
     with pytest.raises(CacheError, match=str(path)):
-        EmbeddedStore(path).write_manifest(make_manifest())
+        FaissStore(path).write_manifest(make_manifest())
 
 
 def in_process(*arguments: object) -> str:

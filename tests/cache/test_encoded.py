@@ -5,11 +5,9 @@ import pytest
 
 from cache.codecs import Codec
 from cache.collection import Collection, StoredPassage
-from cache.encoded import Codes, EncodedPassage, all_at_ratio
 from cache.errors import RatioError
-from cache.pooling import num_pooled
 from cache.record import Damaged
-from cache.states import PassageStates, text_digest
+from cache.states import Codes, EncodedPassage, PassageStates, all_at_ratio, num_pooled, text_digest
 from cache.store import open_store
 
 DIM = 8

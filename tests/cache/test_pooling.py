@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from cache.errors import RatioError
-from cache.pooling import num_pooled, pool, repool
-from cache.states import PassageStates, text_digest
+from cache.states import PassageStates, num_pooled, pool, repool, text_digest
 
 ratios = st.integers(1, 40)
 

@@ -9,9 +9,7 @@ import pytest
 
 from cache.errors import StoreAccessDenied, StoreDamaged, StoreFull, StoreUnavailable, StoreUrlError
 from cache.record import Damaged, pack
-from cache.shared.address import Address
-from cache.shared.breaker import CircuitBreaker
-from cache.shared.link import Link
+from cache.redis.connection import Address, CircuitBreaker, Link
 from cache.store import open_store, public_url
 from decoder_server.config import DecoderConfig
 

@@ -8,7 +8,7 @@ import pytest
 
 from cache.errors import StoreUnavailable
 from cache.memory import MemoryStore
-from cache.tier import StatesTier
+from cache.read_cache import CachedStore
 
 
 class Counting(MemoryStore):
@@ -40,7 +40,7 @@ def behind(make_manifest, make_record):
 
 
 def test_a_hit_does_not_reach_the_store(behind, make_record, same):
-    tier = StatesTier(behind, max_bytes=1 << 20)
+    tier = CachedStore(behind, max_bytes=1 << 20)
     for _ in range(3):
         found = tier.get_many("passages", ["p1", "absent", "p2", "p1"])
         assert same(found[0], make_record(1))
@@ -52,7 +52,7 @@ def test_a_hit_does_not_reach_the_store(behind, make_record, same):
 
 
 def test_a_change_behind_its_back_costs_only_what_changed(behind, make_record, same):
-    tier = StatesTier(behind, max_bytes=1 << 20)
+    tier = CachedStore(behind, max_bytes=1 << 20)
     tier.get_many("passages", ["p1", "p2", "p3"])
     behind.read.clear()
     behind.put_many("passages", {"p1": make_record(77)})
@@ -65,7 +65,7 @@ def test_a_change_behind_its_back_costs_only_what_changed(behind, make_record, s
 
 
 def test_it_never_holds_more_than_its_bytes(behind):
-    tier = StatesTier(behind, max_bytes=10_000)
+    tier = CachedStore(behind, max_bytes=10_000)
     for i in range(100):
         tier.get_many("passages", [f"p{i}"])
         assert tier.num_bytes <= 10_000
@@ -73,7 +73,7 @@ def test_it_never_holds_more_than_its_bytes(behind):
 
 
 def test_what_is_asked_for_often_survives_a_scan_of_what_is_not(behind):
-    tier = StatesTier(behind, max_bytes=40_000)
+    tier = CachedStore(behind, max_bytes=40_000)
     for i in range(2, 20):  # frequencies are counted from a tier half full on
         tier.get_many("passages", [f"p{i}"])
     assert tier.num_bytes > 20_000
@@ -89,7 +89,7 @@ def test_what_is_asked_for_often_survives_a_scan_of_what_is_not(behind):
 
 def test_what_several_threads_miss_is_read_once(behind, make_record, same):
     """The first reader is held inside the store until the others have asked, too."""
-    tier = StatesTier(behind, max_bytes=1 << 20)
+    tier = CachedStore(behind, max_bytes=1 << 20)
     inside, go_on = threading.Event(), threading.Event()
     read = behind.get_many
 
@@ -111,7 +111,7 @@ def test_what_several_threads_miss_is_read_once(behind, make_record, same):
 
 
 def test_a_read_that_fails_fails_for_everyone_who_waited_and_is_tried_again_by_the_next(behind, make_record, same):
-    tier = StatesTier(behind, max_bytes=1 << 20)
+    tier = CachedStore(behind, max_bytes=1 << 20)
     read = behind.get_many
 
     def broken(collection, passage_ids):
@@ -126,7 +126,7 @@ def test_a_read_that_fails_fails_for_everyone_who_waited_and_is_tried_again_by_t
 
 def test_what_does_not_fit_is_served_and_not_kept(behind, make_record, same):
     behind.put_many("passages", {"huge": make_record(5, num_states=2000)})
-    tier = StatesTier(behind, max_bytes=10_000)
+    tier = CachedStore(behind, max_bytes=10_000)
     tier.get_many("passages", ["p1"])
     assert same(tier.get_many("passages", ["huge"])[0], make_record(5, num_states=2000))
     behind.read.clear()
@@ -135,7 +135,7 @@ def test_what_does_not_fit_is_served_and_not_kept(behind, make_record, same):
 
 
 def test_staleness_saves_questions_and_own_writes_end_it(behind, make_record, same):
-    tier = StatesTier(behind, max_bytes=1 << 20, staleness_seconds=60)
+    tier = CachedStore(behind, max_bytes=1 << 20, staleness_seconds=60)
     for _ in range(5):
         tier.get_many("passages", ["p1"])
     assert behind.num_generation_reads == 1
@@ -144,7 +144,7 @@ def test_staleness_saves_questions_and_own_writes_end_it(behind, make_record, sa
 
 
 def test_a_store_that_is_down_is_said_to_be_down(behind):
-    tier = StatesTier(behind, max_bytes=1 << 20)
+    tier = CachedStore(behind, max_bytes=1 << 20)
     tier.get_many("passages", ["p1"])
     behind.is_down = True
     with pytest.raises(StoreUnavailable):
@@ -152,7 +152,7 @@ def test_a_store_that_is_down_is_said_to_be_down(behind):
 
 
 def test_readers_racing_a_writer_never_go_back(behind, make_record):
-    tier = StatesTier(behind, max_bytes=1 << 20)
+    tier = CachedStore(behind, max_bytes=1 << 20)
     versions = {make_record(seed, num_states=seed + 1).checksum: seed for seed in range(100)}
     behind.put_many("passages", {"p": make_record(0, num_states=1)})
     failures, stop = [], threading.Event()
@@ -179,4 +179,4 @@ def test_readers_racing_a_writer_never_go_back(behind, make_record):
 
 def test_a_size_of_nothing_is_refused(behind):
     with pytest.raises(ValueError, match="max_bytes: 0"):
-        StatesTier(behind, max_bytes=0)
+        CachedStore(behind, max_bytes=0)

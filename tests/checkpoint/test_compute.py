@@ -15,7 +15,7 @@ MEASURE = """
 import ctypes, threading
 import torch
 from checkpoint.compute import tune_process
-from checkpoint.linear import GatedLinear, Linear
+from checkpoint.layers import GatedLinear, Linear
 
 class Info(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint.hardware import cpu_quota, hardware, memory_left, usable_cores
+from checkpoint.compute import cpu_quota, hardware, memory_left, usable_cores
 
 V2 = "31 23 0:28 {root} {point} rw,nosuid - cgroup2 cgroup2 rw,nsdelegate"
 V1 = "32 31 0:29 {root} {point} rw,nosuid shared:9 - cgroup cgroup rw,{names}"

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from checkpoint.linear import GatedLinear, Linear
+from checkpoint.layers import GatedLinear, Linear
 
 # Of float32: what summing in another order moves; of bfloat16: half a unit in the last place of the largest value.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}

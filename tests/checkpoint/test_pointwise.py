@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from checkpoint.compute import choose_fused, cpp_compiler, separate_compiled_code
-from checkpoint.pointwise import Pointwise, add_norm, masked_softmax, norm_rotate, rms_norm
+from checkpoint.layers import Pointwise, add_norm, masked_softmax, norm_rotate, rms_norm
 
 ROOT = Path(__file__).parents[2]
 EPS = 1e-6
@@ -46,7 +46,7 @@ def test_fused_steps_are_the_plain_ones_and_never_compile_again() -> None:
 
 NORM = """
 import torch
-from checkpoint.pointwise import Pointwise, rms_norm
+from checkpoint.layers import Pointwise, rms_norm
 x, weight = (torch.randn(size, generator=torch.Generator().manual_seed(0)) for size in ((40, 64), (64,)))
 fused = Pointwise(1e-6, compiled=True)
 torch.testing.assert_close(fused.rms_norm(x, weight), rms_norm(x, weight, 1e-6))

@@ -21,16 +21,15 @@ from grpc_status import rpc_status
 from numpy.typing import NDArray
 
 from cache.collection import Collection, StoredPassage
-from cache.encoded import AnyStates
 from cache.manifest import Manifest
-from cache.states import PassageStates, text_digest
+from cache.states import AnyStates, PassageStates, text_digest
 from cache.store import Store, open_store
 from checkpoint import Checkpoint, EncoderIdentity, TokenizedPrompt
 from checkpoint.synthetic import make_checkpoint
-from decoder_server.backend import Backend, Pair
 from decoder_server.config import DecoderConfig
-from decoder_server.fbnl import FbnlBackend
-from decoder_server.loading import load_model
+from decoder_server.models.backend import Backend, Pair
+from decoder_server.models.fbnl.backend import FbnlBackend
+from decoder_server.models.loading import load_model
 from decoder_server.server import DecoderServer
 from encoder_worker.encoder import Encoder
 from preread.v1 import rerank_pb2, rerank_pb2_grpc

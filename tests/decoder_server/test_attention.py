@@ -10,8 +10,8 @@ from transformers import T5Gemma2ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
 from checkpoint import Checkpoint
-from decoder_server.backend import Pair
-from decoder_server.fbnl import FbnlBackend
+from decoder_server.models.backend import Pair
+from decoder_server.models.fbnl.backend import FbnlBackend
 from encoder_worker.encoder import Encoder
 
 TEXT = "The pooled states of its tokens are kept, and the decoder attends over them."

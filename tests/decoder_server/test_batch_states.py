@@ -7,12 +7,10 @@ import pytest
 import torch
 
 from cache.codecs import Codec
-from cache.encoded import Codes, EncodedPassage
-from cache.pooling import num_pooled
-from cache.states import PassageStates, text_digest
+from cache.states import Codes, EncodedPassage, PassageStates, num_pooled, text_digest
 from checkpoint import TokenizedPrompt
-from decoder_server.backend import Pair
-from decoder_server.batch_states import batch_states
+from decoder_server.models.backend import Pair
+from decoder_server.models.fbnl.batch_states import batch_states
 
 DIM = 24
 CPU = torch.device("cpu")

@@ -13,13 +13,20 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from decoder_server.admission import Admission
-from decoder_server.backend import Backend, Pair
-from decoder_server.batcher import BatchCounts, Batcher
+from decoder_server.engine.admission import Admission
+from decoder_server.engine.scheduler import (
+    FREE_CELLS,
+    MAX_PADDING,
+    BatchCounts,
+    Batcher,
+    Scored,
+    Ticket,
+    Work,
+    split_by_length,
+)
 from decoder_server.errors import Overloaded
-from decoder_server.fbnl import FbnlBackend
-from decoder_server.lengths import FREE_CELLS, MAX_PADDING, split_by_length
-from decoder_server.ticket import Scored, Ticket, Work
+from decoder_server.models.backend import Backend, Pair
+from decoder_server.models.fbnl.backend import FbnlBackend
 
 
 @asynccontextmanager

@@ -11,11 +11,11 @@ from google.rpc import error_details_pb2
 
 from cache.collection import Collection, StoredPassage
 from cache.states import PassageStates, text_digest
-from decoder_server.cascade import Contest, Sieve
-from decoder_server.passages import Found
-from decoder_server.plan import Plan
+from decoder_server.engine.fetch import Found
+from decoder_server.engine.plan import Plan
+from decoder_server.engine.request_run import Contest, Sieve
 from decoder_server.request import Candidate, Outcome, Status
-from preread.client.stages import Stage
+from preread.types import Stage
 from preread.v1 import common_pb2, rerank_pb2
 
 QUERY = "what is read once?"

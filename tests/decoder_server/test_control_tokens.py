@@ -13,18 +13,16 @@ from click.testing import CliRunner
 from cache.collection import Collection
 from cache.store import open_store
 from checkpoint import Checkpoint
-from decoder_server.config import DecoderConfig
-from decoder_server.cross_encoder.synthetic import make_cross_encoder
-from decoder_server.http.config import HttpConfig
-from decoder_server.http.gateway import Gateway
-from decoder_server.loading import load_model
-from decoder_server.model_config import ModelConfig
+from decoder_server.config import DecoderConfig, HttpConfig, ModelConfig
+from decoder_server.gateway import Gateway
+from decoder_server.models.cross_encoder.synthetic import make_cross_encoder
+from decoder_server.models.loading import load_model
 from decoder_server.server import DecoderServer
 from encoder_worker.config import EncoderConfig
 from encoder_worker.server import EncoderServer
-from preread.cli.main import cli
-from preread.edge.addresses import listens_on_loopback
-from preread.edge.keys import ApiKeys, parse_keys
+from preread.channel import listens_on_loopback
+from preread_cli.main import cli
+from preread_edge.keys import ApiKeys, parse_keys
 
 KEYS = parse_keys(["rerank:0123456789abcdef"])
 REACHABLE = ("0.0.0.0", "::", "[::]", "", "192.168.1.5", "10.0.0.1", "rerank.example.org", "::ffff:10.0.0.1", "0")

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cache.encoded import Codes
 from cache.record import Damaged, Record
-from decoder_server.backend import Pair
+from cache.states import Codes
+from decoder_server.models.backend import Pair
 
 WAIT_SECONDS = 20  # for what must happen; what fails, fails after that
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from decoder_server.degrade import Estimate, choose, options
-from decoder_server.pace import Pace
-from decoder_server.plan import Plan, plain
-from preread.client.stages import Stage, format_stages
+from decoder_server.engine.degrade import Estimate, choose, options
+from decoder_server.engine.plan import Plan, plain
+from decoder_server.engine.scheduler import Pace
+from preread.types import Stage, format_stages
 from preread.v1 import rerank_pb2
 
 

@@ -15,8 +15,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from checkpoint import Checkpoint, CheckpointError, CheckpointSettings
 from checkpoint.synthetic import make_checkpoint
-from decoder_server.backend import Pair
-from decoder_server.fbnl import FbnlBackend
+from decoder_server.models.backend import Pair
+from decoder_server.models.fbnl.backend import FbnlBackend
 from encoder_worker.encoder import Encoder
 
 pytest.importorskip("sentence_transformers", reason="a second opinion; not needed to serve")

@@ -12,8 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from checkpoint.synthetic import make_checkpoint
-from decoder_server.config import DecoderConfig
-from decoder_server.model_config import ModelConfig
+from decoder_server.config import DecoderConfig, ModelConfig
 from decoder_server.server import SERVICE, DecoderServer
 from preread.v1 import rerank_pb2, rerank_pb2_grpc
 
@@ -150,8 +149,8 @@ async def test_a_deadline_ends_the_call_and_its_work(serve, gated, texts, refuse
 
 async def test_a_deadline_is_kept_without_the_transport(serve, gated, texts, make_request) -> None:
     """Edges that know no gRPC deadline give one to the engine."""
+    from decoder_server.edge.grpc import unpack_request
     from decoder_server.errors import DeadlineExceeded
-    from decoder_server.messages import unpack_request
 
     async with serve(backend=gated) as serving:
         gated.gate.clear()

@@ -16,11 +16,11 @@ from decoder_server.config import DecoderConfig
 from decoder_server.server import DecoderServer
 from encoder_worker.config import EncoderConfig
 from encoder_worker.server import EncoderServer
-from preread.edge.grpc_server import make_server
-from preread.edge.keys import ApiKeys, parse_keys
-from preread.edge.messages import MessageInterceptor
 from preread.tei.v1 import tei_pb2
 from preread.v1 import encoder_pb2, rerank_pb2, rerank_pb2_grpc
+from preread_edge.grpc_server import make_server
+from preread_edge.keys import ApiKeys, parse_keys
+from preread_edge.messages import MessageInterceptor
 
 KEY = "rules-key-0123456789"
 WITH_KEY = (("authorization", f"Bearer {KEY}"),)
@@ -92,7 +92,7 @@ async def test_bytes_that_are_no_message(servers, caplog, kind: str, method: Met
             assert ended == f"INVALID_ARGUMENT {expected}"
     assert count(server, method, "UNAUTHENTICATED") == count(server, method, "INVALID_ARGUMENT") == len(cases)
     warned = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert [record.name for record in warned] == ["preread.edge.messages"] * len(cases)
+    assert [record.name for record in warned] == ["preread_edge.messages"] * len(cases)
     assert not any(record.exc_info or "\n" in record.getMessage() for record in warned)
 
 

@@ -15,9 +15,9 @@ from decoder_server.server import DecoderServer
 from decoder_server.tracing import TracingObserver
 from encoder_worker.config import EncoderConfig
 from encoder_worker.server import EncoderServer
-from preread.edge.logs import set_up
-from preread.edge.scrape import metrics_listener
 from preread.v1 import rerank_pb2_grpc
+from preread_edge.listener import metrics_listener
+from preread_edge.logs import set_up
 
 ID = (("x-request-id", "order-66"),)
 

@@ -18,8 +18,8 @@ from transformers.utils import logging as transformers_logging
 
 from checkpoint import Checkpoint
 from checkpoint.synthetic import SHAPES, Shape, make_checkpoint
-from decoder_server.backend import Pair
-from decoder_server.fbnl import FbnlBackend
+from decoder_server.models.backend import Pair
+from decoder_server.models.fbnl.backend import FbnlBackend
 from encoder_worker.encoder import Encoder
 
 TOLERANCE = 1e-4  # against transformers, float32

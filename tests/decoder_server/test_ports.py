@@ -16,8 +16,8 @@ from decoder_server.config import DecoderConfig
 from decoder_server.server import DecoderServer
 from encoder_worker.config import EncoderConfig
 from encoder_worker.server import EncoderServer
-from preread.client import channel
-from preread.edge import grpc_server
+from preread import channel
+from preread_edge import grpc_server
 
 SETTINGS, PING, GOAWAY = 4, 6, 7
 ACK = 1

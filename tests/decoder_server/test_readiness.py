@@ -12,15 +12,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import generate_latest
 
 from decoder_server import readiness
-from decoder_server.config import DecoderConfig
-from decoder_server.http.config import HttpConfig
-from decoder_server.http.gateway import Gateway
+from decoder_server.config import DecoderConfig, HttpConfig
+from decoder_server.gateway import Gateway
 from decoder_server.server import SERVICE, DecoderServer
 from encoder_worker.config import EncoderConfig
 from encoder_worker.server import EncoderServer
-from preread.client import AsyncClient, Candidate
-from preread.edge.keys import parse_keys
+from preread import AsyncClient, Candidate
 from preread.v1 import encoder_pb2, encoder_pb2_grpc
+from preread_edge.keys import parse_keys
 
 DEAD = "http://127.0.0.1:9"  # a proxy that nothing listens at
 VARIABLES = ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy")

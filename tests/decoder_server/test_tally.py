@@ -7,12 +7,12 @@ import pytest
 
 from cache.states import PassageStates, text_digest
 from checkpoint import TokenizedPrompt
-from decoder_server.backend import Pair
-from decoder_server.passages import Found
+from decoder_server.engine.fetch import Found
+from decoder_server.engine.request_run import Tally, ranked
+from decoder_server.engine.scheduler import Scored
+from decoder_server.models.backend import Pair
+from decoder_server.models.sigmoid import sigmoid
 from decoder_server.request import Candidate, Outcome, Status
-from decoder_server.sigmoid import sigmoid
-from decoder_server.tally import Tally, ranked
-from decoder_server.ticket import Scored
 
 
 def found(index: int, windows: tuple[int, ...]) -> Found:

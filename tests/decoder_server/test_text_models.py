@@ -13,13 +13,12 @@ from google.rpc import error_details_pb2
 
 from cache.collection import Collection
 from cache.store import open_store
-from decoder_server.config import DecoderConfig
-from decoder_server.cross_encoder import CrossEncoder, open_cross_encoder
-from decoder_server.cross_encoder.synthetic import make_cross_encoder
-from decoder_server.model_config import ModelConfig
+from decoder_server.config import DecoderConfig, ModelConfig
+from decoder_server.models.cross_encoder import CrossEncoder, open_cross_encoder
+from decoder_server.models.cross_encoder.synthetic import make_cross_encoder
 from decoder_server.server import DecoderServer
-from preread.client.stages import Stage
 from preread.tei.v1 import tei_pb2, tei_pb2_grpc
+from preread.types import Stage
 from preread.v1 import common_pb2, rerank_pb2, rerank_pb2_grpc
 
 HIT, ENCODED = common_pb2.CANDIDATE_STATUS_HIT, common_pb2.CANDIDATE_STATUS_ENCODED

@@ -16,11 +16,10 @@ from cache.manifest import Manifest, new_identity
 from cache.states import PassageStates, text_digest
 from cache.store import open_store
 from checkpoint import Checkpoint
-from decoder_server.backend import Pair
-from decoder_server.fbnl import FbnlBackend
-from decoder_server.tiers.at_rest import Kept
-from decoder_server.tiers.budgets import TierBudgets
-from decoder_server.tiers.tier import MIN_ASKINGS, Tier
+from decoder_server.config import TierBudgets
+from decoder_server.models.backend import Pair
+from decoder_server.models.fbnl.backend import FbnlBackend
+from decoder_server.models.fbnl.kv_cache import MIN_ASKINGS, Kept, Tier
 
 MIB = 1 << 20
 QUERIES = ("What is the capital of China?", "gravity", "A passage is read once, and the states are kept")

@@ -8,8 +8,8 @@ import grpc
 import pytest
 
 from checkpoint import Checkpoint
-from decoder_server.fbnl import FbnlBackend
-from decoder_server.tiers.budgets import TierBudgets
+from decoder_server.config import TierBudgets
+from decoder_server.models.fbnl.backend import FbnlBackend
 from preread.v1 import rerank_pb2
 
 MIB = 1 << 20
@@ -68,7 +68,7 @@ async def test_another_instruction_or_ratio_is_not_warm(serve, tiered) -> None:
 
 
 async def test_every_stage_of_a_served_cascade_is_warmed(serve, tiered) -> None:
-    from preread.client.stages import parse_stages
+    from preread.types import parse_stages
 
     async with serve(backend=tiered, stages=parse_stages("16:8,4")) as serving:
         answer = await serving.stub.Warm(warm_request())

@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from cache.store import Store, open_store
 from encoder_worker.passage_encoder import PassageEncoder
 from encoder_worker.sources import Passage, Place
-from preread.cli.main import cli
+from preread_cli.main import cli
 
 ROOT = Path(__file__).parents[2]
 

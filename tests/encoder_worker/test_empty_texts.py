@@ -17,10 +17,10 @@ from cache.collection import Collection
 from cache.store import Store
 from checkpoint import Checkpoint
 from encoder_worker.passage_encoder import EncodingFailed, PassageEncoder
-from preread.cli.main import cli
 from preread.v1 import encoder_pb2
-from tuning.states import EncodedStates
-from tuning.sweep.sizes import of_texts
+from preread_cli.main import cli
+from tuning.rerank import EncodedStates
+from tuning.sweep.costs import of_texts
 
 # What the tokenizer does not know, or what is white space to Unicode; alone, many, and both.
 EMPTY = ["", " ", "\t\n\r\x0b\x0c", "\u3000\u2009\u00a0\u2028\x85\x1c", "\ufffd", "\u200b", "\ufeff", "\u0301", "\0",

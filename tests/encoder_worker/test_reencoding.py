@@ -14,14 +14,14 @@ from cache.collection import Collection, StoredPassage
 from cache.errors import CollectionExists, EncoderMismatch
 from cache.store import Store
 from checkpoint import Checkpoint
-from decoder_server.fbnl import FbnlBackend
+from decoder_server.models.fbnl.backend import FbnlBackend
 from encoder_worker.indexing import IndexOptions, index
 from encoder_worker.passage_encoder import PassageEncoder
+from encoder_worker.pipeline import GroupLimits
 from encoder_worker.reencoding import reencode
-from encoder_worker.sink import GroupLimits
 from encoder_worker.sources import Passage
-from encoder_worker.target import CollectionSettings
-from preread.cli.main import cli
+from encoder_worker.writing import CollectionSettings
+from preread_cli.main import cli
 from tuning.rerank import score_passages
 
 Make = Callable[..., list[Passage]]

@@ -8,10 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from encoder_worker.ahead import Ahead
-from encoder_worker.progress import Speedometer
-from encoder_worker.report import IndexReport
-from encoder_worker.seen import SeenIds
+from encoder_worker.reading import Ahead, SeenIds
+from encoder_worker.report import IndexReport, Speedometer
 from encoder_worker.sources import Place
 
 

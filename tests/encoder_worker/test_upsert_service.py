@@ -17,8 +17,8 @@ from encoder_worker.indexing import index
 from encoder_worker.passage_encoder import PassageEncoder
 from encoder_worker.scheduler import Priority
 from encoder_worker.sources import Passage
-from encoder_worker.target import CollectionSettings
 from encoder_worker.upsert import MANY
+from encoder_worker.writing import CollectionSettings
 from preread.v1 import encoder_pb2
 
 STORED, UNCHANGED, REFUSED = (

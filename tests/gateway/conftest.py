@@ -14,17 +14,14 @@ import httpx2
 import pytest
 
 from cache.store import open_store
-from decoder_server.config import DecoderConfig
-from decoder_server.cross_encoder.synthetic import make_cross_encoder
-from decoder_server.http.config import HttpConfig
-from decoder_server.http.gateway import Gateway
-from decoder_server.loading import load_model
-from decoder_server.model_config import ModelConfig
+from decoder_server.config import NO_TIERS, DecoderConfig, HttpConfig, ModelConfig
+from decoder_server.gateway import Gateway
+from decoder_server.models.cross_encoder.synthetic import make_cross_encoder
+from decoder_server.models.loading import load_model
 from decoder_server.server import DecoderServer
-from decoder_server.tiers.budgets import NO_TIERS
 from encoder_worker.config import EncoderConfig
 from encoder_worker.server import EncoderServer
-from preread.edge.keys import ApiKeys
+from preread_edge.keys import ApiKeys
 
 QUERY = "What is deep learning?"
 DOCUMENTS = [

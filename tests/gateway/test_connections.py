@@ -308,8 +308,8 @@ def test_a_path_forges_no_line_of_the_log(run, capsys):
     import io
     import logging
 
-    from preread.edge.keys import parse_keys
-    from preread.edge.logs import set_up
+    from preread_edge.keys import parse_keys
+    from preread_edge.logs import set_up
 
     root, stream = logging.getLogger(), io.StringIO()
     before = root.handlers[:]

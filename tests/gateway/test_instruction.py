@@ -10,12 +10,12 @@ import grpc
 import pytest
 from click.testing import CliRunner
 
-from decoder_server import messages
-from decoder_server.cross_encoder import open_cross_encoder
-from decoder_server.cross_encoder.synthetic import make_cross_encoder
+from decoder_server.edge import grpc as messages
+from decoder_server.models.cross_encoder import open_cross_encoder
+from decoder_server.models.cross_encoder.synthetic import make_cross_encoder
 from preread import Client
-from preread.cli.main import cli
 from preread.v1 import rerank_pb2, rerank_pb2_grpc
+from preread_cli.main import cli
 
 QUERY, TEXT = "the capital", "Gravity attracts bodies toward one another."
 ABSENT, EMPTY = 0, 1

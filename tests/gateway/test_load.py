@@ -11,7 +11,7 @@ import time
 import httpx2
 import pytest
 
-from preread.edge.listener import SPARE
+from preread_edge.listener import SPARE
 
 
 def test_a_body_over_the_limit_is_413(run, query):

@@ -8,8 +8,8 @@ import json
 
 import pytest
 
-from decoder_server.http.counted import Counted
-from preread.edge.logs import set_up
+from decoder_server.edge.http.envelope import Counted
+from preread_edge.logs import set_up
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from decoder_server.edge.http import body, parsing
 from decoder_server.errors import InvalidRequest
-from decoder_server.http import body, parsing
-from preread.edge.steps import SMALL_BYTES, stepped
+from preread_edge.steps import SMALL_BYTES, stepped
 
 BITS = ("a", '"', "\\", "\n", "é", "中", "😀", "\ud800", "\udc00", "{", "[", ",", ":", "/", " ", "\\u", "\x7f")
 DAMAGE = b'"\\[]{},: \xff\x00audc0\n'

@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from decoder_server.http.question import Answer, Question
+from decoder_server.edge.http.dialects import Answer, Question
 from decoder_server.request import RerankRequest, Summary, Timings
-from preread.client import parse_stages
+from preread import parse_stages
 
 # Path, what the body calls the candidates, where the results are, what they call a score.
 DIALECTS = [

@@ -7,9 +7,9 @@ import time
 import httpx2
 import pytest
 
-from decoder_server.http import routes
-from decoder_server.http.config import HttpConfig
-from decoder_server.http.gateway import Gateway
+from decoder_server.config import HttpConfig
+from decoder_server.edge.http import app as routes
+from decoder_server.gateway import Gateway
 from decoder_server.server import DecoderServer
 
 

@@ -11,9 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from preread import AsyncClient, Candidate, Client
-from preread.client import FailedPrecondition, InvalidRequest, NotFound, Passage
-from preread.edge.messages import MAX_FIELDS
+from preread import AsyncClient, Candidate, Client, FailedPrecondition, InvalidRequest, NotFound, Passage
+from preread_edge.messages import MAX_FIELDS
 
 PASSAGES = {
     "sky": "The sky is blue because air scatters short waves more than long ones.",

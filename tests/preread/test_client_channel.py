@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from preread.client import AsyncClient, Client, ClientOptions, Overloaded, RetryPolicy, TlsFiles, Unavailable
+from preread import AsyncClient, Client, ClientOptions, Overloaded, RetryPolicy, TlsFiles, Unavailable
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from preread import AsyncClient, Candidate, Client, PrereadError
-from preread.client import ClientOptions, InvalidRequest, Passage, RetryPolicy, Stage
+from preread import (
+    AsyncClient,
+    Candidate,
+    Client,
+    ClientOptions,
+    InvalidRequest,
+    Passage,
+    PrereadError,
+    RetryPolicy,
+    Stage,
+)
 
 HALF = "half \ud83d of a pair"
 

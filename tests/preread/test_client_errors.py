@@ -6,7 +6,7 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2 as details
 
-from preread.client import (
+from preread import (
     AsyncClient,
     Cancelled,
     Client,

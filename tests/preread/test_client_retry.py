@@ -11,7 +11,7 @@ from google.rpc.error_details_pb2 import RetryInfo
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preread.client import (
+from preread import (
     AsyncClient,
     Client,
     ClientOptions,
@@ -21,8 +21,8 @@ from preread.client import (
     RetryPolicy,
     Unavailable,
 )
-from preread.client.errors import ErrorDetails
-from preread.client.retry import RetryBudget
+from preread.channel import RetryBudget
+from preread.errors import ErrorDetails
 
 FAST = ClientOptions(retry=RetryPolicy(max_attempts=4, first_wait_seconds=0.01))
 

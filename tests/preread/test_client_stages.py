@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from preread.cli.ranking import run_rows
-from preread.client import (
+from preread import (
     Client,
     Degraded,
     Reranking,
@@ -18,6 +17,7 @@ from preread.client import (
     parse_stages,
 )
 from preread.v1 import rerank_pb2
+from preread_cli.ranking import run_rows
 
 
 @pytest.mark.parametrize(

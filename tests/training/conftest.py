@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import T5Gemma2Config, T5Gemma2ForConditionalGeneration
 
-from training.checkpoint_dir import MINI, Checkpoint
+from training.model import MINI, Checkpoint
 
 WORDS = [
     "yes",

@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from training.batches import NEAR_COPY, GroupSet, Sampler
-from training.checkpoint_dir import Checkpoint
-from training.groups import Group
-from training.vectors import TeacherVectors, leaves, word_vectors
+from training.groups import NEAR_COPY, Group, GroupSet, Sampler, TeacherVectors, leaves, word_vectors
+from training.model import Checkpoint
 
 GROUPS = [
     Group("red", "", ("red fish", "red bird"), ("green stone", "blue stone"), (0.9, 0.8, 0.1, 0.2)),

@@ -8,8 +8,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, T5Gemma2ForConditionalGeneration
 
-from training import scoring
-from training.checkpoint_dir import Checkpoint, load, save
+from training import model as scoring
+from training.model import Checkpoint, load, save
 
 SHIPPED = Path(__file__).parents[2] / "preread" / "models" / "preread-mini"
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from training.debian import clean_body
+from training.collections import clean_body
 
 
 def test_wrapped_lines_join_and_dots_are_breaks() -> None:

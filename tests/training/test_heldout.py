@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from training import scoring
-from training.checkpoint_dir import Checkpoint
-from training.collections_io import Collection, read_collection, write_collection
+from training import model as scoring
+from training.collections import Collection, read_collection, write_collection
 from training.data import SELECTION_QUERIES, held_out_collections
-from training.heldout import HeldOut, margins, rerank
+from training.evaluation import HeldOut, margins, rerank
+from training.model import Checkpoint
 from tuning.judged import JudgedCollection
 
 PASSAGES = {"a": "red fish stone", "b": "green fish river", "c": "blue bird cloud", "d": "north stone red"}

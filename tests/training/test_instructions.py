@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from training.instructions import TASKS, aspect_of, topic_of
+from training.collections import TASKS, aspect_of, topic_of
 
 
 @pytest.mark.parametrize(

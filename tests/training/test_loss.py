@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from training.loss import group_loss
+from training.model import group_loss
 
 NAN = float("nan")
 

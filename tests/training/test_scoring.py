@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from training import scoring
-from training.checkpoint_dir import Checkpoint
+from training import model as scoring
+from training.model import Checkpoint
 
 
 @pytest.mark.parametrize("ratio", [1, 2, 3, 4, 8, 32])

@@ -5,9 +5,9 @@ import random
 import numpy as np
 import pytest
 
-from training import sources
-from training.collections_io import Collection
-from training.sources import Source
+from training import data as sources
+from training.collections import Collection
+from training.data import Source
 
 SUBJECTS = ["influenza", "malaria", "cholera", "measles", "rabies", "tetanus", "typhus", "leprosy", "scurvy", "rickets"]
 ASPECTS = {"symptoms": "What are the symptoms of {} ?", "treatments": "What are the treatments for {} ?"}

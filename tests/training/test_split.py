@@ -2,9 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from training.collections_io import Collection
-from training.instructions import topic_of
-from training.split import Components, fraction, held_out_queries
+from training.collections import Collection, Components, fraction, held_out_queries, topic_of
 
 
 def test_components_join_through_shared_keys() -> None:

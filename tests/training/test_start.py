@@ -6,8 +6,10 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from training import scoring, soft_maxsim, vocabulary
-from training.checkpoint_dir import KALM_PROMPT, MINI, Checkpoint, Settings, load, save
+from training import model as scoring
+from training import start as soft_maxsim
+from training import start as vocabulary
+from training.model import KALM_PROMPT, MINI, Checkpoint, Settings, load, save
 
 
 def wordpiece(words: list[str]) -> str:

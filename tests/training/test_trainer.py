@@ -7,12 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from training import scoring
-from training.batches import GroupSet
-from training.checkpoint_dir import Checkpoint, load
-from training.groups import Group
-from training.recipe import Recipe, read_recipe
-from training.trainer import Trainer, rate
+from training import model as scoring
+from training.groups import Group, GroupSet
+from training.model import Checkpoint, load
+from training.trainer import Recipe, Trainer, rate, read_recipe
 
 RECIPES = Path(__file__).parents[2] / "training" / "recipes"
 COLOURS = ("red", "green", "blue")

@@ -19,13 +19,12 @@ from cache.store import Store, open_store
 from checkpoint import Checkpoint
 from checkpoint.synthetic import make_checkpoint
 from encoder_worker.encoder import Encoder
-from preread.cli.evaluate import command
-from preread.cli.failures import explain
-from tuning.errors import EvaluationError, MissingExtra
+from preread_cli.evaluate import command
+from preread_cli.failures import explain
+from tuning import EvaluationError, MissingExtra
 from tuning.evaluate import evaluate
 from tuning.judged import read_judged
-from tuning.report import EvaluationReport
-from tuning.settings import EvaluationSettings
+from tuning.report import EvaluationReport, EvaluationSettings
 from tuning.trec import RunFile
 
 SETTINGS = EvaluationSettings(ratios=(4, 1), num_resamples=500)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from encoder_worker.seen import SeenIds
+from encoder_worker.reading import SeenIds
 from encoder_worker.sources import Passage, Refused, Source
-from tuning.errors import EvaluationError
+from tuning import EvaluationError
 from tuning.judged import read_judged
 from tuning.trec import read_qrels
 

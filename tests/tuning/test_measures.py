@@ -8,10 +8,8 @@ import ir_measures
 import numpy as np
 import pytest
 
-from tuning.bootstrap import Bootstrap
-from tuning.metrics import measure_names, per_query
-from tuning.ranking import rank
-from tuning.trec import Qrels, Run
+from tuning.metrics import Bootstrap, measure_names, per_query
+from tuning.trec import Qrels, Run, rank
 
 QRELS: Qrels = {"a": {"x": 2, "y": 1, "z": 0}, "b": {"x": 1}, "c": {"w": 1}}
 RUN: Run = {

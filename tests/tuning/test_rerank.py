@@ -7,22 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import tuning.states
+import tuning.rerank
 from cache.collection import Collection, StoredPassage
 from cache.errors import RatioError
 from cache.manifest import Manifest
-from cache.pooling import pool
-from cache.states import PassageStates, text_digest
+from cache.states import PassageStates, pool, text_digest
 from cache.store import open_store
 from checkpoint import Checkpoint
-from decoder_server.backend import Pair
-from decoder_server.fbnl import FbnlBackend
-from encoder_worker.batching import BatchLimits
+from decoder_server.models.backend import Pair
+from decoder_server.models.fbnl.backend import FbnlBackend
 from encoder_worker.encoder import Encoder
-from encoder_worker.passage_encoder import PassageEncoder
+from encoder_worker.passage_encoder import BatchLimits, PassageEncoder
 from tuning.judged import JudgedCollection, read_judged
-from tuning.rerank import rerank, score_passages
-from tuning.states import EncodedStates, StoredStates
+from tuning.rerank import EncodedStates, StoredStates, rerank, score_passages
 from tuning.trec import Run
 
 DIM = 64  # of the tiny checkpoint
@@ -183,7 +180,7 @@ def test_stored_states_rank_like_encoded_ones(
     collection = Collection.create(open_store("memory:tuning-rerank"), manifest)
     for chunk in encoded.chunks(list(judged.passages)):
         collection.put_many([StoredPassage(p, states) for p, states in chunk.items() if p != "moon"])
-    monkeypatch.setattr(tuning.states, "STORE_READ_PASSAGES", 3)
+    monkeypatch.setattr(tuning.rerank, "STORE_READ_PASSAGES", 3)
     stored = StoredStates(collection, chunk_bytes=1000)
     assert stored.ratio == 2
     fresh = rerank(backend, encoded, judged.queries, candidates, [2, 8])

@@ -11,10 +11,9 @@ import pytrec_eval
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuning.errors import EvaluationError
-from tuning.first_stage import search
-from tuning.ranking import rank
-from tuning.trec import read_qrels, read_run, write_qrels, write_run
+from tuning import EvaluationError
+from tuning.baselines import search
+from tuning.trec import rank, read_qrels, read_run, write_qrels, write_run
 
 SCORES = st.one_of(st.floats(-1e4, 1e4, width=32), st.just(float("nan")), st.sampled_from([0.0, 1.0, 1.0 + 1e-9]))
 

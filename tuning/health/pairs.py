@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from encoder_worker.sources import Place
-from tuning.errors import EvaluationError
-from tuning.files import json_rows
+from tuning import EvaluationError
+from tuning.trec import json_rows
 
 BUILT_IN = Path(__file__).parent / "pairs.jsonl"
 PASSAGE_FIELDS = ("passage", "text", "document")

@@ -15,16 +15,14 @@ import numpy as np
 import torch
 
 from checkpoint.compute import DTYPES
-from checkpoint.errors import CheckpointError
+from checkpoint.files import CheckpointError
 from checkpoint.tensors import StoredTensors
-from decoder_server.cross_encoder.batching import Padded, batches, pad
-from decoder_server.cross_encoder.conversion import COLUMN, CausalSource
-from decoder_server.cross_encoder.texts import PairReader
-from decoder_server.cross_encoder.transformer import load_config, load_transformer
-from tuning.health.compare import Margins
+from decoder_server.models.cross_encoder.conversion import COLUMN, CausalSource
+from decoder_server.models.cross_encoder.files import load_config, load_transformer
+from decoder_server.models.cross_encoder.model import Padded, batches, pad
+from decoder_server.models.cross_encoder.templates import PairReader
+from tuning.health.checks import Margins, counted, kendall_tau, max_delta, rank_agreement
 from tuning.health.pairs import PairSet
-from tuning.health.running import counted
-from tuning.health.statistics import kendall_tau, max_delta, rank_agreement
 from tuning.progress import SILENT, Progress
 
 BATCH_TOKENS = 4096

@@ -1,4 +1,8 @@
-"""How good each configuration's orders are, query by query, and how sure that is, against the reference.
+"""Margins to one ordering of a query's candidates, for one reading or several stages. Pure functions.
+
+Later stages outrank earlier ones: whoever went on stands before whoever did not.
+
+How good each configuration's orders are, query by query, and how sure that is, against the reference.
 
 The reference is r = 1: the states as the encoder gave them, no codec, read by the decoder in float32. Where nobody
 judged, its own ranking is the judgement. Does not know states or costs.
@@ -13,15 +17,49 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import kendalltau
 
-from preread.client.stages import Stage
-from tuning.bootstrap import Bootstrap, Difference, Interval, Share
-from tuning.metrics import HEADLINE, per_query
+from decoder_server.engine.plan import Plan
+from preread.types import Stage
+from tuning.metrics import HEADLINE, Bootstrap, Difference, Interval, Share, per_query
 from tuning.progress import SILENT, Progress
-from tuning.ranking import order
-from tuning.sweep.configurations import Configuration
 from tuning.sweep.margins import Margins, Pairs
-from tuning.sweep.orders import compose, places, ranking
-from tuning.trec import Qrels, Run
+from tuning.sweep.settings import Configuration
+from tuning.trec import Qrels, Run, order, rank
+
+
+def compose(stages: Sequence[Stage], margins: Sequence[NDArray[np.floating]]) -> NDArray[np.intp]:
+    """Rows of the candidates, best first, after all stages.
+
+    Args:
+        margins: (num_candidates,) per stage, of all candidates; a stage uses those that came that far.
+    """
+    rows = order(margins[0])
+    for before, own in zip(stages, margins[1:], strict=False):
+        going = np.sort(rows[: before.keep])  # in candidate order, so that equal margins stay in it
+        rows = np.concatenate([going[order(own[going])], rows[before.keep :]])
+    return rows
+
+
+def num_read(stages: Sequence[Stage], num_candidates: int) -> list[int]:
+    """How many candidates each stage reads."""
+    return [count for count, _ in Plan(tuple(stages), cascade=len(stages) > 1).reads(num_candidates)]
+
+
+def ranking(
+    candidates: Sequence[str], stages: Sequence[Stage], margins: Sequence[NDArray[np.floating]]
+) -> list[tuple[str, float]]:
+    """A run's entry for one query. Margins of stages do not compare, so a cascade's scores count down to 1."""
+    if len(stages) == 1:
+        return rank(candidates, margins[0])
+    rows = compose(stages, margins)
+    return [(candidates[row], float(len(rows) - place)) for place, row in enumerate(rows.tolist())]
+
+
+def places(rows: NDArray[np.intp]) -> NDArray[np.intp]:
+    """The inverse of an order: each candidate's place in it, 0 for the best."""
+    inverse = np.empty_like(rows)
+    inverse[rows] = np.arange(len(rows))
+    return inverse
+
 
 STAGE = "measure (configurations)"
 TAU = "Kendall tau"

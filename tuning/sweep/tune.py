@@ -1,4 +1,6 @@
-"""A sweep on one screen: candidates, states once, margins of every unit, quality, costs.
+"""One sentence for each thing a reader of the numbers should know. Computes counts, no measure.
+
+A sweep on one screen: candidates, states once, margins of every unit, quality, costs.
 
     report = tune(read_judged("examples/scifact"), "preread/models/preread-mini", SweepSettings(), work_dir="work")
 
@@ -8,35 +10,111 @@ Knows no file format, metric or model by itself; each is a neighbour's.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
+from cache import DEFAULT_CODEC
+from cache.codecs import Codec
 from cache.collection import Collection
 from checkpoint import Checkpoint
-from checkpoint.hardware import hardware
-from decoder_server.backend import Backend
-from decoder_server.fbnl import FbnlBackend
-from encoder_worker.batching import BatchLimits
+from checkpoint.compute import hardware
+from decoder_server.models.backend import Backend
+from decoder_server.models.fbnl.backend import FbnlBackend
 from encoder_worker.encoder import Encoder
-from encoder_worker.passage_encoder import PassageEncoder
-from tuning import first_stage
-from tuning.errors import EvaluationError
+from encoder_worker.passage_encoder import BatchLimits, PassageEncoder
+from encoder_worker.writing import num_training_states
+from tuning import EvaluationError
+from tuning import baselines as first_stage
 from tuning.evaluate import open_checkpoint, stored_texts
 from tuning.judged import JudgedCollection
 from tuning.progress import SILENT, Progress
-from tuning.states import EncodedStates, StateSource, StoredStates
-from tuning.sweep import quality, sizes, timing
-from tuning.sweep.configurations import Configuration, units_of
-from tuning.sweep.inputs import inputs_of
-from tuning.sweep.margins import Margins, Pairs
-from tuning.sweep.notes import notes
+from tuning.rerank import EncodedStates, StateSource, StoredStates
+from tuning.sweep import costs as sizes
+from tuning.sweep import costs as timing
+from tuning.sweep import quality
+from tuning.sweep.costs import Lengths
+from tuning.sweep.margins import Codecs, Margins, Pairs, with_fallback
 from tuning.sweep.quality import Judgements, Quality
-from tuning.sweep.recode import Codecs, with_fallback
-from tuning.sweep.result import Indexing, Row, SweepReport
-from tuning.sweep.settings import SweepSettings
-from tuning.sweep.sizes import Lengths
-from tuning.sweep.spill import SpilledStates
-from tuning.sweep.workdir import WorkDir
+from tuning.sweep.report import IndexingCost, SweepReport, SweepRow
+from tuning.sweep.settings import Configuration, SweepSettings, units_of
+from tuning.sweep.workdir import SpilledStates, WorkDir, inputs_of
 from tuning.trec import RunFile
+
+
+def notes(
+    judged: JudgedCollection,
+    candidates: RunFile | None,
+    from_states: Collection | None,
+    judgements: Judgements,
+    pairs: Pairs,
+    states: SpilledStates,
+    reference: NDArray[np.float32],
+    margins: Margins,
+    codecs: Codecs,
+    is_empty: Callable[[str], bool],
+) -> list[str]:
+    """In the order of the data: judgements, candidates, states, codecs, margins.
+
+    Args:
+        is_empty: whether a passage's text is empty to the model's tokenizer.
+    """
+    there = set(states.passage_ids)
+    absent = pairs.places.keys() - there
+    unread = {p for p in absent if not is_empty(judged.passages.get(p, ""))}
+    grades = list(judged.qrels.values())
+    unscored = sum(int(np.isnan(flat).sum()) for flat in margins.values.values()) - len(margins.values) * sum(
+        len(places) for p, places in pairs.places.items() if p not in there
+    )
+    counted = (
+        (len(judged.refused), "lines of the judged files cannot be used: left out"),
+        (
+            judged.num_judgements_of_unknown_queries,
+            f"judgements name queries without a text ({len(judged.unknown_queries)} of them): left out",
+        ),
+        (
+            sum(p not in judged.passages for own in grades for p in own) if judged.passages else 0,
+            "judgements name passages that the collection does not have: relevant, and never found",
+        ),
+        (
+            len(candidates.run.keys() - judged.queries.keys()) if candidates is not None else 0,
+            "queries of the run have no text or no judgement: left out",
+        ),
+        (
+            sum(max(own.values()) < judgements.min_grade for own in grades),
+            "queries have no relevant passage: they count 0",
+        ),
+        (
+            sum(not found for found in pairs.candidates.values()),
+            "queries have no candidates: " + ("left out" if judgements.taught else "they count 0"),
+        ),
+        (states.num_not_finite, "candidate passages have states that are NaN or infinite: ranked last"),
+        (len(absent) - len(unread) - states.num_not_finite, "candidate passages have no text or states: ranked last"),
+        (len(unread), "candidate passages gave no states (NaN, infinite, or out of memory): ranked last"),
+        (len(states.truncated & pairs.places.keys()), "candidate passages were read up to the passage limit only"),
+        (unscored, "margins, over all configurations, were not finite: those candidates are ranked last"),
+    )
+    told = [f"{number:,} {text}" for number, text in counted if number > 0]
+    if from_states is not None:
+        manifest = from_states.manifest
+        told.append(
+            f"{manifest.collection} keeps no texts: the reference is its stored states (ratio "
+            f"{manifest.compression_ratio}, {manifest.codec}), and codecs are laid over theirs"
+        )
+    told += [
+        f"{factory} at stored ratio {ratio} is left out"
+        f"{f', {DEFAULT_CODEC} stands in for it' if factory != DEFAULT_CODEC else ''}: {reason}"
+        for (ratio, factory), reason in codecs.left_out.items()
+    ]
+    told += [
+        f"{factory} was trained on few states: {', '.join(f'{n:,} at {r}' for r, n in sorted(few.items()))}. An index "
+        f"run takes {num_training_states(Codec(factory, states.dim)):,} where it has them, and may do better"
+        for factory, few in codecs.few.items()
+    ]
+    return told
+
 
 SPILL_CHUNK_BYTES = 32 << 20  # how much a killed run encodes again at most
 
@@ -127,7 +205,7 @@ def tune(
             lengths = sizes.of_texts(encoder, list(judged.passages.values()), split=settings.split, progress=progress)
         timings = None
         if settings.timed_queries and measured:
-            timings = timing.measure(
+            timings = timing.measure_times(
                 backend,
                 checkpoint.identity(),
                 states,
@@ -175,29 +253,29 @@ def _rows(
     measured: dict[Configuration, Quality],
     codecs: Codecs,
     lengths: Lengths,
-    timings: timing.Timings | None,
+    timings: timing.MeasuredTimes | None,
     seconds_per_token: float | None,
-) -> list[Row]:
+) -> list[SweepRow]:
     """Quality beside cost; what indexing takes is carried over from what was encoded and written here."""
     rows = []
     for one, own in measured.items():
         trained = codecs.get(one.stored_ratio, one.codec)
         assert trained is not None  # or it would not have been measured
         writing = timings.writing[one.stored_ratio, one.codec] if timings is not None else None
-        indexing = Indexing(
+        indexing = IndexingCost(
             seconds_per_token * lengths.num_tokens if seconds_per_token is not None else None,
             writing.codec_seconds * lengths.num_passages if writing is not None else None,
             trained.train_seconds,
             writing.store_seconds * lengths.num_passages if writing is not None else None,
         )
         size = sizes.size_of(lengths, one.stored_ratio, trained.codec)
-        rows.append(Row(one, own, size, timings.of(one) if timings is not None else None, indexing))
+        rows.append(SweepRow(one, own, size, timings.of(one) if timings is not None else None, indexing))
     return rows
 
 
 def _timed(
     margins: Margins, states: SpilledStates, judged: JudgedCollection, backend: Backend, settings: SweepSettings
-) -> list[timing.Timed]:
+) -> list[timing.TimedQuery]:
     """Queries drawn from those that have candidates with states."""
     there = set(states.passage_ids)
     pairs = margins.pairs
@@ -206,7 +284,7 @@ def _timed(
     # Who goes on in a cascade hardly depends on the codec: any unit that is read at the ratio will do.
     by_ratio = {unit.read_ratio: pairs.split(flat) for unit, flat in reversed(margins.values.items())}
     return [
-        timing.Timed(
+        timing.TimedQuery(
             backend.prompt(judged.queries[q], settings.instruction),
             [p for p in pairs.candidates[q] if p in there],
             {

@@ -13,9 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from decoder_server.cross_encoder import CrossEncoder, open_cross_encoder
-from decoder_server.cross_encoder.batching import MAX_PADDING, batches, pad
-from decoder_server.cross_encoder.model import sigmoid
+from decoder_server.models.cross_encoder import CrossEncoder, open_cross_encoder
+from decoder_server.models.cross_encoder.model import MAX_PADDING, batches, pad, sigmoid
 
 Tiny = Callable[..., Path]
 TOLERANCE = 2e-5

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from checkpoint.errors import CheckpointError
-from decoder_server.cross_encoder import open_cross_encoder
+from checkpoint.files import CheckpointError
+from decoder_server.models.cross_encoder import open_cross_encoder
 
 Tiny = Callable[..., Path]
 PAIRS = [("What is the capital of China?", None, "Beijing."), ("gravity", None, "Bodies attract one another. " * 9)]

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from checkpoint.errors import CheckpointError
-from checkpoint.files import read_json
-from decoder_server.cross_encoder import onnx_cache, onnx_export, open_cross_encoder
-from decoder_server.cross_encoder.onnx_runner import OnnxRunner
-from decoder_server.cross_encoder.profiles import builtin_profiles
-from decoder_server.cross_encoder.source import Source
+from checkpoint.files import CheckpointError, read_json
+from decoder_server.models.cross_encoder import onnx_runtime as onnx_cache
+from decoder_server.models.cross_encoder import onnx_runtime as onnx_export
+from decoder_server.models.cross_encoder import open_cross_encoder
+from decoder_server.models.cross_encoder.files import Source
+from decoder_server.models.cross_encoder.onnx_runtime import OnnxRunner
+from decoder_server.models.cross_encoder.profiles import builtin_profiles
 
 onnx = pytest.importorskip("onnx", reason="the extra `onnx` is not installed")
 pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")

@@ -8,10 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from checkpoint.errors import CheckpointError
-from decoder_server.cross_encoder import open_cross_encoder
-from decoder_server.cross_encoder.choosing import FILE_NAME, generic_profile, named_profile
-from decoder_server.cross_encoder.profiles import Profile, builtin_profiles, load_profiles, parse_profiles
+from checkpoint.files import CheckpointError
+from decoder_server.models.cross_encoder import open_cross_encoder
+from decoder_server.models.cross_encoder.profiles import (
+    FILE_NAME,
+    Profile,
+    builtin_profiles,
+    generic_profile,
+    load_profiles,
+    named_profile,
+    parse_profiles,
+)
 
 # The reference list of models this table must know.
 KNOWN = {

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint import Checkpoint, CheckpointError
 from checkpoint.synthetic import make_checkpoint
-from decoder_server.backend import Pair
-from decoder_server.cross_encoder import open_cross_encoder
-from decoder_server.fbnl import FbnlBackend
+from decoder_server.models.backend import Pair
+from decoder_server.models.cross_encoder import open_cross_encoder
+from decoder_server.models.fbnl.backend import FbnlBackend
 from encoder_worker.encoder import Encoder
-from preread.cli.main import cli
+from preread_cli.main import cli
 
 Tiny = Callable[..., Path]
 CTXL = "ContextualAI/ctxl-rerank-v2-instruct-multilingual-1b"

@@ -14,9 +14,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from decoder_server.cross_encoder import open_cross_encoder
-from decoder_server.cross_encoder.profiles import builtin_profiles
-from decoder_server.cross_encoder.synthetic import Size
+from decoder_server.models.cross_encoder import open_cross_encoder
+from decoder_server.models.cross_encoder.profiles import builtin_profiles
+from decoder_server.models.cross_encoder.synthetic import Size
 
 QUERY = "What is the capital of China?"
 INSTRUCTION = "Prefer short answers."

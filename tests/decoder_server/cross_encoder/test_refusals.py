@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoint.errors import CheckpointError
-from decoder_server.cross_encoder import open_cross_encoder
-from decoder_server.cross_encoder.profiles import builtin_profiles
+from checkpoint.files import CheckpointError
+from decoder_server.models.cross_encoder import open_cross_encoder
+from decoder_server.models.cross_encoder.profiles import builtin_profiles
 
 Tiny = Callable[..., Path]
 CTXL = "sigridjineth/ctxl-rerank-v2-1b-seq-cls"

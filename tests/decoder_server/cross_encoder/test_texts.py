@@ -12,16 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from decoder_server.cross_encoder import open_cross_encoder
-from decoder_server.cross_encoder.profiles import builtin_profiles
-from decoder_server.cross_encoder.synthetic import (
+from decoder_server.models.cross_encoder import open_cross_encoder
+from decoder_server.models.cross_encoder.profiles import builtin_profiles
+from decoder_server.models.cross_encoder.synthetic import (
     chat_tokenizer,
     gemma_tokenizer,
     mistral_tokenizer,
     unigram_tokenizer,
     wordpiece_tokenizer,
 )
-from decoder_server.cross_encoder.texts import PairReader
+from decoder_server.models.cross_encoder.templates import PairReader
 
 CTXL = "ContextualAI/ctxl-rerank-v2-instruct-multilingual-1b"
 QUERY, OTHER = "What is the capital of China?", "Which force attracts bodies?"

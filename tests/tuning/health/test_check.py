@@ -10,12 +10,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from checkpoint.synthetic import make_checkpoint
-from decoder_server.tiers.at_rest import Kept
-from preread.cli.main import cli
-from preread.cli.options import SHIPPED_MODEL
-from tuning.errors import EvaluationError
+from decoder_server.models.fbnl.kv_cache import Kept
+from preread_cli.main import cli
+from preread_cli.options import SHIPPED_MODEL
+from tuning import EvaluationError
 from tuning.health import PairSet, State, built_in_pairs, check, read_pairs
-from tuning.health.golden import published
+from tuning.health.checks import published
 
 OTHER = "other weights or template"
 

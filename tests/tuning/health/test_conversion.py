@@ -17,10 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from checkpoint import CheckpointError
-from decoder_server.cross_encoder import open_cross_encoder
-from decoder_server.cross_encoder.conversion import CausalSource, convert, staged
-from decoder_server.cross_encoder.synthetic import Size, make_cross_encoder
-from preread.cli.main import cli
+from decoder_server.models.cross_encoder import open_cross_encoder
+from decoder_server.models.cross_encoder.conversion import CausalSource, convert, staged
+from decoder_server.models.cross_encoder.synthetic import Size, make_cross_encoder
+from preread_cli.main import cli
 from tuning.health import PairSet, built_in_pairs
 from tuning.health.parity import parity
 
@@ -44,7 +44,7 @@ def test_column_0_becomes_the_score(
         tmp_path / "source", architecture, Size(), config={"tie_word_embeddings": tied}, **shards
     )
     if sharded:
-        monkeypatch.setattr("decoder_server.cross_encoder.conversion.writing.SHARD_BYTES", 40_000)
+        monkeypatch.setattr("decoder_server.models.cross_encoder.conversion.SHARD_BYTES", 40_000)
     target = converted(source, tmp_path / "target")
 
     opened = CausalSource.open(str(source))
@@ -85,7 +85,7 @@ def test_tensors_keep_their_bytes_and_the_head_is_gone(causal: Path, tmp_path: P
 
 def test_shards_stay_small_whatever_the_source(causal: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One large file in, small files out: the peak is a shard, not the model."""
-    monkeypatch.setattr("decoder_server.cross_encoder.conversion.writing.SHARD_BYTES", 20_000)
+    monkeypatch.setattr("decoder_server.models.cross_encoder.conversion.SHARD_BYTES", 20_000)
     target = converted(causal, tmp_path / "target")
     files = sorted(target.glob("*.safetensors"))
 
@@ -207,7 +207,7 @@ def test_the_command_converts_and_says_what_it_proved(causal: Path, tmp_path: Pa
 def test_the_command_refuses_what_does_not_agree(
     causal: Path, tmp_path: Path, some_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("decoder_server.cross_encoder.conversion.writing.COLUMN", 1)  # the wrong row
+    monkeypatch.setattr("decoder_server.models.cross_encoder.conversion.COLUMN", 1)  # the wrong row
     target = tmp_path / "t"
     answer = CliRunner().invoke(cli, ["convert-ctxl", str(causal), str(target), "--pairs", str(some_file)])
 

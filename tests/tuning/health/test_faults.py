@@ -17,15 +17,15 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint import CheckpointError
 from checkpoint.synthetic import make_checkpoint
-from decoder_server.cross_encoder import CrossEncoder, TextPair, open_cross_encoder
-from decoder_server.cross_encoder.model import sigmoid
-from decoder_server.cross_encoder.texts import Texts
-from decoder_server.loading import load_model
-from decoder_server.model_config import ModelConfig
-from preread.cli.main import cli
-from preread.cli.serve_check import checked
+from decoder_server.config import ModelConfig
+from decoder_server.models.cross_encoder import CrossEncoder, TextPair, open_cross_encoder
+from decoder_server.models.cross_encoder.model import sigmoid
+from decoder_server.models.cross_encoder.templates import Texts
+from decoder_server.models.loading import load_model
+from preread_cli.main import cli
+from preread_cli.serve_check import checked
 from tuning.health import HealthReport, PairSet, State, check, health_gate
-from tuning.health.behaviour import all_doubled, all_tiny
+from tuning.health.checks import all_doubled, all_tiny
 
 Margins = NDArray[np.float32]
 
@@ -65,7 +65,7 @@ class PairwithoutLimit:
     def __init__(self, model: CrossEncoder) -> None:
         from dataclasses import replace
 
-        from decoder_server.cross_encoder.texts import PairReader
+        from decoder_server.models.cross_encoder.templates import PairReader
 
         reader = model._reader
         self._max_tokens = model.profile.max_tokens
@@ -154,7 +154,7 @@ template = ["{query}\\n{passage}"]
 
 
 def test_a_missing_template_is_named(causal: Path, tmp_path: Path, some_pairs: PairSet) -> None:
-    from decoder_server.cross_encoder.conversion import CausalSource, convert, staged
+    from decoder_server.models.cross_encoder.conversion import CausalSource, convert, staged
 
     with staged(tmp_path / "converted") as folder:
         convert(CausalSource.open(str(causal)), folder)

@@ -8,10 +8,18 @@ import numpy as np
 import pytest
 from scipy.stats import kendalltau
 
-from tuning.health.compare import compare
-from tuning.health.limits import BFLOAT16, FLOAT32, INT8, limits_for
+from tuning.health.checks import (
+    BFLOAT16,
+    FLOAT32,
+    INT8,
+    compare,
+    distinct_share,
+    kendall_tau,
+    rank_agreement,
+    spread_ratio,
+    tolerance_for,
+)
 from tuning.health.report import State
-from tuning.health.statistics import distinct_share, kendall_tau, rank_agreement, spread_ratio
 
 
 def test_tau_by_hand_and_by_scipy() -> None:
@@ -52,4 +60,4 @@ def test_scores_that_do_not_differ_never_pass() -> None:
     ("name", "limits"), [("float32", FLOAT32), ("bfloat16", BFLOAT16), ("onnx-int8", INT8), ("onnx", FLOAT32)]
 )
 def test_limits_go_by_number_format(name: str, limits: object) -> None:
-    assert limits_for(name) is limits
+    assert tolerance_for(name) is limits

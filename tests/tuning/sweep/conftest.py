@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from preread.client.stages import parse_stages
+from preread.types import parse_stages
 from tuning.judged import JudgedCollection, read_judged
-from tuning.sweep.result import SweepReport
+from tuning.sweep.report import SweepReport
 from tuning.sweep.settings import SweepSettings
 from tuning.sweep.tune import tune
 

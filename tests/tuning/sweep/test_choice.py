@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuning.errors import EvaluationError
-from tuning.sweep.choice import Limits, choose, front
-from tuning.sweep.result import Row
+from tuning import EvaluationError
+from tuning.sweep.report import Limits, SweepRow, choose, front
 
 POINTS = st.lists(st.tuples(st.integers(0, 6).map(float), st.integers(0, 6).map(float)), max_size=12)
 
@@ -27,7 +26,7 @@ def test_on_the_front_is_what_no_other_beats(points: list[tuple[float, float]]) 
         assert on[i] == (not beaten)
 
 
-def row(quality: float, loss: float, num_bytes: float, ms: float, worst: float | None = None) -> Row:
+def row(quality: float, loss: float, num_bytes: float, ms: float, worst: float | None = None) -> SweepRow:
     """What a choice looks at."""
     bounds = (0.0, worst if worst is not None else loss)
     shape: Any = SimpleNamespace(
@@ -35,7 +34,7 @@ def row(quality: float, loss: float, num_bytes: float, ms: float, worst: float |
         size=SimpleNamespace(bytes_per_passage=num_bytes),
         timing=SimpleNamespace(p50_seconds=ms / 1000, p99_seconds=2 * ms / 1000),
     )
-    return cast(Row, shape)
+    return cast(SweepRow, shape)
 
 
 EXACT = row(0.70, 0.0, 100_000, 90)
@@ -57,7 +56,7 @@ ROWS = [EXACT, GOOD, SMALL]
         (Limits(max_loss=0.05, max_bytes=30_000, max_latency_seconds=0.08), SMALL),
     ],
 )
-def test_the_choice_keeps_every_limit(limits: Limits, expected: Row) -> None:
+def test_the_choice_keeps_every_limit(limits: Limits, expected: SweepRow) -> None:
     choice = choose(ROWS, limits)
     assert choice.row is expected
     assert not choice.broken

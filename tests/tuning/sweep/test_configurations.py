@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 
 from cache.errors import CodecError
-from preread.client.stages import parse_stages
-from tuning.errors import EvaluationError
-from tuning.sweep.configurations import Unit, grid, units_of
-from tuning.sweep.settings import SweepSettings, default_cascades, default_codecs
+from preread.types import parse_stages
+from tuning import EvaluationError
+from tuning.sweep.settings import SweepSettings, Unit, default_cascades, default_codecs, grid, units_of
 
 
 def test_a_grid_has_what_can_be_read() -> None:

@@ -10,11 +10,10 @@ import pytest
 
 from cache.codecs import Codec
 from cache.states import PassageStates
-from tuning.errors import EvaluationError
+from tuning import EvaluationError
 from tuning.progress import SILENT, Progress
-from tuning.sweep.recode import Codecs, file_name, roundtrip
-from tuning.sweep.spill import SpilledStates
-from tuning.sweep.workdir import WorkDir
+from tuning.sweep.margins import Codecs, file_name, roundtrip
+from tuning.sweep.workdir import SpilledStates, WorkDir
 
 DIM = 8
 

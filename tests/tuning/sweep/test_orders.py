@@ -8,9 +8,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preread.client.stages import Stage
-from tuning.ranking import order
-from tuning.sweep.orders import compose, num_read, places, ranking
+from preread.types import Stage
+from tuning.sweep.quality import compose, num_read, places, ranking
+from tuning.trec import order
 
 MARGINS = st.one_of(st.integers(-3, 3).map(float), st.just(math.nan))
 

@@ -24,21 +24,20 @@ from cache.states import PassageStates, text_digest
 from cache.store import Store, open_store
 from checkpoint import Checkpoint
 from encoder_worker.encoder import Encoder
-from tuning.errors import EvaluationError
+from tuning import EvaluationError
 from tuning.evaluate import evaluate
 from tuning.judged import JudgedCollection
 from tuning.metrics import HEADLINE
-from tuning.settings import EvaluationSettings
-from tuning.sweep.choice import Limits
+from tuning.report import EvaluationSettings
 from tuning.sweep.quality import AUC, TAU
-from tuning.sweep.result import Row, SweepReport
-from tuning.sweep.spill import SpilledStates
+from tuning.sweep.report import Limits, SweepReport, SweepRow
+from tuning.sweep.workdir import SpilledStates
 from tuning.trec import RunFile
 
 Sweep = Callable[..., SweepReport]
 
 
-def by_name(report: SweepReport) -> dict[str, Row]:
+def by_name(report: SweepReport) -> dict[str, SweepRow]:
     return {row.configuration.name: row for row in report.rows}
 
 
@@ -143,7 +142,7 @@ def test_the_same_seed_gives_the_same_numbers(sweep: Sweep, tmp_path: Path) -> N
 
 def test_what_was_computed_is_not_computed_again(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep()
-    from decoder_server.fbnl import FbnlBackend
+    from decoder_server.models.fbnl.backend import FbnlBackend
 
     def never(*_: object) -> None:
         raise AssertionError("scored again")

@@ -11,10 +11,10 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from preread.cli import index, serve
-from preread.cli.config_file import _settings
-from preread.cli.failures import explain
-from preread.cli.tune import command
+from preread_cli import index, serve
+from preread_cli.config_file import _settings
+from preread_cli.failures import explain
+from preread_cli.tune import command
 
 GRID = ("--stored-ratios", "1,2", "--codecs", "Flat SQ8", "--read-ratios", "1,2,8", "--cascades", "8:3,2")
 

@@ -1,4 +1,0 @@
-"""Which codecs there are, in words, and the one taken where none is named. Imports nothing: help texts quote it."""
-
-DEFAULT_CODEC = "SQfp16"
-KNOWN_CODECS = "Flat, SQfp16, SQbf16, SQ8, SQ6, SQ4, [Z,]B<n>,SQ8 (or 6, 4), PQ<m>[x<bits>], RQ<m>x<bits>"

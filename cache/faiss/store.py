@@ -1,0 +1,299 @@
+"""EmbeddedStore: `faiss:PATH`. See the package docstring for the layout and the order of a write.
+
+Joins catalogue, segments and lock into the Store contract. Does not know floats.
+"""
+
+import logging
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+
+from cache.codecs import Codec
+from cache.errors import CacheError, CodecError, CollectionNotFound
+from cache.faiss import maintenance as audit
+from cache.faiss import maintenance as compaction
+from cache.faiss import rows
+from cache.faiss.catalogue import Catalogue, num_removed, translated
+from cache.faiss.lock import WriterLock
+from cache.faiss.segments import SegmentFiles, SegmentGone, remove_orphans, write_segment
+from cache.manifest import Manifest
+from cache.record import Damaged, Header, Record, check_name, passage_id_bytes
+from cache.store import Audit, StoreStats
+
+_SCAN_PAGE_PASSAGES, _RENEWED_PASSAGES = 256, 20_000
+
+_logger = logging.getLogger(__name__)
+
+
+class FaissStore:
+    """Records in a directory; see `Store` for the contract. Nothing is made on disk before the first write."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        lock_timeout_seconds: float = 30.0,
+        max_small_segments: int = compaction.MAX_SMALL_SEGMENTS,
+    ) -> None:
+        self.path = Path(path).expanduser().absolute()
+        self._directory = self.path / "segments"
+        self._lock = WriterLock(self.path / "writer.lock", lock_timeout_seconds)
+        self._catalogue = Catalogue(self.path / "catalogue.sqlite", on_commit=self._lock.note)
+        self._files = SegmentFiles(self._directory)
+        self._max_small_segments = max_small_segments
+        self._codecs: dict[tuple[int, int], Codec] = {}  # by collection in the catalogue file opened so many times
+        self._seen_removals = 0
+        self._has_written = False
+        # Another process may have died before this one came, and this one may fail half way.
+        self._may_have_orphans = True
+
+    def put_many(self, collection: str, records: Mapping[str, Record]) -> None:
+        for passage_id in records:
+            passage_id_bytes(passage_id)
+        with self._writing():
+            collection_id, codec = self._require(collection)
+            if not records:
+                return
+            for passage_id, record in records.items():
+                if record.header.code_size != codec.code_size_bytes:
+                    raise CodecError(
+                        f"passage {passage_id!r}: {record.header.code_size} bytes per state, collection "
+                        f"{collection!r} has {codec.code_size_bytes}"
+                    )
+            codes = np.concatenate([record.codes for record in records.values()])  # (num_rows, code_size)
+            file_name, offset = write_segment(self._directory, codec, codes)
+            with self._catalogue.writing() as connection:
+                segment_id = compaction.add_segment(
+                    connection, collection_id, file_name, codes.shape[0], codes.shape[1], offset
+                )
+                rows.insert(connection, collection_id, segment_id, records)
+                rows.bump(connection, collection)
+            self._merge_small(collection_id, codec)
+
+    def get_many(self, collection: str, passage_ids: Sequence[str]) -> list[Record | Damaged | None]:
+        found, gone = self._read(collection, passage_ids)
+        while gone:
+            # A compaction removed the segment after the catalogue was read; the catalogue now names the new one. Files
+            # are unlinked after the catalogue forgot them, so one that it still names and that is not there is lost.
+            again, still_gone = self._read(collection, list(gone))
+            lost = gone.items() & still_gone.items()
+            found |= again | {id_: Damaged(id_, f"segment {file_name} is missing") for id_, file_name in lost}
+            gone = dict(still_gone.items() - lost)
+        return [found.get(passage_id) for passage_id in passage_ids]
+
+    def delete_many(self, collection: str, passage_ids: Sequence[str]) -> int:
+        if not self._catalogue.exists:
+            return 0
+        with self._writing(), self._catalogue.writing() as connection:
+            collection_id = rows.find_collection(connection, collection)
+            num_deleted = 0 if collection_id is None else rows.delete(connection, collection_id, passage_ids)
+            if num_deleted:
+                rows.bump(connection, collection)
+            return num_deleted
+
+    def headers_many(self, collection: str, passage_ids: Sequence[str]) -> list[Header | None]:
+        with self._catalogue.reading() as connection:
+            collection_id = rows.find_collection(connection, collection)
+            found = {} if collection_id is None else rows.headers(connection, collection_id, passage_ids)
+        return [found.get(passage_id) for passage_id in passage_ids]
+
+    def contains_many(self, collection: str, passage_ids: Sequence[str]) -> list[bytes | None]:
+        return [None if header is None else header.text_digest for header in self.headers_many(collection, passage_ids)]
+
+    def scan(self, collection: str) -> Iterator[tuple[str, Record | Damaged]]:
+        after = b""
+        while True:
+            # Short reads instead of one long one, which would keep SQLite from folding its log into the file.
+            with self._catalogue.reading() as connection:
+                collection_id = rows.find_collection(connection, collection)
+                if collection_id is None:
+                    return
+                page, after = rows.page(connection, collection_id, after, _SCAN_PAGE_PASSAGES)
+            if not page:
+                return
+            with translated(self.path):
+                read = list(rows.read(page, self._files))
+            for passage_id, record in read:
+                if isinstance(record, SegmentGone):
+                    (again,) = self.get_many(collection, [passage_id])
+                    if again is not None:
+                        yield passage_id, again
+                else:
+                    yield passage_id, record
+
+    def stats(self, collection: str) -> StoreStats:
+        with self._catalogue.reading() as connection:
+            return rows.stats(connection, collection)
+
+    def generation(self, collection: str) -> int:
+        with self._catalogue.reading() as connection:
+            # A replaced catalogue may have come to the same number by other writes.
+            return rows.generation(connection, collection) + (self._catalogue.num_reopened << 40)
+
+    def read_manifest(self, collection: str) -> Manifest | None:
+        with self._catalogue.reading() as connection:
+            return rows.read_manifest(connection, collection)
+
+    def write_manifest(self, manifest: Manifest) -> None:
+        with self._writing(), self._catalogue.writing() as connection:
+            rows.write_manifest(connection, manifest)
+
+    def list_collections(self) -> list[str]:
+        with self._catalogue.reading() as connection:
+            return rows.list_collections(connection)
+
+    def drop_collection(self, collection: str) -> None:
+        if not self._catalogue.exists:
+            raise CollectionNotFound(f"collection: {collection!r} does not exist in this store")
+        with self._writing():
+            with self._catalogue.writing() as connection:
+                file_names = rows.drop(connection, collection)
+            for file_name in file_names:
+                (self._directory / file_name).unlink(missing_ok=True)
+
+    def aliases(self) -> dict[str, str]:
+        with self._catalogue.reading() as connection:
+            return rows.aliases(connection)
+
+    def set_alias(self, alias: str, collection: str, *, shadowing: bool = False) -> None:
+        check_name("alias", alias)
+        with self._writing(), self._catalogue.writing() as connection:
+            rows.set_alias(connection, alias, collection, shadowing=shadowing)
+
+    def remove_alias(self, alias: str) -> bool:
+        if not self._catalogue.exists:
+            return False
+        with self._writing(), self._catalogue.writing() as connection:
+            return rows.remove_alias(connection, alias)
+
+    def compact(self, collection: str) -> compaction.Compaction:
+        """Merge small segments and drop the codes of deleted and replaced passages; readers go on meanwhile.
+
+        Headers of older versions are written in the latest. The lock is given up between groups, so other writers get
+        their turn. Raises CollectionNotFound.
+        """
+        self._renew(collection)
+        before: list[compaction.SegmentUse] | None = None
+        unreadable: set[int] = set()
+        while True:
+            with self._writing():
+                collection_id, codec = self._require(collection)
+                with self._catalogue.reading() as connection:
+                    uses = compaction.segments_in_use(connection, collection_id)
+                before = uses if before is None else before
+                groups = compaction.plan([use for use in uses if use.segment.segment_id not in unreadable])
+                if not groups:
+                    dead = [sum(use.num_dead_bytes for use in state) for state in (before, uses)]
+                    return compaction.Compaction(len(before), len(uses), dead[0] - dead[1])
+                unreadable |= self._rewrite(groups[0], collection_id, codec)
+
+    def audit(self, collection: str) -> Audit:
+        """Reads the whole catalogue, and no codes; see `audit.find`."""
+        return audit.find(self._catalogue, self._directory, self._lock, collection)
+
+    def mend(self) -> list[str]:
+        """Write the catalogue again out of what is whole in it, beside readers, and say what was left behind.
+
+        Raises StoreDamaged where there is nothing to start from.
+        """
+        if not self._catalogue.exists:
+            return []
+        with translated(self.path), self._lock.held():
+            self._has_written = True
+            return audit.rebuild(self._catalogue, self._directory, self._lock)
+
+    def close(self) -> None:
+        if self._has_written:
+            # So that what was written can be copied, or mounted where nothing can be applied.
+            with suppress(CacheError):
+                self._catalogue.checkpoint()
+        self._files.close()
+        self._catalogue.close()
+
+    def _read(self, collection: str, passage_ids: Sequence[str]) -> tuple[dict[str, Record | Damaged], dict[str, str]]:
+        """What could be read, and the ids whose segment has no file, with its name."""
+        found: dict[str, Record | Damaged] = {}
+        gone: dict[str, str] = {}
+        with self._catalogue.reading() as connection:
+            collection_id = rows.find_collection(connection, collection)
+            if collection_id is None:
+                return found, gone
+            located = rows.find(connection, collection_id, passage_ids)
+            self._forget_removed(connection)
+        with translated(self.path):
+            for passage_id, record in rows.read(located, self._files):
+                if isinstance(record, SegmentGone):
+                    gone[passage_id] = str(record)
+                else:
+                    found[passage_id] = record
+        return found, gone
+
+    def _forget_removed(self, connection: sqlite3.Connection) -> None:
+        num_removals = num_removed(connection)
+        if num_removals != self._seen_removals:
+            self._seen_removals = num_removals
+            kept = connection.execute("SELECT segment_id FROM segments")
+            self._files.keep_only({segment_id for (segment_id,) in kept})
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Be the one writer, on a store that exists and has no orphans."""
+        with translated(self.path):
+            self._directory.mkdir(parents=True, exist_ok=True)
+            with self._lock.held():
+                self._catalogue.create()
+                if self._may_have_orphans:
+                    remove_orphans(self._directory, audit.committed_files(self._catalogue, self._lock))
+                    self._may_have_orphans = False
+                try:
+                    self._has_written = True
+                    yield
+                except BaseException:
+                    # Not removed right here: a failed COMMIT may still be found complete after a crash.
+                    self._may_have_orphans = True
+                    raise
+
+    def _require(self, collection: str) -> tuple[int, Codec]:
+        with self._catalogue.reading() as connection:
+            collection_id = rows.require_collection(connection, collection)
+            key = self._catalogue.num_reopened, collection_id
+            if key not in self._codecs:
+                manifest = rows.read_manifest(connection, collection)
+                assert manifest is not None
+                self._codecs[key] = manifest.make_codec()
+        return collection_id, self._codecs[key]
+
+    def _renew(self, collection: str) -> None:
+        after: int | None = 0
+        while after is not None:
+            with self._writing():
+                collection_id, _ = self._require(collection)
+                with self._catalogue.writing() as connection:
+                    after = rows.renew(connection, collection_id, after, _RENEWED_PASSAGES)
+
+    def _merge_small(self, collection_id: int, codec: Codec) -> None:
+        """Keep single-passage writes from piling up segments. The write before it stands, whatever happens here."""
+        try:
+            with self._catalogue.reading() as connection:
+                if compaction.num_small_segments(connection, collection_id) < self._max_small_segments:
+                    return
+                uses = compaction.segments_in_use(connection, collection_id)
+            small = [use for use in uses if use.is_small]
+            for group in compaction.plan(small)[:1]:
+                self._rewrite(group, collection_id, codec)
+        except (CacheError, OSError, sqlite3.Error) as exc:
+            self._may_have_orphans = True
+            _logger.warning("store %s: small segments were not merged: %s", self.path, exc)
+
+    def _rewrite(self, group: list[compaction.SegmentUse], collection_id: int, codec: Codec) -> set[int]:
+        return compaction.rewrite(
+            group,
+            catalogue=self._catalogue,
+            directory=self._directory,
+            files=self._files,
+            codec=codec,
+            collection_id=collection_id,
+        )

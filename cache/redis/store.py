@@ -1,0 +1,422 @@
+"""RedisStore: records as values of a shared Redis server or cluster. The package docstring has the key layout.
+
+Replies are not trusted: every reply has the type its command gives, every value goes through `record.unpack` or
+`Manifest.from_json`, and keys or fields that no passage, collection or alias can have are passed over: the database may
+be shared. A multi-get is pipelined and not atomic, each passage is.
+"""
+
+import logging
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import xxhash
+
+from cache.errors import (
+    CollectionExists,
+    CollectionInUse,
+    CollectionNotFound,
+    DamagedRecord,
+    InvalidName,
+    ManifestError,
+    StoreDamaged,
+    StoreUnavailable,
+)
+from cache.manifest import Manifest
+from cache.record import (
+    HEADER_BYTES,
+    Damaged,
+    Header,
+    Record,
+    check_name,
+    is_passage_id,
+    pack,
+    passage_id_bytes,
+    unpack,
+)
+from cache.redis.connection import Address, Client, Deadline, IsValid, Link, Malformed, exchange, run, take_bytes
+from cache.store import Audit, StoreStats, sum_headers
+
+log = logging.getLogger(__name__)
+
+_READ_CHUNK, _HEADER_CHUNK, _SCAN_COUNT = 64, 1000, 512
+# A pipeline's size bounds what the server buffers for one client, and how long it is busy for it.
+_CHUNK_BYTES = 8 << 20
+# Counting a collection answers people and scrapes: longer than an online read, shorter than a write may take.
+_COUNT_SECONDS = 2.0
+
+
+class RedisStore:
+    """Packed records in Redis; see `Store` for the contract. Durable as far as the server is configured to be.
+
+    Raises StoreUrlError. Connects on first use.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        read_budget_seconds: float = 0.1,
+        write_budget_seconds: float = 30.0,
+        ttl_seconds: int | None = None,
+        tls_ca_file: str | None = None,
+    ) -> None:
+        if ttl_seconds is not None and ttl_seconds < 1:
+            raise ValueError(f"ttl_seconds: {ttl_seconds}, expected at least 1")
+        self._address = address = Address.parse(url)
+        # A breaker each: reads that are too large for their budget must not stop an indexing run.
+        self._online = Link(address, budget_seconds=read_budget_seconds, tls_ca_file=tls_ca_file)
+        self._bulk = Link(address, budget_seconds=write_budget_seconds, tls_ca_file=tls_ca_file)
+        self._count_seconds = min(write_budget_seconds, max(read_budget_seconds, _COUNT_SECONDS))
+        self._ttl_seconds = ttl_seconds
+        self._told: set[tuple[bytes, bytes]] = set()  # damaged aliases that the log has
+        self._manifests, self._aliases, self._generations = (
+            f"{address.prefix}:{name}" for name in ("manifests", "aliases", "generations")
+        )
+
+    def put_many(self, collection: str, records: Mapping[str, Record]) -> None:
+        start = self._key_start(collection)
+        encoded_ids = [passage_id_bytes(passage_id) for passage_id in records]
+        self._require(collection)
+        pairs = zip(encoded_ids, records.values(), strict=True)
+        while chunk := take_bytes(pairs, _CHUNK_BYTES):
+            expiry = () if self._ttl_seconds is None else ("EX", self._ttl_seconds)
+            commands = [("SET", start + encoded_id, pack(record, encoded_id), *expiry) for encoded_id, record in chunk]
+            run(self._bulk, commands, _is_true, len(chunk))
+        if encoded_ids:
+            # After the values: a tier that saw the old number looks again once they are there. A writer that dies in
+            # between has not acknowledged, and will come back.
+            self._bump(collection)
+
+    def get_many(self, collection: str, passage_ids: Sequence[str]) -> list[Record | Damaged | None]:
+        return self._get(self._online, collection, passage_ids)
+
+    def delete_many(self, collection: str, passage_ids: Sequence[str]) -> int:
+        keys = [self._key(collection, passage_id) for passage_id in dict.fromkeys(passage_ids)]
+        num_deleted: int = sum(run(self._bulk, [("UNLINK", key) for key in keys], _is_count, _HEADER_CHUNK))
+        if keys:
+            self._bump(collection)  # also where none was there: a repeated UNLINK finds what the first one removed
+        return num_deleted
+
+    def headers_many(self, collection: str, passage_ids: Sequence[str]) -> list[Header | None]:
+        return self._headers(self._online, collection, passage_ids)
+
+    def contains_many(self, collection: str, passage_ids: Sequence[str]) -> list[bytes | None]:
+        # An indexing call over many ids: the longer budget.
+        headers = self._headers(self._bulk, collection, passage_ids)
+        return [None if header is None else header.text_digest for header in headers]
+
+    def scan(self, collection: str) -> Iterator[tuple[str, Record | Damaged]]:
+        passage_ids = self._scan_ids(collection)
+        while batch := list(islice(passage_ids, _READ_CHUNK)):
+            for passage_id, record in zip(batch, self._get(self._bulk, collection, batch), strict=True):
+                if record is not None:
+                    yield passage_id, record
+
+    def stats(self, collection: str) -> StoreStats:
+        """Counted by a scan over headers: about a second per million passages on a local server."""
+
+        def headers() -> Iterator[Header | None]:
+            passage_ids = self._scan_ids(collection, self._count_seconds)
+            while batch := list(islice(passage_ids, _HEADER_CHUNK)):
+                yield from self._headers(self._bulk, collection, batch, self._count_seconds)
+
+        return sum_headers(headers())
+
+    def audit(self, collection: str) -> Audit:
+        """Its own keys and fields: those of every collection, because one hash holds them all."""
+        problems = [problem for _, _, problem in self._flaws()]
+        if num_stray := sum(1 for _ in self._stray_keys(collection)):
+            problems.append(f"{num_stray} keys under {self._key_start(collection).decode()} that no passage can have")
+        return Audit(tuple(problems))
+
+    def mend(self) -> list[str]:
+        left_behind = []
+        for key, field, problem in list(self._flaws()):
+            name = _name(field)
+            if key == self._manifests and name is not None:
+                left_behind.append(f"{problem}; drop {name!r} and index it again")
+                continue
+            self._ask(self._bulk, _is_count, "HDEL", key, field)
+            if key == self._generations and name is not None:
+                self._bump(name)
+            else:
+                left_behind.append(f"{problem}; removed")
+        for collection in self.list_collections():
+            keys = list(self._stray_keys(collection))
+            run(self._bulk, [("UNLINK", key) for key in keys], _is_count, _HEADER_CHUNK)
+            if keys:
+                left_behind.append(f"{len(keys)} keys of {collection!r} that no passage can have; removed")
+        return left_behind
+
+    def generation(self, collection: str) -> int:
+        value = self._ask(self._online, _is_value, "HGET", self._generations, collection)
+        # Whatever the value, as long as another one is another number: where it is damaged, `audit` says so.
+        return 0 if value is None else xxhash.xxh3_64_intdigest(value)
+
+    def read_manifest(self, collection: str) -> Manifest | None:
+        value = self._ask(self._online, _is_value, "HGET", self._manifests, collection)
+        try:
+            return None if value is None else Manifest.from_json(value, collection)
+        except ManifestError as exc:
+            raise StoreDamaged(f"collection {collection!r} cannot be read: {exc}; see `preread verify`") from exc
+
+    def write_manifest(self, manifest: Manifest) -> None:
+        name, value = manifest.collection, manifest.to_json()
+        is_alias = name in self._aliases_by(self._bulk)
+        if is_alias or not self._ask(self._bulk, _is_count, "HSETNX", self._manifests, name, value):
+            raise CollectionExists(f"collection: {name!r} already exists in this store")
+        self._bump(name, is_plain=manifest.version == 1)
+
+    def list_collections(self) -> list[str]:
+        found = self._ask(self._online, _is_list, "HKEYS", self._manifests)
+        return sorted(name for field in found if (name := _name(field)) is not None)
+
+    def drop_collection(self, collection: str) -> None:
+        self._require(collection)
+        aliases = self._aliases_by(self._bulk)
+        if users := sorted(alias for alias, name in aliases.items() if name == collection):
+            raise CollectionInUse(f"collection: {collection!r} is in use by the aliases {users}; move them first")
+        # The manifest first: nothing can be written then. Records that a crash leaves are bound to the old manifest, so
+        # a new collection of this name does not take them for its own.
+        self._ask(self._bulk, _is_count, "HDEL", self._manifests, collection)
+        self._bump(collection)
+        keys = self._scan_keys(collection)
+        while batch := list(islice(keys, _HEADER_CHUNK)):
+            run(self._bulk, [("UNLINK", key) for key in batch], _is_count, _HEADER_CHUNK)
+
+    def aliases(self) -> dict[str, str]:
+        return self._aliases_by(self._online)
+
+    def set_alias(self, alias: str, collection: str, *, shadowing: bool = False) -> None:
+        check_name("alias", alias)
+        if not shadowing and self._ask(self._bulk, _is_count, "HEXISTS", self._manifests, alias):
+            raise CollectionExists(f"alias: {alias!r} is the name of a collection")
+        self._require(collection)
+        value = f"{collection}:{_checksum(alias, collection)}"
+        self._ask(self._bulk, _is_count, "HSET", self._aliases, alias, value)
+
+    def remove_alias(self, alias: str) -> bool:
+        return bool(self._ask(self._bulk, _is_count, "HDEL", self._aliases, alias))
+
+    def close(self) -> None:
+        self._online.close()
+        self._bulk.close()
+
+    def _ask(self, link: Link, is_valid: IsValid, *command: Any) -> Any:
+        """The reply to a command on one of the store's hashes."""
+        (reply,) = run(link, [command], is_valid, 1)
+        if isinstance(reply, Exception):
+            raise StoreDamaged(f"Redis key {command[1]}: another type of value, expected the hash Preread keeps there")
+        return reply
+
+    def _flaws(self) -> Iterator[tuple[str, bytes, str]]:
+        """Fields of the store's hashes that it did not write so: key, field, and what is wrong."""
+        problem: str | None
+        for key, check in (
+            (self._manifests, _manifest_problem),
+            (self._aliases, _alias_problem),
+            (self._generations, _generation_problem),
+        ):
+            for field, value in sorted(self._ask(self._bulk, _is_pairs, "HGETALL", key).items()):
+                problem = check(field, value)
+                if problem is not None:
+                    yield key, field, f"{key} {field.decode(errors='backslashreplace')!r}: {problem}"
+
+    def _stray_keys(self, collection: str) -> Iterator[bytes]:
+        start = self._key_start(collection)
+        for key in self._scan_keys(collection):
+            if not is_passage_id(key[len(start) :].decode(errors="surrogateescape")):
+                yield key
+
+    def _aliases_by(self, link: Link) -> dict[str, str]:
+        """Damaged and foreign fields are no aliases: opening one is an error, and the others stay."""
+        aliases = {}
+        for alias, value in self._ask(link, _is_pairs, "HGETALL", self._aliases).items():
+            problem = _alias_problem(alias, value)
+            if problem is None:
+                aliases[alias.decode()] = value.partition(b":")[0].decode()
+            elif (alias, value) not in self._told:
+                self._told.add((alias, value))
+                log.warning("alias %r: %s", alias.decode(errors="backslashreplace"), problem)
+        return aliases
+
+    def _get(self, link: Link, collection: str, passage_ids: Sequence[str]) -> list[Record | Damaged | None]:
+        found = self._get_once(link, collection, passage_ids)
+        # A record knows whose it is. One that does not fit may be another key's, on a connection that mixes replies up,
+        # and then a nil may stand in a record's place: all but the records are asked for once more, on another one.
+        if any(isinstance(record, Damaged) for record in found):
+            doubted = [i for i, record in enumerate(found) if not isinstance(record, Record)]
+            link.reconnect()
+            again = self._get_once(link, collection, [passage_ids[i] for i in doubted])
+            for i, record in zip(doubted, again, strict=True):
+                found[i] = record
+        return found
+
+    def _get_once(self, link: Link, collection: str, passage_ids: Sequence[str]) -> list[Record | Damaged | None]:
+        commands = [("GET", self._key(collection, passage_id)) for passage_id in passage_ids]
+        values = run(link, commands, _is_value, _READ_CHUNK, chunk_bytes=_CHUNK_BYTES)
+        return [_checked(*pair) for pair in zip(passage_ids, values, strict=True)]
+
+    def _headers(
+        self, link: Link, collection: str, passage_ids: Sequence[str], budget_seconds: float | None = None
+    ) -> list[Header | None]:
+        keys = [self._key(collection, passage_id) for passage_id in passage_ids]
+        commands = [("GETRANGE", key, 0, HEADER_BYTES - 1) for key in keys]
+        values = run(link, commands, _is_value, _HEADER_CHUNK, budget_seconds=budget_seconds)
+        return [_header(*pair) for pair in zip(passage_ids, values, strict=True)]
+
+    def _scan_ids(self, collection: str, budget_seconds: float | None = None) -> Iterator[str]:
+        """Ids of a collection, each once. A key that no passage can have is not one of ours, and not among them."""
+        start = self._key_start(collection)
+        for key in self._scan_keys(collection, budget_seconds):
+            passage_id = key[len(start) :].decode(errors="surrogateescape")
+            if is_passage_id(passage_id):
+                yield passage_id
+
+    def _scan_keys(self, collection: str, budget_seconds: float | None = None) -> Iterator[bytes]:
+        """Every key under a collection's prefix, each once; SCAN itself may repeat some."""
+        start = self._key_start(collection)
+        seen: set[int] = set()
+        nodes = [None]
+        if self._address.is_cluster:
+            nodes = self._bulk.call(lambda client, _: client.get_primaries(), budget_seconds=budget_seconds)
+        for node in nodes:
+            cursor, cursors = 0, {0}
+            while True:
+                step = partial(_scan_step, node=node, cursor=cursor, start=start)
+                cursor, keys = self._bulk.call(step, budget_seconds=budget_seconds)
+                for key in keys:
+                    digest = xxhash.xxh3_64_intdigest(key)
+                    if digest not in seen:
+                        seen.add(digest)
+                        yield key
+                if not cursor:
+                    break
+                if cursor in cursors:  # no server comes by one twice, so this one would go on without end
+                    raise StoreUnavailable(f"{self._address}: SCAN repeats its cursor {cursor}")
+                cursors.add(cursor)
+
+    def _key(self, collection: str, passage_id: str) -> bytes:
+        return self._key_start(collection) + passage_id_bytes(passage_id)
+
+    def _key_start(self, collection: str) -> bytes:
+        # A checked name holds no ':' and no glob character, so no collection's keys match another's pattern.
+        return f"{self._address.prefix}:p:{check_name('collection', collection)}:".encode()
+
+    def _require(self, collection: str) -> None:
+        if not self._ask(self._bulk, _is_count, "HEXISTS", self._manifests, collection):
+            raise CollectionNotFound(f"collection: {collection!r} does not exist in this store")
+
+    def _bump(self, collection: str, *, is_plain: bool | None = None) -> None:
+        """Another generation. Plain, as the number it is, for collections of version 1, whose writers count on from it.
+
+        Random, not counted: a count comes by a number again after a restart without data, or on a stale replica.
+        """
+        if is_plain is None:
+            known = self._ask(self._bulk, _is_value, "HGET", self._generations, collection)
+            is_plain = known is not None and known.isdigit()
+        number = str(secrets.randbits(62))
+        value = number if is_plain else f"{number}:{_checksum(collection, number)}"
+        self._ask(self._bulk, _is_count, "HSET", self._generations, collection, value)
+
+
+def _scan_step(client: Client, _: Deadline, *, node: Any, cursor: int, start: bytes) -> tuple[int, list[bytes]]:
+    """One SCAN, on one node of a cluster (None: on the server there is)."""
+    if node is not None:
+        client = client.get_redis_connection(node)
+    command = ("SCAN", cursor, "MATCH", start + b"*", "COUNT", _SCAN_COUNT)
+    ((cursor, keys),) = exchange(client, [command], _is_page)
+    if not all(key.startswith(start) for key in keys):
+        raise Malformed("SCAN gave keys that were not asked for")
+    return cursor, keys
+
+
+def _is_true(reply: object) -> bool:
+    return reply is True
+
+
+def _is_count(reply: object) -> bool:
+    return isinstance(reply, int)
+
+
+def _is_value(reply: object) -> bool:
+    return reply is None or isinstance(reply, bytes)
+
+
+def _is_list(reply: object) -> bool:
+    return isinstance(reply, list) and all(isinstance(one, bytes) for one in reply)
+
+
+def _is_pairs(reply: object) -> bool:
+    return isinstance(reply, dict) and _is_list([*reply, *reply.values()])
+
+
+def _is_page(reply: object) -> bool:
+    return isinstance(reply, tuple) and len(reply) == 2 and _is_count(reply[0]) and _is_list(reply[1])
+
+
+def _name(field: bytes) -> str | None:
+    """A collection's or alias's name; None for what is none, and so was not written by us."""
+    try:
+        return check_name("name", field.decode())
+    except (UnicodeDecodeError, InvalidName):
+        return None
+
+
+def _alias_problem(alias: bytes, value: bytes) -> str | None:
+    encoded, separator, checksum = value.partition(b":")
+    name, collection = _name(alias), _name(encoded)
+    if name is None or collection is None:
+        return "no alias of this store"
+    if separator and checksum.decode(errors="replace") != _checksum(name, collection):  # earlier versions wrote none
+        return "its checksum does not match"
+    return None
+
+
+def _manifest_problem(collection: bytes, value: bytes) -> str | None:
+    name = _name(collection)
+    if name is None:
+        return "no collection of this store"
+    try:
+        Manifest.from_json(value, name)
+    except ManifestError as exc:
+        return str(exc)
+    return None
+
+
+def _generation_problem(collection: bytes, value: bytes) -> str | None:
+    number, separator, checksum = value.partition(b":")
+    name = _name(collection)
+    if name is None:
+        return "no collection of this store"
+    if number.isdigit() and (not separator or checksum.decode(errors="replace") == _checksum(name, number.decode())):
+        return None
+    return "its checksum does not match"
+
+
+def _checksum(field: str, value: str) -> str:
+    """Of a value in one of the store's hashes, in hex; under another field, or changed, it does not fit."""
+    return xxhash.xxh3_64_hexdigest(f"{field}:{value}".encode())
+
+
+def _checked(passage_id: str, value: bytes | Exception | None) -> Record | Damaged | None:
+    if value is None:
+        return None
+    try:
+        if isinstance(value, Exception):
+            raise DamagedRecord("the key holds another type of value")
+        return unpack(value, passage_id)
+    except DamagedRecord as exc:
+        return Damaged(passage_id, str(exc))
+
+
+def _header(passage_id: str, value: bytes | Exception) -> Header | None:
+    if isinstance(value, Exception) or not value:
+        return None
+    try:
+        return Header.parse(value, passage_id)
+    except DamagedRecord:
+        return None

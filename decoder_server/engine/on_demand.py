@@ -1,0 +1,296 @@
+"""Texts to pooled states by asking an encoder worker. What comes back is checked before use.
+
+Does not know requests, stores or what the states are for.
+
+States of texts that come with a request: encoded once each, kept while there is room.
+
+Concurrent requests with one text share one encoding. Does not know how encoding works, nor stores.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import grpc
+import numpy as np
+from numpy.typing import NDArray
+
+from cache.read_cache import ByteBoundedCache
+from cache.states import PassageStates, text_digest
+from preread.channel import TlsFiles, connection_arguments
+from preread.v1 import encoder_pb2, encoder_pb2_grpc
+from preread_edge.logs import current
+
+log = logging.getLogger(__name__)
+
+# The largest answer is one batch of texts at ratio 1 in float32.
+MAX_ANSWER_BYTES = 1 << 30
+DESCRIBE_TIMEOUT_SECONDS = 5.0
+
+_FORMATS = {
+    "float32": encoder_pb2.STATE_FORMAT_FLOAT32,
+    "bfloat16": encoder_pb2.STATE_FORMAT_BFLOAT16,
+}
+
+
+class EncoderError(Exception):
+    """The worker cannot be asked, refused, or answered with something unusable."""
+
+
+class EncoderClient:
+    """One encoder worker, spoken to over gRPC."""
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        fingerprint: str,
+        dim: int,
+        dtype_name: str,
+        timeout_seconds: float,
+        api_key: str = "",
+        tls: TlsFiles | None = None,
+    ) -> None:
+        """
+        Args:
+            address: host:port.
+            fingerprint: of the encoder whose states the decoder reads; no other is accepted.
+            dtype_name: number format of the decoder; states travel in it, finer would be lost anyway.
+            tls: None: plain text.
+        """
+        self.address = address
+        self._fingerprint = fingerprint
+        self._dim = dim
+        self._format = _FORMATS[dtype_name]
+        self._timeout_seconds = timeout_seconds
+        self._api_key = api_key
+        self._channel = open_channel(address, tls)
+        self._stub = encoder_pb2_grpc.EncoderServiceStub(self._channel)
+
+    async def encode(self, texts: Sequence[str], ratio: int) -> list[PassageStates | str]:
+        """Pooled states of each text, or why the worker refused that text.
+
+        Raises:
+            EncoderError: no usable answer for any of them.
+        """
+        request = encoder_pb2.EncodeRequest(texts=texts, compression_ratio=ratio, format=self._format)
+        try:
+            answer = await self._stub.Encode(
+                request, timeout=self._timeout_seconds, metadata=call_metadata(self._api_key)
+            )
+        except grpc.aio.AioRpcError as exc:
+            raise self._error(_why(exc)) from exc
+        self._check_identity(answer.fingerprint, answer.dim)
+        if len(answer.passages) != len(texts) or answer.compression_ratio != ratio or answer.format != self._format:
+            raise self._error(
+                f"answered {len(answer.passages)} passages at ratio {answer.compression_ratio} in format "
+                f"{answer.format}; expected {len(texts)} at {ratio} in {self._format}"
+            )
+        return [self._unpack(passage, ratio, text) for passage, text in zip(answer.passages, texts, strict=True)]
+
+    async def check(self) -> None:
+        """Asks the worker who it is.
+
+        Raises:
+            EncoderError: it does not answer.
+            ValueError: it is another encoder than the decoder was made for.
+        """
+        try:
+            answer = await self._stub.Describe(
+                encoder_pb2.DescribeRequest(),
+                timeout=DESCRIBE_TIMEOUT_SECONDS,
+                metadata=call_metadata(self._api_key),
+            )
+        except grpc.aio.AioRpcError as exc:
+            raise self._error(_why(exc)) from exc
+        try:
+            self._check_identity(answer.encoder.fingerprint, answer.encoder.dim)
+        except EncoderError as exc:
+            raise ValueError(str(exc)) from exc
+
+    async def close(self) -> None:
+        await self._channel.close(None)
+
+    def _check_identity(self, fingerprint: str, dim: int) -> None:
+        if fingerprint != self._fingerprint or dim != self._dim:
+            raise self._error(
+                f"encodes with {fingerprint[:16]} (dim {dim}); the served model reads states of "
+                f"{self._fingerprint[:16]} (dim {self._dim})"
+            )
+
+    def _unpack(self, passage: encoder_pb2.EncodedPassage, ratio: int, text: str) -> PassageStates | str:
+        if passage.message:
+            return passage.message
+        try:
+            rows = _floats(passage.states, self._format, self._dim)
+            if not np.isfinite(rows).all():
+                return f"encoder worker {self.address}: states of this text are not finite"
+            digest = text_digest(text)
+            return PassageStates(
+                states=rows,
+                window_tokens=tuple(passage.window_tokens),
+                compression_ratio=ratio,
+                truncated=passage.truncated,
+                text_digest=digest,
+                key=digest + struct.pack("<I", ratio),  # of one encoder: the one that this client checked
+            )
+        except ValueError as exc:  # costs this text: the others' states are their own
+            return str(self._error(f"answered states that do not fit: {exc}"))
+
+    def _error(self, message: str) -> EncoderError:
+        return EncoderError(f"encoder worker {self.address}: {message}")
+
+
+def _why(error: grpc.aio.AioRpcError) -> str:
+    """Reason of a failed call, for callers of this server. Of a bug only that it is one: its text is for the log."""
+    code = error.code()
+    if code in (grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL):
+        log.error("the encoder worker failed: %s: %s", code.name, error.details())
+        return f"{code.name}: its log has the cause"
+    return f"{code.name}: {error.details()}"
+
+
+def open_channel(address: str, tls: TlsFiles | None) -> grpc.aio.Channel:
+    """A channel to a worker, for messages as large as it sends.
+
+    Raises:
+        OSError, ValueError: certificate files that cannot be used.
+    """
+    options: list[tuple[str, int | str]] = [
+        ("grpc.max_receive_message_length", MAX_ANSWER_BYTES),
+        ("grpc.max_send_message_length", -1),
+        *connection_arguments(address),
+        ("grpc.max_reconnect_backoff_ms", 5000),  # one that comes back is found within seconds, not two minutes
+    ]
+    if tls is None:
+        return grpc.aio.insecure_channel(address, options=options)
+    return grpc.aio.secure_channel(address, tls.credentials(), options=options)
+
+
+def call_metadata(api_key: str) -> tuple[tuple[str, str], ...]:
+    """What goes along with a call: the key, and the id and trace of the call this one serves."""
+    metadata = [("authorization", f"Bearer {api_key}")] if api_key else []
+    call = current()
+    if call is not None:
+        metadata.append(("x-request-id", call.request_id))
+        if call.traceparent:
+            metadata.append(("traceparent", call.traceparent))
+    return tuple(metadata)
+
+
+def _floats(data: bytes, state_format: encoder_pb2.StateFormat, dim: int) -> NDArray[np.float32]:
+    """Little-endian rows -> (num_states, dim) float32. ValueError where they are not whole rows."""
+    if state_format == encoder_pb2.STATE_FORMAT_BFLOAT16:
+        # bfloat16 is the upper half of a float32.
+        wide = np.frombuffer(data, dtype="<u2").astype(np.uint32) << 16
+        return wide.view(np.float32).reshape(-1, dim)
+    return np.frombuffer(data, dtype="<f4").astype(np.float32).reshape(-1, dim)
+
+
+Key = tuple[bytes, int]  # text digest, ratio the text is encoded at
+
+
+class Encodes(Protocol):
+    """What turns texts into states: an EncoderClient."""
+
+    async def encode(self, texts: Sequence[str], ratio: int) -> list[PassageStates | str]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why there are no states of a text."""
+
+    reason: str
+
+
+class InlineStates:
+    """States of the latest inline texts within a byte budget, with single flight.
+
+    Only touched from the event loop.
+    """
+
+    def __init__(self, encoder: Encodes, *, max_bytes: int, base_ratio: int) -> None:
+        """
+        Args:
+            base_ratio: texts wanted at a multiple of it are encoded at it and pooled on, so that one
+                encoding serves every such ratio.
+        """
+        self.num_encoded = 0
+        self.num_hits = 0
+        self._encoder = encoder
+        self._base_ratio = base_ratio
+        # The latest rather than the most asked for: who sends a text will soon ask of it again, or never.
+        self._kept: ByteBoundedCache[Key, PassageStates] = ByteBoundedCache(
+            max_bytes, lambda states: states.nbytes, policy="lru"
+        )
+        self._flights: dict[Key, asyncio.Future[PassageStates | Refusal]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held now."""
+        return self._kept.num_bytes
+
+    def kept(self, digest: bytes, ratio: int) -> PassageStates | None:
+        """States at `ratio` that need no encoding, if there are any."""
+        states = self._kept.get(self._key(digest, ratio))
+        if states is None:
+            return None
+        self.num_hits += 1
+        return states.at_ratio(ratio)
+
+    async def encode(self, texts: Mapping[bytes, str], ratio: int) -> dict[bytes, PassageStates | Refusal]:
+        """States at `ratio` of texts by digest; what is being encoded already is waited for.
+
+        A caller who leaves does not take the encoding along: others may wait for it, and the next
+        request probably will.
+        """
+        # Looked up again: since the caller looked, another request may have had them encoded.
+        kept = {digest: states for digest in texts if (states := self.kept(digest, ratio)) is not None}
+        keys = {digest: self._key(digest, ratio) for digest in texts if digest not in kept}
+        new = {key: texts[digest] for digest, key in keys.items() if key not in self._flights}
+        if new:
+            loop = asyncio.get_running_loop()
+            self._flights |= {key: loop.create_future() for key in new}
+            task = loop.create_task(self._fly(new))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        flights = {digest: self._flights[key] for digest, key in keys.items()}
+        if flights:
+            await asyncio.wait(flights.values())  # unlike await on each, leaves them be when the caller is cancelled
+        return kept | {digest: _at_ratio(flight.result(), ratio) for digest, flight in flights.items()}
+
+    async def close(self) -> None:
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _key(self, digest: bytes, ratio: int) -> Key:
+        return digest, self._base_ratio if ratio % self._base_ratio == 0 else ratio
+
+    async def _fly(self, new: dict[Key, str]) -> None:
+        (ratio,) = {ratio for _, ratio in new}  # one call of encode, one ratio
+        results: list[PassageStates | str] = ["encoding was cut off"] * len(new)
+        try:
+            results = await self._encoder.encode(list(new.values()), ratio)
+            self.num_encoded += len(new)
+        except EncoderError as exc:
+            results = [str(exc)] * len(new)
+        except Exception:  # a bug: the callers must hear that there are no states, the log has why
+            log.exception("%d texts could not be encoded", len(new))
+            results = ["encoding failed; the server's log has the cause"] * len(new)
+        finally:
+            for key, result in zip(new, results, strict=True):
+                flight = self._flights.pop(key)
+                flight.set_result(Refusal(result) if isinstance(result, str) else result)
+                if isinstance(result, PassageStates):
+                    self._kept.put(key, result)
+
+
+def _at_ratio(result: PassageStates | Refusal, ratio: int) -> PassageStates | Refusal:
+    return result if isinstance(result, Refusal) else result.at_ratio(ratio)

@@ -1,0 +1,132 @@
+"""Listwise readout: all passages of a query in one sequence, each scored by the cosine of its marker and the query's.
+
+A score depends on the other passages of its list; nothing here may be kept per pair. Longer lists are read in
+blocks, and the query's vector is the mean over blocks, weighted by how well each block's best passage did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from checkpoint.compute import dtype_name
+from checkpoint.files import CheckpointError
+from checkpoint.tensors import StoredTensors
+from decoder_server.models.cross_encoder.profiles import Profile
+from decoder_server.models.cross_encoder.templates import TemplateFiller, TextPair, Tokenizers, list_template, place
+
+PROJECTOR = ("projector.0.weight", "projector.2.weight")  # two layers without biases, a ReLU between them
+
+
+class ListwiseRunner:
+    """A decoder with a projector over its marker tokens."""
+
+    def __init__(
+        self,
+        model: Any,
+        projector: tuple[torch.Tensor, torch.Tensor],
+        tokenizers: Tokenizers,
+        profile: Profile,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.dtype_name, self.device_name = dtype_name(dtype), str(device)
+        self._model, self._device = model, device
+        self._projector = tuple(weight.to(device) for weight in projector)  # (hidden / 2, hidden), (dim, hidden / 2)
+        self._tokenizers, self._profile = tokenizers, profile
+        self._markers = [marker_id(tokenizers, token) for token in (profile.passage_token, profile.query_token)]
+
+    @torch.inference_mode()
+    def margins(self, pairs: Sequence[TextPair]) -> NDArray[np.float32]:
+        """Cosines (len(pairs),): pairs of one query and instruction make one list."""
+        lists: dict[tuple[str, str], list[int]] = {}
+        for i, pair in enumerate(pairs):
+            lists.setdefault((pair.query, pair.instruction), []).append(i)
+        margins = np.empty(len(pairs), dtype=np.float32)
+        for indices in lists.values():
+            margins[indices] = self._one_list([pairs[i] for i in indices])
+        return margins
+
+    def _one_list(self, pairs: Sequence[TextPair]) -> NDArray[np.float32]:
+        passages, queries, weights = [], [], []
+        for block in self._blocks(pairs):
+            projected = self._block(block)  # (passages + 1, dim), the query last
+            passages.append(projected[:-1])
+            queries.append(projected[-1])
+            weights.append(((1 + _cosine(projected[:-1], projected[-1])) / 2).max())
+        share = torch.stack(weights)
+        query = (torch.stack(queries) * share[:, None]).sum(0) / share.sum()
+        result: NDArray[np.float32] = _cosine(torch.cat(passages), query).cpu().numpy()
+        return result
+
+    def _block(self, pairs: Sequence[TextPair]) -> torch.Tensor:
+        """Projected hidden states of the passages' markers and the query's, (len(pairs) + 1, dim)."""
+        template = list_template(self._profile, len(pairs))
+        filler = TemplateFiller(self._tokenizers, [template], add_special_tokens=False)
+        fields = {"query": pairs[0].query, "instruction": pairs[0].instruction}
+        fields |= {place(i): pair.passage for i, pair in enumerate(pairs)}
+        ids = torch.tensor(filler.encode([fields])[0].ids, device=self._device)
+        hidden = self._model(input_ids=ids[None], use_cache=False).last_hidden_state[0]  # (length, hidden)
+        passage, query = self._markers
+        marked = hidden[torch.cat([(ids == passage).nonzero()[:, 0], (ids == query).nonzero()[:, 0]])].float()
+        first, second = self._projector
+        return torch.relu(marked @ first.T) @ second.T
+
+    def _blocks(self, pairs: Sequence[TextPair]) -> Iterator[list[TextPair]]:
+        """Consecutive passages that fit one sequence, as the reference splits them."""
+        profile = self._profile
+        most = profile.max_passage_tokens or profile.max_tokens
+        room = start = profile.max_tokens - 2 * self._tokenizers.count(pairs[0].query)  # the query stands in it twice
+        block: list[TextPair] = []
+        for pair in pairs:
+            block.append(pair)
+            room -= self._tokenizers.count(pair.passage)
+            if len(block) == profile.max_list_passages or room <= most:
+                yield block
+                block, room = [], start
+        if block:
+            yield block
+
+
+def read_projector(directory: Path, tensors: StoredTensors, hidden: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two layers of the projector, in float32.
+
+    Args:
+        hidden: width of the states that go in.
+
+    Raises:
+        CheckpointError: they are not stored, or of a shape that does not fit.
+    """
+    names = PROJECTOR
+    missing = [name for name in names if name not in tensors]
+    if missing:
+        raise CheckpointError(f"{directory}: {', '.join(missing)} is not in the checkpoint and would be random")
+    first, second = tensors.read(names[0]), tensors.read(names[1])
+    if first.dim() != 2 or second.dim() != 2 or first.shape[1] != hidden or second.shape[1] != first.shape[0]:
+        raise CheckpointError(
+            f"{directory}: {names[0]} and {names[1]} have the shapes {tuple(first.shape)} and {tuple(second.shape)}; "
+            f"expected (a, {hidden}) and (b, a)"
+        )
+    return first, second
+
+
+def marker_id(tokenizers: Tokenizers, token: str) -> int:
+    """The id of a marker.
+
+    Raises:
+        CheckpointError: the tokenizer does not know it as one token.
+    """
+    ids = tokenizers.exact.encode(token, add_special_tokens=False).ids
+    if len(ids) != 1:
+        raise CheckpointError(f"the tokenizer reads {token!r} as {len(ids)} tokens {ids}; expected exactly one")
+    return int(ids[0])
+
+
+def _cosine(rows: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    """(rows, dim) and (dim,) -> (rows,)."""
+    return torch.nn.functional.cosine_similarity(rows, vector[None], dim=-1)

@@ -1,0 +1,107 @@
+"""A name to a loaded cross-encoder: finds the files, chooses the profile, checks both, loads."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from checkpoint.compute import choose_device, choose_dtype, cpu_multiplies_bfloat16
+from checkpoint.files import CheckpointError, read_json, resolve
+from decoder_server.models.cross_encoder.files import Source
+from decoder_server.models.cross_encoder.model import CrossEncoder, Runner
+from decoder_server.models.cross_encoder.profiles import (
+    Profile,
+    check_architecture,
+    generic_profile,
+    limited,
+    named_profile,
+    own_profile,
+)
+from decoder_server.models.cross_encoder.torch_runtime import load_torch
+
+log = logging.getLogger(__name__)
+RUNTIMES = ("torch", "onnx", "onnx-int8")
+
+
+def open_cross_encoder(
+    name: str | Path,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    runtime: str = "torch",
+    profile: str | Profile | None = None,
+    revision: str | None = None,
+    max_tokens: int | None = None,
+    trust_remote_code: bool = False,
+    cache_dir: Path | None = None,
+) -> CrossEncoder:
+    """Loads a reranker that reads query and passage together.
+
+    Args:
+        name: directory or hub id.
+        device: auto, cpu or cuda[:N]; None is auto.
+        dtype: auto, float32 or bfloat16; None is auto.
+        runtime: torch, or onnx (float32) or onnx-int8 with ONNX Runtime on the CPU.
+        profile: a model id whose recipe to use, a TOML file, `generic`, or a Profile; None: by exact id, by the
+            checkpoint's own file, or from its configuration.
+        max_tokens: a lower or higher limit than the profile's.
+        trust_remote_code: run Python that comes with the checkpoint; never without being told to.
+        cache_dir: where ONNX graphs are kept; None: ~/.cache/preread/onnx.
+
+    Raises:
+        CheckpointError: files that cannot be served, with the reason.
+        ValueError: a device, dtype or runtime that is not to be had.
+    """
+    name = str(name)
+    if runtime not in RUNTIMES:
+        raise ValueError(f"runtime is {runtime!r}; expected {' or '.join(RUNTIMES)}")
+    if runtime != "torch":
+        if device not in (None, "auto", "cpu"):
+            raise ValueError(f"device is {device!r}; the runtime {runtime!r} computes on the CPU")
+        if dtype not in (None, "auto", "float32"):
+            raise ValueError(
+                f"dtype is {dtype!r}; the runtime {runtime!r} computes in float32 around its int8 products"
+            )
+        device, dtype = "cpu", "float32"
+    where = choose_device(device)
+    number_format = choose_dtype(dtype, where)
+    if number_format is torch.bfloat16 and where.type == "cpu" and not cpu_multiplies_bfloat16():
+        log.warning("this processor has no bfloat16 instructions: they are emulated, slower than float32")
+    chosen = named_profile(name, profile)
+    _check_allowed(name, chosen, trust_remote_code)  # before anything is downloaded
+    directory = resolve(name, revision, with_code=trust_remote_code)
+    raw = read_json(directory / "config.json")
+    if chosen is None:
+        chosen = (own_profile(directory) if profile is None else None) or generic_profile(name, raw, directory)
+        _check_allowed(name, chosen, trust_remote_code)
+    check_architecture(chosen, raw, name)
+    source = Source.open(directory, raw, limited(chosen, raw, max_tokens), trust_remote_code=trust_remote_code)
+    runner: Runner
+    if runtime == "torch":
+        runner = load_torch(source, where, number_format)
+    else:
+        from decoder_server.models.cross_encoder.onnx_runtime import load_onnx  # an extra
+
+        runner = load_onnx(source, quantized=runtime == "onnx-int8", cache_dir=cache_dir)
+    model = CrossEncoder(
+        source.reader, runner, source.profile, model=name, runtime=runtime, fingerprint=source.fingerprint
+    )
+    model.first_pass()  # what config.json says may make a model that loads and cannot compute
+    without = "" if where.type != "cpu" or cpu_multiplies_bfloat16() else " (no bfloat16 on this processor)"
+    log.info("%s: profile %s, %s on %s%s", name, chosen.model, model.dtype_name, model.device_name, without)
+    if model.license_notice:
+        log.log(logging.WARNING if chosen.restricted else logging.INFO, "%s", model.license_notice)
+    return model
+
+
+def _check_allowed(name: str, profile: Profile | None, trust_remote_code: bool) -> None:
+    if profile is None:
+        return
+    if profile.refused:
+        raise CheckpointError(f"{name} cannot be served: {profile.refused}")
+    if profile.needs_remote_code and not trust_remote_code:
+        raise CheckpointError(
+            f"{name} runs Python code that comes with the checkpoint; allow it with trust_remote_code if you trust it"
+        )

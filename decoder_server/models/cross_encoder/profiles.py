@@ -1,0 +1,500 @@
+"""How a reranker wants to be served: template, readout, padding, limits, activation. One row per model.
+
+The rows live in profiles.toml; a user's file has the same form. Does not know tokens or tensors.
+
+Declarations of a checkpoint about its own arithmetic: applied by transformers or by the profile, or refused.
+
+config.json, and the files that sentence-transformers writes beside it: modules.json, config_sentence_transformers.json
+and sentence_bert_config.json. Does not know tensors or tokens.
+
+Which profile a checkpoint is served by: asked for, its own, by exact id, or made from its config.json.
+
+Does not know tokens or tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+from checkpoint.files import STORAGE, CheckpointError, check_fields, read_json, read_json_value
+from checkpoint.settings import template_fields
+
+# classifier: the model's own sequence-classification head, as an encoder has it.
+# score: one row of weights over a decoder's last token.
+# vocabulary: rows of the output embedding, for one or two answer tokens, over a decoder's last token.
+# listwise: cosine of a passage's marker token and the query's, all passages in one sequence.
+Head = Literal["classifier", "score", "vocabulary", "listwise"]
+Activation = Literal["identity", "sigmoid"]
+Padding = Literal["left", "right"]
+GENERIC = "generic"  # the profile made from a checkpoint's own configuration
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One model's recipe."""
+
+    model: str  # hub id, or what a user calls it
+    architectures: tuple[str, ...]  # class names that config.json may give
+    head: Head = "classifier"
+    num_labels: int = 1  # 2: the margin is label 1 over label 0
+    yes: str | int | None = None  # answer token, or its id; vocabulary heads only
+    no: str | int | None = None  # None: the margin is the logit of `yes` alone
+    answer_ids: tuple[int, ...] = ()  # what the published tokenizer gives for yes and no
+    activation: Activation = "identity"
+    temperature: float = 1.0  # scores are activation(margin / temperature)
+    template: tuple[str, ...] = ()  # pieces, each tokenized by itself; empty: the tokenizer's own pair (query, passage)
+    instruction_format: str = ""  # what a given instruction becomes in the template; empty: none is read
+    default_instruction: str = ""
+    add_special_tokens: bool = False  # whether the tokenizer adds its own around a filled template
+    strip: bool = False  # texts are stripped of surrounding white space
+    padding: Padding = "right"
+    max_tokens: int = 512
+    max_query_tokens: int = 512
+    max_instruction_tokens: int = 512
+    max_passage_tokens: int | None = None  # None: what the rest of max_tokens leaves
+    passage_format: str = ""  # listwise only
+    passage_token: str = ""  # listwise only: read out for a passage
+    query_token: str = ""  # listwise only: read out for the query
+    max_list_passages: int = 1  # listwise only: passages per sequence
+    needs_remote_code: bool = False
+    refused: str = ""  # why this version cannot serve it
+    license: str = ""  # said on load when given
+    note: str = ""
+    golden: tuple[float, ...] = ()  # published scores of four passages
+    golden_are_margins: bool = False
+
+    @property
+    def listwise(self) -> bool:
+        """Scores depend on the other candidates: never keep one per pair."""
+        return self.head == "listwise"
+
+    @property
+    def takes_instruction(self) -> bool:
+        return bool(self.instruction_format)
+
+    @property
+    def restricted(self) -> bool:
+        """Whether its licence is one that a user must be told of."""
+        return self.license not in ("", "Apache-2.0", "MIT")
+
+    @property
+    def fields(self) -> set[str]:
+        template_fields("".join(self.template))  # for what all pieces together cost
+        return {name for piece in self.template for name in template_fields(piece)}
+
+
+def builtin_profiles() -> dict[str, Profile]:
+    """Every row that ships, by exact model id."""
+    text = resources.files(__package__).joinpath("profiles.toml").read_text(encoding="utf-8")
+    return parse_profiles(text, "profiles.toml")
+
+
+def load_profiles(path: Path) -> dict[str, Profile]:
+    """Rows of a user's file, by exact model id.
+
+    Raises:
+        CheckpointError: unreadable, not TOML, or a row that makes no sense.
+    """
+    try:
+        return parse_profiles(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as exc:
+        raise CheckpointError(f"{path}: cannot be read ({exc})") from exc
+
+
+def parse_profiles(text: str, source: str) -> dict[str, Profile]:
+    """Rows of a TOML document: `[[profile]]` tables, each with `models` and any field of Profile."""
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as exc:
+        raise CheckpointError(f"{source}: not TOML ({exc})") from exc
+    rows = document.get("profile")
+    if not isinstance(rows, list) or not rows or set(document) != {"profile"}:
+        raise CheckpointError(f"{source}: has {sorted(document)}; expected [[profile]] tables and nothing else")
+    profiles: dict[str, Profile] = {}
+    for number, row in enumerate(rows, 1):
+        for profile in _profiles(row, f"{source}, profile {number}"):
+            if profile.model in profiles:
+                raise CheckpointError(f"{source}: {profile.model!r} has two profiles")
+            profiles[profile.model] = profile
+    return profiles
+
+
+def _profiles(row: Mapping[str, Any], where: str) -> list[Profile]:
+    values = dict(row)
+    models, golden = values.pop("models", None), values.pop("golden", {})
+    if not isinstance(models, list) or not models or not all(isinstance(name, str) and name for name in models):
+        raise CheckpointError(f"{where}: models is {models!r}; expected a list of hub ids or names")
+    where = f"{where} ({models[0]})"
+    if not isinstance(golden, dict) or not golden.keys() <= set(models):
+        raise CheckpointError(f"{where}: golden is {golden!r}; expected a table of scores by model")
+    known = {field.name: field for field in dataclasses.fields(Profile) if field.name not in ("model", "golden")}
+    for key, value in values.items():
+        if key not in known:
+            raise CheckpointError(f"{where}: unknown field {key!r}; known: models, golden, {', '.join(known)}")
+        values[key] = _checked(where, key, value, str(known[key].type))
+    if "architectures" not in values:
+        raise CheckpointError(f"{where}: architectures is missing; expected class names as config.json gives them")
+    profiles = [Profile(model=name, golden=tuple(golden.get(name, ())), **values) for name in models]
+    check_profile(profiles[0], where)
+    return profiles
+
+
+def _checked(where: str, key: str, value: Any, annotation: str) -> Any:
+    """`value` as the field wants it, or an error that names both."""
+    choices = {"Head": get_args(Head), "Activation": get_args(Activation), "Padding": get_args(Padding)}
+    if annotation in choices:
+        if value not in choices[annotation]:
+            raise CheckpointError(f"{where}: {key} is {value!r}; expected one of {', '.join(choices[annotation])}")
+        return value
+    if annotation.startswith("tuple["):
+        kind = {"str": str, "int": int, "float": float}[annotation[len("tuple[") :].split(",")[0]]
+        if not isinstance(value, list) or not all(type(item) is kind for item in value):
+            raise CheckpointError(f"{where}: {key} is {value!r}; expected a list of {kind.__name__}")
+        return tuple(value)
+    kinds = {"str": str, "int": int, "float": float, "bool": bool}
+    allowed = [kinds[name] for name in annotation.split(" | ") if name in kinds]
+    if allowed == [float] and type(value) is int:
+        return float(value)
+    if type(value) not in allowed:
+        raise CheckpointError(f"{where}: {key} is {value!r}; expected {' or '.join(k.__name__ for k in allowed)}")
+    return value
+
+
+def check_profile(profile: Profile, where: str) -> None:
+    """Raises CheckpointError where fields contradict each other."""
+
+    def fail(text: str) -> None:
+        raise CheckpointError(f"{where}: {text}")
+
+    if profile.head == "vocabulary" and profile.yes is None:
+        fail("yes is missing; a vocabulary head needs an answer token or its id")
+    if profile.head != "vocabulary" and (profile.yes is not None or profile.no is not None):
+        fail(f"yes and no belong to a vocabulary head; head is {profile.head!r}")
+    if profile.num_labels not in (1, 2) or (profile.num_labels == 2 and profile.head != "classifier"):
+        fail(f"num_labels is {profile.num_labels}; expected 1, or 2 with a classifier head")
+    if profile.temperature <= 0:
+        fail(f"temperature is {profile.temperature}; expected more than 0")
+    if profile.head in ("score", "vocabulary") and profile.padding != "left":
+        fail(f"padding is {profile.padding!r}; a readout at the last token needs left")
+    limits = ("max_tokens", "max_query_tokens", "max_instruction_tokens", "max_list_passages")
+    for name in limits:
+        if getattr(profile, name) < 1:
+            fail(f"{name} is {getattr(profile, name)}; expected at least 1")
+    needed = {"query", "passages" if profile.listwise else "passage"}
+    allowed = needed | {"instruction"} | ({"count"} if profile.listwise else set())
+    try:
+        found = profile.fields
+        in_format = template_fields(profile.instruction_format)
+        in_passage = template_fields(profile.passage_format)
+    except ValueError as exc:
+        raise CheckpointError(f"{where}: template is none ({exc}); braces of the text itself are doubled") from exc
+    if profile.template or profile.head != "classifier":
+        if not needed <= found <= allowed:
+            fail(f"template has the fields {sorted(found)}; expected {sorted(needed)}, allowed {sorted(allowed)}")
+        if ("instruction" in found) != profile.takes_instruction:
+            fail("template names {instruction} exactly when instruction_format is given")
+    if profile.takes_instruction and not profile.template:
+        fail("instruction_format needs a template to stand in")
+    if profile.takes_instruction and in_format != ["instruction"]:
+        fail(f"instruction_format has the fields {in_format}; expected ['instruction']")
+    if profile.listwise and len(profile.template) != 1:
+        fail(f"template has {len(profile.template)} pieces; a list is tokenized as one")
+    if profile.listwise and not (profile.passage_format and profile.passage_token and profile.query_token):
+        fail("a listwise head needs passage_format, passage_token and query_token")
+    if profile.passage_format and (in_passage.count("passage") != 1 or not set(in_passage) <= {"passage", "index"}):
+        fail(f"passage_format has the fields {sorted(in_passage)}; expected ['passage'], allowed ['index', 'passage']")
+
+
+# Older names of RoPE's numbers, which classes with `rope_parameters` still take.
+ROPE_FIELDS = frozenset({
+    "global_rope_theta", "local_rope_theta", "partial_rotary_factor", "rope_local_base_freq", "rope_scaling",
+    "rope_theta",
+})  # fmt: skip
+# Older names of other fields, by the one that classes have today.
+RENAMED = {
+    "global_attn_every_n_layers": "layer_types",
+    "max_window_layers": "layer_types",
+    "sliding_window_pattern": "layer_types",
+}
+# Fields that a model reads where its configuration has them, though its class does not name them (transformers 5.23).
+ALSO_READ = {
+    "deberta": {"cls_dropout", "embedding_size", "pooler_hidden_size", "talking_head"},
+    "deberta-v2": {
+        "attention_head_size", "cls_dropout", "conv_act", "conv_groups", "conv_kernel_size", "embedding_size",
+        "norm_rel_ebd", "pooler_hidden_size", "position_buckets", "share_att_key",
+    },
+    "modernbert": {"layer_norm_eps"},  # stored beside norm_eps, which is read, by its authors
+    "qwen2": {"head_dim"},
+}  # fmt: skip
+# Modules of sentence-transformers that a profile stands for: the model itself, and the answer tokens' logits.
+MODULES = frozenset({"Transformer", "LogitScore"})
+ACTIVATIONS = {"Identity": "identity", "Sigmoid": "sigmoid"}
+
+
+def check_declared(directory: Path, raw: dict[str, Any], config: Any, profile: Profile) -> None:
+    """Raises CheckpointError where something declared is applied by nothing here, naming it.
+
+    Args:
+        raw: config.json as it stands.
+        config: what transformers made of it.
+    """
+    if not profile.needs_remote_code:  # else the checkpoint's own Python reads what it declares
+        applied = _applied(raw, config)
+        if profile.head != "classifier":  # transformers attends both ways for unpadded batches only
+            applied -= {"use_bidirectional_attention"}
+        check_fields(str(directory / "config.json"), raw, {}, applied)
+    _check_modules(directory, profile)
+    if profile.model == GENERIC:
+        _check_texts(directory)
+
+
+def _applied(raw: dict[str, Any], config: Any) -> set[str]:
+    """Fields that transformers' class, or the model that reads its configuration, takes into account."""
+    kind = type(config)
+    own = {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
+    applied: set[str] = own | set(getattr(kind, "attribute_map", {})) | STORAGE
+    if "rope_parameters" in own:
+        applied |= ROPE_FIELDS
+    applied |= ALSO_READ.get(str(raw.get("model_type")), set())
+    applied |= {old for old, new in RENAMED.items() if new in own}
+    return applied
+
+
+def _check_modules(directory: Path, profile: Profile) -> None:
+    """Heads that sentence-transformers would put behind the model."""
+    path = directory / "modules.json"
+    if not path.exists():
+        return
+    modules = read_json_value(path)
+    if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
+        raise CheckpointError(f"{path}: expected a list of objects")
+    for module in modules:
+        kind = str(module.get("type", "none"))
+        place = directory / str(module.get("path") or "")
+        name = kind.rpartition(".")[2]
+        weighs = place.resolve() != directory.resolve() and any(
+            path.suffix in (".safetensors", ".bin") for path in place.glob("*")
+        )
+        known = kind.startswith("sentence_transformers.") and name in MODULES
+        # A published model's own module is part of its recipe, so the profile that goes by its id has it.
+        if weighs or not (known or (profile.model != GENERIC and not kind.startswith("sentence_transformers."))):
+            raise CheckpointError(
+                f"{path}: lists the module {kind} ({place.name}), which is not applied here; "
+                f"expected {' and '.join(sorted(MODULES))} alone"
+            )
+        if name == "LogitScore" and known:
+            _check_answers(place / "config.json", profile)
+
+
+def _check_answers(path: Path, profile: Profile) -> None:
+    """The answer tokens that sentence-transformers reads, where the profile gives ids for its own."""
+    found = read_json(path) if path.exists() else {}
+    given = tuple(answer for answer in (profile.yes, profile.no) if answer is not None)
+    ids = given if all(isinstance(answer, int) for answer in given) else profile.answer_ids
+    for key, expected in zip(("true_token_id", "false_token_id"), (*ids, None), strict=False):
+        if ids and found.get(key) != expected:
+            raise CheckpointError(
+                f"{path}: {key} is {found.get(key)!r}; the profile {profile.model!r} reads token {expected!r}"
+            )
+
+
+def _check_texts(directory: Path) -> None:
+    """Changes sentence-transformers would make to texts first, for a model that no profile describes."""
+    path = directory / "sentence_bert_config.json"
+    if path.exists() and read_json(path).get("do_lower_case"):
+        raise CheckpointError(f"{path}: do_lower_case is true, which is not applied here; expected false")
+    path = directory / "config_sentence_transformers.json"
+    if path.exists():
+        found = read_json(path)
+        name, prompts = found.get("default_prompt_name"), found.get("prompts") or {}
+        if name is not None and (not isinstance(prompts, dict) or prompts.get(name)):
+            raise CheckpointError(
+                f"{path}: default_prompt_name is {name!r}; a prompt needs a profile with a template "
+                "(docs/cross-encoders.md)"
+            )
+
+
+def declared_activation(directory: Path, raw: dict[str, Any], labels: int) -> str:
+    """As sentence-transformers reads it: what a file names, else a sigmoid for one label.
+
+    Raises:
+        CheckpointError: an activation that profiles do not have.
+    """
+    path = directory / "config_sentence_transformers.json"
+    saved = read_json(path).get("activation_fn") if path.exists() else None
+    if saved is None:
+        inner = raw.get("sentence_transformers")
+        saved = inner.get("activation_fn") if isinstance(inner, dict) else None
+    if saved is None:
+        saved = raw.get("sbert_ce_default_activation_function")
+    if saved is None or labels == 2:  # of two labels the margin's sigmoid is the softmax
+        return "sigmoid"
+    name = str(saved).rpartition(".")[2]
+    if name not in ACTIVATIONS:
+        raise CheckpointError(
+            f"{directory}: the activation function is {saved!r}; expected {' or '.join(ACTIVATIONS)}, or a profile"
+        )
+    return ACTIVATIONS[name]
+
+
+def declared_max_tokens(directory: Path) -> int | None:
+    """The input that sentence-transformers cuts at, where it or the tokenizer says so."""
+    for name, key in (("sentence_bert_config.json", "max_seq_length"), ("tokenizer_config.json", "model_max_length")):
+        path = directory / name
+        found = read_json(path).get(key) if path.exists() else None
+        if type(found) is int and found > 0:  # transformers stores 1e30 where there is no limit
+            return found
+    return None
+
+
+# A checkpoint may carry its recipe: what `preread convert-ctxl` writes, and what a user may put there.
+FILE_NAME = "preread-profile.toml"
+# Longest input taken from a configuration that names more; attention on a CPU is quadratic.
+MAX_GENERIC_TOKENS = 8192
+# Encoders that transformers gives a classification head over the first token or a pool of all: a pair goes in.
+ENCODERS = frozenset({
+    "albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "ernie", "eurobert",
+    "modernbert", "mpnet", "roberta", "xlm-roberta", "xlm-roberta-xl",
+})  # fmt: skip
+# These count positions from padding_idx + 1, so two of them are never used.
+OFFSET_POSITIONS = frozenset({"camembert", "mpnet", "roberta", "xlm-roberta", "xlm-roberta-xl"})
+
+
+def named_profile(name: str, wanted: str | Profile | None) -> Profile | None:
+    """What is known before any file is read: the profile asked for, or the one of this exact id.
+
+    Args:
+        wanted: a profile, a model id of the table, or a TOML file with the row of `name` or only one row.
+
+    Raises:
+        CheckpointError: no such profile.
+    """
+    if isinstance(wanted, Profile):
+        return wanted
+    builtin = builtin_profiles()
+    if wanted is None:
+        return builtin.get(name) or builtin.get(_owner_and_name(name))
+    if wanted in builtin:
+        return builtin[wanted]
+    if wanted == GENERIC:
+        return None
+    if not wanted.endswith(".toml"):
+        raise CheckpointError(
+            f"profile is {wanted!r}; expected a TOML file, {GENERIC!r}, or one of {', '.join(sorted(builtin))}"
+        )
+    rows = load_profiles(Path(wanted).expanduser())
+    if name in rows:
+        return rows[name]
+    if len(rows) == 1:
+        return next(iter(rows.values()))
+    raise CheckpointError(f"{wanted}: has profiles for {', '.join(rows)}; none for {name!r}")
+
+
+def own_profile(directory: Path) -> Profile | None:
+    """The recipe that a checkpoint carries in a file of its own: one row."""
+    path = directory / FILE_NAME
+    if not path.exists():
+        return None
+    rows = load_profiles(path)
+    if len(rows) != 1:
+        raise CheckpointError(f"{path}: has {len(rows)} profiles; expected one")
+    return next(iter(rows.values()))
+
+
+def generic_profile(name: str, config: dict[str, Any], directory: Path | None = None) -> Profile:
+    """A profile from config.json and what sentence-transformers wrote beside it, for an encoder with a head.
+
+    A decoder's prompt and answer tokens stand in no configuration: guessing them gives numbers, not scores.
+
+    Raises:
+        CheckpointError: nothing that can be served without a profile.
+    """
+    architecture = str((config.get("architectures") or ["none"])[0])
+    kind = config.get("model_type")
+    if kind not in ENCODERS or not architecture.endswith("ForSequenceClassification"):
+        raise CheckpointError(
+            f"{name}: no profile for it, and a {architecture} ({kind}) cannot be served from its configuration alone, "
+            "which says neither its prompt nor its readout; give a profile (docs/cross-encoders.md)"
+        )
+    labels = num_labels(config)
+    if labels not in (1, 2):
+        raise CheckpointError(
+            f"{name}: config.json has {labels} labels; a reranker has 1, or 2 with the second relevant"
+        )
+    positions = int(config.get("max_position_embeddings") or 512)
+    at = directory or Path(name)
+    if kind in OFFSET_POSITIONS:
+        positions -= int(config.get("pad_token_id") or 0) + 1
+    return Profile(
+        model=GENERIC,
+        architectures=(architecture,),
+        num_labels=labels,
+        activation=cast(Activation, declared_activation(at, config, labels)),
+        max_tokens=max(1, min(positions, declared_max_tokens(at) or MAX_GENERIC_TOKENS, MAX_GENERIC_TOKENS)),
+        needs_remote_code="auto_map" in config,
+    )
+
+
+def num_labels(config: dict[str, Any]) -> int:
+    """As transformers reads it: the labels by name, or a count, or two."""
+    names = config.get("id2label")
+    if isinstance(names, dict) and names:
+        return len(names)
+    return int(config.get("num_labels", 2))
+
+
+def check_architecture(profile: Profile, config: dict[str, Any], name: str) -> None:
+    """Raises CheckpointError where the checkpoint is not of the kind that its profile is for."""
+    found = [str(item) for item in config.get("architectures") or []]
+    if not set(found) & set(profile.architectures):
+        raise CheckpointError(
+            f"{name}: config.json names the architecture {' '.join(found) or 'none'} "
+            f"({config.get('model_type', 'no model_type')}); "
+            f"the profile {profile.model!r} is for {' or '.join(profile.architectures)}"
+        )
+    if profile.head in ("classifier", "score") and num_labels(config) != profile.num_labels:
+        raise CheckpointError(
+            f"{name}: config.json has {num_labels(config)} labels; "
+            f"the profile {profile.model!r} needs {profile.num_labels}"
+        )
+
+
+def limited(profile: Profile, config: dict[str, Any], max_tokens: int | None) -> Profile:
+    """The profile with limits that the checkpoint can hold, or as asked for.
+
+    Raises:
+        CheckpointError: a limit out of range.
+    """
+    positions = config.get("max_position_embeddings")
+    most = profile.max_tokens
+    if isinstance(positions, int):
+        offset = int(config.get("pad_token_id") or 0) + 1 if config.get("model_type") in OFFSET_POSITIONS else 0
+        most = positions - offset
+    if max_tokens is not None:
+        if not 1 <= max_tokens <= most:
+            raise CheckpointError(f"max_tokens is {max_tokens}; expected 1..{most}, what the checkpoint holds")
+        profile = dataclasses.replace(profile, max_tokens=max_tokens)
+    total = min(profile.max_tokens, most)
+    # Query and instruction may take half together, so that something of every passage is always read.
+    share = total // 4 if profile.takes_instruction else total // 2
+    return dataclasses.replace(
+        profile,
+        max_tokens=total,
+        max_query_tokens=max(1, min(profile.max_query_tokens, share)),
+        max_instruction_tokens=max(1, min(profile.max_instruction_tokens, share)),
+    )
+
+
+def _owner_and_name(name: str) -> str:
+    """`owner/name` of a hub cache's snapshot, or of a directory laid out like the hub; else the name itself."""
+    cached = re.search(r"(?:^|/)models--([^/]+?)--([^/]+)/snapshots/[^/]+/?$", name)
+    if cached is not None:
+        return f"{cached[1]}/{cached[2]}"
+    return "/".join(name.rstrip("/").split("/")[-2:])

@@ -1,0 +1,168 @@
+"""The fbnl backend: cached passage states, read by the decoder half of a checkpoint.
+
+Knows the checkpoint and the decoder; does not know requests, stores or batching policy.
+"""
+
+from __future__ import annotations
+
+import copy
+import struct
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cache.states import AnyStates, Codes
+from checkpoint import Checkpoint, CheckpointError, EncoderIdentity, TokenizedPrompt
+from checkpoint.compute import choose_device, choose_dtype, choose_fused, dtype_name
+from decoder_server.config import NO_TIERS, TierBudgets
+from decoder_server.models.backend import Pair
+from decoder_server.models.fbnl.batch_states import batch_states
+from decoder_server.models.fbnl.contexts import Contexts
+from decoder_server.models.fbnl.decoder import Decoder
+from decoder_server.models.fbnl.kv_cache import Tiers
+from decoder_server.models.sigmoid import sigmoid
+
+
+class FbnlBackend:
+    """Decoder half of one checkpoint, loaded."""
+
+    name = "fbnl"
+    notice = ""
+    listwise = False
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        compiled: bool = False,
+        budgets: TierBudgets = NO_TIERS,
+    ) -> None:
+        self.settings = checkpoint.settings
+        self.checkpoint_name = checkpoint.name
+        self.dtype_name = dtype_name(dtype)
+        self.device_name = str(device)
+        self.checkpoint = checkpoint
+        self._text = checkpoint.text  # read before the weights: a wrong tokenizer should fail fast
+        self._device, self._dtype = device, dtype
+        tensors = checkpoint.decoder_tensors(dtype)
+        if device.type != "cpu":
+            tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+        self._decoder = Decoder(checkpoint.decoder_config, tensors, checkpoint.eoi_id, compiled=compiled)
+        self._keep(budgets)
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+        budgets: TierBudgets = NO_TIERS,
+    ) -> FbnlBackend:
+        """Reads the decoder's tensors.
+
+        Args:
+            device: auto, cpu or cuda[:N]; None is auto.
+            dtype: auto, float32 or bfloat16; None is auto.
+            budgets: what may be kept of passes, so that the next over the same passage is cheaper.
+
+        Raises:
+            CheckpointError: files that cannot be served.
+            ValueError: a device or dtype that is not to be had.
+        """
+        where = choose_device(device)
+        fused = choose_fused(checkpoint.dim, where)
+        return cls(checkpoint, where, choose_dtype(dtype, where), compiled=fused, budgets=budgets)
+
+    def keeping(self, budgets: TierBudgets) -> FbnlBackend:
+        """The same weights, with tiers of their own."""
+        other = copy.copy(self)
+        other._keep(budgets)
+        return other
+
+    def _keep(self, budgets: TierBudgets) -> None:
+        self.tiers = Tiers(budgets)
+        states = partial(batch_states, device=self._device, dtype=self._dtype)
+        self._contexts = Contexts(self._decoder, self.tiers, states, self._device, self._dtype)
+
+    @property
+    def num_compilations(self) -> int:
+        """Fused steps compiled so far; constant once warm, whatever comes."""
+        return self._decoder.pointwise.num_compilations
+
+    def identity(self) -> EncoderIdentity:
+        return self.checkpoint.identity()
+
+    def prompt(self, query: str, instruction: str | None = None) -> TokenizedPrompt:
+        return self._text.prompt(query, instruction)
+
+    def items(self, prompt: TokenizedPrompt, passage: AnyStates) -> list[Pair]:
+        """Every window of the passage under the prompt."""
+        windows: Sequence[NDArray[np.float32] | Codes] = passage.windows()
+        keyed = zip(windows, _window_keys(passage), strict=True)
+        return [Pair(prompt, states, passage.truncated, key) for states, key in keyed]
+
+    def activate(self, margin: float) -> float:
+        """P(yes)."""
+        return sigmoid(margin)
+
+    def cut(self, text: str, max_tokens: int | None, *, keep_end: bool = False) -> str:
+        return self._text.cut(text, max_tokens, keep_end=keep_end)
+
+    def is_empty(self, text: str) -> bool:
+        return self._text.is_empty(text)
+
+    def score(self, pairs: Sequence[Pair]) -> NDArray[np.float32]:
+        """Margins (len(pairs),); NaN where a logit was not finite."""
+        if not pairs:
+            return np.empty(0, dtype=np.float32)
+        margins = np.empty(len(pairs), dtype=np.float32)
+        for part in self._contexts.parts(pairs):
+            read = self._decoder.margins(part.token_ids, part.context, part.layout, self._text.yes_id, self._text.no_id)
+            margins[list(part.rows)] = read.cpu().numpy()
+        return np.where(np.isfinite(margins), margins, np.float32("nan"))
+
+    def fill(self, pairs: Sequence[Pair]) -> tuple[int, int]:
+        """Fills the tiers with what passes over these pairs would need.
+
+        Returns:
+            How many of the pairs have their passage's keys kept now, and how many the beginning of their prompt.
+        """
+        self._contexts.fill(pairs)
+        held = [self._contexts.holds(pair) for pair in pairs]
+        return sum(keys for keys, _ in held), sum(prefix for _, prefix in held)
+
+    def attention(self, pair: Pair) -> NDArray[np.float32]:
+        """The readout token's weight on every state, (num_states,): mean over heads and layers."""
+        ids = torch.tensor(pair.prompt.ids, device=self._device)
+        states = batch_states([pair], self._device, self._dtype)
+        weights: NDArray[np.float32] = self._decoder.attention(ids, states).mean(0).cpu().numpy()
+        return weights
+
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """Per token of the passage as the encoder reads it, the characters of `text` it stands for."""
+        return self._text.spans(text)
+
+    def warm_up(self) -> None:
+        """One real pass over a real prompt.
+
+        Raises:
+            CheckpointError: the weights give no finite margin.
+        """
+        states = np.full((4, self.checkpoint.dim), 0.5, dtype=np.float32)
+        margin = self.score([Pair(self.prompt("Does this model answer?"), states)])
+        if not np.isfinite(margin).all():
+            raise CheckpointError(f"{self.checkpoint.path}: the first forward pass gave no finite margin")
+
+
+def _window_keys(passage: AnyStates) -> list[bytes]:
+    """What names each window's states at the ratio they are read at; empty where nothing names the passage's."""
+    num_windows = len(passage.window_tokens)
+    if not passage.key:
+        return [b""] * num_windows
+    return [passage.key + struct.pack("<II", passage.compression_ratio, i) for i in range(num_windows)]

@@ -1,0 +1,73 @@
+"""Configuration to a loaded model. Runs on the model's thread; knows no server."""
+
+from __future__ import annotations
+
+from decoder_server.config import DecoderConfig, ModelConfig
+from decoder_server.models.backend import Backend
+
+# Most and fewest tokens per batch, by device: above the first a pass is no faster per token, below
+# the second it is mostly fixed cost.
+BATCH_TOKENS = {"cpu": 8192, "cuda": 65_536}
+MIN_BATCH_TOKENS = {"cpu": 1024, "cuda": 16_384}
+
+
+def load_model(model: ModelConfig) -> Backend:
+    """Loads a model as its checkpoint, or the configuration, says.
+
+    Raises:
+        CheckpointError: files that cannot be served.
+        ValueError: a device, dtype or runtime that is not to be had.
+    """
+    import torch  # seconds to import; only a process that serves should pay
+
+    torch.set_flush_denormal(True)  # a setting of the thread, and this is the one that computes
+    return _load_fbnl(model) if is_fbnl(model) else _load_cross_encoder(model)
+
+
+def is_fbnl(model: ModelConfig) -> bool:
+    """Whether the model reads states.
+
+    Raises:
+        CheckpointError: no such checkpoint.
+    """
+    if model.backend != "auto":
+        return model.backend == "fbnl"
+    from checkpoint.files import read_json, resolve
+    from checkpoint.model import MODEL_TYPE
+
+    # A configuration without a type is nobody's; loading it as fbnl says what is missing.
+    return bool(read_json(resolve(model.checkpoint) / "config.json").get("model_type", MODEL_TYPE) == MODEL_TYPE)
+
+
+def _load_fbnl(model: ModelConfig) -> Backend:
+    from checkpoint import Checkpoint
+    from decoder_server.models.fbnl.backend import FbnlBackend
+
+    checkpoint = Checkpoint.open(
+        model.checkpoint, max_passage_tokens=model.max_passage_tokens, neutralise=not model.read_control_tokens
+    )
+    return FbnlBackend.load(checkpoint, device=model.device, dtype=model.dtype, budgets=model.tiers)
+
+
+def _load_cross_encoder(model: ModelConfig) -> Backend:
+    from decoder_server.models.cross_encoder.backend import CrossEncoderBackend
+
+    if model.read_control_tokens:
+        raise ValueError(
+            f"read_control_tokens is on for {model.checkpoint}, a cross-encoder, which reads control tokens in texts "
+            "as plain text; expected it for fbnl models alone (--model CHECKPOINT,read-control-tokens=yes)"
+        )
+    return CrossEncoderBackend.load(model)
+
+
+def batch_tokens(config: DecoderConfig, backend: Backend) -> tuple[int, int]:
+    """Fewest and most tokens per batch: as configured, or as suits the device."""
+    if config.max_batch_tokens is not None:
+        return config.max_batch_tokens, config.max_batch_tokens
+    device = backend.device_name.split(":")[0]
+    return MIN_BATCH_TOKENS[device], BATCH_TOKENS[device]
+
+
+def fetch_chunk(max_batch_tokens: int) -> int:
+    """Candidates per read of the store: about a batch of short ones, a share of it for long ones."""
+    return max(16, max_batch_tokens // 128)

@@ -1,0 +1,314 @@
+"""Stages of a cascade: read all at a coarse ratio, go on with the best at finer ones. Plain values; knows no wire.
+
+`32:100, 4:20, 1` reads every candidate at ratio 32, the best 100 at 4, and the best 20 of those at 1.
+
+How the fields of a row become a passage: one rule for files, clients and commands. Imports no package.
+
+What goes into a call and what comes out, as frozen values. Knows no protobuf; preread.wire does.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypedDict
+
+MAX_STAGES = 8
+MAX_TEXT_CHARS = 400
+MAX_NUMBER = 2**31 - 1  # of a ratio or a count: the wire holds no greater one
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One reading of what the stage before let through; the first reads every candidate."""
+
+    compression_ratio: int  # a multiple of the stored one
+    keep: int = 0  # how many go on to the next stage; nobody reads after the last, so there it may be left out
+
+
+def parse_stages(text: str) -> tuple[Stage, ...]:
+    """`RATIO:KEEP, RATIO:KEEP, RATIO` as stages; blanks do not matter.
+
+    Raises:
+        ValueError: what cannot be read, or does not fit together.
+    """
+    if len(text) > MAX_TEXT_CHARS:
+        raise ValueError(f"stages is {len(text)} characters long; expected at most {MAX_TEXT_CHARS}")
+    stages = tuple(_parse_stage(text, part) for part in text.split(","))
+    problem = stages_problem(stages)
+    if problem is not None:
+        field, value, expected = problem
+        raise ValueError(f"{field} of {text!r} is {value}; expected {expected}")
+    return stages
+
+
+def _parse_stage(text: str, part: str) -> Stage:
+    ratio, colon, keep = (word.strip() for word in part.partition(":"))
+    # isdecimal alone takes other scripts' digits, which int reads too but nobody meant.
+    if not (ratio.isascii() and ratio.isdecimal()) or (colon and not (keep.isascii() and keep.isdecimal())):
+        raise ValueError(f"stages is {text!r}; expected RATIO:KEEP, RATIO:KEEP, RATIO, such as 32:100, 4:20, 1")
+    return Stage(int(ratio), int(keep) if colon else 0)
+
+
+def format_stages(stages: Iterable[Stage]) -> str:
+    """As parse_stages reads them."""
+    return ",".join(f"{s.compression_ratio}:{s.keep}" if s.keep else str(s.compression_ratio) for s in stages)
+
+
+def stages_problem(stages: Sequence[Stage]) -> tuple[str, object, str] | None:
+    """The first field that does not fit, its value, and what was expected; None: all fit."""
+    if not 1 <= len(stages) <= MAX_STAGES:
+        return "stages", f"{len(stages)} of them", f"1..{MAX_STAGES}"
+    for i, stage in enumerate(stages):
+        before = stages[max(0, i - 1)]
+        ratio, keep = f"stages[{i}].compression_ratio", f"stages[{i}].keep"
+        is_last = i == len(stages) - 1
+        if not 1 <= stage.compression_ratio <= MAX_NUMBER:
+            return ratio, stage.compression_ratio, f"1 or more, at most {MAX_NUMBER}"
+        if not (0 if is_last else 1) <= stage.keep <= MAX_NUMBER:
+            return keep, stage.keep, f"{0 if is_last else 1} or more, how many go on, at most {MAX_NUMBER}"
+        if i and stage.compression_ratio >= before.compression_ratio:
+            return (
+                ratio,
+                stage.compression_ratio,
+                f"less than {before.compression_ratio}, the stage before",
+            )
+        if i and stage.keep > before.keep:
+            return keep, stage.keep, f"at most {before.keep}, what the stage before lets through"
+    return None
+
+
+def id_text(value: object) -> str | None:
+    """An id as the string that is stored: a string as it is, an integer as its digits; None: it is neither.
+
+    A float is neither: 3.0 and 3 would be two ids, and 12345678901234567890.0 another number's.
+    """
+    if isinstance(value, str):
+        return str.__str__(value)  # of a subclass, numpy's or an enum's, the string itself
+    if isinstance(value, bool):
+        return None
+    try:
+        return str(operator.index(value))  # type: ignore[arg-type]  # whatever is no integer raises
+    except TypeError:
+        return None
+
+
+def join_title(title: str | None, text: str, separator: str = " ") -> str:
+    """The text that is encoded: a title that is not blank goes before it, as BEIR's readers do."""
+    if title and title.strip():
+        return f"{title}{separator}{text}" if text.strip() else title
+    return text
+
+
+OnMiss = Literal["encode", "skip", "fail"]
+Status = Literal["hit", "encoded", "missing", "corrupt", "too_long", "failed", "unspecified"]
+UpsertStatus = Literal["stored", "unchanged", "refused", "unspecified"]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A passage to score: an id in a collection, or text, or both (the text wins where another one is stored)."""
+
+    passage_id: str | None = None
+    text: str | None = None
+
+
+class RerankOptions(TypedDict, total=False):
+    """Keyword arguments of `rerank` and `rerank_stream`; what is left out, "" or 0 means the default.
+
+    An instruction of "" is an empty one; None is the default.
+    """
+
+    collection: str  # or alias: what passage ids refer to
+    instruction: str | None  # what to look for; default: the checkpoint's
+    top_n: int  # how many scored results to return; default: all
+    compression_ratio: int  # a multiple of the stored ratio; default: the server's, else the stored one
+    stages: str | Sequence[Stage]  # a cascade in place of one ratio: "32:100, 4:20, 1"
+    on_miss: OnMiss | None  # for ids that are not stored; default: the server's
+    return_text: bool
+    model: str  # default: the only or first one
+
+
+@dataclass(frozen=True, slots=True)
+class StageScore:
+    """What one stage of a cascade said of a candidate."""
+
+    compression_ratio: int
+    score: float
+    margin: float
+    num_states: int
+
+
+@dataclass(frozen=True, slots=True)
+class Degraded:
+    """The server, under pressure, read coarser than it was asked to."""
+
+    reason: str  # deadline or queue
+    compression_ratio: int  # what would have been read; 0: stages
+    stages: tuple[Stage, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of one candidate."""
+
+    index: int  # position among the candidates of the call
+    passage_id: str  # "" for inline text
+    status: Status
+    score: float | None  # P(yes) in [0, 1]; None: not scored
+    margin: float | None  # yes-logit minus no-logit; None: not scored
+    text: str | None  # with return_text
+    message: str  # why it was not scored
+    num_states: int
+    compression_ratio: int
+    truncated: bool  # the passage was cut when it was encoded
+    stages: tuple[StageScore, ...] = ()  # of a cascade: each that scored it, the last as above
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where the time of a call went on the server, in seconds. Parts overlap: they need not add up."""
+
+    fetch_seconds: float
+    encode_seconds: float
+    queue_seconds: float
+    compute_seconds: float
+    total_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """An answer, less its results."""
+
+    model: str
+    timings: Timings
+    num_scored: int
+    num_query_tokens: int
+    query_truncated: bool
+    compression_ratio: int = 0  # what every candidate was read at; 0: text, or stages
+    stages: tuple[Stage, ...] = ()  # that were read, where it was a cascade
+    stopped_early: bool = False  # the deadline neared: this is what the cascade had finished
+    degraded: Degraded | None = None  # less was read than asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Reranking:
+    """An answer: results best first, then those that could not be scored. Iterates over its results."""
+
+    results: tuple[Result, ...]
+    summary: Summary
+
+    def __iter__(self) -> Iterator[Result]:
+        return iter(self.results)
+
+    def __len__(self) -> int:
+        return len(self.results)
+
+    def __getitem__(self, position: int) -> Result:
+        return self.results[position]
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderIdentity:
+    """Which encoder wrote a collection, or whose states a model reads."""
+
+    fingerprint: str
+    checkpoint: str
+    dim: int
+    max_passage_tokens: int
+    passage_template: str
+    pooling_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """A served model and its limits."""
+
+    name: str
+    backend: str
+    checkpoint: str
+    encoder: EncoderIdentity | None  # None: the model reads text
+    default_instruction: str
+    default_compression_ratio: int
+    max_query_tokens: int
+    max_candidates: int
+    max_message_bytes: int
+    dtype: str
+    device: str
+    encodes_on_demand: bool
+    max_passage_tokens: int
+    notice: str  # what the model's licence asks to be told; mostly empty
+
+
+@dataclass(frozen=True, slots=True)
+class TierUse:
+    """What a tier of a server holds after a call of warm."""
+
+    name: str  # keys: of passages, per layer; prefixes: of prompt beginnings over passages
+    num_kept: int  # of the call's windows
+    num_bytes: int  # for all passages
+    max_bytes: int  # 0: the tier is off
+
+
+@dataclass(frozen=True, slots=True)
+class Warmed:
+    """What became of a call of warm. A passage has one window, or several when it was split, each at every ratio."""
+
+    model: str
+    num_passages: int
+    num_windows: int
+    missing_ids: tuple[str, ...]  # not stored, or damaged
+    tiers: tuple[TierUse, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CollectionInfo:
+    """One collection of a store."""
+
+    name: str
+    aliases: tuple[str, ...]
+    encoder: EncoderIdentity
+    compression_ratio: int
+    codec: str
+    num_passages: int
+    num_states: int
+    num_tokens: int
+    num_truncated: int
+    size_bytes: int
+    stores_text: bool
+    num_clipped: int = 0  # numbers of all states that lie outside what the codec was trained for
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderInfo:
+    """What an encoder worker is and how it stores by default."""
+
+    encoder: EncoderIdentity
+    default_compression_ratio: int
+    default_codec: str
+    dtype: str
+    device: str
+    store: str
+    max_message_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A passage to store."""
+
+    passage_id: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class UpsertResult:
+    """The acknowledgement of one passage: it is in the store, was there already, or was refused."""
+
+    passage_id: str
+    status: UpsertStatus
+    num_tokens: int
+    num_states: int
+    truncated: bool
+    message: str
+    num_clipped: int = 0  # numbers of its states that lie outside what the codec was trained for

@@ -1,0 +1,157 @@
+"""The settings a server starts with, by where they came from, secrets masked. Knows no particular setting.
+
+--config FILE: settings in one TOML file, under the flags and the environment, over the defaults.
+
+A key is a flag without its dashes. At the top it counts for every command that has it; in a table
+named like a command ([serve]) for that one, and wins; doctor reads [serve] too. What no command
+knows is an error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from preread_cli.options import F, option
+
+MASK = "***"
+_SECRETS = ("api_key", "encoder_api_key")
+_USER = re.compile(r"(?<=://)\S*@")  # and password, of any URL in a text
+
+_SOURCES = {
+    ParameterSource.COMMANDLINE: "flags",
+    ParameterSource.ENVIRONMENT: "environment",
+    ParameterSource.DEFAULT_MAP: "file",
+    ParameterSource.DEFAULT: "defaults",
+}
+
+
+def effective_lines(ctx: click.Context) -> Iterator[str]:
+    """One line for each source that gave any."""
+    by_source: dict[str, list[str]] = {}
+    for param in ctx.command.params:
+        value = ctx.params.get(str(param.name))
+        if not isinstance(param, click.Option) or value is None or value is False or value in ("", ()):
+            continue
+        source = _SOURCES.get(ctx.get_parameter_source(str(param.name)) or ParameterSource.DEFAULT, "flags")
+        by_source.setdefault(source, []).append(f"{_flag(param)}={masked(str(param.name), value)}")
+    for source in _SOURCES.values():
+        if source in by_source:
+            yield f"{source:<12} {' '.join(by_source[source])}"
+
+
+def masked(name: str, value: object) -> str:
+    """The value as it may be shown."""
+    if name in _SECRETS:
+        return MASK
+    from cache.store import public_url
+
+    text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return public_url(text, MASK) if name == "store" else without_users(text)
+
+
+def without_users(text: str) -> str:
+    """A text whose URLs show neither users nor passwords."""
+    return _USER.sub(f"{MASK}@", text)
+
+
+def _flag(param: click.Option) -> str:
+    return next(flag for flag in param.opts if flag.startswith("--")).removeprefix("--")
+
+
+# The commands that take --config; one file configures them all.
+COMMANDS = ("serve", "encode-worker", "index", "doctor")
+
+
+def config_option(function: F) -> F:
+    """--config FILE. Put it first: it fills in what the other options find."""
+    return option(
+        "--config",
+        metavar="FILE",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        is_eager=True,
+        callback=_load,
+        help="Settings (TOML), keys named like the flags. Flags and environment win over it.",
+    )(function)
+
+
+def _load(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
+    if path is not None and not ctx.resilient_parsing:
+        try:
+            document = tomllib.loads(path.read_text(encoding="utf-8"))
+            ctx.default_map = _settings(document, str(ctx.info_name), _commands(ctx))
+        except ValueError as exc:  # not TOML, not UTF-8, or not ours
+            raise click.BadParameter(f"{path}: {exc}", ctx=ctx, param=param) from exc
+    return path
+
+
+def _commands(ctx: click.Context) -> dict[str, click.Command]:
+    group = ctx.find_root().command
+    if not isinstance(group, click.Group):
+        return {str(ctx.info_name): ctx.command}
+    found = {name: group.get_command(ctx, name) for name in COMMANDS}
+    return {name: command for name, command in found.items() if command is not None}
+
+
+def _settings(document: Mapping[str, Any], name: str, commands: Mapping[str, click.Command]) -> dict[str, Any]:
+    """Parameter names and values for one command; everything else in the file is checked all the same."""
+    shared = {key: value for key, value in document.items() if not isinstance(value, dict)}
+    tables = {key: value for key, value in document.items() if isinstance(value, dict)}
+    known = {command: _flags(commands[command]) for command in commands}
+    for table, values in tables.items():
+        if table not in known:
+            raise ValueError(f"[{table}] is not a command with settings; expected {', '.join(known)}")
+        _check(f"{table}.", values, known[table])
+    _check("", shared, {key: param for flags in known.values() for key, param in flags.items()})
+    own = known.get(name, {})
+    # What doctor looks at is what serve would be given.
+    inherited = tables.get("serve", {}) if name == "doctor" else {}
+    merged = {key: value for key, value in (shared | inherited).items() if key in own} | tables.get(name, {})
+    return {str(own[key].name): _value(own[key], value) for key, value in merged.items()}
+
+
+def _value(param: click.Option, value: object) -> object:
+    """One string will do where there may be several."""
+    return [value] if param.multiple and isinstance(value, str) else value
+
+
+def _flags(command: click.Command) -> dict[str, click.Option]:
+    """By flag, without its dashes; --config itself is not among them."""
+    options = [param for param in command.params if isinstance(param, click.Option)]
+    flags = {flag.removeprefix("--"): one for one in options for flag in one.opts if flag.startswith("--")}
+    return {flag: one for flag, one in flags.items() if flag not in ("config", "help")}
+
+
+def _check(where: str, values: Mapping[str, Any], known: Mapping[str, click.Option]) -> None:
+    for key, value in values.items():
+        if key not in known:
+            close = difflib.get_close_matches(key, known, 1)
+            hint = f"; did you mean {close[0]}?" if close else "; keys are named like the flags, without dashes before"
+            raise ValueError(f"{where}{key} is not a setting{hint}")
+        expected = _expected(known[key])
+        if not _fits(value, expected):
+            # Not the value: it may be a secret in the wrong place.
+            raise ValueError(f"{where}{key} is a {type(value).__name__}; expected {' or '.join(expected)}")
+
+
+def _expected(param: click.Option) -> tuple[str, ...]:
+    if param.multiple:
+        return ("list", "str") if "--model" in param.opts else ("list",)  # mostly there is one
+    if param.is_flag:
+        return ("bool",)
+    if isinstance(param.type, click.types.IntParamType):
+        return ("int",)
+    return ("float", "int") if isinstance(param.type, click.types.FloatParamType) else ("str",)
+
+
+def _fits(value: object, expected: tuple[str, ...]) -> bool:
+    if isinstance(value, list):
+        return "list" in expected and all(isinstance(one, str) for one in value)
+    return type(value).__name__ in expected

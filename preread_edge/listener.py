@@ -1,0 +1,332 @@
+"""An HTTP listener on uvicorn that strangers may reach: deadlines, bounds, and no message with two readings.
+
+The one place that knows uvicorn's and h11's inside. The caller shapes refusals.
+
+A registry on a port of its own, for Prometheus. Knows no server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import h11
+import uvicorn
+from prometheus_client import CollectorRegistry, make_asgi_app
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from preread_edge.hosts import Guard, bare, join
+
+SPARE = 64  # connections over the limit that are still told so; beyond them they are closed without a word
+BACKLOG = 2048
+KEEP_ALIVE_SECONDS = 75  # longer than the minute that proxies keep an idle connection
+HEADER_SECONDS = 10.0  # from a connection, or the first byte of a further request, to the end of its header
+# h11 reads a chunk in 20 microseconds: of a body in chunks of one byte this much takes 10 ms.
+SLICE_BYTES = 2048
+SHORT_SECONDS = 0.001  # a slice that took longer is followed by a rest
+
+# (status, message) -> content type and body
+Refusal = Callable[[int, str], tuple[str, bytes]]
+
+
+def plain(status: int, message: str) -> tuple[str, bytes]:
+    """A refusal for people."""
+    return "text/plain; charset=utf-8", f"{message}\n".encode()
+
+
+class _Ambiguous(h11.RemoteProtocolError):
+    """A message that another reader, such as a proxy, may have cut elsewhere."""
+
+
+class _Connection(h11.Connection):
+    """h11's, which reads leniently: what a proxy in front may read otherwise is an error here."""
+
+    problem: h11.RemoteProtocolError | None = None
+
+    def next_event(self) -> Any:
+        waits = self.their_state is h11.IDLE
+        before = self.trailing_data[0] if waits else b""
+        try:
+            event = super().next_event()
+            if waits and isinstance(event, h11.Request):
+                _check(before[: len(before) - len(self.trailing_data[0])], event)
+        except h11.RemoteProtocolError as exc:
+            self.problem = exc
+            raise
+        return event
+
+
+def _check(head: bytes, request: h11.Request) -> None:
+    if head.count(b"\n") != head.count(b"\r\n") or head.count(b"\r") != head.count(b"\r\n"):
+        raise _Ambiguous("a line of the header does not end with CR LF")
+    if b"\r\n " in head or b"\r\n\t" in head:
+        raise _Ambiguous("a line of the header is folded")
+    names = {name for name, _ in request.headers}
+    if {b"content-length", b"transfer-encoding"} <= names:
+        raise _Ambiguous("content-length and transfer-encoding contradict each other")
+    if b"transfer-encoding" in names and request.http_version < b"1.1":
+        raise _Ambiguous("transfer-encoding in HTTP/1.0")
+
+
+class _Flow(FlowControl):
+    """uvicorn's, which does not resume while received bytes are still to be read."""
+
+    held = False
+
+    def resume_reading(self) -> None:
+        self.read_paused = False
+        if not self.held:
+            self._transport.resume_reading()
+
+
+class Protocol(H11Protocol):
+    """uvicorn's, with a deadline for headers and bounded work between two turns of the event loop."""
+
+    refusal: Refusal = staticmethod(plain)
+    header_seconds = HEADER_SECONDS
+    flow: _Flow
+    conn: _Connection
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self._max_connections, self.limit_concurrency = self.limit_concurrency, None
+        self.conn = _Connection(h11.SERVER, self.conn._max_incomplete_event_size)
+        self._deadline: asyncio.TimerHandle | None = None
+        self._received: deque[bytes] = deque()
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        super().connection_made(transport)
+        self.flow = _Flow(transport)
+        over = len(self.connections) - (self._max_connections or len(self.connections))
+        if over > SPARE:
+            transport.abort()
+            return
+        if over > 0:
+            self.app_state = self.app_state | {"crowded": True}  # for the application
+        self._expect_header()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._received.clear()
+        self._header_came()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        # A body of a declared length is one event, whatever its size; anything else may be many.
+        sized = self.conn.their_state is h11.SEND_BODY and any(name == b"content-length" for name, _ in self.headers)
+        if len(data) <= SLICE_BYTES or sized:
+            self._received.append(data)
+        else:
+            self._received.extend(data[i : i + SLICE_BYTES] for i in range(0, len(data), SLICE_BYTES))
+        if not self.flow.held:
+            self._read_on()
+
+    def _read_on(self) -> None:
+        """Reads one slice; the next one after everybody else had a turn."""
+        if self.transport.is_closing():
+            self._received.clear()
+        began = time.perf_counter()
+        if self._received:
+            super().data_received(self._received.popleft())
+            self._watch()
+        if self._received:
+            self.flow.held = True
+            self.transport.pause_reading()
+            seconds = time.perf_counter() - began
+            self.loop.call_later(seconds if seconds > SHORT_SECONDS else 0, self._read_on)
+        elif self.flow.held:
+            self.flow.held = False
+            if not self.flow.read_paused and not self.transport.is_closing():
+                self.transport.resume_reading()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if not self.transport.is_closing() and self.conn.their_state is h11.SEND_BODY:
+            self._expect_header()  # the rest of a body that was not wanted
+        elif self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:
+            self._expect_header()
+
+    def _watch(self) -> None:
+        """A deadline while a header, or a body that was answered already, is incomplete."""
+        if self.conn.their_state is h11.IDLE or (
+            self.conn.their_state is h11.SEND_BODY and self.conn.our_state is h11.DONE
+        ):
+            self._expect_header()
+        else:
+            self._header_came()
+
+    def _expect_header(self) -> None:
+        if self._deadline is None:
+            self._deadline = self.loop.call_later(self.header_seconds, self._late)
+
+    def _header_came(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _late(self) -> None:
+        if self.transport.is_closing():
+            return
+        if self.conn.their_state is h11.IDLE and self.conn.our_state is h11.IDLE and self.conn.trailing_data[0]:
+            self._refuse(408, f"the request header did not arrive within {self.header_seconds:g} s")
+        else:
+            self.transport.abort() if self.conn.their_state is h11.SEND_BODY else self.transport.close()
+
+    def send_400_response(self, msg: str) -> None:
+        problem = self.conn.problem
+        if isinstance(problem, _Ambiguous):
+            msg = str(problem)
+        elif problem is not None and problem.error_status_hint == 431:
+            msg = "the request header is too large"
+        hint = problem.error_status_hint if problem is not None else 400
+        self._refuse(hint if hint in (431, 501) else 400, msg)
+
+    def _refuse(self, status: int, message: str) -> None:
+        """Answers what is no request, and closes."""
+        self._received.clear()
+        if self.cycle is not None and not self.cycle.response_complete:  # its body went wrong
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.close()
+            return
+        content_type, content = self.refusal(status, message)
+        headers = [
+            (b"content-type", content_type.encode()),
+            (b"content-length", str(len(content)).encode()),
+            (b"x-request-id", secrets.token_hex(16).encode()),
+            (b"connection", b"close"),
+        ]
+        for event in (h11.Response(status_code=status, headers=headers), h11.Data(data=content), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, on one socket, with a deadline for TLS handshakes; signals belong to the owner of the process."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=[])
+        loop, config = asyncio.get_running_loop(), self.config
+        seconds = getattr(config.http_protocol_class, "header_seconds", HEADER_SECONDS)
+
+        def protocol() -> asyncio.Protocol:
+            made: asyncio.Protocol = config.http_protocol_class(  # type: ignore[call-arg]
+                config=config, server_state=self.server_state, app_state=self.lifespan.state
+            )
+            return made
+
+        for listener in sockets or ():
+            secured: dict[str, Any] = {"ssl": config.ssl, "ssl_handshake_timeout": seconds} if config.ssl else {}
+            self.servers.append(await loop.create_server(protocol, sock=listener, backlog=config.backlog, **secured))
+
+
+def make_server(
+    app: Any,
+    *,
+    max_connections: int,
+    refusal: Refusal = plain,
+    header_seconds: float = HEADER_SECONDS,
+    **settings: Any,
+) -> Server:
+    """A server of an ASGI application; `settings` are uvicorn's."""
+    members = {"refusal": staticmethod(refusal), "header_seconds": header_seconds}
+    config = uvicorn.Config(
+        app,
+        http=type("Protocol", (Protocol,), members),
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        backlog=BACKLOG,
+        limit_concurrency=max_connections,
+        **settings,
+    )
+    return Server(config)
+
+
+def bind(host: str, port: int, what: str) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        OSError: the port is taken, or the address is not ours.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((bare(host), port), family=family, backlog=BACKLOG)
+    except OSError as exc:
+        raise OSError(exc.errno, f"cannot listen on {join(host, port)} ({what}): {exc.strerror or exc}") from exc
+
+
+MAX_CONNECTIONS = 64
+PATHS = ("/metrics", "/metrics/", "/")
+
+
+@contextmanager
+def metrics_listener(
+    registry: CollectorRegistry,
+    host: str,
+    port: int,
+    guard: Guard | None = None,
+    *,
+    header_seconds: float = HEADER_SECONDS,
+) -> Iterator[int]:
+    """Answers GET /metrics on a thread until the block ends; yields the port, which 0 leaves to the system.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    app = _Guarded(make_asgi_app(registry), guard or Guard())
+    server = make_server(app, max_connections=MAX_CONNECTIONS, header_seconds=header_seconds)
+    with bind(host, port, "metrics") as listener:
+        thread = threading.Thread(target=_serve, args=(server, listener), name="metrics", daemon=True)
+        thread.start()
+        try:
+            yield int(listener.getsockname()[1])
+        finally:
+            server.config.timeout_graceful_shutdown = 1
+            server.should_exit = True
+            thread.join()
+
+
+def _serve(server: Any, listener: socket.socket) -> None:
+    asyncio.run(server.serve(sockets=[listener]))
+
+
+class _Guarded:
+    """The application for callers that the guard lets in."""
+
+    def __init__(self, app: Any, guard: Guard) -> None:
+        self._app = app
+        self._guard = guard
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        problem = self._guard.problem(scope)
+        if problem is not None:
+            await _say(send, 403, problem[1])
+        elif scope["path"] not in PATHS:
+            await _say(send, 404, "not here; expected /metrics")
+        else:
+            headers = [(name, value.decode("latin-1").encode()) for name, value in scope["headers"]]  # it reads UTF-8
+            await self._app({**scope, "headers": headers}, receive, send)
+
+
+async def _say(send: Any, status: int, message: str) -> None:
+    headers = [(b"content-type", b"text/plain; charset=utf-8")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": f"{message}\n".encode()})

@@ -1,0 +1,135 @@
+"""How both servers end a call that went wrong: a status, a message, and google.rpc details in the trailers.
+
+Knows gRPC only. The packages of the two halves cannot import each other, so what their edges share lies here.
+
+gRPC handlers of the same shape with another function inside. Knows gRPC only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+DOMAIN = "preread"
+
+# A client refuses trailers over 8 KiB by default and then reports RESOURCE_EXHAUSTED in place of the
+# error, which travels twice: as grpc-message (up to 3 bytes per byte) and inside grpc-status-details-bin.
+MAX_MESSAGE_BYTES = 1024
+MAX_DETAILS_BYTES = 3072
+
+
+async def abort(
+    context: grpc.aio.ServicerContext[Any, Any], code: grpc.StatusCode, message: str, *details: Message
+) -> NoReturn:
+    """Ends the call with an error; never returns.
+
+    Args:
+        details: google.rpc messages (`field_violation`, `error_info`, ...); left out where all
+            together they would not fit into the trailers.
+    """
+    message = shorten(message, MAX_MESSAGE_BYTES)
+    status = status_pb2.Status(code=code.value[0], message=message)
+    for detail in details:
+        status.details.add().Pack(detail)
+    if status.ByteSize() > MAX_MESSAGE_BYTES + MAX_DETAILS_BYTES:
+        del status.details[:]
+    rich = rpc_status.to_status(status)
+    # What is there already (the request's id) stays: abort would replace it.
+    trailers = (*rich.trailing_metadata, *(context.trailing_metadata() or ()))
+    await context.abort(rich.code, rich.details, trailers)
+    raise AssertionError("abort returned")
+
+
+def field_violation(field: str, description: str) -> error_details_pb2.BadRequest:
+    """INVALID_ARGUMENT: which field, and what was expected of it."""
+    violation = error_details_pb2.BadRequest.FieldViolation(
+        field=field, description=shorten(description, MAX_MESSAGE_BYTES)
+    )
+    return error_details_pb2.BadRequest(field_violations=[violation])
+
+
+def error_info(reason: str, **metadata: str) -> error_details_pb2.ErrorInfo:
+    """Any error: a constant for machines (UPPER_SNAKE_CASE) and what it is about."""
+    return error_details_pb2.ErrorInfo(
+        reason=reason, domain=DOMAIN, metadata={key: shorten(value, 256) for key, value in metadata.items()}
+    )
+
+
+def resource_info(kind: str, name: str, description: str = "") -> error_details_pb2.ResourceInfo:
+    """NOT_FOUND, ALREADY_EXISTS: what was looked for (`collection`, `model`)."""
+    return error_details_pb2.ResourceInfo(
+        resource_type=kind, resource_name=shorten(name, 256), description=shorten(description, MAX_MESSAGE_BYTES)
+    )
+
+
+def precondition(kind: str, subject: str, description: str) -> error_details_pb2.PreconditionFailure:
+    """FAILED_PRECONDITION: what must change before the call can succeed."""
+    violation = error_details_pb2.PreconditionFailure.Violation(
+        type=kind, subject=shorten(subject, 256), description=shorten(description, MAX_MESSAGE_BYTES)
+    )
+    return error_details_pb2.PreconditionFailure(violations=[violation])
+
+
+def retry_after(seconds: float) -> error_details_pb2.RetryInfo:
+    """RESOURCE_EXHAUSTED, UNAVAILABLE: when to come back."""
+    delay = Duration()
+    delay.FromNanoseconds(int(seconds * 1e9))
+    return error_details_pb2.RetryInfo(retry_delay=delay)
+
+
+def shorten(text: str, max_bytes: int) -> str:
+    """The text, or its beginning and an ellipsis, in at most `max_bytes` of UTF-8."""
+    data = text[: max_bytes + 1].encode(errors="replace")
+    if len(data) <= max_bytes:
+        return data.decode()
+    return data[: max_bytes - 3].decode(errors="ignore") + "…"
+
+
+_MAKERS = {
+    (False, False): grpc.unary_unary_rpc_method_handler,
+    (False, True): grpc.unary_stream_rpc_method_handler,
+    (True, False): grpc.stream_unary_rpc_method_handler,
+    (True, True): grpc.stream_stream_rpc_method_handler,
+}
+_FIELDS = {
+    (False, False): "unary_unary",
+    (False, True): "unary_stream",
+    (True, False): "stream_unary",
+    (True, True): "stream_stream",
+}
+
+
+def function_of(handler: Any) -> Callable[..., Any]:
+    """What a handler calls."""
+    function: Callable[..., Any] = getattr(handler, _FIELDS[_shape(handler)])
+    return function
+
+
+def replaced(handler: Any, function: Callable[..., Any]) -> Any:
+    """The handler with `function` in place of its own: same streams, same (de)serializers."""
+    return _MAKERS[_shape(handler)](function, handler.request_deserializer, handler.response_serializer)
+
+
+def reading_raw(handler: Any, function: Callable[..., Any]) -> Any:
+    """A handler that gives `function` the request's messages as an iterator of bytes, also where there is only one.
+
+    gRPC calls it when the call begins, where it would otherwise wait for the message and parse it first. A caller
+    cannot tell the difference: on the wire both are the same. Its responses are messages, or their bytes.
+    """
+    serialize = handler.response_serializer
+
+    def serialized(response: Any) -> bytes:
+        data: bytes = response if isinstance(response, bytes) else serialize(response)
+        return data
+
+    return _MAKERS[True, bool(handler.response_streaming)](function, None, serialized)
+
+
+def _shape(handler: Any) -> tuple[bool, bool]:
+    return bool(handler.request_streaming), bool(handler.response_streaming)

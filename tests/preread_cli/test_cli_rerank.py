@@ -1,0 +1,291 @@
+"""`preread rerank` against a running server: one query, files of queries, every kind of candidates."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import ir_measures
+import pytest
+from click.testing import CliRunner
+
+from preread import Client, Passage
+from preread_cli.main import cli
+from tuning.trec import read_run
+
+PASSAGES = {
+    f"p{i}": f"Passage number {i} speaks of {word}." for i, word in enumerate(["sky", "sea", "grass", "night", "sun"])
+}
+COLLECTION = "cli-rerank"
+
+
+@pytest.fixture(scope="module")
+def client(server_pair):
+    with Client(server_pair.address, encoder_address=server_pair.encoder_address) as client:
+        assert len(list(client.upsert([Passage(*pair) for pair in PASSAGES.items()], collection=COLLECTION))) == 5
+        yield client
+
+
+@pytest.fixture
+def rerank(server_pair, client):
+    def run(*arguments: str, stdin: str | None = None):
+        given = ["rerank", *arguments, "--address", server_pair.address, "--store", server_pair.store]
+        return CliRunner().invoke(cli, given, input=stdin)
+
+    return run
+
+
+def ids(answer) -> list[str]:
+    return [result["passage_id"] for result in json.loads(answer.stdout)["results"]]
+
+
+def test_a_whole_collection_is_ranked_as_the_client_ranks_it(rerank, client) -> None:
+    answer = rerank("blue sky", "-c", COLLECTION, "--json")
+
+    assert answer.exit_code == 0
+    assert ids(answer) == [r.passage_id for r in client.rerank("blue sky", sorted(PASSAGES), collection=COLLECTION)]
+    assert json.loads(answer.stdout)["summary"]["num_scored"] == 5
+
+
+def test_a_table_shows_rank_score_and_text(rerank) -> None:
+    answer = rerank("blue sky", "-c", COLLECTION, "--top-n", "2")
+
+    assert answer.exit_code == 0
+    assert "5 of 5 scored by tiny-reranker" in answer.stdout
+    assert sum(line.startswith(("1", "2", "3")) for line in answer.stdout.splitlines()) == 2
+    assert "speaks of" in answer.stdout
+
+
+def test_a_ratio_and_stages_are_read_as_asked_and_shown(rerank) -> None:
+    plain = json.loads(rerank("blue sky", "-c", COLLECTION, "--compression-ratio", "8", "--json").stdout)
+    assert {result["compression_ratio"] for result in plain["results"]} == {8}
+    assert plain["summary"]["compression_ratio"] == 8
+
+    staged = json.loads(rerank("blue sky", "-c", COLLECTION, "--stages", "32:2, 8", "--json").stdout)
+    assert [len(result["stages"]) for result in staged["results"]] == [2, 2, 1, 1, 1]
+
+    table = rerank("blue sky", "-c", COLLECTION, "--stages", "32:2, 8").stdout
+    assert "ratio" in table.splitlines()[1]
+    assert "read in stages 32:2,8" in " ".join(table.split())
+
+    both = rerank("blue sky", "-c", COLLECTION, "--stages", "32:2, 8", "--compression-ratio", "8")
+    assert both.exit_code == 2
+    assert "stages" in both.stderr
+    assert rerank("blue sky", "-c", COLLECTION, "--stages", "8:2, 32").exit_code == 2
+
+
+def test_a_run_of_a_cascade_reads_back_in_its_order(rerank, client, tmp_path: Path) -> None:
+    (tmp_path / "queries.tsv").write_text("q1\tblue sky\n")
+    run = tmp_path / "out.run"
+    answer = rerank(
+        "--queries", str(tmp_path / "queries.tsv"), "-c", COLLECTION, "--stages", "32:2,8", "--output", str(run)
+    )
+    assert answer.exit_code == 0, answer.stderr
+    expected = client.rerank("blue sky", sorted(PASSAGES), collection=COLLECTION, stages="32:2,8")
+    assert [passage_id for passage_id, _ in read_run(run).run["q1"]] == [r.passage_id for r in expected]
+
+
+def test_ids_from_a_file_or_standard_input(rerank, tmp_path: Path) -> None:
+    (tmp_path / "ids").write_text("p3\n\np1\n")
+
+    assert sorted(ids(rerank("q", "-c", COLLECTION, "--ids", str(tmp_path / "ids"), "--json"))) == ["p1", "p3"]
+    assert sorted(ids(rerank("q", "-c", COLLECTION, "--ids", "-", "--json", stdin="p3\np1\n"))) == ["p1", "p3"]
+
+
+def test_texts_need_no_collection(rerank, tmp_path: Path) -> None:
+    plain = tmp_path / "texts.gz"
+    plain.write_bytes(gzip.compress(b"The first text.\nThe second text.\n"))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"id": 7, "title": "T", "text": "one"}\n{"text": "two"}\n')
+
+    first = json.loads(rerank("q", "--candidates", str(plain), "--json").stdout)["results"]
+    second = json.loads(rerank("q", "--candidates", str(rows), "--json").stdout)["results"]
+
+    assert {r["text"] for r in first} == {"The first text.", "The second text."}
+    assert {(r["passage_id"], r["text"]) for r in second} == {("7", "T one"), ("", "two")}
+
+
+def test_more_candidates_than_a_request_takes_are_merged(client) -> None:
+    from preread import Candidate
+    from preread_cli.ranking import rerank
+
+    candidates = [Candidate(passage_id=passage_id) for passage_id in [*PASSAGES, "missing"]]
+    options = {"collection": COLLECTION, "on_miss": "skip", "top_n": 4}
+
+    whole = rerank(client, "blue sky", candidates, 1000, options)
+    parts = rerank(client, "blue sky", candidates, 2, options)
+
+    assert [(r.index, r.passage_id, r.status) for r in parts] == [(r.index, r.passage_id, r.status) for r in whole]
+    assert [r.margin for r in parts][:4] == pytest.approx([r.margin for r in whole][:4], abs=1e-5)
+    assert parts.summary.num_scored == whole.summary.num_scored == 5
+
+
+def test_what_is_not_scored_is_shown_and_ends_with_1(rerank) -> None:
+    answer = rerank("q", "-c", COLLECTION, "--ids", "-", stdin="p1\nnowhere\n")
+
+    assert answer.exit_code == 1
+    assert "not scored: nowhere  missing" in answer.stdout
+
+
+def test_a_file_of_queries_gives_a_trec_run(rerank, client, tmp_path: Path) -> None:
+    (tmp_path / "queries.tsv").write_text("q1\tblue sky\nq2\tgreen grass\nq3\tnot in the run\n")
+    (tmp_path / "first.run").write_text(
+        "".join(f"{q} Q0 p{i} {i + 1} {9 - i} bm25\n" for q in ("q1", "q2") for i in range(4))
+    )
+    out = tmp_path / "out.run"
+
+    answer = rerank(
+        *("--queries", str(tmp_path / "queries.tsv"), "--run", str(tmp_path / "first.run"), "--depth", "3"),
+        *("-c", COLLECTION, "--output", str(out)),
+    )
+
+    assert answer.exit_code == 0
+    assert "2 queries, 6 passages scored, 0 not scored" in answer.stderr
+    written = read_run(out)
+    assert written.tag == "preread"
+    assert list(written.run) == ["q1", "q2"]
+    expected = client.rerank("blue sky", ["p0", "p1", "p2"], collection=COLLECTION)
+    assert written.run["q1"] == [(r.passage_id, pytest.approx(r.margin, abs=1e-5)) for r in expected]
+
+
+def test_queries_as_json_in_and_json_out(rerank, tmp_path: Path) -> None:
+    (tmp_path / "queries.jsonl").write_text('{"_id": 1, "text": "blue sky"}\n{"_id": 2, "text": "green grass"}\n')
+    out = tmp_path / "out.jsonl"
+
+    answer = rerank("--queries", str(tmp_path / "queries.jsonl"), "-c", COLLECTION, "--json", "--output", str(out))
+
+    assert answer.exit_code == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["query_id"], row["query"], len(row["results"])) for row in rows] == [
+        ("1", "blue sky", 5),
+        ("2", "green grass", 5),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Give a QUERY"),
+        (["q"], "Name the --collection"),
+        (["q", "-c", COLLECTION, "--ids", "a", "--candidates", "b"], "exclude one another"),
+        (["q", "-c", COLLECTION, "--run", "a"], "--run goes with --queries"),
+        (["q", "-c", "no-such"], "'no-such' does not exist"),
+        (["q", "-c", "no-such", "--ids", "-"], "no-such"),
+        (["q", "-c", COLLECTION, "--ids", "/no/such/file"], "/no/such/file: No such file"),
+        (["q", "-c", COLLECTION, "--model-name", "other", "--ids", "-"], "model is 'other'"),
+        (["q", "-c", COLLECTION, "--compression-ratio", "3", "--ids", "-"], "compression_ratio"),
+    ],
+)
+def test_bad_input_is_one_line_and_2(rerank, arguments: list[str], message: str) -> None:
+    answer = rerank(*arguments, stdin="p1\n")
+
+    assert answer.exit_code == 2
+    assert message in answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{broken\n", ":1: begins with { and is not JSON"),
+        ('{"text": "fine"}\n{"title": "only"}\n', ":2: neither id nor text"),
+        ('{"text": ["list"]}\n', ":1: text is ['list']; expected a string"),
+        ("", "nothing to rank"),
+    ],
+)
+def test_a_bad_line_is_named(rerank, tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "c.jsonl").write_text(content)
+    answer = rerank("q", "--candidates", str(tmp_path / "c.jsonl"))
+
+    assert answer.exit_code == 2
+    assert message in answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("q1 no tab\n", ":1: no tab"),
+        ("q1\ta\nq1\tb\n", ":2: query id 'q1' a second time"),
+        ('{"_id": "1"}\n', ":1: fields _id; expected id and text"),
+        ("", "no queries"),
+    ],
+)
+def test_a_bad_query_is_named(rerank, tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "q").write_text(content)
+    answer = rerank("--queries", str(tmp_path / "q"), "-c", COLLECTION)
+
+    assert answer.exit_code == 2
+    assert message in answer.stderr
+
+
+def test_no_server_is_3_and_says_what_to_start() -> None:
+    answer = CliRunner().invoke(cli, ["rerank", "q", "--candidates", "-", "--address", "127.0.0.1:1"], input="a\n")
+
+    assert answer.exit_code == 3
+    assert "is `preread serve` running there?" in answer.stderr
+
+
+def test_equal_scores_are_written_in_our_order_for_every_evaluator(rerank, client, tmp_path: Path) -> None:
+    """trec_eval breaks ties by falling passage id: `z` would come before what we rank first."""
+    candidates = [{"id": name, "text": "The same text."} for name in ("a", "m", "z")]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(one) + "\n" for one in candidates))
+    (tmp_path / "queries.tsv").write_text("q1\tblue sky\n")
+    out = tmp_path / "out.run"
+    arguments = ("--queries", str(tmp_path / "queries.tsv"), "--candidates", str(tmp_path / "texts.jsonl"))
+
+    assert rerank(*arguments, "--output", str(out)).exit_code == 0
+
+    (one, other, third) = client.rerank("blue sky", candidates)
+    assert one.margin == other.margin == third.margin
+    run = ir_measures.read_trec_run(str(out))
+    qrels = [ir_measures.Qrel("q1", "a", 1)]
+    assert ir_measures.calc_aggregate([ir_measures.RR], qrels, run) == {ir_measures.RR: 1.0}
+
+
+def test_standard_output_is_appended_to_and_a_closed_pipe_ends_quietly(server_pair, client, tmp_path: Path) -> None:
+    (tmp_path / "queries.tsv").write_text("".join(f"q{i}\tblue sky\n" for i in range(300)))
+    (tmp_path / "ids").write_text("\n".join(PASSAGES))
+    command = [sys.executable, "-m", "preread", "rerank", "-c", COLLECTION, "--address", server_pair.address]
+    command += ["--queries", str(tmp_path / "queries.tsv"), "--ids", str(tmp_path / "ids")]
+    log = tmp_path / "log.run"
+    log.write_text("before\n")
+    with log.open("a") as file:
+        subprocess.run(command, stdout=file, check=True, capture_output=False, stderr=subprocess.DEVNULL)
+    lines = log.read_text().splitlines()
+    assert lines[0] == "before"
+    assert len(lines) == 1 + 300 * 5
+
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline().startswith("q0 Q0 p")
+        process.stdout.close()
+        told = process.stderr.read()
+    assert "Traceback" not in told
+    assert "rror" not in told
+    assert process.returncode == 1
+
+
+def test_a_failed_run_leaves_the_old_file(rerank, tmp_path: Path) -> None:
+    (tmp_path / "queries.tsv").write_text("q1\tblue sky\nq2\t\n")  # the server refuses an empty query
+    out = tmp_path / "out.run"
+    out.write_text("old\n")
+    answer = rerank("--queries", str(tmp_path / "queries.tsv"), "-c", COLLECTION, "--output", str(out))
+    assert answer.exit_code == 2
+    assert out.read_text() == "old\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.run", "queries.tsv"]
+
+
+def test_what_no_run_can_carry_is_said_before_anything_is_scored(rerank, tmp_path: Path) -> None:
+    (tmp_path / "queries.tsv").write_text("q 1\tblue sky\n")
+    answer = rerank("--queries", str(tmp_path / "queries.tsv"), "-c", COLLECTION)
+    assert answer.exit_code == 2
+    assert "id 'q 1' is empty or has blanks" in answer.stderr
+    assert "scored" not in answer.stderr
+
+
+def test_standard_input_is_read_once(rerank) -> None:
+    answer = rerank("--queries", "-", "-c", COLLECTION, "--ids", "-", stdin="q1\tblue sky\n")
+    assert answer.exit_code == 2
+    assert "can be read once" in answer.stderr

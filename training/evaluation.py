@@ -1,0 +1,185 @@
+"""Rerank candidates of a judged collection, at several ratios, with a checkpoint that is still in training's hands.
+
+Files, BM25, metrics and rankings are those of `preread evaluate` (package tuning); only the model is not yet a
+checkpoint directory, so its margins are computed here. Used while training runs and for opposed instructions.
+
+Do instructions decide? Pairs of opposed instructions on held-out MedQuAD, same query, same passages.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from training import model as scoring
+from training.collections import ASPECTS, aspect_of
+from training.model import Checkpoint, load
+from training.trainer import pick_device
+from tuning import baselines as first_stage
+from tuning.judged import JudgedCollection, read_judged
+from tuning.metrics import HEADLINE, per_query
+from tuning.trec import Run, rank
+
+Candidates = Mapping[str, Sequence[str]]  # query_id -> passage ids
+
+
+@torch.inference_mode()
+def margins(
+    checkpoint: Checkpoint,
+    passages: Mapping[str, str],
+    queries: Mapping[str, str],
+    candidates: Candidates,
+    ratios: Iterable[int],
+    instruction: str = "",
+    batch: int = 64,
+) -> dict[int, dict[str, dict[str, float]]]:
+    """{ratio: {query_id: {passage_id: margin}}}. A passage is encoded once; pairs of like length go together."""
+    model = checkpoint.model
+    passage_ids = sorted({p for found in candidates.values() for p in found})
+    tokens = dict(zip(passage_ids, checkpoint.passage_ids([passages[p] for p in passage_ids]), strict=True))
+    order = sorted(passage_ids, key=lambda p: len(tokens[p]))
+    encoded: dict[str, torch.Tensor] = {}  # passage_id -> (num_tokens, dim)
+    autocast = torch.autocast(model.device.type, torch.bfloat16)
+    with autocast:
+        for start in range(0, len(order), batch):
+            part = order[start : start + batch]
+            states, _ = scoring.encode(model, [tokens[p] or [0] for p in part])
+            encoded |= {p: states[k, : max(1, len(tokens[p]))].float() for k, p in enumerate(part)}
+    query_ids = list(candidates)
+    texts = [queries[q] for q in query_ids]
+    prompts = dict(zip(query_ids, checkpoint.prompt_ids(texts, [instruction] * len(texts)), strict=True))
+    pairs = [(q, p) for q in query_ids for p in candidates[q]]
+    pairs.sort(key=lambda pair: (len(prompts[pair[0]]) // 3, len(encoded[pair[1]])))  # little padding on either side
+    out: dict[int, dict[str, dict[str, float]]] = {}
+    for ratio in ratios:
+        scored: dict[str, dict[str, float]] = {q: {} for q in query_ids}
+        pooled = {
+            p: scoring.mean_pool(s[None], torch.ones(1, len(s), dtype=torch.long, device=s.device), ratio)[0][0]
+            for p, s in encoded.items()
+        }
+        for start in range(0, len(pairs), batch):
+            part_pairs = pairs[start : start + batch]
+            rows = [pooled[p] for _, p in part_pairs]
+            states = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+            lengths = torch.tensor([len(r) for r in rows], device=states.device)
+            mask = (torch.arange(states.shape[1], device=states.device)[None] < lengths[:, None]).long()
+            with autocast:
+                margin = scoring.margins(model, [prompts[q] for q, _ in part_pairs], states, mask, checkpoint.answers)
+            for (q, p), value in zip(part_pairs, margin.tolist(), strict=True):
+                scored[q][p] = value
+        out[ratio] = scored
+    return out
+
+
+def rerank(checkpoint: Checkpoint, judged: JudgedCollection, candidates: Run, ratios: Iterable[int]) -> dict[int, Run]:
+    """{ratio: run} of the same candidates, in the order of `candidates` where margins are equal."""
+    named = {q: [p for p, _ in found] for q, found in candidates.items()}
+    scored = margins(checkpoint, judged.passages, judged.queries, named, ratios)
+    return {
+        ratio: {q: rank(named[q], [own[q][p] for p in named[q]]) for q in candidates} for ratio, own in scored.items()
+    }
+
+
+def ndcg(judged: JudgedCollection, run: Run) -> float:
+    """Mean nDCG@10."""
+    return float(per_query(judged.qrels, run, 10)[HEADLINE].mean())
+
+
+class HeldOut:
+    """Small fixed samples of judged collections, with their BM25 candidates found once."""
+
+    def __init__(self, folder: Path, max_queries: int, top_k: int = 50) -> None:
+        self.parts: list[tuple[JudgedCollection, Run]] = []
+        for part in sorted(p for p in folder.iterdir() if (p / "qrels.tsv").exists()):
+            judged = read_judged(part).sample(max_queries, seed=0)
+            self.parts.append((judged, first_stage.search(judged.passages, judged.queries, top_k)))
+
+    def report(self, checkpoint: Checkpoint, ratios: tuple[int, ...] = (4,)) -> str:
+        """One line: nDCG@10 of BM25 and of each ratio, per collection."""
+        words = []
+        for judged, candidates in self.parts:
+            runs = rerank(checkpoint, judged, candidates, ratios)
+            values = " ".join(f"r{ratio} {ndcg(judged, run):.3f}" for ratio, run in runs.items())
+            words.append(f"{judged.name}: BM25 {ndcg(judged, candidates):.3f} {values}")
+        return "; ".join(words)
+
+
+ANSWER = "Retrieve passages that answer the query"
+CONTRARY = "Retrieve passages that do not answer the query"
+
+DEMO_QUERY = "malaria"
+DEMO_PASSAGES = {
+    "symptoms": "Malaria begins with fever, shaking chills, headache and muscle aches. Nausea and vomiting may follow.",
+    "treatments": "Malaria is treated with antimalarial drugs such as chloroquine"
+    " or artemisinin combinations, chosen by region.",
+    "other": "Cataract surgery removes the clouded lens of the eye and puts an artificial lens in its place.",
+}
+DEMO_INSTRUCTIONS = ("Retrieve passages about the symptoms", "Retrieve passages about the treatments", ANSWER, CONTRARY)
+
+
+def contrary(
+    checkpoint: Checkpoint, collection: JudgedCollection, num_queries: int, ratio: int
+) -> tuple[float, float, float]:
+    """Shares of queries where the answer outscores an unrelated passage under ANSWER, is outscored under CONTRARY,
+    and where the answer's own margin changes sign between the two."""
+    query_ids = list(collection.qrels)[:num_queries]
+    answers = {q: next(iter(collection.qrels[q])) for q in query_ids}
+    others = {q: answers[query_ids[i - 7]] for i, q in enumerate(query_ids)}
+    pairs = {q: (answers[q], others[q]) for q in query_ids if answers[q] != others[q]}
+    plain = margins(checkpoint, collection.passages, collection.queries, pairs, [ratio], ANSWER)[ratio]
+    flipped = margins(checkpoint, collection.passages, collection.queries, pairs, [ratio], CONTRARY)[ratio]
+    hits = [plain[q][answers[q]] > plain[q][others[q]] for q in pairs]
+    turned = [flipped[q][answers[q]] < flipped[q][others[q]] for q in pairs]
+    signs = [plain[q][answers[q]] > 0 > flipped[q][answers[q]] for q in pairs]
+    return sum(hits) / len(hits), sum(turned) / len(turned), sum(signs) / len(signs)
+
+
+def aspects(checkpoint: Checkpoint, collection: JudgedCollection, ratio: int) -> tuple[float, int]:
+    """For a topic with answers on several aspects: how often the asked aspect's answer outscores another's."""
+    topics: dict[str, dict[str, str]] = {}
+    for query_id, grades in collection.qrels.items():
+        found = aspect_of(collection.queries[query_id])
+        if found:
+            topics.setdefault(found[1], {})[found[0]] = next(iter(grades))
+    won, total = 0, 0
+    for name in ASPECTS:
+        having = {t: a for t, a in topics.items() if name in a and len(set(a.values())) > 1}
+        if not having:
+            continue
+        pairs = {t: sorted(set(a.values())) for t, a in having.items()}
+        asked_for = f"Retrieve passages about {ASPECTS[name][1]}"
+        run = margins(checkpoint, collection.passages, {t: t for t in having}, pairs, [ratio], asked_for)[ratio]
+        for topic, found_aspects in having.items():
+            asked = found_aspects[name]
+            for other in set(found_aspects.values()) - {asked}:
+                won, total = won + (run[topic][asked] > run[topic][other]), total + 1
+    return won / max(1, total), total
+
+
+def demonstrate(checkpoint: Checkpoint, ratio: int) -> None:
+    """A table of P(yes): one query, three passages, every instruction of DEMO_INSTRUCTIONS."""
+    pairs = {"q": list(DEMO_PASSAGES)}
+    print("| instruction | " + " | ".join(DEMO_PASSAGES) + " |\n|---|" + "---|" * len(DEMO_PASSAGES))
+    for instruction in DEMO_INSTRUCTIONS:
+        run = margins(checkpoint, DEMO_PASSAGES, {"q": DEMO_QUERY}, pairs, [ratio], instruction)[ratio]["q"]
+        scores = (f"{1 / (1 + math.exp(-run[name])):.3f} ({run[name]:+.2f})" for name in DEMO_PASSAGES)
+        print(f"| {instruction} | " + " | ".join(scores) + " |")
+
+
+def report(folder: Path, medquad: Path, ratio: int = 4) -> None:
+    checkpoint = load(folder)
+    checkpoint.model.to(pick_device()).eval()
+    collection = read_judged(medquad)
+    with torch.inference_mode():
+        hits, turned, signs = contrary(checkpoint, collection, 200, ratio)
+        share, total = aspects(checkpoint, collection, ratio)
+        demonstrate(checkpoint, ratio)
+    print(f"{ANSWER!r}: answer above an unrelated passage in {hits:.1%}")
+    print(f"{CONTRARY!r}: answer below it in {turned:.1%}; the answer's margin changes sign in {signs:.1%}")
+    print(
+        f"the aspect the instruction asks for above another aspect of the same topic in {share:.1%}"
+        f" of {total} pairs (chance 50%)"
+    )

