@@ -217,7 +217,7 @@ class DecoderServer:
         await self.readiness.add(encoder, model.served_name, in_process=model.encoder_in_process)
         return InlineStates(
             encoder,
-            max_bytes=self.config.max_inline_cache_bytes,
+            max_bytes=self.config.inline_cache_bytes,
             base_ratio=backend.settings.default_compression_ratio,
         )
 

@@ -219,8 +219,8 @@ def test_models_share_nothing(checkpoint: Checkpoint) -> None:
 @pytest.mark.parametrize(
     ("budgets", "message"),
     [
-        ({"max_keys_bytes": -1}, "max_keys_bytes is -1; expected 0 or more"),
-        ({"max_prefix_bytes": -5}, "max_prefix_bytes is -5; expected 0 or more"),
+        ({"max_keys_bytes": -1}, "max_keys_bytes is -1; expected at least 0"),
+        ({"max_prefix_bytes": -5}, "max_prefix_bytes is -5; expected at least 0"),
         ({"form": "fp4"}, "form is 'fp4'; expected auto, bfloat16, int8"),
     ],
 )

@@ -1,0 +1,162 @@
+"""Knobs: settings as dataclass fields, each written once with its flag, bounds and help.
+
+    @dataclass(frozen=True)
+    class QueueSettings(Settings):
+        max_queue_seconds: float = knob(30.0, "Longest wait in the queue.", at_least=0)
+
+`--max-queue-seconds`, PREREAD_MAX_QUEUE_SECONDS and the TOML key `max-queue-seconds` follow from the field's name. The
+command line makes its options and the docs their tables from the same fields, so a command and an embedded server
+cannot differ. Imports only the standard library: a help text must not load gRPC or torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from preread_edge.tls import ServerTls
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knob:
+    """A field that can be set from outside.
+
+    Attributes:
+        kind: the field's type as written, without `| None`: int, float, str, bool, tuple[str, ...].
+        flag: `--some-flag`; from the name where none is given.
+        shown_default: for the help, where the default itself says nothing: None, "".
+        parse: from the text of the command line to the value; raises ValueError.
+    """
+
+    help: str
+    name: str = ""
+    kind: str = ""
+    default: Any = None
+    flag: str = ""
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    choices: tuple[str, ...] = ()
+    metavar: str = ""
+    shown_default: str = ""
+    is_file: bool = False
+    is_secret: bool = False
+    parse: Callable[[str], Any] | None = None
+
+    def check(self, value: Any) -> None:
+        """Raises ValueError where a value is out of bounds; None is no value."""
+        if value is None:
+            return
+        fits = (
+            (not self.choices or value in self.choices)
+            and (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+        )
+        if not fits:
+            raise ValueError(f"{self.name} is {value!r}; expected {self._expected()}")
+
+    def _expected(self) -> str:
+        if self.choices:
+            return ", ".join(self.choices)
+        if self.at_most is not None:
+            return f"{self.at_least or 0:g}..{self.at_most:g}"
+        return f"at least {self.at_least:g}" if self.above is None else f"more than {self.above:g}"
+
+
+def knob(default: Any, help: str, **details: Any) -> Any:
+    """A dataclass field with its knob; `details` are Knob's attributes."""
+    one = Knob(help=help, **details)
+    return field(default=default, repr=not one.is_secret, metadata={"knob": one})
+
+
+def knobs(settings: type) -> Iterator[Knob]:
+    """The knobs of a dataclass, in the order of its fields."""
+    for one in dataclasses.fields(settings):
+        if "knob" in one.metadata:
+            given: Knob = one.metadata["knob"]
+            yield dataclasses.replace(
+                given,
+                name=one.name,
+                kind=str(one.type).removesuffix(" | None"),
+                default=one.default,
+                flag=given.flag or "--" + one.name.replace("_", "-"),
+            )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Base of every configuration: knobs are checked when it is made."""
+
+    def __post_init__(self) -> None:
+        for one in knobs(type(self)):
+            one.check(getattr(self, one.name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListenSettings(Settings):
+    """Knobs of everything that listens."""
+
+    host: str = knob("127.0.0.1", "Address to listen on; 0.0.0.0 for every interface.")
+    max_connections: int = knob(
+        1024,
+        "gRPC calls, and HTTP connections, at a time; more are rejected with the time to retry after. Probes always "
+        "get in.",
+        at_least=1,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings(ListenSettings):
+    """Knobs of both gRPC servers."""
+
+    store: str = knob(
+        "faiss:./preread-data",
+        "Where states are kept: faiss:PATH (a directory, no server), redis://HOST:PORT/DB, rediss://..., "
+        "redis+cluster://..., or memory: (gone when the process ends).",
+        metavar="URL",
+        is_secret=True,  # it may hold a password
+    )
+    max_message_bytes: int = knob(64 * MIB, "Largest gRPC message.", at_least=1)
+    tls_cert_file: str = knob("", "Speak TLS with this certificate (PEM).", is_file=True)
+    tls_key_file: str = knob("", "The key of --tls-cert-file (PEM).", is_file=True)
+    tls_client_ca_file: str = knob("", "Require a client certificate signed by this authority (PEM).", is_file=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.tls  # raises where the files contradict each other
+
+    @property
+    def tls(self) -> ServerTls:
+        """How this server's ports are opened."""
+        from preread_edge.tls import ServerTls  # loads gRPC
+
+        return ServerTls(self.tls_cert_file, self.tls_key_file, self.tls_client_ca_file)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(Settings):
+    """Knobs of everything that loads a model."""
+
+    device: str = knob("auto", "Where to compute; auto takes CUDA where there is any.", metavar="auto|cpu|cuda[:N]")
+    dtype: str = knob(
+        "auto",
+        "Number format; auto takes bfloat16 only where the hardware multiplies it natively.",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    max_passage_tokens: int | None = knob(
+        None,
+        "Passage limit; part of the encoder's fingerprint.",
+        at_least=1,
+        shown_default="the checkpoint's",
+    )
+    read_control_tokens: bool = knob(
+        False,
+        "Read <end_of_turn> and the like in queries and passages as control tokens, as KaLM's own code does: a text "
+        "can then write the prompt. For comparing with it; part of the encoder's fingerprint.",
+    )
