@@ -29,7 +29,8 @@ from benchmarks.common import report, start
 from benchmarks.servers import serving
 from cache.collection import Collection, Manifest, StoredPassage
 from cache.errors import CollectionNotFound
-from cache.store import Store, open_store
+from cache.open import open_store
+from cache.store import Store
 from checkpoint import Checkpoint, EncoderIdentity
 from encoder_worker.passage_encoder import PassageEncoder
 from preread import Client

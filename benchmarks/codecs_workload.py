@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from cache.codecs import Codec
 from cache.collection import Collection
+from cache.open import open_store
 from cache.states import PassageStates
-from cache.store import open_store
 from checkpoint import Checkpoint
 from decoder_server.models.fbnl.backend import FbnlBackend
 from encoder_worker.indexing import index
@@ -118,7 +118,7 @@ class Workload:
         return self.opened.dim
 
     def _index(self, texts: dict[str, str]) -> Collection:
-        stored = self._store.contains_many("states", list(texts))
+        stored = self._store.headers_many("states", list(texts))
         items = [
             Passage(p, text, Place("collection", line))
             for line, ((p, text), there) in enumerate(zip(texts.items(), stored, strict=True))

@@ -31,8 +31,8 @@ from benchmarks.common import median_seconds, read_result, report, start
 from benchmarks.redis_server import redis_url
 from benchmarks.servers import QUERY
 from cache.collection import Collection, Manifest, StoredPassage
+from cache.open import open_store
 from cache.states import PassageStates, text_digest
-from cache.store import open_store
 from checkpoint import Checkpoint
 from decoder_server.models.fbnl.backend import FbnlBackend
 

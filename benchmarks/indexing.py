@@ -31,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.common import matmul_peak, nano_checkpoint, report, start, tiny_checkpoint
 from benchmarks.operations import Operations
-from cache.store import open_store
+from cache.open import open_store
 from checkpoint import Checkpoint
 from checkpoint.compute import DTYPES
 from encoder_worker.indexing import index

@@ -95,9 +95,9 @@ def fill_states_tier(directory: Path, dtype: str) -> None:
 
     from cache.collection import Collection, StoredPassage
     from cache.manifest import Manifest
+    from cache.open import open_store
     from cache.read_cache import CachedStore
     from cache.states import PassageStates, text_digest
-    from cache.store import open_store
     from checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(directory)

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from cache.collection import Collection, Manifest, StoredPassage
+from cache.open import open_store
 from cache.states import PassageStates, num_pooled, text_digest
-from cache.store import open_store
 from checkpoint import Checkpoint
 from preread import Client
 

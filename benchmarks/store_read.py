@@ -27,8 +27,8 @@ from benchmarks.common import median_seconds, report, start
 from benchmarks.redis_server import redis_url
 from cache.codecs import Codec
 from cache.collection import Collection, Manifest, StoredPassage
+from cache.open import open_store
 from cache.states import EncodedPassage, PassageStates, text_digest
-from cache.store import open_store
 from checkpoint import TokenizedPrompt
 from decoder_server.models.backend import Pair
 from decoder_server.models.fbnl.batch_states import batch_states

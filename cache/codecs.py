@@ -1,14 +1,10 @@
-"""Block scaling: numbers divided by what is large around them, before a scalar quantizer with a fixed range sees them.
+"""Codec: float32 states to bytes and back, by FAISS standalone codecs and block scaling.
 
-`B<n>,SQ8` keeps a float16 scale for every n consecutive numbers of a state, their largest magnitude, so that an outlier
-costs its block and nothing is ever cut off, whatever a training sample had seen. `Z,B<n>,SQ8` first subtracts each
-dimension's mean and divides by its standard deviation, which a sample has to tell. Does not know FAISS.
-
-Codec: float32 states to bytes and back, by FAISS standalone codecs.
-
-A codec is named by its FAISS factory string, before which may stand a scaling of our own (`scaling.py`). Its trained
-numbers travel as a raw float32 table whose length is checked, never as a serialised FAISS index: a table may come from
-a shared store and is not trusted. Does not know passages.
+A codec is named by its FAISS factory string, optionally after a block scaling. `B<n>,SQ8` keeps a float16 scale for
+every n consecutive numbers of a state, their largest magnitude, so that an outlier costs its block and nothing is ever
+clipped, whatever a training sample held. `Z,B<n>,SQ8` first subtracts each dimension's mean and divides by its standard
+deviation, both trained. Trained numbers travel as a raw float32 table whose length is checked, never as a serialised
+FAISS index: a table may come from a shared store and is not trusted.
 """
 
 import re
@@ -24,105 +20,15 @@ from numpy.typing import NDArray
 from cache import DEFAULT_CODEC, KNOWN_CODECS
 from cache.errors import CodecError
 
-FLOAT16_MAX = 65504.0
-_NAME = re.compile(r"(?P<standard>Z,)?B(?P<block>[1-9]\d{0,4}),SQ(?P<bits>[864])")
-
-
-class BlockScaling:
-    """Scales of the blocks of each state, stored before its codes as little-endian float16.
-
-    The last block is short where `block` does not divide `dim`. Thread-safe once trained or loaded.
-    """
-
-    def __init__(self, dim: int, block: int, *, standardises: bool) -> None:
-        self.dim = dim
-        self.block = min(block, dim)
-        self._standardises = standardises
-        self._mean = np.zeros(dim, dtype=np.float32)
-        self._deviation = np.ones(dim, dtype=np.float32)
-        self._starts = np.arange(0, dim, self.block)
-
-    @classmethod
-    def named(cls, factory: str, dim: int) -> Self | None:
-        """The scaling of a codec's name; None where it has none."""
-        match = _NAME.fullmatch(factory)
-        return None if match is None else cls(dim, int(match["block"]), standardises=match["standard"] is not None)
-
-    @property
-    def num_bytes(self) -> int:
-        """Of the scales of one state."""
-        return 2 * len(self._starts)
-
-    @property
-    def table_length(self) -> int:
-        """Trained numbers: means and deviations, or none."""
-        return 2 * self.dim if self._standardises else 0
-
-    def train(self, sample: NDArray[np.float32]) -> None:
-        """From states (num_states, dim). A dimension that hardly moves is given a thousandth of the usual deviation."""
-        self._mean = sample.mean(axis=0, dtype=np.float64).astype(np.float32)
-        deviation = sample.std(axis=0, dtype=np.float64)
-        floor = 1e-3 * float(np.median(deviation)) or 1e-3 * float(deviation.max()) or 1.0
-        self._deviation = np.maximum(deviation, floor).astype(np.float32)
-
-    def table(self) -> NDArray[np.float32]:
-        return np.concatenate([self._mean, self._deviation])
-
-    def load(self, table: NDArray[np.float32]) -> None:
-        """Raises CodecError for a deviation that is not positive."""
-        mean, deviation = table[: self.dim], table[self.dim :]
-        if not (deviation > 0).all():
-            raise CodecError(f"codec_table: a standard deviation of {deviation.min():g}, expected more than 0")
-        self._mean, self._deviation = mean.copy(), deviation.copy()
-
-    def ranges(self, base: str) -> NDArray[np.float32]:
-        """What FAISS calls trained, minimum and range per dimension, so that levels lie evenly from -1 to 1 about 0.
-
-        FAISS cuts [minimum, minimum + range] into 2^bits - 1 steps and gives back the middle of one. Here the middle
-        of step 2^(bits - 1) is 0 itself: a dimension that never moves would otherwise always be off to the same side.
-        """
-        middle = 2 ** (int(base.removeprefix("SQ")) - 1)
-        minimum, spread = -(middle + 0.5) / (middle - 1), (2 * middle - 1) / (middle - 1)
-        return np.concatenate([self._deviation * np.float32(minimum), self._deviation * np.float32(spread)])
-
-    def scale(self, states: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-        """States (n, dim) over their scales, and the scales (n, num_bytes). Raises CodecError for too large ones."""
-        centred = states - self._mean
-        magnitudes = np.abs(centred)
-        magnitudes /= self._deviation
-        largest = np.maximum.reduceat(magnitudes, self._starts, axis=1)  # (n, num_blocks)
-        if float(largest.max()) > FLOAT16_MAX:
-            raise CodecError(
-                f"states: a value of magnitude {float(np.abs(states).max()):.6g} needs a scale over float16's "
-                f"{FLOAT16_MAX:g}; use SQbf16 or Flat"
-            )
-        scales = largest.astype("<f2")
-        divisors = scales.astype(np.float32)
-        divisors[divisors == 0] = 1.0
-        self._by_blocks(centred, 1.0 / divisors)
-        return centred, scales.view(np.uint8)
-
-    def unscale(self, states: NDArray[np.float32], scales: NDArray[np.uint8]) -> None:
-        """In place, the other way round."""
-        with np.errstate(invalid="ignore"):  # forged scales may be infinite; what comes of it is looked for elsewhere
-            self._by_blocks(states, np.ascontiguousarray(scales).view("<f2").astype(np.float32))
-            if self._standardises:
-                states += self._mean
-
-    def _by_blocks(self, states: NDArray[np.float32], factors: NDArray[np.float32]) -> None:
-        """states (n, dim) times factors (n, num_blocks), in place."""
-        if self.dim % self.block:
-            states *= np.repeat(factors, self.block, axis=1)[:, : self.dim]
-        else:
-            blocks = states.reshape(len(states), -1, self.block)  # a view: rows are contiguous
-            blocks *= factors[:, :, None]
+_FLOAT16_MAX = 65504.0
+_SCALED = re.compile(r"(?P<standard>Z,)?B(?P<block>[1-9]\d{0,4}),SQ(?P<bits>[864])")
 
 
 # Codecs whose codes are the numbers themselves, one after another, and the format of those.
-NUMBERS = {"Flat": "float32", "SQfp16": "float16", "SQbf16": "bfloat16"}
-SCALAR = ("SQ8", "SQ6", "SQ4")
+_NUMBERS = {"Flat": "float32", "SQfp16": "float16", "SQbf16": "bfloat16"}
+_SCALAR = ("SQ8", "SQ6", "SQ4")
 # Fewer say nothing about a range: whatever lies outside it is cut off.
-MIN_SCALAR_TRAINING_STATES = 32
+_MIN_TRAINING_STATES = 32
 _PQ = re.compile(r"PQ(?P<num_parts>[1-9]\d{0,3})(?:x(?P<bits>[1-9]\d?))?")
 _RQ = re.compile(r"RQ(?P<num_parts>[1-9]\d{0,2})x(?P<bits>[1-9]\d?)")
 # 4,096 centroids per part: beyond that a codec trains for hours and its table outweighs a small collection.
@@ -134,32 +40,37 @@ _T = TypeVar("_T", bound=np.generic)
 
 
 class Codec:
-    """One FAISS standalone codec for vectors of `dim` numbers.
+    """One codec for vectors of `dim` numbers. Thread-safe once trained.
 
-    Thread-safe once trained. Raises CodecError for a string that is not one of `KNOWN_CODECS`.
+    Raises:
+        CodecError: the factory string is not one of `KNOWN_CODECS`.
     """
 
     def __init__(self, factory: str, dim: int) -> None:
         self.factory = factory
         self.dim = dim
         self._table_length, self.min_training_states, self.num_centroids = _shape_of(factory, dim)
-        self._scaling = BlockScaling.named(factory, dim)
+        self._scaling = _BlockScaling.named(factory, dim)
         self._base = factory.rpartition(",")[2]
         index: Any = faiss.index_factory(dim, self._base)  # the stubs know only the base class
         self._index = index
         # Whether a sample is large enough is train()'s own check; FAISS would print a warning per sub-codebook.
         if self._base.startswith("PQ"):
             index.pq.cp.min_points_per_centroid = 1
-            # Reorders centroids for Hamming search, which nobody does here, and takes far longer than the training.
+            # Reorders centroids for Hamming search, which is not used, and takes far longer than the training.
             index.do_polysemous_training = False
         elif self._base.startswith("RQ"):
             index.rq.cp.min_points_per_centroid = 1
         if self._scaling is not None and not self.needs_training:
-            self._set_trained(self._scaling.ranges(self._base))
+            self._set_trained(self._scaling.ranges())
 
     @classmethod
     def from_table(cls, factory: str, dim: int, table: bytes) -> "Codec":
-        """A trained codec from its table. Raises CodecError where the length or a number is wrong."""
+        """A trained codec from its table.
+
+        Raises:
+            CodecError: the length or a number is wrong.
+        """
         codec = cls(factory, dim)
         if len(table) != codec._table_length * 4:
             raise CodecError(
@@ -168,11 +79,8 @@ class Codec:
         numbers = np.frombuffer(table, dtype="<f4").astype(np.float32)
         if not np.isfinite(numbers).all():
             raise CodecError(f"codec_table: of {factory} holds a number that is not finite")
-        if codec._scaling is not None and codec.needs_training:
-            codec._scaling.load(numbers)
-            codec._set_trained(codec._scaling.ranges(codec._base))
-        elif codec.needs_training:
-            codec._set_trained(numbers)
+        if codec.needs_training:
+            codec._set_trained(numbers if codec._scaling is None else codec._scaling.load(numbers))
         return codec
 
     @property
@@ -185,8 +93,8 @@ class Codec:
 
     @property
     def number_format(self) -> str:
-        """What its codes are as numbers, little-endian: float32, float16 or bfloat16; empty where they are no such."""
-        return NUMBERS.get(self.factory, "")
+        """Codes that are numbers, little-endian: float32, float16 or bfloat16; empty for other codecs."""
+        return _NUMBERS.get(self.factory, "")
 
     @cached_property
     def code_size_bytes(self) -> int:
@@ -206,8 +114,7 @@ class Codec:
                 f"{DEFAULT_CODEC} needs no training"
             )
         if self._scaling is not None:
-            self._scaling.train(sample)
-            self._set_trained(self._scaling.ranges(self._base))
+            self._set_trained(self._scaling.train(sample))
         else:
             self._index.train(sample)
 
@@ -223,7 +130,8 @@ class Codec:
     def encode(self, states: NDArray[np.float32]) -> NDArray[np.uint8]:
         """float32 (n, dim) to uint8 (n, code_size_bytes).
 
-        Raises CodecError for a value that is not finite, or too large for the codec to come back as anything else.
+        Raises:
+            CodecError: a value is not finite, or too large for the codec's number format.
         """
         self._check_trained()
         states = self._checked(states, np.float32, self.dim, "states")
@@ -232,9 +140,9 @@ class Codec:
         largest = max(float(states.max()), -float(states.min()))
         if not np.isfinite(largest):  # NaN goes through max and min
             raise CodecError("states: hold NaN or infinity")
-        if self._base == "SQfp16" and largest > FLOAT16_MAX:
+        if self._base == "SQfp16" and largest > _FLOAT16_MAX:
             raise CodecError(
-                f"states: a value of magnitude {largest:.6g} is over float16's {FLOAT16_MAX:g}; use SQbf16 or Flat"
+                f"states: a value of magnitude {largest:.6g} is over float16's {_FLOAT16_MAX:g}; use SQbf16 or Flat"
             )
         if self._scaling is None:
             return np.asarray(self._index.sa_encode(states), dtype=np.uint8)
@@ -242,13 +150,15 @@ class Codec:
         return np.concatenate([scales, self._index.sa_encode(scaled)], axis=1)
 
     def count_outside(self, states: NDArray[np.float32], codes: NDArray[np.uint8]) -> NDArray[np.int64]:
-        """How many numbers of each state lie outside what the table was trained for, (n,); 0 where nothing is.
+        """Numbers of each state outside the range the table was trained for, (n,).
 
-        SQ8, SQ6, SQ4: numbers more than half a step outside their dimension's range, which come back as its border.
-        PQ, RQ: all numbers of a part (of RQ: of the state) that is farther from what comes back than any code reaches
+        SQ8, SQ6, SQ4: numbers more than half a step outside their dimension's range, which decode to its border.
+        PQ, RQ: all numbers of a part (of RQ: of the state) that is farther from its decoded value than any code reaches
         from the mean of the codes; with less than 6 bits also farther than such coarse codes have to be.
 
-        states: float32 (n, dim). codes: of these states, uint8 (n, code_size_bytes).
+        Args:
+            states: float32 (n, dim).
+            codes: of these states, uint8 (n, code_size_bytes).
         """
         if not self.needs_training or self._scaling is not None:
             return np.zeros(len(states), dtype=np.int64)  # fixed-point numbers, or scales that follow each block
@@ -267,11 +177,11 @@ class Codec:
         self._check_trained()
         numbers = faiss.vector_to_array(self._trained_vector())
         nothing = np.empty(0, dtype=np.float32)
-        if self.factory in SCALAR:
+        if self.factory in _SCALAR:
             low, width = numbers.reshape(2, self.dim)
             half_step = width / 2 ** (1 + int(self.factory.removeprefix("SQ")))
             return low - half_step, low + width + half_step, None
-        # Of a part (of RQ there is one) each codebook (of PQ there is one) adds one centroid to what comes back.
+        # Each codebook (PQ has one per part) adds one centroid to the decoded part (RQ has one part).
         num_parts = 1 if self._base.startswith("RQ") else int(self._index.pq.M)
         # (num_parts, num_books, num_centroids, dim / num_parts)
         centroids = numbers.reshape(num_parts, -1, self.num_centroids, self.dim // num_parts)
@@ -279,8 +189,8 @@ class Codec:
         squares = np.einsum("pbcd,pbcd->pbc", apart, apart)  # (num_parts, num_books, num_centroids)
         radius = np.square(np.sqrt(squares.max(axis=2)).sum(axis=1))
         if self.num_centroids < _MANY_CENTROIDS:
-            # A few coarse codes stand nearer to their mean than to what they stand for. Of a normal distribution with
-            # their spread the best code's mean squared error would be this, by its rate-distortion function.
+            # A few coarse codes lie nearer to their mean than to the values they encode. The best code of a normal
+            # distribution with their spread has this mean squared error, by its rate-distortion function.
             kept = float(self.num_centroids) ** (-2 * centroids.shape[1] / centroids.shape[3])
             radius += 2 * squares.mean(axis=2).sum(axis=1) * kept / (1 - kept)
         return nothing, nothing, radius
@@ -292,9 +202,10 @@ class Codec:
     def decode_many(
         self, parts: Sequence[NDArray[np.uint8]], out: NDArray[np.float32] | None = None
     ) -> NDArray[np.float32]:
-        """Codes of many passages, uint8 (n, code_size_bytes) each, straight into one buffer (sum of n, dim).
+        """Codes of many passages, uint8 (n, code_size_bytes) each, decoded into one buffer (sum of n, dim).
 
-        out: a C-contiguous float32 buffer to fill instead of a new one.
+        Args:
+            out: a C-contiguous float32 buffer to fill instead of a new one.
         """
         self._check_trained()
         parts = [self._checked(codes, np.uint8, self.code_size_bytes, "codes") for codes in parts]
@@ -303,8 +214,7 @@ class Codec:
             out = np.empty(shape, dtype=np.float32)
         elif out.shape != shape or out.dtype != np.float32 or not out.flags.c_contiguous:
             raise CodecError(f"out: {out.dtype} {out.shape}, expected C-contiguous float32 {shape}")
-        # End to end first, which is a copy of bytes, so that FAISS is called once: a call costs more than a short
-        # passage's decoding, and may start threads.
+        # Concatenated first, so that FAISS is called once: a call costs more than decoding a short passage.
         if self.number_format == "float32":
             np.concatenate([np.empty((0, out.shape[1] * 4), np.uint8), *parts], out=out.view(np.uint8))
         elif shape[0]:
@@ -313,16 +223,13 @@ class Codec:
 
     def _decode(self, codes: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
         num_bytes = 0 if self._scaling is None else self._scaling.num_bytes
-        with _alone():
+        with _on_one_thread():
             self._index.sa_decode(np.ascontiguousarray(codes[:, num_bytes:]), x=out)
         if self._scaling is not None:
             self._scaling.unscale(out, codes[:, :num_bytes])
 
     def new_index(self) -> faiss.Index:
-        """An empty trained FAISS index of this codec, for writing a segment.
-
-        FAISS does not know our scalings: it is given their codes as plain bytes.
-        """
+        """An empty trained FAISS index of this codec for a segment; codes of a scaling go into it as plain bytes."""
         self._check_trained()
         if self._scaling is not None:
             return faiss.IndexScalarQuantizer(self.code_size_bytes, faiss.ScalarQuantizer.QT_8bit_direct)
@@ -353,12 +260,11 @@ class Codec:
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
-    """FAISS' OpenMP uses the calling thread only, as long as this lasts.
+def _on_one_thread() -> Iterator[None]:
+    """Keep FAISS' OpenMP on the calling thread.
 
-    Decoding is what a server does beside a forward pass, and is over before a second thread has begun to help; that one
-    then spins for a while, on a core that the pass needs. OpenMP keeps this number per thread: setting it once for the
-    process would not reach the threads that read.
+    A server decodes next to a forward pass, and is done before a second thread has begun to help; that one then spins
+    for a while, on a core that the pass needs. OpenMP keeps this number per thread, so it cannot be set once.
     """
     before = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
@@ -369,15 +275,15 @@ def _alone() -> Iterator[None]:
 
 
 def _shape_of(factory: str, dim: int) -> tuple[int, int, int]:
-    """Numbers in the trained table, states needed to train, and centroids of a part; each 0 where there is none."""
+    """Numbers in the trained table, states needed to train, and centroids of a part, or 0."""
     if not 1 <= dim <= 65536:
         raise CodecError(f"dim: {dim}, expected 1 to 65536")
-    if factory in NUMBERS:
+    if factory in _NUMBERS:
         return 0, 0, 0
-    if factory in SCALAR:
-        return 2 * dim, MIN_SCALAR_TRAINING_STATES, 0  # per dimension: minimum and range
-    if scaling := BlockScaling.named(factory, dim):
-        return scaling.table_length, MIN_SCALAR_TRAINING_STATES if scaling.table_length else 0, 0
+    if factory in _SCALAR:
+        return 2 * dim, _MIN_TRAINING_STATES, 0  # per dimension: minimum and range
+    if scaling := _BlockScaling.named(factory, dim):
+        return scaling.table_length, _MIN_TRAINING_STATES if scaling.table_length else 0, 0
     for pattern in (_PQ, _RQ):
         if match := pattern.fullmatch(factory):
             num_parts, bits = int(match["num_parts"]), int(match["bits"] or 8)
@@ -390,3 +296,95 @@ def _shape_of(factory: str, dim: int) -> tuple[int, int, int]:
                 raise CodecError(f"codec: {factory} cannot cut {dim} dimensions into {num_parts} equal parts")
             return 2**bits * dim, 2**bits, 2**bits
     raise CodecError(f"codec: {factory!r} is unknown, expected one of {KNOWN_CODECS}")
+
+
+class _BlockScaling:
+    """Scales of the blocks of each state, stored before its codes as little-endian float16.
+
+    The last block is short where `block` does not divide `dim`. Thread-safe once trained or loaded.
+    """
+
+    def __init__(self, dim: int, block: int, bits: int, *, standardises: bool) -> None:
+        self.dim = dim
+        self._middle = 2 ** (bits - 1)
+        self.block = min(block, dim)
+        self._standardises = standardises
+        self._mean = np.zeros(dim, dtype=np.float32)
+        self._deviation = np.ones(dim, dtype=np.float32)
+        self._starts = np.arange(0, dim, self.block)
+
+    @classmethod
+    def named(cls, factory: str, dim: int) -> Self | None:
+        if (match := _SCALED.fullmatch(factory)) is None:
+            return None
+        return cls(dim, int(match["block"]), int(match["bits"]), standardises=match["standard"] is not None)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the scales of one state."""
+        return 2 * len(self._starts)
+
+    @property
+    def table_length(self) -> int:
+        """Trained numbers: means and deviations, or none."""
+        return 2 * self.dim if self._standardises else 0
+
+    def train(self, sample: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Train on states (num_states, dim); a nearly constant dimension gets a thousandth of the usual deviation."""
+        self._mean = sample.mean(axis=0, dtype=np.float64).astype(np.float32)
+        deviation = sample.std(axis=0, dtype=np.float64)
+        floor = 1e-3 * float(np.median(deviation)) or 1e-3 * float(deviation.max()) or 1.0
+        self._deviation = np.maximum(deviation, floor).astype(np.float32)
+        return self.ranges()
+
+    def table(self) -> NDArray[np.float32]:
+        return np.concatenate([self._mean, self._deviation])
+
+    def load(self, table: NDArray[np.float32]) -> NDArray[np.float32]:
+        mean, deviation = table[: self.dim], table[self.dim :]
+        if not (deviation > 0).all():
+            raise CodecError(f"codec_table: a standard deviation of {deviation.min():g}, expected more than 0")
+        self._mean, self._deviation = mean.copy(), deviation.copy()
+        return self.ranges()
+
+    def ranges(self) -> NDArray[np.float32]:
+        """Minimum and range per dimension, as FAISS' scalar quantizer is trained, levels even from -1 to 1 about 0.
+
+        FAISS cuts [minimum, minimum + range] into 2^bits - 1 steps and decodes to the middle of one. Here the middle
+        of step 2^(bits - 1) is 0 itself: a constant dimension would otherwise always be off to the same side.
+        """
+        middle = self._middle
+        minimum, spread = -(middle + 0.5) / (middle - 1), (2 * middle - 1) / (middle - 1)
+        return np.concatenate([self._deviation * np.float32(minimum), self._deviation * np.float32(spread)])
+
+    def scale(self, states: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+        """States (n, dim) divided by their scales, and the scales (n, num_bytes)."""
+        centred = states - self._mean
+        magnitudes = np.abs(centred)
+        magnitudes /= self._deviation
+        largest = np.maximum.reduceat(magnitudes, self._starts, axis=1)  # (n, num_blocks)
+        if float(largest.max()) > _FLOAT16_MAX:
+            raise CodecError(
+                f"states: a value of magnitude {float(np.abs(states).max()):.6g} needs a scale over float16's "
+                f"{_FLOAT16_MAX:g}; use SQbf16 or Flat"
+            )
+        scales = largest.astype("<f2")
+        divisors = scales.astype(np.float32)
+        divisors[divisors == 0] = 1.0
+        self._by_blocks(centred, 1.0 / divisors)
+        return centred, scales.view(np.uint8)
+
+    def unscale(self, states: NDArray[np.float32], scales: NDArray[np.uint8]) -> None:
+        """Undo `scale` in place."""
+        with np.errstate(invalid="ignore"):  # forged scales may be infinite; the decoded states are checked elsewhere
+            self._by_blocks(states, np.ascontiguousarray(scales).view("<f2").astype(np.float32))
+            if self._standardises:
+                states += self._mean
+
+    def _by_blocks(self, states: NDArray[np.float32], factors: NDArray[np.float32]) -> None:
+        """states (n, dim) times factors (n, num_blocks), in place."""
+        if self.dim % self.block:
+            states *= np.repeat(factors, self.block, axis=1)[:, : self.dim]
+        else:
+            blocks = states.reshape(len(states), -1, self.block)  # a view: rows are contiguous
+            blocks *= factors[:, :, None]

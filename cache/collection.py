@@ -1,13 +1,14 @@
 """Collection: passages of one encoder identity in a store, as float states.
 
-Encodes on the way in and decodes on the way out, or leaves that to whoever reads, with the collection's codec, and
-refuses what does not belong. Does not know how a store keeps bytes, nor how states were made.
+Encodes on writing, decodes on reading or leaves that to the reader, with the collection's codec, and rejects what does
+not belong.
 """
 
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,12 +32,12 @@ __all__ = ["Collection", "Manifest", "StoredPassage", "Verified", "resolve"]
 _SCAN_BATCH_PASSAGES = 256
 
 # Numbers outside a codec's trained range, as a share of a write's. On scifact with preread-mini a table of 100
-# abstracts or more cuts 0.03% (SQ8 and SQ4, r = 1) to 0.2% (r = 32) of other abstracts' numbers, PQ up to 1.7%; one of
+# abstracts or more clips 0.03% (SQ8 and SQ4, r = 1) to 0.2% (r = 32) of other abstracts' numbers, PQ up to 1.7%; one of
 # 12 uniform passages 6% to 12% (r = 1), 41% to 56% (r = 4) and 81% (r = 32), which moves margins by 0.8 to 3 of their
 # deviation. At 5% they move by some 0.15 of it.
 MAX_CLIPPED_SHARE = 0.05
-# Fewer states are judged together with the next: one odd word of one state is 50% outside a good table, and not harmed.
-MIN_JUDGED_STATES = 32
+# Fewer states are judged together with the next: one odd word of one state is 50% outside a good table, and harmless.
+_MIN_JUDGED_STATES = 32
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -49,9 +50,8 @@ class StoredPassage:
     num_clipped_before: int = 0  # numbers that another codec had cut before these states were read back
 
 
-@dataclass(frozen=True, slots=True)
-class Verified:
-    """One passage that was read back: what is wrong with it, and the version of its record (0 where damaged)."""
+class Verified(NamedTuple):
+    """One passage that was read back: its damage, and the version of its record (0 where damaged)."""
 
     passage_id: str
     version: int
@@ -59,7 +59,7 @@ class Verified:
 
 
 def resolve(store: Store, name_or_alias: str) -> str:
-    """The collection a name stands for at this moment. Raises CollectionNotFound only for a dangling name later on."""
+    """The collection a name stands for at this moment, which need not exist."""
     return store.aliases().get(name_or_alias, name_or_alias)
 
 
@@ -79,7 +79,10 @@ class Collection:
         """Create the collection `manifest.collection`.
 
         With `exist_ok` an existing one is opened instead, its codec table kept, where encoder, ratio, codec and text
-        keeping agree. Raises EncoderMismatch or CollectionExists naming both sides otherwise.
+        keeping agree.
+
+        Raises:
+            EncoderMismatch, CollectionExists: they do not agree, or it exists; names both sides.
         """
         try:
             store.write_manifest(manifest)
@@ -103,8 +106,13 @@ class Collection:
     ) -> "Collection":
         """Open by name or alias.
 
-        fingerprint: of the encoder that is going to write or score; None to look only. checkpoint: its name, for the
-        message. Raises CollectionNotFound, or EncoderMismatch naming both sides.
+        Args:
+            fingerprint: of the encoder that will write or score; None to read only.
+            checkpoint: its name, for the message.
+
+        Raises:
+            CollectionNotFound: neither a collection nor an alias.
+            EncoderMismatch: written by another encoder; names both sides.
         """
         name = resolve(store, name_or_alias)
         manifest = store.read_manifest(name)
@@ -116,10 +124,15 @@ class Collection:
         return cls(store, manifest)
 
     def put_many(self, passages: Sequence[StoredPassage], *, allow_clipped: bool = False) -> list[int]:
-        """Encode and write; on return all are durable. Returns how many numbers of each the codec was not trained for.
+        """Encode and write; on return all are durable.
 
-        Raises InvalidPassage, or OutOfRange where over MAX_CLIPPED_SHARE of the numbers of the write (small ones are
-        taken together) are such, unless `allow_clipped`; then nothing was written.
+        Returns:
+            Numbers of each passage outside the range the codec was trained for.
+
+        Raises:
+            InvalidPassage: nothing was written.
+            OutOfRange: over MAX_CLIPPED_SHARE of the numbers of the write (small writes are taken together) were
+                clipped, unless `allow_clipped`; nothing was written.
         """
         if not passages:
             return []
@@ -152,19 +165,19 @@ class Collection:
                 version=self.manifest.record_version,
             )
         self.store.put_many(self.name, records)
-        self._unjudged = judged if judged[0] < MIN_JUDGED_STATES else (0, 0)
+        self._unjudged = judged if judged[0] < _MIN_JUDGED_STATES else (0, 0)
         return clipped
 
     def get_many(self, passage_ids: Sequence[str]) -> list[PassageStates | Damaged | None]:
         """One entry per id, in order; None where there is none, also for an id that cannot exist.
 
-        All passages are decoded by one codec call into one buffer; their states are views into one float32 array.
+        All passages are decoded in one codec call; their states are views into one float32 array.
         """
         return _decoded(self.get_encoded_many(passage_ids))
 
     def get_encoded_many(self, passage_ids: Sequence[str]) -> list[EncodedPassage | Damaged | None]:
         """The same without decoding: codes as the store gave them, checked."""
-        return self._fitting_all(passage_ids, self._records(passage_ids))
+        return [self._fitting(*pair) for pair in zip(passage_ids, self._records(passage_ids), strict=True)]
 
     def get_texts(self, passage_ids: Sequence[str]) -> list[str | None]:
         """The stored text per id; None where there is none, or the passage is damaged or missing."""
@@ -190,27 +203,26 @@ class Collection:
 
     def scan(self) -> Iterator[tuple[str, PassageStates | Damaged]]:
         """Every passage once, in no particular order."""
-        records = self.store.scan(self.name)
-        while batch := list(islice(records, _SCAN_BATCH_PASSAGES)):
-            passage_ids = [passage_id for passage_id, _ in batch]
-            found = self._fitting_all(passage_ids, [record for _, record in batch])
-            for passage_id, states in zip(passage_ids, _decoded(found), strict=True):
-                if states is not None:
-                    yield passage_id, states
+        for passage_id, _, states in self._scan():
+            yield passage_id, states
 
     def verify(self) -> Iterator[Verified]:
-        """Read everything back, decode it, and say of each passage what is wrong with it, if anything is."""
+        """Read and decode every passage, and report its damage."""
+        for passage_id, record, states in self._scan():
+            version = record.header.version if isinstance(record, Record) else 0
+            if isinstance(states, Damaged):
+                yield Verified(passage_id, version, states.reason)
+            else:
+                finite = np.isfinite(states.states).all()
+                yield Verified(passage_id, version, "" if finite else "decoded states are not finite")
+
+    def _scan(self) -> Iterator[tuple[str, Record | Damaged, PassageStates | Damaged]]:
         records = self.store.scan(self.name)
         while batch := list(islice(records, _SCAN_BATCH_PASSAGES)):
-            found = self._fitting_all([passage_id for passage_id, _ in batch], [record for _, record in batch])
+            found = [self._fitting(passage_id, record) for passage_id, record in batch]
             for (passage_id, record), states in zip(batch, _decoded(found), strict=True):
-                version = record.header.version if isinstance(record, Record) else 0
-                if states is None or isinstance(states, Damaged):
-                    yield Verified(passage_id, version, "" if states is None else states.reason)
-                elif not np.isfinite(states.states).all():
-                    yield Verified(passage_id, version, "decoded states are not finite")
-                else:
-                    yield Verified(passage_id, version)
+                if states is not None:
+                    yield passage_id, record, states
 
     def _records(self, passage_ids: Sequence[str]) -> list[Record | Damaged | None]:
         # An id that cannot exist costs itself only: it is missing.
@@ -218,31 +230,22 @@ class Collection:
         found = dict(zip(possible, self.store.get_many(self.name, possible), strict=True))
         return [found.get(passage_id) for passage_id in passage_ids]
 
-    def _fitting_all(
-        self, passage_ids: Sequence[str], records: Sequence[Record | Damaged | None]
-    ) -> list[EncodedPassage | Damaged | None]:
-        return [self._fitting(*pair) for pair in zip(passage_ids, records, strict=True)]
-
     def _fitting(self, passage_id: str, record: Record | Damaged | None) -> EncodedPassage | Damaged | None:
-        """A record that is whole may still not be one of this collection: the store may be shared."""
+        """A whole record may still not belong to this collection: the store may be shared."""
         if not isinstance(record, Record):
             return record
-        if record.header.binding != self._binding:
+        header = record.header
+        if header.binding != self._binding:
             return Damaged(passage_id, "written under another manifest of this name; open the collection again")
-        if record.codes.shape[1] != self.codec.code_size_bytes:
-            return Damaged(
-                passage_id, f"{record.codes.shape[1]} bytes per state, expected {self.codec.code_size_bytes}"
-            )
-        if record.compression_ratio != self.manifest.compression_ratio:
-            return Damaged(passage_id, f"ratio {record.compression_ratio}, expected {self.manifest.compression_ratio}")
+        if header.code_size != self.codec.code_size_bytes:
+            return Damaged(passage_id, f"{header.code_size} bytes per state, expected {self.codec.code_size_bytes}")
+        if header.compression_ratio != self.manifest.compression_ratio:
+            return Damaged(passage_id, f"ratio {header.compression_ratio}, expected {self.manifest.compression_ratio}")
+        # The same for equal texts under two ids, so that they share entries of the caches.
+        key = header.text_digest + struct.pack("<QQ", header.payload_checksum, header.binding)
+        codes = Codes(self.codec, record.codes)
         return EncodedPassage(
-            Codes(self.codec, record.codes),
-            record.window_tokens,
-            record.compression_ratio,
-            record.truncated,
-            record.text_digest,
-            # The same for equal texts under two ids: what is computed of one serves the other.
-            record.text_digest + struct.pack("<QQ", record.header.payload_checksum, record.header.binding),
+            codes, record.window_tokens, header.compression_ratio, header.truncated, header.text_digest, key
         )
 
     def _check(self, passage: StoredPassage) -> None:
@@ -266,19 +269,15 @@ class Collection:
     def _check_clipped(
         self, passages: Sequence[StoredPassage], clipped: Sequence[int], num_states: int, num_clipped: int
     ) -> None:
-        """A few odd passages among many are stored, and counted. Where they are many, the table is what is odd."""
+        """A few odd passages among many are stored, and counted. Where there are many, the table is odd."""
         dim = self.manifest.dim
-        if num_states < MIN_JUDGED_STATES or num_clipped <= MAX_CLIPPED_SHARE * num_states * dim:
+        if num_states < _MIN_JUDGED_STATES or num_clipped <= MAX_CLIPPED_SHARE * num_states * dim:
             return
-        shares = {
-            passage.passage_id: num_clipped / (passage.states.num_states * dim)
-            for passage, num_clipped in zip(passages, clipped, strict=True)
-        }
         reasons = {
-            passage_id: f"{share:.0%} of its numbers lie outside what {self.codec.factory} was trained for; "
+            passage.passage_id: f"{share:.0%} of its numbers lie outside what {self.codec.factory} was trained for; "
             f"expected at most {MAX_CLIPPED_SHARE:.0%}"
-            for passage_id, share in shares.items()
-            if share > MAX_CLIPPED_SHARE
+            for passage, num_clipped in zip(passages, clipped, strict=True)
+            if (share := num_clipped / (passage.states.num_states * dim)) > MAX_CLIPPED_SHARE
         }
         if reasons:  # else they were in the small writes before
             raise OutOfRange(reasons)
@@ -289,7 +288,7 @@ class Collection:
         try:
             return self.codec.encode(states)
         except CodecError:
-            for passage in passages:  # find the one to blame
+            for passage in passages:  # find the one that cannot be encoded
                 try:
                     self.codec.encode(passage.states.states)
                 except CodecError as exc:

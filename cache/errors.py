@@ -1,27 +1,10 @@
 # ruff: noqa: N818 - the names say what happened; `CacheError` already says that it is an error.
-"""Every error the cache raises on purpose.
-
-    CacheError
-    ├── StoreUrlError            the store URL cannot be understood
-    ├── StoreUnavailable         down, over its time budget, or the circuit breaker is open; try again later
-    ├── StoreFull                no room left: disk, quota or Redis maxmemory
-    ├── StoreAccessDenied        file permissions, or Redis refused the credentials
-    ├── StoreLocked              another writer held the embedded store for too long
-    ├── StoreDamaged             the catalogue itself cannot be read, or is of an unknown version
-    ├── CollectionNotFound       no collection or alias of that name
-    ├── CollectionExists         the name is taken
-    ├── CollectionInUse          an alias still points at the collection
-    ├── EncoderMismatch          states of another encoder; names both sides
-    ├── ManifestError            a manifest that cannot be read or breaks a rule
-    ├── CodecError               unknown factory string, bad table, untrained codec, values a codec cannot hold
-    ├── InvalidName              a passage id, collection name or alias out of bounds
-    ├── InvalidPassage           a passage that may not be stored; carries `.passage_id`
-    ├── OutOfRange               passages the codec was not trained for; carries `.reasons`, by id
-    ├── RatioError               a compression ratio that cannot be reached (also a ValueError)
-    └── DamagedRecord            stored bytes that fail a check; stores turn it into a `Damaged` value
+"""Every error the cache raises on purpose, all of them CacheErrors.
 
 Low-level errors (OSError, sqlite3.Error, redis.RedisError) never leave the package: they are translated with `from`.
 """
+
+from collections.abc import Mapping
 
 
 class CacheError(Exception):
@@ -33,11 +16,11 @@ class StoreUrlError(CacheError):
 
 
 class StoreUnavailable(CacheError):
-    """The store did not answer in time or at all; the same call may succeed later."""
+    """Down, over its time budget, or the circuit breaker is open; the same call may succeed later."""
 
 
 class StoreFull(CacheError):
-    """Nothing more fits: disk, quota or Redis maxmemory."""
+    """No room left: disk, quota or Redis maxmemory."""
 
 
 class StoreAccessDenied(CacheError):
@@ -45,7 +28,7 @@ class StoreAccessDenied(CacheError):
 
 
 class StoreLocked(CacheError):
-    """Another process kept writing to the embedded store for longer than this one would wait."""
+    """Another writer held the embedded store for longer than the timeout."""
 
 
 class StoreDamaged(CacheError):
@@ -63,6 +46,12 @@ class CollectionExists(CacheError):
 class CollectionInUse(CacheError):
     """An alias still points at the collection."""
 
+    @classmethod
+    def check(cls, collection: str, aliases: Mapping[str, str]) -> None:
+        """Raise where one of the aliases (alias to collection) points at the collection."""
+        if users := sorted(alias for alias, name in aliases.items() if name == collection):
+            raise cls(f"collection: {collection!r} is in use by the aliases {users}; move them first")
+
 
 class EncoderMismatch(CacheError):
     """The collection was written by another encoder identity; the message names both sides."""
@@ -73,7 +62,7 @@ class ManifestError(CacheError):
 
 
 class CodecError(CacheError):
-    """A codec that does not exist, is not trained, or cannot hold the values."""
+    """An unknown factory string, a bad table, an untrained codec, or values a codec cannot hold."""
 
 
 class InvalidName(CacheError):
@@ -90,7 +79,7 @@ class InvalidPassage(CacheError):
 
 
 class OutOfRange(CacheError):
-    """Passages of a write whose numbers the codec was not trained for; nothing of that write was stored."""
+    """Passages the codec was not trained for, `reasons` by id; nothing of that write was stored."""
 
     def __init__(self, reasons: dict[str, str]) -> None:
         passage_id, reason = next(iter(reasons.items()))
@@ -104,4 +93,4 @@ class RatioError(CacheError, ValueError):
 
 
 class DamagedRecord(CacheError):
-    """Stored bytes that fail a check; the message is the reason."""
+    """Stored bytes that fail a check; the message is the reason. Stores turn it into a `Damaged` value."""

@@ -1,12 +1,11 @@
-"""Manifest: what every passage of a collection has in common, written once when the collection is created.
+"""Manifest: properties shared by all passages of a collection, written once when the collection is created.
 
-Its JSON form carries a checksum and is validated strictly on reading, because it may come from a shared store. Does not
-know where it is kept.
+Its JSON form carries a checksum and is validated strictly on reading, because it may come from a shared store.
 
 A collection is told by its `identity`, 128 random bits without time or name in them: shards that are to be merged are
 created with one identity, and it stays over copy, export and rename; dropping and creating again gives another. Records
-are bound to it and to what decides how codes are read: see `Manifest.binding`. Version 1 has no identity; such a
-collection is read, and written with records of version 1, which old readers of a shared store understand.
+are bound to it and to everything that decides how codes are read (`Manifest.binding`). Version 1 has no identity; such
+a collection is read, and written with records of version 1, which old readers of a shared store understand.
 """
 
 import base64
@@ -16,7 +15,7 @@ import re
 import secrets
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import Any
 
 import xxhash
 
@@ -30,8 +29,8 @@ _VERSIONS = (1, MANIFEST_VERSION)
 _IDENTITY = re.compile(r"[0-9a-f]{32}")
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+# Of an encoder: checkpoint.EncoderIdentity, which this package does not import.
+_OF_ENCODER = ("fingerprint", "checkpoint", "dim", "max_passage_tokens", "passage_template", "pooling_version")
 
 
 def new_identity() -> str:
@@ -39,39 +38,20 @@ def new_identity() -> str:
     return secrets.token_hex(16)
 
 
-class Identity(Protocol):
-    """What tells an encoder from others: checkpoint.EncoderIdentity, which this package does not know."""
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    @property
-    def checkpoint(self) -> str: ...
-
-    @property
-    def dim(self) -> int: ...
-
-    @property
-    def max_passage_tokens(self) -> int: ...
-
-    @property
-    def passage_template(self) -> str: ...
-
-    @property
-    def pooling_version(self) -> int: ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """One encoder identity, one stored ratio, one codec. Raises ManifestError naming the field that breaks a rule.
+    """One encoder identity, one stored ratio, one codec.
 
     fingerprint: of the encoder (weights, tokenizer, template, limits, pooling); states of two fingerprints never mix
     checkpoint: the name the encoder was opened by, for people
-    compression_ratio: tokens per stored state; a request may ask for any multiple of it
+    compression_ratio: tokens per stored state; a request may use any multiple of it
     codec, codec_table: FAISS factory string and its trained numbers (`Codec.table()`), empty where nothing is trained
-    stores_text: whether texts are kept beside the states
+    stores_text: whether texts are kept with the states
     created_at: ISO 8601, UTC
-    identity: 32 hex digits, by default random; give one to make collections that can be merged. Empty in version 1
+    identity: 32 hex digits, random by default; collections that share one can be merged. Empty in version 1
+
+    Raises:
+        ManifestError: a field breaks a rule; names it.
     """
 
     collection: str
@@ -85,23 +65,21 @@ class Manifest:
     codec: str = DEFAULT_CODEC
     codec_table: bytes = field(default=b"", repr=False)
     stores_text: bool = True
-    created_at: str = field(default_factory=_now)
+    created_at: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     version: int = MANIFEST_VERSION
     identity: str = field(default_factory=new_identity)
 
     def __post_init__(self) -> None:
         for spec in fields(self):
-            value = getattr(self, spec.name)
-            if type(value) is not spec.type:
-                expected = getattr(spec.type, "__name__", spec.type)
-                raise ManifestError(f"{spec.name}: {value!r:.80}, expected {expected}")
+            if type(value := getattr(self, spec.name)) is not spec.type:
+                raise ManifestError(f"{spec.name}: {value!r:.80}, expected {getattr(spec.type, '__name__', spec.type)}")
         _check_version(self.version)
         if self.version == 1:
             object.__setattr__(self, "identity", "")
         elif not _IDENTITY.fullmatch(self.identity):
             raise ManifestError(f"identity: {self.identity!r:.80}, expected 32 hex digits")
         if not self.fingerprint:
-            raise ManifestError("fingerprint: empty, expected the encoder's")
+            raise ManifestError("fingerprint: empty; expected that of the encoder")
         for name in ("dim", "max_passage_tokens", "compression_ratio"):
             if getattr(self, name) < 1:
                 raise ManifestError(f"{name}: {getattr(self, name)}, expected at least 1")
@@ -112,28 +90,19 @@ class Manifest:
             raise ManifestError(str(exc)) from exc
 
     @classmethod
-    def of(cls, encoder: Identity, /, **rest: Any) -> "Manifest":
-        """A manifest of this encoder; `rest` are the other fields."""
-        return cls(
-            fingerprint=encoder.fingerprint,
-            checkpoint=encoder.checkpoint,
-            dim=encoder.dim,
-            max_passage_tokens=encoder.max_passage_tokens,
-            passage_template=encoder.passage_template,
-            pooling_version=encoder.pooling_version,
-            **rest,
-        )
+    def of(cls, encoder: object, /, **rest: Any) -> "Manifest":
+        """A manifest of an `EncoderIdentity`; `rest` are the other fields."""
+        return cls(**{name: getattr(encoder, name) for name in _OF_ENCODER}, **rest)
 
     def make_codec(self) -> Codec:
-        """The trained codec of this collection."""
         return Codec.from_table(self.codec, self.dim, self.codec_table)
 
     @property
     def binding(self) -> int:
         """The 64 bits that every record written under this manifest carries.
 
-        A digest of the identity and of all that decides how codes are read, so that a manifest which was damaged or
-        exchanged decodes nothing. In version 1 it is the checksum of the whole JSON.
+        A digest of the identity and of everything that decides how codes are read, so that a damaged or exchanged
+        manifest decodes nothing. In version 1 it is the checksum of the whole JSON.
         """
         if self.version == 1:
             return xxhash.xxh3_64_intdigest(self.to_json())
@@ -142,7 +111,7 @@ class Manifest:
 
     @property
     def record_version(self) -> int:
-        """The version of the records that are written into this collection."""
+        """Version of the records written into this collection."""
         return 1 if self.version == 1 else RECORD_VERSION
 
     def to_json(self) -> bytes:
@@ -156,9 +125,10 @@ class Manifest:
 
     @classmethod
     def from_json(cls, data: bytes, collection: str | None = None) -> "Manifest":
-        """Raises ManifestError for anything but an undamaged manifest of a known version.
+        """Parse an undamaged manifest of a known version, found under the name `collection` where one is given.
 
-        collection: the name it was found under; a manifest of another name is refused.
+        Raises:
+            ManifestError: anything else.
         """
         try:
             values = json.loads(data)

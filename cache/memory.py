@@ -1,21 +1,20 @@
 """MemoryStore: `memory:`, records in this process.
 
 A product part, for tests and for a service whose two halves share one process. It keeps packed bytes and checks them on
-every read, like the shared store, so that code which works here works there. Does not know about sharing between
-processes.
+every read, like Redis, so that code which works here works there.
 """
 
 import itertools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 
-from cache.errors import CollectionExists, CollectionInUse, CollectionNotFound, DamagedRecord
+from cache.errors import CollectionExists, CollectionInUse, CollectionNotFound
 from cache.manifest import Manifest
-from cache.record import HEADER_BYTES, Damaged, Header, Record, check_name, pack, passage_id_bytes, unpack
-from cache.store import Audit, StoreStats, sum_headers
+from cache.record import Damaged, Header, Record, check_name, passage_id_bytes
+from cache.store import Audit, Store, StoreStats
 
 
-class MemoryStore:
+class MemoryStore(Store):
     """Packed records in dictionaries; see `Store` for the contract."""
 
     _shared: dict[str, tuple["MemoryStore", int]] = {}  # noqa: RUF012 - by URL name, with the number of openers
@@ -48,18 +47,15 @@ class MemoryStore:
                 self._shared[self._name] = (store, num_openers - 1)
 
     def put_many(self, collection: str, records: Mapping[str, Record]) -> None:
-        packed = {id_: pack(record, passage_id_bytes(id_)) for id_, record in records.items()}
+        packed = {id_: record.pack(passage_id_bytes(id_)) for id_, record in records.items()}
         with self._lock:
-            if collection not in self._manifests:
-                raise CollectionNotFound(f"collection: {collection!r} does not exist in this store")
+            self._require(collection)
             self._values[collection].update(packed)
             self._touch(collection)
 
     def get_many(self, collection: str, passage_ids: Sequence[str]) -> list[Record | Damaged | None]:
-        return [
-            None if value is None else _checked(passage_id, value)
-            for passage_id, value in zip(passage_ids, self._find(collection, passage_ids), strict=True)
-        ]
+        found = zip(passage_ids, self._find(collection, passage_ids), strict=True)
+        return [None if value is None else Record.checked(passage_id, value) for passage_id, value in found]
 
     def delete_many(self, collection: str, passage_ids: Sequence[str]) -> int:
         with self._lock:
@@ -70,26 +66,17 @@ class MemoryStore:
             return num_deleted
 
     def headers_many(self, collection: str, passage_ids: Sequence[str]) -> list[Header | None]:
-        return [
-            None if value is None else _header(passage_id, value)
-            for passage_id, value in zip(passage_ids, self._find(collection, passage_ids), strict=True)
-        ]
-
-    def contains_many(self, collection: str, passage_ids: Sequence[str]) -> list[bytes | None]:
-        return [None if header is None else header.text_digest for header in self.headers_many(collection, passage_ids)]
+        found = zip(passage_ids, self._find(collection, passage_ids), strict=True)
+        return [Header.checked(passage_id, value or b"") for passage_id, value in found]
 
     def scan(self, collection: str) -> Iterator[tuple[str, Record | Damaged]]:
-        with self._lock:
-            passage_ids = list(self._values.get(collection, {}))
-        for passage_id in passage_ids:
+        for passage_id in self._ids(collection):
             (record,) = self.get_many(collection, [passage_id])
             if record is not None:
                 yield passage_id, record
 
     def stats(self, collection: str) -> StoreStats:
-        with self._lock:
-            passage_ids = list(self._values.get(collection, {}))
-        return sum_headers(self.headers_many(collection, passage_ids))
+        return StoreStats.of(self.headers_many(collection, self._ids(collection)))
 
     def audit(self, collection: str) -> Audit:
         return Audit()
@@ -120,10 +107,8 @@ class MemoryStore:
 
     def drop_collection(self, collection: str) -> None:
         with self._lock:
-            if collection not in self._manifests:
-                raise CollectionNotFound(f"collection: {collection!r} does not exist in this store")
-            if users := sorted(alias for alias, name in self._aliases.items() if name == collection):
-                raise CollectionInUse(f"collection: {collection!r} is in use by the aliases {users}; move them first")
+            self._require(collection)
+            CollectionInUse.check(collection, self._aliases)
             del self._manifests[collection], self._values[collection]
             self._touch(collection)
 
@@ -136,13 +121,20 @@ class MemoryStore:
         with self._lock:
             if alias in self._manifests and not shadowing:
                 raise CollectionExists(f"alias: {alias!r} is the name of a collection")
-            if collection not in self._manifests:
-                raise CollectionNotFound(f"collection: {collection!r} does not exist in this store")
+            self._require(collection)
             self._aliases[alias] = collection
 
     def remove_alias(self, alias: str) -> bool:
         with self._lock:
             return self._aliases.pop(alias, None) is not None
+
+    def _require(self, collection: str) -> None:
+        if collection not in self._manifests:
+            raise CollectionNotFound(f"collection: {collection!r} does not exist in this store")
+
+    def _ids(self, collection: str) -> list[str]:
+        with self._lock:
+            return list(self._values.get(collection, {}))
 
     def _find(self, collection: str, passage_ids: Sequence[str]) -> list[bytes | None]:
         with self._lock:
@@ -151,17 +143,3 @@ class MemoryStore:
 
     def _touch(self, collection: str) -> None:
         self._generations[collection] = next(self._next_generation)
-
-
-def _checked(passage_id: str, value: bytes) -> Record | Damaged:
-    try:
-        return unpack(value, passage_id)
-    except DamagedRecord as exc:
-        return Damaged(passage_id, str(exc))
-
-
-def _header(passage_id: str, value: bytes) -> Header | None:
-    try:
-        return Header.parse(value[:HEADER_BYTES], passage_id)
-    except DamagedRecord:
-        return None

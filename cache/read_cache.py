@@ -1,41 +1,37 @@
-"""ByteBounded: values in memory within a byte budget, evicted by Moka. Does not know what they are.
+"""Read cache: encoded states in this process, within a byte budget, in front of any store; and timed reads.
 
-StatesTier: pooled states in this process, within a byte budget, in front of any store.
-
-Holds records that were checked once, so a hit costs neither a checksum nor a page fault. It never serves what the store
-behind no longer has: before a read it asks for the collection's generation, and after a change compares the checksums
-of what it holds, not the states. When it is full, what is asked for more often stays (TinyLFU, as Moka does it), so
-that a scan of rare passages does not empty it. A passage that several threads miss is read once. Does not know which
-store is behind it.
-
-A store whose reads are timed and weighed. Does not know who listens.
+`CachedStore` holds records that were checked once, so a hit costs neither a checksum nor a page fault. It never serves
+what the store behind no longer has: before a read it compares the collection's generation, and after a change the
+checksums of its records, not the states. When full it keeps what is read more often (TinyLFU, as in Moka), so a scan of
+rare passages does not empty it. A passage that several threads miss is read once.
 """
-
-from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Any, Generic, Literal, TypeVar, cast
+from typing import Generic, Literal, TypeVar
 
 from moka_py import Moka
 
 from cache.errors import CacheError
-from cache.manifest import Manifest
-from cache.record import Damaged, Header, Record
-from cache.store import Audit, Store, StoreStats
+from cache.record import Damaged, Record
+from cache.store import Store, StoreWrapper
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
-# More than Moka counts an entry's weight in.
-MAX_ENTRY_BYTES = (1 << 32) - 1
+# Moka counts an entry's weight in 32 bits.
+_MAX_ENTRY_BYTES = (1 << 32) - 1
+# A record's Python objects, without its codes and text, generously.
+_ENTRY_OVERHEAD_BYTES = 1024
+
+_Read = Record | Damaged | None
 
 
 class ByteBoundedCache(Generic[K, V]):
-    """Thread-safe. Never holds more than its bytes once a call has returned."""
+    """Values in memory within a byte budget, never exceeded once a call has returned. Thread-safe."""
 
     def __init__(
         self, max_bytes: int, size_bytes: Callable[[V], int], *, policy: Literal["tiny_lfu", "lru"] = "tiny_lfu"
@@ -43,8 +39,8 @@ class ByteBoundedCache(Generic[K, V]):
         """
         Args:
             max_bytes: 0 holds nothing.
-            size_bytes: of a value, what it takes beside its numbers included.
-            policy: who leaves when it is full: what is asked for least (tiny_lfu), or longest ago (lru).
+            size_bytes: of a value, with its overhead.
+            policy: evicts the least frequently read (tiny_lfu) or the least recently read value (lru).
         """
         self.max_bytes = max_bytes
         self._size_bytes = size_bytes
@@ -65,8 +61,8 @@ class ByteBoundedCache(Generic[K, V]):
         return self._kept.get(key)
 
     def put(self, key: K, value: V) -> bool:
-        """False where it is over the whole budget. Where it is full, a value may be let go of at once."""
-        if self._size_bytes(value) > min(self.max_bytes, MAX_ENTRY_BYTES):
+        """False for a value over the whole budget. A full cache may evict the value immediately."""
+        if self._size_bytes(value) > min(self.max_bytes, _MAX_ENTRY_BYTES):
             return False
         self._kept.set(key, value)
         self._kept.run_pending_tasks()  # else Moka lets some sixty entries wait, over the budget
@@ -80,35 +76,31 @@ class ByteBoundedCache(Generic[K, V]):
         self._kept.run_pending_tasks()
 
 
-# A record's Python objects beside its codes and text, generously.
-_ENTRY_OVERHEAD_BYTES = 1024
-
-_Read = Record | Damaged | None
-
-
 @dataclass(slots=True)
-class _Entry:
+class _CachedRecord:
     record: Record
     generation: int  # of the collection, read before the record was
 
 
-class CachedStore:
-    """The records most asked for, at most `max_bytes` of them; see `Store` for the contract.
+class CachedStore(StoreWrapper):
+    """At most `max_bytes` of the most frequently read records; see `Store` for the contract.
 
-    staleness_seconds: for how long a generation may be taken as still current; with 0 every read asks.
+    staleness_seconds: a generation is taken as current for this long; 0: every read compares it.
     """
 
     def __init__(self, store: Store, *, max_bytes: int, staleness_seconds: float = 0.0) -> None:
         if max_bytes < 1:
             raise ValueError(f"max_bytes: {max_bytes}, expected at least 1")
-        self.store = store
+        super().__init__(store)
         self.num_hits = 0
         self.num_misses = 0
         self._staleness_seconds = staleness_seconds
         self._lock = threading.Lock()
-        self._entries: ByteBoundedCache[tuple[str, str], _Entry] = ByteBoundedCache(max_bytes, _size_bytes)
+        self._entries: ByteBoundedCache[tuple[str, str], _CachedRecord] = ByteBoundedCache(
+            max_bytes, lambda entry: entry.record.header.total_bytes + _ENTRY_OVERHEAD_BYTES
+        )
         self._generations: dict[str, tuple[int, float]] = {}
-        # Reads under way, by what they were begun for: a later generation does not take an earlier one's answer.
+        # Reads in flight, by collection, generation and id: a later generation does not take an earlier one's answer.
         self._flights: dict[tuple[str, int, str], Future[_Read]] = {}
 
     @property
@@ -119,7 +111,7 @@ class CachedStore:
     def get_many(self, collection: str, passage_ids: Sequence[str]) -> list[_Read]:
         generation = self.generation(collection)
         found: dict[str, _Read] = {}
-        aged: dict[str, _Entry] = {}
+        aged: dict[str, _CachedRecord] = {}
         for passage_id in passage_ids:
             entry = self._entries.get((collection, passage_id))
             if entry is not None and entry.generation == generation:
@@ -128,10 +120,9 @@ class CachedStore:
                 aged[passage_id] = entry
         if aged:
             # Something in the collection changed. A header's checksum covers the whole record, so it settles which.
-            for (passage_id, entry), header in zip(
-                aged.items(), self.store.headers_many(collection, list(aged)), strict=True
-            ):
-                if header is not None and header.checksum == entry.record.checksum:
+            headers = self.store.headers_many(collection, list(aged))
+            for (passage_id, entry), header in zip(aged.items(), headers, strict=True):
+                if header is not None and header.checksum == entry.record.header.checksum:
                     entry.generation = generation
                     found[passage_id] = entry.record
         missing = [passage_id for passage_id in dict.fromkeys(passage_ids) if passage_id not in found]
@@ -165,57 +156,20 @@ class CachedStore:
         try:
             self.store.drop_collection(collection)
         finally:
-            self._generations.pop(collection, None)
-            self._entries.clear()  # dropping is rare, and a cache that can be listed would be slower
-
-    def close(self) -> None:
-        self._entries.clear()
-        self.store.close()
-
-    # The rest is the store's own answer.
-
-    def contains_many(self, collection: str, passage_ids: Sequence[str]) -> list[bytes | None]:
-        return self.store.contains_many(collection, passage_ids)
-
-    def headers_many(self, collection: str, passage_ids: Sequence[str]) -> list[Header | None]:
-        return self.store.headers_many(collection, passage_ids)
-
-    def scan(self, collection: str) -> Iterator[tuple[str, Record | Damaged]]:
-        return self.store.scan(collection)
-
-    def stats(self, collection: str) -> StoreStats:
-        return self.store.stats(collection)
-
-    def audit(self, collection: str) -> Audit:
-        return self.store.audit(collection)
+            self._clear()  # dropping is rare, and a cache that can be listed would be slower
 
     def mend(self) -> list[str]:
         try:
             return self.store.mend()
         finally:
-            self._generations.clear()
-            self._entries.clear()
+            self._clear()
 
-    def read_manifest(self, collection: str) -> Manifest | None:
-        return self.store.read_manifest(collection)
-
-    def write_manifest(self, manifest: Manifest) -> None:
-        self.store.write_manifest(manifest)
-
-    def list_collections(self) -> list[str]:
-        return self.store.list_collections()
-
-    def aliases(self) -> dict[str, str]:
-        return self.store.aliases()
-
-    def set_alias(self, alias: str, collection: str, *, shadowing: bool = False) -> None:
-        self.store.set_alias(alias, collection, shadowing=shadowing)
-
-    def remove_alias(self, alias: str) -> bool:
-        return self.store.remove_alias(alias)
+    def close(self) -> None:
+        self._clear()
+        self.store.close()
 
     def _fetch(self, collection: str, generation: int, passage_ids: Sequence[str]) -> dict[str, _Read]:
-        """From the store, or from a read of it that another thread has under way."""
+        """From the store, or from a read of it that another thread has in flight."""
         own: dict[str, Future[_Read]] = {}
         flights: dict[str, Future[_Read]] = {}
         with self._lock:
@@ -227,7 +181,11 @@ class CachedStore:
         if own:
             try:
                 fetched = dict(zip(own, self.store.get_many(collection, list(own)), strict=True))
-                self._admit(collection, generation, fetched)
+                for passage_id, record in fetched.items():
+                    if isinstance(record, Record):
+                        # A copy: the codes may be a view into a larger buffer, which would stay alive uncounted.
+                        kept = replace(record, codes=record.codes.copy())
+                        self._entries.put((collection, passage_id), _CachedRecord(kept, generation))
                 for passage_id, record in fetched.items():
                     own[passage_id].set_result(record)
             except BaseException as exc:
@@ -240,47 +198,30 @@ class CachedStore:
                         del self._flights[collection, generation, passage_id]
         return {passage_id: flight.result() for passage_id, flight in flights.items()}
 
-    def _admit(self, collection: str, generation: int, fetched: Mapping[str, _Read]) -> None:
-        for passage_id, record in fetched.items():
-            if not isinstance(record, Record):
-                continue
-            # A copy: the codes may be a view into a larger buffer, which would stay alive uncounted.
-            self._entries.put((collection, passage_id), _Entry(replace(record, codes=record.codes.copy()), generation))
-
-    def _forget(self, collection: str, passage_ids: Sequence[str] | Mapping[str, Record]) -> None:
+    def _forget(self, collection: str, passage_ids: Iterable[str]) -> None:
         self._generations.pop(collection, None)
         for passage_id in passage_ids:
             self._entries.remove((collection, passage_id))
 
-
-def _size_bytes(entry: _Entry) -> int:
-    return entry.record.size_bytes + _ENTRY_OVERHEAD_BYTES
-
-
-# seconds, bytes of the records that came, whether it went well; called on the thread that read
-OnRead = Callable[[float, int, bool], None]
+    def _clear(self) -> None:
+        self._generations.clear()
+        self._entries.clear()
 
 
-def timed(store: Store, on_read: OnRead) -> Store:
-    """`store` itself in all but `get_many`, which tells `on_read` of every call."""
-    return cast(Store, _Timed(store, on_read))
+class TimedStore(StoreWrapper):
+    """Reports every `get_many` as seconds, bytes of its records and success, on the thread that read."""
 
-
-class _Timed:
-    def __init__(self, store: Store, on_read: OnRead) -> None:
-        self._store = store
+    def __init__(self, store: Store, on_read: Callable[[float, int, bool], None]) -> None:
+        super().__init__(store)
         self._on_read = on_read
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._store, name)
-
-    def get_many(self, collection: str, passage_ids: Sequence[str]) -> list[Record | Damaged | None]:
+    def get_many(self, collection: str, passage_ids: Sequence[str]) -> list[_Read]:
         start = time.monotonic()
         try:
-            records = self._store.get_many(collection, passage_ids)
+            records = self.store.get_many(collection, passage_ids)
         except CacheError:
             self._on_read(time.monotonic() - start, 0, False)
             raise
-        num_bytes = sum(record.size_bytes for record in records if isinstance(record, Record))
+        num_bytes = sum(record.header.total_bytes for record in records if isinstance(record, Record))
         self._on_read(time.monotonic() - start, num_bytes, True)
         return records

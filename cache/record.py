@@ -1,8 +1,4 @@
-"""What passage ids, collection names and aliases may look like.
-
-Ids are the user's own and may be any text; names appear in file names, Redis keys and command lines, so they may not.
-
-Record: one passage as it lies in a store, and its byte form with lengths, version and checksums.
+"""Record: one passage as it lies in a store, its byte form with lengths, version and checksums, and legal names.
 
 The byte form is a fixed header and a payload:
 
@@ -11,13 +7,13 @@ The byte form is a fixed header and a payload:
     | manifest binding u64 | payload checksum u64 | header checksum u64
     payload: window_tokens u32 x num_windows | codes num_states x code_size | text (UTF-8)
 
-Little-endian, checksums xxh3_64. A record knows whose it is: the header checksum covers the fields before it and then
-the passage id (UTF-8), which is not stored, so a header read under another id is damaged; the manifest binding
-(`Manifest.binding`) says of which collection, with which codec. The payload checksum covers the payload alone, so equal
-texts under two ids share it. A header can be trusted without reading what follows.
+Little-endian, checksums xxh3_64. The header checksum covers the fields before it and then the passage id (UTF-8), which
+is not stored, so a header read under another id is damaged; the manifest binding (`Manifest.binding`) ties a record to
+its collection and codec. The payload checksum covers the payload alone, so equal texts under two ids share it. A header
+can be trusted without reading the payload. Bytes read are not trusted.
 
 Version 1, read everywhere and written only into collections of that version, has no num_clipped (its header is 4 bytes
-shorter) and no id in its checksum. Does not know codecs or stores; bytes read are not trusted.
+shorter) and no id in its checksum.
 """
 
 import re
@@ -31,12 +27,24 @@ from numpy.typing import NDArray
 
 from cache.errors import DamagedRecord, InvalidName
 
+RECORD_VERSION = 2
+_MAGIC = b"PRST"
+_START = struct.Struct("<4sH")
+_FIELDS = {1: struct.Struct("<4sHHIIIIII32sQQ"), 2: struct.Struct("<4sHHIIIIIII32sQQ")}  # by version
+_CHECKSUM = struct.Struct("<Q")
+HEADER_BYTES = _FIELDS[RECORD_VERSION].size + _CHECKSUM.size  # of the latest version, which has the longest
+_TRUNCATED, _HAS_TEXT = 1, 2
+
 MAX_PASSAGE_ID_BYTES = 512
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 def passage_id_bytes(passage_id: str) -> bytes:
-    """The id as stored. Raises InvalidName where it is empty, longer than 512 bytes of UTF-8, or not encodable."""
+    """The id as stored; ids are the user's and may be any text.
+
+    Raises:
+        InvalidName: empty, longer than 512 bytes of UTF-8, or not encodable.
+    """
     try:
         encoded = passage_id.encode()
     except UnicodeEncodeError as exc:
@@ -53,29 +61,23 @@ def passage_id_bytes(passage_id: str) -> bytes:
 def is_passage_id(passage_id: str) -> bool:
     """Whether a passage of this id can exist at all."""
     try:
-        passage_id_bytes(passage_id)
+        return bool(passage_id_bytes(passage_id))
     except InvalidName:
         return False
-    return True
 
 
 def check_name(field: str, name: str) -> str:
-    """A collection name or alias, returned as it is. Raises InvalidName otherwise."""
+    """A collection name or alias, which appear in file names, Redis keys and command lines, returned as it is.
+
+    Raises:
+        InvalidName: any other text.
+    """
     if not _NAME.fullmatch(name):
         raise InvalidName(
             f"{field}: {name[:140]!r}, expected 1 to 128 of letters, digits, '.', '_' and '-', "
             "the first a letter or digit"
         )
     return name
-
-
-RECORD_VERSION = 2
-_MAGIC = b"PRST"
-_START = struct.Struct("<4sH")
-_FIELDS = {1: struct.Struct("<4sHHIIIIII32sQQ"), 2: struct.Struct("<4sHHIIIIIII32sQQ")}  # by version
-_CHECKSUM = struct.Struct("<Q")
-HEADER_BYTES = _FIELDS[RECORD_VERSION].size + _CHECKSUM.size  # of the latest version, which has the longest
-_TRUNCATED, _HAS_TEXT = 1, 2
 
 
 def record_bytes(num_states: int, code_size: int, num_windows: int = 1, text_bytes: int = 0) -> int:
@@ -116,10 +118,10 @@ class Header(NamedTuple):
 
     @classmethod
     def parse(cls, data: bytes, passage_id: str | bytes) -> "Header":
-        """The header that `data` begins with; what follows it is not looked at.
+        """The header at the start of `data`, read as that of the requested passage; the rest is ignored.
 
-        passage_id: of the passage that was asked for, or its UTF-8. Raises DamagedRecord where there is no whole,
-        undamaged header of a known version, or where it is another passage's.
+        Raises:
+            DamagedRecord: no whole, undamaged header of a known version, or the header of another passage.
         """
         if len(data) < _START.size:
             raise DamagedRecord(f"header of {len(data)} bytes, expected {HEADER_BYTES}")
@@ -137,8 +139,15 @@ class Header(NamedTuple):
         return cls._of(packed, version)
 
     @classmethod
+    def checked(cls, passage_id: str | bytes, data: bytes) -> "Header | None":
+        """`parse`, with None in place of a header that is missing or damaged."""
+        try:
+            return cls.parse(data[:HEADER_BYTES], passage_id)
+        except DamagedRecord:
+            return None
+
+    @classmethod
     def _of(cls, packed: bytes, version: int) -> "Header":
-        """The header of checked fields. Raises DamagedRecord where they contradict each other."""
         _, _, flags, *counts, digest, binding, payload_checksum = _FIELDS[version].unpack(packed)
         ratio, num_states, num_tokens, code_size, num_windows, text_bytes, num_clipped = (*counts, 0)[:7]
         truncated, has_text = bool(flags & _TRUNCATED), bool(flags & _HAS_TEXT)
@@ -150,7 +159,7 @@ class Header(NamedTuple):
         )  # fmt: skip
 
     def pack(self, passage_id: str | bytes) -> bytes:
-        """Its byte form, as the header of that passage."""
+        """The byte form, as the header of that passage."""
         return self.packed + _header_checksum(self.version, self.packed, passage_id)
 
     def latest(self) -> "Header":
@@ -168,13 +177,18 @@ class Header(NamedTuple):
         return xxhash.xxh3_64_intdigest(self.packed)
 
     @property
+    def counts(self) -> tuple[int, int, int, int, int]:
+        """num_states, num_tokens, truncated, total_bytes, num_clipped: the summands of a collection's stats."""
+        return self.num_states, self.num_tokens, int(self.truncated), self.total_bytes, self.num_clipped
+
+    @property
     def num_bytes(self) -> int:
-        """Length of the packed form, in bytes."""
+        """Length of the packed form."""
         return len(self.packed) + _CHECKSUM.size
 
     @property
     def total_bytes(self) -> int:
-        """Length of the whole packed record."""
+        """Length of the whole packed record; a store reports it as the passage's size."""
         return self.num_bytes + 4 * self.num_windows + self.num_states * self.code_size + self.text_bytes
 
 
@@ -183,7 +197,7 @@ class Record:
     """One passage as stored: encoded states and what is needed to use them.
 
     codes: uint8 (num_states, code_size), C-contiguous; often a view into what a read brought for several passages.
-    Made by `Record.build` (writing) or `unpack` / `join` (reading, checked).
+    Made by `build` (writing) or by `unpack` and `join` (reading, checked).
     """
 
     codes: NDArray[np.uint8] = field(repr=False)
@@ -205,10 +219,10 @@ class Record:
         num_clipped: int = 0,
         version: int = RECORD_VERSION,
     ) -> "Record":
-        """A record to be written; computes its checksums. Raises ValueError where the counts do not fit together.
+        """A record to be written, with its checksums; fields as in `Header`, version 1 having no num_clipped.
 
-        binding: of the manifest it is written under, so that it is never read under another one.
-        num_clipped: numbers outside the range the codec was trained for; version 1 cannot tell.
+        Raises:
+            ValueError: the counts do not fit together.
         """
         codes = np.ascontiguousarray(codes)
         if codes.dtype != np.uint8 or codes.ndim != 2 or 0 in codes.shape:
@@ -220,88 +234,79 @@ class Record:
                 f"codes: {codes.shape[0]} rows do not fit windows of {window_tokens} tokens, ratio {compression_ratio}"
             )
         encoded = b"" if text is None else text.encode()
-        payload_checksum = _payload_checksum(pack_windows(window_tokens), codes, encoded)
+        payload_checksum = _payload_checksum(_pack_windows(window_tokens), codes, encoded)
         counts = [
             compression_ratio, codes.shape[0], sum(window_tokens), codes.shape[1], len(window_tokens), len(encoded),
             *([num_clipped] if version > 1 else []),
         ]  # fmt: skip
         flags = truncated * _TRUNCATED | (text is not None) * _HAS_TEXT
         fields = _FIELDS[version].pack(_MAGIC, version, flags, *counts, text_digest, binding, payload_checksum)
-        header = Header._of(fields, version)
-        return cls(codes, window_tokens, text, header)
+        return cls(codes, window_tokens, text, Header._of(fields, version))
+
+    @classmethod
+    def unpack(cls, data: bytes, passage_id: str | bytes) -> "Record":
+        """The record of the requested passage out of one value, `codes` being a view into it.
+
+        Raises:
+            DamagedRecord: a check fails; nothing is used unchecked.
+        """
+        header = Header.parse(data[:HEADER_BYTES], passage_id)
+        if len(data) != header.total_bytes:
+            raise DamagedRecord(f"value of {len(data)} bytes, expected {header.total_bytes}")
+        windows_end = header.num_bytes + 4 * header.num_windows
+        codes_end = windows_end + header.num_states * header.code_size
+        codes = np.frombuffer(data, dtype=np.uint8, count=codes_end - windows_end, offset=windows_end)
+        return cls.join(header, data[header.num_bytes : windows_end], codes, data[codes_end:])
+
+    @classmethod
+    def checked(cls, passage_id: str, data: bytes) -> "Record | Damaged":
+        """`unpack`, with Damaged in place of a record that fails a check."""
+        try:
+            return cls.unpack(data, passage_id)
+        except DamagedRecord as exc:
+            return Damaged(passage_id, str(exc))
+
+    @classmethod
+    def join(cls, header: Header, windows: bytes, codes: NDArray[np.uint8], text: bytes) -> "Record":
+        """A record out of parts that were stored separately; every length, count and checksum is checked first.
+
+        Args:
+            windows: window_tokens, as packed.
+            codes: uint8 of num_states * code_size bytes, any shape, contiguous.
+
+        Raises:
+            DamagedRecord: a check fails.
+        """
+        if len(windows) != 4 * header.num_windows or codes.nbytes != header.num_states * header.code_size:
+            raise DamagedRecord("lengths do not match the header")
+        if len(text) != header.text_bytes:
+            raise DamagedRecord(f"text of {len(text)} bytes, expected {header.text_bytes}")
+        if _payload_checksum(windows, codes, text) != header.payload_checksum:
+            raise DamagedRecord("checksum of the states does not match")
+        window_tokens = struct.unpack(f"<{header.num_windows}I", windows)
+        # A forged value can carry right checksums, so the counts are checked against each other as well.
+        num_states = _num_states(window_tokens, header.compression_ratio)
+        if min(window_tokens) < 1 or sum(window_tokens) != header.num_tokens or num_states != header.num_states:
+            raise DamagedRecord("window_tokens do not add up")
+        try:
+            decoded = text.decode() if header.has_text else None
+        except UnicodeDecodeError as exc:
+            raise DamagedRecord("text is not UTF-8") from exc
+        return cls(codes.reshape(header.num_states, header.code_size), window_tokens, decoded, header)
 
     @property
-    def compression_ratio(self) -> int:
-        return self.header.compression_ratio
+    def payload(self) -> tuple[bytes, memoryview, bytes]:
+        """Packed window_tokens, codes and text."""
+        return (
+            _pack_windows(self.window_tokens), self.codes.data, b"" if self.text is None else self.text.encode(),
+        )  # fmt: skip
 
-    @property
-    def truncated(self) -> bool:
-        return self.header.truncated
-
-    @property
-    def text_digest(self) -> bytes:
-        return self.header.text_digest
-
-    @property
-    def checksum(self) -> int:
-        """Identifies the stored value among those of its passage: every byte of it goes in."""
-        return self.header.checksum
-
-    @property
-    def num_tokens(self) -> int:
-        return self.header.num_tokens
-
-    @property
-    def size_bytes(self) -> int:
-        """Length of the packed form; what a store reports as the passage's size."""
-        return self.header.total_bytes
+    def pack(self, passage_id: str | bytes) -> bytes:
+        """The whole record as one value, which can be read under that id only."""
+        return b"".join((self.header.pack(passage_id), *self.payload))
 
 
-def pack(record: Record, passage_id: str | bytes) -> bytes:
-    """The whole record as one value, which can be read under that id only."""
-    text = b"" if record.text is None else record.text.encode()
-    return b"".join((record.header.pack(passage_id), pack_windows(record.window_tokens), record.codes.data, text))
-
-
-def unpack(data: bytes, passage_id: str | bytes) -> Record:
-    """A record out of one value, `codes` being a view into it.
-
-    passage_id: of the passage that was asked for. Raises DamagedRecord: nothing is used unchecked.
-    """
-    header = Header.parse(data[:HEADER_BYTES], passage_id)
-    if len(data) != header.total_bytes:
-        raise DamagedRecord(f"value of {len(data)} bytes, expected {header.total_bytes}")
-    windows_end = header.num_bytes + 4 * header.num_windows
-    codes_end = windows_end + header.num_states * header.code_size
-    codes = np.frombuffer(data, dtype=np.uint8, count=codes_end - windows_end, offset=windows_end)
-    return join(header, data[header.num_bytes : windows_end], codes, data[codes_end:])
-
-
-def join(header: Header, windows: bytes, codes: NDArray[np.uint8], text: bytes) -> Record:
-    """A record out of parts that were stored apart; every length, count and checksum is checked first.
-
-    codes: uint8 of num_states * code_size bytes, any shape, contiguous. Raises DamagedRecord.
-    """
-    if len(windows) != 4 * header.num_windows or codes.nbytes != header.num_states * header.code_size:
-        raise DamagedRecord("lengths do not match the header")
-    if len(text) != header.text_bytes:
-        raise DamagedRecord(f"text of {len(text)} bytes, expected {header.text_bytes}")
-    if _payload_checksum(windows, codes, text) != header.payload_checksum:
-        raise DamagedRecord("checksum of the states does not match")
-    window_tokens = struct.unpack(f"<{header.num_windows}I", windows)
-    # A forged value can carry right checksums, so the counts are checked against each other as well.
-    num_states = _num_states(window_tokens, header.compression_ratio)
-    if min(window_tokens) < 1 or sum(window_tokens) != header.num_tokens or num_states != header.num_states:
-        raise DamagedRecord("window_tokens do not add up")
-    try:
-        decoded = text.decode() if header.has_text else None
-    except UnicodeDecodeError as exc:
-        raise DamagedRecord("text is not UTF-8") from exc
-    return Record(codes.reshape(header.num_states, header.code_size), window_tokens, decoded, header)
-
-
-def pack_windows(window_tokens: tuple[int, ...]) -> bytes:
-    """Window lengths, little-endian u32."""
+def _pack_windows(window_tokens: tuple[int, ...]) -> bytes:
     return struct.pack(f"<{len(window_tokens)}I", *window_tokens)
 
 

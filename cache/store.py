@@ -1,15 +1,14 @@
-"""Store: where records lie, by collection and passage id; and `open_store`, which finds one by URL.
+"""Store: the contract of a place for records, by collection and passage id.
 
-A store knows records, manifests and aliases. It does not know floats: encoding and decoding is `collection.py`.
-Every store obeys the same contract, tests/cache/test_store_contract.py.
+A store knows records, manifests and aliases. Floats are encoded and decoded by `collection.py`. Every store obeys one
+contract, tests/cache/test_store_contract.py; `open.py` finds one by URL.
 """
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
-from cache.errors import StoreUrlError
 from cache.manifest import Manifest
 from cache.record import Damaged, Header, Record
 
@@ -18,7 +17,7 @@ from cache.record import Damaged, Header, Record
 class StoreStats:
     """Counts of one collection.
 
-    size_bytes: sum of packed records, without the store's own overhead
+    size_bytes: sum of packed records, without the store's overhead
     num_clipped: numbers over all passages that lay outside the range their codec was trained for
     """
 
@@ -29,14 +28,24 @@ class StoreStats:
     size_bytes: int = 0
     num_clipped: int = 0
 
+    @classmethod
+    def of(cls, headers: Iterable[Header | None]) -> "StoreStats":
+        """Stats from the headers of a collection; damaged ones (None) are counted as passages only."""
+        num_passages, sums = 0, [0] * 5
+        for header in headers:
+            num_passages += 1
+            if header is not None:
+                sums = [a + b for a, b in zip(sums, header.counts, strict=True)]
+        return cls(num_passages, *sums)
+
     def clipped_share(self, dim: int) -> float:
-        """Those, as a share of all numbers."""
+        """num_clipped as a share of all numbers."""
         return self.num_clipped / max(1, self.num_states * dim)
 
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """Findings of a store about itself, beside its passages.
+    """Findings of a store about itself.
 
     problems: damage that reading passages does not show, a sentence each
     orphans: files or keys that belong to nothing, without anything being lost; the next write may remove them
@@ -46,164 +55,153 @@ class Audit:
     orphans: tuple[str, ...] = ()
 
 
-def sum_headers(headers: Iterable[Header | None]) -> StoreStats:
-    """Stats out of the headers of a collection; damaged ones (None) are counted as passages only."""
-    num_passages = num_states = num_tokens = num_truncated = size_bytes = num_clipped = 0
-    for header in headers:
-        num_passages += 1
-        if header is not None:
-            num_states += header.num_states
-            num_tokens += header.num_tokens
-            num_truncated += header.truncated
-            size_bytes += header.total_bytes
-            num_clipped += header.num_clipped
-    return StoreStats(num_passages, num_states, num_tokens, num_truncated, size_bytes, num_clipped)
-
-
-class Store(Protocol):
+class Store(ABC):
     """Records by collection and passage id. Synchronous and thread-safe.
 
     Reading from a collection that does not exist finds nothing; writing to one raises CollectionNotFound. Ids and names
     out of bounds raise InvalidName. All methods may raise StoreUnavailable and the other store errors of errors.py.
     """
 
+    @abstractmethod
     def put_many(self, collection: str, records: Mapping[str, Record]) -> None:
         """Write records, replacing what was there. Each is whole or absent; on return all are durable and readable."""
-        ...
 
+    @abstractmethod
     def get_many(self, collection: str, passage_ids: Sequence[str]) -> list[Record | Damaged | None]:
         """One entry per id, in order: the record, Damaged where its bytes fail a check, None where there is none."""
-        ...
 
+    @abstractmethod
     def delete_many(self, collection: str, passage_ids: Sequence[str]) -> int:
         """Remove passages; returns how many were there."""
-        ...
 
-    def contains_many(self, collection: str, passage_ids: Sequence[str]) -> list[bytes | None]:
-        """The stored text digest per id, or None, also for a damaged header; states are not read."""
-        ...
-
+    @abstractmethod
     def headers_many(self, collection: str, passage_ids: Sequence[str]) -> list[Header | None]:
         """The stored header per id, or None where there is none or it is damaged; states are not read."""
-        ...
 
+    @abstractmethod
     def scan(self, collection: str) -> Iterator[tuple[str, Record | Damaged]]:
         """Every passage once, in no particular order. Passages written or deleted meanwhile may or may not be seen."""
-        ...
 
+    @abstractmethod
     def stats(self, collection: str) -> StoreStats: ...
 
+    @abstractmethod
     def audit(self, collection: str) -> Audit:
         """Look for damage that reading the passages of a collection does not show; reads no states."""
-        ...
 
+    @abstractmethod
     def mend(self) -> list[str]:
-        """Put right what `audit` finds, keep what is whole, and say what was left behind, a sentence each."""
-        ...
+        """Repair what `audit` finds, keep what is whole, and return what was left behind, a sentence each."""
 
+    @abstractmethod
     def generation(self, collection: str) -> int:
-        """A number that is another one after every write to or drop of the collection; tiers in front compare it."""
-        ...
+        """A number that changes with every write to or drop of the collection; a read cache compares it."""
 
+    @abstractmethod
     def read_manifest(self, collection: str) -> Manifest | None: ...
 
+    @abstractmethod
     def write_manifest(self, manifest: Manifest) -> None:
-        """Create the collection it names. Raises CollectionExists where a collection or alias has the name."""
-        ...
+        """Create the collection `manifest.collection`.
 
+        Raises:
+            CollectionExists: a collection or an alias has that name.
+        """
+
+    @abstractmethod
     def list_collections(self) -> list[str]:
-        """Names, sorted; aliases not included."""
-        ...
+        """Collection names, sorted; aliases are not among them."""
 
+    @abstractmethod
     def drop_collection(self, collection: str) -> None:
-        """Remove manifest and passages. Raises CollectionNotFound, or CollectionInUse while an alias points at it."""
-        ...
+        """Remove a collection with all its passages.
 
+        Raises:
+            CollectionNotFound: no collection of that name.
+            CollectionInUse: an alias points at it.
+        """
+
+    @abstractmethod
     def aliases(self) -> dict[str, str]:
         """Alias to collection name."""
-        ...
 
+    @abstractmethod
     def set_alias(self, alias: str, collection: str, *, shadowing: bool = False) -> None:
-        """Point an alias at a collection, in one step for all readers. Raises CollectionNotFound, CollectionExists.
+        """Point an alias at a collection, in one step for all readers.
 
-        shadowing: also where a collection has that name. The name then opens the alias' collection, until the
-        alias is removed; `drop_collection` still means the shadowed one.
+        Args:
+            shadowing: also where a collection has that name. The name then opens the alias' collection, until the alias
+                is removed; `drop_collection` still means the shadowed one.
+
+        Raises:
+            CollectionNotFound: no collection of that name.
+            CollectionExists: the alias is the name of a collection.
         """
-        ...
 
+    @abstractmethod
     def remove_alias(self, alias: str) -> bool:
         """Whether there was such an alias."""
-        ...
 
+    @abstractmethod
     def close(self) -> None: ...
 
 
-def open_store(
-    url: str,
-    *,
-    tier_bytes: int = 0,
-    tier_staleness_seconds: float = 0.0,
-    lock_timeout_seconds: float = 30.0,
-    read_budget_seconds: float = 0.1,
-    write_budget_seconds: float = 30.0,
-    ttl_seconds: int | None = None,
-    tls_ca_file: str | None = None,
-) -> Store:
-    """Open a store by URL.
+class StoreWrapper(Store):
+    """Another store under it, whose answer every method gives; subclasses override some."""
 
-    memory:[NAME]          in this process, shared by everyone who opens the same name; gone when the last one closes it
-    faiss:PATH             embedded, a directory, made on first write; `lock_timeout_seconds` to wait for another writer
-    redis://[user:password@]HOST[:PORT][/DB]           shared; rediss:// for TLS (`tls_ca_file`: trust this authority)
-    redis+cluster://HOST[:PORT][,HOST[:PORT]...]       a Redis cluster; rediss+cluster:// for TLS
-        `read_budget_seconds` bounds an online read (bytes that come earn it 10 ms a megabyte more),
-        `write_budget_seconds` each step of a write or scan,
-        `ttl_seconds` lets passages expire
+    def __init__(self, store: Store) -> None:
+        self.store = store
 
-    tier_bytes: size of an in-process tier in front of it, 0 for none; it asks the store for changes before every read
-    unless `tier_staleness_seconds` allows otherwise.
+    def put_many(self, collection: str, records: Mapping[str, Record]) -> None:
+        self.store.put_many(collection, records)
 
-    Raises StoreUrlError. Nothing is connected or created before it is used.
-    """
-    scheme, separator, rest = url.partition(":")
-    if not separator:
-        raise StoreUrlError(
-            f"store: {public_url(url)!r} has no scheme, expected memory:, faiss:PATH, redis://, rediss:// or redis+cluster://"
-        )
-    is_redis = scheme in ("redis", "rediss", "redis+cluster", "rediss+cluster")
-    if ttl_seconds is not None and not is_redis:
-        raise StoreUrlError(
-            f"ttl_seconds: {ttl_seconds} has no meaning for {public_url(url)!r}, only Redis expires passages"
-        )
-    store: Store
-    if scheme == "memory":
-        from cache.memory import MemoryStore
+    def get_many(self, collection: str, passage_ids: Sequence[str]) -> list[Record | Damaged | None]:
+        return self.store.get_many(collection, passage_ids)
 
-        store = MemoryStore.shared(rest)
-    elif scheme == "faiss":
-        from cache.faiss.store import FaissStore
+    def delete_many(self, collection: str, passage_ids: Sequence[str]) -> int:
+        return self.store.delete_many(collection, passage_ids)
 
-        if not rest:
-            raise StoreUrlError(f"store: {url!r} has no path, expected faiss:PATH")
-        store = FaissStore(rest, lock_timeout_seconds=lock_timeout_seconds)
-    elif is_redis:
-        from cache.redis.store import RedisStore
+    def headers_many(self, collection: str, passage_ids: Sequence[str]) -> list[Header | None]:
+        return self.store.headers_many(collection, passage_ids)
 
-        store = RedisStore(
-            url,
-            read_budget_seconds=read_budget_seconds,
-            write_budget_seconds=write_budget_seconds,
-            ttl_seconds=ttl_seconds,
-            tls_ca_file=tls_ca_file,
-        )
-    else:
-        raise StoreUrlError(
-            f"store: {public_url(url)!r}, expected memory:, faiss:PATH, redis://, rediss:// or redis+cluster://"
-        )
-    if tier_bytes:
-        from cache.read_cache import CachedStore
+    def scan(self, collection: str) -> Iterator[tuple[str, Record | Damaged]]:
+        return self.store.scan(collection)
 
-        store = CachedStore(store, max_bytes=tier_bytes, staleness_seconds=tier_staleness_seconds)
-    return store
+    def stats(self, collection: str) -> StoreStats:
+        return self.store.stats(collection)
+
+    def audit(self, collection: str) -> Audit:
+        return self.store.audit(collection)
+
+    def mend(self) -> list[str]:
+        return self.store.mend()
+
+    def generation(self, collection: str) -> int:
+        return self.store.generation(collection)
+
+    def read_manifest(self, collection: str) -> Manifest | None:
+        return self.store.read_manifest(collection)
+
+    def write_manifest(self, manifest: Manifest) -> None:
+        self.store.write_manifest(manifest)
+
+    def list_collections(self) -> list[str]:
+        return self.store.list_collections()
+
+    def drop_collection(self, collection: str) -> None:
+        self.store.drop_collection(collection)
+
+    def aliases(self) -> dict[str, str]:
+        return self.store.aliases()
+
+    def set_alias(self, alias: str, collection: str, *, shadowing: bool = False) -> None:
+        self.store.set_alias(alias, collection, shadowing=shadowing)
+
+    def remove_alias(self, alias: str) -> bool:
+        return self.store.remove_alias(alias)
+
+    def close(self) -> None:
+        self.store.close()
 
 
 _SHOWN_HOST = r"(?:\[[0-9A-Fa-f:.]+\]|[\w.-]+)(?::\d{1,5})?"

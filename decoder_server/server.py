@@ -13,8 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
-from cache.read_cache import CachedStore, timed
-from cache.store import Store, open_store
+from cache.open import open_store
+from cache.read_cache import CachedStore, TimedStore
+from cache.store import Store
 from decoder_server.config import DecoderConfig, ModelConfig
 from decoder_server.edge.grpc import RerankService
 from decoder_server.edge.tei_grpc import SERVICES as TEI_SERVICES
@@ -71,7 +72,7 @@ class DecoderServer:
         self._own_store: Store | None = None
         if store is None:
             store = self._own_store = open_store(config.store, read_budget_seconds=config.read_budget_seconds)
-        self._store: Store = timed(store, self.metrics.store_read)
+        self._store: Store = TimedStore(store, self.metrics.store_read)
         if config.max_store_cache_bytes:
             self._store = CachedStore(
                 self._store, max_bytes=config.max_store_cache_bytes, staleness_seconds=config.max_staleness_seconds

@@ -198,12 +198,12 @@ class _Run:
             cut = self._was_cut(record)
             if cut and record.text is None:
                 self._result.needs_input.append(passage_id)
-            if digest == record.text_digest:
+            if digest == record.header.text_digest:
                 continue
             passage = Passage(passage_id, record.text or "", Place(self._source.name, 0))
             if cut and record.text is not None:
                 (tokenized,) = self._open().tokenize([record.text], split=len(record.window_tokens) > 1)
-                todo.append(Todo(passage, record.text_digest, tokenized))
+                todo.append(Todo(passage, record.header.text_digest, tokenized))
             else:
                 yield passage, states, record.header.num_clipped
         yield from self._encoded(todo)

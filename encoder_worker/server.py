@@ -17,7 +17,8 @@ import grpc
 from grpc_health.v1 import health, health_pb2
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
-from cache.store import Store, open_store, public_url
+from cache.open import open_store
+from cache.store import Store, public_url
 from encoder_worker.config import EncoderConfig
 from encoder_worker.passage_encoder import PassageEncoder
 from encoder_worker.scheduler import EncodeScheduler, ForwardPass, Worker

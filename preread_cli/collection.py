@@ -37,7 +37,7 @@ def command() -> None:
 
 @contextmanager
 def _opened(url: str) -> Iterator[Any]:
-    from cache.store import open_store
+    from cache.open import open_store
 
     store = open_store(url, read_budget_seconds=ADMIN_READ_SECONDS)
     try:

@@ -66,7 +66,7 @@ def command(ctx: click.Context, /, **options: Any) -> None:
 
 def _findings(options: Mapping[str, Any]) -> Iterator[Finding]:
     from cache.errors import CacheError
-    from cache.store import open_store
+    from cache.open import open_store
     from preread_cli import checks
 
     yield from checks.processor()

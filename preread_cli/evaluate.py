@@ -93,7 +93,7 @@ def command(
       preread evaluate scifact/ --collection scifact --store redis://localhost
     """
     from cache.collection import Collection
-    from cache.store import open_store
+    from cache.open import open_store
     from checkpoint.compute import tune_process
     from preread_cli.inputs import tell_refused
     from preread_edge.outputs import is_stdout, write_output

@@ -115,7 +115,7 @@ def _run(
     """The report, and with --dry-run the estimate."""
     import torch
 
-    from cache.store import open_store
+    from cache.open import open_store
     from checkpoint.compute import tune_process
     from encoder_worker.indexing import dry_run, index
     from encoder_worker.passage_encoder import PassageEncoder

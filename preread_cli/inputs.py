@@ -119,7 +119,7 @@ def stored_ids(store_url: str, name: str, *, max_passages: int | None = None, ot
         CommandFailed: more than that, or none.
     """
     from cache.collection import Collection
-    from cache.store import open_store
+    from cache.open import open_store
 
     store = open_store(store_url, read_budget_seconds=ADMIN_READ_SECONDS)
     try:

@@ -482,7 +482,7 @@ def command(ctx: click.Context, /, **options: Any) -> None:
 
 
 async def _serve(options: dict[str, Any]) -> None:
-    from cache.store import open_store
+    from cache.open import open_store
     from checkpoint.compute import tune_process
     from decoder_server.models.loading import load_model
     from decoder_server.server import DecoderServer

@@ -23,7 +23,8 @@ def command(ctx: click.Context, /, collection: str | None, as_json: bool, store:
     passage are those of the records, without the store's own overhead. Exit code 1 when a collection cannot be
     read; the others are shown.
     """
-    from cache.store import open_store, public_url
+    from cache.open import open_store
+    from cache.store import public_url
 
     opened = open_store(store, read_budget_seconds=ADMIN_READ_SECONDS)
     try:

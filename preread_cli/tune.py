@@ -120,7 +120,7 @@ def command(ctx: click.Context, /, **options: Any) -> None:
       preread serve --config preread-tune/preread.toml
     """
     from cache.collection import Collection
-    from cache.store import open_store
+    from cache.open import open_store
     from checkpoint.compute import tune_process
     from preread_cli.inputs import tell_refused
     from tuning.evaluate import open_checkpoint

@@ -34,7 +34,7 @@ def command(
     a damaged catalogue again out of what is whole. Indexing again leaves alone what is stored with the same
     text, damaged or not: remove it first.
     """
-    from cache.store import open_store
+    from cache.open import open_store
 
     opened = open_store(store, read_budget_seconds=ADMIN_READ_SECONDS)
     try:

@@ -74,7 +74,7 @@ def record(seed: int) -> Record:
 
 
 def seed_of(found: Record) -> int:
-    return int.from_bytes(found.text_digest, "little")
+    return int.from_bytes(found.header.text_digest, "little")
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Contents:
             if found is not None:
                 assert isinstance(found, Record), found
                 seeds[passage_id] = seed_of(found)
-                assert found.checksum == record(seeds[passage_id]).checksum, passage_id
+                assert found.header.checksum == record(seeds[passage_id]).header.checksum, passage_id
         return cls(seeds, store.aliases().get("live", ""))
 
 

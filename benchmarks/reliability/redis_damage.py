@@ -19,7 +19,8 @@ import redis
 
 from benchmarks.redis_server import redis_url
 from benchmarks.reliability.damage import NAMES, Target, damage, fill
-from cache.store import Store, open_store
+from cache.open import open_store
+from cache.store import Store
 
 _READ_SECONDS = 10.0  # a slow machine is no damage
 

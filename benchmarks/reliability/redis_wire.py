@@ -22,9 +22,10 @@ from benchmarks.redis_server import redis_url
 from cache.collection import Collection, StoredPassage
 from cache.errors import CacheError
 from cache.manifest import Manifest
+from cache.open import open_store
 from cache.record import Damaged
 from cache.states import PassageStates, text_digest
-from cache.store import Store, open_store
+from cache.store import Store
 
 Send = Callable[[bytes], None]
 # number of the reply, over all connections; its bytes; where bytes go. False: the connection is closed.

@@ -28,8 +28,9 @@ import grpc
 import numpy as np
 
 from cache.collection import Collection
+from cache.open import open_store
 from cache.states import PassageStates
-from cache.store import Store, open_store
+from cache.store import Store
 from checkpoint.synthetic import make_checkpoint
 from decoder_server.config import NO_TIERS, DecoderConfig, HttpConfig
 from decoder_server.edge.floor import FLOOR_MARGIN

@@ -30,7 +30,7 @@ from cache.errors import (
 from cache.faiss.catalogue import blob, check_row, integer, row_checksum, text
 from cache.faiss.segments import Segment, SegmentFiles, SegmentGone
 from cache.manifest import Manifest
-from cache.record import RECORD_VERSION, Damaged, Header, Record, check_name, join, pack_windows, passage_id_bytes
+from cache.record import RECORD_VERSION, Damaged, Header, Record, check_name, passage_id_bytes
 from cache.store import StoreStats
 
 
@@ -218,7 +218,7 @@ def _joined(row: Row, codes: NDArray[np.uint8] | DamagedRecord) -> Record | Dama
     try:
         if isinstance(codes, DamagedRecord):
             raise codes
-        return join(row.header, row.windows, codes, row.text)
+        return Record.join(row.header, row.windows, codes, row.text)
     except DamagedRecord as exc:
         return Damaged(row.passage_id, str(exc))
 
@@ -235,7 +235,7 @@ def insert(connection: sqlite3.Connection, collection_id: int, segment_id: int, 
             (
                 collection_id, encoded_id, segment_id, first_row,
                 header.num_states, header.num_tokens, header.truncated, header.total_bytes, header.num_clipped,
-                header.pack(encoded_id), pack_windows(record.window_tokens), written,
+                header.pack(encoded_id), record.payload[0], written,
             )
         )  # fmt: skip
         first_row += header.num_states

@@ -21,14 +21,14 @@ from cache.faiss.lock import WriterLock
 from cache.faiss.segments import SegmentFiles, SegmentGone, remove_orphans, write_segment
 from cache.manifest import Manifest
 from cache.record import Damaged, Header, Record, check_name, passage_id_bytes
-from cache.store import Audit, StoreStats
+from cache.store import Audit, Store, StoreStats
 
 _SCAN_PAGE_PASSAGES, _RENEWED_PASSAGES = 256, 20_000
 
 _logger = logging.getLogger(__name__)
 
 
-class FaissStore:
+class FaissStore(Store):
     """Records in a directory; see `Store` for the contract. Nothing is made on disk before the first write."""
 
     def __init__(
@@ -99,9 +99,6 @@ class FaissStore:
             collection_id = rows.find_collection(connection, collection)
             found = {} if collection_id is None else rows.headers(connection, collection_id, passage_ids)
         return [found.get(passage_id) for passage_id in passage_ids]
-
-    def contains_many(self, collection: str, passage_ids: Sequence[str]) -> list[bytes | None]:
-        return [None if header is None else header.text_digest for header in self.headers_many(collection, passage_ids)]
 
     def scan(self, collection: str) -> Iterator[tuple[str, Record | Damaged]]:
         after = b""

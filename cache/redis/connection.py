@@ -572,7 +572,7 @@ def take_bytes(pairs: Iterator[tuple[bytes, Record]], num_bytes: int) -> list[tu
     chunk = []
     for encoded_id, record in pairs:
         chunk.append((encoded_id, record))
-        num_bytes -= record.size_bytes
+        num_bytes -= record.header.total_bytes
         if num_bytes <= 0:
             break
     return chunk

@@ -32,12 +32,10 @@ from cache.record import (
     Record,
     check_name,
     is_passage_id,
-    pack,
     passage_id_bytes,
-    unpack,
 )
 from cache.redis.connection import Address, Client, Deadline, IsValid, Link, Malformed, exchange, run, take_bytes
-from cache.store import Audit, StoreStats, sum_headers
+from cache.store import Audit, Store, StoreStats
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +46,7 @@ _CHUNK_BYTES = 8 << 20
 _COUNT_SECONDS = 2.0
 
 
-class RedisStore:
+class RedisStore(Store):
     """Packed records in Redis; see `Store` for the contract. Durable as far as the server is configured to be.
 
     Raises StoreUrlError. Connects on first use.
@@ -83,7 +81,7 @@ class RedisStore:
         pairs = zip(encoded_ids, records.values(), strict=True)
         while chunk := take_bytes(pairs, _CHUNK_BYTES):
             expiry = () if self._ttl_seconds is None else ("EX", self._ttl_seconds)
-            commands = [("SET", start + encoded_id, pack(record, encoded_id), *expiry) for encoded_id, record in chunk]
+            commands = [("SET", start + encoded_id, record.pack(encoded_id), *expiry) for encoded_id, record in chunk]
             run(self._bulk, commands, _is_true, len(chunk))
         if encoded_ids:
             # After the values: a tier that saw the old number looks again once they are there. A writer that dies in
@@ -103,11 +101,6 @@ class RedisStore:
     def headers_many(self, collection: str, passage_ids: Sequence[str]) -> list[Header | None]:
         return self._headers(self._online, collection, passage_ids)
 
-    def contains_many(self, collection: str, passage_ids: Sequence[str]) -> list[bytes | None]:
-        # An indexing call over many ids: the longer budget.
-        headers = self._headers(self._bulk, collection, passage_ids)
-        return [None if header is None else header.text_digest for header in headers]
-
     def scan(self, collection: str) -> Iterator[tuple[str, Record | Damaged]]:
         passage_ids = self._scan_ids(collection)
         while batch := list(islice(passage_ids, _READ_CHUNK)):
@@ -123,7 +116,7 @@ class RedisStore:
             while batch := list(islice(passage_ids, _HEADER_CHUNK)):
                 yield from self._headers(self._bulk, collection, batch, self._count_seconds)
 
-        return sum_headers(headers())
+        return StoreStats.of(headers())
 
     def audit(self, collection: str) -> Audit:
         """Its own keys and fields: those of every collection, because one hash holds them all."""
@@ -408,7 +401,7 @@ def _checked(passage_id: str, value: bytes | Exception | None) -> Record | Damag
     try:
         if isinstance(value, Exception):
             raise DamagedRecord("the key holds another type of value")
-        return unpack(value, passage_id)
+        return Record.unpack(value, passage_id)
     except DamagedRecord as exc:
         return Damaged(passage_id, str(exc))
 

@@ -18,9 +18,11 @@ from cryptography.x509.oid import NameOID
 
 from cache.collection import Manifest
 from cache.memory import MemoryStore
+from cache.open import open_store
+from cache.read_cache import CachedStore
 from cache.record import Record
 from cache.states import text_digest
-from cache.store import Store, open_store
+from cache.store import Store
 
 _spec = importlib.util.spec_from_file_location("redis_fixture", Path(__file__).parents[1] / "redis_fixture.py")
 redis_fixture = importlib.util.module_from_spec(_spec)
@@ -183,7 +185,7 @@ class TierBackend(Backend):
         self.tamper, self.tamper_header = behind.tamper, behind.tamper_header
 
     def _open(self) -> Store:
-        return open_store(self.behind.url, tier_bytes=1 << 20, **getattr(self.behind, "options", {}))
+        return CachedStore(self.behind._open(), max_bytes=1 << 20)
 
     def tamper(self, collection: str, passage_id: str, change) -> None: ...
 

@@ -40,7 +40,7 @@ def read_until(path: str, last_version: int) -> None:
             problems.append(f"not one version: {seeds}")
         elif (seen := next(iter(seeds))) < version:
             problems.append(f"version {seen} after {version}")
-        elif any(entry.checksum != record(seen).checksum for entry in found):
+        elif any(entry.header.checksum != record(seen).header.checksum for entry in found):
             problems.append(f"version {seen} holds something else")
         else:
             version = seen

@@ -17,9 +17,9 @@ from cache.errors import (
     ManifestError,
     OutOfRange,
 )
+from cache.open import open_store
 from cache.record import Damaged
 from cache.states import PassageStates, pool, text_digest
-from cache.store import open_store
 
 DIM = 8
 

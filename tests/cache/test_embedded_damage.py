@@ -15,7 +15,7 @@ from cache.errors import StoreDamaged
 from cache.faiss import catalogue
 from cache.faiss.segments import write_segment
 from cache.faiss.store import FaissStore
-from cache.record import Damaged, Header, Record, pack_windows
+from cache.record import Damaged, Header, Record
 from cache.store import Audit
 
 
@@ -137,7 +137,7 @@ def test_a_damaged_row_without_a_record_is_one_clear_error(store, path, statemen
 
 def test_counts_are_compared_with_the_rows(store, path):
     change(path, "UPDATE collections SET num_passages = num_passages - 1, num_tokens = num_tokens + 5")
-    there = sum(record.num_tokens for _, record in store.scan("passages"))
+    there = sum(record.header.num_tokens for _, record in store.scan("passages"))
     assert store.audit("passages").problems == (
         "num_passages of collection 'passages' is 204, its rows have 205",
         f"num_tokens of collection 'passages' is {there + 5}, its rows have {there}",
@@ -340,7 +340,7 @@ def make_version_1(path: Path, manifest: Manifest, records: dict[str, Record]) -
                 "truncated, size_bytes, header, windows, text) VALUES (1, ?, 1, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     passage_id.encode(), first_row, header.num_states, header.num_tokens, header.truncated,
-                    header.total_bytes, header.pack(passage_id), pack_windows(record.window_tokens),
+                    header.total_bytes, header.pack(passage_id), record.payload[0],
                     (record.text or "").encode(),
                 ),
             )  # fmt: skip

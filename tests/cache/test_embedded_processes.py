@@ -83,7 +83,7 @@ def test_a_writer_killed_while_it_makes_the_store_leaves_one_that_can_be_used(tm
         if not collections:
             store.write_manifest(processes.manifest())
         store.put_many("passages", {"after": processes.record(1)})
-        assert store.get_many("passages", ["after"])[0].checksum == processes.record(1).checksum
+        assert store.get_many("passages", ["after"])[0].header.checksum == processes.record(1).header.checksum
         assert {file.name for file in (path / "segments").iterdir()} == committed_files(path)
         assert {"catalogue.sqlite", "segments", "writer.lock"} <= {file.name for file in path.iterdir()}
         assert not list(path.glob("*.tmp*"))

@@ -6,9 +6,9 @@ import pytest
 from cache.codecs import Codec
 from cache.collection import Collection, StoredPassage
 from cache.errors import RatioError
+from cache.open import open_store
 from cache.record import Damaged
 from cache.states import Codes, EncodedPassage, PassageStates, all_at_ratio, num_pooled, text_digest
-from cache.store import open_store
 
 DIM = 8
 WINDOWS = [(10,), (9, 4, 1), (1,), (33, 64)]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from cache.errors import RatioError
-from cache.states import PassageStates, num_pooled, pool, repool, text_digest
+from cache.states import PassageStates, num_pooled, pool, text_digest
 
 ratios = st.integers(1, 40)
 
@@ -41,15 +41,15 @@ def test_pooling_is_the_mean_of_each_group(states, ratio):
 @given(token_states(), st.integers(1, 12), st.integers(1, 12))
 def test_pooling_nests(states, stored_ratio, factor):
     stored = pool(states, stored_ratio)
-    again = repool(stored, len(states), stored_ratio, stored_ratio * factor)
+    again = pool(stored, stored_ratio * factor, num_tokens=len(states), stored_ratio=stored_ratio)
     assert_equal(again, naive(states, stored_ratio * factor), states)
 
 
 @given(token_states(), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
 def test_pooling_nests_three_deep(states, first, second, third):
     num_tokens = len(states)
-    step = repool(pool(states, first), num_tokens, first, first * second)
-    last = repool(step, num_tokens, first * second, first * second * third)
+    step = pool(pool(states, first), first * second, num_tokens=num_tokens, stored_ratio=first)
+    last = pool(step, first * second * third, num_tokens=num_tokens, stored_ratio=first * second)
     assert_equal(last, naive(states, first * second * third), states)
 
 
@@ -72,8 +72,10 @@ def test_numbers_checkable_by_hand():
     assert pool(states, 2).tolist() == [[1.5], [3.5], [10.0]]
     assert pool(states, 5).tolist() == [[4.0]]
     assert pool(states, 99).tolist() == [[4.0]]
-    assert repool(pool(states, 2), 5, 2, 4).tolist() == [[2.5], [10.0]]
-    assert repool(pool(states, 2), 5, 2, 6).tolist() == [[4.0]]  # (2 * 1.5 + 2 * 3.5 + 10) / 5, not the plain mean
+    assert pool(pool(states, 2), 4, num_tokens=5, stored_ratio=2).tolist() == [[2.5], [10.0]]
+    assert pool(pool(states, 2), 6, num_tokens=5, stored_ratio=2).tolist() == [
+        [4.0]
+    ]  # (2 * 1.5 + 2 * 3.5 + 10) / 5, not the plain mean
     assert pool(states, 1) is states
     assert [num_pooled(tokens, 4) for tokens in (0, 1, 4, 5, 8)] == [0, 1, 1, 2, 2]
 
@@ -84,14 +86,18 @@ def test_a_full_size_passage_stays_within_1e6(ratio):
     assert_equal(pool(states, ratio), naive(states, ratio), states)
     for stored_ratio in (2, 3, 5):
         both = stored_ratio * ratio
-        assert_equal(repool(pool(states, stored_ratio), 1024, stored_ratio, both), naive(states, both), states)
+        assert_equal(
+            pool(pool(states, stored_ratio), both, num_tokens=1024, stored_ratio=stored_ratio),
+            naive(states, both),
+            states,
+        )
 
 
 @pytest.mark.parametrize(("stored", "asked"), [(4, 6), (4, 2), (4, 0), (4, -4), (0, 4)])
 def test_an_unreachable_ratio_names_both(stored, asked):
     states = np.zeros((3, 2), dtype=np.float32)
     with pytest.raises(RatioError, match=rf"{asked}|{stored}"):
-        repool(states, 12, stored, asked)
+        pool(states, asked, num_tokens=12, stored_ratio=stored)
     if stored:
         passage = PassageStates(states, (12,), stored, False, text_digest("t"))
         with pytest.raises(ValueError, match=rf"{asked} is not a multiple of the stored ratio {stored}"):
@@ -102,7 +108,7 @@ def test_states_that_do_not_fit_their_counts_are_refused():
     states = np.zeros((3, 2), dtype=np.float32)
     digest = text_digest("t")
     with pytest.raises(ValueError, match=r"states: shape \(3, 2\), expected 4 rows for 13 tokens"):
-        repool(states, 13, 4, 8)
+        pool(states, 8, num_tokens=13, stored_ratio=4)
     with pytest.raises(ValueError, match="3 rows, expected 4 for windows"):
         PassageStates(states, (13,), 4, False, digest)
     with pytest.raises(ValueError, match="expected 2 for windows"):

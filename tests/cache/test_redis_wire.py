@@ -13,8 +13,9 @@ import pytest
 from benchmarks.reliability import redis_damage, redis_wire
 from cache.collection import Collection
 from cache.errors import CacheError, StoreAccessDenied, StoreDamaged, StoreFull, StoreUnavailable
+from cache.open import open_store
+from cache.read_cache import CachedStore
 from cache.record import Damaged
-from cache.store import open_store
 
 BOUND_SECONDS = 5.0  # for what has a budget of 0.3; where a step waits outside it, it waits 30
 OPERATIONS = {
@@ -162,7 +163,7 @@ def test_replies_without_end_cost_no_more_than_the_budget(wire, open_redis, serv
 
 def test_a_reply_that_claims_ten_gigabytes_is_given_up_on_before_they_are_in_memory(wire):
     code = (
-        "import re, sys; from cache.store import open_store\n"
+        "import re, sys; from cache.open import open_store\n"
         "from cache.errors import StoreUnavailable\n"
         "store = open_store(sys.argv[1], read_budget_seconds=30)\n"
         "try: store.get_many('passages', ['a'])\n"
@@ -341,7 +342,7 @@ def test_an_alias_that_was_damaged_means_no_other_collection(redis_server, open_
 def test_what_a_tier_holds_does_not_outlive_a_restart_without_data(redis_server, make_manifest, make_record, same):
     """Numbers of a counter come again after it; what was held under them is another passage's states by then."""
     url = f"{redis_server.url}?prefix=restart"
-    reader = open_store(url, read_budget_seconds=10, tier_bytes=1 << 20)
+    reader = CachedStore(open_store(url, read_budget_seconds=10), max_bytes=1 << 20)
     writer = open_store(url, read_budget_seconds=10)
     for seed in (1, 2):  # the same writes, of other states
         writer.write_manifest(make_manifest(identity="0" * 32))

@@ -77,16 +77,11 @@ def test_deleting_counts_what_was_there(store, make_record):
     assert store.delete_many("elsewhere", ["a"]) == 0
 
 
-def test_contains_gives_the_text_digest(store, make_record):
+def test_headers_are_those_that_were_written(store, make_record):
     records = {"a": make_record(1, text="one"), "b": make_record(2, text="two")}
     store.put_many("passages", records)
-    assert store.contains_many("passages", ["b", "x", "a"]) == [
-        records["b"].text_digest,
-        None,
-        records["a"].text_digest,
-    ]
-    headers = store.headers_many("passages", ["a", "x"])
-    assert headers == [records["a"].header, None]
+    headers = store.headers_many("passages", ["b", "x", "a"])
+    assert headers == [records["b"].header, None, records["a"].header]
 
 
 def test_stats_follow_puts_replacements_and_deletes(store, make_record):
@@ -100,9 +95,9 @@ def test_stats_follow_puts_replacements_and_deletes(store, make_record):
     assert store.stats("passages") == StoreStats(
         num_passages=48,
         num_states=sum(record.header.num_states for record in records.values()),
-        num_tokens=sum(record.num_tokens for record in records.values()),
-        num_truncated=sum(record.truncated for record in records.values()),
-        size_bytes=sum(record.size_bytes for record in records.values()),
+        num_tokens=sum(record.header.num_tokens for record in records.values()),
+        num_truncated=sum(record.header.truncated for record in records.values()),
+        size_bytes=sum(record.header.total_bytes for record in records.values()),
     )
 
 
@@ -137,13 +132,13 @@ def test_an_impossible_id_is_refused_and_nothing_written(store, make_record, pas
 def test_nothing_of_nothing(store):
     store.put_many("passages", {})
     assert store.get_many("passages", []) == []
-    assert store.contains_many("passages", []) == []
+    assert store.headers_many("passages", []) == []
     assert store.delete_many("passages", []) == 0
 
 
 def test_an_unknown_collection_reads_empty_and_refuses_writes(store, make_record):
     assert store.get_many("elsewhere", ["a"]) == [None]
-    assert store.contains_many("elsewhere", ["a"]) == [None]
+    assert store.headers_many("elsewhere", ["a"]) == [None]
     assert store.stats("elsewhere") == StoreStats()
     assert store.read_manifest("elsewhere") is None
     with pytest.raises(CollectionNotFound, match="'elsewhere'"):

@@ -153,14 +153,14 @@ def test_a_store_that_is_down_is_said_to_be_down(behind):
 
 def test_readers_racing_a_writer_never_go_back(behind, make_record):
     tier = CachedStore(behind, max_bytes=1 << 20)
-    versions = {make_record(seed, num_states=seed + 1).checksum: seed for seed in range(100)}
+    versions = {make_record(seed, num_states=seed + 1).header.checksum: seed for seed in range(100)}
     behind.put_many("passages", {"p": make_record(0, num_states=1)})
     failures, stop = [], threading.Event()
 
     def read() -> None:
         newest = 0
         while not stop.is_set():
-            version = versions[tier.get_many("passages", ["p"])[0].checksum]
+            version = versions[tier.get_many("passages", ["p"])[0].header.checksum]
             if version < newest:
                 failures.append((version, newest))
             newest = version
@@ -174,7 +174,7 @@ def test_readers_racing_a_writer_never_go_back(behind, make_record):
     for thread in threads:
         thread.join()
     assert failures == []
-    assert versions[tier.get_many("passages", ["p"])[0].checksum] == 99
+    assert versions[tier.get_many("passages", ["p"])[0].header.checksum] == 99
 
 
 def test_a_size_of_nothing_is_refused(behind):

@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 
 from cache.collection import Collection, StoredPassage
 from cache.manifest import Manifest
+from cache.open import open_store
 from cache.states import AnyStates, PassageStates, text_digest
-from cache.store import Store, open_store
+from cache.store import Store
 from checkpoint import Checkpoint, EncoderIdentity, TokenizedPrompt
 from checkpoint.synthetic import make_checkpoint
 from decoder_server.config import DecoderConfig

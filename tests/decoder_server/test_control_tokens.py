@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from cache.collection import Collection
-from cache.store import open_store
+from cache.open import open_store
 from checkpoint import Checkpoint
 from decoder_server.config import DecoderConfig, HttpConfig, ModelConfig
 from decoder_server.gateway import Gateway

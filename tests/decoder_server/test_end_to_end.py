@@ -15,7 +15,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from cache.store import open_store
+from cache.open import open_store
 from encoder_worker.config import EncoderConfig
 from encoder_worker.server import EncoderServer
 from preread.v1 import common_pb2, encoder_pb2, encoder_pb2_grpc, rerank_pb2, rerank_pb2_grpc

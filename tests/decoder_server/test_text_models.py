@@ -12,7 +12,7 @@ import pytest
 from google.rpc import error_details_pb2
 
 from cache.collection import Collection
-from cache.store import open_store
+from cache.open import open_store
 from decoder_server.config import DecoderConfig, ModelConfig
 from decoder_server.models.cross_encoder import CrossEncoder, open_cross_encoder
 from decoder_server.models.cross_encoder.synthetic import make_cross_encoder

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from cache.collection import Collection, StoredPassage
 from cache.manifest import Manifest, new_identity
+from cache.open import open_store
 from cache.states import PassageStates, text_digest
-from cache.store import open_store
 from checkpoint import Checkpoint
 from decoder_server.config import TierBudgets
 from decoder_server.models.backend import Pair

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from cache.store import Store, open_store
+from cache.open import open_store
+from cache.store import Store
 from encoder_worker.passage_encoder import PassageEncoder
 from encoder_worker.sources import Passage, Place
 from preread_cli.main import cli

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cache.collection import Collection
+from cache.open import open_store
 from cache.states import text_digest
-from cache.store import open_store
 from encoder_worker.passage_encoder import PassageEncoder
 
 RunIndex = Callable[..., tuple[int, str, str]]

@@ -207,7 +207,7 @@ def test_a_damaged_passage_is_left_out_and_named(
     (record,) = store.get_many("docs", ["p1"])
     built = type(record).build(
         record.codes, window_tokens=record.window_tokens, compression_ratio=4, truncated=False,
-        text_digest=record.text_digest, binding=1, text=record.text,
+        text_digest=record.header.text_digest, binding=1, text=record.text,
     )  # fmt: skip
     store.put_many("docs", {"p1": built})
     done = reencode(old, "docs.v2", "SQ8", lambda: encoder)

@@ -13,7 +13,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from cache.store import open_store
+from cache.open import open_store
 from decoder_server.config import NO_TIERS, DecoderConfig, HttpConfig, ModelConfig
 from decoder_server.gateway import Gateway
 from decoder_server.models.cross_encoder.synthetic import make_cross_encoder

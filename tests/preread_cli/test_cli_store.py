@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from cache.store import open_store
+from cache.open import open_store
 from preread_cli.main import cli
 
 ROOT = Path(__file__).parents[2]

@@ -14,8 +14,9 @@ from click.testing import CliRunner, Result
 from cache.collection import Collection, StoredPassage
 from cache.errors import EncoderMismatch
 from cache.manifest import Manifest
+from cache.open import open_store
 from cache.states import PassageStates, text_digest
-from cache.store import Store, open_store
+from cache.store import Store
 from checkpoint import Checkpoint
 from checkpoint.synthetic import make_checkpoint
 from encoder_worker.encoder import Encoder

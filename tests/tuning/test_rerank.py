@@ -11,8 +11,8 @@ import tuning.rerank
 from cache.collection import Collection, StoredPassage
 from cache.errors import RatioError
 from cache.manifest import Manifest
+from cache.open import open_store
 from cache.states import PassageStates, pool, text_digest
-from cache.store import open_store
 from checkpoint import Checkpoint
 from decoder_server.models.backend import Pair
 from decoder_server.models.fbnl.backend import FbnlBackend

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from cache.collection import StoredPassage
+from cache.open import open_store
 from cache.states import PassageStates
-from cache.store import open_store
 from checkpoint import Checkpoint
 from decoder_server.config import TierBudgets
 from decoder_server.models.backend import Pair

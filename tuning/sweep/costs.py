@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from cache.codecs import Codec
 from cache.collection import Collection, StoredPassage
 from cache.manifest import Manifest
+from cache.open import open_store
 from cache.record import Record, record_bytes
-from cache.store import open_store
 from checkpoint import EncoderIdentity
 from decoder_server.models.backend import Backend, Prompt
 from encoder_worker.passage_encoder import PassageEncoder

@@ -19,9 +19,10 @@ from scipy.stats import kendalltau
 
 from cache.collection import Collection, StoredPassage
 from cache.manifest import Manifest
+from cache.open import open_store
 from cache.record import HEADER_BYTES
 from cache.states import PassageStates, text_digest
-from cache.store import Store, open_store
+from cache.store import Store
 from checkpoint import Checkpoint
 from encoder_worker.encoder import Encoder
 from tuning import EvaluationError
