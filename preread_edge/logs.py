@@ -66,6 +66,7 @@ def current() -> Call | None:
 
 FORMATS = ("text", "json")
 LEVELS = ("debug", "info", "warning", "error")
+PACKAGES = ("preread", "preread_edge", "preread_cli", "decoder_server", "encoder_worker", "cache", "checkpoint")
 
 
 def set_up(log_format: str, level: str, stream: IO[str] | None = None) -> None:
@@ -74,7 +75,7 @@ def set_up(log_format: str, level: str, stream: IO[str] | None = None) -> None:
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     # Ours as asked; libraries stay at warning, or debug would show their bodies.
-    for package in ("preread", "decoder_server", "encoder_worker", "cache", "checkpoint"):
+    for package in PACKAGES:
         logging.getLogger(package).setLevel(level.upper())
 
 

@@ -20,12 +20,13 @@ from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer
 
 from checkpoint.synthetic import make_checkpoint
+from preread_edge.logs import PACKAGES
 
 ROOT = Path(__file__).parent.parent
 KEPT = {"PREREAD_KALM_CHECKPOINT", "PREREAD_TEST_REDIS_SERVER"}
 # Of the terminal, which decide how tables are cut and coloured, and of the way out, which tests never take.
 OWN = {"COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"}
-LOGGERS = ("", "preread", "decoder_server", "encoder_worker", "cache", "checkpoint")
+LOGGERS = ("", *PACKAGES)
 START_SECONDS = 120
 
 # The same examples in every run and on every machine; none fails by the clock, none comes out of a database.

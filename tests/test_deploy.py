@@ -62,14 +62,15 @@ def test_images_differ_in_what_they_must() -> None:
 def test_an_image_gets_every_package_there_is_and_the_pinned_torch() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     let_through = set(re.findall(r"^!(.+)$", (ROOT / ".dockerignore").read_text(), re.MULTILINE))
-    packages = set(project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"])
+    wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]["only-include"]
+    packages = {path.partition("/")[0] for path in wheel}
     files = {"pyproject.toml", "constraints.txt", project["project"]["readme"], *project["project"]["license-files"]}
     assert packages | files | {"deploy/image.toml"} == let_through
     (torch,) = re.findall(r"^torch==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     for file in DOCKERFILES:
         text = file.read_text()
         assert re.findall(r"\btorch==(\S+)", text) == [torch]
-        (extras,) = re.findall(r'"\.\[([\w,]+)\]"', text)
+        (extras,) = re.findall(r'\./preread "\.\[([\w,]+)\]"', text)
         assert set(extras.split(",")) <= set(project["project"]["optional-dependencies"])
 
 

@@ -1,4 +1,4 @@
-"""constraints.txt pins what pyproject.toml asks for, what that needs in turn, and nothing else."""
+"""constraints.txt pins what both distributions require, what that needs in turn, and nothing else."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+CLIENT = tomllib.loads((ROOT / "preread" / "pyproject.toml").read_text())["project"]
 PINS = {
     canonicalize_name(name): version
     for name, version in re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
@@ -19,6 +20,12 @@ PINS = {
 BUILDING = {"hatchling", "editables"}  # scripts/environment installs them first
 OLDER_PYTHON = {"async-timeout"}  # redis asks for it before Python 3.11.3, which Debian 12 has
 CUDA = re.compile(r"nvidia-|cuda-|triton$")  # what other builds of torch need; this file is for all of them
+
+
+def required() -> list[Requirement]:
+    """By both distributions, each other left out."""
+    lines = map(Requirement, (*PROJECT["dependencies"], *CLIENT["dependencies"]))
+    return [one for one in lines if one.name != CLIENT["name"]]
 
 
 def asked_for(extra: str) -> list[Requirement]:
@@ -31,7 +38,7 @@ def asked_for(extra: str) -> list[Requirement]:
 def everything() -> set[str]:
     """Names of all packages of a development environment, from what is installed here."""
     found: set[str] = set()
-    todo = [(one.name, tuple(one.extras)) for one in map(Requirement, PROJECT["dependencies"])]
+    todo = [(one.name, tuple(one.extras)) for one in required()]
     todo += [(one.name, tuple(one.extras)) for one in asked_for("dev")] + [(name, ()) for name in BUILDING]
     seen = set(todo)
     while todo:
@@ -57,5 +64,5 @@ def test_pins_are_what_is_needed_and_no_more() -> None:
 
 
 def test_pins_are_within_the_ranges() -> None:
-    for one in [*map(Requirement, PROJECT["dependencies"]), *asked_for("dev")]:
+    for one in [*required(), *asked_for("dev")]:
         assert one.specifier.contains(PINS[canonicalize_name(one.name)]), one
