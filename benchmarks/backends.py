@@ -7,7 +7,7 @@ cold    fbnl, texts never seen before: encoded on demand, then scored
 cross   a cross-encoder (the Qwen3 architecture, layers and widths of the fbnl decoder), texts
 
 Random weights in the shape of KaLM-Reranker-V1-Nano's halves. One `preread serve` with two models answers over gRPC;
-each way's texts have as many tokens under its own tokenizer. Writes results/backends.json and docs/backends.png.
+each variant's texts have as many tokens under its own tokenizer. Writes results/backends.json and docs/backends.png.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LIKE_NANO = Size(hidden=640, intermediate=2048, layers=18, heads=4, kv_heads=1, 
 RATIO = 4
 PROFILE = "sigridjineth/ctxl-rerank-v2-1b-seq-cls"  # its template and readout
 PLOT = Path(__file__).parents[1] / "docs" / "backends.png"
-WAYS = {
+VARIANTS = {
     "warm": "fbnl, states cached",
     "cold": "fbnl, states made on demand",
     "cross": "cross-encoder of like size",
@@ -54,14 +54,14 @@ def plot(rows: list[list[Any]], base_count: int, base_length: int) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for way, label in WAYS.items():
-        by_count = [(count, ms) for w, count, length, ms, *_ in rows if w == way and length == base_length]
-        by_length = [(length, ms / count) for w, count, length, ms, *_ in rows if w == way and count == base_count]
+    for variant, label in VARIANTS.items():
+        by_count = [(count, ms) for w, count, length, ms, *_ in rows if w == variant and length == base_length]
+        by_length = [(length, ms / count) for w, count, length, ms, *_ in rows if w == variant and count == base_count]
         left.plot(*zip(*sorted(by_count), strict=True), marker="o", label=label)
         right.plot(*zip(*sorted(by_length), strict=True), marker="o", label=label)
     for axes, x, y in (
-        (left, f"candidates of {base_length} tokens", "ms a request"),
-        (right, f"tokens of a passage, {base_count} candidates", "ms a candidate"),
+        (left, f"candidates of {base_length} tokens", "ms per request"),
+        (right, f"tokens of a passage, {base_count} candidates", "ms per candidate"),
     ):
         axes.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
         axes.grid(visible=True, which="major", alpha=0.3)
@@ -89,17 +89,17 @@ def main() -> None:
     }
     rows: list[list[Any]] = []
 
-    def measure(client: Client, way: str, count: int, length: int) -> None:
-        request: dict[str, Any] = {"model": "cross" if way == "cross" else "nano"}
-        if way == "warm":
+    def measure(client: Client, variant: str, count: int, length: int) -> None:
+        request: dict[str, Any] = {"model": "cross" if variant == "cross" else "nano"}
+        if variant == "warm":
             request |= {"candidates": [f"p{i}" for i in range(count)], "collection": f"t{length}"}
             client.rerank("fill the tier", timeout=600, **request)
         else:
-            request["candidates"] = [text[way](length) for _ in range(count)]
+            request["candidates"] = [text[variant](length) for _ in range(count)]
         # Texts are cold once only, and a minute of cross-encoding need not be had three times.
-        repeats = 3 if way == "warm" or (way == "cross" and count * length < 4000) else 1
+        repeats = 3 if variant == "warm" or (variant == "cross" and count * length < 4000) else 1
         total, compute = time_requests(client, repeats, **request)
-        rows.append([way, count, length, total * 1e3, compute * 1e3, total / count * 1e3])
+        rows.append([variant, count, length, total * 1e3, compute * 1e3, total / count * 1e3])
 
     with tempfile.TemporaryDirectory() as folder:
         store = f"faiss:{folder}/store"
@@ -109,9 +109,9 @@ def main() -> None:
             grid = [(count, base_length) for count in counts]
             grid += [(few, length) for length in lengths if (few, length) not in grid]
             for count, length in grid:
-                for way in WAYS:  # in turn, so that a busy minute of the machine hits all alike
-                    measure(client, way, count, length)
-    columns = ["way", "candidates", "passage tokens", "ms a request", "of it in the model", "ms a candidate"]
+                for variant in VARIANTS:  # in turn, so that a busy minute of the machine hits all alike
+                    measure(client, variant, count, length)
+    columns = ["variant", "candidates", "passage tokens", "ms per request", "of it in the model", "ms per candidate"]
     report("backends", columns, rows, compression_ratio=RATIO)
     plot(rows, few, base_length)
 

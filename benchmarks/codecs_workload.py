@@ -82,7 +82,7 @@ class Workload:
         """
         Args:
             folder: BEIR layout.
-            work: where states and margins are kept; another checkpoint or size has files of its own.
+            work: where states and margins are kept; each checkpoint and size has separate files.
         """
         self.opened = Checkpoint.open(checkpoint)
         self.sizes = sizes

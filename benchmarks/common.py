@@ -1,4 +1,4 @@
-"""What every benchmark here shares: the hardware line, medians, tables and JSON. Times nothing by itself."""
+"""Shared by all benchmarks: the hardware line, medians, tables and JSON."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
     python -m benchmarks.indexing [--passages 32] [--slow-passages 4] [--seconds 45]
 
 Nano-shaped random weights over abstracts of examples/scifact, each cut to its first quarter: the random
-checkpoint's tokenizer makes texts about four times as long as Gemma's would. The ways take turns until
-the time is up, at least once. What a way executes is counted from the shapes (operations.py) and held
+checkpoint's tokenizer makes texts about four times as long as Gemma's would. The variants take turns until
+the time is up, at least once. What a variant executes is counted from the shapes (operations.py) and held
 against the matrix-product rate of the same run.
 
     transformers    one passage a pass, the first few passages only
@@ -91,18 +91,18 @@ def main() -> None:
 
     plain_work = sum(operations(len(row)).plain_encoding() for row in ids[:num_slow])
     work = sum(operations(len(row)).encoding() for row in ids)
-    ways: dict[str, tuple[Callable[[], object], int, int]] = {
+    variants: dict[str, tuple[Callable[[], object], int, int]] = {
         "transformers, one at a time": (one_at_a_time, num_slow, plain_work),
         "forward alone": (forward_alone, len(ids), work),
         "index": (lambda: done.append(index_once(encoder, passages)), len(ids), work),
     }
     index_once(encoder, passages[:8])  # compiles what is compiled, and prepares products
-    times: dict[str, list[float]] = {name: [] for name in ways}
+    times: dict[str, list[float]] = {name: [] for name in variants}
     peaks: list[float] = []
     begun = time.perf_counter()
     while not peaks or time.perf_counter() - begun < args.seconds:
         peaks.append(matmul_peak(DTYPES[args.dtype]))
-        for name, (call, _, _) in ways.items():
+        for name, (call, _, _) in variants.items():
             begin = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - begin)
@@ -110,12 +110,12 @@ def main() -> None:
     assert all(one.num_stored == len(passages) for one in done)
     peak = statistics.median(peaks)
     rows = []
-    for name, (_, num_passages, num_operations) in ways.items():
+    for name, (_, num_passages, num_operations) in variants.items():
         each, num_tokens = statistics.median(times[name]), sum(map(len, ids[:num_passages]))
         rows.append([name, num_passages, num_passages / each, num_tokens / each, num_operations / each / peak])
     report(
         "indexing",
-        ["way", "passages", "passages/s", "tokens/s", "share of peak"],
+        ["variant", "passages", "passages/s", "tokens/s", "share of peak"],
         rows,
         quick=args.quick,
         dtype=args.dtype,

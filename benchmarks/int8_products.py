@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.common import median_seconds, nano_checkpoint, report, start
 from benchmarks.operations import PROMPT_TOKENS
-from benchmarks.ways import BATCH
+from benchmarks.variants import BATCH
 from checkpoint import Checkpoint, TokenizedPrompt
 from decoder_server.models.backend import Pair
 from decoder_server.models.fbnl.backend import FbnlBackend
@@ -99,7 +99,7 @@ def speed() -> None:
         if name != "bfloat16":
             with_int8_products(backend)
         rows.append([name, median_seconds(lambda: backend.score(pairs), repeats=7) / BATCH * 1e3])  # noqa: B023
-    report("int8_speed", ["decoder", "ms a candidate"], rows, batch=BATCH)
+    report("int8_speed", ["decoder", "ms per candidate"], rows, batch=BATCH)
 
 
 def effect(name: str, path: str, num_passages: int) -> None:
@@ -125,7 +125,8 @@ def effect(name: str, path: str, num_passages: int) -> None:
         turned = (np.sign(exact[:, None] - exact) != np.sign(margins[:, None] - margins))[upper].mean()
         top = len(set(np.argsort(-exact)[:10]) & set(np.argsort(-margins)[:10]))
         rows.append([kind, float(exact.std()), float(off.mean()), float(off.max()), float(turned), top])
-    columns = ["products", "spread of margins", "mean off", "largest off", "pairs turned round", "of the top 10 kept"]
+    errors = ["mean absolute error", "max absolute error", "inverted pairs"]
+    columns = ["products", "spread of margins", *errors, "of the top 10 kept"]
     report("int8_effect_" + checkpoint.path.name, columns, rows, passages=len(pairs))
 
 

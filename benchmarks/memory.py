@@ -76,17 +76,17 @@ def load_transformers(directory: Path, dtype: str) -> None:
         whole(input_ids=tokens, decoder_input_ids=tokens)
 
 
-def run_pass(way: str, directory: Path, dtype: str) -> None:
+def run_pass(variant: str, directory: Path, dtype: str) -> None:
     """One batch, everything loaded before and run once on a single candidate."""
     from benchmarks.common import start
-    from benchmarks.ways import BATCH, WAYS, Candidates, Models
+    from benchmarks.variants import BATCH, VARIANTS, Candidates, Models
 
     start()
     candidates = Candidates(Models(directory, dtype), PASSAGE_TOKENS, RATIO, BATCH)
-    WAYS[way].prepare(candidates, BATCH)
-    WAYS[way].score(candidates, 1)
+    VARIANTS[variant].prepare(candidates, BATCH)
+    VARIANTS[variant].score(candidates, 1)
     with printed_peak(0):
-        WAYS[way].score(candidates, BATCH)
+        VARIANTS[variant].score(candidates, BATCH)
 
 
 def fill_states_tier(directory: Path, dtype: str) -> None:
@@ -136,7 +136,7 @@ PARTS: dict[str, Callable[[Path, str], None]] = {
     "encoder": partial(load, "encoder"),
     "decoder": partial(load, "decoder"),
     "transformers, both halves": load_transformers,
-    "pass: straightforward": partial(run_pass, "straightforward"),
+    "pass: transformers": partial(run_pass, "transformers"),
     "pass: joint": partial(run_pass, "joint"),
     "pass: cached, full vocabulary": partial(run_pass, "cached, full vocabulary"),
     "pass: preread, texts": partial(run_pass, "preread, texts"),

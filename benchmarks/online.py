@@ -35,7 +35,7 @@ SERVERS = {
     "store": ["--no-encoder", *NO_KEYS, *NO_PREFIX, "--cache-bytes", "0"],
     "texts": [*NO_KEYS, *NO_PREFIX],
 }
-COLUMNS = ["kept", "candidates", "ms a request", "of it in the model", "ms beside it", "ms a candidate"]
+COLUMNS = ["kept", "candidates", "ms per request", "of it in the model", "ms beside it", "ms per candidate"]
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
-"""Operations of every way to score a candidate, counted from the shapes: a multiplication and an addition are two.
+"""Operations of every variant to score a candidate, counted from the shapes: a multiplication and an addition are two.
 
-What a way executes is counted, not what it would need: transformers multiplies keys that a sliding
+What a variant executes is counted, not what it would need: transformers multiplies keys that a sliding
 window then hides, and every position by the whole vocabulary. Norms, softmax and pooling are left out.
-tests/benchmarks/test_operations.py holds the sums to the products torch sees while each way runs.
+tests/benchmarks/test_operations.py holds the sums to the products torch sees while each variant runs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Operations:
     passage: int
     ratio: int
 
-    def straightforward(self) -> int:
+    def transformers(self) -> int:
         """Encode and decode per call."""
         return self.plain_encoding() + self.cached_full_vocabulary()
 

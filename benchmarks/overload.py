@@ -70,7 +70,7 @@ class Questions:
 
 
 def grpc_caller(address: str, questions: Questions, tally: Tally) -> Callable[[], None]:
-    # A connection of its own: without this, channels of one process share one.
+    # A separate connection: without this, channels of one process share one.
     channel = grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)])
     stub = rerank_pb2_grpc.RerankServiceStub(channel)
 

@@ -3,10 +3,10 @@
     python -m benchmarks.scaling [--seconds 1] [--quick]
     python -m benchmarks.scaling --plot docs/scaling.png
 
-The ways of benchmarks/ways.py, tiers hot, on Nano-shaped random weights, one after another at each point; a point
-is repeated for --seconds, or runs once where it takes longer. Slow ways score as few candidates as show
-what one costs. Ratios are varied at 4,096 tokens; what straightforward and joint cost there hardly
-depends on the ratio, so they stand in the table of lengths only.
+The variants of benchmarks/variants.py, with warm caches, on Nano-shaped random weights, one after another at each
+point; a point is repeated for --seconds, or runs once if that takes longer. Slow variants score only enough candidates
+to know the cost of one. Ratios are varied at 4,096 tokens; transformers and joint hardly depend on the ratio, so they
+appear in the table of lengths only.
 """
 
 from __future__ import annotations
@@ -29,20 +29,29 @@ from benchmarks.common import (
     tiny_checkpoint,
 )
 from benchmarks.operations import PREFIX_TOKENS, PROMPT_TOKENS
-from benchmarks.ways import BATCH, NUM_DISTINCT, WAYS, Candidates, Models
+from benchmarks.variants import BATCH, NUM_DISTINCT, VARIANTS, Candidates, Models
 
 COUNTS = (1, 10, 100, 1000)
 LENGTHS = (64, 256, 1024, 4096, 8192)
 RATIOS = (1, 2, 4, 8, 16, 32)
 PASSAGE_TOKENS, LONG_TOKENS, RATIO = 344, 4096, 4
-SHOWN = [name for name in WAYS if not name.endswith(("cold", "int8"))]
+SHOWN = [name for name in VARIANTS if not name.endswith(("cold", "int8"))]
 CACHED = "cached, full vocabulary"  # slow, but not so slow that it could not be varied with the ratio
 LABELS = {  # what is varied: its column, and how that is called
     "candidates": ("candidates", "candidates of {passage_tokens} tokens, r = {ratio}"),
     "tokens": ("passage tokens", "tokens of a passage, r = {ratio}"),
     "ratio": ("r", "r, passages of {long_tokens:,} tokens"),
 }
-COLUMNS = ["varied", "way", "candidates", "passage tokens", "r", "ms a candidate", "Gop a candidate", "share of peak"]
+COLUMNS = [
+    "varied",
+    "variant",
+    "candidates",
+    "passage tokens",
+    "r",
+    "ms per candidate",
+    "Gop per candidate",
+    "share of peak",
+]
 
 
 @dataclass(frozen=True)
@@ -53,10 +62,10 @@ class Point:
     ratio: int = RATIO
 
     def counts(self) -> dict[str, int]:
-        """How many candidates each way scores."""
+        """How many candidates each variant scores."""
         counts = {}
         for name in SHOWN:
-            slow = WAYS[name].slow and name != CACHED
+            slow = VARIANTS[name].slow and name != CACHED
             if self.varied == "candidates":
                 if self.count <= (10 if slow else 100 if name == CACHED else 1000):
                     counts[name] = self.count
@@ -79,16 +88,18 @@ def points(quick: bool) -> list[Point]:
 
 
 def measure(models: Models, point: Point, budget_seconds: float) -> list[list[Any]]:
-    """A row for each way."""
+    """A row for each variant."""
     peak = matmul_peak(models.dtype)
     distinct = NUM_DISTINCT if point.varied == "candidates" else point.count
     candidates = Candidates(models, point.passage_tokens, point.ratio, distinct)
     rows: list[list[Any]] = []
-    for way, count in point.counts().items():
-        WAYS[way].prepare(candidates, count)
-        seconds = seconds_each(partial(WAYS[way].score, candidates, count), budget_seconds=budget_seconds) / count
-        work = models.operations(way, point.passage_tokens, point.ratio)
-        row = [point.varied, way, count, point.passage_tokens, point.ratio]
+    for variant, count in point.counts().items():
+        VARIANTS[variant].prepare(candidates, count)
+        seconds = (
+            seconds_each(partial(VARIANTS[variant].score, candidates, count), budget_seconds=budget_seconds) / count
+        )
+        work = models.operations(variant, point.passage_tokens, point.ratio)
+        row = [point.varied, variant, count, point.passage_tokens, point.ratio]
         rows.append([*row, seconds * 1e3, work / 1e9, work / seconds / peak])
         print(*rows[-1][:5], f"{seconds * 1e3:.1f} ms", flush=True)
     return rows
@@ -99,18 +110,18 @@ def tables(result: dict[str, Any]) -> str:
     parts = []
     for varied, (column, label) in LABELS.items():
         own = [row for row in result["rows"] if row["varied"] == varied]
-        for value in ("ms a candidate", "share of peak"):
-            parts.append(f"{value}, by {label.format(**result)}:\n\n{pivot(own, 'way', column, value)}")
+        for value in ("ms per candidate", "share of peak"):
+            parts.append(f"{value}, by {label.format(**result)}:\n\n{pivot(own, 'variant', column, value)}")
     joint = same_length(result, "joint")
-    faster = [row | {"faster": joint / row["ms a candidate"]} for row in own]
-    parts.append(f"Times faster than joint, by {label.format(**result)}:\n\n{pivot(faster, 'way', 'r', 'faster')}")
+    faster = [row | {"faster": joint / row["ms per candidate"]} for row in own]
+    parts.append(f"Times faster than joint, by {label.format(**result)}:\n\n{pivot(faster, 'variant', 'r', 'faster')}")
     return "\n\n".join(parts)
 
 
-def same_length(result: dict[str, Any], way: str) -> float:
-    """What a candidate costs a way whose ratio was not varied, at the length where others' was."""
-    at = {"way": way, "varied": "tokens", "passage tokens": result["long_tokens"]}
-    (found,) = [float(row["ms a candidate"]) for row in result["rows"] if at.items() <= row.items()]
+def same_length(result: dict[str, Any], variant: str) -> float:
+    """What a candidate costs a variant whose ratio was not varied, at the length where others' was."""
+    at = {"variant": variant, "varied": "tokens", "passage tokens": result["long_tokens"]}
+    (found,) = [float(row["ms per candidate"]) for row in result["rows"] if at.items() <= row.items()]
     return found
 
 
@@ -120,14 +131,14 @@ def plot(target: Path, quick: bool) -> None:
     with panels(target, len(LABELS), legend_rows=2, share_y=True) as axes:
         for one, (varied, (column, label)) in zip(axes, LABELS.items(), strict=True):
             own = [row for row in rows if row["varied"] == varied]
-            for place, way in enumerate(SHOWN):
-                series = [(row[column], row["ms a candidate"]) for row in own if row["way"] == way]
+            for place, variant in enumerate(SHOWN):
+                series = [(row[column], row["ms per candidate"]) for row in own if row["variant"] == variant]
                 if not series:  # as in the panel before, whatever the ratio
-                    series = [(row["r"], same_length(result, way)) for row in own]
-                line(one, series, way, place, ls="-" if way.startswith("preread") else "--")
+                    series = [(row["r"], same_length(result, variant)) for row in own]
+                line(one, series, variant, place, ls="-" if variant.startswith("preread") else "--")
             one.set(xscale="log", yscale="log", xlabel=label.format(**result))
             ticks(one, sorted({row[column] for row in own}))
-        axes[0].set_ylabel("ms a candidate")
+        axes[0].set_ylabel("ms per candidate")
 
 
 def main() -> None:

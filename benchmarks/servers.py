@@ -1,4 +1,4 @@
-"""Real servers for benchmarks, each a process of its own on a free port, and what they are asked for."""
+"""Real servers for benchmarks, each a separate process on a free port, and the requests they get."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Milliseconds a candidate: the straightforward way, a joint cross-encoder, and cached states, side by side.
+"""Milliseconds a candidate: transformers per call, a joint cross-encoder, and cached states, side by side.
 
     python -m benchmarks.side_by_side [--candidates 100] [--slow-candidates 10] [--passage-tokens 344] [--repeats 3]
 
-All of benchmarks/ways.py on the same Nano-shaped random weights, in one run, in turns (a round measures
-every way once, so that a noisy neighbour hits all alike). transformers' ways, the one that encodes and
-the askings that fill a tier score the first few candidates only: what is told is the cost of one.
-Operations are counted from the shapes (benchmarks/operations.py), and each way is held against the
+All of benchmarks/variants.py on the same Nano-shaped random weights, in one run, in turns (a round measures
+every variant once, so that a noisy neighbour hits all alike). transformers' variants, the one that encodes and
+the accesses that fill a cache score the first few candidates only: what is told is the cost of one.
+Operations are counted from the shapes (benchmarks/operations.py), and each variant is held against the
 machine's own matrix-product rate, measured in the same run.
 """
 
@@ -18,16 +18,16 @@ from pathlib import Path
 
 from benchmarks.common import matmul_peak, nano_checkpoint, report, start, tiny_checkpoint
 from benchmarks.operations import PREFIX_TOKENS, PROMPT_TOKENS
-from benchmarks.ways import BATCH, WAYS, Candidates, Models
+from benchmarks.variants import BATCH, VARIANTS, Candidates, Models
 from checkpoint.compute import DTYPES
 
-COLUMNS = ["dtype", "way", "ms a candidate", "times faster", "Gop a candidate", "share of peak"]
+COLUMNS = ["dtype", "variant", "ms per candidate", "speedup", "Gop per candidate", "share of peak"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--candidates", type=int, default=100)
-    parser.add_argument("--slow-candidates", type=int, default=10, help="of them, what slow ways score")
+    parser.add_argument("--slow-candidates", type=int, default=10, help="of them, what slow variants score")
     parser.add_argument("--passage-tokens", type=int, default=344)
     parser.add_argument("--ratio", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
@@ -45,25 +45,25 @@ def main() -> None:
 
 
 def measure(directory: Path, dtype: str, args: argparse.Namespace) -> list[list[object]]:
-    """A row for each way."""
+    """A row for each variant."""
     models = Models(directory, dtype)
     candidates = Candidates(models, args.passage_tokens, args.ratio)
-    counts = {name: args.slow_candidates if way.slow else args.candidates for name, way in WAYS.items()}
-    times: dict[str, list[float]] = {name: [] for name in WAYS}
+    counts = {name: args.slow_candidates if variant.slow else args.candidates for name, variant in VARIANTS.items()}
+    times: dict[str, list[float]] = {name: [] for name in VARIANTS}
     peaks: list[float] = []
     for _ in range(args.repeats + 1):  # the first round warms up
         peaks.append(matmul_peak(DTYPES[dtype]))
-        for name, way in WAYS.items():
-            way.prepare(candidates, counts[name])
+        for name, variant in VARIANTS.items():
+            variant.prepare(candidates, counts[name])
             begin = time.perf_counter()
-            way.score(candidates, counts[name])
+            variant.score(candidates, counts[name])
             times[name].append((time.perf_counter() - begin) / counts[name])
     peak = statistics.median(peaks[1:])
     each = {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
     rows: list[list[object]] = []
     for name, seconds in each.items():
         work = models.operations(name, args.passage_tokens, args.ratio)
-        faster = each["straightforward"] / seconds
+        faster = each["transformers"] / seconds
         rows.append([dtype, name, seconds * 1e3, faster, work / 1e9, work / seconds / peak])
     return [*rows, [dtype, "matrix-product peak, Gop/s", "", "", peak / 1e9, 1.0]]
 

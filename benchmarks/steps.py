@@ -1,4 +1,4 @@
-"""The steps of a pass one by one, each beside the plain way: what packing, fusing and two products buy.
+"""The steps of a pass one by one, each next to plain torch: what packing, fusing and two products buy.
 
     python -m benchmarks.steps [--dtype bfloat16]
 
@@ -88,7 +88,7 @@ def main() -> None:
         lambda: F.scaled_dot_product_attention(q, keys, keys, attn_mask=dense, scale=1.0),
         4 * q.numel() * (PROMPT + STATES),
     )
-    columns = ["step", "µs", "µs, plain", "times faster", "Gop/s", "Gop/s, plain"]
+    columns = ["step", "µs", "µs, plain", "speedup", "Gop/s", "Gop/s, plain"]
     report(f"steps_{args.dtype}", columns, rows, batch=BATCH, compiled=fused.compiled)
 
 

@@ -149,7 +149,7 @@ def fbnl_margins(directory: Path) -> Margins:
 
 @torch.inference_mode()
 def oracle_fbnl(directory: Path, untouched: Path) -> Margins:
-    """The straightforward way: whole model, a loop for pooling, one pair at a time."""
+    """The direct computation: whole model, a loop for pooling, one pair at a time."""
     from transformers import T5Gemma2ForConditionalGeneration
 
     model = T5Gemma2ForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()

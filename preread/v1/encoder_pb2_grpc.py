@@ -70,7 +70,7 @@ class EncoderServiceServicer:
         """Encodes and stores passages; each is acknowledged after the store has it.
         The first message names the collection. Flow control is the backpressure.
         Of several passages with one id in a stream the first is stored; the others
-        are refused.
+        are rejected.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -37,7 +37,7 @@ class EncoderServiceStub:
     """Encodes and stores passages; each is acknowledged after the store has it.
     The first message names the collection. Flow control is the backpressure.
     Of several passages with one id in a stream the first is stored; the others
-    are refused.
+    are rejected.
     """
     Delete: _grpc.UnaryUnaryMultiCallable[_encoder_pb2.DeleteRequest, _encoder_pb2.DeleteResponse]
     GetStats: _grpc.UnaryUnaryMultiCallable[_encoder_pb2.GetStatsRequest, _encoder_pb2.GetStatsResponse]
@@ -54,7 +54,7 @@ class EncoderServiceAsyncStub(EncoderServiceStub):
     """Encodes and stores passages; each is acknowledged after the store has it.
     The first message names the collection. Flow control is the backpressure.
     Of several passages with one id in a stream the first is stored; the others
-    are refused.
+    are rejected.
     """
     Delete: _aio.UnaryUnaryMultiCallable[_encoder_pb2.DeleteRequest, _encoder_pb2.DeleteResponse]  # type: ignore[assignment]
     GetStats: _aio.UnaryUnaryMultiCallable[_encoder_pb2.GetStatsRequest, _encoder_pb2.GetStatsResponse]  # type: ignore[assignment]
@@ -74,7 +74,7 @@ class EncoderServiceServicer(metaclass=_abc_1.ABCMeta):
         """Encodes and stores passages; each is acknowledged after the store has it.
         The first message names the collection. Flow control is the backpressure.
         Of several passages with one id in a stream the first is stored; the others
-        are refused.
+        are rejected.
         """
 
     @_abc_1.abstractmethod

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class RerankServiceStub:
-    """Online half: a query against passages that were encoded before it existed.
+    """Online half: scores a query against passages encoded in advance.
     """
 
     def __init__(self, channel):
@@ -63,20 +63,20 @@ class RerankServiceStub:
 
 
 class RerankServiceServicer:
-    """Online half: a query against passages that were encoded before it existed.
+    """Online half: scores a query against passages encoded in advance.
     """
 
     def Rerank(self, request, context):
-        """Scores every candidate and answers with the best first.
+        """Scores every candidate and returns the best first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RerankStream(self, request, context):
-        """Same request; answers with scored batches as they finish, in no particular
+        """Same request; returns scored batches as they finish, in no particular
         order, then one final message with the summary. In a cascade a candidate
-        comes once, when no further stage will read it.
+        comes once, when no further stage will score it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -97,8 +97,8 @@ class RerankServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Warm(self, request, context):
-        """Computes now what requests for these passages would compute, and keeps it in
-        the server's tiers. Changes no score.
+        """Pre-fills the KV and prefix caches for these passages; a hit costs a third
+        of a miss. Changes no score.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -141,7 +141,7 @@ def add_RerankServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class RerankService:
-    """Online half: a query against passages that were encoded before it existed.
+    """Online half: scores a query against passages encoded in advance.
     """
 
     @staticmethod

@@ -27,51 +27,51 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class RerankServiceStub:
-    """Online half: a query against passages that were encoded before it existed."""
+    """Online half: scores a query against passages encoded in advance."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> RerankServiceAsyncStub: ...
     Rerank: _grpc.UnaryUnaryMultiCallable[_rerank_pb2.RerankRequest, _rerank_pb2.RerankResponse]
-    """Scores every candidate and answers with the best first."""
+    """Scores every candidate and returns the best first."""
     RerankStream: _grpc.UnaryStreamMultiCallable[_rerank_pb2.RerankStreamRequest, _rerank_pb2.RerankStreamResponse]
-    """Same request; answers with scored batches as they finish, in no particular
+    """Same request; returns scored batches as they finish, in no particular
     order, then one final message with the summary. In a cascade a candidate
-    comes once, when no further stage will read it.
+    comes once, when no further stage will score it.
     """
     ListModels: _grpc.UnaryUnaryMultiCallable[_rerank_pb2.ListModelsRequest, _rerank_pb2.ListModelsResponse]
     """The models served here and their limits."""
     ListCollections: _grpc.UnaryUnaryMultiCallable[_rerank_pb2.ListCollectionsRequest, _rerank_pb2.ListCollectionsResponse]
     """The collections this server can read."""
     Warm: _grpc.UnaryUnaryMultiCallable[_rerank_pb2.WarmRequest, _rerank_pb2.WarmResponse]
-    """Computes now what requests for these passages would compute, and keeps it in
-    the server's tiers. Changes no score.
+    """Pre-fills the KV and prefix caches for these passages; a hit costs a third
+    of a miss. Changes no score.
     """
 
 @_typing.type_check_only
 class RerankServiceAsyncStub(RerankServiceStub):
-    """Online half: a query against passages that were encoded before it existed."""
+    """Online half: scores a query against passages encoded in advance."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Rerank: _aio.UnaryUnaryMultiCallable[_rerank_pb2.RerankRequest, _rerank_pb2.RerankResponse]  # type: ignore[assignment]
-    """Scores every candidate and answers with the best first."""
+    """Scores every candidate and returns the best first."""
     RerankStream: _aio.UnaryStreamMultiCallable[_rerank_pb2.RerankStreamRequest, _rerank_pb2.RerankStreamResponse]  # type: ignore[assignment]
-    """Same request; answers with scored batches as they finish, in no particular
+    """Same request; returns scored batches as they finish, in no particular
     order, then one final message with the summary. In a cascade a candidate
-    comes once, when no further stage will read it.
+    comes once, when no further stage will score it.
     """
     ListModels: _aio.UnaryUnaryMultiCallable[_rerank_pb2.ListModelsRequest, _rerank_pb2.ListModelsResponse]  # type: ignore[assignment]
     """The models served here and their limits."""
     ListCollections: _aio.UnaryUnaryMultiCallable[_rerank_pb2.ListCollectionsRequest, _rerank_pb2.ListCollectionsResponse]  # type: ignore[assignment]
     """The collections this server can read."""
     Warm: _aio.UnaryUnaryMultiCallable[_rerank_pb2.WarmRequest, _rerank_pb2.WarmResponse]  # type: ignore[assignment]
-    """Computes now what requests for these passages would compute, and keeps it in
-    the server's tiers. Changes no score.
+    """Pre-fills the KV and prefix caches for these passages; a hit costs a third
+    of a miss. Changes no score.
     """
 
 class RerankServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Online half: a query against passages that were encoded before it existed."""
+    """Online half: scores a query against passages encoded in advance."""
 
     @_abc_1.abstractmethod
     def Rerank(
@@ -79,7 +79,7 @@ class RerankServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _rerank_pb2.RerankRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_rerank_pb2.RerankResponse, _abc.Awaitable[_rerank_pb2.RerankResponse]]:
-        """Scores every candidate and answers with the best first."""
+        """Scores every candidate and returns the best first."""
 
     @_abc_1.abstractmethod
     def RerankStream(
@@ -87,9 +87,9 @@ class RerankServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _rerank_pb2.RerankStreamRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_rerank_pb2.RerankStreamResponse], _abc.AsyncIterator[_rerank_pb2.RerankStreamResponse]]:
-        """Same request; answers with scored batches as they finish, in no particular
+        """Same request; returns scored batches as they finish, in no particular
         order, then one final message with the summary. In a cascade a candidate
-        comes once, when no further stage will read it.
+        comes once, when no further stage will score it.
         """
 
     @_abc_1.abstractmethod
@@ -114,8 +114,8 @@ class RerankServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _rerank_pb2.WarmRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_rerank_pb2.WarmResponse, _abc.Awaitable[_rerank_pb2.WarmResponse]]:
-        """Computes now what requests for these passages would compute, and keeps it in
-        the server's tiers. Changes no score.
+        """Pre-fills the KV and prefix caches for these passages; a hit costs a third
+        of a miss. Changes no score.
         """
 
 def add_RerankServiceServicer_to_server(servicer: RerankServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,4 +1,4 @@
-"""Operations counted from the shapes are the products that run: torch counts them while each way scores."""
+"""Operations counted from the shapes are the products that run: torch counts them while each variant scores."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.ways import WAYS, Candidates, Models
+from benchmarks.variants import VARIANTS, Candidates, Models
 from checkpoint.synthetic import make_checkpoint
 
 COUNT = 3
@@ -35,11 +35,13 @@ COUNTED = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("passage_tokens", "ratio"), [(40, 4), (301, 32)])
-def test_counted_operations_are_the_ones_executed(models: Models, way: str, passage_tokens: int, ratio: int) -> None:
+def test_counted_operations_are_the_ones_executed(
+    models: Models, variant: str, passage_tokens: int, ratio: int
+) -> None:
     candidates = Candidates(models, passage_tokens, ratio)
-    WAYS[way].prepare(candidates, COUNT)
+    VARIANTS[variant].prepare(candidates, COUNT)
     with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter, torch.no_grad():
-        WAYS[way].score(candidates, COUNT)
-    assert counter.get_total_flops() == COUNT * models.operations(way, passage_tokens, ratio)
+        VARIANTS[variant].score(candidates, COUNT)
+    assert counter.get_total_flops() == COUNT * models.operations(variant, passage_tokens, ratio)

@@ -1,13 +1,13 @@
-"""Every way to score the same candidates on the same weights; side_by_side and scaling time them.
+"""Every variant to score the same candidates on the same weights; side_by_side and scaling time them.
 
-    straightforward          transformers: encode and decode per call, full vocabulary at every position
+    transformers          transformers: encode and decode per call, full vocabulary at every position
     joint                    a cross-encoder of like size: the text encoder over prompt + passage
     cached, full vocabulary  transformers' decoder over cached states, full vocabulary
     preread, texts           our encoder and our decoder, nothing kept
     preread                  cached states, our decoder
     preread, keys            every layer's passage keys and values in their tier
     preread, prefix          the constant beginning of the prompt over each passage in its tier as well
-    … cold                   the asking that fills the tier
+    … cold                   the access that fills the cache
     … int8                   kept as int8, not as computed
 
 Passages and states are random: no time depends on their values. Does not know clocks.
@@ -35,7 +35,7 @@ from decoder_server.models.backend import Pair
 from decoder_server.models.fbnl.backend import FbnlBackend
 from encoder_worker.encoder import Encoder
 
-BATCH = 10  # candidates a batch; every way gets the same
+BATCH = 10  # candidates a batch; every variant gets the same
 NUM_DISTINCT = 100  # candidates; more are these again. No processor's caches hold even them
 TIER_BYTES = 4 << 30
 
@@ -68,14 +68,14 @@ class Models:
         for backend in self._tiered.values():
             backend.tiers.clear()
 
-    def operations(self, way: str, passage_tokens: int, ratio: int) -> int:
+    def operations(self, variant: str, passage_tokens: int, ratio: int) -> int:
         """Of one candidate."""
         shape = Operations(self.checkpoint.encoder_config, self.checkpoint.decoder_config, passage_tokens, ratio)
-        return WAYS[way].operations(shape)
+        return VARIANTS[variant].operations(shape)
 
 
 class Candidates:
-    """Passages of one length, read at one ratio. Every way takes how many of them to score."""
+    """Passages of one length, read at one ratio. Every variant takes how many of them to score."""
 
     def __init__(self, models: Models, passage_tokens: int, ratio: int, num_distinct: int = NUM_DISTINCT) -> None:
         models.forget()  # other passages' keys and prefixes
@@ -89,7 +89,7 @@ class Candidates:
         num_query = PROMPT_TOKENS - PREFIX_TOKENS
         self._prompt = TokenizedPrompt(prompt, num_query, query_truncated=False, prefix_length=PREFIX_TOKENS)
 
-    def straightforward(self, count: int) -> None:
+    def transformers(self, count: int) -> None:
         for some in self._batches(count):
             ids = torch.from_numpy(self._passages[some])
             states = self._models.whole.get_encoder()(ids, attention_mask=torch.ones_like(ids)).last_hidden_state
@@ -170,8 +170,8 @@ def tiered(form: str = "auto", *, prefix: bool, cold: bool = False) -> Way:
     )
 
 
-WAYS = {
-    "straightforward": Way(Candidates.straightforward, Operations.straightforward, slow=True),
+VARIANTS = {
+    "transformers": Way(Candidates.transformers, Operations.transformers, slow=True),
     "joint": Way(Candidates.joint, Operations.joint, slow=True),
     "cached, full vocabulary": Way(Candidates.cached_full_vocabulary, Operations.cached_full_vocabulary, slow=True),
     "preread, texts": Way(Candidates.texts, Operations.texts, slow=True),
