@@ -2,8 +2,8 @@
 
     python -m benchmarks.flows [--list]
 
-Each flow runs in a real process of `preread`, on tiny random models, with a profile hook on every thread. Counted are the
-product's own files (generated stubs excluded) whose functions run while the flow does; imports do not count.
+Each flow runs in a real `preread` process, on tiny random models, with a profile hook on every thread. A file counts if
+one of its functions runs during the flow; generated stubs and imports do not count.
 
     gRPC            Rerank of two stored ids, the second call
     HTTP            the same over POST /v2/rerank
@@ -94,7 +94,10 @@ def importing(frame: FrameType | None) -> bool:
 
 
 def child(output: Path, command: list[str]) -> None:
-    """Runs `preread COMMAND` in this process. SIGUSR1 starts a recording, SIGUSR2 writes it; `index` needs neither."""
+    """Runs `preread COMMAND` in this process. SIGUSR1 starts a recording, SIGUSR2 writes it.
+
+    `index` is recorded from the call of encoder_worker.indexing.index to its end.
+    """
     trace = Trace()
 
     def begin(*_: object) -> None:
