@@ -37,7 +37,7 @@ class RequestLog:
             values |= {"degraded": answered.trail.degraded}
         if answered.trail.stopped_early:
             values |= {"stopped_early": True}
-        counts = Counter(outcome.status.value for outcome in answered.trail.outcomes)
+        counts = Counter(outcome.status for outcome in answered.trail.outcomes)
         values |= {f"num_{status}": count for status, count in sorted(counts.items())}
         if self._log_text:
             values |= {"query": request.query, "instruction": request.instruction}

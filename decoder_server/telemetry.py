@@ -114,7 +114,7 @@ class Metrics:
     def answered(self, answered: Answered) -> None:
         self._requests.labels(answered.model, answered.code).inc()
         self._request_seconds.labels(answered.model).observe(answered.end - answered.start)
-        for status, count in Tally(outcome.status.value for outcome in answered.trail.outcomes).items():
+        for status, count in Tally(outcome.status for outcome in answered.trail.outcomes).items():
             self._candidates.labels(answered.model, status).inc(count)
         if answered.trail.degraded:
             self._degraded.labels(answered.model, answered.trail.degraded).inc()

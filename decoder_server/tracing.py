@@ -55,7 +55,7 @@ class TracingObserver:
             span.set_attribute("preread.degraded", answered.trail.degraded)
         if answered.trail.stopped_early:
             span.set_attribute("preread.stopped_early", True)
-        for status, count in Counter(outcome.status.value for outcome in answered.trail.outcomes).items():
+        for status, count in Counter(outcome.status for outcome in answered.trail.outcomes).items():
             span.set_attribute(f"preread.num_{status}", count)
         if answered.code not in _NOT_ERRORS:
             span.set_status(Status(StatusCode.ERROR, answered.code))

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from preread.errors import ErrorDetails, FieldViolation, InvalidRequest
+from preread.errors import FieldViolation, InvalidRequest
 from preread.types import Candidate, Passage, id_text, join_title
 
 ID_KEYS = ("id", "_id", "passage_id")
@@ -24,8 +24,8 @@ _METADATA_NAME = re.compile(r"[0-9a-z_.-]+")
 
 def invalid(field: str, value: str, expected: str) -> InvalidRequest:
     """The error of a value that cannot be sent, in the form of a server's."""
-    details = ErrorDetails(violations=(FieldViolation(field, f"{value}; expected {expected}"),))
-    return InvalidRequest(f"{field} is {value}; expected {expected}", "INVALID_ARGUMENT", details)
+    violation = FieldViolation(field, f"{value}; expected {expected}")
+    return InvalidRequest.received(f"{field} is {value}; expected {expected}", violations=(violation,))
 
 
 def text(field: str, value: object) -> str:

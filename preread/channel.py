@@ -19,15 +19,19 @@ import random
 import re
 import socket
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol, cast
 from urllib.parse import unquote
 
 import grpc
+from google.protobuf.message import DecodeError
+from google.rpc import status_pb2
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, ResourceInfo, RetryInfo
 
 from preread import arguments as checks
-from preread.errors import Overloaded, PrereadError, Unavailable
+from preread.errors import ErrorDetails, FieldViolation, Overloaded, PrereadError, Unavailable, class_of
 
 # Variables that gRPC reads, the first that is set. Other libraries read more; none of them connects to our own servers.
 PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
@@ -272,3 +276,50 @@ def check_address(name: str, address: str) -> str:
     if ":" not in checks.text(name, address) or not address.isprintable():
         raise checks.invalid(name, ascii(address), "host:port")
     return address
+
+
+class _FailedCall(Protocol):
+    """The common part of grpc's sync and async errors; its stubs do not declare it."""
+
+    def code(self) -> grpc.StatusCode | None: ...
+    def details(self) -> str | None: ...
+    def trailing_metadata(self) -> Iterable[tuple[str, str | bytes]] | None: ...
+
+
+def translate(error: grpc.RpcError, address: str) -> PrereadError:
+    """The typed form of a failed call."""
+    call = cast(_FailedCall, error)
+    code = call.code() or grpc.StatusCode.UNKNOWN
+    message = call.details() or code.name
+    if code is grpc.StatusCode.UNAVAILABLE:
+        message = f"{address}: {message}"
+    details = _error_details(call.trailing_metadata() or ()) | {"code": code.name, "address": address}
+    return class_of(code.name).received(message, **cast(ErrorDetails, details))
+
+
+def _error_details(metadata: Iterable[tuple[str, str | bytes]]) -> dict[str, Any]:
+    details: dict[str, Any] = {}
+    for key, value in metadata:
+        if key != "grpc-status-details-bin" or not isinstance(value, bytes):
+            continue
+        try:
+            status = status_pb2.Status.FromString(value)
+        except DecodeError:  # some proxy's own; the status code has to do
+            continue
+        for item in status.details:
+            details |= _unpacked(item)
+    return details
+
+
+def _unpacked(item: Any) -> dict[str, Any]:
+    """One google.protobuf.Any of a google.rpc detail; other kinds give nothing."""
+    info, request, resource, retry = ErrorInfo(), BadRequest(), ResourceInfo(), RetryInfo()
+    if item.Unpack(info):
+        return {"reason": info.reason, "metadata": tuple(sorted(info.metadata.items()))}
+    if item.Unpack(request):
+        return {"violations": tuple(FieldViolation(v.field, v.description) for v in request.field_violations)}
+    if item.Unpack(resource):
+        return {"resource_type": resource.resource_type, "resource_name": resource.resource_name}
+    if item.Unpack(retry):
+        return {"retry_after_seconds": retry.retry_delay.ToTimedelta().total_seconds()}
+    return {}

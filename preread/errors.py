@@ -1,169 +1,182 @@
 # ruff: noqa: N818 - the names say what happened; `PrereadError` already says that it is an error.
-"""What a call can raise.
+"""Every way a call can fail: raised by both servers, sent as a status with details, raised again by the client.
 
-PrereadError                  .code, .reason, .metadata: google.rpc's own words
-├── InvalidRequest            a field is out of range; .violations says which and why; also a ValueError
+PrereadError                  .code, .reason, .metadata, .address
+├── InvalidRequest            a field is out of range; .path, .violations; also a ValueError
 ├── NotFound                  no such collection or model; .resource_type, .resource_name
-├── FailedPrecondition        another encoder's collection, a missing passage under on_miss="fail"
+├── FailedPrecondition        another encoder's collection, a missing passage under on_miss="fail"; .reason
 ├── Unauthenticated           no key, or a wrong one
 ├── PermissionDenied          the key does not allow this
-├── Overloaded                the queue is full; .retry_after_seconds says when to come back
-├── Unavailable               nobody answers, or the server starts or drains, or its store is away
-├── DeadlineExceeded          `timeout` passed before the answer
+├── Overloaded                the queue is full; .retry_after_seconds
+├── Unavailable               no connection, a server that starts or drains, or its store does not answer
+├── DeadlineExceeded          the time limit passed before the response
 ├── Cancelled                 the call was cancelled
 └── ServerError               anything else: a fault of the server, not of the request
 
-An argument of another type than the field's is a TypeError.
-
-Knows gRPC's error shapes; does not decide what is tried again (preread.channel does).
+An argument of another type than the field's is a TypeError. A candidate that cannot be scored is no error: its
+result has a status. Imports no gRPC; preread.channel and the edges of the servers translate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import Any, Protocol, cast
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self, TypedDict, Unpack
 
-import grpc
-from google.protobuf.message import DecodeError
-from google.rpc import status_pb2
-from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, ResourceInfo, RetryInfo
+Path = tuple[str | int, ...]  # of a field: ("candidates", 3, "text")
 
-DETAILS_KEY = "grpc-status-details-bin"
+MAX_SHOWN_CHARS = 200  # of a value in a message: a caller may have sent megabytes of it
+
+
+@dataclass(frozen=True, slots=True)
+class FieldViolation:
+    """One field of a rejected request, and what was expected of it."""
+
+    field: str
+    description: str
+
+
+class ErrorDetails(TypedDict, total=False):
+    """What an error carries besides its message; google.rpc's error details."""
+
+    code: str
+    reason: str
+    metadata: tuple[tuple[str, str], ...]
+    violations: tuple[FieldViolation, ...]
+    resource_type: str
+    resource_name: str
+    retry_after_seconds: float | None
+    address: str
 
 
 class PrereadError(Exception):
-    """Base of everything a client raises for a call."""
+    """Base of everything a call can raise."""
 
-    def __init__(self, message: str, code: str = "UNKNOWN", details: ErrorDetails | None = None) -> None:
+    status: ClassVar[str] = "UNKNOWN"  # of the class: gRPC's status code by name
+
+    def __init__(self, message: str, **details: Unpack[ErrorDetails]) -> None:
         super().__init__(message)
-        details = details or ErrorDetails()
-        self.code = code  # gRPC's status code by name
-        self.reason = details.reason
-        self.metadata = details.metadata
-        self.violations = details.violations
-        self.resource_type = details.resource_type
-        self.resource_name = details.resource_name
-        self.retry_after_seconds = details.retry_after_seconds  # None: the server gave no hint
+        self.code = details.get("code", self.status)
+        self.reason = details.get("reason", "")
+        self.metadata = details.get("metadata", ())
+        self.violations = details.get("violations", ())
+        self.resource_type = details.get("resource_type", "")
+        self.resource_name = details.get("resource_name", "")
+        self.retry_after_seconds = details.get("retry_after_seconds")  # None: no hint
+        self.address = details.get("address", "")  # of the server that sent the error; "": raised here
+
+    @classmethod
+    def received(cls, message: str, **details: Unpack[ErrorDetails]) -> Self:
+        """The error as a server sent it."""
+        error = cls.__new__(cls, message)
+        PrereadError.__init__(error, message, **details)
+        return error
+
+    def __reduce__(self) -> Any:
+        return _rebuilt, (type(self), str(self), self.__dict__)
 
 
 class InvalidRequest(PrereadError, ValueError):
-    """A field of the request is out of range, said by the server, or by the client where no message can carry it."""
+    """A field of the request is out of range."""
+
+    status = "INVALID_ARGUMENT"
+    path: Path = ()  # of the field; (): as .violations say
+    value: object = None
+    expected = ""
+
+    def __init__(self, path: str | Path, value: object, expected: str) -> None:
+        self.path = (path,) if isinstance(path, str) else path
+        self.value, self.expected = value, expected
+        shown = value[:MAX_SHOWN_CHARS] if isinstance(value, str) else value
+        message = f"{self.field} is {shown!r}; expected {expected}"
+        super().__init__(message, violations=(FieldViolation(self.field, message),))
+
+    @property
+    def field(self) -> str:
+        """The path as the protobuf messages name it: `candidates[3].text`."""
+        return field_name(self.path)
 
 
 class NotFound(PrereadError):
     """No such collection or model."""
 
+    status = "NOT_FOUND"
+
+    def __init__(self, resource_type: str, resource_name: str, message: str) -> None:
+        super().__init__(message, resource_type=resource_type, resource_name=resource_name)
+
 
 class FailedPrecondition(PrereadError):
-    """The request contradicts the state of the service."""
+    """The request contradicts the state of the service; `reason` is a constant for machines."""
+
+    status = "FAILED_PRECONDITION"
+
+    def __init__(self, reason: str, subject: str, message: str) -> None:
+        super().__init__(message, reason=reason, metadata=(("subject", subject),))
+
+    @property
+    def subject(self) -> str:
+        """The thing whose state is in the way: a collection, a candidate."""
+        return dict(self.metadata).get("subject", "")
 
 
 class Unauthenticated(PrereadError):
-    """The server does not know who calls."""
+    """The key is missing or wrong."""
+
+    status = "UNAUTHENTICATED"
 
 
 class PermissionDenied(PrereadError):
-    """The server knows, and says no."""
+    """The key does not allow this call."""
+
+    status = "PERMISSION_DENIED"
 
 
 class Overloaded(PrereadError):
-    """The server has too much to do."""
+    """The queue of the server is full."""
+
+    status = "RESOURCE_EXHAUSTED"
+
+    def __init__(self, message: str, retry_after_seconds: float | None = None, *, reason: str = "") -> None:
+        super().__init__(message, retry_after_seconds=retry_after_seconds, reason=reason)
 
 
 class Unavailable(PrereadError):
-    """Nobody answers at the address, or the server cannot answer now."""
+    """No server answers at the address, or the server cannot answer now."""
+
+    status = "UNAVAILABLE"
 
 
 class DeadlineExceeded(PrereadError):
-    """The call's time was up."""
+    """The time limit of the call passed."""
+
+    status = "DEADLINE_EXCEEDED"
 
 
 class Cancelled(PrereadError):
     """The call was cancelled."""
+
+    status = "CANCELLED"
 
 
 class ServerError(PrereadError):
     """A fault of the server."""
 
 
-_CLASSES: dict[str, type[PrereadError]] = {
-    "INVALID_ARGUMENT": InvalidRequest,
-    "OUT_OF_RANGE": InvalidRequest,
-    "NOT_FOUND": NotFound,
-    "FAILED_PRECONDITION": FailedPrecondition,
-    "UNAUTHENTICATED": Unauthenticated,
-    "PERMISSION_DENIED": PermissionDenied,
-    "RESOURCE_EXHAUSTED": Overloaded,
-    "UNAVAILABLE": Unavailable,
-    "DEADLINE_EXCEEDED": DeadlineExceeded,
-    "CANCELLED": Cancelled,
-}
+_CLASSES: dict[str, type[PrereadError]] = {cls.status: cls for cls in PrereadError.__subclasses__()}
+_CLASSES |= {"OUT_OF_RANGE": InvalidRequest, "UNKNOWN": ServerError}
 
 
-@dataclass(frozen=True, slots=True)
-class FieldViolation:
-    """One field of a refused request, and what was expected of it."""
-
-    field: str
-    description: str
+def class_of(code: str) -> type[PrereadError]:
+    """The class that a status code, by name, is raised as."""
+    return _CLASSES.get(code, ServerError)
 
 
-@dataclass(frozen=True)
-class ErrorDetails:
-    """google.rpc error details, unpacked."""
-
-    reason: str = ""
-    metadata: tuple[tuple[str, str], ...] = ()
-    violations: tuple[FieldViolation, ...] = ()
-    resource_type: str = ""
-    resource_name: str = ""
-    retry_after_seconds: float | None = None
+def field_name(path: Path) -> str:
+    """A path as text: `candidates[3].text`."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
 
 
-class _FailedCall(Protocol):
-    """What grpc's sync and async errors have in common; its stubs do not say so."""
-
-    def code(self) -> grpc.StatusCode | None: ...
-    def details(self) -> str | None: ...
-    def trailing_metadata(self) -> Iterable[tuple[str, str | bytes]] | None: ...
-
-
-def translate(error: grpc.RpcError, address: str) -> PrereadError:
-    """The typed form of a failed call."""
-    call = cast(_FailedCall, error)
-    code = call.code() or grpc.StatusCode.UNKNOWN
-    message = call.details() or code.name
-    details = _unpack(call.trailing_metadata() or ())
-    if code is grpc.StatusCode.UNAVAILABLE:
-        message = f"{address}: {message}"
-    return _CLASSES.get(code.name, ServerError)(message, code.name, details)
-
-
-def _unpack(metadata: Iterable[tuple[str, str | bytes]]) -> ErrorDetails:
-    details = ErrorDetails()
-    for key, value in metadata:
-        if key != DETAILS_KEY or not isinstance(value, bytes):
-            continue
-        try:
-            status = status_pb2.Status.FromString(value)
-        except DecodeError:  # some proxy's own; the status code has to do
-            continue
-        for item in status.details:
-            details = replace(details, **_detail_fields(item))
-    return details
-
-
-def _detail_fields(item: Any) -> dict[str, Any]:
-    """One google.protobuf.Any -> fields of ErrorDetails; kinds we have no use for give none."""
-    info, request, resource = ErrorInfo(), BadRequest(), ResourceInfo()
-    retry = RetryInfo()
-    if item.Unpack(info):
-        return {"reason": info.reason, "metadata": tuple(sorted(info.metadata.items()))}
-    if item.Unpack(request):
-        return {"violations": tuple(FieldViolation(v.field, v.description) for v in request.field_violations)}
-    if item.Unpack(resource):
-        return {"resource_type": resource.resource_type, "resource_name": resource.resource_name}
-    if item.Unpack(retry):
-        return {"retry_after_seconds": retry.retry_delay.ToTimedelta().total_seconds()}
-    return {}
+def _rebuilt(cls: type[PrereadError], message: str, attributes: dict[str, Any]) -> PrereadError:
+    error = cls.__new__(cls, message)
+    error.__dict__ |= attributes
+    return error

@@ -11,8 +11,7 @@ import grpc
 
 from preread import arguments as checks
 from preread import wire
-from preread.channel import DEFAULT_ADDRESS, ClientOptions, RetryBudget, check_address
-from preread.errors import translate
+from preread.channel import DEFAULT_ADDRESS, ClientOptions, RetryBudget, check_address, translate
 from preread.types import (
     Candidate,
     CollectionInfo,

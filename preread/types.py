@@ -1,18 +1,16 @@
-"""Stages of a cascade: read all at a coarse ratio, go on with the best at finer ones. Plain values; knows no wire.
+"""The values of a call: requests, results and descriptions, defined once for servers and clients.
 
-`32:100, 4:20, 1` reads every candidate at ratio 32, the best 100 at 4, and the best 20 of those at 1.
-
-How the fields of a row become a passage: one rule for files, clients and commands. Imports no package.
-
-What goes into a call and what comes out, as frozen values. Knows no protobuf; preread.wire does.
+Frozen and plain: no protobuf, no HTTP, light to import. preread.wire and the edges of the servers translate.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypedDict
+
+from preread.errors import Path, field_name
 
 MAX_STAGES = 8
 MAX_TEXT_CHARS = 400
@@ -21,25 +19,27 @@ MAX_NUMBER = 2**31 - 1  # of a ratio or a count: the wire holds no greater one
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One reading of what the stage before let through; the first reads every candidate."""
+    """One stage of a cascade: scores what the stage before kept; the first one scores every candidate."""
 
     compression_ratio: int  # a multiple of the stored one
-    keep: int = 0  # how many go on to the next stage; nobody reads after the last, so there it may be left out
+    keep: int = 0  # how many candidates the next stage scores; ignored in the last stage
 
 
 def parse_stages(text: str) -> tuple[Stage, ...]:
-    """`RATIO:KEEP, RATIO:KEEP, RATIO` as stages; blanks do not matter.
+    """Parse `RATIO:KEEP, RATIO:KEEP, RATIO`; blanks do not matter.
+
+    `32:100, 4:20, 1` scores every candidate at ratio 32, the best 100 at 4, and the best 20 of those at 1.
 
     Raises:
-        ValueError: what cannot be read, or does not fit together.
+        ValueError: malformed, or stages that contradict each other.
     """
     if len(text) > MAX_TEXT_CHARS:
         raise ValueError(f"stages is {len(text)} characters long; expected at most {MAX_TEXT_CHARS}")
     stages = tuple(_parse_stage(text, part) for part in text.split(","))
     problem = stages_problem(stages)
     if problem is not None:
-        field, value, expected = problem
-        raise ValueError(f"{field} of {text!r} is {value}; expected {expected}")
+        path, value, expected = problem
+        raise ValueError(f"{field_name(path)} of {text!r} is {value}; expected {expected}")
     return stages
 
 
@@ -52,30 +52,26 @@ def _parse_stage(text: str, part: str) -> Stage:
 
 
 def format_stages(stages: Iterable[Stage]) -> str:
-    """As parse_stages reads them."""
+    """The inverse of parse_stages."""
     return ",".join(f"{s.compression_ratio}:{s.keep}" if s.keep else str(s.compression_ratio) for s in stages)
 
 
-def stages_problem(stages: Sequence[Stage]) -> tuple[str, object, str] | None:
-    """The first field that does not fit, its value, and what was expected; None: all fit."""
+def stages_problem(stages: Sequence[Stage]) -> tuple[Path, object, str] | None:
+    """Path, value and expectation of the first field that is out of range; None: all are in range."""
     if not 1 <= len(stages) <= MAX_STAGES:
-        return "stages", f"{len(stages)} of them", f"1..{MAX_STAGES}"
+        return ("stages",), f"{len(stages)} of them", f"1..{MAX_STAGES}"
     for i, stage in enumerate(stages):
         before = stages[max(0, i - 1)]
-        ratio, keep = f"stages[{i}].compression_ratio", f"stages[{i}].keep"
-        is_last = i == len(stages) - 1
+        ratio, keep = ("stages", i, "compression_ratio"), ("stages", i, "keep")
+        min_keep = 0 if i == len(stages) - 1 else 1
         if not 1 <= stage.compression_ratio <= MAX_NUMBER:
             return ratio, stage.compression_ratio, f"1 or more, at most {MAX_NUMBER}"
-        if not (0 if is_last else 1) <= stage.keep <= MAX_NUMBER:
-            return keep, stage.keep, f"{0 if is_last else 1} or more, how many go on, at most {MAX_NUMBER}"
+        if not min_keep <= stage.keep <= MAX_NUMBER:
+            return keep, stage.keep, f"{min_keep} or more candidates for the next stage, at most {MAX_NUMBER}"
         if i and stage.compression_ratio >= before.compression_ratio:
-            return (
-                ratio,
-                stage.compression_ratio,
-                f"less than {before.compression_ratio}, the stage before",
-            )
+            return ratio, stage.compression_ratio, f"less than {before.compression_ratio}, the ratio of stage {i - 1}"
         if i and stage.keep > before.keep:
-            return keep, stage.keep, f"at most {before.keep}, what the stage before lets through"
+            return keep, stage.keep, f"at most {before.keep}, which stage {i - 1} keeps"
     return None
 
 
@@ -112,6 +108,7 @@ class Candidate:
 
     passage_id: str | None = None
     text: str | None = None
+    problem: str = field(default="", repr=False)  # found by a server's edge: this candidate fails, no other
 
 
 class RerankOptions(TypedDict, total=False):
@@ -131,8 +128,25 @@ class RerankOptions(TypedDict, total=False):
 
 
 @dataclass(frozen=True, slots=True)
+class RerankRequest:
+    """One query and its candidates, as a server's edge unpacks them. None means the served model's default."""
+
+    query: str
+    candidates: tuple[Candidate, ...]
+    instruction: str | None = None
+    collection: str | None = None
+    top_n: int = 0  # 0: all
+    compression_ratio: int | None = None
+    on_miss: OnMiss | None = None
+    return_text: bool = False
+    model: str = ""  # "": the first served one
+    stages: tuple[Stage, ...] = ()  # in place of compression_ratio
+    one_ratio: bool = False  # every score must compare with every other: the server's default may not be a cascade
+
+
+@dataclass(frozen=True, slots=True)
 class StageScore:
-    """What one stage of a cascade said of a candidate."""
+    """The score of a candidate in one stage of a cascade."""
 
     compression_ratio: int
     score: float
@@ -142,33 +156,39 @@ class StageScore:
 
 @dataclass(frozen=True, slots=True)
 class Degraded:
-    """The server, under pressure, read coarser than it was asked to."""
+    """The server, under pressure, scored at a coarser ratio than requested or configured."""
 
     reason: str  # deadline or queue
-    compression_ratio: int  # what would have been read; 0: stages
-    stages: tuple[Stage, ...]
+    compression_ratio: int  # without the pressure; 0: stages
+    stages: tuple[Stage, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of one candidate."""
+    """The score of one candidate, or the reason why there is none."""
 
     index: int  # position among the candidates of the call
     passage_id: str  # "" for inline text
     status: Status
-    score: float | None  # P(yes) in [0, 1]; None: not scored
-    margin: float | None  # yes-logit minus no-logit; None: not scored
-    text: str | None  # with return_text
-    message: str  # why it was not scored
-    num_states: int
-    compression_ratio: int
-    truncated: bool  # the passage was cut when it was encoded
+    score: float | None = None  # P(yes) in [0, 1]; None: not scored
+    margin: float | None = None  # yes-logit minus no-logit, float32; None: not scored
+    text: str | None = None  # with return_text
+    message: str = ""  # why it was not scored
+    num_states: int = 0
+    compression_ratio: int = 0  # 0: the passage was read as text
+    truncated: bool = False  # the passage was cut when it was encoded
     stages: tuple[StageScore, ...] = ()  # of a cascade: each that scored it, the last as above
+    num_passage_tokens: int = 0  # of a scored passage, in whole states; on servers only
+    empty: bool = False  # not scored, because its text has no tokens; on servers only
 
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Where the time of a call went on the server, in seconds. Parts overlap: they need not add up."""
+    """Where the time of a call went on the server, in seconds. Parts overlap: they need not add up to the total.
+
+    Fetch and encode count while any read of the store, any encoding, was in flight; queue while pairs were ready and
+    none of them in a forward pass; compute while any of them was.
+    """
 
     fetch_seconds: float
     encode_seconds: float
@@ -179,17 +199,19 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """An answer, less its results."""
+    """A response, less its results."""
 
     model: str
     timings: Timings
     num_scored: int
     num_query_tokens: int
     query_truncated: bool
-    compression_ratio: int = 0  # what every candidate was read at; 0: text, or stages
-    stages: tuple[Stage, ...] = ()  # that were read, where it was a cascade
-    stopped_early: bool = False  # the deadline neared: this is what the cascade had finished
-    degraded: Degraded | None = None  # less was read than asked for
+    compression_ratio: int = 0  # of every candidate; 0: text, or stages
+    stages: tuple[Stage, ...] = ()  # where it was a cascade
+    stopped_early: bool = False  # the deadline neared: these are the scores the cascade had by then
+    degraded: Degraded | None = None
+    num_passage_tokens: int = 0  # of the scored candidates, at ratio 1 exact; on servers only
+    truncated: tuple[int, ...] = ()  # indexes of all scored candidates that were cut; on servers only
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,8 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
+from preread.errors import FailedPrecondition, PrereadError
+
 DOMAIN = "preread"
 
 # A client refuses trailers over 8 KiB by default and then reports RESOURCE_EXHAUSTED in place of the
@@ -44,6 +46,21 @@ async def abort(
     trailers = (*rich.trailing_metadata, *(context.trailing_metadata() or ()))
     await context.abort(rich.code, rich.details, trailers)
     raise AssertionError("abort returned")
+
+
+async def abort_with(context: grpc.aio.ServicerContext[Any, Any], error: PrereadError) -> NoReturn:
+    """Ends the call with an error of the shared tree, its details included; preread.channel reads them back."""
+    message, details = str(error), list[Message]()
+    details += [field_violation(one.field, one.description) for one in error.violations]
+    if error.reason:
+        details.append(error_info(error.reason, **dict(error.metadata)))
+    if isinstance(error, FailedPrecondition):
+        details.append(precondition(error.reason, error.subject, message))
+    if error.resource_type:
+        details.append(resource_info(error.resource_type, error.resource_name, message))
+    if error.retry_after_seconds is not None:
+        details.append(retry_after(error.retry_after_seconds))
+    await abort(context, grpc.StatusCode[error.code], message, *details)
 
 
 def field_violation(field: str, description: str) -> error_details_pb2.BadRequest:

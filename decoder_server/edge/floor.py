@@ -10,8 +10,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from decoder_server.errors import DeadlineExceeded, InvalidRequest, Unavailable
-from decoder_server.request import Candidate, Outcome, Status, Summary
+from preread.errors import DeadlineExceeded, InvalidRequest, Unavailable
+from preread.types import Candidate, Result, Summary
 
 # An empty text is not read, by no model, and has these in every request. The margin is below every margin of a real
 # model: its sigmoid is 0 in float32, and exp(500), which a client may compute of it, is still a finite float64.
@@ -24,8 +24,8 @@ def texts_alone(candidates: Sequence[Candidate]) -> bool:
 
 
 def every_scored(
-    outcomes: Sequence[Outcome], summary: Summary, where: Callable[[int], str], *, encodes_on_demand: bool
-) -> list[Outcome]:
+    outcomes: Sequence[Result], summary: Summary, where: Callable[[int], str], *, encodes_on_demand: bool
+) -> list[Result]:
     """The scored outcomes, best first, and behind them the empty texts at the floor, in request order.
 
     Args:
@@ -42,16 +42,16 @@ def every_scored(
     return [outcome for outcome in outcomes if outcome.margin is not None] + floor
 
 
-def fail(outcome: Outcome, summary: Summary, field: str, *, encodes_on_demand: bool) -> NoReturn:
+def fail(outcome: Result, summary: Summary, field: str, *, encodes_on_demand: bool) -> NoReturn:
     """Raises why a request fails for this candidate, which has no score."""
     message = outcome.message
-    if outcome.status is Status.TOO_LONG or outcome.empty:
-        raise InvalidRequest(field, outcome.status.value, f"a text that can be scored ({message})")
-    if outcome.status is Status.MISSING and not encodes_on_demand:
+    if outcome.status == "too_long" or outcome.empty:
+        raise InvalidRequest(field, outcome.status, f"a text that can be scored ({message})")
+    if outcome.status == "missing" and not encodes_on_demand:
         raise Unavailable(f"{field}: {message}; start the server with --encoder-address, or without --no-encoder")
-    if outcome.status is Status.MISSING:
+    if outcome.status == "missing":
         expected = f"an id that is stored, or a text and on_miss encode ({message})"
-        raise InvalidRequest(field, outcome.status.value, expected)
+        raise InvalidRequest(field, outcome.status, expected)
     if summary.stopped_early:
         raise DeadlineExceeded(f"{field}: {message}")
     raise Unavailable(f"{field} could not be scored: {message}")

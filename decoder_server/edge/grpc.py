@@ -11,10 +11,9 @@ import asyncio
 import time
 from collections.abc import Sequence, Sized
 from itertools import chain
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 import grpc
-from google.protobuf.message import Message
 
 from cache.errors import CacheError
 from cache.manifest import Manifest
@@ -23,29 +22,25 @@ from checkpoint import EncoderIdentity
 from decoder_server.engine.collections import Described, describe
 from decoder_server.engine.engine import Engine
 from decoder_server.engine.warming import ANY_QUERY, Warmed, warm
-from decoder_server.errors import (
-    DeadlineExceeded,
+from preread.errors import (
     InvalidRequest,
     NotFound,
-    Overloaded,
-    Refused,
-    RerankError,
+    PrereadError,
     Unavailable,
 )
-from decoder_server.request import Candidate, Degraded, OnMiss, Outcome, RerankRequest, Status, Summary, Timings
-from preread.types import Stage
+from preread.types import Candidate, Degraded, OnMiss, RerankRequest, Result, Stage, Status, Summary, Timings
 from preread.v1 import common_pb2, rerank_pb2, rerank_pb2_grpc
 from preread_edge import rpc
 from preread_edge.messages import joined
 from preread_edge.steps import SMALL_BYTES, Pace
 
-_ON_MISS = {
+_ON_MISS: dict[int, OnMiss | None] = {
     common_pb2.ON_MISS_UNSPECIFIED: None,
-    common_pb2.ON_MISS_ENCODE: OnMiss.ENCODE,
-    common_pb2.ON_MISS_SKIP: OnMiss.SKIP,
-    common_pb2.ON_MISS_FAIL: OnMiss.FAIL,
+    common_pb2.ON_MISS_ENCODE: "encode",
+    common_pb2.ON_MISS_SKIP: "skip",
+    common_pb2.ON_MISS_FAIL: "fail",
 }
-_STATUS = {status: f"CANDIDATE_STATUS_{status.name}" for status in Status}
+_STATUS = {status: f"CANDIDATE_STATUS_{status.upper()}" for status in get_args(Status)}
 
 
 async def unpack_request(message: rerank_pb2.RerankRequest, max_candidates: int) -> RerankRequest:
@@ -58,9 +53,9 @@ async def unpack_request(message: rerank_pb2.RerankRequest, max_candidates: int)
     _check_count("stages", message.stages, max_candidates)
     candidates = []
     pace = Pace()
-    for index, candidate in enumerate(message.candidates):
+    for candidate in message.candidates:
         text = candidate.text if candidate.HasField("text") else None
-        candidates.append(Candidate(index, candidate.passage_id or None, text))
+        candidates.append(Candidate(candidate.passage_id or None, text))
         await pace.worked()
     return RerankRequest(
         query=message.query,
@@ -92,7 +87,7 @@ def unpack_warm(message: rerank_pb2.WarmRequest, max_candidates: int) -> RerankR
     _check_count("passage_ids", message.passage_ids, max_candidates)
     return RerankRequest(
         query=ANY_QUERY,
-        candidates=tuple(Candidate(index, passage_id, None) for index, passage_id in enumerate(message.passage_ids)),
+        candidates=tuple(Candidate(passage_id) for passage_id in message.passage_ids),
         instruction=message.instruction if message.HasField("instruction") else None,
         collection=message.collection or None,
         compression_ratio=message.compression_ratio or None,
@@ -115,7 +110,7 @@ def pack_warmed(model: str, warmed: Warmed) -> rerank_pb2.WarmResponse:
     )
 
 
-async def pack_response(outcomes: Sequence[Outcome], summary: Summary) -> rerank_pb2.RerankResponse | bytes:
+async def pack_response(outcomes: Sequence[Result], summary: Summary) -> rerank_pb2.RerankResponse | bytes:
     """The message, or its bytes where it holds long texts."""
     if not _is_long(outcomes):
         return _pack_response(outcomes, summary)
@@ -123,11 +118,11 @@ async def pack_response(outcomes: Sequence[Outcome], summary: Summary) -> rerank
     return await joined(chain([_pack_response((), summary)], parts))
 
 
-def _is_long(outcomes: Sequence[Outcome]) -> bool:
+def _is_long(outcomes: Sequence[Result]) -> bool:
     return sum(len(outcome.text or "") for outcome in outcomes) > SMALL_BYTES
 
 
-def _pack_response(outcomes: Sequence[Outcome], summary: Summary) -> rerank_pb2.RerankResponse:
+def _pack_response(outcomes: Sequence[Result], summary: Summary) -> rerank_pb2.RerankResponse:
     return rerank_pb2.RerankResponse(
         results=[_pack_outcome(outcome) for outcome in outcomes],
         model=summary.model,
@@ -142,14 +137,14 @@ def _pack_response(outcomes: Sequence[Outcome], summary: Summary) -> rerank_pb2.
     )
 
 
-async def pack_batch(outcomes: Sequence[Outcome]) -> rerank_pb2.RerankStreamResponse | bytes:
+async def pack_batch(outcomes: Sequence[Result]) -> rerank_pb2.RerankStreamResponse | bytes:
     """The message, or its bytes where it holds long texts."""
     if not _is_long(outcomes):
         return _pack_batch(outcomes)
     return await joined(_pack_batch([outcome]) for outcome in outcomes)
 
 
-def _pack_batch(outcomes: Sequence[Outcome]) -> rerank_pb2.RerankStreamResponse:
+def _pack_batch(outcomes: Sequence[Result]) -> rerank_pb2.RerankStreamResponse:
     results = [_pack_outcome(outcome) for outcome in outcomes]
     return rerank_pb2.RerankStreamResponse(batch=rerank_pb2.RerankStreamResponse.Batch(results=results))
 
@@ -209,7 +204,7 @@ def pack_collection(described: Described) -> common_pb2.CollectionInfo:
     )
 
 
-def _pack_outcome(outcome: Outcome) -> rerank_pb2.Result:
+def _pack_outcome(outcome: Result) -> rerank_pb2.Result:
     return rerank_pb2.Result(
         index=outcome.index,
         passage_id=outcome.passage_id,
@@ -268,15 +263,6 @@ def _pack_identity(identity: EncoderIdentity | Manifest) -> common_pb2.EncoderId
     )
 
 
-_CODES = {
-    InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
-    NotFound: grpc.StatusCode.NOT_FOUND,
-    Refused: grpc.StatusCode.FAILED_PRECONDITION,
-    Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    Unavailable: grpc.StatusCode.UNAVAILABLE,
-    DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
-}
-
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
@@ -294,22 +280,22 @@ class RerankService(rerank_pb2_grpc.RerankServiceServicer):
             engine = self._engine(request.model)
             wanted = await unpack_request(request, engine.limits.max_candidates)
             outcomes, summary = await engine.rerank(wanted, deadline=deadline_of(context))
-        except RerankError as exc:
-            await abort(context, exc)
+        except PrereadError as exc:
+            await rpc.abort_with(context, exc)
         return await pack_response(outcomes, summary)  # type: ignore[return-value]  # or its bytes: edge/handlers
 
     async def RerankStream(  # type: ignore[override]  # noqa: N802  # the stubs know generators only; grpc.aio takes writers too
         self, request: rerank_pb2.RerankStreamRequest, context: Context
     ) -> None:
-        async def emit(outcomes: list[Outcome]) -> None:
+        async def emit(outcomes: list[Result]) -> None:
             await context.write(await pack_batch(outcomes))
 
         try:
             engine = self._engine(request.request.model)
             wanted = await unpack_request(request.request, engine.limits.max_candidates)
             _, summary = await engine.rerank(wanted, deadline=deadline_of(context), emit=emit)
-        except RerankError as exc:
-            await abort(context, exc)
+        except PrereadError as exc:
+            await rpc.abort_with(context, exc)
         await context.write(pack_summary(summary))
 
     async def ListModels(  # noqa: N802
@@ -324,7 +310,7 @@ class RerankService(rerank_pb2_grpc.RerankServiceServicer):
             # Not on the threads of requests: counting takes as long as the store does.
             described = await asyncio.to_thread(describe, self._store)
         except CacheError as exc:
-            await abort(context, Unavailable(str(exc)))
+            await rpc.abort_with(context, Unavailable(str(exc)))
         return rerank_pb2.ListCollectionsResponse(collections=map(pack_collection, described))
 
     async def Warm(  # noqa: N802
@@ -334,8 +320,8 @@ class RerankService(rerank_pb2_grpc.RerankServiceServicer):
             engine = self._engine(request.model)
             wanted = unpack_warm(request, engine.limits.max_candidates)
             return pack_warmed(engine.name, await warm(engine, wanted))
-        except RerankError as exc:
-            await abort(context, exc)
+        except PrereadError as exc:
+            await rpc.abort_with(context, exc)
 
     def _engine(self, name: str) -> Engine:
         if not self.engines:
@@ -350,25 +336,3 @@ def deadline_of(context: Context) -> float | None:
     """When the caller's time is up, on time.monotonic's clock."""
     remaining = context.time_remaining()
     return None if remaining is None else time.monotonic() + remaining
-
-
-async def abort(context: Context, error: RerankError) -> NoReturn:
-    """Ends a call with what the engine raised."""
-    await rpc.abort(context, _CODES[type(error)], str(error), *_details(error))
-
-
-def _details(error: RerankError) -> list[Message]:
-    match error:
-        case InvalidRequest():
-            return [rpc.field_violation(error.field, str(error))]
-        case NotFound():
-            return [rpc.resource_info(error.kind, error.name, str(error))]
-        case Refused():
-            return [
-                rpc.error_info(error.reason, subject=error.subject),
-                rpc.precondition(error.reason, error.subject, str(error)),
-            ]
-        case Overloaded():
-            return [rpc.retry_after(error.retry_after_seconds)]
-        case _:
-            return []

@@ -13,11 +13,12 @@ from typing import Any
 import grpc
 
 from decoder_server.edge.floor import every_scored
-from decoder_server.edge.grpc import abort, deadline_of
+from decoder_server.edge.grpc import deadline_of
 from decoder_server.engine.engine import Engine
-from decoder_server.errors import InvalidRequest, RerankError, Unavailable
-from decoder_server.request import Candidate, RerankRequest
+from preread.errors import InvalidRequest, PrereadError, Unavailable
 from preread.tei.v1 import tei_pb2, tei_pb2_grpc
+from preread.types import Candidate, RerankRequest
+from preread_edge import rpc
 from preread_edge.messages import joined
 from preread_edge.steps import Pace
 
@@ -62,8 +63,8 @@ class _Rerank(tei_pb2_grpc.RerankServicer):
                 raise InvalidRequest("texts", f"{len(texts)} of them", f"1..{engine.limits.max_candidates}")
             candidates = []
             pace = Pace()
-            for index, text in enumerate(texts):
-                candidates.append(Candidate(index, None, text))
+            for text in texts:
+                candidates.append(Candidate(text=text))
                 await pace.worked()
             wanted = RerankRequest(
                 query=flags.query,
@@ -73,8 +74,8 @@ class _Rerank(tei_pb2_grpc.RerankServicer):
             outcomes, summary = await engine.rerank(wanted, deadline=deadline_of(context))
             encodes = engine.encodes_on_demand or engine.reads_text
             scored = every_scored(outcomes, summary, lambda index: f"texts[{index}]", encodes_on_demand=encodes)
-        except RerankError as exc:
-            await abort(context, exc)
+        except PrereadError as exc:
+            await rpc.abort_with(context, exc)
         ranks = (
             tei_pb2.Rank(index=o.index, text=o.text, score=o.margin if flags.raw_scores else o.score) for o in scored
         )
@@ -99,8 +100,8 @@ class _Info(tei_pb2_grpc.InfoServicer):
     async def Info(self, request: tei_pb2.InfoRequest, context: _Context) -> tei_pb2.InfoResponse:  # noqa: N802
         try:
             engine = _first(self._engines())
-        except RerankError as exc:
-            await abort(context, exc)
+        except PrereadError as exc:
+            await rpc.abort_with(context, exc)
         return tei_pb2.InfoResponse(
             version=_version(),
             model_id=engine.name,

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from decoder_server.engine import degrade
 from decoder_server.engine.plan import Plan
 from decoder_server.engine.scheduler import BatchCounts, Batcher
-from decoder_server.errors import Overloaded
-from decoder_server.request import Degraded
+from preread.errors import Overloaded
+from preread.types import Degraded
 
 # Before anything was seen. The weight of a new mean in the running one afterwards.
 FIRST_PASSAGE_TOKENS = 256.0

@@ -24,7 +24,7 @@ from cache.errors import (
 from cache.manifest import Manifest
 from cache.store import Store, StoreStats
 from checkpoint import EncoderIdentity
-from decoder_server.errors import InvalidRequest, NotFound, Refused, Unavailable
+from preread.errors import FailedPrecondition, InvalidRequest, NotFound, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ class Catalogue:
         Raises:
             NotFound: no such collection.
             InvalidRequest: no name a collection can have.
-            Refused: another encoder wrote it, or it cannot be read.
+            FailedPrecondition: another encoder wrote it, or it cannot be read.
             Unavailable: the store does not answer and the collection is not open yet.
         """
         came = time.monotonic()
@@ -114,7 +114,7 @@ class Catalogue:
                 self._opened.pop(name, None)
                 raise NotFound("collection", name, str(exc)) from exc
             except EncoderMismatch as exc:
-                raise Refused("ENCODER_MISMATCH", name, str(exc)) from exc
+                raise FailedPrecondition("ENCODER_MISMATCH", name, str(exc)) from exc
             except InvalidName as exc:
                 raise InvalidRequest("collection", name, "the name of a collection or alias") from exc
             except (StoreUnavailable, StoreLocked, StoreAccessDenied) as exc:
@@ -124,7 +124,7 @@ class Catalogue:
                 # Better what the name meant a moment ago: a tier may still hold states, and texts can be encoded.
                 opened = _Opened(self._opened[name].collection, time.monotonic())
             except CacheError as exc:  # damaged, not readable by us, of an unknown version
-                raise Refused("COLLECTION_UNREADABLE", name, str(exc)) from exc
+                raise FailedPrecondition("COLLECTION_UNREADABLE", name, str(exc)) from exc
             self._opened[name] = opened
             return opened.collection
 

@@ -22,22 +22,12 @@ from decoder_server.engine.admission import Admission, Easing
 from decoder_server.engine.collections import Catalogue
 from decoder_server.engine.fetch import Source, Wanted, read_unless_unavailable
 from decoder_server.engine.lifecycle import Observer, Running, Trail
-from decoder_server.engine.plan import Defaults, Plan, plan, text_plan
+from decoder_server.engine.plan import Defaults, Indexed, Plan, check, distinct, indexed, plan, text_plan
 from decoder_server.engine.request_run import Emit, Run, ranked
 from decoder_server.engine.scheduler import Batcher
-from decoder_server.errors import DeadlineExceeded, InvalidRequest
 from decoder_server.models.backend import Backend, Prompt
-from decoder_server.request import (
-    Candidate,
-    OnMiss,
-    Outcome,
-    RerankRequest,
-    Status,
-    Summary,
-    Timings,
-    check,
-    distinct,
-)
+from preread.errors import DeadlineExceeded, InvalidRequest
+from preread.types import RerankRequest, Result, Summary, Timings
 
 T = TypeVar("T")
 
@@ -87,7 +77,7 @@ class Engine:
 
     async def rerank(
         self, request: RerankRequest, *, deadline: float | None = None, emit: Emit | None = None
-    ) -> tuple[list[Outcome], Summary]:
+    ) -> tuple[list[Result], Summary]:
         """Scores a request's candidates.
 
         Args:
@@ -98,7 +88,7 @@ class Engine:
             Outcomes, scored ones best first and cut to top_n, the others after them; and the summary.
 
         Raises:
-            RerankError: the request as a whole cannot be answered.
+            PrereadError: the request as a whole cannot be answered.
         """
         with self.under_way(request) as trail:
             check(request, self.limits)
@@ -121,10 +111,10 @@ class Engine:
 
     async def _rerank(
         self, request: RerankRequest, started: float, deadline: float | None, emit: Emit | None, trail: Trail
-    ) -> tuple[list[Outcome], Summary]:
+    ) -> tuple[list[Result], Summary]:
         prompt = await self.prompt(request.query, request.instruction)
         # A listwise model reads the list as it was sent: a passage that is in it twice changes every score.
-        every = {candidate: [candidate.index] for candidate in request.candidates}
+        every = {candidate: [candidate.index] for candidate in indexed(request.candidates)}
         same = every if self.backend.listwise else distinct(request.candidates)
         collection = await self.open_collection(request.collection) if request.collection is not None else None
         asked = self.plan_of(request, collection)
@@ -133,7 +123,7 @@ class Engine:
             read, degraded = self._easing.ease(asked, len(same), prompt.num_tokens, deadline)
         wanted = self._wanted(request, list(same), collection, read, prompt, trail)
 
-        async def emit_with_texts(outcomes: list[Outcome]) -> None:
+        async def emit_with_texts(outcomes: list[Result]) -> None:
             assert emit is not None
             await emit(await self._with_texts(request, wanted, outcomes))
 
@@ -176,7 +166,7 @@ class Engine:
             len(scored),
             prompt.num_query_tokens,
             prompt.query_truncated,
-            sum(outcome.num_passage_tokens for outcome in scored),
+            num_passage_tokens=sum(outcome.num_passage_tokens for outcome in scored),
             compression_ratio=0 if read.cascade else read.first.compression_ratio,
             stages=read.stages if read.cascade else (),
             stopped_early=run.stopped_early,
@@ -195,13 +185,13 @@ class Engine:
     def _wanted(
         self,
         request: RerankRequest,
-        candidates: Sequence[Candidate],
+        candidates: Sequence[Indexed],
         collection: Collection | None,
         read: Plan,
         prompt: Prompt,
         trail: Trail,
     ) -> Wanted:
-        on_miss = request.on_miss or (OnMiss.ENCODE if self.encodes_on_demand else OnMiss.SKIP)
+        on_miss = request.on_miss or ("encode" if self.encodes_on_demand else "skip")
         return Wanted(
             candidates,
             collection,
@@ -232,14 +222,14 @@ class Engine:
             raise InvalidRequest("instruction", f"{num_tokens} tokens long", expected)
         return prompt
 
-    async def _with_texts(self, request: RerankRequest, wanted: Wanted, outcomes: list[Outcome]) -> list[Outcome]:
+    async def _with_texts(self, request: RerankRequest, wanted: Wanted, outcomes: list[Result]) -> list[Result]:
         """Adds candidates' texts where they were asked for: inline ones, else stored ones."""
         if not request.return_text:
             return outcomes
         texts: dict[str, str | None] = {}
         # A text over the limit is not sent back: its status says why it was not read.
-        wanting = [one for one in outcomes if one.status is not Status.TOO_LONG]
-        given = {candidate.index: candidate.text for candidate in request.candidates if candidate.text}
+        wanting = [one for one in outcomes if one.status != "too_long"]
+        given = {i: candidate.text for i, candidate in enumerate(request.candidates) if candidate.text}
         inline = {one.index: given[one.index] for one in wanting if one.index in given}
         ids = [one.passage_id for one in wanting if one.index not in inline and one.passage_id]
         if ids and wanted.collection is not None and wanted.collection.manifest.stores_text:

@@ -22,10 +22,11 @@ from cache.collection import Collection
 from cache.states import PassageStates
 from decoder_server.engine.engine import Engine
 from decoder_server.engine.fetch import Found, Wanted
+from decoder_server.engine.plan import Indexed, check, indexed
 from decoder_server.engine.scheduler import SCORING_FAILED
-from decoder_server.errors import DeadlineExceeded, InvalidRequest
 from decoder_server.models.backend import Backend, Prompt
-from decoder_server.request import Candidate, OnMiss, Outcome, RerankRequest, Status, check
+from preread.errors import DeadlineExceeded, InvalidRequest
+from preread.types import OnMiss, RerankRequest, Result, Status
 
 log = logging.getLogger(__name__)
 
@@ -94,11 +95,11 @@ async def explain(engine: Engine, request: RerankRequest, deadline: float) -> li
     """Every candidate, the best at the ratio asked for (else the finest) first.
 
     Raises:
-        RerankError: the request as a whole cannot be answered.
+        PrereadError: the request as a whole cannot be answered.
     """
     with engine.under_way(request, "explain") as trail:
         explained = await _explain(engine, request, deadline)
-        trail.outcomes = [Outcome(one.index, one.passage_id, one.status) for one in explained]
+        trail.outcomes = [Result(one.index, one.passage_id, one.status) for one in explained]
         return explained
 
 
@@ -141,10 +142,16 @@ async def _opened(engine: Engine, name: str | None) -> Collection | None:
 async def _found(
     engine: Engine, request: RerankRequest, prompt: Prompt, collection: Collection | None, ratio: int
 ) -> list[Found]:
-    on_miss = OnMiss.ENCODE if engine.encodes_on_demand else OnMiss.SKIP
+    on_miss: OnMiss = "encode" if engine.encodes_on_demand else "skip"
     make = partial(engine.backend.items, prompt)
     wanted = Wanted(
-        request.candidates, collection, ratio, on_miss, engine.limits.max_text_bytes, make, engine.backend.is_empty
+        indexed(request.candidates),
+        collection,
+        ratio,
+        on_miss,
+        engine.limits.max_text_bytes,
+        make,
+        engine.backend.is_empty,
     )
     found: list[Found] = []
 
@@ -179,7 +186,7 @@ def _looker(
     chosen: int,
 ) -> Callable[[], Explained]:
     """What to run on the model's thread for one candidate."""
-    candidate: Candidate = found.candidate
+    candidate: Indexed = found.candidate
     empty = Explained(candidate.index, candidate.passage_id or "", found.status, text, found.message)
 
     def look() -> Explained:
@@ -187,7 +194,7 @@ def _looker(
             return looked()
         except Exception:
             log.exception("candidates[%d] could not be looked at", candidate.index)
-            return replace(empty, status=Status.FAILED, message=SCORING_FAILED)
+            return replace(empty, status="failed", message=SCORING_FAILED)
 
     def looked() -> Explained:
         if found.states is None:
@@ -200,7 +207,7 @@ def _looker(
             margin = float(backend.score(backend.items(prompt, pooled)).max())
             seconds = time.perf_counter() - start
             if not np.isfinite(margin):
-                return replace(empty, status=Status.FAILED, message="the model's logits are not finite")
+                return replace(empty, status="failed", message="the model's logits are not finite")
             scores.append(RatioScore(ratio, pooled.num_states, margin, backend.activate(margin), seconds))
         parts, weight = _parts(backend, prompt, states.at_ratio(chosen), spans)
         return replace(empty, scores=tuple(scores), parts=parts, passage_weight=weight)

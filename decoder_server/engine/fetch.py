@@ -25,8 +25,9 @@ from cache.record import Damaged
 from cache.states import AnyStates, EncodedPassage, PassageStates, all_at_ratio, text_digest
 from decoder_server.engine.lifecycle import Fetch, Stopwatch
 from decoder_server.engine.on_demand import InlineStates, Refusal
+from decoder_server.engine.plan import Indexed
 from decoder_server.models.backend import Item
-from decoder_server.request import Candidate, OnMiss, Status
+from preread.types import OnMiss, Status
 
 T = TypeVar("T")
 
@@ -41,7 +42,7 @@ MAX_ENCODE_CALLS = 2
 class Found:
     """What a model reads of one candidate, states or text; or why there is nothing."""
 
-    candidate: Candidate
+    candidate: Indexed
     status: Status
     passage: AnyStates | str | None = None
     message: str = ""
@@ -57,7 +58,7 @@ class Found:
 class _Miss:
     """A candidate that has to be encoded, if anything."""
 
-    candidate: Candidate
+    candidate: Indexed
     digest: bytes | None  # None: no text
     status: Status  # what it is when it is not encoded
     message: str
@@ -67,7 +68,7 @@ class _Miss:
 class Wanted:
     """What one request wants read, and how."""
 
-    candidates: Sequence[Candidate]
+    candidates: Sequence[Indexed]
     collection: Collection | None
     compression_ratio: int
     on_miss: OnMiss
@@ -147,13 +148,13 @@ class Passages:
             elif item.digest is None:
                 decided.append(Found(item.candidate, item.status, message=item.message))
             elif self.inline and (states := self.inline.kept(item.digest, wanted.compression_ratio)):
-                decided.append(Found(item.candidate, Status.HIT, states))
+                decided.append(Found(item.candidate, "hit", states))
             elif self.inline is None:
                 # Asked to encode and unable to is a failure; left to the default, it is a miss.
-                status = Status.FAILED if wanted.on_miss is OnMiss.ENCODE else item.status
+                status = "failed" if wanted.on_miss == "encode" else item.status
                 message = f"{item.message}; no encoder worker is configured"
                 decided.append(Found(item.candidate, status, message=message))
-            elif wanted.on_miss is not OnMiss.ENCODE:
+            elif wanted.on_miss != "encode":
                 decided.append(Found(item.candidate, item.status, message=item.message))
             else:
                 to_encode.append(item)
@@ -174,48 +175,48 @@ class Passages:
         for miss in misses:
             result = encoded[miss.digest or b""]
             if isinstance(result, Refusal):
-                found.append(Found(miss.candidate, Status.FAILED, message=result.reason))
+                found.append(Found(miss.candidate, "failed", message=result.reason))
             else:
-                found.append(Found(miss.candidate, Status.ENCODED, result))
+                found.append(Found(miss.candidate, "encoded", result))
         deliver(found)
 
 
-def _read(wanted: Wanted, chunk: Sequence[Candidate]) -> list[Found | _Miss]:
+def _read(wanted: Wanted, chunk: Sequence[Indexed]) -> list[Found | _Miss]:
     """Reads one chunk, pools what is wanted coarser than it is stored; off the event loop."""
     stored = _stored(wanted, [c for c in chunk if c.passage_id is not None])
     return [guarded(candidate, partial(_settle, wanted, candidate, stored)) for candidate in chunk]
 
 
-def guarded(candidate: Candidate, settle: Callable[[], T]) -> T | Found:
+def guarded(candidate: Indexed, settle: Callable[[], T]) -> T | Found:
     """Result of `settle` for a candidate. An exception of it costs this candidate and no other."""
     try:
         return settle()
     except Exception:
         log.exception("candidates[%d] could not be read", candidate.index)
-        return Found(candidate, Status.FAILED, message="it could not be read; the server's log has the cause")
+        return Found(candidate, "failed", message="it could not be read; the server's log has the cause")
 
 
-def text_of(wanted: Wanted, candidate: Candidate) -> str | Found | None:
+def text_of(wanted: Wanted, candidate: Indexed) -> str | Found | None:
     """The text that came with a candidate; a Found where it is refused; None where there is none to read.
 
     An empty text is no text: beside an id, the id alone decides.
     """
     if candidate.problem:
-        return Found(candidate, Status.FAILED, message=candidate.problem)
+        return Found(candidate, "failed", message=candidate.problem)
     if candidate.text is None:
         return None
     size = len(candidate.text.encode())
     if size > wanted.max_text_bytes:
         message = f"the text is {size} bytes long; expected at most {wanted.max_text_bytes}"
-        return Found(candidate, Status.TOO_LONG, message=message)
+        return Found(candidate, "too_long", message=message)
     if not wanted.is_empty(candidate.text):
         return candidate.text
     if candidate.passage_id is None:
-        return Found(candidate, Status.FAILED, message="the text is empty", empty=True)
+        return Found(candidate, "failed", message="the text is empty", empty=True)
     return None
 
 
-def _stored(wanted: Wanted, candidates: Sequence[Candidate]) -> dict[str, _Stored]:
+def _stored(wanted: Wanted, candidates: Sequence[Indexed]) -> dict[str, _Stored]:
     if wanted.collection is None or not candidates:
         return {}
     ids = list(dict.fromkeys(c.passage_id for c in candidates if c.passage_id is not None))
@@ -241,7 +242,7 @@ def read_unless_unavailable(wanted: Wanted, read: Callable[[Sequence[str]], list
         raise
 
 
-def _settle(wanted: Wanted, candidate: Candidate, stored: dict[str, _Stored]) -> Found | _Miss:
+def _settle(wanted: Wanted, candidate: Indexed, stored: dict[str, _Stored]) -> Found | _Miss:
     text = text_of(wanted, candidate)
     if isinstance(text, Found):
         return text
@@ -249,13 +250,13 @@ def _settle(wanted: Wanted, candidate: Candidate, stored: dict[str, _Stored]) ->
     states = stored.get(candidate.passage_id) if candidate.passage_id is not None else None
     if isinstance(states, PassageStates | EncodedPassage):
         if digest is None or digest == states.text_digest:
-            return Found(candidate, Status.HIT, states)
-        return _Miss(candidate, digest, Status.MISSING, "the stored states are of another text")
+            return Found(candidate, "hit", states)
+        return _Miss(candidate, digest, "missing", "the stored states are of another text")
     if isinstance(states, Damaged):
-        return _Miss(candidate, digest, Status.CORRUPT, f"the stored states are damaged: {states.reason}")
+        return _Miss(candidate, digest, "corrupt", f"the stored states are damaged: {states.reason}")
     if isinstance(states, CacheError):
-        return _Miss(candidate, digest, Status.FAILED, f"the store could not be read: {states}")
-    return _Miss(candidate, digest, Status.MISSING, "no states are stored")
+        return _Miss(candidate, digest, "failed", f"the store could not be read: {states}")
+    return _Miss(candidate, digest, "missing", "no states are stored")
 
 
 class Texts:
@@ -285,7 +286,7 @@ class Texts:
             deliver(found)
 
 
-def _read_texts(wanted: Wanted, chunk: Sequence[Candidate]) -> list[Found]:
+def _read_texts(wanted: Wanted, chunk: Sequence[Indexed]) -> list[Found]:
     sent = [guarded(candidate, partial(text_of, wanted, candidate)) for candidate in chunk]
     named = [c.passage_id for c, text in zip(chunk, sent, strict=True) if text is None and c.passage_id is not None]
     stored, failure = _stored_texts(wanted, named)
@@ -308,7 +309,7 @@ def _stored_texts(wanted: Wanted, ids: Sequence[str]) -> tuple[dict[str, str | N
 
 def _settle_texts(
     wanted: Wanted,
-    candidate: Candidate,
+    candidate: Indexed,
     sent: str | Found | None,
     stored: dict[str, str | None],
     failure: CacheError | None,
@@ -316,23 +317,23 @@ def _settle_texts(
     if isinstance(sent, Found):
         return sent
     if sent is not None:
-        return _found_texts(wanted, candidate, Status.ENCODED, sent)
+        return _found_texts(wanted, candidate, "encoded", sent)
     text = stored.get(candidate.passage_id or "")
     if text and wanted.is_empty(text):
-        return Found(candidate, Status.FAILED, message="the stored text is empty to this model", empty=True)
+        return Found(candidate, "failed", message="the stored text is empty to this model", empty=True)
     if text:
-        return _found_texts(wanted, candidate, Status.HIT, text)
+        return _found_texts(wanted, candidate, "hit", text)
     if failure is not None:
-        return Found(candidate, Status.FAILED, message=f"the store could not be read: {failure}")
+        return Found(candidate, "failed", message=f"the store could not be read: {failure}")
     if wanted.collection is not None and not wanted.collection.manifest.stores_text:
         name = wanted.collection.name
         message = f"collection {name!r} keeps no texts, and this model reads text: send it, or index with --store-text"
-        return Found(candidate, Status.MISSING, message=message)
-    return Found(candidate, Status.MISSING, message="no text is stored")
+        return Found(candidate, "missing", message=message)
+    return Found(candidate, "missing", message="no text is stored")
 
 
-def _found_texts(wanted: Wanted, candidate: Candidate, status: Status, text: str) -> Found:
+def _found_texts(wanted: Wanted, candidate: Indexed, status: Status, text: str) -> Found:
     try:
         return Found(candidate, status, text, items=wanted.items(text))
     except ValueError as exc:  # query and instruction leave no room: no later attempt finds any
-        return Found(candidate, Status.TOO_LONG, message=str(exc))
+        return Found(candidate, "too_long", message=str(exc))

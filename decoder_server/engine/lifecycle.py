@@ -12,14 +12,15 @@ Does not know what a request does.
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from decoder_server.errors import Unavailable, code_of
-from decoder_server.request import Outcome, RerankRequest, Timings
+from preread.errors import FailedPrecondition, PrereadError, Unavailable
+from preread.types import RerankRequest, Result, Timings
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ class Trail:
     fetches: list[Fetch] = field(default_factory=list)
     encodings: list[Fetch] = field(default_factory=list)  # calls of the encoder, waiting for another's included
     turns: list[Turn] = field(default_factory=list)
-    outcomes: list[Outcome] = field(default_factory=list)  # of every candidate, top_n or not
+    outcomes: list[Result] = field(default_factory=list)  # of every candidate, top_n or not
     degraded: str = ""  # read coarser than asked: deadline or queue
     stopped_early: bool = False
     timings: Timings | None = None  # of a ranking that went well
@@ -141,7 +142,7 @@ class Running:
             yield trail
             code = "ok"
         except BaseException as exc:
-            code = code_of(exc)
+            code = _code_of(exc)
             raise
         finally:
             self._num_running -= 1
@@ -160,3 +161,14 @@ class Running:
         except TimeoutError:
             return False
         return True
+
+
+def _code_of(error: BaseException) -> str:
+    """The error's name for logs and metrics: few and constant. InvalidRequest is invalid_request."""
+    if isinstance(error, asyncio.CancelledError):
+        return "cancelled"
+    if isinstance(error, FailedPrecondition):
+        return "refused"
+    if isinstance(error, PrereadError):
+        return re.sub(r"(?<!^)(?=[A-Z])", "_", type(error).__name__).lower()
+    return "internal"

@@ -10,10 +10,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from decoder_server.errors import InvalidRequest
-from decoder_server.request import RerankRequest
-from preread.types import Stage
+from decoder_server.config import DecoderConfig
+from preread.errors import InvalidRequest, Path
+from preread.types import Candidate, RerankRequest, Stage, stages_problem
 
+MAX_NAME_CHARS = 128  # as cache.names has it; a longer one is not even looked up
 TEXT_RATIO = 0  # what a model that reads text reads at
 
 
@@ -65,10 +66,10 @@ def plan(request: RerankRequest, defaults: Defaults, stored_ratio: int | None, m
     stored = stored_ratio or 1
     if request.stages:
         for i, stage in enumerate(request.stages):
-            _check(f"stages[{i}].compression_ratio", stage.compression_ratio, stored, request.collection)
+            _check(("stages", i, "compression_ratio"), stage.compression_ratio, stored, request.collection)
         return Plan(request.stages, cascade=True)
     if request.compression_ratio:
-        _check("compression_ratio", request.compression_ratio, stored, request.collection)
+        _check(("compression_ratio",), request.compression_ratio, stored, request.collection)
         return plain(request.compression_ratio)
     if defaults.stages:
         stages = _fitted(defaults.stages, stored)
@@ -89,7 +90,7 @@ def text_plan(request: RerankRequest) -> Plan:
     return plain(TEXT_RATIO)
 
 
-def _check(field: str, ratio: int, stored: int, collection: str | None) -> None:
+def _check(field: Path, ratio: int, stored: int, collection: str | None) -> None:
     if ratio % stored:
         expected = f"a multiple of {stored}, the ratio that collection {collection!r} is stored at"
         raise InvalidRequest(field, ratio, expected)
@@ -109,3 +110,75 @@ def _fitted(stages: Sequence[Stage], stored: int) -> tuple[Stage, ...]:
         else:
             fitted.append(at)
     return tuple(fitted)
+
+
+@dataclass(frozen=True, slots=True)
+class Indexed:
+    """A candidate and its position in the request."""
+
+    index: int
+    passage_id: str | None
+    text: str | None
+    problem: str = ""
+
+
+def indexed(candidates: Sequence[Candidate]) -> list[Indexed]:
+    return [Indexed(i, one.passage_id, one.text, one.problem) for i, one in enumerate(candidates)]
+
+
+def distinct(candidates: Sequence[Candidate]) -> dict[Indexed, list[int]]:
+    """The first candidate of each kind, and the indexes of all of that kind.
+
+    A passage that a request names twice is scored once, which also makes it a tie to the last bit.
+    """
+    groups: dict[Candidate, list[Indexed]] = {}
+    for one in indexed(candidates):
+        groups.setdefault(candidates[one.index], []).append(one)
+    return {same[0]: [one.index for one in same] for same in groups.values()}
+
+
+def check(request: RerankRequest, limits: DecoderConfig) -> None:
+    """Checks what can be checked without tokenizer and store.
+
+    Raises:
+        InvalidRequest: the first field that is out of range.
+    """
+    if not request.query:
+        raise InvalidRequest("query", "", "a query that is not empty")
+    _check_bytes("query", request.query, limits.max_query_bytes)
+    _check_bytes("instruction", request.instruction or "", limits.max_query_bytes)
+    if request.collection is not None and len(request.collection) > MAX_NAME_CHARS:
+        raise InvalidRequest("collection", request.collection[:MAX_NAME_CHARS], "the name of a collection or alias")
+    num_candidates = len(request.candidates)
+    if not 1 <= num_candidates <= limits.max_candidates:
+        raise InvalidRequest("candidates", f"{num_candidates} of them", f"1..{limits.max_candidates}")
+    if request.top_n < 0:
+        raise InvalidRequest("top_n", request.top_n, "0 (all) or more")
+    if request.compression_ratio is not None and request.compression_ratio < 1:
+        raise InvalidRequest("compression_ratio", request.compression_ratio, "0 (the stored ratio) or more")
+    _check_stages(request)
+    for index, candidate in enumerate(request.candidates):
+        if candidate.problem:
+            continue
+        if candidate.passage_id is None and candidate.text is None:
+            raise InvalidRequest(("candidates", index), "empty", "a passage_id, a text, or both")
+        if request.collection is None and candidate.text is None:
+            expected = f"the collection that holds candidates[{index}], which has an id and no text"
+            raise InvalidRequest("collection", "", expected)
+
+
+def _check_stages(request: RerankRequest) -> None:
+    if not request.stages:
+        return
+    if request.compression_ratio:
+        expected = "0: compression_ratio and stages are mutually exclusive"
+        raise InvalidRequest("compression_ratio", request.compression_ratio, expected)
+    problem = stages_problem(request.stages)
+    if problem is not None:
+        raise InvalidRequest(*problem)
+
+
+def _check_bytes(field: str, text: str, limit: int) -> None:
+    # A character is at most four bytes: most texts need no encoding to be known short.
+    if len(text) * 4 > limit and len(text.encode()) > limit:
+        raise InvalidRequest(field, f"{len(text.encode())} bytes long", f"at most {limit} bytes")

@@ -24,11 +24,11 @@ from cache.states import all_at_ratio
 from decoder_server.engine.admission import Admission, Place
 from decoder_server.engine.fetch import Found, Source, Wanted
 from decoder_server.engine.lifecycle import Turn
-from decoder_server.engine.plan import Plan
+from decoder_server.engine.plan import Indexed, Plan
 from decoder_server.engine.scheduler import Batcher, Scored, Ticket, Work
-from decoder_server.errors import InvalidRequest, Refused
 from decoder_server.models.backend import Backend, Item, Prompt
-from decoder_server.request import Candidate, OnMiss, Outcome, StageScore, Status
+from preread.errors import FailedPrecondition, InvalidRequest
+from preread.types import Result, StageScore
 
 NOT_REACHED = "the deadline came before it was scored"
 
@@ -55,7 +55,7 @@ class Sieve:
 class Contest:
     """One request's candidates under its plan. A plan of one stage settles each as it is scored."""
 
-    def __init__(self, plan: Plan, candidates: Iterable[Candidate]) -> None:
+    def __init__(self, plan: Plan, candidates: Iterable[Indexed]) -> None:
         self.stage = 0
         self.any_scored = False
         self._plan = plan
@@ -63,7 +63,7 @@ class Contest:
         self._left = len(self._unread)  # outcomes that the present stage still owes
         self._sieve = self._new_sieve()
         self._found: dict[int, Found] = {}  # states at the base ratio of what may go on
-        self._reached: dict[int, Outcome] = {}  # how far those came that are not settled
+        self._reached: dict[int, Result] = {}  # how far those came that are not settled
 
     @property
     def ratio(self) -> int:
@@ -83,9 +83,9 @@ class Contest:
         if not self.is_last_stage:
             self._found[found.candidate.index] = found
 
-    def scored(self, outcomes: Iterable[Outcome]) -> list[Outcome]:
+    def scored(self, outcomes: Iterable[Result]) -> list[Result]:
         """Takes the present stage's outcomes; returns the candidates that are settled by them: read on by nobody."""
-        settled: list[Outcome] = []
+        settled: list[Result] = []
         for outcome in outcomes:
             self._left -= 1
             self._unread.pop(outcome.index, None)
@@ -111,10 +111,10 @@ class Contest:
                 self._found.clear()
         return found
 
-    def stop(self) -> list[Outcome]:
+    def stop(self) -> list[Result]:
         """Settles what is not: each as far as it came."""
         unread = [
-            Outcome(candidate.index, candidate.passage_id or "", Status.FAILED, message=NOT_REACHED)
+            Result(candidate.index, candidate.passage_id or "", "failed", message=NOT_REACHED)
             for candidate in self._unread.values()
         ]
         reached = list(self._reached.values())
@@ -124,7 +124,7 @@ class Contest:
         self._left = 0
         return [*reached, *unread]
 
-    def _entered(self, outcome: Outcome) -> list[Outcome]:
+    def _entered(self, outcome: Result) -> list[Result]:
         if self.is_last_stage:
             return [outcome]
         self._reached[outcome.index] = outcome
@@ -134,17 +134,17 @@ class Contest:
         self._found.pop(out)
         return [self._reached.pop(out)]
 
-    def _with_stages(self, outcome: Outcome, before: Outcome | None) -> Outcome:
+    def _with_stages(self, outcome: Result, before: Result | None) -> Result:
         if not self._plan.cascade or outcome.margin is None or outcome.score is None:
             return outcome
-        score = StageScore(outcome.compression_ratio, outcome.margin, outcome.score, outcome.num_states)
+        score = StageScore(outcome.compression_ratio, outcome.score, outcome.margin, outcome.num_states)
         return replace(outcome, stages=(*(before.stages if before is not None else ()), score))
 
     def _new_sieve(self) -> Sieve:
         return Sieve(self._plan.stages[self.stage].keep)
 
 
-def ranked(outcomes: Iterable[Outcome], top_n: int) -> list[Outcome]:
+def ranked(outcomes: Iterable[Result], top_n: int) -> list[Result]:
     """Scored ones best first, ties by index, at most `top_n` (0: all); then the others in request order.
 
     In a cascade whoever reached a later stage comes before all that did not.
@@ -154,10 +154,10 @@ def ranked(outcomes: Iterable[Outcome], top_n: int) -> list[Outcome]:
     return (scored[:top_n] if top_n else scored) + [o for o in every if o.margin is None]
 
 
-def unscored(found: Found) -> Outcome:
+def unscored(found: Found) -> Result:
     """The outcome of a candidate without states."""
     candidate = found.candidate
-    return Outcome(candidate.index, candidate.passage_id or "", found.status, message=found.message, empty=found.empty)
+    return Result(candidate.index, candidate.passage_id or "", found.status, message=found.message, empty=found.empty)
 
 
 @dataclass(slots=True)
@@ -183,7 +183,7 @@ class Tally:
     def expect(self, found: Found, items: Sequence[Item]) -> None:
         self._pending[found.candidate.index] = _Pending(found, items)
 
-    def add(self, scored: Sequence[Scored]) -> list[Outcome]:
+    def add(self, scored: Sequence[Scored]) -> list[Result]:
         """Takes margins; returns the candidates that are complete now."""
         complete = []
         for one in scored:
@@ -193,7 +193,7 @@ class Tally:
                 complete.append(self._outcome(self._pending.pop(one.index)))
         return complete
 
-    def _outcome(self, pending: _Pending) -> Outcome:
+    def _outcome(self, pending: _Pending) -> Result:
         found = pending.found
         states = found.states
         if states is not None:
@@ -201,7 +201,7 @@ class Tally:
             num_tokens = states.num_states * min(states.compression_ratio, states.num_tokens)
         else:
             num_tokens = sum(max(0, item.num_tokens - self._num_prompt_tokens) for item in pending.items)
-        outcome = Outcome(
+        outcome = Result(
             index=found.candidate.index,
             passage_id=found.candidate.passage_id or "",
             status=found.status,
@@ -213,12 +213,12 @@ class Tally:
         # With one window unknown the best is unknown too.
         bad = next((one for one in pending.scored if not math.isfinite(one.margin)), None)
         if bad is not None:
-            return replace(outcome, status=Status.FAILED, message=bad.error)
+            return replace(outcome, status="failed", message=bad.error)
         margin = max(one.margin for one in pending.scored)
         return replace(outcome, margin=margin, score=self._activate(margin))
 
 
-Emit = Callable[[list[Outcome]], Awaitable[None]]
+Emit = Callable[[list[Result]], Awaitable[None]]
 
 # Passages pooled at a time, so that the first of a stage reach the model early.
 POOL_CHUNK = 32
@@ -256,7 +256,7 @@ class Run:
         self._executor = executor
         self._tally = Tally(backend.activate, prompt.num_tokens)
         self._same = same
-        self._finished: asyncio.Queue[list[Outcome] | BaseException] = asyncio.Queue()
+        self._finished: asyncio.Queue[list[Result] | BaseException] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
         self._max_tokens = max_tokens
         self._num_tokens = 0
@@ -270,7 +270,7 @@ class Run:
 
     async def gather(
         self, place: Place, deadline: float | None, emit: Emit | None, stop_at: float | None = None
-    ) -> list[Outcome]:
+    ) -> list[Result]:
         """Every candidate's outcome, unsorted.
 
         When the caller is cancelled, reading stops and what waits is dropped before the next pass.
@@ -279,10 +279,10 @@ class Run:
             stop_at: then the answer is what is finished, as soon as anything is; None: only all of it.
 
         Raises:
-            Refused: on_miss is fail and a candidate is missing.
+            FailedPrecondition: on_miss is fail and a candidate is missing.
             InvalidRequest: the request has more tokens than one may.
         """
-        outcomes: list[Outcome] = []
+        outcomes: list[Result] = []
         contest = self._contest
         with self._batcher.ticket(place.num_tokens, self._scored, deadline) as ticket:
             self._start(self._source_feed(ticket))
@@ -308,7 +308,7 @@ class Run:
                 self.turns = ticket.turns
         return outcomes
 
-    async def _next(self, stop_at: float | None) -> list[Outcome] | None:
+    async def _next(self, stop_at: float | None) -> list[Result] | None:
         """Outcomes of the present stage; None: it is time to stop, and there is something to show."""
         try:
             async with asyncio.timeout_at(stop_at):
@@ -346,12 +346,12 @@ class Run:
 
     def _arrived(self, ticket: Ticket, found: list[Found]) -> None:
         ready: list[Found] = []
-        outcomes: list[Outcome] = []
+        outcomes: list[Result] = []
         for one in found:
             if one.passage is not None:
                 self._contest.hold(one)
                 ready.append(one)
-            elif one.status is Status.MISSING and self._wanted.on_miss is OnMiss.FAIL:
+            elif one.status == "missing" and self._wanted.on_miss == "fail":
                 self._finished.put_nowait(_missing(one))
             else:
                 outcomes.append(unscored(one))
@@ -409,10 +409,10 @@ def _pooled(wanted: Wanted, ratio: int, found: Sequence[Found]) -> list[tuple[Fo
     ]
 
 
-def _missing(found: Found) -> Refused:
+def _missing(found: Found) -> FailedPrecondition:
     candidate = found.candidate
     name = repr(candidate.passage_id[:100]) if candidate.passage_id is not None else "an inline text"
-    return Refused(
+    return FailedPrecondition(
         "PASSAGE_MISSING",
         candidate.passage_id or f"candidates[{candidate.index}]",
         f"candidates[{candidate.index}] ({name}): {found.message}, and on_miss is fail",

@@ -16,9 +16,10 @@ from cache.errors import CacheError
 from cache.record import Damaged
 from cache.states import AnyStates, EncodedPassage, all_at_ratio
 from decoder_server.engine.engine import Engine
-from decoder_server.errors import InvalidRequest, Refused, Unavailable
+from decoder_server.engine.plan import check
 from decoder_server.models.backend import KeepsContexts, Pair
-from decoder_server.request import RerankRequest, check
+from preread.errors import FailedPrecondition, InvalidRequest, Unavailable
+from preread.types import RerankRequest
 
 # Stands for queries to come: what is kept does not depend on it.
 ANY_QUERY = "a query"
@@ -50,12 +51,12 @@ async def warm(engine: Engine, request: RerankRequest) -> Warmed:
         request: ids of one collection; its query is not read.
 
     Raises:
-        RerankError: as of a request for the same; Refused where the model keeps nothing.
+        PrereadError: as of a request for the same; FailedPrecondition where the model keeps nothing.
     """
     backend = engine.backend
     if not isinstance(backend, KeepsContexts) or not backend.tiers.on:
         message = f"model {engine.name!r} keeps nothing between passes: it reads text, or its tiers are off"
-        raise Refused("NOTHING_TO_WARM", engine.name, message)
+        raise FailedPrecondition("NOTHING_TO_WARM", engine.name, message)
     with engine.under_way(request, "warm"):
         check(request, engine.limits)
         if request.collection is None:

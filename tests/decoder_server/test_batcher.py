@@ -24,9 +24,9 @@ from decoder_server.engine.scheduler import (
     Work,
     split_by_length,
 )
-from decoder_server.errors import Overloaded
 from decoder_server.models.backend import Backend, Pair
 from decoder_server.models.fbnl.backend import FbnlBackend
+from preread.errors import Overloaded
 
 
 @asynccontextmanager

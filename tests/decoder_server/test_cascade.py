@@ -12,10 +12,9 @@ from google.rpc import error_details_pb2
 from cache.collection import Collection, StoredPassage
 from cache.states import PassageStates, text_digest
 from decoder_server.engine.fetch import Found
-from decoder_server.engine.plan import Plan
+from decoder_server.engine.plan import Indexed, Plan
 from decoder_server.engine.request_run import Contest, Sieve
-from decoder_server.request import Candidate, Outcome, Status
-from preread.types import Stage
+from preread.types import Result, Stage
 from preread.v1 import common_pb2, rerank_pb2
 
 QUERY = "what is read once?"
@@ -244,9 +243,9 @@ async def test_a_deadline_cuts_and_what_is_finished_comes_marked(serve, gated, t
         assert serving.engine.admission.num_requests == 0
 
 
-def outcome(index: int, margin: float | None, ratio: int = 4) -> Outcome:
-    status = Status.FAILED if margin is None else Status.HIT
-    return Outcome(
+def outcome(index: int, margin: float | None, ratio: int = 4) -> Result:
+    status = "failed" if margin is None else "hit"
+    return Result(
         index, "", status, margin, margin, message="" if margin is not None else "bad", compression_ratio=ratio
     )
 
@@ -268,10 +267,10 @@ def test_a_sieve_holds_the_best_and_lets_the_rest_go_at_once(seed: int) -> None:
 
 def held(num_candidates: int) -> Contest:
     """A contest of two stages, of which the second reads two, with everything fetched."""
-    candidates = [Candidate(i, str(i), None) for i in range(num_candidates)]
+    candidates = [Indexed(i, str(i), None) for i in range(num_candidates)]
     contest = Contest(Plan((Stage(8, 2), Stage(4)), cascade=True), candidates)
     for candidate in candidates:
-        contest.hold(Found(candidate, Status.HIT))
+        contest.hold(Found(candidate, "hit"))
     return contest
 
 
@@ -281,7 +280,7 @@ def test_a_finer_reading_that_failed_leaves_what_the_coarser_said() -> None:
     assert [(one.index, one.margin) for one in settled] == [(1, None)]
     assert len(contest.advance()) == 2
     first, second = contest.scored([outcome(2, None), outcome(0, -1.0)])
-    assert (first.index, first.margin, first.status, first.message, len(first.stages)) == (2, 3.0, Status.HIT, "bad", 1)
+    assert (first.index, first.margin, first.status, first.message, len(first.stages)) == (2, 3.0, "hit", "bad", 1)
     assert (second.index, second.margin, len(second.stages)) == (0, -1.0, 2)
     assert contest.stage_over
     assert contest.advance() == []

@@ -12,9 +12,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from decoder_server.engine.lifecycle import Answered, Pass, Trail
-from decoder_server.request import RerankRequest
 from encoder_worker.scheduler import ForwardPass as WorkerPass
 from encoder_worker.server import WorkerMetrics
+from preread.types import RerankRequest
 from preread.v1 import encoder_pb2
 
 DASHBOARD = json.loads((Path(__file__).parents[2] / "deploy" / "grafana-dashboard.json").read_text())

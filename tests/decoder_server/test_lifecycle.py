@@ -150,7 +150,7 @@ async def test_a_deadline_ends_the_call_and_its_work(serve, gated, texts, refuse
 async def test_a_deadline_is_kept_without_the_transport(serve, gated, texts, make_request) -> None:
     """Edges that know no gRPC deadline give one to the engine."""
     from decoder_server.edge.grpc import unpack_request
-    from decoder_server.errors import DeadlineExceeded
+    from preread.errors import DeadlineExceeded
 
     async with serve(backend=gated) as serving:
         gated.gate.clear()

@@ -8,16 +8,17 @@ import pytest
 from cache.states import PassageStates, text_digest
 from checkpoint import TokenizedPrompt
 from decoder_server.engine.fetch import Found
+from decoder_server.engine.plan import Indexed
 from decoder_server.engine.request_run import Tally, ranked
 from decoder_server.engine.scheduler import Scored
 from decoder_server.models.backend import Pair
 from decoder_server.models.sigmoid import sigmoid
-from decoder_server.request import Candidate, Outcome, Status
+from preread.types import Result
 
 
 def found(index: int, windows: tuple[int, ...]) -> Found:
     states = PassageStates(np.zeros((sum(windows), 4), np.float32), windows, 1, False, text_digest("x"))
-    return Found(Candidate(index, f"p{index}", None), Status.HIT, states)
+    return Found(Indexed(index, f"p{index}", None), "hit", states)
 
 
 def expect(tally: Tally, one: Found) -> None:
@@ -50,14 +51,12 @@ def test_a_window_that_is_not_finite_fails_its_passage_only() -> None:
     expect(tally, found(0, (2, 5)))
     expect(tally, found(1, (2,)))
     bad, good = tally.add([Scored(0, 1.0), Scored(0, float("nan"), "not finite"), Scored(1, 1.0)])
-    assert (bad.status, bad.margin, bad.message) == (Status.FAILED, None, "not finite")
-    assert (good.status, good.margin) == (Status.HIT, 1.0)
+    assert (bad.status, bad.margin, bad.message) == ("failed", None, "not finite")
+    assert (good.status, good.margin) == ("hit", 1.0)
 
 
 def test_ties_keep_request_order_and_unscored_come_last_whatever_top_n_says() -> None:
     margins = [1.0, None, 2.0, 1.0, 2.0, None]
-    outcomes = [
-        Outcome(i, f"p{i}", Status.MISSING if m is None else Status.HIT, margin=m) for i, m in enumerate(margins)
-    ]
+    outcomes = [Result(i, f"p{i}", "missing" if m is None else "hit", margin=m) for i, m in enumerate(margins)]
     assert [o.index for o in ranked(reversed(outcomes), 0)] == [2, 4, 0, 3, 1, 5]
     assert [o.index for o in ranked(outcomes, 3)] == [2, 4, 0, 1, 5]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from decoder_server.edge.http import body, parsing
-from decoder_server.errors import InvalidRequest
+from preread.errors import InvalidRequest
 from preread_edge.steps import SMALL_BYTES, stepped
 
 BITS = ("a", '"', "\\", "\n", "é", "中", "😀", "\ud800", "\udc00", "{", "[", ",", ":", "/", " ", "\\u", "\x7f")

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from decoder_server.edge.http.dialects import Answer, Question
-from decoder_server.request import RerankRequest, Summary, Timings
 from preread import parse_stages
+from preread.types import RerankRequest, Summary, Timings
 
 # Path, what the body calls the candidates, where the results are, what they call a score.
 DIALECTS = [
@@ -115,7 +115,7 @@ def test_less_than_asked_is_told_in_headers_and_warnings(run, query, documents):
 
 
 def test_a_cascade_that_was_cut_says_so():
-    summary = Summary("m", Timings(0, 0, 0, 0, 0), 1, 1, False, 1, stages=parse_stages("8:2,1"), stopped_early=True)
+    summary = Summary("m", Timings(0, 0, 0, 0, 0), 1, 1, False, stages=parse_stages("8:2,1"), stopped_early=True)
     answer = Answer(Question(RerankRequest("q", ())), [], [], summary, "id")
 
     assert answer.headers() == {"x-preread-read": "8:2,1", "x-preread-stopped-early": "true"}
@@ -123,6 +123,6 @@ def test_a_cascade_that_was_cut_says_so():
 
 
 def test_a_model_that_reads_text_has_no_ratio_to_tell():
-    summary = Summary("m", Timings(0, 0, 0, 0, 0), 1, 1, False, 1)
+    summary = Summary("m", Timings(0, 0, 0, 0, 0), 1, 1, False)
 
     assert Answer(Question(RerankRequest("q", ())), [], [], summary, "id").headers() == {}

@@ -22,7 +22,6 @@ from preread import (
     Unavailable,
 )
 from preread.channel import RetryBudget
-from preread.errors import ErrorDetails
 
 FAST = ClientOptions(retry=RetryPolicy(max_attempts=4, first_wait_seconds=0.01))
 
@@ -34,7 +33,7 @@ def hint(seconds: float) -> RetryInfo:
 
 
 def overloaded(retry_after_seconds: float | None) -> Overloaded:
-    return Overloaded("full", "RESOURCE_EXHAUSTED", ErrorDetails(retry_after_seconds=retry_after_seconds))
+    return Overloaded("full", retry_after_seconds)
 
 
 def test_it_comes_back_after_the_hint_and_not_before(scripted, failing, answering) -> None:

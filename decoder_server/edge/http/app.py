@@ -21,7 +21,6 @@ from decoder_server.edge.http.context import Context
 from decoder_server.edge.http.envelope import Envelope, respond
 from decoder_server.edge.http.errors import HttpError
 from decoder_server.edge.http.rerank import rerank
-from decoder_server.errors import RerankError
 from preread import PrereadError
 from preread_edge.hosts import Guard
 from preread_edge.keys import AccessMiddleware, App, Scope
@@ -116,7 +115,7 @@ def _handlers() -> dict[Any, Any]:  # Starlette's type admits no handler of a na
         HTTPException: _routed,
         ClientDisconnect: _left,
         Exception: _unforeseen,
-        **dict.fromkeys((HttpError, TooLarge, RerankError, PrereadError, CacheError), _failed),
+        **dict.fromkeys((HttpError, TooLarge, PrereadError, CacheError), _failed),
     }
 
 

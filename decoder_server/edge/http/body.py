@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from decoder_server.edge.http import parsing
-from decoder_server.errors import InvalidRequest
+from preread.errors import InvalidRequest
 from preread_edge.steps import SMALL_BYTES, Pace, stepped
 
 Json = Any

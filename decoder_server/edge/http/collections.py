@@ -18,8 +18,8 @@ from decoder_server.edge.http.context import check_encoding, check_written, cont
 from decoder_server.edge.http.fields import Fields, as_text
 from decoder_server.edge.http.page.uploads import NDJSON, from_document, from_lines
 from decoder_server.engine.collections import Described, describe
-from decoder_server.errors import InvalidRequest
 from preread import Passage, UpsertResult
+from preread.errors import InvalidRequest
 from preread_edge.steps import Step, stepped
 
 IDS_AT_ONCE = 1000  # of one call of the worker

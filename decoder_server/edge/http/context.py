@@ -17,9 +17,9 @@ from decoder_server.config import ANY_MODEL, DEFAULT_NAMES, HttpConfig
 from decoder_server.edge.http import body
 from decoder_server.edge.http.errors import HttpError
 from decoder_server.engine.engine import Engine
-from decoder_server.errors import NotFound, Unavailable
 from decoder_server.readiness import Readiness
 from preread import AsyncClient
+from preread.errors import NotFound, Unavailable
 from preread_edge.keys import ApiKeys
 
 T = TypeVar("T")

@@ -28,21 +28,20 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast, get_args
 
 from decoder_server.edge.floor import texts_alone
 from decoder_server.edge.http.body import Json
 from decoder_server.edge.http.fields import HALF_A_PAIR, Fields, as_text, is_utf8
-from decoder_server.errors import InvalidRequest, Refused
-from decoder_server.request import Candidate, OnMiss, Outcome, RerankRequest, Summary
-from preread.types import Stage, format_stages, parse_stages
+from preread.errors import FailedPrecondition, InvalidRequest
+from preread.types import Candidate, OnMiss, RerankRequest, Result, Stage, Summary, format_stages, parse_stages
 
 # Whose values are read one by one; other fields are only looked at where a dialect knows them.
 LISTS = ("documents", "texts", "passages", "input", "pairs", "text_1", "text_2", "passage_ids", "stages")
 MAX_POSITIONS_SHOWN = 500
 _CANDIDATE = re.compile(r"^candidates\b(?:\[(\d+)\])?")
 
-ON_MISS = tuple(on_miss.value for on_miss in OnMiss)
+ON_MISS = get_args(OnMiss)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +69,14 @@ class Question:
         """The caller's name of a candidate."""
         return f"{self.candidates_field}[{self.position(index)}]"
 
-    def renamed(self, error: InvalidRequest | Refused) -> InvalidRequest | Refused:
+    def renamed(self, error: InvalidRequest | FailedPrecondition) -> InvalidRequest | FailedPrecondition:
         """The engine speaks of candidates; a dialect has its own word."""
 
         def own(text: str) -> str:
             return _CANDIDATE.sub(lambda m: self.where(int(m[1])) if m[1] else self.candidates_field, text, count=1)
 
-        if isinstance(error, Refused):
-            return Refused(error.reason, own(error.subject), own(str(error)))
+        if isinstance(error, FailedPrecondition):
+            return FailedPrecondition(error.reason, own(error.subject), own(str(error)))
         return InvalidRequest(own(error.field), error.value, error.expected)
 
     def replace(self, **changes: Any) -> Question:
@@ -89,8 +88,8 @@ class Answer:
     """The engine's answer: scored outcomes best first, at most top_n; the others in request order."""
 
     question: Question
-    scored: list[Outcome]
-    unscored: list[Outcome]
+    scored: list[Result]
+    unscored: list[Result]
     summary: Summary
     request_id: str
     cut: tuple[int, ...] = ()  # indexes of the candidates that were read in part, those beyond top_n too
@@ -108,7 +107,7 @@ class Answer:
     def warnings(self) -> list[str]:
         """One line per candidate that is not in the ranking, is there without being read, or was read in part."""
         where = self.question.where
-        lines = [f"{where(o.index)} was not scored ({o.status.value}): {o.message}" for o in self.unscored]
+        lines = [f"{where(o.index)} was not scored ({o.status}): {o.message}" for o in self.unscored]
         lines += [f"{where(index)} is empty: it has the lowest score of all and was not read" for index in self.empty]
         lines += [f"{where(index)} was cut: its score is that of a part" for index in self.cut]
         if self.summary.stopped_early:
@@ -154,7 +153,7 @@ def shown(positions: Iterable[int]) -> str:
     return ",".join([*map(str, every[:MAX_POSITIONS_SHOWN]), *(["..."] if len(every) > MAX_POSITIONS_SHOWN else [])])
 
 
-def _details(outcome: Outcome, *, cut: bool) -> dict[str, Any]:
+def _details(outcome: Result, *, cut: bool) -> dict[str, Any]:
     """With return_margins: the margin, and what was read for it."""
     details: dict[str, Any] = {"margin": outcome.margin}
     if cut:
@@ -192,7 +191,7 @@ def question(
         collection=body.text("collection") or None,
         top_n=body.count(top) or 0,
         compression_ratio=body.count("compression_ratio") or None,
-        on_miss=OnMiss(on_miss) if on_miss is not None else None,
+        on_miss=cast(OnMiss | None, on_miss),
         return_text=body.flag(return_text) or False,
         model=body.text("model") or "",
         stages=_stages(body),
@@ -240,17 +239,17 @@ def candidates(body: Fields, field: str) -> tuple[Candidate, ...]:
         raise InvalidRequest(field, "empty", "at least one")
     if ids is not None and len(ids) != len(items):
         raise InvalidRequest("passage_ids", f"{len(ids)} of them", f"{len(items)}, one for each of {field}")
-    found = tuple(_candidate(i, item, f"{field}[{i}]", ids[i] if ids else "") for i, item in enumerate(items))
-    bad = next((candidate for candidate in found if candidate.problem), None)
+    found = tuple(_candidate(item, f"{field}[{i}]", ids[i] if ids else "") for i, item in enumerate(items))
+    bad = next((i for i, candidate in enumerate(found) if candidate.problem), None)
     if bad is not None and texts_alone(found):  # there is no status to say it in
-        raise InvalidRequest(f"{field}[{bad.index}]", *HALF_A_PAIR)
+        raise InvalidRequest(f"{field}[{bad}]", *HALF_A_PAIR)
     return found
 
 
-def _candidate(index: int, item: object, where: str, passage_id: str) -> Candidate:
+def _candidate(item: object, where: str, passage_id: str) -> Candidate:
     """The candidate; one whose text UTF-8 cannot hold has a problem, and no text."""
     if item is None and passage_id:
-        return Candidate(index, passage_id, None)
+        return Candidate(passage_id)
     if isinstance(item, str):
         text: str | None = item
     else:
@@ -260,8 +259,8 @@ def _candidate(index: int, item: object, where: str, passage_id: str) -> Candida
             raise InvalidRequest(where, "an object without text", "a string, or an object with text, id or both")
     if text is not None and not is_utf8(text):
         value, expected = HALF_A_PAIR
-        return Candidate(index, passage_id or None, None, problem=f"the text is {value}; expected {expected}")
-    return Candidate(index, passage_id or None, text)
+        return Candidate(passage_id or None, problem=f"the text is {value}; expected {expected}")
+    return Candidate(passage_id or None, text)
 
 
 DIRECTIONS = ("right", "left")

@@ -20,9 +20,8 @@ from cache.errors import (
     StoreLocked,
     StoreUnavailable,
 )
-from decoder_server import errors as engine
 from decoder_server.edge.http.body import TooLarge, render
-from preread import errors as worker
+from preread import errors
 
 RETRY_SECONDS = 1.0  # where nobody knows better
 
@@ -65,10 +64,8 @@ def problem(error: Exception) -> Problem | None:
             return error.problem
         case TooLarge():
             return Problem(413, "invalid_request_error", "body_too_large", str(error))
-        case engine.RerankError():
-            return _engine(error)
-        case worker.PrereadError():
-            return _worker(error)
+        case errors.PrereadError():
+            return _worker(error) if error.address else _engine(error)
         case CacheError():
             return _store(error)
     return None
@@ -121,41 +118,41 @@ def respond(problem: Problem, *, tei: bool = False, headers: dict[str, str] | No
     return Response(render(body), problem.status, headers, "application/json")
 
 
-def _engine(error: engine.RerankError) -> Problem:
+def _engine(error: errors.PrereadError) -> Problem:
     message = str(error)
     match error:
-        case engine.InvalidRequest():
+        case errors.InvalidRequest():
             return Problem(400, "invalid_request_error", "invalid_value", message, error.field)
-        case engine.NotFound():
-            return Problem(404, "not_found_error", f"{error.kind}_not_found", message, error.kind)
-        case engine.Refused():
+        case errors.NotFound():
+            return Problem(404, "not_found_error", f"{error.resource_type}_not_found", message, error.resource_type)
+        case errors.FailedPrecondition():
             # Not 409, which clients try again.
             return Problem(400, "failed_precondition_error", error.reason.lower(), message)
-        case engine.Overloaded():
-            seconds = error.retry_after_seconds
+        case errors.Overloaded():
+            seconds = error.retry_after_seconds or RETRY_SECONDS
             return Problem(429, "overloaded_error", "overloaded", message, retry_after_seconds=seconds)
-        case engine.DeadlineExceeded():
+        case errors.DeadlineExceeded():
             return Problem(504, "timeout_error", "deadline_exceeded", message)
     return _unavailable(message)
 
 
-def _worker(error: worker.PrereadError) -> Problem:
+def _worker(error: errors.PrereadError) -> Problem:
     message = f"encoder worker: {error}"
     match error:
-        case worker.InvalidRequest():
+        case errors.InvalidRequest():
             param = error.violations[0].field if error.violations else None
             return Problem(400, "invalid_request_error", "invalid_value", str(error), param)
-        case worker.NotFound():
+        case errors.NotFound():
             kind = error.resource_type or "resource"
             return Problem(404, "not_found_error", f"{kind}_not_found", str(error), kind)
-        case worker.FailedPrecondition():
+        case errors.FailedPrecondition():
             return Problem(400, "failed_precondition_error", (error.reason or "refused").lower(), str(error))
-        case worker.Overloaded():
+        case errors.Overloaded():
             seconds = error.retry_after_seconds or RETRY_SECONDS
             return Problem(429, "overloaded_error", "overloaded", message, retry_after_seconds=seconds)
-        case worker.Unavailable():
+        case errors.Unavailable():
             return _unavailable(message)
-        case worker.DeadlineExceeded():
+        case errors.DeadlineExceeded():
             return Problem(504, "timeout_error", "deadline_exceeded", message)
     # Of a bug over there only that it is one: an exception's own text is for its log.
     return Problem(500, "internal_error", "encoder_failed", "the encoder worker failed; its log has the cause")

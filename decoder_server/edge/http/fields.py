@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from decoder_server.errors import InvalidRequest
+from preread.errors import InvalidRequest
 
 HALF_A_PAIR = "half of a surrogate pair", "text that UTF-8 can hold"  # what it is, and what was expected
 MAX_INT = 2**31 - 1  # more is never meant, and gRPC could not say it either

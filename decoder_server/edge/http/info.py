@@ -12,7 +12,7 @@ from starlette.responses import Response
 from decoder_server.edge.http.body import render
 from decoder_server.edge.http.context import context
 from decoder_server.engine.engine import Engine
-from decoder_server.errors import Unavailable
+from preread.errors import Unavailable
 
 CREATED = 1735689600  # the list of models has to have a date; 2025-01-01
 

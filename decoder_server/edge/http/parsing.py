@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from decoder_server.errors import InvalidRequest
+from preread.errors import InvalidRequest
 from preread_edge.steps import Step
 
 Json = Any

@@ -18,8 +18,8 @@ from decoder_server.edge.http.context import Context, context, read_json, while_
 from decoder_server.edge.http.dialects import FORCED, MAX_PAIRS, Answer, Dialect, Question, check_counts, pick, shown
 from decoder_server.edge.http.fields import Fields
 from decoder_server.engine.engine import Engine
-from decoder_server.errors import InvalidRequest, Refused
-from decoder_server.request import OnMiss, RerankRequest, Summary
+from preread.errors import FailedPrecondition, InvalidRequest
+from preread.types import RerankRequest, Summary
 from preread_edge.steps import SMALL_BYTES
 
 
@@ -57,7 +57,7 @@ async def _ask(here: Context, question: Question, deadline: float, request_id: s
         wanted, cut = await here.call(_cut, engine, question)
     try:
         outcomes, summary = await engine.rerank(wanted, deadline=deadline)
-    except (InvalidRequest, Refused) as exc:
+    except (InvalidRequest, FailedPrecondition) as exc:
         raise question.renamed(exc) from exc
     if question.refuse_truncated:
         _check_whole(engine, question, summary)
@@ -68,7 +68,7 @@ async def _ask(here: Context, question: Question, deadline: float, request_id: s
         empty, unscored = tuple(outcome.index for outcome in unscored), []
     else:
         scored, empty = [outcome for outcome in outcomes if outcome.margin is not None], ()
-        if not scored and question.request.on_miss is not OnMiss.SKIP:
+        if not scored and question.request.on_miss != "skip":
             # An empty ranking would look like an answer. The first reason stands for all.
             fail(unscored[0], summary, question.where(unscored[0].index), encodes_on_demand=encodes)
     top_n = question.request.top_n or len(scored)
@@ -105,7 +105,7 @@ def _cut(engine: Engine, question: Question) -> tuple[RerankRequest, frozenset[i
     pairs = list(zip(candidates, texts, strict=True))
     changed = tuple(dataclasses.replace(candidate, text=text) for candidate, text in pairs)
     request = dataclasses.replace(question.request, candidates=changed)
-    return request, frozenset(candidate.index for candidate, text in pairs if text != candidate.text)
+    return request, frozenset(i for i, (candidate, text) in enumerate(pairs) if text != candidate.text)
 
 
 def _check_whole(engine: Engine, question: Question, summary: Summary) -> None:

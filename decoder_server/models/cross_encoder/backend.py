@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from decoder_server.config import ModelConfig
-from decoder_server.errors import InvalidRequest
+from preread.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from decoder_server.models.cross_encoder import CrossEncoder, TextPair

@@ -16,7 +16,7 @@ from decoder_server.edge.http.context import context, read_json, while_connected
 from decoder_server.edge.http.dialects import check_counts, question
 from decoder_server.edge.http.fields import Fields
 from decoder_server.engine.explain import MAX_CANDIDATES, Explained, explain, first_ids
-from decoder_server.errors import InvalidRequest
+from preread.errors import InvalidRequest
 
 TYPES = {"page.html": "text/html", "page.js": "text/javascript", "page.css": "text/css", "icon.svg": "image/svg+xml"}
 HEADERS = {
@@ -65,4 +65,4 @@ async def explain_few(request: Request) -> Response:
 
 
 def _result(explained: Explained) -> dict[str, Any]:
-    return dataclasses.asdict(explained) | {"status": explained.status.value}
+    return dataclasses.asdict(explained) | {"status": explained.status}

@@ -14,8 +14,8 @@ from starlette.requests import Request
 from decoder_server.edge.http import body
 from decoder_server.edge.http.context import too_slow
 from decoder_server.edge.http.fields import HALF_A_PAIR, Fields, is_utf8
-from decoder_server.errors import InvalidRequest
 from preread import Passage, UpsertResult
+from preread.errors import InvalidRequest
 from preread.types import join_title
 from preread_edge.steps import Pace, Step
 
