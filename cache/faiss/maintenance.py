@@ -1,13 +1,11 @@
-"""Compaction: merges small segments and drops rows nobody points at, beside readers.
+"""Compaction of segments, audit of the catalogue, and its repair.
 
-A group of segments is rewritten as one new segment; one transaction moves the passages over and forgets the old ones;
-then their files are unlinked. Readers keep what they read; readers that find a file gone look into the catalogue
-again. Does not take the writer lock: its caller holds it around each group.
-
-Damage of the catalogue as a whole, which reading passages does not show, and its mending.
+Compaction merges small segments and drops unreferenced rows while readers go on: a group of segments is rewritten as
+one; one transaction moves the passages over and forgets the old segments; then their files are unlinked. Readers that
+find a file gone look into the catalogue again. The caller holds the writer lock around each group.
 
 A passage that is lost together with the catalogue page that names it reads as missing, and only the catalogue can tell
-that there was one. `find` looks for such damage; `rebuild` writes the catalogue again out of what is whole.
+that there was one. `audit` looks for such damage; `rebuild` writes the catalogue again from its intact rows.
 """
 
 import sqlite3
@@ -16,25 +14,29 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cache.codecs import Codec
 from cache.errors import CacheError, DamagedRecord, InvalidName, ManifestError, StoreDamaged
-from cache.faiss import rows
-from cache.faiss.catalogue import (
-    Catalogue,
-    blob,
-    check_row,
-    integer,
-    is_whole,
-    new_file,
-    num_committed,
-    row_checksum,
-    text,
-    translated,
-)
+from cache.faiss.catalogue import SUMS, Catalogue, num_committed, set_committed, translated
 from cache.faiss.lock import WriterLock
+from cache.faiss.rows import (
+    COVERED,
+    blob,
+    bump,
+    checked_row,
+    checked_rows,
+    find_collection,
+    integer,
+    put_row,
+    row_name,
+    set_alias,
+    shown,
+    text,
+)
 from cache.faiss.segments import Segment, SegmentFiles, SegmentGone, remove_orphans, write_segment
 from cache.manifest import Manifest
 from cache.record import Header, passage_id_bytes
@@ -42,25 +44,21 @@ from cache.store import Audit
 
 # Up to this much is rewritten at a time; FAISS's copies make it about four times that in memory.
 TARGET_SEGMENT_BYTES = 128 << 20
-# Segments below are merged by themselves once there are this many; larger ones are only touched on request.
-SMALL_SEGMENT_BYTES = 8 << 20
+# Smaller segments are merged automatically once there are `MAX_SMALL_SEGMENTS`; larger ones only on request.
+_SMALL_SEGMENT_BYTES = 8 << 20
 MAX_SMALL_SEGMENTS = 64
+
+_MAX_SHOWN = 20
+_UNREADABLE = "rows that cannot be read:"
 
 
 @dataclass(frozen=True, slots=True)
 class Compaction:
-    """What a compaction did."""
+    """Effect of a compaction."""
 
     num_segments_before: int
     num_segments_after: int
     num_bytes_dropped: int
-
-
-_USE = """
-SELECT segment_id, collection_id, file_name, num_rows, code_size, codes_offset, checksum,
-    (SELECT coalesce(sum(num_states), 0) FROM passages WHERE passages.segment_id = segments.segment_id)
-FROM segments WHERE collection_id = ? ORDER BY segment_id
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,179 +73,154 @@ class SegmentUse:
         return self.num_live_rows * self.segment.code_size
 
     @property
-    def is_small(self) -> bool:
-        return self.segment.num_rows * self.segment.code_size < SMALL_SEGMENT_BYTES
-
-    @property
     def num_dead_bytes(self) -> int:
         return (self.segment.num_rows - self.num_live_rows) * self.segment.code_size
 
 
 def segments_in_use(connection: sqlite3.Connection, collection_id: int) -> list[SegmentUse]:
     """All segments of a collection, oldest first."""
-    uses = []
-    for *values, num_live_rows in connection.execute(_USE, (collection_id,)):
-        segment = rows.segment_of(collection_id, tuple(values))
-        if isinstance(segment, str):
-            raise StoreDamaged(segment)
-        uses.append(SegmentUse(segment, integer(num_live_rows)))
-    return uses
+    query = "SELECT segment_id, sum(num_states) FROM passages WHERE collection_id = ? GROUP BY segment_id"
+    live = dict(connection.execute(query, (collection_id,)))
+    where = "WHERE collection_id = ? ORDER BY segment_id"
+    return [
+        SegmentUse(Segment(segment_id, *rest), integer(live.get(segment_id, 0)))
+        for segment_id, _, *rest in checked_rows(connection, "segments", where, collection_id)
+    ]
 
 
-def num_small_segments(connection: sqlite3.Connection, collection_id: int) -> int:
-    """Segments that `merge` of small ones would take up."""
+def small_segments(connection: sqlite3.Connection, collection_id: int, min_segments: int) -> list[SegmentUse]:
+    """Segments that are merged automatically; none before there are `min_segments`."""
     query = "SELECT count(*) FROM segments WHERE collection_id = ? AND num_rows * code_size < ?"
-    return int(connection.execute(query, (collection_id, SMALL_SEGMENT_BYTES)).fetchone()[0])
+    (number,) = connection.execute(query, (collection_id, _SMALL_SEGMENT_BYTES)).fetchone()
+    uses = segments_in_use(connection, collection_id) if number >= min_segments else []
+    return [use for use in uses if use.segment.num_rows * use.segment.code_size < _SMALL_SEGMENT_BYTES]
 
 
 def plan(uses: list[SegmentUse]) -> list[list[SegmentUse]]:
     """Groups of segments worth rewriting, each at most about TARGET_SEGMENT_BYTES of live codes."""
-    groups: list[list[SegmentUse]] = []
-    group: list[SegmentUse] = []
+    groups: list[list[SegmentUse]] = [[]]
     num_bytes = 0
     for use in uses:
         if not use.num_dead_bytes and use.num_live_bytes >= TARGET_SEGMENT_BYTES // 2:
             continue
-        if group and num_bytes + use.num_live_bytes > TARGET_SEGMENT_BYTES:
-            groups.append(group)
-            group, num_bytes = [], 0
-        group.append(use)
+        if groups[-1] and num_bytes + use.num_live_bytes > TARGET_SEGMENT_BYTES:
+            groups.append([])
+            num_bytes = 0
+        groups[-1].append(use)
         num_bytes += use.num_live_bytes
-    if group:
-        groups.append(group)
-    return [group for group in groups if len(group) > 1 or group[0].num_dead_bytes]
+    return [group for group in groups if len(group) > 1 or (group and group[0].num_dead_bytes)]
 
 
 def rewrite(
-    group: list[SegmentUse],
-    *,
-    catalogue: Catalogue,
-    directory: Path,
-    files: SegmentFiles,
-    codec: Codec,
-    collection_id: int,
+    catalogue: Catalogue, files: SegmentFiles, codec: Codec, collection_id: int, group: list[SegmentUse]
 ) -> set[int]:
     """Rewrite a group as one segment; returns the segments that could not be.
 
     A segment whose file is missing or too short is left as it is, so that its passages keep being reported damaged;
-    codes are copied unchecked for the same reason: their checksums travel with them. Raises StoreDamaged.
+    codes are copied unchecked for the same reason: their checksums travel with them.
     """
-    parts = []
+    parts: list[NDArray[np.uint8]] = []
     moved: list[tuple[int, int, int]] = []  # new first row, row key, old segment
-    readable: list[SegmentUse] = []
-    unreadable: set[int] = set()
+    readable: list[Segment] = []
     num_rows = 0
     with catalogue.reading() as connection:
-        for use in group:
+        for segment in (use.segment for use in group):
             query = "SELECT row_key, first_row, num_states FROM passages WHERE segment_id = ? ORDER BY first_row"
-            places = [
-                (integer(row_key), integer(first_row), integer(num_states))
-                for row_key, first_row, num_states in connection.execute(query, (use.segment.segment_id,))
-            ]
+            places = [tuple(map(integer, row)) for row in connection.execute(query, (segment.segment_id,))]
             try:
-                codes = list(files.codes(use.segment, [(first_row, num_states) for _, first_row, num_states in places]))
+                codes = list(files.codes(segment, [(first_row, num_states) for _, first_row, num_states in places]))
             except SegmentGone:
                 codes = []
             whole = [one for one in codes if not isinstance(one, DamagedRecord)]
             if len(whole) < len(places):
-                unreadable.add(use.segment.segment_id)
                 continue
-            readable.append(use)
+            readable.append(segment)
             parts.extend(whole)
             for row_key, _, num_states in places:
-                moved.append((num_rows, row_key, use.segment.segment_id))
+                moved.append((num_rows, row_key, segment.segment_id))
                 num_rows += num_states
-    if not readable:
-        return unreadable
-    code_size = codec.code_size_bytes
-    if num_rows:
-        codes_matrix = np.concatenate(parts).reshape(num_rows, code_size)
-        file_name, offset = write_segment(directory, codec, codes_matrix)
-    with catalogue.writing() as connection:
+    if readable:
         if num_rows:
-            segment_id = add_segment(connection, collection_id, file_name, num_rows, code_size, offset)
-            query = f"UPDATE passages SET segment_id = {segment_id}, first_row = ? WHERE row_key = ? AND segment_id = ?"
-            connection.executemany(query, moved)
-        forget_segments(connection, [use.segment.segment_id for use in readable])
-    for use in readable:
-        (directory / use.segment.file_name).unlink(missing_ok=True)
-    return unreadable
+            matrix = np.concatenate(parts).reshape(num_rows, codec.code_size_bytes)
+            file_name, offset = write_segment(files.directory, codec, matrix)
+        with catalogue.writing() as connection:
+            if num_rows:
+                segment_id = add_segment(connection, collection_id, file_name, matrix, offset)
+                query = (
+                    f"UPDATE passages SET segment_id = {segment_id}, first_row = ? WHERE row_key = ? AND segment_id = ?"
+                )
+                connection.executemany(query, moved)
+            connection.executemany("DELETE FROM segments WHERE segment_id = ?", [(one.segment_id,) for one in readable])
+            connection.execute("UPDATE store SET num_removed = num_removed + 1")
+        for segment in readable:
+            (files.directory / segment.file_name).unlink(missing_ok=True)
+    return {use.segment.segment_id for use in group} - {segment.segment_id for segment in readable}
 
 
 def add_segment(
-    connection: sqlite3.Connection, collection_id: int, file_name: str, num_rows: int, code_size: int, offset: int
+    connection: sqlite3.Connection, collection_id: int, file_name: str, codes: NDArray[np.uint8], offset: int
 ) -> int:
-    """A catalogue row for a segment file that is already durable; returns its id."""
-    query = "INSERT INTO segments (collection_id, file_name, num_rows, code_size, codes_offset) VALUES (?, ?, ?, ?, ?)"
-    columns = (collection_id, file_name, num_rows, code_size, offset)
-    segment_id = connection.execute(query, columns).lastrowid
+    """A catalogue row for a durable segment file with these codes (num_rows, code_size); returns its id."""
+    num_rows, code_size = codes.shape
+    segment_id = put_row(
+        connection, "segments", collection_id=collection_id, file_name=file_name, num_rows=num_rows,
+        code_size=code_size, codes_offset=offset,
+    )  # fmt: skip
     assert segment_id is not None
-    query = "UPDATE segments SET checksum = ? WHERE segment_id = ?"
-    connection.execute(query, (row_checksum(segment_id, *columns), segment_id))
     return segment_id
 
 
-def forget_segments(connection: sqlite3.Connection, segment_ids: list[int]) -> None:
-    """Remove catalogue rows of segments, and tell readers that some are gone."""
-    connection.executemany("DELETE FROM segments WHERE segment_id = ?", [(segment_id,) for segment_id in segment_ids])
-    connection.execute("UPDATE store SET num_removed = num_removed + 1")
-
-
-MAX_SHOWN = 20
-_UNREADABLE = "rows that cannot be read:"
-_COUNTED = "num_passages, num_states, num_tokens, num_truncated, size_bytes, num_clipped"
-_COUNTS = """SELECT count(*), coalesce(sum(num_states), 0), coalesce(sum(num_tokens), 0), coalesce(sum(truncated), 0),
-    coalesce(sum(size_bytes), 0), coalesce(sum(num_clipped), 0) FROM passages NOT INDEXED WHERE collection_id = ?"""
-_SEGMENT = "segment_id, collection_id, file_name, num_rows, code_size, codes_offset, checksum"
-
-
-def find(catalogue: Catalogue, directory: Path, lock: WriterLock, collection: str) -> Audit:
+def audit(catalogue: Catalogue, directory: Path, lock: WriterLock, collection: str) -> Audit:
     """Damage of the catalogue: its pages and indexes, rows that no record vouches for, counts, lost commits.
 
-    Raises StoreDamaged where it cannot be opened at all.
+    Raises:
+        StoreDamaged: it cannot be opened at all.
     """
     noted = lock.noted() or 0  # before the catalogue: a writer commits first
-    found: list[str] = []
+    problems: list[str] = []
     if not catalogue.exists:
         return Audit()
     with translated(catalogue.path), catalogue.reading() as connection:
-        checks = _pages(connection), _lost_commits(connection, noted), _names(connection)
-        for check in (*checks, _counters(connection, collection)):
+        for check in (
+            _damaged_pages(connection),
+            _lost_commits(connection, noted),
+            _damaged_names(connection),
+            _wrong_counts(connection, collection),
+        ):
             try:
-                found.extend(check)
+                problems.extend(check)
             except (CacheError, sqlite3.Error) as exc:
-                found.append(f"catalogue: {exc}")
-        with suppress(CacheError, sqlite3.Error):
-            found.extend(_segments(connection))
-    return Audit(tuple(found), tuple(_orphans(catalogue, directory, lock)))
+                problems.append(f"catalogue: {exc}")
+        for _ in _whole_rows(connection, "segments", problems):
+            pass  # a damaged file is reported by its passages
+    orphans: list[str] = []
+    with lock.idle() as is_idle, suppress(CacheError, OSError, sqlite3.Error):
+        if is_idle and directory.is_dir():
+            committed = committed_files(catalogue, lock)
+            orphans = sorted(path.name for path in directory.iterdir() if path.name not in committed)
+    return Audit(tuple(problems), tuple(orphans))
 
 
 def committed_files(catalogue: Catalogue, lock: WriterLock) -> set[str]:
     """Names of the segments that are in the catalogue: all others may be removed.
 
-    Raises StoreDamaged where that is not certain, so that a damaged catalogue never costs the codes it should name.
+    Raises:
+        StoreDamaged: that is not certain, so that a damaged catalogue never costs the codes it should name.
     """
     noted = lock.noted() or 0
     with catalogue.reading() as connection:
-        for problem in chain(_lost_commits(connection, noted), _pages(connection, "segments")):
+        for problem in chain(_lost_commits(connection, noted), _damaged_pages(connection, "segments")):
             raise StoreDamaged(f"the catalogue is damaged: {problem}")
-        found = set()
-        for values in connection.execute(f"SELECT {_SEGMENT} FROM segments"):
-            segment = rows.segment_of(integer(values[1]), values)
-            if isinstance(segment, str):
-                raise StoreDamaged(f"the catalogue is damaged: {segment}")
-            found.add(segment.file_name)
-        return found
+        return {file_name for _, _, file_name, *_ in checked_rows(connection, "segments")}
 
 
 def rebuild(catalogue: Catalogue, directory: Path, lock: WriterLock) -> list[str]:
-    """Write a new catalogue with all rows of this one that are whole, put it in its place, and say what was left.
+    """Replace the catalogue by one with all its intact rows; returns what was left behind.
 
     Only for the holder of the writer lock. Counters, indexes and generations are made again.
     """
     left: list[str] = []
-    with catalogue.salvaging() as old, closing(new_file(catalogue.aside)) as new:
-        new.execute("PRAGMA synchronous = FULL")
+    with catalogue.salvaging() as old, closing(catalogue.new_file()) as new:
         new.execute("BEGIN")
         collections = _copy_names(old, new, left)
         _copy_passages(old, new, collections, left)
@@ -256,10 +229,9 @@ def rebuild(catalogue: Catalogue, directory: Path, lock: WriterLock) -> list[str
         commits = 0
         with suppress(StoreDamaged, sqlite3.Error):
             commits = num_committed(old)
-        # More than any that was acknowledged: what is lost has been said here.
+        # More than any that was acknowledged: losses have been reported.
         commits = max(commits, lock.noted() or 0) + 1
-        (schema,) = new.execute("SELECT schema FROM store").fetchone()
-        new.execute("UPDATE store SET num_commits = ?, checksum = ?", (commits, row_checksum(commits, schema)))
+        set_committed(new, commits)
         new.execute("COMMIT")
     catalogue.replace(catalogue.aside)
     lock.note(commits)
@@ -267,9 +239,9 @@ def rebuild(catalogue: Catalogue, directory: Path, lock: WriterLock) -> list[str
     return left
 
 
-def _pages(connection: sqlite3.Connection, table: str = "") -> Iterator[str]:
-    """SQLite's own check, which ends where a walk over a damaged index might not: it counts what it has visited."""
-    for (line,) in connection.execute(f"PRAGMA integrity_check({table or MAX_SHOWN})"):
+def _damaged_pages(connection: sqlite3.Connection, table: str = "") -> Iterator[str]:
+    """SQLite's own check, which ends where a walk over a damaged index might not: it counts the pages visited."""
+    for (line,) in connection.execute(f"PRAGMA integrity_check({table or _MAX_SHOWN})"):
         if line != b"ok":
             yield f"catalogue: {line.decode(errors='replace')}"
 
@@ -280,42 +252,31 @@ def _lost_commits(connection: sqlite3.Connection, noted: int) -> Iterator[str]:
         yield f"the last {noted - commits} of {noted} commits are lost"
 
 
-def _names(connection: sqlite3.Connection) -> Iterator[str]:
+def _damaged_names(connection: sqlite3.Connection) -> Iterator[str]:
     """Collections, aliases and generations whose row is damaged, or that point nowhere."""
-    names = set()
-    for collection_id, name, manifest, checksum in connection.execute(
-        "SELECT collection_id, name, manifest, checksum FROM collections"
-    ):
-        try:
-            names.add(text(name))
-            check_row(f"collection {text(name)!r}", checksum, integer(collection_id), text(name))
-            Manifest.from_json(blob(manifest), text(name))
-        except CacheError as exc:
-            yield f"collection {_shown(name)!r}: {exc}"
-    for alias, name, checksum in connection.execute("SELECT alias, name, checksum FROM aliases"):
-        if not is_whole(checksum, text(alias), text(name)):
-            yield f"checksum of alias {text(alias)!r} does not match"
-        elif text(name) not in names:
-            yield f"alias {text(alias)!r} points at {text(name)!r}, which does not exist"
-    for name, generation, checksum in connection.execute("SELECT name, generation, checksum FROM generations"):
-        if not is_whole(checksum, text(name), integer(generation)):
-            yield f"checksum of the generation of {text(name)!r} does not match"
-        names.discard(text(name))
-    for name in sorted(names):
-        yield f"collection {name!r} has no generation"
+    problems: list[str] = []
+    names = {name for _, name, _ in _whole_collections(connection, problems)}
+    for alias, name, _ in _whole_rows(connection, "aliases", problems):
+        if name not in names:
+            problems.append(f"alias {alias!r} points at {name!r}, which does not exist")
+    counted = {name for name, *_ in _whole_rows(connection, "generations", problems)}
+    problems.extend(f"collection {name!r} has no generation" for name in sorted(names - counted))
+    yield from problems
 
 
-def _counters(connection: sqlite3.Connection, collection: str) -> Iterator[str]:
+def _wrong_counts(connection: sqlite3.Connection, collection: str) -> Iterator[str]:
     """Counters that differ from the rows, and rows that belong to nothing."""
-    collection_id = rows.find_collection(connection, collection)
+    collection_id = find_collection(connection, collection)
     if collection_id is not None:
+        sums = ", ".join(f"coalesce(sum({column}), 0)" for column in SUMS.values())
         # One statement: both see the same commits.
-        query = f"SELECT * FROM (SELECT {_COUNTED} FROM collections WHERE collection_id = ?), ({_COUNTS})"
-        both = connection.execute(query, (collection_id, collection_id)).fetchone()
-        counted, there = both[:6], both[6:]
-        for name, left, right in zip(_COUNTED.split(", "), counted, there, strict=True):
-            if left != right:
-                yield f"{name} of collection {collection!r} is {left}, its rows have {right}"
+        query = f"""SELECT * FROM (SELECT num_passages, {", ".join(SUMS)} FROM collections WHERE collection_id = ?1),
+            (SELECT count(*), {sums} FROM passages NOT INDEXED WHERE collection_id = ?1)"""
+        both = connection.execute(query, (collection_id,)).fetchone()
+        half = len(both) // 2
+        for name, counted, there in zip(("num_passages", *SUMS), both[:half], both[half:], strict=True):
+            if counted != there:
+                yield f"{name} of collection {collection!r} is {counted}, its rows have {there}"
     # Neither is found by a scan: an id of another type sorts before all that are bytes.
     for condition, problem in (
         ("collection_id NOT IN (SELECT collection_id FROM collections)", "belong to no collection"),
@@ -326,64 +287,63 @@ def _counters(connection: sqlite3.Connection, collection: str) -> Iterator[str]:
             yield f"{number} passages {problem}"
 
 
-def _segments(connection: sqlite3.Connection) -> Iterator[str]:
-    """Rows of segments that are damaged. What is wrong with a file is told by the passages that lie there."""
-    for values in connection.execute(f"SELECT {_SEGMENT} FROM segments"):
-        segment = rows.segment_of(integer(values[1]), values)
-        if isinstance(segment, str):
-            yield segment
+def _salvaged(connection: sqlite3.Connection, query: str, problems: list[str]) -> Iterator[tuple[Any, ...]]:
+    """Rows of a query until one cannot be read, which becomes a problem."""
+    try:
+        yield from connection.execute(query)
+    except sqlite3.Error as exc:
+        problems.append(f"{_UNREADABLE} {exc}")
 
 
-def _orphans(catalogue: Catalogue, directory: Path, lock: WriterLock) -> list[str]:
-    with lock.idle() as is_idle, suppress(CacheError, OSError, sqlite3.Error):
-        if is_idle and directory.is_dir():
-            committed = committed_files(catalogue, lock)
-            return sorted(path.name for path in directory.iterdir() if path.name not in committed)
-    return []
+def _whole_rows(
+    connection: sqlite3.Connection, table: str, problems: list[str], also: str = "NULL"
+) -> Iterator[tuple[Any, ...]]:
+    """The covered columns of intact rows, and one more; damaged rows become problems."""
+    query = f"SELECT {also}, {', '.join(COVERED[table])}, checksum FROM {table}"
+    for further, *row in _salvaged(connection, query, problems):
+        try:
+            yield (*checked_row(table, row), further)
+        except StoreDamaged as exc:
+            problems.append(f"{row_name(table, row)}: {exc}")
+
+
+def _whole_collections(connection: sqlite3.Connection, problems: list[str]) -> Iterator[tuple[int, str, bytes]]:
+    """Numbers, names and manifests of intact collections."""
+    for collection_id, name, manifest in _whole_rows(connection, "collections", problems, "manifest"):
+        try:
+            Manifest.from_json(blob(manifest), name)
+            yield collection_id, name, manifest
+        except (ManifestError, StoreDamaged) as exc:
+            problems.append(f"collection {name!r}: {exc}")
 
 
 def _copy_names(old: sqlite3.Connection, new: sqlite3.Connection, left: list[str]) -> set[int]:
     """Copy collections, aliases, generations and segments; returns the numbers of the collections."""
     kept: dict[str, int] = {}
-    for collection_id, name, manifest, checksum in _salvaged(
-        old, "SELECT collection_id, name, manifest, checksum FROM collections", left
-    ):
+    for collection_id, name, manifest in _whole_collections(old, left):
+        put_row(new, "collections", collection_id=collection_id, name=name, manifest=manifest)
+        kept[name] = collection_id
+    for alias, name, _ in _whole_rows(old, "aliases", left):
         try:
-            check_row(f"collection {_shown(name)!r}", checksum, integer(collection_id), text(name))
-            Manifest.from_json(blob(manifest), text(name))
-        except (StoreDamaged, ManifestError) as exc:
-            left.append(f"collection {_shown(name)!r}: {exc}")
-            continue
-        query = "INSERT INTO collections (collection_id, name, manifest, checksum) VALUES (?, ?, ?, ?)"
-        new.execute(query, (collection_id, text(name), manifest, row_checksum(integer(collection_id), text(name))))
-        kept[text(name)] = integer(collection_id)
-    for alias, name, checksum in _salvaged(old, "SELECT alias, name, checksum FROM aliases", left):
-        try:
-            check_row(f"alias {_shown(alias)!r}", checksum, text(alias), text(name))
-            rows.set_alias(new, text(alias), text(name), shadowing=True)
+            set_alias(new, alias, name, shadowing=True)
         except CacheError as exc:
-            left.append(f"alias {_shown(alias)!r}: {exc}")
-    for name, generation, checksum in _salvaged(old, "SELECT name, generation, checksum FROM generations", left):
-        if type(generation) is int and is_whole(checksum, _shown(name), generation):
-            query = "INSERT OR IGNORE INTO generations (name, generation, checksum) VALUES (?, ?, ?)"
-            new.execute(query, (text(name), generation, row_checksum(text(name), generation)))
+            left.append(f"alias {alias!r}: {exc}")
+    lost: list[str] = []  # a damaged generation loses nothing
+    for name, generation, _ in _whole_rows(old, "generations", lost):
+        put_row(new, "generations", name=name, generation=generation)
+    left.extend(problem for problem in lost if problem.startswith(_UNREADABLE))
     for name in kept:
-        rows.bump(new, name)
-    for values in _salvaged(old, f"SELECT {_SEGMENT} FROM segments", left):
-        if type(values[1]) is not int or isinstance(segment := rows.segment_of(values[1], values), str):
-            left.append(f"the row of segment {values[0]!r}")
-        elif values[1] in kept.values():
-            columns = values[0], values[1], segment.file_name, segment.num_rows, segment.code_size, segment.codes_offset
-            query = f"INSERT INTO segments ({_SEGMENT}) VALUES (?, ?, ?, ?, ?, ?, ?)"
-            new.execute(query, (*columns, row_checksum(*columns)))  # type: ignore[arg-type]  # segment_of checked them
+        bump(new, name)
+    for row in _whole_rows(old, "segments", left):
+        if row[1] in kept.values():
+            put_row(new, "segments", **dict(zip(COVERED["segments"], row, strict=False)))
     return set(kept.values())
 
 
 def _copy_passages(old: sqlite3.Connection, new: sqlite3.Connection, collections: set[int], left: list[str]) -> None:
     segments = {segment_id for (segment_id,) in new.execute("SELECT segment_id FROM segments")}
-    insert = """INSERT OR IGNORE INTO passages (row_key, collection_id, passage_id, segment_id, first_row, num_states,
-        num_tokens, truncated, size_bytes, num_clipped, header, windows, text)
-        VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+    insert = f"""INSERT OR IGNORE INTO passages (row_key, collection_id, passage_id, segment_id, first_row,
+        {", ".join(SUMS.values())}, header, windows, text) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
     # From both ends: a page that cannot be read ends either way.
     for order in ("ASC", "DESC"):
         query = f"""SELECT row_key, collection_id, passage_id, segment_id, first_row, header, windows, text
@@ -396,23 +356,9 @@ def _copy_passages(old: sqlite3.Connection, new: sqlite3.Connection, collections
                 header = Header.parse(blob(packed), passage_id_bytes(text(passage_id)))
                 if segment_id not in segments or collection_id not in collections:
                     raise DamagedRecord("belongs to no collection or segment")
-                counts = header.num_states, header.num_tokens, header.truncated, header.total_bytes, header.num_clipped
                 place = integer(row_key), collection_id, passage_id, segment_id, integer(first_row)
-                new.execute(insert, (*place, *counts, packed, blob(windows), blob(written)))
+                new.execute(insert, (*place, *header.counts, packed, blob(windows), blob(written)))
             except (DamagedRecord, InvalidName, StoreDamaged) as exc:
-                left.append(f"passage {_shown(passage_id)!r}: {exc}")
+                left.append(f"passage {shown(passage_id)}: {exc}")
         if len(left) == complete or not left[-1].startswith(_UNREADABLE):
             return
-
-
-def _salvaged(connection: sqlite3.Connection, query: str, left: list[str]) -> Iterator[tuple[object, ...]]:
-    """Rows of a query until one cannot be read; that is put down."""
-    try:
-        yield from connection.execute(query)
-    except sqlite3.Error as exc:
-        left.append(f"{_UNREADABLE} {exc}")
-
-
-def _shown(value: object) -> str:
-    """The text of a column, as far as it is text."""
-    return value.decode(errors="replace") if isinstance(value, bytes) else repr(value)

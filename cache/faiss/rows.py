@@ -1,12 +1,9 @@
-"""Collections, aliases and generations in the catalogue, as functions over a connection.
+"""Rows of the catalogue's tables, as functions over a connection: checked when read, signed when written.
 
-Whatever changes something runs inside a write transaction of the caller. Rows that fail their check raise StoreDamaged.
-
-Rows of the catalogue's `passages` table: written from records, read back into records.
-
-The one place that knows the columns, and where rows are checked: a record's header is the checksum of its row. It holds
-the id it was asked for, and what the other columns say must agree with it; a wrong place in a segment has other codes.
-Transactions and locks are the caller's.
+A passage's record header is the checksum of its row: it covers the requested id, and the other columns must agree with
+it; a wrong place in a segment holds other codes. All other rows carry a checksum over their columns. Values go through
+`integer`, `text` or `blob`, because a flipped bit may change a column's type; these and everything else that finds a
+damaged row raise StoreDamaged. Transactions and locks are the caller's.
 """
 
 import sqlite3
@@ -14,154 +11,151 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import groupby
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
-from cache.errors import (
-    CollectionExists,
-    CollectionInUse,
-    CollectionNotFound,
-    DamagedRecord,
-    ManifestError,
-    StoreDamaged,
-)
-from cache.faiss.catalogue import blob, check_row, integer, row_checksum, text
+from cache.errors import CollectionExists, CollectionNotFound, DamagedRecord, ManifestError, StoreDamaged
 from cache.faiss.segments import Segment, SegmentFiles, SegmentGone
 from cache.manifest import Manifest
 from cache.record import RECORD_VERSION, Damaged, Header, Record, check_name, passage_id_bytes
-from cache.store import StoreStats
+
+# Columns that a row's checksum covers, the key first, by table. Rows of catalogue version 1 have a mark in its place,
+# longer than a checksum, so that no flipped bit makes one of the other.
+COVERED: dict[str, dict[str, type]] = {
+    "collections": {"collection_id": int, "name": str},
+    "aliases": {"alias": str, "name": str},
+    "generations": {"name": str, "generation": int},
+    "segments": {
+        "segment_id": int, "collection_id": int, "file_name": str, "num_rows": int, "code_size": int,
+        "codes_offset": int,
+    },
+}  # fmt: skip
+UNCHECKED = b"version 1"
+
+# SQLite's bound on variables per statement is 32,766; larger statements only take longer to prepare.
+_LOOKUP_CHUNK = 1000
+
+_PASSAGE = "segment_id, first_row, num_states, num_tokens, truncated, size_bytes, num_clipped, header, windows, text"
+_UPSERT = f"""INSERT INTO passages (collection_id, passage_id, {_PASSAGE})
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (collection_id, passage_id) DO UPDATE SET
+    {", ".join(f"{column} = excluded.{column}" for column in _PASSAGE.split(", "))}"""
+# A row whose segment is not in the catalogue is found, and damaged.
+_SELECT = """SELECT passage_id, header, windows, text, first_row, passages.num_states, num_tokens, truncated,
+    size_bytes, num_clipped, passages.segment_id, segments.collection_id, file_name, num_rows, code_size, codes_offset,
+    checksum
+    FROM passages LEFT JOIN segments ON segments.segment_id = passages.segment_id WHERE passages.collection_id = ?"""
+
+
+def integer(value: object) -> int:
+    if type(value) is not int:
+        raise StoreDamaged(f"the catalogue is damaged: {value!r:.40}, expected a whole number")
+    return value
+
+
+def blob(value: object) -> bytes:
+    if type(value) is not bytes:
+        raise StoreDamaged(f"the catalogue is damaged: {value!r:.40}, expected bytes")
+    return value
+
+
+def text(value: object) -> str:
+    try:
+        return blob(value).decode()  # connections to a catalogue give text as bytes
+    except UnicodeDecodeError as exc:
+        raise StoreDamaged(f"the catalogue is damaged: {value!r:.40}, expected UTF-8") from exc
+
+
+def shown(value: object) -> str:
+    """A column for a message, as text as far as it is text."""
+    return repr(value.decode(errors="replace") if isinstance(value, bytes) else value)
+
+
+def row_checksum(*columns: int | str | bytes) -> bytes:
+    """Checksum of the columns; the function of that name in SQL."""
+    return xxhash.xxh3_64_digest(repr(columns).encode())
+
+
+def checked_row(table: str, row: Sequence[object]) -> tuple[Any, ...]:
+    """The covered columns of a row whose checksum comes last."""
+    *columns, checksum = row
+    kinds = COVERED[table].values()
+    values = [integer(one) if kind is int else text(one) for kind, one in zip(kinds, columns, strict=True)]
+    if checksum not in (row_checksum(*values), UNCHECKED):
+        raise StoreDamaged(f"the catalogue is damaged: checksum of {row_name(table, columns)} does not match")
+    return tuple(values)
+
+
+def checked_rows(connection: sqlite3.Connection, table: str, where: str = "", *values: object) -> Iterator[Any]:
+    """The covered columns of rows, each checked; `where` may also order them."""
+    for row in connection.execute(f"SELECT {', '.join(COVERED[table])}, checksum FROM {table} {where}", values):
+        yield checked_row(table, row)
+
+
+def put_row(connection: sqlite3.Connection, table: str, **columns: object) -> int | None:
+    """Insert a row with its checksum, or replace the row of its key; returns the key where the catalogue assigns it."""
+    names, marks = ", ".join(columns), ", ".join("?" * len(columns))
+    query = f"INSERT OR REPLACE INTO {table} ({names}) VALUES ({marks})"
+    assigned = connection.execute(query, tuple(columns.values())).lastrowid
+    key, *_ = covered = COVERED[table]
+    query = f"UPDATE {table} SET checksum = row_checksum({', '.join(covered)}) WHERE {key} = ?"
+    connection.execute(query, (columns.get(key, assigned),))
+    return assigned
+
+
+def row_name(table: str, columns: Sequence[object]) -> str:
+    """A row in a message: its table, and its first column that is text."""
+    key = next((one for one in columns if isinstance(one, bytes)), columns[0])
+    return f"{'alias' if table == 'aliases' else table.removesuffix('s')} {shown(key)}"
 
 
 def find_collection(connection: sqlite3.Connection, name: str) -> int | None:
     """Its number in the catalogue; a name used again gets another one."""
-    row = connection.execute("SELECT collection_id, checksum FROM collections WHERE name = ?", (name,)).fetchone()
-    if row is None:
-        return None
-    collection_id = integer(row[0])
-    check_row(f"collection {name!r}", row[1], collection_id, name)
-    return collection_id
+    return next((number for number, _ in checked_rows(connection, "collections", "WHERE name = ?", name)), None)
 
 
 def require_collection(connection: sqlite3.Connection, name: str) -> int:
-    collection_id = find_collection(connection, name)
-    if collection_id is None:
+    if (collection_id := find_collection(connection, name)) is None:
         raise CollectionNotFound(f"collection: {name!r} does not exist in this store")
     return collection_id
 
 
 def read_manifest(connection: sqlite3.Connection, name: str) -> Manifest | None:
     row = connection.execute("SELECT manifest FROM collections WHERE name = ?", (name,)).fetchone()
-    if row is None:
-        return None
     try:
-        return Manifest.from_json(blob(row[0]), name)
+        return None if row is None else Manifest.from_json(blob(row[0]), name)
     except ManifestError as exc:
         raise StoreDamaged(f"collection {name!r} cannot be read: {exc}") from exc
 
 
-def write_manifest(connection: sqlite3.Connection, manifest: Manifest) -> None:
-    name = manifest.collection
-    if find_collection(connection, name) is not None or name in aliases(connection):
-        raise CollectionExists(f"collection: {name!r} already exists in this store")
-    query = "INSERT INTO collections (name, manifest) VALUES (?, ?)"
-    collection_id = connection.execute(query, (name, manifest.to_json())).lastrowid
-    assert collection_id is not None
-    query = "UPDATE collections SET checksum = ? WHERE collection_id = ?"
-    connection.execute(query, (row_checksum(collection_id, name), collection_id))
-    bump(connection, name)
-
-
-def list_collections(connection: sqlite3.Connection) -> list[str]:
-    names = []
-    for row in connection.execute("SELECT collection_id, name, checksum FROM collections ORDER BY name"):
-        collection_id, name = integer(row[0]), text(row[1])
-        check_row(f"collection {name!r}", row[2], collection_id, name)
-        names.append(name)
-    return names
-
-
-def drop(connection: sqlite3.Connection, name: str) -> list[str]:
-    """Remove everything of a collection from the catalogue; returns the segment files that are now nobody's."""
-    collection_id = require_collection(connection, name)
-    if users := sorted(alias for alias, target in aliases(connection).items() if target == name):
-        raise CollectionInUse(f"collection: {name!r} is in use by the aliases {users}; move them first")
-    query = "SELECT file_name FROM segments WHERE collection_id = ?"
-    file_names = [text(file_name) for (file_name,) in connection.execute(query, (collection_id,))]
-    for table in ("passages", "segments", "collections"):
-        connection.execute(f"DELETE FROM {table} WHERE collection_id = ?", (collection_id,))
-    connection.execute("UPDATE store SET num_removed = num_removed + 1")
-    bump(connection, name)
-    return file_names
-
-
-def aliases(connection: sqlite3.Connection) -> dict[str, str]:
-    found = {}
-    for row in connection.execute("SELECT alias, name, checksum FROM aliases"):
-        alias, name = text(row[0]), text(row[1])
-        check_row(f"alias {alias!r}", row[2], alias, name)
-        found[alias] = name
-    return found
-
-
-def set_alias(connection: sqlite3.Connection, alias: str, name: str, *, shadowing: bool = False) -> None:
+def set_alias(connection: sqlite3.Connection, alias: str, name: str, *, shadowing: bool) -> None:
     check_name("alias", alias)
     if find_collection(connection, alias) is not None and not shadowing:
         raise CollectionExists(f"alias: {alias!r} is the name of a collection")
     require_collection(connection, name)
-    query = """INSERT INTO aliases (alias, name, checksum) VALUES (?, ?, ?)
-        ON CONFLICT (alias) DO UPDATE SET name = excluded.name, checksum = excluded.checksum"""
-    connection.execute(query, (alias, name, row_checksum(alias, name)))
-
-
-def remove_alias(connection: sqlite3.Connection, alias: str) -> bool:
-    return connection.execute("DELETE FROM aliases WHERE alias = ?", (alias,)).rowcount > 0
-
-
-def stats(connection: sqlite3.Connection, name: str) -> StoreStats:
-    """As the triggers keep count: `audit` compares them with the rows."""
-    query = """SELECT num_passages, num_states, num_tokens, num_truncated, size_bytes, num_clipped
-        FROM collections WHERE name = ?"""
-    row = connection.execute(query, (name,)).fetchone()
-    return StoreStats() if row is None else StoreStats(*map(integer, row))
+    put_row(connection, "aliases", alias=alias, name=name)
 
 
 def generation(connection: sqlite3.Connection, name: str) -> int:
-    row = connection.execute("SELECT generation, checksum FROM generations WHERE name = ?", (name,)).fetchone()
-    if row is None:
-        return 0
-    number = integer(row[0])
-    check_row(f"the generation of {name!r}", row[1], name, number)
-    return number
+    return next((number for _, number in checked_rows(connection, "generations", "WHERE name = ?", name)), 0)
 
 
 def bump(connection: sqlite3.Connection, name: str) -> None:
-    """Another generation: something of the collection changed."""
-    number = generation(connection, name) + 1
-    query = """INSERT INTO generations (name, generation, checksum) VALUES (?, ?, ?)
-        ON CONFLICT (name) DO UPDATE SET generation = excluded.generation, checksum = excluded.checksum"""
-    connection.execute(query, (name, number, row_checksum(name, number)))
+    """Count up the generation: something of the collection changed."""
+    put_row(connection, "generations", name=name, generation=generation(connection, name) + 1)
 
 
-# SQLite's bound on variables per statement is 32,766; larger statements only take longer to prepare.
-_LOOKUP_CHUNK = 1000
-
-_UPSERT = """
-INSERT INTO passages (collection_id, passage_id, segment_id, first_row, num_states, num_tokens, truncated, size_bytes,
-    num_clipped, header, windows, text) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-ON CONFLICT (collection_id, passage_id) DO UPDATE SET segment_id = excluded.segment_id,
-    first_row = excluded.first_row, num_states = excluded.num_states, num_tokens = excluded.num_tokens,
-    truncated = excluded.truncated, size_bytes = excluded.size_bytes, num_clipped = excluded.num_clipped,
-    header = excluded.header, windows = excluded.windows, text = excluded.text
-"""
-# A row whose segment is not in the catalogue is found, and damaged.
-_SELECT = """
-SELECT passage_id, header, windows, text, first_row, passages.num_states, num_tokens, truncated, size_bytes,
-    num_clipped, passages.segment_id, segments.collection_id, file_name, num_rows, code_size, codes_offset, checksum
-FROM passages LEFT JOIN segments ON segments.segment_id = passages.segment_id WHERE passages.collection_id = ?
-"""
-_Values = tuple[object, ...]
+def segment_of(collection_id: int, row: Sequence[object]) -> Segment | str:
+    """A segment from its row, or why there is none."""
+    if row[1] is None:
+        return f"segment {row[0]} is not in the catalogue"
+    try:
+        segment_id, owner, *rest = checked_row("segments", row)
+    except StoreDamaged as exc:
+        return str(exc)
+    return Segment(segment_id, *rest) if owner == collection_id else f"segment {segment_id} is of another collection"
 
 
 class Row(NamedTuple):
@@ -174,27 +168,19 @@ class Row(NamedTuple):
     first_row: int
     segment: Segment
 
-    @property
-    def passage_id(self) -> str:
-        return self.encoded_id.decode()
-
 
 class DamagedRow(NamedTuple):
-    """A row that its header does not vouch for."""
+    """A row that does not agree with its header."""
 
     encoded_id: bytes
     reason: str
     segment: None = None
 
-    @property
-    def passage_id(self) -> str:
-        return self.encoded_id.decode(errors="replace")
-
 
 def read(rows: Iterable[Row | DamagedRow], files: SegmentFiles) -> Iterator[tuple[str, Record | Damaged | SegmentGone]]:
-    """The records of rows by passage id, in their order; those of one segment that follow each other are read together.
+    """The records of rows by passage id, in their order; consecutive rows of one segment are read together.
 
-    Checked: what comes back as a Record is that passage as it was written.
+    A Record is the passage as it was written: everything is checked.
     """
     for _, group in groupby(rows, key=attrgetter("segment")):
         located: list[Row] = []
@@ -202,25 +188,27 @@ def read(rows: Iterable[Row | DamagedRow], files: SegmentFiles) -> Iterator[tupl
             if isinstance(row, Row):
                 located.append(row)
             else:
-                yield row.passage_id, Damaged(row.passage_id, row.reason)
+                passage_id = row.encoded_id.decode(errors="replace")
+                yield passage_id, Damaged(passage_id, row.reason)
         if not located:
             continue
         try:
             codes = files.codes(located[0].segment, [(row.first_row, row.header.num_states) for row in located])
         except SegmentGone as exc:
-            yield from ((row.passage_id, exc) for row in located)
+            yield from ((row.encoded_id.decode(), exc) for row in located)
             continue
         for row, found in zip(located, codes, strict=True):
-            yield row.passage_id, _joined(row, found)
+            passage_id = row.encoded_id.decode()
+            yield passage_id, _joined(passage_id, row, found)
 
 
-def _joined(row: Row, codes: NDArray[np.uint8] | DamagedRecord) -> Record | Damaged:
+def _joined(passage_id: str, row: Row, codes: NDArray[np.uint8] | DamagedRecord) -> Record | Damaged:
     try:
         if isinstance(codes, DamagedRecord):
             raise codes
         return Record.join(row.header, row.windows, codes, row.text)
     except DamagedRecord as exc:
-        return Damaged(row.passage_id, str(exc))
+        return Damaged(passage_id, str(exc))
 
 
 def insert(connection: sqlite3.Connection, collection_id: int, segment_id: int, records: Mapping[str, Record]) -> None:
@@ -230,39 +218,30 @@ def insert(connection: sqlite3.Connection, collection_id: int, segment_id: int, 
     for passage_id, record in records.items():
         # Software that writes version 1 cannot open this catalogue, so it is not written here.
         header, encoded_id = record.header.latest(), passage_id_bytes(passage_id)
-        written = b"" if record.text is None else record.text.encode()
-        rows.append(
-            (
-                collection_id, encoded_id, segment_id, first_row,
-                header.num_states, header.num_tokens, header.truncated, header.total_bytes, header.num_clipped,
-                header.pack(encoded_id), record.payload[0], written,
-            )
-        )  # fmt: skip
+        windows, _, encoded_text = record.payload
+        place = collection_id, encoded_id, segment_id, first_row
+        rows.append((*place, *header.counts, header.pack(encoded_id), windows, encoded_text))
         first_row += header.num_states
     connection.executemany(_UPSERT, rows)
 
 
 def find(connection: sqlite3.Connection, collection_id: int, passage_ids: Iterable[str]) -> list[Row | DamagedRow]:
     """Rows of the passages that exist, in the order they lie on disk."""
-    rows: list[Row | DamagedRow] = []
-    for chunk, marks in _chunks(passage_ids):
-        query = f"{_SELECT} AND passage_id IN ({marks})"
-        rows.extend(_rows(collection_id, connection.execute(query, (collection_id, *chunk))))
-    rows.sort(key=_place)
-    return rows
+    found = _chunked(connection, f"{_SELECT} AND passage_id IN", collection_id, passage_ids)
+    return sorted(
+        _rows(collection_id, found),
+        key=lambda row: (row.segment.segment_id, row.first_row) if isinstance(row, Row) else (0, 0),
+    )
 
 
 def page(
     connection: sqlite3.Connection, collection_id: int, after: bytes, limit: int
 ) -> tuple[list[Row | DamagedRow], bytes]:
-    """The next rows in order of passage id bytes, and the last of those.
-
-    Raises StoreDamaged where they are not in order: a scan over such an index might not end.
-    """
+    """The next rows in order of passage id bytes, and the last id of those."""
     query = f"{_SELECT} AND passage_id > ? ORDER BY passage_id LIMIT ?"
     values = connection.execute(query, (collection_id, after, limit)).fetchall()
     for encoded_id, *_ in values:
-        if blob(encoded_id) <= after:
+        if blob(encoded_id) <= after:  # a scan over such an index might not end
             raise StoreDamaged("the catalogue is damaged: its index of passage ids is out of order")
         after = encoded_id
     return list(_rows(collection_id, values)), after
@@ -271,18 +250,17 @@ def page(
 def headers(connection: sqlite3.Connection, collection_id: int, passage_ids: Sequence[str]) -> dict[str, Header]:
     """Headers of the passages that exist and whose header is whole, by id."""
     found: dict[str, Header] = {}
-    for chunk, marks in _chunks(passage_ids):
-        query = f"SELECT passage_id, header FROM passages WHERE collection_id = ? AND passage_id IN ({marks})"
-        for encoded_id, packed in connection.execute(query, (collection_id, *chunk)):
-            with suppress(DamagedRecord, StoreDamaged):
-                found[text(encoded_id)] = Header.parse(blob(packed), encoded_id)
+    query = "SELECT passage_id, header FROM passages WHERE collection_id = ? AND passage_id IN"
+    for encoded_id, packed in _chunked(connection, query, collection_id, passage_ids):
+        with suppress(DamagedRecord, StoreDamaged):
+            found[text(encoded_id)] = Header.parse(blob(packed), encoded_id)
     return found
 
 
 def renew(connection: sqlite3.Connection, collection_id: int, after: int, limit: int) -> int | None:
     """Rewrite headers of older versions among the next rows; the last of them, or None where there are no more.
 
-    A header that is damaged stays as it is, so that its passage keeps being reported.
+    A damaged header stays as it is, so that its passage keeps being reported.
     """
     query = """SELECT row_key, passage_id, header FROM passages NOT INDEXED
         WHERE row_key > ? AND collection_id = ? ORDER BY row_key LIMIT ?"""
@@ -298,23 +276,17 @@ def renew(connection: sqlite3.Connection, collection_id: int, after: int, limit:
     return last
 
 
-def delete(connection: sqlite3.Connection, collection_id: int, passage_ids: Iterable[str]) -> int:
-    """Remove rows; returns how many there were. The codes stay in their segments until a compaction."""
-    num_deleted = 0
-    for chunk, marks in _chunks(passage_ids):
-        query = f"DELETE FROM passages WHERE collection_id = ? AND passage_id IN ({marks})"
-        num_deleted += connection.execute(query, (collection_id, *chunk)).rowcount
-    return num_deleted
-
-
-def _chunks(passage_ids: Iterable[str]) -> Iterator[tuple[list[bytes], str]]:
+def _chunked(
+    connection: sqlite3.Connection, query: str, collection_id: int, passage_ids: Iterable[str]
+) -> Iterator[tuple[Any, ...]]:
+    """Rows of a query that takes a collection and then, after IN, ids; run for some of the ids at a time."""
     encoded = list(map(passage_id_bytes, dict.fromkeys(passage_ids)))
     for start in range(0, len(encoded), _LOOKUP_CHUNK):
         chunk = encoded[start : start + _LOOKUP_CHUNK]
-        yield chunk, ",".join("?" * len(chunk))
+        yield from connection.execute(f"{query} ({','.join('?' * len(chunk))})", (collection_id, *chunk))
 
 
-def _rows(collection_id: int, found: Iterable[_Values]) -> Iterator[Row | DamagedRow]:
+def _rows(collection_id: int, found: Iterable[Sequence[Any]]) -> Iterator[Row | DamagedRow]:
     segments: dict[object, Segment | str] = {}  # most passages of a request share theirs with others
     for values in found:
         encoded_id, packed, windows, written, first_row, *counts = values[:10]
@@ -329,9 +301,7 @@ def _rows(collection_id: int, found: Iterable[_Values]) -> Iterator[Row | Damage
             header = Header.parse(packed, encoded_id)
             if header.version == 1:
                 _check_utf8(encoded_id)  # which its checksum does not cover
-            if counts != [
-                header.num_states, header.num_tokens, header.truncated, header.total_bytes, header.num_clipped,
-            ]:  # fmt: skip
+            if tuple(counts) != header.counts:
                 raise DamagedRecord("its catalogue row does not agree with its header")
             if isinstance(segment, str):
                 raise DamagedRecord(segment)
@@ -347,25 +317,3 @@ def _check_utf8(encoded_id: bytes) -> None:
         encoded_id.decode()
     except UnicodeDecodeError as exc:
         raise DamagedRecord("its passage id is not UTF-8") from exc
-
-
-def segment_of(collection_id: int, values: _Values) -> Segment | str:
-    """A segment out of its whole row, or why there is none."""
-    segment_id, owner, file_name, num_rows, code_size, codes_offset, checksum = values
-    if owner is None:
-        return f"segment {segment_id} is not in the catalogue"
-    try:
-        segment = Segment(
-            integer(segment_id), text(file_name), integer(num_rows), integer(code_size), integer(codes_offset)
-        )
-        check_row(
-            f"segment {segment_id}", checksum, segment.segment_id, integer(owner), segment.file_name,
-            segment.num_rows, segment.code_size, segment.codes_offset,
-        )  # fmt: skip
-    except StoreDamaged as exc:
-        return str(exc)
-    return segment if owner == collection_id else f"segment {segment_id} is another collection's"
-
-
-def _place(row: Row | DamagedRow) -> tuple[int, int]:
-    return (row.segment.segment_id, row.first_row) if isinstance(row, Row) else (0, 0)

@@ -99,7 +99,7 @@ class SegmentFiles:
     """Files of the segments in use, the latest used kept open. Thread-safe."""
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
+        self.directory = directory
         self._lock = threading.Lock()
         self._files: OrderedDict[int, _OpenFile] = OrderedDict()
         self._memory = _Memory(MAX_KEPT_BYTES, BLOCK_BYTES)
@@ -167,7 +167,7 @@ class SegmentFiles:
                 self._files.move_to_end(segment.segment_id)
                 return file
             try:
-                file = _OpenFile(self._directory, segment.file_name)
+                file = _OpenFile(self.directory, segment.file_name)
             except FileNotFoundError as exc:
                 raise SegmentGone(segment.file_name) from exc
             self._files[segment.segment_id] = file

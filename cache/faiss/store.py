@@ -1,6 +1,21 @@
-"""EmbeddedStore: `faiss:PATH`. See the package docstring for the layout and the order of a write.
+"""FaissStore: the embedded store, `faiss:PATH`: a directory, no server.
 
-Joins catalogue, segments and lock into the Store contract. Does not know floats.
+    PATH/catalogue.sqlite    passage id -> segment and rows, header, text; manifests, aliases, counters (SQLite, WAL)
+    PATH/segments/*.faiss    immutable FAISS index files holding codes; a passage is a contiguous range of rows
+    PATH/writer.lock         held while writing, so that there is one writer at a time; number of acknowledged commits
+
+A write puts its codes into a new segment file aside, fsyncs it, renames it, fsyncs the directory, and only then commits
+the rows that point at it: after a crash a segment is either committed or an orphan that the next writer removes.
+Readers take no lock. The directory must be on a local disk where it is written: file locks and SQLite's WAL do not work
+over NFS. Where it cannot be written, any number of readers share it (`catalogue.py`).
+
+Reads are checked: a passage's row against its record's header, every other row by a checksum of its columns
+(`rows.py`), the catalogue as a whole by `verify` (`maintenance.py`). Codes are read by offset into memory
+(`segments.py`): a file that is truncated or replaced under a running process costs its passages, never the process.
+
+Version 2 of the catalogue has those checksums, num_clipped and the number of commits. One of version 1 is read as it
+lies, and upgraded by the first write, after which software of that version rejects it. Its records stay as they are
+until a compaction rewrites their headers, with the passage id in their checksum.
 """
 
 import logging
@@ -12,12 +27,12 @@ from pathlib import Path
 import numpy as np
 
 from cache.codecs import Codec
-from cache.errors import CacheError, CodecError, CollectionNotFound
-from cache.faiss import maintenance as audit
-from cache.faiss import maintenance as compaction
-from cache.faiss import rows
-from cache.faiss.catalogue import Catalogue, num_removed, translated
+from cache.errors import CacheError, CodecError, CollectionExists, CollectionInUse, CollectionNotFound
+from cache.faiss import maintenance, rows
+from cache.faiss.catalogue import SUMS, Catalogue, translated
 from cache.faiss.lock import WriterLock
+from cache.faiss.maintenance import Compaction, SegmentUse
+from cache.faiss.rows import checked_rows, find_collection
 from cache.faiss.segments import SegmentFiles, SegmentGone, remove_orphans, write_segment
 from cache.manifest import Manifest
 from cache.record import Damaged, Header, Record, check_name, passage_id_bytes
@@ -25,7 +40,7 @@ from cache.store import Audit, Store, StoreStats
 
 _SCAN_PAGE_PASSAGES, _RENEWED_PASSAGES = 256, 20_000
 
-_logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 class FaissStore(Store):
@@ -36,12 +51,12 @@ class FaissStore(Store):
         path: str | Path,
         *,
         lock_timeout_seconds: float = 30.0,
-        max_small_segments: int = compaction.MAX_SMALL_SEGMENTS,
+        max_small_segments: int = maintenance.MAX_SMALL_SEGMENTS,
     ) -> None:
         self.path = Path(path).expanduser().absolute()
         self._directory = self.path / "segments"
         self._lock = WriterLock(self.path / "writer.lock", lock_timeout_seconds)
-        self._catalogue = Catalogue(self.path / "catalogue.sqlite", on_commit=self._lock.note)
+        self._catalogue = Catalogue(self.path / "catalogue.sqlite", self._lock)
         self._files = SegmentFiles(self._directory)
         self._max_small_segments = max_small_segments
         self._codecs: dict[tuple[int, int], Codec] = {}  # by collection in the catalogue file opened so many times
@@ -66,9 +81,7 @@ class FaissStore(Store):
             codes = np.concatenate([record.codes for record in records.values()])  # (num_rows, code_size)
             file_name, offset = write_segment(self._directory, codec, codes)
             with self._catalogue.writing() as connection:
-                segment_id = compaction.add_segment(
-                    connection, collection_id, file_name, codes.shape[0], codes.shape[1], offset
-                )
+                segment_id = maintenance.add_segment(connection, collection_id, file_name, codes, offset)
                 rows.insert(connection, collection_id, segment_id, records)
                 rows.bump(connection, collection)
             self._merge_small(collection_id, codec)
@@ -87,16 +100,20 @@ class FaissStore(Store):
     def delete_many(self, collection: str, passage_ids: Sequence[str]) -> int:
         if not self._catalogue.exists:
             return 0
-        with self._writing(), self._catalogue.writing() as connection:
-            collection_id = rows.find_collection(connection, collection)
-            num_deleted = 0 if collection_id is None else rows.delete(connection, collection_id, passage_ids)
+        num_deleted = 0
+        with self._changing() as connection:
+            if (collection_id := find_collection(connection, collection)) is not None:
+                # The codes stay in their segments until a compaction.
+                query = "DELETE FROM passages WHERE collection_id = ? AND passage_id = ?"
+                keys = [(collection_id, passage_id_bytes(passage_id)) for passage_id in passage_ids]
+                num_deleted = connection.executemany(query, keys).rowcount if keys else 0
             if num_deleted:
                 rows.bump(connection, collection)
-            return num_deleted
+        return num_deleted
 
     def headers_many(self, collection: str, passage_ids: Sequence[str]) -> list[Header | None]:
         with self._catalogue.reading() as connection:
-            collection_id = rows.find_collection(connection, collection)
+            collection_id = find_collection(connection, collection)
             found = {} if collection_id is None else rows.headers(connection, collection_id, passage_ids)
         return [found.get(passage_id) for passage_id in passage_ids]
 
@@ -105,7 +122,7 @@ class FaissStore(Store):
         while True:
             # Short reads instead of one long one, which would keep SQLite from folding its log into the file.
             with self._catalogue.reading() as connection:
-                collection_id = rows.find_collection(connection, collection)
+                collection_id = find_collection(connection, collection)
                 if collection_id is None:
                     return
                 page, after = rows.page(connection, collection_id, after, _SCAN_PAGE_PASSAGES)
@@ -122,8 +139,11 @@ class FaissStore(Store):
                     yield passage_id, record
 
     def stats(self, collection: str) -> StoreStats:
+        """As the triggers keep count; `audit` compares them with the rows."""
+        query = f"SELECT num_passages, {', '.join(SUMS)} FROM collections WHERE name = ?"
         with self._catalogue.reading() as connection:
-            return rows.stats(connection, collection)
+            row = connection.execute(query, (collection,)).fetchone()
+            return StoreStats() if row is None else StoreStats(*map(rows.integer, row))
 
     def generation(self, collection: str) -> int:
         with self._catalogue.reading() as connection:
@@ -135,87 +155,99 @@ class FaissStore(Store):
             return rows.read_manifest(connection, collection)
 
     def write_manifest(self, manifest: Manifest) -> None:
-        with self._writing(), self._catalogue.writing() as connection:
-            rows.write_manifest(connection, manifest)
+        name = manifest.collection
+        with self._changing() as connection:
+            taken = find_collection(connection, name) is not None or name in dict(checked_rows(connection, "aliases"))
+            if taken:
+                raise CollectionExists(f"collection: {name!r} already exists in this store")
+            rows.put_row(connection, "collections", name=name, manifest=manifest.to_json())
+            rows.bump(connection, name)
 
     def list_collections(self) -> list[str]:
         with self._catalogue.reading() as connection:
-            return rows.list_collections(connection)
+            return [name for _, name in checked_rows(connection, "collections", "ORDER BY name")]
 
     def drop_collection(self, collection: str) -> None:
         if not self._catalogue.exists:
             raise CollectionNotFound(f"collection: {collection!r} does not exist in this store")
         with self._writing():
             with self._catalogue.writing() as connection:
-                file_names = rows.drop(connection, collection)
+                collection_id = rows.require_collection(connection, collection)
+                CollectionInUse.check(collection, dict(checked_rows(connection, "aliases")))
+                query = "SELECT file_name FROM segments WHERE collection_id = ?"
+                file_names = [rows.text(name) for (name,) in connection.execute(query, (collection_id,))]
+                for table in ("passages", "segments", "collections"):
+                    connection.execute(f"DELETE FROM {table} WHERE collection_id = ?", (collection_id,))
+                connection.execute("UPDATE store SET num_removed = num_removed + 1")
+                rows.bump(connection, collection)
             for file_name in file_names:
                 (self._directory / file_name).unlink(missing_ok=True)
 
     def aliases(self) -> dict[str, str]:
         with self._catalogue.reading() as connection:
-            return rows.aliases(connection)
+            return dict(checked_rows(connection, "aliases"))
 
     def set_alias(self, alias: str, collection: str, *, shadowing: bool = False) -> None:
         check_name("alias", alias)
-        with self._writing(), self._catalogue.writing() as connection:
+        with self._changing() as connection:
             rows.set_alias(connection, alias, collection, shadowing=shadowing)
 
     def remove_alias(self, alias: str) -> bool:
         if not self._catalogue.exists:
             return False
-        with self._writing(), self._catalogue.writing() as connection:
-            return rows.remove_alias(connection, alias)
+        with self._changing() as connection:
+            return connection.execute("DELETE FROM aliases WHERE alias = ?", (alias,)).rowcount > 0
 
-    def compact(self, collection: str) -> compaction.Compaction:
+    def compact(self, collection: str) -> Compaction:
         """Merge small segments and drop the codes of deleted and replaced passages; readers go on meanwhile.
 
-        Headers of older versions are written in the latest. The lock is given up between groups, so other writers get
-        their turn. Raises CollectionNotFound.
+        Headers of older versions are rewritten in the latest. The lock is given up between groups, for other writers.
         """
-        self._renew(collection)
-        before: list[compaction.SegmentUse] | None = None
+        after: int | None = 0
+        while after is not None:
+            with self._writing():
+                collection_id, _ = self._require(collection)
+                with self._catalogue.writing() as connection:
+                    after = rows.renew(connection, collection_id, after, _RENEWED_PASSAGES)
+        before: list[SegmentUse] | None = None
         unreadable: set[int] = set()
         while True:
             with self._writing():
                 collection_id, codec = self._require(collection)
                 with self._catalogue.reading() as connection:
-                    uses = compaction.segments_in_use(connection, collection_id)
+                    uses = maintenance.segments_in_use(connection, collection_id)
                 before = uses if before is None else before
-                groups = compaction.plan([use for use in uses if use.segment.segment_id not in unreadable])
+                groups = maintenance.plan([use for use in uses if use.segment.segment_id not in unreadable])
                 if not groups:
                     dead = [sum(use.num_dead_bytes for use in state) for state in (before, uses)]
-                    return compaction.Compaction(len(before), len(uses), dead[0] - dead[1])
-                unreadable |= self._rewrite(groups[0], collection_id, codec)
+                    return Compaction(len(before), len(uses), dead[0] - dead[1])
+                unreadable |= maintenance.rewrite(self._catalogue, self._files, codec, collection_id, groups[0])
 
     def audit(self, collection: str) -> Audit:
-        """Reads the whole catalogue, and no codes; see `audit.find`."""
-        return audit.find(self._catalogue, self._directory, self._lock, collection)
+        return maintenance.audit(self._catalogue, self._directory, self._lock, collection)
 
     def mend(self) -> list[str]:
-        """Write the catalogue again out of what is whole in it, beside readers, and say what was left behind.
-
-        Raises StoreDamaged where there is nothing to start from.
-        """
+        """Rebuild the catalogue from its intact rows while readers go on; StoreDamaged where there are none."""
         if not self._catalogue.exists:
             return []
         with translated(self.path), self._lock.held():
             self._has_written = True
-            return audit.rebuild(self._catalogue, self._directory, self._lock)
+            return maintenance.rebuild(self._catalogue, self._directory, self._lock)
 
     def close(self) -> None:
         if self._has_written:
-            # So that what was written can be copied, or mounted where nothing can be applied.
+            # So that what was written can be copied, or mounted where no log can be applied.
             with suppress(CacheError):
                 self._catalogue.checkpoint()
         self._files.close()
         self._catalogue.close()
 
     def _read(self, collection: str, passage_ids: Sequence[str]) -> tuple[dict[str, Record | Damaged], dict[str, str]]:
-        """What could be read, and the ids whose segment has no file, with its name."""
+        """Records that could be read, and the ids whose segment has no file, with its name."""
         found: dict[str, Record | Damaged] = {}
         gone: dict[str, str] = {}
         with self._catalogue.reading() as connection:
-            collection_id = rows.find_collection(connection, collection)
+            collection_id = find_collection(connection, collection)
             if collection_id is None:
                 return found, gone
             located = rows.find(connection, collection_id, passage_ids)
@@ -229,21 +261,21 @@ class FaissStore(Store):
         return found, gone
 
     def _forget_removed(self, connection: sqlite3.Connection) -> None:
-        num_removals = num_removed(connection)
-        if num_removals != self._seen_removals:
+        row = connection.execute("SELECT num_removed FROM store").fetchone() or (None,)
+        if (num_removals := rows.integer(row[0])) != self._seen_removals:
             self._seen_removals = num_removals
             kept = connection.execute("SELECT segment_id FROM segments")
             self._files.keep_only({segment_id for (segment_id,) in kept})
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """Be the one writer, on a store that exists and has no orphans."""
+        """Hold the writer lock, on a store that exists and has no orphans."""
         with translated(self.path):
             self._directory.mkdir(parents=True, exist_ok=True)
             with self._lock.held():
                 self._catalogue.create()
                 if self._may_have_orphans:
-                    remove_orphans(self._directory, audit.committed_files(self._catalogue, self._lock))
+                    remove_orphans(self._directory, maintenance.committed_files(self._catalogue, self._lock))
                     self._may_have_orphans = False
                 try:
                     self._has_written = True
@@ -252,6 +284,12 @@ class FaissStore(Store):
                     # Not removed right here: a failed COMMIT may still be found complete after a crash.
                     self._may_have_orphans = True
                     raise
+
+    @contextmanager
+    def _changing(self) -> Iterator[sqlite3.Connection]:
+        """A transaction of the one writer."""
+        with self._writing(), self._catalogue.writing() as connection:
+            yield connection
 
     def _require(self, collection: str) -> tuple[int, Codec]:
         with self._catalogue.reading() as connection:
@@ -263,34 +301,13 @@ class FaissStore(Store):
                 self._codecs[key] = manifest.make_codec()
         return collection_id, self._codecs[key]
 
-    def _renew(self, collection: str) -> None:
-        after: int | None = 0
-        while after is not None:
-            with self._writing():
-                collection_id, _ = self._require(collection)
-                with self._catalogue.writing() as connection:
-                    after = rows.renew(connection, collection_id, after, _RENEWED_PASSAGES)
-
     def _merge_small(self, collection_id: int, codec: Codec) -> None:
         """Keep single-passage writes from piling up segments. The write before it stands, whatever happens here."""
         try:
             with self._catalogue.reading() as connection:
-                if compaction.num_small_segments(connection, collection_id) < self._max_small_segments:
-                    return
-                uses = compaction.segments_in_use(connection, collection_id)
-            small = [use for use in uses if use.is_small]
-            for group in compaction.plan(small)[:1]:
-                self._rewrite(group, collection_id, codec)
+                small = maintenance.small_segments(connection, collection_id, self._max_small_segments)
+            for group in maintenance.plan(small)[:1]:
+                maintenance.rewrite(self._catalogue, self._files, codec, collection_id, group)
         except (CacheError, OSError, sqlite3.Error) as exc:
             self._may_have_orphans = True
-            _logger.warning("store %s: small segments were not merged: %s", self.path, exc)
-
-    def _rewrite(self, group: list[compaction.SegmentUse], collection_id: int, codec: Codec) -> set[int]:
-        return compaction.rewrite(
-            group,
-            catalogue=self._catalogue,
-            directory=self._directory,
-            files=self._files,
-            codec=codec,
-            collection_id=collection_id,
-        )
+            log.warning("store %s: small segments were not merged: %s", self.path, exc)

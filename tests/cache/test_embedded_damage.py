@@ -12,7 +12,6 @@ import pytest
 from benchmarks.reliability import damage
 from cache.collection import Collection, Manifest
 from cache.errors import StoreDamaged
-from cache.faiss import catalogue
 from cache.faiss.segments import write_segment
 from cache.faiss.store import FaissStore
 from cache.record import Damaged, Header, Record
@@ -314,6 +313,64 @@ def test_mending_keeps_the_codes_where_no_collection_can_be_read(store, path, st
 
 # Version 1: what the software before wrote.
 
+_SCHEMA_1 = """
+CREATE TABLE collections (
+    collection_id INTEGER PRIMARY KEY AUTOINCREMENT,
+    name TEXT NOT NULL UNIQUE,
+    manifest BLOB NOT NULL,
+    num_passages INTEGER NOT NULL DEFAULT 0,
+    num_states INTEGER NOT NULL DEFAULT 0,
+    num_tokens INTEGER NOT NULL DEFAULT 0,
+    num_truncated INTEGER NOT NULL DEFAULT 0,
+    size_bytes INTEGER NOT NULL DEFAULT 0
+);
+CREATE TABLE aliases (alias TEXT PRIMARY KEY, name TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE generations (name TEXT PRIMARY KEY, generation INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE removals (num_removed INTEGER NOT NULL);
+INSERT INTO removals VALUES (0);
+CREATE TABLE segments (
+    segment_id INTEGER PRIMARY KEY AUTOINCREMENT,
+    collection_id INTEGER NOT NULL,
+    file_name TEXT NOT NULL UNIQUE,
+    num_rows INTEGER NOT NULL,
+    code_size INTEGER NOT NULL,
+    codes_offset INTEGER NOT NULL
+);
+CREATE INDEX segments_by_collection ON segments (collection_id);
+CREATE TABLE passages (
+    row_key INTEGER PRIMARY KEY,
+    collection_id INTEGER NOT NULL,
+    passage_id BLOB NOT NULL,
+    segment_id INTEGER NOT NULL,
+    first_row INTEGER NOT NULL,
+    num_states INTEGER NOT NULL,
+    num_tokens INTEGER NOT NULL,
+    truncated INTEGER NOT NULL,
+    size_bytes INTEGER NOT NULL,
+    header BLOB NOT NULL,
+    windows BLOB NOT NULL,
+    text BLOB NOT NULL,
+    UNIQUE (collection_id, passage_id)
+);
+CREATE INDEX passages_by_segment ON passages (segment_id);
+CREATE TRIGGER passages_added AFTER INSERT ON passages BEGIN
+    UPDATE collections SET num_passages = num_passages + 1, num_states = num_states + NEW.num_states,
+        num_tokens = num_tokens + NEW.num_tokens, num_truncated = num_truncated + NEW.truncated,
+        size_bytes = size_bytes + NEW.size_bytes WHERE collection_id = NEW.collection_id;
+END;
+CREATE TRIGGER passages_removed AFTER DELETE ON passages BEGIN
+    UPDATE collections SET num_passages = num_passages - 1, num_states = num_states - OLD.num_states,
+        num_tokens = num_tokens - OLD.num_tokens, num_truncated = num_truncated - OLD.truncated,
+        size_bytes = size_bytes - OLD.size_bytes WHERE collection_id = OLD.collection_id;
+END;
+CREATE TRIGGER passages_replaced AFTER UPDATE OF num_states, num_tokens, truncated, size_bytes ON passages BEGIN
+    UPDATE collections SET num_states = num_states + NEW.num_states - OLD.num_states,
+        num_tokens = num_tokens + NEW.num_tokens - OLD.num_tokens,
+        num_truncated = num_truncated + NEW.truncated - OLD.truncated,
+        size_bytes = size_bytes + NEW.size_bytes - OLD.size_bytes WHERE collection_id = NEW.collection_id;
+END;
+"""
+
 
 def make_version_1(path: Path, manifest: Manifest, records: dict[str, Record]) -> None:
     (path / "segments").mkdir(parents=True)
@@ -321,7 +378,7 @@ def make_version_1(path: Path, manifest: Manifest, records: dict[str, Record]) -
     file_name, offset = write_segment(path / "segments", manifest.make_codec(), codes)
     with closing(sqlite3.connect(path / "catalogue.sqlite", isolation_level=None)) as connection:
         connection.execute("PRAGMA journal_mode = WAL")
-        connection.executescript(catalogue._SCHEMA_1 + "PRAGMA user_version = 1;")
+        connection.executescript(_SCHEMA_1 + "PRAGMA user_version = 1;")
         query = "INSERT INTO collections (name, manifest) VALUES (?, ?)"
         connection.execute(query, (manifest.collection, manifest.to_json()))
         connection.execute("INSERT INTO aliases VALUES ('live', ?)", (manifest.collection,))
