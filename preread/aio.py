@@ -1,18 +1,20 @@
-"""The async client: the sync one's methods, awaited. Does not know message bodies; preread.wire does."""
+"""The async client, and the template of the sync one: scripts/generate-client writes preread/sync.py from this file.
+
+Message bodies are preread.wire's.
+"""
 
 from __future__ import annotations
 
-import asyncio
-import time
+from asyncio import sleep
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from time import monotonic
 from types import TracebackType
 from typing import Any, Self, Unpack
 
 import grpc
 
-from preread import arguments as checks
-from preread import wire
-from preread.channel import DEFAULT_ADDRESS, ClientOptions, RetryBudget, check_address, translate
+from preread import arguments, wire
+from preread.channel import DEFAULT_ADDRESS, ClientOptions, RetryBudget, async_channel, check_address
 from preread.types import (
     Candidate,
     CollectionInfo,
@@ -26,53 +28,49 @@ from preread.types import (
     Warmed,
 )
 from preread.v1 import encoder_pb2, encoder_pb2_grpc, rerank_pb2, rerank_pb2_grpc
-from preread.wire import Passages, Upload
 
 
 class _Service:
-    """One channel, and the one way a single answer is asked for."""
+    """One channel, and its unary calls with their retries."""
 
     def __init__(self, address: str, options: ClientOptions) -> None:
         self.address = address
         self.options = options
-        arguments = options.channel_arguments(address)
-        if options.tls is None:
-            self.channel = grpc.aio.insecure_channel(address, options=arguments)
-        else:
-            self.channel = grpc.aio.secure_channel(address, options.tls.credentials(), options=arguments)
+        self.channel = async_channel(address, options)
         self._budget = RetryBudget()
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What goes along with the next call."""
+        """Metadata of the next call."""
         return self.options.call_metadata()
 
     async def call(self, method: Callable[..., Any], request: object, timeout: float | None) -> Any:
-        """Asks until there is an answer, an error that stays, or no time."""
+        """The response, after retries as the options allow them."""
         timeout = self.options.call_timeout(timeout)
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = None if timeout is None else monotonic() + timeout
         attempt = 1
         while True:
-            remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
+            remaining = None if deadline is None else max(0.0, deadline - monotonic())
             try:
-                answer = await method(request, timeout=remaining, metadata=self.metadata)
+                response = await method(request, timeout=remaining, metadata=self.metadata)
             except grpc.RpcError as exc:
-                error = translate(exc, self.address)
-                remaining = None if deadline is None else deadline - time.monotonic()
+                error = wire.translate(exc, self.address)
+                remaining = None if deadline is None else deadline - monotonic()
                 wait = self.options.retry.wait_seconds(error, attempt, remaining)
                 if wait is None or not self._budget.take():
                     raise error from exc
-                await asyncio.sleep(wait)
+                await sleep(wait)
                 attempt += 1
             else:
                 self._budget.give()
-                return answer
+                return response
 
 
 class AsyncClient:
     """Calls a reranking server and, where `encoder_address` is given, an encoder worker.
 
-    Made and used on one running event loop. Every method raises PrereadError; its tree is in preread.errors.
+    Connects at the first call. Client is thread-safe; AsyncClient belongs to the event loop it was made on. Every
+    method raises PrereadError; its tree is in preread.errors.
     """
 
     def __init__(
@@ -85,7 +83,7 @@ class AsyncClient:
         """
         Args:
             address: host:port of the reranking server.
-            encoder_address: host:port of an encoder worker; upsert, delete, stats and describe ask it.
+            encoder_address: host:port of an encoder worker; upsert, delete, stats and describe go to it.
         """
         options = options or ClientOptions()
         check_address("address", address)
@@ -93,14 +91,12 @@ class AsyncClient:
             check_address("encoder_address", encoder_address)
         self._server = _Service(address, options)
         self._reranker = rerank_pb2_grpc.RerankServiceStub(self._server.channel)
-        self._worker: _Service | None = None
-        if encoder_address is not None:
-            self._worker = _Service(encoder_address, options)
+        self._worker = None if encoder_address is None else _Service(encoder_address, options)
 
     async def close(self) -> None:
-        await self._server.channel.close(None)
+        await self._server.channel.close()
         if self._worker is not None:
-            await self._worker.channel.close(None)
+            await self._worker.channel.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -118,7 +114,13 @@ class AsyncClient:
         timeout: float | None = None,
         **options: Unpack[RerankOptions],
     ) -> Reranking:
-        """Scores candidates and returns the best first; see Client.rerank."""
+        """Scores candidates and returns the best first.
+
+        Args:
+            candidates: plain strings are passage ids where `collection` is given, else texts; a Candidate, or a
+                mapping {"id": ..., "text": ...} with one or both, says which.
+            options: see preread.types.RerankOptions.
+        """
         request = wire.pack_request(query, candidates, options)
         return wire.unpack_response(await self._server.call(self._reranker.Rerank, request, timeout))
 
@@ -130,7 +132,7 @@ class AsyncClient:
         timeout: float | None = None,
         **options: Unpack[RerankOptions],
     ) -> AsyncRerankingStream:
-        """Like rerank, but yields results as they are scored, in no particular order; never tried again."""
+        """Like rerank, but yields results as they are scored, in no particular order; never retried."""
         request = rerank_pb2.RerankStreamRequest(request=wire.pack_request(query, candidates, options))
         timeout = self._server.options.call_timeout(timeout)
         call = self._reranker.RerankStream(request, timeout=timeout, metadata=self._server.metadata)
@@ -146,22 +148,28 @@ class AsyncClient:
         model: str = "",
         timeout: float | None = None,
     ) -> Warmed:
-        """Has the server compute and keep what queries over these passages will need; see Client.warm."""
+        """Pre-fills the server's caches for queries over these passages; changes no score.
+
+        Args:
+            passage_ids: at most ModelInfo.max_candidates of them.
+            instruction: the instruction of those queries; None: the model's default; "": none.
+            compression_ratio: the ratio they will be scored at; 0: the server's default.
+        """
         request = wire.pack_warm(passage_ids, collection, instruction, compression_ratio, model)
         return wire.unpack_warmed(await self._server.call(self._reranker.Warm, request, timeout))
 
     async def list_models(self, *, timeout: float | None = None) -> tuple[ModelInfo, ...]:
-        answer = await self._server.call(self._reranker.ListModels, rerank_pb2.ListModelsRequest(), timeout)
-        return tuple(wire.unpack_model(model) for model in answer.models)
+        response = await self._server.call(self._reranker.ListModels, rerank_pb2.ListModelsRequest(), timeout)
+        return tuple(map(wire.unpack_model, response.models))
 
     async def list_collections(self, *, timeout: float | None = None) -> tuple[CollectionInfo, ...]:
         request = rerank_pb2.ListCollectionsRequest()
-        answer = await self._server.call(self._reranker.ListCollections, request, timeout)
-        return tuple(wire.unpack_collection(collection) for collection in answer.collections)
+        response = await self._server.call(self._reranker.ListCollections, request, timeout)
+        return tuple(map(wire.unpack_collection, response.collections))
 
     def upsert(
         self,
-        passages: Passages,
+        passages: wire.AsyncPassages,
         *,
         collection: str,
         compression_ratio: int = 0,
@@ -169,11 +177,24 @@ class AsyncClient:
         store_text: bool = True,
         timeout: float | None = None,
     ) -> AsyncIterator[UpsertResult]:
-        """Encodes and stores passages; yields each acknowledgement after the store has it. See Client.upsert."""
-        upload = Upload(passages, collection, compression_ratio, codec, store_text)
-        return self._upsert(upload, checks.seconds("timeout", timeout))
+        """Encodes and stores passages; yields each acknowledgement after the store has that passage.
 
-    async def _upsert(self, upload: Upload, timeout: float | None) -> AsyncIterator[UpsertResult]:
+        Nothing is sent before the first acknowledgement is requested. `passages` is read as fast as the worker takes
+        them. Has no timeout unless one is given, and is never retried: repeat the call, and passages that are stored
+        already are acknowledged as "unchanged".
+
+        Args:
+            passages: Passage values, or mappings as `preread index` reads them ("id" or "_id", "text", perhaps
+                "title"). Of several with one id the first is stored and the others are refused.
+            compression_ratio, codec, store_text: of the collection, where this call creates it.
+
+        Raises:
+            TypeError: anything else, named by its index; what was acknowledged before it stays.
+        """
+        upload = wire.Upload(passages, collection, compression_ratio, codec, store_text)
+        return self._upsert(upload, arguments.seconds("timeout", timeout))
+
+    async def _upsert(self, upload: wire.Upload, timeout: float | None) -> AsyncIterator[UpsertResult]:
         worker, stub = self._encoder()
         upsert: Any = stub.Upsert  # the stubs know sync iterators only
         call = upsert(aiter(upload), timeout=timeout, metadata=worker.metadata)
@@ -181,44 +202,42 @@ class AsyncClient:
             async for message in call:
                 for result in wire.unpack_upserts(message):
                     yield result
-        except (grpc.RpcError, asyncio.CancelledError) as exc:
-            # grpc.aio cancels the call when the passages raise.
+        except wire.ENDED_BY_GRPC as exc:
             if upload.error is not None:
                 raise upload.error from None
             if isinstance(exc, grpc.RpcError):
-                raise translate(exc, worker.address) from exc
+                raise wire.translate(exc, worker.address) from exc
             raise
         finally:
             call.cancel()  # the caller may leave early; after the end this does nothing
 
     async def delete(self, passage_ids: Iterable[str], *, collection: str, timeout: float | None = None) -> int:
-        """Removes passages; returns how many there were. Many ids go in several calls, `timeout` being that of each."""
+        """Deletes passages; returns how many there were. Many ids go in several calls, each with this `timeout`."""
         worker, stub = self._encoder()
         num_deleted = 0
         for request in wire.pack_deletes(passage_ids, collection):
-            answer: encoder_pb2.DeleteResponse = await worker.call(stub.Delete, request, timeout)
-            num_deleted += answer.num_deleted
+            num_deleted += (await worker.call(stub.Delete, request, timeout)).num_deleted
         return num_deleted
 
     async def stats(self, collection: str = "", *, timeout: float | None = None) -> tuple[CollectionInfo, ...]:
-        """What the worker's store holds: one collection, or all of them."""
+        """Counts of one collection of the worker's store, or of all of them."""
         worker, stub = self._encoder()
-        answer = await worker.call(stub.GetStats, wire.pack_stats(collection), timeout)
-        return tuple(wire.unpack_collection(info) for info in answer.collections)
+        response = await worker.call(stub.GetStats, wire.pack_stats(collection), timeout)
+        return tuple(map(wire.unpack_collection, response.collections))
 
     async def describe(self, *, timeout: float | None = None) -> EncoderInfo:
-        """Which encoder the worker runs, and how it stores by default."""
+        """The worker's encoder, and how it stores by default."""
         worker, stub = self._encoder()
         return wire.unpack_encoder(await worker.call(stub.Describe, encoder_pb2.DescribeRequest(), timeout))
 
     def _encoder(self) -> tuple[_Service, encoder_pb2_grpc.EncoderServiceStub]:
         if self._worker is None:
-            raise ValueError("encoder_address is not set; upsert, delete, stats and describe ask an encoder worker")
+            raise ValueError("encoder_address is not set; upsert, delete, stats and describe need an encoder worker")
         return self._worker, encoder_pb2_grpc.EncoderServiceStub(self._worker.channel)
 
 
 class AsyncRerankingStream:
-    """Results as they are scored; `summary` is there after the last of them. Leaving early: `cancel`."""
+    """Results as they are scored; `summary` is set after the last one. `cancel` ends the stream early."""
 
     def __init__(self, call: Any, address: str) -> None:
         self._call = call
@@ -233,7 +252,7 @@ class AsyncRerankingStream:
                 for result in wire.unpack_results(event.batch.results):
                     yield result
         except grpc.RpcError as exc:
-            raise translate(exc, self._address) from exc
+            raise wire.translate(exc, self._address) from exc
         finally:
             self._call.cancel()
 

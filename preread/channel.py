@@ -1,13 +1,9 @@
-"""Addresses of gRPC targets: which are on this machine, and which proxy the environment puts in front of others.
+"""How a client reaches a server: addresses and proxies, TLS, keepalive, message limits, metadata and retries.
 
-When a failed call is tried again. Pure arithmetic over a clock and a random source; knows no gRPC.
-
-Retried are Overloaded with a server's hint and Unavailable: nothing was done, or doing it again changes
-nothing. The wait is the server's hint where it gives one, else exponential, always with jitter. Two bounds:
-attempts per call, and a budget shared by all calls of a client (gRPC's retry throttling, proposal A6), so
-that a service in trouble is not buried under retries.
-
-How a client is set up, sync or async: addresses, message limits, keepalive, TLS, metadata, retries.
+Retried are Overloaded with a server's hint and Unavailable: nothing was done, or doing it again changes nothing. The
+wait is the server's hint where it gives one, else exponential, always with jitter. Two bounds: attempts per call, and a
+budget shared by all calls of a client (gRPC's retry throttling, proposal A6), so that a service in trouble is not
+buried under retries.
 """
 
 from __future__ import annotations
@@ -19,23 +15,194 @@ import random
 import re
 import socket
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any
 from urllib.parse import unquote
 
 import grpc
-from google.protobuf.message import DecodeError
-from google.rpc import status_pb2
-from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, ResourceInfo, RetryInfo
 
-from preread import arguments as checks
-from preread.errors import ErrorDetails, FieldViolation, Overloaded, PrereadError, Unavailable, class_of
+from preread import arguments
+from preread.errors import Overloaded, PrereadError, Unavailable
 
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+DEFAULT_TIMEOUT_SECONDS = 120.0
+MAX_MESSAGE_BYTES = 64 << 20
+# While a call runs. Our servers take a ping every ten seconds and less; others hang up on clients that ping more often
+# than they were set up for ("too_many_pings"), some of them below five minutes.
+KEEPALIVE_SECONDS = 60
+KEEPALIVE_TIMEOUT_SECONDS = 20
+# The values of A6's example: retries stop while less than half is left.
+BUDGET_TOKENS = 10.0
+TOKENS_PER_SUCCESS = 0.1
 # Variables that gRPC reads, the first that is set. Other libraries read more; none of them connects to our own servers.
 PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
 _LOCAL_SCHEMES = ("unix:", "unix-abstract:")
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """Bounds of retries. `max_attempts=1` turns them off."""
+
+    max_attempts: int = 4
+    first_wait_seconds: float = 0.1
+    max_wait_seconds: float = 10.0  # a longer hint is left to the caller
+    jitter: float = 0.2  # a wait is stretched by up to this share
+
+    def __post_init__(self) -> None:
+        if arguments.integer("max_attempts", self.max_attempts) < 1:
+            raise arguments.invalid("max_attempts", str(self.max_attempts), "at least 1")
+        for name in ("first_wait_seconds", "max_wait_seconds", "jitter"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{name} is {arguments.show(value)}; expected a number")
+            if not 0 <= value < math.inf:
+                raise arguments.invalid(name, str(value), "0 or more")
+
+    def wait_seconds(self, error: PrereadError, attempt: int, remaining_seconds: float | None) -> float | None:
+        """Seconds until the next attempt; None: do not retry.
+
+        Args:
+            attempt: attempts made so far, from 1.
+            remaining_seconds: until the caller's deadline; a wait that would not leave any of it is not begun.
+        """
+        if attempt >= self.max_attempts:
+            return None
+        hint = error.retry_after_seconds
+        # Overloaded without a hint: a message over a size limit, a quota; a retry would not help.
+        if not isinstance(error, Unavailable) and (not isinstance(error, Overloaded) or hint is None):
+            return None
+        wait = min(self.first_wait_seconds * 2 ** (attempt - 1), self.max_wait_seconds) if hint is None else hint
+        if wait > self.max_wait_seconds:
+            return None
+        # Jitter only stretches: a retry before the server's hint would be rejected again.
+        wait *= 1 + self.jitter * random.random()
+        return None if remaining_seconds is not None and wait >= remaining_seconds else wait
+
+
+class RetryBudget:
+    """Tokens shared by all calls of one client; thread-safe. A failure costs one, a success brings a tenth."""
+
+    def __init__(self) -> None:
+        self._tokens = BUDGET_TOKENS
+        self._lock = threading.Lock()
+
+    def give(self) -> None:
+        """Counts a success."""
+        with self._lock:
+            self._tokens = min(BUDGET_TOKENS, self._tokens + TOKENS_PER_SUCCESS)
+
+    def take(self) -> bool:
+        """Counts a failure that could be retried; False: it should not be."""
+        with self._lock:
+            self._tokens = max(0.0, self._tokens - 1)
+            return self._tokens > BUDGET_TOKENS / 2
+
+
+@dataclass(frozen=True)
+class TlsFiles:
+    """PEM files of a TLS client. Nothing set: the system's certificate authorities, no client certificate."""
+
+    ca_file: str | Path | None = None
+    cert_file: str | Path | None = None  # with key_file: mutual TLS
+    key_file: str | Path | None = None
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """Reads the files.
+
+        Raises:
+            ValueError: a certificate without its key, or the reverse.
+            OSError: a file that cannot be read.
+        """
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("cert_file and key_file go together; only one of them is given")
+        paths = (self.ca_file, self.key_file, self.cert_file)
+        return grpc.ssl_channel_credentials(*(None if path is None else Path(path).read_bytes() for path in paths))
+
+
+@dataclass(frozen=True)
+class ClientOptions:
+    """Settings that every call of a client shares."""
+
+    timeout_seconds: float | None = DEFAULT_TIMEOUT_SECONDS  # of a call as a whole, retries included; None: no end
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
+    tls: TlsFiles | None = None  # None: plain text
+    api_key: str | None = field(default=None, repr=False)  # for a server that requires one
+    # sent with every call, such as {"x-request-id": "..."}; a function is called for each
+    metadata: Mapping[str, str] | Callable[[], Mapping[str, str]] = field(default_factory=dict)
+    max_message_bytes: int = MAX_MESSAGE_BYTES
+
+    def __post_init__(self) -> None:
+        arguments.seconds("timeout_seconds", self.timeout_seconds)
+        if arguments.integer("max_message_bytes", self.max_message_bytes) < 1:
+            raise arguments.invalid("max_message_bytes", str(self.max_message_bytes), "at least 1")
+        key: object = self.api_key  # a secret: errors do not show it
+        if key is not None and not isinstance(key, str):
+            raise TypeError(f"api_key is of type {type(key).__name__}; expected a string")
+        if key is not None and not (key.isascii() and key.isprintable()):
+            raise arguments.invalid("api_key", "not printable ASCII", "printable ASCII characters")
+
+    def channel_arguments(self, address: str) -> list[tuple[str, int | str]]:
+        """gRPC's arguments of a channel to that address."""
+        return [
+            ("grpc.max_send_message_length", self.max_message_bytes),
+            ("grpc.max_receive_message_length", self.max_message_bytes),
+            *connection_arguments(address),
+        ]
+
+    def call_metadata(self) -> tuple[tuple[str, str], ...]:
+        """
+        Raises:
+            TypeError, InvalidRequest: an entry that HTTP/2 does not carry.
+        """
+        key = () if self.api_key is None else (("authorization", f"Bearer {self.api_key}"),)
+        own = self.metadata() if callable(self.metadata) else self.metadata
+        return (*key, *(arguments.metadata(name, value) for name, value in own.items()))
+
+    def call_timeout(self, timeout: float | None) -> float | None:
+        """Time limit of a call in seconds: its own, else the one of all calls."""
+        own = arguments.seconds("timeout", timeout)
+        return self.timeout_seconds if own is None else own
+
+
+def async_channel(address: str, options: ClientOptions) -> Any:
+    """A grpc.aio.Channel."""
+    return _open(grpc.aio, address, options)
+
+
+def sync_channel(address: str, options: ClientOptions) -> Any:
+    """A grpc.Channel."""
+    return _open(grpc, address, options)
+
+
+def _open(maker: Any, address: str, options: ClientOptions) -> Any:
+    own = options.channel_arguments(address)
+    if options.tls is None:
+        return maker.insecure_channel(address, options=own)
+    return maker.secure_channel(address, options.tls.credentials(), options=own)
+
+
+def connection_arguments(address: str) -> list[tuple[str, int | str]]:
+    """How any client of ours keeps a connection: pings, no proxy on this machine, every address of a name in turn."""
+    return [
+        ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
+        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_SECONDS * 1000),
+        ("grpc.http2.max_pings_without_data", 0),  # also in a call that is quiet for long: no limit
+        ("grpc.lb_policy_name", "round_robin"),  # a name with several addresses is a set of equal servers
+        *proxy_options(address),
+    ]
+
+
+def check_address(name: str, address: str) -> str:
+    """An address as it is.
+
+    Raises:
+        TypeError, InvalidRequest: it does not look like host:port, or like a gRPC target (dns:///name:port, unix:path).
+    """
+    if ":" not in arguments.text(name, address) or not address.isprintable():
+        raise arguments.invalid(name, ascii(address), "host:port")
+    return address
 
 
 def host_of(target: str) -> str:
@@ -75,7 +242,7 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 
 def proxy_variable(target: str = "", environment: Mapping[str, str] | None = None) -> str:
-    """Name of the variable whose proxy gRPC would reach a target through; "" where it would ask it directly.
+    """Name of the variable whose proxy gRPC would reach a target through; "" where it would connect directly.
 
     Args:
         target: "": any that is elsewhere and not named in no_proxy.
@@ -105,221 +272,3 @@ def _excepted(host: str, environment: Mapping[str, str]) -> bool:
 def proxy_options(target: str) -> list[tuple[str, int]]:
     """Channel arguments: nothing on this machine is reached through a proxy, whatever the environment says."""
     return [("grpc.enable_http_proxy", 0)] if is_loopback(target) else []
-
-
-# The values of A6's example: retries stop while less than half is left.
-BUDGET_TOKENS = 10.0
-TOKENS_PER_SUCCESS = 0.1
-
-
-@dataclass(frozen=True)
-class RetryPolicy:
-    """Bounds of trying again. `max_attempts=1` turns it off."""
-
-    max_attempts: int = 4
-    first_wait_seconds: float = 0.1
-    max_wait_seconds: float = 10.0  # a hint beyond it is the caller's to follow
-    jitter: float = 0.2  # a wait is stretched by up to this share
-
-    def __post_init__(self) -> None:
-        if checks.integer("max_attempts", self.max_attempts) < 1:
-            raise checks.invalid("max_attempts", str(self.max_attempts), "at least 1")
-        for name in ("first_wait_seconds", "max_wait_seconds", "jitter"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"{name} is {checks.show(value)}; expected a number")
-            if not 0 <= value < math.inf:
-                raise checks.invalid(name, str(value), "0 or more")
-
-    def wait_seconds(self, error: PrereadError, attempt: int, remaining_seconds: float | None) -> float | None:
-        """How long to wait before the next attempt; None: do not try again.
-
-        Args:
-            attempt: how many attempts were made, from 1.
-            remaining_seconds: until the caller's deadline; a wait that would not leave any of it is not begun.
-        """
-        if attempt >= self.max_attempts:
-            return None
-        if isinstance(error, Overloaded):
-            if error.retry_after_seconds is None:  # a message over a size limit, a quota: it would not help
-                return None
-        elif not isinstance(error, Unavailable):
-            return None
-        wait = error.retry_after_seconds
-        if wait is None:
-            wait = min(self.first_wait_seconds * 2 ** (attempt - 1), self.max_wait_seconds)
-        if wait > self.max_wait_seconds:
-            return None
-        # Jitter only stretches: coming back before the server asked would be refused again.
-        wait *= 1 + self.jitter * random.random()
-        if remaining_seconds is not None and wait >= remaining_seconds:
-            return None
-        return wait
-
-
-class RetryBudget:
-    """Tokens shared by all calls of one client; thread-safe. A failure costs one, a success brings a tenth."""
-
-    def __init__(self) -> None:
-        self._tokens = BUDGET_TOKENS
-        self._lock = threading.Lock()
-
-    def give(self) -> None:
-        """Notes a success."""
-        with self._lock:
-            self._tokens = min(BUDGET_TOKENS, self._tokens + TOKENS_PER_SUCCESS)
-
-    def take(self) -> bool:
-        """Notes a failure that could be tried again; False: better not."""
-        with self._lock:
-            self._tokens = max(0.0, self._tokens - 1)
-            return self._tokens > BUDGET_TOKENS / 2
-
-
-DEFAULT_ADDRESS = "127.0.0.1:50051"
-DEFAULT_TIMEOUT_SECONDS = 120.0
-MAX_MESSAGE_BYTES = 64 << 20
-# While a call runs. Our servers take a ping every ten seconds and less; others hang up on clients that ping more often
-# than they were set up for ("too_many_pings"), some of them below five minutes.
-KEEPALIVE_SECONDS = 60
-KEEPALIVE_TIMEOUT_SECONDS = 20
-
-
-@dataclass(frozen=True)
-class TlsFiles:
-    """PEM files of a TLS client. Nothing set: the system's certificate authorities, no client certificate."""
-
-    ca_file: str | Path | None = None
-    cert_file: str | Path | None = None  # with key_file: mutual TLS
-    key_file: str | Path | None = None
-
-    def credentials(self) -> grpc.ChannelCredentials:
-        """Reads the files.
-
-        Raises:
-            ValueError: a certificate without its key, or the reverse.
-            OSError: a file that cannot be read.
-        """
-        if (self.cert_file is None) != (self.key_file is None):
-            raise ValueError("cert_file and key_file go together; only one of them is given")
-        paths = (self.ca_file, self.key_file, self.cert_file)
-        return grpc.ssl_channel_credentials(*(None if path is None else Path(path).read_bytes() for path in paths))
-
-
-@dataclass(frozen=True)
-class ClientOptions:
-    """Settings that every call of a client shares."""
-
-    timeout_seconds: float | None = DEFAULT_TIMEOUT_SECONDS  # of a call as a whole, retries included; None: no end
-    retry: RetryPolicy = field(default_factory=RetryPolicy)
-    tls: TlsFiles | None = None  # None: plain text
-    api_key: str | None = field(default=None, repr=False)  # for a server that asks for one
-    # sent with every call, such as {"x-request-id": "..."}; a function is asked anew for each
-    metadata: Mapping[str, str] | Callable[[], Mapping[str, str]] = field(default_factory=dict)
-    max_message_bytes: int = MAX_MESSAGE_BYTES
-
-    def __post_init__(self) -> None:
-        checks.seconds("timeout_seconds", self.timeout_seconds)
-        if checks.integer("max_message_bytes", self.max_message_bytes) < 1:
-            raise checks.invalid("max_message_bytes", str(self.max_message_bytes), "at least 1")
-        if self.api_key is not None:
-            _check_key(self.api_key)
-
-    def channel_arguments(self, address: str) -> list[tuple[str, int | str]]:
-        """gRPC's arguments of a channel to that address."""
-        return [
-            ("grpc.max_send_message_length", self.max_message_bytes),
-            ("grpc.max_receive_message_length", self.max_message_bytes),
-            *connection_arguments(address),
-        ]
-
-    def call_metadata(self) -> tuple[tuple[str, str], ...]:
-        """
-        Raises:
-            TypeError, InvalidRequest: an entry that HTTP/2 does not carry.
-        """
-        key = () if self.api_key is None else (("authorization", f"Bearer {self.api_key}"),)
-        own = self.metadata() if callable(self.metadata) else self.metadata
-        return (*key, *(checks.metadata(name, value) for name, value in own.items()))
-
-    def call_timeout(self, timeout: float | None) -> float | None:
-        """Time limit of a call in seconds: its own, else the one of all calls."""
-        own = checks.seconds("timeout", timeout)
-        return self.timeout_seconds if own is None else own
-
-
-def _check_key(key: object) -> None:
-    """It is a secret: errors do not show it."""
-    if not isinstance(key, str):
-        raise TypeError(f"api_key is of type {type(key).__name__}; expected a string")
-    if not key.isascii() or not key.isprintable():
-        raise checks.invalid("api_key", "not printable ASCII", "printable ASCII characters")
-
-
-def connection_arguments(address: str) -> list[tuple[str, int | str]]:
-    """How any client of ours keeps a connection: pings, no proxy on this machine, every address of a name in turn."""
-    return [
-        ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
-        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_SECONDS * 1000),
-        ("grpc.http2.max_pings_without_data", 0),  # also in a call that is quiet for long: no limit
-        ("grpc.lb_policy_name", "round_robin"),  # a name with several addresses is a set of equal servers
-        *proxy_options(address),
-    ]
-
-
-def check_address(name: str, address: str) -> str:
-    """An address as it is.
-
-    Raises:
-        TypeError, InvalidRequest: it does not look like host:port, or like a gRPC target (dns:///name:port, unix:path).
-    """
-    if ":" not in checks.text(name, address) or not address.isprintable():
-        raise checks.invalid(name, ascii(address), "host:port")
-    return address
-
-
-class _FailedCall(Protocol):
-    """The common part of grpc's sync and async errors; its stubs do not declare it."""
-
-    def code(self) -> grpc.StatusCode | None: ...
-    def details(self) -> str | None: ...
-    def trailing_metadata(self) -> Iterable[tuple[str, str | bytes]] | None: ...
-
-
-def translate(error: grpc.RpcError, address: str) -> PrereadError:
-    """The typed form of a failed call."""
-    call = cast(_FailedCall, error)
-    code = call.code() or grpc.StatusCode.UNKNOWN
-    message = call.details() or code.name
-    if code is grpc.StatusCode.UNAVAILABLE:
-        message = f"{address}: {message}"
-    details = _error_details(call.trailing_metadata() or ()) | {"code": code.name, "address": address}
-    return class_of(code.name).received(message, **cast(ErrorDetails, details))
-
-
-def _error_details(metadata: Iterable[tuple[str, str | bytes]]) -> dict[str, Any]:
-    details: dict[str, Any] = {}
-    for key, value in metadata:
-        if key != "grpc-status-details-bin" or not isinstance(value, bytes):
-            continue
-        try:
-            status = status_pb2.Status.FromString(value)
-        except DecodeError:  # some proxy's own; the status code has to do
-            continue
-        for item in status.details:
-            details |= _unpacked(item)
-    return details
-
-
-def _unpacked(item: Any) -> dict[str, Any]:
-    """One google.protobuf.Any of a google.rpc detail; other kinds give nothing."""
-    info, request, resource, retry = ErrorInfo(), BadRequest(), ResourceInfo(), RetryInfo()
-    if item.Unpack(info):
-        return {"reason": info.reason, "metadata": tuple(sorted(info.metadata.items()))}
-    if item.Unpack(request):
-        return {"violations": tuple(FieldViolation(v.field, v.description) for v in request.field_violations)}
-    if item.Unpack(resource):
-        return {"resource_type": resource.resource_type, "resource_name": resource.resource_name}
-    if item.Unpack(retry):
-        return {"retry_after_seconds": retry.retry_delay.ToTimedelta().total_seconds()}
-    return {}

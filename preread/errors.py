@@ -14,7 +14,7 @@ PrereadError                  .code, .reason, .metadata, .address
 └── ServerError               anything else: a fault of the server, not of the request
 
 An argument of another type than the field's is a TypeError. A candidate that cannot be scored is no error: its
-result has a status. Imports no gRPC; preread.channel and the edges of the servers translate.
+result has a status. Imports no gRPC; preread.wire and the edges of the servers translate.
 """
 
 from __future__ import annotations

@@ -1,14 +1,21 @@
-"""An upsert stream's messages, filled from a caller's passages while the stream asks for them.
-
-Protobuf from and to the values of preread; the only file of the client that knows message bodies.
-"""
+"""Protobuf from and to the values of preread.types and preread.errors; no other file of the client knows messages."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
-from typing import Any, cast, get_args
+import asyncio
+import functools
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any, Protocol, TypeVar, cast, get_args
 
-from preread import arguments as checks
+import grpc
+from google.protobuf.message import DecodeError
+from google.rpc import status_pb2
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, ResourceInfo, RetryInfo
+
+from preread import arguments
+from preread.errors import ErrorDetails, FieldViolation, PrereadError, class_of
 from preread.types import (
     CollectionInfo,
     Degraded,
@@ -33,86 +40,17 @@ from preread.types import (
 )
 from preread.v1 import common_pb2, encoder_pb2, rerank_pb2
 
-# A message goes out when either is reached: small enough to be acknowledged soon, large enough to batch.
-MAX_PASSAGES_PER_MESSAGE = 64
-MAX_CHARACTERS_PER_MESSAGE = 1 << 20
-
-AnyPassage = Passage | Mapping[str, Any]
-Passages = Iterable[AnyPassage] | AsyncIterable[AnyPassage]
-
-
-class Upload:
-    """Iterates over messages, sync or async. `error` is what the caller's passages raised.
-
-    gRPC reads a stream on a thread or task of its own and would answer such an error with CANCELLED or UNKNOWN.
-    """
-
-    def __init__(
-        self, passages: Passages, collection: str, compression_ratio: int, codec: str, store_text: bool
-    ) -> None:
-        """
-        Raises:
-            TypeError, InvalidRequest: an argument that cannot be put on the wire; a passage raises when it is read.
-        """
-        self.error: Exception | None = None
-        self._passages = passages if isinstance(passages, AsyncIterable) else checks.many("passages", passages)
-        self._collection = checks.text("collection", collection)
-        self._compression_ratio = checks.integer("compression_ratio", compression_ratio)
-        self._codec = checks.optional_text("codec", codec)
-        self._store_text = checks.flag("store_text", store_text)
-        self._waiting: list[encoder_pb2.Passage] = []
-        self._num_read = 0
-        self._num_characters = 0
-
-    def __iter__(self) -> Iterator[encoder_pb2.UpsertRequest]:
-        try:
-            if not isinstance(self._passages, Iterable):
-                raise TypeError(f"passages is {checks.show(self._passages)}; only AsyncClient reads it")
-            for passage in self._passages:
-                if self._add(passage):
-                    yield self._message()
-            if self._waiting:
-                yield self._message()
-        except Exception as exc:
-            self.error = exc
-            raise
-
-    async def __aiter__(self) -> AsyncIterator[encoder_pb2.UpsertRequest]:
-        if not isinstance(self._passages, AsyncIterable):
-            for message in self:
-                yield message
-            return
-        try:
-            async for passage in self._passages:
-                if self._add(passage):
-                    yield self._message()
-            if self._waiting:
-                yield self._message()
-        except Exception as exc:
-            self.error = exc
-            raise
-
-    def _add(self, passage: AnyPassage) -> bool:
-        """True: the message is full."""
-        passage_id, text = checks.passage(self._num_read, passage)
-        self._num_read += 1
-        self._waiting.append(encoder_pb2.Passage(passage_id=passage_id, text=text))
-        self._num_characters += len(text)
-        return len(self._waiting) >= MAX_PASSAGES_PER_MESSAGE or self._num_characters >= MAX_CHARACTERS_PER_MESSAGE
-
-    def _message(self) -> encoder_pb2.UpsertRequest:
-        message = encoder_pb2.UpsertRequest(
-            collection=self._collection,
-            passages=self._waiting,
-            compression_ratio=self._compression_ratio,
-            codec=self._codec,
-            store_text=self._store_text,
-        )
-        self._waiting, self._num_characters = [], 0
-        return message
-
+T = TypeVar("T")
 
 IDS_PER_DELETE = 10_000  # 5 MB where each has the 512 bytes that an id may have
+# An upsert message goes out when either is reached: small enough to be acknowledged soon, large enough to batch.
+MAX_PASSAGES_PER_MESSAGE = 64
+MAX_CHARACTERS_PER_MESSAGE = 1 << 20
+# Both end an upsert: grpc.aio cancels the call when the passages raise.
+ENDED_BY_GRPC = (grpc.RpcError, asyncio.CancelledError)
+
+Passages = Iterable[Passage | Mapping[str, Any]]
+AsyncPassages = Passages | AsyncIterable[Passage | Mapping[str, Any]]
 
 
 def pack_request(query: str, candidates: Iterable[Any], options: RerankOptions) -> rerank_pb2.RerankRequest:
@@ -126,22 +64,22 @@ def pack_request(query: str, candidates: Iterable[Any], options: RerankOptions) 
         raise TypeError(f"unknown arguments {sorted(unknown)}; known: {sorted(RerankOptions.__optional_keys__)}")
     on_miss = options.get("on_miss")
     if on_miss is not None and on_miss not in get_args(OnMiss):
-        raise checks.invalid("on_miss", ascii(on_miss), f"{', '.join(get_args(OnMiss))} or None")
-    collection = checks.optional_text("collection", options.get("collection"))
+        raise arguments.invalid("on_miss", ascii(on_miss), f"{', '.join(get_args(OnMiss))} or None")
+    collection = arguments.optional_text("collection", options.get("collection"))
     checked = (
-        checks.candidate(i, candidate, is_id=bool(collection))
-        for i, candidate in enumerate(checks.many("candidates", candidates))
+        arguments.candidate(i, candidate, is_id=bool(collection))
+        for i, candidate in enumerate(arguments.many("candidates", candidates))
     )
     return rerank_pb2.RerankRequest(
-        query=checks.text("query", query),
-        instruction=checks.text_or_absent("instruction", options.get("instruction")),
+        query=arguments.text("query", query),
+        instruction=arguments.text_or_absent("instruction", options.get("instruction")),
         candidates=[rerank_pb2.Candidate(passage_id=one.passage_id, text=one.text) for one in checked],
         collection=collection,
-        top_n=checks.integer("top_n", options.get("top_n")),
-        compression_ratio=checks.integer("compression_ratio", options.get("compression_ratio")),
+        top_n=arguments.integer("top_n", options.get("top_n")),
+        compression_ratio=arguments.integer("compression_ratio", options.get("compression_ratio")),
         on_miss=f"ON_MISS_{on_miss.upper() if on_miss else 'UNSPECIFIED'}",
-        return_text=checks.flag("return_text", options.get("return_text", False)),
-        model=checks.optional_text("model", options.get("model")),
+        return_text=arguments.flag("return_text", options.get("return_text", False)),
+        model=arguments.optional_text("model", options.get("model")),
         stages=_pack_stages(options.get("stages")),
     )
 
@@ -153,13 +91,14 @@ def _pack_stages(stages: object) -> list[rerank_pb2.Stage]:
         try:
             stages = parse_stages(stages)
         except ValueError as exc:
-            raise checks.invalid("stages", ascii(stages), f"stages that fit ({exc})") from exc
+            raise arguments.invalid("stages", ascii(stages), f"stages that fit ({exc})") from exc
     packed = []
-    for i, stage in enumerate(checks.many("stages", stages)):
+    for i, stage in enumerate(arguments.many("stages", stages)):
         if not isinstance(stage, Stage):
-            raise TypeError(f"stages[{i}] is {checks.show(stage)}; expected a Stage")
-        ratio = checks.integer(f"stages[{i}].compression_ratio", stage.compression_ratio)
-        packed.append(rerank_pb2.Stage(compression_ratio=ratio, keep=checks.integer(f"stages[{i}].keep", stage.keep)))
+            raise TypeError(f"stages[{i}] is {arguments.show(stage)}; expected a Stage")
+        ratio = arguments.integer(f"stages[{i}].compression_ratio", stage.compression_ratio)
+        keep = arguments.integer(f"stages[{i}].keep", stage.keep)
+        packed.append(rerank_pb2.Stage(compression_ratio=ratio, keep=keep))
     return packed
 
 
@@ -171,11 +110,11 @@ def pack_warm(
         TypeError, InvalidRequest: an argument that cannot be put on the wire.
     """
     return rerank_pb2.WarmRequest(
-        collection=checks.text("collection", collection),
-        passage_ids=checks.texts("passage_ids", passage_ids),
-        instruction=checks.text_or_absent("instruction", instruction),
-        compression_ratio=checks.integer("compression_ratio", compression_ratio),
-        model=checks.optional_text("model", model),
+        collection=arguments.text("collection", collection),
+        passage_ids=arguments.texts("passage_ids", passage_ids),
+        instruction=arguments.text_or_absent("instruction", instruction),
+        compression_ratio=arguments.integer("compression_ratio", compression_ratio),
+        model=arguments.optional_text("model", model),
     )
 
 
@@ -185,7 +124,7 @@ def pack_deletes(passage_ids: Iterable[str], collection: str) -> list[encoder_pb
     Raises:
         TypeError, InvalidRequest: an argument that cannot be put on the wire.
     """
-    name, ids = checks.text("collection", collection), checks.texts("passage_ids", passage_ids)
+    name, ids = arguments.text("collection", collection), arguments.texts("passage_ids", passage_ids)
     return [
         encoder_pb2.DeleteRequest(collection=name, passage_ids=ids[start : start + IDS_PER_DELETE])
         for start in range(0, max(len(ids), 1), IDS_PER_DELETE)
@@ -197,17 +136,87 @@ def pack_stats(collection: str) -> encoder_pb2.GetStatsRequest:
     Raises:
         TypeError, InvalidRequest: an argument that cannot be put on the wire.
     """
-    return encoder_pb2.GetStatsRequest(collection=checks.optional_text("collection", collection))
+    return encoder_pb2.GetStatsRequest(collection=arguments.optional_text("collection", collection))
 
 
-def unpack_warmed(message: rerank_pb2.WarmResponse) -> Warmed:
-    return Warmed(
-        message.model,
-        message.num_passages,
-        message.num_windows,
-        tuple(message.missing_ids),
-        tuple(TierUse(tier.name, tier.num_kept, tier.num_bytes, tier.max_bytes) for tier in message.tiers),
-    )
+class Upload:
+    """The messages of an upsert stream, sync or async. `error` is the exception that the caller's passages raised.
+
+    gRPC reads a stream on its own thread or task and would end the call with CANCELLED or UNKNOWN instead.
+    """
+
+    def __init__(
+        self, passages: AsyncPassages, collection: str, compression_ratio: int, codec: str, store_text: bool
+    ) -> None:
+        """
+        Raises:
+            TypeError, InvalidRequest: an argument that cannot be put on the wire; a passage raises when it is read.
+        """
+        self.error: Exception | None = None
+        self._passages = passages if isinstance(passages, AsyncIterable) else arguments.many("passages", passages)
+        self._settings: dict[str, Any] = {
+            "collection": arguments.text("collection", collection),
+            "compression_ratio": arguments.integer("compression_ratio", compression_ratio),
+            "codec": arguments.optional_text("codec", codec),
+            "store_text": arguments.flag("store_text", store_text),
+        }
+        self._waiting: list[encoder_pb2.Passage] = []
+        self._num_read = 0
+        self._num_characters = 0
+
+    def __iter__(self) -> Iterator[encoder_pb2.UpsertRequest]:
+        with self._remembering():
+            if not isinstance(self._passages, Iterable):
+                raise TypeError(f"passages is {arguments.show(self._passages)}; only AsyncClient reads it")
+            for passage in self._passages:
+                if self._add(passage):
+                    yield self._message()
+            if self._waiting:
+                yield self._message()
+
+    async def __aiter__(self) -> AsyncIterator[encoder_pb2.UpsertRequest]:
+        if not isinstance(self._passages, AsyncIterable):
+            for message in self:
+                yield message
+            return
+        with self._remembering():
+            async for passage in self._passages:
+                if self._add(passage):
+                    yield self._message()
+            if self._waiting:
+                yield self._message()
+
+    @contextmanager
+    def _remembering(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as exc:
+            self.error = exc
+            raise
+
+    def _add(self, passage: Passage | Mapping[str, Any]) -> bool:
+        """True: the message is full."""
+        passage_id, text = arguments.passage(self._num_read, passage)
+        self._num_read += 1
+        self._waiting.append(encoder_pb2.Passage(passage_id=passage_id, text=text))
+        self._num_characters += len(text)
+        return len(self._waiting) >= MAX_PASSAGES_PER_MESSAGE or self._num_characters >= MAX_CHARACTERS_PER_MESSAGE
+
+    def _message(self) -> encoder_pb2.UpsertRequest:
+        message = encoder_pb2.UpsertRequest(passages=self._waiting, **self._settings)
+        self._waiting, self._num_characters = [], 0
+        return message
+
+
+def _unpack(kind: Callable[..., T], message: Any, **given: Any) -> T:
+    """The dataclass `kind` from the message's fields of the same names, and from `given`."""
+    names = _common_names(kind, message.DESCRIPTOR)
+    return kind(**{name: getattr(message, name) for name in names if name not in given}, **given)
+
+
+@functools.cache
+def _common_names(kind: Any, descriptor: Any) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(kind) if field.name in descriptor.fields_by_name)
 
 
 def unpack_response(message: rerank_pb2.RerankResponse) -> Reranking:
@@ -216,7 +225,7 @@ def unpack_response(message: rerank_pb2.RerankResponse) -> Reranking:
 
 def unpack_results(messages: Iterable[rerank_pb2.Result]) -> tuple[Result, ...]:
     return tuple(
-        Result(
+        Result(  # there may be thousands: written out, it takes a fifth less time
             index=m.index,
             passage_id=m.passage_id,
             status=cast(Status, _enum_word(common_pb2.CandidateStatus, m.status, "CANDIDATE_STATUS_")),
@@ -227,112 +236,55 @@ def unpack_results(messages: Iterable[rerank_pb2.Result]) -> tuple[Result, ...]:
             num_states=m.num_states,
             compression_ratio=m.compression_ratio,
             truncated=m.truncated,
-            stages=tuple(
-                StageScore(s.compression_ratio, score=s.score, margin=s.margin, num_states=s.num_states)
-                for s in m.stages
-            ),
+            stages=tuple(_unpack(StageScore, stage) for stage in m.stages),
         )
         for m in messages
     )
 
 
 def unpack_summary(message: rerank_pb2.RerankResponse | rerank_pb2.RerankStreamResponse.Summary) -> Summary:
-    times = message.timings
-    return Summary(
-        model=message.model,
-        timings=Timings(
-            times.fetch_seconds, times.encode_seconds, times.queue_seconds, times.compute_seconds, times.total_seconds
-        ),
-        num_scored=message.num_scored,
-        num_query_tokens=message.num_query_tokens,
-        query_truncated=message.query_truncated,
-        compression_ratio=message.compression_ratio,
+    degraded = message.degraded
+    return _unpack(
+        Summary,
+        message,
+        timings=_unpack(Timings, message.timings),
         stages=_unpack_stages(message.stages),
-        stopped_early=message.stopped_early,
-        degraded=_unpack_degraded(message.degraded) if message.HasField("degraded") else None,
+        degraded=_unpack(Degraded, degraded, stages=_unpack_stages(degraded.stages))
+        if message.HasField("degraded")
+        else None,
     )
 
 
 def _unpack_stages(messages: Iterable[rerank_pb2.Stage]) -> tuple[Stage, ...]:
-    return tuple(Stage(m.compression_ratio, m.keep) for m in messages)
+    return tuple(_unpack(Stage, message) for message in messages)
 
 
-def _unpack_degraded(message: rerank_pb2.Degraded) -> Degraded:
-    return Degraded(message.reason, message.compression_ratio, _unpack_stages(message.stages))
+def unpack_warmed(message: rerank_pb2.WarmResponse) -> Warmed:
+    tiers = tuple(_unpack(TierUse, tier) for tier in message.tiers)
+    return _unpack(Warmed, message, missing_ids=tuple(message.missing_ids), tiers=tiers)
 
 
 def unpack_model(message: rerank_pb2.ModelInfo) -> ModelInfo:
-    return ModelInfo(
-        name=message.name,
-        backend=message.backend,
-        checkpoint=message.checkpoint,
-        encoder=unpack_identity(message.encoder) if message.HasField("encoder") else None,
-        default_instruction=message.default_instruction,
-        default_compression_ratio=message.default_compression_ratio,
-        max_query_tokens=message.max_query_tokens,
-        max_candidates=message.max_candidates,
-        max_message_bytes=message.max_message_bytes,
-        dtype=message.dtype,
-        device=message.device,
-        encodes_on_demand=message.encodes_on_demand,
-        max_passage_tokens=message.max_passage_tokens,
-        notice=message.notice,
-    )
+    encoder = _unpack(EncoderIdentity, message.encoder) if message.HasField("encoder") else None
+    return _unpack(ModelInfo, message, encoder=encoder)
 
 
 def unpack_collection(message: common_pb2.CollectionInfo) -> CollectionInfo:
-    return CollectionInfo(
-        name=message.name,
-        aliases=tuple(message.aliases),
-        encoder=unpack_identity(message.encoder),
-        compression_ratio=message.compression_ratio,
-        codec=message.codec,
-        num_passages=message.num_passages,
-        num_states=message.num_states,
-        num_tokens=message.num_tokens,
-        num_truncated=message.num_truncated,
-        size_bytes=message.size_bytes,
-        stores_text=message.stores_text,
-        num_clipped=message.num_clipped,
-    )
-
-
-def unpack_identity(message: common_pb2.EncoderIdentity) -> EncoderIdentity:
-    return EncoderIdentity(
-        fingerprint=message.fingerprint,
-        checkpoint=message.checkpoint,
-        dim=message.dim,
-        max_passage_tokens=message.max_passage_tokens,
-        passage_template=message.passage_template,
-        pooling_version=message.pooling_version,
-    )
+    encoder = _unpack(EncoderIdentity, message.encoder)
+    return _unpack(CollectionInfo, message, encoder=encoder, aliases=tuple(message.aliases))
 
 
 def unpack_encoder(message: encoder_pb2.DescribeResponse) -> EncoderInfo:
-    return EncoderInfo(
-        encoder=unpack_identity(message.encoder),
-        default_compression_ratio=message.default_compression_ratio,
-        default_codec=message.default_codec,
-        dtype=message.dtype,
-        device=message.device,
-        store=message.store,
-        max_message_bytes=message.max_message_bytes,
-    )
+    return _unpack(EncoderInfo, message, encoder=_unpack(EncoderIdentity, message.encoder))
 
 
 def unpack_upserts(message: encoder_pb2.UpsertResponse) -> Iterator[UpsertResult]:
     for m in message.results:
-        yield UpsertResult(
-            passage_id=m.passage_id,
-            status=cast(UpsertStatus, _enum_word(encoder_pb2.UpsertStatus, m.status, "UPSERT_STATUS_")),
-            num_tokens=m.num_tokens,
-            num_states=m.num_states,
-            truncated=m.truncated,
-            message=m.message,
-            num_clipped=m.num_clipped,
-        )
+        status = cast(UpsertStatus, _enum_word(encoder_pb2.UpsertStatus, m.status, "UPSERT_STATUS_"))
+        yield _unpack(UpsertResult, m, status=status)
 
 
+@functools.cache
 def _enum_word(enum: object, value: int, prefix: str) -> str:
     """CANDIDATE_STATUS_TOO_LONG -> too_long; a value of a newer server reads as unspecified."""
     try:
@@ -340,3 +292,50 @@ def _enum_word(enum: object, value: int, prefix: str) -> str:
     except ValueError:
         return "unspecified"
     return name.removeprefix(prefix).lower()
+
+
+class _FailedCall(Protocol):
+    """The common part of grpc's sync and async errors; its stubs do not declare it."""
+
+    def code(self) -> grpc.StatusCode | None: ...
+    def details(self) -> str | None: ...
+    def trailing_metadata(self) -> Iterable[tuple[str, str | bytes]] | None: ...
+
+
+def translate(error: grpc.RpcError, address: str) -> PrereadError:
+    """The typed form of a failed call."""
+    call = cast(_FailedCall, error)
+    code = call.code() or grpc.StatusCode.UNKNOWN
+    message = call.details() or code.name
+    if code is grpc.StatusCode.UNAVAILABLE:
+        message = f"{address}: {message}"
+    details = _error_details(call.trailing_metadata() or ()) | {"code": code.name, "address": address}
+    return class_of(code.name).received(message, **cast(ErrorDetails, details))
+
+
+def _error_details(metadata: Iterable[tuple[str, str | bytes]]) -> dict[str, Any]:
+    details: dict[str, Any] = {}
+    for key, value in metadata:
+        if key != "grpc-status-details-bin" or not isinstance(value, bytes):
+            continue
+        try:
+            status = status_pb2.Status.FromString(value)
+        except DecodeError:  # some proxy's own; the status code has to do
+            continue
+        for item in status.details:
+            details |= _error_detail(item)
+    return details
+
+
+def _error_detail(item: Any) -> dict[str, Any]:
+    """One google.protobuf.Any of a google.rpc detail; other kinds give nothing."""
+    info, request, resource, retry = ErrorInfo(), BadRequest(), ResourceInfo(), RetryInfo()
+    if item.Unpack(info):
+        return {"reason": info.reason, "metadata": tuple(sorted(info.metadata.items()))}
+    if item.Unpack(request):
+        return {"violations": tuple(FieldViolation(v.field, v.description) for v in request.field_violations)}
+    if item.Unpack(resource):
+        return {"resource_type": resource.resource_type, "resource_name": resource.resource_name}
+    if item.Unpack(retry):
+        return {"retry_after_seconds": retry.retry_delay.ToTimedelta().total_seconds()}
+    return {}

@@ -49,7 +49,7 @@ async def abort(
 
 
 async def abort_with(context: grpc.aio.ServicerContext[Any, Any], error: PrereadError) -> NoReturn:
-    """Ends the call with an error of the shared tree, its details included; preread.channel reads them back."""
+    """Ends the call with an error of the shared tree, its details included; preread.wire reads them back."""
     message, details = str(error), list[Message]()
     details += [field_violation(one.field, one.description) for one in error.violations]
     if error.reason:
