@@ -111,22 +111,29 @@ class Sized(Protocol):
 S = TypeVar("S", bound=Sized)
 
 
-def split_by_length(pairs: Sequence[S]) -> list[list[S]]:
-    """`pairs` in passes, each sorted by length, no pass wasting more than the constants above allow."""
+def split_by_length(pairs: Sequence[S], max_tokens: int | None = None) -> list[list[S]]:
+    """`pairs` in batches, each sorted by length, no batch wasting more than the constants above allow.
+
+    Args:
+        max_tokens: of one batch; a larger pair goes alone. None: no limit.
+    """
     passes: list[list[S]] = []
-    real = 0  # cells that the current pass needs
+    real = num_tokens = 0  # cells that the current pass needs, and its tokens
     longest_prompt = 0
     for pair in sorted(pairs, key=lambda p: (p.num_states, p.num_prompt_tokens)):
         own = _cells(pair.num_prompt_tokens, pair.num_states)
         longest = max(longest_prompt, pair.num_prompt_tokens)
         # Sorted by states, so this pair's are the longest so far.
         padded = (len(passes[-1]) + 1) * _cells(longest, pair.num_states) if passes else 0
-        if passes and (padded <= FREE_CELLS or padded <= MAX_PADDING * (real + own)):
+        num_tokens += pair.num_prompt_tokens + pair.num_states
+        fits = bool(passes) and (max_tokens is None or num_tokens <= max_tokens)
+        if fits and (padded <= FREE_CELLS or padded <= MAX_PADDING * (real + own)):
             passes[-1].append(pair)
             real, longest_prompt = real + own, longest
         else:
             passes.append([pair])
             real, longest_prompt = own, pair.num_prompt_tokens
+            num_tokens = pair.num_prompt_tokens + pair.num_states
     return passes
 
 
