@@ -39,7 +39,7 @@ def measure(args: argparse.Namespace) -> None:
     with TerminalProgress() as progress:
         sizes = Sizes(args.queries, args.candidates, NUM_TRAINING)
         workload = Workload(args.checkpoint, args.collection, sizes, args.work, progress)
-        progress.begin("codecs", len(args.ratios) * 2 * len(CODECS))
+        advance = progress.begin("codecs", len(args.ratios) * 2 * len(CODECS))
         for ratio in args.ratios:
             reference = workload.margins("reference", ratio, lambda states: states)
             others = np.concatenate([states.states for _, states in workload.states(workload.scored, ratio)])
@@ -49,7 +49,7 @@ def measure(args: argparse.Namespace) -> None:
             }
             for trained_on, sample in samples.items():
                 for name in CODECS:
-                    progress.advance("codecs", 1)
+                    advance(1)
                     codec = Codec(name, workload.dim)
                     if len(sample) < codec.min_training_states:  # it cannot be trained on so few
                         continue

@@ -94,18 +94,18 @@ def measure(args: argparse.Namespace) -> None:
         trained_on: dict[str, int] = {}
         dim = workload.dim
         args.codecs = [c.format(dim=dim, half=dim // 2, quarter=dim // 4, eighth=dim // 8) for c in args.codecs]
-        progress.begin("margins", len(args.ratios) * (len(args.codecs) + 2))
+        advance = progress.begin("margins", len(args.ratios) * (len(args.codecs) + 2))
         finest = workload.margins("reference", 1, lambda states: states)
         for ratio in args.ratios:
             reference = workload.margins("reference", ratio, lambda states: states)
-            progress.advance("margins", 1)
+            advance(1)
             for name in args.codecs:
                 margins, size, trained_on[f"{name} at {ratio}"] = workload.coded(name, ratio)
                 rows.append([name, ratio, size, size / ratio, *compare(workload, finest, reference, margins)])
-                progress.advance("margins", 1)
+                advance(1)
             margins = workload.margins("bfloat16", ratio, lambda states: states, dtype="bfloat16")
             rows.append([COMPUTE, ratio, 0, 0.0, *compare(workload, finest, reference, margins)])
-            progress.advance("margins", 1)
+            advance(1)
         spread = [outliers(workload, ratio) for ratio in args.ratios]
     report(
         f"codecs-{workload.name}", COLUMNS, rows, weights=workload.weights, dim=workload.dim, queries=args.queries,

@@ -26,9 +26,9 @@ from encoder_worker.indexing import index
 from encoder_worker.passage_encoder import PassageEncoder
 from encoder_worker.sources import Passage, Place
 from encoder_worker.writing import CollectionSettings
-from tuning import baselines as first_stage
+from tuning.baselines import search
 from tuning.judged import read_judged
-from tuning.progress import Progress
+from tuning.progress import StageProgress
 from tuning.rerank import score_passages
 
 Margins = NDArray[np.float32]  # (num_queries, num_candidates)
@@ -78,7 +78,7 @@ class Sizes:
 class Workload:
     """One checkpoint over one collection."""
 
-    def __init__(self, checkpoint: str, folder: Path, sizes: Sizes, work: Path, progress: Progress) -> None:
+    def __init__(self, checkpoint: str, folder: Path, sizes: Sizes, work: Path, progress: StageProgress) -> None:
         """
         Args:
             folder: BEIR layout.
@@ -90,7 +90,7 @@ class Workload:
         judged = read_judged(folder)
         # BM25 over everything first: only queries with enough candidates can be compared by their top 10.
         sampled = judged.sample(4 * sizes.queries, sizes.seed)
-        found = first_stage.search(judged.passages, sampled.queries, sizes.candidates, progress)
+        found = search(judged.passages, sampled.queries, sizes.candidates, progress)
         full = [q for q, ranking in found.items() if len(ranking) == sizes.candidates][: sizes.queries]
         if len(full) < sizes.queries:
             raise SystemExit(f"{folder}: {len(full)} queries with {sizes.candidates} candidates, {sizes.queries} asked")
@@ -127,10 +127,10 @@ class Workload:
         if items:
             encoder = PassageEncoder.load(str(self.opened.path), dtype="float32")
             settings = CollectionSettings(compression_ratio=1, codec="Flat", stores_text=False)
-            self._progress.begin("encode", len(items))
+            advance = self._progress.begin("encode", len(items))
             for first in range(0, len(items), 32):  # small groups: little is lost by an interruption
                 index(items[first : first + 32], encoder, self._store, "states", settings)
-                self._progress.advance("encode", len(items[first : first + 32]))
+                advance(len(items[first : first + 32]))
         return Collection.open(self._store, "states", fingerprint=self.opened.identity().fingerprint)
 
     def states(self, passage_ids: list[str], ratio: int) -> Iterator[tuple[str, PassageStates]]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from tuning.baselines import search
 from tuning.judged import JudgedCollection, read_judged
-from tuning.trec import json_rows
+from tuning.trec import JudgedFile
 
 
 def choose(judged: JudgedCollection, num_passages: int) -> set[str]:
@@ -50,7 +50,7 @@ def main() -> None:
     judged = read_judged(arguments.source, split=arguments.split)
     chosen = choose(judged, arguments.num_passages)
     arguments.target.mkdir(parents=True, exist_ok=True)
-    corpus = (row for _, row in json_rows(arguments.source / "corpus.jsonl.gz") if str(row["_id"]) in chosen)
+    corpus = (row for _, row in JudgedFile(arguments.source / "corpus.jsonl.gz").rows() if str(row["_id"]) in chosen)
     write_rows(arguments.target / "corpus.jsonl.gz", corpus)
     queries = ({"_id": query_id, "text": text} for query_id, text in judged.queries.items())
     write_rows(arguments.target / "queries.jsonl.gz", queries)

@@ -57,10 +57,9 @@ def command(
     """
     from checkpoint.compute import tune_process
     from decoder_server.models.cross_encoder.conversion import CausalSource, convert, staged
-    from tuning.health.checks import counted
     from tuning.health.pairs import built_in_pairs, read_pairs
     from tuning.health.parity import parity
-    from tuning.progress import TerminalProgress
+    from tuning.progress import TerminalProgress, counted
 
     tune_process(threads)
     pairs = read_pairs(pairs_file) if pairs_file is not None else built_in_pairs()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -70,9 +69,9 @@ def read_queries(source: str) -> dict[str, str]:
 
 def _lines(source: str) -> Iterator[tuple[str, str]]:
     """(file:line, text without its line end) of every line that is not blank."""
-    from tuning.trec import numbered_lines
+    from tuning.trec import JudgedFile
 
-    for place, line in numbered_lines(Path(source)):
+    for place, line in JudgedFile(source).lines():
         yield str(place), line
 
 

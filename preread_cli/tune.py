@@ -208,9 +208,9 @@ def _show(
     """The files, the table, and the choice."""
     from preread_edge.outputs import write_output
     from tuning.sweep.page import write_page
-    from tuning.sweep.report import choose, config_toml, describe_broken, print_sweep
+    from tuning.sweep.report import print_sweep
 
-    choice = choose(report.rows, limits) if limits.given else None
+    choice = limits.choose(report.rows) if limits.given else None
     write_output(out / "tune.json", report.to_json(limits, choice))
     write_page(out, report, limits, choice)
     print_sweep(report, choice, show_all=show_all)
@@ -219,11 +219,11 @@ def _show(
     if choice is None or choice.broken:
         config.unlink(missing_ok=True)  # of an earlier run: it would not be this one's choice
     else:
-        write_output(config, config_toml(report, choice.row, model, control_tokens=control_tokens))
+        write_output(config, report.config_toml(choice.row, model, control_tokens=control_tokens))
         click.echo(f"Chosen: {choice.row.configuration.name}; {config} is for preread index and serve --config.")
     if choice is not None and choice.broken:
         raise CommandFailed(
             f"no configuration keeps the limits; the nearest is {choice.row.configuration.name}: "
-            f"{describe_broken(choice, limits)}",
+            f"{choice.explain(limits)}",
             BAD_INPUT,
         )

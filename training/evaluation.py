@@ -18,7 +18,7 @@ from training import model as scoring
 from training.collections import ASPECTS, aspect_of
 from training.model import Checkpoint, load
 from training.trainer import pick_device
-from tuning import baselines as first_stage
+from tuning.baselines import search
 from tuning.judged import JudgedCollection, read_judged
 from tuning.metrics import HEADLINE, per_query
 from tuning.trec import Run, rank
@@ -95,7 +95,7 @@ class HeldOut:
         self.parts: list[tuple[JudgedCollection, Run]] = []
         for part in sorted(p for p in folder.iterdir() if (p / "qrels.tsv").exists()):
             judged = read_judged(part).sample(max_queries, seed=0)
-            self.parts.append((judged, first_stage.search(judged.passages, judged.queries, top_k)))
+            self.parts.append((judged, search(judged.passages, judged.queries, top_k)))
 
     def report(self, checkpoint: Checkpoint, ratios: tuple[int, ...] = (4,)) -> str:
         """One line: nDCG@10 of BM25 and of each ratio, per collection."""

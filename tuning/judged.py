@@ -1,7 +1,7 @@
-"""A judged collection: passages, queries, and which passages answer which query. Does not know models.
+"""A judged collection: passages, queries, and which passages answer which query.
 
-Passages are read by the reader that indexes them, and queries and judgements by the same rules: what indexing would
-refuse is left out, and listed.
+Passages are read by the reader that indexes them, and queries and judgements by the same rules: lines that indexing
+would refuse are left out, and listed.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from pathlib import Path
 from encoder_worker.reading import SeenIds
 from encoder_worker.sources import Fields, Passage, Place, Refused, Source, SourceError
 from tuning import EvaluationError
-from tuning.trec import Qrels, first_existing, json_rows, nothing_left, read_qrels, refuse
+from tuning.trec import JudgedFile, Qrels, read_qrels
 
-CORPUS_NAMES = ("corpus.jsonl", "corpus.jsonl.gz", "corpus.jsonl.zst")
-QUERY_NAMES = ("queries.jsonl", "queries.jsonl.gz", "queries.jsonl.zst")
-QUERY_FIELDS = Fields(title=None)
-QRELS_NAMES = ("qrels.tsv", "qrels/test.tsv", "qrels.txt", "qrels.jsonl")
+_CORPUS_NAMES = ("corpus.jsonl", "corpus.jsonl.gz", "corpus.jsonl.zst")
+_QUERY_NAMES = ("queries.jsonl", "queries.jsonl.gz", "queries.jsonl.zst")
+_QUERY_FIELDS = Fields(title=None)
+_QRELS_NAMES = ("qrels.tsv", "qrels/test.tsv", "qrels.txt", "qrels.jsonl")
 
 
 @dataclass(frozen=True)
 class JudgedCollection:
-    """What is judged. The queries are those that will be run: each has a text and at least one judgement.
+    """Passages, and queries to run: each has a text and at least one judgement.
 
-    Where judgements were not asked for and there are none, `qrels` is empty and the queries are all there are.
+    Where judgements are optional and there are none, `qrels` is empty and every query is run.
     """
 
     name: str
@@ -43,21 +43,21 @@ class JudgedCollection:
         return replace(self, passages=passages)
 
     def without_judgements(self) -> JudgedCollection:
-        """The same queries, judged by nobody."""
+        """The same queries without their judgements."""
         return replace(self, qrels={}, num_judgements_of_unknown_queries=0, unknown_queries=())
 
     def only(self, query_ids: Iterable[str]) -> JudgedCollection:
-        """The same collection with fewer queries, in their own order."""
-        wanted = set(query_ids)
+        """The same collection with fewer queries, in its order."""
+        chosen = set(query_ids)
         return replace(
             self,
-            queries={q: text for q, text in self.queries.items() if q in wanted},
-            qrels={q: grades for q, grades in self.qrels.items() if q in wanted},
+            queries={q: text for q, text in self.queries.items() if q in chosen},
+            qrels={q: grades for q, grades in self.qrels.items() if q in chosen},
         )
 
-    def sample(self, max_queries: int, seed: int) -> JudgedCollection:
-        """At most `max_queries` queries, drawn without replacement; the same seed draws the same."""
-        if len(self.queries) <= max_queries:
+    def sample(self, max_queries: int | None, seed: int) -> JudgedCollection:
+        """At most `max_queries` queries (None: all), drawn without replacement; the same seed draws the same."""
+        if max_queries is None or len(self.queries) <= max_queries:
             return self
         return self.only(random.Random(seed).sample(sorted(self.queries), max_queries))
 
@@ -87,15 +87,15 @@ def read_judged(
     folder = Path(folder) if folder is not None else None
     if folder is not None and not folder.is_dir():
         raise EvaluationError(f"{folder}: no such folder; expected corpus.jsonl, queries.jsonl and qrels (BEIR)")
-    corpus_path = _find(folder, corpus, CORPUS_NAMES, "corpus", needed=need_corpus)
-    queries_path = _find(folder, queries, QUERY_NAMES, "queries", needed=True)
-    names = (f"qrels/{split}.tsv", *QRELS_NAMES) if split is not None else QRELS_NAMES
+    corpus_path = _find(folder, corpus, _CORPUS_NAMES, "corpus", needed=need_corpus)
+    queries_path = _find(folder, queries, _QUERY_NAMES, "queries", needed=True)
+    names = (f"qrels/{split}.tsv", *_QRELS_NAMES) if split is not None else _QRELS_NAMES
     qrels_path = _find(folder, qrels, names, "qrels", needed=need_qrels)
     assert queries_path is not None  # `needed`
 
     refused: list[Refused] = []
-    passages = read_corpus(corpus_path, refused) if corpus_path is not None else {}
-    texts, splits = read_queries(queries_path, refused)
+    passages = _read_corpus(corpus_path, refused) if corpus_path is not None else {}
+    texts, splits = _read_queries(queries_path, refused)
     judged = read_qrels(qrels_path, refused) if qrels_path is not None else {}
     unknown = tuple(q for q in judged if q not in texts)
     collection = JudgedCollection(
@@ -115,73 +115,53 @@ def read_judged(
     return collection
 
 
-def read_corpus(path: str | Path, refused: list[Refused] | None = None) -> dict[str, str]:
-    """{passage_id: text} of whatever `preread index` reads.
-
-    Args:
-        refused: takes what indexing would refuse, ids that came before included; None: the first of them is an error.
-
-    Raises:
-        EvaluationError: a file that cannot be read, or without any passage.
-    """
+def _read_corpus(path: Path, refused: list[Refused]) -> dict[str, str]:
+    """{passage_id: text} of any file that `preread index` reads."""
+    file = JudgedFile(path, refused)
     try:
-        passages = _texts(Source([path]), refused)
+        passages = _texts(file, Source([path]))
     except SourceError as exc:
         raise EvaluationError(str(exc)) from exc
-    if not passages:
-        raise nothing_left(path, "passages", refused)
+    file.require(passages, "passages")
     return passages
 
 
-def read_queries(path: str | Path, refused: list[Refused] | None = None) -> tuple[dict[str, str], dict[str, str]]:
-    """({query_id: text}, {query_id: split}) of BEIR's JSON lines (`id` or `_id`, `text`, perhaps `split`).
-
-    Args:
-        refused: as `read_corpus`.
-
-    Raises:
-        EvaluationError: a file that cannot be read, or without any query.
-    """
+def _read_queries(path: Path, refused: list[Refused]) -> tuple[dict[str, str], dict[str, str]]:
+    """({query_id: text}, {query_id: split}) of BEIR's JSON lines (`id` or `_id`, `text`, optionally `split`)."""
+    file = JudgedFile(path, refused)
     splits: dict[Place, str] = {}
     places: dict[str, Place] = {}
 
     def items() -> Iterator[Passage | Refused]:
-        for place, row in json_rows(Path(path), refused):
-            item = QUERY_FIELDS.of_row(place, row)
+        for place, row in file.rows():
+            item = _QUERY_FIELDS.of_row(place, row)
             if isinstance(item, Passage):
                 places.setdefault(item.passage_id, place)
                 if isinstance(row.get("split"), str):
                     splits[place] = row["split"]
             yield item
 
-    texts = _texts(items(), refused)
-    if not texts:
-        raise nothing_left(path, "queries", refused)
+    texts = _texts(file, items())
+    file.require(texts, "queries")
     return texts, {q: splits[places[q]] for q in texts if places[q] in splits}
 
 
-def _texts(items: Iterable[Passage | Refused], refused: list[Refused] | None) -> dict[str, str]:
+def _texts(file: JudgedFile, items: Iterable[Passage | Refused]) -> dict[str, str]:
     """{id: text}; the first of several with one id counts, as in an index run."""
-    texts: dict[str, str] = {}
     seen = SeenIds()
-    for one in items:
-        item = seen.once(one) if isinstance(one, Passage) else one
-        if isinstance(item, Refused):
-            refuse(item, refused)
-        else:
-            texts[item.passage_id] = item.text
-    return texts
+    once = (seen.once(item) if isinstance(item, Passage) else item for item in items)
+    return {item.passage_id: item.text for item in file.usable(once)}
 
 
 def _find(
-    folder: Path | None, named: str | Path | None, names: tuple[str, ...], what: str, *, needed: bool
+    folder: Path | None, named: str | Path | None, names: tuple[str, ...], kind: str, *, needed: bool
 ) -> Path | None:
     if named is not None:
         return Path(named)
-    found = first_existing(folder, names) if folder is not None else None
+    found = next((folder / name for name in names if (folder / name).is_file()), None) if folder is not None else None
     if found is None and needed:
-        where = f"{folder}: has none of {', '.join(names)}" if folder is not None else f"no {what} file is named"
-        raise EvaluationError(f"{where}; name the {what} file")
+        where = f"{folder}: has none of {', '.join(names)}" if folder is not None else f"no {kind} file is named"
+        raise EvaluationError(f"{where}; name the {kind} file")
     return found
 
 
@@ -190,4 +170,4 @@ def _only_split(collection: JudgedCollection, split: str, path: Path) -> JudgedC
     if split not in found:
         known = ", ".join(found) if found else "its rows have no field `split`"
         raise EvaluationError(f"{path}: no judged query of split {split!r}; it has: {known}")
-    return collection.only(q for q, own in collection.splits.items() if own == split)
+    return collection.only(q for q, name in collection.splits.items() if name == split)

@@ -1,12 +1,8 @@
-"""How sure a mean over queries is: the percentile bootstrap (Efron & Tibshirani 1993; for retrieval Sakai, SIGIR 2006).
+"""Quality of a ranking, and how sure it is: nDCG, MRR and recall by ir_measures, intervals by the bootstrap.
 
-Queries are drawn with replacement; all systems see the same draws, so differences are paired.
-Does not know metrics.
-
-nDCG, MRR and recall of a run, query by query, through ir_measures. No metric is computed here.
-
-ir_measures takes nDCG and recall from pytrec_eval and RR with a cutoff from MS MARCO's own script, because
-trec_eval has no cutoff for it. Does not know passages or models.
+ir_measures takes nDCG and recall from pytrec_eval and RR with a cutoff from MS MARCO's own script, because trec_eval
+has no cutoff for it. The percentile bootstrap (Efron & Tibshirani 1993; for retrieval Sakai, SIGIR 2006) draws queries
+with replacement; all systems see the same draws, so differences are paired.
 """
 
 from __future__ import annotations
@@ -20,14 +16,60 @@ from numpy.typing import NDArray
 from tuning import MissingExtra
 from tuning.trec import Qrels, Run
 
-LEVEL = 0.95
+HEADLINE = "nDCG@10"
 NUM_RESAMPLES = 10_000
+_LEVEL = 0.95
 _BLOCK = 1 << 24  # counts drawn at a time
+
+
+def per_query(qrels: Qrels, run: Run, top_k: int, min_grade: int = 1) -> dict[str, NDArray[np.float64]]:
+    """{measure name: (num_queries,)}, in the order of `qrels`; a query without ranked passages counts 0.
+
+    Args:
+        top_k: candidates that were reranked; recall there is the ceiling.
+        min_grade: the lowest grade that counts as relevant for MRR and recall; nDCG uses the grades.
+
+    Raises:
+        MissingExtra: ir_measures is not installed.
+    """
+    try:
+        from ir_measures import RR, R, iter_calc, nDCG
+    except ImportError as exc:
+        raise MissingExtra("measuring", "evaluate", exc) from exc
+    measures = {
+        HEADLINE: nDCG @ 10,
+        "MRR@10": RR(rel=min_grade) @ 10,
+        "R@10": R(rel=min_grade) @ 10,
+        f"R@{top_k}": R(rel=min_grade) @ top_k,
+    }
+    # rank() and the run reader order passages; ids only break ties where a foreign run has some.
+    scored = {query_id: dict(run.get(query_id, ())) for query_id in qrels}
+    row = {query_id: index for index, query_id in enumerate(qrels)}
+    values = {name: np.zeros(len(qrels)) for name in measures}
+    names = {measure: name for name, measure in measures.items()}
+    for metric in iter_calc(list(measures.values()), qrels, scored):
+        values[names[metric.measure]][row[metric.query_id]] = metric.value
+    return values
+
+
+def kendall_tau(a: NDArray[Any], b: NDArray[Any]) -> float:
+    """Kendall's tau-b of two (n,) arrays: 1 the same order, 0 unrelated, -1 reversed; NaN where one is constant.
+
+    tau-b because bfloat16 makes ties: a tie in one list alone counts neither for nor against the order.
+    Source: Kendall, "The treatment of ties in ranking problems", Biometrika 33 (1945).
+    """
+    agreeing = told_a = told_b = 0
+    for i in range(len(a) - 1):  # a row at a time: memory grows with n, not with its square
+        sign_a, sign_b = np.sign(a[i] - a[i + 1 :]), np.sign(b[i] - b[i + 1 :])
+        agreeing += int((sign_a * sign_b).sum())
+        told_a += int(np.count_nonzero(sign_a))
+        told_b += int(np.count_nonzero(sign_b))
+    return agreeing / (told_a * told_b) ** 0.5 if told_a and told_b else float("nan")
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over queries with its 95% interval."""
+    """A mean over queries, or a share of two means, with its 95% interval."""
 
     mean: float
     low: float
@@ -35,27 +77,15 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Difference:
+class Difference(Interval):
     """A mean difference over queries, system minus baseline."""
 
-    mean: float
-    low: float
-    high: float
     p_value: float  # two-sided, that the true difference is 0
 
     @property
     def significant(self) -> bool:
-        """The 95% interval leaves 0 out."""
+        """The 95% interval excludes 0."""
         return self.low > 0 or self.high < 0
-
-
-@dataclass(frozen=True)
-class Share:
-    """A mean as a share of the baseline's mean, with its interval."""
-
-    mean: float
-    low: float
-    high: float
 
 
 class Bootstrap:
@@ -79,13 +109,13 @@ class Bootstrap:
         p_value = min(1.0, 2 * (min(below, above) + 1) / (len(drawn) + 1))
         return Difference(float(self._means[column] - self._means[baseline]), *_percentiles(drawn), p_value)
 
-    def share(self, column: int, baseline: int) -> Share | None:
+    def share(self, column: int, baseline: int) -> Interval | None:
         """column / baseline, paired, over draws where the baseline is not 0; None where its mean is."""
         some = self._resampled[:, baseline] > 0
         if self._means[baseline] <= 0:
             return None
         drawn = self._resampled[some, column] / self._resampled[some, baseline]
-        return Share(float(self._means[column] / self._means[baseline]), *_percentiles(drawn))
+        return Interval(float(self._means[column] / self._means[baseline]), *_percentiles(drawn))
 
 
 def _resampled_means(
@@ -105,50 +135,6 @@ def _resampled_means(
 
 
 def _percentiles(drawn: NDArray[np.float64]) -> tuple[float, float]:
-    tail = 100 * (1 - LEVEL) / 2
+    tail = 100 * (1 - _LEVEL) / 2
     low, high = np.percentile(drawn, [tail, 100 - tail])
     return float(low), float(high)
-
-
-HEADLINE = "nDCG@10"
-
-
-def measure_names(top_k: int) -> list[str]:
-    """What is measured of a reranking of `top_k` candidates; recall at `top_k` is its ceiling."""
-    return list(dict.fromkeys((HEADLINE, "MRR@10", "R@10", f"R@{top_k}")))
-
-
-def per_query(qrels: Qrels, run: Run, top_k: int, min_grade: int = 1) -> dict[str, NDArray[np.float64]]:
-    """{measure name: (num_queries,)}, in the order of `qrels`; a query without ranked passages counts 0.
-
-    Args:
-        min_grade: the lowest grade that counts as relevant for MRR and recall; nDCG uses the grades.
-
-    Raises:
-        MissingExtra: ir_measures is not installed.
-    """
-    measures = _measures(top_k, min_grade)
-    import ir_measures
-
-    # rank() and the run reader order passages; ids only break ties where a foreign run has some.
-    scored = {query_id: dict(run.get(query_id, ())) for query_id in qrels}
-    row = {query_id: index for index, query_id in enumerate(qrels)}
-    values = {name: np.zeros(len(qrels)) for name in measures}
-    names = {measure: name for name, measure in measures.items()}
-    for metric in ir_measures.iter_calc(list(measures.values()), qrels, scored):
-        values[names[metric.measure]][row[metric.query_id]] = metric.value
-    return values
-
-
-def _measures(top_k: int, min_grade: int) -> dict[str, Any]:
-    try:
-        from ir_measures import RR, R, nDCG
-    except ImportError as exc:
-        raise MissingExtra("measuring", "evaluate", exc) from exc
-    known = {
-        HEADLINE: nDCG @ 10,
-        "MRR@10": RR(rel=min_grade) @ 10,
-        "R@10": R(rel=min_grade) @ 10,
-        f"R@{top_k}": R(rel=min_grade) @ top_k,
-    }
-    return {name: known[name] for name in measure_names(top_k)}

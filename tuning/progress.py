@@ -1,40 +1,52 @@
-"""How far a long run is: stages with totals. Does not know what the stages do."""
+"""How far a long run is: stages with totals; several may run at a time."""
 
 from __future__ import annotations
 
-from typing import Protocol, Self
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bars
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Advance = Callable[[int], None]  # takes how much of a stage was done
 
 
-class Progress(Protocol):
-    """Hears of stages; several may run at a time."""
+class StageProgress:
+    """Shows nothing; subclasses show stages."""
 
-    def begin(self, stage: str, total: int) -> None: ...
-
-    def advance(self, stage: str, amount: int) -> None: ...
-
-
-class Silent:
-    """Says nothing."""
-
-    def begin(self, stage: str, total: int) -> None:
-        pass
-
-    def advance(self, stage: str, amount: int) -> None:
-        pass
+    def begin(self, stage: str, total: int) -> Advance:
+        return ignore
 
 
-SILENT: Progress = Silent()
+def ignore(amount: int) -> None:
+    """Progress that is not shown."""
 
 
-class TerminalProgress:
+SILENT = StageProgress()
+
+
+@contextmanager
+def counted(progress: StageProgress, stage: str, total: int) -> Iterator[Advance]:
+    """A stage that ends at its total even where less was counted."""
+    advance, left = progress.begin(stage, total), total
+
+    def count(amount: int) -> None:
+        nonlocal left
+        left -= amount
+        advance(amount)
+
+    yield count
+    if left > 0:
+        advance(left)
+
+
+class TerminalProgress(StageProgress):
     """One bar a stage with the time left, on standard error; nothing where that is no terminal."""
 
     def __init__(self) -> None:
-        self._bars = Bars(
+        self._bars = Progress(
             TextColumn("{task.description:>15}"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -43,11 +55,10 @@ class TerminalProgress:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=Console(stderr=True),
-            # Stages take turns: a rate over the last seconds would see only one of them move.
+            # Stages alternate: a rate over the last seconds would see only one of them move.
             speed_estimate_period=3600,
             transient=True,
         )
-        self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> Self:
         if self._bars.console.is_terminal:
@@ -58,8 +69,5 @@ class TerminalProgress:
         if self._bars.console.is_terminal:  # else it never started, and stopping it would print an empty line
             self._bars.stop()
 
-    def begin(self, stage: str, total: int) -> None:
-        self._tasks[stage] = self._bars.add_task(stage, total=total)
-
-    def advance(self, stage: str, amount: int) -> None:
-        self._bars.advance(self._tasks[stage], amount)
+    def begin(self, stage: str, total: int) -> Advance:
+        return partial(self._bars.advance, self._bars.add_task(stage, total=total))

@@ -1,71 +1,79 @@
-"""What an evaluation is asked to do; checked once, passed down.
-
-What an evaluation found: systems, their measures and how sure they are, and what was odd about the data.
-
-Values only: how they come about is tuning.evaluate, how they look tuning.report.
-
-An evaluation for the eyes: one table in the terminal. Computes nothing.
-"""
+"""An evaluation as values, as JSON, as TREC files and as a table: systems, measures, intervals, notes."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console, Group, RenderableType
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from encoder_worker.sources import Refused
 from tuning import EvaluationError
 from tuning.baselines import check_teacher
-from tuning.metrics import HEADLINE, NUM_RESAMPLES, Bootstrap, Difference, Interval, Share
+from tuning.metrics import HEADLINE, NUM_RESAMPLES, Bootstrap, Difference, Interval
 from tuning.trec import Qrels, Run, write_qrels, write_run
 
-COARSEST = 32  # what published checkpoints are trained for
+FORMAT_VERSION = 1
+COARSEST = 32  # the coarsest ratio that published checkpoints are trained for
+_MIN_WIDTH = 80  # cells are never cut: a narrow terminal wraps lines
+
+PerQuery = dict[str, NDArray[np.float64]]  # by measure, (num_queries,)
 
 
-@dataclass(frozen=True)
-class EvaluationSettings:
-    """
-    ratios: compression ratios to read passages at; None for 1, 2, 4 ... 32, from the stored ratio on
+@dataclass(frozen=True, kw_only=True)
+class MeasuringSettings:
+    """Settings that an evaluation and a sweep share.
+
     top_k: candidates per query
     split: passages over the limit become windows, the best of which counts, instead of being cut
-    instruction: instead of the checkpoint's own; "": none
-    teacher: another model on the same candidates (tuning.baselines.TEACHERS)
+    instruction: instead of the checkpoint's default; "": none
     max_queries: draw that many queries; None takes all
     min_grade: lowest grade that counts as relevant for MRR and recall
-    seed: of the drawn queries and the bootstrap
+    seed: of the drawn queries and the bootstrap; in a sweep of the codecs' training samples, too
 
     Raises EvaluationError naming the setting.
     """
 
-    ratios: tuple[int, ...] | None = None
-    top_k: int = 50
+    top_k: int = field(default=50, metadata={"least": 1})
     split: bool = False
     instruction: str | None = None
-    teacher: str | None = None
-    max_queries: int | None = None
-    min_grade: int = 1
+    max_queries: int | None = field(default=None, metadata={"least": 1})
+    min_grade: int = field(default=1, metadata={"least": 1})
     seed: int = 0
-    num_resamples: int = NUM_RESAMPLES
+    num_resamples: int = field(default=NUM_RESAMPLES, metadata={"least": 100})
 
     def __post_init__(self) -> None:
-        if self.ratios is not None:
-            if not self.ratios or min(self.ratios) < 1:
-                raise EvaluationError(f"ratios is {self.ratios}; expected integers of at least 1")
-            if len(set(self.ratios)) != len(self.ratios):
-                raise EvaluationError(f"ratios is {self.ratios}; expected each once")
-        for name, least in (("top_k", 1), ("max_queries", 1), ("min_grade", 1), ("num_resamples", 100)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise EvaluationError(f"{name} is {value}; expected at least {least}")
+        for one in fields(self):
+            value, least = getattr(self, one.name), one.metadata.get("least")
+            if isinstance(value, tuple) and one.name.endswith("ratios"):
+                if not value or min(value) < 1:
+                    raise EvaluationError(f"{one.name} is {value}; expected integers of at least 1")
+                if len(set(value)) != len(value):
+                    raise EvaluationError(f"{one.name} is {value}; expected each once")
+            elif None not in (value, least) and value < least:
+                raise EvaluationError(f"{one.name} is {value}; expected at least {least}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings(MeasuringSettings):
+    """
+    ratios: compression ratios to read passages at; None for 1, 2, 4 ... 32, from the stored ratio on
+    teacher: another model on the same candidates (tuning.baselines.TEACHERS)
+    """
+
+    ratios: tuple[int, ...] | None = None
+    teacher: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.teacher is not None:
             check_teacher(self.teacher)
 
@@ -73,20 +81,17 @@ class EvaluationSettings:
         """The same with the ratios that None stands for, fine to coarse; each can be read from states at `stored`.
 
         Raises:
-            EvaluationError: a ratio asked for cannot be.
+            EvaluationError: a ratio that cannot be.
         """
-        if self.ratios is None:
-            doublings = range(max(1, (COARSEST // stored).bit_length()))
-            return replace(self, ratios=tuple(stored << i for i in doublings))
-        for ratio in self.ratios:
+        for ratio in self.ratios or ():
             if ratio % stored:
                 raise EvaluationError(f"ratio is {ratio}; the states are at {stored}, expected a multiple of it")
-        return replace(self, ratios=tuple(sorted(self.ratios)))
+        return replace(self, ratios=tuple(sorted(self.ratios or doublings(stored, COARSEST))))
 
 
-FORMAT_VERSION = 1
-
-Measured = tuple[str, int | None, Run, dict[str, NDArray[np.float64]]]  # name, ratio, run, per-query values
+def doublings(first: int, last: int) -> tuple[int, ...]:
+    """`first`, twice that and so on, to `last` at most; `first` in any case."""
+    return tuple(first << i for i in range(max(1, (last // first).bit_length())))
 
 
 @dataclass(frozen=True)
@@ -100,60 +105,67 @@ class System:
     name: str
     ratio: int | None  # None unless it is the checkpoint
     run: Run = field(repr=False)
-    per_query: dict[str, NDArray[np.float64]] = field(repr=False)  # (num_queries,) each
-    measures: dict[str, Interval]
+    per_query: PerQuery = field(repr=False)
+    measures: dict[str, Interval] = field(default_factory=dict)
     gain: dict[str, Difference] | None = None
-    relative: dict[str, Share | None] | None = None
-    kept: dict[str, Share | None] | None = None
+    relative: dict[str, Interval | None] | None = None
+    kept: dict[str, Interval | None] | None = None
     seconds: float | None = None  # of the decoder, all queries
 
     @property
     def file_stem(self) -> str:
-        """A name for its run file: bm25, r4, minilm."""
+        """The stem of its run file: bm25, r4, minilm."""
         return f"r{self.ratio}" if self.ratio is not None else "".join(filter(str.isalnum, self.name.lower()))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "ratio": self.ratio,
+            "headline": HEADLINE,
+            "measures": measures_json(self.measures, gain=self.gain, relative=self.relative, kept=self.kept),
+            "decoder_seconds": self.seconds,
+            "per_query": per_query_json(self.per_query),
+        }
+
+
+def _noted(note: str) -> Any:
+    """A count that, where it is not 0, the reader of the numbers is told of."""
+    return field(default=0, metadata={"note": note})
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Sizes, and what could not be used as it was."""
+    """Sizes, and data that could not be used as it was."""
 
     num_queries: int
     num_passages: int
     num_candidates: int  # pairs of a query and a passage
     num_judgements: int
-    num_judgements_of_unknown_queries: int
-    num_unknown_queries: int
-    num_judgements_of_unknown_passages: int
-    num_queries_without_relevant: int
-    num_queries_without_candidates: int
-    num_run_queries_ignored: int
-    num_missing_passages: int
-    num_changed_passages: int
-    num_truncated_passages: int
-    num_unscored_pairs: int
-    num_refused_lines: int
+    num_refused_lines: int = _noted("lines of the judged files cannot be used: left out")
+    num_judgements_of_unknown_queries: int = _noted(
+        "judgements name queries without a text ({num_unknown_queries} of them): left out"
+    )
+    num_unknown_queries: int = 0
+    num_judgements_of_unknown_passages: int = _noted(
+        "judgements name passages that the collection does not have: relevant, and never found"
+    )
+    num_run_queries_ignored: int = _noted("queries of the run are not evaluated: left out")
+    num_queries_without_relevant: int = _noted("queries have no relevant passage: they count 0")
+    num_queries_without_candidates: int = _noted("queries have no candidates: {fate}")
+    num_missing_passages: int = _noted("candidate passages have no text or states: ranked last")
+    num_changed_passages: int = _noted("candidate passages were stored with another text than the corpus has")
+    num_truncated_passages: int = _noted("candidate passages were read up to the passage limit only")
+    num_unscored_pairs: int = _noted("scores were not finite: those candidates are ranked last")
 
-    def notes(self) -> list[str]:
-        """One sentence for each thing a reader of the numbers should know."""
-        told = (
-            (self.num_refused_lines, "lines of the judged files cannot be used: left out"),
-            (
-                self.num_judgements_of_unknown_queries,
-                f"judgements name queries without a text ({self.num_unknown_queries} of them): left out",
-            ),
-            (
-                self.num_judgements_of_unknown_passages,
-                "judgements name passages that the collection does not have: relevant, and never found",
-            ),
-            (self.num_run_queries_ignored, "queries of the run are not evaluated: left out"),
-            (self.num_queries_without_relevant, "queries have no relevant passage: they count 0"),
-            (self.num_queries_without_candidates, "queries have no candidates: they count 0"),
-            (self.num_missing_passages, "candidate passages have no text or states: ranked last"),
-            (self.num_changed_passages, "candidate passages were stored with another text than the corpus has"),
-            (self.num_truncated_passages, "candidate passages were read up to the passage limit only"),
-            (self.num_unscored_pairs, "scores were not finite: those candidates are ranked last"),
-        )
-        return [f"{number:,} {text}" for number, text in told if number]
+    def notes(self, *, taught: bool = False) -> list[str]:
+        """One sentence for each thing a reader of the numbers should know.
+
+        Args:
+            taught: the model's ranking is the judgement, and there is none for a query without candidates.
+        """
+        values = asdict(self) | {"fate": "left out" if taught else "they count 0"}
+        noted = ((values[one.name], one.metadata["note"]) for one in fields(self) if "note" in one.metadata)
+        return [f"{number:,} {note.format(**values)}" for number, note in noted if number]
 
 
 @dataclass(frozen=True)
@@ -191,165 +203,151 @@ class EvaluationReport:
 
     def to_json(self) -> str:
         """One JSON document; the same evaluation gives the same text, but for `decoder_seconds`."""
-        document: dict[str, Any] = {
-            "format_version": FORMAT_VERSION,
-            **{name: getattr(self, name) for name in ("collection", "checkpoint", "fingerprint", "stored_as", "codec")},
-            **{name: getattr(self, name) for name in ("dtype", "device", "instruction")},
-            "settings": asdict(self.settings),
-            "counts": asdict(self.counts),
-            "notes": self.counts.notes(),
-            "refused": [refused_json(item) for item in self.refused],
-            "query_ids": self.query_ids,
-            "systems": [_system_json(system) for system in self.systems],
-        }
-        return lists_on_one_line(json.dumps(document, ensure_ascii=False, allow_nan=False, indent=1)) + "\n"
+        plain = ("collection", "checkpoint", "fingerprint", "stored_as", "codec", "dtype", "device", "instruction")
+        return format_json(
+            {
+                "format_version": FORMAT_VERSION,
+                **{name: getattr(self, name) for name in plain},
+                "settings": asdict(self.settings),
+                "counts": asdict(self.counts),
+                "notes": self.counts.notes(),
+                "refused": [_refused_json(item) for item in self.refused],
+                "query_ids": self.query_ids,
+                "systems": [system.to_json() for system in self.systems],
+            }
+        )
 
     def write_runs(self, folder: str | Path) -> list[Path]:
         """TREC files: a run per system, and the judgements they were measured with as qrels.txt."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        paths = [folder / "qrels.txt"]
-        write_qrels(paths[0], self.qrels)
-        for system in self.systems:
-            paths.append(folder / f"{system.file_stem}.run")
-            write_run(paths[-1], system.run, tag=f"preread-{system.file_stem}")
-        return paths
+        return write_runs(Path(folder), self.qrels, {system.file_stem: system.run for system in self.systems})
 
 
-def compare(
-    rows: Sequence[Measured],
-    settings: EvaluationSettings,
-    seconds: dict[int, float],
-) -> list[System]:
-    """Systems with intervals, each against the first row, reranked ones against the finest ratio too.
+def compare(systems: Sequence[System], settings: MeasuringSettings) -> list[System]:
+    """The systems with intervals, each against the first, reranked ones against the finest ratio too.
 
     Args:
-        rows: the first is the first stage; at least one has a ratio.
+        systems: the first is the first stage; at least one has a ratio.
     """
-    names = list(rows[0][3])
-    columns = np.stack([values[name] for *_, values in rows for name in names], axis=1)
+    names = list(systems[0].per_query)
+    columns = np.stack([system.per_query[name] for system in systems for name in names], axis=1)
     bootstrap = Bootstrap(columns, seed=settings.seed, num_resamples=settings.num_resamples)
-    finest = min((row for row in range(len(rows)) if rows[row][1] is not None), key=lambda row: rows[row][1] or 0)
-
-    def column(row: int, name: str) -> int:
-        return row * len(names) + names.index(name)
-
-    systems = []
-    for row, (name, ratio, run, values) in enumerate(rows):
-        own = {measure: column(row, measure) for measure in names}
-        first = {measure: column(0, measure) for measure in names}
-        best = {measure: column(finest, measure) for measure in names}
-        systems.append(
-            System(
-                name,
-                ratio,
-                run,
-                values,
-                measures={m: bootstrap.interval(own[m]) for m in names},
-                gain={m: bootstrap.difference(own[m], first[m]) for m in names} if row else None,
-                relative={m: bootstrap.share(own[m], first[m]) for m in names} if row else None,
-                kept={m: bootstrap.share(own[m], best[m]) for m in names} if ratio is not None else None,
-                seconds=seconds.get(ratio) if ratio is not None else None,
-            )
+    finest = min((system.ratio, i) for i, system in enumerate(systems) if system.ratio is not None)[1]
+    return [
+        replace(
+            system,
+            measures={m: bootstrap.interval(i * len(names) + k) for k, m in enumerate(names)},
+            gain={m: bootstrap.difference(i * len(names) + k, k) for k, m in enumerate(names)} if i else None,
+            relative={m: bootstrap.share(i * len(names) + k, k) for k, m in enumerate(names)} if i else None,
+            kept={m: bootstrap.share(i * len(names) + k, finest * len(names) + k) for k, m in enumerate(names)}
+            if system.ratio is not None
+            else None,
         )
-    return systems
+        for i, system in enumerate(systems)
+    ]
 
 
-def _system_json(system: System) -> dict[str, Any]:
-    measures: dict[str, Any] = {}
-    for name, interval in system.measures.items():
-        measures[name] = asdict(interval)
-        if system.gain is not None and system.relative is not None:
-            gain = system.gain[name]
-            measures[name]["gain"] = asdict(gain) | {"significant": gain.significant}
-            measures[name]["relative"] = share_json(system.relative[name])
-        if system.kept is not None:
-            measures[name]["kept"] = share_json(system.kept[name])
+def measures_json(
+    measures: Mapping[str, Interval], **compared: Mapping[str, Difference | Interval | None] | None
+) -> dict[str, Any]:
+    """Each measure with its comparisons by key; a comparison that is None is left out."""
+
+    def value(interval: Interval | None) -> dict[str, Any] | None:
+        if interval is None:
+            return None
+        return asdict(interval) | ({"significant": interval.significant} if isinstance(interval, Difference) else {})
+
     return {
-        "name": system.name,
-        "ratio": system.ratio,
-        "headline": HEADLINE,
-        "measures": measures,
-        "decoder_seconds": system.seconds,
-        "per_query": {name: [round(v, 6) for v in values.tolist()] for name, values in system.per_query.items()},
+        name: asdict(interval) | {key: value(one[name]) for key, one in compared.items() if one is not None}
+        for name, interval in measures.items()
     }
 
 
-def refused_json(item: Refused) -> dict[str, Any]:
+def per_query_json(per_query: PerQuery) -> dict[str, list[float | None]]:
+    """JSON has no NaN: undefined values become null."""
+    return {name: [round(v, 6) if v == v else None for v in values.tolist()] for name, values in per_query.items()}
+
+
+def _refused_json(item: Refused) -> dict[str, Any]:
     """As in the report of `preread index`."""
     place = {"source": item.place.source, "line": item.place.line, "passage_id": item.passage_id}
     return place | {"reason": item.reason.value, "message": item.message}
 
 
-def share_json(share: Share | None) -> dict[str, float] | None:
-    """As JSON values."""
-    return asdict(share) if share is not None else None
-
-
-def lists_on_one_line(text: str) -> str:
-    """Indented JSON with lists of plain values on one line each; JSON strings hold no line breaks."""
+def format_json(document: dict[str, Any]) -> str:
+    """Indented, with lists of plain values on one line each; JSON strings hold no line breaks."""
+    text = json.dumps(document, ensure_ascii=False, allow_nan=False, indent=1)
     plain_list = re.compile(r"\[\n\s+[^\[\]{}]*?\n\s+\]")
-    return plain_list.sub(lambda found: re.sub(r"\s*\n\s*", " ", found[0]), text)
+    return plain_list.sub(lambda found: re.sub(r"\s*\n\s*", " ", found[0]), text) + "\n"
 
 
-MIN_WIDTH = 80  # cells are never cut: a narrow terminal wraps lines by itself
+def write_runs(folder: Path, qrels: Qrels, runs: Mapping[str, Run]) -> list[Path]:
+    """The judgements as qrels.txt, and a TREC run file by name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_qrels(folder / "qrels.txt", qrels)
+    for name, run in runs.items():
+        write_run(folder / f"{name}.run", run, tag=f"preread-{name}")
+    return [folder / "qrels.txt", *(folder / f"{name}.run" for name in runs)]
 
 
-def render(report: EvaluationReport) -> RenderableType:
-    """Title, table, how to read it, and what was odd about the data."""
+def significance(change: Difference | None) -> str:
+    """A mark for the eyes: ▲ ▼ where the interval excludes 0."""
+    return " " if change is None or not change.significant else "▲" if change.mean > 0 else "▼"
+
+
+def print_report(report: EvaluationReport) -> None:
+    """Title, table, how to read it, and notes about the data, on standard output."""
     counts, settings = report.counts, report.settings
     origin = f"states of {report.stored_as} ({report.codec})" if report.stored_as else "encoded now"
-    head = Text(
+    best = report.baseline.measures[f"R@{settings.top_k}"].mean
+    console = Console()
+    for part in (
         f"{report.collection}: {counts.num_queries:,} queries, {counts.num_passages:,} passages, "
         f"{counts.num_judgements:,} judgements; {report.baseline.name} top {settings.top_k}\n"
-        f"{report.checkpoint}: {origin}, {report.dtype} on {report.device}"
-    )
-    best = report.baseline.measures[f"R@{settings.top_k}"].mean
-    lines = [
+        f"{report.checkpoint}: {origin}, {report.dtype} on {report.device}",
+        _table(report),
         "[low, high]: 95% bootstrap over queries. ▲ ▼: the paired difference in nDCG@10 from "
-        f"{report.baseline.name} leaves 0 out ({settings.num_resamples:,} resamples, seed {settings.seed}).",
+        f"{report.baseline.name} excludes 0 ({settings.num_resamples:,} resamples, seed {settings.seed}).",
         f"The candidates hold {best:.1%} of the relevant passages; no reranking finds more.",
         *(f"Note: {note}." for note in counts.notes()),
-    ]
-    return Group(head, _table(report), *(Text(line) for line in lines))
-
-
-def print_report(report: EvaluationReport, console: Console | None = None) -> None:
-    """To standard output unless told otherwise."""
-    console = console or Console()
-    console.print(render(report), width=max(console.width, MIN_WIDTH))
+    ):
+        console.print(Text(part) if isinstance(part, str) else part, width=max(console.width, _MIN_WIDTH))
 
 
 def _table(report: EvaluationReport) -> Table:
-    finest = report.reranked()
     ceiling = f"R@{report.settings.top_k}"  # the same for all of them: said below the table
     others = [name for name in report.baseline.measures if name not in (HEADLINE, ceiling)]
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("system", no_wrap=True)
-    table.add_column(HEADLINE, justify="right", no_wrap=True)
-    table.add_column(f"over {report.baseline.name}", justify="right", no_wrap=True)
-    table.add_column(f"of {finest.name}", justify="right", no_wrap=True)
-    for name in others:
+    table = plain_table("system")
+    for name in (HEADLINE, f"over {report.baseline.name}", f"of {report.reranked().name}", *others):
         table.add_column(name, justify="right", no_wrap=True)
     for system in report.systems:
-        table.add_row(system.name, *_headline(system), *(f"{system.measures[name].mean:.3f}" for name in others))
+        kept = system.kept[HEADLINE] if system.kept is not None else None
+        table.add_row(
+            system.name,
+            interval_cell(system.measures[HEADLINE]),
+            _gain(system),
+            f"{kept.mean:.1%}" if kept is not None else "",
+            *(f"{system.measures[name].mean:.3f}" for name in others),
+        )
     return table
 
 
-def _headline(system: System) -> tuple[str, str, str]:
-    own = system.measures[HEADLINE]
-    interval = f"{own.mean:.3f} \\[{own.low:.3f}, {own.high:.3f}]"  # an open bracket would be markup
-    gain = system.gain[HEADLINE] if system.gain is not None else None
-    relative = system.relative[HEADLINE] if system.relative is not None else None
-    kept = system.kept[HEADLINE] if system.kept is not None else None
-    return interval, _gain(gain, relative), f"{kept.mean:.1%}" if kept is not None else ""
+def plain_table(first: str) -> Table:
+    """A table without lines, its first column named."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column(first, no_wrap=True)
+    return table
 
 
-def _gain(gain: Difference | None, relative: Share | None) -> str:
-    if gain is None:
+def interval_cell(interval: Interval) -> str:
+    return f"{interval.mean:.3f} \\[{interval.low:.3f}, {interval.high:.3f}]"  # an open bracket would be markup
+
+
+def _gain(system: System) -> str:
+    if system.gain is None:
         return ""
-    mark = " " if not gain.significant else "▲" if gain.mean > 0 else "▼"
-    if relative is None:  # the first stage found nothing: no share to speak of
+    gain, mark = system.gain[HEADLINE], significance(system.gain[HEADLINE])
+    relative = system.relative[HEADLINE] if system.relative is not None else None
+    if relative is None:  # the first stage found nothing: no share exists
         return f"{gain.mean:+.3f} {mark}"
     low, high = relative.low - 1, relative.high - 1
     return f"{relative.mean - 1:+.1%} \\[{low:+.1%}, {high:+.1%}] {mark}"

@@ -8,7 +8,7 @@ import ir_measures
 import numpy as np
 import pytest
 
-from tuning.metrics import Bootstrap, measure_names, per_query
+from tuning.metrics import Bootstrap, per_query
 from tuning.trec import Qrels, Run, rank
 
 QRELS: Qrels = {"a": {"x": 2, "y": 1, "z": 0}, "b": {"x": 1}, "c": {"w": 1}}
@@ -22,7 +22,7 @@ RUN: Run = {
 
 def test_measures_equal_hand_worked_numbers() -> None:
     values = per_query(QRELS, RUN, top_k=50)
-    assert list(values) == ["nDCG@10", "MRR@10", "R@10", "R@50"] == measure_names(50)
+    assert list(values) == ["nDCG@10", "MRR@10", "R@10", "R@50"]
     ideal = 2 / log2(2) + 1 / log2(3)
     assert values["nDCG@10"] == pytest.approx([(1 / log2(2) + 2 / log2(4)) / ideal, 0, 0])
     assert values["MRR@10"] == pytest.approx([1, 0, 0])

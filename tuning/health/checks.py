@@ -19,8 +19,7 @@ Scores that publishers give for their own weights, and whether these weights giv
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,7 +29,8 @@ from numpy.typing import NDArray
 from decoder_server.models.cross_encoder.profiles import named_profile
 from tuning.health.pairs import FEW_PAIRS, PairSet, TextTriple
 from tuning.health.report import Farthest, Finding, Section, State
-from tuning.progress import Progress
+from tuning.metrics import kendall_tau
+from tuning.progress import Advance, ignore
 
 
 @dataclass(frozen=True)
@@ -76,21 +76,6 @@ def tolerance_for(number_format: str) -> Tolerance:
 
 
 Scores = NDArray[np.floating[Any]]
-
-
-def kendall_tau(a: Scores, b: Scores) -> float:
-    """Kendall's tau-b of two (n,) arrays: 1 the same order, 0 unrelated, -1 reversed; NaN where one is constant.
-
-    tau-b because bfloat16 makes ties: a tie in one list alone counts neither for nor against the order.
-    Source: Kendall, "The treatment of ties in ranking problems", Biometrika 33 (1945).
-    """
-    agreeing = told_a = told_b = 0
-    for i in range(len(a) - 1):  # a row at a time: memory grows with n, not with its square
-        sign_a, sign_b = np.sign(a[i] - a[i + 1 :]), np.sign(b[i] - b[i + 1 :])
-        agreeing += int((sign_a * sign_b).sum())
-        told_a += int(np.count_nonzero(sign_a))
-        told_b += int(np.count_nonzero(sign_b))
-    return agreeing / (told_a * told_b) ** 0.5 if told_a and told_b else float("nan")
 
 
 def rank_agreement(a: Scores, b: Scores) -> float:
@@ -180,20 +165,13 @@ def _state(good: bool | np.bool_) -> State:
     return State.PASS if good else State.FAIL
 
 
-Advance = Callable[[int], None]  # told how many pairs were scored
-
-
-def unheard(num: int) -> None:
-    """Progress that nobody watches."""
-
-
 class Scorer(Protocol):
     """One way of serving one model."""
 
     number_format: str  # float32, bfloat16, or a runtime's name with int8 in it
     listwise: bool  # a score depends on the other pairs that are scored with it
 
-    def margins(self, pairs: Sequence[TextTriple], advance: Advance = unheard) -> Margins:
+    def margins(self, pairs: Sequence[TextTriple], advance: Advance = ignore) -> Margins:
         """Margins (len(pairs),) as a server computes them: pairs of like length share a pass."""
         ...
 
@@ -228,22 +206,6 @@ def notes(pairs: PairSet) -> list[str]:
     """What a reader of the numbers should know."""
     few = f"only {len(pairs)} pairs: below {FEW_PAIRS} one pair out of order decides"
     return [few] if len(pairs) < FEW_PAIRS else []
-
-
-@contextmanager
-def counted(progress: Progress, stage: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A stage that ends at its total even where less was told."""
-    progress.begin(stage, total)
-    told = 0
-
-    def advance(num: int) -> None:
-        nonlocal told
-        told += num
-        progress.advance(stage, num)
-
-    yield advance
-    if told < total:
-        progress.advance(stage, total - told)
 
 
 ALONE = "by itself"

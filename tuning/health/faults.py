@@ -29,8 +29,10 @@ from decoder_server.models.cross_encoder.model import sigmoid
 from decoder_server.models.cross_encoder.profiles import Profile
 from decoder_server.models.cross_encoder.templates import PairReader, TextPair
 from decoder_server.models.cross_encoder.torch_runtime import answer_ids
-from tuning.health.checks import Advance, Margins, all_doubled, all_tiny, kendall_tau, spread_ratio, unheard
+from tuning.health.checks import Margins, all_doubled, all_tiny, spread_ratio
 from tuning.health.pairs import TextTriple
+from tuning.metrics import kendall_tau
+from tuning.progress import Advance, ignore
 
 
 class PlainModel:
@@ -63,7 +65,7 @@ class PlainModel:
         """Token ids, by this model's profile or another one's template."""
         return PairReader(self.tokenizer, profile or self.profile).pairs([pair.fields() for pair in pairs])
 
-    def margins(self, pairs: Sequence[TextPair], advance: Advance = unheard) -> Margins:
+    def margins(self, pairs: Sequence[TextPair], advance: Advance = ignore) -> Margins:
         """Margins (len(pairs),)."""
         found = []
         for pair in pairs:

@@ -37,11 +37,9 @@ from tuning.health.checks import (
     POOLED,
     SPREAD,
     SWAP,
-    Advance,
     Margins,
     Scorer,
     behaviour,
-    counted,
     failed,
     farthest,
     golden_section,
@@ -50,13 +48,12 @@ from tuning.health.checks import (
     notes,
     one_by_one,
     tolerance_for,
-    unheard,
 )
 from tuning.health.faults import NONE_FINITE, UNKNOWN, UNPUBLISHED, Evidence, PlainModel, name_causes
 from tuning.health.pairs import MIN_PAIRS, PairSet, TextTriple, built_in_pairs
 from tuning.health.report import HealthReport, Section
 from tuning.health.scorers import CrossScorer, FbnlScorer, through_store
-from tuning.progress import SILENT, Progress
+from tuning.progress import SILENT, Advance, StageProgress, counted, ignore
 
 
 def check_cross(
@@ -65,7 +62,7 @@ def check_cross(
     *,
     other: tuple[str, Scorer] | None = None,
     trust_remote_code: bool = False,
-    progress: Progress = SILENT,
+    progress: StageProgress = SILENT,
 ) -> HealthReport:
     """Checks a loaded cross-encoder against the plain model of its own weights, read by its own profile.
 
@@ -175,7 +172,7 @@ class _Reference:
         else:
             self.plain = PlainModel(directory, profile, model.device_name, trust_remote_code)
 
-    def margins(self, texts: Sequence[TextTriple], advance: Advance = unheard) -> Margins:
+    def margins(self, texts: Sequence[TextTriple], advance: Advance = ignore) -> Margins:
         if self.plain is None:
             return self._same.margins(texts, advance)
         return self.plain.margins(self.plain.read(texts), advance)
@@ -221,7 +218,7 @@ def check_fbnl(
     codec: str | None = None,
     other: tuple[str, Scorer] | None = None,
     every_format: bool = True,
-    progress: Progress = SILENT,
+    progress: StageProgress = SILENT,
 ) -> HealthReport:
     """Checks one ratio and codec of a checkpoint.
 
@@ -325,7 +322,7 @@ def check(
     max_tokens: int | None = None,
     trust_remote_code: bool = False,
     read_control_tokens: bool = False,
-    progress: Progress = SILENT,
+    progress: StageProgress = SILENT,
 ) -> HealthReport:
     """Loads a model as it would be served and checks its scores.
 
@@ -374,7 +371,7 @@ def health_gate(
     *,
     pairs: PairSet | None = None,
     trust_remote_code: bool = False,
-    progress: Progress = SILENT,
+    progress: StageProgress = SILENT,
 ) -> HealthReport:
     """Checks a model that is loaded, whatever its runtime, against float32 torch of the same weights.
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from encoder_worker.sources import Place
 from tuning import EvaluationError
-from tuning.trec import json_rows
+from tuning.trec import JudgedFile
 
 BUILT_IN = Path(__file__).parent / "pairs.jsonl"
 PASSAGE_FIELDS = ("passage", "text", "document")
@@ -56,7 +56,7 @@ def read_pairs(path: Path) -> PairSet:
     Raises:
         EvaluationError: an unreadable file, or a line that is no pair; the message names the line.
     """
-    pairs = [_pair(where, row) for where, row in json_rows(path)]
+    pairs = [_pair(where, row) for where, row in JudgedFile(path).rows()]
     if len(pairs) < MIN_PAIRS:
         raise EvaluationError(f"{path}: {len(pairs)} pairs; expected at least {MIN_PAIRS}")
     return PairSet(str(path), pairs)

@@ -21,9 +21,10 @@ from decoder_server.models.cross_encoder.conversion import COLUMN, CausalSource
 from decoder_server.models.cross_encoder.files import load_config, load_transformer
 from decoder_server.models.cross_encoder.model import Padded, batches, pad
 from decoder_server.models.cross_encoder.templates import PairReader
-from tuning.health.checks import Margins, counted, kendall_tau, max_delta, rank_agreement
+from tuning.health.checks import Margins, max_delta, rank_agreement
 from tuning.health.pairs import PairSet
-from tuning.progress import SILENT, Progress
+from tuning.metrics import kendall_tau
+from tuning.progress import SILENT, StageProgress, counted
 
 BATCH_TOKENS = 4096
 # float32: the same sums in another kernel; 2e-7 was measured, and a margin more than 1e-4 off is wrong by any account.
@@ -56,7 +57,7 @@ def parity(
     converted: Path,
     pairs: PairSet,
     dtypes: Sequence[str] = ("float32", "bfloat16"),
-    progress: Progress = SILENT,
+    progress: StageProgress = SILENT,
 ) -> list[ParityRow]:
     """Scores the pairs with both models in each format.
 

@@ -24,8 +24,9 @@ from encoder_worker.encoder import Encoder
 from encoder_worker.passage_encoder import BatchLimits, PassageEncoder
 from encoder_worker.writing import CollectionSettings, Target
 from tuning import EvaluationError
-from tuning.health.checks import Advance, Margins, unheard
+from tuning.health.checks import Margins
 from tuning.health.pairs import TextTriple
+from tuning.progress import Advance, ignore
 from tuning.rerank import EncodedStates, score_passages
 
 CHUNK_PAIRS = 16  # between two signs of progress; pairs of like length still share passes within it
@@ -41,7 +42,7 @@ class CrossScorer:
         self.listwise = model.profile.listwise
         self.number_format = model.runtime if "int8" in model.runtime else model.dtype_name
 
-    def margins(self, pairs: Sequence[TextTriple], advance: Advance = unheard) -> Margins:
+    def margins(self, pairs: Sequence[TextTriple], advance: Advance = ignore) -> Margins:
         if self.listwise:  # lists must stay whole
             return self.model.score_texts([pair.fields() for pair in pairs])
         order = sorted(range(len(pairs)), key=lambda i: len(pairs[i].passage))
@@ -108,15 +109,13 @@ class FbnlScorer:
             raise EvaluationError(f"the encoder's states {which} are not finite: there is nothing to score")
         return [found[str(i)] for i in range(len(pairs))]
 
-    def score(
-        self, pairs: Sequence[TextTriple], states: Sequence[PassageStates], advance: Advance = unheard
-    ) -> Margins:
+    def score(self, pairs: Sequence[TextTriple], states: Sequence[PassageStates], advance: Advance = ignore) -> Margins:
         """Margins of passages already encoded."""
         prompts = [self.backend.prompt(pair.query, pair.instruction) for pair in pairs]
         return score_passages(self.backend, list(zip(prompts, states, strict=True)), advance)
 
     def kept(
-        self, pairs: Sequence[TextTriple], states: Sequence[PassageStates], form: str, advance: Advance = unheard
+        self, pairs: Sequence[TextTriple], states: Sequence[PassageStates], form: str, advance: Advance = ignore
     ) -> Margins:
         """Margins from a server's tiers, filled before.
 
@@ -129,7 +128,7 @@ class FbnlScorer:
             backend.fill(backend.items(backend.prompt(pair.query, pair.instruction), passage))
         return FbnlScorer(self.encoder, backend, self.ratio).score(pairs, states, advance)
 
-    def margins(self, pairs: Sequence[TextTriple], advance: Advance = unheard) -> Margins:
+    def margins(self, pairs: Sequence[TextTriple], advance: Advance = ignore) -> Margins:
         return self.score(pairs, self.states(pairs), advance)
 
     def together(self, pairs: Sequence[TextTriple]) -> Margins:

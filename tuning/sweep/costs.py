@@ -1,11 +1,9 @@
-"""Bytes of a collection at each stored ratio and codec, from how many tokens its passages have. Knows no model.
-
-How long reading the store and the decoder take on this machine, query by query, and what a rerank adds up to.
+"""Bytes, seconds of a rerank and seconds of indexing of each configuration, on this machine.
 
 A rerank of one query is the store's read (a `faiss:` directory, its pages warm, decoding included), pooling to the
-ratio read at, and the decoder: no network, no queue, no other request. The decoder's time hangs on how many states it
-reads and not on their codec, so it is measured once per reading, the store once per stored ratio and codec, and a
-configuration's sample is the sum for the same query and round. Does not know quality.
+ratio it is read at, and the decoder: no network, no queue, no other request. The decoder's time depends on how many
+states it reads and not on their codec, so it is measured once per reading, the store once per stored ratio and codec,
+and a configuration's sample is the sum for the same query and round.
 """
 
 from __future__ import annotations
@@ -28,22 +26,50 @@ from checkpoint import EncoderIdentity
 from decoder_server.models.backend import Backend, Prompt
 from encoder_worker.passage_encoder import PassageEncoder
 from preread.types import Stage
-from tuning.progress import SILENT, Progress
+from tuning.progress import SILENT, StageProgress
 from tuning.rerank import score_passages
 from tuning.sweep.margins import Codecs, TrainedCodec
 from tuning.sweep.quality import compose, num_read
 from tuning.sweep.settings import Configuration
 from tuning.sweep.workdir import SpilledStates
 
-COUNT_STAGE = "count (passages)"
-_BATCH = 1024
+_COUNT_BATCH = 1024
+_WRITE_BATCH = 256
+_COUNT_STAGE = "count (passages)"
+
+Stages = tuple[Stage, ...]
+Samples = NDArray[np.float64]  # seconds, (rounds * num_queries,): the same index is the same query and round
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of every window of every passage of the collection."""
+    """Tokens of every window of every passage of a collection."""
 
     windows: list[tuple[int, ...]]
+
+    @classmethod
+    def of_texts(
+        cls, encoder: PassageEncoder, texts: Sequence[str], *, split: bool = False, progress: StageProgress = SILENT
+    ) -> Lengths:
+        """By tokenizing them; nothing is encoded. Empty texts are not stored."""
+        advance = progress.begin(_COUNT_STAGE, len(texts))
+        windows: list[tuple[int, ...]] = []
+        for start in range(0, len(texts), _COUNT_BATCH):
+            part = texts[start : start + _COUNT_BATCH]
+            windows += [one.window_tokens for one in encoder.tokenize(part, split=split) if one.failed is None]
+            advance(len(part))
+        return cls(windows)
+
+    @classmethod
+    def of_stored(cls, collection: Collection, progress: StageProgress = SILENT) -> Lengths:
+        """From stored records; states are not decoded."""
+        advance = progress.begin(_COUNT_STAGE, collection.stats().num_passages)
+        windows = []
+        for _, record in collection.store.scan(collection.name):
+            if isinstance(record, Record):
+                windows.append(record.window_tokens)
+            advance(1)
+        return cls(windows)
 
     @property
     def num_passages(self) -> int:
@@ -53,8 +79,17 @@ class Lengths:
     def num_tokens(self) -> int:
         return sum(map(sum, self.windows))
 
-    def num_states(self, ratio: int) -> int:
-        return sum(-(-tokens // ratio) for windows in self.windows for tokens in windows)
+    def size(self, ratio: int, codec: Codec) -> StoredSize:
+        """The collection's records at a stored ratio, header and window lengths included."""
+        states = [sum(-(-tokens // ratio) for tokens in windows) for windows in self.windows]
+        code_bytes = codec.code_size_bytes
+        num_bytes = sum(record_bytes(n, code_bytes, len(w)) for n, w in zip(states, self.windows, strict=True))
+        return StoredSize(
+            num_bytes / max(1, self.num_passages),
+            sum(states) * code_bytes / max(1, self.num_tokens),
+            num_bytes + len(codec.table()),
+            self.num_passages,
+        )
 
 
 @dataclass(frozen=True)
@@ -65,60 +100,6 @@ class StoredSize:
     bytes_per_token: float  # of passage text, states alone
     collection_bytes: int  # all records and the codec's table
     num_passages: int
-
-
-def size_of(lengths: Lengths, ratio: int, codec: Codec) -> StoredSize:
-    """What the collection's records take, header and window lengths included."""
-    num_bytes = sum(
-        record_bytes(sum(-(-tokens // ratio) for tokens in windows), codec.code_size_bytes, len(windows))
-        for windows in lengths.windows
-    )
-    return StoredSize(
-        num_bytes / max(1, lengths.num_passages),
-        lengths.num_states(ratio) * codec.code_size_bytes / max(1, lengths.num_tokens),
-        num_bytes + len(codec.table()),
-        lengths.num_passages,
-    )
-
-
-def of_texts(
-    encoder: PassageEncoder, texts: Sequence[str], *, split: bool = False, progress: Progress = SILENT
-) -> Lengths:
-    """By tokenizing them; nothing is encoded. Empty texts are not stored."""
-    progress.begin(COUNT_STAGE, len(texts))
-    windows: list[tuple[int, ...]] = []
-    for start in range(0, len(texts), _BATCH):
-        part = texts[start : start + _BATCH]
-        windows += [one.window_tokens for one in encoder.tokenize(part, split=split) if one.failed is None]
-        progress.advance(COUNT_STAGE, len(part))
-    return Lengths(windows)
-
-
-def of_stored(collection: Collection, progress: Progress = SILENT) -> Lengths:
-    """From what is stored; states are not decoded."""
-    progress.begin(COUNT_STAGE, collection.stats().num_passages)
-    windows = []
-    for _, record in collection.store.scan(collection.name):
-        if isinstance(record, Record):
-            windows.append(record.window_tokens)
-        progress.advance(COUNT_STAGE, 1)
-    return Lengths(windows)
-
-
-TIME_STAGE = "time (reranks)"
-_WRITE_PASSAGES = 256
-
-Stages = tuple[Stage, ...]
-Samples = NDArray[np.float64]  # seconds, (rounds * num_queries,): the same place is the same query and round
-
-
-@dataclass(frozen=True)
-class TimedQuery:
-    """A query to time: its prompt, its candidates that have states, and their margins at each ratio it is read at."""
-
-    prompt: Prompt
-    passage_ids: list[str]
-    margins: Mapping[int, NDArray[np.float32]]  # by read ratio; decides who goes on in a cascade
 
 
 @dataclass(frozen=True)
@@ -133,28 +114,55 @@ class Latency:
 
 
 @dataclass(frozen=True)
-class Writing:
-    """What storing takes beside the encoder, per passage."""
+class IndexingCost:
+    """One-off cost of the whole collection on this machine, in seconds; None: not measured."""
 
-    codec_seconds: float  # states to codes
-    store_seconds: float  # the whole write, durable, codes included
+    encoder_seconds: float | None  # the same for every configuration
+    codec_seconds: float | None  # encoding states to codes
+    training_seconds: float  # the codec's
+    store_seconds: float | None  # writing, codes included
+
+    @property
+    def seconds(self) -> float | None:
+        """All of it."""
+        if self.encoder_seconds is None or self.store_seconds is None:
+            return None
+        return self.encoder_seconds + self.training_seconds + self.store_seconds
+
+
+@dataclass(frozen=True)
+class TimedQuery:
+    """A query to time: its prompt, its candidates that have states, and their margins at each ratio it is read at."""
+
+    prompt: Prompt
+    passage_ids: list[str]
+    margins: Mapping[int, NDArray[np.float32]]  # by read ratio; decides which candidates a cascade keeps
+
+    def read_by(self, stages: Stages, number: int) -> list[str]:
+        """The candidates that stage `number` reads."""
+        if number == 0:
+            return self.passage_ids
+        count = num_read(stages, len(self.passage_ids))[number]
+        rows = compose(stages[:number], [self.margins[stage.compression_ratio] for stage in stages[:number]])
+        return [self.passage_ids[row] for row in rows[:count].tolist()]
 
 
 @dataclass
 class MeasuredTimes:
-    """What was measured; `of` adds it up."""
+    """Samples, from which a configuration's times are added up."""
 
     num_candidates: float  # mean over the timed queries
     store: dict[tuple[int, str], Samples] = field(default_factory=dict)  # by stored ratio and codec
-    writing: dict[tuple[int, str], Writing] = field(default_factory=dict)
+    writing: dict[tuple[int, str], tuple[float, float]] = field(default_factory=dict)  # seconds a passage: codec, store
     pool: dict[tuple[int, int], Samples] = field(default_factory=dict)  # by stored and read ratio, all candidates
     decoder: dict[Stages, Samples] = field(default_factory=dict)  # all stages
 
-    def of(self, one: Configuration) -> Latency | None:
+    def latency(self, one: Configuration) -> Latency | None:
+        """None where its store or reading was not timed."""
         key = (one.stored_ratio, one.codec)
         if key not in self.store or one.stages not in self.decoder:
             return None
-        # Later stages pool only those that came that far.
+        # Later stages pool only the candidates that they read.
         counts = num_read(one.stages, max(1, round(self.num_candidates)))
         decoder = self.decoder[one.stages].copy()
         for stage, count in zip(one.stages, counts, strict=True):
@@ -164,119 +172,111 @@ class MeasuredTimes:
         return Latency(float(p50), float(p99), float(np.median(self.store[key])), float(np.median(decoder)), len(whole))
 
 
-def measure_times(
-    backend: Backend,
-    identity: EncoderIdentity,
-    states: SpilledStates,
-    codecs: Codecs,
-    queries: Sequence[TimedQuery],
-    configurations: Sequence[Configuration],
-    rounds: int,
-    directory: Path,
-    progress: Progress = SILENT,
-) -> MeasuredTimes:
-    """Times everything that `configurations` need; `directory` holds a store meanwhile and is removed."""
-    timings = MeasuredTimes(float(np.mean([len(query.passage_ids) for query in queries])))
-    keys = list(dict.fromkeys((one.stored_ratio, one.codec) for one in configurations))
-    readings = list(dict.fromkeys(one.stages for one in configurations))
-    pools = sorted({(one.stored_ratio, stage.compression_ratio) for one in configurations for stage in one.stages})
-    num_samples = rounds * len(queries)
-    progress.begin(TIME_STAGE, num_samples * (len(keys) + len(readings) + len(pools)))
-    _warm_up(backend, states, queries[0])
+class Stopwatch:
+    """Times everything that configurations need, on a few queries."""
 
-    timings.decoder = {stages: np.zeros(num_samples) for stages in readings}
-    timings.pool = {key: np.zeros(num_samples) for key in pools}
-    for sample in range(num_samples):  # everything takes turns: a machine that slows down slows all of it
-        query = queries[sample % len(queries)]
-        fine = {p: states.states(p) for p in query.passage_ids}
-        stored = {ratio: {p: one.at_ratio(ratio) for p, one in fine.items()} for ratio in {ratio for ratio, _ in pools}}
-        for from_ratio, to_ratio in pools:
-            begun = time.perf_counter()
-            for one in stored[from_ratio].values():
-                one.at_ratio(to_ratio)
-            timings.pool[from_ratio, to_ratio][sample] = time.perf_counter() - begun
-        progress.advance(TIME_STAGE, len(pools))
+    def __init__(self, backend: Backend, states: SpilledStates, queries: Sequence[TimedQuery], rounds: int) -> None:
+        self.queries = queries
+        self._backend = backend
+        self._states = states
+        self._samples = [queries[sample % len(queries)] for sample in range(rounds * len(queries))]
+
+    def measure(
+        self,
+        configurations: Sequence[Configuration],
+        codecs: Codecs,
+        identity: EncoderIdentity,
+        directory: Path,
+        progress: StageProgress = SILENT,
+    ) -> MeasuredTimes:
+        """
+        Args:
+            directory: holds a store meanwhile and is removed.
+        """
+        times = MeasuredTimes(float(np.mean([len(query.passage_ids) for query in self.queries])))
+        keys = list(dict.fromkeys((one.stored_ratio, one.codec) for one in configurations))
+        readings = list(dict.fromkeys(one.stages for one in configurations))
+        pools = sorted({(one.stored_ratio, stage.compression_ratio) for one in configurations for stage in one.stages})
+        num_samples = len(self._samples)
+        advance = progress.begin("time (reranks)", num_samples * (len(keys) + len(readings) + len(pools)))
+        times.decoder = {stages: np.zeros(num_samples) for stages in readings}
+        times.pool = {key: np.zeros(num_samples) for key in pools}
+        self._warm_up()
+        for sample, query in enumerate(self._samples):  # everything alternates: a machine that slows down slows all
+            self._time_model(query, sample, times)
+            advance(len(pools) + len(readings))
+        for key in keys:
+            trained = codecs.get(*key)
+            if trained is not None:
+                self._time_store(key, trained, identity, directory, times)
+            advance(num_samples)
+        return times
+
+    def _warm_up(self) -> None:
+        query, ratio = self.queries[0], 4 * self._states.ratio
+        for _ in range(2):
+            pairs = [(query.prompt, self._states.states(p).at_ratio(ratio)) for p in query.passage_ids]
+            score_passages(self._backend, pairs)
+
+    def _time_model(self, query: TimedQuery, sample: int, times: MeasuredTimes) -> None:
+        fine = {p: self._states.states(p) for p in query.passage_ids}
         pooled = {ratio: {p: one.at_ratio(ratio) for p, one in fine.items()} for ratio in query.margins}
-        for stages in readings:
+        for stored_ratio, read_ratio in times.pool:
+            stored = [one.at_ratio(stored_ratio) for one in fine.values()]
+            begun = time.perf_counter()
+            for one in stored:
+                one.at_ratio(read_ratio)
+            times.pool[stored_ratio, read_ratio][sample] = time.perf_counter() - begun
+        for stages, samples in times.decoder.items():
             for number, stage in enumerate(stages):
-                pairs = [(query.prompt, pooled[stage.compression_ratio][p]) for p in _read(query, stages, number)]
+                at = pooled[stage.compression_ratio]
+                pairs = [(query.prompt, at[p]) for p in query.read_by(stages, number)]
                 begun = time.perf_counter()
-                score_passages(backend, pairs)
-                timings.decoder[stages][sample] += time.perf_counter() - begun
-        progress.advance(TIME_STAGE, len(readings))
+                score_passages(self._backend, pairs)
+                samples[sample] += time.perf_counter() - begun
 
-    for ratio, factory in keys:
-        trained = codecs.get(ratio, factory)
-        if trained is not None:
-            store = _Reads(directory, identity, ratio, trained)
-            timings.writing[ratio, factory] = store.write(states, queries)
-            timings.store[ratio, factory] = store.read(queries, rounds)
-            store.drop()
-        progress.advance(TIME_STAGE, num_samples)
-    return timings
-
-
-def _read(query: TimedQuery, stages: Stages, number: int) -> list[str]:
-    """The candidates that stage `number` reads."""
-    count = num_read(stages, len(query.passage_ids))[number]
-    if number == 0:
-        return query.passage_ids
-    rows = compose(stages[:number], [query.margins[stage.compression_ratio] for stage in stages[:number]])
-    return [query.passage_ids[row] for row in rows[:count].tolist()]
-
-
-def _warm_up(backend: Backend, states: SpilledStates, query: TimedQuery) -> None:
-    for _ in range(2):
-        score_passages(
-            backend, [(query.prompt, states.states(p).at_ratio(4 * states.ratio)) for p in query.passage_ids]
-        )
-
-
-class _Reads:
-    """One stored ratio and codec in an embedded store, for as long as it is timed."""
-
-    def __init__(self, directory: Path, identity: EncoderIdentity, ratio: int, trained: TrainedCodec) -> None:
-        self._directory = directory
-        self._ratio = ratio
-        self._trained = trained
+    def _time_store(
+        self,
+        key: tuple[int, str],
+        trained: TrainedCodec,
+        identity: EncoderIdentity,
+        directory: Path,
+        times: MeasuredTimes,
+    ) -> None:
+        """Writes every candidate of the queries to an embedded store, and reads them."""
         rmtree(directory, ignore_errors=True)  # of a run that was killed
-        self._store = open_store(f"faiss:{directory}")
+        store = open_store(f"faiss:{directory}")
         manifest = Manifest.of(
             identity,
             collection="timed",
-            compression_ratio=ratio,
+            compression_ratio=key[0],
             codec=trained.codec.factory,
             codec_table=trained.codec.table(),
         )
-        self._collection = Collection.create(self._store, manifest)
+        collection = Collection.create(store, manifest)
+        times.writing[key] = self._write(collection, trained.codec, key[0])
+        for query in self.queries:  # the first touch of a page is the disk's time
+            collection.get_many(query.passage_ids)
+        times.store[key] = np.zeros(len(self._samples))
+        for sample, query in enumerate(self._samples):
+            begun = time.perf_counter()
+            collection.get_many(query.passage_ids)
+            times.store[key][sample] = time.perf_counter() - begun
+        store.close()
+        rmtree(directory, ignore_errors=True)
 
-    def write(self, states: SpilledStates, queries: Sequence[TimedQuery]) -> Writing:
-        """Stores every candidate of the queries."""
-        ids = list(dict.fromkeys(p for query in queries for p in query.passage_ids))
+    def _write(self, collection: Collection, codec: Codec, ratio: int) -> tuple[float, float]:
+        """Seconds a passage: states to codes; the whole write, durable, codes included."""
+        ids = list(dict.fromkeys(p for query in self.queries for p in query.passage_ids))
         codec_seconds = store_seconds = 0.0
-        for start in range(0, len(ids), _WRITE_PASSAGES):
-            group = [
-                StoredPassage(p, states.states(p).at_ratio(self._ratio)) for p in ids[start : start + _WRITE_PASSAGES]
-            ]
+        for start in range(0, len(ids), _WRITE_BATCH):
+            part = ids[start : start + _WRITE_BATCH]
+            group = [StoredPassage(p, self._states.states(p).at_ratio(ratio)) for p in part]
             rows = np.concatenate([one.states.states for one in group])
             begun = time.perf_counter()
-            self._trained.codec.encode(rows)
+            codec.encode(rows)
             codec_seconds += time.perf_counter() - begun
             begun = time.perf_counter()
-            self._collection.put_many(group, allow_clipped=True)  # measured all the same
+            collection.put_many(group, allow_clipped=True)  # clipped or not, it is measured
             store_seconds += time.perf_counter() - begun
-        return Writing(codec_seconds / len(ids), store_seconds / len(ids))
-
-    def read(self, queries: Sequence[TimedQuery], rounds: int) -> Samples:
-        samples = np.zeros(rounds * len(queries))
-        for query in queries:  # the first touch of a page is the disk's time
-            self._collection.get_many(query.passage_ids)
-        for sample in range(len(samples)):
-            begun = time.perf_counter()
-            self._collection.get_many(queries[sample % len(queries)].passage_ids)
-            samples[sample] = time.perf_counter() - begun
-        return samples
-
-    def drop(self) -> None:
-        self._store.close()
-        rmtree(self._directory, ignore_errors=True)
+        return codec_seconds / len(ids), store_seconds / len(ids)

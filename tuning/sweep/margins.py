@@ -1,8 +1,6 @@
-"""States through a real codec and back, as a collection would give them. Does not know margins or queries.
+"""Margins of every candidate of every query, for each stored ratio, codec and read ratio; computed ones are kept.
 
-Margins of every candidate of every query, for each stored ratio, codec and read ratio; what was computed is kept.
-
-Knows the seam to the model and no model; does not know judgements, orders or cascades.
+States go through the real codec and back, as a collection would give them.
 """
 
 from __future__ import annotations
@@ -10,7 +8,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from itertools import groupby
+from operator import attrgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,19 +18,18 @@ from numpy.typing import NDArray
 from cache import DEFAULT_CODEC
 from cache.codecs import Codec
 from cache.errors import CodecError
-from cache.states import PassageStates
-from decoder_server.models.backend import Backend
+from decoder_server.models.backend import Backend, Prompt
 from encoder_worker.writing import num_training_states
 from tuning import EvaluationError
-from tuning.progress import SILENT, Progress
-from tuning.rerank import score_passages
+from tuning.progress import SILENT, Advance, StageProgress
+from tuning.rerank import States, score_passages
 from tuning.sweep.settings import Configuration, Unit
 from tuning.sweep.workdir import SpilledStates, WorkDir
 
 
 @dataclass(frozen=True)
 class TrainedCodec:
-    """A codec for one stored ratio, and what its training took."""
+    """A codec for one stored ratio, and the cost of its training."""
 
     codec: Codec
     train_seconds: float
@@ -60,11 +59,11 @@ class Codecs:
             try:
                 self._made[key] = self._make(ratio, factory)
             except CodecError as exc:
-                self.refuse(ratio, factory, str(exc))
+                self.leave_out(ratio, factory, str(exc))
         return self._made.get(key)
 
-    def refuse(self, ratio: int, factory: str, reason: str) -> None:
-        """This codec cannot be used at this ratio: it is left out, or the sweep ends.
+    def leave_out(self, ratio: int, factory: str, reason: str) -> None:
+        """The codec cannot be used at this ratio: the sweep goes on without it, or ends.
 
         Raises:
             EvaluationError: few_samples is `refuse`.
@@ -76,6 +75,27 @@ class Codecs:
         self.left_out[ratio, factory] = reason
         self._made.pop((ratio, factory), None)
 
+    def with_fallback(self, configurations: Sequence[Configuration]) -> list[Configuration]:
+        """The same, the default codec in place of one that cannot be trained; each once. Raises as `get`."""
+        found: dict[Configuration, None] = {}
+        for one in configurations:
+            usable = self.get(one.stored_ratio, one.codec) is not None
+            found[one if usable else replace(one, codec=DEFAULT_CODEC)] = None
+        return list(found)
+
+    def notes(self) -> list[str]:
+        """One sentence for each codec that was left out or may be better than measured."""
+        stands_in = f", {DEFAULT_CODEC} stands in for it"
+        return [
+            f"{factory} at stored ratio {ratio} is left out{stands_in if factory != DEFAULT_CODEC else ''}: {reason}"
+            for (ratio, factory), reason in self.left_out.items()
+        ] + [
+            f"{factory} was trained on few states: {', '.join(f'{n:,} at {r}' for r, n in sorted(few.items()))}. An "
+            f"index run takes {num_training_states(Codec(factory, self.states.dim)):,} where it has them, and may do "
+            "better"
+            for factory, few in self.few.items()
+        ]
+
     def _make(self, ratio: int, factory: str) -> TrainedCodec:
         codec = Codec(factory, self.states.dim)
         if not codec.needs_training:
@@ -83,36 +103,21 @@ class Codecs:
         name = f"codecs/{file_name(ratio, factory)}"
         kept = self.work.load(name)
         if kept is not None:
-            table, seconds, num_sample = kept["table"].tobytes(), float(kept["seconds"]), int(kept["num_sample"])
-            codec = Codec.from_table(factory, self.states.dim, table)
+            seconds, num_sample = float(kept["seconds"]), int(kept["num_sample"])
+            codec = Codec.from_table(factory, self.states.dim, kept["table"].tobytes())
         else:
             sample = self.states.sample(ratio, num_training_states(codec), self.seed)
             begun = time.perf_counter()
             codec.train(sample)
             seconds, num_sample = time.perf_counter() - begun, len(sample)
-            table = codec.table()
-            self.work.save(
-                name, table=np.frombuffer(table, np.uint8), seconds=np.float64(seconds), num_sample=np.int64(num_sample)
-            )
+            table = np.frombuffer(codec.table(), np.uint8)
+            self.work.save(name, table=table, seconds=np.float64(seconds), num_sample=np.int64(num_sample))
         if num_sample < num_training_states(codec):
             self.few.setdefault(factory, {})[ratio] = num_sample
         return TrainedCodec(codec, seconds, num_sample)
 
 
-def with_fallback(configurations: Sequence[Configuration], codecs: Codecs) -> list[Configuration]:
-    """The same, the default codec standing in for one that cannot be trained; each once.
-
-    Raises:
-        EvaluationError: a codec cannot be trained, and few_samples is `refuse`.
-    """
-    found: dict[Configuration, None] = {}
-    for one in configurations:
-        usable = codecs.get(one.stored_ratio, one.codec) is not None
-        found[one if usable else replace(one, codec=DEFAULT_CODEC)] = None
-    return list(found)
-
-
-def roundtrip(codec: Codec, passages: Mapping[str, PassageStates]) -> dict[str, PassageStates]:
+def roundtrip(codec: Codec, passages: States) -> States:
     """Each passage's states as they come back from the codec.
 
     Raises:
@@ -121,25 +126,14 @@ def roundtrip(codec: Codec, passages: Mapping[str, PassageStates]) -> dict[str, 
     if not passages:
         return {}
     decoded = codec.decode(codec.encode(np.concatenate([one.states for one in passages.values()])))
-    result: dict[str, PassageStates] = {}
-    end = 0
-    for p, one in passages.items():
-        start, end = end, end + one.num_states
-        result[p] = PassageStates(
-            decoded[start:end], one.window_tokens, one.compression_ratio, one.truncated, one.text_digest
-        )
-    return result
+    ends = np.cumsum([one.num_states for one in passages.values()])
+    rows = zip(passages.items(), np.split(decoded, ends[:-1]), strict=True)
+    return {p: replace(one, states=states) for (p, one), states in rows}
 
 
 def file_name(ratio: int, factory: str) -> str:
-    """`r4-SQ8`; a factory string may hold commas and brackets, which stay apart from one another as code points."""
+    """`r4-SQ8`; commas and brackets of a factory string become code points, so that names stay distinct."""
     return f"r{ratio}-" + "".join(c if c.isalnum() or c in "-_" else f"~{ord(c):x}" for c in factory)
-
-
-STAGE = "score (pairs)"
-REFERENCE = "reference (pairs)"
-
-States = Mapping[str, PassageStates]
 
 
 class Pairs:
@@ -147,18 +141,13 @@ class Pairs:
 
     def __init__(self, candidates: Mapping[str, Sequence[str]]) -> None:
         self.candidates = {q: list(found) for q, found in candidates.items()}
-        self.query_ids = list(self.candidates)
-        self.places: dict[str, list[tuple[str, int]]] = {}  # passage_id -> its (query_id, flat index)
+        # passage_id -> its (query_id, flat index), in order of first appearance
+        self.places: dict[str, list[tuple[str, int]]] = {}
         self.num = 0
         for query_id, found in self.candidates.items():
             for p in found:
                 self.places.setdefault(p, []).append((query_id, self.num))
                 self.num += 1
-
-    @property
-    def passage_ids(self) -> list[str]:
-        """Each candidate once, in order of first appearance."""
-        return list(self.places)
 
     def split(self, flat: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
         """By query, the values of its candidates."""
@@ -179,107 +168,88 @@ class _Chunk:
 class Margins:
     """Flat margins (num_pairs,) by unit; NaN where a candidate has no states or its margin is not finite."""
 
-    def __init__(self, work: WorkDir, states: SpilledStates, pairs: Pairs, queries: Mapping[str, str]) -> None:
+    def __init__(self, work: WorkDir, states: SpilledStates, pairs: Pairs, prompts: Mapping[str, Prompt]) -> None:
+        """
+        Args:
+            prompts: of each query.
+        """
         self.pairs = pairs
         self.values: dict[Unit, NDArray[np.float32]] = {}
-        self.seconds: dict[Unit, float] = {}  # of pooling and the decoder, over all pairs
         self._work = work
         self._states = states
-        self._queries = queries
+        self._prompts = prompts
         self._chunks = []
-        # Cut the same way each time, so that a run that goes on scores the same batches.
-        for number, ids in enumerate(states.chunk_ids(pairs.passage_ids)):
+        # Cut the same way each time, so that a resumed run scores the same batches.
+        for number, ids in enumerate(states.chunk_ids(list(pairs.places))):
             places = [(p, query_id, index) for p in ids for query_id, index in pairs.places[p]]
             indices = np.array([index for *_, index in places], dtype=np.intp)
             self._chunks.append(_Chunk(number, ids, [(q, p) for p, q, _ in places], indices))
 
-    def reference(self, backend: Backend, instruction: str | None, progress: Progress = SILENT) -> NDArray[np.float32]:
-        """Of the states as they are kept: their own ratio, no codec."""
-        progress.begin(REFERENCE, self.pairs.num)
+    def reference(self, backend: Backend, progress: StageProgress = SILENT) -> NDArray[np.float32]:
+        """Margins of the states at their source's ratio, without a codec."""
+        advance = progress.begin("reference (pairs)", self.pairs.num)
         flat = self._empty()
-        score = self._scorer(backend, instruction, lambda num: progress.advance(REFERENCE, num))
         for chunk in self._chunks:
-            name = f"margins/reference/{chunk.number:04}"
-            margins, _ = score(name, chunk, lambda: self._load(chunk, self._states.ratio))  # noqa: B023 - called here
-            flat[chunk.indices] = margins
+            load = partial(self._load, chunk, self._states.ratio)
+            flat[chunk.indices] = self._score(f"reference/{chunk.number:04}", chunk, load, backend, advance)
         return flat
 
-    def fill(
-        self,
-        backend: Backend,
-        units: Sequence[Unit],
-        codecs: Codecs,
-        instruction: str | None,
-        progress: Progress = SILENT,
-    ) -> None:
+    def fill(self, backend: Backend, units: Sequence[Unit], codecs: Codecs, progress: StageProgress = SILENT) -> None:
         """Computes each unit, but those whose codec is left out.
 
         Raises:
             EvaluationError: a codec that cannot be used and may not be left out.
         """
-        progress.begin(STAGE, self.pairs.num * len(units))
-        score = self._scorer(backend, instruction, lambda num: progress.advance(STAGE, num))
-        for (ratio, factory), group in groupby(units, key=lambda unit: (unit.stored_ratio, unit.codec)):
-            own = list(group)
+        advance = progress.begin("score (pairs)", self.pairs.num * len(units))
+        for (ratio, factory), group in groupby(units, key=attrgetter("stored_ratio", "codec")):
+            read_ratios = [unit.read_ratio for unit in group]
             trained = codecs.get(ratio, factory)
             if trained is None:
-                progress.advance(STAGE, self.pairs.num * len(own))
+                advance(self.pairs.num * len(read_ratios))
                 continue
-            flats = {unit: self._empty() for unit in own}
-            seconds = dict.fromkeys(own, 0.0)
+            flats = {read_ratio: self._empty() for read_ratio in read_ratios}
             try:
                 for chunk in self._chunks:
-                    stored = _Once(lambda: roundtrip(trained.codec, self._load(chunk, ratio)))  # noqa: B023 - called here
-                    for unit in own:
-                        name = f"margins/{file_name(ratio, factory)}/{unit.read_ratio}-{chunk.number:04}"
-                        margins, took = score(
-                            name,
-                            chunk,
-                            lambda: {p: one.at_ratio(unit.read_ratio) for p, one in stored().items()},  # noqa: B023
-                        )
-                        flats[unit][chunk.indices] = margins
-                        seconds[unit] += took
+                    stored = _Stored(trained.codec, partial(self._load, chunk, ratio))
+                    for read_ratio, flat in flats.items():
+                        name = f"{file_name(ratio, factory)}/{read_ratio}-{chunk.number:04}"
+                        load = partial(stored.at_ratio, read_ratio)
+                        flat[chunk.indices] = self._score(name, chunk, load, backend, advance)
             except CodecError as exc:
-                codecs.refuse(ratio, factory, str(exc))
+                codecs.leave_out(ratio, factory, str(exc))
                 continue
-            self.values |= flats
-            self.seconds |= seconds
+            self.values |= {Unit(ratio, factory, read_ratio): flat for read_ratio, flat in flats.items()}
 
-    def _scorer(
-        self, backend: Backend, instruction: str | None, advance: Callable[[int], None]
-    ) -> Callable[[str, _Chunk, Callable[[], States]], tuple[NDArray[np.float32], float]]:
-        """Scores a chunk, or finds it scored; margins (len(chunk.pairs),) and what computing them took."""
-        prompts = {q: backend.prompt(self._queries[q], instruction) for q in self.pairs.query_ids}
+    def _score(
+        self, name: str, chunk: _Chunk, load: Callable[[], States], backend: Backend, advance: Advance
+    ) -> NDArray[np.float32]:
+        """Margins of a chunk, (len(pairs),): as kept, or scored and kept."""
+        kept = self._work.load(f"margins/{name}")
+        if kept is not None and kept["margins"].shape == chunk.indices.shape:
+            advance(len(chunk.pairs))
+            return kept["margins"]
+        states = load()
+        margins = score_passages(backend, [(self._prompts[q], states[p]) for q, p in chunk.pairs], advance)
+        self._work.save(f"margins/{name}", margins=margins)
+        return margins
 
-        def score(name: str, chunk: _Chunk, load: Callable[[], States]) -> tuple[NDArray[np.float32], float]:
-            kept = self._work.load(name)
-            if kept is not None and kept["margins"].shape == chunk.indices.shape:
-                advance(len(chunk.pairs))
-                return kept["margins"], float(kept["seconds"])
-            states = load()
-            begun = time.perf_counter()
-            margins = score_passages(backend, [(prompts[q], states[p]) for q, p in chunk.pairs], advance)
-            took = time.perf_counter() - begun
-            self._work.save(name, margins=margins, seconds=np.float64(took))
-            return margins, took
-
-        return score
-
-    def _load(self, chunk: _Chunk, ratio: int) -> dict[str, PassageStates]:
+    def _load(self, chunk: _Chunk, ratio: int) -> States:
         return {p: self._states.states(p).at_ratio(ratio) for p in chunk.passage_ids}
 
     def _empty(self) -> NDArray[np.float32]:
         return np.full(self.pairs.num, np.nan, dtype=np.float32)
 
 
-class _Once:
-    """A call whose answer is kept: decoding is skipped where every reading of it was already scored."""
+@dataclass
+class _Stored:
+    """A chunk's states out of a codec: decoded once, and not at all where every reading was scored before."""
 
-    def __init__(self, call: Callable[[], States]) -> None:
-        self._call = call
-        self._answer: States | None = None
+    codec: Codec
+    load: Callable[[], States]
 
-    def __call__(self) -> States:
-        if self._answer is None:
-            self._answer = self._call()
-        return self._answer
+    @cached_property
+    def states(self) -> States:
+        return roundtrip(self.codec, self.load())
+
+    def at_ratio(self, ratio: int) -> States:
+        return {p: one.at_ratio(ratio) for p, one in self.states.items()}

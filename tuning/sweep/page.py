@@ -1,9 +1,4 @@
-"""The three figures of a sweep, as PNG and as SVG for the page. Draws; computes nothing but where things go.
-
-Which queries a configuration wins and loses against the reference, and which passages moved. Computes no measure.
-
-The report as one HTML file that needs no network. Fills a template; computes nothing.
-"""
+"""A sweep as one HTML file that needs no network, with figures, and examples of queries that it wins and loses."""
 
 from __future__ import annotations
 
@@ -11,42 +6,30 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from xml.etree import ElementTree
 
 from preread_edge.outputs import write_output
 from tuning import MissingExtra
 from tuning.metrics import HEADLINE
 from tuning.sweep.quality import AUC, TAU, overlap_name
-from tuning.sweep.report import Choice, Limits, SweepReport, SweepRow, describe_broken
+from tuning.sweep.report import Choice, Limits, SweepReport, SweepRow
 from tuning.trec import Run
-
-if TYPE_CHECKING:
-    from jinja2 import Environment
-
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers, and three more.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F5539", "#6A4C93", "#8A8F98")
-INK, FAINT, FRONT = "#1f2933", "#9aa5b1", "#52606d"
-SIZE = (6.4, 4.9)  # inches, legend included
+INK, FAINT = "#1f2933", "#9aa5b1"
+_FRONT, _CHOSEN = "#52606d", "#c81e1e"
+_SIZE = (6.4, 4.9)  # inches, legend included
 _SVG = "http://www.w3.org/2000/svg"
-
-
-@dataclass(frozen=True)
-class Plot:
-    """One figure: a name for its file, what it shows, and both forms of it."""
-
-    name: str
-    title: str
-    png: bytes
-    svg: str
+_NUM_SHOWN = 5  # examples of each kind
+_NUM_MOVED = 3
+_NUM_CONFIGURATIONS = 12  # with examples, beside the chosen one
+_MAX_TEXT_CHARACTERS = 280
 
 
 def check_available() -> None:
-    """
-    Raises:
-        MissingExtra: matplotlib or Jinja2 is not installed.
-    """
+    """Raises MissingExtra where matplotlib or Jinja2 is not installed."""
     try:
         import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
@@ -54,18 +37,158 @@ def check_available() -> None:
         raise MissingExtra("the report", "tune", exc) from exc
 
 
-def plots(report: SweepReport, chosen: SweepRow | None) -> list[Plot]:
-    """Quality against bytes, against latency where it was timed, and over the ratio read at."""
-    figures: list[tuple[str, str, Callable[[Any], None]]] = [
-        ("quality-bytes", "Quality against bytes", lambda axes: _against_bytes(axes, report, chosen))
-    ]
+def write_page(folder: Path, report: SweepReport, limits: Limits, choice: Choice | None) -> None:
+    """`report.html` and a PNG for each figure. Raises MissingExtra."""
+    check_available()
+    chosen = choice.row if choice is not None else None
+    drawn = _plots(report, chosen)
+    for plot in drawn:
+        write_output(folder / f"{plot.name}.png", plot.png)
+    write_output(folder / "report.html", _page(report, limits, choice, drawn))
+
+
+def _page(report: SweepReport, limits: Limits, choice: Choice | None, drawn: list[_Plot]) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"ms": lambda seconds: f"{seconds * 1000:,.1f}", "duration": _duration, "size": _size}
+    fronts = zip(report.rows, report.on_size_front, report.on_latency_front, strict=True)
+    shown = _rows_with_examples(report, choice.row if choice is not None else None)
+    return environment.get_template("report.html.jinja").render(
+        report=report,
+        limits=limits,
+        choice=choice,
+        broken=choice.explain(limits) if choice is not None else "",
+        plots=drawn,
+        rows=list(fronts),
+        measures=[HEADLINE, "MRR@10", TAU, overlap_name(report.settings.overlap_k), AUC],
+        headline=HEADLINE,
+        examples=[_examples_of(report, row) for row in shown],
+    )
+
+
+def _size(num_bytes: float) -> str:
+    """1536 -> 1.5 KiB."""
+    if num_bytes < 1024:
+        return f"{num_bytes:,.0f} B"
+    for unit in ("KiB", "MiB"):
+        num_bytes /= 1024
+        if num_bytes < 1024:
+            return f"{num_bytes:,.1f} {unit}"
+    return f"{num_bytes / 1024:,.1f} GiB"
+
+
+def _duration(seconds: float | None) -> str:
+    """150 -> 2.5 min."""
+    if seconds is None:
+        return "–"
+    for unit, length in (("h", 3600.0), ("min", 60.0), ("s", 1.0)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{seconds * 1000:,.0f} ms"
+
+
+@dataclass(frozen=True)
+class _Moved:
+    """A passage and its places, from 1, in the reference's order and in this one."""
+
+    passage_id: str
+    text: str
+    grade: int
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class _Example:
+    """One query, its nDCG@10 with the reference and here, and passages that moved."""
+
+    query_id: str
+    text: str
+    before: float
+    after: float
+    moved: list[_Moved]
+
+
+@dataclass(frozen=True)
+class _Examples:
+    """The queries that changed most, the most changed first."""
+
+    row: SweepRow
+    losses: list[_Example]
+    wins: list[_Example]
+    num_lost: int
+    num_won: int
+    num_same: int
+
+
+def _rows_with_examples(report: SweepReport, chosen: SweepRow | None) -> list[SweepRow]:
+    """The chosen one first, then both fronts from small to large."""
+    on = zip(report.rows, report.on_size_front, report.on_latency_front, strict=True)
+    fronts = sorted((row for row, small, fast in on if small or fast), key=lambda row: row.size.bytes_per_passage)
+    rows = [row for row in fronts if row is not chosen][:_NUM_CONFIGURATIONS]
+    return rows if chosen is None else [chosen, *rows]
+
+
+def _examples_of(report: SweepReport, row: SweepRow) -> _Examples:
+    before, after = (one.per_query[HEADLINE].tolist() for one in (report.reference, row.quality))
+    values = {q: (a, b) for q, a, b in zip(report.query_ids, before, after, strict=True)}
+    change = {q: b - a for q, (a, b) in values.items()}
+    order = sorted(change, key=lambda q: (change[q], q))
+    lost = [q for q in order if change[q] < 0]
+    won = [q for q in reversed(order) if change[q] > 0]
+
+    def example(query_id: str) -> _Example:
+        moved = _moved(report, query_id, report.reference.run, row.quality.run)
+        return _Example(query_id, report.queries.get(query_id, ""), *values[query_id], moved)
+
+    losses, wins = ([example(q) for q in found[:_NUM_SHOWN]] for found in (lost, won))
+    return _Examples(row, losses, wins, len(lost), len(won), len(order) - len(lost) - len(won))
+
+
+def _moved(report: SweepReport, query_id: str, before: Run, after: Run) -> list[_Moved]:
+    """The relevant candidates that changed places, and the one that ranks first now."""
+    old, new = ({p: place for place, (p, _) in enumerate(run.get(query_id, []), 1)} for run in (before, after))
+    grades = report.qrels.get(query_id, {})
+
+    def entry(p: str) -> _Moved:
+        text = " ".join(report.passages.get(p, "").split())
+        short = text if len(text) <= _MAX_TEXT_CHARACTERS else text[: _MAX_TEXT_CHARACTERS - 1] + "…"
+        return _Moved(p, short, grades.get(p, 0), old[p], new[p])
+
+    relevant = [entry(p) for p in new if grades.get(p, 0) > 0 and old[p] != new[p]]
+    changed = sorted(relevant, key=lambda one: -abs(one.after - one.before))[:_NUM_MOVED]
+    first = next(iter(new), None)
+    if first is not None and all(one.passage_id != first for one in changed):
+        changed.append(entry(first))
+    return changed
+
+
+@dataclass(frozen=True)
+class _Plot:
+    """One figure: a name for its file, its title, and both forms of it."""
+
+    name: str
+    title: str
+    png: bytes
+    svg: str
+
+
+def _plots(report: SweepReport, chosen: SweepRow | None) -> list[_Plot]:
+    """Quality against bytes, against latency where it was timed, and over the ratio it is read at."""
+    drawn = [_plot("quality-bytes", "Quality against bytes", lambda axes: _against_bytes(axes, report, chosen), report)]
     if report.timed:
-        figures.append(("quality-latency", "Quality against latency", lambda ax: _against_latency(ax, report, chosen)))
-    figures.append(("quality-ratio", "Quality over the ratio read at", lambda axes: _over_ratio(axes, report)))
-    return [_plot(name, title, draw, report) for name, title, draw in figures]
+        drawn.append(
+            _plot("quality-latency", "Quality against latency", lambda ax: _against_latency(ax, report, chosen), report)
+        )
+    title = "Quality over the ratio read at"
+    return [*drawn, _plot("quality-ratio", title, lambda axes: _over_ratio(axes, report), report)]
 
 
-def _plot(name: str, title: str, draw: Callable[[Any], None], report: SweepReport) -> Plot:
+def _plot(name: str, title: str, draw: Callable[[Any], None], report: SweepReport) -> _Plot:
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -75,7 +198,7 @@ def _plot(name: str, title: str, draw: Callable[[Any], None], report: SweepRepor
         "axes.spines.right": False, "legend.frameon": False,
     }  # fmt: skip
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=SIZE, layout="constrained")
+        figure = Figure(figsize=_SIZE, layout="constrained")
         axes = figure.add_subplot()
         axes.grid(color="#e4e7eb", linewidth=0.6)
         axes.set_axisbelow(True)
@@ -84,35 +207,28 @@ def _plot(name: str, title: str, draw: Callable[[Any], None], report: SweepRepor
         png, svg = io.BytesIO(), io.BytesIO()
         figure.savefig(png, format="png", dpi=160, metadata={"Software": None})
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
-    return Plot(name, title, png.getvalue(), _with_titles(svg.getvalue(), name, report))
+    return _Plot(name, title, png.getvalue(), _with_titles(svg.getvalue(), name, report))
 
 
 def _against_bytes(axes: Any, report: SweepReport, chosen: SweepRow | None) -> None:
     from matplotlib.ticker import LogLocator
 
-    colours = {codec: COLOURS[place % len(COLOURS)] for place, codec in enumerate(report.codecs)}
     axes.set_xscale("log", base=2)
     axes.set_xlabel("bytes of a stored passage, in the mean")
-    points = [row.size.bytes_per_passage for row in report.rows]
-    _reference(axes, report)
-    _scatter(
-        axes, report, points, report.on_size_front(), [colours[r.configuration.codec] for r in report.rows], chosen
-    )
-    _legend(axes, [(codec, colour, "o") for codec, colour in colours.items()], report)
+    names = [row.configuration.codec for row in report.rows]
+    xs = [row.size.bytes_per_passage for row in report.rows]
+    _scatter(axes, report, xs, report.on_size_front, names, report.codecs, chosen)
     axes.xaxis.set_major_locator(LogLocator(base=4))
-    axes.xaxis.set_major_formatter(lambda value, _: _short_bytes(value))
+    axes.xaxis.set_major_formatter(lambda value, _: _size(value).replace(".0 ", " "))
     axes.minorticks_off()
 
 
 def _against_latency(axes: Any, report: SweepReport, chosen: SweepRow | None) -> None:
-    ratios = sorted({row.configuration.stages[-1].compression_ratio for row in report.rows})
-    colours = {ratio: COLOURS[place % len(COLOURS)] for place, ratio in enumerate(ratios)}
     axes.set_xlabel(f"p50 of a rerank of {report.settings.top_k}, ms  ({report.machine})")
-    points = [row.timing.p50_seconds * 1000 if row.timing is not None else 0.0 for row in report.rows]
-    _reference(axes, report)
-    own = [colours[row.configuration.stages[-1].compression_ratio] for row in report.rows]
-    _scatter(axes, report, points, report.on_latency_front(), own, chosen)
-    _legend(axes, [(f"read at {ratio}", colours[ratio], "o") for ratio in ratios], report)
+    ratios = [row.configuration.stages[-1].compression_ratio for row in report.rows]
+    xs = [row.timing.p50_seconds * 1000 if row.timing is not None else 0.0 for row in report.rows]
+    kinds = [f"read at {ratio}" for ratio in sorted(set(ratios))]
+    _scatter(axes, report, xs, report.on_latency_front, [f"read at {ratio}" for ratio in ratios], kinds, chosen)
     axes.set_xlim(left=0)
 
 
@@ -121,71 +237,69 @@ def _over_ratio(axes: Any, report: SweepReport) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xlabel("ratio read at (tokens per state)")
     single = [row for row in report.rows if not row.configuration.is_cascade]
-    ratios = sorted({row.configuration.stages[0].compression_ratio for row in single})
+    ratios = {id(row): row.configuration.stages[0].compression_ratio for row in single}
     for place, codec in enumerate(dict.fromkeys(row.configuration.codec for row in single)):
         own = [row for row in single if row.configuration.codec == codec]
         finest = min(row.configuration.stored_ratio for row in own)
-        line = sorted(
-            (row for row in own if row.configuration.stored_ratio == finest),
-            key=lambda row: row.configuration.stages[0].compression_ratio,
-        )
-        xs = [row.configuration.stages[0].compression_ratio for row in line]
+        line = sorted((row for row in own if row.configuration.stored_ratio == finest), key=lambda row: ratios[id(row)])
+        xs = [ratios[id(row)] for row in line]
         colour = COLOURS[place % len(COLOURS)]
         if place == 0:
             bounds = [row.quality.measures[HEADLINE] for row in line]
             axes.fill_between(xs, [b.low for b in bounds], [b.high for b in bounds], color=colour, alpha=0.10, lw=0)
-        axes.plot(xs, [row.quality.headline for row in line], color=colour, lw=1.6, marker="o", ms=5,
-                  label=f"{codec}, stored at {finest}")  # fmt: skip
+        label = f"{codec}, stored at {finest}"
+        axes.plot(xs, [row.quality.headline for row in line], color=colour, lw=1.6, marker="o", ms=5, label=label)
     axes.axhline(report.first_stage.headline, color=FAINT, lw=1, ls=":", label=report.first_stage_name)
-    axes.set_xticks(ratios, [str(ratio) for ratio in ratios])
+    ticks = sorted(set(ratios.values()))
+    axes.set_xticks(ticks, [str(ratio) for ratio in ticks])
     axes.minorticks_off()
-    _below(axes, axes.get_legend_handles_labels()[0])
-
-
-def _reference(axes: Any, report: SweepReport) -> None:
-    finest = report.reference.measures[HEADLINE]
-    axes.axhline(finest.mean, color=INK, lw=1, ls="--", label=f"r = {report.reference_ratio}, no codec")
-    if not report.taught:
-        axes.axhline(report.first_stage.headline, color=FAINT, lw=1, ls=":", label=report.first_stage_name)
+    _legend(axes, axes.get_legend_handles_labels()[0])
 
 
 def _scatter(
-    axes: Any, report: SweepReport, xs: list[float], front: list[bool], colours: list[str], chosen: SweepRow | None
+    axes: Any,
+    report: SweepReport,
+    xs: list[float],
+    front: list[bool],
+    names: list[str],
+    kinds: list[str],
+    chosen: SweepRow | None,
 ) -> None:
+    """A point for each row, coloured by its name among `kinds`; the front, joined; the reference; the legend."""
+    from matplotlib.lines import Line2D
+
+    colours = {kind: COLOURS[place % len(COLOURS)] for place, kind in enumerate(kinds)}
+    axes.axhline(report.reference.headline, color=INK, lw=1, ls="--", label=f"r = {report.reference_ratio}, no codec")
+    if not report.taught:
+        axes.axhline(report.first_stage.headline, color=FAINT, lw=1, ls=":", label=report.first_stage_name)
     on = sorted((x, row.quality.headline) for x, row, is_on in zip(xs, report.rows, front, strict=True) if is_on)
-    axes.plot([x for x, _ in on], [y for _, y in on], color=FRONT, lw=1.2, drawstyle="steps-post", zorder=1)
-    for place, (x, row, is_on, colour) in enumerate(zip(xs, report.rows, front, colours, strict=True)):
+    axes.plot([x for x, _ in on], [y for _, y in on], color=_FRONT, lw=1.2, drawstyle="steps-post", zorder=1)
+    for place, (x, row, is_on, name) in enumerate(zip(xs, report.rows, front, names, strict=True)):
         y = row.quality.headline
         marker = "D" if row.configuration.is_cascade else "o"
-        axes.scatter([x], [y], s=46 if is_on else 26, color=colour, marker=marker, alpha=1.0 if is_on else 0.45,
+        axes.scatter([x], [y], s=46 if is_on else 26, color=colours[name], marker=marker, alpha=1.0 if is_on else 0.45,
                      edgecolors=INK if is_on else "none", linewidths=0.9, zorder=3 if is_on else 2,
                      gid=f"row-{place}")  # fmt: skip
         if row is chosen:
-            axes.scatter([x], [y], s=210, facecolors="none", edgecolors="#c81e1e", linewidths=1.8, zorder=4)
+            axes.scatter([x], [y], s=210, facecolors="none", edgecolors=_CHOSEN, linewidths=1.8, zorder=4)
             axes.annotate(row.configuration.name, (x, y), xytext=(10, -14), textcoords="offset points",
-                          color="#c81e1e", fontsize=9, fontweight="bold", zorder=5,
+                          color=_CHOSEN, fontsize=9, fontweight="bold", zorder=5,
                           bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5})  # fmt: skip
-
-
-def _legend(axes: Any, kinds: list[tuple[str, str, str]], report: SweepReport) -> None:
-    from matplotlib.lines import Line2D
-
-    handles = [Line2D([], [], color=colour, marker=marker, ls="", label=name) for name, colour, marker in kinds]
+    handles = [Line2D([], [], color=colour, marker="o", ls="", label=kind) for kind, colour in colours.items()]
     if any(row.configuration.is_cascade for row in report.rows):
         handles.append(Line2D([], [], color=FAINT, marker="D", ls="", label="cascade"))
-    handles.append(Line2D([], [], color=FRONT, lw=1.2, label="Pareto front"))
+    handles.append(Line2D([], [], color=_FRONT, lw=1.2, label="Pareto front"))
     lines, labels = axes.get_legend_handles_labels()
-    handles += [line for line, label in zip(lines, labels, strict=True) if not label.startswith("_")]
-    _below(axes, handles)
+    _legend(axes, handles + [line for line, label in zip(lines, labels, strict=True) if not label.startswith("_")])
 
 
-def _below(axes: Any, handles: list[Any]) -> None:
-    """The legend, out of the data's way."""
+def _legend(axes: Any, handles: list[Any]) -> None:
+    """Below the axes, out of the data's way."""
     axes.figure.legend(handles=handles, fontsize=8.5, loc="outside lower center", ncols=4, columnspacing=1.4)
 
 
 def _with_titles(svg: bytes, name: str, report: SweepReport) -> str:
-    """The SVG element alone, each point with a title a browser shows on hovering."""
+    """The SVG element alone, each point with a title that a browser shows on hovering."""
     ElementTree.register_namespace("", _SVG)
     ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
     root = ElementTree.fromstring(svg)
@@ -214,174 +328,3 @@ def _tip(row: SweepRow) -> str:
     if row.timing is not None:
         lines.append(f"p50 {row.timing.p50_seconds * 1000:.1f} ms, p99 {row.timing.p99_seconds * 1000:.1f} ms")
     return "\n".join(lines)
-
-
-def _short_bytes(value: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}"
-        value /= 1024
-    return f"{value:.0f} GiB"
-
-
-NUM_SHOWN = 5
-NUM_MOVED = 3
-MAX_TEXT_CHARACTERS = 280
-
-
-@dataclass(frozen=True)
-class Moved:
-    """A passage and its places, from 1, in the reference's order and in this one."""
-
-    passage_id: str
-    text: str
-    grade: int
-    before: int
-    after: int
-
-
-@dataclass(frozen=True)
-class Example:
-    """One query, its nDCG@10 with the reference and here, and what moved."""
-
-    query_id: str
-    text: str
-    before: float
-    after: float
-    moved: list[Moved]
-
-
-@dataclass(frozen=True)
-class Examples:
-    """The queries that changed most, the most changed first."""
-
-    row: SweepRow
-    losses: list[Example]
-    wins: list[Example]
-    num_lost: int
-    num_won: int
-    num_same: int
-
-
-def examples_of(report: SweepReport, row: SweepRow) -> Examples:
-    """Of one configuration."""
-    before = report.reference.per_query[HEADLINE]
-    after = row.quality.per_query[HEADLINE]
-    change = {q: float(b - a) for q, a, b in zip(report.query_ids, before, after, strict=True)}
-    values = {q: (float(a), float(b)) for q, a, b in zip(report.query_ids, before, after, strict=True)}
-    order = sorted(change, key=lambda q: (change[q], q))
-    lost = [q for q in order if change[q] < 0]
-    won = [q for q in reversed(order) if change[q] > 0]
-
-    def example(query_id: str) -> Example:
-        moved = _moved(report, query_id, report.reference.run, row.quality.run)
-        return Example(query_id, report.queries.get(query_id, ""), *values[query_id], moved)
-
-    return Examples(
-        row,
-        [example(q) for q in lost[:NUM_SHOWN]],
-        [example(q) for q in won[:NUM_SHOWN]],
-        len(lost),
-        len(won),
-        len(order) - len(lost) - len(won),
-    )
-
-
-def shown_rows(report: SweepReport, chosen: SweepRow | None, most: int = 12) -> list[SweepRow]:
-    """The chosen one first, then both fronts from small to large."""
-    on = zip(report.rows, report.on_size_front(), report.on_latency_front(), strict=True)
-    fronts = sorted((row for row, small, fast in on if small or fast), key=lambda row: row.size.bytes_per_passage)
-    rows = [row for row in fronts if row is not chosen]
-    return ([chosen] if chosen is not None else []) + rows[:most]
-
-
-def _moved(report: SweepReport, query_id: str, before: Run, after: Run) -> list[Moved]:
-    """The relevant candidates that changed places, and who stands first now."""
-    places = [{p: place for place, (p, _) in enumerate(run.get(query_id, []), 1)} for run in (before, after)]
-    grades = report.qrels.get(query_id, {})
-
-    def entry(p: str) -> Moved:
-        text = " ".join(report.passages.get(p, "").split())
-        short = text if len(text) <= MAX_TEXT_CHARACTERS else text[: MAX_TEXT_CHARACTERS - 1] + "…"
-        return Moved(p, short, grades.get(p, 0), places[0][p], places[1][p])
-
-    relevant = [entry(p) for p in places[1] if grades.get(p, 0) > 0]
-    changed = sorted((one for one in relevant if one.before != one.after), key=lambda one: -abs(one.after - one.before))
-    changed = changed[:NUM_MOVED]
-    first = next(iter(places[1]), None)
-    if first is not None and all(one.passage_id != first for one in changed):
-        changed.append(entry(first))
-    return changed
-
-
-_FOLDER = Path(__file__).parent
-_TEMPLATE = "report.html.jinja"
-
-
-def write_page(folder: Path, report: SweepReport, limits: Limits, choice: Choice | None) -> list[Path]:
-    """`report.html` and a PNG for each figure.
-
-    Raises:
-        MissingExtra: matplotlib or Jinja2 is not installed.
-    """
-    drawn = plots(report, choice.row if choice is not None else None)
-    paths = []
-    for plot in drawn:
-        paths.append(folder / f"{plot.name}.png")
-        write_output(paths[-1], plot.png)
-    paths.append(folder / "report.html")
-    write_output(paths[-1], page(report, limits, choice, drawn))
-    return paths
-
-
-def page(report: SweepReport, limits: Limits, choice: Choice | None, drawn: list[Plot]) -> str:
-    """The whole file."""
-    small, fast = report.on_size_front(), report.on_latency_front()
-    chosen = choice.row if choice is not None else None
-    return (
-        _environment()
-        .get_template(_TEMPLATE)
-        .render(
-            report=report,
-            limits=limits,
-            choice=choice,
-            broken=describe_broken(choice, limits) if choice is not None and choice.broken else "",
-            plots=drawn,
-            rows=list(zip(report.rows, small, fast, strict=True)),
-            measures=[HEADLINE, "MRR@10", TAU, overlap_name(report.settings.overlap_k), AUC],
-            headline=HEADLINE,
-            examples=[examples_of(report, row) for row in shown_rows(report, chosen)],
-        )
-    )
-
-
-def _environment() -> Environment:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(_FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters["ms"] = lambda seconds: f"{seconds * 1000:,.1f}"
-    environment.filters["duration"] = duration
-    environment.filters["size"] = size
-    return environment
-
-
-def size(num_bytes: float) -> str:
-    """1536 -> 1.5 KiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if num_bytes < 1024 or unit == "GiB":
-            return f"{num_bytes:,.0f} {unit}" if unit == "B" else f"{num_bytes:,.1f} {unit}"
-        num_bytes /= 1024
-    raise AssertionError
-
-
-def duration(seconds: float | None) -> str:
-    """90 -> 1.5 min."""
-    if seconds is None:
-        return "–"
-    for unit, length in (("h", 3600.0), ("min", 60.0), ("s", 1.0)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:,.1f} {unit}"
-    return f"{seconds * 1000:,.0f} ms"

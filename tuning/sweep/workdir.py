@@ -1,14 +1,7 @@
-"""Where a sweep keeps what took long, so that a run that was killed goes on: one folder per set of inputs.
+"""What a sweep keeps on disk, so that a run that was killed goes on: one folder per set of inputs.
 
 A file is written aside and renamed, so it is whole or absent; that holds when the process dies, not when the power
-does, and then the damage is found on reading and the piece made again. Does not know what the arrays mean.
-
-What names a work directory: a digest of everything that states and margins depend on. Computes none of them.
-
-States on disk: every candidate passage's states once, as the source gives them, for as many readings as it takes.
-
-`states.f32` holds the rows, `passages.jsonl` a line for each chunk that is whole. A chunk counts when its line is
-there; whatever a killed run left behind it is cut off and made again. Does not know codecs or queries.
+does, and then the damage is found on reading and the piece made again.
 """
 
 from __future__ import annotations
@@ -35,10 +28,13 @@ from checkpoint import Checkpoint
 from decoder_server.models.backend import Backend
 from tuning import EvaluationError
 from tuning.judged import JudgedCollection
-from tuning.progress import SILENT, Progress
-from tuning.rerank import StateSource
+from tuning.progress import SILENT, StageProgress
+from tuning.rerank import States, StateSource
 from tuning.sweep.settings import SweepSettings
 from tuning.trec import Run
+
+_WORK_VERSION = 1  # raised when the contents of a work directory mean something else
+_READ_CHUNK_BYTES = 128 << 20
 
 
 class WorkDir:
@@ -47,19 +43,20 @@ class WorkDir:
     def __init__(self, root: Path, inputs: Mapping[str, Any]) -> None:
         """
         Args:
-            inputs: everything that what is kept here depends on, as JSON values.
+            inputs: everything that the contents depend on, as JSON values.
         """
-        document = json.dumps(inputs, sort_keys=True, ensure_ascii=False, indent=1)
-        self.digest = hashlib.sha256(document.encode()).hexdigest()[:16]
-        self.path = root / self.digest
+        document = json.dumps(inputs, sort_keys=True, ensure_ascii=False, indent=1).encode()
+        self.path = root / hashlib.sha256(document).hexdigest()[:16]
         self.path.mkdir(parents=True, exist_ok=True)
         described = self.path / "inputs.json"
         if not described.exists():
-            self._replace(described, document.encode())
+            aside = described.with_name("inputs.json.tmp")
+            aside.write_bytes(document)
+            os.replace(aside, described)
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """For this process alone; the kernel lets go when the process dies.
+        """For this process alone; the kernel releases it when the process dies.
 
         Raises:
             EvaluationError: another run has it.
@@ -81,25 +78,13 @@ class WorkDir:
         os.replace(aside, path)
 
     def load(self, name: str) -> dict[str, NDArray[Any]] | None:
-        """What was saved under the name, or None: not there, or damaged."""
+        """The arrays saved under the name, or None: not there, or damaged."""
         try:
-            # Opened here: numpy does not close what it cannot read.
+            # Opened here: numpy does not close a file that it cannot read.
             with (self.path / f"{name}.npz").open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 return {key: arrays[key] for key in arrays.files}
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
             return None
-
-    def has(self, name: str) -> bool:
-        return (self.path / f"{name}.npz").exists()
-
-    @staticmethod
-    def _replace(path: Path, content: bytes) -> None:
-        aside = path.with_name(path.name + ".tmp")
-        aside.write_bytes(content)
-        os.replace(aside, path)
-
-
-WORK_VERSION = 1  # raised when what is kept in a work directory means something else
 
 
 def inputs_of(
@@ -111,18 +96,18 @@ def inputs_of(
     from_states: Collection | None,
 ) -> dict[str, Any]:
     """Everything that states and margins depend on."""
-    wanted = sorted({p for found in first.values() for p, _ in found})
+    ids = sorted({p for found in first.values() for p, _ in found})
+    digests: Sequence[bytes | None]
     if from_states is not None:
-        digests = from_states.digests(wanted)
-        passages: list[Any] = [
-            [p, digest.hex() if digest is not None else None] for p, digest in zip(wanted, digests, strict=True)
-        ]
+        digests = from_states.digests(ids)
     else:
-        passages = [[p, text_digest(judged.passages[p]).hex()] for p in wanted if p in judged.passages]
+        ids = [p for p in ids if p in judged.passages]
+        digests = [text_digest(judged.passages[p]) for p in ids]
+    passages = [[p, digest.hex() if digest is not None else None] for p, digest in zip(ids, digests, strict=True)]
     candidates = [[q, judged.queries[q], [p for p, _ in found]] for q, found in first.items()]
     return {
-        "version": WORK_VERSION,
-        # Another codec, pass or product may round otherwise.
+        "version": _WORK_VERSION,
+        # Another codec, forward pass or product may round otherwise.
         "packages": {name: version(name) for name in ("preread", "faiss-cpu", "torch")},
         "fingerprint": checkpoint.identity().fingerprint,
         "weights": checkpoint.weights_digest(),
@@ -142,12 +127,9 @@ def _digest(value: list[Any]) -> str:
     return hashlib.sha256(json.dumps(value, ensure_ascii=True).encode()).hexdigest()
 
 
-READ_CHUNK_BYTES = 128 << 20
-
-
 @dataclass(frozen=True, slots=True)
-class _Row:
-    """Where one passage lies."""
+class _Extent:
+    """Where one passage's states lie in the file."""
 
     start: int
     num_states: int
@@ -157,9 +139,13 @@ class _Row:
 
 
 class SpilledStates:
-    """A `StateSource` over a directory; chunks come in file order, always cut alike."""
+    """A `StateSource` over a directory: every candidate passage's states once, as their source gives them.
 
-    def __init__(self, directory: Path, ratio: int, dim: int, chunk_bytes: int = READ_CHUNK_BYTES) -> None:
+    `states.f32` holds the rows, `passages.jsonl` a line for each chunk that is whole. A chunk counts when its line is
+    there; rows that a killed run left after it are cut off and made again. Chunks come in file order, always cut alike.
+    """
+
+    def __init__(self, directory: Path, ratio: int, dim: int, chunk_bytes: int = _READ_CHUNK_BYTES) -> None:
         self.ratio = ratio
         self.dim = dim
         self.seconds = 0.0  # that the source took, over all runs
@@ -167,7 +153,7 @@ class SpilledStates:
         self._chunk_bytes = chunk_bytes
         self._data = directory / "states.f32"
         self._index = directory / "passages.jsonl"
-        self._rows: dict[str, _Row] = {}
+        self._extents: dict[str, _Extent] = {}
         self._num_rows = 0
         self._complete = False
         self._read_index()
@@ -175,63 +161,59 @@ class SpilledStates:
     @property
     def passage_ids(self) -> list[str]:
         """Those that have states, in file order."""
-        return list(self._rows)
+        return list(self._extents)
 
     @property
     def num_tokens(self) -> int:
-        return sum(sum(row.window_tokens) for row in self._rows.values())
+        return sum(sum(extent.window_tokens) for extent in self._extents.values())
 
     @property
     def truncated(self) -> set[str]:
-        return {p for p, row in self._rows.items() if row.truncated}
+        return {p for p, extent in self._extents.items() if extent.truncated}
 
-    def fill(self, source: StateSource, passage_ids: Sequence[str], progress: Progress = SILENT) -> None:
-        """Takes what is not here yet from the source, a chunk at a time. Does nothing where it is complete."""
+    def fill(self, source: StateSource, passage_ids: Sequence[str], progress: StageProgress = SILENT) -> None:
+        """Takes states that are missing here from the source, a chunk at a time. Does nothing where it is complete."""
         if self._complete:
             return
-        missing = [p for p in passage_ids if p not in self._rows]
+        missing = [p for p in passage_ids if p not in self._extents]
         begun = time.perf_counter()
         with self._data.open("ab") as data, self._index.open("a", encoding="utf-8") as index:
             data.truncate(self._num_rows * self.dim * 4)  # rows of a chunk that a killed run did not finish
             for chunk in source.chunks(missing, progress):
-                seconds, begun = time.perf_counter() - begun, time.perf_counter()
-                self._append(chunk, seconds, data, index)
+                self._append(chunk, time.perf_counter() - begun, data, index)
                 begun = time.perf_counter()
             index.write(json.dumps({"complete": True}) + "\n")
         self._complete = True
 
-    def chunks(self, passage_ids: Sequence[str], progress: Progress = SILENT) -> Iterator[Mapping[str, PassageStates]]:
+    def chunks(self, passage_ids: Sequence[str], progress: StageProgress = SILENT) -> Iterator[States]:
         for ids in self.chunk_ids(passage_ids):
             yield {p: self.states(p) for p in ids}
 
     def chunk_ids(self, passage_ids: Sequence[str]) -> list[list[str]]:
         """Which passages `chunks` gives together; nothing is read."""
-        wanted = set(passage_ids)
+        chosen = set(passage_ids)
         chunks: list[list[str]] = []
         num_bytes = self._chunk_bytes
-        for p, row in self._rows.items():
-            if p not in wanted:
+        for p, extent in self._extents.items():
+            if p not in chosen:
                 continue
             if num_bytes >= self._chunk_bytes:
                 chunks.append([])
                 num_bytes = 0
             chunks[-1].append(p)
-            num_bytes += row.num_states * self.dim * 4
+            num_bytes += extent.num_states * self.dim * 4
         return chunks
 
     def states(self, passage_id: str) -> PassageStates:
         """One passage; its states are read from the file, not mapped. Raises KeyError."""
-        row = self._rows[passage_id]
-        flat = np.fromfile(
-            self._data, dtype="<f4", count=row.num_states * self.dim, offset=row.start * self.dim * 4
-        ).astype(np.float32, copy=False)
-        return PassageStates(
-            flat.reshape(row.num_states, self.dim), row.window_tokens, self.ratio, row.truncated, row.digest
-        )
+        at = self._extents[passage_id]
+        flat = np.fromfile(self._data, dtype="<f4", count=at.num_states * self.dim, offset=at.start * self.dim * 4)
+        rows = flat.astype(np.float32, copy=False).reshape(at.num_states, self.dim)
+        return PassageStates(rows, at.window_tokens, self.ratio, at.truncated, at.digest)
 
     def sample(self, ratio: int, num_states: int, seed: int) -> NDArray[np.float32]:
         """At most `num_states` states at `ratio` of passages drawn at random, (n, dim); by seed, always the same."""
-        order = np.random.default_rng(seed).permutation(len(self._rows))
+        order = np.random.default_rng(seed).permutation(len(self._extents))
         ids = self.passage_ids
         taken: list[NDArray[np.float32]] = []
         count = 0
@@ -242,7 +224,7 @@ class SpilledStates:
             count += len(taken[-1])
         return np.concatenate(taken)[:num_states] if taken else np.empty((0, self.dim), dtype=np.float32)
 
-    def _append(self, chunk: Mapping[str, PassageStates], seconds: float, data: Any, index: Any) -> None:
+    def _append(self, chunk: States, seconds: float, data: Any, index: Any) -> None:
         kept = {p: states for p, states in chunk.items() if np.isfinite(states.states).all()}
         line = {
             "seconds": seconds,
@@ -263,7 +245,7 @@ class SpilledStates:
         self.seconds += line["seconds"]
         self.num_not_finite += line["not_finite"]
         for p, num_states, windows, truncated, digest in line["passages"]:
-            self._rows[p] = _Row(self._num_rows, num_states, tuple(windows), truncated, bytes.fromhex(digest))
+            self._extents[p] = _Extent(self._num_rows, num_states, tuple(windows), truncated, bytes.fromhex(digest))
             self._num_rows += num_states
 
     def _read_index(self) -> None:

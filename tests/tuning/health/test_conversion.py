@@ -207,7 +207,7 @@ def test_the_command_converts_and_says_what_it_proved(causal: Path, tmp_path: Pa
 def test_the_command_refuses_what_does_not_agree(
     causal: Path, tmp_path: Path, some_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("decoder_server.models.cross_encoder.conversion.COLUMN", 1)  # the wrong row
+    monkeypatch.setattr("tuning.health.parity.COLUMN", 1)  # the wrong row
     target = tmp_path / "t"
     answer = CliRunner().invoke(cli, ["convert-ctxl", str(causal), str(target), "--pairs", str(some_file)])
 

@@ -7,11 +7,18 @@ import pytest
 from cache.errors import CodecError
 from preread.types import parse_stages
 from tuning import EvaluationError
-from tuning.sweep.settings import SweepSettings, Unit, default_cascades, default_codecs, grid, units_of
+from tuning.sweep.settings import Configuration, SweepSettings, Unit, units_of
+
+
+def grid(
+    stored: tuple[int, ...], codecs: tuple[str, ...], read: tuple[int, ...], cascades: list[str]
+) -> list[Configuration]:
+    stages = tuple(map(parse_stages, cascades))
+    return SweepSettings(stored_ratios=stored, codecs=codecs, read_ratios=read, cascades=stages).grid()
 
 
 def test_a_grid_has_what_can_be_read() -> None:
-    found = grid((4, 2), ("Flat", "SQ8"), (2, 4, 8), [parse_stages("8:3,2"), parse_stages("8:3,4")])
+    found = grid((4, 2), ("Flat", "SQ8"), (2, 4, 8), ["8:3,2", "8:3,4"])
     names = [one.name for one in found]
     assert names[:6] == ["2 Flat read 2", "2 Flat read 4", "2 Flat read 8", "2 Flat read 8:3,2", "2 Flat read 8:3,4",
                          "2 SQ8 read 2"]  # fmt: skip
@@ -20,7 +27,7 @@ def test_a_grid_has_what_can_be_read() -> None:
 
 
 def test_cascades_share_the_units_of_plain_readings() -> None:
-    found = grid((2,), ("Flat",), (2, 8), [parse_stages("8:3,2"), parse_stages("16:3,2")])
+    found = grid((2,), ("Flat",), (2, 8), ["8:3,2", "16:3,2"])
     assert units_of(found) == [Unit(2, "Flat", 2), Unit(2, "Flat", 8), Unit(2, "Flat", 16)]
 
 
@@ -28,12 +35,12 @@ def test_what_is_left_open_follows_from_the_states() -> None:
     settings = SweepSettings(top_k=100).resolved(1, 64)
     assert settings.stored_ratios == (1, 2, 4, 8)
     assert settings.read_ratios == (1, 2, 4, 8, 16, 32)
-    assert settings.codecs == default_codecs(64) == ("Flat", "SQfp16", "SQ8", "B32,SQ4", "PQ16", "PQ8")
+    assert settings.codecs == ("Flat", "SQfp16", "SQ8", "B32,SQ4", "PQ16", "PQ8")
     assert settings.cascades is not None
     assert settings.cascades[0] == parse_stages("32:20,2")  # the published one
     assert SweepSettings().resolved(16, 7).stored_ratios == (16,)
-    assert default_codecs(7) == ("Flat", "SQfp16", "SQ8", "B32,SQ4", "PQ1")
-    assert default_cascades(4) == ()
+    assert SweepSettings().resolved(1, 7).codecs == ("Flat", "SQfp16", "SQ8", "B32,SQ4", "PQ1")
+    assert SweepSettings(top_k=4).resolved(1, 64).cascades == ()
 
 
 @pytest.mark.parametrize(

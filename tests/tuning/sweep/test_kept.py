@@ -11,7 +11,7 @@ import pytest
 from cache.codecs import Codec
 from cache.states import PassageStates
 from tuning import EvaluationError
-from tuning.progress import SILENT, Progress
+from tuning.progress import SILENT, StageProgress
 from tuning.sweep.margins import Codecs, file_name, roundtrip
 from tuning.sweep.workdir import SpilledStates, WorkDir
 
@@ -33,7 +33,9 @@ class Source:
         self.break_after = break_after
         self.asked: list[str] = []
 
-    def chunks(self, passage_ids: Sequence[str], progress: Progress = SILENT) -> Iterator[Mapping[str, PassageStates]]:
+    def chunks(
+        self, passage_ids: Sequence[str], progress: StageProgress = SILENT
+    ) -> Iterator[Mapping[str, PassageStates]]:
         known = [p for p in passage_ids if p in self.passages]
         self.asked += known
         for number, start in enumerate(range(0, len(known), 2)):

@@ -175,7 +175,7 @@ def test_what_is_odd_about_the_data_is_told(sweep: Sweep) -> None:
     assert report.notes == [
         "1 judgements name queries without a text (1 of them): left out",
         "1 judgements name passages that the collection does not have: relevant, and never found",
-        "1 queries of the run have no text or no judgement: left out",
+        "1 queries of the run are not evaluated: left out",
         "3 queries have no candidates: they count 0",
         "1 candidate passages have no text or states: ranked last",
         *(note for note in report.notes if "trained on few states" in note),
