@@ -49,7 +49,7 @@ def rates_alone(checkpoint: Checkpoint, dtype: str | None) -> dict[int, float]:
         PassageStates(states, (PASSAGE_TOKENS,), RATIO, False, text_digest(""), key=str(i).encode())
         for i in range(NUM_STORED)
     ]
-    pairs = [pair for passage in passages for pair in backend.items(prompt, passage)]
+    pairs = [pair for passage in passages for pair in backend.pairs(prompt, [passage])[0]]
     backend.fill(pairs)
     return {size: size / median_seconds(partial(backend.score, pairs[:size])) for size in (1, 2, 4, 8, 16, 32)}
 

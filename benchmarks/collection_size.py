@@ -105,7 +105,7 @@ def model_seconds(model: Path) -> float:
     backend = FbnlBackend.load(Checkpoint.open(model))
     states = np.ones((TOKENS // RATIO, backend.checkpoint.dim), dtype=np.float32)
     entry = PassageStates(states, (TOKENS,), RATIO, False, text_digest(""))
-    pairs = [pair for _ in range(NUM_READ) for pair in backend.items(backend.prompt(QUERY), entry)]
+    pairs = [pair for _ in range(NUM_READ) for pair in backend.pairs(backend.prompt(QUERY), [entry])[0]]
     return median_seconds(lambda: backend.score(pairs))
 
 

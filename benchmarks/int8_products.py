@@ -22,8 +22,8 @@ from benchmarks.common import median_seconds, nano_checkpoint, report, start
 from benchmarks.operations import PROMPT_TOKENS
 from benchmarks.variants import BATCH
 from checkpoint import Checkpoint, TokenizedPrompt
-from decoder_server.models.backend import Pair
 from decoder_server.models.fbnl.backend import FbnlBackend
+from decoder_server.models.fbnl.batch_states import StatePair
 
 RATIO = 4
 
@@ -85,14 +85,14 @@ def with_int8_products(backend: FbnlBackend) -> FbnlBackend:
     return backend
 
 
-def in_batches(backend: FbnlBackend, pairs: list[Pair]) -> np.ndarray:
+def in_batches(backend: FbnlBackend, pairs: list[StatePair]) -> np.ndarray:
     return np.concatenate([backend.score(pairs[i : i + BATCH]) for i in range(0, len(pairs), BATCH)])
 
 
 def speed() -> None:
     checkpoint, rng = Checkpoint.open(nano_checkpoint()), np.random.default_rng(0)
     prompt = TokenizedPrompt(rng.integers(300, 500, PROMPT_TOKENS).tolist(), 19, query_truncated=False)
-    pairs = [Pair(prompt, rng.standard_normal((86, checkpoint.dim), dtype=np.float32)) for _ in range(BATCH)]
+    pairs = [StatePair(prompt, rng.standard_normal((86, checkpoint.dim), dtype=np.float32)) for _ in range(BATCH)]
     rows = []
     for name in ("bfloat16", "int8 products"):
         backend = FbnlBackend.load(checkpoint, device="cpu", dtype="bfloat16")
@@ -117,7 +117,7 @@ def effect(name: str, path: str, num_passages: int) -> None:
         if "int8" in kind:
             with_int8_products(backend)
         prompt = backend.prompt("which genes are involved in the immune response")
-        margins = in_batches(backend, [Pair(prompt, states) for states in pairs])
+        margins = in_batches(backend, [StatePair(prompt, states) for states in pairs])
         if kind == "float32":
             exact = margins
         off = np.abs(margins - exact)

@@ -30,8 +30,7 @@ from cache.collection import Collection, Manifest, StoredPassage
 from cache.open import open_store
 from cache.states import EncodedPassage, PassageStates, text_digest
 from checkpoint import TokenizedPrompt
-from decoder_server.models.backend import Pair
-from decoder_server.models.fbnl.batch_states import batch_states
+from decoder_server.models.fbnl.batch_states import StatePair, batch_states
 
 CODECS = ("Flat", "SQfp16", "SQbf16", "SQ8", "B32,SQ8", "Z,B32,SQ8", "SQ4", "Z,B32,SQ4", "PQ80")
 DIM, PASSAGE_TOKENS, RATIO = 640, 344, 4
@@ -83,7 +82,9 @@ def read_seconds(
     ids = [str(i) for i in range(num_passages)]
     random.Random(0).shuffle(ids)
 
-    encoded = [Pair(PROMPT, one.states) for one in collection.get_encoded_many(ids) if isinstance(one, EncodedPassage)]
+    encoded = [
+        StatePair(PROMPT, one.states) for one in collection.get_encoded_many(ids) if isinstance(one, EncodedPassage)
+    ]
     numbers = [one.states for one in collection.get_many(ids) if isinstance(one, PassageStates)]
     assert len(encoded) == len(numbers) == num_passages
     firsts = range(0, num_passages, BATCH_PASSAGES)

@@ -31,8 +31,8 @@ from benchmarks.operations import PREFIX_TOKENS, PROMPT_TOKENS, Operations
 from checkpoint import Checkpoint, TokenizedPrompt
 from checkpoint.compute import DTYPES, dtype_name
 from decoder_server.config import TierBudgets
-from decoder_server.models.backend import Pair
 from decoder_server.models.fbnl.backend import FbnlBackend
+from decoder_server.models.fbnl.batch_states import StatePair
 from encoder_worker.encoder import Encoder
 
 BATCH = 10  # candidates a batch; every variant gets the same
@@ -110,7 +110,7 @@ class Candidates:
     def texts(self, count: int) -> None:
         for some in self._batches(count):
             states = self._models.encoder.encode(self._passages[some].tolist(), self._ratio)
-            self._models.backend.score([Pair(self._prompt, one) for one in states])
+            self._models.backend.score([StatePair(self._prompt, one) for one in states])
 
     def states(self, count: int) -> None:
         for some in self._batches(count):
@@ -131,8 +131,8 @@ class Candidates:
         self._models.tiered(form, prefix=prefix).tiers.clear()
         self.kept(min(count, len(self._states)), form, prefix=prefix)
 
-    def _pairs(self, some: list[int]) -> list[Pair]:
-        return [Pair(self._prompt, self._states[i], key=b"%d" % i) for i in some]
+    def _pairs(self, some: list[int]) -> list[StatePair]:
+        return [StatePair(self._prompt, self._states[i], key=b"%d" % i) for i in some]
 
     def _batches(self, count: int) -> Iterator[list[int]]:
         """Which candidates each batch scores."""

@@ -25,7 +25,7 @@ from cache.store import Store
 from decoder_server.engine.collections import Described, describe
 from decoder_server.engine.engine import Engine
 from decoder_server.engine.lifecycle import Answered, Pass
-from decoder_server.models.backend import KeepsContexts
+from decoder_server.models.backend import StatesBackend
 
 # A pass takes from a millisecond (a few states on a GPU) to seconds (a large batch on a small CPU).
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -200,7 +200,7 @@ class ServerCollector(Collector):
             hits.add_metric(["inline"], sum(one.num_hits for one in inline))
             misses.add_metric(["inline"], sum(one.num_encoded for one in inline))
             held.add_metric(["inline"], sum(one.num_bytes for one in inline))
-        kept = [one.backend.tiers.all() for one in engines.values() if isinstance(one.backend, KeepsContexts)]
+        kept = [one.backend.caches for one in engines.values() if isinstance(one.backend, StatesBackend)]
         for tiers in zip(*kept, strict=True):  # one kind of tier, of all models
             hits.add_metric([tiers[0].name], sum(tier.num_hits for tier in tiers))
             misses.add_metric([tiers[0].name], sum(tier.num_misses for tier in tiers))
@@ -249,7 +249,7 @@ def _queues(engines: Mapping[str, Engine]) -> Iterable[Metric]:
     dropped = CounterMetricFamily("preread_dropped_pairs", "Pairs whose caller left or was late.", labels=["model"])
     compiled = CounterMetricFamily("preread_compilations", "Fused steps; constant once warm.", labels=["model"])
     for name, engine in engines.items():
-        compiled.add_metric([name], getattr(engine.backend, "num_compilations", 0))  # where a backend compiles
+        compiled.add_metric([name], engine.backend.num_compilations)
         requests.add_metric([name], engine.admission.num_requests)
         tokens.add_metric([name], max(0.0, engine.admission.num_tokens))
         refused.add_metric([name], engine.admission.num_refused)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from cache.collection import Collection
 from cache.states import PassageStates, text_digest
 from decoder_server.engine.scheduler import split_by_length
-from decoder_server.models.backend import Backend, Item, Prompt
+from decoder_server.models.backend import Backend, Pair, Prompt
 from decoder_server.models.loading import BATCH_TOKENS
 from encoder_worker.passage_encoder import EncodingFailed, PassageEncoder, Tokenized, plan_batches
 from tuning.progress import SILENT, Advance, StageProgress, ignore
@@ -187,9 +187,9 @@ def score_passages(
 
     Pairs of all queries are batched together by length, each batch up to the device's token budget.
     """
-    owners: dict[Item, int] = {}
+    owners: dict[Pair, int] = {}
     for index, (prompt, states) in enumerate(passages):
-        owners |= dict.fromkeys(backend.items(prompt, states), index)
+        owners |= dict.fromkeys(backend.pairs(prompt, [states])[0], index)
     best = np.full(len(passages), -np.inf, dtype=np.float32)
     begun: set[int] = set()
     for batch in split_by_length(list(owners), BATCH_TOKENS[backend.device_name.split(":")[0]]):

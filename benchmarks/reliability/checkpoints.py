@@ -24,12 +24,12 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from checkpoint import Checkpoint, CheckpointError
 from checkpoint.synthetic import make_checkpoint
-from decoder_server.models.backend import Pair
 from decoder_server.models.cross_encoder import open_cross_encoder
 from decoder_server.models.cross_encoder.files import quiet
 from decoder_server.models.cross_encoder.synthetic import make_cross_encoder
 from decoder_server.models.cross_encoder.torch_runtime import answer_ids
 from decoder_server.models.fbnl.backend import FbnlBackend
+from decoder_server.models.fbnl.batch_states import StatePair
 from encoder_worker.encoder import Encoder
 
 Margins = NDArray[np.float32]
@@ -144,7 +144,7 @@ def fbnl_margins(directory: Path) -> Margins:
     encoder = Encoder.load(checkpoint, device="cpu", dtype="float32")
     backend = FbnlBackend.load(checkpoint, device="cpu", dtype="float32")
     states = encoder.encode([passage.ids for passage in checkpoint.text.passages(PASSAGES)], RATIO)
-    return backend.score([Pair(backend.prompt(QUERY), each) for each in states])
+    return backend.score([StatePair(backend.prompt(QUERY), each) for each in states])
 
 
 @torch.inference_mode()

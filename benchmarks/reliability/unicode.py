@@ -120,7 +120,7 @@ class Served:
             return float(self.backend.model.score_texts([(QUERY, None, text)])[0]), None
         ratio = self.backend.settings.default_compression_ratio
         states = self.worker.engine.encoder.encode_one(text, ratio)
-        return float(self.backend.score(self.backend.items(self.backend.prompt(QUERY), states))[0]), states
+        return float(self.backend.score(self.backend.pairs(self.backend.prompt(QUERY), [states])[0])[0]), states
 
     def post(self, path: str, body: Any, content_type: str = "application/json") -> Any:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()

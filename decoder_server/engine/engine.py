@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import TypeVar
 
 from cache.collection import Collection
@@ -198,7 +197,7 @@ class Engine:
             read.base_ratio,
             on_miss,
             self.limits.max_text_bytes,
-            partial(self.backend.items, prompt),
+            lambda passage: self.backend.pairs(prompt, [passage])[0],
             self.backend.is_empty,
             fetches=trail.fetches,
             encodings=trail.encodings,

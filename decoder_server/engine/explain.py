@@ -11,12 +11,9 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
-from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cache.collection import Collection
 from cache.states import PassageStates
@@ -24,7 +21,7 @@ from decoder_server.engine.engine import Engine
 from decoder_server.engine.fetch import Found, Wanted
 from decoder_server.engine.plan import Indexed, check, indexed
 from decoder_server.engine.scheduler import SCORING_FAILED
-from decoder_server.models.backend import Backend, Prompt
+from decoder_server.models.backend import Backend, Prompt, StatesBackend
 from preread.errors import DeadlineExceeded, InvalidRequest
 from preread.types import OnMiss, RerankRequest, Result, Status
 
@@ -32,15 +29,6 @@ log = logging.getLogger(__name__)
 
 RATIOS = (1, 2, 4, 8, 16, 32)
 MAX_CANDIDATES = 16  # each is as much work as a dozen of a ranking
-
-
-@runtime_checkable
-class Attends(Protocol):
-    """What a backend can do beside `Backend` to be looked at."""
-
-    def attention(self, pair: Any) -> NDArray[np.float32]: ...
-
-    def spans(self, text: str) -> list[tuple[int, int]]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,14 +131,13 @@ async def _found(
     engine: Engine, request: RerankRequest, prompt: Prompt, collection: Collection | None, ratio: int
 ) -> list[Found]:
     on_miss: OnMiss = "encode" if engine.encodes_on_demand else "skip"
-    make = partial(engine.backend.items, prompt)
     wanted = Wanted(
         indexed(request.candidates),
         collection,
         ratio,
         on_miss,
         engine.limits.max_text_bytes,
-        make,
+        lambda passage: engine.backend.pairs(prompt, [passage])[0],
         engine.backend.is_empty,
     )
     found: list[Found] = []
@@ -173,7 +160,7 @@ def _texts(collection: Collection | None, found: Sequence[Found]) -> dict[int, s
 
 def _spans(backend: Backend, found: Found, text: str | None) -> list[tuple[int, int]]:
     """Of the text's tokens. Tokenizes, perhaps a megabyte: not on the model's thread, where every request waits."""
-    return backend.spans(text) if text and found.states is not None and isinstance(backend, Attends) else []
+    return backend.spans(text) if text and found.states is not None and isinstance(backend, StatesBackend) else []
 
 
 def _looker(
@@ -204,7 +191,7 @@ def _looker(
         for ratio in ratios:
             pooled = states.at_ratio(ratio)
             start = time.perf_counter()
-            margin = float(backend.score(backend.items(prompt, pooled)).max())
+            margin = float(backend.score(backend.pairs(prompt, [pooled])[0]).max())
             seconds = time.perf_counter() - start
             if not np.isfinite(margin):
                 return replace(empty, status="failed", message="the model's logits are not finite")
@@ -219,9 +206,9 @@ def _parts(
     backend: Backend, prompt: Prompt, states: PassageStates, spans: Sequence[tuple[int, int]]
 ) -> tuple[tuple[Part, ...], float]:
     """Nothing where the backend cannot be looked at, the text is not kept, or its tokens cannot be told apart."""
-    if not isinstance(backend, Attends) or len(states.window_tokens) > 1:
+    if not isinstance(backend, StatesBackend) or len(states.window_tokens) > 1:
         return (), 0.0
-    (item,) = backend.items(prompt, states)
+    ((item,),) = backend.pairs(prompt, [states])
     weights = backend.attention(item)
     if len(spans) < states.num_tokens:
         return (), float(weights.sum())

@@ -26,7 +26,7 @@ from cache.states import AnyStates, EncodedPassage, PassageStates, all_at_ratio,
 from decoder_server.engine.lifecycle import Fetch, Stopwatch
 from decoder_server.engine.on_demand import InlineStates, Refusal
 from decoder_server.engine.plan import Indexed
-from decoder_server.models.backend import Item
+from decoder_server.models.backend import Pair
 from preread.types import OnMiss, Status
 
 T = TypeVar("T")
@@ -46,7 +46,7 @@ class Found:
     status: Status
     passage: AnyStates | str | None = None
     message: str = ""
-    items: Sequence[Item] = ()  # made already where that takes time, as tokenizing does
+    items: Sequence[Pair] = ()  # made already where that takes time, as tokenizing does
     empty: bool = False  # there is nothing, because nothing of the text is a token
 
     @property
@@ -73,7 +73,7 @@ class Wanted:
     compression_ratio: int
     on_miss: OnMiss
     max_text_bytes: int
-    items: Callable[[AnyStates | str], Sequence[Item]]  # of a passage under the request's prompt
+    pairs: Callable[[AnyStates | str], Sequence[Pair]]  # of a passage under the request's prompt
     is_empty: Callable[[str], bool]  # whether nothing of a text is a token
     fetching: Stopwatch = field(default_factory=Stopwatch)
     encoding: Stopwatch = field(default_factory=Stopwatch)
@@ -334,6 +334,6 @@ def _settle_texts(
 
 def _found_texts(wanted: Wanted, candidate: Indexed, status: Status, text: str) -> Found:
     try:
-        return Found(candidate, status, text, items=wanted.items(text))
+        return Found(candidate, status, text, items=wanted.pairs(text))
     except ValueError as exc:  # query and instruction leave no room: no later attempt finds any
         return Found(candidate, "too_long", message=str(exc))

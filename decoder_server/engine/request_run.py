@@ -26,7 +26,7 @@ from decoder_server.engine.fetch import Found, Source, Wanted
 from decoder_server.engine.lifecycle import Turn
 from decoder_server.engine.plan import Indexed, Plan
 from decoder_server.engine.scheduler import Batcher, Scored, Ticket, Work
-from decoder_server.models.backend import Backend, Item, Prompt
+from decoder_server.models.backend import Backend, Pair, Prompt
 from preread.errors import FailedPrecondition, InvalidRequest
 from preread.types import Result, StageScore
 
@@ -163,7 +163,7 @@ def unscored(found: Found) -> Result:
 @dataclass(slots=True)
 class _Pending:
     found: Found
-    items: Sequence[Item]
+    items: Sequence[Pair]
     scored: list[Scored] = field(default_factory=list)
 
 
@@ -180,7 +180,7 @@ class Tally:
         self._num_prompt_tokens = num_prompt_tokens
         self._pending: dict[int, _Pending] = {}
 
-    def expect(self, found: Found, items: Sequence[Item]) -> None:
+    def expect(self, found: Found, items: Sequence[Pair]) -> None:
         self._pending[found.candidate.index] = _Pending(found, items)
 
     def add(self, scored: Sequence[Scored]) -> list[Result]:
@@ -366,7 +366,7 @@ class Run:
     def _begin(self, ticket: Ticket, ready: list[Found]) -> None:
         """Makes items of what is here; pooling goes elsewhere."""
         if self._contest.ratio == self._wanted.compression_ratio:
-            self._submit(ticket, [(one, one.items or self._wanted.items(one.passage)) for one in ready if one.passage])
+            self._submit(ticket, [(one, one.items or self._wanted.pairs(one.passage)) for one in ready if one.passage])
         elif ready:
             self._start(self._pool(ticket, ready))
 
@@ -377,7 +377,7 @@ class Run:
             ticket, await loop.run_in_executor(self._executor, _pooled, self._wanted, self._contest.ratio, found)
         )
 
-    def _submit(self, ticket: Ticket, ready: Iterable[tuple[Found, Sequence[Item]]]) -> None:
+    def _submit(self, ticket: Ticket, ready: Iterable[tuple[Found, Sequence[Pair]]]) -> None:
         works: list[Work] = []
         for one, items in ready:
             self._tally.expect(one, items)
@@ -391,7 +391,7 @@ class Run:
             return
         self._batcher.submit(ticket, works)
 
-    def _num_passage_tokens(self, found: Found, items: Sequence[Item]) -> int:
+    def _num_passage_tokens(self, found: Found, items: Sequence[Pair]) -> int:
         if found.states is not None:
             return found.states.num_tokens
         return sum(max(1, item.num_tokens - self._num_prompt_tokens) for item in items)
@@ -400,11 +400,11 @@ class Run:
         self._finished.put_nowait(self._tally.add(scored))
 
 
-def _pooled(wanted: Wanted, ratio: int, found: Sequence[Found]) -> list[tuple[Found, Sequence[Item]]]:
+def _pooled(wanted: Wanted, ratio: int, found: Sequence[Found]) -> list[tuple[Found, Sequence[Pair]]]:
     with_states = [(one, one.states) for one in found if one.states is not None]
     pooled = all_at_ratio([states for _, states in with_states], ratio)
     return [
-        (replace(one, passage=states), wanted.items(states))
+        (replace(one, passage=states), wanted.pairs(states))
         for (one, _), states in zip(with_states, pooled, strict=True)
     ]
 

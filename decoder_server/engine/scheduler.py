@@ -37,7 +37,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from decoder_server.engine.lifecycle import Pass, Turn
-from decoder_server.models.backend import Backend, Item
+from decoder_server.models.backend import Backend, Pair
 
 # Weight of the passes before, at each new one: the last hundred or so count.
 PACE_MEMORY = 0.99
@@ -154,7 +154,7 @@ class Work:
 
     ticket: Ticket
     index: int  # of the candidate in its request
-    item: Item
+    item: Pair
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -435,7 +435,7 @@ class Batcher:
         self._on_pass(Pass(len(works), num_tokens, needed, computed - needed, seconds))
         self._virtual_time += num_tokens / max(1, len(self._tickets))
 
-    def _score(self, works: list[tuple[int, Item]]) -> list[Scored]:
+    def _score(self, works: list[tuple[int, Pair]]) -> list[Scored]:
         """On the model's thread. A pass that raises is repeated pair by pair: a bad one costs itself only.
 
         The pairs of a list cost each other: read alone they would have other scores.

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from cache.collection import Collection
 from cache.errors import CacheError
@@ -17,7 +16,7 @@ from cache.record import Damaged
 from cache.states import AnyStates, EncodedPassage, all_at_ratio
 from decoder_server.engine.engine import Engine
 from decoder_server.engine.plan import check
-from decoder_server.models.backend import KeepsContexts, Pair
+from decoder_server.models.backend import Pair, StatesBackend
 from preread.errors import FailedPrecondition, InvalidRequest, Unavailable
 from preread.types import RerankRequest
 
@@ -54,7 +53,7 @@ async def warm(engine: Engine, request: RerankRequest) -> Warmed:
         PrereadError: as of a request for the same; FailedPrecondition where the model keeps nothing.
     """
     backend = engine.backend
-    if not isinstance(backend, KeepsContexts) or not backend.tiers.on:
+    if not isinstance(backend, StatesBackend) or not any(cache.max_bytes for cache in backend.caches):
         message = f"model {engine.name!r} keeps nothing between passes: it reads text, or its tiers are off"
         raise FailedPrecondition("NOTHING_TO_WARM", engine.name, message)
     with engine.under_way(request, "warm"):
@@ -68,14 +67,14 @@ async def warm(engine: Engine, request: RerankRequest) -> Warmed:
         found = await engine.call(_read, collection, ids)
         passages = [passage for passage in found if isinstance(passage, EncodedPassage)]
         read = await engine.call(_at_ratios, passages, ratios)
-        pairs: list[Any] = [pair for states in read for pair in backend.items(prompt, states)]  # a backend's own items
+        pairs = [pair for windows in backend.pairs(prompt, read) for pair in windows]
         kept = [0, 0]
         for batch in _batches(pairs, engine.batcher.batch_tokens):
             held = await engine.batcher.aside(partial(backend.fill, batch))
             kept = [total + now for total, now in zip(kept, held, strict=True)]
         uses = tuple(
             TierUse(tier.name, num, tier.num_bytes, tier.max_bytes)
-            for tier, num in zip(backend.tiers.all(), kept, strict=True)
+            for tier, num in zip(backend.caches, kept, strict=True)
         )
         missing = tuple(i for i, passage in zip(ids, found, strict=True) if not isinstance(passage, EncodedPassage))
         return Warmed(len(passages), len(pairs), missing, uses)

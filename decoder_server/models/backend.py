@@ -1,26 +1,20 @@
-"""The seam between serving and models: a prompt and a passage go in, a margin comes out.
+"""The contract between the engine and a model: a prompt and passages become pairs, pairs become margins.
 
-Whoever serves knows this file and no model behind it. A backend reads passages as pooled states
-(fbnl) or as text (cross_encoder); serving only carries them there.
+A backend reads passages as pooled states (fbnl) or as text (cross_encoder); the engine only carries them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.states import AnyStates, Codes
-from checkpoint import EncoderIdentity, TokenizedPrompt
+from cache.states import AnyStates
+from checkpoint import EncoderIdentity
 
-Passage = AnyStates | str  # what a backend reads
-
-
-if TYPE_CHECKING:
-    from decoder_server.models.fbnl.kv_cache import Tiers
+Passage = AnyStates | str
 
 
 class Prompt(Protocol):
@@ -36,8 +30,8 @@ class Prompt(Protocol):
     def query_truncated(self) -> bool: ...
 
 
-class Item(Protocol):
-    """One prompt and one window of a passage, ready for a pass of the model."""
+class Pair(Protocol):
+    """One prompt and one window of a passage, ready for a forward pass."""
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -46,12 +40,12 @@ class Item(Protocol):
 
     @property
     def num_states(self) -> int:
-        """States attended to beside them."""
+        """States attended to besides them."""
         ...
 
     @property
     def num_tokens(self) -> int:
-        """What the item costs a batch."""
+        """Cost of the pair in a batch."""
         ...
 
     @property
@@ -60,33 +54,8 @@ class Item(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Pair:
-    """The item of a backend that reads states: a prompt and one window, at the ratio it is read at.
-
-    What is read as it was stored stays encoded until its batch is put together (batch_states.py).
-    """
-
-    prompt: TokenizedPrompt
-    states: NDArray[np.float32] | Codes  # (num_states, dim)
-    truncated: bool = False
-    key: bytes = b""  # names the states; empty: nothing computed of them is kept
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.prompt.ids)
-
-    @property
-    def num_states(self) -> int:
-        return len(self.states)
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.prompt.ids) + len(self.states)
-
-
 class ModelSettings(Protocol):
-    """What clients may want to know of a model before they ask it."""
+    """Limits and defaults of a model, as listed to clients."""
 
     @property
     def default_instruction(self) -> str: ...
@@ -103,62 +72,98 @@ class ModelSettings(Protocol):
     def max_query_tokens(self) -> int: ...
 
 
-@runtime_checkable
-class KeepsContexts(Protocol):
-    """A backend that may keep what a pass computed of a passage. `fill` is called from the model's thread only."""
-
-    tiers: Tiers
-
-    def fill(self, pairs: Sequence[Pair]) -> tuple[int, int]:
-        """Fills the tiers with what passes over these pairs would need.
-
-        Returns:
-            Of how many pairs the passage's keys are kept now, and of how many the beginning of the prompt.
-        """
-        ...
-
-
 class Backend(Protocol):
-    """A loaded model. `score` and `warm_up` are called from one thread only."""
+    """A loaded model. `score`, `warm_up` and `fill` are called from one thread only; the rest is safe from any."""
 
     name: str  # fbnl or cross_encoder
     checkpoint_name: str
     dtype_name: str
     device_name: str
-    notice: str  # what its licence asks to be told; mostly empty
-    listwise: bool  # a score depends on the request's other candidates: all of them in one pass, no other's beside
+    notice: str  # required by the model's licence; mostly empty
+    listwise: bool  # a score depends on the request's other candidates: all of them in one pass, no others
 
     @property
     def settings(self) -> ModelSettings: ...
+
+    @property
+    def num_compilations(self) -> int:
+        """Fused steps compiled so far; constant once warm."""
+        ...
 
     def identity(self) -> EncoderIdentity | None:
         """The encoder whose states this model reads; None: it reads text."""
         ...
 
     def prompt(self, query: str, instruction: str | None = None) -> Prompt:
-        """Tokenizes query and instruction; safe from any thread."""
+        """Tokenizes query and instruction."""
         ...
 
-    def items(self, prompt: Any, passage: Any) -> Sequence[Item]:
-        """A passage's windows under this backend's own prompt; safe from any thread."""
+    def pairs(self, prompt: Any, passages: Sequence[Any]) -> Sequence[Sequence[Pair]]:
+        """Per passage its windows under this backend's own prompt.
+
+        Raises:
+            ValueError: the prompt leaves no room for a passage.
+        """
         ...
 
     def cut(self, text: str, max_tokens: int | None, *, keep_end: bool = False) -> str:
-        """A passage's beginning, or end, of at most `max_tokens` (None: what a passage may have); from any thread."""
+        """The beginning, or end, of a passage: at most `max_tokens` (None: the limit of a passage)."""
         ...
 
     def is_empty(self, text: str) -> bool:
-        """Whether a passage's text is empty to this model: nothing of it is a token; safe from any thread."""
+        """Whether a passage's text has no tokens."""
         ...
 
-    def score(self, items: Sequence[Any]) -> NDArray[np.float32]:
-        """Margins (len(items),) of this backend's own items; NaN where a logit was not finite."""
+    def score(self, pairs: Sequence[Any]) -> NDArray[np.float32]:
+        """Margins (len(pairs),) of this backend's own pairs; NaN where a logit was not finite."""
         ...
 
     def activate(self, margin: float) -> float:
-        """The score that a margin stands for: P(yes) for fbnl, for others what their authors publish."""
+        """The published score of a margin: P(yes) for fbnl."""
         ...
 
     def warm_up(self) -> None:
-        """One real forward pass, whose margin must be finite."""
+        """One forward pass, whose margin must be finite."""
         ...
+
+
+class PassCache(Protocol):
+    """Results of forward passes kept for the next one; counters may be read from any thread."""
+
+    name: str
+    max_bytes: int
+    num_hits: int
+    num_misses: int
+
+    @property
+    def num_bytes(self) -> int: ...
+
+
+@runtime_checkable
+class StatesBackend(Backend, Protocol):
+    """A backend that reads states: it may keep keys and values of passages, and its attention can be looked at."""
+
+    @property
+    def caches(self) -> Sequence[PassCache]:
+        """Caches that are enabled or disabled by a budget of 0, always in the same order."""
+        ...
+
+    def fill(self, pairs: Sequence[Any]) -> Sequence[int]:
+        """Pre-fills the caches for these pairs; per cache, how many of the pairs it holds now."""
+        ...
+
+    def attention(self, pair: Any) -> NDArray[np.float32]:
+        """The readout token's weight on every state, (num_states,)."""
+        ...
+
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """Per token of a passage, the characters of `text` it stands for."""
+        ...
+
+
+def sigmoid(margin: float) -> float:
+    """P(yes) of a margin, in float32, without overflow for any finite margin."""
+    x = np.float32(margin)
+    if x >= 0:
+        return float(np.float32(1) / (np.float32(1) + np.exp(-x)))
+    return float(np.exp(x) / (np.float32(1) + np.exp(x)))

@@ -28,8 +28,9 @@ from cache.store import Store
 from checkpoint import Checkpoint, EncoderIdentity, TokenizedPrompt
 from checkpoint.synthetic import make_checkpoint
 from decoder_server.config import DecoderConfig
-from decoder_server.models.backend import Backend, Pair
+from decoder_server.models.backend import Backend
 from decoder_server.models.fbnl.backend import FbnlBackend
+from decoder_server.models.fbnl.batch_states import StatePair
 from decoder_server.models.loading import load_model
 from decoder_server.server import DecoderServer
 from encoder_worker.encoder import Encoder
@@ -59,6 +60,7 @@ class GatedBackend:
     """A real backend whose passes can be held up; remembers every pass it made."""
 
     name = "fbnl"
+    num_compilations = 0
 
     def __init__(self, real: FbnlBackend) -> None:
         self.real = real
@@ -67,7 +69,7 @@ class GatedBackend:
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Event()
-        self.passes: list[list[Pair]] = []
+        self.passes: list[list[StatePair]] = []
         self.seconds_per_pass = 0.0
 
     def identity(self) -> EncoderIdentity:
@@ -76,8 +78,8 @@ class GatedBackend:
     def prompt(self, query: str, instruction: str | None = None) -> TokenizedPrompt:
         return self.real.prompt(query, instruction)
 
-    def items(self, prompt: TokenizedPrompt, passage: AnyStates) -> list[Pair]:
-        return self.real.items(prompt, passage)
+    def pairs(self, prompt: TokenizedPrompt, passages: Sequence[AnyStates]) -> list[list[StatePair]]:
+        return self.real.pairs(prompt, passages)
 
     def activate(self, margin: float) -> float:
         return self.real.activate(margin)
@@ -85,7 +87,7 @@ class GatedBackend:
     def is_empty(self, text: str) -> bool:
         return self.real.is_empty(text)
 
-    def score(self, pairs: Sequence[Pair]) -> NDArray[np.float32]:
+    def score(self, pairs: Sequence[StatePair]) -> NDArray[np.float32]:
         self.passes.append(list(pairs))
         self.entered.set()
         assert self.gate.wait(30)
@@ -239,7 +241,7 @@ def by_hand(fbnl: FbnlBackend, encoding: Encoding) -> Callable[..., float]:
 
     def margin(text: str, ratio: int = 4, query: str = "what is read once?", instruction: str | None = None) -> float:
         states = encoding.encode(text, 1).at_ratio(ratio).states
-        return float(fbnl.score([Pair(fbnl.prompt(query, instruction), states)])[0])
+        return float(fbnl.score([StatePair(fbnl.prompt(query, instruction), states)])[0])
 
     return margin
 

@@ -10,8 +10,8 @@ from transformers import T5Gemma2ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
 from checkpoint import Checkpoint
-from decoder_server.models.backend import Pair
 from decoder_server.models.fbnl.backend import FbnlBackend
+from decoder_server.models.fbnl.batch_states import StatePair
 from encoder_worker.encoder import Encoder
 
 TEXT = "The pooled states of its tokens are kept, and the decoder attends over them."
@@ -34,7 +34,7 @@ def test_weights_are_those_of_transformers_eager_attention(tiny_checkpoint: Path
                 output_attentions=True,
             ).cross_attentions
         expected = torch.stack([layer[0, :, -1].mean(0) for layer in seen]).mean(0).numpy()
-        found = backend.attention(Pair(prompt, states))
+        found = backend.attention(StatePair(prompt, states))
         assert found.shape == (len(states),)
         np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
 

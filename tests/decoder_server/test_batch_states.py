@@ -9,8 +9,7 @@ import torch
 from cache.codecs import Codec
 from cache.states import Codes, EncodedPassage, PassageStates, num_pooled, text_digest
 from checkpoint import TokenizedPrompt
-from decoder_server.models.backend import Pair
-from decoder_server.models.fbnl.batch_states import batch_states
+from decoder_server.models.fbnl.batch_states import StatePair, batch_states
 
 DIM = 24
 CPU = torch.device("cpu")
@@ -19,7 +18,7 @@ FACTORIES = ["Flat", "SQfp16", "SQbf16", "SQ8", "SQ6", "SQ4", "B8,SQ8", "Z,B8,SQ
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-def naive(pairs: list[Pair], dtype: torch.dtype) -> torch.Tensor:
+def naive(pairs: list[StatePair], dtype: torch.dtype) -> torch.Tensor:
     """Each decoded alone, concatenated, converted."""
     rows = [p.states.codec.decode(p.states.rows) if isinstance(p.states, Codes) else p.states for p in pairs]
     return torch.from_numpy(np.concatenate(rows)).to(dtype)
@@ -48,8 +47,8 @@ def encoded(codec: Codec, windows: tuple[int, ...], seed: int, ratio: int = 4) -
     return EncodedPassage(Codes(codec, view), windows, ratio, False, text_digest(str(seed)))
 
 
-def pairs_of(passage: EncodedPassage | PassageStates) -> list[Pair]:
-    return [Pair(PROMPT, window) for window in passage.windows()]
+def pairs_of(passage: EncodedPassage | PassageStates) -> list[StatePair]:
+    return [StatePair(PROMPT, window) for window in passage.windows()]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -86,7 +85,7 @@ def test_numbers_that_are_none_arrive_where_they_are(
     code_size = codecs[factory].code_size_bytes
     rows = np.random.default_rng(2).integers(0, 256, (300, code_size), dtype=np.uint8)
     rows[:2] = 0xFF  # NaN in each of these formats
-    pairs = [Pair(PROMPT, Codes(codecs[factory], rows)), Pair(PROMPT, numbers(5, 1))]
+    pairs = [StatePair(PROMPT, Codes(codecs[factory], rows)), StatePair(PROMPT, numbers(5, 1))]
     batch, expected = batch_states(pairs, CPU, dtype), naive(pairs, dtype)
     assert torch.isnan(batch[:2]).all()
     torch.testing.assert_close(batch, expected, rtol=0, atol=0, equal_nan=True)

@@ -24,8 +24,9 @@ from decoder_server.engine.scheduler import (
     Work,
     split_by_length,
 )
-from decoder_server.models.backend import Backend, Pair
+from decoder_server.models.backend import Backend
 from decoder_server.models.fbnl.backend import FbnlBackend
+from decoder_server.models.fbnl.batch_states import StatePair
 from preread.errors import Overloaded
 
 
@@ -42,13 +43,15 @@ async def running(backend: Backend, max_batch_tokens: int) -> AsyncIterator[Batc
                 await task
 
 
-def make_pairs(backend: Backend, sizes: Sequence[int], query: str = "what is read once?", seed: int = 0) -> list[Pair]:
+def make_pairs(
+    backend: Backend, sizes: Sequence[int], query: str = "what is read once?", seed: int = 0
+) -> list[StatePair]:
     rng = np.random.default_rng(seed)
     prompt = backend.prompt(query)
-    return [Pair(prompt, rng.standard_normal((size, 64), dtype=np.float32)) for size in sizes]
+    return [StatePair(prompt, rng.standard_normal((size, 64), dtype=np.float32)) for size in sizes]
 
 
-async def score(batcher: Batcher, pairs: list[Pair], on_done: Callable[[], None] | None = None) -> list[float]:
+async def score(batcher: Batcher, pairs: list[StatePair], on_done: Callable[[], None] | None = None) -> list[float]:
     """One request, start to end."""
     results: asyncio.Queue[list[Scored]] = asyncio.Queue()
     with batcher.ticket(sum(p.num_tokens for p in pairs), results.put_nowait) as ticket:
@@ -193,7 +196,7 @@ class RaisesOn:
     def __init__(self, real: FbnlBackend, size: int) -> None:
         self.real, self.size = real, size
 
-    def score(self, pairs: Sequence[Pair]) -> NDArray[np.float32]:
+    def score(self, pairs: Sequence[StatePair]) -> NDArray[np.float32]:
         if any(len(pair.states) == self.size for pair in pairs):
             raise RuntimeError("out of memory")
         return self.real.score(pairs)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from cache.record import Damaged, Record
 from cache.states import Codes
-from decoder_server.models.backend import Pair
+from decoder_server.models.fbnl.batch_states import StatePair
 
 WAIT_SECONDS = 20  # for what must happen; what fails, fails after that
 
@@ -53,7 +53,7 @@ async def test_the_next_read_is_over_before_the_first_pass_is(serve, gated, stor
     watched.after_read[1] = read
     score = gated.score
 
-    def score_after_the_read(pairs: Sequence[Pair]) -> NDArray[np.float32]:
+    def score_after_the_read(pairs: Sequence[StatePair]) -> NDArray[np.float32]:
         assert read.wait(WAIT_SECONDS), "a read waited for the pass"
         return score(pairs)
 
@@ -70,7 +70,7 @@ async def test_the_first_pass_is_over_before_the_next_read_is(serve, gated, stor
     watched.before_read[1] = scored
     score = gated.score
 
-    def score_and_tell(pairs: Sequence[Pair]) -> NDArray[np.float32]:
+    def score_and_tell(pairs: Sequence[StatePair]) -> NDArray[np.float32]:
         margins = score(pairs)
         scored.set()
         return margins

@@ -15,8 +15,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from checkpoint import Checkpoint, CheckpointError, CheckpointSettings
 from checkpoint.synthetic import make_checkpoint
-from decoder_server.models.backend import Pair
 from decoder_server.models.fbnl.backend import FbnlBackend
+from decoder_server.models.fbnl.batch_states import StatePair
 from encoder_worker.encoder import Encoder
 
 pytest.importorskip("sentence_transformers", reason="a second opinion; not needed to serve")
@@ -128,7 +128,7 @@ def test_margins_are_those_of_sentence_transformers(
     backend = FbnlBackend.load(checkpoint, device="cpu", dtype="float32")
     ids = [passage.ids for passage in checkpoint.text.passages(documents)]
     states = encoder.encode(ids, checkpoint.settings.default_compression_ratio)
-    margins = backend.score([Pair(backend.prompt(query), each) for query in queries for each in states])
+    margins = backend.score([StatePair(backend.prompt(query), each) for query in queries for each in states])
     np.testing.assert_allclose(margins, expected, atol=1e-4)
 
     # By default only pairs whose texts spell control tokens differ.

@@ -18,8 +18,8 @@ from transformers.utils import logging as transformers_logging
 
 from checkpoint import Checkpoint
 from checkpoint.synthetic import SHAPES, Shape, make_checkpoint
-from decoder_server.models.backend import Pair
 from decoder_server.models.fbnl.backend import FbnlBackend
+from decoder_server.models.fbnl.batch_states import StatePair
 from encoder_worker.encoder import Encoder
 
 TOLERANCE = 1e-4  # against transformers, float32
@@ -71,9 +71,9 @@ class Halves:
             dtype=np.float32,
         )
 
-    def pairs(self, queries: list[str], passages: list[list[int]], ratio: int) -> list[Pair]:
+    def pairs(self, queries: list[str], passages: list[list[int]], ratio: int) -> list[StatePair]:
         states = self.encoder.encode(passages, ratio)
-        return [Pair(self.backend.prompt(query), s) for query in queries for s in states]
+        return [StatePair(self.backend.prompt(query), s) for query in queries for s in states]
 
     def assert_parity(self, queries: list[str], passages: list[list[int]], ratio: int) -> None:
         pairs = self.pairs(queries, passages, ratio)
@@ -179,7 +179,7 @@ def test_final_logit_softcapping_is_applied(tmp_path: Path) -> None:
 def test_non_finite_states_give_nan_for_their_pair_alone(load: Callable[[str | Shape], Halves]) -> None:
     halves = load("tiny")
     good, bad = halves.pairs(["gravity"], [passage_of(halves, 9), passage_of(halves, 12)], 4)
-    broken = Pair(bad.prompt, np.full_like(bad.states, np.nan))
+    broken = StatePair(bad.prompt, np.full_like(bad.states, np.nan))
     margins = halves.backend.score([good, broken, good])
     assert np.isnan(margins[1])
     np.testing.assert_allclose(margins[[0, 2]], np.repeat(halves.backend.score([good]), 2), atol=MATES_TOLERANCE)
@@ -214,4 +214,4 @@ def test_published_margins_of_kalm_nano(instruction: str | None, expected: list[
     states = encoder.encode([p.ids for p in checkpoint.text.passages(texts)], 4)
     prompt = backend.prompt("What is the capital of China?", instruction)
     # The reference's own spread between batch sizes in bf16 is about 0.06.
-    np.testing.assert_allclose(backend.score([Pair(prompt, s) for s in states]), expected, atol=0.1)
+    np.testing.assert_allclose(backend.score([StatePair(prompt, s) for s in states]), expected, atol=0.1)

@@ -11,8 +11,8 @@ from decoder_server.engine.fetch import Found
 from decoder_server.engine.plan import Indexed
 from decoder_server.engine.request_run import Tally, ranked
 from decoder_server.engine.scheduler import Scored
-from decoder_server.models.backend import Pair
-from decoder_server.models.sigmoid import sigmoid
+from decoder_server.models.backend import sigmoid
+from decoder_server.models.fbnl.batch_states import StatePair
 from preread.types import Result
 
 
@@ -24,7 +24,7 @@ def found(index: int, windows: tuple[int, ...]) -> Found:
 def expect(tally: Tally, one: Found) -> None:
     prompt = TokenizedPrompt([1, 2, 3], 1, False)
     assert one.states is not None
-    tally.expect(one, [Pair(prompt, window) for window in one.states.windows()])
+    tally.expect(one, [StatePair(prompt, window) for window in one.states.windows()])
 
 
 # P(yes) of published margins, reference of KaLM-Reranker-V1-Nano.

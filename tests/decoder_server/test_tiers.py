@@ -17,8 +17,8 @@ from cache.open import open_store
 from cache.states import PassageStates, text_digest
 from checkpoint import Checkpoint
 from decoder_server.config import TierBudgets
-from decoder_server.models.backend import Pair
 from decoder_server.models.fbnl.backend import FbnlBackend
+from decoder_server.models.fbnl.batch_states import StatePair
 from decoder_server.models.fbnl.kv_cache import MIN_ASKINGS, Kept, Tier
 
 MIB = 1 << 20
@@ -42,7 +42,7 @@ def made(checkpoint: Checkpoint, budgets: TierBudgets) -> FbnlBackend:
     return FbnlBackend.load(checkpoint, device="cpu", dtype="float32", budgets=budgets)
 
 
-def batches(backend: FbnlBackend, num: int, seed: int = 0) -> Iterator[list[Pair]]:
+def batches(backend: FbnlBackend, num: int, seed: int = 0) -> Iterator[list[StatePair]]:
     """Pairs of a few passages and prompts, some asked for far more often than others, some without a key."""
     rng = np.random.default_rng(seed)
     passages = [rng.standard_normal((n, backend.checkpoint.dim)).astype(np.float32) for n in rng.integers(1, 30, 12)]
@@ -50,7 +50,8 @@ def batches(backend: FbnlBackend, num: int, seed: int = 0) -> Iterator[list[Pair
     for _ in range(num):
         chosen = np.minimum(rng.geometric(0.25, size=int(rng.integers(1, 9))) - 1, len(passages) - 1)
         yield [
-            Pair(prompts[rng.integers(len(prompts))], passages[i], False, bytes([i]) if i != 3 else b"") for i in chosen
+            StatePair(prompts[rng.integers(len(prompts))], passages[i], False, bytes([i]) if i != 3 else b"")
+            for i in chosen
         ]
 
 
@@ -146,10 +147,10 @@ def test_filling_makes_the_next_pass_a_hit(checkpoint: Checkpoint, fbnl: FbnlBac
     backend = made(checkpoint, TierBudgets(PLENTY, PLENTY))
     rng = np.random.default_rng(2)
     passages = [rng.standard_normal((n, checkpoint.dim)).astype(np.float32) for n in (1, 7, 12)]
-    warmed = [Pair(backend.prompt("any"), states, False, bytes([i])) for i, states in enumerate(passages)]
+    warmed = [StatePair(backend.prompt("any"), states, False, bytes([i])) for i, states in enumerate(passages)]
     assert backend.fill(warmed) == (3, 3)
     assert [tier.num_misses for tier in backend.tiers.all()] == [0, 0]  # nobody asked
-    asked = [Pair(backend.prompt("never asked before"), pair.states, False, pair.key) for pair in warmed]
+    asked = [StatePair(backend.prompt("never asked before"), pair.states, False, pair.key) for pair in warmed]
     np.testing.assert_allclose(backend.score(asked), fbnl.score(asked), atol=1e-5, rtol=0)
     assert [(tier.num_hits, tier.num_misses) for tier in backend.tiers.all()] == [(3, 0)] * 2
 
@@ -161,22 +162,22 @@ def test_a_beginning_serves_its_own_tokens_only(checkpoint: Checkpoint, fbnl: Fb
     states = rng.standard_normal((9, checkpoint.dim)).astype(np.float32)
     prefixes = backend.tiers.prefixes
 
-    def hits(pair: Pair) -> bool:
+    def hits(pair: StatePair) -> bool:
         before = prefixes.num_hits
         np.testing.assert_allclose(backend.score([pair]), fbnl.score([pair]), atol=1e-5, rtol=0)
         return prefixes.num_hits > before
 
-    backend.fill([Pair(backend.prompt(QUERIES[0], INSTRUCTIONS[1]), states, False, b"p")])
-    assert hits(Pair(backend.prompt(QUERIES[1], INSTRUCTIONS[1]), states, False, b"p"))
-    assert not hits(Pair(backend.prompt(QUERIES[1], INSTRUCTIONS[2]), states, False, b"p"))
-    assert not hits(Pair(backend.prompt(QUERIES[1], INSTRUCTIONS[1]), states[:4], False, b"p at another ratio"))
+    backend.fill([StatePair(backend.prompt(QUERIES[0], INSTRUCTIONS[1]), states, False, b"p")])
+    assert hits(StatePair(backend.prompt(QUERIES[1], INSTRUCTIONS[1]), states, False, b"p"))
+    assert not hits(StatePair(backend.prompt(QUERIES[1], INSTRUCTIONS[2]), states, False, b"p"))
+    assert not hits(StatePair(backend.prompt(QUERIES[1], INSTRUCTIONS[1]), states[:4], False, b"p at another ratio"))
 
 
 def test_a_passage_that_requests_share_is_computed_once(checkpoint: Checkpoint) -> None:
     """Two queries of one batch over one passage: its states are read once, and its beginning is computed once."""
     backend = made(checkpoint, TierBudgets(PLENTY, PLENTY))
     states: NDArray[np.float32] = np.ones((5, checkpoint.dim), dtype=np.float32)
-    backend.score([Pair(backend.prompt(query), states, False, b"p") for query in QUERIES])
+    backend.score([StatePair(backend.prompt(query), states, False, b"p") for query in QUERIES])
     keys, prefixes = backend.tiers.all()
     assert (keys.num_admitted, keys.num_entries) == (1, 1)
     assert (prefixes.num_admitted, prefixes.num_entries) == (1, 1)
@@ -200,7 +201,7 @@ def test_equal_texts_under_two_ids_are_computed_once(checkpoint: Checkpoint) -> 
     for name, passage_id in (("shard", "a"), ("shard", "b"), ("merged", "a"), ("other", "a")):
         (found,) = Collection.open(store, name).get_many([passage_id])
         assert isinstance(found, PassageStates)
-        backend.fill(backend.items(backend.prompt(QUERIES[0]), found))
+        backend.fill(backend.pairs(backend.prompt(QUERIES[0]), [found])[0])
         num_entries.append([tier.num_entries for tier in backend.tiers.all()])
     assert num_entries == [[1, 1]] * 3 + [[2, 2]]
     store.close()

@@ -30,7 +30,7 @@ def margins(running: Any) -> tuple[float, float]:
     prompts = [backend.prompt(QUERY, settings.default_instruction), backend.prompt(QUERY, "")]
     filled = settings.prompt_template.format(query=QUERY, instruction="")
     assert prompts[1].ids == running.engine.backend._text._tokenizer.encode(filled, add_special_tokens=False).ids
-    absent, empty = (float(backend.score(backend.items(prompt, states))[0]) for prompt in prompts)
+    absent, empty = (float(backend.score(backend.pairs(prompt, [states])[0])[0]) for prompt in prompts)
     assert abs(absent - empty) > 1e-3
     return absent, empty
 

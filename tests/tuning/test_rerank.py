@@ -14,8 +14,8 @@ from cache.manifest import Manifest
 from cache.open import open_store
 from cache.states import PassageStates, pool, text_digest
 from checkpoint import Checkpoint
-from decoder_server.models.backend import Pair
 from decoder_server.models.fbnl.backend import FbnlBackend
+from decoder_server.models.fbnl.batch_states import StatePair
 from encoder_worker.encoder import Encoder
 from encoder_worker.passage_encoder import BatchLimits, PassageEncoder
 from tuning.judged import JudgedCollection, read_judged
@@ -76,7 +76,7 @@ def test_margins_equal_the_plain_loop(
             for passage_id, _ in ranking:
                 (tokens,) = checkpoint.text.passages([judged.passages[passage_id]])
                 (states,) = encoder.encode([tokens.ids], ratio)  # pooled afresh, alone
-                naive[passage_id] = float(backend.score([Pair(prompt, states)])[0])
+                naive[passage_id] = float(backend.score([StatePair(prompt, states)])[0])
             assert dict(result.runs[ratio][query_id]) == pytest.approx(naive, abs=2e-5)
     assert result.missing_passages == set()
     assert result.num_unscored_pairs == 0
@@ -137,7 +137,7 @@ def test_the_best_window_of_a_passage_counts(backend: FbnlBackend) -> None:
     windows = [generator.standard_normal((n, DIM), dtype=np.float32) for n in (5, 3)]
     whole = PassageStates(np.concatenate(windows), (5, 3), 1, False, text_digest(""))
     prompt = backend.prompt("why")
-    alone = [backend.score([Pair(prompt, window)])[0] for window in windows]
+    alone = [backend.score([StatePair(prompt, window)])[0] for window in windows]
     assert score_passages(backend, [(prompt, whole)]) == pytest.approx([max(alone)], abs=1e-5)
 
 

@@ -16,10 +16,10 @@ from cache.open import open_store
 from cache.states import PassageStates
 from checkpoint import Checkpoint
 from decoder_server.config import TierBudgets
-from decoder_server.models.backend import Pair
 from decoder_server.models.cross_encoder import CrossEncoder
 from decoder_server.models.cross_encoder.model import sigmoid
 from decoder_server.models.fbnl.backend import FbnlBackend
+from decoder_server.models.fbnl.batch_states import StatePair
 from encoder_worker.encoder import Encoder
 from encoder_worker.passage_encoder import BatchLimits, PassageEncoder
 from encoder_worker.writing import CollectionSettings, Target
@@ -125,7 +125,7 @@ class FbnlScorer:
         """
         backend = self.backend.keeping(TierBudgets(KEPT_BYTES, KEPT_BYTES, form))
         for pair, passage in zip(pairs, states, strict=True):
-            backend.fill(backend.items(backend.prompt(pair.query, pair.instruction), passage))
+            backend.fill(backend.pairs(backend.prompt(pair.query, pair.instruction), [passage])[0])
         return FbnlScorer(self.encoder, backend, self.ratio).score(pairs, states, advance)
 
     def margins(self, pairs: Sequence[TextTriple], advance: Advance = ignore) -> Margins:
@@ -141,7 +141,7 @@ class FbnlScorer:
             raise EvaluationError(f"a passage cannot be encoded: {failed}")
         good = [one for one in states if isinstance(one, np.ndarray)]
         prompts = [self.backend.prompt(pair.query, pair.instruction) for pair in pairs]
-        return self.backend.score([Pair(prompt, one) for prompt, one in zip(prompts, good, strict=True)])
+        return self.backend.score([StatePair(prompt, one) for prompt, one in zip(prompts, good, strict=True)])
 
     def scores(self, margins: Margins) -> Margins:
         return sigmoid(margins)

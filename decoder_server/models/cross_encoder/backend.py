@@ -67,6 +67,7 @@ class CrossEncoderBackend:
     """One loaded cross-encoder."""
 
     name = "cross_encoder"
+    num_compilations = 0
 
     def __init__(self, checkpoint_name: str, model: CrossEncoder) -> None:
         self.checkpoint_name = checkpoint_name
@@ -115,12 +116,13 @@ class CrossEncoderBackend:
         num_tokens = num_query + self.model.count_tokens(question.instruction)
         return TextPrompt(query, instruction, num_tokens, num_query, question.truncated)
 
-    def items(self, prompt: TextPrompt, passage: str) -> list[TextItem]:
+    def pairs(self, prompt: TextPrompt, passages: Sequence[str]) -> list[list[TextItem]]:
         """
         Raises:
             ValueError: query and instruction leave no room for a passage.
         """
-        return [TextItem(self.model.pair(prompt.query, prompt.instruction, passage))]
+        texts = [(prompt.query, prompt.instruction, passage) for passage in passages]
+        return [[TextItem(pair)] for pair in self.model.pairs(texts)]
 
     def cut(self, text: str, max_tokens: int | None, *, keep_end: bool = False) -> str:
         return self.model.cut(text, max_tokens, keep_end=keep_end)
@@ -128,8 +130,8 @@ class CrossEncoderBackend:
     def is_empty(self, text: str) -> bool:
         return self.model.is_empty(text)
 
-    def score(self, items: Sequence[TextItem]) -> NDArray[np.float32]:
-        return self.model.score_pairs([item.pair for item in items])
+    def score(self, pairs: Sequence[TextItem]) -> NDArray[np.float32]:
+        return self.model.score_pairs([item.pair for item in pairs])
 
     def activate(self, margin: float) -> float:
         """In 0..1 for every model, as the wire promises; some publish the bare logit, which is the margin."""

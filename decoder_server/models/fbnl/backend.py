@@ -14,16 +14,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cache.states import AnyStates, Codes
+from cache.states import AnyStates
 from checkpoint import Checkpoint, CheckpointError, EncoderIdentity, TokenizedPrompt
 from checkpoint.compute import choose_device, choose_dtype, choose_fused, dtype_name
 from decoder_server.config import NO_TIERS, TierBudgets
-from decoder_server.models.backend import Pair
-from decoder_server.models.fbnl.batch_states import batch_states
+from decoder_server.models.backend import sigmoid
+from decoder_server.models.fbnl.batch_states import StatePair, batch_states
 from decoder_server.models.fbnl.contexts import Contexts
 from decoder_server.models.fbnl.decoder import Decoder
-from decoder_server.models.fbnl.kv_cache import Tiers
-from decoder_server.models.sigmoid import sigmoid
+from decoder_server.models.fbnl.kv_cache import Tier, Tiers
 
 
 class FbnlBackend:
@@ -101,11 +100,15 @@ class FbnlBackend:
     def prompt(self, query: str, instruction: str | None = None) -> TokenizedPrompt:
         return self._text.prompt(query, instruction)
 
-    def items(self, prompt: TokenizedPrompt, passage: AnyStates) -> list[Pair]:
-        """Every window of the passage under the prompt."""
-        windows: Sequence[NDArray[np.float32] | Codes] = passage.windows()
-        keyed = zip(windows, _window_keys(passage), strict=True)
-        return [Pair(prompt, states, passage.truncated, key) for states, key in keyed]
+    def pairs(self, prompt: TokenizedPrompt, passages: Sequence[AnyStates]) -> list[list[StatePair]]:
+        """Per passage its windows under the prompt."""
+        return [
+            [
+                StatePair(prompt, states, passage.truncated, key)
+                for states, key in zip(passage.windows(), _window_keys(passage), strict=True)
+            ]
+            for passage in passages
+        ]
 
     def activate(self, margin: float) -> float:
         """P(yes)."""
@@ -117,7 +120,7 @@ class FbnlBackend:
     def is_empty(self, text: str) -> bool:
         return self._text.is_empty(text)
 
-    def score(self, pairs: Sequence[Pair]) -> NDArray[np.float32]:
+    def score(self, pairs: Sequence[StatePair]) -> NDArray[np.float32]:
         """Margins (len(pairs),); NaN where a logit was not finite."""
         if not pairs:
             return np.empty(0, dtype=np.float32)
@@ -127,17 +130,18 @@ class FbnlBackend:
             margins[list(part.rows)] = read.cpu().numpy()
         return np.where(np.isfinite(margins), margins, np.float32("nan"))
 
-    def fill(self, pairs: Sequence[Pair]) -> tuple[int, int]:
-        """Fills the tiers with what passes over these pairs would need.
+    @property
+    def caches(self) -> tuple[Tier, Tier]:
+        """The KV cache and the prefix cache."""
+        return self.tiers.all()
 
-        Returns:
-            How many of the pairs have their passage's keys kept now, and how many the beginning of their prompt.
-        """
+    def fill(self, pairs: Sequence[StatePair]) -> tuple[int, int]:
+        """Pre-fills the caches; per cache, how many of the pairs it holds now."""
         self._contexts.fill(pairs)
         held = [self._contexts.holds(pair) for pair in pairs]
         return sum(keys for keys, _ in held), sum(prefix for _, prefix in held)
 
-    def attention(self, pair: Pair) -> NDArray[np.float32]:
+    def attention(self, pair: StatePair) -> NDArray[np.float32]:
         """The readout token's weight on every state, (num_states,): mean over heads and layers."""
         ids = torch.tensor(pair.prompt.ids, device=self._device)
         states = batch_states([pair], self._device, self._dtype)
@@ -155,7 +159,7 @@ class FbnlBackend:
             CheckpointError: the weights give no finite margin.
         """
         states = np.full((4, self.checkpoint.dim), 0.5, dtype=np.float32)
-        margin = self.score([Pair(self.prompt("Does this model answer?"), states)])
+        margin = self.score([StatePair(self.prompt("Does this model answer?"), states)])
         if not np.isfinite(margin).all():
             raise CheckpointError(f"{self.checkpoint.path}: the first forward pass gave no finite margin")
 

@@ -16,9 +16,34 @@ from torch import Tensor
 
 from cache.codecs import Codec
 from cache.states import Codes
-from decoder_server.models.backend import Pair
+from checkpoint import TokenizedPrompt
 
 _FORMATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StatePair:
+    """A prompt and one window of a passage, at the ratio it is scored at.
+
+    States that need no pooling stay encoded until their batch is assembled.
+    """
+
+    prompt: TokenizedPrompt
+    states: NDArray[np.float32] | Codes  # (num_states, dim)
+    truncated: bool = False
+    key: bytes = b""  # names the states; empty: nothing computed of them is kept
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt.ids)
+
+    @property
+    def num_states(self) -> int:
+        return len(self.states)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt.ids) + len(self.states)
 
 
 @dataclass
@@ -32,7 +57,7 @@ class _Kind:
     places: list[int] = field(default_factory=list)  # in the batch
 
 
-def batch_states(pairs: Sequence[Pair], device: torch.device, dtype: torch.dtype) -> Tensor:
+def batch_states(pairs: Sequence[StatePair], device: torch.device, dtype: torch.dtype) -> Tensor:
     """States of all pairs in their order, (sum of num_states, dim) of `dtype` on `device`.
 
     Passages of several codecs, and numbers beside codes, may share a batch. Every row is what decoding it alone to
@@ -53,7 +78,7 @@ def batch_states(pairs: Sequence[Pair], device: torch.device, dtype: torch.dtype
     return batch
 
 
-def _kinds(pairs: Sequence[Pair]) -> list[_Kind]:
+def _kinds(pairs: Sequence[StatePair]) -> list[_Kind]:
     kinds: dict[str | Codec, _Kind] = {}
     for i, pair in enumerate(pairs):
         states = pair.states

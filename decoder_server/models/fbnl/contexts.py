@@ -16,7 +16,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from decoder_server.models.backend import Pair
+from decoder_server.models.fbnl.batch_states import StatePair
 from decoder_server.models.fbnl.decoder import Decoder, KeysValues
 from decoder_server.models.fbnl.kv_cache import Tier, Tiers
 from decoder_server.models.fbnl.layout import Layout
@@ -72,7 +72,7 @@ class Needed:
 # Shorter beginnings are not worth an entry.
 MIN_PREFIX_TOKENS = 4
 
-States = Callable[[Sequence[Pair]], Tensor]  # of pairs, packed: (sum of num_states, dim)
+States = Callable[[Sequence[StatePair]], Tensor]  # of pairs, packed: (sum of num_states, dim)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ class Contexts:
         self._dtype = dtype
 
     @torch.inference_mode()
-    def parts(self, pairs: Sequence[Pair]) -> list[Part]:
+    def parts(self, pairs: Sequence[StatePair]) -> list[Part]:
         """The batch, ready for its passes: one for pairs on a beginning that is there, one for the others."""
         everyone = range(len(pairs))
         passages, beginnings = self._needed(pairs)
@@ -121,24 +121,24 @@ class Contexts:
         return parts
 
     @torch.inference_mode()
-    def fill(self, pairs: Sequence[Pair]) -> None:
+    def fill(self, pairs: Sequence[StatePair]) -> None:
         """Keeps what passes over these pairs would need, however rarely it was asked for."""
         passages, beginnings = self._needed(pairs, keep_all=True)
         self._compute_passages(pairs, passages)
         self._compute_beginnings(passages, beginnings)
 
-    def holds(self, pair: Pair) -> tuple[bool, bool]:
+    def holds(self, pair: StatePair) -> tuple[bool, bool]:
         """Whether the tiers hold the passage's keys, and the beginning of the prompt over it."""
         keys, prefixes = self._tiers.all()
         return keys.holds(pair.key), prefixes.holds(_beginning(pair))
 
-    def _needed(self, pairs: Sequence[Pair], *, keep_all: bool = False) -> tuple[Needed, Needed]:
+    def _needed(self, pairs: Sequence[StatePair], *, keep_all: bool = False) -> tuple[Needed, Needed]:
         keys, prefixes = self._tiers.all()
         # Who has no key shares with nobody.
         passages = Needed(keys, [pair.key or i for i, pair in enumerate(pairs)], keep_all)
         return passages, Needed(prefixes, [_beginning(pair) if prefixes.on else None for pair in pairs], keep_all)
 
-    def _compute_passages(self, pairs: Sequence[Pair], passages: Needed) -> None:
+    def _compute_passages(self, pairs: Sequence[StatePair], passages: Needed) -> None:
         missing = passages.missing()
         if not missing:
             return
@@ -161,7 +161,7 @@ class Contexts:
             beginnings.computed(name, part)
 
     def _part(
-        self, pairs: Sequence[Pair], rows: Sequence[int], prefix_lengths: list[int], context: Iterable[KeysValues]
+        self, pairs: Sequence[StatePair], rows: Sequence[int], prefix_lengths: list[int], context: Iterable[KeysValues]
     ) -> Part:
         left = [pairs[i].prompt.ids[length:] for i, length in zip(rows, prefix_lengths, strict=True)]
         ids = torch.tensor(list(chain.from_iterable(left)), device=self._device)
@@ -170,7 +170,7 @@ class Contexts:
         return Part(rows, ids, context, layout)
 
 
-def _beginning(pair: Pair) -> Beginning | None:
+def _beginning(pair: StatePair) -> Beginning | None:
     length = pair.prompt.prefix_length
     return (tuple(pair.prompt.ids[:length]), pair.key) if pair.key and length >= MIN_PREFIX_TOKENS else None
 

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint import Checkpoint, CheckpointError
 from checkpoint.synthetic import make_checkpoint
-from decoder_server.models.backend import Pair
 from decoder_server.models.cross_encoder import open_cross_encoder
 from decoder_server.models.fbnl.backend import FbnlBackend
+from decoder_server.models.fbnl.batch_states import StatePair
 from encoder_worker.encoder import Encoder
 from preread_cli.main import cli
 
@@ -142,7 +142,7 @@ def fbnl_margins(directory: Path) -> NDArray[np.float32]:
     encoder = Encoder.load(checkpoint, device="cpu", dtype="float32")
     backend = FbnlBackend.load(checkpoint, device="cpu", dtype="float32")
     states = encoder.encode([p.ids for p in checkpoint.text.passages([pair[2] for pair in PAIRS])], 4)
-    return backend.score([Pair(backend.prompt("What is it?"), each) for each in states])
+    return backend.score([StatePair(backend.prompt("What is it?"), each) for each in states])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
