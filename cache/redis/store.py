@@ -1,8 +1,19 @@
-"""RedisStore: records as values of a shared Redis server or cluster. The package docstring has the key layout.
+"""RedisStore: the shared store, `redis://`, `rediss://` and `redis+cluster://`: many services, one set of passages.
 
-Replies are not trusted: every reply has the type its command gives, every value goes through `record.unpack` or
-`Manifest.from_json`, and keys or fields that no passage, collection or alias can have are passed over: the database may
-be shared. A multi-get is pipelined and not atomic, each passage is.
+Keys, `preread` being the prefix (`?prefix=` in the URL):
+
+    preread:manifests      hash    collection -> manifest JSON, codec table inside
+    preread:aliases        hash    alias -> COLLECTION:CHECKSUM
+    preread:generations    hash    collection -> NUMBER:CHECKSUM, a random one after every write; survives a drop
+    preread:p:COLLECTION:PASSAGE_ID    string    one packed record (record.py), with the store's TTL if it has one
+
+A checksum is xxh3_64 of FIELD:VALUE in hex. Earlier versions wrote none; collections of version 1 still have a number
+alone, which their writers count on from. There are no counters and no index of ids: they would drift as passages
+expire, and on a cluster could not be changed in one step with the passages. Counting and listing scan the keys instead.
+
+Replies are not trusted: every reply has the type its command gives, every value goes through `Record.checked` or
+`Manifest.from_json`, and keys or fields that no passage, collection or alias can have are skipped: the database may be
+shared. A multi-get is pipelined and not atomic, each passage is.
 """
 
 import logging
@@ -18,7 +29,6 @@ from cache.errors import (
     CollectionExists,
     CollectionInUse,
     CollectionNotFound,
-    DamagedRecord,
     InvalidName,
     ManifestError,
     StoreDamaged,
@@ -34,7 +44,8 @@ from cache.record import (
     is_passage_id,
     passage_id_bytes,
 )
-from cache.redis.connection import Address, Client, Deadline, IsValid, Link, Malformed, exchange, run, take_bytes
+from cache.redis.connection import Address
+from cache.redis.link import IsValid, Link
 from cache.store import Audit, Store, StoreStats
 
 log = logging.getLogger(__name__)
@@ -78,14 +89,19 @@ class RedisStore(Store):
         start = self._key_start(collection)
         encoded_ids = [passage_id_bytes(passage_id) for passage_id in records]
         self._require(collection)
-        pairs = zip(encoded_ids, records.values(), strict=True)
-        while chunk := take_bytes(pairs, _CHUNK_BYTES):
-            expiry = () if self._ttl_seconds is None else ("EX", self._ttl_seconds)
-            commands = [("SET", start + encoded_id, record.pack(encoded_id), *expiry) for encoded_id, record in chunk]
-            run(self._bulk, commands, _is_true, len(chunk))
+        expiry = () if self._ttl_seconds is None else ("EX", self._ttl_seconds)
+        commands: list[tuple[Any, ...]] = []
+        num_bytes = 0
+        for encoded_id, record in zip(encoded_ids, records.values(), strict=True):
+            commands.append(("SET", start + encoded_id, record.pack(encoded_id), *expiry))
+            num_bytes += record.header.total_bytes
+            if num_bytes >= _CHUNK_BYTES:
+                self._bulk.run(commands, _is_true, len(commands))
+                commands, num_bytes = [], 0
+        self._bulk.run(commands, _is_true, len(commands))
         if encoded_ids:
-            # After the values: a tier that saw the old number looks again once they are there. A writer that dies in
-            # between has not acknowledged, and will come back.
+            # After the values: a read cache that saw the old number looks again once they are there. A writer that dies
+            # in between has not acknowledged, and repeats the write.
             self._bump(collection)
 
     def get_many(self, collection: str, passage_ids: Sequence[str]) -> list[Record | Damaged | None]:
@@ -93,7 +109,7 @@ class RedisStore(Store):
 
     def delete_many(self, collection: str, passage_ids: Sequence[str]) -> int:
         keys = [self._key(collection, passage_id) for passage_id in dict.fromkeys(passage_ids)]
-        num_deleted: int = sum(run(self._bulk, [("UNLINK", key) for key in keys], _is_count, _HEADER_CHUNK))
+        num_deleted: int = sum(self._bulk.run([("UNLINK", key) for key in keys], _is_count, _HEADER_CHUNK))
         if keys:
             self._bump(collection)  # also where none was there: a repeated UNLINK finds what the first one removed
         return num_deleted
@@ -139,7 +155,7 @@ class RedisStore(Store):
                 left_behind.append(f"{problem}; removed")
         for collection in self.list_collections():
             keys = list(self._stray_keys(collection))
-            run(self._bulk, [("UNLINK", key) for key in keys], _is_count, _HEADER_CHUNK)
+            self._bulk.run([("UNLINK", key) for key in keys], _is_count, _HEADER_CHUNK)
             if keys:
                 left_behind.append(f"{len(keys)} keys of {collection!r} that no passage can have; removed")
         return left_behind
@@ -169,16 +185,14 @@ class RedisStore(Store):
 
     def drop_collection(self, collection: str) -> None:
         self._require(collection)
-        aliases = self._aliases_by(self._bulk)
-        if users := sorted(alias for alias, name in aliases.items() if name == collection):
-            raise CollectionInUse(f"collection: {collection!r} is in use by the aliases {users}; move them first")
+        CollectionInUse.check(collection, self._aliases_by(self._bulk))
         # The manifest first: nothing can be written then. Records that a crash leaves are bound to the old manifest, so
         # a new collection of this name does not take them for its own.
         self._ask(self._bulk, _is_count, "HDEL", self._manifests, collection)
         self._bump(collection)
         keys = self._scan_keys(collection)
         while batch := list(islice(keys, _HEADER_CHUNK)):
-            run(self._bulk, [("UNLINK", key) for key in batch], _is_count, _HEADER_CHUNK)
+            self._bulk.run([("UNLINK", key) for key in batch], _is_count, _HEADER_CHUNK)
 
     def aliases(self) -> dict[str, str]:
         return self._aliases_by(self._online)
@@ -200,7 +214,7 @@ class RedisStore(Store):
 
     def _ask(self, link: Link, is_valid: IsValid, *command: Any) -> Any:
         """The reply to a command on one of the store's hashes."""
-        (reply,) = run(link, [command], is_valid, 1)
+        (reply,) = link.run([command], is_valid)
         if isinstance(reply, Exception):
             raise StoreDamaged(f"Redis key {command[1]}: another type of value, expected the hash Preread keeps there")
         return reply
@@ -250,16 +264,24 @@ class RedisStore(Store):
 
     def _get_once(self, link: Link, collection: str, passage_ids: Sequence[str]) -> list[Record | Damaged | None]:
         commands = [("GET", self._key(collection, passage_id)) for passage_id in passage_ids]
-        values = run(link, commands, _is_value, _READ_CHUNK, chunk_bytes=_CHUNK_BYTES)
-        return [_checked(*pair) for pair in zip(passage_ids, values, strict=True)]
+        values = link.run(commands, _is_value, _READ_CHUNK, chunk_bytes=_CHUNK_BYTES)
+        return [
+            Damaged(passage_id, "the key holds another type of value") if isinstance(value, Exception)
+            else None if value is None
+            else Record.checked(passage_id, value)
+            for passage_id, value in zip(passage_ids, values, strict=True)
+        ]  # fmt: skip
 
     def _headers(
         self, link: Link, collection: str, passage_ids: Sequence[str], budget_seconds: float | None = None
     ) -> list[Header | None]:
         keys = [self._key(collection, passage_id) for passage_id in passage_ids]
         commands = [("GETRANGE", key, 0, HEADER_BYTES - 1) for key in keys]
-        values = run(link, commands, _is_value, _HEADER_CHUNK, budget_seconds=budget_seconds)
-        return [_header(*pair) for pair in zip(passage_ids, values, strict=True)]
+        values = link.run(commands, _is_value, _HEADER_CHUNK, budget_seconds=budget_seconds)
+        return [
+            None if isinstance(value, Exception) else Header.checked(passage_id, value or b"")
+            for passage_id, value in zip(passage_ids, values, strict=True)
+        ]
 
     def _scan_ids(self, collection: str, budget_seconds: float | None = None) -> Iterator[str]:
         """Ids of a collection, each once. A key that no passage can have is not one of ours, and not among them."""
@@ -273,14 +295,12 @@ class RedisStore(Store):
         """Every key under a collection's prefix, each once; SCAN itself may repeat some."""
         start = self._key_start(collection)
         seen: set[int] = set()
-        nodes = [None]
-        if self._address.is_cluster:
-            nodes = self._bulk.call(lambda client, _: client.get_primaries(), budget_seconds=budget_seconds)
-        for node in nodes:
+        is_page = partial(_is_page, start=start)
+        for node in self._bulk.primaries(budget_seconds):
             cursor, cursors = 0, {0}
             while True:
-                step = partial(_scan_step, node=node, cursor=cursor, start=start)
-                cursor, keys = self._bulk.call(step, budget_seconds=budget_seconds)
+                command = ("SCAN", cursor, "MATCH", start + b"*", "COUNT", _SCAN_COUNT)
+                ((cursor, keys),) = self._bulk.run([command], is_page, budget_seconds=budget_seconds, node=node)
                 for key in keys:
                     digest = xxhash.xxh3_64_intdigest(key)
                     if digest not in seen:
@@ -316,17 +336,6 @@ class RedisStore(Store):
         self._ask(self._bulk, _is_count, "HSET", self._generations, collection, value)
 
 
-def _scan_step(client: Client, _: Deadline, *, node: Any, cursor: int, start: bytes) -> tuple[int, list[bytes]]:
-    """One SCAN, on one node of a cluster (None: on the server there is)."""
-    if node is not None:
-        client = client.get_redis_connection(node)
-    command = ("SCAN", cursor, "MATCH", start + b"*", "COUNT", _SCAN_COUNT)
-    ((cursor, keys),) = exchange(client, [command], _is_page)
-    if not all(key.startswith(start) for key in keys):
-        raise Malformed("SCAN gave keys that were not asked for")
-    return cursor, keys
-
-
 def _is_true(reply: object) -> bool:
     return reply is True
 
@@ -347,8 +356,11 @@ def _is_pairs(reply: object) -> bool:
     return isinstance(reply, dict) and _is_list([*reply, *reply.values()])
 
 
-def _is_page(reply: object) -> bool:
-    return isinstance(reply, tuple) and len(reply) == 2 and _is_count(reply[0]) and _is_list(reply[1])
+def _is_page(reply: object, start: bytes) -> bool:
+    """A cursor and keys of SCAN, all of them under the requested prefix."""
+    if not (isinstance(reply, tuple) and len(reply) == 2 and _is_count(reply[0]) and _is_list(reply[1])):
+        return False
+    return all(key.startswith(start) for key in reply[1])
 
 
 def _name(field: bytes) -> str | None:
@@ -393,23 +405,3 @@ def _generation_problem(collection: bytes, value: bytes) -> str | None:
 def _checksum(field: str, value: str) -> str:
     """Of a value in one of the store's hashes, in hex; under another field, or changed, it does not fit."""
     return xxhash.xxh3_64_hexdigest(f"{field}:{value}".encode())
-
-
-def _checked(passage_id: str, value: bytes | Exception | None) -> Record | Damaged | None:
-    if value is None:
-        return None
-    try:
-        if isinstance(value, Exception):
-            raise DamagedRecord("the key holds another type of value")
-        return Record.unpack(value, passage_id)
-    except DamagedRecord as exc:
-        return Damaged(passage_id, str(exc))
-
-
-def _header(passage_id: str, value: bytes | Exception) -> Header | None:
-    if isinstance(value, Exception) or not value:
-        return None
-    try:
-        return Header.parse(value, passage_id)
-    except DamagedRecord:
-        return None

@@ -10,7 +10,8 @@ import pytest
 from cache.errors import StoreAccessDenied, StoreDamaged, StoreFull, StoreUnavailable, StoreUrlError
 from cache.open import open_store
 from cache.record import Damaged
-from cache.redis.connection import Address, CircuitBreaker, Link
+from cache.redis.connection import Address
+from cache.redis.link import CircuitBreaker, Link
 from cache.store import public_url
 from decoder_server.config import DecoderConfig
 

@@ -201,7 +201,7 @@ def test_commands_end_although_their_server_goes_on(wire):
 @pytest.mark.parametrize(
     ("reply", "error", "message"),
     [
-        (b"-NOAUTH Authentication required.", StoreAccessDenied, "asks for a password"),
+        (b"-NOAUTH Authentication required.", StoreAccessDenied, "requires a password"),
         (b"-WRONGPASS invalid username-password pair", StoreAccessDenied, "does not accept"),
         (b"-NOPERM this user has no permissions", StoreAccessDenied, "does not allow"),
         (b"-READONLY You can't write against a read only replica.", StoreAccessDenied, "read-only replica"),

@@ -1,0 +1,344 @@
+"""Link: calls to a Redis server or cluster within a time budget, with one retry and a circuit breaker.
+
+A call runs on another thread; only a name lookup can outlive its deadline, and that thread is left behind. Commands
+travel in few round trips, each with a proof that every reply belongs to its command (`_exchange`).
+"""
+
+import logging
+import os
+import queue
+import re
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+from typing import Any, TypeVar
+
+import redis
+
+from cache.errors import CacheError, StoreAccessDenied, StoreFull, StoreUnavailable
+from cache.redis.connection import Address, Client, Deadline, Malformed, bounded, connect
+
+T = TypeVar("T")
+Command = tuple[Any, ...]  # name, key, arguments
+IsValid = Callable[[object], bool]
+
+log = logging.getLogger(__name__)
+
+_MAX_THREADS = 16
+_MAX_ERROR_CHARS = 200
+# The first chunk of a read tells how large values are; enough to be worth its round trip, few enough to fit a budget.
+_FIRST_CHUNK = 8
+
+# Meanings of the first word of an error reply. The reply's own words are not repeated: a server that does not know AUTH
+# quotes the password.
+_ERRORS: dict[str, tuple[type[CacheError], str]] = {
+    "NOAUTH": (StoreAccessDenied, "requires a password, and the store URL has none"),
+    "WRONGPASS": (StoreAccessDenied, "does not accept the user name or password"),
+    "NOPERM": (StoreAccessDenied, "does not allow this user a command or key that is needed"),
+    "READONLY": (StoreAccessDenied, "is a read-only replica and takes no writes"),
+    "OOM": (StoreFull, "has used up its maxmemory"),
+    "LOADING": (StoreUnavailable, "is still loading its data"),
+    "CLUSTERDOWN": (StoreUnavailable, "belongs to a cluster that is down"),
+    "MASTERDOWN": (StoreUnavailable, "has lost its primary"),
+    "TRYAGAIN": (StoreUnavailable, "is moving the keys to another node"),
+    "BUSY": (StoreUnavailable, "is busy with a script"),
+    "MISCONF": (StoreUnavailable, "cannot save its data and takes no writes"),
+    "MOVED": (StoreUnavailable, "is a node of a cluster that has the keys elsewhere; expected redis+cluster://"),
+    "ASK": (StoreUnavailable, "is a node of a cluster that has the keys elsewhere; expected redis+cluster://"),
+}
+
+
+class CircuitBreaker:
+    """Opens after `max_failures` in a row; then one trial call passes every `cooldown_seconds`."""
+
+    def __init__(self, max_failures: int = 5, cooldown_seconds: float = 1.0) -> None:
+        self._max_failures = max_failures
+        self._cooldown_seconds = cooldown_seconds
+        self._lock = threading.Lock()
+        self._num_failures = 0
+        self._open_until = 0.0
+        self._reason = ""
+
+    def check(self) -> None:
+        """StoreUnavailable where the call should not be made."""
+        with self._lock:
+            if self._num_failures < self._max_failures:
+                return
+            wait_seconds = self._open_until - time.monotonic()
+            if wait_seconds > 0:
+                raise StoreUnavailable(
+                    f"not asked: {self._num_failures} failures in a row, next try in {wait_seconds:.1f} s; "
+                    f"last: {self._reason}"
+                )
+            self._open_until = time.monotonic() + self._cooldown_seconds  # for the calls next to this trial
+
+    def succeeded(self) -> None:
+        with self._lock:
+            self._num_failures = 0
+
+    def failed(self, reason: str) -> None:
+        with self._lock:
+            self._num_failures += 1
+            self._reason = reason
+            self._open_until = time.monotonic() + self._cooldown_seconds
+
+
+class _Threads:
+    """Threads that run calls; unlike an executor's they end with the process, even in the middle of a call."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._idle = threading.Semaphore(0)
+        self._lock = threading.Lock()
+        self._num_threads = 0
+
+    def submit(self, call: Callable[[], T]) -> Future[T]:
+        future: Future[T] = Future()
+        self._queue.put((future, call))
+        if not self._idle.acquire(blocking=False):
+            with self._lock:
+                if self._num_threads < _MAX_THREADS:
+                    self._num_threads += 1
+                    threading.Thread(target=self._run, name="preread-redis", daemon=True).start()
+        return future
+
+    def close(self) -> None:
+        with self._lock:
+            for _ in range(self._num_threads):
+                self._queue.put(None)
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            future, call = item
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(call())
+                except BaseException as exc:
+                    future.set_exception(exc)
+            del item, future, call  # not kept alive while the thread is idle
+            self._idle.release()
+
+
+class Link:
+    """One kind of calls to one address. Thread-safe; connects on first use, and again after a server went away."""
+
+    def __init__(self, address: Address, *, budget_seconds: float, tls_ca_file: str | None) -> None:
+        self._address = address
+        self._budget_seconds = budget_seconds
+        self._breaker = CircuitBreaker()
+        self._tls_ca_file = tls_ca_file
+        self._lock = threading.Lock()
+        self._client: Client | None = None
+        self._threads = _Threads()
+
+    def call(self, work: Callable[[Client, Deadline], T], *, budget_seconds: float | None = None) -> T:
+        """The result of `work`, which may run twice, or a CacheError, within the budget."""
+        self._breaker.check()
+        deadline = Deadline(self._budget_seconds if budget_seconds is None else budget_seconds)
+        future = self._threads.submit(lambda: self._try_twice(work, deadline))
+        try:
+            while not future.done() and deadline.left_seconds:  # which grows meanwhile
+                wait([future], timeout=deadline.left_seconds)
+            result = future.result(timeout=0)
+        except Exception as exc:
+            future.cancel()
+            error = self._translated(exc, deadline)
+            if isinstance(error, StoreUnavailable):
+                self._breaker.failed(str(error))
+            else:
+                self._breaker.succeeded()  # it answered
+            if error is exc:
+                raise
+            raise error from exc
+        self._breaker.succeeded()
+        return result
+
+    def run(
+        self,
+        commands: Sequence[Command],
+        is_valid: IsValid,
+        max_chunk: int = 1,
+        *,
+        chunk_bytes: int | None = None,
+        budget_seconds: float | None = None,
+        node: Any = None,
+    ) -> list[Any]:
+        """Replies in order. One that says that a key is of another type stays in its place; errors are raised.
+
+        Args:
+            is_valid: whether a reply, as redis-py gives it, can be one to these commands.
+            chunk_bytes: keep the replies of a chunk near this size, estimated from earlier ones.
+            budget_seconds: None: the link's.
+            node: of a cluster, for commands without a key.
+        """
+
+        def work(client: Client, deadline: Deadline) -> list[Any]:
+            if node is not None:
+                client = client.get_redis_connection(node)
+            results: list[Any] = []
+            num_bytes = 0
+            while len(results) < len(commands):
+                deadline.check()
+                chunk = max_chunk
+                if chunk_bytes is not None:
+                    fitting = chunk_bytes * len(results) // max(num_bytes, 1) if results else _FIRST_CHUNK
+                    chunk = min(max(fitting, 1), max_chunk)
+                replies = _exchange(client, commands[len(results) : len(results) + chunk], is_valid)
+                num_bytes += sum(len(reply) for reply in replies if isinstance(reply, bytes))
+                results.extend(replies)
+            return results
+
+        return self.call(work, budget_seconds=budget_seconds) if commands else []
+
+    def primaries(self, budget_seconds: float | None = None) -> list[Any]:
+        """The primaries of a cluster, as `node`s of `run`; [None] for a single server."""
+        if not self._address.is_cluster:
+            return [None]
+        nodes: list[Any] = self.call(lambda client, _: client.get_primaries(), budget_seconds=budget_seconds)
+        return nodes
+
+    def reconnect(self) -> None:
+        """Drop the connections, so that the next call is made on fresh ones."""
+        self._forget(self._client)
+
+    def close(self) -> None:
+        self._threads.close()
+        with self._lock:
+            client, self._client = self._client, None
+        if client is not None:
+            client.close()
+
+    def _try_twice(self, work: Callable[[Client, Deadline], T], deadline: Deadline) -> T:
+        client = None
+        with bounded(deadline):
+            try:
+                deadline.check()
+                client = self._connected()
+                return work(client, deadline)
+            except Exception as exc:
+                # After a restart every pooled connection is dead, a stream that is out of step stays so, and a replica
+                # that takes no writes may have been replaced behind its name: reconnect.
+                if not _is_settled(exc):
+                    self._forget(client)
+                    if deadline.left_seconds:
+                        return work(self._connected(), deadline)
+                raise
+
+    def _connected(self) -> Client:
+        with self._lock:
+            client = self._client
+        if client is None:
+            # A cluster answers here: not under the lock, where every other call would wait.
+            client = connect(self._address, self._budget_seconds, self._tls_ca_file)
+            with self._lock:
+                if self._client is None:
+                    self._client = client
+                client = self._client
+        return client
+
+    def _forget(self, client: Client) -> None:
+        with self._lock:
+            is_current = client is not None and client is self._client
+            if is_current:
+                self._client = None
+        if not is_current:
+            return
+        nodes = client.get_nodes() if self._address.is_cluster else []
+        for one in [node.redis_connection for node in nodes] if nodes else [client]:
+            if one is not None:
+                one.connection_pool.disconnect(inuse_connections=False)  # those of other calls may be in step
+
+    def _translated(self, exc: Exception, deadline: Deadline) -> Exception:
+        """The CacheError for what redis-py, the network or a reply raised."""
+        if isinstance(exc, CacheError):
+            return exc
+        where = self._address
+        if isinstance(exc, redis.exceptions.RedisClusterException) and isinstance(exc.__cause__, Exception):
+            return self._translated(exc.__cause__, deadline)  # it only says that no node answered
+        if isinstance(exc, TimeoutError | redis.TimeoutError):
+            return StoreUnavailable(f"{where}: no answer within {deadline.budget_seconds:g} s")
+        code = _code(exc)
+        if code in _ERRORS:
+            kind, meaning = _ERRORS[code]
+            return kind(f"{where}: {code}: the server {meaning}")
+        if _is_denied(exc):
+            return StoreAccessDenied(f"{where}: the server does not accept the user name or password")
+        if isinstance(exc, redis.ResponseError | redis.exceptions.ClusterError):
+            named = f" ({code})" if re.fullmatch("[A-Z]{2,20}", code) else ""
+            return StoreUnavailable(f"{where}: the server refused a command{named}")
+        is_network = isinstance(exc, redis.ConnectionError | redis.exceptions.RedisClusterException | OSError)
+        if is_network and not isinstance(exc, redis.AuthenticationError):
+            return StoreUnavailable(f"{where}: {self._public_text(exc)}")
+        if not isinstance(exc, Malformed | redis.RedisError):
+            shown = exc if log.isEnabledFor(logging.DEBUG) else None  # a hostile server can make many and long ones
+            log.warning("%s: a reply could not be read: %s", where, type(exc).__name__, exc_info=shown)
+        return StoreUnavailable(f"{where}: the server's replies are malformed or out of step")
+
+    def _public_text(self, exc: Exception) -> str:
+        """The text of a network error: one line, without the secrets of the URL."""
+        text = "".join(char if char.isprintable() else " " for char in str(exc))[:_MAX_ERROR_CHARS]
+        for secret in (self._address.password, self._address.username):
+            text = text.replace(secret, "***") if secret else text
+        return text
+
+
+def _code(exc: Exception) -> str:
+    """The first word of an error reply; "" for what is none."""
+    if not isinstance(exc, redis.RedisError):
+        return ""
+    return exc.status_code or (str(exc).partition(" ")[0] if isinstance(exc, redis.ResponseError) else "")
+
+
+def _is_settled(exc: Exception) -> bool:
+    """Whether fresh connections would give the same answer."""
+    if isinstance(exc, redis.ReadOnlyError):
+        return False
+    return _is_denied(exc) or isinstance(exc, redis.ResponseError | redis.exceptions.BusyLoadingError | CacheError)
+
+
+def _is_denied(exc: Exception) -> bool:
+    # redis-py raises it without a code where the reply to AUTH was no reply to AUTH.
+    return isinstance(exc, redis.AuthenticationError | redis.exceptions.AuthorizationError) and bool(exc.status_code)
+
+
+def _exchange(client: Client, commands: Sequence[Command], is_valid: IsValid) -> list[Any]:
+    """Replies to one round trip, in step with the commands.
+
+    An ECHO of a new token ends what is sent to each node: a reply too many or too few before it, also a leftover of an
+    earlier call, puts another reply in its place. Otherwise a shifted nil would read as a missing passage.
+    """
+    pipeline = client.pipeline(transaction=False)
+    for command in commands:
+        pipeline.execute_command(*command)
+    token = os.urandom(8).hex().encode()
+    if hasattr(client, "get_node_from_key"):
+        for node in {node.name: node for node in (client.get_node_from_key(key) for _, key, *_ in commands)}.values():
+            pipeline.execute_command("ECHO", token, target_nodes=[node])
+    else:
+        pipeline.execute_command("ECHO", token)
+    replies: list[Any] = pipeline.execute(raise_on_error=False)
+    results, echoes = replies[: len(commands)], replies[len(commands) :]
+    if not echoes or not all(_is_echo(reply, token) for reply in echoes):
+        raise Malformed("the stream of replies is out of step")
+    for reply in results:
+        if isinstance(reply, Exception) and not _is_wrong_type(reply):
+            raise reply
+    for reply in results:
+        if not _is_wrong_type(reply) and not is_valid(reply):
+            raise Malformed(f"a reply of type {type(reply).__name__}")
+    return results
+
+
+def _is_wrong_type(reply: object) -> bool:
+    """Whether a key holds another type of value than the command is for."""
+    return isinstance(reply, redis.ResponseError) and str(reply).startswith("WRONGTYPE")
+
+
+def _is_echo(reply: object, token: bytes) -> bool:
+    # The reply to a user or proxy without ECHO, which looks like no other reply here.
+    if isinstance(reply, redis.ResponseError):
+        return reply.status_code == "NOPERM" or "unknown command" in str(reply).lower()
+    if isinstance(reply, Exception):
+        raise reply
+    return reply in (token, token.decode())
