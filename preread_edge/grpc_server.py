@@ -1,18 +1,20 @@
-"""Gives every gRPC call its id, bounds how many run, says afterwards how it went. Knows gRPC; not who listens.
+"""The gRPC port of either server: the way of every call to its method, limits, and the services of every port.
 
-The id comes in x-request-id, or is made here, and goes back in the trailing metadata of every
-answer, errors too.
-
-Common parts of both servers' gRPC ports: interceptors in their order, limits, and the services of every port.
+A call gets its id (from x-request-id, or random; it goes back in the trailing metadata) and is counted, its key is
+checked, its message parsed, and its method run. Keys come before messages: every method reads raw bytes from a stream,
+unary ones too, which look the same on the wire. An error of preread.errors ends the call with its status and details,
+any other with INTERNAL; the text of an exception never leaves the server.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import inspect
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 import grpc
@@ -20,19 +22,24 @@ from google.protobuf import descriptor_pb2, descriptor_pool
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
-from preread_edge import logs as calls
-from preread_edge import rpc
-from preread_edge.keys import AccessInterceptor, ApiKeys
-from preread_edge.logs import fields
-from preread_edge.messages import MessageInterceptor
-from preread_edge.rpc import function_of, replaced
+from preread.errors import DeadlineExceeded, InvalidRequest, Overloaded, PrereadError, ServerError
+from preread_edge import logs, rpc
+from preread_edge.keys import OPEN, ApiKeys, bearer, scopes_of
+from preread_edge.messages import INVALID_MESSAGE, parsed
 
 log = logging.getLogger(__name__)
 
 REQUEST_ID = "x-request-id"
 RETRY_SECONDS = 1.0
-# Probes and descriptions would drown what matters.
-_OURS = ("/preread.", "/tei.")
+MESSAGE_SECONDS = 120.0  # until the message of a unary call is complete; a stalled caller would hold a place
+REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
+SPARE = 8
+IDLE_SECONDS = 600  # a connection without a call is closed then; clients open another when they need one
+# Of keepalive pings that come closer together, a connection is closed at the third. Clients send one every ten seconds
+# at most, by gRPC's own advice; networks bring some of them closer together.
+PING_SECONDS = 5.0
+# Calls that are counted and logged; probes and descriptions would drown them.
+_COUNTED = ("/preread.", "/tei.")
 
 # method as Service/Method, name of the status, seconds
 OnCall = Callable[[str, str, float], None]
@@ -41,19 +48,24 @@ OnCall = Callable[[str, str, float], None]
 def log_call(method: str, code: str, seconds: float) -> None:
     """One log line per call; Describe, which servers call every few seconds, has none by default."""
     level = logging.DEBUG if method.endswith("/Describe") and code == "OK" else logging.INFO
-    log.log(level, "call", extra=fields(method=method, code=code, seconds=round(seconds, 6)))
+    log.log(level, "call", extra=logs.fields(method=method, code=code, seconds=round(seconds, 6)))
 
 
-class ObservingInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in grpc-stubs only
-    """The outermost interceptor, so that refusals have ids and are counted too."""
+class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in grpc-stubs only
+    """The way of every call to its method."""
 
-    def __init__(self, *on_call: OnCall, max_calls: int) -> None:
+    def __init__(
+        self, keys: ApiKeys, on_call: Sequence[OnCall], *, max_calls: int, message_seconds: float = MESSAGE_SECONDS
+    ) -> None:
         """
         Args:
             max_calls: at once; more are RESOURCE_EXHAUSTED. Probes are not counted.
+            message_seconds: a unary call whose message is not complete by then is DEADLINE_EXCEEDED.
         """
+        self._keys = keys
         self._on_call = on_call
         self._max_calls = max_calls
+        self._message_seconds = message_seconds
         self._num_calls = 0
 
     async def intercept_service(
@@ -61,36 +73,68 @@ class ObservingInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
-        method = str(handler_call_details.method)
-        if not method.startswith(_OURS):
-            return await continuation(handler_call_details)
-        metadata = dict(handler_call_details.invocation_metadata or ())
-        # Before the inner interceptors, so that what they log has the id.
-        request_id, traceparent = (str(metadata.get(name, "")) for name in (REQUEST_ID, "traceparent"))
-        call = calls.begin(request_id, traceparent, method.removeprefix("/"))
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
-        function = function_of(handler)
-        short = method.rpartition("/")[0].rpartition(".")[2] + "/" + method.rpartition("/")[2]
+        method = str(handler_call_details.method)
+        serialize = handler.response_serializer
 
-        async def observed(request: Any, context: Any) -> Any:
-            with self._observed(short, call, context):
-                await self._admit(context)
-                return await function(request, context)
+        async def call(raw: AsyncIterator[bytes], context: Any) -> Any:
+            with self._counted(method, context) if method.startswith(_COUNTED) else contextlib.nullcontext():
+                try:
+                    return await self._run(method, handler, raw, context)
+                except PrereadError as error:
+                    await _end(context, method, error)
+                except grpc.aio.BaseError:  # the call has ended: by abort, or because the caller left
+                    raise
+                except Exception:
+                    log.exception("%s: unexpected error", method)
+                    message = "internal error; the server's log has it under this call's x-request-id"
+                    await rpc.abort_with(context, ServerError(message, code="INTERNAL", reason="INTERNAL"))
 
-        return replaced(handler, observed)
+        def serialized(response: Any) -> bytes:
+            data: bytes = response if isinstance(response, bytes) else serialize(response)
+            return data
 
-    async def _admit(self, context: Any) -> None:
-        if self._num_calls > self._max_calls:
-            message = f"too many calls at once; the limit is {self._max_calls}"
-            await rpc.abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, message, rpc.retry_after(RETRY_SECONDS))
+        if handler.response_streaming:
+            return grpc.stream_stream_rpc_method_handler(call, None, serialized)
+        return grpc.stream_unary_rpc_method_handler(call, None, serialized)
+
+    async def _run(self, method: str, handler: Any, raw: AsyncIterator[bytes], context: Any) -> Any:
+        if self._num_calls > self._max_calls and method.startswith(_COUNTED):
+            raise Overloaded(f"too many calls at once; the limit is {self._max_calls}", RETRY_SECONDS)
+        if self._keys.required and not method.startswith(OPEN):
+            metadata = dict(context.invocation_metadata() or ())
+            self._keys.check(bearer(str(metadata.get("authorization", ""))), scopes_of(method), method)
+        messages = parsed(raw, handler.request_deserializer)
+        request = messages if handler.request_streaming else await self._only(messages)
+        response = _function(handler)(request, context)
+        if not inspect.isasyncgen(response):
+            return await response
+        async with aclosing(response):
+            async for message in response:
+                await context.write(message)
+        return None
+
+    async def _only(self, messages: AsyncIterator[Any]) -> Any:
+        """The message of a unary call."""
+        try:
+            async with asyncio.timeout(self._message_seconds):
+                return await anext(messages)
+        except StopAsyncIteration:
+            message = "the call ended without a message; expected one"
+            raise InvalidRequest.received(message, reason=INVALID_MESSAGE) from None
+        except TimeoutError:
+            message = f"no whole message within {self._message_seconds:g} s; expected one"
+            raise DeadlineExceeded(message, reason=INVALID_MESSAGE) from None
 
     @contextmanager
-    def _observed(self, method: str, call: calls.Call, context: Any) -> Iterator[None]:
-        started = time.monotonic()
+    def _counted(self, method: str, context: Any) -> Iterator[None]:
+        metadata = dict(context.invocation_metadata() or ())
+        request_id, traceparent = (str(metadata.get(name, "")) for name in (REQUEST_ID, "traceparent"))
+        call = logs.begin(request_id, traceparent, method.removeprefix("/"))
         context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
-        code = "UNKNOWN"
+        started, code = time.monotonic(), "UNKNOWN"
         self._num_calls += 1
         try:
             yield
@@ -103,8 +147,33 @@ class ObservingInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg
             raise
         finally:
             self._num_calls -= 1
+            service, _, name = method.rpartition("/")
             for on_call in self._on_call:
-                on_call(method, code, time.monotonic() - started)
+                on_call(f"{service.rpartition('.')[2]}/{name}", code, time.monotonic() - started)
+
+
+async def _end(context: Any, method: str, error: PrereadError) -> None:
+    try:
+        await rpc.abort_with(context, error)
+    except grpc.aio.AbortError:
+        if error.reason == INVALID_MESSAGE:
+            log.warning("%s: %s", method, error)
+        raise
+    except grpc.aio.InternalError:
+        if error.reason != INVALID_MESSAGE:
+            raise
+        # gRPC has ended the call already, and shows its messages as none: one was over the limit, or not as its
+        # compression says. Nothing more can be sent.
+        context.set_code(grpc.StatusCode.RESOURCE_EXHAUSTED)
+        log.warning("%s: a message is over the size limit or badly compressed", method)
+        raise asyncio.CancelledError from None
+
+
+def _function(handler: Any) -> Callable[..., Any]:
+    """The method of a service behind a handler of its shape."""
+    shape = (handler.request_streaming, handler.response_streaming)
+    function: Callable[..., Any] = getattr(handler, "_".join("stream" if one else "unary" for one in shape))
+    return function
 
 
 def _code(context: Any, default: str) -> str:
@@ -114,14 +183,6 @@ def _code(context: Any, default: str) -> str:
         return number.name
     names = {status.value[0]: status.name for status in grpc.StatusCode}
     return names.get(number, default) if number else default
-
-
-REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
-SPARE = 8
-IDLE_SECONDS = 600  # a connection without a call is closed then; clients open another when they need one
-# Of keepalive pings that come closer together, a connection is closed at the third. Clients send one every ten seconds
-# at most, by gRPC's own advice; networks bring some of them closer together.
-PING_SECONDS = 5.0
 
 
 def make_server(
@@ -142,12 +203,7 @@ def make_server(
     """
     logging.getLogger("grpc._cython.cygrpc").addFilter(_ended_by_grpc)  # adding it again changes nothing
     return grpc.aio.server(
-        # The outermost first: every call is counted, then its key is checked, and only then is a message read.
-        interceptors=(
-            ObservingInterceptor(*on_call, max_calls=max_calls),
-            AccessInterceptor(keys),
-            MessageInterceptor(),
-        ),
+        interceptors=[CallInterceptor(keys, on_call, max_calls=max_calls)],
         options=[
             ("grpc.max_receive_message_length", max_request_bytes),
             ("grpc.max_send_message_length", max_response_bytes),

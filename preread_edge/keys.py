@@ -1,35 +1,30 @@
-"""API keys and what each may do. Holds digests only; knows no transport.
+"""API keys: what each may do, and who may call which gRPC method or HTTP path. Holds digests only.
 
-A line of a key file is `SCOPES KEY`, scopes with commas between them; # starts a comment. On the
-command line and in the environment a key is `SCOPES:KEY`, or KEY alone, which may do everything.
-
-Turns away gRPC calls that bring no key, or one that may not do this. Knows which method needs which scope.
-
-Health and reflection are open: probes carry no keys, and the services are described in the repository anyway.
-
-API keys as ASGI middleware: the same keys and scopes as the gRPC interceptor's.
-
-Knows no framework; which path needs which scope, and what a refusal looks like, is the application's.
+A line of a key file is `SCOPES KEY`, scopes with commas between them; # starts a comment. On the command line and in
+the environment a key is `SCOPES:KEY`, or KEY alone, which may do everything.
 """
 
 from __future__ import annotations
 
 import hmac
 import logging
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import grpc
-
 from preread.channel import listens_on_loopback
-from preread_edge import rpc
-from preread_edge.rpc import replaced
+from preread.errors import PermissionDenied, PrereadError, Unauthenticated
+
+log = logging.getLogger(__name__)
 
 MIN_KEY_LENGTH = 16  # shorter ones can be guessed
+# Health and reflection need no key: probes carry none, and the services are described in the repository anyway.
+OPEN = ("/grpc.health.v1.", "/grpc.reflection.v1")
+
+App = Callable[[Any, Any, Any], Awaitable[None]]  # of ASGI
 
 
 class Scope(Enum):
@@ -75,6 +70,23 @@ class ApiKeys:
             if hmac.compare_digest(digest, key.digest):
                 found = key
         return found
+
+    def check(self, presented: str, scopes: Iterable[Scope], target: str) -> None:
+        """Let a call of `target` pass if the key has any one of the scopes.
+
+        Raises:
+            Unauthenticated: no key, or an unknown one.
+            PermissionDenied: a key without the scopes.
+        """
+        key = self.find(presented)
+        if key is None:
+            log.warning("a call of %s without a known key", target)
+            message = "the API key is missing or not one of this server; expected Authorization: Bearer KEY"
+            raise Unauthenticated(message, reason="API_KEY_REQUIRED")
+        if not key.may(*scopes):
+            needed = " or ".join(scope.value for scope in scopes)
+            log.warning("key %s may not call %s", key.key_id, target)
+            raise PermissionDenied(f"this key lacks the scope {needed}, which {target} needs", reason="SCOPE_REQUIRED")
 
     def __add__(self, other: ApiKeys) -> ApiKeys:
         return ApiKeys(self.keys + other.keys)
@@ -161,10 +173,7 @@ def refuse_control_tokens(host: str, keys: ApiKeys) -> None:
         )
 
 
-log = logging.getLogger(__name__)
-
-OPEN = ("/grpc.health.v1.", "/grpc.reflection.v1")
-# The last matching beginning decides; what is not listed needs a key that may do everything.
+# The last matching beginning decides; a method that is not listed needs a key that may do everything.
 SCOPES: dict[str, tuple[Scope, ...]] = {
     "/preread.v1.RerankService/": (Scope.RERANK,),
     "/tei.v1.": (Scope.RERANK,),
@@ -176,98 +185,43 @@ SCOPES: dict[str, tuple[Scope, ...]] = {
 
 
 def scopes_of(method: str) -> tuple[Scope, ...]:
-    """Any one of these lets a key call the method."""
+    """The scopes of which any one lets a key call the gRPC method."""
     return next((scopes for start, scopes in reversed(SCOPES.items()) if method.startswith(start)), (Scope.ADMIN,))
 
 
-class AccessInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in grpc-stubs only
-    """UNAUTHENTICATED without a known key, PERMISSION_DENIED without the scope."""
-
-    def __init__(self, keys: ApiKeys) -> None:
-        self._keys = keys
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
-        handler = await continuation(handler_call_details)
-        method = str(handler_call_details.method)
-        if handler is None or not self._keys.required or method.startswith(OPEN):
-            return handler
-        metadata = dict(handler_call_details.invocation_metadata or ())
-        key = self._keys.find(bearer(str(metadata.get("authorization", ""))))
-        if key is None:
-            log.warning("a call of %s without a known key", method)
-            return _refusing(
-                handler,
-                grpc.StatusCode.UNAUTHENTICATED,
-                "API_KEY_REQUIRED",
-                "authorization is missing or not a key of this server; expected Bearer KEY",
-            )
-        scopes = scopes_of(method)
-        if not key.may(*scopes):
-            needed = " or ".join(scope.value for scope in scopes)
-            log.warning("key %s may not call %s", key.key_id, method)
-            return _refusing(
-                handler,
-                grpc.StatusCode.PERMISSION_DENIED,
-                "SCOPE_REQUIRED",
-                f"this key has not the scope {needed}, which {method} needs",
-            )
-        return handler
-
-
-def _refusing(handler: Any, code: grpc.StatusCode, reason: str, message: str) -> Any:
-    async def refuse(_: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        await rpc.abort(context, code, message, rpc.error_info(reason))
-
-    return replaced(handler, refuse)
-
-
-AsgiMessage = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[AsgiMessage]]
-Send = Callable[[AsgiMessage], Awaitable[None]]
-App = Callable[[AsgiMessage, Receive, Send], Awaitable[None]]
-
-# (method, path) -> any one of these scopes; an empty tuple: open to everyone
-ScopesOf = Callable[[str, str], tuple[Scope, ...]]
-# (status, message) -> the application that answers so
-Refuse = Callable[[int, str], App]
-
-
 class AccessMiddleware:
-    """401 without a known key, 403 without the scope. Without keys everything passes."""
+    """ASGI: 401 without a known key, 403 without the scope. Without keys everything passes."""
 
-    def __init__(self, app: App, keys: ApiKeys, scopes_of: ScopesOf, refuse: Refuse) -> None:
+    def __init__(
+        self,
+        app: App,
+        keys: ApiKeys,
+        scopes_of: Callable[[str, str], tuple[Scope, ...]],
+        refuse: Callable[[int, str], App],
+    ) -> None:
+        """
+        Args:
+            scopes_of: (method, path) -> any one of these scopes; an empty tuple: open to everyone.
+            refuse: (status, message) -> the application that answers so.
+        """
         self._app = app
         self._keys = keys
         self._scopes_of = scopes_of
         self._refuse = refuse
 
-    async def __call__(self, scope: AsgiMessage, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         app = self._app
         if scope["type"] == "http" and self._keys.required:
             needed = self._scopes_of(scope["method"], scope["path"])
-            if needed:
-                app = self._checked(scope, needed)
+            # api-key: what a few clients send in place of a bearer token
+            key = bearer(_header(scope, b"authorization")) or _header(scope, b"api-key") or _header(scope, b"x-api-key")
+            try:
+                if needed:
+                    self._keys.check(key, needed, f"{scope['method']} {scope['path']}")
+            except PrereadError as error:
+                app = self._refuse(401 if isinstance(error, Unauthenticated) else 403, str(error))
         await app(scope, receive, send)
 
-    def _checked(self, scope: AsgiMessage, needed: tuple[Scope, ...]) -> App:
-        # api-key: what a few clients send in place of a bearer token
-        presented = bearer(header(scope, b"authorization")) or header(scope, b"api-key") or header(scope, b"x-api-key")
-        key = self._keys.find(presented)
-        if key is None:
-            log.warning("a request of %s without a known key", scope["path"])
-            expected = "expected Authorization: Bearer KEY"
-            return self._refuse(401, f"the API key is missing or not one of this server; {expected}")
-        if not key.may(*needed):
-            names = " or ".join(one.value for one in needed)
-            log.warning("key %s may not %s %s", key.key_id, scope["method"], scope["path"])
-            return self._refuse(403, f"this key has not the scope {names}, which this needs")
-        return self._app
 
-
-def header(scope: AsgiMessage, name: bytes) -> str:
-    """The first header of that (lower-case) name, or ""."""
+def _header(scope: Any, name: bytes) -> str:
     return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), "")

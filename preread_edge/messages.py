@@ -1,115 +1,31 @@
-"""One place where bytes of a gRPC call become messages, on every method of both servers.
-
-Every method reads raw bytes from a stream, unary ones too, so a key is checked and a call counted before its first
-byte is read. Then, per message: bounds of its structure, and parsing. An error here or in the method's own code
-ends the call with a status, and never with the text of an exception.
-"""
+"""Bytes of a gRPC call to messages and back; long ones in steps, so that others get their turn."""
 
 from __future__ import annotations
 
-import asyncio
 import functools
-import inspect
-import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
-import grpc
 from google.protobuf.message import DecodeError, Message
 
-from preread_edge import rpc
-from preread_edge.rpc import function_of, reading_raw
+from preread.errors import InvalidRequest
 from preread_edge.steps import SMALL_BYTES, Pace, Step, stepped
 
-log = logging.getLogger(__name__)
-
 MAX_FIELDS = 250_000  # of a message, those of its submessages too: of a candidate, three
+INVALID_MESSAGE = "INVALID_MESSAGE"  # reason of an error about bytes, not about fields
 _SIZES = {1: 8, 3: 0, 4: 0, 5: 4}  # by wire type, of what needs no look at the bytes
-MESSAGE_SECONDS = 120.0  # until the message of a unary call is complete; a caller who stalls would hold a place
 
 
-class InvalidMessage(Exception):  # noqa: N818
-    """A message that is not parsed, or cannot be. The text goes to the caller."""
-
-    def __init__(self, message: str, code: grpc.StatusCode = grpc.StatusCode.INVALID_ARGUMENT) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-class MessageInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in grpc-stubs only
-    """The innermost interceptor. INVALID_ARGUMENT for what is no message, INTERNAL for an exception of the method."""
-
-    def __init__(self, *, message_seconds: float = MESSAGE_SECONDS) -> None:
-        """
-        Args:
-            message_seconds: a unary call whose message is not complete by then is DEADLINE_EXCEEDED.
-        """
-        self._message_seconds = message_seconds
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
-        handler = await continuation(handler_call_details)
-        if handler is None:
-            return None
-        method = str(handler_call_details.method)
-        function = function_of(handler)
-
-        async def call(raw: AsyncIterator[bytes], context: Any) -> Any:
-            try:
-                messages = _parsed(raw, handler.request_deserializer)
-                request = messages if handler.request_streaming else await self._only(messages)
-                answer = function(request, context)
-                if not inspect.isasyncgen(answer):
-                    return await answer
-                async with aclosing(answer):
-                    async for response in answer:
-                        await context.write(response)
-            except InvalidMessage as exc:
-                await _refuse(context, method, exc)
-            except grpc.aio.BaseError:  # the call has ended: by abort, or because the caller left
-                raise
-            except Exception:
-                log.exception("%s: unexpected error", method)
-                message = "internal error; the server's log has it under this call's x-request-id"
-                await rpc.abort(context, grpc.StatusCode.INTERNAL, message, rpc.error_info("INTERNAL"))
-
-        return reading_raw(handler, call)
-
-    async def _only(self, messages: AsyncIterator[Any]) -> Any:
-        try:
-            async with asyncio.timeout(self._message_seconds):
-                return await anext(messages)
-        except StopAsyncIteration:
-            raise InvalidMessage("the call ended without a message; expected one") from None
-        except TimeoutError:
-            message = f"no whole message within {self._message_seconds:g} s; expected one"
-            raise InvalidMessage(message, grpc.StatusCode.DEADLINE_EXCEEDED) from None
-
-
-async def _parsed(raw: AsyncIterator[bytes], parse: Callable[[bytes], Any] | None) -> AsyncIterator[Any]:
+async def parsed(raw: AsyncIterator[bytes], parse: Callable[[bytes], Any] | None) -> AsyncIterator[Any]:
+    """
+    Raises:
+        InvalidRequest: bytes that are no message, or one of too many fields.
+    """
     async for data in raw:
         if len(data) <= SMALL_BYTES or parse is None:
             yield _parse(data, parse)
         else:
             yield await stepped(_parse_large, data, parse)
-
-
-async def _refuse(context: Any, method: str, error: InvalidMessage) -> None:
-    try:
-        await rpc.abort(context, error.code, str(error), rpc.error_info("INVALID_MESSAGE"))
-    except grpc.aio.AbortError:
-        log.warning("%s: %s", method, error)
-        raise
-    except grpc.aio.InternalError:
-        # gRPC has ended the call already, and shows its messages as none: one was over the limit, or not as its
-        # compression says. Nothing more can be sent.
-        context.set_code(grpc.StatusCode.RESOURCE_EXHAUSTED)
-        log.warning("%s: a message is over the size limit or badly compressed", method)
-        raise asyncio.CancelledError from None
 
 
 def _parse_large(step: Step, data: bytes, parse: Callable[[bytes], Any]) -> Any:
@@ -124,7 +40,7 @@ def _count_fields(step: Step, data: bytes, described: Any) -> None:
     Ends quietly where the bytes are no message: parsing ends there too.
 
     Raises:
-        InvalidMessage: more than MAX_FIELDS.
+        InvalidRequest: more than MAX_FIELDS.
     """
     num_fields = 0
     at, end, nested = 0, len(data), _nested(described)
@@ -138,7 +54,7 @@ def _count_fields(step: Step, data: bytes, described: Any) -> None:
             num_fields += 1
             if num_fields > MAX_FIELDS:
                 text = f"a message has more than {MAX_FIELDS:,} fields; expected at most that, in all it holds"
-                raise InvalidMessage(text)
+                raise InvalidRequest.received(text, reason=INVALID_MESSAGE)
             if not num_fields % 500:
                 step()
             key, at = _varint(data, at)
@@ -199,4 +115,5 @@ def _parse(data: bytes, parse: Callable[[bytes], Any] | None) -> Any:
     except DecodeError:
         described = getattr(getattr(parse, "__self__", None), "DESCRIPTOR", None)
         expected = getattr(described, "full_name", "protobuf")
-        raise InvalidMessage(f"a message of {len(data)} bytes cannot be parsed; expected {expected}") from None
+        message = f"a message of {len(data)} bytes cannot be parsed; expected {expected}"
+        raise InvalidRequest.received(message, reason=INVALID_MESSAGE) from None

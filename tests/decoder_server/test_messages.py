@@ -18,9 +18,8 @@ from encoder_worker.config import EncoderConfig
 from encoder_worker.server import EncoderServer
 from preread.tei.v1 import tei_pb2
 from preread.v1 import encoder_pb2, rerank_pb2, rerank_pb2_grpc
-from preread_edge.grpc_server import make_server
+from preread_edge.grpc_server import CallInterceptor, make_server
 from preread_edge.keys import ApiKeys, parse_keys
-from preread_edge.messages import MessageInterceptor
 
 KEY = "rules-key-0123456789"
 WITH_KEY = (("authorization", f"Bearer {KEY}"),)
@@ -92,7 +91,7 @@ async def test_bytes_that_are_no_message(servers, caplog, kind: str, method: Met
             assert ended == f"INVALID_ARGUMENT {expected}"
     assert count(server, method, "UNAUTHENTICATED") == count(server, method, "INVALID_ARGUMENT") == len(cases)
     warned = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert [record.name for record in warned] == ["preread_edge.messages"] * len(cases)
+    assert [record.name for record in warned] == ["preread_edge.grpc_server"] * len(cases)
     assert not any(record.exc_info or "\n" in record.getMessage() for record in warned)
 
 
@@ -202,7 +201,7 @@ async def test_the_text_of_an_exception_stays_inside(failing, caplog, refused) -
 
 
 async def test_a_unary_call_has_to_bring_its_message() -> None:
-    server = grpc.aio.server(interceptors=[MessageInterceptor(message_seconds=0.1)])
+    server = grpc.aio.server(interceptors=[CallInterceptor(ApiKeys(), [], max_calls=10, message_seconds=0.1)])
     rerank_pb2_grpc.add_RerankServiceServicer_to_server(Failing(), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
