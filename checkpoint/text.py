@@ -1,17 +1,17 @@
 """Text to token ids, with the checkpoint's templates, limits and answer tokens.
 
-Texts from outside are neutralised: where a query or passage spells a control token
-(`<end_of_turn>`), it is tokenized as plain text, so it cannot open a turn of its own.
-Text without such spelling gets exactly the ids of tokenizing the filled template as a whole,
-which is what the reference does. Does not know the model.
+Texts from outside are neutralised: a control token spelled in a query or passage (`<end_of_turn>`) is tokenized as plain
+text, so it cannot open a turn. Text without such spelling gets exactly the ids of the filled template, tokenized as a
+whole, which is what the reference does.
 """
 
 from __future__ import annotations
 
 import re
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
 
@@ -23,10 +23,10 @@ from checkpoint.settings import CheckpointSettings
 
 # No two begin alike in any script or spelling a tokenizer might join with what stands before them.
 UNLIKE_QUERIES = ("a", "The", "1", "(", "é", "中")
-# Characters looked at first for a token: most texts have one among them.
-PROBE_CHARACTERS = 64
-# Instructions whose beginnings are remembered.
-MAX_PREFIXES = 1024
+PROBE_CHARACTERS = 64  # looked at first for a token: most texts have one among them
+MAX_PREFIXES = 1024  # instructions whose shared beginning is remembered
+
+TextPart = list[tuple[str, str | None]]  # literal text and the field behind it, if any
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,44 @@ class TokenizedPrompt:
         return len(self.ids)
 
 
+class Tokenizers:
+    """One tokenizer twice: `exact` as published, `plain` with control tokens switched off.
+
+    The switch is state of the object, so one object with a toggle would race between threads.
+    """
+
+    def __init__(self, state: str, *, min_control_chars: int = 1) -> None:
+        """
+        Args:
+            state: tokenizer.json.
+            min_control_chars: shorter special tokens are no control tokens: texts may spell them.
+        """
+        self.exact, self.plain = Tokenizer.from_str(state), Tokenizer.from_str(state)
+        for each in (self.exact, self.plain):
+            each.no_truncation()
+            each.no_padding()
+        self.plain.encode_special_tokens = True
+        special = {token.content: id_ for id_, token in self.exact.get_added_tokens_decoder().items() if token.special}
+        self.control_ids = {text: id_ for text, id_ in special.items() if len(text) >= min_control_chars}
+        self.controls = any_of(self.control_ids)
+
+    def spells_control(self, texts: Iterable[str]) -> bool:
+        return any(self.controls.search(text) for text in texts)
+
+    def parts(self, template: str, *, guarded: bool) -> list[TextPart | str]:
+        """A template as parts to tokenize one by one: all of it, or with `guarded` cut at its own control tokens."""
+        part: TextPart = []
+        parts: list[TextPart | str] = [part]
+        for literal, name, _, _ in string.Formatter().parse(template):
+            position = 0
+            for match in self.controls.finditer(literal) if guarded else ():
+                part.append((literal[position : match.start()], None))
+                part, position = [], match.end()
+                parts += [match.group(), part]
+            part.append((literal[position:], name))
+        return parts
+
+
 class TextTokenizer:
     """A checkpoint's tokenizer together with its templates. Safe to use from several threads."""
 
@@ -64,38 +102,33 @@ class TextTokenizer:
         Raises:
             CheckpointError: no readable tokenizer, or an answer that is not one token.
         """
-        self._settings = settings
-        self._neutralise = neutralise
-        self._tokenizer = _load(directory / "tokenizer.json")
-        # The same tokenizer with control tokens switched off. The switch is state of the
-        # tokenizer object, so two objects rather than a toggle that threads would race on.
-        self._plain = _load(directory / "tokenizer.json")
-        self._plain.encode_special_tokens = True
-        added = self._tokenizer.get_added_tokens_decoder()
-        self._control_ids = {token.content: id_ for id_, token in added.items() if token.special}
-        self._controls = any_of(self._control_ids)
+        self._settings, self._neutralise = settings, neutralise
+        path = directory / "tokenizer.json"
+        try:
+            self._both = Tokenizers(path.read_text(encoding="utf-8"))
+        except Exception as exc:  # tokenizers raises bare Exception
+            raise CheckpointError(f"{path}: cannot be read as a tokenizer ({exc})") from exc
+        # For text from outside that stands alone.
+        self._reader = self._both.plain if neutralise else self._both.exact
         self.yes_id = self._answer_id(directory, "yes_token", settings.yes_token)
         self.no_id = self._answer_id(directory, "no_token", settings.no_token)
-        self._prefixes: Moka[str, list[int]] = Moka(MAX_PREFIXES)
-        no_passage = {"passage": ""}
-        self._no_passage = [  # ids of the template alone, in both ways that texts are read
-            self._encode(settings.passage_template, [no_passage])[0],
-            self._encode_guarded(settings.passage_template, no_passage),
-        ]
         if self.yes_id == self.no_id:
             raise CheckpointError(f"{directory}: yes_token and no_token are the same token {self.yes_id}")
+        self._prefixes: Moka[str, list[int]] = Moka(MAX_PREFIXES)
+        template, no_passage = settings.passage_template, {"passage": ""}
+        # Ids of the template alone, in both ways that texts are tokenized.
+        self._no_passage = [self._encode(template, [no_passage])[0], self._encode_guarded(template, no_passage)]
 
-    @property
+    @cached_property
     def max_id(self) -> int:
         """The largest id that a text can become.
 
         Gemma 3's tokenizer has a control token for images beyond the last row of the embedding; where
         control tokens in texts are read as plain text, no text becomes it.
         """
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        templates = self._settings.passage_template + self._settings.prompt_template
-        own = set(self._controls.findall(templates))
-        unreachable = self._control_ids.keys() - own if self._neutralise else set()
+        vocabulary = self._both.exact.get_vocab(with_added_tokens=True)
+        used = set(self._both.controls.findall(self._settings.passage_template + self._settings.prompt_template))
+        unreachable = self._both.control_ids.keys() - used if self._neutralise else set()
         return max(id_ for text, id_ in vocabulary.items() if text not in unreachable)
 
     def passages(self, texts: Sequence[str]) -> list[TokenizedPassage]:
@@ -107,8 +140,8 @@ class TextTokenizer:
     def is_empty(self, text: str) -> bool:
         """Whether a passage's text is empty: white space alone, or nothing that adds a token to the template's.
 
-        A tokenizer may drop what it does not know, so characters do not tell. Index, worker and server all ask
-        here: a text is empty for each of them or for none. It must be text that UTF-8 can hold.
+        A tokenizer may drop what it does not know, so characters do not tell. Index, worker and server all call
+        this: a text is empty for each of them or for none. It must be text that UTF-8 can hold.
         """
         text = text.strip()
         for part in dict.fromkeys((text[:PROBE_CHARACTERS], text)):
@@ -122,11 +155,11 @@ class TextTokenizer:
         The template's own tokens have an empty span. Empty where the text spells control tokens,
         because its tokens are then not those of one filled template.
         """
-        if self._neutralise and self._controls.search(text):
+        if self._neutralise and self._both.spells_control([text]):
             return []
         template = self._settings.passage_template
         first = len(template[: template.index("{passage}")].format())
-        offsets = encode(self._tokenizer, template.format(passage=text)).offsets
+        offsets = encode(self._both.exact, template.format(passage=text)).offsets
         clipped = [(max(0, begin - first), min(len(text), end - first)) for begin, end in offsets]
         return [(begin, end) if begin < end else (0, 0) for begin, end in clipped]
 
@@ -135,23 +168,19 @@ class TextTokenizer:
 
         Windows cover the text without gap or overlap; they break at token borders.
         """
-        limit = self._settings.max_passage_tokens
-        template_tokens = len(self._encode(self._settings.passage_template, [{"passage": ""}])[0])
-        offsets = encode(self._reader, text).offsets
+        limit, offsets = self._settings.max_passage_tokens, encode(self._reader, text).offsets
         windows: list[TokenizedPassage] = []
-        first = 0  # index of the window's first token; `begin` is where its text starts
-        begin = 0
+        first = begin = 0  # the window's first token, and where its text starts
         while True:
             # A window alone may need a token more than its share of the whole text: shrink until it fits.
-            size = max(1, limit - template_tokens)
+            size = self._room
             while True:
                 last = min(first + size, len(offsets))
                 end = len(text) if last == len(offsets) else offsets[last][0]
                 ids = self._encode(self._settings.passage_template, [{"passage": text[begin:end]}])[0]
                 if len(ids) <= limit or size == 1:
                     break
-                size -= max(1, len(ids) - limit)
-                size = max(size, 1)
+                size = max(1, size - (len(ids) - limit))
             windows.append(TokenizedPassage(ids[:limit], len(ids) > limit))
             if last == len(offsets):
                 return windows
@@ -163,13 +192,16 @@ class TextTokenizer:
         Args:
             max_tokens: at least 1; None: what fits under the passage template.
         """
-        if max_tokens is None:
-            template_tokens = len(self._encode(self._settings.passage_template, [{"passage": ""}])[0])
-            max_tokens = max(1, self._settings.max_passage_tokens - template_tokens)
+        max_tokens = max_tokens or self._room
         offsets = encode(self._reader, text).offsets
         if len(offsets) <= max_tokens:
             return text
         return text[offsets[-max_tokens][0] :] if keep_end else text[: offsets[max_tokens][0]]
+
+    @property
+    def _room(self) -> int:
+        """Tokens that the passage template leaves to a passage."""
+        return max(1, self._settings.max_passage_tokens - len(self._no_passage[0]))
 
     def prompt(self, query: str, instruction: str | None = None) -> TokenizedPrompt:
         """The decoder's prompt. The query is cut to `max_query_tokens`; the rest is never cut.
@@ -180,14 +212,12 @@ class TextTokenizer:
         """
         limit = self._settings.max_query_tokens
         query_ids = encode(self._reader, query).ids
-        truncated = len(query_ids) > limit
-        query = self._tokenizer.decode(query_ids[:limit], skip_special_tokens=False)
+        query = self._both.exact.decode(query_ids[:limit], skip_special_tokens=False)
         instruction = self._settings.default_instruction if instruction is None else instruction
-        fields = {"query": query, "instruction": instruction}
-        ids = self._encode(self._settings.prompt_template, [fields])[0]
-        prefix = self._prefix(fields["instruction"])
+        ids = self._encode(self._settings.prompt_template, [{"query": query, "instruction": instruction}])[0]
+        prefix = self._prefix(instruction)
         shared = len(prefix) if len(prefix) < len(ids) and ids[: len(prefix)] == prefix else 0
-        return TokenizedPrompt(ids, min(len(query_ids), limit), truncated, shared)
+        return TokenizedPrompt(ids, min(len(query_ids), limit), len(query_ids) > limit, shared)
 
     def _prefix(self, instruction: str) -> list[int]:
         """Ids that prompts under this instruction begin with, as far as a few unlike queries tell.
@@ -203,41 +233,28 @@ class TextTokenizer:
             self._prefixes.set(instruction, prefix)
         return prefix
 
-    @property
-    def _reader(self) -> Tokenizer:
-        """The tokenizer for text that comes from outside and stands alone."""
-        return self._plain if self._neutralise else self._tokenizer
-
-    def _encode(self, template: str, rows: list[dict[str, str]]) -> list[list[int]]:
+    def _encode(self, template: str, rows: Sequence[Mapping[str, str]]) -> list[list[int]]:
         """Token ids of the filled template, per row of fields."""
-        hostile = [
-            i
-            for i, row in enumerate(rows)
-            if self._neutralise and any(self._controls.search(text) for text in row.values())
-        ]
         texts = [template.format(**row) for row in rows]
-        encoded = [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-        for i in hostile:
-            encoded[i] = self._encode_guarded(template, rows[i])
+        encoded = [e.ids for e in self._both.exact.encode_batch_fast(texts, add_special_tokens=False)]
+        for i, row in enumerate(rows):
+            if self._neutralise and self._both.spells_control(row.values()):
+                encoded[i] = self._encode_guarded(template, row)
         return encoded
 
-    def _encode_guarded(self, template: str, fields: dict[str, str]) -> list[int]:
+    def _encode_guarded(self, template: str, fields: Mapping[str, str]) -> list[int]:
         """Ids where only the template's own control tokens count; text between them is read as plain."""
         ids: list[int] = []
-        plain = ""
-        for literal, name, _, _ in string.Formatter().parse(template):
-            position = 0
-            for match in self._controls.finditer(literal):
-                plain += literal[position : match.start()]
-                ids += encode(self._plain, plain).ids
-                ids.append(self._control_ids[match.group()])
-                plain, position = "", match.end()
-            plain += literal[position:]
-            plain += fields[name] if name is not None else ""
-        return ids + list(encode(self._plain, plain).ids)
+        for part in self._both.parts(template, guarded=True):
+            if isinstance(part, str):
+                ids.append(self._both.control_ids[part])
+            else:
+                text = "".join(literal + (fields[name] if name is not None else "") for literal, name in part)
+                ids += encode(self._both.plain, text).ids
+        return ids
 
     def _answer_id(self, directory: Path, key: str, text: str) -> int:
-        ids = encode(self._tokenizer, text).ids
+        ids = encode(self._both.exact, text).ids
         if len(ids) != 1:
             raise CheckpointError(f"{directory}: {key} {text!r} is {len(ids)} tokens {ids}; expected exactly one")
         return int(ids[0])
@@ -273,13 +290,3 @@ def _tree(words: Iterable[str]) -> str:
         return ""
     branches = "|".join(re.escape(first) + _tree(rest) for first, rest in tails.items())
     return f"(?:{branches})?" if ends else f"(?:{branches})" if len(tails) > 1 else branches
-
-
-def _load(path: Path) -> Tokenizer:
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as exc:  # tokenizers raises bare Exception for a missing and for a broken file alike
-        raise CheckpointError(f"{path}: cannot be read as a tokenizer ({exc})") from exc
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
