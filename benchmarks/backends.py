@@ -22,8 +22,8 @@ from tokenizers import Tokenizer
 
 from benchmarks.common import CACHE, nano_checkpoint, report, start
 from benchmarks.servers import fill, serving, texts_of, time_requests
+from benchmarks.synthetic import Size, make_cross_encoder
 from checkpoint import Checkpoint
-from decoder_server.models.cross_encoder.synthetic import Size, make_cross_encoder
 from preread import Client
 
 # The decoder half of Nano: 18 layers, width 640, 4 heads of 256 with one kv head, MLP 2,048.

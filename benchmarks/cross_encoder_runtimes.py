@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from scipy.stats import kendalltau
 
 from benchmarks.common import CACHE, median_seconds, report, start
-from decoder_server.models.cross_encoder import open_cross_encoder
-from decoder_server.models.cross_encoder.synthetic import Size, make_cross_encoder
+from benchmarks.synthetic import Size, make_cross_encoder
+from decoder_server.models.cross_encoder.loading import open_cross_encoder
 
 RUNTIMES = (("torch", "float32"), ("torch", "bfloat16"), ("onnx", None), ("onnx-int8", None))
 TINY = {
@@ -80,7 +80,7 @@ def measure(directory: Path, profile: str, asked: Texts, *, timed: bool) -> Iter
         if timed:
             score = functools.partial(model.score_texts, asked)
             row.append(1000 * median_seconds(score, repeats=3) / len(asked))
-        num_tokens = int(np.mean([pair.num_tokens for pair in model.pairs(asked)]))
+        num_tokens = int(np.mean([pair.num_tokens for pair in model.read(asked)]))
         yield [num_tokens, *row, *distance(margins, exact)]
 
 

@@ -29,8 +29,8 @@ from types import FrameType
 from typing import Any
 
 from benchmarks.common import table
+from benchmarks.synthetic import make_cross_encoder
 from checkpoint.synthetic import make_checkpoint
-from decoder_server.models.cross_encoder.synthetic import make_cross_encoder
 from preread import Client
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -151,22 +151,22 @@ PARTS: dict[str, Callable[[Path, str], None]] = {
 def weight_bytes(directory: Path, dtype: str, *halves: str) -> int:
     from checkpoint import Checkpoint
     from checkpoint.compute import DTYPES
-    from checkpoint.model import embedding_shapes, stack_shapes
+    from checkpoint.model import tensor_shapes
 
     checkpoint, own = Checkpoint.open(directory), 0
     for half in halves:
         config = checkpoint.encoder_config if half == "encoder" else checkpoint.decoder_config
-        own += sum(prod(shape) for shape in (stack_shapes(half, config) | embedding_shapes(half, config)).values())
+        own += sum(prod(shape) for shape in tensor_shapes(half, config).values())
     return own * DTYPES[dtype].itemsize
 
 
 def embedding_bytes(directory: Path, dtype: str) -> int:
     from checkpoint import Checkpoint
     from checkpoint.compute import DTYPES
-    from checkpoint.model import embedding_shapes
+    from checkpoint.model import tensor_shapes
 
-    shapes = embedding_shapes("decoder", Checkpoint.open(directory).decoder_config)
-    return sum(map(prod, shapes.values())) * DTYPES[dtype].itemsize
+    shapes = tensor_shapes("decoder", Checkpoint.open(directory).decoder_config)
+    return sum(prod(shape) for name, shape in shapes.items() if "embed_tokens" in name) * DTYPES[dtype].itemsize
 
 
 def main() -> None:

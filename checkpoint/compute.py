@@ -1,7 +1,4 @@
-"""The machine: what this process may use of it, and what explains a measured figure. Does not know models.
-
-Where and in which number format a half computes. Does not know models.
-"""
+"""The machine: cores and memory that this process may use, device, number format, and settings for steady inference."""
 
 from __future__ import annotations
 
@@ -20,30 +17,36 @@ from typing import Any
 
 import torch
 
+# Matrix products that oneDNN keeps prepared, one for every number of rows: two caches, a thousand each by default,
+# which every batch of another size fills up to a gigabyte, in our measurements without saving any time.
+PREPARED_PRODUCTS = {"LRU_CACHE_CAPACITY": "32", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# A narrower model computes a pass in less time than its steps take to compile.
+MIN_FUSED_DIM = 512
+_COMPILED = "preread-"  # begins the name of a processor's folder
+
 
 def usable_cores(root: Path = Path("/")) -> int:
-    """Processors that this process may use: its affinity, and no more than the quotas of its control groups pay for.
+    """Processors that this process may use, at least 1: its affinity, within the quotas of its control groups.
 
     A quota of 2.5 processors is 2: a third thread would have the kernel stop all of them for part of every period.
-    At least 1.
 
     Args:
-        root: where the file system begins; of another tree in tests.
+        root: where the file system begins; another tree in tests.
     """
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, math.floor(min(affinity, cpu_quota(root))))
 
 
 def cpu_quota(root: Path = Path("/")) -> float:
-    """Processors that the control groups of this process allow, the strictest of those it is in; infinite without any.
+    """Processors that the strictest control group of this process allows; infinite without any.
 
     cgroup v2's cpu.max and v1's cpu.cfs_quota_us, in every group from the process's own up to the mounted one.
     """
     quotas = [math.inf]
-    for group in control_groups("cpu", root):
-        words = _words(group / "cpu.max")  # v2: quota or max, then the period
-        if not words:  # v1
-            words = _words(group / "cpu.cfs_quota_us") + _words(group / "cpu.cfs_period_us")
+    for group in _control_groups("cpu", root):
+        # v2: quota or max, then the period
+        words = _words(group / "cpu.max") or _words(group / "cpu.cfs_quota_us") + _words(group / "cpu.cfs_period_us")
         try:
             quota, period = map(int, words)
         except ValueError:  # max, or nothing to read
@@ -56,7 +59,7 @@ def cpu_quota(root: Path = Path("/")) -> float:
 def memory_left(root: Path = Path("/")) -> float:
     """Bytes that the control groups of this process still allow; infinite without a limit."""
     left = [math.inf]
-    for group in control_groups("memory", root):
+    for group in _control_groups("memory", root):
         for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
             try:
                 most, now = map(int, _words(group / limit) + _words(group / used))
@@ -66,7 +69,7 @@ def memory_left(root: Path = Path("/")) -> float:
     return min(left)
 
 
-def control_groups(controller: str, root: Path = Path("/")) -> Iterator[Path]:
+def _control_groups(controller: str, root: Path) -> Iterator[Path]:
     """Directories of the groups that this process is in, its own first, then those around it, of cgroup v1 and v2."""
     own: dict[str, PurePosixPath] = {}  # by controller; "": v2, which has one tree for all
     for line in _lines(root / "proc/self/cgroup"):
@@ -81,11 +84,14 @@ def control_groups(controller: str, root: Path = Path("/")) -> Iterator[Path]:
         key = {"cgroup": controller, "cgroup2": ""}.get(kinds[0])
         if key is None or key not in own or (key and key not in kinds[2].split(",")):
             continue
-        top = root / _unescaped(fields[4]).lstrip("/")
+        # In mountinfo a space is \040.
+        begin, mount = (re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), field) for field in fields[3:5])
+        top = root / mount.lstrip("/")
         # The mount may be a group itself (a container without a namespace for groups): paths begin there. A path
         # outside of it cannot be looked at; the mounted group is around it, or is it.
-        inside, begin = own[key], PurePosixPath(_unescaped(fields[3]))
-        relative = inside.relative_to(begin) if inside.is_relative_to(begin) and ".." not in inside.parts else None
+        relative = (
+            own[key].relative_to(begin) if own[key].is_relative_to(begin) and ".." not in own[key].parts else None
+        )
         for group in (relative, *relative.parents) if relative is not None else ():
             if group.parts:
                 yield top / group
@@ -101,11 +107,6 @@ def _lines(file: Path) -> list[str]:
 
 def _words(file: Path) -> list[str]:
     return [word for line in _lines(file)[:1] for word in line.split()]
-
-
-def _unescaped(path: str) -> str:
-    """A path of mountinfo, where a space is \\040."""
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), path)
 
 
 def hardware() -> dict[str, Any]:
@@ -126,15 +127,8 @@ def hardware() -> dict[str, Any]:
     return line
 
 
-# Matrix products that oneDNN keeps prepared, one for every number of rows: two caches, a thousand each by default,
-# which every batch of another size fills up to a gigabyte, in our measurements without saving any time.
-PREPARED_PRODUCTS = {"LRU_CACHE_CAPACITY": "32", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32"}
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
 def choose_device(name: str | None = None) -> torch.device:
-    """The named device, or CUDA where there is one, else the CPU.
+    """The named device; None or auto: CUDA where there is one, else the CPU.
 
     Raises:
         ValueError: a device that this machine or torch build does not have.
@@ -143,9 +137,9 @@ def choose_device(name: str | None = None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as exc:
-        raise ValueError(f"device is {name!r}; expected auto, cpu or cuda[:N]") from exc
-    if device.type not in ("cpu", "cuda"):
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
         raise ValueError(f"device is {name!r}; expected auto, cpu or cuda[:N]")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {name!r}; this torch build or machine has no CUDA device")
@@ -153,7 +147,7 @@ def choose_device(name: str | None = None) -> torch.device:
 
 
 def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """The named format, or bfloat16 where the processor multiplies it natively, else float32.
+    """The named format; None or auto: bfloat16 where the processor multiplies it natively, else float32.
 
     float16 is never offered: this model family overflows it.
 
@@ -174,10 +168,9 @@ def cpu_multiplies_bfloat16() -> bool:
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
-_COMPILED = "preread-"  # begins the name of a processor's folder
-
-# A model narrower than that computes a pass in less time than its steps take to compile.
-MIN_FUSED_DIM = 512
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` of torch.float32."""
+    return str(dtype).removeprefix("torch.")
 
 
 def choose_fused(dim: int, device: torch.device) -> bool:
@@ -193,8 +186,7 @@ def cpp_compiler() -> str | None:
     """Path of the compiler that torch would call, if there is one."""
     from torch._inductor import config
 
-    wanted = config.cpp.cxx
-    names = [wanted] if isinstance(wanted, str) else [name for name in wanted if name]
+    names = [config.cpp.cxx] if isinstance(config.cpp.cxx, str) else [name for name in config.cpp.cxx if name]
     return next((path for name in names if (path := shutil.which(name))), None)
 
 
@@ -203,7 +195,7 @@ def separate_compiled_code() -> Path:
 
     torch names what it keeps by source and options, not by the vector units it was generated for: code of another
     processor (a folder that moved, an image, ATEN_CPU_CAPABILITY) gives wrong numbers or ends the process.
-    TORCHINDUCTOR_CACHE_DIR still says where; what lies there belongs to the folder inside.
+    TORCHINDUCTOR_CACHE_DIR still says where; the folder lies inside it.
     """
     from torch._inductor.cpu_vec_isa import pick_vec_isa
     from torch._inductor.runtime.cache_dir_utils import cache_dir
@@ -217,32 +209,28 @@ def separate_compiled_code() -> Path:
     return folder
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def tune_process(num_threads: int | None = None) -> None:
-    """Process-wide settings for steady inference; called once by whoever owns the process.
+    """Process-wide settings for steady inference; called once by the owner of the process.
 
-    glibc hands activation-sized blocks back to the kernel on every free and pages them in again on
-    the next batch, which costs more than the arithmetic on them: keep them. What oneDNN prepares for
-    one batch size is mostly of no use to the next: keep less of it. It reads that from the environment
-    at the first product and offers no other way; what is set there already wins.
+    glibc hands activation-sized blocks back to the kernel on every free and pages them in again on the next batch,
+    which costs more than the arithmetic on them: keep them. oneDNN's preparations for one batch size are mostly of
+    no use to the next: keep less of them. It reads that from the environment at the first product and offers no
+    other way; a value that is set there already wins.
 
     torch counts processors, and does not know that a container's quota pays for fewer of them; more threads than that
     are stopped together for part of every period. So without a number there are at most as many as the quota allows.
     """
-    for name, value in PREPARED_PRODUCTS.items():
-        os.environ.setdefault(name, value)
     cores = usable_cores()
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(32, cores)))  # a process each
+    compilers = {"TORCHINDUCTOR_COMPILE_THREADS": str(min(32, cores))}  # a process each
+    for name, value in (PREPARED_PRODUCTS | compilers).items():
+        os.environ.setdefault(name, value)
     torch.set_num_threads(num_threads or min(torch.get_num_threads(), cores))
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # absent from other C libraries
-        if mallopt is not None:
-            m_trim_threshold, m_mmap_threshold = -1, -3
-            mallopt(m_mmap_threshold, 1 << 30)
-            mallopt(m_trim_threshold, (1 << 31) - 1)
+    # mallopt is absent from other C libraries.
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        mallopt(m_mmap_threshold, 1 << 30)
+        mallopt(m_trim_threshold, (1 << 31) - 1)
 
 
 def keep_loaded() -> None:

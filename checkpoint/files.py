@@ -1,20 +1,15 @@
-"""The one error a checkpoint can raise.
+"""A checkpoint's files: found in a directory or on the hub, the small ones read, configuration fields checked.
 
-Finds a checkpoint's files and reads the small ones.
-
-Knows Hugging Face directories and hub ids. Does not know tensors, tokens or templates.
-
-Fields of a configuration: applied, known not to matter for a score, or an error that names the field.
-
-A field that changes the arithmetic and is not applied makes scores that are not the model's, so a field that is on
-neither list must have the value that its class gives it when it is missing. Knows no model's arithmetic.
+A field that changes the arithmetic and is not applied makes scores that are not the model's. So every field of a
+configuration is applied, known not to matter for a score, has the value that the model's class gives it when it is
+missing, or is an error that names it.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,32 +45,50 @@ def resolve(name: str, revision: str | None = None, *, with_code: bool = False) 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as exc:  # the hub client raises many unrelated types; each means the same here
-        reason = " ".join(f"{type(exc).__name__}: {exc}".split())  # the hub's messages have several lines
         raise CheckpointError(
-            f"checkpoint {name!r}: no local directory, and the hub did not provide it ({reason})"
+            f"checkpoint {name!r}: no local directory, and the hub did not provide it ({one_line(exc)})"
         ) from exc
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of a checkpoint.
+def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
+    """A JSON object from a file of a checkpoint; an empty one where an optional file is not there.
 
     Raises:
-        CheckpointError: unreadable, not JSON, or not an object.
+        CheckpointError: missing, unreadable, not JSON, or not an object.
     """
-    value = read_json_value(path)
+    value = {} if optional and not path.exists() else _read_json(path)
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
 
 
-def read_json_value(path: Path) -> Any:
-    """Any JSON value from a file of a checkpoint. Raises CheckpointError: unreadable, or not JSON."""
+def read_modules(directory: Path) -> list[dict[str, Any]]:
+    """modules.json, in which sentence-transformers lists a model and the heads behind it; empty where it is missing."""
+    path = directory / "modules.json"
+    modules = _read_json(path) if path.exists() else []
+    if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
+        raise CheckpointError(f"{path}: expected a list of objects")
+    return modules
+
+
+def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing; a checkpoint directory needs it") from None
     except (OSError, ValueError, RecursionError) as exc:  # bad UTF-8, bad JSON, a number or a nesting too long
         raise CheckpointError(f"{path}: cannot be read as JSON ({exc})") from exc
+
+
+def one_line(exc: Exception) -> str:
+    """The beginning of an exception's message, which may be pages long."""
+    text = " ".join(str(exc).split())[:300]
+    return f"{type(exc).__name__}: {text}" if text else type(exc).__name__
+
+
+def first_of(names: Sequence[str]) -> str:
+    """The first four of many names, and how many more there are."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 # Names, versions and labels; tokens, which templates and tokenizers write themselves; what only training or the
@@ -108,7 +121,7 @@ HARMLESS = frozenset({
     # a pooler that no class has any more (BERT's first multilingual checkpoints)
     "directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head",
 })  # fmt: skip
-# How the weights are stored, said beside the model's fields; checkpoint.quantized reads it.
+# How the weights are stored, given next to the model's fields; checkpoint.quantized reads it.
 STORAGE = frozenset({"compression_config", "quantization_config"})
 # Fields that classes of today no longer have, by the one value that they all compute.
 ONLY = {"is_causal": True, "position_embedding_type": "absolute", "pooler_type": "first_token_transform"}
@@ -121,7 +134,7 @@ def check_fields(where: str, raw: Mapping[str, Any], defaults: Mapping[str, Any]
         where: file and place, for the message.
         raw: as the file has it.
         defaults: what the model's class takes for a field that is missing; a field without one is unknown to it.
-        applied: fields that whatever computes takes into account.
+        applied: fields that the computation takes into account.
     """
     for key, value in raw.items():
         if key in applied or key in HARMLESS or key.startswith("_"):
@@ -142,8 +155,8 @@ def check_fields(where: str, raw: Mapping[str, Any], defaults: Mapping[str, Any]
 
 def positive(where: str, key: str, value: Any, *, whole: bool = False) -> None:
     """Raises CheckpointError where a number is not finite and above 0, or not whole."""
-    kinds = (int,) if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value) or value <= 0:
+    number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value <= 0:
         expected = "a whole number of at least 1" if whole else "a number above 0"
         raise CheckpointError(f"{where}: {key} is {_short(value)}; expected {expected}")
 

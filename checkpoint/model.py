@@ -1,15 +1,7 @@
-"""The identity of an encoder: everything that changes a stored state, in one fingerprint.
+"""One opened checkpoint: configuration, settings, tokenizer, identity, and the tensors of either half.
 
-Two directories with the same files have the same fingerprint wherever they lie and however
-their tensors are spread over shards.
-
-Which tensors each half reads, and their shapes, as config.json implies them.
-
-Source of names: transformers' T5Gemma2ForConditionalGeneration. The vision tower is in neither half.
-
-One opened checkpoint: configuration, settings, tokenizer, and the tensors of either half.
-
-Opening reads only small files. Does not run anything.
+Opening reads only small files. Source of tensor names: transformers' T5Gemma2ForConditionalGeneration; the vision tower
+is in neither half.
 """
 
 from __future__ import annotations
@@ -20,7 +12,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -33,80 +25,9 @@ if TYPE_CHECKING:
     from transformers import T5Gemma2Config
     from transformers.models.t5gemma2.configuration_t5gemma2 import T5Gemma2DecoderConfig, T5Gemma2TextConfig
 
-
-# Raised whenever pooling or the encoder pass changes a state beyond rounding.
-POOLING_VERSION = 1
-
-
-@dataclass(frozen=True)
-class EncoderIdentity:
-    """Which encoder wrote (or may read) a collection."""
-
-    fingerprint: str  # sha256, hex
-    checkpoint: str  # name it was opened by; for people, not part of the fingerprint
-    dim: int
-    max_passage_tokens: int
-    passage_template: str
-    pooling_version: int
-
-
-def fingerprint(weights: bytes, tokenizer: bytes, config: dict[str, object]) -> str:
-    """sha256 over digests of weights and tokenizer and the canonical JSON of everything else."""
-    rest = json.dumps(config, sort_keys=True, ensure_ascii=True, separators=(",", ":")).encode()
-    return hashlib.sha256(weights + tokenizer + rest).hexdigest()
-
-
-class StackConfig(Protocol):
-    """What the encoder's text config and the decoder config have in common."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-
-
-HEAD = "lm_head.weight"  # the output embedding, where it is stored
-
-Shapes = dict[str, tuple[int, ...]]
-
-
-def stack_shapes(half: str, config: StackConfig) -> Shapes:
-    """Layers and final norm of one half (`encoder` or `decoder`)."""
-    dim, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
-    num_q, num_kv = config.num_attention_heads * head, config.num_key_value_heads * head
-    shapes: Shapes = {f"{half}.norm.weight": (dim,)}
-    for i in range(config.num_hidden_layers):
-        layer = f"{half}.layers.{i}"
-        shapes |= {
-            f"{layer}.self_attn.q_proj.weight": (num_q, dim),
-            f"{layer}.self_attn.k_proj.weight": (num_kv, dim),
-            f"{layer}.self_attn.v_proj.weight": (num_kv, dim),
-            f"{layer}.self_attn.o_proj.weight": (dim, num_q),
-            f"{layer}.self_attn.q_norm.weight": (head,),
-            f"{layer}.self_attn.k_norm.weight": (head,),
-            f"{layer}.mlp.gate_proj.weight": (inner, dim),
-            f"{layer}.mlp.up_proj.weight": (inner, dim),
-            f"{layer}.mlp.down_proj.weight": (dim, inner),
-            f"{layer}.pre_self_attn_layernorm.weight": (dim,),
-            f"{layer}.post_self_attn_layernorm.weight": (dim,),
-            f"{layer}.pre_feedforward_layernorm.weight": (dim,),
-            f"{layer}.post_feedforward_layernorm.weight": (dim,),
-        }
-    return shapes
-
-
-def embedding_shapes(half: str, config: StackConfig) -> Shapes:
-    """The embedding as stored under one half, with the extra end-of-image row."""
-    return {
-        f"{half}.embed_tokens.weight": (config.vocab_size, config.hidden_size),
-        f"{half}.embed_tokens.eoi_embedding": (config.hidden_size,),
-    }
-
-
 MODEL_TYPE = "t5gemma2"
+POOLING_VERSION = 1  # raised whenever pooling or the encoder pass changes a state beyond rounding
+HEAD = "lm_head.weight"  # the output embedding, where it is stored
 
 # What config.json says that changes a state without changing a tensor.
 NUMERIC_KEYS = (
@@ -141,6 +62,54 @@ ROPE_NUMBERS = frozenset({
 })  # fmt: skip
 ROPE_WORDS = frozenset({"partial_rotary_factor", "rope_type", "truncate", "type"})
 LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+Shapes = dict[str, tuple[int, ...]]  # of tensors, by name
+
+
+def tensor_shapes(half: str, config: Any) -> Shapes:
+    """Layers, final norm and embedding of one half (`encoder` or `decoder`), as its configuration implies them."""
+    dim, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
+    num_q, num_kv = config.num_attention_heads * head, config.num_key_value_heads * head
+    layer: Shapes = {
+        "self_attn.q_proj": (num_q, dim),
+        "self_attn.k_proj": (num_kv, dim),
+        "self_attn.v_proj": (num_kv, dim),
+        "self_attn.o_proj": (dim, num_q),
+        "self_attn.q_norm": (head,),
+        "self_attn.k_norm": (head,),
+        "mlp.gate_proj": (inner, dim),
+        "mlp.up_proj": (inner, dim),
+        "mlp.down_proj": (dim, inner),
+        "pre_self_attn_layernorm": (dim,),
+        "post_self_attn_layernorm": (dim,),
+        "pre_feedforward_layernorm": (dim,),
+        "post_feedforward_layernorm": (dim,),
+    }
+    shapes: Shapes = {f"{half}.norm.weight": (dim,)}
+    for i in range(config.num_hidden_layers):
+        shapes |= {f"{half}.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
+    # The end-of-image row is stored apart.
+    return shapes | {
+        f"{half}.embed_tokens.weight": (config.vocab_size, dim),
+        f"{half}.embed_tokens.eoi_embedding": (dim,),
+    }
+
+
+@dataclass(frozen=True)
+class EncoderIdentity:
+    """The encoder that wrote (or may read) a collection, with all that changes a stored state.
+
+    Two directories with the same files have the same fingerprint wherever they lie and however their tensors are spread
+    over shards.
+    """
+
+    fingerprint: str  # sha256, hex
+    checkpoint: str  # name it was opened by; for people, not part of the fingerprint
+    dim: int
+    max_passage_tokens: int
+    passage_template: str
+    pooling_version: int
 
 
 class Checkpoint:
@@ -215,16 +184,16 @@ class Checkpoint:
         return tokenizer
 
     @cached_property
+    def _shapes(self) -> Shapes:
+        return tensor_shapes("encoder", self.encoder_config) | tensor_shapes("decoder", self.decoder_config)
+
+    @cached_property
     def _tensors(self) -> TensorFiles:
-        encoder, decoder = self.encoder_config, self.decoder_config
-        used = stack_shapes("encoder", encoder) | embedding_shapes("encoder", encoder)
-        used |= stack_shapes("decoder", decoder) | embedding_shapes("decoder", decoder)
-        return TensorFiles(self.path, used.keys() | {HEAD})
+        return TensorFiles(self.path, self._shapes.keys() | {HEAD})
 
     def encoder_tensors(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Encoder layers, norm and embedding by canonical name (`encoder.…`)."""
-        config = self.encoder_config
-        return self._tensors.read(stack_shapes("encoder", config) | embedding_shapes("encoder", config), dtype)
+        return self._tensors.read(tensor_shapes("encoder", self.encoder_config), dtype)
 
     def decoder_tensors(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Decoder layers, norm and embedding by canonical name (`decoder.…`).
@@ -233,10 +202,11 @@ class Checkpoint:
         embedding is another one than the decoder's own: transformers ties it to the encoder's, unless it is stored.
         """
         wanted, head = self._decoder_shapes()
-        if head is not None and not self._tensors.equal(head, _embedding_of(wanted)):
-            wanted[head] = (self.decoder_config.vocab_size, self.decoder_config.hidden_size)
-        else:
+        embedding = next(name for name in wanted if name.endswith("embed_tokens.weight"))
+        if head is None or head == embedding or self._tensors.equal(head, embedding):
             head = None
+        else:
+            wanted[head] = wanted[embedding]
         tensors = self._tensors.read(wanted, dtype)
         if head is not None:
             tensors[HEAD] = tensors.pop(head)
@@ -247,44 +217,39 @@ class Checkpoint:
         self._tensors.check(self._decoder_shapes()[0])
 
     def _decoder_shapes(self) -> tuple[Shapes, str | None]:
-        """Tensors of the decoder, and the output embedding where that may be another tensor than the input one.
+        """Tensors of the decoder as they are stored, and the output embedding where that is stored.
 
         Raises:
             CheckpointError: an embedding that is neither stored nor tied; transformers would draw it at random.
         """
-        config, stored = self.decoder_config, set(self._tensors.names())
-        own, shared = embedding_shapes("decoder", config), embedding_shapes("encoder", config)
+        shapes, stored = tensor_shapes("decoder", self.decoder_config), self._tensors
         if not self.config.tie_word_embeddings:
+            own = [name for name in shapes if "embed_tokens" in name]
             missing = [name for name in (*own, HEAD) if name not in stored]
             if missing:
                 raise CheckpointError(
                     f"{self.path}: tie_word_embeddings is false and {missing[0]} is not stored; expected the tensor"
                 )
-        wanted = stack_shapes("decoder", config)
-        for (mine, shape), theirs in zip(own.items(), shared, strict=True):
-            wanted[mine if mine in stored else theirs] = shape
-        embedding = _embedding_of(wanted)
-        head = HEAD if HEAD in stored else next(iter(shared))
-        return wanted, head if head != embedding and head in stored else None
+        shared = {name: name.replace("decoder.embed_tokens", "encoder.embed_tokens") for name in shapes}
+        wanted = {name if name in stored else shared[name]: shape for name, shape in shapes.items()}
+        head = HEAD if HEAD in stored else shared["decoder.embed_tokens.weight"]
+        return wanted, head if head in stored else None
 
     @cached_property
     def _identity(self) -> EncoderIdentity:
-        config = self.encoder_config
-        names = list(stack_shapes("encoder", config) | embedding_shapes("encoder", config))
-        value = fingerprint(
-            weights=self._tensors.digest(names),
-            tokenizer=hashlib.sha256((self.path / "tokenizer.json").read_bytes()).digest(),
-            config={
-                "config": {key: getattr(config, key) for key in NUMERIC_KEYS},
-                "eoi_token_index": self.eoi_id,
-                "passage_template": self.settings.passage_template,
-                "max_passage_tokens": self.settings.max_passage_tokens,
-                "neutralise": self.neutralise,
-                "pooling_version": POOLING_VERSION,
-            },
-        )
+        weights = self._tensors.digest(tensor_shapes("encoder", self.encoder_config))
+        tokenizer = hashlib.sha256((self.path / "tokenizer.json").read_bytes()).digest()
+        config = {
+            "config": {key: getattr(self.encoder_config, key) for key in NUMERIC_KEYS},
+            "eoi_token_index": self.eoi_id,
+            "passage_template": self.settings.passage_template,
+            "max_passage_tokens": self.settings.max_passage_tokens,
+            "neutralise": self.neutralise,
+            "pooling_version": POOLING_VERSION,
+        }
+        rest = json.dumps(config, sort_keys=True, ensure_ascii=True, separators=(",", ":")).encode()
         return EncoderIdentity(
-            fingerprint=value,
+            fingerprint=hashlib.sha256(weights + tokenizer + rest).hexdigest(),
             checkpoint=self.name,
             dim=self.dim,
             max_passage_tokens=self.settings.max_passage_tokens,
@@ -292,22 +257,13 @@ class Checkpoint:
             pooling_version=POOLING_VERSION,
         )
 
-    def weights_digest(self) -> str:
-        """sha256, hex, of every tensor either half reads; with `settings` it is what margins depend on."""
-        encoder, decoder = self.encoder_config, self.decoder_config
-        wanted = stack_shapes("encoder", encoder) | embedding_shapes("encoder", encoder)
-        wanted |= stack_shapes("decoder", decoder) | embedding_shapes("decoder", decoder)
-        wanted[HEAD] = ()
-        stored = set(self._tensors.names())
-        return self._tensors.digest([name for name in wanted if name in stored]).hex()
-
     def identity(self) -> EncoderIdentity:
-        """Hashes the encoder's weights (about a second per gigabyte) the first time it is asked."""
+        """Hashes the encoder's weights at the first call (about a second per gigabyte)."""
         return self._identity
 
-
-def _embedding_of(wanted: Shapes) -> str:
-    return next(name for name in wanted if name.endswith("embed_tokens.weight"))
+    def weights_digest(self) -> str:
+        """sha256, hex, of every tensor either half reads; with `settings` it is all that margins depend on."""
+        return self._tensors.digest(name for name in (*self._shapes, HEAD) if name in self._tensors).hex()
 
 
 def _read_config(path: Path) -> T5Gemma2Config:
@@ -349,6 +305,11 @@ def _defaults(kind: type[Any]) -> dict[str, Any]:
 
 def _check_numbers(where: str, stack: Any) -> None:
     """Raises CheckpointError where a stack's numbers cannot be computed with, or not as transformers does."""
+
+    def expect(fits: bool, key: str, value: object, expected: str) -> None:
+        if not fits:
+            raise CheckpointError(f"{where}: {key} is {value}; expected {expected}")
+
     whole = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     for key in (*whole, "head_dim", "vocab_size"):
         positive(where, key, getattr(stack, key), whole=True)
@@ -356,32 +317,23 @@ def _check_numbers(where: str, stack: Any) -> None:
         positive(where, key, getattr(stack, key))
     if stack.final_logit_softcapping is not None:
         positive(where, "final_logit_softcapping", stack.final_logit_softcapping)
-    if stack.num_attention_heads % stack.num_key_value_heads:
-        raise CheckpointError(
-            f"{where}: num_attention_heads is {stack.num_attention_heads}; "
-            f"expected a multiple of num_key_value_heads, {stack.num_key_value_heads}"
-        )
+    heads, kv_heads = stack.num_attention_heads, stack.num_key_value_heads
+    expect(heads % kv_heads == 0, "num_attention_heads", heads, f"a multiple of num_key_value_heads, {kv_heads}")
     kinds = list(stack.layer_types or ())
-    if len(kinds) != stack.num_hidden_layers or not set(kinds) <= set(LAYER_TYPES):
-        raise CheckpointError(
-            f"{where}: layer_types is {kinds}; expected {stack.num_hidden_layers} of {' and '.join(LAYER_TYPES)}"
-        )
+    known = len(kinds) == stack.num_hidden_layers and set(kinds) <= set(LAYER_TYPES)
+    expect(known, "layer_types", kinds, f"{stack.num_hidden_layers} of {' and '.join(LAYER_TYPES)}")
     if "sliding_attention" in kinds:
         positive(where, "sliding_window", stack.sliding_window, whole=True)
     for kind in sorted(set(kinds)):
-        rope = stack.rope_parameters.get(kind) or {}
+        rope, at = stack.rope_parameters.get(kind) or {}, f"rope_parameters.{kind}"
         for key, value in rope.items():
             if key not in ROPE_NUMBERS | ROPE_WORDS:
-                raise CheckpointError(f"{where}: rope_parameters.{kind} has {key!r}; it is not applied here")
+                raise CheckpointError(f"{where}: {at} has {key!r}; it is not applied here")
             if key in ROPE_NUMBERS:
-                positive(where, f"rope_parameters.{kind}.{key}", value)
-        if rope.get("rope_type", "default") not in ROPE_TYPES:
-            raise CheckpointError(
-                f"{where}: rope_parameters.{kind}.rope_type is {rope['rope_type']!r}; "
-                f"expected {' or '.join(ROPE_TYPES)}: the others change with the length of the text"
-            )
-        if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
-            raise CheckpointError(
-                f"{where}: rope_parameters.{kind}.partial_rotary_factor is {rope['partial_rotary_factor']}; "
-                "expected 1: every number of a head is rotated here"
-            )
+                positive(where, f"{at}.{key}", value)
+        name, types = rope.get("rope_type", "default"), " or ".join(ROPE_TYPES)
+        fixed = f"{types}: the others change with the length of the text"
+        expect(name in ROPE_TYPES, f"{at}.rope_type", repr(name), fixed)
+        share = rope.get("partial_rotary_factor")
+        rotated = "1: every number of a head is rotated here"
+        expect(share in (None, 1, 1.0), f"{at}.partial_rotary_factor", share, rotated)

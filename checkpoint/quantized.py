@@ -1,4 +1,4 @@
-"""Weights stored as 8- or 4-bit floats beside their scales, given back as plain numbers. Runs no model.
+"""Tensors as files store them, 8- and 4-bit floats with their scales included, read as plain numbers.
 
 Two writers' layouts are read, by the names of the tensors. A module `m` with a weight of shape (out, in) has
 
@@ -13,13 +13,13 @@ A byte of NVFP4 holds two e2m1 numbers, the earlier in its low half. Sources: NV
 Hugging Face checkpoint (docs/source/deployment/3_unified_hf.rst) and NVFP4QTensor; compressed-tensors'
 float-quantized and nvfp4-pack-quantized compressors; vLLM's modelopt and compressed_tensors loaders.
 
-Every other scheme is refused: its weights would load as numbers of another meaning.
+Every other scheme is an error: its weights would load as numbers of another meaning.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -35,6 +35,7 @@ FLOAT_TYPES = frozenset({"F64", "F32", "F16", "BF16"})
 HF_QUANT_CONFIG = "hf_quant_config.json"
 MODELOPT_ALGORITHMS = frozenset({"FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4"})
 COMPRESSED_FORMATS = frozenset({"float-quantized", "naive-quantized", "nvfp4-pack-quantized"})
+CHUNK_BYTES = 32 << 20
 BLOCK = 16  # numbers of NVFP4 that share a scale
 # Scales of activations and of cached keys and values. Weights alone are taken from the checkpoint: activations stay in
 # the format that computes, so nothing is divided by these and nothing has to be multiplied back.
@@ -107,6 +108,15 @@ class Weight:
         weight: Tensor = _E2M1[codes.long()] * scales
         return weight.div_(overall) if self.divides else weight.mul_(overall)
 
+    def chunks(self) -> Iterator[Tensor]:
+        """Consecutive rows, at most CHUNK_BYTES (as float32) at a time."""
+        if not self.shape:
+            yield self.rows(0, 1).reshape(1)
+            return
+        step = max(1, CHUNK_BYTES // max(4 * math.prod(self.shape[1:]), 1))
+        for first in range(0, self.shape[0], step):
+            yield self.rows(first, min(first + step, self.shape[0]))
+
 
 def opened(path: Path) -> safe_open:
     """A safetensors file. Raises CheckpointError."""
@@ -117,20 +127,18 @@ def opened(path: Path) -> safe_open:
 
 
 def declared_quantization(directory: Path) -> str:
-    """`modelopt` or `compressed-tensors` where the checkpoint says that its weights are quantized, else "".
+    """`modelopt` or `compressed-tensors` where the checkpoint declares that its weights are quantized, else "".
 
     Raises:
-        CheckpointError: another scheme, with what to do.
+        CheckpointError: another scheme, with a remedy.
     """
-    config_path, beside = directory / "config.json", directory / HF_QUANT_CONFIG
-    config = read_json(config_path) if config_path.exists() else {}
-    method = ""
-    for key in ("quantization_config", "compression_config"):
-        if config.get(key):
-            method = _checked_scheme(f"{config_path}: {key}", config[key])
-    if beside.exists():
-        method = _checked_scheme(str(beside), {"quant_method": "modelopt"} | read_json(beside))
-    return method
+    path, described = directory / "config.json", directory / HF_QUANT_CONFIG
+    config = read_json(path, optional=True)
+    schemes = {f"{path}: {key}": config.get(key) for key in ("quantization_config", "compression_config")}
+    if described.exists():
+        schemes[str(described)] = {"quant_method": "modelopt"} | read_json(described)
+    methods = [_checked_scheme(where, scheme) for where, scheme in schemes.items() if scheme]
+    return methods[-1] if methods else ""
 
 
 def _checked_scheme(where: str, scheme: Any) -> str:
@@ -139,24 +147,24 @@ def _checked_scheme(where: str, scheme: Any) -> str:
     method = str(scheme.get("quant_method", "unknown"))
     inner = scheme.get("quantization")
     facts = scheme | inner if isinstance(inner, dict) else scheme
+
+    def expect(key: str, value: object, allowed: frozenset[str]) -> None:
+        if value not in allowed:
+            raise CheckpointError(
+                f"{where}: {key} is {value!r} ({method}); expected {' or '.join(sorted(allowed))}; {REMEDY}"
+            )
+
     if method in ("modelopt", "modelopt_fp4"):
-        _expect(where, "quant_algo", facts.get("quant_algo"), MODELOPT_ALGORITHMS, method)
+        expect("quant_algo", facts.get("quant_algo"), MODELOPT_ALGORITHMS)
         return "modelopt"
     if method != "compressed-tensors":
         raise CheckpointError(f"{where}: the weights are quantized ({method}); {REMEDY}")
-    _expect(where, "format", facts.get("format"), COMPRESSED_FORMATS, method)
-    _expect(where, "quantization_status", facts.get("quantization_status", "compressed"), {"compressed"}, method)
+    expect("format", facts.get("format"), COMPRESSED_FORMATS)
+    expect("quantization_status", facts.get("quantization_status", "compressed"), frozenset({"compressed"}))
     for key in ("sparsity_config", "transform_config"):  # 2:4 packing, and rotations of the activations
         if facts.get(key) not in (None, {}) and facts[key].get("format") != "dense":
             raise CheckpointError(f"{where}: has a {key}, which is not applied here; {REMEDY}")
     return method
-
-
-def _expect(where: str, key: str, value: object, allowed: frozenset[str] | set[str], method: str) -> None:
-    if value not in allowed:
-        raise CheckpointError(
-            f"{where}: {key} is {value!r} ({method}); expected {' or '.join(sorted(allowed))}; {REMEDY}"
-        )
 
 
 def pair_up(found: Mapping[str, Stored]) -> dict[str, Weight]:
@@ -166,42 +174,33 @@ def pair_up(found: Mapping[str, Stored]) -> dict[str, Weight]:
         CheckpointError: a quantized weight without its scales, or with scales of another shape.
     """
     weights: dict[str, Weight] = {}
-    used: set[str] = set()
+
+    def add(name: str, weight: Weight) -> None:
+        if name in weights:
+            raise CheckpointError(f"{weight.values.path}: {name} is stored packed and plain; expected one of them")
+        weights[name] = weight
+
     for name, stored in found.items():
         module, _, kind = name.rpartition(".")
+        scale = found.get(f"{module}.weight_scale")
         if kind == "weight_packed" or (kind == "weight" and stored.dtype == "U8"):
             divides = kind == "weight_packed"
-            name = f"{module}.weight"
             overall = found.get(f"{module}.{'weight_global_scale' if divides else 'weight_scale_2'}")
-            weight = Weight(stored, found.get(f"{module}.weight_scale"), overall, divides)
-            _check_packed(weight)
+            add(f"{module}.weight", _packed(stored, scale, overall, divides))
         elif kind == "weight" and stored.dtype == "F8_E4M3":
-            weight = Weight(stored, found.get(f"{module}.weight_scale"))
-            _check_scaled(weight)
-        else:
-            continue
-        if name in weights:
-            raise CheckpointError(f"{stored.path}: {name} is stored packed and plain; expected one of them")
-        weights[name] = weight
-        used |= {part.name for part in weight.parts}
+            add(name, _scaled(stored, scale))
+    used = {part.name for weight in weights.values() for part in weight.parts}
     scaled = {name.rpartition(".")[0] for name in weights}
+    scaled |= {module.rpartition(".")[0] for module in scaled}  # the attention whose projections they are
     for name, stored in found.items():
         module, _, kind = name.rpartition(".")
-        if name in used or (kind in ACTIVATION_SCALES and _near(module, scaled)):
-            continue
-        if name in weights:
-            raise CheckpointError(f"{stored.path}: {name} is stored packed and plain; expected one of them")
-        weights[name] = Weight(stored)
+        if name not in used and not (kind in ACTIVATION_SCALES and module in scaled):
+            add(name, Weight(stored))
     return weights
 
 
-def _near(module: str, scaled: set[str]) -> bool:
-    """Whether a scale belongs to a quantized module, or to the attention whose projections are."""
-    return module in scaled or any(name.rpartition(".")[0] == module for name in scaled)
-
-
-def _check_scaled(weight: Weight) -> None:
-    values, scale = weight.values, weight.scale
+def _scaled(values: Stored, scale: Stored | None) -> Weight:
+    """An FP8 weight whose scale fits."""
     rows = values.shape[0] if len(values.shape) == 2 else None
     if scale is None or rows is None or scale.shape not in ((), (1,), (1, 1), (rows,), (rows, 1)):
         found = "none" if scale is None else f"shape {scale.shape}"
@@ -209,11 +208,11 @@ def _check_scaled(weight: Weight) -> None:
             f"{values.path}: {values.name} is F8_E4M3 {values.shape} and its weight_scale has {found}; "
             f"expected one number, or one for each row; {REMEDY}"
         )
-    _check_float(scale)
+    return Weight(values, _float(scale))
 
 
-def _check_packed(weight: Weight) -> None:
-    values, scale, overall = weight.values, weight.scale, weight.global_scale
+def _packed(values: Stored, scale: Stored | None, overall: Stored | None, divides: bool) -> Weight:
+    """An NVFP4 weight whose scales fit."""
     wanted = (*values.shape[:-1], 2 * values.shape[-1] // BLOCK) if values.shape else ()
     fits = len(values.shape) == 2 and 2 * values.shape[-1] % BLOCK == 0 and values.dtype == "U8"
     if scale is None or overall is None or not fits or scale.shape != wanted or scale.dtype != "F8_E4M3":
@@ -223,9 +222,10 @@ def _check_packed(weight: Weight) -> None:
         )
     if math.prod(overall.shape) != 1:
         raise CheckpointError(f"{overall.path}: {overall.name} has the shape {overall.shape}; expected one number")
-    _check_float(overall)
+    return Weight(values, scale, _float(overall), divides)
 
 
-def _check_float(scale: Stored) -> None:
+def _float(scale: Stored) -> Stored:
     if scale.dtype not in FLOAT_TYPES:
         raise CheckpointError(f"{scale.path}: {scale.name} is stored as {scale.dtype}; expected a float")
+    return scale

@@ -1,11 +1,12 @@
-"""Makes checkpoints with random weights: for tests, benchmarks and capacity planning.
+"""Checkpoints with random weights, for capacity planning, tests and benchmarks.
 
 They load like real ones and rank like dice. The same arguments give the same bytes in every process and on every
-processor. Does not know training.
+processor.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,11 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from checkpoint.model import embedding_shapes, stack_shapes
+from checkpoint.model import tensor_shapes
 
 CONTROL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
 
-# What the tokenizer is trained on: enough to give real merges, and the words of the default template.
+# The tokenizer is trained on it: enough to give real merges, and the words of the default template.
 _TEXT = (
     'Judge whether the Document meets the requirements based on the Query and the Instruct provided. '
     'Note that the answer can only be "yes" or "no".',
@@ -38,9 +39,9 @@ class Shape:
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
     head_dim: int
     sliding_window: int
     layer_types: tuple[str, ...] | None = None  # None: five sliding layers, then a full one
@@ -70,7 +71,7 @@ def make_checkpoint(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     shape = SHAPES[shape] if isinstance(shape, str) else shape
-    make_tokenizer(shape.vocab_size).save(str(directory / "tokenizer.json"))
+    _tokenizer(shape.vocab_size).save(str(directory / "tokenizer.json"))
     (directory / "config.json").write_text(json.dumps(_config(shape), indent=2))
     if settings is not None:
         (directory / "preread.json").write_text(json.dumps({"format_version": 1} | settings, indent=2))
@@ -78,7 +79,7 @@ def make_checkpoint(
     return directory
 
 
-def make_tokenizer(vocab_size: int) -> Tokenizer:
+def _tokenizer(vocab_size: int) -> Tokenizer:
     """A byte-fallback BPE tokenizer that keeps Gemma's habits.
 
     Spaces become `▁`, control tokens are special, and `\\n\\n\\n\\n` is one token.
@@ -102,19 +103,9 @@ def make_tokenizer(vocab_size: int) -> Tokenizer:
 
 
 def _config(shape: Shape) -> dict[str, Any]:
-    stack: dict[str, Any] = {
-        "vocab_size": shape.vocab_size,
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.intermediate_size,
-        "num_hidden_layers": shape.num_layers,
-        "num_attention_heads": shape.num_heads,
-        "num_key_value_heads": shape.num_kv_heads,
-        "head_dim": shape.head_dim,
-        "query_pre_attn_scalar": shape.head_dim,
-        "sliding_window": shape.sliding_window,
-    }
-    if shape.layer_types is not None:
-        stack["layer_types"] = list(shape.layer_types)
+    stack = dataclasses.asdict(shape) | {"query_pre_attn_scalar": shape.head_dim}
+    if shape.layer_types is None:
+        del stack["layer_types"]
     vision = {
         "model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
         "num_attention_heads": 1, "image_size": 896, "patch_size": 14,
@@ -139,15 +130,12 @@ def _config(shape: Shape) -> dict[str, Any]:
 def _random_tensors(shape: Shape, seed: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Weights scaled so that attention, margins and norms all have something to say."""
     rng = np.random.default_rng(seed)  # torch's normal numbers depend on the processor's vector units
-
-    class Stack:
-        vocab_size, hidden_size, intermediate_size = shape.vocab_size, shape.hidden_size, shape.intermediate_size
-        num_hidden_layers, num_attention_heads = shape.num_layers, shape.num_heads
-        num_key_value_heads, head_dim = shape.num_kv_heads, shape.head_dim
-
-    wanted = stack_shapes("encoder", Stack()) | stack_shapes("decoder", Stack()) | embedding_shapes("encoder", Stack())
+    shapes = tensor_shapes("encoder", shape) | tensor_shapes("decoder", shape)
     tensors = {}
-    for name, size in wanted.items():
-        scale = 0.1 if "norm" in name else (size[-1] ** -0.5)
-        tensors[f"model.{name}"] = (torch.from_numpy(rng.standard_normal(size, dtype=np.float32)) * scale).to(dtype)
+    for name in sorted(shapes, key=lambda name: "embed_tokens" in name):  # the order in which numbers are drawn
+        if name.startswith("decoder.embed_tokens"):  # tied
+            continue
+        scale = 0.1 if "norm" in name else (shapes[name][-1] ** -0.5)
+        drawn = torch.from_numpy(rng.standard_normal(shapes[name], dtype=np.float32))
+        tensors[f"model.{name}"] = (drawn * scale).to(dtype)
     return tensors

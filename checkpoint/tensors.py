@@ -2,8 +2,8 @@
 
 Every tensor of a checkpoint is used, known to be unused, or an error that names it: one that is left over would make
 scores that are not the model's. `StoredTensors` has the names as they are stored, for cross-encoders; `TensorFiles`
-knows the names T5Gemma 2 checkpoints use and gives each half only its own, so that neither ever holds the other half
-or the vision tower. Does not know what the tensors are for.
+knows the names of T5Gemma 2 checkpoints and gives each half only its own, so that neither ever holds the other half
+or the vision tower.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from checkpoint.files import CheckpointError, read_json
+from checkpoint.files import CheckpointError, first_of, read_json
 from checkpoint.quantized import (
     FLOAT_TYPES,
     HF_QUANT_CONFIG,
@@ -40,17 +40,6 @@ _QUANTIZED = re.compile(
     r"(?:scale|_scale_inv|_packed|zero_point|qweight|qzeros|scales|g_idx|absmax|quant_map|quant_state[\w.]*|SCB|"
     r"weight_format|weight_shape)(?:$|\.)|_scale(?:_2)?$"
 )
-CHUNK_BYTES = 32 << 20
-
-
-def canonical_name(name: str) -> str | None:
-    """`encoder.…`, `decoder.…` or `lm_head.weight`; None for names of neither half."""
-    if name == "lm_head.out_proj.weight":
-        return "lm_head.weight"
-    match = _PREFIX.match(name)
-    if match is None:
-        return None
-    return f"{match[1] or match[2]}.{match[3]}.{name[match.end() :]}"
 
 
 def is_buffer(name: str) -> bool:
@@ -59,7 +48,7 @@ def is_buffer(name: str) -> bool:
 
 
 def refuse_unused(directory: Path, names: Iterable[str]) -> None:
-    """Raises CheckpointError where there are any, with the first of them and what to do."""
+    """Raises CheckpointError where there are any, with the first of them and a remedy."""
     left = sorted(names)
     if not left:
         return
@@ -71,7 +60,7 @@ def refuse_unused(directory: Path, names: Iterable[str]) -> None:
         remedy = "expected the tensors that config.json implies: it is of another model, or has another size"
     raise CheckpointError(
         f"{directory}: {len(left)} stored tensors are not used by this model, whose scores would be wrong without "
-        f"them: {', '.join(left[:4])}{f' and {len(left) - 4} more' if len(left) > 4 else ''}; {remedy}"
+        f"them: {first_of(left)}; {remedy}"
     )
 
 
@@ -85,7 +74,7 @@ class StoredTensors:
             CheckpointError: files that are missing or broken, a tensor stored twice, a quantization of another scheme.
         """
         self.directory = directory
-        self.files = safetensors_files(directory)
+        self.files = _safetensors_files(directory)
         found: dict[str, Stored] = {}
         for path in self.files:
             with opened(path) as shard:
@@ -106,8 +95,13 @@ class StoredTensors:
     def names(self) -> list[str]:
         return sorted(self.weights)
 
-    def check_format(self, name: str) -> None:
+    def check_formats(self) -> None:
         """Raises CheckpointError where a weight is stored in a format that says nothing without its scales."""
+        for name in self.names():
+            if not is_buffer(name):
+                self._check_format(name)
+
+    def _check_format(self, name: str) -> None:
         weight = self.weights[name]
         if not weight.quantized and weight.values.dtype not in FLOAT_TYPES:
             raise CheckpointError(
@@ -115,10 +109,19 @@ class StoredTensors:
                 f"expected one of {sorted(FLOAT_TYPES)}; {REMEDY}"
             )
 
-    def rows(self, name: str, indices: list[int]) -> torch.Tensor:
+    def check(self, name: str, shape: tuple[int, ...], *, shown: str = "") -> None:
+        """Raises CheckpointError where a weight, called `shown`, has another shape or a format of `check_formats`."""
+        weight = self.weights[name]
+        if weight.shape != shape:
+            raise CheckpointError(
+                f"{weight.values.path}: {shown or name} has the shape {weight.shape}; config.json says {shape}"
+            )
+        self._check_format(name)
+
+    def rows(self, name: str, indices: Sequence[int]) -> torch.Tensor:
         """Rows of a matrix in float32, (len(indices), width), without reading the rest."""
         weight = self.weights[name]
-        self.check_format(name)
+        self._check_format(name)
         count = weight.shape[0] if len(weight.shape) == 2 else 0
         if not all(0 <= index < count for index in indices):
             raise CheckpointError(
@@ -131,26 +134,21 @@ class StoredTensors:
         weight = self.weights[name]
         if is_buffer(name) and not weight.quantized:
             return weight.values.rows(0, math.prod(weight.shape[:1]))
-        self.check_format(name)
+        self._check_format(name)
         tensor = torch.empty(weight.shape, dtype=dtype)
         if not weight.shape:
             return tensor.copy_(weight.rows(0, 1))
         row = 0
-        for chunk in self.chunks(name):
+        for chunk in weight.chunks():
             tensor[row : row + len(chunk)] = chunk
             row += len(chunk)
         return tensor
 
-    def chunks(self, name: str) -> Iterator[torch.Tensor]:
-        """Consecutive rows of one tensor, at most CHUNK_BYTES (as float32) at a time."""
-        weight = self.weights[name]
-        return _chunks(weight, weight.shape)
-
     def digest(self) -> str:
-        """sha256 over the files' bytes, and what says how they are quantized: a second or two per gigabyte."""
+        """sha256 over the files' bytes, and quantization's own: a second or two per gigabyte."""
         total = hashlib.sha256()
-        beside = self.directory / HF_QUANT_CONFIG
-        for path in [*self.files, *([beside] if beside.exists() else [])]:
+        described = self.directory / HF_QUANT_CONFIG
+        for path in [*self.files, *([described] if described.exists() else [])]:
             with path.open("rb") as file:
                 total.update(hashlib.file_digest(file, "sha256").digest())
         return total.hexdigest()
@@ -172,7 +170,7 @@ class TensorFiles:
         self._where: dict[str, str] = {}  # canonical name -> stored name
         unused = []
         for name in self._stored.names():
-            canonical = canonical_name(name)
+            canonical = _canonical_name(name)
             if canonical is None or canonical not in used:
                 if not _VISION.match(name) and not is_buffer(name):
                     unused.append(name)
@@ -184,73 +182,63 @@ class TensorFiles:
                 self._where[canonical] = name
         refuse_unused(directory, unused)
 
-    def names(self) -> list[str]:
-        return sorted(self._where)
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
 
-    def check(self, names: dict[str, tuple[int, ...]]) -> None:
-        """Raises CheckpointError naming every missing tensor, or the first one of another shape or format.
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises CheckpointError naming missing tensors, or the first one of another shape or format.
 
         Args:
-            names: canonical name -> expected shape.
+            shapes: by canonical name.
         """
-        missing = [name for name in names if name not in self._where]
+        missing = [name for name in shapes if name not in self._where]
         if missing:
-            shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
-            raise CheckpointError(f"{self._directory}: {len(missing)} tensors are missing: {shown}")
-        for name, shape in names.items():
-            weight = self._weight(name)
-            if weight.shape != shape:
-                raise CheckpointError(
-                    f"{weight.values.path}: {name} has the shape {weight.shape}; config.json says {shape}"
-                )
-            self._stored.check_format(self._where[name])
+            raise CheckpointError(f"{self._directory}: {len(missing)} tensors are missing: {first_of(missing)}")
+        for name, shape in shapes.items():
+            self._stored.check(self._where[name], shape, shown=name)
 
-    def read(self, names: dict[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """Reads tensors chunk by chunk, so the peak is the result plus one chunk.
-
-        Args: as of `check`.
+    def read(self, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Tensors by canonical name, each as StoredTensors.read.
 
         Raises:
             CheckpointError: as `check`.
         """
-        self.check(names)
-        return {name: self._stored.read(self._where[name], dtype) for name in names}
+        self.check(shapes)
+        return {name: self._stored.read(self._where[name], dtype) for name in shapes}
 
     def equal(self, one: str, other: str) -> bool:
         """Whether two tensors hold the same numbers; reads both a chunk at a time."""
-        if self._weight(one).shape != self._weight(other).shape:
+        a, b = (self._stored.weights[self._where[name]] for name in (one, other))
+        if a.shape != b.shape:
             return False
-        chunks = (self._stored.chunks(self._where[name]) for name in (one, other))
-        return all(torch.equal(a.float(), b.float()) for a, b in zip(*chunks, strict=True))
+        return all(torch.equal(x.float(), y.float()) for x, y in zip(a.chunks(), b.chunks(), strict=True))
 
-    def digest(self, names: list[str]) -> bytes:
+    def digest(self, names: Iterable[str]) -> bytes:
         """sha256 over names, dtypes, shapes and bytes; how tensors are spread over files does not matter."""
         total = hashlib.sha256()
         for name in sorted(names):
             if name not in self._where:
                 raise CheckpointError(f"{self._directory}: tensor {name} is missing")
-            weight = self._weight(name)
+            weight = self._stored.weights[self._where[name]]
             for part in weight.parts:
                 label = name if not weight.quantized else f"{name} from {part.name.rpartition('.')[2]}"
                 total.update(f"{label}|{part.dtype}|{part.shape}|".encode())
-                for chunk in _chunks(Weight(part), part.shape):
+                for chunk in Weight(part).chunks():
                     total.update(chunk.contiguous().view(torch.uint8).flatten().numpy().data)
         return total.digest()
 
-    def _weight(self, name: str) -> Weight:
-        return self._stored.weights[self._where[name]]
+
+def _canonical_name(name: str) -> str | None:
+    """`encoder.…`, `decoder.…` or `lm_head.weight`; None for names of neither half."""
+    if name == "lm_head.out_proj.weight":
+        return "lm_head.weight"
+    match = _PREFIX.match(name)
+    if match is None:
+        return None
+    return f"{match[1] or match[2]}.{match[3]}.{name[match.end() :]}"
 
 
-def _chunks(weight: Weight, shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
-    if not shape:
-        yield weight.rows(0, 1).reshape(1)
-        return
-    step = max(1, CHUNK_BYTES // max(4 * math.prod(shape[1:]), 1))
-    for first in range(0, shape[0], step):
-        yield weight.rows(first, min(first + step, shape[0]))
-
-
-def safetensors_files(directory: Path) -> list[Path]:
+def _safetensors_files(directory: Path) -> list[Path]:
     """The files that hold a checkpoint's tensors.
 
     Raises:

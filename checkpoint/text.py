@@ -1,8 +1,8 @@
 """Text to token ids, with the checkpoint's templates, limits and answer tokens.
 
-Texts from outside are neutralised: a control token spelled in a query or passage (`<end_of_turn>`) is tokenized as plain
-text, so it cannot open a turn. Text without such spelling gets exactly the ids of the filled template, tokenized as a
-whole, which is what the reference does.
+Texts from outside are neutralised: a control token spelled in a query or passage (`<end_of_turn>`) is tokenized as
+plain text, so it cannot open a turn. Text without such spelling gets exactly the ids of the filled template, tokenized
+as a whole, as in the reference.
 """
 
 from __future__ import annotations

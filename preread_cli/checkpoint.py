@@ -59,7 +59,7 @@ def command(
 
 
 def _facts(checkpoint: Any) -> dict[str, Any]:
-    from checkpoint.model import embedding_shapes, stack_shapes
+    from checkpoint.model import tensor_shapes
 
     checkpoint.check_decoder()  # the fingerprint reads every encoder tensor; the decoder's are looked for
     settings = checkpoint.settings
@@ -70,9 +70,9 @@ def _facts(checkpoint: Any) -> dict[str, Any]:
         "checkpoint": checkpoint.name,
         "fingerprint": identity.fingerprint,
         "dim": checkpoint.dim,
-        "encoder_parameters": _count(stack_shapes("encoder", encoder) | embedding_shapes("encoder", encoder)),
+        "encoder_parameters": _count(tensor_shapes("encoder", encoder)),
         "encoder_layers": encoder.num_hidden_layers,
-        "decoder_parameters": _count(stack_shapes("decoder", decoder) | embedding_shapes("decoder", decoder)),
+        "decoder_parameters": _count(tensor_shapes("decoder", decoder)),
         "decoder_layers": decoder.num_hidden_layers,
         "vocab_size": decoder.vocab_size,
         "max_passage_tokens": settings.max_passage_tokens,

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.synthetic import KINDS, make_cross_encoder
 from checkpoint.synthetic import make_checkpoint
-from decoder_server.models.cross_encoder.synthetic import KINDS, make_cross_encoder
 
 ROOT = Path(__file__).parents[1]
 FBNL = "an encoder-decoder"

@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from transformers.modeling_outputs import BaseModelOutput
 
+from benchmarks.synthetic import make_cross_encoder
 from checkpoint import Checkpoint, CheckpointError
 from checkpoint.synthetic import make_checkpoint
-from decoder_server.models.cross_encoder import open_cross_encoder
 from decoder_server.models.cross_encoder.files import quiet
-from decoder_server.models.cross_encoder.synthetic import make_cross_encoder
+from decoder_server.models.cross_encoder.loading import open_cross_encoder
 from decoder_server.models.cross_encoder.torch_runtime import answer_ids
 from decoder_server.models.fbnl.backend import FbnlBackend
 from decoder_server.models.fbnl.batch_states import StatePair
@@ -125,7 +125,7 @@ class Subject:
         answers = answer_ids(self.directory, tokenizer, source.profile) if causal else ()
         margins = []
         for passage in PASSAGES:
-            pair = source.pair(QUERY, None, passage)
+            (pair,) = source.read([(QUERY, None, passage)])
             inputs = {"input_ids": torch.tensor([pair.ids])}
             if pair.type_ids is not None and model.config.model_type == "bert":
                 inputs["token_type_ids"] = torch.tensor([pair.type_ids])

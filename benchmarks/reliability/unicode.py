@@ -27,6 +27,7 @@ from typing import Any
 import grpc
 import numpy as np
 
+from benchmarks.synthetic import make_cross_encoder
 from cache.collection import Collection
 from cache.open import open_store
 from cache.states import PassageStates
@@ -35,7 +36,6 @@ from checkpoint.synthetic import make_checkpoint
 from decoder_server.config import NO_TIERS, DecoderConfig, HttpConfig
 from decoder_server.edge.floor import FLOOR_MARGIN
 from decoder_server.gateway import Gateway
-from decoder_server.models.cross_encoder.synthetic import make_cross_encoder
 from decoder_server.server import DecoderServer
 from encoder_worker.config import EncoderConfig
 from encoder_worker.indexing import index
@@ -117,7 +117,7 @@ class Served:
         if self.backend.is_empty(text):
             return EMPTY, None
         if self.worker is None:
-            return float(self.backend.model.score_texts([(QUERY, None, text)])[0]), None
+            return float(self.backend.score_texts([(QUERY, None, text)])[0]), None
         ratio = self.backend.settings.default_compression_ratio
         states = self.worker.engine.encoder.encode_one(text, ratio)
         return float(self.backend.score(self.backend.pairs(self.backend.prompt(QUERY), [states])[0])[0]), states

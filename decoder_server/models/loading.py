@@ -50,14 +50,22 @@ def _load_fbnl(model: ModelConfig) -> Backend:
 
 
 def _load_cross_encoder(model: ModelConfig) -> Backend:
-    from decoder_server.models.cross_encoder.backend import CrossEncoderBackend
+    from decoder_server.models.cross_encoder.loading import open_cross_encoder
 
     if model.read_control_tokens:
         raise ValueError(
             f"read_control_tokens is on for {model.checkpoint}, a cross-encoder, which reads control tokens in texts "
             "as plain text; expected it for fbnl models alone (--model CHECKPOINT,read-control-tokens=yes)"
         )
-    return CrossEncoderBackend.load(model)
+    return open_cross_encoder(
+        model.checkpoint,
+        device=model.device,
+        dtype=model.dtype,
+        runtime=model.runtime,
+        profile=model.profile or None,
+        max_tokens=model.max_passage_tokens,
+        trust_remote_code=model.trust_remote_code,
+    )
 
 
 def batch_tokens(config: DecoderConfig, backend: Backend) -> tuple[int, int]:

@@ -28,7 +28,7 @@ def halves(
     tiny = SHAPES["tiny"]
     shape = {
         "two kv heads": tiny,
-        "one kv head": replace(tiny, num_kv_heads=1),
+        "one kv head": replace(tiny, num_key_value_heads=1),
         "a window wider than prompts": replace(tiny, sliding_window=512),
     }[request.param]
     path = make_checkpoint(tmp_path_factory.mktemp("contexts"), shape)

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from benchmarks.synthetic import make_cross_encoder
 from cache.collection import Collection
 from cache.open import open_store
 from checkpoint import Checkpoint
 from decoder_server.config import DecoderConfig, HttpConfig, ModelConfig
 from decoder_server.gateway import Gateway
-from decoder_server.models.cross_encoder.synthetic import make_cross_encoder
 from decoder_server.models.loading import load_model
 from decoder_server.server import DecoderServer
 from encoder_worker.config import EncoderConfig

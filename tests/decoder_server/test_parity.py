@@ -128,10 +128,12 @@ def test_passages_around_and_over_the_published_window(load: Callable[[str | Sha
 def test_other_head_and_layer_layouts(load: Callable[[str | Shape], Halves], shape: str) -> None:
     tiny = SHAPES["tiny"]
     shapes = {
-        "one kv head": replace(tiny, num_kv_heads=1),
-        "as many kv heads as heads": replace(tiny, num_kv_heads=4),
+        "one kv head": replace(tiny, num_key_value_heads=1),
+        "as many kv heads as heads": replace(tiny, num_key_value_heads=4),
         "full layers only": replace(tiny, layer_types=("full_attention",) * 3),
-        "six layers": replace(tiny, num_layers=7, layer_types=None),  # the default pattern, one full layer in six
+        "six layers": replace(
+            tiny, num_hidden_layers=7, layer_types=None
+        ),  # the default pattern, one full layer in six
     }
     halves = load(shapes[shape])
     halves.assert_parity(QUERIES, [passage_of(halves, n) for n in (1, 5, 33)], 4)

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from google.rpc import error_details_pb2
 
+from benchmarks.synthetic import make_cross_encoder
 from cache.collection import Collection
 from cache.open import open_store
 from decoder_server.config import DecoderConfig, ModelConfig
-from decoder_server.models.cross_encoder import CrossEncoder, open_cross_encoder
-from decoder_server.models.cross_encoder.synthetic import make_cross_encoder
+from decoder_server.models.cross_encoder.backend import CrossEncoder
+from decoder_server.models.cross_encoder.loading import open_cross_encoder
 from decoder_server.server import DecoderServer
 from preread.tei.v1 import tei_pb2, tei_pb2_grpc
 from preread.types import Stage

@@ -13,10 +13,10 @@ from typing import Any
 import httpx2
 import pytest
 
+from benchmarks.synthetic import make_cross_encoder
 from cache.open import open_store
 from decoder_server.config import NO_TIERS, DecoderConfig, HttpConfig, ModelConfig
 from decoder_server.gateway import Gateway
-from decoder_server.models.cross_encoder.synthetic import make_cross_encoder
 from decoder_server.models.loading import load_model
 from decoder_server.server import DecoderServer
 from encoder_worker.config import EncoderConfig

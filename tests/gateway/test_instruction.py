@@ -10,9 +10,9 @@ import grpc
 import pytest
 from click.testing import CliRunner
 
+from benchmarks.synthetic import make_cross_encoder
 from decoder_server.edge import grpc as messages
-from decoder_server.models.cross_encoder import open_cross_encoder
-from decoder_server.models.cross_encoder.synthetic import make_cross_encoder
+from decoder_server.models.cross_encoder.loading import open_cross_encoder
 from preread import Client
 from preread.v1 import rerank_pb2, rerank_pb2_grpc
 from preread_cli.main import cli
@@ -94,8 +94,8 @@ def test_a_model_that_reads_text(tmp_path: Path, architecture: str, profile: str
     model = open_cross_encoder(
         make_cross_encoder(tmp_path / "model", architecture), device="cpu", dtype="float32", profile=profile
     )
-    absent, empty, given = (model.question(QUERY, instruction).instruction for instruction in (None, "", "Find it"))
-    assert absent == model.question(QUERY, model.profile.default_instruction).instruction
+    absent, empty, given = (model.prompt(QUERY, instruction).instruction for instruction in (None, "", "Find it"))
+    assert absent == model.prompt(QUERY, model.profile.default_instruction).instruction
     assert empty == model.profile.instruction_format.format(instruction="") if words else not empty
     assert (empty == absent) != words
     assert given == model.profile.instruction_format.format(instruction="Find it")

@@ -23,9 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoint.tensors import StoredTensors
-from decoder_server.models.cross_encoder.files import load_config, load_transformer, quiet
-from decoder_server.models.cross_encoder.model import sigmoid
+from decoder_server.models.cross_encoder.backend import sigmoid
+from decoder_server.models.cross_encoder.files import load_transformer, quiet
 from decoder_server.models.cross_encoder.profiles import Profile
 from decoder_server.models.cross_encoder.templates import PairReader, TextPair
 from decoder_server.models.cross_encoder.torch_runtime import answer_ids
@@ -43,8 +42,7 @@ class PlainModel:
 
         kind = "AutoModelForCausalLM" if profile.head == "vocabulary" else "AutoModelForSequenceClassification"
         self.model: Any = load_transformer(
-            StoredTensors(directory),
-            load_config(directory, trust_remote_code=trust_remote_code),
+            directory,
             torch.float32,
             torch.device(device),
             kind=kind,
@@ -63,7 +61,7 @@ class PlainModel:
 
     def read(self, pairs: Sequence[TextTriple], profile: Profile | None = None) -> list[TextPair]:
         """Token ids, by this model's profile or another one's template."""
-        return PairReader(self.tokenizer, profile or self.profile).pairs([pair.fields() for pair in pairs])
+        return PairReader(self.tokenizer, profile or self.profile).read([pair.fields() for pair in pairs])
 
     def margins(self, pairs: Sequence[TextPair], advance: Advance = ignore) -> Margins:
         """Margins (len(pairs),)."""

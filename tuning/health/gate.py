@@ -24,8 +24,9 @@ from checkpoint import Checkpoint
 from checkpoint.files import CheckpointError, read_json, resolve
 from checkpoint.model import MODEL_TYPE
 from decoder_server.models.backend import Backend
-from decoder_server.models.cross_encoder import CrossEncoder, Profile, open_cross_encoder
-from decoder_server.models.cross_encoder.profiles import limited, named_profile, own_profile
+from decoder_server.models.cross_encoder.backend import CrossEncoder
+from decoder_server.models.cross_encoder.loading import open_cross_encoder
+from decoder_server.models.cross_encoder.profiles import Profile, named_profile, own_profile
 from decoder_server.models.fbnl.backend import FbnlBackend
 from tuning import EvaluationError
 from tuning.health.checks import (
@@ -88,7 +89,7 @@ def check_cross(
     if other is not None:
         with counted(progress, "other", len(texts)) as advance:
             sections.append(judged(f"against {other[0]}", margins, other[1].margins(texts, advance), limits))
-    sections.append(golden_section(model.model, served))
+    sections.append(golden_section(model.checkpoint_name, served))
     causes: Sequence[str] = ()
     if any(section.failed for section in sections):
         evidence = Evidence(
@@ -107,7 +108,7 @@ def check_cross(
         if causes == [UNKNOWN]:
             causes = _by_comparison(sections[1], served.number_format, other)
     return HealthReport(
-        model=model.model,
+        model=model.checkpoint_name,
         backend="cross_encoder",
         served=f"{model.runtime}, {model.dtype_name} on {model.device_name}, profile {model.profile.model}",
         against=other[0] if other is not None else "plain float32",
@@ -140,14 +141,16 @@ def _fitting(model: CrossEncoder, pairs: PairSet) -> tuple[PairSet, list[str]]:
     fitting, reason = [], ""
     for number, pair in enumerate(pairs.pairs, 1):
         try:
-            model.pair(*pair.fields())
+            model.read([pair.fields()])
         except ValueError as exc:
             reason = reason or f"pair {number}: {exc}"
         else:
             fitting.append(pair)
     num_others = len(pairs) - len(fitting)
     if len(fitting) < MIN_PAIRS:
-        raise EvaluationError(f"{num_others} of {len(pairs)} pairs do not fit {model.model}; the first, {reason}")
+        raise EvaluationError(
+            f"{num_others} of {len(pairs)} pairs do not fit {model.checkpoint_name}; the first, {reason}"
+        )
     note = f"{num_others} pairs do not fit and are left out; the first, {reason}"
     return PairSet(pairs.name, fitting), [note] if num_others else []
 
@@ -156,7 +159,7 @@ class _Reference:
     """What the weights say by the book, under the profile that the checkpoint goes by when nobody gives another."""
 
     def __init__(self, model: CrossEncoder, trust_remote_code: bool) -> None:
-        directory = resolve(model.model)
+        directory = resolve(model.checkpoint_name)
         profile = _own(model)
         self.notes = (
             [f"served by the profile {model.profile.model}; compared with its own, {profile.model}"]
@@ -167,7 +170,9 @@ class _Reference:
         if profile.listwise:  # the score is the list's: nothing plainer than the model itself
             self.notes.append("listwise: scores depend on the other candidates of a request")
             self._same = CrossScorer(
-                open_cross_encoder(model.model, dtype="float32", profile=profile, trust_remote_code=trust_remote_code)
+                open_cross_encoder(
+                    model.checkpoint_name, dtype="float32", profile=profile, trust_remote_code=trust_remote_code
+                )
             )
         else:
             self.plain = PlainModel(directory, profile, model.device_name, trust_remote_code)
@@ -180,14 +185,14 @@ class _Reference:
 
 def _own(model: CrossEncoder) -> Profile:
     """The profile of the table or of the checkpoint's own file; the served one where there is neither."""
-    directory = resolve(model.model)
+    directory = resolve(model.checkpoint_name)
     try:
-        own = named_profile(model.model, None) or own_profile(directory)
+        own = named_profile(model.checkpoint_name, None) or own_profile(directory)
     except CheckpointError:  # its own file is broken: what serves is all there is
         own = None
     if own is None:
         return model.profile
-    return limited(own, read_json(directory / "config.json"), model.profile.max_tokens)
+    return own.limited(read_json(directory / "config.json"), model.profile.max_tokens)
 
 
 def _agrees(served: CrossScorer, reference: _Reference, some: Sequence[TextTriple], spreads: float) -> bool:
@@ -367,7 +372,7 @@ def check(
 
 
 def health_gate(
-    model: CrossEncoder | Backend,
+    model: Backend,
     *,
     pairs: PairSet | None = None,
     trust_remote_code: bool = False,
@@ -382,10 +387,9 @@ def health_gate(
     if isinstance(model, FbnlBackend):
         scorer = FbnlScorer.beside(model, model.checkpoint)
         return check_fbnl(scorer, model.checkpoint, given, every_format=False, progress=progress)
-    loaded = model if isinstance(model, CrossEncoder) else getattr(model, "model", None)
-    if not isinstance(loaded, CrossEncoder):
+    if not isinstance(model, CrossEncoder):
         raise TypeError(f"{type(model).__name__} is no backend that can be checked")
-    return check_cross(CrossScorer(loaded), given, trust_remote_code=trust_remote_code, progress=progress)
+    return check_cross(CrossScorer(model), given, trust_remote_code=trust_remote_code, progress=progress)
 
 
 def is_fbnl(name: str) -> bool:

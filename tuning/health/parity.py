@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from checkpoint.compute import DTYPES
 from checkpoint.files import CheckpointError
-from checkpoint.tensors import StoredTensors
+from decoder_server.models.cross_encoder.backend import batches, pad
 from decoder_server.models.cross_encoder.conversion import COLUMN, CausalSource
-from decoder_server.models.cross_encoder.files import load_config, load_transformer
-from decoder_server.models.cross_encoder.model import Padded, batches, pad
+from decoder_server.models.cross_encoder.files import load_transformer
 from decoder_server.models.cross_encoder.templates import PairReader
 from tuning.health.checks import Margins, max_delta, rank_agreement
 from tuning.health.pairs import PairSet
@@ -27,6 +27,7 @@ from tuning.metrics import kendall_tau
 from tuning.progress import SILENT, StageProgress, counted
 
 BATCH_TOKENS = 4096
+Inputs = dict[str, NDArray[np.int64]]
 # float32: the same sums in another kernel; 2e-7 was measured, and a margin more than 1e-4 off is wrong by any account.
 # bfloat16: the language model rounds its logit to 8 bits, the classifier may not: a step of the largest score.
 MAX_DELTA = {"float32": 1e-4, "bfloat16": 2.0**-7}  # absolute; a share of the largest score
@@ -74,7 +75,7 @@ def parity(
                 found = []
                 for batch in loaded_batches:
                     found.append(_margins(model, batch, causal=head))
-                    advance(len(batch.ids))
+                    advance(len(batch["input_ids"]))
                 del model
                 gc.collect()  # the next one needs the room
             margins.append(np.concatenate(found)[order])
@@ -82,25 +83,21 @@ def parity(
     return rows
 
 
-def _batches(source: CausalSource, pairs: PairSet) -> tuple[list[Padded], list[int]]:
+def _batches(source: CausalSource, pairs: PairSet) -> tuple[list[Inputs], list[int]]:
     """Padded batches, and where in their concatenation each pair stands."""
     from transformers import AutoTokenizer
 
     loaded: Any = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
-    read = PairReader(loaded.backend_tokenizer, source.profile).pairs([pair.fields() for pair in pairs.pairs])
-    groups = list(batches(read, BATCH_TOKENS))
-    padded = [
-        pad([read[i].ids for i in group], [None] * len(group), side="left", pad_id=source.pad_token_id)
-        for group in groups
-    ]
+    read = PairReader(loaded.backend_tokenizer, source.profile).read([pair.fields() for pair in pairs.pairs])
+    groups = list(batches([pair.num_tokens for pair in read], BATCH_TOKENS))
+    padded = [pad([read[i].ids for i in group], side="left", pad_id=source.pad_token_id) for group in groups]
     place = {index: at for at, index in enumerate(index for group in groups for index in group)}
     return padded, [place[i] for i in range(len(read))]
 
 
 def _load(path: Path, dtype: str, *, causal: bool) -> Any:
     return load_transformer(
-        StoredTensors(path),
-        load_config(path, trust_remote_code=False),
+        path,
         DTYPES[dtype],
         torch.device("cpu"),
         kind="AutoModelForCausalLM" if causal else "AutoModelForSequenceClassification",
@@ -108,9 +105,9 @@ def _load(path: Path, dtype: str, *, causal: bool) -> Any:
 
 
 @torch.inference_mode()
-def _margins(model: Any, batch: Padded, *, causal: bool) -> Margins:
+def _margins(model: Any, batch: Inputs, *, causal: bool) -> Margins:
     """(batch,) scores as either model's own forward gives them."""
-    inputs = {"input_ids": torch.from_numpy(batch.ids), "attention_mask": torch.from_numpy(batch.mask)}
+    inputs = {name: torch.from_numpy(batch[name]) for name in ("input_ids", "attention_mask")}
     if causal:
         logits = model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1, COLUMN]
     else:

@@ -16,8 +16,7 @@ from cache.open import open_store
 from cache.states import PassageStates
 from checkpoint import Checkpoint
 from decoder_server.config import TierBudgets
-from decoder_server.models.cross_encoder import CrossEncoder
-from decoder_server.models.cross_encoder.model import sigmoid
+from decoder_server.models.cross_encoder.backend import CrossEncoder, sigmoid
 from decoder_server.models.fbnl.backend import FbnlBackend
 from decoder_server.models.fbnl.batch_states import StatePair
 from encoder_worker.encoder import Encoder
@@ -39,7 +38,7 @@ class CrossScorer:
 
     def __init__(self, model: CrossEncoder) -> None:
         self.model = model
-        self.listwise = model.profile.listwise
+        self.listwise = model.listwise
         self.number_format = model.runtime if "int8" in model.runtime else model.dtype_name
 
     def margins(self, pairs: Sequence[TextTriple], advance: Advance = ignore) -> Margins:
@@ -54,7 +53,7 @@ class CrossScorer:
         return margins
 
     def together(self, pairs: Sequence[TextTriple]) -> Margins:
-        return self.model.score_pairs(self.model.pairs([pair.fields() for pair in pairs]))
+        return self.model.score(self.model.read([pair.fields() for pair in pairs]))
 
     def scores(self, margins: Margins) -> Margins:
         return self.model.activation(margins)

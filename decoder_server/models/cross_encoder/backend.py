@@ -1,56 +1,37 @@
-"""The cross_encoder backend: query and passage read together, as text. Knows no request, store or batching policy.
-
-What a model wants of its texts, and how its answer is read, is `cross_encoder`'s; here it only meets the seam.
-"""
+"""The cross_encoder backend: query and passage read together, as text; margins in padded batches by token budget."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from decoder_server.config import ModelConfig
+from checkpoint.files import CheckpointError, one_line
+from decoder_server.models.cross_encoder.profiles import Profile
+from decoder_server.models.cross_encoder.templates import PairReader, TextPair, TextPrompt, Texts
 from preread.errors import InvalidRequest
 
-if TYPE_CHECKING:
-    from decoder_server.models.cross_encoder import CrossEncoder, TextPair
+# Padded tokens per pass, by device: above it a pass is no faster per token.
+BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
+# Texts tokenized at a time, so that a long list never stands in memory as tokens all at once.
+CHUNK_TEXTS = 1024
+# Padding may add at most this share to a batch's real tokens: dense layers compute it too.
+MAX_PADDING = 0.25
 
 
-@dataclass(frozen=True, slots=True)
-class TextPrompt:
-    """Query and instruction; a cross-encoder reads them anew with every passage."""
+class Runner(Protocol):
+    """Loaded weights. Called from one thread only."""
 
-    query: str
-    instruction: str | None
-    num_tokens: int
-    num_query_tokens: int
-    query_truncated: bool = False
+    dtype_name: str
+    device_name: str
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class TextItem:
-    """One query and passage as token ids."""
-
-    pair: TextPair
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        return self.pair.num_tokens
-
-    @property
-    def num_states(self) -> int:
-        return 0
-
-    @property
-    def num_tokens(self) -> int:
-        return self.pair.num_tokens
-
-    @property
-    def truncated(self) -> bool:
-        return self.pair.truncated
+    def margins(self, pairs: Sequence[TextPair]) -> NDArray[np.float32]:
+        """Margins (len(pairs),) of one padded pass, as the arithmetic gives them."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,41 +44,39 @@ class TextSettings:
     default_compression_ratio: int = 0
 
 
-class CrossEncoderBackend:
-    """One loaded cross-encoder."""
+class CrossEncoder:
+    """Weights with the profile they are read by. Scoring is for one thread; all else is safe from any."""
 
     name = "cross_encoder"
     num_compilations = 0
 
-    def __init__(self, checkpoint_name: str, model: CrossEncoder) -> None:
-        self.checkpoint_name = checkpoint_name
-        self.model = model
-        self.dtype_name, self.device_name = model.dtype_name, model.device_name
-        self.notice = model.license_notice
-        self.listwise = model.profile.listwise
-        profile = model.profile
-        self.settings = TextSettings(
-            profile.default_instruction, profile.max_passage_tokens or profile.max_tokens, profile.max_query_tokens
-        )
+    def __init__(
+        self,
+        reader: PairReader,
+        runner: Runner,
+        profile: Profile,
+        *,
+        checkpoint_name: str,
+        runtime: str,
+        fingerprint: Callable[[], str],
+    ) -> None:
+        self.profile = profile
+        self.listwise = profile.listwise
+        self.checkpoint_name = checkpoint_name  # as it was opened
+        self.runtime = runtime  # torch, onnx or onnx-int8
+        self.dtype_name, self.device_name = runner.dtype_name, runner.device_name
+        self.notice = ""  # empty where the profile names no licence
+        if profile.license:
+            limits = "; not for commercial use" if "-NC" in profile.license else ""
+            self.notice = f"{checkpoint_name} is under the licence {profile.license}{limits}"
+        self._max_passage = profile.max_passage_tokens or profile.max_tokens
+        self.settings = TextSettings(profile.default_instruction, self._max_passage, profile.max_query_tokens)
+        self._reader, self._runner, self._fingerprint = reader, runner, fingerprint
 
-    @classmethod
-    def load(cls, config: ModelConfig) -> CrossEncoderBackend:
-        """
-        Raises:
-            CheckpointError, ValueError: what cannot be served, and why.
-        """
-        from decoder_server.models.cross_encoder import open_cross_encoder
-
-        model = open_cross_encoder(
-            config.checkpoint,
-            device=config.device,
-            dtype=config.dtype,
-            runtime=config.runtime,
-            profile=config.profile or None,
-            max_tokens=config.max_passage_tokens,
-            trust_remote_code=config.trust_remote_code,
-        )
-        return cls(config.checkpoint, model)
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of weights, tokenizer, configuration and profile; reads the weights the first time."""
+        return self._fingerprint()
 
     def identity(self) -> None:
         """It reads no states."""
@@ -108,39 +87,138 @@ class CrossEncoderBackend:
             InvalidRequest: an instruction over the model's limit.
         """
         try:
-            question = self.model.question(query, instruction)
+            return self._reader.prompt(query, instruction)
         except ValueError as exc:
-            limit = self.model.profile.max_instruction_tokens
+            limit = self.profile.max_instruction_tokens
             raise InvalidRequest("instruction", f"too long ({exc})", f"at most {limit} tokens") from exc
-        num_query = self.model.count_tokens(question.query)
-        num_tokens = num_query + self.model.count_tokens(question.instruction)
-        return TextPrompt(query, instruction, num_tokens, num_query, question.truncated)
 
-    def pairs(self, prompt: TextPrompt, passages: Sequence[str]) -> list[list[TextItem]]:
-        """
+    def pairs(self, prompt: TextPrompt, passages: Sequence[str]) -> list[list[TextPair]]:
+        """Per passage one pair.
+
         Raises:
             ValueError: query and instruction leave no room for a passage.
         """
-        texts = [(prompt.query, prompt.instruction, passage) for passage in passages]
-        return [[TextItem(pair)] for pair in self.model.pairs(texts)]
+        return [[pair] for pair in self._reader.pairs(prompt, passages)]
 
-    def cut(self, text: str, max_tokens: int | None, *, keep_end: bool = False) -> str:
-        return self.model.cut(text, max_tokens, keep_end=keep_end)
+    def read(self, texts: Sequence[Texts]) -> list[TextPair]:
+        """Pairs of any queries, instructions and passages.
+
+        Raises:
+            ValueError: an instruction over its limit, or a query that leaves no room for a passage.
+        """
+        return self._reader.read(texts)
 
     def is_empty(self, text: str) -> bool:
-        return self.model.is_empty(text)
+        """Whether a passage's text adds no token to a pair."""
+        return self._reader.is_empty(text)
 
-    def score(self, pairs: Sequence[TextItem]) -> NDArray[np.float32]:
-        return self.model.score_pairs([item.pair for item in pairs])
+    def cut(self, text: str, max_tokens: int | None = None, *, keep_end: bool = False) -> str:
+        """A text's beginning, or end, of at most `max_tokens` (None: as many as a passage may have)."""
+        return self._reader.cut(text, max_tokens or self._max_passage, keep_end=keep_end)
+
+    def score(self, pairs: Sequence[TextPair]) -> NDArray[np.float32]:
+        """Margins (len(pairs),) of one padded pass; NaN where not finite."""
+        if not pairs:
+            return np.empty(0, dtype=np.float32)
+        margins = self._runner.margins(pairs)
+        return np.where(np.isfinite(margins), margins, np.float32("nan"))
+
+    def score_texts(self, texts: Sequence[Texts], max_batch_tokens: int | None = None) -> NDArray[np.float32]:
+        """Margins (len(texts),) in the order of `texts`: pairs of like length share a pass.
+
+        Args:
+            max_batch_tokens: padded tokens per pass; None: as suits the device.
+        """
+        if self.listwise:  # one list is one pass, whatever its length
+            return self.score(self.read(texts))
+        budget = max_batch_tokens or BATCH_TOKENS[self.device_name.split(":")[0]]
+        margins = np.empty(len(texts), dtype=np.float32)
+        for first in range(0, len(texts), CHUNK_TEXTS):
+            pairs = self.read(texts[first : first + CHUNK_TEXTS])
+            for batch in batches([pair.num_tokens for pair in pairs], budget):
+                margins[[first + i for i in batch]] = self.score([pairs[i] for i in batch])
+        return margins
+
+    def activation(self, margins: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Scores as the model publishes them, computed in float32."""
+        margins = np.asarray(margins, dtype=np.float32)
+        if self.profile.activation == "identity":
+            return margins
+        return sigmoid(margins / np.float32(self.profile.temperature))
+
+    def bounded(self, margins: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Scores in 0..1 for interfaces that demand them, in the order of the margins.
+
+        The published activation where that is a sigmoid; else a sigmoid of the margin, which is no probability; of a
+        listwise cosine its half above a half.
+        """
+        margins = np.asarray(margins, dtype=np.float32)
+        if self.listwise:
+            return ((1 + margins) / 2).clip(0, 1)
+        return self.activation(margins) if self.profile.activation == "sigmoid" else sigmoid(margins)
 
     def activate(self, margin: float) -> float:
         """In 0..1 for every model, as the wire promises; some publish the bare logit, which is the margin."""
-        return float(self.model.bounded(np.array([margin], dtype=np.float32))[0])
+        return float(self.bounded(np.array([margin], dtype=np.float32))[0])
 
-    def warm_up(self) -> None:
-        """One real pass over a real pair.
+    def first_pass(self) -> NDArray[np.float32]:
+        """The margin of one real pair, (1,).
 
         Raises:
-            CheckpointError: the weights give no finite margin.
+            CheckpointError: configuration and weights load, and cannot be computed with.
         """
-        self.model.warm_up()
+        try:
+            return self.score_texts([("Does this model answer?", None, "It gives a number for every pair.")])
+        except (RuntimeError, KeyError, IndexError, TypeError, AttributeError, ValueError) as exc:
+            raise CheckpointError(f"{self.checkpoint_name}: the first forward pass failed ({one_line(exc)})") from exc
+
+    def warm_up(self) -> None:
+        """One real pass.
+
+        Raises:
+            CheckpointError: as first_pass, or the weights give no finite margin.
+        """
+        if not np.isfinite(self.first_pass()).all():
+            raise CheckpointError(f"{self.checkpoint_name}: the first forward pass gave no finite margin")
+
+
+def batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Indices of sequences by length, in batches of at most `max_tokens` padded tokens (one sequence at least)."""
+    batch: list[int] = []
+    real = 0
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        longest = lengths[index]  # sorted, so the longest so far
+        padded = (len(batch) + 1) * longest
+        if batch and (padded > max_tokens or padded > (1 + MAX_PADDING) * (real + longest)):
+            yield batch
+            batch, real = [], 0
+        batch.append(index)
+        real += longest
+    if batch:
+        yield batch
+
+
+def pad(
+    rows: Sequence[Sequence[int]],
+    types: Sequence[Sequence[int] | None] | None = None,
+    *,
+    side: Literal["left", "right"],
+    pad_id: int,
+) -> dict[str, NDArray[np.int64]]:
+    """A model's possible inputs, (batch, longest) each; of `position_ids` a row's first real token is at 0."""
+    length = max(len(row) for row in rows)
+    ids = np.full((len(rows), length), pad_id, dtype=np.int64)
+    mask, type_ids = np.zeros_like(ids), np.zeros_like(ids)
+    for i, (row, kinds) in enumerate(zip(rows, types or [None] * len(rows), strict=True)):
+        where = slice(length - len(row), length) if side == "left" else slice(0, len(row))
+        ids[i, where], mask[i, where] = row, 1
+        if kinds is not None:
+            type_ids[i, where] = kinds
+    positions = np.maximum(mask.cumsum(1) - 1, 0)
+    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": type_ids, "position_ids": positions}
+
+
+def sigmoid(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """1 / (1 + exp(-x)) without overflow."""
+    small = np.exp(-np.abs(x))
+    return np.where(x >= 0, 1 / (1 + small), small / (1 + small)).astype(np.float32)

@@ -4,19 +4,9 @@
     with staged(Path("ctxl-1b")) as folder:
         convert(source, folder)
 
-The classifier computes 1 row of the output embedding where the language model computes all of them.
-Does not run either of them: tuning.health.parity does.
-
-What is to be converted: one causal language model, looked at without reading its weights.
-
-Refuses here, in a second, what would otherwise give a classifier with a meaningless score. Does not write.
-
-A folder that appears complete or not at all. Knows files, not what is in them.
-
-Writes the classifier: the same layers, and one row of the output embedding as its score.
-
-A tensor is read, and a shard of at most SHARD_BYTES written, at a time; the source is never held as a whole,
-in however many files it comes. Does not judge the result.
+The classifier computes 1 row of the output embedding where the language model computes all of them. A source whose
+classifier would have a meaningless score is rejected before its weights are read; weights are read a tensor at a time
+and written in shards of at most SHARD_BYTES. Neither model runs here: tuning.health.parity compares them.
 """
 
 from __future__ import annotations
@@ -33,22 +23,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 
 from checkpoint.files import CheckpointError, read_json, resolve
-from checkpoint.tensors import StoredTensors, is_buffer
+from checkpoint.tensors import StoredTensors
 from decoder_server.models.cross_encoder.files import load_config
 from decoder_server.models.cross_encoder.profiles import FILE_NAME as PROFILE_FILE
-from decoder_server.models.cross_encoder.profiles import (
-    Profile,
-    builtin_profiles,
-    check_declared,
-    named_profile,
-    own_profile,
-)
-
-__all__ = ["COLUMN", "Advance", "CausalSource", "convert", "staged"]
-
+from decoder_server.models.cross_encoder.profiles import Profile, builtin_profiles, named_profile, own_profile
 
 TARGETS = {
     "Qwen3ForCausalLM": "Qwen3ForSequenceClassification",
@@ -57,7 +39,17 @@ TARGETS = {
 HEAD = "lm_head.weight"
 HEAD_BIAS = "lm_head.bias"
 EMBEDDING = "model.embed_tokens.weight"
+SCORE = "score.weight"
+LABEL = "SCORE"
 COLUMN = 0  # of the vocabulary: the answer that ctxl models were trained to give there
+SHARD_BYTES = 1 << 30
+_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+# The source's licence, notices that it wants passed on, and its card, which names the licence.
+_PAPERS = ("LICENSE*", "LICENCE*", "NOTICE*", "README.md")
 
 
 @dataclass(frozen=True)
@@ -67,7 +59,7 @@ class CausalSource:
     name: str
     path: Path
     config: dict[str, Any]
-    profile: Profile  # how the language model is asked
+    profile: Profile  # the language model's recipe
     tensors: StoredTensors
     head: str  # the tensor whose first row becomes the score
     pad_token: str
@@ -82,14 +74,21 @@ class CausalSource:
         """
         path = resolve(name)
         config = read_json(path / "config.json")
-        _check_config(name, config)
-        profile = named_profile(name, None) or own_profile(path) or _usual_profile(config["architectures"][0])
+        found = [str(item) for item in config.get("architectures") or []]
+        if any(one in TARGETS.values() for one in found):
+            raise CheckpointError(f"{name}: is a {found[0]} already; serve it as it is")
+        if len(found) != 1 or found[0] not in TARGETS:
+            given = " ".join(found) or "none"
+            raise CheckpointError(
+                f"{name}: config.json names the architecture {given}; expected {' or '.join(TARGETS)}"
+            )
+        profile = named_profile(name, None) or own_profile(path) or _usual_profile(found[0])
         if profile.head != "vocabulary" or profile.yes != COLUMN or profile.no is not None:
             raise CheckpointError(
                 f"{name}: its profile {profile.model!r} reads more than column {COLUMN} of the vocabulary; "
                 "expected a ctxl reranker, whose relevance is that one column"
             )
-        check_declared(path, config, load_config(path, trust_remote_code=False), profile)
+        load_config(path, profile)
         pad_token, pad_token_id = _pad(name, path, config, profile)
         tensors = StoredTensors(path)
         return cls(name, path, config, profile, tensors, _head(name, config, tensors), pad_token, pad_token_id)
@@ -114,16 +113,6 @@ class CausalSource:
         return self.head == EMBEDDING
 
 
-def _check_config(name: str, config: dict[str, Any]) -> None:
-    found = [str(item) for item in config.get("architectures") or []]
-    if any(one in TARGETS.values() for one in found):
-        raise CheckpointError(f"{name}: is a {found[0]} already; serve it as it is")
-    if len(found) != 1 or found[0] not in TARGETS:
-        raise CheckpointError(
-            f"{name}: config.json names the architecture {' '.join(found) or 'none'}; expected {' or '.join(TARGETS)}"
-        )
-
-
 def _usual_profile(architecture: str) -> Profile:
     """A checkpoint of no known name: ctxl's recipe for its architecture."""
     return next(
@@ -145,11 +134,8 @@ def _pad(name: str, path: Path, config: dict[str, Any], profile: Profile) -> tup
         tokenizer = cast(Any, AutoTokenizer).from_pretrained(path)
     except Exception as exc:  # transformers raises many unrelated types where files are missing or broken
         raise CheckpointError(f"{name}: its tokenizer cannot be loaded ({str(exc).splitlines()[0]})") from exc
-    pad = tokenizer.pad_token_id
-    if pad is None:
-        pad = config.get("pad_token_id")
-    if pad is None:
-        pad = tokenizer.eos_token_id
+    candidates = (tokenizer.pad_token_id, config.get("pad_token_id"), tokenizer.eos_token_id)
+    pad = next((id_ for id_ in candidates if id_ is not None), None)
     if pad is None:
         raise CheckpointError(f"{name}: neither tokenizer nor config.json has a pad or eos token; padding needs one")
     fields = {"query": "q", "instruction": "", "passage": "p"}
@@ -167,8 +153,7 @@ def _head(name: str, config: dict[str, Any], tensors: StoredTensors) -> str:
     for tensor in tensors.names():
         if not tensor.startswith("model.") and tensor not in (HEAD, HEAD_BIAS):
             raise CheckpointError(f"{name}: tensor {tensor} is none of a {config['architectures'][0]}")
-        if not is_buffer(tensor):
-            tensors.check_format(tensor)
+    tensors.check_formats()
     if HEAD_BIAS in tensors:
         raise CheckpointError(f"{name}: {HEAD_BIAS} is there; a classifier's score has no bias to put it into")
     head = HEAD if HEAD in tensors else EMBEDDING
@@ -177,23 +162,22 @@ def _head(name: str, config: dict[str, Any], tensors: StoredTensors) -> str:
     if head == EMBEDDING and not config.get("tie_word_embeddings"):
         # transformers would fill the missing head with random numbers and only log it.
         raise CheckpointError(f"{name}: {HEAD} is missing and config.json does not tie it to the embedding")
-    shape = (config.get("vocab_size"), config.get("hidden_size"))
-    if tensors.weights[head].shape != shape:
-        raise CheckpointError(f"{name}: {head} has the shape {tensors.weights[head].shape}; config.json says {shape}")
+    tensors.check(head, (config.get("vocab_size", 0), config.get("hidden_size", 0)))
     return head
 
 
 @contextmanager
 def staged(target: Path) -> Iterator[Path]:
-    """An empty folder beside `target`, which becomes `target` when the block ends well, and else is removed.
+    """An empty folder next to `target`, which becomes `target` when the block ends well, and else is removed.
 
-    What a killed process left there is removed by the next one; two at a time are refused.
+    Leftovers of a killed process are removed by the next one; two at a time are an error.
 
     Raises:
         CheckpointError: `target` is taken, cannot be written, or is being written by another process.
     """
     target = Path(os.path.abspath(target))
     folder = target.parent / f".{target.name}.converting"
+    busy = CheckpointError(f"{target}: another process is converting into it")
     _check_free(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -202,8 +186,16 @@ def staged(target: Path) -> Iterator[Path]:
     except OSError as exc:
         raise CheckpointError(f"{target}: cannot be written ({exc.strerror})") from exc
     try:
-        _take(lock, folder, target)
         try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as exc:
+            raise busy from exc
+        # Between our mkdir and our lock the other may have finished: then what is locked is its result.
+        if not folder.exists() or folder.stat().st_ino != os.fstat(lock).st_ino:
+            raise busy
+        try:
+            for path in folder.iterdir():
+                path.unlink()
             yield folder
             for path in folder.iterdir():
                 _sync(path)
@@ -216,20 +208,6 @@ def staged(target: Path) -> Iterator[Path]:
             raise
     finally:
         os.close(lock)
-
-
-def _take(lock: int, folder: Path, target: Path) -> None:
-    """Makes the folder ours and empty."""
-    busy = CheckpointError(f"{target}: another process is converting into it")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as exc:
-        raise busy from exc
-    # Between our mkdir and our lock the other may have finished: then what is locked is its result.
-    if not folder.exists() or folder.stat().st_ino != os.fstat(lock).st_ino:
-        raise busy
-    for path in folder.iterdir():
-        path.unlink()
 
 
 def _check_free(target: Path) -> None:
@@ -245,79 +223,53 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-SCORE = "score.weight"
-LABEL = "SCORE"
-SHARD_BYTES = 1 << 30
-_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-_TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
-# What the source's licence asks to be passed on, and its card, which says which licence that is.
-_PAPERS = ("LICENSE*", "LICENCE*", "NOTICE*", "README.md")
-
-Advance = Callable[[int], None]  # told how many tensors were written
-
-
-def convert(source: CausalSource, folder: Path, advance: Advance = lambda num: None) -> None:
+def convert(source: CausalSource, folder: Path, advance: Callable[[int], None] = lambda num: None) -> None:
     """Fills `folder` with the converted checkpoint: weights, configuration, tokenizer, profile, licence.
+
+    Args:
+        advance: called with the number of tensors written since the last call.
 
     Raises:
         CheckpointError: a tensor that cannot be read, or a disk too small.
     """
-    groups = _groups(source)
-    num_bytes = sum(_num_bytes(source, name) for group in groups for name in group)
-    free = shutil.disk_usage(folder).free
+    split = split_state_dict_into_shards_factory(
+        _sizes(source),
+        get_storage_size=lambda num_bytes: num_bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=SHARD_BYTES,
+    )
+    num_bytes, free = split.metadata["total_size"], shutil.disk_usage(folder).free
     if free < num_bytes:
         raise CheckpointError(f"{folder.parent}: {free:,} bytes are free; the result takes {num_bytes:,}")
-    _write_weights(source, folder, groups, num_bytes, advance)
-    _write_json(folder / "config.json", _config(source))
-    _write_tokenizer(source, folder)
-    (folder / PROFILE_FILE).write_text(_profile_row(source), encoding="utf-8")
-    for pattern in _PAPERS:
-        for path in source.path.glob(pattern):
-            # The card describes the language model: beside the weights, but not as their own.
-            shutil.copyfile(path, folder / (f"SOURCE-{path.name}" if path.name == "README.md" else path.name))
-
-
-def _num_bytes(source: CausalSource, name: str) -> int:
-    if name == SCORE:
-        return 8 * int(source.config["hidden_size"])
-    weight = source.tensors.weights[name]
-    item = _ITEM_BYTES["F32"] if weight.quantized else _ITEM_BYTES.get(weight.values.dtype, 8)
-    return math.prod(weight.shape) * item
-
-
-def _groups(source: CausalSource) -> list[list[str]]:
-    """Tensor names of the result, shard by shard, in the source's order."""
-    groups: list[list[str]] = [[SCORE]]
-    size = 0
-    for name in source.tensors.weights:
-        if name == HEAD:
-            continue
-        size += _num_bytes(source, name)
-        if size > SHARD_BYTES and groups[-1] != [SCORE]:
-            groups.append([])
-            size = _num_bytes(source, name)
-        groups[-1].append(name)
-    return groups
-
-
-def _write_weights(
-    source: CausalSource, folder: Path, groups: list[list[str]], num_bytes: int, advance: Advance
-) -> None:
-    weight_map: dict[str, str] = {}
-    for number, group in enumerate(groups, 1):
-        file = f"model-{number:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else "model.safetensors"
-        save_file(dict(_read(source, group, advance)), folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(group, file)
-    if len(groups) > 1:
-        index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
+    for file, names in split.filename_to_tensors.items():
+        save_file(dict(_read(source, names, advance)), folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         _write_json(folder / "model.safetensors.index.json", index)
+    _write_json(folder / "config.json", _config(source))
+    for name in _TOKENIZER_FILES:
+        if (source.path / name).exists():
+            shutil.copyfile(source.path / name, folder / name)
+    path = folder / "tokenizer_config.json"
+    _write_json(path, read_json(path, optional=True) | {"pad_token": source.pad_token, "padding_side": "left"})
+    (folder / PROFILE_FILE).write_text(_profile_row(source), encoding="utf-8")
+    for path in (path for pattern in _PAPERS for path in source.path.glob(pattern)):
+        # The card describes the language model: next to the weights, but not as their own.
+        shutil.copyfile(path, folder / (f"SOURCE-{path.name}" if path.name == "README.md" else path.name))
 
 
-def _read(source: CausalSource, names: list[str], advance: Advance) -> Iterator[tuple[str, torch.Tensor]]:
-    """One after the other; what was quantized becomes float32, which holds the product with its scales."""
+def _sizes(source: CausalSource) -> dict[str, int]:
+    """Bytes of the result's tensors by name, in the source's order."""
+    sizes = {SCORE: 8 * int(source.config["hidden_size"])}
+    for name, weight in source.tensors.weights.items():
+        if name != HEAD:
+            item = _ITEM_BYTES["F32"] if weight.quantized else _ITEM_BYTES.get(weight.values.dtype, 8)
+            sizes[name] = math.prod(weight.shape) * item
+    return sizes
+
+
+def _read(source: CausalSource, names: list[str], advance: Callable[[int], None]) -> Iterator[tuple[str, torch.Tensor]]:
+    """One after the other; quantized ones become float32, which holds the product with their scales."""
     for name in names:
         weight = source.tensors.weights[source.head if name == SCORE else name]
         if name == SCORE:
@@ -348,21 +300,10 @@ def _config(source: CausalSource) -> dict[str, Any]:
     )
     config.pop("auto_map", None)
     if source.tensors.quantization:  # the result holds plain numbers
-        for key in ("quantization_config", "compression_config"):
+        for key in ("quantization_config", "compression_config", "torch_dtype"):
             config.pop(key, None)
         config["dtype"] = "float32"
-        config.pop("torch_dtype", None)
     return config
-
-
-def _write_tokenizer(source: CausalSource, folder: Path) -> None:
-    """The source's files, with the padding that configuration and profile say."""
-    for name in _TOKENIZER_FILES:
-        if (source.path / name).exists():
-            shutil.copyfile(source.path / name, folder / name)
-    path = folder / "tokenizer_config.json"
-    config = read_json(path) if path.exists() else {}
-    _write_json(path, config | {"pad_token": source.pad_token, "padding_side": "left"})
 
 
 def _profile_row(source: CausalSource) -> str:
@@ -383,7 +324,7 @@ def _profile_row(source: CausalSource) -> str:
     }
     # JSON's strings, numbers, booleans and lists are TOML's too.
     lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in rows.items()]
-    return "# How this checkpoint is asked; written by `preread convert-ctxl`.\n[[profile]]\n" + "\n".join(lines) + "\n"
+    return "# This checkpoint's recipe; written by `preread convert-ctxl`.\n[[profile]]\n" + "\n".join(lines) + "\n"
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
-"""Loads a transformers model so that nothing in it is random and nothing is said twice. Does not know profiles.
+"""A cross-encoder's files, checked against each other before a large tensor is read, and its transformers model.
 
-A cross-encoder's files, opened and checked against each other, before any large tensor is read.
+Declarations of a checkpoint about its own arithmetic (config.json and sentence-transformers' files next to it) are
+applied by transformers or by the profile, or are errors. Nothing in a loaded model is random.
 """
 
 from __future__ import annotations
@@ -20,159 +21,49 @@ from typing import Any, cast
 import torch
 from tokenizers import Tokenizer
 
-from checkpoint.files import CheckpointError
+from checkpoint.files import STORAGE, CheckpointError, check_fields, first_of, one_line, read_json, read_modules
 from checkpoint.tensors import StoredTensors, is_buffer, refuse_unused
-from decoder_server.models.cross_encoder.profiles import Profile, check_declared
+from decoder_server.models.cross_encoder.profiles import GENERIC, Profile
 from decoder_server.models.cross_encoder.templates import PairReader
 
+# Older names of RoPE's numbers, which classes with `rope_parameters` still take.
+ROPE_FIELDS = frozenset({
+    "global_rope_theta", "local_rope_theta", "partial_rotary_factor", "rope_local_base_freq", "rope_scaling",
+    "rope_theta",
+})  # fmt: skip
+# Older names of other fields, by the one that classes have today.
+RENAMED = {
+    "global_attn_every_n_layers": "layer_types",
+    "max_window_layers": "layer_types",
+    "sliding_window_pattern": "layer_types",
+}
+# Fields that a model reads where its configuration has them, though its class does not name them (transformers 5.23).
+ALSO_READ = {
+    "deberta": {"cls_dropout", "embedding_size", "pooler_hidden_size", "talking_head"},
+    "deberta-v2": {
+        "attention_head_size", "cls_dropout", "conv_act", "conv_groups", "conv_kernel_size", "embedding_size",
+        "norm_rel_ebd", "pooler_hidden_size", "position_buckets", "share_att_key",
+    },
+    "modernbert": {"layer_norm_eps"},  # its authors store it next to norm_eps, which is read
+    "qwen2": {"head_dim"},
+}  # fmt: skip
+# Modules of sentence-transformers that a profile stands for: the model itself, and the answer tokens' logits.
+MODULES = frozenset({"Transformer", "LogitScore"})
 # Heads that a checkpoint keeps from its training and a score is not read from; and, where no class has one, the pooler
 # that they stood on. A tensor of these names that the model does use is never left over.
 _OTHER_HEADS = re.compile(
     r"(?:(?:cls\.(?:predictions|seq_relationship)|lm_head|lm_predictions|mask_predictions|decoder)\.(?:\w+\.)*|"
     r"(?:\w+\.)?pooler\.dense\.)(?:weight|bias|gamma|beta)$"
 )
-
-
-def load_config(directory: Path, *, trust_remote_code: bool) -> Any:
-    """The configuration object of config.json.
-
-    Raises:
-        CheckpointError: none that the installed transformers reads.
-    """
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
-    except Exception as exc:  # strict config classes and remote code raise several unrelated types
-        raise CheckpointError(
-            f"{directory / 'config.json'}: cannot be read as a configuration ({one_line(exc)})"
-        ) from exc
-
-
-def load_transformer(
-    tensors: StoredTensors,
-    config: Any,
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    kind: str,
-    beside: Collection[str] = (),
-    trust_remote_code: bool = False,
-) -> Any:
-    """A model of transformers in evaluation mode, with every stored tensor in it or accounted for.
-
-    Args:
-        kind: name of the auto class.
-        beside: tensors that somebody else reads, or that the readout has no use for.
-
-    Raises:
-        CheckpointError: weights missing (transformers would draw them at random), of another shape, unreadable, or
-            stored and not used by the model (transformers would leave them out).
-    """
-    import transformers
-
-    directory = tensors.directory
-    for name in tensors.names():
-        if not is_buffer(name):
-            tensors.check_format(name)
-    try:
-        with quiet():
-            model, info = _from_pretrained(
-                getattr(transformers, kind),
-                tensors,
-                config,
-                ignore_mismatched_sizes=True,  # refused below, by name
-                dtype=dtype,  # else transformers keeps the stored one, which may be float16
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-            )
-    except KeyError as exc:  # of a table of transformers', such as that of the activation functions
-        raise CheckpointError(f"{directory / 'config.json'}: names {exc}, which transformers does not have") from exc
-    except Exception as exc:  # files, remote code: unrelated types, one meaning
-        raise CheckpointError(f"{directory}: the model cannot be loaded ({one_line(exc)})") from exc
-    for name, found, wanted in sorted(info["mismatched_keys"]):
-        raise CheckpointError(f"{directory}: {name} has the shape {tuple(found)}; config.json says {tuple(wanted)}")
-    missing = sorted(info["missing_keys"])
-    if missing:
-        shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
-        raise CheckpointError(
-            f"{directory}: {len(missing)} weights of {type(model).__name__} are not in the checkpoint "
-            f"and would be random: {shown}"
-        )
-    left = {name for name in info["unexpected_keys"] if name not in beside and not is_buffer(name)}
-    if kind == "AutoModelForSequenceClassification":
-        left = {name for name in left if not _OTHER_HEADS.match(name)}
-    refuse_unused(directory, left)
-    return cast(Any, model).to(device).eval()
-
-
-def _from_pretrained(kind: Any, tensors: StoredTensors, config: Any, *, dtype: torch.dtype, **how: Any) -> Any:
-    """transformers' own loading, or of plain numbers where the stored ones are quantized.
-
-    transformers reads one of the two layouts, and only with a further package.
-    """
-    if not tensors.quantization:
-        return kind.from_pretrained(
-            tensors.directory, config=config, dtype=dtype, local_files_only=True, use_safetensors=True, **how
-        )
-    plain = copy.deepcopy(config)
-    if hasattr(plain, "quantization_config"):
-        del plain.quantization_config
-    with torch.device("meta"):
-        exact = type(kind.from_config(plain, trust_remote_code=how.pop("trust_remote_code")))
-    state = {name: tensors.read(name, dtype) for name in tensors.names()}
-    return exact.from_pretrained(None, config=plain, dtype=dtype, state_dict=state, **how)
-
-
-def keep_heads_in_float32(model: Any) -> None:
-    """Everything but the base model computes in float32: its input is a vector per pair, its output is the score."""
-
-    def widen(_: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
-
-    for name, child in model.named_children():
-        if name != model.base_model_prefix:
-            child.float()
-            child.register_forward_pre_hook(widen)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """transformers draws bars and logs a table of missing weights: the caller says both in its own way."""
-    from transformers.utils import logging as said
-
-    talk: Any = said  # its bar functions are untyped
-    level, bar = talk.get_verbosity(), talk.is_progress_bar_enabled()
-    talk.set_verbosity(logging.CRITICAL)
-    talk.disable_progress_bar()
-    try:
-        yield
-    finally:
-        talk.set_verbosity(level)
-        if bar:
-            talk.enable_progress_bar()
-
-
-def one_line(exc: Exception) -> str:
-    """The beginning of a message that may be pages long."""
-    text = " ".join(str(exc).split())[:300]
-    return f"{type(exc).__name__}: {text}" if text else type(exc).__name__
-
-
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "vocab.txt",
-    "vocab.json",
-    "sentencepiece.bpe.model",
-    "spm.model",
-    "tokenizer.model",
+    "tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spm.model", "tokenizer.model",
     "tekken.json",
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What every runtime loads from."""
+    """A checkpoint's opened files, for every runtime to load from."""
 
     directory: Path
     profile: Profile
@@ -191,15 +82,13 @@ class Source:
         Raises:
             CheckpointError: a tokenizer, configuration or weights file that is missing, broken or of another model.
         """
-        config = load_config(directory, trust_remote_code=trust_remote_code)
-        check_declared(directory, raw, config, profile)
+        config = load_config(directory, profile, trust_remote_code=trust_remote_code)
         tokenizer, pad_id, names = _load_tokenizer(directory, raw, trust_remote_code)
         size = tokenizer.get_vocab_size(with_added_tokens=True)
         if size > config.vocab_size:
             raise CheckpointError(
                 f"{directory}: the tokenizer has {size} tokens; the embedding has {config.vocab_size} rows"
             )
-        typed = int(raw.get("type_vocab_size") or 0) > 1 and "token_type_ids" in names
         return cls(
             directory,
             profile,
@@ -209,8 +98,8 @@ class Source:
             PairReader(tokenizer, profile),
             StoredTensors(directory),
             pad_id,
-            typed,
-            trust_remote_code,
+            typed=int(raw.get("type_vocab_size") or 0) > 1 and "token_type_ids" in names,
+            trust_remote_code=trust_remote_code,
         )
 
     def fingerprint(self) -> str:
@@ -240,3 +129,181 @@ def _load_tokenizer(directory: Path, raw: dict[str, Any], trust_remote_code: boo
     candidates = (raw.get("pad_token_id"), loaded.pad_token_id, loaded.eos_token_id, 0)
     pad_id = next(id_ for id_ in candidates if isinstance(id_, int) and id_ >= 0)
     return tokenizer, pad_id, list(loaded.model_input_names)
+
+
+def load_config(directory: Path, profile: Profile | None = None, *, trust_remote_code: bool = False) -> Any:
+    """transformers' configuration object of config.json.
+
+    Args:
+        profile: the recipe it is served by, where every declaration is to be checked.
+
+    Raises:
+        CheckpointError: none that the installed transformers reads, or a declaration that nothing here applies.
+    """
+    from transformers import AutoConfig
+
+    path = directory / "config.json"
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as exc:  # strict config classes and remote code raise several unrelated types
+        raise CheckpointError(f"{path}: cannot be read as a configuration ({one_line(exc)})") from exc
+    if profile is not None:
+        if not profile.needs_remote_code:  # else the checkpoint's own Python reads its declarations
+            raw = read_json(path)
+            check_fields(str(path), raw, {}, _applied(raw, config, profile))
+        _check_modules(directory, profile)
+        if profile.model == GENERIC:
+            _check_texts(directory)
+    return config
+
+
+def _applied(raw: dict[str, Any], config: Any, profile: Profile) -> set[str]:
+    """Fields that transformers' class, or the model that reads its configuration, takes into account."""
+    kind = type(config)
+    own = {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
+    applied: set[str] = own | set(getattr(kind, "attribute_map", {})) | STORAGE
+    if "rope_parameters" in own:
+        applied |= ROPE_FIELDS
+    applied |= ALSO_READ.get(str(raw.get("model_type")), set())
+    applied |= {old for old, new in RENAMED.items() if new in own}
+    # transformers attends both ways for unpadded batches only
+    return applied if profile.head == "classifier" else applied - {"use_bidirectional_attention"}
+
+
+def _check_modules(directory: Path, profile: Profile) -> None:
+    """Heads that sentence-transformers would put behind the model."""
+    for module in read_modules(directory):
+        kind = str(module.get("type", "none"))
+        place = directory / str(module.get("path") or "")
+        name = kind.rpartition(".")[2]
+        weighs = place.resolve() != directory.resolve() and any(
+            path.suffix in (".safetensors", ".bin") for path in place.glob("*")
+        )
+        known = kind.startswith("sentence_transformers.") and name in MODULES
+        # A published model's own module is part of its recipe, so the profile that goes by its id has it.
+        if weighs or not (known or (profile.model != GENERIC and not kind.startswith("sentence_transformers."))):
+            raise CheckpointError(
+                f"{directory / 'modules.json'}: lists the module {kind} ({place.name}), which is not applied here; "
+                f"expected {' and '.join(sorted(MODULES))} alone"
+            )
+        if name == "LogitScore" and known:
+            _check_answers(place / "config.json", profile)
+
+
+def _check_answers(path: Path, profile: Profile) -> None:
+    """The answer tokens that sentence-transformers reads, where the profile gives ids for its own."""
+    found = read_json(path, optional=True)
+    given = tuple(answer for answer in (profile.yes, profile.no) if answer is not None)
+    ids = given if all(isinstance(answer, int) for answer in given) else profile.answer_ids
+    for key, expected in zip(("true_token_id", "false_token_id"), (*ids, None), strict=False):
+        if ids and found.get(key) != expected:
+            raise CheckpointError(
+                f"{path}: {key} is {found.get(key)!r}; the profile {profile.model!r} reads token {expected!r}"
+            )
+
+
+def _check_texts(directory: Path) -> None:
+    """Changes sentence-transformers would make to texts first, for a model that no profile describes."""
+    path = directory / "sentence_bert_config.json"
+    if read_json(path, optional=True).get("do_lower_case"):
+        raise CheckpointError(f"{path}: do_lower_case is true, which is not applied here; expected false")
+    path = directory / "config_sentence_transformers.json"
+    found = read_json(path, optional=True)
+    name, prompts = found.get("default_prompt_name"), found.get("prompts") or {}
+    if name is not None and (not isinstance(prompts, dict) or prompts.get(name)):
+        raise CheckpointError(
+            f"{path}: default_prompt_name is {name!r}; a prompt needs a profile with a template "
+            "(docs/cross-encoders.md)"
+        )
+
+
+def load_transformer(
+    directory: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    kind: str,
+    config: Any = None,
+    read_elsewhere: Collection[str] = (),
+    trust_remote_code: bool = False,
+) -> Any:
+    """A model of transformers in evaluation mode, with every stored tensor in it or accounted for.
+
+    Args:
+        kind: name of the auto class.
+        config: as load_config gives it; None: loaded here.
+        read_elsewhere: tensors that a head reads, or that the readout has no use for.
+
+    Raises:
+        CheckpointError: weights missing (transformers would draw them at random), of another shape, unreadable, or
+            stored and not used by the model (transformers would leave them out).
+    """
+    import transformers
+
+    tensors = StoredTensors(directory)
+    tensors.check_formats()
+    if config is None:
+        config = load_config(directory, trust_remote_code=trust_remote_code)
+    try:
+        with quiet():
+            model, info = _from_pretrained(
+                getattr(transformers, kind),
+                tensors,
+                config,
+                ignore_mismatched_sizes=True,  # refused below, by name
+                dtype=dtype,  # else transformers keeps the stored one, which may be float16
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
+    except KeyError as exc:  # of a table of transformers', such as that of the activation functions
+        raise CheckpointError(f"{directory / 'config.json'}: names {exc}, which transformers does not have") from exc
+    except Exception as exc:  # files, remote code: unrelated types, one meaning
+        raise CheckpointError(f"{directory}: the model cannot be loaded ({one_line(exc)})") from exc
+    for name, found, wanted in sorted(info["mismatched_keys"]):
+        raise CheckpointError(f"{directory}: {name} has the shape {tuple(found)}; config.json says {tuple(wanted)}")
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{directory}: {len(missing)} weights of {type(model).__name__} are not in the checkpoint "
+            f"and would be random: {first_of(missing)}"
+        )
+    left = {name for name in info["unexpected_keys"] if name not in read_elsewhere and not is_buffer(name)}
+    if kind == "AutoModelForSequenceClassification":
+        left = {name for name in left if not _OTHER_HEADS.match(name)}
+    refuse_unused(directory, left)
+    return cast(Any, model).to(device).eval()
+
+
+def _from_pretrained(kind: Any, tensors: StoredTensors, config: Any, *, dtype: torch.dtype, **how: Any) -> Any:
+    """transformers' own loading, or of plain numbers where the stored ones are quantized.
+
+    transformers reads one of the two layouts, and only with a further package.
+    """
+    if not tensors.quantization:
+        return kind.from_pretrained(
+            tensors.directory, config=config, dtype=dtype, local_files_only=True, use_safetensors=True, **how
+        )
+    plain = copy.deepcopy(config)
+    if hasattr(plain, "quantization_config"):
+        del plain.quantization_config
+    with torch.device("meta"):
+        exact = type(kind.from_config(plain, trust_remote_code=how.pop("trust_remote_code")))
+    state = {name: tensors.read(name, dtype) for name in tensors.names()}
+    return exact.from_pretrained(None, config=plain, dtype=dtype, state_dict=state, **how)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """transformers draws bars and logs a table of missing weights; the caller reports both."""
+    from transformers.utils import logging as said
+
+    talk: Any = said  # its bar functions are untyped
+    level, bar = talk.get_verbosity(), talk.is_progress_bar_enabled()
+    talk.set_verbosity(logging.CRITICAL)
+    talk.disable_progress_bar()
+    try:
+        yield
+    finally:
+        talk.set_verbosity(level)
+        if bar:
+            talk.enable_progress_bar()

@@ -1,13 +1,12 @@
 """Listwise readout: all passages of a query in one sequence, each scored by the cosine of its marker and the query's.
 
 A score depends on the other passages of its list; nothing here may be kept per pair. Longer lists are read in
-blocks, and the query's vector is the mean over blocks, weighted by how well each block's best passage did.
+blocks, and the query's vector is the mean over blocks, weighted by the score of each block's best passage.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,14 @@ from numpy.typing import NDArray
 
 from checkpoint.compute import dtype_name
 from checkpoint.files import CheckpointError
-from checkpoint.tensors import StoredTensors
-from decoder_server.models.cross_encoder.profiles import Profile
-from decoder_server.models.cross_encoder.templates import TemplateFiller, TextPair, Tokenizers, list_template, place
+from decoder_server.models.cross_encoder.files import Source
+from decoder_server.models.cross_encoder.templates import (
+    TemplateFiller,
+    TextPair,
+    TextPrompt,
+    list_fields,
+    list_template,
+)
 
 PROJECTOR = ("projector.0.weight", "projector.2.weight")  # two layers without biases, a ReLU between them
 
@@ -28,25 +32,24 @@ class ListwiseRunner:
 
     def __init__(
         self,
+        source: Source,
         model: Any,
         projector: tuple[torch.Tensor, torch.Tensor],
-        tokenizers: Tokenizers,
-        profile: Profile,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
         self.dtype_name, self.device_name = dtype_name(dtype), str(device)
         self._model, self._device = model, device
         self._projector = tuple(weight.to(device) for weight in projector)  # (hidden / 2, hidden), (dim, hidden / 2)
-        self._tokenizers, self._profile = tokenizers, profile
-        self._markers = [marker_id(tokenizers, token) for token in (profile.passage_token, profile.query_token)]
+        self._reader, self._profile = source.reader, source.profile
+        self._markers = [self._marker(token) for token in (source.profile.passage_token, source.profile.query_token)]
 
     @torch.inference_mode()
     def margins(self, pairs: Sequence[TextPair]) -> NDArray[np.float32]:
-        """Cosines (len(pairs),): pairs of one query and instruction make one list."""
-        lists: dict[tuple[str, str], list[int]] = {}
+        """Cosines (len(pairs),): the pairs of one prompt make one list."""
+        lists: dict[TextPrompt, list[int]] = {}
         for i, pair in enumerate(pairs):
-            lists.setdefault((pair.query, pair.instruction), []).append(i)
+            lists.setdefault(pair.prompt, []).append(i)
         margins = np.empty(len(pairs), dtype=np.float32)
         for indices in lists.values():
             margins[indices] = self._one_list([pairs[i] for i in indices])
@@ -66,11 +69,8 @@ class ListwiseRunner:
 
     def _block(self, pairs: Sequence[TextPair]) -> torch.Tensor:
         """Projected hidden states of the passages' markers and the query's, (len(pairs) + 1, dim)."""
-        template = list_template(self._profile, len(pairs))
-        filler = TemplateFiller(self._tokenizers, [template], add_special_tokens=False)
-        fields = {"query": pairs[0].query, "instruction": pairs[0].instruction}
-        fields |= {place(i): pair.passage for i, pair in enumerate(pairs)}
-        ids = torch.tensor(filler.encode([fields])[0].ids, device=self._device)
+        filler = TemplateFiller(self._reader.tokenizers, [list_template(self._profile, len(pairs))])
+        ids = torch.tensor(filler.encode([list_fields(pairs)])[0].ids, device=self._device)
         hidden = self._model(input_ids=ids[None], use_cache=False).last_hidden_state[0]  # (length, hidden)
         passage, query = self._markers
         marked = hidden[torch.cat([(ids == passage).nonzero()[:, 0], (ids == query).nonzero()[:, 0]])].float()
@@ -81,50 +81,41 @@ class ListwiseRunner:
         """Consecutive passages that fit one sequence, as the reference splits them."""
         profile = self._profile
         most = profile.max_passage_tokens or profile.max_tokens
-        room = start = profile.max_tokens - 2 * self._tokenizers.count(pairs[0].query)  # the query stands in it twice
+        room = start = profile.max_tokens - 2 * pairs[0].prompt.num_query_tokens  # the query stands in it twice
         block: list[TextPair] = []
         for pair in pairs:
             block.append(pair)
-            room -= self._tokenizers.count(pair.passage)
+            room -= self._reader.count(pair.passage)
             if len(block) == profile.max_list_passages or room <= most:
                 yield block
                 block, room = [], start
         if block:
             yield block
 
+    def _marker(self, token: str) -> int:
+        ids = self._reader.tokenizers.exact.encode(token, add_special_tokens=False).ids
+        if len(ids) != 1:
+            raise CheckpointError(f"the tokenizer reads {token!r} as {len(ids)} tokens {ids}; expected exactly one")
+        return int(ids[0])
 
-def read_projector(directory: Path, tensors: StoredTensors, hidden: int) -> tuple[torch.Tensor, torch.Tensor]:
+
+def read_projector(source: Source) -> tuple[torch.Tensor, torch.Tensor]:
     """The two layers of the projector, in float32.
-
-    Args:
-        hidden: width of the states that go in.
 
     Raises:
         CheckpointError: they are not stored, or of a shape that does not fit.
     """
-    names = PROJECTOR
-    missing = [name for name in names if name not in tensors]
+    directory, tensors, hidden = source.directory, source.tensors, source.config.hidden_size
+    missing = [name for name in PROJECTOR if name not in tensors]
     if missing:
         raise CheckpointError(f"{directory}: {', '.join(missing)} is not in the checkpoint and would be random")
-    first, second = tensors.read(names[0]), tensors.read(names[1])
+    first, second = (tensors.read(name) for name in PROJECTOR)
     if first.dim() != 2 or second.dim() != 2 or first.shape[1] != hidden or second.shape[1] != first.shape[0]:
         raise CheckpointError(
-            f"{directory}: {names[0]} and {names[1]} have the shapes {tuple(first.shape)} and {tuple(second.shape)}; "
+            f"{directory}: {' and '.join(PROJECTOR)} have the shapes {tuple(first.shape)} and {tuple(second.shape)}; "
             f"expected (a, {hidden}) and (b, a)"
         )
     return first, second
-
-
-def marker_id(tokenizers: Tokenizers, token: str) -> int:
-    """The id of a marker.
-
-    Raises:
-        CheckpointError: the tokenizer does not know it as one token.
-    """
-    ids = tokenizers.exact.encode(token, add_special_tokens=False).ids
-    if len(ids) != 1:
-        raise CheckpointError(f"the tokenizer reads {token!r} as {len(ids)} tokens {ids}; expected exactly one")
-    return int(ids[0])
 
 
 def _cosine(rows: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:

@@ -9,16 +9,9 @@ import torch
 
 from checkpoint.compute import choose_device, choose_dtype, cpu_multiplies_bfloat16
 from checkpoint.files import CheckpointError, read_json, resolve
+from decoder_server.models.cross_encoder.backend import CrossEncoder
 from decoder_server.models.cross_encoder.files import Source
-from decoder_server.models.cross_encoder.model import CrossEncoder, Runner
-from decoder_server.models.cross_encoder.profiles import (
-    Profile,
-    check_architecture,
-    generic_profile,
-    limited,
-    named_profile,
-    own_profile,
-)
+from decoder_server.models.cross_encoder.profiles import Profile, generic_profile, named_profile, own_profile
 from decoder_server.models.cross_encoder.torch_runtime import load_torch
 
 log = logging.getLogger(__name__)
@@ -47,7 +40,7 @@ def open_cross_encoder(
         profile: a model id whose recipe to use, a TOML file, `generic`, or a Profile; None: by exact id, by the
             checkpoint's own file, or from its configuration.
         max_tokens: a lower or higher limit than the profile's.
-        trust_remote_code: run Python that comes with the checkpoint; never without being told to.
+        trust_remote_code: run Python that comes with the checkpoint.
         cache_dir: where ONNX graphs are kept; None: ~/.cache/preread/onnx.
 
     Raises:
@@ -67,18 +60,10 @@ def open_cross_encoder(
         device, dtype = "cpu", "float32"
     where = choose_device(device)
     number_format = choose_dtype(dtype, where)
-    if number_format is torch.bfloat16 and where.type == "cpu" and not cpu_multiplies_bfloat16():
+    slow = where.type == "cpu" and not cpu_multiplies_bfloat16()
+    if number_format is torch.bfloat16 and slow:
         log.warning("this processor has no bfloat16 instructions: they are emulated, slower than float32")
-    chosen = named_profile(name, profile)
-    _check_allowed(name, chosen, trust_remote_code)  # before anything is downloaded
-    directory = resolve(name, revision, with_code=trust_remote_code)
-    raw = read_json(directory / "config.json")
-    if chosen is None:
-        chosen = (own_profile(directory) if profile is None else None) or generic_profile(name, raw, directory)
-        _check_allowed(name, chosen, trust_remote_code)
-    check_architecture(chosen, raw, name)
-    source = Source.open(directory, raw, limited(chosen, raw, max_tokens), trust_remote_code=trust_remote_code)
-    runner: Runner
+    source = _opened(name, profile, revision, max_tokens, trust_remote_code)
     if runtime == "torch":
         runner = load_torch(source, where, number_format)
     else:
@@ -86,14 +71,29 @@ def open_cross_encoder(
 
         runner = load_onnx(source, quantized=runtime == "onnx-int8", cache_dir=cache_dir)
     model = CrossEncoder(
-        source.reader, runner, source.profile, model=name, runtime=runtime, fingerprint=source.fingerprint
+        source.reader, runner, source.profile, checkpoint_name=name, runtime=runtime, fingerprint=source.fingerprint
     )
-    model.first_pass()  # what config.json says may make a model that loads and cannot compute
-    without = "" if where.type != "cpu" or cpu_multiplies_bfloat16() else " (no bfloat16 on this processor)"
-    log.info("%s: profile %s, %s on %s%s", name, chosen.model, model.dtype_name, model.device_name, without)
-    if model.license_notice:
-        log.log(logging.WARNING if chosen.restricted else logging.INFO, "%s", model.license_notice)
+    model.first_pass()  # a config.json may make a model that loads and cannot compute
+    without = " (no bfloat16 on this processor)" if slow else ""
+    log.info("%s: profile %s, %s on %s%s", name, source.profile.model, model.dtype_name, model.device_name, without)
+    if model.notice:
+        log.log(logging.WARNING if source.profile.restricted else logging.INFO, "%s", model.notice)
     return model
+
+
+def _opened(
+    name: str, profile: str | Profile | None, revision: str | None, max_tokens: int | None, trust_remote_code: bool
+) -> Source:
+    """The files under the profile that the checkpoint goes by."""
+    chosen = named_profile(name, profile)
+    _check_allowed(name, chosen, trust_remote_code)  # before anything is downloaded
+    directory = resolve(name, revision, with_code=trust_remote_code)
+    config = read_json(directory / "config.json")
+    if chosen is None:
+        chosen = (own_profile(directory) if profile is None else None) or generic_profile(name, config, directory)
+        _check_allowed(name, chosen, trust_remote_code)
+    chosen.check_architecture(config, name)
+    return Source.open(directory, config, chosen.limited(config, max_tokens), trust_remote_code=trust_remote_code)
 
 
 def _check_allowed(name: str, profile: Profile | None, trust_remote_code: bool) -> None:

@@ -1,11 +1,8 @@
-"""One pass of an ONNX graph on the CPU. Does not know how the graph was made.
-
-A checkpoint to an ONNX graph in float32 or dynamic int8. Does not know where graphs are kept or how they run.
+"""A checkpoint in ONNX Runtime on the CPU: exported to a graph in float32 or dynamic int8, kept on disk, and run.
 
 A decoder's graph ends in the last token's hidden state, so its head stays in float32 outside; an encoder's ends in
-its logits, with the head's nodes left in float32.
-
-ONNX graphs on disk: made once per weights, profile and versions, found again until one of them changes.
+its logits, with the head's nodes left in float32. A graph is made once per weights, profile and versions, and found
+again until one of them changes.
 """
 
 from __future__ import annotations
@@ -29,12 +26,74 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from checkpoint.files import CheckpointError
-from decoder_server.models.cross_encoder.files import Source, one_line
-from decoder_server.models.cross_encoder.model import pad
-from decoder_server.models.cross_encoder.profiles import Padding
+from checkpoint.files import CheckpointError, one_line
+from decoder_server.models.cross_encoder.backend import pad
+from decoder_server.models.cross_encoder.files import Source
 from decoder_server.models.cross_encoder.templates import TextPair
-from decoder_server.models.cross_encoder.torch_runtime import RowHead, load_model, row_head
+from decoder_server.models.cross_encoder.torch_runtime import input_names, load_model, row_head
+
+log = logging.getLogger(__name__)
+DEFAULT_CACHE = Path("~/.cache/preread/onnx")
+PACKAGES = ("onnx", "onnxruntime", "onnxscript", "torch", "transformers")
+# Without one of these, x86 adds pairs of 8-bit products in 16 bits, which overflows.
+EXACT_INT8 = ("avx512_vnni", "avx_vnni", "amx_int8")
+# Raised whenever the same weights would give another graph.
+EXPORT_VERSION = 1
+# Second layers of feed-forward blocks, by the end of their module's name: their input has outliers, and one scale for
+# all of it would drown the rest. Their activations, not their weights, are what int8 loses.
+FLOAT_MODULES = (".down_proj", ".mlp.Wo", ".output.dense")
+BUT_NOT = (".attention.output.dense",)
+_LAYER = re.compile(r"\.layers?\.\d+\.")
+
+
+def load_onnx(source: Source, *, quantized: bool, cache_dir: Path | None) -> OnnxRunner:
+    """A runner over the graph of these weights, exported first where there is none yet.
+
+    Args:
+        cache_dir: where graphs are kept; None: ~/.cache/preread/onnx.
+
+    Raises:
+        CheckpointError: an architecture that cannot be exported, or a place that cannot be written.
+        ValueError: the packages are not installed, or the model is listwise.
+    """
+    if source.profile.listwise:
+        raise ValueError(f"{source.directory}: a listwise model runs in the torch runtime only")
+    made_of = ingredients(source, quantized=quantized)
+    key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:32]
+    directory = (cache_dir or DEFAULT_CACHE).expanduser() / key
+    if (directory / "model.onnx").exists():
+        try:
+            return OnnxRunner(directory / "model.onnx", source, quantized=quantized)
+        except CheckpointError as exc:
+            log.warning("%s; made once more", exc)
+            shutil.rmtree(directory, ignore_errors=True)
+    _build(source, directory, made_of)
+    return OnnxRunner(directory / "model.onnx", source, quantized=quantized)
+
+
+def ingredients(source: Source, *, quantized: bool) -> dict[str, object]:
+    """All that a graph depends on.
+
+    Raises:
+        ValueError: the packages are not installed.
+    """
+    features = torch.cpu.get_capabilities()
+    saturates = features.get("architecture") == "x86_64" and not any(features.get(name) for name in EXACT_INT8)
+    versions, missing = {}, []
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(package)
+    if missing:
+        raise ValueError(f"the onnx runtimes need {', '.join(missing)}: pip install 'preread[onnx]'")
+    return {
+        "identity": source.fingerprint(),
+        "quantized": quantized,
+        "reduce_range": quantized and saturates,
+        "export_version": EXPORT_VERSION,
+        **versions,
+    }
 
 
 class OnnxRunner:
@@ -42,36 +101,35 @@ class OnnxRunner:
 
     device_name = "cpu"
 
-    def __init__(
-        self, path: Path, head: RowHead | None, *, side: Padding, pad_id: int, quantized: bool, num_threads: int
-    ) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = num_threads
-        options.enable_mem_pattern = False  # plans memory for one shape, and every batch has its own
-        options.log_severity_level = 3
-        self._session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        self._inputs = {each.name for each in self._session.get_inputs()}  # the exporter drops what is not read
-        self._head, self._side, self._pad_id = head, side, pad_id
-        self._quantized = quantized
+    def __init__(self, path: Path, source: Source, *, quantized: bool) -> None:
+        """
+        Raises:
+            CheckpointError: a damaged graph.
+        """
         self.dtype_name = "int8" if quantized else "float32"
+        self._head, self._side, self._pad_id = row_head(source), source.profile.padding, source.pad_id
+        self._quantized = quantized
+        try:
+            import onnxruntime
+
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = torch.get_num_threads()
+            options.enable_mem_pattern = False  # plans memory for one shape, and every batch has its own
+            options.log_severity_level = 3
+            self._session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as exc:  # onnxruntime's own types
+            raise CheckpointError(f"{path.parent}: onnxruntime cannot load the graph ({one_line(exc)})") from exc
+        self._inputs = {each.name for each in self._session.get_inputs()}  # the exporter drops what is not read
 
     def margins(self, pairs: Sequence[TextPair]) -> NDArray[np.float32]:
         # Dynamic int8 takes one scale over all activations of a pass: pairs of one pass would change each other's
         # scores, and padding would too. So each is alone; on a CPU that costs little.
-        groups = [[pair] for pair in pairs] if self._quantized else [list(pairs)]
+        groups = [[pair] for pair in pairs] if self._quantized else [pairs]
         return np.concatenate([self._pass(group) for group in groups])
 
     def _pass(self, pairs: Sequence[TextPair]) -> NDArray[np.float32]:
         batch = pad([p.ids for p in pairs], [p.type_ids for p in pairs], side=self._side, pad_id=self._pad_id)
-        values = {
-            "input_ids": batch.ids,
-            "attention_mask": batch.mask,
-            "position_ids": batch.positions,
-            "token_type_ids": batch.type_ids,
-        }
-        (output,) = self._session.run(None, {name: values[name] for name in self._inputs})  # (batch, hidden or labels)
+        (output,) = self._session.run(None, {name: batch[name] for name in self._inputs})  # (batch, hidden or labels)
         if self._head is not None:
             margins: NDArray[np.float32] = self._head(torch.from_numpy(output)).numpy()
             return margins
@@ -79,19 +137,36 @@ class OnnxRunner:
         return logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
 
 
-# Raised whenever the same weights would give another graph.
-EXPORT_VERSION = 1
-# Second layers of feed-forward blocks, by the end of their module's name: what goes in has outliers, and one scale
-# for all of it would drown the rest. Their activations, not their weights, are what int8 loses.
-FLOAT_MODULES = (".down_proj", ".mlp.Wo", ".output.dense")
-BUT_NOT = (".attention.output.dense",)
-
-
-_LAYER = re.compile(r"\.layers?\.\d+\.")
+def _build(source: Source, directory: Path, made_of: dict[str, object]) -> None:
+    """Writes aside, then renames: a graph is there whole or not at all."""
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=".making-", dir=directory.parent))
+    except OSError as exc:
+        raise CheckpointError(f"{directory.parent}: graphs cannot be kept there ({exc})") from exc
+    log.info("%s: exporting to ONNX, once for these weights", source.directory)
+    try:
+        plain = aside / "float"
+        plain.mkdir()
+        export(source, plain / "model.onnx")
+        if made_of["quantized"]:
+            reduce_range = bool(made_of["reduce_range"])
+            kept = quantize(plain / "model.onnx", aside / "model.onnx", reduce_range=reduce_range)
+            made_of = made_of | {"products_in_float": kept}
+        else:
+            for file in plain.iterdir():
+                file.rename(aside / file.name)
+        shutil.rmtree(plain)
+        made_of = made_of | {"model": str(source.directory)}
+        (aside / "made-of.json").write_text(json.dumps(made_of, indent=2), encoding="utf-8")
+        with contextlib.suppress(OSError):  # another process was first; its graph is the same
+            os.replace(aside, directory)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 class _Graph(torch.nn.Module):
-    """What is exported: token ids to logits, or to the last token's hidden state."""
+    """The exported module: token ids to logits, or to the last token's hidden state."""
 
     def __init__(self, model: Any, names: list[str], *, last: bool) -> None:
         super().__init__()
@@ -106,22 +181,13 @@ class _Graph(torch.nn.Module):
         return logits
 
 
-def input_names(source: Source) -> list[str]:
-    """What the graph reads, in order."""
-    if source.profile.head in ("score", "vocabulary"):
-        return ["input_ids", "attention_mask", "position_ids"]
-    return ["input_ids", "attention_mask", *(["token_type_ids"] if source.typed else [])]
-
-
 def export(source: Source, path: Path) -> None:
-    """Writes the float32 graph, weights beside it.
+    """Writes the float32 graph, weights next to it.
 
     Raises:
         CheckpointError: this architecture cannot be exported on the installed versions, with the exporter's words.
     """
-    last = source.profile.head in ("score", "vocabulary")
-    model = load_model(source, torch.float32, torch.device("cpu"))
-    names = input_names(source)
+    model, names = load_model(source, torch.device("cpu"), torch.float32), input_names(source)
     ids = torch.full((2, 12), source.pad_id)
     mask, positions = torch.ones_like(ids), torch.arange(12).repeat(2, 1)
     if source.profile.padding == "left":
@@ -134,7 +200,7 @@ def export(source: Source, path: Path) -> None:
     try:
         with torch.no_grad(), _quiet():
             torch.onnx.export(
-                _Graph(model, names, last=last).eval(),
+                _Graph(model, names, last="position_ids" in names).eval(),
                 tuple(values[name] for name in names),
                 str(path),
                 input_names=names,
@@ -158,7 +224,7 @@ def quantize(source: Path, target: Path, *, reduce_range: bool) -> int:
         reduce_range: 7 bits, for processors whose 8-bit products saturate (no VNNI).
 
     Returns:
-        How many products stayed in float.
+        Products that stayed in float.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -174,7 +240,7 @@ def quantize(source: Path, target: Path, *, reduce_range: bool) -> int:
             model,
             str(target),
             op_types_to_quantize=["MatMul"],  # not the embedding
-            nodes_to_exclude=kept + [f"{name}_MatMul" for name in kept],  # what a Gemm is called once it is replaced
+            nodes_to_exclude=kept + [f"{name}_MatMul" for name in kept],  # the name of a Gemm once it is replaced
             per_channel=True,
             reduce_range=reduce_range,
             weight_type=QuantType.QInt8,
@@ -210,115 +276,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(level)
-
-
-log = logging.getLogger(__name__)
-PACKAGES = ("onnx", "onnxruntime", "onnxscript")
-# Without one of these, x86 adds pairs of 8-bit products in 16 bits, which overflows.
-EXACT_INT8 = ("avx512_vnni", "avx_vnni", "amx_int8")
-DEFAULT_CACHE = Path("~/.cache/preread/onnx")
-
-
-def load_onnx(source: Source, *, quantized: bool, cache_dir: Path | None) -> OnnxRunner:
-    """A runner over the graph of these weights, exported first where there is none yet.
-
-    Args:
-        cache_dir: where graphs are kept; None: ~/.cache/preread/onnx.
-
-    Raises:
-        CheckpointError: an architecture that cannot be exported, or a place that cannot be written.
-        ValueError: the packages are not installed, or the model is listwise.
-    """
-    if source.profile.listwise:
-        raise ValueError(f"{source.directory}: a listwise model runs in the torch runtime only")
-    made_of = ingredients(source, quantized=quantized)
-    directory = (cache_dir or DEFAULT_CACHE).expanduser() / key(made_of)
-    if (directory / "model.onnx").exists():
-        try:
-            return open_graph(source, directory, quantized=quantized)
-        except CheckpointError as exc:
-            log.warning("%s; made anew", exc)
-            shutil.rmtree(directory, ignore_errors=True)
-    _build(source, directory, made_of)
-    return open_graph(source, directory, quantized=quantized)
-
-
-def ingredients(source: Source, *, quantized: bool) -> dict[str, object]:
-    """All that a graph depends on.
-
-    Raises:
-        ValueError: the packages are not installed.
-    """
-    features = torch.cpu.get_capabilities()
-    saturates = features.get("architecture") == "x86_64" and not any(features.get(name) for name in EXACT_INT8)
-    return {
-        "identity": source.fingerprint(),
-        "quantized": quantized,
-        "reduce_range": quantized and saturates,
-        "export_version": EXPORT_VERSION,
-        **_versions(),
-    }
-
-
-def key(made_of: dict[str, object]) -> str:
-    """The directory's name."""
-    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def open_graph(source: Source, directory: Path, *, quantized: bool) -> OnnxRunner:
-    """
-    Raises:
-        CheckpointError: a damaged graph.
-    """
-    head = row_head(source)
-    try:
-        return OnnxRunner(
-            directory / "model.onnx",
-            head,
-            side=source.profile.padding,
-            pad_id=source.pad_id,
-            quantized=quantized,
-            num_threads=torch.get_num_threads(),
-        )
-    except Exception as exc:  # onnxruntime's own types
-        raise CheckpointError(f"{directory}: onnxruntime cannot load the graph ({one_line(exc)})") from exc
-
-
-def _build(source: Source, directory: Path, made_of: dict[str, object]) -> None:
-    """Writes aside, then renames: a graph is there whole or not at all."""
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=".making-", dir=directory.parent))
-    except OSError as exc:
-        raise CheckpointError(f"{directory.parent}: graphs cannot be kept there ({exc})") from exc
-    log.info("%s: exporting to ONNX, once for these weights", source.directory)
-    try:
-        (aside / "float").mkdir()
-        export(source, aside / "float" / "model.onnx")
-        if made_of["quantized"]:
-            reduce_range = bool(made_of["reduce_range"])
-            kept = quantize(aside / "float" / "model.onnx", aside / "model.onnx", reduce_range=reduce_range)
-            shutil.rmtree(aside / "float")
-            made_of = made_of | {"products_in_float": kept}
-        else:
-            for file in (aside / "float").iterdir():
-                file.rename(aside / file.name)
-            (aside / "float").rmdir()
-        made_of = made_of | {"model": str(source.directory)}
-        (aside / "made-of.json").write_text(json.dumps(made_of, indent=2), encoding="utf-8")
-        with contextlib.suppress(OSError):  # another process was first; its graph is the same
-            os.replace(aside, directory)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _versions() -> dict[str, str]:
-    found, missing = {}, []
-    for package in (*PACKAGES, "torch", "transformers"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            missing.append(package)
-    if missing:
-        raise ValueError(f"the onnx runtimes need {', '.join(missing)}: pip install 'preread[onnx]'")
-    return found

@@ -1,15 +1,7 @@
-"""How a reranker wants to be served: template, readout, padding, limits, activation. One row per model.
+"""The recipe of a reranker: template, readout, padding, limits, activation. One row per model.
 
-The rows live in profiles.toml; a user's file has the same form. Does not know tokens or tensors.
-
-Declarations of a checkpoint about its own arithmetic: applied by transformers or by the profile, or refused.
-
-config.json, and the files that sentence-transformers writes beside it: modules.json, config_sentence_transformers.json
-and sentence_bert_config.json. Does not know tensors or tokens.
-
-Which profile a checkpoint is served by: asked for, its own, by exact id, or made from its config.json.
-
-Does not know tokens or tensors.
+The rows are in profiles.toml; a user's file has the same form. A checkpoint goes by the profile that a caller names, by
+its exact id, by a file of its own, or by its config.json.
 """
 
 from __future__ import annotations
@@ -20,10 +12,11 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from checkpoint.files import STORAGE, CheckpointError, check_fields, read_json, read_json_value
+from checkpoint.files import CheckpointError, read_json
 from checkpoint.settings import template_fields
 
 # classifier: the model's own sequence-classification head, as an encoder has it.
@@ -34,6 +27,17 @@ Head = Literal["classifier", "score", "vocabulary", "listwise"]
 Activation = Literal["identity", "sigmoid"]
 Padding = Literal["left", "right"]
 GENERIC = "generic"  # the profile made from a checkpoint's own configuration
+FILE_NAME = "preread-profile.toml"  # a checkpoint's own recipe: `preread convert-ctxl` or a user puts it there
+# Longest input taken from a configuration that names more; attention on a CPU is quadratic.
+MAX_GENERIC_TOKENS = 8192
+# Encoders that transformers gives a classification head over the first token or a pool of all: a pair goes in.
+ENCODERS = frozenset({
+    "albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "ernie", "eurobert",
+    "modernbert", "mpnet", "roberta", "xlm-roberta", "xlm-roberta-xl",
+})  # fmt: skip
+# These count positions from padding_idx + 1, so two of them are never used.
+OFFSET_POSITIONS = frozenset({"camembert", "mpnet", "roberta", "xlm-roberta", "xlm-roberta-xl"})
+ACTIVATIONS = {"Identity": "identity", "Sigmoid": "sigmoid"}  # by the class that sentence-transformers names
 
 
 @dataclass(frozen=True)
@@ -89,39 +93,67 @@ class Profile:
         template_fields("".join(self.template))  # for what all pieces together cost
         return {name for piece in self.template for name in template_fields(piece)}
 
+    def check_architecture(self, config: Mapping[str, Any], name: str) -> None:
+        """Raises CheckpointError where a checkpoint is not of the kind that this profile is for."""
+        found = [str(item) for item in config.get("architectures") or []]
+        if not set(found) & set(self.architectures):
+            raise CheckpointError(
+                f"{name}: config.json names the architecture {' '.join(found) or 'none'} "
+                f"({config.get('model_type', 'no model_type')}); "
+                f"the profile {self.model!r} is for {' or '.join(self.architectures)}"
+            )
+        labels = _num_labels(config)
+        if self.head in ("classifier", "score") and labels != self.num_labels:
+            raise CheckpointError(
+                f"{name}: config.json has {labels} labels; the profile {self.model!r} needs {self.num_labels}"
+            )
+
+    def limited(self, config: Mapping[str, Any], max_tokens: int | None) -> Profile:
+        """This profile with limits that the checkpoint can hold, or with the given one.
+
+        Raises:
+            CheckpointError: a limit out of range.
+        """
+        positions = config.get("max_position_embeddings")
+        most = positions - _offset(config) if isinstance(positions, int) else self.max_tokens
+        if max_tokens is not None and not 1 <= max_tokens <= most:
+            raise CheckpointError(f"max_tokens is {max_tokens}; expected 1..{most}, what the checkpoint holds")
+        total = min(max_tokens or self.max_tokens, most)
+        # Query and instruction may take half together, so that something of every passage is always read.
+        share = total // 4 if self.takes_instruction else total // 2
+        return dataclasses.replace(
+            self,
+            max_tokens=total,
+            max_query_tokens=max(1, min(self.max_query_tokens, share)),
+            max_instruction_tokens=max(1, min(self.max_instruction_tokens, share)),
+        )
+
 
 def builtin_profiles() -> dict[str, Profile]:
     """Every row that ships, by exact model id."""
-    text = resources.files(__package__).joinpath("profiles.toml").read_text(encoding="utf-8")
-    return parse_profiles(text, "profiles.toml")
+    return load_profiles(resources.files(__package__).joinpath("profiles.toml"))
 
 
-def load_profiles(path: Path) -> dict[str, Profile]:
-    """Rows of a user's file, by exact model id.
+def load_profiles(path: Path | Traversable) -> dict[str, Profile]:
+    """Rows of a TOML file, `[[profile]]` tables with `models` and any field of Profile, by exact model id.
 
     Raises:
         CheckpointError: unreadable, not TOML, or a row that makes no sense.
     """
     try:
-        return parse_profiles(path.read_text(encoding="utf-8"), str(path))
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as exc:
         raise CheckpointError(f"{path}: cannot be read ({exc})") from exc
-
-
-def parse_profiles(text: str, source: str) -> dict[str, Profile]:
-    """Rows of a TOML document: `[[profile]]` tables, each with `models` and any field of Profile."""
-    try:
-        document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as exc:
-        raise CheckpointError(f"{source}: not TOML ({exc})") from exc
+        raise CheckpointError(f"{path}: not TOML ({exc})") from exc
     rows = document.get("profile")
     if not isinstance(rows, list) or not rows or set(document) != {"profile"}:
-        raise CheckpointError(f"{source}: has {sorted(document)}; expected [[profile]] tables and nothing else")
+        raise CheckpointError(f"{path}: has {sorted(document)}; expected [[profile]] tables and nothing else")
     profiles: dict[str, Profile] = {}
     for number, row in enumerate(rows, 1):
-        for profile in _profiles(row, f"{source}, profile {number}"):
+        for profile in _profiles(row, f"{path}, profile {number}"):
             if profile.model in profiles:
-                raise CheckpointError(f"{source}: {profile.model!r} has two profiles")
+                raise CheckpointError(f"{path}: {profile.model!r} has two profiles")
             profiles[profile.model] = profile
     return profiles
 
@@ -142,7 +174,7 @@ def _profiles(row: Mapping[str, Any], where: str) -> list[Profile]:
     if "architectures" not in values:
         raise CheckpointError(f"{where}: architectures is missing; expected class names as config.json gives them")
     profiles = [Profile(model=name, golden=tuple(golden.get(name, ())), **values) for name in models]
-    check_profile(profiles[0], where)
+    _check(profiles[0], where)
     return profiles
 
 
@@ -167,7 +199,7 @@ def _checked(where: str, key: str, value: Any, annotation: str) -> Any:
     return value
 
 
-def check_profile(profile: Profile, where: str) -> None:
+def _check(profile: Profile, where: str) -> None:
     """Raises CheckpointError where fields contradict each other."""
 
     def fail(text: str) -> None:
@@ -183,8 +215,7 @@ def check_profile(profile: Profile, where: str) -> None:
         fail(f"temperature is {profile.temperature}; expected more than 0")
     if profile.head in ("score", "vocabulary") and profile.padding != "left":
         fail(f"padding is {profile.padding!r}; a readout at the last token needs left")
-    limits = ("max_tokens", "max_query_tokens", "max_instruction_tokens", "max_list_passages")
-    for name in limits:
+    for name in ("max_tokens", "max_query_tokens", "max_instruction_tokens", "max_list_passages"):
         if getattr(profile, name) < 1:
             fail(f"{name} is {getattr(profile, name)}; expected at least 1")
     needed = {"query", "passages" if profile.listwise else "passage"}
@@ -212,163 +243,8 @@ def check_profile(profile: Profile, where: str) -> None:
         fail(f"passage_format has the fields {sorted(in_passage)}; expected ['passage'], allowed ['index', 'passage']")
 
 
-# Older names of RoPE's numbers, which classes with `rope_parameters` still take.
-ROPE_FIELDS = frozenset({
-    "global_rope_theta", "local_rope_theta", "partial_rotary_factor", "rope_local_base_freq", "rope_scaling",
-    "rope_theta",
-})  # fmt: skip
-# Older names of other fields, by the one that classes have today.
-RENAMED = {
-    "global_attn_every_n_layers": "layer_types",
-    "max_window_layers": "layer_types",
-    "sliding_window_pattern": "layer_types",
-}
-# Fields that a model reads where its configuration has them, though its class does not name them (transformers 5.23).
-ALSO_READ = {
-    "deberta": {"cls_dropout", "embedding_size", "pooler_hidden_size", "talking_head"},
-    "deberta-v2": {
-        "attention_head_size", "cls_dropout", "conv_act", "conv_groups", "conv_kernel_size", "embedding_size",
-        "norm_rel_ebd", "pooler_hidden_size", "position_buckets", "share_att_key",
-    },
-    "modernbert": {"layer_norm_eps"},  # stored beside norm_eps, which is read, by its authors
-    "qwen2": {"head_dim"},
-}  # fmt: skip
-# Modules of sentence-transformers that a profile stands for: the model itself, and the answer tokens' logits.
-MODULES = frozenset({"Transformer", "LogitScore"})
-ACTIVATIONS = {"Identity": "identity", "Sigmoid": "sigmoid"}
-
-
-def check_declared(directory: Path, raw: dict[str, Any], config: Any, profile: Profile) -> None:
-    """Raises CheckpointError where something declared is applied by nothing here, naming it.
-
-    Args:
-        raw: config.json as it stands.
-        config: what transformers made of it.
-    """
-    if not profile.needs_remote_code:  # else the checkpoint's own Python reads what it declares
-        applied = _applied(raw, config)
-        if profile.head != "classifier":  # transformers attends both ways for unpadded batches only
-            applied -= {"use_bidirectional_attention"}
-        check_fields(str(directory / "config.json"), raw, {}, applied)
-    _check_modules(directory, profile)
-    if profile.model == GENERIC:
-        _check_texts(directory)
-
-
-def _applied(raw: dict[str, Any], config: Any) -> set[str]:
-    """Fields that transformers' class, or the model that reads its configuration, takes into account."""
-    kind = type(config)
-    own = {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
-    applied: set[str] = own | set(getattr(kind, "attribute_map", {})) | STORAGE
-    if "rope_parameters" in own:
-        applied |= ROPE_FIELDS
-    applied |= ALSO_READ.get(str(raw.get("model_type")), set())
-    applied |= {old for old, new in RENAMED.items() if new in own}
-    return applied
-
-
-def _check_modules(directory: Path, profile: Profile) -> None:
-    """Heads that sentence-transformers would put behind the model."""
-    path = directory / "modules.json"
-    if not path.exists():
-        return
-    modules = read_json_value(path)
-    if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
-        raise CheckpointError(f"{path}: expected a list of objects")
-    for module in modules:
-        kind = str(module.get("type", "none"))
-        place = directory / str(module.get("path") or "")
-        name = kind.rpartition(".")[2]
-        weighs = place.resolve() != directory.resolve() and any(
-            path.suffix in (".safetensors", ".bin") for path in place.glob("*")
-        )
-        known = kind.startswith("sentence_transformers.") and name in MODULES
-        # A published model's own module is part of its recipe, so the profile that goes by its id has it.
-        if weighs or not (known or (profile.model != GENERIC and not kind.startswith("sentence_transformers."))):
-            raise CheckpointError(
-                f"{path}: lists the module {kind} ({place.name}), which is not applied here; "
-                f"expected {' and '.join(sorted(MODULES))} alone"
-            )
-        if name == "LogitScore" and known:
-            _check_answers(place / "config.json", profile)
-
-
-def _check_answers(path: Path, profile: Profile) -> None:
-    """The answer tokens that sentence-transformers reads, where the profile gives ids for its own."""
-    found = read_json(path) if path.exists() else {}
-    given = tuple(answer for answer in (profile.yes, profile.no) if answer is not None)
-    ids = given if all(isinstance(answer, int) for answer in given) else profile.answer_ids
-    for key, expected in zip(("true_token_id", "false_token_id"), (*ids, None), strict=False):
-        if ids and found.get(key) != expected:
-            raise CheckpointError(
-                f"{path}: {key} is {found.get(key)!r}; the profile {profile.model!r} reads token {expected!r}"
-            )
-
-
-def _check_texts(directory: Path) -> None:
-    """Changes sentence-transformers would make to texts first, for a model that no profile describes."""
-    path = directory / "sentence_bert_config.json"
-    if path.exists() and read_json(path).get("do_lower_case"):
-        raise CheckpointError(f"{path}: do_lower_case is true, which is not applied here; expected false")
-    path = directory / "config_sentence_transformers.json"
-    if path.exists():
-        found = read_json(path)
-        name, prompts = found.get("default_prompt_name"), found.get("prompts") or {}
-        if name is not None and (not isinstance(prompts, dict) or prompts.get(name)):
-            raise CheckpointError(
-                f"{path}: default_prompt_name is {name!r}; a prompt needs a profile with a template "
-                "(docs/cross-encoders.md)"
-            )
-
-
-def declared_activation(directory: Path, raw: dict[str, Any], labels: int) -> str:
-    """As sentence-transformers reads it: what a file names, else a sigmoid for one label.
-
-    Raises:
-        CheckpointError: an activation that profiles do not have.
-    """
-    path = directory / "config_sentence_transformers.json"
-    saved = read_json(path).get("activation_fn") if path.exists() else None
-    if saved is None:
-        inner = raw.get("sentence_transformers")
-        saved = inner.get("activation_fn") if isinstance(inner, dict) else None
-    if saved is None:
-        saved = raw.get("sbert_ce_default_activation_function")
-    if saved is None or labels == 2:  # of two labels the margin's sigmoid is the softmax
-        return "sigmoid"
-    name = str(saved).rpartition(".")[2]
-    if name not in ACTIVATIONS:
-        raise CheckpointError(
-            f"{directory}: the activation function is {saved!r}; expected {' or '.join(ACTIVATIONS)}, or a profile"
-        )
-    return ACTIVATIONS[name]
-
-
-def declared_max_tokens(directory: Path) -> int | None:
-    """The input that sentence-transformers cuts at, where it or the tokenizer says so."""
-    for name, key in (("sentence_bert_config.json", "max_seq_length"), ("tokenizer_config.json", "model_max_length")):
-        path = directory / name
-        found = read_json(path).get(key) if path.exists() else None
-        if type(found) is int and found > 0:  # transformers stores 1e30 where there is no limit
-            return found
-    return None
-
-
-# A checkpoint may carry its recipe: what `preread convert-ctxl` writes, and what a user may put there.
-FILE_NAME = "preread-profile.toml"
-# Longest input taken from a configuration that names more; attention on a CPU is quadratic.
-MAX_GENERIC_TOKENS = 8192
-# Encoders that transformers gives a classification head over the first token or a pool of all: a pair goes in.
-ENCODERS = frozenset({
-    "albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "ernie", "eurobert",
-    "modernbert", "mpnet", "roberta", "xlm-roberta", "xlm-roberta-xl",
-})  # fmt: skip
-# These count positions from padding_idx + 1, so two of them are never used.
-OFFSET_POSITIONS = frozenset({"camembert", "mpnet", "roberta", "xlm-roberta", "xlm-roberta-xl"})
-
-
 def named_profile(name: str, wanted: str | Profile | None) -> Profile | None:
-    """What is known before any file is read: the profile asked for, or the one of this exact id.
+    """The profile known before any file is read: the wanted one, or the one of this exact id.
 
     Args:
         wanted: a profile, a model id of the table, or a TOML file with the row of `name` or only one row.
@@ -398,18 +274,16 @@ def named_profile(name: str, wanted: str | Profile | None) -> Profile | None:
 
 
 def own_profile(directory: Path) -> Profile | None:
-    """The recipe that a checkpoint carries in a file of its own: one row."""
+    """The recipe in a checkpoint's own file: one row."""
     path = directory / FILE_NAME
-    if not path.exists():
-        return None
-    rows = load_profiles(path)
-    if len(rows) != 1:
+    rows = load_profiles(path) if path.exists() else {}
+    if len(rows) > 1:
         raise CheckpointError(f"{path}: has {len(rows)} profiles; expected one")
-    return next(iter(rows.values()))
+    return next(iter(rows.values()), None)
 
 
 def generic_profile(name: str, config: dict[str, Any], directory: Path | None = None) -> Profile:
-    """A profile from config.json and what sentence-transformers wrote beside it, for an encoder with a head.
+    """A profile from config.json and sentence-transformers' files next to it, for an encoder with a head.
 
     A decoder's prompt and answer tokens stand in no configuration: guessing them gives numbers, not scores.
 
@@ -423,26 +297,24 @@ def generic_profile(name: str, config: dict[str, Any], directory: Path | None = 
             f"{name}: no profile for it, and a {architecture} ({kind}) cannot be served from its configuration alone, "
             "which says neither its prompt nor its readout; give a profile (docs/cross-encoders.md)"
         )
-    labels = num_labels(config)
+    labels = _num_labels(config)
     if labels not in (1, 2):
         raise CheckpointError(
             f"{name}: config.json has {labels} labels; a reranker has 1, or 2 with the second relevant"
         )
-    positions = int(config.get("max_position_embeddings") or 512)
+    positions = int(config.get("max_position_embeddings") or 512) - _offset(config)
     at = directory or Path(name)
-    if kind in OFFSET_POSITIONS:
-        positions -= int(config.get("pad_token_id") or 0) + 1
     return Profile(
         model=GENERIC,
         architectures=(architecture,),
         num_labels=labels,
-        activation=cast(Activation, declared_activation(at, config, labels)),
-        max_tokens=max(1, min(positions, declared_max_tokens(at) or MAX_GENERIC_TOKENS, MAX_GENERIC_TOKENS)),
+        activation=_declared_activation(at, config, labels),
+        max_tokens=max(1, min(positions, _declared_max_tokens(at) or MAX_GENERIC_TOKENS, MAX_GENERIC_TOKENS)),
         needs_remote_code="auto_map" in config,
     )
 
 
-def num_labels(config: dict[str, Any]) -> int:
+def _num_labels(config: Mapping[str, Any]) -> int:
     """As transformers reads it: the labels by name, or a count, or two."""
     names = config.get("id2label")
     if isinstance(names, dict) and names:
@@ -450,46 +322,9 @@ def num_labels(config: dict[str, Any]) -> int:
     return int(config.get("num_labels", 2))
 
 
-def check_architecture(profile: Profile, config: dict[str, Any], name: str) -> None:
-    """Raises CheckpointError where the checkpoint is not of the kind that its profile is for."""
-    found = [str(item) for item in config.get("architectures") or []]
-    if not set(found) & set(profile.architectures):
-        raise CheckpointError(
-            f"{name}: config.json names the architecture {' '.join(found) or 'none'} "
-            f"({config.get('model_type', 'no model_type')}); "
-            f"the profile {profile.model!r} is for {' or '.join(profile.architectures)}"
-        )
-    if profile.head in ("classifier", "score") and num_labels(config) != profile.num_labels:
-        raise CheckpointError(
-            f"{name}: config.json has {num_labels(config)} labels; "
-            f"the profile {profile.model!r} needs {profile.num_labels}"
-        )
-
-
-def limited(profile: Profile, config: dict[str, Any], max_tokens: int | None) -> Profile:
-    """The profile with limits that the checkpoint can hold, or as asked for.
-
-    Raises:
-        CheckpointError: a limit out of range.
-    """
-    positions = config.get("max_position_embeddings")
-    most = profile.max_tokens
-    if isinstance(positions, int):
-        offset = int(config.get("pad_token_id") or 0) + 1 if config.get("model_type") in OFFSET_POSITIONS else 0
-        most = positions - offset
-    if max_tokens is not None:
-        if not 1 <= max_tokens <= most:
-            raise CheckpointError(f"max_tokens is {max_tokens}; expected 1..{most}, what the checkpoint holds")
-        profile = dataclasses.replace(profile, max_tokens=max_tokens)
-    total = min(profile.max_tokens, most)
-    # Query and instruction may take half together, so that something of every passage is always read.
-    share = total // 4 if profile.takes_instruction else total // 2
-    return dataclasses.replace(
-        profile,
-        max_tokens=total,
-        max_query_tokens=max(1, min(profile.max_query_tokens, share)),
-        max_instruction_tokens=max(1, min(profile.max_instruction_tokens, share)),
-    )
+def _offset(config: Mapping[str, Any]) -> int:
+    """Positions that are never used."""
+    return int(config.get("pad_token_id") or 0) + 1 if config.get("model_type") in OFFSET_POSITIONS else 0
 
 
 def _owner_and_name(name: str) -> str:
@@ -498,3 +333,34 @@ def _owner_and_name(name: str) -> str:
     if cached is not None:
         return f"{cached[1]}/{cached[2]}"
     return "/".join(name.rstrip("/").split("/")[-2:])
+
+
+def _declared_activation(directory: Path, raw: Mapping[str, Any], labels: int) -> Activation:
+    """As sentence-transformers reads it: what a file names, else a sigmoid for one label.
+
+    Raises:
+        CheckpointError: an activation that profiles do not have.
+    """
+    inner = raw.get("sentence_transformers")
+    saved = read_json(directory / "config_sentence_transformers.json", optional=True).get("activation_fn")
+    if saved is None and isinstance(inner, dict):
+        saved = inner.get("activation_fn")
+    if saved is None:
+        saved = raw.get("sbert_ce_default_activation_function")
+    if saved is None or labels == 2:  # of two labels the margin's sigmoid is the softmax
+        return "sigmoid"
+    name = str(saved).rpartition(".")[2]
+    if name not in ACTIVATIONS:
+        raise CheckpointError(
+            f"{directory}: the activation function is {saved!r}; expected {' or '.join(ACTIVATIONS)}, or a profile"
+        )
+    return cast(Activation, ACTIVATIONS[name])
+
+
+def _declared_max_tokens(directory: Path) -> int | None:
+    """The input that sentence-transformers cuts at, where it or the tokenizer says so."""
+    for name, key in (("sentence_bert_config.json", "max_seq_length"), ("tokenizer_config.json", "model_max_length")):
+        found = read_json(directory / name, optional=True).get(key)
+        if type(found) is int and found > 0:  # transformers stores 1e30 where there is no limit
+            return found
+    return None

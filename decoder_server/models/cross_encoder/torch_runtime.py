@@ -1,15 +1,12 @@
-"""The rows of weights that turn a decoder's last hidden state into a margin, read from the checkpoint in float32.
+"""A checkpoint in torch: the transformers model, and the head that turns its last hidden state into a margin.
 
-One row for a score head or a single answer token, two for a pair of answers: the whole vocabulary is never multiplied.
-
-One padded pass of a transformers model in torch. Does not know texts or batching policy.
-
-Loads what a profile's head needs into torch. Does not know texts.
+A decoder's head is one row of weights for a score head or a single answer token, two for a pair of answers, in float32:
+the whole vocabulary is never multiplied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,72 +18,144 @@ from tokenizers import Tokenizer
 
 from checkpoint.compute import dtype_name
 from checkpoint.files import CheckpointError
-from checkpoint.tensors import StoredTensors
-from decoder_server.models.cross_encoder.files import Source, keep_heads_in_float32, load_transformer
+from decoder_server.models.cross_encoder.backend import Runner, pad
+from decoder_server.models.cross_encoder.files import Source, load_transformer
 from decoder_server.models.cross_encoder.listwise import PROJECTOR, ListwiseRunner, read_projector
-from decoder_server.models.cross_encoder.model import Runner, pad
-from decoder_server.models.cross_encoder.profiles import Padding, Profile
+from decoder_server.models.cross_encoder.profiles import Profile
 from decoder_server.models.cross_encoder.templates import TextPair
 
 # A tokenizer this large is a published one, whose answers have known ids; smaller ones are made for tests.
 REAL_VOCABULARY = 10_000
+# Tensors that a head reads besides the transformers model, and an output embedding that it has no use for.
+READ_BY_HEAD = {
+    "score": ("score.weight", "lm_head.weight"),
+    "vocabulary": ("lm_head.weight",),
+    "listwise": (*PROJECTOR, "lm_head.weight"),
+}
+
+Head = Callable[[torch.Tensor], torch.Tensor]  # (batch, hidden) -> (batch,)
+
+
+def load_torch(source: Source, device: torch.device, dtype: torch.dtype) -> Runner:
+    """
+    Raises:
+        CheckpointError: weights that are missing, of another shape, or unreadable.
+    """
+    if source.profile.listwise:
+        projector = read_projector(source)  # before the weights: a wrong head should fail fast
+        return ListwiseRunner(source, load_model(source, device, dtype), projector, device, dtype)
+    head = row_head(source, device)
+    model = load_model(source, device, dtype)
+    if head is None:
+        _keep_heads_in_float32(model)
+    return _TorchRunner(source, model, head, device, dtype)
+
+
+class _TorchRunner:
+    """One padded pass of an encoder with its own head, or of a decoder whose last token is read out through `head`."""
+
+    def __init__(self, source: Source, model: Any, head: Head | None, device: torch.device, dtype: torch.dtype) -> None:
+        self.dtype_name, self.device_name = dtype_name(dtype), str(device)
+        self._model, self._head, self._device = model, head, device
+        self._names, self._side, self._pad_id = input_names(source), source.profile.padding, source.pad_id
+
+    @torch.inference_mode()
+    def margins(self, pairs: Sequence[TextPair]) -> NDArray[np.float32]:
+        batch = pad([p.ids for p in pairs], [p.type_ids for p in pairs], side=self._side, pad_id=self._pad_id)
+        inputs = {name: torch.from_numpy(batch[name]).to(self._device) for name in self._names}
+        if self._head is None:
+            logits = self._model(**inputs).logits.float()  # (batch, labels)
+            margins = logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
+        else:
+            # Left padding with a mask and positions: the last column is every row's last token, whatever pads them.
+            margins = self._head(self._model(**inputs, use_cache=False).last_hidden_state[:, -1])
+        result: NDArray[np.float32] = margins.cpu().numpy()
+        return result
+
+
+def input_names(source: Source) -> list[str]:
+    """Inputs of the model, in order."""
+    if source.profile.head in ("score", "vocabulary"):
+        return ["input_ids", "attention_mask", "position_ids"]
+    return ["input_ids", "attention_mask", *(["token_type_ids"] if source.typed else [])]
+
+
+def load_model(source: Source, device: torch.device, dtype: torch.dtype) -> Any:
+    """The transformers model below a profile's head, or with it where it is the model's own.
+
+    Raises:
+        CheckpointError: as load_transformer does.
+    """
+    return load_transformer(
+        source.directory,
+        dtype,
+        device,
+        kind="AutoModelForSequenceClassification" if source.profile.head == "classifier" else "AutoModel",
+        config=source.config,
+        read_elsewhere=READ_BY_HEAD.get(source.profile.head, ()),
+        trust_remote_code=source.trust_remote_code and not source.profile.listwise,
+    )
+
+
+def _keep_heads_in_float32(model: Any) -> None:
+    """Everything but the base model computes in float32: its input is a vector per pair, its output is the score."""
+
+    def widen(_: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
+
+    for name, child in model.named_children():
+        if name != model.base_model_prefix:
+            child.float()
+            child.register_forward_pre_hook(widen)
 
 
 @dataclass(frozen=True, slots=True)
-class RowHead:
+class _RowHead:
     """Margin of a hidden state: the first row's logit, minus the second's where there is one."""
 
     rows: torch.Tensor  # (1 or 2, hidden), float32
     softcap: float | None = None  # logits are capped at +-softcap, as Gemma 2 does
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(batch, hidden) -> (batch,), in float32."""
         logits = hidden.float() @ self.rows.T  # (batch, 1 or 2)
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits[:, 0] if logits.shape[1] == 1 else logits[:, 0] - logits[:, 1]
 
 
-def score_head(directory: Path, tensors: StoredTensors, config: Any) -> RowHead:
-    """`score.weight` of a decoder with a sequence-classification head.
+def row_head(source: Source, device: torch.device | None = None) -> Head | None:
+    """The rows that read out a decoder's last token; None for a model with a head of its own.
 
     Raises:
-        CheckpointError: it is not stored, as in a checkpoint that was never converted, or has another shape.
+        CheckpointError: rows that are not stored (a classifier that was never converted), or of another shape.
     """
-    if "score.weight" not in tensors:
-        raise CheckpointError(
-            f"{directory}: score.weight is not in the checkpoint and would be random; convert the original first"
-        )
-    _check_shape(tensors, "score.weight", (1, config.hidden_size))
-    return RowHead(tensors.rows("score.weight", [0]))
-
-
-def vocabulary_head(directory: Path, tensors: StoredTensors, config: Any, answers: tuple[int, ...]) -> RowHead:
-    """The answers' rows of the output embedding, tied to the input embedding or not.
-
-    Raises:
-        CheckpointError: no output embedding is stored and none is tied.
-    """
-    for key in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
-        if getattr(config, key, None) not in (None, 1, 1.0):
+    directory, config, tensors = source.directory, source.config, source.tensors
+    rows: tuple[int, ...] = (0,)
+    softcap = None
+    if source.profile.head == "score":
+        name = "score.weight"
+        if name not in tensors:
             raise CheckpointError(
-                f"{directory}: config.json scales its logits by {key}; that readout is not known here"
+                f"{directory}: {name} is not in the checkpoint and would be random; convert the original first"
             )
-    tied = "model.embed_tokens.weight"
-    if "lm_head.weight" in tensors:  # transformers prefers a stored head to a tied one, too
-        name = "lm_head.weight"
-    elif config.tie_word_embeddings and tied in tensors:
-        name = tied
+        tensors.check(name, (1, config.hidden_size))
+    elif source.profile.head == "vocabulary":
+        rows = answer_ids(directory, source.tokenizer, source.profile)
+        for key in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
+            if getattr(config, key, None) not in (None, 1, 1.0):
+                raise CheckpointError(
+                    f"{directory}: config.json scales its logits by {key}; that readout is not known here"
+                )
+        name, tied = "lm_head.weight", "model.embed_tokens.weight"
+        if name not in tensors:  # transformers prefers a stored head to a tied one, too
+            if not config.tie_word_embeddings or tied not in tensors:
+                raise CheckpointError(f"{directory}: {name} is not in the checkpoint and would be random")
+            name = tied
+        tensors.check(name, (config.vocab_size, config.hidden_size))
+        softcap = getattr(config, "final_logit_softcapping", None)
     else:
-        raise CheckpointError(f"{directory}: lm_head.weight is not in the checkpoint and would be random")
-    _check_shape(tensors, name, (config.vocab_size, config.hidden_size))
-    return RowHead(tensors.rows(name, list(answers)), getattr(config, "final_logit_softcapping", None))
-
-
-def _check_shape(tensors: StoredTensors, name: str, shape: tuple[int, int]) -> None:
-    found = tensors.weights[name].shape
-    if found != shape:
-        raise CheckpointError(f"{tensors.directory}: {name} has the shape {found}; config.json says {shape}")
+        return None
+    return _RowHead(tensors.rows(name, rows).to(device), softcap)
 
 
 def answer_ids(directory: Path, tokenizer: Tokenizer, profile: Profile) -> tuple[int, ...]:
@@ -114,99 +183,3 @@ def answer_ids(directory: Path, tokenizer: Tokenizer, profile: Profile) -> tuple
             f"has {list(profile.answer_ids)}: this one is another model's"
         )
     return tuple(ids)
-
-
-class ClassifierRunner:
-    """An encoder with the classification head it was trained with."""
-
-    def __init__(
-        self, model: Any, device: torch.device, dtype: torch.dtype, *, side: Padding, pad_id: int, typed: bool
-    ) -> None:
-        self.dtype_name, self.device_name = dtype_name(dtype), str(device)
-        self._model, self._device = model, device
-        self._side, self._pad_id, self._typed = side, pad_id, typed
-
-    @torch.inference_mode()
-    def margins(self, pairs: Sequence[TextPair]) -> NDArray[np.float32]:
-        batch = pad([p.ids for p in pairs], [p.type_ids for p in pairs], side=self._side, pad_id=self._pad_id)
-        inputs = {"input_ids": batch.ids, "attention_mask": batch.mask}
-        if self._typed:
-            inputs["token_type_ids"] = batch.type_ids
-        logits = self._model(**{k: torch.from_numpy(v).to(self._device) for k, v in inputs.items()}).logits.float()
-        margins = logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]  # (batch,)
-        result: NDArray[np.float32] = margins.cpu().numpy()
-        return result
-
-
-class LastTokenRunner:
-    """A decoder whose last token is read out through a row or two."""
-
-    def __init__(self, model: Any, head: RowHead, device: torch.device, dtype: torch.dtype, *, pad_id: int) -> None:
-        self.dtype_name, self.device_name = dtype_name(dtype), str(device)
-        self._model, self._device = model, device
-        self._head = RowHead(head.rows.to(device), head.softcap)
-        self._pad_id = pad_id
-
-    @torch.inference_mode()
-    def margins(self, pairs: Sequence[TextPair]) -> NDArray[np.float32]:
-        # Left padding with a mask and positions: the last column is every row's last token, whatever pads them.
-        batch = pad([p.ids for p in pairs], [None] * len(pairs), side="left", pad_id=self._pad_id)
-        inputs = {"input_ids": batch.ids, "attention_mask": batch.mask, "position_ids": batch.positions}
-        tensors = {k: torch.from_numpy(v).to(self._device) for k, v in inputs.items()}
-        hidden = self._model(**tensors, use_cache=False).last_hidden_state[:, -1]  # (batch, hidden)
-        result: NDArray[np.float32] = self._head(hidden).cpu().numpy()
-        return result
-
-
-# Tensors that a head reads beside the transformers model, and an output embedding that it has no use for.
-READ_BESIDE = {
-    "score": ("score.weight", "lm_head.weight"),
-    "vocabulary": ("lm_head.weight",),
-    "listwise": (*PROJECTOR, "lm_head.weight"),
-}
-
-
-def load_torch(source: Source, device: torch.device, dtype: torch.dtype) -> Runner:
-    """
-    Raises:
-        CheckpointError: weights that are missing, of another shape, or unreadable.
-    """
-    profile = source.profile
-    if profile.head == "listwise":
-        projector = read_projector(source.directory, source.tensors, source.config.hidden_size)
-        model = load_model(source, dtype, device)
-        return ListwiseRunner(model, projector, source.reader.tokenizers, profile, device, dtype)
-    head = row_head(source)  # before the weights: a wrong one should fail fast
-    model = load_model(source, dtype, device)
-    if head is not None:
-        return LastTokenRunner(model, head, device, dtype, pad_id=source.pad_id)
-    keep_heads_in_float32(model)
-    return ClassifierRunner(model, device, dtype, side=profile.padding, pad_id=source.pad_id, typed=source.typed)
-
-
-def load_model(source: Source, dtype: torch.dtype, device: torch.device) -> Any:
-    """The transformers model below a profile's head, or with it where it is the model's own.
-
-    Raises:
-        CheckpointError: as load_transformer does.
-    """
-    headless = source.profile.head != "classifier"
-    return load_transformer(
-        source.tensors,
-        source.config,
-        dtype,
-        device,
-        kind="AutoModel" if headless else "AutoModelForSequenceClassification",
-        beside=READ_BESIDE.get(source.profile.head, ()),
-        trust_remote_code=source.trust_remote_code and not source.profile.listwise,
-    )
-
-
-def row_head(source: Source) -> RowHead | None:
-    """The rows that read out a decoder's last token; None for a model with a head of its own."""
-    if source.profile.head == "score":
-        return score_head(source.directory, source.tensors, source.config)
-    if source.profile.head == "vocabulary":
-        answers = answer_ids(source.directory, source.tokenizer, source.profile)
-        return vocabulary_head(source.directory, source.tensors, source.config, answers)
-    return None

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from decoder_server.models.cross_encoder.synthetic import make_cross_encoder
+from benchmarks.synthetic import make_cross_encoder
 
 Make = Callable[..., Path]
 

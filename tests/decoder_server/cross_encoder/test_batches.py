@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from decoder_server.models.cross_encoder import CrossEncoder, open_cross_encoder
-from decoder_server.models.cross_encoder.model import MAX_PADDING, batches, pad, sigmoid
+from decoder_server.models.cross_encoder.backend import MAX_PADDING, CrossEncoder, batches, pad, sigmoid
+from decoder_server.models.cross_encoder.loading import open_cross_encoder
 
 Tiny = Callable[..., Path]
 TOLERANCE = 2e-5
@@ -37,16 +36,10 @@ MODELS = [
 ]
 
 
-@dataclass(frozen=True)
-class Length:
-    num_tokens: int
-
-
 @given(st.lists(st.integers(1, 300), max_size=60), st.integers(1, 2000))
 def test_batches_cover_every_item_once_within_their_limits(lengths: list[int], budget: int) -> None:
-    items = [Length(n) for n in lengths]
-    found = list(batches(items, budget))
-    assert sorted(i for batch in found for i in batch) == list(range(len(items)))
+    found = list(batches(lengths, budget))
+    assert sorted(i for batch in found for i in batch) == list(range(len(lengths)))
     for batch in found:
         sizes = [lengths[i] for i in batch]
         assert len(batch) == 1 or max(sizes) * len(sizes) <= budget
@@ -54,21 +47,21 @@ def test_batches_cover_every_item_once_within_their_limits(lengths: list[int], b
 
 
 def test_padding_by_hand() -> None:
-    left = pad([[7, 8, 9], [5]], [None, None], side="left", pad_id=0)
-    assert left.ids.tolist() == [[7, 8, 9], [0, 0, 5]]
-    assert left.mask.tolist() == [[1, 1, 1], [0, 0, 1]]
-    assert left.positions.tolist() == [[0, 1, 2], [0, 0, 0]]
+    left = pad([[7, 8, 9], [5]], side="left", pad_id=0)
+    assert left["input_ids"].tolist() == [[7, 8, 9], [0, 0, 5]]
+    assert left["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert left["position_ids"].tolist() == [[0, 1, 2], [0, 0, 0]]
     right = pad([[7, 8, 9], [5]], [[0, 1, 1], [1]], side="right", pad_id=4)
-    assert right.ids.tolist() == [[7, 8, 9], [5, 4, 4]]
-    assert right.type_ids.tolist() == [[0, 1, 1], [1, 0, 0]]
+    assert right["input_ids"].tolist() == [[7, 8, 9], [5, 4, 4]]
+    assert right["token_type_ids"].tolist() == [[0, 1, 1], [1, 0, 0]]
 
 
 @pytest.mark.parametrize(("architecture", "profile"), MODELS)
 def test_one_padded_pass_is_each_pair_alone(tiny: Tiny, architecture: str, profile: str) -> None:
     model = open_cross_encoder(tiny(architecture), profile=profile, dtype="float32")
-    pairs = model.pairs(TEXTS)
-    together = model.score_pairs(pairs)
-    alone = np.concatenate([model.score_pairs([pair]) for pair in pairs])
+    pairs = model.read(TEXTS)
+    together = model.score(pairs)
+    alone = np.concatenate([model.score([pair]) for pair in pairs])
     np.testing.assert_allclose(together, alone, atol=TOLERANCE)
     np.testing.assert_allclose(model.score_texts(TEXTS), alone, atol=TOLERANCE)
     np.testing.assert_allclose(model.score_texts(TEXTS[::-1], max_batch_tokens=64)[::-1], alone, atol=TOLERANCE)
@@ -94,7 +87,7 @@ def test_no_choice_of_padding_token_changes_ctxl(tiny: Tiny, tmp_path: Path) -> 
     choices = [(None, None), ("<|im_end|>", None), ("+", 5), ("<|endoftext|>", question_mark)]
     for number, (token, config) in enumerate(choices):
         other = with_pad(directory, tmp_path / str(number), token, config)
-        np.testing.assert_allclose(other.score_pairs(other.pairs(TEXTS)), expected, atol=TOLERANCE)
+        np.testing.assert_allclose(other.score(other.read(TEXTS)), expected, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize(("architecture", "profile"), MODELS)
@@ -145,7 +138,7 @@ def test_the_identity_is_the_weights_and_the_profile(tiny: Tiny, tmp_path: Path)
     moved = Path(shutil.copytree(directory, tmp_path / "elsewhere"))
     profiles = ("Qwen/Qwen3-Reranker-0.6B", "Qwen/Qwen3-Reranker-0.6B", "zeroentropy/zerank-1-small")
     places = (directory, moved, directory)
-    first, second, other = (open_cross_encoder(d, profile=p).identity for d, p in zip(places, profiles, strict=True))
+    first, second, other = (open_cross_encoder(d, profile=p).fingerprint for d, p in zip(places, profiles, strict=True))
     assert first == second
     assert first != other
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from checkpoint.files import CheckpointError
-from decoder_server.models.cross_encoder import open_cross_encoder
+from decoder_server.models.cross_encoder.loading import open_cross_encoder
 
 Tiny = Callable[..., Path]
 PAIRS = [("What is the capital of China?", None, "Beijing."), ("gravity", None, "Bodies attract one another. " * 9)]
@@ -183,7 +183,7 @@ def test_a_stored_head_stands_where_config_ties_it(tiny: Tiny, tmp_path: Path) -
     plain: Any = transformers.AutoModelForCausalLM
     whole = plain.from_pretrained(directory, dtype=torch.float32).eval()
     with torch.inference_mode():
-        expected = [float(whole(torch.tensor([model.pair(*texts).ids])).logits[0, -1, yes]) for texts in PAIRS]
+        expected = [float(whole(torch.tensor([model.read([texts])[0].ids])).logits[0, -1, yes]) for texts in PAIRS]
     np.testing.assert_allclose(model.score_texts(PAIRS), expected, atol=1e-4)
 
 

@@ -13,10 +13,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from checkpoint.files import CheckpointError, read_json
-from decoder_server.models.cross_encoder import onnx_runtime as onnx_cache
-from decoder_server.models.cross_encoder import onnx_runtime as onnx_export
-from decoder_server.models.cross_encoder import open_cross_encoder
+from decoder_server.models.cross_encoder import onnx_runtime
 from decoder_server.models.cross_encoder.files import Source
+from decoder_server.models.cross_encoder.loading import open_cross_encoder
 from decoder_server.models.cross_encoder.onnx_runtime import OnnxRunner
 from decoder_server.models.cross_encoder.profiles import builtin_profiles
 
@@ -38,7 +37,7 @@ def test_a_graph_scores_like_torch_and_is_made_once(tiny: Tiny, tmp_path: Path) 
     expected = open_cross_encoder(directory, profile=profile, dtype="float32").score_texts(TEXTS)
     model = open_cross_encoder(directory, profile=profile, runtime="onnx", cache_dir=tmp_path)
     assert (model.runtime, model.dtype_name, model.device_name) == ("onnx", "float32", "cpu")
-    np.testing.assert_allclose(model.score_pairs(model.pairs(TEXTS)), expected, atol=3e-5)
+    np.testing.assert_allclose(model.score(model.read(TEXTS)), expected, atol=3e-5)
     (made,) = tmp_path.iterdir()
     before = (made / "model.onnx").stat()
     again = open_cross_encoder(directory, profile=profile, runtime="onnx", cache_dir=tmp_path)
@@ -68,10 +67,10 @@ def test_int8_leaves_head_and_second_layers_in_float(
     exact = open_cross_encoder(directory, profile=BGE, dtype="float32").score_texts(TEXTS)
     graph = tmp_path / "float" / "model.onnx"
     graph.parent.mkdir()
-    onnx_export.export(source(directory, BGE), graph)
+    onnx_runtime.export(source(directory, BGE), graph)
     # Exporting takes seconds: the cache gets this graph again.
     monkeypatch.setattr(
-        onnx_cache, "export", lambda _, path: shutil.copytree(graph.parent, path.parent, dirs_exist_ok=True)
+        onnx_runtime, "export", lambda _, path: shutil.copytree(graph.parent, path.parent, dirs_exist_ok=True)
     )
     model = open_cross_encoder(directory, profile=BGE, runtime="onnx-int8", cache_dir=tmp_path / "graphs")
     assert model.dtype_name == "int8"
@@ -79,7 +78,7 @@ def test_int8_leaves_head_and_second_layers_in_float(
     np.testing.assert_allclose(margins, exact, atol=0.1)
     assert not np.array_equal(margins, exact)
     # Batch-mates change nothing at all.
-    np.testing.assert_array_equal(model.score_pairs(model.pairs(TEXTS)), margins)
+    np.testing.assert_array_equal(model.score(model.read(TEXTS)), margins)
     np.testing.assert_array_equal(np.concatenate([model.score_texts([text]) for text in TEXTS]), margins)
     (made,) = (tmp_path / "graphs").iterdir()
     counts: dict[str, int] = {}
@@ -91,10 +90,9 @@ def test_int8_leaves_head_and_second_layers_in_float(
     assert counts["MatMul"] == (1 + 2) * 2 + 2
     assert json.loads((made / "made-of.json").read_text())["products_in_float"] == 2 + 2
     # With the second layers in int8 too, two loud channels drown the rest.
-    monkeypatch.setattr(onnx_export, "FLOAT_MODULES", ("none",))
-    onnx_export.quantize(graph, tmp_path / "all.onnx", reduce_range=False)
-    options = {"side": "right", "pad_id": 1, "quantized": True, "num_threads": 1}
-    drowned = OnnxRunner(tmp_path / "all.onnx", None, **options).margins(model.pairs(TEXTS))  # type: ignore[arg-type]
+    monkeypatch.setattr(onnx_runtime, "FLOAT_MODULES", ("none",))
+    onnx_runtime.quantize(graph, tmp_path / "all.onnx", reduce_range=False)
+    drowned = OnnxRunner(tmp_path / "all.onnx", source(directory, BGE), quantized=True).margins(model.read(TEXTS))
     assert np.abs(drowned - exact).max() > 3 * np.abs(margins - exact).max()
 
 
@@ -109,25 +107,23 @@ def test_other_weights_or_another_profile_are_another_graph(tiny: Tiny, tmp_path
     retrained = tiny("Qwen3ForCausalLM", seed=1)
     for name in ("tokenizer.json", "config.json"):
         shutil.copy(directory / name, retrained)
-    first = onnx_cache.ingredients(source(directory, QWEN), quantized=False)
-    assert onnx_cache.ingredients(source(moved, QWEN), quantized=False) == first
+    first = onnx_runtime.ingredients(source(directory, QWEN), quantized=False)
+    assert onnx_runtime.ingredients(source(moved, QWEN), quantized=False) == first
     others = [
-        onnx_cache.ingredients(source(retrained, QWEN), quantized=False),
-        onnx_cache.ingredients(source(directory, "zeroentropy/zerank-1-small"), quantized=False),
-        onnx_cache.ingredients(source(directory, QWEN), quantized=True),
+        onnx_runtime.ingredients(source(retrained, QWEN), quantized=False),
+        onnx_runtime.ingredients(source(directory, "zeroentropy/zerank-1-small"), quantized=False),
+        onnx_runtime.ingredients(source(directory, QWEN), quantized=True),
     ]
-    assert len({onnx_cache.key(made_of) for made_of in (first, *others)}) == 4
+    assert len({json.dumps(made_of) for made_of in (first, *others)}) == 4
     assert {"torch", "transformers", "onnx", "onnxruntime"} <= first.keys()
 
 
 def test_a_damaged_graph_is_made_anew_or_told(tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     directory = tiny("Qwen3ForCausalLM")
-    made_of = onnx_cache.ingredients(source(directory, QWEN), quantized=False)
-    damaged = tmp_path / onnx_cache.key(made_of)
-    damaged.mkdir()
-    (damaged / "model.onnx").write_bytes(b"not a graph")
+    damaged = tmp_path / "model.onnx"
+    damaged.write_bytes(b"not a graph")
     with pytest.raises(CheckpointError, match="onnxruntime cannot load the graph"):
-        onnx_cache.open_graph(source(directory, QWEN), damaged, quantized=False)
+        OnnxRunner(damaged, source(directory, QWEN), quantized=False)
 
 
 def test_what_the_onnx_runtimes_do_not_do_is_said(tiny: Tiny) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from checkpoint.files import CheckpointError
-from decoder_server.models.cross_encoder import open_cross_encoder
+from decoder_server.models.cross_encoder.loading import open_cross_encoder
 from decoder_server.models.cross_encoder.profiles import (
     FILE_NAME,
     Profile,
@@ -17,7 +17,6 @@ from decoder_server.models.cross_encoder.profiles import (
     generic_profile,
     load_profiles,
     named_profile,
-    parse_profiles,
 )
 
 # The reference list of models this table must know.
@@ -85,10 +84,10 @@ def test_ctxl_is_announced_as_not_for_commercial_use(
 ) -> None:
     directory = tiny("Qwen3ForSequenceClassification")
     model = open_cross_encoder(directory, profile="sigridjineth/ctxl-rerank-v2-1b-seq-cls", dtype="float32")
-    assert "CC-BY-NC-SA-4.0; not for commercial use" in model.license_notice
-    assert model.license_notice in caplog.messages
+    assert "CC-BY-NC-SA-4.0; not for commercial use" in model.notice
+    assert model.notice in caplog.messages
     free = open_cross_encoder(tiny("BertForSequenceClassification"), profile="generic")
-    assert free.license_notice == ""
+    assert free.notice == ""
 
 
 def test_a_users_file_adds_a_profile(tiny: Callable[..., Path], tmp_path: Path) -> None:
@@ -99,7 +98,8 @@ def test_a_users_file_adds_a_profile(tiny: Callable[..., Path], tmp_path: Path) 
     margins = model.score_texts([("q", None, "p")])
     np.testing.assert_allclose(model.activation(margins), 1 / (1 + np.exp(-margins / 2)), rtol=1e-6)
     assert (
-        model.pair("q", None, "p").ids == model._reader.tokenizers.exact.encode("q | p", add_special_tokens=False).ids
+        model.read([("q", None, "p")])[0].ids
+        == model._reader.tokenizers.exact.encode("q | p", add_special_tokens=False).ids
     )
 
 
@@ -109,8 +109,8 @@ def test_a_checkpoint_may_carry_its_own_profile(tmp_path: Path, tiny: Callable[.
     for file in tiny("BertForSequenceClassification").iterdir():
         (directory / file.name).symlink_to(file)
     (directory / FILE_NAME).write_text(ROW + "max_tokens = 77\n")
-    assert open_cross_encoder(directory).max_tokens == 77
-    assert open_cross_encoder(directory, profile="generic").max_tokens == 512
+    assert open_cross_encoder(directory).profile.max_tokens == 77
+    assert open_cross_encoder(directory, profile="generic").profile.max_tokens == 512
 
 
 @pytest.mark.parametrize(
@@ -160,11 +160,12 @@ def test_a_checkpoint_may_carry_its_own_profile(tmp_path: Path, tiny: Callable[.
         (ROW + "golden = [1.0]", "golden is [1.0]; expected a table"),
     ],
 )
-def test_a_row_that_makes_no_sense_is_named(change: str, said: str) -> None:
+def test_a_row_that_makes_no_sense_is_named(tmp_path: Path, change: str, said: str) -> None:
+    (tmp_path / "mine.toml").write_text(change)
     with pytest.raises(CheckpointError) as caught:
-        parse_profiles(change, "mine.toml")
+        load_profiles(tmp_path / "mine.toml")
     assert said in str(caught.value)
-    assert str(caught.value).startswith("mine.toml")
+    assert str(caught.value).startswith(str(tmp_path / "mine.toml"))
 
 
 def test_a_file_without_the_model_is_named(tmp_path: Path) -> None:

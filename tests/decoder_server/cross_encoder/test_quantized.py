@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint import Checkpoint, CheckpointError
 from checkpoint.synthetic import make_checkpoint
-from decoder_server.models.cross_encoder import open_cross_encoder
+from decoder_server.models.cross_encoder.loading import open_cross_encoder
 from decoder_server.models.fbnl.backend import FbnlBackend
 from decoder_server.models.fbnl.batch_states import StatePair
 from encoder_worker.encoder import Encoder

@@ -14,9 +14,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from decoder_server.models.cross_encoder import open_cross_encoder
+from benchmarks.synthetic import Size
+from decoder_server.models.cross_encoder.loading import open_cross_encoder
 from decoder_server.models.cross_encoder.profiles import builtin_profiles
-from decoder_server.models.cross_encoder.synthetic import Size
 
 QUERY = "What is the capital of China?"
 INSTRUCTION = "Prefer short answers."
@@ -180,7 +180,7 @@ def test_ctxl_6b_lets_the_tokenizer_add_its_own_beginning(tiny: Callable[..., Pa
     directory = tiny("MistralForCausalLM")
     profile = "ContextualAI/ctxl-rerank-v2-instruct-multilingual-6b"
     model = open_cross_encoder(directory, profile=profile, dtype="float32")
-    assert model.pair(QUERY, None, "x").ids[:2].count(token(directory, "<s>")) == 1
+    assert model.read([(QUERY, None, "x")])[0].ids[:2].count(token(directory, "<s>")) == 1
     margins = model.score_texts([(QUERY, None, p) for p in PASSAGES])
     expected = causal(directory, filled(CTXL, PASSAGES), add_special_tokens=True)[:, 0]
     np.testing.assert_allclose(margins, expected, atol=TOLERANCE)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoint.files import CheckpointError
-from decoder_server.models.cross_encoder import open_cross_encoder
+from decoder_server.models.cross_encoder.loading import open_cross_encoder
 from decoder_server.models.cross_encoder.profiles import builtin_profiles
 
 Tiny = Callable[..., Path]

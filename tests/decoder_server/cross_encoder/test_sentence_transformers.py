@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from decoder_server.models.cross_encoder import open_cross_encoder
+from decoder_server.models.cross_encoder.loading import open_cross_encoder
 
 sentence_transformers = pytest.importorskip("sentence_transformers", reason="a second opinion; not needed to serve")
 QUERY = "What is the capital of China?"

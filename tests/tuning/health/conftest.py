@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from decoder_server.models.cross_encoder.synthetic import Size, make_cross_encoder
+from benchmarks.synthetic import Size, make_cross_encoder
 from tuning.health import PairSet, built_in_pairs
 
 SIZE = Size()

@@ -16,10 +16,10 @@ from click.testing import CliRunner
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from benchmarks.synthetic import Size, make_cross_encoder
 from checkpoint import CheckpointError
-from decoder_server.models.cross_encoder import open_cross_encoder
 from decoder_server.models.cross_encoder.conversion import CausalSource, convert, staged
-from decoder_server.models.cross_encoder.synthetic import Size, make_cross_encoder
+from decoder_server.models.cross_encoder.loading import open_cross_encoder
 from preread_cli.main import cli
 from tuning.health import PairSet, built_in_pairs
 from tuning.health.parity import parity
@@ -70,7 +70,7 @@ def test_what_is_served_is_the_original(causal: Path, tmp_path: Path) -> None:
     classifier = open_cross_encoder(converted(causal, tmp_path / "target"), device="cpu", dtype="float32")
 
     assert classifier.profile.template == original.profile.template
-    assert "CC-BY-NC-SA-4.0" in classifier.license_notice
+    assert "CC-BY-NC-SA-4.0" in classifier.notice
     np.testing.assert_allclose(classifier.score_texts(texts), original.score_texts(texts), atol=1e-6)
 
 

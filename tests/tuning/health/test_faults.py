@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from checkpoint import CheckpointError
 from checkpoint.synthetic import make_checkpoint
 from decoder_server.config import ModelConfig
-from decoder_server.models.cross_encoder import CrossEncoder, TextPair, open_cross_encoder
-from decoder_server.models.cross_encoder.model import sigmoid
-from decoder_server.models.cross_encoder.templates import Texts
+from decoder_server.models.cross_encoder.backend import CrossEncoder, sigmoid
+from decoder_server.models.cross_encoder.loading import open_cross_encoder
+from decoder_server.models.cross_encoder.templates import TextPair, Texts
 from decoder_server.models.loading import load_model
 from preread_cli.main import cli
 from preread_cli.serve_check import checked
@@ -44,15 +44,15 @@ class Planted(CrossEncoder):
         self.__dict__.update(real.__dict__)
         self._spoil, self._publish, self._cut_right = margins, activation, cut_right
 
-    def pairs(self, texts: Sequence[Texts]) -> list[TextPair]:
-        read = super().pairs(texts)
+    def read(self, texts: Sequence[Texts]) -> list[TextPair]:
+        read = super().read(texts)
         if self._cut_right:  # as a tokenizer does that knows nothing of templates
             whole = PairwithoutLimit(self)
             read = [whole(text) for text in texts]
         return read
 
-    def score_pairs(self, pairs: Sequence[TextPair]) -> Margins:
-        margins = super().score_pairs(pairs)
+    def score(self, pairs: Sequence[TextPair]) -> Margins:
+        margins = super().score(pairs)
         return self._spoil(margins) if self._spoil is not None else margins
 
     def activation(self, margins: Margins) -> Margins:
@@ -74,7 +74,7 @@ class PairwithoutLimit:
     def __call__(self, text: Texts) -> TextPair:
         from dataclasses import replace
 
-        (pair,) = self._reader.pairs([text])
+        (pair,) = self._reader.read([text])
         return replace(pair, ids=pair.ids[: self._max_tokens])
 
 
