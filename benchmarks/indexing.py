@@ -37,7 +37,8 @@ from checkpoint.compute import DTYPES
 from encoder_worker.indexing import index
 from encoder_worker.passage_encoder import PassageEncoder, plan_batches
 from encoder_worker.report import IndexReport
-from encoder_worker.sources import Passage, Source
+from encoder_worker.sources import Passage
+from encoder_worker.sources.source import Source
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "scifact"
 RATIO = 4

@@ -29,7 +29,7 @@ from preread_cli.options import (
 if TYPE_CHECKING:
     from encoder_worker.indexing import IndexOptions
     from encoder_worker.report import IndexReport
-    from encoder_worker.sources import Source
+    from encoder_worker.sources.source import Source
 
 # A writer is in no hurry: a slow store is better than one given up on.
 READ_SECONDS = 30.0
@@ -148,7 +148,8 @@ def _run(
 
 
 def _source(options: dict[str, Any]) -> Source:
-    from encoder_worker.sources import Fields, Source
+    from encoder_worker.sources import Fields
+    from encoder_worker.sources.source import Source
 
     fields = Fields(
         id=options["id_field"],

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from encoder_worker.reading import SeenIds
-from encoder_worker.sources import Fields, Passage, Place, Refused, Source, SourceError
+from encoder_worker.sources import Fields, Passage, Place, Refused, SourceError
+from encoder_worker.sources.source import Source
 from tuning import EvaluationError
 from tuning.trec import JudgedFile, Qrels, read_qrels
 

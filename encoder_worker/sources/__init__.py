@@ -1,10 +1,135 @@
-"""Passages out of files: what a line holds, where it stood, and why it was refused.
+"""Passages out of files: the text of an item, its place in the input, or the reason it was refused.
 
 A source yields every item of its input, as a Passage or as a Refused; nothing is dropped in silence.
-Does not know tokens, encoders or stores.
+Does not know file formats (text, parquet), tokens, encoders or stores.
 """
 
-from encoder_worker.sources.base import Fields, Passage, Place, Reason, Refused, SourceError
-from encoder_worker.sources.source import FORMATS, Source
+from __future__ import annotations
 
-__all__ = ["FORMATS", "Fields", "Passage", "Place", "Reason", "Refused", "Source", "SourceError"]
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from cache.errors import InvalidName
+from cache.record import passage_id_bytes
+from preread.types import id_text, join_title
+
+
+class SourceError(ValueError):
+    """An input that cannot be read at all, or not further."""
+
+
+class Reason(StrEnum):
+    """Why a passage was refused; constants for machines."""
+
+    BROKEN_JSON = "broken_json"
+    BROKEN_ROW = "broken_row"
+    MISSING_FIELD = "missing_field"
+    WRONG_TYPE = "wrong_type"
+    INVALID_UTF8 = "invalid_utf8"
+    LINE_TOO_LONG = "line_too_long"
+    EMPTY_TEXT = "empty_text"
+    BAD_ID = "bad_id"
+    DUPLICATE_ID = "duplicate_id"
+    NOT_FINITE = "not_finite"
+    OUT_OF_MEMORY = "out_of_memory"
+    ENCODING_FAILED = "encoding_failed"
+    NOT_STORABLE = "not_storable"
+    OUT_OF_RANGE = "out_of_range"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a passage stood: input name and line (row for Parquet), from 1."""
+
+    source: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.line}"
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """One passage to encode; the title, where there is one, is already in the text."""
+
+    passage_id: str
+    text: str
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """One item that will not be encoded, and why."""
+
+    place: Place
+    passage_id: str | None
+    reason: Reason
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.message}"
+
+
+Item = Passage | Refused
+Position = Callable[[], int]  # bytes of the input that were read, compressed where it is compressed
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Names of the fields (or columns) that make a passage.
+
+    An id may be named `id` or `_id` (BEIR) unless it is given. A title is put before the text with
+    `title_separator`, which is what BEIR's own readers do.
+    """
+
+    id: str | None = None
+    text: str = "text"
+    title: str | None = "title"  # None: titles are ignored
+    title_separator: str = " "
+
+    @property
+    def id_names(self) -> tuple[str, ...]:
+        return (self.id,) if self.id is not None else ("id", "_id")
+
+    def find_id(self, names: object) -> str | None:
+        """The name among `names` (anything with `in`) that holds the id."""
+        return next((name for name in self.id_names if name in names), None)  # type: ignore[operator]  # mappings and sequences alike
+
+    def of_row(self, place: Place, row: Mapping[str, Any]) -> Item:
+        """Finds the fields in one item by name, and checks their values."""
+        id_name = self.find_id(row)
+        missing = " or ".join(self.id_names) if id_name is None else self.text if self.text not in row else None
+        if id_name is None or missing is not None:
+            return Refused(place, None, Reason.MISSING_FIELD, f"no {missing}; found {', '.join(row) or 'no keys':.200}")
+        title = row.get(self.title) if self.title is not None else None
+        return self.passage(place, row[id_name], row[self.text], title)
+
+    def passage(self, place: Place, passage_id: object, text: object, title: object = None) -> Item:
+        """Checks the values of one item. Ids may be strings or whole numbers; a title may be missing."""
+        own_id = id_text(passage_id)
+        if own_id is None:
+            return Refused(place, None, Reason.WRONG_TYPE, f"id is {_show(passage_id)}; expected a string or integer")
+        passage_id = own_id
+        try:
+            passage_id_bytes(passage_id)
+        except InvalidName as exc:
+            return Refused(place, None, Reason.BAD_ID, str(exc))
+        if not isinstance(text, str):
+            return Refused(place, passage_id, Reason.WRONG_TYPE, f"{self.text} is {_show(text)}; expected a string")
+        if title is not None and not isinstance(title, str):
+            return Refused(place, passage_id, Reason.WRONG_TYPE, f"{self.title} is {_show(title)}; expected a string")
+        text = join_title(title, text, self.title_separator)
+        if not text.strip():  # what else has no tokens, the tokenizer says (windows.py)
+            return Refused(place, passage_id, Reason.EMPTY_TEXT, f"{self.text} is empty")
+        try:
+            text.encode()
+        except UnicodeEncodeError as exc:  # JSON can spell half a surrogate pair
+            return Refused(place, passage_id, Reason.INVALID_UTF8, f"{self.text} is not valid Unicode: {exc.reason}")
+        return Passage(passage_id, text, place)
+
+
+def _show(value: object) -> str:
+    kind = {type(None): "null", dict: "an object", list: "a list"}.get(type(value))
+    return kind or f"{type(value).__name__} {value!r:.40}"

@@ -12,7 +12,7 @@ from typing import IO, Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from encoder_worker.sources.base import Fields, Item, Place, Reason, Refused, SourceError
+from encoder_worker.sources import Fields, Item, Place, Reason, Refused, SourceError
 
 _BATCH_ROWS = 1024
 _MAGIC = b"PAR1"

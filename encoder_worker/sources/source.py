@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
-from encoder_worker.sources.base import Fields, Item, Position, SourceError
+from encoder_worker.sources import Fields, Item, Position, SourceError
 from encoder_worker.sources.parquet import ParquetRows
 from encoder_worker.sources.text import DEFAULT_MAX_LINE_BYTES, read_delimited, read_jsonl, read_text
 

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from encoder_worker.sources.base import Fields, Item, Place, Reason, Refused, SourceError
+from encoder_worker.sources import Fields, Item, Place, Reason, Refused, SourceError
 
 DEFAULT_MAX_LINE_BYTES = 16 << 20
 _SKIP_BYTES = 1 << 16

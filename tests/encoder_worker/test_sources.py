@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from encoder_worker.sources import Fields, Passage, Reason, Refused, Source, SourceError
+from encoder_worker.sources import Fields, Passage, Reason, Refused, SourceError
+from encoder_worker.sources.source import Source
 
 ROWS = [("a", "One", "first text"), ("b", "", "zweiter Text, mit Komma"), ("c", "Three", 'a "quoted"\tword')]
 JOINED = [("a", "One first text"), ("b", "zweiter Text, mit Komma"), ("c", 'Three a "quoted"\tword')]

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from encoder_worker.reading import SeenIds
-from encoder_worker.sources import Passage, Refused, Source
+from encoder_worker.sources import Passage, Refused
+from encoder_worker.sources.source import Source
 from tuning import EvaluationError
 from tuning.judged import read_judged
 from tuning.trec import read_qrels
