@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,6 +85,8 @@ def plan_batches(lengths: Sequence[int], limits: BatchLimits) -> list[list[int]]
 
 
 log = logging.getLogger(__name__)
+
+TOKENIZE_TEXTS = 64  # at a time, where a caller may leave between two calls
 
 States = NDArray[np.float32]
 
@@ -181,6 +183,12 @@ class PassageEncoder:
         except Exception:  # `tokenize` says so
             return False
 
+    def why_not(self, text: str, max_bytes: int | None = None) -> str | None:
+        """Why a text cannot be encoded, or None. May tokenize: off the event loop."""
+        if max_bytes is not None and (num_bytes := len(text.encode())) > max_bytes:
+            return f"text is {num_bytes:,} bytes; at most {max_bytes:,} are encoded"
+        return "text is empty" if self.is_empty(text) else None
+
     def tokenize(self, texts: Sequence[str], *, split: bool = False) -> list[Tokenized]:
         """Texts under the passage template; those over the limit are cut, or split into windows.
 
@@ -216,6 +224,19 @@ class PassageEncoder:
             return [_checked(states) for states in encoded]
         half = len(batch) // 2
         return self.encode(batch[:half], ratio) + self.encode(batch[half:], ratio)
+
+    def encode_all(self, texts: Sequence[Tokenized], ratio: int) -> Iterator[tuple[int, list[States | EncodingFailed]]]:
+        """Texts in batches of like length; each comes, by its index and with its windows in order, when it is done."""
+        owners = [(i, w) for i, text in enumerate(texts) for w in range(len(text.windows))]
+        encoded: dict[int, dict[int, States | EncodingFailed]] = {i: {} for i in range(len(texts))}
+        for batch in plan_batches([len(texts[i].windows[w]) for i, w in owners], self.limits):
+            results = self.encode([texts[owners[s][0]].windows[owners[s][1]] for s in batch], ratio)
+            for s, states in zip(batch, results, strict=True):
+                i, w = owners[s]
+                encoded[i][w] = states
+                if len(encoded[i]) == len(texts[i].windows):
+                    yield i, [encoded[i][w] for w in range(len(encoded[i]))]
+                    del encoded[i]
 
     def encode_one(self, text: str, ratio: int, *, split: bool = False) -> PassageStates:
         """One text alone, window by window; what every batch must agree with. Raises EncodingFailed."""

@@ -1,110 +1,228 @@
-"""Runs an iterator on a thread of its own, a bounded number of items ahead. Knows nothing about the items.
+"""Passages on their way to the model: checked, compared with the collection, tokenized, a batch at a time.
 
-Which ids came already, and where. Some 20 bytes an id, so that a hundred million fit.
-
-Reading ahead of the model: items are read, compared with what is stored, and tokenized, a window at a time.
-
-A window is what is sorted by length together, and what bounds memory. Knows no model and no writes.
+A batch is sorted by length as a whole, and bounds memory. Does not know file formats, the model or writes.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cache.record import is_passage_id
 from cache.states import text_digest
-from encoder_worker.passage_encoder import PassageEncoder, Tokenized
+from encoder_worker.passage_encoder import TOKENIZE_TEXTS, PassageEncoder
 from encoder_worker.sources import Passage, Place, Reason, Refused, SourceError
-from encoder_worker.writing import Target
+from encoder_worker.writing import Target, Upsert
 
 T = TypeVar("T")
 _POLL_SECONDS = 0.1
-_LEAVE_SECONDS = 1.0
-
-
-class _End:
-    """Marks the end of the items, or the error that ended them."""
-
-    def __init__(self, error: BaseException | None) -> None:
-        self.error = error
-
-
-class Ahead(Generic[T]):
-    """Iterate inside `with`; leaving it stops the thread at its next item, setting `stop` ends the iteration.
-
-    At most `depth` finished items wait while one is being made and one is being used.
-    """
-
-    def __init__(self, items: Iterable[T], *, stop: threading.Event, depth: int = 1, name: str = "ahead") -> None:
-        self._items = items
-        self._stop = stop
-        self._queue: queue.Queue[T | _End] = queue.Queue(depth)
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-
-    def __enter__(self) -> Iterator[T]:
-        self._thread.start()
-        return self._take()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._closed.set()
-        # A read that blocks (a pipe nobody writes to) cannot be interrupted: the thread is a daemon
-        # and is left behind after a moment.
-        self._thread.join(timeout=_LEAVE_SECONDS)
-
-    def _take(self) -> Iterator[T]:
-        while not self._stop.is_set():
-            # With a timeout, because the one who makes the items may itself wait for ever.
-            try:
-                item = self._queue.get(timeout=_POLL_SECONDS)
-            except queue.Empty:
-                continue
-            if not isinstance(item, _End):
-                yield item
-            elif item.error is not None:
-                raise item.error
-            else:
-                return
-
-    def _run(self) -> None:
-        error: BaseException | None = None
-        try:
-            for item in self._items:
-                if not self._put(item):
-                    return
-        except BaseException as exc:  # delivered to the consumer, whatever it is
-            error = exc
-        self._put(_End(error))
-
-    def _put(self, item: T | _End) -> bool:
-        while not self._closed.is_set():
-            try:
-                self._queue.put(item, timeout=_POLL_SECONDS)
-            except queue.Full:
-                continue
-            return True
-        return False
-
-
+_JOIN_SECONDS = 1.0
 _MERGE_AT = 1 << 16
 _LINE_BITS = 40
 
 
-class SeenIds:
-    """Ids by 64-bit hash: a dict of the latest, merged into sorted arrays of doubling size.
+@dataclass
+class ReadBatch:
+    """The next passages of a source or one message of an upload, ready for the model."""
 
-    Two different ids share a hash once in some three hundred thousand runs of ten million ids; the
-    second one is then refused as a duplicate, visibly.
+    upserts: list[Upsert] = field(default_factory=list)
+    fraction: float | None = None  # of the source, read up to the end of the batch
+    stopped_by: str | None = None  # why nothing was read after it, where that was not the end of the source
+    _num_finished: int = 0  # at its front
+    _num_encoded: int = 0
+
+    @property
+    def num_text_bytes(self) -> int:
+        return sum(len(one.passage.text) for one in self.upserts)
+
+    @property
+    def finished(self) -> bool:
+        while self._num_finished < len(self.upserts) and self.upserts[self._num_finished].finished:
+            self._num_finished += 1
+        return self._num_finished == len(self.upserts)
+
+    @property
+    def encoded(self) -> bool:
+        """Nothing of it waits for the model."""
+        while self._num_encoded < len(self.upserts):
+            upsert = self.upserts[self._num_encoded]
+            if upsert.states is None and not upsert.finished:
+                return False
+            self._num_encoded += 1
+        return True
+
+
+@dataclass(frozen=True)
+class ReadLimits:
+    """A batch ends at the first limit that it reaches."""
+
+    max_passages: int = 4096
+    max_text_bytes: int = 32 << 20
+
+
+class Intake:
+    """The way in, the same for files and uploads: check, compare with the collection, tokenize."""
+
+    def __init__(
+        self,
+        encoder: PassageEncoder,
+        target: Target,
+        *,
+        max_text_bytes: int | None = None,
+        split: bool = False,
+        force: bool = False,
+    ) -> None:
+        """
+        Args:
+            split: passages over the token limit become several token windows instead of being cut.
+            force: encode also what is stored with the same text.
+        """
+        self._encoder = encoder
+        self._target = target
+        self._max_text_bytes = max_text_bytes
+        self._split = split
+        self._force = force
+        self._seen = SeenIds()
+
+    def check(self, passage: Passage) -> Upsert:
+        """Refuses a bad id, a text without tokens and an id that came before. Call it in the order of the passages."""
+        upsert = Upsert(passage)
+        if not is_passage_id(passage.passage_id):
+            upsert.refuse(Reason.BAD_ID, "passage_id is empty or over 512 bytes")
+        # Before the id counts: a later passage may have the id, and a text.
+        elif why := self._encoder.why_not(passage.text, self._max_text_bytes):
+            upsert.refuse(Reason.EMPTY_TEXT, why)
+        elif isinstance(item := self._seen.once(passage), Refused):
+            upsert.refused = item
+        return upsert
+
+    def compare(self, upserts: Sequence[Upsert]) -> list[Upsert]:
+        """The passages to encode: not refused, and not stored with the same text. Waits for the store."""
+        good = [one for one in upserts if one.refused is None]
+        for one in good:
+            one.digest = text_digest(one.passage.text)
+        if self._force:
+            return good
+        ids = [one.passage.passage_id for one in good]
+        stored = self._target.digests(ids)
+        # The same text, but stored cut by a run without `split`.
+        cut = self._target.stored_truncated(ids) if self._split else [False] * len(ids)
+        return [one for one, digest, is_cut in zip(good, stored, cut, strict=True) if is_cut or digest != one.digest]
+
+    def tokenize(self, upserts: Sequence[Upsert]) -> None:
+        texts = [one.passage.text for one in upserts]
+        for one, tokens in zip(upserts, self._encoder.tokenize(texts, split=self._split), strict=True):
+            if tokens.failed is None:
+                one.tokenized = tokens
+            else:
+                one.refuse(Reason(tokens.failed.reason), str(tokens.failed))
+
+
+def read_batches(
+    source: Iterable[Passage | Refused], intake: Intake, *, strict: bool = False, limits: ReadLimits | None = None
+) -> Iterator[ReadBatch]:
+    """Every item of a source, in batches ready for the model.
+
+    Args:
+        strict: end at the first refused item.
+    """
+    limits = limits or ReadLimits()
+    fraction: Callable[[], float | None] = getattr(source, "fraction", lambda: None)
+    items, more = iter(source), True
+    while more:
+        batch, num_bytes = ReadBatch(), 0
+        while more and len(batch.upserts) < limits.max_passages and num_bytes < limits.max_text_bytes:
+            try:
+                item = next(items, None)
+            except SourceError as exc:  # what came before is whole, and is kept
+                item, batch.stopped_by = None, str(exc)
+            if item is None:
+                more = False
+                break
+            if isinstance(item, Refused):
+                upsert = Upsert(Passage(item.passage_id or "", "", item.place), refused=item)
+            else:
+                upsert = intake.check(item)
+            batch.upserts.append(upsert)
+            num_bytes += len(upsert.passage.text)
+            if strict and upsert.refused is not None:
+                more, batch.stopped_by = False, str(upsert.refused)
+        batch.fraction = fraction()
+        todo = intake.compare(batch.upserts)
+        for start in range(0, len(todo), TOKENIZE_TEXTS):
+            intake.tokenize(todo[start : start + TOKENIZE_TEXTS])
+        yield batch
+
+
+async def ahead(items: Iterable[T], stop: threading.Event, *, name: str = "read ahead") -> AsyncGenerator[T, None]:
+    """Iterates on a thread: one item is being used, one waits, one is being made. Setting `stop` ends it."""
+    loop = asyncio.get_running_loop()
+    ready: queue.Queue[T | _End] = queue.Queue(1)
+    arrived, closed = asyncio.Event(), threading.Event()
+
+    def put(item: T | _End) -> None:
+        while not closed.is_set():
+            with suppress(queue.Full):
+                ready.put(item, timeout=_POLL_SECONDS)
+                with suppress(RuntimeError):  # the loop was closed meanwhile
+                    loop.call_soon_threadsafe(arrived.set)
+                return
+
+    def make() -> None:
+        error: BaseException | None = None
+        try:
+            for item in items:
+                put(item)
+                if closed.is_set():
+                    return
+        except BaseException as exc:  # delivered to the consumer, of any kind
+            error = exc
+        put(_End(error))
+
+    thread = threading.Thread(target=make, name=name, daemon=True)
+    thread.start()
+    try:
+        while not stop.is_set():
+            arrived.clear()
+            try:
+                item = ready.get_nowait()
+            except queue.Empty:
+                with suppress(TimeoutError):  # the source may block for hours: `stop` is looked at in between
+                    await asyncio.wait_for(arrived.wait(), _POLL_SECONDS)
+                continue
+            if not isinstance(item, _End):
+                yield item
+            elif item.error is None:
+                return
+            else:
+                raise item.error
+    finally:
+        closed.set()
+        # A read that blocks (a pipe without a writer) cannot be interrupted: the daemon thread is left behind.
+        thread.join(timeout=_JOIN_SECONDS)
+
+
+@dataclass(frozen=True)
+class _End:
+    """The end of the items, or the error that ended them."""
+
+    error: BaseException | None
+
+
+class SeenIds:
+    """Ids that came already, and where, in some 20 bytes each, so that a hundred million fit.
+
+    By 64-bit hash: a dict of the latest, merged into sorted arrays of doubling size. Two different ids share a hash
+    once in some three hundred thousand runs of ten million ids; the second one is then refused, visibly.
     """
 
     def __init__(self) -> None:
@@ -113,7 +231,7 @@ class SeenIds:
         self._sorted: list[tuple[NDArray[np.uint64], NDArray[np.uint64]]] = []  # the same, large to small
 
     def once(self, passage: Passage) -> Passage | Refused:
-        """The passage, or why it is refused where its id came before."""
+        """The passage, or the reason it is refused where its id came before."""
         first = self.first_place(passage.passage_id, passage.place)
         if first is None:
             return passage
@@ -121,7 +239,7 @@ class SeenIds:
         return Refused(passage.place, passage.passage_id, Reason.DUPLICATE_ID, message)
 
     def first_place(self, passage_id: str, place: Place) -> Place | None:
-        """Where the id came first, or None where this is the first time; remembers it then."""
+        """Where the id came first; None, and remembered, where this is the first time."""
         key = int.from_bytes(hashlib.blake2b(passage_id.encode(), digest_size=8).digest(), "little")
         found = self._latest.get(key)
         if found is None:
@@ -152,117 +270,3 @@ class SeenIds:
             hashes, places = np.concatenate([more_hashes, hashes]), np.concatenate([more_places, places])
         order = np.argsort(hashes)
         self._sorted.append((hashes[order], places[order]))
-
-
-_TOKENIZE_PASSAGES = 256
-
-
-@dataclass(frozen=True)
-class ReadLimits:
-    """A window ends at whichever it reaches first."""
-
-    max_passages: int = 4096
-    max_text_bytes: int = 32 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Todo:
-    """One passage to encode."""
-
-    passage: Passage
-    digest: bytes
-    tokenized: Tokenized
-
-
-@dataclass
-class ReadBatch:
-    """The next passages, ready for the model, and what became of the items between them."""
-
-    num_read: int = 0
-    num_unchanged: int = 0
-    refused: list[Refused] = field(default_factory=list)
-    todo: list[Todo] = field(default_factory=list)
-    fraction: float | None = None  # of the source, read up to the window's end
-    stopped_by: str | None = None  # why nothing was read after it, where that was not the source's end
-
-
-def read_batches(
-    source: Iterable[Passage | Refused],
-    encoder: PassageEncoder,
-    target: Target,
-    *,
-    split: bool = False,
-    strict: bool = False,
-    force: bool = False,
-    limits: ReadLimits | None = None,
-) -> Iterator[ReadBatch]:
-    """Every item of the source, in windows.
-
-    Args:
-        split: passages over the token limit become several token windows instead of being cut.
-        strict: end at the first refused item.
-        force: encode also what is stored with the same text.
-    """
-    limits = limits or ReadLimits()
-    fraction: Callable[[], float | None] = getattr(source, "fraction", lambda: None)
-    seen = SeenIds()
-    window, fresh, num_bytes = ReadBatch(), list[Passage](), 0
-    items = iter(source)
-    while True:
-        try:
-            item = next(items)
-        except StopIteration:
-            break
-        except SourceError as exc:  # what came before is whole, and is kept
-            window.stopped_by = str(exc)
-            break
-        window.num_read += 1
-        if isinstance(item, Passage):
-            item = _accepted(item, encoder, seen)
-        if isinstance(item, Refused):
-            window.refused.append(item)
-            if strict:
-                window.stopped_by = str(item)
-                break
-        else:
-            fresh.append(item)
-            num_bytes += len(item.text)
-        if window.num_read >= limits.max_passages or num_bytes >= limits.max_text_bytes:
-            window.fraction = fraction()
-            yield _prepare(window, fresh, encoder, target, split=split, force=force)
-            window, fresh, num_bytes = ReadBatch(), [], 0
-    window.fraction = fraction()
-    yield _prepare(window, fresh, encoder, target, split=split, force=force)
-
-
-def _accepted(passage: Passage, encoder: PassageEncoder, seen: SeenIds) -> Passage | Refused:
-    if encoder.is_empty(passage.text):  # before its id counts: a later passage may have it, and a text
-        return Refused(passage.place, passage.passage_id, Reason.EMPTY_TEXT, "text is empty")
-    return seen.once(passage)
-
-
-def _prepare(
-    window: ReadBatch, passages: list[Passage], encoder: PassageEncoder, target: Target, *, split: bool, force: bool
-) -> ReadBatch:
-    digests = [text_digest(passage.text) for passage in passages]
-    changed = [True] * len(passages) if force else _changed(passages, digests, target, split=split)
-    window.num_unchanged = changed.count(False)
-    todo = [pair for pair, is_changed in zip(zip(passages, digests, strict=True), changed, strict=True) if is_changed]
-    for start in range(0, len(todo), _TOKENIZE_PASSAGES):
-        chunk = todo[start : start + _TOKENIZE_PASSAGES]
-        tokenized = encoder.tokenize([passage.text for passage, _ in chunk], split=split)
-        for (passage, digest), tokens in zip(chunk, tokenized, strict=True):
-            if (failed := tokens.failed) is None:
-                window.todo.append(Todo(passage, digest, tokens))
-            else:
-                window.refused.append(Refused(passage.place, passage.passage_id, Reason(failed.reason), str(failed)))
-    return window
-
-
-def _changed(passages: list[Passage], digests: list[bytes], target: Target, *, split: bool) -> list[bool]:
-    ids = [passage.passage_id for passage in passages]
-    changed = [stored != digest for stored, digest in zip(target.digests(ids), digests, strict=True)]
-    if split:
-        # The same text, but stored cut by a run without --split.
-        changed = [c or cut for c, cut in zip(changed, target.stored_truncated(ids), strict=True)]
-    return changed

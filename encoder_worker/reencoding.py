@@ -11,11 +11,10 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
-import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
 from cache.codecs import Codec
 from cache.collection import Collection
@@ -23,12 +22,12 @@ from cache.errors import CollectionExists
 from cache.manifest import MANIFEST_VERSION, new_identity
 from cache.record import Record
 from cache.states import PassageStates
-from encoder_worker.passage_encoder import PassageEncoder
-from encoder_worker.pipeline import Forward, GroupLimits, Sink
-from encoder_worker.reading import Todo
+from encoder_worker.indexing import RETRY_SECONDS
+from encoder_worker.passage_encoder import EncodingFailed, PassageEncoder, Tokenized
+from encoder_worker.reading import ReadBatch
 from encoder_worker.report import IndexReport
-from encoder_worker.sources import Passage, Place, Refused
-from encoder_worker.writing import Target
+from encoder_worker.sources import Passage, Place, Reason
+from encoder_worker.writing import Group, GroupLimits, Target, Upsert, write_group
 
 _CHUNK_PASSAGES = 256
 _MAX_PASSES = 5  # over a collection that is written to meanwhile
@@ -50,45 +49,34 @@ class Reencoding:
     complete: bool = False
 
 
-class Successor(Target):
-    """The collection that takes the passages over: made when its codec's table can be trained, or there already."""
+class _Successor(Target):
+    """The collection that takes the passages over: made when its codec's table can be trained, or there already.
+
+    Raises:
+        CollectionExists: there is another collection of that name.
+    """
 
     def __init__(self, source: Collection, name: str, codec: str) -> None:
-        """
-        Raises:
-            CollectionExists: there is another collection of that name.
-        """
-        self.store = source.store
-        self.name = name
-        self.compression_ratio = source.manifest.compression_ratio
-        self.stores_text = source.manifest.stores_text
-        self._source = source.manifest
-        self.collection = None
+        old = source.manifest
+        self.store, self.name = source.store, name
+        self.compression_ratio, self.stores_text = old.compression_ratio, old.stores_text
+        self._manifest = partial(
+            dataclasses.replace,
+            old,
+            collection=name,
+            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            version=MANIFEST_VERSION,
+            identity=new_identity(),
+        )
         manifest = self.store.read_manifest(name)
         if manifest is None:
-            self.codec = Codec(codec, self._source.dim)
+            self.codec = Codec(codec, old.dim)
             return
         same = ("fingerprint", "compression_ratio", "stores_text")
-        if manifest.codec != codec or any(getattr(manifest, one) != getattr(self._source, one) for one in same):
-            raise CollectionExists(f"collection: {name!r} exists and is no copy of {self._source.collection!r}")
+        if manifest.codec != codec or any(getattr(manifest, one) != getattr(old, one) for one in same):
+            raise CollectionExists(f"collection: {name!r} exists and is no copy of {old.collection!r}")
         self.collection = Collection(self.store, manifest)
         self.codec = self.collection.codec
-
-    def create(self, sample: NDArray[np.float32] | None) -> Collection:
-        if self.collection is None:
-            if self.codec.needs_training:
-                self.codec.train(sample if sample is not None else np.empty((0, self._source.dim), np.float32))
-            manifest = dataclasses.replace(
-                self._source,
-                collection=self.name,
-                codec=self.codec.factory,
-                codec_table=self.codec.table(),
-                created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-                version=MANIFEST_VERSION,
-                identity=new_identity(),
-            )
-            self.collection = Collection.create(self.store, manifest, exist_ok=True)
-        return self.collection
 
 
 def reencode(
@@ -118,9 +106,9 @@ def reencode(
         CodecError: too few states to train the codec on.
         CacheError: the store failed.
     """
-    target = Successor(source, into, codec)
     result = Reencoding(into, source.name, IndexReport(into))
     stop = stop or threading.Event()
+    target = _Successor(source, into, codec)
     run = _Run(source, target, result, load, stop, on_progress, group or GroupLimits())
     for _ in range(_MAX_PASSES):
         generation = source.store.generation(source.name)
@@ -148,7 +136,7 @@ class _Run:
     def __init__(
         self,
         source: Collection,
-        target: Successor,
+        target: Target,
         result: Reencoding,
         load: Callable[[], PassageEncoder],
         stop: threading.Event,
@@ -165,30 +153,41 @@ class _Run:
         self._result.num_passages = len(ids)
         self._result.needs_input.clear()
         self._result.damaged.clear()
-        # Nothing that the new table cuts is refused here: it was trained on a sample of just these passages.
-        with Sink(self._target, self._result.report, self._group, allow_clipped=True) as sink:
-            for start in range(0, len(ids), _CHUNK_PASSAGES):
-                if self._stop.is_set():
-                    break
-                for passage, states, num_cut in self._chunk(ids[start : start + _CHUNK_PASSAGES]):
-                    sink.add(passage, states, num_clipped_before=num_cut)
-                self._on_progress(min(start + _CHUNK_PASSAGES, len(ids)), len(ids))
-            sink.flush(complete=not self._stop.is_set())
+        group = Group()
+        for start in range(0, len(ids), _CHUNK_PASSAGES):
+            if self._stop.is_set():
+                break
+            for upsert in self._chunk(ids[start : start + _CHUNK_PASSAGES]):
+                group.add(upsert)
+                if group.is_full(self._group, self._target):
+                    self._write(group)
+                    group = Group()
+            self._on_progress(min(start + _CHUNK_PASSAGES, len(ids)), len(ids))
+        # A codec is not trained on the few states of an interrupted run, because its table would stay.
+        if group.upserts and not (self._stop.is_set() and self._target.num_training_states):
+            self._write(group)
         if not self._stop.is_set() and self._target.collection is not None:
             gone = {passage_id for passage_id, _ in self._target.store.scan(self._target.name)} - set(ids)
             self._target.collection.delete_many(sorted(gone))
+
+    def _write(self, group: Group) -> None:
+        # Nothing that the new table cuts is refused here: it was trained on a sample of just these passages.
+        write_group(self._target, group, RETRY_SECONDS, allow_clipped=True)
+        report = self._result.report
+        report.add(ReadBatch(group.upserts), 0)
+        report.num_values = report.num_states * self._target.codec.dim
 
     def _ids(self) -> list[str]:
         """In the order of a hash: the first of them are a fair sample to train on, the same in every run."""
         ids = [passage_id for passage_id, _ in self._source.store.scan(self._source.name)]
         return sorted(ids, key=lambda one: xxhash.xxh3_64_intdigest(one.encode()))
 
-    def _chunk(self, ids: Sequence[str]) -> Iterator[tuple[Passage, PassageStates, int]]:
-        """Passages with the states to write, and how many of their numbers stay cut."""
+    def _chunk(self, ids: Sequence[str]) -> Iterator[Upsert]:
+        """Passages with the states to write."""
         records = self._source.store.get_many(self._source.name, ids)
         decoded = self._source.get_many(ids)
         held = self._target.digests(ids)
-        todo: list[Todo] = []
+        todo: list[tuple[Upsert, Tokenized]] = []
         for passage_id, record, states, digest in zip(ids, records, decoded, held, strict=True):
             if record is None or states is None:  # deleted meanwhile
                 continue
@@ -200,27 +199,32 @@ class _Run:
                 self._result.needs_input.append(passage_id)
             if digest == record.header.text_digest:
                 continue
-            passage = Passage(passage_id, record.text or "", Place(self._source.name, 0))
+            upsert = Upsert(Passage(passage_id, record.text or "", Place(self._source.name, 0)))
             if cut and record.text is not None:
+                upsert.digest = record.header.text_digest
                 (tokenized,) = self._open().tokenize([record.text], split=len(record.window_tokens) > 1)
-                todo.append(Todo(passage, record.header.text_digest, tokenized))
+                todo.append((upsert, tokenized))
             else:
-                yield passage, states, record.header.num_clipped
-        yield from self._encoded(todo)
+                upsert.set_states(states)
+                upsert.num_clipped_before = record.header.num_clipped
+                yield upsert
+        if todo:
+            yield from self._encoded(todo)
 
-    def _encoded(self, todo: Sequence[Todo]) -> Iterator[tuple[Passage, PassageStates, int]]:
-        if not todo:
-            return
-        forward = Forward(todo, self._open(), self._target.compression_ratio)
-        for batch in forward.batches:
+    def _encoded(self, todo: Sequence[tuple[Upsert, Tokenized]]) -> Iterator[Upsert]:
+        ratio = self._target.compression_ratio
+        for i, windows in self._open().encode_all([tokens for _, tokens in todo], ratio):
             if self._stop.is_set():
                 return
-            for one, states in forward.encode(batch):
-                if isinstance(states, Refused):
-                    self._result.report.refuse(states)
-                else:
-                    self._result.num_from_texts += 1
-                    yield one.passage, states, 0
+            upsert, tokens = todo[i]
+            states = tokens.join(windows, ratio, upsert.digest)
+            if isinstance(states, EncodingFailed):
+                upsert.refuse(Reason(states.reason), str(states))
+                self._result.report.add(ReadBatch([upsert]), 0)
+            else:
+                self._result.num_from_texts += 1
+                upsert.set_states(states)
+                yield upsert
 
     def _was_cut(self, record: Record) -> bool:
         """Records of version 1 do not tell, so of a codec that cuts all of them may be."""

@@ -1,6 +1,6 @@
-"""What became of every item of an index run: counts in memory, single items spooled. Knows no progress bars.
+"""Outcome of an index run, its progress and the time it has left: counts in memory, single items spooled.
 
-How far an index run is, how fast, and how long it will take. Knows no terminals.
+Does not know terminals.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from encoder_worker.sources import Passage, Place, Refused
+from encoder_worker.reading import ReadBatch
+from encoder_worker.scheduler import ForwardPass
+from encoder_worker.sources import Place, Refused
 from preread_edge.outputs import open_output
 
 _SPOOL_BYTES = 4 << 20
@@ -66,7 +68,6 @@ class IndexReport:
     reasons: Counter[str] = field(default_factory=Counter)
     refused: IssueLog = field(default_factory=IssueLog)
     truncated: IssueLog = field(default_factory=IssueLog)
-    _cut: list[tuple[Passage, int]] = field(default_factory=list)
 
     @property
     def complete(self) -> bool:
@@ -96,32 +97,32 @@ class IndexReport:
         self.reasons[item.reason.value] += 1
         self.refused.add(item.place, item.passage_id, item.reason.value, item.message)
 
-    def take(self, num_read: int, num_unchanged: int, refused: list[Refused]) -> None:
-        """Items as they came out of the source."""
-        self.num_read += num_read
-        self.num_unchanged += num_unchanged
-        for item in refused:
-            self.refuse(item)
+    def add(self, batch: ReadBatch, max_passage_tokens: int) -> None:
+        """What became of a batch, in the order of the source; a passage that was stopped halfway counts as read."""
+        self.num_read += len(batch.upserts)
+        self.stopped_by = self.stopped_by or batch.stopped_by
+        for one in batch.upserts:
+            if one.num_states and one.tokenized is not None:
+                self.num_encoded += 1
+                self.num_split += len(one.tokenized.windows) > 1
+                if one.tokenized.truncated:
+                    self.num_truncated += 1
+                    message = f"cut at {max_passage_tokens} tokens"
+                    self.truncated.add(one.passage.place, one.passage.passage_id, "truncated", message)
+            if one.refused is not None:
+                self.refuse(one.refused)
+            elif one.stored:
+                self.num_stored += 1
+                self.num_states += one.num_states
+                self.num_clipped += one.num_clipped
+                self.num_clipped_passages += one.num_clipped > 0
+            elif one.finished:
+                self.num_unchanged += 1
 
-    def note(self, passage: Passage, num_windows: int, truncated: bool, max_passage_tokens: int) -> None:
-        """One passage that is on its way to the store, or would be."""
-        self.num_encoded += 1
-        self.num_split += num_windows > 1
-        if truncated:
-            self.num_truncated += 1
-            self._cut.append((passage, max_passage_tokens))
-
-    def end_window(self) -> None:
-        """Lists what was cut since the last time, in the order it stood in the source."""
-        for passage, max_tokens in sorted(self._cut, key=lambda cut: (cut[0].place.source, cut[0].place.line)):
-            self.truncated.add(passage.place, passage.passage_id, "truncated", f"cut at {max_tokens} tokens")
-        self._cut.clear()
-
-    def batch(self, lengths: list[int]) -> None:
-        """One forward pass over sequences of these lengths."""
+    def count_pass(self, one: ForwardPass) -> None:
         self.num_batches += 1
-        self.num_tokens += sum(lengths)
-        self.num_padding_tokens += max(lengths) * len(lengths) - sum(lengths)
+        self.num_tokens += one.num_tokens
+        self.num_padding_tokens += one.num_padding_tokens
 
     def summary(self) -> dict[str, Any]:
         """The counts as JSON values."""
@@ -182,26 +183,14 @@ class Progress:
 class Speedometer:
     """Rates over the last minute, so that a resumed run's skipped beginning does not promise too much."""
 
-    def __init__(self, report: IndexReport) -> None:
-        self._report = report
+    def __init__(self) -> None:
         self._start = time.monotonic()
         self._marks: deque[tuple[float, int, float | None]] = deque([(0.0, 0, 0.0)])
-        self._fraction: float | None = 0.0  # of the source, up to the present window
-        self._encoded = 0  # up to the present window
 
-    def next_window(self, fraction: float | None) -> None:
-        """The present window, which ended at `fraction` of the source, is done."""
-        self._fraction = fraction
-        self._encoded = self._report.num_encoded
-
-    def read(self, fraction: float | None, num_todo: int) -> Progress:
-        """Now, within a window that ends at `fraction` of the source and has `num_todo` passages to encode."""
+    def read(self, num_done: int, num_encoded: int, fraction: float | None) -> Progress:
+        """Now."""
         now = time.monotonic() - self._start
-        encoded = self._report.num_encoded
-        left = max(0, num_todo - (encoded - self._encoded))
-        if fraction is not None and self._fraction is not None and num_todo:
-            fraction = self._fraction + (fraction - self._fraction) * (1 - left / num_todo)
-        self._marks.append((now, encoded, fraction))
+        self._marks.append((now, num_encoded, fraction))
         while len(self._marks) > 2 and now - self._marks[0][0] > _MEMORY_SECONDS:
             self._marks.popleft()
         then, encoded_then, fraction_then = self._marks[0]
@@ -209,5 +198,5 @@ class Speedometer:
         eta = None
         if fraction is not None and fraction_then is not None and fraction > fraction_then and seconds:
             eta = (1 - fraction) / (fraction - fraction_then) * seconds
-        rate = (encoded - encoded_then) / seconds if seconds else 0.0
-        return Progress(self._report.num_read - left, encoded, fraction, now, rate, eta)
+        rate = (num_encoded - encoded_then) / seconds if seconds else 0.0
+        return Progress(num_done, num_encoded, fraction, now, rate, eta)

@@ -1,44 +1,57 @@
-"""Shares one model thread between calls: on-demand texts first, uploads with what is left, neither for ever waiting.
+"""Shares one model thread between calls: on-demand texts first, uploads with what is left, neither starved.
 
-Batches are made from whatever waits, across calls. A call that was cancelled is dropped before its
-next batch. Runs on the event loop; does not know texts, stores or gRPC.
-
-What every call of a worker shares: the encoder, the model's thread, the store and threads to wait on it.
-
-Does not know gRPC.
+Texts of several calls share a forward pass. What a cancelled call still had waiting is dropped before
+the next pass. Runs on the event loop; does not know stores or gRPC.
 """
 
 from __future__ import annotations
 
 import asyncio
+import random
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from enum import IntEnum
-from itertools import islice
-from typing import ParamSpec, TypeVar
+from types import TracebackType
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import torch
 
 from cache.store import Store
 from encoder_worker.config import EncoderConfig
-from encoder_worker.passage_encoder import EncodingFailed, PassageEncoder, States, Tokenized, plan_batches
+from encoder_worker.passage_encoder import (
+    TOKENIZE_TEXTS,
+    EncodingFailed,
+    PassageEncoder,
+    States,
+    Tokenized,
+    plan_batches,
+)
 
-# Sequences looked at for one batch: enough to find like lengths, few enough to sort between passes.
-_LOOK_AT = 1024
+K = TypeVar("K")
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# Sequences that are planned together: enough to find like lengths.
+_MAX_PLANNED = 4096
 # While on-demand texts keep coming, every so-many-th batch is an upload's.
 _BULK_EVERY = 4
+# Passes that a stream may leave unread before the model computes no more for it.
+_MAX_UNREAD = 2
 
 
 class Priority(IntEnum):
-    """Who is served first."""
+    """The order of service."""
 
-    ON_DEMAND = 0  # someone waits for the answer
+    ON_DEMAND = 0  # a caller waits for the answer
     BULK = 1
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardPass:
-    """One forward pass, for whoever watches."""
+    """One forward pass, for observers."""
 
     lengths: list[int]  # tokens of each sequence
     seconds: float
@@ -52,99 +65,206 @@ class ForwardPass:
         return len(self.lengths) * max(self.lengths) - self.num_tokens
 
 
+Windows = list[States | EncodingFailed]  # of one text; several where it was split
+
+
 @dataclass(eq=False, slots=True)
-class _Waiting:
+class _Sequence:
+    """One text, or one token window of a text that was split."""
+
+    stream: EncodeStream[Any]
+    key: Any
     tokens: Sequence[int]
-    ratio: int
-    done: asyncio.Future[States | EncodingFailed]
+    windows: dict[int, States | EncodingFailed]  # of the text, as they come
+    index: int  # of this one
+    num_windows: int
+
+
+class EncodeStream(Generic[K]):
+    """The texts of one call, encoded in passes that calls share. Closing it drops what waits."""
+
+    def __init__(self, scheduler: EncodeScheduler, ratio: int, priority: Priority) -> None:
+        self._scheduler = scheduler
+        self._changed = asyncio.Event()
+        self.ratio = ratio
+        self.priority = priority
+        self.num_tokens = 0
+        self.closed = False
+        self.error: BaseException | None = None
+        self.unread: deque[list[tuple[K, Windows]]] = deque()
+
+    def __enter__(self) -> EncodeStream[K]:
+        self._scheduler.streams.add(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.closed = True
+        self._scheduler.streams.discard(self)
+
+    def add(self, texts: Iterable[tuple[K, Tokenized]]) -> None:
+        for key, text in texts:
+            windows: dict[int, States | EncodingFailed] = {}
+            for i, tokens in enumerate(text.windows):
+                self._scheduler.enqueue(_Sequence(self, key, tokens, windows, i, len(text.windows)))
+            self.num_tokens += text.num_tokens
+
+    async def completed(self) -> list[tuple[K, Windows]]:
+        """The texts that one pass completed, each with its windows in order; waits for the pass."""
+        while not self.unread and self.error is None:
+            self._changed.clear()
+            await self._changed.wait()
+        if self.error is not None:
+            raise self.error
+        self._scheduler.wake()
+        return self.unread.popleft()
+
+    def deliver(self, texts: list[tuple[K, Windows]], error: BaseException | None = None) -> None:
+        self.unread.append(texts)
+        self.error = error
+        self._changed.set()
 
 
 class EncodeScheduler:
-    """`run` it as a task; `encode` from any number of others."""
+    """`run` it as a task; open streams from any number of others."""
 
     def __init__(
-        self, encoder: PassageEncoder, model_thread: Executor, on_pass: Callable[[ForwardPass], None] = lambda _: None
+        self,
+        encoder: PassageEncoder,
+        model_thread: Executor,
+        on_pass: Callable[[ForwardPass], None] = lambda _: None,
+        *,
+        shuffle: random.Random | None = None,
     ) -> None:
+        """
+        Args:
+            shuffle: the order of batches, for one bulk stream alone: in no order of length, so that speed tells the
+                time left and the first states are a fair sample for a codec; None: the longest-waiting text first.
+        """
+        self.streams: set[EncodeStream[Any]] = set()
         self._encoder = encoder
         self._model_thread = model_thread
         self._on_pass = on_pass
-        self._queues: dict[Priority, list[_Waiting]] = {priority: [] for priority in Priority}
+        self._queues = {priority: _Queue(encoder, shuffle) for priority in Priority}
         self._wake = asyncio.Event()
         self._passed_over = 0  # batches since an upload waited and was not served
-        self.on_demand_tokens = 0  # under way, waiting or being computed
 
-    async def encode(
-        self, texts: Sequence[Tokenized], ratio: int, priority: Priority
-    ) -> list[list[States | EncodingFailed]]:
-        """Per text, the states (num_states, dim) of each of its windows, or why there are none."""
-        loop = asyncio.get_running_loop()
-        waiting = [[_Waiting(window, ratio, loop.create_future()) for window in text.windows] for text in texts]
-        flat = [one for windows in waiting for one in windows]
-        num_tokens = sum(len(one.tokens) for one in flat) if priority is Priority.ON_DEMAND else 0
-        self._queues[priority] += flat
-        self.on_demand_tokens += num_tokens
+    @property
+    def on_demand_tokens(self) -> int:
+        """In flight: queued or being computed."""
+        return sum(stream.num_tokens for stream in self.streams if stream.priority is Priority.ON_DEMAND)
+
+    def num_waiting(self, priority: Priority) -> int:
+        """Token sequences that wait for a pass and whose caller is still there."""
+        queue = self._queues[priority]
+        return sum(not one.stream.closed for batch in (queue.waiting, *queue.planned) for one in batch)
+
+    def enqueue(self, sequence: _Sequence) -> None:
+        self._queues[sequence.stream.priority].waiting.append(sequence)
         self._wake.set()
-        try:
-            if flat:
-                await asyncio.wait([one.done for one in flat])
-            return [[one.done.result() for one in windows] for windows in waiting]
-        finally:
-            self.on_demand_tokens -= num_tokens
-            for one in flat:
-                # Does nothing to what is done; what still waits, because the caller left, is dropped.
-                if not one.done.cancel():
-                    one.done.exception()  # seen, or asyncio complains of the others' after the first was raised
+
+    def wake(self) -> None:
+        self._wake.set()
+
+    async def encode(self, texts: Sequence[Tokenized], ratio: int, priority: Priority) -> list[Windows]:
+        """Per text, the states (num_states, dim) of each of its windows, or why there are none."""
+        windows: dict[int, Windows] = {}
+        num_texts = sum(bool(text.windows) for text in texts)
+        with EncodeStream[int](self, ratio, priority) as stream:
+            stream.add(enumerate(texts))
+            while len(windows) < num_texts:
+                windows |= dict(await stream.completed())
+        return [windows.get(i, []) for i in range(len(texts))]
 
     async def run(self) -> None:
-        """Computes for ever; cancel it to stop."""
-        loop = asyncio.get_running_loop()
-        while True:
-            batch = self._next()
-            if not batch:
+        """Computes until it is cancelled. An error of its own ends every open stream."""
+        try:
+            while True:
                 self._wake.clear()
-                await self._wake.wait()
-                continue
-            tokens = [one.tokens for one in batch]
-            start = time.monotonic()
-            try:
-                results = await loop.run_in_executor(self._model_thread, self._encoder.encode, tokens, batch[0].ratio)
-            except Exception as exc:  # costs this batch's calls, not the loop
-                for one in batch:
-                    if not one.done.done():
-                        one.done.set_exception(exc)
-                continue
-            self._on_pass(ForwardPass([len(sequence) for sequence in tokens], time.monotonic() - start))
-            for one, result in zip(batch, results, strict=True):
-                if not one.done.done():
-                    one.done.set_result(result)
+                if batch := self._next():
+                    await self._compute(batch)
+                else:
+                    await self._wake.wait()
+        except Exception as exc:
+            for stream in self.streams:
+                stream.deliver([], exc)
+            raise
 
-    def _next(self) -> list[_Waiting]:
-        """The batch that holds the longest-waiting sequence of the queue whose turn it is."""
-        for priority, queue in self._queues.items():
-            self._queues[priority] = [one for one in queue if not one.done.done()]
-        on_demand, bulk = self._queues[Priority.ON_DEMAND], self._queues[Priority.BULK]
+    async def _compute(self, batch: list[_Sequence]) -> None:
+        tokens = [one.tokens for one in batch]
+        completed: dict[EncodeStream[Any], list[tuple[Any, Windows]]] = {one.stream: [] for one in batch}
+        start = time.monotonic()
+        try:
+            results = await asyncio.get_running_loop().run_in_executor(
+                self._model_thread, self._encoder.encode, tokens, batch[0].stream.ratio
+            )
+        except Exception as exc:  # costs the calls of this batch, not the loop
+            for stream in completed:
+                stream.deliver([], exc)
+            return
+        self._on_pass(ForwardPass([len(sequence) for sequence in tokens], time.monotonic() - start))
+        for one, result in zip(batch, results, strict=True):
+            one.windows[one.index] = result
+            if len(one.windows) == one.num_windows:
+                completed[one.stream].append((one.key, [one.windows[i] for i in range(one.num_windows)]))
+        for stream, texts in completed.items():
+            stream.deliver(texts)
+
+    def _next(self) -> list[_Sequence]:
+        """The next batch of the queue whose turn it is; empty when nothing waits, or for readers only."""
+        on_demand, bulk = (self._queues[priority].first() for priority in Priority)
         bulk_now = bool(bulk) and (not on_demand or self._passed_over >= _BULK_EVERY - 1)
-        queue = bulk if bulk_now else on_demand
-        if not queue:
-            return []
-        self._passed_over = 0 if bulk_now or not bulk else self._passed_over + 1
-        near = list(islice((one for one in queue if one.ratio == queue[0].ratio), _LOOK_AT))
-        batches = plan_batches([len(one.tokens) for one in near], self._encoder.limits)
-        batch = [near[i] for i in next(batch for batch in batches if 0 in batch)]
-        taken = set(map(id, batch))
-        queue[:] = [one for one in queue if id(one) not in taken]
+        batch = bulk if bulk_now else on_demand
+        if batch:
+            self._passed_over = 0 if bulk_now or not bulk else self._passed_over + 1
+            self._queues[batch[0].stream.priority].planned.remove(batch)
         return batch
 
 
-P = ParamSpec("P")
-T = TypeVar("T")
+@dataclass
+class _Queue:
+    """Sequences of one priority. A plan is used up before the next is made, so batches do not depend on arrivals."""
 
-_TOKENIZE_TEXTS = 64
+    encoder: PassageEncoder
+    shuffle: random.Random | None
+    waiting: list[_Sequence] = field(default_factory=list)
+    planned: list[list[_Sequence]] = field(default_factory=list)
+
+    def first(self) -> list[_Sequence]:
+        """The next batch to compute, which stays planned."""
+        self.planned = [kept for batch in self.planned if (kept := _open(batch))]
+        if not self.planned and (waiting := _open(self.waiting)):
+            self.waiting = waiting
+            self._plan()
+        ready = (one for one in self.planned if all(len(s.stream.unread) < _MAX_UNREAD for s in one))
+        return next(ready, [])
+
+    def _plan(self) -> None:
+        ratio = self.waiting[0].stream.ratio
+        near = [one for one in self.waiting if one.stream.ratio == ratio][:_MAX_PLANNED]
+        batches = plan_batches([len(one.tokens) for one in near], self.encoder.limits)
+        if self.shuffle is None:
+            batches.sort(key=min)  # the batch of the longest-waiting sequence first
+        else:
+            self.shuffle.shuffle(batches)
+        self.planned = [[near[i] for i in batch] for batch in batches]
+        taken = set(map(id, near))
+        self.waiting = [one for one in self.waiting if id(one) not in taken]
+
+
+def _open(sequences: list[_Sequence]) -> list[_Sequence]:
+    return [one for one in sequences if not one.stream.closed]
+
+
+def make_model_thread() -> ThreadPoolExecutor:
+    """The one thread that computes; flushing denormal numbers is a setting of the thread."""
+    return ThreadPoolExecutor(1, thread_name_prefix="encoder", initializer=torch.set_flush_denormal, initargs=(True,))
 
 
 @dataclass(frozen=True)
 class Worker:
-    """A loaded worker."""
+    """A loaded worker: what its calls share. Does not know gRPC."""
 
     config: EncoderConfig
     encoder: PassageEncoder
@@ -162,15 +282,8 @@ class Worker:
         return await asyncio.get_running_loop().run_in_executor(self.store_threads, lambda: function(*args, **kwargs))
 
     async def tokenize(self, texts: Sequence[str], *, split: bool = False) -> list[Tokenized]:
-        """In pieces, so that a caller who left is noticed between them."""
+        """In pieces, so that a cancelled call is noticed between them."""
         tokenized: list[Tokenized] = []
-        for start in range(0, len(texts), _TOKENIZE_TEXTS):
-            tokenized += await self.call(self.encoder.tokenize, texts[start : start + _TOKENIZE_TEXTS], split=split)
+        for start in range(0, len(texts), TOKENIZE_TEXTS):
+            tokenized += await self.call(self.encoder.tokenize, texts[start : start + TOKENIZE_TEXTS], split=split)
         return tokenized
-
-    def why_not(self, text: str) -> str | None:
-        """Why a text cannot be encoded, or None. May tokenize: off the event loop."""
-        num_bytes = len(text.encode())
-        if num_bytes > self.config.max_text_bytes:
-            return f"text is {num_bytes:,} bytes; at most {self.config.max_text_bytes:,} are encoded"
-        return "text is empty" if self.encoder.is_empty(text) else None

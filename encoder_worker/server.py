@@ -21,7 +21,7 @@ from cache.open import open_store
 from cache.store import Store, public_url
 from encoder_worker.config import EncoderConfig
 from encoder_worker.passage_encoder import PassageEncoder
-from encoder_worker.scheduler import EncodeScheduler, ForwardPass, Worker
+from encoder_worker.scheduler import EncodeScheduler, ForwardPass, Worker, make_model_thread
 from encoder_worker.service import EncoderService
 from preread.v1 import encoder_pb2, encoder_pb2_grpc
 from preread_edge.grpc_server import add_standard_services, log_call, make_server
@@ -114,7 +114,7 @@ class EncoderServer:
         self.port = 0
         self._own_store = open_store(config.store, read_budget_seconds=STORE_READ_SECONDS) if store is None else None
         self._store = store or self._own_store
-        self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="encoder")
+        self._model_thread = make_model_thread()
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="text")
         self._store_threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="store")
         self._service = EncoderService(self.metrics.upserted)
@@ -125,9 +125,9 @@ class EncoderServer:
     @property
     def engine(self) -> Worker:
         """What serves the calls; only between `start` and `stop`."""
-        if self._service.engine is None:
+        if self._service.worker is None:
             raise RuntimeError("this worker has not started, or was stopped")
-        return self._service.engine
+        return self._service.worker
 
     @property
     def public_store(self) -> str:
@@ -154,7 +154,7 @@ class EncoderServer:
             await self._health.enter_graceful_shutdown()
             await self._server.stop(grace_seconds)
             self._server = None
-        self._service.engine = None
+        self._service.worker = None
         if self._loop is not None:
             self._loop.cancel()
             await asyncio.gather(self._loop, return_exceptions=True)  # what ended it before was logged
@@ -188,7 +188,7 @@ class EncoderServer:
         self.metrics.watch(scheduler, encoder)
         self._loop = asyncio.create_task(scheduler.run())
         self._loop.add_done_callback(self._loop_ended)
-        self._service.engine = Worker(self.config, encoder, scheduler, self._store, self._threads, self._store_threads)
+        self._service.worker = Worker(self.config, encoder, scheduler, self._store, self._threads, self._store_threads)
         await self._say(health_pb2.HealthCheckResponse.SERVING)
 
     async def _say(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
@@ -199,15 +199,12 @@ class EncoderServer:
         """The batching loop must never end by itself; if it does, say so and take no more work."""
         if not task.cancelled():
             log.critical("the batching loop ended, stopping", exc_info=task.exception())
-            self._service.engine = None
+            self._service.worker = None
             self._saying = asyncio.create_task(self._say(health_pb2.HealthCheckResponse.NOT_SERVING))
 
 
 def _load_encoder(config: EncoderConfig) -> PassageEncoder:
     """On the model's thread."""
-    import torch
-
-    torch.set_flush_denormal(True)  # a setting of the thread, and this is the one that computes
     encoder = PassageEncoder.load(
         config.checkpoint,
         device=config.device,

@@ -1,43 +1,81 @@
-"""EncoderService on grpc.aio: unpack, call, pack. Errors leave with google.rpc details.
+"""EncoderService on grpc.aio: uploads into a collection, texts to states, what the store holds.
 
-Does not know models or batching.
+Errors leave with google.rpc details. Does not know models or batching.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+import grpc
+import numpy as np
 
 from cache import DEFAULT_CODEC
 from cache.collection import Collection
-from cache.errors import CollectionNotFound, StoreDamaged
+from cache.errors import (
+    CacheError,
+    CodecError,
+    CollectionExists,
+    CollectionNotFound,
+    EncoderMismatch,
+    InvalidName,
+    StoreDamaged,
+    StoreFull,
+    StoreLocked,
+    StoreUnavailable,
+)
+from cache.manifest import Manifest
 from cache.record import is_passage_id
-from cache.store import Store, public_url
-from encoder_worker import messages, on_demand
-from encoder_worker.errors import Context, Starting, translated
-from encoder_worker.scheduler import Worker
-from encoder_worker.upsert import Upload
+from cache.states import text_digest
+from cache.store import Store, StoreStats, public_url
+from checkpoint.model import EncoderIdentity
+from encoder_worker.passage_encoder import TOKENIZE_TEXTS, EncodingFailed, States, Tokenized
+from encoder_worker.pipeline import Pipeline, PipelineLimits
+from encoder_worker.reading import Intake, ReadBatch
+from encoder_worker.scheduler import Priority, Windows, Worker
+from encoder_worker.sources import Passage, Place
+from encoder_worker.writing import CollectionSettings, Target, Upsert
+from preread.errors import (
+    FailedPrecondition,
+    FieldViolation,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    PrereadError,
+    Unavailable,
+)
 from preread.v1 import common_pb2, encoder_pb2, encoder_pb2_grpc
+from preread_edge import rpc
+from preread_edge.steps import Pace, Step, stepped
 
 log = logging.getLogger(__name__)
 
+RETRY_SECONDS = 1.0
+MANY = 1000  # passages of one message, which are then checked in steps
+UPLOAD = "upload"  # the place of a passage: its number in the stream
+BYTES_PER_VALUE = {encoder_pb2.STATE_FORMAT_FLOAT32: 4, encoder_pb2.STATE_FORMAT_BFLOAT16: 2}
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
 
 class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
-    """The edge. `engine` is None until the model has loaded; every call is UNAVAILABLE until then."""
+    """The edge. `worker` is None until the model has loaded; every call is UNAVAILABLE until then."""
 
     def __init__(self, on_upserted: Callable[[encoder_pb2.UpsertResponse], None] = lambda _: None) -> None:
         """
         Args:
-            on_upserted: hears of what an upload acknowledges.
+            on_upserted: called with what an upload acknowledges.
         """
-        self.engine: Worker | None = None
+        self.worker: Worker | None = None
         self._on_upserted = on_upserted
 
     async def Upsert(  # type: ignore[override]  # noqa: N802  # the stubs know sync iterators only
         self, request_iterator: AsyncIterator[encoder_pb2.UpsertRequest], context: Context
     ) -> None:
-        async with translated(context), aclosing(Upload(self._loaded()).run(request_iterator)) as responses:
+        async with _translated(context), aclosing(_Upload(self._loaded()).run(request_iterator)) as responses:
             async for response in responses:
                 self._on_upserted(response)
                 await context.write(response)
@@ -45,49 +83,229 @@ class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
     async def Encode(  # noqa: N802
         self, request: encoder_pb2.EncodeRequest, context: Context
     ) -> encoder_pb2.EncodeResponse:
-        async with translated(context):
-            return await on_demand.encode(self._loaded(), request)
+        async with _translated(context):
+            return await _encode(self._loaded(), request)
 
     async def Delete(  # noqa: N802
         self, request: encoder_pb2.DeleteRequest, context: Context
     ) -> encoder_pb2.DeleteResponse:
-        async with translated(context, request.collection):
-            engine = self._loaded()
-            return encoder_pb2.DeleteResponse(num_deleted=await engine.call_store(_delete, engine.store, request))
+        async with _translated(context, request.collection):
+            worker = self._loaded()
+            return encoder_pb2.DeleteResponse(num_deleted=await worker.call_store(_delete, worker.store, request))
 
     async def GetStats(  # noqa: N802
         self, request: encoder_pb2.GetStatsRequest, context: Context
     ) -> encoder_pb2.GetStatsResponse:
-        async with translated(context, request.collection):
-            engine = self._loaded()
-            return encoder_pb2.GetStatsResponse(
-                collections=await engine.call_store(_collections, engine.store, request.collection)
-            )
+        async with _translated(context, request.collection):
+            worker = self._loaded()
+            collections = await worker.call_store(_collections, worker.store, request.collection)
+            return encoder_pb2.GetStatsResponse(collections=collections)
 
     async def Describe(  # noqa: N802
         self, request: encoder_pb2.DescribeRequest, context: Context
     ) -> encoder_pb2.DescribeResponse:
-        async with translated(context):
-            engine = self._loaded()
+        async with _translated(context):
+            worker = self._loaded()
             return encoder_pb2.DescribeResponse(
-                encoder=messages.pack_identity(engine.encoder.identity),
-                default_compression_ratio=engine.encoder.settings.default_compression_ratio,
+                encoder=_pack_identity(worker.encoder.identity),
+                default_compression_ratio=worker.encoder.settings.default_compression_ratio,
                 default_codec=DEFAULT_CODEC,
-                dtype=engine.encoder.dtype_name,
-                device=engine.encoder.device_name,
-                store=public_url(engine.config.store),
-                max_message_bytes=engine.config.max_message_bytes,
+                dtype=worker.encoder.dtype_name,
+                device=worker.encoder.device_name,
+                store=public_url(worker.config.store),
+                max_message_bytes=worker.config.max_message_bytes,
             )
 
     def _loaded(self) -> Worker:
-        if self.engine is None:
-            raise Starting("this worker is loading its model, or stopping")
-        return self.engine
+        if self.worker is None:
+            message = "this worker is loading its model, or stopping"
+            raise Unavailable.received(message, retry_after_seconds=RETRY_SECONDS)
+        return self.worker
+
+
+class _Upload:
+    """One Upsert stream: a response per message, in order, after the store has its passages."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._name = ""
+        self._num_read = 0
+
+    async def run(
+        self, requests: AsyncIterator[encoder_pb2.UpsertRequest]
+    ) -> AsyncGenerator[encoder_pb2.UpsertResponse, None]:
+        """
+        Raises:
+            InvalidRequest, FailedPrecondition, CacheError: the stream cannot go on; what was acknowledged stays.
+        """
+        requests = aiter(requests)
+        first = await anext(requests, None)
+        if first is None:
+            return
+        worker, config = self._worker, self._worker.config
+        target = await self._open(first)
+        limits = PipelineLimits(
+            max_unacknowledged=config.max_unacknowledged_passages,
+            max_unacknowledged_bytes=config.max_unacknowledged_bytes,
+            write_whole_batches=True,
+            allow_clipped=config.allow_clipped,
+        )
+        pipeline = Pipeline(worker.scheduler, Priority.BULK, target, worker.store_threads, limits)
+        async with aclosing(pipeline.run(self._batches(first, requests, target))) as changes:
+            async for finished in changes:
+                for batch in finished:
+                    yield await _pack_batch(batch)
+
+    async def _batches(
+        self, first: encoder_pb2.UpsertRequest, requests: AsyncIterator[encoder_pb2.UpsertRequest], target: Target
+    ) -> AsyncGenerator[ReadBatch, None]:
+        worker = self._worker
+        intake = Intake(worker.encoder, target, max_text_bytes=worker.config.max_text_bytes)
+        request: encoder_pb2.UpsertRequest | None = first
+        while request is not None:
+            if request.collection not in ("", self._name):
+                raise InvalidRequest("collection", request.collection, f"{self._name!r}, as in the first message")
+            if len(request.passages) > MANY:
+                upserts = await stepped(self._checked, request, intake)
+            else:
+                upserts = await worker.call(self._checked, lambda: None, request, intake)
+            todo = await worker.call_store(intake.compare, upserts)
+            for start in range(0, len(todo), TOKENIZE_TEXTS):
+                await worker.call(intake.tokenize, todo[start : start + TOKENIZE_TEXTS])
+            yield ReadBatch(upserts)
+            request = await anext(requests, None)
+
+    def _checked(self, step: Step, request: encoder_pb2.UpsertRequest, intake: Intake) -> list[Upsert]:
+        """The passages of one message; off the event loop, one message at a time."""
+        upserts = []
+        for passage in request.passages:
+            self._num_read += 1
+            upserts.append(intake.check(Passage(passage.passage_id, passage.text, Place(UPLOAD, self._num_read))))
+            step()
+        return upserts
+
+    async def _open(self, first: encoder_pb2.UpsertRequest) -> Target:
+        """The stream's collection; the first message names it and may make it."""
+        if not first.collection:
+            raise InvalidRequest("collection", "", "the name of a collection in the first message")
+        if first.compression_ratio < 0:
+            raise InvalidRequest("compression_ratio", first.compression_ratio, "0 (the default) or more")
+        self._name = first.collection
+        return await self._worker.call_store(_open_or_make, self._worker, first)
+
+
+def _open_or_make(worker: Worker, first: encoder_pb2.UpsertRequest) -> Target:
+    settings = CollectionSettings(first.compression_ratio or None, first.codec or None)
+    target = Target(worker.store, first.collection, settings, worker.encoder.identity, worker.encoder.settings)
+    if target.num_training_states:
+        raise FailedPrecondition(
+            "CODEC_NEEDS_TRAINING",
+            first.collection,
+            f"codec {target.codec.factory} is trained on a sample of the passages, which a stream does not "
+            "give at once; make the collection with `preread index`, or take another codec",
+        )
+    if target.collection is None:
+        target.stores_text = first.store_text
+        target.create()
+    return target
+
+
+async def _pack_batch(batch: ReadBatch) -> encoder_pb2.UpsertResponse:
+    results = []
+    pace = Pace()  # one message may hold tens of thousands of refused passages
+    for one in batch.upserts:
+        result = encoder_pb2.UpsertResult(passage_id=one.passage.passage_id)
+        if one.refused is not None:
+            result.status, result.message = encoder_pb2.UPSERT_STATUS_REFUSED, one.refused.message
+        elif one.tokenized is None:
+            result.status = encoder_pb2.UPSERT_STATUS_UNCHANGED
+        else:
+            result.status = encoder_pb2.UPSERT_STATUS_STORED
+            result.num_tokens, result.num_states = one.tokenized.num_tokens, one.num_states
+            result.truncated, result.num_clipped = one.tokenized.truncated, one.num_clipped
+        results.append(result)
+        await pace.worked()
+    return encoder_pb2.UpsertResponse(results=results)
+
+
+async def _encode(worker: Worker, request: encoder_pb2.EncodeRequest) -> encoder_pb2.EncodeResponse:
+    """Texts to pooled states, nothing stored. A text that cannot be encoded costs itself only.
+
+    Raises:
+        InvalidRequest: a field is out of range, or the answer would be larger than a message may be.
+        Overloaded: too many tokens are in flight.
+    """
+    config, encoder = worker.config, worker.encoder
+    if not 1 <= len(request.texts) <= config.max_texts:
+        raise InvalidRequest("texts", len(request.texts), f"1..{config.max_texts} texts")
+    ratio = request.compression_ratio or encoder.settings.default_compression_ratio
+    if ratio < 1:
+        raise InvalidRequest("compression_ratio", ratio, "0 (the default) or more")
+    format = request.format or encoder_pb2.STATE_FORMAT_FLOAT32
+    if format not in BYTES_PER_VALUE:  # of a newer client
+        raise InvalidRequest("format", int(format), "STATE_FORMAT_FLOAT32 or STATE_FORMAT_BFLOAT16")
+    refused = await worker.call(lambda: [encoder.why_not(text, config.max_text_bytes) for text in request.texts])
+    good = [text for text, why in zip(request.texts, refused, strict=True) if why is None]
+    tokenized = await worker.tokenize(good, split=request.split)
+    _check_size(worker, tokenized, ratio, BYTES_PER_VALUE[format])
+    windows = await worker.scheduler.encode(tokenized, ratio, Priority.ON_DEMAND)
+    packed = iter(await worker.call(_pack_all, tokenized, windows, ratio, format))
+    return encoder_pb2.EncodeResponse(
+        passages=[next(packed) if why is None else encoder_pb2.EncodedPassage(message=why) for why in refused],
+        dim=encoder.dim,
+        compression_ratio=ratio,
+        format=format,
+        fingerprint=encoder.identity.fingerprint,
+    )
+
+
+def _check_size(worker: Worker, tokenized: list[Tokenized], ratio: int, bytes_per_value: int) -> None:
+    """Before anything is computed."""
+    num_bytes = sum(text.num_states(ratio) for text in tokenized) * worker.encoder.dim * bytes_per_value
+    if num_bytes > worker.config.max_answer_bytes:
+        expected = f"fewer: their states are {num_bytes:,} bytes, at most {worker.config.max_answer_bytes:,} are sent"
+        raise InvalidRequest("texts", len(tokenized), expected)
+    num_tokens = sum(text.num_tokens for text in tokenized)
+    in_flight = worker.scheduler.on_demand_tokens
+    if in_flight and in_flight + num_tokens > worker.config.max_queue_tokens:
+        message = f"{in_flight:,} tokens are in flight; at most {worker.config.max_queue_tokens:,} may be"
+        raise Overloaded(message, RETRY_SECONDS, reason="OVERLOADED")
+
+
+def _pack_all(
+    tokenized: Sequence[Tokenized], windows: Sequence[Windows], ratio: int, format: encoder_pb2.StateFormat
+) -> list[encoder_pb2.EncodedPassage]:
+    packed = []
+    for text, encoded in zip(tokenized, windows, strict=True):
+        joined = text.join(encoded, ratio, _NO_DIGEST)
+        if isinstance(joined, EncodingFailed):
+            packed.append(encoder_pb2.EncodedPassage(message=str(joined)))
+        else:
+            packed.append(
+                encoder_pb2.EncodedPassage(
+                    states=_pack_states(joined.states, format),
+                    window_tokens=joined.window_tokens,
+                    truncated=joined.truncated,
+                )
+            )
+    return packed
+
+
+_NO_DIGEST = text_digest("")  # digests do not travel: the caller has the text
+
+
+def _pack_states(states: States, format: encoder_pb2.StateFormat) -> bytes:
+    """(num_states, dim) float32 to little-endian rows; bfloat16 is rounded to nearest, ties to even."""
+    if format == encoder_pb2.STATE_FORMAT_BFLOAT16:
+        bits = np.ascontiguousarray(states).view(np.uint32)
+        rounded = bits + (0x7FFF + ((bits >> np.uint32(16)) & np.uint32(1)))
+        return (rounded >> np.uint32(16)).astype("<u2").tobytes()
+    return states.astype("<f4", copy=False).tobytes()
 
 
 def _delete(store: Store, request: encoder_pb2.DeleteRequest) -> int:
     collection = Collection.open(store, request.collection)
-    # An id that cannot exist is not there; so often as an id is named, it can go once.
+    # An id that cannot exist is not there; an id that is named twice is deleted once.
     return collection.delete_many([i for i in dict.fromkeys(request.passage_ids) if is_passage_id(i)])
 
 
@@ -101,7 +319,7 @@ def _collections(store: Store, name: str) -> list[common_pb2.CollectionInfo]:
         try:
             manifest = store.read_manifest(one)
             if manifest is not None:  # dropped a moment ago
-                infos.append(messages.pack_collection(manifest, store.stats(one), aliases.get(one, [])))
+                infos.append(_pack_collection(manifest, store.stats(one), aliases.get(one, [])))
         except StoreDamaged as exc:
             if name:
                 raise
@@ -109,3 +327,52 @@ def _collections(store: Store, name: str) -> list[common_pb2.CollectionInfo]:
     if name and not infos:
         raise CollectionNotFound(f"collection: {name!r} was dropped")
     return infos
+
+
+def _pack_identity(identity: EncoderIdentity | Manifest) -> common_pb2.EncoderIdentity:
+    fields = ("fingerprint", "checkpoint", "dim", "max_passage_tokens", "passage_template", "pooling_version")
+    return common_pb2.EncoderIdentity(**{name: getattr(identity, name) for name in fields})
+
+
+def _pack_collection(manifest: Manifest, stats: StoreStats, aliases: Sequence[str]) -> common_pb2.CollectionInfo:
+    counts = ("num_passages", "num_states", "num_tokens", "num_truncated", "size_bytes", "num_clipped")
+    return common_pb2.CollectionInfo(
+        name=manifest.collection,
+        aliases=aliases,
+        encoder=_pack_identity(manifest),
+        compression_ratio=manifest.compression_ratio,
+        codec=manifest.codec,
+        stores_text=manifest.stores_text,
+        **{name: getattr(stats, name) for name in counts},
+    )
+
+
+@asynccontextmanager
+async def _translated(context: Context, collection: str = "") -> AsyncIterator[None]:
+    """Ends the call with a status and google.rpc details where the body raises one of our errors."""
+    try:
+        yield
+    except PrereadError as exc:
+        await rpc.abort_with(context, exc)
+    except CacheError as exc:
+        await rpc.abort_with(context, _of_store(exc, collection))
+
+
+def _of_store(error: CacheError, collection: str) -> PrereadError:
+    message = str(error)
+    match error:
+        case InvalidName() | CodecError():
+            field = "collection" if isinstance(error, InvalidName) else "codec"
+            return InvalidRequest.received(message, violations=(FieldViolation(field, message),))
+        case CollectionNotFound():
+            return NotFound("collection", collection, message)
+        case EncoderMismatch():
+            return FailedPrecondition("ENCODER_MISMATCH", collection, message)
+        case CollectionExists():
+            return FailedPrecondition("COLLECTION_SETTINGS", collection, message)
+        case StoreFull():
+            return Overloaded.received(message, reason="STORE_FULL", metadata=(("collection", collection),))
+        case StoreUnavailable() | StoreLocked():
+            return Unavailable.received(message, retry_after_seconds=RETRY_SECONDS)
+        case _:  # damaged, not ours to read, of an unknown version
+            return FailedPrecondition("STORE_UNUSABLE", collection, message)

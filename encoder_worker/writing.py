@@ -1,28 +1,68 @@
-"""The collection an index run writes to: found as it is, or made when the first states are there.
+"""Encoded passages into a collection: found as it is, or made when the first states are there.
 
-Does not know sources or tokens.
-
-One group of passages into a collection; those it will not have cost only themselves. Blocks on the store.
+Does not know sources, the model or threads.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cache import DEFAULT_CODEC
 from cache.codecs import Codec
 from cache.collection import Collection, StoredPassage
-from cache.errors import CollectionExists, CollectionNotFound, InvalidPassage, OutOfRange, StoreLocked, StoreUnavailable
+from cache.errors import (
+    CollectionExists,
+    CollectionNotFound,
+    InvalidPassage,
+    OutOfRange,
+    StoreLocked,
+    StoreUnavailable,
+)
 from cache.manifest import Manifest
 from cache.record import check_name
+from cache.states import PassageStates
 from cache.store import Store
-from checkpoint import CheckpointSettings, EncoderIdentity
+from checkpoint.model import EncoderIdentity
+from checkpoint.settings import CheckpointSettings
+from encoder_worker.passage_encoder import Tokenized
+from encoder_worker.sources import Passage, Reason, Refused
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False, slots=True)
+class Upsert:
+    """One passage on its way into a collection.
+
+    It ends refused, unchanged (stored before with the same text) or stored; until then it is tokenized and encoded.
+    """
+
+    passage: Passage
+    refused: Refused | None = None
+    digest: bytes = b""
+    tokenized: Tokenized | None = None  # None: nothing to encode
+    states: PassageStates | None = None  # until they are stored
+    num_states: int = 0  # 0: not encoded
+    num_clipped_before: int = 0  # numbers that another codec had cut before the states were read back
+    num_clipped: int = 0  # numbers outside what the codec was trained for
+    stored: bool = False
+
+    @property
+    def finished(self) -> bool:
+        return self.stored or self.refused is not None or (self.tokenized is None and self.states is None)
+
+    def refuse(self, reason: Reason, message: str) -> None:
+        self.refused = Refused(self.passage.place, self.passage.passage_id, reason, message)
+        self.states = None
+
+    def set_states(self, states: PassageStates) -> None:
+        self.states, self.num_states = states, states.num_states
 
 
 @dataclass(frozen=True)
@@ -50,50 +90,53 @@ class Target:
         CodecError, InvalidName: settings no collection can have.
     """
 
+    collection: Collection | None = None
+    num_trained: int = 0  # states that the codec was trained on here
+    _manifest: Callable[..., Manifest]
+
     def __init__(
         self,
         store: Store,
         name: str,
-        wanted: CollectionSettings,
+        settings: CollectionSettings,
         identity: EncoderIdentity,
         defaults: CheckpointSettings,
     ) -> None:
         self.store = store
         self.name = check_name("collection", name)
-        self._identity = identity
-        self.collection: Collection | None = None
         try:
             self.collection = Collection.open(
                 store, name, fingerprint=identity.fingerprint, checkpoint=identity.checkpoint
             )
         except CollectionNotFound:
-            self.compression_ratio = wanted.compression_ratio or defaults.default_compression_ratio
-            self.codec = Codec(wanted.codec or DEFAULT_CODEC, identity.dim)
-            self.stores_text = wanted.stores_text is not False
+            self.compression_ratio = settings.compression_ratio or defaults.default_compression_ratio
+            self.codec = Codec(settings.codec or DEFAULT_CODEC, identity.dim)
+            self.stores_text = settings.stores_text is not False
+            self._manifest = partial(Manifest.of, identity, collection=name)
         else:
             manifest = self.collection.manifest
             self.compression_ratio = manifest.compression_ratio
             self.codec = self.collection.codec
             self.stores_text = manifest.stores_text
-            _check_agreement(manifest, wanted)
+            _check_agreement(manifest, settings)
 
     @property
     def num_training_states(self) -> int:
         """States to hold back until the codec can be trained; 0 when the collection is there or none is needed."""
         return 0 if self.collection is not None else num_training_states(self.codec)
 
-    def create(self, sample: NDArray[np.float32] | None) -> Collection:
-        """Makes the collection, its codec trained on `sample` (num_states, dim) where it needs that.
+    def create(self, sample: Sequence[PassageStates] = ()) -> Collection:
+        """Makes the collection, its codec trained on the sample where it needs that.
 
         Raises:
             CodecError: the sample is too small.
         """
         if self.collection is None:
             if self.codec.needs_training:
-                self.codec.train(sample if sample is not None else np.empty((0, self._identity.dim), np.float32))
-            manifest = Manifest.of(
-                self._identity,
-                collection=self.name,
+                states = np.concatenate([np.empty((0, self.codec.dim), np.float32), *(one.states for one in sample)])
+                self.codec.train(states)
+                self.num_trained = len(states)
+            manifest = self._manifest(
                 compression_ratio=self.compression_ratio,
                 codec=self.codec.factory,
                 codec_table=self.codec.table(),
@@ -115,6 +158,80 @@ class Target:
         return [header is not None and header.truncated for header in headers]
 
 
+@dataclass(frozen=True)
+class GroupLimits:
+    """A group is written when it reaches the first of these."""
+
+    max_passages: int = 2048
+    max_bytes: int = 64 << 20
+    max_seconds: float = 20.0
+
+
+@dataclass
+class Group:
+    """Encoded passages of one durable write, so also what an interruption may cost."""
+
+    upserts: list[Upsert] = field(default_factory=list)
+    num_bytes: int = 0
+    num_states: int = 0
+    begun: float = field(default_factory=time.monotonic)
+
+    def add(self, upsert: Upsert) -> None:
+        assert upsert.states is not None
+        self.upserts.append(upsert)
+        self.num_bytes += upsert.states.nbytes
+        self.num_states += upsert.num_states
+
+    def is_full(self, limits: GroupLimits, target: Target) -> bool:
+        if held_back := target.num_training_states:
+            return self.num_states >= held_back
+        return (
+            len(self.upserts) >= limits.max_passages
+            or self.num_bytes >= limits.max_bytes
+            or time.monotonic() - self.begun >= limits.max_seconds
+        )
+
+
+def write_group(
+    target: Target, group: Group, retry_seconds: Sequence[float] = (), *, allow_clipped: bool = False
+) -> None:
+    """One durable write: every passage (ids are distinct) is then stored, or refused at its own cost.
+
+    Args:
+        retry_seconds: pauses before trying a store again that did not answer.
+        allow_clipped: store also what the codec was not trained for.
+
+    Raises:
+        CodecError: too few states to train the codec on.
+        CacheError: the store failed.
+    """
+    collection = target.collection or target.create([one.states for one in group.upserts if one.states is not None])
+    pauses = iter(retry_seconds)
+    while todo := [one for one in group.upserts if one.states is not None]:
+        try:
+            clipped = collection.put_many(
+                [
+                    StoredPassage(one.passage.passage_id, one.states, one.passage.text, one.num_clipped_before)
+                    for one in todo
+                    if one.states is not None
+                ],
+                allow_clipped=allow_clipped,
+            )
+        except InvalidPassage as exc:
+            _refuse(todo, Reason.NOT_STORABLE, {exc.passage_id: exc.reason})
+        except OutOfRange as exc:
+            _refuse(todo, Reason.OUT_OF_RANGE, exc.reasons)
+        except (StoreUnavailable, StoreLocked) as exc:
+            pause = next(pauses, None)
+            if pause is None:
+                raise
+            log.warning("%s; trying again in %g s", exc, pause)
+            time.sleep(pause)
+        else:
+            for one, num_clipped in zip(todo, clipped, strict=True):
+                one.num_clipped, one.stored, one.states = num_clipped, True, None
+
+
 def num_training_states(codec: Codec) -> int:
     """States a codec is trained on where there are as many; 0 where it needs none.
 
@@ -123,62 +240,17 @@ def num_training_states(codec: Codec) -> int:
     return max(8192, 64 * codec.num_centroids, codec.min_training_states) if codec.needs_training else 0
 
 
-def _check_agreement(manifest: Manifest, wanted: CollectionSettings) -> None:
+def _refuse(upserts: Sequence[Upsert], reason: Reason, messages: dict[str, str]) -> None:
+    for one in upserts:
+        if one.passage.passage_id in messages:
+            one.refuse(reason, messages[one.passage.passage_id])
+
+
+def _check_agreement(manifest: Manifest, settings: CollectionSettings) -> None:
     for name in ("compression_ratio", "codec", "stores_text"):
-        asked, there = getattr(wanted, name), getattr(manifest, name)
+        asked, there = getattr(settings, name), getattr(manifest, name)
         if asked is not None and asked != there:
             raise CollectionExists(
                 f"collection {manifest.collection!r} exists with {name} {there!r}, asked for {asked!r}; "
                 "index into a new collection and move an alias to it"
             )
-
-
-log = logging.getLogger(__name__)
-
-
-@dataclass
-class Written:
-    """Outcome of a group, by passage id: why it was refused, or how many of its numbers lie outside the codec's
-    trained range; 0 of them is left out."""
-
-    refused: dict[str, str] = field(default_factory=dict)
-    clipped: dict[str, int] = field(default_factory=dict)
-    out_of_range: set[str] = field(default_factory=set)  # of the refused: the codec was not trained for them
-
-
-def put(
-    collection: Collection,
-    passages: Sequence[StoredPassage],
-    retry_seconds: Sequence[float] = (),
-    *,
-    allow_clipped: bool = False,
-) -> Written:
-    """Stores passages (ids are distinct) in one durable write; all but the refused ones are stored.
-
-    Args:
-        retry_seconds: pauses before trying a store again that did not answer.
-        allow_clipped: store also what the codec was not trained for.
-
-    Raises:
-        CacheError: the store failed.
-    """
-    written = Written()
-    pauses = iter(retry_seconds)
-    while len(written.refused) < len(passages):
-        rest = [passage for passage in passages if passage.passage_id not in written.refused]
-        try:
-            clipped = collection.put_many(rest, allow_clipped=allow_clipped)
-            written.clipped = {one.passage_id: num for one, num in zip(rest, clipped, strict=True) if num}
-            break
-        except InvalidPassage as exc:
-            written.refused[exc.passage_id] = exc.reason
-        except OutOfRange as exc:
-            written.refused |= exc.reasons
-            written.out_of_range |= exc.reasons.keys()
-        except (StoreUnavailable, StoreLocked) as exc:
-            pause = next(pauses, None)
-            if pause is None:
-                raise
-            log.warning("%s; trying again in %g s", exc, pause)
-            time.sleep(pause)
-    return written

@@ -154,14 +154,14 @@ def test_a_sequence_that_the_model_raises_on_costs_itself(poisoned: PassageEncod
 async def test_an_exception_of_the_server_is_no_text_for_a_caller(worker: Any) -> None:
     async with worker() as to:
         engine = to.server.engine
-        encode = engine.scheduler.encode
+        why_not = engine.encoder.why_not
 
-        async def broken(*_: Any) -> None:
+        def broken(*_: Any) -> None:
             raise KeyError("a secret path")
 
-        engine.scheduler.encode = broken
+        engine.encoder.why_not = broken
         failures = [await to.failure(to.encode(["good"])), await to.failure(to.upsert(to.message("docs", a="good")))]
-        engine.scheduler.encode = encode
+        engine.encoder.why_not = why_not
         for code, message, details in failures:
             assert code == grpc.StatusCode.INTERNAL
             assert "secret" not in message

@@ -15,13 +15,12 @@ from cache.states import PassageStates
 from cache.store import Store
 from encoder_worker.indexing import IndexOptions, index
 from encoder_worker.passage_encoder import PassageEncoder
-from encoder_worker.pipeline import GroupLimits
 from encoder_worker.reading import ReadLimits
 from encoder_worker.sources import Passage, Place, Reason, Refused
-from encoder_worker.writing import CollectionSettings
+from encoder_worker.writing import CollectionSettings, GroupLimits
 
 Make = Callable[..., list[Passage]]
-SMALL = IndexOptions(window=ReadLimits(max_passages=16), group=GroupLimits(max_passages=8))
+SMALL = IndexOptions(read=ReadLimits(max_passages=16), group=GroupLimits(max_passages=8))
 
 
 def stored(store: Store, name: str, ids: list[str]) -> list[PassageStates]:

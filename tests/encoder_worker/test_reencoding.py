@@ -17,10 +17,9 @@ from checkpoint import Checkpoint
 from decoder_server.models.fbnl.backend import FbnlBackend
 from encoder_worker.indexing import IndexOptions, index
 from encoder_worker.passage_encoder import PassageEncoder
-from encoder_worker.pipeline import GroupLimits
 from encoder_worker.reencoding import reencode
 from encoder_worker.sources import Passage
-from encoder_worker.writing import CollectionSettings
+from encoder_worker.writing import CollectionSettings, GroupLimits
 from preread_cli.main import cli
 from tuning.rerank import score_passages
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import aclosing
 
 import pytest
 
-from encoder_worker.reading import Ahead, SeenIds
-from encoder_worker.report import IndexReport, Speedometer
-from encoder_worker.sources import Place
+from cache.store import Store
+from encoder_worker.indexing import IndexOptions, index
+from encoder_worker.passage_encoder import PassageEncoder
+from encoder_worker.reading import ReadLimits, SeenIds, ahead
+from encoder_worker.report import Progress, Speedometer
+from encoder_worker.sources import Passage, Place
 
 
 def test_an_id_is_new_once_and_later_tells_where_it_came_first() -> None:
@@ -25,18 +29,18 @@ def test_an_id_is_new_once_and_later_tells_where_it_came_first() -> None:
         assert seen.first_place(ids[i], again) == places[i]
 
 
-def test_items_come_in_order_and_an_error_after_them() -> None:
+async def test_items_come_in_order_and_an_error_after_them() -> None:
     def items() -> Iterator[int]:
         yield from range(5)
         raise ValueError("the sixth")
 
-    got = []
-    with pytest.raises(ValueError, match="the sixth"), Ahead(items(), stop=threading.Event()) as ready:
-        got.extend(ready)
-    assert got == list(range(5))
+    ready = ahead(items(), threading.Event())
+    assert [await anext(ready) for _ in range(5)] == list(range(5))
+    with pytest.raises(ValueError, match="the sixth"):
+        await anext(ready)
 
 
-def test_leaving_early_ends_the_thread() -> None:
+async def test_leaving_early_ends_the_thread() -> None:
     made = []
 
     def items() -> Iterator[int]:
@@ -44,25 +48,41 @@ def test_leaving_early_ends_the_thread() -> None:
             made.append(i)
             yield i
 
-    with Ahead(items(), stop=threading.Event(), depth=2, name="early") as ready:
-        next(ready)
-    assert len(made) <= 4
+    async with aclosing(ahead(items(), threading.Event(), name="early")) as ready:
+        await anext(ready)
+    assert len(made) <= 3
     assert "early" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_time_left_is_told_by_the_part_of_the_source_that_is_done() -> None:
-    report = IndexReport("docs")
-    meter = Speedometer(report)
-    report.take(100, 0, [])
+    meter = Speedometer()
     time.sleep(0.2)
-    report.num_encoded = 50
-    half_of_first = meter.read(0.5, 100)
-    assert half_of_first.fraction == pytest.approx(0.25)
-    assert half_of_first.num_done == 50
-    assert half_of_first.eta_seconds == pytest.approx(3 * half_of_first.seconds, rel=0.05)
-    assert half_of_first.passages_per_second == pytest.approx(50 / half_of_first.seconds, rel=0.05)
-    report.num_encoded = 100
-    meter.next_window(0.5)
-    assert meter.read(0.5, 0).fraction == pytest.approx(0.5)
-    report.take(10, 10, [])
-    assert meter.read(None, 0).eta_seconds is None
+    quarter = meter.read(50, 50, 0.25)
+    assert (quarter.fraction, quarter.num_done) == (0.25, 50)
+    assert quarter.eta_seconds == pytest.approx(3 * quarter.seconds, rel=0.05)
+    assert quarter.passages_per_second == pytest.approx(50 / quarter.seconds, rel=0.05)
+    assert meter.read(100, 100, None).eta_seconds is None
+
+
+def test_the_part_that_is_done_grows_with_every_pass(
+    encoder: PassageEncoder, store: Store, real_texts: list[str], passages: Callable[..., list[Passage]]
+) -> None:
+    class Sized(list[Passage]):
+        num_read = 0
+
+        def __iter__(self) -> Iterator[Passage]:
+            for item in super().__iter__():
+                self.num_read += 1
+                yield item
+
+        def fraction(self) -> float:
+            return self.num_read / len(self)
+
+    told: list[Progress] = []
+    small = IndexOptions(read=ReadLimits(max_passages=30))
+    index(Sized(passages(real_texts[:120])), encoder, store, "docs", options=small, on_progress=told.append)
+    fractions = [now.fraction for now in told]
+    assert fractions == sorted(fractions)
+    assert fractions[-1] == 1
+    assert len({*fractions} - {0, 0.25, 0.5, 0.75, 1}) > 8
+    assert all(abs(now.fraction - now.num_done / 120) < 0.01 for now in told)

@@ -13,14 +13,13 @@ from cache.errors import CodecError, CollectionExists, EncoderMismatch, InvalidN
 from cache.store import Store
 from encoder_worker.indexing import IndexOptions, dry_run, index
 from encoder_worker.passage_encoder import PassageEncoder
-from encoder_worker.pipeline import GroupLimits
 from encoder_worker.reading import ReadLimits
 from encoder_worker.report import IndexReport
 from encoder_worker.sources import Passage
-from encoder_worker.writing import CollectionSettings
+from encoder_worker.writing import CollectionSettings, GroupLimits
 
 Make = Callable[..., list[Passage]]
-SMALL = IndexOptions(window=ReadLimits(max_passages=16), group=GroupLimits(max_passages=8))
+SMALL = IndexOptions(read=ReadLimits(max_passages=16), group=GroupLimits(max_passages=8))
 
 
 def test_codecs_that_train_do_so_on_the_first_passages(

@@ -16,8 +16,8 @@ from cache.store import Store
 from encoder_worker.indexing import index
 from encoder_worker.passage_encoder import PassageEncoder
 from encoder_worker.scheduler import Priority
+from encoder_worker.service import MANY
 from encoder_worker.sources import Passage
-from encoder_worker.upsert import MANY
 from encoder_worker.writing import CollectionSettings
 from preread.v1 import encoder_pb2
 
@@ -72,7 +72,7 @@ async def test_of_several_passages_with_one_id_the_first_counts_however_far_apar
             [REFUSED],
             [STORED],
         ]
-        assert responses[5].results[0].message == "id 'x' came before, as passage 1; the first one counts"
+        assert responses[5].results[0].message == "id 'x' came before, at upload:1; the first one counts"
         twice = encoder_pb2.UpsertRequest(
             collection="docs", passages=[encoder_pb2.Passage(passage_id="z", text=text) for text in ("1", "2")]
         )

@@ -74,7 +74,7 @@ class Worker:
 
     def num_waiting(self, priority: Priority) -> int:
         """Token sequences that wait for a forward pass and whose caller is still there."""
-        return sum(not one.done.done() for one in self.server.engine.scheduler._queues[priority])
+        return self.server.engine.scheduler.num_waiting(priority)
 
     @staticmethod
     def message(collection: str = "", **texts: str) -> encoder_pb2.UpsertRequest:
