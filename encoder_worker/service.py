@@ -118,8 +118,7 @@ class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
 
     def _loaded(self) -> Worker:
         if self.worker is None:
-            message = "this worker is loading its model, or stopping"
-            raise Unavailable.received(message, retry_after_seconds=RETRY_SECONDS)
+            raise Unavailable("this worker is loading its model, or stopping", retry_after_seconds=RETRY_SECONDS)
         return self.worker
 
 
@@ -373,6 +372,6 @@ def _of_store(error: CacheError, collection: str) -> PrereadError:
         case StoreFull():
             return Overloaded.received(message, reason="STORE_FULL", metadata=(("collection", collection),))
         case StoreUnavailable() | StoreLocked():
-            return Unavailable.received(message, retry_after_seconds=RETRY_SECONDS)
+            return Unavailable(message, retry_after_seconds=RETRY_SECONDS)
         case _:  # damaged, not ours to read, of an unknown version
             return FailedPrecondition("STORE_UNUSABLE", collection, message)
