@@ -6,19 +6,18 @@ then takes no locks and makes no files, so any number of readers share one volum
 written on such a volume, is noticed before the next read and opened again.
 """
 
-import errno
 import os
-import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
 
-from cache.errors import CacheError, StoreAccessDenied, StoreDamaged, StoreFull, StoreLocked, StoreUnavailable
+from cache.errors import StoreAccessDenied, StoreDamaged, StoreUnavailable
 from cache.faiss.lock import WriterLock
-from cache.faiss.rows import COVERED, UNCHECKED, blob, integer, row_checksum
+from cache.faiss.rows import COVERED, UNCHECKED, Connection, translated
 from cache.faiss.segments import fsync_directory
 
 _VERSION = 2
@@ -121,85 +120,16 @@ CREATE TEMP VIEW segments AS SELECT *, {_MARK} FROM main.segments;
 CREATE TEMP VIEW passages AS SELECT *, 0 AS num_clipped FROM main.passages;
 CREATE TEMP VIEW store AS SELECT num_removed, 0 AS num_commits, x'' AS schema, {_MARK} FROM main.removals;
 """
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
-_SQLITE: dict[int, tuple[type[CacheError], str]] = {
-    sqlite3.SQLITE_FULL: (StoreFull, "has no space left"),
-    sqlite3.SQLITE_READONLY: (StoreAccessDenied, "may not be written"),
-    sqlite3.SQLITE_PERM: (StoreAccessDenied, "may not be opened"),
-    sqlite3.SQLITE_CANTOPEN: (StoreAccessDenied, "cannot be opened"),
-    sqlite3.SQLITE_AUTH: (StoreAccessDenied, "may not be opened"),
-    sqlite3.SQLITE_BUSY: (StoreLocked, "is held by another process"),
-    sqlite3.SQLITE_LOCKED: (StoreLocked, "is held by another process"),
-    sqlite3.SQLITE_CORRUPT: (StoreDamaged, "is damaged"),
-    sqlite3.SQLITE_NOTADB: (StoreDamaged, "is not a catalogue"),
-    # Our statements are fixed and the schema is ours, so these mean that the file is not what we wrote.
-    **dict.fromkeys(
-        (
-            sqlite3.SQLITE_ERROR, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_FORMAT,
-            sqlite3.SQLITE_INTERNAL, sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_RANGE, sqlite3.SQLITE_EMPTY,
-        ),
-        (StoreDamaged, "is damaged"),
-    ),
-}  # fmt: skip
-_SHORT_READ = 10 | 2 << 8  # SQLITE_IOERR_SHORT_READ, which the module does not name
-
-
-def num_committed(connection: sqlite3.Connection) -> int:
-    """Transactions that this catalogue has seen."""
-    row = connection.execute("SELECT num_commits, schema, checksum FROM store").fetchone()
-    if row is None or row[2] not in (row_checksum(integer(row[0]), blob(row[1])), UNCHECKED):
-        raise StoreDamaged("the catalogue is damaged: its counters are missing or their checksum does not match")
-    return integer(row[0])
-
-
-def set_committed(connection: sqlite3.Connection, number: int) -> None:
-    connection.execute("UPDATE store SET num_commits = ?1, checksum = row_checksum(?1, schema)", (number,))
-
-
-@contextmanager
-def translated(path: Path) -> Iterator[None]:
-    """Raise a CacheError that names the store at `path` in place of OSError and sqlite3.Error.
-
-    Its text is ours, with a code of the system's or SQLite's: servers show it to callers. The cause has the rest.
-    """
-    try:
-        yield
-    except StoreDamaged as exc:
-        if str(path) in str(exc):
-            raise
-        raise StoreDamaged(f"store {path}: {exc}; see `preread verify`") from exc
-    except (UnicodeDecodeError, OverflowError) as exc:  # of the sqlite3 module, about a schema that is no text
-        raise StoreDamaged(f"store {path}: the catalogue is damaged; see `preread verify`") from exc
-    except OSError as exc:
-        if exc.errno in _FULL:
-            raise StoreFull(f"store {path}: no space left ({_code(exc)})") from exc
-        if exc.errno in _DENIED:
-            raise StoreAccessDenied(f"store {path}: not permitted ({_code(exc)})") from exc
-        raise CacheError(f"store {path}: {exc.strerror or 'a file failed'} ({_code(exc)})") from exc
-    except sqlite3.Error as exc:
-        # The low byte is the primary code; the rest tells details, which its name has.
-        code = getattr(exc, "sqlite_errorcode", 0)
-        error, reason = _SQLITE.get(code & 0xFF, (CacheError, "failed"))
-        if code == _SHORT_READ:
-            error, reason = StoreDamaged, "is too short"
-        raise error(
-            f"store {path}: the catalogue {reason} ({getattr(exc, 'sqlite_errorname', type(exc).__name__)})"
-        ) from exc
-
-
-def _code(error: OSError) -> str:
-    return errno.errorcode.get(error.errno or 0, type(error).__name__)
 
 
 class Catalogue:
     """Connections to one catalogue file, a pool of them. Thread-safe."""
 
-    def __init__(self, path: Path, writer_lock: WriterLock) -> None:
+    def __init__(self, path: Path, lock: WriterLock) -> None:
         self.path = path
-        self._writer_lock = writer_lock
-        self._lock = threading.Lock()
-        self._idle: list[_Connection] = []
+        self.lock = lock
+        self._pool_lock = threading.Lock()
+        self._idle: list[Connection] = []
         self._seen: _Seen | None = None
         self._closed = False
         self.num_reopened = 0  # times that another file was found, which invalidates what is known of the old one
@@ -225,7 +155,7 @@ class Catalogue:
         with self.reading() as connection:
             if connection.is_kept:
                 return
-        with translated(self.path), closing(_open(f"file:{quote(str(self.path))}?mode=rw")) as connection:
+        with translated(self.path), closing(Connection.open(f"file:{quote(str(self.path))}?mode=rw")) as connection:
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("BEGIN IMMEDIATE")
             _make(connection, _UPGRADE)
@@ -236,11 +166,11 @@ class Catalogue:
         """Where a new catalogue is built, possibly by a process that died."""
         return self.path.with_name(self.path.name + ".tmp")
 
-    def new_file(self) -> "_Connection":
+    def new_file(self) -> Connection:
         """An empty catalogue in a new file aside."""
         for leftover in self.aside.parent.glob(self.aside.name + "*"):
             leftover.unlink(missing_ok=True)
-        connection = _open(str(self.aside))
+        connection = Connection.open(str(self.aside))
         try:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
@@ -253,7 +183,7 @@ class Catalogue:
         return connection
 
     @contextmanager
-    def reading(self) -> "Iterator[_Connection]":
+    def reading(self) -> Iterator[Connection]:
         """A connection in autocommit; an empty catalogue where there is no file yet.
 
         Raises:
@@ -271,31 +201,31 @@ class Catalogue:
                 raise StoreUnavailable(f"store {self.path}: was written while it was read; read it again")
 
     @contextmanager
-    def salvaging(self) -> "Iterator[_Connection]":
+    def salvaging(self) -> Iterator[Connection]:
         """A connection to a catalogue that `reading` may reject, with all of its schema that SQLite can parse."""
-        with translated(self.path), closing(_open(f"file:{quote(str(self.path))}?mode=rw")) as connection:
+        with translated(self.path), closing(Connection.open(f"file:{quote(str(self.path))}?mode=rw")) as connection:
             connection.execute("PRAGMA writable_schema = ON")  # skips what cannot be parsed
             connection.execute("PRAGMA mmap_size = 0")
             connection.execute("PRAGMA cell_size_check = ON")
             if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'removals'").fetchone():
-                _run(connection, _AS_VERSION_2)
+                connection.run(_AS_VERSION_2)
             yield connection
 
     @contextmanager
-    def writing(self) -> "Iterator[_Connection]":
+    def writing(self) -> Iterator[Connection]:
         """A transaction, committed durably at the end, rolled back on any error; under the writer lock."""
         with self.reading() as connection:
             connection.execute("BEGIN IMMEDIATE")
             try:
                 yield connection
-                num_commits = num_committed(connection) + 1
-                set_committed(connection, num_commits)
+                num_commits = connection.num_commits() + 1
+                connection.set_num_commits(num_commits)
                 connection.execute("COMMIT")
             except BaseException:
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
                 raise
-            self._writer_lock.note(num_commits)
+            self.lock.note(num_commits)
 
     def checkpoint(self) -> None:
         """Fold the log into the file, as far as readers let it, so that the directory can be copied or mounted."""
@@ -304,8 +234,20 @@ class Catalogue:
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
             connection.execute("PRAGMA busy_timeout = 10000")
 
-    def replace(self, new: Path) -> None:
-        """Replace this catalogue file while readers go on; only for the holder of the writer lock.
+    def committed_files(self) -> set[str]:
+        """Names of the segments that are in the catalogue: all others may be removed.
+
+        Raises:
+            StoreDamaged: that is not certain, so that a damaged catalogue never costs the codes it should name.
+        """
+        noted = self.lock.noted()
+        with self.reading() as connection:
+            for problem in chain(lost_commits(connection, noted), connection.damaged_pages("segments")):
+                raise StoreDamaged(f"the catalogue is damaged: {problem}")
+            return {file_name for _, _, file_name, *_ in connection.checked("segments")}
+
+    def replace(self) -> None:
+        """Put the new file in place of this one while readers go on; only for the holder of the writer lock.
 
         Connections to the old file keep it until they are given back.
         """
@@ -313,20 +255,20 @@ class Catalogue:
             self.checkpoint()
         for suffix in ("-wal", "-shm"):  # of the old file: what a reader has open stays, and a new one makes its own
             self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
-        os.rename(new, self.path)
+        os.rename(self.aside, self.path)
         fsync_directory(self.path.parent)
 
     def close(self) -> None:
-        with self._lock:
+        with self._pool_lock:
             self._closed = True
             idle, self._idle = self._idle, []
         for connection in idle:
             connection.close()
 
-    def _take(self) -> "tuple[_Connection, _Seen | None]":
+    def _take(self) -> "tuple[Connection, _Seen | None]":
         seen = _Seen.of(self.path, self._seen)
-        with self._lock:
-            stale: list[_Connection] = []
+        with self._pool_lock:
+            stale: list[Connection] = []
             if seen != self._seen:
                 stale, self._idle = self._idle, []
                 self.num_reopened += self._seen is not None and not (seen and seen.continues(self._seen))
@@ -338,13 +280,13 @@ class Catalogue:
             return idle, seen
         if seen is None:
             self._check_missing()
-            connection = _open(":memory:")
+            connection = Connection.open(":memory:")
             _make(connection, _NEW)
             return connection, seen
         return _connect(self.path, seen), seen
 
-    def _give_back(self, connection: "_Connection", seen: "_Seen | None") -> None:
-        with self._lock:
+    def _give_back(self, connection: Connection, seen: "_Seen | None") -> None:
+        with self._pool_lock:
             if seen is not None and seen == self._seen and connection.is_kept and not self._closed:
                 self._idle.append(connection)
                 return
@@ -354,12 +296,6 @@ class Catalogue:
         segments = self.path.parent / "segments"
         if segments.is_dir() and any(segments.iterdir()):
             raise StoreDamaged(f"store {self.path}: is missing, and {segments} holds codes that only it can tell apart")
-
-
-class _Connection(sqlite3.Connection):
-    """A connection whose text is bytes; see `text`."""
-
-    is_kept = True  # in the pool; not to a file of version 1, which another process may bring up
 
 
 class _Seen(NamedTuple):
@@ -398,8 +334,8 @@ class _Seen(NamedTuple):
         return ordinary  # next to a writer whose files may be read
 
 
-def _connect(path: Path, seen: _Seen) -> _Connection:
-    connection = _open(f"file:{quote(str(path))}?{'mode=ro&immutable=1' if seen.is_immutable else 'mode=rw'}")
+def _connect(path: Path, seen: _Seen) -> Connection:
+    connection = Connection.open(f"file:{quote(str(path))}?{'mode=ro&immutable=1' if seen.is_immutable else 'mode=rw'}")
     try:
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA cache_size = -16384")
@@ -407,11 +343,11 @@ def _connect(path: Path, seen: _Seen) -> _Connection:
         connection.execute("PRAGMA cell_size_check = ON")
         (version,) = connection.execute("PRAGMA user_version").fetchone()
         if version == 1:
-            _run(connection, _AS_VERSION_2)
+            connection.run(_AS_VERSION_2)
             connection.is_kept = False
         elif version != _VERSION:
             raise StoreDamaged(f"{path}: version {version} is unknown, expected 1 or {_VERSION}")
-        elif connection.execute("SELECT 1 FROM store WHERE schema = ?", (_schema(connection),)).fetchone() is None:
+        elif connection.execute("SELECT 1 FROM store WHERE schema = ?", (connection.schema(),)).fetchone() is None:
             raise StoreDamaged(f"store {path}: the catalogue is damaged: its schema is not the one it was made with")
     except BaseException:
         connection.close()
@@ -419,38 +355,14 @@ def _connect(path: Path, seen: _Seen) -> _Connection:
     return connection
 
 
-def _open(database: str) -> _Connection:
-    connection = sqlite3.connect(
-        database,
-        uri=database.startswith("file:"),
-        timeout=10.0,
-        isolation_level=None,
-        check_same_thread=False,
-        factory=_Connection,
-    )
-    connection.text_factory = bytes
-    connection.create_function("row_checksum", -1, row_checksum, deterministic=True)
-    return connection
+def lost_commits(connection: Connection, noted: int) -> Iterator[str]:
+    """A problem where the catalogue has fewer commits than the writer lock has noted."""
+    if (commits := connection.num_commits()) < noted:
+        yield f"the last {noted - commits} of {noted} commits are lost"
 
 
-def _schema(connection: sqlite3.Connection) -> bytes:
-    """A checksum of the schema as it is."""
-    query = "SELECT sql FROM main.sqlite_master WHERE sql NOT NULL ORDER BY name"
-    return row_checksum(*(blob(sql) for (sql,) in connection.execute(query)))
-
-
-def _make(connection: sqlite3.Connection, script: str) -> None:
+def _make(connection: Connection, script: str) -> None:
     """Run a schema's script, and count the commits from here on."""
-    _run(connection, script)
-    connection.execute("INSERT INTO store VALUES (0, 0, ?, NULL)", (_schema(connection),))
-    set_committed(connection, 0)
-
-
-def _run(connection: sqlite3.Connection, script: str) -> None:
-    """The statements of a script, in the transaction that is open; `executescript` would commit it."""
-    statement = ""
-    for line in script.splitlines(keepends=True):
-        statement += line
-        if sqlite3.complete_statement(statement):
-            connection.execute(statement)
-            statement = ""
+    connection.run(script)
+    connection.execute("INSERT INTO store VALUES (0, 0, ?, NULL)", (connection.schema(),))
+    connection.set_num_commits(0)

@@ -33,7 +33,7 @@ class WriterLock:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Hold the lock. Raises StoreLocked naming the holder after the timeout."""
+        """Hold the lock; StoreLocked, naming the holder, after the timeout."""
         deadline = time.monotonic() + self._timeout_seconds
         if not self._thread_lock.acquire(timeout=self._timeout_seconds):
             raise StoreLocked(f"{self._path}: another thread has been writing for {self._timeout_seconds:g} s")
@@ -52,45 +52,39 @@ class WriterLock:
 
     @contextmanager
     def idle(self) -> Iterator[bool]:
-        """Yield whether there is no writer, and keep writers out meanwhile.
-
-        Also where the lock file may only be read, or is not there.
-        """
+        """Yield whether there is no writer, and keep writers out meanwhile, if the lock file can be read at all."""
         try:
             descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             yield True
             return
         try:
+            is_idle = True
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                yield False
-            else:
-                yield True
+                is_idle = False
+            yield is_idle
         finally:
             os.close(descriptor)
 
     def note(self, num_commits: int) -> None:
         """Keep the number of commits, after each; only while the lock is held.
 
-        Not synced: what a power failure takes away is a smaller number, which says nothing wrong.
+        Not synced: after a power failure it may be smaller, which does no harm.
         """
         os.pwrite(self._descriptor, _NOTE.pack(num_commits, _note_checksum(num_commits)), _NOTE_OFFSET)
 
-    def noted(self) -> int | None:
-        """The number that was kept last; None where there is none, or a damaged one."""
+    def noted(self) -> int:
+        """The number that was kept last; 0 where there is none, or a damaged one."""
         try:
-            content = self._path.read_bytes()[_NOTE_OFFSET:]
-        except OSError:
-            return None
-        if len(content) < _NOTE.size:
-            return None
-        num_commits, checksum = _NOTE.unpack_from(content)
-        return int(num_commits) if checksum == _note_checksum(num_commits) else None
+            num_commits, checksum = _NOTE.unpack_from(self._path.read_bytes(), _NOTE_OFFSET)
+        except (OSError, struct.error):
+            return 0
+        return int(num_commits) if checksum == _note_checksum(num_commits) else 0
 
     def _acquire(self, descriptor: int, deadline: float) -> None:
-        # flock has no timeout, and a blocking call could not be interrupted from a thread; so it is asked repeatedly.
+        # flock has no timeout, and a blocking call could not be interrupted from a thread, so it is repeated.
         while True:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

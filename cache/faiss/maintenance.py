@@ -11,49 +11,30 @@ that there was one. `audit` looks for such damage; `rebuild` writes the catalogu
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, suppress
-from dataclasses import dataclass
-from itertools import chain
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cache.codecs import Codec
 from cache.errors import CacheError, DamagedRecord, InvalidName, ManifestError, StoreDamaged
-from cache.faiss.catalogue import SUMS, Catalogue, num_committed, set_committed, translated
-from cache.faiss.lock import WriterLock
-from cache.faiss.rows import (
-    COVERED,
-    blob,
-    bump,
-    checked_row,
-    checked_rows,
-    find_collection,
-    integer,
-    put_row,
-    row_name,
-    set_alias,
-    shown,
-    text,
-)
-from cache.faiss.segments import Segment, SegmentFiles, SegmentGone, remove_orphans, write_segment
+from cache.faiss.catalogue import SUMS, Catalogue, lost_commits
+from cache.faiss.rows import COVERED, Connection, blob, checked_row, integer, row_name, text, translated
+from cache.faiss.segments import Segment, SegmentFiles, SegmentGone
 from cache.manifest import Manifest
 from cache.record import Header, passage_id_bytes
 from cache.store import Audit
 
 # Up to this much is rewritten at a time; FAISS's copies make it about four times that in memory.
 TARGET_SEGMENT_BYTES = 128 << 20
-# Smaller segments are merged automatically once there are `MAX_SMALL_SEGMENTS`; larger ones only on request.
+# Smaller segments are merged automatically once there are many; larger ones only on request.
 _SMALL_SEGMENT_BYTES = 8 << 20
-MAX_SMALL_SEGMENTS = 64
 
 _MAX_SHOWN = 20
 _UNREADABLE = "rows that cannot be read:"
 
 
-@dataclass(frozen=True, slots=True)
-class Compaction:
+class Compaction(NamedTuple):
     """Effect of a compaction."""
 
     num_segments_before: int
@@ -61,44 +42,103 @@ class Compaction:
     num_bytes_dropped: int
 
 
-@dataclass(frozen=True, slots=True)
-class SegmentUse:
-    """A segment and how many of its rows a passage points at."""
+class _Use(NamedTuple):
+    """A segment, and sizes of the rows that passages point at and of the others."""
 
     segment: Segment
-    num_live_rows: int
-
-    @property
-    def num_live_bytes(self) -> int:
-        return self.num_live_rows * self.segment.code_size
-
-    @property
-    def num_dead_bytes(self) -> int:
-        return (self.segment.num_rows - self.num_live_rows) * self.segment.code_size
+    num_live_bytes: int
+    num_dead_bytes: int
 
 
-def segments_in_use(connection: sqlite3.Connection, collection_id: int) -> list[SegmentUse]:
-    """All segments of a collection, oldest first."""
-    query = "SELECT segment_id, sum(num_states) FROM passages WHERE collection_id = ? GROUP BY segment_id"
-    live = dict(connection.execute(query, (collection_id,)))
-    where = "WHERE collection_id = ? ORDER BY segment_id"
-    return [
-        SegmentUse(Segment(segment_id, *rest), integer(live.get(segment_id, 0)))
-        for segment_id, _, *rest in checked_rows(connection, "segments", where, collection_id)
-    ]
+class Compactor:
+    """One compaction; its caller holds the writer lock during each step."""
+
+    def __init__(self, catalogue: Catalogue, files: SegmentFiles) -> None:
+        self._catalogue = catalogue
+        self._files = files
+        self._before: list[_Use] | None = None
+        self._unreadable: set[int] = set()
+
+    def step(self, collection_id: int, codec: Codec) -> Compaction | None:
+        """Rewrite a group of segments, or return the effect where there is nothing left to rewrite."""
+        uses = self._uses(collection_id)
+        self._before = uses if self._before is None else self._before
+        groups = _plan([use for use in uses if use.segment.segment_id not in self._unreadable])
+        if groups:
+            self._rewrite(groups[0], collection_id, codec)
+            return None
+        dead = [sum(use.num_dead_bytes for use in state) for state in (self._before, uses)]
+        return Compaction(len(self._before), len(uses), dead[0] - dead[1])
+
+    def merge_small(self, collection_id: int, codec: Codec, min_segments: int) -> None:
+        """Rewrite small segments where there are at least `min_segments`."""
+        with self._catalogue.reading() as connection:
+            query = "SELECT count(*) FROM segments WHERE collection_id = ? AND num_rows * code_size < ?"
+            (number,) = connection.execute(query, (collection_id, _SMALL_SEGMENT_BYTES)).fetchone()
+        if number >= min_segments:
+            uses = self._uses(collection_id)
+            small = [one for one in uses if one.num_live_bytes + one.num_dead_bytes < _SMALL_SEGMENT_BYTES]
+            for group in _plan(small)[:1]:
+                self._rewrite(group, collection_id, codec)
+
+    def _uses(self, collection_id: int) -> list[_Use]:
+        """All segments of a collection, oldest first."""
+        query = "SELECT segment_id, sum(num_states) FROM passages WHERE collection_id = ? GROUP BY segment_id"
+        where = "WHERE collection_id = ? ORDER BY segment_id"
+        uses = []
+        with self._catalogue.reading() as connection:
+            live = dict(connection.execute(query, (collection_id,)))
+            for segment_id, _, *rest in connection.checked("segments", where, collection_id):
+                segment = Segment(segment_id, *rest)
+                num_live = integer(live.get(segment_id, 0))
+                num_dead = segment.num_rows - num_live
+                uses.append(_Use(segment, num_live * segment.code_size, num_dead * segment.code_size))
+        return uses
+
+    def _rewrite(self, group: list[_Use], collection_id: int, codec: Codec) -> None:
+        """Rewrite a group as one segment.
+
+        A segment whose file is missing or too short is left as it is, so that its passages keep being reported damaged;
+        codes are copied unchecked for the same reason: their checksums travel with them.
+        """
+        parts: list[NDArray[np.uint8]] = []
+        moved: list[tuple[int, int, int]] = []  # new first row, row key, old segment
+        readable: list[Segment] = []
+        num_rows = 0
+        with self._catalogue.reading() as connection:
+            for segment, *_ in group:
+                query = "SELECT row_key, first_row, num_states FROM passages WHERE segment_id = ? ORDER BY first_row"
+                places = [tuple(map(integer, row)) for row in connection.execute(query, (segment.segment_id,))]
+                codes: list[NDArray[np.uint8] | DamagedRecord] = []
+                with suppress(SegmentGone):
+                    codes = list(self._files.codes(segment, [(first, number) for _, first, number in places]))
+                whole = [one for one in codes if not isinstance(one, DamagedRecord)]
+                if len(whole) < len(places):
+                    self._unreadable.add(segment.segment_id)
+                    continue
+                readable.append(segment)
+                parts.extend(whole)
+                for row_key, _, num_states in places:
+                    moved.append((num_rows, row_key, segment.segment_id))
+                    num_rows += num_states
+        if not readable:
+            return
+        if num_rows:
+            matrix = np.concatenate(parts).reshape(num_rows, codec.code_size_bytes)
+            file_name, offset = self._files.write(codec, matrix)
+        with self._catalogue.writing() as connection:
+            if num_rows:
+                new = connection.insert_segment(collection_id, file_name, matrix, offset)
+                query = f"UPDATE passages SET segment_id = {new}, first_row = ? WHERE row_key = ? AND segment_id = ?"
+                connection.executemany(query, moved)
+            connection.executemany("DELETE FROM segments WHERE segment_id = ?", [(one.segment_id,) for one in readable])
+            connection.execute("UPDATE store SET num_removed = num_removed + 1")
+        self._files.remove(segment.file_name for segment in readable)
 
 
-def small_segments(connection: sqlite3.Connection, collection_id: int, min_segments: int) -> list[SegmentUse]:
-    """Segments that are merged automatically; none before there are `min_segments`."""
-    query = "SELECT count(*) FROM segments WHERE collection_id = ? AND num_rows * code_size < ?"
-    (number,) = connection.execute(query, (collection_id, _SMALL_SEGMENT_BYTES)).fetchone()
-    uses = segments_in_use(connection, collection_id) if number >= min_segments else []
-    return [use for use in uses if use.segment.num_rows * use.segment.code_size < _SMALL_SEGMENT_BYTES]
-
-
-def plan(uses: list[SegmentUse]) -> list[list[SegmentUse]]:
+def _plan(uses: list[_Use]) -> list[list[_Use]]:
     """Groups of segments worth rewriting, each at most about TARGET_SEGMENT_BYTES of live codes."""
-    groups: list[list[SegmentUse]] = [[]]
+    groups: list[list[_Use]] = [[]]
     num_bytes = 0
     for use in uses:
         if not use.num_dead_bytes and use.num_live_bytes >= TARGET_SEGMENT_BYTES // 2:
@@ -111,79 +151,20 @@ def plan(uses: list[SegmentUse]) -> list[list[SegmentUse]]:
     return [group for group in groups if len(group) > 1 or (group and group[0].num_dead_bytes)]
 
 
-def rewrite(
-    catalogue: Catalogue, files: SegmentFiles, codec: Codec, collection_id: int, group: list[SegmentUse]
-) -> set[int]:
-    """Rewrite a group as one segment; returns the segments that could not be.
-
-    A segment whose file is missing or too short is left as it is, so that its passages keep being reported damaged;
-    codes are copied unchecked for the same reason: their checksums travel with them.
-    """
-    parts: list[NDArray[np.uint8]] = []
-    moved: list[tuple[int, int, int]] = []  # new first row, row key, old segment
-    readable: list[Segment] = []
-    num_rows = 0
-    with catalogue.reading() as connection:
-        for segment in (use.segment for use in group):
-            query = "SELECT row_key, first_row, num_states FROM passages WHERE segment_id = ? ORDER BY first_row"
-            places = [tuple(map(integer, row)) for row in connection.execute(query, (segment.segment_id,))]
-            try:
-                codes = list(files.codes(segment, [(first_row, num_states) for _, first_row, num_states in places]))
-            except SegmentGone:
-                codes = []
-            whole = [one for one in codes if not isinstance(one, DamagedRecord)]
-            if len(whole) < len(places):
-                continue
-            readable.append(segment)
-            parts.extend(whole)
-            for row_key, _, num_states in places:
-                moved.append((num_rows, row_key, segment.segment_id))
-                num_rows += num_states
-    if readable:
-        if num_rows:
-            matrix = np.concatenate(parts).reshape(num_rows, codec.code_size_bytes)
-            file_name, offset = write_segment(files.directory, codec, matrix)
-        with catalogue.writing() as connection:
-            if num_rows:
-                segment_id = add_segment(connection, collection_id, file_name, matrix, offset)
-                query = (
-                    f"UPDATE passages SET segment_id = {segment_id}, first_row = ? WHERE row_key = ? AND segment_id = ?"
-                )
-                connection.executemany(query, moved)
-            connection.executemany("DELETE FROM segments WHERE segment_id = ?", [(one.segment_id,) for one in readable])
-            connection.execute("UPDATE store SET num_removed = num_removed + 1")
-        for segment in readable:
-            (files.directory / segment.file_name).unlink(missing_ok=True)
-    return {use.segment.segment_id for use in group} - {segment.segment_id for segment in readable}
-
-
-def add_segment(
-    connection: sqlite3.Connection, collection_id: int, file_name: str, codes: NDArray[np.uint8], offset: int
-) -> int:
-    """A catalogue row for a durable segment file with these codes (num_rows, code_size); returns its id."""
-    num_rows, code_size = codes.shape
-    segment_id = put_row(
-        connection, "segments", collection_id=collection_id, file_name=file_name, num_rows=num_rows,
-        code_size=code_size, codes_offset=offset,
-    )  # fmt: skip
-    assert segment_id is not None
-    return segment_id
-
-
-def audit(catalogue: Catalogue, directory: Path, lock: WriterLock, collection: str) -> Audit:
+def audit(catalogue: Catalogue, files: SegmentFiles, collection: str) -> Audit:
     """Damage of the catalogue: its pages and indexes, rows that no record vouches for, counts, lost commits.
 
     Raises:
         StoreDamaged: it cannot be opened at all.
     """
-    noted = lock.noted() or 0  # before the catalogue: a writer commits first
+    noted = catalogue.lock.noted()  # before the catalogue: a writer commits first
     problems: list[str] = []
     if not catalogue.exists:
         return Audit()
     with translated(catalogue.path), catalogue.reading() as connection:
         for check in (
-            _damaged_pages(connection),
-            _lost_commits(connection, noted),
+            connection.damaged_pages(_MAX_SHOWN),
+            lost_commits(connection, noted),
             _damaged_names(connection),
             _wrong_counts(connection, collection),
         ):
@@ -194,27 +175,13 @@ def audit(catalogue: Catalogue, directory: Path, lock: WriterLock, collection: s
         for _ in _whole_rows(connection, "segments", problems):
             pass  # a damaged file is reported by its passages
     orphans: list[str] = []
-    with lock.idle() as is_idle, suppress(CacheError, OSError, sqlite3.Error):
-        if is_idle and directory.is_dir():
-            committed = committed_files(catalogue, lock)
-            orphans = sorted(path.name for path in directory.iterdir() if path.name not in committed)
+    with catalogue.lock.idle() as is_idle, suppress(CacheError, OSError, sqlite3.Error):
+        if is_idle:
+            orphans = [path.name for path in files.orphans(catalogue.committed_files())]
     return Audit(tuple(problems), tuple(orphans))
 
 
-def committed_files(catalogue: Catalogue, lock: WriterLock) -> set[str]:
-    """Names of the segments that are in the catalogue: all others may be removed.
-
-    Raises:
-        StoreDamaged: that is not certain, so that a damaged catalogue never costs the codes it should name.
-    """
-    noted = lock.noted() or 0
-    with catalogue.reading() as connection:
-        for problem in chain(_lost_commits(connection, noted), _damaged_pages(connection, "segments")):
-            raise StoreDamaged(f"the catalogue is damaged: {problem}")
-        return {file_name for _, _, file_name, *_ in checked_rows(connection, "segments")}
-
-
-def rebuild(catalogue: Catalogue, directory: Path, lock: WriterLock) -> list[str]:
+def rebuild(catalogue: Catalogue, files: SegmentFiles) -> list[str]:
     """Replace the catalogue by one with all its intact rows; returns what was left behind.
 
     Only for the holder of the writer lock. Counters, indexes and generations are made again.
@@ -228,31 +195,18 @@ def rebuild(catalogue: Catalogue, directory: Path, lock: WriterLock) -> list[str
             raise StoreDamaged(f"no collection can be read, and nothing was changed: {left[0]}")
         commits = 0
         with suppress(StoreDamaged, sqlite3.Error):
-            commits = num_committed(old)
+            commits = old.num_commits()
         # More than any that was acknowledged: losses have been reported.
-        commits = max(commits, lock.noted() or 0) + 1
-        set_committed(new, commits)
+        commits = max(commits, catalogue.lock.noted()) + 1
+        new.set_num_commits(commits)
         new.execute("COMMIT")
-    catalogue.replace(catalogue.aside)
-    lock.note(commits)
-    remove_orphans(directory, committed_files(catalogue, lock))
+    catalogue.replace()
+    catalogue.lock.note(commits)
+    files.remove(path.name for path in files.orphans(catalogue.committed_files()))
     return left
 
 
-def _damaged_pages(connection: sqlite3.Connection, table: str = "") -> Iterator[str]:
-    """SQLite's own check, which ends where a walk over a damaged index might not: it counts the pages visited."""
-    for (line,) in connection.execute(f"PRAGMA integrity_check({table or _MAX_SHOWN})"):
-        if line != b"ok":
-            yield f"catalogue: {line.decode(errors='replace')}"
-
-
-def _lost_commits(connection: sqlite3.Connection, noted: int) -> Iterator[str]:
-    commits = num_committed(connection)
-    if commits < noted:
-        yield f"the last {noted - commits} of {noted} commits are lost"
-
-
-def _damaged_names(connection: sqlite3.Connection) -> Iterator[str]:
+def _damaged_names(connection: Connection) -> Iterator[str]:
     """Collections, aliases and generations whose row is damaged, or that point nowhere."""
     problems: list[str] = []
     names = {name for _, name, _ in _whole_collections(connection, problems)}
@@ -264,9 +218,9 @@ def _damaged_names(connection: sqlite3.Connection) -> Iterator[str]:
     yield from problems
 
 
-def _wrong_counts(connection: sqlite3.Connection, collection: str) -> Iterator[str]:
+def _wrong_counts(connection: Connection, collection: str) -> Iterator[str]:
     """Counters that differ from the rows, and rows that belong to nothing."""
-    collection_id = find_collection(connection, collection)
+    collection_id = connection.find_collection(collection)
     if collection_id is not None:
         sums = ", ".join(f"coalesce(sum({column}), 0)" for column in SUMS.values())
         # One statement: both see the same commits.
@@ -287,7 +241,7 @@ def _wrong_counts(connection: sqlite3.Connection, collection: str) -> Iterator[s
             yield f"{number} passages {problem}"
 
 
-def _salvaged(connection: sqlite3.Connection, query: str, problems: list[str]) -> Iterator[tuple[Any, ...]]:
+def _salvaged(connection: Connection, query: str, problems: list[str]) -> Iterator[tuple[Any, ...]]:
     """Rows of a query until one cannot be read, which becomes a problem."""
     try:
         yield from connection.execute(query)
@@ -296,7 +250,7 @@ def _salvaged(connection: sqlite3.Connection, query: str, problems: list[str]) -
 
 
 def _whole_rows(
-    connection: sqlite3.Connection, table: str, problems: list[str], also: str = "NULL"
+    connection: Connection, table: str, problems: list[str], also: str = "NULL"
 ) -> Iterator[tuple[Any, ...]]:
     """The covered columns of intact rows, and one more; damaged rows become problems."""
     query = f"SELECT {also}, {', '.join(COVERED[table])}, checksum FROM {table}"
@@ -307,7 +261,7 @@ def _whole_rows(
             problems.append(f"{row_name(table, row)}: {exc}")
 
 
-def _whole_collections(connection: sqlite3.Connection, problems: list[str]) -> Iterator[tuple[int, str, bytes]]:
+def _whole_collections(connection: Connection, problems: list[str]) -> Iterator[tuple[int, str, bytes]]:
     """Numbers, names and manifests of intact collections."""
     for collection_id, name, manifest in _whole_rows(connection, "collections", problems, "manifest"):
         try:
@@ -317,30 +271,30 @@ def _whole_collections(connection: sqlite3.Connection, problems: list[str]) -> I
             problems.append(f"collection {name!r}: {exc}")
 
 
-def _copy_names(old: sqlite3.Connection, new: sqlite3.Connection, left: list[str]) -> set[int]:
+def _copy_names(old: Connection, new: Connection, left: list[str]) -> set[int]:
     """Copy collections, aliases, generations and segments; returns the numbers of the collections."""
     kept: dict[str, int] = {}
     for collection_id, name, manifest in _whole_collections(old, left):
-        put_row(new, "collections", collection_id=collection_id, name=name, manifest=manifest)
+        new.put("collections", collection_id=collection_id, name=name, manifest=manifest)
         kept[name] = collection_id
     for alias, name, _ in _whole_rows(old, "aliases", left):
         try:
-            set_alias(new, alias, name, shadowing=True)
+            new.set_alias(alias, name, shadowing=True)
         except CacheError as exc:
             left.append(f"alias {alias!r}: {exc}")
     lost: list[str] = []  # a damaged generation loses nothing
     for name, generation, _ in _whole_rows(old, "generations", lost):
-        put_row(new, "generations", name=name, generation=generation)
+        new.put("generations", name=name, generation=generation)
     left.extend(problem for problem in lost if problem.startswith(_UNREADABLE))
     for name in kept:
-        bump(new, name)
+        new.bump(name)
     for row in _whole_rows(old, "segments", left):
         if row[1] in kept.values():
-            put_row(new, "segments", **dict(zip(COVERED["segments"], row, strict=False)))
+            new.put("segments", **dict(zip(COVERED["segments"], row, strict=False)))
     return set(kept.values())
 
 
-def _copy_passages(old: sqlite3.Connection, new: sqlite3.Connection, collections: set[int], left: list[str]) -> None:
+def _copy_passages(old: Connection, new: Connection, collections: set[int], left: list[str]) -> None:
     segments = {segment_id for (segment_id,) in new.execute("SELECT segment_id FROM segments")}
     insert = f"""INSERT OR IGNORE INTO passages (row_key, collection_id, passage_id, segment_id, first_row,
         {", ".join(SUMS.values())}, header, windows, text) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
@@ -359,6 +313,6 @@ def _copy_passages(old: sqlite3.Connection, new: sqlite3.Connection, collections
                 place = integer(row_key), collection_id, passage_id, segment_id, integer(first_row)
                 new.execute(insert, (*place, *header.counts, packed, blob(windows), blob(written)))
             except (DamagedRecord, InvalidName, StoreDamaged) as exc:
-                left.append(f"passage {shown(passage_id)}: {exc}")
+                left.append(f"{row_name('passages', [passage_id])}: {exc}")
         if len(left) == complete or not left[-1].startswith(_UNREADABLE):
             return

@@ -1,23 +1,35 @@
-"""Rows of the catalogue's tables, as functions over a connection: checked when read, signed when written.
+"""Connections to the catalogue: rows checked when read and signed when written, and SQLite's errors as the cache's.
 
 A passage's record header is the checksum of its row: it covers the requested id, and the other columns must agree with
 it; a wrong place in a segment holds other codes. All other rows carry a checksum over their columns. Values go through
 `integer`, `text` or `blob`, because a flipped bit may change a column's type; these and everything else that finds a
-damaged row raise StoreDamaged. Transactions and locks are the caller's.
+damaged row raise StoreDamaged.
 """
 
+import errno
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import groupby
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from cache.errors import CollectionExists, CollectionNotFound, DamagedRecord, ManifestError, StoreDamaged
+from cache.errors import (
+    CacheError,
+    CollectionExists,
+    CollectionNotFound,
+    DamagedRecord,
+    ManifestError,
+    StoreAccessDenied,
+    StoreDamaged,
+    StoreFull,
+    StoreLocked,
+)
 from cache.faiss.segments import Segment, SegmentFiles, SegmentGone
 from cache.manifest import Manifest
 from cache.record import RECORD_VERSION, Damaged, Header, Record, check_name, passage_id_bytes
@@ -48,6 +60,29 @@ _SELECT = """SELECT passage_id, header, windows, text, first_row, passages.num_s
     checksum
     FROM passages LEFT JOIN segments ON segments.segment_id = passages.segment_id WHERE passages.collection_id = ?"""
 
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
+_SQLITE: dict[int, tuple[type[CacheError], str]] = {
+    sqlite3.SQLITE_FULL: (StoreFull, "has no space left"),
+    sqlite3.SQLITE_READONLY: (StoreAccessDenied, "may not be written"),
+    sqlite3.SQLITE_PERM: (StoreAccessDenied, "may not be opened"),
+    sqlite3.SQLITE_CANTOPEN: (StoreAccessDenied, "cannot be opened"),
+    sqlite3.SQLITE_AUTH: (StoreAccessDenied, "may not be opened"),
+    sqlite3.SQLITE_BUSY: (StoreLocked, "is held by another process"),
+    sqlite3.SQLITE_LOCKED: (StoreLocked, "is held by another process"),
+    sqlite3.SQLITE_CORRUPT: (StoreDamaged, "is damaged"),
+    sqlite3.SQLITE_NOTADB: (StoreDamaged, "is not a catalogue"),
+    # Our statements are fixed and the schema is ours, so these mean that the file is not what we wrote.
+    **dict.fromkeys(
+        (
+            sqlite3.SQLITE_ERROR, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_FORMAT,
+            sqlite3.SQLITE_INTERNAL, sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_RANGE, sqlite3.SQLITE_EMPTY,
+        ),
+        (StoreDamaged, "is damaged"),
+    ),
+}  # fmt: skip
+_SHORT_READ = 10 | 2 << 8  # SQLITE_IOERR_SHORT_READ, which the module does not name
+
 
 def integer(value: object) -> int:
     if type(value) is not int:
@@ -68,97 +103,193 @@ def text(value: object) -> str:
         raise StoreDamaged(f"the catalogue is damaged: {value!r:.40}, expected UTF-8") from exc
 
 
-def shown(value: object) -> str:
-    """A column for a message, as text as far as it is text."""
-    return repr(value.decode(errors="replace") if isinstance(value, bytes) else value)
-
-
-def row_checksum(*columns: int | str | bytes) -> bytes:
-    """Checksum of the columns; the function of that name in SQL."""
-    return xxhash.xxh3_64_digest(repr(columns).encode())
-
-
 def checked_row(table: str, row: Sequence[object]) -> tuple[Any, ...]:
     """The covered columns of a row whose checksum comes last."""
     *columns, checksum = row
     kinds = COVERED[table].values()
     values = [integer(one) if kind is int else text(one) for kind, one in zip(kinds, columns, strict=True)]
-    if checksum not in (row_checksum(*values), UNCHECKED):
+    if checksum not in (_row_checksum(*values), UNCHECKED):
         raise StoreDamaged(f"the catalogue is damaged: checksum of {row_name(table, columns)} does not match")
     return tuple(values)
-
-
-def checked_rows(connection: sqlite3.Connection, table: str, where: str = "", *values: object) -> Iterator[Any]:
-    """The covered columns of rows, each checked; `where` may also order them."""
-    for row in connection.execute(f"SELECT {', '.join(COVERED[table])}, checksum FROM {table} {where}", values):
-        yield checked_row(table, row)
-
-
-def put_row(connection: sqlite3.Connection, table: str, **columns: object) -> int | None:
-    """Insert a row with its checksum, or replace the row of its key; returns the key where the catalogue assigns it."""
-    names, marks = ", ".join(columns), ", ".join("?" * len(columns))
-    query = f"INSERT OR REPLACE INTO {table} ({names}) VALUES ({marks})"
-    assigned = connection.execute(query, tuple(columns.values())).lastrowid
-    key, *_ = covered = COVERED[table]
-    query = f"UPDATE {table} SET checksum = row_checksum({', '.join(covered)}) WHERE {key} = ?"
-    connection.execute(query, (columns.get(key, assigned),))
-    return assigned
 
 
 def row_name(table: str, columns: Sequence[object]) -> str:
     """A row in a message: its table, and its first column that is text."""
     key = next((one for one in columns if isinstance(one, bytes)), columns[0])
-    return f"{'alias' if table == 'aliases' else table.removesuffix('s')} {shown(key)}"
+    shown = key.decode(errors="replace") if isinstance(key, bytes) else key
+    return f"{'alias' if table == 'aliases' else table.removesuffix('s')} {shown!r}"
 
 
-def find_collection(connection: sqlite3.Connection, name: str) -> int | None:
-    """Its number in the catalogue; a name used again gets another one."""
-    return next((number for number, _ in checked_rows(connection, "collections", "WHERE name = ?", name)), None)
+def _row_checksum(*columns: int | str | bytes) -> bytes:
+    return xxhash.xxh3_64_digest(repr(columns).encode())
 
 
-def require_collection(connection: sqlite3.Connection, name: str) -> int:
-    if (collection_id := find_collection(connection, name)) is None:
-        raise CollectionNotFound(f"collection: {name!r} does not exist in this store")
-    return collection_id
+class Connection(sqlite3.Connection):
+    """A connection to a catalogue, in autocommit. Transactions and locks are the caller's."""
+
+    is_kept = True  # in the pool; not to a file of version 1, which another process may upgrade
+
+    @classmethod
+    def open(cls, database: str) -> "Connection":
+        is_uri = database.startswith("file:")
+        connection = sqlite3.connect(
+            database, uri=is_uri, timeout=10.0, isolation_level=None, check_same_thread=False, factory=cls
+        )
+        connection.text_factory = bytes
+        connection.create_function("row_checksum", -1, _row_checksum, deterministic=True)
+        return connection
+
+    def run(self, script: str) -> None:
+        """The statements of a script, in the transaction that is open; `executescript` would commit it."""
+        statement = ""
+        for line in script.splitlines(keepends=True):
+            statement += line
+            if sqlite3.complete_statement(statement):
+                self.execute(statement)
+                statement = ""
+
+    def schema(self) -> bytes:
+        """A checksum of the schema as it is."""
+        query = "SELECT sql FROM main.sqlite_master WHERE sql NOT NULL ORDER BY name"
+        return _row_checksum(*(blob(sql) for (sql,) in self.execute(query)))
+
+    def num_commits(self) -> int:
+        """Transactions that this catalogue has seen."""
+        row = self.execute("SELECT num_commits, schema, checksum FROM store").fetchone()
+        if row is None or row[2] not in (_row_checksum(integer(row[0]), blob(row[1])), UNCHECKED):
+            raise StoreDamaged("the catalogue is damaged: its counters are missing or their checksum does not match")
+        return integer(row[0])
+
+    def set_num_commits(self, number: int) -> None:
+        self.execute("UPDATE store SET num_commits = ?1, checksum = row_checksum(?1, schema)", (number,))
+
+    def damaged_pages(self, check: str | int) -> Iterator[str]:
+        """SQLite's own check, of a table or up to so many problems; unlike a walk it ends on a damaged index."""
+        for (line,) in self.execute(f"PRAGMA integrity_check({check})"):
+            if line != b"ok":
+                yield f"catalogue: {line.decode(errors='replace')}"
+
+    def checked(self, table: str, where: str = "", *values: object) -> Iterator[Any]:
+        """The covered columns of rows, each checked; `where` may also order them."""
+        for row in self.execute(f"SELECT {', '.join(COVERED[table])}, checksum FROM {table} {where}", values):
+            yield checked_row(table, row)
+
+    def put(self, table: str, **columns: object) -> int:
+        """Insert a row with its checksum, or replace that of its key; returns the key that the catalogue assigned."""
+        names, marks = ", ".join(columns), ", ".join("?" * len(columns))
+        query = f"INSERT OR REPLACE INTO {table} ({names}) VALUES ({marks})"
+        assigned = self.execute(query, tuple(columns.values())).lastrowid
+        key, *_ = covered = COVERED[table]
+        query = f"UPDATE {table} SET checksum = row_checksum({', '.join(covered)}) WHERE {key} = ?"
+        self.execute(query, (columns.get(key, assigned),))
+        return assigned or 0
+
+    def find_collection(self, name: str) -> int | None:
+        """Its number in the catalogue; a name used again gets another one."""
+        return next((number for number, _ in self.checked("collections", "WHERE name = ?", name)), None)
+
+    def require_collection(self, name: str) -> int:
+        if (collection_id := self.find_collection(name)) is None:
+            raise CollectionNotFound(f"collection: {name!r} does not exist in this store")
+        return collection_id
+
+    def manifest(self, name: str) -> Manifest | None:
+        row = self.execute("SELECT manifest FROM collections WHERE name = ?", (name,)).fetchone()
+        try:
+            return None if row is None else Manifest.from_json(blob(row[0]), name)
+        except ManifestError as exc:
+            raise StoreDamaged(f"collection {name!r} cannot be read: {exc}") from exc
+
+    def set_alias(self, alias: str, name: str, *, shadowing: bool) -> None:
+        check_name("alias", alias)
+        if self.find_collection(alias) is not None and not shadowing:
+            raise CollectionExists(f"alias: {alias!r} is the name of a collection")
+        self.require_collection(name)
+        self.put("aliases", alias=alias, name=name)
+
+    def generation(self, name: str) -> int:
+        return next((number for _, number in self.checked("generations", "WHERE name = ?", name)), 0)
+
+    def bump(self, name: str) -> None:
+        """Count up the generation: something of the collection changed."""
+        self.put("generations", name=name, generation=self.generation(name) + 1)
+
+    def insert_passages(
+        self, collection_id: int, file_name: str, codes: NDArray[np.uint8], offset: int, records: Mapping[str, Record]
+    ) -> None:
+        """Point passages at a new durable segment file that holds their codes in this order."""
+        segment_id = self.insert_segment(collection_id, file_name, codes, offset)
+        rows = []
+        first_row = 0
+        for passage_id, record in records.items():
+            # Software that writes version 1 cannot open this catalogue, so it is not written here.
+            header, encoded_id = record.header.latest(), passage_id_bytes(passage_id)
+            windows, _, encoded_text = record.payload
+            place = collection_id, encoded_id, segment_id, first_row
+            rows.append((*place, *header.counts, header.pack(encoded_id), windows, encoded_text))
+            first_row += header.num_states
+        self.executemany(_UPSERT, rows)
+
+    def insert_segment(self, collection_id: int, file_name: str, codes: NDArray[np.uint8], offset: int) -> int:
+        """A row for a durable segment file with these codes (num_rows, code_size); returns its id."""
+        columns = collection_id, file_name, *codes.shape, offset
+        _, *names = COVERED["segments"]
+        return self.put("segments", **dict(zip(names, columns, strict=True)))
+
+    def find_passages(self, collection_id: int, passage_ids: Iterable[str]) -> "list[_Row | _DamagedRow]":
+        """Rows of the passages that exist, in the order they lie on disk."""
+        found = self._by_ids(f"{_SELECT} AND passage_id IN", collection_id, passage_ids)
+        return sorted(
+            _rows(collection_id, found),
+            key=lambda row: (row.segment.segment_id, row.first_row) if isinstance(row, _Row) else (0, 0),
+        )
+
+    def next_passages(self, collection_id: int, after: bytes, limit: int) -> "tuple[list[_Row | _DamagedRow], bytes]":
+        """The next rows in order of passage id bytes, and the last id of those."""
+        query = f"{_SELECT} AND passage_id > ? ORDER BY passage_id LIMIT ?"
+        values = self.execute(query, (collection_id, after, limit)).fetchall()
+        for encoded_id, *_ in values:
+            if blob(encoded_id) <= after:  # a scan over such an index might not end
+                raise StoreDamaged("the catalogue is damaged: its index of passage ids is out of order")
+            after = encoded_id
+        return list(_rows(collection_id, values)), after
+
+    def headers(self, collection_id: int, passage_ids: Sequence[str]) -> dict[str, Header]:
+        """Headers of the passages that exist and whose header is whole, by id."""
+        found: dict[str, Header] = {}
+        query = "SELECT passage_id, header FROM passages WHERE collection_id = ? AND passage_id IN"
+        for encoded_id, packed in self._by_ids(query, collection_id, passage_ids):
+            with suppress(DamagedRecord, StoreDamaged):
+                found[text(encoded_id)] = Header.parse(blob(packed), encoded_id)
+        return found
+
+    def renew_headers(self, collection_id: int, after: int, limit: int) -> int | None:
+        """Rewrite headers of older versions among the next rows; the last of them, or None where there are no more.
+
+        A damaged header stays as it is, so that its passage keeps being reported.
+        """
+        query = """SELECT row_key, passage_id, header FROM passages NOT INDEXED
+            WHERE row_key > ? AND collection_id = ? ORDER BY row_key LIMIT ?"""
+        changed = []
+        last = None
+        for last, encoded_id, packed in self.execute(query, (after, collection_id, limit)).fetchall():
+            with suppress(DamagedRecord, StoreDamaged):
+                header = Header.parse(blob(packed), blob(encoded_id))
+                if header.version != RECORD_VERSION:
+                    latest = header.latest()
+                    changed.append((latest.pack(encoded_id), latest.total_bytes, last))
+        self.executemany("UPDATE passages SET header = ?, size_bytes = ? WHERE row_key = ?", changed)
+        return last
+
+    def _by_ids(self, query: str, collection_id: int, passage_ids: Iterable[str]) -> Iterator[tuple[Any, ...]]:
+        """Rows of a query that takes a collection and then, after IN, ids; run for some of the ids at a time."""
+        encoded = list(map(passage_id_bytes, dict.fromkeys(passage_ids)))
+        for start in range(0, len(encoded), _LOOKUP_CHUNK):
+            chunk = encoded[start : start + _LOOKUP_CHUNK]
+            yield from self.execute(f"{query} ({','.join('?' * len(chunk))})", (collection_id, *chunk))
 
 
-def read_manifest(connection: sqlite3.Connection, name: str) -> Manifest | None:
-    row = connection.execute("SELECT manifest FROM collections WHERE name = ?", (name,)).fetchone()
-    try:
-        return None if row is None else Manifest.from_json(blob(row[0]), name)
-    except ManifestError as exc:
-        raise StoreDamaged(f"collection {name!r} cannot be read: {exc}") from exc
-
-
-def set_alias(connection: sqlite3.Connection, alias: str, name: str, *, shadowing: bool) -> None:
-    check_name("alias", alias)
-    if find_collection(connection, alias) is not None and not shadowing:
-        raise CollectionExists(f"alias: {alias!r} is the name of a collection")
-    require_collection(connection, name)
-    put_row(connection, "aliases", alias=alias, name=name)
-
-
-def generation(connection: sqlite3.Connection, name: str) -> int:
-    return next((number for _, number in checked_rows(connection, "generations", "WHERE name = ?", name)), 0)
-
-
-def bump(connection: sqlite3.Connection, name: str) -> None:
-    """Count up the generation: something of the collection changed."""
-    put_row(connection, "generations", name=name, generation=generation(connection, name) + 1)
-
-
-def segment_of(collection_id: int, row: Sequence[object]) -> Segment | str:
-    """A segment from its row, or why there is none."""
-    if row[1] is None:
-        return f"segment {row[0]} is not in the catalogue"
-    try:
-        segment_id, owner, *rest = checked_row("segments", row)
-    except StoreDamaged as exc:
-        return str(exc)
-    return Segment(segment_id, *rest) if owner == collection_id else f"segment {segment_id} is of another collection"
-
-
-class Row(NamedTuple):
+class _Row(NamedTuple):
     """One passage as the catalogue has it, its columns checked against its header."""
 
     encoded_id: bytes
@@ -169,7 +300,7 @@ class Row(NamedTuple):
     segment: Segment
 
 
-class DamagedRow(NamedTuple):
+class _DamagedRow(NamedTuple):
     """A row that does not agree with its header."""
 
     encoded_id: bytes
@@ -177,15 +308,17 @@ class DamagedRow(NamedTuple):
     segment: None = None
 
 
-def read(rows: Iterable[Row | DamagedRow], files: SegmentFiles) -> Iterator[tuple[str, Record | Damaged | SegmentGone]]:
+def read_records(
+    rows: Iterable[_Row | _DamagedRow], files: SegmentFiles
+) -> Iterator[tuple[str, Record | Damaged | SegmentGone]]:
     """The records of rows by passage id, in their order; consecutive rows of one segment are read together.
 
     A Record is the passage as it was written: everything is checked.
     """
     for _, group in groupby(rows, key=attrgetter("segment")):
-        located: list[Row] = []
+        located: list[_Row] = []
         for row in group:
-            if isinstance(row, Row):
+            if isinstance(row, _Row):
                 located.append(row)
             else:
                 passage_id = row.encoded_id.decode(errors="replace")
@@ -202,7 +335,7 @@ def read(rows: Iterable[Row | DamagedRow], files: SegmentFiles) -> Iterator[tupl
             yield passage_id, _joined(passage_id, row, found)
 
 
-def _joined(passage_id: str, row: Row, codes: NDArray[np.uint8] | DamagedRecord) -> Record | Damaged:
+def _joined(passage_id: str, row: _Row, codes: NDArray[np.uint8] | DamagedRecord) -> Record | Damaged:
     try:
         if isinstance(codes, DamagedRecord):
             raise codes
@@ -211,109 +344,75 @@ def _joined(passage_id: str, row: Row, codes: NDArray[np.uint8] | DamagedRecord)
         return Damaged(passage_id, str(exc))
 
 
-def insert(connection: sqlite3.Connection, collection_id: int, segment_id: int, records: Mapping[str, Record]) -> None:
-    """Point passages at a new segment that holds their codes in this order."""
-    rows = []
-    first_row = 0
-    for passage_id, record in records.items():
-        # Software that writes version 1 cannot open this catalogue, so it is not written here.
-        header, encoded_id = record.header.latest(), passage_id_bytes(passage_id)
-        windows, _, encoded_text = record.payload
-        place = collection_id, encoded_id, segment_id, first_row
-        rows.append((*place, *header.counts, header.pack(encoded_id), windows, encoded_text))
-        first_row += header.num_states
-    connection.executemany(_UPSERT, rows)
-
-
-def find(connection: sqlite3.Connection, collection_id: int, passage_ids: Iterable[str]) -> list[Row | DamagedRow]:
-    """Rows of the passages that exist, in the order they lie on disk."""
-    found = _chunked(connection, f"{_SELECT} AND passage_id IN", collection_id, passage_ids)
-    return sorted(
-        _rows(collection_id, found),
-        key=lambda row: (row.segment.segment_id, row.first_row) if isinstance(row, Row) else (0, 0),
-    )
-
-
-def page(
-    connection: sqlite3.Connection, collection_id: int, after: bytes, limit: int
-) -> tuple[list[Row | DamagedRow], bytes]:
-    """The next rows in order of passage id bytes, and the last id of those."""
-    query = f"{_SELECT} AND passage_id > ? ORDER BY passage_id LIMIT ?"
-    values = connection.execute(query, (collection_id, after, limit)).fetchall()
-    for encoded_id, *_ in values:
-        if blob(encoded_id) <= after:  # a scan over such an index might not end
-            raise StoreDamaged("the catalogue is damaged: its index of passage ids is out of order")
-        after = encoded_id
-    return list(_rows(collection_id, values)), after
-
-
-def headers(connection: sqlite3.Connection, collection_id: int, passage_ids: Sequence[str]) -> dict[str, Header]:
-    """Headers of the passages that exist and whose header is whole, by id."""
-    found: dict[str, Header] = {}
-    query = "SELECT passage_id, header FROM passages WHERE collection_id = ? AND passage_id IN"
-    for encoded_id, packed in _chunked(connection, query, collection_id, passage_ids):
-        with suppress(DamagedRecord, StoreDamaged):
-            found[text(encoded_id)] = Header.parse(blob(packed), encoded_id)
-    return found
-
-
-def renew(connection: sqlite3.Connection, collection_id: int, after: int, limit: int) -> int | None:
-    """Rewrite headers of older versions among the next rows; the last of them, or None where there are no more.
-
-    A damaged header stays as it is, so that its passage keeps being reported.
-    """
-    query = """SELECT row_key, passage_id, header FROM passages NOT INDEXED
-        WHERE row_key > ? AND collection_id = ? ORDER BY row_key LIMIT ?"""
-    changed = []
-    last = None
-    for last, encoded_id, packed in connection.execute(query, (after, collection_id, limit)).fetchall():
-        with suppress(DamagedRecord, StoreDamaged):
-            header = Header.parse(blob(packed), blob(encoded_id))
-            if header.version != RECORD_VERSION:
-                latest = header.latest()
-                changed.append((latest.pack(encoded_id), latest.total_bytes, last))
-    connection.executemany("UPDATE passages SET header = ?, size_bytes = ? WHERE row_key = ?", changed)
-    return last
-
-
-def _chunked(
-    connection: sqlite3.Connection, query: str, collection_id: int, passage_ids: Iterable[str]
-) -> Iterator[tuple[Any, ...]]:
-    """Rows of a query that takes a collection and then, after IN, ids; run for some of the ids at a time."""
-    encoded = list(map(passage_id_bytes, dict.fromkeys(passage_ids)))
-    for start in range(0, len(encoded), _LOOKUP_CHUNK):
-        chunk = encoded[start : start + _LOOKUP_CHUNK]
-        yield from connection.execute(f"{query} ({','.join('?' * len(chunk))})", (collection_id, *chunk))
-
-
-def _rows(collection_id: int, found: Iterable[Sequence[Any]]) -> Iterator[Row | DamagedRow]:
-    segments: dict[object, Segment | str] = {}  # most passages of a request share theirs with others
+def _rows(collection_id: int, found: Iterable[Sequence[Any]]) -> Iterator[_Row | _DamagedRow]:
+    segments: dict[object, Segment | str] = {}  # most passages of a request share one with others
     for values in found:
         encoded_id, packed, windows, written, first_row, *counts = values[:10]
         if type(encoded_id) is not bytes:
             raise StoreDamaged(f"the catalogue is damaged: passage id {encoded_id!r:.40}, expected bytes")
         segment = segments.get(values[10])
         if segment is None:
-            segment = segments[values[10]] = segment_of(collection_id, values[10:])
+            segment = segments[values[10]] = _segment(collection_id, values[10:])
         try:
             if not (type(packed) is type(windows) is type(written) is bytes and type(first_row) is int):
                 raise DamagedRecord("a column of its catalogue row is of another type")
             header = Header.parse(packed, encoded_id)
             if header.version == 1:
-                _check_utf8(encoded_id)  # which its checksum does not cover
+                encoded_id.decode()  # which its checksum does not cover
             if tuple(counts) != header.counts:
                 raise DamagedRecord("its catalogue row does not agree with its header")
             if isinstance(segment, str):
                 raise DamagedRecord(segment)
             if header.code_size != segment.code_size:
                 raise DamagedRecord(f"{header.code_size} bytes per state, its segment has {segment.code_size}")
-            yield Row(encoded_id, header, windows, written, first_row, segment)
+            yield _Row(encoded_id, header, windows, written, first_row, segment)
+        except UnicodeDecodeError:
+            yield _DamagedRow(encoded_id, "its passage id is not UTF-8")
         except DamagedRecord as exc:
-            yield DamagedRow(encoded_id, str(exc))
+            yield _DamagedRow(encoded_id, str(exc))
 
 
-def _check_utf8(encoded_id: bytes) -> None:
+def _segment(collection_id: int, row: Sequence[object]) -> Segment | str:
+    """A segment from its row, or why there is none."""
+    if row[1] is None:
+        return f"segment {row[0]} is not in the catalogue"
     try:
-        encoded_id.decode()
-    except UnicodeDecodeError as exc:
-        raise DamagedRecord("its passage id is not UTF-8") from exc
+        segment_id, owner, *rest = checked_row("segments", row)
+    except StoreDamaged as exc:
+        return str(exc)
+    return Segment(segment_id, *rest) if owner == collection_id else f"segment {segment_id} is of another collection"
+
+
+@contextmanager
+def translated(path: Path) -> Iterator[None]:
+    """Raise a CacheError that names the store at `path` in place of OSError and sqlite3.Error.
+
+    Its text is ours, with a code of the system's or SQLite's: servers show it to callers. The cause has the rest.
+    """
+    try:
+        yield
+    except StoreDamaged as exc:
+        if str(path) in str(exc):
+            raise
+        raise StoreDamaged(f"store {path}: {exc}; see `preread verify`") from exc
+    except (UnicodeDecodeError, OverflowError) as exc:  # of the sqlite3 module, about a schema that is no text
+        raise StoreDamaged(f"store {path}: the catalogue is damaged; see `preread verify`") from exc
+    except OSError as exc:
+        if exc.errno in _FULL:
+            raise StoreFull(f"store {path}: no space left ({_code(exc)})") from exc
+        if exc.errno in _DENIED:
+            raise StoreAccessDenied(f"store {path}: not permitted ({_code(exc)})") from exc
+        raise CacheError(f"store {path}: {exc.strerror or 'a file failed'} ({_code(exc)})") from exc
+    except sqlite3.Error as exc:
+        # The low byte is the primary code; the rest tells details, which its name has.
+        code = getattr(exc, "sqlite_errorcode", 0)
+        error, reason = _SQLITE.get(code & 0xFF, (CacheError, "failed"))
+        if code == _SHORT_READ:
+            error, reason = StoreDamaged, "is too short"
+        raise error(
+            f"store {path}: the catalogue {reason} ({getattr(exc, 'sqlite_errorname', type(exc).__name__)})"
+        ) from exc
+
+
+def _code(error: OSError) -> str:
+    return errno.errorcode.get(error.errno or 0, type(error).__name__)

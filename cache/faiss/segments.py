@@ -2,8 +2,8 @@
 
 A segment is what `faiss.write_index` writes, and `faiss.read_index` opens it. Reading here takes the codes from a known
 offset instead: a damaged FAISS header cannot mislead the reader. They are read into memory and not mapped: a mapped
-file that is truncated (cp over it, rsync --inplace) kills the process at the next touch, which may be long after the
-read, and no check before can rule that out. Does not know which rows belong to which passage.
+file that is truncated (cp over it, rsync --inplace) kills the process at the next access, which may be long after the
+read, and no check before can rule that out.
 """
 
 import errno
@@ -13,7 +13,7 @@ import sys
 import threading
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,19 +25,18 @@ from cache.codecs import Codec
 from cache.errors import CacheError, DamagedRecord
 
 # The process needs descriptors for other things.
-MAX_OPEN_SEGMENTS = min(16384, max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
+_MAX_OPEN_SEGMENTS = min(16384, max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
 # The codes of one read stay in the processor's cache; those of several share a block, which any one of them keeps.
-MAX_READ_BYTES, BLOCK_BYTES = 1 << 18, 4 << 20
+_MAX_READ_BYTES, _BLOCK_BYTES = 1 << 18, 4 << 20
 # Read buffers that a store keeps for reuse.
-MAX_KEPT_BYTES = 128 << 20
+_MAX_KEPT_BYTES = 128 << 20
 # Of an open: the process lacks a right, descriptors or memory; anything else is the file's.
 _NOT_ITS_FAULT = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
-_SUFFIX, _ASIDE = ".faiss", ".tmp"
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Where a committed segment lies and how to find its codes."""
+    """Place of a committed segment and of the codes in it."""
 
     segment_id: int
     file_name: str
@@ -50,34 +49,6 @@ class SegmentGone(Exception):  # noqa: N818 - never leaves the embedded store, a
     """The file of a segment is not there: removed by a compaction since the catalogue was read, or lost."""
 
 
-def write_segment(directory: Path, codec: Codec, codes: NDArray[np.uint8]) -> tuple[str, int]:
-    """Write codes (num_rows, code_size) as a new segment; durable under its final name on return.
-
-    Returns file name and offset of the codes in it. Raises OSError, and then leaves nothing behind.
-    """
-    index = codec.new_index()
-    index.add_sa_codes(np.ascontiguousarray(codes))
-    # To memory first: FAISS's own file writer would lose an error of the last buffered write.
-    content = faiss.serialize_index(index)
-    offset = _codes_offset(codec)
-    if not np.array_equal(content[offset : offset + codes.nbytes], codes.reshape(-1)):
-        raise CacheError(f"segment: FAISS did not lay out {codec.factory} codes at offset {offset}")
-    name = uuid.uuid4().hex + _SUFFIX
-    aside = directory / (name + _ASIDE)
-    try:
-        with open(aside, "wb", buffering=0) as file:
-            rest = content.data
-            while rest:
-                rest = rest[file.write(rest) :]
-            os.fsync(file.fileno())
-        os.rename(aside, directory / name)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-    fsync_directory(directory)
-    return name, offset
-
-
 def fsync_directory(directory: Path) -> None:
     """Make renames and new names in a directory durable."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
@@ -87,29 +58,63 @@ def fsync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def remove_orphans(directory: Path, committed: set[str]) -> int:
-    """Remove files that no catalogue row names; only for the holder of the writer lock. Returns their number."""
-    orphans = [path for path in directory.iterdir() if path.name not in committed]
-    for path in orphans:
-        path.unlink(missing_ok=True)
-    return len(orphans)
-
-
 class SegmentFiles:
-    """Files of the segments in use, the latest used kept open. Thread-safe."""
+    """The directory of segments, the most recently used kept open. Thread-safe."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._lock = threading.Lock()
         self._files: OrderedDict[int, _OpenFile] = OrderedDict()
-        self._memory = _Memory(MAX_KEPT_BYTES, BLOCK_BYTES)
+        self._memory = _Memory(_MAX_KEPT_BYTES, _BLOCK_BYTES)
+
+    def write(self, codec: Codec, codes: NDArray[np.uint8]) -> tuple[str, int]:
+        """Write codes (num_rows, code_size) as a new segment, durable under its final name on return.
+
+        Returns:
+            File name and offset of the codes in it.
+
+        Raises:
+            OSError: nothing is left behind.
+        """
+        index = codec.new_index()
+        index.add_sa_codes(np.ascontiguousarray(codes))
+        # To memory first: FAISS's own file writer would lose an error of the last buffered write.
+        content = faiss.serialize_index(index)
+        offset = _codes_offset(codec)
+        if not np.array_equal(content[offset : offset + codes.nbytes], codes.reshape(-1)):
+            raise CacheError(f"segment: FAISS did not lay out {codec.factory} codes at offset {offset}")
+        name = uuid.uuid4().hex + ".faiss"
+        aside = self.directory / (name + ".tmp")
+        try:
+            with open(aside, "wb", buffering=0) as file:
+                rest = content.data
+                while rest:
+                    rest = rest[file.write(rest) :]
+                os.fsync(file.fileno())
+            os.rename(aside, self.directory / name)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+        fsync_directory(self.directory)
+        return name, offset
+
+    def orphans(self, committed: set[str]) -> list[Path]:
+        """Files that no catalogue row names; only the holder of the writer lock may remove them."""
+        return sorted(path for path in self.directory.iterdir() if path.name not in committed)
+
+    def remove(self, file_names: Iterable[str]) -> None:
+        for file_name in file_names:
+            (self.directory / file_name).unlink(missing_ok=True)
 
     def codes(self, segment: Segment, ranges: Sequence[tuple[int, int]]) -> Iterator[NDArray[np.uint8] | DamagedRecord]:
         """Codes of ranges of rows, (first_row, num_states) each: uint8 (num_states * code_size,) in memory.
 
         Ranges that lie next to each other in the file are read together, and their codes are views into one buffer.
         A range that the file does not have, or that cannot be read, costs itself alone: DamagedRecord takes its place.
-        Raises SegmentGone where there is no file, and OSError where none can be opened now, or this one not by us.
+
+        Raises:
+            SegmentGone: there is no file.
+            OSError: no file can be opened now, or this one not by this process.
         """
         try:
             return self._read(segment, self._open(segment), ranges)
@@ -122,7 +127,7 @@ class SegmentFiles:
     def _read(
         self, segment: Segment, file: "_OpenFile", ranges: Sequence[tuple[int, int]]
     ) -> Iterator[NDArray[np.uint8] | DamagedRecord]:
-        # One run after the other, as its reader comes to it: codes are checked while the processor's cache has them.
+        # One run after the other, as its reader consumes it: codes are checked while the processor's cache has them.
         for first, run in _runs(ranges, segment.code_size):
             codes = self._read_rows(segment, file, first, sum(run))
             if isinstance(codes, DamagedRecord) and len(run) > 1:
@@ -140,7 +145,7 @@ class SegmentFiles:
     def _read_rows(
         self, segment: Segment, file: "_OpenFile", first_row: int, num_rows: int
     ) -> NDArray[np.uint8] | DamagedRecord:
-        """Codes of consecutive rows, (num_rows * code_size,), or why they cannot be had."""
+        """Codes of consecutive rows, (num_rows * code_size,), or why they cannot be read."""
         if min(first_row, segment.codes_offset) < 0 or first_row + num_rows > segment.num_rows:
             return DamagedRecord(f"rows {first_row} to {first_row + num_rows}, its segment has {segment.num_rows}")
         codes = self._memory.take(num_rows * segment.code_size)
@@ -151,7 +156,7 @@ class SegmentFiles:
         return codes if num_read == codes.nbytes else DamagedRecord(f"segment {segment.file_name} is too short")
 
     def keep_only(self, segment_ids: set[int]) -> None:
-        """Close files of other segments, so that the disk space of removed ones comes back."""
+        """Close files of other segments, so that the disk space of removed ones is freed."""
         with self._lock:
             for segment_id in self._files.keys() - segment_ids:
                 del self._files[segment_id]
@@ -171,17 +176,17 @@ class SegmentFiles:
             except FileNotFoundError as exc:
                 raise SegmentGone(segment.file_name) from exc
             self._files[segment.segment_id] = file
-            if len(self._files) > MAX_OPEN_SEGMENTS:
+            if len(self._files) > _MAX_OPEN_SEGMENTS:
                 self._files.popitem(last=False)
             return file
 
 
 class _OpenFile:
-    """A descriptor that is closed with the last reference, so never while another thread reads from it."""
+    """A descriptor closed with its last reference, so never while another thread reads from it."""
 
     def __init__(self, directory: Path, name: str) -> None:
         self.name = name
-        # Not blocking: what lies in a segment's place may be no file at all.
+        # Not blocking: in a segment's place there may be something that is not a file.
         self._descriptor = os.open(directory / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
 
     def __del__(self) -> None:
@@ -189,7 +194,7 @@ class _OpenFile:
             os.close(self._descriptor)
 
     def read_into(self, buffer: NDArray[np.uint8], offset: int) -> int:
-        """Fill a buffer from an offset on; returns how many bytes the file had."""
+        """Fill a buffer from an offset on; returns the number of bytes that the file had."""
         num_read = 0
         while num_read < buffer.nbytes:
             if not (count := os.preadv(self._descriptor, [buffer[num_read:].data], offset + num_read)):
@@ -199,9 +204,9 @@ class _OpenFile:
 
 
 class _Memory:
-    """Buffers that are given out again once nothing refers to them. Thread-safe.
+    """Buffers that are reused once nothing refers to them. Thread-safe.
 
-    Fresh memory costs several times what reading into it does: a page fault for every 4 KiB.
+    Fresh memory costs several times as much as reading into it: a page fault for every 4 KiB.
     """
 
     def __init__(self, max_bytes: int, block_bytes: int) -> None:
@@ -212,7 +217,7 @@ class _Memory:
         self._rest = np.empty(0, dtype=np.uint8)  # of the latest block, not yet given out
 
     def take(self, num_bytes: int) -> NDArray[np.uint8]:
-        """Uninitialised memory, uint8 (num_bytes,); it is the caller's until the last view of it is gone."""
+        """Uninitialised memory, uint8 (num_bytes,), reserved until the last view of it is gone."""
         with self._lock:
             if self._rest.nbytes < num_bytes:
                 self._rest = np.empty(0, dtype=np.uint8)
@@ -233,8 +238,8 @@ class _Memory:
 
 
 def _runs(ranges: Sequence[tuple[int, int]], code_size: int) -> Iterator[tuple[int, list[int]]]:
-    """Ranges, in order, joined where each begins at the end of the one before: first row, and rows of each."""
-    max_rows = MAX_READ_BYTES // code_size
+    """Adjacent ranges joined, in order: first row, and rows of each."""
+    max_rows = _MAX_READ_BYTES // code_size
     run: list[int] = []
     first = end = num_rows = 0
     for start, count in ranges:
@@ -251,7 +256,7 @@ def _runs(ranges: Sequence[tuple[int, int]], code_size: int) -> Iterator[tuple[i
 
 
 def _codes_offset(codec: Codec) -> int:
-    """Where codes begin in a serialised index: the first byte that two one-row indexes of unlike codes differ in."""
+    """Offset of the codes in a serialised index: the first byte that differs between two one-row indexes."""
     contents = []
     for fill in (0x00, 0xFF):
         index = codec.new_index()

@@ -28,12 +28,11 @@ import numpy as np
 
 from cache.codecs import Codec
 from cache.errors import CacheError, CodecError, CollectionExists, CollectionInUse, CollectionNotFound
-from cache.faiss import maintenance, rows
-from cache.faiss.catalogue import SUMS, Catalogue, translated
+from cache.faiss.catalogue import SUMS, Catalogue
 from cache.faiss.lock import WriterLock
-from cache.faiss.maintenance import Compaction, SegmentUse
-from cache.faiss.rows import checked_rows, find_collection
-from cache.faiss.segments import SegmentFiles, SegmentGone, remove_orphans, write_segment
+from cache.faiss.maintenance import Compaction, Compactor, audit, rebuild
+from cache.faiss.rows import Connection, integer, read_records, text, translated
+from cache.faiss.segments import SegmentFiles, SegmentGone
 from cache.manifest import Manifest
 from cache.record import Damaged, Header, Record, check_name, passage_id_bytes
 from cache.store import Audit, Store, StoreStats
@@ -51,13 +50,12 @@ class FaissStore(Store):
         path: str | Path,
         *,
         lock_timeout_seconds: float = 30.0,
-        max_small_segments: int = maintenance.MAX_SMALL_SEGMENTS,
+        max_small_segments: int = 64,
     ) -> None:
         self.path = Path(path).expanduser().absolute()
-        self._directory = self.path / "segments"
+        self._files = SegmentFiles(self.path / "segments")
         self._lock = WriterLock(self.path / "writer.lock", lock_timeout_seconds)
         self._catalogue = Catalogue(self.path / "catalogue.sqlite", self._lock)
-        self._files = SegmentFiles(self._directory)
         self._max_small_segments = max_small_segments
         self._codecs: dict[tuple[int, int], Codec] = {}  # by collection in the catalogue file opened so many times
         self._seen_removals = 0
@@ -79,11 +77,10 @@ class FaissStore(Store):
                         f"{collection!r} has {codec.code_size_bytes}"
                     )
             codes = np.concatenate([record.codes for record in records.values()])  # (num_rows, code_size)
-            file_name, offset = write_segment(self._directory, codec, codes)
+            file_name, offset = self._files.write(codec, codes)
             with self._catalogue.writing() as connection:
-                segment_id = maintenance.add_segment(connection, collection_id, file_name, codes, offset)
-                rows.insert(connection, collection_id, segment_id, records)
-                rows.bump(connection, collection)
+                connection.insert_passages(collection_id, file_name, codes, offset, records)
+                connection.bump(collection)
             self._merge_small(collection_id, codec)
 
     def get_many(self, collection: str, passage_ids: Sequence[str]) -> list[Record | Damaged | None]:
@@ -102,19 +99,19 @@ class FaissStore(Store):
             return 0
         num_deleted = 0
         with self._changing() as connection:
-            if (collection_id := find_collection(connection, collection)) is not None:
+            if (collection_id := connection.find_collection(collection)) is not None:
                 # The codes stay in their segments until a compaction.
                 query = "DELETE FROM passages WHERE collection_id = ? AND passage_id = ?"
                 keys = [(collection_id, passage_id_bytes(passage_id)) for passage_id in passage_ids]
                 num_deleted = connection.executemany(query, keys).rowcount if keys else 0
             if num_deleted:
-                rows.bump(connection, collection)
+                connection.bump(collection)
         return num_deleted
 
     def headers_many(self, collection: str, passage_ids: Sequence[str]) -> list[Header | None]:
         with self._catalogue.reading() as connection:
-            collection_id = find_collection(connection, collection)
-            found = {} if collection_id is None else rows.headers(connection, collection_id, passage_ids)
+            collection_id = connection.find_collection(collection)
+            found = {} if collection_id is None else connection.headers(collection_id, passage_ids)
         return [found.get(passage_id) for passage_id in passage_ids]
 
     def scan(self, collection: str) -> Iterator[tuple[str, Record | Damaged]]:
@@ -122,14 +119,14 @@ class FaissStore(Store):
         while True:
             # Short reads instead of one long one, which would keep SQLite from folding its log into the file.
             with self._catalogue.reading() as connection:
-                collection_id = find_collection(connection, collection)
+                collection_id = connection.find_collection(collection)
                 if collection_id is None:
                     return
-                page, after = rows.page(connection, collection_id, after, _SCAN_PAGE_PASSAGES)
+                page, after = connection.next_passages(collection_id, after, _SCAN_PAGE_PASSAGES)
             if not page:
                 return
             with translated(self.path):
-                read = list(rows.read(page, self._files))
+                read = list(read_records(page, self._files))
             for passage_id, record in read:
                 if isinstance(record, SegmentGone):
                     (again,) = self.get_many(collection, [passage_id])
@@ -143,54 +140,53 @@ class FaissStore(Store):
         query = f"SELECT num_passages, {', '.join(SUMS)} FROM collections WHERE name = ?"
         with self._catalogue.reading() as connection:
             row = connection.execute(query, (collection,)).fetchone()
-            return StoreStats() if row is None else StoreStats(*map(rows.integer, row))
+            return StoreStats() if row is None else StoreStats(*map(integer, row))
 
     def generation(self, collection: str) -> int:
         with self._catalogue.reading() as connection:
             # A replaced catalogue may have come to the same number by other writes.
-            return rows.generation(connection, collection) + (self._catalogue.num_reopened << 40)
+            return connection.generation(collection) + (self._catalogue.num_reopened << 40)
 
     def read_manifest(self, collection: str) -> Manifest | None:
         with self._catalogue.reading() as connection:
-            return rows.read_manifest(connection, collection)
+            return connection.manifest(collection)
 
     def write_manifest(self, manifest: Manifest) -> None:
         name = manifest.collection
         with self._changing() as connection:
-            taken = find_collection(connection, name) is not None or name in dict(checked_rows(connection, "aliases"))
+            taken = connection.find_collection(name) is not None or name in dict(connection.checked("aliases"))
             if taken:
                 raise CollectionExists(f"collection: {name!r} already exists in this store")
-            rows.put_row(connection, "collections", name=name, manifest=manifest.to_json())
-            rows.bump(connection, name)
+            connection.put("collections", name=name, manifest=manifest.to_json())
+            connection.bump(name)
 
     def list_collections(self) -> list[str]:
         with self._catalogue.reading() as connection:
-            return [name for _, name in checked_rows(connection, "collections", "ORDER BY name")]
+            return [name for _, name in connection.checked("collections", "ORDER BY name")]
 
     def drop_collection(self, collection: str) -> None:
         if not self._catalogue.exists:
             raise CollectionNotFound(f"collection: {collection!r} does not exist in this store")
         with self._writing():
             with self._catalogue.writing() as connection:
-                collection_id = rows.require_collection(connection, collection)
-                CollectionInUse.check(collection, dict(checked_rows(connection, "aliases")))
+                collection_id = connection.require_collection(collection)
+                CollectionInUse.check(collection, dict(connection.checked("aliases")))
                 query = "SELECT file_name FROM segments WHERE collection_id = ?"
-                file_names = [rows.text(name) for (name,) in connection.execute(query, (collection_id,))]
+                file_names = [text(name) for (name,) in connection.execute(query, (collection_id,))]
                 for table in ("passages", "segments", "collections"):
                     connection.execute(f"DELETE FROM {table} WHERE collection_id = ?", (collection_id,))
                 connection.execute("UPDATE store SET num_removed = num_removed + 1")
-                rows.bump(connection, collection)
-            for file_name in file_names:
-                (self._directory / file_name).unlink(missing_ok=True)
+                connection.bump(collection)
+            self._files.remove(file_names)
 
     def aliases(self) -> dict[str, str]:
         with self._catalogue.reading() as connection:
-            return dict(checked_rows(connection, "aliases"))
+            return dict(connection.checked("aliases"))
 
     def set_alias(self, alias: str, collection: str, *, shadowing: bool = False) -> None:
         check_name("alias", alias)
         with self._changing() as connection:
-            rows.set_alias(connection, alias, collection, shadowing=shadowing)
+            connection.set_alias(alias, collection, shadowing=shadowing)
 
     def remove_alias(self, alias: str) -> bool:
         if not self._catalogue.exists:
@@ -208,23 +204,15 @@ class FaissStore(Store):
             with self._writing():
                 collection_id, _ = self._require(collection)
                 with self._catalogue.writing() as connection:
-                    after = rows.renew(connection, collection_id, after, _RENEWED_PASSAGES)
-        before: list[SegmentUse] | None = None
-        unreadable: set[int] = set()
-        while True:
+                    after = connection.renew_headers(collection_id, after, _RENEWED_PASSAGES)
+        compactor, done = Compactor(self._catalogue, self._files), None
+        while done is None:
             with self._writing():
-                collection_id, codec = self._require(collection)
-                with self._catalogue.reading() as connection:
-                    uses = maintenance.segments_in_use(connection, collection_id)
-                before = uses if before is None else before
-                groups = maintenance.plan([use for use in uses if use.segment.segment_id not in unreadable])
-                if not groups:
-                    dead = [sum(use.num_dead_bytes for use in state) for state in (before, uses)]
-                    return Compaction(len(before), len(uses), dead[0] - dead[1])
-                unreadable |= maintenance.rewrite(self._catalogue, self._files, codec, collection_id, groups[0])
+                done = compactor.step(*self._require(collection))
+        return done
 
     def audit(self, collection: str) -> Audit:
-        return maintenance.audit(self._catalogue, self._directory, self._lock, collection)
+        return audit(self._catalogue, self._files, collection)
 
     def mend(self) -> list[str]:
         """Rebuild the catalogue from its intact rows while readers go on; StoreDamaged where there are none."""
@@ -232,7 +220,7 @@ class FaissStore(Store):
             return []
         with translated(self.path), self._lock.held():
             self._has_written = True
-            return maintenance.rebuild(self._catalogue, self._directory, self._lock)
+            return rebuild(self._catalogue, self._files)
 
     def close(self) -> None:
         if self._has_written:
@@ -247,22 +235,22 @@ class FaissStore(Store):
         found: dict[str, Record | Damaged] = {}
         gone: dict[str, str] = {}
         with self._catalogue.reading() as connection:
-            collection_id = find_collection(connection, collection)
+            collection_id = connection.find_collection(collection)
             if collection_id is None:
                 return found, gone
-            located = rows.find(connection, collection_id, passage_ids)
+            located = connection.find_passages(collection_id, passage_ids)
             self._forget_removed(connection)
         with translated(self.path):
-            for passage_id, record in rows.read(located, self._files):
+            for passage_id, record in read_records(located, self._files):
                 if isinstance(record, SegmentGone):
                     gone[passage_id] = str(record)
                 else:
                     found[passage_id] = record
         return found, gone
 
-    def _forget_removed(self, connection: sqlite3.Connection) -> None:
+    def _forget_removed(self, connection: Connection) -> None:
         row = connection.execute("SELECT num_removed FROM store").fetchone() or (None,)
-        if (num_removals := rows.integer(row[0])) != self._seen_removals:
+        if (num_removals := integer(row[0])) != self._seen_removals:
             self._seen_removals = num_removals
             kept = connection.execute("SELECT segment_id FROM segments")
             self._files.keep_only({segment_id for (segment_id,) in kept})
@@ -271,11 +259,12 @@ class FaissStore(Store):
     def _writing(self) -> Iterator[None]:
         """Hold the writer lock, on a store that exists and has no orphans."""
         with translated(self.path):
-            self._directory.mkdir(parents=True, exist_ok=True)
+            self._files.directory.mkdir(parents=True, exist_ok=True)
             with self._lock.held():
                 self._catalogue.create()
                 if self._may_have_orphans:
-                    remove_orphans(self._directory, maintenance.committed_files(self._catalogue, self._lock))
+                    committed = self._catalogue.committed_files()
+                    self._files.remove(path.name for path in self._files.orphans(committed))
                     self._may_have_orphans = False
                 try:
                     self._has_written = True
@@ -286,17 +275,17 @@ class FaissStore(Store):
                     raise
 
     @contextmanager
-    def _changing(self) -> Iterator[sqlite3.Connection]:
+    def _changing(self) -> Iterator[Connection]:
         """A transaction of the one writer."""
         with self._writing(), self._catalogue.writing() as connection:
             yield connection
 
     def _require(self, collection: str) -> tuple[int, Codec]:
         with self._catalogue.reading() as connection:
-            collection_id = rows.require_collection(connection, collection)
+            collection_id = connection.require_collection(collection)
             key = self._catalogue.num_reopened, collection_id
             if key not in self._codecs:
-                manifest = rows.read_manifest(connection, collection)
+                manifest = connection.manifest(collection)
                 assert manifest is not None
                 self._codecs[key] = manifest.make_codec()
         return collection_id, self._codecs[key]
@@ -304,10 +293,7 @@ class FaissStore(Store):
     def _merge_small(self, collection_id: int, codec: Codec) -> None:
         """Keep single-passage writes from piling up segments. The write before it stands, whatever happens here."""
         try:
-            with self._catalogue.reading() as connection:
-                small = maintenance.small_segments(connection, collection_id, self._max_small_segments)
-            for group in maintenance.plan(small)[:1]:
-                maintenance.rewrite(self._catalogue, self._files, codec, collection_id, group)
+            Compactor(self._catalogue, self._files).merge_small(collection_id, codec, self._max_small_segments)
         except (CacheError, OSError, sqlite3.Error) as exc:
             self._may_have_orphans = True
             log.warning("store %s: small segments were not merged: %s", self.path, exc)

@@ -13,7 +13,7 @@ import pytest
 
 from cache.codecs import Codec
 from cache.errors import CacheError, CodecError, StoreDamaged
-from cache.faiss import maintenance as compaction
+from cache.faiss import maintenance
 from cache.faiss.segments import _Memory
 from cache.faiss.store import FaissStore
 from cache.record import Damaged, Record
@@ -94,12 +94,12 @@ def test_compaction_drops_what_nobody_points_at(store, path, make_record, same):
     seen = store.generation("passages")
     report = store.compact("passages")
     # 31 segments of 3 states of 16 bytes; 20 deleted passages and one replaced
-    assert report == compaction.Compaction(31, 1, 21 * 3 * 16)
+    assert report == maintenance.Compaction(31, 1, 21 * 3 * 16)
     assert len(segments(path)) == 1
     assert store.generation("passages") == seen  # nothing a reader could tell
     expected = [records["p0"], records["p2"], *(records[f"p{i}"] for i in range(2, 10))]
     assert all(map(same, store.get_many("passages", [f"p{i}" for i in range(10)]), expected))
-    assert store.compact("passages") == compaction.Compaction(1, 1, 0)
+    assert store.compact("passages") == maintenance.Compaction(1, 1, 0)
     store.delete_many("passages", [f"p{i}" for i in range(10)])
     assert store.compact("passages").num_segments_after == 0
     assert segments(path) == []
@@ -135,13 +135,13 @@ def test_small_segments_are_merged_by_themselves(path, make_manifest, make_recor
 
 
 def test_compaction_works_in_bounded_pieces(path, make_manifest, make_record, same, monkeypatch):
-    monkeypatch.setattr(compaction, "TARGET_SEGMENT_BYTES", 480)  # ten passages of 48 bytes
+    monkeypatch.setattr(maintenance, "TARGET_SEGMENT_BYTES", 480)  # ten passages of 48 bytes
     store = FaissStore(path)
     store.write_manifest(make_manifest())
     records = {f"p{i}": make_record(i) for i in range(35)}
     for passage_id, record in records.items():
         store.put_many("passages", {passage_id: record})
-    assert store.compact("passages") == compaction.Compaction(35, 4, 0)
+    assert store.compact("passages") == maintenance.Compaction(35, 4, 0)
     assert all(map(same, store.get_many("passages", list(records)), records.values()))
     store.close()
 
