@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 import pytest
 from click.testing import CliRunner
+from tokenizers import Tokenizer
 
 from benchmarks.synthetic import make_cross_encoder
 from decoder_server.edge import grpc as messages
@@ -29,7 +30,8 @@ def margins(running: Any) -> tuple[float, float]:
     states = encoder.encode_one(TEXT, settings.default_compression_ratio)
     prompts = [backend.prompt(QUERY, settings.default_instruction), backend.prompt(QUERY, "")]
     filled = settings.prompt_template.format(query=QUERY, instruction="")
-    assert prompts[1].ids == running.engine.backend._text._tokenizer.encode(filled, add_special_tokens=False).ids
+    tokenizer = Tokenizer.from_file(str(backend.checkpoint.path / "tokenizer.json"))
+    assert prompts[1].ids == tokenizer.encode(filled, add_special_tokens=False).ids
     absent, empty = (float(backend.score(backend.pairs(prompt, [states])[0])[0]) for prompt in prompts)
     assert abs(absent - empty) > 1e-3
     return absent, empty
