@@ -13,8 +13,9 @@ from typing import Any, Self, Unpack
 
 import grpc
 
-from preread import arguments, wire
-from preread.channel import DEFAULT_ADDRESS, ClientOptions, RetryBudget, async_channel, check_address
+from preread import wire
+from preread.arguments import Argument
+from preread.channel import DEFAULT_ADDRESS, ClientOptions, RetryBudget, check_address
 from preread.types import (
     Candidate,
     CollectionInfo,
@@ -36,7 +37,7 @@ class _Service:
     def __init__(self, address: str, options: ClientOptions) -> None:
         self.address = address
         self.options = options
-        self.channel = async_channel(address, options)
+        self.channel = options.channel(grpc.aio, address)
         self._budget = RetryBudget()
 
     @property
@@ -122,7 +123,8 @@ class AsyncClient:
             options: see preread.types.RerankOptions.
         """
         request = wire.pack_request(query, candidates, options)
-        return wire.unpack_response(await self._server.call(self._reranker.Rerank, request, timeout))
+        response = await self._server.call(self._reranker.Rerank, request, timeout)
+        return Reranking(wire.unpack_results(response.results), wire.unpack(Summary, response))
 
     def rerank_stream(
         self,
@@ -156,16 +158,16 @@ class AsyncClient:
             compression_ratio: the ratio they will be scored at; 0: the server's default.
         """
         request = wire.pack_warm(passage_ids, collection, instruction, compression_ratio, model)
-        return wire.unpack_warmed(await self._server.call(self._reranker.Warm, request, timeout))
+        return wire.unpack(Warmed, await self._server.call(self._reranker.Warm, request, timeout))
 
     async def list_models(self, *, timeout: float | None = None) -> tuple[ModelInfo, ...]:
         response = await self._server.call(self._reranker.ListModels, rerank_pb2.ListModelsRequest(), timeout)
-        return tuple(map(wire.unpack_model, response.models))
+        return tuple(wire.unpack(ModelInfo, model) for model in response.models)
 
     async def list_collections(self, *, timeout: float | None = None) -> tuple[CollectionInfo, ...]:
         request = rerank_pb2.ListCollectionsRequest()
         response = await self._server.call(self._reranker.ListCollections, request, timeout)
-        return tuple(map(wire.unpack_collection, response.collections))
+        return tuple(wire.unpack(CollectionInfo, collection) for collection in response.collections)
 
     def upsert(
         self,
@@ -192,7 +194,7 @@ class AsyncClient:
             TypeError: anything else, named by its index; what was acknowledged before it stays.
         """
         upload = wire.Upload(passages, collection, compression_ratio, codec, store_text)
-        return self._upsert(upload, arguments.seconds("timeout", timeout))
+        return self._upsert(upload, Argument("timeout", timeout).seconds())
 
     async def _upsert(self, upload: wire.Upload, timeout: float | None) -> AsyncIterator[UpsertResult]:
         worker, stub = self._encoder()
@@ -200,8 +202,8 @@ class AsyncClient:
         call = upsert(aiter(upload), timeout=timeout, metadata=worker.metadata)
         try:
             async for message in call:
-                for result in wire.unpack_upserts(message):
-                    yield result
+                for result in message.results:
+                    yield wire.unpack(UpsertResult, result)
         except wire.ENDED_BY_GRPC as exc:
             if upload.error is not None:
                 raise upload.error from None
@@ -222,13 +224,14 @@ class AsyncClient:
     async def stats(self, collection: str = "", *, timeout: float | None = None) -> tuple[CollectionInfo, ...]:
         """Counts of one collection of the worker's store, or of all of them."""
         worker, stub = self._encoder()
-        response = await worker.call(stub.GetStats, wire.pack_stats(collection), timeout)
-        return tuple(map(wire.unpack_collection, response.collections))
+        request = encoder_pb2.GetStatsRequest(collection=Argument("collection", collection).text_or_default())
+        response = await worker.call(stub.GetStats, request, timeout)
+        return tuple(wire.unpack(CollectionInfo, collection) for collection in response.collections)
 
     async def describe(self, *, timeout: float | None = None) -> EncoderInfo:
         """The worker's encoder, and how it stores by default."""
         worker, stub = self._encoder()
-        return wire.unpack_encoder(await worker.call(stub.Describe, encoder_pb2.DescribeRequest(), timeout))
+        return wire.unpack(EncoderInfo, await worker.call(stub.Describe, encoder_pb2.DescribeRequest(), timeout))
 
     def _encoder(self) -> tuple[_Service, encoder_pb2_grpc.EncoderServiceStub]:
         if self._worker is None:
@@ -248,7 +251,7 @@ class AsyncRerankingStream:
         try:
             async for event in self._call:
                 if event.HasField("summary"):
-                    self.summary = wire.unpack_summary(event.summary)
+                    self.summary = wire.unpack(Summary, event.summary)
                 for result in wire.unpack_results(event.batch.results):
                     yield result
         except grpc.RpcError as exc:

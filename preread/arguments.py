@@ -1,8 +1,4 @@
-"""Arguments of a call, checked before they go on the wire.
-
-TypeError: another kind of thing than the field holds. InvalidRequest: a value that no message can carry. Both name
-the field, and of a list its index. The server checks what a value means.
-"""
+"""Arguments of a call, checked before they go on the wire. The server checks what a value means."""
 
 from __future__ import annotations
 
@@ -22,160 +18,183 @@ _INT32 = 1 << 31
 _METADATA_NAME = re.compile(r"[0-9a-z_.-]+")
 
 
-def invalid(field: str, value: str, expected: str) -> InvalidRequest:
-    """The error of a value that cannot be sent, in the form of a server's."""
-    violation = FieldViolation(field, f"{value}; expected {expected}")
-    return InvalidRequest.received(f"{field} is {value}; expected {expected}", violations=(violation,))
+class Argument:
+    """A value and the name of its field: `candidates[3].text`. Each method is a check that returns the value to send.
 
-
-def text(field: str, value: object) -> str:
-    """A string that UTF-8 can carry."""
-    if not isinstance(value, str):
-        raise TypeError(f"{field} is {show(value)}; expected a string")
-    value = str.__str__(value)
-    try:
-        value.encode()
-    except UnicodeEncodeError as exc:
-        half = f"half a surrogate pair, U+{ord(value[exc.start]):04X}, at {exc.start}"
-        raise invalid(field, f"not valid Unicode ({half})", "text that UTF-8 can carry") from None
-    return value
-
-
-def optional_text(field: str, value: object) -> str:
-    """The same; None and "" are the default."""
-    return "" if value is None else text(field, value)
-
-
-def text_or_absent(field: str, value: object) -> str | None:
-    """The same where the two differ: None is absent, "" is an empty text."""
-    return None if value is None else text(field, value)
-
-
-def integer(field: str, value: object) -> int:
-    """An int32; None and 0 are the default."""
-    if value is None:
-        return 0
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)  # type: ignore[arg-type]  # whatever is no integer raises
-    except TypeError:
-        raise TypeError(f"{field} is {show(value)}; expected an integer") from None
-    if not -_INT32 <= number < _INT32:
-        raise invalid(field, show(number), f"an integer below {_INT32:,}")
-    return number
-
-
-def flag(field: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{field} is {show(value)}; expected True or False")
-    return value
-
-
-def seconds(field: str, value: object) -> float | None:
-    """A time limit; None: the default."""
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{field} is {show(value)}; expected a number of seconds, or None")
-    if not (math.isfinite(value) and 0 < value <= MAX_SECONDS):
-        raise invalid(field, show(value), f"seconds, more than 0 and at most {MAX_SECONDS:g}, or None")
-    return float(value)
-
-
-def metadata(name: object, value: object) -> tuple[str, str]:
-    """One entry of call metadata as HTTP/2 takes it. Values may be secret: errors do not show them."""
-    if not isinstance(name, str) or not isinstance(value, str):
-        raise TypeError(f"metadata has {show(name)}: {type(value).__name__}; expected strings")
-    lowered = name.lower()
-    if not _METADATA_NAME.fullmatch(lowered) or lowered.endswith("-bin"):
-        raise invalid(
-            "metadata", f"named {show(name)}", "names of letters, digits, '_', '-' and '.', not ending in -bin"
-        )
-    if not value.isascii() or not value.isprintable():
-        raise invalid(f"metadata[{lowered!r}]", "not printable ASCII", "printable ASCII characters")
-    return lowered, value
-
-
-def many(field: str, values: object) -> Iterable[Any]:
-    """Anything that gives one value after another, but a string, bytes or a mapping, which would give their parts."""
-    if isinstance(values, str | bytes | bytearray):
-        raise TypeError(f"{field} is one {'string' if isinstance(values, str) else 'bytes object'}; expected a list")
-    if isinstance(values, Mapping):
-        raise TypeError(f"{field} is a {type(values).__name__}, which would give its keys alone; expected a list")
-    if not isinstance(values, Iterable):
-        raise TypeError(f"{field} is {show(values)}; expected a list")
-    return values
-
-
-def texts(field: str, values: object) -> list[str]:
-    """Strings, such as ids."""
-    return [text(f"{field}[{i}]", value) for i, value in enumerate(many(field, values))]
-
-
-def passage(index: int, value: object) -> tuple[str, str]:
-    """(id, text) of a Passage, or of a mapping with the keys that `preread index` reads.
-
-    Raises:
-        TypeError: anything else. Nothing is unpacked as a pair: strings of two letters and dictionaries of two keys
-            would unpack as well, and a tuple does not say which part is the id.
+    Raises, in every method:
+        TypeError: another kind of thing than the field holds.
+        InvalidRequest: a value that no message can carry. Both name the field.
     """
-    where = f"passages[{index}]"
-    if isinstance(value, Passage):
-        return text(f"{where}.passage_id", value.passage_id), text(f"{where}.text", value.text)
-    if isinstance(value, Mapping):
-        passage_id, own = _fields(where, value)
-        if passage_id is None or own is None:
-            missing = "id" if passage_id is None else "text"
-            raise TypeError(f"{where} has no {missing}; found {_keys(value)}")
-        return passage_id, own
-    raise TypeError(f'{where} is {show(value)}; expected a Passage, or a mapping {{"id": ..., "text": ...}}')
 
+    __slots__ = ("field", "value")
 
-def candidate(index: int, value: object, *, is_id: bool) -> Candidate:
-    """A Candidate, a mapping with an id, a text or both, or a string, which is an id or a text."""
-    where = f"candidates[{index}]"
-    if isinstance(value, str):
-        own = text(where, value)
-        return Candidate(passage_id=own) if is_id else Candidate(text=own)
-    if isinstance(value, Mapping):
-        found = Candidate(*_fields(where, value))
-        if found.passage_id is None and found.text is None:
-            raise TypeError(f"{where} has neither id nor text; found {_keys(value)}")
-        return found
-    if isinstance(value, Candidate):
-        return Candidate(
-            None if value.passage_id is None else text(f"{where}.passage_id", value.passage_id),
-            None if value.text is None else text(f"{where}.text", value.text),
-        )
-    expected = 'a string, a Candidate, or a mapping {"id": ..., "text": ...}'
-    raise TypeError(f"{where} is {show(value)}; expected {expected}")
+    def __init__(self, field: str, value: object) -> None:
+        self.field = field
+        self.value = value
 
+    def text(self) -> str:
+        """A string that UTF-8 can carry."""
+        if not isinstance(self.value, str):
+            raise self.wrong("a string")
+        value = str.__str__(self.value)
+        try:
+            value.encode()
+        except UnicodeEncodeError as exc:
+            half = f"half a surrogate pair, U+{ord(value[exc.start]):04X}, at {exc.start}"
+            raise self.invalid(f"not valid Unicode ({half})", "text that UTF-8 can carry") from None
+        return value
 
-def _fields(where: str, row: Mapping[Any, Any]) -> tuple[str | None, str | None]:
-    """Id and text of a row; a title goes before the text."""
-    known = (*ID_KEYS, *TEXT_KEYS)
-    unknown = [key for key in row if key not in known]
-    if unknown:
-        raise TypeError(f"{where} has the key {show(unknown[0])}; expected id, text and title")
-    named = [key for key in ID_KEYS if row.get(key) is not None]
-    if len(named) > 1:
-        raise TypeError(f"{where} has both {named[0]} and {named[1]}; expected one of them")
-    passage_id = None
-    if named:
-        value = id_text(row[named[0]])
-        if value is None:
-            raise TypeError(f"{where}.{named[0]} is {show(row[named[0]])}; expected a string or an integer")
-        passage_id = text(f"{where}.{named[0]}", value)
-    own, title = (None if row.get(key) is None else text(f"{where}.{key}", row[key]) for key in TEXT_KEYS)
-    return passage_id, own if own is None else join_title(title, own)
+    def text_or_default(self) -> str:
+        """The same; None and "" are the default."""
+        return "" if self.value is None else self.text()
+
+    def text_or_none(self) -> str | None:
+        """The same where the two differ: None is absent, "" is an empty text."""
+        return None if self.value is None else self.text()
+
+    def integer(self, at_least: int = -_INT32) -> int:
+        """An int32; None and 0 are the default."""
+        try:
+            if isinstance(self.value, bool):
+                raise TypeError
+            number = 0 if self.value is None else operator.index(self.value)  # type: ignore[arg-type]  # raises
+        except TypeError:
+            raise self.wrong("an integer") from None
+        if not -_INT32 <= number < _INT32:
+            raise self.invalid(self.shown, f"an integer below {_INT32:,}")
+        if number < at_least:
+            raise self.invalid(str(self.value), f"at least {at_least}")
+        return number
+
+    def flag(self) -> bool:
+        if not isinstance(self.value, bool):
+            raise self.wrong("True or False")
+        return self.value
+
+    def number(self) -> float:
+        """A float, 0 or more."""
+        if isinstance(self.value, bool) or not isinstance(self.value, int | float):
+            raise self.wrong("a number")
+        if not 0 <= self.value < math.inf:
+            raise self.invalid(str(self.value), "0 or more")
+        return float(self.value)
+
+    def seconds(self) -> float | None:
+        """A time limit; None: the default."""
+        if self.value is None:
+            return None
+        if isinstance(self.value, bool) or not isinstance(self.value, int | float):
+            raise self.wrong("a number of seconds, or None")
+        if not (math.isfinite(self.value) and 0 < self.value <= MAX_SECONDS):
+            raise self.invalid(self.shown, f"seconds, more than 0 and at most {MAX_SECONDS:g}, or None")
+        return float(self.value)
+
+    def secret(self) -> str | None:
+        """A value of call metadata that errors do not show; None: absent."""
+        if self.value is not None and not isinstance(self.value, str):
+            raise TypeError(f"{self.field} is of type {type(self.value).__name__}; expected a string")
+        if self.value is not None and not (self.value.isascii() and self.value.isprintable()):
+            raise self.invalid("not printable ASCII", "printable ASCII characters")
+        return self.value
+
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """A mapping of call metadata as HTTP/2 takes it. Its values may be secret."""
+        entries = []
+        for name, value in self.value.items():  # type: ignore[attr-defined]  # declared as a mapping
+            if not isinstance(name, str) or not isinstance(value, str):
+                raise TypeError(f"metadata has {_show(name)}: {type(value).__name__}; expected strings")
+            lowered = name.lower()
+            if not _METADATA_NAME.fullmatch(lowered) or lowered.endswith("-bin"):
+                expected = "names of letters, digits, '_', '-' and '.', not ending in -bin"
+                raise self.invalid(f"named {_show(name)}", expected)
+            Argument(f"metadata[{lowered!r}]", value).secret()
+            entries.append((lowered, value))
+        return tuple(entries)
+
+    def items(self) -> Iterable[Any]:
+        """The values of anything iterable but a string, bytes or a mapping, which would give their parts."""
+        if isinstance(self.value, str | bytes | bytearray):
+            kind = "string" if isinstance(self.value, str) else "bytes object"
+            raise TypeError(f"{self.field} is one {kind}; expected a list")
+        if isinstance(self.value, Mapping):
+            name = type(self.value).__name__
+            raise TypeError(f"{self.field} is a {name}, which would give its keys alone; expected a list")
+        if not isinstance(self.value, Iterable):
+            raise self.wrong("a list")
+        return self.value
+
+    def texts(self) -> list[str]:
+        """Strings, such as ids."""
+        return [Argument(f"{self.field}[{i}]", value).text() for i, value in enumerate(self.items())]
+
+    def passage(self) -> tuple[str, str]:
+        """(id, text) of a Passage, or of a mapping with the keys that `preread index` reads.
+
+        Nothing is unpacked as a pair: strings of two letters and dictionaries of two keys would unpack as well, and a
+        tuple does not say which part is the id.
+        """
+        if isinstance(self.value, Passage):
+            return self._of("passage_id").text(), self._of("text").text()
+        if isinstance(self.value, Mapping):
+            passage_id, text = self._row(self.value)
+            if passage_id is None or text is None:
+                missing = "id" if passage_id is None else "text"
+                raise TypeError(f"{self.field} has no {missing}; found {_keys(self.value)}")
+            return passage_id, text
+        raise self.wrong('a Passage, or a mapping {"id": ..., "text": ...}')
+
+    def candidate(self, *, is_id: bool) -> Candidate:
+        """A Candidate, a mapping with an id, a text or both, or a string, which is an id or a text."""
+        if isinstance(self.value, str):
+            return Candidate(passage_id=self.text()) if is_id else Candidate(text=self.text())
+        if isinstance(self.value, Mapping):
+            found = Candidate(*self._row(self.value))
+            if found.passage_id is None and found.text is None:
+                raise TypeError(f"{self.field} has neither id nor text; found {_keys(self.value)}")
+            return found
+        if isinstance(self.value, Candidate):
+            return Candidate(self._of("passage_id").text_or_none(), self._of("text").text_or_none())
+        raise self.wrong('a string, a Candidate, or a mapping {"id": ..., "text": ...}')
+
+    def _of(self, name: str) -> Argument:
+        return Argument(f"{self.field}.{name}", getattr(self.value, name))
+
+    def _row(self, row: Mapping[Any, Any]) -> tuple[str | None, str | None]:
+        """Id and text of a row; a title goes before the text."""
+        unknown = [key for key in row if key not in (*ID_KEYS, *TEXT_KEYS)]
+        if unknown:
+            raise TypeError(f"{self.field} has the key {_show(unknown[0])}; expected id, text and title")
+        named = [key for key in ID_KEYS if row.get(key) is not None]
+        if len(named) > 1:
+            raise TypeError(f"{self.field} has both {named[0]} and {named[1]}; expected one of them")
+        passage_id = None
+        for key in named:
+            argument = Argument(f"{self.field}.{key}", row[key])
+            value = id_text(row[key])
+            if value is None:
+                raise argument.wrong("a string or an integer")
+            passage_id = Argument(argument.field, value).text()
+        text, title = (Argument(f"{self.field}.{key}", row.get(key)).text_or_none() for key in TEXT_KEYS)
+        return passage_id, text if text is None else join_title(title, text)
+
+    @property
+    def shown(self) -> str:
+        """The value for a message: its type, and its beginning in ASCII, which every terminal can print."""
+        return _show(self.value)
+
+    def wrong(self, expected: str) -> TypeError:
+        return TypeError(f"{self.field} is {self.shown}; expected {expected}")
+
+    def invalid(self, value: str, expected: str) -> InvalidRequest:
+        """The error of a value that cannot be sent, in the form of a server's."""
+        violation = FieldViolation(self.field, f"{value}; expected {expected}")
+        return InvalidRequest.received(f"{self.field} is {value}; expected {expected}", violations=(violation,))
 
 
 def _keys(row: Mapping[Any, Any]) -> str:
     return ", ".join(f"{key}{' (None)' if value is None else ''}" for key, value in row.items()) or "no keys"
 
 
-def show(value: object) -> str:
-    """A value for a message: its type, and its beginning in ASCII, which every terminal can print."""
+def _show(value: object) -> str:
     shown = ascii(value)
     return f"{type(value).__name__} {shown if len(shown) <= 60 else shown[:57] + '...'}"

@@ -9,7 +9,6 @@ buried under retries.
 from __future__ import annotations
 
 import ipaddress
-import math
 import os
 import random
 import re
@@ -23,7 +22,7 @@ from urllib.parse import unquote
 
 import grpc
 
-from preread import arguments
+from preread.arguments import Argument
 from preread.errors import Overloaded, PrereadError, Unavailable
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
@@ -51,14 +50,9 @@ class RetryPolicy:
     jitter: float = 0.2  # a wait is stretched by up to this share
 
     def __post_init__(self) -> None:
-        if arguments.integer("max_attempts", self.max_attempts) < 1:
-            raise arguments.invalid("max_attempts", str(self.max_attempts), "at least 1")
+        Argument("max_attempts", self.max_attempts).integer(at_least=1)
         for name in ("first_wait_seconds", "max_wait_seconds", "jitter"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"{name} is {arguments.show(value)}; expected a number")
-            if not 0 <= value < math.inf:
-                raise arguments.invalid(name, str(value), "0 or more")
+            Argument(name, getattr(self, name)).number()
 
     def wait_seconds(self, error: PrereadError, attempt: int, remaining_seconds: float | None) -> float | None:
         """Seconds until the next attempt; None: do not retry.
@@ -134,14 +128,16 @@ class ClientOptions:
     max_message_bytes: int = MAX_MESSAGE_BYTES
 
     def __post_init__(self) -> None:
-        arguments.seconds("timeout_seconds", self.timeout_seconds)
-        if arguments.integer("max_message_bytes", self.max_message_bytes) < 1:
-            raise arguments.invalid("max_message_bytes", str(self.max_message_bytes), "at least 1")
-        key: object = self.api_key  # a secret: errors do not show it
-        if key is not None and not isinstance(key, str):
-            raise TypeError(f"api_key is of type {type(key).__name__}; expected a string")
-        if key is not None and not (key.isascii() and key.isprintable()):
-            raise arguments.invalid("api_key", "not printable ASCII", "printable ASCII characters")
+        Argument("timeout_seconds", self.timeout_seconds).seconds()
+        Argument("max_message_bytes", self.max_message_bytes).integer(at_least=1)
+        Argument("api_key", self.api_key).secret()
+
+    def channel(self, maker: Any, address: str) -> Any:
+        """A channel to that address, of grpc or grpc.aio."""
+        arguments = self.channel_arguments(address)
+        if self.tls is None:
+            return maker.insecure_channel(address, options=arguments)
+        return maker.secure_channel(address, self.tls.credentials(), options=arguments)
 
     def channel_arguments(self, address: str) -> list[tuple[str, int | str]]:
         """gRPC's arguments of a channel to that address."""
@@ -158,29 +154,12 @@ class ClientOptions:
         """
         key = () if self.api_key is None else (("authorization", f"Bearer {self.api_key}"),)
         own = self.metadata() if callable(self.metadata) else self.metadata
-        return (*key, *(arguments.metadata(name, value) for name, value in own.items()))
+        return (*key, *Argument("metadata", own).metadata())
 
     def call_timeout(self, timeout: float | None) -> float | None:
         """Time limit of a call in seconds: its own, else the one of all calls."""
-        own = arguments.seconds("timeout", timeout)
+        own = Argument("timeout", timeout).seconds()
         return self.timeout_seconds if own is None else own
-
-
-def async_channel(address: str, options: ClientOptions) -> Any:
-    """A grpc.aio.Channel."""
-    return _open(grpc.aio, address, options)
-
-
-def sync_channel(address: str, options: ClientOptions) -> Any:
-    """A grpc.Channel."""
-    return _open(grpc, address, options)
-
-
-def _open(maker: Any, address: str, options: ClientOptions) -> Any:
-    own = options.channel_arguments(address)
-    if options.tls is None:
-        return maker.insecure_channel(address, options=own)
-    return maker.secure_channel(address, options.tls.credentials(), options=own)
 
 
 def connection_arguments(address: str) -> list[tuple[str, int | str]]:
@@ -200,12 +179,13 @@ def check_address(name: str, address: str) -> str:
     Raises:
         TypeError, InvalidRequest: it does not look like host:port, or like a gRPC target (dns:///name:port, unix:path).
     """
-    if ":" not in arguments.text(name, address) or not address.isprintable():
-        raise arguments.invalid(name, ascii(address), "host:port")
+    argument = Argument(name, address)
+    if ":" not in argument.text() or not address.isprintable():
+        raise argument.invalid(ascii(address), "host:port")
     return address
 
 
-def host_of(target: str) -> str:
+def _host_of(target: str) -> str:
     """The host of `host:port`, or of a gRPC target such as dns:///name:port or ipv6:[::1]:50051; no brackets."""
     rest = re.sub(r"^(dns:(//[^/]*/)?|ipv[46]:)", "", unquote(target.strip()))
     if rest.startswith("["):
@@ -213,11 +193,11 @@ def host_of(target: str) -> str:
     return rest if rest.count(":") > 1 else rest.partition(":")[0]
 
 
-def is_loopback(target: str) -> bool:
+def _is_loopback(target: str) -> bool:
     """Whether a target is on this machine: loopback addresses in every notation, localhost, sockets in files."""
     if target.startswith(_LOCAL_SCHEMES):
         return True
-    host = host_of(target).rstrip(".").lower()
+    host = _host_of(target).rstrip(".").lower()
     if host == "localhost" or host.endswith(".localhost") or host.startswith(("ip6-localhost", "ip6-loopback")):
         return True
     address = _address(host.partition("%")[0])
@@ -227,7 +207,7 @@ def is_loopback(target: str) -> bool:
 def listens_on_loopback(host: str) -> bool:
     """Whether an address to listen on is reached from this machine alone; 0.0.0.0, :: and "" are every interface."""
     address = _address(host.strip("[]").partition("%")[0])
-    return bool(host) and is_loopback(host) and not (address is not None and address.is_unspecified)
+    return bool(host) and _is_loopback(host) and not (address is not None and address.is_unspecified)
 
 
 def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
@@ -249,7 +229,7 @@ def proxy_variable(target: str = "", environment: Mapping[str, str] | None = Non
     """
     environment = os.environ if environment is None else environment
     name = next((name for name in PROXY_VARIABLES if environment.get(name)), "")
-    return "" if target and (is_loopback(target) or _excepted(host_of(target), environment)) else name
+    return "" if target and (_is_loopback(target) or _excepted(_host_of(target), environment)) else name
 
 
 def _excepted(host: str, environment: Mapping[str, str]) -> bool:
@@ -271,4 +251,4 @@ def _excepted(host: str, environment: Mapping[str, str]) -> bool:
 
 def proxy_options(target: str) -> list[tuple[str, int]]:
     """Channel arguments: nothing on this machine is reached through a proxy, whatever the environment says."""
-    return [("grpc.enable_http_proxy", 0)] if is_loopback(target) else []
+    return [("grpc.enable_http_proxy", 0)] if _is_loopback(target) else []

@@ -9,8 +9,9 @@ from typing import Any, Self, Unpack
 
 import grpc
 
-from preread import arguments, wire
-from preread.channel import DEFAULT_ADDRESS, ClientOptions, RetryBudget, check_address, sync_channel
+from preread import wire
+from preread.arguments import Argument
+from preread.channel import DEFAULT_ADDRESS, ClientOptions, RetryBudget, check_address
 from preread.types import (
     Candidate,
     CollectionInfo,
@@ -32,7 +33,7 @@ class _Service:
     def __init__(self, address: str, options: ClientOptions) -> None:
         self.address = address
         self.options = options
-        self.channel = sync_channel(address, options)
+        self.channel = options.channel(grpc, address)
         self._budget = RetryBudget()
 
     @property
@@ -118,7 +119,8 @@ class Client:
             options: see preread.types.RerankOptions.
         """
         request = wire.pack_request(query, candidates, options)
-        return wire.unpack_response(self._server.call(self._reranker.Rerank, request, timeout))
+        response = self._server.call(self._reranker.Rerank, request, timeout)
+        return Reranking(wire.unpack_results(response.results), wire.unpack(Summary, response))
 
     def rerank_stream(
         self,
@@ -152,16 +154,16 @@ class Client:
             compression_ratio: the ratio they will be scored at; 0: the server's default.
         """
         request = wire.pack_warm(passage_ids, collection, instruction, compression_ratio, model)
-        return wire.unpack_warmed(self._server.call(self._reranker.Warm, request, timeout))
+        return wire.unpack(Warmed, self._server.call(self._reranker.Warm, request, timeout))
 
     def list_models(self, *, timeout: float | None = None) -> tuple[ModelInfo, ...]:
         response = self._server.call(self._reranker.ListModels, rerank_pb2.ListModelsRequest(), timeout)
-        return tuple(map(wire.unpack_model, response.models))
+        return tuple(wire.unpack(ModelInfo, model) for model in response.models)
 
     def list_collections(self, *, timeout: float | None = None) -> tuple[CollectionInfo, ...]:
         request = rerank_pb2.ListCollectionsRequest()
         response = self._server.call(self._reranker.ListCollections, request, timeout)
-        return tuple(map(wire.unpack_collection, response.collections))
+        return tuple(wire.unpack(CollectionInfo, collection) for collection in response.collections)
 
     def upsert(
         self,
@@ -188,7 +190,7 @@ class Client:
             TypeError: anything else, named by its index; what was acknowledged before it stays.
         """
         upload = wire.Upload(passages, collection, compression_ratio, codec, store_text)
-        return self._upsert(upload, arguments.seconds("timeout", timeout))
+        return self._upsert(upload, Argument("timeout", timeout).seconds())
 
     def _upsert(self, upload: wire.Upload, timeout: float | None) -> Iterator[UpsertResult]:
         worker, stub = self._encoder()
@@ -196,7 +198,8 @@ class Client:
         call = upsert(iter(upload), timeout=timeout, metadata=worker.metadata)
         try:
             for message in call:
-                yield from wire.unpack_upserts(message)
+                for result in message.results:
+                    yield wire.unpack(UpsertResult, result)
         except wire.ENDED_BY_GRPC as exc:
             if upload.error is not None:
                 raise upload.error from None
@@ -217,13 +220,14 @@ class Client:
     def stats(self, collection: str = "", *, timeout: float | None = None) -> tuple[CollectionInfo, ...]:
         """Counts of one collection of the worker's store, or of all of them."""
         worker, stub = self._encoder()
-        response = worker.call(stub.GetStats, wire.pack_stats(collection), timeout)
-        return tuple(map(wire.unpack_collection, response.collections))
+        request = encoder_pb2.GetStatsRequest(collection=Argument("collection", collection).text_or_default())
+        response = worker.call(stub.GetStats, request, timeout)
+        return tuple(wire.unpack(CollectionInfo, collection) for collection in response.collections)
 
     def describe(self, *, timeout: float | None = None) -> EncoderInfo:
         """The worker's encoder, and how it stores by default."""
         worker, stub = self._encoder()
-        return wire.unpack_encoder(worker.call(stub.Describe, encoder_pb2.DescribeRequest(), timeout))
+        return wire.unpack(EncoderInfo, worker.call(stub.Describe, encoder_pb2.DescribeRequest(), timeout))
 
     def _encoder(self) -> tuple[_Service, encoder_pb2_grpc.EncoderServiceStub]:
         if self._worker is None:
@@ -243,7 +247,7 @@ class RerankingStream:
         try:
             for event in self._call:
                 if event.HasField("summary"):
-                    self.summary = wire.unpack_summary(event.summary)
+                    self.summary = wire.unpack(Summary, event.summary)
                 yield from wire.unpack_results(event.batch.results)
         except grpc.RpcError as exc:
             raise wire.translate(exc, self._address) from exc

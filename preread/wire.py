@@ -4,38 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import operator
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
-from typing import Any, Protocol, TypeVar, cast, get_args
+from dataclasses import is_dataclass
+from typing import Any, Protocol, TypeVar, cast, get_args, get_type_hints
 
 import grpc
 from google.protobuf.message import DecodeError
 from google.rpc import status_pb2
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, ResourceInfo, RetryInfo
 
-from preread import arguments
+from preread.arguments import Argument
 from preread.errors import ErrorDetails, FieldViolation, PrereadError, class_of
 from preread.types import (
-    CollectionInfo,
-    Degraded,
-    EncoderIdentity,
-    EncoderInfo,
-    ModelInfo,
     OnMiss,
     Passage,
-    Reranking,
     RerankOptions,
     Result,
     Stage,
     StageScore,
-    Status,
-    Summary,
-    TierUse,
-    Timings,
-    UpsertResult,
-    UpsertStatus,
-    Warmed,
     parse_stages,
 )
 from preread.v1 import common_pb2, encoder_pb2, rerank_pb2
@@ -64,22 +52,22 @@ def pack_request(query: str, candidates: Iterable[Any], options: RerankOptions) 
         raise TypeError(f"unknown arguments {sorted(unknown)}; known: {sorted(RerankOptions.__optional_keys__)}")
     on_miss = options.get("on_miss")
     if on_miss is not None and on_miss not in get_args(OnMiss):
-        raise arguments.invalid("on_miss", ascii(on_miss), f"{', '.join(get_args(OnMiss))} or None")
-    collection = arguments.optional_text("collection", options.get("collection"))
+        raise Argument("on_miss", on_miss).invalid(ascii(on_miss), f"{', '.join(get_args(OnMiss))} or None")
+    collection = Argument("collection", options.get("collection")).text_or_default()
     checked = (
-        arguments.candidate(i, candidate, is_id=bool(collection))
-        for i, candidate in enumerate(arguments.many("candidates", candidates))
+        Argument(f"candidates[{i}]", candidate).candidate(is_id=bool(collection))
+        for i, candidate in enumerate(Argument("candidates", candidates).items())
     )
     return rerank_pb2.RerankRequest(
-        query=arguments.text("query", query),
-        instruction=arguments.text_or_absent("instruction", options.get("instruction")),
+        query=Argument("query", query).text(),
+        instruction=Argument("instruction", options.get("instruction")).text_or_none(),
         candidates=[rerank_pb2.Candidate(passage_id=one.passage_id, text=one.text) for one in checked],
         collection=collection,
-        top_n=arguments.integer("top_n", options.get("top_n")),
-        compression_ratio=arguments.integer("compression_ratio", options.get("compression_ratio")),
+        top_n=Argument("top_n", options.get("top_n")).integer(),
+        compression_ratio=Argument("compression_ratio", options.get("compression_ratio")).integer(),
         on_miss=f"ON_MISS_{on_miss.upper() if on_miss else 'UNSPECIFIED'}",
-        return_text=arguments.flag("return_text", options.get("return_text", False)),
-        model=arguments.optional_text("model", options.get("model")),
+        return_text=Argument("return_text", options.get("return_text", False)).flag(),
+        model=Argument("model", options.get("model")).text_or_default(),
         stages=_pack_stages(options.get("stages")),
     )
 
@@ -91,13 +79,13 @@ def _pack_stages(stages: object) -> list[rerank_pb2.Stage]:
         try:
             stages = parse_stages(stages)
         except ValueError as exc:
-            raise arguments.invalid("stages", ascii(stages), f"stages that fit ({exc})") from exc
+            raise Argument("stages", stages).invalid(ascii(stages), f"stages that fit ({exc})") from exc
     packed = []
-    for i, stage in enumerate(arguments.many("stages", stages)):
+    for i, stage in enumerate(Argument("stages", stages).items()):
         if not isinstance(stage, Stage):
-            raise TypeError(f"stages[{i}] is {arguments.show(stage)}; expected a Stage")
-        ratio = arguments.integer(f"stages[{i}].compression_ratio", stage.compression_ratio)
-        keep = arguments.integer(f"stages[{i}].keep", stage.keep)
+            raise Argument(f"stages[{i}]", stage).wrong("a Stage")
+        ratio = Argument(f"stages[{i}].compression_ratio", stage.compression_ratio).integer()
+        keep = Argument(f"stages[{i}].keep", stage.keep).integer()
         packed.append(rerank_pb2.Stage(compression_ratio=ratio, keep=keep))
     return packed
 
@@ -110,11 +98,11 @@ def pack_warm(
         TypeError, InvalidRequest: an argument that cannot be put on the wire.
     """
     return rerank_pb2.WarmRequest(
-        collection=arguments.text("collection", collection),
-        passage_ids=arguments.texts("passage_ids", passage_ids),
-        instruction=arguments.text_or_absent("instruction", instruction),
-        compression_ratio=arguments.integer("compression_ratio", compression_ratio),
-        model=arguments.optional_text("model", model),
+        collection=Argument("collection", collection).text(),
+        passage_ids=Argument("passage_ids", passage_ids).texts(),
+        instruction=Argument("instruction", instruction).text_or_none(),
+        compression_ratio=Argument("compression_ratio", compression_ratio).integer(),
+        model=Argument("model", model).text_or_default(),
     )
 
 
@@ -124,19 +112,11 @@ def pack_deletes(passage_ids: Iterable[str], collection: str) -> list[encoder_pb
     Raises:
         TypeError, InvalidRequest: an argument that cannot be put on the wire.
     """
-    name, ids = arguments.text("collection", collection), arguments.texts("passage_ids", passage_ids)
+    name, ids = Argument("collection", collection).text(), Argument("passage_ids", passage_ids).texts()
     return [
         encoder_pb2.DeleteRequest(collection=name, passage_ids=ids[start : start + IDS_PER_DELETE])
         for start in range(0, max(len(ids), 1), IDS_PER_DELETE)
     ]
-
-
-def pack_stats(collection: str) -> encoder_pb2.GetStatsRequest:
-    """
-    Raises:
-        TypeError, InvalidRequest: an argument that cannot be put on the wire.
-    """
-    return encoder_pb2.GetStatsRequest(collection=arguments.optional_text("collection", collection))
 
 
 class Upload:
@@ -153,12 +133,12 @@ class Upload:
             TypeError, InvalidRequest: an argument that cannot be put on the wire; a passage raises when it is read.
         """
         self.error: Exception | None = None
-        self._passages = passages if isinstance(passages, AsyncIterable) else arguments.many("passages", passages)
+        self._passages = passages if isinstance(passages, AsyncIterable) else Argument("passages", passages).items()
         self._settings: dict[str, Any] = {
-            "collection": arguments.text("collection", collection),
-            "compression_ratio": arguments.integer("compression_ratio", compression_ratio),
-            "codec": arguments.optional_text("codec", codec),
-            "store_text": arguments.flag("store_text", store_text),
+            "collection": Argument("collection", collection).text(),
+            "compression_ratio": Argument("compression_ratio", compression_ratio).integer(),
+            "codec": Argument("codec", codec).text_or_default(),
+            "store_text": Argument("store_text", store_text).flag(),
         }
         self._waiting: list[encoder_pb2.Passage] = []
         self._num_read = 0
@@ -167,7 +147,7 @@ class Upload:
     def __iter__(self) -> Iterator[encoder_pb2.UpsertRequest]:
         with self._remembering():
             if not isinstance(self._passages, Iterable):
-                raise TypeError(f"passages is {arguments.show(self._passages)}; only AsyncClient reads it")
+                raise TypeError(f"passages is {Argument('passages', self._passages).shown}; only AsyncClient reads it")
             for passage in self._passages:
                 if self._add(passage):
                     yield self._message()
@@ -196,7 +176,7 @@ class Upload:
 
     def _add(self, passage: Passage | Mapping[str, Any]) -> bool:
         """True: the message is full."""
-        passage_id, text = arguments.passage(self._num_read, passage)
+        passage_id, text = Argument(f"passages[{self._num_read}]", passage).passage()
         self._num_read += 1
         self._waiting.append(encoder_pb2.Passage(passage_id=passage_id, text=text))
         self._num_characters += len(text)
@@ -208,27 +188,53 @@ class Upload:
         return message
 
 
-def _unpack(kind: Callable[..., T], message: Any, **given: Any) -> T:
-    """The dataclass `kind` from the message's fields of the same names, and from `given`."""
-    names = _common_names(kind, message.DESCRIPTOR)
-    return kind(**{name: getattr(message, name) for name in names if name not in given}, **given)
+def unpack(kind: Callable[..., T], message: Any) -> T:
+    """The dataclass `kind` from a message whose fields have the same names; it may lack fields that have a default.
+
+    An unset field is None where the dataclass says so, a repeated one a tuple, and an enum its word: `stored`.
+    """
+    return kind(**{name: convert(message) for name, convert in _converters(kind, message.DESCRIPTOR)})
 
 
 @functools.cache
-def _common_names(kind: Any, descriptor: Any) -> tuple[str, ...]:
-    return tuple(field.name for field in fields(kind) if field.name in descriptor.fields_by_name)
+def _converters(kind: Any, descriptor: Any) -> list[tuple[str, Callable[[Any], Any]]]:
+    hints = get_type_hints(kind)
+    return [
+        (name, _converter(field, hints[name])) for name, field in descriptor.fields_by_name.items() if name in hints
+    ]
 
 
-def unpack_response(message: rerank_pb2.RerankResponse) -> Reranking:
-    return Reranking(unpack_results(message.results), unpack_summary(message))
+def _converter(field: Any, hint: Any) -> Callable[[Any], Any]:
+    """From a message to the value of one of its fields, which a dataclass declares as `hint`."""
+    get = operator.attrgetter(field.name)
+    kind: Any = next(filter(is_dataclass, (hint, *get_args(hint))), None)
+    if field.enum_type is not None:
+        words = _words(field.enum_type)
+        return lambda message: words.get(get(message), "unspecified")
+    if field.is_repeated:
+        return lambda message: tuple(unpack(kind, one) if kind else one for one in get(message))
+    if kind is None:
+        return get
+    may_be_none = type(None) in get_args(hint)
+    return lambda message: None if may_be_none and not message.HasField(field.name) else unpack(kind, get(message))
+
+
+def _words(enum: Any) -> dict[int, Any]:
+    """{4: "too_long"} for CANDIDATE_STATUS_TOO_LONG = 4; a value of a newer server is not in it."""
+    prefix = enum.values_by_number[0].name.removesuffix("UNSPECIFIED")
+    return {value.number: value.name.removeprefix(prefix).lower() for value in enum.values}
+
+
+_STATUSES = _words(common_pb2.CandidateStatus.DESCRIPTOR)
 
 
 def unpack_results(messages: Iterable[rerank_pb2.Result]) -> tuple[Result, ...]:
+    """There may be thousands: written out, they take two thirds of the time of `unpack`."""
     return tuple(
-        Result(  # there may be thousands: written out, it takes a fifth less time
+        Result(
             index=m.index,
             passage_id=m.passage_id,
-            status=cast(Status, _enum_word(common_pb2.CandidateStatus, m.status, "CANDIDATE_STATUS_")),
+            status=_STATUSES.get(m.status, "unspecified"),
             score=m.score if m.HasField("score") else None,
             margin=m.margin if m.HasField("margin") else None,
             text=m.text if m.HasField("text") else None,
@@ -236,62 +242,10 @@ def unpack_results(messages: Iterable[rerank_pb2.Result]) -> tuple[Result, ...]:
             num_states=m.num_states,
             compression_ratio=m.compression_ratio,
             truncated=m.truncated,
-            stages=tuple(_unpack(StageScore, stage) for stage in m.stages),
+            stages=tuple(unpack(StageScore, stage) for stage in m.stages),
         )
         for m in messages
     )
-
-
-def unpack_summary(message: rerank_pb2.RerankResponse | rerank_pb2.RerankStreamResponse.Summary) -> Summary:
-    degraded = message.degraded
-    return _unpack(
-        Summary,
-        message,
-        timings=_unpack(Timings, message.timings),
-        stages=_unpack_stages(message.stages),
-        degraded=_unpack(Degraded, degraded, stages=_unpack_stages(degraded.stages))
-        if message.HasField("degraded")
-        else None,
-    )
-
-
-def _unpack_stages(messages: Iterable[rerank_pb2.Stage]) -> tuple[Stage, ...]:
-    return tuple(_unpack(Stage, message) for message in messages)
-
-
-def unpack_warmed(message: rerank_pb2.WarmResponse) -> Warmed:
-    tiers = tuple(_unpack(TierUse, tier) for tier in message.tiers)
-    return _unpack(Warmed, message, missing_ids=tuple(message.missing_ids), tiers=tiers)
-
-
-def unpack_model(message: rerank_pb2.ModelInfo) -> ModelInfo:
-    encoder = _unpack(EncoderIdentity, message.encoder) if message.HasField("encoder") else None
-    return _unpack(ModelInfo, message, encoder=encoder)
-
-
-def unpack_collection(message: common_pb2.CollectionInfo) -> CollectionInfo:
-    encoder = _unpack(EncoderIdentity, message.encoder)
-    return _unpack(CollectionInfo, message, encoder=encoder, aliases=tuple(message.aliases))
-
-
-def unpack_encoder(message: encoder_pb2.DescribeResponse) -> EncoderInfo:
-    return _unpack(EncoderInfo, message, encoder=_unpack(EncoderIdentity, message.encoder))
-
-
-def unpack_upserts(message: encoder_pb2.UpsertResponse) -> Iterator[UpsertResult]:
-    for m in message.results:
-        status = cast(UpsertStatus, _enum_word(encoder_pb2.UpsertStatus, m.status, "UPSERT_STATUS_"))
-        yield _unpack(UpsertResult, m, status=status)
-
-
-@functools.cache
-def _enum_word(enum: object, value: int, prefix: str) -> str:
-    """CANDIDATE_STATUS_TOO_LONG -> too_long; a value of a newer server reads as unspecified."""
-    try:
-        name: str = enum.Name(value)  # type: ignore[attr-defined]  # protobuf's enum wrappers share no public type
-    except ValueError:
-        return "unspecified"
-    return name.removeprefix(prefix).lower()
 
 
 class _FailedCall(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from preread.channel import host_of, is_loopback, proxy_options, proxy_variable
+from preread.channel import proxy_options, proxy_variable
 
 HERE = [
     "127.0.0.1:50052", "localhost:1", "LOCALHOST:1", "localhost.:1", "a.localhost:1", "127.8.9.1:1", "127.1:1",
@@ -20,21 +20,32 @@ ELSEWHERE = [
 
 @pytest.mark.parametrize("target", HERE)
 def test_here(target: str) -> None:
-    assert is_loopback(target)
     assert proxy_options(target) == [("grpc.enable_http_proxy", 0)]
     assert proxy_variable(target, {"http_proxy": "http://proxy:1"}) == ""
 
 
 @pytest.mark.parametrize("target", ELSEWHERE)
 def test_elsewhere(target: str) -> None:
-    assert not is_loopback(target)
     assert proxy_options(target) == []
     assert proxy_variable(target, {"http_proxy": "http://proxy:1"}) == "http_proxy"
     assert proxy_variable(target, {}) == ""
 
 
-def test_hosts() -> None:
-    assert [host_of(one) for one in ("dns:///w.x:1", "[::1]:1", "::1", "w:1", "w")] == ["w.x", "::1", "::1", "w", "w"]
+@pytest.mark.parametrize(
+    ("target", "host"),
+    [
+        ("dns:///w.x:1", "w.x"),
+        ("[2001:db8::1]:1", "2001:db8::1"),
+        ("2001:db8::1", "2001:db8::1"),
+        ("w:1", "w"),
+        ("w", "w"),
+    ],
+)
+def test_hosts(target: str, host: str) -> None:
+    """A name in no_proxy is compared with the whole end of the target's host."""
+    proxy = {"http_proxy": "http://proxy:1"}
+    assert proxy_variable(target, {**proxy, "no_proxy": host}) == ""
+    assert proxy_variable(target, {**proxy, "no_proxy": f"x{host}"}) == "http_proxy"
 
 
 @pytest.mark.parametrize(
