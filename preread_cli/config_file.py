@@ -1,10 +1,8 @@
-"""The settings a server starts with, by where they came from, secrets masked. Knows no particular setting.
+"""--config FILE, settings in one TOML file, under the flags and the environment and over the defaults; and which won.
 
---config FILE: settings in one TOML file, under the flags and the environment, over the defaults.
-
-A key is a flag without its dashes. At the top it counts for every command that has it; in a table
-named like a command ([serve]) for that one, and wins; doctor reads [serve] too. What no command
-knows is an error.
+A key is a flag without its dashes. At the top it counts for every command that has it; in a table named like a command
+([serve]) for that one, and wins; doctor reads [serve] too. A key that no command has is an error. Secrets are masked
+wherever a setting is shown.
 """
 
 from __future__ import annotations
@@ -19,8 +17,10 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from preread_cli.options import F, option
+from preread_cli.options import FILE, option
 
+# The commands that take --config; one file configures them all.
+COMMANDS = ("serve", "encode-worker", "index", "doctor")
 MASK = "***"
 _SECRETS = ("api_key", "encoder_api_key")
 _USER = re.compile(r"(?<=://)\S*@")  # and password, of any URL in a text
@@ -34,14 +34,15 @@ _SOURCES = {
 
 
 def effective_lines(ctx: click.Context) -> Iterator[str]:
-    """One line for each source that gave any."""
+    """One line for each source that gave any of a command's settings."""
     by_source: dict[str, list[str]] = {}
-    for param in ctx.command.params:
-        value = ctx.params.get(str(param.name))
-        if not isinstance(param, click.Option) or value is None or value is False or value in ("", ()):
+    for key, param in _flags(ctx.command).items():
+        name = str(param.name)
+        value = ctx.params.get(name)
+        if value is None or value is False or value in ("", ()):
             continue
-        source = _SOURCES.get(ctx.get_parameter_source(str(param.name)) or ParameterSource.DEFAULT, "flags")
-        by_source.setdefault(source, []).append(f"{_flag(param)}={masked(str(param.name), value)}")
+        source = _SOURCES.get(ctx.get_parameter_source(name) or ParameterSource.DEFAULT, "flags")
+        by_source.setdefault(source, []).append(f"{key}={masked(name, value)}")
     for source in _SOURCES.values():
         if source in by_source:
             yield f"{source:<12} {' '.join(by_source[source])}"
@@ -62,34 +63,25 @@ def without_users(text: str) -> str:
     return _USER.sub(f"{MASK}@", text)
 
 
-def _flag(param: click.Option) -> str:
-    return next(flag for flag in param.opts if flag.startswith("--")).removeprefix("--")
-
-
-# The commands that take --config; one file configures them all.
-COMMANDS = ("serve", "encode-worker", "index", "doctor")
-
-
-def config_option(function: F) -> F:
-    """--config FILE. Put it first: it fills in what the other options find."""
-    return option(
-        "--config",
-        metavar="FILE",
-        type=click.Path(exists=True, dir_okay=False, path_type=Path),
-        is_eager=True,
-        callback=_load,
-        help="Settings (TOML), keys named like the flags. Flags and environment win over it.",
-    )(function)
-
-
 def _load(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
     if path is not None and not ctx.resilient_parsing:
         try:
             document = tomllib.loads(path.read_text(encoding="utf-8"))
-            ctx.default_map = _settings(document, str(ctx.info_name), _commands(ctx))
+            ctx.default_map = file_settings(document, str(ctx.info_name), _commands(ctx))
         except ValueError as exc:  # not TOML, not UTF-8, or not ours
             raise click.BadParameter(f"{path}: {exc}", ctx=ctx, param=param) from exc
     return path
+
+
+# Put it first: it fills in what the other options find.
+config_option = option(
+    "--config",
+    metavar="FILE",
+    type=FILE,
+    is_eager=True,
+    callback=_load,
+    help="Settings (TOML), keys named like the flags. Flags and environment win over it.",
+)
 
 
 def _commands(ctx: click.Context) -> dict[str, click.Command]:
@@ -100,8 +92,12 @@ def _commands(ctx: click.Context) -> dict[str, click.Command]:
     return {name: command for name, command in found.items() if command is not None}
 
 
-def _settings(document: Mapping[str, Any], name: str, commands: Mapping[str, click.Command]) -> dict[str, Any]:
-    """Parameter names and values for one command; everything else in the file is checked all the same."""
+def file_settings(document: Mapping[str, Any], name: str, commands: Mapping[str, click.Command]) -> dict[str, Any]:
+    """Parameter names and values for one command; everything else in the file is checked all the same.
+
+    Raises:
+        ValueError: a key, a table or a value that is no setting.
+    """
     shared = {key: value for key, value in document.items() if not isinstance(value, dict)}
     tables = {key: value for key, value in document.items() if isinstance(value, dict)}
     known = {command: _flags(commands[command]) for command in commands}
@@ -114,12 +110,11 @@ def _settings(document: Mapping[str, Any], name: str, commands: Mapping[str, cli
     # What doctor looks at is what serve would be given.
     inherited = tables.get("serve", {}) if name == "doctor" else {}
     merged = {key: value for key, value in (shared | inherited).items() if key in own} | tables.get(name, {})
-    return {str(own[key].name): _value(own[key], value) for key, value in merged.items()}
-
-
-def _value(param: click.Option, value: object) -> object:
-    """One string will do where there may be several."""
-    return [value] if param.multiple and isinstance(value, str) else value
+    # One string will do where there may be several.
+    return {
+        str(own[key].name): [value] if own[key].multiple and isinstance(value, str) else value
+        for key, value in merged.items()
+    }
 
 
 def _flags(command: click.Command) -> dict[str, click.Option]:
@@ -135,10 +130,10 @@ def _check(where: str, values: Mapping[str, Any], known: Mapping[str, click.Opti
             close = difflib.get_close_matches(key, known, 1)
             hint = f"; did you mean {close[0]}?" if close else "; keys are named like the flags, without dashes before"
             raise ValueError(f"{where}{key} is not a setting{hint}")
-        expected = _expected(known[key])
-        if not _fits(value, expected):
+        kind, expected = type(value).__name__, _expected(known[key])
+        if kind not in expected or (kind == "list" and not all(isinstance(one, str) for one in value)):
             # Not the value: it may be a secret in the wrong place.
-            raise ValueError(f"{where}{key} is a {type(value).__name__}; expected {' or '.join(expected)}")
+            raise ValueError(f"{where}{key} is a {kind}; expected {' or '.join(expected)}")
 
 
 def _expected(param: click.Option) -> tuple[str, ...]:
@@ -149,9 +144,3 @@ def _expected(param: click.Option) -> tuple[str, ...]:
     if isinstance(param.type, click.types.IntParamType):
         return ("int",)
     return ("float", "int") if isinstance(param.type, click.types.FloatParamType) else ("str",)
-
-
-def _fits(value: object, expected: tuple[str, ...]) -> bool:
-    if isinstance(value, list):
-        return "list" in expected and all(isinstance(one, str) for one in value)
-    return type(value).__name__ in expected

@@ -1,7 +1,6 @@
-"""`preread`: one name in front of every command. Knows which commands exist and how they fail, not what they do.
+"""`preread`: one name in front of every command.
 
-A command lives in preread_cli/<name>.py and exposes `command`. It is imported when it is called,
-so `preread --help` and the clients' commands never wait for torch.
+A command is imported when it is called, so `preread --help` and the clients' commands never load torch.
 """
 
 from __future__ import annotations
@@ -19,50 +18,50 @@ from preread_cli.config_file import without_users
 from preread_cli.failures import explain
 from preread_cli.options import option
 
-# Section -> command -> what it does, in the order a newcomer meets them.
-COMMANDS: dict[str, dict[str, str]] = {
+# Section -> command -> its module in preread_cli.commands and its help, in the order a newcomer meets them.
+COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "Passages, once": {
-        "index": "Read passages from files and store their states.",
-        "encode-worker": "Keep an encoder running for other machines to send passages to.",
+        "index": ("index", "Read passages from files and store their states."),
+        "encode-worker": ("serve", "Keep an encoder running for other machines to send passages to."),
     },
     "Queries, many times": {
-        "serve": "Start the reranking server.",
-        "warm": "Have a server compute ahead what queries over some passages will need.",
-        "rerank": "Rank passages for a query, or for a file of queries.",
-        "tune": "Choose stored ratio, codec and read ratio by measuring them.",
-        "evaluate": "Measure how well a checkpoint reranks a judged collection.",
+        "serve": ("serve", "Start the reranking server."),
+        "warm": ("warm", "Fill a server's KV and prefix caches for some passages."),
+        "rerank": ("rerank", "Rank passages for a query, or for a file of queries."),
+        "tune": ("evaluate", "Choose stored ratio, codec and read ratio by measuring them."),
+        "evaluate": ("evaluate", "Measure how well a checkpoint reranks a judged collection."),
     },
     "Looking after it": {
-        "stats": "Show what the store holds.",
-        "verify": "Read a whole collection back and report damage.",
-        "collection": "Point an alias at a collection, compact, re-encode or drop it.",
-        "checkpoint": "Describe a checkpoint, or make a random one.",
-        "check": "Check whether a model's scores are the right ones.",
-        "convert-ctxl": "Convert a ctxl reranker to a classifier.",
-        "doctor": "Check whether this machine, checkpoint and store can serve.",
-        "health": "Ask a server, of either kind, whether it is ready.",
+        "stats": ("collection", "Show what the store holds."),
+        "verify": ("collection", "Read a whole collection back and report damage."),
+        "collection": ("collection", "Point an alias at a collection, compact, re-encode or drop it."),
+        "checkpoint": ("checkpoint", "Describe a checkpoint, or make a random one."),
+        "check": ("checkpoint", "Check whether a model's scores are the right ones."),
+        "convert-ctxl": ("checkpoint", "Convert a ctxl reranker to a classifier."),
+        "doctor": ("doctor", "Check whether this machine, checkpoint and store can serve."),
+        "health": ("doctor", "Ask a server, of either kind, whether it is ready."),
     },
 }
+_MODULES = {name: module for section in COMMANDS.values() for name, (module, _) in section.items()}
 
 
-class LazyGroup(click.Group):
+class _LazyGroup(click.Group):
     """Imports a command when it is called, and turns every error into one line and an exit code."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [name for section in COMMANDS.values() for name in section]
+        return list(_MODULES)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in self.list_commands(ctx):
+        if cmd_name not in _MODULES:
             return None
-        module = importlib.import_module(f"preread_cli.{cmd_name.replace('-', '_')}")
-        command: click.Command = module.command
-        command.name = cmd_name
+        module = importlib.import_module(f"preread_cli.commands.{_MODULES[cmd_name]}")
+        command: click.Command = getattr(module, cmd_name.replace("-", "_"))
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for section, commands in COMMANDS.items():
             with formatter.section(section):
-                formatter.write_dl(list(commands.items()))
+                formatter.write_dl([(name, text) for name, (_, text) in commands.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -79,7 +78,7 @@ class LazyGroup(click.Group):
             raise explain(exc, debug=bool(ctx.params.get("debug"))) from exc
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="preread", prog_name="preread")
 @option("--debug", is_flag=True, help="Show where an error came from.")
 def cli(debug: bool) -> None:
@@ -110,7 +109,3 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":  # an odd locale must not end a command
             stream.reconfigure(errors="backslashreplace")
     cli(prog_name="preread")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,86 +1,31 @@
-"""Shares, sizes and durations as people write them: 1%, 8KiB, 50ms; and lists with commas. Knows no command.
-
-Options that commands share, and the rule that every flag has an environment twin.
+"""Options: made from knobs, shared by commands, and the rule that every flag has an environment twin.
 
 `--some-flag` can be set as PREREAD_SOME_FLAG; the command line wins. Nothing below reads the environment.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-import preread
 from cache import DEFAULT_CODEC, KNOWN_CODECS
+from encoder_worker.config import EncoderConfig
+from preread_edge.settings import Knob, ModelSettings, ServerSettings, Settings, knobs
 
 if TYPE_CHECKING:
     from preread import ClientOptions
 
-
-_NUMBER = re.compile(r"(?P<number>\d+(?:\.\d*)?|\.\d+)\s*(?P<unit>[a-zA-Z%]*)")
-
-
-class Quantity(click.ParamType[float]):
-    """A number with one of some units, in the base unit."""
-
-    def __init__(self, name: str, units: dict[str, float], example: str) -> None:
-        self.name = name
-        self._units = units
-        self._example = example
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        if isinstance(value, float):
-            return value
-        match = _NUMBER.fullmatch(str(value).strip())
-        if match is None or match["unit"].lower() not in self._units:
-            self.fail(f"{value!r}; expected {self._example}", param, ctx)
-        return float(match["number"]) * self._units[match["unit"].lower()]
-
-
-SHARE = Quantity("PERCENT", {"%": 0.01}, "a percentage, such as 1%")
-SIZE = Quantity(
-    "BYTES",
-    {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "kib": 1024, "mib": 1024**2},
-    "a number of bytes, such as 8KiB or 8192",
-)
-DURATION = Quantity("TIME", {"us": 1e-6, "ms": 1e-3, "s": 1}, "a time with its unit, such as 50ms or 0.5s")
-
-
-class Integers(click.ParamType[tuple[int, ...]]):
-    """1,2,4 -> (1, 2, 4)."""
-
-    name = "R,R,..."
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(int(part) for part in value.split(","))
-        except ValueError:
-            self.fail(f"{value!r}; expected integers with commas between them, such as 1,4,16", param, ctx)
-
-
-class Words(click.ParamType[tuple[str, ...]]):
-    """`Flat SQ8 OPQ48,PQ48` -> those three: a FAISS factory string may hold commas, so blanks separate."""
-
-    name = "CODEC ..."
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        return value if isinstance(value, tuple) else tuple(value.split())
-
-
 F = TypeVar("F", bound=Callable[..., Any])
+S = TypeVar("S", bound=Settings)
 
-DEFAULT_STORE = "faiss:./preread-data"
-DEFAULT_ADDRESS = "127.0.0.1:50051"
-DEFAULT_ENCODER_ADDRESS = "127.0.0.1:50052"
 # Of commands that look at a store: a slow one does not pass for a broken one, a hanging one keeps no person waiting.
 ADMIN_READ_SECONDS = 5.0
-SHIPPED_MODEL = Path(preread.__file__).parent / "models" / "preread-mini"
+# Of commands that run for minutes: a slow store is better than one given up on.
+BATCH_READ_SECONDS = 30.0
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 def environment_name(*flags: str) -> str:
@@ -90,7 +35,7 @@ def environment_name(*flags: str) -> str:
 
 
 def option(*flags: str, **settings: Any) -> Callable[[F], F]:
-    """click.option with its environment twin, shown in the help beside the default."""
+    """click.option with its environment twin, shown in the help next to the default."""
     settings.setdefault("envvar", environment_name(*flags))
     settings.setdefault("show_envvar", True)
     if isinstance(settings.get("type"), click.IntRange | click.FloatRange):
@@ -99,99 +44,107 @@ def option(*flags: str, **settings: Any) -> Callable[[F], F]:
     return click.option(*flags, **settings)
 
 
-class OutputFolder(click.Path):
-    """A folder to write into; made where there is none."""
+def knob_options(
+    *settings: type[Settings], only: Collection[str] = (), without_default: Collection[str] = ()
+) -> Callable[[F], F]:
+    """An option for every knob of some dataclasses; one flag in several of them is one option.
 
-    def __init__(self) -> None:
-        super().__init__(file_okay=False, path_type=Path)
+    Args:
+        only: names of fields; empty: all of them.
+        without_default: flags that are None where they are not given.
+    """
+    found = {one.flag: one for each in settings for one in knobs(each) if not only or one.name in only}
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if str(value) == "-":
-            self.fail("-: several files are written; expected a folder", param, ctx)
-        return super().convert(value, param, ctx)
+    def decorate(function: F) -> F:
+        for one in reversed(found.values()):
+            declared = _declared(one) | ({"default": None} if one.flag in without_default else {})
+            function = option(one.flag, **declared)(function)
+        return function
+
+    return decorate
 
 
-def store_option(function: F) -> F:
-    """--store URL."""
-    return option(
-        "--store",
-        metavar="URL",
-        default=DEFAULT_STORE,
-        help="Where states are kept: faiss:PATH (a directory, no server), redis://HOST:PORT/DB, rediss://..., "
-        "redis+cluster://..., or memory: (gone when the process ends).",
-    )(function)
+def _declared(one: Knob) -> dict[str, Any]:
+    """Arguments of `option` for a knob."""
+    kinds: dict[str, Any] = {
+        "int": click.IntRange(one.at_least, one.at_most),
+        "float": click.FloatRange(one.above if one.at_least is None else one.at_least, one.at_most, one.above is not None),
+    }  # fmt: skip
+    declared: dict[str, Any] = {
+        "help": one.help + (f"  [default: {one.shown_default}]" if one.shown_default else ""),
+        "type": click.Choice(one.choices) if one.choices else kinds.get(one.kind),
+    }
+    if one.metavar:
+        declared["metavar"] = one.metavar
+    if one.is_file:
+        declared["type"] = click.Path(exists=True, dir_okay=False)
+    elif one.kind == "bool":
+        declared["is_flag"] = True
+    elif one.kind == "tuple[str, ...]":
+        declared["multiple"] = True
+    elif one.parse is None and one.default != "":
+        declared["default"] = one.default
+    return declared
+
+
+def from_options(settings: type[S], options: Mapping[str, Any], **others: Any) -> S:
+    """The dataclass with the values of `knob_options`; `others` are fields that have no option, or another value.
+
+    Raises:
+        click.UsageError: values that cannot be read, or that exclude each other.
+    """
+    values = {}
+    for one in knobs(settings):
+        given = options.get(one.flag.removeprefix("--").replace("-", "_"))
+        if given is None or one.name in others:
+            continue
+        try:
+            values[one.name] = given if one.parse is None else one.parse(given)
+        except ValueError as exc:
+            raise click.UsageError(f"{one.flag}: {exc}") from exc
+    try:
+        return settings(**values, **others)
+    except ValueError as exc:
+        raise click.UsageError(str(exc)) from exc
+
+
+def options_of(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    """Several options as one decorator, shown in this order."""
+
+    def decorate(function: F) -> F:
+        for each in reversed(decorators):
+            function = each(function)
+        return function
+
+    return decorate
+
+
+store_option = knob_options(ServerSettings, only=["store"])
+control_tokens_option = knob_options(ModelSettings, only=["read_control_tokens"])
+passage_limit_option = knob_options(ModelSettings, only=["max_passage_tokens"])
+batch_limit_option = knob_options(EncoderConfig, only=["max_batch_tokens"])
+allow_clipped_option = knob_options(EncoderConfig, only=["allow_clipped"])
+threads_option = option(
+    "--threads",
+    type=click.IntRange(min=1),
+    help="Processor threads. Without it, torch's choice, and no more than a container's quota pays for.",
+)
+compute_options = options_of(knob_options(ModelSettings, only=["device", "dtype"]), threads_option)
+codec_option = option("--codec", metavar="CODEC", help=f"{KNOWN_CODECS}.  [default: {DEFAULT_CODEC}]")
+json_option = option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+json_file_option = option(
+    "--json-file",
+    "--json",
+    "json_file",
+    type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
+    help="Write everything to this file; - prints it instead of the table.",
+)
+address_option = option("--address", metavar="HOST:PORT", default="127.0.0.1:50051", help="Address of the server.")
 
 
 def collection_option(*, required: bool = True, help: str = "The set of passages to use.") -> Callable[[F], F]:
     """-c, --collection NAME."""
     return option("-c", "--collection", metavar="NAME", required=required, help=help)
-
-
-def codec_option(function: F) -> F:
-    """--codec CODEC; None where it was not given."""
-    return option("--codec", metavar="CODEC", help=f"{KNOWN_CODECS}.  [default: {DEFAULT_CODEC}]")(function)
-
-
-def allow_clipped_option(function: F) -> F:
-    """--allow-clipped."""
-    return option(
-        "--allow-clipped",
-        is_flag=True,
-        help="Store also passages that a trained codec was not trained for: over 5% of a write's numbers outside its "
-        "ranges. Their scores will be wrong.",
-    )(function)
-
-
-def shipped_model() -> str | None:
-    """Directory of the checkpoint that came with the package, if one did."""
-    return str(SHIPPED_MODEL) if (SHIPPED_MODEL / "config.json").exists() else None
-
-
-def _model_or_shipped(ctx: click.Context, param: click.Parameter, value: str | None) -> str:
-    model = value or shipped_model()
-    if model is None and not ctx.resilient_parsing:
-        raise click.MissingParameter(
-            "Name a T5Gemma 2 reranker: a directory or a hub id; none came with this installation.",
-            ctx=ctx,
-            param=param,
-        )
-    return model or ""
-
-
-def model_option(function: F) -> F:
-    """--model DIR|HUB_ID, with the shipped checkpoint as its default; always a string when the command runs."""
-    return option(
-        "--model",
-        metavar="DIR|HUB_ID",
-        callback=_model_or_shipped,
-        help="Checkpoint: a directory or a Hugging Face id, such as KaLM-Embedding/KaLM-Reranker-V1-Nano. "
-        "Without it, the small one that comes with preread.",
-    )(function)
-
-
-def compute_options(function: F) -> F:
-    """--device, --dtype, --threads: where and how the model computes."""
-    for decorate in (
-        option(
-            "--threads",
-            type=click.IntRange(min=1),
-            help="Processor threads. Without it, torch's choice, and no more than a container's quota pays for.",
-        ),
-        option(
-            "--dtype",
-            type=click.Choice(["auto", "float32", "bfloat16"]),
-            default="auto",
-            help="Number format; auto takes bfloat16 only where the hardware multiplies it natively.",
-        ),
-        option("--device", default="auto", metavar="auto|cpu|cuda[:N]", help="auto takes CUDA where there is any."),
-    ):
-        function = decorate(function)
-    return function
-
-
-def address_option(function: F) -> F:
-    """--address HOST:PORT of a reranking server."""
-    return option("--address", metavar="HOST:PORT", default=DEFAULT_ADDRESS, help="The server to ask.")(function)
 
 
 def _key_to_show(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
@@ -201,33 +154,18 @@ def _key_to_show(ctx: click.Context, param: click.Parameter, value: str | None) 
     return without_scopes(value.split()[0]) if value and value.split() else None
 
 
-def tls_options(function: F) -> F:
-    """--tls, --tls-ca-file, --tls-cert-file, --tls-key-file, --api-key: how a client command reaches a server."""
-    for decorate in (
-        option("--api-key", metavar="KEY", callback=_key_to_show, help="Shown to a server that asks for one."),
-        option(
-            "--tls-key-file",
-            type=click.Path(exists=True, dir_okay=False, path_type=Path),
-            help="The key of --tls-cert-file (PEM).",
-        ),
-        option(
-            "--tls-cert-file",
-            type=click.Path(exists=True, dir_okay=False, path_type=Path),
-            help="Show this certificate (PEM), for mutual TLS.",
-        ),
-        option(
-            "--tls-ca-file",
-            type=click.Path(exists=True, dir_okay=False, path_type=Path),
-            help="Trust this certificate (PEM) and use TLS.",
-        ),
-        option("--tls", is_flag=True, help="Use TLS with the system's certificates."),
-    ):
-        function = decorate(function)
-    return function
+client_options = options_of(
+    address_option,
+    option("--tls", is_flag=True, help="Use TLS with the system's certificates."),
+    option("--tls-ca-file", type=FILE, help="Trust this certificate (PEM) and use TLS."),
+    option("--tls-cert-file", type=FILE, help="Show this certificate (PEM), for mutual TLS."),
+    option("--tls-key-file", type=FILE, help="The key of --tls-cert-file (PEM)."),
+    option("--api-key", metavar="KEY", callback=_key_to_show, help="Shown to a server that requires one."),
+)
 
 
-def client_options(given: Mapping[str, Any], **settings: Any) -> ClientOptions:
-    """What `tls_options` were given, and other settings of ClientOptions.
+def client_settings(given: Mapping[str, Any], **settings: Any) -> ClientOptions:
+    """The values of `client_options`, and other settings of ClientOptions.
 
     Raises:
         ValueError: a certificate without its key, or the reverse.
@@ -237,18 +175,3 @@ def client_options(given: Mapping[str, Any], **settings: Any) -> ClientOptions:
     files = [given[f"tls_{name}_file"] for name in ("ca", "cert", "key")]
     tls = TlsFiles(*files) if given["tls"] or any(files) else None
     return ClientOptions(tls=tls, api_key=given["api_key"], **settings)
-
-
-def control_tokens_option(function: F) -> F:
-    """--read-control-tokens, of every command that opens an fbnl checkpoint."""
-    return option(
-        "--read-control-tokens",
-        is_flag=True,
-        help="Read <end_of_turn> and the like in queries and passages as control tokens, as KaLM's own code does: a "
-        "text can then write the prompt. For comparing with it; part of the encoder's fingerprint.",
-    )(function)
-
-
-def json_option(function: F) -> F:
-    """--json: one JSON document on standard output instead of a table."""
-    return option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")(function)

@@ -1,0 +1,1 @@
+"""One module for related commands; imported when one of them is called."""

@@ -1,0 +1,416 @@
+"""`preread stats`, `verify` and `collection`: what a store holds, whether it is whole, and changes to it.
+
+They open the store themselves; no server is involved.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from preread_cli.failures import BAD_ITEMS, INTERRUPTED, CommandFailed
+from preread_cli.models import model_option
+from preread_cli.options import (
+    ADMIN_READ_SECONDS,
+    collection_option,
+    compute_options,
+    control_tokens_option,
+    json_option,
+    option,
+    store_option,
+)
+from preread_cli.terminal import counted_progress, human_bytes, print_facts
+
+if TYPE_CHECKING:
+    from cache.collection import Collection
+    from cache.store import Store
+    from encoder_worker.passage_encoder import PassageEncoder
+    from encoder_worker.reencoding import Reencoding
+
+MAX_SHOWN = 20
+
+
+@contextmanager
+def _opened(url: str) -> Iterator[Store]:
+    """The store, for as long as the block runs."""
+    from cache.open import open_store
+
+    store = open_store(url, read_budget_seconds=ADMIN_READ_SECONDS)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+@click.command()
+@collection_option(required=False, help="Only this one, by name or alias.")
+@json_option
+@store_option
+@click.pass_context
+def stats(ctx: click.Context, /, collection: str | None, as_json: bool, store: str) -> None:
+    """Show what the store holds.
+
+    One collection after another: which encoder wrote it, how it is stored, how much is in it. Bytes per
+    passage are those of the records, without the store's own overhead. Exit code 1 when a collection cannot be
+    read; the others are shown.
+    """
+    from cache.store import public_url
+
+    with _opened(store) as opened:
+        rows, unreadable = _describe(opened, collection)
+    if as_json:
+        click.echo(json.dumps(rows, ensure_ascii=False, indent=2))
+    elif not rows and not unreadable:
+        click.echo(f"{public_url(store)} holds no collection; `preread index` makes one.")
+    for position, row in enumerate([] if as_json else rows):
+        if position:
+            click.echo()
+        _print_stats(row)
+    for name, reason in unreadable.items():
+        click.echo(f"{name} cannot be read: {reason}", err=True)
+    if unreadable:
+        ctx.exit(BAD_ITEMS)
+
+
+def _describe(store: Store, only: str | None) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """A row per collection, and why others cannot be read."""
+    from cache.collection import Collection
+    from cache.errors import StoreDamaged
+
+    aliases = store.aliases()
+    rows, unreadable = [], {}
+    for name in [Collection.open(store, only).name] if only else store.list_collections():
+        try:
+            manifest = store.read_manifest(name)
+            if manifest is None:  # dropped a moment ago
+                continue
+            counts = store.stats(name)
+        except StoreDamaged as exc:
+            unreadable[name] = str(exc)
+            continue
+        rows.append(
+            {
+                "collection": name,
+                "aliases": sorted(alias for alias, target in aliases.items() if target == name),
+                **{
+                    one: getattr(counts, one)
+                    for one in ("num_passages", "num_tokens", "num_states", "num_truncated", "num_clipped")
+                },
+                "clipped_share": counts.clipped_share(manifest.dim),
+                "size_bytes": counts.size_bytes,
+                **{
+                    one: getattr(manifest, one)
+                    for one in (
+                        "compression_ratio", "codec", "dim", "stores_text", "checkpoint", "fingerprint",
+                        "max_passage_tokens", "passage_template", "created_at",
+                    )
+                },
+            }
+        )  # fmt: skip
+    return rows, unreadable
+
+
+def _print_stats(row: dict[str, Any]) -> None:
+    num_passages = row["num_passages"]
+    clipped = f"{row['clipped_share']:.2%} of the numbers lie outside what the codec was trained for"
+    per_passage = f" ({human_bytes(row['size_bytes'] / num_passages)} per passage)" if num_passages else ""
+    print_facts(
+        {
+            "collection": row["collection"] + "".join(f"  <- {alias}" for alias in row["aliases"]),
+            "passages": f"{num_passages:,} ({row['num_truncated']:,} cut at {row['max_passage_tokens']:,} tokens)",
+            "tokens": f"{row['num_tokens']:,}",
+            "states": f"{row['num_states']:,} of {row['dim']} values, compression ratio {row['compression_ratio']}",
+            "size": f"{human_bytes(row['size_bytes'])} as {row['codec']}{per_passage}",
+            **({"clipped": clipped} if row["num_clipped"] else {}),
+            "texts": "stored" if row["stores_text"] else "not stored",
+            "encoder": f"{row['checkpoint']} ({row['fingerprint'][:12]})",
+            "created": row["created_at"],
+        }
+    )
+
+
+@click.command()
+@collection_option()
+@option("--remove-damaged", is_flag=True, help="Remove what is damaged, so that `preread index` encodes it again.")
+@option("--max-shown", type=click.IntRange(min=0), default=MAX_SHOWN, help="Show this many damaged passages.")
+@json_option
+@store_option
+@click.pass_context
+def verify(
+    ctx: click.Context, /, collection: str, remove_damaged: bool, max_shown: int, as_json: bool, store: str
+) -> None:
+    """Read a whole collection back and report damage.
+
+    Checks version, lengths, checksum and id of every passage, decodes it, and checks its values; then what
+    no passage shows: the catalogue's pages, its other rows, its counts, and whether commits are lost. Exit code
+    1 when anything is damaged: the rest is not affected. --remove-damaged deletes damaged passages, and writes
+    a damaged catalogue again out of what is whole. Indexing again leaves alone what is stored with the same
+    text, damaged or not: remove it first.
+    """
+    with _opened(store) as opened:
+        audit = _verified(opened, collection, remove_damaged=remove_damaged)
+    if as_json:
+        click.echo(json.dumps(asdict(audit), indent=2))
+    else:
+        _print_audit(audit, max_shown, remove_damaged)
+    if audit.damaged or audit.problems:
+        ctx.exit(BAD_ITEMS)
+
+
+@dataclass
+class _Verified:
+    """Findings, for people and for machines."""
+
+    collection: str
+    num_passages: int = 0
+    num_version_1: int = 0
+    removed: int = 0
+    clipped_share: float = 0.0  # of the numbers: outside what the codec was trained for
+    damaged: list[dict[str, str]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    left_behind: list[str] = field(default_factory=list)
+    orphans: list[str] = field(default_factory=list)
+
+
+def _verified(store: Store, name: str, *, remove_damaged: bool) -> _Verified:
+    from cache.collection import Collection
+    from cache.errors import CollectionNotFound, StoreDamaged
+
+    mended: list[str] = []
+    try:
+        found = _read(store, Collection.open(store, name))
+        problems = found.problems
+    except StoreDamaged as exc:
+        if not remove_damaged:
+            raise
+        problems = [str(exc)]
+    if remove_damaged and problems:
+        mended = store.mend()
+        try:
+            found = _read(store, Collection.open(store, name))
+        except (CollectionNotFound, StoreDamaged):  # its manifest was damaged: what was left behind names it
+            return _Verified(name, problems=problems, left_behind=mended)
+        problems += [problem for problem in found.problems if problem not in problems]
+    if remove_damaged:
+        passage_ids = [one["passage_id"] for one in found.damaged]
+        found.removed = Collection.open(store, name).delete_many(passage_ids)
+    found.problems, found.left_behind = problems, mended
+    return found
+
+
+def _read(store: Store, whole: Collection) -> _Verified:
+    """Every passage, and what the store finds of itself."""
+    from cache.errors import StoreDamaged
+
+    audit = store.audit(whole.name)
+    found = _Verified(whole.name, problems=list(audit.problems), orphans=list(audit.orphans))
+    try:
+        with counted_progress("reading") as on_progress:
+            counts = whole.stats()
+            found.clipped_share = counts.clipped_share(whole.manifest.dim)
+            for one in whole.verify():
+                found.num_passages += 1
+                found.num_version_1 += one.version == 1
+                if one.damage:
+                    found.damaged.append({"passage_id": one.passage_id, "reason": one.damage})
+                on_progress(found.num_passages, counts.num_passages)
+    except StoreDamaged as exc:
+        found.problems.append(str(exc))
+    return found
+
+
+def _print_some(title: str, lines: list[str], max_shown: int = MAX_SHOWN) -> None:
+    for line in lines[:max_shown]:
+        click.echo(f"{title}: {line}")
+    if len(lines) > max_shown:
+        click.echo(f"{title}: {len(lines) - max_shown:,} more")
+
+
+def _print_audit(found: _Verified, max_shown: int, remove_damaged: bool) -> None:
+    _print_some("damaged", [f"{one['passage_id']}: {one['reason']}" for one in found.damaged], max_shown)
+    _print_some("damaged", found.problems, max_shown)
+    _print_some("left behind", found.left_behind, max_shown)
+    if found.orphans:
+        click.echo(f"{len(found.orphans):,} segment files of writes that were cut off; the next write removes them")
+    if found.num_version_1:
+        click.echo(
+            f"{found.num_version_1:,} records of version 1, which do not know their id; `preread collection compact` "
+            "(faiss:) or a new collection (Redis) writes them again"
+        )
+    if found.clipped_share:
+        click.echo(
+            f"{found.clipped_share:.2%} of the numbers lie outside what the codec was trained for, and are cut to it; "
+            f"`preread collection reencode {found.collection}` trains it again"
+        )
+    removed = f", {found.removed:,} removed" if remove_damaged else ""
+    mended = ", catalogue written again" if remove_damaged and found.problems else ""
+    click.echo(
+        f"{found.collection}: {found.num_passages:,} passages read, {len(found.damaged):,} damaged{removed}{mended}"
+    )
+
+
+@click.group()
+def collection() -> None:
+    """Point an alias at a collection, compact, re-encode or drop it.
+
+    To replace a collection while it is in use: index a second one next to it, point the alias at that
+    one, drop the first. Readers see one or the other, never a mixture.
+    """
+
+
+@collection.command("alias")
+@click.argument("alias")
+@click.argument("collection", required=False)
+@option("--remove", is_flag=True, help="Remove the alias instead; the collection stays.")
+@store_option
+def _alias(alias: str, collection: str | None, remove: bool, store: str) -> None:
+    """Make ALIAS another name of COLLECTION, in one step for every reader."""
+    if remove == (collection is not None):
+        raise click.UsageError("Give ALIAS and COLLECTION, or ALIAS and --remove.")
+    with _opened(store) as opened:
+        if collection is None:
+            if not opened.remove_alias(alias):
+                raise CommandFailed(f"alias: {alias!r} does not exist")
+            click.echo(f"{alias} is no alias any more")
+            return
+        before = opened.aliases().get(alias)
+        opened.set_alias(alias, collection)
+        click.echo(f"{alias} -> {collection}" + (f" (was {before})" if before not in (None, collection) else ""))
+
+
+@collection.command("compact")
+@click.argument("collection")
+@store_option
+def _compact(collection: str, store: str) -> None:
+    """Give back the space of deleted and replaced passages.
+
+    For embedded stores (faiss:); Redis frees it at once.
+    """
+    from cache.collection import Collection
+    from cache.store import public_url
+
+    with _opened(store) as opened:
+        name = Collection.open(opened, collection).name
+        compact = getattr(opened, "compact", None)
+        if compact is None:
+            raise CommandFailed(
+                f"{public_url(store)}: nothing to compact; only faiss: stores keep deleted passages on disk"
+            )
+        compact(name)
+        click.echo(f"{name} is compact")
+
+
+@collection.command("reencode")
+@click.argument("collection")
+@option("--into", metavar="NAME", help="The new collection.  [default: COLLECTION with .v2, .v3, ... after it]")
+@option("--codec", metavar="CODEC", help="Store as this instead of the collection's own codec.")
+@option("--keep-names", is_flag=True, help="Leave name and aliases with the old collection.")
+@option("--missing", metavar="FILE", help="Write ids that need their input again to this file; - is standard output.")
+@model_option
+@control_tokens_option
+@compute_options
+@store_option
+@click.pass_context
+def _reencode(ctx: click.Context, /, collection: str, **options: Any) -> None:
+    """Train COLLECTION's codec again, and encode again what it had cut.
+
+    For a codec that was trained on few or odd passages (`preread stats` shows the share of clipped numbers). Writes a
+    new collection next to the old one: what was cut is encoded from the kept texts, the rest is taken over. When all
+    of it is there, COLLECTION's name and aliases mean the new one, each in one step; until then readers see the old
+    one. Run again to go on after an interruption. `preread collection drop` deletes the old one.
+
+    \b
+    Exit codes: 0 all done, 1 some passages need their input again (--missing has their ids) or writers never paused,
+    130 interrupted.
+    """
+    from cache.collection import Collection
+    from encoder_worker.reencoding import reencode
+    from preread_cli.commands.index import stopping
+    from preread_edge.outputs import open_output
+
+    def load() -> PassageEncoder:
+        from checkpoint.compute import tune_process
+        from encoder_worker.passage_encoder import PassageEncoder
+
+        tune_process(options["threads"])
+        return PassageEncoder.load(
+            options["model"],
+            device=options["device"],
+            dtype=options["dtype"],
+            max_passage_tokens=source.manifest.max_passage_tokens,
+            read_control_tokens=options["read_control_tokens"],
+        )
+
+    with _opened(options["store"]) as opened, ExitStack() as stack:
+        source = Collection.open(opened, collection)
+        codec = options["codec"] or source.manifest.codec
+        if codec == source.manifest.codec and not source.codec.needs_training:
+            raise CommandFailed(
+                f"{source.name}: {codec} has no table to train, and cuts nothing; --codec names another"
+            )
+        missing = stack.enter_context(open_output(options["missing"])) if options["missing"] else None
+        base, dot, number = source.name.rpartition(".v")
+        next_name = f"{base}.v{int(number) + 1}" if dot and number.isdecimal() else f"{source.name}.v2"
+        done = reencode(
+            source,
+            options["into"] or next_name,
+            codec,
+            load,
+            move_names=not options["keep_names"],
+            stop=stack.enter_context(stopping()),
+            on_progress=stack.enter_context(counted_progress(source.name)),
+        )
+        if missing is not None:
+            missing.writelines(f"{passage_id}\n" for passage_id in done.needs_input)
+    _print_reencoded(done, codec)
+    if done.report.interrupted:
+        ctx.exit(INTERRUPTED)
+    if done.needs_input or done.damaged or done.overtaken or done.report.num_refused:
+        ctx.exit(BAD_ITEMS)
+
+
+def _print_reencoded(done: Reencoding, codec: str) -> None:
+    report = done.report
+    click.echo(
+        f"{done.source} -> {done.collection} as {codec}: {done.num_passages:,} passages, {report.num_stored:,} written "
+        f"({done.num_from_texts:,} from their texts), {report.clipped_share:.2%} of the numbers clipped"
+    )
+    for entry in islice(report.refused, MAX_SHOWN):
+        click.echo(f"refused: {entry['passage_id']}: {entry['message']}")
+    _print_some("needs its input again", list(done.needs_input))
+    _print_some("damaged, left out", list(done.damaged))
+    if done.needs_input:
+        click.echo(f"`preread index --force -c {done.collection}` with the passages above encodes them again")
+    for name in done.moved_names:
+        click.echo(f"{name} -> {done.collection}")
+    if done.source in done.moved_names:
+        click.echo(f"the old one is there until `preread collection drop {done.source}`")
+    if done.overtaken:
+        click.echo(
+            f"{done.source} was written to during every pass, and keeps its names: run again when writers pause",
+            err=True,
+        )
+    if report.interrupted:
+        click.echo("preread: interrupted; run again to go on from here", err=True)
+
+
+@collection.command("drop")
+@click.argument("collection")
+@option("--yes", is_flag=True, help="Do not ask.")
+@store_option
+def _drop(collection: str, yes: bool, store: str) -> None:
+    """Delete COLLECTION and its passages. Refused while an alias points at it."""
+    from cache.store import public_url
+
+    with _opened(store) as opened:
+        num_passages = opened.stats(collection).num_passages
+        if not yes:
+            click.confirm(f"Delete {collection} with {num_passages:,} passages from {public_url(store)}?", abort=True)
+        opened.drop_collection(collection)
+        click.echo(f"{collection} is gone ({num_passages:,} passages)")

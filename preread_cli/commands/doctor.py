@@ -1,0 +1,343 @@
+"""`preread doctor` and `preread health`: whether serving would work here, and whether a server is ready.
+
+Each check of the doctor gives its findings; none of them changes anything.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from decoder_server.config import DecoderConfig, ModelConfig
+from preread_cli.config_file import config_option, masked
+from preread_cli.failures import BAD_ITEMS, UNAVAILABLE, CommandFailed
+from preread_cli.models import models_option, parse_models
+from preread_cli.options import (
+    ADMIN_READ_SECONDS,
+    client_options,
+    client_settings,
+    compute_options,
+    json_option,
+    knob_options,
+    option,
+)
+
+if TYPE_CHECKING:
+    from checkpoint import EncoderIdentity
+
+GIB = 1 << 30
+
+
+@click.command()
+@config_option
+@models_option
+@compute_options
+@knob_options(
+    ModelConfig, only=["read_control_tokens", "max_passage_tokens", "encoder_address", "encoder_api_key"]
+)
+@knob_options(
+    DecoderConfig,
+    only=["store", "max_store_cache_bytes", "encoder_tls_ca_file", "encoder_tls_cert_file", "encoder_tls_key_file"],
+)
+@json_option
+@click.pass_context
+def doctor(ctx: click.Context, /, **options: Any) -> None:
+    """Check whether this machine, checkpoint and store can serve.
+
+    \b
+    Takes the settings of `preread serve`, every model too, also from --config. Changes nothing, and makes no store.
+
+    \b
+    Exit codes: 0 nothing in the way (warnings are allowed), 1 something that serving will stumble over.
+    """
+    findings = list(_findings(options))
+    if options["as_json"]:
+        rows = [{"name": one.name, "state": one.state.value.lower(), "message": one.message} for one in findings]
+        click.echo(json.dumps(rows, ensure_ascii=False, indent=2))
+    else:
+        for one in findings:
+            click.echo(f"{one.state.value:<5} {one.name:<12} {one.message}")
+    if any(one.state is _State.FAIL for one in findings):
+        ctx.exit(BAD_ITEMS)
+
+
+class _State(Enum):
+    """How bad it is. Only FAIL means that serving will not work."""
+
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "FAIL"
+
+
+@dataclass(frozen=True)
+class _Finding:
+    """One line of the report."""
+
+    name: str
+    state: _State
+    message: str
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A model that could be served: where its files are, and its encoder where it has one."""
+
+    config: ModelConfig
+    path: Path
+    identity: EncoderIdentity | None
+
+
+def _findings(options: Mapping[str, Any]) -> Iterator[_Finding]:
+    from cache.errors import CacheError
+    from cache.open import open_store
+
+    yield _processor()
+    yield from _torch_build(options)
+    yield _threads(options)
+    configs = parse_models(options)
+    models: list[_Model] = []
+    for config in configs:
+        model, finding = _model(config, "checkpoint" if len(configs) == 1 else f"model {config.served_name}")
+        yield finding
+        if model is not None:
+            models.append(model)
+    if models:
+        yield _memory(options, [model.path for model in models])
+    shown = masked("store", options["store"])
+    try:
+        with closing(open_store(options["store"], read_budget_seconds=ADMIN_READ_SECONDS)) as opened:
+            yield from _store(opened, shown, [model.identity for model in models if model.identity is not None])
+    except CacheError as exc:
+        yield _Finding("store", _State.FAIL, f"{shown}: {exc}")
+    named = [config.encoder_address for config in configs] + [options["encoder_address"] or ""]
+    yield from _proxy([address for address in dict.fromkeys(named) if address])
+    yield from _workers(options, configs, models)
+
+
+def _processor() -> _Finding:
+    """Instruction sets that decide how fast a forward pass is."""
+    import torch
+
+    from checkpoint.compute import cpu_multiplies_bfloat16
+
+    has = {name for name, there in torch.cpu.get_capabilities().items() if there is True}
+    wanted = ("avx2", "avx512", "avx512_bf16", "amx_bf16", "asimd", "sve")
+    there = ", ".join(name for name in wanted if any(one.startswith(name) for one in has)) or "none of the known ones"
+    bfloat16 = "multiplies bfloat16" if cpu_multiplies_bfloat16() else "float32 only: bfloat16 would be emulated"
+    state = _State.OK if has & {"avx2", "asimd"} or any("avx512" in name for name in has) else _State.WARN
+    return _Finding("processor", state, f"{there}; {bfloat16}")
+
+
+def _torch_build(options: Mapping[str, Any]) -> Iterator[_Finding]:
+    """The build, the device that would be taken, and the number format."""
+    import torch
+
+    from checkpoint.compute import choose_device, choose_dtype, cpp_compiler, dtype_name
+
+    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
+    yield _Finding("torch", _State.OK, f"{torch.__version__} ({cuda}), Python {sys.version.split()[0]}")
+    try:
+        device = choose_device(options["device"])
+        dtype = choose_dtype(options["dtype"], device)
+    except ValueError as exc:
+        yield _Finding("device", _State.FAIL, str(exc))
+        return
+    yield _Finding("device", _State.OK, f"{device}, {dtype_name(dtype)}")
+    if device.type == "cpu":
+        compiler = cpp_compiler()
+        compiled = f"{compiler} compiles them at load"
+        yield _Finding(
+            "fused steps",
+            _State.OK,
+            compiled if compiler else "no C++ compiler (g++): unfused, a few percent slower",
+        )
+
+
+def _threads(options: Mapping[str, Any]) -> _Finding:
+    """Whether the threads fit the processors this process may use."""
+    import torch
+
+    from checkpoint.compute import cpu_quota, usable_cores
+
+    usable, quota = usable_cores(), cpu_quota()
+    wanted = options["threads"] or min(torch.get_num_threads(), usable)
+    paid = f" (a quota of {quota:g})" if quota < math.inf else ""
+    if wanted > usable:
+        message = f"{wanted} threads on {usable} processors{paid}: they wait for each other; set --threads {usable}"
+        return _Finding("threads", _State.WARN, message)
+    return _Finding("threads", _State.OK, f"{wanted} of {usable} processors{paid}")
+
+
+def _model(config: ModelConfig, name: str) -> tuple[_Model | None, _Finding]:
+    """Whether the files are there and are a reranker that can be served; weights are not loaded."""
+    from checkpoint import Checkpoint, CheckpointError
+    from checkpoint.files import resolve
+    from decoder_server.models.loading import is_fbnl
+
+    try:
+        if not is_fbnl(config):
+            path = resolve(config.checkpoint)
+            message = f"{path}, a cross-encoder: reads text, needs no store"
+            return _Model(config, path, None), _Finding(name, _State.OK, message)
+        found = Checkpoint.open(
+            config.checkpoint, max_passage_tokens=config.max_passage_tokens, neutralise=not config.read_control_tokens
+        )
+        identity = found.identity()
+        _ = found.text
+    except (CheckpointError, OSError, ValueError) as exc:
+        return None, _Finding(name, _State.FAIL, str(exc))
+    message = f"{identity.checkpoint}, encoder {identity.fingerprint[:12]}, dim {identity.dim}"
+    return _Model(config, found.path, identity), _Finding(name, _State.OK, message)
+
+
+def _memory(options: Mapping[str, Any], paths: Sequence[Path]) -> _Finding:
+    """Whether weights and caches fit. Reads /proc, so on Linux only."""
+    from checkpoint.compute import memory_left
+
+    try:
+        with open("/proc/meminfo") as lines:
+            kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return _Finding("memory", _State.WARN, "cannot be told on this system")
+    available = min(kib * 1024, memory_left())  # the kernel's estimate, or what the container may still use
+    needed = sum(file.stat().st_size for path in paths for file in path.glob("*.safetensors"))
+    needed += 2 * options["cache_bytes"]
+    message = f"{available / GIB:.1f} GiB available; weights and caches take up to {needed / GIB:.1f} GiB"
+    return _Finding("memory", _State.OK if needed < available else _State.WARN, message)
+
+
+def _store(opened: Any, shown: str, identities: Sequence[EncoderIdentity]) -> Iterator[_Finding]:
+    """Whether the store answers, and whether its collections were written by an encoder of these."""
+    from cache.errors import CacheError
+    from decoder_server.engine.collections import survey
+
+    try:
+        described, unreadable = survey(opened)
+    except CacheError as exc:
+        yield _Finding("store", _State.FAIL, f"{shown}: {exc}")
+        return
+    yield _Finding("store", _State.OK, f"{shown}, {len(described)} collections")
+    for name, reason in unreadable.items():
+        yield _Finding(f"collection {name}", _State.FAIL, f"cannot be read: {reason}")
+    ours = {identity.fingerprint for identity in identities}
+    for one in described:
+        manifest = one.manifest
+        name, about = f"collection {manifest.collection}", f"{one.stats.num_passages:,} passages, {manifest.codec}"
+        if not ours:
+            yield _Finding(name, _State.WARN, f"{about}; nothing to compare its encoder with")
+        elif manifest.fingerprint in ours:
+            yield _Finding(name, _State.OK, f"{about}, ratio {manifest.compression_ratio}, of this encoder")
+        else:
+            here = " or ".join(sorted(fingerprint[:12] for fingerprint in ours))
+            message = (
+                f"{about}; written by {manifest.checkpoint} ({manifest.fingerprint[:12]}), the encoder here is {here}: "
+                "requests for it are rejected; index it again into a new collection"
+            )
+            yield _Finding(name, _State.FAIL, message)
+
+
+def _proxy(addresses: Sequence[str]) -> Iterator[_Finding]:
+    """Whether the environment puts a proxy between the server and its encoders elsewhere."""
+    from preread.channel import proxy_variable
+
+    name = proxy_variable()
+    if not name:
+        return
+    through = [address for address in addresses if proxy_variable(address)]
+    if through:
+        message = f"{name} is set: {', '.join(through)} is reached through that proxy; no_proxy takes hosts out of it"
+        yield _Finding("proxy", _State.WARN, message)
+    else:
+        yield _Finding("proxy", _State.OK, f"{name} is set; nothing of ours is reached through it")
+
+
+def _workers(
+    options: Mapping[str, Any], configs: Sequence[ModelConfig], models: Sequence[_Model]
+) -> Iterator[_Finding]:
+    """Every worker that is named: by a model, or for the first that names none."""
+    identities = {id(model.config): model.identity for model in models}
+    elsewhere = options["encoder_address"]
+    for config in configs:
+        identity = identities.get(id(config))
+        if config.encoder_address:
+            yield _worker(options, config.encoder_address, identity)
+        elif elsewhere and (identity is not None or len(configs) == 1):
+            yield _worker(options, elsewhere, identity)
+            elsewhere = None
+
+
+def _worker(options: Mapping[str, Any], address: str, identity: EncoderIdentity | None) -> _Finding:
+    """Calls Describe of the worker, as the server would."""
+    from preread import Client, ClientOptions, PrereadError, RetryPolicy, TlsFiles
+    from preread.channel import proxy_variable
+
+    files = [options[f"encoder_tls_{name}_file"] for name in ("ca", "cert", "key")]
+    once = ClientOptions(
+        timeout_seconds=5.0,
+        retry=RetryPolicy(max_attempts=1),
+        tls=TlsFiles(*files) if any(files) else None,
+        api_key=options["encoder_api_key"],
+    )
+    try:
+        with Client(address, encoder_address=address, options=once) as client:
+            theirs = client.describe().encoder.fingerprint
+    except PrereadError as exc:
+        proxy = proxy_variable(address)
+        through = f" (through the proxy of {proxy})" if proxy else ""
+        return _Finding("worker", _State.FAIL, f"{address}: {exc}{through}")
+    if identity is not None and theirs != identity.fingerprint:
+        message = f"{address} encodes with {theirs[:12]}, this checkpoint's encoder is {identity.fingerprint[:12]}"
+        return _Finding("worker", _State.FAIL, message)
+    return _Finding("worker", _State.OK, f"{address}, encoder {theirs[:12]}")
+
+
+@click.command()
+@option("--timeout-seconds", type=click.FloatRange(min=0, min_open=True), default=5.0, help="For the answer.")
+@option(
+    "--service",
+    metavar="NAME",
+    default="",
+    help="Name in place of readiness: live, for liveness probes, or encoder; a reranking server has both.",
+)
+@client_options
+def health(**given: Any) -> None:
+    """Ask a server, of either kind, whether it is ready.
+
+    Exit codes: 0 ready, 2 no such service, 3 not ready or not there.
+    """
+    import grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    from preread.channel import check_address
+
+    options = client_settings(given)
+    address = check_address("address", given["address"])
+    arguments = options.channel_arguments(address)
+    opened = (
+        grpc.insecure_channel(address, arguments)
+        if options.tls is None
+        else grpc.secure_channel(address, options.tls.credentials(), arguments)
+    )
+    with opened as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        request = health_pb2.HealthCheckRequest(service=given["service"])
+        try:
+            answer = stub.Check(request, timeout=given["timeout_seconds"])
+        except grpc.RpcError as exc:
+            if exc.code() is not grpc.StatusCode.NOT_FOUND:
+                raise
+            message = f"--service is {given['service']!r}, which {address} does not have; expected live, or encoder"
+            raise CommandFailed(f"{message}, of a reranking server that has one") from None
+    status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+    if answer.status != health_pb2.HealthCheckResponse.SERVING:
+        raise CommandFailed(f"{address} answers {status}", UNAVAILABLE)
+    click.echo(f"{address} is {given['service'] or 'ready'}")

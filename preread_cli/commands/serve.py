@@ -1,0 +1,383 @@
+"""`preread serve`, both halves in one process, and `preread encode-worker`, the encoder for other machines.
+
+With `serve` the encoder listens on loopback for the server in this process, and for `--encoder-address` of others on
+this machine. A model that is not run as published is checked once before it serves: a cross-encoder in bfloat16, or through
+ONNX Runtime, is compared with its own weights in float32, and the result is remembered for the next start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import importlib.metadata
+import json
+import logging
+import secrets
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from decoder_server.config import DecoderConfig, HttpConfig, ModelConfig, TierBudgets
+from encoder_worker.config import EncoderConfig
+from preread_cli.config_file import config_option
+from preread_cli.models import model_option, models_option, parse_models
+from preread_cli.options import from_options, knob_options, option
+from preread_cli.process import Process, listening_line, process_options, say
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+
+    from cache.store import Store
+    from decoder_server.engine.engine import Engine
+    from decoder_server.engine.lifecycle import Observer
+    from decoder_server.gateway import Gateway
+    from decoder_server.models.backend import Backend
+    from decoder_server.server import DecoderServer
+    from encoder_worker.server import EncoderServer
+    from preread_edge.keys import ApiKeys
+
+    Load = Callable[[ModelConfig], Backend]
+
+log = logging.getLogger(__name__)
+
+MAX_SHOWN = 5  # collections in the start-up lines
+PASSED_CHECKS = Path("~/.cache/preread/health")
+# What may change scores, other than the model's own files.
+_PACKAGES = ("preread", "torch", "transformers", "tokenizers", "onnxruntime")
+_MODEL_FLAGS = (
+    "name", "device", "dtype", "max_passage_tokens", "read_control_tokens", "encoder_address", "encoder_api_key",
+)  # fmt: skip
+
+
+@click.command()
+@config_option
+@models_option
+@knob_options(ModelConfig, only=_MODEL_FLAGS)
+@option("--no-encoder", is_flag=True, help="Answer from stored states only.")
+@option(
+    "--encoder-port", type=click.IntRange(0, 65535), default=50052, help="Loopback port of the encoder in this process."
+)
+@knob_options(DecoderConfig, TierBudgets, HttpConfig, without_default=["--http-port"])
+@option(
+    "--check/--no-check",
+    default=None,
+    help="Refuse to start with a model whose scores are wrong (`preread check`): every model, or none. Without it, "
+    "cross-encoders that are not run in plain float32, once each.",
+)
+@option("--tracing", is_flag=True, help="Send OpenTelemetry spans to where the OTEL_* variables say.")
+@process_options
+@click.pass_context
+def serve(ctx: click.Context, /, **options: Any) -> None:
+    """Start the reranking server.
+
+    \b
+    Answers gRPC on --port, and HTTP on --http-port, from the states in --store. Texts that come
+    with a request, and ids that are not stored but come with a text, are encoded by a second half
+    in this process, or by the worker at --encoder-address (`preread encode-worker`), or not at all
+    with --no-encoder.
+
+    Ready when the last line says so; SIGTERM, SIGHUP or Ctrl-C lets requests in flight finish.
+    """
+    if options["no_encoder"] and options["encoder_address"]:
+        raise click.UsageError("--no-encoder and --encoder-address are mutually exclusive.")
+    models = parse_models(options, tiers=from_options(TierBudgets, options))
+    config = from_options(DecoderConfig, options, models=models)
+    http = from_options(HttpConfig, options) if options["http_port"] is not None else None
+    asyncio.run(_serve(options, config, http, Process(ctx)))
+
+
+async def _serve(options: Mapping[str, Any], config: DecoderConfig, http: HttpConfig | None, process: Process) -> None:
+    from cache.open import open_store
+    from decoder_server.models.loading import load_model
+    from decoder_server.server import DecoderServer
+
+    keys = process.begin()
+    store = open_store(config.store, read_budget_seconds=config.read_budget_seconds)
+    try:
+        await asyncio.to_thread(_check_opens, store)
+        with _tracing(options) as observers:
+            async with _encoders(options, config, store, keys) as (placed, encoder_registry):
+                load = load_model if options["check"] is False else checked(load_model, every=bool(options["check"]))
+                server = DecoderServer(placed, store=store, load=load, keys=keys, observers=observers)
+                if encoder_registry is not None:
+                    server.metrics.registry.register(encoder_registry)
+                with process.metrics(server.metrics.registry):
+                    await _run(server, store, http, process)
+    finally:
+        store.close()
+
+
+def _check_opens(store: Store) -> None:
+    """Raises what is wrong with a store that cannot be opened; one that does not answer may come back."""
+    from cache.errors import StoreLocked, StoreUnavailable
+
+    with suppress(StoreLocked, StoreUnavailable):
+        store.list_collections()
+
+
+async def _run(server: DecoderServer, store: Store, http: HttpConfig | None, process: Process) -> None:
+    from checkpoint.compute import keep_loaded
+
+    async with _gateway(http, server) as gateway:
+        if not await process.starts(server.start()):
+            return
+        keep_loaded()
+        await _introduce(server, store, gateway)
+        if server.readiness.problem:
+            say(f"waiting      not ready: {server.readiness.problem}")
+        if await process.starts(server.readiness.wait()):
+            await process.runs()
+        grace = process.stops()
+        await asyncio.gather(server.stop(grace), *([] if gateway is None else [gateway.stop(grace)]))
+
+
+@asynccontextmanager
+async def _gateway(config: HttpConfig | None, server: DecoderServer) -> AsyncIterator[Gateway | None]:
+    """Listens before the model has loaded, so that health can be asked; stops without grace if it still runs then.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    if config is None:
+        yield None
+        return
+    from decoder_server.gateway import Gateway
+
+    gateway = Gateway(config, server)
+    await gateway.start()
+    try:
+        yield gateway
+    finally:
+        await gateway.stop(0)
+
+
+@asynccontextmanager
+async def _encoders(
+    options: Mapping[str, Any], config: DecoderConfig, store: Store, keys: ApiKeys
+) -> AsyncIterator[tuple[DecoderConfig, CollectorRegistry | None]]:
+    """Runs an encoder worker for every model that scores states and has none elsewhere.
+
+    Yields the configuration with every model's encoder address, and the metrics of the first worker: one process, one
+    scrape, and names may not repeat there. A worker here requires the server's keys, and one made for this process.
+    """
+    from decoder_server.models.loading import is_fbnl
+
+    models: list[ModelConfig] = []
+    workers: list[EncoderServer] = []
+    elsewhere = options["encoder_address"] or ""
+    own = secrets.token_urlsafe(32) if keys.required else ""
+    async with AsyncExitStack() as stack:
+        for model in config.models:
+            if not is_fbnl(model):
+                models.append(model)
+            elif model.encoder_address or elsewhere:
+                address = model.encoder_address or elsewhere
+                models.append(replace(model, encoder_address=address, encoder_api_key=options["encoder_api_key"] or ""))
+                # One worker has one encoder; models of another encoder name theirs in --model.
+                elsewhere = elsewhere if model.encoder_address else ""
+            elif options["no_encoder"] or options["encoder_address"]:
+                models.append(model)
+            else:
+                port = 0 if workers else options["encoder_port"]
+                workers.append(await stack.enter_async_context(_worker(config, model, port, store, keys, own)))
+                address = f"127.0.0.1:{workers[-1].port}"
+                models.append(replace(model, encoder_address=address, encoder_api_key=own, encoder_in_process=True))
+        yield replace(config, models=tuple(models)), workers[0].metrics.registry if workers else None
+
+
+@asynccontextmanager
+async def _worker(
+    config: DecoderConfig, model: ModelConfig, port: int, store: Store, keys: ApiKeys, own: str
+) -> AsyncIterator[EncoderServer]:
+    from encoder_worker.server import EncoderServer
+    from preread_edge.keys import ApiKeys, Scope, make_key
+
+    worker = EncoderServer(
+        EncoderConfig(
+            checkpoint=model.checkpoint,
+            store=config.store,
+            port=port,
+            device=model.device,
+            dtype=model.dtype,
+            max_passage_tokens=model.max_passage_tokens,
+            read_control_tokens=model.read_control_tokens,
+        ),
+        store=store,
+        keys=keys + ApiKeys((make_key(own, [Scope.ADMIN]),)) if own else keys,
+    )
+    await worker.start()
+    try:
+        yield worker
+    finally:
+        await worker.stop(0)
+
+
+@contextmanager
+def _tracing(options: Mapping[str, Any]) -> Iterator[tuple[Observer, ...]]:
+    """The observer that sends spans, if --tracing is on.
+
+    Raises:
+        ValueError: the `tracing` extra is not installed.
+    """
+    if not options["tracing"]:
+        yield ()
+        return
+    from preread_edge.logs import make_tracer
+
+    tracer, shutdown = make_tracer("preread")
+    from decoder_server.tracing import TracingObserver
+
+    try:
+        yield (TracingObserver(tracer),)
+    finally:
+        shutdown()
+
+
+async def _introduce(server: DecoderServer, store: Store, gateway: Gateway | None) -> None:
+    """The start-up lines."""
+    from cache.store import public_url
+    from preread_edge.hosts import join
+
+    say(f"store        {public_url(server.config.store)}")
+    for model, engine in zip(server.config.models, server.engines.values(), strict=True):
+        await _introduce_model(model, engine, store)
+    say(listening_line(server))
+    if gateway is not None:
+        scheme = "https" if server.config.tls.enabled else "http"
+        keys = " (API keys)" if server.keys.required else ""
+        say(f"http         {scheme}://{join(gateway.config.host, gateway.port)}{keys}")
+
+
+async def _introduce_model(model: ModelConfig, engine: Engine, store: Store) -> None:
+    backend = engine.backend
+    identity = backend.identity()
+    reads = f"encoder {identity.fingerprint[:12]}" if identity is not None else "reads text"
+    say(f"model        {engine.name} ({backend.name}, {model.checkpoint}, {reads})")
+    if backend.notice:
+        say(f"licence      {backend.notice}")
+    if model.read_control_tokens:
+        say("texts        control tokens in queries and passages are read as such: they can write the prompt")
+    say(f"compute      {backend.dtype_name} on {backend.device_name}")
+    if identity is None:
+        return
+    say(f"collections  {await asyncio.to_thread(_collections, store, identity.fingerprint)}")
+    where = f"{model.encoder_address} ({'in this process' if model.encoder_in_process else 'elsewhere'})"
+    say(f"encoder      {where if model.encoder_address else 'none: only stored passages are scored'}")
+
+
+def _collections(store: Store, fingerprint: str) -> str:
+    from cache.errors import CacheError
+    from decoder_server.engine.collections import survey
+
+    try:
+        described, unreadable = survey(store)
+    except CacheError as exc:  # it may come back; until then requests for it are UNAVAILABLE
+        return f"unknown: {exc}"
+    shown = []
+    for one in described[:MAX_SHOWN]:
+        aliases = f", alias {', '.join(one.aliases)}" if one.aliases else ""
+        refused = "" if one.manifest.fingerprint == fingerprint else ", REFUSED: of another encoder"
+        shown.append(
+            f"{one.manifest.collection} ({one.stats.num_passages} passages, ratio {one.manifest.compression_ratio}, "
+            f"{one.manifest.codec}{aliases}{refused})"
+        )
+    if len(described) > MAX_SHOWN:
+        shown.append(f"{len(described) - MAX_SHOWN} more")
+    shown += [f"{name} (UNREADABLE: {reason})" for name, reason in unreadable.items()]
+    return "; ".join(shown) or "none yet: `preread index` makes one"
+
+
+def checked(load: Load, *, every: bool = True, passed: Path = PASSED_CHECKS) -> Load:
+    """`load`, and then the health check of the loaded model, on the thread that will score.
+
+    Args:
+        every: any model, and now; otherwise only one that is not run as published, and only the first time.
+        passed: the directory that remembers.
+    """
+
+    def load_and_check(model: ModelConfig) -> Backend:
+        backend = load(model)
+        known = _passed_file(backend, model, passed.expanduser())
+        if every or (known is not None and not known.exists()):
+            _check_health(model, backend)
+            if known is not None:
+                try:
+                    known.parent.mkdir(parents=True, exist_ok=True)
+                    known.touch()
+                except OSError as exc:  # a file system that cannot be written to costs time at the next start, no more
+                    log.warning("the passed check could not be remembered: %s", exc)
+        return backend
+
+    return load_and_check
+
+
+def _check_health(model: ModelConfig, backend: Backend) -> None:
+    from rich.console import Console
+
+    from checkpoint import CheckpointError
+    from tuning.health import health_gate
+    from tuning.health.table import print_health
+
+    say(f"checking     {model.served_name} against its own weights in float32 (once; --no-check leaves it out)")
+    report = health_gate(backend)
+    if not report.passed:
+        print_health(report, Console(stderr=True))
+        raise CheckpointError(report.summary())
+    say(f"checked      {model.served_name}: scores are healthy, {report.seconds:.0f} s")
+
+
+def _passed_file(backend: Backend, model: ModelConfig, directory: Path) -> Path | None:
+    """The file that says this model passed; None where it is run as published."""
+    from decoder_server.models.cross_encoder.backend import CrossEncoderBackend
+
+    if not isinstance(backend, CrossEncoderBackend) or (model.runtime == "torch" and backend.dtype_name == "float32"):
+        return None
+    made_of = [backend.model.identity, model.runtime, backend.dtype_name, backend.device_name]
+    for name in _PACKAGES:
+        try:
+            made_of.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            made_of.append(f"no {name}")
+    return directory / hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+
+
+@click.command()
+@config_option
+@model_option
+@knob_options(EncoderConfig)
+@knob_options(HttpConfig, only=["allowed_hosts"])  # of --metrics-port
+@process_options
+@click.pass_context
+def encode_worker(ctx: click.Context, /, **options: Any) -> None:
+    """Keep an encoder running for other machines to send passages to.
+
+    \b
+    Answers gRPC on --port: passages are encoded and put into --store, and texts that a reranking
+    server has no states of are encoded for it (`preread serve --encoder-address`).
+
+    Ready when the last line says so; SIGTERM, SIGHUP or Ctrl-C lets calls in flight finish.
+    """
+    config = from_options(EncoderConfig, options, checkpoint=options["model"])
+    asyncio.run(_work(config, Process(ctx)))
+
+
+async def _work(config: EncoderConfig, process: Process) -> None:
+    from checkpoint.compute import keep_loaded
+    from encoder_worker.server import EncoderServer
+
+    server = EncoderServer(config, keys=process.begin())
+    with process.metrics(server.metrics.registry):
+        if not await process.starts(server.start()):
+            return
+        keep_loaded()
+        encoder = server.engine.encoder
+        say(f"encoder      {config.checkpoint} (encoder {encoder.identity.fingerprint[:12]}, dim {encoder.identity.dim})")
+        say(f"compute      {encoder.dtype_name} on {encoder.device_name}")
+        say(f"store        {server.public_store}")
+        say(listening_line(server))
+        await process.runs()
+        await server.stop(process.stops())

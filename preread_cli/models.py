@@ -1,0 +1,106 @@
+"""The models of a command: `--model DIR|HUB_ID`, or `--model [NAME=]CHECKPOINT[,KEY=VALUE...]` where it may be repeated."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+import preread
+from decoder_server.config import ModelConfig
+from preread_cli.options import from_options, option
+from preread_edge.settings import Knob, knobs
+
+SHIPPED_MODEL = Path(preread.__file__).parent / "models" / "preread-mini"
+KEYS = {one.name: one for one in knobs(ModelConfig) if one.name != "name" and not one.is_secret}
+_SHOWN_KEYS = ", ".join(name.replace("_", "-") for name in KEYS)
+# A name clients may send in a path or a header; anything else before "=" belongs to the checkpoint's own path.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]*(/[A-Za-z0-9._:-]+)?")
+
+
+def _model_or_shipped(ctx: click.Context, param: click.Parameter, value: str | None) -> str:
+    if ctx.resilient_parsing:
+        return value or ""
+    return value or shipped_model()
+
+
+def shipped_model() -> str:
+    """Directory of the checkpoint that comes with preread.
+
+    Raises:
+        click.UsageError: none came with this installation.
+    """
+    if not (SHIPPED_MODEL / "config.json").exists():
+        raise click.UsageError("Name a model, a directory or a hub id; none came with this installation.")
+    return str(SHIPPED_MODEL)
+
+
+# Always a string when the command runs.
+model_option = option(
+    "--model",
+    metavar="DIR|HUB_ID",
+    callback=_model_or_shipped,
+    help="Checkpoint: a directory or a Hugging Face id, such as KaLM-Embedding/KaLM-Reranker-V1-Nano. "
+    "Without it, the small one that comes with preread.",
+)
+models_option = option(
+    "--model",
+    "models",
+    multiple=True,
+    metavar="[NAME=]DIR|HUB_ID[,KEY=VALUE]",
+    help="A model to serve; repeated, several, the first being the default. DIR or HUB_ID is a T5Gemma 2 reranker, "
+    f"which scores stored states, or a cross-encoder, which reads text. KEY: {_SHOWN_KEYS}. Without it, the small one "
+    "that comes with preread.",
+)
+
+
+def parse_models(options: Mapping[str, Any], **common: Any) -> tuple[ModelConfig, ...]:
+    """Every model of the command line; settings that a model does not name come from the common options.
+
+    Args:
+        common: fields of ModelConfig that a model cannot name.
+
+    Raises:
+        click.UsageError: no model at all, or one that cannot be read.
+    """
+    specs: Sequence[str] = options["models"] or [shipped_model()]
+    models = [_parse(spec, options, common) for spec in specs]
+    if options.get("served_model_name"):
+        models[0] = replace(models[0], name=options["served_model_name"])
+    return tuple(models)
+
+
+def _parse(spec: str, options: Mapping[str, Any], common: Mapping[str, Any]) -> ModelConfig:
+    # Names and encoders are not common: the first model gets the flag's.
+    shared = {flag: value for flag, value in options.items() if flag not in ("served_model_name", "encoder_address")}
+    checkpoint, *pairs = spec.split(",")
+    fields: dict[str, Any] = {"encoder_api_key": "", **common}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        one = KEYS.get(key.strip().replace("-", "_"))
+        if not equals or one is None:
+            raise click.UsageError(f"--model {spec}: {pair!r} is not KEY=VALUE with KEY one of {_SHOWN_KEYS}")
+        fields[one.name] = _value(spec, key, value, one)
+    name, equals, rest = checkpoint.partition("=")
+    if equals and _NAME.fullmatch(name):
+        fields["name"], checkpoint = name, rest
+    try:
+        return from_options(ModelConfig, shared, checkpoint=checkpoint, **fields)
+    except click.UsageError as exc:
+        raise click.UsageError(f"--model {spec}: {exc.message}") from exc
+
+
+def _value(spec: str, key: str, value: str, one: Knob) -> object:
+    if one.kind == "int":
+        if not value.isdecimal():
+            raise click.UsageError(f"--model {spec}: {key} is {value!r}; expected a number")
+        return int(value)
+    if one.kind == "bool":
+        if value not in ("yes", "no"):
+            raise click.UsageError(f"--model {spec}: {key} is {value!r}; expected yes or no")
+        return value == "yes"
+    return value
