@@ -34,8 +34,8 @@ from cache.store import Store
 from checkpoint import Checkpoint, EncoderIdentity
 from encoder_worker.passage_encoder import PassageEncoder
 from preread import Client
-from preread_cli.options import shipped_model
-from preread_cli.ranking import run_rows
+from preread_cli.commands.rerank import run_rows
+from preread_cli.models import shipped_model
 from tuning.baselines import search
 from tuning.judged import JudgedCollection, read_judged
 from tuning.metrics import HEADLINE, Bootstrap, per_query

@@ -1,4 +1,4 @@
-"""The models of a command: `--model DIR|HUB_ID`, or `--model [NAME=]CHECKPOINT[,KEY=VALUE...]` where it may be repeated."""
+"""The models of a command: `--model DIR|HUB_ID`, or `--model [NAME=]CHECKPOINT[,KEY=VALUE...]`, repeated."""
 
 from __future__ import annotations
 

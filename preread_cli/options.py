@@ -66,23 +66,23 @@ def knob_options(
 
 def _declared(one: Knob) -> dict[str, Any]:
     """Arguments of `option` for a knob."""
-    kinds: dict[str, Any] = {
-        "int": click.IntRange(one.at_least, one.at_most),
-        "float": click.FloatRange(one.above if one.at_least is None else one.at_least, one.at_most, one.above is not None),
-    }  # fmt: skip
-    declared: dict[str, Any] = {
-        "help": one.help + (f"  [default: {one.shown_default}]" if one.shown_default else ""),
-        "type": click.Choice(one.choices) if one.choices else kinds.get(one.kind),
+    least = one.at_least if one.above is None else one.above
+    kinds: dict[str, dict[str, Any]] = {
+        "int": {"type": click.IntRange(one.at_least, one.at_most)},
+        "float": {"type": click.FloatRange(least, one.at_most, min_open=one.above is not None)},
+        "bool": {"is_flag": True},
+        "tuple[str, ...]": {"multiple": True},
     }
+    declared = kinds.get(one.kind, {}) | {"help": one.help}
+    if one.shown_default:
+        declared["help"] += f"  [default: {one.shown_default}]"
+    if one.choices:
+        declared["type"] = click.Choice(one.choices)
     if one.metavar:
         declared["metavar"] = one.metavar
     if one.is_file:
         declared["type"] = click.Path(exists=True, dir_okay=False)
-    elif one.kind == "bool":
-        declared["is_flag"] = True
-    elif one.kind == "tuple[str, ...]":
-        declared["multiple"] = True
-    elif one.parse is None and one.default != "":
+    elif one.kind != "bool" and one.default not in ("", ()):
         declared["default"] = one.default
     return declared
 

@@ -11,13 +11,12 @@ import sys
 import time
 from collections.abc import Coroutine, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from preread_cli.config_file import effective_lines
-from preread_cli.options import option, options_of, threads_option
+from preread_cli.options import FILE, option, options_of, threads_option
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -39,9 +38,7 @@ process_options = options_of(
         help="A key that may call: everything, or rerank, index, admin. Several: again, or with spaces between them in "
         "the environment. Without any key every client that reaches the port may call.",
     ),
-    option(
-        "--api-keys-file", type=click.Path(exists=True, dir_okay=False), help="Keys that may call, one a line: SCOPES KEY."
-    ),
+    option("--api-keys-file", type=FILE, help="Keys that may call, one a line: SCOPES KEY."),
     option("--log-format", type=click.Choice(["text", "json"]), default="text", help="For people or machines."),
     option(
         "--log-level",
@@ -57,7 +54,7 @@ process_options = options_of(
         default=30.0,
         help="How long calls in flight may take to finish after SIGTERM or SIGHUP.",
     ),
-)  # fmt: skip
+)
 
 
 class Process:
@@ -199,4 +196,4 @@ def _api_keys(options: Mapping[str, Any]) -> ApiKeys:
     from preread_edge.keys import parse_keys, read_keys
 
     keys = parse_keys(options["api_key"])
-    return keys + read_keys(Path(options["api_keys_file"])) if options["api_keys_file"] else keys
+    return keys + read_keys(options["api_keys_file"]) if options["api_keys_file"] else keys

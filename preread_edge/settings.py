@@ -38,9 +38,9 @@ class Knob:
     kind: str = ""
     default: Any = None
     flag: str = ""
-    at_least: float | None = None
-    above: float | None = None
-    at_most: float | None = None
+    at_least: int | None = None
+    above: int | None = None
+    at_most: int | None = None
     choices: tuple[str, ...] = ()
     metavar: str = ""
     shown_default: str = ""

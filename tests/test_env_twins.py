@@ -53,7 +53,7 @@ def test_a_command_is_explained(path: tuple[str, ...], command: click.Command) -
 
 def test_the_command_list_says_what_the_commands_say() -> None:
     first_lines = {path[-1]: (command.help or "").splitlines()[0] for path, command in EVERY if len(path) == 2}
-    assert first_lines == {name: text for section in COMMANDS.values() for name, text in section.items()}
+    assert first_lines == {name: text for section in COMMANDS.values() for name, (_, text) in section.items()}
 
 
 # A variable is named by its flag, whichever command has it: whoever sets it sets it for all of them. Where commands

@@ -1,4 +1,4 @@
-"""`preread checkpoint`, `check` and `convert-ctxl`: what a checkpoint is, whether its scores are right, and a conversion."""
+"""`preread checkpoint`, `check`, `convert-ctxl`: describe a checkpoint, check its scores, convert one to another."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def checkpoint(
 
 
 def _facts(checkpoint: Any) -> dict[str, Any]:
-    from checkpoint.shapes import embedding_shapes, stack_shapes
+    from checkpoint.model import embedding_shapes, stack_shapes
 
     def count(half: str, config: Any) -> int:
         return sum(prod(shape) for shape in (stack_shapes(half, config) | embedding_shapes(half, config)).values())

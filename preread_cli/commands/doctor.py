@@ -41,9 +41,7 @@ GIB = 1 << 30
 @config_option
 @models_option
 @compute_options
-@knob_options(
-    ModelConfig, only=["read_control_tokens", "max_passage_tokens", "encoder_address", "encoder_api_key"]
-)
+@knob_options(ModelConfig, only=["read_control_tokens", "max_passage_tokens", "encoder_address", "encoder_api_key"])
 @knob_options(
     DecoderConfig,
     only=["store", "max_store_cache_bytes", "encoder_tls_ca_file", "encoder_tls_cert_file", "encoder_tls_key_file"],

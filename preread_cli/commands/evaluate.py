@@ -1,4 +1,4 @@
-"""`preread evaluate` and `preread tune`: how well a checkpoint ranks a judged collection, and at which ratio and codec."""
+"""`preread evaluate`, `preread tune`: how well a checkpoint ranks a judged collection, at which ratio and codec."""
 
 from __future__ import annotations
 
@@ -328,9 +328,7 @@ def _stored(options: Mapping[str, Any]) -> Iterator[Collection | None]:
         yield Collection.open(opened, options["collection"])
 
 
-def _show_sweep(
-    report: SweepReport, limits: Limits, out: Path, model: str | None, options: Mapping[str, Any]
-) -> None:
+def _show_sweep(report: SweepReport, limits: Limits, out: Path, model: str | None, options: Mapping[str, Any]) -> None:
     """The files, the table, and the choice."""
     from preread_edge.outputs import write_output
     from tuning.sweep.page import write_page

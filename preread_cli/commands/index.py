@@ -35,7 +35,7 @@ from preread_cli.terminal import human_bytes
 
 if TYPE_CHECKING:
     from encoder_worker.indexing import IndexEstimate, IndexOptions
-    from encoder_worker.report import IndexReport, IssueLog, Progress
+    from encoder_worker.report import IndexReport, Progress
     from encoder_worker.sources import Source
 
 FORMATS = ("jsonl", "tsv", "csv", "parquet", "text", "beir")  # of encoder_worker.sources, which loads pyarrow
@@ -110,7 +110,9 @@ def index(ctx: click.Context, /, **options: Any) -> None:
         title=options["title_field"] or None,
         title_separator=options["title_separator"],
     )
-    source = Source(options["inputs"], format=options["format"], fields=fields, max_line_bytes=options["max_line_bytes"])
+    source = Source(
+        options["inputs"], format=options["format"], fields=fields, max_line_bytes=options["max_line_bytes"]
+    )
     with stopping() as stop:
         report, estimate = _run(options, source, stop)
     if report_file is not None:
@@ -123,9 +125,7 @@ def index(ctx: click.Context, /, **options: Any) -> None:
     ctx.exit(_exit_code(report))
 
 
-def _run(
-    options: dict[str, Any], source: Source, stop: threading.Event
-) -> tuple[IndexReport, IndexEstimate | None]:
+def _run(options: dict[str, Any], source: Source, stop: threading.Event) -> tuple[IndexReport, IndexEstimate | None]:
     """The report, and with --dry-run the estimate."""
     import torch
 

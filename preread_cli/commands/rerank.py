@@ -56,7 +56,9 @@ MAX_TEXT_CHARACTERS = 400
 @collection_option(required=False, help="The collection, or alias, that ids refer to.")
 @option("--ids", metavar="FILE", help="Rank these passages: one id per line; - is standard input.")
 @option("--candidates", metavar="FILE", help='Rank these texts: one per line, or JSON lines with "id", "text" or both.')
-@option("--queries", metavar="FILE", help='Rank for all of these: id<TAB>text per line, or JSON lines with "id" and "text".')
+@option(
+    "--queries", metavar="FILE", help='Rank for all of these: id<TAB>text per line, or JSON lines with "id" and "text".'
+)
 @option("--run", "run_file", metavar="FILE", help="With --queries: candidates of each query, a first stage's TREC run.")
 @option("--depth", type=click.IntRange(min=1), default=100, help="With --run: how many candidates of each query.")
 @option("--output", metavar="FILE", default="-", help="With --queries: where the TREC run goes; - is standard output.")
@@ -197,7 +199,9 @@ def _say_done(answers: Sequence[Reranking], num_candidates: int) -> int:
     num_degraded = sum(answer.summary.degraded is not None for answer in answers)
     num_stopped = sum(answer.summary.stopped_early for answer in answers)
     if num_degraded:
-        click.echo(f"{num_degraded:,} queries were scored coarser than requested: the server was under pressure", err=True)
+        click.echo(
+            f"{num_degraded:,} queries were scored coarser than requested: the server was under pressure", err=True
+        )
     if num_stopped:
         click.echo(f"{num_stopped:,} queries were stopped early by their deadline", err=True)
     num_scored = sum(answer.summary.num_scored for answer in answers)

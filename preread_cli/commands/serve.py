@@ -1,8 +1,8 @@
 """`preread serve`, both halves in one process, and `preread encode-worker`, the encoder for other machines.
 
 With `serve` the encoder listens on loopback for the server in this process, and for `--encoder-address` of others on
-this machine. A model that is not run as published is checked once before it serves: a cross-encoder in bfloat16, or through
-ONNX Runtime, is compared with its own weights in float32, and the result is remembered for the next start.
+this machine. A model that is not run as published, a cross-encoder in bfloat16 or through ONNX Runtime, is checked once
+before it serves: compared with its own weights in float32. The result is remembered for the next start.
 """
 
 from __future__ import annotations
@@ -320,7 +320,7 @@ def _check_health(model: ModelConfig, backend: Backend) -> None:
 
     from checkpoint import CheckpointError
     from tuning.health import health_gate
-    from tuning.health.table import print_health
+    from tuning.health.report import print_health
 
     say(f"checking     {model.served_name} against its own weights in float32 (once; --no-check leaves it out)")
     report = health_gate(backend)
@@ -375,7 +375,8 @@ async def _work(config: EncoderConfig, process: Process) -> None:
             return
         keep_loaded()
         encoder = server.engine.encoder
-        say(f"encoder      {config.checkpoint} (encoder {encoder.identity.fingerprint[:12]}, dim {encoder.identity.dim})")
+        identity = encoder.identity
+        say(f"encoder      {config.checkpoint} (encoder {identity.fingerprint[:12]}, dim {identity.dim})")
         say(f"compute      {encoder.dtype_name} on {encoder.device_name}")
         say(f"store        {server.public_store}")
         say(listening_line(server))

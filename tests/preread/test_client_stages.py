@@ -17,7 +17,7 @@ from preread import (
     parse_stages,
 )
 from preread.v1 import rerank_pb2
-from preread_cli.ranking import run_rows
+from preread_cli.commands.rerank import run_rows
 
 
 @pytest.mark.parametrize(

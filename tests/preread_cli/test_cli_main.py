@@ -63,7 +63,7 @@ def test_an_error_is_one_line_with_its_exit_code(
     def failing() -> None:
         raise error
 
-    monkeypatch.setitem(sys.modules, "preread_cli.stats", type("module", (), {"command": failing}))
+    monkeypatch.setitem(sys.modules, "preread_cli.commands.collection", type("module", (), {"stats": failing}))
     quiet = CliRunner().invoke(cli, ["stats"])
     loud = CliRunner().invoke(cli, ["--debug", "stats"])
 

@@ -110,13 +110,13 @@ def test_texts_need_no_collection(rerank, tmp_path: Path) -> None:
 
 def test_more_candidates_than_a_request_takes_are_merged(client) -> None:
     from preread import Candidate
-    from preread_cli.ranking import rerank
+    from preread_cli.commands.rerank import rerank_in_parts
 
     candidates = [Candidate(passage_id=passage_id) for passage_id in [*PASSAGES, "missing"]]
     options = {"collection": COLLECTION, "on_miss": "skip", "top_n": 4}
 
-    whole = rerank(client, "blue sky", candidates, 1000, options)
-    parts = rerank(client, "blue sky", candidates, 2, options)
+    whole = rerank_in_parts(client, "blue sky", candidates, 1000, options)
+    parts = rerank_in_parts(client, "blue sky", candidates, 2, options)
 
     assert [(r.index, r.passage_id, r.status) for r in parts] == [(r.index, r.passage_id, r.status) for r in whole]
     assert [r.margin for r in parts][:4] == pytest.approx([r.margin for r in whole][:4], abs=1e-5)

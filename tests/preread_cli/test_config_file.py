@@ -8,8 +8,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from preread_cli import serve
-from preread_cli.config_file import _settings, effective_lines, masked
+from preread_cli.commands.serve import serve
+from preread_cli.config_file import effective_lines, file_settings, masked
 from preread_cli.main import cli
 
 
@@ -24,7 +24,7 @@ def settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
             monkeypatch.setenv(name, value)
         parent = click.Context(cli, info_name="preread")
         arguments = ["--config", str(file), *flags]
-        context = serve.command.make_context("serve", arguments, parent=parent)
+        context = serve.make_context("serve", arguments, parent=parent)
         return context.params, "\n".join(effective_lines(context))
 
     return parse
@@ -79,7 +79,7 @@ def test_what_is_wrong_is_named(tmp_path: Path, toml: str, message: str) -> None
 
 
 def test_every_flag_of_a_server_can_be_in_the_file() -> None:
-    for option in serve.command.params:
+    for option in serve.params:
         if isinstance(option, click.Option) and option.name != "config":
             flag = next(one for one in option.opts if one.startswith("--")).removeprefix("--")
             value: object = True if option.is_flag else ["x"] if option.multiple else 1
@@ -89,7 +89,7 @@ def test_every_flag_of_a_server_can_be_in_the_file() -> None:
                 and not isinstance(option.type, click.types.IntParamType | click.types.FloatParamType)
             ):
                 value = "x"
-            assert _settings({flag: value}, "serve", {"serve": serve.command}) == {option.name: value}
+            assert file_settings({flag: value}, "serve", {"serve": serve}) == {option.name: value}
 
 
 @pytest.mark.parametrize(

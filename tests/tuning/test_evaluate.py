@@ -20,7 +20,7 @@ from cache.store import Store
 from checkpoint import Checkpoint
 from checkpoint.synthetic import make_checkpoint
 from encoder_worker.encoder import Encoder
-from preread_cli.evaluate import command
+from preread_cli.commands.evaluate import evaluate as command
 from preread_cli.failures import explain
 from tuning import EvaluationError, MissingExtra
 from tuning.evaluate import evaluate

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from checkpoint.synthetic import make_checkpoint
 from decoder_server.models.fbnl.kv_cache import Kept
 from preread_cli.main import cli
-from preread_cli.options import SHIPPED_MODEL
+from preread_cli.models import SHIPPED_MODEL
 from tuning import EvaluationError
 from tuning.health import PairSet, State, built_in_pairs, check, read_pairs
 from tuning.health.checks import published

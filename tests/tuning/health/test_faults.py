@@ -22,8 +22,8 @@ from decoder_server.models.cross_encoder.backend import CrossEncoder, sigmoid
 from decoder_server.models.cross_encoder.loading import open_cross_encoder
 from decoder_server.models.cross_encoder.templates import TextPair, Texts
 from decoder_server.models.loading import load_model
+from preread_cli.commands.serve import checked
 from preread_cli.main import cli
-from preread_cli.serve_check import checked
 from tuning.health import HealthReport, PairSet, State, check, health_gate
 from tuning.health.checks import all_doubled, all_tiny
 

@@ -11,10 +11,11 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from preread_cli import index, serve
-from preread_cli.config_file import _settings
+from preread_cli.commands.evaluate import tune as command
+from preread_cli.commands.index import index
+from preread_cli.commands.serve import serve
+from preread_cli.config_file import file_settings
 from preread_cli.failures import explain
-from preread_cli.tune import command
 
 GRID = ("--stored-ratios", "1,2", "--codecs", "Flat SQ8", "--read-ratios", "1,2,8", "--cascades", "8:3,2")
 
@@ -146,9 +147,9 @@ def test_what_is_chosen_configures_index_and_serve(
     for table, values in expected.items():
         assert values.items() <= document[table].items()
     assert document["model"] == str(tiny)
-    known = {"index": index.command, "serve": serve.command}
+    known = {"index": index, "serve": serve}
     for name, one in known.items():
-        found = _settings(document, name, known)  # raises for what the command does not take
+        found = file_settings(document, name, known)  # raises for what the command does not take
         assert str(tiny) in (found.get("model"), *found.get("models", ()))  # serve may have several
         flags = [f"--{key}={value}" if value is not True else f"--{key}" for key, value in document[name].items()]
         one.make_context(name, [*flags, *(["x.jsonl", "-c", "docs"] if name == "index" else [])])
