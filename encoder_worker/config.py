@@ -16,7 +16,7 @@ class EncoderConfig(ModelSettings, ServerSettings):
     max_batch_tokens: int | None = knob(None, "Padded tokens per forward pass.", at_least=1, shown_default="by device")
     max_queue_tokens: int = knob(1_000_000, "On-demand tokens in flight before new calls are rejected.", at_least=1)
     max_texts: int = knob(4096, "Texts of one Encode request.", at_least=1)
-    max_text_bytes: int = knob(16 * MIB, "Longest text.", at_least=1)
+    max_text_bytes: int = knob(16 * MIB, "Longest text of a passage.", flag="--max-passage-bytes", at_least=1)
     max_answer_bytes: int = knob(1024 * MIB, "Largest response to an Encode request.", at_least=1)
     max_unacknowledged_passages: int = knob(
         1024, "Passages of one upload that are read before the first is stored.", at_least=1

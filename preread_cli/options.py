@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 S = TypeVar("S", bound=Settings)
+T = TypeVar("T")
 
 # Of commands that look at a store: a slow one does not pass for a broken one, a hanging one keeps no person waiting.
 ADMIN_READ_SECONDS = 5.0
@@ -106,6 +108,12 @@ def from_options(settings: type[S], options: Mapping[str, Any], **others: Any) -
         return settings(**values, **others)
     except ValueError as exc:
         raise click.UsageError(str(exc)) from exc
+
+
+def fields_from(settings: type[T], options: Mapping[str, Any], **others: Any) -> T:
+    """Any dataclass, with the values of the options that are named like its fields."""
+    names = [one.name for one in dataclasses.fields(settings)]  # type: ignore[arg-type]  # a dataclass
+    return settings(**{name: options[name] for name in names if name in options} | others)
 
 
 def options_of(*decorators: Callable[[F], F]) -> Callable[[F], F]:

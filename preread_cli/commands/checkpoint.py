@@ -228,10 +228,9 @@ def convert_ctxl(
     """
     from checkpoint.compute import tune_process
     from decoder_server.models.cross_encoder.conversion import CausalSource, convert, staged
-    from tuning.health.checks import counted
     from tuning.health.pairs import built_in_pairs, read_pairs
     from tuning.health.parity import parity
-    from tuning.progress import TerminalProgress
+    from tuning.progress import TerminalProgress, counted
 
     tune_process(threads)
     compared = read_pairs(pairs) if pairs is not None else built_in_pairs()

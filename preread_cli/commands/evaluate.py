@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -20,6 +19,7 @@ from preread_cli.options import (
     collection_option,
     compute_options,
     control_tokens_option,
+    fields_from,
     json_file_option,
     option,
     options_of,
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from cache.collection import Collection
     from tuning.judged import JudgedCollection
     from tuning.sweep.report import Limits, SweepReport
-
-T = TypeVar("T")
 
 MAX_SHOWN = 20
 _NUMBER = re.compile(r"(?P<number>\d+(?:\.\d*)?|\.\d+)\s*(?P<unit>[a-zA-Z%]*)")
@@ -153,7 +151,7 @@ def evaluate(**options: Any) -> None:
     from tuning.report import EvaluationSettings, print_report
 
     tune_process(options["threads"])
-    settings = _picked(EvaluationSettings, options)
+    settings = fields_from(EvaluationSettings, options)
     judged = _judged(options)
     json_file: Path | None = options["json_file"]
     _make_folders(options["run_out"], json_file.parent if json_file is not None else None)
@@ -247,10 +245,10 @@ def tune(ctx: click.Context, /, **options: Any) -> None:
     cascades = options["cascades"]
     if cascades is not None:
         cascades = () if cascades == ("none",) else tuple(map(parse_stages, cascades))
-    settings = _picked(SweepSettings, options, cascades=cascades)
+    settings = fields_from(SweepSettings, options, cascades=cascades)
     if options["max_latency"] is not None and not options["timed_queries"]:
         raise click.UsageError("--max-latency needs --timed-queries of at least 1.")
-    limits = _picked(Limits, options, max_latency_seconds=options["max_latency"])
+    limits = fields_from(Limits, options, max_latency_seconds=options["max_latency"])
     judged = _judged(options, need_qrels=False)
     if options["ignore_qrels"]:
         judged = judged.without_judgements()
@@ -262,12 +260,6 @@ def tune(ctx: click.Context, /, **options: Any) -> None:
         report.write_runs(options["run_out"])
     named = ctx.get_parameter_source("model") is not ParameterSource.DEFAULT
     _show_sweep(report, limits, out, options["model"] if named else None, options)
-
-
-def _picked(settings: type[T], options: Mapping[str, Any], **others: Any) -> T:
-    """A dataclass from the options that are named like its fields."""
-    names = [one.name for one in dataclasses.fields(settings)]  # type: ignore[arg-type]  # a dataclass
-    return settings(**{name: options[name] for name in names if name in options} | others)
 
 
 def _judged(options: Mapping[str, Any], *, need_qrels: bool = True) -> JudgedCollection:
@@ -332,9 +324,9 @@ def _show_sweep(report: SweepReport, limits: Limits, out: Path, model: str | Non
     """The files, the table, and the choice."""
     from preread_edge.outputs import write_output
     from tuning.sweep.page import write_page
-    from tuning.sweep.report import choose, config_toml, describe_broken, print_sweep
+    from tuning.sweep.report import print_sweep
 
-    choice = choose(report.rows, limits) if limits.given else None
+    choice = limits.choose(report.rows) if limits.given else None
     write_output(out / "tune.json", report.to_json(limits, choice))
     write_page(out, report, limits, choice)
     print_sweep(report, choice, show_all=options["show_all"])
@@ -343,12 +335,12 @@ def _show_sweep(report: SweepReport, limits: Limits, out: Path, model: str | Non
     if choice is None or choice.broken:
         config.unlink(missing_ok=True)  # of an earlier run: it would not be this one's choice
     else:
-        toml = config_toml(report, choice.row, model, control_tokens=options["read_control_tokens"])
+        toml = report.config_toml(choice.row, model, control_tokens=options["read_control_tokens"])
         write_output(config, toml)
         click.echo(f"Chosen: {choice.row.configuration.name}; {config} is for preread index and serve --config.")
     if choice is not None and choice.broken:
         raise CommandFailed(
             f"no configuration keeps the limits; the nearest is {choice.row.configuration.name}: "
-            f"{describe_broken(choice, limits)}",
+            f"{choice.explain(limits)}",
             BAD_INPUT,
         )

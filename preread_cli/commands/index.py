@@ -26,6 +26,7 @@ from preread_cli.options import (
     collection_option,
     compute_options,
     control_tokens_option,
+    fields_from,
     json_option,
     option,
     passage_limit_option,
@@ -165,7 +166,7 @@ def _settings(options: dict[str, Any]) -> tuple[Any, IndexOptions]:
     from encoder_worker.writing import CollectionSettings
 
     settings = CollectionSettings(options["compression_ratio"], options["codec"], options["store_text"])
-    return settings, IndexOptions(**{one.name: options[one.name] for one in dataclasses.fields(IndexOptions)})
+    return settings, fields_from(IndexOptions, options)
 
 
 @contextmanager

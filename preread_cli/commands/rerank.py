@@ -405,9 +405,9 @@ def _read_queries(source: str) -> dict[str, str]:
 
 def _lines(source: str) -> Iterator[tuple[str, str]]:
     """(file:line, text without its line end) of every line that is not blank."""
-    from tuning.trec import numbered_lines
+    from tuning.trec import JudgedFile
 
-    for place, line in numbered_lines(Path(source)):
+    for place, line in JudgedFile(source).lines():
         yield str(place), line
 
 

@@ -46,7 +46,7 @@ def test_help_waits_for_nothing_heavy() -> None:
     [
         (CollectionNotFound("no 'docs'"), 2),
         (CheckpointError("no config.json"), 2),
-        (InvalidRequest("top_n is -1"), 2),
+        (InvalidRequest("top_n", -1, "at least 0"), 2),
         (ValueError("device is 'gpu'"), 2),
         (FileNotFoundError(2, "No such file", "x"), 2),
         (StoreUnavailable("redis is down"), 3),

@@ -69,7 +69,7 @@ def test_a_ratio_and_stages_are_read_as_asked_and_shown(rerank) -> None:
 
     table = rerank("blue sky", "-c", COLLECTION, "--stages", "32:2, 8").stdout
     assert "ratio" in table.splitlines()[1]
-    assert "read in stages 32:2,8" in " ".join(table.split())
+    assert "scored in stages 32:2,8" in " ".join(table.split())
 
     both = rerank("blue sky", "-c", COLLECTION, "--stages", "32:2, 8", "--compression-ratio", "8")
     assert both.exit_code == 2

@@ -40,7 +40,7 @@ def ask(url: str, body: object = None, key: str = "") -> tuple[int, str]:
     [
         (["--stages", "4:20,32"], "less than 4"),
         (["--stages", "32"], ""),
-        (["--stages", "32:20,4", "--read-ratio", "4"], "contradict"),
+        (["--stages", "32:20,4", "--read-ratio", "4"], "mutually exclusive"),
         (["--stages", "fast"], "RATIO:KEEP"),
     ],
 )
@@ -110,7 +110,7 @@ def use(said: str) -> None:
         return found[1]
 
     assert "api-key=***" in said
-    assert "file         store=" in said
+    assert re.search(r"^file .* store=", said, re.MULTILINE)
     with Client(where("listening"), options=ClientOptions(api_key=KEY)) as client:
         reranking = client.rerank("velvet", ["crimson"])
         assert reranking[0].score is not None
