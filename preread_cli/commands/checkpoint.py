@@ -83,10 +83,10 @@ def checkpoint(
 
 
 def _facts(checkpoint: Any) -> dict[str, Any]:
-    from checkpoint.model import embedding_shapes, stack_shapes
+    from checkpoint.model import tensor_shapes
 
     def count(half: str, config: Any) -> int:
-        return sum(prod(shape) for shape in (stack_shapes(half, config) | embedding_shapes(half, config)).values())
+        return sum(prod(shape) for shape in tensor_shapes(half, config).values())
 
     checkpoint.check_decoder()  # the fingerprint reads every encoder tensor; the decoder's are looked for
     settings = checkpoint.settings

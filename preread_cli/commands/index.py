@@ -37,7 +37,7 @@ from preread_cli.terminal import human_bytes
 if TYPE_CHECKING:
     from encoder_worker.indexing import IndexEstimate, IndexOptions
     from encoder_worker.report import IndexReport, Progress
-    from encoder_worker.sources import Source
+    from encoder_worker.sources.source import Source
 
 FORMATS = ("jsonl", "tsv", "csv", "parquet", "text", "beir")  # of encoder_worker.sources, which loads pyarrow
 MAX_SHOWN = 20
@@ -95,7 +95,8 @@ def index(ctx: click.Context, /, **options: Any) -> None:
     Exit codes: 0 all stored, 1 some items were refused (the report says which), 2 bad input,
     3 the store cannot be reached, 130 interrupted (what was encoded is stored).
     """
-    from encoder_worker.sources import Fields, Source
+    from encoder_worker.sources import Fields
+    from encoder_worker.sources.source import Source
     from preread_edge.outputs import is_stdout
 
     report_file: Path | None = options["report"]

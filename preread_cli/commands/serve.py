@@ -332,11 +332,11 @@ def _check_health(model: ModelConfig, backend: Backend) -> None:
 
 def _passed_file(backend: Backend, model: ModelConfig, directory: Path) -> Path | None:
     """The file that says this model passed; None where it is run as published."""
-    from decoder_server.models.cross_encoder.backend import CrossEncoderBackend
+    from decoder_server.models.cross_encoder.backend import CrossEncoder
 
-    if not isinstance(backend, CrossEncoderBackend) or (model.runtime == "torch" and backend.dtype_name == "float32"):
+    if not isinstance(backend, CrossEncoder) or (model.runtime == "torch" and backend.dtype_name == "float32"):
         return None
-    made_of = [backend.model.identity, model.runtime, backend.dtype_name, backend.device_name]
+    made_of = [backend.fingerprint, model.runtime, backend.dtype_name, backend.device_name]
     for name in _PACKAGES:
         try:
             made_of.append(f"{name} {importlib.metadata.version(name)}")
