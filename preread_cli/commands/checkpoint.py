@@ -16,6 +16,7 @@ from preread_cli.options import (
     codec_option,
     compute_options,
     control_tokens_option,
+    fields_from,
     json_file_option,
     json_option,
     option,
@@ -175,20 +176,34 @@ def check(ctx: click.Context, /, model: str | None, **options: Any) -> None:
     Exit codes: 0 healthy, 1 not, 2 bad input.
     """
     from checkpoint.compute import tune_process
+    from decoder_server.config import ModelConfig
     from preread_edge.outputs import is_stdout, write_output
     from tuning.health import check as run
     from tuning.health import read_pairs
     from tuning.health.report import print_health
     from tuning.progress import TerminalProgress
 
-    model = model or shipped_model()
-    tune_process(options.pop("threads"))
-    pairs_file, json_file = options.pop("pairs"), options.pop("json_file")
+    config = fields_from(
+        ModelConfig,
+        options,
+        checkpoint=model or shipped_model(),
+        profile=options["profile"] or "",
+        max_passage_tokens=options["max_tokens"],
+    )
+    tune_process(options["threads"])
+    pairs_file, json_file = options["pairs"], options["json_file"]
     pairs = read_pairs(pairs_file) if pairs_file is not None else None
     if json_file is not None:  # now, not after minutes
         json_file.parent.mkdir(parents=True, exist_ok=True)
     with TerminalProgress() as progress:
-        report = run(model, pairs=pairs, ratio=options.pop("compression_ratio"), progress=progress, **options)
+        report = run(
+            config,
+            against=options["against"],
+            pairs=pairs,
+            codec=options["codec"],
+            ratio=options["compression_ratio"],
+            progress=progress,
+        )
     if json_file is None or not is_stdout(json_file):
         print_health(report)
     if json_file is not None:

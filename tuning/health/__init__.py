@@ -1,23 +1,23 @@
-"""Whether a served model's scores are the ones its weights mean.
+"""Checks whether a served model's scores are the right ones for its weights.
 
     report = check("preread/models/preread-mini")
     report.passed, report.causes
 
 A model served in the wrong way usually still returns numbers; these are compared with a plain float32 pass
-over the same weights, and with what faults are known to look like. Knows models by what they answer.
+over the same weights, and with the symptoms of known faults.
 """
 
 from tuning.health.gate import check, health_gate
 from tuning.health.pairs import PairSet, TextTriple, built_in_pairs, read_pairs
-from tuning.health.report import Finding, HealthReport, Section, State
+from tuning.health.report import CheckLine, HealthReport, Section, Verdict
 
 __all__ = [
-    "Finding",
+    "CheckLine",
     "HealthReport",
     "PairSet",
     "Section",
-    "State",
     "TextTriple",
+    "Verdict",
     "built_in_pairs",
     "check",
     "health_gate",

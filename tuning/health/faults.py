@@ -1,13 +1,9 @@
-"""The plain way: transformers' own classes in float32, one unpadded pair a pass, the published readout written out.
+"""The plain model, and known ways to serve a model wrongly, with the scores they give.
 
-Shares no code with what serves, but for the reading of the files: the tokenizer with its templates, and tensors, which
-are all in the model or refused. Those say what is read, not how. Faults are computed here too, by doing the wrong thing
-on purpose. Does not judge.
-
-Known ways to serve a model wrongly, and what its scores look like then.
-
-Two kinds of evidence. A pattern in the numbers suggests a fault; doing the same wrong thing to the plain model and
-getting the served numbers proves it. Does not decide whether there is a fault: limits do.
+The plain model is transformers' classes in float32, one unpadded pair a pass, the published readout written out. It
+shares no code with the serving path, but for the readers of files: the tokenizer with its templates, and tensors, which
+are all in the model or rejected. A pattern in the numbers suggests a fault; doing the same wrong thing to the plain
+model and getting the served numbers proves it. Whether there is a fault is for tolerances to decide.
 """
 
 from __future__ import annotations
@@ -35,7 +31,7 @@ from tuning.progress import Advance, ignore
 
 
 class PlainModel:
-    """A checkpoint's own weights by the book. Not for listwise models, whose score is not a pair's."""
+    """A checkpoint's own weights, computed plainly. Not for listwise models, whose score is not a pair's."""
 
     def __init__(self, directory: Path, profile: Profile, device: str = "cpu", trust_remote_code: bool = False) -> None:
         from transformers import AutoTokenizer
@@ -61,15 +57,15 @@ class PlainModel:
 
     def read(self, pairs: Sequence[TextTriple], profile: Profile | None = None) -> list[TextPair]:
         """Token ids, by this model's profile or another one's template."""
-        return PairReader(self.tokenizer, profile or self.profile).read([pair.fields() for pair in pairs])
+        return PairReader(self.tokenizer, profile or self.profile).read(pairs)
 
     def margins(self, pairs: Sequence[TextPair], advance: Advance = ignore) -> Margins:
         """Margins (len(pairs),)."""
-        found = []
-        for pair in pairs:
-            found.append(float(self.readout(self.forward(self.inputs(pair)))))
+        margins = np.empty(len(pairs), dtype=np.float32)
+        for row, pair in enumerate(pairs):
+            margins[row] = float(self.readout(self.forward(self.inputs(pair))))
             advance(1)
-        return np.array(found, dtype=np.float32)
+        return margins
 
     def inputs(self, pair: TextPair) -> dict[str, Tensor]:
         """One row: no padding, so no side to get wrong."""
@@ -148,16 +144,16 @@ SAME_ORDER = 0.95
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known once something failed."""
+    """Everything known once a line failed."""
 
     pairs: Sequence[TextTriple]
     margins: Margins  # as served
     scores: Margins  # as published from them
     reference: Margins | None  # of the plain model
-    alone_agrees: bool | None  # whether unpadded passes give the reference's margins
     batch_failed: bool
     swap_failed: bool
     compare_failed: bool
+    alone_agrees: bool | None = None  # whether unpadded passes give the reference's margins
 
 
 def name_causes(evidence: Evidence, plain: PlainModel | None) -> list[str]:

@@ -1,34 +1,31 @@
-"""The check of a cross-encoder: by itself, against the plain model, published scores, and what went wrong.
+"""The whole check of one model, loaded as it would be served, or loaded already.
 
-The check of an fbnl checkpoint: by itself, its number format, its stored states, its pooling, published margins.
-
-The whole check of one model, and the same for one that is loaded already.
-
-    report = check("BAAI/bge-reranker-v2-m3", dtype="bfloat16")
-    report = health_gate(backend)                                # what `preread serve --check` runs
-
-Knows which comparisons a backend needs; the comparisons are its neighbours'.
+report = check("BAAI/bge-reranker-v2-m3")
+report = check(ModelConfig("BAAI/bge-reranker-v2-m3", dtype="bfloat16"))
+report = health_gate(backend)                                # what `preread serve --check` runs
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cache import DEFAULT_CODEC
-from checkpoint import Checkpoint
 from checkpoint.files import CheckpointError, read_json, resolve
-from checkpoint.model import MODEL_TYPE
+from decoder_server.config import NO_TIERS, ModelConfig
 from decoder_server.models.backend import Backend
 from decoder_server.models.cross_encoder.backend import CrossEncoder
 from decoder_server.models.cross_encoder.loading import open_cross_encoder
-from decoder_server.models.cross_encoder.profiles import Profile, named_profile, own_profile
+from decoder_server.models.cross_encoder.profiles import named_profile, own_profile
 from decoder_server.models.fbnl.backend import FbnlBackend
+from decoder_server.models.loading import is_fbnl, load_model
 from tuning import EvaluationError
+from tuning.health import faults
 from tuning.health.checks import (
     BATCH,
     BFLOAT16,
@@ -40,100 +37,204 @@ from tuning.health.checks import (
     SWAP,
     Margins,
     Scorer,
+    Tolerance,
     behaviour,
-    failed,
+    compare,
     farthest,
-    golden_section,
-    judged,
     mixed,
-    notes,
     one_by_one,
-    tolerance_for,
+    published_section,
 )
-from tuning.health.faults import NONE_FINITE, UNKNOWN, UNPUBLISHED, Evidence, PlainModel, name_causes
+from tuning.health.faults import Evidence, PlainModel, name_causes
 from tuning.health.pairs import MIN_PAIRS, PairSet, TextTriple, built_in_pairs
 from tuning.health.report import HealthReport, Section
-from tuning.health.scorers import CrossScorer, FbnlScorer, through_store
+from tuning.health.scorers import CrossScorer, FbnlScorer
 from tuning.progress import SILENT, Advance, StageProgress, counted, ignore
 
+_FLOAT32_NAMES = ("fp32", "float32")
+_NARROW = "bfloat16"
+_FEW_PAIRS = 20  # 20 to 100 pairs are a good number; fewer are used, and the report says so
+# Codecs that round numbers; the others approximate vectors, as int8 weights do.
+_CODEC_TOLERANCE = {"Flat": FLOAT32, "SQfp16": BFLOAT16, "SQbf16": BFLOAT16}
 
-def check_cross(
-    served: CrossScorer,
-    pairs: PairSet,
+
+def check(
+    model: ModelConfig | str | Path,
     *,
-    other: tuple[str, Scorer] | None = None,
-    trust_remote_code: bool = False,
+    against: str = "fp32",
+    pairs: PairSet | None = None,
+    codec: str | None = None,
+    ratio: int | None = None,
     progress: StageProgress = SILENT,
 ) -> HealthReport:
-    """Checks a loaded cross-encoder against the plain model of its own weights, read by its own profile.
+    """Loads a model as it would be served and checks its scores.
 
     Args:
-        other: another model, by name, whose margins this one must give too.
+        model: a configuration, or the checkpoint of one.
+        against: fp32, the same weights in float32; or another directory or hub id, whose float32 scores it must give.
+        pairs: None: the built-in hundred.
+        codec, ratio: how passages are stored; fbnl only.
+
+    Raises:
+        CheckpointError, ValueError: a model that cannot be loaded, or a setting that it does not have.
+        EvaluationError: pairs that it cannot score at all.
+    """
+    config = model if isinstance(model, ModelConfig) else ModelConfig(str(model))
+    if is_fbnl(config):
+        torch = config.runtime == "torch"
+        _reject("cross-encoders", runtime=not torch, profile=config.profile, max_tokens=config.max_passage_tokens)
+    else:
+        _reject("fbnl checkpoints", codec=codec, ratio=ratio)
+    backend = load_model(replace(config, tiers=NO_TIERS))
+    other = None
+    if against not in _FLOAT32_NAMES:
+        trust = config.trust_remote_code
+        loaded = ModelConfig(against, device=config.device, dtype="float32", trust_remote_code=trust, tiers=NO_TIERS)
+        other = (against, _scorer(load_model(loaded)))
+    one = _Check(_scorer(backend, ratio), pairs or built_in_pairs(), other, progress)
+    if isinstance(one.served, FbnlScorer):
+        return _check_fbnl(one, one.served, codec or DEFAULT_CODEC)
+    return _check_cross(one, one.served, config.trust_remote_code)
+
+
+def health_gate(model: Backend, *, pairs: PairSet | None = None, progress: StageProgress = SILENT) -> HealthReport:
+    """Checks a model that is loaded, whatever its runtime, against float32 torch of the same weights.
+
+    Loads those weights once more while it runs. Call it from the thread that the model is scored on, before
+    any request is scored.
+    """
+    one = _Check(_scorer(model), pairs or built_in_pairs(), None, progress)
+    if isinstance(one.served, FbnlScorer):
+        return _check_fbnl(one, one.served, DEFAULT_CODEC, every_format=False)
+    return _check_cross(one, one.served)
+
+
+def _scorer(model: Backend, ratio: int | None = None) -> FbnlScorer | CrossScorer:
+    if isinstance(model, FbnlBackend):
+        return FbnlScorer(model, ratio)
+    if not isinstance(model, CrossEncoder):
+        raise TypeError(f"{type(model).__name__} is no backend that can be checked")
+    return CrossScorer(model)
+
+
+def _reject(kind: str, **settings: Any) -> None:
+    for name, value in settings.items():
+        if value:
+            raise EvaluationError(f"{name} is for {kind}; this model is none")
+
+
+class _Check:
+    """Sections about one model, as they come about."""
+
+    def __init__(
+        self,
+        served: FbnlScorer | CrossScorer,
+        pairs: PairSet,
+        other: tuple[str, Scorer] | None,
+        progress: StageProgress,
+    ) -> None:
+        self.started = time.monotonic()
+        self.served = served
+        self.pairs = pairs
+        self.other = other  # another model, by name, whose margins this one must give too
+        self.progress = progress
+        self.tolerance = Tolerance.of(served.number_format)
+        self.notes: list[str] = []
+        self.sections: list[Section] = []
+
+    def begin(self) -> Margins:
+        """Margins of the model as it is served, and the section about it alone."""
+        margins = self.score(f"served, {self.served.number_format}", self.served)
+        self.sections.append(behaviour(self.served, self.pairs.pairs, margins))
+        return margins
+
+    def score(self, stage: str, scorer: Scorer | _Reference) -> Margins:
+        with counted(self.progress, stage, len(self.pairs)) as advance:
+            return scorer.margins(self.pairs.pairs, advance)
+
+    def compare(self, title: str, served: Margins, reference: Margins, tolerance: Tolerance | None = None) -> Section:
+        self.sections.append(compare(title, served, reference, tolerance or self.tolerance))
+        return self.sections[-1]
+
+    def finish(self, name: str, margins: Margins) -> None:
+        """Compares with the other model, if any, and with published scores."""
+        if self.other is not None:
+            self.compare(f"against {self.other[0]}", margins, self.score("other", self.other[1]))
+        self.sections.append(published_section(name, self.served))
+        if len(self.pairs) < _FEW_PAIRS:
+            few = f"only {len(self.pairs)} pairs: below {_FEW_PAIRS} one pair out of order decides"
+            self.notes.append(few)
+
+    @property
+    def failed(self) -> bool:
+        return any(section.failed for section in self.sections)
+
+    def evidence(self, margins: Margins, reference: Margins, *, compare_failed: bool) -> Evidence:
+        alone = self.sections[0]
+        return Evidence(
+            pairs=self.pairs.pairs,
+            margins=margins,
+            scores=self.served.scores(margins),
+            reference=reference,
+            batch_failed=alone.failed_in(BATCH),
+            swap_failed=alone.failed_in(SWAP),
+            compare_failed=compare_failed,
+        )
+
+    def report(self, **told: Any) -> HealthReport:
+        return HealthReport(
+            **told,
+            pairs=self.pairs.name,
+            num_pairs=len(self.pairs),
+            sections=self.sections,
+            notes=self.notes,
+            seconds=time.monotonic() - self.started,
+        )
+
+
+def _check_cross(check: _Check, served: CrossScorer, trust_remote_code: bool = False) -> HealthReport:
+    """A cross-encoder: alone, against the plain model, published scores.
 
     Raises:
         CheckpointError: weights that cannot be loaded once more.
         EvaluationError: no pairs fit the model.
     """
-    started = time.monotonic()
     model = served.model
-    pairs, left_out = _fitting(model, pairs)
-    texts = pairs.pairs
-    with counted(progress, f"served, {served.number_format}", len(texts)) as advance:
-        margins = served.margins(texts, advance)
-    sections = [behaviour(served, texts, margins)]
+    check.pairs, check.notes = _fitting(model, check.pairs)
+    margins = check.begin()
     reference = _Reference(model, trust_remote_code)
-    with counted(progress, "plain float32", len(texts)) as advance:
-        expected = reference.margins(texts, advance)
-    limits = tolerance_for(served.number_format)
-    sections.append(judged(f"{served.number_format} against plain float32", margins, expected, limits))
-    if other is not None:
-        with counted(progress, "other", len(texts)) as advance:
-            sections.append(judged(f"against {other[0]}", margins, other[1].margins(texts, advance), limits))
-    sections.append(golden_section(model.checkpoint_name, served))
+    check.notes += reference.notes
+    expected = check.score("plain float32", reference)
+    own = check.compare(f"{served.number_format} against plain float32", margins, expected)
+    check.finish(model.checkpoint_name, margins)
     causes: Sequence[str] = ()
-    if any(section.failed for section in sections):
-        evidence = Evidence(
-            pairs=texts,
-            margins=margins,
-            scores=served.scores(margins),
-            reference=expected,
-            alone_agrees=None
-            if served.listwise
-            else _agrees(served, reference, mixed(texts), limits.max_delta_spreads or 1.0),
-            batch_failed=failed(sections[:1], BATCH),
-            swap_failed=failed(sections[:1], SWAP),
-            compare_failed=sections[1].failed,
-        )
+    if check.failed:
+        evidence = check.evidence(margins, expected, compare_failed=own.failed)
+        if not served.listwise:
+            agrees = _agrees(served, reference, mixed(check.pairs.pairs), check.tolerance.max_delta_spreads or 1.0)
+            evidence = replace(evidence, alone_agrees=agrees)
         causes = name_causes(evidence, reference.plain)
-        if causes == [UNKNOWN]:
-            causes = _by_comparison(sections[1], served.number_format, other)
-    return HealthReport(
+        if causes == [faults.UNKNOWN]:
+            causes = [_by_comparison(own, served.number_format, check.other)]
+    return check.report(
         model=model.checkpoint_name,
         backend="cross_encoder",
         served=f"{model.runtime}, {model.dtype_name} on {model.device_name}, profile {model.profile.model}",
-        against=other[0] if other is not None else "plain float32",
-        pairs=pairs.name,
-        num_pairs=len(pairs),
-        sections=sections,
+        against=check.other[0] if check.other is not None else "plain float32",
         causes=causes,
-        farthest=farthest(pairs, margins, expected) if sections[1].failed else (),
-        notes=[*left_out, *notes(pairs), *reference.notes],
-        seconds=time.monotonic() - started,
+        farthest=farthest(check.pairs, margins, expected) if own.failed else (),
     )
 
 
-def _by_comparison(own: Section, number_format: str, other: tuple[str, Scorer] | None) -> list[str]:
-    """What failing says by itself, where no known fault gives the numbers."""
-    if not own.failed:
-        if other is None:
-            return [UNPUBLISHED]
-        return [f"its scores are right for its own weights and are not those of {other[0]}: other weights or template"]
-    narrow = number_format != "float32" and not any(failed([own], name) for name in (DELTA, SPREAD))
-    return (
-        [f"{number_format} rounds by more than the pairs differ: serve these weights in float32"]
-        if narrow
-        else [UNKNOWN]
-    )
+def _by_comparison(own: Section, number_format: str, other: tuple[str, Scorer] | None) -> str:
+    """The conclusion of a failed comparison alone, where no known fault gives the numbers."""
+    if own.failed and number_format != "float32" and not own.failed_in(DELTA, SPREAD):
+        return f"{number_format} rounds by more than the pairs differ: serve these weights in float32"
+    if own.failed:
+        return faults.UNKNOWN
+    if other is None:
+        return faults.UNPUBLISHED
+    return f"its scores are right for its own weights and are not those of {other[0]}: other weights or template"
 
 
 def _fitting(model: CrossEncoder, pairs: PairSet) -> tuple[PairSet, list[str]]:
@@ -141,7 +242,7 @@ def _fitting(model: CrossEncoder, pairs: PairSet) -> tuple[PairSet, list[str]]:
     fitting, reason = [], ""
     for number, pair in enumerate(pairs.pairs, 1):
         try:
-            model.read([pair.fields()])
+            model.read([pair])
         except ValueError as exc:
             reason = reason or f"pair {number}: {exc}"
         else:
@@ -156,24 +257,30 @@ def _fitting(model: CrossEncoder, pairs: PairSet) -> tuple[PairSet, list[str]]:
 
 
 class _Reference:
-    """What the weights say by the book, under the profile that the checkpoint goes by when nobody gives another."""
+    """Margins of the weights by the book, under the profile that the checkpoint has by default.
+
+    That is the one of the table or of the checkpoint's file; the served one where there is neither.
+    """
 
     def __init__(self, model: CrossEncoder, trust_remote_code: bool) -> None:
         directory = resolve(model.checkpoint_name)
-        profile = _own(model)
-        self.notes = (
-            [f"served by the profile {model.profile.model}; compared with its own, {profile.model}"]
-            if profile != model.profile
-            else []
-        )
+        try:
+            own = named_profile(model.checkpoint_name, None) or own_profile(directory)
+        except CheckpointError:  # its file is broken: only the served profile is left
+            own = None
+        profile = model.profile
+        if own is not None:
+            profile = own.limited(read_json(directory / "config.json"), model.profile.max_tokens)
+        self.notes = []
+        if profile != model.profile:
+            self.notes.append(f"served by the profile {model.profile.model}; compared with its own, {profile.model}")
         self.plain: PlainModel | None = None
         if profile.listwise:  # the score is the list's: nothing plainer than the model itself
             self.notes.append("listwise: scores depend on the other candidates of a request")
-            self._same = CrossScorer(
-                open_cross_encoder(
-                    model.checkpoint_name, dtype="float32", profile=profile, trust_remote_code=trust_remote_code
-                )
+            same = open_cross_encoder(
+                model.checkpoint_name, dtype="float32", profile=profile, trust_remote_code=trust_remote_code
             )
+            self._same = CrossScorer(same)
         else:
             self.plain = PlainModel(directory, profile, model.device_name, trust_remote_code)
 
@@ -183,234 +290,76 @@ class _Reference:
         return self.plain.margins(self.plain.read(texts), advance)
 
 
-def _own(model: CrossEncoder) -> Profile:
-    """The profile of the table or of the checkpoint's own file; the served one where there is neither."""
-    directory = resolve(model.checkpoint_name)
-    try:
-        own = named_profile(model.checkpoint_name, None) or own_profile(directory)
-    except CheckpointError:  # its own file is broken: what serves is all there is
-        own = None
-    if own is None:
-        return model.profile
-    return own.limited(read_json(directory / "config.json"), model.profile.max_tokens)
-
-
 def _agrees(served: CrossScorer, reference: _Reference, some: Sequence[TextTriple], spreads: float) -> bool:
-    """Whether unpadded passes of what is served give the reference's margins."""
+    """Whether unpadded passes of the served model give the reference's margins."""
     alone, expected = one_by_one(served, some), reference.margins(some)
     if not (np.isfinite(alone).all() and np.isfinite(expected).all()):
         return False
     return bool(np.abs(alone - expected).max() <= spreads * expected.std())
 
 
-# Codecs that round numbers; the others approximate vectors, as int8 weights do.
-CODEC_LIMITS = {"Flat": FLOAT32, "SQfp16": BFLOAT16, "SQbf16": BFLOAT16}
-NARROW = "bfloat16"
-
-TOO_NARROW = "bfloat16 is too narrow for these weights: serve them in float32"
-TOO_LOSSY = "index with SQfp16, or a codec with more bits"
-TOO_COARSE = "the compression ratio is too high for this checkpoint: serve and store it at a lower one"
-KEPT_WRONG = "what is kept between passes is not what they compute: serve with the keys and prefix caches at 0 bytes"
-KEPT_COARSE = "int8 is too coarse for what is kept between passes: leave --cache-format at auto"
-UNEVEN = "pooling does not nest: states stored at one ratio are not those of another; index again with this version"
-
-
-def check_fbnl(
-    served: FbnlScorer,
-    checkpoint: Checkpoint,
-    pairs: PairSet,
-    *,
-    codec: str | None = None,
-    other: tuple[str, Scorer] | None = None,
-    every_format: bool = True,
-    progress: StageProgress = SILENT,
-) -> HealthReport:
-    """Checks one ratio and codec of a checkpoint.
+def _check_fbnl(check: _Check, served: FbnlScorer, codec: str, *, every_format: bool = True) -> HealthReport:
+    """One ratio and codec of an fbnl checkpoint: alone, number formats, stored and cached states, published margins.
 
     Args:
-        codec: that collections are stored in; None: the default.
-        other: another model, by name, whose margins this one must give too.
         every_format: compare bfloat16 with float32 even where float32 is served.
 
     Raises:
         EvaluationError: a passage that cannot be encoded at all.
         CacheError: a codec that cannot be had.
     """
-    started = time.monotonic()
-    texts, ratio = pairs.pairs, served.ratio
-    codec = codec or DEFAULT_CODEC
-
-    def score(stage: str, scorer: Scorer) -> Margins:
-        with counted(progress, stage, len(texts)) as advance:
-            return scorer.margins(texts, advance)
-
-    margins = score(f"served, {served.number_format}", served)
-    alone = behaviour(served, texts, margins)
-    wide = served
+    texts, ratio = check.pairs.pairs, served.ratio
+    margins = check.begin()
+    causes: list[tuple[Section, str]] = []  # a comparison, and the likely cause where it fails
+    reference, narrow = margins, None
     if served.number_format != "float32":
-        wide = FbnlScorer.load(checkpoint, device=served.backend.device_name, dtype="float32", ratio=ratio)
-    reference = margins if wide is served else score("float32", wide)
-    own, narrow = tolerance_for(served.number_format), margins
-    if wide is served and every_format:
-        other_format = FbnlScorer.load(checkpoint, device=served.backend.device_name, dtype=NARROW, ratio=ratio)
-        narrow = score(NARROW, other_format)
-    compared: list[tuple[Section, str]] = []  # and the likely cause where it fails
-    if narrow is not reference:
-        compared.append((judged(f"{NARROW} against float32", narrow, reference, BFLOAT16), TOO_NARROW))
-    with counted(progress, "stored, kept and pooled", 5 * len(texts)) as advance:
+        reference, narrow = check.score("float32", served.in_format("float32")), margins
+    elif every_format:
+        narrow = check.score(_NARROW, served.in_format(_NARROW))
+    if narrow is not None:
+        section = check.compare(f"{_NARROW} against float32", narrow, reference, BFLOAT16)
+        causes.append((section, f"{_NARROW} is too narrow for these weights: serve them in float32"))
+    with counted(check.progress, "stored, cached and pooled", 5 * len(texts)) as advance:
         on_demand, unpooled = served.states(texts), served.states(texts, 1)
-        read = through_store(on_demand, served.encoder, ratio, codec)
+        read = served.stored(on_demand, codec)
         stored = served.score(texts, read, advance)
-        from_tiers = {form: served.kept(texts, read, form, advance) for form in ("auto", "int8")}
+        cached, cached_int8 = (served.cached(texts, read, form, advance) for form in ("auto", "int8"))
         fine = served.score(texts, unpooled, advance)
-        again = served.score(texts, [one.at_ratio(ratio) for one in unpooled], advance)
-    kept = CODEC_LIMITS.get(codec, INT8)
-    title = f"stored states ({codec}) against on demand"
-    compared.append((judged(title, stored, margins, kept), f"the codec {codec} loses too much: {TOO_LOSSY}"))
-    compared.append((judged("kept between passes against fresh", from_tiers["auto"], stored, own), KEPT_WRONG))
-    compared.append((judged("kept as int8 against fresh", from_tiers["int8"], stored, INT8), KEPT_COARSE))
-    compared.append((judged(f"stored at r = 1, re-pooled to {ratio}", again, margins, own), UNEVEN))
-    if ratio > 1:
-        compared.append((judged(f"r = {ratio} against r = 1", margins, fine, POOLED), TOO_COARSE))
-    if other is not None:
-        name, scorer = other
-        compared.append((judged(f"against {name}", margins, score("other", scorer), own), ""))
-    sections = [alone, *(section for section, _ in compared), golden_section(checkpoint.name, served)]
-    evidence = Evidence(
-        pairs=texts,
-        margins=margins,
-        scores=served.scores(margins),
-        reference=reference,
-        alone_agrees=None,
-        batch_failed=failed([alone], BATCH),
-        swap_failed=failed([alone], SWAP),
-        compare_failed=wide is not served and compared[0][0].failed,
-    )
-    healthy = not any(section.failed for section in sections)
-    return HealthReport(
-        model=checkpoint.name,
+        pooled = served.score(texts, [one.at_ratio(ratio) for one in unpooled], advance)
+    tolerance = _CODEC_TOLERANCE.get(codec, INT8)
+    section = check.compare(f"stored states ({codec}) against on demand", stored, margins, tolerance)
+    lossy = f"the codec {codec} loses too much: index with SQfp16, or a codec with more bits"
+    causes.append((section, lossy))
+    for title, one, other, tolerance, cause in (
+        ("cached against recomputed", cached, stored, check.tolerance, _CACHED_WRONG),
+        ("cached as int8 against recomputed", cached_int8, stored, INT8, _CACHED_COARSE),
+        (f"stored at r = 1, re-pooled to {ratio}", pooled, margins, check.tolerance, _UNEVEN),
+        (f"r = {ratio} against r = 1", margins, fine, POOLED, _TOO_COARSE),
+    ):
+        if ratio > 1 or tolerance is not POOLED:
+            causes.append((check.compare(title, one, other, tolerance), cause))
+    check.finish(served.checkpoint.name, margins)
+    narrow_failed = served.number_format != "float32" and causes[0][0].failed
+    evidence = check.evidence(margins, reference, compare_failed=narrow_failed)
+    return check.report(
+        model=served.checkpoint.name,
         backend="fbnl",
         served=f"{served.number_format} on {served.backend.device_name}, r = {ratio}, {codec}",
-        against=other[0] if other is not None else "float32, on demand",
-        pairs=pairs.name,
-        num_pairs=len(pairs),
-        sections=sections,
-        causes=() if healthy else _causes(evidence, compared),
-        farthest=() if healthy or wide is served else farthest(pairs, margins, reference),
-        notes=notes(pairs),
-        seconds=time.monotonic() - started,
+        against=check.other[0] if check.other is not None else "float32, on demand",
+        causes=_fbnl_causes(evidence, causes) if check.failed else (),
+        farthest=farthest(check.pairs, margins, reference) if check.failed and reference is not margins else (),
     )
 
 
-def _causes(evidence: Evidence, compared: Sequence[tuple[Section, str]]) -> list[str]:
-    """Faults that leave a mark, then what the comparison that failed says by itself."""
-    marked = [cause for cause in name_causes(evidence, None) if cause != UNKNOWN]
-    if marked == [NONE_FINITE]:
+_CACHED_WRONG = "cached keys and values are not the recomputed ones: serve with the KV and prefix caches at 0 bytes"
+_CACHED_COARSE = "int8 is too coarse for the KV and prefix caches: leave --cache-format at auto"
+_UNEVEN = "pooling does not nest: states stored at one ratio are not those of another; index again with this version"
+_TOO_COARSE = "the compression ratio is too high for this checkpoint: serve and store it at a lower one"
+
+
+def _fbnl_causes(evidence: Evidence, compared: Sequence[tuple[Section, str]]) -> list[str]:
+    """Faults that leave a mark, then the causes of the comparisons that failed."""
+    marked = [cause for cause in name_causes(evidence, None) if cause != faults.UNKNOWN]
+    if marked == [faults.NONE_FINITE]:
         return marked
-    return marked + [words for section, words in compared if section.failed and words] or [UNKNOWN]
-
-
-FLOAT32_NAMES = ("fp32", "float32")
-
-
-def check(
-    model: str | Path,
-    *,
-    against: str = "fp32",
-    pairs: PairSet | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
-    runtime: str = "torch",
-    profile: str | None = None,
-    codec: str | None = None,
-    ratio: int | None = None,
-    max_tokens: int | None = None,
-    trust_remote_code: bool = False,
-    read_control_tokens: bool = False,
-    progress: StageProgress = SILENT,
-) -> HealthReport:
-    """Loads a model as it would be served and checks its scores.
-
-    Args:
-        against: fp32, the same weights in float32; or another directory or hub id, whose float32 scores it must give.
-        pairs: None: the built-in hundred.
-        codec, ratio: how passages are stored; fbnl only.
-        read_control_tokens: in texts, as KaLM's own code does; fbnl only.
-        runtime, profile, max_tokens, trust_remote_code: of cross-encoders only.
-
-    Raises:
-        CheckpointError, ValueError: a model that cannot be loaded, or a setting that it does not have.
-        EvaluationError: pairs that it cannot score at all.
-    """
-    name, given = str(model), pairs or built_in_pairs()
-    other = None if against in FLOAT32_NAMES else against
-    if is_fbnl(name):
-        _refuse("cross-encoders", runtime=runtime != "torch", profile=profile, max_tokens=max_tokens)
-        checkpoint = Checkpoint.open(name, neutralise=not read_control_tokens)
-        backend = FbnlBackend.load(checkpoint, device=device, dtype=dtype)
-        beside = _open_other(other, device, trust_remote_code) if other is not None else None
-        return check_fbnl(
-            FbnlScorer.beside(backend, checkpoint, ratio),
-            checkpoint,
-            given,
-            codec=codec,
-            other=beside,
-            progress=progress,
-        )
-    _refuse("fbnl checkpoints", codec=codec, ratio=ratio, read_control_tokens=read_control_tokens)
-    loaded = open_cross_encoder(
-        name,
-        device=device,
-        dtype=dtype,
-        runtime=runtime,
-        profile=profile,
-        max_tokens=max_tokens,
-        trust_remote_code=trust_remote_code,
-    )
-    beside = _open_other(other, device, trust_remote_code) if other is not None else None
-    return check_cross(CrossScorer(loaded), given, other=beside, trust_remote_code=trust_remote_code, progress=progress)
-
-
-def health_gate(
-    model: Backend,
-    *,
-    pairs: PairSet | None = None,
-    trust_remote_code: bool = False,
-    progress: StageProgress = SILENT,
-) -> HealthReport:
-    """Checks a model that is loaded, whatever its runtime, against float32 torch of the same weights.
-
-    Loads those weights once more while it runs. Call it from the thread that the model is scored on, before
-    anybody else scores.
-    """
-    given = pairs or built_in_pairs()
-    if isinstance(model, FbnlBackend):
-        scorer = FbnlScorer.beside(model, model.checkpoint)
-        return check_fbnl(scorer, model.checkpoint, given, every_format=False, progress=progress)
-    if not isinstance(model, CrossEncoder):
-        raise TypeError(f"{type(model).__name__} is no backend that can be checked")
-    return check_cross(CrossScorer(model), given, trust_remote_code=trust_remote_code, progress=progress)
-
-
-def is_fbnl(name: str) -> bool:
-    """Whether a checkpoint is an encoder-decoder with stored states, and no cross-encoder.
-
-    Raises:
-        CheckpointError: neither a directory nor a hub id.
-    """
-    if named_profile(name, None) is not None:
-        return False
-    return read_json(resolve(name) / "config.json").get("model_type") == MODEL_TYPE
-
-
-def _open_other(name: str, device: str | None, trust_remote_code: bool) -> tuple[str, Scorer]:
-    if is_fbnl(name):
-        return name, FbnlScorer.load(Checkpoint.open(name), device=device, dtype="float32")
-    other = open_cross_encoder(name, device=device, dtype="float32", trust_remote_code=trust_remote_code)
-    return name, CrossScorer(other)
-
-
-def _refuse(whose: str, **settings: Any) -> None:
-    for name, value in settings.items():
-        if value:
-            raise EvaluationError(f"{name} is for {whose}; this model is none")
+    return marked + [words for section, words in compared if section.failed] or [faults.UNKNOWN]

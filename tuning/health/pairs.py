@@ -1,7 +1,7 @@
 """The pairs that scores are compared on: a file of the user's, or the hundred that come with preread.
 
 The built-in ones are twenty questions with five passages each, from the answer to nonsense: eight in
-English, eight in Korean, four that mix both; nine of the questions have an instruction. Knows no models.
+English, eight in Korean, four that mix both; nine of the questions have an instruction.
 """
 
 from __future__ import annotations
@@ -9,29 +9,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from encoder_worker.sources import Place
 from tuning import EvaluationError
 from tuning.trec import JudgedFile
 
-BUILT_IN = Path(__file__).parent / "pairs.jsonl"
-PASSAGE_FIELDS = ("passage", "text", "document")
 MIN_PAIRS = 2  # fewer have no order to compare
-FEW_PAIRS = 20  # reference: 20 to 100 pairs; fewer are used, and the report says so
+_BUILT_IN = Path(__file__).parent / "pairs.jsonl"
+_PASSAGE_FIELDS = ("passage", "text", "document")
 
 
-@dataclass(frozen=True, slots=True)
-class TextTriple:
-    """A query, its instruction if any, and one passage, as a person wrote them."""
+class TextTriple(NamedTuple):
+    """A query, its instruction if any, and one passage: the order in which cross-encoders take them."""
 
     query: str
     instruction: str | None
     passage: str
-
-    def fields(self) -> tuple[str, str | None, str]:
-        """In the order that cross-encoders take them."""
-        return self.query, self.instruction, self.passage
 
 
 @dataclass(frozen=True)
@@ -47,7 +41,7 @@ class PairSet:
 
 def built_in_pairs() -> PairSet:
     """The hundred pairs of the package."""
-    return PairSet("built-in pairs", read_pairs(BUILT_IN).pairs)
+    return PairSet("built-in pairs", read_pairs(_BUILT_IN).pairs)
 
 
 def read_pairs(path: Path) -> PairSet:
@@ -63,7 +57,7 @@ def read_pairs(path: Path) -> PairSet:
 
 
 def _pair(where: Place, row: dict[str, Any]) -> TextTriple:
-    passage_field = next((name for name in PASSAGE_FIELDS if name in row), PASSAGE_FIELDS[0])
+    passage_field = next((name for name in _PASSAGE_FIELDS if name in row), _PASSAGE_FIELDS[0])
     query, passage = _text(where, row, "query"), _text(where, row, passage_field)
     instruction = row.get("instruction")  # none: the model's default
     if instruction not in (None, ""):

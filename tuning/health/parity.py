@@ -88,7 +88,7 @@ def _batches(source: CausalSource, pairs: PairSet) -> tuple[list[Inputs], list[i
     from transformers import AutoTokenizer
 
     loaded: Any = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
-    read = PairReader(loaded.backend_tokenizer, source.profile).read([pair.fields() for pair in pairs.pairs])
+    read = PairReader(loaded.backend_tokenizer, source.profile).read(pairs.pairs)
     groups = list(batches([pair.num_tokens for pair in read], BATCH_TOKENS))
     padded = [pad([read[i].ids for i in group], side="left", pad_id=source.pad_token_id) for group in groups]
     place = {index: at for at, index in enumerate(index for group in groups for index in group)}

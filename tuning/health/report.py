@@ -1,7 +1,4 @@
-"""What a check found, as values: findings in sections, likely causes in words. Measures nothing, prints nothing.
-
-A health report for the eyes: findings by section, causes in words, the pairs farthest apart. Computes nothing.
-"""
+"""The outcome of a check, as values, as JSON and as a table: lines in sections, likely causes in words."""
 
 from __future__ import annotations
 
@@ -12,44 +9,58 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, Group
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 FORMAT_VERSION = 1
+_MIN_WIDTH = 80
+_MAX_CELLS = 52  # of a text beside its margins; a Korean character takes two
 
 
-class State(enum.Enum):
-    """What became of one check."""
+class Verdict(enum.Enum):
+    """Outcome of one line; its text is the word in the table."""
 
     PASS = "pass"
     FAIL = "FAIL"
     SKIP = "skip"
     NOTE = "note"  # shown, not judged
 
+    @classmethod
+    def of(cls, good: object) -> Verdict:
+        return cls.PASS if good else cls.FAIL
+
 
 @dataclass(frozen=True)
-class Finding:
+class CheckLine:
     """One line of the table."""
 
     name: str
-    state: State
+    state: Verdict
     value: float | None = None
     expected: str = ""
     detail: str = ""
 
+    def to_json(self) -> dict[str, Any]:
+        finite = self.value is not None and math.isfinite(self.value)
+        return vars(self) | {"state": self.state.value.lower(), "value": self.value if finite else None}
+
 
 @dataclass(frozen=True)
 class Section:
-    """Findings about one comparison."""
+    """Lines about one comparison."""
 
     title: str
-    findings: Sequence[Finding]
+    lines: Sequence[CheckLine]
 
     @property
     def failed(self) -> bool:
-        return any(finding.state is State.FAIL for finding in self.findings)
+        return any(line.state is Verdict.FAIL for line in self.lines)
+
+    def failed_in(self, *names: str) -> bool:
+        """Whether a line of one of these names failed."""
+        return any(line.state is Verdict.FAIL for line in self.lines if line.name in names)
 
 
 @dataclass(frozen=True)
@@ -64,7 +75,7 @@ class Farthest:
 
 @dataclass(frozen=True)
 class HealthReport:
-    """Everything `preread check` shows."""
+    """Everything that `preread check` shows."""
 
     model: str
     backend: str
@@ -82,13 +93,13 @@ class HealthReport:
     def passed(self) -> bool:
         return not any(section.failed for section in self.sections)
 
-    def finding(self, section: str, name: str) -> Finding:
+    def line(self, section: str, name: str) -> CheckLine:
         """Raises KeyError."""
-        return {(s.title, f.name): f for s in self.sections for f in s.findings}[section, name]
+        return {(s.title, line.name): line for s in self.sections for line in s.lines}[section, name]
 
     def summary(self) -> str:
-        """One line: what failed first, or that nothing did."""
-        failed = [f"{s.title}: {f.name}" for s in self.sections for f in s.findings if f.state is State.FAIL]
+        """One line: the first failure, or that there is none."""
+        failed = [f"{s.title}: {x.name}" for s in self.sections for x in s.lines if x.state is Verdict.FAIL]
         if not failed:
             return f"{self.model}: scores are healthy"
         more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
@@ -97,20 +108,12 @@ class HealthReport:
 
     def to_json(self) -> str:
         """One JSON document; a value that is not finite becomes null."""
-        document: dict[str, Any] = {
+        document = {
             "format_version": FORMAT_VERSION,
-            "model": self.model,
-            "backend": self.backend,
-            "served": self.served,
-            "against": self.against,
-            "pairs": self.pairs,
-            "num_pairs": self.num_pairs,
+            **{name: getattr(self, name) for name in ("model", "backend", "served", "against", "pairs", "num_pairs")},
             "passed": self.passed,
             "causes": list(self.causes),
-            "sections": [
-                {"title": section.title, "findings": [_finding_json(finding) for finding in section.findings]}
-                for section in self.sections
-            ],
+            "sections": [{"title": s.title, "findings": [x.to_json() for x in s.lines]} for s in self.sections],
             "farthest": [vars(one) for one in self.farthest],
             "notes": list(self.notes),
             "seconds": round(self.seconds, 1),
@@ -118,33 +121,13 @@ class HealthReport:
         return json.dumps(document, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
 
 
-def _finding_json(finding: Finding) -> dict[str, Any]:
-    finite = finding.value is not None and math.isfinite(finding.value)
-    return {
-        "name": finding.name,
-        "state": finding.state.value.lower(),
-        "value": finding.value if finite else None,
-        "expected": finding.expected,
-        "detail": finding.detail,
-    }
-
-
-MIN_WIDTH = 80
-MAX_CELLS = 52  # of a text beside its margins; a Korean character takes two
-_STYLES = {State.PASS: "green", State.FAIL: "bold red", State.SKIP: "dim", State.NOTE: "dim"}
-
-
 def print_health(report: HealthReport, console: Console | None = None) -> None:
-    """To standard output unless told otherwise."""
+    """Title, lines by section, causes, farthest pairs, verdict; to standard output by default."""
     console = console or Console()
-    console.print(render(report), width=max(console.width, MIN_WIDTH))
-
-
-def render(report: HealthReport) -> RenderableType:
-    """Title, findings by section, causes, farthest pairs, verdict."""
-    head = Text(f"{report.model} ({report.backend}: {report.served})", style="bold")
-    about = Text(f"{report.num_pairs} pairs ({report.pairs}) against {report.against}, {report.seconds:.0f} s")
-    parts: list[RenderableType] = [head, about]
+    parts: list[Any] = [
+        Text(f"{report.model} ({report.backend}: {report.served})", style="bold"),
+        Text(f"{report.num_pairs} pairs ({report.pairs}) against {report.against}, {report.seconds:.0f} s"),
+    ]
     for section in report.sections:
         parts += [Text(f"\n{section.title}", style="bold"), _table(section)]
     if report.farthest:
@@ -155,8 +138,11 @@ def render(report: HealthReport) -> RenderableType:
     if report.causes:
         parts.append(Text("\nlikely cause" + ("s" if len(report.causes) > 1 else ""), style="bold"))
         parts += [Padding(Text(cause), (0, 0, 0, 2)) for cause in report.causes]
-    verdict = Text("\npassed", style="bold green") if report.passed else Text("\nFAILED", style="bold red")
-    return Group(*parts, verdict)
+    parts.append(Text("\npassed", style="bold green") if report.passed else Text("\nFAILED", style="bold red"))
+    console.print(Group(*parts), width=max(console.width, _MIN_WIDTH))
+
+
+_STYLES = {Verdict.PASS: "green", Verdict.FAIL: "bold red", Verdict.SKIP: "dim", Verdict.NOTE: "dim"}
 
 
 def _table(section: Section) -> Table:
@@ -166,20 +152,12 @@ def _table(section: Section) -> Table:
     table.add_column(min_width=4, no_wrap=True)
     table.add_column(min_width=9, justify="right", no_wrap=True)
     table.add_column(overflow="fold")
-    for finding in section.findings:
-        table.add_row(
-            Text(f"  {finding.name}"),
-            Text(finding.state.value, style=_STYLES[finding.state]),
-            Text(_value(finding)),
-            Text("; ".join(filter(None, (finding.expected, finding.detail)))),
-        )
+    for line in section.lines:
+        value = "" if line.value is None else f"{line.value:{'.3g' if abs(line.value) < 0.1 else '.3f'}}"
+        state = Text(line.state.value, style=_STYLES[line.state])
+        told = "; ".join(filter(None, (line.expected, line.detail)))
+        table.add_row(Text(f"  {line.name}"), state, Text(value), Text(told))
     return table
-
-
-def _value(finding: Finding) -> str:
-    if finding.value is None:
-        return ""
-    return f"{finding.value:.3g}" if abs(finding.value) < 0.1 else f"{finding.value:.3f}"
 
 
 def _farthest(pairs: Sequence[Farthest]) -> Table:
@@ -187,14 +165,15 @@ def _farthest(pairs: Sequence[Farthest]) -> Table:
     for heading in ("margin", "expected"):
         table.add_column(heading, justify="right", no_wrap=True, min_width=8)
     table.add_column("query / passage", no_wrap=True)
+    half = _MAX_CELLS // 2
     for pair in pairs:
-        table.add_row(f"{pair.margin:+.3f}", f"{pair.expected:+.3f}", _cut(pair.query, MAX_CELLS // 2, pair.passage))
+        texts = _cut(pair.query, half) + Text(" / ") + _cut(pair.passage, _MAX_CELLS - 3 - half)
+        table.add_row(f"{pair.margin:+.3f}", f"{pair.expected:+.3f}", texts)
     return table
 
 
-def _cut(query: str, cells: int, passage: str) -> Text:
-    """Both texts on one line, each cut by the cells it takes on a terminal, not by its characters."""
-    first, second = Text(" ".join(query.split())), Text(" ".join(passage.split()))
-    first.truncate(cells, overflow="ellipsis")
-    second.truncate(MAX_CELLS - 3 - cells, overflow="ellipsis")
-    return first + Text(" / ") + second
+def _cut(text: str, cells: int) -> Text:
+    """On one line, cut by the cells it takes on a terminal, not by its characters."""
+    shown = Text(" ".join(text.split()))
+    shown.truncate(cells, overflow="ellipsis")
+    return shown

@@ -172,7 +172,7 @@ class MeasuredTimes:
         return Latency(float(p50), float(p99), float(np.median(self.store[key])), float(np.median(decoder)), len(whole))
 
 
-class Stopwatch:
+class CostTimer:
     """Times everything that configurations need, on a few queries."""
 
     def __init__(self, backend: Backend, states: SpilledStates, queries: Sequence[TimedQuery], rounds: int) -> None:

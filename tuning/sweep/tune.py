@@ -24,7 +24,7 @@ from tuning.evaluate import count, load_encoder, open_checkpoint, with_stored_te
 from tuning.judged import JudgedCollection
 from tuning.progress import SILENT, StageProgress
 from tuning.rerank import EncodedStates, StateSource, StoredStates
-from tuning.sweep.costs import IndexingCost, Lengths, MeasuredTimes, Stopwatch, TimedQuery
+from tuning.sweep.costs import CostTimer, IndexingCost, Lengths, MeasuredTimes, TimedQuery
 from tuning.sweep.margins import Codecs, Margins, Pairs
 from tuning.sweep.quality import Judgements, Quality, measure_quality
 from tuning.sweep.report import SweepReport, SweepRow
@@ -165,9 +165,9 @@ class Sweep:
         measured = list(self.quality[2])
         if not self.settings.timed_queries or not measured:
             return None
-        stopwatch = Stopwatch(self.backend, self.states, self._timed_queries(), self.settings.rounds)
+        timer = CostTimer(self.backend, self.states, self._timed_queries(), self.settings.rounds)
         directory = self.work.path / "store"
-        return stopwatch.measure(measured, self.codecs, self.checkpoint.identity(), directory, self.progress)
+        return timer.measure(measured, self.codecs, self.checkpoint.identity(), directory, self.progress)
 
     def _timed_queries(self) -> list[TimedQuery]:
         """Queries drawn from those that have candidates with states."""

@@ -10,14 +10,19 @@ import pytest
 from click.testing import CliRunner, Result
 
 from checkpoint.synthetic import make_checkpoint
+from decoder_server.config import ModelConfig
 from decoder_server.models.fbnl.kv_cache import Kept
 from preread_cli.main import cli
 from preread_cli.models import SHIPPED_MODEL
 from tuning import EvaluationError
-from tuning.health import PairSet, State, built_in_pairs, check, read_pairs
+from tuning.health import PairSet, Verdict, built_in_pairs, check, read_pairs
 from tuning.health.checks import published
 
 OTHER = "other weights or template"
+
+
+def float32(model: object) -> ModelConfig:
+    return ModelConfig(str(model), dtype="float32")
 
 
 def run(*words: object) -> Result:
@@ -44,12 +49,12 @@ def test_the_shipped_checkpoint_is_healthy(tmp_path: Path) -> None:
 
     assert report["passed"]
     assert [section["title"] for section in report["sections"]] == [
-        "by itself",
+        "the model alone",
         *([] if "float32" in report["served"] else ["bfloat16 against float32"]),
         *(["bfloat16 against float32"] if "float32" in report["served"] else []),
         "stored states (SQfp16) against on demand",
-        "kept between passes against fresh",
-        "kept as int8 against fresh",
+        "cached against recomputed",
+        "cached as int8 against recomputed",
         "stored at r = 1, re-pooled to 4",
         "r = 4 against r = 1",
         "published scores",
@@ -61,22 +66,22 @@ def test_tiers_that_change_margins_are_found(some_pairs: PairSet, monkeypatch: p
     """Entries whose rows come back in another order."""
     read = Kept.read
     monkeypatch.setattr(Kept, "read", lambda self, dtype: read(self, dtype).flip(0))
-    report = check(SHIPPED_MODEL, pairs=some_pairs, dtype="float32")
-    kept = {s.title for s in report.sections if s.title.startswith("kept")}
+    report = check(float32(SHIPPED_MODEL), pairs=some_pairs)
+    kept = {s.title for s in report.sections if s.title.startswith("cached")}
     assert {s.title for s in report.sections if s.failed} == kept
-    assert report.causes[0].startswith("what is kept between passes is not what they compute")
+    assert report.causes[0].startswith("cached keys and values are not the recomputed ones")
 
 
 def test_a_codec_that_ruins_states_is_found(some_pairs: PairSet) -> None:
-    report = check(SHIPPED_MODEL, pairs=some_pairs, dtype="float32", codec="PQ1x1")
+    report = check(float32(SHIPPED_MODEL), pairs=some_pairs, codec="PQ1x1")
     assert not report.passed
     assert any(s.failed and s.title.startswith("stored states (PQ1x1)") for s in report.sections)
     assert report.causes[0].startswith("the codec PQ1x1 loses too much")
 
 
 def test_another_model_is_not_this_one(bert: Path, roberta: Path, some_pairs: PairSet) -> None:
-    assert check(bert, against=str(bert), dtype="float32", pairs=some_pairs).passed
-    report = check(bert, against=str(roberta), dtype="float32", pairs=some_pairs)
+    assert check(float32(bert), against=str(bert), pairs=some_pairs).passed
+    report = check(float32(bert), against=str(roberta), pairs=some_pairs)
     assert not report.passed
     assert report.against == str(roberta)
     assert report.causes == [f"its scores are right for its own weights and are not those of {roberta}: {OTHER}"]
@@ -106,17 +111,17 @@ def test_published_scores_go_by_exact_id(name: str, expected: int) -> None:
 def test_weights_that_are_not_the_published_ones_are_found(roberta: Path, tmp_path: Path, some_pairs: PairSet) -> None:
     directory = tmp_path / "BAAI" / "bge-reranker-base"
     shutil.copytree(roberta, directory)
-    report = check(directory, dtype="float32", pairs=some_pairs)
+    report = check(float32(directory), pairs=some_pairs)
 
-    assert report.finding("published scores", "four passages").state is State.FAIL
-    assert "published 0.8789, 0.9961, 0.9961, 0.05029" in report.finding("published scores", "four passages").detail
+    assert report.line("published scores", "four passages").state is Verdict.FAIL
+    assert "published 0.8789, 0.9961, 0.9961, 0.05029" in report.line("published scores", "four passages").detail
     assert report.causes[0].startswith("these are not the published weights")
 
 
 def test_kalm_weights_that_are_not_kalms_are_found(tmp_path: Path, some_pairs: PairSet) -> None:
     directory = make_checkpoint(tmp_path / "KaLM-Embedding" / "KaLM-Reranker-V1-Nano")
-    report = check(directory, dtype="float32", pairs=some_pairs)
-    assert report.finding("published scores", "its card").state is State.FAIL
+    report = check(float32(directory), pairs=some_pairs)
+    assert report.line("published scores", "its card").state is Verdict.FAIL
 
 
 @pytest.mark.parametrize(
@@ -148,7 +153,7 @@ def test_one_pair_has_no_order(tmp_path: Path) -> None:
 
 
 def test_few_pairs_are_noted(bert: Path) -> None:
-    report = check(bert, dtype="float32", pairs=PairSet("few", built_in_pairs().pairs[:5]))
+    report = check(float32(bert), pairs=PairSet("few", built_in_pairs().pairs[:5]))
     assert any(note.startswith("only 5 pairs") for note in report.notes)
 
 

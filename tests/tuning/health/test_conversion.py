@@ -63,7 +63,7 @@ def test_column_0_becomes_the_score(
 
 def test_what_is_served_is_the_original(causal: Path, tmp_path: Path) -> None:
     """Both through the product: template, readout, float32 head."""
-    texts = [pair.fields() for pair in SOME.pairs]
+    texts = list(SOME.pairs)
     original = open_cross_encoder(
         causal, device="cpu", dtype="float32", profile="ContextualAI/ctxl-rerank-v2-instruct-multilingual-1b"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from decoder_server.models.cross_encoder.templates import TextPair, Texts
 from decoder_server.models.loading import load_model
 from preread_cli.commands.serve import checked
 from preread_cli.main import cli
-from tuning.health import HealthReport, PairSet, State, check, health_gate
+from tuning.health import HealthReport, PairSet, Verdict, check, health_gate
 from tuning.health.checks import all_doubled, all_tiny
 
 Margins = NDArray[np.float32]
@@ -63,8 +64,6 @@ class PairwithoutLimit:
     """Fills the template with the whole passage and cuts the result from the right."""
 
     def __init__(self, model: CrossEncoder) -> None:
-        from dataclasses import replace
-
         from decoder_server.models.cross_encoder.templates import PairReader
 
         reader = model._reader
@@ -72,8 +71,6 @@ class PairwithoutLimit:
         self._reader = PairReader(reader.tokenizers.exact, replace(model.profile, max_tokens=1_000_000))
 
     def __call__(self, text: Texts) -> TextPair:
-        from dataclasses import replace
-
         (pair,) = self._reader.read([text])
         return replace(pair, ids=pair.ids[: self._max_tokens])
 
@@ -102,7 +99,7 @@ def test_a_model_served_rightly_is_healthy(
 
     assert report.passed, report.summary()
     assert report.causes == ()
-    assert report.finding("by itself", "the query counts").state is State.PASS
+    assert report.line("the model alone", "the query counts").state is Verdict.PASS
 
 
 def test_a_softmax_over_the_hidden_vector_is_named(bert: Path, gate: Callable[[CrossEncoder], HealthReport]) -> None:
@@ -160,9 +157,9 @@ def test_a_missing_template_is_named(causal: Path, tmp_path: Path, some_pairs: P
         convert(CausalSource.open(str(causal)), folder)
     (tmp_path / "bare.toml").write_text(BARE)
 
-    settings: dict[str, Any] = {"dtype": "float32", "pairs": some_pairs}
-    assert check(tmp_path / "converted", **settings).passed
-    report = check(tmp_path / "converted", profile=str(tmp_path / "bare.toml"), **settings)
+    converted = ModelConfig(str(tmp_path / "converted"), dtype="float32")
+    assert check(converted, pairs=some_pairs).passed
+    report = check(replace(converted, profile=str(tmp_path / "bare.toml")), pairs=some_pairs)
     assert_named(report, "missing template")
     assert any("compared with its own" in note for note in report.notes)
 
@@ -179,10 +176,10 @@ max_tokens = 512
 
 def test_padding_on_the_wrong_side_is_named(bert: Path, tmp_path: Path, some_pairs: PairSet) -> None:
     (tmp_path / "left.toml").write_text(LEFT)
-    report = check(bert, dtype="float32", profile=str(tmp_path / "left.toml"), pairs=some_pairs)
+    report = check(ModelConfig(str(bert), dtype="float32", profile=str(tmp_path / "left.toml")), pairs=some_pairs)
 
     assert_named(report, "wrong padding side")
-    assert report.finding("by itself", "alone or beside others").state is State.FAIL
+    assert report.line("the model alone", "alone or batched").state is Verdict.FAIL
 
 
 def test_a_server_asked_to_check_does_not_start_with_it(bert: Path, tmp_path: Path) -> None:
@@ -224,7 +221,7 @@ def test_a_query_cut_from_the_right_is_named(causal: Path, gate: Callable[[Cross
 
     assert not report.passed
     assert any(cause.startswith("the query is cut off") for cause in report.causes)
-    assert report.finding("by itself", "the query counts").value == 0
+    assert report.line("the model alone", "the query counts").value == 0
 
 
 def test_numbers_that_overflow_and_heads_that_see_nothing_are_named(
@@ -239,7 +236,7 @@ def test_numbers_that_overflow_and_heads_that_see_nothing_are_named(
 
     report = gate(Planted(model, margins=first_overflows))
     assert_named(report, "some scores are not finite")
-    assert 0 < report.finding("by itself", "finite").value < 1
+    assert 0 < report.line("the model alone", "finite").value < 1
     json.loads(report.to_json())
 
 
@@ -254,7 +251,7 @@ def test_a_model_without_one_finite_score_is_told_so_plainly(
     """Without a warning of numpy's on the way, which the tests take for errors, and in a document that can be read."""
     report = gate(Planted(open_float32(bert), **{where: lambda m: np.full_like(m, NOTHING[number])}))
     assert_named(report, "the scores are not finite, not one of them")
-    assert report.finding("by itself", "finite").detail == "not finite: no pair has a number"
+    assert report.line("the model alone", "finite").detail == "not finite: no pair has a number"
     assert "not finite" in report.summary()
     assert json.loads(report.to_json())["causes"] == list(report.causes)
 

@@ -12,14 +12,14 @@ from tuning.health.checks import (
     BFLOAT16,
     FLOAT32,
     INT8,
+    Tolerance,
     compare,
     distinct_share,
     kendall_tau,
     rank_agreement,
     spread_ratio,
-    tolerance_for,
 )
-from tuning.health.report import State
+from tuning.health.report import Verdict
 
 
 def test_tau_by_hand_and_by_scipy() -> None:
@@ -45,10 +45,10 @@ def test_the_other_numbers_by_hand() -> None:
 def test_a_lost_template_shows_in_the_spread_and_not_in_the_order() -> None:
     reference = np.linspace(-5, 5, 50, dtype=np.float32)
     section = compare("x", reference * np.float32(0.1), reference, BFLOAT16)
-    states = {finding.name: finding.state for finding in section.findings}
+    states = {line.name: line.state for line in section.lines}
 
-    assert states["order (Kendall tau)"] is State.PASS
-    assert states["spread ratio"] is State.FAIL
+    assert states["order (Kendall tau)"] is Verdict.PASS
+    assert states["spread ratio"] is Verdict.FAIL
 
 
 def test_scores_that_do_not_differ_never_pass() -> None:
@@ -60,4 +60,4 @@ def test_scores_that_do_not_differ_never_pass() -> None:
     ("name", "limits"), [("float32", FLOAT32), ("bfloat16", BFLOAT16), ("onnx-int8", INT8), ("onnx", FLOAT32)]
 )
 def test_limits_go_by_number_format(name: str, limits: object) -> None:
-    assert tolerance_for(name) is limits
+    assert Tolerance.of(name) is limits
