@@ -27,7 +27,7 @@ from cache.record import Damaged, Record, is_passage_id, passage_id_bytes
 from cache.states import Codes, EncodedPassage, PassageStates, decode_all
 from cache.store import Store, StoreStats
 
-__all__ = ["Collection", "Manifest", "StoredPassage", "Verified", "resolve"]
+__all__ = ["Collection", "Manifest", "StoredPassage", "Verified"]
 
 _SCAN_BATCH_PASSAGES = 256
 
@@ -56,11 +56,6 @@ class Verified(NamedTuple):
     passage_id: str
     version: int
     damage: str = ""
-
-
-def resolve(store: Store, name_or_alias: str) -> str:
-    """The collection a name stands for at this moment, which need not exist."""
-    return store.aliases().get(name_or_alias, name_or_alias)
 
 
 class Collection:
@@ -114,7 +109,7 @@ class Collection:
             CollectionNotFound: neither a collection nor an alias.
             EncoderMismatch: written by another encoder; names both sides.
         """
-        name = resolve(store, name_or_alias)
+        name = store.resolve(name_or_alias)
         manifest = store.read_manifest(name)
         if manifest is None:
             known = ", ".join(store.list_collections()) or "none"

@@ -102,6 +102,7 @@ class Header(NamedTuple):
     """
 
     version: int
+    flags: int
     compression_ratio: int
     num_states: int
     num_tokens: int
@@ -109,8 +110,6 @@ class Header(NamedTuple):
     num_windows: int
     text_bytes: int
     num_clipped: int
-    has_text: bool
-    truncated: bool
     text_digest: bytes
     binding: int
     payload_checksum: int
@@ -149,14 +148,10 @@ class Header(NamedTuple):
     @classmethod
     def _of(cls, packed: bytes, version: int) -> "Header":
         _, _, flags, *counts, digest, binding, payload_checksum = _FIELDS[version].unpack(packed)
-        ratio, num_states, num_tokens, code_size, num_windows, text_bytes, num_clipped = (*counts, 0)[:7]
-        truncated, has_text = bool(flags & _TRUNCATED), bool(flags & _HAS_TEXT)
-        if not (ratio and num_states and num_tokens and code_size and num_windows) or (text_bytes and not has_text):
+        header = cls._make((version, flags, *(*counts, 0)[:7], digest, binding, payload_checksum, packed))
+        if 0 in header[2:7] or (header.text_bytes and not header.has_text):
             raise DamagedRecord("header counts contradict each other")
-        return cls(
-            version, ratio, num_states, num_tokens, code_size, num_windows, text_bytes, num_clipped, has_text,
-            truncated, digest, binding, payload_checksum, packed,
-        )  # fmt: skip
+        return header
 
     def pack(self, passage_id: str | bytes) -> bytes:
         """The byte form, as the header of that passage."""
@@ -166,10 +161,15 @@ class Header(NamedTuple):
         """The same header in the version that is written today."""
         if self.version == RECORD_VERSION:
             return self
-        magic, _, flags, *counts, digest, binding, payload_checksum = _FIELDS[self.version].unpack(self.packed)
-        fields = _FIELDS[RECORD_VERSION]
-        packed = fields.pack(magic, RECORD_VERSION, flags, *counts, 0, digest, binding, payload_checksum)
-        return self._of(packed, RECORD_VERSION)
+        return self._of(_FIELDS[RECORD_VERSION].pack(_MAGIC, RECORD_VERSION, *self[1:-1]), RECORD_VERSION)
+
+    @property
+    def truncated(self) -> bool:
+        return bool(self.flags & _TRUNCATED)
+
+    @property
+    def has_text(self) -> bool:
+        return bool(self.flags & _HAS_TEXT)
 
     @property
     def checksum(self) -> int:
@@ -179,7 +179,7 @@ class Header(NamedTuple):
     @property
     def counts(self) -> tuple[int, int, int, int, int]:
         """num_states, num_tokens, truncated, total_bytes, num_clipped: the summands of a collection's stats."""
-        return self.num_states, self.num_tokens, int(self.truncated), self.total_bytes, self.num_clipped
+        return self.num_states, self.num_tokens, self.flags & _TRUNCATED, self.total_bytes, self.num_clipped
 
     @property
     def num_bytes(self) -> int:
@@ -297,9 +297,7 @@ class Record:
     @property
     def payload(self) -> tuple[bytes, memoryview, bytes]:
         """Packed window_tokens, codes and text."""
-        return (
-            _pack_windows(self.window_tokens), self.codes.data, b"" if self.text is None else self.text.encode(),
-        )  # fmt: skip
+        return _pack_windows(self.window_tokens), self.codes.data, b"" if self.text is None else self.text.encode()
 
     def pack(self, passage_id: str | bytes) -> bytes:
         """The whole record as one value, which can be read under that id only."""

@@ -125,6 +125,10 @@ class Store(ABC):
     def aliases(self) -> dict[str, str]:
         """Alias to collection name."""
 
+    def resolve(self, name: str) -> str:
+        """The collection that a name or an alias stands for at this moment, which need not exist."""
+        return self.aliases().get(name, name)
+
     @abstractmethod
     def set_alias(self, alias: str, collection: str, *, shadowing: bool = False) -> None:
         """Point an alias at a collection, in one step for all readers.

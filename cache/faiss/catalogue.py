@@ -242,7 +242,7 @@ class Catalogue:
         """
         noted = self.lock.noted()
         with self.reading() as connection:
-            for problem in chain(lost_commits(connection, noted), connection.damaged_pages("segments")):
+            for problem in chain(connection.lost_commits(noted), connection.damaged_pages("segments")):
                 raise StoreDamaged(f"the catalogue is damaged: {problem}")
             return {file_name for _, _, file_name, *_ in connection.checked("segments")}
 
@@ -353,12 +353,6 @@ def _connect(path: Path, seen: _Seen) -> Connection:
         connection.close()
         raise
     return connection
-
-
-def lost_commits(connection: Connection, noted: int) -> Iterator[str]:
-    """A problem where the catalogue has fewer commits than the writer lock has noted."""
-    if (commits := connection.num_commits()) < noted:
-        yield f"the last {noted - commits} of {noted} commits are lost"
 
 
 def _make(connection: Connection, script: str) -> None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from cache.codecs import Codec
 from cache.errors import CacheError, DamagedRecord, InvalidName, ManifestError, StoreDamaged
-from cache.faiss.catalogue import SUMS, Catalogue, lost_commits
+from cache.faiss.catalogue import SUMS, Catalogue
 from cache.faiss.rows import COVERED, Connection, blob, checked_row, integer, row_name, text, translated
 from cache.faiss.segments import Segment, SegmentFiles, SegmentGone
 from cache.manifest import Manifest
@@ -164,7 +164,7 @@ def audit(catalogue: Catalogue, files: SegmentFiles, collection: str) -> Audit:
     with translated(catalogue.path), catalogue.reading() as connection:
         for check in (
             connection.damaged_pages(_MAX_SHOWN),
-            lost_commits(connection, noted),
+            connection.lost_commits(noted),
             _damaged_names(connection),
             _wrong_counts(connection, collection),
         ):

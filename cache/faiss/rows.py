@@ -163,6 +163,11 @@ class Connection(sqlite3.Connection):
     def set_num_commits(self, number: int) -> None:
         self.execute("UPDATE store SET num_commits = ?1, checksum = row_checksum(?1, schema)", (number,))
 
+    def lost_commits(self, noted: int) -> Iterator[str]:
+        """A problem where the catalogue has fewer commits than the writer lock has noted."""
+        if (commits := self.num_commits()) < noted:
+            yield f"the last {noted - commits} of {noted} commits are lost"
+
     def damaged_pages(self, check: str | int) -> Iterator[str]:
         """SQLite's own check, of a table or up to so many problems; unlike a walk it ends on a damaged index."""
         for (line,) in self.execute(f"PRAGMA integrity_check({check})"):
@@ -236,15 +241,12 @@ class Connection(sqlite3.Connection):
         _, *names = COVERED["segments"]
         return self.put("segments", **dict(zip(names, columns, strict=True)))
 
-    def find_passages(self, collection_id: int, passage_ids: Iterable[str]) -> "list[_Row | _DamagedRow]":
+    def find_passages(self, collection_id: int, passage_ids: Iterable[str]) -> "list[_Row]":
         """Rows of the passages that exist, in the order they lie on disk."""
         found = self._by_ids(f"{_SELECT} AND passage_id IN", collection_id, passage_ids)
-        return sorted(
-            _rows(collection_id, found),
-            key=lambda row: (row.segment.segment_id, row.first_row) if isinstance(row, _Row) else (0, 0),
-        )
+        return sorted(_rows(collection_id, found), key=attrgetter("place"))
 
-    def next_passages(self, collection_id: int, after: bytes, limit: int) -> "tuple[list[_Row | _DamagedRow], bytes]":
+    def next_passages(self, collection_id: int, after: bytes, limit: int) -> "tuple[list[_Row], bytes]":
         """The next rows in order of passage id bytes, and the last id of those."""
         query = f"{_SELECT} AND passage_id > ? ORDER BY passage_id LIMIT ?"
         values = self.execute(query, (collection_id, after, limit)).fetchall()
@@ -290,69 +292,19 @@ class Connection(sqlite3.Connection):
 
 
 class _Row(NamedTuple):
-    """One passage as the catalogue has it, its columns checked against its header."""
+    """One passage as the catalogue has it, its columns checked against its header; or with damage and no segment."""
 
     encoded_id: bytes
-    header: Header
-    windows: bytes
-    text: bytes
-    first_row: int
-    segment: Segment
+    damage: str = ""
+    segment: Segment | None = None
+    first_row: int = 0
+    header: Header | None = None
+    windows: bytes = b""
+    text: bytes = b""
 
-
-class _DamagedRow(NamedTuple):
-    """A row that does not agree with its header."""
-
-    encoded_id: bytes
-    reason: str
-    segment: None = None
-
-
-def read_records(
-    rows: Iterable[_Row | _DamagedRow], files: SegmentFiles
-) -> Iterator[tuple[str, Record | Damaged | SegmentGone]]:
-    """The records of rows by passage id, in their order; consecutive rows of one segment are read together.
-
-    A Record is the passage as it was written: everything is checked.
-    """
-    for _, group in groupby(rows, key=attrgetter("segment")):
-        located: list[_Row] = []
-        for row in group:
-            if isinstance(row, _Row):
-                located.append(row)
-            else:
-                passage_id = row.encoded_id.decode(errors="replace")
-                yield passage_id, Damaged(passage_id, row.reason)
-        if not located:
-            continue
-        try:
-            codes = files.codes(located[0].segment, [(row.first_row, row.header.num_states) for row in located])
-        except SegmentGone as exc:
-            yield from ((row.encoded_id.decode(), exc) for row in located)
-            continue
-        for row, found in zip(located, codes, strict=True):
-            passage_id = row.encoded_id.decode()
-            yield passage_id, _joined(passage_id, row, found)
-
-
-def _joined(passage_id: str, row: _Row, codes: NDArray[np.uint8] | DamagedRecord) -> Record | Damaged:
-    try:
-        if isinstance(codes, DamagedRecord):
-            raise codes
-        return Record.join(row.header, row.windows, codes, row.text)
-    except DamagedRecord as exc:
-        return Damaged(passage_id, str(exc))
-
-
-def _rows(collection_id: int, found: Iterable[Sequence[Any]]) -> Iterator[_Row | _DamagedRow]:
-    segments: dict[object, Segment | str] = {}  # most passages of a request share one with others
-    for values in found:
+    @classmethod
+    def of(cls, values: Sequence[Any], segment: Segment | str) -> "_Row":
         encoded_id, packed, windows, written, first_row, *counts = values[:10]
-        if type(encoded_id) is not bytes:
-            raise StoreDamaged(f"the catalogue is damaged: passage id {encoded_id!r:.40}, expected bytes")
-        segment = segments.get(values[10])
-        if segment is None:
-            segment = segments[values[10]] = _segment(collection_id, values[10:])
         try:
             if not (type(packed) is type(windows) is type(written) is bytes and type(first_row) is int):
                 raise DamagedRecord("a column of its catalogue row is of another type")
@@ -365,11 +317,55 @@ def _rows(collection_id: int, found: Iterable[Sequence[Any]]) -> Iterator[_Row |
                 raise DamagedRecord(segment)
             if header.code_size != segment.code_size:
                 raise DamagedRecord(f"{header.code_size} bytes per state, its segment has {segment.code_size}")
-            yield _Row(encoded_id, header, windows, written, first_row, segment)
         except UnicodeDecodeError:
-            yield _DamagedRow(encoded_id, "its passage id is not UTF-8")
+            return cls(encoded_id, "its passage id is not UTF-8")
         except DamagedRecord as exc:
-            yield _DamagedRow(encoded_id, str(exc))
+            return cls(encoded_id, str(exc))
+        return cls(encoded_id, "", segment, first_row, header, windows, written)
+
+    @property
+    def place(self) -> tuple[int, int]:
+        return (self.segment.segment_id if self.segment else 0), self.first_row
+
+    def joined(self, codes: NDArray[np.uint8] | DamagedRecord) -> Record | Damaged:
+        try:
+            if isinstance(codes, DamagedRecord):
+                raise codes
+            assert self.header is not None
+            return Record.join(self.header, self.windows, codes, self.text)
+        except DamagedRecord as exc:
+            return Damaged(self.encoded_id.decode(), str(exc))
+
+
+def read_records(rows: Iterable[_Row], files: SegmentFiles) -> Iterator[tuple[str, Record | Damaged | SegmentGone]]:
+    """The records of rows by passage id, in their order; consecutive rows of one segment are read together.
+
+    A Record is the passage as it was written: everything is checked.
+    """
+    for segment, group in groupby(rows, key=attrgetter("segment")):
+        together = list(group)
+        ids = [row.encoded_id.decode(errors="replace") for row in together]
+        if segment is None:
+            yield from ((id_, Damaged(id_, row.damage)) for id_, row in zip(ids, together, strict=True))
+            continue
+        try:
+            codes = files.codes(segment, [(row.first_row, row.header.num_states) for row in together if row.header])
+        except SegmentGone as exc:
+            yield from ((id_, exc) for id_ in ids)
+            continue
+        for id_, row, found in zip(ids, together, codes, strict=True):
+            yield id_, row.joined(found)
+
+
+def _rows(collection_id: int, found: Iterable[Sequence[Any]]) -> Iterator[_Row]:
+    segments: dict[object, Segment | str] = {}  # most passages of a request share one with others
+    for values in found:
+        if type(values[0]) is not bytes:
+            raise StoreDamaged(f"the catalogue is damaged: passage id {values[0]!r:.40}, expected bytes")
+        segment = segments.get(values[10])
+        if segment is None:
+            segment = segments[values[10]] = _segment(collection_id, values[10:])
+        yield _Row.of(values, segment)
 
 
 def _segment(collection_id: int, row: Sequence[object]) -> Segment | str:

@@ -65,7 +65,7 @@ class SegmentFiles:
         self.directory = directory
         self._lock = threading.Lock()
         self._files: OrderedDict[int, _OpenFile] = OrderedDict()
-        self._memory = _Memory(_MAX_KEPT_BYTES, _BLOCK_BYTES)
+        self._memory = BufferPool(_MAX_KEPT_BYTES, _BLOCK_BYTES)
 
     def write(self, codec: Codec, codes: NDArray[np.uint8]) -> tuple[str, int]:
         """Write codes (num_rows, code_size) as a new segment, durable under its final name on return.
@@ -203,7 +203,7 @@ class _OpenFile:
         return num_read
 
 
-class _Memory:
+class BufferPool:
     """Buffers that are reused once nothing refers to them. Thread-safe.
 
     Fresh memory costs several times as much as reading into it: a page fault for every 4 KiB.

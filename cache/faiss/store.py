@@ -45,13 +45,7 @@ log = logging.getLogger(__name__)
 class FaissStore(Store):
     """Records in a directory; see `Store` for the contract. Nothing is made on disk before the first write."""
 
-    def __init__(
-        self,
-        path: str | Path,
-        *,
-        lock_timeout_seconds: float = 30.0,
-        max_small_segments: int = 64,
-    ) -> None:
+    def __init__(self, path: str | Path, *, lock_timeout_seconds: float = 30.0, max_small_segments: int = 64) -> None:
         self.path = Path(path).expanduser().absolute()
         self._files = SegmentFiles(self.path / "segments")
         self._lock = WriterLock(self.path / "writer.lock", lock_timeout_seconds)

@@ -91,6 +91,31 @@ class Address:
             prefix=prefix,
         )
 
+    def connect(self, budget_seconds: float, tls_ca_file: str | None) -> Client:
+        """A client with its pool; for a cluster its nodes are looked up."""
+        options: dict[str, Any] = {
+            "username": self.username,
+            "password": self.password,
+            "socket_timeout": budget_seconds,
+            "socket_connect_timeout": budget_seconds,
+            "socket_read_size": _READ_SIZE_BYTES,
+            "protocol": 2,  # RESP3 would cost a HELLO and open push messages that are not read
+            "driver_info": None,
+        }
+        if self.is_tls:
+            options["ssl_ca_certs"] = tls_ca_file
+        options["connection_class"] = _TlsConnection if self.is_tls else _PlainConnection
+        retry = Retry(NoBackoff(), 0)
+        if not self.is_cluster:
+            ((host, port),) = self.hosts
+            pool = redis.ConnectionPool(host=host, port=port, db=self.database, retry=retry, **options)
+            return redis.Redis.from_pool(pool)
+        # Only with a URL does redis-py take a connection class for a cluster; this one says no more than a node does.
+        (host, port), *others = self.hosts
+        nodes = [ClusterNode(*other) for other in others]  # type: ignore[no-untyped-call]  # redis-py has no types here
+        url = f"redis://[{host}]:{port}" if ":" in host else f"redis://{host}:{port}"
+        return RedisCluster(url=url, startup_nodes=nodes, retry=retry, **options)
+
     def __str__(self) -> str:
         hosts = ",".join(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in self.hosts)
         return f"redis{'s' * self.is_tls}{'+cluster' * self.is_cluster}://{hosts}"
@@ -122,6 +147,15 @@ class Deadline:
     def received(self, num_bytes: int) -> None:
         """Received bytes extend the deadline: the budget bounds silence, not the size of replies."""
         self._end += num_bytes / _MIN_BYTES_PER_SECOND
+
+    @contextmanager
+    def bounds_this_thread(self) -> Iterator[None]:
+        """Bound whatever this thread sends, receives and connects to."""
+        _current.deadline = self
+        try:
+            yield
+        finally:
+            _current.deadline = None
 
     def check(self) -> None:
         if not self.left_seconds:
@@ -197,39 +231,3 @@ class _PlainConnection(Connection):
 
 
 class _TlsConnection(_PlainConnection, SSLConnection): ...
-
-
-@contextmanager
-def bounded(deadline: Deadline) -> Iterator[None]:
-    """Bound whatever this thread sends, receives and connects to."""
-    _current.deadline = deadline
-    try:
-        yield
-    finally:
-        _current.deadline = None
-
-
-def connect(address: Address, budget_seconds: float, tls_ca_file: str | None) -> Client:
-    """A client with its pool; for a cluster its nodes are looked up."""
-    options: dict[str, Any] = {
-        "username": address.username,
-        "password": address.password,
-        "socket_timeout": budget_seconds,
-        "socket_connect_timeout": budget_seconds,
-        "socket_read_size": _READ_SIZE_BYTES,
-        "protocol": 2,  # RESP3 would cost a HELLO and open push messages that nobody reads
-        "driver_info": None,
-    }
-    if address.is_tls:
-        options["ssl_ca_certs"] = tls_ca_file
-    options["connection_class"] = _TlsConnection if address.is_tls else _PlainConnection
-    retry = Retry(NoBackoff(), 0)
-    if not address.is_cluster:
-        ((host, port),) = address.hosts
-        pool = redis.ConnectionPool(host=host, port=port, db=address.database, retry=retry, **options)
-        return redis.Redis.from_pool(pool)
-    # Only with a URL does redis-py take a connection class for a cluster; this one says no more than a node does.
-    (host, port), *others = address.hosts
-    nodes = [ClusterNode(*other) for other in others]  # type: ignore[no-untyped-call]  # redis-py has no types here
-    url = f"redis://[{host}]:{port}" if ":" in host else f"redis://{host}:{port}"
-    return RedisCluster(url=url, startup_nodes=nodes, retry=retry, **options)

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import redis
 
 from cache.errors import CacheError, StoreAccessDenied, StoreFull, StoreUnavailable
-from cache.redis.connection import Address, Client, Deadline, Malformed, bounded, connect
+from cache.redis.connection import Address, Client, Deadline, Malformed
 
 T = TypeVar("T")
 Command = tuple[Any, ...]  # name, key, arguments
@@ -211,7 +211,7 @@ class Link:
 
     def _try_twice(self, work: Callable[[Client, Deadline], T], deadline: Deadline) -> T:
         client = None
-        with bounded(deadline):
+        with deadline.bounds_this_thread():
             try:
                 deadline.check()
                 client = self._connected()
@@ -230,7 +230,7 @@ class Link:
             client = self._client
         if client is None:
             # A cluster answers here: not under the lock, where every other call would wait.
-            client = connect(self._address, self._budget_seconds, self._tls_ca_file)
+            client = self._address.connect(self._budget_seconds, self._tls_ca_file)
             with self._lock:
                 if self._client is None:
                     self._client = client

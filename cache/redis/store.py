@@ -35,15 +35,7 @@ from cache.errors import (
     StoreUnavailable,
 )
 from cache.manifest import Manifest
-from cache.record import (
-    HEADER_BYTES,
-    Damaged,
-    Header,
-    Record,
-    check_name,
-    is_passage_id,
-    passage_id_bytes,
-)
+from cache.record import HEADER_BYTES, Damaged, Header, Record, check_name, is_passage_id, passage_id_bytes
 from cache.redis.connection import Address
 from cache.redis.link import IsValid, Link
 from cache.store import Audit, Store, StoreStats
@@ -60,7 +52,10 @@ _COUNT_SECONDS = 2.0
 class RedisStore(Store):
     """Packed records in Redis; see `Store` for the contract. Durable as far as the server is configured to be.
 
-    Raises StoreUrlError. Connects on first use.
+    Connects on first use.
+
+    Raises:
+        StoreUrlError: the URL cannot be understood.
     """
 
     def __init__(
@@ -220,7 +215,7 @@ class RedisStore(Store):
         return reply
 
     def _flaws(self) -> Iterator[tuple[str, bytes, str]]:
-        """Fields of the store's hashes that it did not write so: key, field, and what is wrong."""
+        """Fields of the store's hashes that it did not write: key, field and problem."""
         problem: str | None
         for key, check in (
             (self._manifests, _manifest_problem),

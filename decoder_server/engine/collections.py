@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from threading import Lock
 
-from cache.collection import Collection, resolve
+from cache.collection import Collection
 from cache.errors import (
     CacheError,
     CollectionNotFound,
@@ -132,7 +132,7 @@ class Catalogue:
         now = time.monotonic()
         known = self._opened.get(name)
         # Equal manifests, not equal names: a collection may be dropped and written anew.
-        if known and self.store.read_manifest(resolve(self.store, name)) == known.collection.manifest:
+        if known and self.store.read_manifest(self.store.resolve(name)) == known.collection.manifest:
             return _Opened(known.collection, now)
         identity = self._identity
         if identity is None:

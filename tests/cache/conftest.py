@@ -135,7 +135,7 @@ class RedisBackend(Backend):
     tamper_header = tamper
 
 
-class EmbeddedBackend(Backend):
+class FaissBackend(Backend):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.path = path
@@ -176,8 +176,8 @@ class EmbeddedBackend(Backend):
         connection.close()
 
 
-class TierBackend(Backend):
-    """The tier in front of another backend; every handle has a tier of its own."""
+class CachedBackend(Backend):
+    """The read cache in front of another backend; every handle has a separate one."""
 
     def __init__(self, behind: Backend) -> None:
         super().__init__()
@@ -253,11 +253,11 @@ def make_backend(request, tmp_path):
 
     def make(name: str) -> Backend:
         if name.startswith("tier:"):
-            backend = TierBackend(make(name.removeprefix("tier:")))
+            backend = CachedBackend(make(name.removeprefix("tier:")))
         elif name == "memory":
             backend = MemoryBackend()
         elif name == "faiss":
-            backend = EmbeddedBackend(tmp_path / "store")
+            backend = FaissBackend(tmp_path / "store")
         elif name == "redis":
             server = request.getfixturevalue("redis_server")
             backend = RedisBackend(server, server.url)

@@ -217,7 +217,7 @@ def test_impossible_codecs():
 
 @pytest.mark.parametrize("factory", ["RQ1x1", "RQ2x4"])
 def test_residual_quantizers_train_on_as_many_states_as_dimensions(factory, sample):
-    # FAISS itself ends in an error about a matrix of its own.
+    # FAISS itself ends in an error about a matrix inside it.
     codec = Codec(factory, DIM)
     with pytest.raises(CodecError, match=rf"63 states, {factory} trains on at least 64"):
         codec.train(sample[: DIM - 1])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cache.codecs import Codec
-from cache.collection import Collection, Manifest, StoredPassage, resolve
+from cache.collection import Collection, Manifest, StoredPassage
 from cache.errors import (
     CollectionExists,
     CollectionNotFound,
@@ -50,7 +50,7 @@ def test_states_come_back_as_the_codec_keeps_them(collection):
     collection.put_many(passages)
     found = collection.get_many(["p29", "absent", "", "p0", "p7"])
     assert found[1] is None
-    assert found[2] is None  # an id that cannot exist is missing, and costs nobody else
+    assert found[2] is None  # an id that cannot exist is missing, and costs no other
     for states, number in ((found[0], 29), (found[3], 0), (found[4], 7)):
         expected = passages[number].states
         assert np.array_equal(states.states, expected.states.astype(np.float16).astype(np.float32))
@@ -207,7 +207,7 @@ def test_rebuilding_beside_and_moving_the_alias_over(store, collection, make_man
     rebuilt.put_many([make_passage("p")])
     assert Collection.open(store, "live").name == "passages"
     store.set_alias("live", "passages-2")
-    assert resolve(store, "live") == "passages-2"
+    assert store.resolve("live") == "passages-2"
     assert Collection.open(store, "live", fingerprint="b" * 64).get_many(["p"])[0] is not None
 
 
@@ -247,7 +247,7 @@ def test_a_manifest_survives_json_and_nothing_else_does(make_manifest):
     for position in range(len(data)):
         damaged = data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :]
         with contextlib.suppress(ManifestError):
-            assert Manifest.from_json(damaged) == manifest  # white space between the values is nobody's
+            assert Manifest.from_json(damaged) == manifest  # white space between the values says nothing
     for junk in (b"", b"[]", b"null", b"\xff", b"{}", b"[" * 100_000):
         with pytest.raises(ManifestError):
             Manifest.from_json(junk)

@@ -29,7 +29,7 @@ def assert_equal(got: np.ndarray, expected: np.ndarray, scale: np.ndarray) -> No
     assert got.dtype == np.float32
     assert got.flags.c_contiguous
     assert got.shape == expected.shape
-    # Relative to the largest input: a mean of values that cancel has no digits of its own.
+    # Relative to the largest input: a mean of values that cancel has no digits left.
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6 * max(1.0, float(np.abs(scale).max())))
 
 
