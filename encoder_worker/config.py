@@ -21,7 +21,9 @@ class EncoderConfig(ModelSettings, ServerSettings):
     max_unacknowledged_passages: int = knob(
         1024, "Passages of one upload that are read before the first is stored.", at_least=1
     )
-    max_unacknowledged_bytes: int = knob(64 * MIB, "Bytes of text of these.", at_least=1)
+    max_unacknowledged_bytes: int = knob(
+        64 * MIB, "Bytes of text of one upload that are read before the first passage is stored.", at_least=1
+    )
     allow_clipped: bool = knob(
         False,
         "Store also passages that a trained codec was not trained for: over 5% of a write's numbers outside its "
