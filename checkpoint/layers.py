@@ -1,20 +1,9 @@
-"""The steps between matrix products: norms, rotation, softmax. Pure functions; knows no layer.
+"""The pieces of a T5Gemma 2 layer that encoder and decoder share; the oracle in the tests is transformers' own model.
 
-`Pointwise` holds them as torch.compile fuses them, or as they stand here. Compiled ones are built for
-any number of rows: another batch size never compiles anything anew, and `num_compilations` tells.
-
-One softmax over given keys, under an additive mask. Knows no weights and no lengths.
-
-Matrix products with weights laid out once as the machine reads them. Knows torch's operators, not the model.
-
-On a CPU oneDNN multiplies blocked weights. Handed plain ones it re-orders them on every call, which
-costs a tenth of a large batch and most of a small one; so they are re-ordered here, at load. The
-operators are the ones torch.compile emits, pinned with torch by constraints.txt; a build or device
-without them multiplies plain weights.
-
-The pieces of a T5Gemma 2 layer that encoder and decoder share. Pure functions and weights; knows no stack.
-
-The oracle in the tests is transformers' modeling_t5gemma2.
+Steps between matrix products (norms, rotation, softmax) are fused by torch.compile where that pays, attention is one
+softmax over given keys, and weights are laid out once as the machine reads them: handed plain ones, oneDNN re-orders
+them on every call, which costs a tenth of a large batch and most of a small one. Its operators are those that
+torch.compile emits, pinned with torch by constraints.txt; a build or device without them multiplies plain weights.
 """
 
 from __future__ import annotations
@@ -31,13 +20,13 @@ from torch import Tensor
 
 from checkpoint.compute import separate_compiled_code
 
-Rotation = tuple[Tensor, Tensor]  # cos and sin, (tokens, 1, head_dim) each
-
 log = logging.getLogger(__name__)
-
-# How often torch may compile these functions before it runs them unfused. It counts over all stacks of a process, and
-# each has a few shapes: its width, its heads, its kv heads.
+Rotation = tuple[Tensor, Tensor]  # cos and sin, (tokens, 1, head_dim) each
+# Compilations before torch runs these functions unfused. It counts over all stacks of a process, and each has a few
+# shapes: its width, its heads, its kv heads.
 MAX_COMPILATIONS = 256
+# Logits at a time on a CPU, about: more leave its caches before the softmax reads them.
+BLOCK_LOGITS = 1 << 20
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -47,12 +36,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_norm(hidden: Tensor, update: Tensor, post: Tensor, following: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """A residual block's end and the next one's begin: the sum, and the sum normed.
+    """A residual block's end and the next one's begin: the sum, and the sum normed, (tokens, dim) each.
 
     Args:
-        hidden, update: (tokens, dim).
         post: norm weight of `update`.
-        following: norm weight of whatever comes next.
+        following: norm weight of the next block.
     """
     hidden = hidden + rms_norm(update, post, eps)
     return hidden, rms_norm(hidden, following, eps)
@@ -70,23 +58,17 @@ def norm_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float)
 
 
 def masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:
-    """Softmax over the last axis in float32, back in the logits' format.
-
-    Args:
-        logits: (rows, group, keys).
-        mask: additive, (rows, 1, keys).
-    """
+    """Softmax of (rows, group, keys) + (rows, 1, keys) over keys in float32, back in the logits' format."""
     return torch.softmax(logits.float() + mask, dim=-1).to(logits.dtype)
 
 
 class Pointwise:
-    """The functions above for one stack, compiled or not."""
+    """The functions above for one stack, compiled or not.
+
+    Compiled ones are built for any number of rows: another batch size compiles nothing, as `num_compilations` shows.
+    """
 
     def __init__(self, eps: float, *, compiled: bool = False) -> None:
-        """
-        Args:
-            compiled: fuse with torch.compile; on a CPU that needs a C++ compiler.
-        """
         self.eps = eps
         self.num_compilations = 0
         self.compiled = compiled
@@ -129,23 +111,16 @@ class Pointwise:
         return compile_fx(graph, inputs)
 
 
-# Logits at a time on a CPU, about: more leave its caches before the softmax reads them.
-BLOCK_LOGITS = 1 << 20
-
-
 def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, pointwise: Pointwise) -> Tensor:
     """softmax(q keysᵀ + mask) values; q is scaled already.
 
     On a CPU two batched products around one softmax: with heads of 256 that is more than twice the rate
-    of torch's blocked kernel. Who has long queries cuts them, so that whole rows of logits fit.
+    of torch's blocked kernel. Callers cut long queries, so that whole rows of logits fit.
 
     Args:
-        q: (batch, num_kv, queries * group, head), queries that share a kv head beside one another.
+        q: (batch, num_kv, queries * group, head), queries that share a kv head next to each other; so is the result.
         keys, values: (batch, num_kv, keys, head).
         mask: additive, (batch, num_kv, queries, keys); None: every query sees every key.
-
-    Returns:
-        As q.
     """
     if q.device.type != "cpu":
         seen = None if mask is None else mask.repeat_interleave(q.shape[2] // mask.shape[2], dim=2)
@@ -168,13 +143,9 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, pointwi
 
 
 class Linear:
-    """x Wᵀ."""
+    """x Wᵀ, of a weight (out, in) that is not held where it is re-ordered."""
 
     def __init__(self, weight: Tensor) -> None:
-        """
-        Args:
-            weight: (out, in); not held where it is re-ordered.
-        """
         self.out_features, self.in_features = weight.shape
         self.packed = weight.device.type == "cpu" and _has_onednn(weight.dtype)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()) if self.packed else weight
@@ -209,7 +180,7 @@ class GatedLinear:
 
 @cache
 def _has_onednn(dtype: torch.dtype) -> bool:
-    """Whether this build's operators do what they are used for here, tried on a product that is exact."""
+    """Whether this build's operators give the expected product, tried on one that is exact."""
     if dtype not in (torch.float32, torch.bfloat16) or not cast(Any, torch.backends.mkldnn).is_available():
         return False
     x = torch.arange(32, dtype=dtype).view(4, 8) / 8
@@ -240,10 +211,9 @@ class LayerWeights:
 
 
 def take_layer(tensors: dict[str, Tensor], prefix: str, scale: float) -> LayerWeights:
-    """Removes one layer's tensors from `tensors`, so that packing never holds two copies of the model.
+    """Removes a layer (`encoder.layers.3`) from `tensors`, so that packing never holds two copies of the model.
 
     Args:
-        prefix: `encoder.layers.3` or the like.
         scale: of the attention's logits.
     """
 
@@ -266,10 +236,9 @@ def take_layer(tensors: dict[str, Tensor], prefix: str, scale: float) -> LayerWe
 
 
 class Embedding:
-    """Scaled token embedding with the end-of-image row that T5Gemma 2 keeps apart."""
+    """Scaled token embedding with T5Gemma 2's separate end-of-image row, taken out of `tensors`."""
 
     def __init__(self, tensors: dict[str, Tensor], half: str, eoi_id: int) -> None:
-        """Takes the embedding of `half` (`encoder` or `decoder`) out of `tensors`."""
         self.weight = tensors.pop(f"{half}.embed_tokens.weight")  # (vocab, dim)
         self._eoi_row = tensors.pop(f"{half}.embed_tokens.eoi_embedding")
         self._eoi_id = eoi_id
@@ -277,7 +246,7 @@ class Embedding:
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """(...,) token ids -> (..., dim)."""
-        hidden = torch.nn.functional.embedding(token_ids, self.weight) * self._scale
+        hidden = F.embedding(token_ids, self.weight) * self._scale
         hidden[token_ids == self._eoi_id] = self._eoi_row
         return hidden
 
@@ -288,7 +257,7 @@ class Rope:
     def __init__(self, config: object, device: torch.device, dtype: torch.dtype) -> None:
         from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2RotaryEmbedding
 
-        # transformers' own module: every rope_type of config.json is its business, not ours.
+        # transformers' own module knows every rope_type of config.json.
         self._module = T5Gemma2RotaryEmbedding(cast(Any, config)).to(device)
         self._like = torch.empty(0, device=device, dtype=dtype)
         self._tables: dict[str, Rotation] = {}
@@ -304,4 +273,5 @@ class Rope:
 
 
 def norm_weight(weight: Tensor) -> Tensor:
+    """A norm's stored w as 1 + w, in float32."""
     return 1.0 + weight.float()

@@ -193,7 +193,7 @@ class Checkpoint:
 
     def encoder_tensors(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Encoder layers, norm and embedding by canonical name (`encoder.…`)."""
-        return self._tensors.read(tensor_shapes("encoder", self.encoder_config), dtype)
+        return self._tensors.read_all(tensor_shapes("encoder", self.encoder_config), dtype)
 
     def decoder_tensors(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Decoder layers, norm and embedding by canonical name (`decoder.…`).
@@ -207,14 +207,14 @@ class Checkpoint:
             head = None
         else:
             wanted[head] = wanted[embedding]
-        tensors = self._tensors.read(wanted, dtype)
+        tensors = self._tensors.read_all(wanted, dtype)
         if head is not None:
             tensors[HEAD] = tensors.pop(head)
         return {name.replace("encoder.embed_tokens", "decoder.embed_tokens"): t for name, t in tensors.items()}
 
     def check_decoder(self) -> None:
         """Raises CheckpointError where the decoder's tensors are not all there; reads names and shapes."""
-        self._tensors.check(self._decoder_shapes()[0])
+        self._tensors.check_all(self._decoder_shapes()[0])
 
     def _decoder_shapes(self) -> tuple[Shapes, str | None]:
         """Tensors of the decoder as they are stored, and the output embedding where that is stored.
@@ -237,7 +237,7 @@ class Checkpoint:
 
     @cached_property
     def _identity(self) -> EncoderIdentity:
-        weights = self._tensors.digest(tensor_shapes("encoder", self.encoder_config))
+        weights = self._tensors.digest_of(tensor_shapes("encoder", self.encoder_config))
         tokenizer = hashlib.sha256((self.path / "tokenizer.json").read_bytes()).digest()
         config = {
             "config": {key: getattr(self.encoder_config, key) for key in NUMERIC_KEYS},
@@ -263,7 +263,7 @@ class Checkpoint:
 
     def weights_digest(self) -> str:
         """sha256, hex, of every tensor either half reads; with `settings` it is all that margins depend on."""
-        return self._tensors.digest(name for name in (*self._shapes, HEAD) if name in self._tensors).hex()
+        return self._tensors.digest_of(name for name in (*self._shapes, HEAD) if name in self._tensors).hex()
 
 
 def _read_config(path: Path) -> T5Gemma2Config:

@@ -109,12 +109,12 @@ class StoredTensors:
                 f"expected one of {sorted(FLOAT_TYPES)}; {REMEDY}"
             )
 
-    def check(self, name: str, shape: tuple[int, ...], *, shown: str = "") -> None:
-        """Raises CheckpointError where a weight, called `shown`, has another shape or a format of `check_formats`."""
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raises CheckpointError where a weight has another shape, or a format of `check_formats`."""
         weight = self.weights[name]
         if weight.shape != shape:
             raise CheckpointError(
-                f"{weight.values.path}: {shown or name} has the shape {weight.shape}; config.json says {shape}"
+                f"{weight.values.path}: {name} has the shape {weight.shape}; config.json says {shape}"
             )
         self._check_format(name)
 
@@ -154,8 +154,8 @@ class StoredTensors:
         return total.hexdigest()
 
 
-class TensorFiles:
-    """The safetensors files of one T5Gemma 2 checkpoint, by canonical tensor name."""
+class TensorFiles(StoredTensors):
+    """The tensors of one T5Gemma 2 checkpoint, by canonical name."""
 
     def __init__(self, directory: Path, used: Collection[str]) -> None:
         """
@@ -165,61 +165,50 @@ class TensorFiles:
         Raises:
             CheckpointError: files that cannot be used, or a tensor that neither half reads and no list excuses.
         """
-        self._directory = directory
-        self._stored = StoredTensors(directory)
-        self._where: dict[str, str] = {}  # canonical name -> stored name
+        super().__init__(directory)
+        stored: dict[str, str] = {}  # by canonical name
         unused = []
-        for name in self._stored.names():
+        for name in self.names():
             canonical = _canonical_name(name)
             if canonical is None or canonical not in used:
                 if not _VISION.match(name) and not is_buffer(name):
                     unused.append(name)
-            elif canonical in self._where:
+            elif canonical in stored:
                 raise CheckpointError(
-                    f"{directory}: {self._where[canonical]} and {name} are the same tensor {canonical}; expected one"
+                    f"{directory}: {stored[canonical]} and {name} are the same tensor {canonical}; expected one"
                 )
             else:
-                self._where[canonical] = name
+                stored[canonical] = name
         refuse_unused(directory, unused)
+        self.weights = {canonical: self.weights[name] for canonical, name in stored.items()}
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._where
-
-    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raises CheckpointError naming missing tensors, or the first one of another shape or format.
-
-        Args:
-            shapes: by canonical name.
-        """
-        missing = [name for name in shapes if name not in self._where]
+    def check_all(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises CheckpointError naming missing tensors, or the first one of another shape or format."""
+        missing = [name for name in shapes if name not in self]
         if missing:
-            raise CheckpointError(f"{self._directory}: {len(missing)} tensors are missing: {first_of(missing)}")
+            raise CheckpointError(f"{self.directory}: {len(missing)} tensors are missing: {first_of(missing)}")
         for name, shape in shapes.items():
-            self._stored.check(self._where[name], shape, shown=name)
+            self.check(name, shape)
 
-    def read(self, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """Tensors by canonical name, each as StoredTensors.read.
-
-        Raises:
-            CheckpointError: as `check`.
-        """
-        self.check(shapes)
-        return {name: self._stored.read(self._where[name], dtype) for name in shapes}
+    def read_all(self, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Tensors by name, checked as in `check_all`."""
+        self.check_all(shapes)
+        return {name: self.read(name, dtype) for name in shapes}
 
     def equal(self, one: str, other: str) -> bool:
         """Whether two tensors hold the same numbers; reads both a chunk at a time."""
-        a, b = (self._stored.weights[self._where[name]] for name in (one, other))
+        a, b = self.weights[one], self.weights[other]
         if a.shape != b.shape:
             return False
         return all(torch.equal(x.float(), y.float()) for x, y in zip(a.chunks(), b.chunks(), strict=True))
 
-    def digest(self, names: Iterable[str]) -> bytes:
+    def digest_of(self, names: Iterable[str]) -> bytes:
         """sha256 over names, dtypes, shapes and bytes; how tensors are spread over files does not matter."""
         total = hashlib.sha256()
         for name in sorted(names):
-            if name not in self._where:
-                raise CheckpointError(f"{self._directory}: tensor {name} is missing")
-            weight = self._stored.weights[self._where[name]]
+            if name not in self:
+                raise CheckpointError(f"{self.directory}: tensor {name} is missing")
+            weight = self.weights[name]
             for part in weight.parts:
                 label = name if not weight.quantized else f"{name} from {part.name.rpartition('.')[2]}"
                 total.update(f"{label}|{part.dtype}|{part.shape}|".encode())

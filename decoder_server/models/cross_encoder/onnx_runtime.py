@@ -30,7 +30,7 @@ from checkpoint.files import CheckpointError, one_line
 from decoder_server.models.cross_encoder.backend import pad
 from decoder_server.models.cross_encoder.files import Source
 from decoder_server.models.cross_encoder.templates import TextPair
-from decoder_server.models.cross_encoder.torch_runtime import input_names, load_model, row_head
+from decoder_server.models.cross_encoder.torch_runtime import Body, read_head
 
 log = logging.getLogger(__name__)
 DEFAULT_CACHE = Path("~/.cache/preread/onnx")
@@ -107,7 +107,7 @@ class OnnxRunner:
             CheckpointError: a damaged graph.
         """
         self.dtype_name = "int8" if quantized else "float32"
-        self._head, self._side, self._pad_id = row_head(source), source.profile.padding, source.pad_id
+        self._head, self._side, self._pad_id = read_head(source), source.profile.padding, source.pad_id
         self._quantized = quantized
         try:
             import onnxruntime
@@ -130,11 +130,8 @@ class OnnxRunner:
     def _pass(self, pairs: Sequence[TextPair]) -> NDArray[np.float32]:
         batch = pad([p.ids for p in pairs], [p.type_ids for p in pairs], side=self._side, pad_id=self._pad_id)
         (output,) = self._session.run(None, {name: batch[name] for name in self._inputs})  # (batch, hidden or labels)
-        if self._head is not None:
-            margins: NDArray[np.float32] = self._head(torch.from_numpy(output)).numpy()
-            return margins
-        logits: NDArray[np.float32] = output
-        return logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
+        margins: NDArray[np.float32] = self._head(torch.from_numpy(output)).numpy()
+        return margins
 
 
 def _build(source: Source, directory: Path, made_of: dict[str, object]) -> None:
@@ -165,29 +162,13 @@ def _build(source: Source, directory: Path, made_of: dict[str, object]) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-class _Graph(torch.nn.Module):
-    """The exported module: token ids to logits, or to the last token's hidden state."""
-
-    def __init__(self, model: Any, names: list[str], *, last: bool) -> None:
-        super().__init__()
-        self.model, self._names, self._last = model, names, last
-
-    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        fields = dict(zip(self._names, inputs, strict=True))
-        if self._last:
-            hidden: torch.Tensor = self.model(**fields, use_cache=False).last_hidden_state[:, -1]
-            return hidden
-        logits: torch.Tensor = self.model(**fields).logits
-        return logits
-
-
 def export(source: Source, path: Path) -> None:
     """Writes the float32 graph, weights next to it.
 
     Raises:
         CheckpointError: this architecture cannot be exported on the installed versions, with the exporter's words.
     """
-    model, names = load_model(source, torch.device("cpu"), torch.float32), input_names(source)
+    body = Body(source, torch.device("cpu"), torch.float32).eval()
     ids = torch.full((2, 12), source.pad_id)
     mask, positions = torch.ones_like(ids), torch.arange(12).repeat(2, 1)
     if source.profile.padding == "left":
@@ -200,12 +181,12 @@ def export(source: Source, path: Path) -> None:
     try:
         with torch.no_grad(), _quiet():
             torch.onnx.export(
-                _Graph(model, names, last="position_ids" in names).eval(),
-                tuple(values[name] for name in names),
+                body,
+                tuple(values[name] for name in body.names),
                 str(path),
-                input_names=names,
+                input_names=body.names,
                 output_names=["output"],
-                dynamic_shapes=(tuple(free for _ in names),),
+                dynamic_shapes=(tuple(free for _ in body.names),),
                 dynamo=True,
                 external_data=True,  # one file may hold 2 GB
                 verbose=False,

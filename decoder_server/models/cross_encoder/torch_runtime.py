@@ -33,7 +33,7 @@ READ_BY_HEAD = {
     "listwise": (*PROJECTOR, "lm_head.weight"),
 }
 
-Head = Callable[[torch.Tensor], torch.Tensor]  # (batch, hidden) -> (batch,)
+Head = Callable[[torch.Tensor], torch.Tensor]  # (batch, hidden or labels) -> margins (batch,), in float32
 
 
 def load_torch(source: Source, device: torch.device, dtype: torch.dtype) -> Runner:
@@ -43,49 +43,52 @@ def load_torch(source: Source, device: torch.device, dtype: torch.dtype) -> Runn
     """
     if source.profile.listwise:
         projector = read_projector(source)  # before the weights: a wrong head should fail fast
-        return ListwiseRunner(source, load_model(source, device, dtype), projector, device, dtype)
-    head = row_head(source, device)
-    model = load_model(source, device, dtype)
-    if head is None:
-        _keep_heads_in_float32(model)
-    return _TorchRunner(source, model, head, device, dtype)
+        return ListwiseRunner(source, _load_transformer(source, device, dtype), projector, device, dtype)
+    return _TorchRunner(source, device, dtype)
 
 
 class _TorchRunner:
-    """One padded pass of an encoder with its own head, or of a decoder whose last token is read out through `head`."""
+    """One padded pass of an encoder with its own head, or of a decoder whose last token is read out."""
 
-    def __init__(self, source: Source, model: Any, head: Head | None, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, source: Source, device: torch.device, dtype: torch.dtype) -> None:
         self.dtype_name, self.device_name = dtype_name(dtype), str(device)
-        self._model, self._head, self._device = model, head, device
-        self._names, self._side, self._pad_id = input_names(source), source.profile.padding, source.pad_id
+        self._head = read_head(source, device)
+        self.body = Body(source, device, dtype)
+        if source.profile.head == "classifier":
+            _keep_heads_in_float32(self.body.model)
+        self._device, self._side, self._pad_id = device, source.profile.padding, source.pad_id
 
     @torch.inference_mode()
     def margins(self, pairs: Sequence[TextPair]) -> NDArray[np.float32]:
+        # Left padding with a mask and positions: the last column is every row's last token, whatever pads them.
         batch = pad([p.ids for p in pairs], [p.type_ids for p in pairs], side=self._side, pad_id=self._pad_id)
-        inputs = {name: torch.from_numpy(batch[name]).to(self._device) for name in self._names}
-        if self._head is None:
-            logits = self._model(**inputs).logits.float()  # (batch, labels)
-            margins = logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
-        else:
-            # Left padding with a mask and positions: the last column is every row's last token, whatever pads them.
-            margins = self._head(self._model(**inputs, use_cache=False).last_hidden_state[:, -1])
-        result: NDArray[np.float32] = margins.cpu().numpy()
+        inputs = [torch.from_numpy(batch[name]).to(self._device) for name in self.body.names]
+        result: NDArray[np.float32] = self._head(self.body(*inputs)).cpu().numpy()
         return result
 
 
-def input_names(source: Source) -> list[str]:
-    """Inputs of the model, in order."""
-    if source.profile.head in ("score", "vocabulary"):
-        return ["input_ids", "attention_mask", "position_ids"]
-    return ["input_ids", "attention_mask", *(["token_type_ids"] if source.typed else [])]
+class Body(torch.nn.Module):
+    """Padded inputs, in the order of `names`, to a classifier's logits or a decoder's last hidden state."""
+
+    def __init__(self, source: Source, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._last = source.profile.head in ("score", "vocabulary")
+        typed = ["token_type_ids"] if source.typed else []
+        self.names = ["input_ids", "attention_mask", *(["position_ids"] if self._last else typed)]
+        self.model = _load_transformer(source, device, dtype)
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """(batch, labels) or (batch, hidden)."""
+        fields = dict(zip(self.names, inputs, strict=True))
+        if self._last:
+            hidden: torch.Tensor = self.model(**fields, use_cache=False).last_hidden_state[:, -1]
+            return hidden
+        logits: torch.Tensor = self.model(**fields).logits
+        return logits
 
 
-def load_model(source: Source, device: torch.device, dtype: torch.dtype) -> Any:
-    """The transformers model below a profile's head, or with it where it is the model's own.
-
-    Raises:
-        CheckpointError: as load_transformer does.
-    """
+def _load_transformer(source: Source, device: torch.device, dtype: torch.dtype) -> Any:
+    """The transformers model below a profile's head, or with it where it is the model's own."""
     return load_transformer(
         source.directory,
         dtype,
@@ -123,39 +126,41 @@ class _RowHead:
         return logits[:, 0] if logits.shape[1] == 1 else logits[:, 0] - logits[:, 1]
 
 
-def row_head(source: Source, device: torch.device | None = None) -> Head | None:
-    """The rows that read out a decoder's last token; None for a model with a head of its own.
+def _label_margin(logits: torch.Tensor) -> torch.Tensor:
+    """The one label's logit, or the second's over the first's."""
+    logits = logits.float()
+    return logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
+
+
+def read_head(source: Source, device: torch.device | None = None) -> Head:
+    """The readout of a model's last layer; for a decoder's last token its rows, read without the rest of the matrix.
 
     Raises:
         CheckpointError: rows that are not stored (a classifier that was never converted), or of another shape.
     """
+    if source.profile.head == "classifier":
+        return _label_margin
     directory, config, tensors = source.directory, source.config, source.tensors
-    rows: tuple[int, ...] = (0,)
-    softcap = None
     if source.profile.head == "score":
-        name = "score.weight"
-        if name not in tensors:
+        if "score.weight" not in tensors:
             raise CheckpointError(
-                f"{directory}: {name} is not in the checkpoint and would be random; convert the original first"
+                f"{directory}: score.weight is not in the checkpoint and would be random; convert the original first"
             )
-        tensors.check(name, (1, config.hidden_size))
-    elif source.profile.head == "vocabulary":
-        rows = answer_ids(directory, source.tokenizer, source.profile)
-        for key in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
-            if getattr(config, key, None) not in (None, 1, 1.0):
-                raise CheckpointError(
-                    f"{directory}: config.json scales its logits by {key}; that readout is not known here"
-                )
-        name, tied = "lm_head.weight", "model.embed_tokens.weight"
-        if name not in tensors:  # transformers prefers a stored head to a tied one, too
-            if not config.tie_word_embeddings or tied not in tensors:
-                raise CheckpointError(f"{directory}: {name} is not in the checkpoint and would be random")
-            name = tied
-        tensors.check(name, (config.vocab_size, config.hidden_size))
-        softcap = getattr(config, "final_logit_softcapping", None)
-    else:
-        return None
-    return _RowHead(tensors.rows(name, rows).to(device), softcap)
+        tensors.check("score.weight", (1, config.hidden_size))
+        return _RowHead(tensors.rows("score.weight", [0]).to(device))
+    rows = answer_ids(directory, source.tokenizer, source.profile)
+    for key in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
+        if getattr(config, key, None) not in (None, 1, 1.0):
+            raise CheckpointError(
+                f"{directory}: config.json scales its logits by {key}; that readout is not known here"
+            )
+    name, tied = "lm_head.weight", "model.embed_tokens.weight"
+    if name not in tensors:  # transformers prefers a stored head to a tied one, too
+        if not config.tie_word_embeddings or tied not in tensors:
+            raise CheckpointError(f"{directory}: {name} is not in the checkpoint and would be random")
+        name = tied
+    tensors.check(name, (config.vocab_size, config.hidden_size))
+    return _RowHead(tensors.rows(name, rows).to(device), getattr(config, "final_logit_softcapping", None))
 
 
 def answer_ids(directory: Path, tokenizer: Tokenizer, profile: Profile) -> tuple[int, ...]:

@@ -109,7 +109,7 @@ def test_weights_stored_in_half_precision_compute_in_what_is_asked_for(tiny: Tin
     directory = tiny("DebertaV2ForSequenceClassification", dtype=torch.float16)
     model = open_cross_encoder(directory, profile="mixedbread-ai/mxbai-rerank-large-v1", dtype="float32")
     runner = model._runner
-    assert {p.dtype for p in runner._model.parameters()} == {torch.float32}  # type: ignore[attr-defined]
+    assert {p.dtype for p in runner.body.model.parameters()} == {torch.float32}  # type: ignore[attr-defined]
     assert np.isfinite(model.score_texts(TEXTS)).all()
 
 
@@ -117,7 +117,7 @@ def test_only_the_answers_rows_are_multiplied(tiny: Tiny) -> None:
     for profile, rows in (("Qwen/Qwen3-Reranker-0.6B", 2), ("zeroentropy/zerank-1-small", 1)):
         runner = open_cross_encoder(tiny("Qwen3ForCausalLM"), profile=profile, dtype="float32")._runner
         assert runner._head.rows.shape == (rows, 32)  # type: ignore[attr-defined]
-        assert type(runner._model).__name__ == "Qwen3Model"  # type: ignore[attr-defined] # no output embedding at all
+        assert type(runner.body.model).__name__ == "Qwen3Model"  # type: ignore[attr-defined] # no output embedding at all
 
 
 def test_a_margin_that_is_no_number_is_told_as_such(tiny: Tiny, tmp_path: Path) -> None:

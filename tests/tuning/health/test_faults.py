@@ -104,7 +104,7 @@ def test_a_model_served_rightly_is_healthy(
 
 def test_a_softmax_over_the_hidden_vector_is_named(bert: Path, gate: Callable[[CrossEncoder], HealthReport]) -> None:
     model = open_float32(bert)
-    base = model._runner._model.base_model
+    base = model._runner.body.model.base_model
 
     def of_hidden(pairs: Sequence[TextPair]) -> Margins:
         rows = []
@@ -207,7 +207,7 @@ def test_a_dropped_pooler_is_named(
     kind: str, request: pytest.FixtureRequest, gate: Callable[[CrossEncoder], HealthReport]
 ) -> None:
     model = open_float32(request.getfixturevalue(kind))
-    served = model._runner._model
+    served = model._runner.body.model
     if kind == "bert":
         served.bert.pooler.forward = lambda states: states[:, 0]
     else:
