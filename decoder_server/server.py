@@ -1,4 +1,4 @@
-"""The online half as a process part: binds, loads, proves itself, serves, drains.
+"""The online half as process parts, gRPC and HTTP: each binds, serves and drains; the models load once.
 
 `start` returns when a real forward pass has succeeded; until then health says NOT_SERVING, and for longer where an
 encoder does not answer. Owns two executors: one thread for the model, a few for tokenizing and the store.
@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
 
 import grpc
 
 from cache.open import open_store
 from cache.read_cache import CachedStore, TimedStore
 from cache.store import Store
-from decoder_server.config import DecoderConfig, ModelConfig
+from decoder_server.config import DecoderConfig, HttpConfig, ModelConfig
 from decoder_server.edge.grpc import RerankService
+from decoder_server.edge.http import errors
+from decoder_server.edge.http.app import build
+from decoder_server.edge.http.context import Context
 from decoder_server.edge.tei_grpc import SERVICES as TEI_SERVICES
 from decoder_server.edge.tei_grpc import add_services as add_tei_services
 from decoder_server.engine.admission import Admission
@@ -25,16 +31,19 @@ from decoder_server.engine.collections import Catalogue
 from decoder_server.engine.engine import Engine
 from decoder_server.engine.fetch import Passages, Source, Texts
 from decoder_server.engine.lifecycle import Observer, Pass
-from decoder_server.engine.on_demand import EncoderClient, InlineStates
+from decoder_server.engine.on_demand import EncoderClient, InlineStates, call_metadata
 from decoder_server.engine.scheduler import Batcher
 from decoder_server.models.backend import Backend
 from decoder_server.models.loading import batch_tokens, fetch_chunk, load_model
 from decoder_server.readiness import Readiness
-from decoder_server.requestlog import RequestLog
-from decoder_server.telemetry import Metrics, ServerCollector
+from decoder_server.telemetry import Metrics, RequestLog
+from preread import AsyncClient, ClientOptions
 from preread.v1 import rerank_pb2, rerank_pb2_grpc
 from preread_edge.grpc_server import add_standard_services, make_server
+from preread_edge.hosts import Guard, join
 from preread_edge.keys import ApiKeys, refuse_control_tokens
+from preread_edge.listener import bind
+from preread_edge.listener import make_server as make_http_server
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +89,7 @@ class DecoderServer:
         self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._store_threads = ThreadPoolExecutor(NUM_STORE_THREADS, thread_name_prefix="store")
         self._service = RerankService(self._store)
-        self.metrics.registry.register(ServerCollector(self._service.engines, self._store))
+        self.metrics.watch(self._service.engines, self._store)
         self.readiness = Readiness([SERVICE, *TEI_SERVICES], self.metrics.encoder_up)
         self._server: grpc.aio.Server | None = None
         self._loops: list[asyncio.Task[None]] = []
@@ -127,7 +136,7 @@ class DecoderServer:
             options=self._connection_age(),
         )
         rerank_pb2_grpc.add_RerankServiceServicer_to_server(self._service, self._server)
-        add_tei_services(self._server, lambda: self.engines)
+        add_tei_services(self._server, self.engines)
         add_standard_services(self._server, self.readiness.servicer, [SERVICE, *TEI_SERVICES])
         await self.readiness.loading()
         self.port = self.config.tls.listen(self._server, self.config.host, self.config.port)
@@ -235,3 +244,87 @@ class DecoderServer:
         """The batching loop must never end by itself; if it does, callers should hear of it rather than wait."""
         log.critical("the batching loop ended, stopping", exc_info=task.exception())
         self._stopping = asyncio.get_running_loop().create_task(self.stop(0))
+
+
+class Gateway:
+    """HTTP in front of one DecoderServer: serves health from the start, answers 503 until the models have loaded.
+
+    Serves on `.port` between `start` and `stop`; not to be started twice.
+    """
+
+    def __init__(self, config: HttpConfig, server: DecoderServer) -> None:
+        self.config = config
+        if any(model.read_control_tokens for model in server.config.models):
+            refuse_control_tokens(config.host, server.keys)
+        self.port = 0
+        self.context = Context(
+            config,
+            server.engines,
+            server.store,
+            server.metrics.registry,
+            server.readiness,
+            server.threads,
+            _worker_client(server.config),
+            server.keys,
+            tls=server.config.tls.enabled,
+        )
+        guard = Guard(config.allowed_hosts, config.allowed_origins, any_host=server.keys.required)
+        self._uvicorn = make_http_server(
+            build(self.context, guard, server.metrics.http),
+            max_connections=config.max_connections,
+            refusal=errors.refusal,
+            header_seconds=config.header_seconds,
+            **_tls(server.config),
+        )
+        self._serving: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Listens.
+
+        Raises:
+            OSError: the port is taken, or the address is not ours.
+        """
+        listener = bind(self.config.host, self.config.port, "HTTP")
+        self.port = listener.getsockname()[1]
+        self._serving = asyncio.create_task(self._uvicorn.serve(sockets=[listener]))
+        while not self._uvicorn.started:
+            if self._serving.done():
+                await self._serving
+                raise OSError(f"the HTTP server on {join(self.config.host, self.port)} ended during its start")
+            await asyncio.sleep(0.005)
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Says not ready, accepts nothing more, lets what runs finish within the grace, then stops."""
+        self.context.draining = True
+        if self._serving is not None:
+            self._uvicorn.config.timeout_graceful_shutdown = max(1, round(grace_seconds))
+            self._uvicorn.should_exit = True
+            await self._serving
+            self._serving = None
+        if self.context.worker is not None:
+            await self.context.worker.close()
+
+
+def _worker_client(config: DecoderConfig) -> AsyncClient | None:
+    """A client for passages that come over HTTP: they are written by the first model that has a worker."""
+    writer = next((model for model in config.models if model.encoder_address), None)
+    if writer is None:
+        return None
+    # The worker's log has the id of the request that the call serves.
+    metadata = partial(_call_metadata, writer.encoder_api_key)
+    options = ClientOptions(timeout_seconds=None, tls=config.encoder_tls, metadata=metadata)
+    return AsyncClient(writer.encoder_address, encoder_address=writer.encoder_address, options=options)
+
+
+def _call_metadata(api_key: str) -> dict[str, str]:
+    return dict(call_metadata(api_key))
+
+
+def _tls(config: DecoderConfig) -> dict[str, Any]:
+    """The gRPC port's files serve here too; where it requires certificates of callers, so does this one."""
+    if not config.tls_cert_file:
+        return {}
+    settings: dict[str, Any] = {"ssl_certfile": config.tls_cert_file, "ssl_keyfile": config.tls_key_file}
+    if config.tls_client_ca_file:
+        settings |= {"ssl_ca_certs": config.tls_client_ca_file, "ssl_cert_reqs": ssl.CERT_REQUIRED}
+    return settings

@@ -1,17 +1,14 @@
-"""Prometheus counters and histograms of one online server. An Observer; nothing global.
+"""Observers of the engine's lifecycle: Prometheus metrics of one server, and one log line per request that ended.
 
-What the server counts anyway is read when it is asked for, by gauges.py.
-
-What a server counts anyway, read when a scrape asks: queues, tiers, refusals, models, collections.
-
-Runs on the thread of the scrape. Collections are counted by the store, which may take it a while:
-at most once in COLLECTION_SECONDS, and a store that does not answer costs only its own lines.
+Counters and histograms are filled as requests and forward passes end. Values that the server counts anyway are read
+when a scrape comes in, on the scrape's thread. Traces are in tracing.py, which needs an extra.
 """
 
 from __future__ import annotations
 
+import collections
+import logging
 import time
-from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Mapping
 from threading import Lock
 
@@ -26,103 +23,74 @@ from decoder_server.engine.collections import Described, describe
 from decoder_server.engine.engine import Engine
 from decoder_server.engine.lifecycle import Answered, Pass
 from decoder_server.models.backend import StatesBackend
+from preread_edge.logs import fields
 
-# A pass takes from a millisecond (a few states on a GPU) to seconds (a large batch on a small CPU).
+log = logging.getLogger(__name__)
+
+# A forward pass takes from a millisecond (a few states on a GPU) to seconds (a large batch on a small CPU).
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 TOKENS = tuple(float(2**power) for power in range(6, 18))
 PAIRS = tuple(float(2**power) for power in range(11))
+COLLECTION_SECONDS = 60.0  # between two counts of the collections: the store may take long
+
+_Families = tuple[tuple[type[CounterMetricFamily] | type[GaugeMetricFamily], str, str, Callable[[Engine], float]], ...]
 
 
 class Metrics:
-    """Made by the server that owns it; `registry` is what a scrape renders."""
+    """Metrics of one server, in a registry that belongs to it."""
 
     def __init__(self) -> None:
-        self.registry = registry = CollectorRegistry()
-        self._requests = Counter(
-            "preread_requests",
-            "Requests to rerank or explain by how they ended, of every edge.",
-            ["model", "code"],
-            registry=registry,
-        )
-        self._request_seconds = Histogram(
-            "preread_request_seconds", "From arrival to answer.", ["model"], buckets=SECONDS, registry=registry
-        )
-        self._candidates = Counter(
-            "preread_candidates", "Candidates of answered requests.", ["model", "status"], registry=registry
-        )
-        self._degraded = Counter(
-            "preread_degraded_requests",
-            "Requests read coarser than asked, by the pressure they were under.",
-            ["model", "reason"],
-            registry=registry,
-        )
-        self._stopped_early = Counter(
-            "preread_stopped_early_requests",
-            "Cascades whose deadline neared before their last stage was through.",
-            ["model"],
-            registry=registry,
-        )
-        self._queue_wait = Histogram(
-            "preread_queue_wait_seconds",
-            "Time in which a request had pairs ready and none of them computed.",
-            buckets=SECONDS,
-            registry=registry,
-        )
-        self._fetch_seconds = Histogram(
-            "preread_fetch_seconds",
-            "One read of a request's states, through the tier in memory.",
-            buckets=SECONDS,
-            registry=registry,
-        )
-        self._forward_seconds = Histogram(
-            "preread_forward_seconds", "One pass of the model.", buckets=SECONDS, registry=registry
-        )
-        self._batch_tokens = Histogram(
-            "preread_batch_tokens", "Prompt tokens and states of one pass.", buckets=TOKENS, registry=registry
-        )
-        self._batch_pairs = Histogram(
-            "preread_batch_pairs", "Pairs of prompt and passage of one pass.", buckets=PAIRS, registry=registry
-        )
-        self._cells = Counter(
-            "preread_attention_cells", "Attention cells computed: needed, and padding.", ["kind"], registry=registry
-        )
-        self._store_seconds = Histogram(
-            "preread_store_read_seconds", "One read of the store, behind the tier.", buckets=SECONDS, registry=registry
-        )
-        self._store_bytes = Counter(
-            "preread_store_read_bytes", "Bytes of records that the store gave.", registry=registry
-        )
-        self._store_errors = Counter("preread_store_read_errors", "Reads of the store that failed.", registry=registry)
-        self._encoder_up = Gauge(
-            "preread_encoder_up",
-            "1: the model's encoder answered when it was last asked.",
-            ["model"],
-            registry=registry,
-        )
-        self._rpcs = Counter(
-            "preread_rpcs", "gRPC calls by how they ended, refused ones too.", ["method", "code"], registry=registry
-        )
-        self._rpc_seconds = Histogram(
-            "preread_rpc_seconds", "One gRPC call.", ["method"], buckets=SECONDS, registry=registry
-        )
+        self.registry = CollectorRegistry()
 
-        self._http_answers = Counter(
-            "preread_http_answers", "HTTP answers of the gateway, of every path.", ["status"], registry=registry
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"preread_{name}", text, labels, registry=self.registry)
+
+        def histogram(name: str, text: str, *labels: str, buckets: Iterable[float] = SECONDS) -> Histogram:
+            return Histogram(f"preread_{name}", text, labels, buckets=tuple(buckets), registry=self.registry)
+
+        self._requests = counter("requests", "Rerank and explain requests of every edge, by result.", "model", "code")
+        self._request_seconds = histogram("request_seconds", "From arrival to response.", "model")
+        self._candidates = counter("candidates", "Candidates of answered requests.", "model", "status")
+        self._degraded = counter(
+            "degraded_requests", "Requests scored at a coarser ratio than requested, by cause.", "model", "reason"
         )
-        self._http_seconds = Histogram("preread_http_seconds", "One HTTP request.", buckets=SECONDS, registry=registry)
+        self._stopped_early = counter(
+            "stopped_early_requests", "Cascades cut short by their deadline before the last stage.", "model"
+        )
+        self._queue_wait = histogram("queue_wait_seconds", "Time a request had queued pairs and none in a batch.")
+        self._fetch_seconds = histogram("fetch_seconds", "One read of a request's states, through the read cache.")
+        self._forward_seconds = histogram("forward_seconds", "One forward pass.")
+        self._batch_tokens = histogram("batch_tokens", "Prompt tokens and states of one batch.", buckets=TOKENS)
+        self._batch_pairs = histogram("batch_pairs", "Pairs of prompt and passage of one batch.", buckets=PAIRS)
+        self._cells = counter("attention_cells", "Attention cells computed: needed, and padding.", "kind")
+        self._store_seconds = histogram("store_read_seconds", "One read of the store, behind the read cache.")
+        self._store_bytes = counter("store_read_bytes", "Bytes of records read from the store.")
+        self._store_errors = counter("store_read_errors", "Reads of the store that failed.")
+        self._encoder_up = Gauge(
+            "preread_encoder_up", "1: the model's encoder answered its last check.", ["model"], registry=self.registry
+        )
+        self._rpcs = counter("rpcs", "gRPC calls by status, rejected ones included.", "method", "code")
+        self._rpc_seconds = histogram("rpc_seconds", "One gRPC call.", "method")
+        self._http_answers = counter("http_answers", "HTTP responses of the gateway, of every path.", "status")
+        self._http_seconds = histogram("http_seconds", "One HTTP request.")
+
+    def watch(self, engines: Mapping[str, Engine], store: Store) -> None:
+        """Adds what engines and store count themselves; `engines` may fill later."""
+        self.registry.register(_ServerCollector(engines, store))
 
     def answered(self, answered: Answered) -> None:
+        trail = answered.trail
         self._requests.labels(answered.model, answered.code).inc()
         self._request_seconds.labels(answered.model).observe(answered.end - answered.start)
-        for status, count in Tally(outcome.status for outcome in answered.trail.outcomes).items():
+        for status, count in collections.Counter(outcome.status for outcome in trail.outcomes).items():
             self._candidates.labels(answered.model, status).inc(count)
-        if answered.trail.degraded:
-            self._degraded.labels(answered.model, answered.trail.degraded).inc()
-        if answered.trail.stopped_early:
+        if trail.degraded:
+            self._degraded.labels(answered.model, trail.degraded).inc()
+        if trail.stopped_early:
             self._stopped_early.labels(answered.model).inc()
         if answered.timings is not None:
             self._queue_wait.observe(answered.timings.queue_seconds)
-        for fetch in answered.trail.fetches:
+        for fetch in trail.fetches:
             self._fetch_seconds.observe(fetch.end - fetch.start)
 
     def passed(self, one: Pass) -> None:
@@ -133,143 +101,171 @@ class Metrics:
         self._cells.labels("padding").inc(one.num_padding_cells)
 
     def store_read(self, seconds: float, num_bytes: int, went_well: bool) -> None:
-        """For cache.read_cache; called on the thread that read."""
+        """Counts one read of the store; called on the thread that read."""
         self._store_seconds.observe(seconds)
         self._store_bytes.inc(num_bytes)
         if not went_well:
             self._store_errors.inc()
 
     def encoder_up(self, model: str, up: bool) -> None:
-        """For decoder_server.readiness."""
         self._encoder_up.labels(model).set(up)
 
     def http(self, status: int, seconds: float) -> None:
-        """For decoder_server.edge.http.envelope."""
         self._http_answers.labels(str(status)).inc()
         self._http_seconds.observe(seconds)
 
     def rpc(self, method: str, code: str, seconds: float) -> None:
-        """For preread_edge.grpc_server."""
         self._rpcs.labels(method, code).inc()
         self._rpc_seconds.labels(method).observe(seconds)
 
 
-COLLECTION_SECONDS = 60.0
+class RequestLog:
+    """One log line per request. `log_text` adds query and instruction; passages are never logged."""
+
+    def __init__(self, *, log_text: bool = False) -> None:
+        self._log_text = log_text
+
+    def answered(self, answered: Answered) -> None:
+        request, trail, timings = answered.request, answered.trail, answered.timings
+        values = {
+            "model": answered.model,
+            "code": answered.code,
+            "collection": request.collection,
+            "num_candidates": len(request.candidates),
+            "seconds": round(answered.end - answered.start, 6),
+        }
+        if timings is not None:
+            for name in ("fetch_seconds", "encode_seconds", "queue_seconds", "compute_seconds"):
+                values[name] = round(getattr(timings, name), 6)
+        if trail.degraded:
+            values["degraded"] = trail.degraded
+        if trail.stopped_early:
+            values["stopped_early"] = True
+        counts = collections.Counter(outcome.status for outcome in trail.outcomes)
+        values |= {f"num_{status}": count for status, count in sorted(counts.items())}
+        if self._log_text:
+            values |= {"query": request.query, "instruction": request.instruction}
+        level = logging.ERROR if answered.code == "internal" else logging.INFO
+        log.log(level, answered.kind, extra=fields(**values))
+
+    def passed(self, one: Pass) -> None:
+        log.debug("pass", extra=fields(num_pairs=one.num_pairs, num_tokens=one.num_tokens, seconds=one.seconds))
 
 
-class ServerCollector(Collector):
-    """Register it with a server's registry."""
+_PER_MODEL: _Families = (
+    (
+        GaugeMetricFamily, "queue_requests", "Requests in flight.",
+        lambda engine: engine.admission.num_requests,
+    ),
+    (
+        GaugeMetricFamily, "queue_tokens", "Tokens they still need, by estimate.",
+        lambda engine: max(0.0, engine.admission.num_tokens),
+    ),
+    (
+        CounterMetricFamily, "admission_refusals", "Requests rejected because the queue was full.",
+        lambda engine: engine.admission.num_refused,
+    ),
+    (
+        CounterMetricFamily, "dropped_pairs", "Queued pairs dropped: cancelled or past their deadline.",
+        lambda engine: engine.batcher.counts.num_dropped_pairs,
+    ),
+    (
+        CounterMetricFamily, "compilations", "Compiled steps; constant once warm.",
+        lambda engine: engine.backend.num_compilations,
+    ),
+)  # fmt: skip
 
-    def __init__(
-        self, engines: Mapping[str, Engine], store: Store, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        """
-        Args:
-            engines: by served name; filled when the models have loaded.
-            store: with its tier, if there is one.
-        """
+
+class _ServerCollector(Collector):
+    """Queues, caches, models and collections, read at each scrape. A store that is down costs only its own lines."""
+
+    def __init__(self, engines: Mapping[str, Engine], store: Store) -> None:
         self._engines = engines
         self._store = store
-        self._clock = clock
         self._lock = Lock()
         self._described: list[Described] = []
         self._answers = False
-        self._counted: float | None = None
+        self._counted = -COLLECTION_SECONDS
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing, so that registering does not read the store."""
+        """Nothing: registering does not read the store."""
         return ()
 
     def collect(self) -> Iterable[Metric]:
         engines = dict(self._engines)
-        yield from _queues(engines)
-        yield from self._tiers(engines)
-        yield _models(engines)
+        for kind, name, text, value in _PER_MODEL:
+            family = kind(f"preread_{name}", text, labels=["model"])
+            for model, engine in engines.items():
+                family.add_metric([model], value(engine))
+            yield family
+        yield from self._caches(list(engines.values()))
+        models = InfoMetricFamily("preread_model", "A model that is served.")
+        for model, engine in engines.items():
+            models.add_metric([], _model_labels(model, engine))
+        yield models
         yield from self._collections()
 
-    def _tiers(self, engines: Mapping[str, Engine]) -> Iterable[Metric]:
-        hits = CounterMetricFamily("preread_cache_hits", "Passages found in a tier in memory.", labels=["tier"])
-        misses = CounterMetricFamily("preread_cache_misses", "Passages not found there.", labels=["tier"])
-        held = GaugeMetricFamily("preread_cache_bytes", "Bytes a tier holds.", labels=["tier"])
+    def _caches(self, engines: list[Engine]) -> Iterable[Metric]:
+        hits = CounterMetricFamily("preread_cache_hits", "Cache hits, in passages.", labels=["tier"])
+        misses = CounterMetricFamily("preread_cache_misses", "Cache misses, in passages.", labels=["tier"])
+        held = GaugeMetricFamily("preread_cache_bytes", "Bytes held by a cache.", labels=["tier"])
+
+        def add(tier: str, num_hits: int, num_misses: int, num_bytes: int) -> None:
+            for family, value in ((hits, num_hits), (misses, num_misses), (held, num_bytes)):
+                family.add_metric([tier], value)
+
         if isinstance(self._store, CachedStore):
-            hits.add_metric(["store"], self._store.num_hits)
-            misses.add_metric(["store"], self._store.num_misses)
-            held.add_metric(["store"], self._store.num_bytes)
-        inline = [engine.passages.inline for engine in engines.values() if engine.passages.inline is not None]
+            add("store", self._store.num_hits, self._store.num_misses, self._store.num_bytes)
+        inline = [engine.passages.inline for engine in engines if engine.passages.inline is not None]
         if inline:
-            hits.add_metric(["inline"], sum(one.num_hits for one in inline))
-            misses.add_metric(["inline"], sum(one.num_encoded for one in inline))
-            held.add_metric(["inline"], sum(one.num_bytes for one in inline))
-        kept = [one.backend.caches for one in engines.values() if isinstance(one.backend, StatesBackend)]
-        for tiers in zip(*kept, strict=True):  # one kind of tier, of all models
-            hits.add_metric([tiers[0].name], sum(tier.num_hits for tier in tiers))
-            misses.add_metric([tiers[0].name], sum(tier.num_misses for tier in tiers))
-            held.add_metric([tiers[0].name], sum(tier.num_bytes for tier in tiers))
+            counts = ((one.num_hits, one.num_encoded, one.num_bytes) for one in inline)
+            add("inline", *map(sum, zip(*counts, strict=True)))
+        kept = [engine.backend.caches for engine in engines if isinstance(engine.backend, StatesBackend)]
+        for caches in zip(*kept, strict=True):  # one kind of cache, of all models
+            counts = ((cache.num_hits, cache.num_misses, cache.num_bytes) for cache in caches)
+            add(caches[0].name, *map(sum, zip(*counts, strict=True)))
         return hits, misses, held
 
     def _collections(self) -> Iterable[Metric]:
         described, answers = self._counted_collections()
+        yield GaugeMetricFamily("preread_store_up", "1: the store answered its last count.", float(answers))
         info = InfoMetricFamily("preread_collection", "A collection that this server can read.")
         passages = GaugeMetricFamily("preread_collection_passages", "Passages stored.", labels=["collection"])
         states = GaugeMetricFamily("preread_collection_states", "States stored.", labels=["collection"])
         size = GaugeMetricFamily("preread_collection_bytes", "Bytes of records stored.", labels=["collection"])
         for one in described:
-            manifest, name = one.manifest, [one.manifest.collection]
-            info.add_metric(
-                [],
-                {
-                    "collection": manifest.collection,
-                    "codec": manifest.codec,
-                    "compression_ratio": str(manifest.compression_ratio),
-                    "fingerprint": manifest.fingerprint[:12],
-                },
-            )
-            passages.add_metric(name, one.stats.num_passages)
-            states.add_metric(name, one.stats.num_states)
-            size.add_metric(name, one.stats.size_bytes)
-        yield GaugeMetricFamily("preread_store_up", "1: the store answered when it was last counted.", float(answers))
+            labels = {
+                "collection": one.manifest.collection,
+                "codec": one.manifest.codec,
+                "compression_ratio": str(one.manifest.compression_ratio),
+                "fingerprint": one.manifest.fingerprint[:12],
+            }
+            info.add_metric([], labels)
+            counts = ((passages, one.stats.num_passages), (states, one.stats.num_states), (size, one.stats.size_bytes))
+            for family, value in counts:
+                family.add_metric([one.manifest.collection], value)
         yield from (info, passages, states, size)
 
     def _counted_collections(self) -> tuple[list[Described], bool]:
-        with self._lock:  # scrapes at the same time count once
-            now = self._clock()
-            if self._counted is None or now - self._counted >= COLLECTION_SECONDS:
+        with self._lock:  # concurrent scrapes count once
+            now = time.monotonic()
+            if now - self._counted >= COLLECTION_SECONDS:
                 self._counted = now
                 try:
                     self._described, self._answers = describe(self._store), True
                 except CacheError:
-                    self._answers = False  # what was there stays shown; preread_store_up says how much to trust it
+                    self._answers = False  # the last counts stay; preread_store_up says how far to trust them
             return self._described, self._answers
 
 
-def _queues(engines: Mapping[str, Engine]) -> Iterable[Metric]:
-    requests = GaugeMetricFamily("preread_queue_requests", "Requests admitted and not answered.", labels=["model"])
-    tokens = GaugeMetricFamily("preread_queue_tokens", "Tokens they still need, by estimate.", labels=["model"])
-    refused = CounterMetricFamily("preread_admission_refusals", "Requests turned away: queue full.", labels=["model"])
-    dropped = CounterMetricFamily("preread_dropped_pairs", "Pairs whose caller left or was late.", labels=["model"])
-    compiled = CounterMetricFamily("preread_compilations", "Fused steps; constant once warm.", labels=["model"])
-    for name, engine in engines.items():
-        compiled.add_metric([name], engine.backend.num_compilations)
-        requests.add_metric([name], engine.admission.num_requests)
-        tokens.add_metric([name], max(0.0, engine.admission.num_tokens))
-        refused.add_metric([name], engine.admission.num_refused)
-        dropped.add_metric([name], engine.batcher.counts.num_dropped_pairs)
-    return requests, tokens, refused, dropped, compiled
-
-
-def _models(engines: Mapping[str, Engine]) -> Metric:
-    info = InfoMetricFamily("preread_model", "A model that is served.")
-    for name, engine in engines.items():
-        identity = engine.backend.identity()
-        info.add_metric(
-            [],
-            {
-                "model": name,
-                "backend": engine.backend.name,
-                "checkpoint": engine.backend.checkpoint_name,
-                "fingerprint": identity.fingerprint[:12] if identity is not None else "",
-                "dtype": engine.backend.dtype_name,
-                "device": engine.backend.device_name,
-            },
-        )
-    return info
+def _model_labels(name: str, engine: Engine) -> dict[str, str]:
+    backend = engine.backend
+    identity = backend.identity()
+    return {
+        "model": name,
+        "backend": backend.name,
+        "checkpoint": backend.checkpoint_name,
+        "fingerprint": identity.fingerprint[:12] if identity is not None else "",
+        "dtype": backend.dtype_name,
+        "device": backend.device_name,
+    }

@@ -110,8 +110,14 @@ class FailedPrecondition(PrereadError):
 
     status = "FAILED_PRECONDITION"
 
-    def __init__(self, reason: str, subject: str, message: str) -> None:
-        super().__init__(message, reason=reason, metadata=(("subject", subject),))
+    path: Path = ()  # of the candidate in the way; (): the message names its subject
+    said = ""  # the message, less the path
+
+    def __init__(self, reason: str, subject: str, message: str, *, path: Path = ()) -> None:
+        self.path, self.said = path, message
+        field = field_name(path)
+        message = f"{field} {message}" if path else message
+        super().__init__(message, reason=reason, metadata=(("subject", subject or field),))
 
     @property
     def subject(self) -> str:

@@ -34,9 +34,8 @@ from cache.states import PassageStates
 from cache.store import Store
 from checkpoint.synthetic import make_checkpoint
 from decoder_server.config import NO_TIERS, DecoderConfig, HttpConfig
-from decoder_server.edge.floor import FLOOR_MARGIN
-from decoder_server.gateway import Gateway
-from decoder_server.server import DecoderServer
+from decoder_server.edge.engines import FLOOR_MARGIN
+from decoder_server.server import DecoderServer, Gateway
 from encoder_worker.config import EncoderConfig
 from encoder_worker.indexing import index
 from encoder_worker.server import EncoderServer

@@ -414,6 +414,7 @@ def _missing(found: Found) -> FailedPrecondition:
     name = repr(candidate.passage_id[:100]) if candidate.passage_id is not None else "an inline text"
     return FailedPrecondition(
         "PASSAGE_MISSING",
-        candidate.passage_id or f"candidates[{candidate.index}]",
-        f"candidates[{candidate.index}] ({name}): {found.message}, and on_miss is fail",
+        candidate.passage_id or "",
+        f"({name}): {found.message}, and on_miss is fail",
+        path=("candidates", candidate.index),
     )

@@ -34,9 +34,8 @@ if TYPE_CHECKING:
     from cache.store import Store
     from decoder_server.engine.engine import Engine
     from decoder_server.engine.lifecycle import Observer
-    from decoder_server.gateway import Gateway
     from decoder_server.models.backend import Backend
-    from decoder_server.server import DecoderServer
+    from decoder_server.server import DecoderServer, Gateway
     from encoder_worker.server import EncoderServer
     from preread_edge.keys import ApiKeys
 
@@ -145,7 +144,7 @@ async def _gateway(config: HttpConfig | None, server: DecoderServer) -> AsyncIte
     if config is None:
         yield None
         return
-    from decoder_server.gateway import Gateway
+    from decoder_server.server import Gateway
 
     gateway = Gateway(config, server)
     await gateway.start()

@@ -15,9 +15,8 @@ from cache.collection import Collection
 from cache.open import open_store
 from checkpoint import Checkpoint
 from decoder_server.config import DecoderConfig, HttpConfig, ModelConfig
-from decoder_server.gateway import Gateway
 from decoder_server.models.loading import load_model
-from decoder_server.server import DecoderServer
+from decoder_server.server import DecoderServer, Gateway
 from encoder_worker.config import EncoderConfig
 from encoder_worker.server import EncoderServer
 from preread.channel import listens_on_loopback

@@ -13,8 +13,7 @@ from prometheus_client import generate_latest
 
 from decoder_server import readiness
 from decoder_server.config import DecoderConfig, HttpConfig
-from decoder_server.gateway import Gateway
-from decoder_server.server import SERVICE, DecoderServer
+from decoder_server.server import SERVICE, DecoderServer, Gateway
 from encoder_worker.config import EncoderConfig
 from encoder_worker.server import EncoderServer
 from preread import AsyncClient, Candidate

@@ -16,9 +16,8 @@ import pytest
 from benchmarks.synthetic import make_cross_encoder
 from cache.open import open_store
 from decoder_server.config import NO_TIERS, DecoderConfig, HttpConfig, ModelConfig
-from decoder_server.gateway import Gateway
 from decoder_server.models.loading import load_model
-from decoder_server.server import DecoderServer
+from decoder_server.server import DecoderServer, Gateway
 from encoder_worker.config import EncoderConfig
 from encoder_worker.server import EncoderServer
 from preread_edge.keys import ApiKeys

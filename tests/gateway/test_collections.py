@@ -98,7 +98,7 @@ def test_of_passages_with_one_id_the_first_counts_and_rows_are_read_as_index_rea
     for answer in answers:
         assert (answer["num_stored"], answer["num_refused"], answer["num_clipped"]) == (151, 1, 0)
         assert answer["refused"] == [
-            {"id": "a", "message": "id 'a' came before, as passage 1; the first one counts"},
+            {"id": "a", "message": "id 'a' came before, at upload:1; the first one counts"},
         ]
     found = running.ask(documents=[{"id": "a"}], collection="twice", return_documents=True)["results"]
     assert found[0]["document"]["text"] == "Title first"

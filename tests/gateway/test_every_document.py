@@ -8,7 +8,7 @@ import grpc
 import numpy as np
 import pytest
 
-from decoder_server.edge.floor import FLOOR_MARGIN, FLOOR_SCORE
+from decoder_server.edge.engines import FLOOR_MARGIN, FLOOR_SCORE
 from preread.tei.v1 import tei_pb2, tei_pb2_grpc
 
 GOOD = ["What is the capital of China?", "Gravity attracts bodies toward one another.", "A passage is read once"]

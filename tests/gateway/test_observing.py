@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from decoder_server.edge.http.envelope import Counted
+from decoder_server.edge.http.app import Counted
 from preread_edge.logs import set_up
 
 

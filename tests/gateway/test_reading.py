@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from decoder_server.edge.http.dialects import Answer, Question
+from decoder_server.edge.http.requests import DialectRequest, DialectResponse
 from preread import parse_stages
 from preread.types import RerankRequest, Summary, Timings
 
@@ -66,10 +66,10 @@ def test_without_return_margins_results_are_as_ever(running):
     [
         ("8:2,", "RATIO:KEEP"),
         ("8:2,16", "less than 8"),
-        ([8, 1], "stages[0] is 'a number'"),
+        ([8, 1], "stages[0] is 'a whole number'; expected an object"),
         ([{"keep": 2}], "stages[0].compression_ratio"),
         ([{"compression_ratio": 8}, {"compression_ratio": 1}], "stages[0].keep"),
-        (8, "stages is 'a number'"),
+        (8, "stages is 'a number'; expected a string or a list"),
     ],
 )
 def test_stages_that_cannot_be_read_are_refused(running, stages, says):
@@ -111,18 +111,18 @@ def test_less_than_asked_is_told_in_headers_and_warnings(run, query, documents):
     assert response.headers["x-preread-read"] == "32"
     assert response.headers["x-preread-asked"] == "4"
     assert response.headers["x-preread-degraded"] == "queue"
-    assert response.json()["meta"]["warnings"] == ["read at 32 in place of 4 (queue)"]
+    assert response.json()["meta"]["warnings"] == ["scored at 32 in place of 4 (queue)"]
 
 
 def test_a_cascade_that_was_cut_says_so():
     summary = Summary("m", Timings(0, 0, 0, 0, 0), 1, 1, False, stages=parse_stages("8:2,1"), stopped_early=True)
-    answer = Answer(Question(RerankRequest("q", ())), [], [], summary, "id")
+    answer = DialectResponse(DialectRequest(RerankRequest("q", ())), [], [], summary, "id")
 
     assert answer.headers() == {"x-preread-read": "8:2,1", "x-preread-stopped-early": "true"}
-    assert answer.warnings() == ["the deadline came before the last stage was through"]
+    assert answer.warnings() == ["the deadline ended the cascade before its last stage"]
 
 
 def test_a_model_that_reads_text_has_no_ratio_to_tell():
     summary = Summary("m", Timings(0, 0, 0, 0, 0), 1, 1, False)
 
-    assert Answer(Question(RerankRequest("q", ())), [], [], summary, "id").headers() == {}
+    assert DialectResponse(DialectRequest(RerankRequest("q", ())), [], [], summary, "id").headers() == {}

@@ -1,140 +1,241 @@
-"""Every path there is, in the order of wire.md, and the application around them."""
+"""The HTTP application: its routes, its keys, and what surrounds every response.
+
+From the outside in: counting; request id, host guard, CORS and errors in the caller's dialect; keys; routes.
+Logs the request's id and an exception's type and place, never a request's text.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
-from starlette.types import ASGIApp
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cache.errors import CacheError
-from decoder_server.edge.http import collections as c
-from decoder_server.edge.http import errors, openapi, page
-from decoder_server.edge.http import info as models
-from decoder_server.edge.http.body import TooLarge
+from decoder_server.edge.http import collections, dialects, errors, info, rerank
 from decoder_server.edge.http.context import Context
-from decoder_server.edge.http.envelope import Envelope, respond
-from decoder_server.edge.http.errors import HttpError
-from decoder_server.edge.http.rerank import rerank
+from decoder_server.edge.http.errors import HttpError, Problem
+from decoder_server.edge.http.openapi import document
 from preread import PrereadError
+from preread_edge import keys, logs
 from preread_edge.hosts import Guard
-from preread_edge.keys import AccessMiddleware, App, Scope
 
-# One endpoint: the body tells the dialect. Clients disagree on everything else.
-RERANK = (
-    "/rerank", "/v1/rerank", "/v2/rerank", "/v1/v2/rerank", "/reranking", "/v1/reranking", "/rerankings",
-    "/v1/rerankings", "/v1/ranking", "/v1/retrieval/{model:path}/reranking", "/score", "/v1/score",
-)  # fmt: skip
-# In front of a reranking path, and of the others: these clients get their dialect whatever the body looks like.
-PREFIXES = ("/tei", "/voyage", "/infinity")
+log = logging.getLogger(__name__)
 
 Endpoint = Callable[[Request], Awaitable[Response]]
+OnAnswer = Callable[[int, float], None]  # status, seconds
 
-ROUTES: tuple[tuple[str, str, Endpoint], ...] = (
-    ("GET", "/v1/models", models.models),
-    ("GET", "/models", models.models),
-    ("GET", "/info", models.info),
-    ("GET", "/health", models.live),
-    ("GET", "/health/ready", models.ready),
-    ("GET", "/metrics", models.metrics),
-    ("GET", "/openapi.json", openapi.serve),
-    ("POST", "/v1/explain", page.explain_few),
-    ("GET", "/v1/collections", c.list_collections),
-    ("GET", "/v1/collections/{collection}", c.get_collection),
-    ("POST", "/v1/collections/{collection}/passages", c.add_passages),
-    ("DELETE", "/v1/collections/{collection}/passages", c.delete_passages),
-    ("DELETE", "/v1/collections/{collection}/passages/{passage_id:path}", c.delete_passages),
-    ("GET", "/v1/aliases", c.list_aliases),
-    ("PUT", "/v1/aliases/{alias}", c.set_alias),
-    ("DELETE", "/v1/aliases/{alias}", c.remove_alias),
-)
+OPERATIONS = (*rerank.RERANK, *info.OPERATIONS, rerank.EXPLAIN, *collections.OPERATIONS)
 # Probes carry no keys; what describes the interface, or is a page to type a key into, needs none.
-OPEN = ("/", "/page/page.js", "/page/page.css", "/page/icon.svg", "/health", "/health/ready", "/openapi.json")
-PREFIXED = ("/v1/models", "/models", "/info", "/health")
+_OPEN = ("/", "/page/page.js", "/page/page.css", "/page/icon.svg", "/health", "/health/ready", "/openapi.json")
+_PREFIXED = (*dialects.PATHS, "/v1/models", "/models", "/info", "/health")  # also there behind a dialect's prefix
+_PROBES = ("/health", "/health/ready", "/metrics")  # a full server is alive, and says why
+_NO_DIALECT = ("/v1/collections/", "/v1/explain")
+_CLOSE = {"connection": "close"}
+# Of a body that is not read as a whole: enough to tell the dialect of its error.
+_SEEN_BYTES = 64 << 10
+_PEEK_SECONDS = 1.0
 
 
-def build(context: Context, guard: Guard, extra: Sequence[BaseRoute] = ()) -> ASGIApp:
+def build(context: Context, guard: Guard, on_answer: OnAnswer) -> ASGIApp:
     """The application.
 
     Args:
-        guard: which names and pages it answers to.
-        extra: routes of others, such as /metrics; they come first.
+        guard: the names and web pages it answers to.
+        on_answer: told of every response.
     """
-    app = Starlette(routes=[*extra, *_routes(), *page.ROUTES], exception_handlers=_handlers())
+    app = Starlette(routes=[*_routes(), *info.PAGE], exception_handlers=_handlers())
     app.router.redirect_slashes = False  # a redirected POST loses its body with many clients
     app.state.context = context
-    return Envelope(AccessMiddleware(app, context.keys, scopes_of, _refuse), guard)
+    published = rerank.SCHEMAS | info.SCHEMAS | collections.SCHEMAS | errors.SCHEMAS
+    app.state.openapi = document(OPERATIONS, dialects.PREFIXES, published)
+    return Counted(_Envelope(keys.AccessMiddleware(app, context.keys, scopes_of, _refuse), guard), on_answer)
 
 
-def scopes_of(method: str, path: str) -> tuple[Scope, ...]:
-    """Which keys may call: one with any of these scopes; none at all: everyone."""
-    for prefix in PREFIXES:
+def scopes_of(method: str, path: str) -> tuple[keys.Scope, ...]:
+    """Scopes of which a key needs one; none: no key is needed."""
+    for prefix in dialects.PREFIXES:
         path = path.removeprefix(prefix)
     if method in ("GET", "HEAD"):
-        return () if path in OPEN else (Scope.RERANK, Scope.INDEX)
+        return () if path in _OPEN else (keys.Scope.RERANK, keys.Scope.INDEX)
     if method == "POST" and path.startswith("/v1/collections/"):
-        return (Scope.INDEX,)
-    return (Scope.RERANK,) if method == "POST" else (Scope.ADMIN,)
+        return (keys.Scope.INDEX,)
+    return (keys.Scope.RERANK,) if method == "POST" else (keys.Scope.ADMIN,)
 
 
-def _refuse(status: int, message: str) -> App:
+class Counted:
+    """Tells of every response, rejections included, before its last byte goes: a client that has it finds it counted.
+
+    A request that got no response is not counted.
+    """
+
+    def __init__(self, app: ASGIApp, on_answer: OnAnswer) -> None:
+        self._app = app
+        self._on_answer = on_answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        start = time.monotonic()
+        status = 0
+
+        def tell() -> None:
+            nonlocal status
+            if status:
+                self._on_answer(status, time.monotonic() - start)
+                status = 0
+
+        async def send_seen(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            elif message["type"] == "http.response.body" and not message.get("more_body"):
+                tell()
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_seen)
+        finally:
+            tell()  # a response that broke off
+
+
+class _Envelope:
+    """Takes the caller's request id where it is fit for a header and a log, else makes one."""
+
+    def __init__(self, app: ASGIApp, guard: Guard) -> None:
+        self._app = app
+        self._guard = guard
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        stranger = self._guard.problem(scope)
+        scope["path"] = _tidy(scope["path"])
+        headers = Headers(scope=scope)
+        request_id = logs.begin(headers.get("x-request-id", ""), headers.get("traceparent", "")).request_id
+        seen = bytearray()
+        scope.setdefault("state", {}).update(request_id=request_id, seen=seen)
+        cors = self._guard.cors(scope)
+        started = finished = False
+
+        async def receive_seen() -> Message:
+            message = await receive()
+            if message["type"] == "http.request" and len(seen) < _SEEN_BYTES:
+                seen.extend(message["body"][: _SEEN_BYTES - len(seen)])
+            return message
+
+        async def send_named(message: Message) -> None:
+            nonlocal started, finished
+            if message["type"] == "http.response.start":
+                started = True
+                named = MutableHeaders(scope=message)
+                named["x-request-id"] = request_id
+                for name, value in cors.items():
+                    named.setdefault(name, value)
+            await send(message)
+            finished = message["type"] == "http.response.body" and not message.get("more_body")
+
+        try:
+            if scope["state"].get("crowded") and scope["path"] not in _PROBES:
+                response = await _respond(scope, receive_seen, errors.CROWDED, _CLOSE)
+            elif stranger is not None:
+                response = await _respond(scope, receive_seen, Problem(403, "permission_error", *stranger))
+            elif (preflight := self._guard.preflight(scope)) is not None:
+                response = Response(status_code=204, headers=preflight)
+            else:
+                await self._app(scope, receive_seen, send_named)
+                return
+            await response(scope, receive_seen, send_named)
+        except Exception as exc:
+            log.error("request %s failed: %s", request_id, type(exc).__name__, exc_info=exc)
+            if finished:  # the framework has answered, and raises for the log
+                return
+            if started:
+                raise  # the connection has to break: half a response must not look like a whole one
+            response = await _respond(scope, receive_seen, errors.INTERNAL)
+            await response(scope, receive_seen, send_named)
+
+
+def _tidy(path: str) -> str:
+    """Without empty parts: a base URL that ends in / gives `/v1//rerank`. Passage ids stay as they are."""
+    if path.startswith("/v1/collections/"):
+        return path
+    return "/" + "/".join(part for part in path.split("/") if part)
+
+
+async def _respond(
+    scope: Scope, receive: Receive, problem: Problem, headers: Mapping[str, str] | None = None
+) -> Response:
+    """The error in the shape of the caller's dialect, told by the path, the body, or its beginning, which is read."""
+    tei = scope["path"].startswith("/tei/") or scope["state"].get("dialect") is dialects.TEI
+    if not tei and scope["method"] == "POST" and not scope["path"].startswith(_NO_DIALECT):
+        await _peek(scope, receive)
+        tei = dialects.guess(bytes(scope["state"]["seen"])) is dialects.TEI
+    return errors.respond(problem, tei=tei, headers=headers)
+
+
+async def _peek(scope: Scope, receive: Receive) -> None:
+    """Reads what a rejected client has sent already, if nothing was read. The rest is not read."""
+    headers = Headers(scope=scope)
+    has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+    if scope["state"]["seen"] or not has_body or "expect" in headers:
+        return
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_PEEK_SECONDS):
+            while len(scope["state"]["seen"]) < _SEEN_BYTES:
+                message = await receive()
+                if message["type"] != "http.request" or not message.get("more_body"):
+                    return
+
+
+def _routes() -> list[Route]:
+    by_path: dict[str, dict[str, Endpoint]] = {}
+    for operation in OPERATIONS:
+        prefixes = ("", *dialects.PREFIXES) if operation.path in _PREFIXED else ("",)
+        for prefix in prefixes:
+            by_path.setdefault(prefix + operation.path, {})[operation.method] = operation.endpoint
+    return [Route(path, _by_method(endpoints), methods=list(endpoints)) for path, endpoints in by_path.items()]
+
+
+def _by_method(endpoints: dict[str, Endpoint]) -> Endpoint:
+    async def endpoint(request: Request) -> Response:
+        return await endpoints["GET" if request.method == "HEAD" else request.method](request)
+
+    return endpoint
+
+
+def _refuse(status: int, message: str) -> keys.App:
     async def refuse(scope: Any, receive: Any, send: Any) -> None:
-        response = await respond(scope, receive, errors.by_status(status, message))
+        response = await _respond(scope, receive, errors.by_status(status, message))
         await response(scope, receive, send)
 
     return refuse
 
 
-def _routes() -> list[BaseRoute]:
-    routes: list[BaseRoute] = [Route(path, rerank, methods=["POST"]) for path in RERANK]
-    routes += [Route(prefix + path, rerank, methods=["POST"]) for prefix in PREFIXES for path in RERANK]
-    by_path: dict[str, dict[str, Endpoint]] = {}
-    for method, path, endpoint in ROUTES:
-        by_path.setdefault(path, {})[method] = endpoint
-        if path in PREFIXED:
-            for prefix in PREFIXES:
-                by_path.setdefault(prefix + path, {})[method] = endpoint
-    return routes + [Route(path, _by_method(endpoints), methods=list(endpoints)) for path, endpoints in by_path.items()]
-
-
-def _by_method(endpoints: dict[str, Endpoint]) -> Endpoint:
-    async def endpoint(request: Request) -> Response:
-        chosen = endpoints["GET" if request.method == "HEAD" else request.method]
-        return await chosen(request)
-
-    return endpoint
-
-
 def _handlers() -> dict[Any, Any]:  # Starlette's type admits no handler of a narrower exception
-    return {
-        HTTPException: _routed,
-        ClientDisconnect: _left,
-        Exception: _unforeseen,
-        **dict.fromkeys((HttpError, TooLarge, PrereadError, CacheError), _failed),
-    }
+    async def failed(request: Request, exc: Exception) -> Response:
+        return await _respond(request.scope, request.receive, errors.problem(exc) or errors.INTERNAL)
 
+    async def routed(request: Request, exc: HTTPException) -> Response:
+        message = f"{request.method} {request.url.path[:200]}: {exc.detail}"
+        problem = errors.by_status(exc.status_code, message)
+        return await _respond(request.scope, request.receive, problem, exc.headers)
 
-async def _failed(request: Request, exc: Exception) -> Response:
-    found = errors.problem(exc)
-    assert found is not None
-    return await respond(request.scope, request.receive, found)
+    async def left(request: Request, exc: ClientDisconnect) -> Response:
+        """For no reader; the request ends all the same."""
+        return errors.respond(errors.LEFT)
 
-
-async def _routed(request: Request, exc: HTTPException) -> Response:
-    message = f"{request.method} {request.url.path[:200]}: {exc.detail}"
-    headers = dict(exc.headers or {})
-    return await respond(request.scope, request.receive, errors.by_status(exc.status_code, message), headers)
-
-
-async def _unforeseen(request: Request, exc: Exception) -> Response:
-    return await respond(request.scope, request.receive, errors.internal())
-
-
-async def _left(request: Request, exc: ClientDisconnect) -> Response:
-    """Nobody reads this; the request ends all the same."""
-    return errors.respond(errors.by_status(499, "the client closed the connection"))
+    kinds = (HttpError, PrereadError, CacheError, Exception)
+    return {HTTPException: routed, ClientDisconnect: left, **dict.fromkeys(kinds, failed)}

@@ -1,220 +1,341 @@
-"""Collections over HTTP: passages in and out through the encoder worker, descriptions and aliases from the store.
+"""Collections over HTTP: the encoder worker writes passages, since only it can encode; the store is described directly.
 
-The worker writes because only it can encode; what is described is what this server reads.
+An upload is one JSON document, or NDJSON read line by line as it arrives. Lines are read no faster than the worker
+takes passages, so that its backpressure reaches the client's socket.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator, Iterable
-from typing import Any
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from functools import partial
+from typing import Annotated, Any
 
+from msgspec import UNSET, Meta, Struct, UnsetType, field
 from starlette.requests import Request
 from starlette.responses import Response
 
 from cache.errors import CollectionNotFound
 from cache.record import check_name
-from decoder_server.edge.http import body, errors
-from decoder_server.edge.http.context import check_encoding, check_written, content_type, context, read_json
-from decoder_server.edge.http.fields import Fields, as_text
-from decoder_server.edge.http.page.uploads import NDJSON, from_document, from_lines
-from decoder_server.engine.collections import Described, describe
+from decoder_server.edge.engines import collection_infos
+from decoder_server.edge.http import errors
+from decoder_server.edge.http.bodies import HALF_A_PAIR, Count, RawText, Text, is_utf8, read
+from decoder_server.edge.http.context import check_plain, check_written, context, read_json, respond
+from decoder_server.edge.http.errors import TOO_SLOW, HttpError
+from decoder_server.edge.http.json_documents import parse
+from decoder_server.edge.http.openapi import JSON, Operation
 from preread import Passage, UpsertResult
-from preread.errors import InvalidRequest
-from preread_edge.steps import Step, stepped
+from preread.errors import InvalidRequest, Path
+from preread.types import CollectionInfo, join_title
+from preread_edge.steps import Pace, Step, stepped
 
+NDJSON = ("application/x-ndjson", "application/ndjson", "application/jsonl", "application/x-jsonlines")
 IDS_AT_ONCE = 1000  # of one call of the worker
 MAX_DIGITS = 20  # of a count, whose greatest has fewer
-MAX_REFUSED_SHOWN = 1000  # an answer to an endless stream is not endless
+MAX_REFUSED_SHOWN = 1000  # the response to an endless stream is not endless
+
+Size = Annotated[int, Meta(ge=0)]
 
 
-async def add_passages(request: Request) -> Response:
-    """POST: encodes and stores; answers when the store has everything, with what it refused."""
+class _Passage(Struct, kw_only=True):
+    id: Text | None = None
+    other_id: Text | None = field(name="_id", default=None)
+    passage_id: Text | None = None
+    title: RawText | None = None
+    text: RawText | None = None
+
+
+class _Settings(Struct, kw_only=True):
+    compression_ratio: Count | None = None
+    codec: Text | None = None
+    store_text: bool | None = None
+
+
+class _UploadRequest(_Settings, kw_only=True):
+    passages: list[Any] | None = None  # each a _Passage, read in steps: there may be hundreds of thousands
+
+
+class _Refused(Struct, kw_only=True):
+    id: Annotated[str | UnsetType, Meta(description="Absent: a line too long to read")] = UNSET
+    message: str
+
+
+class _Upload(Struct, kw_only=True, tag_field="object", tag="collection.upload"):
+    """Acknowledgements of the worker, counted."""
+
+    collection: str
+    num_stored: Size = 0
+    num_unchanged: Size = 0
+    num_refused: Size = 0
+    num_truncated: Size = 0
+    num_clipped: Size = 0
+    refused: list[_Refused]
+
+    def add(self, result: UpsertResult) -> None:
+        self.num_stored += result.status == "stored"
+        self.num_unchanged += result.status == "unchanged"
+        self.num_truncated += result.truncated
+        self.num_clipped += result.num_clipped
+        if result.status == "refused":
+            self.num_refused += 1
+            if len(self.refused) < MAX_REFUSED_SHOWN:
+                self.refused.append(_Refused(id=result.passage_id or UNSET, message=result.message))
+
+
+class _DeleteRequest(Struct, kw_only=True):
+    ids: list[Any] | None = None
+    passage_ids: list[Any] | None = None
+
+
+class _Deleted(Struct, kw_only=True, tag_field="object", tag="collection.deleted"):
+    collection: str
+    num_deleted: Size
+
+
+class _Collection(Struct, kw_only=True, tag_field="object", tag="collection"):
+    id: str
+    aliases: list[str]
+    checkpoint: str
+    fingerprint: str
+    dim: Size
+    compression_ratio: Size
+    codec: str
+    num_passages: Size
+    num_states: Size
+    num_tokens: Size
+    num_truncated: Size
+    num_clipped: Size
+    size_bytes: Size
+    stores_text: bool
+
+
+_COUNTS = _Collection.__struct_fields__[5:]  # under the same name in CollectionInfo
+
+
+class _Collections(Struct, kw_only=True, tag_field="object", tag="list"):
+    data: list[_Collection]
+
+
+class _AliasRow(Struct, kw_only=True):
+    alias: str
+    collection: str
+
+
+class _Aliases(Struct, kw_only=True, tag_field="object", tag="list"):
+    data: list[_AliasRow]
+
+
+class _Alias(_AliasRow, kw_only=True, tag_field="object", tag="alias"):
+    """An alias that was set."""
+
+
+class _AliasDeleted(Struct, kw_only=True, tag_field="object", tag="alias.deleted"):
+    alias: str
+
+
+class _SetAliasRequest(Struct, kw_only=True):
+    collection: Text
+
+
+async def _add_passages(request: Request) -> Response:
+    """Responds when the store has everything, with what was refused."""
     here = context(request)
     worker = here.encoder()
     name = check_name("collection", request.path_params["collection"])
-    check_written(request, *NDJSON)
-    items: Iterable[Passage | UpsertResult] | AsyncIterable[Passage | UpsertResult]
-    if content_type(request) in NDJSON:
-        check_encoding(request)
-        settings = Fields({key: _literal(value) for key, value in request.query_params.items()})
-        items = from_lines(request, here.config.max_line_bytes, here.config.timeout_seconds)
+    if check_written(request, *NDJSON) in NDJSON:
+        check_plain(request)
+        settings = read(_Settings, {key: _literal(value) for key, value in request.query_params.items()})
+        items = _from_lines(request, here.config.max_line_bytes, here.config.timeout_seconds)
     else:
         document = await read_json(request)
-        settings = Fields({"passages": document} if isinstance(document, list) else document)
-        items = await stepped(from_document, settings)
-    store_text = settings.flag("store_text")
-    received = Received(name)
-    try:
-        async for result in worker.upsert(
-            received.sendable(items),
-            collection=name,
-            compression_ratio=settings.count("compression_ratio") or 0,
-            codec=settings.text("codec") or "",
-            store_text=True if store_text is None else store_text,
-        ):
-            received.add(result)
-    except Exception as exc:  # what was acknowledged stays, and the caller should know how much that is
-        return _cut_short(exc, received)
-    return _json(received.as_document())
+        body = read(_UploadRequest, {"passages": document} if isinstance(document, list) else document)
+        settings, items = body, _each(await stepped(_from_document, body.passages))
+    upload = _Upload(collection=name, refused=[])
 
-
-async def _each(items: Iterable[Passage | UpsertResult]) -> AsyncIterator[Passage | UpsertResult]:
-    for item in items:
-        yield item
-
-
-class Received:
-    """Acknowledgements, counted."""
-
-    def __init__(self, collection: str) -> None:
-        self._collection = collection
-        self.num = {"stored": 0, "unchanged": 0, "refused": 0}
-        self._num_truncated = self._num_clipped = 0
-        self._refused: list[dict[str, str]] = []
-
-    async def sendable(
-        self, items: Iterable[Passage | UpsertResult] | AsyncIterable[Passage | UpsertResult]
-    ) -> AsyncIterator[Passage]:
-        """The passages; what is refused before it is sent is counted here."""
-        if not isinstance(items, AsyncIterable):
-            items = _each(items)
+    async def sendable() -> AsyncIterator[Passage]:
         async for item in items:
             if isinstance(item, Passage):
                 yield item
             else:
-                self.add(item)
+                upload.add(item)
 
-    def add(self, result: UpsertResult) -> None:
-        self.num[result.status] = self.num.get(result.status, 0) + 1
-        self._num_truncated += result.truncated
-        self._num_clipped += result.num_clipped
-        if result.status == "refused" and len(self._refused) < MAX_REFUSED_SHOWN:
-            named = {"id": result.passage_id} if result.passage_id else {}  # a line that was not read has none
-            self._refused.append(named | {"message": result.message})
-
-    def as_document(self) -> dict[str, Any]:
-        return {
-            "object": "collection.upload",
-            "collection": self._collection,
-            "num_stored": self.num["stored"],
-            "num_unchanged": self.num["unchanged"],
-            "num_refused": self.num["refused"],
-            "num_truncated": self._num_truncated,
-            "num_clipped": self._num_clipped,
-            "refused": self._refused,
-        }
+    try:
+        async for result in worker.upsert(
+            sendable(),
+            collection=name,
+            compression_ratio=settings.compression_ratio or 0,
+            codec=str(settings.codec or ""),
+            store_text=settings.store_text is not False,
+        ):
+            upload.add(result)
+    except Exception as exc:  # the caller should know how much was stored before
+        found = errors.problem(exc)
+        if found is None:
+            raise
+        num_kept = upload.num_stored + upload.num_unchanged
+        return errors.respond(replace(found, message=f"{found.message} ({num_kept} passages before that are stored)"))
+    return await respond(upload)
 
 
-async def delete_passages(request: Request) -> Response:
-    """DELETE: ids in the path, in `?id=`, or in a body's `ids`."""
+async def _delete_passages(request: Request) -> Response:
+    """Ids are in the path, in `?id=`, or in a body's `ids`."""
     worker = context(request).encoder()
     name = check_name("collection", request.path_params["collection"])
     if "passage_id" in request.path_params:
-        ids = [as_text(request.path_params["passage_id"], "passage_id")]
+        ids = [str(read(Text, request.path_params["passage_id"], ("passage_id",)))]
     elif "id" in request.query_params:
         ids = request.query_params.getlist("id")
     else:
         check_written(request)
-        fields = Fields(await read_json(request))
-        ids = await stepped(_ids, fields)
+        ids = await stepped(_ids, read(_DeleteRequest, await read_json(request)))
     if not ids:
         raise InvalidRequest("ids", "empty", "at least one passage id")
     num_deleted = 0
     for first in range(0, len(ids), IDS_AT_ONCE):
         num_deleted += await worker.delete(ids[first : first + IDS_AT_ONCE], collection=name)
-    return _json({"object": "collection.deleted", "collection": name, "num_deleted": num_deleted})
+    return await respond(_Deleted(collection=name, num_deleted=num_deleted))
 
 
-def _ids(step: Step, fields: Fields) -> list[str]:
-    """Ids that a body names; there may be hundreds of thousands."""
-    name = "ids" if fields.get("ids") else "passage_ids"
-    ids = []
-    for i, item in enumerate(fields.items(name) or ()):
-        ids.append(as_text(item, f"{name}[{i}]"))
+async def _list_collections(request: Request) -> Response:
+    # Not on the threads of requests: counting takes as long as the store does.
+    infos = await asyncio.to_thread(collection_infos, context(request).store)
+    return await respond(_Collections(data=[_pack(info) for info in infos]))
+
+
+async def _get_collection(request: Request) -> Response:
+    name = check_name("collection", request.path_params["collection"])
+    infos = await asyncio.to_thread(collection_infos, context(request).store)
+    # An alias first: it may have taken the place of a collection of its name.
+    for info in sorted(infos, key=lambda info: name not in info.aliases):
+        if name in (info.name, *info.aliases):
+            return await respond(_pack(info))
+    raise CollectionNotFound(f"collection: no collection or alias {name!r}")
+
+
+async def _list_aliases(request: Request) -> Response:
+    aliases = await asyncio.to_thread(context(request).store.aliases)
+    rows = [_AliasRow(alias=alias, collection=collection) for alias, collection in sorted(aliases.items())]
+    return await respond(_Aliases(data=rows))
+
+
+async def _set_alias(request: Request) -> Response:
+    """In one step for all readers."""
+    check_written(request)
+    alias = check_name("alias", request.path_params["alias"])
+    collection = check_name("collection", str(read(_SetAliasRequest, await read_json(request)).collection))
+    await asyncio.to_thread(context(request).store.set_alias, alias, collection)
+    return await respond(_Alias(alias=alias, collection=collection))
+
+
+async def _remove_alias(request: Request) -> Response:
+    alias = check_name("alias", request.path_params["alias"])
+    if not await asyncio.to_thread(context(request).store.remove_alias, alias):
+        raise CollectionNotFound(f"alias: there is no alias {alias!r}")
+    return await respond(_AliasDeleted(alias=alias))
+
+
+async def _from_lines(
+    request: Request, max_line_bytes: int, line_seconds: float
+) -> AsyncIterator[Passage | UpsertResult]:
+    """One passage per line, or its refusal; empty lines are skipped. A line over the limit is not kept.
+
+    Args:
+        line_seconds: how long the end of one line may take to come.
+
+    Raises:
+        HttpError: a line did not end in time.
+        InvalidRequest: a line that is no passage; the path has its number, from 1.
+        ClientDisconnect: the client left.
+    """
+    number = 0
+    rest = bytearray()  # of a line that has not ended
+    too_long = False  # the part of that line that was dropped
+    waited = 0.0
+    stream = request.stream()
+    while True:
+        began = time.monotonic()
+        try:
+            async with asyncio.timeout(line_seconds - waited):
+                chunk = await anext(stream, None)
+        except TimeoutError:
+            raise HttpError(TOO_SLOW) from None
+        if chunk is None:
+            break
+        waited = 0.0 if b"\n" in chunk else waited + time.monotonic() - began
+        start = len(rest)  # no line ends before
+        if not start and not too_long and not chunk.strip():  # nothing but empty lines
+            number += chunk.count(b"\n")
+            continue
+        rest += chunk
+        pace = Pace()
+        while (end := rest.find(b"\n", start)) >= 0:
+            number += 1
+            too_long = too_long or end > max_line_bytes
+            line = b"" if too_long else bytes(rest[:end]).strip()
+            del rest[: end + 1]
+            start = 0
+            if too_long:
+                yield _refused("", f"line {number} is over {max_line_bytes} bytes")
+                too_long = False
+            elif line:
+                yield _passage(await parse(line, f"line {number}"), (f"line {number}",))
+            await pace.worked()  # many short lines arrive together
+        if len(rest) > max_line_bytes:
+            too_long = True
+            rest.clear()
+    if too_long:
+        yield _refused("", f"line {number + 1} is over {max_line_bytes} bytes")
+    elif line := bytes(rest).strip():
+        yield _passage(await parse(line, f"line {number + 1}"), (f"line {number + 1}",))
+
+
+def _from_document(step: Step, items: list[Any] | None) -> list[Passage | UpsertResult]:
+    if not items:
+        raise InvalidRequest("passages", "empty" if items is not None else "absent", "a list of objects")
+    passages: list[Passage | UpsertResult] = []
+    for i, item in enumerate(items):
+        passages.append(_passage(item, ("passages", i)))
+        step()
+    return passages
+
+
+async def _each(items: list[Passage | UpsertResult]) -> AsyncIterator[Passage | UpsertResult]:
+    for item in items:
+        yield item
+
+
+def _passage(item: object, path: Path) -> Passage | UpsertResult:
+    body = read(_Passage, item, path)
+    passage_id = str(body.id or body.other_id or body.passage_id or "")
+    if not passage_id:
+        raise InvalidRequest((*path, "id"), "absent or empty", "the passage's id, a string")
+    if body.text is None:
+        raise InvalidRequest((*path, "text"), "absent", "a string")
+    text = str(join_title(body.title, body.text))
+    if not is_utf8(text):
+        value, expected = HALF_A_PAIR
+        return _refused(passage_id, f"text is {value}; expected {expected}")
+    return Passage(passage_id, text)
+
+
+def _refused(passage_id: str, message: str) -> UpsertResult:
+    return UpsertResult(passage_id, "refused", 0, 0, False, message)
+
+
+def _ids(step: Step, body: _DeleteRequest) -> list[str]:
+    ids: list[str] = []
+    for i, item in enumerate(body.ids or body.passage_ids or ()):
+        ids.append(str(read(Text, item, ("ids" if body.ids else "passage_ids", i))))
         step()
     return ids
 
 
-async def list_collections(request: Request) -> Response:
-    here = context(request)
-    described = await here.administer(describe, here.store)
-    return _json({"object": "list", "data": [_document(one) for one in described]})
-
-
-async def get_collection(request: Request) -> Response:
-    """GET: by name or alias."""
-    here = context(request)
-    name = check_name("collection", request.path_params["collection"])
-    described = await here.administer(describe, here.store)
-    # An alias first: it may have taken the place of a collection of its name.
-    for one in sorted(described, key=lambda one: name not in one.aliases):
-        if name == one.manifest.collection or name in one.aliases:
-            return _json(_document(one))
-    raise CollectionNotFound(f"collection: no collection or alias {name!r}")
-
-
-async def list_aliases(request: Request) -> Response:
-    here = context(request)
-    aliases = await here.administer(here.store.aliases)
-    return _json(
-        {"object": "list", "data": [{"alias": alias, "collection": to} for alias, to in sorted(aliases.items())]}
-    )
-
-
-async def set_alias(request: Request) -> Response:
-    """PUT: points an alias at a collection, in one step for all readers."""
-    here = context(request)
-    check_written(request)
-    alias = check_name("alias", request.path_params["alias"])
-    collection = check_name("collection", Fields(await read_json(request)).needed_text("collection"))
-    await here.administer(here.store.set_alias, alias, collection)
-    return _json({"object": "alias", "alias": alias, "collection": collection})
-
-
-async def remove_alias(request: Request) -> Response:
-    here = context(request)
-    alias = check_name("alias", request.path_params["alias"])
-    if not await here.administer(here.store.remove_alias, alias):
-        raise CollectionNotFound(f"alias: there is no alias {alias!r}")
-    return _json({"object": "alias.deleted", "alias": alias})
-
-
-def _document(described: Described) -> dict[str, Any]:
-    manifest, stats = described.manifest, described.stats
-    return {
-        "object": "collection",
-        "id": manifest.collection,
-        "aliases": list(described.aliases),
-        "checkpoint": manifest.checkpoint,
-        "fingerprint": manifest.fingerprint,
-        "dim": manifest.dim,
-        "compression_ratio": manifest.compression_ratio,
-        "codec": manifest.codec,
-        "num_passages": stats.num_passages,
-        "num_states": stats.num_states,
-        "num_tokens": stats.num_tokens,
-        "num_truncated": stats.num_truncated,
-        "num_clipped": stats.num_clipped,
-        "size_bytes": stats.size_bytes,
-        "stores_text": manifest.stores_text,
-    }
-
-
-def _cut_short(exc: Exception, received: Received) -> Response:
-    found = errors.problem(exc)
-    if found is None:
-        raise exc
-    kept = received.num["stored"] + received.num["unchanged"]
-    return errors.respond(
-        errors.Problem(
-            found.status,
-            found.kind,
-            found.code,
-            f"{found.message} ({kept} passages before that are stored)",
-            found.param,
-            found.retry_after_seconds,
-        )
-    )
+def _pack(info: CollectionInfo) -> _Collection:
+    own: dict[str, Any] = {"id": info.name, "aliases": list(info.aliases)}
+    own |= {name: getattr(info.encoder, name) for name in ("checkpoint", "fingerprint", "dim")}
+    return _Collection(**own, **{name: getattr(info, name) for name in _COUNTS})
 
 
 def _literal(value: str) -> object:
@@ -225,5 +346,47 @@ def _literal(value: str) -> object:
     return int(value[:MAX_DIGITS]) if value.isascii() and value.isdecimal() else value
 
 
-def _json(document: object) -> Response:
-    return Response(body.render(document), media_type="application/json")
+SCHEMAS: dict[str, Any] = {
+    "Passage": _Passage, "UploadRequest": (_UploadRequest, list[_Passage]), "Upload": _Upload,
+    "DeleteRequest": _DeleteRequest, "Deleted": _Deleted, "Collection": _Collection, "Collections": _Collections,
+    "Alias": _Alias, "Aliases": _Aliases, "SetAliasRequest": _SetAliasRequest, "AliasDeleted": _AliasDeleted,
+}  # fmt: skip
+_IDS = {"id": {"description": "In place of a body; may be repeated", "type": "array", "items": {"type": "string"}}}
+_WITH_NDJSON = {
+    name: {"description": "With NDJSON", "type": kind}
+    for name, kind in (("compression_ratio", "integer"), ("codec", "string"), ("store_text", "boolean"))
+}
+
+
+_COLLECTION, _ALIAS = "/v1/collections/{collection}", "/v1/aliases/{alias}"
+_operation = partial(Operation, tag="collections")
+OPERATIONS = (
+    _operation(
+        "GET", "/v1/collections", _list_collections, "listCollections", "Every collection of the store",
+        answers=("Collections",),
+    ),
+    _operation(
+        "GET", _COLLECTION, _get_collection, "getCollection", "One collection, by name or alias",
+        answers=("Collection",),
+    ),
+    _operation(
+        "POST", f"{_COLLECTION}/passages", _add_passages, "addPassages", "Encode and store passages",
+        answers=("Upload",), bodies={JSON: ("UploadRequest",), NDJSON[0]: ("Passage",)}, query=_WITH_NDJSON,
+    ),
+    _operation(
+        "DELETE", f"{_COLLECTION}/passages", _delete_passages, "deletePassages", "Delete passages by id",
+        answers=("Deleted",), bodies={JSON: ("DeleteRequest",)}, body_required=False, query=_IDS,
+    ),
+    _operation(
+        "DELETE", _COLLECTION + "/passages/{passage_id:path}", _delete_passages, "deletePassage",
+        "Delete one passage", answers=("Deleted",),
+    ),
+    _operation(
+        "GET", "/v1/aliases", _list_aliases, "listAliases", "Aliases and their collections", answers=("Aliases",)
+    ),
+    _operation(
+        "PUT", _ALIAS, _set_alias, "setAlias", "Point an alias at a collection, in one step",
+        answers=("Alias",), bodies={JSON: ("SetAliasRequest",)},
+    ),
+    _operation("DELETE", _ALIAS, _remove_alias, "removeAlias", "Remove an alias", answers=("AliasDeleted",)),
+)  # fmt: skip

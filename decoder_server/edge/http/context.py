@@ -1,42 +1,48 @@
-"""What the endpoints share: the engines, the store, the encoder worker, the limits."""
+"""Surroundings of the endpoints: engines, store, encoder worker and limits; and how a request is read and answered."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import msgspec
 from prometheus_client import CollectorRegistry
 from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from cache.store import Store
-from decoder_server.config import ANY_MODEL, DEFAULT_NAMES, HttpConfig
-from decoder_server.edge.http import body
-from decoder_server.edge.http.errors import HttpError
+from decoder_server.config import DEFAULT_NAMES, HttpConfig
+from decoder_server.edge.engines import choose
+from decoder_server.edge.http.errors import LEFT, TOO_SLOW, HttpError, Problem
+from decoder_server.edge.http.json_documents import dumps, parse, render_in_steps
 from decoder_server.engine.engine import Engine
 from decoder_server.readiness import Readiness
 from preread import AsyncClient
-from preread.errors import NotFound, Unavailable
+from preread.errors import InvalidRequest, Unavailable
 from preread_edge.keys import ApiKeys
+from preread_edge.steps import Pace, stepped
 
 T = TypeVar("T")
 
 
 @dataclass(eq=False)
 class Context:
-    """One gateway's surroundings. Lives in `app.state.context`."""
+    """Everything the endpoints of one gateway share. Lives in `app.state.context`."""
 
     config: HttpConfig
     engines: Mapping[str, Engine]  # empty until the models have loaded; the first is the default
     store: Store
-    registry: CollectorRegistry  # what /metrics shows
+    registry: CollectorRegistry  # of /metrics
     readiness: Readiness
-    threads: Executor  # for whatever blocks: the store, a tokenizer
+    threads: Executor  # for blocking work: the store, a tokenizer
     worker: AsyncClient | None  # None: no encoder worker is configured
-    keys: ApiKeys = field(default_factory=ApiKeys)  # none: whoever reaches the port may do everything
+    keys: ApiKeys = field(default_factory=ApiKeys)  # none: no key is required
     tls: bool = False
     draining: bool = False
 
@@ -46,22 +52,12 @@ class Context:
         return "the server is stopping" if self.draining else self.readiness.problem
 
     def engine(self, name: str) -> Engine:
-        """
-        Raises:
-            NotFound: another model is asked for.
-            Unavailable: none has loaded yet.
-        """
-        if not self.engines:
-            raise Unavailable("this server is still loading its model")
-        if name in self.engines:
-            return self.engines[name]
-        aliases = self.config.model_aliases
-        if not name or name in DEFAULT_NAMES or name in aliases or ANY_MODEL in aliases:
-            return next(iter(self.engines.values()))
-        raise NotFound("model", name, f"model is {name[:100]!r}; served here: {', '.join(self.engines)}")
+        """The engine of a served name or alias; raises as `choose` does."""
+        return choose(self.engines, name, DEFAULT_NAMES | {*self.config.model_aliases})
 
     def encoder(self) -> AsyncClient:
-        """
+        """The client of the encoder worker.
+
         Raises:
             Unavailable: there is none.
         """
@@ -71,31 +67,112 @@ class Context:
         return self.worker
 
     async def call(self, function: Callable[..., T], *args: object) -> T:
-        """Off the event loop."""
+        """The result of a blocking function, off the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self.threads, function, *args)
-
-    async def administer(self, function: Callable[..., T], *args: object) -> T:
-        """The same for what no rerank waits for: a store may take its time, and not those threads."""
-        return await asyncio.to_thread(function, *args)
 
 
 def context(request: Request) -> Context:
+    """The surroundings of a request."""
     found: Context = request.app.state.context
     return found
+
+
+def deadline(request: Request) -> float:
+    """When a request has to be answered, on time.monotonic's clock: `x-request-timeout-ms`, or less.
+
+    Raises:
+        InvalidRequest: not a number above 0.
+    """
+    limit = context(request).config.timeout_seconds
+    given = request.headers.get("x-request-timeout-ms")
+    if given is None:
+        return time.monotonic() + limit
+    try:
+        seconds = float(given) / 1000
+    except ValueError:
+        seconds = math.nan
+    if not seconds > 0:
+        raise InvalidRequest("x-request-timeout-ms", given[:100], "milliseconds, more than 0")
+    return time.monotonic() + min(limit, seconds)
+
+
+async def read_json(request: Request, until: float | None = None) -> Any:
+    """The body as JSON, within the limits of size and time.
+
+    Args:
+        until: on time.monotonic's clock; None: the server's time for a request, from now.
+
+    Raises:
+        HttpError: compressed, too large or too slow.
+        InvalidRequest: not JSON.
+        ClientDisconnect: the client left.
+    """
+    check_plain(request)
+    config = context(request).config
+    try:
+        async with asyncio.timeout_at(until or time.monotonic() + config.timeout_seconds):
+            return await parse(await _read(request, config.max_body_bytes))
+    except TimeoutError:
+        raise HttpError(TOO_SLOW) from None
+
+
+async def _read(request: Request, max_bytes: int) -> bytearray:
+    """The whole body; over its limit it fails at the declared length, or as soon as more has come."""
+    declared = request.headers.get("content-length", "")
+    data = bytearray()
+    too_large = declared.isdecimal() and int(declared) > max_bytes
+    if not too_large:
+        async for chunk in request.stream():
+            data += chunk
+            if too_large := len(data) > max_bytes:
+                break
+    if too_large:
+        message = f"the request body is larger than {max_bytes} bytes"
+        raise HttpError(Problem(413, "invalid_request_error", "body_too_large", message))
+    return data
+
+
+def check_plain(request: Request) -> None:
+    """
+    Raises:
+        HttpError: a compressed body, whose size is unknown before it is in memory.
+    """
+    if request.headers.get("content-encoding", "identity") != "identity":
+        message = f"content-encoding {request.headers['content-encoding'][:40]!r} is not understood; send it plain"
+        raise HttpError(Problem(415, "invalid_request_error", "unsupported_encoding", message))
+
+
+def check_written(request: Request, *more: str) -> str:
+    """The media type of a write, which has to be one that no web page can send unasked: application/json, or `more`.
+
+    Raises:
+        HttpError: another content type, or none.
+    """
+    types = ("application/json", *more)
+    given = request.headers.getlist("content-type")
+    media_type = given[0].partition(";")[0].strip().lower() if len(given) == 1 else ""
+    if media_type not in types:
+        message = f"content-type is {''.join(given[:1])[:100]!r}; expected {' or '.join(types[:2])}"
+        raise HttpError(Problem(415, "invalid_request_error", "unsupported_media_type", message))
+    return media_type
 
 
 async def while_connected(request: Request, work: Awaitable[T]) -> T:
     """The result of `work`, which is cancelled when the client leaves. The body must have been read.
 
     Raises:
-        HttpError: the client left; the answer goes nowhere.
+        HttpError: the client left; the response goes nowhere.
     """
-    task = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(body.gone(request))
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
     try:
         await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise HttpError(499, "client_error", "client_closed_request", "the client closed the connection")
+            raise HttpError(LEFT)
         return task.result()
     finally:
         for one in (task, leaving):
@@ -103,52 +180,30 @@ async def while_connected(request: Request, work: Awaitable[T]) -> T:
         await asyncio.gather(task, leaving, return_exceptions=True)
 
 
-async def read_json(request: Request, deadline: float | None = None) -> body.Json:
-    """The body as JSON, within the size limit.
+async def respond(document: Any, headers: dict[str, str] | None = None, *, is_large: bool = False) -> Response:
+    """The response of a struct, or of JSON values.
 
     Args:
-        deadline: on time.monotonic's clock; None: the server's time for a request, from now.
+        is_large: it may hold the caller's texts, and is made in steps.
     """
-    check_encoding(request)
-    here = context(request)
-    try:
-        async with asyncio.timeout_at(deadline or time.monotonic() + here.config.timeout_seconds):
-            data = await body.read(request, here.config.max_body_bytes)
-            return await body.parse(data)
-    except TimeoutError:
-        raise too_slow() from None
+    values = msgspec.to_builtins(document)
+    if is_large:
+        return _Parts(await stepped(render_in_steps, values), headers)
+    return Response(dumps(values), headers=headers, media_type="application/json")
 
 
-def too_slow() -> HttpError:
-    return HttpError(408, "timeout_error", "request_timeout", "the request body did not arrive in time")
+class _Parts(Response):
+    """A body in parts, each sent when the client took the ones before."""
 
+    def __init__(self, parts: list[bytes], headers: dict[str, str] | None) -> None:
+        length = {"content-length": str(sum(map(len, parts)))}
+        super().__init__(None, headers=length | (headers or {}), media_type="application/json")
+        self._parts = parts
 
-def content_type(request: Request) -> str:
-    """The media type of the body, in lower case and without its parameters."""
-    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
-
-
-def check_written(request: Request, *more: str) -> None:
-    """A write says what it writes, as no web page can without being asked first.
-
-    Args:
-        more: media types beside application/json.
-
-    Raises:
-        HttpError: another content type, or none.
-    """
-    types = ("application/json", *more)
-    if len(request.headers.getlist("content-type")) != 1 or content_type(request) not in types:
-        given = request.headers.get("content-type", "")
-        message = f"content-type is {given[:100]!r}; expected {' or '.join(types[:2])}"
-        raise HttpError(415, "invalid_request_error", "unsupported_media_type", message)
-
-
-def check_encoding(request: Request) -> None:
-    """
-    Raises:
-        HttpError: a compressed body, whose real size nobody knows before it is in memory.
-    """
-    if request.headers.get("content-encoding", "identity") != "identity":
-        message = f"content-encoding {request.headers['content-encoding'][:40]!r} is not understood; send it plain"
-        raise HttpError(415, "invalid_request_error", "unsupported_encoding", message)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        pace = Pace()  # a fast client takes every part immediately
+        for part in self._parts:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+            await pace.worked()
+        await send({"type": "http.response.body", "body": b""})

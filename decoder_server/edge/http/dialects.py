@@ -1,476 +1,379 @@
-"""What every dialect asks in the end, and what it hears: a Question, an Answer.
+"""The dialects of other rerankers: what a body looks like, what it requests, and how results are written.
 
-Reads the fields that mean the same everywhere, ours among them; a dialect adds its own. Knows no paths.
-
-Text Embeddings Inference: `texts` in, a flat list out, best first.
-
-NVIDIA NIM: query and passages are objects with `text`; logits come back.
-
-Voyage: `top_k`, `truncation`, and documents as plain strings.
-
-mixedbread: `input` in, `data` out.
-
-Scores of pairs, in their order: `text_1` and `text_2` as vLLM has them, or `pairs`.
-
-Cohere, Jina, vLLM, llama.cpp, infinity and the 4D AI Kit in one answer: each reads its part and ignores the rest.
-
-`object` is never "list": one client rejects that. No field is an empty string: one SDK raises on those.
-
-Which dialect a body is in. The only place that decides.
+A dialect is two pure functions on typed structs: `parse` makes requests for the engine of a body, `pack` a document of
+the responses. Everything but /score requests once per body. The paths of all dialects are here too.
 """
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import math
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast, get_args
+from typing import Annotated, Any
 
-from decoder_server.edge.floor import texts_alone
-from decoder_server.edge.http.body import Json
-from decoder_server.edge.http.fields import HALF_A_PAIR, Fields, as_text, is_utf8
-from preread.errors import FailedPrecondition, InvalidRequest
-from preread.types import Candidate, OnMiss, RerankRequest, Result, Stage, Summary, format_stages, parse_stages
+from msgspec import UNSET, Meta, Struct, UnsetType, field
 
-# Whose values are read one by one; other fields are only looked at where a dialect knows them.
-LISTS = ("documents", "texts", "passages", "input", "pairs", "text_1", "text_2", "passage_ids", "stages")
-MAX_POSITIONS_SHOWN = 500
-_CANDIDATE = re.compile(r"^candidates\b(?:\[(\d+)\])?")
+from decoder_server.edge.http.bodies import Count, Query, Text, Texts, Word, read
+from decoder_server.edge.http.requests import (
+    DialectRequest,
+    DialectResponse,
+    Documents,
+    Flag,
+    Rank,
+    RerankBody,
+    Top,
+    Usage,
+)
+from preread.errors import InvalidRequest
 
-ON_MISS = get_args(OnMiss)
+# Clients disagree on the path, so each takes every dialect: the body tells which one it is.
+PATHS = (
+    "/rerank", "/v1/rerank", "/v2/rerank", "/v1/v2/rerank", "/reranking", "/v1/reranking", "/rerankings",
+    "/v1/rerankings", "/v1/ranking", "/v1/retrieval/{model:path}/reranking", "/score", "/v1/score",
+)  # fmt: skip
 
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A request for the engine, and what the edge itself has to do about it."""
-
-    request: RerankRequest
-    candidates_field: str = "documents"  # what this dialect calls the candidates
-    max_tokens_per_doc: int | None = None  # inline texts are cut there
-    keep_end: bool = False  # inline texts over the model's limit lose their beginning
-    refuse_truncated: bool = False  # rather an error than a score of part of a text
-    return_margins: bool = False
-    positions: tuple[int, ...] = ()  # of the candidates among the caller's; empty: as they are here
-
-    @property
-    def texts_alone(self) -> bool:
-        """No candidate has an id: each gets a score, or the request fails."""
-        return texts_alone(self.request.candidates)
-
-    def position(self, index: int) -> int:
-        """Where the caller put a candidate."""
-        return self.positions[index] if self.positions else index
-
-    def where(self, index: int) -> str:
-        """The caller's name of a candidate."""
-        return f"{self.candidates_field}[{self.position(index)}]"
-
-    def renamed(self, error: InvalidRequest | FailedPrecondition) -> InvalidRequest | FailedPrecondition:
-        """The engine speaks of candidates; a dialect has its own word."""
-
-        def own(text: str) -> str:
-            return _CANDIDATE.sub(lambda m: self.where(int(m[1])) if m[1] else self.candidates_field, text, count=1)
-
-        if isinstance(error, FailedPrecondition):
-            return FailedPrecondition(error.reason, own(error.subject), own(str(error)))
-        return InvalidRequest(own(error.field), error.value, error.expected)
-
-    def replace(self, **changes: Any) -> Question:
-        return dataclasses.replace(self, **changes)
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """The engine's answer: scored outcomes best first, at most top_n; the others in request order."""
-
-    question: Question
-    scored: list[Result]
-    unscored: list[Result]
-    summary: Summary
-    request_id: str
-    cut: tuple[int, ...] = ()  # indexes of the candidates that were read in part, those beyond top_n too
-    empty: tuple[int, ...] = ()  # of those that have the floor of all scores
-
-    @property
-    def num_tokens(self) -> int:
-        """What was read for it: the query once per candidate, and passages in whole states."""
-        return self.summary.num_scored * self.summary.num_query_tokens + self.summary.num_passage_tokens
-
-    @property
-    def usage(self) -> dict[str, int]:
-        return {"prompt_tokens": self.num_tokens, "total_tokens": self.num_tokens}
-
-    def warnings(self) -> list[str]:
-        """One line per candidate that is not in the ranking, is there without being read, or was read in part."""
-        where = self.question.where
-        lines = [f"{where(o.index)} was not scored ({o.status}): {o.message}" for o in self.unscored]
-        lines += [f"{where(index)} is empty: it has the lowest score of all and was not read" for index in self.empty]
-        lines += [f"{where(index)} was cut: its score is that of a part" for index in self.cut]
-        if self.summary.stopped_early:
-            lines = ["the deadline came before the last stage was through", *lines]
-        if self.summary.degraded is not None:
-            lines = [f"read at {self.read} in place of {self.asked} ({self.summary.degraded.reason})", *lines]
-        return ["the query was truncated", *lines] if self.summary.query_truncated else lines
-
-    @property
-    def read(self) -> str:
-        """The ratio that was read, or the stages; "" for a model that reads text."""
-        return _read(self.summary.compression_ratio, self.summary.stages)
-
-    @property
-    def asked(self) -> str:
-        """What would have been read, had the server not been under pressure."""
-        degraded = self.summary.degraded
-        return self.read if degraded is None else _read(degraded.compression_ratio, degraded.stages)
-
-    def headers(self) -> dict[str, str]:
-        """What dialects have no field for."""
-        headers = {"x-preread-read": self.read} if self.read else {}
-        if self.summary.degraded is not None:
-            headers |= {"x-preread-degraded": self.summary.degraded.reason, "x-preread-asked": self.asked}
-        return headers | ({"x-preread-stopped-early": "true"} if self.summary.stopped_early else {})
-
-    def results(self, score_name: str) -> list[dict[str, Any]]:
-        """`index` and the score under its name; `id` where there is one, `margin` and more where it was asked for."""
-        results: list[dict[str, Any]] = []
-        for outcome in self.scored:
-            result: dict[str, Any] = {"index": outcome.index, score_name: outcome.score}
-            if outcome.passage_id:
-                result["id"] = outcome.passage_id
-            if self.question.return_margins:
-                result |= _details(outcome, cut=outcome.index in self.cut)
-            results.append(result)
-        return results
-
-
-def shown(positions: Iterable[int]) -> str:
-    """A header's list of positions; the first of very many, since a header has to fit."""
-    every = sorted(positions)
-    return ",".join([*map(str, every[:MAX_POSITIONS_SHOWN]), *(["..."] if len(every) > MAX_POSITIONS_SHOWN else [])])
-
-
-def _details(outcome: Result, *, cut: bool) -> dict[str, Any]:
-    """With return_margins: the margin, and what was read for it."""
-    details: dict[str, Any] = {"margin": outcome.margin}
-    if cut:
-        details["truncated"] = True
-    if outcome.compression_ratio:
-        details["compression_ratio"] = outcome.compression_ratio
-    if outcome.stages:
-        details["stages"] = [dataclasses.asdict(stage) for stage in outcome.stages]
-    return details
-
-
-def _read(ratio: int, stages: Sequence[Stage]) -> str:
-    return format_stages(stages) if stages else str(ratio or "")
-
-
-Ask = Callable[[Question], Awaitable[Answer]]
-
-
-def question(
-    body: Fields, candidates_field: str, *, top: str = "top_n", return_text: str = "return_documents"
-) -> Question:
-    """The fields all dialects share.
-
-    Args:
-        top, return_text: what this dialect calls them.
-
-    Raises:
-        InvalidRequest: the first field that cannot be read.
-    """
-    on_miss = body.word("on_miss", ON_MISS)
-    request = RerankRequest(
-        query=body.needed_text("query"),
-        candidates=candidates(body, candidates_field),
-        instruction=body.text("instruction"),
-        collection=body.text("collection") or None,
-        top_n=body.count(top) or 0,
-        compression_ratio=body.count("compression_ratio") or None,
-        on_miss=cast(OnMiss | None, on_miss),
-        return_text=body.flag(return_text) or False,
-        model=body.text("model") or "",
-        stages=_stages(body),
-    )
-    return Question(
-        request,
-        candidates_field,
-        max_tokens_per_doc=body.count("max_tokens_per_doc") or None,
-        return_margins=body.flag("return_margins") or False,
-    )
-
-
-def check_counts(body: Fields, limit: int) -> None:
-    """Before any of them is read.
-
-    Raises:
-        InvalidRequest: a list longer than any request's.
-    """
-    for name in LISTS:
-        value = body.get(name)
-        if isinstance(value, list) and len(value) > limit:
-            raise InvalidRequest(name, f"{len(value)} of them", f"1..{limit}")
-
-
-def _stages(body: Fields) -> tuple[Stage, ...]:
-    """`"32:100, 4:20, 1"`, or a list of objects; what does not fit together the engine refuses."""
-    value = body.get("stages")
-    if isinstance(value, str):
-        try:
-            return parse_stages(value) if value else ()
-        except ValueError as exc:
-            raise InvalidRequest("stages", value[:100], f"RATIO:KEEP, RATIO:KEEP, RATIO ({exc})") from None
-    parts = [Fields(item, f"stages[{i}].", f"stages[{i}]") for i, item in enumerate(body.items("stages") or ())]
-    return tuple(Stage(part.count("compression_ratio") or 0, part.count("keep") or 0) for part in parts)
-
-
-def candidates(body: Fields, field: str) -> tuple[Candidate, ...]:
-    """Texts, or objects with `text`, `id` or both; `passage_ids` beside them, or alone."""
-    items, ids = body.items(field), body.texts("passage_ids")
-    if items is None and ids is None:
-        raise InvalidRequest(field, "absent", "a list of texts, or passage_ids and a collection")
-    if items is None:
-        items = [None] * len(ids or ())
-    if not items:
-        raise InvalidRequest(field, "empty", "at least one")
-    if ids is not None and len(ids) != len(items):
-        raise InvalidRequest("passage_ids", f"{len(ids)} of them", f"{len(items)}, one for each of {field}")
-    found = tuple(_candidate(item, f"{field}[{i}]", ids[i] if ids else "") for i, item in enumerate(items))
-    bad = next((i for i, candidate in enumerate(found) if candidate.problem), None)
-    if bad is not None and texts_alone(found):  # there is no status to say it in
-        raise InvalidRequest(f"{field}[{bad}]", *HALF_A_PAIR)
-    return found
-
-
-def _candidate(item: object, where: str, passage_id: str) -> Candidate:
-    """The candidate; one whose text UTF-8 cannot hold has a problem, and no text."""
-    if item is None and passage_id:
-        return Candidate(passage_id)
-    if isinstance(item, str):
-        text: str | None = item
-    else:
-        fields = Fields(item, f"{where}.", where)
-        text, passage_id = fields.raw_text("text"), passage_id or fields.text("id") or ""
-        if text is None and not passage_id:
-            raise InvalidRequest(where, "an object without text", "a string, or an object with text, id or both")
-    if text is not None and not is_utf8(text):
-        value, expected = HALF_A_PAIR
-        return Candidate(passage_id or None, problem=f"the text is {value}; expected {expected}")
-    return Candidate(passage_id or None, text)
-
-
-DIRECTIONS = ("right", "left")
-
-
-async def answer_tei(body: Fields, ask: Ask) -> Json:
-    """`truncate: false` refuses what is too long; absent, it is cut, as TEI does by default."""
-    asked = question(body, "texts", return_text="return_text").replace(
-        refuse_truncated=body.flag("truncate") is False,
-        keep_end=body.word("truncation_direction", DIRECTIONS) == "left",
-    )
-    reply = await ask(asked)
-    ranks = reply.results("score")
-    for rank, outcome in zip(ranks, reply.scored, strict=True):
-        if body.flag("raw_scores"):
-            rank["score"] = outcome.margin
-        if asked.request.return_text and outcome.text:
-            rank["text"] = outcome.text
-    return ranks
-
-
-async def answer_nim(body: Fields, ask: Ask) -> Json:
-    """`truncate` NONE refuses what is too long; END, its default here, cuts."""
-    asked = question(body, "passages").replace(refuse_truncated=body.word("truncate", ("none", "end")) == "none")
-    reply = await ask(asked)
-    rankings = reply.results("logit")
-    for ranking, outcome in zip(rankings, reply.scored, strict=True):
-        ranking["logit"] = outcome.margin
-    return {"rankings": rankings}
-
-
-async def answer_voyage(body: Fields, ask: Ask) -> Json:
-    """`truncation: false` refuses what is too long."""
-    top = "top_k" if "top_k" in body else "top_n"
-    asked = question(body, "documents", top=top).replace(refuse_truncated=body.flag("truncation") is False)
-    reply = await ask(asked)
-    data = reply.results("relevance_score")
-    for item, outcome in zip(data, reply.scored, strict=True):
-        if asked.request.return_text and outcome.text:
-            item["document"] = outcome.text
-    return {
-        "object": "list",
-        "data": data,
-        "model": reply.summary.model,
-        "usage": {"total_tokens": reply.num_tokens},
-    }
-
-
-async def answer_mixedbread(body: Fields, ask: Ask) -> Json:
-    top = "top_k" if "top_k" in body else "top_n"
-    asked = question(body, "input", top=top, return_text="return_input")
-    reply = await ask(asked)
-    data = reply.results("score")
-    for item, outcome in zip(data, reply.scored, strict=True):
-        if asked.request.return_text and outcome.text:
-            item["input"] = outcome.text
-    return {
-        "object": "list",
-        "data": data,
-        "model": reply.summary.model,
-        "usage": reply.usage,
-    }
-
-
+DOCUMENTS_PER_SEARCH_UNIT = 100  # Cohere bills so; its clients read the number
 MAX_PAIRS = 1000  # as many as one query may have passages
-MAX_QUERIES_AT_ONCE = 8  # of one call; a call should not fill the queue by itself
+# Lists that are counted before any value is read; other fields count only where a dialect knows them.
+LISTS = ("documents", "texts", "passages", "input", "pairs", "text_1", "text_2", "passage_ids", "stages")
 
-
-async def answer_score(body: Fields, ask: Ask) -> Json:
-    """One question per distinct query."""
-    field, pairs = _pairs(body)
-    if "stages" in body:
-        raise InvalidRequest("stages", "given", "none here: scores of different stages do not compare")
-    if len(pairs) > MAX_PAIRS:
-        raise InvalidRequest(field, f"{len(pairs)} of them", f"at most {MAX_PAIRS}")
-    by_query: dict[str, list[int]] = {}
-    for position, (query, _) in enumerate(pairs):
-        if not query:
-            where = "text_1" if isinstance(body.get("text_1"), str) else f"text_1[{position}]"
-            raise InvalidRequest(
-                f"pairs[{position}][0]" if field == "pairs" else where, "", "a query that is not empty"
-            )
-        by_query.setdefault(query, []).append(position)
-    places = asyncio.Semaphore(MAX_QUERIES_AT_ONCE)
-
-    async def ask_one(query: str, positions: list[int]) -> Answer:
-        texts = [pairs[position][1] for position in positions]
-        shared = {name: body.get(name) for name in ("model", "instruction", "compression_ratio", "return_margins")}
-        asked = question(Fields({**shared, "query": query, "documents": texts}), "documents")
-        request = dataclasses.replace(asked.request, one_ratio=True)
-        async with places:
-            return await ask(asked.replace(request=request, candidates_field=field, positions=tuple(positions)))
-
-    tasks = [asyncio.ensure_future(ask_one(query, positions)) for query, positions in by_query.items()]
-    try:
-        replies = await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-    scores: dict[int, dict[str, Any]] = {}
-    for reply, positions in zip(replies, by_query.values(), strict=True):
-        for outcome in reply.scored:
-            score: dict[str, Any] = {"index": positions[outcome.index], "object": "score", "score": outcome.score}
-            if reply.question.return_margins:
-                score |= {"margin": outcome.margin, "compression_ratio": outcome.compression_ratio}
-                score |= {"truncated": True} if outcome.index in reply.cut else {}
-            scores[positions[outcome.index]] = score
-    num_tokens = sum(reply.num_tokens for reply in replies)
-    return {
-        "id": replies[0].request_id,
-        "object": "list",
-        "data": [scores[position] for position in range(len(pairs))],
-        "model": replies[0].summary.model,
-        "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
-    }
-
-
-def _pairs(body: Fields) -> tuple[str, list[tuple[str, str]]]:
-    """The field that holds the passages, and (query, passage) pairs."""
-    if "pairs" in body:
-        return "pairs", [_pair(item, f"pairs[{i}]") for i, item in _some(body.items("pairs"), "pairs")]
-    queries, passages = _one_or_more(body, "text_1"), _one_or_more(body, "text_2")
-    if len(queries) == 1:
-        queries = queries * len(passages)
-    if len(queries) != len(passages):
-        raise InvalidRequest("text_2", f"{len(passages)} texts", f"{len(queries)}, as many as text_1, or one text_1")
-    return "text_2", list(zip(queries, passages, strict=True))
-
-
-def _pair(item: object, where: str) -> tuple[str, str]:
-    if not isinstance(item, list) or len(item) != 2:
-        raise InvalidRequest(where, "not that", "a list of two strings, query and passage")
-    return as_text(item[0], f"{where}[0]"), as_text(item[1], f"{where}[1]")
-
-
-def _one_or_more(body: Fields, name: str) -> list[str]:
-    if isinstance(body.get(name), list):
-        return [as_text(item, f"{name}[{i}]") for i, item in _some(body.items(name), name)]
-    return [body.needed_text(name)]
-
-
-def _some(items: list[Any] | None, name: str) -> list[tuple[int, Any]]:
-    if not items:
-        raise InvalidRequest(name, "empty", "at least one")
-    return list(enumerate(items))
-
-
-DOCUMENTS_PER_SEARCH_UNIT = 100  # Cohere bills so; clients of it read the number
-
-
-async def answer_superset(body: Fields, ask: Ask) -> Json:
-    return pack(await ask(question(body, "documents")))
-
-
-async def answer_infinity(body: Fields, ask: Ask) -> Json:
-    """infinity's shape of it: a document is a string, and raw_scores gives margins."""
-    reply = await ask(question(body, "documents"))
-    packed = pack(reply)
-    for result, outcome in zip(packed["results"], reply.scored, strict=True):
-        if "document" in result:
-            result["document"] = outcome.text
-        if body.flag("raw_scores"):
-            result["relevance_score"] = outcome.margin
-    return packed
-
-
-def pack(answer_superset: Answer) -> dict[str, Any]:
-    results = answer_superset.results("relevance_score")
-    for result, outcome in zip(results, answer_superset.scored, strict=True):
-        if answer_superset.question.request.return_text and outcome.text:
-            result["document"] = {"text": outcome.text}
-    num_documents = len(answer_superset.question.request.candidates)
-    meta: dict[str, Any] = {
-        "api_version": {"version": "2"},
-        "billed_units": {"search_units": math.ceil(num_documents / DOCUMENTS_PER_SEARCH_UNIT)},
-        "tokens": {"input_tokens": answer_superset.num_tokens, "output_tokens": 0},
-    }
-    if warnings := answer_superset.warnings():
-        meta["warnings"] = warnings
-    return {
-        "id": answer_superset.request_id,
-        "object": "rerank",
-        "created": int(time.time()),
-        "model": answer_superset.summary.model,
-        "results": results,
-        "usage": answer_superset.usage,
-        "meta": meta,
-    }
+RefuseLong = Annotated[Flag, Meta(description="false: reject a text that is too long")]
+Score = Annotated[float, Meta(ge=0, le=1)]
 
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
     """How one family of clients is answered."""
 
-    name: str
-    answer: Callable[[Fields, Ask], Awaitable[Json]]
+    body: type[Struct]
+    parse: Callable[[Any], list[DialectRequest]]
+    pack: Callable[[Sequence[DialectResponse]], Any]
 
 
-TEI = Dialect("tei", answer_tei)
-NIM = Dialect("nim", answer_nim)
-VOYAGE = Dialect("voyage", answer_voyage)
-MIXEDBREAD = Dialect("mixedbread", answer_mixedbread)
-SCORE = Dialect("score", answer_score)
-INFINITY = Dialect("infinity", answer_infinity)
-SUPERSET = Dialect("superset", answer_superset)
-
-FORCED = {"tei": TEI, "voyage": VOYAGE, "infinity": INFINITY}  # by the first part of the path
+# Cohere, Jina, vLLM, llama.cpp, infinity and the 4D AI Kit share one answer: each reads its part of it.
 
 
-# A string may be cut off. Were its end required, one of escaped quotes would be looked for from each of them again.
+class _RerankRequest(RerankBody, kw_only=True):
+    raw_scores: Annotated[Flag, Meta(description="Behind /infinity: margins in place of scores")] = None
+
+
+class _DocumentText(Struct):
+    text: str
+
+
+class _RerankRank(Rank, kw_only=True):
+    relevance_score: Annotated[float, Meta(description="In [0, 1]; a margin with infinity's raw_scores")]
+    document: Annotated[
+        _DocumentText | str | UnsetType, Meta(description="With return_documents; a string for infinity")
+    ] = UNSET
+
+
+class _RerankMeta(Struct, kw_only=True):
+    api_version: dict[str, str]
+    billed_units: dict[str, int]
+    tokens: dict[str, int]
+    warnings: Annotated[list[str] | UnsetType, Meta(description="Candidates that were not scored, and why")] = UNSET
+
+
+class _RerankAnswer(Struct, kw_only=True, tag_field="object", tag="rerank"):
+    """`object` is never "list", which one client rejects; no field is an empty string, on which one SDK raises."""
+
+    id: str
+    created: int
+    model: str
+    results: list[_RerankRank]
+    usage: Usage
+    meta: _RerankMeta
+
+
+def _parse_rerank(body: _RerankRequest) -> list[DialectRequest]:
+    return [body.request()]
+
+
+def _parse_infinity(body: _RerankRequest) -> list[DialectRequest]:
+    return [body.request(raw_scores=body.raw_scores or False)]
+
+
+def _pack_infinity(responses: Sequence[DialectResponse]) -> _RerankAnswer:
+    (response,) = responses
+    num_units = math.ceil(len(response.asked.request.candidates) / DOCUMENTS_PER_SEARCH_UNIT)
+    return _RerankAnswer(
+        id=response.request_id,
+        created=int(time.time()),
+        model=response.summary.model,
+        results=response.ranks(_RerankRank, "relevance_score", "document"),
+        usage=response.usage,
+        meta=_RerankMeta(
+            api_version={"version": "2"},
+            billed_units={"search_units": num_units},
+            tokens={"input_tokens": response.num_tokens, "output_tokens": 0},
+            warnings=response.warnings() or UNSET,
+        ),
+    )
+
+
+def _pack_rerank(responses: Sequence[DialectResponse]) -> _RerankAnswer:
+    answer = _pack_infinity(responses)
+    for rank in answer.results:
+        if isinstance(rank.document, str):
+            rank.document = _DocumentText(rank.document)
+    return answer
+
+
+# Text Embeddings Inference: `texts` in, a flat list out, best first.
+
+
+class _Direction(Word):
+    words = ("Right", "Left", "right", "left")
+
+
+class _TeiRequest(RerankBody, kw_only=True):
+    documents: Documents = field(name="texts", default=None)
+    return_documents: Flag = field(name="return_text", default=None)
+    raw_scores: Annotated[Flag, Meta(description="Margins in place of scores")] = None
+    truncate: RefuseLong = None
+    truncation_direction: _Direction | None = None
+
+
+class _TeiRank(Rank, kw_only=True):
+    score: float
+    text: str | UnsetType = UNSET
+
+
+def _parse_tei(body: _TeiRequest) -> list[DialectRequest]:
+    """Absent `truncate` cuts what is too long, as TEI does by default."""
+    request = body.request(
+        "texts",
+        raw_scores=body.raw_scores or False,
+        refuse_truncated=body.truncate is False,
+        keep_end=body.truncation_direction == "left",
+    )
+    return [request]
+
+
+def _pack_tei(responses: Sequence[DialectResponse]) -> list[_TeiRank]:
+    return responses[0].ranks(_TeiRank, "score", "text")
+
+
+# NVIDIA NIM: query and passages are objects with `text`, and logits come back.
+
+
+class _Truncate(Word):
+    words = ("NONE", "END", "none", "end")
+
+
+class _NimRequest(RerankBody, kw_only=True):
+    documents: Documents = field(name="passages", default=None)
+    truncate: _Truncate | None = None
+
+
+class _NimRank(Rank, kw_only=True):
+    logit: float
+
+
+class _NimAnswer(Struct):
+    rankings: list[_NimRank]
+
+
+def _parse_nim(body: _NimRequest) -> list[DialectRequest]:
+    return [body.request("passages", raw_scores=True, refuse_truncated=body.truncate == "none")]
+
+
+def _pack_nim(responses: Sequence[DialectResponse]) -> _NimAnswer:
+    return _NimAnswer(responses[0].ranks(_NimRank, "logit"))
+
+
+# Voyage: `top_k`, `truncation`, and documents as plain strings.
+
+
+class _VoyageRequest(RerankBody, kw_only=True):
+    top_k: Top = None
+    truncation: RefuseLong = None
+
+
+class _VoyageRank(Rank, kw_only=True):
+    relevance_score: Score
+    document: str | UnsetType = UNSET
+
+
+class _VoyageAnswer(Struct, kw_only=True, tag_field="object", tag="list"):
+    data: list[_VoyageRank]
+    model: str
+    usage: Usage
+
+
+def _parse_voyage(body: _VoyageRequest) -> list[DialectRequest]:
+    return [body.request(top_k=body.top_k, refuse_truncated=body.truncation is False)]
+
+
+def _pack_voyage(responses: Sequence[DialectResponse]) -> _VoyageAnswer:
+    (response,) = responses
+    ranks = response.ranks(_VoyageRank, "relevance_score", "document")
+    return _VoyageAnswer(data=ranks, model=response.summary.model, usage=Usage(total_tokens=response.num_tokens))
+
+
+# mixedbread: `input` in, `data` out.
+
+
+class _MixedbreadRequest(RerankBody, kw_only=True):
+    documents: Documents = field(name="input", default=None)
+    top_k: Top = None
+    return_documents: Flag = field(name="return_input", default=None)
+
+
+class _MixedbreadRank(Rank, kw_only=True):
+    score: Score
+    input: str | UnsetType = UNSET
+
+
+class _MixedbreadAnswer(Struct, kw_only=True, tag_field="object", tag="list"):
+    data: list[_MixedbreadRank]
+    model: str
+    usage: Usage
+
+
+def _parse_mixedbread(body: _MixedbreadRequest) -> list[DialectRequest]:
+    return [body.request("input", top_k=body.top_k)]
+
+
+def _pack_mixedbread(responses: Sequence[DialectResponse]) -> _MixedbreadAnswer:
+    (response,) = responses
+    ranks = response.ranks(_MixedbreadRank, "score", "input")
+    return _MixedbreadAnswer(data=ranks, model=response.summary.model, usage=response.usage)
+
+
+# Scores of pairs, in their order: `text_1` and `text_2` as vLLM has them, or `pairs`. One request per distinct query.
+
+
+class _ScoreRequest(Struct, kw_only=True):
+    model: Text | None = None
+    instruction: Text | None = None
+    compression_ratio: Count | None = None
+    return_margins: Flag = None
+    stages: Annotated[Any, Meta(description="Not taken: scores of different stages do not compare")] = None
+
+
+class _TextsRequest(_ScoreRequest, kw_only=True):
+    text_1: Texts
+    text_2: Texts
+
+
+class _PairsRequest(_ScoreRequest, kw_only=True):
+    pairs: list[tuple[Text, Text]]
+
+
+class _PairScore(Rank, kw_only=True, tag_field="object", tag="score"):
+    score: Score
+
+
+class _ScoreAnswer(Struct, kw_only=True, tag_field="object", tag="list"):
+    id: str
+    data: list[_PairScore]
+    model: str
+    usage: Usage
+
+
+def _parse_texts(body: _TextsRequest) -> list[DialectRequest]:
+    for name, texts in (("text_1", body.text_1), ("text_2", body.text_2)):
+        if not texts:
+            raise InvalidRequest(name, "empty", "at least one")
+    queries, passages = body.text_1, body.text_2
+    if len(queries) == 1:
+        queries = Texts(queries * len(passages))
+    if len(queries) != len(passages):
+        raise InvalidRequest("text_2", f"{len(passages)} texts", f"{len(queries)}, as many as text_1, or one text_1")
+    if "" in queries:
+        at = () if body.text_1.is_one else (queries.index(""),)
+        raise InvalidRequest(("text_1", *at), "", "a query that is not empty")
+    return _parse_scores(body, "text_2", list(zip(queries, passages, strict=True)))
+
+
+def _parse_pairs(body: _PairsRequest) -> list[DialectRequest]:
+    if not body.pairs:
+        raise InvalidRequest("pairs", "empty", "at least one")
+    for i, (query, _) in enumerate(body.pairs):
+        if not query:
+            raise InvalidRequest(("pairs", i, 0), "", "a query that is not empty")
+    return _parse_scores(body, "pairs", body.pairs)
+
+
+def _parse_scores(body: _ScoreRequest, name: str, pairs: Sequence[tuple[str, str]]) -> list[DialectRequest]:
+    if body.stages is not None:
+        raise InvalidRequest("stages", "given", "none here: scores of different stages do not compare")
+    if len(pairs) > MAX_PAIRS:
+        raise InvalidRequest(name, f"{len(pairs)} of them", f"at most {MAX_PAIRS}")
+    positions: dict[str, list[int]] = {}
+    for position, (query, _) in enumerate(pairs):
+        positions.setdefault(query, []).append(position)
+    shared: dict[str, Any] = {one: getattr(body, one) for one in _ScoreRequest.__struct_fields__}
+    requests = []
+    for query, own in positions.items():
+        documents: Documents = [pairs[position][1] for position in own]
+        request = RerankBody(query=Query(query), documents=documents, **shared).request(name, positions=tuple(own))
+        one_ratio = dataclasses.replace(request.request, one_ratio=True)
+        requests.append(dataclasses.replace(request, request=one_ratio))
+    return requests
+
+
+def _pack_scores(responses: Sequence[DialectResponse]) -> _ScoreAnswer:
+    scores = [score for response in responses for score in response.ranks(_PairScore, "score")]
+    num_tokens = sum(response.num_tokens for response in responses)
+    return _ScoreAnswer(
+        id=responses[0].request_id,
+        data=sorted(scores, key=lambda score: score.index),
+        model=responses[0].summary.model,
+        usage=Usage(prompt_tokens=num_tokens, total_tokens=num_tokens),
+    )
+
+
+TEI = Dialect(_TeiRequest, _parse_tei, _pack_tei)
+NIM = Dialect(_NimRequest, _parse_nim, _pack_nim)
+VOYAGE = Dialect(_VoyageRequest, _parse_voyage, _pack_voyage)
+MIXEDBREAD = Dialect(_MixedbreadRequest, _parse_mixedbread, _pack_mixedbread)
+TEXTS = Dialect(_TextsRequest, _parse_texts, _pack_scores)
+PAIRS = Dialect(_PairsRequest, _parse_pairs, _pack_scores)
+INFINITY = Dialect(_RerankRequest, _parse_infinity, _pack_infinity)
+RERANK = Dialect(_RerankRequest, _parse_rerank, _pack_rerank)
+
+SCHEMAS = {
+    "RerankRequest": _RerankRequest, "RerankAnswer": _RerankAnswer,
+    "TeiRequest": _TeiRequest, "TeiAnswer": list[_TeiRank],
+    "NimRequest": _NimRequest, "NimAnswer": _NimAnswer,
+    "VoyageRequest": _VoyageRequest, "VoyageAnswer": _VoyageAnswer,
+    "MixedbreadRequest": _MixedbreadRequest, "MixedbreadAnswer": _MixedbreadAnswer,
+    "ScoreRequest": (_TextsRequest, _PairsRequest), "ScoreAnswer": _ScoreAnswer,
+}  # fmt: skip
+REQUESTS = tuple(name for name in SCHEMAS if name.endswith("Request"))
+ANSWERS = tuple(name for name in SCHEMAS if name.endswith("Answer"))
+
+# In front of any path: these clients get their dialect whatever the body looks like.
+PREFIXES = {"/tei": TEI, "/voyage": VOYAGE, "/infinity": INFINITY}
+
+
+def pick(fields: Mapping[str, object], path: str = "") -> Dialect:
+    """The dialect of a body: by the path's prefix, else by the body's fields, of which the first match counts."""
+    has = {name for name, value in fields.items() if value is not None}
+    if forced := next((dialect for prefix, dialect in PREFIXES.items() if path.startswith(prefix + "/")), None):
+        return forced
+    if "texts" in has:
+        return TEI
+    if "passages" in has:
+        return NIM
+    if "input" in has:  # before Voyage, with which it shares top_k
+        return MIXEDBREAD
+    if "pairs" in has:
+        return PAIRS
+    if "text_1" in has:
+        return TEXTS
+    if "truncation" in has or ("top_k" in has and "top_n" not in has):
+        return VOYAGE
+    return RERANK
+
+
+# A string may be cut off. Were its end required, a search for one of escaped quotes would start again at each of them.
 _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"?|[\[\]{}:,]', re.DOTALL)
 
 
@@ -487,19 +390,20 @@ def guess(data: bytes) -> Dialect:
         elif token == b":" and depth == 1:
             names[last[1:-1].decode(errors="replace")] = True
         last = token
-    return pick(Fields(names))
+    return pick(names)
 
 
-def pick(body: Fields) -> Dialect:
-    """By what the body has, as wire.md's table says; first match counts."""
-    if "texts" in body:
-        return TEI
-    if "passages" in body:
-        return NIM
-    if "input" in body:  # before Voyage, with which it shares top_k
-        return MIXEDBREAD
-    if "text_1" in body or "pairs" in body:
-        return SCORE
-    if "truncation" in body or ("top_k" in body and "top_n" not in body):
-        return VOYAGE
-    return SUPERSET
+def parse(dialect: Dialect, document: Mapping[str, Any], limit: int) -> list[DialectRequest]:
+    """A body's requests.
+
+    Args:
+        limit: of every list; counted before any of them is read.
+
+    Raises:
+        InvalidRequest: the first field that does not fit.
+    """
+    for name in LISTS:
+        value = document.get(name)
+        if isinstance(value, list) and len(value) > limit:
+            raise InvalidRequest(name, f"{len(value)} of them", f"1..{limit}")
+    return dialect.parse(read(dialect.body, document))

@@ -1,13 +1,14 @@
-"""What went wrong, as a status, headers and a JSON body. Two shapes: TEI's, and everybody else's.
-
-Knows the errors of the engine, the store and the encoder worker; does not know requests.
-"""
+"""Failed requests as a status, headers and a JSON body, in one of two shapes: TEI's, and that of everybody else."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
+import msgspec
+from msgspec import Struct
 from starlette.responses import Response
 
 from cache.errors import (
@@ -20,21 +21,33 @@ from cache.errors import (
     StoreLocked,
     StoreUnavailable,
 )
-from decoder_server.edge.http.body import TooLarge, render
+from decoder_server.edge.http.json_documents import dumps
 from preread import errors
 
-RETRY_SECONDS = 1.0  # where nobody knows better
+RETRY_SECONDS = 1.0  # where the cause says nothing
 
 
-_BY_STATUS = {
-    401: ("authentication_error", "invalid_api_key"),
-    403: ("permission_error", "permission_denied"),
-    404: ("not_found_error", "path_not_found"),
-    405: ("invalid_request_error", "method_not_allowed"),
-    408: ("timeout_error", "request_timeout"),
-    415: ("invalid_request_error", "unsupported_media_type"),
-    431: ("invalid_request_error", "header_too_large"),
-}
+class _ErrorDetail(Struct, kw_only=True):
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class _ErrorAnswer(Struct, kw_only=True):
+    """An error as all dialects but TEI's read it: each its own part."""
+
+    error: _ErrorDetail
+    message: str
+    detail: str
+
+
+class _TeiError(Struct, kw_only=True):
+    error: str
+    error_type: Literal["unhealthy", "backend", "overloaded", "validation"]
+
+
+SCHEMAS = {"Error": _ErrorAnswer, "TeiError": _TeiError}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,95 +62,82 @@ class Problem:
     retry_after_seconds: float | None = None
 
 
-class HttpError(Exception):
-    """Raised at the edge itself: a body too large, a client that left."""
+LEFT = Problem(499, "client_error", "client_closed_request", "the client closed the connection")
+TOO_SLOW = Problem(408, "timeout_error", "request_timeout", "the request body did not arrive in time")
+# Nothing of the cause, which is for the log.
+INTERNAL = Problem(500, "internal_error", "internal_error", "internal error; the log has it under x-request-id")
+CROWDED = Problem(
+    429,
+    "overloaded_error",
+    "too_many_connections",
+    "too many connections; try again, or use fewer connections for more requests each",
+    retry_after_seconds=RETRY_SECONDS,
+)
 
-    def __init__(self, status: int, kind: str, code: str, message: str) -> None:
-        super().__init__(message)
-        self.problem = Problem(status, kind, code, message)
+_BY_STATUS = {
+    401: ("authentication_error", "invalid_api_key"),
+    403: ("permission_error", "permission_denied"),
+    404: ("not_found_error", "path_not_found"),
+    405: ("invalid_request_error", "method_not_allowed"),
+    408: ("timeout_error", "request_timeout"),
+    415: ("invalid_request_error", "unsupported_media_type"),
+    431: ("invalid_request_error", "header_too_large"),
+}
+
+
+class HttpError(Exception):
+    """A request that fails at this edge: its body is too large, its client left."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.message)
+        self.problem = problem
 
 
 def problem(error: Exception) -> Problem | None:
-    """How an error reads over HTTP; None for one that nobody foresaw."""
+    """An error of this edge, an engine, the store or the encoder worker; None for any other."""
     match error:
         case HttpError():
             return error.problem
-        case TooLarge():
-            return Problem(413, "invalid_request_error", "body_too_large", str(error))
         case errors.PrereadError():
-            return _worker(error) if error.address else _engine(error)
+            return _of_call(error)
         case CacheError():
-            return _store(error)
+            return _of_store(error)
     return None
 
 
-def internal() -> Problem:
-    """Says nothing of the cause: that is for the log."""
-    return Problem(500, "internal_error", "internal_error", "internal error; the log has it under x-request-id")
-
-
-def crowded() -> Problem:
-    """More connections than this server takes."""
-    message = "too many connections; try again, or use fewer connections for more requests each"
-    return Problem(429, "overloaded_error", "too_many_connections", message, retry_after_seconds=RETRY_SECONDS)
-
-
-def stranger(code: str, message: str) -> Problem:
-    """Asked under a name, or from a web page, that this server does not answer to."""
-    return Problem(403, "permission_error", code, message)
-
-
 def by_status(status: int, message: str) -> Problem:
-    """For what the router and the guard at the door say: no such path, not this method, no key."""
+    """A status of the router or of the guards before it: no such path, not this method, no key."""
     kind, code = _BY_STATUS.get(status, ("invalid_request_error", "bad_request"))
     return Problem(status, kind, code, message)
 
 
-def refusal(status: int, message: str) -> tuple[str, bytes]:
-    """Content type and body of the answer to bytes that are no request."""
-    response = respond(by_status(status, message))
-    return "application/json", bytes(response.body)
-
-
-def respond(problem: Problem, *, tei: bool = False, headers: dict[str, str] | None = None) -> Response:
-    """The answer."""
+def respond(problem: Problem, *, tei: bool = False, headers: Mapping[str, str] | None = None) -> Response:
+    """The response, in TEI's shape or in the common one."""
     message = problem.message or problem.code
-    body: dict[str, object]
+    body: _TeiError | _ErrorAnswer
     if tei:
-        body = {"error": message, "error_type": _tei_type(problem.status)}
+        body = _TeiError(error=message, error_type=_tei_type(problem.status))
     else:
-        error = {"message": message, "type": problem.kind, "param": problem.param, "code": problem.code}
-        body = {"error": error, "message": message, "detail": message}
+        detail = _ErrorDetail(message=message, type=problem.kind, param=problem.param, code=problem.code)
+        body = _ErrorAnswer(error=detail, message=message, detail=message)
     headers = dict(headers or {})
     if problem.status == 401:
         headers["www-authenticate"] = "Bearer"
     if problem.retry_after_seconds is not None:
-        # Whole seconds for everybody; milliseconds for the clients that read them. Never 0: that is a busy loop.
+        # Whole seconds for everybody, milliseconds for clients that read them. Never 0, which is a busy loop.
         headers["retry-after"] = str(max(1, math.ceil(problem.retry_after_seconds)))
         headers["retry-after-ms"] = str(max(1, math.ceil(problem.retry_after_seconds * 1000)))
-    return Response(render(body), problem.status, headers, "application/json")
+    return Response(dumps(msgspec.to_builtins(body)), problem.status, headers, "application/json")
 
 
-def _engine(error: errors.PrereadError) -> Problem:
-    message = str(error)
-    match error:
-        case errors.InvalidRequest():
-            return Problem(400, "invalid_request_error", "invalid_value", message, error.field)
-        case errors.NotFound():
-            return Problem(404, "not_found_error", f"{error.resource_type}_not_found", message, error.resource_type)
-        case errors.FailedPrecondition():
-            # Not 409, which clients try again.
-            return Problem(400, "failed_precondition_error", error.reason.lower(), message)
-        case errors.Overloaded():
-            seconds = error.retry_after_seconds or RETRY_SECONDS
-            return Problem(429, "overloaded_error", "overloaded", message, retry_after_seconds=seconds)
-        case errors.DeadlineExceeded():
-            return Problem(504, "timeout_error", "deadline_exceeded", message)
-    return _unavailable(message)
+def refusal(status: int, message: str) -> tuple[str, bytes]:
+    """Content type and body of the response to bytes that are no request."""
+    return "application/json", bytes(respond(by_status(status, message)).body)
 
 
-def _worker(error: errors.PrereadError) -> Problem:
-    message = f"encoder worker: {error}"
+def _of_call(error: errors.PrereadError) -> Problem:
+    """An error of an engine, or of the encoder worker, which has an address."""
+    message = f"encoder worker: {error}" if error.address else str(error)
     match error:
         case errors.InvalidRequest():
             param = error.violations[0].field if error.violations else None
@@ -145,27 +145,27 @@ def _worker(error: errors.PrereadError) -> Problem:
         case errors.NotFound():
             kind = error.resource_type or "resource"
             return Problem(404, "not_found_error", f"{kind}_not_found", str(error), kind)
-        case errors.FailedPrecondition():
+        case errors.FailedPrecondition():  # not 409, which clients try again
             return Problem(400, "failed_precondition_error", (error.reason or "refused").lower(), str(error))
         case errors.Overloaded():
             seconds = error.retry_after_seconds or RETRY_SECONDS
             return Problem(429, "overloaded_error", "overloaded", message, retry_after_seconds=seconds)
-        case errors.Unavailable():
-            return _unavailable(message)
         case errors.DeadlineExceeded():
             return Problem(504, "timeout_error", "deadline_exceeded", message)
-    # Of a bug over there only that it is one: an exception's own text is for its log.
+        case errors.Unavailable():
+            return _unavailable(message)
+    # A bug of the worker: the text of its exception is for its log.
     return Problem(500, "internal_error", "encoder_failed", "the encoder worker failed; its log has the cause")
 
 
-def _store(error: CacheError) -> Problem:
+def _of_store(error: CacheError) -> Problem:
     message = str(error)
     match error:
         case CollectionNotFound():
             return Problem(404, "not_found_error", "collection_not_found", message, "collection")
         case InvalidName() | CollectionExists():
             return Problem(400, "invalid_request_error", "invalid_value", message, "collection")
-        case StoreUnavailable() | StoreLocked() | StoreAccessDenied() | StoreFull():  # nothing the caller can mend
+        case StoreUnavailable() | StoreLocked() | StoreAccessDenied() | StoreFull():
             return _unavailable(message)
     return Problem(500, "internal_error", "store_failed", message)
 
@@ -174,5 +174,7 @@ def _unavailable(message: str) -> Problem:
     return Problem(503, "unavailable_error", "unavailable", message, retry_after_seconds=RETRY_SECONDS)
 
 
-def _tei_type(status: int) -> str:
-    return {429: "overloaded", 503: "unhealthy"}.get(status, "backend" if status >= 500 else "validation")
+def _tei_type(status: int) -> Literal["unhealthy", "backend", "overloaded", "validation"]:
+    if status in (429, 503):
+        return "overloaded" if status == 429 else "unhealthy"
+    return "backend" if status >= 500 else "validation"

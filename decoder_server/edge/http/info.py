@@ -1,112 +1,171 @@
-"""GET endpoints about the server itself: models, limits, health. Each in the words of the clients that read it."""
+"""Endpoints about the server: models, limits, health, metrics and the API; and the page at /, whose files are plain.
+
+Each answers in the words of the clients that read it: OpenAI's, TEI's and infinity's.
+"""
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
+import asyncio
+from importlib.resources import files
 from typing import Any
 
+from msgspec import UNSET, Struct, UnsetType
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 
-from decoder_server.edge.http.body import render
-from decoder_server.edge.http.context import context
+from decoder_server.edge.engines import model_info, package_version
+from decoder_server.edge.http.context import context, respond
+from decoder_server.edge.http.openapi import Operation
 from decoder_server.engine.engine import Engine
 from preread.errors import Unavailable
 
 CREATED = 1735689600  # the list of models has to have a date; 2025-01-01
 
+_TYPES = {"page.html": "text/html", "page.js": "text/javascript", "page.css": "text/css", "icon.svg": "image/svg+xml"}
+_HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-cache",
+}
+_FILES = {name: files(__package__).joinpath("page", name).read_bytes() for name in _TYPES}
 
-async def models(request: Request) -> Response:
-    """OpenAI's list of models, with our facts beside it."""
+
+class _Facts(Struct, kw_only=True):
+    """What every description of a model has, next to the fields of a client."""
+
+    backend: str
+    checkpoint: str
+    fingerprint: str | None
+    dim: int | None
+    notice: str | None
+    dtype: str
+    device: str
+    default_instruction: str | None
+    default_compression_ratio: int
+    max_query_tokens: int
+    max_passage_tokens: int
+    max_candidates: int
+    encodes_on_demand: bool
+
+
+class _Model(_Facts, kw_only=True, tag_field="object", tag="model"):
+    id: str
+    created: int = CREATED
+    owned_by: str
+    capabilities: list[str]
+    stats: dict[str, int]
+
+
+class _Models(Struct, kw_only=True, tag_field="object", tag="list"):
+    data: list[_Model]
+
+
+class _Info(_Facts, kw_only=True):
+    model_id: str
+    model_sha: None = None
+    model_dtype: str
+    model_type: dict[str, Any]
+    max_concurrent_requests: int
+    max_input_length: int
+    max_batch_tokens: int
+    max_client_batch_size: int
+    auto_truncate: bool = True
+    tokenization_workers: int = 1
+    version: str
+    max_body_bytes: int
+
+
+class _State(Struct, kw_only=True):
+    status: str
+    degraded: str | UnsetType = UNSET
+
+
+async def _models(request: Request) -> Response:
     path = request.url.path
-    # infinity's client asks here, and rejects any other owner.
+    # infinity's client reads /models, and rejects any other owner.
     owner = "infinity" if path == "/models" or path.startswith("/infinity/") else "preread"
-    data = [
-        {
-            "id": engine.name,
-            "object": "model",
-            "created": CREATED,
-            "owned_by": owner,
-            "capabilities": ["rerank"],
-            "stats": {"num_requests": engine.admission.num_requests, "num_refused": engine.admission.num_refused},
+    models = [
+        _Model(
+            id=engine.name,
+            owned_by=owner,
+            capabilities=["rerank"],
+            stats={"num_requests": engine.admission.num_requests, "num_refused": engine.admission.num_refused},
             **_facts(engine),
-        }
+        )
         for engine in context(request).engines.values()
     ]
-    return _json({"object": "list", "data": data})
+    return await respond(_Models(data=models))
 
 
-async def info(request: Request) -> Response:
-    """TEI's description of the first model, with our facts beside it."""
+async def _info(request: Request) -> Response:
     here = context(request)
     engine = here.engine("")
-    facts = _facts(engine)
-    return _json(
-        {
-            "model_id": engine.name,
-            "model_sha": None,
-            "model_dtype": engine.backend.dtype_name,
-            "model_type": {"reranker": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}},
-            "max_concurrent_requests": engine.limits.max_queue_requests,
-            "max_input_length": engine.backend.settings.max_passage_tokens,
-            "max_batch_tokens": engine.limits.max_queue_tokens,
-            "max_client_batch_size": engine.limits.max_candidates,
-            "auto_truncate": True,
-            "tokenization_workers": 1,
-            "version": package_version(),
-            "max_body_bytes": here.config.max_body_bytes,
-            **facts,
-        }
+    info = _Info(
+        model_id=engine.name,
+        model_dtype=engine.backend.dtype_name,
+        model_type={"reranker": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}},
+        max_concurrent_requests=engine.limits.max_queue_requests,
+        max_input_length=engine.backend.settings.max_passage_tokens,
+        max_batch_tokens=engine.limits.max_queue_tokens,
+        max_client_batch_size=engine.limits.max_candidates,
+        version=package_version(),
+        max_body_bytes=here.config.max_body_bytes,
+        **_facts(engine),
     )
+    return await respond(info)
 
 
-async def live(request: Request) -> Response:
-    return _json({"status": "ok"})
+async def _live(request: Request) -> Response:
+    return await respond(_State(status="ok"))
 
 
-async def ready(request: Request) -> Response:
+async def _ready(request: Request) -> Response:
     """200 once a real forward pass has succeeded and every encoder has answered, until the server stops."""
     here = context(request)
     if here.unready:
         raise Unavailable(f"not ready: {here.unready}")
-    degraded = here.readiness.degraded
-    return _json({"status": "ready"} | ({"degraded": degraded} if degraded else {}))
+    return await respond(_State(status="ready", degraded=here.readiness.degraded or UNSET))
 
 
-async def metrics(request: Request) -> Response:
-    """Prometheus' text format."""
-    here = context(request)
-    text = await here.administer(generate_latest, here.registry)  # collectors may ask the store
+async def _metrics(request: Request) -> Response:
+    text = await asyncio.to_thread(generate_latest, context(request).registry)  # collectors may read the store
     return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
-def package_version() -> str:
-    try:
-        return version("preread")
-    except PackageNotFoundError:  # run from a checkout that nobody installed
-        return "0+unknown"
+async def _openapi(request: Request) -> Response:
+    return await respond(request.app.state.openapi)
+
+
+async def _file(request: Request) -> Response:
+    name = request.url.path.rpartition("/")[2] or "page.html"
+    return Response(_FILES[name], media_type=_TYPES[name], headers=_HEADERS)
 
 
 def _facts(engine: Engine) -> dict[str, Any]:
-    backend = engine.backend
-    identity = backend.identity()
-    return {
-        "backend": backend.name,
-        "checkpoint": backend.checkpoint_name,
-        "fingerprint": identity.fingerprint if identity is not None else None,
-        "dim": identity.dim if identity is not None else None,
-        "notice": backend.notice or None,
-        "dtype": backend.dtype_name,
-        "device": backend.device_name,
-        "default_instruction": backend.settings.default_instruction or None,
-        "default_compression_ratio": backend.settings.default_compression_ratio,
-        "max_query_tokens": backend.settings.max_query_tokens,
-        "max_passage_tokens": backend.settings.max_passage_tokens,
-        "max_candidates": engine.limits.max_candidates,
-        "encodes_on_demand": engine.encodes_on_demand,
+    info = model_info(engine)
+    facts = {name: getattr(info, name) for name in _Facts.__struct_fields__ if hasattr(info, name)}
+    return facts | {
+        "fingerprint": info.encoder.fingerprint if info.encoder is not None else None,
+        "dim": info.encoder.dim if info.encoder is not None else None,
+        "notice": info.notice or None,
+        "default_instruction": info.default_instruction or None,
     }
 
 
-def _json(document: object) -> Response:
-    return Response(render(document), media_type="application/json")
+SCHEMAS: dict[str, Any] = {"Models": _Models, "Info": _Info, "State": _State}
+OPERATIONS = (
+    Operation("GET", "/v1/models", _models, "listModels", "Models served", answers=("Models",)),
+    Operation("GET", "/models", _models, "listModelsShort", "Models served", answers=("Models",)),
+    Operation("GET", "/info", _info, "info", "The first model and the limits", answers=("Info",)),
+    Operation("GET", "/health", _live, "live", "The process answers", answers=("State",)),
+    Operation(
+        "GET", "/health/ready", _ready, "ready", "Ready: loaded, and every encoder has answered", answers=("State",)
+    ),
+    Operation("GET", "/metrics", _metrics, "metrics", "Prometheus metrics", answers=()),
+    Operation("GET", "/openapi.json", _openapi, "openapi", "This document"),
+)
+PAGE = [Route(path, _file) for path in ("/", "/page/page.js", "/page/page.css", "/page/icon.svg")]

@@ -1,19 +1,21 @@
-"""GET /openapi.json: the paths of the routing table, described. A test compares the two. Knows no engine."""
+"""/openapi.json, generated: paths from the table of operations, schemas from the structs that read and write bodies."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from decoder_server.edge.http.body import render
-from decoder_server.edge.http.info import package_version
-from decoder_server.edge.http.schemas import SCHEMAS
+from decoder_server.edge.engines import package_version
+from decoder_server.edge.http.bodies import Schema, schemas
 
-Schema = dict[str, Any]
+JSON = "application/json"
 
-ERRORS = {
+_ERRORS = {
     "400": "A field is out of range, or the request contradicts the state of the service",
     "401": "The API key is missing or unknown",
     "403": "The key has not the scope, or the host or origin is foreign",
@@ -21,91 +23,56 @@ ERRORS = {
     "408": "The header or the body did not arrive in time",
     "413": "The body is too large",
     "415": "The body is compressed, or a write is not JSON",
-    "429": "The queue is full; retry-after and retry-after-ms say when to come back",
-    "503": "Starting, stopping, or the store or encoder worker is away",
-    "504": "The request's time was up",
+    "429": "The queue is full; retry-after and retry-after-ms say when to try again",
+    "503": "Starting, stopping, or the store or encoder worker does not answer",
+    "504": "The deadline passed",
 }
-READ_HEADERS = {
-    "x-preread-read": "The ratio that was read, or the stages of a cascade: 32:100,4:20,1",
-    "x-preread-degraded": "Read coarser than asked: deadline or queue",
-    "x-preread-asked": "With x-preread-degraded: what would have been read",
-    "x-preread-stopped-early": "true: the deadline came before the last stage was through",
+_RERANK_HEADERS = {
+    "x-preread-read": "The ratio that was used, or the stages of a cascade: 32:100,4:20,1",
+    "x-preread-degraded": "Scored at a coarser ratio than requested: deadline or queue",
+    "x-preread-asked": "With x-preread-degraded: the ratio or stages without the pressure",
+    "x-preread-stopped-early": "true: the deadline ended the cascade before its last stage",
     "x-preread-query-truncated": "true: the query was cut to the model's limit",
     "x-preread-truncated": "Positions of the documents that were cut: 0,3; at most 500, then ...",
     "x-preread-empty": "Positions of the empty documents, which have the lowest score: 0,3; at most 500, then ...",
 }
-TAGS = {
-    "rerank": "Every reranking path takes every dialect: what the body has tells which one it is.",
-    "collections": "Passages that are read once and ranked by id afterwards.",
+_TAGS = {
+    "rerank": "Every reranking path takes every dialect: the fields of the body tell which one it is.",
+    "collections": "Passages that are encoded once and ranked by id afterwards.",
     "server": "Models, limits and health.",
 }
 
 
-async def serve(request: Request) -> Response:
-    from decoder_server.edge.http.app import PREFIXES, RERANK  # they need this module first
+@dataclass(frozen=True)
+class Operation:
+    """One method of one path: its endpoint and its description. Bodies are names of published schemas."""
 
-    return Response(render(document(RERANK, PREFIXES)), media_type="application/json")
+    method: str
+    path: str
+    endpoint: Callable[[Request], Awaitable[Response]]
+    name: str  # operationId
+    summary: str
+    tag: str = "server"
+    answers: tuple[str, ...] = ("Object",)  # (): text
+    bodies: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by media type
+    body_required: bool = True
+    query: Mapping[str, Schema] = field(default_factory=dict)
 
 
-def document(rerank_paths: tuple[str, ...], prefixes: tuple[str, ...]) -> Schema:
-    """The OpenAPI 3.1 document. Prefixed paths are named in the description, not repeated."""
+def document(operations: Iterable[Operation], prefixes: Iterable[str], published: Mapping[str, Any]) -> Schema:
+    """The OpenAPI 3.1 document.
+
+    Args:
+        operations: one per path and method; a path of a prefix is named in the description, not repeated.
+        published: types of the schemas by name.
+    """
     paths: dict[str, Schema] = {}
-    for path in rerank_paths:
-        plain = path.replace(":path", "")
-        parameters = [_parameter("model")] if "{model}" in plain else []
-        paths[plain] = {"post": _rerank(plain, parameters)}
-    collection, alias = _parameter("collection"), _parameter("alias")
-    passage = _parameter("passage_id")
-    paths |= {
-        "/v1/models": {"get": _operation("server", "listModels", "Models served", "Models")},
-        "/models": {"get": _operation("server", "listModelsShort", "Models served", "Models")},
-        "/info": {"get": _operation("server", "info", "The first model and the limits", "Info")},
-        "/health": {"get": _operation("server", "live", "The process answers", "State")},
-        "/health/ready": {
-            "get": _operation("server", "ready", "Ready: loaded, and every encoder has answered", "State")
-        },
-        "/metrics": {"get": _text(_operation("server", "metrics", "Prometheus metrics"))},
-        "/openapi.json": {"get": _operation("server", "openapi", "This document", "Object")},
-        "/v1/explain": {
-            "post": _operation("rerank", "explain", "A few candidates at every ratio, and what was attended to")
-            | {"requestBody": _body({"application/json": "Object"})}
-        },
-        "/v1/collections": {
-            "get": _operation("collections", "listCollections", "Every collection of the store", "Collections")
-        },
-        "/v1/collections/{collection}": {
-            "parameters": [collection],
-            "get": _operation("collections", "getCollection", "One collection, by name or alias", "Collection"),
-        },
-        "/v1/collections/{collection}/passages": {
-            "parameters": [collection],
-            "post": _operation("collections", "addPassages", "Encode and store passages", "Upload") | _upload_body(),
-            "delete": _operation("collections", "deletePassages", "Delete passages by id", "Deleted")
-            | {"requestBody": _body({"application/json": "DeleteRequest"}, required=False)}
-            | {
-                "parameters": [
-                    {
-                        "name": "id",
-                        "in": "query",
-                        "description": "In place of a body; may be repeated",
-                        "schema": {"type": "array", "items": {"type": "string"}},
-                    }
-                ]
-            },
-        },
-        "/v1/collections/{collection}/passages/{passage_id}": {
-            "parameters": [collection, passage],
-            "delete": _operation("collections", "deletePassage", "Delete one passage", "Deleted"),
-        },
-        "/v1/aliases": {"get": _operation("collections", "listAliases", "Aliases and what they mean", "Aliases")},
-        "/v1/aliases/{alias}": {
-            "parameters": [alias],
-            "put": _operation("collections", "setAlias", "Point an alias at a collection, in one step", "Alias")
-            | {"requestBody": _body({"application/json": "SetAliasRequest"})},
-            "delete": _operation("collections", "removeAlias", "Remove an alias", "AliasDeleted"),
-        },
-    }
-    forced = ", ".join(prefixes)
+    for operation in operations:
+        path = operation.path.replace(":path", "")
+        item = paths.setdefault(path, {})
+        if names := re.findall(r"{(\w+)}", path):
+            item["parameters"] = [_parameter(name, "path", {"type": "string"}, required=True) for name in names]
+        item[operation.method.lower()] = _described(operation)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -114,75 +81,47 @@ def document(rerank_paths: tuple[str, ...], prefixes: tuple[str, ...]) -> Schema
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
             "description": "Reranking from cached token states, in the dialects of Cohere, Jina, vLLM, llama.cpp, "
             "infinity, TEI, NIM, Voyage and mixedbread. Reranking paths also exist behind the prefixes "
-            f"{forced}, which force that dialect. Unknown fields are ignored; null is absent.",
+            f"{', '.join(prefixes)}, which force that dialect. Unknown fields are ignored; null is absent.",
         },
-        "tags": [{"name": name, "description": text} for name, text in TAGS.items()],
+        "tags": [{"name": name, "description": text} for name, text in _TAGS.items()],
         "paths": paths,
-        "components": {"schemas": SCHEMAS},
+        "components": {"schemas": {"Object": {"type": "object"}, **schemas(published)}},
     }
 
 
-def _rerank(path: str, parameters: list[Schema]) -> Schema:
-    requests = ("RerankRequest", "TeiRequest", "NimRequest", "VoyageRequest", "MixedbreadRequest", "ScoreRequest")
-    answers = ("RerankAnswer", "TeiAnswer", "NimAnswer", "VoyageAnswer", "MixedbreadAnswer", "ScoreAnswer")
-    operation = _operation("rerank", f"rerank{path.replace('/', '_')}".rstrip("}").replace("{", ""), "Rank passages")
-    timeout = {
-        "name": "x-request-timeout-ms",
-        "in": "header",
-        "description": "A shorter limit than the server's",
-        "schema": {"type": "number", "exclusiveMinimum": 0},
+def _described(operation: Operation) -> Schema:
+    headers: Schema = {"x-request-id": {"description": "The caller's, or a new one", "schema": {"type": "string"}}}
+    parameters = [_parameter(name, "query", schema) for name, schema in operation.query.items()]
+    errors = ["Error"]
+    if len(operation.answers) > 1:  # of every dialect
+        headers |= {name: {"description": text, "schema": {"type": "string"}} for name, text in _RERANK_HEADERS.items()}
+        timeout = {"type": "number", "exclusiveMinimum": 0}
+        parameters.append(_parameter("x-request-timeout-ms", "header", timeout, "A shorter limit than the server's"))
+        errors.append("TeiError")
+    content = _content({JSON: operation.answers} if operation.answers else {"text/plain": ()})
+    described: Schema = {
+        "tags": [operation.tag],
+        "operationId": operation.name,
+        "summary": operation.summary,
+        "responses": {"200": {"description": "Success", "headers": headers, "content": content}}
+        | {status: {"description": text, "content": _content({JSON: errors})} for status, text in _ERRORS.items()},
     }
-    operation["parameters"] = [*parameters, timeout]
-    operation["requestBody"] = {
-        "required": True,
-        "content": {"application/json": {"schema": {"anyOf": [_ref(name) for name in requests]}}},
-    }
-    operation["responses"]["200"] = _answer({"anyOf": [_ref(name) for name in answers]})
-    for name, says in READ_HEADERS.items():
-        operation["responses"]["200"]["headers"][name] = {"description": says, "schema": {"type": "string"}}
-    for status in ERRORS:
-        schema = {"anyOf": [_ref("Error"), _ref("TeiError")]}
-        operation["responses"][status]["content"] = {"application/json": {"schema": schema}}
-    return operation
+    if parameters:
+        described["parameters"] = parameters
+    if operation.bodies:
+        described["requestBody"] = {"required": operation.body_required, "content": _content(operation.bodies)}
+    return described
 
 
-def _operation(tag: str, operation_id: str, summary: str, answer: str = "Object") -> Schema:
-    responses: Schema = {"200": _answer(_ref(answer))}
-    for status, description in ERRORS.items():
-        content = {"application/json": {"schema": _ref("Error")}}
-        responses[status] = {"description": description, "content": content}
-    return {"tags": [tag], "operationId": operation_id, "summary": summary, "responses": responses}
+def _parameter(name: str, where: str, schema: Schema, description: str = "", *, required: bool = False) -> Schema:
+    parameter: Schema = {"name": name, "in": where, "schema": schema}
+    return parameter | ({"description": description} if description else {}) | ({"required": True} if required else {})
 
 
-def _text(operation: Schema) -> Schema:
-    operation["responses"]["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
-    return operation
-
-
-def _answer(schema: Schema) -> Schema:
-    header = {"x-request-id": {"description": "The caller's, or a new one", "schema": {"type": "string"}}}
-    return {"description": "Success", "headers": header, "content": {"application/json": {"schema": schema}}}
-
-
-def _upload_body() -> Schema:
-    settings = {"compression_ratio": "integer", "codec": "string", "store_text": "boolean"}
-    return {
-        "requestBody": _body({"application/json": "UploadRequest", "application/x-ndjson": "Passage"}),
-        "parameters": [
-            {"name": name, "in": "query", "description": "With NDJSON", "schema": {"type": kind}}
-            for name, kind in settings.items()
-        ],
-    }
-
-
-def _body(schemas: dict[str, str], *, required: bool = True) -> Schema:
-    content = {media: {"schema": _ref(name)} for media, name in schemas.items()}
-    return {"required": required, "content": content}
-
-
-def _parameter(name: str) -> Schema:
-    return {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-
-
-def _ref(name: str) -> Schema:
-    return {"$ref": f"#/components/schemas/{name}"}
+def _content(names: Mapping[str, Sequence[str]]) -> Schema:
+    """Published schemas by media type; none for text."""
+    content: Schema = {}
+    for media, several in names.items():
+        refs = [{"$ref": f"#/components/schemas/{name}"} for name in several]
+        content[media] = {"schema": ({"anyOf": refs} if len(refs) > 1 else refs[0]) if refs else {"type": "string"}}
+    return content

@@ -1,117 +1,152 @@
-"""The one endpoint behind every reranking path: read -> tell the dialect -> ask the engine -> answer.
-
-Does not know how a dialect looks.
-"""
+"""POST of every reranking path: read the body -> dialect -> engine -> dialect's answer; and /v1/explain."""
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import time
 from collections.abc import Sequence
+from typing import Any
 
+from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
-from decoder_server.edge.floor import every_scored, fail
-from decoder_server.edge.http import body
-from decoder_server.edge.http.context import Context, context, read_json, while_connected
-from decoder_server.edge.http.dialects import FORCED, MAX_PAIRS, Answer, Dialect, Question, check_counts, pick, shown
-from decoder_server.edge.http.fields import Fields
+from decoder_server.edge.engines import every_scored, unscored
+from decoder_server.edge.http import dialects
+from decoder_server.edge.http.bodies import Count, Text, read
+from decoder_server.edge.http.context import Context, context, deadline, read_json, respond, while_connected
+from decoder_server.edge.http.openapi import JSON, Operation
+from decoder_server.edge.http.requests import DialectRequest, DialectResponse, RerankBody, headers_of
 from decoder_server.engine.engine import Engine
-from preread.errors import FailedPrecondition, InvalidRequest
+from decoder_server.engine.explain import MAX_CANDIDATES, explain, first_ids
+from preread.errors import InvalidRequest
 from preread.types import RerankRequest, Summary
 from preread_edge.steps import SMALL_BYTES
 
+MAX_REQUESTS_AT_ONCE = 8  # of one body: it should not fill the queue alone
 
-async def rerank(request: Request) -> Response:
-    """POST of any dialect."""
+
+async def _rerank(request: Request) -> Response:
     here = context(request)
-    deadline = time.monotonic() + body.seconds_left(request, here.config.timeout_seconds)
-    fields = Fields(await read_json(request, deadline))
-    dialect = _dialect(request, fields)
-    request.state.dialect = dialect.name
-    if model := request.path_params.get("model"):  # NIM's path has it; a body that names one wins
-        fields = fields.or_else("model", model)
-
+    until = deadline(request)
+    body = read(dict[str, Any], await read_json(request, until))
+    dialect = dialects.pick(body, request.url.path)
+    request.state.dialect = dialect
+    if body.get("model") is None and "model" in request.path_params:  # NIM's path names it
+        body["model"] = request.path_params["model"]
     most = max((engine.limits.max_candidates for engine in here.engines.values()), default=0)
-    check_counts(fields, max(most, MAX_PAIRS))
-    replies: list[Answer] = []
-
-    async def ask(question: Question) -> Answer:
-        replies.append(await _ask(here, question, deadline, request.state.request_id))
-        return replies[-1]
-
-    answer = await while_connected(request, dialect.answer(fields, ask))
-    num_characters = sum(len(one.text or "") + len(one.passage_id) for reply in replies for one in reply.scored)
-    return await body.respond(answer, headers_of(replies), is_large=num_characters > SMALL_BYTES)
+    requests = dialects.parse(dialect, body, max(most, dialects.MAX_PAIRS))
+    work = _respond_to(here, requests, until, request.state.request_id)
+    responses = await while_connected(request, work)
+    num_characters = sum(len(one.text or "") + len(one.passage_id) for it in responses for one in it.scored)
+    return await respond(dialect.pack(responses), headers_of(responses), is_large=num_characters > SMALL_BYTES)
 
 
-def _dialect(request: Request, fields: Fields) -> Dialect:
-    return FORCED.get(request.url.path.split("/")[1]) or pick(fields)
+async def _respond_to(
+    here: Context, requests: Sequence[DialectRequest], until: float, request_id: str
+) -> list[DialectResponse]:
+    """The responses to all requests of one body; when one fails, the others are cancelled."""
+    room = asyncio.Semaphore(MAX_REQUESTS_AT_ONCE)
 
+    async def one(asked: DialectRequest) -> DialectResponse:
+        async with room:
+            return await _score(here, asked, until, request_id)
 
-async def _ask(here: Context, question: Question, deadline: float, request_id: str) -> Answer:
-    engine = here.engine(question.request.model)
-    wanted, cut = question.request, frozenset[int]()
-    if question.max_tokens_per_doc is not None or question.keep_end:
-        wanted, cut = await here.call(_cut, engine, question)
+    tasks = [asyncio.ensure_future(one(asked)) for asked in requests]
     try:
-        outcomes, summary = await engine.rerank(wanted, deadline=deadline)
-    except (InvalidRequest, FailedPrecondition) as exc:
-        raise question.renamed(exc) from exc
-    if question.refuse_truncated:
-        _check_whole(engine, question, summary)
-    encodes = engine.encodes_on_demand or engine.reads_text
-    unscored = [outcome for outcome in outcomes if outcome.margin is None]
-    if question.texts_alone:
-        scored = every_scored(outcomes, summary, question.where, encodes_on_demand=encodes)
-        empty, unscored = tuple(outcome.index for outcome in unscored), []
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def _score(here: Context, asked: DialectRequest, until: float, request_id: str) -> DialectResponse:
+    engine = here.engine(asked.request.model)
+    request, cut = asked.request, frozenset[int]()
+    if asked.max_tokens_per_doc is not None or asked.keep_end:
+        request, cut = await here.call(_cut, engine, asked)
+    with asked.naming():
+        results, summary = await engine.rerank(request, deadline=until)
+    if asked.refuse_truncated:
+        _check_whole(engine, asked, summary)
+    others = [result for result in results if result.margin is None]
+    empty: tuple[int, ...] = ()
+    if asked.texts_alone:
+        scored = every_scored(engine, results, summary, asked.path_of)
+        empty, others = tuple(result.index for result in others), []
     else:
-        scored, empty = [outcome for outcome in outcomes if outcome.margin is not None], ()
-        if not scored and question.request.on_miss != "skip":
-            # An empty ranking would look like an answer. The first reason stands for all.
-            fail(unscored[0], summary, question.where(unscored[0].index), encodes_on_demand=encodes)
-    top_n = question.request.top_n or len(scored)
+        scored = [result for result in results if result.margin is not None]
+        if not scored and request.on_miss != "skip":  # an empty ranking would look like an answer
+            raise unscored(engine, others[0], summary, asked.path_of(others[0].index))
+    top_n = request.top_n or len(scored)
     cut |= frozenset(summary.truncated)
-    return Answer(question, scored[:top_n], unscored, summary, request_id, tuple(sorted(cut)), empty)
+    return DialectResponse(asked, scored[:top_n], others, summary, request_id, tuple(sorted(cut)), empty)
 
 
-def headers_of(replies: Sequence[Answer]) -> dict[str, str]:
-    """Of all questions in one body. One that was read less than asked is the one to tell."""
-    told = next((reply for reply in replies if reply.summary.degraded is not None), replies[-1])
-    headers = told.headers()
-    if any(reply.summary.query_truncated for reply in replies):
-        headers["x-preread-query-truncated"] = "true"
-    cut = [reply.question.position(index) for reply in replies for index in reply.cut]
-    empty = [reply.question.position(index) for reply in replies for index in reply.empty]
-    for name, positions in (("x-preread-truncated", cut), ("x-preread-empty", empty)):
-        if positions:
-            headers[name] = shown(positions)
-    return headers
-
-
-def _cut(engine: Engine, question: Question) -> tuple[RerankRequest, frozenset[int]]:
+def _cut(engine: Engine, asked: DialectRequest) -> tuple[RerankRequest, frozenset[int]]:
     """The request with its texts cut, and the indexes of those that were. Tokenizes: off the event loop."""
-    candidates = question.request.candidates
-
-    def cut(text: str | None) -> str | None:
-        if text and question.max_tokens_per_doc is not None:
-            text = engine.backend.cut(text, question.max_tokens_per_doc)
-        if text and question.keep_end and not question.refuse_truncated:
+    candidates, cut = list(asked.request.candidates), set[int]()
+    for i, candidate in enumerate(candidates):
+        text = candidate.text
+        if text and asked.max_tokens_per_doc is not None:
+            text = engine.backend.cut(text, asked.max_tokens_per_doc)
+        if text and asked.keep_end and not asked.refuse_truncated:
             text = engine.backend.cut(text, None, keep_end=True)
-        return text
-
-    texts = [cut(candidate.text) for candidate in candidates]
-    pairs = list(zip(candidates, texts, strict=True))
-    changed = tuple(dataclasses.replace(candidate, text=text) for candidate, text in pairs)
-    request = dataclasses.replace(question.request, candidates=changed)
-    return request, frozenset(i for i, (candidate, text) in enumerate(pairs) if text != candidate.text)
+        if text != candidate.text:
+            cut.add(i)
+            candidates[i] = dataclasses.replace(candidate, text=text)
+    return dataclasses.replace(asked.request, candidates=tuple(candidates)), frozenset(cut)
 
 
-def _check_whole(engine: Engine, question: Question, summary: Summary) -> None:
+def _check_whole(engine: Engine, asked: DialectRequest, summary: Summary) -> None:
     settings = engine.backend.settings
     if summary.query_truncated:
         raise InvalidRequest("query", "too long", f"at most {settings.max_query_tokens} tokens, or truncation")
     if summary.truncated:
         expected = f"at most {settings.max_passage_tokens} tokens, or truncation"
-        raise InvalidRequest(question.where(summary.truncated[0]), "too long", expected)
+        raise InvalidRequest(asked.path_of(summary.truncated[0]), "too long", expected)
+
+
+class _ExplainRequest(RerankBody, kw_only=True):
+    first: Count | None = None  # passages of the collection, in place of passage_ids
+
+
+class _Explanation(Struct, kw_only=True, tag_field="object", tag="explanation"):
+    model: str
+    seconds: float
+    results: list[dict[str, Any]]
+
+
+async def _explain(request: Request) -> Response:
+    here = context(request)
+    until = deadline(request)
+    body = read(_ExplainRequest, await read_json(request, until))
+    engine = here.engine(body.model or "")
+    if body.collection and body.first and body.passage_ids is None:
+        if body.first > MAX_CANDIDATES:
+            raise InvalidRequest("first", body.first, f"1..{MAX_CANDIDATES}")
+        body.passage_ids = [Text(one) for one in await first_ids(engine, body.collection, body.first)]
+    asked = body.request()
+    start = time.monotonic()
+    with asked.naming():
+        explained = await while_connected(request, explain(engine, asked.request, until))
+    results = [dataclasses.asdict(one) for one in explained]
+    seconds = time.monotonic() - start
+    return await respond(_Explanation(model=engine.name, seconds=seconds, results=results), is_large=True)
+
+
+def _operation(path: str) -> Operation:
+    plain = path.replace(":path", "").replace("{", "").replace("}", "")
+    return Operation(
+        "POST", path, _rerank, f"rerank{plain.replace('/', '_')}", "Rank passages", "rerank",
+        answers=dialects.ANSWERS, bodies={JSON: dialects.REQUESTS},
+    )  # fmt: skip
+
+
+SCHEMAS = {**dialects.SCHEMAS, "ExplainRequest": _ExplainRequest, "Explanation": _Explanation}
+RERANK = tuple(_operation(path) for path in dialects.PATHS)
+EXPLAIN = Operation(
+    "POST", "/v1/explain", _explain, "explain", "A few candidates at every ratio, and what was attended to", "rerank",
+    answers=("Explanation",), bodies={JSON: ("ExplainRequest",)},
+)  # fmt: skip

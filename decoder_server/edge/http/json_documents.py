@@ -1,6 +1,6 @@
-"""Large JSON documents, read and written in steps. Small ones are json's business alone.
+"""JSON documents with limits, read and written: small ones by json alone, large ones in steps next to the event loop.
 
-A document is scanned first, 64 KiB at a time: where the characters are that are not inside strings, how many, how
+A large document is scanned first, 64 KiB at a time: where the characters are that are not inside strings, how many, how
 deep. So a hostile one is refused before anything is made of it, and every other is cut into runs of elements, or of
 one long string's characters, that json reads in a millisecond each.
 """
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from preread.errors import InvalidRequest
-from preread_edge.steps import Step
+from preread_edge.steps import SMALL_BYTES, Step, stepped
 
 Json = Any
 
@@ -34,13 +34,29 @@ _PAIR = re.compile(rb"\\u[dD][89abAB]..\\u[dD][c-fC-F]")
 _BOM = b"\xef\xbb\xbf"
 
 
+async def parse(data: bytes | bytearray, what: str = "body") -> Json:
+    """A JSON document, NaN and infinity excluded.
+
+    Raises:
+        InvalidRequest: anything else; a large document of too many values, or too deep.
+    """
+    if len(data) > SMALL_BYTES:
+        return await stepped(parse_in_steps, data, what)
+    try:
+        return loads(data.decode(json.detect_encoding(data), "surrogatepass"))
+    except RecursionError:
+        raise InvalidRequest(what, "too deeply nested", "JSON") from None
+    except ValueError as exc:
+        raise InvalidRequest(what, f"not JSON ({_reason(exc)})" if data else "empty", "JSON") from None
+
+
 def loads(text: str) -> Json:
-    """As json.loads, but NaN and infinity are not JSON."""
+    """json.loads without NaN and infinity."""
     return json.loads(text, parse_constant=_no_constant)
 
 
-def reason(error: ValueError) -> str:
-    """Why `loads`, or decoding before it, failed; in no words but json's own, which are meant for writers of JSON."""
+def _reason(error: ValueError) -> str:
+    """The cause in the words of json, which are meant for writers of JSON; those of other exceptions are not."""
     if isinstance(error, (json.JSONDecodeError, _NoConstant)):
         return str(error)
     if isinstance(error, UnicodeDecodeError):
@@ -48,12 +64,8 @@ def reason(error: ValueError) -> str:
     return "a number of too many digits"
 
 
-def parse(step: Step, data: bytes | bytearray, what: str) -> Json:
-    """A JSON document of UTF-8.
-
-    Raises:
-        InvalidRequest: anything else, or one of too many values, or too deep.
-    """
+def parse_in_steps(step: Step, data: bytes | bytearray, what: str) -> Json:
+    """A large JSON document of UTF-8, for `stepped`."""
     if data.startswith(_BOM):
         data = data[len(_BOM) :]
     return _Document(step, data, what).value(0, len(data))
@@ -172,7 +184,7 @@ class _Document:
         except json.JSONDecodeError as exc:
             raise self._problem(begin + exc.pos - len(before), exc.msg) from None
         except ValueError as exc:
-            raise self._problem(begin, reason(exc)) from None
+            raise self._problem(begin, _reason(exc)) from None
         finally:
             self._step()
 
@@ -242,7 +254,7 @@ def _escapes(block: NDArray[np.uint8], is_escaped: bool = False) -> tuple[NDArra
     return starts, bool(starts[-1] == block.size - 1)
 
 
-def render(step: Step, document: Json) -> list[bytes]:
+def render_in_steps(step: Step, document: Json) -> list[bytes]:
     """UTF-8 of a document in parts of about a block; a NaN would be a bug and raises."""
     parts: list[bytes] = []
     waiting: list[str] = []
@@ -259,6 +271,7 @@ def render(step: Step, document: Json) -> list[bytes]:
 
 
 def dumps(document: Json) -> str:
+    """Compact JSON; a NaN would be a bug and raises."""
     return json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 

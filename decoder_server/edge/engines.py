@@ -1,0 +1,136 @@
+"""Rules of every edge: which engine answers, how models and collections are described, and which texts have a score.
+
+Clients of the HTTP and TEI dialects pair scores with documents by position or by count, so a document that is left
+out of a response gives every later one another's score: a request of texts alone is scored in full, or fails. In a
+request with ids each candidate has a status instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+from cache.store import Store
+from decoder_server.config import ANY_MODEL
+from decoder_server.engine.collections import Described, describe
+from decoder_server.engine.engine import Engine
+from preread.errors import DeadlineExceeded, InvalidRequest, NotFound, Path, PrereadError, Unavailable, field_name
+from preread.types import Candidate, CollectionInfo, EncoderIdentity, ModelInfo, Result, Summary
+
+# An empty text is read by no model and has these in every request. The margin is below every margin of a real model:
+# its sigmoid is 0 in float32, and exp(500), which a client may compute of it, is still a finite float64.
+FLOOR_SCORE, FLOOR_MARGIN = 0.0, -500.0
+
+
+def package_version() -> str:
+    """The version of the installed server."""
+    try:
+        return version("preread")
+    except PackageNotFoundError:  # a checkout that is not installed
+        return "0+unknown"
+
+
+def choose(engines: Mapping[str, Engine], name: str = "", aliases: Collection[str] = ()) -> Engine:
+    """The engine of a served name; the first one for an empty name or an alias.
+
+    Raises:
+        Unavailable: the models are still loading.
+        NotFound: another model.
+    """
+    if not engines:
+        raise Unavailable("this server is still loading its model")
+    if name in engines:
+        return engines[name]
+    if not name or name in aliases or ANY_MODEL in aliases:
+        return next(iter(engines.values()))
+    raise NotFound("model", name, f"model is {name[:100]!r}; served here: {', '.join(engines)}")
+
+
+def texts_alone(candidates: Sequence[Candidate]) -> bool:
+    """Whether no candidate of a request has an id."""
+    return all(candidate.passage_id is None for candidate in candidates)
+
+
+def every_scored(
+    engine: Engine, results: Sequence[Result], summary: Summary, path: Callable[[int], Path]
+) -> list[Result]:
+    """The scored results of texts alone, best first, then the empty texts at the floor in request order.
+
+    Args:
+        path: the caller's name of the candidate at an index.
+
+    Raises:
+        InvalidRequest, Unavailable, DeadlineExceeded: names the first text without a score.
+    """
+    for result in results:
+        if result.margin is None and not result.empty:
+            raise unscored(engine, result, summary, path(result.index))
+    floor = [dataclasses.replace(r, margin=FLOOR_MARGIN, score=FLOOR_SCORE) for r in results if r.empty]
+    return [result for result in results if result.margin is not None] + floor
+
+
+def unscored(engine: Engine, result: Result, summary: Summary, path: Path) -> PrereadError:
+    """Why a request fails for this candidate, which has no score."""
+    field, message = field_name(path), result.message
+    if result.status == "too_long" or result.empty:
+        return InvalidRequest(path, result.status, f"a text that can be scored ({message})")
+    if result.status == "missing" and (engine.encodes_on_demand or engine.reads_text):
+        return InvalidRequest(path, result.status, f"an id that is stored, or a text and on_miss encode ({message})")
+    if result.status == "missing":
+        return Unavailable(f"{field}: {message}; start the server with --encoder-address, or without --no-encoder")
+    if summary.stopped_early:
+        return DeadlineExceeded(f"{field}: {message}")
+    return Unavailable(f"{field} could not be scored: {message}")
+
+
+def model_info(engine: Engine) -> ModelInfo:
+    """A served model and its limits."""
+    backend, limits, settings = engine.backend, engine.limits, engine.backend.settings
+    identity = backend.identity()
+    return ModelInfo(
+        name=engine.name,
+        backend=backend.name,
+        checkpoint=backend.checkpoint_name,
+        encoder=EncoderIdentity(**dataclasses.asdict(identity)) if identity is not None else None,
+        default_instruction=settings.default_instruction,
+        default_compression_ratio=settings.default_compression_ratio,
+        max_query_tokens=settings.max_query_tokens,
+        max_candidates=limits.max_candidates,
+        max_message_bytes=limits.max_message_bytes,
+        dtype=backend.dtype_name,
+        device=backend.device_name,
+        encodes_on_demand=engine.encodes_on_demand,
+        max_passage_tokens=settings.max_passage_tokens,
+        notice=backend.notice,
+    )
+
+
+def collection_infos(store: Store) -> list[CollectionInfo]:
+    """Every collection of a store that can be read. Blocks for as long as the store counts, and raises its errors."""
+    return [_collection_info(described) for described in describe(store)]
+
+
+def _collection_info(described: Described) -> CollectionInfo:
+    manifest, stats = described.manifest, described.stats
+    return CollectionInfo(
+        name=manifest.collection,
+        aliases=described.aliases,
+        encoder=EncoderIdentity(
+            fingerprint=manifest.fingerprint,
+            checkpoint=manifest.checkpoint,
+            dim=manifest.dim,
+            max_passage_tokens=manifest.max_passage_tokens,
+            passage_template=manifest.passage_template,
+            pooling_version=manifest.pooling_version,
+        ),
+        compression_ratio=manifest.compression_ratio,
+        codec=manifest.codec,
+        num_passages=stats.num_passages,
+        num_states=stats.num_states,
+        num_tokens=stats.num_tokens,
+        num_truncated=stats.num_truncated,
+        size_bytes=stats.size_bytes,
+        stores_text=manifest.stores_text,
+        num_clipped=stats.num_clipped,
+    )

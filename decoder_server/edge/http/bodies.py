@@ -1,0 +1,215 @@
+"""JSON values to typed structs, and the schemas of those structs: a body is read, checked and published from one class.
+
+Null is absent, unknown fields are ignored, and an error names the path of the field. The types here are what msgspec
+does not have: strings that UTF-8 must be able to hold, counts that clients write as 3.0, texts inside objects.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self, TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from preread.errors import InvalidRequest, Path
+from preread.types import Stage, parse_stages
+
+T = TypeVar("T")
+Schema = dict[str, Any]
+
+MAX_INT = 2**31 - 1  # gRPC's fields hold no more
+HALF_A_PAIR = "half of a surrogate pair", "text that UTF-8 can hold"  # value and expectation
+
+_REF = "#/components/schemas/"
+_KINDS = {
+    "object": "an object", "array": "a list", "str": "a string", "bool": "true or false", "int": "a whole number",
+    "float": "a number", "null": "null",
+}  # fmt: skip
+_AT = re.compile(r" - at `\$(.*)`$")
+_STEP = re.compile(r"\.(\w+)|\[(\d+)\]")
+_EXPECTED = re.compile(r"Expected `([^`]+)`( of length \d+)?, got `?([^`]+)`?")
+_MISSING = re.compile(r"Object missing required field `([^`]+)`")
+
+
+class RawText(str):
+    """A string, or an object with `text`, as NIM and Jina write it. UTF-8 may be unable to hold it."""
+
+    schema: ClassVar[Schema] = {"type": "string"}
+
+    @classmethod
+    def read(cls, value: object) -> Self:
+        if isinstance(value, dict):
+            value = value.get("text")
+        if not isinstance(value, str):
+            raise InvalidRequest((), _kind(value), "a string")
+        return cls(value)
+
+
+class Text(RawText):
+    """A string as RawText reads it, and UTF-8 can hold it."""
+
+    @classmethod
+    def read(cls, value: object) -> Self:
+        text = super().read(value)
+        if not is_utf8(text):
+            raise InvalidRequest((), *HALF_A_PAIR)
+        return cls(text)
+
+
+class Query(Text):
+    """A text whose object form is published."""
+
+    schema: ClassVar[Schema] = {
+        "anyOf": [Text.schema, {"type": "object", "required": ["text"], "properties": {"text": Text.schema}}]
+    }
+
+
+class Word(Text):
+    """One of `words`, in any case; in lower case once read. An empty one is absent."""
+
+    words: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def read(cls, value: object) -> Self:
+        word = super().read(value).lower()
+        known = list(dict.fromkeys(map(str.lower, cls.words)))
+        if word not in known:
+            raise InvalidRequest((), word[:100], f"one of {', '.join(known)}")
+        return cls(word)
+
+
+class Count(int):
+    """A whole number from 0 up: 3.0 is 3, and more than MAX_INT is MAX_INT."""
+
+    schema: ClassVar[Schema] = {"type": "integer", "minimum": 0}
+
+    @classmethod
+    def read(cls, value: object) -> Self:
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # as languages with one number type write it
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise InvalidRequest((), _kind(value), "a whole number")
+        if value < 0:
+            raise InvalidRequest((), str(max(value, -MAX_INT)), "0 or more")
+        return cls(min(value, MAX_INT))
+
+
+class Texts(list[str]):
+    """A list of strings, or one string that stands for a list of it."""
+
+    schema: ClassVar[Schema] = {"anyOf": [Text.schema, {"type": "array", "items": Text.schema}]}
+    is_one = False
+
+    @classmethod
+    def read(cls, value: object) -> Self:
+        texts = cls(read(list[Text], value) if isinstance(value, list) else [Text.read(value)])
+        texts.is_one = not isinstance(value, list)
+        return texts
+
+
+class _StageBody(Struct):
+    compression_ratio: Count | None = None
+    keep: Count | None = None
+
+
+class Stages(tuple[Stage, ...]):
+    """A cascade, `"32:100, 4:20, 1"` or a list of objects. Whether its stages fit together is the engine's to check."""
+
+    _STAGE: ClassVar[Schema] = {
+        "type": "object",
+        "required": ["compression_ratio"],
+        "properties": {"compression_ratio": Count.schema, "keep": Count.schema},
+    }
+    schema: ClassVar[Schema] = {"anyOf": [Text.schema, {"type": "array", "items": _STAGE}]}
+
+    @classmethod
+    def read(cls, value: object) -> Self:
+        if isinstance(value, list):
+            stages = read(list[_StageBody], value)
+            return cls(Stage(int(stage.compression_ratio or 0), int(stage.keep or 0)) for stage in stages)
+        if not isinstance(value, str):
+            raise InvalidRequest((), _kind(value), "a string or a list")
+        try:
+            return cls(parse_stages(value) if value else ())
+        except ValueError as exc:
+            raise InvalidRequest((), value[:100], f"RATIO:KEEP, RATIO:KEEP, RATIO ({exc})") from None
+
+
+def is_utf8(text: str) -> bool:
+    """Whether UTF-8 can hold a string; JSON's escapes can spell half a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def read(kind: type[T], value: Any, root: Path = ()) -> T:
+    """A JSON value as a struct, or as anything that structs may hold.
+
+    Args:
+        root: where the value stands in the body.
+
+    Raises:
+        InvalidRequest: the first field that does not fit; "body" where the value as a whole does not.
+    """
+    try:
+        return msgspec.convert(value, kind, dec_hook=lambda custom, item: custom.read(item))
+    except msgspec.ValidationError as exc:
+        raise _translated(exc, root) from None
+    except UnicodeEncodeError:  # the name of a field inside an object
+        raise InvalidRequest(root or ("body",), *HALF_A_PAIR) from None
+
+
+def schemas(published: Mapping[str, Any]) -> dict[str, Schema]:
+    """JSON schemas by published name, of a type or of several alternatives; and of the structs inside them."""
+    alternatives = {name: kind if isinstance(kind, tuple) else (kind,) for name, kind in published.items()}
+    kinds = [kind for several in alternatives.values() for kind in several]
+    found, components = msgspec.json.schema_components(kinds, schema_hook=_schema_of, ref_template=_REF + "{name}")
+    names = {name: name.removeprefix("_") for name in components}
+    names |= {several[0].__name__: name for name, several in alternatives.items() if len(several) == 1}
+
+    def public(node: Any) -> Any:
+        if isinstance(node, list):
+            return [public(item) for item in node]
+        if isinstance(node, dict):
+            own = {key for key in ("title", "default") if not isinstance(node.get(key), dict)}  # a dict is a property
+            return {key: public(item) for key, item in node.items() if key not in own}
+        return _REF + names[node.removeprefix(_REF)] if isinstance(node, str) and node.startswith(_REF) else node
+
+    result = {names[name]: public(schema) for name, schema in components.items()}
+    schema_of = iter(found)
+    for name, several in alternatives.items():
+        own = [public(next(schema_of)) for _ in several]
+        if name not in result:
+            result[name] = own[0] if len(own) == 1 else {"anyOf": own}
+    return result
+
+
+def _schema_of(custom: Any) -> Schema:
+    schema: Schema = custom.schema
+    return schema
+
+
+def _translated(error: msgspec.ValidationError, root: Path) -> InvalidRequest:
+    """The error with a path and JSON's names of types, which msgspec has in its message only."""
+    message, cause = str(error), error.__cause__
+    at = _AT.search(message)
+    path = root + tuple(name or int(index) for name, index in _STEP.findall(at[1] if at else ""))
+    if isinstance(cause, InvalidRequest):  # of a type here, with a path relative to the value
+        return InvalidRequest(path + cause.path or ("body",), cause.value, cause.expected)
+    if missing := _MISSING.match(message):
+        return InvalidRequest((*path, missing[1]), "absent", "a value")
+    path = path or ("body",)
+    if wrong := _EXPECTED.match(message):
+        expected = " or ".join(_KINDS[kind] for kind in wrong[1].split(" | ") if kind != "null")
+        return InvalidRequest(path, _KINDS.get(wrong[3], wrong[3]), expected + (wrong[2] or ""))
+    return InvalidRequest(path, "not valid", "a value as /openapi.json describes it")
+
+
+def _kind(value: object) -> str:
+    """The JSON name of a value's type: the value itself may be a passage."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "absent"}
+    return names.get(type(value), "a number")
