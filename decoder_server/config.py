@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from preread.types import Stage, format_stages, parse_stages, stages_problem
-from preread_edge.settings import MIB, ListenSettings, ModelSettings, ServerSettings, Settings, knob
+from preread_edge.settings import MIB, Config, ListenConfig, LoadConfig, ServerConfig, knob
 
 if TYPE_CHECKING:
     from preread.channel import TlsFiles
 
-# What clients send when nobody chose a model: the 4D AI Kit's example, infinity_client's default.
+# Sent by clients that were not given a model: the 4D AI Kit's example, infinity_client's default.
 DEFAULT_NAMES = frozenset({"default", "default/not-specified"})
 ANY_MODEL = "*"
 
 
 @dataclass(frozen=True)
-class TierBudgets(Settings):
+class TierBudgets(Config):
     """Budgets of one model's KV and prefix caches, and their number format."""
 
     max_keys_bytes: int = knob(
@@ -51,7 +51,7 @@ NO_TIERS = TierBudgets(0, 0)
 
 
 @dataclass(frozen=True)
-class ModelConfig(ModelSettings):
+class ModelConfig(LoadConfig):
     """One model of a server: under which name, and how it is loaded. A knob is a flag, a key of `--model`, or both."""
 
     checkpoint: str  # directory or hub id
@@ -82,7 +82,7 @@ class ModelConfig(ModelSettings):
 
 
 @dataclass(frozen=True)
-class HttpConfig(ListenSettings):
+class HttpConfig(ListenConfig):
     """Configuration of one Gateway."""
 
     port: int = knob(
@@ -128,7 +128,7 @@ class HttpConfig(ListenSettings):
 
 
 @dataclass(frozen=True)
-class DecoderConfig(ServerSettings):
+class DecoderConfig(ServerConfig):
     """Configuration of one DecoderServer. Counts are `num_*`, limits `max_*`, units come last."""
 
     models: tuple[ModelConfig, ...]  # the first is the default

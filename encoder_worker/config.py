@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from preread_edge.settings import MIB, ModelSettings, ServerSettings, knob
+from preread_edge.settings import MIB, LoadConfig, ServerConfig, knob
 
 
 @dataclass(frozen=True)
-class EncoderConfig(ModelSettings, ServerSettings):
+class EncoderConfig(LoadConfig, ServerConfig):
     """Configuration of one EncoderServer. Counts are `num_*`, limits `max_*`, units come last."""
 
     checkpoint: str  # directory or hub id

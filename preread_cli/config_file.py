@@ -21,7 +21,7 @@ from preread_cli.options import FILE, option
 
 # The commands that take --config; one file configures them all.
 COMMANDS = ("serve", "encode-worker", "index", "doctor")
-MASK = "***"
+_MASK = "***"
 _SECRETS = ("api_key", "encoder_api_key")
 _USER = re.compile(r"(?<=://)\S*@")  # and password, of any URL in a text
 
@@ -42,32 +42,29 @@ def effective_lines(ctx: click.Context) -> Iterator[str]:
         if value is None or value is False or value in ("", ()):
             continue
         source = _SOURCES.get(ctx.get_parameter_source(name) or ParameterSource.DEFAULT, "flags")
-        by_source.setdefault(source, []).append(f"{key}={masked(name, value)}")
+        by_source.setdefault(source, []).append(f"{key}={masked(value, name)}")
     for source in _SOURCES.values():
         if source in by_source:
             yield f"{source:<12} {' '.join(by_source[source])}"
 
 
-def masked(name: str, value: object) -> str:
-    """The value as it may be shown."""
+def masked(value: object, name: str = "") -> str:
+    """The value of an option, or any text, as it may be shown: no secrets, and no users in URLs."""
     if name in _SECRETS:
-        return MASK
-    from cache.store import public_url
-
+        return _MASK
     text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-    return public_url(text, MASK) if name == "store" else without_users(text)
+    if name == "store":
+        from cache.store import public_url
 
-
-def without_users(text: str) -> str:
-    """A text whose URLs show neither users nor passwords."""
-    return _USER.sub(f"{MASK}@", text)
+        return public_url(text, _MASK)
+    return _USER.sub(f"{_MASK}@", text)
 
 
 def _load(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
     if path is not None and not ctx.resilient_parsing:
         try:
             document = tomllib.loads(path.read_text(encoding="utf-8"))
-            ctx.default_map = file_settings(document, str(ctx.info_name), _commands(ctx))
+            ctx.default_map = _settings(document, str(ctx.info_name), _commands(ctx))
         except ValueError as exc:  # not TOML, not UTF-8, or not ours
             raise click.BadParameter(f"{path}: {exc}", ctx=ctx, param=param) from exc
     return path
@@ -92,7 +89,7 @@ def _commands(ctx: click.Context) -> dict[str, click.Command]:
     return {name: command for name, command in found.items() if command is not None}
 
 
-def file_settings(document: Mapping[str, Any], name: str, commands: Mapping[str, click.Command]) -> dict[str, Any]:
+def _settings(document: Mapping[str, Any], name: str, commands: Mapping[str, click.Command]) -> dict[str, Any]:
     """Parameter names and values for one command; everything else in the file is checked all the same.
 
     Raises:

@@ -4,7 +4,7 @@
 1  done, with refused or damaged items (commands say so themselves)
 2  usage or bad input: the caller can mend it
 3  a service or store could not be reached, or was too busy
-70 an error nobody expected: ours to mend (EX_SOFTWARE of sysexits.h)
+70 an unexpected error, of this code (EX_SOFTWARE of sysexits.h)
 130 interrupted
 """
 

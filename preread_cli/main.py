@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from preread_cli.config_file import without_users
+from preread_cli.config_file import masked
 from preread_cli.failures import explain
 from preread_cli.options import option
 
@@ -68,7 +68,7 @@ class _LazyGroup(click.Group):
             return super().invoke(ctx)
         except click.ClickException as exc:
             # Click quotes what it did not expect: a store URL whose flag was forgotten.
-            exc.message = without_users(exc.message)  # type: ignore[misc]  # final in its stubs
+            exc.message = masked(exc.message)  # type: ignore[misc]  # final in its stubs
             raise
         except (click.exceptions.Exit, click.Abort):
             raise

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,13 +15,12 @@ import click
 
 from cache import DEFAULT_CODEC, KNOWN_CODECS
 from encoder_worker.config import EncoderConfig
-from preread_edge.settings import Knob, ModelSettings, ServerSettings, Settings, knobs
+from preread_edge.settings import Config, Knob, LoadConfig, ServerConfig, knobs
 
 if TYPE_CHECKING:
     from preread import ClientOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
-S = TypeVar("S", bound=Settings)
 T = TypeVar("T")
 
 # Of commands that look at a store: a slow one does not pass for a broken one, a hanging one keeps no person waiting.
@@ -30,7 +30,7 @@ BATCH_READ_SECONDS = 30.0
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
-def environment_name(*flags: str) -> str:
+def _environment_name(*flags: str) -> str:
     """`--some-flag/--no-some-flag` -> PREREAD_SOME_FLAG: the first long form names the twin."""
     long = next(flag for flag in flags if flag.startswith("--"))
     return "PREREAD_" + long.split("/")[0].strip().removeprefix("--").replace("-", "_").upper()
@@ -38,16 +38,16 @@ def environment_name(*flags: str) -> str:
 
 def option(*flags: str, **settings: Any) -> Callable[[F], F]:
     """click.option with its environment twin, shown in the help next to the default."""
-    settings.setdefault("envvar", environment_name(*flags))
+    settings.setdefault("envvar", _environment_name(*flags))
     settings.setdefault("show_envvar", True)
     if isinstance(settings.get("type"), click.IntRange | click.FloatRange):
-        settings.setdefault("metavar", "SECONDS" if environment_name(*flags).endswith("_SECONDS") else "N")
+        settings.setdefault("metavar", "SECONDS" if _environment_name(*flags).endswith("_SECONDS") else "N")
     settings.setdefault("show_default", settings.get("default") not in (None, ""))
     return click.option(*flags, **settings)
 
 
 def knob_options(
-    *settings: type[Settings], only: Collection[str] = (), without_default: Collection[str] = ()
+    *settings: type[Config], only: Collection[str] = (), without_default: Collection[str] = ()
 ) -> Callable[[F], F]:
     """An option for every knob of some dataclasses; one flag in several of them is one option.
 
@@ -89,31 +89,30 @@ def _declared(one: Knob) -> dict[str, Any]:
     return declared
 
 
-def from_options(settings: type[S], options: Mapping[str, Any], **others: Any) -> S:
-    """The dataclass with the values of `knob_options`; `others` are fields that have no option, or another value.
+def from_options(config: type[T], options: Mapping[str, Any], **others: Any) -> T:
+    """A dataclass from the options of its knobs, or where it has none from those that are named like its fields.
+
+    Args:
+        others: fields that have no option, or another value.
 
     Raises:
         click.UsageError: values that cannot be read, or that exclude each other.
     """
-    values = {}
-    for one in knobs(settings):
+    known = {one.name: one for one in knobs(config)}
+    values = dict(others)
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]  # a dataclass
+        one = known.get(field.name, Knob(help="", name=field.name, flag=field.name))
         given = options.get(one.flag.removeprefix("--").replace("-", "_"))
-        if given is None or one.name in others:
+        if given is None or field.name in others:
             continue
         try:
-            values[one.name] = given if one.parse is None else one.parse(given)
+            values[field.name] = given if one.parse is None else one.parse(given)
         except ValueError as exc:
             raise click.UsageError(f"{one.flag}: {exc}") from exc
     try:
-        return settings(**values, **others)
+        return config(**values)
     except ValueError as exc:
         raise click.UsageError(str(exc)) from exc
-
-
-def fields_from(settings: type[T], options: Mapping[str, Any], **others: Any) -> T:
-    """Any dataclass, with the values of the options that are named like its fields."""
-    names = [one.name for one in dataclasses.fields(settings)]  # type: ignore[arg-type]  # a dataclass
-    return settings(**{name: options[name] for name in names if name in options} | others)
 
 
 def options_of(*decorators: Callable[[F], F]) -> Callable[[F], F]:
@@ -127,9 +126,9 @@ def options_of(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
-store_option = knob_options(ServerSettings, only=["store"])
-control_tokens_option = knob_options(ModelSettings, only=["read_control_tokens"])
-passage_limit_option = knob_options(ModelSettings, only=["max_passage_tokens"])
+store_option = knob_options(ServerConfig, only=["store"])
+control_tokens_option = knob_options(LoadConfig, only=["read_control_tokens"])
+passage_limit_option = knob_options(LoadConfig, only=["max_passage_tokens"])
 batch_limit_option = knob_options(EncoderConfig, only=["max_batch_tokens"])
 allow_clipped_option = knob_options(EncoderConfig, only=["allow_clipped"])
 threads_option = option(
@@ -137,8 +136,9 @@ threads_option = option(
     type=click.IntRange(min=1),
     help="Processor threads. Without it, torch's choice, and no more than a container's quota pays for.",
 )
-compute_options = options_of(knob_options(ModelSettings, only=["device", "dtype"]), threads_option)
+compute_options = options_of(knob_options(LoadConfig, only=["device", "dtype"]), threads_option)
 codec_option = option("--codec", metavar="CODEC", help=f"{KNOWN_CODECS}.  [default: {DEFAULT_CODEC}]")
+collection_option = partial(option, "-c", "--collection", metavar="NAME")
 json_option = option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 json_file_option = option(
     "--json-file",
@@ -148,11 +148,6 @@ json_file_option = option(
     help="Write everything to this file; - prints it instead of the table.",
 )
 address_option = option("--address", metavar="HOST:PORT", default="127.0.0.1:50051", help="Address of the server.")
-
-
-def collection_option(*, required: bool = True, help: str = "The set of passages to use.") -> Callable[[F], F]:
-    """-c, --collection NAME."""
-    return option("-c", "--collection", metavar="NAME", required=required, help=help)
 
 
 def _key_to_show(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:

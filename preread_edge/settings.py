@@ -1,7 +1,7 @@
 """Knobs: settings as dataclass fields, each written once with its flag, bounds and help.
 
     @dataclass(frozen=True)
-    class QueueSettings(Settings):
+    class QueueConfig(Config):
         max_queue_seconds: float = knob(30.0, "Longest wait in the queue.", at_least=0)
 
 `--max-queue-seconds`, PREREAD_MAX_QUEUE_SECONDS and the TOML key `max-queue-seconds` follow from the field's name. The
@@ -90,7 +90,7 @@ def knobs(settings: type) -> Iterator[Knob]:
 
 
 @dataclass(frozen=True)
-class Settings:
+class Config:
     """Base of every configuration: knobs are checked when it is made."""
 
     def __post_init__(self) -> None:
@@ -99,7 +99,7 @@ class Settings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ListenSettings(Settings):
+class ListenConfig(Config):
     """Knobs of everything that listens."""
 
     host: str = knob("127.0.0.1", "Address to listen on; 0.0.0.0 for every interface.")
@@ -112,7 +112,7 @@ class ListenSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServerSettings(ListenSettings):
+class ServerConfig(ListenConfig):
     """Knobs of both gRPC servers."""
 
     store: str = knob(
@@ -140,7 +140,7 @@ class ServerSettings(ListenSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSettings(Settings):
+class LoadConfig(Config):
     """Knobs of everything that loads a model."""
 
     device: str = knob("auto", "Where to compute; auto takes CUDA where there is any.", metavar="auto|cpu|cuda[:N]")

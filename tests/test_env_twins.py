@@ -9,7 +9,6 @@ import pytest
 from click.testing import CliRunner
 
 from preread_cli.main import COMMANDS, cli
-from preread_cli.options import environment_name
 
 
 def walk(command: click.Command, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], click.Command]]:
@@ -33,7 +32,8 @@ FLAGS = [
 
 @pytest.mark.parametrize("option", FLAGS)
 def test_a_flag_has_its_twin(option: click.Option) -> None:
-    assert option.envvar == environment_name(*option.opts)
+    flag = next(one for one in option.opts if one.startswith("--"))
+    assert option.envvar == "PREREAD_" + flag.removeprefix("--").replace("-", "_").upper()
 
 
 @pytest.mark.parametrize("option", FLAGS)

@@ -16,7 +16,7 @@ from preread_cli.options import (
     codec_option,
     compute_options,
     control_tokens_option,
-    fields_from,
+    from_options,
     json_file_option,
     json_option,
     option,
@@ -183,7 +183,7 @@ def check(ctx: click.Context, /, model: str | None, **options: Any) -> None:
     from tuning.health.report import print_health
     from tuning.progress import TerminalProgress
 
-    config = fields_from(
+    config = from_options(
         ModelConfig,
         options,
         checkpoint=model or shipped_model(),

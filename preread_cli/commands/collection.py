@@ -49,7 +49,7 @@ def _opened(url: str) -> Iterator[Store]:
 
 
 @click.command()
-@collection_option(required=False, help="Only this one, by name or alias.")
+@collection_option(help="Only this one, by name or alias.")
 @json_option
 @store_option
 @click.pass_context
@@ -136,7 +136,7 @@ def _print_stats(row: dict[str, Any]) -> None:
 
 
 @click.command()
-@collection_option()
+@collection_option(required=True, help="The set of passages to use.")
 @option("--remove-damaged", is_flag=True, help="Remove what is damaged, so that `preread index` encodes it again.")
 @option("--max-shown", type=click.IntRange(min=0), default=MAX_SHOWN, help="Show this many damaged passages.")
 @json_option

@@ -110,7 +110,7 @@ def _findings(options: Mapping[str, Any]) -> Iterator[_Finding]:
             models.append(model)
     if models:
         yield _memory(options, [model.path for model in models])
-    shown = masked("store", options["store"])
+    shown = masked(options["store"], "store")
     try:
         with closing(open_store(options["store"], read_budget_seconds=ADMIN_READ_SECONDS)) as opened:
             yield from _store(opened, shown, [model.identity for model in models if model.identity is not None])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from preread_cli.options import (
     collection_option,
     compute_options,
     control_tokens_option,
-    fields_from,
+    from_options,
     json_file_option,
     option,
     options_of,
@@ -35,53 +35,36 @@ MAX_SHOWN = 20
 _NUMBER = re.compile(r"(?P<number>\d+(?:\.\d*)?|\.\d+)\s*(?P<unit>[a-zA-Z%]*)")
 
 
-class _Quantity(click.ParamType[float]):
+def _quantity(units: dict[str, float], example: str) -> Callable[[str], float]:
     """A number with one of some units, in the base unit."""
 
-    def __init__(self, name: str, units: dict[str, float], example: str) -> None:
-        self.name = name
-        self._units = units
-        self._example = example
+    def convert(text: str) -> float:
+        match = _NUMBER.fullmatch(text.strip())
+        if match is None or match["unit"].lower() not in units:
+            raise click.BadParameter(f"{text!r}; expected {example}")
+        return float(match["number"]) * units[match["unit"].lower()]
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        if isinstance(value, float):
-            return value
-        match = _NUMBER.fullmatch(str(value).strip())
-        if match is None or match["unit"].lower() not in self._units:
-            self.fail(f"{value!r}; expected {self._example}", param, ctx)
-        return float(match["number"]) * self._units[match["unit"].lower()]
+    return convert
 
 
-_SHARE = _Quantity("PERCENT", {"%": 0.01}, "a percentage, such as 1%")
-_SIZE = _Quantity(
-    "BYTES",
-    {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "kib": 1024, "mib": 1024**2},
-    "a number of bytes, such as 8KiB or 8192",
+_SHARE = _quantity({"%": 0.01}, "a percentage, such as 1%")
+_SIZE = _quantity(
+    {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "kib": 1024, "mib": 1024**2}, "a number of bytes, such as 8KiB or 8192"
 )
-_DURATION = _Quantity("TIME", {"us": 1e-6, "ms": 1e-3, "s": 1}, "a time with its unit, such as 50ms or 0.5s")
+_DURATION = _quantity({"us": 1e-6, "ms": 1e-3, "s": 1}, "a time with its unit, such as 50ms or 0.5s")
 
 
-class _Integers(click.ParamType[tuple[int, ...]]):
+def _integers(text: str) -> tuple[int, ...]:
     """1,2,4 -> (1, 2, 4)."""
-
-    name = "R,R,..."
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(int(part) for part in value.split(","))
-        except ValueError:
-            self.fail(f"{value!r}; expected integers with commas between them, such as 1,4,16", param, ctx)
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{text!r}; expected integers with commas between them, such as 1,4,16") from None
 
 
-class _Words(click.ParamType[tuple[str, ...]]):
+def _words(text: str) -> tuple[str, ...]:
     """`Flat SQ8 OPQ48,PQ48` -> those three: a FAISS factory string may hold commas, so blanks separate."""
-
-    name = "CODEC ..."
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        return value if isinstance(value, tuple) else tuple(value.split())
+    return tuple(text.split())
 
 
 class _OutputFolder(click.Path):
@@ -125,11 +108,12 @@ _judged_options = options_of(
 @_judged_options
 @option(
     "--ratios",
-    type=_Integers(),
+    type=_integers,
+    metavar="R,R,...",
     help="Compression ratios to score passages at. Without it, 1 (or the stored one) to 32.",
 )
 @option("--teacher", metavar="minilm", help="Also rank the same candidates with all-MiniLM-L6-v2 (preread[teacher]).")
-@collection_option(required=False, help="Read states from this indexed collection instead of encoding the passages.")
+@collection_option(help="Read states from this indexed collection instead of encoding the passages.")
 @json_file_option
 def evaluate(**options: Any) -> None:
     """Measure how well a checkpoint reranks a judged collection.
@@ -151,7 +135,7 @@ def evaluate(**options: Any) -> None:
     from tuning.report import EvaluationSettings, print_report
 
     tune_process(options["threads"])
-    settings = fields_from(EvaluationSettings, options)
+    settings = from_options(EvaluationSettings, options)
     judged = _judged(options)
     json_file: Path | None = options["json_file"]
     _make_folders(options["run_out"], json_file.parent if json_file is not None else None)
@@ -168,17 +152,23 @@ def evaluate(**options: Any) -> None:
 @click.command()
 @_judged_options
 @option("--ignore-qrels", is_flag=True, help="Take the ranking at r = 1 for the judgement, as where there are none.")
-@collection_option(required=False, help="Take the passages of this indexed collection instead of a corpus.")
-@option("--stored-ratios", type=_Integers(), help="Tokens per stored state.  [default: 1,2,4,8]")
+@collection_option(help="Take the passages of this indexed collection instead of a corpus.")
+@option("--stored-ratios", type=_integers, metavar="R,R,...", help="Tokens per stored state.  [default: 1,2,4,8]")
 @option(
     "--codecs",
-    type=_Words(),
+    type=_words,
+    metavar="CODEC ...",
     help="Codecs, blanks between them.  [default: Flat SQfp16 SQ8 B32,SQ4 and PQ at two sizes]",
 )
-@option("--read-ratios", type=_Integers(), help="Ratios to score stored states at.  [default: 1,2,4,8,16,32]")
+@option(
+    "--read-ratios",
+    type=_integers,
+    metavar="R,R,...",
+    help="Ratios to score stored states at.  [default: 1,2,4,8,16,32]",
+)
 @option(
     "--cascades",
-    type=_Words(),
+    type=_words,
     metavar="STAGES ...",
     help="Stages, blanks between cascades: 32:20,4 scores all at 32, and the best 20 at 4; none: no cascades.  "
     "[default: four shapes]",
@@ -245,10 +235,10 @@ def tune(ctx: click.Context, /, **options: Any) -> None:
     cascades = options["cascades"]
     if cascades is not None:
         cascades = () if cascades == ("none",) else tuple(map(parse_stages, cascades))
-    settings = fields_from(SweepSettings, options, cascades=cascades)
+    settings = from_options(SweepSettings, options, cascades=cascades)
     if options["max_latency"] is not None and not options["timed_queries"]:
         raise click.UsageError("--max-latency needs --timed-queries of at least 1.")
-    limits = fields_from(Limits, options, max_latency_seconds=options["max_latency"])
+    limits = from_options(Limits, options, max_latency_seconds=options["max_latency"])
     judged = _judged(options, need_qrels=False)
     if options["ignore_qrels"]:
         judged = judged.without_judgements()

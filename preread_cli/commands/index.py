@@ -26,7 +26,7 @@ from preread_cli.options import (
     collection_option,
     compute_options,
     control_tokens_option,
-    fields_from,
+    from_options,
     json_option,
     option,
     passage_limit_option,
@@ -49,7 +49,7 @@ FEW_TRAINING_STATES = 1000
 @click.command()
 @click.argument("inputs", metavar="INPUT...", nargs=-1, required=True)
 @config_option
-@collection_option(help="The set of passages to write; made when it does not exist.")
+@collection_option(required=True, help="The set of passages to write; made when it does not exist.")
 @option("--alias", metavar="NAME", help="Point this name at the collection when everything was read.")
 @store_option
 @model_option
@@ -167,7 +167,7 @@ def _settings(options: dict[str, Any]) -> tuple[Any, IndexOptions]:
     from encoder_worker.writing import CollectionSettings
 
     settings = CollectionSettings(options["compression_ratio"], options["codec"], options["store_text"])
-    return settings, fields_from(IndexOptions, options)
+    return settings, from_options(IndexOptions, options)
 
 
 @contextmanager

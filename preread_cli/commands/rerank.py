@@ -53,7 +53,7 @@ MAX_TEXT_CHARACTERS = 400
 
 @click.command()
 @click.argument("query", required=False)
-@collection_option(required=False, help="The collection, or alias, that ids refer to.")
+@collection_option(help="The collection, or alias, that ids refer to.")
 @option("--ids", metavar="FILE", help="Rank these passages: one id per line; - is standard input.")
 @option("--candidates", metavar="FILE", help='Rank these texts: one per line, or JSON lines with "id", "text" or both.')
 @option(

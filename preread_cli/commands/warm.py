@@ -31,7 +31,7 @@ FLAGS = {"keys": "--keys-cache-bytes", "prefixes": "--prefix-cache-bytes"}
 
 
 @click.command()
-@collection_option(help="The collection, or alias, that holds the passages.")
+@collection_option(required=True, help="The collection, or alias, that holds the passages.")
 @option("--ids", metavar="FILE", help="These passages: one id per line; - is standard input.  [default: all]")
 @option("--instruction", metavar="TEXT", help='Task instruction, instead of the model\'s own; "" for none.')
 @option(

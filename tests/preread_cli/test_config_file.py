@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from preread_cli.commands.serve import serve
-from preread_cli.config_file import effective_lines, file_settings, masked
+from preread_cli.config_file import effective_lines, masked
 from preread_cli.main import cli
 
 
@@ -78,18 +78,20 @@ def test_what_is_wrong_is_named(tmp_path: Path, toml: str, message: str) -> None
     assert message in " ".join(answer.output.split())
 
 
-def test_every_flag_of_a_server_can_be_in_the_file() -> None:
+def test_every_flag_of_a_server_can_be_in_the_file(tmp_path: Path) -> None:
+    lines = []
     for option in serve.params:
         if isinstance(option, click.Option) and option.name != "config":
             flag = next(one for one in option.opts if one.startswith("--")).removeprefix("--")
-            value: object = True if option.is_flag else ["x"] if option.multiple else 1
-            if (
-                not option.is_flag
-                and not option.multiple
-                and not isinstance(option.type, click.types.IntParamType | click.types.FloatParamType)
-            ):
-                value = "x"
-            assert file_settings({flag: value}, "serve", {"serve": serve}) == {option.name: value}
+            number = isinstance(option.type, click.types.IntParamType | click.types.FloatParamType)
+            value = "true" if option.is_flag else '["x"]' if option.multiple else "1" if number else '"x"'
+            lines.append((option.name, f"{flag} = {value}"))
+    (tmp_path / "preread.toml").write_text("\n".join(line for _, line in lines))
+    context = click.Context(serve, info_name="serve", parent=click.Context(cli, info_name="preread"))
+    with pytest.raises(click.UsageError, match="'x'"):  # every key is one, and then the values are read
+        serve.parse_args(context, ["--config", str(tmp_path / "preread.toml")])
+    assert context.default_map is not None
+    assert set(context.default_map) == {name for name, _ in lines}
 
 
 @pytest.mark.parametrize(
@@ -101,7 +103,7 @@ def test_every_flag_of_a_server_can_be_in_the_file() -> None:
     ],
 )
 def test_a_password_in_a_url_is_masked(url: str, shown: str) -> None:
-    assert masked("store", url) == shown
+    assert masked(url, "store") == shown
 
 
 @pytest.mark.parametrize("arguments", [["stats"], [], ["stats", "--stor"], ["collection", "drop", "docs", "x"]])

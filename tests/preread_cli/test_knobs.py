@@ -10,8 +10,8 @@ import pytest
 from decoder_server.config import DecoderConfig, HttpConfig, ModelConfig, TierBudgets
 from encoder_worker.config import EncoderConfig
 from preread_cli.commands.serve import encode_worker, serve
-from preread_cli.options import environment_name, from_options
-from preread_edge.settings import Settings, knob, knobs
+from preread_cli.options import from_options
+from preread_edge.settings import Config, knob, knobs
 
 PAIRS = [
     (serve, DecoderConfig),
@@ -28,16 +28,16 @@ def options_of(command: click.Command) -> dict[str, click.Option]:
 
 
 @pytest.mark.parametrize(("command", "settings"), PAIRS, ids=lambda one: one.__name__ if isinstance(one, type) else "")
-def test_every_knob_is_a_flag_with_its_variable(command: click.Command, settings: type[Settings]) -> None:
+def test_every_knob_is_a_flag_with_its_variable(command: click.Command, settings: type[Config]) -> None:
     options = options_of(command)
     for one in knobs(settings):
-        assert options[one.flag].envvar == environment_name(one.flag)
+        assert options[one.flag].envvar == "PREREAD_" + one.flag.removeprefix("--").replace("-", "_").upper()
         assert str(options[one.flag].help).startswith(one.help)
 
 
 @pytest.mark.parametrize(("command", "settings"), PAIRS, ids=lambda one: one.__name__ if isinstance(one, type) else "")
 def test_a_command_without_flags_is_the_library_without_arguments(
-    command: click.Command, settings: type[Settings], monkeypatch: pytest.MonkeyPatch
+    command: click.Command, settings: type[Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needed = {
         DecoderConfig: {"models": (ModelConfig("m"),)},
@@ -65,7 +65,7 @@ def test_every_field_that_can_be_set_is_a_knob() -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Example(Settings):
+class Example(Config):
     num_items: int = knob(3, "Items.", at_least=1)
     wait_seconds: float | None = knob(None, "Wait.", above=0)
     share: float = knob(0.5, "Share.", at_least=0, at_most=1)

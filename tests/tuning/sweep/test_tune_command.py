@@ -14,8 +14,8 @@ from click.testing import CliRunner, Result
 from preread_cli.commands.evaluate import tune as command
 from preread_cli.commands.index import index
 from preread_cli.commands.serve import serve
-from preread_cli.config_file import file_settings
 from preread_cli.failures import explain
+from preread_cli.main import cli
 
 GRID = ("--stored-ratios", "1,2", "--codecs", "Flat SQ8", "--read-ratios", "1,2,8", "--cascades", "8:3,2")
 
@@ -149,10 +149,12 @@ def test_what_is_chosen_configures_index_and_serve(
     assert document["model"] == str(tiny)
     known = {"index": index, "serve": serve}
     for name, one in known.items():
-        found = file_settings(document, name, known)  # raises for what the command does not take
+        needed = ["x.jsonl", "-c", "docs"] if name == "index" else []
+        given = ["--config", str(tune.out / "preread.toml"), *needed]  # raises for what the command does not take
+        found = one.make_context(name, given, parent=click.Context(cli, info_name="preread")).params
         assert str(tiny) in (found.get("model"), *found.get("models", ()))  # serve may have several
         flags = [f"--{key}={value}" if value is not True else f"--{key}" for key, value in document[name].items()]
-        one.make_context(name, [*flags, *(["x.jsonl", "-c", "docs"] if name == "index" else [])])
+        one.make_context(name, [*flags, *needed])
     choice = json.loads((tune.out / "tune.json").read_text())["choice"]
     assert choice["keeps_all_limits"]
     assert text.startswith(f"# {choice['name']}: chosen by preread tune")
