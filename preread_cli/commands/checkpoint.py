@@ -178,9 +178,8 @@ def check(ctx: click.Context, /, model: str | None, **options: Any) -> None:
     from checkpoint.compute import tune_process
     from decoder_server.config import ModelConfig
     from preread_edge.outputs import is_stdout, write_output
+    from tuning.health import PairSet
     from tuning.health import check as run
-    from tuning.health import read_pairs
-    from tuning.health.report import print_health
     from tuning.progress import TerminalProgress
 
     config = from_options(
@@ -192,7 +191,7 @@ def check(ctx: click.Context, /, model: str | None, **options: Any) -> None:
     )
     tune_process(options["threads"])
     pairs_file, json_file = options["pairs"], options["json_file"]
-    pairs = read_pairs(pairs_file) if pairs_file is not None else None
+    pairs = PairSet.read(pairs_file)
     if json_file is not None:  # now, not after minutes
         json_file.parent.mkdir(parents=True, exist_ok=True)
     with TerminalProgress() as progress:
@@ -205,7 +204,7 @@ def check(ctx: click.Context, /, model: str | None, **options: Any) -> None:
             progress=progress,
         )
     if json_file is None or not is_stdout(json_file):
-        print_health(report)
+        report.print()
     if json_file is not None:
         write_output(json_file, report.to_json())
     if not report.passed:
@@ -243,12 +242,12 @@ def convert_ctxl(
     """
     from checkpoint.compute import tune_process
     from decoder_server.models.cross_encoder.conversion import CausalSource, convert, staged
-    from tuning.health.pairs import built_in_pairs, read_pairs
+    from tuning.health.pairs import PairSet
     from tuning.health.parity import parity
     from tuning.progress import TerminalProgress, counted
 
     tune_process(threads)
-    compared = read_pairs(pairs) if pairs is not None else built_in_pairs()
+    compared = PairSet.read(pairs)
     opened = CausalSource.open(source)
     click.echo(f"source       {opened.name}, {opened.architecture} to {opened.target}")
     click.echo(f"score        row 0 of {opened.head}{' (tied)' if opened.tied else ''}")

@@ -319,12 +319,11 @@ def _check_health(model: ModelConfig, backend: Backend) -> None:
 
     from checkpoint import CheckpointError
     from tuning.health import health_gate
-    from tuning.health.report import print_health
 
     say(f"checking     {model.served_name} against its own weights in float32 (once; --no-check leaves it out)")
     report = health_gate(backend)
     if not report.passed:
-        print_health(report, Console(stderr=True))
+        report.print(Console(stderr=True))
         raise CheckpointError(report.summary())
     say(f"checked      {model.served_name}: scores are healthy, {report.seconds:.0f} s")
 

@@ -8,18 +8,7 @@ over the same weights, and with the symptoms of known faults.
 """
 
 from tuning.health.gate import check, health_gate
-from tuning.health.pairs import PairSet, TextTriple, built_in_pairs, read_pairs
+from tuning.health.pairs import PairSet, TextTriple
 from tuning.health.report import CheckLine, HealthReport, Section, Verdict
 
-__all__ = [
-    "CheckLine",
-    "HealthReport",
-    "PairSet",
-    "Section",
-    "TextTriple",
-    "Verdict",
-    "built_in_pairs",
-    "check",
-    "health_gate",
-    "read_pairs",
-]
+__all__ = ["CheckLine", "HealthReport", "PairSet", "Section", "TextTriple", "Verdict", "check", "health_gate"]

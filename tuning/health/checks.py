@@ -7,48 +7,20 @@ different models are not comparable.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from decoder_server.models.cross_encoder.profiles import named_profile
-from tuning.health.pairs import PairSet, TextTriple
-from tuning.health.report import CheckLine, Farthest, Section, Verdict
+from tuning.health.pairs import Margins, TextTriple
+from tuning.health.report import CheckLine, Section, Verdict
+from tuning.health.scorers import Scorer
 from tuning.metrics import kendall_tau
-from tuning.progress import Advance, ignore
-
-Margins = NDArray[np.float32]
 
 TAU, DELTA, SPREAD = "order (Kendall tau)", "largest difference", "spread ratio"
 BATCH, SWAP = "alone or batched", "the query counts"
 _SATURATION = "scores use their range"
-_NUM_FARTHEST = 3
-
-
-class Scorer(Protocol):
-    """One way of serving one model."""
-
-    number_format: str  # float32, bfloat16, or a runtime's name with int8 in it
-    listwise: bool  # a score depends on the other pairs that are scored with it
-
-    def margins(self, pairs: Sequence[TextTriple], advance: Advance = ignore) -> Margins:
-        """Margins (len(pairs),) as a server computes them: pairs of like length share a batch."""
-        ...
-
-    def together(self, pairs: Sequence[TextTriple]) -> Margins:
-        """Margins (len(pairs),) of one padded batch."""
-        ...
-
-    def scores(self, margins: Margins) -> Margins:
-        """Published scores of these margins."""
-        ...
-
-    def overlong(self) -> str | None:
-        """A passage that does not fit the model's limit and is cut; None: too long a limit to try."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -68,6 +40,33 @@ class Tolerance:
             return INT8
         return BFLOAT16 if number_format == "bfloat16" else FLOAT32
 
+    def compare(self, title: str, served: Margins, reference: Margins) -> Section:
+        """How well `served` keeps order, distances, spread and resolution of `reference`, where both are finite."""
+        both = np.isfinite(served) & np.isfinite(reference)
+        if both.sum() < 2:
+            detail = f"not finite: {int(both.sum())} of {len(both)} pairs have a number in both"
+            return Section(title, [CheckLine("comparison", Verdict.FAIL, detail=detail)])
+        # Differences of float32 may overflow.
+        served, reference = served[both].astype(np.float64), reference[both].astype(np.float64)
+        tau, ratio = kendall_tau(served, reference), spread_ratio(served, reference)
+        low, high = self.min_spread_ratio, self.max_spread_ratio
+        delta, spread, most = float(np.abs(served - reference).max()), float(reference.std()), self.max_delta_spreads
+        distinct, possible = (len(np.unique(values)) / len(values) for values in (served, reference))
+        least = self.min_distinct * possible
+        delta_line = CheckLine(DELTA, Verdict.NOTE, delta)
+        if most is not None:
+            allowed = f"at most {most * spread:.2g}, {most:g} spreads"
+            delta_line = CheckLine(DELTA, Verdict.of(delta <= most * spread), delta, allowed)
+        resolution = f"at least {least:.2f}, {self.min_distinct:g} of the reference's"
+        lines = [
+            # NaN does not pass: scores that do not differ have no order.
+            CheckLine(TAU, Verdict.of(tau >= self.min_tau), tau, f"at least {self.min_tau:g}"),
+            delta_line,
+            CheckLine(SPREAD, Verdict.of(low <= ratio <= high), ratio, f"{low:g} to {high:g}"),
+            CheckLine("distinct values", Verdict.of(distinct >= least), distinct, resolution),
+        ]
+        return Section(title, lines)
+
 
 # Two float32 passes differ by the order of their sums: 1e-6 of a spread was measured. The room is for pairs
 # that stand a rounding apart.
@@ -81,69 +80,10 @@ INT8 = Tolerance(min_tau=0.9, max_delta_spreads=1.0)
 POOLED = Tolerance(min_tau=0.5, max_delta_spreads=None)
 
 
-def compare(title: str, served: Margins, reference: Margins, tolerance: Tolerance) -> Section:
-    """How well `served` keeps order, distances, spread and resolution of `reference`, where both are finite.
-
-    Args:
-        served, reference: (n,) each.
-    """
-    both = np.isfinite(served) & np.isfinite(reference)
-    if both.sum() < 2:
-        detail = f"not finite: {int(both.sum())} of {len(both)} pairs have a number in both"
-        return Section(title, [CheckLine("comparison", Verdict.FAIL, detail=detail)])
-    # Differences of float32 may overflow.
-    served, reference = served[both].astype(np.float64), reference[both].astype(np.float64)
-    tau, ratio = kendall_tau(served, reference), spread_ratio(served, reference)
-    delta, most, spread = max_delta(served, reference), tolerance.max_delta_spreads, float(reference.std())
-    low, high = tolerance.min_spread_ratio, tolerance.max_spread_ratio
-    distinct, least = distinct_share(served), tolerance.min_distinct * distinct_share(reference)
-    lines = [
-        # NaN does not pass: scores that do not differ have no order.
-        CheckLine(TAU, Verdict.of(tau >= tolerance.min_tau), tau, f"at least {tolerance.min_tau:g}"),
-        CheckLine(DELTA, Verdict.NOTE, delta)
-        if most is None
-        else CheckLine(
-            DELTA, Verdict.of(delta <= most * spread), delta, f"at most {most * spread:.2g}, {most:g} spreads"
-        ),
-        CheckLine(SPREAD, Verdict.of(low <= ratio <= high), ratio, f"{low:g} to {high:g}"),
-        CheckLine(
-            "distinct values",
-            Verdict.of(distinct >= least),
-            distinct,
-            f"at least {least:.2f}, {tolerance.min_distinct:g} of the reference's",
-        ),
-    ]
-    return Section(title, lines)
-
-
-def rank_agreement(a: NDArray[Any], b: NDArray[Any]) -> float:
-    """Share of places that the same pair holds in both rankings, best first; equal scores stay in input order."""
-    return float((np.argsort(-a, kind="stable") == np.argsort(-b, kind="stable")).mean())
-
-
-def max_delta(a: NDArray[Any], b: NDArray[Any]) -> float:
-    return float(np.abs(a - b).max())
-
-
-def spread_ratio(a: NDArray[Any], b: NDArray[Any]) -> float:
+def spread_ratio(a: Margins, b: Margins) -> float:
     """Standard deviation of `a` over that of `b`; NaN where `b` is constant."""
     spread = float(b.std())
     return float(a.std()) / spread if spread > 0 else float("nan")
-
-
-def distinct_share(a: NDArray[Any]) -> float:
-    """Different values per value."""
-    return len(np.unique(a)) / len(a)
-
-
-def farthest(pairs: PairSet, served: Margins, reference: Margins) -> list[Farthest]:
-    """The pairs that differ most, most first, of those that both have a number for."""
-    both = np.flatnonzero(np.isfinite(served) & np.isfinite(reference))
-    delta = np.abs(served[both].astype(np.float64) - reference[both])
-    return [
-        Farthest(pairs.pairs[i].query, pairs.pairs[i].passage, float(served[i]), float(reference[i]))
-        for i in both[np.argsort(-delta, kind="stable")[:_NUM_FARTHEST]]
-    ]
 
 
 # Every score below: a softmax over the hidden vector stands where the head should.
@@ -173,15 +113,12 @@ def _finite(margins: Margins, scores: Margins) -> CheckLine:
     return CheckLine("finite", Verdict.of(not missing), float(good.mean()), "all", detail)
 
 
-def all_tiny(values: Margins) -> bool:
-    """As a softmax over a hidden vector gives them."""
-    return bool(((values >= 0) & (values < _SATURATED_SCORE)).all())
-
-
-def all_doubled(values: Margins) -> bool:
-    """As a sigmoid of a sigmoid gives them."""
+def saturation(values: Margins) -> str | None:
+    """`tiny`, as all values of a softmax over a hidden vector; `doubled`, as of a sigmoid of a sigmoid; else None."""
     low, high = _DOUBLE_SIGMOID
-    return bool(((values >= low) & (values <= high)).all())
+    if ((values >= 0) & (values < _SATURATED_SCORE)).all():
+        return "tiny"
+    return "doubled" if ((values >= low) & (values <= high)).all() else None
 
 
 def _saturation(margins: Margins, scores: Margins) -> CheckLine:
@@ -190,13 +127,12 @@ def _saturation(margins: Margins, scores: Margins) -> CheckLine:
     numbers = scores[np.isfinite(scores)]
     if not len(numbers):
         return CheckLine(_SATURATION, Verdict.SKIP, None, expected, "not finite")
-    stuck = any(all_tiny(values) or all_doubled(values) for values in (margins, scores))
-    return CheckLine(
-        _SATURATION, Verdict.of(not stuck), None, expected, f"here {numbers.min():.3g} to {numbers.max():.3g}"
-    )
+    good = saturation(margins) is None and saturation(scores) is None
+    shown = f"here {numbers.min():.3g} to {numbers.max():.3g}"
+    return CheckLine(_SATURATION, Verdict.of(good), None, expected, shown)
 
 
-def mixed(pairs: Sequence[TextTriple]) -> list[TextTriple]:
+def _mixed(pairs: Sequence[TextTriple]) -> list[TextTriple]:
     """A few pairs whose lengths differ as much as they can: shortest, longest, next shortest, ..."""
     by_length = sorted(pairs, key=lambda pair: len(pair.passage.encode()))
     half = min(_NUM_TOGETHER, len(by_length)) // 2
@@ -207,19 +143,25 @@ def _batch(scorer: Scorer, pairs: Sequence[TextTriple]) -> CheckLine:
     """A pair's margin alone against the same batched with pairs of other lengths."""
     if scorer.listwise:
         return CheckLine(BATCH, Verdict.SKIP, detail="a listwise model's scores depend on the other candidates")
-    some = mixed(pairs)
-    alone, together = (np.asarray(one, dtype=np.float64) for one in (one_by_one(scorer, some), scorer.together(some)))
+    some = _mixed(pairs)
+    alone, together = (np.asarray(one, dtype=np.float64) for one in (scorer.one_by_one(some), scorer.together(some)))
     missing = int((~(np.isfinite(alone) & np.isfinite(together))).sum())
     if missing:
         return CheckLine(BATCH, Verdict.FAIL, detail=f"{missing} of {len(some)} pairs are not finite")
     most = _MAX_BATCH_DELTA.get(scorer.number_format, _MAX_BATCH_DELTA["bfloat16"]) * float(alone.std())
-    delta = max_delta(alone, together)
+    delta = float(np.abs(alone - together).max())
     return CheckLine(BATCH, Verdict.of(delta <= most), delta, f"at most {most:.2g}", f"{len(some)} pairs in one batch")
 
 
-def one_by_one(scorer: Scorer, pairs: Sequence[TextTriple]) -> Margins:
-    """Each in a separate pass: nothing is padded."""
-    return np.concatenate([scorer.together([pair]) for pair in pairs])
+def agree_alone(
+    scorer: Scorer, reference: Callable[[Sequence[TextTriple]], Margins], pairs: Sequence[TextTriple]
+) -> bool:
+    """Whether unpadded passes over pairs of mixed lengths give the reference's margins."""
+    some = _mixed(pairs)
+    alone, expected = scorer.one_by_one(some), reference(some)
+    most = Tolerance.of(scorer.number_format).max_delta_spreads or 1.0
+    finite = np.isfinite(alone).all() and np.isfinite(expected).all()
+    return bool(finite and np.abs(alone - expected).max() <= most * expected.std())
 
 
 def _swapped(scorer: Scorer) -> CheckLine:
@@ -227,7 +169,7 @@ def _swapped(scorer: Scorer) -> CheckLine:
     passage = scorer.overlong()
     if passage is None:
         return CheckLine(SWAP, Verdict.SKIP, detail="the limit is too long to fill here")
-    given = one_by_one(scorer, [TextTriple(query, None, passage) for query in _SWAPPED_QUERIES])
+    given = scorer.one_by_one([TextTriple(query, None, passage) for query in _SWAPPED_QUERIES])
     first, second = (float(margin) for margin in given)
     if not np.isfinite(given).all():
         return CheckLine(SWAP, Verdict.FAIL, None, "not 0", "the margins are not finite")
@@ -237,7 +179,7 @@ def _swapped(scorer: Scorer) -> CheckLine:
 
 
 @dataclass(frozen=True)
-class Golden:
+class _Published:
     """Texts, their published scores, and whether those are logits."""
 
     source: str
@@ -277,18 +219,18 @@ _KALM_DELTA = 0.12
 _BY_ID = {
     # Its card, bfloat16.
     "ContextualAI/ctxl-rerank-v2-instruct-multilingual-6b": [
-        Golden("its card", _CTXL, (-2.2969, -4.6875, -12.375), True, _MAX_LOGIT_DELTA)
+        _Published("its card", _CTXL, (-2.2969, -4.6875, -12.375), True, _MAX_LOGIT_DELTA)
     ],
     # Their cards, bfloat16 at r = 4; the second of Nano's is the logit of .9972850 and 5.896418e-07.
     "KaLM-Embedding/KaLM-Reranker-V1-Nano": [
-        Golden("its card", _CAPITAL, (8.78125, -14.1875), True, _KALM_DELTA),
-        Golden("its card, with an instruction", _CAPITAL_WEB, (5.90625, -14.34375), True, _KALM_DELTA),
+        _Published("its card", _CAPITAL, (8.78125, -14.1875), True, _KALM_DELTA),
+        _Published("its card, with an instruction", _CAPITAL_WEB, (5.90625, -14.34375), True, _KALM_DELTA),
     ],
-    "KaLM-Embedding/KaLM-Reranker-V1-Large": [Golden("its card", _CAPITAL, (8.5625, -12.21875), True, _KALM_DELTA)],
+    "KaLM-Embedding/KaLM-Reranker-V1-Large": [_Published("its card", _CAPITAL, (8.5625, -12.21875), True, _KALM_DELTA)],
 }
 
 
-def published(name: str) -> list[Golden]:
+def published(name: str) -> list[_Published]:
     """Scores published for exactly this hub id, or a directory `owner/name`; none for others."""
     cached = re.search(r"(?:^|/)models--([^/]+?)--([^/]+)/snapshots/[^/]+/?$", name)  # a hub cache's snapshot
     hub_id = f"{cached[1]}/{cached[2]}" if cached is not None else "/".join(name.rstrip("/").split("/")[-2:])
@@ -299,21 +241,21 @@ def published(name: str) -> list[Golden]:
         return []
     logits = profile.golden_are_margins or any(not 0 <= score <= 1 for score in profile.golden)
     most = _MAX_LOGIT_DELTA if logits else _MAX_SCORE_DELTA
-    return [Golden("four passages", _PLANETS, profile.golden, profile.golden_are_margins, most)]
+    return [_Published("four passages", _PLANETS, profile.golden, profile.golden_are_margins, most)]
 
 
-def published_section(name: str, scorer: Scorer) -> Section:
+def published_section(scorer: Scorer) -> Section:
     """Published scores against the model's."""
-    lines = [_published_line(golden, scorer) for golden in published(name)]
+    lines = [_published_line(one, scorer) for one in published(scorer.name)]
     return Section(
         "published scores", lines or [CheckLine("scores", Verdict.SKIP, detail="none for a model of this name")]
     )
 
 
-def _published_line(golden: Golden, scorer: Scorer) -> CheckLine:
-    margins = scorer.margins(golden.texts)
-    got = margins if golden.are_margins else scorer.scores(margins)
-    delta = max_delta(got, np.array(golden.expected, dtype=np.float32))
-    shown, expected = (", ".join(f"{value:.4g}" for value in values) for values in (got, golden.expected))
-    state = Verdict.of(delta <= golden.max_delta)
-    return CheckLine(golden.source, state, delta, f"at most {golden.max_delta:g}", f"{shown}; published {expected}")
+def _published_line(one: _Published, scorer: Scorer) -> CheckLine:
+    margins = scorer.margins(one.texts)
+    got = margins if one.are_margins else scorer.scores(margins)
+    delta = float(np.abs(got - np.array(one.expected, dtype=np.float32)).max())
+    shown, expected = (", ".join(f"{value:.4g}" for value in values) for values in (got, one.expected))
+    state = Verdict.of(delta <= one.max_delta)
+    return CheckLine(one.source, state, delta, f"at most {one.max_delta:g}", f"{shown}; published {expected}")

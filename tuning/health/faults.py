@@ -24,8 +24,8 @@ from decoder_server.models.cross_encoder.files import load_transformer, quiet
 from decoder_server.models.cross_encoder.profiles import Profile
 from decoder_server.models.cross_encoder.templates import PairReader, TextPair
 from decoder_server.models.cross_encoder.torch_runtime import answer_ids
-from tuning.health.checks import Margins, all_doubled, all_tiny, spread_ratio
-from tuning.health.pairs import TextTriple
+from tuning.health.checks import saturation, spread_ratio
+from tuning.health.pairs import Margins, TextTriple
 from tuning.metrics import kendall_tau
 from tuning.progress import Advance, ignore
 
@@ -95,51 +95,51 @@ class PlainModel:
         return cast(Tensor, states[-1] if self.profile.head in ("score", "vocabulary") else states[0])
 
 
-SOFTMAX_OVER_HIDDEN = (
+_SOFTMAX_OVER_HIDDEN = (
     "softmax over the hidden vector: the scores are what a softmax over the last hidden state gives, as when a runtime "
     "finds no classification head and takes the hidden size for a number of labels; load the head"
 )
-DOUBLE_SIGMOID = (
+_DOUBLE_SIGMOID = (
     "double sigmoid: a sigmoid was taken of scores that were probabilities already, so all of them lie between "
     "sigmoid(0) = 0.50 and sigmoid(1) = 0.73; make the runtime return logits, or the activation identity"
 )
-SIGMOID_FOR_LOGIT = (
+_SIGMOID_FOR_LOGIT = (
     "sigmoid where the logit is expected: the runtime applies the activation itself; make it return logits"
 )
-MISSING_TEMPLATE = (
+_MISSING_TEMPLATE = (
     "missing template: the model reads bare texts and not the prompt it was trained with; the order may survive while "
     "the spread changes; serve it with its profile's template"
 )
-WRONG_PADDING = (
+_WRONG_PADDING = (
     "wrong padding side or a missing attention mask: pairs score right alone and wrong beside longer ones; "
     "encoders that read their first token need padding on the right, decoders that read their last need it on the left"
 )
-DROPPED_POOLER = (
+_DROPPED_POOLER = (
     "dropped pooler: the head is applied to the first token's hidden state without the dense layer and tanh before it; "
     "convert the checkpoint again with its pooler"
 )
-QUERY_CUT = (
+_QUERY_CUT = (
     "the query is cut off: the passage stands before it and truncation takes the end of the whole prompt; "
     "cut the passage instead"
 )
-LOST_SPREAD = (
+_LOST_SPREAD = (
     "the order is kept while the spread is not: usually a missing or different template, or an activation applied "
     "inside the runtime"
 )
-NOT_FINITE = "some scores are not finite: float16 overflows most of these models; use bfloat16 or float32"
+_NOT_FINITE = "some scores are not finite: float16 overflows most of these models; use bfloat16 or float32"
 NONE_FINITE = (
     "the scores are not finite, not one of them: weights that are NaN or infinite, or a number format that overflows; "
     "compare the weights with the published ones, and use bfloat16 or float32"
 )
-CONSTANT = "every pair has the same score: the head does not see the texts"
+_CONSTANT = "every pair has the same score: the head does not see the texts"
 UNPUBLISHED = "these are not the published weights, or not the published template: a plain pass gives other scores, too"
 UNKNOWN = "no known fault gives these numbers: compare weights, template and readout with the published ones"
 
 # A fault proves itself where it gives the served margins but for rounding (root mean square, in spreads of its own),
 # and gives them better than the right way does.
-PROOF_SPREADS = 0.1
-PROOF_GAIN = 0.5
-SAME_ORDER = 0.95
+_PROOF_SPREADS = 0.1
+_PROOF_GAIN = 0.5
+_SAME_ORDER = 0.95
 
 
 @dataclass(frozen=True)
@@ -155,68 +155,68 @@ class Evidence:
     compare_failed: bool
     alone_agrees: bool | None = None  # whether unpadded passes give the reference's margins
 
+    def causes(self, plain: PlainModel | None) -> list[str]:
+        """Likely causes in words, the surest first.
 
-def name_causes(evidence: Evidence, plain: PlainModel | None) -> list[str]:
-    """Likely causes in words, the surest first.
-
-    Args:
-        plain: where there is one, faults are tried out on it.
-    """
-    good = np.isfinite(evidence.margins) & np.isfinite(evidence.scores)
-    if not good.any():
-        return [NONE_FINITE]
-    causes = [QUERY_CUT] if evidence.swap_failed else []
-    if not good.all():
-        return [NOT_FINITE, *causes]
-    if evidence.reference is not None and not np.isfinite(evidence.reference).all():
-        evidence = dataclasses.replace(evidence, reference=None)  # proves nothing
-    first = _by_pattern_alone(evidence) or (_by_trying(evidence, plain) if plain is not None else None)
-    first = first or _by_spread(evidence)
-    return [first, *causes] if first else causes or [UNKNOWN]
+        Args:
+            plain: where there is one, faults are tried out on it.
+        """
+        good = np.isfinite(self.margins) & np.isfinite(self.scores)
+        if not good.any():
+            return [NONE_FINITE]
+        causes = [_QUERY_CUT] if self.swap_failed else []
+        if not good.all():
+            return [_NOT_FINITE, *causes]
+        sound = self
+        if self.reference is not None and not np.isfinite(self.reference).all():
+            sound = dataclasses.replace(self, reference=None)  # proves nothing
+        first = _by_pattern_alone(sound) or (_by_trying(sound, plain) if plain is not None else None)
+        first = first or _by_spread(sound)
+        return [first, *causes] if first else causes or [UNKNOWN]
 
 
 def _by_pattern_alone(evidence: Evidence) -> str | None:
     """Marks that no other fault leaves."""
     if np.ptp(evidence.margins) == 0:
-        return CONSTANT
-    if all_tiny(evidence.margins) or all_tiny(evidence.scores):
-        return SOFTMAX_OVER_HIDDEN
-    return WRONG_PADDING if evidence.batch_failed and evidence.alone_agrees is not False else None
+        return _CONSTANT
+    if "tiny" in (saturation(evidence.margins), saturation(evidence.scores)):
+        return _SOFTMAX_OVER_HIDDEN
+    return _WRONG_PADDING if evidence.batch_failed and evidence.alone_agrees is not False else None
 
 
 def _by_trying(evidence: Evidence, plain: PlainModel) -> str | None:
     """The fault that gives the served margins when the plain model is made to commit it."""
     if not evidence.compare_failed or evidence.reference is None:
         return None
-    for words, attempt in ATTEMPTS:
+    for words, attempt in _ATTEMPTS:
         for margins in attempt(plain, evidence):
             if _proves(margins, evidence.margins, evidence.reference):
-                doubled = words is SIGMOID_FOR_LOGIT and all_doubled(evidence.scores)
-                return DOUBLE_SIGMOID if doubled else words
+                doubled = words is _SIGMOID_FOR_LOGIT and saturation(evidence.scores) == "doubled"
+                return _DOUBLE_SIGMOID if doubled else words
     return None
 
 
 def _by_spread(evidence: Evidence) -> str | None:
     """Marks that several faults leave: the likeliest of them."""
-    if all_doubled(evidence.scores) or all_doubled(evidence.margins):
-        return DOUBLE_SIGMOID
+    if "doubled" in (saturation(evidence.scores), saturation(evidence.margins)):
+        return _DOUBLE_SIGMOID
     if not evidence.compare_failed or evidence.reference is None:
         return None
     ratio = spread_ratio(evidence.margins, evidence.reference)
-    kept = kendall_tau(evidence.margins, evidence.reference) >= SAME_ORDER
-    return LOST_SPREAD if kept and not 0.8 <= ratio <= 1.25 else None
+    kept = kendall_tau(evidence.margins, evidence.reference) >= _SAME_ORDER
+    return _LOST_SPREAD if kept and not 0.8 <= ratio <= 1.25 else None
 
 
 def _proves(attempted: Margins, served: Margins, reference: Margins) -> bool:
     spread, off = float(attempted.std()), _rms(served - attempted)
-    return spread > 0 and off <= PROOF_SPREADS * spread and off <= PROOF_GAIN * _rms(served - reference)
+    return spread > 0 and off <= _PROOF_SPREADS * spread and off <= _PROOF_GAIN * _rms(served - reference)
 
 
 def _rms(values: Margins) -> float:
     return float(np.sqrt(np.square(values.astype(np.float64)).mean()))
 
 
-Attempt = Callable[[PlainModel, Evidence], Iterator[Margins]]
+_Attempt = Callable[[PlainModel, Evidence], Iterator[Margins]]
 
 
 def _sigmoid_for_logit(_: PlainModel, evidence: Evidence) -> Iterator[Margins]:
@@ -262,12 +262,12 @@ def _padded_on_the_wrong_side(plain: PlainModel, evidence: Evidence) -> Iterator
     yield np.array(margins, dtype=np.float32)
 
 
-ATTEMPTS: tuple[tuple[str, Attempt], ...] = (
-    (SIGMOID_FOR_LOGIT, _sigmoid_for_logit),
-    (SOFTMAX_OVER_HIDDEN, _softmax_over_hidden),
-    (DROPPED_POOLER, _without_pooler),
-    (MISSING_TEMPLATE, _without_template),
-    (WRONG_PADDING, _padded_on_the_wrong_side),
+_ATTEMPTS: tuple[tuple[str, _Attempt], ...] = (
+    (_SIGMOID_FOR_LOGIT, _sigmoid_for_logit),
+    (_SOFTMAX_OVER_HIDDEN, _softmax_over_hidden),
+    (_DROPPED_POOLER, _without_pooler),
+    (_MISSING_TEMPLATE, _without_template),
+    (_WRONG_PADDING, _padded_on_the_wrong_side),
 )
 
 

@@ -13,8 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cache import DEFAULT_CODEC
 from checkpoint.files import CheckpointError, read_json, resolve
 from decoder_server.config import NO_TIERS, ModelConfig
@@ -35,20 +33,15 @@ from tuning.health.checks import (
     POOLED,
     SPREAD,
     SWAP,
-    Margins,
-    Scorer,
     Tolerance,
+    agree_alone,
     behaviour,
-    compare,
-    farthest,
-    mixed,
-    one_by_one,
     published_section,
 )
-from tuning.health.faults import Evidence, PlainModel, name_causes
-from tuning.health.pairs import MIN_PAIRS, PairSet, TextTriple, built_in_pairs
-from tuning.health.report import HealthReport, Section
-from tuning.health.scorers import CrossScorer, FbnlScorer
+from tuning.health.faults import Evidence, PlainModel
+from tuning.health.pairs import MIN_PAIRS, Margins, PairSet, TextTriple
+from tuning.health.report import Farthest, HealthReport, Section
+from tuning.health.scorers import CrossScorer, FbnlScorer, Scorer
 from tuning.progress import SILENT, Advance, StageProgress, counted, ignore
 
 _FLOAT32_NAMES = ("fp32", "float32")
@@ -91,7 +84,7 @@ def check(
         trust = config.trust_remote_code
         loaded = ModelConfig(against, device=config.device, dtype="float32", trust_remote_code=trust, tiers=NO_TIERS)
         other = (against, _scorer(load_model(loaded)))
-    one = _Check(_scorer(backend, ratio), pairs or built_in_pairs(), other, progress)
+    one = _Check(_scorer(backend, ratio), pairs or PairSet.read(), other, progress)
     if isinstance(one.served, FbnlScorer):
         return _check_fbnl(one, one.served, codec or DEFAULT_CODEC)
     return _check_cross(one, one.served, config.trust_remote_code)
@@ -103,7 +96,7 @@ def health_gate(model: Backend, *, pairs: PairSet | None = None, progress: Stage
     Loads those weights once more while it runs. Call it from the thread that the model is scored on, before
     any request is scored.
     """
-    one = _Check(_scorer(model), pairs or built_in_pairs(), None, progress)
+    one = _Check(_scorer(model), pairs or PairSet.read(), None, progress)
     if isinstance(one.served, FbnlScorer):
         return _check_fbnl(one, one.served, DEFAULT_CODEC, every_format=False)
     return _check_cross(one, one.served)
@@ -141,6 +134,7 @@ class _Check:
         self.tolerance = Tolerance.of(served.number_format)
         self.notes: list[str] = []
         self.sections: list[Section] = []
+        self.causes: list[str] = []  # of comparisons that failed
 
     def begin(self) -> Margins:
         """Margins of the model as it is served, and the section about it alone."""
@@ -152,15 +146,25 @@ class _Check:
         with counted(self.progress, stage, len(self.pairs)) as advance:
             return scorer.margins(self.pairs.pairs, advance)
 
-    def compare(self, title: str, served: Margins, reference: Margins, tolerance: Tolerance | None = None) -> Section:
-        self.sections.append(compare(title, served, reference, tolerance or self.tolerance))
-        return self.sections[-1]
+    def compare(
+        self, title: str, served: Margins, reference: Margins, tolerance: Tolerance | None = None, cause: str = ""
+    ) -> Section:
+        """
+        Args:
+            tolerance: None: that of the served number format.
+            cause: the likely one, where it fails.
+        """
+        section = (tolerance or self.tolerance).compare(title, served, reference)
+        self.sections.append(section)
+        if section.failed and cause:
+            self.causes.append(cause)
+        return section
 
-    def finish(self, name: str, margins: Margins) -> None:
+    def finish(self, margins: Margins) -> None:
         """Compares with the other model, if any, and with published scores."""
         if self.other is not None:
             self.compare(f"against {self.other[0]}", margins, self.score("other", self.other[1]))
-        self.sections.append(published_section(name, self.served))
+        self.sections.append(published_section(self.served))
         if len(self.pairs) < _FEW_PAIRS:
             few = f"only {len(self.pairs)} pairs: below {_FEW_PAIRS} one pair out of order decides"
             self.notes.append(few)
@@ -181,9 +185,11 @@ class _Check:
             compare_failed=compare_failed,
         )
 
-    def report(self, **told: Any) -> HealthReport:
+    def report(self, *, against: str, **told: Any) -> HealthReport:
         return HealthReport(
             **told,
+            against=self.other[0] if self.other is not None else against,
+            model=self.served.name,
             pairs=self.pairs.name,
             num_pairs=len(self.pairs),
             sections=self.sections,
@@ -206,23 +212,22 @@ def _check_cross(check: _Check, served: CrossScorer, trust_remote_code: bool = F
     check.notes += reference.notes
     expected = check.score("plain float32", reference)
     own = check.compare(f"{served.number_format} against plain float32", margins, expected)
-    check.finish(model.checkpoint_name, margins)
+    check.finish(margins)
     causes: Sequence[str] = ()
     if check.failed:
         evidence = check.evidence(margins, expected, compare_failed=own.failed)
         if not served.listwise:
-            agrees = _agrees(served, reference, mixed(check.pairs.pairs), check.tolerance.max_delta_spreads or 1.0)
+            agrees = agree_alone(served, reference.margins, check.pairs.pairs)
             evidence = replace(evidence, alone_agrees=agrees)
-        causes = name_causes(evidence, reference.plain)
+        causes = evidence.causes(reference.plain)
         if causes == [faults.UNKNOWN]:
             causes = [_by_comparison(own, served.number_format, check.other)]
     return check.report(
-        model=model.checkpoint_name,
         backend="cross_encoder",
         served=f"{model.runtime}, {model.dtype_name} on {model.device_name}, profile {model.profile.model}",
-        against=check.other[0] if check.other is not None else "plain float32",
+        against="plain float32",
         causes=causes,
-        farthest=farthest(check.pairs, margins, expected) if own.failed else (),
+        farthest=Farthest.of(check.pairs.pairs, margins, expected) if own.failed else (),
     )
 
 
@@ -290,14 +295,6 @@ class _Reference:
         return self.plain.margins(self.plain.read(texts), advance)
 
 
-def _agrees(served: CrossScorer, reference: _Reference, some: Sequence[TextTriple], spreads: float) -> bool:
-    """Whether unpadded passes of the served model give the reference's margins."""
-    alone, expected = one_by_one(served, some), reference.margins(some)
-    if not (np.isfinite(alone).all() and np.isfinite(expected).all()):
-        return False
-    return bool(np.abs(alone - expected).max() <= spreads * expected.std())
-
-
 def _check_fbnl(check: _Check, served: FbnlScorer, codec: str, *, every_format: bool = True) -> HealthReport:
     """One ratio and codec of an fbnl checkpoint: alone, number formats, stored and cached states, published margins.
 
@@ -308,17 +305,37 @@ def _check_fbnl(check: _Check, served: FbnlScorer, codec: str, *, every_format: 
         EvaluationError: a passage that cannot be encoded at all.
         CacheError: a codec that cannot be had.
     """
-    texts, ratio = check.pairs.pairs, served.ratio
     margins = check.begin()
-    causes: list[tuple[Section, str]] = []  # a comparison, and the likely cause where it fails
-    reference, narrow = margins, None
+    reference, narrow, format_failed = margins, None, False
     if served.number_format != "float32":
         reference, narrow = check.score("float32", served.in_format("float32")), margins
     elif every_format:
         narrow = check.score(_NARROW, served.in_format(_NARROW))
     if narrow is not None:
-        section = check.compare(f"{_NARROW} against float32", narrow, reference, BFLOAT16)
-        causes.append((section, f"{_NARROW} is too narrow for these weights: serve them in float32"))
+        too_narrow = f"{_NARROW} is too narrow for these weights: serve them in float32"
+        section = check.compare(f"{_NARROW} against float32", narrow, reference, BFLOAT16, too_narrow)
+        format_failed = section.failed and narrow is margins
+    _compare_states(check, served, codec, margins)
+    check.finish(margins)
+    causes: Sequence[str] = ()
+    if check.failed:  # faults that leave a mark, then the causes of the comparisons that failed
+        evidence = check.evidence(margins, reference, compare_failed=format_failed)
+        causes = [cause for cause in evidence.causes(None) if cause != faults.UNKNOWN]
+        if causes != [faults.NONE_FINITE]:
+            causes = causes + check.causes or [faults.UNKNOWN]
+    apart = check.failed and reference is not margins
+    return check.report(
+        backend="fbnl",
+        served=f"{served.number_format} on {served.backend.device_name}, r = {served.ratio}, {codec}",
+        against="float32, on demand",
+        causes=causes,
+        farthest=Farthest.of(check.pairs.pairs, margins, reference) if apart else (),
+    )
+
+
+def _compare_states(check: _Check, served: FbnlScorer, codec: str, margins: Margins) -> None:
+    """States that were stored, cached or pooled, against those encoded on demand, recomputed or unpooled."""
+    texts, ratio = check.pairs.pairs, served.ratio
     with counted(check.progress, "stored, cached and pooled", 5 * len(texts)) as advance:
         on_demand, unpooled = served.states(texts), served.states(texts, 1)
         read = served.stored(on_demand, codec)
@@ -326,40 +343,17 @@ def _check_fbnl(check: _Check, served: FbnlScorer, codec: str, *, every_format: 
         cached, cached_int8 = (served.cached(texts, read, form, advance) for form in ("auto", "int8"))
         fine = served.score(texts, unpooled, advance)
         pooled = served.score(texts, [one.at_ratio(ratio) for one in unpooled], advance)
-    tolerance = _CODEC_TOLERANCE.get(codec, INT8)
-    section = check.compare(f"stored states ({codec}) against on demand", stored, margins, tolerance)
     lossy = f"the codec {codec} loses too much: index with SQfp16, or a codec with more bits"
-    causes.append((section, lossy))
-    for title, one, other, tolerance, cause in (
-        ("cached against recomputed", cached, stored, check.tolerance, _CACHED_WRONG),
-        ("cached as int8 against recomputed", cached_int8, stored, INT8, _CACHED_COARSE),
-        (f"stored at r = 1, re-pooled to {ratio}", pooled, margins, check.tolerance, _UNEVEN),
-        (f"r = {ratio} against r = 1", margins, fine, POOLED, _TOO_COARSE),
-    ):
-        if ratio > 1 or tolerance is not POOLED:
-            causes.append((check.compare(title, one, other, tolerance), cause))
-    check.finish(served.checkpoint.name, margins)
-    narrow_failed = served.number_format != "float32" and causes[0][0].failed
-    evidence = check.evidence(margins, reference, compare_failed=narrow_failed)
-    return check.report(
-        model=served.checkpoint.name,
-        backend="fbnl",
-        served=f"{served.number_format} on {served.backend.device_name}, r = {ratio}, {codec}",
-        against=check.other[0] if check.other is not None else "float32, on demand",
-        causes=_fbnl_causes(evidence, causes) if check.failed else (),
-        farthest=farthest(check.pairs, margins, reference) if check.failed and reference is not margins else (),
-    )
+    tolerance = _CODEC_TOLERANCE.get(codec, INT8)
+    check.compare(f"stored states ({codec}) against on demand", stored, margins, tolerance, lossy)
+    check.compare("cached against recomputed", cached, stored, cause=_CACHED_WRONG)
+    check.compare("cached as int8 against recomputed", cached_int8, stored, INT8, _CACHED_COARSE)
+    check.compare(f"stored at r = 1, re-pooled to {ratio}", pooled, margins, cause=_UNEVEN)
+    if ratio > 1:
+        check.compare(f"r = {ratio} against r = 1", margins, fine, POOLED, _TOO_COARSE)
 
 
 _CACHED_WRONG = "cached keys and values are not the recomputed ones: serve with the KV and prefix caches at 0 bytes"
 _CACHED_COARSE = "int8 is too coarse for the KV and prefix caches: leave --cache-format at auto"
 _UNEVEN = "pooling does not nest: states stored at one ratio are not those of another; index again with this version"
 _TOO_COARSE = "the compression ratio is too high for this checkpoint: serve and store it at a lower one"
-
-
-def _fbnl_causes(evidence: Evidence, compared: Sequence[tuple[Section, str]]) -> list[str]:
-    """Faults that leave a mark, then the causes of the comparisons that failed."""
-    marked = [cause for cause in name_causes(evidence, None) if cause != faults.UNKNOWN]
-    if marked == [faults.NONE_FINITE]:
-        return marked
-    return marked + [words for section, words in compared if section.failed] or [faults.UNKNOWN]

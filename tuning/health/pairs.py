@@ -11,10 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from encoder_worker.sources import Place
 from tuning import EvaluationError
 from tuning.trec import JudgedFile
 
+Margins = NDArray[np.float32]  # (num_pairs,)
 MIN_PAIRS = 2  # fewer have no order to compare
 _BUILT_IN = Path(__file__).parent / "pairs.jsonl"
 _PASSAGE_FIELDS = ("passage", "text", "document")
@@ -35,25 +39,23 @@ class PairSet:
     name: str
     pairs: Sequence[TextTriple]
 
+    @classmethod
+    def read(cls, path: Path | None = None) -> PairSet:
+        """One JSON object a line: `query`, `passage` (or `text`, `document`), and `instruction` where there is one.
+
+        Args:
+            path: None: the hundred pairs of the package.
+
+        Raises:
+            EvaluationError: an unreadable file, or a line that is no pair; the message names the line.
+        """
+        pairs = [_pair(where, row) for where, row in JudgedFile(path or _BUILT_IN).rows()]
+        if len(pairs) < MIN_PAIRS:
+            raise EvaluationError(f"{path}: {len(pairs)} pairs; expected at least {MIN_PAIRS}")
+        return cls(str(path) if path is not None else "built-in pairs", pairs)
+
     def __len__(self) -> int:
         return len(self.pairs)
-
-
-def built_in_pairs() -> PairSet:
-    """The hundred pairs of the package."""
-    return PairSet("built-in pairs", read_pairs(_BUILT_IN).pairs)
-
-
-def read_pairs(path: Path) -> PairSet:
-    """One JSON object a line: `query`, `passage` (or `text`, `document`), and `instruction` where there is one.
-
-    Raises:
-        EvaluationError: an unreadable file, or a line that is no pair; the message names the line.
-    """
-    pairs = [_pair(where, row) for where, row in JudgedFile(path).rows()]
-    if len(pairs) < MIN_PAIRS:
-        raise EvaluationError(f"{path}: {len(pairs)} pairs; expected at least {MIN_PAIRS}")
-    return PairSet(str(path), pairs)
 
 
 def _pair(where: Place, row: dict[str, Any]) -> TextTriple:

@@ -21,17 +21,16 @@ from decoder_server.models.cross_encoder.backend import batches, pad
 from decoder_server.models.cross_encoder.conversion import COLUMN, CausalSource
 from decoder_server.models.cross_encoder.files import load_transformer
 from decoder_server.models.cross_encoder.templates import PairReader
-from tuning.health.checks import Margins, max_delta, rank_agreement
-from tuning.health.pairs import PairSet
+from tuning.health.pairs import Margins, PairSet
 from tuning.metrics import kendall_tau
 from tuning.progress import SILENT, StageProgress, counted
 
-BATCH_TOKENS = 4096
-Inputs = dict[str, NDArray[np.int64]]
+_BATCH_TOKENS = 4096
+_Inputs = dict[str, NDArray[np.int64]]
 # float32: the same sums in another kernel; 2e-7 was measured, and a margin more than 1e-4 off is wrong by any account.
 # bfloat16: the language model rounds its logit to 8 bits, the classifier may not: a step of the largest score.
-MAX_DELTA = {"float32": 1e-4, "bfloat16": 2.0**-7}  # absolute; a share of the largest score
-MIN_TAU = {"float32": 0.999, "bfloat16": 0.98}
+_MAX_DELTA = {"float32": 1e-4, "bfloat16": 2.0**-7}  # absolute; a share of the largest score
+_MIN_TAU = {"float32": 0.999, "bfloat16": 0.98}
 
 
 @dataclass(frozen=True)
@@ -43,11 +42,21 @@ class ParityRow:
     max_delta: float
     allowed_delta: float
     tau: float
-    rank_agreement: float  # share of places that the same pair holds
+    rank_agreement: float  # share of places that the same pair holds; equal scores stay in input order
+
+    @classmethod
+    def of(cls, dtype: str, original: Margins, converted: Margins) -> ParityRow:
+        """Raises CheckpointError where a score is not finite."""
+        if not (np.isfinite(original).all() and np.isfinite(converted).all()):
+            raise CheckpointError(f"a score is not finite in {dtype}: nothing to compare")
+        allowed = _MAX_DELTA[dtype] * (1.0 if dtype == "float32" else max(1.0, float(np.abs(original).max())))
+        places = np.argsort(-original, kind="stable") == np.argsort(-converted, kind="stable")
+        delta, tau = float(np.abs(original - converted).max()), kendall_tau(original, converted)
+        return cls(dtype, len(original), delta, allowed, tau, float(places.mean()))
 
     @property
     def passed(self) -> bool:
-        return self.max_delta <= self.allowed_delta and self.tau >= MIN_TAU[self.dtype]
+        return self.max_delta <= self.allowed_delta and self.tau >= _MIN_TAU[self.dtype]
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self) | {"passed": self.passed}
@@ -71,7 +80,8 @@ def parity(
         margins = []
         for side, path, head in (("original", source.path, True), ("converted", converted, False)):
             with counted(progress, f"{side} {dtype}", len(pairs)) as advance:
-                model = _load(path, dtype, causal=head)
+                kind = "AutoModelForCausalLM" if head else "AutoModelForSequenceClassification"
+                model = load_transformer(path, DTYPES[dtype], torch.device("cpu"), kind=kind)
                 found = []
                 for batch in loaded_batches:
                     found.append(_margins(model, batch, causal=head))
@@ -79,33 +89,24 @@ def parity(
                 del model
                 gc.collect()  # the next one needs the room
             margins.append(np.concatenate(found)[order])
-        rows.append(_row(dtype, margins[0], margins[1]))
+        rows.append(ParityRow.of(dtype, *margins))
     return rows
 
 
-def _batches(source: CausalSource, pairs: PairSet) -> tuple[list[Inputs], list[int]]:
+def _batches(source: CausalSource, pairs: PairSet) -> tuple[list[_Inputs], list[int]]:
     """Padded batches, and where in their concatenation each pair stands."""
     from transformers import AutoTokenizer
 
     loaded: Any = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
     read = PairReader(loaded.backend_tokenizer, source.profile).read(pairs.pairs)
-    groups = list(batches([pair.num_tokens for pair in read], BATCH_TOKENS))
+    groups = list(batches([pair.num_tokens for pair in read], _BATCH_TOKENS))
     padded = [pad([read[i].ids for i in group], side="left", pad_id=source.pad_token_id) for group in groups]
     place = {index: at for at, index in enumerate(index for group in groups for index in group)}
     return padded, [place[i] for i in range(len(read))]
 
 
-def _load(path: Path, dtype: str, *, causal: bool) -> Any:
-    return load_transformer(
-        path,
-        DTYPES[dtype],
-        torch.device("cpu"),
-        kind="AutoModelForCausalLM" if causal else "AutoModelForSequenceClassification",
-    )
-
-
 @torch.inference_mode()
-def _margins(model: Any, batch: Inputs, *, causal: bool) -> Margins:
+def _margins(model: Any, batch: _Inputs, *, causal: bool) -> Margins:
     """(batch,) scores as either model's own forward gives them."""
     inputs = {name: torch.from_numpy(batch[name]) for name in ("input_ids", "attention_mask")}
     if causal:
@@ -114,18 +115,3 @@ def _margins(model: Any, batch: Inputs, *, causal: bool) -> Margins:
         logits = model(**inputs, use_cache=False).logits.squeeze(-1)
     margins: Margins = logits.float().numpy()
     return margins
-
-
-def _row(dtype: str, original: Margins, converted: Margins) -> ParityRow:
-    if not (np.isfinite(original).all() and np.isfinite(converted).all()):
-        raise CheckpointError(f"a score is not finite in {dtype}: nothing to compare")
-    largest = float(np.abs(original).max())
-    allowed = MAX_DELTA[dtype] * (1.0 if dtype == "float32" else max(1.0, largest))
-    return ParityRow(
-        dtype,
-        len(original),
-        max_delta(original, converted),
-        allowed,
-        kendall_tau(original, converted),
-        rank_agreement(original, converted),
-    )

@@ -9,12 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from rich.console import Console, Group
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-FORMAT_VERSION = 1
+from tuning.health.pairs import Margins, TextTriple
+
+_FORMAT_VERSION = 1
+_NUM_FARTHEST = 3
 _MIN_WIDTH = 80
 _MAX_CELLS = 52  # of a text beside its margins; a Korean character takes two
 
@@ -72,6 +76,14 @@ class Farthest:
     margin: float
     expected: float
 
+    @classmethod
+    def of(cls, pairs: Sequence[TextTriple], served: Margins, reference: Margins) -> list[Farthest]:
+        """The pairs that differ most, most first, of those that both have a number for."""
+        both = np.flatnonzero(np.isfinite(served) & np.isfinite(reference))
+        delta = np.abs(served[both].astype(np.float64) - reference[both])
+        most = both[np.argsort(-delta, kind="stable")[:_NUM_FARTHEST]]
+        return [cls(pairs[i].query, pairs[i].passage, float(served[i]), float(reference[i])) for i in most]
+
 
 @dataclass(frozen=True)
 class HealthReport:
@@ -109,7 +121,7 @@ class HealthReport:
     def to_json(self) -> str:
         """One JSON document; a value that is not finite becomes null."""
         document = {
-            "format_version": FORMAT_VERSION,
+            "format_version": _FORMAT_VERSION,
             **{name: getattr(self, name) for name in ("model", "backend", "served", "against", "pairs", "num_pairs")},
             "passed": self.passed,
             "causes": list(self.causes),
@@ -120,26 +132,25 @@ class HealthReport:
         }
         return json.dumps(document, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
 
-
-def print_health(report: HealthReport, console: Console | None = None) -> None:
-    """Title, lines by section, causes, farthest pairs, verdict; to standard output by default."""
-    console = console or Console()
-    parts: list[Any] = [
-        Text(f"{report.model} ({report.backend}: {report.served})", style="bold"),
-        Text(f"{report.num_pairs} pairs ({report.pairs}) against {report.against}, {report.seconds:.0f} s"),
-    ]
-    for section in report.sections:
-        parts += [Text(f"\n{section.title}", style="bold"), _table(section)]
-    if report.farthest:
-        parts += [Text("\nfarthest apart", style="bold"), _farthest(report.farthest)]
-    if report.notes:
-        parts.append(Text())
-    parts += [Text(f"Note: {note}.") for note in report.notes]
-    if report.causes:
-        parts.append(Text("\nlikely cause" + ("s" if len(report.causes) > 1 else ""), style="bold"))
-        parts += [Padding(Text(cause), (0, 0, 0, 2)) for cause in report.causes]
-    parts.append(Text("\npassed", style="bold green") if report.passed else Text("\nFAILED", style="bold red"))
-    console.print(Group(*parts), width=max(console.width, _MIN_WIDTH))
+    def print(self, console: Console | None = None) -> None:
+        """Title, lines by section, causes, farthest pairs, verdict; to standard output by default."""
+        console = console or Console()
+        parts: list[Any] = [
+            Text(f"{self.model} ({self.backend}: {self.served})", style="bold"),
+            Text(f"{self.num_pairs} pairs ({self.pairs}) against {self.against}, {self.seconds:.0f} s"),
+        ]
+        for section in self.sections:
+            parts += [Text(f"\n{section.title}", style="bold"), _table(section)]
+        if self.farthest:
+            parts += [Text("\nfarthest apart", style="bold"), _farthest(self.farthest)]
+        if self.notes:
+            parts.append(Text())
+        parts += [Text(f"Note: {note}.") for note in self.notes]
+        if self.causes:
+            parts.append(Text("\nlikely cause" + ("s" if len(self.causes) > 1 else ""), style="bold"))
+            parts += [Padding(Text(cause), (0, 0, 0, 2)) for cause in self.causes]
+        parts.append(Text("\npassed", style="bold green") if self.passed else Text("\nFAILED", style="bold red"))
+        console.print(Group(*parts), width=max(console.width, _MIN_WIDTH))
 
 
 _STYLES = {Verdict.PASS: "green", Verdict.FAIL: "bold red", Verdict.SKIP: "dim", Verdict.NOTE: "dim"}

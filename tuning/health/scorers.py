@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,8 +18,7 @@ from decoder_server.models.fbnl.batch_states import StatePair
 from encoder_worker.writing import CollectionSettings, Target
 from tuning import EvaluationError
 from tuning.evaluate import load_encoder
-from tuning.health.checks import Margins
-from tuning.health.pairs import TextTriple
+from tuning.health.pairs import Margins, TextTriple
 from tuning.progress import Advance, ignore
 from tuning.rerank import EncodedStates, score_passages
 
@@ -27,20 +27,52 @@ _MAX_FILLED_TOKENS = 8192  # attention over more takes minutes on a CPU
 _CACHE_BYTES = 8 << 30  # more than the check's pairs need
 
 
-def _filled(limit: int) -> str | None:
-    """A text of more than `limit` tokens: every tokenizer here spells each word in at least one."""
-    if limit > _MAX_FILLED_TOKENS:
-        return None
-    return "the water of the sea rises and falls twice a day " * (limit // 2 + 1)
+class Scorer(ABC):
+    """One way of serving one model.
+
+    number_format: float32, bfloat16, or a runtime's name with int8 in it
+    listwise: a score depends on the other pairs that are scored with it
+    """
+
+    listwise = False
+
+    def __init__(self, name: str, number_format: str, max_passage_tokens: int) -> None:
+        self.name = name
+        self.number_format = number_format
+        self._max_passage_tokens = max_passage_tokens
+
+    @abstractmethod
+    def margins(self, pairs: Sequence[TextTriple], advance: Advance = ignore) -> Margins:
+        """Margins (len(pairs),) as a server computes them: pairs of like length share a batch."""
+
+    @abstractmethod
+    def together(self, pairs: Sequence[TextTriple]) -> Margins:
+        """Margins (len(pairs),) of one padded batch."""
+
+    @abstractmethod
+    def scores(self, margins: Margins) -> Margins:
+        """Published scores of these margins."""
+
+    def one_by_one(self, pairs: Sequence[TextTriple]) -> Margins:
+        """Margins (len(pairs),), each of a separate pass: nothing is padded."""
+        return np.concatenate([self.together([pair]) for pair in pairs])
+
+    def overlong(self) -> str | None:
+        """A passage that does not fit the model's limit and is cut; None: too long a limit to try."""
+        if self._max_passage_tokens > _MAX_FILLED_TOKENS:
+            return None
+        # Every tokenizer here spells each word in at least one token.
+        return "the water of the sea rises and falls twice a day " * (self._max_passage_tokens // 2 + 1)
 
 
-class CrossScorer:
+class CrossScorer(Scorer):
     """A loaded cross-encoder, as it is served."""
 
     def __init__(self, model: CrossEncoder) -> None:
+        number_format = model.runtime if "int8" in model.runtime else model.dtype_name
+        super().__init__(model.checkpoint_name, number_format, model.settings.max_passage_tokens)
         self.model = model
         self.listwise = model.listwise
-        self.number_format = model.runtime if "int8" in model.runtime else model.dtype_name
 
     def margins(self, pairs: Sequence[TextTriple], advance: Advance = ignore) -> Margins:
         if self.listwise:  # lists must stay whole
@@ -59,24 +91,19 @@ class CrossScorer:
     def scores(self, margins: Margins) -> Margins:
         return self.model.activation(margins)
 
-    def overlong(self) -> str | None:
-        return _filled(self.model.settings.max_passage_tokens)
 
-
-class FbnlScorer:
+class FbnlScorer(Scorer):
     """Both halves of an fbnl checkpoint in one number format, without caches, and the ratio that passages are read at.
 
     The encoder is loaded on the decoder's device and in its format.
     """
 
-    listwise = False
-
     def __init__(self, backend: FbnlBackend, ratio: int | None = None) -> None:
+        super().__init__(backend.checkpoint_name, backend.dtype_name, backend.settings.max_passage_tokens)
         self.checkpoint = backend.checkpoint
         self.backend = backend.keeping(NO_TIERS)
         self.encoder = load_encoder(self.checkpoint, backend.device_name, backend.dtype_name)
         self.ratio = ratio or self.checkpoint.settings.default_compression_ratio
-        self.number_format = backend.dtype_name
 
     def in_format(self, dtype: str) -> FbnlScorer:
         """The same weights in another number format."""
@@ -155,9 +182,6 @@ class FbnlScorer:
 
     def scores(self, margins: Margins) -> Margins:
         return sigmoid(margins)
-
-    def overlong(self) -> str | None:
-        return _filled(self.encoder.settings.max_passage_tokens)
 
     def _prompts(self, pairs: Sequence[TextTriple]) -> list[TokenizedPrompt]:
         return [self.backend.prompt(pair.query, pair.instruction) for pair in pairs]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.synthetic import Size, make_cross_encoder
-from tuning.health import PairSet, built_in_pairs
+from tuning.health import PairSet
 
 SIZE = Size()
 
@@ -33,4 +33,4 @@ def causal(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def some_pairs() -> PairSet:
     """Every fourth of the built-in pairs: all languages, with and without instructions."""
-    return PairSet("a quarter", built_in_pairs().pairs[::4])
+    return PairSet("a quarter", PairSet.read().pairs[::4])

@@ -15,7 +15,7 @@ from decoder_server.models.fbnl.kv_cache import Kept
 from preread_cli.main import cli
 from preread_cli.models import SHIPPED_MODEL
 from tuning import EvaluationError
-from tuning.health import PairSet, Verdict, built_in_pairs, check, read_pairs
+from tuning.health import PairSet, Verdict, check
 from tuning.health.checks import published
 
 OTHER = "other weights or template"
@@ -30,7 +30,7 @@ def run(*words: object) -> Result:
 
 
 def test_the_built_in_pairs_are_what_they_are_said_to_be() -> None:
-    pairs = built_in_pairs().pairs
+    pairs = PairSet.read().pairs
     korean = [any("가" <= c <= "힣" for c in pair.query + pair.passage) for pair in pairs]
 
     assert len(pairs) == len(set(pairs)) == 100
@@ -149,11 +149,11 @@ def test_one_pair_has_no_order(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"query": "q", "document": "p"}\n')
     with pytest.raises(EvaluationError, match="1 pairs; expected at least 2"):
-        read_pairs(path)
+        PairSet.read(path)
 
 
 def test_few_pairs_are_noted(bert: Path) -> None:
-    report = check(float32(bert), pairs=PairSet("few", built_in_pairs().pairs[:5]))
+    report = check(float32(bert), pairs=PairSet("few", PairSet.read().pairs[:5]))
     assert any(note.startswith("only 5 pairs") for note in report.notes)
 
 

@@ -21,10 +21,10 @@ from checkpoint import CheckpointError
 from decoder_server.models.cross_encoder.conversion import CausalSource, convert, staged
 from decoder_server.models.cross_encoder.loading import open_cross_encoder
 from preread_cli.main import cli
-from tuning.health import PairSet, built_in_pairs
+from tuning.health import PairSet
 from tuning.health.parity import parity
 
-SOME = PairSet("some", built_in_pairs().pairs[::9])
+SOME = PairSet("some", PairSet.read().pairs[::9])
 
 
 def converted(source: Path, target: Path) -> Path:

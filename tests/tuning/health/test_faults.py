@@ -26,7 +26,7 @@ from decoder_server.models.loading import load_model
 from preread_cli.commands.serve import checked
 from preread_cli.main import cli
 from tuning.health import HealthReport, PairSet, Verdict, check, health_gate
-from tuning.health.checks import all_doubled, all_tiny
+from tuning.health.checks import saturation
 
 Margins = NDArray[np.float32]
 
@@ -283,7 +283,7 @@ def test_other_weights_are_not_given_a_name(bert: Path, gate: Callable[[CrossEnc
 
 
 def test_the_marks_of_saturation() -> None:
-    assert all_tiny(np.array([0.0, 9e-7]))
-    assert not all_tiny(np.array([-2.0, -13.0]))  # ctxl's raw logits
-    assert all_doubled(np.array([0.5, 0.73]))
-    assert not all_doubled(np.array([0.49, 0.73]))
+    assert saturation(np.array([0.0, 9e-7])) == "tiny"
+    assert saturation(np.array([-2.0, -13.0])) is None  # ctxl's raw logits
+    assert saturation(np.array([0.5, 0.73])) == "doubled"
+    assert saturation(np.array([0.49, 0.73])) is None

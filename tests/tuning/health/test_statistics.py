@@ -8,18 +8,10 @@ import numpy as np
 import pytest
 from scipy.stats import kendalltau
 
-from tuning.health.checks import (
-    BFLOAT16,
-    FLOAT32,
-    INT8,
-    Tolerance,
-    compare,
-    distinct_share,
-    kendall_tau,
-    rank_agreement,
-    spread_ratio,
-)
+from tuning.health.checks import BFLOAT16, FLOAT32, INT8, Tolerance, spread_ratio
+from tuning.health.parity import ParityRow
 from tuning.health.report import Verdict
+from tuning.metrics import kendall_tau
 
 
 def test_tau_by_hand_and_by_scipy() -> None:
@@ -34,17 +26,20 @@ def test_tau_by_hand_and_by_scipy() -> None:
 
 
 def test_the_other_numbers_by_hand() -> None:
-    scores = np.array([3.0, 1.0, 2.0, 1.0])
-    assert rank_agreement(scores, scores) == 1
-    assert rank_agreement(scores, np.array([3.0, 2.0, 1.0, 0.0])) == 0.5  # 0 2 1 3 against 0 1 2 3
-    assert distinct_share(scores) == 0.75
+    scores = np.array([3.0, 1.0, 2.0, 1.0], dtype=np.float32)
+    row = ParityRow.of("float32", scores, scores)
+    assert (row.rank_agreement, row.max_delta, row.tau, row.passed) == (1, 0, 1, True)
+    other = ParityRow.of("float32", scores, np.array([3.0, 2.0, 1.0, 0.0], dtype=np.float32))
+    assert (other.rank_agreement, other.max_delta) == (0.5, 1)  # 0 2 1 3 against 0 1 2 3
+    distinct = {line.name: line for line in FLOAT32.compare("x", scores, np.arange(4.0, dtype=np.float32)).lines}
+    assert distinct["distinct values"].value == 0.75
     assert spread_ratio(2 * scores, scores) == pytest.approx(2)
     assert math.isnan(spread_ratio(scores, np.ones(4)))
 
 
 def test_a_lost_template_shows_in_the_spread_and_not_in_the_order() -> None:
     reference = np.linspace(-5, 5, 50, dtype=np.float32)
-    section = compare("x", reference * np.float32(0.1), reference, BFLOAT16)
+    section = BFLOAT16.compare("x", reference * np.float32(0.1), reference)
     states = {line.name: line.state for line in section.lines}
 
     assert states["order (Kendall tau)"] is Verdict.PASS
@@ -53,7 +48,7 @@ def test_a_lost_template_shows_in_the_spread_and_not_in_the_order() -> None:
 
 def test_scores_that_do_not_differ_never_pass() -> None:
     same = np.ones(9, dtype=np.float32)
-    assert compare("x", same, same, FLOAT32).failed
+    assert FLOAT32.compare("x", same, same).failed
 
 
 @pytest.mark.parametrize(
