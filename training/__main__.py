@@ -21,7 +21,7 @@ def _flag_type(default: Any) -> Any:
     return type(default)
 
 
-def parser() -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m training", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
     data = commands.add_parser("data", help="raw collections and Debian descriptions -> training groups")
@@ -83,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def run_train(args: argparse.Namespace) -> None:
+def _train(args: argparse.Namespace) -> None:
     from training.evaluation import HeldOut
     from training.groups import GroupSet, read_groups, read_vectors, vectors_path
     from training.model import load
@@ -103,7 +103,7 @@ def run_train(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parser().parse_args(argv)
+    args = _parser().parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if args.command == "data":
         from training.data import build
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         start(args.data, args.out, args.vocab_size)
     elif args.command == "train":
-        run_train(args)
+        _train(args)
     elif args.command == "make":
         work, out = str(args.work), str(args.out)
         main(["data", "--collections", str(args.collections), "--debian", f"{work}/debian", "--out", f"{work}/data"])

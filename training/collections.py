@@ -1,15 +1,4 @@
-"""Read and write judged collections in the BEIR layout.
-
-Knows files only: which collection is a training source and which is kept for evaluation is decided elsewhere.
-
-Deterministic held-out split: whatever shares a passage, a question or a topic falls on the same side.
-
-Debian package descriptions as a collection: the short line is the query, the long body its passage.
-
-The lists are fetched by apt-get into a private folder, whose paths never touch the system's own lists.
-
-The instructions a checkpoint is trained to follow, in several wordings each, and their opposites.
-"""
+"""Judged collections in the BEIR layout, their held-out split, Debian's descriptions, and instructions."""
 
 from __future__ import annotations
 
@@ -22,6 +11,63 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from networkx.utils import UnionFind  # type: ignore[import-untyped]
+
+APT_HELPER = "/usr/lib/apt/apt-helper"
+# The instructions a checkpoint is trained to follow, in several wordings each, and their opposites.
+DEFAULT = "Retrieve passages that answer the query"
+
+TASKS: dict[str, tuple[str, ...]] = {
+    "question": (
+        "Given a question, retrieve passages that answer the question",
+        "Find the passage that answers this question",
+        "Retrieve answers to the medical question",
+    ),
+    "package": (
+        "Given a short description, retrieve the package it describes",
+        "Find the software package that fits the description",
+        "Retrieve the full description of this software",
+    ),
+    "claim": (
+        "Given a scientific claim, retrieve abstracts that support or refute the claim",
+        "Find scientific evidence for or against the claim",
+    ),
+    "title": (
+        "Given a title, retrieve the abstract of the paper",
+        "Find research papers on this subject",
+        "Retrieve abstracts about the topic",
+    ),
+    "sentence": (
+        "Given a sentence, retrieve the document it belongs to",
+        "Find documents about the same subject as the text",
+    ),
+    "opposed": (
+        "Retrieve passages that do not answer the query",
+        "Find passages that are not about the query",
+        "Retrieve passages about something else than the query",
+        "Given a query, retrieve passages from a different topic",
+    ),
+}
+
+ASPECTS: dict[str, tuple[str, str]] = {  # name -> (how MedQuAD asks for it, how an instruction asks for it)
+    "overview": (r"^what is \(are\) (.+?) ?\?$", "the definition and overview"),
+    "symptoms": (r"^what are the symptoms of (.+?) ?\?$", "the symptoms"),
+    "treatments": (r"^what are the treatments for (.+?) ?\?$", "the treatments"),
+    "genetics": (r"^what are the genetic changes related to (.+?) ?\?$", "the genetic changes"),
+    "causes": (r"^what causes (.+?) ?\?$", "the causes"),
+    "inheritance": (r"^is (.+?) inherited ?\?$", "the inheritance"),
+    "diagnosis": (r"^how to diagnose (.+?) ?\?$", "the diagnosis"),
+    "frequency": (r"^how many people are affected by (.+?) ?\?$", "the number of people affected"),
+    "outlook": (r"^what is the outlook for (.+?) ?\?$", "the outlook"),
+    "risk": (r"^who is at risk for (.+?)\?? ?\?$", "who is at risk"),
+    "prevention": (r"^how to prevent (.+?) ?\?$", "the prevention"),
+}
+ASPECT_WORDINGS = (
+    "Retrieve passages about {aspect}",
+    "Given a topic, find the passage that describes {aspect}",
+    "Find passages on {aspect} of the query",
+)
 
 
 @dataclass
@@ -78,10 +124,8 @@ def read_collection(folder: Path) -> Collection:
 
 def write_collection(folder: Path, collection: Collection) -> None:
     """Write a BEIR folder; titles are already part of the passage text and are not written again."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_jsonl(
-        folder / "corpus.jsonl.gz", ({"_id": i, "title": "", "text": t} for i, t in collection.passages.items())
-    )
+    corpus = ({"_id": i, "title": "", "text": t} for i, t in collection.passages.items())
+    write_jsonl(folder / "corpus.jsonl.gz", corpus)
     write_jsonl(folder / "queries.jsonl.gz", ({"_id": i, "text": t} for i, t in collection.queries.items()))
     lines = ["query-id\tcorpus-id\tscore"]
     lines += [f"{q}\t{p}\t{g}" for q, grades in collection.qrels.items() for p, g in grades.items()]
@@ -98,26 +142,6 @@ def fraction(key: str) -> float:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
 
 
-class Components:
-    """Union-find over string keys."""
-
-    def __init__(self) -> None:
-        self._parent: dict[str, str] = {}
-
-    def find(self, key: str) -> str:
-        root = key
-        while (parent := self._parent.setdefault(root, root)) != root:
-            root = parent
-        while self._parent[key] != root:
-            self._parent[key], key = root, self._parent[key]
-        return root
-
-    def union(self, keys: Iterable[str]) -> None:
-        roots = [self.find(key) for key in keys]
-        for root in roots[1:]:
-            self._parent[self.find(root)] = self.find(roots[0])
-
-
 def held_out_queries(
     collection: Collection, share: float, topic: Callable[[str], str] = normalise, max_component: int = 60
 ) -> set[str]:
@@ -126,16 +150,16 @@ def held_out_queries(
     A component larger than `max_component` queries stays in training: one giant family of near-duplicates would
     make the held-out part a test of that family alone.
     """
-    components = Components()
+    components = UnionFind()
     for query_id, grades in collection.qrels.items():
         keys = [f"query {topic(collection.queries[query_id])}"]
         for passage_id in grades:
             body = normalise(collection.passages[passage_id])
             keys += [f"passage {passage_id}", f"body {body}", f"opening {body[:200]}"]
-        components.union(keys)
+        components.union(*keys)
     members: dict[str, list[str]] = {}
     for query_id in collection.qrels:
-        members.setdefault(components.find(f"query {topic(collection.queries[query_id])}"), []).append(query_id)
+        members.setdefault(components[f"query {topic(collection.queries[query_id])}"], []).append(query_id)
     held: set[str] = set()
     for queries in members.values():
         if len(queries) <= max_component and fraction(min(collection.queries[q] for q in queries)) < share:
@@ -143,19 +167,16 @@ def held_out_queries(
     return held
 
 
-APT_HELPER = "/usr/lib/apt/apt-helper"
-
-
 def fetch_lists(folder: Path) -> list[Path]:
-    """Download the English description lists into `folder` unless they are there, and name them."""
+    """Debian's English description lists; apt-get downloads them into the private `folder` when it is empty."""
     if not list(folder.glob("*Translation-en*")):
         (folder / "partial").mkdir(parents=True, exist_ok=True)
         options = [
-            "Acquire::Languages=en",
-            "Acquire::IndexTargets::deb::Translations::DefaultEnabled=true",
-            f"Dir::State::Lists={folder.resolve()}",
+            "--option=Acquire::Languages=en",
+            "--option=Acquire::IndexTargets::deb::Translations::DefaultEnabled=true",
+            f"--option=Dir::State::Lists={folder.resolve()}",
         ]
-        subprocess.run(["apt-get", *(part for option in options for part in ("-o", option)), "update"], check=True)
+        subprocess.run(["apt-get", *options, "update"], check=True)
     lists = sorted(folder.glob("*Translation-en*"))
     if not lists:
         raise FileNotFoundError(f"{folder}: apt-get update left no *Translation-en* list")
@@ -163,7 +184,10 @@ def fetch_lists(folder: Path) -> list[Path]:
 
 
 def read_descriptions(lists: list[Path]) -> Collection:
-    """Short line -> body, bodies of at least eight words; equal bodies are one passage with several queries."""
+    """Debian's packages: the short line is the query, the long body its passage.
+
+    Bodies have at least eight words; equal ones are one passage with several queries.
+    """
     collection = Collection("debian")
     seen: set[tuple[str, str]] = set()
     for path in lists:
@@ -189,60 +213,6 @@ def read_descriptions(lists: list[Path]) -> Collection:
 def clean_body(body: str) -> str:
     """Join the wrapped lines of a description; ` .` lines are paragraph breaks."""
     return re.sub(r"\s+", " ", " ".join(line.strip() for line in body.split("\n") if line.strip() != ".")).strip()
-
-
-DEFAULT = "Retrieve passages that answer the query"
-
-TASKS: dict[str, tuple[str, ...]] = {
-    "question": (
-        "Given a question, retrieve passages that answer the question",
-        "Find the passage that answers this question",
-        "Retrieve answers to the medical question",
-    ),
-    "package": (
-        "Given a short description, retrieve the package it describes",
-        "Find the software package that fits the description",
-        "Retrieve the full description of this software",
-    ),
-    "claim": (
-        "Given a scientific claim, retrieve abstracts that support or refute the claim",
-        "Find scientific evidence for or against the claim",
-    ),
-    "title": (
-        "Given a title, retrieve the abstract of the paper",
-        "Find research papers on this subject",
-        "Retrieve abstracts about the topic",
-    ),
-    "sentence": (
-        "Given a sentence, retrieve the document it belongs to",
-        "Find documents about the same subject as the text",
-    ),
-    "opposed": (
-        "Retrieve passages that do not answer the query",
-        "Find passages that are not about the query",
-        "Retrieve passages about something else than the query",
-        "Given a query, retrieve passages from a different topic",
-    ),
-}
-
-ASPECTS: dict[str, tuple[str, str]] = {  # name -> (how MedQuAD asks for it, how an instruction asks for it)
-    "overview": (r"^what is \(are\) (.+?) ?\?$", "the definition and overview"),
-    "symptoms": (r"^what are the symptoms of (.+?) ?\?$", "the symptoms"),
-    "treatments": (r"^what are the treatments for (.+?) ?\?$", "the treatments"),
-    "genetics": (r"^what are the genetic changes related to (.+?) ?\?$", "the genetic changes"),
-    "causes": (r"^what causes (.+?) ?\?$", "the causes"),
-    "inheritance": (r"^is (.+?) inherited ?\?$", "the inheritance"),
-    "diagnosis": (r"^how to diagnose (.+?) ?\?$", "the diagnosis"),
-    "frequency": (r"^how many people are affected by (.+?) ?\?$", "the number of people affected"),
-    "outlook": (r"^what is the outlook for (.+?) ?\?$", "the outlook"),
-    "risk": (r"^who is at risk for (.+?)\?? ?\?$", "who is at risk"),
-    "prevention": (r"^how to prevent (.+?) ?\?$", "the prevention"),
-}
-ASPECT_WORDINGS = (
-    "Retrieve passages about {aspect}",
-    "Given a topic, find the passage that describes {aspect}",
-    "Find passages on {aspect} of the query",
-)
 
 
 def aspect_of(question: str) -> tuple[str, str] | None:

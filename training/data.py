@@ -1,11 +1,8 @@
-"""From raw collections to training groups: hard negatives, instructions, opposed pairs, teacher scores.
-
-Every text that belongs to a held-out query's relevant passages stays out, as a positive and as a negative.
-
-`python -m training data`: raw collections and Debian descriptions -> training groups and held-out collections.
+"""`python -m training data`: raw collections and Debian descriptions -> training groups and held-out collections.
 
 Writes OUT/train.jsonl and OUT/train.npz (teacher vectors), OUT/heldout/<source>/ and OUT/select/<source>/ (BEIR:
 queries to report, and others to choose by while training), OUT/texts.jsonl (all training texts, for the vocabulary).
+The relevant passages of a held-out query stay out of the groups, as positives and as negatives.
 """
 
 from __future__ import annotations
@@ -36,9 +33,16 @@ from training.groups import Group, TeacherVectors, vectors_path, word_vectors, w
 from training.teacher import Bm25, VectorCache
 
 MAX_CHARACTERS = 2400  # about 480 tokens: more than a training passage is ever cut to
-DEFAULT_NEGATIVES = 7
 VECTOR_SIZE = 384  # MiniLM's
 NEAR_COPY = 0.95  # teacher cosine above which a passage counts as a copy of a relevant one
+HELD_OUT_SHARE = {"medquad": 0.06, "debian": 0.02}
+OPPOSED_SHARE = 0.06
+MAX_GROUPS = {"medquad": 14_000, "scifact": 24_000, "debian": 8_000}  # the scientific text is what was missed most
+LEXICAL = {"medquad": 0.2, "scifact": 1.0, "debian": 0.0}  # BM25 beside the cosine: best on TRAINING queries
+NUM_NEGATIVES = {"medquad": 7, "scifact": 7, "debian": 4}
+MAX_HELD_OUT_QUERIES = 500
+SELECTION_QUERIES = 40  # the last of those
+TEACHER_CHARACTERS = 1500  # it reads 128 tokens of them
 
 
 @dataclass
@@ -49,7 +53,7 @@ class Source:
     held: set[str]  # query ids kept for evaluation
     vectors: dict[str, NDArray[np.float32]]  # passage_id -> (VECTOR_SIZE,), the teacher's or of words
     rng: random.Random
-    num_negatives: int = DEFAULT_NEGATIVES
+    num_negatives: int = 7
     ids: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -103,7 +107,7 @@ class Draft:
     reading: str | None = None  # what the teacher, which reads no instruction, is asked instead of the query
 
 
-def wording(task: str, rng: random.Random, default_share: float = 0.4) -> str:
+def _wording(task: str, rng: random.Random, default_share: float = 0.4) -> str:
     """One of the task's wordings, or empty for the checkpoint's default instruction."""
     return "" if rng.random() < default_share else rng.choice(instructions.TASKS[task])
 
@@ -119,13 +123,13 @@ def query_drafts(source: Source, task: str, repeat: int = 1, limit: int | None =
         positives = source.rng.sample(relevant, min(2, len(relevant)))
         yield Draft(
             source.collection.queries[query_id],
-            wording(task, source.rng),
+            _wording(task, source.rng),
             positives,
             source.negatives(rows, set(relevant)),
         )
 
 
-def title_drafts(source: Source, repeat: int = 1) -> Iterator[Draft]:
+def _title_drafts(source: Source, repeat: int = 1) -> Iterator[Draft]:
     """Title -> abstract, the title cut from its passage."""
     ids = [p for p in source.ids if p in source.collection.titles] * repeat
     top, _ = source.index.top([source.collection.titles[p] for p in ids], 45)
@@ -133,7 +137,7 @@ def title_drafts(source: Source, repeat: int = 1) -> Iterator[Draft]:
         title = source.collection.titles[p]
         body = source.collection.passages[p][len(title) :].strip()
         if len(body.split()) > 20:
-            yield Draft(title, wording("title", source.rng), [p], source.negatives(rows, {p}), override=body)
+            yield Draft(title, _wording("title", source.rng), [p], source.negatives(rows, {p}), override=body)
 
 
 def sentence_drafts(source: Source, count: int) -> Iterator[Draft]:
@@ -149,7 +153,7 @@ def sentence_drafts(source: Source, count: int) -> Iterator[Draft]:
             drawn.append((p, query, " ".join(sentences[:i] + sentences[i + 1 :])))
     top, _ = source.index.top([query for _, query, _ in drawn], 45)
     for (p, query, rest), rows in zip(drawn, top.tolist(), strict=True):
-        yield Draft(query, wording("sentence", source.rng), [p], source.negatives(rows, {p}), override=rest)
+        yield Draft(query, _wording("sentence", source.rng), [p], source.negatives(rows, {p}), override=rest)
 
 
 def aspect_drafts(source: Source) -> Iterator[Draft]:
@@ -197,17 +201,7 @@ def finish(draft: Draft, source: Source, query_vector: NDArray[np.float32] | Non
     return group, draft.positives + draft.negatives
 
 
-HELD_OUT_SHARE = {"medquad": 0.06, "debian": 0.02}
-OPPOSED_SHARE = 0.06
-MAX_GROUPS = {"medquad": 14_000, "scifact": 24_000, "debian": 8_000}  # the scientific text is what was missed most
-LEXICAL = {"medquad": 0.2, "scifact": 1.0, "debian": 0.0}  # BM25 beside the cosine: best on TRAINING queries
-NUM_NEGATIVES = {"medquad": 7, "scifact": 7, "debian": 4}
-MAX_HELD_OUT_QUERIES = 500
-SELECTION_QUERIES = 40  # the last of those
-TEACHER_CHARACTERS = 1500  # it reads 128 tokens of them
-
-
-def scifact_held_out(collection: Collection) -> tuple[set[str], set[str]]:
+def _scifact_held_out(collection: Collection) -> tuple[set[str], set[str]]:
     """(validation queries, train queries to drop because they share a passage with one of those)."""
     held = {q for q, split in collection.splits.items() if split != "train" and q in collection.qrels}
     passages = {p for q in held for p in collection.qrels[q]}
@@ -233,56 +227,21 @@ def build(
     collections_folder: Path, debian_folder: Path, out: Path, seed: int = 0, max_debian: int | None = None
 ) -> None:
     """One call makes everything `train` reads. Teacher vectors are kept in OUT/vectors.npz: a second call is short."""
-    medquad = read_collection(collections_folder / "medquad")
-    scifact = read_collection(collections_folder / "scifact")
-    debian = read_descriptions(fetch_lists(debian_folder))
-    held = {
-        "medquad": held_out_queries(medquad, HELD_OUT_SHARE["medquad"], topic_of),
-        "debian": held_out_queries(debian, HELD_OUT_SHARE["debian"], normalise),
-    }
-    held["scifact"], dropped = scifact_held_out(scifact)
-    for collection in (medquad, scifact, debian):
-        report, select = held_out_collections(collection, held[collection.name])
-        write_collection(out / "heldout" / collection.name, report)
-        write_collection(out / "select" / collection.name, select)
-        print(
-            f"{collection.name}: {len(collection.passages)} passages, {len(collection.qrels)} queries,"
-            f" {len(held[collection.name])} held out",
-            flush=True,
-        )
-    for query_id in dropped:
-        del scifact.qrels[query_id]
-    teacher = VectorCache(out / "vectors.npz")
+    teacher, rng = VectorCache(out / "vectors.npz"), random.Random(seed)
     drafts: list[tuple[Source, Draft]] = []
-    opened: dict[str, Source] = {}
-    rng = random.Random(seed)
-    for collection in (medquad, scifact, debian):
-        name = collection.name
-        source = Source(collection, held[name], {}, random.Random(seed), NUM_NEGATIVES[name])
-        opened[name] = source
-        if collection is debian:  # sixty thousand passages: too many for the teacher
-            source.vectors = dict(
-                zip(source.ids, word_vectors([collection.passages[p] for p in source.ids]), strict=True)
-            )
-        else:
-            texts = [passage[:TEACHER_CHARACTERS] for passage in collection.passages.values()]
-            source.vectors = dict(zip(collection.passages, teacher.embed(texts), strict=True))
-        made: list[Draft] = []
-        if collection is medquad:
-            made += list(query_drafts(source, "question"))
-            made += list(aspect_drafts(source)) + list(sentence_drafts(source, 6000))
-        elif collection is scifact:
-            made += list(query_drafts(source, "claim", repeat=3))
-            made += list(title_drafts(source, repeat=2)) + list(sentence_drafts(source, 12000))
-        else:
-            made += list(query_drafts(source, "package", limit=max_debian or MAX_GROUPS[name]))
+    opened: list[Source] = []
+    for collection, held in _split(collections_folder, debian_folder, out):
+        source = Source(collection, held, {}, random.Random(seed), NUM_NEGATIVES[collection.name])
+        source.vectors = _vectors(source, teacher)
+        opened.append(source)
+        made = list(_drafts(source, max_debian))
         made += list(opposed_drafts(made, rng, OPPOSED_SHARE))
-        made = rng.sample(made, min(len(made), MAX_GROUPS[name]))
+        made = rng.sample(made, min(len(made), MAX_GROUPS[collection.name]))
         drafts += [(source, draft) for draft in made]
-        print(f"{name}: {len(made)} groups", flush=True)
+        print(f"{collection.name}: {len(made)} groups", flush=True)
     rng.shuffle(drafts)
     queries = np.zeros((len(drafts), VECTOR_SIZE), dtype=np.float32)
-    taught = [i for i, (source, _) in enumerate(drafts) if source.collection is not debian]
+    taught = [i for i, (source, _) in enumerate(drafts) if source.collection.name != "debian"]
     queries[taught] = teacher.embed([drafts[i][1].reading or drafts[i][1].query for i in taught], max_tokens=64)
     rows: dict[str, NDArray[np.float32]] = {}  # text -> its passage's vector, in the order of the file
 
@@ -296,5 +255,46 @@ def build(
     count = write_groups(out / "train.jsonl", groups())
     lexical = np.array([LEXICAL[source.collection.name] for source, _ in drafts], dtype=np.float32)
     write_vectors(vectors_path(out / "train.jsonl"), TeacherVectors(np.stack(list(rows.values())), queries, lexical))
-    write_jsonl(out / "texts.jsonl", ({"text": s.collection.passages[p]} for s in opened.values() for p in s.ids))
+    write_jsonl(out / "texts.jsonl", ({"text": s.collection.passages[p]} for s in opened for p in s.ids))
     print(f"{count} groups in {out / 'train.jsonl'}")
+
+
+def _split(collections_folder: Path, debian_folder: Path, out: Path) -> list[tuple[Collection, set[str]]]:
+    """Each collection, less what may not be trained on, and its held-out queries, which are written to `out`."""
+    medquad, scifact = (read_collection(collections_folder / name) for name in ("medquad", "scifact"))
+    debian = read_descriptions(fetch_lists(debian_folder))
+    scifact_held, dropped = _scifact_held_out(scifact)
+    split = [
+        (medquad, held_out_queries(medquad, HELD_OUT_SHARE["medquad"], topic_of)),
+        (scifact, scifact_held),
+        (debian, held_out_queries(debian, HELD_OUT_SHARE["debian"])),
+    ]
+    for collection, held in split:
+        report, select = held_out_collections(collection, held)
+        write_collection(out / "heldout" / collection.name, report)
+        write_collection(out / "select" / collection.name, select)
+        counts = f"{len(collection.passages)} passages, {len(collection.qrels)} queries, {len(held)} held out"
+        print(f"{collection.name}: {counts}", flush=True)
+    for query_id in dropped:
+        del scifact.qrels[query_id]
+    return split
+
+
+def _vectors(source: Source, teacher: VectorCache) -> dict[str, NDArray[np.float32]]:
+    passages = source.collection.passages
+    if source.collection.name == "debian":  # sixty thousand passages: too many for the teacher
+        return dict(zip(source.ids, word_vectors([passages[p] for p in source.ids]), strict=True))
+    return dict(zip(passages, teacher.embed([text[:TEACHER_CHARACTERS] for text in passages.values()]), strict=True))
+
+
+def _drafts(source: Source, max_debian: int | None) -> Iterator[Draft]:
+    if source.collection.name == "medquad":
+        yield from query_drafts(source, "question")
+        yield from aspect_drafts(source)
+        yield from sentence_drafts(source, 6000)
+    elif source.collection.name == "scifact":
+        yield from query_drafts(source, "claim", repeat=3)
+        yield from _title_drafts(source, repeat=2)
+        yield from sentence_drafts(source, 12000)
+    else:
+        yield from query_drafts(source, "package", limit=max_debian or MAX_GROUPS["debian"])

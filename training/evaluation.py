@@ -1,9 +1,6 @@
-"""Rerank candidates of a judged collection, at several ratios, with a checkpoint that is still in training's hands.
+"""Margins of a checkpoint that is still in training's hands, on held-out collections and under opposed instructions.
 
-Files, BM25, metrics and rankings are those of `preread evaluate` (package tuning); only the model is not yet a
-checkpoint directory, so its margins are computed here. Used while training runs and for opposed instructions.
-
-Do instructions decide? Pairs of opposed instructions on held-out MedQuAD, same query, same passages.
+Files, BM25, metrics and rankings are those of `preread evaluate` (package tuning).
 """
 
 from __future__ import annotations
@@ -24,6 +21,18 @@ from tuning.metrics import HEADLINE, per_query
 from tuning.trec import Run, rank
 
 Candidates = Mapping[str, Sequence[str]]  # query_id -> passage ids
+
+ANSWER = "Retrieve passages that answer the query"
+CONTRARY = "Retrieve passages that do not answer the query"
+
+DEMO_QUERY = "malaria"
+DEMO_PASSAGES = {
+    "symptoms": "Malaria begins with fever, shaking chills, headache and muscle aches. Nausea and vomiting may follow.",
+    "treatments": "Malaria is treated with antimalarial drugs such as chloroquine"
+    " or artemisinin combinations, chosen by region.",
+    "other": "Cataract surgery removes the clouded lens of the eye and puts an artificial lens in its place.",
+}
+DEMO_INSTRUCTIONS = ("Retrieve passages about the symptoms", "Retrieve passages about the treatments", ANSWER, CONTRARY)
 
 
 @torch.inference_mode()
@@ -83,7 +92,7 @@ def rerank(checkpoint: Checkpoint, judged: JudgedCollection, candidates: Run, ra
     }
 
 
-def ndcg(judged: JudgedCollection, run: Run) -> float:
+def _ndcg(judged: JudgedCollection, run: Run) -> float:
     """Mean nDCG@10."""
     return float(per_query(judged.qrels, run, 10)[HEADLINE].mean())
 
@@ -102,25 +111,12 @@ class HeldOut:
         words = []
         for judged, candidates in self.parts:
             runs = rerank(checkpoint, judged, candidates, ratios)
-            values = " ".join(f"r{ratio} {ndcg(judged, run):.3f}" for ratio, run in runs.items())
-            words.append(f"{judged.name}: BM25 {ndcg(judged, candidates):.3f} {values}")
+            values = " ".join(f"r{ratio} {_ndcg(judged, run):.3f}" for ratio, run in runs.items())
+            words.append(f"{judged.name}: BM25 {_ndcg(judged, candidates):.3f} {values}")
         return "; ".join(words)
 
 
-ANSWER = "Retrieve passages that answer the query"
-CONTRARY = "Retrieve passages that do not answer the query"
-
-DEMO_QUERY = "malaria"
-DEMO_PASSAGES = {
-    "symptoms": "Malaria begins with fever, shaking chills, headache and muscle aches. Nausea and vomiting may follow.",
-    "treatments": "Malaria is treated with antimalarial drugs such as chloroquine"
-    " or artemisinin combinations, chosen by region.",
-    "other": "Cataract surgery removes the clouded lens of the eye and puts an artificial lens in its place.",
-}
-DEMO_INSTRUCTIONS = ("Retrieve passages about the symptoms", "Retrieve passages about the treatments", ANSWER, CONTRARY)
-
-
-def contrary(
+def _contrary(
     checkpoint: Checkpoint, collection: JudgedCollection, num_queries: int, ratio: int
 ) -> tuple[float, float, float]:
     """Shares of queries where the answer outscores an unrelated passage under ANSWER, is outscored under CONTRARY,
@@ -137,7 +133,7 @@ def contrary(
     return sum(hits) / len(hits), sum(turned) / len(turned), sum(signs) / len(signs)
 
 
-def aspects(checkpoint: Checkpoint, collection: JudgedCollection, ratio: int) -> tuple[float, int]:
+def _aspects(checkpoint: Checkpoint, collection: JudgedCollection, ratio: int) -> tuple[float, int]:
     """For a topic with answers on several aspects: how often the asked aspect's answer outscores another's."""
     topics: dict[str, dict[str, str]] = {}
     for query_id, grades in collection.qrels.items():
@@ -159,7 +155,7 @@ def aspects(checkpoint: Checkpoint, collection: JudgedCollection, ratio: int) ->
     return won / max(1, total), total
 
 
-def demonstrate(checkpoint: Checkpoint, ratio: int) -> None:
+def _demonstrate(checkpoint: Checkpoint, ratio: int) -> None:
     """A table of P(yes): one query, three passages, every instruction of DEMO_INSTRUCTIONS."""
     pairs = {"q": list(DEMO_PASSAGES)}
     print("| instruction | " + " | ".join(DEMO_PASSAGES) + " |\n|---|" + "---|" * len(DEMO_PASSAGES))
@@ -174,9 +170,9 @@ def report(folder: Path, medquad: Path, ratio: int = 4) -> None:
     checkpoint.model.to(pick_device()).eval()
     collection = read_judged(medquad)
     with torch.inference_mode():
-        hits, turned, signs = contrary(checkpoint, collection, 200, ratio)
-        share, total = aspects(checkpoint, collection, ratio)
-        demonstrate(checkpoint, ratio)
+        hits, turned, signs = _contrary(checkpoint, collection, 200, ratio)
+        share, total = _aspects(checkpoint, collection, ratio)
+        _demonstrate(checkpoint, ratio)
     print(f"{ANSWER!r}: answer above an unrelated passage in {hits:.1%}")
     print(f"{CONTRARY!r}: answer below it in {turned:.1%}; the answer's margin changes sign in {signs:.1%}")
     print(

