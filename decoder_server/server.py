@@ -19,6 +19,7 @@ import grpc
 from cache.open import open_store
 from cache.read_cache import CachedStore, TimedStore
 from cache.store import Store
+from checkpoint import EncoderIdentity
 from decoder_server.config import DecoderConfig, HttpConfig, ModelConfig
 from decoder_server.edge.grpc import RerankService
 from decoder_server.edge.http import errors
@@ -26,15 +27,11 @@ from decoder_server.edge.http.app import build
 from decoder_server.edge.http.context import Context
 from decoder_server.edge.tei_grpc import SERVICES as TEI_SERVICES
 from decoder_server.edge.tei_grpc import add_services as add_tei_services
-from decoder_server.engine.admission import Admission
-from decoder_server.engine.collections import Catalogue
-from decoder_server.engine.engine import Engine
-from decoder_server.engine.fetch import Passages, Source, Texts
-from decoder_server.engine.lifecycle import Observer, Pass
-from decoder_server.engine.on_demand import EncoderClient, InlineStates, call_metadata
-from decoder_server.engine.scheduler import Batcher
+from decoder_server.engine.engine import Engine, Threads
+from decoder_server.engine.lifecycle import Observer
+from decoder_server.engine.on_demand import EncoderClient, OnDemandStates, call_metadata
 from decoder_server.models.backend import Backend
-from decoder_server.models.loading import batch_tokens, fetch_chunk, load_model
+from decoder_server.models.loading import load_model
 from decoder_server.readiness import Readiness
 from decoder_server.telemetry import Metrics, RequestLog
 from preread import AsyncClient, ClientOptions
@@ -147,7 +144,7 @@ class DecoderServer:
         loaded: dict[str, Engine] = {}
         for model in self.config.models:
             engine = await self._engine(model)
-            task = asyncio.get_running_loop().create_task(engine.batcher.run())
+            task = asyncio.get_running_loop().create_task(engine.scheduler.run())
             task.add_done_callback(self._loop_ended)
             self._loops.append(task)
             loaded[engine.name] = engine
@@ -156,36 +153,12 @@ class DecoderServer:
 
     async def _engine(self, model: ModelConfig) -> Engine:
         loop = asyncio.get_running_loop()
-        # One thread for every model: passes take turns, each with all the cores.
         backend = await loop.run_in_executor(self._model_thread, self._load, model)
         identity = await loop.run_in_executor(self._store_threads, backend.identity)
         await loop.run_in_executor(self._model_thread, backend.warm_up)
-        min_tokens, max_tokens = batch_tokens(self.config, backend)
-        batcher = Batcher(backend, self._model_thread, max_tokens, min_tokens, self._passed)
-        admission = Admission(
-            batcher.counts,
-            max_requests=self.config.max_queue_requests,
-            max_tokens=self.config.max_queue_tokens,
-            max_seconds=self.config.max_queue_seconds,
-        )
-        chunk = fetch_chunk(max_tokens)
-        source: Source
-        if identity is None:
-            source = Texts(self._store_threads, fetch_chunk=chunk)
-        else:
-            inline = await self._inline(model, backend, identity.fingerprint, identity.dim)
-            source = Passages(self._store_threads, inline, fetch_chunk=chunk)
-        return Engine(
-            model.served_name,
-            backend,
-            batcher,
-            admission,
-            Catalogue(self._store, identity, self.config.max_staleness_seconds),
-            source,
-            self._store_threads,
-            self.config,
-            self._observers,
-        )
+        on_demand = await self._on_demand(model, backend, identity) if identity is not None else None
+        threads = Threads(self._model_thread, self._store_threads)
+        return Engine(model.served_name, backend, self._store, on_demand, threads, self.config, self._observers)
 
     async def stop(self, grace_seconds: float) -> None:
         """Says NOT_SERVING, accepts nothing more, lets what runs finish within the grace, then stops."""
@@ -201,8 +174,8 @@ class DecoderServer:
             task.cancel()
         await asyncio.gather(*self._loops, return_exceptions=True)
         for engine in self.engines.values():
-            if engine.passages.inline is not None:
-                await engine.passages.inline.close()
+            if engine.fetcher.on_demand is not None:
+                await engine.fetcher.on_demand.close()
         for encoder in self._encoders:
             await encoder.close()
         for threads in (self._model_thread, self._store_threads):  # a pass under way is waited for, off the loop
@@ -210,13 +183,15 @@ class DecoderServer:
         if self._own_store is not None:
             self._own_store.close()
 
-    async def _inline(self, model: ModelConfig, backend: Backend, fingerprint: str, dim: int) -> InlineStates | None:
+    async def _on_demand(
+        self, model: ModelConfig, backend: Backend, identity: EncoderIdentity
+    ) -> OnDemandStates | None:
         if not model.encoder_address:
             return None
         encoder = EncoderClient(
             model.encoder_address,
-            fingerprint=fingerprint,
-            dim=dim,
+            fingerprint=identity.fingerprint,
+            dim=identity.dim,
             dtype_name=backend.dtype_name,
             timeout_seconds=self.config.encode_timeout_seconds,
             api_key=model.encoder_api_key,
@@ -225,7 +200,7 @@ class DecoderServer:
         self._encoders.append(encoder)
         # Where it does not answer it may come later; until then candidates to encode fail, each with the reason.
         await self.readiness.add(encoder, model.served_name, in_process=model.encoder_in_process)
-        return InlineStates(
+        return OnDemandStates(
             encoder,
             max_bytes=self.config.inline_cache_bytes,
             base_ratio=backend.settings.default_compression_ratio,
@@ -235,10 +210,6 @@ class DecoderServer:
         """Clients that connect anew look names up anew, and find servers that were added; calls under way finish."""
         seconds = self.config.max_connection_age_seconds
         return [("grpc.max_connection_age_ms", max(1, int(seconds * 1000)))] if seconds else []
-
-    def _passed(self, one: Pass) -> None:
-        for observer in self._observers:
-            observer.passed(one)
 
     def _loop_ended(self, task: asyncio.Task[None]) -> None:
         """The batching loop must never end by itself; if it does, callers should hear of it rather than wait."""

@@ -21,7 +21,7 @@ from cache.read_cache import CachedStore
 from cache.store import Store
 from decoder_server.engine.collections import Described, describe
 from decoder_server.engine.engine import Engine
-from decoder_server.engine.lifecycle import Answered, Pass
+from decoder_server.engine.lifecycle import ForwardPass, RequestTrace
 from decoder_server.models.backend import StatesBackend
 from preread_edge.logs import fields
 
@@ -78,22 +78,21 @@ class Metrics:
         """Adds what engines and store count themselves; `engines` may fill later."""
         self.registry.register(_ServerCollector(engines, store))
 
-    def answered(self, answered: Answered) -> None:
-        trail = answered.trail
-        self._requests.labels(answered.model, answered.code).inc()
-        self._request_seconds.labels(answered.model).observe(answered.end - answered.start)
-        for status, count in collections.Counter(outcome.status for outcome in trail.outcomes).items():
-            self._candidates.labels(answered.model, status).inc(count)
-        if trail.degraded:
-            self._degraded.labels(answered.model, trail.degraded).inc()
-        if trail.stopped_early:
-            self._stopped_early.labels(answered.model).inc()
-        if answered.timings is not None:
-            self._queue_wait.observe(answered.timings.queue_seconds)
-        for fetch in trail.fetches:
+    def request_finished(self, trace: RequestTrace) -> None:
+        self._requests.labels(trace.model, trace.code).inc()
+        self._request_seconds.labels(trace.model).observe(trace.end - trace.start)
+        for status, count in collections.Counter(result.status for result in trace.results).items():
+            self._candidates.labels(trace.model, status).inc(count)
+        if trace.degraded:
+            self._degraded.labels(trace.model, trace.degraded).inc()
+        if trace.stopped_early:
+            self._stopped_early.labels(trace.model).inc()
+        if trace.timings is not None:
+            self._queue_wait.observe(trace.timings.queue_seconds)
+        for fetch in trace.fetches:
             self._fetch_seconds.observe(fetch.end - fetch.start)
 
-    def passed(self, one: Pass) -> None:
+    def pass_finished(self, one: ForwardPass) -> None:
         self._forward_seconds.observe(one.seconds)
         self._batch_tokens.observe(one.num_tokens)
         self._batch_pairs.observe(one.num_pairs)
@@ -125,30 +124,30 @@ class RequestLog:
     def __init__(self, *, log_text: bool = False) -> None:
         self._log_text = log_text
 
-    def answered(self, answered: Answered) -> None:
-        request, trail, timings = answered.request, answered.trail, answered.timings
+    def request_finished(self, trace: RequestTrace) -> None:
+        request, timings = trace.request, trace.timings
         values = {
-            "model": answered.model,
-            "code": answered.code,
+            "model": trace.model,
+            "code": trace.code,
             "collection": request.collection,
             "num_candidates": len(request.candidates),
-            "seconds": round(answered.end - answered.start, 6),
+            "seconds": round(trace.end - trace.start, 6),
         }
         if timings is not None:
             for name in ("fetch_seconds", "encode_seconds", "queue_seconds", "compute_seconds"):
                 values[name] = round(getattr(timings, name), 6)
-        if trail.degraded:
-            values["degraded"] = trail.degraded
-        if trail.stopped_early:
+        if trace.degraded:
+            values["degraded"] = trace.degraded
+        if trace.stopped_early:
             values["stopped_early"] = True
-        counts = collections.Counter(outcome.status for outcome in trail.outcomes)
+        counts = collections.Counter(result.status for result in trace.results)
         values |= {f"num_{status}": count for status, count in sorted(counts.items())}
         if self._log_text:
             values |= {"query": request.query, "instruction": request.instruction}
-        level = logging.ERROR if answered.code == "internal" else logging.INFO
-        log.log(level, answered.kind, extra=fields(**values))
+        level = logging.ERROR if trace.code == "internal" else logging.INFO
+        log.log(level, trace.kind, extra=fields(**values))
 
-    def passed(self, one: Pass) -> None:
+    def pass_finished(self, one: ForwardPass) -> None:
         log.debug("pass", extra=fields(num_pairs=one.num_pairs, num_tokens=one.num_tokens, seconds=one.seconds))
 
 
@@ -163,11 +162,11 @@ _PER_MODEL: _Families = (
     ),
     (
         CounterMetricFamily, "admission_refusals", "Requests rejected because the queue was full.",
-        lambda engine: engine.admission.num_refused,
+        lambda engine: engine.admission.num_rejected,
     ),
     (
         CounterMetricFamily, "dropped_pairs", "Queued pairs dropped: cancelled or past their deadline.",
-        lambda engine: engine.batcher.counts.num_dropped_pairs,
+        lambda engine: engine.scheduler.stats.num_dropped_pairs,
     ),
     (
         CounterMetricFamily, "compilations", "Compiled steps; constant once warm.",
@@ -216,7 +215,7 @@ class _ServerCollector(Collector):
 
         if isinstance(self._store, CachedStore):
             add("store", self._store.num_hits, self._store.num_misses, self._store.num_bytes)
-        inline = [engine.passages.inline for engine in engines if engine.passages.inline is not None]
+        inline = [one.fetcher.on_demand for one in engines if one.fetcher.on_demand is not None]
         if inline:
             counts = ((one.num_hits, one.num_encoded, one.num_bytes) for one in inline)
             add("inline", *map(sum, zip(*counts, strict=True)))

@@ -14,7 +14,7 @@ from opentelemetry.context import Context
 from opentelemetry.trace import SpanKind, Status, StatusCode, Tracer, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from decoder_server.engine.lifecycle import Answered, Pass
+from decoder_server.engine.lifecycle import ForwardPass, RequestTrace
 from preread_edge.logs import current
 
 # The caller's doing or a full queue; neither is this server's error (OpenTelemetry's gRPC conventions for servers).
@@ -32,7 +32,7 @@ class TracingObserver:
     def __init__(self, tracer: Tracer) -> None:
         self._tracer = tracer
 
-    def answered(self, answered: Answered) -> None:
+    def request_finished(self, trace: RequestTrace) -> None:
         epoch = time.time() - time.monotonic()  # now, not once: clocks are set
 
         def at(seconds: float) -> int:
@@ -40,36 +40,36 @@ class TracingObserver:
 
         call = current()
         span = self._tracer.start_span(
-            (call.rpc if call else "") or answered.kind,
+            (call.rpc if call else "") or trace.kind,
             _parent(call.traceparent if call else ""),
             SpanKind.SERVER,
-            _rpc_attributes(call.rpc, answered.code) if call else None,
-            start_time=at(answered.start),
+            _rpc_attributes(call.rpc, trace.code) if call else None,
+            start_time=at(trace.start),
         )
-        span.set_attribute("preread.model", answered.model)
-        span.set_attribute("preread.code", answered.code)
-        span.set_attribute("preread.num_candidates", len(answered.request.candidates))
+        span.set_attribute("preread.model", trace.model)
+        span.set_attribute("preread.code", trace.code)
+        span.set_attribute("preread.num_candidates", len(trace.request.candidates))
         if call is not None:
             span.set_attribute("preread.request_id", call.request_id)
-        if answered.trail.degraded:
-            span.set_attribute("preread.degraded", answered.trail.degraded)
-        if answered.trail.stopped_early:
+        if trace.degraded:
+            span.set_attribute("preread.degraded", trace.degraded)
+        if trace.stopped_early:
             span.set_attribute("preread.stopped_early", True)
-        for status, count in Counter(outcome.status for outcome in answered.trail.outcomes).items():
+        for status, count in Counter(result.status for result in trace.results).items():
             span.set_attribute(f"preread.num_{status}", count)
-        if answered.code not in _NOT_ERRORS:
-            span.set_status(Status(StatusCode.ERROR, answered.code))
+        if trace.code not in _NOT_ERRORS:
+            span.set_status(Status(StatusCode.ERROR, trace.code))
         within = set_span_in_context(span)
-        for fetch in answered.trail.fetches:
+        for fetch in trace.fetches:
             self._write("fetch", within, at(fetch.start), at(fetch.end), num_passages=fetch.num_passages)
-        for encoding in answered.trail.encodings:
+        for encoding in trace.encodings:
             self._write("encode", within, at(encoding.start), at(encoding.end), num_passages=encoding.num_passages)
-        for turn in answered.trail.turns:
-            batch = self._write("batch", within, at(turn.ready), at(turn.end))
-            self._write("forward", batch, at(turn.start), at(turn.end))
-        span.end(at(answered.end))
+        for one in trace.passes:
+            batch = self._write("batch", within, at(one.ready), at(one.end))
+            self._write("forward", batch, at(one.start), at(one.end))
+        span.end(at(trace.end))
 
-    def passed(self, one: Pass) -> None:
+    def pass_finished(self, one: ForwardPass) -> None:
         """A pass serves several requests; each has it in its own trace."""
 
     def _write(self, name: str, within: Context, start: int, end: int, **attributes: int) -> Context:

@@ -187,15 +187,18 @@ def score_passages(
 
     Pairs of all queries are batched together by length, each batch up to the device's token budget.
     """
-    owners: dict[Pair, int] = {}
+    pairs: list[Pair] = []
+    owners: list[int] = []
     for index, (prompt, states) in enumerate(passages):
-        owners |= dict.fromkeys(backend.pairs(prompt, [states])[0], index)
+        windows = backend.pairs(prompt, [states])[0]
+        pairs += windows
+        owners += [index] * len(windows)
     best = np.full(len(passages), -np.inf, dtype=np.float32)
     begun: set[int] = set()
-    for batch in split_by_length(list(owners), BATCH_TOKENS[backend.device_name.split(":")[0]]):
-        rows = [owners[pair] for pair in batch]
+    for batch in split_by_length(pairs, BATCH_TOKENS[backend.device_name.split(":")[0]]):
+        rows = [owners[i] for i in batch]
         with np.errstate(invalid="ignore"):  # NaN stays, as in the server
-            np.maximum.at(best, rows, backend.score(batch))
+            np.maximum.at(best, rows, backend.score([pairs[i] for i in batch]))
         advance(len(set(rows) - begun))
         begun.update(rows)
     return best

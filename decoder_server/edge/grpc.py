@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import time
 from collections.abc import Awaitable, Callable, Sequence, Sized
+from contextlib import aclosing
 from functools import wraps
 from itertools import chain
 from typing import Any, TypeAlias, TypeVar, get_args
@@ -72,14 +73,11 @@ class RerankService(rerank_pb2_grpc.RerankServiceServicer):
 
     @aborting
     async def RerankStream(self, request: rerank_pb2.RerankStreamRequest, context: Context) -> Any:  # noqa: N802
-        async def emit(results: list[Result]) -> None:
-            await context.write(await _pack_batch(results))
-
         engine = choose(self.engines, request.request.model)
         unpacked = await unpack_request(request.request, engine.limits.max_candidates)
-        _, summary = await engine.rerank(unpacked, deadline=deadline_of(context), emit=emit)
-        message = _pack(summary, rerank_pb2.RerankStreamResponse.Summary)
-        await context.write(rerank_pb2.RerankStreamResponse(summary=message))
+        async with aclosing(engine.stream(unpacked, deadline=deadline_of(context))) as events:
+            async for event in events:
+                await context.write(await _pack_event(event))
 
     @aborting
     async def ListModels(self, request: rerank_pb2.ListModelsRequest, context: Context) -> Any:  # noqa: N802
@@ -97,7 +95,7 @@ class RerankService(rerank_pb2_grpc.RerankServiceServicer):
     async def Warm(self, request: rerank_pb2.WarmRequest, context: Context) -> Any:  # noqa: N802
         engine = choose(self.engines, request.model)
         warmed = await warm(engine, unpack_warm(request, engine.limits.max_candidates))
-        return rerank_pb2.WarmResponse(**_fields(warmed, rerank_pb2.WarmResponse) | {"model": engine.name})
+        return _pack(warmed, rerank_pb2.WarmResponse)
 
 
 async def unpack_request(message: rerank_pb2.RerankRequest, max_candidates: int) -> RerankRequest:
@@ -161,8 +159,11 @@ async def _pack_response(results: Sequence[Result], summary: Summary) -> rerank_
     return await joined(chain([rerank_pb2.RerankResponse(**fields)], parts))
 
 
-async def _pack_batch(results: Sequence[Result]) -> rerank_pb2.RerankStreamResponse | bytes:
+async def _pack_event(results: Sequence[Result] | Summary) -> rerank_pb2.RerankStreamResponse | bytes:
     """The message, or its bytes where it holds long texts."""
+    if isinstance(results, Summary):
+        message = _pack(results, rerank_pb2.RerankStreamResponse.Summary)
+        return rerank_pb2.RerankStreamResponse(summary=message)
 
     def pack(some: Sequence[Result]) -> rerank_pb2.RerankStreamResponse:
         batch = rerank_pb2.RerankStreamResponse.Batch(results=map(_pack_result, some))

@@ -1,37 +1,36 @@
-"""Who may join the queue: bounded by requests and by tokens, with an honest word on when to come back.
+"""Load control: which requests join the queue, and which are scored coarser than requested because of it.
 
-A request reserves what it will cost by estimate, because its states are read only after it is
-admitted; the estimate learns from the passages seen. Does not know the order of work.
-
-What a request is read at, given what it asked for and what is under way: degrade's policy on measured figures.
-
-Does not know where plans come from, nor what is done with them.
+A request reserves its estimated cost, because its states are fetched only after it is admitted; the estimate learns
+from the passages fetched. Under pressure a request may be scored at a coarser ratio, where the server allows that:
+`deadline` is the pressure of a result not expected in time, `queue` that of more than a share of the queue in use.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-from decoder_server.engine import degrade
 from decoder_server.engine.plan import Plan
-from decoder_server.engine.scheduler import BatchCounts, Batcher
+from decoder_server.engine.scheduler import SchedulerStats
 from preread.errors import Overloaded
 from preread.types import Degraded
 
-# Before anything was seen. The weight of a new mean in the running one afterwards.
+# Before anything was fetched; and the weight of a new passage in the running mean afterwards.
 FIRST_PASSAGE_TOKENS = 256.0
 LEARNING_RATE = 0.1
 MIN_RETRY_SECONDS, MAX_RETRY_SECONDS = 0.05, 120.0
+# Share of the time left that a response may be expected to take: the rest is for the errors of the estimate.
+DEADLINE_SHARE = 0.8
 
 
-class Place:
-    """One admitted request; gives its tokens back as its candidates finish, stage by stage."""
+class Reservation:
+    """The tokens of one admitted request; gives them back as its candidates finish, stage by stage."""
 
     def __init__(self, admission: Admission, stages: Sequence[tuple[int, float]]) -> None:
         """
         Args:
-            stages: how many candidates each reads, and tokens of one of them.
+            stages: candidates of each, and tokens of one of them.
         """
         self.num_tokens = sum(num_candidates * each for num_candidates, each in stages)
         self._admission = admission
@@ -39,137 +38,154 @@ class Place:
         self._left = [num_candidates for num_candidates, _ in stages]
 
     @property
-    def num_left_tokens(self) -> float:
-        """What is still to be computed, by estimate."""
+    def num_tokens_left(self) -> float:
+        """Estimated tokens still to compute."""
         return sum(left * each for left, each in zip(self._left, self._each, strict=True))
 
     def finished(self, num_candidates: int, stage: int = 0) -> None:
         self._left[stage] -= num_candidates
         self._admission.num_tokens -= num_candidates * self._each[stage]
 
-    def __enter__(self) -> Place:
+    def __enter__(self) -> Reservation:
         return self
 
     def __exit__(self, *_: object) -> None:
         for stage, left in enumerate(self._left):
             self.finished(left, stage)
-        self._admission.left(self)
+        self._admission.release(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Cost of one plan."""
+
+    num_tokens: float  # over all stages
+    seconds: float  # until there is a response, the queue included; of a cascade the response of its first stage
 
 
 class Admission:
     """The bounds of one model's queue. Only touched from the event loop."""
 
-    def __init__(self, counts: BatchCounts, *, max_requests: int, max_tokens: int, max_seconds: float = 0.0) -> None:
+    def __init__(self, stats: SchedulerStats, *, max_requests: int, max_tokens: int, max_seconds: float = 0.0) -> None:
         """
         Args:
             max_seconds: of work at the measured rate; 0: no such limit.
         """
         self.num_requests = 0
         self.num_tokens = 0.0
-        self.num_refused = 0
-        self._counts = counts
+        self.num_rejected = 0
+        self._stats = stats
         self._max_requests = max_requests
         self._max_tokens = max_tokens
         self._max_seconds = max_seconds
         self._passage_tokens = FIRST_PASSAGE_TOKENS
-        self._places: set[Place] = set()
+        self._reservations: set[Reservation] = set()
 
-    def states(self, ratio: int) -> float:
-        """Of one candidate, as far as one can tell before it is read; of a model that reads text, tokens."""
-        return max(1.0, self._passage_tokens / max(1, ratio))
+    def admit(self, reads: Sequence[tuple[int, int]], num_prompt_tokens: int) -> Reservation:
+        """Reserves a request's tokens, to be used as a context manager.
 
-    def admit(
-        self, num_candidates: int, num_prompt_tokens: int, ratio: int, later: Sequence[tuple[int, int]] = ()
-    ) -> Place:
-        """A place in the queue, to be used as a context manager.
-
-        A request larger than the whole queue is admitted when nothing else is there: it could
-        never be otherwise.
+        A request larger than the whole queue is admitted when the queue is empty: it never could be otherwise.
 
         Args:
-            later: how many candidates each further stage reads, and at which ratio.
+            reads: candidates of each stage, and its ratio.
 
         Raises:
             Overloaded: no room.
         """
-        stages = [(num, num_prompt_tokens + self.states(r)) for num, r in ((num_candidates, ratio), *later)]
-        place = Place(self, stages)
-        num_tokens = place.num_tokens
+        reservation = Reservation(self, [(num, num_prompt_tokens + self._states(ratio)) for num, ratio in reads])
         if self.num_requests >= self._max_requests:
             mean_tokens = self.num_tokens / self.num_requests
-            raise self._refusal(f"{self.num_requests} requests wait; the limit is {self._max_requests}", mean_tokens)
-        limit = self.limit_tokens
-        excess = self.num_tokens + num_tokens - limit
+            raise self._rejection(f"{self.num_requests} requests wait; the limit is {self._max_requests}", mean_tokens)
+        limit = self.max_queued_tokens
+        excess = self.num_tokens + reservation.num_tokens - limit
         if self.num_requests and excess > 0:
             message = (
-                f"about {self.num_tokens:.0f} tokens wait and this request has about {num_tokens:.0f}; "
+                f"about {self.num_tokens:.0f} tokens wait and this request has about {reservation.num_tokens:.0f}; "
                 f"the limit is {limit:.0f}"
             )
-            raise self._refusal(message, min(excess, self.num_tokens))
+            raise self._rejection(message, min(excess, self.num_tokens))
         self.num_requests += 1
-        self.num_tokens += num_tokens
-        self._places.add(place)
-        return place
+        self.num_tokens += reservation.num_tokens
+        self._reservations.add(reservation)
+        return reservation
 
-    def left(self, place: Place) -> None:
-        """Its request ended."""
+    def release(self, reservation: Reservation) -> None:
         self.num_requests -= 1
-        self._places.discard(place)
+        self._reservations.discard(reservation)
 
-    def tokens_ahead(self, num_tokens: float) -> float:
-        """What is computed before a request of this size is done, when the machine is shared equally."""
-        return sum(min(num_tokens, place.num_left_tokens) for place in self._places)
+    def degrade(
+        self, plan: Plan, num_candidates: int, num_prompt_tokens: int, deadline: float | None, queue_share: float
+    ) -> tuple[Plan, Degraded | None]:
+        """The plan, or a coarser one and why. Before the first pass nothing is known, and nothing is degraded.
+
+        Args:
+            queue_share: of the queue's limit, in use before requests are degraded.
+        """
+        if not self._stats.pass_time.known:
+            return plan, None
+        plans = plan.coarser()
+        estimates = [self._estimate(one, num_candidates, num_prompt_tokens) for one in plans]
+        seconds_left = None if deadline is None else deadline - time.monotonic()
+        chosen, reason = choose(estimates, seconds_left, self.num_tokens, queue_share * self.max_queued_tokens)
+        if chosen == 0:
+            return plan, None
+        return plans[chosen], Degraded(reason, plan.summary_ratio, plan.summary_stages)
 
     @property
-    def limit_tokens(self) -> float:
-        """What may wait: the tokens configured, or those the model reads in the time configured, if fewer."""
-        rate = self._counts.drain_rate
+    def max_queued_tokens(self) -> float:
+        """The configured tokens, or those the model computes in the configured time, if fewer."""
+        rate = self._stats.drain_rate
         return min(self._max_tokens, rate * self._max_seconds) if rate and self._max_seconds else self._max_tokens
 
     def learn(self, num_tokens: int) -> None:
-        """A passage of this many tokens was read."""
+        """A passage of this many tokens was fetched."""
         self._passage_tokens += LEARNING_RATE * (num_tokens - self._passage_tokens)
 
-    def _refusal(self, message: str, tokens_to_wait_for: float) -> Overloaded:
-        self.num_refused += 1
-        rate = self._counts.drain_rate
-        seconds = tokens_to_wait_for / rate if rate else 1.0
+    def _states(self, ratio: int) -> float:
+        """Expected states of one candidate; tokens, where the model reads text."""
+        return max(1.0, self._passage_tokens / max(1, ratio))
+
+    def _estimate(self, plan: Plan, num_candidates: int, num_prompt_tokens: int) -> Estimate:
+        reads = [(num, self._states(ratio)) for num, ratio in plan.reads(num_candidates)]
+        num_tokens = sum(num * (num_prompt_tokens + num_states) for num, num_states in reads)
+        # When the machine is shared equally, so much is computed before a request of this size is done.
+        ahead = sum(min(num_tokens, one.num_tokens_left) for one in self._reservations)
+        num, num_states = reads[0]
+        own = self._stats.pass_time.seconds(num * num_prompt_tokens, num * num_states)
+        return Estimate(num_tokens, ahead / self._stats.drain_rate + own)
+
+    def _rejection(self, message: str, tokens_ahead: float) -> Overloaded:
+        self.num_rejected += 1
+        rate = self._stats.drain_rate
+        seconds = tokens_ahead / rate if rate else 1.0
         return Overloaded(f"the queue is full: {message}", min(max(seconds, MIN_RETRY_SECONDS), MAX_RETRY_SECONDS))
 
 
-class Easing:
-    """Of one model's queue. Only touched from the event loop."""
+def choose(
+    estimates: Sequence[Estimate], seconds_left: float | None, num_queued_tokens: float, max_queued_tokens: float
+) -> tuple[int, str]:
+    """The first option that satisfies both pressures, else the last, and the pressure behind it ("" for option 0).
 
-    def __init__(self, batcher: Batcher, admission: Admission, queue_share: float) -> None:
-        """
-        Args:
-            queue_share: of what the queue may hold, before requests are read coarser.
-        """
-        self._batcher = batcher
-        self._admission = admission
-        self._queue_share = queue_share
+    Args:
+        seconds_left: until the deadline; None: there is none.
+        num_queued_tokens: of requests in flight.
+        max_queued_tokens: of requests in flight, this one included, before requests are degraded.
+    """
+    by_deadline = by_queue = 0
+    if seconds_left is not None:
+        by_deadline = _first(estimate.seconds <= DEADLINE_SHARE * seconds_left for estimate in estimates)
+    if num_queued_tokens > 0:  # a single request keeps no other waiting
+        by_queue = _first(num_queued_tokens + estimate.num_tokens <= max_queued_tokens for estimate in estimates)
+    chosen = max(by_deadline, by_queue)
+    if chosen == 0:
+        return 0, ""
+    return chosen, "deadline" if by_deadline >= by_queue else "queue"
 
-    def ease(
-        self, asked: Plan, num_candidates: int, num_prompt_tokens: int, deadline: float | None
-    ) -> tuple[Plan, Degraded | None]:
-        """What is read; and what was asked and why, if that was more. Before the first pass nothing is known."""
-        if not self._batcher.pace.known:
-            return asked, None
-        plans = degrade.options(asked)
-        estimates = [self._estimate(read, num_candidates, num_prompt_tokens) for read in plans]
-        seconds_left = None if deadline is None else deadline - time.monotonic()
-        share = self._queue_share * self._admission.limit_tokens
-        chosen, reason = degrade.choose(estimates, seconds_left, self._admission.num_tokens, share)
-        if chosen == 0:
-            return asked, None
-        if asked.cascade:
-            return plans[chosen], Degraded(reason, 0, asked.stages)
-        return plans[chosen], Degraded(reason, asked.first.compression_ratio)
 
-    def _estimate(self, read: Plan, num_candidates: int, num_prompt_tokens: int) -> degrade.Estimate:
-        reads = [(num, self._admission.states(ratio)) for num, ratio in read.reads(num_candidates)]
-        num_tokens = sum(num * (num_prompt_tokens + num_states) for num, num_states in reads)
-        num, num_states = reads[0]
-        ahead = self._admission.tokens_ahead(num_tokens) / self._batcher.counts.drain_rate
-        own = self._batcher.pace.seconds(num * num_prompt_tokens, num * num_states)
-        return degrade.Estimate(num_tokens, ahead + own)
+def _first(fits: Iterable[bool]) -> int:
+    """The first that fits, else the last."""
+    last = 0
+    for last, one in enumerate(fits):
+        if one:
+            return last
+    return last

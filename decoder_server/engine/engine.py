@@ -1,212 +1,153 @@
-"""One served model: a request goes in, ranked outcomes come out.
+"""One served model: a request goes in, ranked results come out.
 
-check -> plan (which collection, which ratio or stages) -> admit -> run -> rank.
-Knows neither gRPC nor HTTP; every edge calls `rerank`.
+check -> plan -> admit -> fetch -> score -> rank, awaited in order. The edges know this face, the types and the
+errors: gRPC and HTTP are theirs.
 """
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor
-from contextlib import AbstractContextManager
-from typing import TypeVar
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeVar
 
 from cache.collection import Collection
 from cache.errors import CacheError
+from cache.store import Store
 from decoder_server.config import DecoderConfig
-from decoder_server.engine.admission import Admission, Easing
+from decoder_server.engine.admission import Admission, Reservation
 from decoder_server.engine.collections import Catalogue
-from decoder_server.engine.fetch import Source, Wanted, read_unless_unavailable
-from decoder_server.engine.lifecycle import Observer, Running, Trail
-from decoder_server.engine.plan import Defaults, Indexed, Plan, check, distinct, indexed, plan, text_plan
-from decoder_server.engine.request_run import Emit, Run, ranked
-from decoder_server.engine.scheduler import Batcher
+from decoder_server.engine.fetch import Fetcher, FetchRequest
+from decoder_server.engine.lifecycle import InFlight, Observer, RequestTrace
+from decoder_server.engine.on_demand import OnDemandStates
+from decoder_server.engine.plan import Plan, check, plan, unique
+from decoder_server.engine.request_run import EngineParts, RequestRun, ranked
+from decoder_server.engine.scheduler import Scheduler
 from decoder_server.models.backend import Backend, Prompt
+from decoder_server.models.loading import batch_tokens
 from preread.errors import DeadlineExceeded, InvalidRequest
-from preread.types import RerankRequest, Result, Summary, Timings
+from preread.types import Degraded, OnMiss, RerankRequest, Result, Summary
 
 T = TypeVar("T")
 
-# Of the time a cascade is given, what it leaves for its answer's way back: a share, and at most seconds.
-ANSWER_SHARE, ANSWER_SECONDS = 0.1, 0.2
+
+class Threads(NamedTuple):
+    """Where blocking work runs."""
+
+    model: Executor  # one thread for all models: passes take turns, each with all the cores
+    store: Executor  # for tokenizing and the store
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """A request that is ready to be admitted."""
+
+    wanted: FetchRequest
+    plan: Plan
+    equal: dict[int, list[int]]  # candidates scored once, with all that name the same passage
+    degraded: Degraded | None
 
 
 class Engine:
-    """Everything one model needs to answer, put together."""
+    """Everything one model needs to respond, assembled."""
 
     def __init__(
         self,
         name: str,
         backend: Backend,
-        batcher: Batcher,
-        admission: Admission,
-        catalogue: Catalogue,
-        passages: Source,
-        executor: Executor,
+        store: Store,
+        on_demand: OnDemandStates | None,
+        threads: Threads,
         limits: DecoderConfig,
         observers: Sequence[Observer] = (),
     ) -> None:
         """
         Args:
-            name: what clients call the model.
-            executor: for tokenizing and the store; never the model's thread.
-            observers: hear of every request that ends.
+            name: served to clients.
+            on_demand: encodes texts that are not stored; None where no encoder is configured.
         """
         self.name = name
         self.backend = backend
-        self.batcher = batcher
-        self.admission = admission
-        self.catalogue = catalogue
-        self.passages = passages
         self.limits = limits
-        self._executor = executor
-        self._running = Running(name, observers)
-        # What the prompt has beside query and instruction, to tell how long an instruction is.
-        self._template_tokens = backend.prompt("a", "a").num_tokens - 2
         self.reads_text = backend.identity() is None
-        eases = limits.degrade and not self.reads_text
-        self._easing = Easing(batcher, admission, limits.degrade_queue_share) if eases else None
+        self.in_flight = InFlight(name, observers)
+        self.catalogue = Catalogue(store, backend.identity(), limits.max_staleness_seconds)
+        min_tokens, max_tokens = batch_tokens(limits, backend)
+        self.scheduler = Scheduler(backend, threads.model, max_tokens, min_tokens, observers)
+        self.admission = Admission(
+            self.scheduler.stats,
+            max_requests=limits.max_queue_requests,
+            max_tokens=limits.max_queue_tokens,
+            max_seconds=limits.max_queue_seconds,
+        )
+        # Candidates per read of the store: about a batch of short ones, a share of it for long ones.
+        chunk = max(16, max_tokens // 128)
+        self.fetcher = Fetcher(backend, threads.store, on_demand, chunk=chunk, max_text_bytes=limits.max_text_bytes)
+        self._parts = EngineParts(backend, self.scheduler, self.admission, self.fetcher, limits.max_request_tokens)
+        self._executor = threads.store
+        # Tokens of the prompt besides query and instruction, which tell how long an instruction is.
+        self._template_tokens = backend.prompt("a", "a").num_tokens - 2
 
     @property
     def encodes_on_demand(self) -> bool:
-        return self.passages.inline is not None
+        return self.fetcher.on_demand is not None
 
-    async def rerank(
-        self, request: RerankRequest, *, deadline: float | None = None, emit: Emit | None = None
-    ) -> tuple[list[Result], Summary]:
+    async def rerank(self, request: RerankRequest, *, deadline: float | None = None) -> tuple[list[Result], Summary]:
         """Scores a request's candidates.
 
         Args:
             deadline: on time.monotonic's clock, which is also the event loop's.
-            emit: takes outcomes as they come, unsorted and whatever top_n says.
 
         Returns:
-            Outcomes, scored ones best first and cut to top_n, the others after them; and the summary.
+            Results, scored ones best first and cut to top_n, the others after them; and the summary.
 
         Raises:
-            PrereadError: the request as a whole cannot be answered.
+            PrereadError: the request as a whole failed.
         """
-        with self.under_way(request) as trail:
+        with self.in_flight.track(request) as trace:
             check(request, self.limits)
-            started = time.monotonic()
-            try:
-                async with asyncio.timeout_at(deadline):
-                    outcomes, summary = await self._rerank(request, started, deadline, emit, trail)
-            except TimeoutError:
-                raise DeadlineExceeded(f"the deadline passed after {time.monotonic() - started:.3f} s") from None
-            trail.timings = summary.timings
-            return outcomes, summary
+            async with _until(deadline, trace):
+                planned = await self._plan(request, deadline, trace)
+                with self._admit(planned) as reservation:
+                    run = RequestRun(self._parts, planned.wanted, planned.plan, planned.equal, reservation)
+                    async with aclosing(run.results(deadline)) as batches:
+                        trace.results = [one async for batch in batches for one in batch]
+                results = await self._with_texts(planned.wanted, ranked(trace.results, request.top_n))
+            return results, self._summarize(planned, trace)
 
-    def under_way(self, request: RerankRequest, kind: str = "rerank") -> AbstractContextManager[Trail]:
-        """Around a request; see Running.request."""
-        return self._running.request(request, kind)
+    async def stream(
+        self, request: RerankRequest, *, deadline: float | None = None
+    ) -> AsyncGenerator[list[Result] | Summary, None]:
+        """The same as results are settled, unsorted and whatever top_n says; the summary comes last."""
+        with self.in_flight.track(request) as trace:
+            check(request, self.limits)
+            async with _until(deadline, trace):
+                planned = await self._plan(request, deadline, trace)
+            with self._admit(planned) as reservation:
+                run = RequestRun(self._parts, planned.wanted, planned.plan, planned.equal, reservation)
+                async with aclosing(run.results(deadline)) as batches:
+                    while True:
+                        async with _until(deadline, trace):  # not across a yield: the time between is the caller's
+                            batch = await anext(batches, None)
+                            if batch is None:
+                                break
+                            trace.results += batch
+                            with_texts = await self._with_texts(planned.wanted, batch)
+                        yield with_texts
+            yield self._summarize(planned, trace)
 
     async def drain(self, grace_seconds: float) -> bool:
-        """Accepts nothing more and waits for what runs; False when the time was up first."""
-        return await self._running.drain(grace_seconds)
+        """Rejects new requests and waits for those in flight; False when the grace period ended first."""
+        return await self.in_flight.drain(grace_seconds)
 
-    async def _rerank(
-        self, request: RerankRequest, started: float, deadline: float | None, emit: Emit | None, trail: Trail
-    ) -> tuple[list[Result], Summary]:
-        prompt = await self.prompt(request.query, request.instruction)
-        # A listwise model reads the list as it was sent: a passage that is in it twice changes every score.
-        every = {candidate: [candidate.index] for candidate in indexed(request.candidates)}
-        same = every if self.backend.listwise else distinct(request.candidates)
-        collection = await self.open_collection(request.collection) if request.collection is not None else None
-        asked = self.plan_of(request, collection)
-        read, degraded = asked, None
-        if self._easing is not None:
-            read, degraded = self._easing.ease(asked, len(same), prompt.num_tokens, deadline)
-        wanted = self._wanted(request, list(same), collection, read, prompt, trail)
-
-        async def emit_with_texts(outcomes: list[Result]) -> None:
-            assert emit is not None
-            await emit(await self._with_texts(request, wanted, outcomes))
-
-        first, *later = read.reads(len(same))
-        with self.admission.admit(first[0], prompt.num_tokens, first[1], later) as place:
-            run = Run(
-                wanted,
-                read,
-                {one.index: i for one, i in same.items()},
-                prompt,
-                self.backend,
-                self.batcher,
-                self.passages,
-                self.admission,
-                self._executor,
-                self.limits.max_request_tokens,
-            )
-            stop_at = _stop_at(started, deadline) if read.cascade else None
-            try:
-                outcomes = await run.gather(place, deadline, emit_with_texts if emit is not None else None, stop_at)
-            finally:
-                trail.turns = run.turns
-        trail.outcomes = outcomes
-        trail.degraded = degraded.reason if degraded is not None else ""
-        trail.stopped_early = run.stopped_early
-        results = ranked(outcomes, request.top_n)
-        if emit is None:
-            results = await self._with_texts(request, wanted, results)
-        timings = Timings(
-            fetch_seconds=wanted.fetching.seconds,
-            encode_seconds=wanted.encoding.seconds,
-            queue_seconds=run.queue_seconds,
-            compute_seconds=run.compute_seconds,
-            total_seconds=time.monotonic() - started,
-        )
-        scored = [outcome for outcome in outcomes if outcome.margin is not None]
-        return results, Summary(
-            self.name,
-            timings,
-            len(scored),
-            prompt.num_query_tokens,
-            prompt.query_truncated,
-            num_passage_tokens=sum(outcome.num_passage_tokens for outcome in scored),
-            compression_ratio=0 if read.cascade else read.first.compression_ratio,
-            stages=read.stages if read.cascade else (),
-            stopped_early=run.stopped_early,
-            degraded=degraded,
-            truncated=tuple(sorted(outcome.index for outcome in scored if outcome.truncated)),
-        )
-
-    def plan_of(self, request: RerankRequest, collection: Collection | None) -> Plan:
-        """What is read: one ratio, or stages of them, for every candidate, so that scores compare."""
-        if self.reads_text:
-            return text_plan(request)
-        stored = collection.manifest.compression_ratio if collection is not None else None
-        defaults = Defaults(self.limits.read_ratio, self.limits.stages)
-        return plan(request, defaults, stored, self.backend.settings.default_compression_ratio)
-
-    def _wanted(
-        self,
-        request: RerankRequest,
-        candidates: Sequence[Indexed],
-        collection: Collection | None,
-        read: Plan,
-        prompt: Prompt,
-        trail: Trail,
-    ) -> Wanted:
-        on_miss = request.on_miss or ("encode" if self.encodes_on_demand else "skip")
-        return Wanted(
-            candidates,
-            collection,
-            read.base_ratio,
-            on_miss,
-            self.limits.max_text_bytes,
-            lambda passage: self.backend.pairs(prompt, [passage])[0],
-            self.backend.is_empty,
-            fetches=trail.fetches,
-            encodings=trail.encodings,
-        )
-
-    async def open_collection(self, name: str) -> Collection:
-        """What the name, or alias, means now; raises as Catalogue.open does."""
-        fresh = self.catalogue.fresh(name)
-        return fresh if fresh is not None else await self.call(self.catalogue.open, name)
+    async def open_collection(self, name: str | None) -> Collection | None:
+        """The collection that a name or alias means now; raises as Catalogue.open does."""
+        if name is None:
+            return None
+        return self.catalogue.fresh(name) or await self.call(self.catalogue.open, name)
 
     async def prompt(self, query: str, instruction: str | None) -> Prompt:
         """The tokens before a passage. A long query is cut, and the prompt says so; an instruction never is.
@@ -221,30 +162,85 @@ class Engine:
             raise InvalidRequest("instruction", f"{num_tokens} tokens long", expected)
         return prompt
 
-    async def _with_texts(self, request: RerankRequest, wanted: Wanted, outcomes: list[Result]) -> list[Result]:
-        """Adds candidates' texts where they were asked for: inline ones, else stored ones."""
-        if not request.return_text:
-            return outcomes
-        texts: dict[str, str | None] = {}
-        # A text over the limit is not sent back: its status says why it was not read.
-        wanting = [one for one in outcomes if one.status != "too_long"]
-        given = {i: candidate.text for i, candidate in enumerate(request.candidates) if candidate.text}
-        inline = {one.index: given[one.index] for one in wanting if one.index in given}
-        ids = [one.passage_id for one in wanting if one.index not in inline and one.passage_id]
-        if ids and wanted.collection is not None and wanted.collection.manifest.stores_text:
-            try:
-                get = wanted.collection.get_texts
-                texts = dict(zip(ids, await self.call(read_unless_unavailable, wanted, get, ids), strict=True))
-            except CacheError:  # the scores are there; a text that cannot be read is left out
-                texts = {}
-        found = {one.index: inline.get(one.index, texts.get(one.passage_id)) for one in wanting}
-        return [dataclasses.replace(one, text=found.get(one.index)) for one in outcomes]
+    def plan_of(self, request: RerankRequest, collection: Collection | None) -> Plan:
+        """The ratio or stages of a request; the same for every candidate, so that scores compare."""
+        stored = collection.manifest.compression_ratio if collection is not None else None
+        return plan(request, self.limits, stored, self.backend.settings.default_compression_ratio)
+
+    def wanted(
+        self,
+        request: RerankRequest,
+        indexes: Sequence[int],
+        collection: Collection | None,
+        ratio: int,
+        prompt: Prompt,
+        trace: RequestTrace,
+    ) -> FetchRequest:
+        """The states of a request's candidates at a ratio, for the fetcher."""
+        on_miss: OnMiss = request.on_miss or ("encode" if self.encodes_on_demand else "skip")
+        return FetchRequest(request.candidates, indexes, collection, ratio, on_miss, prompt, trace)
 
     async def call(self, function: Callable[..., T], *args: object) -> T:
         """Runs what blocks, off the event loop and off the model's thread."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
 
+    async def _plan(self, request: RerankRequest, deadline: float | None, trace: RequestTrace) -> _Planned:
+        prompt = await self.prompt(request.query, request.instruction)
+        collection = await self.open_collection(request.collection)
+        # A listwise model reads the list as it was sent: a passage that is in it twice changes every score.
+        listwise = self.backend.listwise
+        equal = {i: [i] for i in range(len(request.candidates))} if listwise else unique(request.candidates)
+        chosen, degraded = self.plan_of(request, collection), None
+        if self.limits.degrade and not self.reads_text:
+            share = self.limits.degrade_queue_share
+            chosen, degraded = self.admission.degrade(chosen, len(equal), prompt.num_tokens, deadline, share)
+        trace.degraded = degraded.reason if degraded is not None else ""
+        wanted = self.wanted(request, list(equal), collection, chosen.base_ratio, prompt, trace)
+        return _Planned(wanted, chosen, equal, degraded)
 
-def _stop_at(started: float, deadline: float | None) -> float | None:
-    """When a cascade answers with what it has."""
-    return None if deadline is None else deadline - min(ANSWER_SECONDS, ANSWER_SHARE * (deadline - started))
+    def _admit(self, planned: _Planned) -> Reservation:
+        return self.admission.admit(planned.plan.reads(len(planned.equal)), planned.wanted.prompt.num_tokens)
+
+    async def _with_texts(self, wanted: FetchRequest, results: list[Result]) -> list[Result]:
+        """Adds candidates' texts where they were requested: inline ones, else stored ones."""
+        if not wanted.trace.request.return_text:
+            return results
+        # A text over the limit is not sent back: its status says why it was not read.
+        texts = {one.index: wanted.candidates[one.index].text or None for one in results if one.status != "too_long"}
+        ids = {one.index: one.passage_id for one in results if one.index in texts and one.passage_id}
+        missing = {index: passage_id for index, passage_id in ids.items() if texts[index] is None}
+        collection = wanted.collection
+        if missing and collection is not None and collection.manifest.stores_text:
+            try:
+                stored = await self.call(wanted.read, collection.get_texts, list(missing.values()))
+                texts |= {index: stored[passage_id] for index, passage_id in missing.items()}
+            except CacheError:  # the scores are there; a text that cannot be read is left out
+                pass
+        return [replace(one, text=texts.get(one.index)) for one in results]
+
+    def _summarize(self, planned: _Planned, trace: RequestTrace) -> Summary:
+        trace.timings = trace.timed()
+        scored = [one for one in trace.results if one.margin is not None]
+        return Summary(
+            self.name,
+            trace.timings,
+            len(scored),
+            planned.wanted.prompt.num_query_tokens,
+            planned.wanted.prompt.query_truncated,
+            compression_ratio=planned.plan.summary_ratio,
+            stages=planned.plan.summary_stages,
+            stopped_early=trace.stopped_early,
+            degraded=planned.degraded,
+            num_passage_tokens=sum(one.num_passage_tokens for one in scored),
+            truncated=tuple(sorted(one.index for one in scored if one.truncated)),
+        )
+
+
+@asynccontextmanager
+async def _until(deadline: float | None, trace: RequestTrace) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout_at(deadline):
+            yield
+    except TimeoutError:
+        seconds = time.monotonic() - trace.start
+        raise DeadlineExceeded(f"the deadline passed after {seconds:.3f} s") from None

@@ -1,7 +1,6 @@
-"""A few candidates looked at closely: scores at every ratio, and what the decoder attended to.
+"""Explains a few candidates: their scores at every ratio, and the states that the decoder attended to.
 
-For people, beside `Engine.rerank`: every candidate is scored alone, so that its time is its own, on
-the model's thread between the batcher's passes. Knows no edge.
+Every candidate is scored alone, so that its time is its own, on the model's thread between forward passes.
 """
 
 from __future__ import annotations
@@ -9,21 +8,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 
 import numpy as np
 
-from cache.collection import Collection
 from cache.states import PassageStates
 from decoder_server.engine.engine import Engine
-from decoder_server.engine.fetch import Found, Wanted
-from decoder_server.engine.plan import Indexed, check, indexed
-from decoder_server.engine.scheduler import SCORING_FAILED
+from decoder_server.engine.fetch import FetchedPassage, FetchRequest
+from decoder_server.engine.lifecycle import RequestTrace
+from decoder_server.engine.plan import check
+from decoder_server.engine.request_run import NOT_FINITE, SCORING_FAILED
 from decoder_server.models.backend import Backend, Prompt, StatesBackend
 from preread.errors import DeadlineExceeded, InvalidRequest
-from preread.types import OnMiss, RerankRequest, Result, Status
+from preread.types import RerankRequest, Result, Status
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class RatioScore:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one pooled state stands for: characters of the text, and the readout token's weight on it."""
+    """One pooled state: its characters of the text, and the readout token's weight on it."""
 
     begin: int
     end: int
@@ -80,113 +80,76 @@ async def first_ids(engine: Engine, name: str, num_ids: int) -> list[str]:
 
 
 async def explain(engine: Engine, request: RerankRequest, deadline: float) -> list[Explained]:
-    """Every candidate, the best at the ratio asked for (else the finest) first.
+    """Every candidate, the best at the requested ratio (else the finest) first.
 
     Raises:
-        PrereadError: the request as a whole cannot be answered.
+        PrereadError: the request as a whole failed.
     """
-    with engine.under_way(request, "explain") as trail:
-        explained = await _explain(engine, request, deadline)
-        trail.outcomes = [Result(one.index, one.passage_id, one.status) for one in explained]
+    with engine.in_flight.track(request, "explain") as trace:
+        if len(request.candidates) > MAX_CANDIDATES:
+            raise InvalidRequest("candidates", f"{len(request.candidates)} of them", f"1..{MAX_CANDIDATES}")
+        check(request, engine.limits)
+        if engine.reads_text:
+            raise InvalidRequest("model", engine.name, "a model that reads states: this one reads text, at no ratio")
+        try:
+            async with asyncio.timeout_at(deadline):
+                explained = await _explain(engine, request, trace)
+        except TimeoutError:
+            raise DeadlineExceeded("the deadline passed before every candidate was explained") from None
+        trace.results = [Result(one.index, one.passage_id, one.status) for one in explained]
         return explained
 
 
-async def _explain(engine: Engine, request: RerankRequest, deadline: float) -> list[Explained]:
-    if len(request.candidates) > MAX_CANDIDATES:
-        raise InvalidRequest("candidates", f"{len(request.candidates)} of them", f"1..{MAX_CANDIDATES}")
-    check(request, engine.limits)
-    if engine.reads_text:
-        raise InvalidRequest("model", engine.name, "a model that reads states: this one reads text, at no ratio")
-    loop = asyncio.get_running_loop()
-    try:
-        async with asyncio.timeout_at(deadline):
-            prompt = await engine.prompt(request.query, request.instruction)
-            collection = await _opened(engine, request.collection)
-            stored = collection.manifest.compression_ratio if collection is not None else 1
-            chosen = request.compression_ratio or stored
-            if chosen % stored:
-                raise InvalidRequest("compression_ratio", chosen, f"a multiple of {stored}, the collection's ratio")
-            ratios = sorted({ratio for ratio in RATIOS if ratio % stored == 0} | {chosen})
-            with engine.admission.admit(len(request.candidates) * len(ratios), prompt.num_tokens, stored):
-                found = await _found(engine, request, prompt, collection, stored)
-                texts = await loop.run_in_executor(None, _texts, collection, found)
-                explained = []
-                for one in found:
-                    text = texts[one.candidate.index]
-                    spans = await loop.run_in_executor(None, _spans, engine.backend, one, text)
-                    look = _looker(engine.backend, prompt, one, text, spans, ratios, chosen)
-                    explained.append(await engine.batcher.aside(look))
-    except TimeoutError:
-        raise DeadlineExceeded("the deadline passed before every candidate was looked at") from None
+async def _explain(engine: Engine, request: RerankRequest, trace: RequestTrace) -> list[Explained]:
+    prompt = await engine.prompt(request.query, request.instruction)
+    collection = await engine.open_collection(request.collection)
+    stored = collection.manifest.compression_ratio if collection is not None else 1
+    chosen = request.compression_ratio or stored
+    if chosen % stored:
+        raise InvalidRequest("compression_ratio", chosen, f"a multiple of {stored}, the collection's ratio")
+    ratios = sorted({ratio for ratio in RATIOS if ratio % stored == 0} | {chosen})
+    indexes = range(len(request.candidates))
+    with engine.admission.admit([(len(indexes) * len(ratios), stored)], prompt.num_tokens):
+        wanted = engine.wanted(replace(request, on_miss=None), indexes, collection, stored, prompt, trace)
+        explained = []
+        async for chunk in engine.fetcher.fetch(wanted, stored):
+            texts = await engine.call(_texts, wanted, chunk)
+            for one in chunk:
+                text = texts[one.index]
+                spans = await engine.call(_spans, engine.backend, one, text)
+                unscored = Explained(one.index, one.passage_id or "", one.status, text, one.message)
+                score = partial(_explained, engine.backend, prompt, one, unscored, spans, ratios, chosen)
+                explained.append(await engine.scheduler.between_passes(score))
     return sorted(explained, key=lambda e: (-_margin(e, chosen), e.index))
 
 
-async def _opened(engine: Engine, name: str | None) -> Collection | None:
-    if name is None:
-        return None
-    return engine.catalogue.fresh(name) or await asyncio.to_thread(engine.catalogue.open, name)
-
-
-async def _found(
-    engine: Engine, request: RerankRequest, prompt: Prompt, collection: Collection | None, ratio: int
-) -> list[Found]:
-    on_miss: OnMiss = "encode" if engine.encodes_on_demand else "skip"
-    wanted = Wanted(
-        indexed(request.candidates),
-        collection,
-        ratio,
-        on_miss,
-        engine.limits.max_text_bytes,
-        lambda passage: engine.backend.pairs(prompt, [passage])[0],
-        engine.backend.is_empty,
-    )
-    found: list[Found] = []
-
-    async def room() -> None:
-        """There is always room for a few."""
-
-    await engine.passages.feed(wanted, room, found.extend)
-    return found
-
-
-def _texts(collection: Collection | None, found: Sequence[Found]) -> dict[int, str | None]:
-    texts = {one.candidate.index: one.candidate.text for one in found}
-    ids = {one.candidate.index: one.candidate.passage_id for one in found if not one.candidate.text}
-    named = {index: passage_id for index, passage_id in ids.items() if passage_id}
-    if collection is not None and collection.manifest.stores_text and named:
-        texts |= dict(zip(named, collection.get_texts(list(named.values())), strict=True))
+def _texts(wanted: FetchRequest, fetched: Sequence[FetchedPassage]) -> dict[int, str | None]:
+    texts = {one.index: wanted.candidates[one.index].text for one in fetched}
+    ids = {one.index: one.passage_id for one in fetched if not texts[one.index] and one.passage_id}
+    if wanted.collection is not None and wanted.collection.manifest.stores_text and ids:
+        texts |= dict(zip(ids, wanted.collection.get_texts(list(ids.values())), strict=True))
     return texts
 
 
-def _spans(backend: Backend, found: Found, text: str | None) -> list[tuple[int, int]]:
+def _spans(backend: Backend, fetched: FetchedPassage, text: str | None) -> list[tuple[int, int]]:
     """Of the text's tokens. Tokenizes, perhaps a megabyte: not on the model's thread, where every request waits."""
-    return backend.spans(text) if text and found.states is not None and isinstance(backend, StatesBackend) else []
+    return backend.spans(text) if text and fetched.states is not None and isinstance(backend, StatesBackend) else []
 
 
-def _looker(
+def _explained(
     backend: Backend,
     prompt: Prompt,
-    found: Found,
-    text: str | None,
+    fetched: FetchedPassage,
+    unscored: Explained,
     spans: Sequence[tuple[int, int]],
     ratios: Sequence[int],
     chosen: int,
-) -> Callable[[], Explained]:
-    """What to run on the model's thread for one candidate."""
-    candidate: Indexed = found.candidate
-    empty = Explained(candidate.index, candidate.passage_id or "", found.status, text, found.message)
-
-    def look() -> Explained:
-        try:
-            return looked()
-        except Exception:
-            log.exception("candidates[%d] could not be looked at", candidate.index)
-            return replace(empty, status="failed", message=SCORING_FAILED)
-
-    def looked() -> Explained:
-        if found.states is None:
-            return empty
-        states = found.states.decoded()  # once, for all ratios
+) -> Explained:
+    """One candidate, on the model's thread; its failure costs no other candidate."""
+    if fetched.states is None:
+        return unscored
+    try:
+        states = fetched.states.decoded()  # once, for all ratios
         scores = []
         for ratio in ratios:
             pooled = states.at_ratio(ratio)
@@ -194,22 +157,23 @@ def _looker(
             margin = float(backend.score(backend.pairs(prompt, [pooled])[0]).max())
             seconds = time.perf_counter() - start
             if not np.isfinite(margin):
-                return replace(empty, status="failed", message="the model's logits are not finite")
+                return replace(unscored, status="failed", message=NOT_FINITE)
             scores.append(RatioScore(ratio, pooled.num_states, margin, backend.activate(margin), seconds))
         parts, weight = _parts(backend, prompt, states.at_ratio(chosen), spans)
-        return replace(empty, scores=tuple(scores), parts=parts, passage_weight=weight)
-
-    return look
+        return replace(unscored, scores=tuple(scores), parts=parts, passage_weight=weight)
+    except Exception:
+        log.exception("candidates[%d] could not be explained", fetched.index)
+        return replace(unscored, status="failed", message=SCORING_FAILED)
 
 
 def _parts(
     backend: Backend, prompt: Prompt, states: PassageStates, spans: Sequence[tuple[int, int]]
 ) -> tuple[tuple[Part, ...], float]:
-    """Nothing where the backend cannot be looked at, the text is not kept, or its tokens cannot be told apart."""
+    """None where the passage has several windows, its text is not stored, or tokens and states do not match."""
     if not isinstance(backend, StatesBackend) or len(states.window_tokens) > 1:
         return (), 0.0
-    ((item,),) = backend.pairs(prompt, [states])
-    weights = backend.attention(item)
+    ((pair,),) = backend.pairs(prompt, [states])
+    weights = backend.attention(pair)
     if len(spans) < states.num_tokens:
         return (), float(weights.sum())
     parts = []

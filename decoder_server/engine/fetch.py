@@ -1,11 +1,7 @@
-"""Finds what a model reads of a request's candidates: states, in the store, else by encoding their texts.
+"""Fetches what a model reads of a request's candidates: stored states, else states encoded on demand; or texts.
 
-Reads in chunks and delivers each as it arrives, so that the model works on the first while the
-next is read. Does not know queries, scores or the order among requests.
-
-The source of a model that reads text: what came with the request, else what the collection keeps.
-
-Tokenizes where it reads, off the event loop. Does not know queries, scores or the order among requests.
+Candidates are read in chunks, off the event loop, each chunk handed on as it arrives: the model works on the first
+while the next is read. Nothing is read ahead of demand: the next chunk is read when it is asked for.
 """
 
 from __future__ import annotations
@@ -13,41 +9,46 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Protocol, TypeVar
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import TypeVar
 
 from cache.collection import Collection
 from cache.errors import CacheError, StoreUnavailable
 from cache.record import Damaged
 from cache.states import AnyStates, EncodedPassage, PassageStates, all_at_ratio, text_digest
-from decoder_server.engine.lifecycle import Fetch, Stopwatch
-from decoder_server.engine.on_demand import InlineStates, Refusal
-from decoder_server.engine.plan import Indexed
-from decoder_server.models.backend import Pair
-from preread.types import OnMiss, Status
+from decoder_server.engine.lifecycle import Fetch, RequestTrace
+from decoder_server.engine.on_demand import OnDemandStates
+from decoder_server.models.backend import Backend, Pair, Passage, Prompt
+from preread.types import Candidate, OnMiss, Status
 
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-# Texts per call of the encoder worker, and calls under way for one request.
+UNREADABLE = "it could not be read; the server's log has the cause"
+
+# Texts per call of the encoder worker, and calls in flight for one request.
 ENCODE_CHUNK = 8
 MAX_ENCODE_CALLS = 2
+# Passages pooled at a time, so that the first of a stage reach the model early.
+POOL_CHUNK = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """What a model reads of one candidate, states or text; or why there is nothing."""
+class FetchedPassage:
+    """States or text of one candidate with its pairs; or the reason why there is nothing."""
 
-    candidate: Indexed
+    index: int  # in the request
+    passage_id: str | None
     status: Status
-    passage: AnyStates | str | None = None
+    passage: Passage | None = None  # states at the base ratio of the plan
     message: str = ""
-    items: Sequence[Pair] = ()  # made already where that takes time, as tokenizing does
-    empty: bool = False  # there is nothing, because nothing of the text is a token
+    pairs: Sequence[Pair] = ()  # at the ratio of the present stage
+    empty: bool = False  # nothing is there, because the text has no tokens
 
     @property
     def states(self) -> AnyStates | None:
@@ -56,284 +57,264 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class _Miss:
-    """A candidate that has to be encoded, if anything."""
+    """A candidate that has to be encoded, if its states are to be had at all."""
 
-    candidate: Indexed
-    digest: bytes | None  # None: no text
-    status: Status  # what it is when it is not encoded
+    index: int
+    passage_id: str | None
+    text: str
+    digest: bytes | None  # of the text; None: there is none
+    status: Status  # while it is not encoded
     message: str
+
+    def unread(self, status: Status | None = None, message: str = "") -> FetchedPassage:
+        return FetchedPassage(self.index, self.passage_id, status or self.status, message=message or self.message)
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """What one request wants read, and how."""
+class FetchRequest:
+    """The candidates to fetch for one request, and under which prompt."""
 
-    candidates: Sequence[Indexed]
+    candidates: Sequence[Candidate]  # of the whole request
+    indexes: Sequence[int]  # of those to fetch
     collection: Collection | None
-    compression_ratio: int
+    base_ratio: int
     on_miss: OnMiss
-    max_text_bytes: int
-    pairs: Callable[[AnyStates | str], Sequence[Pair]]  # of a passage under the request's prompt
-    is_empty: Callable[[str], bool]  # whether nothing of a text is a token
-    fetching: Stopwatch = field(default_factory=Stopwatch)
-    encoding: Stopwatch = field(default_factory=Stopwatch)
-    fetches: list[Fetch] = field(default_factory=list)
-    encodings: list[Fetch] = field(default_factory=list)
+    prompt: Prompt
+    trace: RequestTrace
     unavailable: list[StoreUnavailable] = field(default_factory=list)  # after one, the store is not waited for again
 
+    def read(self, read: Callable[[Sequence[str]], list[T]], ids: Sequence[str]) -> dict[str, T]:
+        """Reads stored passages by id, each once.
 
-_Stored = AnyStates | Damaged | CacheError | None  # of one passage id, at the wanted ratio
-Deliver = Callable[[list[Found]], None]
-Room = Callable[[], Awaitable[None]]
-
-
-class Source(Protocol):
-    """Where one served model's passages come from."""
-
-    @property
-    def inline(self) -> InlineStates | None:
-        """What encodes texts; None where nothing does."""
-        ...
-
-    async def feed(self, wanted: Wanted, room: Room, deliver: Deliver) -> None:
-        """Delivers every candidate exactly once, in any order.
-
-        Args:
-            room: returns when the queue wants more of this request.
-            deliver: takes what was found; called on the event loop.
+        Raises:
+            CacheError: at once, where the store has kept this request waiting before.
         """
-        ...
+        if self.unavailable:
+            raise self.unavailable[0]
+        distinct = list(dict.fromkeys(ids))
+        try:
+            return dict(zip(distinct, read(distinct), strict=True))
+        except StoreUnavailable as exc:
+            self.unavailable.append(exc)
+            raise
 
 
-class Passages:
-    """The source of a model that reads states."""
+class Fetcher:
+    """Where the passages of one model come from."""
 
-    def __init__(self, executor: Executor, inline: InlineStates | None, *, fetch_chunk: int) -> None:
-        """
-        Args:
-            executor: where the store is read; never the model's thread.
-            inline: None where no encoder worker is configured.
-            fetch_chunk: candidates per read of the store: enough to make its round trip cheap, few
-                enough that the first reach the model early.
-        """
-        self._fetch_chunk = fetch_chunk
-        self.inline = inline
-        self._executor = executor
-
-    async def feed(self, wanted: Wanted, room: Room, deliver: Deliver) -> None:
-        """As Source says."""
-        loop = asyncio.get_running_loop()
-        calls = asyncio.Semaphore(MAX_ENCODE_CALLS)
-        async with asyncio.TaskGroup() as encoding:
-            for start in range(0, len(wanted.candidates), self._fetch_chunk):
-                await room()
-                chunk = wanted.candidates[start : start + self._fetch_chunk]
-                start_seconds = time.monotonic()
-                with wanted.fetching:
-                    read = await loop.run_in_executor(self._executor, _read, wanted, chunk)
-                wanted.fetches.append(Fetch(start_seconds, time.monotonic(), len(chunk)))
-                decided, to_encode = self._decide(wanted, read)
-                deliver(decided)
-                for first in range(0, len(to_encode), ENCODE_CHUNK):
-                    misses = to_encode[first : first + ENCODE_CHUNK]
-                    encoding.create_task(self._encode(wanted, misses, calls, room, deliver))
-
-    def _decide(self, wanted: Wanted, read: list[Found | _Miss]) -> tuple[list[Found], list[_Miss]]:
-        """What is settled without encoding, and what is to be encoded."""
-        decided: list[Found] = []
-        to_encode: list[_Miss] = []
-        for item in read:
-            if isinstance(item, Found):
-                decided.append(item)
-            elif item.digest is None:
-                decided.append(Found(item.candidate, item.status, message=item.message))
-            elif self.inline and (states := self.inline.kept(item.digest, wanted.compression_ratio)):
-                decided.append(Found(item.candidate, "hit", states))
-            elif self.inline is None:
-                # Asked to encode and unable to is a failure; left to the default, it is a miss.
-                status = "failed" if wanted.on_miss == "encode" else item.status
-                message = f"{item.message}; no encoder worker is configured"
-                decided.append(Found(item.candidate, status, message=message))
-            elif wanted.on_miss != "encode":
-                decided.append(Found(item.candidate, item.status, message=item.message))
-            else:
-                to_encode.append(item)
-        return decided, to_encode
-
-    async def _encode(
-        self, wanted: Wanted, misses: list[_Miss], calls: asyncio.Semaphore, room: Room, deliver: Deliver
+    def __init__(
+        self,
+        backend: Backend,
+        executor: Executor,
+        on_demand: OnDemandStates | None,
+        *,
+        chunk: int,
+        max_text_bytes: int,
     ) -> None:
-        assert self.inline is not None
-        texts = {miss.digest: miss.candidate.text or "" for miss in misses if miss.digest is not None}
-        async with calls:
-            await room()
-            start = time.monotonic()
-            with wanted.encoding:
-                encoded = await self.inline.encode(texts, wanted.compression_ratio)
-            wanted.encodings.append(Fetch(start, time.monotonic(), len(texts)))
-        found = []
+        """
+        Args:
+            executor: for the store, pooling and tokenizing; never the model's thread.
+            on_demand: encodes texts; None where no encoder is configured, and for a model that reads text.
+            chunk: candidates per read of the store: enough to make its round trip cheap, few enough that the first
+                reach the model early.
+            max_text_bytes: of one candidate.
+        """
+        self.on_demand = on_demand
+        self._backend = backend
+        self._read = self._read_texts if backend.identity() is None else self._read_states
+        self._executor = executor
+        self._chunk = chunk
+        self._max_text_bytes = max_text_bytes
+
+    async def fetch(self, request: FetchRequest, ratio: int) -> AsyncGenerator[list[FetchedPassage], None]:
+        """Every candidate once, in any order, with pairs at `ratio`; what is stored does not wait for encodings."""
+        indexes = iter(request.indexes)
+        to_encode: deque[list[_Miss]] = deque()
+        encoding: set[asyncio.Task[list[FetchedPassage]]] = set()
+        try:
+            chunk = list(islice(indexes, self._chunk))
+            while chunk or encoding or to_encode:
+                while to_encode and len(encoding) < MAX_ENCODE_CALLS:
+                    encoding.add(asyncio.create_task(self._encode(request, ratio, to_encode.popleft())))
+                done = {task for task in encoding if task.done()}
+                if not done and chunk:
+                    fetched, misses = await self._fetch(request, ratio, chunk)
+                    to_encode.extend(misses[i : i + ENCODE_CHUNK] for i in range(0, len(misses), ENCODE_CHUNK))
+                    chunk = list(islice(indexes, self._chunk))
+                    if fetched:
+                        yield fetched
+                    continue
+                if not done:
+                    done, _ = await asyncio.wait(encoding, return_when=asyncio.FIRST_COMPLETED)
+                encoding -= done
+                for task in done:
+                    yield task.result()
+        finally:
+            for task in encoding:
+                task.cancel()
+
+    async def at_ratio(
+        self, request: FetchRequest, fetched: Sequence[FetchedPassage], ratio: int
+    ) -> AsyncGenerator[list[FetchedPassage], None]:
+        """The same passages with pairs at another multiple of the base ratio."""
+        for start in range(0, len(fetched), POOL_CHUNK):
+            yield await self._call(self._with_pairs, request, ratio, fetched[start : start + POOL_CHUNK])
+
+    async def _call(self, function: Callable[..., T], *args: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
+
+    async def _fetch(
+        self, request: FetchRequest, ratio: int, chunk: Sequence[int]
+    ) -> tuple[list[FetchedPassage], list[_Miss]]:
+        """Reads one chunk; the passages that are settled without encoding, and the ones to encode."""
+        start = time.monotonic()
+        read = await self._call(self._read, request, ratio, chunk)
+        request.trace.fetches.append(Fetch(start, time.monotonic(), len(chunk)))
+        fetched = [one for one in read if isinstance(one, FetchedPassage)]
+        misses, kept = [], []
+        for miss in read:
+            if isinstance(miss, FetchedPassage):
+                continue
+            if miss.digest is None:
+                fetched.append(miss.unread())
+            elif self.on_demand and (states := self.on_demand.kept(miss.digest, request.base_ratio)):
+                kept.append(FetchedPassage(miss.index, miss.passage_id, "hit", states))
+            elif self.on_demand is None:
+                # Requested encoding that is impossible is a failure; by default it is a miss.
+                status: Status = "failed" if request.on_miss == "encode" else miss.status
+                fetched.append(miss.unread(status, f"{miss.message}; no encoder worker is configured"))
+            elif request.on_miss != "encode":
+                fetched.append(miss.unread())
+            else:
+                misses.append(miss)
+        if kept:
+            fetched += await self._call(self._with_pairs, request, ratio, kept)
+        return fetched, misses
+
+    async def _encode(self, request: FetchRequest, ratio: int, misses: list[_Miss]) -> list[FetchedPassage]:
+        assert self.on_demand is not None
+        texts = {miss.digest: miss.text for miss in misses if miss.digest is not None}
+        start = time.monotonic()
+        encoded = await self.on_demand.encode(texts, request.base_ratio)
+        request.trace.encodings.append(Fetch(start, time.monotonic(), len(texts)))
+        fetched = []
         for miss in misses:
             result = encoded[miss.digest or b""]
-            if isinstance(result, Refusal):
-                found.append(Found(miss.candidate, "failed", message=result.reason))
+            if isinstance(result, str):
+                fetched.append(miss.unread("failed", result))
             else:
-                found.append(Found(miss.candidate, "encoded", result))
-        deliver(found)
+                fetched.append(FetchedPassage(miss.index, miss.passage_id, "encoded", result))
+        return await self._call(self._with_pairs, request, ratio, fetched)
 
+    # Below: on the executor's threads.
 
-def _read(wanted: Wanted, chunk: Sequence[Indexed]) -> list[Found | _Miss]:
-    """Reads one chunk, pools what is wanted coarser than it is stored; off the event loop."""
-    stored = _stored(wanted, [c for c in chunk if c.passage_id is not None])
-    return [guarded(candidate, partial(_settle, wanted, candidate, stored)) for candidate in chunk]
+    def _read_states(self, request: FetchRequest, ratio: int, chunk: Sequence[int]) -> list[FetchedPassage | _Miss]:
+        ids = [passage_id for i in chunk if (passage_id := request.candidates[i].passage_id) is not None]
+        stored: dict[str, AnyStates | Damaged | CacheError | None] = {}
+        if request.collection is not None and ids:
+            try:
+                read = request.read(request.collection.get_encoded_many, ids)
+                found = {key: one for key, one in read.items() if isinstance(one, EncodedPassage)}
+                pooled = all_at_ratio(list(found.values()), request.base_ratio)
+                stored = {**read, **dict(zip(found, pooled, strict=True))}
+            except CacheError as exc:  # the store is down: that costs these candidates, not the request
+                stored = dict.fromkeys(ids, exc)
+        settled = [self._guarded(self._settle_states, request.candidates[i], i, stored) for i in chunk]
+        misses = [one for one in settled if isinstance(one, _Miss)]
+        return [*self._with_pairs(request, ratio, [one for one in settled if isinstance(one, FetchedPassage)]), *misses]
 
+    def _settle_states(
+        self, candidate: Candidate, index: int, stored: dict[str, AnyStates | Damaged | CacheError | None]
+    ) -> FetchedPassage | _Miss:
+        text = self._text_of(candidate, index)
+        if isinstance(text, FetchedPassage):
+            return text
+        digest = text_digest(text) if text is not None else None
+        states = stored.get(candidate.passage_id) if candidate.passage_id is not None else None
+        status: Status = "missing"
+        match states:
+            case PassageStates() | EncodedPassage():
+                if digest is None or digest == states.text_digest:
+                    return FetchedPassage(index, candidate.passage_id, "hit", states)
+                message = "the stored states are of another text"
+            case Damaged():
+                status, message = "corrupt", f"the stored states are damaged: {states.reason}"
+            case CacheError():
+                status, message = "failed", f"the store could not be read: {states}"
+            case None:
+                message = "no states are stored"
+        return _Miss(index, candidate.passage_id, text or "", digest, status, message)
 
-def guarded(candidate: Indexed, settle: Callable[[], T]) -> T | Found:
-    """Result of `settle` for a candidate. An exception of it costs this candidate and no other."""
-    try:
-        return settle()
-    except Exception:
-        log.exception("candidates[%d] could not be read", candidate.index)
-        return Found(candidate, "failed", message="it could not be read; the server's log has the cause")
+    def _read_texts(self, request: FetchRequest, ratio: int, chunk: Sequence[int]) -> list[FetchedPassage | _Miss]:
+        sent = [self._guarded(self._text_of, request.candidates[i], i) for i in chunk]
+        ids = [request.candidates[i].passage_id for i, text in zip(chunk, sent, strict=True) if text is None]
+        stored: dict[str, str | None] = {}
+        problem = "no text is stored"
+        status: Status = "missing"
+        collection = request.collection
+        if collection is not None and not collection.manifest.stores_text:
+            problem = f"collection {collection.name!r} keeps no texts, and this model reads text: send it, or index "
+            problem += "with --store-text"
+        elif collection is not None and any(ids):
+            try:
+                stored = request.read(collection.get_texts, [one for one in ids if one])
+            except CacheError as exc:  # the store is down: that costs these candidates, not the request
+                status, problem = "failed", f"the store could not be read: {exc}"
+        fetched = []
+        for i, text in zip(chunk, sent, strict=True):
+            passage_id = request.candidates[i].passage_id
+            found = stored.get(passage_id or "")
+            if isinstance(text, FetchedPassage):
+                fetched.append(text)
+            elif text is not None:
+                fetched.append(FetchedPassage(i, passage_id, "encoded", text))
+            elif not found:
+                fetched.append(FetchedPassage(i, passage_id, status, message=problem))
+            elif self._backend.is_empty(found):
+                empty = "the stored text is empty to this model"
+                fetched.append(FetchedPassage(i, passage_id, "failed", message=empty, empty=True))
+            else:
+                fetched.append(FetchedPassage(i, passage_id, "hit", found))
+        return [*self._with_pairs(request, ratio, fetched)]
 
-
-def text_of(wanted: Wanted, candidate: Indexed) -> str | Found | None:
-    """The text that came with a candidate; a Found where it is refused; None where there is none to read.
-
-    An empty text is no text: beside an id, the id alone decides.
-    """
-    if candidate.problem:
-        return Found(candidate, "failed", message=candidate.problem)
-    if candidate.text is None:
+    def _text_of(self, candidate: Candidate, index: int) -> str | FetchedPassage | None:
+        """The text sent with a candidate, or why it is rejected; None: none was sent, or an empty one beside an id."""
+        if candidate.problem:
+            return FetchedPassage(index, candidate.passage_id, "failed", message=candidate.problem)
+        if candidate.text is None:
+            return None
+        size = len(candidate.text.encode())
+        if size > self._max_text_bytes:
+            message = f"the text is {size} bytes long; expected at most {self._max_text_bytes}"
+            return FetchedPassage(index, candidate.passage_id, "too_long", message=message)
+        if not self._backend.is_empty(candidate.text):
+            return candidate.text
+        if candidate.passage_id is None:
+            return FetchedPassage(index, None, "failed", message="the text is empty", empty=True)
         return None
-    size = len(candidate.text.encode())
-    if size > wanted.max_text_bytes:
-        message = f"the text is {size} bytes long; expected at most {wanted.max_text_bytes}"
-        return Found(candidate, "too_long", message=message)
-    if not wanted.is_empty(candidate.text):
-        return candidate.text
-    if candidate.passage_id is None:
-        return Found(candidate, "failed", message="the text is empty", empty=True)
-    return None
 
+    def _guarded(self, settle: Callable[..., T], candidate: Candidate, index: int, *args: object) -> T | FetchedPassage:
+        """The result of `settle`; its exception costs this candidate and no other."""
+        try:
+            return settle(candidate, index, *args)
+        except Exception:
+            log.exception("candidates[%d] could not be read", index)
+            return FetchedPassage(index, candidate.passage_id, "failed", message=UNREADABLE)
 
-def _stored(wanted: Wanted, candidates: Sequence[Indexed]) -> dict[str, _Stored]:
-    if wanted.collection is None or not candidates:
-        return {}
-    ids = list(dict.fromkeys(c.passage_id for c in candidates if c.passage_id is not None))
-    try:
-        read = read_unless_unavailable(wanted, wanted.collection.get_encoded_many, ids)
-    except CacheError as exc:  # the store is down: that costs these candidates, not the request
-        return dict.fromkeys(ids, exc)
-    states = iter(all_at_ratio([one for one in read if isinstance(one, EncodedPassage)], wanted.compression_ratio))
-    return {
-        passage_id: next(states) if isinstance(one, EncodedPassage) else one
-        for passage_id, one in zip(ids, read, strict=True)
-    }
-
-
-def read_unless_unavailable(wanted: Wanted, read: Callable[[Sequence[str]], list[T]], ids: Sequence[str]) -> list[T]:
-    """Result of `read`. Raises a CacheError, without a wait where the store has kept this request waiting before."""
-    if wanted.unavailable:
-        raise wanted.unavailable[0]
-    try:
-        return read(ids)
-    except StoreUnavailable as exc:
-        wanted.unavailable.append(exc)
-        raise
-
-
-def _settle(wanted: Wanted, candidate: Indexed, stored: dict[str, _Stored]) -> Found | _Miss:
-    text = text_of(wanted, candidate)
-    if isinstance(text, Found):
-        return text
-    digest = text_digest(text) if text is not None else None
-    states = stored.get(candidate.passage_id) if candidate.passage_id is not None else None
-    if isinstance(states, PassageStates | EncodedPassage):
-        if digest is None or digest == states.text_digest:
-            return Found(candidate, "hit", states)
-        return _Miss(candidate, digest, "missing", "the stored states are of another text")
-    if isinstance(states, Damaged):
-        return _Miss(candidate, digest, "corrupt", f"the stored states are damaged: {states.reason}")
-    if isinstance(states, CacheError):
-        return _Miss(candidate, digest, "failed", f"the store could not be read: {states}")
-    return _Miss(candidate, digest, "missing", "no states are stored")
-
-
-class Texts:
-    """Reads and tokenizes in chunks, each delivered as it is ready."""
-
-    inline = None  # nothing is encoded: nothing has to be
-
-    def __init__(self, executor: Executor, *, fetch_chunk: int) -> None:
-        """
-        Args:
-            executor: where the store is read and texts are tokenized; never the model's thread.
-            fetch_chunk: candidates per read.
-        """
-        self._executor = executor
-        self._fetch_chunk = fetch_chunk
-
-    async def feed(self, wanted: Wanted, room: Room, deliver: Deliver) -> None:
-        """As Source says."""
-        loop = asyncio.get_running_loop()
-        for start in range(0, len(wanted.candidates), self._fetch_chunk):
-            await room()
-            chunk = wanted.candidates[start : start + self._fetch_chunk]
-            began = time.monotonic()
-            with wanted.fetching:
-                found = await loop.run_in_executor(self._executor, _read_texts, wanted, chunk)
-            wanted.fetches.append(Fetch(began, time.monotonic(), len(chunk)))
-            deliver(found)
-
-
-def _read_texts(wanted: Wanted, chunk: Sequence[Indexed]) -> list[Found]:
-    sent = [guarded(candidate, partial(text_of, wanted, candidate)) for candidate in chunk]
-    named = [c.passage_id for c, text in zip(chunk, sent, strict=True) if text is None and c.passage_id is not None]
-    stored, failure = _stored_texts(wanted, named)
-    return [
-        guarded(c, partial(_settle_texts, wanted, c, text, stored, failure))
-        for c, text in zip(chunk, sent, strict=True)
-    ]
-
-
-def _stored_texts(wanted: Wanted, ids: Sequence[str]) -> tuple[dict[str, str | None], CacheError | None]:
-    collection = wanted.collection
-    if collection is None or not collection.manifest.stores_text or not ids:
-        return {}, None
-    unique = list(dict.fromkeys(ids))
-    try:
-        return dict(zip(unique, read_unless_unavailable(wanted, collection.get_texts, unique), strict=True)), None
-    except CacheError as exc:  # the store is down: that costs these candidates, not the request
-        return {}, exc
-
-
-def _settle_texts(
-    wanted: Wanted,
-    candidate: Indexed,
-    sent: str | Found | None,
-    stored: dict[str, str | None],
-    failure: CacheError | None,
-) -> Found:
-    if isinstance(sent, Found):
-        return sent
-    if sent is not None:
-        return _found_texts(wanted, candidate, "encoded", sent)
-    text = stored.get(candidate.passage_id or "")
-    if text and wanted.is_empty(text):
-        return Found(candidate, "failed", message="the stored text is empty to this model", empty=True)
-    if text:
-        return _found_texts(wanted, candidate, "hit", text)
-    if failure is not None:
-        return Found(candidate, "failed", message=f"the store could not be read: {failure}")
-    if wanted.collection is not None and not wanted.collection.manifest.stores_text:
-        name = wanted.collection.name
-        message = f"collection {name!r} keeps no texts, and this model reads text: send it, or index with --store-text"
-        return Found(candidate, "missing", message=message)
-    return Found(candidate, "missing", message="no text is stored")
-
-
-def _found_texts(wanted: Wanted, candidate: Indexed, status: Status, text: str) -> Found:
-    try:
-        return Found(candidate, status, text, items=wanted.pairs(text))
-    except ValueError as exc:  # query and instruction leave no room: no later attempt finds any
-        return Found(candidate, "too_long", message=str(exc))
+    def _with_pairs(self, request: FetchRequest, ratio: int, fetched: list[FetchedPassage]) -> list[FetchedPassage]:
+        """The passages with their pairs, made in one call, or where that fails one by one: each costs itself only."""
+        ready = [one for one in fetched if one.passage is not None]
+        try:
+            passages: Sequence[Passage | None] = [one.passage for one in ready]
+            if ratio != request.base_ratio:
+                passages = all_at_ratio([one.states for one in ready if one.states is not None], ratio)
+            pairs = self._backend.pairs(request.prompt, passages)
+            made = {one.index: own for one, own in zip(ready, pairs, strict=True)}
+            return [replace(one, pairs=made.get(one.index, ())) for one in fetched]
+        except Exception as exc:
+            if len(fetched) > 1:
+                return [paired for one in fetched for paired in self._with_pairs(request, ratio, [one])]
+            if isinstance(exc, ValueError):  # query and instruction leave no room: no later attempt finds any
+                return [replace(fetched[0], status="too_long", passage=None, message=str(exc))]
+            log.exception("candidates[%d] could not be read", fetched[0].index)
+            return [replace(fetched[0], status="failed", passage=None, message=UNREADABLE)]

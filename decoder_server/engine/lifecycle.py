@@ -1,12 +1,6 @@
-"""What serving tells whoever watches: one word per answered request, one per pass of the model.
+"""Requests in flight: the trace each leaves behind, the observers that receive it, and draining.
 
-Times are on time.monotonic's clock. Does not know metrics, logs or traces; each of those is an Observer.
-
-Wall time during which something was under way, however many times at once.
-
-Which requests of a model are under way: who hears how each ended, and when a server that stops may go.
-
-Does not know what a request does.
+Times are on time.monotonic's clock. Metrics, logs and spans are observers, in decoder_server.telemetry.
 """
 
 from __future__ import annotations
@@ -25,7 +19,7 @@ from preread.types import RerankRequest, Result, Timings
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """Candidates' states on their way here: a read, through whatever tier is in front of the store, or an encoding."""
+    """One read of a request's passages, through the read cache if there is one, or one call of the encoder."""
 
     start: float
     end: float
@@ -33,8 +27,8 @@ class Fetch:
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
-    """One pass that held pairs of a request, and since when they had been ready."""
+class QueueInterval:
+    """One forward pass with pairs of a request, and since when they had been ready."""
 
     ready: float
     start: float
@@ -42,118 +36,94 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
-class Pass:
-    """One forward pass, of however many requests. Cells are attention's, see lengths.py."""
+class ForwardPass:
+    """One forward pass, of however many requests. Cells are of attention."""
 
     num_pairs: int
     num_tokens: int
-    num_cells: int  # that the pairs need
-    num_padding_cells: int  # computed beside them
+    num_cells: int  # needed by the pairs
+    num_padding_cells: int
     seconds: float
 
 
 @dataclass(slots=True)
-class Trail:
-    """What a request leaves behind while it runs."""
-
-    fetches: list[Fetch] = field(default_factory=list)
-    encodings: list[Fetch] = field(default_factory=list)  # calls of the encoder, waiting for another's included
-    turns: list[Turn] = field(default_factory=list)
-    outcomes: list[Result] = field(default_factory=list)  # of every candidate, top_n or not
-    degraded: str = ""  # read coarser than asked: deadline or queue
-    stopped_early: bool = False
-    timings: Timings | None = None  # of a ranking that went well
-
-
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """A request that ended, well or not."""
+class RequestTrace:
+    """What is recorded of one request, filled while it runs."""
 
     request: RerankRequest
     model: str
-    code: str  # ok, or why not: snake_case of the error's name
-    start: float
-    end: float
-    timings: Timings | None  # None unless ok
-    trail: Trail
     kind: str = "rerank"  # or explain, or warm
+    start: float = field(default_factory=time.monotonic)
+    end: float = 0.0
+    code: str = "internal"  # ok, or why not: snake_case of the error's name
+    fetches: list[Fetch] = field(default_factory=list)
+    encodings: list[Fetch] = field(default_factory=list)
+    passes: list[QueueInterval] = field(default_factory=list)
+    results: list[Result] = field(default_factory=list)  # of every candidate, top_n or not
+    degraded: str = ""  # scored coarser than requested: deadline or queue
+    stopped_early: bool = False
+    timings: Timings | None = None  # of a ranking that went well
+
+    def timed(self) -> Timings:
+        """Timings as of now."""
+        return Timings(
+            fetch_seconds=_covered(self.fetches),
+            encode_seconds=_covered(self.encodings),
+            queue_seconds=sum(one.start - one.ready for one in self.passes),
+            compute_seconds=sum(one.end - one.start for one in self.passes),
+            total_seconds=time.monotonic() - self.start,
+        )
 
 
 class Observer(Protocol):
     """Called on the event loop, so it must be quick; it must not raise."""
 
-    def answered(self, answered: Answered) -> None: ...
+    def request_finished(self, trace: RequestTrace) -> None:
+        """Every request, whether it succeeded or failed."""
+        ...
 
-    def passed(self, one: Pass) -> None: ...
-
-
-class Stopwatch:
-    """Runs while at least one `with` block of it is open. Only touched from the event loop."""
-
-    def __init__(self) -> None:
-        self._seconds = 0.0
-        self._running = 0
-        self._since = 0.0
-
-    def __enter__(self) -> Stopwatch:
-        if self._running == 0:
-            self._since = time.monotonic()
-        self._running += 1
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._running -= 1
-        if self._running == 0:
-            self._seconds += time.monotonic() - self._since
-
-    @property
-    def seconds(self) -> float:
-        return self._seconds + (time.monotonic() - self._since if self._running else 0.0)
+    def pass_finished(self, one: ForwardPass) -> None: ...
 
 
-class Running:
-    """Made and used on the event loop."""
+class InFlight:
+    """The requests of one model in flight. Made and used on the event loop."""
 
     def __init__(self, model: str, observers: Sequence[Observer]) -> None:
-        """
-        Args:
-            observers: hear of every request that ends.
-        """
         self._model = model
         self._observers = observers
-        self._num_running = 0
+        self._num_requests = 0
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
 
     @contextmanager
-    def request(self, request: RerankRequest, kind: str = "rerank") -> Iterator[Trail]:
-        """Around a request: observers hear how it ended, and a server that stops waits for it.
+    def track(self, request: RerankRequest, kind: str = "rerank") -> Iterator[RequestTrace]:
+        """Reports to the observers how the request ended; a server that drains waits for it.
 
         Raises:
-            Unavailable: this server is stopping.
+            Unavailable: this server is draining.
         """
-        started, trail, code = time.monotonic(), Trail(), "internal"
-        self._num_running += 1
+        trace = RequestTrace(request, self._model, kind)
+        self._num_requests += 1
         self._idle.clear()
         try:
             if self._draining:
                 raise Unavailable("this server is shutting down")
-            yield trail
-            code = "ok"
+            yield trace
+            trace.code = "ok"
         except BaseException as exc:
-            code = _code_of(exc)
+            trace.code = _code_of(exc)
             raise
         finally:
-            self._num_running -= 1
-            if self._num_running == 0:
+            self._num_requests -= 1
+            if self._num_requests == 0:
                 self._idle.set()
-            answered = Answered(request, self._model, code, started, time.monotonic(), trail.timings, trail, kind)
+            trace.end = time.monotonic()
             for observer in self._observers:
-                observer.answered(answered)
+                observer.request_finished(trace)
 
     async def drain(self, grace_seconds: float) -> bool:
-        """Accepts nothing more and waits for what runs; False when the time was up first."""
+        """Rejects new requests and waits for those in flight; False when the grace period ended first."""
         self._draining = True
         try:
             async with asyncio.timeout(grace_seconds):
@@ -163,9 +133,18 @@ class Running:
         return True
 
 
+def _covered(intervals: Sequence[Fetch]) -> float:
+    """Seconds during which at least one of them ran."""
+    seconds, until = 0.0, 0.0
+    for one in sorted(intervals, key=lambda one: one.start):
+        seconds += max(0.0, one.end - max(one.start, until))
+        until = max(until, one.end)
+    return seconds
+
+
 def _code_of(error: BaseException) -> str:
     """The error's name for logs and metrics: few and constant. InvalidRequest is invalid_request."""
-    if isinstance(error, asyncio.CancelledError):
+    if isinstance(error, asyncio.CancelledError | GeneratorExit):
         return "cancelled"
     if isinstance(error, FailedPrecondition):
         return "refused"

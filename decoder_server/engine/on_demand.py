@@ -1,10 +1,7 @@
-"""Texts to pooled states by asking an encoder worker. What comes back is checked before use.
+"""Encoding on demand: states of texts that come with a request, from an encoder worker, each text encoded once.
 
-Does not know requests, stores or what the states are for.
-
-States of texts that come with a request: encoded once each, kept while there is room.
-
-Concurrent requests with one text share one encoding. Does not know how encoding works, nor stores.
+Everything a worker sends is checked before use. Concurrent requests with the same text share one encoding, and the
+latest states are kept within a byte budget.
 """
 
 from __future__ import annotations
@@ -13,8 +10,6 @@ import asyncio
 import logging
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 import grpc
 import numpy as np
@@ -195,40 +190,23 @@ def _floats(data: bytes, state_format: encoder_pb2.StateFormat, dim: int) -> NDA
 Key = tuple[bytes, int]  # text digest, ratio the text is encoded at
 
 
-class Encodes(Protocol):
-    """What turns texts into states: an EncoderClient."""
+class OnDemandStates:
+    """States of the latest texts within a byte budget, with single flight. Only touched from the event loop."""
 
-    async def encode(self, texts: Sequence[str], ratio: int) -> list[PassageStates | str]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """Why there are no states of a text."""
-
-    reason: str
-
-
-class InlineStates:
-    """States of the latest inline texts within a byte budget, with single flight.
-
-    Only touched from the event loop.
-    """
-
-    def __init__(self, encoder: Encodes, *, max_bytes: int, base_ratio: int) -> None:
+    def __init__(self, encoder: EncoderClient, *, max_bytes: int, base_ratio: int) -> None:
         """
         Args:
-            base_ratio: texts wanted at a multiple of it are encoded at it and pooled on, so that one
-                encoding serves every such ratio.
+            base_ratio: texts are encoded at it for every multiple of it, and pooled, so that one encoding serves all.
         """
         self.num_encoded = 0
         self.num_hits = 0
         self._encoder = encoder
         self._base_ratio = base_ratio
-        # The latest rather than the most asked for: who sends a text will soon ask of it again, or never.
+        # LRU rather than by frequency: a text comes again soon, or never.
         self._kept: ByteBoundedCache[Key, PassageStates] = ByteBoundedCache(
             max_bytes, lambda states: states.nbytes, policy="lru"
         )
-        self._flights: dict[Key, asyncio.Future[PassageStates | Refusal]] = {}
+        self._flights: dict[Key, asyncio.Future[PassageStates | str]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -244,11 +222,10 @@ class InlineStates:
         self.num_hits += 1
         return states.at_ratio(ratio)
 
-    async def encode(self, texts: Mapping[bytes, str], ratio: int) -> dict[bytes, PassageStates | Refusal]:
-        """States at `ratio` of texts by digest; what is being encoded already is waited for.
+    async def encode(self, texts: Mapping[bytes, str], ratio: int) -> dict[bytes, PassageStates | str]:
+        """States at `ratio` of texts by digest, or why there are none; waits for encodings in flight.
 
-        A caller who leaves does not take the encoding along: others may wait for it, and the next
-        request probably will.
+        A cancelled caller does not cancel the encoding: others may wait for it, and the next request probably will.
         """
         # Looked up again: since the caller looked, another request may have had them encoded.
         kept = {digest: states for digest in texts if (states := self.kept(digest, ratio)) is not None}
@@ -263,7 +240,10 @@ class InlineStates:
         flights = {digest: self._flights[key] for digest, key in keys.items()}
         if flights:
             await asyncio.wait(flights.values())  # unlike await on each, leaves them be when the caller is cancelled
-        return kept | {digest: _at_ratio(flight.result(), ratio) for digest, flight in flights.items()}
+        results = {digest: flight.result() for digest, flight in flights.items()}
+        return kept | {
+            digest: result if isinstance(result, str) else result.at_ratio(ratio) for digest, result in results.items()
+        }
 
     async def close(self) -> None:
         for task in list(self._tasks):
@@ -286,11 +266,6 @@ class InlineStates:
             results = ["encoding failed; the server's log has the cause"] * len(new)
         finally:
             for key, result in zip(new, results, strict=True):
-                flight = self._flights.pop(key)
-                flight.set_result(Refusal(result) if isinstance(result, str) else result)
+                self._flights.pop(key).set_result(result)
                 if isinstance(result, PassageStates):
                     self._kept.put(key, result)
-
-
-def _at_ratio(result: PassageStates | Refusal, ratio: int) -> PassageStates | Refusal:
-    return result if isinstance(result, Refusal) else result.at_ratio(ratio)

@@ -1,7 +1,7 @@
-"""What a request is read at: one ratio for all its candidates, or stages. Pure; knows no store and no queue.
+"""Checks of a request, and its plan: the ratio, or the stages of a cascade, that its candidates are scored at. Pure.
 
-A request says so itself, or the server has a default. A default that a collection cannot give, because
-it is stored coarser, moves to the next ratio that it can; the answer says which ratio was read.
+A request names its ratio or stages, or the server has a default. A default that a collection cannot give, because it
+is stored coarser, moves to the next ratio that it can; the summary says which ratio it was.
 """
 
 from __future__ import annotations
@@ -14,131 +14,98 @@ from decoder_server.config import DecoderConfig
 from preread.errors import InvalidRequest, Path
 from preread.types import Candidate, RerankRequest, Stage, stages_problem
 
-MAX_NAME_CHARS = 128  # as cache.names has it; a longer one is not even looked up
-TEXT_RATIO = 0  # what a model that reads text reads at
+MAX_NAME_CHARS = 128  # of a collection, as in the cache; a longer name is not even looked up
+TEXT_RATIO = 0  # of a model that reads text
+MAX_RATIO = 32  # the coarsest that models are trained for
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """At least one stage. Without `cascade` there is exactly one, and it answers for every candidate or not at all."""
+    """At least one stage. Without `cascade` there is exactly one, and every candidate is scored in it, or none."""
 
     stages: tuple[Stage, ...]
     cascade: bool = False
 
+    @classmethod
+    def plain(cls, ratio: int) -> Plan:
+        return cls((Stage(ratio),))
+
     @property
     def base_ratio(self) -> int:
-        """What states are fetched at: every stage's ratio is a multiple of it."""
+        """The ratio that states are fetched at: every stage's is a multiple of it."""
         return math.gcd(*(stage.compression_ratio for stage in self.stages))
 
     @property
-    def first(self) -> Stage:
-        return self.stages[0]
+    def summary_ratio(self) -> int:
+        """The one ratio; 0: stages."""
+        return 0 if self.cascade else self.stages[0].compression_ratio
+
+    @property
+    def summary_stages(self) -> tuple[Stage, ...]:
+        """The stages of a cascade, else none."""
+        return self.stages if self.cascade else ()
 
     def reads(self, num_candidates: int) -> list[tuple[int, int]]:
-        """Per stage, how many passages it reads at most, and at which ratio."""
+        """Per stage, how many candidates it scores at most, and its ratio."""
         counts = [num_candidates]
         for stage in self.stages[:-1]:
             counts.append(min(counts[-1], stage.keep))
         return [(count, stage.compression_ratio) for count, stage in zip(counts, self.stages, strict=True)]
 
-
-def plain(ratio: int) -> Plan:
-    return Plan((Stage(ratio),))
-
-
-@dataclass(frozen=True, slots=True)
-class Defaults:
-    """What is read when a request does not say: stages where there are any, else a ratio, else the stored one."""
-
-    compression_ratio: int | None = None
-    stages: tuple[Stage, ...] = ()
+    def coarser(self) -> list[Plan]:
+        """This plan, then coarser ones: a cascade without its last stages, then ratios doubled up to MAX_RATIO."""
+        shorter = [Plan(self.stages[:n], self.cascade) for n in range(len(self.stages), 0, -1)]
+        ratio, coarser = self.stages[0].compression_ratio, []
+        while 0 < 2 * ratio <= MAX_RATIO:
+            ratio *= 2
+            coarser.append(Plan((Stage(ratio),), self.cascade))
+        return shorter + coarser
 
 
-def plan(request: RerankRequest, defaults: Defaults, stored_ratio: int | None, model_ratio: int) -> Plan:
-    """
+def plan(request: RerankRequest, limits: DecoderConfig, stored_ratio: int | None, model_ratio: int) -> Plan:
+    """The ratio or stages of a request.
+
     Args:
         stored_ratio: the collection's; None: there is none, only texts that come with the request.
-        model_ratio: what the model reads such texts at, where nobody says.
+        model_ratio: the model's default for such texts; TEXT_RATIO: it reads text.
 
     Raises:
-        InvalidRequest: a ratio that the collection cannot give.
+        InvalidRequest: a ratio that the collection cannot give, or stages for a model that reads text.
     """
+    if model_ratio == TEXT_RATIO:
+        if request.stages:
+            expected = "none: this model reads text, at no ratio"
+            raise InvalidRequest("stages", f"{len(request.stages)} of them", expected)
+        return Plan.plain(TEXT_RATIO)
     stored = stored_ratio or 1
     if request.stages:
         for i, stage in enumerate(request.stages):
-            _check(("stages", i, "compression_ratio"), stage.compression_ratio, stored, request.collection)
+            _check_ratio(("stages", i, "compression_ratio"), stage.compression_ratio, stored, request.collection)
         return Plan(request.stages, cascade=True)
     if request.compression_ratio:
-        _check(("compression_ratio",), request.compression_ratio, stored, request.collection)
-        return plain(request.compression_ratio)
-    if defaults.stages:
-        stages = _fitted(defaults.stages, stored)
-        return plain(stages[-1].compression_ratio) if request.one_ratio else Plan(stages, cascade=True)
-    if defaults.compression_ratio:
-        return plain(_next_multiple(defaults.compression_ratio, stored))
-    return plain(stored_ratio or model_ratio)
+        _check_ratio(("compression_ratio",), request.compression_ratio, stored, request.collection)
+        return Plan.plain(request.compression_ratio)
+    if limits.stages:
+        stages = _fitted(limits.stages, stored)
+        return Plan.plain(stages[-1].compression_ratio) if request.one_ratio else Plan(stages, cascade=True)
+    if limits.read_ratio:
+        return Plan.plain(_next_multiple(limits.read_ratio, stored))
+    return Plan.plain(stored_ratio or model_ratio)
 
 
-def text_plan(request: RerankRequest) -> Plan:
-    """For a model that reads text: it takes the same requests and has no ratio, but cannot read in stages.
+def unique(candidates: Sequence[Candidate]) -> dict[int, list[int]]:
+    """The index of the first of equal candidates, and the indexes of them all.
 
-    Raises:
-        InvalidRequest: the request has stages.
+    A passage named twice is scored once, which also makes it a tie to the last bit.
     """
-    if request.stages:
-        raise InvalidRequest("stages", f"{len(request.stages)} of them", "none: this model reads text, at no ratio")
-    return plain(TEXT_RATIO)
-
-
-def _check(field: Path, ratio: int, stored: int, collection: str | None) -> None:
-    if ratio % stored:
-        expected = f"a multiple of {stored}, the ratio that collection {collection!r} is stored at"
-        raise InvalidRequest(field, ratio, expected)
-
-
-def _next_multiple(ratio: int, stored: int) -> int:
-    return -(-ratio // stored) * stored
-
-
-def _fitted(stages: Sequence[Stage], stored: int) -> tuple[Stage, ...]:
-    """Stages at ratios the collection can give; two that fall together become one, which keeps what the later keeps."""
-    fitted: list[Stage] = []
-    for stage in stages:
-        at = replace(stage, compression_ratio=_next_multiple(stage.compression_ratio, stored))
-        if fitted and fitted[-1].compression_ratio == at.compression_ratio:
-            fitted[-1] = at
-        else:
-            fitted.append(at)
-    return tuple(fitted)
-
-
-@dataclass(frozen=True, slots=True)
-class Indexed:
-    """A candidate and its position in the request."""
-
-    index: int
-    passage_id: str | None
-    text: str | None
-    problem: str = ""
-
-
-def indexed(candidates: Sequence[Candidate]) -> list[Indexed]:
-    return [Indexed(i, one.passage_id, one.text, one.problem) for i, one in enumerate(candidates)]
-
-
-def distinct(candidates: Sequence[Candidate]) -> dict[Indexed, list[int]]:
-    """The first candidate of each kind, and the indexes of all of that kind.
-
-    A passage that a request names twice is scored once, which also makes it a tie to the last bit.
-    """
-    groups: dict[Candidate, list[Indexed]] = {}
-    for one in indexed(candidates):
-        groups.setdefault(candidates[one.index], []).append(one)
-    return {same[0]: [one.index for one in same] for same in groups.values()}
+    groups: dict[Candidate, list[int]] = {}
+    for i, candidate in enumerate(candidates):
+        groups.setdefault(candidate, []).append(i)
+    return {same[0]: same for same in groups.values()}
 
 
 def check(request: RerankRequest, limits: DecoderConfig) -> None:
-    """Checks what can be checked without tokenizer and store.
+    """Checks everything that needs neither tokenizer nor store.
 
     Raises:
         InvalidRequest: the first field that is out of range.
@@ -156,29 +123,41 @@ def check(request: RerankRequest, limits: DecoderConfig) -> None:
         raise InvalidRequest("top_n", request.top_n, "0 (all) or more")
     if request.compression_ratio is not None and request.compression_ratio < 1:
         raise InvalidRequest("compression_ratio", request.compression_ratio, "0 (the stored ratio) or more")
-    _check_stages(request)
-    for index, candidate in enumerate(request.candidates):
-        if candidate.problem:
-            continue
-        if candidate.passage_id is None and candidate.text is None:
-            raise InvalidRequest(("candidates", index), "empty", "a passage_id, a text, or both")
-        if request.collection is None and candidate.text is None:
-            expected = f"the collection that holds candidates[{index}], which has an id and no text"
-            raise InvalidRequest("collection", "", expected)
-
-
-def _check_stages(request: RerankRequest) -> None:
-    if not request.stages:
-        return
-    if request.compression_ratio:
+    if request.stages and request.compression_ratio:
         expected = "0: compression_ratio and stages are mutually exclusive"
         raise InvalidRequest("compression_ratio", request.compression_ratio, expected)
-    problem = stages_problem(request.stages)
+    problem = stages_problem(request.stages) if request.stages else None
     if problem is not None:
         raise InvalidRequest(*problem)
+    for i, candidate in enumerate(request.candidates):
+        if candidate.problem or candidate.text is not None:
+            continue
+        if candidate.passage_id is None:
+            raise InvalidRequest(("candidates", i), "empty", "a passage_id, a text, or both")
+        if request.collection is None:
+            raise InvalidRequest("collection", "", f"the collection of candidates[{i}], which has an id and no text")
 
 
 def _check_bytes(field: str, text: str, limit: int) -> None:
     # A character is at most four bytes: most texts need no encoding to be known short.
     if len(text) * 4 > limit and len(text.encode()) > limit:
         raise InvalidRequest(field, f"{len(text.encode())} bytes long", f"at most {limit} bytes")
+
+
+def _check_ratio(path: Path, ratio: int, stored: int, collection: str | None) -> None:
+    if ratio % stored:
+        expected = f"a multiple of {stored}, the ratio that collection {collection!r} is stored at"
+        raise InvalidRequest(path, ratio, expected)
+
+
+def _next_multiple(ratio: int, stored: int) -> int:
+    return -(-ratio // stored) * stored
+
+
+def _fitted(stages: Sequence[Stage], stored: int) -> tuple[Stage, ...]:
+    """Stages at ratios the collection can give; of two that coincide, the later one's `keep` stays."""
+    fitted: dict[int, Stage] = {}
+    for stage in stages:
+        ratio = _next_multiple(stage.compression_ratio, stored)
+        fitted[ratio] = replace(stage, compression_ratio=ratio)
+    return tuple(fitted.values())

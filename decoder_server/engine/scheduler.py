@@ -1,24 +1,9 @@
-"""How long the model takes: seconds per prompt token and per state, learned from its passes. Pure arithmetic.
+"""The queue in front of one model and the loop that empties it: ready pairs become batches, batches forward passes.
 
-They differ by far (a state only feeds keys and values, a prompt token runs through every layer), and
-what a coarser ratio saves is states: one rate for both would promise too much.
-
-Cuts a batch into passes of similar length. Pure arithmetic; knows no model.
-
-Dense layers see packed rows and never pad; attention pads every pair of a pass to the longest
-prompt and the longest passage in it. So the waste is counted in attention cells.
-
-One request's place in the queue: its waiting pairs, its finished scores, its clock.
-
-Only touched from the event loop. Does not know the model or the order among requests.
-
-The loop that turns waiting pairs into passes of the model. The model runs on its own thread.
-
-Order among requests is the fair sojourn protocol (Friedman & Henderson, SIGMETRICS 2003): a
-request ranks by when it would finish if the machine were shared equally. Equal requests go first
-come, first served; a small one overtakes a large one that has more than that left; a large one
-cannot be overtaken for ever, because virtual time passes with all work done. Does not know where
-states come from or what a score means.
+Order among requests is the fair sojourn protocol (Friedman & Henderson, SIGMETRICS 2003): a request ranks by when it
+would finish if the machine were shared equally. Equal requests go first come, first served; a small one overtakes a
+large one that has more than that left; a large one is not overtaken forever, because virtual time passes with all
+work done. The model runs on its own thread; everything else here on the event loop.
 """
 
 from __future__ import annotations
@@ -28,42 +13,60 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
 
-import numpy as np
-
-from decoder_server.engine.lifecycle import Pass, Turn
+from decoder_server.engine.lifecycle import ForwardPass, Observer, QueueInterval
 from decoder_server.models.backend import Backend, Pair
+from preread.errors import Unavailable
 
-# Weight of the passes before, at each new one: the last hundred or so count.
-PACE_MEMORY = 0.99
-# How much, of the data's own scale, speaks for one rate for both as long as passes do not tell them apart.
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+STOPPED = "the batching loop has ended; the server's log has the cause"
+
+# Target duration of a batch: a new request waits at most this long, and a cancelled one is noticed after it. Long
+# enough that a pass's fixed cost does not show, short enough that a person does not notice.
+BATCH_SECONDS = 0.1
+# Where many requests queue, a batch may take this share of the queued tokens, up to so long: a model computes more
+# tokens a second in larger batches.
+QUEUED_SHARE, MAX_BATCH_SECONDS = 0.25, 0.6
+# Weight of the past at each new pass, in the rate that bounds the queue (some fifty passes) and in the learned time.
+RATE_MEMORY, TIME_MEMORY = 0.98, 0.99
+# Share of the data's own scale that pulls the two learned rates together as long as passes do not tell them apart.
 PRIOR = 1e-3
+# Fewer attention cells than this cost less than another pass would (about 70 prompt tokens of dense work at the Nano
+# shape); above it, padding may at most double attention's work.
+FREE_CELLS = 1 << 18
+MAX_PADDING = 2.0
 
 
-class Pace:
-    """Least squares of seconds over (prompt tokens, states), older passes fading."""
+class PassTime:
+    """Seconds of forward passes over (prompt tokens, states), by least squares with older passes fading.
+
+    The two rates differ by far: a state only feeds keys and values, a prompt token runs through every layer.
+    """
 
     def __init__(self) -> None:
         self._pp = self._ps = self._ss = self._pt = self._st = 0.0
         self._tokens = self._seconds = 0.0
 
     def learn(self, num_prompt_tokens: int, num_states: int, seconds: float) -> None:
-        """One pass."""
+        """Takes one pass into account."""
         p, s, t = float(num_prompt_tokens), float(num_states), seconds
-        # Every pass counts by its share, not by its square: a batch twice as large is no four times the evidence.
+        # Every pass counts by its share, not by its square: a batch twice as large is not four times the evidence.
         weight = 1.0 / max(1.0, p + s)
-        self._pp = PACE_MEMORY * self._pp + weight * p * p
-        self._ps = PACE_MEMORY * self._ps + weight * p * s
-        self._ss = PACE_MEMORY * self._ss + weight * s * s
-        self._pt = PACE_MEMORY * self._pt + weight * p * t
-        self._st = PACE_MEMORY * self._st + weight * s * t
-        self._tokens = PACE_MEMORY * self._tokens + p + s
-        self._seconds = PACE_MEMORY * self._seconds + t
+        self._pp = TIME_MEMORY * self._pp + weight * p * p
+        self._ps = TIME_MEMORY * self._ps + weight * p * s
+        self._ss = TIME_MEMORY * self._ss + weight * s * s
+        self._pt = TIME_MEMORY * self._pt + weight * p * t
+        self._st = TIME_MEMORY * self._st + weight * s * t
+        self._tokens = TIME_MEMORY * self._tokens + p + s
+        self._seconds = TIME_MEMORY * self._seconds + t
 
     @property
     def known(self) -> bool:
@@ -71,7 +74,7 @@ class Pace:
         return self._tokens > 0
 
     def seconds(self, num_prompt_tokens: float, num_states: float) -> float:
-        """What so much would take, by itself; 0 before the first pass."""
+        """Expected seconds of such a pass; 0 before the first pass."""
         per_prompt_token, per_state = self._rates()
         return num_prompt_tokens * per_prompt_token + num_states * per_state
 
@@ -91,197 +94,16 @@ class Pace:
         return (a, b) if math.isfinite(a) and math.isfinite(b) else (mean, mean)
 
 
-# Below this many cells another pass costs more than the padding it saves (about 70 prompt
-# tokens of dense work at the Nano shape).
-FREE_CELLS = 1 << 18
-# Above it, padding may at most double attention's work.
-MAX_PADDING = 2.0
-
-
-class Sized(Protocol):
-    """What has the two lengths of a pair."""
-
-    @property
-    def num_prompt_tokens(self) -> int: ...
-
-    @property
-    def num_states(self) -> int: ...
-
-
-S = TypeVar("S", bound=Sized)
-
-
-def split_by_length(pairs: Sequence[S], max_tokens: int | None = None) -> list[list[S]]:
-    """`pairs` in batches, each sorted by length, no batch wasting more than the constants above allow.
-
-    Args:
-        max_tokens: of one batch; a larger pair goes alone. None: no limit.
-    """
-    passes: list[list[S]] = []
-    real = num_tokens = 0  # cells that the current pass needs, and its tokens
-    longest_prompt = 0
-    for pair in sorted(pairs, key=lambda p: (p.num_states, p.num_prompt_tokens)):
-        own = _cells(pair.num_prompt_tokens, pair.num_states)
-        longest = max(longest_prompt, pair.num_prompt_tokens)
-        # Sorted by states, so this pair's are the longest so far.
-        padded = (len(passes[-1]) + 1) * _cells(longest, pair.num_states) if passes else 0
-        num_tokens += pair.num_prompt_tokens + pair.num_states
-        fits = bool(passes) and (max_tokens is None or num_tokens <= max_tokens)
-        if fits and (padded <= FREE_CELLS or padded <= MAX_PADDING * (real + own)):
-            passes[-1].append(pair)
-            real, longest_prompt = real + own, longest
-        else:
-            passes.append([pair])
-            real, longest_prompt = own, pair.num_prompt_tokens
-            num_tokens = pair.num_prompt_tokens + pair.num_states
-    return passes
-
-
-def num_cells(pairs: Sequence[Sized]) -> tuple[int, int]:
-    """Attention cells of one pass: those the pairs need, and those computed with padding."""
-    needed = sum(_cells(pair.num_prompt_tokens, pair.num_states) for pair in pairs)
-    longest = _cells(max(pair.num_prompt_tokens for pair in pairs), max(pair.num_states for pair in pairs))
-    return needed, len(pairs) * longest
-
-
-def _cells(num_prompt_tokens: int, num_states: int) -> int:
-    return num_prompt_tokens * (num_prompt_tokens + num_states)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Work:
-    """One item and whose it is."""
-
-    ticket: Ticket
-    index: int  # of the candidate in its request
-    item: Pair
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        return self.item.num_prompt_tokens
-
-    @property
-    def num_states(self) -> int:
-        return self.item.num_states
-
-    @property
-    def num_tokens(self) -> int:
-        return self.item.num_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """One margin; not finite where `error` says why there is none."""
-
-    index: int  # of the candidate in its request
-    margin: float
-    error: str = ""
-
-
-Deliver = Callable[[list[Scored]], None]
-
-
-class Ticket:
-    """Made by Batcher.ticket for one request."""
-
-    def __init__(self, rank: float, deliver: Deliver, deadline: float | None) -> None:
-        """
-        Args:
-            rank: virtual time at which an equal share of the machine would finish the request;
-                lower goes first.
-            deadline: on time.monotonic's clock; None: none.
-        """
-        self.rank = rank
-        self.deadline = deadline
-        self.waiting: deque[Work] = deque()
-        self.waiting_tokens = 0
-        self.closed = False
-        self.queue_seconds = 0.0  # pairs were ready and none of them computed
-        self.compute_seconds = 0.0
-        self.turns: list[Turn] = []
-        self._deliver = deliver
-        self._taken = asyncio.Event()
-        self._waiting_since: float | None = None
-        self._ready: float | None = None  # when the pairs of the pass under way began to wait
-        self._computing = False
-
-    def add(self, works: Iterable[Work]) -> None:
-        """Makes pairs ready to be scored."""
-        for work in works:
-            self.waiting.append(work)
-            self.waiting_tokens += work.num_tokens
-        if self.waiting and not self._computing and self._waiting_since is None:
-            self._waiting_since = time.monotonic()
-
-    def take(self) -> Work:
-        """The next pair, for a batch that is being filled."""
-        work = self.waiting.popleft()
-        self.waiting_tokens -= work.num_tokens
-        self._taken.set()
-        return work
-
-    def clear(self) -> int:
-        """Forgets every waiting pair; returns how many there were."""
-        dropped = len(self.waiting)
-        self.waiting.clear()
-        self.waiting_tokens = 0
-        self._waiting_since = None
-        self._taken.set()
-        return dropped
-
-    async def room(self, max_tokens: int) -> None:
-        """Returns once fewer than `max_tokens` wait: then it is time to fetch more."""
-        while self.waiting_tokens >= max_tokens and not self.closed:
-            self._taken.clear()
-            await self._taken.wait()
-
-    def gone(self, now: float) -> bool:
-        """Nobody waits for the answer any more."""
-        return self.closed or (self.deadline is not None and now >= self.deadline)
-
-    def computing(self, *, start: float) -> None:
-        """A pass with pairs of this request began at `start`."""
-        self._computing = True
-        self._ready = self._waiting_since
-        if self._waiting_since is not None:
-            self.queue_seconds += start - self._waiting_since
-            self._waiting_since = None
-
-    def computed(self, scored: list[Scored], *, start: float, end: float) -> None:
-        """The pass is over; hands its margins to the request."""
-        self._computing = False
-        self.compute_seconds += end - start
-        self.turns.append(Turn(start if self._ready is None else self._ready, start, end))
-        self._waiting_since = end if self.waiting else None
-        if not self.closed:
-            self._deliver(scored)
-
-
-T = TypeVar("T")
-
-SCORING_FAILED = "the model failed on it; the server's log has the cause"
-
-log = logging.getLogger(__name__)
-
-# Who comes next waits for the batch under way, and who left is noticed after it: long enough that
-# a pass's fixed cost does not show, short enough that a person does not notice.
-BATCH_SECONDS = 0.1
-# Where many requests wait, the wait is theirs and not the batch's: a pass may then take so much of what waits, up to
-# so long. A model reads more a second in larger batches.
-WAITING_SHARE, MAX_BATCH_SECONDS = 0.25, 0.6
-# The weight of what was before, pass by pass, in the rate that the queue is bounded by: some fifty passes back.
-MEMORY = 0.98
-
-
 @dataclass
-class BatchCounts:
-    """What the loop has done since it began."""
+class SchedulerStats:
+    """Counts and rates since the start."""
 
     num_passes: int = 0
     num_pairs: int = 0  # scored, or tried to
     num_tokens: int = 0
-    num_dropped_pairs: int = 0  # their caller left, or its deadline passed
+    num_dropped_pairs: int = 0  # of cancelled requests, or past their deadline
     compute_seconds: float = 0.0
+    pass_time: PassTime = field(default_factory=PassTime)
     _recent_tokens: float = 0.0
     _recent_seconds: float = 0.0
 
@@ -291,21 +113,135 @@ class BatchCounts:
         return self.num_tokens / self.compute_seconds if self.compute_seconds else 0.0
 
     def drained(self, num_tokens: int, seconds: float) -> None:
-        """A pass took that much from the queue; `seconds` since the pass before, if work waited then already."""
-        self._recent_tokens = MEMORY * self._recent_tokens + num_tokens
-        self._recent_seconds = MEMORY * self._recent_seconds + seconds
+        """A pass took that much from the queue; `seconds` since the pass before, if pairs were queued by then."""
+        self._recent_tokens = RATE_MEMORY * self._recent_tokens + num_tokens
+        self._recent_seconds = RATE_MEMORY * self._recent_seconds + seconds
 
     @property
     def drain_rate(self) -> float:
-        """Tokens a second that have left the queue of late, all that passes wait for included; 0 before the first.
+        """Tokens a second that recently left the queue, all that passes wait for included; 0 before the first.
 
-        Under a flood the process has more to do than passes: who waits, waits for that, too.
+        Under a flood the process has more to do than passes, and queued requests wait for that, too.
         """
         return self._recent_tokens / self._recent_seconds if self._recent_seconds else self.tokens_per_second
 
+    def count(self, pairs: Sequence[Pair], seconds: float) -> ForwardPass:
+        """Counts one pass and describes it."""
+        num_tokens = sum(pair.num_tokens for pair in pairs)
+        num_prompt_tokens = sum(pair.num_prompt_tokens for pair in pairs)
+        self.num_passes += 1
+        self.num_pairs += len(pairs)
+        self.num_tokens += num_tokens
+        self.compute_seconds += seconds
+        self.pass_time.learn(num_prompt_tokens, num_tokens - num_prompt_tokens, seconds)
+        needed = sum(_cells(pair.num_prompt_tokens, pair.num_states) for pair in pairs)
+        longest = _cells(max(pair.num_prompt_tokens for pair in pairs), max(pair.num_states for pair in pairs))
+        return ForwardPass(len(pairs), num_tokens, needed, len(pairs) * longest - needed, seconds)
 
-class Batcher:
-    """The queue in front of one model, and the loop that empties it."""
+
+@dataclass(slots=True, eq=False)
+class _Passage:
+    """The pairs of one submission: windows of one passage."""
+
+    num_left: int
+    future: asyncio.Future[list[float | None]]
+    margins: list[float | None] = field(default_factory=list)
+
+    def scored(self, margin: float | None) -> None:
+        self.margins.append(margin)
+        self.num_left -= 1
+        if self.num_left == 0 and not self.future.done():
+            self.future.set_result(self.margins)
+
+    def fail(self, error: Exception) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)
+            self.future.exception()  # retrieved: the request may have ended for another reason
+
+
+class _Queued(NamedTuple):
+    queue: RequestQueue
+    pair: Pair
+    passage: _Passage
+
+
+class RequestQueue:
+    """The queued pairs of one request. Made by Scheduler.queued."""
+
+    def __init__(self, rank: float, deadline: float | None) -> None:
+        """
+        Args:
+            rank: virtual time at which an equal share of the machine would finish the request; lower goes first.
+            deadline: on time.monotonic's clock; None: none.
+        """
+        self.rank = rank
+        self.deadline = deadline
+        self.num_tokens = 0  # that are queued
+        self.closed = False
+        self.passes: list[QueueInterval] = []
+        self._waiting: deque[_Queued] = deque()
+        self._taken = asyncio.Event()
+        self._since: float | None = None  # pairs are ready and none of them is computed
+        self._computing = False
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, pairs: Sequence[Pair], passage: _Passage) -> None:
+        self._waiting.extend(_Queued(self, pair, passage) for pair in pairs)
+        self.num_tokens += sum(pair.num_tokens for pair in pairs)
+        if not self._computing and self._since is None:
+            self._since = time.monotonic()
+
+    def next_tokens(self) -> int:
+        """Cost of the next pair."""
+        return self._waiting[0].pair.num_tokens
+
+    def take(self) -> _Queued:
+        """The next pair, for a batch that is being filled."""
+        one = self._waiting.popleft()
+        self.num_tokens -= one.pair.num_tokens
+        self._taken.set()
+        return one
+
+    def clear(self, error: Exception | None = None) -> int:
+        """Drops everything queued, or fails it with `error`; how many pairs that were.
+
+        The futures of dropped pairs stay pending: their request has ended, or is about to by its deadline.
+        """
+        dropped = list(self._waiting)
+        self._waiting.clear()
+        self.num_tokens = 0
+        self._since = None
+        self._taken.set()
+        if error is not None:
+            for one in dropped:
+                one.passage.fail(error)
+        return len(dropped)
+
+    async def room(self, max_tokens: int) -> None:
+        """Returns once fewer than `max_tokens` are queued."""
+        while self.num_tokens >= max_tokens and not self.closed:
+            self._taken.clear()
+            await self._taken.wait()
+
+    def expired(self, now: float) -> bool:
+        """The request was cancelled, or its deadline passed."""
+        return self.closed or (self.deadline is not None and now >= self.deadline)
+
+    def pass_started(self) -> float | None:
+        """A pass with pairs of this request begins; since when they were ready."""
+        ready, self._since, self._computing = self._since, None, True
+        return ready
+
+    def pass_finished(self, ready: float | None, start: float, end: float) -> None:
+        self._computing = False
+        self.passes.append(QueueInterval(start if ready is None else ready, start, end))
+        self._since = end if self._waiting else None
+
+
+class Scheduler:
+    """The queues of all requests to one model, and the loop that batches them."""
 
     def __init__(
         self,
@@ -313,142 +249,181 @@ class Batcher:
         executor: Executor,
         max_batch_tokens: int,
         min_batch_tokens: int | None = None,
-        on_pass: Callable[[Pass], None] = lambda _: None,
+        observers: Sequence[Observer] = (),
     ) -> None:
         """
         Args:
-            min_batch_tokens: where given, batches hold what the model reads in BATCH_SECONDS, but at
-                least this and at most `max_batch_tokens`; None: always `max_batch_tokens`.
+            executor: the model's thread.
+            min_batch_tokens: where given, batches hold what the model computes in BATCH_SECONDS, but at least this
+                and at most `max_batch_tokens`; None: always `max_batch_tokens`.
         """
         self.max_batch_tokens = max_batch_tokens
         self.min_batch_tokens = max_batch_tokens if min_batch_tokens is None else min_batch_tokens
-        self.counts = BatchCounts()
-        self.pace = Pace()
+        self.stats = SchedulerStats()
         self._backend = backend
         self._executor = executor
-        self._on_pass = on_pass
-        self._tickets: list[Ticket] = []  # by rank, then arrival
+        self._observers = observers
+        self._queues: list[RequestQueue] = []  # by rank, then arrival
         self._virtual_time = 0.0
         self._ready = asyncio.Event()
-        self._pass_before: float | None = None  # when it ended, if work has waited ever since
+        self._batch: list[_Queued] = []  # taken from the queues and not scored yet
+        self._last_pass: float | None = None  # when it ended, if pairs were queued ever since
+        self._stopped = False
 
     @contextmanager
-    def ticket(self, num_tokens: float, deliver: Deliver, deadline: float | None = None) -> Iterator[Ticket]:
-        """A place for a request of about `num_tokens`.
-
-        On leaving, for whatever reason, what still waits is dropped and never computed.
+    def queued(self, num_tokens: float, deadline: float | None = None) -> Iterator[RequestQueue]:
+        """A queue for a request of about `num_tokens`; pairs still in it at the end are dropped, never computed.
 
         Args:
-            deliver: takes the margins of each finished pass; called on the event loop.
             deadline: on time.monotonic's clock.
         """
-        ticket = Ticket(self._virtual_time + num_tokens, deliver, deadline)
-        self._tickets.append(ticket)
-        self._tickets.sort(key=lambda t: t.rank)  # stable: equal ranks keep their arrival order
+        queue = RequestQueue(self._virtual_time + num_tokens, deadline)
+        self._queues.append(queue)
+        self._queues.sort(key=lambda one: one.rank)  # stable: equal ranks keep their arrival order
         try:
-            yield ticket
+            yield queue
         finally:
-            ticket.closed = True
-            self.counts.num_dropped_pairs += ticket.clear()
-            self._tickets.remove(ticket)
+            queue.closed = True
+            self.stats.num_dropped_pairs += queue.clear()
+            self._queues.remove(queue)
 
-    def submit(self, ticket: Ticket, works: Sequence[Work]) -> None:
-        """Pairs that are ready to be scored; ignored when the request has ended."""
-        if not ticket.closed:
-            ticket.add(works)
-            self._ready.set()
+    @property
+    def num_queued_pairs(self) -> int:
+        return sum(map(len, self._queues))
+
+    def submit(self, queue: RequestQueue, pairs: Sequence[Pair]) -> asyncio.Future[list[float | None]]:
+        """Queues the pairs of one passage; their margins: NaN for a logit that is not finite, None for a failed pass.
+
+        Raises:
+            Unavailable: the batching loop has ended.
+        """
+        if self._stopped:
+            raise Unavailable(STOPPED)
+        passage = _Passage(len(pairs), asyncio.get_running_loop().create_future())
+        queue.add(pairs, passage)
+        self._ready.set()
+        return passage.future
+
+    async def room(self, queue: RequestQueue) -> None:
+        """Returns when the queue should be fed: less than its share of two batches is in it."""
+        await queue.room(max(1, 2 * self.batch_tokens // max(1, len(self._queues))))
 
     @property
     def batch_tokens(self) -> int:
-        """The budget of the next batch."""
-        rate = self.counts.tokens_per_second
-        waiting = WAITING_SHARE * sum(ticket.waiting_tokens for ticket in self._tickets)
-        measured = max(rate * BATCH_SECONDS, min(rate * MAX_BATCH_SECONDS, waiting))
+        """The token budget of the next batch."""
+        rate = self.stats.tokens_per_second
+        queued = QUEUED_SHARE * sum(queue.num_tokens for queue in self._queues)
+        measured = max(rate * BATCH_SECONDS, min(rate * MAX_BATCH_SECONDS, queued))
         return min(self.max_batch_tokens, max(self.min_batch_tokens, int(measured)))
 
-    def share_tokens(self) -> int:
-        """How much of a request should be ready at most: two batches, shared by all requests."""
-        return max(1, 2 * self.batch_tokens // max(1, len(self._tickets)))
-
-    async def aside(self, function: Callable[[], T]) -> T:
+    async def between_passes(self, function: Callable[[], T]) -> T:
         """Runs something else on the model's thread, between two passes."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, function)
 
     async def run(self) -> None:
-        """Batches until cancelled."""
-        while True:
-            await self._ready.wait()
-            batch = self._next_batch()
-            for works in [batch] if self._backend.listwise and batch else split_by_length(batch):
-                now = time.monotonic()
-                alive = [work for work in works if not work.ticket.gone(now)]
-                self.counts.num_dropped_pairs += len(works) - len(alive)
-                if alive:
-                    await self._pass(alive)
+        """Batches until cancelled. However it ends, no call is left waiting."""
+        try:
+            while True:
+                await self._ready.wait()
+                self._batch = self._next_batch()
+                if self._backend.listwise:
+                    await self._pass(self._batch)
+                    continue
+                for rows in split_by_length([one.pair for one in self._batch]):
+                    await self._pass([self._batch[i] for i in rows])
+        finally:
+            self._stopped = True
+            error = Unavailable(STOPPED)
+            for one in self._batch:
+                one.passage.fail(error)
+            for queue in self._queues:
+                queue.clear(error)
 
-    def _next_batch(self) -> list[Work]:
-        """Pairs of the best-ranked requests, up to the token budget; at least one where any waits."""
+    def _next_batch(self) -> list[_Queued]:
+        """Pairs of the best-ranked requests, up to the token budget; at least one where any are queued."""
         now = time.monotonic()
-        batch: list[Work] = []
+        batch: list[_Queued] = []
         num_tokens, budget = 0, self.batch_tokens
-        for ticket in self._tickets:
-            if ticket.gone(now):
-                self.counts.num_dropped_pairs += ticket.clear()
-            if self._backend.listwise:
-                if ticket.waiting:  # one request's list, whole
-                    return [ticket.take() for _ in range(len(ticket.waiting))]
-                continue
-            while ticket.waiting and (not batch or num_tokens + ticket.waiting[0].num_tokens <= budget):
-                work = ticket.take()
-                batch.append(work)
-                num_tokens += work.num_tokens
+        for queue in self._queues:
+            if queue.expired(now):
+                self.stats.num_dropped_pairs += queue.clear()
+            if self._backend.listwise and queue:  # one request's list, whole
+                return [queue.take() for _ in range(len(queue))]
+            while queue and (not batch or num_tokens + queue.next_tokens() <= budget):
+                batch.append(queue.take())
+                num_tokens += batch[-1].pair.num_tokens
         if not batch:
             self._ready.clear()
-            self._pass_before = None
+            self._last_pass = None
         return batch
 
-    async def _pass(self, works: list[Work]) -> None:
+    async def _pass(self, batch: list[_Queued]) -> None:
         start = time.monotonic()
-        for ticket in {work.ticket for work in works}:
-            ticket.computing(start=start)
-        loop = asyncio.get_running_loop()
-        scored = await loop.run_in_executor(self._executor, self._score, [(work.index, work.item) for work in works])
+        alive = [one for one in batch if not one.queue.expired(start)]
+        self.stats.num_dropped_pairs += len(batch) - len(alive)
+        if not alive:
+            return
+        pairs = [one.pair for one in alive]
+        ready = {queue: queue.pass_started() for queue in {one.queue for one in alive}}
+        margins = await asyncio.get_running_loop().run_in_executor(self._executor, self._score, pairs)
         end = time.monotonic()
-        self._count(works, end - start)
-        self.counts.drained(sum(work.num_tokens for work in works), end - (self._pass_before or start))
-        self._pass_before = end
-        owned: dict[Ticket, list[Scored]] = {}
-        for work, result in zip(works, scored, strict=True):
-            owned.setdefault(work.ticket, []).append(result)
-        for ticket, results in owned.items():
-            ticket.computed(results, start=start, end=end)
+        counted = self.stats.count(pairs, end - start)
+        self.stats.drained(counted.num_tokens, end - (self._last_pass or start))
+        self._virtual_time += counted.num_tokens / max(1, len(self._queues))
+        self._last_pass = end
+        for observer in self._observers:
+            observer.pass_finished(counted)
+        for queue, since in ready.items():
+            queue.pass_finished(since, start, end)
+        for one, margin in zip(alive, margins, strict=True):
+            one.passage.scored(margin)
 
-    def _count(self, works: list[Work], seconds: float) -> None:
-        num_tokens = sum(work.num_tokens for work in works)
-        self.counts.num_passes += 1
-        self.counts.num_pairs += len(works)
-        self.counts.num_tokens += num_tokens
-        self.counts.compute_seconds += seconds
-        num_prompt_tokens = sum(work.num_prompt_tokens for work in works)
-        self.pace.learn(num_prompt_tokens, num_tokens - num_prompt_tokens, seconds)
-        needed, computed = num_cells(works)
-        self._on_pass(Pass(len(works), num_tokens, needed, computed - needed, seconds))
-        self._virtual_time += num_tokens / max(1, len(self._tickets))
-
-    def _score(self, works: list[tuple[int, Pair]]) -> list[Scored]:
+    def _score(self, pairs: list[Pair]) -> list[float | None]:
         """On the model's thread. A pass that raises is repeated pair by pair: a bad one costs itself only.
 
-        The pairs of a list cost each other: read alone they would have other scores.
+        The pairs of a list cost each other: alone they would have other scores.
         """
         try:
-            margins = self._backend.score([item for _, item in works])
+            margins: list[float | None] = self._backend.score(pairs).tolist()
         except Exception as exc:  # whatever the model raises must not end the loop
-            if len(works) > 1 and not self._backend.listwise:
-                log.warning("a pass of %d pairs failed, repeating it pair by pair: %s", len(works), exc)
-                return [scored for work in works for scored in self._score([work])]
-            log.exception("a pass of %d could not be scored", len(works))
-            return [Scored(index, float("nan"), SCORING_FAILED) for index, _ in works]
-        return [
-            Scored(index, float(margin), "" if np.isfinite(margin) else "the model's logits are not finite")
-            for (index, _), margin in zip(works, margins, strict=True)
-        ]
+            if len(pairs) > 1 and not self._backend.listwise:
+                log.warning("a pass of %d pairs failed, repeating it pair by pair: %s", len(pairs), exc)
+                return [margin for pair in pairs for margin in self._score([pair])]
+            log.exception("a pass of %d could not be scored", len(pairs))
+            return [None] * len(pairs)
+        if len(margins) != len(pairs):
+            raise AssertionError(f"{len(margins)} margins of {len(pairs)} pairs")
+        return margins
+
+
+def split_by_length(pairs: Sequence[Pair], max_tokens: int | None = None) -> list[list[int]]:
+    """Indexes of `pairs` in batches, each sorted by length, none wasting more than FREE_CELLS and MAX_PADDING allow.
+
+    Dense layers see packed rows and never pad; attention pads every pair of a batch to the longest prompt and the
+    longest passage in it, so the waste is counted in attention cells.
+
+    Args:
+        max_tokens: of one batch; a larger pair goes alone. None: no limit.
+    """
+    batches: list[list[int]] = []
+    real = num_tokens = 0  # cells that the current batch needs, and its tokens
+    longest_prompt = 0
+    for i in sorted(range(len(pairs)), key=lambda i: (pairs[i].num_states, pairs[i].num_prompt_tokens)):
+        pair = pairs[i]
+        own = _cells(pair.num_prompt_tokens, pair.num_states)
+        longest = max(longest_prompt, pair.num_prompt_tokens)
+        # Sorted by states, so this pair's are the longest so far.
+        padded = (len(batches[-1]) + 1) * _cells(longest, pair.num_states) if batches else 0
+        num_tokens += pair.num_tokens
+        fits = bool(batches) and (max_tokens is None or num_tokens <= max_tokens)
+        if fits and (padded <= FREE_CELLS or padded <= MAX_PADDING * (real + own)):
+            batches[-1].append(i)
+            real, longest_prompt = real + own, longest
+        else:
+            batches.append([i])
+            real, longest_prompt, num_tokens = own, pair.num_prompt_tokens, pair.num_tokens
+    return batches
+
+
+def _cells(num_prompt_tokens: int, num_states: int) -> int:
+    return num_prompt_tokens * (num_prompt_tokens + num_states)

@@ -74,8 +74,3 @@ def batch_tokens(config: DecoderConfig, backend: Backend) -> tuple[int, int]:
         return config.max_batch_tokens, config.max_batch_tokens
     device = backend.device_name.split(":")[0]
     return MIN_BATCH_TOKENS[device], BATCH_TOKENS[device]
-
-
-def fetch_chunk(max_batch_tokens: int) -> int:
-    """Candidates per read of the store: about a batch of short ones, a share of it for long ones."""
-    return max(16, max_batch_tokens // 128)

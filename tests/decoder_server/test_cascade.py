@@ -11,10 +11,10 @@ from google.rpc import error_details_pb2
 
 from cache.collection import Collection, StoredPassage
 from cache.states import PassageStates, text_digest
-from decoder_server.engine.fetch import Found
-from decoder_server.engine.plan import Indexed, Plan
-from decoder_server.engine.request_run import Contest, Sieve
-from preread.types import Result, Stage
+from decoder_server.engine.fetch import FetchedPassage
+from decoder_server.engine.plan import Plan
+from decoder_server.engine.request_run import CascadeState, TopK
+from preread.types import Candidate, Result, Stage
 from preread.v1 import common_pb2, rerank_pb2
 
 QUERY = "what is read once?"
@@ -80,7 +80,7 @@ async def test_requests_at_several_ratios_share_passes(serve, gated, texts, by_h
         asked = [asyncio.create_task(serving.rerank(ids=["p2", "p3"], compression_ratio=ratio)) for ratio in ratios]
         while serving.engine.admission.num_requests < 11:
             await asyncio.sleep(0.001)
-        while sum(len(ticket.waiting) for ticket in serving.engine.batcher._tickets) < 20:
+        while serving.engine.scheduler.num_queued_pairs < 20:
             await asyncio.sleep(0.001)
         gated.gate.set()
         await first
@@ -106,7 +106,7 @@ async def test_concurrent_cascades_share_passes_and_are_each_answered_as_alone(s
             check(answer, expected, plan)
 
         await asyncio.gather(*(one(n) for n in range(24)))
-        counts = serving.engine.batcher.counts
+        counts = serving.engine.scheduler.stats
         assert counts.num_passes < counts.num_pairs / 5
         assert serving.engine.admission.num_tokens == pytest.approx(0, abs=1e-6)
         assert serving.engine.admission.num_requests == 0
@@ -151,7 +151,7 @@ async def test_a_passage_named_twice_is_read_once_and_takes_one_place(serve) -> 
         for result in answer.results:
             reached.setdefault(result.passage_id, set()).add(len(result.stages))
         assert sorted(map(tuple, reached.values())) == [(1,), (2,), (2,)]
-        assert serving.engine.batcher.counts.num_pairs == 3 + 2
+        assert serving.engine.scheduler.stats.num_pairs == 3 + 2
 
 
 async def test_a_stream_brings_each_candidate_once_as_far_as_it_came(serve, texts) -> None:
@@ -251,46 +251,44 @@ def outcome(index: int, margin: float | None, ratio: int = 4) -> Result:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_sieve_holds_the_best_and_lets_the_rest_go_at_once(seed: int) -> None:
+def test_a_top_holds_the_best_and_lets_the_rest_go_at_once(seed: int) -> None:
     rng = np.random.default_rng(seed)
     margins = rng.integers(-3, 3, 30).astype(float)  # with ties
     keep = int(rng.integers(1, 35))
-    sieve, out = Sieve(keep), set()
+    top, out = TopK(keep), set()
     for n, index in enumerate(rng.permutation(30).tolist(), 1):
-        gone = sieve.add(index, margins[index])
+        gone = top.add(index, margins[index])
         out |= {gone} - {None}
         assert len(out) == max(0, n - keep)
     ranking = sorted(range(30), key=lambda i: (-margins[i], i))
-    assert sieve.best() == ranking[:keep]
+    assert top.indexes() == ranking[:keep]
     assert out == set(ranking[keep:])
 
 
-def held(num_candidates: int) -> Contest:
-    """A contest of two stages, of which the second reads two, with everything fetched."""
-    candidates = [Indexed(i, str(i), None) for i in range(num_candidates)]
-    contest = Contest(Plan((Stage(8, 2), Stage(4)), cascade=True), candidates)
-    for candidate in candidates:
-        contest.hold(Found(candidate, "hit"))
-    return contest
+def held(num_candidates: int) -> CascadeState:
+    """A cascade of two stages, of which the second reads two, with everything fetched."""
+    cascade = CascadeState(Plan((Stage(8, 2), Stage(4)), cascade=True), range(num_candidates))
+    cascade.hold(FetchedPassage(i, str(i), "hit", str(i)) for i in range(num_candidates))
+    return cascade
 
 
 def test_a_finer_reading_that_failed_leaves_what_the_coarser_said() -> None:
-    contest = held(3)
-    settled = contest.scored([outcome(i, margin, 8) for i, margin in enumerate([1.0, None, 3.0])])
+    cascade = held(3)
+    settled = cascade.settle([outcome(i, margin, 8) for i, margin in enumerate([1.0, None, 3.0])])
     assert [(one.index, one.margin) for one in settled] == [(1, None)]
-    assert len(contest.advance()) == 2
-    first, second = contest.scored([outcome(2, None), outcome(0, -1.0)])
+    assert len(cascade.advance()) == 2
+    first, second = cascade.settle([outcome(2, None), outcome(0, -1.0)])
     assert (first.index, first.margin, first.status, first.message, len(first.stages)) == (2, 3.0, "hit", "bad", 1)
     assert (second.index, second.margin, len(second.stages)) == (0, -1.0, 2)
-    assert contest.stage_over
-    assert contest.advance() == []
+    assert cascade.stage_over
+    assert cascade.advance() == []
 
 
-def test_a_contest_that_is_stopped_settles_everyone_once() -> None:
-    contest = held(5)
-    settled = contest.scored([outcome(i, float(i), 8) for i in range(4)])
-    stopped = contest.stop()
+def test_a_cascade_that_is_stopped_settles_everyone_once() -> None:
+    cascade = held(5)
+    settled = cascade.settle([outcome(i, float(i), 8) for i in range(4)])
+    stopped = cascade.stop([Candidate(str(i)) for i in range(5)])
     assert sorted(one.index for one in [*settled, *stopped]) == [0, 1, 2, 3, 4]
     assert [one.message for one in stopped if one.margin is None] == ["the deadline came before it was scored"]
-    assert contest.stage_over
-    assert contest.advance() == []
+    assert cascade.stage_over
+    assert cascade.advance() == []

@@ -11,7 +11,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from decoder_server.engine.lifecycle import Answered, Pass, Trail
+from decoder_server.engine.lifecycle import ForwardPass, RequestTrace
 from encoder_worker.scheduler import ForwardPass as WorkerPass
 from encoder_worker.server import WorkerMetrics
 from preread.types import RerankRequest
@@ -45,11 +45,11 @@ def samples(registry: CollectorRegistry) -> dict[str, set[str]]:
 async def exported(serve) -> dict[str, set[str]]:
     async with serve() as serving:
         await serving.rerank(ids=["p1"])
-        serving.server.metrics.passed(Pass(1, 1, 1, 1, 0.1))
+        serving.server.metrics.pass_finished(ForwardPass(1, 1, 1, 1, 0.1))
         serving.server.metrics.http(200, 0.1)
         serving.server.metrics.encoder_up("tiny", True)
-        trail = Trail(degraded="queue", stopped_early=True)
-        serving.server.metrics.answered(Answered(RerankRequest("q", ()), "tiny", "ok", 0.0, 1.0, None, trail))
+        trace = RequestTrace(RerankRequest("q", ()), "tiny", degraded="queue", stopped_early=True)
+        serving.server.metrics.request_finished(trace)
         found = samples(serving.server.metrics.registry)
     worker = WorkerMetrics()
     worker.rpc("EncoderService/Encode", "OK", 0.1)

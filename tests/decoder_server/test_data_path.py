@@ -108,4 +108,4 @@ async def test_a_query_is_tokenized_once(serve, fbnl, long_ids, texts, monkeypat
         answer = await serving.rerank(query="two", ids=long_ids, stages=[coarse, fine])
         assert len(answer.stages) == 2
         assert prompts == ["one", "two"]
-        assert serving.engine.batcher.counts.num_passes > 4
+        assert serving.engine.scheduler.stats.num_passes > 4

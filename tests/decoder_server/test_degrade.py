@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from decoder_server.engine.degrade import Estimate, choose, options
-from decoder_server.engine.plan import Plan, plain
-from decoder_server.engine.scheduler import Pace
+from decoder_server.engine.admission import Estimate, choose
+from decoder_server.engine.plan import Plan
+from decoder_server.engine.scheduler import PassTime
 from preread.types import Stage, format_stages
 from preread.v1 import rerank_pb2
 
@@ -18,11 +18,11 @@ from preread.v1 import rerank_pb2
 @pytest.mark.parametrize(
     ("plan", "ratios"),
     [
-        (plain(4), ["4", "8", "16", "32"]),
-        (plain(12), ["12", "24"]),
-        (plain(32), ["32"]),
-        (plain(40), ["40"]),
-        (plain(0), ["0"]),  # text
+        (Plan.plain(4), ["4", "8", "16", "32"]),
+        (Plan.plain(12), ["12", "24"]),
+        (Plan.plain(32), ["32"]),
+        (Plan.plain(40), ["40"]),
+        (Plan.plain(0), ["0"]),  # text
         (
             Plan((Stage(16, 50), Stage(8, 9), Stage(4)), cascade=True),
             ["16:50,8:9,4", "16:50,8:9", "16:50", "32"],
@@ -30,7 +30,7 @@ from preread.v1 import rerank_pb2
     ],
 )
 def test_options_are_multiples_and_ever_coarser(plan: Plan, ratios: list[str]) -> None:
-    found = options(plan)
+    found = plan.coarser()
     assert [format_stages(one.stages) for one in found] == ratios
     assert {one.cascade for one in found} == {plan.cascade}
 
@@ -60,31 +60,31 @@ def test_the_finest_option_that_both_pressures_let_pass(seconds_left, queued, li
     assert choose(COSTS, seconds_left, queued, limit) == (chosen, reason)
 
 
-def test_a_pace_tells_prompt_tokens_from_states() -> None:
-    rng, pace = np.random.default_rng(3), Pace()
-    assert not pace.known
-    assert pace.seconds(100, 100) == 0
+def test_a_times_tells_prompt_tokens_from_states() -> None:
+    rng, times = np.random.default_rng(3), PassTime()
+    assert not times.known
+    assert times.seconds(100, 100) == 0
     for _ in range(200):
         prompt, states = rng.integers(500, 3000), rng.integers(100, 4000)
-        pace.learn(int(prompt), int(states), float(1e-4 * prompt + 1e-5 * states) * rng.uniform(0.95, 1.05))
-    assert pace.seconds(1000, 0) == pytest.approx(0.1, rel=0.1)
-    assert pace.seconds(0, 1000) == pytest.approx(0.01, rel=0.3)
+        times.learn(int(prompt), int(states), float(1e-4 * prompt + 1e-5 * states) * rng.uniform(0.95, 1.05))
+    assert times.seconds(1000, 0) == pytest.approx(0.1, rel=0.1)
+    assert times.seconds(0, 1000) == pytest.approx(0.01, rel=0.3)
 
 
-def test_a_pace_without_variety_has_one_rate_for_both() -> None:
-    pace = Pace()
+def test_a_times_without_variety_has_one_rate_for_both() -> None:
+    times = PassTime()
     for _ in range(5):
-        pace.learn(1000, 1000, 0.2)
-    assert pace.seconds(1, 0) == pytest.approx(1e-4, rel=0.01)
-    assert pace.seconds(0, 1) == pytest.approx(1e-4, rel=0.01)
+        times.learn(1000, 1000, 0.2)
+    assert times.seconds(1, 0) == pytest.approx(1e-4, rel=0.01)
+    assert times.seconds(0, 1) == pytest.approx(1e-4, rel=0.01)
 
 
-def test_a_pace_is_never_negative() -> None:
-    rng, pace = np.random.default_rng(4), Pace()
+def test_a_times_is_never_negative() -> None:
+    rng, times = np.random.default_rng(4), PassTime()
     for _ in range(50):
-        pace.learn(int(rng.integers(1, 100)), int(rng.integers(1, 100)), float(rng.uniform(0.0, 1.0)))
-        assert pace.seconds(1, 0) >= 0
-        assert pace.seconds(0, 1) >= 0
+        times.learn(int(rng.integers(1, 100)), int(rng.integers(1, 100)), float(rng.uniform(0.0, 1.0)))
+        assert times.seconds(1, 0) >= 0
+        assert times.seconds(0, 1) >= 0
 
 
 def counted(serving, name: str) -> dict[tuple[str, ...], float]:

@@ -139,7 +139,7 @@ async def test_kept_states_never_exceed_their_bytes(serve, worker) -> None:
     async with serve(encoder_address=worker.address, max_inline_cache_bytes=20_000) as serving:
         for n in range(30):
             await serving.rerank(inline=[f"{n} " + "passage " * 30])
-        assert 0 < serving.engine.passages.inline.num_bytes <= 20_000
+        assert 0 < serving.engine.fetcher.on_demand.num_bytes <= 20_000
         # The latest is still there, the first is not.
         await serving.rerank(inline=["29 " + "passage " * 30])
         assert len(worker.asked) == 30

@@ -100,7 +100,7 @@ async def test_a_full_queue_says_when_to_come_back_and_the_server_lives_on(serve
         answers = await asyncio.gather(*admitted)
         assert all(answer.num_scored == 2 for answer in answers)
         assert (await serving.rerank(ids=["p1"])).num_scored == 1
-        assert serving.engine.admission.num_refused == 20
+        assert serving.engine.admission.num_rejected == 20
 
 
 async def test_a_call_too_many_is_told_so_and_probes_get_in(serve, gated, refused, detail) -> None:
@@ -143,7 +143,7 @@ async def test_a_deadline_ends_the_call_and_its_work(serve, gated, texts, refuse
         gated.gate.set()
         assert (await serving.rerank(ids=["p1"])).num_scored == 1
         assert len(gated.passes) == before + 1
-        assert serving.engine.batcher.counts.num_dropped_pairs > 0
+        assert serving.engine.scheduler.stats.num_dropped_pairs > 0
         assert serving.engine.admission.num_tokens == pytest.approx(0, abs=1e-6)
 
 
@@ -180,7 +180,7 @@ async def test_who_cancels_is_dropped_before_the_next_pass(serve, gated, texts) 
         gated.gate.set()
         assert (await serving.rerank(ids=["p1"])).num_scored == 1
         assert len(gated.passes) == before + 1
-        assert serving.engine.batcher.counts.num_dropped_pairs > 0
+        assert serving.engine.scheduler.stats.num_dropped_pairs > 0
 
 
 async def test_a_small_request_overtakes_a_large_one(serve, gated, texts) -> None:

@@ -44,7 +44,7 @@ async def test_concurrent_requests_of_many_queries_are_each_answered_as_alone(se
                 assert result.margin == pytest.approx(alone, abs=1e-5)
 
         await asyncio.gather(*(one(n) for n in range(40)))
-        counts = serving.engine.batcher.counts
+        counts = serving.engine.scheduler.stats
         assert counts.num_passes < counts.num_pairs / 2
         assert serving.engine.admission.num_tokens == pytest.approx(0, abs=1e-6)
 

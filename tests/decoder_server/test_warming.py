@@ -107,4 +107,4 @@ async def test_bad_calls_are_refused(serve, tiered, fbnl, refused) -> None:
         await refused(warm(warm_request(model="other")), grpc.StatusCode.NOT_FOUND)
     async with serve(backend=fbnl) as serving:  # loaded without tiers
         error = await refused(serving.stub.Warm(warm_request()), grpc.StatusCode.FAILED_PRECONDITION)
-        assert "keeps nothing between passes" in (error.details() or "")
+        assert "has nothing to warm" in (error.details() or "")

@@ -93,7 +93,7 @@ async def _models(request: Request) -> Response:
             id=engine.name,
             owned_by=owner,
             capabilities=["rerank"],
-            stats={"num_requests": engine.admission.num_requests, "num_refused": engine.admission.num_refused},
+            stats={"num_requests": engine.admission.num_requests, "num_refused": engine.admission.num_rejected},
             **_facts(engine),
         )
         for engine in context(request).engines.values()

@@ -1,0 +1,52 @@
+"""Margins to scores, windows to passages, results to an order."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cache.states import PassageStates, text_digest
+from checkpoint import TokenizedPrompt
+from decoder_server.engine.fetch import FetchedPassage
+from decoder_server.engine.request_run import ranked, scored_result
+from decoder_server.models.backend import sigmoid
+from decoder_server.models.fbnl.batch_states import StatePair
+from preread.types import Result
+
+
+def fetched(index: int, windows: tuple[int, ...]) -> FetchedPassage:
+    states = PassageStates(np.zeros((sum(windows), 4), np.float32), windows, 1, False, text_digest("x"))
+    prompt = TokenizedPrompt([1, 2, 3], 1, False)
+    pairs = [StatePair(prompt, window) for window in states.windows()]
+    return FetchedPassage(index, f"p{index}", "hit", states, pairs=pairs)
+
+
+# P(yes) of published margins, reference of KaLM-Reranker-V1-Nano.
+@pytest.mark.parametrize(("margin", "score"), [(8.78125, 0.99984646), (-14.1875, 6.8936e-07), (0.0, 0.5)])
+def test_score_is_the_sigmoid_of_the_margin(margin: float, score: float) -> None:
+    assert sigmoid(margin) == pytest.approx(score, rel=1e-5)
+
+
+@pytest.mark.parametrize("margin", [1e4, -1e4, 88.8, -88.8, -103.9])
+def test_sigmoid_never_overflows(margin: float) -> None:
+    assert 0.0 <= sigmoid(margin) <= 1.0
+
+
+def test_the_best_window_counts() -> None:
+    result = scored_result(fetched(3, (2, 5)), [-1.0, 2.0], 1, 3, sigmoid)
+    assert (result.index, result.margin, result.num_states, result.num_passage_tokens) == (3, 2.0, 7, 7)
+    assert result.score == pytest.approx(1 / (1 + np.exp(-2.0)))
+
+
+@pytest.mark.parametrize(("bad", "says"), [(float("nan"), "not finite"), (None, "the model failed on it")])
+def test_a_window_without_a_margin_fails_its_passage(bad: float | None, says: str) -> None:
+    result = scored_result(fetched(0, (2, 5)), [1.0, bad], 1, 3, sigmoid)
+    assert (result.status, result.margin) == ("failed", None)
+    assert says in result.message
+
+
+def test_ties_keep_request_order_and_unscored_come_last_whatever_top_n_says() -> None:
+    margins = [1.0, None, 2.0, 1.0, 2.0, None]
+    results = [Result(i, f"p{i}", "missing" if m is None else "hit", margin=m) for i, m in enumerate(margins)]
+    assert [o.index for o in ranked(reversed(results), 0)] == [2, 4, 0, 3, 1, 5]
+    assert [o.index for o in ranked(results, 3)] == [2, 4, 0, 1, 5]
