@@ -120,13 +120,12 @@ def fill_tier(name: str, directory: Path, dtype: str) -> None:
 
     from checkpoint import Checkpoint
     from checkpoint.compute import DTYPES
-    from decoder_server.config import TierBudgets
-    from decoder_server.models.fbnl.kv_cache import Tiers
+    from decoder_server.models.fbnl.kv_cache import KVCache
 
     config = Checkpoint.open(directory).decoder_config
     rows = PREFIX_TOKENS if name == "prefixes" else -(-PASSAGE_TOKENS // RATIO)
     kv = torch.ones(config.num_hidden_layers, 2, rows, config.num_key_value_heads, config.head_dim, dtype=DTYPES[dtype])
-    tier = getattr(Tiers(TierBudgets(TIER_BYTES, TIER_BYTES)), name)
+    tier = KVCache(name, TIER_BYTES, "auto")
     with printed_peak(TIER_BYTES):
         for i in range(TIER_BYTES * 3 // 2 // kv.nbytes):
             tier.put(i, kv)

@@ -66,7 +66,8 @@ class Models:
     def forget(self) -> None:
         """Empties all tiers."""
         for backend in self._tiered.values():
-            backend.tiers.clear()
+            for cache in backend.caches:
+                cache.clear()
 
     def operations(self, variant: str, passage_tokens: int, ratio: int) -> int:
         """Of one candidate."""
@@ -128,7 +129,8 @@ class Candidates:
 
     def empty(self, count: int, form: str, *, prefix: bool) -> None:
         """Nothing is in the tiers, and every passage was asked for once."""
-        self._models.tiered(form, prefix=prefix).tiers.clear()
+        for cache in self._models.tiered(form, prefix=prefix).caches:
+            cache.clear()
         self.kept(min(count, len(self._states)), form, prefix=prefix)
 
     def _pairs(self, some: list[int]) -> list[StatePair]:

@@ -19,7 +19,7 @@ from checkpoint import Checkpoint
 from decoder_server.config import TierBudgets
 from decoder_server.models.fbnl.backend import FbnlBackend
 from decoder_server.models.fbnl.batch_states import StatePair
-from decoder_server.models.fbnl.kv_cache import MIN_ASKINGS, Kept, Tier
+from decoder_server.models.fbnl.kv_cache import MIN_MISSES, KVCache, StoredKV
 
 MIB = 1 << 20
 QUERIES = ("What is the capital of China?", "gravity", "A passage is read once, and the states are kept")
@@ -59,7 +59,7 @@ def batches(backend: FbnlBackend, num: int, seed: int = 0) -> Iterator[list[Stat
 def test_what_is_kept_comes_back_within_its_format(form: str) -> None:
     numbers = kv(7)
     numbers[0, 0, 3] = 0  # a row of zeros has no largest number
-    read = Kept.of(numbers, form).read(torch.float32)
+    read = StoredKV.of(numbers, form).read(torch.float32)
     largest = numbers.abs().amax(-1, keepdim=True)
     bound = {"auto": 0.0, "bfloat16": 2**-8 * numbers.abs(), "int8": largest / 127 / 2 + 1e-6}[form]
     assert ((read - numbers).abs() <= bound).all()
@@ -67,24 +67,24 @@ def test_what_is_kept_comes_back_within_its_format(form: str) -> None:
 
 def test_int8_and_bfloat16_take_the_bytes_they_say() -> None:
     numbers = kv(32)
-    assert Kept.of(numbers, "auto").num_bytes == numbers.nbytes
-    assert Kept.of(numbers, "bfloat16").num_bytes == numbers.nbytes // 2
-    assert Kept.of(numbers, "int8").num_bytes == numbers.nbytes // 4 + numbers.nbytes // 16  # and a scale per 16
+    assert StoredKV.of(numbers, "auto").num_bytes == numbers.nbytes
+    assert StoredKV.of(numbers, "bfloat16").num_bytes == numbers.nbytes // 2
+    assert StoredKV.of(numbers, "int8").num_bytes == numbers.nbytes // 4 + numbers.nbytes // 16  # and a scale per 16
 
 
 def test_an_entry_is_wanted_from_its_second_asking_on() -> None:
-    tier = Tier("keys", MIB, "auto")
+    tier = KVCache("keys", MIB, "auto")
     for asking in range(1, 4):
         assert tier.get("a") is None
-        assert tier.wants("a") is (asking >= MIN_ASKINGS)
-    assert not tier.wants("b")
+        assert tier.admits("a") is (asking >= MIN_MISSES)
+    assert not tier.admits("b")
     tier.put("a", kv(3))
     assert tier.get("a") is not None
     assert (tier.num_hits, tier.num_misses, tier.num_admitted) == (1, 3, 1)
 
 
 def test_a_tier_stays_within_its_bytes_and_keeps_what_is_asked_for_often() -> None:
-    tier = Tier("keys", 300_000, "auto")
+    tier = KVCache("keys", 300_000, "auto")
     for i in range(25):  # frequencies are counted from a tier half full on
         tier.put(i, kv(10))
     assert tier.num_bytes > 150_000
@@ -93,7 +93,7 @@ def test_a_tier_stays_within_its_bytes_and_keeps_what_is_asked_for_often() -> No
         tier.get(i)
         tier.put(i, kv(10))
         assert tier.num_bytes <= 300_000
-    assert not all(tier.holds(i) for i in range(100, 300))
+    assert not all(i in tier for i in range(100, 300))
     assert tier.put("too large", kv(2000)) is None
     tier.clear()
     assert (tier.num_bytes, tier.num_entries) == (0, 0)
@@ -101,7 +101,7 @@ def test_a_tier_stays_within_its_bytes_and_keeps_what_is_asked_for_often() -> No
 
 def test_a_tier_has_hardly_more_than_its_bytes_in_memory() -> None:
     """What counts is what is alive, whether or not anybody asks for the number of bytes."""
-    tier = Tier("keys", 20 * (kv(7).nbytes + 1024), "auto")
+    tier = KVCache("keys", 20 * (kv(7).nbytes + 1024), "auto")
     kept = []
     for i in range(100):
         entry = tier.put(i, kv(7))
@@ -112,10 +112,10 @@ def test_a_tier_has_hardly_more_than_its_bytes_in_memory() -> None:
 
 
 def test_a_tier_without_a_budget_wants_nothing() -> None:
-    tier = Tier("keys", 0, "auto")
+    tier = KVCache("keys", 0, "auto")
     for _ in range(3):
         tier.get("a")
-    assert not tier.wants("a")
+    assert not tier.admits("a")
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_margins_are_those_of_a_pass_that_keeps_nothing(
     backend = made(checkpoint, budgets)
     for batch in batches(backend, 60):
         np.testing.assert_allclose(backend.score(batch), fbnl.score(batch), atol=TOLERANCE[budgets.form], rtol=0)
-    keys, prefixes = backend.tiers.all()
+    keys, prefixes = backend.caches
     assert bool(keys.num_hits) is keys.on
     assert bool(prefixes.num_hits) is prefixes.on
     assert keys.num_bytes <= budgets.max_keys_bytes
@@ -149,10 +149,10 @@ def test_filling_makes_the_next_pass_a_hit(checkpoint: Checkpoint, fbnl: FbnlBac
     passages = [rng.standard_normal((n, checkpoint.dim)).astype(np.float32) for n in (1, 7, 12)]
     warmed = [StatePair(backend.prompt("any"), states, False, bytes([i])) for i, states in enumerate(passages)]
     assert backend.fill(warmed) == (3, 3)
-    assert [tier.num_misses for tier in backend.tiers.all()] == [0, 0]  # nobody asked
+    assert [tier.num_misses for tier in backend.caches] == [0, 0]  # nobody asked
     asked = [StatePair(backend.prompt("never asked before"), pair.states, False, pair.key) for pair in warmed]
     np.testing.assert_allclose(backend.score(asked), fbnl.score(asked), atol=1e-5, rtol=0)
-    assert [(tier.num_hits, tier.num_misses) for tier in backend.tiers.all()] == [(3, 0)] * 2
+    assert [(tier.num_hits, tier.num_misses) for tier in backend.caches] == [(3, 0)] * 2
 
 
 def test_a_beginning_serves_its_own_tokens_only(checkpoint: Checkpoint, fbnl: FbnlBackend) -> None:
@@ -160,7 +160,7 @@ def test_a_beginning_serves_its_own_tokens_only(checkpoint: Checkpoint, fbnl: Fb
     backend = made(checkpoint, TierBudgets(PLENTY, PLENTY))
     rng = np.random.default_rng(1)
     states = rng.standard_normal((9, checkpoint.dim)).astype(np.float32)
-    prefixes = backend.tiers.prefixes
+    _, prefixes = backend.caches
 
     def hits(pair: StatePair) -> bool:
         before = prefixes.num_hits
@@ -178,7 +178,7 @@ def test_a_passage_that_requests_share_is_computed_once(checkpoint: Checkpoint) 
     backend = made(checkpoint, TierBudgets(PLENTY, PLENTY))
     states: NDArray[np.float32] = np.ones((5, checkpoint.dim), dtype=np.float32)
     backend.score([StatePair(backend.prompt(query), states, False, b"p") for query in QUERIES])
-    keys, prefixes = backend.tiers.all()
+    keys, prefixes = backend.caches
     assert (keys.num_admitted, keys.num_entries) == (1, 1)
     assert (prefixes.num_admitted, prefixes.num_entries) == (1, 1)
 
@@ -202,7 +202,7 @@ def test_equal_texts_under_two_ids_are_computed_once(checkpoint: Checkpoint) -> 
         (found,) = Collection.open(store, name).get_many([passage_id])
         assert isinstance(found, PassageStates)
         backend.fill(backend.pairs(backend.prompt(QUERIES[0]), [found])[0])
-        num_entries.append([tier.num_entries for tier in backend.tiers.all()])
+        num_entries.append([tier.num_entries for tier in backend.caches])
     assert num_entries == [[1, 1]] * 3 + [[2, 2]]
     store.close()
 
@@ -213,8 +213,8 @@ def test_models_share_nothing(checkpoint: Checkpoint) -> None:
     one, other = made(checkpoint, budgets), made(checkpoint, budgets)
     pair = next(batches(one, 1))[:1]
     one.fill(pair)
-    assert [tier.num_entries for tier in one.tiers.all()] == [1, 1]
-    assert [tier.num_entries for tier in other.tiers.all()] == [0, 0]
+    assert [tier.num_entries for tier in one.caches] == [1, 1]
+    assert [tier.num_entries for tier in other.caches] == [0, 0]
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def warm_request(ids: list[str] | None = None, **fields: object) -> rerank_pb2.W
 
 
 def asked(backend: FbnlBackend) -> list[tuple[int, int]]:
-    return [(tier.num_hits, tier.num_misses) for tier in backend.tiers.all()]
+    return [(tier.num_hits, tier.num_misses) for tier in backend.caches]
 
 
 async def test_a_request_after_warming_computes_its_own_tokens_only(serve, tiered) -> None:

@@ -1,7 +1,4 @@
-"""The fbnl backend: cached passage states, read by the decoder half of a checkpoint.
-
-Knows the checkpoint and the decoder; does not know requests, stores or batching policy.
-"""
+"""The fbnl backend: stored passage states, read by the decoder half of a checkpoint."""
 
 from __future__ import annotations
 
@@ -20,9 +17,8 @@ from checkpoint.compute import choose_device, choose_dtype, choose_fused, dtype_
 from decoder_server.config import NO_TIERS, TierBudgets
 from decoder_server.models.backend import sigmoid
 from decoder_server.models.fbnl.batch_states import StatePair, batch_states
-from decoder_server.models.fbnl.contexts import Contexts
 from decoder_server.models.fbnl.decoder import Decoder
-from decoder_server.models.fbnl.kv_cache import Tier, Tiers
+from decoder_server.models.fbnl.kv_cache import Contexts, KVCache
 
 
 class FbnlBackend:
@@ -52,7 +48,7 @@ class FbnlBackend:
         if device.type != "cpu":
             tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         self._decoder = Decoder(checkpoint.decoder_config, tensors, checkpoint.eoi_id, compiled=compiled)
-        self._keep(budgets)
+        self._contexts = self._new_contexts(budgets)
 
     @classmethod
     def load(
@@ -68,7 +64,7 @@ class FbnlBackend:
         Args:
             device: auto, cpu or cuda[:N]; None is auto.
             dtype: auto, float32 or bfloat16; None is auto.
-            budgets: what may be kept of passes, so that the next over the same passage is cheaper.
+            budgets: of the KV and prefix caches.
 
         Raises:
             CheckpointError: files that cannot be served.
@@ -78,16 +74,15 @@ class FbnlBackend:
         fused = choose_fused(checkpoint.dim, where)
         return cls(checkpoint, where, choose_dtype(dtype, where), compiled=fused, budgets=budgets)
 
-    def keeping(self, budgets: TierBudgets) -> FbnlBackend:
-        """The same weights, with tiers of their own."""
+    def with_caches(self, budgets: TierBudgets) -> FbnlBackend:
+        """The same weights with caches of another size, empty."""
         other = copy.copy(self)
-        other._keep(budgets)
+        other._contexts = self._new_contexts(budgets)
         return other
 
-    def _keep(self, budgets: TierBudgets) -> None:
-        self.tiers = Tiers(budgets)
+    def _new_contexts(self, budgets: TierBudgets) -> Contexts:
         states = partial(batch_states, device=self._device, dtype=self._dtype)
-        self._contexts = Contexts(self._decoder, self.tiers, states, self._device, self._dtype)
+        return Contexts(self._decoder, budgets, states, self._device, self._dtype)
 
     @property
     def num_compilations(self) -> int:
@@ -131,15 +126,13 @@ class FbnlBackend:
         return np.where(np.isfinite(margins), margins, np.float32("nan"))
 
     @property
-    def caches(self) -> tuple[Tier, Tier]:
+    def caches(self) -> tuple[KVCache, KVCache]:
         """The KV cache and the prefix cache."""
-        return self.tiers.all()
+        return self._contexts.keys, self._contexts.prefixes
 
     def fill(self, pairs: Sequence[StatePair]) -> tuple[int, int]:
         """Pre-fills the caches; per cache, how many of the pairs it holds now."""
-        self._contexts.fill(pairs)
-        held = [self._contexts.holds(pair) for pair in pairs]
-        return sum(keys for keys, _ in held), sum(prefix for _, prefix in held)
+        return self._contexts.fill(pairs)
 
     def attention(self, pair: StatePair) -> NDArray[np.float32]:
         """The readout token's weight on every state, (num_states,): mean over heads and layers."""
