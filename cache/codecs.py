@@ -162,29 +162,27 @@ class Codec:
         """
         if not self.needs_training or self._scaling is not None:
             return np.zeros(len(states), dtype=np.int64)  # fixed-point numbers, or scales that follow each block
-        low, high, radius = self._trained_for
-        if radius is None:
-            outside = states < low
-            outside |= states > high
+        if self.factory in _SCALAR:
+            low, width = faiss.vector_to_array(self._trained_vector()).reshape(2, self.dim)
+            half_step = width / 2 ** (1 + int(self.factory.removeprefix("SQ")))
+            outside = states < low - half_step
+            outside |= states > low + width + half_step
             return np.asarray(np.count_nonzero(outside, axis=1), dtype=np.int64)
+        radius = self._squared_radius
         error = (states - self.decode(codes)).reshape(len(states), len(radius), -1)  # (n, num_parts, dim / num_parts)
         outside = np.einsum("npd,npd->np", error, error) > radius
         return np.asarray(np.count_nonzero(outside, axis=1) * error.shape[2], dtype=np.int64)
 
     @cached_property
-    def _trained_for(self) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32] | None]:
-        """Lowest and highest number of each dimension (dim,), or the squared radius of each part (num_parts,)."""
+    def _squared_radius(self) -> NDArray[np.float32]:
+        """How far the codes of each part (num_parts,) reach from their mean."""
         self._check_trained()
-        numbers = faiss.vector_to_array(self._trained_vector())
-        nothing = np.empty(0, dtype=np.float32)
-        if self.factory in _SCALAR:
-            low, width = numbers.reshape(2, self.dim)
-            half_step = width / 2 ** (1 + int(self.factory.removeprefix("SQ")))
-            return low - half_step, low + width + half_step, None
         # Each codebook (PQ has one per part) adds one centroid to the decoded part (RQ has one part).
         num_parts = 1 if self._base.startswith("RQ") else int(self._index.pq.M)
         # (num_parts, num_books, num_centroids, dim / num_parts)
-        centroids = numbers.reshape(num_parts, -1, self.num_centroids, self.dim // num_parts)
+        centroids = faiss.vector_to_array(self._trained_vector()).reshape(
+            num_parts, -1, self.num_centroids, self.dim // num_parts
+        )
         apart = centroids - centroids.mean(axis=2, keepdims=True)
         squares = np.einsum("pbcd,pbcd->pbc", apart, apart)  # (num_parts, num_books, num_centroids)
         radius = np.square(np.sqrt(squares.max(axis=2)).sum(axis=1))
@@ -193,7 +191,7 @@ class Codec:
             # distribution with their spread has this mean squared error, by its rate-distortion function.
             kept = float(self.num_centroids) ** (-2 * centroids.shape[1] / centroids.shape[3])
             radius += 2 * squares.mean(axis=2).sum(axis=1) * kept / (1 - kept)
-        return nothing, nothing, radius
+        return np.asarray(radius, dtype=np.float32)
 
     def decode(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
         """uint8 (n, code_size_bytes) to a new float32 (n, dim)."""

@@ -5,10 +5,10 @@ not belong.
 """
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,8 @@ from cache.store import Store, StoreStats
 
 __all__ = ["Collection", "Manifest", "StoredPassage", "Verified"]
 
+_T = TypeVar("_T")
+
 _SCAN_BATCH_PASSAGES = 256
 
 # Numbers outside a codec's trained range, as a share of a write's. On scifact with preread-mini a table of 100
@@ -47,7 +49,7 @@ class StoredPassage:
     passage_id: str
     states: PassageStates
     text: str | None = None
-    num_clipped_before: int = 0  # numbers that another codec had cut before these states were read back
+    num_clipped_before: int = 0  # numbers that another codec had clipped before these states were read back
 
 
 class Verified(NamedTuple):
@@ -90,7 +92,7 @@ class Collection:
                 theirs, ours = getattr(existing, name), getattr(manifest, name)
                 if theirs != ours:
                     raise CollectionExists(
-                        f"collection: {existing.collection!r} exists with {name} {theirs!r}, asked for {ours!r}"
+                        f"collection: {existing.collection!r} exists with {name} {theirs!r}, expected {ours!r}"
                     ) from None
             return cls(store, existing)
         return cls(store, manifest)
@@ -139,17 +141,14 @@ class Collection:
             seen.add(passage.passage_id)
         states = np.concatenate([passage.states.states for passage in passages])
         codes = self._encode(states, passages)
-        ends = np.cumsum([passage.states.num_states for passage in passages])
-        clipped = [int(part.sum()) for part in np.split(self.codec.count_outside(states, codes), ends[:-1])]
+        ends = np.cumsum([passage.states.num_states for passage in passages])[:-1]
+        clipped = [int(part.sum()) for part in np.split(self.codec.count_outside(states, codes), ends)]
         judged = (self._unjudged[0] + len(states), self._unjudged[1] + sum(clipped))
         if not allow_clipped:
             self._check_clipped(passages, clipped, *judged)
-        records = {}
-        end = 0
-        for passage, num_clipped in zip(passages, clipped, strict=True):
-            start, end = end, end + passage.states.num_states
-            records[passage.passage_id] = Record.build(
-                codes[start:end],
+        records = {
+            passage.passage_id: Record.build(
+                rows,
                 window_tokens=passage.states.window_tokens,
                 compression_ratio=passage.states.compression_ratio,
                 truncated=passage.states.truncated,
@@ -159,6 +158,8 @@ class Collection:
                 num_clipped=num_clipped + passage.num_clipped_before,
                 version=self.manifest.record_version,
             )
+            for passage, rows, num_clipped in zip(passages, np.split(codes, ends), clipped, strict=True)
+        }
         self.store.put_many(self.name, records)
         self._unjudged = judged if judged[0] < _MIN_JUDGED_STATES else (0, 0)
         return clipped
@@ -172,22 +173,17 @@ class Collection:
 
     def get_encoded_many(self, passage_ids: Sequence[str]) -> list[EncodedPassage | Damaged | None]:
         """The same without decoding: codes as the store gave them, checked."""
-        return [self._fitting(*pair) for pair in zip(passage_ids, self._records(passage_ids), strict=True)]
+        return list(map(self._fitting, passage_ids, self._read(self.store.get_many, passage_ids)))
 
     def get_texts(self, passage_ids: Sequence[str]) -> list[str | None]:
         """The stored text per id; None where there is none, or the passage is damaged or missing."""
-        return [record.text if isinstance(record, Record) else None for record in self._records(passage_ids)]
+        records = self._read(self.store.get_many, passage_ids)
+        return [record.text if isinstance(record, Record) else None for record in records]
 
     def digests(self, passage_ids: Sequence[str]) -> list[bytes | None]:
         """SHA-256 of the text each stored passage was encoded from, or None; reads no states."""
-        possible = [passage_id for passage_id in passage_ids if is_passage_id(passage_id)]
-        headers = self.store.headers_many(self.name, possible)
-        found = {
-            passage_id: header.text_digest
-            for passage_id, header in zip(possible, headers, strict=True)
-            if header is not None and header.binding == self._binding
-        }
-        return [found.get(passage_id) for passage_id in passage_ids]
+        headers = self._read(self.store.headers_many, passage_ids)
+        return [one.text_digest if one is not None and one.binding == self._binding else None for one in headers]
 
     def delete_many(self, passage_ids: Sequence[str]) -> int:
         """Remove passages; returns how many were there."""
@@ -219,10 +215,10 @@ class Collection:
                 if states is not None:
                     yield passage_id, record, states
 
-    def _records(self, passage_ids: Sequence[str]) -> list[Record | Damaged | None]:
+    def _read(self, read: Callable[[str, list[str]], list[_T]], passage_ids: Sequence[str]) -> list[_T | None]:
         # An id that cannot exist costs itself only: it is missing.
         possible = [passage_id for passage_id in passage_ids if is_passage_id(passage_id)]
-        found = dict(zip(possible, self.store.get_many(self.name, possible), strict=True))
+        found = dict(zip(possible, read(self.name, possible), strict=True))
         return [found.get(passage_id) for passage_id in passage_ids]
 
     def _fitting(self, passage_id: str, record: Record | Damaged | None) -> EncodedPassage | Damaged | None:
@@ -254,9 +250,9 @@ class Collection:
         if states.dim != self.manifest.dim:
             raise InvalidPassage(passage_id, f"dim {states.dim}, the collection has {self.manifest.dim}")
         if states.compression_ratio != self.manifest.compression_ratio:
+            ratio = self.manifest.compression_ratio
             raise InvalidPassage(
-                passage_id,
-                f"compression_ratio {states.compression_ratio}, the collection has {self.manifest.compression_ratio}",
+                passage_id, f"compression_ratio {states.compression_ratio}, the collection has {ratio}"
             )
         if not np.isfinite(states.states).all():
             raise InvalidPassage(passage_id, "states hold NaN or infinity")

@@ -190,9 +190,9 @@ def test_creating_twice(store, collection, make_manifest):
         Collection.create(store, make_manifest())
     again = Collection.create(store, make_manifest(created_at="2031-01-01"), exist_ok=True)
     assert again.manifest == collection.manifest
-    with pytest.raises(CollectionExists, match="compression_ratio 4, asked for 8"):
+    with pytest.raises(CollectionExists, match="compression_ratio 4, expected 8"):
         Collection.create(store, make_manifest(compression_ratio=8), exist_ok=True)
-    with pytest.raises(CollectionExists, match="codec 'SQfp16', asked for 'Flat'"):
+    with pytest.raises(CollectionExists, match="codec 'SQfp16', expected 'Flat'"):
         Collection.create(store, make_manifest(codec="Flat"), exist_ok=True)
 
 
