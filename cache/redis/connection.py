@@ -5,10 +5,10 @@ receive checks the deadline of the whole call (`_Bounded`), which received bytes
 """
 
 import re
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qsl, unquote
@@ -151,24 +151,19 @@ class Deadline:
     @contextmanager
     def bounds_this_thread(self) -> Iterator[None]:
         """Bound whatever this thread sends, receives and connects to."""
-        _current.deadline = self
+        token = _deadline.set(self)
         try:
             yield
         finally:
-            _current.deadline = None
+            _deadline.reset(token)
 
     def check(self) -> None:
         if not self.left_seconds:
             raise redis.TimeoutError("time budget used up")
 
 
-class _Current(threading.local):
-    """The deadline of this thread's call; redis-py has no argument to hand it down."""
-
-    deadline: Deadline | None = None
-
-
-_current = _Current()
+# Of this thread's call; redis-py has no argument to hand it down.
+_deadline: ContextVar[Deadline | None] = ContextVar("deadline", default=None)
 
 
 class _Bounded:
@@ -209,7 +204,7 @@ class _Bounded:
         return num_bytes
 
     def _limit(self) -> None:
-        deadline = _current.deadline
+        deadline = _deadline.get()
         if deadline is not None and self._is_blocking:
             deadline.check()
             self._sock.settimeout(max(deadline.left_seconds, 1e-3))  # 0 would mean: do not block
@@ -218,15 +213,15 @@ class _Bounded:
         self._num_bytes += num_bytes
         if self._num_bytes > _MAX_REPLY_BYTES:
             raise Malformed(f"replies of more than {_MAX_REPLY_BYTES} bytes")
-        if _current.deadline is not None:
-            _current.deadline.received(num_bytes)
+        if (deadline := _deadline.get()) is not None:
+            deadline.received(num_bytes)
 
 
 class _PlainConnection(Connection):
     def _connect(self) -> Any:
-        if _current.deadline is not None:
-            _current.deadline.check()
-            self.socket_connect_timeout = max(_current.deadline.left_seconds, 1e-3)
+        if (deadline := _deadline.get()) is not None:
+            deadline.check()
+            self.socket_connect_timeout = max(deadline.left_seconds, 1e-3)
         return _Bounded(super()._connect())  # type: ignore[no-untyped-call]  # redis-py has no types here
 
 

@@ -68,7 +68,7 @@ class CircuitBreaker:
             wait_seconds = self._open_until - time.monotonic()
             if wait_seconds > 0:
                 raise StoreUnavailable(
-                    f"not asked: {self._num_failures} failures in a row, next try in {wait_seconds:.1f} s; "
+                    f"circuit breaker open: {self._num_failures} failures in a row, next try in {wait_seconds:.1f} s; "
                     f"last: {self._reason}"
                 )
             self._open_until = time.monotonic() + self._cooldown_seconds  # for the calls next to this trial

@@ -29,6 +29,7 @@ from cache.errors import (
     CollectionExists,
     CollectionInUse,
     CollectionNotFound,
+    DamagedRecord,
     InvalidName,
     ManifestError,
     StoreDamaged,
@@ -216,16 +217,13 @@ class RedisStore(Store):
 
     def _flaws(self) -> Iterator[tuple[str, bytes, str]]:
         """Fields of the store's hashes that it did not write: key, field and problem."""
-        problem: str | None
-        for key, check in (
-            (self._manifests, _manifest_problem),
-            (self._aliases, _alias_problem),
-            (self._generations, _generation_problem),
-        ):
+        parsers = {self._manifests: _manifest, self._aliases: _alias, self._generations: _generation}
+        for key, parse in parsers.items():
             for field, value in sorted(self._ask(self._bulk, _is_pairs, "HGETALL", key).items()):
-                problem = check(field, value)
-                if problem is not None:
-                    yield key, field, f"{key} {field.decode(errors='backslashreplace')!r}: {problem}"
+                try:
+                    parse(field, value)
+                except (DamagedRecord, ManifestError) as exc:
+                    yield key, field, f"{key} {field.decode(errors='backslashreplace')!r}: {exc}"
 
     def _stray_keys(self, collection: str) -> Iterator[bytes]:
         start = self._key_start(collection)
@@ -237,18 +235,19 @@ class RedisStore(Store):
         """Damaged and foreign fields are no aliases: opening one is an error, and the others stay."""
         aliases = {}
         for alias, value in self._ask(link, _is_pairs, "HGETALL", self._aliases).items():
-            problem = _alias_problem(alias, value)
-            if problem is None:
-                aliases[alias.decode()] = value.partition(b":")[0].decode()
-            elif (alias, value) not in self._told:
-                self._told.add((alias, value))
-                log.warning("alias %r: %s", alias.decode(errors="backslashreplace"), problem)
+            try:
+                name, collection = _alias(alias, value)
+                aliases[name] = collection
+            except DamagedRecord as exc:
+                if (alias, value) not in self._told:
+                    self._told.add((alias, value))
+                    log.warning("alias %r: %s", alias.decode(errors="backslashreplace"), exc)
         return aliases
 
     def _get(self, link: Link, collection: str, passage_ids: Sequence[str]) -> list[Record | Damaged | None]:
         found = self._get_once(link, collection, passage_ids)
         # A record knows whose it is. One that does not fit may be another key's, on a connection that mixes replies up,
-        # and then a nil may stand in a record's place: all but the records are asked for once more, on another one.
+        # and then a nil may stand in a record's place: all but the records are read once more, on another one.
         if any(isinstance(record, Damaged) for record in found):
             doubted = [i for i, record in enumerate(found) if not isinstance(record, Record)]
             link.reconnect()
@@ -303,7 +302,7 @@ class RedisStore(Store):
                         yield key
                 if not cursor:
                     break
-                if cursor in cursors:  # no server comes by one twice, so this one would go on without end
+                if cursor in cursors:  # no server repeats one, so this scan would not end
                     raise StoreUnavailable(f"{self._address}: SCAN repeats its cursor {cursor}")
                 cursors.add(cursor)
 
@@ -319,9 +318,9 @@ class RedisStore(Store):
             raise CollectionNotFound(f"collection: {collection!r} does not exist in this store")
 
     def _bump(self, collection: str, *, is_plain: bool | None = None) -> None:
-        """Another generation. Plain, as the number it is, for collections of version 1, whose writers count on from it.
+        """Change the generation. Plain, as the number it is, for collections of version 1, whose writers count on.
 
-        Random, not counted: a count comes by a number again after a restart without data, or on a stale replica.
+        Random, not counted: a count repeats after a restart without data, or on a stale replica.
         """
         if is_plain is None:
             known = self._ask(self._bulk, _is_value, "HGET", self._generations, collection)
@@ -359,42 +358,37 @@ def _is_page(reply: object, start: bytes) -> bool:
 
 
 def _name(field: bytes) -> str | None:
-    """A collection's or alias's name; None for what is none, and so was not written by us."""
+    """A collection's or alias's name; None for other bytes, which this store did not write."""
     try:
         return check_name("name", field.decode())
     except (UnicodeDecodeError, InvalidName):
         return None
 
 
-def _alias_problem(alias: bytes, value: bytes) -> str | None:
-    encoded, separator, checksum = value.partition(b":")
-    name, collection = _name(alias), _name(encoded)
-    if name is None or collection is None:
-        return "no alias of this store"
-    if separator and checksum.decode(errors="replace") != _checksum(name, collection):  # earlier versions wrote none
-        return "its checksum does not match"
-    return None
+def _manifest(field: bytes, value: bytes) -> Manifest:
+    return Manifest.from_json(value, _written_name("collection", field))
 
 
-def _manifest_problem(collection: bytes, value: bytes) -> str | None:
-    name = _name(collection)
-    if name is None:
-        return "no collection of this store"
-    try:
-        Manifest.from_json(value, name)
-    except ManifestError as exc:
-        return str(exc)
-    return None
+def _alias(field: bytes, value: bytes) -> tuple[str, str]:
+    """Alias and collection."""
+    collection, separator, checksum = value.partition(b":")
+    alias, name = _written_name("alias", field), _written_name("alias", collection)
+    if separator and checksum != _checksum(alias, name).encode():  # earlier versions wrote none
+        raise DamagedRecord("its checksum does not match")
+    return alias, name
 
 
-def _generation_problem(collection: bytes, value: bytes) -> str | None:
+def _generation(field: bytes, value: bytes) -> None:
     number, separator, checksum = value.partition(b":")
-    name = _name(collection)
-    if name is None:
-        return "no collection of this store"
-    if number.isdigit() and (not separator or checksum.decode(errors="replace") == _checksum(name, number.decode())):
-        return None
-    return "its checksum does not match"
+    name = _written_name("collection", field)
+    if not number.isdigit() or (separator and checksum != _checksum(name, number.decode()).encode()):
+        raise DamagedRecord("its checksum does not match")
+
+
+def _written_name(kind: str, field: bytes) -> str:
+    if (name := _name(field)) is None:
+        raise DamagedRecord(f"no {kind} of this store")
+    return name
 
 
 def _checksum(field: str, value: str) -> str:
