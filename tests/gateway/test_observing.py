@@ -8,7 +8,8 @@ import json
 
 import pytest
 
-from decoder_server.edge.http.app import Counted
+from decoder_server.edge.http.app import Envelope
+from preread_edge.hosts import Guard
 from preread_edge.logs import set_up
 
 
@@ -62,9 +63,9 @@ async def test_an_answer_is_counted_once_and_before_its_caller_has_all_of_it(bre
             if breaks == "while the last part is sent":
                 raise ConnectionError
 
-    counted = Counted(app, lambda status, seconds: told.append(status))
+    counted = Envelope(app, Guard(any_host=True), lambda status, seconds: told.append(status))
     with contextlib.suppress(ConnectionError):
-        await counted({"type": "http"}, None, send)
+        await counted({"type": "http", "method": "GET", "path": "/", "headers": []}, None, send)
     assert told == [200]
     assert counted_at_the_end == ([] if breaks == "before the end" else [1])
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from decoder_server.edge.http import json_documents
+from decoder_server.edge.http import bodies, json_steps
 from preread.errors import InvalidRequest
 from preread_edge.steps import SMALL_BYTES, stepped
 
@@ -46,7 +46,7 @@ def nothing() -> None:
 
 @pytest.mark.parametrize("block", [32, 40, 101, 1000])
 def test_a_document_is_what_json_reads(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    monkeypatch.setattr(json_documents, "BLOCK_BYTES", block)
+    monkeypatch.setattr(json_steps, "BLOCK_BYTES", block)
     rng = random.Random(block)
     num_read = 0
     for _ in range(60 if block < 100 else 300):
@@ -56,25 +56,25 @@ def test_a_document_is_what_json_reads(monkeypatch: pytest.MonkeyPatch, block: i
         )
         data = damaged(rng, data) if rng.random() < 0.5 else data
         try:
-            expected = json_documents.loads(data.decode("utf-8", "surrogatepass"))
+            expected = json_steps.DECODER.decode(data.decode("utf-8", "surrogatepass"))
         except ValueError:
             with pytest.raises(InvalidRequest, match="expected JSON"):
-                json_documents.parse_in_steps(nothing, data, "body")
+                json_steps.parse_in_steps(nothing, data, "body")
             continue
         num_read += 1
-        assert json_documents.parse_in_steps(nothing, data, "body") == expected
+        assert json_steps.parse_in_steps(nothing, data, "body") == expected
     assert num_read > 20
 
 
 @pytest.mark.parametrize("block", [1, 7, 64])
 def test_a_document_is_written_as_json_writes_it(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    monkeypatch.setattr(json_documents, "BLOCK_BYTES", block)
+    monkeypatch.setattr(json_steps, "BLOCK_BYTES", block)
     rng = random.Random(block)
     for _ in range(100):
         document = json.loads(json.dumps(value(rng)).replace("\\ud800", "x").replace("\\udc00", "y"))
-        assert b"".join(json_documents.render_in_steps(nothing, document)) == json_documents.dumps(document).encode()
+        assert b"".join(json_steps.render_in_steps(nothing, document)) == json_steps.ENCODER.encode(document).encode()
     with pytest.raises(ValueError, match="JSON compliant"):
-        json_documents.render_in_steps(nothing, [float("nan")])
+        json_steps.render_in_steps(nothing, [float("nan")])
 
 
 MIB = 1 << 20
@@ -111,7 +111,7 @@ def longest_step(data: bytes) -> tuple[Any, float]:
         longest, last = max(longest, time.thread_time() - last), time.thread_time()
 
     try:
-        document = json_documents.parse_in_steps(step, data, "body")
+        document = json_steps.parse_in_steps(step, data, "body")
     except InvalidRequest as exc:
         document = None
         longest = max(longest, len(str(exc)) / 500)
@@ -165,7 +165,7 @@ async def test_the_loop_goes_on_meanwhile_and_work_for_nobody_ends() -> None:
 async def test_a_reason_is_no_text_of_an_exception(content: bytes, says: str, is_large: bool) -> None:
     content = content + b" " * SMALL_BYTES if is_large else content
     with pytest.raises(InvalidRequest) as refused:
-        await json_documents.parse(content)
+        await bodies.parse(content)
     assert says in str(refused.value)
     assert "sys." not in str(refused.value)
     assert "codec" not in str(refused.value)

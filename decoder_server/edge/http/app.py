@@ -1,6 +1,6 @@
 """The HTTP application: its routes, its keys, and what surrounds every response.
 
-From the outside in: counting; request id, host guard, CORS and errors in the caller's dialect; keys; routes.
+From the outside in: the envelope of every response, the keys, the routes.
 Logs the request's id and an exception's type and place, never a request's text.
 """
 
@@ -59,7 +59,7 @@ def build(context: Context, guard: Guard, on_answer: OnAnswer) -> ASGIApp:
     app.state.context = context
     published = rerank.SCHEMAS | info.SCHEMAS | collections.SCHEMAS | errors.SCHEMAS
     app.state.openapi = document(OPERATIONS, dialects.PREFIXES, published)
-    return Counted(_Envelope(keys.AccessMiddleware(app, context.keys, scopes_of, _refuse), guard), on_answer)
+    return Envelope(keys.AccessMiddleware(app, context.keys, scopes_of, _refuse), guard, on_answer)
 
 
 def scopes_of(method: str, path: str) -> tuple[keys.Scope, ...]:
@@ -73,14 +73,15 @@ def scopes_of(method: str, path: str) -> tuple[keys.Scope, ...]:
     return (keys.Scope.RERANK,) if method == "POST" else (keys.Scope.ADMIN,)
 
 
-class Counted:
-    """Tells of every response, rejections included, before its last byte goes: a client that has it finds it counted.
+class Envelope:
+    """Around every response: its id (the caller's where it is fit for a header and a log), CORS, errors, counting.
 
-    A request that got no response is not counted.
+    A response is counted before its last byte goes, so that a client that has it whole finds it counted.
     """
 
-    def __init__(self, app: ASGIApp, on_answer: OnAnswer) -> None:
+    def __init__(self, app: ASGIApp, guard: Guard, on_answer: OnAnswer) -> None:
         self._app = app
+        self._guard = guard
         self._on_answer = on_answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -88,39 +89,6 @@ class Counted:
             await self._app(scope, receive, send)
             return
         start = time.monotonic()
-        status = 0
-
-        def tell() -> None:
-            nonlocal status
-            if status:
-                self._on_answer(status, time.monotonic() - start)
-                status = 0
-
-        async def send_seen(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            elif message["type"] == "http.response.body" and not message.get("more_body"):
-                tell()
-            await send(message)
-
-        try:
-            await self._app(scope, receive, send_seen)
-        finally:
-            tell()  # a response that broke off
-
-
-class _Envelope:
-    """Takes the caller's request id where it is fit for a header and a log, else makes one."""
-
-    def __init__(self, app: ASGIApp, guard: Guard) -> None:
-        self._app = app
-        self._guard = guard
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
         stranger = self._guard.problem(scope)
         scope["path"] = _tidy(scope["path"])
         headers = Headers(scope=scope)
@@ -128,7 +96,14 @@ class _Envelope:
         seen = bytearray()
         scope.setdefault("state", {}).update(request_id=request_id, seen=seen)
         cors = self._guard.cors(scope)
-        started = finished = False
+        status = 0
+        counted = finished = False
+
+        def count() -> None:
+            nonlocal counted
+            if status and not counted:
+                counted = True
+                self._on_answer(status, time.monotonic() - start)
 
         async def receive_seen() -> Message:
             message = await receive()
@@ -137,15 +112,18 @@ class _Envelope:
             return message
 
         async def send_named(message: Message) -> None:
-            nonlocal started, finished
+            nonlocal status, finished
             if message["type"] == "http.response.start":
-                started = True
+                status = message["status"]
                 named = MutableHeaders(scope=message)
                 named["x-request-id"] = request_id
                 for name, value in cors.items():
                     named.setdefault(name, value)
+            is_last = message["type"] == "http.response.body" and not message.get("more_body")
+            if is_last:
+                count()
             await send(message)
-            finished = message["type"] == "http.response.body" and not message.get("more_body")
+            finished = is_last
 
         try:
             if scope["state"].get("crowded") and scope["path"] not in _PROBES:
@@ -162,10 +140,12 @@ class _Envelope:
             log.error("request %s failed: %s", request_id, type(exc).__name__, exc_info=exc)
             if finished:  # the framework has answered, and raises for the log
                 return
-            if started:
+            if status:
                 raise  # the connection has to break: half a response must not look like a whole one
             response = await _respond(scope, receive_seen, errors.INTERNAL)
             await response(scope, receive_seen, send_named)
+        finally:
+            count()  # a response that broke off
 
 
 def _tidy(path: str) -> str:

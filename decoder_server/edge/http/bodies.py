@@ -1,4 +1,4 @@
-"""JSON values to typed structs, and the schemas of those structs: a body is read, checked and published from one class.
+"""Bytes to JSON to typed structs: the class that a body is read into checks it, and describes it in /openapi.json.
 
 Null is absent, unknown fields are ignored, and an error names the path of the field. The types here are what msgspec
 does not have: strings that UTF-8 must be able to hold, counts that clients write as 3.0, texts inside objects.
@@ -6,15 +6,17 @@ does not have: strings that UTF-8 must be able to hold, counts that clients writ
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
 from typing import Any, ClassVar, Self, TypeVar
 
 import msgspec
 from msgspec import Struct
 
+from decoder_server.edge.http.json_steps import DECODER, parse_in_steps, reason
 from preread.errors import InvalidRequest, Path
 from preread.types import Stage, parse_stages
+from preread_edge.steps import SMALL_BYTES, stepped
 
 T = TypeVar("T")
 Schema = dict[str, Any]
@@ -22,7 +24,6 @@ Schema = dict[str, Any]
 MAX_INT = 2**31 - 1  # gRPC's fields hold no more
 HALF_A_PAIR = "half of a surrogate pair", "text that UTF-8 can hold"  # value and expectation
 
-_REF = "#/components/schemas/"
 _KINDS = {
     "object": "an object", "array": "a list", "str": "a string", "bool": "true or false", "int": "a whole number",
     "float": "a number", "null": "null",
@@ -31,6 +32,22 @@ _AT = re.compile(r" - at `\$(.*)`$")
 _STEP = re.compile(r"\.(\w+)|\[(\d+)\]")
 _EXPECTED = re.compile(r"Expected `([^`]+)`( of length \d+)?, got `?([^`]+)`?")
 _MISSING = re.compile(r"Object missing required field `([^`]+)`")
+
+
+async def parse(data: bytes | bytearray, what: str = "body") -> Any:
+    """A JSON document, NaN and infinity excluded.
+
+    Raises:
+        InvalidRequest: anything else; a large document of too many values, or too deep.
+    """
+    if len(data) > SMALL_BYTES:
+        return await stepped(parse_in_steps, data, what)
+    try:
+        return DECODER.decode(data.decode(json.detect_encoding(data), "surrogatepass"))
+    except RecursionError:
+        raise InvalidRequest(what, "too deeply nested", "JSON") from None
+    except ValueError as exc:
+        raise InvalidRequest(what, f"not JSON ({reason(exc)})" if data else "empty", "JSON") from None
 
 
 class RawText(str):
@@ -161,36 +178,6 @@ def read(kind: type[T], value: Any, root: Path = ()) -> T:
         raise _translated(exc, root) from None
     except UnicodeEncodeError:  # the name of a field inside an object
         raise InvalidRequest(root or ("body",), *HALF_A_PAIR) from None
-
-
-def schemas(published: Mapping[str, Any]) -> dict[str, Schema]:
-    """JSON schemas by published name, of a type or of several alternatives; and of the structs inside them."""
-    alternatives = {name: kind if isinstance(kind, tuple) else (kind,) for name, kind in published.items()}
-    kinds = [kind for several in alternatives.values() for kind in several]
-    found, components = msgspec.json.schema_components(kinds, schema_hook=_schema_of, ref_template=_REF + "{name}")
-    names = {name: name.removeprefix("_") for name in components}
-    names |= {several[0].__name__: name for name, several in alternatives.items() if len(several) == 1}
-
-    def public(node: Any) -> Any:
-        if isinstance(node, list):
-            return [public(item) for item in node]
-        if isinstance(node, dict):
-            own = {key for key in ("title", "default") if not isinstance(node.get(key), dict)}  # a dict is a property
-            return {key: public(item) for key, item in node.items() if key not in own}
-        return _REF + names[node.removeprefix(_REF)] if isinstance(node, str) and node.startswith(_REF) else node
-
-    result = {names[name]: public(schema) for name, schema in components.items()}
-    schema_of = iter(found)
-    for name, several in alternatives.items():
-        own = [public(next(schema_of)) for _ in several]
-        if name not in result:
-            result[name] = own[0] if len(own) == 1 else {"anyOf": own}
-    return result
-
-
-def _schema_of(custom: Any) -> Schema:
-    schema: Schema = custom.schema
-    return schema
 
 
 def _translated(error: msgspec.ValidationError, root: Path) -> InvalidRequest:

@@ -21,10 +21,9 @@ from cache.errors import CollectionNotFound
 from cache.record import check_name
 from decoder_server.edge.engines import collection_infos
 from decoder_server.edge.http import errors
-from decoder_server.edge.http.bodies import HALF_A_PAIR, Count, RawText, Text, is_utf8, read
+from decoder_server.edge.http.bodies import HALF_A_PAIR, Count, RawText, Text, is_utf8, parse, read
 from decoder_server.edge.http.context import check_plain, check_written, context, read_json, respond
 from decoder_server.edge.http.errors import TOO_SLOW, HttpError
-from decoder_server.edge.http.json_documents import parse
 from decoder_server.edge.http.openapi import JSON, Operation
 from preread import Passage, UpsertResult
 from preread.errors import InvalidRequest, Path

@@ -19,8 +19,9 @@ from starlette.types import Receive, Scope, Send
 from cache.store import Store
 from decoder_server.config import DEFAULT_NAMES, HttpConfig
 from decoder_server.edge.engines import choose
+from decoder_server.edge.http.bodies import parse
 from decoder_server.edge.http.errors import LEFT, TOO_SLOW, HttpError, Problem
-from decoder_server.edge.http.json_documents import dumps, parse, render_in_steps
+from decoder_server.edge.http.json_steps import ENCODER, render_in_steps
 from decoder_server.engine.engine import Engine
 from decoder_server.readiness import Readiness
 from preread import AsyncClient
@@ -189,7 +190,7 @@ async def respond(document: Any, headers: dict[str, str] | None = None, *, is_la
     values = msgspec.to_builtins(document)
     if is_large:
         return _Parts(await stepped(render_in_steps, values), headers)
-    return Response(dumps(values), headers=headers, media_type="application/json")
+    return Response(ENCODER.encode(values), headers=headers, media_type="application/json")
 
 
 class _Parts(Response):

@@ -21,7 +21,7 @@ from cache.errors import (
     StoreLocked,
     StoreUnavailable,
 )
-from decoder_server.edge.http.json_documents import dumps
+from decoder_server.edge.http.json_steps import ENCODER
 from preread import errors
 
 RETRY_SECONDS = 1.0  # where the cause says nothing
@@ -127,7 +127,7 @@ def respond(problem: Problem, *, tei: bool = False, headers: Mapping[str, str] |
         # Whole seconds for everybody, milliseconds for clients that read them. Never 0, which is a busy loop.
         headers["retry-after"] = str(max(1, math.ceil(problem.retry_after_seconds)))
         headers["retry-after-ms"] = str(max(1, math.ceil(problem.retry_after_seconds * 1000)))
-    return Response(dumps(msgspec.to_builtins(body)), problem.status, headers, "application/json")
+    return Response(ENCODER.encode(msgspec.to_builtins(body)), problem.status, headers, "application/json")
 
 
 def refusal(status: int, message: str) -> tuple[str, bytes]:

@@ -7,13 +7,16 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from decoder_server.edge.engines import package_version
-from decoder_server.edge.http.bodies import Schema, schemas
+from decoder_server.edge.http.bodies import Schema
 
 JSON = "application/json"
+
+_REF = "#/components/schemas/"
 
 _ERRORS = {
     "400": "A field is out of range, or the request contradicts the state of the service",
@@ -85,8 +88,38 @@ def document(operations: Iterable[Operation], prefixes: Iterable[str], published
         },
         "tags": [{"name": name, "description": text} for name, text in _TAGS.items()],
         "paths": paths,
-        "components": {"schemas": {"Object": {"type": "object"}, **schemas(published)}},
+        "components": {"schemas": {"Object": {"type": "object"}, **_schemas(published)}},
     }
+
+
+def _schemas(published: Mapping[str, Any]) -> dict[str, Schema]:
+    """JSON schemas by published name, of a type or of several alternatives; and of the structs inside them."""
+    alternatives = {name: kind if isinstance(kind, tuple) else (kind,) for name, kind in published.items()}
+    kinds = [kind for several in alternatives.values() for kind in several]
+    found, components = msgspec.json.schema_components(kinds, schema_hook=_schema_of, ref_template=_REF + "{name}")
+    names = {name: name.removeprefix("_") for name in components}
+    names |= {several[0].__name__: name for name, several in alternatives.items() if len(several) == 1}
+
+    def public(node: Any) -> Any:
+        if isinstance(node, list):
+            return [public(item) for item in node]
+        if isinstance(node, dict):
+            own = {key for key in ("title", "default") if not isinstance(node.get(key), dict)}  # a dict is a property
+            return {key: public(item) for key, item in node.items() if key not in own}
+        return _REF + names[node.removeprefix(_REF)] if isinstance(node, str) and node.startswith(_REF) else node
+
+    result = {names[name]: public(schema) for name, schema in components.items()}
+    schema_of = iter(found)
+    for name, several in alternatives.items():
+        own = [public(next(schema_of)) for _ in several]
+        if name not in result:
+            result[name] = own[0] if len(own) == 1 else {"anyOf": own}
+    return result
+
+
+def _schema_of(custom: Any) -> Schema:
+    schema: Schema = custom.schema
+    return schema
 
 
 def _described(operation: Operation) -> Schema:
@@ -122,6 +155,6 @@ def _content(names: Mapping[str, Sequence[str]]) -> Schema:
     """Published schemas by media type; none for text."""
     content: Schema = {}
     for media, several in names.items():
-        refs = [{"$ref": f"#/components/schemas/{name}"} for name in several]
+        refs = [{"$ref": _REF + name} for name in several]
         content[media] = {"schema": ({"anyOf": refs} if len(refs) > 1 else refs[0]) if refs else {"type": "string"}}
     return content

@@ -1,6 +1,6 @@
-"""JSON documents with limits, read and written: small ones by json alone, large ones in steps next to the event loop.
+"""Large JSON documents, read and written in steps next to the event loop. Small ones are left to json alone.
 
-A large document is scanned first, 64 KiB at a time: where the characters are that are not inside strings, how many, how
+A document is scanned first, 64 KiB at a time: where the characters are that are not inside strings, how many, how
 deep. So a hostile one is refused before anything is made of it, and every other is cut into runs of elements, or of
 one long string's characters, that json reads in a millisecond each.
 """
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from preread.errors import InvalidRequest
-from preread_edge.steps import SMALL_BYTES, Step, stepped
+from preread_edge.steps import Step
 
 Json = Any
 
@@ -34,28 +34,20 @@ _PAIR = re.compile(rb"\\u[dD][89abAB]..\\u[dD][c-fC-F]")
 _BOM = b"\xef\xbb\xbf"
 
 
-async def parse(data: bytes | bytearray, what: str = "body") -> Json:
-    """A JSON document, NaN and infinity excluded.
-
-    Raises:
-        InvalidRequest: anything else; a large document of too many values, or too deep.
-    """
-    if len(data) > SMALL_BYTES:
-        return await stepped(parse_in_steps, data, what)
-    try:
-        return loads(data.decode(json.detect_encoding(data), "surrogatepass"))
-    except RecursionError:
-        raise InvalidRequest(what, "too deeply nested", "JSON") from None
-    except ValueError as exc:
-        raise InvalidRequest(what, f"not JSON ({_reason(exc)})" if data else "empty", "JSON") from None
+class _NoConstant(ValueError):  # noqa: N818 - says what it is
+    """NaN or an infinity."""
 
 
-def loads(text: str) -> Json:
-    """json.loads without NaN and infinity."""
-    return json.loads(text, parse_constant=_no_constant)
+def _no_constant(name: str) -> NoReturn:
+    raise _NoConstant(f"{name} is not JSON")
 
 
-def _reason(error: ValueError) -> str:
+# NaN and infinity are not JSON: the one never reads them, and the other raises on a NaN, which would be a bug.
+DECODER = json.JSONDecoder(parse_constant=_no_constant)
+ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def reason(error: ValueError) -> str:
     """The cause in the words of json, which are meant for writers of JSON; those of other exceptions are not."""
     if isinstance(error, (json.JSONDecodeError, _NoConstant)):
         return str(error)
@@ -178,13 +170,13 @@ class _Document:
     def _loads(self, begin: int, end: int, before: str = "", after: str = "") -> Json:
         try:
             text = self._data[begin:end].decode("utf-8", "surrogatepass")
-            return loads(before + text + after)
+            return DECODER.decode(before + text + after)
         except RecursionError:
             raise InvalidRequest(self._what, "too deeply nested", "JSON") from None
         except json.JSONDecodeError as exc:
             raise self._problem(begin + exc.pos - len(before), exc.msg) from None
         except ValueError as exc:
-            raise self._problem(begin, _reason(exc)) from None
+            raise self._problem(begin, reason(exc)) from None
         finally:
             self._step()
 
@@ -270,15 +262,10 @@ def render_in_steps(step: Step, document: Json) -> list[bytes]:
     return parts
 
 
-def dumps(document: Json) -> str:
-    """Compact JSON; a NaN would be a bug and raises."""
-    return json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-
-
 def _pieces(document: Json) -> Iterator[str]:
     if isinstance(document, dict):
         for i, (name, value) in enumerate(document.items()):
-            yield f"{',' if i else '{'}{dumps(str(name))}:"
+            yield f"{',' if i else '{'}{ENCODER.encode(str(name))}:"
             yield from _pieces(value)
         yield "}" if document else "{}"
     elif isinstance(document, list):
@@ -289,15 +276,7 @@ def _pieces(document: Json) -> Iterator[str]:
     elif isinstance(document, str) and len(document) > BLOCK_BYTES:
         yield '"'
         for begin in range(0, len(document), BLOCK_BYTES):
-            yield dumps(document[begin : begin + BLOCK_BYTES])[1:-1]
+            yield ENCODER.encode(document[begin : begin + BLOCK_BYTES])[1:-1]
         yield '"'
     else:
-        yield dumps(document)
-
-
-class _NoConstant(ValueError):  # noqa: N818 - says what it is
-    """NaN or an infinity."""
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise _NoConstant(f"{name} is not JSON")
+        yield ENCODER.encode(document)
