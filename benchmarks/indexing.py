@@ -34,11 +34,10 @@ from benchmarks.operations import Operations
 from cache.open import open_store
 from checkpoint import Checkpoint
 from checkpoint.compute import DTYPES
-from encoder_worker.indexing import index
+from encoder_worker.indexing import IndexReport, index
 from encoder_worker.passage_encoder import PassageEncoder, plan_batches
-from encoder_worker.report import IndexReport
 from encoder_worker.sources import Passage
-from encoder_worker.sources.source import Source
+from encoder_worker.sources.files import Source
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "scifact"
 RATIO = 4

@@ -1,23 +1,15 @@
-"""Which tokens see which in one encoder layer, and attention over just those. Knows no weights.
+"""The encoder half of T5Gemma 2: token ids in, pooled token states out, bidirectional, one packed batch a pass.
 
-The T5Gemma 2 text encoder: token ids to token states, bidirectional, one packed batch a pass.
-
-Reads like the model's definition (transformers' modeling_t5gemma2 is the oracle in the tests). Passages
-lie end to end, so no padding is ever multiplied. Sliding layers are computed in blocks of queries
-against the keys their window reaches, so time and memory grow with the length of a passage, not with
-its square. Does not know texts, pooling or stores.
-
-The encoder half: token ids in, pooled token states out.
-
-Reads the encoder's tensors straight from safetensors; the vision tower and the decoder are never
-built. Does not know texts, batching policy or stores.
+Reads like the model's definition (transformers' modeling_t5gemma2 is the oracle in the tests), and its tensors straight
+from safetensors; the vision tower and the decoder are never built. Passages lie end to end, so no padding is ever
+multiplied. Sliding layers are computed in blocks of queries against the keys their window reaches, so time and memory
+grow with the length of a passage, not with its square. Does not know texts, batching policy or stores.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -38,10 +30,6 @@ from checkpoint.layers import (
     take_layer,
 )
 
-if TYPE_CHECKING:
-    from transformers.models.t5gemma2.configuration_t5gemma2 import T5Gemma2TextConfig
-
-
 # Queries at a time where a layer slides: their keys are these and what the window reaches beside
 # them, so more would see more keys in vain.
 BLOCK_TOKENS = 128
@@ -60,7 +48,7 @@ class _Block:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Passages of one length that lie beside one another; or, padded, of several lengths."""
+    """Passages of one length that lie next to one another; or, padded, of several lengths."""
 
     rows: slice  # of the packed batch
     source: Tensor | None  # packed row of every padded one; None: nothing is padded
@@ -70,7 +58,7 @@ class _Group:
     blocks: tuple[_Block, ...]
 
 
-class SlidingAttention:
+class _Attention:
     """Bidirectional attention, sliding or over everything, for one packed batch."""
 
     def __init__(
@@ -78,15 +66,14 @@ class SlidingAttention:
     ) -> None:
         """
         Args:
-            size: sliding window in tokens: a query sees (size - 1) // 2 tokens to its left and size // 2 to
-                its right (source: sliding_window_mask_function in transformers' modeling_t5gemma2);
-                None sees everything.
+            size: of the sliding attention in tokens: a query sees (size - 1) // 2 to its left and size // 2 to its
+                right (source: sliding_window_mask_function in transformers' modeling_t5gemma2); None sees all.
             lengths: of the packed passages, in order.
             group: query heads per kv head.
         """
         self._size, self._group, self._device, self._dtype = size, group, device, dtype
         self._masks: dict[tuple[int, int, int], Tensor] = {}
-        # A CPU takes every length by itself and pads nothing; a GPU would spend its time launching.
+        # A CPU takes every length alone and pads nothing; a GPU would spend its time launching.
         pad = device.type != "cpu" and len(set(lengths)) > 1
         self._groups = [self._padded(lengths)] if pad else list(self._even(lengths))
 
@@ -178,79 +165,28 @@ def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min / 4)
 
 
-class TextEncoder:
-    """Encoder weights and the forward pass over them."""
-
-    def __init__(
-        self, config: T5Gemma2TextConfig, tensors: dict[str, Tensor], eoi_id: int, *, compiled: bool = False
-    ) -> None:
-        """Takes tensors out of `tensors` (canonical names `encoder.…`) as it packs them.
-
-        Args:
-            eoi_id: the token whose embedding row is kept apart (end of image).
-            compiled: see Pointwise.
-        """
-        self.config = config
-        self.embedding = Embedding(tensors, "encoder", eoi_id)
-        weight = self.embedding.weight
-        self.norm = norm_weight(tensors.pop("encoder.norm.weight"))
-        scale = float(config.query_pre_attn_scalar**-0.5)
-        self.layers = [take_layer(tensors, f"encoder.layers.{i}", scale) for i in range(config.num_hidden_layers)]
-        self.layer_types: list[str] = list(config.layer_types or ())
-        self.pointwise = Pointwise(float(config.rms_norm_eps), compiled=compiled)
-        self._rope = Rope(config, weight.device, weight.dtype)
-
-    @torch.inference_mode()
-    def states(self, token_ids: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Token states after the final norm, (num_tokens, dim).
-
-        Args:
-            token_ids: passages packed end to end, (num_tokens,).
-            lengths: of the passages.
-        """
-        hidden = self.embedding(token_ids)
-        device, dtype = hidden.device, hidden.dtype
-        positions = torch.cat([torch.arange(length, device=device) for length in lengths])
-        group = self.config.num_attention_heads // self.config.num_key_value_heads
-        windows, rotations = {}, {}
-        for kind in set(self.layer_types):
-            size = self.config.sliding_window if kind == "sliding_attention" else None
-            windows[kind] = SlidingAttention(size, lengths, group, device, dtype)
-            cos, sin = self._rope.table(kind, max(lengths))
-            rotations[kind] = (cos[positions], sin[positions])
-        norms = [layer.pre_attention for layer in self.layers] + [self.norm]
-        normed: Tensor = self.pointwise.rms_norm(hidden, norms[0])
-        for layer, kind, following in zip(self.layers, self.layer_types, norms[1:], strict=True):
-            attended = self._attended(layer, normed, windows[kind], rotations[kind])
-            hidden, normed = self.pointwise.add_norm(hidden, layer.o(attended), layer.post_attention, layer.pre_mlp)
-            update = layer.down(layer.gated(normed))
-            hidden, normed = self.pointwise.add_norm(hidden, update, layer.post_mlp, following)
-        return normed
-
-    def _attended(self, layer: LayerWeights, normed: Tensor, window: SlidingAttention, rotation: Rotation) -> Tensor:
-        """(num_tokens, dim) -> (num_tokens, num_heads * head_dim)."""
-        head = self.config.head_dim
-        q = layer.q(normed).view(len(normed), -1, head)
-        k, v = layer.kv(normed).view(len(normed), 2, -1, head).unbind(1)
-        q = self.pointwise.norm_rotate(q, layer.q_norm, *rotation)
-        k = self.pointwise.norm_rotate(k, layer.k_norm, *rotation)
-        return window.attend(q, k, v.contiguous(), self.pointwise)
-
-
 class Encoder:
     """Encoder half of one checkpoint, loaded. Call it from one thread."""
 
     def __init__(
         self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *, compiled: bool = False
     ) -> None:
+        """
+        Args:
+            compiled: see Pointwise.
+        """
         self.dim = checkpoint.dim
         self.dtype_name = dtype_name(dtype)
         self.device_name = str(device)
-        self._device = device
-        tensors = checkpoint.encoder_tensors(dtype)
-        if device.type != "cpu":
-            tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-        self._model = TextEncoder(checkpoint.encoder_config, tensors, checkpoint.eoi_id, compiled=compiled)
+        self._config = config = checkpoint.encoder_config
+        tensors = {name: tensor.to(device) for name, tensor in checkpoint.encoder_tensors(dtype).items()}
+        self._embedding = Embedding(tensors, "encoder", checkpoint.eoi_id)
+        self._norm = norm_weight(tensors.pop("encoder.norm.weight"))
+        scale = float(config.query_pre_attn_scalar**-0.5)
+        self._layers = [take_layer(tensors, f"encoder.layers.{i}", scale) for i in range(config.num_hidden_layers)]
+        self._layer_types: list[str] = list(config.layer_types or ())
+        self._pointwise = Pointwise(float(config.rms_norm_eps), compiled=compiled)
+        self._rope = Rope(config, device, dtype)
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, *, device: str | None = None, dtype: str | None = None) -> Encoder:
@@ -265,8 +201,7 @@ class Encoder:
             ValueError: a device or dtype that is not to be had.
         """
         where = choose_device(device)
-        fused = choose_fused(checkpoint.dim, where)
-        return cls(checkpoint, where, choose_dtype(dtype, where), compiled=fused)
+        return cls(checkpoint, where, choose_dtype(dtype, where), compiled=choose_fused(checkpoint.dim, where))
 
     @torch.inference_mode()
     def encode(self, batch: Sequence[Sequence[int]], ratio: int) -> list[NDArray[np.float32]]:
@@ -281,21 +216,47 @@ class Encoder:
         """
         lengths = [len(ids) for ids in batch]
         ids = torch.from_numpy(np.concatenate([np.asarray(tokens, dtype=np.int64) for tokens in batch]))
-        states = self._model.states(ids.to(self._device), lengths)
-        pooled = pool_packed(states, lengths, ratio).cpu()
+        pooled = _pool(self._states(ids.to(self._embedding.weight.device), lengths), lengths, ratio).cpu()
         # Copies, so that one passage kept does not keep the whole batch alive.
         counts = [-(-length // ratio) for length in lengths]
         return [rows.copy() for rows in np.split(pooled.numpy(), np.cumsum(counts)[:-1])]
 
+    def _states(self, token_ids: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Packed token ids (num_tokens,) to states after the final norm, (num_tokens, dim)."""
+        hidden = self._embedding(token_ids)
+        device, dtype = hidden.device, hidden.dtype
+        positions = torch.cat([torch.arange(length, device=device) for length in lengths])
+        group = self._config.num_attention_heads // self._config.num_key_value_heads
+        attentions, rotations = {}, {}
+        for kind in set(self._layer_types):
+            size = self._config.sliding_window if kind == "sliding_attention" else None
+            attentions[kind] = _Attention(size, lengths, group, device, dtype)
+            cos, sin = self._rope.table(kind, max(lengths))
+            rotations[kind] = (cos[positions], sin[positions])
+        norms = [layer.pre_attention for layer in self._layers] + [self._norm]
+        normed: Tensor = self._pointwise.rms_norm(hidden, norms[0])
+        for layer, kind, following in zip(self._layers, self._layer_types, norms[1:], strict=True):
+            attended = self._attended(layer, normed, attentions[kind], rotations[kind])
+            hidden, normed = self._pointwise.add_norm(hidden, layer.o(attended), layer.post_attention, layer.pre_mlp)
+            update = layer.down(layer.gated(normed))
+            hidden, normed = self._pointwise.add_norm(hidden, update, layer.post_mlp, following)
+        return normed
 
-def pool_packed(states: Tensor, lengths: Sequence[int], ratio: int) -> Tensor:
-    """Matryoshka embedding pooling of packed passages on their own device.
+    def _attended(self, layer: LayerWeights, normed: Tensor, attention: _Attention, rotation: Rotation) -> Tensor:
+        """(num_tokens, dim) -> (num_tokens, num_heads * head_dim)."""
+        head = self._config.head_dim
+        q = layer.q(normed).view(len(normed), -1, head)
+        k, v = layer.kv(normed).view(len(normed), 2, -1, head).unbind(1)
+        q = self._pointwise.norm_rotate(q, layer.q_norm, *rotation)
+        k = self._pointwise.norm_rotate(k, layer.k_norm, *rotation)
+        return attention.attend(q, k, v.contiguous(), self._pointwise)
+
+
+def _pool(states: Tensor, lengths: Sequence[int], ratio: int) -> Tensor:
+    """Matryoshka embedding pooling of packed passages (num_tokens, dim) on their own device.
 
     The mean over groups of `ratio` tokens aligned at each passage's token 0; cache.states has the
     same law for one passage, and the tests hold both to it.
-
-    Args:
-        states: (num_tokens, dim).
 
     Returns:
         (sum of ceil(length / ratio), dim) float32.

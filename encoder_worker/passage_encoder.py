@@ -1,6 +1,4 @@
-"""Which sequences share a forward pass. Pure functions of lengths; knows neither tokens nor models.
-
-Texts to pooled states, in the two steps that run on different threads: tokenize, then encode.
+"""Texts to pooled states, in the steps that run on different threads: tokenize, plan batches, encode.
 
 Does not know files, stores or requests.
 """
@@ -20,6 +18,10 @@ from cache.states import PassageStates, text_digest
 from checkpoint import Checkpoint, EncoderIdentity, TokenizedPassage
 from encoder_worker.encoder import Encoder
 
+log = logging.getLogger(__name__)
+
+States = NDArray[np.float32]
+TOKENIZE_TEXTS = 64  # at a time, so that a cancelled call is noticed in between
 # Padded tokens of one pass. A CPU runs at full rate far below; a GPU needs more to be busy, and a
 # pass that is mostly launching kernels may as well carry padding.
 _MAX_BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
@@ -66,7 +68,7 @@ def plan_batches(lengths: Sequence[int], limits: BatchLimits) -> list[list[int]]
 
     Padding has a bound that no input breaks: a batch is closed when one more, shorter sequence would
     take it over `max_padding`. That costs little: lengths within about a tenth of each other always
-    share, so at most some fifty batches per window are closed for raggedness.
+    share, so at most some fifty batches of any plan are closed for raggedness.
 
     Returns:
         Indices into `lengths`, each exactly once.
@@ -82,13 +84,6 @@ def plan_batches(lengths: Sequence[int], limits: BatchLimits) -> list[list[int]]
             batches.append([i])
             longest = num_tokens = lengths[i]
     return batches
-
-
-log = logging.getLogger(__name__)
-
-TOKENIZE_TEXTS = 64  # at a time, where a caller may leave between two calls
-
-States = NDArray[np.float32]
 
 
 class EncodingFailed(Exception):  # noqa: N818 - says what happened

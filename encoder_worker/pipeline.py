@@ -25,7 +25,7 @@ from encoder_worker.passage_encoder import EncodingFailed
 from encoder_worker.reading import ReadBatch
 from encoder_worker.scheduler import EncodeScheduler, EncodeStream, Priority
 from encoder_worker.sources import Reason
-from encoder_worker.writing import Group, GroupLimits, Target, Upsert, write_group
+from encoder_worker.writing import GroupLimits, Target, Upsert, WriteGroup, write_group
 
 MAX_PENDING_WRITES = 2
 
@@ -75,8 +75,8 @@ class Pipeline:
         self._num_unacknowledged = self._num_bytes = 0
         self._fractions: tuple[float | None, float | None] = (0.0, 0.0)  # of the source, around the present batch
         self._num_todo = 0  # passages to encode of the present batch
-        self._group = Group()
-        self._full: deque[Group] = deque()
+        self._group = WriteGroup()
+        self._full: deque[WriteGroup] = deque()
         self._complete = False  # the source is read to its end
         self._stop = stop or threading.Event()
         self._num_changes = 0
@@ -170,7 +170,7 @@ class Pipeline:
         self._group.add(upsert)
         if self._group.is_full(self._limits.group, self._target):
             self._full.append(self._group)
-            self._group = Group()
+            self._group = WriteGroup()
             self._notify()
             await self._until(lambda: len(self._full) <= MAX_PENDING_WRITES)
 
@@ -184,7 +184,7 @@ class Pipeline:
             if self._full:
                 group = self._full.popleft()
             else:
-                group, self._group = self._group, Group()
+                group, self._group = self._group, WriteGroup()
             # A codec is not trained on the few states of an interrupted run, because its table would stay.
             complete = self._complete and not self._stop.is_set()
             if not group.upserts or (encoding.done() and not complete and self._target.num_training_states):

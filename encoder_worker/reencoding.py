@@ -22,12 +22,11 @@ from cache.errors import CollectionExists
 from cache.manifest import MANIFEST_VERSION, new_identity
 from cache.record import Record
 from cache.states import PassageStates
-from encoder_worker.indexing import RETRY_SECONDS
+from encoder_worker.indexing import RETRY_SECONDS, IndexReport
 from encoder_worker.passage_encoder import EncodingFailed, PassageEncoder, Tokenized
 from encoder_worker.reading import ReadBatch
-from encoder_worker.report import IndexReport
 from encoder_worker.sources import Passage, Place, Reason
-from encoder_worker.writing import Group, GroupLimits, Target, Upsert, write_group
+from encoder_worker.writing import GroupLimits, Target, Upsert, WriteGroup, write_group
 
 _CHUNK_PASSAGES = 256
 _MAX_PASSES = 5  # over a collection that is written to meanwhile
@@ -153,7 +152,7 @@ class _Run:
         self._result.num_passages = len(ids)
         self._result.needs_input.clear()
         self._result.damaged.clear()
-        group = Group()
+        group = WriteGroup()
         for start in range(0, len(ids), _CHUNK_PASSAGES):
             if self._stop.is_set():
                 break
@@ -161,7 +160,7 @@ class _Run:
                 group.add(upsert)
                 if group.is_full(self._group, self._target):
                     self._write(group)
-                    group = Group()
+                    group = WriteGroup()
             self._on_progress(min(start + _CHUNK_PASSAGES, len(ids)), len(ids))
         # A codec is not trained on the few states of an interrupted run, because its table would stay.
         if group.upserts and not (self._stop.is_set() and self._target.num_training_states):
@@ -170,7 +169,7 @@ class _Run:
             gone = {passage_id for passage_id, _ in self._target.store.scan(self._target.name)} - set(ids)
             self._target.collection.delete_many(sorted(gone))
 
-    def _write(self, group: Group) -> None:
+    def _write(self, group: WriteGroup) -> None:
         # Nothing that the new table cuts is refused here: it was trained on a sample of just these passages.
         write_group(self._target, group, RETRY_SECONDS, allow_clipped=True)
         report = self._result.report

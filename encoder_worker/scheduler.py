@@ -15,14 +15,11 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import IntEnum
 from types import TracebackType
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
-from cache.store import Store
-from encoder_worker.config import EncoderConfig
 from encoder_worker.passage_encoder import (
-    TOKENIZE_TEXTS,
     EncodingFailed,
     PassageEncoder,
     States,
@@ -31,8 +28,6 @@ from encoder_worker.passage_encoder import (
 )
 
 K = TypeVar("K")
-P = ParamSpec("P")
-T = TypeVar("T")
 
 # Sequences that are planned together: enough to find like lengths.
 _MAX_PLANNED = 4096
@@ -260,30 +255,3 @@ def _open(sequences: list[_Sequence]) -> list[_Sequence]:
 def make_model_thread() -> ThreadPoolExecutor:
     """The one thread that computes; flushing denormal numbers is a setting of the thread."""
     return ThreadPoolExecutor(1, thread_name_prefix="encoder", initializer=torch.set_flush_denormal, initargs=(True,))
-
-
-@dataclass(frozen=True)
-class Worker:
-    """A loaded worker: what its calls share. Does not know gRPC."""
-
-    config: EncoderConfig
-    encoder: PassageEncoder
-    scheduler: EncodeScheduler
-    store: Store
-    threads: Executor  # for the tokenizer
-    store_threads: Executor  # for the store alone: one that hangs must not keep texts from being encoded
-
-    async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Runs something that blocks off the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self.threads, lambda: function(*args, **kwargs))
-
-    async def call_store(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """The same for what waits for the store."""
-        return await asyncio.get_running_loop().run_in_executor(self.store_threads, lambda: function(*args, **kwargs))
-
-    async def tokenize(self, texts: Sequence[str], *, split: bool = False) -> list[Tokenized]:
-        """In pieces, so that a cancelled call is noticed between them."""
-        tokenized: list[Tokenized] = []
-        for start in range(0, len(texts), TOKENIZE_TEXTS):
-            tokenized += await self.call(self.encoder.tokenize, texts[start : start + TOKENIZE_TEXTS], split=split)
-        return tokenized

@@ -1,6 +1,4 @@
-"""Prometheus metrics of one encoder worker; nothing global. Their names differ from the reranking server's.
-
-The offline half as a process part: binds, loads, proves itself, serves, drains.
+"""The offline half as a process part: binds, loads, proves itself, serves, drains.
 
 `start` returns when a real forward pass has succeeded; until then health says NOT_SERVING. Owns one
 thread for the model and a few for the tokenizer and the store.
@@ -11,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter as Tally
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import grpc
 from grpc_health.v1 import health, health_pb2
@@ -21,44 +21,40 @@ from cache.open import open_store
 from cache.store import Store, public_url
 from encoder_worker.config import EncoderConfig
 from encoder_worker.passage_encoder import PassageEncoder
-from encoder_worker.scheduler import EncodeScheduler, ForwardPass, Worker, make_model_thread
-from encoder_worker.service import EncoderService
+from encoder_worker.scheduler import EncodeScheduler, ForwardPass, make_model_thread
+from encoder_worker.service import EncoderService, Worker
 from preread.v1 import encoder_pb2, encoder_pb2_grpc
 from preread_edge.grpc_server import add_standard_services, log_call, make_server
 from preread_edge.keys import ApiKeys, refuse_control_tokens
 
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 TOKENS = tuple(float(2**power) for power in range(4, 18))
+SERVICE = encoder_pb2.DESCRIPTOR.services_by_name["EncoderService"].full_name
+NUM_THREADS = 4
+# Writers are in no hurry: a slow store is better than a passage given up on.
+STORE_READ_SECONDS = 5.0
 
 
 class WorkerMetrics:
-    """Made by the worker that owns it; `registry` is what a scrape renders."""
+    """Of one worker; `registry` is what a scrape renders. The names differ from the reranking server's."""
 
     def __init__(self) -> None:
-        self.registry = registry = CollectorRegistry()
-        self._rpcs = Counter(
-            "preread_encoder_rpcs",
-            "gRPC calls by how they ended, refused ones too.",
-            ["method", "code"],
-            registry=registry,
-        )
-        self._rpc_seconds = Histogram(
-            "preread_encoder_rpc_seconds", "One gRPC call.", ["method"], buckets=SECONDS, registry=registry
-        )
-        self._forward_seconds = Histogram(
-            "preread_encoder_forward_seconds", "One pass of the encoder.", buckets=SECONDS, registry=registry
-        )
-        self._batch_tokens = Histogram(
-            "preread_encoder_batch_tokens", "Tokens of one pass, without padding.", buckets=TOKENS, registry=registry
-        )
-        self._tokens = Counter(
-            "preread_encoder_tokens", "Tokens computed: of texts, and padding.", ["kind"], registry=registry
-        )
-        self._passages = Counter(
-            "preread_encoder_passages", "Passages of uploads by what became of them.", ["status"], registry=registry
-        )
-        self._on_demand = Gauge("preread_encoder_on_demand_tokens", "On-demand tokens under way.", registry=registry)
-        self._model = Info("preread_encoder_model", "The encoder that runs here.", registry=registry)
+        self.registry = CollectorRegistry()
+
+        def make(kind: Callable[..., T], name: str, help: str, *labels: str, **options: Any) -> T:
+            return kind(f"preread_encoder_{name}", help, labels, registry=self.registry, **options)
+
+        self._rpcs = make(Counter, "rpcs", "gRPC calls by how they ended, refused ones too.", "method", "code")
+        self._rpc_seconds = make(Histogram, "rpc_seconds", "One gRPC call.", "method", buckets=SECONDS)
+        self._forward_seconds = make(Histogram, "forward_seconds", "One pass of the encoder.", buckets=SECONDS)
+        self._batch_tokens = make(Histogram, "batch_tokens", "Tokens of one pass, without padding.", buckets=TOKENS)
+        self._tokens = make(Counter, "tokens", "Tokens computed: of texts, and padding.", "kind")
+        self._passages = make(Counter, "passages", "Passages of uploads by their outcome.", "status")
+        self._on_demand = make(Gauge, "on_demand_tokens", "On-demand tokens in flight.")
+        self._model = make(Info, "model", "The encoder that runs here.")
 
     def watch(self, scheduler: EncodeScheduler, encoder: PassageEncoder) -> None:
         """What is there once the model has loaded."""
@@ -87,14 +83,6 @@ class WorkerMetrics:
         for status, count in Tally(result.status for result in response.results).items():
             name = encoder_pb2.UpsertStatus.Name(status).removeprefix("UPSERT_STATUS_").lower()
             self._passages.labels(name).inc(count)
-
-
-log = logging.getLogger(__name__)
-
-SERVICE = encoder_pb2.DESCRIPTOR.services_by_name["EncoderService"].full_name
-NUM_THREADS = 4
-# Writers are in no hurry: a slow store is better than a passage given up on.
-STORE_READ_SECONDS = 5.0
 
 
 class EncoderServer:
@@ -196,7 +184,7 @@ class EncoderServer:
             await self._health.set(name, status)
 
     def _loop_ended(self, task: asyncio.Task[None]) -> None:
-        """The batching loop must never end by itself; if it does, say so and take no more work."""
+        """The batching loop must never end; if it does, say so and take no more work."""
         if not task.cancelled():
             log.critical("the batching loop ended, stopping", exc_info=task.exception())
             self._service.worker = None

@@ -5,10 +5,14 @@ Errors leave with google.rpc details. Does not know models or batching.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from concurrent.futures import Executor
 from contextlib import aclosing, asynccontextmanager
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
 
 import grpc
 import numpy as np
@@ -32,10 +36,11 @@ from cache.record import is_passage_id
 from cache.states import text_digest
 from cache.store import Store, StoreStats, public_url
 from checkpoint.model import EncoderIdentity
-from encoder_worker.passage_encoder import TOKENIZE_TEXTS, EncodingFailed, States, Tokenized
+from encoder_worker.config import EncoderConfig
+from encoder_worker.passage_encoder import TOKENIZE_TEXTS, EncodingFailed, PassageEncoder, States, Tokenized
 from encoder_worker.pipeline import Pipeline, PipelineLimits
 from encoder_worker.reading import Intake, ReadBatch
-from encoder_worker.scheduler import Priority, Windows, Worker
+from encoder_worker.scheduler import EncodeScheduler, Priority, Windows
 from encoder_worker.sources import Passage, Place
 from encoder_worker.writing import CollectionSettings, Target, Upsert
 from preread.errors import (
@@ -58,6 +63,7 @@ MANY = 1000  # passages of one message, which are then checked in steps
 UPLOAD = "upload"  # the place of a passage: its number in the stream
 BYTES_PER_VALUE = {encoder_pb2.STATE_FORMAT_FLOAT32: 4, encoder_pb2.STATE_FORMAT_BFLOAT16: 2}
 
+T = TypeVar("T")
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -120,6 +126,26 @@ class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
         if self.worker is None:
             raise Unavailable("this worker is loading its model, or stopping", retry_after_seconds=RETRY_SECONDS)
         return self.worker
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A loaded worker: what its calls share."""
+
+    config: EncoderConfig
+    encoder: PassageEncoder
+    scheduler: EncodeScheduler
+    store: Store
+    threads: Executor  # for the tokenizer
+    store_threads: Executor  # for the store alone: one that hangs must not keep texts from being encoded
+
+    async def call(self, function: Callable[..., T], *args: Any) -> T:
+        """Runs something that blocks off the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self.threads, function, *args)
+
+    async def call_store(self, function: Callable[..., T], *args: Any) -> T:
+        """The same for what waits for the store."""
+        return await asyncio.get_running_loop().run_in_executor(self.store_threads, function, *args)
 
 
 class _Upload:
@@ -245,7 +271,10 @@ async def _encode(worker: Worker, request: encoder_pb2.EncodeRequest) -> encoder
         raise InvalidRequest("format", int(format), "STATE_FORMAT_FLOAT32 or STATE_FORMAT_BFLOAT16")
     refused = await worker.call(lambda: [encoder.why_not(text, config.max_text_bytes) for text in request.texts])
     good = [text for text, why in zip(request.texts, refused, strict=True) if why is None]
-    tokenized = await worker.tokenize(good, split=request.split)
+    tokenized: list[Tokenized] = []
+    for start in range(0, len(good), TOKENIZE_TEXTS):  # in pieces: a cancelled call is noticed between them
+        tokenize = partial(encoder.tokenize, split=request.split)
+        tokenized += await worker.call(tokenize, good[start : start + TOKENIZE_TEXTS])
     _check_size(worker, tokenized, ratio, BYTES_PER_VALUE[format])
     windows = await worker.scheduler.encode(tokenized, ratio, Priority.ON_DEMAND)
     packed = iter(await worker.call(_pack_all, tokenized, windows, ratio, format))

@@ -168,7 +168,7 @@ class GroupLimits:
 
 
 @dataclass
-class Group:
+class WriteGroup:
     """Encoded passages of one durable write, so also what an interruption may cost."""
 
     upserts: list[Upsert] = field(default_factory=list)
@@ -193,7 +193,7 @@ class Group:
 
 
 def write_group(
-    target: Target, group: Group, retry_seconds: Sequence[float] = (), *, allow_clipped: bool = False
+    target: Target, group: WriteGroup, retry_seconds: Sequence[float] = (), *, allow_clipped: bool = False
 ) -> None:
     """One durable write: every passage (ids are distinct) is then stored, or refused at its own cost.
 

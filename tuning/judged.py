@@ -13,7 +13,7 @@ from pathlib import Path
 
 from encoder_worker.reading import SeenIds
 from encoder_worker.sources import Fields, Passage, Place, Refused, SourceError
-from encoder_worker.sources.source import Source
+from encoder_worker.sources.files import Source
 from tuning import EvaluationError
 from tuning.trec import JudgedFile, Qrels, read_qrels
 

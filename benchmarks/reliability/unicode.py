@@ -39,7 +39,7 @@ from decoder_server.server import DecoderServer, Gateway
 from encoder_worker.config import EncoderConfig
 from encoder_worker.indexing import index
 from encoder_worker.server import EncoderServer
-from encoder_worker.sources.source import Source
+from encoder_worker.sources.files import Source
 from encoder_worker.writing import CollectionSettings
 from preread.tei.v1 import tei_pb2, tei_pb2_grpc
 from preread.v1 import encoder_pb2, encoder_pb2_grpc, rerank_pb2, rerank_pb2_grpc

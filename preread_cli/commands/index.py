@@ -35,9 +35,8 @@ from preread_cli.options import (
 from preread_cli.terminal import human_bytes
 
 if TYPE_CHECKING:
-    from encoder_worker.indexing import IndexEstimate, IndexOptions
-    from encoder_worker.report import IndexReport, Progress
-    from encoder_worker.sources.source import Source
+    from encoder_worker.indexing import IndexEstimate, IndexOptions, IndexReport, Progress
+    from encoder_worker.sources.files import Source
 
 FORMATS = ("jsonl", "tsv", "csv", "parquet", "text", "beir")  # of encoder_worker.sources, which loads pyarrow
 MAX_SHOWN = 20
@@ -96,7 +95,7 @@ def index(ctx: click.Context, /, **options: Any) -> None:
     3 the store cannot be reached, 130 interrupted (what was encoded is stored).
     """
     from encoder_worker.sources import Fields
-    from encoder_worker.sources.source import Source
+    from encoder_worker.sources.files import Source
     from preread_edge.outputs import is_stdout
 
     report_file: Path | None = options["report"]
@@ -134,8 +133,8 @@ def _run(options: dict[str, Any], source: Source, stop: threading.Event) -> tupl
     from cache.open import open_store
     from checkpoint.compute import tune_process
     from encoder_worker import indexing
+    from encoder_worker.indexing import IndexReport
     from encoder_worker.passage_encoder import PassageEncoder
-    from encoder_worker.report import IndexReport
 
     tune_process(options["threads"])
     torch.set_flush_denormal(True)  # a setting of the thread, and this is the one that computes

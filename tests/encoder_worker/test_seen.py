@@ -10,10 +10,9 @@ from contextlib import aclosing
 import pytest
 
 from cache.store import Store
-from encoder_worker.indexing import IndexOptions, index
+from encoder_worker.indexing import IndexOptions, Progress, Speedometer, index
 from encoder_worker.passage_encoder import PassageEncoder
 from encoder_worker.reading import ReadLimits, SeenIds, ahead
-from encoder_worker.report import Progress, Speedometer
 from encoder_worker.sources import Passage, Place
 
 

@@ -14,7 +14,7 @@ import pytest
 import zstandard
 
 from encoder_worker.sources import Fields, Passage, Reason, Refused, SourceError
-from encoder_worker.sources.source import Source
+from encoder_worker.sources.files import Source
 
 ROWS = [("a", "One", "first text"), ("b", "", "zweiter Text, mit Komma"), ("c", "Three", 'a "quoted"\tword')]
 JOINED = [("a", "One first text"), ("b", "zweiter Text, mit Komma"), ("c", 'Three a "quoted"\tword')]

@@ -11,10 +11,9 @@ import pytest
 from cache.collection import Collection
 from cache.errors import CodecError, CollectionExists, EncoderMismatch, InvalidName
 from cache.store import Store
-from encoder_worker.indexing import IndexOptions, dry_run, index
+from encoder_worker.indexing import IndexOptions, IndexReport, dry_run, index
 from encoder_worker.passage_encoder import PassageEncoder
 from encoder_worker.reading import ReadLimits
-from encoder_worker.report import IndexReport
 from encoder_worker.sources import Passage
 from encoder_worker.writing import CollectionSettings, GroupLimits
 

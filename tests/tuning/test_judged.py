@@ -10,7 +10,7 @@ import pytest
 
 from encoder_worker.reading import SeenIds
 from encoder_worker.sources import Passage, Refused
-from encoder_worker.sources.source import Source
+from encoder_worker.sources.files import Source
 from tuning import EvaluationError
 from tuning.judged import read_judged
 from tuning.trec import read_qrels

@@ -1,0 +1,354 @@
+"""Files, BEIR folders and standard input as one stream of passages, with how much of them was read.
+
+gzip and zstd are known by their first bytes, not by name. Lines over a limit are refused without being held in memory.
+JSON lines and text hold one passage per line. CSV is RFC 4180: a quoted field may hold the separator, quotes and line
+ends. TSV is what search collections use (MS MARCO): no quoting, a tab always separates. With a header line columns are
+found by name; without one the first column is the id, the second the text.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import os
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from io import FileIO
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+import pyarrow as pa
+
+from encoder_worker.sources import Fields, Item, Place, Position, Reason, Refused, SourceError
+from encoder_worker.sources.parquet import ParquetRows
+
+T = TypeVar("T")
+Line = tuple[Place, bytes] | Refused
+Text = tuple[Place, str] | Refused
+Row = tuple[Place, list[str]]
+
+FORMATS = ("jsonl", "tsv", "csv", "parquet", "text", "beir")
+STDIN = "-"
+DEFAULT_MAX_LINE_BYTES = 16 << 20
+_SUFFIXES = {
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".tsv": "tsv", ".csv": "csv",
+    ".parquet": "parquet", ".pq": "parquet", ".txt": "text", ".text": "text",
+}  # fmt: skip
+_COMPRESSED = {".gz", ".gzip", ".zst", ".zstd"}
+_BEIR_NAMES = ("corpus.jsonl", "corpus.jsonl.gz", "corpus.jsonl.zst")
+_BUFFER_BYTES = _SKIP_BYTES = 1 << 16
+_GZIP, _ZSTD, _BOM = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xef\xbb\xbf"
+
+
+class Source:
+    """Iterates over every item of its inputs once.
+
+    Args:
+        names: files, BEIR folders, or `-` for standard input.
+        format: one of FORMATS; None goes by each name.
+        max_line_bytes: lines (records, rows) over it are refused without being held in memory.
+
+    Raises:
+        SourceError: an input that is not there, or whose format the name does not tell.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str | Path],
+        *,
+        format: str | None = None,
+        fields: Fields | None = None,
+        max_line_bytes: int = DEFAULT_MAX_LINE_BYTES,
+    ) -> None:
+        if not names:
+            raise SourceError("no input given; expected files, BEIR folders, or - for standard input")
+        if format is not None and format not in FORMATS:
+            raise SourceError(f"format is {format!r}; expected one of {', '.join(FORMATS)}")
+        if [str(name) for name in names].count(STDIN) > 1:
+            raise SourceError("- is given twice; standard input can be read once")
+        self._fields = fields or Fields()
+        self._max_line_bytes = max_line_bytes
+        self._inputs = [_resolve(str(name), format) for name in names]
+        sizes = [_size(name) for name, _ in self._inputs]
+        self._total_bytes = sum(size for size in sizes if size is not None) if None not in sizes else None
+        self._done_bytes = 0
+        self._position: Position = int  # nothing
+
+    def __iter__(self) -> Iterator[Item]:
+        for name, format in self._inputs:
+            size = _size(name) or 0
+            with open_bytes(name) as (stream, self._position):
+                source = "standard input" if name == STDIN else name
+                if format == "parquet":
+                    rows = ParquetRows(stream, name, source, self._fields, self._max_line_bytes)
+                    # Parquet is not read from front to back: its share of rows stands for the bytes.
+                    self._position = partial(lambda rows, size: round(rows.share() * size), rows, size)
+                    yield from rows
+                else:
+                    yield from self._lines(stream, source, format)
+                self._done_bytes, self._position = self._done_bytes + size, int
+
+    def fraction(self) -> float | None:
+        """How much of the inputs was read, 0 to 1; None where their size is not known."""
+        if self._total_bytes is None:
+            return None
+        return min(1.0, (self._done_bytes + self._position()) / max(1, self._total_bytes))
+
+    def _lines(self, stream: BinaryIO, source: str, format: str) -> Iterator[Item]:
+        if format == "csv":
+            rows = _csv_rows(_read_lines(stream, source, self._max_line_bytes), self._max_line_bytes)
+            return _columns(rows, source, self._fields)
+        texts = read_texts(stream, source, self._max_line_bytes, blank=format == "text")
+        if format == "tsv":
+            return _columns(_each(texts, lambda place, text: (place, text.split("\t"))), source, self._fields)
+        if format == "text":
+            # Line numbers of several files would collide.
+            prefix = f"{Path(source).name}:" if len(self._inputs) > 1 else ""
+            return _each(texts, lambda place, text: self._fields.passage(place, f"{prefix}{place.line}", text))
+        return _each(texts, self._json_item)
+
+    def _json_item(self, place: Place, text: str) -> Item:
+        row = json_object(place, text)
+        return row if isinstance(row, Refused) else self._fields.of_row(place, row)
+
+
+def _resolve(name: str, format: str | None) -> tuple[str, str]:
+    """The file to open and its format."""
+    if name == STDIN:
+        if format in (None, "beir"):
+            raise SourceError("standard input has no name to tell its format; expected a format (jsonl, tsv, ...)")
+        return name, str(format)
+    path = Path(name)
+    if path.is_dir():
+        if format not in (None, "beir"):
+            raise SourceError(f"{name}: a folder; expected a {format} file")
+        for candidate in _BEIR_NAMES:
+            if (path / candidate).is_file():
+                return str(path / candidate), "jsonl"
+        raise SourceError(f"{name}: a folder without {', '.join(_BEIR_NAMES[:-1])} or {_BEIR_NAMES[-1]}")
+    if not path.exists():
+        raise SourceError(f"{name}: no such file or folder")
+    if format == "beir":
+        raise SourceError(f"{name}: not a folder; a BEIR collection is one with corpus.jsonl in it")
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    while suffixes and suffixes[-1] in _COMPRESSED:
+        suffixes.pop()
+    found = format or _SUFFIXES.get(suffixes[-1] if suffixes else "")
+    if found is None:
+        raise SourceError(f"{name}: the name does not tell the format; expected a format ({', '.join(FORMATS)})")
+    return name, found
+
+
+def _size(name: str) -> int | None:
+    if name == STDIN or not Path(name).is_file():  # a named pipe has no size
+        return None
+    return os.stat(name).st_size
+
+
+class _Raw(io.RawIOBase):
+    """Reads of a file or an Arrow stream, counted: a pipe has no tell()."""
+
+    def __init__(self, raw: Any) -> None:
+        self.num_bytes = 0
+        self._raw = raw
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._raw.read(len(buffer))
+        buffer[: len(data)] = data
+        self.num_bytes += len(data)
+        return len(data)
+
+
+@contextmanager
+def open_bytes(name: str, stdin: BinaryIO | None = None) -> Iterator[tuple[BinaryIO, Position]]:
+    """The decompressed bytes of a file, or of standard input for `-`, and how far the input was read.
+
+    Args:
+        stdin: what standard input is, where it is not descriptor 0.
+
+    Raises:
+        SourceError: no such file, no permission, a directory; also while reading, where compressed
+            data is damaged or ends early.
+    """
+    try:
+        # Descriptor 0 itself: a thread waiting for input would hold sys.stdin's lock when the process ends.
+        raw = (stdin or FileIO(0, closefd=False)) if name == STDIN else FileIO(name)
+    except OSError as exc:
+        raise SourceError(f"{name}: {exc.strerror or exc}") from exc
+    counting = _Raw(raw)
+    buffered = io.BufferedReader(counting, _BUFFER_BYTES)
+    try:
+        yield _decompressed(buffered), lambda: counting.num_bytes
+    except (EOFError, zlib.error, gzip.BadGzipFile, pa.ArrowInvalid) as exc:
+        raise SourceError(f"{name}: compressed data is damaged or ends early ({exc})") from exc
+    except OSError as exc:
+        raise SourceError(f"{name}: cannot be read further ({exc})") from exc
+    finally:
+        if raw is not stdin:
+            raw.close()
+
+
+def _decompressed(buffered: Any) -> BinaryIO:
+    magic = buffered.peek(4)[:4]
+    if magic.startswith(_GZIP):
+        return io.BufferedReader(gzip.GzipFile(fileobj=buffered), _BUFFER_BYTES)
+    if magic == _ZSTD:
+        # Arrow's reader: unlike zstandard's it tells a truncated stream from a whole one, and unlike
+        # a decompressobj it never inflates more than was asked for.
+        stream = pa.CompressedInputStream(pa.PythonFile(buffered, mode="r"), "zstd")
+        return io.BufferedReader(_Raw(stream), _BUFFER_BYTES)
+    return buffered  # type: ignore[no-any-return]
+
+
+def _read_lines(stream: BinaryIO, source: str, max_line_bytes: int) -> Iterator[Line]:
+    """Every line without its end, or a Refused for one over the limit, whose rest is read past in pieces."""
+    number = 0
+    while line := stream.readline(max_line_bytes + 2):  # 2: the longest line end
+        number += 1
+        place = Place(source, number)
+        if number == 1:
+            line = line.removeprefix(_BOM)
+        whole = line.endswith(b"\n")
+        line = line.removesuffix(b"\n").removesuffix(b"\r")
+        if len(line) <= max_line_bytes:
+            yield place, line
+            continue
+        num_bytes = len(line)
+        while not whole and (piece := stream.readline(_SKIP_BYTES)):
+            num_bytes += len(piece)
+            whole = piece.endswith(b"\n")
+        message = f"line of {num_bytes:,} bytes; at most {max_line_bytes:,} are read"
+        yield Refused(place, None, Reason.LINE_TOO_LONG, message)
+
+
+def read_texts(stream: BinaryIO, source: str, max_line_bytes: int, *, blank: bool = False) -> Iterator[Text]:
+    """Every line as text; without `blank` only those that hold something."""
+    for entry in _each(_read_lines(stream, source, max_line_bytes), _decode):
+        if blank or isinstance(entry, Refused) or entry[1].strip():
+            yield entry
+
+
+def _decode(place: Place, line: bytes) -> Text:
+    try:
+        return place, line.decode()
+    except UnicodeDecodeError as exc:
+        return Refused(place, None, Reason.INVALID_UTF8, f"not UTF-8: {exc.reason} at byte {exc.start + 1}")
+
+
+def _each(entries: Iterator[tuple[Place, Any] | Refused], parse: Callable[[Place, Any], T]) -> Iterator[T | Refused]:
+    for entry in entries:
+        yield entry if isinstance(entry, Refused) else parse(*entry)
+
+
+def json_object(place: Place, text: str) -> dict[str, Any] | Refused:
+    """The object that a line spells, or why it spells none."""
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as exc:
+        return Refused(place, None, Reason.BROKEN_JSON, f"not JSON: {exc}")
+    if not isinstance(row, dict):
+        return Refused(place, None, Reason.WRONG_TYPE, f"a JSON {type(row).__name__}; expected an object")
+    return row
+
+
+def _columns(rows: Iterator[Row | Refused], source: str, fields: Fields) -> Iterator[Item]:
+    """Passages of records. The first row is a header when it names any of the columns, else data.
+
+    Raises:
+        SourceError: a header line that lacks a column.
+    """
+    count = 0
+    for row in rows:
+        if isinstance(row, Refused):
+            yield row
+            continue
+        place, cells = row
+        if not count:
+            count, (id, text, title), is_header = _find_columns(source, cells, fields)
+            if is_header:
+                continue
+        if len(cells) != count:
+            # A separator inside the text would otherwise cut it in silence.
+            yield Refused(place, None, Reason.BROKEN_ROW, f"{len(cells)} columns; expected {count}")
+            continue
+        yield fields.passage(place, cells[id], cells[text], cells[title] if title is not None else None)
+
+
+def _find_columns(source: str, cells: list[str], fields: Fields) -> tuple[int, tuple[int, int, int | None], bool]:
+    """From the first row: how many columns, where id, text and title are, and whether it is a header."""
+    id_name = fields.find_id(cells)
+    if id_name is not None and fields.text in cells:
+        title = cells.index(fields.title) if fields.title in cells else None
+        return len(cells), (cells.index(id_name), cells.index(fields.text), title), True
+    if id_name is not None or fields.text in cells:
+        missing = fields.text if id_name is not None else " or ".join(fields.id_names)
+        raise SourceError(f"{source}: no column {missing}; the header has {', '.join(cells):.200}")
+    if fields.id is not None or fields.text != "text":
+        raise SourceError(
+            f"{source}: no columns {' or '.join(fields.id_names)} and {fields.text}; "
+            f"the first line has {', '.join(cells):.200}"
+        )
+    if len(cells) != 2:
+        raise SourceError(
+            f"{source}: the first line has {len(cells)} columns and names none of id, _id, text; "
+            "expected a header, or two columns: id and text"
+        )
+    return 2, (0, 1, None), False
+
+
+class _Stop(Exception):  # noqa: N818 - never leaves this module
+    """A record ran into something that ends it before its closing quote."""
+
+
+def _csv_rows(entries: Iterator[Line], max_line_bytes: int) -> Iterator[Row | Refused]:
+    """Records, each at most `max_line_bytes` however many lines it spans.
+
+    A quote that nothing closes costs the line it stands in, not the rest of the file: the lines
+    after it are read again.
+    """
+    csv.field_size_limit(max(csv.field_size_limit(), max_line_bytes))  # a setting of the process; only ever raised
+    again: deque[Line] = deque()
+    while True:
+        taken: list[Line] = []
+        problem = ""
+        try:
+            cells = next(csv.reader(_feed(entries, again, taken, max_line_bytes), strict=True))
+        except StopIteration:
+            return
+        except (_Stop, csv.Error) as exc:
+            problem = str(exc)
+        first = taken[0]
+        if problem:
+            again.extendleft(reversed(taken[1:]))
+            text = first if isinstance(first, Refused) else _decode(*first)
+            if isinstance(text, Refused):
+                yield text
+            else:
+                yield Refused(text[0], None, Reason.BROKEN_ROW, f"not CSV: {problem}")
+        elif cells:  # a blank line is a record without cells
+            assert not isinstance(first, Refused)
+            yield first[0], cells
+
+
+def _feed(entries: Iterator[Line], again: deque[Line], taken: list[Line], max_bytes: int) -> Iterator[str]:
+    """Lines for one record; each is noted in `taken` as it is handed out."""
+    num_bytes = 0
+    while (entry := again.popleft() if again else next(entries, None)) is not None:
+        taken.append(entry)
+        if isinstance(entry, Refused):
+            raise _Stop(f"a quote is not closed before line {entry.place.line}, which cannot be read")
+        num_bytes += len(entry[1])
+        if num_bytes > max_bytes:
+            raise _Stop(f"a quote is not closed within {max_bytes:,} bytes")
+        text = _decode(*entry)
+        if isinstance(text, Refused):
+            raise _Stop(f"a quote is not closed before line {text.place.line}, which is not UTF-8")
+        yield text[1] + "\n"
