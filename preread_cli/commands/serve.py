@@ -13,8 +13,8 @@ import importlib.metadata
 import json
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack, closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from preread_cli.config_file import config_option
 from preread_cli.models import model_option, models_option, parse_models
 from preread_cli.options import from_options, knob_options, option
 from preread_cli.process import Process, listening_line, process_options, say
+from preread_edge.settings import LoadConfig, knobs
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -91,37 +92,27 @@ def serve(ctx: click.Context, /, **options: Any) -> None:
 
 async def _serve(options: Mapping[str, Any], config: DecoderConfig, http: HttpConfig | None, process: Process) -> None:
     from cache.open import open_store
+    from checkpoint.compute import keep_loaded
     from decoder_server.models.loading import load_model
-    from decoder_server.server import DecoderServer
+    from decoder_server.server import DecoderServer, Gateway
 
     keys = process.begin()
-    store = open_store(config.store, read_budget_seconds=config.read_budget_seconds)
-    try:
+    async with AsyncExitStack() as stack:
+        opened = open_store(config.store, read_budget_seconds=config.read_budget_seconds)
+        store = stack.enter_context(closing(opened))
         await asyncio.to_thread(_check_opens, store)
-        with _tracing(options) as observers:
-            async with _encoders(options, config, store, keys) as (placed, encoder_registry):
-                load = load_model if options["check"] is False else checked(load_model, every=bool(options["check"]))
-                server = DecoderServer(placed, store=store, load=load, keys=keys, observers=observers)
-                if encoder_registry is not None:
-                    server.metrics.registry.register(encoder_registry)
-                with process.metrics(server.metrics.registry):
-                    await _run(server, store, http, process)
-    finally:
-        store.close()
-
-
-def _check_opens(store: Store) -> None:
-    """Raises what is wrong with a store that cannot be opened; one that does not answer may come back."""
-    from cache.errors import StoreLocked, StoreUnavailable
-
-    with suppress(StoreLocked, StoreUnavailable):
-        store.list_collections()
-
-
-async def _run(server: DecoderServer, store: Store, http: HttpConfig | None, process: Process) -> None:
-    from checkpoint.compute import keep_loaded
-
-    async with _gateway(http, server) as gateway:
+        observers = _spans(stack) if options["tracing"] else ()
+        models, registry = await _start_encoders(options, config, store, keys, stack)
+        config = replace(config, models=models)
+        load = load_model if options["check"] is False else checked(load_model, every=bool(options["check"]))
+        server = DecoderServer(config, store=store, load=load, keys=keys, observers=observers)
+        if registry is not None:
+            server.metrics.registry.register(registry)
+        stack.enter_context(process.metrics(server.metrics.registry))
+        gateway = Gateway(http, server) if http is not None else None
+        if gateway is not None:  # it listens before the models have loaded, so that health can be asked
+            await gateway.start()
+            stack.push_async_callback(gateway.stop, 0)
         if not await process.starts(server.start()):
             return
         keep_loaded()
@@ -134,106 +125,72 @@ async def _run(server: DecoderServer, store: Store, http: HttpConfig | None, pro
         await asyncio.gather(server.stop(grace), *([] if gateway is None else [gateway.stop(grace)]))
 
 
-@asynccontextmanager
-async def _gateway(config: HttpConfig | None, server: DecoderServer) -> AsyncIterator[Gateway | None]:
-    """Listens before the model has loaded, so that health can be asked; stops without grace if it still runs then.
+def _check_opens(store: Store) -> None:
+    """Raises the error of a store that cannot be opened; one that does not answer may come back."""
+    from cache.errors import StoreLocked, StoreUnavailable
 
-    Raises:
-        OSError: the port is taken.
-    """
-    if config is None:
-        yield None
-        return
-    from decoder_server.server import Gateway
-
-    gateway = Gateway(config, server)
-    await gateway.start()
-    try:
-        yield gateway
-    finally:
-        await gateway.stop(0)
+    with suppress(StoreLocked, StoreUnavailable):
+        store.list_collections()
 
 
-@asynccontextmanager
-async def _encoders(
-    options: Mapping[str, Any], config: DecoderConfig, store: Store, keys: ApiKeys
-) -> AsyncIterator[tuple[DecoderConfig, CollectorRegistry | None]]:
-    """Runs an encoder worker for every model that scores states and has none elsewhere.
-
-    Yields the configuration with every model's encoder address, and the metrics of the first worker: one process, one
-    scrape, and names may not repeat there. A worker here requires the server's keys, and one made for this process.
-    """
-    from decoder_server.models.loading import is_fbnl
-
-    models: list[ModelConfig] = []
-    workers: list[EncoderServer] = []
-    elsewhere = options["encoder_address"] or ""
-    own = secrets.token_urlsafe(32) if keys.required else ""
-    async with AsyncExitStack() as stack:
-        for model in config.models:
-            if not is_fbnl(model):
-                models.append(model)
-            elif model.encoder_address or elsewhere:
-                address = model.encoder_address or elsewhere
-                models.append(replace(model, encoder_address=address, encoder_api_key=options["encoder_api_key"] or ""))
-                # One worker has one encoder; models of another encoder name theirs in --model.
-                elsewhere = elsewhere if model.encoder_address else ""
-            elif options["no_encoder"] or options["encoder_address"]:
-                models.append(model)
-            else:
-                port = 0 if workers else options["encoder_port"]
-                workers.append(await stack.enter_async_context(_worker(config, model, port, store, keys, own)))
-                address = f"127.0.0.1:{workers[-1].port}"
-                models.append(replace(model, encoder_address=address, encoder_api_key=own, encoder_in_process=True))
-        yield replace(config, models=tuple(models)), workers[0].metrics.registry if workers else None
-
-
-@asynccontextmanager
-async def _worker(
-    config: DecoderConfig, model: ModelConfig, port: int, store: Store, keys: ApiKeys, own: str
-) -> AsyncIterator[EncoderServer]:
-    from encoder_worker.server import EncoderServer
-    from preread_edge.keys import ApiKeys, Scope, make_key
-
-    worker = EncoderServer(
-        EncoderConfig(
-            checkpoint=model.checkpoint,
-            store=config.store,
-            port=port,
-            device=model.device,
-            dtype=model.dtype,
-            max_passage_tokens=model.max_passage_tokens,
-            read_control_tokens=model.read_control_tokens,
-        ),
-        store=store,
-        keys=keys + ApiKeys((make_key(own, [Scope.ADMIN]),)) if own else keys,
-    )
-    await worker.start()
-    try:
-        yield worker
-    finally:
-        await worker.stop(0)
-
-
-@contextmanager
-def _tracing(options: Mapping[str, Any]) -> Iterator[tuple[Observer, ...]]:
-    """The observer that sends spans, if --tracing is on.
+def _spans(stack: AsyncExitStack) -> tuple[Observer, ...]:
+    """The observer that sends spans until the stack ends.
 
     Raises:
         ValueError: the `tracing` extra is not installed.
     """
-    if not options["tracing"]:
-        yield ()
-        return
     from preread_edge.logs import make_tracer
 
     tracer, shutdown = make_tracer("preread")
+    stack.callback(shutdown)
     from decoder_server.tracing import TracingObserver
 
-    try:
-        yield (TracingObserver(tracer),)
-    finally:
-        shutdown()
+    return (TracingObserver(tracer),)
+
+
+async def _start_encoders(
+    options: Mapping[str, Any], config: DecoderConfig, store: Store, keys: ApiKeys, stack: AsyncExitStack
+) -> tuple[tuple[ModelConfig, ...], CollectorRegistry | None]:
+    """A worker, until the stack ends, for every model that scores states and has none elsewhere.
+
+    Returns:
+        The models with the addresses of their encoders, and the metrics of the first worker: one process, one scrape,
+        and names may not repeat there.
+    """
+    from decoder_server.models.loading import is_fbnl
+    from encoder_worker.server import EncoderServer
+    from preread_edge.keys import ApiKeys, Scope, make_key
+
+    models: list[ModelConfig] = []
+    workers: list[EncoderServer] = []
+    elsewhere = options["encoder_address"] or ""
+    # A worker in this process requires the server's keys, or one made for this process.
+    own = secrets.token_urlsafe(32) if keys.required else ""
+    accepted = keys + ApiKeys((make_key(own, [Scope.ADMIN]),)) if own else keys
+    for model in config.models:
+        if not is_fbnl(model):
+            models.append(model)
+        elif model.encoder_address or elsewhere:
+            address = model.encoder_address or elsewhere
+            models.append(replace(model, encoder_address=address, encoder_api_key=options["encoder_api_key"] or ""))
+            # One worker has one encoder; models of another encoder name theirs in --model.
+            elsewhere = elsewhere if model.encoder_address else ""
+        elif options["no_encoder"] or options["encoder_address"]:
+            models.append(model)
+        else:
+            loaded = {one.name: getattr(model, one.name) for one in knobs(LoadConfig)}
+            port = 0 if workers else options["encoder_port"]
+            worker = EncoderServer(
+                EncoderConfig(checkpoint=model.checkpoint, store=config.store, port=port, **loaded),
+                store=store,
+                keys=accepted,
+            )
+            await worker.start()
+            stack.push_async_callback(worker.stop, 0)
+            workers.append(worker)
+            address = f"127.0.0.1:{worker.port}"
+            models.append(replace(model, encoder_address=address, encoder_api_key=own, encoder_in_process=True))
+    return tuple(models), workers[0].metrics.registry if workers else None
 
 
 async def _introduce(server: DecoderServer, store: Store, gateway: Gateway | None) -> None:
