@@ -49,47 +49,20 @@ _VERSION_2 = (
     + f"PRAGMA user_version = {_VERSION};\n"
 )
 _NEW = (
-    """
-CREATE TABLE collections (
-    collection_id INTEGER PRIMARY KEY AUTOINCREMENT,
-    name TEXT NOT NULL UNIQUE,
-    manifest BLOB NOT NULL,
-    num_passages INTEGER NOT NULL DEFAULT 0,
-    num_states INTEGER NOT NULL DEFAULT 0,
-    num_tokens INTEGER NOT NULL DEFAULT 0,
-    num_truncated INTEGER NOT NULL DEFAULT 0,
-    size_bytes INTEGER NOT NULL DEFAULT 0,
-    num_clipped INTEGER NOT NULL DEFAULT 0,
-    checksum BLOB
-);
+    f"""
+CREATE TABLE collections (collection_id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE,
+    manifest BLOB NOT NULL, num_passages INTEGER NOT NULL DEFAULT 0,
+    {", ".join(f"{total} INTEGER NOT NULL DEFAULT 0" for total in SUMS)}, checksum BLOB);
 CREATE TABLE aliases (alias TEXT PRIMARY KEY, name TEXT NOT NULL, checksum BLOB) WITHOUT ROWID;
 CREATE TABLE generations (name TEXT PRIMARY KEY, generation INTEGER NOT NULL, checksum BLOB) WITHOUT ROWID;
-CREATE TABLE segments (
-    segment_id INTEGER PRIMARY KEY AUTOINCREMENT,
-    collection_id INTEGER NOT NULL,
-    file_name TEXT NOT NULL UNIQUE,
-    num_rows INTEGER NOT NULL,
-    code_size INTEGER NOT NULL,
-    codes_offset INTEGER NOT NULL,
-    checksum BLOB
-);
+CREATE TABLE segments (segment_id INTEGER PRIMARY KEY AUTOINCREMENT, collection_id INTEGER NOT NULL,
+    file_name TEXT NOT NULL UNIQUE, num_rows INTEGER NOT NULL, code_size INTEGER NOT NULL,
+    codes_offset INTEGER NOT NULL, checksum BLOB);
 CREATE INDEX segments_by_collection ON segments (collection_id);
-CREATE TABLE passages (
-    row_key INTEGER PRIMARY KEY,
-    collection_id INTEGER NOT NULL,
-    passage_id BLOB NOT NULL,
-    segment_id INTEGER NOT NULL,
-    first_row INTEGER NOT NULL,
-    num_states INTEGER NOT NULL,
-    num_tokens INTEGER NOT NULL,
-    truncated INTEGER NOT NULL,
-    size_bytes INTEGER NOT NULL,
-    num_clipped INTEGER NOT NULL DEFAULT 0,
-    header BLOB NOT NULL,
-    windows BLOB NOT NULL,
-    text BLOB NOT NULL,
-    UNIQUE (collection_id, passage_id)
-);
+CREATE TABLE passages (row_key INTEGER PRIMARY KEY, collection_id INTEGER NOT NULL, passage_id BLOB NOT NULL,
+    segment_id INTEGER NOT NULL, first_row INTEGER NOT NULL,
+    {", ".join(f"{column} INTEGER NOT NULL" for column in SUMS.values())},
+    header BLOB NOT NULL, windows BLOB NOT NULL, text BLOB NOT NULL, UNIQUE (collection_id, passage_id));
 CREATE INDEX passages_by_segment ON passages (segment_id);
 """
     + _VERSION_2
