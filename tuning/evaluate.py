@@ -7,11 +7,13 @@ report.baseline.measures["nDCG@10"].mean, report.reranked(4).measures["nDCG@10"]
 from __future__ import annotations
 
 import math
-from collections.abc import Collection as AnyOf
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from cache.collection import Collection
-from cache.record import Record
 from cache.states import text_digest
 from checkpoint import Checkpoint
 from decoder_server.models.fbnl.backend import FbnlBackend
@@ -19,9 +21,9 @@ from encoder_worker.encoder import Encoder
 from encoder_worker.passage_encoder import BatchLimits, PassageEncoder
 from tuning.baselines import TEACHERS, first_stage, teacher_run
 from tuning.judged import JudgedCollection, read_judged
-from tuning.metrics import per_query
+from tuning.metrics import Bootstrap, per_query
 from tuning.progress import SILENT, StageProgress
-from tuning.report import Counts, EvaluationReport, EvaluationSettings, System, compare
+from tuning.report import Counts, EvaluationReport, EvaluationSettings, System
 from tuning.rerank import EncodedStates, StateSource, StoredStates, rerank
 from tuning.trec import Run, RunFile
 
@@ -53,7 +55,7 @@ def evaluate(
     assert settings.ratios is not None
     checkpoint = open_checkpoint(model, stored)
     judged = judged if isinstance(judged, JudgedCollection) else read_judged(judged)
-    judged = with_stored_texts(judged, stored).sample(settings.max_queries, settings.seed)
+    judged = judged.with_texts_of(stored).sample(settings.max_queries, settings.seed)
     name, first = first_stage(judged.passages, judged.queries, candidates, settings.top_k, progress)
     runs: list[tuple[str, int | None, Run]] = [(name, None, first)]
     if settings.teacher is not None:
@@ -89,7 +91,7 @@ def evaluate(
         device=backend.device_name,
         instruction=checkpoint.settings.default_instruction if settings.instruction is None else settings.instruction,
         settings=settings,
-        counts=count(
+        counts=Counts.of(
             judged,
             candidates,
             first,
@@ -102,7 +104,7 @@ def evaluate(
         ),
         query_ids=list(judged.qrels),
         qrels=judged.qrels,
-        systems=compare(systems, settings),
+        systems=_compare(systems, settings),
         refused=judged.refused,
     )
 
@@ -133,60 +135,32 @@ def load_encoder(checkpoint: Checkpoint, device: str | None, dtype: str | None) 
     return PassageEncoder(checkpoint, half, BatchLimits.for_device(half.device_name))
 
 
-def with_stored_texts(judged: JudgedCollection, stored: Collection | None) -> JudgedCollection:
-    """Where the judged collection has no passages, with the texts kept next to the states; states are not decoded."""
-    if judged.passages or stored is None:
-        return judged
-    texts = {
-        passage_id: record.text
-        for passage_id, record in stored.store.scan(stored.name)
-        if isinstance(record, Record) and record.text is not None
-    }
-    return judged.with_passages(dict(sorted(texts.items())))
-
-
-def count(
-    judged: JudgedCollection,
-    candidates: RunFile | None,
-    first: Run,
-    stored: Collection | None,
-    min_grade: int,
-    **of_candidates: int,
-) -> Counts:
-    """Counts of the judged data; those of candidates, which depend on the scoring, are added as they are.
-
-    Args:
-        candidates: the run file that gave the first stage.
-        first: the first stage's ranking.
-    """
-    known = _known_passages(judged, stored)
-    grades = list(judged.qrels.values())
-    return Counts(
-        num_queries=len(judged.queries),
-        num_passages=len(judged.passages) if stored is None else stored.stats().num_passages,
-        num_candidates=sum(map(len, first.values())),
-        num_judgements=sum(map(len, grades)),
-        num_refused_lines=len(judged.refused),
-        num_judgements_of_unknown_queries=judged.num_judgements_of_unknown_queries,
-        num_unknown_queries=len(judged.unknown_queries),
-        num_judgements_of_unknown_passages=sum(p not in known for own in grades for p in own),
-        num_run_queries_ignored=len(candidates.run.keys() - judged.queries.keys()) if candidates is not None else 0,
-        num_queries_without_relevant=sum(max(own.values()) < min_grade for own in grades),
-        num_queries_without_candidates=sum(not ranking for ranking in first.values()),
-        **of_candidates,
-    )
-
-
-def _known_passages(judged: JudgedCollection, stored: Collection | None) -> AnyOf[str]:
-    """Ids of the collection; of a store without texts, those of the judged ones that it has."""
-    if judged.passages or stored is None:
-        return judged.passages.keys()
-    ids = sorted({p for grades in judged.qrels.values() for p in grades})
-    return {p for p, digest in zip(ids, stored.digests(ids), strict=True) if digest is not None}
-
-
 def _num_changed(judged: JudgedCollection, stored: Collection, first: Run) -> int:
     """Candidates whose states are of another text than the corpus has now."""
     ids = sorted({p for ranking in first.values() for p, _ in ranking if p in judged.passages})
     digests = zip(ids, stored.digests(ids), strict=True)
     return sum(digest is not None and digest != text_digest(judged.passages[p]) for p, digest in digests)
+
+
+def _compare(systems: Sequence[System], settings: EvaluationSettings) -> list[System]:
+    """The systems with intervals, each against the first, reranked ones against the finest ratio too.
+
+    Args:
+        systems: the first is the first stage; at least one has a ratio.
+    """
+    names = list(systems[0].per_query)
+    columns = np.stack([system.per_query[name] for system in systems for name in names], axis=1)
+    bootstrap = Bootstrap(columns, seed=settings.seed, num_resamples=settings.num_resamples)
+    finest = min((system.ratio, i) for i, system in enumerate(systems) if system.ratio is not None)[1]
+    return [
+        replace(
+            system,
+            measures={m: bootstrap.interval(i * len(names) + k) for k, m in enumerate(names)},
+            gain={m: bootstrap.difference(i * len(names) + k, k) for k, m in enumerate(names)} if i else None,
+            relative={m: bootstrap.share(i * len(names) + k, k) for k, m in enumerate(names)} if i else None,
+            kept={m: bootstrap.share(i * len(names) + k, finest * len(names) + k) for k, m in enumerate(names)}
+            if system.ratio is not None
+            else None,
+        )
+        for i, system in enumerate(systems)
+    ]

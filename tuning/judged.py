@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from cache.collection import Collection
+from cache.record import Record
 from encoder_worker.reading import SeenIds
 from encoder_worker.sources import Fields, Passage, Place, Refused, SourceError
 from encoder_worker.sources.files import Source
@@ -42,6 +44,17 @@ class JudgedCollection:
     def with_passages(self, passages: dict[str, str]) -> JudgedCollection:
         """The same judgements over these passages."""
         return replace(self, passages=passages)
+
+    def with_texts_of(self, stored: Collection | None) -> JudgedCollection:
+        """Where it has no passages, with the texts that a stored collection keeps; states are not decoded."""
+        if self.passages or stored is None:
+            return self
+        texts = {
+            passage_id: record.text
+            for passage_id, record in stored.store.scan(stored.name)
+            if isinstance(record, Record) and record.text is not None
+        }
+        return self.with_passages(dict(sorted(texts.items())))
 
     def without_judgements(self) -> JudgedCollection:
         """The same queries without their judgements."""

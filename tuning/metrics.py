@@ -7,7 +7,7 @@ with replacement; all systems see the same draws, so differences are paired.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -75,6 +75,12 @@ class Interval:
     low: float
     high: float
 
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
 
 @dataclass(frozen=True)
 class Difference(Interval):
@@ -86,6 +92,14 @@ class Difference(Interval):
     def significant(self) -> bool:
         """The 95% interval excludes 0."""
         return self.low > 0 or self.high < 0
+
+    @property
+    def mark(self) -> str:
+        """For the eyes: ▲ ▼ where the difference is significant."""
+        return " " if not self.significant else "▲" if self.mean > 0 else "▼"
+
+    def to_json(self) -> dict[str, Any]:
+        return super().to_json() | {"significant": self.significant}
 
 
 class Bootstrap:

@@ -15,15 +15,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cache.collection import Collection
 from encoder_worker.sources import Refused
 from tuning import EvaluationError
 from tuning.baselines import check_teacher
-from tuning.metrics import HEADLINE, NUM_RESAMPLES, Bootstrap, Difference, Interval
-from tuning.trec import Qrels, Run, write_qrels, write_run
+from tuning.judged import JudgedCollection
+from tuning.metrics import HEADLINE, NUM_RESAMPLES, Difference, Interval
+from tuning.trec import Qrels, Run, RunFile, write_runs
 
-FORMAT_VERSION = 1
+_FORMAT_VERSION = 1
 COARSEST = 32  # the coarsest ratio that published checkpoints are trained for
-_MIN_WIDTH = 80  # cells are never cut: a narrow terminal wraps lines
+_MIN_WIDTH = 80
 
 PerQuery = dict[str, NDArray[np.float64]]  # by measure, (num_queries,)
 
@@ -157,6 +159,41 @@ class Counts:
     num_truncated_passages: int = _noted("candidate passages were read up to the passage limit only")
     num_unscored_pairs: int = _noted("scores were not finite: those candidates are ranked last")
 
+    @classmethod
+    def of(
+        cls,
+        judged: JudgedCollection,
+        candidates: RunFile | None,
+        first: Run,
+        stored: Collection | None,
+        min_grade: int,
+        **of_candidates: int,
+    ) -> Counts:
+        """Of the judged data; counts of candidates, which depend on the scoring, are added as they are.
+
+        Args:
+            candidates: the run file that gave the first stage.
+        """
+        grades = list(judged.qrels.values())
+        known = set(judged.passages)
+        if not known and stored is not None:  # a store without texts
+            ids = sorted({p for own in grades for p in own})
+            known = {p for p, digest in zip(ids, stored.digests(ids), strict=True) if digest is not None}
+        return cls(
+            num_queries=len(judged.queries),
+            num_passages=len(judged.passages) if stored is None else stored.stats().num_passages,
+            num_candidates=sum(map(len, first.values())),
+            num_judgements=sum(map(len, grades)),
+            num_refused_lines=len(judged.refused),
+            num_judgements_of_unknown_queries=judged.num_judgements_of_unknown_queries,
+            num_unknown_queries=len(judged.unknown_queries),
+            num_judgements_of_unknown_passages=sum(p not in known for own in grades for p in own),
+            num_run_queries_ignored=len(candidates.run.keys() - judged.queries.keys()) if candidates else 0,
+            num_queries_without_relevant=sum(max(own.values()) < min_grade for own in grades),
+            num_queries_without_candidates=sum(not ranking for ranking in first.values()),
+            **of_candidates,
+        )
+
     def notes(self, *, taught: bool = False) -> list[str]:
         """One sentence for each thing a reader of the numbers should know.
 
@@ -206,7 +243,7 @@ class EvaluationReport:
         plain = ("collection", "checkpoint", "fingerprint", "stored_as", "codec", "dtype", "device", "instruction")
         return format_json(
             {
-                "format_version": FORMAT_VERSION,
+                "format_version": _FORMAT_VERSION,
                 **{name: getattr(self, name) for name in plain},
                 "settings": asdict(self.settings),
                 "counts": asdict(self.counts),
@@ -221,45 +258,34 @@ class EvaluationReport:
         """TREC files: a run per system, and the judgements they were measured with as qrels.txt."""
         return write_runs(Path(folder), self.qrels, {system.file_stem: system.run for system in self.systems})
 
-
-def compare(systems: Sequence[System], settings: MeasuringSettings) -> list[System]:
-    """The systems with intervals, each against the first, reranked ones against the finest ratio too.
-
-    Args:
-        systems: the first is the first stage; at least one has a ratio.
-    """
-    names = list(systems[0].per_query)
-    columns = np.stack([system.per_query[name] for system in systems for name in names], axis=1)
-    bootstrap = Bootstrap(columns, seed=settings.seed, num_resamples=settings.num_resamples)
-    finest = min((system.ratio, i) for i, system in enumerate(systems) if system.ratio is not None)[1]
-    return [
-        replace(
-            system,
-            measures={m: bootstrap.interval(i * len(names) + k) for k, m in enumerate(names)},
-            gain={m: bootstrap.difference(i * len(names) + k, k) for k, m in enumerate(names)} if i else None,
-            relative={m: bootstrap.share(i * len(names) + k, k) for k, m in enumerate(names)} if i else None,
-            kept={m: bootstrap.share(i * len(names) + k, finest * len(names) + k) for k, m in enumerate(names)}
-            if system.ratio is not None
-            else None,
+    def print(self) -> None:
+        """Title, table, how to read it, and notes about the data, on standard output."""
+        counts, settings = self.counts, self.settings
+        origin = f"states of {self.stored_as} ({self.codec})" if self.stored_as else "encoded now"
+        best = self.baseline.measures[f"R@{settings.top_k}"].mean
+        print_parts(
+            _MIN_WIDTH,
+            f"{self.collection}: {counts.num_queries:,} queries, {counts.num_passages:,} passages, "
+            f"{counts.num_judgements:,} judgements; {self.baseline.name} top {settings.top_k}\n"
+            f"{self.checkpoint}: {origin}, {self.dtype} on {self.device}",
+            _table(self),
+            "[low, high]: 95% bootstrap over queries. ▲ ▼: the paired difference in nDCG@10 from "
+            f"{self.baseline.name} excludes 0 ({settings.num_resamples:,} resamples, seed {settings.seed}).",
+            f"The candidates hold {best:.1%} of the relevant passages; no reranking finds more.",
+            *(f"Note: {note}." for note in counts.notes()),
         )
-        for i, system in enumerate(systems)
-    ]
 
 
-def measures_json(
-    measures: Mapping[str, Interval], **compared: Mapping[str, Difference | Interval | None] | None
-) -> dict[str, Any]:
+def measures_json(measures: Mapping[str, Interval], **compared: Mapping[str, Interval | None] | None) -> dict[str, Any]:
     """Each measure with its comparisons by key; a comparison that is None is left out."""
-
-    def value(interval: Interval | None) -> dict[str, Any] | None:
-        if interval is None:
-            return None
-        return asdict(interval) | ({"significant": interval.significant} if isinstance(interval, Difference) else {})
-
     return {
-        name: asdict(interval) | {key: value(one[name]) for key, one in compared.items() if one is not None}
+        name: interval.to_json() | {key: _json(one[name]) for key, one in compared.items() if one is not None}
         for name, interval in measures.items()
     }
+
+
+def _json(interval: Interval | None) -> dict[str, Any] | None:
+    return interval.to_json() if interval is not None else None
 
 
 def per_query_json(per_query: PerQuery) -> dict[str, list[float | None]]:
@@ -280,74 +306,45 @@ def format_json(document: dict[str, Any]) -> str:
     return plain_list.sub(lambda found: re.sub(r"\s*\n\s*", " ", found[0]), text) + "\n"
 
 
-def write_runs(folder: Path, qrels: Qrels, runs: Mapping[str, Run]) -> list[Path]:
-    """The judgements as qrels.txt, and a TREC run file by name."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_qrels(folder / "qrels.txt", qrels)
-    for name, run in runs.items():
-        write_run(folder / f"{name}.run", run, tag=f"preread-{name}")
-    return [folder / "qrels.txt", *(folder / f"{name}.run" for name in runs)]
-
-
-def significance(change: Difference | None) -> str:
-    """A mark for the eyes: ▲ ▼ where the interval excludes 0."""
-    return " " if change is None or not change.significant else "▲" if change.mean > 0 else "▼"
-
-
-def print_report(report: EvaluationReport) -> None:
-    """Title, table, how to read it, and notes about the data, on standard output."""
-    counts, settings = report.counts, report.settings
-    origin = f"states of {report.stored_as} ({report.codec})" if report.stored_as else "encoded now"
-    best = report.baseline.measures[f"R@{settings.top_k}"].mean
-    console = Console()
-    for part in (
-        f"{report.collection}: {counts.num_queries:,} queries, {counts.num_passages:,} passages, "
-        f"{counts.num_judgements:,} judgements; {report.baseline.name} top {settings.top_k}\n"
-        f"{report.checkpoint}: {origin}, {report.dtype} on {report.device}",
-        _table(report),
-        "[low, high]: 95% bootstrap over queries. ▲ ▼: the paired difference in nDCG@10 from "
-        f"{report.baseline.name} excludes 0 ({settings.num_resamples:,} resamples, seed {settings.seed}).",
-        f"The candidates hold {best:.1%} of the relevant passages; no reranking finds more.",
-        *(f"Note: {note}." for note in counts.notes()),
-    ):
-        console.print(Text(part) if isinstance(part, str) else part, width=max(console.width, _MIN_WIDTH))
-
-
 def _table(report: EvaluationReport) -> Table:
     ceiling = f"R@{report.settings.top_k}"  # the same for all of them: said below the table
     others = [name for name in report.baseline.measures if name not in (HEADLINE, ceiling)]
-    table = plain_table("system")
-    for name in (HEADLINE, f"over {report.baseline.name}", f"of {report.reranked().name}", *others):
-        table.add_column(name, justify="right", no_wrap=True)
+    compared = (f"over {report.baseline.name}", f"of {report.reranked().name}")
+    table = plain_table("system", HEADLINE, *compared, *others)
     for system in report.systems:
         kept = system.kept[HEADLINE] if system.kept is not None else None
         table.add_row(
             system.name,
-            interval_cell(system.measures[HEADLINE]),
-            _gain(system),
+            Text(str(system.measures[HEADLINE])),
+            Text(_gain(system)),
             f"{kept.mean:.1%}" if kept is not None else "",
             *(f"{system.measures[name].mean:.3f}" for name in others),
         )
     return table
 
 
-def plain_table(first: str) -> Table:
-    """A table without lines, its first column named."""
+def print_parts(min_width: int, *parts: str | Table) -> None:
+    """Texts and tables on standard output; cells are never cut: a narrow terminal wraps lines."""
+    console = Console()
+    console.width = max(console.width, min_width)
+    for part in parts:
+        console.print(Text(part) if isinstance(part, str) else part)
+
+
+def plain_table(*columns: str, left: Sequence[str] = ()) -> Table:
+    """A table without lines; the first column and those in `left` are aligned left."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column(first, no_wrap=True)
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="left" if i == 0 or name in left else "right", no_wrap=True)
     return table
-
-
-def interval_cell(interval: Interval) -> str:
-    return f"{interval.mean:.3f} \\[{interval.low:.3f}, {interval.high:.3f}]"  # an open bracket would be markup
 
 
 def _gain(system: System) -> str:
     if system.gain is None:
         return ""
-    gain, mark = system.gain[HEADLINE], significance(system.gain[HEADLINE])
+    gain = system.gain[HEADLINE]
     relative = system.relative[HEADLINE] if system.relative is not None else None
     if relative is None:  # the first stage found nothing: no share exists
-        return f"{gain.mean:+.3f} {mark}"
+        return f"{gain.mean:+.3f} {gain.mark}"
     low, high = relative.low - 1, relative.high - 1
-    return f"{relative.mean - 1:+.1%} \\[{low:+.1%}, {high:+.1%}] {mark}"
+    return f"{relative.mean - 1:+.1%} [{low:+.1%}, {high:+.1%}] {gain.mark}"

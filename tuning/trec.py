@@ -208,6 +208,15 @@ def write_qrels(path: Path, qrels: Mapping[str, Mapping[str, int]]) -> None:
             file.writelines(f"{query_id} 0 {passage_id} {grade}\n" for passage_id, grade in grades.items())
 
 
+def write_runs(folder: Path, qrels: Qrels, runs: Mapping[str, Run]) -> list[Path]:
+    """The judgements as qrels.txt, and a TREC run file by name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_qrels(folder / "qrels.txt", qrels)
+    for name, run in runs.items():
+        write_run(folder / f"{name}.run", run, tag=f"preread-{name}")
+    return [folder / "qrels.txt", *(folder / f"{name}.run" for name in runs)]
+
+
 def check_ids(*ids: str) -> None:
     """Raises EvaluationError for an id that no TREC file can carry."""
     for id_ in ids:

@@ -132,7 +132,7 @@ def evaluate(**options: Any) -> None:
     from checkpoint.compute import tune_process
     from preread_edge.outputs import is_stdout, write_output
     from tuning.evaluate import evaluate as run
-    from tuning.report import EvaluationSettings, print_report
+    from tuning.report import EvaluationSettings
 
     tune_process(options["threads"])
     settings = from_options(EvaluationSettings, options)
@@ -142,7 +142,7 @@ def evaluate(**options: Any) -> None:
     with _inputs(options) as inputs:
         report = run(judged, settings=settings, **inputs)
     if json_file is None or not is_stdout(json_file):
-        print_report(report)
+        report.print()
     if json_file is not None:
         write_output(json_file, report.to_json())
     if options["run_out"] is not None:
@@ -314,12 +314,11 @@ def _show_sweep(report: SweepReport, limits: Limits, out: Path, model: str | Non
     """The files, the table, and the choice."""
     from preread_edge.outputs import write_output
     from tuning.sweep.page import write_page
-    from tuning.sweep.report import print_sweep
 
     choice = limits.choose(report.rows) if limits.given else None
     write_output(out / "tune.json", report.to_json(limits, choice))
     write_page(out, report, limits, choice)
-    print_sweep(report, choice, show_all=options["show_all"])
+    report.print(choice, show_all=options["show_all"])
     click.echo(f"Report: {out / 'report.html'}")
     config = out / "preread.toml"
     if choice is None or choice.broken:

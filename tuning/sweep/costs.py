@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
 
@@ -25,20 +25,17 @@ from cache.record import Record, record_bytes
 from checkpoint import EncoderIdentity
 from decoder_server.models.backend import Backend, Prompt
 from encoder_worker.passage_encoder import PassageEncoder
-from preread.types import Stage
 from tuning.progress import SILENT, StageProgress
 from tuning.rerank import score_passages
-from tuning.sweep.margins import Codecs, TrainedCodec
-from tuning.sweep.quality import compose, num_read
-from tuning.sweep.settings import Configuration
+from tuning.sweep.margins import Codecs
+from tuning.sweep.settings import Configuration, Reading
 from tuning.sweep.workdir import SpilledStates
 
 _COUNT_BATCH = 1024
 _WRITE_BATCH = 256
 _COUNT_STAGE = "count (passages)"
 
-Stages = tuple[Stage, ...]
-Samples = NDArray[np.float64]  # seconds, (rounds * num_queries,): the same index is the same query and round
+_Samples = NDArray[np.float64]  # seconds, (rounds * num_queries,): the same index is the same query and round
 
 
 @dataclass(frozen=True)
@@ -138,48 +135,29 @@ class TimedQuery:
     passage_ids: list[str]
     margins: Mapping[int, NDArray[np.float32]]  # by read ratio; decides which candidates a cascade keeps
 
-    def read_by(self, stages: Stages, number: int) -> list[str]:
+    def read_by(self, reading: Reading, number: int) -> list[str]:
         """The candidates that stage `number` reads."""
         if number == 0:
             return self.passage_ids
-        count = num_read(stages, len(self.passage_ids))[number]
-        rows = compose(stages[:number], [self.margins[stage.compression_ratio] for stage in stages[:number]])
+        count = reading.num_read(len(self.passage_ids))[number]
+        before = Reading(reading.stages[:number])
+        rows = before.order([self.margins[ratio] for ratio in before.ratios])
         return [self.passage_ids[row] for row in rows[:count].tolist()]
 
 
-@dataclass
-class MeasuredTimes:
-    """Samples, from which a configuration's times are added up."""
-
-    num_candidates: float  # mean over the timed queries
-    store: dict[tuple[int, str], Samples] = field(default_factory=dict)  # by stored ratio and codec
-    writing: dict[tuple[int, str], tuple[float, float]] = field(default_factory=dict)  # seconds a passage: codec, store
-    pool: dict[tuple[int, int], Samples] = field(default_factory=dict)  # by stored and read ratio, all candidates
-    decoder: dict[Stages, Samples] = field(default_factory=dict)  # all stages
-
-    def latency(self, one: Configuration) -> Latency | None:
-        """None where its store or reading was not timed."""
-        key = (one.stored_ratio, one.codec)
-        if key not in self.store or one.stages not in self.decoder:
-            return None
-        # Later stages pool only the candidates that they read.
-        counts = num_read(one.stages, max(1, round(self.num_candidates)))
-        decoder = self.decoder[one.stages].copy()
-        for stage, count in zip(one.stages, counts, strict=True):
-            decoder += self.pool[one.stored_ratio, stage.compression_ratio] * (count / counts[0])
-        whole = self.store[key] + decoder
-        p50, p99 = np.percentile(whole, [50, 99])
-        return Latency(float(p50), float(p99), float(np.median(self.store[key])), float(np.median(decoder)), len(whole))
-
-
 class CostTimer:
-    """Times everything that configurations need, on a few queries."""
+    """Times the store and the decoder on a few queries, for configurations to add up."""
 
     def __init__(self, backend: Backend, states: SpilledStates, queries: Sequence[TimedQuery], rounds: int) -> None:
-        self.queries = queries
+        # By stored ratio and codec, seconds a passage: states to codes, and the whole write.
+        self.writing: dict[tuple[int, str], tuple[float, float]] = {}
+        self._queries = queries
         self._backend = backend
         self._states = states
         self._samples = [queries[sample % len(queries)] for sample in range(rounds * len(queries))]
+        self._store: dict[tuple[int, str], _Samples] = {}  # by stored ratio and codec
+        self._pool: dict[tuple[int, int], _Samples] = {}  # by stored and read ratio, all candidates
+        self._decoder: dict[Reading, _Samples] = {}  # all stages
 
     def measure(
         self,
@@ -188,86 +166,86 @@ class CostTimer:
         identity: EncoderIdentity,
         directory: Path,
         progress: StageProgress = SILENT,
-    ) -> MeasuredTimes:
+    ) -> None:
         """
         Args:
             directory: holds a store meanwhile and is removed.
         """
-        times = MeasuredTimes(float(np.mean([len(query.passage_ids) for query in self.queries])))
-        keys = list(dict.fromkeys((one.stored_ratio, one.codec) for one in configurations))
-        readings = list(dict.fromkeys(one.stages for one in configurations))
-        pools = sorted({(one.stored_ratio, stage.compression_ratio) for one in configurations for stage in one.stages})
+        keys = list(dict.fromkeys(one.stored_as for one in configurations))
         num_samples = len(self._samples)
-        advance = progress.begin("time (reranks)", num_samples * (len(keys) + len(readings) + len(pools)))
-        times.decoder = {stages: np.zeros(num_samples) for stages in readings}
-        times.pool = {key: np.zeros(num_samples) for key in pools}
+        self._decoder = {one.reading: np.zeros(num_samples) for one in configurations}
+        pools = {(one.stored_ratio, ratio) for one in configurations for ratio in one.reading.ratios}
+        self._pool = {key: np.zeros(num_samples) for key in sorted(pools)}
+        num_parts = len(self._pool) + len(self._decoder)
+        advance = progress.begin("time (reranks)", num_samples * (len(keys) + num_parts))
         self._warm_up()
-        for sample, query in enumerate(self._samples):  # everything alternates: a machine that slows down slows all
-            self._time_model(query, sample, times)
-            advance(len(pools) + len(readings))
+        for sample in range(num_samples):  # everything alternates: a machine that slows down slows all of it
+            self._time_model(sample)
+            advance(num_parts)
         for key in keys:
             trained = codecs.get(*key)
             if trained is not None:
-                self._time_store(key, trained, identity, directory, times)
+                self._time_store(key, trained.codec, identity, directory)
             advance(num_samples)
-        return times
+
+    def latency(self, one: Configuration) -> Latency | None:
+        """None where its store or reading was not timed."""
+        if one.stored_as not in self._store or one.reading not in self._decoder:
+            return None
+        store, decoder = self._store[one.stored_as], self._decoder[one.reading].copy()
+        # Later stages pool only the candidates that they read.
+        mean_candidates = float(np.mean([len(query.passage_ids) for query in self._queries]))
+        counts = one.reading.num_read(max(1, round(mean_candidates)))
+        for ratio, count in zip(one.reading.ratios, counts, strict=True):
+            decoder += self._pool[one.stored_ratio, ratio] * (count / counts[0])
+        p50, p99 = np.percentile(store + decoder, [50, 99])
+        return Latency(float(p50), float(p99), float(np.median(store)), float(np.median(decoder)), len(store))
 
     def _warm_up(self) -> None:
-        query, ratio = self.queries[0], 4 * self._states.ratio
+        query, ratio = self._queries[0], 4 * self._states.ratio
         for _ in range(2):
             pairs = [(query.prompt, self._states.states(p).at_ratio(ratio)) for p in query.passage_ids]
             score_passages(self._backend, pairs)
 
-    def _time_model(self, query: TimedQuery, sample: int, times: MeasuredTimes) -> None:
+    def _time_model(self, sample: int) -> None:
+        query = self._samples[sample]
         fine = {p: self._states.states(p) for p in query.passage_ids}
         pooled = {ratio: {p: one.at_ratio(ratio) for p, one in fine.items()} for ratio in query.margins}
-        for stored_ratio, read_ratio in times.pool:
+        for (stored_ratio, read_ratio), samples in self._pool.items():
             stored = [one.at_ratio(stored_ratio) for one in fine.values()]
             begun = time.perf_counter()
             for one in stored:
                 one.at_ratio(read_ratio)
-            times.pool[stored_ratio, read_ratio][sample] = time.perf_counter() - begun
-        for stages, samples in times.decoder.items():
-            for number, stage in enumerate(stages):
-                at = pooled[stage.compression_ratio]
-                pairs = [(query.prompt, at[p]) for p in query.read_by(stages, number)]
+            samples[sample] = time.perf_counter() - begun
+        for reading, samples in self._decoder.items():
+            for number, ratio in enumerate(reading.ratios):
+                pairs = [(query.prompt, pooled[ratio][p]) for p in query.read_by(reading, number)]
                 begun = time.perf_counter()
                 score_passages(self._backend, pairs)
                 samples[sample] += time.perf_counter() - begun
 
-    def _time_store(
-        self,
-        key: tuple[int, str],
-        trained: TrainedCodec,
-        identity: EncoderIdentity,
-        directory: Path,
-        times: MeasuredTimes,
-    ) -> None:
+    def _time_store(self, key: tuple[int, str], codec: Codec, identity: EncoderIdentity, directory: Path) -> None:
         """Writes every candidate of the queries to an embedded store, and reads them."""
         rmtree(directory, ignore_errors=True)  # of a run that was killed
         store = open_store(f"faiss:{directory}")
         manifest = Manifest.of(
-            identity,
-            collection="timed",
-            compression_ratio=key[0],
-            codec=trained.codec.factory,
-            codec_table=trained.codec.table(),
+            identity, collection="timed", compression_ratio=key[0], codec=codec.factory, codec_table=codec.table()
         )
         collection = Collection.create(store, manifest)
-        times.writing[key] = self._write(collection, trained.codec, key[0])
-        for query in self.queries:  # the first touch of a page is the disk's time
+        self.writing[key] = self._write(collection, codec, key[0])
+        for query in self._queries:  # the first touch of a page is the disk's time
             collection.get_many(query.passage_ids)
-        times.store[key] = np.zeros(len(self._samples))
+        self._store[key] = np.zeros(len(self._samples))
         for sample, query in enumerate(self._samples):
             begun = time.perf_counter()
             collection.get_many(query.passage_ids)
-            times.store[key][sample] = time.perf_counter() - begun
+            self._store[key][sample] = time.perf_counter() - begun
         store.close()
         rmtree(directory, ignore_errors=True)
 
     def _write(self, collection: Collection, codec: Codec, ratio: int) -> tuple[float, float]:
         """Seconds a passage: states to codes; the whole write, durable, codes included."""
-        ids = list(dict.fromkeys(p for query in self.queries for p in query.passage_ids))
+        ids = list(dict.fromkeys(p for query in self._queries for p in query.passage_ids))
         codec_seconds = store_seconds = 0.0
         for start in range(0, len(ids), _WRITE_BATCH):
             part = ids[start : start + _WRITE_BATCH]

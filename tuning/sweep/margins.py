@@ -35,6 +35,15 @@ class TrainedCodec:
     train_seconds: float
     num_sample: int  # states it was trained on; 0 where it needs none
 
+    def roundtrip(self, passages: States) -> States:
+        """Each passage's states as they come back from the codec. Raises CodecError for a value that it cannot hold."""
+        if not passages:
+            return {}
+        codes = self.codec.encode(np.concatenate([one.states for one in passages.values()]))
+        ends = np.cumsum([one.num_states for one in passages.values()])
+        rows = zip(passages.items(), np.split(self.codec.decode(codes), ends[:-1]), strict=True)
+        return {p: replace(one, states=states) for (p, one), states in rows}
+
 
 @dataclass
 class Codecs:
@@ -79,7 +88,7 @@ class Codecs:
         """The same, the default codec in place of one that cannot be trained; each once. Raises as `get`."""
         found: dict[Configuration, None] = {}
         for one in configurations:
-            usable = self.get(one.stored_ratio, one.codec) is not None
+            usable = self.get(*one.stored_as) is not None
             found[one if usable else replace(one, codec=DEFAULT_CODEC)] = None
         return list(found)
 
@@ -115,20 +124,6 @@ class Codecs:
         if num_sample < num_training_states(codec):
             self.few.setdefault(factory, {})[ratio] = num_sample
         return TrainedCodec(codec, seconds, num_sample)
-
-
-def roundtrip(codec: Codec, passages: States) -> States:
-    """Each passage's states as they come back from the codec.
-
-    Raises:
-        CodecError: a value that it cannot hold.
-    """
-    if not passages:
-        return {}
-    decoded = codec.decode(codec.encode(np.concatenate([one.states for one in passages.values()])))
-    ends = np.cumsum([one.num_states for one in passages.values()])
-    rows = zip(passages.items(), np.split(decoded, ends[:-1]), strict=True)
-    return {p: replace(one, states=states) for (p, one), states in rows}
 
 
 def file_name(ratio: int, factory: str) -> str:
@@ -210,7 +205,7 @@ class Margins:
             flats = {read_ratio: self._empty() for read_ratio in read_ratios}
             try:
                 for chunk in self._chunks:
-                    stored = _Stored(trained.codec, partial(self._load, chunk, ratio))
+                    stored = _Stored(trained, partial(self._load, chunk, ratio))
                     for read_ratio, flat in flats.items():
                         name = f"{file_name(ratio, factory)}/{read_ratio}-{chunk.number:04}"
                         load = partial(stored.at_ratio, read_ratio)
@@ -244,12 +239,12 @@ class Margins:
 class _Stored:
     """A chunk's states out of a codec: decoded once, and not at all where every reading was scored before."""
 
-    codec: Codec
+    trained: TrainedCodec
     load: Callable[[], States]
 
     @cached_property
     def states(self) -> States:
-        return roundtrip(self.codec, self.load())
+        return self.trained.roundtrip(self.load())
 
     def at_ratio(self, ratio: int) -> States:
         return {p: one.at_ratio(ratio) for p, one in self.states.items()}

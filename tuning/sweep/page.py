@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 from preread_edge.outputs import write_output
 from tuning import MissingExtra
 from tuning.metrics import HEADLINE
-from tuning.sweep.quality import AUC, TAU, overlap_name
+from tuning.sweep.quality import AUC, TAU
 from tuning.sweep.report import Choice, Limits, SweepReport, SweepRow
 from tuning.trec import Run
 
@@ -64,7 +64,7 @@ def _page(report: SweepReport, limits: Limits, choice: Choice | None, drawn: lis
         broken=choice.explain(limits) if choice is not None else "",
         plots=drawn,
         rows=list(fronts),
-        measures=[HEADLINE, "MRR@10", TAU, overlap_name(report.settings.overlap_k), AUC],
+        measures=[HEADLINE, "MRR@10", TAU, report.settings.overlap_name, AUC],
         headline=HEADLINE,
         examples=[_examples_of(report, row) for row in shown],
     )
@@ -91,40 +91,6 @@ def _duration(seconds: float | None) -> str:
     return f"{seconds * 1000:,.0f} ms"
 
 
-@dataclass(frozen=True)
-class _Moved:
-    """A passage and its places, from 1, in the reference's order and in this one."""
-
-    passage_id: str
-    text: str
-    grade: int
-    before: int
-    after: int
-
-
-@dataclass(frozen=True)
-class _Example:
-    """One query, its nDCG@10 with the reference and here, and passages that moved."""
-
-    query_id: str
-    text: str
-    before: float
-    after: float
-    moved: list[_Moved]
-
-
-@dataclass(frozen=True)
-class _Examples:
-    """The queries that changed most, the most changed first."""
-
-    row: SweepRow
-    losses: list[_Example]
-    wins: list[_Example]
-    num_lost: int
-    num_won: int
-    num_same: int
-
-
 def _rows_with_examples(report: SweepReport, chosen: SweepRow | None) -> list[SweepRow]:
     """The chosen one first, then both fronts from small to large."""
     on = zip(report.rows, report.on_size_front, report.on_latency_front, strict=True)
@@ -133,7 +99,8 @@ def _rows_with_examples(report: SweepReport, chosen: SweepRow | None) -> list[Sw
     return rows if chosen is None else [chosen, *rows]
 
 
-def _examples_of(report: SweepReport, row: SweepRow) -> _Examples:
+def _examples_of(report: SweepReport, row: SweepRow) -> dict[str, Any]:
+    """The queries that changed most, the most changed first: their nDCG@10 with the reference and here."""
     before, after = (one.per_query[HEADLINE].tolist() for one in (report.reference, row.quality))
     values = {q: (a, b) for q, a, b in zip(report.query_ids, before, after, strict=True)}
     change = {q: b - a for q, (a, b) in values.items()}
@@ -141,30 +108,37 @@ def _examples_of(report: SweepReport, row: SweepRow) -> _Examples:
     lost = [q for q in order if change[q] < 0]
     won = [q for q in reversed(order) if change[q] > 0]
 
-    def example(query_id: str) -> _Example:
-        moved = _moved(report, query_id, report.reference.run, row.quality.run)
-        return _Example(query_id, report.queries.get(query_id, ""), *values[query_id], moved)
+    def example(q: str) -> dict[str, Any]:
+        moved = _moved(report, q, report.reference.run, row.quality.run)
+        told = {"query_id": q, "text": report.queries.get(q, ""), "moved": moved}
+        return told | dict(zip(("before", "after"), values[q], strict=True))
 
+    counts = {"num_lost": len(lost), "num_won": len(won), "num_same": len(order) - len(lost) - len(won)}
     losses, wins = ([example(q) for q in found[:_NUM_SHOWN]] for found in (lost, won))
-    return _Examples(row, losses, wins, len(lost), len(won), len(order) - len(lost) - len(won))
+    return {"row": row, "losses": losses, "wins": wins} | counts
 
 
-def _moved(report: SweepReport, query_id: str, before: Run, after: Run) -> list[_Moved]:
-    """The relevant candidates that changed places, and the one that ranks first now."""
+def _moved(report: SweepReport, query_id: str, before: Run, after: Run) -> list[dict[str, Any]]:
+    """The relevant candidates that changed places, and the one that ranks first now; places count from 1."""
     old, new = ({p: place for place, (p, _) in enumerate(run.get(query_id, []), 1)} for run in (before, after))
     grades = report.qrels.get(query_id, {})
+    relevant = [p for p in new if grades.get(p, 0) > 0 and old[p] != new[p]]
+    shown = sorted(relevant, key=lambda p: -abs(new[p] - old[p]))[:_NUM_MOVED]
+    shown += [p for p in list(new)[:1] if p not in shown]
 
-    def entry(p: str) -> _Moved:
-        text = " ".join(report.passages.get(p, "").split())
-        short = text if len(text) <= _MAX_TEXT_CHARACTERS else text[: _MAX_TEXT_CHARACTERS - 1] + "…"
-        return _Moved(p, short, grades.get(p, 0), old[p], new[p])
+    def short(text: str) -> str:
+        return text if len(text) <= _MAX_TEXT_CHARACTERS else text[: _MAX_TEXT_CHARACTERS - 1] + "…"
 
-    relevant = [entry(p) for p in new if grades.get(p, 0) > 0 and old[p] != new[p]]
-    changed = sorted(relevant, key=lambda one: -abs(one.after - one.before))[:_NUM_MOVED]
-    first = next(iter(new), None)
-    if first is not None and all(one.passage_id != first for one in changed):
-        changed.append(entry(first))
-    return changed
+    return [
+        {
+            "passage_id": p,
+            "text": short(" ".join(report.passages.get(p, "").split())),
+            "grade": grades.get(p, 0),
+            "before": old[p],
+            "after": new[p],
+        }
+        for p in shown
+    ]
 
 
 @dataclass(frozen=True)
@@ -225,7 +199,7 @@ def _against_bytes(axes: Any, report: SweepReport, chosen: SweepRow | None) -> N
 
 def _against_latency(axes: Any, report: SweepReport, chosen: SweepRow | None) -> None:
     axes.set_xlabel(f"p50 of a rerank of {report.settings.top_k}, ms  ({report.machine})")
-    ratios = [row.configuration.stages[-1].compression_ratio for row in report.rows]
+    ratios = [row.configuration.reading.ratios[-1] for row in report.rows]
     xs = [row.timing.p50_seconds * 1000 if row.timing is not None else 0.0 for row in report.rows]
     kinds = [f"read at {ratio}" for ratio in sorted(set(ratios))]
     _scatter(axes, report, xs, report.on_latency_front, [f"read at {ratio}" for ratio in ratios], kinds, chosen)
@@ -236,8 +210,8 @@ def _over_ratio(axes: Any, report: SweepReport) -> None:
     """One line for each codec, of the finest stored ratio that has it."""
     axes.set_xscale("log", base=2)
     axes.set_xlabel("ratio read at (tokens per state)")
-    single = [row for row in report.rows if not row.configuration.is_cascade]
-    ratios = {id(row): row.configuration.stages[0].compression_ratio for row in single}
+    single = [row for row in report.rows if not row.configuration.reading.is_cascade]
+    ratios = {id(row): row.configuration.reading.ratios[0] for row in single}
     for place, codec in enumerate(dict.fromkeys(row.configuration.codec for row in single)):
         own = [row for row in single if row.configuration.codec == codec]
         finest = min(row.configuration.stored_ratio for row in own)
@@ -276,7 +250,7 @@ def _scatter(
     axes.plot([x for x, _ in on], [y for _, y in on], color=_FRONT, lw=1.2, drawstyle="steps-post", zorder=1)
     for place, (x, row, is_on, name) in enumerate(zip(xs, report.rows, front, names, strict=True)):
         y = row.quality.headline
-        marker = "D" if row.configuration.is_cascade else "o"
+        marker = "D" if row.configuration.reading.is_cascade else "o"
         axes.scatter([x], [y], s=46 if is_on else 26, color=colours[name], marker=marker, alpha=1.0 if is_on else 0.45,
                      edgecolors=INK if is_on else "none", linewidths=0.9, zorder=3 if is_on else 2,
                      gid=f"row-{place}")  # fmt: skip
@@ -286,7 +260,7 @@ def _scatter(
                           color=_CHOSEN, fontsize=9, fontweight="bold", zorder=5,
                           bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5})  # fmt: skip
     handles = [Line2D([], [], color=colour, marker="o", ls="", label=kind) for kind, colour in colours.items()]
-    if any(row.configuration.is_cascade for row in report.rows):
+    if any(row.configuration.reading.is_cascade for row in report.rows):
         handles.append(Line2D([], [], color=FAINT, marker="D", ls="", label="cascade"))
     handles.append(Line2D([], [], color=_FRONT, lw=1.2, label="Pareto front"))
     lines, labels = axes.get_legend_handles_labels()

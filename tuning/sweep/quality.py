@@ -1,7 +1,7 @@
 """How good each configuration's orders are, query by query, and how sure that is, against the reference.
 
 The reference is r = 1: the states as the encoder gave them, no codec, read by the decoder in float32. Where there are
-no judgements, its ranking replaces them. In a cascade, candidates that reached a later stage rank first.
+no judgements, its ranking replaces them.
 """
 
 from __future__ import annotations
@@ -12,55 +12,19 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from decoder_server.engine.plan import Plan
 from preread.types import Stage
 from tuning.metrics import HEADLINE, Bootstrap, Difference, Interval, kendall_tau, per_query
 from tuning.progress import SILENT, StageProgress
 from tuning.report import PerQuery
 from tuning.sweep.margins import Margins, Pairs
-from tuning.sweep.settings import Configuration, SweepSettings
-from tuning.trec import Qrels, Run, order, rank
+from tuning.sweep.settings import Configuration, Reading, SweepSettings
+from tuning.trec import Qrels, Run, order
 
 TAU = "Kendall tau"
 AUC = "ROC-AUC"
 _NUM_TAUGHT = 10  # of the reference's ranking, the places that count as relevant where there are no judgements
 
-Orders = Mapping[str, NDArray[np.intp]]  # by query, candidates' rows, best first
-
-
-def compose(stages: Sequence[Stage], margins: Sequence[NDArray[np.floating]]) -> NDArray[np.intp]:
-    """Rows of the candidates, best first, after all stages.
-
-    Args:
-        margins: (num_candidates,) per stage, of all candidates; a stage uses those that came that far.
-    """
-    rows = order(margins[0])
-    for before, own in zip(stages, margins[1:], strict=False):
-        going = np.sort(rows[: before.keep])  # in candidate order, so that equal margins stay in it
-        rows = np.concatenate([going[order(own[going])], rows[before.keep :]])
-    return rows
-
-
-def num_read(stages: Sequence[Stage], num_candidates: int) -> list[int]:
-    """How many candidates each stage reads."""
-    return [count for count, _ in Plan(tuple(stages), cascade=len(stages) > 1).reads(num_candidates)]
-
-
-def ranking(
-    candidates: Sequence[str], stages: Sequence[Stage], margins: Sequence[NDArray[np.floating]]
-) -> list[tuple[str, float]]:
-    """A run's entry for one query. Margins of stages do not compare, so a cascade's scores count down to 1."""
-    if len(stages) == 1:
-        return rank(candidates, margins[0])
-    rows = compose(stages, margins)
-    return [(candidates[row], float(len(rows) - place)) for place, row in enumerate(rows.tolist())]
-
-
-def places(rows: NDArray[np.intp]) -> NDArray[np.intp]:
-    """The inverse of an order: each candidate's place in it, 0 for the best."""
-    inverse = np.empty_like(rows)
-    inverse[rows] = np.arange(len(rows))
-    return inverse
+_Orders = Mapping[str, NDArray[np.intp]]  # by query, candidates' rows, best first
 
 
 @dataclass(frozen=True)
@@ -136,43 +100,40 @@ def measure_quality(
     pairs = margins.pairs
     measured = [one for one in configurations if all(unit in margins.values for unit in one.units())]
     advance = progress.begin("measure (configurations)", len(measured) + 2)
-    best = {q: places(order(own)) for q, own in pairs.split(reference).items()}
+    # The inverse of an order: each candidate's place in it, 0 for the best.
+    best = {q: np.argsort(order(own)) for q, own in pairs.split(reference).items()}
     rows: list[tuple[Run, PerQuery]] = []
 
-    def add(run: Run, orders: Orders) -> None:
-        rows.append((run, _per_query(judgements, run, orders, best, pairs, settings.overlap_k)))
+    def add(run: Run, orders: _Orders) -> None:
+        rows.append((run, _per_query(judgements, run, orders, best, pairs, settings)))
         advance(1)
 
     add(first, {q: np.arange(len(found)) for q, found in pairs.candidates.items()})
-    readings: list[tuple[Sequence[Stage], list[NDArray[np.float32]]]] = [((Stage(1),), [reference])]
-    readings += [(one.stages, [margins.values[unit] for unit in one.units()]) for one in measured]
-    for stages, flats in readings:
+    readings = [(Reading((Stage(1),)), [reference])]
+    readings += [(one.reading, [margins.values[unit] for unit in one.units()]) for one in measured]
+    for reading, flats in readings:
         split = [pairs.split(flat) for flat in flats]
         by_query = {q: [own[q] for own in split] for q in pairs.candidates}
         add(
-            {q: ranking(pairs.candidates[q], stages, own) for q, own in by_query.items()},
-            {q: compose(stages, own) for q, own in by_query.items()},
+            {q: reading.ranking(pairs.candidates[q], own) for q, own in by_query.items()},
+            {q: reading.order(own) for q, own in by_query.items()},
         )
     first_stage, finest, *others = _with_intervals(rows, settings)
     return first_stage, finest, dict(zip(measured, others, strict=True))
 
 
 def _per_query(
-    judgements: Judgements, run: Run, orders: Orders, best: Orders, pairs: Pairs, overlap_k: int
+    judgements: Judgements, run: Run, orders: _Orders, best: _Orders, pairs: Pairs, settings: SweepSettings
 ) -> PerQuery:
     values = per_query(judgements.qrels, run, 10, judgements.first_grade)
-    others: dict[str, list[float]] = {TAU: [], overlap_name(overlap_k): [], AUC: []}
+    others: dict[str, list[float]] = {TAU: [], settings.overlap_name: [], AUC: []}
     for query_id, grades in judgements.qrels.items():
-        mine, theirs = places(orders[query_id]), best[query_id]
+        mine, theirs = np.argsort(orders[query_id]), best[query_id]
         relevant = np.array([grades.get(p, 0) >= judgements.min_grade for p in pairs.candidates[query_id]], dtype=bool)
         others[TAU].append(kendall_tau(mine, theirs))
-        others[overlap_name(overlap_k)].append(_overlap(mine, theirs, overlap_k))
+        others[settings.overlap_name].append(_overlap(mine, theirs, settings.overlap_k))
         others[AUC].append(_auc(mine, relevant))
     return {name: values[name] for name in (HEADLINE, "MRR@10")} | {name: np.array(v) for name, v in others.items()}
-
-
-def overlap_name(k: int) -> str:
-    return f"top-{k} overlap"
 
 
 def _overlap(mine: NDArray[np.intp], theirs: NDArray[np.intp], k: int) -> float:

@@ -9,29 +9,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from tuning import EvaluationError
 from tuning.metrics import HEADLINE
-from tuning.report import (
-    format_json,
-    interval_cell,
-    measures_json,
-    per_query_json,
-    plain_table,
-    significance,
-    write_runs,
-)
+from tuning.report import format_json, measures_json, per_query_json, plain_table, print_parts
 from tuning.sweep.costs import IndexingCost, Latency, StoredSize
-from tuning.sweep.quality import AUC, TAU, Quality, overlap_name
+from tuning.sweep.quality import AUC, TAU, Quality
 from tuning.sweep.settings import Configuration, SweepSettings
-from tuning.trec import Qrels
+from tuning.trec import Qrels, write_runs
 
-FORMAT_VERSION = 1
+_FORMAT_VERSION = 1
 _PREFERENCES = ("bytes", "latency", "quality")
-_MIN_WIDTH = 120  # cells are never cut: a narrow terminal wraps lines
+_MIN_WIDTH = 120
 _SMALL, _FAST, _CHOSEN = "●", "◆", "▶"
 
 
@@ -51,7 +42,7 @@ class SweepRow:
             "name": one.name,
             "stored_ratio": one.stored_ratio,
             "codec": one.codec,
-            "stages": [asdict(stage) for stage in one.stages],
+            "stages": [asdict(stage) for stage in one.reading.stages],
             "quality": _quality_json(self.quality),
             "size": asdict(self.size),
             "timing": asdict(self.timing) if self.timing is not None else None,
@@ -241,7 +232,7 @@ class SweepReport:
             chosen["broken"] = choice.broken
         return format_json(
             {
-                "format_version": FORMAT_VERSION,
+                "format_version": _FORMAT_VERSION,
                 **{name: getattr(self, name) for name in plain.split()},
                 "settings": asdict(self.settings),
                 "notes": self.notes,
@@ -261,6 +252,33 @@ class SweepReport:
         """TREC files: the judgements, and a run for the first stage, the reference and each configuration."""
         runs = {"first-stage": self.first_stage.run, "reference": self.reference.run}
         return write_runs(folder, self.qrels, runs | {r.configuration.file_stem: r.quality.run for r in self.rows})
+
+    def print(self, choice: Choice | None, *, show_all: bool = False) -> None:
+        """Title, table with the fronts marked, how to read it, and notes about the data, on standard output."""
+        settings, finest = self.settings, f"r = {self.reference_ratio}"
+        judged = f"judged by {finest} itself" if self.taught else "judged"
+        fronts = zip(self.rows, self.on_size_front, self.on_latency_front, strict=True)
+        shown = [
+            (row, small, fast)
+            for row, small, fast in fronts
+            if show_all or small or fast or (choice is not None and row is choice.row)
+        ]
+        left = len(self.rows) - len(shown)
+        print_parts(
+            _MIN_WIDTH,
+            f"{self.collection}: {self.num_queries:,} queries, {judged}; {self.num_passages:,} passages of "
+            f"{self.mean_tokens:,.0f} tokens in the mean; {self.first_stage_name} top {settings.top_k}\n"
+            f"{self.model}: {self.machine}",
+            _table(self, shown, choice),
+            f"{_SMALL} {_FAST}: no other is as small ({_SMALL}) or as fast ({_FAST}) and better in nDCG@10. "
+            f"▲ ▼: the paired difference from {finest} excludes 0 "
+            f"(95% bootstrap, {settings.num_resamples:,} resamples, seed {settings.seed}).",
+            f"tau, top-{settings.overlap_k}: Kendall's tau and overlap with {finest}. "
+            "bytes: of a stored passage, without its text. "
+            f"ms: one query's {settings.top_k} candidates, in this process.",
+            *([f"{left} configurations are on neither front and not shown (--all shows them)."] if left else []),
+            *(f"Note: {note}." for note in self.notes),
+        )
 
     def config_toml(self, row: SweepRow, model: str | None = None, *, control_tokens: bool = False) -> str:
         """A configuration as the file that `preread index --config` and `preread serve --config` take.
@@ -284,7 +302,9 @@ class SweepReport:
         index: dict[str, Any] = {"compression-ratio": one.stored_ratio, "codec": one.codec}
         if self.settings.split:
             index["split"] = True
-        serve = {"stages": one.reading} if one.is_cascade else {"read-ratio": one.stages[0].compression_ratio}
+        serve: dict[str, Any] = {"stages": str(one.reading)}
+        if not one.reading.is_cascade:
+            serve = {"read-ratio": one.reading.ratios[0]}
         blocks = ["\n".join(head)]
         if model is not None:
             blocks.append(_toml({"model": model}))
@@ -303,67 +323,26 @@ def _quality_json(quality: Quality) -> dict[str, Any]:
     return {"measures": measures, "per_query": per_query_json(quality.per_query)}
 
 
-def print_sweep(report: SweepReport, choice: Choice | None, *, show_all: bool = False) -> None:
-    """Title, table with the fronts marked, how to read it, and notes about the data, on standard output."""
-    judged = f"judged by r = {report.reference_ratio} itself" if report.taught else "judged"
-    on_front = [small or fast for small, fast in zip(report.on_size_front, report.on_latency_front, strict=True)]
-    shown = [
-        place
-        for place, row in enumerate(report.rows)
-        if show_all or on_front[place] or (choice is not None and row is choice.row)
-    ]
-    left = len(report.rows) - len(shown)
-    console = Console()
-    console.width = max(console.width, _MIN_WIDTH)
-    for part in (
-        f"{report.collection}: {report.num_queries:,} queries, {judged}; {report.num_passages:,} passages of "
-        f"{report.mean_tokens:,.0f} tokens in the mean; {report.first_stage_name} top {report.settings.top_k}\n"
-        f"{report.model}: {report.machine}",
-        _table(report, shown, choice),
-        f"{_SMALL} {_FAST}: no other is as small ({_SMALL}) or as fast ({_FAST}) and better in nDCG@10. "
-        f"▲ ▼: the paired difference from r = {report.reference_ratio} excludes 0 "
-        f"(95% bootstrap, {report.settings.num_resamples:,} resamples, seed {report.settings.seed}).",
-        f"tau, top-{report.settings.overlap_k}: Kendall's tau and overlap with r = {report.reference_ratio}. "
-        "bytes: of a stored passage, without its text. "
-        f"ms: one query's {report.settings.top_k} candidates, in this process.",
-        *([f"{left} configurations are on neither front and not shown (--all shows them)."] if left else []),
-        *(f"Note: {note}." for note in report.notes),
-    ):
-        console.print(Text(part) if isinstance(part, str) else part)
-
-
-def _table(report: SweepReport, shown: list[int], choice: Choice | None) -> Table:
-    table, settings = plain_table(""), report.settings
-    for heading in ("stored", "codec", "read"):
-        table.add_column(heading, justify="left" if heading == "codec" else "right", no_wrap=True)
-    compared = (f"to r = {report.reference_ratio}", "MRR@10", "tau", f"top-{settings.overlap_k}", "AUC")
-    for heading in (HEADLINE, *compared, "bytes", "p50 ms", "p99 ms"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    finest, overlap = str(report.reference_ratio), overlap_name(settings.overlap_k)
-    for cells, quality in (
-        (("", report.first_stage_name[:8], ""), report.first_stage),
-        ((finest, "none", finest), report.reference),
-    ):
-        table.add_row("", *cells, *_quality(quality, overlap), "", "", "")
-    for place in sorted(shown, key=lambda place: report.rows[place].size.bytes_per_passage):
-        row, one = report.rows[place], report.rows[place].configuration
-        chosen = choice is not None and row is choice.row
-        marks = ((chosen, _CHOSEN), (report.on_size_front[place], _SMALL), (report.on_latency_front[place], _FAST))
-        table.add_row(
-            "".join(mark if on else " " for on, mark in marks),
-            *(str(one.stored_ratio), one.codec, one.reading),
-            *_quality(row.quality, overlap),
-            *_costs(row),
-            style="bold" if chosen else None,
-        )
+def _table(report: SweepReport, shown: list[tuple[SweepRow, bool, bool]], choice: Choice | None) -> Table:
+    overlap, finest = report.settings.overlap_name, str(report.reference_ratio)
+    compared = (f"to r = {finest}", "MRR@10", "tau", f"top-{report.settings.overlap_k}", "AUC")
+    columns = ("", "stored", "codec", "read", HEADLINE, *compared, "bytes", "p50 ms", "p99 ms")
+    table = plain_table(*columns, left=["codec"])
+    table.add_row("", "", report.first_stage_name[:8], "", *_quality(report.first_stage, overlap), "", "", "")
+    table.add_row("", finest, "none", finest, *_quality(report.reference, overlap), "", "", "")
+    for row, small, fast in sorted(shown, key=lambda one: one[0].size.bytes_per_passage):
+        one, chosen = row.configuration, choice is not None and row is choice.row
+        marks = "".join(mark if on else " " for on, mark in ((chosen, _CHOSEN), (small, _SMALL), (fast, _FAST)))
+        cells = (marks, str(one.stored_ratio), one.codec, str(one.reading), *_quality(row.quality, overlap))
+        table.add_row(*cells, *_costs(row), style="bold" if chosen else None)
     return table
 
 
-def _quality(quality: Quality, overlap: str) -> list[str]:
-    mark = significance(quality.change[HEADLINE] if quality.change is not None else None)
+def _quality(quality: Quality, overlap: str) -> list[str | Text]:
+    mark = quality.change[HEADLINE].mark if quality.change is not None else " "
     others = [quality.measures.get(name) for name in ("MRR@10", TAU, overlap, AUC)]
     return [
-        interval_cell(quality.measures[HEADLINE]),
+        Text(str(quality.measures[HEADLINE])),
         f"{quality.gain:+.1%} {mark}" if quality.kept is not None else "",
         *(f"{one.mean:.3f}" if one is not None else "–" for one in others),
     ]

@@ -6,11 +6,16 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cache.codecs import Codec
 from cache.errors import CodecError
+from decoder_server.engine.plan import Plan
 from preread.types import Stage, format_stages, parse_stages
 from tuning import EvaluationError
 from tuning.report import COARSEST, MeasuringSettings, doublings
+from tuning.trec import order, rank
 
 _COARSEST_STORED = 8  # of the default stored ratios: coarser ones hardly save any more bytes
 _FEW_SAMPLES = ("fallback", "refuse")
@@ -26,21 +31,58 @@ class Unit:
 
 
 @dataclass(frozen=True, slots=True)
-class Configuration:
-    """One row of the report. `stages` has one entry where every candidate is read at one ratio."""
+class Reading:
+    """How stored states are read: every candidate at one ratio, or in the stages of a cascade."""
 
-    stored_ratio: int
-    codec: str
     stages: tuple[Stage, ...]
+
+    def __str__(self) -> str:
+        """`8`, or `32:20,4` for a cascade: the value of --read-ratio or --stages."""
+        return format_stages(self.stages)
 
     @property
     def is_cascade(self) -> bool:
         return len(self.stages) > 1
 
     @property
-    def reading(self) -> str:
-        """`8`, or `32:20,4` for a cascade: the value of --read-ratio or --stages."""
-        return format_stages(self.stages)
+    def ratios(self) -> list[int]:
+        return [stage.compression_ratio for stage in self.stages]
+
+    def can_be_of(self, stored_ratio: int) -> bool:
+        """Whether states stored at that ratio can be read so."""
+        return all(ratio % stored_ratio == 0 for ratio in self.ratios)
+
+    def num_read(self, num_candidates: int) -> list[int]:
+        """How many candidates each stage reads."""
+        return [count for count, _ in Plan(self.stages, cascade=self.is_cascade).reads(num_candidates)]
+
+    def order(self, margins: Sequence[NDArray[np.floating]]) -> NDArray[np.intp]:
+        """Rows of the candidates, best first, after all stages; those that reached a later stage rank first.
+
+        Args:
+            margins: (num_candidates,) per stage, of all candidates; a stage uses those that came that far.
+        """
+        rows = order(margins[0])
+        for before, own in zip(self.stages, margins[1:], strict=False):
+            going = np.sort(rows[: before.keep])  # in candidate order, so that equal margins stay in it
+            rows = np.concatenate([going[order(own[going])], rows[before.keep :]])
+        return rows
+
+    def ranking(self, candidates: Sequence[str], margins: Sequence[NDArray[np.floating]]) -> list[tuple[str, float]]:
+        """A run's entry for one query. Margins of stages do not compare, so a cascade's scores count down to 1."""
+        if not self.is_cascade:
+            return rank(candidates, margins[0])
+        rows = self.order(margins).tolist()
+        return [(candidates[row], float(len(rows) - place)) for place, row in enumerate(rows)]
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """One row of the report."""
+
+    stored_ratio: int
+    codec: str
+    reading: Reading
 
     @property
     def name(self) -> str:
@@ -52,9 +94,13 @@ class Configuration:
         """The stem of its run file: `r4-SQ8-read8`."""
         return re.sub(r"[^A-Za-z0-9.]+", "-", f"r{self.stored_ratio}-{self.codec}-read{self.reading}")
 
+    @property
+    def stored_as(self) -> tuple[int, str]:
+        return self.stored_ratio, self.codec
+
     def units(self) -> list[Unit]:
         """The margins it needs, by stage."""
-        return [Unit(self.stored_ratio, self.codec, stage.compression_ratio) for stage in self.stages]
+        return [Unit(*self.stored_as, ratio) for ratio in self.reading.ratios]
 
 
 def units_of(configurations: Iterable[Configuration]) -> list[Unit]:
@@ -109,9 +155,9 @@ class SweepSettings(MeasuringSettings):
                     f"read ratio is {ratio}; no stored ratio of {', '.join(map(str, sorted(stored)))} can give it"
                 )
         for stages in self.cascades or ():
-            if not any(_can_give(one, stages) for one in stored):
-                shown = format_stages(stages)
-                raise EvaluationError(f"cascade is {shown}; no stored ratio of {stored} can give all its ratios")
+            reading = Reading(stages)
+            if not any(map(reading.can_be_of, stored)):
+                raise EvaluationError(f"cascade is {reading}; no stored ratio of {stored} can give all its ratios")
         cascades = self.cascades if self.cascades is not None else _default_cascades(self.top_k)
         codecs = self.codecs or _default_codecs(dim)
         for codec in codecs:
@@ -120,18 +166,20 @@ class SweepSettings(MeasuringSettings):
 
     def grid(self) -> list[Configuration]:
         """Every combination that can be, of resolved settings: a read ratio is a multiple of the stored one."""
-        readings = [(Stage(ratio),) for ratio in sorted(self.read_ratios or ())] + list(self.cascades or ())
+        readings = [Reading((Stage(ratio),)) for ratio in sorted(self.read_ratios or ())]
+        readings += map(Reading, self.cascades or ())
         return [
-            Configuration(stored, codec, stages)
+            Configuration(stored, codec, reading)
             for stored in sorted(self.stored_ratios or ())
             for codec in self.codecs or ()
-            for stages in readings
-            if _can_give(stored, stages)
+            for reading in readings
+            if reading.can_be_of(stored)
         ]
 
-
-def _can_give(stored: int, stages: Sequence[Stage]) -> bool:
-    return all(stage.compression_ratio % stored == 0 for stage in stages)
+    @property
+    def overlap_name(self) -> str:
+        """The measure of `overlap_k`."""
+        return f"top-{self.overlap_k} overlap"
 
 
 def _default_cascades(top_k: int) -> tuple[tuple[Stage, ...], ...]:

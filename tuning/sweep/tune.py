@@ -5,9 +5,13 @@ report = tune(read_judged("examples/scifact"), "preread/models/preread-mini", Sw
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +19,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.collection import Collection
+from cache.states import text_digest
 from checkpoint import Checkpoint
 from checkpoint.compute import hardware
 from decoder_server.models.fbnl.backend import FbnlBackend
 from tuning import EvaluationError
 from tuning.baselines import first_stage
-from tuning.evaluate import count, load_encoder, open_checkpoint, with_stored_texts
+from tuning.evaluate import load_encoder, open_checkpoint
 from tuning.judged import JudgedCollection
 from tuning.progress import SILENT, StageProgress
+from tuning.report import Counts
 from tuning.rerank import EncodedStates, StateSource, StoredStates
-from tuning.sweep.costs import CostTimer, IndexingCost, Lengths, MeasuredTimes, TimedQuery
+from tuning.sweep.costs import CostTimer, IndexingCost, Lengths, TimedQuery
 from tuning.sweep.margins import Codecs, Margins, Pairs
 from tuning.sweep.quality import Judgements, Quality, measure_quality
 from tuning.sweep.report import SweepReport, SweepRow
 from tuning.sweep.settings import Configuration, SweepSettings, units_of
-from tuning.sweep.workdir import SpilledStates, WorkDir, inputs_of
+from tuning.sweep.workdir import SpilledStates, WorkDir
 from tuning.trec import RunFile
 
+_WORK_VERSION = 1  # raised when the contents of a work directory mean something else
 _SPILL_CHUNK_BYTES = 32 << 20  # how much a killed run encodes again at most
 
 
@@ -60,7 +67,7 @@ def tune(
         CheckpointError, CacheError: a checkpoint, collection or codec that cannot be used.
     """
     settings, checkpoint = settings or SweepSettings(), open_checkpoint(model, stored)
-    judged = with_stored_texts(judged, stored).sample(settings.max_queries, settings.seed)
+    judged = judged.with_texts_of(stored).sample(settings.max_queries, settings.seed)
     from_states = stored if stored is not None and not judged.passages else None
     settings = settings.resolved(from_states.manifest.compression_ratio if from_states else 1, checkpoint.dim)
     sweep = Sweep(judged, checkpoint, settings, candidates, from_states, Path(work_dir), device, dtype, progress)
@@ -96,8 +103,35 @@ class Sweep:
         self.backend = FbnlBackend.load(self.checkpoint, device=self.device, dtype=self.dtype)
         self.encoder = load_encoder(self.checkpoint, self.device, self.dtype)
         self.prompts = {q: self.backend.prompt(self.judged.queries[q], self.settings.instruction) for q in self.first}
-        inputs = inputs_of(self.judged, self.checkpoint, self.backend, self.settings, self.first, self.from_states)
-        self.work = WorkDir(self.root, inputs)
+        self.work = WorkDir(self.root, self._inputs())
+
+    def _inputs(self) -> dict[str, Any]:
+        """Everything that states and margins depend on."""
+        ids = sorted(self.pairs.places)
+        digests: Sequence[bytes | None]
+        if self.from_states is not None:
+            digests = self.from_states.digests(ids)
+        else:
+            ids = [p for p in ids if p in self.judged.passages]
+            digests = [text_digest(self.judged.passages[p]) for p in ids]
+        passages = [[p, digest.hex() if digest is not None else None] for p, digest in zip(ids, digests, strict=True)]
+        candidates = [[q, self.judged.queries[q], found] for q, found in self.pairs.candidates.items()]
+        return {
+            "version": _WORK_VERSION,
+            # Another codec, forward pass or product may round otherwise.
+            "packages": {name: version(name) for name in ("preread", "faiss-cpu", "torch")},
+            "fingerprint": self.checkpoint.identity().fingerprint,
+            "weights": self.checkpoint.weights_digest(),
+            "checkpoint_settings": asdict(self.checkpoint.settings),
+            "states_of": self.from_states.manifest.binding if self.from_states is not None else None,
+            "dtype": self.backend.dtype_name,
+            "device": self.backend.device_name,
+            "split": self.settings.split,
+            "instruction": self.settings.instruction,
+            "seed": self.settings.seed,
+            "passages": _digest(passages),
+            "candidates": _digest(candidates),
+        }
 
     @cached_property
     def states(self) -> SpilledStates:
@@ -161,13 +195,13 @@ class Sweep:
         return Lengths.of_texts(self.encoder, texts, split=self.settings.split, progress=self.progress)
 
     @cached_property
-    def times(self) -> MeasuredTimes | None:
+    def times(self) -> CostTimer | None:
         measured = list(self.quality[2])
         if not self.settings.timed_queries or not measured:
             return None
         timer = CostTimer(self.backend, self.states, self._timed_queries(), self.settings.rounds)
-        directory = self.work.path / "store"
-        return timer.measure(measured, self.codecs, self.checkpoint.identity(), directory, self.progress)
+        timer.measure(measured, self.codecs, self.checkpoint.identity(), self.work.path / "store", self.progress)
+        return timer
 
     def _timed_queries(self) -> list[TimedQuery]:
         """Queries drawn from those that have candidates with states."""
@@ -190,13 +224,11 @@ class Sweep:
             encoder_seconds = self.states.seconds / self.states.num_tokens * self.lengths.num_tokens
         rows = []
         for one, quality in self.quality[2].items():
-            trained = self.codecs.get(one.stored_ratio, one.codec)
+            trained = self.codecs.get(*one.stored_as)
             assert trained is not None  # or it would not have been measured
             codec_seconds = store_seconds = None
             if times is not None:
-                codec_seconds, store_seconds = (
-                    seconds * num_passages for seconds in times.writing[one.stored_ratio, one.codec]
-                )
+                codec_seconds, store_seconds = (seconds * num_passages for seconds in times.writing[one.stored_as])
             size = self.lengths.size(one.stored_ratio, trained.codec)
             cost = IndexingCost(encoder_seconds, codec_seconds, trained.train_seconds, store_seconds)
             rows.append(SweepRow(one, quality, size, times.latency(one) if times is not None else None, cost))
@@ -210,7 +242,7 @@ class Sweep:
         failed = {p for p in absent if not self.encoder.is_empty(self.judged.passages.get(p, ""))}
         nan = sum(int(np.isnan(flat).sum()) for flat in self.margins.values.values())
         without_states = sum(len(places[p]) for p in absent) * len(self.margins.values)
-        counts = count(
+        counts = Counts.of(
             self.judged,
             self.candidates,
             self.first,
@@ -263,3 +295,7 @@ class Sweep:
             queries=self.judged.queries,
             passages={p: text for p, text in self.judged.passages.items() if p in self.pairs.places},
         )
+
+
+def _digest(value: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(value, ensure_ascii=True).encode()).hexdigest()

@@ -14,26 +14,17 @@ import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.collection import Collection
-from cache.states import PassageStates, text_digest
-from checkpoint import Checkpoint
-from decoder_server.models.backend import Backend
+from cache.states import PassageStates
 from tuning import EvaluationError
-from tuning.judged import JudgedCollection
 from tuning.progress import SILENT, StageProgress
 from tuning.rerank import States, StateSource
-from tuning.sweep.settings import SweepSettings
-from tuning.trec import Run
 
-_WORK_VERSION = 1  # raised when the contents of a work directory mean something else
 _READ_CHUNK_BYTES = 128 << 20
 
 
@@ -87,48 +78,7 @@ class WorkDir:
             return None
 
 
-def inputs_of(
-    judged: JudgedCollection,
-    checkpoint: Checkpoint,
-    backend: Backend,
-    settings: SweepSettings,
-    first: Run,
-    from_states: Collection | None,
-) -> dict[str, Any]:
-    """Everything that states and margins depend on."""
-    ids = sorted({p for found in first.values() for p, _ in found})
-    digests: Sequence[bytes | None]
-    if from_states is not None:
-        digests = from_states.digests(ids)
-    else:
-        ids = [p for p in ids if p in judged.passages]
-        digests = [text_digest(judged.passages[p]) for p in ids]
-    passages = [[p, digest.hex() if digest is not None else None] for p, digest in zip(ids, digests, strict=True)]
-    candidates = [[q, judged.queries[q], [p for p, _ in found]] for q, found in first.items()]
-    return {
-        "version": _WORK_VERSION,
-        # Another codec, forward pass or product may round otherwise.
-        "packages": {name: version(name) for name in ("preread", "faiss-cpu", "torch")},
-        "fingerprint": checkpoint.identity().fingerprint,
-        "weights": checkpoint.weights_digest(),
-        "checkpoint_settings": asdict(checkpoint.settings),
-        "states_of": from_states.manifest.binding if from_states is not None else None,
-        "dtype": backend.dtype_name,
-        "device": backend.device_name,
-        "split": settings.split,
-        "instruction": settings.instruction,
-        "seed": settings.seed,
-        "passages": _digest(passages),
-        "candidates": _digest(candidates),
-    }
-
-
-def _digest(value: list[Any]) -> str:
-    return hashlib.sha256(json.dumps(value, ensure_ascii=True).encode()).hexdigest()
-
-
-@dataclass(frozen=True, slots=True)
-class _Extent:
+class _Extent(NamedTuple):
     """Where one passage's states lie in the file."""
 
     start: int

@@ -12,7 +12,7 @@ from cache.codecs import Codec
 from cache.states import PassageStates
 from tuning import EvaluationError
 from tuning.progress import SILENT, StageProgress
-from tuning.sweep.margins import Codecs, file_name, roundtrip
+from tuning.sweep.margins import Codecs, TrainedCodec, file_name
 from tuning.sweep.workdir import SpilledStates, WorkDir
 
 DIM = 8
@@ -130,10 +130,10 @@ def test_a_codec_with_too_few_states_is_left_out_or_refused(tmp_path: Path, pass
 
 
 def test_a_round_trip_is_what_a_collection_would_give(passages: dict[str, PassageStates]) -> None:
-    codec = Codec("SQfp16", DIM)
-    for p, one in roundtrip(codec, passages).items():
+    trained = TrainedCodec(Codec("SQfp16", DIM), 0.0, 0)
+    for p, one in trained.roundtrip(passages).items():
         assert (one.states == passages[p].states.astype(np.float16).astype(np.float32)).all()
-    assert roundtrip(codec, {}) == {}
+    assert trained.roundtrip({}) == {}
 
 
 def test_factory_strings_have_file_names_of_their_own() -> None:
