@@ -16,7 +16,7 @@ from decoder_server.config import ANY_MODEL
 from decoder_server.engine.collections import Described, describe
 from decoder_server.engine.engine import Engine
 from preread.errors import DeadlineExceeded, InvalidRequest, NotFound, Path, PrereadError, Unavailable, field_name
-from preread.types import Candidate, CollectionInfo, EncoderIdentity, ModelInfo, Result, Summary
+from preread.types import CollectionInfo, EncoderIdentity, ModelInfo, Result, Summary
 
 # An empty text is read by no model and has these in every request. The margin is below every margin of a real model:
 # its sigmoid is 0 in float32, and exp(500), which a client may compute of it, is still a finite float64.
@@ -45,11 +45,6 @@ def choose(engines: Mapping[str, Engine], name: str = "", aliases: Collection[st
     if not name or name in aliases or ANY_MODEL in aliases:
         return next(iter(engines.values()))
     raise NotFound("model", name, f"model is {name[:100]!r}; served here: {', '.join(engines)}")
-
-
-def texts_alone(candidates: Sequence[Candidate]) -> bool:
-    """Whether no candidate of a request has an id."""
-    return all(candidate.passage_id is None for candidate in candidates)
 
 
 def every_scored(

@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cache.errors import CacheError
 from decoder_server.edge.http import collections, dialects, errors, info, rerank
-from decoder_server.edge.http.context import Context
+from decoder_server.edge.http.context import Context, Endpoint, HttpRequest
 from decoder_server.edge.http.errors import HttpError, Problem
 from decoder_server.edge.http.openapi import document
 from preread import PrereadError
@@ -32,7 +32,6 @@ from preread_edge.hosts import Guard
 
 log = logging.getLogger(__name__)
 
-Endpoint = Callable[[Request], Awaitable[Response]]
 OnAnswer = Callable[[int, float], None]  # status, seconds
 
 OPERATIONS = (*rerank.RERANK, *info.OPERATIONS, rerank.EXPLAIN, *collections.OPERATIONS)
@@ -189,9 +188,10 @@ def _routes() -> list[Route]:
     return [Route(path, _by_method(endpoints), methods=list(endpoints)) for path, endpoints in by_path.items()]
 
 
-def _by_method(endpoints: dict[str, Endpoint]) -> Endpoint:
+def _by_method(endpoints: dict[str, Endpoint]) -> Callable[[Request], Awaitable[Response]]:
     async def endpoint(request: Request) -> Response:
-        return await endpoints["GET" if request.method == "HEAD" else request.method](request)
+        call = endpoints["GET" if request.method == "HEAD" else request.method]
+        return await call(HttpRequest(request.scope, request.receive))
 
     return endpoint
 

@@ -63,6 +63,15 @@ class RawText(str):
             raise InvalidRequest((), _kind(value), "a string")
         return cls(value)
 
+    @property
+    def is_utf8(self) -> bool:
+        """Whether UTF-8 can hold it: JSON's escapes can spell half a surrogate pair."""
+        try:
+            self.encode()
+        except UnicodeEncodeError:
+            return False
+        return True
+
 
 class Text(RawText):
     """A string as RawText reads it, and UTF-8 can hold it."""
@@ -70,7 +79,7 @@ class Text(RawText):
     @classmethod
     def read(cls, value: object) -> Self:
         text = super().read(value)
-        if not is_utf8(text):
+        if not text.is_utf8:
             raise InvalidRequest((), *HALF_A_PAIR)
         return cls(text)
 
@@ -152,15 +161,6 @@ class Stages(tuple[Stage, ...]):
             return cls(parse_stages(value) if value else ())
         except ValueError as exc:
             raise InvalidRequest((), value[:100], f"RATIO:KEEP, RATIO:KEEP, RATIO ({exc})") from None
-
-
-def is_utf8(text: str) -> bool:
-    """Whether UTF-8 can hold a string; JSON's escapes can spell half a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def read(kind: type[T], value: Any, root: Path = ()) -> T:

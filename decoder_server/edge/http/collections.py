@@ -14,15 +14,14 @@ from functools import partial
 from typing import Annotated, Any
 
 from msgspec import UNSET, Meta, Struct, UnsetType, field
-from starlette.requests import Request
 from starlette.responses import Response
 
 from cache.errors import CollectionNotFound
 from cache.record import check_name
 from decoder_server.edge.engines import collection_infos
 from decoder_server.edge.http import errors
-from decoder_server.edge.http.bodies import HALF_A_PAIR, Count, RawText, Text, is_utf8, parse, read
-from decoder_server.edge.http.context import check_plain, check_written, context, read_json, respond
+from decoder_server.edge.http.bodies import HALF_A_PAIR, Count, RawText, Text, parse, read
+from decoder_server.edge.http.context import HttpRequest, respond
 from decoder_server.edge.http.errors import TOO_SLOW, HttpError
 from decoder_server.edge.http.openapi import JSON, Operation
 from preread import Passage, UpsertResult
@@ -138,17 +137,17 @@ class _SetAliasRequest(Struct, kw_only=True):
     collection: Text
 
 
-async def _add_passages(request: Request) -> Response:
+async def _add_passages(request: HttpRequest) -> Response:
     """Responds when the store has everything, with what was refused."""
-    here = context(request)
+    here = request.context
     worker = here.encoder()
     name = check_name("collection", request.path_params["collection"])
-    if check_written(request, *NDJSON) in NDJSON:
-        check_plain(request)
+    if request.check_written(*NDJSON) in NDJSON:
+        request.check_plain()
         settings = read(_Settings, {key: _literal(value) for key, value in request.query_params.items()})
         items = _from_lines(request, here.config.max_line_bytes, here.config.timeout_seconds)
     else:
-        document = await read_json(request)
+        document = await request.read_json()
         body = read(_UploadRequest, {"passages": document} if isinstance(document, list) else document)
         settings, items = body, _each(await stepped(_from_document, body.passages))
     upload = _Upload(collection=name, refused=[])
@@ -178,17 +177,17 @@ async def _add_passages(request: Request) -> Response:
     return await respond(upload)
 
 
-async def _delete_passages(request: Request) -> Response:
+async def _delete_passages(request: HttpRequest) -> Response:
     """Ids are in the path, in `?id=`, or in a body's `ids`."""
-    worker = context(request).encoder()
+    worker = request.context.encoder()
     name = check_name("collection", request.path_params["collection"])
     if "passage_id" in request.path_params:
         ids = [str(read(Text, request.path_params["passage_id"], ("passage_id",)))]
     elif "id" in request.query_params:
         ids = request.query_params.getlist("id")
     else:
-        check_written(request)
-        ids = await stepped(_ids, read(_DeleteRequest, await read_json(request)))
+        request.check_written()
+        ids = await stepped(_ids, read(_DeleteRequest, await request.read_json()))
     if not ids:
         raise InvalidRequest("ids", "empty", "at least one passage id")
     num_deleted = 0
@@ -197,15 +196,15 @@ async def _delete_passages(request: Request) -> Response:
     return await respond(_Deleted(collection=name, num_deleted=num_deleted))
 
 
-async def _list_collections(request: Request) -> Response:
+async def _list_collections(request: HttpRequest) -> Response:
     # Not on the threads of requests: counting takes as long as the store does.
-    infos = await asyncio.to_thread(collection_infos, context(request).store)
+    infos = await asyncio.to_thread(collection_infos, request.context.store)
     return await respond(_Collections(data=[_pack(info) for info in infos]))
 
 
-async def _get_collection(request: Request) -> Response:
+async def _get_collection(request: HttpRequest) -> Response:
     name = check_name("collection", request.path_params["collection"])
-    infos = await asyncio.to_thread(collection_infos, context(request).store)
+    infos = await asyncio.to_thread(collection_infos, request.context.store)
     # An alias first: it may have taken the place of a collection of its name.
     for info in sorted(infos, key=lambda info: name not in info.aliases):
         if name in (info.name, *info.aliases):
@@ -213,30 +212,30 @@ async def _get_collection(request: Request) -> Response:
     raise CollectionNotFound(f"collection: no collection or alias {name!r}")
 
 
-async def _list_aliases(request: Request) -> Response:
-    aliases = await asyncio.to_thread(context(request).store.aliases)
+async def _list_aliases(request: HttpRequest) -> Response:
+    aliases = await asyncio.to_thread(request.context.store.aliases)
     rows = [_AliasRow(alias=alias, collection=collection) for alias, collection in sorted(aliases.items())]
     return await respond(_Aliases(data=rows))
 
 
-async def _set_alias(request: Request) -> Response:
+async def _set_alias(request: HttpRequest) -> Response:
     """In one step for all readers."""
-    check_written(request)
+    request.check_written()
     alias = check_name("alias", request.path_params["alias"])
-    collection = check_name("collection", str(read(_SetAliasRequest, await read_json(request)).collection))
-    await asyncio.to_thread(context(request).store.set_alias, alias, collection)
+    collection = check_name("collection", str(read(_SetAliasRequest, await request.read_json()).collection))
+    await asyncio.to_thread(request.context.store.set_alias, alias, collection)
     return await respond(_Alias(alias=alias, collection=collection))
 
 
-async def _remove_alias(request: Request) -> Response:
+async def _remove_alias(request: HttpRequest) -> Response:
     alias = check_name("alias", request.path_params["alias"])
-    if not await asyncio.to_thread(context(request).store.remove_alias, alias):
+    if not await asyncio.to_thread(request.context.store.remove_alias, alias):
         raise CollectionNotFound(f"alias: there is no alias {alias!r}")
     return await respond(_AliasDeleted(alias=alias))
 
 
 async def _from_lines(
-    request: Request, max_line_bytes: int, line_seconds: float
+    request: HttpRequest, max_line_bytes: int, line_seconds: float
 ) -> AsyncIterator[Passage | UpsertResult]:
     """One passage per line, or its refusal; empty lines are skipped. A line over the limit is not kept.
 
@@ -312,8 +311,7 @@ def _passage(item: object, path: Path) -> Passage | UpsertResult:
         raise InvalidRequest((*path, "id"), "absent or empty", "the passage's id, a string")
     if body.text is None:
         raise InvalidRequest((*path, "text"), "absent", "a string")
-    text = str(join_title(body.title, body.text))
-    if not is_utf8(text):
+    if not RawText(text := str(join_title(body.title, body.text))).is_utf8:
         value, expected = HALF_A_PAIR
         return _refused(passage_id, f"text is {value}; expected {expected}")
     return Passage(passage_id, text)

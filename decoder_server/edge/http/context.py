@@ -30,6 +30,7 @@ from preread_edge.keys import ApiKeys
 from preread_edge.steps import Pace, stepped
 
 T = TypeVar("T")
+Endpoint = Callable[["HttpRequest"], Awaitable[Response]]
 
 
 @dataclass(eq=False)
@@ -72,113 +73,110 @@ class Context:
         return await asyncio.get_running_loop().run_in_executor(self.threads, function, *args)
 
 
-def context(request: Request) -> Context:
-    """The surroundings of a request."""
-    found: Context = request.app.state.context
-    return found
+class HttpRequest(Request):
+    """A request to an endpoint, with the limits of this edge."""
 
+    @property
+    def context(self) -> Context:
+        found: Context = self.app.state.context
+        return found
 
-def deadline(request: Request) -> float:
-    """When a request has to be answered, on time.monotonic's clock: `x-request-timeout-ms`, or less.
+    def deadline(self) -> float:
+        """When the response is due, on time.monotonic's clock: `x-request-timeout-ms` from now, or less.
 
-    Raises:
-        InvalidRequest: not a number above 0.
-    """
-    limit = context(request).config.timeout_seconds
-    given = request.headers.get("x-request-timeout-ms")
-    if given is None:
-        return time.monotonic() + limit
-    try:
-        seconds = float(given) / 1000
-    except ValueError:
-        seconds = math.nan
-    if not seconds > 0:
-        raise InvalidRequest("x-request-timeout-ms", given[:100], "milliseconds, more than 0")
-    return time.monotonic() + min(limit, seconds)
+        Raises:
+            InvalidRequest: not a number above 0.
+        """
+        limit = self.context.config.timeout_seconds
+        given = self.headers.get("x-request-timeout-ms")
+        if given is None:
+            return time.monotonic() + limit
+        try:
+            seconds = float(given) / 1000
+        except ValueError:
+            seconds = math.nan
+        if not seconds > 0:
+            raise InvalidRequest("x-request-timeout-ms", given[:100], "milliseconds, more than 0")
+        return time.monotonic() + min(limit, seconds)
 
+    async def read_json(self, deadline: float | None = None) -> Any:
+        """The body as JSON, within the limits of size and time.
 
-async def read_json(request: Request, until: float | None = None) -> Any:
-    """The body as JSON, within the limits of size and time.
+        Args:
+            deadline: None: the server's time for a request, from now.
 
-    Args:
-        until: on time.monotonic's clock; None: the server's time for a request, from now.
+        Raises:
+            HttpError: compressed, too large or too slow.
+            InvalidRequest: not JSON.
+            ClientDisconnect: the client left.
+        """
+        self.check_plain()
+        try:
+            async with asyncio.timeout_at(deadline or time.monotonic() + self.context.config.timeout_seconds):
+                return await parse(await self._read())
+        except TimeoutError:
+            raise HttpError(TOO_SLOW) from None
 
-    Raises:
-        HttpError: compressed, too large or too slow.
-        InvalidRequest: not JSON.
-        ClientDisconnect: the client left.
-    """
-    check_plain(request)
-    config = context(request).config
-    try:
-        async with asyncio.timeout_at(until or time.monotonic() + config.timeout_seconds):
-            return await parse(await _read(request, config.max_body_bytes))
-    except TimeoutError:
-        raise HttpError(TOO_SLOW) from None
+    async def _read(self) -> bytearray:
+        """The whole body; over its limit it fails at the declared length, or as soon as more has come."""
+        max_bytes = self.context.config.max_body_bytes
+        declared = self.headers.get("content-length", "")
+        data = bytearray()
+        too_large = declared.isdecimal() and int(declared) > max_bytes
+        if not too_large:
+            async for chunk in self.stream():
+                data += chunk
+                if too_large := len(data) > max_bytes:
+                    break
+        if too_large:
+            message = f"the request body is larger than {max_bytes} bytes"
+            raise HttpError(Problem(413, "invalid_request_error", "body_too_large", message))
+        return data
 
+    def check_plain(self) -> None:
+        """
+        Raises:
+            HttpError: a compressed body, whose size is unknown before it is in memory.
+        """
+        if self.headers.get("content-encoding", "identity") != "identity":
+            message = f"content-encoding {self.headers['content-encoding'][:40]!r} is not understood; send it plain"
+            raise HttpError(Problem(415, "invalid_request_error", "unsupported_encoding", message))
 
-async def _read(request: Request, max_bytes: int) -> bytearray:
-    """The whole body; over its limit it fails at the declared length, or as soon as more has come."""
-    declared = request.headers.get("content-length", "")
-    data = bytearray()
-    too_large = declared.isdecimal() and int(declared) > max_bytes
-    if not too_large:
-        async for chunk in request.stream():
-            data += chunk
-            if too_large := len(data) > max_bytes:
-                break
-    if too_large:
-        message = f"the request body is larger than {max_bytes} bytes"
-        raise HttpError(Problem(413, "invalid_request_error", "body_too_large", message))
-    return data
+    def check_written(self, *more: str) -> str:
+        """The media type of a write: application/json, which no web page can send unasked, or one of `more`.
 
+        Raises:
+            HttpError: another content type, or none.
+        """
+        types = ("application/json", *more)
+        given = self.headers.getlist("content-type")
+        media_type = given[0].partition(";")[0].strip().lower() if len(given) == 1 else ""
+        if media_type not in types:
+            message = f"content-type is {''.join(given[:1])[:100]!r}; expected {' or '.join(types[:2])}"
+            raise HttpError(Problem(415, "invalid_request_error", "unsupported_media_type", message))
+        return media_type
 
-def check_plain(request: Request) -> None:
-    """
-    Raises:
-        HttpError: a compressed body, whose size is unknown before it is in memory.
-    """
-    if request.headers.get("content-encoding", "identity") != "identity":
-        message = f"content-encoding {request.headers['content-encoding'][:40]!r} is not understood; send it plain"
-        raise HttpError(Problem(415, "invalid_request_error", "unsupported_encoding", message))
+    async def while_connected(self, work: Awaitable[T]) -> T:
+        """The result of `work`, which is cancelled when the client leaves. The body must have been read.
 
+        Raises:
+            HttpError: the client left; the response goes nowhere.
+        """
 
-def check_written(request: Request, *more: str) -> str:
-    """The media type of a write, which has to be one that no web page can send unasked: application/json, or `more`.
+        async def gone() -> None:
+            while (await self.receive())["type"] != "http.disconnect":
+                pass
 
-    Raises:
-        HttpError: another content type, or none.
-    """
-    types = ("application/json", *more)
-    given = request.headers.getlist("content-type")
-    media_type = given[0].partition(";")[0].strip().lower() if len(given) == 1 else ""
-    if media_type not in types:
-        message = f"content-type is {''.join(given[:1])[:100]!r}; expected {' or '.join(types[:2])}"
-        raise HttpError(Problem(415, "invalid_request_error", "unsupported_media_type", message))
-    return media_type
-
-
-async def while_connected(request: Request, work: Awaitable[T]) -> T:
-    """The result of `work`, which is cancelled when the client leaves. The body must have been read.
-
-    Raises:
-        HttpError: the client left; the response goes nowhere.
-    """
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
-    try:
-        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise HttpError(LEFT)
-        return task.result()
-    finally:
-        for one in (task, leaving):
-            one.cancel()
-        await asyncio.gather(task, leaving, return_exceptions=True)
+        task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+        try:
+            await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise HttpError(LEFT)
+            return task.result()
+        finally:
+            for one in (task, leaving):
+                one.cancel()
+            await asyncio.gather(task, leaving, return_exceptions=True)
 
 
 async def respond(document: Any, headers: dict[str, str] | None = None, *, is_large: bool = False) -> Response:

@@ -45,7 +45,7 @@ Score = Annotated[float, Meta(ge=0, le=1)]
 
 
 @dataclass(frozen=True, slots=True)
-class Dialect:
+class _Dialect:
     """How one family of clients is answered."""
 
     body: type[Struct]
@@ -329,14 +329,14 @@ def _pack_scores(responses: Sequence[DialectResponse]) -> _ScoreAnswer:
     )
 
 
-TEI = Dialect(_TeiRequest, _parse_tei, _pack_tei)
-NIM = Dialect(_NimRequest, _parse_nim, _pack_nim)
-VOYAGE = Dialect(_VoyageRequest, _parse_voyage, _pack_voyage)
-MIXEDBREAD = Dialect(_MixedbreadRequest, _parse_mixedbread, _pack_mixedbread)
-TEXTS = Dialect(_TextsRequest, _parse_texts, _pack_scores)
-PAIRS = Dialect(_PairsRequest, _parse_pairs, _pack_scores)
-INFINITY = Dialect(_RerankRequest, _parse_infinity, _pack_infinity)
-RERANK = Dialect(_RerankRequest, _parse_rerank, _pack_rerank)
+TEI = _Dialect(_TeiRequest, _parse_tei, _pack_tei)
+NIM = _Dialect(_NimRequest, _parse_nim, _pack_nim)
+VOYAGE = _Dialect(_VoyageRequest, _parse_voyage, _pack_voyage)
+MIXEDBREAD = _Dialect(_MixedbreadRequest, _parse_mixedbread, _pack_mixedbread)
+TEXTS = _Dialect(_TextsRequest, _parse_texts, _pack_scores)
+PAIRS = _Dialect(_PairsRequest, _parse_pairs, _pack_scores)
+INFINITY = _Dialect(_RerankRequest, _parse_infinity, _pack_infinity)
+RERANK = _Dialect(_RerankRequest, _parse_rerank, _pack_rerank)
 
 SCHEMAS = {
     "RerankRequest": _RerankRequest, "RerankAnswer": _RerankAnswer,
@@ -353,7 +353,7 @@ ANSWERS = tuple(name for name in SCHEMAS if name.endswith("Answer"))
 PREFIXES = {"/tei": TEI, "/voyage": VOYAGE, "/infinity": INFINITY}
 
 
-def pick(fields: Mapping[str, object], path: str = "") -> Dialect:
+def pick(fields: Mapping[str, object], path: str = "") -> _Dialect:
     """The dialect of a body: by the path's prefix, else by the body's fields, of which the first match counts."""
     has = {name for name, value in fields.items() if value is not None}
     if forced := next((dialect for prefix, dialect in PREFIXES.items() if path.startswith(prefix + "/")), None):
@@ -377,7 +377,7 @@ def pick(fields: Mapping[str, object], path: str = "") -> Dialect:
 _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"?|[\[\]{}:,]', re.DOTALL)
 
 
-def guess(data: bytes) -> Dialect:
+def guess(data: bytes) -> _Dialect:
     """The dialect of a body by its beginning, or by all of it where it is no JSON: as far as its fields can be told."""
     depth, last = 0, b""
     names: dict[str, object] = {}
@@ -393,7 +393,7 @@ def guess(data: bytes) -> Dialect:
     return pick(names)
 
 
-def parse(dialect: Dialect, document: Mapping[str, Any], limit: int) -> list[DialectRequest]:
+def parse(dialect: _Dialect, document: Mapping[str, Any], limit: int) -> list[DialectRequest]:
     """A body's requests.
 
     Args:

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from decoder_server.edge.engines import model_info, package_version
-from decoder_server.edge.http.context import context, respond
+from decoder_server.edge.http.context import HttpRequest, respond
 from decoder_server.edge.http.openapi import Operation
 from decoder_server.engine.engine import Engine
 from preread.errors import Unavailable
@@ -84,7 +84,7 @@ class _State(Struct, kw_only=True):
     degraded: str | UnsetType = UNSET
 
 
-async def _models(request: Request) -> Response:
+async def _models(request: HttpRequest) -> Response:
     path = request.url.path
     # infinity's client reads /models, and rejects any other owner.
     owner = "infinity" if path == "/models" or path.startswith("/infinity/") else "preread"
@@ -96,13 +96,13 @@ async def _models(request: Request) -> Response:
             stats={"num_requests": engine.admission.num_requests, "num_refused": engine.admission.num_rejected},
             **_facts(engine),
         )
-        for engine in context(request).engines.values()
+        for engine in request.context.engines.values()
     ]
     return await respond(_Models(data=models))
 
 
-async def _info(request: Request) -> Response:
-    here = context(request)
+async def _info(request: HttpRequest) -> Response:
+    here = request.context
     engine = here.engine("")
     info = _Info(
         model_id=engine.name,
@@ -119,24 +119,24 @@ async def _info(request: Request) -> Response:
     return await respond(info)
 
 
-async def _live(request: Request) -> Response:
+async def _live(request: HttpRequest) -> Response:
     return await respond(_State(status="ok"))
 
 
-async def _ready(request: Request) -> Response:
+async def _ready(request: HttpRequest) -> Response:
     """200 once a real forward pass has succeeded and every encoder has answered, until the server stops."""
-    here = context(request)
+    here = request.context
     if here.unready:
         raise Unavailable(f"not ready: {here.unready}")
     return await respond(_State(status="ready", degraded=here.readiness.degraded or UNSET))
 
 
-async def _metrics(request: Request) -> Response:
-    text = await asyncio.to_thread(generate_latest, context(request).registry)  # collectors may read the store
+async def _metrics(request: HttpRequest) -> Response:
+    text = await asyncio.to_thread(generate_latest, request.context.registry)  # collectors may read the store
     return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
-async def _openapi(request: Request) -> Response:
+async def _openapi(request: HttpRequest) -> Response:
     return await respond(request.app.state.openapi)
 
 

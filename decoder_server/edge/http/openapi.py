@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
-from starlette.requests import Request
-from starlette.responses import Response
 
 from decoder_server.edge.engines import package_version
 from decoder_server.edge.http.bodies import Schema
+from decoder_server.edge.http.context import Endpoint
 
 JSON = "application/json"
 
@@ -52,7 +51,7 @@ class Operation:
 
     method: str
     path: str
-    endpoint: Callable[[Request], Awaitable[Response]]
+    endpoint: Endpoint
     name: str  # operationId
     summary: str
     tag: str = "server"

@@ -10,8 +10,7 @@ from typing import Annotated, Any, TypeVar, cast, get_args
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from decoder_server.edge.engines import texts_alone
-from decoder_server.edge.http.bodies import HALF_A_PAIR, Count, Query, RawText, Stages, Text, Word, is_utf8
+from decoder_server.edge.http.bodies import HALF_A_PAIR, Count, Query, RawText, Stages, Text, Word
 from preread.errors import FailedPrecondition, InvalidRequest, Path, field_name
 from preread.types import Candidate, OnMiss, RerankRequest, Result, Stage, Summary, format_stages
 
@@ -145,7 +144,7 @@ class DialectRequest:
     @property
     def texts_alone(self) -> bool:
         """No candidate has an id: each gets a score, or the request fails."""
-        return texts_alone(self.request.candidates)
+        return _texts_alone(self.request.candidates)
 
     def position(self, index: int) -> int:
         return self.positions[index] if self.positions else index
@@ -285,9 +284,13 @@ def _candidates(body: RerankBody, field: str) -> tuple[Candidate, ...]:
         raise InvalidRequest("passage_ids", f"{len(ids)} of them", f"{len(items)}, one for each of {field}")
     candidates = tuple(_candidate((field, i), item, ids[i] if ids else "") for i, item in enumerate(items))
     bad = next((i for i, candidate in enumerate(candidates) if candidate.problem), None)
-    if bad is not None and texts_alone(candidates):  # there is no status to say it in
+    if bad is not None and _texts_alone(candidates):  # there is no status to say it in
         raise InvalidRequest((field, bad), *HALF_A_PAIR)
     return candidates
+
+
+def _texts_alone(candidates: Iterable[Candidate]) -> bool:
+    return all(candidate.passage_id is None for candidate in candidates)
 
 
 def _candidate(path: Path, item: str | _Document | None, passage_id: str) -> Candidate:
@@ -300,7 +303,7 @@ def _candidate(path: Path, item: str | _Document | None, passage_id: str) -> Can
     if text is None and not passage_id:
         raise InvalidRequest(path, "an object without text", "a string, or an object with text, id or both")
     own_id = str(passage_id) or None
-    if text is not None and not is_utf8(text):
+    if text is not None and not RawText(text).is_utf8:
         value, expected = HALF_A_PAIR
         return Candidate(own_id, problem=f"the text is {value}; expected {expected}")
     return Candidate(own_id, None if text is None else str(text))

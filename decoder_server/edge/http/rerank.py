@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from msgspec import Struct
-from starlette.requests import Request
 from starlette.responses import Response
 
 from decoder_server.edge.engines import every_scored, unscored
 from decoder_server.edge.http import dialects
 from decoder_server.edge.http.bodies import Count, Text, read
-from decoder_server.edge.http.context import Context, context, deadline, read_json, respond, while_connected
+from decoder_server.edge.http.context import Context, HttpRequest, respond
 from decoder_server.edge.http.openapi import JSON, Operation
 from decoder_server.edge.http.requests import DialectRequest, DialectResponse, RerankBody, headers_of
 from decoder_server.engine.engine import Engine
@@ -27,10 +26,9 @@ from preread_edge.steps import SMALL_BYTES
 MAX_REQUESTS_AT_ONCE = 8  # of one body: it should not fill the queue alone
 
 
-async def _rerank(request: Request) -> Response:
-    here = context(request)
-    until = deadline(request)
-    body = read(dict[str, Any], await read_json(request, until))
+async def _rerank(request: HttpRequest) -> Response:
+    here, until = request.context, request.deadline()
+    body = read(dict[str, Any], await request.read_json(until))
     dialect = dialects.pick(body, request.url.path)
     request.state.dialect = dialect
     if body.get("model") is None and "model" in request.path_params:  # NIM's path names it
@@ -38,7 +36,7 @@ async def _rerank(request: Request) -> Response:
     most = max((engine.limits.max_candidates for engine in here.engines.values()), default=0)
     requests = dialects.parse(dialect, body, max(most, dialects.MAX_PAIRS))
     work = _respond_to(here, requests, until, request.state.request_id)
-    responses = await while_connected(request, work)
+    responses = await request.while_connected(work)
     num_characters = sum(len(one.text or "") + len(one.passage_id) for it in responses for one in it.scored)
     return await respond(dialect.pack(responses), headers_of(responses), is_large=num_characters > SMALL_BYTES)
 
@@ -118,10 +116,9 @@ class _Explanation(Struct, kw_only=True, tag_field="object", tag="explanation"):
     results: list[dict[str, Any]]
 
 
-async def _explain(request: Request) -> Response:
-    here = context(request)
-    until = deadline(request)
-    body = read(_ExplainRequest, await read_json(request, until))
+async def _explain(request: HttpRequest) -> Response:
+    here, until = request.context, request.deadline()
+    body = read(_ExplainRequest, await request.read_json(until))
     engine = here.engine(body.model or "")
     if body.collection and body.first and body.passage_ids is None:
         if body.first > MAX_CANDIDATES:
@@ -130,7 +127,7 @@ async def _explain(request: Request) -> Response:
     asked = body.request()
     start = time.monotonic()
     with asked.naming():
-        explained = await while_connected(request, explain(engine, asked.request, until))
+        explained = await request.while_connected(explain(engine, asked.request, until))
     results = [dataclasses.asdict(one) for one in explained]
     seconds = time.monotonic() - start
     return await respond(_Explanation(model=engine.name, seconds=seconds, results=results), is_large=True)
