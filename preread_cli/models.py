@@ -12,8 +12,8 @@ import click
 
 import preread
 from decoder_server.config import ModelConfig
-from preread_cli.options import from_options, option
-from preread_edge.settings import Knob, knobs
+from preread_cli.options import from_options, knob_options, option, options_of, threads_option
+from preread_edge.settings import Knob, LoadConfig, knobs
 
 SHIPPED_MODEL = Path(preread.__file__).parent / "models" / "preread-mini"
 KEYS = {one.name: one for one in knobs(ModelConfig) if one.name != "name" and not one.is_secret}
@@ -47,6 +47,8 @@ model_option = option(
     help="Checkpoint: a directory or a Hugging Face id, such as KaLM-Embedding/KaLM-Reranker-V1-Nano. "
     "Without it, the small one that comes with preread.",
 )
+# How a model computes, without its passage limit, which is a stored collection's.
+compute_options = options_of(knob_options(LoadConfig, only=["device", "dtype", "read_control_tokens"]), threads_option)
 models_option = option(
     "--model",
     "models",

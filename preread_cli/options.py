@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from cache import DEFAULT_CODEC, KNOWN_CODECS
-from encoder_worker.config import EncoderConfig
-from preread_edge.settings import Config, Knob, LoadConfig, ServerConfig, knobs
+from preread_edge.settings import Config, Knob, ServerConfig, knobs
 
 if TYPE_CHECKING:
     from preread import ClientOptions
@@ -127,16 +126,11 @@ def options_of(*decorators: Callable[[F], F]) -> Callable[[F], F]:
 
 
 store_option = knob_options(ServerConfig, only=["store"])
-control_tokens_option = knob_options(LoadConfig, only=["read_control_tokens"])
-passage_limit_option = knob_options(LoadConfig, only=["max_passage_tokens"])
-batch_limit_option = knob_options(EncoderConfig, only=["max_batch_tokens"])
-allow_clipped_option = knob_options(EncoderConfig, only=["allow_clipped"])
 threads_option = option(
     "--threads",
     type=click.IntRange(min=1),
     help="Processor threads. Without it, torch's choice, and no more than a container's quota pays for.",
 )
-compute_options = options_of(knob_options(LoadConfig, only=["device", "dtype"]), threads_option)
 codec_option = option("--codec", metavar="CODEC", help=f"{KNOWN_CODECS}.  [default: {DEFAULT_CODEC}]")
 collection_option = partial(option, "-c", "--collection", metavar="NAME")
 json_option = option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")

@@ -10,20 +10,19 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from preread_cli.failures import BAD_ITEMS
-from preread_cli.models import shipped_model
+from preread_cli.models import compute_options, shipped_model
 from preread_cli.options import (
     FILE,
     codec_option,
-    compute_options,
-    control_tokens_option,
     from_options,
     json_file_option,
     json_option,
+    knob_options,
     option,
-    passage_limit_option,
     threads_option,
 )
 from preread_cli.terminal import human_bytes, print_facts
+from preread_edge.settings import LoadConfig
 
 if TYPE_CHECKING:
     from tuning.health.parity import ParityRow
@@ -41,8 +40,7 @@ _pairs_option = option(
 
 @click.command()
 @_model_argument
-@control_tokens_option
-@passage_limit_option
+@knob_options(LoadConfig, only=["max_passage_tokens", "read_control_tokens"])
 @option("--make-random", metavar="|".join(SHAPES), type=click.Choice(SHAPES), help="Write random weights to DIR first.")
 @option("--seed", metavar="N", default=0, help="With --make-random.")
 @json_option
@@ -155,7 +153,6 @@ def _print(facts: dict[str, Any]) -> None:
 @option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the checkpoint.")
 @codec_option
 @option("--compression-ratio", type=click.IntRange(min=1), help="fbnl: tokens per state.  [default: the checkpoint's]")
-@control_tokens_option
 @compute_options
 @click.pass_context
 def check(ctx: click.Context, /, model: str | None, **options: Any) -> None:

@@ -15,12 +15,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from preread_cli.failures import BAD_ITEMS, INTERRUPTED, CommandFailed
-from preread_cli.models import model_option
+from preread_cli.models import compute_options, model_option
 from preread_cli.options import (
     ADMIN_READ_SECONDS,
     collection_option,
-    compute_options,
-    control_tokens_option,
     json_option,
     option,
     store_option,
@@ -313,7 +311,6 @@ def _compact(collection: str, store: str) -> None:
 @option("--keep-names", is_flag=True, help="Leave name and aliases with the old collection.")
 @option("--missing", metavar="FILE", help="Write ids that need their input again to this file; - is standard output.")
 @model_option
-@control_tokens_option
 @compute_options
 @store_option
 @click.pass_context

@@ -11,21 +11,19 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from decoder_server.config import DecoderConfig, ModelConfig
 from preread_cli.config_file import config_option, masked
 from preread_cli.failures import BAD_ITEMS, UNAVAILABLE, CommandFailed
-from preread_cli.models import models_option, parse_models
+from preread_cli.models import compute_options, models_option, parse_models
 from preread_cli.options import (
     ADMIN_READ_SECONDS,
     client_options,
     client_settings,
-    compute_options,
     json_option,
     knob_options,
     option,
@@ -41,7 +39,7 @@ GIB = 1 << 30
 @config_option
 @models_option
 @compute_options
-@knob_options(ModelConfig, only=["read_control_tokens", "max_passage_tokens", "encoder_address", "encoder_api_key"])
+@knob_options(ModelConfig, only=["max_passage_tokens", "encoder_address", "encoder_api_key"])
 @knob_options(
     DecoderConfig,
     only=["store", "max_store_cache_bytes", "encoder_tls_ca_file", "encoder_tls_cert_file", "encoder_tls_key_file"],
@@ -59,21 +57,13 @@ def doctor(ctx: click.Context, /, **options: Any) -> None:
     """
     findings = list(_findings(options))
     if options["as_json"]:
-        rows = [{"name": one.name, "state": one.state.value.lower(), "message": one.message} for one in findings]
+        rows = [{"name": one.name, "state": one.state.lower(), "message": one.message} for one in findings]
         click.echo(json.dumps(rows, ensure_ascii=False, indent=2))
     else:
         for one in findings:
-            click.echo(f"{one.state.value:<5} {one.name:<12} {one.message}")
-    if any(one.state is _State.FAIL for one in findings):
+            click.echo(f"{one.state:<5} {one.name:<12} {one.message}")
+    if any(one.state == "FAIL" for one in findings):
         ctx.exit(BAD_ITEMS)
-
-
-class _State(Enum):
-    """How bad it is. Only FAIL means that serving will not work."""
-
-    OK = "ok"
-    WARN = "warn"
-    FAIL = "FAIL"
 
 
 @dataclass(frozen=True)
@@ -81,7 +71,7 @@ class _Finding:
     """One line of the report."""
 
     name: str
-    state: _State
+    state: Literal["ok", "warn", "FAIL"]  # only FAIL means that serving will not work
     message: str
 
 
@@ -115,7 +105,7 @@ def _findings(options: Mapping[str, Any]) -> Iterator[_Finding]:
         with closing(open_store(options["store"], read_budget_seconds=ADMIN_READ_SECONDS)) as opened:
             yield from _store(opened, shown, [model.identity for model in models if model.identity is not None])
     except CacheError as exc:
-        yield _Finding("store", _State.FAIL, f"{shown}: {exc}")
+        yield _Finding("store", "FAIL", f"{shown}: {exc}")
     named = [config.encoder_address for config in configs] + [options["encoder_address"] or ""]
     yield from _proxy([address for address in dict.fromkeys(named) if address])
     yield from _workers(options, configs, models)
@@ -131,8 +121,8 @@ def _processor() -> _Finding:
     wanted = ("avx2", "avx512", "avx512_bf16", "amx_bf16", "asimd", "sve")
     there = ", ".join(name for name in wanted if any(one.startswith(name) for one in has)) or "none of the known ones"
     bfloat16 = "multiplies bfloat16" if cpu_multiplies_bfloat16() else "float32 only: bfloat16 would be emulated"
-    state = _State.OK if has & {"avx2", "asimd"} or any("avx512" in name for name in has) else _State.WARN
-    return _Finding("processor", state, f"{there}; {bfloat16}")
+    good = has & {"avx2", "asimd"} or any("avx512" in name for name in has)
+    return _Finding("processor", "ok" if good else "warn", f"{there}; {bfloat16}")
 
 
 def _torch_build(options: Mapping[str, Any]) -> Iterator[_Finding]:
@@ -142,20 +132,20 @@ def _torch_build(options: Mapping[str, Any]) -> Iterator[_Finding]:
     from checkpoint.compute import choose_device, choose_dtype, cpp_compiler, dtype_name
 
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
-    yield _Finding("torch", _State.OK, f"{torch.__version__} ({cuda}), Python {sys.version.split()[0]}")
+    yield _Finding("torch", "ok", f"{torch.__version__} ({cuda}), Python {sys.version.split()[0]}")
     try:
         device = choose_device(options["device"])
         dtype = choose_dtype(options["dtype"], device)
     except ValueError as exc:
-        yield _Finding("device", _State.FAIL, str(exc))
+        yield _Finding("device", "FAIL", str(exc))
         return
-    yield _Finding("device", _State.OK, f"{device}, {dtype_name(dtype)}")
+    yield _Finding("device", "ok", f"{device}, {dtype_name(dtype)}")
     if device.type == "cpu":
         compiler = cpp_compiler()
         compiled = f"{compiler} compiles them at load"
         yield _Finding(
             "fused steps",
-            _State.OK,
+            "ok",
             compiled if compiler else "no C++ compiler (g++): unfused, a few percent slower",
         )
 
@@ -171,8 +161,8 @@ def _threads(options: Mapping[str, Any]) -> _Finding:
     paid = f" (a quota of {quota:g})" if quota < math.inf else ""
     if wanted > usable:
         message = f"{wanted} threads on {usable} processors{paid}: they wait for each other; set --threads {usable}"
-        return _Finding("threads", _State.WARN, message)
-    return _Finding("threads", _State.OK, f"{wanted} of {usable} processors{paid}")
+        return _Finding("threads", "warn", message)
+    return _Finding("threads", "ok", f"{wanted} of {usable} processors{paid}")
 
 
 def _model(config: ModelConfig, name: str) -> tuple[_Model | None, _Finding]:
@@ -185,16 +175,16 @@ def _model(config: ModelConfig, name: str) -> tuple[_Model | None, _Finding]:
         if not is_fbnl(config):
             path = resolve(config.checkpoint)
             message = f"{path}, a cross-encoder: reads text, needs no store"
-            return _Model(config, path, None), _Finding(name, _State.OK, message)
+            return _Model(config, path, None), _Finding(name, "ok", message)
         found = Checkpoint.open(
             config.checkpoint, max_passage_tokens=config.max_passage_tokens, neutralise=not config.read_control_tokens
         )
         identity = found.identity()
         _ = found.text
     except (CheckpointError, OSError, ValueError) as exc:
-        return None, _Finding(name, _State.FAIL, str(exc))
+        return None, _Finding(name, "FAIL", str(exc))
     message = f"{identity.checkpoint}, encoder {identity.fingerprint[:12]}, dim {identity.dim}"
-    return _Model(config, found.path, identity), _Finding(name, _State.OK, message)
+    return _Model(config, found.path, identity), _Finding(name, "ok", message)
 
 
 def _memory(options: Mapping[str, Any], paths: Sequence[Path]) -> _Finding:
@@ -205,12 +195,12 @@ def _memory(options: Mapping[str, Any], paths: Sequence[Path]) -> _Finding:
         with open("/proc/meminfo") as lines:
             kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
-        return _Finding("memory", _State.WARN, "cannot be told on this system")
+        return _Finding("memory", "warn", "cannot be told on this system")
     available = min(kib * 1024, memory_left())  # the kernel's estimate, or what the container may still use
     needed = sum(file.stat().st_size for path in paths for file in path.glob("*.safetensors"))
     needed += 2 * options["cache_bytes"]
     message = f"{available / GIB:.1f} GiB available; weights and caches take up to {needed / GIB:.1f} GiB"
-    return _Finding("memory", _State.OK if needed < available else _State.WARN, message)
+    return _Finding("memory", "ok" if needed < available else "warn", message)
 
 
 def _store(opened: Any, shown: str, identities: Sequence[EncoderIdentity]) -> Iterator[_Finding]:
@@ -221,26 +211,26 @@ def _store(opened: Any, shown: str, identities: Sequence[EncoderIdentity]) -> It
     try:
         described, unreadable = survey(opened)
     except CacheError as exc:
-        yield _Finding("store", _State.FAIL, f"{shown}: {exc}")
+        yield _Finding("store", "FAIL", f"{shown}: {exc}")
         return
-    yield _Finding("store", _State.OK, f"{shown}, {len(described)} collections")
+    yield _Finding("store", "ok", f"{shown}, {len(described)} collections")
     for name, reason in unreadable.items():
-        yield _Finding(f"collection {name}", _State.FAIL, f"cannot be read: {reason}")
+        yield _Finding(f"collection {name}", "FAIL", f"cannot be read: {reason}")
     ours = {identity.fingerprint for identity in identities}
     for one in described:
         manifest = one.manifest
         name, about = f"collection {manifest.collection}", f"{one.stats.num_passages:,} passages, {manifest.codec}"
         if not ours:
-            yield _Finding(name, _State.WARN, f"{about}; nothing to compare its encoder with")
+            yield _Finding(name, "warn", f"{about}; nothing to compare its encoder with")
         elif manifest.fingerprint in ours:
-            yield _Finding(name, _State.OK, f"{about}, ratio {manifest.compression_ratio}, of this encoder")
+            yield _Finding(name, "ok", f"{about}, ratio {manifest.compression_ratio}, of this encoder")
         else:
             here = " or ".join(sorted(fingerprint[:12] for fingerprint in ours))
             message = (
                 f"{about}; written by {manifest.checkpoint} ({manifest.fingerprint[:12]}), the encoder here is {here}: "
                 "requests for it are rejected; index it again into a new collection"
             )
-            yield _Finding(name, _State.FAIL, message)
+            yield _Finding(name, "FAIL", message)
 
 
 def _proxy(addresses: Sequence[str]) -> Iterator[_Finding]:
@@ -253,9 +243,9 @@ def _proxy(addresses: Sequence[str]) -> Iterator[_Finding]:
     through = [address for address in addresses if proxy_variable(address)]
     if through:
         message = f"{name} is set: {', '.join(through)} is reached through that proxy; no_proxy takes hosts out of it"
-        yield _Finding("proxy", _State.WARN, message)
+        yield _Finding("proxy", "warn", message)
     else:
-        yield _Finding("proxy", _State.OK, f"{name} is set; nothing of ours is reached through it")
+        yield _Finding("proxy", "ok", f"{name} is set; nothing of ours is reached through it")
 
 
 def _workers(
@@ -291,11 +281,11 @@ def _worker(options: Mapping[str, Any], address: str, identity: EncoderIdentity 
     except PrereadError as exc:
         proxy = proxy_variable(address)
         through = f" (through the proxy of {proxy})" if proxy else ""
-        return _Finding("worker", _State.FAIL, f"{address}: {exc}{through}")
+        return _Finding("worker", "FAIL", f"{address}: {exc}{through}")
     if identity is not None and theirs != identity.fingerprint:
         message = f"{address} encodes with {theirs[:12]}, this checkpoint's encoder is {identity.fingerprint[:12]}"
-        return _Finding("worker", _State.FAIL, message)
-    return _Finding("worker", _State.OK, f"{address}, encoder {theirs[:12]}")
+        return _Finding("worker", "FAIL", message)
+    return _Finding("worker", "ok", f"{address}, encoder {theirs[:12]}")
 
 
 @click.command()

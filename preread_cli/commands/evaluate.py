@@ -12,13 +12,11 @@ import click
 from click.core import ParameterSource
 
 from preread_cli.failures import BAD_INPUT, CommandFailed
-from preread_cli.models import model_option
+from preread_cli.models import compute_options, model_option
 from preread_cli.options import (
     BATCH_READ_SECONDS,
     FILE,
     collection_option,
-    compute_options,
-    control_tokens_option,
     from_options,
     json_file_option,
     option,
@@ -98,7 +96,6 @@ _judged_options = options_of(
     option("--seed", type=int, default=0, help="Of the drawn queries, training samples and the bootstrap."),
     store_option,
     model_option,
-    control_tokens_option,
     compute_options,
     option("--run-out", metavar="DIR", type=_OutputFolder(), help="Write TREC run files."),
 )

@@ -15,21 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from encoder_worker.config import EncoderConfig
 from preread_cli.config_file import config_option
 from preread_cli.failures import BAD_INPUT, BAD_ITEMS, INTERRUPTED
-from preread_cli.models import model_option
+from preread_cli.models import compute_options, model_option
 from preread_cli.options import (
     BATCH_READ_SECONDS,
-    allow_clipped_option,
-    batch_limit_option,
     codec_option,
     collection_option,
-    compute_options,
-    control_tokens_option,
     from_options,
     json_option,
+    knob_options,
     option,
-    passage_limit_option,
     store_option,
 )
 from preread_cli.terminal import human_bytes
@@ -57,14 +54,13 @@ FEW_TRAINING_STATES = 1000
 @option("--text-field", metavar="NAME", default="text", help="Field or column of the text.")
 @option("--title-field", metavar="NAME", default="title", help="Field or column put before the text; '' for none.")
 @option("--title-separator", metavar="TEXT", default=" ", help="What stands between title and text.")
-@control_tokens_option
-@passage_limit_option
+@compute_options
+@knob_options(EncoderConfig, only=["max_passage_tokens", "max_batch_tokens", "allow_clipped"])
 @option("--split", is_flag=True, help="Split longer passages into windows instead of cutting them.")
 @option("--compression-ratio", type=click.IntRange(min=1), help="Tokens per stored state.  [default: the checkpoint's]")
 @codec_option
 @option("--store-text/--no-store-text", default=None, help="Keep texts with the states.  [default: keep]")
 @option("--strict", is_flag=True, help="Stop at the first item that would be refused.")
-@allow_clipped_option
 @option("--force", is_flag=True, help="Encode also what is stored with the same text.")
 @option("--dry-run", is_flag=True, help="Count tokens, bytes and time; store nothing.")
 @option(
@@ -73,8 +69,6 @@ FEW_TRAINING_STATES = 1000
     help="Write counts and every refused line (JSON); - prints them instead of the summary.",
 )
 @option("--max-line-bytes", type=click.IntRange(min=1), default=16 << 20, help="Longer lines are refused.")
-@batch_limit_option
-@compute_options
 @json_option
 @click.pass_context
 def index(ctx: click.Context, /, **options: Any) -> None:

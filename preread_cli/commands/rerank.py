@@ -37,6 +37,7 @@ from preread_cli.options import (
     collection_option,
     json_option,
     option,
+    options_of,
     store_option,
 )
 from preread_cli.terminal import counted_progress
@@ -49,6 +50,21 @@ MAX_WHOLE_COLLECTION = 5000
 DEFAULT_TOP_N = 10
 MAX_SHOWN = 5
 MAX_TEXT_CHARACTERS = 400
+
+query_options = options_of(
+    option("--instruction", metavar="TEXT", help='Task instruction, instead of the model\'s own; "" for none.'),
+    option(
+        "--compression-ratio",
+        type=click.IntRange(min=0),
+        default=0,
+        help="Score at this multiple of the stored ratio; 0: at the server's own default.",
+    ),
+    option("--model-name", metavar="NAME", default="", help="Which of the server's models; without it, the first."),
+    option("--timeout-seconds", type=click.FloatRange(min=0, min_open=True), default=300.0, help="For one request."),
+    json_option,
+    store_option,
+    client_options,
+)
 
 
 @click.command()
@@ -63,13 +79,6 @@ MAX_TEXT_CHARACTERS = 400
 @option("--depth", type=click.IntRange(min=1), default=100, help="With --run: how many candidates of each query.")
 @option("--output", metavar="FILE", default="-", help="With --queries: where the TREC run goes; - is standard output.")
 @option("--top-n", type=click.IntRange(min=0), help="Show this many; 0 is all.  [default: 10; with --queries all]")
-@option("--instruction", metavar="TEXT", help='Task instruction, instead of the model\'s own; "" for none.')
-@option(
-    "--compression-ratio",
-    type=click.IntRange(min=0),
-    default=0,
-    help="Score at this multiple of the stored ratio; 0: at the server's own default.",
-)
 @option(
     "--stages",
     metavar="RATIO:KEEP,...",
@@ -78,12 +87,8 @@ MAX_TEXT_CHARACTERS = 400
     "best 20 of those at 1.",
 )
 @option("--on-miss", type=click.Choice(["encode", "skip", "fail"]), help="For ids without states.  [default: server's]")
-@option("--model-name", metavar="NAME", default="", help="Which of the server's models; without it, the first.")
 @option("--concurrency", type=click.IntRange(min=1), default=4, help="With --queries: requests in flight.")
-@option("--timeout-seconds", type=click.FloatRange(min=0, min_open=True), default=300.0, help="For one request.")
-@json_option
-@store_option
-@client_options
+@query_options
 @click.pass_context
 def rerank(ctx: click.Context, /, query: str | None, **given: Any) -> None:
     """Rank passages for a query, or for a file of queries.

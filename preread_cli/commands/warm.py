@@ -9,16 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from preread_cli.commands.rerank import read_ids, stored_ids
+from preread_cli.commands.rerank import query_options, read_ids, stored_ids
 from preread_cli.failures import BAD_ITEMS, UNAVAILABLE, CommandFailed
-from preread_cli.options import (
-    client_options,
-    client_settings,
-    collection_option,
-    json_option,
-    option,
-    store_option,
-)
+from preread_cli.options import client_settings, collection_option, option
 from preread_cli.terminal import counted_progress, human_bytes
 
 if TYPE_CHECKING:
@@ -33,18 +26,7 @@ FLAGS = {"keys": "--keys-cache-bytes", "prefixes": "--prefix-cache-bytes"}
 @click.command()
 @collection_option(required=True, help="The collection, or alias, that holds the passages.")
 @option("--ids", metavar="FILE", help="These passages: one id per line; - is standard input.  [default: all]")
-@option("--instruction", metavar="TEXT", help='Task instruction, instead of the model\'s own; "" for none.')
-@option(
-    "--compression-ratio",
-    type=click.IntRange(min=0),
-    default=0,
-    help="The ratio that queries will be scored at; 0: the server's own default.",
-)
-@option("--model-name", metavar="NAME", default="", help="Which of the server's models; without it, the first.")
-@option("--timeout-seconds", type=click.FloatRange(min=0, min_open=True), default=300.0, help="For one request.")
-@json_option
-@store_option
-@client_options
+@query_options
 @click.pass_context
 def warm(ctx: click.Context, /, **given: Any) -> None:
     """Fill a server's KV and prefix caches for some passages.
