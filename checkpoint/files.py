@@ -51,11 +51,7 @@ def resolve(name: str, revision: str | None = None, *, with_code: bool = False) 
 
 
 def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
-    """A JSON object from a file of a checkpoint; an empty one where an optional file is not there.
-
-    Raises:
-        CheckpointError: missing, unreadable, not JSON, or not an object.
-    """
+    """A JSON object from a file of a checkpoint; an empty one where an optional file is not there."""
     value = {} if optional and not path.exists() else _read_json(path)
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")

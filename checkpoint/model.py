@@ -29,19 +29,11 @@ MODEL_TYPE = "t5gemma2"
 POOLING_VERSION = 1  # raised whenever pooling or the encoder pass changes a state beyond rounding
 HEAD = "lm_head.weight"  # the output embedding, where it is stored
 
-# What config.json says that changes a state without changing a tensor.
+# Fields of config.json that change a state without changing a tensor.
 NUMERIC_KEYS = (
-    "hidden_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_activation",
-    "rms_norm_eps",
-    "query_pre_attn_scalar",
-    "sliding_window",
-    "layer_types",
-    "rope_parameters",
-)
+    "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_activation", "rms_norm_eps",
+    "query_pre_attn_scalar", "sliding_window", "layer_types", "rope_parameters",
+)  # fmt: skip
 
 # Fields of either stack that checkpoint.layers, the encoder and the decoder compute by; the others must have the
 # values of transformers' class. The older names of RoPE are what transformers makes `rope_parameters` of.
@@ -52,7 +44,7 @@ APPLIED = frozenset({
     "vocab_size",
 })  # fmt: skip
 TOP_PARTS = frozenset({"encoder", "decoder", "eoi_token_index", "tie_word_embeddings", "vocab_size"})
-# Of what stands around the encoder's text_config; the vision tower is never built.
+# Around the encoder's text_config; the vision tower is never built.
 ENCODER_PARTS = frozenset({"eoi_token_index", "mm_tokens_per_image", "text_config", "vision_config", "vocab_size"})
 # Rotations that do not depend on how long the text at hand is: tables are made once, for the longest.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -217,11 +209,7 @@ class Checkpoint:
         self._tensors.check_all(self._decoder_shapes()[0])
 
     def _decoder_shapes(self) -> tuple[Shapes, str | None]:
-        """Tensors of the decoder as they are stored, and the output embedding where that is stored.
-
-        Raises:
-            CheckpointError: an embedding that is neither stored nor tied; transformers would draw it at random.
-        """
+        """Tensors of the decoder as they are stored, and the output embedding where that is stored."""
         shapes, stored = tensor_shapes("decoder", self.decoder_config), self._tensors
         if not self.config.tie_word_embeddings:
             own = [name for name in shapes if "embed_tokens" in name]

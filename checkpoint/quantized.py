@@ -72,7 +72,7 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """One weight as a model uses it, with the scales it was stored beside."""
+    """One weight as a model uses it, with the scales that were stored for it."""
 
     values: Stored
     scale: Stored | None = None
@@ -168,11 +168,7 @@ def _checked_scheme(where: str, scheme: Any) -> str:
 
 
 def pair_up(found: Mapping[str, Stored]) -> dict[str, Weight]:
-    """Weights by the name that a model knows them by; scales of activations are left out.
-
-    Raises:
-        CheckpointError: a quantized weight without its scales, or with scales of another shape.
-    """
+    """Weights by the name that a model knows them by; scales of activations are left out."""
     weights: dict[str, Weight] = {}
 
     def add(name: str, weight: Weight) -> None:

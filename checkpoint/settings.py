@@ -62,11 +62,7 @@ class CheckpointSettings:
 
     @classmethod
     def load(cls, directory: Path) -> CheckpointSettings:
-        """Reads `preread.json` and KaLM's own files, where they are there; a key of `preread.json` wins.
-
-        Raises:
-            CheckpointError: an unknown key, a wrong type, a template without its field.
-        """
+        """Reads `preread.json` and KaLM's own files, where they are there; a key of `preread.json` wins."""
         path = directory / FILE_NAME
         modules = [str(module.get("type", module)) for module in read_modules(directory)]
         if len(modules) > 1 or any(kind.rpartition(".")[2] != KALM_MODULE for kind in modules):

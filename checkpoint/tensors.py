@@ -68,11 +68,7 @@ class StoredTensors:
     """A checkpoint's tensors by the names they have in its files; quantized weights read as plain ones."""
 
     def __init__(self, directory: Path) -> None:
-        """Reads names, shapes and formats.
-
-        Raises:
-            CheckpointError: files that are missing or broken, a tensor stored twice, a quantization of another scheme.
-        """
+        """Reads names, shapes and formats."""
         self.directory = directory
         self.files = _safetensors_files(directory)
         found: dict[str, Stored] = {}
@@ -161,9 +157,6 @@ class TensorFiles(StoredTensors):
         """
         Args:
             used: canonical names that one half or the other reads.
-
-        Raises:
-            CheckpointError: files that cannot be used, or a tensor that neither half reads and no list excuses.
         """
         super().__init__(directory)
         stored: dict[str, str] = {}  # by canonical name
@@ -228,11 +221,7 @@ def _canonical_name(name: str) -> str | None:
 
 
 def _safetensors_files(directory: Path) -> list[Path]:
-    """The files that hold a checkpoint's tensors.
-
-    Raises:
-        CheckpointError: none, one that the index names is missing, or files that contradict each other.
-    """
+    """The files that hold a checkpoint's tensors."""
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if (directory / name).exists():
             raise CheckpointError(

@@ -21,12 +21,22 @@ from tokenizers import Encoding, Tokenizer
 from checkpoint.files import CheckpointError
 from checkpoint.settings import CheckpointSettings
 
-# No two begin alike in any script or spelling a tokenizer might join with what stands before them.
+# No two begin alike in any script or spelling that a tokenizer might join with the text before them.
 UNLIKE_QUERIES = ("a", "The", "1", "(", "é", "中")
 PROBE_CHARACTERS = 64  # looked at first for a token: most texts have one among them
 MAX_PREFIXES = 1024  # instructions whose shared beginning is remembered
 
-TextPart = list[tuple[str, str | None]]  # literal text and the field behind it, if any
+Fields = Mapping[str, str]  # query, instruction, passage
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Token ids of one filled template."""
+
+    ids: list[int]
+    type_ids: list[int] | None = None  # which of two segments each id belongs to; None: all the first
+    # Per id, where the token ends in the passage's text; None where it is not the passage's alone.
+    ends: Sequence[int | None] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +64,11 @@ class TokenizedPrompt:
 class Tokenizers:
     """One tokenizer twice: `exact` as published, `plain` with control tokens switched off.
 
-    The switch is state of the object, so one object with a toggle would race between threads.
+    The switch is state of the object, so one object with a toggle would race between threads. Special tokens shorter
+    than `min_control_chars` are no control tokens: texts may spell them.
     """
 
     def __init__(self, state: str, *, min_control_chars: int = 1) -> None:
-        """
-        Args:
-            state: tokenizer.json.
-            min_control_chars: shorter special tokens are no control tokens: texts may spell them.
-        """
         self.exact, self.plain = Tokenizer.from_str(state), Tokenizer.from_str(state)
         for each in (self.exact, self.plain):
             each.no_truncation()
@@ -73,15 +79,93 @@ class Tokenizers:
         self.controls = any_of(self.control_ids)
 
     def spells_control(self, texts: Iterable[str]) -> bool:
+        """Whether one of the texts holds the spelling of a control token."""
         return any(self.controls.search(text) for text in texts)
 
-    def parts(self, template: str, *, guarded: bool) -> list[TextPart | str]:
-        """A template as parts to tokenize one by one: all of it, or with `guarded` cut at its own control tokens."""
-        part: TextPart = []
-        parts: list[TextPart | str] = [part]
-        for literal, name, _, _ in string.Formatter().parse(template):
+
+class TemplateFiller:
+    """A template in pieces, each tokenized separately; ids are joined.
+
+    Where a text spells a control token only the template's own count, and all text between them is read as plain.
+    """
+
+    def __init__(
+        self, tokenizers: Tokenizers, pieces: Sequence[str], *, add_special_tokens: bool = False, guard: bool = True
+    ) -> None:
+        """
+        Args:
+            guard: False: a control token in a text is one.
+        """
+        self._tokenizers, self._pieces, self._guard = tokenizers, list(pieces), guard
+        self._prefix: list[int] = []
+        self._suffix: list[int] = []
+        if add_special_tokens:
+            # The tokenizer's own ids around any text: found once, so that neutralised text gets them too.
+            bare = tokenizers.exact.encode("a", add_special_tokens=False).ids
+            whole = tokenizers.exact.encode("a", add_special_tokens=True).ids
+            at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+            self._prefix, self._suffix = whole[:at], whole[at + len(bare) :]
+
+    @cached_property
+    def nothing(self) -> list[list[int]]:
+        """Ids without a passage, in both ways that texts are tokenized."""
+        return [self.locate(_row(""), guarded=guarded).ids for guarded in (False, True)]
+
+    def is_empty(self, text: str) -> bool:
+        """Whether a passage's text is empty: white space alone, or nothing that adds a token to the template's.
+
+        A tokenizer may drop a character that it does not know, so characters do not tell; an unknown token is a token.
+        Index, worker and server all call this: a text is empty for each of them or for none.
+        """
+        text = text.strip()
+        parts = (part for part in dict.fromkeys((text[:PROBE_CHARACTERS], text)) if part)
+        return all(self.encode([_row(part)])[0].ids in self.nothing for part in parts)
+
+    def encode(self, rows: Sequence[Fields]) -> list[Encoded]:
+        """The filled template per row, without `ends`."""
+        hostile = [self._guard and self._tokenizers.spells_control(row.values()) for row in rows]
+        joined = [[*self._prefix] for _ in rows]
+        at = [i for i, each in enumerate(hostile) if not each]
+        for piece in self._pieces:
+            texts = [piece.format(**rows[i]) for i in at]
+            found = self._tokenizers.exact.encode_batch_fast(texts, add_special_tokens=False)
+            for i, one in zip(at, found, strict=True):
+                joined[i].extend(one.ids)
+        return [
+            self.locate(row) if each else Encoded(ids + self._suffix)
+            for row, ids, each in zip(rows, joined, hostile, strict=True)
+        ]
+
+    def locate(self, row: Fields, *, guarded: bool = False) -> Encoded:
+        """One row with the ends of its passage's tokens; `guarded` as if a text spelled a control token."""
+        guarded = guarded or (self._guard and self._tokenizers.spells_control(row.values()))
+        tokenizer = self._tokenizers.plain if guarded else self._tokenizers.exact
+        ids, ends = [*self._prefix], [None] * len(self._prefix)  # type: list[int], list[int | None]
+        for piece in self._pieces:
+            for part in self._parts(piece, guarded):
+                if isinstance(part, str):
+                    ids.append(self._tokenizers.control_ids[part])
+                    ends.append(None)
+                    continue
+                text, begin, end = "", 0, -1  # the passage in it is [begin, end)
+                for literal, name in part:
+                    text += literal
+                    if name == "passage":
+                        begin, end = len(text), len(text) + len(row[name])
+                    text += row[name] if name is not None else ""
+                found = encode(tokenizer, text)
+                ids.extend(found.ids)
+                # A token that reaches out of the passage belongs to the template and stays.
+                ends.extend(stop - begin if begin <= start and stop <= end else None for start, stop in found.offsets)
+        return Encoded(ids + self._suffix, None, ends + [None] * len(self._suffix))
+
+    def _parts(self, piece: str, guarded: bool) -> list[list[tuple[str, str | None]] | str]:
+        """Literal text and the field behind it, to tokenize as one text; guarded ones cut at their control tokens."""
+        part: list[tuple[str, str | None]] = []
+        parts: list[list[tuple[str, str | None]] | str] = [part]
+        for literal, name, _, _ in string.Formatter().parse(piece):
             position = 0
-            for match in self.controls.finditer(literal) if guarded else ():
+            for match in self._tokenizers.controls.finditer(literal) if guarded else ():
                 part.append((literal[position : match.start()], None))
                 part, position = [], match.end()
                 parts += [match.group(), part]
@@ -89,18 +173,18 @@ class Tokenizers:
         return parts
 
 
+def _row(passage: str) -> Fields:
+    return {"query": "a", "instruction": "", "passage": passage}
+
+
 class TextTokenizer:
     """A checkpoint's tokenizer together with its templates. Safe to use from several threads."""
 
     def __init__(self, directory: Path, settings: CheckpointSettings, *, neutralise: bool = True) -> None:
-        """Loads `tokenizer.json`.
-
+        """
         Args:
             neutralise: tokenize control-token text of queries and passages as plain text.
                 False is the reference's behaviour: such text becomes the control token.
-
-        Raises:
-            CheckpointError: no readable tokenizer, or an answer that is not one token.
         """
         self._settings, self._neutralise = settings, neutralise
         path = directory / "tokenizer.json"
@@ -108,16 +192,17 @@ class TextTokenizer:
             self._both = Tokenizers(path.read_text(encoding="utf-8"))
         except Exception as exc:  # tokenizers raises bare Exception
             raise CheckpointError(f"{path}: cannot be read as a tokenizer ({exc})") from exc
-        # For text from outside that stands alone.
+        # Reads text from outside that stands alone.
         self._reader = self._both.plain if neutralise else self._both.exact
         self.yes_id = self._answer_id(directory, "yes_token", settings.yes_token)
         self.no_id = self._answer_id(directory, "no_token", settings.no_token)
         if self.yes_id == self.no_id:
             raise CheckpointError(f"{directory}: yes_token and no_token are the same token {self.yes_id}")
         self._prefixes: Moka[str, list[int]] = Moka(MAX_PREFIXES)
-        template, no_passage = settings.passage_template, {"passage": ""}
-        # Ids of the template alone, in both ways that texts are tokenized.
-        self._no_passage = [self._encode(template, [no_passage])[0], self._encode_guarded(template, no_passage)]
+        self._passage = TemplateFiller(self._both, [settings.passage_template], guard=neutralise)
+        self._prompt = TemplateFiller(self._both, [settings.prompt_template], guard=neutralise)
+        # Tokens that the passage template leaves to a passage.
+        self._room = max(1, settings.max_passage_tokens - len(self._passage.nothing[0]))
 
     @cached_property
     def max_id(self) -> int:
@@ -134,26 +219,17 @@ class TextTokenizer:
     def passages(self, texts: Sequence[str]) -> list[TokenizedPassage]:
         """Passages as the encoder reads them, cut right at `max_passage_tokens` (template included)."""
         limit = self._settings.max_passage_tokens
-        rows = self._encode(self._settings.passage_template, [{"passage": text} for text in texts])
+        rows = [each.ids for each in self._passage.encode([{"passage": text} for text in texts])]
         return [TokenizedPassage(ids[:limit], len(ids) > limit) for ids in rows]
 
     def is_empty(self, text: str) -> bool:
-        """Whether a passage's text is empty: white space alone, or nothing that adds a token to the template's.
-
-        A tokenizer may drop what it does not know, so characters do not tell. Index, worker and server all call
-        this: a text is empty for each of them or for none. It must be text that UTF-8 can hold.
-        """
-        text = text.strip()
-        for part in dict.fromkeys((text[:PROBE_CHARACTERS], text)):
-            if part and self._encode(self._settings.passage_template, [{"passage": part}])[0] not in self._no_passage:
-                return False
-        return True
+        """As TemplateFiller.is_empty says of the passage template. It must be text that UTF-8 can hold."""
+        return self._passage.is_empty(text)
 
     def spans(self, text: str) -> list[tuple[int, int]]:
-        """Per token of `passages([text])`, before its cut, begin and end in the text's characters.
+        """Per token of `passages([text])`, before its cut, begin and end in the text; empty for the template's own.
 
-        The template's own tokens have an empty span. Empty where the text spells control tokens,
-        because its tokens are then not those of one filled template.
+        Without any where the text spells control tokens: its tokens are then not those of one filled template.
         """
         if self._neutralise and self._both.spells_control([text]):
             return []
@@ -164,10 +240,7 @@ class TextTokenizer:
         return [(begin, end) if begin < end else (0, 0) for begin, end in clipped]
 
     def passage_windows(self, text: str) -> list[TokenizedPassage]:
-        """One passage cut into windows of at most `max_passage_tokens`, each under the template.
-
-        Windows cover the text without gap or overlap; they break at token borders.
-        """
+        """One passage as windows of at most `max_passage_tokens`, each under the template, without gap or overlap."""
         limit, offsets = self._settings.max_passage_tokens, encode(self._reader, text).offsets
         windows: list[TokenizedPassage] = []
         first = begin = 0  # the window's first token, and where its text starts
@@ -177,7 +250,7 @@ class TextTokenizer:
             while True:
                 last = min(first + size, len(offsets))
                 end = len(text) if last == len(offsets) else offsets[last][0]
-                ids = self._encode(self._settings.passage_template, [{"passage": text[begin:end]}])[0]
+                ids = self._passage.encode([{"passage": text[begin:end]}])[0].ids
                 if len(ids) <= limit or size == 1:
                     break
                 size = max(1, size - (len(ids) - limit))
@@ -187,71 +260,42 @@ class TextTokenizer:
             first, begin = last, end
 
     def cut(self, text: str, max_tokens: int | None = None, *, keep_end: bool = False) -> str:
-        """The beginning of a passage's text, or with `keep_end` its end, cut at a token border.
-
-        Args:
-            max_tokens: at least 1; None: what fits under the passage template.
-        """
+        """The beginning of a passage's text, or its end; `max_tokens` None: as much as fits under the template."""
         max_tokens = max_tokens or self._room
         offsets = encode(self._reader, text).offsets
         if len(offsets) <= max_tokens:
             return text
         return text[offsets[-max_tokens][0] :] if keep_end else text[: offsets[max_tokens][0]]
 
-    @property
-    def _room(self) -> int:
-        """Tokens that the passage template leaves to a passage."""
-        return max(1, self._settings.max_passage_tokens - len(self._no_passage[0]))
-
     def prompt(self, query: str, instruction: str | None = None) -> TokenizedPrompt:
         """The decoder's prompt. The query is cut to `max_query_tokens`; the rest is never cut.
 
         Every query goes through its tokens and back into text, cut or not, as in the official code
-        (KaLM-Reranker's build_decoder_text): what a tokenizer does not give back, such as U+2581 for a space,
-        is read as the text that comes back.
+        (KaLM-Reranker's build_decoder_text): a character that a tokenizer does not give back, such as U+2581 for a
+        space, is read as the text that comes back.
         """
         limit = self._settings.max_query_tokens
         query_ids = encode(self._reader, query).ids
         query = self._both.exact.decode(query_ids[:limit], skip_special_tokens=False)
         instruction = self._settings.default_instruction if instruction is None else instruction
-        ids = self._encode(self._settings.prompt_template, [{"query": query, "instruction": instruction}])[0]
+        ids = self._prompt.encode([{"query": query, "instruction": instruction}])[0].ids
         prefix = self._prefix(instruction)
         shared = len(prefix) if len(prefix) < len(ids) and ids[: len(prefix)] == prefix else 0
         return TokenizedPrompt(ids, min(len(query_ids), limit), len(query_ids) > limit, shared)
 
     def _prefix(self, instruction: str) -> list[int]:
-        """Ids that prompts under this instruction begin with, as far as a few unlike queries tell.
+        """The shared beginning of prompts under this instruction, as far as a few unlike queries tell.
 
-        A tokenizer may join the query's first letters with what stands before them, so the template's own
-        tokenization does not say where the query's begins.
+        A tokenizer may join the query's first letters with the text before them, so the template's own tokenization
+        does not show where the query's begins.
         """
         prefix: list[int] | None = self._prefixes.get(instruction)
         if prefix is None:
             rows = [{"query": query, "instruction": instruction} for query in UNLIKE_QUERIES]
-            columns = zip(*self._encode(self._settings.prompt_template, rows), strict=False)
+            columns = zip(*(each.ids for each in self._prompt.encode(rows)), strict=False)
             prefix = [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
             self._prefixes.set(instruction, prefix)
         return prefix
-
-    def _encode(self, template: str, rows: Sequence[Mapping[str, str]]) -> list[list[int]]:
-        """Token ids of the filled template, per row of fields."""
-        texts = [template.format(**row) for row in rows]
-        encoded = [e.ids for e in self._both.exact.encode_batch_fast(texts, add_special_tokens=False)]
-        for i, row in enumerate(rows):
-            if self._neutralise and self._both.spells_control(row.values()):
-                encoded[i] = self._encode_guarded(template, row)
-        return encoded
-
-    def _encode_guarded(self, template: str, fields: Mapping[str, str]) -> list[int]:
-        """Ids where only the template's own control tokens count; text between them is read as plain."""
-        ids: list[int] = []
-        for part in self._both.parts(template, guarded=True):
-            if isinstance(part, str):
-                ids.append(self._both.control_ids[part])
-            else:
-                text = "".join(literal + (fields[name] if name is not None else "") for literal, name in part)
-                ids += encode(self._both.plain, text).ids
-        return ids
 
     def _answer_id(self, directory: Path, key: str, text: str) -> int:
         ids = encode(self._both.exact, text).ids
@@ -270,10 +314,10 @@ def encode(tokenizer: Tokenizer, text: str | tuple[str, str], *, add_special_tok
 
 
 def any_of(words: Iterable[str]) -> re.Pattern[str]:
-    """Matches the longest of some words that begins at a place. A tree of their characters, not a list of them.
+    """Matches the longest of some words, by a tree of their characters.
 
-    Of a list each is tried at every place where one may begin: with the 6,000 control tokens of Gemma's tokenizer a
-    megabyte of `<` would hold the interpreter for 20 s.
+    Of a list each word is tried at every place where one may begin: with the 6,000 control tokens of Gemma's tokenizer
+    a megabyte of `<` would hold the interpreter for 20 s.
     """
     return re.compile(_tree(dict.fromkeys(words)) or r"(?!)")
 

@@ -67,11 +67,7 @@ class CausalSource:
 
     @classmethod
     def open(cls, name: str) -> CausalSource:
-        """A directory or hub id.
-
-        Raises:
-            CheckpointError: a model that this conversion is not for, or files that are missing.
-        """
+        """A directory or hub id."""
         path = resolve(name)
         config = read_json(path / "config.json")
         found = [str(item) for item in config.get("architectures") or []]
@@ -228,9 +224,6 @@ def convert(source: CausalSource, folder: Path, advance: Callable[[int], None] =
 
     Args:
         advance: called with the number of tensors written since the last call.
-
-    Raises:
-        CheckpointError: a tensor that cannot be read, or a disk too small.
     """
     split = split_state_dict_into_shards_factory(
         _sizes(source),

@@ -78,10 +78,6 @@ class Source:
 
     @classmethod
     def open(cls, directory: Path, raw: dict[str, Any], profile: Profile, *, trust_remote_code: bool) -> Source:
-        """
-        Raises:
-            CheckpointError: a tokenizer, configuration or weights file that is missing, broken or of another model.
-        """
         config = load_config(directory, profile, trust_remote_code=trust_remote_code)
         tokenizer, pad_id, names = _load_tokenizer(directory, raw, trust_remote_code)
         size = tokenizer.get_vocab_size(with_added_tokens=True)
@@ -136,9 +132,6 @@ def load_config(directory: Path, profile: Profile | None = None, *, trust_remote
 
     Args:
         profile: the recipe it is served by, where every declaration is to be checked.
-
-    Raises:
-        CheckpointError: none that the installed transformers reads, or a declaration that nothing here applies.
     """
     from transformers import AutoConfig
 

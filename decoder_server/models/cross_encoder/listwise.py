@@ -15,14 +15,9 @@ from numpy.typing import NDArray
 
 from checkpoint.compute import dtype_name
 from checkpoint.files import CheckpointError
+from checkpoint.text import TemplateFiller
 from decoder_server.models.cross_encoder.files import Source
-from decoder_server.models.cross_encoder.templates import (
-    TemplateFiller,
-    TextPair,
-    TextPrompt,
-    list_fields,
-    list_template,
-)
+from decoder_server.models.cross_encoder.templates import TextPair, TextPrompt, list_fields, list_template
 
 PROJECTOR = ("projector.0.weight", "projector.2.weight")  # two layers without biases, a ReLU between them
 
@@ -100,11 +95,7 @@ class ListwiseRunner:
 
 
 def read_projector(source: Source) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two layers of the projector, in float32.
-
-    Raises:
-        CheckpointError: they are not stored, or of a shape that does not fit.
-    """
+    """The two layers of the projector, in float32."""
     directory, tensors, hidden = source.directory, source.tensors, source.config.hidden_size
     missing = [name for name in PROJECTOR if name not in tensors]
     if missing:

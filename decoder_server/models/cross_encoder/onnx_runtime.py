@@ -102,10 +102,6 @@ class OnnxRunner:
     device_name = "cpu"
 
     def __init__(self, path: Path, source: Source, *, quantized: bool) -> None:
-        """
-        Raises:
-            CheckpointError: a damaged graph.
-        """
         self.dtype_name = "int8" if quantized else "float32"
         self._head, self._side, self._pad_id = read_head(source), source.profile.padding, source.pad_id
         self._quantized = quantized
@@ -163,11 +159,7 @@ def _build(source: Source, directory: Path, made_of: dict[str, object]) -> None:
 
 
 def export(source: Source, path: Path) -> None:
-    """Writes the float32 graph, weights next to it.
-
-    Raises:
-        CheckpointError: this architecture cannot be exported on the installed versions, with the exporter's words.
-    """
+    """Writes the float32 graph, weights next to it."""
     body = Body(source, torch.device("cpu"), torch.float32).eval()
     ids = torch.full((2, 12), source.pad_id)
     mask, positions = torch.ones_like(ids), torch.arange(12).repeat(2, 1)

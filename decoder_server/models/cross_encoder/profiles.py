@@ -109,11 +109,7 @@ class Profile:
             )
 
     def limited(self, config: Mapping[str, Any], max_tokens: int | None) -> Profile:
-        """This profile with limits that the checkpoint can hold, or with the given one.
-
-        Raises:
-            CheckpointError: a limit out of range.
-        """
+        """This profile with limits that the checkpoint can hold, or with the given one."""
         positions = config.get("max_position_embeddings")
         most = positions - _offset(config) if isinstance(positions, int) else self.max_tokens
         if max_tokens is not None and not 1 <= max_tokens <= most:
@@ -135,11 +131,7 @@ def builtin_profiles() -> dict[str, Profile]:
 
 
 def load_profiles(path: Path | Traversable) -> dict[str, Profile]:
-    """Rows of a TOML file, `[[profile]]` tables with `models` and any field of Profile, by exact model id.
-
-    Raises:
-        CheckpointError: unreadable, not TOML, or a row that makes no sense.
-    """
+    """Rows of a TOML file, `[[profile]]` tables with `models` and any field of Profile, by exact model id."""
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as exc:
@@ -248,9 +240,6 @@ def named_profile(name: str, wanted: str | Profile | None) -> Profile | None:
 
     Args:
         wanted: a profile, a model id of the table, or a TOML file with the row of `name` or only one row.
-
-    Raises:
-        CheckpointError: no such profile.
     """
     if isinstance(wanted, Profile):
         return wanted
@@ -336,11 +325,7 @@ def _owner_and_name(name: str) -> str:
 
 
 def _declared_activation(directory: Path, raw: Mapping[str, Any], labels: int) -> Activation:
-    """As sentence-transformers reads it: what a file names, else a sigmoid for one label.
-
-    Raises:
-        CheckpointError: an activation that profiles do not have.
-    """
+    """As sentence-transformers reads it: what a file names, else a sigmoid for one label."""
     inner = raw.get("sentence_transformers")
     saved = read_json(directory / "config_sentence_transformers.json", optional=True).get("activation_fn")
     if saved is None and isinstance(inner, dict):

@@ -7,16 +7,15 @@ template puts behind them always survive.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
-from checkpoint.text import PROBE_CHARACTERS, TextPart, Tokenizers, encode
+from checkpoint.text import Encoded, Fields, TemplateFiller, Tokenizers, encode
 from decoder_server.models.cross_encoder.profiles import Profile
 
 Texts = tuple[str, str | None, str]  # query, instruction or None, passage
-Fields = Mapping[str, str]  # query, instruction, passage
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +48,6 @@ class TextPair:
     num_prompt_tokens = num_tokens
 
 
-@dataclass(frozen=True, slots=True)
-class _Encoded:
-    ids: list[int]
-    type_ids: list[int] | None = None
-    # Per id, where the token ends in the passage's text; None where it is not the passage's alone.
-    ends: Sequence[int | None] = ()
-
-
 class PairReader:
     """A tokenizer with a profile. Safe to use from several threads."""
 
@@ -73,10 +64,8 @@ class PairReader:
         self._filler = (
             TemplateFiller(self.tokenizers, pieces, add_special_tokens=profile.add_special_tokens)
             if pieces
-            else _PairFiller(self.tokenizers.plain)
+            else _PairFiller(self.tokenizers, [])
         )
-        nothing = {"query": "a", "instruction": "", "passage": ""}
-        self._nothing = [self._filler.locate(nothing, guarded=each).ids for each in (False, True)]
 
     def count(self, text: str) -> int:
         """Tokens of a text alone."""
@@ -94,16 +83,8 @@ class PairReader:
         return text, len(offsets)
 
     def is_empty(self, text: str) -> bool:
-        """Whether a passage's text is empty: white space alone, or nothing that adds a token to a pair.
-
-        As checkpoint.text says it of passages that are encoded. An unknown token is a token.
-        """
-        text = self._clean(text).strip()
-        for part in dict.fromkeys((text[:PROBE_CHARACTERS], text)):
-            row = {"query": "a", "instruction": "", "passage": part}
-            if part and self._filler.encode([row])[0].ids not in self._nothing:
-                return False
-        return True
+        """As TemplateFiller.is_empty says of the profile's template or the tokenizer's own pair."""
+        return self._filler.is_empty(self._clean(text))
 
     def prompt(self, query: str, instruction: str | None = None) -> TextPrompt:
         """A query cut to `max_query_tokens`, and the instruction as the template takes it.
@@ -157,7 +138,7 @@ class PairReader:
         encoded = self._filler.encode(rows)
         return [self._pair(prompt, row, one) for (prompt, _), row, one in zip(texts, rows, encoded, strict=True)]
 
-    def _pair(self, prompt: TextPrompt, row: Fields, encoded: _Encoded) -> TextPair:
+    def _pair(self, prompt: TextPrompt, row: Fields, encoded: Encoded) -> TextPair:
         """The pair without the passage's last tokens, as many as are too many."""
         profile, passage = self._profile, row["passage"]
         if len(encoded.ids) <= min(profile.max_tokens, profile.max_passage_tokens or profile.max_tokens):
@@ -188,84 +169,23 @@ class PairReader:
         return self.tokenizers.controls.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text) if self._leaky else text
 
 
-class _PairFiller:
-    """The tokenizer's own pair: `[CLS] query [SEP] passage [SEP]` or what its post-processor says."""
+class _PairFiller(TemplateFiller):
+    """The tokenizer's own pair: `[CLS] query [SEP] passage [SEP]` or what its post-processor adds.
 
-    def __init__(self, plain: Tokenizer) -> None:
-        # Special tokens come from the post-processor, so the plain tokenizer reads every text rightly.
-        self._plain = plain
+    Special tokens come from the post-processor, so the plain tokenizer reads every text rightly.
+    """
 
-    def encode(self, rows: Sequence[Fields]) -> list[_Encoded]:
+    def encode(self, rows: Sequence[Fields]) -> list[Encoded]:
         pairs = [(row["query"], row["passage"]) for row in rows]
-        return [_Encoded(e.ids, e.type_ids) for e in self._plain.encode_batch_fast(pairs, add_special_tokens=True)]
+        found = self._tokenizers.plain.encode_batch_fast(pairs, add_special_tokens=True)
+        return [Encoded(e.ids, e.type_ids) for e in found]
 
-    def locate(self, row: Fields, *, guarded: bool = False) -> _Encoded:
-        found = encode(self._plain, (row["query"], row["passage"]), add_special_tokens=True)
+    def locate(self, row: Fields, *, guarded: bool = False) -> Encoded:
+        found = encode(self._tokenizers.plain, (row["query"], row["passage"]), add_special_tokens=True)
         ends = [
             end if sequence == 1 else None for sequence, (_, end) in zip(found.sequence_ids, found.offsets, strict=True)
         ]
-        return _Encoded(found.ids, found.type_ids, ends)
-
-
-class TemplateFiller:
-    """A template in pieces, each tokenized separately; ids are joined."""
-
-    def __init__(self, tokenizers: Tokenizers, pieces: Sequence[str], *, add_special_tokens: bool = False) -> None:
-        self._tokenizers, self._pieces = tokenizers, list(pieces)
-        self._prefix: list[int] = []
-        self._suffix: list[int] = []
-        if add_special_tokens:
-            # The tokenizer's own ids around any text: found once, so that neutralised text gets them too.
-            bare = tokenizers.exact.encode("a", add_special_tokens=False).ids
-            whole = tokenizers.exact.encode("a", add_special_tokens=True).ids
-            at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
-            self._prefix, self._suffix = whole[:at], whole[at + len(bare) :]
-
-    def encode(self, rows: Sequence[Fields]) -> list[_Encoded]:
-        hostile = [self._tokenizers.spells_control(row.values()) for row in rows]
-        joined = [[*self._prefix] for _ in rows]
-        at = [i for i, each in enumerate(hostile) if not each]
-        for piece in self._pieces:
-            texts = [piece.format(**rows[i]) for i in at]
-            found = self._tokenizers.exact.encode_batch_fast(texts, add_special_tokens=False)
-            for i, one in zip(at, found, strict=True):
-                joined[i].extend(one.ids)
-        return [
-            self.locate(row) if each else _Encoded(ids + self._suffix)
-            for row, ids, each in zip(rows, joined, hostile, strict=True)
-        ]
-
-    def locate(self, row: Fields, *, guarded: bool = False) -> _Encoded:
-        """One row with the ends of its passage's tokens.
-
-        Args:
-            guarded: tokenize as if a text spelled a control token: the template's own count, all text between them is
-                read as plain.
-        """
-        guarded = guarded or self._tokenizers.spells_control(row.values())
-        ids, ends = [*self._prefix], [None] * len(self._prefix)  # type: list[int], list[int | None]
-        for part in (part for piece in self._pieces for part in self._tokenizers.parts(piece, guarded=guarded)):
-            if isinstance(part, str):
-                ids.append(self._tokenizers.control_ids[part])
-                ends.append(None)
-                continue
-            text, begin, end = _filled(part, row)
-            found = encode(self._tokenizers.plain if guarded else self._tokenizers.exact, text)
-            ids.extend(found.ids)
-            # A token that reaches out of the passage belongs to the template and stays.
-            ends.extend(stop - begin if begin <= start and stop <= end else None for start, stop in found.offsets)
-        return _Encoded(ids + self._suffix, None, ends + [None] * len(self._suffix))
-
-
-def _filled(part: TextPart, row: Fields) -> tuple[str, int, int]:
-    """A part's text, and where the passage stands in it: [begin, end)."""
-    text, begin, end = "", 0, -1
-    for literal, name in part:
-        text += literal
-        if name == "passage":
-            begin, end = len(text), len(text) + len(row[name])
-        text += row[name] if name is not None else ""
-    return text, begin, end
+        return Encoded(found.ids, found.type_ids, ends)
 
 
 def list_template(profile: Profile, num_passages: int) -> str:

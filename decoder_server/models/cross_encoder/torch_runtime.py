@@ -37,10 +37,6 @@ Head = Callable[[torch.Tensor], torch.Tensor]  # (batch, hidden or labels) -> ma
 
 
 def load_torch(source: Source, device: torch.device, dtype: torch.dtype) -> Runner:
-    """
-    Raises:
-        CheckpointError: weights that are missing, of another shape, or unreadable.
-    """
     if source.profile.listwise:
         projector = read_projector(source)  # before the weights: a wrong head should fail fast
         return ListwiseRunner(source, _load_transformer(source, device, dtype), projector, device, dtype)
@@ -164,11 +160,7 @@ def read_head(source: Source, device: torch.device | None = None) -> Head:
 
 
 def answer_ids(directory: Path, tokenizer: Tokenizer, profile: Profile) -> tuple[int, ...]:
-    """Token ids of the profile's answers.
-
-    Raises:
-        CheckpointError: an answer that is not exactly one token.
-    """
+    """Token ids of the profile's answers."""
     ids: list[int] = []
     for key, answer in (("yes", profile.yes), ("no", profile.no)):
         if isinstance(answer, int):
