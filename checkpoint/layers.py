@@ -46,15 +46,11 @@ def add_norm(hidden: Tensor, update: Tensor, post: Tensor, following: Tensor, ep
     return hidden, rms_norm(hidden, following, eps)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding on (tokens, heads, head_dim)."""
-    half = x.shape[-1] // 2
-    return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
-
-
 def norm_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
     """A head's norm and its rotary position embedding on (tokens, heads, head_dim)."""
-    return rotate(rms_norm(x, weight, eps), cos, sin)
+    x = rms_norm(x, weight, eps)
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
 
 
 def masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:

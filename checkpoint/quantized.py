@@ -62,7 +62,7 @@ class Stored:
 
         Each call has its own mapping: pages of a mapping count as ours for as long as it lives.
         """
-        with opened(self.path) as shard:
+        with _opened(self.path) as shard:
             try:
                 part = cast(Any, shard)
                 return cast(Tensor, part.get_slice(self.name)[first:last] if self.shape else part.get_tensor(self.name))
@@ -118,8 +118,14 @@ class Weight:
             yield self.rows(first, min(first + step, self.shape[0]))
 
 
-def opened(path: Path) -> safe_open:
-    """A safetensors file. Raises CheckpointError."""
+def stored_in(path: Path) -> list[Stored]:
+    """The tensors of a safetensors file."""
+    with _opened(path) as shard:
+        slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 - a handle, not a dict
+        return [Stored(path, name, tuple(one.get_shape()), str(one.get_dtype())) for name, one in slices.items()]
+
+
+def _opened(path: Path) -> safe_open:
     try:
         return safe_open(str(path), framework="pt")
     except (SafetensorError, OSError) as exc:

@@ -24,8 +24,8 @@ from checkpoint.quantized import (
     Stored,
     Weight,
     declared_quantization,
-    opened,
     pair_up,
+    stored_in,
 )
 
 # transformers wrote the text encoder as `encoder.*` first and as `encoder.text_model.*` later.
@@ -42,28 +42,6 @@ _QUANTIZED = re.compile(
 )
 
 
-def is_buffer(name: str) -> bool:
-    """Whether a tensor is one that every forward pass computes for itself."""
-    return _BUFFERS.search(name) is not None
-
-
-def refuse_unused(directory: Path, names: Iterable[str]) -> None:
-    """Raises CheckpointError where there are any, with the first of them and a remedy."""
-    left = sorted(names)
-    if not left:
-        return
-    if any(_ADAPTERS.search(name) for name in left):
-        remedy = "merge the adapter into the weights first"
-    elif any(_QUANTIZED.search(name) for name in left):
-        remedy = REMEDY
-    else:
-        remedy = "expected the tensors that config.json implies: it is of another model, or has another size"
-    raise CheckpointError(
-        f"{directory}: {len(left)} stored tensors are not used by this model, whose scores would be wrong without "
-        f"them: {first_of(left)}; {remedy}"
-    )
-
-
 class StoredTensors:
     """A checkpoint's tensors by the names they have in its files; quantized weights read as plain ones."""
 
@@ -72,16 +50,13 @@ class StoredTensors:
         self.directory = directory
         self.files = _safetensors_files(directory)
         found: dict[str, Stored] = {}
-        for path in self.files:
-            with opened(path) as shard:
-                for name in shard.keys():  # noqa: SIM118 - a safetensors handle, not a dict
-                    if name in found:
-                        raise CheckpointError(
-                            f"{directory}: {name} is stored in {found[name].path.name} and in {path.name}; "
-                            "expected each tensor once"
-                        )
-                    part = shard.get_slice(name)
-                    found[name] = Stored(path, name, tuple(part.get_shape()), str(part.get_dtype()))
+        for one in (one for path in self.files for one in stored_in(path)):
+            if one.name in found:
+                raise CheckpointError(
+                    f"{directory}: {one.name} is stored in {found[one.name].path.name} and in {one.path.name}; "
+                    "expected each tensor once"
+                )
+            found[one.name] = one
         self.quantization = declared_quantization(directory)  # "", modelopt or compressed-tensors
         self.weights = pair_up(found) if self.quantization else {name: Weight(one) for name, one in found.items()}
 
@@ -89,12 +64,29 @@ class StoredTensors:
         return name in self.weights
 
     def names(self) -> list[str]:
+        """Sorted."""
         return sorted(self.weights)
+
+    def refuse_unused(self, names: Iterable[str]) -> None:
+        """Raises CheckpointError where one of the names is none of a buffer, with a remedy."""
+        left = sorted(name for name in names if not _BUFFERS.search(name))
+        if not left:
+            return
+        if any(_ADAPTERS.search(name) for name in left):
+            remedy = "merge the adapter into the weights first"
+        elif any(_QUANTIZED.search(name) for name in left):
+            remedy = REMEDY
+        else:
+            remedy = "expected the tensors that config.json implies: it is of another model, or has another size"
+        raise CheckpointError(
+            f"{self.directory}: {len(left)} stored tensors are not used by this model, whose scores would be wrong "
+            f"without them: {first_of(left)}; {remedy}"
+        )
 
     def check_formats(self) -> None:
         """Raises CheckpointError where a weight is stored in a format that says nothing without its scales."""
         for name in self.names():
-            if not is_buffer(name):
+            if not _BUFFERS.search(name):
                 self._check_format(name)
 
     def _check_format(self, name: str) -> None:
@@ -128,7 +120,7 @@ class StoredTensors:
     def read(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """A whole tensor, chunk by chunk, so the peak is the result plus one chunk."""
         weight = self.weights[name]
-        if is_buffer(name) and not weight.quantized:
+        if _BUFFERS.search(name) and not weight.quantized:
             return weight.values.rows(0, math.prod(weight.shape[:1]))
         self._check_format(name)
         tensor = torch.empty(weight.shape, dtype=dtype)
@@ -164,7 +156,7 @@ class TensorFiles(StoredTensors):
         for name in self.names():
             canonical = _canonical_name(name)
             if canonical is None or canonical not in used:
-                if not _VISION.match(name) and not is_buffer(name):
+                if not _VISION.match(name):
                     unused.append(name)
             elif canonical in stored:
                 raise CheckpointError(
@@ -172,7 +164,7 @@ class TensorFiles(StoredTensors):
                 )
             else:
                 stored[canonical] = name
-        refuse_unused(directory, unused)
+        self.refuse_unused(unused)
         self.weights = {canonical: self.weights[name] for canonical, name in stored.items()}
 
     def check_all(self, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -161,9 +161,7 @@ class StatesBackend(Backend, Protocol):
         ...
 
 
-def sigmoid(margin: float) -> float:
-    """P(yes) of a margin, in float32, without overflow for any finite margin."""
-    x = np.float32(margin)
-    if x >= 0:
-        return float(np.float32(1) / (np.float32(1) + np.exp(-x)))
-    return float(np.exp(x) / (np.float32(1) + np.exp(x)))
+def sigmoid(margins: NDArray[np.float32] | np.float32) -> NDArray[np.float32]:
+    """P(yes) of margins in float32, without overflow for any finite margin."""
+    small = np.exp(-np.abs(margins))
+    return np.where(margins >= 0, 1 / (1 + small), small / (1 + small)).astype(np.float32)

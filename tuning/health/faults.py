@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from decoder_server.models.cross_encoder.backend import sigmoid
+from decoder_server.models.backend import sigmoid
 from decoder_server.models.cross_encoder.files import load_transformer, quiet
 from decoder_server.models.cross_encoder.profiles import Profile
 from decoder_server.models.cross_encoder.templates import PairReader, TextPair

@@ -12,7 +12,8 @@ from cache.open import open_store
 from cache.states import PassageStates
 from checkpoint import TokenizedPrompt
 from decoder_server.config import NO_TIERS, TierBudgets
-from decoder_server.models.cross_encoder.backend import CrossEncoder, sigmoid
+from decoder_server.models.backend import sigmoid
+from decoder_server.models.cross_encoder.backend import CrossEncoder
 from decoder_server.models.fbnl.backend import FbnlBackend
 from decoder_server.models.fbnl.batch_states import StatePair
 from encoder_worker.writing import CollectionSettings, Target

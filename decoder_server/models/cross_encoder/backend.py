@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoint.files import CheckpointError, one_line
+from decoder_server.models.backend import sigmoid
 from decoder_server.models.cross_encoder.profiles import Profile
 from decoder_server.models.cross_encoder.templates import PairReader, TextPair, TextPrompt, Texts
 from preread.errors import InvalidRequest
@@ -35,7 +36,7 @@ class Runner(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class TextSettings:
+class _Settings:
     """The limits of a model that reads text."""
 
     default_instruction: str
@@ -70,7 +71,7 @@ class CrossEncoder:
             limits = "; not for commercial use" if "-NC" in profile.license else ""
             self.notice = f"{checkpoint_name} is under the licence {profile.license}{limits}"
         self._max_passage = profile.max_passage_tokens or profile.max_tokens
-        self.settings = TextSettings(profile.default_instruction, self._max_passage, profile.max_query_tokens)
+        self.settings = _Settings(profile.default_instruction, self._max_passage, profile.max_query_tokens)
         self._reader, self._runner, self._fingerprint = reader, runner, fingerprint
 
     @cached_property
@@ -216,9 +217,3 @@ def pad(
             type_ids[i, where] = kinds
     positions = np.maximum(mask.cumsum(1) - 1, 0)
     return {"input_ids": ids, "attention_mask": mask, "token_type_ids": type_ids, "position_ids": positions}
-
-
-def sigmoid(x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """1 / (1 + exp(-x)) without overflow."""
-    small = np.exp(-np.abs(x))
-    return np.where(x >= 0, 1 / (1 + small), small / (1 + small)).astype(np.float32)

@@ -22,7 +22,7 @@ import torch
 from tokenizers import Tokenizer
 
 from checkpoint.files import STORAGE, CheckpointError, check_fields, first_of, one_line, read_json, read_modules
-from checkpoint.tensors import StoredTensors, is_buffer, refuse_unused
+from checkpoint.tensors import StoredTensors
 from decoder_server.models.cross_encoder.profiles import GENERIC, Profile
 from decoder_server.models.cross_encoder.templates import PairReader
 
@@ -55,6 +55,13 @@ _OTHER_HEADS = re.compile(
     r"(?:(?:cls\.(?:predictions|seq_relationship)|lm_head|lm_predictions|mask_predictions|decoder)\.(?:\w+\.)*|"
     r"(?:\w+\.)?pooler\.dense\.)(?:weight|bias|gamma|beta)$"
 )
+PROJECTOR = ("projector.0.weight", "projector.2.weight")  # listwise: two layers without biases, a ReLU between them
+# Tensors that a head reads besides the transformers model, and an output embedding that it has no use for.
+READ_BY_HEAD = {
+    "score": ("score.weight", "lm_head.weight"),
+    "vocabulary": ("lm_head.weight",),
+    "listwise": (*PROJECTOR, "lm_head.weight"),
+}
 TOKENIZER_FILES = (
     "tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spm.model", "tokenizer.model",
     "tekken.json",
@@ -78,6 +85,7 @@ class Source:
 
     @classmethod
     def open(cls, directory: Path, raw: dict[str, Any], profile: Profile, *, trust_remote_code: bool) -> Source:
+        """Reads all but the weights."""
         config = load_config(directory, profile, trust_remote_code=trust_remote_code)
         tokenizer, pad_id, names = _load_tokenizer(directory, raw, trust_remote_code)
         size = tokenizer.get_vocab_size(with_added_tokens=True)
@@ -96,6 +104,18 @@ class Source:
             pad_id,
             typed=int(raw.get("type_vocab_size") or 0) > 1 and "token_type_ids" in names,
             trust_remote_code=trust_remote_code,
+        )
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> Any:
+        """The transformers model below the profile's head, or with it where it is the model's own."""
+        return load_transformer(
+            self.directory,
+            dtype,
+            device,
+            kind="AutoModelForSequenceClassification" if self.profile.head == "classifier" else "AutoModel",
+            config=self.config,
+            read_elsewhere=READ_BY_HEAD.get(self.profile.head, ()),
+            trust_remote_code=self.trust_remote_code and not self.profile.listwise,
         )
 
     def fingerprint(self) -> str:
@@ -260,10 +280,10 @@ def load_transformer(
             f"{directory}: {len(missing)} weights of {type(model).__name__} are not in the checkpoint "
             f"and would be random: {first_of(missing)}"
         )
-    left = {name for name in info["unexpected_keys"] if name not in read_elsewhere and not is_buffer(name)}
+    left = {name for name in info["unexpected_keys"] if name not in read_elsewhere}
     if kind == "AutoModelForSequenceClassification":
         left = {name for name in left if not _OTHER_HEADS.match(name)}
-    refuse_unused(directory, left)
+    tensors.refuse_unused(left)
     return cast(Any, model).to(device).eval()
 
 

@@ -7,7 +7,6 @@ blocks, and the query's vector is the mean over blocks, weighted by the score of
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,29 +14,20 @@ from numpy.typing import NDArray
 
 from checkpoint.compute import dtype_name
 from checkpoint.files import CheckpointError
-from checkpoint.text import TemplateFiller
-from decoder_server.models.cross_encoder.files import Source
-from decoder_server.models.cross_encoder.templates import TextPair, TextPrompt, list_fields, list_template
-
-PROJECTOR = ("projector.0.weight", "projector.2.weight")  # two layers without biases, a ReLU between them
+from decoder_server.models.cross_encoder.files import PROJECTOR, Source
+from decoder_server.models.cross_encoder.templates import TextPair, TextPrompt
 
 
 class ListwiseRunner:
     """A decoder with a projector over its marker tokens."""
 
-    def __init__(
-        self,
-        source: Source,
-        model: Any,
-        projector: tuple[torch.Tensor, torch.Tensor],
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
+    def __init__(self, source: Source, device: torch.device, dtype: torch.dtype) -> None:
         self.dtype_name, self.device_name = dtype_name(dtype), str(device)
-        self._model, self._device = model, device
-        self._projector = tuple(weight.to(device) for weight in projector)  # (hidden / 2, hidden), (dim, hidden / 2)
         self._reader, self._profile = source.reader, source.profile
         self._markers = [self._marker(token) for token in (source.profile.passage_token, source.profile.query_token)]
+        # (hidden / 2, hidden), (dim, hidden / 2)
+        self._projector = tuple(weight.to(device) for weight in _read_projector(source))
+        self._model, self._device = source.load(device, dtype), device
 
     @torch.inference_mode()
     def margins(self, pairs: Sequence[TextPair]) -> NDArray[np.float32]:
@@ -64,8 +54,7 @@ class ListwiseRunner:
 
     def _block(self, pairs: Sequence[TextPair]) -> torch.Tensor:
         """Projected hidden states of the passages' markers and the query's, (len(pairs) + 1, dim)."""
-        filler = TemplateFiller(self._reader.tokenizers, [list_template(self._profile, len(pairs))])
-        ids = torch.tensor(filler.encode([list_fields(pairs)])[0].ids, device=self._device)
+        ids = torch.tensor(self._reader.list_ids(pairs), device=self._device)
         hidden = self._model(input_ids=ids[None], use_cache=False).last_hidden_state[0]  # (length, hidden)
         passage, query = self._markers
         marked = hidden[torch.cat([(ids == passage).nonzero()[:, 0], (ids == query).nonzero()[:, 0]])].float()
@@ -94,7 +83,7 @@ class ListwiseRunner:
         return int(ids[0])
 
 
-def read_projector(source: Source) -> tuple[torch.Tensor, torch.Tensor]:
+def _read_projector(source: Source) -> tuple[torch.Tensor, torch.Tensor]:
     """The two layers of the projector, in float32."""
     directory, tensors, hidden = source.directory, source.tensors, source.config.hidden_size
     missing = [name for name in PROJECTOR if name not in tensors]

@@ -7,7 +7,7 @@ template puts behind them always survive.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tokenizers import Tokenizer
@@ -60,7 +60,7 @@ class PairReader:
             id_ in self.tokenizers.plain.encode(f"a {text}", add_special_tokens=False).ids
             for text, id_ in self.tokenizers.control_ids.items()
         )
-        pieces = [list_template(profile, 1)] if profile.listwise else profile.template
+        pieces = [_list_template(profile, 1)] if profile.listwise else profile.template
         self._filler = (
             TemplateFiller(self.tokenizers, pieces, add_special_tokens=profile.add_special_tokens)
             if pieces
@@ -130,6 +130,13 @@ class PairReader:
         prompts = {(query, instruction): self.prompt(query, instruction) for query, instruction, _ in texts}
         return self._pairs([(prompts[query, instruction], passage) for query, instruction, passage in texts])
 
+    def list_ids(self, pairs: Sequence[TextPair]) -> list[int]:
+        """One sequence with the passages of all pairs, of one prompt, for a listwise model."""
+        filler = TemplateFiller(self.tokenizers, [_list_template(self._profile, len(pairs))])
+        passages = {f"passage{i or ''}": pair.passage for i, pair in enumerate(pairs)}
+        prompt = pairs[0].prompt
+        return filler.encode([{"query": prompt.query, "instruction": prompt.instruction, **passages}])[0].ids
+
     def _pairs(self, texts: Sequence[tuple[TextPrompt, str]]) -> list[TextPair]:
         rows = [
             {"query": prompt.query, "instruction": prompt.instruction, "passage": self._clean(passage)}
@@ -188,22 +195,10 @@ class _PairFiller(TemplateFiller):
         return Encoded(found.ids, found.type_ids, ends)
 
 
-def list_template(profile: Profile, num_passages: int) -> str:
+def _list_template(profile: Profile, num_passages: int) -> str:
     """A listwise template with a place for each passage: {passage} for the first, {passage1} and so on."""
     places = [
         profile.passage_format.replace("{index}", str(i)).replace("{passage}", f"{{passage{i or ''}}}")
         for i in range(num_passages)
     ]
     return profile.template[0].replace("{count}", str(num_passages)).replace("{passages}", "\n".join(places))
-
-
-def list_fields(pairs: Iterable[TextPair]) -> dict[str, str]:
-    """The fields of `list_template` for the pairs of one prompt."""
-    fields: dict[str, str] = {}
-    for i, pair in enumerate(pairs):
-        fields |= {
-            "query": pair.prompt.query,
-            "instruction": pair.prompt.instruction,
-            f"passage{i or ''}": pair.passage,
-        }
-    return fields

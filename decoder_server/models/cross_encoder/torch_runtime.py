@@ -19,28 +19,19 @@ from tokenizers import Tokenizer
 from checkpoint.compute import dtype_name
 from checkpoint.files import CheckpointError
 from decoder_server.models.cross_encoder.backend import Runner, pad
-from decoder_server.models.cross_encoder.files import Source, load_transformer
-from decoder_server.models.cross_encoder.listwise import PROJECTOR, ListwiseRunner, read_projector
+from decoder_server.models.cross_encoder.files import Source
+from decoder_server.models.cross_encoder.listwise import ListwiseRunner
 from decoder_server.models.cross_encoder.profiles import Profile
 from decoder_server.models.cross_encoder.templates import TextPair
 
 # A tokenizer this large is a published one, whose answers have known ids; smaller ones are made for tests.
 REAL_VOCABULARY = 10_000
-# Tensors that a head reads besides the transformers model, and an output embedding that it has no use for.
-READ_BY_HEAD = {
-    "score": ("score.weight", "lm_head.weight"),
-    "vocabulary": ("lm_head.weight",),
-    "listwise": (*PROJECTOR, "lm_head.weight"),
-}
-
 Head = Callable[[torch.Tensor], torch.Tensor]  # (batch, hidden or labels) -> margins (batch,), in float32
 
 
 def load_torch(source: Source, device: torch.device, dtype: torch.dtype) -> Runner:
-    if source.profile.listwise:
-        projector = read_projector(source)  # before the weights: a wrong head should fail fast
-        return ListwiseRunner(source, _load_transformer(source, device, dtype), projector, device, dtype)
-    return _TorchRunner(source, device, dtype)
+    """Reads the head, then the weights: a wrong head fails fast."""
+    return (ListwiseRunner if source.profile.listwise else _TorchRunner)(source, device, dtype)
 
 
 class _TorchRunner:
@@ -71,7 +62,7 @@ class Body(torch.nn.Module):
         self._last = source.profile.head in ("score", "vocabulary")
         typed = ["token_type_ids"] if source.typed else []
         self.names = ["input_ids", "attention_mask", *(["position_ids"] if self._last else typed)]
-        self.model = _load_transformer(source, device, dtype)
+        self.model = source.load(device, dtype)
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         """(batch, labels) or (batch, hidden)."""
@@ -81,19 +72,6 @@ class Body(torch.nn.Module):
             return hidden
         logits: torch.Tensor = self.model(**fields).logits
         return logits
-
-
-def _load_transformer(source: Source, device: torch.device, dtype: torch.dtype) -> Any:
-    """The transformers model below a profile's head, or with it where it is the model's own."""
-    return load_transformer(
-        source.directory,
-        dtype,
-        device,
-        kind="AutoModelForSequenceClassification" if source.profile.head == "classifier" else "AutoModel",
-        config=source.config,
-        read_elsewhere=READ_BY_HEAD.get(source.profile.head, ()),
-        trust_remote_code=source.trust_remote_code and not source.profile.listwise,
-    )
 
 
 def _keep_heads_in_float32(model: Any) -> None:

@@ -107,7 +107,7 @@ class FbnlBackend:
 
     def activate(self, margin: float) -> float:
         """P(yes)."""
-        return sigmoid(margin)
+        return float(sigmoid(np.float32(margin)))
 
     def cut(self, text: str, max_tokens: int | None, *, keep_end: bool = False) -> str:
         return self._text.cut(text, max_tokens, keep_end=keep_end)

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from decoder_server.models.cross_encoder.backend import MAX_PADDING, CrossEncoder, batches, pad, sigmoid
+from decoder_server.models.backend import sigmoid
+from decoder_server.models.cross_encoder.backend import MAX_PADDING, CrossEncoder, batches, pad
 from decoder_server.models.cross_encoder.loading import open_cross_encoder
 
 Tiny = Callable[..., Path]

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from checkpoint import CheckpointError
 from checkpoint.synthetic import make_checkpoint
 from decoder_server.config import ModelConfig
-from decoder_server.models.cross_encoder.backend import CrossEncoder, sigmoid
+from decoder_server.models.backend import sigmoid
+from decoder_server.models.cross_encoder.backend import CrossEncoder
 from decoder_server.models.cross_encoder.loading import open_cross_encoder
 from decoder_server.models.cross_encoder.templates import TextPair, Texts
 from decoder_server.models.loading import load_model
