@@ -1,12 +1,11 @@
 """State of a server, for probes: ready, alive, and whether its encoders answer.
 
     ready     loaded, not stopping; every encoder has answered since the start, and one in this process answers now
-    live      loaded, and a restart would not mend anything
+    live      loaded, and a restart would not help
     encoder   every encoder answers now
 
-An encoder elsewhere may go away later without costing readiness: stored states are ranked without it, and every server
-would go out of service together. One that never answered is a wrong address, key or proxy, at which a rollout should
-stop.
+A remote encoder may fail later without costing readiness: stored states are ranked without it, and every server would
+go out of service together. One that never answered is a wrong address, key or proxy, at which a rollout should stop.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from preread.channel import proxy_variable
 
 log = logging.getLogger(__name__)
 
-LIVE, ENCODER = "live", "encoder"  # names for health checks, beside those of services
-WATCH_SECONDS = 5.0  # between questions to an encoder that answers
-RETRY_SECONDS = 1.0  # to one that does not
+LIVE, ENCODER = "live", "encoder"  # names for health checks, besides those of services
+WATCH_SECONDS = 5.0  # between two checks of an encoder that answers
+RETRY_SECONDS = 1.0  # of one that does not
 
 
 @dataclass(eq=False, slots=True)
@@ -34,7 +33,7 @@ class _Encoder:
     model: str
     in_process: bool
     answered: bool = False  # at any time
-    problem: str = "has not been asked"  # "": it answered when it was last asked
+    problem: str = "has not been checked"  # "": it answered its last check
 
     @property
     def needed(self) -> bool:
@@ -42,13 +41,13 @@ class _Encoder:
 
 
 class Readiness:
-    """Of one server. `servicer` answers gRPC's health checks with it."""
+    """Readiness of one server, and the servicer of gRPC's health checks."""
 
     def __init__(self, services: Sequence[str], encoder_up: Callable[[str, bool], None] = lambda _, __: None) -> None:
         """
         Args:
             services: names that are SERVING where the server is ready.
-            encoder_up: hears of every answer: the model's name, and whether its encoder answers.
+            encoder_up: called after every check with the model's name, and whether its encoder answers.
         """
         self.servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing in grpc-stubs
         self._services = ("", *services)
@@ -60,7 +59,7 @@ class Readiness:
 
     @property
     def problem(self) -> str:
-        """Why the server is not ready, for anyone to read; "" where it is."""
+        """Why the server is not ready, without addresses; "" where it is."""
         if self._stopping:
             return "the server is stopping"
         if not self._loaded:
@@ -83,14 +82,14 @@ class Readiness:
             await self._changed.wait()
 
     async def add(self, client: EncoderClient, model: str, *, in_process: bool) -> None:
-        """Another encoder to watch, which is asked now.
+        """Watches another encoder, beginning with a check.
 
         Raises:
             ValueError: it is another encoder than the model was made for.
         """
         one = _Encoder(client, model, in_process)
         self._encoders.append(one)
-        await self._ask(one)
+        await self._check(one)
 
     async def loading(self) -> None:
         await self._publish()
@@ -102,7 +101,7 @@ class Readiness:
             self._watching = asyncio.create_task(self._watch())
 
     async def stop(self) -> None:
-        """Not ready from here on, whatever comes."""
+        """Not ready from here on."""
         self._stopping = True
         if self._watching is not None:
             self._watching.cancel()
@@ -114,20 +113,20 @@ class Readiness:
             await asyncio.sleep(RETRY_SECONDS if any(one.problem for one in self._encoders) else WATCH_SECONDS)
             for one in self._encoders:
                 try:
-                    await self._ask(one)
-                except Exception as exc:  # such as another encoder than the model's; the next question must come
-                    self._heard(one, str(exc) or type(exc).__name__)
+                    await self._check(one)
+                except Exception as exc:  # such as another encoder than the model's; the watch goes on
+                    self._checked(one, str(exc) or type(exc).__name__)
             await self._publish()
 
-    async def _ask(self, one: _Encoder) -> None:
+    async def _check(self, one: _Encoder) -> None:
         try:
             await one.client.check()
         except EncoderError as exc:
-            self._heard(one, str(exc))
+            self._checked(one, str(exc))
         else:
-            self._heard(one, "")
+            self._checked(one, "")
 
-    def _heard(self, one: _Encoder, problem: str) -> None:
+    def _checked(self, one: _Encoder, problem: str) -> None:
         if problem and one.problem != problem:
             log.warning("%s%s", problem, _proxied(one.client.address))
         elif one.problem and not problem and one.answered:
@@ -149,6 +148,6 @@ class Readiness:
 
 
 def _proxied(address: str) -> str:
-    """The proxy that the environment puts in front of a worker elsewhere, where there is one, for the log."""
+    """For the log: the proxy that the environment puts in front of a remote worker."""
     name = proxy_variable(address)
-    return f" ({name} is set, so it is asked through that proxy; no_proxy takes hosts out of it)" if name else ""
+    return f" ({name} is set, so it is called through that proxy; no_proxy exempts hosts)" if name else ""

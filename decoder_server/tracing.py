@@ -17,7 +17,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from decoder_server.engine.lifecycle import ForwardPass, RequestTrace
 from preread_edge.logs import current
 
-# The caller's doing or a full queue; neither is this server's error (OpenTelemetry's gRPC conventions for servers).
+# Causes at the caller, or a full queue: no errors of this server (OpenTelemetry's gRPC conventions for servers).
 _NOT_ERRORS = ("ok", "cancelled", "invalid_request", "not_found", "refused", "overloaded")
 
 _GRPC_STATUS = {
@@ -27,7 +27,7 @@ _GRPC_STATUS = {
 
 
 class TracingObserver:
-    """`tracer` is made by whoever owns the process, see preread_edge.logs."""
+    """Writes the spans of a request when it has ended; preread_edge.logs makes the tracer."""
 
     def __init__(self, tracer: Tracer) -> None:
         self._tracer = tracer

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from decoder_server.edge.http.requests import DialectRequest, DialectResponse
+from decoder_server.edge.http.requests import DialectRequest, DialectResponse, headers_of
 from preread import parse_stages
 from preread.types import RerankRequest, Summary, Timings
 
@@ -118,11 +118,11 @@ def test_a_cascade_that_was_cut_says_so():
     summary = Summary("m", Timings(0, 0, 0, 0, 0), 1, 1, False, stages=parse_stages("8:2,1"), stopped_early=True)
     answer = DialectResponse(DialectRequest(RerankRequest("q", ())), [], [], summary, "id")
 
-    assert answer.headers() == {"x-preread-read": "8:2,1", "x-preread-stopped-early": "true"}
+    assert headers_of([answer]) == {"x-preread-read": "8:2,1", "x-preread-stopped-early": "true"}
     assert answer.warnings() == ["the deadline ended the cascade before its last stage"]
 
 
 def test_a_model_that_reads_text_has_no_ratio_to_tell():
     summary = Summary("m", Timings(0, 0, 0, 0, 0), 1, 1, False)
 
-    assert DialectResponse(DialectRequest(RerankRequest("q", ())), [], [], summary, "id").headers() == {}
+    assert headers_of([DialectResponse(DialectRequest(RerankRequest("q", ())), [], [], summary, "id")]) == {}

@@ -51,14 +51,14 @@ def build(context: Context, guard: Guard, on_answer: OnAnswer) -> ASGIApp:
 
     Args:
         guard: the names and web pages it answers to.
-        on_answer: told of every response.
+        on_answer: called for every response.
     """
     app = Starlette(routes=[*_routes(), *info.PAGE], exception_handlers=_handlers())
     app.router.redirect_slashes = False  # a redirected POST loses its body with many clients
     app.state.context = context
     published = rerank.SCHEMAS | info.SCHEMAS | collections.SCHEMAS | errors.SCHEMAS
     app.state.openapi = document(OPERATIONS, dialects.PREFIXES, published)
-    return Envelope(keys.AccessMiddleware(app, context.keys, scopes_of, _refuse), guard, on_answer)
+    return Envelope(keys.AccessMiddleware(app, context.keys, scopes_of, _reject), guard, on_answer)
 
 
 def scopes_of(method: str, path: str) -> tuple[keys.Scope, ...]:
@@ -88,7 +88,7 @@ class Envelope:
             await self._app(scope, receive, send)
             return
         start = time.monotonic()
-        stranger = self._guard.problem(scope)
+        foreign = self._guard.problem(scope)
         scope["path"] = _tidy(scope["path"])
         headers = Headers(scope=scope)
         request_id = logs.begin(headers.get("x-request-id", ""), headers.get("traceparent", "")).request_id
@@ -127,8 +127,8 @@ class Envelope:
         try:
             if scope["state"].get("crowded") and scope["path"] not in _PROBES:
                 response = await _respond(scope, receive_seen, errors.CROWDED, _CLOSE)
-            elif stranger is not None:
-                response = await _respond(scope, receive_seen, Problem(403, "permission_error", *stranger))
+            elif foreign is not None:
+                response = await _respond(scope, receive_seen, Problem(403, "permission_error", *foreign))
             elif (preflight := self._guard.preflight(scope)) is not None:
                 response = Response(status_code=204, headers=preflight)
             else:
@@ -157,7 +157,7 @@ def _tidy(path: str) -> str:
 async def _respond(
     scope: Scope, receive: Receive, problem: Problem, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """The error in the shape of the caller's dialect, told by the path, the body, or its beginning, which is read."""
+    """The error in the shape of the caller's dialect: by the path, the body, or its beginning, which is read."""
     tei = scope["path"].startswith("/tei/") or scope["state"].get("dialect") is dialects.TEI
     if not tei and scope["method"] == "POST" and not scope["path"].startswith(_NO_DIALECT):
         await _peek(scope, receive)
@@ -196,12 +196,12 @@ def _by_method(endpoints: dict[str, Endpoint]) -> Callable[[Request], Awaitable[
     return endpoint
 
 
-def _refuse(status: int, message: str) -> keys.App:
-    async def refuse(scope: Any, receive: Any, send: Any) -> None:
+def _reject(status: int, message: str) -> keys.App:
+    async def reject(scope: Any, receive: Any, send: Any) -> None:
         response = await _respond(scope, receive, errors.by_status(status, message))
         await response(scope, receive, send)
 
-    return refuse
+    return reject
 
 
 def _handlers() -> dict[Any, Any]:  # Starlette's type admits no handler of a narrower exception

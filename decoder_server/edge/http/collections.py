@@ -138,7 +138,7 @@ class _SetAliasRequest(Struct, kw_only=True):
 
 
 async def _add_passages(request: HttpRequest) -> Response:
-    """Responds when the store has everything, with what was refused."""
+    """Responds when the store has everything, and lists refused passages."""
     here = request.context
     worker = here.encoder()
     name = check_name("collection", request.path_params["collection"])

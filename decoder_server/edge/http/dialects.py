@@ -29,7 +29,7 @@ from decoder_server.edge.http.requests import (
 )
 from preread.errors import InvalidRequest
 
-# Clients disagree on the path, so each takes every dialect: the body tells which one it is.
+# Clients disagree on the path, so each takes every dialect, which the fields of the body show.
 PATHS = (
     "/rerank", "/v1/rerank", "/v2/rerank", "/v1/v2/rerank", "/reranking", "/v1/reranking", "/rerankings",
     "/v1/rerankings", "/v1/ranking", "/v1/retrieval/{model:path}/reranking", "/score", "/v1/score",
@@ -99,7 +99,7 @@ def _parse_infinity(body: _RerankRequest) -> list[DialectRequest]:
 
 def _pack_infinity(responses: Sequence[DialectResponse]) -> _RerankAnswer:
     (response,) = responses
-    num_units = math.ceil(len(response.asked.request.candidates) / DOCUMENTS_PER_SEARCH_UNIT)
+    num_units = math.ceil(len(response.parsed.request.candidates) / DOCUMENTS_PER_SEARCH_UNIT)
     return _RerankAnswer(
         id=response.request_id,
         created=int(time.time()),
@@ -148,7 +148,7 @@ def _parse_tei(body: _TeiRequest) -> list[DialectRequest]:
     request = body.request(
         "texts",
         raw_scores=body.raw_scores or False,
-        refuse_truncated=body.truncate is False,
+        reject_truncated=body.truncate is False,
         keep_end=body.truncation_direction == "left",
     )
     return [request]
@@ -179,7 +179,7 @@ class _NimAnswer(Struct):
 
 
 def _parse_nim(body: _NimRequest) -> list[DialectRequest]:
-    return [body.request("passages", raw_scores=True, refuse_truncated=body.truncate == "none")]
+    return [body.request("passages", raw_scores=True, reject_truncated=body.truncate == "none")]
 
 
 def _pack_nim(responses: Sequence[DialectResponse]) -> _NimAnswer:
@@ -206,7 +206,7 @@ class _VoyageAnswer(Struct, kw_only=True, tag_field="object", tag="list"):
 
 
 def _parse_voyage(body: _VoyageRequest) -> list[DialectRequest]:
-    return [body.request(top_k=body.top_k, refuse_truncated=body.truncation is False)]
+    return [body.request(top_k=body.top_k, reject_truncated=body.truncation is False)]
 
 
 def _pack_voyage(responses: Sequence[DialectResponse]) -> _VoyageAnswer:
@@ -378,7 +378,7 @@ _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"?|[\[\]{}:,]', re.DOTALL)
 
 
 def guess(data: bytes) -> _Dialect:
-    """The dialect of a body by its beginning, or by all of it where it is no JSON: as far as its fields can be told."""
+    """The dialect of a body by its beginning, or by all of it where it is no JSON: as far as its fields can be seen."""
     depth, last = 0, b""
     names: dict[str, object] = {}
     for match in _TOKEN.finditer(data):

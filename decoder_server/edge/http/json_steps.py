@@ -1,7 +1,7 @@
 """Large JSON documents, read and written in steps next to the event loop. Small ones are left to json alone.
 
 A document is scanned first, 64 KiB at a time: where the characters are that are not inside strings, how many, how
-deep. So a hostile one is refused before anything is made of it, and every other is cut into runs of elements, or of
+deep. A hostile one is rejected before anything is made of it, and every other is cut into runs of elements, or of
 one long string's characters, that json reads in a millisecond each.
 """
 

@@ -1,4 +1,4 @@
-"""The rerank request and response of every dialect: shared fields of a body, and what a response says beside scores."""
+"""The rerank request and response of every dialect: shared fields of a body, and all of a response but its shape."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class _Document(Struct, kw_only=True):
     id: Text | None = None
 
 
-Documents = Annotated[list[str | _Document | None] | None, Meta(description="May be absent beside passage_ids")]
+Documents = Annotated[list[str | _Document | None] | None, Meta(description="May be absent if passage_ids are given")]
 
 
 class RerankBody(Struct, kw_only=True):
@@ -45,7 +45,7 @@ class RerankBody(Struct, kw_only=True):
         Text | None, Meta(description="What to look for; absent or null: the model's default; empty: nothing")
     ] = None
     collection: Annotated[Text | None, Meta(description="Collection or alias that ids refer to")] = None
-    passage_ids: Annotated[list[Text] | None, Meta(description="Ids beside the texts, or alone in place of them")] = (
+    passage_ids: Annotated[list[Text] | None, Meta(description="Ids of the texts, or ids alone in place of them")] = (
         None
     )
     compression_ratio: Annotated[
@@ -136,7 +136,7 @@ class DialectRequest:
     candidates_field: str = "documents"  # the dialect's name of the candidates
     max_tokens_per_doc: int | None = None  # inline texts are cut there
     keep_end: bool = False  # inline texts over the model's limit lose their beginning
-    refuse_truncated: bool = False  # an error instead of the score of a cut text
+    reject_truncated: bool = False  # an error instead of the score of a cut text
     return_margins: bool = False
     raw_scores: bool = False  # margins in place of scores
     positions: tuple[int, ...] = ()  # of the candidates in the body; empty: their indexes
@@ -178,7 +178,7 @@ class DialectRequest:
 class DialectResponse:
     """Scored results best first, at most top_n; the others in request order."""
 
-    asked: DialectRequest
+    parsed: DialectRequest
     scored: list[Result]
     unscored: list[Result]
     summary: Summary
@@ -201,42 +201,34 @@ class DialectResponse:
         lines = ["the query was truncated"] if summary.query_truncated else []
         if summary.degraded is not None:
             requested = _ratio(summary.degraded.compression_ratio, summary.degraded.stages)
-            lines.append(f"scored at {self._ratio} in place of {requested} ({summary.degraded.reason})")
+            lines.append(f"scored at {self.ratio} in place of {requested} ({summary.degraded.reason})")
         if summary.stopped_early:
             lines.append("the deadline ended the cascade before its last stage")
 
         def name(index: int) -> str:
-            return field_name(self.asked.path_of(index))
+            return field_name(self.parsed.path_of(index))
 
         lines += [f"{name(o.index)} was not scored ({o.status}): {o.message}" for o in self.unscored]
         lines += [f"{name(index)} is empty: it has the lowest score of all and was not read" for index in self.empty]
         return lines + [f"{name(index)} was cut: its score is that of a part" for index in self.cut]
 
     @property
-    def _ratio(self) -> str:
+    def ratio(self) -> str:
         """The ratio it was scored at, or the stages; "" for a model that reads text."""
         return _ratio(self.summary.compression_ratio, self.summary.stages)
-
-    def headers(self) -> dict[str, str]:
-        """What dialects have no field for."""
-        headers = {"x-preread-read": self._ratio} if self._ratio else {}
-        if (degraded := self.summary.degraded) is not None:
-            headers["x-preread-degraded"] = degraded.reason
-            headers["x-preread-asked"] = _ratio(degraded.compression_ratio, degraded.stages)
-        return headers | ({"x-preread-stopped-early": "true"} if self.summary.stopped_early else {})
 
     def ranks(self, kind: type[R], score: str, text: str = "") -> list[R]:
         """Results as the dialect's struct, with the names of its score and its text."""
         return [kind(**self._fields(result, score, text)) for result in self.scored]
 
     def _fields(self, result: Result, score: str, text: str) -> dict[str, Any]:
-        fields: dict[str, Any] = {"index": self.asked.position(result.index)}
-        fields[score] = result.margin if self.asked.raw_scores else result.score
+        fields: dict[str, Any] = {"index": self.parsed.position(result.index)}
+        fields[score] = result.margin if self.parsed.raw_scores else result.score
         if result.passage_id:
             fields["id"] = result.passage_id
-        if text and self.asked.request.return_text and result.text:
+        if text and self.parsed.request.return_text and result.text:
             fields[text] = result.text
-        if self.asked.return_margins:
+        if self.parsed.return_margins:
             fields["margin"] = result.margin
             if result.index in self.cut:
                 fields["truncated"] = True
@@ -248,17 +240,21 @@ class DialectResponse:
 
 
 def headers_of(responses: Sequence[DialectResponse]) -> dict[str, str]:
-    """Headers over all requests of one body: those of a degraded one, where there is one."""
-    told = next((response for response in responses if response.summary.degraded is not None), responses[-1])
-    headers = told.headers()
-    if any(response.summary.query_truncated for response in responses):
-        headers["x-preread-query-truncated"] = "true"
-    cut = [response.asked.position(index) for response in responses for index in response.cut]
-    empty = [response.asked.position(index) for response in responses for index in response.empty]
-    for name, positions in (("x-preread-truncated", cut), ("x-preread-empty", empty)):
-        if positions:
-            headers[name] = _positions(positions)
-    return headers
+    """Headers for what dialects have no field for, over all requests of one body; a degraded one speaks for them."""
+    chosen = next((response for response in responses if response.summary.degraded is not None), responses[-1])
+    degraded = chosen.summary.degraded
+    cut = [response.parsed.position(index) for response in responses for index in response.cut]
+    empty = [response.parsed.position(index) for response in responses for index in response.empty]
+    headers = {
+        "x-preread-read": chosen.ratio,
+        "x-preread-degraded": degraded.reason if degraded is not None else "",
+        "x-preread-asked": _ratio(degraded.compression_ratio, degraded.stages) if degraded is not None else "",
+        "x-preread-stopped-early": "true" if chosen.summary.stopped_early else "",
+        "x-preread-query-truncated": "true" if any(one.summary.query_truncated for one in responses) else "",
+        "x-preread-truncated": _positions(cut),
+        "x-preread-empty": _positions(empty),
+    }
+    return {name: value for name, value in headers.items() if value}
 
 
 def _positions(positions: Iterable[int]) -> str:
@@ -272,7 +268,7 @@ def _ratio(ratio: int, stages: Sequence[Stage]) -> str:
 
 
 def _candidates(body: RerankBody, field: str) -> tuple[Candidate, ...]:
-    """Texts, or objects with `text`, `id` or both; `passage_ids` beside them, or alone."""
+    """Texts, or objects with `text`, `id` or both; `passage_ids` next to them, or alone."""
     items, ids = body.documents, body.passage_ids
     if items is None and ids is None:
         raise InvalidRequest(field, "absent", "a list of texts, or passage_ids and a collection")

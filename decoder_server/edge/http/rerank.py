@@ -47,11 +47,11 @@ async def _respond_to(
     """The responses to all requests of one body; when one fails, the others are cancelled."""
     room = asyncio.Semaphore(MAX_REQUESTS_AT_ONCE)
 
-    async def one(asked: DialectRequest) -> DialectResponse:
+    async def one(parsed: DialectRequest) -> DialectResponse:
         async with room:
-            return await _score(here, asked, until, request_id)
+            return await _score(here, parsed, until, request_id)
 
-    tasks = [asyncio.ensure_future(one(asked)) for asked in requests]
+    tasks = [asyncio.ensure_future(one(parsed)) for parsed in requests]
     try:
         return await asyncio.gather(*tasks)
     finally:
@@ -59,51 +59,51 @@ async def _respond_to(
             task.cancel()
 
 
-async def _score(here: Context, asked: DialectRequest, until: float, request_id: str) -> DialectResponse:
-    engine = here.engine(asked.request.model)
-    request, cut = asked.request, frozenset[int]()
-    if asked.max_tokens_per_doc is not None or asked.keep_end:
-        request, cut = await here.call(_cut, engine, asked)
-    with asked.naming():
+async def _score(here: Context, parsed: DialectRequest, until: float, request_id: str) -> DialectResponse:
+    engine = here.engine(parsed.request.model)
+    request, cut = parsed.request, frozenset[int]()
+    if parsed.max_tokens_per_doc is not None or parsed.keep_end:
+        request, cut = await here.call(_cut, engine, parsed)
+    with parsed.naming():
         results, summary = await engine.rerank(request, deadline=until)
-    if asked.refuse_truncated:
-        _check_whole(engine, asked, summary)
+    if parsed.reject_truncated:
+        _check_whole(engine, parsed, summary)
     others = [result for result in results if result.margin is None]
     empty: tuple[int, ...] = ()
-    if asked.texts_alone:
-        scored = every_scored(engine, results, summary, asked.path_of)
+    if parsed.texts_alone:
+        scored = every_scored(engine, results, summary, parsed.path_of)
         empty, others = tuple(result.index for result in others), []
     else:
         scored = [result for result in results if result.margin is not None]
         if not scored and request.on_miss != "skip":  # an empty ranking would look like an answer
-            raise unscored(engine, others[0], summary, asked.path_of(others[0].index))
+            raise unscored(engine, others[0], summary, parsed.path_of(others[0].index))
     top_n = request.top_n or len(scored)
     cut |= frozenset(summary.truncated)
-    return DialectResponse(asked, scored[:top_n], others, summary, request_id, tuple(sorted(cut)), empty)
+    return DialectResponse(parsed, scored[:top_n], others, summary, request_id, tuple(sorted(cut)), empty)
 
 
-def _cut(engine: Engine, asked: DialectRequest) -> tuple[RerankRequest, frozenset[int]]:
+def _cut(engine: Engine, parsed: DialectRequest) -> tuple[RerankRequest, frozenset[int]]:
     """The request with its texts cut, and the indexes of those that were. Tokenizes: off the event loop."""
-    candidates, cut = list(asked.request.candidates), set[int]()
+    candidates, cut = list(parsed.request.candidates), set[int]()
     for i, candidate in enumerate(candidates):
         text = candidate.text
-        if text and asked.max_tokens_per_doc is not None:
-            text = engine.backend.cut(text, asked.max_tokens_per_doc)
-        if text and asked.keep_end and not asked.refuse_truncated:
+        if text and parsed.max_tokens_per_doc is not None:
+            text = engine.backend.cut(text, parsed.max_tokens_per_doc)
+        if text and parsed.keep_end and not parsed.reject_truncated:
             text = engine.backend.cut(text, None, keep_end=True)
         if text != candidate.text:
             cut.add(i)
             candidates[i] = dataclasses.replace(candidate, text=text)
-    return dataclasses.replace(asked.request, candidates=tuple(candidates)), frozenset(cut)
+    return dataclasses.replace(parsed.request, candidates=tuple(candidates)), frozenset(cut)
 
 
-def _check_whole(engine: Engine, asked: DialectRequest, summary: Summary) -> None:
+def _check_whole(engine: Engine, parsed: DialectRequest, summary: Summary) -> None:
     settings = engine.backend.settings
     if summary.query_truncated:
         raise InvalidRequest("query", "too long", f"at most {settings.max_query_tokens} tokens, or truncation")
     if summary.truncated:
         expected = f"at most {settings.max_passage_tokens} tokens, or truncation"
-        raise InvalidRequest(asked.path_of(summary.truncated[0]), "too long", expected)
+        raise InvalidRequest(parsed.path_of(summary.truncated[0]), "too long", expected)
 
 
 class _ExplainRequest(RerankBody, kw_only=True):
@@ -124,10 +124,10 @@ async def _explain(request: HttpRequest) -> Response:
         if body.first > MAX_CANDIDATES:
             raise InvalidRequest("first", body.first, f"1..{MAX_CANDIDATES}")
         body.passage_ids = [Text(one) for one in await first_ids(engine, body.collection, body.first)]
-    asked = body.request()
+    parsed = body.request()
     start = time.monotonic()
-    with asked.naming():
-        explained = await request.while_connected(explain(engine, asked.request, until))
+    with parsed.naming():
+        explained = await request.while_connected(explain(engine, parsed.request, until))
     results = [dataclasses.asdict(one) for one in explained]
     seconds = time.monotonic() - start
     return await respond(_Explanation(model=engine.name, seconds=seconds, results=results), is_large=True)
