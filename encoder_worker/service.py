@@ -54,7 +54,7 @@ from preread.errors import (
 )
 from preread.v1 import common_pb2, encoder_pb2, encoder_pb2_grpc
 from preread_edge import rpc
-from preread_edge.steps import Pace, Step, stepped
+from preread_edge.steps import Pauses, Step, stepped
 
 log = logging.getLogger(__name__)
 
@@ -237,7 +237,7 @@ def _open_or_make(worker: Worker, first: encoder_pb2.UpsertRequest) -> Target:
 
 async def _pack_batch(batch: ReadBatch) -> encoder_pb2.UpsertResponse:
     results = []
-    pace = Pace()  # one message may hold tens of thousands of refused passages
+    pace = Pauses()  # one message may hold tens of thousands of refused passages
     for one in batch.upserts:
         result = encoder_pb2.UpsertResult(passage_id=one.passage.passage_id)
         if one.refused is not None:

@@ -31,7 +31,7 @@ from preread.types import (
 from preread.v1 import encoder_pb2, encoder_pb2_grpc, rerank_pb2, rerank_pb2_grpc
 
 
-class _Service:
+class _AsyncService:
     """One channel, and its unary calls with their retries."""
 
     def __init__(self, address: str, options: ClientOptions) -> None:
@@ -90,9 +90,9 @@ class AsyncClient:
         check_address("address", address)
         if encoder_address is not None:
             check_address("encoder_address", encoder_address)
-        self._server = _Service(address, options)
+        self._server = _AsyncService(address, options)
         self._reranker = rerank_pb2_grpc.RerankServiceStub(self._server.channel)
-        self._worker = None if encoder_address is None else _Service(encoder_address, options)
+        self._worker = None if encoder_address is None else _AsyncService(encoder_address, options)
 
     async def close(self) -> None:
         await self._server.channel.close()
@@ -233,7 +233,7 @@ class AsyncClient:
         worker, stub = self._encoder()
         return wire.unpack(EncoderInfo, await worker.call(stub.Describe, encoder_pb2.DescribeRequest(), timeout))
 
-    def _encoder(self) -> tuple[_Service, encoder_pb2_grpc.EncoderServiceStub]:
+    def _encoder(self) -> tuple[_AsyncService, encoder_pb2_grpc.EncoderServiceStub]:
         if self._worker is None:
             raise ValueError("encoder_address is not set; upsert, delete, stats and describe need an encoder worker")
         return self._worker, encoder_pb2_grpc.EncoderServiceStub(self._worker.channel)

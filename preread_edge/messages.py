@@ -9,7 +9,7 @@ from typing import Any
 from google.protobuf.message import DecodeError, Message
 
 from preread.errors import InvalidRequest
-from preread_edge.steps import SMALL_BYTES, Pace, Step, stepped
+from preread_edge.steps import SMALL_BYTES, Pauses, Step, stepped
 
 MAX_FIELDS = 250_000  # of a message, those of its submessages too: of a candidate, three
 INVALID_MESSAGE = "INVALID_MESSAGE"  # reason of an error about bytes, not about fields
@@ -100,7 +100,7 @@ async def joined(messages: Iterable[Message]) -> bytes:
     The cost of a message of many texts is spread over turns of the event loop.
     """
     parts: list[bytes] = []
-    pace = Pace()
+    pace = Pauses()
     for message in messages:
         parts.append(message.SerializeToString())
         await pace.worked()

@@ -78,7 +78,7 @@ async def stepped(function: Callable[Concatenate[Step, P], T], *args: P.args, **
         raise
 
 
-class Pace:
+class Pauses:
     """On the event loop: work in short parts, with a rest for others in between."""
 
     def __init__(self) -> None:

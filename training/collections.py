@@ -71,7 +71,7 @@ ASPECT_WORDINGS = (
 
 
 @dataclass
-class Collection:
+class RawCollection:
     """Passages, queries and graded judgements; a passage is its title, a space and its text."""
 
     name: str
@@ -104,9 +104,9 @@ def _existing(folder: Path, stem: str) -> Path:
     raise FileNotFoundError(f"{folder}: expected {stem}.jsonl or {stem}.jsonl.gz (BEIR layout)")
 
 
-def read_collection(folder: Path) -> Collection:
+def read_collection(folder: Path) -> RawCollection:
     """A BEIR folder: corpus.jsonl[.gz], queries.jsonl[.gz], qrels.tsv with one header line."""
-    collection = Collection(folder.name)
+    collection = RawCollection(folder.name)
     for row in read_jsonl(_existing(folder, "corpus")):
         title = row.get("title") or ""
         collection.passages[row["_id"]] = f"{title} {row['text']}".strip()
@@ -122,7 +122,7 @@ def read_collection(folder: Path) -> Collection:
     return collection
 
 
-def write_collection(folder: Path, collection: Collection) -> None:
+def write_collection(folder: Path, collection: RawCollection) -> None:
     """Write a BEIR folder; titles are already part of the passage text and are not written again."""
     corpus = ({"_id": i, "title": "", "text": t} for i, t in collection.passages.items())
     write_jsonl(folder / "corpus.jsonl.gz", corpus)
@@ -143,7 +143,7 @@ def fraction(key: str) -> float:
 
 
 def held_out_queries(
-    collection: Collection, share: float, topic: Callable[[str], str] = normalise, max_component: int = 60
+    collection: RawCollection, share: float, topic: Callable[[str], str] = normalise, max_component: int = 60
 ) -> set[str]:
     """About `share` of the queries, as whole components of (query topic, passage text, passage opening) keys.
 
@@ -183,12 +183,12 @@ def fetch_lists(folder: Path) -> list[Path]:
     return lists
 
 
-def read_descriptions(lists: list[Path]) -> Collection:
+def read_descriptions(lists: list[Path]) -> RawCollection:
     """Debian's packages: the short line is the query, the long body its passage.
 
     Bodies have at least eight words; equal ones are one passage with several queries.
     """
-    collection = Collection("debian")
+    collection = RawCollection("debian")
     seen: set[tuple[str, str]] = set()
     for path in lists:
         text = subprocess.run([APT_HELPER, "cat-file", str(path)], check=True, capture_output=True).stdout.decode(

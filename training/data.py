@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from training import collections as instructions
 from training.collections import (
-    Collection,
+    RawCollection,
     fetch_lists,
     fraction,
     held_out_queries,
@@ -29,7 +29,7 @@ from training.collections import (
     write_collection,
     write_jsonl,
 )
-from training.groups import Group, TeacherVectors, vectors_path, word_vectors, write_groups, write_vectors
+from training.groups import TeacherVectors, TrainingGroup, vectors_path, word_vectors, write_groups, write_vectors
 from training.teacher import Bm25, VectorCache
 
 MAX_CHARACTERS = 2400  # about 480 tokens: more than a training passage is ever cut to
@@ -46,10 +46,10 @@ TEACHER_CHARACTERS = 1500  # it reads 128 tokens of them
 
 
 @dataclass
-class Source:
+class TrainingSource:
     """One training source after the split: passages open for training, their vectors, a BM25 index over them."""
 
-    collection: Collection
+    collection: RawCollection
     held: set[str]  # query ids kept for evaluation
     vectors: dict[str, NDArray[np.float32]]  # passage_id -> (VECTOR_SIZE,), the teacher's or of words
     rng: random.Random
@@ -112,7 +112,7 @@ def _wording(task: str, rng: random.Random, default_share: float = 0.4) -> str:
     return "" if rng.random() < default_share else rng.choice(instructions.TASKS[task])
 
 
-def query_drafts(source: Source, task: str, repeat: int = 1, limit: int | None = None) -> Iterator[Draft]:
+def query_drafts(source: TrainingSource, task: str, repeat: int = 1, limit: int | None = None) -> Iterator[Draft]:
     """The judged queries of a source, each against its BM25 neighbours; `limit` takes so many, drawn by hash."""
     pairs = source.training_pairs()
     if limit is not None:
@@ -129,7 +129,7 @@ def query_drafts(source: Source, task: str, repeat: int = 1, limit: int | None =
         )
 
 
-def _title_drafts(source: Source, repeat: int = 1) -> Iterator[Draft]:
+def _title_drafts(source: TrainingSource, repeat: int = 1) -> Iterator[Draft]:
     """Title -> abstract, the title cut from its passage."""
     ids = [p for p in source.ids if p in source.collection.titles] * repeat
     top, _ = source.index.top([source.collection.titles[p] for p in ids], 45)
@@ -140,7 +140,7 @@ def _title_drafts(source: Source, repeat: int = 1) -> Iterator[Draft]:
             yield Draft(title, _wording("title", source.rng), [p], source.negatives(rows, {p}), override=body)
 
 
-def sentence_drafts(source: Source, count: int) -> Iterator[Draft]:
+def sentence_drafts(source: TrainingSource, count: int) -> Iterator[Draft]:
     """Inverse cloze: a sentence with some words dropped -> the passage without that sentence."""
     ids = [p for p in source.ids if len(source.collection.passages[p].split()) > 60]
     drawn = []
@@ -156,7 +156,7 @@ def sentence_drafts(source: Source, count: int) -> Iterator[Draft]:
         yield Draft(query, _wording("sentence", source.rng), [p], source.negatives(rows, {p}), override=rest)
 
 
-def aspect_drafts(source: Source) -> Iterator[Draft]:
+def aspect_drafts(source: TrainingSource) -> Iterator[Draft]:
     """The instruction decides: query `X`, instruction `... the symptoms`, other aspects of X are the negatives."""
     topics: dict[str, dict[str, str]] = {}
     for query_id, relevant in source.training_pairs():
@@ -184,7 +184,9 @@ def opposed_drafts(drafts: list[Draft], rng: random.Random, share: float) -> Ite
             )
 
 
-def finish(draft: Draft, source: Source, query_vector: NDArray[np.float32] | None) -> tuple[Group, list[str]]:
+def finish(
+    draft: Draft, source: TrainingSource, query_vector: NDArray[np.float32] | None
+) -> tuple[TrainingGroup, list[str]]:
     """Texts and teacher scores of a draft, and its passages' ids. No scores without the query's vector, nor for an
     opposed group: the teacher reads no instruction."""
     texts = [source.collection.passages[p][:MAX_CHARACTERS] for p in draft.positives + draft.negatives]
@@ -192,28 +194,28 @@ def finish(draft: Draft, source: Source, query_vector: NDArray[np.float32] | Non
         texts[0] = draft.override[:MAX_CHARACTERS]
     cut = len(draft.positives)
     if draft.opposed:
-        group = Group(draft.query, draft.instruction, tuple(texts[:cut]), tuple(texts[cut:]), in_batch=False)
+        group = TrainingGroup(draft.query, draft.instruction, tuple(texts[:cut]), tuple(texts[cut:]), in_batch=False)
         return group, draft.positives + draft.negatives
     scores: tuple[float, ...] = ()
     if query_vector is not None:
         scores = tuple(round(float(query_vector @ source.vectors[p]), 4) for p in draft.positives + draft.negatives)
-    group = Group(draft.query, draft.instruction, tuple(texts[:cut]), tuple(texts[cut:]), scores)
+    group = TrainingGroup(draft.query, draft.instruction, tuple(texts[:cut]), tuple(texts[cut:]), scores)
     return group, draft.positives + draft.negatives
 
 
-def _scifact_held_out(collection: Collection) -> tuple[set[str], set[str]]:
+def _scifact_held_out(collection: RawCollection) -> tuple[set[str], set[str]]:
     """(validation queries, train queries to drop because they share a passage with one of those)."""
     held = {q for q, split in collection.splits.items() if split != "train" and q in collection.qrels}
     passages = {p for q in held for p in collection.qrels[q]}
     return held, {q for q, grades in collection.qrels.items() if q not in held and passages & set(grades)}
 
 
-def held_out_collections(collection: Collection, held: set[str]) -> tuple[Collection, Collection]:
+def held_out_collections(collection: RawCollection, held: set[str]) -> tuple[RawCollection, RawCollection]:
     """(to report, to choose by): held-out queries, at most 500, drawn by hash, over ALL passages of the source."""
     chosen = sorted(held, key=fraction)[:MAX_HELD_OUT_QUERIES]
 
-    def part(query_ids: list[str]) -> Collection:
-        return Collection(
+    def part(query_ids: list[str]) -> RawCollection:
+        return RawCollection(
             collection.name,
             passages=collection.passages,
             queries={q: collection.queries[q] for q in query_ids},
@@ -228,10 +230,10 @@ def build(
 ) -> None:
     """One call makes everything `train` reads. Teacher vectors are kept in OUT/vectors.npz: a second call is short."""
     teacher, rng = VectorCache(out / "vectors.npz"), random.Random(seed)
-    drafts: list[tuple[Source, Draft]] = []
-    opened: list[Source] = []
+    drafts: list[tuple[TrainingSource, Draft]] = []
+    opened: list[TrainingSource] = []
     for collection, held in _split(collections_folder, debian_folder, out):
-        source = Source(collection, held, {}, random.Random(seed), NUM_NEGATIVES[collection.name])
+        source = TrainingSource(collection, held, {}, random.Random(seed), NUM_NEGATIVES[collection.name])
         source.vectors = _vectors(source, teacher)
         opened.append(source)
         made = list(_drafts(source, max_debian))
@@ -245,7 +247,7 @@ def build(
     queries[taught] = teacher.embed([drafts[i][1].reading or drafts[i][1].query for i in taught], max_tokens=64)
     rows: dict[str, NDArray[np.float32]] = {}  # text -> its passage's vector, in the order of the file
 
-    def groups() -> Iterator[Group]:
+    def groups() -> Iterator[TrainingGroup]:
         for (source, draft), vector in zip(drafts, queries, strict=True):
             group, ids = finish(draft, source, vector if vector.any() else None)
             for text, passage_id in zip(group.passages, ids, strict=True):
@@ -259,7 +261,7 @@ def build(
     print(f"{count} groups in {out / 'train.jsonl'}")
 
 
-def _split(collections_folder: Path, debian_folder: Path, out: Path) -> list[tuple[Collection, set[str]]]:
+def _split(collections_folder: Path, debian_folder: Path, out: Path) -> list[tuple[RawCollection, set[str]]]:
     """Each collection, less what may not be trained on, and its held-out queries, which are written to `out`."""
     medquad, scifact = (read_collection(collections_folder / name) for name in ("medquad", "scifact"))
     debian = read_descriptions(fetch_lists(debian_folder))
@@ -280,14 +282,14 @@ def _split(collections_folder: Path, debian_folder: Path, out: Path) -> list[tup
     return split
 
 
-def _vectors(source: Source, teacher: VectorCache) -> dict[str, NDArray[np.float32]]:
+def _vectors(source: TrainingSource, teacher: VectorCache) -> dict[str, NDArray[np.float32]]:
     passages = source.collection.passages
     if source.collection.name == "debian":  # sixty thousand passages: too many for the teacher
         return dict(zip(source.ids, word_vectors([passages[p] for p in source.ids]), strict=True))
     return dict(zip(passages, teacher.embed([text[:TEACHER_CHARACTERS] for text in passages.values()]), strict=True))
 
 
-def _drafts(source: Source, max_debian: int | None) -> Iterator[Draft]:
+def _drafts(source: TrainingSource, max_debian: int | None) -> Iterator[Draft]:
     if source.collection.name == "medquad":
         yield from query_drafts(source, "question")
         yield from aspect_drafts(source)

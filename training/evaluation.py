@@ -13,7 +13,7 @@ import torch
 
 from training import model as scoring
 from training.collections import ASPECTS, aspect_of
-from training.model import Checkpoint, load
+from training.model import TrainableCheckpoint, load
 from training.trainer import pick_device
 from tuning.baselines import search
 from tuning.judged import JudgedCollection, read_judged
@@ -37,7 +37,7 @@ DEMO_INSTRUCTIONS = ("Retrieve passages about the symptoms", "Retrieve passages 
 
 @torch.inference_mode()
 def margins(
-    checkpoint: Checkpoint,
+    checkpoint: TrainableCheckpoint,
     passages: Mapping[str, str],
     queries: Mapping[str, str],
     candidates: Candidates,
@@ -83,7 +83,9 @@ def margins(
     return out
 
 
-def rerank(checkpoint: Checkpoint, judged: JudgedCollection, candidates: Run, ratios: Iterable[int]) -> dict[int, Run]:
+def rerank(
+    checkpoint: TrainableCheckpoint, judged: JudgedCollection, candidates: Run, ratios: Iterable[int]
+) -> dict[int, Run]:
     """{ratio: run} of the same candidates, in the order of `candidates` where margins are equal."""
     named = {q: [p for p, _ in found] for q, found in candidates.items()}
     scored = margins(checkpoint, judged.passages, judged.queries, named, ratios)
@@ -106,7 +108,7 @@ class HeldOut:
             judged = read_judged(part).sample(max_queries, seed=0)
             self.parts.append((judged, search(judged.passages, judged.queries, top_k)))
 
-    def report(self, checkpoint: Checkpoint, ratios: tuple[int, ...] = (4,)) -> str:
+    def report(self, checkpoint: TrainableCheckpoint, ratios: tuple[int, ...] = (4,)) -> str:
         """One line: nDCG@10 of BM25 and of each ratio, per collection."""
         words = []
         for judged, candidates in self.parts:
@@ -117,7 +119,7 @@ class HeldOut:
 
 
 def _contrary(
-    checkpoint: Checkpoint, collection: JudgedCollection, num_queries: int, ratio: int
+    checkpoint: TrainableCheckpoint, collection: JudgedCollection, num_queries: int, ratio: int
 ) -> tuple[float, float, float]:
     """Shares of queries where the answer outscores an unrelated passage under ANSWER, is outscored under CONTRARY,
     and where the answer's own margin changes sign between the two."""
@@ -133,7 +135,7 @@ def _contrary(
     return sum(hits) / len(hits), sum(turned) / len(turned), sum(signs) / len(signs)
 
 
-def _aspects(checkpoint: Checkpoint, collection: JudgedCollection, ratio: int) -> tuple[float, int]:
+def _aspects(checkpoint: TrainableCheckpoint, collection: JudgedCollection, ratio: int) -> tuple[float, int]:
     """For a topic with answers on several aspects: how often the asked aspect's answer outscores another's."""
     topics: dict[str, dict[str, str]] = {}
     for query_id, grades in collection.qrels.items():
@@ -155,7 +157,7 @@ def _aspects(checkpoint: Checkpoint, collection: JudgedCollection, ratio: int) -
     return won / max(1, total), total
 
 
-def _demonstrate(checkpoint: Checkpoint, ratio: int) -> None:
+def _demonstrate(checkpoint: TrainableCheckpoint, ratio: int) -> None:
     """A table of P(yes): one query, three passages, every instruction of DEMO_INSTRUCTIONS."""
     pairs = {"q": list(DEMO_PASSAGES)}
     print("| instruction | " + " | ".join(DEMO_PASSAGES) + " |\n|---|" + "---|" * len(DEMO_PASSAGES))

@@ -31,12 +31,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from training.model import Checkpoint
+from training.model import TrainableCheckpoint
 from training.teacher import Bm25
 
 
 @dataclass(frozen=True)
-class Group:
+class TrainingGroup:
     query: str
     instruction: str
     positives: tuple[str, ...]
@@ -49,7 +49,7 @@ class Group:
         return self.positives + self.negatives
 
 
-def _parse_group(row: dict[str, Any], where: str) -> Group:
+def _parse_group(row: dict[str, Any], where: str) -> TrainingGroup:
     """Check one row; ValueError names the place, the field and what was expected."""
     for name in ("query", "positives", "negatives"):
         if name not in row:
@@ -59,7 +59,7 @@ def _parse_group(row: dict[str, Any], where: str) -> Group:
     for name in ("positives", "negatives"):
         if not isinstance(row[name], list) or not all(isinstance(text, str) for text in row[name]):
             raise ValueError(f"{where}: {name} must be a list of texts")
-    group = Group(
+    group = TrainingGroup(
         query=row["query"],
         instruction=row.get("instruction") or "",
         positives=tuple(row["positives"]),
@@ -74,7 +74,7 @@ def _parse_group(row: dict[str, Any], where: str) -> Group:
     return group
 
 
-def read_groups(path: Path) -> Iterator[Group]:
+def read_groups(path: Path) -> Iterator[TrainingGroup]:
     with open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
@@ -85,7 +85,7 @@ def read_groups(path: Path) -> Iterator[Group]:
                 yield _parse_group(row, f"{path}:{number}")
 
 
-def write_groups(path: Path, groups: Iterable[Group]) -> int:
+def write_groups(path: Path, groups: Iterable[TrainingGroup]) -> int:
     """Write groups, return how many."""
     path.parent.mkdir(parents=True, exist_ok=True)
     count = 0
@@ -193,8 +193,8 @@ class GroupSet:
 
     def __init__(
         self,
-        groups: Iterable[Group],
-        checkpoint: Checkpoint,
+        groups: Iterable[TrainingGroup],
+        checkpoint: TrainableCheckpoint,
         vectors: TeacherVectors | None = None,
     ) -> None:
         rows: dict[str, int] = {}  # groups are read once and not kept: their texts repeat many times over

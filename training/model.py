@@ -153,7 +153,7 @@ KALM_PROMPT = (
 
 
 @dataclass(frozen=True)
-class ModelSettings:
+class PrereadSettings:
     """The fields of preread.json; the defaults are KaLM's."""
 
     format_version: int = 1
@@ -167,7 +167,7 @@ class ModelSettings:
     max_query_tokens: int = 512
 
 
-MINI = ModelSettings(
+MINI = PrereadSettings(
     passage_template="{passage}",
     prompt_template="[CLS] {instruction} [SEP] {query} [SEP]",
     default_instruction=DEFAULT,
@@ -177,10 +177,10 @@ MINI = ModelSettings(
 
 
 @dataclass
-class Checkpoint:
+class TrainableCheckpoint:
     model: Any  # T5Gemma2ForConditionalGeneration; its module tree is typed too loosely to follow
     tokenizer: Tokenizer
-    settings: ModelSettings
+    settings: PrereadSettings
 
     @property
     def answers(self) -> tuple[int, int]:
@@ -216,19 +216,19 @@ class Checkpoint:
         return [e.ids for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
 
-def load(folder: Path) -> Checkpoint:
+def load(folder: Path) -> TrainableCheckpoint:
     """Read a checkpoint in fp32. FileNotFoundError and ValueError name what is missing or wrong."""
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).exists():
             raise FileNotFoundError(f"{folder}: no {name}, expected a T5Gemma2 checkpoint directory")
-    settings = ModelSettings()
+    settings = PrereadSettings()
     if (folder / "preread.json").exists():
-        settings = ModelSettings(**json.loads((folder / "preread.json").read_text(encoding="utf-8")))
+        settings = PrereadSettings(**json.loads((folder / "preread.json").read_text(encoding="utf-8")))
     model = T5Gemma2ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    return Checkpoint(model, Tokenizer.from_file(str(folder / "tokenizer.json")), settings)
+    return TrainableCheckpoint(model, Tokenizer.from_file(str(folder / "tokenizer.json")), settings)
 
 
-def save(checkpoint: Checkpoint, folder: Path) -> None:
+def save(checkpoint: TrainableCheckpoint, folder: Path) -> None:
     """Write bf16 weights (the tied embedding once), config.json, tokenizer files and preread.json."""
     folder.mkdir(parents=True, exist_ok=True)
     tied = set(checkpoint.model.all_tied_weights_keys)

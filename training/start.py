@@ -31,7 +31,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import T5Gemma2Config, T5Gemma2ForConditionalGeneration
 
 from training.collections import read_jsonl
-from training.model import MINI, Checkpoint, save
+from training.model import MINI, TrainableCheckpoint, save
 from training.teacher import MiniLM, minilm_folder
 
 HIDDEN, HEAD = 384, 160
@@ -282,6 +282,6 @@ def start(data: Path, out: Path, vocab_size: int = 15000, seed: int = 0, num_tex
         vectors = _token_vectors(tokenizer, MiniLM(), sample)
         out.mkdir(parents=True, exist_ok=True)
         torch.save(vectors, cache)
-    checkpoint = Checkpoint(empty_model(tokenizer.get_vocab_size()), tokenizer, MINI)
+    checkpoint = TrainableCheckpoint(empty_model(tokenizer.get_vocab_size()), tokenizer, MINI)
     initialise(checkpoint.model, _principal(vectors, WIDTH), _rarity(tokenizer, texts), checkpoint.answers)
     save(checkpoint, out)

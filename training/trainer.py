@@ -17,7 +17,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from training import model as scoring
 from training.groups import GroupSet, Sampler, Step
-from training.model import Checkpoint, group_loss, save
+from training.model import TrainableCheckpoint, group_loss, save
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,9 @@ def rate(step: int, recipe: Recipe) -> float:
 class Trainer:
     """State of one run; `run` goes from `step` to the recipe's last step."""
 
-    def __init__(self, checkpoint: Checkpoint, data: GroupSet, recipe: Recipe, out: Path, device: torch.device) -> None:
+    def __init__(
+        self, checkpoint: TrainableCheckpoint, data: GroupSet, recipe: Recipe, out: Path, device: torch.device
+    ) -> None:
         self.checkpoint, self.recipe, self.out, self.device = checkpoint, recipe, out, device
         torch.manual_seed(recipe.seed)
         self.model: Any = checkpoint.model.to(device).train()

@@ -23,7 +23,7 @@ from preread.types import Candidate, OnMiss, RerankRequest, Result, Stage, Statu
 from preread.v1 import common_pb2, rerank_pb2, rerank_pb2_grpc
 from preread_edge import rpc
 from preread_edge.messages import joined
-from preread_edge.steps import SMALL_BYTES, Pace
+from preread_edge.steps import SMALL_BYTES, Pauses
 
 T = TypeVar("T")
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -107,7 +107,7 @@ async def unpack_request(message: rerank_pb2.RerankRequest, max_candidates: int)
     _check_count("candidates", message.candidates, max_candidates)
     _check_count("stages", message.stages, max_candidates)
     candidates = []
-    pace = Pace()
+    pace = Pauses()
     for candidate in message.candidates:
         text = candidate.text if candidate.HasField("text") else None
         candidates.append(Candidate(candidate.passage_id or None, text))

@@ -18,7 +18,7 @@ from preread.errors import InvalidRequest
 from preread.tei.v1 import tei_pb2, tei_pb2_grpc
 from preread.types import Candidate, RerankRequest
 from preread_edge.messages import joined
-from preread_edge.steps import Pace
+from preread_edge.steps import Pauses
 
 SERVICES = tuple(service.full_name for service in tei_pb2.DESCRIPTOR.services_by_name.values())
 
@@ -59,7 +59,7 @@ class _Rerank(tei_pb2_grpc.RerankServicer):
         if not 1 <= len(texts) <= engine.limits.max_candidates:
             raise InvalidRequest("texts", f"{len(texts)} of them", f"1..{engine.limits.max_candidates}")
         candidates = []
-        pace = Pace()
+        pace = Pauses()
         for text in texts:
             candidates.append(Candidate(text=text))
             await pace.worked()

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import T5Gemma2Config, T5Gemma2ForConditionalGeneration
 
-from training.model import MINI, Checkpoint
+from training.model import MINI, TrainableCheckpoint
 
 WORDS = [
     "yes",
@@ -36,10 +36,10 @@ WORDS = [
 
 
 @pytest.fixture
-def tiny() -> Callable[[int], Checkpoint]:
+def tiny() -> Callable[[int], TrainableCheckpoint]:
     """Build a checkpoint from a seed: hidden 32, one encoder and two decoder layers."""
 
-    def build(seed: int = 0) -> Checkpoint:
+    def build(seed: int = 0) -> TrainableCheckpoint:
         torch.manual_seed(seed)
         special = ["[PAD]", "[unused0]", "[unused1]", "[UNK]", "[CLS]", "[SEP]"]
         tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + WORDS)}, unk_token="[UNK]"))
@@ -84,6 +84,6 @@ def tiny() -> Callable[[int], Checkpoint]:
                 if "embed_tokens.weight" in name or name.endswith("_proj.weight"):
                     weight.normal_(std=0.3 if "embed" in name else 0.15)
         model.train(False)
-        return Checkpoint(model, tokenizer, MINI)
+        return TrainableCheckpoint(model, tokenizer, MINI)
 
     return build

@@ -6,26 +6,26 @@ import numpy as np
 import pytest
 import torch
 
-from training.groups import NEAR_COPY, Group, GroupSet, Sampler, TeacherVectors, leaves, word_vectors
-from training.model import Checkpoint
+from training.groups import NEAR_COPY, GroupSet, Sampler, TeacherVectors, TrainingGroup, leaves, word_vectors
+from training.model import TrainableCheckpoint
 
 GROUPS = [
-    Group("red", "", ("red fish", "red bird"), ("green stone", "blue stone"), (0.9, 0.8, 0.1, 0.2)),
-    Group("green", "", ("green fish",), ("blue river", "red cloud"), (0.9, 0.1, 0.2)),
-    Group("blue", "find passages not about the query", ("green stone",), ("blue stone",), in_batch=False),
-    Group("north", "", ("north river",), ("south river",)),
+    TrainingGroup("red", "", ("red fish", "red bird"), ("green stone", "blue stone"), (0.9, 0.8, 0.1, 0.2)),
+    TrainingGroup("green", "", ("green fish",), ("blue river", "red cloud"), (0.9, 0.1, 0.2)),
+    TrainingGroup("blue", "find passages not about the query", ("green stone",), ("blue stone",), in_batch=False),
+    TrainingGroup("north", "", ("north river",), ("south river",)),
 ]
 
 
 @pytest.fixture
-def sampler(tiny: Callable[[int], Checkpoint]) -> Sampler:
+def sampler(tiny: Callable[[int], TrainableCheckpoint]) -> Sampler:
     return Sampler(
         GroupSet(GROUPS, tiny(0)), seed=1, queries_per_step=4, num_negatives=2, num_shared=2, max_tokens=(8,)
     )
 
 
 def test_candidate_zero_is_relevant_and_passages_are_listed_once(
-    sampler: Sampler, tiny: Callable[[int], Checkpoint]
+    sampler: Sampler, tiny: Callable[[int], TrainableCheckpoint]
 ) -> None:
     checkpoint = tiny(0)
     prompts = [tuple(p) for p in checkpoint.prompt_ids([g.query for g in GROUPS], [g.instruction for g in GROUPS])]
@@ -56,8 +56,10 @@ def test_a_step_is_a_function_of_seed_and_number(sampler: Sampler) -> None:
     assert first.passages != later.passages or not torch.equal(first.candidates, later.candidates)
 
 
-def test_every_group_is_seen_once_an_epoch(tiny: Callable[[int], Checkpoint]) -> None:
-    groups = [Group(q, "", (f"{q} fish",), ("stone",)) for q in ("red", "green", "blue", "north", "south", "river")]
+def test_every_group_is_seen_once_an_epoch(tiny: Callable[[int], TrainableCheckpoint]) -> None:
+    groups = [
+        TrainingGroup(q, "", (f"{q} fish",), ("stone",)) for q in ("red", "green", "blue", "north", "south", "river")
+    ]
     sampler = Sampler(
         GroupSet(groups, tiny(0)), seed=0, queries_per_step=2, num_negatives=1, num_shared=0, max_tokens=(8,)
     )
@@ -71,7 +73,7 @@ def unit(rows: list[list[float]]) -> np.ndarray:
 
 
 @pytest.fixture
-def with_vectors(tiny: Callable[[int], Checkpoint]) -> Sampler:
+def with_vectors(tiny: Callable[[int], TrainableCheckpoint]) -> Sampler:
     """Passages in the order GROUPS first names them; the first query knows BM25 too."""
     passages = unit([[i + 1.0, (i * 5) % 7, 1.0] for i in range(9)])
     vectors = TeacherVectors(passages, unit([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0]]), np.array([1.0, 0, 0, 0]))
@@ -110,7 +112,7 @@ def test_the_lexical_half_of_the_teacher_is_bm25_over_its_best(with_vectors: Sam
     assert [bool(score > 1e-5) for score in scores] == ["red" in text.split() for text in texts]
 
 
-def test_vectors_of_another_file_are_refused(tiny: Callable[[int], Checkpoint]) -> None:
+def test_vectors_of_another_file_are_refused(tiny: Callable[[int], TrainableCheckpoint]) -> None:
     vectors = TeacherVectors(unit([[1, 0]]), unit([[1, 0]]), np.zeros(1))
     with pytest.raises(ValueError, match="vectors are for 1 passages and 1 groups, expected 9 and 4"):
         GroupSet(GROUPS, tiny(0), vectors)

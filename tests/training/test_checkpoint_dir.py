@@ -9,12 +9,14 @@ from safetensors import safe_open
 from transformers import AutoConfig, T5Gemma2ForConditionalGeneration
 
 from training import model as scoring
-from training.model import Checkpoint, load, save
+from training.model import TrainableCheckpoint, load, save
 
 SHIPPED = Path(__file__).parents[2] / "preread" / "models" / "preread-mini"
 
 
-def test_a_saved_checkpoint_is_bf16_with_the_embedding_once(tiny: Callable[[int], Checkpoint], tmp_path: Path) -> None:
+def test_a_saved_checkpoint_is_bf16_with_the_embedding_once(
+    tiny: Callable[[int], TrainableCheckpoint], tmp_path: Path
+) -> None:
     checkpoint = tiny(0)
     save(checkpoint, tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as weights:

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from training.groups import Group, read_groups, write_groups
+from training.groups import TrainingGroup, read_groups, write_groups
 
 
 def test_groups_survive_a_round_trip(tmp_path: Path) -> None:
     groups = [
-        Group("red fish", "", ("a",), ("b", "c"), (0.5, 0.25, 0.125)),
-        Group("red fish", "not the query", ("b", "c"), ("a",), in_batch=False),
+        TrainingGroup("red fish", "", ("a",), ("b", "c"), (0.5, 0.25, 0.125)),
+        TrainingGroup("red fish", "not the query", ("b", "c"), ("a",), in_batch=False),
     ]
     assert write_groups(tmp_path / "g.jsonl", groups) == 2
     assert list(read_groups(tmp_path / "g.jsonl")) == groups

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from training import model as scoring
-from training.collections import Collection, read_collection, write_collection
+from training.collections import RawCollection, read_collection, write_collection
 from training.data import SELECTION_QUERIES, held_out_collections
 from training.evaluation import HeldOut, margins, rerank
-from training.model import Checkpoint
+from training.model import TrainableCheckpoint
 from tuning.judged import JudgedCollection
 
 PASSAGES = {"a": "red fish stone", "b": "green fish river", "c": "blue bird cloud", "d": "north stone red"}
@@ -19,7 +19,7 @@ QRELS = {"1": {"d": 1}, "2": {"b": 2}}
 
 
 def test_a_collection_survives_a_round_trip(tmp_path: Path) -> None:
-    collection = Collection("toy", PASSAGES, {}, QUERIES, {}, QRELS)
+    collection = RawCollection("toy", PASSAGES, {}, QUERIES, {}, QRELS)
     write_collection(tmp_path / "toy", collection)
     again = read_collection(tmp_path / "toy")
     assert (again.passages, again.queries, again.qrels) == (collection.passages, collection.queries, collection.qrels)
@@ -27,7 +27,7 @@ def test_a_collection_survives_a_round_trip(tmp_path: Path) -> None:
 
 def test_what_is_reported_and_what_is_chosen_by_share_no_query() -> None:
     names = [f"q{i}" for i in range(70)]
-    collection = Collection("toy", PASSAGES, {}, dict.fromkeys(names, "red"), {}, {q: {"a": 1} for q in names})
+    collection = RawCollection("toy", PASSAGES, {}, dict.fromkeys(names, "red"), {}, {q: {"a": 1} for q in names})
     report, select = held_out_collections(collection, set(names))
     assert len(select.queries) == SELECTION_QUERIES
     assert report.queries.keys() | select.queries.keys() == set(names)
@@ -35,7 +35,7 @@ def test_what_is_reported_and_what_is_chosen_by_share_no_query() -> None:
     assert report.passages is select.passages is collection.passages
 
 
-def test_margins_equal_one_pair_at_a_time(tiny: Callable[[int], Checkpoint]) -> None:
+def test_margins_equal_one_pair_at_a_time(tiny: Callable[[int], TrainableCheckpoint]) -> None:
     checkpoint = tiny(0)
     found = margins(checkpoint, PASSAGES, QUERIES, {"1": ["a", "d"], "2": ["b"]}, (1, 2), batch=2)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
@@ -48,7 +48,7 @@ def test_margins_equal_one_pair_at_a_time(tiny: Callable[[int], Checkpoint]) -> 
                 assert margin == pytest.approx(float(alone[0]), abs=0.1)  # bf16
 
 
-def test_a_reranking_has_the_same_candidates_by_falling_margin(tiny: Callable[[int], Checkpoint]) -> None:
+def test_a_reranking_has_the_same_candidates_by_falling_margin(tiny: Callable[[int], TrainableCheckpoint]) -> None:
     candidates = {"1": [("a", 2.0), ("d", 1.0), ("c", 0.5)], "2": [("b", 1.0)]}
     judged = JudgedCollection("toy", PASSAGES, QUERIES, QRELS)
     run = rerank(tiny(0), judged, candidates, (4,))[4]
@@ -57,8 +57,8 @@ def test_a_reranking_has_the_same_candidates_by_falling_margin(tiny: Callable[[i
     assert [p for p, _ in run["2"]] == ["b"]
 
 
-def test_a_report_names_every_collection_and_ratio(tiny: Callable[[int], Checkpoint], tmp_path: Path) -> None:
-    write_collection(tmp_path / "toy", Collection("toy", PASSAGES, {}, QUERIES, {}, QRELS))
+def test_a_report_names_every_collection_and_ratio(tiny: Callable[[int], TrainableCheckpoint], tmp_path: Path) -> None:
+    write_collection(tmp_path / "toy", RawCollection("toy", PASSAGES, {}, QUERIES, {}, QRELS))
     line = HeldOut(tmp_path, 2).report(tiny(0), (1, 4))
     assert line.startswith("toy: BM25 ")
     assert "r1 " in line

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from training import model as scoring
-from training.model import Checkpoint
+from training.model import TrainableCheckpoint
 
 
 @pytest.mark.parametrize("ratio", [1, 2, 3, 4, 8, 32])
@@ -29,7 +29,7 @@ def test_mean_pool_by_hand() -> None:
     assert mask.tolist() == [[1, 1]]
 
 
-def test_encode_keeps_the_order_and_does_not_depend_on_chunks(tiny: Callable[[int], Checkpoint]) -> None:
+def test_encode_keeps_the_order_and_does_not_depend_on_chunks(tiny: Callable[[int], TrainableCheckpoint]) -> None:
     model = tiny(0).model
     rows = [[7, 8, 9, 10], [11], [12, 13], [7, 9, 11, 13, 15]]
     with torch.inference_mode():
@@ -42,7 +42,7 @@ def test_encode_keeps_the_order_and_does_not_depend_on_chunks(tiny: Callable[[in
             torch.testing.assert_close(states[i, : len(row)], whole[i, : len(row)], rtol=1e-4, atol=1e-5)
 
 
-def test_margins_equal_the_whole_model_and_ignore_batch_mates(tiny: Callable[[int], Checkpoint]) -> None:
+def test_margins_equal_the_whole_model_and_ignore_batch_mates(tiny: Callable[[int], TrainableCheckpoint]) -> None:
     checkpoint = tiny(0)
     passages, prompts = [[7, 8, 9], [10, 11, 12, 13, 14]], [[4, 8, 5, 9, 5], [4, 8, 5]]
     yes, no = checkpoint.answers

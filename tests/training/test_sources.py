@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 
 from training import data as sources
-from training.collections import Collection
-from training.data import Source
+from training.collections import RawCollection
+from training.data import TrainingSource
 
 SUBJECTS = ["influenza", "malaria", "cholera", "measles", "rabies", "tetanus", "typhus", "leprosy", "scurvy", "rickets"]
 ASPECTS = {"symptoms": "What are the symptoms of {} ?", "treatments": "What are the treatments for {} ?"}
 
 
 @pytest.fixture
-def source() -> Source:
-    made = Collection("medquad")
+def source() -> TrainingSource:
+    made = RawCollection("medquad")
     rng = np.random.default_rng(0)
     vectors = {}
     for subject in SUBJECTS:
@@ -27,16 +27,16 @@ def source() -> Source:
             vector = rng.normal(size=384).astype(np.float32)
             vectors[key] = vector / np.linalg.norm(vector)
     held = {f"rickets {aspect}" for aspect in ASPECTS}
-    return Source(made, held, vectors, random.Random(0))
+    return TrainingSource(made, held, vectors, random.Random(0))
 
 
-def test_held_out_passages_appear_nowhere(source: Source) -> None:
+def test_held_out_passages_appear_nowhere(source: TrainingSource) -> None:
     drafts = list(sources.query_drafts(source, "question")) + list(sources.aspect_drafts(source))
     assert drafts
     assert not any("rickets" in p for d in drafts for p in d.positives + d.negatives)
 
 
-def test_negatives_are_not_relevant_and_near(source: Source) -> None:
+def test_negatives_are_not_relevant_and_near(source: TrainingSource) -> None:
     drafts = list(sources.query_drafts(source, "question"))
     for draft in drafts:
         assert len(draft.negatives) == 7
@@ -47,7 +47,7 @@ def test_negatives_are_not_relevant_and_near(source: Source) -> None:
     assert sum(hard) > len(hard) / 4
 
 
-def test_the_instruction_decides_in_aspect_groups(source: Source) -> None:
+def test_the_instruction_decides_in_aspect_groups(source: TrainingSource) -> None:
     drafts = list(sources.aspect_drafts(source))
     assert len(drafts) == 18
     for draft in drafts:
@@ -58,7 +58,7 @@ def test_the_instruction_decides_in_aspect_groups(source: Source) -> None:
         assert f"{subject} {other}" in draft.negatives
 
 
-def test_opposed_groups_swap_labels_and_carry_no_teacher(source: Source) -> None:
+def test_opposed_groups_swap_labels_and_carry_no_teacher(source: TrainingSource) -> None:
     drafts = list(sources.query_drafts(source, "question"))
     opposed = list(sources.opposed_drafts(drafts, random.Random(0), share=1.0))
     assert len(opposed) == len(drafts)
@@ -73,7 +73,7 @@ def test_opposed_groups_swap_labels_and_carry_no_teacher(source: Source) -> None
         )
 
 
-def test_sentence_groups_hide_the_sentence(source: Source) -> None:
+def test_sentence_groups_hide_the_sentence(source: TrainingSource) -> None:
     for passage_id in source.ids:
         source.collection.passages[passage_id] = f"{passage_id} opens this text with some words here. " + " ".join(
             f"Word{i} follows." for i in range(40)

@@ -2,20 +2,20 @@ from __future__ import annotations
 
 import pytest
 
-from training.collections import Collection, fraction, held_out_queries, topic_of
+from training.collections import RawCollection, fraction, held_out_queries, topic_of
 
 
 def test_passages_join_their_queries_in_a_chain() -> None:
     """a-b share a passage, b-c another one, so a and c fall on one side too."""
-    made = Collection("toy", {"1": "one", "2": "two"}, {}, {"a": "x", "b": "y", "c": "z", "d": "w"})
+    made = RawCollection("toy", {"1": "one", "2": "two"}, {}, {"a": "x", "b": "y", "c": "z", "d": "w"})
     made.passages["3"] = "three"
     made.qrels |= {"a": {"1": 1}, "b": {"1": 1, "2": 1}, "c": {"2": 1}, "d": {"3": 1}}
     for share in (0.1, 0.3, 0.5, 0.7, 0.9):
         assert {"a", "b", "c"} & held_out_queries(made, share) in (set(), {"a", "b", "c"})
 
 
-def collection() -> Collection:
-    made = Collection("toy")
+def collection() -> RawCollection:
+    made = RawCollection("toy")
     for i in range(200):
         name = "".join(chr(97 + (i // 26**k) % 26) for k in range(3))
         for aspect, question in (

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from training import model as scoring
 from training import start as soft_maxsim
 from training import start as vocabulary
-from training.model import KALM_PROMPT, MINI, Checkpoint, ModelSettings, load, save
+from training.model import KALM_PROMPT, MINI, PrereadSettings, TrainableCheckpoint, load, save
 
 
 def wordpiece(words: list[str]) -> str:
@@ -62,7 +62,7 @@ def test_the_start_ranks_by_matching_words_at_every_ratio(tmp_path: Path) -> Non
     tokenizer = vocabulary.trim(wordpiece(WORDS), [" ".join(WORDS)], size=80, corpus_share=1.0)
     size = tokenizer.get_vocab_size()
     model = soft_maxsim.empty_model(size, intermediate_size=32)
-    checkpoint = Checkpoint(model, tokenizer, MINI)
+    checkpoint = TrainableCheckpoint(model, tokenizer, MINI)
     soft_maxsim.initialise(model, torch.randn(size, soft_maxsim.WIDTH), torch.full((size,), 4.0), checkpoint.answers)
     save(checkpoint, tmp_path)
     loaded = load(tmp_path)
@@ -78,7 +78,7 @@ def test_the_start_ranks_by_matching_words_at_every_ratio(tmp_path: Path) -> Non
 
 
 def test_kalm_settings_are_the_default() -> None:
-    settings = ModelSettings()
+    settings = PrereadSettings()
     assert settings.passage_template == "<Document>: {passage}"
     assert settings.max_passage_tokens == 1024
     assert KALM_PROMPT.startswith("<bos><start_of_turn>user\n")
@@ -88,10 +88,10 @@ def test_kalm_settings_are_the_default() -> None:
 def test_a_long_query_is_cut_before_the_template(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_str(wordpiece(WORDS))
     tokenizer.add_special_tokens(list(vocabulary.SPECIAL))
-    settings = ModelSettings(
+    settings = PrereadSettings(
         prompt_template="[CLS] {instruction} [SEP] {query} [SEP]", default_instruction="answer", max_query_tokens=3
     )
-    checkpoint = Checkpoint(soft_maxsim.empty_model(80, 1, 1, 8), tokenizer, settings)
+    checkpoint = TrainableCheckpoint(soft_maxsim.empty_model(80, 1, 1, 8), tokenizer, settings)
     ids = checkpoint.prompt_ids(["red fish red fish red"], [""])[0]
     assert tokenizer.decode(ids, skip_special_tokens=False).split() == [
         "[CLS]",

@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from training import model as scoring
-from training.groups import Group, GroupSet
-from training.model import Checkpoint, load
+from training.groups import GroupSet, TrainingGroup
+from training.model import TrainableCheckpoint, load
 from training.trainer import Recipe, Trainer, rate, read_recipe
 
 RECIPES = Path(__file__).parents[2] / "training" / "recipes"
 COLOURS = ("red", "green", "blue")
 GROUPS = [
-    Group(c, "", (f"{c} fish", f"{c} bird stone"), tuple(f"{o} fish" for o in COLOURS if o != c)) for c in COLOURS
+    TrainingGroup(c, "", (f"{c} fish", f"{c} bird stone"), tuple(f"{o} fish" for o in COLOURS if o != c))
+    for c in COLOURS
 ] * 4
 RECIPE = Recipe(
     steps=6,
@@ -35,7 +36,7 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 def test_the_mean_of_several_steps_is_exported_also_by_a_resumed_run(
-    tiny: Callable[[int], Checkpoint], tmp_path: Path
+    tiny: Callable[[int], TrainableCheckpoint], tmp_path: Path
 ) -> None:
     recipe = replace(RECIPE, mean_with=(3,))
     seen: dict[int, dict[str, torch.Tensor]] = {}
@@ -59,7 +60,7 @@ def test_the_mean_of_several_steps_is_exported_also_by_a_resumed_run(
 
 @pytest.mark.parametrize("batches_per_step", [1, 2])
 def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(
-    tiny: Callable[[int], Checkpoint], tmp_path: Path, batches_per_step: int
+    tiny: Callable[[int], TrainableCheckpoint], tmp_path: Path, batches_per_step: int
 ) -> None:
     recipe = replace(RECIPE, batches_per_step=batches_per_step)
     first = tiny(0)
@@ -79,7 +80,9 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(
         assert torch.equal(value, weights(resumed)[name]), name
 
 
-def test_a_step_takes_the_mean_gradient_of_its_batches(tiny: Callable[[int], Checkpoint], tmp_path: Path) -> None:
+def test_a_step_takes_the_mean_gradient_of_its_batches(
+    tiny: Callable[[int], TrainableCheckpoint], tmp_path: Path
+) -> None:
     checkpoint = tiny(0)
     recipe = replace(RECIPE, batches_per_step=2, max_grad_norm=1e9, precision="fp32")
     trainer = Trainer(checkpoint, GroupSet(GROUPS, checkpoint), recipe, tmp_path, CPU)
@@ -91,7 +94,9 @@ def test_a_step_takes_the_mean_gradient_of_its_batches(tiny: Callable[[int], Che
             torch.testing.assert_close(parameter.grad, sum(known) / len(known))
 
 
-def test_a_tiny_model_learns_its_groups_at_every_ratio(tiny: Callable[[int], Checkpoint], tmp_path: Path) -> None:
+def test_a_tiny_model_learns_its_groups_at_every_ratio(
+    tiny: Callable[[int], TrainableCheckpoint], tmp_path: Path
+) -> None:
     checkpoint = tiny(0)
     recipe = Recipe(
         steps=120, queries_per_step=3, num_negatives=2, num_shared=1, max_passage_tokens=(8,),
@@ -114,7 +119,7 @@ def test_a_tiny_model_learns_its_groups_at_every_ratio(tiny: Callable[[int], Che
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 )  # peft reads every attribute
 def test_lora_trains_few_weights_and_saves_a_plain_checkpoint(
-    tiny: Callable[[int], Checkpoint], tmp_path: Path
+    tiny: Callable[[int], TrainableCheckpoint], tmp_path: Path
 ) -> None:
     pytest.importorskip("peft")
     checkpoint = tiny(0)

@@ -27,7 +27,7 @@ from decoder_server.edge.http.openapi import JSON, Operation
 from preread import Passage, UpsertResult
 from preread.errors import InvalidRequest, Path
 from preread.types import CollectionInfo, join_title
-from preread_edge.steps import Pace, Step, stepped
+from preread_edge.steps import Pauses, Step, stepped
 
 NDJSON = ("application/x-ndjson", "application/ndjson", "application/jsonl", "application/x-jsonlines")
 IDS_AT_ONCE = 1000  # of one call of the worker
@@ -267,7 +267,7 @@ async def _from_lines(
             number += chunk.count(b"\n")
             continue
         rest += chunk
-        pace = Pace()
+        pace = Pauses()
         while (end := rest.find(b"\n", start)) >= 0:
             number += 1
             too_long = too_long or end > max_line_bytes

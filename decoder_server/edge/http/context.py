@@ -27,7 +27,7 @@ from decoder_server.readiness import Readiness
 from preread import AsyncClient
 from preread.errors import InvalidRequest, Unavailable
 from preread_edge.keys import ApiKeys
-from preread_edge.steps import Pace, stepped
+from preread_edge.steps import Pauses, stepped
 
 T = TypeVar("T")
 Endpoint = Callable[["HttpRequest"], Awaitable[Response]]
@@ -201,7 +201,7 @@ class _Parts(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        pace = Pace()  # a fast client takes every part immediately
+        pace = Pauses()  # a fast client takes every part immediately
         for part in self._parts:
             await send({"type": "http.response.body", "body": part, "more_body": True})
             await pace.worked()
