@@ -36,7 +36,7 @@ class FieldViolation:
 
 
 class ErrorDetails(TypedDict, total=False):
-    """What an error carries besides its message; google.rpc's error details."""
+    """The details of an error next to its message; google.rpc's error details."""
 
     code: str
     reason: str

@@ -45,7 +45,7 @@ def parse_stages(text: str) -> tuple[Stage, ...]:
 
 def _parse_stage(text: str, part: str) -> Stage:
     ratio, colon, keep = (word.strip() for word in part.partition(":"))
-    # isdecimal alone takes other scripts' digits, which int reads too but nobody meant.
+    # isdecimal alone takes other scripts' digits, which int reads too but no caller means.
     if not (ratio.isascii() and ratio.isdecimal()) or (colon and not (keep.isascii() and keep.isdecimal())):
         raise ValueError(f"stages is {text!r}; expected RATIO:KEEP, RATIO:KEEP, RATIO, such as 32:100, 4:20, 1")
     return Stage(int(ratio), int(keep) if colon else 0)
@@ -216,7 +216,7 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class Reranking:
-    """An answer: results best first, then those that could not be scored. Iterates over its results."""
+    """A response: results best first, then those that could not be scored. Iterates over its results."""
 
     results: tuple[Result, ...]
     summary: Summary
@@ -233,7 +233,7 @@ class Reranking:
 
 @dataclass(frozen=True, slots=True)
 class EncoderIdentity:
-    """Which encoder wrote a collection, or whose states a model reads."""
+    """The encoder that wrote a collection, or whose states a model reads."""
 
     fingerprint: str
     checkpoint: str
@@ -260,22 +260,22 @@ class ModelInfo:
     device: str
     encodes_on_demand: bool
     max_passage_tokens: int
-    notice: str  # what the model's licence asks to be told; mostly empty
+    notice: str  # required by the model's licence; mostly empty
 
 
 @dataclass(frozen=True, slots=True)
 class TierUse:
-    """What a tier of a server holds after a call of warm."""
+    """The contents of one of a server's caches after a call of warm."""
 
-    name: str  # keys: of passages, per layer; prefixes: of prompt beginnings over passages
+    name: str  # keys: the KV cache of passages; prefixes: the prefix cache
     num_kept: int  # of the call's windows
     num_bytes: int  # for all passages
-    max_bytes: int  # 0: the tier is off
+    max_bytes: int  # 0: the cache is off
 
 
 @dataclass(frozen=True, slots=True)
 class Warmed:
-    """What became of a call of warm. A passage has one window, or several when it was split, each at every ratio."""
+    """Counts of a call of warm. A passage has one window, or several when it was split, each at every ratio."""
 
     model: str
     num_passages: int
@@ -304,7 +304,7 @@ class CollectionInfo:
 
 @dataclass(frozen=True, slots=True)
 class EncoderInfo:
-    """What an encoder worker is and how it stores by default."""
+    """The encoder of a worker, and how it stores by default."""
 
     encoder: EncoderIdentity
     default_compression_ratio: int

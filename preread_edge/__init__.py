@@ -1,4 +1,4 @@
-"""What the edges of both servers share: who may call, under which id, with which certificates, and what is said of it.
+"""Parts of both servers' edges: keys, TLS, hosts, listeners, calls and their log lines, settings.
 
 The packages of the two halves cannot import each other, so this lies here. Knows gRPC and ASGI; no model, no store.
 """

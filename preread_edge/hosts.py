@@ -1,7 +1,7 @@
-"""Which host names a listener answers to, and which web pages may call it. Knows HTTP's headers; no framework.
+"""The host names that a listener answers to, and the web pages that may call it.
 
-A page that a browser got elsewhere reaches a server on its user's machine in two ways: by asking it across origins,
-which the browser tells in Origin, and under a name that was made to point here (DNS rebinding), which Host tells.
+A page from elsewhere reaches a server on its user's machine in two ways: by a request across origins, which the browser
+declares in Origin, and under a name that was made to point here (DNS rebinding), which Host shows.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def bare(host: str) -> str:
     return host.removeprefix("[").removesuffix("]")
 
 
-def parse_host(text: str) -> tuple[Address | str, int | None] | None:
+def _parse_host(text: str) -> tuple[Address | str, int | None] | None:
     """The host and the port of an authority; None where it is none, or has a user.
 
     A name is in lower case and without the dot of the root.
@@ -72,9 +72,9 @@ def parse_host(text: str) -> tuple[Address | str, int | None] | None:
 class Guard:
     """Admission to a listener, by the name it was called under and the page that calls."""
 
-    allowed_hosts: tuple[str, ...] = ()  # beside loopback's names and the address that a connection came in at
+    allowed_hosts: tuple[str, ...] = ()  # next to loopback's names and the address that a connection came in at
     allowed_origins: tuple[str, ...] = ()
-    any_host: bool = False  # keys are asked for, so a name proves nothing
+    any_host: bool = False  # keys are required, so a name proves nothing
     _origins: frozenset[str] = field(init=False, repr=False, compare=False)
     _hosts: frozenset[Address | str] = field(init=False, repr=False, compare=False)
     _suffixes: tuple[str, ...] = field(init=False, repr=False, compare=False)
@@ -97,7 +97,7 @@ class Guard:
         A request that names its target in full (`GET http://HOST/PATH`) gets the path alone.
         """
         targets = [*_absolute(scope), *_values(scope, b"host")]
-        hosts = [parse_host(target) for target in targets]
+        hosts = [_parse_host(target) for target in targets]
         for target, host in zip(targets, hosts, strict=True):
             if host is None or not self._allows(host[0], scope):
                 expected = "a name of this machine's loopback, the address it listens on, or one of --allowed-host"
@@ -123,11 +123,11 @@ class Guard:
         return headers
 
     def preflight(self, scope: Scope) -> dict[str, str] | None:
-        """Headers that answer a browser's question before a request; None: the request is not that question."""
+        """Headers of the response to a CORS preflight; None: the request is none."""
         if scope["method"] != "OPTIONS" or not _values(scope, b"access-control-request-method"):
             return None
-        asked = ",".join(_values(scope, b"access-control-request-headers")).split(",")[:MAX_REQUESTED_HEADERS]
-        names = [name for one in asked if _TOKEN.fullmatch(name := one.strip().lower())]
+        requested = ",".join(_values(scope, b"access-control-request-headers")).split(",")[:MAX_REQUESTED_HEADERS]
+        names = [name for one in requested if _TOKEN.fullmatch(name := one.strip().lower())]
         headers = {
             "vary": "origin, access-control-request-headers",
             "access-control-allow-methods": METHODS,
@@ -158,7 +158,7 @@ class Guard:
     def _is_known(self, origin: str, hosts: Iterable[tuple[Address | str, int | None] | None]) -> bool:
         """Whether it is this server's own, as the caller names it, or an allowed one."""
         match = _ORIGIN.fullmatch(origin.lower())
-        theirs = parse_host(match["authority"]) if match else None
+        theirs = _parse_host(match["authority"]) if match else None
         if match and theirs:
             default = _PORTS.get(match["scheme"])
             own = {(host[0], host[1] or default) for host in hosts if host is not None}
@@ -174,7 +174,7 @@ class Guard:
 def _normal_origin(text: str) -> str | None:
     """As browsers write it: lower case, no default port; None where it is no origin, `null` too."""
     match = _ORIGIN.fullmatch(text.lower())
-    host = parse_host(match["authority"]) if match else None
+    host = _parse_host(match["authority"]) if match else None
     if match is None or host is None:
         return None
     name = f"[{host[0]}]" if isinstance(host[0], IPv6Address) else str(host[0])
@@ -183,7 +183,7 @@ def _normal_origin(text: str) -> str | None:
 
 
 def _host(text: str) -> Address | str:
-    parsed = parse_host(f"[{text}]" if text.count(":") > 1 and text[0] != "[" else text)
+    parsed = _parse_host(f"[{text}]" if text.count(":") > 1 and text[0] != "[" else text)
     if parsed is None or parsed[1] is not None:
         raise ValueError(f"allowed_host is {text[:100]!r}; expected NAME, .SUFFIX or an address, without a port")
     return parsed[0]

@@ -28,11 +28,11 @@ App = Callable[[Any, Any, Any], Awaitable[None]]  # of ASGI
 
 
 class Scope(Enum):
-    """What a call needs. ADMIN includes the others."""
+    """A permission that calls need. ADMIN includes the others."""
 
-    RERANK = "rerank"  # ask: rerank, list, encode a text that comes with a request
+    RERANK = "rerank"  # rerank, list, encode a text that comes with a request
     INDEX = "index"  # write passages, read counts
-    ADMIN = "admin"  # take away: delete, drop, move aliases
+    ADMIN = "admin"  # delete, drop, move aliases
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class ApiKey:
 
 @dataclass(frozen=True, slots=True)
 class ApiKeys:
-    """The keys of a server. None at all: whoever reaches it may do everything."""
+    """The keys of a server. None at all: every caller may do everything."""
 
     keys: tuple[ApiKey, ...] = ()
 
@@ -161,7 +161,7 @@ def bearer(header: str) -> str:
 
 
 def refuse_control_tokens(host: str, keys: ApiKeys) -> None:
-    """Raises ValueError where strangers could write prompts: control tokens in texts count, and no key is asked for.
+    """Raises ValueError where strangers could write prompts: control tokens in texts count, and no key is required.
 
     Args:
         host: the address to listen on.

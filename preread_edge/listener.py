@@ -1,8 +1,7 @@
-"""An HTTP listener on uvicorn that strangers may reach: deadlines, bounds, and no message with two readings.
+"""HTTP listeners on uvicorn for hostile networks: deadlines, bounds, and no message with two readings.
 
-The one place that knows uvicorn's and h11's inside. The caller shapes refusals.
-
-A registry on a port of its own, for Prometheus. Knows no server.
+The only file that knows the insides of uvicorn and h11. The caller shapes refusals. A second, small listener serves a
+registry to Prometheus.
 """
 
 from __future__ import annotations
@@ -21,12 +20,13 @@ from typing import Any
 import h11
 import uvicorn
 from prometheus_client import CollectorRegistry, make_asgi_app
+from starlette.responses import PlainTextResponse
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from preread_edge.hosts import Guard, bare, join
 
-SPARE = 64  # connections over the limit that are still told so; beyond them they are closed without a word
+SPARE = 64  # connections over the limit that still get a response; further ones are closed immediately
 BACKLOG = 2048
 KEEP_ALIVE_SECONDS = 75  # longer than the minute that proxies keep an idle connection
 HEADER_SECONDS = 10.0  # from a connection, or the first byte of a further request, to the end of its header
@@ -34,12 +34,15 @@ HEADER_SECONDS = 10.0  # from a connection, or the first byte of a further reque
 SLICE_BYTES = 2048
 SHORT_SECONDS = 0.001  # a slice that took longer is followed by a rest
 
+_MAX_METRICS_CONNECTIONS = 64
+_METRICS_PATHS = ("/metrics", "/metrics/", "/")
+
 # (status, message) -> content type and body
 Refusal = Callable[[int, str], tuple[str, bytes]]
 
 
-def plain(status: int, message: str) -> tuple[str, bytes]:
-    """A refusal for people."""
+def _plain(status: int, message: str) -> tuple[str, bytes]:
+    """A refusal in plain text."""
     return "text/plain; charset=utf-8", f"{message}\n".encode()
 
 
@@ -88,10 +91,10 @@ class _Flow(FlowControl):
             self._transport.resume_reading()
 
 
-class Protocol(H11Protocol):
+class _Protocol(H11Protocol):
     """uvicorn's, with a deadline for headers and bounded work between two turns of the event loop."""
 
-    refusal: Refusal = staticmethod(plain)
+    refusal: Refusal = staticmethod(_plain)
     header_seconds = HEADER_SECONDS
     flow: _Flow
     conn: _Connection
@@ -130,7 +133,7 @@ class Protocol(H11Protocol):
             self._read_on()
 
     def _read_on(self) -> None:
-        """Reads one slice; the next one after everybody else had a turn."""
+        """Reads one slice; the next one after the other tasks of the loop had a turn."""
         if self.transport.is_closing():
             self._received.clear()
         began = time.perf_counter()
@@ -190,7 +193,7 @@ class Protocol(H11Protocol):
         self._refuse(hint if hint in (431, 501) else 400, msg)
 
     def _refuse(self, status: int, message: str) -> None:
-        """Answers what is no request, and closes."""
+        """Responds to a malformed request, and closes."""
         self._received.clear()
         if self.cycle is not None and not self.cycle.response_complete:  # its body went wrong
             self.cycle.disconnected = True
@@ -210,7 +213,7 @@ class Protocol(H11Protocol):
         self.transport.close()
 
 
-class Server(uvicorn.Server):
+class _Server(uvicorn.Server):
     """uvicorn's, on one socket, with a deadline for TLS handshakes; signals belong to the owner of the process."""
 
     @contextlib.contextmanager
@@ -237,15 +240,15 @@ def make_server(
     app: Any,
     *,
     max_connections: int,
-    refusal: Refusal = plain,
+    refusal: Refusal = _plain,
     header_seconds: float = HEADER_SECONDS,
     **settings: Any,
-) -> Server:
+) -> uvicorn.Server:
     """A server of an ASGI application; `settings` are uvicorn's."""
     members = {"refusal": staticmethod(refusal), "header_seconds": header_seconds}
     config = uvicorn.Config(
         app,
-        http=type("Protocol", (Protocol,), members),
+        http=type("_Protocol", (_Protocol,), members),
         ws="none",
         lifespan="off",
         log_config=None,
@@ -257,7 +260,7 @@ def make_server(
         limit_concurrency=max_connections,
         **settings,
     )
-    return Server(config)
+    return _Server(config)
 
 
 def bind(host: str, port: int, what: str) -> socket.socket:
@@ -271,10 +274,6 @@ def bind(host: str, port: int, what: str) -> socket.socket:
         return socket.create_server((bare(host), port), family=family, backlog=BACKLOG)
     except OSError as exc:
         raise OSError(exc.errno, f"cannot listen on {join(host, port)} ({what}): {exc.strerror or exc}") from exc
-
-
-MAX_CONNECTIONS = 64
-PATHS = ("/metrics", "/metrics/", "/")
 
 
 @contextmanager
@@ -292,7 +291,7 @@ def metrics_listener(
         OSError: the port is taken.
     """
     app = _Guarded(make_asgi_app(registry), guard or Guard())
-    server = make_server(app, max_connections=MAX_CONNECTIONS, header_seconds=header_seconds)
+    server = make_server(app, max_connections=_MAX_METRICS_CONNECTIONS, header_seconds=header_seconds)
     with bind(host, port, "metrics") as listener:
         thread = threading.Thread(target=_serve, args=(server, listener), name="metrics", daemon=True)
         thread.start()
@@ -318,15 +317,9 @@ class _Guarded:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         problem = self._guard.problem(scope)
         if problem is not None:
-            await _say(send, 403, problem[1])
-        elif scope["path"] not in PATHS:
-            await _say(send, 404, "not here; expected /metrics")
+            await PlainTextResponse(f"{problem[1]}\n", 403)(scope, receive, send)
+        elif scope["path"] not in _METRICS_PATHS:
+            await PlainTextResponse("not here; expected /metrics\n", 404)(scope, receive, send)
         else:
             headers = [(name, value.decode("latin-1").encode()) for name, value in scope["headers"]]  # it reads UTF-8
             await self._app({**scope, "headers": headers}, receive, send)
-
-
-async def _say(send: Any, status: int, message: str) -> None:
-    headers = [(b"content-type", b"text/plain; charset=utf-8")]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": f"{message}\n".encode()})

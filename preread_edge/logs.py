@@ -1,14 +1,7 @@
-"""The call under way: its id and its place in a distributed trace. Follows the task, and tasks started from it.
+"""Log lines, the current call whose id each of them carries, and the exporter of spans.
 
-An edge sets it, whoever logs or traces reads it. Knows no transport.
-
-Log lines, as JSON for machines or text for people, each with the id of the call it belongs to.
-
-Fields beside the message come as `extra={"fields": {...}}`. Knows logging only.
-
-Where spans go: an OTLP collector, by OpenTelemetry's own OTEL_* variables (endpoint, service name, sampler).
-
-Needs the `tracing` extra. The SDK reads those variables.
+A line is JSON for machines or text for people; fields next to the message come as `extra=fields(...)`. An edge begins a
+call, which follows its task and tasks started from it; logs and spans read it.
 """
 
 from __future__ import annotations
@@ -30,23 +23,22 @@ from preread.channel import proxy_options
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Tracer
-
-
-# What other systems use as ids; anything else could forge lines in a log.
+FORMATS = ("text", "json")
+LEVELS = ("debug", "info", "warning", "error")
+PACKAGES = ("preread", "preread_edge", "preread_cli", "decoder_server", "encoder_worker", "cache", "checkpoint")
+MAX_VALUE_CHARS = 2000  # of one value or message in a line; an exception has its own limit
+MAX_EXCEPTION_CHARS = 20_000
+# Ids of other systems; anything else could forge lines in a log.
 _USABLE = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """
-    request_id: the caller's, or our own
-    traceparent: the caller's W3C header, "" where there is none
-    rpc: full name of a gRPC method (preread.v1.RerankService/Rerank), "" on other edges
-    """
+    """The id of a call, and its place in a distributed trace."""
 
-    request_id: str
-    traceparent: str = ""
-    rpc: str = ""
+    request_id: str  # the caller's, or a random one
+    traceparent: str = ""  # the caller's W3C header
+    rpc: str = ""  # full name of a gRPC method (preread.v1.RerankService/Rerank), "" on other edges
 
 
 _current: ContextVar[Call | None] = ContextVar("preread_call", default=None)
@@ -64,17 +56,12 @@ def current() -> Call | None:
     return _current.get()
 
 
-FORMATS = ("text", "json")
-LEVELS = ("debug", "info", "warning", "error")
-PACKAGES = ("preread", "preread_edge", "preread_cli", "decoder_server", "encoder_worker", "cache", "checkpoint")
-
-
 def set_up(log_format: str, level: str, stream: IO[str] | None = None) -> None:
-    """One handler on the root logger; once per process, by whoever owns it."""
+    """Put one handler on the root logger, once per process."""
     handler = logging.StreamHandler(stream or sys.stderr)
-    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+    handler.setFormatter(_JsonFormatter() if log_format == "json" else _TextFormatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    # Ours as asked; libraries stay at warning, or debug would show their bodies.
+    # Libraries stay at warning, or debug would show their bodies.
     for package in PACKAGES:
         logging.getLogger(package).setLevel(level.upper())
 
@@ -84,11 +71,7 @@ def fields(**values: Any) -> dict[str, Any]:
     return {"fields": values}
 
 
-MAX_VALUE_CHARS = 2000  # of one value or message in a line; an exception has its own limit
-MAX_EXCEPTION_CHARS = 20_000
-
-
-def escaped(text: str, max_chars: int = MAX_VALUE_CHARS) -> str:
+def _escaped(text: str, max_chars: int = MAX_VALUE_CHARS) -> str:
     r"""The text on one line, whatever a caller put there: controls, line and text direction marks as \xNN, \uNNNN.
 
     Longer texts are cut, and say so.
@@ -102,10 +85,10 @@ def escaped(text: str, max_chars: int = MAX_VALUE_CHARS) -> str:
 
 def _shown(value: Any) -> str:
     """A field's value: strings in quotes, so that a space in one does not begin a field."""
-    return escaped(repr(value[:MAX_VALUE_CHARS]) if isinstance(value, str) else str(value))
+    return _escaped(repr(value[:MAX_VALUE_CHARS]) if isinstance(value, str) else str(value))
 
 
-class JsonFormatter(logging.Formatter):
+class _JsonFormatter(logging.Formatter):
     """One JSON object per line; nothing in it ends the line or changes how it is shown."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -133,12 +116,12 @@ def _cut(value: Any, max_chars: int = MAX_VALUE_CHARS) -> Any:
     return f"{value[:max_chars]}… ({len(value)} characters)"
 
 
-class TextFormatter(logging.Formatter):
+class _TextFormatter(logging.Formatter):
     """Time, level, message, fields; the id last. Lines of an exception are indented: none looks like an entry."""
 
     def format(self, record: logging.LogRecord) -> str:
         when = datetime.fromtimestamp(record.created).isoformat(sep=" ", timespec="milliseconds")
-        parts = [when, record.levelname.lower().ljust(7), escaped(record.getMessage())]
+        parts = [when, record.levelname.lower().ljust(7), _escaped(record.getMessage())]
         parts += [f"{name}={_shown(value)}" for name, value in getattr(record, "fields", {}).items()]
         call = current()
         if call is not None:
@@ -146,7 +129,7 @@ class TextFormatter(logging.Formatter):
         lines = [" ".join(parts)]
         if record.exc_info:
             exception = self.formatException(record.exc_info)[:MAX_EXCEPTION_CHARS]
-            lines += [f"  {escaped(line)}" for line in exception.split("\n")]
+            lines += [f"  {_escaped(line)}" for line in exception.split("\n")]
         return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Long work on one message, in steps that leave the interpreter to others. Knows no message.
+"""Long work on one message, in steps that leave the interpreter to others.
 
 Parsing holds the interpreter, so a thread alone does not keep the event loop, or the model's thread, going. What
 runs here calls its `step` often; two thirds of the time then belong to others, whatever its number of callers.
@@ -28,7 +28,7 @@ _turn = threading.Lock()
 _threads = ThreadPoolExecutor(MAX_AT_ONCE, thread_name_prefix="steps")
 
 
-class Abandoned(Exception):  # noqa: N818 - says what happened
+class _Abandoned(Exception):  # noqa: N818
     """The result is not waited for any more."""
 
 
@@ -56,7 +56,7 @@ class _Steps:
         time.sleep(0.0005)  # those that wait for the turn get it
         _turn.acquire()
         if self.abandoned:
-            raise Abandoned
+            raise _Abandoned
         self._since = time.thread_time()
 
     def _rest(self) -> None:

@@ -1,4 +1,4 @@
-"""Certificate files of a gRPC server to credentials. Knows files and gRPC."""
+"""Certificate files of a gRPC server."""
 
 from __future__ import annotations
 

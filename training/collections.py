@@ -225,7 +225,7 @@ def aspect_of(question: str) -> tuple[str, str] | None:
 
 
 def topic_of(question: str) -> str:
-    """What two questions must share to count as the same topic when the held-out part is cut."""
+    """The key of a question's topic: questions with equal keys fall on the same side of the held-out split."""
     found = aspect_of(question)
     text = found[1] if found else question
     return " ".join(re.findall(r"\w+", text.lower()))

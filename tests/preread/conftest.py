@@ -39,7 +39,7 @@ def give_results(request: Any, context: grpc.ServicerContext) -> rerank_pb2.Rera
 
 
 class ScriptedService(rerank_pb2_grpc.RerankServiceServicer):
-    """Takes one answer of `script` per call, the last one for ever; remembers what was asked."""
+    """Takes one answer of `script` per call, the last one repeatedly; remembers the requests."""
 
     def __init__(self) -> None:
         self.script: list[Answer] = [give_results]

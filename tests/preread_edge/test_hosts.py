@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry, Gauge
 
-from preread_edge.hosts import Guard, join, parse_host
+from preread_edge.hosts import Guard, join
 from preread_edge.listener import metrics_listener
-from preread_edge.logs import JsonFormatter, TextFormatter
+from preread_edge.logs import FORMATS, set_up
 
 
 def asked(
@@ -160,21 +160,24 @@ def test_any_origin_needs_keys_and_is_never_answered_as_a_star() -> None:
 
 @pytest.mark.parametrize("text", ["a:b:c", "[::1]x", "a" * 300, "-" * 3 + "\n"])
 def test_what_is_no_host(text: str) -> None:
-    assert parse_host(text) is None
+    with pytest.raises(ValueError, match=r"allow_origin is .*; expected SCHEME://HOST"):
+        Guard(allowed_origins=(f"http://{text}",))
 
 
 HOSTILE = "x\n2026-01-01 00:00:00.000 info    forged\r\t\x1b[31m\x7f\x85\u2028\u2029\u202e\u2066\x00\ud800\U000e0001"
 
 
-def formatted(formatter: logging.Formatter, exception: Exception | None = None) -> str:
+def formatted(log_format: str, exception: Exception | None = None) -> str:
+    set_up(log_format, "info")
+    (handler,) = logging.getLogger().handlers
     info = (type(exception), exception, None) if exception else None
     record = logging.LogRecord("preread", logging.WARNING, "f", 1, "a call of %s", (HOSTILE,), info)
     record.fields = {"model": HOSTILE, "names": [HOSTILE], "long": "y" * 1_000_000}
-    return formatter.format(record)
+    return handler.format(record)
 
 
 def test_a_value_stays_in_its_line() -> None:
-    text = formatted(TextFormatter())
+    text = formatted("text")
     assert text.isprintable()
     assert r"x\n2026-01-01" in text
     assert r"\u202e" in text
@@ -182,14 +185,14 @@ def test_a_value_stays_in_its_line() -> None:
 
 
 def test_a_line_of_an_exception_is_no_entry() -> None:
-    first, *lines = formatted(TextFormatter(), ValueError(HOSTILE)).split("\n")
+    first, *lines = formatted("text", ValueError(HOSTILE)).split("\n")
     assert "forged" in lines[1]
     assert all(line.startswith("  ") and line.isprintable() for line in lines)
     assert first.isprintable()
 
 
 def test_a_line_for_machines_is_json_and_one_line() -> None:
-    text = formatted(JsonFormatter(), ValueError(HOSTILE))
+    text = formatted("json", ValueError(HOSTILE))
     assert text.isprintable()
     document = json.loads(text)
     assert document["message"] == f"a call of {HOSTILE}"
@@ -199,8 +202,8 @@ def test_a_line_for_machines_is_json_and_one_line() -> None:
 
 def test_what_is_logged_can_be_written() -> None:
     stream = io.TextIOWrapper(io.BytesIO(), "utf-8")
-    for formatter in (TextFormatter(), JsonFormatter()):
-        stream.write(formatted(formatter, ValueError(HOSTILE)))
+    for log_format in FORMATS:
+        stream.write(formatted(log_format, ValueError(HOSTILE)))
 
 
 @pytest.fixture
