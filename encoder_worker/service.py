@@ -53,7 +53,6 @@ from preread.errors import (
     Unavailable,
 )
 from preread.v1 import common_pb2, encoder_pb2, encoder_pb2_grpc
-from preread_edge import rpc
 from preread_edge.steps import Pauses, Step, stepped
 
 log = logging.getLogger(__name__)
@@ -81,7 +80,7 @@ class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
     async def Upsert(  # type: ignore[override]  # noqa: N802  # the stubs know sync iterators only
         self, request_iterator: AsyncIterator[encoder_pb2.UpsertRequest], context: Context
     ) -> None:
-        async with _translated(context), aclosing(_Upload(self._loaded()).run(request_iterator)) as responses:
+        async with _translated(), aclosing(_Upload(self._loaded()).run(request_iterator)) as responses:
             async for response in responses:
                 self._on_upserted(response)
                 await context.write(response)
@@ -89,20 +88,20 @@ class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
     async def Encode(  # noqa: N802
         self, request: encoder_pb2.EncodeRequest, context: Context
     ) -> encoder_pb2.EncodeResponse:
-        async with _translated(context):
+        async with _translated():
             return await _encode(self._loaded(), request)
 
     async def Delete(  # noqa: N802
         self, request: encoder_pb2.DeleteRequest, context: Context
     ) -> encoder_pb2.DeleteResponse:
-        async with _translated(context, request.collection):
+        async with _translated(request.collection):
             worker = self._loaded()
             return encoder_pb2.DeleteResponse(num_deleted=await worker.call_store(_delete, worker.store, request))
 
     async def GetStats(  # noqa: N802
         self, request: encoder_pb2.GetStatsRequest, context: Context
     ) -> encoder_pb2.GetStatsResponse:
-        async with _translated(context, request.collection):
+        async with _translated(request.collection):
             worker = self._loaded()
             collections = await worker.call_store(_collections, worker.store, request.collection)
             return encoder_pb2.GetStatsResponse(collections=collections)
@@ -110,7 +109,7 @@ class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
     async def Describe(  # noqa: N802
         self, request: encoder_pb2.DescribeRequest, context: Context
     ) -> encoder_pb2.DescribeResponse:
-        async with _translated(context):
+        async with _translated():
             worker = self._loaded()
             return encoder_pb2.DescribeResponse(
                 encoder=_pack_identity(worker.encoder.identity),
@@ -376,14 +375,12 @@ def _pack_collection(manifest: Manifest, stats: StoreStats, aliases: Sequence[st
 
 
 @asynccontextmanager
-async def _translated(context: Context, collection: str = "") -> AsyncIterator[None]:
-    """Ends the call with a status and google.rpc details where the body raises one of our errors."""
+async def _translated(collection: str = "") -> AsyncIterator[None]:
+    """Errors of the store as those of a call; preread_edge.grpc_server ends the call with any PrereadError."""
     try:
         yield
-    except PrereadError as exc:
-        await rpc.abort_with(context, exc)
     except CacheError as exc:
-        await rpc.abort_with(context, _of_store(exc, collection))
+        raise _of_store(exc, collection) from exc
 
 
 def _of_store(error: CacheError, collection: str) -> PrereadError:

@@ -15,15 +15,20 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 from google.protobuf import descriptor_pb2, descriptor_pool
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc import status_pb2
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, PreconditionFailure, ResourceInfo, RetryInfo
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
+from grpc_status import rpc_status
 
-from preread.errors import DeadlineExceeded, InvalidRequest, Overloaded, PrereadError, ServerError
-from preread_edge import logs, rpc
+from preread.errors import DeadlineExceeded, FailedPrecondition, InvalidRequest, Overloaded, PrereadError, ServerError
+from preread_edge import logs
 from preread_edge.keys import OPEN, ApiKeys, bearer, scopes_of
 from preread_edge.messages import INVALID_MESSAGE, parsed
 
@@ -38,6 +43,12 @@ IDLE_SECONDS = 600  # a connection without a call is closed then; clients open a
 # Of keepalive pings that come closer together, a connection is closed at the third. Clients send one every ten seconds
 # at most, by gRPC's own advice; networks bring some of them closer together.
 PING_SECONDS = 5.0
+DOMAIN = "preread"
+# A client refuses trailers over 8 KiB by default and then reports RESOURCE_EXHAUSTED in place of the
+# error, which travels twice: as grpc-message (up to 3 bytes per byte) and inside grpc-status-details-bin.
+MAX_MESSAGE_BYTES = 1024
+MAX_DETAILS_BYTES = 3072
+MAX_NAME_BYTES = 256
 # Calls that are counted and logged; probes and descriptions would drown them.
 _COUNTED = ("/preread.", "/tei.")
 
@@ -51,17 +62,10 @@ def log_call(method: str, code: str, seconds: float) -> None:
     log.log(level, "call", extra=logs.fields(method=method, code=code, seconds=round(seconds, 6)))
 
 
-class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in grpc-stubs only
+class _CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in grpc-stubs only
     """The way of every call to its method."""
 
-    def __init__(
-        self, keys: ApiKeys, on_call: Sequence[OnCall], *, max_calls: int, message_seconds: float = MESSAGE_SECONDS
-    ) -> None:
-        """
-        Args:
-            max_calls: at once; more are RESOURCE_EXHAUSTED. Probes are not counted.
-            message_seconds: a unary call whose message is not complete by then is DEADLINE_EXCEEDED.
-        """
+    def __init__(self, keys: ApiKeys, on_call: Sequence[OnCall], max_calls: int, message_seconds: float) -> None:
         self._keys = keys
         self._on_call = on_call
         self._max_calls = max_calls
@@ -90,7 +94,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
                 except Exception:
                     log.exception("%s: unexpected error", method)
                     message = "internal error; the server's log has it under this call's x-request-id"
-                    await rpc.abort_with(context, ServerError(message, code="INTERNAL", reason="INTERNAL"))
+                    await _abort(context, ServerError(message, code="INTERNAL", reason="INTERNAL"))
 
         def serialized(response: Any) -> bytes:
             data: bytes = response if isinstance(response, bytes) else serialize(response)
@@ -154,7 +158,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
 
 async def _end(context: Any, method: str, error: PrereadError) -> None:
     try:
-        await rpc.abort_with(context, error)
+        await _abort(context, error)
     except grpc.aio.AbortError:
         if error.reason == INVALID_MESSAGE:
             log.warning("%s: %s", method, error)
@@ -167,6 +171,49 @@ async def _end(context: Any, method: str, error: PrereadError) -> None:
         context.set_code(grpc.StatusCode.RESOURCE_EXHAUSTED)
         log.warning("%s: a message is over the size limit or badly compressed", method)
         raise asyncio.CancelledError from None
+
+
+async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: PrereadError) -> NoReturn:
+    """Ends the call with an error and its details, which preread.wire reads back; never returns.
+
+    Details are left out where all together they would not fit into the trailers.
+    """
+    status = status_pb2.Status(code=grpc.StatusCode[error.code].value[0], message=_shorten(str(error)))
+    for detail in _details(error):
+        status.details.add().Pack(detail)
+    if status.ByteSize() > MAX_MESSAGE_BYTES + MAX_DETAILS_BYTES:
+        del status.details[:]
+    rich = rpc_status.to_status(status)
+    # What is there already (the request's id) stays: abort would replace it.
+    trailers = (*rich.trailing_metadata, *(context.trailing_metadata() or ()))
+    await context.abort(rich.code, rich.details, trailers)
+    raise AssertionError("abort returned")
+
+
+def _details(error: PrereadError) -> Iterator[Message]:
+    for one in error.violations:
+        violation = BadRequest.FieldViolation(field=one.field, description=_shorten(one.description))
+        yield BadRequest(field_violations=[violation])
+    if error.reason:
+        metadata = {key: _shorten(value, MAX_NAME_BYTES) for key, value in error.metadata}
+        yield ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata)
+    if isinstance(error, FailedPrecondition):
+        subject, description = _shorten(error.subject, MAX_NAME_BYTES), _shorten(str(error))
+        failure = PreconditionFailure.Violation(type=error.reason, subject=subject, description=description)
+        yield PreconditionFailure(violations=[failure])
+    if error.resource_type:
+        name, description = _shorten(error.resource_name, MAX_NAME_BYTES), _shorten(str(error))
+        yield ResourceInfo(resource_type=error.resource_type, resource_name=name, description=description)
+    if error.retry_after_seconds is not None:
+        delay = Duration()
+        delay.FromNanoseconds(int(error.retry_after_seconds * 1e9))
+        yield RetryInfo(retry_delay=delay)
+
+
+def _shorten(text: str, max_bytes: int = MAX_MESSAGE_BYTES) -> str:
+    """The text, or its beginning and an ellipsis, in at most `max_bytes` of UTF-8."""
+    data = text[: max_bytes + 1].encode(errors="replace")
+    return data.decode() if len(data) <= max_bytes else data[: max_bytes - 3].decode(errors="ignore") + "…"
 
 
 def _function(handler: Any) -> Callable[..., Any]:
@@ -192,18 +239,20 @@ def make_server(
     max_calls: int,
     max_request_bytes: int,
     max_response_bytes: int,
+    message_seconds: float = MESSAGE_SECONDS,
     options: Iterable[tuple[str, int]] = (),
 ) -> grpc.aio.Server:
     """A server without services.
 
     Args:
-        max_calls: at once.
+        max_calls: at once; more are RESOURCE_EXHAUSTED. Probes are not counted.
         max_request_bytes: of one message, also once it is decompressed.
+        message_seconds: a unary call whose message is not complete by then is DEADLINE_EXCEEDED.
         options: further arguments of gRPC's.
     """
     logging.getLogger("grpc._cython.cygrpc").addFilter(_ended_by_grpc)  # adding it again changes nothing
     return grpc.aio.server(
-        interceptors=[CallInterceptor(keys, on_call, max_calls=max_calls)],
+        interceptors=[_CallInterceptor(keys, on_call, max_calls, message_seconds)],
         options=[
             ("grpc.max_receive_message_length", max_request_bytes),
             ("grpc.max_send_message_length", max_response_bytes),

@@ -18,10 +18,9 @@ from cache.store import Store
 from decoder_server.edge.engines import choose, collection_infos, model_info
 from decoder_server.engine.engine import Engine
 from decoder_server.engine.warming import ANY_QUERY, warm
-from preread.errors import InvalidRequest, PrereadError, Unavailable
+from preread.errors import InvalidRequest, Unavailable
 from preread.types import Candidate, OnMiss, RerankRequest, Result, Stage, Status, Summary
 from preread.v1 import common_pb2, rerank_pb2, rerank_pb2_grpc
-from preread_edge import rpc
 from preread_edge.messages import joined
 from preread_edge.steps import SMALL_BYTES, Pauses
 
@@ -37,17 +36,15 @@ _ON_MISS: dict[int, OnMiss | None] = {
 _STATUS = {status: f"CANDIDATE_STATUS_{status.upper()}" for status in get_args(Status)}
 
 
-def aborting(method: Method) -> Any:
-    """A method whose errors end the call with their status and details."""
+def reraising(method: Method) -> Any:
+    """A method whose store errors are Unavailable; preread_edge.grpc_server ends the call with any PrereadError."""
 
     @wraps(method)
     async def call(service: Any, request: Any, context: Context) -> Any:
         try:
             return await method(service, request, context)
         except CacheError as exc:
-            await rpc.abort_with(context, Unavailable(str(exc)))
-        except PrereadError as exc:
-            await rpc.abort_with(context, exc)
+            raise Unavailable(str(exc)) from exc
 
     return call
 
@@ -65,13 +62,13 @@ class RerankService(rerank_pb2_grpc.RerankServiceServicer):
         self.engines: dict[str, Engine] = {}  # by served name; the first is the default
         self._store = store
 
-    @aborting
+    @reraising
     async def Rerank(self, request: rerank_pb2.RerankRequest, context: Context) -> Any:  # noqa: N802
         engine = choose(self.engines, request.model)
         unpacked = await unpack_request(request, engine.limits.max_candidates)
         return await _pack_response(*await engine.rerank(unpacked, deadline=deadline_of(context)))
 
-    @aborting
+    @reraising
     async def RerankStream(self, request: rerank_pb2.RerankStreamRequest, context: Context) -> Any:  # noqa: N802
         engine = choose(self.engines, request.request.model)
         unpacked = await unpack_request(request.request, engine.limits.max_candidates)
@@ -79,19 +76,19 @@ class RerankService(rerank_pb2_grpc.RerankServiceServicer):
             async for event in events:
                 await context.write(await _pack_event(event))
 
-    @aborting
+    @reraising
     async def ListModels(self, request: rerank_pb2.ListModelsRequest, context: Context) -> Any:  # noqa: N802
         models = [_pack(model_info(engine), rerank_pb2.ModelInfo) for engine in self.engines.values()]
         return rerank_pb2.ListModelsResponse(models=models)
 
-    @aborting
+    @reraising
     async def ListCollections(self, request: rerank_pb2.ListCollectionsRequest, context: Context) -> Any:  # noqa: N802
         # Not on the threads of requests: counting takes as long as the store does.
         infos = await asyncio.to_thread(collection_infos, self._store)
         collections = [_pack(info, common_pb2.CollectionInfo) for info in infos]
         return rerank_pb2.ListCollectionsResponse(collections=collections)
 
-    @aborting
+    @reraising
     async def Warm(self, request: rerank_pb2.WarmRequest, context: Context) -> Any:  # noqa: N802
         engine = choose(self.engines, request.model)
         warmed = await warm(engine, unpack_warm(request, engine.limits.max_candidates))

@@ -18,12 +18,13 @@ from encoder_worker.config import EncoderConfig
 from encoder_worker.server import EncoderServer
 from preread.tei.v1 import tei_pb2
 from preread.v1 import encoder_pb2, rerank_pb2, rerank_pb2_grpc
-from preread_edge.grpc_server import CallInterceptor, make_server
+from preread_edge.grpc_server import make_server
 from preread_edge.keys import ApiKeys, parse_keys
 
 KEY = "rules-key-0123456789"
 WITH_KEY = (("authorization", f"Bearer {KEY}"),)
 MIB = 1 << 20
+LIMITS = {"max_calls": 10, "max_request_bytes": MIB, "max_response_bytes": MIB}
 
 METHODS = [
     pytest.param(kind, method, id=method.full_name)
@@ -176,8 +177,7 @@ class Failing(rerank_pb2_grpc.RerankServiceServicer):
 
 @pytest.fixture
 async def failing() -> AsyncIterator[rerank_pb2_grpc.RerankServiceAsyncStub]:
-    limits = {"max_calls": 10, "max_request_bytes": MIB, "max_response_bytes": MIB}
-    server = make_server(ApiKeys(), [], **limits)
+    server = make_server(ApiKeys(), [], **LIMITS)
     rerank_pb2_grpc.add_RerankServiceServicer_to_server(Failing(), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -201,7 +201,7 @@ async def test_the_text_of_an_exception_stays_inside(failing, caplog, refused) -
 
 
 async def test_a_unary_call_has_to_bring_its_message() -> None:
-    server = grpc.aio.server(interceptors=[CallInterceptor(ApiKeys(), [], max_calls=10, message_seconds=0.1)])
+    server = make_server(ApiKeys(), [], **LIMITS, message_seconds=0.1)
     rerank_pb2_grpc.add_RerankServiceServicer_to_server(Failing(), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
