@@ -29,7 +29,7 @@ from preread.types import (
     id_text,
     join_title,
 )
-from preread_cli.failures import BAD_ITEMS, UNAVAILABLE, CommandFailed
+from preread_cli.failures import BAD_ITEMS, CommandFailed
 from preread_cli.options import (
     ADMIN_READ_SECONDS,
     client_options,
@@ -103,7 +103,7 @@ def rerank(ctx: click.Context, /, query: str | None, **given: Any) -> None:
       search "why is the sky blue" | preread rerank "why is the sky blue" -c docs --ids -
       preread rerank --queries queries.tsv --run bm25.run -c docs --output reranked.run
     """
-    from preread import Client, Unavailable
+    from preread import Client
 
     _check(query, given)
     options: RerankOptions = {
@@ -115,17 +115,14 @@ def rerank(ctx: click.Context, /, query: str | None, **given: Any) -> None:
         "model": given["model_name"],
     }
     settings = client_settings(given, timeout_seconds=given["timeout_seconds"])
-    try:
-        with Client(given["address"], options=settings) as client:
-            limits = {info.name: info.max_candidates for info in client.list_models()}
-            # An unknown name is rejected by the server itself.
-            max_candidates = limits.get(given["model_name"]) or next(iter(limits.values()))
-            if query is not None:
-                num_bad = _one_query(client, query, given, max_candidates, options)
-            else:
-                num_bad = _many_queries(client, given, max_candidates, options)
-    except Unavailable as exc:
-        raise CommandFailed(f"{exc}; is `preread serve` running there?", UNAVAILABLE) from exc
+    with Client(given["address"], options=settings) as client:
+        limits = {info.name: info.max_candidates for info in client.list_models()}
+        # An unknown name is rejected by the server itself.
+        max_candidates = limits.get(given["model_name"]) or next(iter(limits.values()))
+        if query is not None:
+            num_bad = _one_query(client, query, given, max_candidates, options)
+        else:
+            num_bad = _many_queries(client, given, max_candidates, options)
     if num_bad:
         ctx.exit(BAD_ITEMS)
 

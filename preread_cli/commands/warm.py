@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from preread_cli.commands.rerank import query_options, read_ids, stored_ids
-from preread_cli.failures import BAD_ITEMS, UNAVAILABLE, CommandFailed
+from preread_cli.failures import BAD_ITEMS, CommandFailed
 from preread_cli.options import client_settings, collection_option, option
 from preread_cli.terminal import counted_progress, human_bytes
 
@@ -40,7 +40,7 @@ def warm(ctx: click.Context, /, **given: Any) -> None:
       preread warm -c docs --ids most-read.txt
       preread warm -c docs --ids - --instruction "Find passages that answer the question"
     """
-    from preread import Client, Unavailable
+    from preread import Client
 
     ids = stored_ids(given["store"], given["collection"]) if given["ids"] is None else read_ids(given["ids"])
     if not ids:
@@ -48,13 +48,10 @@ def warm(ctx: click.Context, /, **given: Any) -> None:
     settings = client_settings(given, timeout_seconds=given["timeout_seconds"])
     options = {name: given[name] for name in ("collection", "instruction", "compression_ratio")}
     warmed: list[Warmed] = []
-    try:
-        with Client(given["address"], options=settings) as client, counted_progress("warming") as on_progress:
-            for first in range(0, len(ids), CHUNK):
-                warmed.append(client.warm(ids[first : first + CHUNK], model=given["model_name"], **options))
-                on_progress(min(first + CHUNK, len(ids)), len(ids))
-    except Unavailable as exc:
-        raise CommandFailed(f"{exc}; is `preread serve` running there?", UNAVAILABLE) from exc
+    with Client(given["address"], options=settings) as client, counted_progress("warming") as on_progress:
+        for first in range(0, len(ids), CHUNK):
+            warmed.append(client.warm(ids[first : first + CHUNK], model=given["model_name"], **options))
+            on_progress(min(first + CHUNK, len(ids)), len(ids))
     missing = list(dict.fromkeys(id_ for one in warmed for id_ in one.missing_ids))
     if given["as_json"]:
         click.echo(json.dumps(_total(warmed) | {"missing_ids": missing}, ensure_ascii=False, indent=2))
