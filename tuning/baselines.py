@@ -15,21 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tuning import EvaluationError, MissingExtra
+from tuning.judged import JudgedCollection
 from tuning.progress import SILENT, StageProgress
-from tuning.trec import Run, RunFile, rank
+from tuning.trec import Run, rank
 
 TEACHERS = {"minilm": "MiniLM"}  # name -> how tables call it
 _BM25 = "BM25"
 _BATCH = 64
 
 
-def first_stage(
-    passages: Mapping[str, str],
-    queries: Mapping[str, str],
-    given: RunFile | None,
-    top_k: int,
-    progress: StageProgress = SILENT,
-) -> tuple[str, Run]:
+def first_stage(judged: JudgedCollection, top_k: int, progress: StageProgress = SILENT) -> tuple[str, Run]:
     """The first stage's name and its ranking, to rerank and to beat: the run that is given, or BM25's.
 
     Returns:
@@ -38,12 +33,13 @@ def first_stage(
     Raises:
         EvaluationError: no texts to search, or a run of other queries.
     """
+    given = judged.candidates
     if given is None:
-        if not passages:
+        if not judged.passages:
             raise EvaluationError("no passage texts for BM25: name a corpus, or a run file with the candidates")
-        return _BM25, search(passages, queries, top_k, progress)
+        return _BM25, search(judged.passages, judged.queries, top_k, progress)
     run: Run = {}
-    for query_id in queries:
+    for query_id in judged.queries:
         found = given.run.get(query_id, [])[:top_k]
         run[query_id] = rank([p for p, _ in found], [score for _, score in found])
     if not any(run.values()):
@@ -110,13 +106,7 @@ def _best(scores: NDArray[np.float32], top_k: int) -> NDArray[np.intp]:
 
 
 def teacher_run(
-    name: str,
-    passages: Mapping[str, str],
-    queries: Mapping[str, str],
-    first: Run,
-    *,
-    device: str | None = None,
-    progress: StageProgress = SILENT,
+    name: str, judged: JudgedCollection, first: Run, *, device: str | None = None, progress: StageProgress = SILENT
 ) -> Run:
     """The teacher's ranking of the first stage's candidates; candidates without a text come last.
 
@@ -124,6 +114,7 @@ def teacher_run(
         EvaluationError: no such teacher, or no texts for it to read.
         MissingExtra: its package is not installed.
     """
+    passages, queries = judged.passages, judged.queries
     check_teacher(name)
     if not passages:
         raise EvaluationError(f"teacher is {name!r}, which reads texts; name a corpus")

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,9 +25,53 @@ from tuning.baselines import TEACHERS, first_stage, teacher_run
 from tuning.judged import JudgedCollection, read_judged
 from tuning.metrics import Bootstrap, per_query
 from tuning.progress import SILENT, StageProgress
-from tuning.report import Counts, EvaluationReport, EvaluationSettings, System
-from tuning.rerank import EncodedStates, StateSource, StoredStates, rerank
-from tuning.trec import Run, RunFile
+from tuning.report import Counts, EvaluationReport, EvaluationSettings, MeasuringSettings, System
+from tuning.rerank import EncodedStates, Reranked, StateSource, StoredStates, rerank
+from tuning.trec import Run
+
+
+@dataclass
+class Experiment:
+    """Judged queries with their candidates, and a checkpoint to score them, loaded on first use.
+
+    Raises CheckpointError, CacheError: it cannot be opened, or another encoder wrote the stored collection.
+    """
+
+    judged: JudgedCollection  # with stored texts and sampled, once it is here
+    model: Checkpoint | str | Path  # a checkpoint, or its directory or hub id
+    settings: MeasuringSettings
+    device: str | None
+    dtype: str | None
+    progress: StageProgress
+
+    def __post_init__(self) -> None:
+        self.checkpoint = open_checkpoint(self.model, self.judged.stored)
+        self.judged = self.judged.with_stored_texts().sample(self.settings.max_queries, self.settings.seed)
+
+    @cached_property
+    def first_stage(self) -> tuple[str, Run]:
+        """Its name, and the ranking to rerank and to beat."""
+        return first_stage(self.judged, self.settings.top_k, self.progress)
+
+    @cached_property
+    def backend(self) -> FbnlBackend:
+        return FbnlBackend.load(self.checkpoint, device=self.device, dtype=self.dtype)
+
+    @cached_property
+    def encoder(self) -> PassageEncoder:
+        return load_encoder(self.checkpoint, self.device, self.dtype)
+
+    def identity(self) -> dict[str, Any]:
+        """Fields of every report."""
+        default = self.checkpoint.settings.default_instruction
+        return {
+            "collection": self.judged.name,
+            "checkpoint": self.checkpoint.name,
+            "fingerprint": self.checkpoint.identity().fingerprint,
+            "dtype": self.backend.dtype_name,
+            "device": self.backend.device_name,
+            "instruction": default if self.settings.instruction is None else self.settings.instruction,
+        }
 
 
 def evaluate(
@@ -33,8 +79,6 @@ def evaluate(
     model: Checkpoint | str | Path,
     settings: EvaluationSettings | None = None,
     *,
-    candidates: RunFile | None = None,
-    stored: Collection | None = None,
     device: str | None = None,
     dtype: str | None = None,
     progress: StageProgress = SILENT,
@@ -42,34 +86,23 @@ def evaluate(
     """Reranks first-stage candidates with a checkpoint and measures both.
 
     Args:
-        judged: a collection, or a BEIR folder to read it from.
+        judged: a collection, or a BEIR folder to read it from; stored states are read instead of encoding the passages.
         model: a checkpoint, or its directory or hub id.
-        candidates: the first stage's ranking; BM25's where there is none.
-        stored: read states from this collection instead of encoding the passages.
 
     Raises:
         EvaluationError: input that cannot be evaluated.
         CheckpointError, CacheError: a checkpoint or collection that cannot be used.
     """
-    settings = (settings or EvaluationSettings()).with_ratios(stored.manifest.compression_ratio if stored else 1)
-    assert settings.ratios is not None
-    checkpoint = open_checkpoint(model, stored)
     judged = judged if isinstance(judged, JudgedCollection) else read_judged(judged)
-    judged = judged.with_texts_of(stored).sample(settings.max_queries, settings.seed)
-    name, first = first_stage(judged.passages, judged.queries, candidates, settings.top_k, progress)
+    stored = judged.stored
+    settings = (settings or EvaluationSettings()).with_ratios(stored.manifest.compression_ratio if stored else 1)
+    one = Experiment(judged, model, settings, device, dtype, progress)
+    judged, (name, first) = one.judged, one.first_stage
     runs: list[tuple[str, int | None, Run]] = [(name, None, first)]
     if settings.teacher is not None:
-        taught = teacher_run(settings.teacher, judged.passages, judged.queries, first, device=device, progress=progress)
+        taught = teacher_run(settings.teacher, judged, first, device=device, progress=progress)
         runs.append((TEACHERS[settings.teacher], None, taught))
-
-    backend = FbnlBackend.load(checkpoint, device=device, dtype=dtype)
-    source: StateSource
-    if stored is not None:
-        source = StoredStates(stored)
-    else:
-        encoder = load_encoder(checkpoint, device, dtype)
-        source = EncodedStates(encoder, judged.passages, math.gcd(*settings.ratios), split=settings.split)
-    reranked = rerank(backend, source, judged.queries, first, settings.ratios, settings.instruction, progress)
+    reranked = _rerank(one, settings)
     runs += [(f"r = {ratio}", ratio, ranking) for ratio, ranking in reranked.runs.items()]
     systems = [
         System(
@@ -81,32 +114,37 @@ def evaluate(
         )
         for name, ratio, ranking in runs
     ]
+    counts = Counts.of(
+        judged,
+        first,
+        settings.min_grade,
+        num_missing_passages=len(reranked.missing_passages),
+        num_changed_passages=_num_changed(judged, first),
+        num_truncated_passages=len(reranked.truncated_passages),
+        num_unscored_pairs=reranked.num_unscored_pairs,
+    )
     return EvaluationReport(
-        collection=judged.name,
-        checkpoint=checkpoint.name,
-        fingerprint=checkpoint.identity().fingerprint,
+        **one.identity(),
         stored_as=stored.name if stored is not None else None,
         codec=stored.manifest.codec if stored is not None else None,
-        dtype=backend.dtype_name,
-        device=backend.device_name,
-        instruction=checkpoint.settings.default_instruction if settings.instruction is None else settings.instruction,
         settings=settings,
-        counts=Counts.of(
-            judged,
-            candidates,
-            first,
-            stored,
-            settings.min_grade,
-            num_missing_passages=len(reranked.missing_passages),
-            num_changed_passages=_num_changed(judged, stored, first) if stored is not None else 0,
-            num_truncated_passages=len(reranked.truncated_passages),
-            num_unscored_pairs=reranked.num_unscored_pairs,
-        ),
+        counts=counts,
         query_ids=list(judged.qrels),
         qrels=judged.qrels,
         systems=_compare(systems, settings),
         refused=judged.refused,
     )
+
+
+def _rerank(one: Experiment, settings: EvaluationSettings) -> Reranked:
+    assert settings.ratios is not None
+    source: StateSource
+    if one.judged.stored is not None:
+        source = StoredStates(one.judged.stored)
+    else:
+        source = EncodedStates(one.encoder, one.judged.passages, math.gcd(*settings.ratios), split=settings.split)
+    queries, first = one.judged.queries, one.first_stage[1]
+    return rerank(one.backend, source, queries, first, settings.ratios, settings.instruction, one.progress)
 
 
 def open_checkpoint(
@@ -135,10 +173,12 @@ def load_encoder(checkpoint: Checkpoint, device: str | None, dtype: str | None) 
     return PassageEncoder(checkpoint, half, BatchLimits.for_device(half.device_name))
 
 
-def _num_changed(judged: JudgedCollection, stored: Collection, first: Run) -> int:
-    """Candidates whose states are of another text than the corpus has now."""
+def _num_changed(judged: JudgedCollection, first: Run) -> int:
+    """Candidates whose stored states are of another text than the corpus has now."""
+    if judged.stored is None:
+        return 0
     ids = sorted({p for ranking in first.values() for p, _ in ranking if p in judged.passages})
-    digests = zip(ids, stored.digests(ids), strict=True)
+    digests = zip(ids, judged.stored.digests(ids), strict=True)
     return sum(digest is not None and digest != text_digest(judged.passages[p]) for p, digest in digests)
 
 

@@ -17,7 +17,7 @@ from encoder_worker.reading import SeenIds
 from encoder_worker.sources import Fields, Passage, Place, Refused, SourceError
 from encoder_worker.sources.files import Source
 from tuning import EvaluationError
-from tuning.trec import JudgedFile, Qrels, read_qrels
+from tuning.trec import JudgedFile, Qrels, RunFile, read_qrels
 
 _CORPUS_NAMES = ("corpus.jsonl", "corpus.jsonl.gz", "corpus.jsonl.zst")
 _QUERY_NAMES = ("queries.jsonl", "queries.jsonl.gz", "queries.jsonl.zst")
@@ -40,18 +40,20 @@ class JudgedCollection:
     unknown_queries: tuple[str, ...] = ()  # judged, but without a text
     splits: dict[str, str] = field(default_factory=dict)  # query_id -> `split` of queries.jsonl
     refused: tuple[Refused, ...] = ()  # lines of the three files that were left out, and why
+    candidates: RunFile | None = None  # the first stage's ranking; None: BM25's
+    stored: Collection | None = None  # the same passages, indexed: their states, and where there are none their texts
 
     def with_passages(self, passages: dict[str, str]) -> JudgedCollection:
         """The same judgements over these passages."""
         return replace(self, passages=passages)
 
-    def with_texts_of(self, stored: Collection | None) -> JudgedCollection:
-        """Where it has no passages, with the texts that a stored collection keeps; states are not decoded."""
-        if self.passages or stored is None:
+    def with_stored_texts(self) -> JudgedCollection:
+        """Where it has no passages, with the texts that the stored collection keeps; states are not decoded."""
+        if self.passages or self.stored is None:
             return self
         texts = {
             passage_id: record.text
-            for passage_id, record in stored.store.scan(stored.name)
+            for passage_id, record in self.stored.store.scan(self.stored.name)
             if isinstance(record, Record) and record.text is not None
         }
         return self.with_passages(dict(sorted(texts.items())))

@@ -15,13 +15,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cache.collection import Collection
 from encoder_worker.sources import Refused
 from tuning import EvaluationError
 from tuning.baselines import check_teacher
 from tuning.judged import JudgedCollection
 from tuning.metrics import HEADLINE, NUM_RESAMPLES, Difference, Interval
-from tuning.trec import Qrels, Run, RunFile, write_runs
+from tuning.trec import Qrels, Run, write_runs
 
 _FORMAT_VERSION = 1
 COARSEST = 32  # the coarsest ratio that published checkpoints are trained for
@@ -160,21 +159,9 @@ class Counts:
     num_unscored_pairs: int = _noted("scores were not finite: those candidates are ranked last")
 
     @classmethod
-    def of(
-        cls,
-        judged: JudgedCollection,
-        candidates: RunFile | None,
-        first: Run,
-        stored: Collection | None,
-        min_grade: int,
-        **of_candidates: int,
-    ) -> Counts:
-        """Of the judged data; counts of candidates, which depend on the scoring, are added as they are.
-
-        Args:
-            candidates: the run file that gave the first stage.
-        """
-        grades = list(judged.qrels.values())
+    def of(cls, judged: JudgedCollection, first: Run, min_grade: int, **of_candidates: int) -> Counts:
+        """Of the judged data; counts of candidates, which depend on the scoring, are added as they are."""
+        grades, stored, given = list(judged.qrels.values()), judged.stored, judged.candidates
         known = set(judged.passages)
         if not known and stored is not None:  # a store without texts
             ids = sorted({p for own in grades for p in own})
@@ -188,7 +175,7 @@ class Counts:
             num_judgements_of_unknown_queries=judged.num_judgements_of_unknown_queries,
             num_unknown_queries=len(judged.unknown_queries),
             num_judgements_of_unknown_passages=sum(p not in known for own in grades for p in own),
-            num_run_queries_ignored=len(candidates.run.keys() - judged.queries.keys()) if candidates else 0,
+            num_run_queries_ignored=len(given.run.keys() - judged.queries.keys()) if given is not None else 0,
             num_queries_without_relevant=sum(max(own.values()) < min_grade for own in grades),
             num_queries_without_candidates=sum(not ranking for ranking in first.values()),
             **of_candidates,

@@ -123,6 +123,25 @@ class StoredStates:
             yield chunk
 
 
+class Pairs:
+    """Every query with its candidates, in one flat order that margins keep."""
+
+    def __init__(self, candidates: Mapping[str, Sequence[str]]) -> None:
+        self.candidates = {q: list(found) for q, found in candidates.items()}
+        # passage_id -> its (query_id, flat index), in order of first appearance
+        self.places: dict[str, list[tuple[str, int]]] = {}
+        self.num = 0
+        for query_id, found in self.candidates.items():
+            for p in found:
+                self.places.setdefault(p, []).append((query_id, self.num))
+                self.num += 1
+
+    def split(self, flat: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+        """By query, the values of its candidates."""
+        ends = np.cumsum([len(found) for found in self.candidates.values()])
+        return dict(zip(self.candidates, np.split(flat, ends[:-1]), strict=True))
+
+
 @dataclass
 class Reranked:
     """One run per ratio, and candidates that could not be scored as usual."""
@@ -152,31 +171,26 @@ def rerank(
         RatioError: a ratio that the source's states cannot be read at.
     """
     prompts = {q: backend.prompt(queries[q], instruction) for q in candidates}
-    places: dict[str, list[tuple[str, int]]] = {}  # passage_id -> its (query_id, index among candidates)
-    for query_id, ranking in candidates.items():
-        for index, (passage_id, _) in enumerate(ranking):
-            places.setdefault(passage_id, []).append((query_id, index))
-    margins = {r: {q: np.full(len(found), np.nan) for q, found in candidates.items()} for r in ratios}
-    result = Reranked({}, missing_passages=set(places), seconds=dict.fromkeys(ratios, 0.0))
-    advance = progress.begin("score (pairs)", sum(map(len, places.values())) * len(ratios))
+    pairs = Pairs({q: [p for p, _ in ranking] for q, ranking in candidates.items()})
+    margins = {ratio: np.full(pairs.num, np.nan, dtype=np.float32) for ratio in ratios}
+    result = Reranked({}, missing_passages=set(pairs.places), seconds=dict.fromkeys(ratios, 0.0))
+    advance = progress.begin("score (pairs)", pairs.num * len(ratios))
 
-    for chunk in source.chunks(list(places), progress):
+    for chunk in source.chunks(list(pairs.places), progress):
         result.missing_passages -= chunk.keys()
         result.truncated_passages |= {p for p, states in chunk.items() if states.truncated}
-        pairs = [(p, query_id, index) for p in chunk for query_id, index in places[p]]
+        rows = [(p, query_id, index) for p in chunk for query_id, index in pairs.places[p]]
+        indices = [index for *_, index in rows]
         for ratio in ratios:
             start = time.perf_counter()
             pooled = {p: states.at_ratio(ratio) for p, states in chunk.items()}
-            best = score_passages(backend, [(prompts[query_id], pooled[p]) for p, query_id, _ in pairs], advance)
-            for (_, query_id, index), margin in zip(pairs, best.tolist(), strict=True):
-                margins[ratio][query_id][index] = margin
+            best = score_passages(backend, [(prompts[query_id], pooled[p]) for p, query_id, _ in rows], advance)
+            margins[ratio][indices] = best
             result.num_unscored_pairs += int(np.isnan(best).sum())
             result.seconds[ratio] += time.perf_counter() - start
 
-    result.runs = {
-        ratio: {q: rank([p for p, _ in candidates[q]], values) for q, values in own.items()}
-        for ratio, own in margins.items()
-    }
+    for ratio, flat in margins.items():
+        result.runs[ratio] = {q: rank(pairs.candidates[q], own) for q, own in pairs.split(flat).items()}
     return result
 
 

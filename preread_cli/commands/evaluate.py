@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,8 +137,8 @@ def evaluate(**options: Any) -> None:
     judged = _judged(options)
     json_file: Path | None = options["json_file"]
     _make_folders(options["run_out"], json_file.parent if json_file is not None else None)
-    with _inputs(options) as inputs:
-        report = run(judged, settings=settings, **inputs)
+    with _inputs(options, judged) as inputs:
+        report = run(settings=settings, **inputs)
     if json_file is None or not is_stdout(json_file):
         report.print()
     if json_file is not None:
@@ -241,8 +242,8 @@ def tune(ctx: click.Context, /, **options: Any) -> None:
         judged = judged.without_judgements()
     out: Path = options["out"]
     _make_folders(out, options["run_out"])
-    with _inputs(options) as inputs:
-        report = run(judged, settings=settings, work_dir=options["work_dir"] or out / "work", **inputs)
+    with _inputs(options, judged) as inputs:
+        report = run(settings=settings, work_dir=options["work_dir"] or out / "work", **inputs)
     if options["run_out"] is not None:
         report.write_runs(options["run_out"])
     named = ctx.get_parameter_source("model") is not ParameterSource.DEFAULT
@@ -277,8 +278,8 @@ def _make_folders(*folders: Path | None) -> None:
 
 
 @contextmanager
-def _inputs(options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Arguments of both runs: the model, the store's collection, candidates, where to compute, and a bar."""
+def _inputs(options: Mapping[str, Any], judged: JudgedCollection) -> Iterator[dict[str, Any]]:
+    """Arguments of both runs: queries with candidates and store, the model, where to compute, and a bar."""
     from tuning.evaluate import open_checkpoint
     from tuning.progress import TerminalProgress
     from tuning.trec import read_run
@@ -286,9 +287,8 @@ def _inputs(options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     candidates = read_run(options["run_file"]) if options["run_file"] is not None else None
     with _stored(options) as stored, TerminalProgress() as progress:
         yield {
+            "judged": replace(judged, candidates=candidates, stored=stored),
             "model": open_checkpoint(options["model"], stored, read_control_tokens=options["read_control_tokens"]),
-            "candidates": candidates,
-            "stored": stored,
             "device": options["device"],
             "dtype": options["dtype"],
             "progress": progress,

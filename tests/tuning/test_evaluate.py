@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def test_an_instruction_reaches_the_model(beir: Path, tiny: Path, report: Evalua
 
 def test_candidates_of_a_run_are_reranked_instead(beir: Path, tiny: Path) -> None:
     run = RunFile({"q1": [("bread", 3.0), ("tide", 2.0), ("gone", 1.0)], "q9": [("moon", 1.0)]}, "mine")
-    report = evaluate(beir, tiny, SETTINGS, candidates=run, device="cpu", dtype="float32")
+    report = evaluate(replace(read_judged(beir), candidates=run), tiny, SETTINGS, device="cpu", dtype="float32")
     assert report.baseline.name == "mine"
     assert report.baseline.measures["MRR@10"].mean == pytest.approx(0.5 / 4)
     assert {p for p, _ in report.reranked(1).run["q1"]} == {"bread", "tide", "gone"}
@@ -99,7 +100,7 @@ def test_candidates_of_a_run_are_reranked_instead(beir: Path, tiny: Path) -> Non
     assert report.counts.num_queries_without_candidates == 3
     assert report.counts.num_missing_passages == 1
     with pytest.raises(EvaluationError, match="the run ranks nothing for any of the queries"):
-        evaluate(beir, tiny, SETTINGS, candidates=RunFile({"q9": [("moon", 1.0)]}, "mine"))
+        evaluate(replace(read_judged(beir), candidates=RunFile({"q9": [("moon", 1.0)]}, "mine")), tiny, SETTINGS)
 
 
 def _index(store: Store, tiny: Path, beir: Path, *, ratio: int, stores_text: bool) -> Collection:
@@ -133,9 +134,9 @@ def _index(store: Store, tiny: Path, beir: Path, *, ratio: int, stores_text: boo
 def test_an_indexed_collection_is_evaluated_as_it_lies(beir: Path, tiny: Path) -> None:
     stored = _index(open_store("memory:tuning-evaluate"), tiny, beir, ratio=4, stores_text=True)
     settings = EvaluationSettings(ratios=(4, 8), num_resamples=500)
-    with_corpus = evaluate(beir, tiny, settings, stored=stored, device="cpu", dtype="float32")
+    with_corpus = evaluate(replace(read_judged(beir), stored=stored), tiny, settings, device="cpu", dtype="float32")
     judged = read_judged(queries=beir / "queries.jsonl", qrels=beir / "qrels.tsv", need_corpus=False)
-    from_store = evaluate(judged, tiny, settings, stored=stored, device="cpu", dtype="float32")
+    from_store = evaluate(replace(judged, stored=stored), tiny, settings, device="cpu", dtype="float32")
     assert with_corpus.stored_as == "kept"
     assert with_corpus.counts.num_truncated_passages == 1  # bread, at the collection's 64 tokens
     for ours, theirs in zip(from_store.systems, with_corpus.systems, strict=True):
@@ -143,20 +144,20 @@ def test_an_indexed_collection_is_evaluated_as_it_lies(beir: Path, tiny: Path) -
     assert with_corpus.counts.num_changed_passages == 0
     changed = read_judged(beir)
     changed = changed.with_passages(changed.passages | {"tide": "tides are told anew"})
-    assert evaluate(changed, tiny, settings, stored=stored).counts.num_changed_passages == 1
+    assert evaluate(replace(changed, stored=stored), tiny, settings).counts.num_changed_passages == 1
     with pytest.raises(EvaluationError, match="ratio is 2; the states are at 4, expected a multiple of it"):
-        evaluate(beir, tiny, EvaluationSettings(ratios=(2,)), stored=stored)
+        evaluate(replace(read_judged(beir), stored=stored), tiny, EvaluationSettings(ratios=(2,)))
 
 
 def test_a_store_without_texts_needs_a_run(beir: Path, tiny: Path) -> None:
     stored = _index(open_store("memory:tuning-textless"), tiny, beir, ratio=1, stores_text=False)
     judged = read_judged(queries=beir / "queries.jsonl", qrels=beir / "qrels.tsv", need_corpus=False)
     with pytest.raises(EvaluationError, match="no passage texts for BM25: name a corpus, or a run file"):
-        evaluate(judged, tiny, SETTINGS, stored=stored)
+        evaluate(replace(judged, stored=stored), tiny, SETTINGS)
     run = RunFile({"q1": [("moon", 2.0), ("tide", 1.0)]}, "mine")
     with pytest.raises(EvaluationError, match="teacher is 'minilm', which reads texts; name a corpus"):
-        evaluate(judged, tiny, EvaluationSettings(teacher="minilm"), stored=stored, candidates=run)
-    report = evaluate(judged, tiny, SETTINGS, stored=stored, candidates=run, device="cpu", dtype="float32")
+        evaluate(replace(judged, stored=stored, candidates=run), tiny, EvaluationSettings(teacher="minilm"))
+    report = evaluate(replace(judged, stored=stored, candidates=run), tiny, SETTINGS, device="cpu", dtype="float32")
     assert report.counts.num_judgements_of_unknown_passages == 1
     assert report.counts.num_missing_passages == 0
 
@@ -165,7 +166,7 @@ def test_another_encoders_collection_is_refused(beir: Path, tiny: Path, tmp_path
     stored = _index(open_store("memory:tuning-other"), tiny, beir, ratio=1, stores_text=True)
     other = make_checkpoint(tmp_path / "other", "tiny", seed=1)
     with pytest.raises(EncoderMismatch, match="kept"):
-        evaluate(beir, other, SETTINGS, stored=stored)
+        evaluate(replace(read_judged(beir), stored=stored), other, SETTINGS)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from decoder_server.models.backend import Backend, Prompt
 from encoder_worker.writing import num_training_states
 from tuning import EvaluationError
 from tuning.progress import SILENT, Advance, StageProgress
-from tuning.rerank import States, score_passages
+from tuning.rerank import Pairs, States, score_passages
 from tuning.sweep.settings import Configuration, Unit
 from tuning.sweep.workdir import SpilledStates, WorkDir
 
@@ -129,25 +129,6 @@ class Codecs:
 def file_name(ratio: int, factory: str) -> str:
     """`r4-SQ8`; commas and brackets of a factory string become code points, so that names stay distinct."""
     return f"r{ratio}-" + "".join(c if c.isalnum() or c in "-_" else f"~{ord(c):x}" for c in factory)
-
-
-class Pairs:
-    """Every query with its candidates, in one flat order that margins keep."""
-
-    def __init__(self, candidates: Mapping[str, Sequence[str]]) -> None:
-        self.candidates = {q: list(found) for q, found in candidates.items()}
-        # passage_id -> its (query_id, flat index), in order of first appearance
-        self.places: dict[str, list[tuple[str, int]]] = {}
-        self.num = 0
-        for query_id, found in self.candidates.items():
-            for p in found:
-                self.places.setdefault(p, []).append((query_id, self.num))
-                self.num += 1
-
-    def split(self, flat: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
-        """By query, the values of its candidates."""
-        ends = np.cumsum([len(found) for found in self.candidates.values()])
-        return dict(zip(self.candidates, np.split(flat, ends[:-1]), strict=True))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from preread.types import Stage
 from tuning.metrics import HEADLINE, Bootstrap, Difference, Interval, kendall_tau, per_query
 from tuning.progress import SILENT, StageProgress
 from tuning.report import PerQuery
-from tuning.sweep.margins import Margins, Pairs
+from tuning.rerank import Pairs
+from tuning.sweep.margins import Margins
 from tuning.sweep.settings import Configuration, Reading, SweepSettings
 from tuning.trec import Qrels, Run, order
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -18,25 +19,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.collection import Collection
 from cache.states import text_digest
-from checkpoint import Checkpoint
+from checkpoint import Checkpoint, TokenizedPrompt
 from checkpoint.compute import hardware
 from decoder_server.models.fbnl.backend import FbnlBackend
 from tuning import EvaluationError
-from tuning.baselines import first_stage
-from tuning.evaluate import load_encoder, open_checkpoint
+from tuning.evaluate import Experiment
 from tuning.judged import JudgedCollection
 from tuning.progress import SILENT, StageProgress
 from tuning.report import Counts
-from tuning.rerank import EncodedStates, StateSource, StoredStates
+from tuning.rerank import EncodedStates, Pairs, StateSource, StoredStates
 from tuning.sweep.costs import CostTimer, IndexingCost, Lengths, TimedQuery
-from tuning.sweep.margins import Codecs, Margins, Pairs
+from tuning.sweep.margins import Codecs, Margins
 from tuning.sweep.quality import Judgements, Quality, measure_quality
 from tuning.sweep.report import SweepReport, SweepRow
 from tuning.sweep.settings import Configuration, SweepSettings, units_of
 from tuning.sweep.workdir import SpilledStates, WorkDir
-from tuning.trec import RunFile
 
 _WORK_VERSION = 1  # raised when the contents of a work directory mean something else
 _SPILL_CHUNK_BYTES = 32 << 20  # how much a killed run encodes again at most
@@ -48,8 +46,6 @@ def tune(
     settings: SweepSettings | None = None,
     *,
     work_dir: str | Path,
-    candidates: RunFile | None = None,
-    stored: Collection | None = None,
     device: str | None = None,
     dtype: str | None = None,
     progress: StageProgress = SILENT,
@@ -57,53 +53,49 @@ def tune(
     """Measures every configuration on the candidates of every query.
 
     Args:
-        judged: passages and queries; without judgements the reference's ranking replaces them.
-        candidates: the first stage's ranking; BM25's where there is none.
-        stored: take the passages of this collection: their texts, or where it keeps none their states.
+        judged: without judgements the reference's ranking replaces them; of a stored collection its texts are taken,
+            or where it keeps none its states.
         work_dir: where states and margins are kept; a run that was killed goes on from there.
 
     Raises:
         EvaluationError: input that cannot be tuned on.
         CheckpointError, CacheError: a checkpoint, collection or codec that cannot be used.
     """
-    settings, checkpoint = settings or SweepSettings(), open_checkpoint(model, stored)
-    judged = judged.with_texts_of(stored).sample(settings.max_queries, settings.seed)
-    from_states = stored if stored is not None and not judged.passages else None
-    settings = settings.resolved(from_states.manifest.compression_ratio if from_states else 1, checkpoint.dim)
-    sweep = Sweep(judged, checkpoint, settings, candidates, from_states, Path(work_dir), device, dtype, progress)
-    with sweep.work.held():
+    sweep = Sweep(judged, model, settings or SweepSettings(), device, dtype, progress)
+    with sweep.held(Path(work_dir)):
         return sweep.report()
 
 
 @dataclass
-class Sweep:
+class Sweep(Experiment):
     """Steps of a sweep, each computed on first use: states -> margins -> quality -> times -> report.
 
-    States, codecs and margins are kept in the work directory.
+    States, codecs and margins are kept in the work directory, which is held meanwhile.
     """
 
-    judged: JudgedCollection
-    checkpoint: Checkpoint
-    settings: SweepSettings  # resolved
-    candidates: RunFile | None  # BM25's where there is none
-    from_states: Collection | None  # its states are the source; None: passages are encoded
-    root: Path
-    device: str | None = None
-    dtype: str | None = None
-    progress: StageProgress = SILENT
-    first_stage_name: str = field(init=False)
+    settings: SweepSettings  # resolved, once it is here
 
     def __post_init__(self) -> None:
-        self.first_stage_name, self.first = first_stage(
-            self.judged.passages, self.judged.queries, self.candidates, self.settings.top_k, self.progress
-        )
+        super().__post_init__()
+        # Its states are the source; None: passages are encoded.
+        self.from_states = self.judged.stored if not self.judged.passages else None
+        ratio = self.from_states.manifest.compression_ratio if self.from_states is not None else 1
+        self.settings = self.settings.resolved(ratio, self.checkpoint.dim)
+        self.first_stage_name, self.first = self.first_stage
         self.pairs = Pairs({q: [p for p, _ in found] for q, found in self.first.items()})
         if not self.pairs.num:
             raise EvaluationError("no query has any candidate; a run file with --run names some")
-        self.backend = FbnlBackend.load(self.checkpoint, device=self.device, dtype=self.dtype)
-        self.encoder = load_encoder(self.checkpoint, self.device, self.dtype)
-        self.prompts = {q: self.backend.prompt(self.judged.queries[q], self.settings.instruction) for q in self.first}
-        self.work = WorkDir(self.root, self._inputs())
+
+    @contextmanager
+    def held(self, root: Path) -> Iterator[None]:
+        """The work directory of these inputs, for this process alone. Raises EvaluationError where another has it."""
+        self.work = WorkDir(root, self._inputs())
+        with self.work.held():
+            yield
+
+    @cached_property
+    def prompts(self) -> dict[str, TokenizedPrompt]:
+        return {q: self.backend.prompt(self.judged.queries[q], self.settings.instruction) for q in self.first}
 
     def _inputs(self) -> dict[str, Any]:
         """Everything that states and margins depend on."""
@@ -244,9 +236,7 @@ class Sweep:
         without_states = sum(len(places[p]) for p in absent) * len(self.margins.values)
         counts = Counts.of(
             self.judged,
-            self.candidates,
             self.first,
-            self.from_states,
             self.judgements.min_grade,
             num_missing_passages=max(0, len(absent) - len(failed) - self.states.num_not_finite),
             num_truncated_passages=len(self.states.truncated & places.keys()),
@@ -269,15 +259,9 @@ class Sweep:
 
     def report(self) -> SweepReport:
         first_quality, reference_quality, _ = self.quality
-        default = self.checkpoint.settings.default_instruction
-        identity: dict[str, Any] = {"dtype": self.backend.dtype_name, "device": self.backend.device_name}
         return SweepReport(
-            **identity,
-            collection=self.judged.name,
-            checkpoint=self.checkpoint.name,
-            fingerprint=self.checkpoint.identity().fingerprint,
+            **self.identity(),
             hardware=hardware(),
-            instruction=default if self.settings.instruction is None else self.settings.instruction,
             settings=self.settings,
             reference_ratio=self.states.ratio,
             taught=self.judgements.taught,

@@ -45,8 +45,9 @@ def sweep(judged: JudgedCollection, tiny: Path, kept: Path) -> Sweep:
     """Sweeps with some settings changed; `judged`, `work_dir` and what tune() takes may be given."""
 
     def run(**given: Any) -> SweepReport:
-        of_tune = {name: given.pop(name) for name in ("candidates", "stored", "progress") if name in given}
-        collection, work_dir = given.pop("judged", judged), given.pop("work_dir", kept)
+        of_tune = {name: given.pop(name) for name in ("progress",) if name in given}
+        data = {name: given.pop(name) for name in ("candidates", "stored") if name in given}
+        collection, work_dir = replace(given.pop("judged", judged), **data), given.pop("work_dir", kept)
         settings = replace(SETTINGS, **given)
         return tune(collection, tiny, settings, work_dir=work_dir, device="cpu", dtype="float32", **of_tune)
 
