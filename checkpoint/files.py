@@ -23,7 +23,7 @@ class CheckpointError(ValueError):
 HUB_PATTERNS = ("*.json", "*.safetensors", "tokenizer*", "vocab.txt", "merges.txt", "*.model", "*.toml", "*.md")
 
 
-def resolve(name: str, revision: str | None = None, *, with_code: bool = False) -> Path:
+def resolve(name: str, *, with_code: bool = False) -> Path:
     """The local directory of a checkpoint: `name` itself, or the hub snapshot with that id.
 
     Args:
@@ -43,7 +43,7 @@ def resolve(name: str, revision: str | None = None, *, with_code: bool = False) 
 
     patterns = [*HUB_PATTERNS, *(["*.py"] if with_code else [])]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as exc:  # the hub client raises many unrelated types; each means the same here
         raise CheckpointError(
             f"checkpoint {name!r}: no local directory, and the hub did not provide it ({one_line(exc)})"

@@ -104,38 +104,27 @@ class EncoderIdentity:
     pooling_version: int
 
 
+@dataclass(frozen=True, eq=False)
 class Checkpoint:
     """A T5Gemma2ForConditionalGeneration directory, opened for reading."""
 
-    def __init__(
-        self, path: Path, name: str, config: T5Gemma2Config, settings: CheckpointSettings, *, neutralise: bool
-    ):
-        self.path = path
-        self.name = name
-        self.config = config
-        self.settings = settings
-        self.neutralise = neutralise
+    path: Path
+    name: str  # as it was opened
+    config: T5Gemma2Config
+    settings: CheckpointSettings
+    neutralise: bool  # tokenize control-token text from outside as plain text
 
     @classmethod
-    def open(
-        cls,
-        name: str | Path,
-        *,
-        revision: str | None = None,
-        max_passage_tokens: int | None = None,
-        neutralise: bool = True,
-    ) -> Checkpoint:
+    def open(cls, name: str | Path, *, max_passage_tokens: int | None = None, neutralise: bool = True) -> Checkpoint:
         """Opens a directory or hub id.
 
         Args:
-            revision: hub revision; ignored for a directory.
             max_passage_tokens: overrides the checkpoint's limit, up to the encoder's positions.
-            neutralise: tokenize control-token text from outside as plain text.
 
         Raises:
             CheckpointError: missing or unreadable files, another model type, a limit out of range.
         """
-        path = resolve(str(name), revision)
+        path = resolve(str(name))
         config = _read_config(path)
         settings = CheckpointSettings.load(path)
         if max_passage_tokens is not None:
@@ -145,7 +134,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"max_passage_tokens is {settings.max_passage_tokens}; expected 1..{positions}, the encoder's positions"
             )
-        return cls(path, str(name), config, settings, neutralise=neutralise)
+        return cls(path, str(name), config, settings, neutralise)
 
     @property
     def encoder_config(self) -> T5Gemma2TextConfig:

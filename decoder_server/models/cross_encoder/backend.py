@@ -36,7 +36,7 @@ class Runner(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _Settings:
+class _TextSettings:
     """The limits of a model that reads text."""
 
     default_instruction: str
@@ -71,7 +71,7 @@ class CrossEncoder:
             limits = "; not for commercial use" if "-NC" in profile.license else ""
             self.notice = f"{checkpoint_name} is under the licence {profile.license}{limits}"
         self._max_passage = profile.max_passage_tokens or profile.max_tokens
-        self.settings = _Settings(profile.default_instruction, self._max_passage, profile.max_query_tokens)
+        self.settings = _TextSettings(profile.default_instruction, self._max_passage, profile.max_query_tokens)
         self._reader, self._runner, self._fingerprint = reader, runner, fingerprint
 
     @cached_property

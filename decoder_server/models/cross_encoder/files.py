@@ -69,7 +69,7 @@ TOKENIZER_FILES = (
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class CheckpointFiles:
     """A checkpoint's opened files, for every runtime to load from."""
 
     directory: Path
@@ -84,7 +84,9 @@ class Source:
     trust_remote_code: bool
 
     @classmethod
-    def open(cls, directory: Path, raw: dict[str, Any], profile: Profile, *, trust_remote_code: bool) -> Source:
+    def open(
+        cls, directory: Path, raw: dict[str, Any], profile: Profile, *, trust_remote_code: bool
+    ) -> CheckpointFiles:
         """Reads all but the weights."""
         config = load_config(directory, profile, trust_remote_code=trust_remote_code)
         tokenizer, pad_id, names = _load_tokenizer(directory, raw, trust_remote_code)
@@ -137,8 +139,7 @@ def _load_tokenizer(directory: Path, raw: dict[str, Any], trust_remote_code: boo
         )
         tokenizer: Tokenizer = loaded.backend_tokenizer
     except Exception as exc:  # a missing file, a broken one and an unknown class raise unrelated types
-        lines = str(exc).strip().splitlines() or [""]
-        raise CheckpointError(f"{directory}: no tokenizer that can be read ({lines[0][:300]})") from exc
+        raise CheckpointError(f"{directory}: no tokenizer that can be read ({one_line(exc)})") from exc
     if len(tokenizer.encode("a query and a passage", add_special_tokens=False).ids) == 0:
         raise CheckpointError(f"{directory}: the tokenizer reads every text as nothing; its files are not all there")
     # Encoders that count positions from the pad id want the configuration's; elsewhere padding is masked.

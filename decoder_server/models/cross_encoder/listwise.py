@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 
 from checkpoint.compute import dtype_name
 from checkpoint.files import CheckpointError
-from decoder_server.models.cross_encoder.files import PROJECTOR, Source
+from decoder_server.models.cross_encoder.files import PROJECTOR, CheckpointFiles
 from decoder_server.models.cross_encoder.templates import TextPair, TextPrompt
 
 
 class ListwiseRunner:
     """A decoder with a projector over its marker tokens."""
 
-    def __init__(self, source: Source, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, source: CheckpointFiles, device: torch.device, dtype: torch.dtype) -> None:
         self.dtype_name, self.device_name = dtype_name(dtype), str(device)
         self._reader, self._profile = source.reader, source.profile
         self._markers = [self._marker(token) for token in (source.profile.passage_token, source.profile.query_token)]
@@ -83,7 +83,7 @@ class ListwiseRunner:
         return int(ids[0])
 
 
-def _read_projector(source: Source) -> tuple[torch.Tensor, torch.Tensor]:
+def _read_projector(source: CheckpointFiles) -> tuple[torch.Tensor, torch.Tensor]:
     """The two layers of the projector, in float32."""
     directory, tensors, hidden = source.directory, source.tensors, source.config.hidden_size
     missing = [name for name in PROJECTOR if name not in tensors]

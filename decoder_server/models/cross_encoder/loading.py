@@ -10,7 +10,7 @@ import torch
 from checkpoint.compute import choose_device, choose_dtype, cpu_multiplies_bfloat16
 from checkpoint.files import CheckpointError, read_json, resolve
 from decoder_server.models.cross_encoder.backend import CrossEncoder
-from decoder_server.models.cross_encoder.files import Source
+from decoder_server.models.cross_encoder.files import CheckpointFiles
 from decoder_server.models.cross_encoder.profiles import Profile, generic_profile, named_profile, own_profile
 from decoder_server.models.cross_encoder.torch_runtime import load_torch
 
@@ -25,7 +25,6 @@ def open_cross_encoder(
     dtype: str | None = None,
     runtime: str = "torch",
     profile: str | Profile | None = None,
-    revision: str | None = None,
     max_tokens: int | None = None,
     trust_remote_code: bool = False,
     cache_dir: Path | None = None,
@@ -63,7 +62,7 @@ def open_cross_encoder(
     slow = where.type == "cpu" and not cpu_multiplies_bfloat16()
     if number_format is torch.bfloat16 and slow:
         log.warning("this processor has no bfloat16 instructions: they are emulated, slower than float32")
-    source = _opened(name, profile, revision, max_tokens, trust_remote_code)
+    source = _opened(name, profile, max_tokens, trust_remote_code)
     if runtime == "torch":
         runner = load_torch(source, where, number_format)
     else:
@@ -82,18 +81,20 @@ def open_cross_encoder(
 
 
 def _opened(
-    name: str, profile: str | Profile | None, revision: str | None, max_tokens: int | None, trust_remote_code: bool
-) -> Source:
+    name: str, profile: str | Profile | None, max_tokens: int | None, trust_remote_code: bool
+) -> CheckpointFiles:
     """The files under the profile that the checkpoint goes by."""
     chosen = named_profile(name, profile)
     _check_allowed(name, chosen, trust_remote_code)  # before anything is downloaded
-    directory = resolve(name, revision, with_code=trust_remote_code)
+    directory = resolve(name, with_code=trust_remote_code)
     config = read_json(directory / "config.json")
     if chosen is None:
         chosen = (own_profile(directory) if profile is None else None) or generic_profile(name, config, directory)
         _check_allowed(name, chosen, trust_remote_code)
     chosen.check_architecture(config, name)
-    return Source.open(directory, config, chosen.limited(config, max_tokens), trust_remote_code=trust_remote_code)
+    return CheckpointFiles.open(
+        directory, config, chosen.limited(config, max_tokens), trust_remote_code=trust_remote_code
+    )
 
 
 def _check_allowed(name: str, profile: Profile | None, trust_remote_code: bool) -> None:

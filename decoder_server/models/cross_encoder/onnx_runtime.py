@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from checkpoint.files import CheckpointError, one_line
 from decoder_server.models.cross_encoder.backend import pad
-from decoder_server.models.cross_encoder.files import Source
+from decoder_server.models.cross_encoder.files import CheckpointFiles
 from decoder_server.models.cross_encoder.templates import TextPair
 from decoder_server.models.cross_encoder.torch_runtime import Body, read_head
 
@@ -46,7 +46,7 @@ BUT_NOT = (".attention.output.dense",)
 _LAYER = re.compile(r"\.layers?\.\d+\.")
 
 
-def load_onnx(source: Source, *, quantized: bool, cache_dir: Path | None) -> OnnxRunner:
+def load_onnx(source: CheckpointFiles, *, quantized: bool, cache_dir: Path | None) -> OnnxRunner:
     """A runner over the graph of these weights, exported first where there is none yet.
 
     Args:
@@ -71,7 +71,7 @@ def load_onnx(source: Source, *, quantized: bool, cache_dir: Path | None) -> Onn
     return OnnxRunner(directory / "model.onnx", source, quantized=quantized)
 
 
-def ingredients(source: Source, *, quantized: bool) -> dict[str, object]:
+def ingredients(source: CheckpointFiles, *, quantized: bool) -> dict[str, object]:
     """All that a graph depends on.
 
     Raises:
@@ -101,7 +101,7 @@ class OnnxRunner:
 
     device_name = "cpu"
 
-    def __init__(self, path: Path, source: Source, *, quantized: bool) -> None:
+    def __init__(self, path: Path, source: CheckpointFiles, *, quantized: bool) -> None:
         self.dtype_name = "int8" if quantized else "float32"
         self._head, self._side, self._pad_id = read_head(source), source.profile.padding, source.pad_id
         self._quantized = quantized
@@ -130,7 +130,7 @@ class OnnxRunner:
         return margins
 
 
-def _build(source: Source, directory: Path, made_of: dict[str, object]) -> None:
+def _build(source: CheckpointFiles, directory: Path, made_of: dict[str, object]) -> None:
     """Writes aside, then renames: a graph is there whole or not at all."""
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -158,7 +158,7 @@ def _build(source: Source, directory: Path, made_of: dict[str, object]) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def export(source: Source, path: Path) -> None:
+def export(source: CheckpointFiles, path: Path) -> None:
     """Writes the float32 graph, weights next to it."""
     body = Body(source, torch.device("cpu"), torch.float32).eval()
     ids = torch.full((2, 12), source.pad_id)

@@ -1,7 +1,7 @@
 """The recipe of a reranker: template, readout, padding, limits, activation. One row per model.
 
 The rows are in profiles.toml; a user's file has the same form. A checkpoint goes by the profile that a caller names, by
-its exact id, by a file of its own, or by its config.json.
+its exact id, by its own file, or by its config.json.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Profile:
     answer_ids: tuple[int, ...] = ()  # what the published tokenizer gives for yes and no
     activation: Activation = "identity"
     temperature: float = 1.0  # scores are activation(margin / temperature)
-    template: tuple[str, ...] = ()  # pieces, each tokenized by itself; empty: the tokenizer's own pair (query, passage)
+    template: tuple[str, ...] = ()  # pieces, each tokenized separately; empty: the tokenizer's own pair
     instruction_format: str = ""  # what a given instruction becomes in the template; empty: none is read
     default_instruction: str = ""
     add_special_tokens: bool = False  # whether the tokenizer adds its own around a filled template

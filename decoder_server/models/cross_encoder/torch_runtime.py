@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from checkpoint.compute import dtype_name
 from checkpoint.files import CheckpointError
 from decoder_server.models.cross_encoder.backend import Runner, pad
-from decoder_server.models.cross_encoder.files import Source
+from decoder_server.models.cross_encoder.files import CheckpointFiles
 from decoder_server.models.cross_encoder.listwise import ListwiseRunner
 from decoder_server.models.cross_encoder.profiles import Profile
 from decoder_server.models.cross_encoder.templates import TextPair
@@ -29,7 +29,7 @@ REAL_VOCABULARY = 10_000
 Head = Callable[[torch.Tensor], torch.Tensor]  # (batch, hidden or labels) -> margins (batch,), in float32
 
 
-def load_torch(source: Source, device: torch.device, dtype: torch.dtype) -> Runner:
+def load_torch(source: CheckpointFiles, device: torch.device, dtype: torch.dtype) -> Runner:
     """Reads the head, then the weights: a wrong head fails fast."""
     return (ListwiseRunner if source.profile.listwise else _TorchRunner)(source, device, dtype)
 
@@ -37,7 +37,7 @@ def load_torch(source: Source, device: torch.device, dtype: torch.dtype) -> Runn
 class _TorchRunner:
     """One padded pass of an encoder with its own head, or of a decoder whose last token is read out."""
 
-    def __init__(self, source: Source, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, source: CheckpointFiles, device: torch.device, dtype: torch.dtype) -> None:
         self.dtype_name, self.device_name = dtype_name(dtype), str(device)
         self._head = read_head(source, device)
         self.body = Body(source, device, dtype)
@@ -57,7 +57,7 @@ class _TorchRunner:
 class Body(torch.nn.Module):
     """Padded inputs, in the order of `names`, to a classifier's logits or a decoder's last hidden state."""
 
-    def __init__(self, source: Source, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, source: CheckpointFiles, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         self._last = source.profile.head in ("score", "vocabulary")
         typed = ["token_type_ids"] if source.typed else []
@@ -106,7 +106,7 @@ def _label_margin(logits: torch.Tensor) -> torch.Tensor:
     return logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
 
 
-def read_head(source: Source, device: torch.device | None = None) -> Head:
+def read_head(source: CheckpointFiles, device: torch.device | None = None) -> Head:
     """The readout of a model's last layer; for a decoder's last token its rows, read without the rest of the matrix.
 
     Raises:

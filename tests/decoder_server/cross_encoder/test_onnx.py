@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint.files import CheckpointError, read_json
 from decoder_server.models.cross_encoder import onnx_runtime
-from decoder_server.models.cross_encoder.files import Source
+from decoder_server.models.cross_encoder.files import CheckpointFiles
 from decoder_server.models.cross_encoder.loading import open_cross_encoder
 from decoder_server.models.cross_encoder.onnx_runtime import OnnxRunner
 from decoder_server.models.cross_encoder.profiles import builtin_profiles
@@ -96,9 +96,9 @@ def test_int8_leaves_head_and_second_layers_in_float(
     assert np.abs(drowned - exact).max() > 3 * np.abs(margins - exact).max()
 
 
-def source(directory: Path, profile: str) -> Source:
+def source(directory: Path, profile: str) -> CheckpointFiles:
     raw = read_json(directory / "config.json")
-    return Source.open(directory, raw, builtin_profiles()[profile], trust_remote_code=False)
+    return CheckpointFiles.open(directory, raw, builtin_profiles()[profile], trust_remote_code=False)
 
 
 def test_other_weights_or_another_profile_are_another_graph(tiny: Tiny, tmp_path: Path) -> None:
