@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +14,9 @@ import preread
 from decoder_server.config import ModelConfig
 from preread_cli.options import from_options, knob_options, option, options_of, threads_option
 from preread_edge.settings import Knob, LoadConfig, knobs
+
+if TYPE_CHECKING:
+    from encoder_worker.passage_encoder import PassageEncoder
 
 SHIPPED_MODEL = Path(preread.__file__).parent / "models" / "preread-mini"
 KEYS = {one.name: one for one in knobs(ModelConfig) if one.name != "name" and not one.is_secret}
@@ -47,6 +50,21 @@ model_option = option(
     help="Checkpoint: a directory or a Hugging Face id, such as KaLM-Embedding/KaLM-Reranker-V1-Nano. "
     "Without it, the small one that comes with preread.",
 )
+
+
+def load_encoder(options: Mapping[str, Any], **limits: Any) -> PassageEncoder:
+    """The encoder of --model, loaded on the thread that will compute."""
+    import torch
+
+    from checkpoint.compute import tune_process
+    from encoder_worker.passage_encoder import PassageEncoder
+
+    tune_process(options["threads"])
+    torch.set_flush_denormal(True)  # a setting of the thread
+    compute = {name: options[name] for name in ("device", "dtype", "read_control_tokens")}
+    return PassageEncoder.load(options["model"], **compute, **limits)
+
+
 # How a model computes, without its passage limit, which is a stored collection's.
 compute_options = options_of(knob_options(LoadConfig, only=["device", "dtype", "read_control_tokens"]), threads_option)
 models_option = option(

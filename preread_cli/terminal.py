@@ -1,4 +1,4 @@
-"""What a person reads in a terminal: facts under one another, sizes, a bar while something runs."""
+"""Output for people in a terminal: facts under one another, sizes, a bar while something runs."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from preread_cli.failures import BAD_ITEMS, INTERRUPTED, CommandFailed
-from preread_cli.models import compute_options, model_option
+from preread_cli.models import compute_options, load_encoder, model_option
 from preread_cli.options import (
     ADMIN_READ_SECONDS,
     collection_option,
@@ -28,7 +28,6 @@ from preread_cli.terminal import counted_progress, human_bytes, print_facts
 if TYPE_CHECKING:
     from cache.collection import Collection
     from cache.store import Store
-    from encoder_worker.passage_encoder import PassageEncoder
     from encoder_worker.reencoding import Reencoding
 
 MAX_SHOWN = 20
@@ -331,19 +330,6 @@ def _reencode(ctx: click.Context, /, collection: str, **options: Any) -> None:
     from preread_cli.commands.index import stopping
     from preread_edge.outputs import open_output
 
-    def load() -> PassageEncoder:
-        from checkpoint.compute import tune_process
-        from encoder_worker.passage_encoder import PassageEncoder
-
-        tune_process(options["threads"])
-        return PassageEncoder.load(
-            options["model"],
-            device=options["device"],
-            dtype=options["dtype"],
-            max_passage_tokens=source.manifest.max_passage_tokens,
-            read_control_tokens=options["read_control_tokens"],
-        )
-
     with _opened(options["store"]) as opened, ExitStack() as stack:
         source = Collection.open(opened, collection)
         codec = options["codec"] or source.manifest.codec
@@ -358,7 +344,7 @@ def _reencode(ctx: click.Context, /, collection: str, **options: Any) -> None:
             source,
             options["into"] or next_name,
             codec,
-            load,
+            lambda: load_encoder(options, max_passage_tokens=source.manifest.max_passage_tokens),
             move_names=not options["keep_names"],
             stop=stack.enter_context(stopping()),
             on_progress=stack.enter_context(counted_progress(source.name)),

@@ -24,6 +24,7 @@ from preread_cli.options import (
     ADMIN_READ_SECONDS,
     client_options,
     client_settings,
+    from_options,
     json_option,
     knob_options,
     option,
@@ -265,14 +266,13 @@ def _workers(
 
 def _worker(options: Mapping[str, Any], address: str, identity: EncoderIdentity | None) -> _Finding:
     """Calls Describe of the worker, as the server would."""
-    from preread import Client, ClientOptions, PrereadError, RetryPolicy, TlsFiles
+    from preread import Client, ClientOptions, PrereadError, RetryPolicy
     from preread.channel import proxy_variable
 
-    files = [options[f"encoder_tls_{name}_file"] for name in ("ca", "cert", "key")]
     once = ClientOptions(
         timeout_seconds=5.0,
         retry=RetryPolicy(max_attempts=1),
-        tls=TlsFiles(*files) if any(files) else None,
+        tls=from_options(DecoderConfig, options, models=(ModelConfig("any"),)).encoder_tls,
         api_key=options["encoder_api_key"],
     )
     try:

@@ -18,7 +18,7 @@ import click
 from encoder_worker.config import EncoderConfig
 from preread_cli.config_file import config_option
 from preread_cli.failures import BAD_INPUT, BAD_ITEMS, INTERRUPTED
-from preread_cli.models import compute_options, model_option
+from preread_cli.models import compute_options, load_encoder, model_option
 from preread_cli.options import (
     BATCH_READ_SECONDS,
     codec_option,
@@ -32,7 +32,7 @@ from preread_cli.options import (
 from preread_cli.terminal import human_bytes
 
 if TYPE_CHECKING:
-    from encoder_worker.indexing import IndexEstimate, IndexOptions, IndexReport, Progress
+    from encoder_worker.indexing import IndexEstimate, IndexReport, Progress
     from encoder_worker.sources.files import Source
 
 FORMATS = ("jsonl", "tsv", "csv", "parquet", "text", "beir")  # of encoder_worker.sources, which loads pyarrow
@@ -122,45 +122,30 @@ def index(ctx: click.Context, /, **options: Any) -> None:
 
 def _run(options: dict[str, Any], source: Source, stop: threading.Event) -> tuple[IndexReport, IndexEstimate | None]:
     """The report, and with --dry-run the estimate."""
-    import torch
-
     from cache.open import open_store
-    from checkpoint.compute import tune_process
     from encoder_worker import indexing
-    from encoder_worker.indexing import IndexReport
-    from encoder_worker.passage_encoder import PassageEncoder
+    from encoder_worker.writing import CollectionSettings
 
-    tune_process(options["threads"])
-    torch.set_flush_denormal(True)  # a setting of the thread, and this is the one that computes
+    name = options["collection"]
+    settings = CollectionSettings(options["compression_ratio"], options["codec"], options["store_text"])
+    how = from_options(indexing.IndexOptions, options)
     with closing(open_store(options["store"], read_budget_seconds=BATCH_READ_SECONDS)) as store:
-        encoder = PassageEncoder.load(
-            options["model"],
-            device=options["device"],
-            dtype=options["dtype"],
-            max_passage_tokens=options["max_passage_tokens"],
-            read_control_tokens=options["read_control_tokens"],
-            max_batch_tokens=options["max_batch_tokens"],
-        )
-        report = IndexReport(options["collection"])
-        arguments = (source, encoder, store, options["collection"], *_settings(options))
+        limits = {limit: options[limit] for limit in ("max_passage_tokens", "max_batch_tokens")}
+        encoder = load_encoder(options, **limits)
+        report = indexing.IndexReport(name)
         if options["dry_run"]:
-            return report, indexing.dry_run(*arguments, stop=stop, report=report)
-        with _shown_progress(options["collection"]) as on_progress:
+            estimate = indexing.dry_run(source, encoder, store, name, settings, how, stop=stop, report=report)
+            return report, estimate
+        with _shown_progress(name) as on_progress:
             try:
-                indexing.index(*arguments, stop=stop, on_progress=on_progress, report=report)
+                indexing.index(
+                    source, encoder, store, name, settings, how, stop=stop, on_progress=on_progress, report=report
+                )
             except Exception:
                 if report.num_stored:
                     click.echo(f"{report.num_stored:,} passages were stored; run again to go on from there", err=True)
                 raise
         return report, None
-
-
-def _settings(options: dict[str, Any]) -> tuple[Any, IndexOptions]:
-    from encoder_worker.indexing import IndexOptions
-    from encoder_worker.writing import CollectionSettings
-
-    settings = CollectionSettings(options["compression_ratio"], options["codec"], options["store_text"])
-    return settings, from_options(IndexOptions, options)
 
 
 @contextmanager
@@ -202,30 +187,20 @@ def _shown_progress(label: str) -> Iterator[Callable[[Progress], None]]:
     from rich.progress import Progress as Bar
 
     console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _lines()
-        return
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[numbers]}"))
-    with Bar(*columns, console=console, transient=True) as bar:
+    last = time.monotonic()
+    with Bar(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task(label, total=None, numbers="")
 
         def update(now: Progress) -> None:
+            nonlocal last
             total = None if now.fraction is None else 1.0
             bar.update(task, completed=now.fraction or 0.0, total=total, numbers=_numbers(now))
+            if not console.is_terminal and time.monotonic() - last >= LINE_SECONDS:
+                last = time.monotonic()
+                click.echo(_numbers(now), err=True)
 
         yield update
-
-
-def _lines() -> Callable[[Progress], None]:
-    last = time.monotonic()
-
-    def update(now: Progress) -> None:
-        nonlocal last
-        if time.monotonic() - last >= LINE_SECONDS:
-            last = time.monotonic()
-            click.echo(_numbers(now), err=True)
-
-    return update
 
 
 def _numbers(now: Progress) -> str:
@@ -235,7 +210,7 @@ def _numbers(now: Progress) -> str:
 
 
 def _show(report: IndexReport, estimate: IndexEstimate | None, report_file: Path | None) -> None:
-    """What became of every line, on standard output."""
+    """The outcome of every line, on standard output."""
     lists_all = f"all of them in {report_file}" if report_file else "--report FILE lists them"
     for item in islice(report.refused, MAX_SHOWN):
         click.echo(f"refused: {_place(item)}")
