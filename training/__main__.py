@@ -12,6 +12,28 @@ from typing import Any
 
 from training.trainer import Recipe, read_recipe
 
+COMMANDS = {
+    "data": "raw collections and Debian descriptions -> training groups",
+    "start": "training texts -> vocabulary and starting weights",
+    "train": "groups + a checkpoint -> a checkpoint",
+    "make": "data, start and train in one go",
+    "opposed": "measure opposed instructions on held-out MedQuAD",
+}
+PATHS = {  # required
+    "data": {
+        "--collections": "folder of BEIR folders, with medquad and scifact",
+        "--debian": "private folder for the description lists; filled by apt-get when empty",
+        "--out": None,
+    },
+    "start": {"--data": None, "--out": None},
+    "train": {
+        "--data": "a .jsonl of groups, or the folder `data` wrote",
+        "--from": "checkpoint directory to start from (ours, or a KaLM one)",
+        "--out": None,
+    },
+    "make": {"--collections": None, "--work": "folder for everything in between", "--out": None},
+}
+
 
 def _flag_type(default: Any) -> Any:
     if isinstance(default, tuple):
@@ -24,62 +46,27 @@ def _flag_type(default: Any) -> Any:
 def _parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m training", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
-    data = commands.add_parser("data", help="raw collections and Debian descriptions -> training groups")
-    data.add_argument(
-        "--collections", type=Path, required=True, help="folder of BEIR folders, with medquad and scifact"
-    )
-    data.add_argument(
-        "--debian",
-        type=Path,
-        required=True,
-        help="private folder for the description lists; filled by apt-get when empty",
-    )
-    data.add_argument("--out", type=Path, required=True)
-    data.add_argument("--max-debian", type=int, help="take only so many Debian queries")
-    start = commands.add_parser("start", help="training texts -> vocabulary and starting weights")
-    start.add_argument("--data", type=Path, required=True)
-    start.add_argument("--out", type=Path, required=True)
-    start.add_argument("--vocab-size", type=int, default=15000)
-    train = commands.add_parser("train", help="groups + a checkpoint -> a checkpoint")
-    train.add_argument("--data", type=Path, required=True, help="a .jsonl of groups, or the folder `data` wrote")
-    train.add_argument(
-        "--from",
-        dest="source",
-        type=Path,
-        required=True,
-        help="checkpoint directory to start from (ours, or a KaLM one)",
-    )
-    train.add_argument("--out", type=Path, required=True)
+    made = {name: commands.add_parser(name, help=text) for name, text in COMMANDS.items()}
+    for name, paths in PATHS.items():
+        for flag, text in paths.items():
+            made[name].add_argument(flag, type=Path, required=True, help=text)
+    made["data"].add_argument("--max-debian", type=int, help="take only so many Debian queries")
+    made["start"].add_argument("--vocab-size", type=int, default=15000)
+    train = made["train"]
     train.add_argument("--recipe", type=Path, help="TOML; flags below override it")
-    train.add_argument(
-        "--heldout",
-        type=Path,
-        help="folder of BEIR folders evaluated while training; default DATA/select where it exists",
-    )
-    train.add_argument("--resume", action="store_true", help="go on from OUT/state.pt")
+    heldout = "folder of BEIR folders evaluated while training; default DATA/select where it exists"
+    train.add_argument("--heldout", type=Path, help=heldout)
+    train.add_argument("--resume", action="store_true", help="continue from OUT/state.pt")
     train.add_argument("--device", default="auto")
     for field in dataclasses.fields(Recipe):
-        train.add_argument(
-            f"--{field.name.replace('_', '-')}",
-            type=_flag_type(field.default),
-            default=None,
-            help=f"default {field.default}",
-        )
-    make = commands.add_parser("make", help="data, start and train in one go")
-    make.add_argument("--collections", type=Path, required=True)
-    make.add_argument("--work", type=Path, required=True, help="folder for everything in between")
-    make.add_argument("--out", type=Path, required=True)
+        flag = f"--{field.name.replace('_', '-')}"
+        train.add_argument(flag, type=_flag_type(field.default), help=f"default {field.default}")
     recipes = Path(__file__).parent / "recipes"
-    make.add_argument(
-        "--recipe",
-        type=Path,
-        nargs="+",
-        default=[recipes / "mini.toml", recipes / "mini-more.toml"],
-        help="one after the other, each from what the one before made; default: preread-mini's",
-    )
-    opposed = commands.add_parser("opposed", help="measure opposed instructions on held-out MedQuAD")
-    opposed.add_argument("checkpoint", type=Path)
-    opposed.add_argument("medquad", type=Path, help="the held-out MedQuAD folder")
+    text = "one after the other, each from what the one before made; default: preread-mini's"
+    default = [recipes / "mini.toml", recipes / "mini-more.toml"]
+    made["make"].add_argument("--recipe", type=Path, nargs="+", default=default, help=text)
+    made["opposed"].add_argument("checkpoint", type=Path)
+    made["opposed"].add_argument("medquad", type=Path, help="the held-out MedQuAD folder")
     return top
 
 
@@ -90,7 +77,7 @@ def _train(args: argparse.Namespace) -> None:
     from training.trainer import Trainer, pick_device
 
     recipe = read_recipe(args.recipe, {f.name: getattr(args, f.name) for f in dataclasses.fields(Recipe)})
-    checkpoint = load(args.source)
+    checkpoint = load(getattr(args, "from"))
     groups = args.data / "train.jsonl" if args.data.is_dir() else args.data
     data = GroupSet(read_groups(groups), checkpoint, read_vectors(vectors_path(groups)))
     trainer = Trainer(checkpoint, data, recipe, args.out, pick_device(args.device))

@@ -17,18 +17,25 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch.nn import functional
 from torch.nn.functional import pad as pad_right
+from torch.nn.utils.rnn import pad_sequence
 from transformers import T5Gemma2ForConditionalGeneration
 
+from checkpoint.settings import FILE_NAME, FORMAT_VERSION, CheckpointSettings
 from training.collections import DEFAULT
+
+MINI = CheckpointSettings(
+    passage_template="{passage}",
+    prompt_template="[CLS] {instruction} [SEP] {query} [SEP]",
+    default_instruction=DEFAULT,
+    max_passage_tokens=256,
+    max_query_tokens=64,
+)
 
 
 def _pad(rows: list[list[int]], device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
     """Right-padded ids and mask, int64. -> (batch, num_tokens) twice"""
-    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = 1
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).long()
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
     return ids.to(device), mask.to(device)
 
 
@@ -144,43 +151,11 @@ def group_loss(
     return loss
 
 
-KALM_PROMPT = (
-    "<bos><start_of_turn>user\nJudge whether the Document meets the requirements"
-    " based on the Query and the Instruct provided."
-    ' Note that the answer can only be "yes" or "no".\n\n<Instruct>: {instruction}\n<Query>: {query}<end_of_turn>\n'
-    "<start_of_turn>model\n\n\n\n"
-)
-
-
-@dataclass(frozen=True)
-class PrereadSettings:
-    """The fields of preread.json; the defaults are KaLM's."""
-
-    format_version: int = 1
-    passage_template: str = "<Document>: {passage}"
-    prompt_template: str = KALM_PROMPT
-    yes_token: str = "yes"
-    no_token: str = "no"
-    default_instruction: str = "Given a query, retrieve documents that answer the query."
-    default_compression_ratio: int = 4
-    max_passage_tokens: int = 1024
-    max_query_tokens: int = 512
-
-
-MINI = PrereadSettings(
-    passage_template="{passage}",
-    prompt_template="[CLS] {instruction} [SEP] {query} [SEP]",
-    default_instruction=DEFAULT,
-    max_passage_tokens=256,
-    max_query_tokens=64,
-)
-
-
 @dataclass
 class TrainableCheckpoint:
     model: Any  # T5Gemma2ForConditionalGeneration; its module tree is typed too loosely to follow
     tokenizer: Tokenizer
-    settings: PrereadSettings
+    settings: CheckpointSettings
 
     @property
     def answers(self) -> tuple[int, int]:
@@ -221,11 +196,9 @@ def load(folder: Path) -> TrainableCheckpoint:
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).exists():
             raise FileNotFoundError(f"{folder}: no {name}, expected a T5Gemma2 checkpoint directory")
-    settings = PrereadSettings()
-    if (folder / "preread.json").exists():
-        settings = PrereadSettings(**json.loads((folder / "preread.json").read_text(encoding="utf-8")))
     model = T5Gemma2ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    return TrainableCheckpoint(model, Tokenizer.from_file(str(folder / "tokenizer.json")), settings)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return TrainableCheckpoint(model, tokenizer, CheckpointSettings.load(folder))
 
 
 def save(checkpoint: TrainableCheckpoint, folder: Path) -> None:
@@ -252,7 +225,7 @@ def save(checkpoint: TrainableCheckpoint, folder: Path) -> None:
         "model_max_length": checkpoint.settings.max_passage_tokens,
         **known,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n", encoding="utf-8")
-    (folder / "preread.json").write_text(
-        json.dumps(asdict(checkpoint.settings), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    settings = {"format_version": FORMAT_VERSION} | asdict(checkpoint.settings)
+    for name, values in (("tokenizer_config.json", tokenizer_config), (FILE_NAME, settings)):
+        text = json.dumps(values, indent=2, ensure_ascii=False)
+        (folder / name).write_text(f"{text}\n", encoding="utf-8")

@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
+from checkpoint.settings import KALM_PROMPT, CheckpointSettings
 from training import model as scoring
 from training import start as soft_maxsim
 from training import start as vocabulary
-from training.model import KALM_PROMPT, MINI, PrereadSettings, TrainableCheckpoint, load, save
+from training.model import MINI, TrainableCheckpoint, load, save
 
 
 def wordpiece(words: list[str]) -> str:
@@ -78,7 +79,7 @@ def test_the_start_ranks_by_matching_words_at_every_ratio(tmp_path: Path) -> Non
 
 
 def test_kalm_settings_are_the_default() -> None:
-    settings = PrereadSettings()
+    settings = CheckpointSettings()
     assert settings.passage_template == "<Document>: {passage}"
     assert settings.max_passage_tokens == 1024
     assert KALM_PROMPT.startswith("<bos><start_of_turn>user\n")
@@ -88,7 +89,7 @@ def test_kalm_settings_are_the_default() -> None:
 def test_a_long_query_is_cut_before_the_template(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_str(wordpiece(WORDS))
     tokenizer.add_special_tokens(list(vocabulary.SPECIAL))
-    settings = PrereadSettings(
+    settings = CheckpointSettings(
         prompt_template="[CLS] {instruction} [SEP] {query} [SEP]", default_instruction="answer", max_query_tokens=3
     )
     checkpoint = TrainableCheckpoint(soft_maxsim.empty_model(80, 1, 1, 8), tokenizer, settings)
