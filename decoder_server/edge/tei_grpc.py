@@ -27,11 +27,11 @@ Engines = Mapping[str, Engine]
 
 def add_services(server: grpc.aio.Server, engines: Engines) -> None:
     """Puts both services on a server. `engines` is empty until the models have loaded; the first one answers."""
-    tei_pb2_grpc.add_RerankServicer_to_server(_Rerank(engines), server)
-    tei_pb2_grpc.add_InfoServicer_to_server(_Info(engines), server)
+    tei_pb2_grpc.add_RerankServicer_to_server(_TeiRerank(engines), server)
+    tei_pb2_grpc.add_InfoServicer_to_server(_TeiInfo(engines), server)
 
 
-class _Rerank(tei_pb2_grpc.RerankServicer):
+class _TeiRerank(tei_pb2_grpc.RerankServicer):
     def __init__(self, engines: Engines) -> None:
         self._engines = engines
 
@@ -82,7 +82,7 @@ class _Rerank(tei_pb2_grpc.RerankServicer):
         return await joined(chain([tei_pb2.RerankResponse(metadata=metadata)], parts))
 
 
-class _Info(tei_pb2_grpc.InfoServicer):
+class _TeiInfo(tei_pb2_grpc.InfoServicer):
     def __init__(self, engines: Engines) -> None:
         self._engines = engines
 

@@ -73,10 +73,7 @@ def scopes_of(method: str, path: str) -> tuple[keys.Scope, ...]:
 
 
 class Envelope:
-    """Around every response: its id (the caller's where it is fit for a header and a log), CORS, errors, counting.
-
-    A response is counted before its last byte goes, so that a client that has it whole finds it counted.
-    """
+    """Around every response: its id (the caller's where it is fit for a header and a log), CORS, errors, counting."""
 
     def __init__(self, app: ASGIApp, guard: Guard, on_answer: OnAnswer) -> None:
         self._app = app
@@ -87,64 +84,75 @@ class Envelope:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        start = time.monotonic()
         foreign = self._guard.problem(scope)
         scope["path"] = _tidy(scope["path"])
         headers = Headers(scope=scope)
         request_id = logs.begin(headers.get("x-request-id", ""), headers.get("traceparent", "")).request_id
-        seen = bytearray()
-        scope.setdefault("state", {}).update(request_id=request_id, seen=seen)
-        cors = self._guard.cors(scope)
-        status = 0
-        counted = finished = False
-
-        def count() -> None:
-            nonlocal counted
-            if status and not counted:
-                counted = True
-                self._on_answer(status, time.monotonic() - start)
-
-        async def receive_seen() -> Message:
-            message = await receive()
-            if message["type"] == "http.request" and len(seen) < _SEEN_BYTES:
-                seen.extend(message["body"][: _SEEN_BYTES - len(seen)])
-            return message
-
-        async def send_named(message: Message) -> None:
-            nonlocal status, finished
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                named = MutableHeaders(scope=message)
-                named["x-request-id"] = request_id
-                for name, value in cors.items():
-                    named.setdefault(name, value)
-            is_last = message["type"] == "http.response.body" and not message.get("more_body")
-            if is_last:
-                count()
-            await send(message)
-            finished = is_last
-
+        messages = _Messages(receive, send, {"x-request-id": request_id} | self._guard.cors(scope), self._on_answer)
+        scope.setdefault("state", {}).update(request_id=request_id, seen=messages.seen)
         try:
             if scope["state"].get("crowded") and scope["path"] not in _PROBES:
-                response = await _respond(scope, receive_seen, errors.CROWDED, _CLOSE)
+                response = await _respond(scope, messages.receive, errors.CROWDED, _CLOSE)
             elif foreign is not None:
-                response = await _respond(scope, receive_seen, Problem(403, "permission_error", *foreign))
+                response = await _respond(scope, messages.receive, Problem(403, "permission_error", *foreign))
             elif (preflight := self._guard.preflight(scope)) is not None:
                 response = Response(status_code=204, headers=preflight)
             else:
-                await self._app(scope, receive_seen, send_named)
+                await self._app(scope, messages.receive, messages.send)
                 return
-            await response(scope, receive_seen, send_named)
+            await response(scope, messages.receive, messages.send)
         except Exception as exc:
             log.error("request %s failed: %s", request_id, type(exc).__name__, exc_info=exc)
-            if finished:  # the framework has answered, and raises for the log
+            if messages.finished:  # the framework has answered, and raises for the log
                 return
-            if status:
+            if messages.status:
                 raise  # the connection has to break: half a response must not look like a whole one
-            response = await _respond(scope, receive_seen, errors.INTERNAL)
-            await response(scope, receive_seen, send_named)
+            response = await _respond(scope, messages.receive, errors.INTERNAL)
+            await response(scope, messages.receive, messages.send)
         finally:
-            count()  # a response that broke off
+            messages.count()  # a response that broke off
+
+
+class _Messages:
+    """ASGI messages of one request: keeps the beginning of its body, adds headers to its response, and counts that.
+
+    It is counted before its last byte goes: a client that has the whole response finds it counted.
+    """
+
+    def __init__(self, receive: Receive, send: Send, headers: Mapping[str, str], on_answer: OnAnswer) -> None:
+        self._receive = receive
+        self._send = send
+        self._headers = headers
+        self._on_answer = on_answer
+        self._start = time.monotonic()
+        self._counted = False
+        self.seen = bytearray()
+        self.status = 0
+        self.finished = False
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.request" and len(self.seen) < _SEEN_BYTES:
+            self.seen.extend(message["body"][: _SEEN_BYTES - len(self.seen)])
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = MutableHeaders(scope=message)
+            headers["x-request-id"] = self._headers["x-request-id"]
+            for name, value in self._headers.items():
+                headers.setdefault(name, value)
+        is_last = message["type"] == "http.response.body" and not message.get("more_body")
+        if is_last:
+            self.count()
+        await self._send(message)
+        self.finished = is_last
+
+    def count(self) -> None:
+        if self.status and not self._counted:
+            self._counted = True
+            self._on_answer(self.status, time.monotonic() - self._start)
 
 
 def _tidy(path: str) -> str:

@@ -11,11 +11,9 @@ import re
 from typing import Any, ClassVar, Self, TypeVar
 
 import msgspec
-from msgspec import Struct
 
 from decoder_server.edge.http.json_steps import DECODER, parse_in_steps, reason
 from preread.errors import InvalidRequest, Path
-from preread.types import Stage, parse_stages
 from preread_edge.steps import SMALL_BYTES, stepped
 
 T = TypeVar("T")
@@ -60,7 +58,7 @@ class RawText(str):
         if isinstance(value, dict):
             value = value.get("text")
         if not isinstance(value, str):
-            raise InvalidRequest((), _kind(value), "a string")
+            raise InvalidRequest((), kind_of(value), "a string")
         return cls(value)
 
     @property
@@ -116,51 +114,10 @@ class Count(int):
         if isinstance(value, float) and value.is_integer():
             value = int(value)  # as languages with one number type write it
         if isinstance(value, bool) or not isinstance(value, int):
-            raise InvalidRequest((), _kind(value), "a whole number")
+            raise InvalidRequest((), kind_of(value), "a whole number")
         if value < 0:
             raise InvalidRequest((), str(max(value, -MAX_INT)), "0 or more")
         return cls(min(value, MAX_INT))
-
-
-class Texts(list[str]):
-    """A list of strings, or one string that stands for a list of it."""
-
-    schema: ClassVar[Schema] = {"anyOf": [Text.schema, {"type": "array", "items": Text.schema}]}
-    is_one = False
-
-    @classmethod
-    def read(cls, value: object) -> Self:
-        texts = cls(read(list[Text], value) if isinstance(value, list) else [Text.read(value)])
-        texts.is_one = not isinstance(value, list)
-        return texts
-
-
-class _StageBody(Struct):
-    compression_ratio: Count | None = None
-    keep: Count | None = None
-
-
-class Stages(tuple[Stage, ...]):
-    """A cascade, `"32:100, 4:20, 1"` or a list of objects. Whether its stages fit together is the engine's to check."""
-
-    _STAGE: ClassVar[Schema] = {
-        "type": "object",
-        "required": ["compression_ratio"],
-        "properties": {"compression_ratio": Count.schema, "keep": Count.schema},
-    }
-    schema: ClassVar[Schema] = {"anyOf": [Text.schema, {"type": "array", "items": _STAGE}]}
-
-    @classmethod
-    def read(cls, value: object) -> Self:
-        if isinstance(value, list):
-            stages = read(list[_StageBody], value)
-            return cls(Stage(int(stage.compression_ratio or 0), int(stage.keep or 0)) for stage in stages)
-        if not isinstance(value, str):
-            raise InvalidRequest((), _kind(value), "a string or a list")
-        try:
-            return cls(parse_stages(value) if value else ())
-        except ValueError as exc:
-            raise InvalidRequest((), value[:100], f"RATIO:KEEP, RATIO:KEEP, RATIO ({exc})") from None
 
 
 def read(kind: type[T], value: Any, root: Path = ()) -> T:
@@ -191,12 +148,12 @@ def _translated(error: msgspec.ValidationError, root: Path) -> InvalidRequest:
         return InvalidRequest((*path, missing[1]), "absent", "a value")
     path = path or ("body",)
     if wrong := _EXPECTED.match(message):
-        expected = " or ".join(_KINDS[kind] for kind in wrong[1].split(" | ") if kind != "null")
+        expected = " or ".join(_KINDS.get(kind, kind) for kind in wrong[1].split(" | ") if kind != "null")
         return InvalidRequest(path, _KINDS.get(wrong[3], wrong[3]), expected + (wrong[2] or ""))
     return InvalidRequest(path, "not valid", "a value as /openapi.json describes it")
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
     """The JSON name of a value's type: the value itself may be a passage."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "absent"}
     return names.get(type(value), "a number")

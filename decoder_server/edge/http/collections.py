@@ -37,7 +37,7 @@ MAX_REFUSED_SHOWN = 1000  # the response to an endless stream is not endless
 Size = Annotated[int, Meta(ge=0)]
 
 
-class _Passage(Struct, kw_only=True):
+class _PassageObject(Struct, kw_only=True):
     id: Text | None = None
     other_id: Text | None = field(name="_id", default=None)
     passage_id: Text | None = None
@@ -45,14 +45,14 @@ class _Passage(Struct, kw_only=True):
     text: RawText | None = None
 
 
-class _Settings(Struct, kw_only=True):
+class _UploadSettings(Struct, kw_only=True):
     compression_ratio: Count | None = None
     codec: Text | None = None
     store_text: bool | None = None
 
 
-class _UploadRequest(_Settings, kw_only=True):
-    passages: list[Any] | None = None  # each a _Passage, read in steps: there may be hundreds of thousands
+class _UploadRequest(_UploadSettings, kw_only=True):
+    passages: list[Any] | None = None  # each a _PassageObject, read in steps: there may be hundreds of thousands
 
 
 class _Refused(Struct, kw_only=True):
@@ -60,7 +60,7 @@ class _Refused(Struct, kw_only=True):
     message: str
 
 
-class _Upload(Struct, kw_only=True, tag_field="object", tag="collection.upload"):
+class _UploadAnswer(Struct, kw_only=True, tag_field="object", tag="collection.upload"):
     """Acknowledgements of the worker, counted."""
 
     collection: str
@@ -144,13 +144,13 @@ async def _add_passages(request: HttpRequest) -> Response:
     name = check_name("collection", request.path_params["collection"])
     if request.check_written(*NDJSON) in NDJSON:
         request.check_plain()
-        settings = read(_Settings, {key: _literal(value) for key, value in request.query_params.items()})
+        settings = read(_UploadSettings, {key: _literal(value) for key, value in request.query_params.items()})
         items = _from_lines(request, here.config.max_line_bytes, here.config.timeout_seconds)
     else:
         document = await request.read_json()
         body = read(_UploadRequest, {"passages": document} if isinstance(document, list) else document)
         settings, items = body, _each(await stepped(_from_document, body.passages))
-    upload = _Upload(collection=name, refused=[])
+    upload = _UploadAnswer(collection=name, refused=[])
 
     async def sendable() -> AsyncIterator[Passage]:
         async for item in items:
@@ -250,18 +250,7 @@ async def _from_lines(
     number = 0
     rest = bytearray()  # of a line that has not ended
     too_long = False  # the part of that line that was dropped
-    waited = 0.0
-    stream = request.stream()
-    while True:
-        began = time.monotonic()
-        try:
-            async with asyncio.timeout(line_seconds - waited):
-                chunk = await anext(stream, None)
-        except TimeoutError:
-            raise HttpError(TOO_SLOW) from None
-        if chunk is None:
-            break
-        waited = 0.0 if b"\n" in chunk else waited + time.monotonic() - began
+    async for chunk in _chunks(request, line_seconds):
         start = len(rest)  # no line ends before
         if not start and not too_long and not chunk.strip():  # nothing but empty lines
             number += chunk.count(b"\n")
@@ -289,6 +278,23 @@ async def _from_lines(
         yield _passage(await parse(line, f"line {number + 1}"), (f"line {number + 1}",))
 
 
+async def _chunks(request: HttpRequest, line_seconds: float) -> AsyncIterator[bytes]:
+    """The body as it arrives."""
+    waited = 0.0  # for the end of the line
+    stream = request.stream()
+    while True:
+        start = time.monotonic()
+        try:
+            async with asyncio.timeout(line_seconds - waited):
+                chunk = await anext(stream, None)
+        except TimeoutError:
+            raise HttpError(TOO_SLOW) from None
+        if chunk is None:
+            return
+        waited = 0.0 if b"\n" in chunk else waited + time.monotonic() - start
+        yield chunk
+
+
 def _from_document(step: Step, items: list[Any] | None) -> list[Passage | UpsertResult]:
     if not items:
         raise InvalidRequest("passages", "empty" if items is not None else "absent", "a list of objects")
@@ -305,7 +311,7 @@ async def _each(items: list[Passage | UpsertResult]) -> AsyncIterator[Passage | 
 
 
 def _passage(item: object, path: Path) -> Passage | UpsertResult:
-    body = read(_Passage, item, path)
+    body = read(_PassageObject, item, path)
     passage_id = str(body.id or body.other_id or body.passage_id or "")
     if not passage_id:
         raise InvalidRequest((*path, "id"), "absent or empty", "the passage's id, a string")
@@ -344,7 +350,7 @@ def _literal(value: str) -> object:
 
 
 SCHEMAS: dict[str, Any] = {
-    "Passage": _Passage, "UploadRequest": (_UploadRequest, list[_Passage]), "Upload": _Upload,
+    "Passage": _PassageObject, "UploadRequest": (_UploadRequest, list[_PassageObject]), "Upload": _UploadAnswer,
     "DeleteRequest": _DeleteRequest, "Deleted": _Deleted, "Collection": _Collection, "Collections": _Collections,
     "Alias": _Alias, "Aliases": _Aliases, "SetAliasRequest": _SetAliasRequest, "AliasDeleted": _AliasDeleted,
 }  # fmt: skip

@@ -12,11 +12,11 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, Self
 
 from msgspec import UNSET, Meta, Struct, UnsetType, field
 
-from decoder_server.edge.http.bodies import Count, Query, Text, Texts, Word, read
+from decoder_server.edge.http.bodies import Count, Query, Schema, Text, Word, read
 from decoder_server.edge.http.requests import (
     DialectRequest,
     DialectResponse,
@@ -256,9 +256,22 @@ class _ScoreRequest(Struct, kw_only=True):
     stages: Annotated[Any, Meta(description="Not taken: scores of different stages do not compare")] = None
 
 
+class _Texts(list[str]):
+    """A list of strings, or one string that stands for a list of it."""
+
+    schema: ClassVar[Schema] = {"anyOf": [Text.schema, {"type": "array", "items": Text.schema}]}
+    is_one = False
+
+    @classmethod
+    def read(cls, value: object) -> Self:
+        texts = cls(read(list[Text], value) if isinstance(value, list) else [Text.read(value)])
+        texts.is_one = not isinstance(value, list)
+        return texts
+
+
 class _TextsRequest(_ScoreRequest, kw_only=True):
-    text_1: Texts
-    text_2: Texts
+    text_1: _Texts
+    text_2: _Texts
 
 
 class _PairsRequest(_ScoreRequest, kw_only=True):
@@ -282,7 +295,7 @@ def _parse_texts(body: _TextsRequest) -> list[DialectRequest]:
             raise InvalidRequest(name, "empty", "at least one")
     queries, passages = body.text_1, body.text_2
     if len(queries) == 1:
-        queries = Texts(queries * len(passages))
+        queries = _Texts(queries * len(passages))
     if len(queries) != len(passages):
         raise InvalidRequest("text_2", f"{len(passages)} texts", f"{len(queries)}, as many as text_1, or one text_1")
     if "" in queries:

@@ -52,7 +52,7 @@ class _Facts(Struct, kw_only=True):
     encodes_on_demand: bool
 
 
-class _Model(_Facts, kw_only=True, tag_field="object", tag="model"):
+class _ModelObject(_Facts, kw_only=True, tag_field="object", tag="model"):
     id: str
     created: int = CREATED
     owned_by: str
@@ -61,10 +61,10 @@ class _Model(_Facts, kw_only=True, tag_field="object", tag="model"):
 
 
 class _Models(Struct, kw_only=True, tag_field="object", tag="list"):
-    data: list[_Model]
+    data: list[_ModelObject]
 
 
-class _Info(_Facts, kw_only=True):
+class _InfoAnswer(_Facts, kw_only=True):
     model_id: str
     model_sha: None = None
     model_dtype: str
@@ -89,7 +89,7 @@ async def _models(request: HttpRequest) -> Response:
     # infinity's client reads /models, and rejects any other owner.
     owner = "infinity" if path == "/models" or path.startswith("/infinity/") else "preread"
     models = [
-        _Model(
+        _ModelObject(
             id=engine.name,
             owned_by=owner,
             capabilities=["rerank"],
@@ -104,7 +104,7 @@ async def _models(request: HttpRequest) -> Response:
 async def _info(request: HttpRequest) -> Response:
     here = request.context
     engine = here.engine("")
-    info = _Info(
+    info = _InfoAnswer(
         model_id=engine.name,
         model_dtype=engine.backend.dtype_name,
         model_type={"reranker": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}},
@@ -156,7 +156,7 @@ def _facts(engine: Engine) -> dict[str, Any]:
     }
 
 
-SCHEMAS: dict[str, Any] = {"Models": _Models, "Info": _Info, "State": _State}
+SCHEMAS: dict[str, Any] = {"Models": _Models, "Info": _InfoAnswer, "State": _State}
 OPERATIONS = (
     Operation("GET", "/v1/models", _models, "listModels", "Models served", answers=("Models",)),
     Operation("GET", "/models", _models, "listModelsShort", "Models served", answers=("Models",)),

@@ -6,13 +6,13 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar, cast, get_args
+from typing import Annotated, Any, ClassVar, Self, TypeVar, cast, get_args
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from decoder_server.edge.http.bodies import HALF_A_PAIR, Count, Query, RawText, Stages, Text, Word
+from decoder_server.edge.http.bodies import HALF_A_PAIR, Count, Query, RawText, Schema, Text, Word, kind_of, read
 from preread.errors import FailedPrecondition, InvalidRequest, Path, field_name
-from preread.types import Candidate, OnMiss, RerankRequest, Result, Stage, Summary, format_stages
+from preread.types import Candidate, OnMiss, RerankRequest, Result, Stage, Summary, format_stages, parse_stages
 
 MAX_POSITIONS_SHOWN = 500
 
@@ -25,12 +25,42 @@ class _OnMiss(Word):
     words = get_args(OnMiss)
 
 
-class _Document(Struct, kw_only=True):
+class _StageBody(Struct):
+    compression_ratio: Count | None = None
+    keep: Count | None = None
+
+
+class _Stages(tuple[Stage, ...]):
+    """A cascade, `"32:100, 4:20, 1"` or a list of objects. Whether its stages fit together is the engine's to check."""
+
+    _STAGE: ClassVar[Schema] = {
+        "type": "object",
+        "required": ["compression_ratio"],
+        "properties": {"compression_ratio": Count.schema, "keep": Count.schema},
+    }
+    schema: ClassVar[Schema] = {"anyOf": [Text.schema, {"type": "array", "items": _STAGE}]}
+
+    @classmethod
+    def read(cls, value: object) -> Self:
+        if isinstance(value, list):
+            stages = read(list[_StageBody], value)
+            return cls(Stage(int(stage.compression_ratio or 0), int(stage.keep or 0)) for stage in stages)
+        if not isinstance(value, str):
+            raise InvalidRequest((), kind_of(value), "a string or a list")
+        try:
+            return cls(parse_stages(value) if value else ())
+        except ValueError as exc:
+            raise InvalidRequest((), value[:100], f"RATIO:KEEP, RATIO:KEEP, RATIO ({exc})") from None
+
+
+class _DocumentObject(Struct, kw_only=True):
     text: RawText | None = None
     id: Text | None = None
 
 
-Documents = Annotated[list[str | _Document | None] | None, Meta(description="May be absent if passage_ids are given")]
+Documents = Annotated[
+    list[str | _DocumentObject | None] | None, Meta(description="May be absent if passage_ids are given")
+]
 
 
 class RerankBody(Struct, kw_only=True):
@@ -53,7 +83,7 @@ class RerankBody(Struct, kw_only=True):
         Meta(description="A multiple of the stored ratio; 0 or absent: the server's default, else the stored one"),
     ] = None
     stages: Annotated[
-        Stages | None,
+        _Stages | None,
         Meta(description="A cascade: '32:100, 4:20, 1' scores all at ratio 32, the best 100 at 4, 20 of those at 1"),
     ] = None
     on_miss: Annotated[_OnMiss | None, Meta(description="For ids that are not stored")] = None
@@ -289,7 +319,7 @@ def _texts_alone(candidates: Iterable[Candidate]) -> bool:
     return all(candidate.passage_id is None for candidate in candidates)
 
 
-def _candidate(path: Path, item: str | _Document | None, passage_id: str) -> Candidate:
+def _candidate(path: Path, item: str | _DocumentObject | None, passage_id: str) -> Candidate:
     """The candidate; one whose text UTF-8 cannot hold has a problem, and no text."""
     text: str | None = None
     if isinstance(item, str):
