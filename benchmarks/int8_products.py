@@ -23,7 +23,7 @@ from benchmarks.operations import PROMPT_TOKENS
 from benchmarks.variants import BATCH
 from checkpoint import Checkpoint, TokenizedPrompt
 from decoder_server.models.fbnl.backend import FbnlBackend
-from decoder_server.models.fbnl.batch_states import StatePair
+from decoder_server.models.fbnl.kv_cache import StatePair
 
 RATIO = 4
 

@@ -30,7 +30,7 @@ from cache.collection import Collection, Manifest, StoredPassage
 from cache.open import open_store
 from cache.states import EncodedPassage, PassageStates, text_digest
 from checkpoint import TokenizedPrompt
-from decoder_server.models.fbnl.batch_states import StatePair, batch_states
+from decoder_server.models.fbnl.kv_cache import StatePair, batch_states
 
 CODECS = ("Flat", "SQfp16", "SQbf16", "SQ8", "B32,SQ8", "Z,B32,SQ8", "SQ4", "Z,B32,SQ4", "PQ80")
 DIM, PASSAGE_TOKENS, RATIO = 640, 344, 4

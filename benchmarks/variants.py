@@ -32,7 +32,7 @@ from checkpoint import Checkpoint, TokenizedPrompt
 from checkpoint.compute import DTYPES, dtype_name
 from decoder_server.config import TierBudgets
 from decoder_server.models.fbnl.backend import FbnlBackend
-from decoder_server.models.fbnl.batch_states import StatePair
+from decoder_server.models.fbnl.kv_cache import StatePair
 from encoder_worker.encoder import Encoder
 
 BATCH = 10  # candidates a batch; every variant gets the same

@@ -29,7 +29,7 @@ from decoder_server.models.cross_encoder.files import quiet
 from decoder_server.models.cross_encoder.loading import open_cross_encoder
 from decoder_server.models.cross_encoder.torch_runtime import answer_ids
 from decoder_server.models.fbnl.backend import FbnlBackend
-from decoder_server.models.fbnl.batch_states import StatePair
+from decoder_server.models.fbnl.kv_cache import StatePair
 from encoder_worker.encoder import Encoder
 
 Margins = NDArray[np.float32]

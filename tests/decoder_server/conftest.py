@@ -30,7 +30,7 @@ from checkpoint.synthetic import make_checkpoint
 from decoder_server.config import DecoderConfig
 from decoder_server.models.backend import Backend
 from decoder_server.models.fbnl.backend import FbnlBackend
-from decoder_server.models.fbnl.batch_states import StatePair
+from decoder_server.models.fbnl.kv_cache import StatePair
 from decoder_server.models.loading import load_model
 from decoder_server.server import DecoderServer
 from encoder_worker.encoder import Encoder

@@ -11,7 +11,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from checkpoint import Checkpoint
 from decoder_server.models.fbnl.backend import FbnlBackend
-from decoder_server.models.fbnl.batch_states import StatePair
+from decoder_server.models.fbnl.kv_cache import StatePair
 from encoder_worker.encoder import Encoder
 
 TEXT = "The pooled states of its tokens are kept, and the decoder attends over them."

@@ -9,7 +9,7 @@ import torch
 from cache.codecs import Codec
 from cache.states import Codes, EncodedPassage, PassageStates, num_pooled, text_digest
 from checkpoint import TokenizedPrompt
-from decoder_server.models.fbnl.batch_states import StatePair, batch_states
+from decoder_server.models.fbnl.kv_cache import StatePair, batch_states
 
 DIM = 24
 CPU = torch.device("cpu")

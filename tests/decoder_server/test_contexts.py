@@ -13,8 +13,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from checkpoint import Checkpoint
 from checkpoint.synthetic import SHAPES, make_checkpoint
-from decoder_server.models.fbnl.decoder import Decoder, KeysValues
-from decoder_server.models.fbnl.layout import Layout
+from decoder_server.models.fbnl.decoder import Decoder, KeysValues, Layout
 
 YES, NO = 300, 301
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from cache.record import Damaged, Record
 from cache.states import Codes
-from decoder_server.models.fbnl.batch_states import StatePair
+from decoder_server.models.fbnl.kv_cache import StatePair
 
 WAIT_SECONDS = 20  # for what must happen; what fails, fails after that
 

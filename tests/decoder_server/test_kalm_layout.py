@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from checkpoint import Checkpoint, CheckpointError, CheckpointSettings
 from checkpoint.synthetic import make_checkpoint
 from decoder_server.models.fbnl.backend import FbnlBackend
-from decoder_server.models.fbnl.batch_states import StatePair
+from decoder_server.models.fbnl.kv_cache import StatePair
 from encoder_worker.encoder import Encoder
 
 pytest.importorskip("sentence_transformers", reason="a second opinion; not needed to serve")

@@ -18,8 +18,7 @@ from cache.states import PassageStates, text_digest
 from checkpoint import Checkpoint
 from decoder_server.config import TierBudgets
 from decoder_server.models.fbnl.backend import FbnlBackend
-from decoder_server.models.fbnl.batch_states import StatePair
-from decoder_server.models.fbnl.kv_cache import MIN_MISSES, KVCache, StoredKV
+from decoder_server.models.fbnl.kv_cache import MIN_MISSES, KVCache, StatePair, StoredKV
 
 MIB = 1 << 20
 QUERIES = ("What is the capital of China?", "gravity", "A passage is read once, and the states are kept")

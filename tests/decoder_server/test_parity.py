@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 from checkpoint import Checkpoint
 from checkpoint.synthetic import SHAPES, Shape, make_checkpoint
 from decoder_server.models.fbnl.backend import FbnlBackend
-from decoder_server.models.fbnl.batch_states import StatePair
+from decoder_server.models.fbnl.kv_cache import StatePair
 from encoder_worker.encoder import Encoder
 
 TOLERANCE = 1e-4  # against transformers, float32

@@ -9,8 +9,8 @@ from cache.states import PassageStates, text_digest
 from checkpoint import TokenizedPrompt
 from decoder_server.engine.fetch import FetchedPassage
 from decoder_server.engine.request_run import ranked, scored_result
-from decoder_server.models.backend import sigmoid
-from decoder_server.models.fbnl.batch_states import StatePair
+from decoder_server.models.fbnl.backend import FbnlBackend
+from decoder_server.models.fbnl.kv_cache import StatePair
 from preread.types import Result
 
 
@@ -23,24 +23,24 @@ def fetched(index: int, windows: tuple[int, ...]) -> FetchedPassage:
 
 # P(yes) of published margins, reference of KaLM-Reranker-V1-Nano.
 @pytest.mark.parametrize(("margin", "score"), [(8.78125, 0.99984646), (-14.1875, 6.8936e-07), (0.0, 0.5)])
-def test_score_is_the_sigmoid_of_the_margin(margin: float, score: float) -> None:
-    assert float(sigmoid(np.float32(margin))) == pytest.approx(score, rel=1e-5)
+def test_score_is_the_sigmoid_of_the_margin(fbnl: FbnlBackend, margin: float, score: float) -> None:
+    assert fbnl.activate(margin) == pytest.approx(score, rel=1e-5)
 
 
 @pytest.mark.parametrize("margin", [1e4, -1e4, 88.8, -88.8, -103.9])
-def test_sigmoid_never_overflows(margin: float) -> None:
-    assert 0.0 <= sigmoid(np.float32(margin)) <= 1.0
+def test_sigmoid_never_overflows(fbnl: FbnlBackend, margin: float) -> None:
+    assert 0.0 <= fbnl.activate(margin) <= 1.0
 
 
-def test_the_best_window_counts() -> None:
-    result = scored_result(fetched(3, (2, 5)), [-1.0, 2.0], 1, 3, sigmoid)
+def test_the_best_window_counts(fbnl: FbnlBackend) -> None:
+    result = scored_result(fetched(3, (2, 5)), [-1.0, 2.0], 1, 3, fbnl.activate)
     assert (result.index, result.margin, result.num_states, result.num_passage_tokens) == (3, 2.0, 7, 7)
     assert result.score == pytest.approx(1 / (1 + np.exp(-2.0)))
 
 
 @pytest.mark.parametrize(("bad", "says"), [(float("nan"), "not finite"), (None, "the model failed on it")])
-def test_a_window_without_a_margin_fails_its_passage(bad: float | None, says: str) -> None:
-    result = scored_result(fetched(0, (2, 5)), [1.0, bad], 1, 3, sigmoid)
+def test_a_window_without_a_margin_fails_its_passage(fbnl: FbnlBackend, bad: float | None, says: str) -> None:
+    result = scored_result(fetched(0, (2, 5)), [1.0, bad], 1, 3, fbnl.activate)
     assert (result.status, result.margin) == ("failed", None)
     assert says in result.message
 

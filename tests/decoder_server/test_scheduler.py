@@ -17,7 +17,7 @@ from decoder_server.engine.admission import Admission
 from decoder_server.engine.scheduler import FREE_CELLS, MAX_PADDING, Scheduler, SchedulerStats, split_by_length
 from decoder_server.models.backend import Backend
 from decoder_server.models.fbnl.backend import FbnlBackend
-from decoder_server.models.fbnl.batch_states import StatePair
+from decoder_server.models.fbnl.kv_cache import StatePair
 from preread.errors import Overloaded, Unavailable
 
 

@@ -15,7 +15,7 @@ from cache.open import open_store
 from cache.states import PassageStates, pool, text_digest
 from checkpoint import Checkpoint
 from decoder_server.models.fbnl.backend import FbnlBackend
-from decoder_server.models.fbnl.batch_states import StatePair
+from decoder_server.models.fbnl.kv_cache import StatePair
 from encoder_worker.encoder import Encoder
 from encoder_worker.passage_encoder import BatchLimits, PassageEncoder
 from tuning.judged import JudgedCollection, read_judged

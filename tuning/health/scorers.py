@@ -15,7 +15,7 @@ from decoder_server.config import NO_TIERS, TierBudgets
 from decoder_server.models.backend import sigmoid
 from decoder_server.models.cross_encoder.backend import CrossEncoder
 from decoder_server.models.fbnl.backend import FbnlBackend
-from decoder_server.models.fbnl.batch_states import StatePair
+from decoder_server.models.fbnl.kv_cache import StatePair
 from encoder_worker.writing import CollectionSettings, Target
 from tuning import EvaluationError
 from tuning.evaluate import load_encoder

@@ -7,23 +7,29 @@ A passage that several pairs of a batch share is computed once, and so is a pref
 other, so nothing is computed twice at the same time. An entry is admitted at its second miss, and into a full cache
 only if it missed more often than the entry it evicts (TinyLFU, as Moka does it). Everything that changes an entry's
 value is in its key, and the caches go with the model that made them, so entries never go stale.
+
+States that are needed for it are decoded for the whole batch: where a codec keeps numbers (Flat, SQfp16, SQbf16), one
+copy of bytes and one conversion by torch, or none; other codecs decode all passages of the batch in one call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
+import numpy as np
 import torch
 from moka_py import Moka
+from numpy.typing import NDArray
 from torch import Tensor
 
+from cache.codecs import Codec
 from cache.read_cache import ByteBoundedCache
+from cache.states import Codes
+from checkpoint import TokenizedPrompt
 from decoder_server.config import TierBudgets
-from decoder_server.models.fbnl.batch_states import StatePair
-from decoder_server.models.fbnl.decoder import Decoder, KeysValues
-from decoder_server.models.fbnl.layout import Layout
+from decoder_server.models.fbnl.decoder import Decoder, KeysValues, Layout
 
 # Misses that make an entry worth its copy, and keys whose misses are counted: a number each.
 MIN_MISSES = 2
@@ -37,7 +43,101 @@ SMALLEST = 1e-20
 
 _Prefix = tuple[tuple[int, ...], bytes]  # the very tokens, and the key of the states that they read
 _Name = bytes | _Prefix | int  # a number is of one pair alone
-_States = Callable[[Sequence[StatePair]], Tensor]  # of pairs, packed: (sum of num_states, dim)
+
+_NUMBER_FORMATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StatePair:
+    """A prompt and one window of a passage, at the ratio it is scored at.
+
+    States that need no pooling stay encoded until their batch is assembled.
+    """
+
+    prompt: TokenizedPrompt
+    states: NDArray[np.float32] | Codes  # (num_states, dim)
+    truncated: bool = False
+    key: bytes = b""  # names the states; empty: nothing computed of them is kept
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt.ids)
+
+    @property
+    def num_states(self) -> int:
+        return len(self.states)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt.ids) + len(self.states)
+
+
+@dataclass
+class _Kind:
+    """Pairs whose states become numbers in one step."""
+
+    dim: int
+    dtype: torch.dtype  # the numbers' format before the model's
+    codec: Codec | None  # decodes them; None: they are numbers
+    parts: list[NDArray[np.uint8]] = field(default_factory=list)  # bytes, a row per state
+    places: list[int] = field(default_factory=list)  # in the batch
+
+
+def batch_states(pairs: Sequence[StatePair], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """States of all pairs in their order, (sum of num_states, dim) of `dtype` on `device`.
+
+    Passages of several codecs, and numbers next to codes, may share a batch. Every row equals its own decoding to
+    float32, converted.
+    """
+    kinds = _kinds(pairs)
+    if not kinds:
+        return torch.empty((0, 0), device=device, dtype=dtype)
+    filled = [_converted(_numbers(kind, device.type == "cuda"), device, dtype) for kind in kinds]
+    if len(filled) == 1:
+        return filled[0]
+    # Rows of a kind lie together: each is sent to where its pair is.
+    ends = np.cumsum([pair.num_states for pair in pairs])
+    batch = torch.empty((int(ends[-1]), kinds[0].dim), device=device, dtype=dtype)
+    for kind, rows in zip(kinds, filled, strict=True):
+        spans = [np.arange(ends[i] - pairs[i].num_states, ends[i]) for i in kind.places]
+        batch[torch.from_numpy(np.concatenate(spans)).to(device)] = rows
+    return batch
+
+
+def _kinds(pairs: Sequence[StatePair]) -> list[_Kind]:
+    kinds: dict[str | Codec, _Kind] = {}
+    for i, pair in enumerate(pairs):
+        states = pair.states
+        if isinstance(states, Codes):
+            number_format, rows = states.codec.number_format, states.rows
+            codec = None if number_format else states.codec
+            name: str | Codec = number_format or states.codec
+            kind = kinds.get(name) or _Kind(states.codec.dim, _NUMBER_FORMATS.get(number_format, torch.float32), codec)
+        else:
+            name, rows = "float32", np.ascontiguousarray(states, dtype=np.float32).view(np.uint8)
+            kind = kinds.get(name) or _Kind(states.shape[1], torch.float32, None)
+        kind.parts.append(rows)
+        kind.places.append(i)
+        kinds[name] = kind
+    return list(kinds.values())
+
+
+def _converted(numbers: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    if device.type == "cpu" and (numbers.dtype, dtype) == (torch.float16, torch.bfloat16):
+        numbers = numbers.float()  # in one step it takes five times as long: torch has no vector code for it
+    # To the device first: a GPU is sent the narrow numbers, and converts them itself.
+    return numbers.to(device).to(dtype)
+
+
+def _numbers(kind: _Kind, pinned: bool) -> Tensor:
+    """The kind's states in its own format, one pair after another; `pinned`: in memory that a GPU reads directly."""
+    num_states = sum(map(len, kind.parts))
+    numbers = torch.empty((num_states, kind.dim), dtype=kind.dtype, pin_memory=pinned)
+    if kind.codec is not None:
+        kind.codec.decode_many(kind.parts, out=numbers.numpy())
+    else:
+        np.concatenate(kind.parts, out=numbers.view(torch.uint8).numpy())
+    return numbers
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -189,13 +289,10 @@ class _Needed:
 class Contexts:
     """The caches of one decoder, and the contexts that its passes read. Used by one thread."""
 
-    def __init__(
-        self, decoder: Decoder, budgets: TierBudgets, states: _States, device: torch.device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, decoder: Decoder, budgets: TierBudgets, device: torch.device, dtype: torch.dtype) -> None:
         self.keys = KVCache("keys", budgets.max_keys_bytes, budgets.form)
         self.prefixes = KVCache("prefixes", budgets.max_prefix_bytes, budgets.form)
         self._decoder = decoder
-        self._states = states
         self._device = device
         self._dtype = dtype
 
@@ -208,7 +305,14 @@ class Contexts:
         prefixes.look_up(self._dtype)
         if not passages.useful and not prefixes.useful:
             # Caches that are disabled or cold: a layer's keys are made when the pass comes to it.
-            return [self._part(pairs, every, [0] * len(pairs), self._decoder.passage_kv(self._states(pairs)))]
+            return [
+                self._part(
+                    pairs,
+                    every,
+                    [0] * len(pairs),
+                    self._decoder.passage_kv(batch_states(pairs, self._device, self._dtype)),
+                )
+            ]
         self._compute_passages(pairs, passages)
         self._compute_prefixes(passages, prefixes)
         cached = [name in prefixes.kv for name in prefixes.names]
@@ -241,7 +345,7 @@ class Contexts:
         if not missing:
             return
         first = [pairs[i] for i in missing.values()]
-        kv = _stacked(self._decoder.passage_kv(self._states(first)))
+        kv = _stacked(self._decoder.passage_kv(batch_states(first, self._device, self._dtype)))
         for name, part in zip(missing, torch.split(kv, [pair.num_states for pair in first], dim=2), strict=True):
             passages.computed(name, part)
 

@@ -19,7 +19,7 @@ from checkpoint import Checkpoint, CheckpointError
 from checkpoint.synthetic import make_checkpoint
 from decoder_server.models.cross_encoder.loading import open_cross_encoder
 from decoder_server.models.fbnl.backend import FbnlBackend
-from decoder_server.models.fbnl.batch_states import StatePair
+from decoder_server.models.fbnl.kv_cache import StatePair
 from encoder_worker.encoder import Encoder
 from preread_cli.main import cli
 
