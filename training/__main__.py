@@ -19,7 +19,7 @@ COMMANDS = {
     "make": "data, start and train in one go",
     "opposed": "measure opposed instructions on held-out MedQuAD",
 }
-PATHS = {  # required
+PATHS: dict[str, dict[str, str | None]] = {  # required
     "data": {
         "--collections": "folder of BEIR folders, with medquad and scifact",
         "--debian": "private folder for the description lists; filled by apt-get when empty",
