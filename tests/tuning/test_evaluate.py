@@ -104,7 +104,7 @@ def test_candidates_of_a_run_are_reranked_instead(beir: Path, tiny: Path) -> Non
 
 
 def _index(store: Store, tiny: Path, beir: Path, *, ratio: int, stores_text: bool) -> Collection:
-    """What `preread index` leaves behind, with a limit of its own."""
+    """A collection as `preread index` leaves it, with another limit."""
     checkpoint = Checkpoint.open(tiny, max_passage_tokens=64)
     identity = checkpoint.identity()
     manifest = Manifest(
@@ -143,7 +143,7 @@ def test_an_indexed_collection_is_evaluated_as_it_lies(beir: Path, tiny: Path) -
         assert ours.measures == theirs.measures
     assert with_corpus.counts.num_changed_passages == 0
     changed = read_judged(beir)
-    changed = changed.with_passages(changed.passages | {"tide": "tides are told anew"})
+    changed = changed.with_passages(changed.passages | {"tide": "tides are told again"})
     assert evaluate(replace(changed, stored=stored), tiny, settings).counts.num_changed_passages == 1
     with pytest.raises(EvaluationError, match="ratio is 2; the states are at 4, expected a multiple of it"):
         evaluate(replace(read_judged(beir), stored=stored), tiny, EvaluationSettings(ratios=(2,)))

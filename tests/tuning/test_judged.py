@@ -151,7 +151,7 @@ def test_an_odd_json_judgement_too(beir: Path, line: str, says: str) -> None:
 
 @pytest.mark.parametrize("odd", [line for line, _ in ODD_PASSAGES])
 def test_a_corpus_is_read_as_it_is_indexed(beir: Path, odd: str | bytes) -> None:
-    """What indexing stores and what evaluation reads are one thing."""
+    """Evaluation reads the passages that indexing stores."""
     with (beir / "corpus.jsonl").open("ab") as file:
         file.write(odd if isinstance(odd, bytes) else odd.encode())
     seen = SeenIds()

@@ -7,8 +7,11 @@ different models are not comparable.
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -178,84 +181,52 @@ def _swapped(scorer: Scorer) -> CheckLine:
     return CheckLine(SWAP, Verdict.of(differ), abs(first - second), "not 0", "two queries, one passage over the limit")
 
 
+# Of a published score between 0 and 1, and of a published logit; the publishers computed in bfloat16, whose steps
+# at a logit of 8 are 0.06, and allow 0.01 themselves between machines in the same format.
+_MAX_SCORE_DELTA, _MAX_LOGIT_DELTA = 0.02, 0.15
+
+
 @dataclass(frozen=True)
 class _Published:
     """Texts, their published scores, and whether those are logits."""
 
+    texts: list[TextTriple]
     source: str
-    texts: tuple[TextTriple, ...]
-    expected: tuple[float, ...]
+    expected: Sequence[float]
     are_margins: bool
     max_delta: float
-
-
-_PLANETS = tuple(
-    TextTriple("Which planet is known as the Red Planet?", None, passage)
-    for passage in (
-        "Venus is often called Earth's twin because of its similar size and proximity.",
-        "Mars, known for its reddish appearance, is often referred to as the Red Planet.",
-        "Jupiter, the largest planet in our solar system, has a prominent red spot.",
-        "Saturn, famous for its rings, is sometimes mistaken for the Red Planet.",
-    )
-)
-_CTXL = tuple(
-    TextTriple("What are the health benefits of exercise?", "Prioritize recent medical research", passage)
-    for passage in (
-        "A 2024 study shows exercise enhances cognitive function in older adults.",
-        "Regular exercise reduces risk of heart disease and improves mental health.",
-        "Ancient Greeks valued physical fitness for military training.",
-    )
-)
-_CHINA = ("The capital of China is Beijing.", "Gravity attracts bodies toward one another.")
-_CAPITAL = tuple(TextTriple("What is the capital of China?", None, passage) for passage in _CHINA)
-_WEB = "Given a web search query, retrieve passages that answer the query."
-_CAPITAL_WEB = tuple(TextTriple("What is the capital of China?", _WEB, passage) for passage in _CHINA)
-
-# Of a published score between 0 and 1, and of a published logit; the publishers computed in bfloat16, whose steps
-# at a logit of 8 are 0.06, and allow 0.01 themselves between machines in the same format.
-_MAX_SCORE_DELTA, _MAX_LOGIT_DELTA = 0.02, 0.15
-# The reference differs from itself by 0.06 between batch sizes in bfloat16; twice that for another machine.
-_KALM_DELTA = 0.12
-_BY_ID = {
-    # Its card, bfloat16.
-    "ContextualAI/ctxl-rerank-v2-instruct-multilingual-6b": [
-        _Published("its card", _CTXL, (-2.2969, -4.6875, -12.375), True, _MAX_LOGIT_DELTA)
-    ],
-    # Their cards, bfloat16 at r = 4; the second of Nano's is the logit of .9972850 and 5.896418e-07.
-    "KaLM-Embedding/KaLM-Reranker-V1-Nano": [
-        _Published("its card", _CAPITAL, (8.78125, -14.1875), True, _KALM_DELTA),
-        _Published("its card, with an instruction", _CAPITAL_WEB, (5.90625, -14.34375), True, _KALM_DELTA),
-    ],
-    "KaLM-Embedding/KaLM-Reranker-V1-Large": [_Published("its card", _CAPITAL, (8.5625, -12.21875), True, _KALM_DELTA)],
-}
 
 
 def published(name: str) -> list[_Published]:
     """Scores published for exactly this hub id, or a directory `owner/name`; none for others."""
     cached = re.search(r"(?:^|/)models--([^/]+?)--([^/]+)/snapshots/[^/]+/?$", name)  # a hub cache's snapshot
     hub_id = f"{cached[1]}/{cached[2]}" if cached is not None else "/".join(name.rstrip("/").split("/")[-2:])
-    if hub_id in _BY_ID:
-        return _BY_ID[hub_id]
+    document = tomllib.loads((Path(__file__).parent / "published.toml").read_text())
+    own = [row for row in document["published"] if row["model"] == hub_id]
+    if own:
+        return [_Published(_texts(row), row["source"], row["margins"], True, row["max_delta"]) for row in own]
     profile = named_profile(hub_id, None)
     if profile is None or not profile.golden:
         return []
     logits = profile.golden_are_margins or any(not 0 <= score <= 1 for score in profile.golden)
     most = _MAX_LOGIT_DELTA if logits else _MAX_SCORE_DELTA
-    return [_Published("four passages", _PLANETS, profile.golden, profile.golden_are_margins, most)]
+    texts = _texts(document["planets"])
+    return [_Published(texts, "four passages", profile.golden, profile.golden_are_margins, most)]
+
+
+def _texts(row: dict[str, Any]) -> list[TextTriple]:
+    return [TextTriple(row["query"], row.get("instruction"), passage) for passage in row["passages"]]
 
 
 def published_section(scorer: Scorer) -> Section:
     """Published scores against the model's."""
-    lines = [_published_line(one, scorer) for one in published(scorer.name)]
-    return Section(
-        "published scores", lines or [CheckLine("scores", Verdict.SKIP, detail="none for a model of this name")]
-    )
-
-
-def _published_line(one: _Published, scorer: Scorer) -> CheckLine:
-    margins = scorer.margins(one.texts)
-    got = margins if one.are_margins else scorer.scores(margins)
-    delta = float(np.abs(got - np.array(one.expected, dtype=np.float32)).max())
-    shown, expected = (", ".join(f"{value:.4g}" for value in values) for values in (got, one.expected))
-    state = Verdict.of(delta <= one.max_delta)
-    return CheckLine(one.source, state, delta, f"at most {one.max_delta:g}", f"{shown}; published {expected}")
+    lines = []
+    for one in published(scorer.name):
+        margins = scorer.margins(one.texts)
+        got = margins if one.are_margins else scorer.scores(margins)
+        delta = float(np.abs(got - np.array(one.expected, dtype=np.float32)).max())
+        shown, expected = (", ".join(f"{value:.4g}" for value in values) for values in (got, one.expected))
+        state, most = Verdict.of(delta <= one.max_delta), f"at most {one.max_delta:g}"
+        lines.append(CheckLine(one.source, state, delta, most, f"{shown}; published {expected}"))
+    none = CheckLine("scores", Verdict.SKIP, detail="none for a model of this name")
+    return Section("published scores", lines or [none])

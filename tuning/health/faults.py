@@ -111,7 +111,7 @@ _MISSING_TEMPLATE = (
     "the spread changes; serve it with its profile's template"
 )
 _WRONG_PADDING = (
-    "wrong padding side or a missing attention mask: pairs score right alone and wrong beside longer ones; "
+    "wrong padding side or a missing attention mask: pairs score right alone and wrong batched with longer ones; "
     "encoders that read their first token need padding on the right, decoders that read their last need it on the left"
 )
 _DROPPED_POOLER = (
@@ -135,7 +135,7 @@ _CONSTANT = "every pair has the same score: the head does not see the texts"
 UNPUBLISHED = "these are not the published weights, or not the published template: a plain pass gives other scores, too"
 UNKNOWN = "no known fault gives these numbers: compare weights, template and readout with the published ones"
 
-# A fault proves itself where it gives the served margins but for rounding (root mean square, in spreads of its own),
+# A fault proves itself where it gives the served margins but for rounding (root mean square, in its spreads),
 # and gives them better than the right way does.
 _PROOF_SPREADS = 0.1
 _PROOF_GAIN = 0.5

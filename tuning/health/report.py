@@ -20,7 +20,7 @@ from tuning.health.pairs import Margins, TextTriple
 _FORMAT_VERSION = 1
 _NUM_FARTHEST = 3
 _MIN_WIDTH = 80
-_MAX_CELLS = 52  # of a text beside its margins; a Korean character takes two
+_MAX_CELLS = 52  # of two texts next to their margins; a Korean character takes two
 
 
 class Verdict(enum.Enum):

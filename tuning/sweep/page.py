@@ -24,7 +24,7 @@ _SIZE = (6.4, 4.9)  # inches, legend included
 _SVG = "http://www.w3.org/2000/svg"
 _NUM_SHOWN = 5  # examples of each kind
 _NUM_MOVED = 3
-_NUM_CONFIGURATIONS = 12  # with examples, beside the chosen one
+_NUM_CONFIGURATIONS = 12  # with examples, next to the chosen one
 _MAX_TEXT_CHARACTERS = 280
 
 

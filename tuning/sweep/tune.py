@@ -210,7 +210,7 @@ class Sweep(Experiment):
         return queries
 
     def _rows(self) -> list[SweepRow]:
-        """Quality beside cost; indexing is extrapolated from the passages that were encoded and written here."""
+        """Quality and cost; indexing is extrapolated from the passages that were encoded and written here."""
         num_passages, encoder_seconds, times = self.lengths.num_passages, None, self.times
         if self.from_states is None and self.states.num_tokens:
             encoder_seconds = self.states.seconds / self.states.num_tokens * self.lengths.num_tokens

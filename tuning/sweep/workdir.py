@@ -1,4 +1,4 @@
-"""What a sweep keeps on disk, so that a run that was killed goes on: one folder per set of inputs.
+"""A sweep's work directory, so that a run that was killed goes on: one folder per set of inputs.
 
 A file is written aside and renamed, so it is whole or absent; that holds when the process dies, not when the power
 does, and then the damage is found on reading and the piece made again.

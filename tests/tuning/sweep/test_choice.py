@@ -27,7 +27,7 @@ def test_on_the_front_is_what_no_other_beats(points: list[tuple[float, float]]) 
 
 
 def row(quality: float, loss: float, num_bytes: float, ms: float, worst: float | None = None) -> SweepRow:
-    """What a choice looks at."""
+    """The fields that a choice looks at."""
     bounds = (0.0, worst if worst is not None else loss)
     shape: Any = SimpleNamespace(
         quality=SimpleNamespace(headline=quality, loss=loss, loss_bounds=bounds),

@@ -1,4 +1,4 @@
-"""What is swept: stages as people write them, and which combinations can be."""
+"""The grid of a sweep: stages as people write them, and which combinations can be."""
 
 from __future__ import annotations
 

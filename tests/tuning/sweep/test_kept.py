@@ -1,4 +1,4 @@
-"""What a sweep keeps on disk: whole or absent, and the same however often it was interrupted."""
+"""A sweep's work directory: whole or absent, and the same however often it was interrupted."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class Source:
     def __init__(self, passages: Mapping[str, PassageStates], break_after: int | None = None) -> None:
         self.passages = passages
         self.break_after = break_after
-        self.asked: list[str] = []
+        self.requested: list[str] = []
 
     def chunks(
         self, passage_ids: Sequence[str], progress: StageProgress = SILENT
     ) -> Iterator[Mapping[str, PassageStates]]:
         known = [p for p in passage_ids if p in self.passages]
-        self.asked += known
+        self.requested += known
         for number, start in enumerate(range(0, len(known), 2)):
             if number == self.break_after:
                 raise KeyboardInterrupt
@@ -72,12 +72,12 @@ def test_a_broken_off_run_goes_on_where_it_was(tmp_path: Path, passages: dict[st
     rest = Source(passages)
     spilled = SpilledStates(tmp_path, 1, DIM)
     spilled.fill(rest, list(passages))
-    assert rest.asked == ["p4", "p5"]
+    assert rest.requested == ["p4", "p5"]
     for p, one in passages.items():
         assert (SpilledStates(tmp_path, 1, DIM).states(p).states == one.states).all()
     again = Source(passages)
     SpilledStates(tmp_path, 1, DIM).fill(again, list(passages))
-    assert again.asked == []
+    assert again.requested == []
 
 
 def test_damage_is_told(tmp_path: Path, passages: dict[str, PassageStates]) -> None:
@@ -124,7 +124,7 @@ def test_a_codec_with_too_few_states_is_left_out_or_refused(tmp_path: Path, pass
     assert codecs.few == {"SQ8": {1: 33}}
     again = Codecs(spilled, work, "fallback", seed=99).get(1, "SQ8")
     assert again is not None
-    assert again.codec.table() == trained.codec.table()  # kept, not trained anew
+    assert again.codec.table() == trained.codec.table()  # kept, not trained again
     with pytest.raises(EvaluationError, match="codec PQ4 at stored ratio 1: sample: 33 states, PQ4 trains on at least"):
         Codecs(spilled, work, "refuse", seed=0).get(1, "PQ4")
 

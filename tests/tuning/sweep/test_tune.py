@@ -43,7 +43,7 @@ def by_name(report: SweepReport) -> dict[str, SweepRow]:
 
 
 def without_times(report: SweepReport) -> dict[str, Any]:
-    """What a seeded run repeats."""
+    """The values that a seeded run repeats."""
     document: dict[str, Any] = json.loads(report.to_json(Limits(), None))
     del document["hardware"]
     for one in document["configurations"]:
@@ -271,7 +271,7 @@ def test_a_killed_run_goes_on_and_ends_alike(beir: Path, tiny: Path, sweep: Swee
 def _index(
     store: Store, tiny: Path, texts: dict[str, str], *, ratio: int, codec: str, stores_text: bool = True
 ) -> Collection:
-    """What `preread index` leaves behind."""
+    """A collection as `preread index` leaves it."""
     checkpoint = Checkpoint.open(tiny)
     identity = checkpoint.identity()
     manifest = Manifest(

@@ -62,7 +62,7 @@ def test_it_shows_a_table_and_writes_its_files(tune: Tune) -> None:
 
 
 class Page(HTMLParser):
-    """What a browser would fetch, and the texts it would show."""
+    """URLs a browser would fetch, and the texts it would show."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
