@@ -101,7 +101,7 @@ class Codes:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class _Passage:
+class _PooledPassage:
     """Fields and counts that decoded and encoded passages share; see `PassageStates`."""
 
     states: Any = field(repr=False)
@@ -144,7 +144,7 @@ class _Passage:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class PassageStates(_Passage):
+class PassageStates(_PooledPassage):
     """Pooled token states of one passage.
 
     A passage longer than the encoder's limit may have been split into windows; each was encoded and pooled separately
@@ -165,7 +165,7 @@ class PassageStates(_Passage):
             raise ValueError(
                 f"states: {self.states.dtype} {self.states.shape}, expected C-contiguous float32 (num_states, dim)"
             )
-        _Passage.__post_init__(self)
+        _PooledPassage.__post_init__(self)
 
     @property
     def dim(self) -> int:
@@ -195,7 +195,7 @@ class PassageStates(_Passage):
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class EncodedPassage(_Passage):
+class EncodedPassage(_PooledPassage):
     """Pooled token states of one passage in its codec's bytes, decoded when numbers are needed and not before."""
 
     states: Codes = field(repr=False)

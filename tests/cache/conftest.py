@@ -252,8 +252,8 @@ def make_backend(request, tmp_path):
     made: list[Backend] = []
 
     def make(name: str) -> Backend:
-        if name.startswith("tier:"):
-            backend = CachedBackend(make(name.removeprefix("tier:")))
+        if name.startswith("cached:"):
+            backend = CachedBackend(make(name.removeprefix("cached:")))
         elif name == "memory":
             backend = MemoryBackend()
         elif name == "faiss":

@@ -339,7 +339,9 @@ def test_an_alias_that_was_damaged_means_no_other_collection(redis_server, open_
         Collection.open(store, "live")
 
 
-def test_what_a_tier_holds_does_not_outlive_a_restart_without_data(redis_server, make_manifest, make_record, same):
+def test_what_a_read_cache_holds_does_not_outlive_a_restart_without_data(
+    redis_server, make_manifest, make_record, same
+):
     """Numbers of a counter come again after it; what was held under them is another passage's states by then."""
     url = f"{redis_server.url}?prefix=restart"
     reader = CachedStore(open_store(url, read_budget_seconds=10), max_bytes=1 << 20)

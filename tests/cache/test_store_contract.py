@@ -1,4 +1,4 @@
-"""The contract of every store, run against each kind of them, and against the in-process tier in front."""
+"""The contract of every store, run against each kind of them, and against the read cache in front."""
 
 import threading
 
@@ -15,11 +15,11 @@ NAMES = [
     "redis",
     "rediss",
     "redis+cluster",
-    "tier:memory",
-    "tier:faiss",
-    "tier:redis",
-    "tier:rediss",
-    "tier:redis+cluster",
+    "cached:memory",
+    "cached:faiss",
+    "cached:redis",
+    "cached:rediss",
+    "cached:redis+cluster",
 ]
 
 
