@@ -29,7 +29,7 @@ from benchmarks.common import median_seconds, nano_checkpoint, read_result, repo
 from benchmarks.servers import QUERY, TIER_BYTES, TIERS, fill, serving
 from cache.states import PassageStates, text_digest
 from checkpoint import Checkpoint
-from decoder_server.config import TierBudgets
+from decoder_server.config import KvCacheConfig
 from decoder_server.models.fbnl.backend import FbnlBackend
 from preread import AsyncClient, Client
 
@@ -42,7 +42,7 @@ COLUMNS = ["clients", "requests", "p50, ms", "p99, ms", "in the model, p50", "ov
 
 def rates_alone(checkpoint: Checkpoint, dtype: str | None) -> dict[int, float]:
     """Candidates a second of the model alone, by how many are in a batch."""
-    backend = FbnlBackend.load(checkpoint, dtype=dtype, budgets=TierBudgets(TIER_BYTES, TIER_BYTES))
+    backend = FbnlBackend.load(checkpoint, dtype=dtype, budgets=KvCacheConfig(TIER_BYTES, TIER_BYTES))
     states = np.random.default_rng(0).standard_normal((PASSAGE_TOKENS // RATIO, checkpoint.dim), dtype=np.float32)
     prompt = backend.prompt(QUERY)
     passages = [

@@ -30,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 from benchmarks.operations import PREFIX_TOKENS, PROMPT_TOKENS, Operations
 from checkpoint import Checkpoint, TokenizedPrompt
 from checkpoint.compute import DTYPES, dtype_name
-from decoder_server.config import TierBudgets
+from decoder_server.config import KvCacheConfig
 from decoder_server.models.fbnl.backend import FbnlBackend
 from decoder_server.models.fbnl.kv_cache import StatePair
 from encoder_worker.encoder import Encoder
@@ -58,7 +58,7 @@ class Models:
     def tiered(self, form: str, *, prefix: bool) -> FbnlBackend:
         """Our decoder with the tier of keys, and that of prefixes where asked for, each as large as it likes."""
         if (form, prefix) not in self._tiered:
-            budgets = TierBudgets(TIER_BYTES, TIER_BYTES if prefix else 0, form)
+            budgets = KvCacheConfig(TIER_BYTES, TIER_BYTES if prefix else 0, form)
             backend = FbnlBackend.load(self.checkpoint, device="cpu", dtype=dtype_name(self.dtype), budgets=budgets)
             self._tiered[form, prefix] = backend
         return self._tiered[form, prefix]

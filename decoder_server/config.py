@@ -22,7 +22,7 @@ ANY_MODEL = "*"
 
 
 @dataclass(frozen=True)
-class TierBudgets(Config):
+class KvCacheConfig(Config):
     """Budgets of one model's KV and prefix caches, and their number format."""
 
     max_keys_bytes: int = knob(
@@ -47,7 +47,7 @@ class TierBudgets(Config):
     )
 
 
-NO_TIERS = TierBudgets(0, 0)
+NO_KV_CACHES = KvCacheConfig(0, 0)
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class ModelConfig(LoadConfig):
     )  # "": nothing is encoded on demand
     encoder_api_key: str = knob("", "Shown to the worker at --encoder-address.", metavar="KEY", is_secret=True)
     encoder_in_process: bool = False  # that worker is a part of this process, which is not ready without it
-    tiers: TierBudgets = field(default_factory=TierBudgets)
+    kv_caches: KvCacheConfig = field(default_factory=KvCacheConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -33,7 +33,7 @@ from cache.open import open_store
 from cache.states import PassageStates
 from cache.store import Store
 from checkpoint.synthetic import make_checkpoint
-from decoder_server.config import NO_TIERS, DecoderConfig, HttpConfig
+from decoder_server.config import NO_KV_CACHES, DecoderConfig, HttpConfig
 from decoder_server.edge.engines import FLOOR_MARGIN
 from decoder_server.server import DecoderServer, Gateway
 from encoder_worker.config import EncoderConfig
@@ -283,7 +283,7 @@ def serving(model: Model, directory: Path) -> Iterator[Served]:
         if worker is not None:
             await worker.start()
         address = f"127.0.0.1:{worker.port}" if worker is not None else ""
-        more = {"tiers": NO_TIERS, "max_inline_cache_bytes": 0} if model.encoder else {"profile": model.profile}
+        more = {"kv_caches": NO_KV_CACHES, "max_inline_cache_bytes": 0} if model.encoder else {"profile": model.profile}
         config = DecoderConfig.of_one(str(checkpoint), encoder_address=address, **common, **more)
         server = DecoderServer(config, store=store)
         gateway = Gateway(HttpConfig(port=0), server)

@@ -46,7 +46,7 @@ def _load_fbnl(model: ModelConfig) -> Backend:
     checkpoint = Checkpoint.open(
         model.checkpoint, max_passage_tokens=model.max_passage_tokens, neutralise=not model.read_control_tokens
     )
-    return FbnlBackend.load(checkpoint, device=model.device, dtype=model.dtype, budgets=model.tiers)
+    return FbnlBackend.load(checkpoint, device=model.device, dtype=model.dtype, budgets=model.kv_caches)
 
 
 def _load_cross_encoder(model: ModelConfig) -> Backend:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from decoder_server.config import DecoderConfig, HttpConfig, ModelConfig, TierBudgets
+from decoder_server.config import DecoderConfig, HttpConfig, KvCacheConfig, ModelConfig
 from encoder_worker.config import EncoderConfig
 from preread_cli.config_file import config_option
 from preread_cli.models import model_option, models_option, parse_models
@@ -61,7 +61,7 @@ _MODEL_FLAGS = (
 @option(
     "--encoder-port", type=click.IntRange(0, 65535), default=50052, help="Loopback port of the encoder in this process."
 )
-@knob_options(DecoderConfig, TierBudgets, HttpConfig, without_default=["--http-port"])
+@knob_options(DecoderConfig, KvCacheConfig, HttpConfig, without_default=["--http-port"])
 @option(
     "--check/--no-check",
     default=None,
@@ -84,7 +84,7 @@ def serve(ctx: click.Context, /, **options: Any) -> None:
     """
     if options["no_encoder"] and options["encoder_address"]:
         raise click.UsageError("--no-encoder and --encoder-address are mutually exclusive.")
-    models = parse_models(options, tiers=from_options(TierBudgets, options))
+    models = parse_models(options, kv_caches=from_options(KvCacheConfig, options))
     config = from_options(DecoderConfig, options, models=models)
     http = from_options(HttpConfig, options) if options["http_port"] is not None else None
     asyncio.run(_serve(options, config, http, Process(ctx)))

@@ -16,7 +16,7 @@ from cache.manifest import Manifest, new_identity
 from cache.open import open_store
 from cache.states import PassageStates, text_digest
 from checkpoint import Checkpoint
-from decoder_server.config import TierBudgets
+from decoder_server.config import KvCacheConfig
 from decoder_server.models.fbnl.backend import FbnlBackend
 from decoder_server.models.fbnl.kv_cache import MIN_MISSES, KVCache, StatePair, StoredKV
 
@@ -37,7 +37,7 @@ def checkpoint(tiny: Path) -> Checkpoint:
     return Checkpoint.open(tiny)
 
 
-def made(checkpoint: Checkpoint, budgets: TierBudgets) -> FbnlBackend:
+def made(checkpoint: Checkpoint, budgets: KvCacheConfig) -> FbnlBackend:
     return FbnlBackend.load(checkpoint, device="cpu", dtype="float32", budgets=budgets)
 
 
@@ -120,17 +120,17 @@ def test_a_tier_without_a_budget_wants_nothing() -> None:
 @pytest.mark.parametrize(
     "budgets",
     [
-        TierBudgets(PLENTY, PLENTY),
-        TierBudgets(PLENTY, 0),
-        TierBudgets(0, PLENTY),
-        TierBudgets(40_000, 150_000),  # of a handful of entries: they come and go all the time
-        TierBudgets(PLENTY, PLENTY, "bfloat16"),
-        TierBudgets(PLENTY, PLENTY, "int8"),
+        KvCacheConfig(PLENTY, PLENTY),
+        KvCacheConfig(PLENTY, 0),
+        KvCacheConfig(0, PLENTY),
+        KvCacheConfig(40_000, 150_000),  # of a handful of entries: they come and go all the time
+        KvCacheConfig(PLENTY, PLENTY, "bfloat16"),
+        KvCacheConfig(PLENTY, PLENTY, "int8"),
     ],
     ids=["both", "keys", "prefixes", "hardly any room", "bfloat16", "int8"],
 )
 def test_margins_are_those_of_a_pass_that_keeps_nothing(
-    checkpoint: Checkpoint, fbnl: FbnlBackend, budgets: TierBudgets
+    checkpoint: Checkpoint, fbnl: FbnlBackend, budgets: KvCacheConfig
 ) -> None:
     backend = made(checkpoint, budgets)
     for batch in batches(backend, 60):
@@ -143,7 +143,7 @@ def test_margins_are_those_of_a_pass_that_keeps_nothing(
 
 
 def test_filling_makes_the_next_pass_a_hit(checkpoint: Checkpoint, fbnl: FbnlBackend) -> None:
-    backend = made(checkpoint, TierBudgets(PLENTY, PLENTY))
+    backend = made(checkpoint, KvCacheConfig(PLENTY, PLENTY))
     rng = np.random.default_rng(2)
     passages = [rng.standard_normal((n, checkpoint.dim)).astype(np.float32) for n in (1, 7, 12)]
     warmed = [StatePair(backend.prompt("any"), states, False, bytes([i])) for i, states in enumerate(passages)]
@@ -156,7 +156,7 @@ def test_filling_makes_the_next_pass_a_hit(checkpoint: Checkpoint, fbnl: FbnlBac
 
 def test_a_beginning_serves_its_own_tokens_only(checkpoint: Checkpoint, fbnl: FbnlBackend) -> None:
     """A query of the same instruction hits; another instruction, passage or ratio does not."""
-    backend = made(checkpoint, TierBudgets(PLENTY, PLENTY))
+    backend = made(checkpoint, KvCacheConfig(PLENTY, PLENTY))
     rng = np.random.default_rng(1)
     states = rng.standard_normal((9, checkpoint.dim)).astype(np.float32)
     _, prefixes = backend.caches
@@ -174,7 +174,7 @@ def test_a_beginning_serves_its_own_tokens_only(checkpoint: Checkpoint, fbnl: Fb
 
 def test_a_passage_that_requests_share_is_computed_once(checkpoint: Checkpoint) -> None:
     """Two queries of one batch over one passage: its states are read once, and its beginning is computed once."""
-    backend = made(checkpoint, TierBudgets(PLENTY, PLENTY))
+    backend = made(checkpoint, KvCacheConfig(PLENTY, PLENTY))
     states: NDArray[np.float32] = np.ones((5, checkpoint.dim), dtype=np.float32)
     backend.score([StatePair(backend.prompt(query), states, False, b"p") for query in QUERIES])
     keys, prefixes = backend.caches
@@ -184,7 +184,7 @@ def test_a_passage_that_requests_share_is_computed_once(checkpoint: Checkpoint) 
 
 def test_equal_texts_under_two_ids_are_computed_once(checkpoint: Checkpoint) -> None:
     """What is stored of a text has one key under any id, and in any collection of one identity."""
-    backend = made(checkpoint, TierBudgets(PLENTY, PLENTY))
+    backend = made(checkpoint, KvCacheConfig(PLENTY, PLENTY))
     store = open_store("memory:equal-texts")
     identity = new_identity()
     shard, other = (
@@ -208,7 +208,7 @@ def test_equal_texts_under_two_ids_are_computed_once(checkpoint: Checkpoint) -> 
 
 def test_models_share_nothing(checkpoint: Checkpoint) -> None:
     """Entries belong to the weights and templates that computed them: another loaded model begins with none."""
-    budgets = TierBudgets(PLENTY, PLENTY)
+    budgets = KvCacheConfig(PLENTY, PLENTY)
     one, other = made(checkpoint, budgets), made(checkpoint, budgets)
     pair = next(batches(one, 1))[:1]
     one.fill(pair)
@@ -226,4 +226,4 @@ def test_models_share_nothing(checkpoint: Checkpoint) -> None:
 )
 def test_budgets_that_make_no_sense_are_refused(budgets: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        TierBudgets(**budgets)  # type: ignore[arg-type]  # that is the point
+        KvCacheConfig(**budgets)  # type: ignore[arg-type]  # that is the point

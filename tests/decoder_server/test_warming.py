@@ -8,7 +8,7 @@ import grpc
 import pytest
 
 from checkpoint import Checkpoint
-from decoder_server.config import TierBudgets
+from decoder_server.config import KvCacheConfig
 from decoder_server.models.fbnl.backend import FbnlBackend
 from preread.v1 import rerank_pb2
 
@@ -20,7 +20,7 @@ IDS = [f"p{i}" for i in range(12)]
 def tiered(tiny: Path) -> FbnlBackend:
     """The model of the other tests, with room for everything."""
     return FbnlBackend.load(
-        Checkpoint.open(tiny), device="cpu", dtype="float32", budgets=TierBudgets(MIB * 16, MIB * 16)
+        Checkpoint.open(tiny), device="cpu", dtype="float32", budgets=KvCacheConfig(MIB * 16, MIB * 16)
     )
 
 

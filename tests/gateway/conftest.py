@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks.synthetic import make_cross_encoder
 from cache.open import open_store
-from decoder_server.config import NO_TIERS, DecoderConfig, HttpConfig, ModelConfig
+from decoder_server.config import NO_KV_CACHES, DecoderConfig, HttpConfig, ModelConfig
 from decoder_server.models.loading import load_model
 from decoder_server.server import DecoderServer, Gateway
 from encoder_worker.config import EncoderConfig
@@ -125,8 +125,8 @@ def _run(
             worker = EncoderServer(EncoderConfig(str(checkpoint), port=0, device="cpu", dtype="float32"), store=store)
             await worker.start()
         # Without tiers the same request has the same score to the last bit, on whichever path it is asked.
-        settings = {"port": 0, "device": "cpu", "dtype": "float32", "max_staleness_seconds": 0.0, "tiers": NO_TIERS}
-        settings |= config
+        settings = {"port": 0, "device": "cpu", "dtype": "float32", "max_staleness_seconds": 0.0}
+        settings |= {"kv_caches": NO_KV_CACHES} | config
         address = f"127.0.0.1:{worker.port}" if worker else ""
         server = DecoderServer(
             DecoderConfig.of_one(str(checkpoint), encoder_address=address, **settings),

@@ -7,7 +7,7 @@ import dataclasses
 import click
 import pytest
 
-from decoder_server.config import DecoderConfig, HttpConfig, ModelConfig, TierBudgets
+from decoder_server.config import DecoderConfig, HttpConfig, KvCacheConfig, ModelConfig
 from encoder_worker.config import EncoderConfig
 from preread_cli.commands.serve import encode_worker, serve
 from preread_cli.options import from_options
@@ -16,7 +16,7 @@ from preread_edge.settings import Config, knob, knobs
 PAIRS = [
     (serve, DecoderConfig),
     (serve, HttpConfig),
-    (serve, TierBudgets),
+    (serve, KvCacheConfig),
     (encode_worker, EncoderConfig),
 ]
 # Of a model, which `--model NAME=CHECKPOINT,KEY=VALUE` names.
@@ -51,14 +51,14 @@ def test_a_command_without_flags_is_the_library_without_arguments(
 def test_every_field_that_can_be_set_is_a_knob() -> None:
     plain = {
         settings: {one.name for one in dataclasses.fields(settings)} - {one.name for one in knobs(settings)}
-        for settings in (DecoderConfig, HttpConfig, TierBudgets, EncoderConfig, ModelConfig)
+        for settings in (DecoderConfig, HttpConfig, KvCacheConfig, EncoderConfig, ModelConfig)
     }
     assert plain == {
         DecoderConfig: {"models"},
         HttpConfig: set(),
-        TierBudgets: set(),
+        KvCacheConfig: set(),
         EncoderConfig: {"checkpoint"},
-        ModelConfig: {"checkpoint", "tiers", "encoder_in_process"},
+        ModelConfig: {"checkpoint", "kv_caches", "encoder_in_process"},
     }
     flags = {one.flag for one in knobs(ModelConfig)}
     assert flags - set(options_of(serve)) == MODEL_KEYS

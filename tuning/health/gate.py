@@ -15,7 +15,7 @@ from typing import Any
 
 from cache import DEFAULT_CODEC
 from checkpoint.files import CheckpointError, read_json, resolve
-from decoder_server.config import NO_TIERS, ModelConfig
+from decoder_server.config import NO_KV_CACHES, ModelConfig
 from decoder_server.models.backend import Backend
 from decoder_server.models.cross_encoder.backend import CrossEncoder
 from decoder_server.models.cross_encoder.loading import open_cross_encoder
@@ -78,11 +78,13 @@ def check(
         _reject("cross-encoders", runtime=not torch, profile=config.profile, max_tokens=config.max_passage_tokens)
     else:
         _reject("fbnl checkpoints", codec=codec, ratio=ratio)
-    backend = load_model(replace(config, tiers=NO_TIERS))
+    backend = load_model(replace(config, kv_caches=NO_KV_CACHES))
     other = None
     if against not in _FLOAT32_NAMES:
         trust = config.trust_remote_code
-        loaded = ModelConfig(against, device=config.device, dtype="float32", trust_remote_code=trust, tiers=NO_TIERS)
+        loaded = ModelConfig(
+            against, device=config.device, dtype="float32", trust_remote_code=trust, kv_caches=NO_KV_CACHES
+        )
         other = (against, _scorer(load_model(loaded)))
     one = _Check(_scorer(backend, ratio), pairs or PairSet.read(), other, progress)
     if isinstance(one.served, FbnlScorer):

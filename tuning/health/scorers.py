@@ -11,7 +11,7 @@ from cache.collection import StoredPassage
 from cache.open import open_store
 from cache.states import PassageStates
 from checkpoint import TokenizedPrompt
-from decoder_server.config import NO_TIERS, TierBudgets
+from decoder_server.config import NO_KV_CACHES, KvCacheConfig
 from decoder_server.models.backend import sigmoid
 from decoder_server.models.cross_encoder.backend import CrossEncoder
 from decoder_server.models.fbnl.backend import FbnlBackend
@@ -102,7 +102,7 @@ class FbnlScorer(Scorer):
     def __init__(self, backend: FbnlBackend, ratio: int | None = None) -> None:
         super().__init__(backend.checkpoint_name, backend.dtype_name, backend.settings.max_passage_tokens)
         self.checkpoint = backend.checkpoint
-        self.backend = backend.with_caches(NO_TIERS)
+        self.backend = backend.with_caches(NO_KV_CACHES)
         self.encoder = load_encoder(self.checkpoint, backend.device_name, backend.dtype_name)
         self.ratio = ratio or self.checkpoint.settings.default_compression_ratio
 
@@ -162,7 +162,7 @@ class FbnlScorer(Scorer):
             states: with keys, as a collection gives them.
             form: number format of the caches.
         """
-        backend = self.backend.with_caches(TierBudgets(_CACHE_BYTES, _CACHE_BYTES, form))
+        backend = self.backend.with_caches(KvCacheConfig(_CACHE_BYTES, _CACHE_BYTES, form))
         passages = list(zip(self._prompts(pairs), states, strict=True))
         for prompt, passage in passages:
             backend.fill(backend.pairs(prompt, [passage])[0])

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cache.states import AnyStates
 from checkpoint import Checkpoint, CheckpointError, EncoderIdentity, TokenizedPrompt
 from checkpoint.compute import choose_device, choose_dtype, choose_fused, dtype_name
-from decoder_server.config import NO_TIERS, TierBudgets
+from decoder_server.config import NO_KV_CACHES, KvCacheConfig
 from decoder_server.models.fbnl.decoder import Decoder
 from decoder_server.models.fbnl.kv_cache import Contexts, KVCache, StatePair, batch_states
 
@@ -32,7 +32,7 @@ class FbnlBackend:
         dtype: torch.dtype,
         *,
         compiled: bool = False,
-        budgets: TierBudgets = NO_TIERS,
+        budgets: KvCacheConfig = NO_KV_CACHES,
     ) -> None:
         self.settings = checkpoint.settings
         self.checkpoint_name = checkpoint.name
@@ -54,7 +54,7 @@ class FbnlBackend:
         *,
         device: str | None = None,
         dtype: str | None = None,
-        budgets: TierBudgets = NO_TIERS,
+        budgets: KvCacheConfig = NO_KV_CACHES,
     ) -> FbnlBackend:
         """Reads the decoder's tensors.
 
@@ -71,13 +71,13 @@ class FbnlBackend:
         fused = choose_fused(checkpoint.dim, where)
         return cls(checkpoint, where, choose_dtype(dtype, where), compiled=fused, budgets=budgets)
 
-    def with_caches(self, budgets: TierBudgets) -> FbnlBackend:
+    def with_caches(self, budgets: KvCacheConfig) -> FbnlBackend:
         """The same weights with caches of another size, empty."""
         other = copy.copy(self)
         other._contexts = self._new_contexts(budgets)
         return other
 
-    def _new_contexts(self, budgets: TierBudgets) -> Contexts:
+    def _new_contexts(self, budgets: KvCacheConfig) -> Contexts:
         return Contexts(self._decoder, budgets, self._device, self._dtype)
 
     @property

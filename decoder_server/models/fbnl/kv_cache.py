@@ -28,7 +28,7 @@ from cache.codecs import Codec
 from cache.read_cache import ByteBoundedCache
 from cache.states import Codes
 from checkpoint import TokenizedPrompt
-from decoder_server.config import TierBudgets
+from decoder_server.config import KvCacheConfig
 from decoder_server.models.fbnl.decoder import Decoder, KeysValues, Layout
 
 # Misses that make an entry worth its copy, and keys whose misses are counted: a number each.
@@ -289,7 +289,7 @@ class _Needed:
 class Contexts:
     """The caches of one decoder, and the contexts that its passes read. Used by one thread."""
 
-    def __init__(self, decoder: Decoder, budgets: TierBudgets, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, decoder: Decoder, budgets: KvCacheConfig, device: torch.device, dtype: torch.dtype) -> None:
         self.keys = KVCache("keys", budgets.max_keys_bytes, budgets.form)
         self.prefixes = KVCache("prefixes", budgets.max_prefix_bytes, budgets.form)
         self._decoder = decoder
