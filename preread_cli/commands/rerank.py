@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,8 @@ from preread_cli.terminal import counted_progress
 
 if TYPE_CHECKING:
     from preread import Client
+
+Score = Callable[[str, Sequence[Candidate]], Reranking]
 
 # Ranking a whole collection is for trying things out; beyond this a first stage chooses candidates.
 MAX_WHOLE_COLLECTION = 5000
@@ -113,16 +116,16 @@ def rerank(ctx: click.Context, /, query: str | None, **given: Any) -> None:
         "stages": given["stages"],
         "on_miss": given["on_miss"],
         "model": given["model_name"],
+        "top_n": (DEFAULT_TOP_N if query is not None else 0) if given["top_n"] is None else given["top_n"],
+        "return_text": query is not None,
     }
     settings = client_settings(given, timeout_seconds=given["timeout_seconds"])
     with Client(given["address"], options=settings) as client:
         limits = {info.name: info.max_candidates for info in client.list_models()}
         # An unknown name is rejected by the server itself.
         max_candidates = limits.get(given["model_name"]) or next(iter(limits.values()))
-        if query is not None:
-            num_bad = _one_query(client, query, given, max_candidates, options)
-        else:
-            num_bad = _many_queries(client, given, max_candidates, options)
+        score = partial(rerank_in_parts, client, max_candidates=max_candidates, options=options)
+        num_bad = _many_queries(score, given) if query is None else _one_query(score, query, given)
     if num_bad:
         ctx.exit(BAD_ITEMS)
 
@@ -155,13 +158,9 @@ def _candidates(given: Mapping[str, Any]) -> Sequence[Candidate]:
     return found
 
 
-def _one_query(
-    client: Client, query: str, given: Mapping[str, Any], max_candidates: int, options: RerankOptions
-) -> int:
-    options["top_n"] = DEFAULT_TOP_N if given["top_n"] is None else given["top_n"]
-    options["return_text"] = True
+def _one_query(score: Score, query: str, given: Mapping[str, Any]) -> int:
     candidates = _candidates(given)
-    answer = rerank_in_parts(client, query, candidates, max_candidates, options)
+    answer = score(query, candidates)
     if given["as_json"]:
         click.echo(json.dumps({"query": query} | dataclasses.asdict(answer), ensure_ascii=False, indent=2))
     else:
@@ -169,7 +168,7 @@ def _one_query(
     return len(candidates) - answer.summary.num_scored
 
 
-def _many_queries(client: Client, given: Mapping[str, Any], max_candidates: int, options: RerankOptions) -> int:
+def _many_queries(score: Score, given: Mapping[str, Any]) -> int:
     from preread_edge.outputs import open_output
     from tuning.trec import check_ids, run_lines
 
@@ -182,10 +181,9 @@ def _many_queries(client: Client, given: Mapping[str, Any], max_candidates: int,
     if not given["as_json"]:  # now, not after hours
         check_ids(*queries)
         check_ids(*{one.passage_id for found in candidates.values() for one in found if one.passage_id})
-    options["top_n"] = given["top_n"] or 0
     done: list[Reranking] = []
     with open_output(given["output"]) as file, counted_progress("reranking") as on_progress:
-        for query_id, answer in _rerank_all(client, queries, candidates, max_candidates, options, given["concurrency"]):
+        for query_id, answer in _rerank_all(score, queries, candidates, given["concurrency"]):
             if given["as_json"]:
                 row = {"query_id": query_id, "query": queries[query_id]} | dataclasses.asdict(answer)
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -262,20 +260,14 @@ def rerank_in_parts(
 
 
 def _rerank_all(
-    client: Client,
-    queries: Mapping[str, str],
-    candidates: Mapping[str, Sequence[Candidate]],
-    max_candidates: int,
-    options: RerankOptions,
-    concurrency: int,
+    score: Score, queries: Mapping[str, str], candidates: Mapping[str, Sequence[Candidate]], concurrency: int
 ) -> Iterator[tuple[str, Reranking]]:
     """(query id, ranking) in the order of `queries`, `concurrency` requests in flight, so that the server can batch."""
     with ThreadPoolExecutor(concurrency) as pool:
         waiting: deque[tuple[str, Future[Reranking]]] = deque()
         try:
             for query_id, query in queries.items():
-                task = pool.submit(rerank_in_parts, client, query, candidates[query_id], max_candidates, options)
-                waiting.append((query_id, task))
+                waiting.append((query_id, pool.submit(score, query, candidates[query_id])))
                 if len(waiting) > 2 * concurrency:
                     done, answer = waiting.popleft()
                     yield done, answer.result()
@@ -330,24 +322,18 @@ def _print_reranking(query: str, answer: Reranking, num_candidates: int) -> None
     for result in answer:
         if result.margin is None:
             console.print(Text(f"not scored: {result.passage_id or result.index}  {result.status}  {result.message}"))
-    times = answer.summary.timings
-    console.print(
-        Text(
-            f"{answer.summary.num_scored} of {num_candidates} scored by {answer.summary.model} "
-            f"in {times.total_seconds * 1000:,.0f} ms (compute {times.compute_seconds * 1000:,.0f} ms)"
-            + _ratio_note(answer.summary)
-            + (", the query was cut" if answer.summary.query_truncated else ""),
-            style="dim",
-        )
+    summary, times = answer.summary, answer.summary.timings
+    said = (
+        f"{summary.num_scored} of {num_candidates} scored by {summary.model} "
+        f"in {times.total_seconds * 1000:,.0f} ms (compute {times.compute_seconds * 1000:,.0f} ms)"
     )
-    for line in _reading_notes(answer.summary):
-        console.print(Text(line, style="yellow"))
-
-
-def _ratio_note(summary: Summary) -> str:
     if summary.stages:
-        return f", scored in stages {format_stages(summary.stages)}"
-    return f", scored at ratio {summary.compression_ratio}" if summary.compression_ratio else ""
+        said += f", scored in stages {format_stages(summary.stages)}"
+    elif summary.compression_ratio:
+        said += f", scored at ratio {summary.compression_ratio}"
+    console.print(Text(said + (", the query was cut" if summary.query_truncated else ""), style="dim"))
+    for line in _reading_notes(summary):
+        console.print(Text(line, style="yellow"))
 
 
 def _reading_notes(summary: Summary) -> list[str]:
@@ -372,11 +358,10 @@ def read_ids(source: str) -> list[str]:
 def _read_candidates(source: str) -> list[Candidate]:
     """One text per line, or one object with `id` (or `_id`), `text`, or both; a `title` goes before the text."""
     candidates = []
-    for where, line in _lines(source):
-        if not line.startswith("{"):
+    for where, line, row in _rows(source):
+        if row is None:
             candidates.append(Candidate(text=line))
             continue
-        row = _object(where, line)
         passage_id, text, title = _text(where, row, "id", "_id"), _text(where, row, "text"), _text(where, row, "title")
         if passage_id is None and text is None:
             raise CommandFailed(f"{where}: neither id nor text; expected one or both")
@@ -387,9 +372,8 @@ def _read_candidates(source: str) -> list[Candidate]:
 def _read_queries(source: str) -> dict[str, str]:
     """query id -> text: `id<TAB>text` per line, or one object with `id` (or `_id`) and `text`."""
     queries: dict[str, str] = {}
-    for where, line in _lines(source):
-        if line.startswith("{"):
-            row = _object(where, line)
+    for where, line, row in _rows(source):
+        if row is not None:
             query_id, text = _text(where, row, "id", "_id"), _text(where, row, "text")
             if query_id is None or text is None:
                 raise CommandFailed(f"{where}: fields {', '.join(row)}; expected id and text")
@@ -413,12 +397,13 @@ def _lines(source: str) -> Iterator[tuple[str, str]]:
         yield str(place), line
 
 
-def _object(where: str, line: str) -> dict[str, Any]:
-    try:
-        row: dict[str, Any] = json.loads(line)
-    except (ValueError, RecursionError) as exc:
-        raise CommandFailed(f"{where}: begins with {{ and is not JSON ({exc})") from exc
-    return row
+def _rows(source: str) -> Iterator[tuple[str, str, dict[str, Any] | None]]:
+    """(file:line, text, the JSON object that it is, if it begins like one)."""
+    for where, line in _lines(source):
+        try:
+            yield where, line, json.loads(line) if line.startswith("{") else None
+        except (ValueError, RecursionError) as exc:
+            raise CommandFailed(f"{where}: begins with {{ and is not JSON ({exc})") from exc
 
 
 def _text(where: str, row: dict[str, Any], *names: str) -> str | None:
