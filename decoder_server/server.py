@@ -11,7 +11,6 @@ import logging
 import ssl
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 import grpc
@@ -24,7 +23,7 @@ from decoder_server.config import DecoderConfig, HttpConfig, ModelConfig
 from decoder_server.edge.grpc import RerankService
 from decoder_server.edge.http import errors
 from decoder_server.edge.http.app import build
-from decoder_server.edge.http.context import Context
+from decoder_server.edge.http.request import Context
 from decoder_server.edge.tei_grpc import SERVICES as TEI_SERVICES
 from decoder_server.edge.tei_grpc import add_services as add_tei_services
 from decoder_server.engine.engine import Engine, Threads
@@ -64,8 +63,8 @@ class DecoderServer:
         Args:
             store: shared with others and left open; None opens config.store and closes it at the end.
             load: makes a model; called on the model's thread.
-            keys: who may call; None: whoever reaches the port.
-            observers: hear of every request beside this server's own metrics and log.
+            keys: who may call; None: everyone who reaches the port.
+            observers: of every request, besides this server's own metrics and log.
         """
         self.config = config
         self.keys = keys or ApiKeys()
@@ -78,34 +77,20 @@ class DecoderServer:
         self._own_store: Store | None = None
         if store is None:
             store = self._own_store = open_store(config.store, read_budget_seconds=config.read_budget_seconds)
-        self._store: Store = TimedStore(store, self.metrics.store_read)
+        self.store: Store = TimedStore(store, self.metrics.store_read)  # with its read cache, if there is one
         if config.max_store_cache_bytes:
-            self._store = CachedStore(
-                self._store, max_bytes=config.max_store_cache_bytes, staleness_seconds=config.max_staleness_seconds
+            self.store = CachedStore(
+                self.store, max_bytes=config.max_store_cache_bytes, staleness_seconds=config.max_staleness_seconds
             )
         self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
-        self._store_threads = ThreadPoolExecutor(NUM_STORE_THREADS, thread_name_prefix="store")
-        self._service = RerankService(self._store)
-        self.metrics.watch(self._service.engines, self._store)
+        self.threads = ThreadPoolExecutor(NUM_STORE_THREADS, thread_name_prefix="store")  # for all that blocks
+        self._service = RerankService(self.store)
+        self.engines = self._service.engines  # by served name; empty until the models have loaded
+        self.metrics.watch(self.engines, self.store)
         self.readiness = Readiness([SERVICE, *TEI_SERVICES], self.metrics.encoder_up)
         self._server: grpc.aio.Server | None = None
         self._loops: list[asyncio.Task[None]] = []
         self._encoders: list[EncoderClient] = []
-
-    @property
-    def engines(self) -> dict[str, Engine]:
-        """By served name; empty until the models have loaded."""
-        return self._service.engines
-
-    @property
-    def store(self) -> Store:
-        """What is read, the tier in front of it included."""
-        return self._store
-
-    @property
-    def threads(self) -> ThreadPoolExecutor:
-        """For whatever blocks: the store, a tokenizer."""
-        return self._store_threads
 
     async def start(self) -> None:
         """Binds, loads and proves the model. When it raises, everything is stopped again.
@@ -148,17 +133,17 @@ class DecoderServer:
             task.add_done_callback(self._loop_ended)
             self._loops.append(task)
             loaded[engine.name] = engine
-        self.engines.update(loaded)  # all at once: who is ready is ready for every name
+        self.engines.update(loaded)  # together: a ready server is ready for every name
         await self.readiness.loaded()
 
     async def _engine(self, model: ModelConfig) -> Engine:
         loop = asyncio.get_running_loop()
         backend = await loop.run_in_executor(self._model_thread, self._load, model)
-        identity = await loop.run_in_executor(self._store_threads, backend.identity)
+        identity = await loop.run_in_executor(self.threads, backend.identity)
         await loop.run_in_executor(self._model_thread, backend.warm_up)
         on_demand = await self._on_demand(model, backend, identity) if identity is not None else None
-        threads = Threads(self._model_thread, self._store_threads)
-        return Engine(model.served_name, backend, self._store, on_demand, threads, self.config, self._observers)
+        threads = Threads(self._model_thread, self.threads)
+        return Engine(model.served_name, backend, self.store, on_demand, threads, self.config, self._observers)
 
     async def stop(self, grace_seconds: float) -> None:
         """Says NOT_SERVING, accepts nothing more, lets what runs finish within the grace, then stops."""
@@ -167,7 +152,7 @@ class DecoderServer:
             drained = await asyncio.gather(*(engine.drain(grace_seconds) for engine in self.engines.values()))
             if not all(drained):
                 log.warning("requests were still running after %g s and are cut off", grace_seconds)
-            # Answers being written get a moment more; what did not drain gets none.
+            # Responses being written get a moment more; requests that did not drain get none.
             await self._server.stop(1.0 if all(drained) else 0)
         for task in self._loops:
             task.remove_done_callback(self._loop_ended)
@@ -178,7 +163,7 @@ class DecoderServer:
                 await engine.fetcher.on_demand.close()
         for encoder in self._encoders:
             await encoder.close()
-        for threads in (self._model_thread, self._store_threads):  # a pass under way is waited for, off the loop
+        for threads in (self._model_thread, self.threads):  # waits for a forward pass in flight, off the loop
             await asyncio.to_thread(threads.shutdown, cancel_futures=True)
         if self._own_store is not None:
             self._own_store.close()
@@ -198,7 +183,7 @@ class DecoderServer:
             tls=self.config.encoder_tls,
         )
         self._encoders.append(encoder)
-        # Where it does not answer it may come later; until then candidates to encode fail, each with the reason.
+        # One that does not answer may start later; until then candidates to encode fail, each with the reason.
         await self.readiness.add(encoder, model.served_name, in_process=model.encoder_in_process)
         return OnDemandStates(
             encoder,
@@ -207,13 +192,13 @@ class DecoderServer:
         )
 
     def _connection_age(self) -> list[tuple[str, int]]:
-        """Clients that connect anew look names up anew, and find servers that were added; calls under way finish."""
+        """Clients that reconnect resolve the name again, and find servers that were added; calls in flight finish."""
         seconds = self.config.max_connection_age_seconds
         return [("grpc.max_connection_age_ms", max(1, int(seconds * 1000)))] if seconds else []
 
     def _loop_ended(self, task: asyncio.Task[None]) -> None:
-        """The batching loop must never end by itself; if it does, callers should hear of it rather than wait."""
-        log.critical("the batching loop ended, stopping", exc_info=task.exception())
+        """The scheduler never ends while the server runs; if it does, callers get an error instead of a wait."""
+        log.critical("the scheduler ended, stopping", exc_info=task.exception())
         self._stopping = asyncio.get_running_loop().create_task(self.stop(0))
 
 
@@ -237,7 +222,6 @@ class Gateway:
             server.threads,
             _worker_client(server.config),
             server.keys,
-            tls=server.config.tls.enabled,
         )
         guard = Guard(config.allowed_hosts, config.allowed_origins, any_host=server.keys.required)
         self._uvicorn = make_http_server(
@@ -282,13 +266,10 @@ def _worker_client(config: DecoderConfig) -> AsyncClient | None:
     if writer is None:
         return None
     # The worker's log has the id of the request that the call serves.
-    metadata = partial(_call_metadata, writer.encoder_api_key)
-    options = ClientOptions(timeout_seconds=None, tls=config.encoder_tls, metadata=metadata)
+    options = ClientOptions(
+        timeout_seconds=None, tls=config.encoder_tls, metadata=lambda: dict(call_metadata(writer.encoder_api_key))
+    )
     return AsyncClient(writer.encoder_address, encoder_address=writer.encoder_address, options=options)
-
-
-def _call_metadata(api_key: str) -> dict[str, str]:
-    return dict(call_metadata(api_key))
 
 
 def _tls(config: DecoderConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Rules of every edge: which engine answers, how models and collections are described, and which texts have a score.
+"""Rules of every edge: how models and collections are described, and which texts have a score.
 
 Clients of the HTTP and TEI dialects pair scores with documents by position or by count, so a document that is left
 out of a response gives every later one another's score: a request of texts alone is scored in full, or fails. In a
@@ -8,14 +8,13 @@ request with ids each candidate has a status instead.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from cache.store import Store
-from decoder_server.config import ANY_MODEL
 from decoder_server.engine.collections import Described, describe
 from decoder_server.engine.engine import Engine
-from preread.errors import DeadlineExceeded, InvalidRequest, NotFound, Path, PrereadError, Unavailable, field_name
+from preread.errors import DeadlineExceeded, InvalidRequest, Path, PrereadError, Unavailable, field_name
 from preread.types import CollectionInfo, EncoderIdentity, ModelInfo, Result, Summary
 
 # An empty text is read by no model and has these in every request. The margin is below every margin of a real model:
@@ -29,22 +28,6 @@ def package_version() -> str:
         return version("preread")
     except PackageNotFoundError:  # a checkout that is not installed
         return "0+unknown"
-
-
-def choose(engines: Mapping[str, Engine], name: str = "", aliases: Collection[str] = ()) -> Engine:
-    """The engine of a served name; the first one for an empty name or an alias.
-
-    Raises:
-        Unavailable: the models are still loading.
-        NotFound: another model.
-    """
-    if not engines:
-        raise Unavailable("this server is still loading its model")
-    if name in engines:
-        return engines[name]
-    if not name or name in aliases or ANY_MODEL in aliases:
-        return next(iter(engines.values()))
-    raise NotFound("model", name, f"model is {name[:100]!r}; served here: {', '.join(engines)}")
 
 
 def every_scored(

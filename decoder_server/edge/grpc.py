@@ -1,13 +1,15 @@
-"""RerankService on grpc.aio: unpack, call an engine, pack. Protobuf goes no further than here."""
+"""RerankService on grpc.aio: unpack, call an engine, pack. Protobuf goes no further than here.
+
+Methods raise; preread_edge.grpc_server ends the call with the status and details of the error.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
 import time
-from collections.abc import Awaitable, Callable, Sequence, Sized
+from collections.abc import AsyncIterator, Sequence, Sized
 from contextlib import aclosing
-from functools import wraps
 from itertools import chain
 from typing import Any, TypeAlias, TypeVar, get_args
 
@@ -15,8 +17,8 @@ import grpc
 
 from cache.errors import CacheError
 from cache.store import Store
-from decoder_server.edge.engines import choose, collection_infos, model_info
-from decoder_server.engine.engine import Engine
+from decoder_server.edge.engines import collection_infos, model_info
+from decoder_server.engine.engine import Engine, choose
 from decoder_server.engine.warming import ANY_QUERY, warm
 from preread.errors import InvalidRequest, Unavailable
 from preread.types import Candidate, OnMiss, RerankRequest, Result, Stage, Status, Summary
@@ -26,7 +28,6 @@ from preread_edge.steps import SMALL_BYTES, Pauses
 
 T = TypeVar("T")
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-Method = Callable[[Any, Any, Any], Awaitable[Any]]
 
 _ON_MISS: dict[int, OnMiss | None] = {
     common_pb2.ON_MISS_ENCODE: "encode",
@@ -34,19 +35,6 @@ _ON_MISS: dict[int, OnMiss | None] = {
     common_pb2.ON_MISS_FAIL: "fail",
 }
 _STATUS = {status: f"CANDIDATE_STATUS_{status.upper()}" for status in get_args(Status)}
-
-
-def reraising(method: Method) -> Any:
-    """A method whose store errors are Unavailable; preread_edge.grpc_server ends the call with any PrereadError."""
-
-    @wraps(method)
-    async def call(service: Any, request: Any, context: Context) -> Any:
-        try:
-            return await method(service, request, context)
-        except CacheError as exc:
-            raise Unavailable(str(exc)) from exc
-
-    return call
 
 
 def deadline_of(context: Context) -> float | None:
@@ -62,33 +50,30 @@ class RerankService(rerank_pb2_grpc.RerankServiceServicer):
         self.engines: dict[str, Engine] = {}  # by served name; the first is the default
         self._store = store
 
-    @reraising
     async def Rerank(self, request: rerank_pb2.RerankRequest, context: Context) -> Any:  # noqa: N802
         engine = choose(self.engines, request.model)
         unpacked = await unpack_request(request, engine.limits.max_candidates)
         return await _pack_response(*await engine.rerank(unpacked, deadline=deadline_of(context)))
 
-    @reraising
-    async def RerankStream(self, request: rerank_pb2.RerankStreamRequest, context: Context) -> Any:  # noqa: N802
+    async def RerankStream(self, request: rerank_pb2.RerankStreamRequest, context: Context) -> AsyncIterator[Any]:  # noqa: N802
         engine = choose(self.engines, request.request.model)
         unpacked = await unpack_request(request.request, engine.limits.max_candidates)
         async with aclosing(engine.stream(unpacked, deadline=deadline_of(context))) as events:
             async for event in events:
-                await context.write(await _pack_event(event))
+                yield await _pack_event(event)
 
-    @reraising
     async def ListModels(self, request: rerank_pb2.ListModelsRequest, context: Context) -> Any:  # noqa: N802
         models = [_pack(model_info(engine), rerank_pb2.ModelInfo) for engine in self.engines.values()]
         return rerank_pb2.ListModelsResponse(models=models)
 
-    @reraising
     async def ListCollections(self, request: rerank_pb2.ListCollectionsRequest, context: Context) -> Any:  # noqa: N802
-        # Not on the threads of requests: counting takes as long as the store does.
-        infos = await asyncio.to_thread(collection_infos, self._store)
+        try:  # on a separate thread: counting takes as long as the store does
+            infos = await asyncio.to_thread(collection_infos, self._store)
+        except CacheError as exc:
+            raise Unavailable(str(exc)) from exc
         collections = [_pack(info, common_pb2.CollectionInfo) for info in infos]
         return rerank_pb2.ListCollectionsResponse(collections=collections)
 
-    @reraising
     async def Warm(self, request: rerank_pb2.WarmRequest, context: Context) -> Any:  # noqa: N802
         engine = choose(self.engines, request.model)
         warmed = await warm(engine, unpack_warm(request, engine.limits.max_candidates))

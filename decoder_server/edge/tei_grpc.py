@@ -11,9 +11,9 @@ from typing import Any
 
 import grpc
 
-from decoder_server.edge.engines import choose, every_scored, package_version
-from decoder_server.edge.grpc import Context, deadline_of, reraising
-from decoder_server.engine.engine import Engine
+from decoder_server.edge.engines import every_scored, package_version
+from decoder_server.edge.grpc import Context, deadline_of
+from decoder_server.engine.engine import Engine, choose
 from preread.errors import InvalidRequest
 from preread.tei.v1 import tei_pb2, tei_pb2_grpc
 from preread.types import Candidate, RerankRequest
@@ -35,11 +35,9 @@ class _TeiRerank(tei_pb2_grpc.RerankServicer):
     def __init__(self, engines: Engines) -> None:
         self._engines = engines
 
-    @reraising
     async def Rerank(self, request: tei_pb2.RerankRequest, context: Context) -> Any:  # noqa: N802
         return await self._rerank(request.texts, request, context)
 
-    @reraising
     async def RerankStream(  # noqa: N802
         self, request_iterator: AsyncIterator[tei_pb2.RerankStreamRequest], context: Context
     ) -> Any:
@@ -86,7 +84,6 @@ class _TeiInfo(tei_pb2_grpc.InfoServicer):
     def __init__(self, engines: Engines) -> None:
         self._engines = engines
 
-    @reraising
     async def Info(self, request: tei_pb2.InfoRequest, context: Context) -> Any:  # noqa: N802
         engine = choose(self._engines)
         return tei_pb2.InfoResponse(

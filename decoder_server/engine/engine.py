@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Container, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeVar
 from cache.collection import Collection
 from cache.errors import CacheError
 from cache.store import Store
-from decoder_server.config import DecoderConfig
+from decoder_server.config import ANY_MODEL, DecoderConfig
 from decoder_server.engine.admission import Admission, Reservation
 from decoder_server.engine.collections import Catalogue
 from decoder_server.engine.fetch import Fetcher, FetchRequest
@@ -28,7 +28,7 @@ from decoder_server.engine.request_run import EngineParts, RequestRun, ranked
 from decoder_server.engine.scheduler import Scheduler
 from decoder_server.models.backend import Backend, Prompt
 from decoder_server.models.loading import batch_tokens
-from preread.errors import DeadlineExceeded, InvalidRequest
+from preread.errors import DeadlineExceeded, InvalidRequest, NotFound, Unavailable
 from preread.types import Degraded, OnMiss, RerankRequest, Result, Summary
 
 T = TypeVar("T")
@@ -244,3 +244,19 @@ async def _until(deadline: float | None, trace: RequestTrace) -> AsyncIterator[N
     except TimeoutError:
         seconds = time.monotonic() - trace.start
         raise DeadlineExceeded(f"the deadline passed after {seconds:.3f} s") from None
+
+
+def choose(engines: Mapping[str, Engine], name: str = "", aliases: Container[str] = ()) -> Engine:
+    """The engine of a served name; the first one for an empty name or an alias.
+
+    Raises:
+        Unavailable: the models are still loading.
+        NotFound: another model.
+    """
+    if not engines:
+        raise Unavailable("this server is still loading its model")
+    if name in engines:
+        return engines[name]
+    if not name or name in aliases or ANY_MODEL in aliases:
+        return next(iter(engines.values()))
+    raise NotFound("model", name, f"model is {name[:100]!r}; served here: {', '.join(engines)}")

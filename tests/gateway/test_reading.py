@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from decoder_server.edge.http.requests import DialectRequest, DialectResponse, headers_of
+from decoder_server.edge.http.dialect_request import DialectRequest, DialectResponse, headers_of
 from preread import parse_stages
 from preread.types import RerankRequest, Summary, Timings
 

@@ -23,9 +23,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cache.errors import CacheError
 from decoder_server.edge.http import collections, dialects, errors, info, rerank
-from decoder_server.edge.http.context import Context, Endpoint, HttpRequest
 from decoder_server.edge.http.errors import HttpError, Problem
 from decoder_server.edge.http.openapi import document
+from decoder_server.edge.http.request import Context, Endpoint, HttpRequest
 from preread import PrereadError
 from preread_edge import keys, logs
 from preread_edge.hosts import Guard

@@ -20,10 +20,9 @@ from cache.errors import CollectionNotFound
 from cache.record import check_name
 from decoder_server.edge.engines import collection_infos
 from decoder_server.edge.http import errors
-from decoder_server.edge.http.bodies import HALF_A_PAIR, Count, RawText, Text, parse, read
-from decoder_server.edge.http.context import HttpRequest, respond
 from decoder_server.edge.http.errors import TOO_SLOW, HttpError
 from decoder_server.edge.http.openapi import JSON, Operation
+from decoder_server.edge.http.request import HALF_A_PAIR, Count, HttpRequest, RawText, Text, parse, read, respond
 from preread import Passage, UpsertResult
 from preread.errors import InvalidRequest, Path
 from preread.types import CollectionInfo, join_title

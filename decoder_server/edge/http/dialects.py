@@ -16,8 +16,7 @@ from typing import Annotated, Any, ClassVar, Self
 
 from msgspec import UNSET, Meta, Struct, UnsetType, field
 
-from decoder_server.edge.http.bodies import Count, Query, Schema, Text, Word, read
-from decoder_server.edge.http.requests import (
+from decoder_server.edge.http.dialect_request import (
     DialectRequest,
     DialectResponse,
     Documents,
@@ -27,6 +26,7 @@ from decoder_server.edge.http.requests import (
     Top,
     Usage,
 )
+from decoder_server.edge.http.request import Count, Query, Schema, Text, Word, read
 from preread.errors import InvalidRequest
 
 # Clients disagree on the path, so each takes every dialect, which the fields of the body show.

@@ -16,8 +16,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from decoder_server.edge.engines import model_info, package_version
-from decoder_server.edge.http.context import HttpRequest, respond
 from decoder_server.edge.http.openapi import Operation
+from decoder_server.edge.http.request import HttpRequest, respond
 from decoder_server.engine.engine import Engine
 from preread.errors import Unavailable
 

@@ -10,8 +10,7 @@ from typing import Any
 import msgspec
 
 from decoder_server.edge.engines import package_version
-from decoder_server.edge.http.bodies import Schema
-from decoder_server.edge.http.context import Endpoint
+from decoder_server.edge.http.request import Endpoint, Schema
 
 JSON = "application/json"
 

@@ -13,10 +13,9 @@ from starlette.responses import Response
 
 from decoder_server.edge.engines import every_scored, unscored
 from decoder_server.edge.http import dialects
-from decoder_server.edge.http.bodies import Count, Text, read
-from decoder_server.edge.http.context import Context, HttpRequest, respond
+from decoder_server.edge.http.dialect_request import DialectRequest, DialectResponse, RerankBody, headers_of
 from decoder_server.edge.http.openapi import JSON, Operation
-from decoder_server.edge.http.requests import DialectRequest, DialectResponse, RerankBody, headers_of
+from decoder_server.edge.http.request import Context, Count, HttpRequest, Text, read, respond
 from decoder_server.engine.engine import Engine
 from decoder_server.engine.explain import MAX_CANDIDATES, explain, first_ids
 from preread.errors import InvalidRequest
