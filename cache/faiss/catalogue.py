@@ -95,7 +95,7 @@ CREATE TEMP VIEW store AS SELECT num_removed, 0 AS num_commits, x'' AS schema, {
 """
 
 
-class Catalogue:
+class CatalogueFile:
     """Connections to one catalogue file, a pool of them. Thread-safe."""
 
     def __init__(self, path: Path, lock: WriterLock) -> None:

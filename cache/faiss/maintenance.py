@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from cache.codecs import Codec
 from cache.errors import CacheError, DamagedRecord, InvalidName, ManifestError, StoreDamaged
-from cache.faiss.catalogue import SUMS, Catalogue
+from cache.faiss.catalogue import SUMS, CatalogueFile
 from cache.faiss.rows import COVERED, Connection, blob, checked_row, integer, row_name, text, translated
 from cache.faiss.segments import Segment, SegmentFiles, SegmentGone
 from cache.manifest import Manifest
@@ -53,7 +53,7 @@ class _Use(NamedTuple):
 class Compactor:
     """One compaction; its caller holds the writer lock during each step."""
 
-    def __init__(self, catalogue: Catalogue, files: SegmentFiles) -> None:
+    def __init__(self, catalogue: CatalogueFile, files: SegmentFiles) -> None:
         self._catalogue = catalogue
         self._files = files
         self._before: list[_Use] | None = None
@@ -151,7 +151,7 @@ def _plan(uses: list[_Use]) -> list[list[_Use]]:
     return [group for group in groups if len(group) > 1 or (group and group[0].num_dead_bytes)]
 
 
-def audit(catalogue: Catalogue, files: SegmentFiles, collection: str) -> Audit:
+def audit(catalogue: CatalogueFile, files: SegmentFiles, collection: str) -> Audit:
     """Damage of the catalogue: its pages and indexes, rows that no record vouches for, counts, lost commits.
 
     Raises:
@@ -181,7 +181,7 @@ def audit(catalogue: Catalogue, files: SegmentFiles, collection: str) -> Audit:
     return Audit(tuple(problems), tuple(orphans))
 
 
-def rebuild(catalogue: Catalogue, files: SegmentFiles) -> list[str]:
+def rebuild(catalogue: CatalogueFile, files: SegmentFiles) -> list[str]:
     """Replace the catalogue by one with all its intact rows; returns what was left behind.
 
     Only for the holder of the writer lock. Counters, indexes and generations are made again.

@@ -28,7 +28,7 @@ import numpy as np
 
 from cache.codecs import Codec
 from cache.errors import CacheError, CodecError, CollectionExists, CollectionInUse, CollectionNotFound
-from cache.faiss.catalogue import SUMS, Catalogue
+from cache.faiss.catalogue import SUMS, CatalogueFile
 from cache.faiss.lock import WriterLock
 from cache.faiss.maintenance import Compaction, Compactor, audit, rebuild
 from cache.faiss.rows import Connection, integer, read_records, text, translated
@@ -49,7 +49,7 @@ class FaissStore(Store):
         self.path = Path(path).expanduser().absolute()
         self._files = SegmentFiles(self.path / "segments")
         self._lock = WriterLock(self.path / "writer.lock", lock_timeout_seconds)
-        self._catalogue = Catalogue(self.path / "catalogue.sqlite", self._lock)
+        self._catalogue = CatalogueFile(self.path / "catalogue.sqlite", self._lock)
         self._max_small_segments = max_small_segments
         self._codecs: dict[tuple[int, int], Codec] = {}  # by collection in the catalogue file opened so many times
         self._seen_removals = 0
