@@ -13,8 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cache.collection import Collection
 from cache.states import text_digest
 from checkpoint import Checkpoint
@@ -23,7 +21,7 @@ from encoder_worker.encoder import Encoder
 from encoder_worker.passage_encoder import BatchLimits, PassageEncoder
 from tuning.baselines import TEACHERS, first_stage, teacher_run
 from tuning.judged import JudgedCollection, read_judged
-from tuning.metrics import Bootstrap, per_query
+from tuning.metrics import bootstraps, per_query
 from tuning.progress import SILENT, StageProgress
 from tuning.report import Counts, EvaluationReport, EvaluationSettings, MeasuringSettings, System
 from tuning.rerank import EncodedStates, Reranked, StateSource, StoredStates, rerank
@@ -104,16 +102,10 @@ def evaluate(
         runs.append((TEACHERS[settings.teacher], None, taught))
     reranked = _rerank(one, settings)
     runs += [(f"r = {ratio}", ratio, ranking) for ratio, ranking in reranked.runs.items()]
-    systems = [
-        System(
-            name,
-            ratio,
-            ranking,
-            per_query(judged.qrels, ranking, settings.top_k, settings.min_grade),
-            seconds=reranked.seconds.get(ratio) if ratio is not None else None,
-        )
-        for name, ratio, ranking in runs
-    ]
+    systems = []
+    for name, ratio, ranking in runs:
+        values = per_query(judged.qrels, ranking, settings.top_k, settings.min_grade)
+        systems.append(System(name, ratio, ranking, values, seconds=reranked.seconds.get(ratio or 0)))
     counts = Counts.of(
         judged,
         first,
@@ -188,19 +180,16 @@ def _compare(systems: Sequence[System], settings: EvaluationSettings) -> list[Sy
     Args:
         systems: the first is the first stage; at least one has a ratio.
     """
-    names = list(systems[0].per_query)
-    columns = np.stack([system.per_query[name] for system in systems for name in names], axis=1)
-    bootstrap = Bootstrap(columns, seed=settings.seed, num_resamples=settings.num_resamples)
+    rows = [system.per_query for system in systems]
+    boots = bootstraps(rows, seed=settings.seed, num_resamples=settings.num_resamples)
     finest = min((system.ratio, i) for i, system in enumerate(systems) if system.ratio is not None)[1]
     return [
         replace(
             system,
-            measures={m: bootstrap.interval(i * len(names) + k) for k, m in enumerate(names)},
-            gain={m: bootstrap.difference(i * len(names) + k, k) for k, m in enumerate(names)} if i else None,
-            relative={m: bootstrap.share(i * len(names) + k, k) for k, m in enumerate(names)} if i else None,
-            kept={m: bootstrap.share(i * len(names) + k, finest * len(names) + k) for k, m in enumerate(names)}
-            if system.ratio is not None
-            else None,
+            measures={name: boot.interval(i) for name, boot in boots.items()},
+            gain={name: boot.difference(i, 0) for name, boot in boots.items()} if i else None,
+            relative={name: boot.share(i, 0) for name, boot in boots.items()} if i else None,
+            kept={name: boot.share(i, finest) for name, boot in boots.items()} if system.ratio is not None else None,
         )
         for i, system in enumerate(systems)
     ]

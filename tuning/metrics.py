@@ -7,6 +7,7 @@ with replacement; all systems see the same draws, so differences are paired.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,13 +17,15 @@ from numpy.typing import NDArray
 from tuning import MissingExtra
 from tuning.trec import Qrels, Run
 
+PerQuery = dict[str, NDArray[np.float64]]  # by measure, (num_queries,)
+
 HEADLINE = "nDCG@10"
 NUM_RESAMPLES = 10_000
 _LEVEL = 0.95
 _BLOCK = 1 << 24  # counts drawn at a time
 
 
-def per_query(qrels: Qrels, run: Run, top_k: int, min_grade: int = 1) -> dict[str, NDArray[np.float64]]:
+def per_query(qrels: Qrels, run: Run, top_k: int, min_grade: int = 1) -> PerQuery:
     """{measure name: (num_queries,)}, in the order of `qrels`; a query without ranked passages counts 0.
 
     Args:
@@ -130,6 +133,17 @@ class Bootstrap:
             return None
         drawn = self._resampled[some, column] / self._resampled[some, baseline]
         return Interval(float(self._means[column] / self._means[baseline]), *_percentiles(drawn))
+
+
+def bootstraps(rows: Sequence[PerQuery], *, seed: int, num_resamples: int) -> dict[str, Bootstrap]:
+    """By measure, with a column for each row, over the queries where it is defined (not NaN) for all of them."""
+    found = {}
+    for name in rows[0]:
+        columns = np.stack([row[name] for row in rows], axis=1)  # (num_queries, num_rows)
+        defined = np.isfinite(columns).all(axis=1)
+        if defined.any():
+            found[name] = Bootstrap(columns[defined], seed=seed, num_resamples=num_resamples)
+    return found
 
 
 def _resampled_means(

@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -19,14 +17,12 @@ from encoder_worker.sources import Refused
 from tuning import EvaluationError
 from tuning.baselines import check_teacher
 from tuning.judged import JudgedCollection
-from tuning.metrics import HEADLINE, NUM_RESAMPLES, Difference, Interval
+from tuning.metrics import HEADLINE, NUM_RESAMPLES, Difference, Interval, PerQuery
 from tuning.trec import Qrels, Run, write_runs
 
 _FORMAT_VERSION = 1
 COARSEST = 32  # the coarsest ratio that published checkpoints are trained for
 _MIN_WIDTH = 80
-
-PerQuery = dict[str, NDArray[np.float64]]  # by measure, (num_queries,)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,16 +6,15 @@ no judgements, its ranking replaces them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from preread.types import Stage
-from tuning.metrics import HEADLINE, Bootstrap, Difference, Interval, kendall_tau, per_query
+from tuning.metrics import HEADLINE, Difference, Interval, PerQuery, bootstraps, kendall_tau, per_query
 from tuning.progress import SILENT, StageProgress
-from tuning.report import PerQuery
 from tuning.rerank import Pairs
 from tuning.sweep.margins import Margins
 from tuning.sweep.settings import Configuration, Reading, SweepSettings
@@ -24,8 +23,6 @@ from tuning.trec import Qrels, Run, order
 TAU = "Kendall tau"
 AUC = "ROC-AUC"
 _NUM_TAUGHT = 10  # of the reference's ranking, the places that count as relevant where there are no judgements
-
-_Orders = Mapping[str, NDArray[np.intp]]  # by query, candidates' rows, best first
 
 
 @dataclass(frozen=True)
@@ -101,45 +98,37 @@ def measure_quality(
     pairs = margins.pairs
     measured = [one for one in configurations if all(unit in margins.values for unit in one.units())]
     advance = progress.begin("measure (configurations)", len(measured) + 2)
-    # The inverse of an order: each candidate's place in it, 0 for the best.
-    best = {q: np.argsort(order(own)) for q, own in pairs.split(reference).items()}
-    rows: list[tuple[Run, PerQuery]] = []
-
-    def add(run: Run, orders: _Orders) -> None:
-        rows.append((run, _per_query(judgements, run, orders, best, pairs, settings)))
-        advance(1)
-
-    add(first, {q: np.arange(len(found)) for q, found in pairs.candidates.items()})
     readings = [(Reading((Stage(1),)), [reference])]
     readings += [(one.reading, [margins.values[unit] for unit in one.units()]) for one in measured]
+    runs = [first]
     for reading, flats in readings:
         split = [pairs.split(flat) for flat in flats]
-        by_query = {q: [own[q] for own in split] for q in pairs.candidates}
-        add(
-            {q: reading.ranking(pairs.candidates[q], own) for q, own in by_query.items()},
-            {q: reading.order(own) for q, own in by_query.items()},
-        )
+        runs.append({q: reading.ranking(found, [own[q] for own in split]) for q, found in pairs.candidates.items()})
+    rows = []
+    for run in runs:
+        rows.append((run, _per_query(judgements, run, runs[1], settings)))
+        advance(1)
     first_stage, finest, *others = _with_intervals(rows, settings)
     return first_stage, finest, dict(zip(measured, others, strict=True))
 
 
-def _per_query(
-    judgements: Judgements, run: Run, orders: _Orders, best: _Orders, pairs: Pairs, settings: SweepSettings
-) -> PerQuery:
+def _per_query(judgements: Judgements, run: Run, reference: Run, settings: SweepSettings) -> PerQuery:
     values = per_query(judgements.qrels, run, 10, judgements.first_grade)
     others: dict[str, list[float]] = {TAU: [], settings.overlap_name: [], AUC: []}
     for query_id, grades in judgements.qrels.items():
-        mine, theirs = np.argsort(orders[query_id]), best[query_id]
-        relevant = np.array([grades.get(p, 0) >= judgements.min_grade for p in pairs.candidates[query_id]], dtype=bool)
-        others[TAU].append(kendall_tau(mine, theirs))
-        others[settings.overlap_name].append(_overlap(mine, theirs, settings.overlap_k))
+        best = [p for p, _ in reference[query_id]]
+        place = {p: place for place, (p, _) in enumerate(run[query_id])}
+        mine = np.array([place[p] for p in best], dtype=np.intp)  # 0 for the best, in the reference's order
+        relevant = np.array([grades.get(p, 0) >= judgements.min_grade for p in best], dtype=bool)
+        others[TAU].append(kendall_tau(mine, np.arange(len(mine))))
+        others[settings.overlap_name].append(_overlap(mine, settings.overlap_k))
         others[AUC].append(_auc(mine, relevant))
     return {name: values[name] for name in (HEADLINE, "MRR@10")} | {name: np.array(v) for name, v in others.items()}
 
 
-def _overlap(mine: NDArray[np.intp], theirs: NDArray[np.intp], k: int) -> float:
+def _overlap(mine: NDArray[np.intp], k: int) -> float:
     """Share of the reference's top k that is in this one's; not defined of nothing."""
-    return float(((mine < k) & (theirs < k)).sum() / min(k, len(mine))) if len(mine) else float("nan")
+    return float((mine[:k] < k).sum() / min(k, len(mine))) if len(mine) else float("nan")
 
 
 def _auc(mine: NDArray[np.intp], relevant: NDArray[np.bool_]) -> float:
@@ -156,13 +145,8 @@ def _auc(mine: NDArray[np.intp], relevant: NDArray[np.bool_]) -> float:
 
 
 def _with_intervals(rows: Sequence[tuple[Run, PerQuery]], settings: SweepSettings) -> list[Quality]:
-    """The second row is the reference. Each measure over the queries where it is defined, the same for all rows."""
-    boots: dict[str, Bootstrap] = {}
-    for name in rows[0][1]:
-        columns = np.stack([values[name] for _, values in rows], axis=1)  # (num_queries, num_rows)
-        defined = np.isfinite(columns).all(axis=1)
-        if defined.any():
-            boots[name] = Bootstrap(columns[defined], seed=settings.seed, num_resamples=settings.num_resamples)
+    """The second row is the reference."""
+    boots = bootstraps([values for _, values in rows], seed=settings.seed, num_resamples=settings.num_resamples)
     return [
         Quality(
             run,
