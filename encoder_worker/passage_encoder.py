@@ -146,7 +146,7 @@ class PassageEncoder:
     @classmethod
     def load(
         cls,
-        name: str,
+        model: Checkpoint | str,
         *,
         device: str | None = None,
         dtype: str | None = None,
@@ -157,15 +157,18 @@ class PassageEncoder:
         """Opens a checkpoint and loads its encoder half.
 
         Args:
-            read_control_tokens: in texts, as KaLM's own code does.
+            model: a checkpoint, or its directory or hub id.
+            max_passage_tokens: of a checkpoint that is opened here.
+            read_control_tokens: in texts, as KaLM's own code does; of a checkpoint that is opened here.
 
         Raises:
             CheckpointError: files that cannot be used, or a limit over the encoder's positions.
             ValueError: a device or dtype that is not to be had.
         """
-        checkpoint = Checkpoint.open(name, max_passage_tokens=max_passage_tokens, neutralise=not read_control_tokens)
-        encoder = Encoder.load(checkpoint, device=device, dtype=dtype)
-        return cls(checkpoint, encoder, BatchLimits.for_device(encoder.device_name, max_batch_tokens))
+        if not isinstance(model, Checkpoint):
+            model = Checkpoint.open(model, max_passage_tokens=max_passage_tokens, neutralise=not read_control_tokens)
+        encoder = Encoder.load(model, device=device, dtype=dtype)
+        return cls(model, encoder, BatchLimits.for_device(encoder.device_name, max_batch_tokens))
 
     @property
     def dim(self) -> int:

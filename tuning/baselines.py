@@ -110,12 +110,14 @@ def teacher_run(
 ) -> Run:
     """The teacher's ranking of the first stage's candidates; candidates without a text come last.
 
+    Args:
+        name: one of TEACHERS.
+
     Raises:
-        EvaluationError: no such teacher, or no texts for it to read.
+        EvaluationError: no texts for it to read.
         MissingExtra: its package is not installed.
     """
     passages, queries = judged.passages, judged.queries
-    check_teacher(name)
     if not passages:
         raise EvaluationError(f"teacher is {name!r}, which reads texts; name a corpus")
     try:
@@ -144,9 +146,3 @@ def teacher_run(
         return float(vectors["passage", p] @ vectors["query", q]) if p in passages else np.nan
 
     return {q: rank([p for p, _ in ranking], [score(q, p) for p, _ in ranking]) for q, ranking in first.items()}
-
-
-def check_teacher(name: str) -> None:
-    """Raises EvaluationError where there is no such teacher."""
-    if name not in TEACHERS:
-        raise EvaluationError(f"teacher is {name!r}; expected {' or '.join(TEACHERS)}")

@@ -17,8 +17,7 @@ from cache.collection import Collection
 from cache.states import text_digest
 from checkpoint import Checkpoint
 from decoder_server.models.fbnl.backend import FbnlBackend
-from encoder_worker.encoder import Encoder
-from encoder_worker.passage_encoder import BatchLimits, PassageEncoder
+from encoder_worker.passage_encoder import PassageEncoder
 from tuning.baselines import TEACHERS, first_stage, teacher_run
 from tuning.judged import JudgedCollection, read_judged
 from tuning.metrics import bootstraps, per_query
@@ -57,7 +56,7 @@ class Experiment:
 
     @cached_property
     def encoder(self) -> PassageEncoder:
-        return load_encoder(self.checkpoint, self.device, self.dtype)
+        return PassageEncoder.load(self.checkpoint, device=self.device, dtype=self.dtype)
 
     def identity(self) -> dict[str, Any]:
         """Fields of every report."""
@@ -157,12 +156,6 @@ def open_checkpoint(
     if stored is not None:
         Collection.open(stored.store, stored.name, fingerprint=model.identity().fingerprint, checkpoint=model.name)
     return model
-
-
-def load_encoder(checkpoint: Checkpoint, device: str | None, dtype: str | None) -> PassageEncoder:
-    """Tokenizer and encoder half of a checkpoint. Raises CheckpointError, ValueError as loading does."""
-    half = Encoder.load(checkpoint, device=device, dtype=dtype)
-    return PassageEncoder(checkpoint, half, BatchLimits.for_device(half.device_name))
 
 
 def _num_changed(judged: JudgedCollection, first: Run) -> int:

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from encoder_worker.sources import Refused
 from tuning import EvaluationError
-from tuning.baselines import check_teacher
+from tuning.baselines import TEACHERS
 from tuning.judged import JudgedCollection
 from tuning.metrics import HEADLINE, NUM_RESAMPLES, Difference, Interval, PerQuery
 from tuning.trec import Qrels, Run, write_runs
@@ -71,8 +71,8 @@ class EvaluationSettings(MeasuringSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.teacher is not None:
-            check_teacher(self.teacher)
+        if self.teacher not in (None, *TEACHERS):
+            raise EvaluationError(f"teacher is {self.teacher!r}; expected {' or '.join(TEACHERS)}")
 
     def with_ratios(self, stored: int) -> EvaluationSettings:
         """The same with the ratios that None stands for, fine to coarse; each can be read from states at `stored`.

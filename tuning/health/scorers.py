@@ -16,9 +16,9 @@ from decoder_server.models.backend import sigmoid
 from decoder_server.models.cross_encoder.backend import CrossEncoder
 from decoder_server.models.fbnl.backend import FbnlBackend
 from decoder_server.models.fbnl.kv_cache import StatePair
+from encoder_worker.passage_encoder import PassageEncoder
 from encoder_worker.writing import CollectionSettings, Target
 from tuning import EvaluationError
-from tuning.evaluate import load_encoder
 from tuning.health.pairs import Margins, TextTriple
 from tuning.progress import Advance, ignore
 from tuning.rerank import EncodedStates, score_passages
@@ -103,7 +103,7 @@ class FbnlScorer(Scorer):
         super().__init__(backend.checkpoint_name, backend.dtype_name, backend.settings.max_passage_tokens)
         self.checkpoint = backend.checkpoint
         self.backend = backend.with_caches(NO_KV_CACHES)
-        self.encoder = load_encoder(self.checkpoint, backend.device_name, backend.dtype_name)
+        self.encoder = PassageEncoder.load(self.checkpoint, device=backend.device_name, dtype=backend.dtype_name)
         self.ratio = ratio or self.checkpoint.settings.default_compression_ratio
 
     def in_format(self, dtype: str) -> FbnlScorer:
