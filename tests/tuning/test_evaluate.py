@@ -107,14 +107,9 @@ def _index(store: Store, tiny: Path, beir: Path, *, ratio: int, stores_text: boo
     """A collection as `preread index` leaves it, with another limit."""
     checkpoint = Checkpoint.open(tiny, max_passage_tokens=64)
     identity = checkpoint.identity()
-    manifest = Manifest(
+    manifest = Manifest.of(
+        identity,
         collection="kept",
-        fingerprint=identity.fingerprint,
-        checkpoint=identity.checkpoint,
-        dim=identity.dim,
-        max_passage_tokens=identity.max_passage_tokens,
-        passage_template=identity.passage_template,
-        pooling_version=identity.pooling_version,
         compression_ratio=ratio,
         stores_text=stores_text,
     )

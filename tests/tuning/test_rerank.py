@@ -166,14 +166,9 @@ def test_stored_states_rank_like_encoded_ones(
 ) -> None:
     encoded = EncodedStates(worker, judged.passages, 2)
     identity = checkpoint.identity()
-    manifest = Manifest(
+    manifest = Manifest.of(
+        identity,
         collection="c",
-        fingerprint=identity.fingerprint,
-        checkpoint=identity.checkpoint,
-        dim=identity.dim,
-        max_passage_tokens=identity.max_passage_tokens,
-        passage_template=identity.passage_template,
-        pooling_version=identity.pooling_version,
         compression_ratio=2,
         codec="Flat",
     )

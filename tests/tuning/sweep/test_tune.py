@@ -274,14 +274,9 @@ def _index(
     """A collection as `preread index` leaves it."""
     checkpoint = Checkpoint.open(tiny)
     identity = checkpoint.identity()
-    manifest = Manifest(
+    manifest = Manifest.of(
+        identity,
         collection="kept",
-        fingerprint=identity.fingerprint,
-        checkpoint=identity.checkpoint,
-        dim=identity.dim,
-        max_passage_tokens=identity.max_passage_tokens,
-        passage_template=identity.passage_template,
-        pooling_version=identity.pooling_version,
         compression_ratio=ratio,
         codec=codec,
         stores_text=stores_text,
