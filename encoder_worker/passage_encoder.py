@@ -100,6 +100,7 @@ class Tokenized:
 
     windows: tuple[array[int], ...]  # 4 bytes a token: lists of int take nine times that
     truncated: bool
+    text_digest: bytes
     failed: EncodingFailed | None = None  # why there is nothing to encode
 
     @property
@@ -113,9 +114,7 @@ class Tokenized:
     def num_states(self, ratio: int) -> int:
         return sum(-(-num_tokens // ratio) for num_tokens in self.window_tokens)
 
-    def join(
-        self, windows: Sequence[States | EncodingFailed], ratio: int, digest: bytes
-    ) -> PassageStates | EncodingFailed:
+    def join(self, windows: Sequence[States | EncodingFailed], ratio: int) -> PassageStates | EncodingFailed:
         """The passage out of its encoded windows, in order, or why the first failing one failed."""
         if self.failed is not None:
             return self.failed
@@ -125,10 +124,10 @@ class Tokenized:
                 return window
             encoded.append(window)
         states = encoded[0] if len(encoded) == 1 else np.concatenate(encoded)
-        return PassageStates(states, self.window_tokens, ratio, self.truncated, digest)
+        return PassageStates(states, self.window_tokens, ratio, self.truncated, self.text_digest)
 
 
-EMPTY = Tokenized((), False, EncodingFailed("empty_text", "text is empty"))
+EMPTY = Tokenized((), False, b"", EncodingFailed("empty_text", "text is empty"))
 
 
 class PassageEncoder:
@@ -203,7 +202,7 @@ class PassageEncoder:
             if len(texts) > 1:
                 return [one for text in texts for one in self.tokenize([text], split=split)]
             log.exception("a text of %d characters could not be tokenized", len(texts[0]))
-            return [Tokenized((), False, EncodingFailed("encoding_failed", "text cannot be tokenized"))]
+            return [Tokenized((), False, b"", EncodingFailed("encoding_failed", "text cannot be tokenized"))]
 
     def encode(self, batch: Sequence[Sequence[int]], ratio: int) -> list[States | EncodingFailed]:
         """Pooled states of one batch, (num_states, dim) each, or why there are none of that sequence.
@@ -223,8 +222,10 @@ class PassageEncoder:
         half = len(batch) // 2
         return self.encode(batch[:half], ratio) + self.encode(batch[half:], ratio)
 
-    def encode_all(self, texts: Sequence[Tokenized], ratio: int) -> Iterator[tuple[int, list[States | EncodingFailed]]]:
-        """Texts in batches of like length; each comes, by its index and with its windows in order, when it is done."""
+    def encode_all(
+        self, texts: Sequence[Tokenized], ratio: int
+    ) -> Iterator[tuple[int, PassageStates | EncodingFailed]]:
+        """Texts in batches of like length; each comes with its index when it is done."""
         owners = [(i, w) for i, text in enumerate(texts) for w in range(len(text.windows))]
         encoded: dict[int, dict[int, States | EncodingFailed]] = {i: {} for i in range(len(texts))}
         for batch in plan_batches([len(texts[i].windows[w]) for i, w in owners], self.limits):
@@ -233,14 +234,14 @@ class PassageEncoder:
                 i, w = owners[s]
                 encoded[i][w] = states
                 if len(encoded[i]) == len(texts[i].windows):
-                    yield i, [encoded[i][w] for w in range(len(encoded[i]))]
-                    del encoded[i]
+                    windows = encoded.pop(i)
+                    yield i, texts[i].join([windows[w] for w in sorted(windows)], ratio)
 
     def encode_one(self, text: str, ratio: int, *, split: bool = False) -> PassageStates:
         """One text alone, window by window; what every batch must agree with. Raises EncodingFailed."""
         (tokenized,) = self.tokenize([text], split=split)
         windows = [self.encode([window], ratio)[0] for window in tokenized.windows]
-        joined = tokenized.join(windows, ratio, text_digest(text))
+        joined = tokenized.join(windows, ratio)
         if isinstance(joined, EncodingFailed):
             raise joined
         return joined
@@ -248,7 +249,7 @@ class PassageEncoder:
     def _tokenized(self, text: str, passage: TokenizedPassage, split: bool) -> Tokenized:
         read = self._text.passage_windows(text) if split and passage.truncated else [passage]
         windows = tuple(array("i", window.ids) for window in read if window.ids)
-        return Tokenized(windows, any(window.truncated for window in read)) if windows else EMPTY
+        return Tokenized(windows, any(one.truncated for one in read), text_digest(text)) if windows else EMPTY
 
     def warm_up(self) -> None:
         """A real forward pass; raises where the encoder does not work."""

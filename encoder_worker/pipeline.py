@@ -153,9 +153,7 @@ class Pipeline:
                 await self._until(lambda: bool(self.num_unencoded or reading.done()))
                 if not self.num_unencoded:
                     return
-                for upsert, windows in await stream.completed():
-                    assert upsert.tokenized is not None
-                    states = upsert.tokenized.join(windows, self._target.compression_ratio, upsert.digest)
+                for upsert, states in await stream.completed():
                     self.num_encoded += not isinstance(states, EncodingFailed)
                     self.num_unencoded -= 1
                     if isinstance(states, EncodingFailed):

@@ -108,15 +108,17 @@ class Intake:
     def compare(self, upserts: Sequence[Upsert]) -> list[Upsert]:
         """The passages to encode: not refused, and not stored with the same text. Waits for the store."""
         good = [one for one in upserts if one.refused is None]
-        for one in good:
-            one.digest = text_digest(one.passage.text)
         if self._force:
             return good
         ids = [one.passage.passage_id for one in good]
         stored = self._target.digests(ids)
         # The same text, but stored cut by a run without `split`.
         cut = self._target.stored_truncated(ids) if self._split else [False] * len(ids)
-        return [one for one, digest, is_cut in zip(good, stored, cut, strict=True) if is_cut or digest != one.digest]
+        return [
+            one
+            for one, digest, is_cut in zip(good, stored, cut, strict=True)
+            if is_cut or digest is None or digest != text_digest(one.passage.text)
+        ]
 
     def tokenize(self, upserts: Sequence[Upsert]) -> None:
         texts = [one.passage.text for one in upserts]

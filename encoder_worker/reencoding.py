@@ -200,7 +200,6 @@ class _Run:
                 continue
             upsert = Upsert(Passage(passage_id, record.text or "", Place(self._source.name, 0)))
             if cut and record.text is not None:
-                upsert.digest = record.header.text_digest
                 (tokenized,) = self._open().tokenize([record.text], split=len(record.window_tokens) > 1)
                 todo.append((upsert, tokenized))
             else:
@@ -211,12 +210,11 @@ class _Run:
             yield from self._encoded(todo)
 
     def _encoded(self, todo: Sequence[tuple[Upsert, Tokenized]]) -> Iterator[Upsert]:
-        ratio = self._target.compression_ratio
-        for i, windows in self._open().encode_all([tokens for _, tokens in todo], ratio):
+        encoded = self._open().encode_all([tokens for _, tokens in todo], self._target.compression_ratio)
+        for i, states in encoded:
             if self._stop.is_set():
                 return
-            upsert, tokens = todo[i]
-            states = tokens.join(windows, ratio, upsert.digest)
+            upsert, _ = todo[i]
             if isinstance(states, EncodingFailed):
                 upsert.refuse(Reason(states.reason), str(states))
                 self._result.report.add(ReadBatch([upsert]), 0)

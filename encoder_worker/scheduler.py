@@ -19,6 +19,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from cache.states import PassageStates
 from encoder_worker.passage_encoder import (
     EncodingFailed,
     PassageEncoder,
@@ -28,6 +29,8 @@ from encoder_worker.passage_encoder import (
 )
 
 K = TypeVar("K")
+
+Encoded = PassageStates | EncodingFailed
 
 # Sequences that are planned together: enough to find like lengths.
 _MAX_PLANNED = 4096
@@ -60,19 +63,19 @@ class ForwardPass:
         return len(self.lengths) * max(self.lengths) - self.num_tokens
 
 
-Windows = list[States | EncodingFailed]  # of one text; several where it was split
-
-
 @dataclass(eq=False, slots=True)
 class _Sequence:
     """One text, or one token window of a text that was split."""
 
     stream: EncodeStream[Any]
     key: Any
-    tokens: Sequence[int]
-    windows: dict[int, States | EncodingFailed]  # of the text, as they come
-    index: int  # of this one
-    num_windows: int
+    text: Tokenized
+    window: int
+    encoded: dict[int, States | EncodingFailed]  # windows of the text, as they come
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        return self.text.windows[self.window]
 
 
 class EncodeStream(Generic[K]):
@@ -86,7 +89,7 @@ class EncodeStream(Generic[K]):
         self.num_tokens = 0
         self.closed = False
         self.error: BaseException | None = None
-        self.unread: deque[list[tuple[K, Windows]]] = deque()
+        self.unread: deque[list[tuple[K, Encoded]]] = deque()
 
     def __enter__(self) -> EncodeStream[K]:
         self._scheduler.streams.add(self)
@@ -100,13 +103,13 @@ class EncodeStream(Generic[K]):
 
     def add(self, texts: Iterable[tuple[K, Tokenized]]) -> None:
         for key, text in texts:
-            windows: dict[int, States | EncodingFailed] = {}
-            for i, tokens in enumerate(text.windows):
-                self._scheduler.enqueue(_Sequence(self, key, tokens, windows, i, len(text.windows)))
+            encoded: dict[int, States | EncodingFailed] = {}
+            for window in range(len(text.windows)):
+                self._scheduler.enqueue(_Sequence(self, key, text, window, encoded))
             self.num_tokens += text.num_tokens
 
-    async def completed(self) -> list[tuple[K, Windows]]:
-        """The texts that one pass completed, each with its windows in order; waits for the pass."""
+    async def completed(self) -> list[tuple[K, Encoded]]:
+        """The texts that one pass completed; waits for the pass."""
         while not self.unread and self.error is None:
             self._changed.clear()
             await self._changed.wait()
@@ -115,7 +118,7 @@ class EncodeStream(Generic[K]):
         self._scheduler.wake()
         return self.unread.popleft()
 
-    def deliver(self, texts: list[tuple[K, Windows]], error: BaseException | None = None) -> None:
+    def deliver(self, texts: list[tuple[K, Encoded]], error: BaseException | None = None) -> None:
         self.unread.append(texts)
         self.error = error
         self._changed.set()
@@ -162,15 +165,14 @@ class EncodeScheduler:
     def wake(self) -> None:
         self._wake.set()
 
-    async def encode(self, texts: Sequence[Tokenized], ratio: int, priority: Priority) -> list[Windows]:
-        """Per text, the states (num_states, dim) of each of its windows, or why there are none."""
-        windows: dict[int, Windows] = {}
-        num_texts = sum(bool(text.windows) for text in texts)
+    async def encode(self, texts: Sequence[Tokenized], ratio: int, priority: Priority) -> list[Encoded]:
+        """The states of each text, or why there are none."""
+        encoded: dict[int, Encoded] = {i: text.failed for i, text in enumerate(texts) if text.failed is not None}
         with EncodeStream[int](self, ratio, priority) as stream:
             stream.add(enumerate(texts))
-            while len(windows) < num_texts:
-                windows |= dict(await stream.completed())
-        return [windows.get(i, []) for i in range(len(texts))]
+            while len(encoded) < len(texts):
+                encoded |= dict(await stream.completed())
+        return [encoded[i] for i in range(len(texts))]
 
     async def run(self) -> None:
         """Computes until it is cancelled. An error of its own ends every open stream."""
@@ -188,7 +190,7 @@ class EncodeScheduler:
 
     async def _compute(self, batch: list[_Sequence]) -> None:
         tokens = [one.tokens for one in batch]
-        completed: dict[EncodeStream[Any], list[tuple[Any, Windows]]] = {one.stream: [] for one in batch}
+        completed: dict[EncodeStream[Any], list[tuple[Any, Encoded]]] = {one.stream: [] for one in batch}
         start = time.monotonic()
         try:
             results = await asyncio.get_running_loop().run_in_executor(
@@ -200,9 +202,10 @@ class EncodeScheduler:
             return
         self._on_pass(ForwardPass([len(sequence) for sequence in tokens], time.monotonic() - start))
         for one, result in zip(batch, results, strict=True):
-            one.windows[one.index] = result
-            if len(one.windows) == one.num_windows:
-                completed[one.stream].append((one.key, [one.windows[i] for i in range(one.num_windows)]))
+            one.encoded[one.window] = result
+            if len(one.encoded) == len(one.text.windows):
+                windows = [one.encoded[i] for i in sorted(one.encoded)]
+                completed[one.stream].append((one.key, one.text.join(windows, one.stream.ratio)))
         for stream, texts in completed.items():
             stream.deliver(texts)
 

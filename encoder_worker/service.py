@@ -33,14 +33,13 @@ from cache.errors import (
 )
 from cache.manifest import Manifest
 from cache.record import is_passage_id
-from cache.states import text_digest
 from cache.store import Store, StoreStats, public_url
 from checkpoint.model import EncoderIdentity
 from encoder_worker.config import EncoderConfig
 from encoder_worker.passage_encoder import TOKENIZE_TEXTS, EncodingFailed, PassageEncoder, States, Tokenized
 from encoder_worker.pipeline import Pipeline, PipelineLimits
 from encoder_worker.reading import Intake, ReadBatch
-from encoder_worker.scheduler import EncodeScheduler, Priority, Windows
+from encoder_worker.scheduler import Encoded, EncodeScheduler, Priority
 from encoder_worker.sources import Passage, Place
 from encoder_worker.writing import CollectionSettings, Target, Upsert
 from preread.errors import (
@@ -275,8 +274,8 @@ async def _encode(worker: Worker, request: encoder_pb2.EncodeRequest) -> encoder
         tokenize = partial(encoder.tokenize, split=request.split)
         tokenized += await worker.call(tokenize, good[start : start + TOKENIZE_TEXTS])
     _check_size(worker, tokenized, ratio, BYTES_PER_VALUE[format])
-    windows = await worker.scheduler.encode(tokenized, ratio, Priority.ON_DEMAND)
-    packed = iter(await worker.call(_pack_all, tokenized, windows, ratio, format))
+    encoded = await worker.scheduler.encode(tokenized, ratio, Priority.ON_DEMAND)
+    packed = iter(await worker.call(lambda: [_pack_encoded(one, format) for one in encoded]))
     return encoder_pb2.EncodeResponse(
         passages=[next(packed) if why is None else encoder_pb2.EncodedPassage(message=why) for why in refused],
         dim=encoder.dim,
@@ -299,26 +298,14 @@ def _check_size(worker: Worker, tokenized: list[Tokenized], ratio: int, bytes_pe
         raise Overloaded(message, RETRY_SECONDS, reason="OVERLOADED")
 
 
-def _pack_all(
-    tokenized: Sequence[Tokenized], windows: Sequence[Windows], ratio: int, format: encoder_pb2.StateFormat
-) -> list[encoder_pb2.EncodedPassage]:
-    packed = []
-    for text, encoded in zip(tokenized, windows, strict=True):
-        joined = text.join(encoded, ratio, _NO_DIGEST)
-        if isinstance(joined, EncodingFailed):
-            packed.append(encoder_pb2.EncodedPassage(message=str(joined)))
-        else:
-            packed.append(
-                encoder_pb2.EncodedPassage(
-                    states=_pack_states(joined.states, format),
-                    window_tokens=joined.window_tokens,
-                    truncated=joined.truncated,
-                )
-            )
-    return packed
-
-
-_NO_DIGEST = text_digest("")  # digests do not travel: the caller has the text
+def _pack_encoded(encoded: Encoded, format: encoder_pb2.StateFormat) -> encoder_pb2.EncodedPassage:
+    if isinstance(encoded, EncodingFailed):
+        return encoder_pb2.EncodedPassage(message=str(encoded))
+    return encoder_pb2.EncodedPassage(
+        states=_pack_states(encoded.states, format),
+        window_tokens=encoded.window_tokens,
+        truncated=encoded.truncated,
+    )
 
 
 def _pack_states(states: States, format: encoder_pb2.StateFormat) -> bytes:

@@ -45,7 +45,6 @@ class Upsert:
 
     passage: Passage
     refused: Refused | None = None
-    digest: bytes = b""
     tokenized: Tokenized | None = None  # None: nothing to encode
     states: PassageStates | None = None  # until they are stored
     num_states: int = 0  # 0: not encoded

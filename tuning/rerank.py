@@ -14,17 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.collection import Collection
-from cache.states import PassageStates, text_digest
+from cache.states import PassageStates
 from decoder_server.engine.scheduler import split_by_length
 from decoder_server.models.backend import Backend, Pair, Prompt
 from decoder_server.models.loading import BATCH_TOKENS
-from encoder_worker.passage_encoder import EncodingFailed, PassageEncoder, Tokenized, plan_batches
+from encoder_worker.passage_encoder import PassageEncoder, Tokenized
 from tuning.progress import SILENT, Advance, StageProgress, ignore
 from tuning.trec import Run, rank
 
 CHUNK_BYTES = 256 << 20
 STORE_READ_PASSAGES = 64
-_NOT_YET = EncodingFailed("not_encoded", "not encoded")
 
 States = Mapping[str, PassageStates]  # by passage id
 
@@ -84,17 +83,12 @@ class EncodedStates:
             yield self._encode(chunk, advance)
 
     def _encode(self, chunk: Mapping[str, Tokenized], advance: Advance) -> States:
-        windows = [(p, i) for p, passage in chunk.items() for i in range(len(passage.windows))]
-        parts: dict[str, list[NDArray[np.float32] | EncodingFailed]]
-        parts = {p: [_NOT_YET] * len(passage.windows) for p, passage in chunk.items()}
-        for rows in plan_batches([len(chunk[p].windows[i]) for p, i in windows], self._encoder.limits):
-            batch = [windows[row] for row in rows]
-            encoded = self._encoder.encode([chunk[p].windows[i] for p, i in batch], self.ratio)
-            for (p, i), states in zip(batch, encoded, strict=True):
-                parts[p][i] = states
-            advance(sum(len(chunk[p].windows[i]) for p, i in batch))
-        joined = {p: chunk[p].join(own, self.ratio, text_digest(self._texts[p])) for p, own in parts.items()}
-        return {p: states for p, states in joined.items() if isinstance(states, PassageStates)}
+        encoded, ids = {}, list(chunk)
+        for i, states in self._encoder.encode_all(list(chunk.values()), self.ratio):
+            advance(chunk[ids[i]].num_tokens)
+            if isinstance(states, PassageStates):
+                encoded[ids[i]] = states
+        return encoded
 
 
 class StoredStates:
