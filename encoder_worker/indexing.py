@@ -26,7 +26,7 @@ from cache.store import Store
 from encoder_worker.passage_encoder import PassageEncoder, Tokenized, plan_batches
 from encoder_worker.pipeline import Pipeline, PipelineLimits
 from encoder_worker.reading import Intake, ReadBatch, ReadLimits, ahead, read_batches
-from encoder_worker.scheduler import EncodeScheduler, ForwardPass, Priority, make_model_thread
+from encoder_worker.scheduler import EncodeScheduler, ForwardPass, make_model_thread
 from encoder_worker.sources import Passage, Place, Refused
 from encoder_worker.writing import CollectionSettings, GroupLimits, Target
 from preread_edge.outputs import open_output
@@ -268,7 +268,7 @@ async def _index(
     )
     with make_model_thread() as model_thread, ThreadPoolExecutor(1, thread_name_prefix="store") as store_thread:
         scheduler = EncodeScheduler(encoder, model_thread, report.count_pass, shuffle=random.Random(0))
-        pipeline = Pipeline(scheduler, Priority.BULK, target, store_thread, limits, stop)
+        pipeline = Pipeline(scheduler, target, store_thread, limits, stop)
         computing = asyncio.create_task(scheduler.run())
         try:
             batches = ahead(_batches(source, encoder, target, options), stop, name="read and tokenize")
@@ -390,7 +390,7 @@ def _measure(sample: list[Tokenized], encoder: PassageEncoder, ratio: int) -> tu
 def _target(
     encoder: PassageEncoder, store: Store, collection: str, settings: CollectionSettings | None, options: IndexOptions
 ) -> Target:
-    target = Target(store, collection, settings or CollectionSettings(), encoder.identity, encoder.settings)
+    target = Target(store, collection, settings or CollectionSettings(), encoder)
     if options.alias is not None:
         # Refused now, not after hours of encoding.
         check_name("alias", options.alias)

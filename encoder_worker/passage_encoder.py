@@ -55,13 +55,6 @@ class BatchLimits:
             max_batch_tokens or _MAX_BATCH_TOKENS.get(kind, 4096), free_padding_tokens=_FREE_PADDING_TOKENS.get(kind, 0)
         )
 
-    def fits(self, longest: int, count: int, num_tokens: int) -> bool:
-        """Whether `count` sequences of together `num_tokens`, padded to `longest`, may share a pass."""
-        padded = longest * count
-        if padded > self.max_batch_tokens:
-            return count == 1
-        return padded <= self.free_padding_tokens or padded - num_tokens <= self.max_padding * padded
-
 
 def plan_batches(lengths: Sequence[int], limits: BatchLimits) -> list[list[int]]:
     """Cuts sequences into batches, longest first, every one within the limits.
@@ -73,16 +66,20 @@ def plan_batches(lengths: Sequence[int], limits: BatchLimits) -> list[list[int]]
     Returns:
         Indices into `lengths`, each exactly once.
     """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     batches: list[list[int]] = []
-    longest = num_tokens = 0
-    for i in order:
-        if batches and limits.fits(longest, len(batches[-1]) + 1, num_tokens + lengths[i]):
-            batches[-1].append(i)
+    padded_tokens = num_tokens = 0  # of the last batch
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches:
+            padded_tokens += lengths[batches[-1][0]]
             num_tokens += lengths[i]
-        else:
-            batches.append([i])
-            longest = num_tokens = lengths[i]
+            padding = padded_tokens - num_tokens
+            if padded_tokens <= limits.max_batch_tokens and (
+                padded_tokens <= limits.free_padding_tokens or padding <= limits.max_padding * padded_tokens
+            ):
+                batches[-1].append(i)
+                continue
+        batches.append([i])
+        padded_tokens = num_tokens = lengths[i]
     return batches
 
 

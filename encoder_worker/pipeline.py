@@ -55,7 +55,6 @@ class Pipeline:
     def __init__(
         self,
         scheduler: EncodeScheduler,
-        priority: Priority,
         target: Target,
         store_threads: Executor,
         limits: PipelineLimits,
@@ -66,7 +65,6 @@ class Pipeline:
             stop: set it to take no more passages; the pass in hand is stored, then `run` ends.
         """
         self._scheduler = scheduler
-        self._priority = priority
         self._target = target
         self._store_threads = store_threads
         self._limits = limits
@@ -99,7 +97,7 @@ class Pipeline:
             CacheError: the store failed; what it acknowledged before stays.
             Exception: whatever `batches` raises, after everything before it is stored.
         """
-        stream = EncodeStream[Upsert](self._scheduler, self._target.compression_ratio, self._priority)
+        stream = EncodeStream[Upsert](self._scheduler, self._target.compression_ratio, Priority.BULK)
         reading = asyncio.create_task(self._read(batches, stream))
         encoding = asyncio.create_task(self._encode(stream, reading))
         writing = asyncio.create_task(self._write(encoding))

@@ -175,7 +175,7 @@ class EncodeScheduler:
         return [encoded[i] for i in range(len(texts))]
 
     async def run(self) -> None:
-        """Computes until it is cancelled. An error of its own ends every open stream."""
+        """Computes until it is cancelled. A failure of the scheduler ends every open stream."""
         try:
             while True:
                 self._wake.clear()

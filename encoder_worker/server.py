@@ -90,7 +90,7 @@ class EncoderServer:
 
     Args:
         store: shared with another part of the process; None opens the configured one.
-        keys: who may call; None: whoever reaches the port.
+        keys: who may call; None: everyone who reaches the port.
     """
 
     def __init__(self, config: EncoderConfig, *, store: Store | None = None, keys: ApiKeys | None = None) -> None:

@@ -173,7 +173,7 @@ class _Upload:
             write_whole_batches=True,
             allow_clipped=config.allow_clipped,
         )
-        pipeline = Pipeline(worker.scheduler, Priority.BULK, target, worker.store_threads, limits)
+        pipeline = Pipeline(worker.scheduler, target, worker.store_threads, limits)
         async with aclosing(pipeline.run(self._batches(first, requests, target))) as changes:
             async for finished in changes:
                 for batch in finished:
@@ -219,7 +219,7 @@ class _Upload:
 
 def _open_or_make(worker: Worker, first: encoder_pb2.UpsertRequest) -> Target:
     settings = CollectionSettings(first.compression_ratio or None, first.codec or None)
-    target = Target(worker.store, first.collection, settings, worker.encoder.identity, worker.encoder.settings)
+    target = Target(worker.store, first.collection, settings, worker.encoder)
     if target.num_training_states:
         raise FailedPrecondition(
             "CODEC_NEEDS_TRAINING",

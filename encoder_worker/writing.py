@@ -28,9 +28,7 @@ from cache.manifest import Manifest
 from cache.record import check_name
 from cache.states import PassageStates
 from cache.store import Store
-from checkpoint.model import EncoderIdentity
-from checkpoint.settings import CheckpointSettings
-from encoder_worker.passage_encoder import Tokenized
+from encoder_worker.passage_encoder import PassageEncoder, Tokenized
 from encoder_worker.sources import Passage, Reason, Refused
 
 log = logging.getLogger(__name__)
@@ -66,10 +64,7 @@ class Upsert:
 
 @dataclass(frozen=True)
 class CollectionSettings:
-    """How to make a collection that does not exist yet; None leaves it to the checkpoint or the default.
-
-    On a collection that exists they must agree with it wherever they are not None.
-    """
+    """Of a collection to make; None: the checkpoint's or the default. One that exists must agree with the others."""
 
     compression_ratio: int | None = None
     codec: str | None = None
@@ -93,14 +88,8 @@ class Target:
     num_trained: int = 0  # states that the codec was trained on here
     _manifest: Callable[..., Manifest]
 
-    def __init__(
-        self,
-        store: Store,
-        name: str,
-        settings: CollectionSettings,
-        identity: EncoderIdentity,
-        defaults: CheckpointSettings,
-    ) -> None:
+    def __init__(self, store: Store, name: str, settings: CollectionSettings, encoder: PassageEncoder) -> None:
+        identity = encoder.identity
         self.store = store
         self.name = check_name("collection", name)
         try:
@@ -108,7 +97,7 @@ class Target:
                 store, name, fingerprint=identity.fingerprint, checkpoint=identity.checkpoint
             )
         except CollectionNotFound:
-            self.compression_ratio = settings.compression_ratio or defaults.default_compression_ratio
+            self.compression_ratio = settings.compression_ratio or encoder.settings.default_compression_ratio
             self.codec = Codec(settings.codec or DEFAULT_CODEC, identity.dim)
             self.stores_text = settings.stores_text is not False
             self._manifest = partial(Manifest.of, identity, collection=name)

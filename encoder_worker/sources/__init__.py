@@ -121,7 +121,7 @@ class Fields:
         if title is not None and not isinstance(title, str):
             return Refused(place, passage_id, Reason.WRONG_TYPE, f"{self.title} is {_show(title)}; expected a string")
         text = join_title(title, text, self.title_separator)
-        if not text.strip():  # what else has no tokens, the tokenizer says (windows.py)
+        if not text.strip():  # what else has no tokens, the tokenizer says (reading.py)
             return Refused(place, passage_id, Reason.EMPTY_TEXT, f"{self.text} is empty")
         try:
             text.encode()

@@ -1,4 +1,4 @@
-"""Parquet: one passage per row, read batch by batch. Knows no other format."""
+"""Parquet: one passage per row, read batch by batch. Does not know other formats."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class ParquetRows:
         SourceError: not Parquet, damaged, or a column is missing or holds no strings.
     """
 
-    def __init__(self, stream: BinaryIO, name: str, source: str, fields: Fields, max_line_bytes: int) -> None:
+    def __init__(self, stream: BinaryIO, name: str, source: str, fields: Fields, max_row_bytes: int) -> None:
         """
         Args:
             name: of the file, which is read in place where the stream turns out to be its plain bytes.
-            source: what to call it in places.
+            source: its name in places.
         """
         self._stream, self._name, self._source = stream, name, source
-        self._fields, self._max_line_bytes = fields, max_line_bytes
+        self._fields, self._max_row_bytes = fields, max_row_bytes
         self._num_rows = self._num_read = 0
 
     def share(self) -> float:
@@ -44,9 +44,12 @@ class ParquetRows:
             try:
                 file = stack.enter_context(pq.ParquetFile(self._place(stack)))
                 self._num_rows = file.metadata.num_rows
-                for item in _rows(file, self._source, self._fields, self._max_line_bytes):
-                    self._num_read += 1
-                    yield item
+                columns = self._columns(file.schema_arrow.names)
+                for batch in file.iter_batches(_BATCH_ROWS, columns=[name for name in columns if name]):
+                    rows = [self._values(batch.column(name), name) for name in columns if name]
+                    for row in zip(*rows, strict=True):
+                        self._num_read += 1
+                        yield self._passage(Place(self._source, self._num_read), row)
             except pa.ArrowException as exc:
                 raise SourceError(f"{self._source}: cannot be read as Parquet ({exc})") from exc
 
@@ -60,43 +63,31 @@ class ParquetRows:
         spooled.seek(0)
         return spooled
 
+    def _columns(self, names: list[str]) -> tuple[str | None, ...]:
+        """Of id, text and title; a title may be missing."""
+        fields, found = self._fields, ", ".join(names)
+        id_name = fields.find_id(names)
+        if id_name is None or fields.text not in names:
+            missing = fields.text if id_name is not None else " or ".join(fields.id_names)
+            raise SourceError(f"{self._source}: no column {missing}; found {found:.200}")
+        return id_name, fields.text, fields.title if fields.title in names else None
 
-def _rows(file: Any, source: str, fields: Fields, max_line_bytes: int) -> Iterator[Item]:
-    names = file.schema_arrow.names
-    id_name = fields.find_id(names)
-    for wanted, found in ((" or ".join(fields.id_names), id_name is not None), (fields.text, fields.text in names)):
-        if not found:
-            raise SourceError(f"{source}: no column {wanted}; found {', '.join(names):.200}")
-    title_name = fields.title if fields.title in names else None
-    number = 0
-    for batch in file.iter_batches(_BATCH_ROWS, columns=[n for n in (id_name, fields.text, title_name) if n]):
-        ids = _values(batch.column(id_name), source, id_name)
-        texts = _values(batch.column(fields.text), source, fields.text)
-        titles = _values(batch.column(title_name), source, title_name) if title_name else [None] * len(ids)
-        for row in zip(ids, texts, titles, strict=True):
-            number += 1
-            yield _passage(Place(source, number), row, fields, max_line_bytes)
-
-
-def _values(column: Any, source: str, name: Any) -> list[Any]:
-    """Whole numbers as they are; strings as bytes, because Parquet does not promise that they are UTF-8."""
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    if pa.types.is_integer(column.type):
+    def _values(self, column: Any, name: str) -> list[Any]:
+        """Whole numbers as they are; strings as bytes, because Parquet does not promise that they are UTF-8."""
+        if pa.types.is_dictionary(column.type):
+            column = column.dictionary_decode()
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            column = column.cast(pa.large_binary())
+        elif not pa.types.is_integer(column.type) and not pa.types.is_null(column.type):
+            raise SourceError(f"{self._source}: column {name} holds {column.type}; expected strings")
         return list(column.to_pylist())
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        return list(column.cast(pa.large_binary()).to_pylist())
-    if pa.types.is_null(column.type):
-        return [None] * len(column)
-    raise SourceError(f"{source}: column {name} holds {column.type}; expected strings")
 
-
-def _passage(place: Place, row: tuple[Any, ...], fields: Fields, max_line_bytes: int) -> Item:
-    num_bytes = sum(len(value) for value in row if isinstance(value, bytes))
-    if num_bytes > max_line_bytes:
-        message = f"row of {num_bytes:,} bytes; at most {max_line_bytes:,} are read"
-        return Refused(place, None, Reason.LINE_TOO_LONG, message)
-    try:
-        return fields.passage(place, *(value.decode() if isinstance(value, bytes) else value for value in row))
-    except UnicodeDecodeError as exc:
-        return Refused(place, None, Reason.INVALID_UTF8, f"not UTF-8: {exc.reason} at byte {exc.start + 1}")
+    def _passage(self, place: Place, row: tuple[Any, ...]) -> Item:
+        num_bytes = sum(len(value) for value in row if isinstance(value, bytes))
+        if num_bytes > self._max_row_bytes:
+            message = f"row of {num_bytes:,} bytes; at most {self._max_row_bytes:,} are read"
+            return Refused(place, None, Reason.LINE_TOO_LONG, message)
+        try:
+            return self._fields.passage(place, *(one.decode() if isinstance(one, bytes) else one for one in row))
+        except UnicodeDecodeError as exc:
+            return Refused(place, None, Reason.INVALID_UTF8, f"not UTF-8: {exc.reason} at byte {exc.start + 1}")

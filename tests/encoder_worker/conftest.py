@@ -1,4 +1,4 @@
-"""A real encoder over the tiny checkpoint, real passages, stores, and the command in processes of its own."""
+"""A real encoder over the tiny checkpoint, real passages, stores, and the command in separate processes."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ Preread = Callable[..., "subprocess.Popen[bytes]"]
 
 @pytest.fixture
 def preread(tmp_path: Path, tiny_checkpoint: Path) -> Iterator[Preread]:
-    """Starts `preread COMMAND ...` on the tiny checkpoint and the test's store in a process of its own."""
+    """Starts `preread COMMAND ...` on the tiny checkpoint and the test's store in a separate process."""
     started: list[subprocess.Popen[bytes]] = []
 
     def start(command: str, *arguments: object, **options: object) -> subprocess.Popen[bytes]:

@@ -103,15 +103,15 @@ async def test_uploads_go_on_under_constant_on_demand_load(worker: Serve) -> Non
         gate.open()
         done = asyncio.Event()
 
-        async def keep_asking() -> None:
+        async def keep_encoding() -> None:
             while not done.is_set():
                 await to.encode(["again and again"])
 
-        asking = [asyncio.create_task(keep_asking()) for _ in range(8)]
+        calls = [asyncio.create_task(keep_encoding()) for _ in range(8)]
         async with asyncio.timeout(30):
             responses = await to.upsert(to.message("docs", a="one", b="two"), to.message(c="three"))
         done.set()
-        await asyncio.gather(*asking)
+        await asyncio.gather(*calls)
         assert to.statuses(responses) == [[STORED, STORED], [STORED]]
 
 
@@ -138,7 +138,7 @@ async def test_a_caller_who_leaves_is_dropped_before_the_next_batch(worker: Serv
 async def test_too_much_on_demand_is_turned_away_with_a_hint(worker: Serve) -> None:
     async with worker(max_queue_tokens=10) as to:
         gate = to.gate()
-        first = asyncio.create_task(to.encode(["longer than ten tokens by itself, which is let in alone"]))
+        first = asyncio.create_task(to.encode(["longer than ten tokens, which alone is let in anyway"]))
         await gate.wait_entered()
         code, _, details = await to.failure(to.encode(["another"]))
         gate.open()

@@ -1,4 +1,4 @@
-"""`preread index` as a process of its own: killed and resumed, told to stop, fed hostile input."""
+"""`preread index` as a process: killed and resumed, told to stop, fed hostile input."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def wait_for_passages(tmp_path: Path, process: subprocess.Popen[bytes]) -> int:
 
 
 def feed(process: subprocess.Popen[bytes], texts: list[str]) -> None:
-    """Lines on standard input, which is left open: the run cannot end by itself."""
+    """Lines on standard input, which is left open: the run cannot end."""
     assert process.stdin is not None
     rows = (json.dumps({"id": f"p{i}", "text": text}) + "\n" for i, text in enumerate(texts))
     process.stdin.write("".join(rows).encode())

@@ -68,7 +68,7 @@ async def test_a_taken_port_is_one_clear_error(worker: Serve, tiny_checkpoint: P
 async def test_stop_lets_a_call_under_way_finish(worker: Serve) -> None:
     async with worker() as to:
         gate = to.gate()
-        call = asyncio.create_task(to.encode(["under way"]))
+        call = asyncio.create_task(to.encode(["in flight"]))
         await gate.wait_entered()
         stopping = asyncio.create_task(to.server.stop(20))
         await asyncio.sleep(0.1)

@@ -136,7 +136,7 @@ class FbnlScorer(Scorer):
         store = open_store("memory:")
         try:
             settings = CollectionSettings(self.ratio, codec, stores_text=False)
-            target = Target(store, "check", settings, self.encoder.identity, self.encoder.settings)
+            target = Target(store, "check", settings, self.encoder)
             collection = target.create(states)
             ids = [str(i) for i in range(len(states))]
             passages = [StoredPassage(id_, one) for id_, one in zip(ids, states, strict=True)]
