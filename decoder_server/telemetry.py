@@ -19,9 +19,9 @@ from prometheus_client.registry import Collector
 from cache.errors import CacheError
 from cache.read_cache import CachedStore
 from cache.store import Store
-from decoder_server.engine.collections import Described, describe
+from decoder_server.engine.collections import StoredCollection, describe
 from decoder_server.engine.engine import Engine
-from decoder_server.engine.lifecycle import ForwardPass, RequestTrace
+from decoder_server.engine.lifecycle import PassRecord, RequestTrace
 from decoder_server.models.backend import StatesBackend
 from preread_edge.logs import fields
 
@@ -92,7 +92,7 @@ class Metrics:
         for fetch in trace.fetches:
             self._fetch_seconds.observe(fetch.end - fetch.start)
 
-    def pass_finished(self, one: ForwardPass) -> None:
+    def pass_finished(self, one: PassRecord) -> None:
         self._forward_seconds.observe(one.seconds)
         self._batch_tokens.observe(one.num_tokens)
         self._batch_pairs.observe(one.num_pairs)
@@ -147,7 +147,7 @@ class RequestLog:
         level = logging.ERROR if trace.code == "internal" else logging.INFO
         log.log(level, trace.kind, extra=fields(**values))
 
-    def pass_finished(self, one: ForwardPass) -> None:
+    def pass_finished(self, one: PassRecord) -> None:
         log.debug("pass", extra=fields(num_pairs=one.num_pairs, num_tokens=one.num_tokens, seconds=one.seconds))
 
 
@@ -182,7 +182,7 @@ class _ServerCollector(Collector):
         self._engines = engines
         self._store = store
         self._lock = Lock()
-        self._described: list[Described] = []
+        self._described: list[StoredCollection] = []
         self._answers = False
         self._counted = -COLLECTION_SECONDS
 
@@ -245,7 +245,7 @@ class _ServerCollector(Collector):
                 family.add_metric([one.manifest.collection], value)
         yield from (info, passages, states, size)
 
-    def _counted_collections(self) -> tuple[list[Described], bool]:
+    def _counted_collections(self) -> tuple[list[StoredCollection], bool]:
         with self._lock:  # concurrent scrapes count once
             now = time.monotonic()
             if now - self._counted >= COLLECTION_SECONDS:

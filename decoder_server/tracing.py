@@ -14,7 +14,7 @@ from opentelemetry.context import Context
 from opentelemetry.trace import SpanKind, Status, StatusCode, Tracer, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from decoder_server.engine.lifecycle import ForwardPass, RequestTrace
+from decoder_server.engine.lifecycle import PassRecord, RequestTrace
 from preread_edge.logs import current
 
 # Causes at the caller, or a full queue: no errors of this server (OpenTelemetry's gRPC conventions for servers).
@@ -69,7 +69,7 @@ class TracingObserver:
             self._write("forward", batch, at(one.start), at(one.end))
         span.end(at(trace.end))
 
-    def pass_finished(self, one: ForwardPass) -> None:
+    def pass_finished(self, one: PassRecord) -> None:
         """A pass serves several requests; each has it in its own trace."""
 
     def _write(self, name: str, within: Context, start: int, end: int, **attributes: int) -> Context:

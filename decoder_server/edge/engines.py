@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from cache.store import Store
-from decoder_server.engine.collections import Described, describe
+from decoder_server.engine.collections import StoredCollection, describe
 from decoder_server.engine.engine import Engine
 from preread.errors import DeadlineExceeded, InvalidRequest, Path, PrereadError, Unavailable, field_name
 from preread.types import CollectionInfo, EncoderIdentity, ModelInfo, Result, Summary
@@ -89,7 +89,7 @@ def collection_infos(store: Store) -> list[CollectionInfo]:
     return [_collection_info(described) for described in describe(store)]
 
 
-def _collection_info(described: Described) -> CollectionInfo:
+def _collection_info(described: StoredCollection) -> CollectionInfo:
     manifest, stats = described.manifest, described.stats
     return CollectionInfo(
         name=manifest.collection,

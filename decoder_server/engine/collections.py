@@ -1,6 +1,6 @@
-"""Collections by name or alias: each opened once, and opened anew when its name means another one.
+"""Collections by name or alias: each is opened once, and again when its name means another one.
 
-`open` blocks on the store: call it off the event loop. Does not know passages or requests.
+`open` blocks on the store: call it off the event loop.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Described:
-    """One collection of a store, for people and for ListCollections."""
+class StoredCollection:
+    """One collection of a store, as it is listed."""
 
     manifest: Manifest
     stats: StoreStats
     aliases: tuple[str, ...]
 
 
-def describe(store: Store) -> list[Described]:
+def describe(store: Store) -> list[StoredCollection]:
     """Every collection that can be read, by name; the log has the others. Blocks on the store and raises its errors."""
     described, unreadable = survey(store)
     for name, reason in unreadable.items():
@@ -46,17 +46,17 @@ def describe(store: Store) -> list[Described]:
     return described
 
 
-def survey(store: Store) -> tuple[list[Described], dict[str, str]]:
-    """The same, and why each of the others cannot be read: what is damaged costs its own collection only."""
+def survey(store: Store) -> tuple[list[StoredCollection], dict[str, str]]:
+    """The same, and why each other collection cannot be read: damage costs its own collection only."""
     aliases = sorted(store.aliases().items())
-    described: list[Described] = []
+    described: list[StoredCollection] = []
     unreadable: dict[str, str] = {}
     for name in store.list_collections():
         own = tuple(alias for alias, target in aliases if target == name)
         try:
             manifest = store.read_manifest(name)
             if manifest is not None:  # else dropped a moment ago
-                described.append(Described(manifest, store.stats(name), own))
+                described.append(StoredCollection(manifest, store.stats(name), own))
         except StoreDamaged as exc:
             unreadable[name] = str(exc)
     return described, unreadable
@@ -121,7 +121,7 @@ class Catalogue:
                 self._failed = (time.monotonic(), exc)
                 if name not in self._opened:
                     raise Unavailable(str(exc)) from exc
-                # Better what the name meant a moment ago: a tier may still hold states, and texts can be encoded.
+                # The last meaning of the name serves: a cache may still hold states, and texts can be encoded.
                 opened = _Opened(self._opened[name].collection, time.monotonic())
             except CacheError as exc:  # damaged, not readable by us, of an unknown version
                 raise FailedPrecondition("COLLECTION_UNREADABLE", name, str(exc)) from exc
@@ -131,7 +131,7 @@ class Catalogue:
     def _look_up(self, name: str) -> _Opened:
         now = time.monotonic()
         known = self._opened.get(name)
-        # Equal manifests, not equal names: a collection may be dropped and written anew.
+        # Equal manifests, not equal names: a collection may be dropped and rewritten.
         if known and self.store.read_manifest(self.store.resolve(name)) == known.collection.manifest:
             return _Opened(known.collection, now)
         identity = self._identity

@@ -32,7 +32,7 @@ MAX_CANDIDATES = 16  # each is as much work as a dozen of a ranking
 
 
 @dataclass(frozen=True, slots=True)
-class RatioScore:
+class _RatioScore:
     """A candidate at one ratio, scored alone."""
 
     compression_ratio: int
@@ -43,7 +43,7 @@ class RatioScore:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class AttendedSpan:
     """One pooled state: its characters of the text, and the readout token's weight on it."""
 
     begin: int
@@ -60,8 +60,8 @@ class Explained:
     status: Status
     text: str | None = None
     message: str = ""
-    scores: tuple[RatioScore, ...] = ()
-    parts: tuple[Part, ...] = ()
+    scores: tuple[_RatioScore, ...] = ()
+    parts: tuple[AttendedSpan, ...] = ()
     passage_weight: float = 0.0  # over all states, template included; the rest to 1 went to the prompt
 
 
@@ -158,7 +158,7 @@ def _explained(
             seconds = time.perf_counter() - start
             if not np.isfinite(margin):
                 return replace(unscored, status="failed", message=NOT_FINITE)
-            scores.append(RatioScore(ratio, pooled.num_states, margin, backend.activate(margin), seconds))
+            scores.append(_RatioScore(ratio, pooled.num_states, margin, backend.activate(margin), seconds))
         parts, weight = _parts(backend, prompt, states.at_ratio(chosen), spans)
         return replace(unscored, scores=tuple(scores), parts=parts, passage_weight=weight)
     except Exception:
@@ -168,7 +168,7 @@ def _explained(
 
 def _parts(
     backend: Backend, prompt: Prompt, states: PassageStates, spans: Sequence[tuple[int, int]]
-) -> tuple[tuple[Part, ...], float]:
+) -> tuple[tuple[AttendedSpan, ...], float]:
     """None where the passage has several windows, its text is not stored, or tokens and states do not match."""
     if not isinstance(backend, StatesBackend) or len(states.window_tokens) > 1:
         return (), 0.0
@@ -182,7 +182,7 @@ def _parts(
         own = spans[first : min(first + states.compression_ratio, states.num_tokens)]
         real = [(begin, end) for begin, end in own if begin < end]
         if real:  # the template's own tokens are left out
-            parts.append(Part(min(begin for begin, _ in real), max(end for _, end in real), weight))
+            parts.append(AttendedSpan(min(begin for begin, _ in real), max(end for _, end in real), weight))
     return tuple(parts), float(weights.sum())
 
 

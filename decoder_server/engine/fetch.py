@@ -1,7 +1,7 @@
 """Fetches what a model reads of a request's candidates: stored states, else states encoded on demand; or texts.
 
 Candidates are read in chunks, off the event loop, each chunk handed on as it arrives: the model works on the first
-while the next is read. Nothing is read ahead of demand: the next chunk is read when it is asked for.
+while the next is read. Nothing is read ahead of demand: a chunk is read when the scheduler has room for it.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class QueueInterval:
 
 
 @dataclass(frozen=True, slots=True)
-class ForwardPass:
+class PassRecord:
     """One forward pass, of however many requests. Cells are of attention."""
 
     num_pairs: int
@@ -48,7 +48,7 @@ class ForwardPass:
 
 @dataclass(slots=True)
 class RequestTrace:
-    """What is recorded of one request, filled while it runs."""
+    """The record of one request, filled while it runs."""
 
     request: RerankRequest
     model: str
@@ -82,7 +82,7 @@ class Observer(Protocol):
         """Every request, whether it succeeded or failed."""
         ...
 
-    def pass_finished(self, one: ForwardPass) -> None: ...
+    def pass_finished(self, one: PassRecord) -> None: ...
 
 
 class InFlight:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
 
 import grpc
 import numpy as np
+from google.protobuf.message import Message
 from numpy.typing import NDArray
 
 from cache.read_cache import ByteBoundedCache
@@ -34,11 +36,11 @@ _FORMATS = {
 
 
 class EncoderError(Exception):
-    """The worker cannot be asked, refused, or answered with something unusable."""
+    """The worker does not answer, rejects the call, or its response is unusable."""
 
 
 class EncoderClient:
-    """One encoder worker, spoken to over gRPC."""
+    """One encoder worker, over gRPC."""
 
     def __init__(
         self,
@@ -64,7 +66,7 @@ class EncoderClient:
         self._format = _FORMATS[dtype_name]
         self._timeout_seconds = timeout_seconds
         self._api_key = api_key
-        self._channel = open_channel(address, tls)
+        self._channel = _open_channel(address, tls)
         self._stub = encoder_pb2_grpc.EncoderServiceStub(self._channel)
 
     async def encode(self, texts: Sequence[str], ratio: int) -> list[PassageStates | str]:
@@ -74,13 +76,10 @@ class EncoderClient:
             EncoderError: no usable answer for any of them.
         """
         request = encoder_pb2.EncodeRequest(texts=texts, compression_ratio=ratio, format=self._format)
-        try:
-            answer = await self._stub.Encode(
-                request, timeout=self._timeout_seconds, metadata=call_metadata(self._api_key)
-            )
-        except grpc.aio.AioRpcError as exc:
-            raise self._error(_why(exc)) from exc
-        self._check_identity(answer.fingerprint, answer.dim)
+        answer = await self._call(self._stub.Encode, request, self._timeout_seconds)
+        mismatch = self._mismatch(answer.fingerprint, answer.dim)
+        if mismatch is not None:
+            raise mismatch
         if len(answer.passages) != len(texts) or answer.compression_ratio != ratio or answer.format != self._format:
             raise self._error(
                 f"answered {len(answer.passages)} passages at ratio {answer.compression_ratio} in format "
@@ -89,34 +88,33 @@ class EncoderClient:
         return [self._unpack(passage, ratio, text) for passage, text in zip(answer.passages, texts, strict=True)]
 
     async def check(self) -> None:
-        """Asks the worker who it is.
+        """Compares the worker's encoder with the decoder's.
 
         Raises:
-            EncoderError: it does not answer.
-            ValueError: it is another encoder than the decoder was made for.
+            EncoderError: the worker does not answer.
+            ValueError: it has another encoder.
         """
-        try:
-            answer = await self._stub.Describe(
-                encoder_pb2.DescribeRequest(),
-                timeout=DESCRIBE_TIMEOUT_SECONDS,
-                metadata=call_metadata(self._api_key),
-            )
-        except grpc.aio.AioRpcError as exc:
-            raise self._error(_why(exc)) from exc
-        try:
-            self._check_identity(answer.encoder.fingerprint, answer.encoder.dim)
-        except EncoderError as exc:
-            raise ValueError(str(exc)) from exc
+        answer = await self._call(self._stub.Describe, encoder_pb2.DescribeRequest(), DESCRIBE_TIMEOUT_SECONDS)
+        mismatch = self._mismatch(answer.encoder.fingerprint, answer.encoder.dim)
+        if mismatch is not None:
+            raise ValueError(str(mismatch))
 
     async def close(self) -> None:
         await self._channel.close(None)
 
-    def _check_identity(self, fingerprint: str, dim: int) -> None:
-        if fingerprint != self._fingerprint or dim != self._dim:
-            raise self._error(
-                f"encodes with {fingerprint[:16]} (dim {dim}); the served model reads states of "
-                f"{self._fingerprint[:16]} (dim {self._dim})"
-            )
+    async def _call(self, method: Callable[..., Awaitable[Any]], request: Message, seconds: float) -> Any:
+        try:
+            return await method(request, timeout=seconds, metadata=call_metadata(self._api_key))
+        except grpc.aio.AioRpcError as exc:
+            raise self._error(_why(exc)) from exc
+
+    def _mismatch(self, fingerprint: str, dim: int) -> EncoderError | None:
+        if (fingerprint, dim) == (self._fingerprint, self._dim):
+            return None
+        return self._error(
+            f"encodes with {fingerprint[:16]} (dim {dim}); the served model reads states of "
+            f"{self._fingerprint[:16]} (dim {self._dim})"
+        )
 
     def _unpack(self, passage: encoder_pb2.EncodedPassage, ratio: int, text: str) -> PassageStates | str:
         if passage.message:
@@ -142,7 +140,7 @@ class EncoderClient:
 
 
 def _why(error: grpc.aio.AioRpcError) -> str:
-    """Reason of a failed call, for callers of this server. Of a bug only that it is one: its text is for the log."""
+    """The reason of a failed call; the text of a bug goes to the log alone."""
     code = error.code()
     if code in (grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL):
         log.error("the encoder worker failed: %s: %s", code.name, error.details())
@@ -150,17 +148,12 @@ def _why(error: grpc.aio.AioRpcError) -> str:
     return f"{code.name}: {error.details()}"
 
 
-def open_channel(address: str, tls: TlsFiles | None) -> grpc.aio.Channel:
-    """A channel to a worker, for messages as large as it sends.
-
-    Raises:
-        OSError, ValueError: certificate files that cannot be used.
-    """
+def _open_channel(address: str, tls: TlsFiles | None) -> grpc.aio.Channel:
     options: list[tuple[str, int | str]] = [
         ("grpc.max_receive_message_length", MAX_ANSWER_BYTES),
         ("grpc.max_send_message_length", -1),
         *connection_arguments(address),
-        ("grpc.max_reconnect_backoff_ms", 5000),  # one that comes back is found within seconds, not two minutes
+        ("grpc.max_reconnect_backoff_ms", 5000),  # a worker that returns is found within seconds, not two minutes
     ]
     if tls is None:
         return grpc.aio.insecure_channel(address, options=options)
@@ -168,7 +161,7 @@ def open_channel(address: str, tls: TlsFiles | None) -> grpc.aio.Channel:
 
 
 def call_metadata(api_key: str) -> tuple[tuple[str, str], ...]:
-    """What goes along with a call: the key, and the id and trace of the call this one serves."""
+    """Metadata of a call: the key, and the id and trace of the call that it serves."""
     metadata = [("authorization", f"Bearer {api_key}")] if api_key else []
     call = current()
     if call is not None:

@@ -31,7 +31,7 @@ Margins = asyncio.Future[list[float | None]]
 
 @dataclass(frozen=True, slots=True)
 class EngineParts:
-    """What a request passes through."""
+    """The parts of an engine that a run needs."""
 
     backend: Backend
     scheduler: Scheduler

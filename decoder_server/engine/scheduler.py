@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
-from decoder_server.engine.lifecycle import ForwardPass, Observer, QueueInterval
+from decoder_server.engine.lifecycle import Observer, PassRecord, QueueInterval
 from decoder_server.models.backend import Backend, Pair
 from preread.errors import Unavailable
 
@@ -125,7 +125,7 @@ class SchedulerStats:
         """
         return self._recent_tokens / self._recent_seconds if self._recent_seconds else self.tokens_per_second
 
-    def count(self, pairs: Sequence[Pair], seconds: float) -> ForwardPass:
+    def count(self, pairs: Sequence[Pair], seconds: float) -> PassRecord:
         """Counts one pass and describes it."""
         num_tokens = sum(pair.num_tokens for pair in pairs)
         num_prompt_tokens = sum(pair.num_prompt_tokens for pair in pairs)
@@ -136,7 +136,7 @@ class SchedulerStats:
         self.pass_time.learn(num_prompt_tokens, num_tokens - num_prompt_tokens, seconds)
         needed = sum(_cells(pair.num_prompt_tokens, pair.num_states) for pair in pairs)
         longest = _cells(max(pair.num_prompt_tokens for pair in pairs), max(pair.num_states for pair in pairs))
-        return ForwardPass(len(pairs), num_tokens, needed, len(pairs) * longest - needed, seconds)
+        return PassRecord(len(pairs), num_tokens, needed, len(pairs) * longest - needed, seconds)
 
 
 @dataclass(slots=True, eq=False)

@@ -54,7 +54,7 @@ class Pair(Protocol):
         ...
 
 
-class ModelSettings(Protocol):
+class _ModelSettings(Protocol):
     """Limits and defaults of a model, as listed to clients."""
 
     @property
@@ -83,7 +83,7 @@ class Backend(Protocol):
     listwise: bool  # a score depends on the request's other candidates: all of them in one pass, no others
 
     @property
-    def settings(self) -> ModelSettings: ...
+    def settings(self) -> _ModelSettings: ...
 
     @property
     def num_compilations(self) -> int:
@@ -127,7 +127,7 @@ class Backend(Protocol):
         ...
 
 
-class PassCache(Protocol):
+class _PassCache(Protocol):
     """Results of forward passes kept for the next one; counters may be read from any thread."""
 
     name: str
@@ -144,7 +144,7 @@ class StatesBackend(Backend, Protocol):
     """A backend that reads states: it may keep keys and values of passages, and its attention can be looked at."""
 
     @property
-    def caches(self) -> Sequence[PassCache]:
+    def caches(self) -> Sequence[_PassCache]:
         """Caches that are enabled or disabled by a budget of 0, always in the same order."""
         ...
 

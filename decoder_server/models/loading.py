@@ -1,4 +1,4 @@
-"""Configuration to a loaded model. Runs on the model's thread; knows no server."""
+"""From a configuration to a loaded model. Runs on the model's thread."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def is_fbnl(model: ModelConfig) -> bool:
     from checkpoint.files import read_json, resolve
     from checkpoint.model import MODEL_TYPE
 
-    # A configuration without a type is nobody's; loading it as fbnl says what is missing.
+    # Loading a configuration without a type as fbnl names the missing field.
     return bool(read_json(resolve(model.checkpoint) / "config.json").get("model_type", MODEL_TYPE) == MODEL_TYPE)
 
 

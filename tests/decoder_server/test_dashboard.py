@@ -11,8 +11,8 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from decoder_server.engine.lifecycle import ForwardPass, RequestTrace
-from encoder_worker.scheduler import ForwardPass as WorkerPass
+from decoder_server.engine.lifecycle import PassRecord, RequestTrace
+from encoder_worker.scheduler import PassRecord as WorkerPass
 from encoder_worker.server import WorkerMetrics
 from preread.types import RerankRequest
 from preread.v1 import encoder_pb2
@@ -45,7 +45,7 @@ def samples(registry: CollectorRegistry) -> dict[str, set[str]]:
 async def exported(serve) -> dict[str, set[str]]:
     async with serve() as serving:
         await serving.rerank(ids=["p1"])
-        serving.server.metrics.pass_finished(ForwardPass(1, 1, 1, 1, 0.1))
+        serving.server.metrics.pass_finished(PassRecord(1, 1, 1, 1, 0.1))
         serving.server.metrics.http(200, 0.1)
         serving.server.metrics.encoder_up("tiny", True)
         trace = RequestTrace(RerankRequest("q", ()), "tiny", degraded="queue", stopped_early=True)

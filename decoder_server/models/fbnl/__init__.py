@@ -1,1 +1,1 @@
-"""What a model computed of a passage before and keeps: per-layer keys and values, and prompt beginnings on top."""
+"""Models that read stored states: the decoder half of a T5Gemma 2 reranker, with its KV and prefix caches."""

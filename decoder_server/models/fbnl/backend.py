@@ -157,7 +157,7 @@ class FbnlBackend:
 
 
 def _window_keys(passage: AnyStates) -> list[bytes]:
-    """What names each window's states at the ratio they are read at; empty where nothing names the passage's."""
+    """The cache key of each window at its ratio; empty for a passage without a key."""
     num_windows = len(passage.window_tokens)
     if not passage.key:
         return [b""] * num_windows

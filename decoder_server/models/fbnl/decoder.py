@@ -84,7 +84,7 @@ class Layout:
     def fold(self, q: Tensor, num_kv: int, *, readout: bool) -> Tensor:
         """Queries (rows, num_heads, head) -> (batch, num_kv, length * group, head).
 
-        Query heads that share a kv head lie beside one another, so that shared keys are read once and
+        Query heads that share a kv head are adjacent, so that shared keys are read once and
         never repeated in memory. `readout` says that the rows are the readout rows alone (length 1).
         """
         padded = q[:, None] if readout else self._prompt.pad(q)  # (batch, length, num_heads, head)
@@ -166,7 +166,7 @@ class Decoder:
 
     @torch.inference_mode()
     def passage_kv(self, states: Tensor) -> Iterator[KeysValues]:
-        """The context that pooled states (num_states, dim) make, layer by layer as it is asked for.
+        """The context that pooled states (num_states, dim) make, layer by layer, on demand.
 
         Passage keys carry no position.
         """
@@ -177,7 +177,7 @@ class Decoder:
 
     @torch.inference_mode()
     def prompt_kv(self, token_ids: Tensor, context: Iterable[KeysValues], layout: Layout) -> list[KeysValues]:
-        """What the beginning of prompts adds to a context, per layer (num_tokens, num_kv, head) each.
+        """Keys and values that a prefix of the prompts adds to a context, per layer (num_tokens, num_kv, head) each.
 
         Args: as of `margins`.
         """
@@ -187,7 +187,7 @@ class Decoder:
 
     @torch.inference_mode()
     def attention(self, token_ids: Tensor, states: Tensor) -> Tensor:
-        """What one prompt's readout token attends to: weights over the states, float32 (num_layers, num_states).
+        """Attention of one prompt's readout token: weights over the states, float32 (num_layers, num_states).
 
         The mean over heads of the softmax over [states ; prompt]; what a row lacks to 1 went to the
         prompt. For looking at, not for serving.
@@ -262,7 +262,7 @@ class Decoder:
         return kv[:, 0], kv[:, 1]
 
     def _view(self, kind: str, layout: Layout, dtype: torch.dtype) -> tuple[Rotation, Tensor]:
-        """What layers of this kind share: cos and sin of the packed tokens, and the mask."""
+        """Shared by the layers of this kind: cos and sin of the packed tokens, and the mask."""
         cos, sin = self._rope.table(kind, layout.num_positions)
         window = self.config.sliding_window if kind == "sliding_attention" else None
         mask = layout.mask(window, self.config.num_key_value_heads, dtype)
