@@ -1,6 +1,6 @@
-"""The HTTP application: its routes, its keys, and what surrounds every response.
+"""The HTTP application, from the outside in: the envelope of every response, keys, routes, and reranking behind them.
 
-From the outside in: the envelope of every response, the keys, the routes.
+POST of every reranking path: body -> dialect -> engine -> the dialect's answer.
 Logs the request's id and an exception's type and place, never a request's text.
 """
 
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -22,19 +23,23 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cache.errors import CacheError
-from decoder_server.edge.http import collections, dialects, errors, info, rerank
+from decoder_server.edge.engines import every_scored, unscored
+from decoder_server.edge.http import collections, dialects, errors, info
+from decoder_server.edge.http.dialect_request import DialectRequest, DialectResponse, headers_of
 from decoder_server.edge.http.errors import HttpError, Problem
-from decoder_server.edge.http.openapi import document
-from decoder_server.edge.http.request import Context, Endpoint, HttpRequest
-from preread import PrereadError
+from decoder_server.edge.http.openapi import JSON, Operation, document
+from decoder_server.edge.http.request import Context, Endpoint, HttpRequest, read, respond
+from decoder_server.engine.engine import Engine
+from preread.errors import InvalidRequest, PrereadError
+from preread.types import RerankRequest, Summary
 from preread_edge import keys, logs
 from preread_edge.hosts import Guard
+from preread_edge.steps import SMALL_BYTES
 
 log = logging.getLogger(__name__)
 
 OnAnswer = Callable[[int, float], None]  # status, seconds
 
-OPERATIONS = (*rerank.RERANK, *info.OPERATIONS, rerank.EXPLAIN, *collections.OPERATIONS)
 # Probes carry no keys; what describes the interface, or is a page to type a key into, needs none.
 _OPEN = ("/", "/page/page.js", "/page/page.css", "/page/icon.svg", "/health", "/health/ready", "/openapi.json")
 _PREFIXED = (*dialects.PATHS, "/v1/models", "/models", "/info", "/health")  # also there behind a dialect's prefix
@@ -44,6 +49,7 @@ _CLOSE = {"connection": "close"}
 # Of a body that is not read as a whole: enough to tell the dialect of its error.
 _SEEN_BYTES = 64 << 10
 _PEEK_SECONDS = 1.0
+MAX_REQUESTS_AT_ONCE = 8  # of one body: it should not fill the queue alone
 
 
 def build(context: Context, guard: Guard, on_answer: OnAnswer) -> ASGIApp:
@@ -56,7 +62,7 @@ def build(context: Context, guard: Guard, on_answer: OnAnswer) -> ASGIApp:
     app = Starlette(routes=[*_routes(), *info.PAGE], exception_handlers=_handlers())
     app.router.redirect_slashes = False  # a redirected POST loses its body with many clients
     app.state.context = context
-    published = rerank.SCHEMAS | info.SCHEMAS | collections.SCHEMAS | errors.SCHEMAS
+    published = dialects.SCHEMAS | info.SCHEMAS | collections.SCHEMAS | errors.SCHEMAS
     app.state.openapi = document(OPERATIONS, dialects.PREFIXES, published)
     return Envelope(keys.AccessMiddleware(app, context.keys, scopes_of, _reject), guard, on_answer)
 
@@ -227,3 +233,94 @@ def _handlers() -> dict[Any, Any]:  # Starlette's type admits no handler of a na
 
     kinds = (HttpError, PrereadError, CacheError, Exception)
     return {HTTPException: routed, ClientDisconnect: left, **dict.fromkeys(kinds, failed)}
+
+
+async def _rerank(request: HttpRequest) -> Response:
+    here, until = request.context, request.deadline()
+    body = read(dict[str, Any], await request.read_json(until))
+    dialect = dialects.pick(body, request.url.path)
+    request.state.dialect = dialect
+    if body.get("model") is None and "model" in request.path_params:  # NIM's path names it
+        body["model"] = request.path_params["model"]
+    most = max((engine.limits.max_candidates for engine in here.engines.values()), default=0)
+    requests = dialects.parse(dialect, body, max(most, dialects.MAX_PAIRS))
+    work = _respond_to(here, requests, until, request.state.request_id)
+    responses = await request.while_connected(work)
+    num_characters = sum(len(one.text or "") + len(one.passage_id) for it in responses for one in it.scored)
+    return await respond(dialect.pack(responses), headers_of(responses), is_large=num_characters > SMALL_BYTES)
+
+
+async def _respond_to(
+    here: Context, requests: Sequence[DialectRequest], until: float, request_id: str
+) -> list[DialectResponse]:
+    """The responses to all requests of one body; when one fails, the others are cancelled."""
+    room = asyncio.Semaphore(MAX_REQUESTS_AT_ONCE)
+
+    async def one(parsed: DialectRequest) -> DialectResponse:
+        async with room:
+            return await _score(here, parsed, until, request_id)
+
+    tasks = [asyncio.ensure_future(one(parsed)) for parsed in requests]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def _score(here: Context, parsed: DialectRequest, until: float, request_id: str) -> DialectResponse:
+    engine = here.engine(parsed.request.model)
+    request, cut = parsed.request, frozenset[int]()
+    if parsed.max_tokens_per_doc is not None or parsed.keep_end:
+        request, cut = await here.call(_cut, engine, parsed)
+    with parsed.naming():
+        results, summary = await engine.rerank(request, deadline=until)
+    if parsed.reject_truncated:
+        _check_whole(engine, parsed, summary)
+    others = [result for result in results if result.margin is None]
+    empty: tuple[int, ...] = ()
+    if parsed.texts_alone:
+        scored = every_scored(engine, results, summary, parsed.path_of)
+        empty, others = tuple(result.index for result in others), []
+    else:
+        scored = [result for result in results if result.margin is not None]
+        if not scored and request.on_miss != "skip":  # an empty ranking would look like an answer
+            raise unscored(engine, others[0], summary, parsed.path_of(others[0].index))
+    top_n = request.top_n or len(scored)
+    cut |= frozenset(summary.truncated)
+    return DialectResponse(parsed, scored[:top_n], others, summary, request_id, tuple(sorted(cut)), empty)
+
+
+def _cut(engine: Engine, parsed: DialectRequest) -> tuple[RerankRequest, frozenset[int]]:
+    """The request with its texts cut, and the indexes of those that were. Tokenizes: off the event loop."""
+    candidates, cut = list(parsed.request.candidates), set[int]()
+    for i, candidate in enumerate(candidates):
+        text = candidate.text
+        if text and parsed.max_tokens_per_doc is not None:
+            text = engine.backend.cut(text, parsed.max_tokens_per_doc)
+        if text and parsed.keep_end and not parsed.reject_truncated:
+            text = engine.backend.cut(text, None, keep_end=True)
+        if text != candidate.text:
+            cut.add(i)
+            candidates[i] = dataclasses.replace(candidate, text=text)
+    return dataclasses.replace(parsed.request, candidates=tuple(candidates)), frozenset(cut)
+
+
+def _check_whole(engine: Engine, parsed: DialectRequest, summary: Summary) -> None:
+    settings = engine.backend.settings
+    if summary.query_truncated:
+        raise InvalidRequest("query", "too long", f"at most {settings.max_query_tokens} tokens, or truncation")
+    if summary.truncated:
+        expected = f"at most {settings.max_passage_tokens} tokens, or truncation"
+        raise InvalidRequest(parsed.path_of(summary.truncated[0]), "too long", expected)
+
+
+def _operation(path: str) -> Operation:
+    plain = path.replace(":path", "").replace("{", "").replace("}", "")
+    return Operation(
+        "POST", path, _rerank, f"rerank{plain.replace('/', '_')}", "Rank passages", "rerank",
+        answers=dialects.ANSWERS, bodies={JSON: dialects.REQUESTS},
+    )  # fmt: skip
+
+
+OPERATIONS = (*map(_operation, dialects.PATHS), *info.OPERATIONS, *collections.OPERATIONS)

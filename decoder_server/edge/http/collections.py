@@ -36,12 +36,16 @@ MAX_REFUSED_SHOWN = 1000  # the response to an endless stream is not endless
 Size = Annotated[int, Meta(ge=0)]
 
 
+def _items(schema: dict[str, Any]) -> Meta:
+    return Meta(extra_json_schema={"items": schema})
+
+
 class _PassageObject(Struct, kw_only=True):
     id: Text | None = None
     other_id: Text | None = field(name="_id", default=None)
     passage_id: Text | None = None
     title: RawText | None = None
-    text: RawText | None = None
+    text: RawText
 
 
 class _UploadSettings(Struct, kw_only=True):
@@ -50,8 +54,9 @@ class _UploadSettings(Struct, kw_only=True):
     store_text: bool | None = None
 
 
-class _UploadRequest(_UploadSettings, kw_only=True):
-    passages: list[Any] | None = None  # each a _PassageObject, read in steps: there may be hundreds of thousands
+class _UploadObject(_UploadSettings, kw_only=True):
+    # Each is read as a _PassageObject, in steps: there may be hundreds of thousands.
+    passages: Annotated[list[Any], _items({"$ref": "#/components/schemas/_PassageObject"})] | None = None
 
 
 class _Refused(Struct, kw_only=True):
@@ -82,8 +87,8 @@ class _UploadAnswer(Struct, kw_only=True, tag_field="object", tag="collection.up
 
 
 class _DeleteRequest(Struct, kw_only=True):
-    ids: list[Any] | None = None
-    passage_ids: list[Any] | None = None
+    ids: Annotated[list[Any], _items({"type": "string"})] | None = None
+    passage_ids: Annotated[list[Any], _items({"type": "string"})] | None = None
 
 
 class _Deleted(Struct, kw_only=True, tag_field="object", tag="collection.deleted"):
@@ -147,7 +152,7 @@ async def _add_passages(request: HttpRequest) -> Response:
         items = _from_lines(request, here.config.max_line_bytes, here.config.timeout_seconds)
     else:
         document = await request.read_json()
-        body = read(_UploadRequest, {"passages": document} if isinstance(document, list) else document)
+        body = read(_UploadObject, {"passages": document} if isinstance(document, list) else document)
         settings, items = body, _each(await stepped(_from_document, body.passages))
     upload = _UploadAnswer(collection=name, refused=[])
 
@@ -314,8 +319,6 @@ def _passage(item: object, path: Path) -> Passage | UpsertResult:
     passage_id = str(body.id or body.other_id or body.passage_id or "")
     if not passage_id:
         raise InvalidRequest((*path, "id"), "absent or empty", "the passage's id, a string")
-    if body.text is None:
-        raise InvalidRequest((*path, "text"), "absent", "a string")
     if not RawText(text := str(join_title(body.title, body.text))).is_utf8:
         value, expected = HALF_A_PAIR
         return _refused(passage_id, f"text is {value}; expected {expected}")
@@ -349,7 +352,7 @@ def _literal(value: str) -> object:
 
 
 SCHEMAS: dict[str, Any] = {
-    "Passage": _PassageObject, "UploadRequest": (_UploadRequest, list[_PassageObject]), "Upload": _UploadAnswer,
+    "Passage": _PassageObject, "UploadRequest": (_UploadObject, list[_PassageObject]), "Upload": _UploadAnswer,
     "DeleteRequest": _DeleteRequest, "Deleted": _Deleted, "Collection": _Collection, "Collections": _Collections,
     "Alias": _Alias, "Aliases": _Aliases, "SetAliasRequest": _SetAliasRequest, "AliasDeleted": _AliasDeleted,
 }  # fmt: skip

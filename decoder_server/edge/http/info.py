@@ -1,4 +1,4 @@
-"""Endpoints about the server: models, limits, health, metrics and the API; and the page at /, whose files are plain.
+"""Endpoints about the server: models, limits, health, metrics, the API; and the page at / with /v1/explain behind it.
 
 Each answers in the words of the clients that read it: OpenAI's, TEI's and infinity's.
 """
@@ -6,6 +6,8 @@ Each answers in the words of the clients that read it: OpenAI's, TEI's and infin
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import time
 from importlib.resources import files
 from typing import Any
 
@@ -16,10 +18,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from decoder_server.edge.engines import model_info, package_version
-from decoder_server.edge.http.openapi import Operation
-from decoder_server.edge.http.request import HttpRequest, respond
+from decoder_server.edge.http.dialect_request import RerankBody
+from decoder_server.edge.http.openapi import JSON, Operation
+from decoder_server.edge.http.request import Count, HttpRequest, Text, read, respond
 from decoder_server.engine.engine import Engine
-from preread.errors import Unavailable
+from decoder_server.engine.explain import MAX_CANDIDATES, explain, first_ids
+from preread.errors import InvalidRequest, Unavailable
 
 CREATED = 1735689600  # the list of models has to have a date; 2025-01-01
 
@@ -145,6 +149,33 @@ async def _file(request: Request) -> Response:
     return Response(_FILES[name], media_type=_TYPES[name], headers=_HEADERS)
 
 
+class _ExplainRequest(RerankBody, kw_only=True):
+    first: Count | None = None  # passages of the collection, in place of passage_ids
+
+
+class _Explanation(Struct, kw_only=True, tag_field="object", tag="explanation"):
+    model: str
+    seconds: float
+    results: list[dict[str, Any]]
+
+
+async def _explain(request: HttpRequest) -> Response:
+    here, until = request.context, request.deadline()
+    body = read(_ExplainRequest, await request.read_json(until))
+    engine = here.engine(body.model or "")
+    if body.collection and body.first and body.passage_ids is None:
+        if body.first > MAX_CANDIDATES:
+            raise InvalidRequest("first", body.first, f"1..{MAX_CANDIDATES}")
+        body.passage_ids = [Text(one) for one in await first_ids(engine, body.collection, body.first)]
+    parsed = body.request()
+    start = time.monotonic()
+    with parsed.naming():
+        explained = await request.while_connected(explain(engine, parsed.request, until))
+    results = [dataclasses.asdict(one) for one in explained]
+    seconds = time.monotonic() - start
+    return await respond(_Explanation(model=engine.name, seconds=seconds, results=results), is_large=True)
+
+
 def _facts(engine: Engine) -> dict[str, Any]:
     info = model_info(engine)
     facts = {name: getattr(info, name) for name in _Facts.__struct_fields__ if hasattr(info, name)}
@@ -156,7 +187,10 @@ def _facts(engine: Engine) -> dict[str, Any]:
     }
 
 
-SCHEMAS: dict[str, Any] = {"Models": _Models, "Info": _InfoAnswer, "State": _State}
+SCHEMAS: dict[str, Any] = {
+    "Models": _Models, "Info": _InfoAnswer, "State": _State, "ExplainRequest": _ExplainRequest,
+    "Explanation": _Explanation,
+}  # fmt: skip
 OPERATIONS = (
     Operation("GET", "/v1/models", _models, "listModels", "Models served", answers=("Models",)),
     Operation("GET", "/models", _models, "listModelsShort", "Models served", answers=("Models",)),
@@ -167,5 +201,15 @@ OPERATIONS = (
     ),
     Operation("GET", "/metrics", _metrics, "metrics", "Prometheus metrics", answers=()),
     Operation("GET", "/openapi.json", _openapi, "openapi", "This document"),
+    Operation(
+        "POST",
+        "/v1/explain",
+        _explain,
+        "explain",
+        "A few candidates at every ratio, and what was attended to",
+        "rerank",
+        answers=("Explanation",),
+        bodies={JSON: ("ExplainRequest",)},
+    ),
 )
 PAGE = [Route(path, _file) for path in ("/", "/page/page.js", "/page/page.css", "/page/icon.svg")]
