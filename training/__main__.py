@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from training.trainer import Recipe, read_recipe
+from training.trainer import Recipe
 
 COMMANDS = {
     "data": "raw collections and Debian descriptions -> training groups",
@@ -73,11 +73,11 @@ def _parser() -> argparse.ArgumentParser:
 def _train(args: argparse.Namespace) -> None:
     from training.evaluation import HeldOut
     from training.groups import GroupSet, read_groups, read_vectors, vectors_path
-    from training.model import load
+    from training.model import TrainableCheckpoint
     from training.trainer import Trainer, pick_device
 
-    recipe = read_recipe(args.recipe, {f.name: getattr(args, f.name) for f in dataclasses.fields(Recipe)})
-    checkpoint = load(getattr(args, "from"))
+    recipe = Recipe.read(args.recipe, {f.name: getattr(args, f.name) for f in dataclasses.fields(Recipe)})
+    checkpoint = TrainableCheckpoint.load(getattr(args, "from"))
     groups = args.data / "train.jsonl" if args.data.is_dir() else args.data
     data = GroupSet(read_groups(groups), checkpoint, read_vectors(vectors_path(groups)))
     trainer = Trainer(checkpoint, data, recipe, args.out, pick_device(args.device))

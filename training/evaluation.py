@@ -11,9 +11,8 @@ from pathlib import Path
 
 import torch
 
-from training import model as scoring
 from training.collections import ASPECTS, aspect_of
-from training.model import TrainableCheckpoint, load
+from training.model import TrainableCheckpoint, mean_pool
 from training.trainer import pick_device
 from tuning.baselines import search
 from tuning.judged import JudgedCollection, read_judged
@@ -46,16 +45,15 @@ def margins(
     batch: int = 64,
 ) -> dict[int, dict[str, dict[str, float]]]:
     """{ratio: {query_id: {passage_id: margin}}}. A passage is encoded once; pairs of like length go together."""
-    model = checkpoint.model
     passage_ids = sorted({p for found in candidates.values() for p in found})
     tokens = dict(zip(passage_ids, checkpoint.passage_ids([passages[p] for p in passage_ids]), strict=True))
     order = sorted(passage_ids, key=lambda p: len(tokens[p]))
     encoded: dict[str, torch.Tensor] = {}  # passage_id -> (num_tokens, dim)
-    autocast = torch.autocast(model.device.type, torch.bfloat16)
+    autocast = torch.autocast(checkpoint.model.device.type, torch.bfloat16)
     with autocast:
         for start in range(0, len(order), batch):
             part = order[start : start + batch]
-            states, _ = scoring.encode(model, [tokens[p] or [0] for p in part])
+            states, _ = checkpoint.encode([tokens[p] or [0] for p in part])
             encoded |= {p: states[k, : max(1, len(tokens[p]))].float() for k, p in enumerate(part)}
     query_ids = list(candidates)
     texts = [queries[q] for q in query_ids]
@@ -66,7 +64,7 @@ def margins(
     for ratio in ratios:
         scored: dict[str, dict[str, float]] = {q: {} for q in query_ids}
         pooled = {
-            p: scoring.mean_pool(s[None], torch.ones(1, len(s), dtype=torch.long, device=s.device), ratio)[0][0]
+            p: mean_pool(s[None], torch.ones(1, len(s), dtype=torch.long, device=s.device), ratio)[0][0]
             for p, s in encoded.items()
         }
         for start in range(0, len(pairs), batch):
@@ -76,7 +74,7 @@ def margins(
             lengths = torch.tensor([len(r) for r in rows], device=states.device)
             mask = (torch.arange(states.shape[1], device=states.device)[None] < lengths[:, None]).long()
             with autocast:
-                margin = scoring.margins(model, [prompts[q] for q, _ in part_pairs], states, mask, checkpoint.answers)
+                margin = checkpoint.margins([prompts[q] for q, _ in part_pairs], states, mask)
             for (q, p), value in zip(part_pairs, margin.tolist(), strict=True):
                 scored[q][p] = value
         out[ratio] = scored
@@ -168,7 +166,7 @@ def _demonstrate(checkpoint: TrainableCheckpoint, ratio: int) -> None:
 
 
 def report(folder: Path, medquad: Path, ratio: int = 4) -> None:
-    checkpoint = load(folder)
+    checkpoint = TrainableCheckpoint.load(folder)
     checkpoint.model.to(pick_device()).eval()
     collection = read_judged(medquad)
     with torch.inference_mode():

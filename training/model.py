@@ -52,75 +52,6 @@ def mean_pool(states: torch.Tensor, mask: torch.Tensor, ratio: int) -> tuple[tor
     return total / count.clamp(min=1)[..., None].to(states.dtype), (count > 0).long()
 
 
-def encode(model: Any, rows: list[list[int]], chunk: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token states after the final norm. -> (num_passages, num_tokens, dim), (num_passages, num_tokens)
-
-    Passages are encoded in chunks of like length, then put back in order.
-    """
-    encoder = model.model.encoder.text_model
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    width = len(rows[order[-1]])
-    states, masks = [], []
-    for start in range(0, len(order), chunk):
-        ids, mask = _pad([rows[i] for i in order[start : start + chunk]], model.device)
-        hidden = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-        states.append(pad_right(hidden, (0, 0, 0, width - ids.shape[1])))
-        masks.append(pad_right(mask, (0, width - ids.shape[1])))
-    back = torch.argsort(torch.tensor(order)).to(model.device)
-    return torch.cat(states)[back], torch.cat(masks)[back]
-
-
-def pair_margins(
-    model: Any,
-    prompts: list[list[int]],
-    states: torch.Tensor,
-    mask: torch.Tensor,
-    rows: torch.Tensor,
-    answers: tuple[int, int],
-    chunk: int = 56,
-) -> torch.Tensor:
-    """Margins of pairs (prompts[i], passage rows[i]); states (num_passages, num_states, dim) -> (num_pairs,) float32
-
-    Pairs are scored in chunks of like prompt length: padding every prompt to the longest costs half as much again.
-    """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    parts = []
-    for start in range(0, len(order), chunk):
-        part = order[start : start + chunk]
-        which = rows[torch.tensor(part, device=rows.device)]
-        longest = int(mask[which].sum(1).max())
-        parts.append(
-            margins(model, [prompts[i] for i in part], states[which, :longest], mask[which, :longest], answers)
-        )
-    back = torch.argsort(torch.tensor(order)).to(rows.device)
-    return torch.cat(parts)[back]
-
-
-def margins(
-    model: Any,
-    prompts: list[list[int]],
-    states: torch.Tensor,
-    mask: torch.Tensor,
-    answers: tuple[int, int],
-) -> torch.Tensor:
-    """Yes-logit minus no-logit at the last prompt token; prompts[i] reads states[i].
-
-    (batch, num_states, dim) -> (batch,) float32
-    """
-    ids, prompt_mask = _pad(prompts, model.device)
-    hidden = model.model.decoder(
-        input_ids=ids,
-        attention_mask=prompt_mask,
-        encoder_hidden_states=states,
-        encoder_attention_mask=mask,
-        use_cache=False,
-    ).last_hidden_state
-    last = hidden[torch.arange(len(prompts), device=hidden.device), prompt_mask.sum(1) - 1]  # (batch, dim)
-    embedding = model.model.encoder.text_model.embed_tokens.weight
-    margin: torch.Tensor = last @ (embedding[answers[0]] - embedding[answers[1]]).to(last.dtype)
-    return margin.float()
-
-
 def group_loss(
     margins: torch.Tensor, valid: torch.Tensor, teacher: torch.Tensor, distil: float, temperature: float, binary: float
 ) -> torch.Tensor:
@@ -140,14 +71,8 @@ def group_loss(
     if distil and bool(rows.any()):
         student = margins.masked_fill(~known, -1e4)[rows].log_softmax(1)
         wanted = (teacher.nan_to_num() / temperature).masked_fill(~known, -1e4)[rows].log_softmax(1)
-        loss = (
-            loss
-            + distil
-            * functional.kl_div(student, wanted, log_target=True, reduction="none")
-            .masked_fill(~known[rows], 0)
-            .sum(1)
-            .mean()
-        )
+        divergence = functional.kl_div(student, wanted, log_target=True, reduction="none")
+        loss = loss + distil * divergence.masked_fill(~known[rows], 0).sum(1).mean()
     return loss
 
 
@@ -156,6 +81,16 @@ class TrainableCheckpoint:
     model: Any  # T5Gemma2ForConditionalGeneration; its module tree is typed too loosely to follow
     tokenizer: Tokenizer
     settings: CheckpointSettings
+
+    @classmethod
+    def load(cls, folder: Path) -> TrainableCheckpoint:
+        """Read a checkpoint in fp32. FileNotFoundError and ValueError name what is missing or wrong."""
+        for name in ("config.json", "tokenizer.json"):
+            if not (folder / name).exists():
+                raise FileNotFoundError(f"{folder}: no {name}, expected a T5Gemma2 checkpoint directory")
+        model = T5Gemma2ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        return cls(model, tokenizer, CheckpointSettings.load(folder))
 
     @property
     def answers(self) -> tuple[int, int]:
@@ -190,42 +125,85 @@ class TrainableCheckpoint:
             texts.append(before.replace("{instruction}", fill) + query + after.replace("{instruction}", fill))
         return [e.ids for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
+    def encode(self, rows: list[list[int]], chunk: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token states after the final norm. -> (num_passages, num_tokens, dim), (num_passages, num_tokens)
 
-def load(folder: Path) -> TrainableCheckpoint:
-    """Read a checkpoint in fp32. FileNotFoundError and ValueError name what is missing or wrong."""
-    for name in ("config.json", "tokenizer.json"):
-        if not (folder / name).exists():
-            raise FileNotFoundError(f"{folder}: no {name}, expected a T5Gemma2 checkpoint directory")
-    model = T5Gemma2ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    return TrainableCheckpoint(model, tokenizer, CheckpointSettings.load(folder))
+        Passages are encoded in chunks of like length, then put back in order.
+        """
+        encoder = self.model.model.encoder.text_model
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        width = len(rows[order[-1]])
+        states, masks = [], []
+        for start in range(0, len(order), chunk):
+            ids, mask = _pad([rows[i] for i in order[start : start + chunk]], self.model.device)
+            hidden = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+            states.append(pad_right(hidden, (0, 0, 0, width - ids.shape[1])))
+            masks.append(pad_right(mask, (0, width - ids.shape[1])))
+        back = torch.argsort(torch.tensor(order)).to(self.model.device)
+        return torch.cat(states)[back], torch.cat(masks)[back]
 
+    def pair_margins(
+        self, prompts: list[list[int]], states: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor, chunk: int = 56
+    ) -> torch.Tensor:
+        """Margins of pairs (prompts[i], passage rows[i]); states (num_passages, num_states, dim) -> (num_pairs,) float32
 
-def save(checkpoint: TrainableCheckpoint, folder: Path) -> None:
-    """Write bf16 weights (the tied embedding once), config.json, tokenizer files and preread.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tied = set(checkpoint.model.all_tied_weights_keys)
-    weights = {
-        k: v.detach().to("cpu", torch.bfloat16).contiguous()
-        for k, v in checkpoint.model.state_dict().items()
-        if k not in tied
-    }
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    config: Any = checkpoint.model.config
-    config.architectures = [type(checkpoint.model).__name__]
-    for part in (config.decoder, config.encoder, config.encoder.text_config, config.encoder.vision_config):
-        part.dtype = None  # a part's own dtype would win over the one asked for at load
-    config.dtype = torch.bfloat16
-    config.save_pretrained(folder)
-    checkpoint.tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    known = {k: v for k, v in names.items() if checkpoint.tokenizer.token_to_id(v) is not None}
-    tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": checkpoint.settings.max_passage_tokens,
-        **known,
-    }
-    settings = {"format_version": FORMAT_VERSION} | asdict(checkpoint.settings)
-    for name, values in (("tokenizer_config.json", tokenizer_config), (FILE_NAME, settings)):
-        text = json.dumps(values, indent=2, ensure_ascii=False)
-        (folder / name).write_text(f"{text}\n", encoding="utf-8")
+        Pairs are scored in chunks of like prompt length: padding every prompt to the longest costs half as much again.
+        """
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        parts = []
+        for start in range(0, len(order), chunk):
+            part = order[start : start + chunk]
+            which = rows[torch.tensor(part, device=rows.device)]
+            longest = int(mask[which].sum(1).max())
+            chosen = [prompts[i] for i in part]
+            parts.append(self.margins(chosen, states[which, :longest], mask[which, :longest]))
+        back = torch.argsort(torch.tensor(order)).to(rows.device)
+        return torch.cat(parts)[back]
+
+    def margins(self, prompts: list[list[int]], states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Yes-logit minus no-logit at the last prompt token; prompts[i] reads states[i].
+
+        (batch, num_states, dim) -> (batch,) float32
+        """
+        ids, prompt_mask = _pad(prompts, self.model.device)
+        hidden = self.model.model.decoder(
+            input_ids=ids,
+            attention_mask=prompt_mask,
+            encoder_hidden_states=states,
+            encoder_attention_mask=mask,
+            use_cache=False,
+        ).last_hidden_state
+        last = hidden[torch.arange(len(prompts), device=hidden.device), prompt_mask.sum(1) - 1]  # (batch, dim)
+        yes, no = self.answers
+        embedding = self.model.model.encoder.text_model.embed_tokens.weight
+        margin: torch.Tensor = last @ (embedding[yes] - embedding[no]).to(last.dtype)
+        return margin.float()
+
+    def save(self, folder: Path) -> None:
+        """Write bf16 weights (the tied embedding once), config.json, tokenizer files and preread.json."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tied = set(self.model.all_tied_weights_keys)
+        weights = {
+            k: v.detach().to("cpu", torch.bfloat16).contiguous()
+            for k, v in self.model.state_dict().items()
+            if k not in tied
+        }
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        config: Any = self.model.config
+        config.architectures = [type(self.model).__name__]
+        for part in (config.decoder, config.encoder, config.encoder.text_config, config.encoder.vision_config):
+            part.dtype = None  # a part's own dtype would win over the one asked for at load
+        config.dtype = torch.bfloat16
+        config.save_pretrained(folder)
+        self.tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+        names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+        known = {k: v for k, v in names.items() if self.tokenizer.token_to_id(v) is not None}
+        tokenizer_config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": self.settings.max_passage_tokens,
+            **known,
+        }
+        settings = {"format_version": FORMAT_VERSION} | asdict(self.settings)
+        for name, values in (("tokenizer_config.json", tokenizer_config), (FILE_NAME, settings)):
+            text = json.dumps(values, indent=2, ensure_ascii=False)
+            (folder / name).write_text(f"{text}\n", encoding="utf-8")

@@ -31,7 +31,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import T5Gemma2Config, T5Gemma2ForConditionalGeneration
 
 from training.collections import read_jsonl
-from training.model import MINI, TrainableCheckpoint, save
+from training.model import MINI, TrainableCheckpoint
 from training.teacher import MiniLM, minilm_folder
 
 HIDDEN, HEAD = 384, 160
@@ -284,4 +284,4 @@ def start(data: Path, out: Path, vocab_size: int = 15000, seed: int = 0, num_tex
         torch.save(vectors, cache)
     checkpoint = TrainableCheckpoint(empty_model(tokenizer.get_vocab_size()), tokenizer, MINI)
     initialise(checkpoint.model, _principal(vectors, WIDTH), _rarity(tokenizer, texts), checkpoint.answers)
-    save(checkpoint, out)
+    checkpoint.save(out)

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from training import model as scoring
 from training.groups import GroupSet, Sampler, Step
-from training.model import TrainableCheckpoint, group_loss, save
+from training.model import TrainableCheckpoint, group_loss, mean_pool
 
 
 @dataclass(frozen=True)
@@ -63,28 +62,27 @@ class Recipe:
         if any(r < 1 for r in self.ratios_low + self.ratios_high):
             raise ValueError(f"ratios are {self.ratios_low + self.ratios_high}, expected positive integers")
 
+    @classmethod
+    def read(cls, path: Path | None, overrides: dict[str, Any]) -> Recipe:
+        """A TOML file of Recipe fields, then flags over it. ValueError names an unknown field."""
+        values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8")) if path else {}
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := set(values) - known:
+            raise ValueError(f"{path}: unknown fields {sorted(unknown)}, expected some of {sorted(known)}")
+        values |= {name: value for name, value in overrides.items() if value is not None}
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        }
+        return cls(**fields)
 
-def read_recipe(path: Path | None, overrides: dict[str, Any]) -> Recipe:
-    """A TOML file of Recipe fields, then flags over it. ValueError names an unknown field."""
-    values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8")) if path else {}
-    known = {f.name for f in dataclasses.fields(Recipe)}
-    if unknown := set(values) - known:
-        raise ValueError(f"{path}: unknown fields {sorted(unknown)}, expected some of {sorted(known)}")
-    values |= {name: value for name, value in overrides.items() if value is not None}
-    fields: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-    }
-    return Recipe(**fields)
+    def rate(self, step: int) -> float:
+        """Warm-up, plateau, linear decay to zero over the last `decay_share` of the run."""
+        left = (self.steps - step) / max(1.0, self.steps * self.decay_share)
+        return min(1.0, (step + 1) / max(1, self.warmup_steps), left)
 
 
 def pick_device(name: str = "auto") -> torch.device:
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-
-
-def rate(step: int, recipe: Recipe) -> float:
-    """Warm-up, plateau, linear decay to zero over the last `decay_share` of the run."""
-    left = (recipe.steps - step) / max(1.0, recipe.steps * recipe.decay_share)
-    return min(1.0, (step + 1) / max(1, recipe.warmup_steps), left)
 
 
 class Trainer:
@@ -134,7 +132,7 @@ class Trainer:
         """Of batch `number`: the sum over one low and one high ratio; passages are encoded once."""
         recipe, (num_queries, width) = self.recipe, batch.candidates.shape
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + number)
-        states, mask = scoring.encode(self.model, batch.passages)  # (num_passages, num_tokens, dim)
+        states, mask = self.checkpoint.encode(batch.passages)  # (num_passages, num_tokens, dim)
         pairs = batch.valid.flatten().nonzero()[:, 0]
         prompts = [batch.prompts[int(i) // width] for i in pairs]
         rows = batch.candidates.flatten()[pairs].to(self.device)
@@ -143,8 +141,8 @@ class Trainer:
             if not ratios:
                 continue
             ratio = ratios[int(torch.randint(len(ratios), (), generator=generator))]
-            pooled, pooled_mask = scoring.mean_pool(states, mask, ratio)
-            margin = scoring.pair_margins(self.model, prompts, pooled, pooled_mask, rows, self.checkpoint.answers)
+            pooled, pooled_mask = mean_pool(states, mask, ratio)
+            margin = self.checkpoint.pair_margins(prompts, pooled, pooled_mask, rows)
             table = torch.zeros(num_queries * width, device=self.device).index_put((pairs.to(self.device),), margin)
             total = total + group_loss(
                 table.view(num_queries, width),
@@ -159,7 +157,7 @@ class Trainer:
     def advance(self) -> float:
         """One optimiser step, returns its loss."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.learning_rate * group["factor"] * rate(self.step, self.recipe)
+            group["lr"] = self.recipe.learning_rate * group["factor"] * self.recipe.rate(self.step)
         first = self.step * self.recipe.batches_per_step
         made = self._gradients_of(range(first, first + self.recipe.batches_per_step))
         for parameter, *parts in zip(self.parameters, *(gradients for _, gradients in made), strict=True):
@@ -258,7 +256,7 @@ class Trainer:
         if self.peft is not None:
             self.peft.merge_and_unload()
             self.peft = None
-        save(self.checkpoint, folder)
+        self.checkpoint.save(folder)
 
 
 def _add_lora(model: Any, recipe: Recipe) -> Any:

@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from training import model as scoring
 from training.collections import RawCollection, read_collection, write_collection
 from training.data import SELECTION_QUERIES, held_out_collections
 from training.evaluation import HeldOut, margins, rerank
-from training.model import TrainableCheckpoint
+from training.model import TrainableCheckpoint, mean_pool
 from tuning.judged import JudgedCollection
 
 PASSAGES = {"a": "red fish stone", "b": "green fish river", "c": "blue bird cloud", "d": "north stone red"}
@@ -42,9 +41,9 @@ def test_margins_equal_one_pair_at_a_time(tiny: Callable[[int], TrainableCheckpo
         for query_id, own in found[2].items():
             prompt = checkpoint.prompt_ids([QUERIES[query_id]], [""])
             for passage_id, margin in own.items():
-                states, mask = scoring.encode(checkpoint.model, checkpoint.passage_ids([PASSAGES[passage_id]]))
-                pooled, pooled_mask = scoring.mean_pool(states.float(), mask, 2)
-                alone = scoring.margins(checkpoint.model, prompt, pooled, pooled_mask, checkpoint.answers)
+                states, mask = checkpoint.encode(checkpoint.passage_ids([PASSAGES[passage_id]]))
+                pooled, pooled_mask = mean_pool(states.float(), mask, 2)
+                alone = checkpoint.margins(prompt, pooled, pooled_mask)
                 assert margin == pytest.approx(float(alone[0]), abs=0.1)  # bf16
 
 

@@ -7,10 +7,9 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from checkpoint.settings import KALM_PROMPT, CheckpointSettings
-from training import model as scoring
 from training import start as soft_maxsim
 from training import start as vocabulary
-from training.model import MINI, TrainableCheckpoint, load, save
+from training.model import MINI, TrainableCheckpoint, mean_pool
 
 
 def wordpiece(words: list[str]) -> str:
@@ -65,15 +64,15 @@ def test_the_start_ranks_by_matching_words_at_every_ratio(tmp_path: Path) -> Non
     model = soft_maxsim.empty_model(size, intermediate_size=32)
     checkpoint = TrainableCheckpoint(model, tokenizer, MINI)
     soft_maxsim.initialise(model, torch.randn(size, soft_maxsim.WIDTH), torch.full((size,), 4.0), checkpoint.answers)
-    save(checkpoint, tmp_path)
-    loaded = load(tmp_path)
+    checkpoint.save(tmp_path)
+    loaded = TrainableCheckpoint.load(tmp_path)
     passages = ["the zebra the red fish", "the river the stone the", "the cloud the stone river"]
     prompts = loaded.prompt_ids(["zebra fish", "river", "cloud"], [""] * 3)
     with torch.inference_mode():
-        states, mask = scoring.encode(loaded.model, loaded.passage_ids(passages))
+        states, mask = loaded.encode(loaded.passage_ids(passages))
         for ratio in (1, 2):
-            pooled, pooled_mask = scoring.mean_pool(states, mask, ratio)
-            margins = scoring.margins(loaded.model, [prompts[0]] * 3, pooled, pooled_mask, loaded.answers)
+            pooled, pooled_mask = mean_pool(states, mask, ratio)
+            margins = loaded.margins([prompts[0]] * 3, pooled, pooled_mask)
             assert int(margins.argmax()) == 0
     assert json.loads((tmp_path / "preread.json").read_text())["prompt_template"] == MINI.prompt_template
 

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from training import model as scoring
 from training.groups import GroupSet, TrainingGroup
-from training.model import TrainableCheckpoint, load
-from training.trainer import Recipe, Trainer, rate, read_recipe
+from training.model import TrainableCheckpoint, mean_pool
+from training.trainer import Recipe, Trainer
 
 RECIPES = Path(__file__).parents[2] / "training" / "recipes"
 COLOURS = ("red", "green", "blue")
@@ -104,14 +103,14 @@ def test_a_tiny_model_learns_its_groups_at_every_ratio(
         embedding_rate=1.0, warmup_steps=5, precision="fp32",
     )  # fmt: skip
     Trainer(checkpoint, GroupSet(GROUPS, checkpoint), recipe, tmp_path, CPU).run()
-    loaded = load(tmp_path)  # what was written ranks, not only what is in memory
+    loaded = TrainableCheckpoint.load(tmp_path)  # what was written ranks, not only what is in memory
     passages = [f"{c} fish" for c in COLOURS]
     with torch.inference_mode():
-        states, mask = scoring.encode(loaded.model, loaded.passage_ids(passages))
+        states, mask = loaded.encode(loaded.passage_ids(passages))
         for ratio in (1, 2, 4):
-            pooled, pooled_mask = scoring.mean_pool(states, mask, ratio)
+            pooled, pooled_mask = mean_pool(states, mask, ratio)
             for i, prompt in enumerate(loaded.prompt_ids(list(COLOURS), [""] * 3)):
-                margins = scoring.margins(loaded.model, [prompt] * 3, pooled, pooled_mask, loaded.answers)
+                margins = loaded.margins([prompt] * 3, pooled, pooled_mask)
                 assert int(margins.argmax()) == i, (ratio, margins)
 
 
@@ -137,7 +136,7 @@ def test_lora_trains_few_weights_and_saves_a_plain_checkpoint(
     trainer = Trainer(checkpoint, GroupSet(GROUPS, checkpoint), recipe, tmp_path, CPU)
     assert sum(p.numel() for p in trainer.parameters) < 0.3 * sum(value.numel() for value in before.values())
     trainer.run()
-    after = load(tmp_path).model.state_dict()
+    after = TrainableCheckpoint.load(tmp_path).model.state_dict()
     assert set(after) == set(before)
     changed = {name for name in before if not torch.equal(before[name].bfloat16(), after[name].bfloat16())}
     assert changed
@@ -146,12 +145,12 @@ def test_lora_trains_few_weights_and_saves_a_plain_checkpoint(
 
 def test_the_rate_warms_up_stays_and_falls_to_zero() -> None:
     recipe = Recipe(steps=100, warmup_steps=10, decay_share=0.5)
-    assert [round(rate(step, recipe), 2) for step in (0, 9, 49, 75, 100)] == [0.1, 1.0, 1.0, 0.5, 0.0]
+    assert [round(recipe.rate(step), 2) for step in (0, 9, 49, 75, 100)] == [0.1, 1.0, 1.0, 0.5, 0.0]
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
 def test_a_shipped_recipe_can_be_read(path: Path) -> None:
-    assert read_recipe(path, {"steps": 7}).steps == 7
+    assert Recipe.read(path, {"steps": 7}).steps == 7
 
 
 def test_a_recipe_names_what_is_wrong() -> None:
