@@ -72,14 +72,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(args: argparse.Namespace) -> None:
     from training.evaluation import HeldOut
-    from training.groups import GroupSet, read_groups, read_vectors, vectors_path
+    from training.groups import GroupSet, TeacherVectors, read_groups
     from training.model import TrainableCheckpoint
     from training.trainer import Trainer, pick_device
 
     recipe = Recipe.read(args.recipe, {f.name: getattr(args, f.name) for f in dataclasses.fields(Recipe)})
     checkpoint = TrainableCheckpoint.load(getattr(args, "from"))
     groups = args.data / "train.jsonl" if args.data.is_dir() else args.data
-    data = GroupSet(read_groups(groups), checkpoint, read_vectors(vectors_path(groups)))
+    data = GroupSet(read_groups(groups), checkpoint, TeacherVectors.read(groups))
     trainer = Trainer(checkpoint, data, recipe, args.out, pick_device(args.device))
     if args.resume:
         trainer.resume()

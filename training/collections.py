@@ -81,6 +81,33 @@ class RawCollection:
     splits: dict[str, str] = field(default_factory=dict)  # query_id -> the source's own split, where it has one
     qrels: dict[str, dict[str, int]] = field(default_factory=dict)  # query_id -> {passage_id: grade}
 
+    @classmethod
+    def read(cls, folder: Path) -> RawCollection:
+        """A BEIR folder: corpus.jsonl[.gz], queries.jsonl[.gz], qrels.tsv with one header line."""
+        collection = cls(folder.name)
+        for row in read_jsonl(_existing(folder, "corpus")):
+            title = row.get("title") or ""
+            collection.passages[row["_id"]] = f"{title} {row['text']}".strip()
+            if title:
+                collection.titles[row["_id"]] = title
+        for row in read_jsonl(_existing(folder, "queries")):
+            collection.queries[row["_id"]] = row["text"]
+            if "split" in row:
+                collection.splits[row["_id"]] = row["split"]
+        for line in (folder / "qrels.tsv").read_text(encoding="utf-8").splitlines()[1:]:
+            query_id, passage_id, grade = line.split("\t")
+            collection.qrels.setdefault(query_id, {})[passage_id] = int(grade)
+        return collection
+
+    def write(self, folder: Path) -> None:
+        """Write a BEIR folder; titles are already part of the passage text and are not written again."""
+        corpus = ({"_id": i, "title": "", "text": t} for i, t in self.passages.items())
+        write_jsonl(folder / "corpus.jsonl.gz", corpus)
+        write_jsonl(folder / "queries.jsonl.gz", ({"_id": i, "text": t} for i, t in self.queries.items()))
+        lines = ["query-id\tcorpus-id\tscore"]
+        lines += [f"{q}\t{p}\t{g}" for q, grades in self.qrels.items() for p, g in grades.items()]
+        (folder / "qrels.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """Rows of a .jsonl or .jsonl.gz file."""
@@ -102,34 +129,6 @@ def _existing(folder: Path, stem: str) -> Path:
         if (folder / name).exists():
             return folder / name
     raise FileNotFoundError(f"{folder}: expected {stem}.jsonl or {stem}.jsonl.gz (BEIR layout)")
-
-
-def read_collection(folder: Path) -> RawCollection:
-    """A BEIR folder: corpus.jsonl[.gz], queries.jsonl[.gz], qrels.tsv with one header line."""
-    collection = RawCollection(folder.name)
-    for row in read_jsonl(_existing(folder, "corpus")):
-        title = row.get("title") or ""
-        collection.passages[row["_id"]] = f"{title} {row['text']}".strip()
-        if title:
-            collection.titles[row["_id"]] = title
-    for row in read_jsonl(_existing(folder, "queries")):
-        collection.queries[row["_id"]] = row["text"]
-        if "split" in row:
-            collection.splits[row["_id"]] = row["split"]
-    for line in (folder / "qrels.tsv").read_text(encoding="utf-8").splitlines()[1:]:
-        query_id, passage_id, grade = line.split("\t")
-        collection.qrels.setdefault(query_id, {})[passage_id] = int(grade)
-    return collection
-
-
-def write_collection(folder: Path, collection: RawCollection) -> None:
-    """Write a BEIR folder; titles are already part of the passage text and are not written again."""
-    corpus = ({"_id": i, "title": "", "text": t} for i, t in collection.passages.items())
-    write_jsonl(folder / "corpus.jsonl.gz", corpus)
-    write_jsonl(folder / "queries.jsonl.gz", ({"_id": i, "text": t} for i, t in collection.queries.items()))
-    lines = ["query-id\tcorpus-id\tscore"]
-    lines += [f"{q}\t{p}\t{g}" for q, grades in collection.qrels.items() for p, g in grades.items()]
-    (folder / "qrels.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def normalise(text: str) -> str:
@@ -167,7 +166,7 @@ def held_out_queries(
     return held
 
 
-def fetch_lists(folder: Path) -> list[Path]:
+def _fetch_lists(folder: Path) -> list[Path]:
     """Debian's English description lists; apt-get downloads them into the private `folder` when it is empty."""
     if not list(folder.glob("*Translation-en*")):
         (folder / "partial").mkdir(parents=True, exist_ok=True)
@@ -183,14 +182,14 @@ def fetch_lists(folder: Path) -> list[Path]:
     return lists
 
 
-def read_descriptions(lists: list[Path]) -> RawCollection:
+def read_debian(folder: Path) -> RawCollection:
     """Debian's packages: the short line is the query, the long body its passage.
 
     Bodies have at least eight words; equal ones are one passage with several queries.
     """
     collection = RawCollection("debian")
     seen: set[tuple[str, str]] = set()
-    for path in lists:
+    for path in _fetch_lists(folder):
         text = subprocess.run([APT_HELPER, "cat-file", str(path)], check=True, capture_output=True).stdout.decode(
             "utf-8", "replace"
         )

@@ -19,17 +19,14 @@ from numpy.typing import NDArray
 from training import collections as instructions
 from training.collections import (
     RawCollection,
-    fetch_lists,
     fraction,
     held_out_queries,
     normalise,
-    read_collection,
-    read_descriptions,
+    read_debian,
     topic_of,
-    write_collection,
     write_jsonl,
 )
-from training.groups import TeacherVectors, TrainingGroup, vectors_path, word_vectors, write_groups, write_vectors
+from training.groups import TeacherVectors, TrainingGroup, word_vectors, write_groups
 from training.teacher import Bm25, VectorCache
 
 MAX_CHARACTERS = 2400  # about 480 tokens: more than a training passage is ever cut to
@@ -43,6 +40,19 @@ NUM_NEGATIVES = {"medquad": 7, "scifact": 7, "debian": 4}
 MAX_HELD_OUT_QUERIES = 500
 SELECTION_QUERIES = 40  # the last of those
 TEACHER_CHARACTERS = 1500  # it reads 128 tokens of them
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A group before its teacher scores: passages by id, so that vectors are looked up, not computed again."""
+
+    query: str
+    instruction: str
+    positives: list[str]
+    negatives: list[str]
+    override: str | None = None  # text of the positive when it is not the stored passage
+    opposed: bool = False
+    reading: str | None = None  # what the teacher, which reads no instruction, is asked instead of the query
 
 
 @dataclass
@@ -93,86 +103,83 @@ class TrainingSource:
         chosen += self.rng.sample(far, min(self.num_negatives - num_near, len(far)))
         return chosen + [self.rng.choice(self.ids) for _ in range(3 - len(chosen))]
 
+    def query_drafts(self, task: str, repeat: int = 1, limit: int | None = None) -> Iterator[Draft]:
+        """The judged queries of a source, each against its BM25 neighbours; `limit` takes so many, drawn by hash."""
+        pairs = self.training_pairs()
+        if limit is not None:
+            pairs = sorted(pairs, key=lambda pair: fraction(pair[0]))[:limit]
+        pairs = pairs * repeat
+        top, _ = self.index.top([self.collection.queries[q] for q, _ in pairs], 45)
+        for (query_id, relevant), rows in zip(pairs, top.tolist(), strict=True):
+            positives = self.rng.sample(relevant, min(2, len(relevant)))
+            yield Draft(
+                self.collection.queries[query_id],
+                _wording(task, self.rng),
+                positives,
+                self.negatives(rows, set(relevant)),
+            )
 
-@dataclass(frozen=True)
-class Draft:
-    """A group before its teacher scores: passages by id, so that vectors are looked up, not computed again."""
+    def title_drafts(self, repeat: int = 1) -> Iterator[Draft]:
+        """Title -> abstract, the title cut from its passage."""
+        ids = [p for p in self.ids if p in self.collection.titles] * repeat
+        top, _ = self.index.top([self.collection.titles[p] for p in ids], 45)
+        for p, rows in zip(ids, top.tolist(), strict=True):
+            title = self.collection.titles[p]
+            body = self.collection.passages[p][len(title) :].strip()
+            if len(body.split()) > 20:
+                yield Draft(title, _wording("title", self.rng), [p], self.negatives(rows, {p}), override=body)
 
-    query: str
-    instruction: str
-    positives: list[str]
-    negatives: list[str]
-    override: str | None = None  # text of the positive when it is not the stored passage
-    opposed: bool = False
-    reading: str | None = None  # what the teacher, which reads no instruction, is asked instead of the query
+    def sentence_drafts(self, count: int) -> Iterator[Draft]:
+        """Inverse cloze: a sentence with some words dropped -> the passage without that sentence."""
+        ids = [p for p in self.ids if len(self.collection.passages[p].split()) > 60]
+        drawn = []
+        for p in (self.rng.choice(ids) for _ in range(count)):
+            sentences = re.split(r"(?<=[.?!]) ?(?=[A-Z])", self.collection.passages[p][:MAX_CHARACTERS])
+            fit = [i for i, s in enumerate(sentences) if 8 <= len(s.split()) <= 40]
+            if len(sentences) > 2 and fit:
+                i = self.rng.choice(fit)
+                query = " ".join(w for w in sentences[i].split() if self.rng.random() > 0.2)
+                drawn.append((p, query, " ".join(sentences[:i] + sentences[i + 1 :])))
+        top, _ = self.index.top([query for _, query, _ in drawn], 45)
+        for (p, query, rest), rows in zip(drawn, top.tolist(), strict=True):
+            yield Draft(query, _wording("sentence", self.rng), [p], self.negatives(rows, {p}), override=rest)
+
+    def aspect_drafts(self) -> Iterator[Draft]:
+        """The instruction decides: query `X`, instruction `... the symptoms`, other aspects of X are the negatives."""
+        topics: dict[str, dict[str, str]] = {}
+        for query_id, relevant in self.training_pairs():
+            found = instructions.aspect_of(self.collection.queries[query_id])
+            if found:
+                topics.setdefault(found[1], {})[found[0]] = relevant[0]
+        topics = {topic: aspects for topic, aspects in topics.items() if len(set(aspects.values())) > 1}
+        top, _ = self.index.top(list(topics), 45)
+        for (topic, aspects), rows in zip(topics.items(), top.tolist(), strict=True):
+            for name in self.rng.sample(sorted(aspects), min(3, len(aspects))):
+                others = [p for p in set(aspects.values()) if p != aspects[name]]
+                phrase = self.rng.choice(instructions.ASPECT_WORDINGS).format(aspect=instructions.ASPECTS[name][1])
+                same = set(aspects.values())
+                negatives = sorted(others)[:4] + [p for p in self.negatives(rows, same) if p not in same][:3]
+                reading = f"{instructions.ASPECTS[name][1]} of {topic}"
+                yield Draft(topic, phrase, [aspects[name]], negatives, reading=reading)
+
+    def finish(self, draft: Draft, query_vector: NDArray[np.float32] | None) -> tuple[TrainingGroup, list[str]]:
+        """Texts and teacher scores of a draft, and its passages' ids. No scores without the query's vector, nor for an
+        opposed group: the teacher reads no instruction."""
+        texts = [self.collection.passages[p][:MAX_CHARACTERS] for p in draft.positives + draft.negatives]
+        if draft.override is not None:
+            texts[0] = draft.override[:MAX_CHARACTERS]
+        cut, ids = len(draft.positives), draft.positives + draft.negatives
+        scores: tuple[float, ...] = ()
+        if query_vector is not None and not draft.opposed:
+            scores = tuple(round(float(query_vector @ self.vectors[p]), 4) for p in ids)
+        positives, negatives = tuple(texts[:cut]), tuple(texts[cut:])
+        in_batch = not draft.opposed
+        return TrainingGroup(draft.query, draft.instruction, positives, negatives, scores, in_batch), ids
 
 
 def _wording(task: str, rng: random.Random, default_share: float = 0.4) -> str:
     """One of the task's wordings, or empty for the checkpoint's default instruction."""
     return "" if rng.random() < default_share else rng.choice(instructions.TASKS[task])
-
-
-def query_drafts(source: TrainingSource, task: str, repeat: int = 1, limit: int | None = None) -> Iterator[Draft]:
-    """The judged queries of a source, each against its BM25 neighbours; `limit` takes so many, drawn by hash."""
-    pairs = source.training_pairs()
-    if limit is not None:
-        pairs = sorted(pairs, key=lambda pair: fraction(pair[0]))[:limit]
-    pairs = pairs * repeat
-    top, _ = source.index.top([source.collection.queries[q] for q, _ in pairs], 45)
-    for (query_id, relevant), rows in zip(pairs, top.tolist(), strict=True):
-        positives = source.rng.sample(relevant, min(2, len(relevant)))
-        yield Draft(
-            source.collection.queries[query_id],
-            _wording(task, source.rng),
-            positives,
-            source.negatives(rows, set(relevant)),
-        )
-
-
-def _title_drafts(source: TrainingSource, repeat: int = 1) -> Iterator[Draft]:
-    """Title -> abstract, the title cut from its passage."""
-    ids = [p for p in source.ids if p in source.collection.titles] * repeat
-    top, _ = source.index.top([source.collection.titles[p] for p in ids], 45)
-    for p, rows in zip(ids, top.tolist(), strict=True):
-        title = source.collection.titles[p]
-        body = source.collection.passages[p][len(title) :].strip()
-        if len(body.split()) > 20:
-            yield Draft(title, _wording("title", source.rng), [p], source.negatives(rows, {p}), override=body)
-
-
-def sentence_drafts(source: TrainingSource, count: int) -> Iterator[Draft]:
-    """Inverse cloze: a sentence with some words dropped -> the passage without that sentence."""
-    ids = [p for p in source.ids if len(source.collection.passages[p].split()) > 60]
-    drawn = []
-    for p in (source.rng.choice(ids) for _ in range(count)):
-        sentences = re.split(r"(?<=[.?!]) ?(?=[A-Z])", source.collection.passages[p][:MAX_CHARACTERS])
-        fit = [i for i, s in enumerate(sentences) if 8 <= len(s.split()) <= 40]
-        if len(sentences) > 2 and fit:
-            i = source.rng.choice(fit)
-            query = " ".join(w for w in sentences[i].split() if source.rng.random() > 0.2)
-            drawn.append((p, query, " ".join(sentences[:i] + sentences[i + 1 :])))
-    top, _ = source.index.top([query for _, query, _ in drawn], 45)
-    for (p, query, rest), rows in zip(drawn, top.tolist(), strict=True):
-        yield Draft(query, _wording("sentence", source.rng), [p], source.negatives(rows, {p}), override=rest)
-
-
-def aspect_drafts(source: TrainingSource) -> Iterator[Draft]:
-    """The instruction decides: query `X`, instruction `... the symptoms`, other aspects of X are the negatives."""
-    topics: dict[str, dict[str, str]] = {}
-    for query_id, relevant in source.training_pairs():
-        found = instructions.aspect_of(source.collection.queries[query_id])
-        if found:
-            topics.setdefault(found[1], {})[found[0]] = relevant[0]
-    topics = {topic: aspects for topic, aspects in topics.items() if len(set(aspects.values())) > 1}
-    top, _ = source.index.top(list(topics), 45)
-    for (topic, aspects), rows in zip(topics.items(), top.tolist(), strict=True):
-        for name in source.rng.sample(sorted(aspects), min(3, len(aspects))):
-            others = [p for p in set(aspects.values()) if p != aspects[name]]
-            phrase = source.rng.choice(instructions.ASPECT_WORDINGS).format(aspect=instructions.ASPECTS[name][1])
-            same = set(aspects.values())
-            negatives = sorted(others)[:4] + [p for p in source.negatives(rows, same) if p not in same][:3]
-            reading = f"{instructions.ASPECTS[name][1]} of {topic}"
-            yield Draft(topic, phrase, [aspects[name]], negatives, reading=reading)
 
 
 def opposed_drafts(drafts: list[Draft], rng: random.Random, share: float) -> Iterator[Draft]:
@@ -182,25 +189,6 @@ def opposed_drafts(drafts: list[Draft], rng: random.Random, share: float) -> Ite
             yield Draft(
                 draft.query, rng.choice(instructions.TASKS["opposed"]), draft.negatives, draft.positives, opposed=True
             )
-
-
-def finish(
-    draft: Draft, source: TrainingSource, query_vector: NDArray[np.float32] | None
-) -> tuple[TrainingGroup, list[str]]:
-    """Texts and teacher scores of a draft, and its passages' ids. No scores without the query's vector, nor for an
-    opposed group: the teacher reads no instruction."""
-    texts = [source.collection.passages[p][:MAX_CHARACTERS] for p in draft.positives + draft.negatives]
-    if draft.override is not None:
-        texts[0] = draft.override[:MAX_CHARACTERS]
-    cut = len(draft.positives)
-    if draft.opposed:
-        group = TrainingGroup(draft.query, draft.instruction, tuple(texts[:cut]), tuple(texts[cut:]), in_batch=False)
-        return group, draft.positives + draft.negatives
-    scores: tuple[float, ...] = ()
-    if query_vector is not None:
-        scores = tuple(round(float(query_vector @ source.vectors[p]), 4) for p in draft.positives + draft.negatives)
-    group = TrainingGroup(draft.query, draft.instruction, tuple(texts[:cut]), tuple(texts[cut:]), scores)
-    return group, draft.positives + draft.negatives
 
 
 def _scifact_held_out(collection: RawCollection) -> tuple[set[str], set[str]]:
@@ -249,22 +237,22 @@ def build(
 
     def groups() -> Iterator[TrainingGroup]:
         for (source, draft), vector in zip(drafts, queries, strict=True):
-            group, ids = finish(draft, source, vector if vector.any() else None)
+            group, ids = source.finish(draft, vector if vector.any() else None)
             for text, passage_id in zip(group.passages, ids, strict=True):
                 rows.setdefault(text, source.vectors[passage_id])
             yield group
 
     count = write_groups(out / "train.jsonl", groups())
     lexical = np.array([LEXICAL[source.collection.name] for source, _ in drafts], dtype=np.float32)
-    write_vectors(vectors_path(out / "train.jsonl"), TeacherVectors(np.stack(list(rows.values())), queries, lexical))
+    TeacherVectors(np.stack(list(rows.values())), queries, lexical).write(out / "train.jsonl")
     write_jsonl(out / "texts.jsonl", ({"text": s.collection.passages[p]} for s in opened for p in s.ids))
     print(f"{count} groups in {out / 'train.jsonl'}")
 
 
 def _split(collections_folder: Path, debian_folder: Path, out: Path) -> list[tuple[RawCollection, set[str]]]:
     """Each collection, less what may not be trained on, and its held-out queries, which are written to `out`."""
-    medquad, scifact = (read_collection(collections_folder / name) for name in ("medquad", "scifact"))
-    debian = read_descriptions(fetch_lists(debian_folder))
+    medquad, scifact = (RawCollection.read(collections_folder / name) for name in ("medquad", "scifact"))
+    debian = read_debian(debian_folder)
     scifact_held, dropped = _scifact_held_out(scifact)
     split = [
         (medquad, held_out_queries(medquad, HELD_OUT_SHARE["medquad"], topic_of)),
@@ -273,8 +261,8 @@ def _split(collections_folder: Path, debian_folder: Path, out: Path) -> list[tup
     ]
     for collection, held in split:
         report, select = held_out_collections(collection, held)
-        write_collection(out / "heldout" / collection.name, report)
-        write_collection(out / "select" / collection.name, select)
+        report.write(out / "heldout" / collection.name)
+        select.write(out / "select" / collection.name)
         counts = f"{len(collection.passages)} passages, {len(collection.qrels)} queries, {len(held)} held out"
         print(f"{collection.name}: {counts}", flush=True)
     for query_id in dropped:
@@ -291,12 +279,12 @@ def _vectors(source: TrainingSource, teacher: VectorCache) -> dict[str, NDArray[
 
 def _drafts(source: TrainingSource, max_debian: int | None) -> Iterator[Draft]:
     if source.collection.name == "medquad":
-        yield from query_drafts(source, "question")
-        yield from aspect_drafts(source)
-        yield from sentence_drafts(source, 6000)
+        yield from source.query_drafts("question")
+        yield from source.aspect_drafts()
+        yield from source.sentence_drafts(6000)
     elif source.collection.name == "scifact":
-        yield from query_drafts(source, "claim", repeat=3)
-        yield from _title_drafts(source, repeat=2)
-        yield from sentence_drafts(source, 12000)
+        yield from source.query_drafts("claim", repeat=3)
+        yield from source.title_drafts(repeat=2)
+        yield from source.sentence_drafts(12000)
     else:
-        yield from query_drafts(source, "package", limit=max_debian or MAX_GROUPS["debian"])
+        yield from source.query_drafts("package", limit=max_debian or MAX_GROUPS["debian"])

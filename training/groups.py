@@ -23,7 +23,7 @@ import zlib
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -110,22 +110,19 @@ class TeacherVectors:
     queries: Vectors  # (num_groups, dim)
     lexical: Vectors  # (num_groups,) BM25's weight, the cosine's being 1
 
+    @classmethod
+    def read(cls, groups: Path) -> TeacherVectors | None:
+        """Those beside a file of groups; None where there are none."""
+        path = groups.with_suffix(".npz")
+        if not path.exists():
+            return None
+        with np.load(path) as stored:
+            return cls(*(stored[field.name].astype(np.float32) for field in fields(cls)))
 
-def vectors_path(groups: Path) -> Path:
-    return groups.with_suffix(".npz")
-
-
-def write_vectors(path: Path, vectors: TeacherVectors) -> None:
-    half = {name: getattr(vectors, name).astype(np.float16) for name in ("passages", "queries", "lexical")}
-    np.savez(path, **half)
-
-
-def read_vectors(path: Path) -> TeacherVectors | None:
-    """None where there is no such file."""
-    if not path.exists():
-        return None
-    with np.load(path) as stored:
-        return TeacherVectors(*(stored[name].astype(np.float32) for name in ("passages", "queries", "lexical")))
+    def write(self, groups: Path) -> None:
+        """Beside a file of groups."""
+        half = {field.name: getattr(self, field.name).astype(np.float16) for field in fields(self)}
+        np.savez(groups.with_suffix(".npz"), **half)
 
 
 def word_vectors(texts: list[str], dim: int = 384) -> Vectors:

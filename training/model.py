@@ -145,7 +145,7 @@ class TrainableCheckpoint:
     def pair_margins(
         self, prompts: list[list[int]], states: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor, chunk: int = 56
     ) -> torch.Tensor:
-        """Margins of pairs (prompts[i], passage rows[i]); states (num_passages, num_states, dim) -> (num_pairs,) float32
+        """Margins of pairs (prompts[i], passage rows[i]). (num_passages, num_states, dim) -> (num_pairs,) float32
 
         Pairs are scored in chunks of like prompt length: padding every prompt to the longest costs half as much again.
         """

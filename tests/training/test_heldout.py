@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from training.collections import RawCollection, read_collection, write_collection
+from training.collections import RawCollection
 from training.data import SELECTION_QUERIES, held_out_collections
 from training.evaluation import HeldOut, margins, rerank
 from training.model import TrainableCheckpoint, mean_pool
@@ -19,8 +19,8 @@ QRELS = {"1": {"d": 1}, "2": {"b": 2}}
 
 def test_a_collection_survives_a_round_trip(tmp_path: Path) -> None:
     collection = RawCollection("toy", PASSAGES, {}, QUERIES, {}, QRELS)
-    write_collection(tmp_path / "toy", collection)
-    again = read_collection(tmp_path / "toy")
+    collection.write(tmp_path / "toy")
+    again = RawCollection.read(tmp_path / "toy")
     assert (again.passages, again.queries, again.qrels) == (collection.passages, collection.queries, collection.qrels)
 
 
@@ -57,7 +57,7 @@ def test_a_reranking_has_the_same_candidates_by_falling_margin(tiny: Callable[[i
 
 
 def test_a_report_names_every_collection_and_ratio(tiny: Callable[[int], TrainableCheckpoint], tmp_path: Path) -> None:
-    write_collection(tmp_path / "toy", RawCollection("toy", PASSAGES, {}, QUERIES, {}, QRELS))
+    RawCollection("toy", PASSAGES, {}, QUERIES, {}, QRELS).write(tmp_path / "toy")
     line = HeldOut(tmp_path, 2).report(tiny(0), (1, 4))
     assert line.startswith("toy: BM25 ")
     assert "r1 " in line

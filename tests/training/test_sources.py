@@ -31,13 +31,13 @@ def source() -> TrainingSource:
 
 
 def test_held_out_passages_appear_nowhere(source: TrainingSource) -> None:
-    drafts = list(sources.query_drafts(source, "question")) + list(sources.aspect_drafts(source))
+    drafts = list(source.query_drafts("question")) + list(source.aspect_drafts())
     assert drafts
     assert not any("rickets" in p for d in drafts for p in d.positives + d.negatives)
 
 
 def test_negatives_are_not_relevant_and_near(source: TrainingSource) -> None:
-    drafts = list(sources.query_drafts(source, "question"))
+    drafts = list(source.query_drafts("question"))
     for draft in drafts:
         assert len(draft.negatives) == 7
         assert not set(draft.positives) & set(draft.negatives)
@@ -48,7 +48,7 @@ def test_negatives_are_not_relevant_and_near(source: TrainingSource) -> None:
 
 
 def test_the_instruction_decides_in_aspect_groups(source: TrainingSource) -> None:
-    drafts = list(sources.aspect_drafts(source))
+    drafts = list(source.aspect_drafts())
     assert len(drafts) == 18
     for draft in drafts:
         subject, aspect = draft.positives[0].split()
@@ -59,16 +59,16 @@ def test_the_instruction_decides_in_aspect_groups(source: TrainingSource) -> Non
 
 
 def test_opposed_groups_swap_labels_and_carry_no_teacher(source: TrainingSource) -> None:
-    drafts = list(sources.query_drafts(source, "question"))
+    drafts = list(source.query_drafts("question"))
     opposed = list(sources.opposed_drafts(drafts, random.Random(0), share=1.0))
     assert len(opposed) == len(drafts)
     for plain, turned in zip(drafts, opposed, strict=True):
         assert (turned.query, turned.positives, turned.negatives) == (plain.query, plain.negatives, plain.positives)
         assert turned.instruction != plain.instruction
-        group, _ = sources.finish(turned, source, np.ones(384, dtype=np.float32))
+        group, _ = source.finish(turned, np.ones(384, dtype=np.float32))
         assert group.scores == ()
         assert not group.in_batch
-        assert len(sources.finish(plain, source, np.ones(384, dtype=np.float32))[0].scores) == len(
+        assert len(source.finish(plain, np.ones(384, dtype=np.float32))[0].scores) == len(
             plain.positives + plain.negatives
         )
 
@@ -78,6 +78,6 @@ def test_sentence_groups_hide_the_sentence(source: TrainingSource) -> None:
         source.collection.passages[passage_id] = f"{passage_id} opens this text with some words here. " + " ".join(
             f"Word{i} follows." for i in range(40)
         )
-    for draft in sources.sentence_drafts(source, 20):
+    for draft in source.sentence_drafts(20):
         assert draft.override is not None
         assert draft.query not in draft.override
