@@ -15,7 +15,10 @@ from typing import Any
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be served; the message names the file, the value and what was expected."""
+    """A checkpoint that cannot be served; the message names the file, the value and the expectation.
+
+    Raised by all that opens, reads or checks a checkpoint's files.
+    """
 
 
 # Everything a model may need; the vision tower lives in the same shards, so shards come whole. Vocabularies of older

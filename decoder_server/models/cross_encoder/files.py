@@ -258,21 +258,7 @@ def load_transformer(
     tensors.check_formats()
     if config is None:
         config = load_config(directory, trust_remote_code=trust_remote_code)
-    try:
-        with quiet():
-            model, info = _from_pretrained(
-                getattr(transformers, kind),
-                tensors,
-                config,
-                ignore_mismatched_sizes=True,  # refused below, by name
-                dtype=dtype,  # else transformers keeps the stored one, which may be float16
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-            )
-    except KeyError as exc:  # of a table of transformers', such as that of the activation functions
-        raise CheckpointError(f"{directory / 'config.json'}: names {exc}, which transformers does not have") from exc
-    except Exception as exc:  # files, remote code: unrelated types, one meaning
-        raise CheckpointError(f"{directory}: the model cannot be loaded ({one_line(exc)})") from exc
+    model, info = _from_pretrained(getattr(transformers, kind), tensors, config, dtype, trust_remote_code)
     for name, found, wanted in sorted(info["mismatched_keys"]):
         raise CheckpointError(f"{directory}: {name} has the shape {tuple(found)}; config.json says {tuple(wanted)}")
     missing = sorted(info["missing_keys"])
@@ -288,22 +274,30 @@ def load_transformer(
     return cast(Any, model).to(device).eval()
 
 
-def _from_pretrained(kind: Any, tensors: StoredTensors, config: Any, *, dtype: torch.dtype, **how: Any) -> Any:
+def _from_pretrained(kind: Any, tensors: StoredTensors, config: Any, dtype: torch.dtype, trust: bool) -> Any:
     """transformers' own loading, or of plain numbers where the stored ones are quantized.
 
     transformers reads one of the two layouts, and only with a further package.
     """
-    if not tensors.quantization:
-        return kind.from_pretrained(
-            tensors.directory, config=config, dtype=dtype, local_files_only=True, use_safetensors=True, **how
-        )
-    plain = copy.deepcopy(config)
-    if hasattr(plain, "quantization_config"):
-        del plain.quantization_config
-    with torch.device("meta"):
-        exact = type(kind.from_config(plain, trust_remote_code=how.pop("trust_remote_code")))
-    state = {name: tensors.read(name, dtype) for name in tensors.names()}
-    return exact.from_pretrained(None, config=plain, dtype=dtype, state_dict=state, **how)
+    # Shapes that do not match are rejected by name; without a dtype it keeps the stored one, which may be float16.
+    how: dict[str, Any] = {"ignore_mismatched_sizes": True, "dtype": dtype, "output_loading_info": True}
+    directory = tensors.directory
+    try:
+        with quiet():
+            if not tensors.quantization:
+                how |= {"local_files_only": True, "use_safetensors": True, "trust_remote_code": trust}
+                return kind.from_pretrained(directory, config=config, **how)
+            plain = copy.deepcopy(config)
+            if hasattr(plain, "quantization_config"):
+                del plain.quantization_config
+            with torch.device("meta"):
+                exact = type(kind.from_config(plain, trust_remote_code=trust))
+            state = {name: tensors.read(name, dtype) for name in tensors.names()}
+            return exact.from_pretrained(None, config=plain, state_dict=state, **how)
+    except KeyError as exc:  # of a table of transformers', such as that of the activation functions
+        raise CheckpointError(f"{directory / 'config.json'}: names {exc}, which transformers does not have") from exc
+    except Exception as exc:  # files, remote code: unrelated types, one meaning
+        raise CheckpointError(f"{directory}: the model cannot be loaded ({one_line(exc)})") from exc
 
 
 @contextlib.contextmanager
