@@ -19,7 +19,7 @@ Every other scheme is an error: its weights would load as numbers of another mea
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -49,7 +49,7 @@ REMEDY = (
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class _Stored:
     """One tensor as a file holds it."""
 
     path: Path
@@ -74,9 +74,9 @@ class Stored:
 class Weight:
     """One weight as a model uses it, with the scales that were stored for it."""
 
-    values: Stored
-    scale: Stored | None = None
-    global_scale: Stored | None = None
+    values: _Stored
+    scale: _Stored | None = None
+    global_scale: _Stored | None = None
     divides: bool = False  # by the global scale
 
     @property
@@ -84,7 +84,7 @@ class Weight:
         return self.scale is not None
 
     @property
-    def parts(self) -> list[Stored]:
+    def parts(self) -> list[_Stored]:
         return [part for part in (self.values, self.scale, self.global_scale) if part is not None]
 
     @property
@@ -118,11 +118,21 @@ class Weight:
             yield self.rows(first, min(first + step, self.shape[0]))
 
 
-def stored_in(path: Path) -> list[Stored]:
-    """The tensors of a safetensors file."""
-    with _opened(path) as shard:
-        slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 - a handle, not a dict
-        return [Stored(path, name, tuple(one.get_shape()), str(one.get_dtype())) for name, one in slices.items()]
+def read_weights(directory: Path, files: Iterable[Path]) -> tuple[str, dict[str, Weight]]:
+    """The scheme of a checkpoint's weights, "" where they are plain, and the weights by name; reads no numbers."""
+    found: dict[str, _Stored] = {}
+    for path in files:
+        with _opened(path) as shard:
+            for name in shard.keys():  # noqa: SIM118 - a safetensors handle, not a dict
+                if name in found:
+                    raise CheckpointError(
+                        f"{directory}: {name} is stored in {found[name].path.name} and in {path.name}; "
+                        "expected each tensor once"
+                    )
+                part = shard.get_slice(name)
+                found[name] = _Stored(path, name, tuple(part.get_shape()), str(part.get_dtype()))
+    scheme = _declared_scheme(directory)
+    return scheme, _pair_up(found) if scheme else {name: Weight(one) for name, one in found.items()}
 
 
 def _opened(path: Path) -> safe_open:
@@ -132,7 +142,7 @@ def _opened(path: Path) -> safe_open:
         raise CheckpointError(f"{path}: cannot be read as safetensors ({exc})") from exc
 
 
-def declared_quantization(directory: Path) -> str:
+def _declared_scheme(directory: Path) -> str:
     """`modelopt` or `compressed-tensors` where the checkpoint declares that its weights are quantized, else "".
 
     Raises:
@@ -173,7 +183,7 @@ def _checked_scheme(where: str, scheme: Any) -> str:
     return method
 
 
-def pair_up(found: Mapping[str, Stored]) -> dict[str, Weight]:
+def _pair_up(found: Mapping[str, _Stored]) -> dict[str, Weight]:
     """Weights by the name that a model knows them by; scales of activations are left out."""
     weights: dict[str, Weight] = {}
 
@@ -201,7 +211,7 @@ def pair_up(found: Mapping[str, Stored]) -> dict[str, Weight]:
     return weights
 
 
-def _scaled(values: Stored, scale: Stored | None) -> Weight:
+def _scaled(values: _Stored, scale: _Stored | None) -> Weight:
     """An FP8 weight whose scale fits."""
     rows = values.shape[0] if len(values.shape) == 2 else None
     if scale is None or rows is None or scale.shape not in ((), (1,), (1, 1), (rows,), (rows, 1)):
@@ -213,7 +223,7 @@ def _scaled(values: Stored, scale: Stored | None) -> Weight:
     return Weight(values, _float(scale))
 
 
-def _packed(values: Stored, scale: Stored | None, overall: Stored | None, divides: bool) -> Weight:
+def _packed(values: _Stored, scale: _Stored | None, overall: _Stored | None, divides: bool) -> Weight:
     """An NVFP4 weight whose scales fit."""
     wanted = (*values.shape[:-1], 2 * values.shape[-1] // BLOCK) if values.shape else ()
     fits = len(values.shape) == 2 and 2 * values.shape[-1] % BLOCK == 0 and values.dtype == "U8"
@@ -227,7 +237,7 @@ def _packed(values: Stored, scale: Stored | None, overall: Stored | None, divide
     return Weight(values, scale, _float(overall), divides)
 
 
-def _float(scale: Stored) -> Stored:
+def _float(scale: _Stored) -> _Stored:
     if scale.dtype not in FLOAT_TYPES:
         raise CheckpointError(f"{scale.path}: {scale.name} is stored as {scale.dtype}; expected a float")
     return scale

@@ -17,16 +17,7 @@ from pathlib import Path
 import torch
 
 from checkpoint.files import CheckpointError, first_of, read_json
-from checkpoint.quantized import (
-    FLOAT_TYPES,
-    HF_QUANT_CONFIG,
-    REMEDY,
-    Stored,
-    Weight,
-    declared_quantization,
-    pair_up,
-    stored_in,
-)
+from checkpoint.quantized import FLOAT_TYPES, HF_QUANT_CONFIG, REMEDY, Weight, read_weights
 
 # transformers wrote the text encoder as `encoder.*` first and as `encoder.text_model.*` later.
 _PREFIX = re.compile(
@@ -49,16 +40,8 @@ class StoredTensors:
         """Reads names, shapes and formats."""
         self.directory = directory
         self.files = _safetensors_files(directory)
-        found: dict[str, Stored] = {}
-        for one in (one for path in self.files for one in stored_in(path)):
-            if one.name in found:
-                raise CheckpointError(
-                    f"{directory}: {one.name} is stored in {found[one.name].path.name} and in {one.path.name}; "
-                    "expected each tensor once"
-                )
-            found[one.name] = one
-        self.quantization = declared_quantization(directory)  # "", modelopt or compressed-tensors
-        self.weights = pair_up(found) if self.quantization else {name: Weight(one) for name, one in found.items()}
+        # The scheme is "", modelopt or compressed-tensors.
+        self.quantization, self.weights = read_weights(directory, self.files)
 
     def __contains__(self, name: str) -> bool:
         return name in self.weights
