@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from decoder_server.engine.lifecycle import PassRecord, RequestTrace
-from encoder_worker.scheduler import PassRecord as WorkerPass
+from encoder_worker.scheduler import ForwardPass as WorkerPass
 from encoder_worker.server import WorkerMetrics
 from preread.types import RerankRequest
 from preread.v1 import encoder_pb2
