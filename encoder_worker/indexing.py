@@ -44,7 +44,7 @@ _SUMMARY = (
 )  # fmt: skip
 
 
-class IssueLog:
+class _IssueLog:
     """Items worth a line in the report, in the order they came; on disk beyond a few megabytes."""
 
     def __init__(self) -> None:
@@ -87,8 +87,8 @@ class IndexReport:
     stopped_by: str | None = None  # the refused item that ended a strict run
     alias: str | None = None  # moved to the collection at the end
     reasons: Counter[str] = field(default_factory=Counter)
-    refused: IssueLog = field(default_factory=IssueLog)
-    truncated: IssueLog = field(default_factory=IssueLog)
+    refused: _IssueLog = field(default_factory=_IssueLog)
+    truncated: _IssueLog = field(default_factory=_IssueLog)
 
     @property
     def refused_by_reason(self) -> dict[str, int]:

@@ -69,29 +69,70 @@ class ReadLimits:
     max_text_bytes: int = 32 << 20
 
 
+class SeenIds:
+    """Ids that came already, and where, in some 20 bytes each, so that a hundred million fit.
+
+    By 64-bit hash: a dict of the latest, merged into sorted arrays of doubling size. Two different ids share a hash
+    once in some three hundred thousand runs of ten million ids; the second one is then refused, visibly.
+    """
+
+    def __init__(self) -> None:
+        self._sources: list[str] = []
+        self._latest: dict[int, int] = {}  # hash -> number of the source and line in one
+        self._sorted: list[tuple[NDArray[np.uint64], NDArray[np.uint64]]] = []  # the same, large to small
+
+    def once(self, passage: Passage) -> Passage | Refused:
+        """The passage, or the reason it is refused where its id came before."""
+        first = self.first_place(passage.passage_id, passage.place)
+        if first is None:
+            return passage
+        message = f"id {passage.passage_id!r} came before, at {first}; the first one counts"
+        return Refused(passage.place, passage.passage_id, Reason.DUPLICATE_ID, message)
+
+    def first_place(self, passage_id: str, place: Place) -> Place | None:
+        """Where the id came first; None, and remembered, where this is the first time."""
+        key = int.from_bytes(hashlib.blake2b(passage_id.encode(), digest_size=8).digest(), "little")
+        found = self._latest.get(key)
+        if found is None:
+            found = self._search(key)
+        if found is not None:
+            return Place(self._sources[found >> _LINE_BITS], found & ((1 << _LINE_BITS) - 1))
+        if not self._sources or self._sources[-1] != place.source:
+            self._sources.append(place.source)
+        self._latest[key] = (len(self._sources) - 1) << _LINE_BITS | place.line
+        if len(self._latest) >= _MERGE_AT:
+            self._merge()
+        return None
+
+    def _search(self, key: int) -> int | None:
+        wanted = np.uint64(key)
+        for hashes, places in self._sorted:
+            at = int(np.searchsorted(hashes, wanted))
+            if at < len(hashes) and hashes[at] == wanted:
+                return int(places[at])
+        return None
+
+    def _merge(self) -> None:
+        hashes = np.fromiter(self._latest.keys(), np.uint64, len(self._latest))
+        places = np.fromiter(self._latest.values(), np.uint64, len(self._latest))
+        self._latest = {}
+        while self._sorted and len(self._sorted[-1][0]) <= len(hashes):
+            more_hashes, more_places = self._sorted.pop()
+            hashes, places = np.concatenate([more_hashes, hashes]), np.concatenate([more_places, places])
+        order = np.argsort(hashes)
+        self._sorted.append((hashes[order], places[order]))
+
+
+@dataclass
 class Intake:
     """The way in, the same for files and uploads: check, compare with the collection, tokenize."""
 
-    def __init__(
-        self,
-        encoder: PassageEncoder,
-        target: Target,
-        *,
-        max_text_bytes: int | None = None,
-        split: bool = False,
-        force: bool = False,
-    ) -> None:
-        """
-        Args:
-            split: passages over the token limit become several token windows instead of being cut.
-            force: encode also what is stored with the same text.
-        """
-        self._encoder = encoder
-        self._target = target
-        self._max_text_bytes = max_text_bytes
-        self._split = split
-        self._force = force
-        self._seen = SeenIds()
+    encoder: PassageEncoder
+    target: Target
+    max_text_bytes: int | None = None
+    split: bool = False  # passages over the token limit become several token windows instead of being cut
+    force: bool = False  # encode also what is stored with the same text
+    seen: SeenIds = field(default_factory=SeenIds)
 
     def check(self, passage: Passage) -> Upsert:
         """Refuses a bad id, a text without tokens and an id that came before. Call it in the order of the passages."""
@@ -99,21 +140,21 @@ class Intake:
         if not is_passage_id(passage.passage_id):
             upsert.refuse(Reason.BAD_ID, "passage_id is empty or over 512 bytes")
         # Before the id counts: a later passage may have the id, and a text.
-        elif why := self._encoder.why_not(passage.text, self._max_text_bytes):
+        elif why := self.encoder.why_not(passage.text, self.max_text_bytes):
             upsert.refuse(Reason.EMPTY_TEXT, why)
-        elif isinstance(item := self._seen.once(passage), Refused):
+        elif isinstance(item := self.seen.once(passage), Refused):
             upsert.refused = item
         return upsert
 
     def compare(self, upserts: Sequence[Upsert]) -> list[Upsert]:
         """The passages to encode: not refused, and not stored with the same text. Waits for the store."""
         good = [one for one in upserts if one.refused is None]
-        if self._force:
+        if self.force:
             return good
         ids = [one.passage.passage_id for one in good]
-        stored = self._target.digests(ids)
+        stored = self.target.digests(ids)
         # The same text, but stored cut by a run without `split`.
-        cut = self._target.stored_truncated(ids) if self._split else [False] * len(ids)
+        cut = self.target.stored_truncated(ids) if self.split else [False] * len(ids)
         return [
             one
             for one, digest, is_cut in zip(good, stored, cut, strict=True)
@@ -122,7 +163,7 @@ class Intake:
 
     def tokenize(self, upserts: Sequence[Upsert]) -> None:
         texts = [one.passage.text for one in upserts]
-        for one, tokens in zip(upserts, self._encoder.tokenize(texts, split=self._split), strict=True):
+        for one, tokens in zip(upserts, self.encoder.tokenize(texts, split=self.split), strict=True):
             if tokens.failed is None:
                 one.tokenized = tokens
             else:
@@ -218,57 +259,3 @@ class _End:
     """The end of the items, or the error that ended them."""
 
     error: BaseException | None
-
-
-class SeenIds:
-    """Ids that came already, and where, in some 20 bytes each, so that a hundred million fit.
-
-    By 64-bit hash: a dict of the latest, merged into sorted arrays of doubling size. Two different ids share a hash
-    once in some three hundred thousand runs of ten million ids; the second one is then refused, visibly.
-    """
-
-    def __init__(self) -> None:
-        self._sources: list[str] = []
-        self._latest: dict[int, int] = {}  # hash -> number of the source and line in one
-        self._sorted: list[tuple[NDArray[np.uint64], NDArray[np.uint64]]] = []  # the same, large to small
-
-    def once(self, passage: Passage) -> Passage | Refused:
-        """The passage, or the reason it is refused where its id came before."""
-        first = self.first_place(passage.passage_id, passage.place)
-        if first is None:
-            return passage
-        message = f"id {passage.passage_id!r} came before, at {first}; the first one counts"
-        return Refused(passage.place, passage.passage_id, Reason.DUPLICATE_ID, message)
-
-    def first_place(self, passage_id: str, place: Place) -> Place | None:
-        """Where the id came first; None, and remembered, where this is the first time."""
-        key = int.from_bytes(hashlib.blake2b(passage_id.encode(), digest_size=8).digest(), "little")
-        found = self._latest.get(key)
-        if found is None:
-            found = self._search(key)
-        if found is not None:
-            return Place(self._sources[found >> _LINE_BITS], found & ((1 << _LINE_BITS) - 1))
-        if not self._sources or self._sources[-1] != place.source:
-            self._sources.append(place.source)
-        self._latest[key] = (len(self._sources) - 1) << _LINE_BITS | place.line
-        if len(self._latest) >= _MERGE_AT:
-            self._merge()
-        return None
-
-    def _search(self, key: int) -> int | None:
-        wanted = np.uint64(key)
-        for hashes, places in self._sorted:
-            at = int(np.searchsorted(hashes, wanted))
-            if at < len(hashes) and hashes[at] == wanted:
-                return int(places[at])
-        return None
-
-    def _merge(self) -> None:
-        hashes = np.fromiter(self._latest.keys(), np.uint64, len(self._latest))
-        places = np.fromiter(self._latest.values(), np.uint64, len(self._latest))
-        self._latest = {}
-        while self._sorted and len(self._sorted[-1][0]) <= len(hashes):
-            more_hashes, more_places = self._sorted.pop()
-            hashes, places = np.concatenate([more_hashes, hashes]), np.concatenate([more_places, places])
-        order = np.argsort(hashes)
-        self._sorted.append((hashes[order], places[order]))

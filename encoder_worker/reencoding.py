@@ -129,76 +129,70 @@ def reencode(
     return result
 
 
+@dataclass
 class _Run:
-    """One run over a collection."""
-
-    def __init__(
-        self,
-        source: Collection,
-        target: Target,
-        result: Reencoding,
-        load: Callable[[], PassageEncoder],
-        stop: threading.Event,
-        on_progress: Callable[[int, int], None],
-        group: GroupLimits,
-    ) -> None:
-        self._source, self._target, self._result = source, target, result
-        self._load, self._stop, self._on_progress, self._group = load, stop, on_progress, group
-        self._encoder: PassageEncoder | None = None
+    source: Collection
+    target: Target
+    result: Reencoding
+    load: Callable[[], PassageEncoder]
+    stop: threading.Event
+    on_progress: Callable[[int, int], None]
+    limits: GroupLimits
+    encoder: PassageEncoder | None = None
 
     def all_passages(self) -> None:
         """Every passage that the target does not hold as it is now; then drops there what the source lost."""
         ids = self._ids()
-        self._result.num_passages = len(ids)
-        self._result.needs_input.clear()
-        self._result.damaged.clear()
+        self.result.num_passages = len(ids)
+        self.result.needs_input.clear()
+        self.result.damaged.clear()
         group = WriteGroup()
         for start in range(0, len(ids), _CHUNK_PASSAGES):
-            if self._stop.is_set():
+            if self.stop.is_set():
                 break
             for upsert in self._chunk(ids[start : start + _CHUNK_PASSAGES]):
                 group.add(upsert)
-                if group.is_full(self._group, self._target):
+                if group.is_full(self.limits, self.target):
                     self._write(group)
                     group = WriteGroup()
-            self._on_progress(min(start + _CHUNK_PASSAGES, len(ids)), len(ids))
+            self.on_progress(min(start + _CHUNK_PASSAGES, len(ids)), len(ids))
         # A codec is not trained on the few states of an interrupted run, because its table would stay.
-        if group.upserts and not (self._stop.is_set() and self._target.num_training_states):
+        if group.upserts and not (self.stop.is_set() and self.target.num_training_states):
             self._write(group)
-        if not self._stop.is_set() and self._target.collection is not None:
-            gone = {passage_id for passage_id, _ in self._target.store.scan(self._target.name)} - set(ids)
-            self._target.collection.delete_many(sorted(gone))
+        if not self.stop.is_set() and self.target.collection is not None:
+            gone = {passage_id for passage_id, _ in self.target.store.scan(self.target.name)} - set(ids)
+            self.target.collection.delete_many(sorted(gone))
 
     def _write(self, group: WriteGroup) -> None:
         # Nothing that the new table cuts is refused here: it was trained on a sample of just these passages.
-        write_group(self._target, group, RETRY_SECONDS, allow_clipped=True)
-        report = self._result.report
+        write_group(self.target, group, RETRY_SECONDS, allow_clipped=True)
+        report = self.result.report
         report.add(ReadBatch(group.upserts), 0)
-        report.num_values = report.num_states * self._target.codec.dim
+        report.num_values = report.num_states * self.target.codec.dim
 
     def _ids(self) -> list[str]:
         """In the order of a hash: the first of them are a fair sample to train on, the same in every run."""
-        ids = [passage_id for passage_id, _ in self._source.store.scan(self._source.name)]
+        ids = [passage_id for passage_id, _ in self.source.store.scan(self.source.name)]
         return sorted(ids, key=lambda one: xxhash.xxh3_64_intdigest(one.encode()))
 
     def _chunk(self, ids: Sequence[str]) -> Iterator[Upsert]:
         """Passages with the states to write."""
-        records = self._source.store.get_many(self._source.name, ids)
-        decoded = self._source.get_many(ids)
-        held = self._target.digests(ids)
+        records = self.source.store.get_many(self.source.name, ids)
+        decoded = self.source.get_many(ids)
+        held = self.target.digests(ids)
         todo: list[tuple[Upsert, Tokenized]] = []
         for passage_id, record, states, digest in zip(ids, records, decoded, held, strict=True):
             if record is None or states is None:  # deleted meanwhile
                 continue
             if not isinstance(record, Record) or not isinstance(states, PassageStates):
-                self._result.damaged.append(passage_id)
+                self.result.damaged.append(passage_id)
                 continue
             cut = self._was_cut(record)
             if cut and record.text is None:
-                self._result.needs_input.append(passage_id)
+                self.result.needs_input.append(passage_id)
             if digest == record.header.text_digest:
                 continue
-            upsert = Upsert(Passage(passage_id, record.text or "", Place(self._source.name, 0)))
+            upsert = Upsert(Passage(passage_id, record.text or "", Place(self.source.name, 0)))
             if cut and record.text is not None:
                 (tokenized,) = self._open().tokenize([record.text], split=len(record.window_tokens) > 1)
                 todo.append((upsert, tokenized))
@@ -210,33 +204,33 @@ class _Run:
             yield from self._encoded(todo)
 
     def _encoded(self, todo: Sequence[tuple[Upsert, Tokenized]]) -> Iterator[Upsert]:
-        encoded = self._open().encode_all([tokens for _, tokens in todo], self._target.compression_ratio)
+        encoded = self._open().encode_all([tokens for _, tokens in todo], self.target.compression_ratio)
         for i, states in encoded:
-            if self._stop.is_set():
+            if self.stop.is_set():
                 return
             upsert, _ = todo[i]
             if isinstance(states, EncodingFailed):
                 upsert.refuse(Reason(states.reason), str(states))
-                self._result.report.add(ReadBatch([upsert]), 0)
+                self.result.report.add(ReadBatch([upsert]), 0)
             else:
-                self._result.num_from_texts += 1
+                self.result.num_from_texts += 1
                 upsert.set_states(states)
                 yield upsert
 
     def _was_cut(self, record: Record) -> bool:
         """Records of version 1 do not tell, so of a codec that cuts all of them may be."""
-        if not self._source.codec.needs_training:
+        if not self.source.codec.needs_training:
             return False
         return bool(record.header.num_clipped) or record.header.version == 1
 
     def _open(self) -> PassageEncoder:
-        if self._encoder is None:
-            self._encoder = self._load()
-            identity: Any = self._encoder.identity
+        if self.encoder is None:
+            self.encoder = self.load()
+            identity: Any = self.encoder.identity
             Collection.open(
-                self._source.store,
-                self._source.name,
+                self.source.store,
+                self.source.name,
                 fingerprint=identity.fingerprint,
                 checkpoint=identity.checkpoint,
             )
-        return self._encoder
+        return self.encoder

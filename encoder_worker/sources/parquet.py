@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -18,6 +19,7 @@ _BATCH_ROWS = 1024
 _MAGIC = b"PAR1"
 
 
+@dataclass
 class ParquetRows:
     """Iterates over the rows of one file. A stream is copied to a temporary file first: Parquet is read from its end.
 
@@ -25,15 +27,13 @@ class ParquetRows:
         SourceError: not Parquet, damaged, or a column is missing or holds no strings.
     """
 
-    def __init__(self, stream: BinaryIO, name: str, source: str, fields: Fields, max_row_bytes: int) -> None:
-        """
-        Args:
-            name: of the file, which is read in place where the stream turns out to be its plain bytes.
-            source: its name in places.
-        """
-        self._stream, self._name, self._source = stream, name, source
-        self._fields, self._max_row_bytes = fields, max_row_bytes
-        self._num_rows = self._num_read = 0
+    stream: BinaryIO
+    name: str  # of the file, which is read in place where the stream turns out to be its plain bytes
+    source: str  # its name in places
+    fields: Fields
+    max_row_bytes: int
+    _num_rows: int = 0
+    _num_read: int = 0
 
     def share(self) -> float:
         """How much was read, 0 to 1."""
@@ -49,27 +49,27 @@ class ParquetRows:
                     rows = [self._values(batch.column(name), name) for name in columns if name]
                     for row in zip(*rows, strict=True):
                         self._num_read += 1
-                        yield self._passage(Place(self._source, self._num_read), row)
+                        yield self._passage(Place(self.source, self._num_read), row)
             except pa.ArrowException as exc:
-                raise SourceError(f"{self._source}: cannot be read as Parquet ({exc})") from exc
+                raise SourceError(f"{self.source}: cannot be read as Parquet ({exc})") from exc
 
     def _place(self, stack: ExitStack) -> str | IO[bytes]:
-        if Path(self._name).is_file():
-            with open(self._name, "rb") as file:
+        if Path(self.name).is_file():
+            with open(self.name, "rb") as file:
                 if file.read(len(_MAGIC)) == _MAGIC:
-                    return self._name
+                    return self.name
         spooled = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - the stack closes it
-        shutil.copyfileobj(self._stream, spooled)
+        shutil.copyfileobj(self.stream, spooled)
         spooled.seek(0)
         return spooled
 
     def _columns(self, names: list[str]) -> tuple[str | None, ...]:
         """Of id, text and title; a title may be missing."""
-        fields, found = self._fields, ", ".join(names)
+        fields, found = self.fields, ", ".join(names)
         id_name = fields.find_id(names)
         if id_name is None or fields.text not in names:
             missing = fields.text if id_name is not None else " or ".join(fields.id_names)
-            raise SourceError(f"{self._source}: no column {missing}; found {found:.200}")
+            raise SourceError(f"{self.source}: no column {missing}; found {found:.200}")
         return id_name, fields.text, fields.title if fields.title in names else None
 
     def _values(self, column: Any, name: str) -> list[Any]:
@@ -79,15 +79,15 @@ class ParquetRows:
         if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
             column = column.cast(pa.large_binary())
         elif not pa.types.is_integer(column.type) and not pa.types.is_null(column.type):
-            raise SourceError(f"{self._source}: column {name} holds {column.type}; expected strings")
+            raise SourceError(f"{self.source}: column {name} holds {column.type}; expected strings")
         return list(column.to_pylist())
 
     def _passage(self, place: Place, row: tuple[Any, ...]) -> Item:
         num_bytes = sum(len(value) for value in row if isinstance(value, bytes))
-        if num_bytes > self._max_row_bytes:
-            message = f"row of {num_bytes:,} bytes; at most {self._max_row_bytes:,} are read"
+        if num_bytes > self.max_row_bytes:
+            message = f"row of {num_bytes:,} bytes; at most {self.max_row_bytes:,} are read"
             return Refused(place, None, Reason.LINE_TOO_LONG, message)
         try:
-            return self._fields.passage(place, *(one.decode() if isinstance(one, bytes) else one for one in row))
+            return self.fields.passage(place, *(one.decode() if isinstance(one, bytes) else one for one in row))
         except UnicodeDecodeError as exc:
             return Refused(place, None, Reason.INVALID_UTF8, f"not UTF-8: {exc.reason} at byte {exc.start + 1}")
