@@ -49,36 +49,28 @@ class PipelineLimits:
     allow_clipped: bool = False
 
 
+@dataclass(eq=False)
 class Pipeline:
     """One stream of passages into one collection. Made for one `run`."""
 
-    def __init__(
-        self,
-        scheduler: EncodeScheduler,
-        target: Target,
-        store_threads: Executor,
-        limits: PipelineLimits,
-        stop: threading.Event | None = None,
-    ) -> None:
-        """
-        Args:
-            stop: set it to take no more passages; the pass in hand is stored, then `run` ends.
-        """
-        self._scheduler = scheduler
-        self._target = target
-        self._store_threads = store_threads
-        self._limits = limits
-        self.unacknowledged: deque[ReadBatch] = deque()  # in the order of reading
-        self.num_read = self.num_encoded = self.num_unencoded = 0
-        self._num_unacknowledged = self._num_bytes = 0
-        self._fractions: tuple[float | None, float | None] = (0.0, 0.0)  # of the source, around the present batch
-        self._num_todo = 0  # passages to encode of the present batch
-        self._group = WriteGroup()
-        self._full: deque[WriteGroup] = deque()
-        self._complete = False  # the source is read to its end
-        self._stop = stop or threading.Event()
-        self._num_changes = 0
-        self._changed = asyncio.Event()
+    scheduler: EncodeScheduler
+    target: Target
+    store_threads: Executor
+    limits: PipelineLimits
+    stop: threading.Event = field(default_factory=threading.Event)  # set: the pass in hand is stored, then `run` ends
+    unacknowledged: deque[ReadBatch] = field(default_factory=deque)  # in the order of reading
+    num_read: int = 0
+    num_encoded: int = 0
+    num_unencoded: int = 0
+    _num_unacknowledged: int = 0
+    _num_bytes: int = 0
+    _num_todo: int = 0  # passages to encode of the present batch
+    _fractions: tuple[float | None, float | None] = (0.0, 0.0)  # of the source, around the present batch
+    _group: WriteGroup = field(default_factory=WriteGroup)
+    _full: deque[WriteGroup] = field(default_factory=deque)
+    _complete: bool = False  # the source is read to its end
+    _num_changes: int = 0
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def fraction(self) -> float | None:
@@ -97,7 +89,7 @@ class Pipeline:
             CacheError: the store failed; what it acknowledged before stays.
             Exception: whatever `batches` raises, after everything before it is stored.
         """
-        stream = EncodeStream[Upsert](self._scheduler, self._target.compression_ratio, Priority.BULK)
+        stream = EncodeStream[Upsert](self.scheduler, self.target.compression_ratio, Priority.BULK)
         reading = asyncio.create_task(self._read(batches, stream))
         encoding = asyncio.create_task(self._encode(stream, reading))
         writing = asyncio.create_task(self._write(encoding))
@@ -141,13 +133,13 @@ class Pipeline:
                 stream.add(todo)
                 self._notify()
                 await self._until(self._has_room)
-                if self._stop.is_set() or batch.stopped_by is not None:
+                if self.stop.is_set() or batch.stopped_by is not None:
                     return
         self._complete = True
 
     async def _encode(self, stream: EncodeStream[Upsert], reading: asyncio.Task[None]) -> None:
         with stream:
-            while not self._stop.is_set():
+            while not self.stop.is_set():
                 await self._until(lambda: bool(self.num_unencoded or reading.done()))
                 if not self.num_unencoded:
                     return
@@ -164,16 +156,16 @@ class Pipeline:
     async def _add(self, upsert: Upsert) -> None:
         """Into the group; waits while more than a few groups wait for the store."""
         self._group.add(upsert)
-        if self._group.is_full(self._limits.group, self._target):
+        if self._group.is_full(self.limits.group, self.target):
             self._full.append(self._group)
             self._group = WriteGroup()
             self._notify()
             await self._until(lambda: len(self._full) <= MAX_PENDING_WRITES)
 
     async def _write(self, encoding: asyncio.Task[None]) -> None:
-        loop, limits = asyncio.get_running_loop(), self._limits
+        loop, limits = asyncio.get_running_loop(), self.limits
         write = partial(
-            write_group, self._target, retry_seconds=limits.retry_seconds, allow_clipped=limits.allow_clipped
+            write_group, self.target, retry_seconds=limits.retry_seconds, allow_clipped=limits.allow_clipped
         )
         while True:
             await self._until(lambda: bool(self._full or encoding.done() or self._completes_a_batch()))
@@ -182,21 +174,21 @@ class Pipeline:
             else:
                 group, self._group = self._group, WriteGroup()
             # A codec is not trained on the few states of an interrupted run, because its table would stay.
-            complete = self._complete and not self._stop.is_set()
-            if not group.upserts or (encoding.done() and not complete and self._target.num_training_states):
+            complete = self._complete and not self.stop.is_set()
+            if not group.upserts or (encoding.done() and not complete and self.target.num_training_states):
                 return
-            await loop.run_in_executor(self._store_threads, write, group)
+            await loop.run_in_executor(self.store_threads, write, group)
             self._notify()
 
     def _completes_a_batch(self) -> bool:
-        if not self._limits.write_whole_batches or not self._group.upserts:
+        if not self.limits.write_whole_batches or not self._group.upserts:
             return False
         oldest = next((batch for batch in self.unacknowledged if not batch.finished), None)
         return oldest is not None and oldest.encoded
 
     def _has_room(self) -> bool:
-        limits = self._limits
-        return self._stop.is_set() or (
+        limits = self.limits
+        return self.stop.is_set() or (
             self.num_unencoded < limits.max_unencoded
             and self._num_unacknowledged < limits.max_unacknowledged
             and self._num_bytes < limits.max_unacknowledged_bytes
