@@ -34,24 +34,16 @@ class Pair(Protocol):
     """One prompt and one window of a passage, ready for a forward pass."""
 
     @property
-    def num_prompt_tokens(self) -> int:
-        """Tokens that attend."""
-        ...
+    def num_prompt_tokens(self) -> int: ...  # tokens that attend
 
     @property
-    def num_states(self) -> int:
-        """States attended to besides them."""
-        ...
+    def num_states(self) -> int: ...  # states attended to besides them
 
     @property
-    def num_tokens(self) -> int:
-        """Cost of the pair in a batch."""
-        ...
+    def num_tokens(self) -> int: ...  # cost of the pair in a batch
 
     @property
-    def truncated(self) -> bool:
-        """The passage was cut to fit, here or when it was encoded."""
-        ...
+    def truncated(self) -> bool: ...  # the passage was cut to fit, here or when it was encoded
 
 
 class _ModelSettings(Protocol):
@@ -61,9 +53,7 @@ class _ModelSettings(Protocol):
     def default_instruction(self) -> str: ...
 
     @property
-    def default_compression_ratio(self) -> int:
-        """0 for a model that reads text."""
-        ...
+    def default_compression_ratio(self) -> int: ...  # 0 for a model that reads text
 
     @property
     def max_passage_tokens(self) -> int: ...
@@ -86,13 +76,9 @@ class Backend(Protocol):
     def settings(self) -> _ModelSettings: ...
 
     @property
-    def num_compilations(self) -> int:
-        """Fused steps compiled so far; constant once warm."""
-        ...
+    def num_compilations(self) -> int: ...  # fused steps compiled so far; constant once warm
 
-    def identity(self) -> EncoderIdentity | None:
-        """The encoder whose states this model reads; None: it reads text."""
-        ...
+    def identity(self) -> EncoderIdentity | None: ...  # the encoder whose states this model reads; None: it reads text
 
     def prompt(self, query: str, instruction: str | None = None) -> Prompt:
         """Tokenizes query and instruction."""
@@ -122,9 +108,7 @@ class Backend(Protocol):
         """The published score of a margin: P(yes) for fbnl."""
         ...
 
-    def warm_up(self) -> None:
-        """One forward pass, whose margin must be finite."""
-        ...
+    def warm_up(self) -> None: ...  # one forward pass, whose margin must be finite
 
 
 class _PassCache(Protocol):
