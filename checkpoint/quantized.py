@@ -49,7 +49,7 @@ REMEDY = (
 
 
 @dataclass(frozen=True, slots=True)
-class _Stored:
+class _StoredTensor:
     """One tensor as a file holds it."""
 
     path: Path
@@ -74,9 +74,9 @@ class _Stored:
 class Weight:
     """One weight as a model uses it, with the scales that were stored for it."""
 
-    values: _Stored
-    scale: _Stored | None = None
-    global_scale: _Stored | None = None
+    values: _StoredTensor
+    scale: _StoredTensor | None = None
+    global_scale: _StoredTensor | None = None
     divides: bool = False  # by the global scale
 
     @property
@@ -84,7 +84,7 @@ class Weight:
         return self.scale is not None
 
     @property
-    def parts(self) -> list[_Stored]:
+    def parts(self) -> list[_StoredTensor]:
         return [part for part in (self.values, self.scale, self.global_scale) if part is not None]
 
     @property
@@ -120,7 +120,7 @@ class Weight:
 
 def read_weights(directory: Path, files: Iterable[Path]) -> tuple[str, dict[str, Weight]]:
     """The scheme of a checkpoint's weights, "" where they are plain, and the weights by name; reads no numbers."""
-    found: dict[str, _Stored] = {}
+    found: dict[str, _StoredTensor] = {}
     for path in files:
         with _opened(path) as shard:
             for name in shard.keys():  # noqa: SIM118 - a safetensors handle, not a dict
@@ -130,7 +130,7 @@ def read_weights(directory: Path, files: Iterable[Path]) -> tuple[str, dict[str,
                         "expected each tensor once"
                     )
                 part = shard.get_slice(name)
-                found[name] = _Stored(path, name, tuple(part.get_shape()), str(part.get_dtype()))
+                found[name] = _StoredTensor(path, name, tuple(part.get_shape()), str(part.get_dtype()))
     scheme = _declared_scheme(directory)
     return scheme, _pair_up(found) if scheme else {name: Weight(one) for name, one in found.items()}
 
@@ -183,7 +183,7 @@ def _checked_scheme(where: str, scheme: Any) -> str:
     return method
 
 
-def _pair_up(found: Mapping[str, _Stored]) -> dict[str, Weight]:
+def _pair_up(found: Mapping[str, _StoredTensor]) -> dict[str, Weight]:
     """Weights by the name that a model knows them by; scales of activations are left out."""
     weights: dict[str, Weight] = {}
 
@@ -211,7 +211,7 @@ def _pair_up(found: Mapping[str, _Stored]) -> dict[str, Weight]:
     return weights
 
 
-def _scaled(values: _Stored, scale: _Stored | None) -> Weight:
+def _scaled(values: _StoredTensor, scale: _StoredTensor | None) -> Weight:
     """An FP8 weight whose scale fits."""
     rows = values.shape[0] if len(values.shape) == 2 else None
     if scale is None or rows is None or scale.shape not in ((), (1,), (1, 1), (rows,), (rows, 1)):
@@ -223,7 +223,7 @@ def _scaled(values: _Stored, scale: _Stored | None) -> Weight:
     return Weight(values, _float(scale))
 
 
-def _packed(values: _Stored, scale: _Stored | None, overall: _Stored | None, divides: bool) -> Weight:
+def _packed(values: _StoredTensor, scale: _StoredTensor | None, overall: _StoredTensor | None, divides: bool) -> Weight:
     """An NVFP4 weight whose scales fit."""
     wanted = (*values.shape[:-1], 2 * values.shape[-1] // BLOCK) if values.shape else ()
     fits = len(values.shape) == 2 and 2 * values.shape[-1] % BLOCK == 0 and values.dtype == "U8"
@@ -237,7 +237,7 @@ def _packed(values: _Stored, scale: _Stored | None, overall: _Stored | None, div
     return Weight(values, scale, _float(overall), divides)
 
 
-def _float(scale: _Stored) -> _Stored:
+def _float(scale: _StoredTensor) -> _StoredTensor:
     if scale.dtype not in FLOAT_TYPES:
         raise CheckpointError(f"{scale.path}: {scale.name} is stored as {scale.dtype}; expected a float")
     return scale

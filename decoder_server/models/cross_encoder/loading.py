@@ -46,7 +46,27 @@ def open_cross_encoder(
         CheckpointError: files that cannot be served, with the reason.
         ValueError: a device, dtype or runtime that is not to be had.
     """
-    name = str(name)
+    where, number_format = _placed(runtime, device, dtype)
+    source = _opened(str(name), profile, max_tokens, trust_remote_code)
+    if runtime == "torch":
+        runner = load_torch(source, where, number_format)
+    else:
+        from decoder_server.models.cross_encoder.onnx_runtime import load_onnx  # an extra
+
+        runner = load_onnx(source, quantized=runtime == "onnx-int8", cache_dir=cache_dir)
+    used = source.profile
+    model = CrossEncoder(
+        source.reader, runner, used, checkpoint_name=str(name), runtime=runtime, fingerprint=source.fingerprint
+    )
+    model.first_pass()  # a config.json may make a model that loads and cannot compute
+    log.info("%s: profile %s, %s on %s", name, used.model, model.dtype_name, model.device_name)
+    if model.notice:
+        log.log(logging.WARNING if used.restricted else logging.INFO, "%s", model.notice)
+    return model
+
+
+def _placed(runtime: str, device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
+    """Device and number format of a runtime."""
     if runtime not in RUNTIMES:
         raise ValueError(f"runtime is {runtime!r}; expected {' or '.join(RUNTIMES)}")
     if runtime != "torch":
@@ -59,25 +79,11 @@ def open_cross_encoder(
         device, dtype = "cpu", "float32"
     where = choose_device(device)
     number_format = choose_dtype(dtype, where)
-    slow = where.type == "cpu" and not cpu_multiplies_bfloat16()
-    if number_format is torch.bfloat16 and slow:
-        log.warning("this processor has no bfloat16 instructions: they are emulated, slower than float32")
-    source = _opened(name, profile, max_tokens, trust_remote_code)
-    if runtime == "torch":
-        runner = load_torch(source, where, number_format)
-    else:
-        from decoder_server.models.cross_encoder.onnx_runtime import load_onnx  # an extra
-
-        runner = load_onnx(source, quantized=runtime == "onnx-int8", cache_dir=cache_dir)
-    model = CrossEncoder(
-        source.reader, runner, source.profile, checkpoint_name=name, runtime=runtime, fingerprint=source.fingerprint
-    )
-    model.first_pass()  # a config.json may make a model that loads and cannot compute
-    without = " (no bfloat16 on this processor)" if slow else ""
-    log.info("%s: profile %s, %s on %s%s", name, source.profile.model, model.dtype_name, model.device_name, without)
-    if model.notice:
-        log.log(logging.WARNING if source.profile.restricted else logging.INFO, "%s", model.notice)
-    return model
+    if where.type == "cpu" and not cpu_multiplies_bfloat16():
+        emulated = number_format is torch.bfloat16
+        then = "they are emulated, slower than float32" if emulated else "computing in float32"
+        log.log(logging.WARNING if emulated else logging.INFO, "this processor has no bfloat16 instructions: %s", then)
+    return where, number_format
 
 
 def _opened(
