@@ -36,7 +36,7 @@ class Scope(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class ApiKey:
+class _ApiKey:
     """One key; the key itself is not kept."""
 
     digest: bytes  # SHA-256
@@ -56,13 +56,13 @@ class ApiKey:
 class ApiKeys:
     """The keys of a server. None at all: every caller may do everything."""
 
-    keys: tuple[ApiKey, ...] = ()
+    keys: tuple[_ApiKey, ...] = ()
 
     @property
     def required(self) -> bool:
         return bool(self.keys)
 
-    def find(self, presented: str) -> ApiKey | None:
+    def find(self, presented: str) -> _ApiKey | None:
         """The key that was presented, in time that does not depend on how much of it is right."""
         digest = sha256(presented.encode()).digest()
         found = None
@@ -92,7 +92,7 @@ class ApiKeys:
         return ApiKeys(self.keys + other.keys)
 
 
-def make_key(key: str, scopes: Iterable[Scope]) -> ApiKey:
+def make_key(key: str, scopes: Iterable[Scope]) -> _ApiKey:
     """
     Raises:
         ValueError: a key too short, or with characters that no header can carry. The message does not show it.
@@ -101,7 +101,7 @@ def make_key(key: str, scopes: Iterable[Scope]) -> ApiKey:
         raise ValueError(
             f"an API key is {len(key)} characters long; expected {MIN_KEY_LENGTH} or more, ASCII, no spaces"
         )
-    return ApiKey(sha256(key.encode()).digest(), frozenset(scopes))
+    return _ApiKey(sha256(key.encode()).digest(), frozenset(scopes))
 
 
 def parse_keys(values: Iterable[str]) -> ApiKeys:
