@@ -24,7 +24,7 @@ from checkpoint import Checkpoint
 from decoder_server.models.fbnl.backend import FbnlBackend
 from encoder_worker.indexing import index
 from encoder_worker.passage_encoder import PassageEncoder
-from encoder_worker.sources import Passage, Place
+from encoder_worker.sources import Place, SourcePassage
 from encoder_worker.writing import CollectionSettings
 from tuning.baselines import search
 from tuning.judged import read_judged
@@ -120,7 +120,7 @@ class Workload:
     def _index(self, texts: dict[str, str]) -> Collection:
         stored = self._store.headers_many("states", list(texts))
         items = [
-            Passage(p, text, Place("collection", line))
+            SourcePassage(p, text, Place("collection", line))
             for line, ((p, text), there) in enumerate(zip(texts.items(), stored, strict=True))
             if there is None
         ]

@@ -36,14 +36,14 @@ from checkpoint import Checkpoint
 from checkpoint.compute import DTYPES
 from encoder_worker.indexing import IndexReport, index
 from encoder_worker.passage_encoder import PassageEncoder, plan_batches
-from encoder_worker.sources import Passage
+from encoder_worker.sources import SourcePassage
 from encoder_worker.sources.files import Source
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "scifact"
 RATIO = 4
 
 
-def index_once(encoder: PassageEncoder, passages: Sequence[Passage]) -> IndexReport:
+def index_once(encoder: PassageEncoder, passages: Sequence[SourcePassage]) -> IndexReport:
     with tempfile.TemporaryDirectory() as folder:
         store = open_store(f"faiss:{folder}/store")
         result = index(iter(passages), encoder, store, "bench")
@@ -51,9 +51,9 @@ def index_once(encoder: PassageEncoder, passages: Sequence[Passage]) -> IndexRep
     return result
 
 
-def quarters(num_passages: int) -> list[Passage]:
+def quarters(num_passages: int) -> list[SourcePassage]:
     """The first quarter of each of so many abstracts."""
-    items = (item for item in Source([str(EXAMPLE)]) if isinstance(item, Passage))
+    items = (item for item in Source([str(EXAMPLE)]) if isinstance(item, SourcePassage))
     return [replace(item, text=item.text[: len(item.text) // 4]) for item in itertools.islice(items, num_passages)]
 
 

@@ -27,7 +27,7 @@ from encoder_worker.passage_encoder import PassageEncoder, Tokenized, plan_batch
 from encoder_worker.pipeline import Pipeline, PipelineLimits
 from encoder_worker.reading import Intake, ReadBatch, ReadLimits, ahead, read_batches
 from encoder_worker.scheduler import EncodeScheduler, ForwardPass, make_model_thread
-from encoder_worker.sources import Passage, Place, Refused
+from encoder_worker.sources import Place, Refused, SourcePassage
 from encoder_worker.writing import CollectionSettings, GroupLimits, Target
 from preread_edge.outputs import open_output
 
@@ -214,7 +214,7 @@ class IndexOptions:
 
 
 def index(
-    source: Iterable[Passage | Refused],
+    source: Iterable[SourcePassage | Refused],
     encoder: PassageEncoder,
     store: Store,
     collection: str,
@@ -254,7 +254,7 @@ def index(
 
 
 async def _index(
-    source: Iterable[Passage | Refused],
+    source: Iterable[SourcePassage | Refused],
     encoder: PassageEncoder,
     target: Target,
     options: IndexOptions,
@@ -313,7 +313,7 @@ class IndexEstimate:
 
 
 def dry_run(
-    source: Iterable[Passage | Refused],
+    source: Iterable[SourcePassage | Refused],
     encoder: PassageEncoder,
     store: Store,
     collection: str,
@@ -400,7 +400,7 @@ def _target(
 
 
 def _batches(
-    source: Iterable[Passage | Refused], encoder: PassageEncoder, target: Target, options: IndexOptions
+    source: Iterable[SourcePassage | Refused], encoder: PassageEncoder, target: Target, options: IndexOptions
 ) -> Iterator[ReadBatch]:
     intake = Intake(encoder, target, split=options.split, force=options.force)
     return read_batches(source, intake, strict=options.strict, limits=options.read)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from cache.record import is_passage_id
 from cache.states import text_digest
 from encoder_worker.passage_encoder import TOKENIZE_TEXTS, PassageEncoder
-from encoder_worker.sources import Passage, Place, Reason, Refused, SourceError
+from encoder_worker.sources import Place, Reason, Refused, SourceError, SourcePassage
 from encoder_worker.writing import Target, Upsert
 
 T = TypeVar("T")
@@ -81,7 +81,7 @@ class SeenIds:
         self._latest: dict[int, int] = {}  # hash -> number of the source and line in one
         self._sorted: list[tuple[NDArray[np.uint64], NDArray[np.uint64]]] = []  # the same, large to small
 
-    def once(self, passage: Passage) -> Passage | Refused:
+    def once(self, passage: SourcePassage) -> SourcePassage | Refused:
         """The passage, or the reason it is refused where its id came before."""
         first = self.first_place(passage.passage_id, passage.place)
         if first is None:
@@ -134,7 +134,7 @@ class Intake:
     force: bool = False  # encode also what is stored with the same text
     seen: SeenIds = field(default_factory=SeenIds)
 
-    def check(self, passage: Passage) -> Upsert:
+    def check(self, passage: SourcePassage) -> Upsert:
         """Refuses a bad id, a text without tokens and an id that came before. Call it in the order of the passages."""
         upsert = Upsert(passage)
         if not is_passage_id(passage.passage_id):
@@ -171,7 +171,7 @@ class Intake:
 
 
 def read_batches(
-    source: Iterable[Passage | Refused], intake: Intake, *, strict: bool = False, limits: ReadLimits | None = None
+    source: Iterable[SourcePassage | Refused], intake: Intake, *, strict: bool = False, limits: ReadLimits | None = None
 ) -> Iterator[ReadBatch]:
     """Every item of a source, in batches ready for the model.
 
@@ -192,7 +192,7 @@ def read_batches(
                 more = False
                 break
             if isinstance(item, Refused):
-                upsert = Upsert(Passage(item.passage_id or "", "", item.place), refused=item)
+                upsert = Upsert(SourcePassage(item.passage_id or "", "", item.place), refused=item)
             else:
                 upsert = intake.check(item)
             batch.upserts.append(upsert)

@@ -25,7 +25,7 @@ from cache.states import PassageStates
 from encoder_worker.indexing import RETRY_SECONDS, IndexReport
 from encoder_worker.passage_encoder import EncodingFailed, PassageEncoder, Tokenized
 from encoder_worker.reading import ReadBatch
-from encoder_worker.sources import Passage, Place, Reason
+from encoder_worker.sources import Place, Reason, SourcePassage
 from encoder_worker.writing import GroupLimits, Target, Upsert, WriteGroup, write_group
 
 _CHUNK_PASSAGES = 256
@@ -192,7 +192,7 @@ class _Run:
                 self.result.needs_input.append(passage_id)
             if digest == record.header.text_digest:
                 continue
-            upsert = Upsert(Passage(passage_id, record.text or "", Place(self.source.name, 0)))
+            upsert = Upsert(SourcePassage(passage_id, record.text or "", Place(self.source.name, 0)))
             if cut and record.text is not None:
                 (tokenized,) = self._open().tokenize([record.text], split=len(record.window_tokens) > 1)
                 todo.append((upsert, tokenized))

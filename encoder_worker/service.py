@@ -40,7 +40,7 @@ from encoder_worker.passage_encoder import TOKENIZE_TEXTS, EncodingFailed, Passa
 from encoder_worker.pipeline import Pipeline, PipelineLimits
 from encoder_worker.reading import Intake, ReadBatch
 from encoder_worker.scheduler import Encoded, EncodeScheduler, Priority
-from encoder_worker.sources import Passage, Place
+from encoder_worker.sources import Place, SourcePassage
 from encoder_worker.writing import CollectionSettings, Target, Upsert
 from preread.errors import (
     FailedPrecondition,
@@ -203,7 +203,7 @@ class _Upload:
         upserts = []
         for passage in request.passages:
             self._num_read += 1
-            upserts.append(intake.check(Passage(passage.passage_id, passage.text, Place(UPLOAD, self._num_read))))
+            upserts.append(intake.check(SourcePassage(passage.passage_id, passage.text, Place(UPLOAD, self._num_read))))
             step()
         return upserts
 

@@ -29,7 +29,7 @@ from cache.record import check_name
 from cache.states import PassageStates
 from cache.store import Store
 from encoder_worker.passage_encoder import PassageEncoder, Tokenized
-from encoder_worker.sources import Passage, Reason, Refused
+from encoder_worker.sources import Reason, Refused, SourcePassage
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Upsert:
     It ends refused, unchanged (stored before with the same text) or stored; until then it is tokenized and encoded.
     """
 
-    passage: Passage
+    passage: SourcePassage
     refused: Refused | None = None
     tokenized: Tokenized | None = None  # None: nothing to encode
     states: PassageStates | None = None  # until they are stored

@@ -14,7 +14,7 @@ from pathlib import Path
 from cache.collection import Collection
 from cache.record import Record
 from encoder_worker.reading import SeenIds
-from encoder_worker.sources import Fields, Passage, Place, Refused, SourceError
+from encoder_worker.sources import Fields, Place, Refused, SourceError, SourcePassage
 from encoder_worker.sources.files import Source
 from tuning import EvaluationError
 from tuning.trec import JudgedFile, Qrels, RunFile, read_qrels
@@ -148,10 +148,10 @@ def _read_queries(path: Path, refused: list[Refused]) -> tuple[dict[str, str], d
     splits: dict[Place, str] = {}
     places: dict[str, Place] = {}
 
-    def items() -> Iterator[Passage | Refused]:
+    def items() -> Iterator[SourcePassage | Refused]:
         for place, row in file.rows():
             item = _QUERY_FIELDS.of_row(place, row)
-            if isinstance(item, Passage):
+            if isinstance(item, SourcePassage):
                 places.setdefault(item.passage_id, place)
                 if isinstance(row.get("split"), str):
                     splits[place] = row["split"]
@@ -162,10 +162,10 @@ def _read_queries(path: Path, refused: list[Refused]) -> tuple[dict[str, str], d
     return texts, {q: splits[places[q]] for q in texts if places[q] in splits}
 
 
-def _texts(file: JudgedFile, items: Iterable[Passage | Refused]) -> dict[str, str]:
+def _texts(file: JudgedFile, items: Iterable[SourcePassage | Refused]) -> dict[str, str]:
     """{id: text}; the first of several with one id counts, as in an index run."""
     seen = SeenIds()
-    once = (seen.once(item) if isinstance(item, Passage) else item for item in items)
+    once = (seen.once(item) if isinstance(item, SourcePassage) else item for item in items)
     return {item.passage_id: item.text for item in file.usable(once)}
 
 

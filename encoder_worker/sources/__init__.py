@@ -51,7 +51,7 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Passage:
+class SourcePassage:
     """One passage to encode; the title, where there is one, is already in the text."""
 
     passage_id: str
@@ -72,7 +72,7 @@ class Refused:
         return f"{self.place}: {self.message}"
 
 
-Item = Passage | Refused
+Item = SourcePassage | Refused
 Position = Callable[[], int]  # bytes of the input that were read, compressed where it is compressed
 
 
@@ -127,7 +127,7 @@ class Fields:
             text.encode()
         except UnicodeEncodeError as exc:  # JSON can spell half a surrogate pair
             return Refused(place, passage_id, Reason.INVALID_UTF8, f"{self.text} is not valid Unicode: {exc.reason}")
-        return Passage(passage_id, text, place)
+        return SourcePassage(passage_id, text, place)
 
 
 def _show(value: object) -> str:

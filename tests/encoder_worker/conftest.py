@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from cache.open import open_store
 from cache.store import Store
 from encoder_worker.passage_encoder import PassageEncoder
-from encoder_worker.sources import Passage, Place
+from encoder_worker.sources import Place, SourcePassage
 from preread_cli.main import cli
 
 ROOT = Path(__file__).parents[2]
@@ -57,12 +57,12 @@ def store(tmp_path: Path) -> Iterator[Store]:
     opened.close()
 
 
-def as_passages(texts: list[str], prefix: str = "p") -> list[Passage]:
-    return [Passage(f"{prefix}{i}", text, Place("test", i + 1)) for i, text in enumerate(texts)]
+def as_passages(texts: list[str], prefix: str = "p") -> list[SourcePassage]:
+    return [SourcePassage(f"{prefix}{i}", text, Place("test", i + 1)) for i, text in enumerate(texts)]
 
 
 @pytest.fixture
-def passages() -> Callable[..., list[Passage]]:
+def passages() -> Callable[..., list[SourcePassage]]:
     return as_passages
 
 

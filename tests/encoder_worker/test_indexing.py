@@ -16,10 +16,10 @@ from cache.store import Store
 from encoder_worker.indexing import IndexOptions, index
 from encoder_worker.passage_encoder import PassageEncoder
 from encoder_worker.reading import ReadLimits
-from encoder_worker.sources import Passage, Place, Reason, Refused
+from encoder_worker.sources import Place, Reason, Refused, SourcePassage
 from encoder_worker.writing import CollectionSettings, GroupLimits
 
-Make = Callable[..., list[Passage]]
+Make = Callable[..., list[SourcePassage]]
 SMALL = IndexOptions(read=ReadLimits(max_passages=16), group=GroupLimits(max_passages=8))
 
 
@@ -52,7 +52,12 @@ def test_a_second_run_encodes_only_what_is_new_or_changed(
     index(first, encoder, store, "docs")
     again = index(first, encoder, store, "docs")
     assert (again.num_unchanged, again.num_encoded, again.num_batches) == (30, 0, 0)
-    changed = [*first[:10], Passage("p10", "another text", Place("test", 11)), *first[11:], *passages(["new"], "q")]
+    changed = [
+        *first[:10],
+        SourcePassage("p10", "another text", Place("test", 11)),
+        *first[11:],
+        *passages(["new"], "q"),
+    ]
     report = index(changed, encoder, store, "docs")
     assert (report.num_unchanged, report.num_stored) == (29, 2)
     assert Collection.open(store, "docs").get_texts(["p10", "q0"]) == ["another text", "new"]
@@ -91,7 +96,7 @@ def test_duplicates_and_refusals_are_reported_and_the_first_counts(
     encoder: PassageEncoder, store: Store, tmp_path: Path
 ) -> None:
     bad = Refused(Place("test", 2), None, Reason.BROKEN_JSON, "not JSON")
-    items = [Passage("a", "one", Place("test", 1)), bad, Passage("a", "two", Place("test", 3))]
+    items = [SourcePassage("a", "one", Place("test", 1)), bad, SourcePassage("a", "two", Place("test", 3))]
     report = index(items, encoder, store, "docs")
     assert (report.num_read, report.num_stored, report.num_refused) == (3, 1, 2)
     assert Collection.open(store, "docs").get_texts(["a"]) == ["one"]
@@ -107,7 +112,7 @@ def test_duplicates_and_refusals_are_reported_and_the_first_counts(
 
 def test_strict_stops_at_the_first_refusal_and_keeps_what_came_before(encoder: PassageEncoder, store: Store) -> None:
     bad = Refused(Place("test", 2), None, Reason.BROKEN_JSON, "not JSON")
-    items = [Passage("a", "one", Place("test", 1)), bad, Passage("b", "two", Place("test", 3))]
+    items = [SourcePassage("a", "one", Place("test", 1)), bad, SourcePassage("b", "two", Place("test", 3))]
     report = index(items, encoder, store, "docs", options=IndexOptions(strict=True, alias="live"))
     assert report.stopped_by == "test:2: not JSON"
     assert Collection.open(store, "docs").digests(["b"]) == [None]
@@ -169,7 +174,7 @@ def test_stop_keeps_what_was_encoded_and_a_rerun_does_the_rest(
 def test_reading_that_blocks_does_not_hold_up_a_stop(encoder: PassageEncoder, store: Store) -> None:
     stop, never = threading.Event(), threading.Event()
 
-    def blocked() -> Iterator[Passage]:
+    def blocked() -> Iterator[SourcePassage]:
         threading.Timer(0.2, stop.set).start()
         never.wait(20)
         yield from ()
@@ -184,7 +189,7 @@ def test_at_most_three_windows_are_in_memory(encoder: PassageEncoder, store: Sto
     num_read = 0
     ahead = []
 
-    def counted() -> Iterator[Passage]:
+    def counted() -> Iterator[SourcePassage]:
         nonlocal num_read
         for item in passages([f"passage number {i}" for i in range(200)]):
             num_read += 1

@@ -18,12 +18,12 @@ from decoder_server.models.fbnl.backend import FbnlBackend
 from encoder_worker.indexing import IndexOptions, index
 from encoder_worker.passage_encoder import PassageEncoder
 from encoder_worker.reencoding import reencode
-from encoder_worker.sources import Passage
+from encoder_worker.sources import SourcePassage
 from encoder_worker.writing import CollectionSettings, GroupLimits
 from preread_cli.main import cli
 from tuning.rerank import score_passages
 
-Make = Callable[..., list[Passage]]
+Make = Callable[..., list[SourcePassage]]
 UNIFORM = [f"the same few words the same few words the same few words {i}" for i in range(12)]
 
 

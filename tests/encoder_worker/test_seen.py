@@ -13,7 +13,7 @@ from cache.store import Store
 from encoder_worker.indexing import IndexOptions, Progress, Speedometer, index
 from encoder_worker.passage_encoder import PassageEncoder
 from encoder_worker.reading import ReadLimits, SeenIds, ahead
-from encoder_worker.sources import Passage, Place
+from encoder_worker.sources import Place, SourcePassage
 
 
 def test_an_id_is_new_once_and_later_tells_where_it_came_first() -> None:
@@ -64,12 +64,12 @@ def test_time_left_is_told_by_the_part_of_the_source_that_is_done() -> None:
 
 
 def test_the_part_that_is_done_grows_with_every_pass(
-    encoder: PassageEncoder, store: Store, real_texts: list[str], passages: Callable[..., list[Passage]]
+    encoder: PassageEncoder, store: Store, real_texts: list[str], passages: Callable[..., list[SourcePassage]]
 ) -> None:
-    class Sized(list[Passage]):
+    class Sized(list[SourcePassage]):
         num_read = 0
 
-        def __iter__(self) -> Iterator[Passage]:
+        def __iter__(self) -> Iterator[SourcePassage]:
             for item in super().__iter__():
                 self.num_read += 1
                 yield item

@@ -13,23 +13,23 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from encoder_worker.sources import Fields, Passage, Reason, Refused, SourceError
+from encoder_worker.sources import Fields, Reason, Refused, SourceError, SourcePassage
 from encoder_worker.sources.files import Source
 
 ROWS = [("a", "One", "first text"), ("b", "", "zweiter Text, mit Komma"), ("c", "Three", 'a "quoted"\tword')]
 JOINED = [("a", "One first text"), ("b", "zweiter Text, mit Komma"), ("c", 'Three a "quoted"\tword')]
 
 
-def read(*names: Path | str, **options: object) -> list[Passage | Refused]:
+def read(*names: Path | str, **options: object) -> list[SourcePassage | Refused]:
     return list(Source(names, **options))
 
 
-def texts(items: list[Passage | Refused]) -> list[tuple[str, str]]:
-    assert all(isinstance(item, Passage) for item in items), items
+def texts(items: list[SourcePassage | Refused]) -> list[tuple[str, str]]:
+    assert all(isinstance(item, SourcePassage) for item in items), items
     return [(item.passage_id, item.text) for item in items]
 
 
-def refusals(items: list[Passage | Refused]) -> list[tuple[int, Reason]]:
+def refusals(items: list[SourcePassage | Refused]) -> list[tuple[int, Reason]]:
     return [(item.place.line, item.reason) for item in items if isinstance(item, Refused)]
 
 
@@ -72,7 +72,7 @@ def test_every_format_gives_the_same_passages(tmp_path: Path, name: str) -> None
 def test_tsv_without_a_header_is_id_and_text_and_knows_no_quotes(tmp_path: Path) -> None:
     path = write(tmp_path / "collection.tsv", b'0\tsays "hello\n1\ta 5" pipe\r\n2\tone\ttab too many\n3\tlast')
     items = read(path)
-    assert texts([item for item in items if isinstance(item, Passage)]) == [
+    assert texts([item for item in items if isinstance(item, SourcePassage)]) == [
         ("0", 'says "hello'), ("1", 'a 5" pipe'), ("3", "last"),
     ]  # fmt: skip
     assert refusals(items) == [(3, Reason.BROKEN_ROW)]
@@ -86,7 +86,7 @@ def test_tsv_with_a_header_finds_columns_by_name(tmp_path: Path) -> None:
 def test_csv_fields_span_lines_and_a_lost_quote_costs_its_own_line(tmp_path: Path) -> None:
     data = b'id,text\n1,"two\nlines, ""quoted"""\n2,"lost\n3,kept\n4,also kept\n5,"never closed\n6,last\n'
     items = read(write(tmp_path / "p.csv", data))
-    assert texts([item for item in items if isinstance(item, Passage)]) == [
+    assert texts([item for item in items if isinstance(item, SourcePassage)]) == [
         ("1", 'two\nlines, "quoted"'), ("3", "kept"), ("4", "also kept"), ("6", "last"),
     ]  # fmt: skip
     assert refusals(items) == [(4, Reason.BROKEN_ROW), (7, Reason.BROKEN_ROW)]
@@ -95,10 +95,14 @@ def test_csv_fields_span_lines_and_a_lost_quote_costs_its_own_line(tmp_path: Pat
 def test_plain_text_is_numbered_by_line(tmp_path: Path) -> None:
     one = write(tmp_path / "one.txt", "first\n\nthird é\n".encode())
     items = read(one)
-    assert [(i.passage_id, i.text) for i in items if isinstance(i, Passage)] == [("1", "first"), ("3", "third é")]
+    assert [(i.passage_id, i.text) for i in items if isinstance(i, SourcePassage)] == [("1", "first"), ("3", "third é")]
     assert refusals(items) == [(2, Reason.EMPTY_TEXT)]
     two = write(tmp_path / "two.txt", b"more\n")
-    assert [i.passage_id for i in read(one, two) if isinstance(i, Passage)] == ["one.txt:1", "one.txt:3", "two.txt:1"]
+    assert [i.passage_id for i in read(one, two) if isinstance(i, SourcePassage)] == [
+        "one.txt:1",
+        "one.txt:3",
+        "two.txt:1",
+    ]
 
 
 def test_hostile_lines_are_refused_each_with_its_number_and_the_rest_is_read(tmp_path: Path) -> None:
@@ -123,7 +127,7 @@ def test_hostile_lines_are_refused_each_with_its_number_and_the_rest_is_read(tmp
         b'{"id": 18, "text": "last, and without a line end"}',
     ]
     items = read(write(tmp_path / "p.jsonl", b"\n".join(lines)), max_line_bytes=150_000)
-    assert [i.passage_id for i in items if isinstance(i, Passage)] == ["good", "18"]
+    assert [i.passage_id for i in items if isinstance(i, SourcePassage)] == ["good", "18"]
     assert refusals(items) == [
         (2, Reason.BROKEN_JSON), (3, Reason.INVALID_UTF8), (4, Reason.WRONG_TYPE), (6, Reason.MISSING_FIELD),
         (7, Reason.MISSING_FIELD), (8, Reason.EMPTY_TEXT), (9, Reason.WRONG_TYPE), (10, Reason.WRONG_TYPE),
@@ -142,7 +146,7 @@ def test_a_giant_line_is_never_held(tmp_path: Path, compress: object) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert refusals(items) == [(1, Reason.LINE_TOO_LONG)]
-    assert isinstance(items[1], Passage)
+    assert isinstance(items[1], SourcePassage)
     assert peak < 8 << 20
 
 
@@ -153,7 +157,7 @@ def test_compressed_data_that_ends_early_is_an_error_after_what_was_whole(tmp_pa
     packed = gzip.compress(data) if name.endswith("gz") else zstandard.ZstdCompressor().compress(data)
     source = iter(Source([write(tmp_path / name, packed[:-2000])]))
     for _ in range(1000):
-        assert isinstance(next(source), Passage)
+        assert isinstance(next(source), SourcePassage)
     with pytest.raises(SourceError, match=r"p\.jsonl"):
         list(source)
 
@@ -176,7 +180,7 @@ def test_parquet_values_are_checked_one_by_one(tmp_path: Path) -> None:
     table = pa.table({"_id": pa.array([1, 2, 3, 4, 5]), "text": raw.dictionary_encode()})
     pq.write_table(table, tmp_path / "p.parquet")
     items = read(tmp_path / "p.parquet")
-    assert [i.passage_id for i in items if isinstance(i, Passage)] == ["1", "5"]
+    assert [i.passage_id for i in items if isinstance(i, SourcePassage)] == ["1", "5"]
     assert refusals(items) == [(2, Reason.INVALID_UTF8), (3, Reason.WRONG_TYPE), (4, Reason.EMPTY_TEXT)]
 
 

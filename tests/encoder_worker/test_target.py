@@ -14,10 +14,10 @@ from cache.store import Store
 from encoder_worker.indexing import IndexOptions, IndexReport, dry_run, index
 from encoder_worker.passage_encoder import PassageEncoder
 from encoder_worker.reading import ReadLimits
-from encoder_worker.sources import Passage
+from encoder_worker.sources import SourcePassage
 from encoder_worker.writing import CollectionSettings, GroupLimits
 
-Make = Callable[..., list[Passage]]
+Make = Callable[..., list[SourcePassage]]
 SMALL = IndexOptions(read=ReadLimits(max_passages=16), group=GroupLimits(max_passages=8))
 
 

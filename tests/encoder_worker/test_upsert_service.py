@@ -17,7 +17,7 @@ from encoder_worker.indexing import index
 from encoder_worker.passage_encoder import PassageEncoder
 from encoder_worker.scheduler import Priority
 from encoder_worker.service import MANY
-from encoder_worker.sources import Passage
+from encoder_worker.sources import SourcePassage
 from encoder_worker.writing import CollectionSettings
 from preread.v1 import encoder_pb2
 
@@ -28,7 +28,11 @@ Serve = Callable[..., Any]
 
 
 async def test_upsert_stores_what_index_would(
-    worker: Serve, store: Store, encoder: PassageEncoder, real_texts: list[str], passages: Callable[..., list[Passage]]
+    worker: Serve,
+    store: Store,
+    encoder: PassageEncoder,
+    real_texts: list[str],
+    passages: Callable[..., list[SourcePassage]],
 ) -> None:
     texts = real_texts[:40]
     index(passages(texts), encoder, store, "indexed", CollectionSettings(4, "Flat"))
@@ -82,7 +86,11 @@ async def test_of_several_passages_with_one_id_the_first_counts_however_far_apar
 
 
 async def test_what_the_codec_was_not_trained_for_is_refused_unless_told(
-    worker: Serve, store: Store, encoder: PassageEncoder, real_texts: list[str], passages: Callable[..., list[Passage]]
+    worker: Serve,
+    store: Store,
+    encoder: PassageEncoder,
+    real_texts: list[str],
+    passages: Callable[..., list[SourcePassage]],
 ) -> None:
     uniform = passages([f"the same few words the same few words {i}" for i in range(16)], "u")
     index(uniform, encoder, store, "docs", CollectionSettings(4, "SQ8"))
@@ -168,7 +176,7 @@ async def test_a_stream_that_breaks_keeps_what_was_acknowledged(worker: Serve, s
 
 
 async def test_upsert_errors_name_field_and_reason(
-    worker: Serve, store: Store, short_encoder: PassageEncoder, passages: Callable[..., list[Passage]]
+    worker: Serve, store: Store, short_encoder: PassageEncoder, passages: Callable[..., list[SourcePassage]]
 ) -> None:
     index(passages(["text"]), short_encoder, store, "theirs")
     async with worker() as to:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from encoder_worker.reading import SeenIds
-from encoder_worker.sources import Passage, Refused
+from encoder_worker.sources import Refused, SourcePassage
 from encoder_worker.sources.files import Source
 from tuning import EvaluationError
 from tuning.judged import read_judged
@@ -155,9 +155,9 @@ def test_a_corpus_is_read_as_it_is_indexed(beir: Path, odd: str | bytes) -> None
     with (beir / "corpus.jsonl").open("ab") as file:
         file.write(odd if isinstance(odd, bytes) else odd.encode())
     seen = SeenIds()
-    items = [seen.once(item) if isinstance(item, Passage) else item for item in Source([beir])]
+    items = [seen.once(item) if isinstance(item, SourcePassage) else item for item in Source([beir])]
     judged = read_judged(beir)
-    assert judged.passages == {item.passage_id: item.text for item in items if isinstance(item, Passage)}
+    assert judged.passages == {item.passage_id: item.text for item in items if isinstance(item, SourcePassage)}
     assert [str(item) for item in judged.refused] == [str(item) for item in items if isinstance(item, Refused)]
 
 
