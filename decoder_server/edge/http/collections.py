@@ -319,7 +319,8 @@ def _passage(item: object, path: Path) -> Passage | UpsertResult:
     passage_id = str(body.id or body.other_id or body.passage_id or "")
     if not passage_id:
         raise InvalidRequest((*path, "id"), "absent or empty", "the passage's id, a string")
-    if not RawText(text := str(join_title(body.title, body.text))).is_utf8:
+    text = str(join_title(body.title, body.text))
+    if not RawText.is_utf8(text):
         value, expected = HALF_A_PAIR
         return _refused(passage_id, f"text is {value}; expected {expected}")
     return Passage(passage_id, text)

@@ -329,7 +329,7 @@ def _candidate(path: Path, item: str | _DocumentObject | None, passage_id: str) 
     if text is None and not passage_id:
         raise InvalidRequest(path, "an object without text", "a string, or an object with text, id or both")
     own_id = str(passage_id) or None
-    if text is not None and not RawText(text).is_utf8:
+    if text is not None and not RawText.is_utf8(text):
         value, expected = HALF_A_PAIR
         return Candidate(own_id, problem=f"the text is {value}; expected {expected}")
     return Candidate(own_id, None if text is None else str(text))

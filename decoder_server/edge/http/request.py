@@ -254,14 +254,13 @@ class RawText(str):
             raise InvalidRequest((), kind_of(value), "a string")
         return cls(value)
 
-    @property
-    def is_utf8(self) -> bool:
-        """Whether UTF-8 can hold it: JSON's escapes can spell half a surrogate pair."""
+    @staticmethod
+    def is_utf8(text: str) -> bool:
+        """Whether UTF-8 can hold a string: JSON's escapes can spell half a surrogate pair."""
         try:
-            self.encode()
+            return text.isascii() or bool(text.encode())
         except UnicodeEncodeError:
             return False
-        return True
 
 
 class Text(RawText):
@@ -270,9 +269,9 @@ class Text(RawText):
     @classmethod
     def read(cls, value: object) -> Self:
         text = super().read(value)
-        if not text.is_utf8:
+        if not cls.is_utf8(text):
             raise InvalidRequest((), *HALF_A_PAIR)
-        return cls(text)
+        return text
 
 
 class Query(Text):
