@@ -11,7 +11,7 @@ from preread_edge.keys import parse_keys
 
 LONG = "network " * 5000
 
-# client -> path, the fields beside the query, the field of the texts, the field that limits the answer
+# client -> path, the fields next to the query, the field of the texts, the field that limits the answer
 CLIENTS: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "4D AI Kit": ("/v1/rerank", {"model": "default"}, "documents", "top_n"),
     "4D AI Kit, newer": ("/v1/rerank", {"model": "default", "return_documents": True}, "documents", "top_n"),
@@ -25,7 +25,7 @@ CLIENTS: dict[str, tuple[str, dict[str, Any], str, str]] = {
 EVERY = pytest.mark.parametrize("client", CLIENTS)
 
 
-def asking(client: str, query: str, texts: list[str], **more: Any) -> tuple[str, dict[str, Any]]:
+def sent(client: str, query: str, texts: list[str], **more: Any) -> tuple[str, dict[str, Any]]:
     """Path and body."""
     path, fields, texts_field, _ = CLIENTS[client]
     if client == "NIM":
@@ -46,7 +46,7 @@ def order(answer: Any) -> list[int]:
 def test_ranks(running: Any, query: str, documents: list[str], client: str, top: Any, num: int) -> None:
     best = [result["index"] for result in running.ask()["results"]]
     more = {} if top == "absent" else {CLIENTS[client][3]: top}
-    response = running.post(*asking(client, query, documents, **more))
+    response = running.post(*sent(client, query, documents, **more))
 
     assert response.status_code == 200, response.text
     assert order(response.json()) == best[:num]
@@ -67,7 +67,7 @@ def test_ranks(running: Any, query: str, documents: list[str], client: str, top:
 )
 def test_what_is_asked_wrongly(running: Any, client: str, texts: list[str], more: dict[str, Any], status: int) -> None:
     more = {CLIENTS[client][3] if name == "top" else name: value for name, value in more.items()}
-    response = running.post(*asking(client, "q", texts, **more))
+    response = running.post(*sent(client, "q", texts, **more))
 
     assert response.status_code == status, response.text
     assert response.headers["x-request-id"]
@@ -78,7 +78,7 @@ def test_what_is_asked_wrongly(running: Any, client: str, texts: list[str], more
 def test_strangers(run: Any, query: str, documents: list[str]) -> None:
     with run(keys=parse_keys(["rerank:rerank-key-0123456789"])) as guarded:
         for client in CLIENTS:
-            path, body = asking(client, query, documents)
+            path, body = sent(client, query, documents)
             none = guarded.post(path, body)
             right = guarded.post(path, body, headers={"authorization": "Bearer rerank-key-0123456789"})
             assert (none.status_code, right.status_code) == (401, 200), client
@@ -94,7 +94,7 @@ def test_a_full_queue(run: Any, query: str, documents: list[str]) -> None:
         assert one.backend.entered.wait(10)
         try:
             for client in CLIENTS:
-                response = one.post(*asking(client, query, documents))
+                response = one.post(*sent(client, query, documents))
                 assert response.status_code == 429, client
                 assert int(response.headers["retry-after"]) >= 1
                 assert int(response.headers["retry-after-ms"]) >= 1

@@ -77,9 +77,9 @@ def test_a_port_that_wants_certificates_of_grpc_callers_wants_them_here(run, cer
     body = {"query": query, "documents": documents}
     with run(tls_cert_file=cert, tls_key_file=key, tls_client_ca_file=cert) as secured:
         url = f"https://127.0.0.1:{secured.gateway.port}/v1/rerank"
-        nobody = ssl.create_default_context(cafile=cert)
+        without_certificate = ssl.create_default_context(cafile=cert)
         with pytest.raises(httpx2.HTTPError):
-            httpx2.post(url, json=body, verify=nobody)
+            httpx2.post(url, json=body, verify=without_certificate)
         known = ssl.create_default_context(cafile=cert)
         known.load_cert_chain(cert, key)
         assert httpx2.post(url, json=body, verify=known).status_code == 200
@@ -107,15 +107,15 @@ def test_what_runs_is_answered_when_the_server_stops(run):
         one.backend.gate.clear()
         one.backend.entered.clear()
         answers = []
-        asking = threading.Thread(target=lambda: answers.append(one.ask()))
-        asking.start()
+        waiting = threading.Thread(target=lambda: answers.append(one.ask()))
+        waiting.start()
         assert one.backend.entered.wait(10)
         stopping = threading.Thread(target=lambda: one.call(one.gateway.stop(20)))
         stopping.start()
         until(lambda: one.gateway.context.draining)
         until(lambda: not _accepts(one.gateway.port))
         one.backend.gate.set()
-        asking.join()
+        waiting.join()
         stopping.join()
     assert len(answers[0]["results"]) == 4
 

@@ -15,7 +15,7 @@ from preread_edge.logs import set_up
 
 @pytest.fixture
 def log_lines():
-    """What was logged as JSON, by a handler of its own."""
+    """What was logged as JSON, by a separate handler."""
     stream = io.StringIO()
     set_up("json", "info", stream)
     return lambda: [json.loads(line) for line in stream.getvalue().splitlines()]

@@ -43,7 +43,7 @@ def test_health_is_live_at_once_and_ready_after_loading(tiny_checkpoint, run):
     """A gateway in front of a server that has not started: alive, not ready, and everything else says why."""
     with run() as one:
 
-        async def beside():
+        async def idle_answers():
             idle = DecoderServer(one.server.config, store=one.server.store)
             gateway = Gateway(HttpConfig(port=0), idle)
             await gateway.start()
@@ -60,7 +60,7 @@ def test_health_is_live_at_once_and_ready_after_loading(tiny_checkpoint, run):
             await idle.stop(0)
             return answers
 
-        live, *waiting = one.call(beside())
+        live, *waiting = one.call(idle_answers())
         assert live.status_code == 200
         assert one.http.get("/health/ready").status_code == 200
         one.gateway.context.draining = True

@@ -1,4 +1,4 @@
-"""What becomes of texts: cut, refused, left out, given back; and our own fields beside them."""
+"""Texts that are cut, rejected, left out or given back; and our own fields next to them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_query_that_was_cut_is_said_where_a_dialect_has_no_warnings(running, p
 
 
 def test_max_tokens_per_doc_cuts_the_text(running):
-    """The cut text scores what it scores when it is sent by itself."""
+    """The cut text scores what it scores when it is sent alone."""
     text = "Deep learning uses neural networks with many layers."
     cut = running.engine.backend.cut(text, 4)
     assert text.startswith(cut)
