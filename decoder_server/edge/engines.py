@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 
 from cache.store import Store
@@ -86,29 +87,17 @@ def model_info(engine: Engine) -> ModelInfo:
 
 def collection_infos(store: Store) -> list[CollectionInfo]:
     """Every collection of a store that can be read. Blocks for as long as the store counts, and raises its errors."""
-    return [_collection_info(described) for described in describe(store)]
+    return [_collection_info(stored) for stored in describe(store)]
 
 
-def _collection_info(described: StoredCollection) -> CollectionInfo:
-    manifest, stats = described.manifest, described.stats
+def _collection_info(stored: StoredCollection) -> CollectionInfo:
+    manifest = stored.manifest
     return CollectionInfo(
         name=manifest.collection,
-        aliases=described.aliases,
-        encoder=EncoderIdentity(
-            fingerprint=manifest.fingerprint,
-            checkpoint=manifest.checkpoint,
-            dim=manifest.dim,
-            max_passage_tokens=manifest.max_passage_tokens,
-            passage_template=manifest.passage_template,
-            pooling_version=manifest.pooling_version,
-        ),
+        aliases=stored.aliases,
+        encoder=EncoderIdentity(**{one.name: getattr(manifest, one.name) for one in fields(EncoderIdentity)}),
         compression_ratio=manifest.compression_ratio,
         codec=manifest.codec,
-        num_passages=stats.num_passages,
-        num_states=stats.num_states,
-        num_tokens=stats.num_tokens,
-        num_truncated=stats.num_truncated,
-        size_bytes=stats.size_bytes,
         stores_text=manifest.stores_text,
-        num_clipped=stats.num_clipped,
+        **dataclasses.asdict(stored.stats),  # counts, under the same names
     )
