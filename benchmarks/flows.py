@@ -131,6 +131,7 @@ class Served:
     def __init__(self, output: Path, *flags: str) -> None:
         self._output = output
         ports = ["--port", "0", "--encoder-port", "0", "--http-port", "0", "--log-level", "warning", "--no-check"]
+        ports += ["--max-staleness-seconds", "60"]  # an opened collection stays opened, however busy the machine is
         command = [sys.executable, "-m", "benchmarks.flows", "--child", str(output), "serve", *ports, *flags]
         self._process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         assert self._process.stdout is not None
