@@ -35,9 +35,8 @@ from decoder_server.readiness import Readiness
 from decoder_server.telemetry import Metrics, RequestLog
 from preread import AsyncClient, ClientOptions
 from preread.v1 import rerank_pb2, rerank_pb2_grpc
+from preread_edge.access import ApiKeys, Guard, join, refuse_control_tokens
 from preread_edge.grpc_server import add_standard_services, make_server
-from preread_edge.hosts import Guard, join
-from preread_edge.keys import ApiKeys, refuse_control_tokens
 from preread_edge.listener import bind
 from preread_edge.listener import make_server as make_http_server
 

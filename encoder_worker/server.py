@@ -24,8 +24,8 @@ from encoder_worker.passage_encoder import PassageEncoder
 from encoder_worker.scheduler import EncodeScheduler, ForwardPass, make_model_thread
 from encoder_worker.service import EncoderService, Worker
 from preread.v1 import encoder_pb2, encoder_pb2_grpc
+from preread_edge.access import ApiKeys, refuse_control_tokens
 from preread_edge.grpc_server import add_standard_services, log_call, make_server
-from preread_edge.keys import ApiKeys, refuse_control_tokens
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)

@@ -146,7 +146,7 @@ address_option = option("--address", metavar="HOST:PORT", default="127.0.0.1:500
 
 def _key_to_show(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
     """A server reads the same variable and may have several keys there, with scopes: its first, without them."""
-    from preread_edge.keys import without_scopes
+    from preread_edge.access import without_scopes
 
     return without_scopes(value.split()[0]) if value and value.split() else None
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from decoder_server.server import DecoderServer
     from encoder_worker.server import EncoderServer
-    from preread_edge.keys import ApiKeys
+    from preread_edge.access import ApiKeys
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ class Process:
         if port is None:
             yield
             return
-        from preread_edge.hosts import Guard, join
+        from preread_edge.access import Guard, join
         from preread_edge.listener import metrics_listener
 
         host = self._options["metrics_host"]
@@ -128,7 +128,7 @@ class Process:
 
 def listening_line(server: DecoderServer | EncoderServer) -> str:
     """Where a server that has started listens, for its start-up lines."""
-    from preread_edge.hosts import join
+    from preread_edge.access import join
 
     secured = ", TLS" if server.config.tls.enabled else ""
     keys = ", API keys" if server.keys.required else ""
@@ -193,7 +193,7 @@ def _open_files_for(max_connections: int) -> None:
 
 
 def _api_keys(options: Mapping[str, Any]) -> ApiKeys:
-    from preread_edge.keys import parse_keys, read_keys
+    from preread_edge.access import parse_keys, read_keys
 
     keys = parse_keys(options["api_key"])
     return keys + read_keys(options["api_keys_file"]) if options["api_keys_file"] else keys

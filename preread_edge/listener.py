@@ -24,7 +24,7 @@ from starlette.responses import PlainTextResponse
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from preread_edge.hosts import Guard, bare, join
+from preread_edge.access import Guard, bare, join
 
 SPARE = 64  # connections over the limit that still get a response; further ones are closed immediately
 BACKLOG = 2048

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import grpc
 
-from preread_edge.hosts import join
+from preread_edge.access import join
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import yaml
 
 from preread_cli.config_file import COMMANDS
 from preread_cli.main import cli
-from preread_edge.hosts import Guard
+from preread_edge.access import Guard
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"

@@ -23,7 +23,7 @@ from decoder_server.engine.warming import ANY_QUERY, warm
 from preread.errors import InvalidRequest, Unavailable
 from preread.types import Candidate, OnMiss, RerankRequest, Result, Stage, Status, Summary
 from preread.v1 import common_pb2, rerank_pb2, rerank_pb2_grpc
-from preread_edge.messages import joined
+from preread_edge.grpc_server import joined
 from preread_edge.steps import SMALL_BYTES, Pauses
 
 T = TypeVar("T")

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from decoder_server.models.backend import Backend
     from decoder_server.server import DecoderServer, Gateway
     from encoder_worker.server import EncoderServer
-    from preread_edge.keys import ApiKeys
+    from preread_edge.access import ApiKeys
 
     Load = Callable[[ModelConfig], Backend]
 
@@ -159,7 +159,7 @@ async def _start_encoders(
     """
     from decoder_server.models.loading import is_fbnl
     from encoder_worker.server import EncoderServer
-    from preread_edge.keys import ApiKeys, Scope, make_key
+    from preread_edge.access import ApiKeys, Scope, make_key
 
     models: list[ModelConfig] = []
     workers: list[EncoderServer] = []
@@ -196,7 +196,7 @@ async def _start_encoders(
 async def _introduce(server: DecoderServer, store: Store, gateway: Gateway | None) -> None:
     """The start-up lines."""
     from cache.store import public_url
-    from preread_edge.hosts import join
+    from preread_edge.access import join
 
     say(f"store        {public_url(server.config.store)}")
     for model, engine in zip(server.config.models, server.engines.values(), strict=True):

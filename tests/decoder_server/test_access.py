@@ -20,7 +20,7 @@ from decoder_server.config import DecoderConfig
 from decoder_server.server import DecoderServer
 from preread import AsyncClient, ClientOptions, RetryPolicy, TlsFiles, Unauthenticated, Unavailable
 from preread.v1 import rerank_pb2, rerank_pb2_grpc
-from preread_edge.keys import parse_keys
+from preread_edge.access import parse_keys
 
 ASKS, WRITES = "asks-0123456789ab", "writes-0123456789"
 ONCE = RetryPolicy(max_attempts=1)

@@ -18,7 +18,7 @@ from encoder_worker.config import EncoderConfig
 from encoder_worker.server import EncoderServer
 from preread import AsyncClient, Candidate
 from preread.v1 import encoder_pb2, encoder_pb2_grpc
-from preread_edge.keys import parse_keys
+from preread_edge.access import parse_keys
 
 DEAD = "http://127.0.0.1:9"  # a proxy that nothing listens at
 VARIABLES = ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy")

@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from encoder_worker.config import EncoderConfig
 from encoder_worker.server import EncoderServer
 from preread.v1 import encoder_pb2, encoder_pb2_grpc
-from preread_edge.keys import parse_keys
+from preread_edge.access import parse_keys
 
 ASKS, WRITES, RULES = (f"{name}-key-0123456789" for name in ("asks", "writes", "rules"))
 

@@ -20,7 +20,7 @@ from decoder_server.models.loading import load_model
 from decoder_server.server import DecoderServer, Gateway
 from encoder_worker.config import EncoderConfig
 from encoder_worker.server import EncoderServer
-from preread_edge.keys import ApiKeys
+from preread_edge.access import ApiKeys
 
 QUERY = "What is deep learning?"
 DOCUMENTS = [

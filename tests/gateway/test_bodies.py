@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from preread_edge.keys import parse_keys
+from preread_edge.access import parse_keys
 
 LONG = "network " * 5000
 

@@ -308,7 +308,7 @@ def test_a_path_forges_no_line_of_the_log(run, capsys):
     import io
     import logging
 
-    from preread_edge.keys import parse_keys
+    from preread_edge.access import parse_keys
     from preread_edge.logs import set_up
 
     root, stream = logging.getLogger(), io.StringIO()

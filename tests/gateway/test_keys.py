@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from preread_edge.keys import parse_keys
+from preread_edge.access import parse_keys
 
 
 def test_keys_and_scopes(run, query, documents):

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.bodies import BODIES, MIB, run
 from preread.tei.v1 import tei_pb2, tei_pb2_grpc
 from preread.v1 import common_pb2, rerank_pb2, rerank_pb2_grpc
-from preread_edge.messages import MAX_FIELDS
+from preread_edge.grpc_server import MAX_FIELDS
 
 # Of the benchmark's bodies, those that held everybody up for longest: half a minute, on a busy machine a minute.
 HOSTILE = ("objects", "600,000 values", "one text of escapes", "gRPC: empty candidates", "gRPC: 240,000 candidates")

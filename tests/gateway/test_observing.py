@@ -9,7 +9,7 @@ import json
 import pytest
 
 from decoder_server.edge.http.app import Envelope
-from preread_edge.hosts import Guard
+from preread_edge.access import Guard
 from preread_edge.logs import set_up
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from preread_edge.keys import parse_keys
+from preread_edge.access import parse_keys
 
 FOREIGN = {"origin": "http://evil.example"}
 JSON = {"content-type": "application/json"}

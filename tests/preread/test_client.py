@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from preread import AsyncClient, Candidate, Client, FailedPrecondition, InvalidRequest, NotFound, Passage
-from preread_edge.messages import MAX_FIELDS
+from preread_edge.grpc_server import MAX_FIELDS
 
 PASSAGES = {
     "sky": "The sky is blue because air scatters short waves more than long ones.",

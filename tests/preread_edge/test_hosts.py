@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry, Gauge
 
-from preread_edge.hosts import Guard, join
+from preread_edge.access import Guard, join
 from preread_edge.listener import metrics_listener
 from preread_edge.logs import FORMATS, set_up
 

@@ -32,8 +32,7 @@ from decoder_server.edge.http.request import Context, Endpoint, HttpRequest, rea
 from decoder_server.engine.engine import Engine
 from preread.errors import InvalidRequest, PrereadError
 from preread.types import RerankRequest, Summary
-from preread_edge import keys, logs
-from preread_edge.hosts import Guard
+from preread_edge import access, logs
 from preread_edge.steps import SMALL_BYTES
 
 log = logging.getLogger(__name__)
@@ -52,7 +51,7 @@ _PEEK_SECONDS = 1.0
 MAX_REQUESTS_AT_ONCE = 8  # of one body: it should not fill the queue alone
 
 
-def build(context: Context, guard: Guard, on_answer: OnAnswer) -> ASGIApp:
+def build(context: Context, guard: access.Guard, on_answer: OnAnswer) -> ASGIApp:
     """The application.
 
     Args:
@@ -64,24 +63,24 @@ def build(context: Context, guard: Guard, on_answer: OnAnswer) -> ASGIApp:
     app.state.context = context
     published = dialects.SCHEMAS | info.SCHEMAS | collections.SCHEMAS | errors.SCHEMAS
     app.state.openapi = document(OPERATIONS, dialects.PREFIXES, published)
-    return Envelope(keys.AccessMiddleware(app, context.keys, scopes_of, _reject), guard, on_answer)
+    return Envelope(access.AccessMiddleware(app, context.keys, scopes_of, _reject), guard, on_answer)
 
 
-def scopes_of(method: str, path: str) -> tuple[keys.Scope, ...]:
+def scopes_of(method: str, path: str) -> tuple[access.Scope, ...]:
     """Scopes of which a key needs one; none: no key is needed."""
     for prefix in dialects.PREFIXES:
         path = path.removeprefix(prefix)
     if method in ("GET", "HEAD"):
-        return () if path in _OPEN else (keys.Scope.RERANK, keys.Scope.INDEX)
+        return () if path in _OPEN else (access.Scope.RERANK, access.Scope.INDEX)
     if method == "POST" and path.startswith("/v1/collections/"):
-        return (keys.Scope.INDEX,)
-    return (keys.Scope.RERANK,) if method == "POST" else (keys.Scope.ADMIN,)
+        return (access.Scope.INDEX,)
+    return (access.Scope.RERANK,) if method == "POST" else (access.Scope.ADMIN,)
 
 
 class Envelope:
     """Around every response: its id (the caller's where it is fit for a header and a log), CORS, errors, counting."""
 
-    def __init__(self, app: ASGIApp, guard: Guard, on_answer: OnAnswer) -> None:
+    def __init__(self, app: ASGIApp, guard: access.Guard, on_answer: OnAnswer) -> None:
         self._app = app
         self._guard = guard
         self._on_answer = on_answer
@@ -210,7 +209,7 @@ def _by_method(endpoints: dict[str, Endpoint]) -> Callable[[Request], Awaitable[
     return endpoint
 
 
-def _reject(status: int, message: str) -> keys.App:
+def _reject(status: int, message: str) -> access.App:
     async def reject(scope: Any, receive: Any, send: Any) -> None:
         response = await _respond(scope, receive, errors.by_status(status, message))
         await response(scope, receive, send)

@@ -31,7 +31,7 @@ from decoder_server.engine.engine import Engine, choose
 from decoder_server.readiness import Readiness
 from preread import AsyncClient
 from preread.errors import InvalidRequest, Path, Unavailable
-from preread_edge.keys import ApiKeys
+from preread_edge.access import ApiKeys
 from preread_edge.steps import SMALL_BYTES, Pauses, stepped
 
 T = TypeVar("T")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from preread.v1 import encoder_pb2, rerank_pb2
-from preread_edge.keys import AccessMiddleware, ApiKeys, Scope, bearer, parse_keys, read_keys, scopes_of
+from preread_edge.access import AccessMiddleware, ApiKeys, Scope, bearer, parse_keys, read_keys, scopes_of
 
 ASKS, RULES = "asks-0123456789ab", "rules-0123456789a"
 
