@@ -155,11 +155,10 @@ class EncodeScheduler:
 
     def num_waiting(self, priority: Priority) -> int:
         """Token sequences that wait for a pass and whose caller is still there."""
-        queue = self._queues[priority]
-        return sum(not one.stream.closed for batch in (queue.waiting, *queue.planned) for one in batch)
+        return len(_open(self._queues[priority].waiting))
 
     def enqueue(self, sequence: _Sequence) -> None:
-        self._queues[sequence.stream.priority].waiting.append(sequence)
+        self._queues[sequence.stream.priority].add(sequence)
         self._wake.set()
 
     def wake(self) -> None:
@@ -216,27 +215,41 @@ class EncodeScheduler:
         batch = bulk if bulk_now else on_demand
         if batch:
             self._passed_over = 0 if bulk_now or not bulk else self._passed_over + 1
-            self._queues[batch[0].stream.priority].planned.remove(batch)
+            self._queues[batch[0].stream.priority].take(batch)
         return batch
 
 
 @dataclass
 class _Queue:
-    """Sequences of one priority. A plan is used up before the next is made, so batches do not depend on arrivals."""
+    """Sequences of one priority, in the order of their arrival, and the batches planned of the first of them.
+
+    An arrival makes a new plan, so that batches fill; a shuffled plan is used up first, so that it does not depend on
+    arrivals.
+    """
 
     encoder: PassageEncoder
     shuffle: random.Random | None
     waiting: list[_Sequence] = field(default_factory=list)
     planned: list[list[_Sequence]] = field(default_factory=list)
+    stale: bool = False
+
+    def add(self, sequence: _Sequence) -> None:
+        self.waiting.append(sequence)
+        self.stale = self.shuffle is None
 
     def first(self) -> list[_Sequence]:
         """The next batch to compute, which stays planned."""
+        self.waiting = _open(self.waiting)
         self.planned = [kept for batch in self.planned if (kept := _open(batch))]
-        if not self.planned and (waiting := _open(self.waiting)):
-            self.waiting = waiting
+        if self.waiting and (self.stale or not self.planned):
             self._plan()
         ready = (one for one in self.planned if all(len(s.stream.unread) < _MAX_UNREAD for s in one))
         return next(ready, [])
+
+    def take(self, batch: list[_Sequence]) -> None:
+        self.planned.remove(batch)
+        taken = set(map(id, batch))
+        self.waiting = [one for one in self.waiting if id(one) not in taken]
 
     def _plan(self) -> None:
         ratio = self.waiting[0].stream.ratio
@@ -246,9 +259,7 @@ class _Queue:
             batches.sort(key=min)  # the batch of the longest-waiting sequence first
         else:
             self.shuffle.shuffle(batches)
-        self.planned = [[near[i] for i in batch] for batch in batches]
-        taken = set(map(id, near))
-        self.waiting = [one for one in self.waiting if id(one) not in taken]
+        self.planned, self.stale = [[near[i] for i in batch] for batch in batches], False
 
 
 def _open(sequences: list[_Sequence]) -> list[_Sequence]:
