@@ -43,7 +43,7 @@ class _RatioScore:
 
 
 @dataclass(frozen=True, slots=True)
-class AttendedSpan:
+class _AttendedSpan:
     """One pooled state: its characters of the text, and the readout token's weight on it."""
 
     begin: int
@@ -61,7 +61,7 @@ class Explained:
     text: str | None = None
     message: str = ""
     scores: tuple[_RatioScore, ...] = ()
-    parts: tuple[AttendedSpan, ...] = ()
+    parts: tuple[_AttendedSpan, ...] = ()
     passage_weight: float = 0.0  # over all states, template included; the rest to 1 went to the prompt
 
 
@@ -168,7 +168,7 @@ def _explained(
 
 def _parts(
     backend: Backend, prompt: Prompt, states: PassageStates, spans: Sequence[tuple[int, int]]
-) -> tuple[tuple[AttendedSpan, ...], float]:
+) -> tuple[tuple[_AttendedSpan, ...], float]:
     """None where the passage has several windows, its text is not stored, or tokens and states do not match."""
     if not isinstance(backend, StatesBackend) or len(states.window_tokens) > 1:
         return (), 0.0
@@ -182,7 +182,7 @@ def _parts(
         own = spans[first : min(first + states.compression_ratio, states.num_tokens)]
         real = [(begin, end) for begin, end in own if begin < end]
         if real:  # the template's own tokens are left out
-            parts.append(AttendedSpan(min(begin for begin, _ in real), max(end for _, end in real), weight))
+            parts.append(_AttendedSpan(min(begin for begin, _ in real), max(end for _, end in real), weight))
     return tuple(parts), float(weights.sum())
 
 

@@ -236,7 +236,7 @@ class KVCache:
 
 
 @dataclass(frozen=True, slots=True)
-class PassInput:
+class _PassInput:
     """Pairs of a batch that share a forward pass."""
 
     rows: Sequence[int]  # of the batch
@@ -297,7 +297,7 @@ class Contexts:
         self._dtype = dtype
 
     @torch.inference_mode()
-    def parts(self, pairs: Sequence[StatePair]) -> list[PassInput]:
+    def parts(self, pairs: Sequence[StatePair]) -> list[_PassInput]:
         """The batch, ready for its passes: one for pairs with a cached prefix, one for the others."""
         every = range(len(pairs))
         passages, prefixes = self._needed(pairs)
@@ -364,12 +364,12 @@ class Contexts:
 
     def _part(
         self, pairs: Sequence[StatePair], rows: Sequence[int], prefix_lengths: list[int], context: Iterable[KeysValues]
-    ) -> PassInput:
+    ) -> _PassInput:
         left = [pairs[i].prompt.ids[length:] for i, length in zip(rows, prefix_lengths, strict=True)]
         ids = torch.tensor(list(chain.from_iterable(left)), device=self._device)
         counts = [pairs[i].num_states for i in rows]
         layout = Layout([len(prompt) for prompt in left], counts, self._device, prefix_lengths)
-        return PassInput(rows, ids, context, layout)
+        return _PassInput(rows, ids, context, layout)
 
 
 def _prefix(pair: StatePair) -> _Prefix | None:
