@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from training.trainer import Recipe
+from training.recipe import Recipe
 
 COMMANDS = {
     "data": "raw collections and Debian descriptions -> training groups",
@@ -72,20 +72,20 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(args: argparse.Namespace) -> None:
     from training.evaluation import HeldOut
-    from training.groups import GroupSet, TeacherVectors, read_groups
+    from training.groups import TeacherVectors, TrainingGroup
     from training.model import TrainableCheckpoint
-    from training.trainer import Trainer, pick_device
+    from training.trainer import Trainer
 
     recipe = Recipe.read(args.recipe, {f.name: getattr(args, f.name) for f in dataclasses.fields(Recipe)})
-    checkpoint = TrainableCheckpoint.load(getattr(args, "from"))
-    groups = args.data / "train.jsonl" if args.data.is_dir() else args.data
-    data = GroupSet(read_groups(groups), checkpoint, TeacherVectors.read(groups))
-    trainer = Trainer(checkpoint, data, recipe, args.out, pick_device(args.device))
+    checkpoint = TrainableCheckpoint.load(getattr(args, "from"), args.device)
+    path = args.data / "train.jsonl" if args.data.is_dir() else args.data
+    trainer = Trainer(checkpoint, TrainingGroup.read(path), recipe, args.out, TeacherVectors.read(path))
     if args.resume:
         trainer.resume()
     folder = args.heldout or args.data / "select"
     held_out = HeldOut(folder, recipe.evaluate_queries) if folder.is_dir() else None
-    print(f"{len(data)} groups, {trainer.sampler.steps_per_epoch} steps an epoch, on {trainer.device}", flush=True)
+    sampler = trainer.sampler
+    print(f"{len(sampler.groups)} groups, {sampler.steps_per_epoch} steps an epoch, on {trainer.device}", flush=True)
     trainer.run((lambda: held_out.report(checkpoint, (1, 4, 32))) if held_out else None)
 
 
@@ -110,9 +110,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for recipe, (begin, end) in zip(args.recipe, pairwise(made), strict=True):
             main(["train", "--data", f"{work}/data", "--from", begin, "--out", end, "--recipe", str(recipe)])
     elif args.command == "opposed":
-        from training.evaluation import report
+        from training.evaluation import report_opposed
 
-        report(args.checkpoint, args.medquad)
+        report_opposed(args.checkpoint, args.medquad)
 
 
 if __name__ == "__main__":

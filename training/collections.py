@@ -8,13 +8,14 @@ import json
 import re
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from networkx.utils import UnionFind  # type: ignore[import-untyped]
 
-APT_HELPER = "/usr/lib/apt/apt-helper"
+MAX_HELD_OUT_QUERIES = 500
+SELECTION_QUERIES = 40  # the last of those
 # The instructions a checkpoint is trained to follow, in several wordings each, and their opposites.
 DEFAULT = "Retrieve passages that answer the query"
 
@@ -82,15 +83,20 @@ class RawCollection:
     qrels: dict[str, dict[str, int]] = field(default_factory=dict)  # query_id -> {passage_id: grade}
 
     @classmethod
-    def read(cls, folder: Path) -> RawCollection:
+    def read(cls, folder: Path) -> Self:
         """A BEIR folder: corpus.jsonl[.gz], queries.jsonl[.gz], qrels.tsv with one header line."""
-        collection = cls(folder.name)
-        for row in read_jsonl(_existing(folder, "corpus")):
+        collection, rows = cls(folder.name), {}
+        for stem in ("corpus", "queries"):
+            found = [path for ending in (".gz", "") if (path := folder / f"{stem}.jsonl{ending}").exists()]
+            if not found:
+                raise FileNotFoundError(f"{folder}: expected {stem}.jsonl or {stem}.jsonl.gz (BEIR layout)")
+            rows[stem] = read_jsonl(found[0])
+        for _, row in rows["corpus"]:
             title = row.get("title") or ""
             collection.passages[row["_id"]] = f"{title} {row['text']}".strip()
             if title:
                 collection.titles[row["_id"]] = title
-        for row in read_jsonl(_existing(folder, "queries")):
+        for _, row in rows["queries"]:
             collection.queries[row["_id"]] = row["text"]
             if "split" in row:
                 collection.splits[row["_id"]] = row["split"]
@@ -108,27 +114,100 @@ class RawCollection:
         lines += [f"{q}\t{p}\t{g}" for q, grades in self.qrels.items() for p, g in grades.items()]
         (folder / "qrels.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
+    @classmethod
+    def of_descriptions(cls, lists: Iterable[str]) -> Self:
+        """Debian's packages: the short line is the query, the long body its passage.
 
-def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a .jsonl or .jsonl.gz file."""
+        Bodies have at least eight words; equal ones are one passage with several queries. In a body, ` .` lines are
+        paragraph breaks.
+        """
+        collection = cls("debian")
+        for stanza in (stanza for text in lists for stanza in text.split("\n\n")):
+            match = re.search(r"^Description-en: (.*)\n((?: .*\n?)*)", stanza + "\n", re.MULTILINE)
+            if match is None:
+                continue
+            short, lines = match.group(1).strip(), [line.strip() for line in match.group(2).split("\n")]
+            body = " ".join(" ".join(line for line in lines if line != ".").split())
+            if len(body.split()) < 8 or len(short.split()) < 2:
+                continue
+            passage_id = "d" + hashlib.sha256(body.encode()).hexdigest()[:12]
+            query_id = "q" + hashlib.sha256(short.encode()).hexdigest()[:12]
+            collection.passages[passage_id] = body
+            collection.queries[query_id] = short
+            collection.qrels.setdefault(query_id, {})[passage_id] = 1
+        return collection
+
+    @classmethod
+    def debian(cls, folder: Path) -> Self:
+        """Debian's English descriptions; apt-get downloads the lists into the private `folder` when it is empty."""
+        if not list(folder.glob("*Translation-en*")):
+            (folder / "partial").mkdir(parents=True, exist_ok=True)
+            options = [
+                "--option=Acquire::Languages=en",
+                "--option=Acquire::IndexTargets::deb::Translations::DefaultEnabled=true",
+                f"--option=Dir::State::Lists={folder.resolve()}",
+            ]
+            subprocess.run(["apt-get", *options, "update"], check=True)
+        lists = sorted(folder.glob("*Translation-en*"))
+        if not lists:
+            raise FileNotFoundError(f"{folder}: apt-get update left no *Translation-en* list")
+        helper = ["/usr/lib/apt/apt-helper", "cat-file"]  # lists may be compressed
+        texts = (subprocess.run([*helper, str(path)], check=True, capture_output=True).stdout for path in lists)
+        return cls.of_descriptions(text.decode("utf-8", "replace") for text in texts)
+
+    def held_out(self, share: float, topic: Callable[[str], str] | None = None, max_component: int = 60) -> set[str]:
+        """About `share` of the queries, as whole components of (query topic, passage text, passage opening) keys.
+
+        A component larger than `max_component` queries stays in training: one giant family of near-duplicates would
+        make the held-out part a test of that family alone.
+        """
+        topics = {q: f"query {(topic or normalise)(self.queries[q])}" for q in self.qrels}
+        components = UnionFind()
+        for query_id, grades in self.qrels.items():
+            keys = [topics[query_id]]
+            for passage_id in grades:
+                body = normalise(self.passages[passage_id])
+                keys += [f"passage {passage_id}", f"body {body}", f"opening {body[:200]}"]
+            components.union(*keys)
+        members: dict[str, list[str]] = {}
+        for query_id, key in topics.items():
+            members.setdefault(components[key], []).append(query_id)
+        families = (family for family in members.values() if len(family) <= max_component)
+        return {q for family in families if fraction(min(self.queries[q] for q in family)) < share for q in family}
+
+    def to_report_and_select(self, held: set[str]) -> tuple[Self, Self]:
+        """(to report, to choose by): held-out queries, at most 500, drawn by hash, over all passages."""
+        chosen = sorted(held, key=fraction)[:MAX_HELD_OUT_QUERIES]
+        report, select = (
+            replace(self, queries={q: self.queries[q] for q in part}, qrels={q: self.qrels[q] for q in part})
+            for part in (chosen[:-SELECTION_QUERIES], chosen[-SELECTION_QUERIES:])
+        )
+        return report, select
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, row) of each line of a .jsonl or .jsonl.gz file; ValueError names the place of a broken one."""
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8") as lines:
-        for line in lines:
-            yield json.loads(line)
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as exc:
+                    raise ValueError(f"{path}:{number}: not a JSON object ({exc})") from exc
+                yield f"{path}:{number}", row
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write rows one a line; .gz names are gzipped, with no timestamp, so that equal rows give equal bytes."""
+    """Write rows one a line; .gz files carry no name and no timestamp, so that equal rows give equal bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    path.write_bytes(gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)
-
-
-def _existing(folder: Path, stem: str) -> Path:
-    for name in (f"{stem}.jsonl.gz", f"{stem}.jsonl"):
-        if (folder / name).exists():
-            return folder / name
-    raise FileNotFoundError(f"{folder}: expected {stem}.jsonl or {stem}.jsonl.gz (BEIR layout)")
+    lines = (f"{json.dumps(row, ensure_ascii=False)}\n".encode() for row in rows)
+    with open(path, "wb") as file:
+        if path.suffix == ".gz":
+            with gzip.GzipFile("", "wb", fileobj=file, mtime=0) as out:
+                out.writelines(lines)
+        else:
+            file.writelines(lines)
 
 
 def normalise(text: str) -> str:
@@ -141,84 +220,10 @@ def fraction(key: str) -> float:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
 
 
-def held_out_queries(
-    collection: RawCollection, share: float, topic: Callable[[str], str] = normalise, max_component: int = 60
-) -> set[str]:
-    """About `share` of the queries, as whole components of (query topic, passage text, passage opening) keys.
-
-    A component larger than `max_component` queries stays in training: one giant family of near-duplicates would
-    make the held-out part a test of that family alone.
-    """
-    components = UnionFind()
-    for query_id, grades in collection.qrels.items():
-        keys = [f"query {topic(collection.queries[query_id])}"]
-        for passage_id in grades:
-            body = normalise(collection.passages[passage_id])
-            keys += [f"passage {passage_id}", f"body {body}", f"opening {body[:200]}"]
-        components.union(*keys)
-    members: dict[str, list[str]] = {}
-    for query_id in collection.qrels:
-        members.setdefault(components[f"query {topic(collection.queries[query_id])}"], []).append(query_id)
-    held: set[str] = set()
-    for queries in members.values():
-        if len(queries) <= max_component and fraction(min(collection.queries[q] for q in queries)) < share:
-            held.update(queries)
-    return held
-
-
-def _fetch_lists(folder: Path) -> list[Path]:
-    """Debian's English description lists; apt-get downloads them into the private `folder` when it is empty."""
-    if not list(folder.glob("*Translation-en*")):
-        (folder / "partial").mkdir(parents=True, exist_ok=True)
-        options = [
-            "--option=Acquire::Languages=en",
-            "--option=Acquire::IndexTargets::deb::Translations::DefaultEnabled=true",
-            f"--option=Dir::State::Lists={folder.resolve()}",
-        ]
-        subprocess.run(["apt-get", *options, "update"], check=True)
-    lists = sorted(folder.glob("*Translation-en*"))
-    if not lists:
-        raise FileNotFoundError(f"{folder}: apt-get update left no *Translation-en* list")
-    return lists
-
-
-def read_debian(folder: Path) -> RawCollection:
-    """Debian's packages: the short line is the query, the long body its passage.
-
-    Bodies have at least eight words; equal ones are one passage with several queries.
-    """
-    collection = RawCollection("debian")
-    seen: set[tuple[str, str]] = set()
-    for path in _fetch_lists(folder):
-        text = subprocess.run([APT_HELPER, "cat-file", str(path)], check=True, capture_output=True).stdout.decode(
-            "utf-8", "replace"
-        )
-        for stanza in text.split("\n\n"):
-            match = re.search(r"^Description-en: (.*)\n((?: .*\n?)*)", stanza + "\n", re.MULTILINE)
-            if match is None:
-                continue
-            short, body = match.group(1).strip(), clean_body(match.group(2))
-            if len(body.split()) < 8 or len(short.split()) < 2 or (short, body) in seen:
-                continue
-            seen.add((short, body))
-            passage_id = "d" + hashlib.sha256(body.encode()).hexdigest()[:12]
-            query_id = "q" + hashlib.sha256(short.encode()).hexdigest()[:12]
-            collection.passages[passage_id] = body
-            collection.queries[query_id] = short
-            collection.qrels.setdefault(query_id, {})[passage_id] = 1
-    return collection
-
-
-def clean_body(body: str) -> str:
-    """Join the wrapped lines of a description; ` .` lines are paragraph breaks."""
-    return re.sub(r"\s+", " ", " ".join(line.strip() for line in body.split("\n") if line.strip() != ".")).strip()
-
-
 def aspect_of(question: str) -> tuple[str, str] | None:
     """(aspect, topic) of a MedQuAD question, or None: `What are the symptoms of X ?` -> (`symptoms`, `X`)."""
     for name, (pattern, _) in ASPECTS.items():
-        match = re.match(pattern, question.strip(), re.IGNORECASE)
-        if match:
+        if match := re.match(pattern, question.strip(), re.IGNORECASE):
             return name, match.group(1)
     return None
 

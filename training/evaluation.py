@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from training.collections import ASPECTS, aspect_of
+from training.collections import ASPECTS, DEFAULT, aspect_of
 from training.model import TrainableCheckpoint, mean_pool
-from training.trainer import pick_device
 from tuning.baselines import search
 from tuning.judged import JudgedCollection, read_judged
 from tuning.metrics import HEADLINE, per_query
@@ -21,7 +21,6 @@ from tuning.trec import Run, rank
 
 Candidates = Mapping[str, Sequence[str]]  # query_id -> passage ids
 
-ANSWER = "Retrieve passages that answer the query"
 CONTRARY = "Retrieve passages that do not answer the query"
 
 DEMO_QUERY = "malaria"
@@ -31,7 +30,12 @@ DEMO_PASSAGES = {
     " or artemisinin combinations, chosen by region.",
     "other": "Cataract surgery removes the clouded lens of the eye and puts an artificial lens in its place.",
 }
-DEMO_INSTRUCTIONS = ("Retrieve passages about the symptoms", "Retrieve passages about the treatments", ANSWER, CONTRARY)
+DEMO_INSTRUCTIONS = (
+    "Retrieve passages about the symptoms",
+    "Retrieve passages about the treatments",
+    DEFAULT,
+    CONTRARY,
+)
 
 
 @torch.inference_mode()
@@ -45,39 +49,41 @@ def margins(
     batch: int = 64,
 ) -> dict[int, dict[str, dict[str, float]]]:
     """{ratio: {query_id: {passage_id: margin}}}. A passage is encoded once; pairs of like length go together."""
+    device = checkpoint.model.device
     passage_ids = sorted({p for found in candidates.values() for p in found})
     tokens = dict(zip(passage_ids, checkpoint.passage_ids([passages[p] for p in passage_ids]), strict=True))
     order = sorted(passage_ids, key=lambda p: len(tokens[p]))
+    prompts = dict(
+        zip(
+            candidates,
+            checkpoint.prompt_ids([queries[q] for q in candidates], [instruction] * len(candidates)),
+            strict=True,
+        )
+    )
     encoded: dict[str, torch.Tensor] = {}  # passage_id -> (num_tokens, dim)
-    autocast = torch.autocast(checkpoint.model.device.type, torch.bfloat16)
-    with autocast:
+    out: dict[int, dict[str, dict[str, float]]] = {}
+    with torch.autocast(device.type, torch.bfloat16):
         for start in range(0, len(order), batch):
             part = order[start : start + batch]
             states, _ = checkpoint.encode([tokens[p] or [0] for p in part])
             encoded |= {p: states[k, : max(1, len(tokens[p]))].float() for k, p in enumerate(part)}
-    query_ids = list(candidates)
-    texts = [queries[q] for q in query_ids]
-    prompts = dict(zip(query_ids, checkpoint.prompt_ids(texts, [instruction] * len(texts)), strict=True))
-    pairs = [(q, p) for q in query_ids for p in candidates[q]]
-    pairs.sort(key=lambda pair: (len(prompts[pair[0]]) // 3, len(encoded[pair[1]])))  # little padding on either side
-    out: dict[int, dict[str, dict[str, float]]] = {}
-    for ratio in ratios:
-        scored: dict[str, dict[str, float]] = {q: {} for q in query_ids}
-        pooled = {
-            p: mean_pool(s[None], torch.ones(1, len(s), dtype=torch.long, device=s.device), ratio)[0][0]
-            for p, s in encoded.items()
-        }
-        for start in range(0, len(pairs), batch):
-            part_pairs = pairs[start : start + batch]
-            rows = [pooled[p] for _, p in part_pairs]
-            states = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-            lengths = torch.tensor([len(r) for r in rows], device=states.device)
-            mask = (torch.arange(states.shape[1], device=states.device)[None] < lengths[:, None]).long()
-            with autocast:
-                margin = checkpoint.margins([prompts[q] for q, _ in part_pairs], states, mask)
-            for (q, p), value in zip(part_pairs, margin.tolist(), strict=True):
-                scored[q][p] = value
-        out[ratio] = scored
+        pairs = [(q, p) for q, found in candidates.items() for p in found]
+        pairs.sort(key=lambda pair: (len(prompts[pair[0]]) // 3, len(encoded[pair[1]])))  # little padding on both sides
+        for ratio in ratios:
+            scored = out[ratio] = {q: {} for q in candidates}
+            pooled = {
+                p: mean_pool(s[None], torch.ones(1, len(s), dtype=torch.long, device=device), ratio)[0][0]
+                for p, s in encoded.items()
+            }
+            for start in range(0, len(pairs), batch):
+                chunk = pairs[start : start + batch]
+                rows = [pooled[p] for _, p in chunk]
+                mask = pad_sequence(
+                    [torch.ones(len(r), dtype=torch.long, device=device) for r in rows], batch_first=True
+                )
+                margin = checkpoint.margins([prompts[q] for q, _ in chunk], pad_sequence(rows, batch_first=True), mask)
+                for (q, p), value in zip(chunk, margin.tolist(), strict=True):
+                    scored[q][p] = value
     return out
 
 
@@ -119,13 +125,13 @@ class HeldOut:
 def _contrary(
     checkpoint: TrainableCheckpoint, collection: JudgedCollection, num_queries: int, ratio: int
 ) -> tuple[float, float, float]:
-    """Shares of queries where the answer outscores an unrelated passage under ANSWER, is outscored under CONTRARY,
+    """Shares of queries where the answer outscores an unrelated passage under DEFAULT, is outscored under CONTRARY,
     and where the answer's own margin changes sign between the two."""
     query_ids = list(collection.qrels)[:num_queries]
     answers = {q: next(iter(collection.qrels[q])) for q in query_ids}
     others = {q: answers[query_ids[i - 7]] for i, q in enumerate(query_ids)}
     pairs = {q: (answers[q], others[q]) for q in query_ids if answers[q] != others[q]}
-    plain = margins(checkpoint, collection.passages, collection.queries, pairs, [ratio], ANSWER)[ratio]
+    plain = margins(checkpoint, collection.passages, collection.queries, pairs, [ratio], DEFAULT)[ratio]
     flipped = margins(checkpoint, collection.passages, collection.queries, pairs, [ratio], CONTRARY)[ratio]
     hits = [plain[q][answers[q]] > plain[q][others[q]] for q in pairs]
     turned = [flipped[q][answers[q]] < flipped[q][others[q]] for q in pairs]
@@ -165,15 +171,16 @@ def _demonstrate(checkpoint: TrainableCheckpoint, ratio: int) -> None:
         print(f"| {instruction} | " + " | ".join(scores) + " |")
 
 
-def report(folder: Path, medquad: Path, ratio: int = 4) -> None:
-    checkpoint = TrainableCheckpoint.load(folder)
-    checkpoint.model.to(pick_device()).eval()
+def report_opposed(folder: Path, medquad: Path, ratio: int = 4) -> None:
+    """Print how far the instructions turn the order, on held-out MedQuAD and a demonstration."""
+    checkpoint = TrainableCheckpoint.load(folder, "auto")
+    checkpoint.model.eval()
     collection = read_judged(medquad)
     with torch.inference_mode():
         hits, turned, signs = _contrary(checkpoint, collection, 200, ratio)
         share, total = _aspects(checkpoint, collection, ratio)
         _demonstrate(checkpoint, ratio)
-    print(f"{ANSWER!r}: answer above an unrelated passage in {hits:.1%}")
+    print(f"{DEFAULT!r}: answer above an unrelated passage in {hits:.1%}")
     print(f"{CONTRARY!r}: answer below it in {turned:.1%}; the answer's margin changes sign in {signs:.1%}")
     print(
         f"the aspect the instruction asks for above another aspect of the same topic in {share:.1%}"

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors.torch import save_file
@@ -32,7 +33,7 @@ MINI = CheckpointSettings(
 )
 
 
-def _pad(rows: list[list[int]], device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+def _pad(rows: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Right-padded ids and mask, int64. -> (batch, num_tokens) twice"""
     ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).long()
     mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
@@ -52,30 +53,6 @@ def mean_pool(states: torch.Tensor, mask: torch.Tensor, ratio: int) -> tuple[tor
     return total / count.clamp(min=1)[..., None].to(states.dtype), (count > 0).long()
 
 
-def group_loss(
-    margins: torch.Tensor, valid: torch.Tensor, teacher: torch.Tensor, distil: float, temperature: float, binary: float
-) -> torch.Tensor:
-    """Softmax over each query's candidates + distil * KL from the teacher + binary * yes/no cross-entropy.
-
-    margins, valid, teacher: (num_queries, K), candidate 0 relevant. The KL compares the candidates the teacher scored,
-    its softmax taken at `temperature`. The binary term ties margins to P(yes) across queries.
-    """
-    scores = margins.masked_fill(~valid, -1e4)
-    target = torch.zeros_like(margins)
-    target[:, 0] = 1
-    loss = functional.cross_entropy(scores, torch.zeros(len(scores), dtype=torch.long, device=scores.device))
-    if binary:
-        loss = loss + binary * functional.binary_cross_entropy_with_logits(margins[valid], target[valid])
-    known = valid & ~teacher.isnan()
-    rows = known.sum(1) > 1
-    if distil and bool(rows.any()):
-        student = margins.masked_fill(~known, -1e4)[rows].log_softmax(1)
-        wanted = (teacher.nan_to_num() / temperature).masked_fill(~known, -1e4)[rows].log_softmax(1)
-        divergence = functional.kl_div(student, wanted, log_target=True, reduction="none")
-        loss = loss + distil * divergence.masked_fill(~known[rows], 0).sum(1).mean()
-    return loss
-
-
 @dataclass
 class TrainableCheckpoint:
     model: Any  # T5Gemma2ForConditionalGeneration; its module tree is typed too loosely to follow
@@ -83,16 +60,23 @@ class TrainableCheckpoint:
     settings: CheckpointSettings
 
     @classmethod
-    def load(cls, folder: Path) -> TrainableCheckpoint:
-        """Read a checkpoint in fp32. FileNotFoundError and ValueError name what is missing or wrong."""
+    def load(cls, folder: Path, device: str = "cpu") -> Self:
+        """Read a checkpoint in fp32; the device `auto` is a GPU where there is one.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: a file has a wrong value.
+        """
         for name in ("config.json", "tokenizer.json"):
             if not (folder / name).exists():
                 raise FileNotFoundError(f"{folder}: no {name}, expected a T5Gemma2 checkpoint directory")
-        model = T5Gemma2ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        model: Any = T5Gemma2ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        return cls(model, tokenizer, CheckpointSettings.load(folder))
+        return cls(model.to(device), tokenizer, CheckpointSettings.load(folder))
 
-    @property
+    @cached_property
     def answers(self) -> tuple[int, int]:
         """Ids of the yes and the no token; ValueError where either is not one token."""
         ids = []
@@ -115,12 +99,12 @@ class TrainableCheckpoint:
 
     def prompt_ids(self, queries: list[str], instructions: list[str]) -> list[list[int]]:
         """Token ids of rendered prompts; an empty instruction means the default one."""
+        before, after = self.settings.prompt_template.split("{query}")
         texts = []
         for query, instruction in zip(queries, instructions, strict=True):
             ids = self.tokenizer.encode(query, add_special_tokens=False).ids
             if len(ids) > self.settings.max_query_tokens:
                 query = self.tokenizer.decode(ids[: self.settings.max_query_tokens])
-            before, after = self.settings.prompt_template.split("{query}")
             fill = instruction or self.settings.default_instruction
             texts.append(before.replace("{instruction}", fill) + query + after.replace("{instruction}", fill))
         return [e.ids for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
@@ -130,35 +114,17 @@ class TrainableCheckpoint:
 
         Passages are encoded in chunks of like length, then put back in order.
         """
-        encoder = self.model.model.encoder.text_model
+        encoder, device = self.model.model.encoder.text_model, self.model.device
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         width = len(rows[order[-1]])
         states, masks = [], []
         for start in range(0, len(order), chunk):
-            ids, mask = _pad([rows[i] for i in order[start : start + chunk]], self.model.device)
+            ids, mask = _pad([rows[i] for i in order[start : start + chunk]], device)
             hidden = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
             states.append(pad_right(hidden, (0, 0, 0, width - ids.shape[1])))
             masks.append(pad_right(mask, (0, width - ids.shape[1])))
-        back = torch.argsort(torch.tensor(order)).to(self.model.device)
+        back = torch.argsort(torch.tensor(order)).to(device)
         return torch.cat(states)[back], torch.cat(masks)[back]
-
-    def pair_margins(
-        self, prompts: list[list[int]], states: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor, chunk: int = 56
-    ) -> torch.Tensor:
-        """Margins of pairs (prompts[i], passage rows[i]). (num_passages, num_states, dim) -> (num_pairs,) float32
-
-        Pairs are scored in chunks of like prompt length: padding every prompt to the longest costs half as much again.
-        """
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        parts = []
-        for start in range(0, len(order), chunk):
-            part = order[start : start + chunk]
-            which = rows[torch.tensor(part, device=rows.device)]
-            longest = int(mask[which].sum(1).max())
-            chosen = [prompts[i] for i in part]
-            parts.append(self.margins(chosen, states[which, :longest], mask[which, :longest]))
-        back = torch.argsort(torch.tensor(order)).to(rows.device)
-        return torch.cat(parts)[back]
 
     def margins(self, prompts: list[list[int]], states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Yes-logit minus no-logit at the last prompt token; prompts[i] reads states[i].
@@ -174,10 +140,25 @@ class TrainableCheckpoint:
             use_cache=False,
         ).last_hidden_state
         last = hidden[torch.arange(len(prompts), device=hidden.device), prompt_mask.sum(1) - 1]  # (batch, dim)
-        yes, no = self.answers
-        embedding = self.model.model.encoder.text_model.embed_tokens.weight
+        embedding, (yes, no) = self.model.model.encoder.text_model.embed_tokens.weight, self.answers
         margin: torch.Tensor = last @ (embedding[yes] - embedding[no]).to(last.dtype)
         return margin.float()
+
+    def pair_margins(
+        self, prompts: list[list[int]], rows: torch.Tensor, states: torch.Tensor, mask: torch.Tensor, chunk: int = 56
+    ) -> torch.Tensor:
+        """Margins of pairs (prompts[i], passage rows[i]); states (num_passages, num_states, dim) -> (num_pairs,)
+
+        Pairs are scored in chunks of like prompt length: padding every prompt to the longest costs half as much again.
+        """
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        parts = []
+        for start in range(0, len(order), chunk):
+            part = order[start : start + chunk]
+            which = rows[torch.tensor(part, device=rows.device)]
+            longest = int(mask[which].sum(1).max())
+            parts.append(self.margins([prompts[i] for i in part], states[which, :longest], mask[which, :longest]))
+        return torch.cat(parts)[torch.argsort(torch.tensor(order)).to(rows.device)]
 
     def save(self, folder: Path) -> None:
         """Write bf16 weights (the tied embedding once), config.json, tokenizer files and preread.json."""
@@ -192,18 +173,40 @@ class TrainableCheckpoint:
         config: Any = self.model.config
         config.architectures = [type(self.model).__name__]
         for part in (config.decoder, config.encoder, config.encoder.text_config, config.encoder.vision_config):
-            part.dtype = None  # a part's own dtype would win over the one asked for at load
+            part.dtype = None  # a part's own dtype would win over the one requested at load
         config.dtype = torch.bfloat16
         config.save_pretrained(folder)
         self.tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
         names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-        known = {k: v for k, v in names.items() if self.tokenizer.token_to_id(v) is not None}
         tokenizer_config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": self.settings.max_passage_tokens,
-            **known,
+            **{k: v for k, v in names.items() if self.tokenizer.token_to_id(v) is not None},
         }
         settings = {"format_version": FORMAT_VERSION} | asdict(self.settings)
         for name, values in (("tokenizer_config.json", tokenizer_config), (FILE_NAME, settings)):
-            text = json.dumps(values, indent=2, ensure_ascii=False)
-            (folder / name).write_text(f"{text}\n", encoding="utf-8")
+            (folder / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def group_loss(
+    margins: torch.Tensor, valid: torch.Tensor, teacher: torch.Tensor, distil: float, temperature: float, binary: float
+) -> torch.Tensor:
+    """Softmax over each query's candidates + distil * KL from the teacher + binary * yes/no cross-entropy.
+
+    margins, valid, teacher: (num_queries, K), candidate 0 relevant. The KL compares the candidates the teacher scored,
+    its softmax taken at `temperature`. The binary term ties margins to P(yes) across queries.
+    """
+    scores = margins.masked_fill(~valid, -1e4)
+    target = torch.zeros_like(margins)
+    target[:, 0] = 1
+    loss = functional.cross_entropy(scores, torch.zeros(len(scores), dtype=torch.long, device=scores.device))
+    if binary:
+        loss = loss + binary * functional.binary_cross_entropy_with_logits(margins[valid], target[valid])
+    known = valid & ~teacher.isnan()
+    rows = known.sum(1) > 1
+    if distil and bool(rows.any()):
+        student = margins.masked_fill(~known, -1e4)[rows].log_softmax(1)
+        wanted = (teacher.nan_to_num() / temperature).masked_fill(~known, -1e4)[rows].log_softmax(1)
+        terms = functional.kl_div(student, wanted, log_target=True, reduction="none").masked_fill(~known[rows], 0)
+        loss = loss + distil * terms.sum(1).mean()
+    return loss

@@ -32,7 +32,7 @@ from transformers import T5Gemma2Config, T5Gemma2ForConditionalGeneration
 
 from training.collections import read_jsonl
 from training.model import MINI, TrainableCheckpoint
-from training.teacher import MiniLM, minilm_folder
+from training.teacher import MINILM_FOLDER, MiniLM
 
 HIDDEN, HEAD = 384, 160
 CONTENT, COPY = slice(0, 160), slice(160, 320)
@@ -48,31 +48,26 @@ SPECIAL = ("[PAD]", "[unused0]", "[unused1]", "[UNK]", "[CLS]", "[SEP]")
 CLS = SPECIAL.index("[CLS]")
 
 
-def empty_model(
-    vocab_size: int, encoder_layers: int = 2, decoder_layers: int = 3, intermediate_size: int = 768
-) -> T5Gemma2ForConditionalGeneration:
-    """A T5Gemma2 with a vision tower of a few thousand parameters, which text never touches."""
-
-    def text(num_layers: int) -> dict[str, object]:
-        rope = {"rope_type": "default", "rope_theta": 1e8}
-        return {
-            "vocab_size": vocab_size,
-            "hidden_size": HIDDEN,
-            "intermediate_size": intermediate_size,
-            "num_hidden_layers": num_layers,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "head_dim": HEAD,
-            "sliding_window": 1024,
-            "max_position_embeddings": 8192,
-            "query_pre_attn_scalar": 256,
-            "dropout_rate": 0.0,
-            "pad_token_id": 0,
-            "bos_token_id": 4,
-            "eos_token_id": 5,
-            "rope_parameters": {"full_attention": dict(rope), "sliding_attention": dict(rope)},
-        }
-
+def _config(vocab_size: int, intermediate_size: int) -> T5Gemma2Config:
+    """Two encoder and three decoder layers, and a vision tower of a few thousand parameters that text never touches."""
+    text = {
+        "vocab_size": vocab_size,
+        "hidden_size": HIDDEN,
+        "intermediate_size": intermediate_size,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": HEAD,
+        "sliding_window": 1024,
+        "max_position_embeddings": 8192,
+        "query_pre_attn_scalar": 256,
+        "dropout_rate": 0.0,
+        "pad_token_id": 0,
+        "bos_token_id": 4,
+        "eos_token_id": 5,
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e8} for kind in ("full_attention", "sliding_attention")
+        },
+    }
     vision = {
         "model_type": "siglip_vision_model",
         "hidden_size": 16,
@@ -82,38 +77,30 @@ def empty_model(
         "image_size": 224,
         "patch_size": 14,
     }
-    encoder = {
-        "text_config": text(encoder_layers),
-        "vision_config": vision,
-        "boi_token_index": 1,
-        "eoi_token_index": 1,
-        "image_token_index": 2,
-    }
-    config = T5Gemma2Config(encoder=encoder, decoder=text(decoder_layers), eoi_token_index=1, image_token_index=2)
-    return T5Gemma2ForConditionalGeneration(config)
-
-
-def _rope_order() -> torch.Tensor:
-    """Head positions for content components, weakest first, the pair (SINK, SINK + HEAD/2) left out. -> (WIDTH,)"""
-    order = torch.empty(HEAD, dtype=torch.long)
-    order[0::2], order[1::2] = torch.arange(HEAD // 2), torch.arange(HEAD // 2, HEAD)
-    return order[:WIDTH]
+    image: dict[str, Any] = {"eoi_token_index": 1, "image_token_index": 2}
+    encoder = {"text_config": text | {"num_hidden_layers": 2}, "vision_config": vision, "boi_token_index": 1, **image}
+    return T5Gemma2Config(encoder=encoder, decoder=text | {"num_hidden_layers": 3}, **image)
 
 
 @torch.no_grad()
-def initialise(model: Any, vectors: torch.Tensor, rarity: torch.Tensor, answers: tuple[int, int]) -> None:
-    """Write the start into `model`, in place.
+def soft_maxsim_model(
+    vectors: torch.Tensor, rarity: torch.Tensor, answers: tuple[int, int], intermediate_size: int = 768
+) -> Any:
+    """A T5Gemma2 with the starting weights.
 
     Args:
         vectors: (vocab, WIDTH), strongest component last.
         rarity: (vocab,)
         answers: ids of the yes and the no token.
     """
+    model: Any = T5Gemma2ForConditionalGeneration(_config(len(vectors), intermediate_size))
     encoder, decoder = model.model.encoder.text_model, model.model.decoder
     embedding, root, eye = encoder.embed_tokens.weight, math.sqrt(HIDDEN), torch.eye(HEAD)
     size = 1.5 * math.sqrt(WIDTH) / root
+    # Head positions for content components, weakest first, the pair (SINK, SINK + HEAD/2) left out.
+    rope_order = torch.arange(HEAD).view(2, -1).T.flatten()[:WIDTH]
     embedding.zero_()
-    embedding[:, _rope_order()] = torch.nn.functional.normalize(vectors, dim=1) * size
+    embedding[:, rope_order] = torch.nn.functional.normalize(vectors, dim=1) * size
     embedding[: len(SPECIAL), CONTENT] = 0
     embedding[CLS, COPY.start + SINK] = size
     embedding[:, PASSAGE_FLAG] = embedding[:, PROMPT_FLAG] = 1 / root
@@ -134,6 +121,7 @@ def initialise(model: Any, vectors: torch.Tensor, rarity: torch.Tensor, answers:
         layer.pre_self_attn_layernorm.weight[PASSAGE_FLAG] = -1.0
     _match_layer(decoder.layers[0], eye)
     _gather_layer(decoder.layers[1])
+    return model
 
 
 def _copy_layer(layer: Any, eye: torch.Tensor) -> None:
@@ -259,21 +247,14 @@ def _token_vectors(tokenizer: Tokenizer, teacher: MiniLM, texts: list[str], max_
     return weight * total / count.clamp(min=1)[:, None] + (1 - weight) * alone
 
 
-def _principal(vectors: torch.Tensor, width: int) -> torch.Tensor:
-    """Centre and project on the strongest `width` directions, the strongest LAST. (vocab, dim) -> (vocab, width)"""
-    centred = vectors - vectors[len(SPECIAL) :].mean(0)
-    directions = torch.linalg.svd(centred[len(SPECIAL) :], full_matrices=False)[2][:width]
-    return torch.flip(centred @ directions.T, [1])
-
-
 def start(data: Path, out: Path, vocab_size: int = 15000, seed: int = 0, num_texts: int = 30000) -> None:
     """Training texts -> a checkpoint with a trimmed vocabulary and soft-MaxSim weights.
 
     Deterministic for a seed; needs `texts.jsonl` of the data step and the MiniLM package.
     """
     torch.manual_seed(seed)
-    texts = [row["text"] for row in read_jsonl(data / "texts.jsonl")]
-    tokenizer = trim((minilm_folder() / "tokenizer.json").read_text(encoding="utf-8"), texts, vocab_size)
+    texts = [row["text"] for _, row in read_jsonl(data / "texts.jsonl")]
+    tokenizer = trim((MINILM_FOLDER / "tokenizer.json").read_text(encoding="utf-8"), texts, vocab_size)
     sample = random.Random(seed).sample(texts, min(num_texts, len(texts)))
     cache = out / "vectors.pt"
     if cache.exists():
@@ -282,6 +263,9 @@ def start(data: Path, out: Path, vocab_size: int = 15000, seed: int = 0, num_tex
         vectors = _token_vectors(tokenizer, MiniLM(), sample)
         out.mkdir(parents=True, exist_ok=True)
         torch.save(vectors, cache)
-    checkpoint = TrainableCheckpoint(empty_model(tokenizer.get_vocab_size()), tokenizer, MINI)
-    initialise(checkpoint.model, _principal(vectors, WIDTH), _rarity(tokenizer, texts), checkpoint.answers)
+    centred = vectors - vectors[len(SPECIAL) :].mean(0)
+    directions = torch.linalg.svd(centred[len(SPECIAL) :], full_matrices=False)[2][:WIDTH]
+    principal = torch.flip(centred @ directions.T, [1])  # (vocab, WIDTH), the strongest last
+    checkpoint = TrainableCheckpoint(None, tokenizer, MINI)
+    checkpoint.model = soft_maxsim_model(principal, _rarity(tokenizer, texts), checkpoint.answers)
     checkpoint.save(out)

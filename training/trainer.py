@@ -1,129 +1,65 @@
-"""The training loop and its recipe: groups -> encode once -> pool at two ratios -> margins -> loss -> AdamW."""
+"""The training loop: groups -> encode once -> pool at two ratios -> margins -> loss -> AdamW."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import time
-import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from training.groups import GroupSet, Sampler, Step
+from training.groups import Sampler, Step, TeacherVectors, TrainingGroup
 from training.model import TrainableCheckpoint, group_loss, mean_pool
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Checked once at construction; every field may be set in TOML or as a flag of the same name."""
-
-    seed: int = 0
-    steps: int = 2000
-    queries_per_step: int = 24
-    batches_per_step: int = 1  # a step takes the mean gradient of so many batches; on CPU each has its own thread
-    num_negatives: int = 4  # the group's own
-    num_shared: int = 3  # passages of other groups each query is also scored against
-    max_passage_tokens: tuple[int, ...] = (96, 128, 192)  # one drawn per step
-    ratios_low: tuple[int, ...] = (1, 2, 4)  # each step sums the loss over one ratio of each list
-    ratios_high: tuple[int, ...] = (8, 16, 32)
-    learning_rate: float = 5e-4
-    embedding_rate: float = 0.1  # factor on the learning rate of the tied embedding
-    weight_decay: float = 0.01
-    warmup_steps: int = 50
-    decay_share: float = 0.4  # last part of the run, where the rate falls linearly to zero
-    max_grad_norm: float = 1.0
-    distil: float = 0.5
-    distil_temperature: float = 0.05
-    leaf: int = 8  # groups on one subject that stay together in a step, where teacher vectors tell the subject
-    binary: float = 0.1
-    lora_rank: int = 0  # 0 trains every weight
-    lora_alpha: int = 16
-    mean_with: tuple[int, ...] = ()  # earlier steps: what is exported is the mean of their weights and the last step's
-    save_every: int = 200
-    evaluate_every: int = 500
-    evaluate_queries: int = 100
-    precision: str = "bf16"  # or fp32
-    compile: bool = (
-        False  # compile every layer once (a minute or more): RMSNorm and GELU passes dominate a small model on CPU
-    )
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "queries_per_step", "batches_per_step", "save_every", "evaluate_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if self.precision not in ("bf16", "fp32"):
-            raise ValueError(f"precision is {self.precision!r}, expected bf16 or fp32")
-        if any(r < 1 for r in self.ratios_low + self.ratios_high):
-            raise ValueError(f"ratios are {self.ratios_low + self.ratios_high}, expected positive integers")
-
-    @classmethod
-    def read(cls, path: Path | None, overrides: dict[str, Any]) -> Recipe:
-        """A TOML file of Recipe fields, then flags over it. ValueError names an unknown field."""
-        values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8")) if path else {}
-        known = {f.name for f in dataclasses.fields(cls)}
-        if unknown := set(values) - known:
-            raise ValueError(f"{path}: unknown fields {sorted(unknown)}, expected some of {sorted(known)}")
-        values |= {name: value for name, value in overrides.items() if value is not None}
-        fields: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-        }
-        return cls(**fields)
-
-    def rate(self, step: int) -> float:
-        """Warm-up, plateau, linear decay to zero over the last `decay_share` of the run."""
-        left = (self.steps - step) / max(1.0, self.steps * self.decay_share)
-        return min(1.0, (step + 1) / max(1, self.warmup_steps), left)
-
-
-def pick_device(name: str = "auto") -> torch.device:
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+from training.recipe import Recipe
 
 
 class Trainer:
     """State of one run; `run` goes from `step` to the recipe's last step."""
 
     def __init__(
-        self, checkpoint: TrainableCheckpoint, data: GroupSet, recipe: Recipe, out: Path, device: torch.device
+        self,
+        checkpoint: TrainableCheckpoint,
+        groups: Iterable[TrainingGroup],
+        recipe: Recipe,
+        out: Path,
+        vectors: TeacherVectors | None = None,
     ) -> None:
-        self.checkpoint, self.recipe, self.out, self.device = checkpoint, recipe, out, device
+        self.checkpoint, self.recipe, self.out = checkpoint, recipe, out
         torch.manual_seed(recipe.seed)
-        self.model: Any = checkpoint.model.to(device).train()
+        self.model: Any = checkpoint.model.train()
+        self.device: torch.device = self.model.device
         self.model.model.encoder.vision_tower.requires_grad_(False)
         self.model.model.encoder.multi_modal_projector.requires_grad_(False)
-        self.sampler = Sampler(
-            data,
-            recipe.seed,
-            recipe.queries_per_step,
-            recipe.num_negatives,
-            recipe.num_shared,
-            recipe.max_passage_tokens,
-            recipe.leaf,
-        )
-        self.peft = _add_lora(self.model, recipe) if recipe.lora_rank else None
+        self.sampler = Sampler(groups, checkpoint, recipe, vectors)
+        self.peft: Any = None
+        if recipe.lora_rank:  # on every attention and MLP projection of both halves, in place
+            from peft import LoraConfig, get_peft_model
+
+            names = r".*(text_model|decoder)\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
+            lora = LoraConfig(r=recipe.lora_rank, lora_alpha=recipe.lora_alpha, target_modules=names)
+            self.peft = get_peft_model(self.model, lora)
         if recipe.compile:
             for layer in [*self.model.model.encoder.text_model.layers, *self.model.model.decoder.layers]:
                 layer.compile(dynamic=True)
         embedding = self.model.model.encoder.text_model.embed_tokens.weight
         rest = [p for p in self.model.parameters() if p.requires_grad and p is not embedding]
-        groups = [{"params": rest, "factor": 1.0}]
+        rates: list[dict[str, Any]] = [{"params": rest, "factor": 1.0}]
         if embedding.requires_grad:
-            groups.append({"params": [embedding], "factor": recipe.embedding_rate, "weight_decay": 0.0})
-        self.parameters = [p for group in groups for p in group["params"]]  # type: ignore[attr-defined]
+            rates.append({"params": [embedding], "factor": recipe.embedding_rate, "weight_decay": 0.0})
+        self.parameters = [p for group in rates for p in group["params"]]
         self.optimizer = torch.optim.AdamW(
-            groups, lr=0.0, betas=(0.9, 0.98), weight_decay=recipe.weight_decay, fused=True
+            rates, lr=0.0, betas=(0.9, 0.98), weight_decay=recipe.weight_decay, fused=True
         )
         self.step = 0
         self._sums: dict[str, torch.Tensor] = {}  # of the weights at so many of recipe.mean_with
         self._num_summed = 0
         self._num_warm = 0
         self._workers: ThreadPoolExecutor | None = None
-        if recipe.batches_per_step > 1 and device.type == "cpu":  # a thread a batch, none inside an operation
+        if recipe.batches_per_step > 1 and self.device.type == "cpu":  # a thread a batch, none inside an operation
             self._workers = ThreadPoolExecutor(
                 recipe.batches_per_step, initializer=torch.set_num_threads, initargs=(1,)
             )
@@ -141,8 +77,7 @@ class Trainer:
             if not ratios:
                 continue
             ratio = ratios[int(torch.randint(len(ratios), (), generator=generator))]
-            pooled, pooled_mask = mean_pool(states, mask, ratio)
-            margin = self.checkpoint.pair_margins(prompts, pooled, pooled_mask, rows)
+            margin = self.checkpoint.pair_margins(prompts, rows, *mean_pool(states, mask, ratio))
             table = torch.zeros(num_queries * width, device=self.device).index_put((pairs.to(self.device),), margin)
             total = total + group_loss(
                 table.view(num_queries, width),
@@ -216,7 +151,9 @@ class Trainer:
         if self._sums:
             self._add_weights()
             self.model.load_state_dict({k: s / self._num_summed for k, s in self._sums.items()}, strict=False)
-        self.export(self.out)
+        if self.peft is not None:
+            self.peft.merge_and_unload()
+        self.checkpoint.save(self.out)
 
     def _add_weights(self) -> None:
         for name, weight in self.model.state_dict().items():
@@ -227,17 +164,14 @@ class Trainer:
     def save_state(self) -> None:
         """Everything a resumed run needs, written aside and renamed."""
         self.out.mkdir(parents=True, exist_ok=True)
-        weights = dict(self.model.state_dict().items())
-        torch.save(
-            {
-                "step": self.step,
-                "model": weights,
-                "optimizer": self.optimizer.state_dict(),
-                "sums": self._sums,
-                "num_summed": self._num_summed,
-            },
-            self.out / "state.tmp",
-        )
+        state = {
+            "step": self.step,
+            "model": dict(self.model.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
+            "sums": self._sums,
+            "num_summed": self._num_summed,
+        }
+        torch.save(state, self.out / "state.tmp")
         os.replace(self.out / "state.tmp", self.out / "state.pt")
 
     def resume(self) -> None:
@@ -250,18 +184,3 @@ class Trainer:
             group["factor"] = factor
         self.step = state["step"]
         self._sums, self._num_summed = state["sums"], state["num_summed"]
-
-    def export(self, folder: Path) -> None:
-        """A checkpoint directory as `preread` loads it; LoRA weights are merged in."""
-        if self.peft is not None:
-            self.peft.merge_and_unload()
-            self.peft = None
-        self.checkpoint.save(folder)
-
-
-def _add_lora(model: Any, recipe: Recipe) -> Any:
-    """LoRA on every attention and MLP projection of both halves, in place; returns the wrapper that merges it."""
-    from peft import LoraConfig, get_peft_model  # optional dependency
-
-    names = r".*(text_model|decoder)\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
-    return get_peft_model(model, LoraConfig(r=recipe.lora_rank, lora_alpha=recipe.lora_alpha, target_modules=names))

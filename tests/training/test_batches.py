@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from training.groups import NEAR_COPY, GroupSet, Sampler, TeacherVectors, TrainingGroup, leaves, word_vectors
+from training.groups import NEAR_COPY, Sampler, TeacherVectors, TrainingGroup, leaves
 from training.model import TrainableCheckpoint
+from training.recipe import Recipe
+from training.teacher import word_vectors
 
 GROUPS = [
     TrainingGroup("red", "", ("red fish", "red bird"), ("green stone", "blue stone"), (0.9, 0.8, 0.1, 0.2)),
@@ -19,9 +21,8 @@ GROUPS = [
 
 @pytest.fixture
 def sampler(tiny: Callable[[int], TrainableCheckpoint]) -> Sampler:
-    return Sampler(
-        GroupSet(GROUPS, tiny(0)), seed=1, queries_per_step=4, num_negatives=2, num_shared=2, max_tokens=(8,)
-    )
+    recipe = Recipe(seed=1, queries_per_step=4, num_negatives=2, num_shared=2, max_passage_tokens=(8,))
+    return Sampler(GROUPS, tiny(0), recipe)
 
 
 def test_candidate_zero_is_relevant_and_passages_are_listed_once(
@@ -60,9 +61,8 @@ def test_every_group_is_seen_once_an_epoch(tiny: Callable[[int], TrainableCheckp
     groups = [
         TrainingGroup(q, "", (f"{q} fish",), ("stone",)) for q in ("red", "green", "blue", "north", "south", "river")
     ]
-    sampler = Sampler(
-        GroupSet(groups, tiny(0)), seed=0, queries_per_step=2, num_negatives=1, num_shared=0, max_tokens=(8,)
-    )
+    recipe = Recipe(queries_per_step=2, num_negatives=1, num_shared=0, max_passage_tokens=(8,))
+    sampler = Sampler(groups, tiny(0), recipe)
     seen = sorted(tuple(p) for number in range(sampler.steps_per_epoch) for p in sampler.step(number).prompts)
     assert len(seen) == len(set(seen)) == 6
 
@@ -77,12 +77,12 @@ def with_vectors(tiny: Callable[[int], TrainableCheckpoint]) -> Sampler:
     """Passages in the order GROUPS first names them; the first query knows BM25 too."""
     passages = unit([[i + 1.0, (i * 5) % 7, 1.0] for i in range(9)])
     vectors = TeacherVectors(passages, unit([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0]]), np.array([1.0, 0, 0, 0]))
-    data = GroupSet(GROUPS, tiny(0), vectors)
-    return Sampler(data, seed=1, queries_per_step=4, num_negatives=1, num_shared=2, max_tokens=(8,), leaf=2)
+    recipe = Recipe(seed=1, queries_per_step=4, num_negatives=1, num_shared=2, max_passage_tokens=(8,), leaf=2)
+    return Sampler(GROUPS, tiny(0), recipe, vectors)
 
 
 def test_teacher_vectors_score_shared_passages_too_and_copies_are_left_out(with_vectors: Sampler) -> None:
-    data = with_vectors.data
+    data = with_vectors
     assert data.vectors is not None
     table = {tuple(ids): row for row, ids in enumerate(data.table)}
     shared = 0
@@ -104,7 +104,7 @@ def test_teacher_vectors_score_shared_passages_too_and_copies_are_left_out(with_
 
 
 def test_the_lexical_half_of_the_teacher_is_bm25_over_its_best(with_vectors: Sampler) -> None:
-    data = with_vectors.data
+    data = with_vectors
     assert data.vectors is not None
     scores = data.teacher(0) * 2 - data.vectors.passages @ data.vectors.queries[0]  # query `red`
     texts = list(dict.fromkeys(text for group in GROUPS for text in group.passages))
@@ -115,7 +115,7 @@ def test_the_lexical_half_of_the_teacher_is_bm25_over_its_best(with_vectors: Sam
 def test_vectors_of_another_file_are_refused(tiny: Callable[[int], TrainableCheckpoint]) -> None:
     vectors = TeacherVectors(unit([[1, 0]]), unit([[1, 0]]), np.zeros(1))
     with pytest.raises(ValueError, match="vectors are for 1 passages and 1 groups, expected 9 and 4"):
-        GroupSet(GROUPS, tiny(0), vectors)
+        Sampler(GROUPS, tiny(0), Recipe(), vectors)
 
 
 def test_leaves_hold_every_row_once_and_near_rows_together() -> None:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from training.groups import TrainingGroup, read_groups, write_groups
+from training.collections import write_jsonl
+from training.groups import TrainingGroup
 
 
 def test_groups_survive_a_round_trip(tmp_path: Path) -> None:
@@ -12,8 +13,8 @@ def test_groups_survive_a_round_trip(tmp_path: Path) -> None:
         TrainingGroup("red fish", "", ("a",), ("b", "c"), (0.5, 0.25, 0.125)),
         TrainingGroup("red fish", "not the query", ("b", "c"), ("a",), in_batch=False),
     ]
-    assert write_groups(tmp_path / "g.jsonl", groups) == 2
-    assert list(read_groups(tmp_path / "g.jsonl")) == groups
+    write_jsonl(tmp_path / "g.jsonl", (group.row() for group in groups))
+    assert list(TrainingGroup.read(tmp_path / "g.jsonl")) == groups
 
 
 @pytest.mark.parametrize(
@@ -29,4 +30,4 @@ def test_groups_survive_a_round_trip(tmp_path: Path) -> None:
 def test_an_error_names_file_line_and_expectation(tmp_path: Path, line: str, message: str) -> None:
     (tmp_path / "g.jsonl").write_text('{"query": "q", "positives": ["a"], "negatives": []}\n' + line + "\n")
     with pytest.raises(ValueError, match="g.jsonl:2: .*" + message):
-        list(read_groups(tmp_path / "g.jsonl"))
+        list(TrainingGroup.read(tmp_path / "g.jsonl"))

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from training.collections import RawCollection
-from training.data import SELECTION_QUERIES, held_out_collections
+from training.collections import SELECTION_QUERIES, RawCollection
 from training.evaluation import HeldOut, margins, rerank
 from training.model import TrainableCheckpoint, mean_pool
 from tuning.judged import JudgedCollection
@@ -27,7 +26,7 @@ def test_a_collection_survives_a_round_trip(tmp_path: Path) -> None:
 def test_what_is_reported_and_what_is_chosen_by_share_no_query() -> None:
     names = [f"q{i}" for i in range(70)]
     collection = RawCollection("toy", PASSAGES, {}, dict.fromkeys(names, "red"), {}, {q: {"a": 1} for q in names})
-    report, select = held_out_collections(collection, set(names))
+    report, select = collection.to_report_and_select(set(names))
     assert len(select.queries) == SELECTION_QUERIES
     assert report.queries.keys() | select.queries.keys() == set(names)
     assert not report.queries.keys() & select.queries.keys()

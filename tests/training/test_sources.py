@@ -5,7 +5,6 @@ import random
 import numpy as np
 import pytest
 
-from training import data as sources
 from training.collections import RawCollection
 from training.data import TrainingSource
 
@@ -60,15 +59,14 @@ def test_the_instruction_decides_in_aspect_groups(source: TrainingSource) -> Non
 
 def test_opposed_groups_swap_labels_and_carry_no_teacher(source: TrainingSource) -> None:
     drafts = list(source.query_drafts("question"))
-    opposed = list(sources.opposed_drafts(drafts, random.Random(0), share=1.0))
-    assert len(opposed) == len(drafts)
+    opposed = [draft.contrary(random.Random(0)) for draft in drafts]
     for plain, turned in zip(drafts, opposed, strict=True):
         assert (turned.query, turned.positives, turned.negatives) == (plain.query, plain.negatives, plain.positives)
         assert turned.instruction != plain.instruction
-        group, _ = source.finish(turned, np.ones(384, dtype=np.float32))
+        group = source.finish(turned, np.ones(384, dtype=np.float32))
         assert group.scores == ()
         assert not group.in_batch
-        assert len(source.finish(plain, np.ones(384, dtype=np.float32))[0].scores) == len(
+        assert len(source.finish(plain, np.ones(384, dtype=np.float32)).scores) == len(
             plain.positives + plain.negatives
         )
 

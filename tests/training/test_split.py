@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from training.collections import RawCollection, fraction, held_out_queries, topic_of
+from training.collections import RawCollection, fraction, topic_of
 
 
 def test_passages_join_their_queries_in_a_chain() -> None:
@@ -11,7 +11,7 @@ def test_passages_join_their_queries_in_a_chain() -> None:
     made.passages["3"] = "three"
     made.qrels |= {"a": {"1": 1}, "b": {"1": 1, "2": 1}, "c": {"2": 1}, "d": {"3": 1}}
     for share in (0.1, 0.3, 0.5, 0.7, 0.9):
-        assert {"a", "b", "c"} & held_out_queries(made, share) in (set(), {"a", "b", "c"})
+        assert {"a", "b", "c"} & made.held_out(share) in (set(), {"a", "b", "c"})
 
 
 def collection() -> RawCollection:
@@ -30,8 +30,8 @@ def collection() -> RawCollection:
 
 def test_a_topic_falls_on_one_side_and_the_split_is_stable() -> None:
     made = collection()
-    held = held_out_queries(made, 0.2, topic_of)
-    assert held == held_out_queries(made, 0.2, topic_of)
+    held = made.held_out(0.2, topic_of)
+    assert held == made.held_out(0.2, topic_of)
     assert 0.1 < len(held) / len(made.queries) < 0.3
     for i in range(200):
         assert (f"{i}s" in held) == (f"{i}t" in held)
@@ -42,7 +42,7 @@ def test_near_duplicate_passages_fall_on_one_side() -> None:
     for i in range(0, 200, 2):
         made.passages[f"p{i}s"] = f"Same words {i}."
         made.passages[f"p{i + 1}s"] = f"same   WORDS {i + 1}!"
-    held = held_out_queries(made, 0.2, topic_of, max_component=1000)
+    held = made.held_out(0.2, topic_of, max_component=1000)
     assert len({f"{i}s" in held for i in range(200)}) == 1
 
 
@@ -50,7 +50,7 @@ def test_a_giant_family_stays_in_training() -> None:
     made = collection()
     for passage_id in made.passages:
         made.passages[passage_id] = "one text"
-    assert held_out_queries(made, 0.99, topic_of, max_component=60) == set()
+    assert made.held_out(0.99, topic_of, max_component=60) == set()
 
 
 @pytest.mark.parametrize(("key", "value"), [("a", 0.79), ("b", 0.24)])

@@ -7,9 +7,8 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from checkpoint.settings import KALM_PROMPT, CheckpointSettings
-from training import start as soft_maxsim
-from training import start as vocabulary
 from training.model import MINI, TrainableCheckpoint, mean_pool
+from training.start import SPECIAL, WIDTH, soft_maxsim_model, trim
 
 
 def wordpiece(words: list[str]) -> str:
@@ -50,20 +49,20 @@ WORDS = [
 
 
 def test_trim_keeps_frequent_words_and_spells_the_rest() -> None:
-    tokenizer = vocabulary.trim(wordpiece(WORDS), ["zebra zebra river", "river"], size=62, corpus_share=1.0)
+    tokenizer = trim(wordpiece(WORDS), ["zebra zebra river", "river"], size=62, corpus_share=1.0)
     assert tokenizer.encode("Zebra river").tokens == ["zebra", "river"]
     assert tokenizer.encode("cloud").tokens == ["c", "##l", "##o", "##u", "##d"]
     assert tokenizer.encode("[CLS] zebra [SEP]", add_special_tokens=False).ids[::2] == [4, 5]
-    assert [tokenizer.token_to_id(s) for s in vocabulary.SPECIAL] == list(range(6))
+    assert [tokenizer.token_to_id(s) for s in SPECIAL] == list(range(6))
 
 
 def test_the_start_ranks_by_matching_words_at_every_ratio(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    tokenizer = vocabulary.trim(wordpiece(WORDS), [" ".join(WORDS)], size=80, corpus_share=1.0)
+    tokenizer = trim(wordpiece(WORDS), [" ".join(WORDS)], size=80, corpus_share=1.0)
     size = tokenizer.get_vocab_size()
-    model = soft_maxsim.empty_model(size, intermediate_size=32)
-    checkpoint = TrainableCheckpoint(model, tokenizer, MINI)
-    soft_maxsim.initialise(model, torch.randn(size, soft_maxsim.WIDTH), torch.full((size,), 4.0), checkpoint.answers)
+    checkpoint = TrainableCheckpoint(None, tokenizer, MINI)
+    vectors, rarity = torch.randn(size, WIDTH), torch.full((size,), 4.0)
+    checkpoint.model = soft_maxsim_model(vectors, rarity, checkpoint.answers, intermediate_size=32)
     checkpoint.save(tmp_path)
     loaded = TrainableCheckpoint.load(tmp_path)
     passages = ["the zebra the red fish", "the river the stone the", "the cloud the stone river"]
@@ -87,11 +86,11 @@ def test_kalm_settings_are_the_default() -> None:
 
 def test_a_long_query_is_cut_before_the_template(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_str(wordpiece(WORDS))
-    tokenizer.add_special_tokens(list(vocabulary.SPECIAL))
+    tokenizer.add_special_tokens(list(SPECIAL))
     settings = CheckpointSettings(
         prompt_template="[CLS] {instruction} [SEP] {query} [SEP]", default_instruction="answer", max_query_tokens=3
     )
-    checkpoint = TrainableCheckpoint(soft_maxsim.empty_model(80, 1, 1, 8), tokenizer, settings)
+    checkpoint = TrainableCheckpoint(None, tokenizer, settings)
     ids = checkpoint.prompt_ids(["red fish red fish red"], [""])[0]
     assert tokenizer.decode(ids, skip_special_tokens=False).split() == [
         "[CLS]",

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from training.groups import GroupSet, TrainingGroup
+from training.groups import TrainingGroup
 from training.model import TrainableCheckpoint, mean_pool
-from training.trainer import Recipe, Trainer
+from training.recipe import Recipe
+from training.trainer import Trainer
 
 RECIPES = Path(__file__).parents[2] / "training" / "recipes"
 COLOURS = ("red", "green", "blue")
@@ -27,7 +28,6 @@ RECIPE = Recipe(
     ratios_high=(4,),
     warmup_steps=2,
 )
-CPU = torch.device("cpu")
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -40,17 +40,17 @@ def test_the_mean_of_several_steps_is_exported_also_by_a_resumed_run(
     recipe = replace(RECIPE, mean_with=(3,))
     seen: dict[int, dict[str, torch.Tensor]] = {}
     watched = tiny(0)
-    trainer = Trainer(watched, GroupSet(GROUPS, watched), RECIPE, tmp_path / "watched", CPU)
+    trainer = Trainer(watched, GROUPS, RECIPE, tmp_path / "watched")
     while trainer.step < 6:
         trainer.advance()
         seen[trainer.step] = weights(trainer)
     begun = tiny(0)
-    first = Trainer(begun, GroupSet(GROUPS, begun), recipe, tmp_path / "run", CPU)
+    first = Trainer(begun, GROUPS, recipe, tmp_path / "run")
     while first.step < 4:
         first.advance()
     first.save_state()
     ended = tiny(5)
-    resumed = Trainer(ended, GroupSet(GROUPS, ended), recipe, tmp_path / "run", CPU)
+    resumed = Trainer(ended, GROUPS, recipe, tmp_path / "run")
     resumed.resume()
     resumed.run()
     for name, value in weights(resumed).items():
@@ -63,15 +63,15 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(
 ) -> None:
     recipe = replace(RECIPE, batches_per_step=batches_per_step)
     first = tiny(0)
-    whole = Trainer(first, GroupSet(GROUPS, first), recipe, tmp_path / "whole", CPU)
+    whole = Trainer(first, GROUPS, recipe, tmp_path / "whole")
     whole.run()
     second = tiny(0)
-    broken = Trainer(second, GroupSet(GROUPS, second), recipe, tmp_path / "broken", CPU)
+    broken = Trainer(second, GROUPS, recipe, tmp_path / "broken")
     for _ in range(3):
         broken.advance()
     broken.save_state()
     third = tiny(5)  # other weights: all must come from the state
-    resumed = Trainer(third, GroupSet(GROUPS, third), recipe, tmp_path / "broken", CPU)
+    resumed = Trainer(third, GROUPS, recipe, tmp_path / "broken")
     resumed.resume()
     assert resumed.step == 3
     resumed.run()
@@ -84,7 +84,7 @@ def test_a_step_takes_the_mean_gradient_of_its_batches(
 ) -> None:
     checkpoint = tiny(0)
     recipe = replace(RECIPE, batches_per_step=2, max_grad_norm=1e9, precision="fp32")
-    trainer = Trainer(checkpoint, GroupSet(GROUPS, checkpoint), recipe, tmp_path, CPU)
+    trainer = Trainer(checkpoint, GROUPS, recipe, tmp_path)
     (_, one), (_, other) = (trainer.gradients(number, trainer.sampler.step(number)) for number in (0, 1))
     trainer.advance()
     for parameter, first, second in zip(trainer.parameters, one, other, strict=True):
@@ -102,7 +102,7 @@ def test_a_tiny_model_learns_its_groups_at_every_ratio(
         ratios_low=(1, 2), ratios_high=(4,), learning_rate=5e-3,
         embedding_rate=1.0, warmup_steps=5, precision="fp32",
     )  # fmt: skip
-    Trainer(checkpoint, GroupSet(GROUPS, checkpoint), recipe, tmp_path, CPU).run()
+    Trainer(checkpoint, GROUPS, recipe, tmp_path).run()
     loaded = TrainableCheckpoint.load(tmp_path)  # what was written ranks, not only what is in memory
     passages = [f"{c} fish" for c in COLOURS]
     with torch.inference_mode():
@@ -133,7 +133,7 @@ def test_lora_trains_few_weights_and_saves_a_plain_checkpoint(
         learning_rate=1e-2,
         precision="fp32",
     )
-    trainer = Trainer(checkpoint, GroupSet(GROUPS, checkpoint), recipe, tmp_path, CPU)
+    trainer = Trainer(checkpoint, GROUPS, recipe, tmp_path)
     assert sum(p.numel() for p in trainer.parameters) < 0.3 * sum(value.numel() for value in before.values())
     trainer.run()
     after = TrainableCheckpoint.load(tmp_path).model.state_dict()
