@@ -81,7 +81,7 @@ def _train(args: argparse.Namespace) -> None:
     trainer.run((lambda: held_out.report(checkpoint, (1, 4, 32))) if held_out else None)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def _main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if args.command == "data":
@@ -96,11 +96,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         _train(args)
     elif args.command == "make":
         work, out = str(args.work), str(args.out)
-        main(["data", "--collections", str(args.collections), "--debian", f"{work}/debian", "--out", f"{work}/data"])
-        main(["start", "--data", f"{work}/data", "--out", f"{work}/start"])
+        _main(["data", "--collections", str(args.collections), "--debian", f"{work}/debian", "--out", f"{work}/data"])
+        _main(["start", "--data", f"{work}/data", "--out", f"{work}/start"])
         made = [f"{work}/start", *(f"{work}/after-{recipe.stem}" for recipe in args.recipe[:-1]), out]
         for recipe, (begin, end) in zip(args.recipe, pairwise(made), strict=True):
-            main(["train", "--data", f"{work}/data", "--from", begin, "--out", end, "--recipe", str(recipe)])
+            _main(["train", "--data", f"{work}/data", "--from", begin, "--out", end, "--recipe", str(recipe)])
     elif args.command == "opposed":
         from training.evaluation import report_opposed
 
@@ -108,4 +108,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    _main()

@@ -30,12 +30,7 @@ DEMO_PASSAGES = {
     " or artemisinin combinations, chosen by region.",
     "other": "Cataract surgery removes the clouded lens of the eye and puts an artificial lens in its place.",
 }
-DEMO_INSTRUCTIONS = (
-    "Retrieve passages about the symptoms",
-    "Retrieve passages about the treatments",
-    DEFAULT,
-    CONTRARY,
-)
+DEMO_INSTRUCTIONS = [*(f"Retrieve passages about the {name}" for name in ("symptoms", "treatments")), DEFAULT, CONTRARY]
 
 
 @torch.inference_mode()
@@ -49,20 +44,14 @@ def margins(
     batch: int = 64,
 ) -> dict[int, dict[str, dict[str, float]]]:
     """{ratio: {query_id: {passage_id: margin}}}. A passage is encoded once; pairs of like length go together."""
-    device = checkpoint.model.device
     passage_ids = sorted({p for found in candidates.values() for p in found})
     tokens = dict(zip(passage_ids, checkpoint.passage_ids([passages[p] for p in passage_ids]), strict=True))
     order = sorted(passage_ids, key=lambda p: len(tokens[p]))
-    prompts = dict(
-        zip(
-            candidates,
-            checkpoint.prompt_ids([queries[q] for q in candidates], [instruction] * len(candidates)),
-            strict=True,
-        )
-    )
+    prompt_ids = checkpoint.prompt_ids([queries[q] for q in candidates], [instruction] * len(candidates))
+    prompts = dict(zip(candidates, prompt_ids, strict=True))
     encoded: dict[str, torch.Tensor] = {}  # passage_id -> (num_tokens, dim)
     out: dict[int, dict[str, dict[str, float]]] = {}
-    with torch.autocast(device.type, torch.bfloat16):
+    with torch.autocast(checkpoint.model.device.type, torch.bfloat16):
         for start in range(0, len(order), batch):
             part = order[start : start + batch]
             states, _ = checkpoint.encode([tokens[p] or [0] for p in part])
@@ -72,16 +61,14 @@ def margins(
         for ratio in ratios:
             scored = out[ratio] = {q: {} for q in candidates}
             pooled = {
-                p: mean_pool(s[None], torch.ones(1, len(s), dtype=torch.long, device=device), ratio)[0][0]
-                for p, s in encoded.items()
+                p: mean_pool(s[None], s.new_ones(1, len(s), dtype=torch.long), ratio)[0][0] for p, s in encoded.items()
             }
             for start in range(0, len(pairs), batch):
                 chunk = pairs[start : start + batch]
                 rows = [pooled[p] for _, p in chunk]
-                mask = pad_sequence(
-                    [torch.ones(len(r), dtype=torch.long, device=device) for r in rows], batch_first=True
-                )
-                margin = checkpoint.margins([prompts[q] for q, _ in chunk], pad_sequence(rows, batch_first=True), mask)
+                states = pad_sequence(rows, batch_first=True)
+                mask = pad_sequence([r.new_ones(len(r), dtype=torch.long) for r in rows], batch_first=True)
+                margin = checkpoint.margins([prompts[q] for q, _ in chunk], states, mask)
                 for (q, p), value in zip(chunk, margin.tolist(), strict=True):
                     scored[q][p] = value
     return out
@@ -128,36 +115,36 @@ def _contrary(
     """Shares of queries where the answer outscores an unrelated passage under DEFAULT, is outscored under CONTRARY,
     and where the answer's own margin changes sign between the two."""
     query_ids = list(collection.qrels)[:num_queries]
-    answers = {q: next(iter(collection.qrels[q])) for q in query_ids}
-    others = {q: answers[query_ids[i - 7]] for i, q in enumerate(query_ids)}
-    pairs = {q: (answers[q], others[q]) for q in query_ids if answers[q] != others[q]}
-    plain = margins(checkpoint, collection.passages, collection.queries, pairs, [ratio], DEFAULT)[ratio]
-    flipped = margins(checkpoint, collection.passages, collection.queries, pairs, [ratio], CONTRARY)[ratio]
-    hits = [plain[q][answers[q]] > plain[q][others[q]] for q in pairs]
-    turned = [flipped[q][answers[q]] < flipped[q][others[q]] for q in pairs]
-    signs = [plain[q][answers[q]] > 0 > flipped[q][answers[q]] for q in pairs]
-    return sum(hits) / len(hits), sum(turned) / len(turned), sum(signs) / len(signs)
+    answers = [next(iter(collection.qrels[q])) for q in query_ids]
+    others = answers[-7:] + answers[:-7]
+    pairs = {q: (a, o) for q, a, o in zip(query_ids, answers, others, strict=True) if a != o}
+    plain, contrary = (
+        margins(checkpoint, collection.passages, collection.queries, pairs, [ratio], instruction)[ratio]
+        for instruction in (DEFAULT, CONTRARY)
+    )
+    above = sum(plain[q][a] > plain[q][o] for q, (a, o) in pairs.items())
+    below = sum(contrary[q][a] < contrary[q][o] for q, (a, o) in pairs.items())
+    signs = sum(plain[q][a] > 0 > contrary[q][a] for q, (a, _) in pairs.items())
+    return above / len(pairs), below / len(pairs), signs / len(pairs)
 
 
 def _aspects(checkpoint: TrainableCheckpoint, collection: JudgedCollection, ratio: int) -> tuple[float, int]:
-    """For a topic with answers on several aspects: how often the asked aspect's answer outscores another's."""
+    """Share and number of (answer on the instruction's aspect, another of the topic) pairs in the right order."""
     topics: dict[str, dict[str, str]] = {}
     for query_id, grades in collection.qrels.items():
-        found = aspect_of(collection.queries[query_id])
-        if found:
+        if found := aspect_of(collection.queries[query_id]):
             topics.setdefault(found[1], {})[found[0]] = next(iter(grades))
     won, total = 0, 0
     for name in ASPECTS:
-        having = {t: a for t, a in topics.items() if name in a and len(set(a.values())) > 1}
-        if not having:
+        pairs = {t: sorted(set(a.values())) for t, a in topics.items() if name in a and len(set(a.values())) > 1}
+        if not pairs:
             continue
-        pairs = {t: sorted(set(a.values())) for t, a in having.items()}
-        asked_for = f"Retrieve passages about {ASPECTS[name][1]}"
-        run = margins(checkpoint, collection.passages, {t: t for t in having}, pairs, [ratio], asked_for)[ratio]
-        for topic, found_aspects in having.items():
-            asked = found_aspects[name]
-            for other in set(found_aspects.values()) - {asked}:
-                won, total = won + (run[topic][asked] > run[topic][other]), total + 1
+        instruction = f"Retrieve passages about {ASPECTS[name][1]}"
+        run = margins(checkpoint, collection.passages, {t: t for t in pairs}, pairs, [ratio], instruction)[ratio]
+        for topic, passage_ids in pairs.items():
+            right = topics[topic][name]
+            won += sum(run[topic][right] > run[topic][p] for p in passage_ids if p != right)
+            total += len(passage_ids) - 1
     return won / max(1, total), total
 
 
@@ -177,11 +164,11 @@ def report_opposed(folder: Path, medquad: Path, ratio: int = 4) -> None:
     checkpoint.model.eval()
     collection = read_judged(medquad)
     with torch.inference_mode():
-        hits, turned, signs = _contrary(checkpoint, collection, 200, ratio)
+        above, below, signs = _contrary(checkpoint, collection, 200, ratio)
         share, total = _aspects(checkpoint, collection, ratio)
         _demonstrate(checkpoint, ratio)
-    print(f"{DEFAULT!r}: answer above an unrelated passage in {hits:.1%}")
-    print(f"{CONTRARY!r}: answer below it in {turned:.1%}; the answer's margin changes sign in {signs:.1%}")
+    print(f"{DEFAULT!r}: answer above an unrelated passage in {above:.1%}")
+    print(f"{CONTRARY!r}: answer below it in {below:.1%}; the answer's margin changes sign in {signs:.1%}")
     print(
         f"the aspect the instruction asks for above another aspect of the same topic in {share:.1%}"
         f" of {total} pairs (chance 50%)"

@@ -72,6 +72,8 @@ class Trainer:
         pairs = batch.valid.flatten().nonzero()[:, 0]
         prompts = [batch.prompts[int(i) // width] for i in pairs]
         rows = batch.candidates.flatten()[pairs].to(self.device)
+        valid, teacher = batch.valid.to(self.device), batch.teacher.to(self.device)
+        terms = recipe.distil, recipe.distil_temperature, recipe.binary
         total = torch.zeros((), device=self.device)
         for ratios in (recipe.ratios_low, recipe.ratios_high):
             if not ratios:
@@ -79,14 +81,7 @@ class Trainer:
             ratio = ratios[int(torch.randint(len(ratios), (), generator=generator))]
             margin = self.checkpoint.pair_margins(prompts, rows, *mean_pool(states, mask, ratio))
             table = torch.zeros(num_queries * width, device=self.device).index_put((pairs.to(self.device),), margin)
-            total = total + group_loss(
-                table.view(num_queries, width),
-                batch.valid.to(self.device),
-                batch.teacher.to(self.device),
-                recipe.distil,
-                recipe.distil_temperature,
-                recipe.binary,
-            )
+            total = total + group_loss(table.view(num_queries, width), valid, teacher, *terms)
         return total
 
     def advance(self) -> float:
@@ -106,7 +101,7 @@ class Trainer:
         return sum(loss for loss, _ in made) / len(made)
 
     def _gradients_of(self, numbers: range) -> list[tuple[float, tuple[torch.Tensor | None, ...]]]:
-        """In order of the batches, whichever ended first."""
+        """Loss and gradients of each batch, in their order."""
         batches = [self.sampler.step(number) for number in numbers]  # the sampler is no work for several threads
         if self._workers is None:
             return [self.gradients(number, batch) for number, batch in zip(numbers, batches, strict=True)]
@@ -121,12 +116,8 @@ class Trainer:
 
         Several threads would share autocast's cache of cast weights, and sum gradients in an order of chance.
         """
-        with torch.autocast(
-            self.device.type,
-            torch.bfloat16,
-            enabled=self.recipe.precision == "bf16",
-            cache_enabled=self._workers is None,
-        ):
+        bf16 = self.recipe.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16, cache_enabled=self._workers is None):
             loss = self.loss(number, batch)
         return float(loss.detach()), torch.autograd.grad(loss, self.parameters, allow_unused=True)
 
