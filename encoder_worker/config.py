@@ -26,8 +26,8 @@ class EncoderConfig(LoadConfig, ServerConfig):
     )
     allow_clipped: bool = knob(
         False,
-        "Store also passages that a trained codec was not trained for: over 5% of a write's numbers outside its "
-        "ranges. Their scores will be wrong.",
+        "Also store passages of which over 5% of the values lie outside the range that the codec was trained on. Their "
+        "scores will be wrong.",
     )
 
     def __post_init__(self) -> None:

@@ -65,8 +65,8 @@ _MODEL_FLAGS = (
 @option(
     "--check/--no-check",
     default=None,
-    help="Refuse to start with a model whose scores are wrong (`preread check`): every model, or none. Without it, "
-    "cross-encoders that are not run in plain float32, once each.",
+    help="Refuse to start with a model whose scores are wrong (`preread check`): every model, or none. By "
+    "default only cross-encoders that do not run in plain float32 are checked, once each.",
 )
 @option("--tracing", is_flag=True, help="Send OpenTelemetry spans to where the OTEL_* variables say.")
 @process_options
