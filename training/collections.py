@@ -199,15 +199,14 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write rows one a line; .gz files carry no name and no timestamp, so that equal rows give equal bytes."""
+    """Write rows one a line; .gz names are gzipped, with no timestamp, so that equal rows give equal bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = (f"{json.dumps(row, ensure_ascii=False)}\n".encode() for row in rows)
-    with open(path, "wb") as file:
-        if path.suffix == ".gz":
-            with gzip.GzipFile("", "wb", fileobj=file, mtime=0) as out:
-                out.writelines(lines)
-        else:
-            file.writelines(lines)
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(b"".join(lines), mtime=0))
+    else:
+        with open(path, "wb") as out:
+            out.writelines(lines)
 
 
 def normalise(text: str) -> str:

@@ -1,7 +1,5 @@
 """`python -m training data`: raw collections and Debian descriptions -> training groups and held-out collections.
 
-Writes OUT/train.jsonl and OUT/train.npz (teacher vectors), OUT/heldout/<source>/ and OUT/select/<source>/ (BEIR:
-queries to report, and others to choose by while training), OUT/texts.jsonl (all training texts, for the vocabulary).
 The relevant passages of a held-out query stay out of the groups, as positives and as negatives.
 """
 

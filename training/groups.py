@@ -1,17 +1,8 @@
-"""Training groups: their file, the teacher's vectors beside it, and the steps that are drawn from them.
+"""Training groups, the teacher's vectors beside their file, and the steps that are drawn from them.
 
-One JSON object a line of `train.jsonl`, one query with its judged passages:
-
-    {"query": "...", "instruction": "...", "positives": ["..."], "negatives": ["..."], "scores": [0.8, 0.1]}
-
-`instruction` may be missing or empty (the checkpoint's default is used). `scores`, optional, holds one teacher
-score per passage, positives first. `"in_batch": false` says that passages of other groups must not be taken as
-non-relevant (an instruction that asks for unrelated passages).
-
-`train.npz` holds `passages` (num_passages, dim), in the order in which the file first names each text, `queries`
-(num_groups, dim), unit rows, and `lexical` (num_groups,), the weight of BM25 next to the cosine for each group. Without
-it a step is drawn from groups of like length. A step is a function of (seed, step) alone, so that a resumed run
-continues exactly.
+training/README.md describes `train.jsonl`. `train.npz` next to it holds the fields of TeacherVectors in float16, the
+passages in the order in which the file first names each text. Without it a step takes groups of like length.
+A step is a function of (seed, step) alone, so that a resumed run continues exactly.
 """
 
 from __future__ import annotations
@@ -71,16 +62,14 @@ class TrainingGroup:
         return {k: v for k, v in asdict(self).items() if (k, v) not in (("scores", ()), ("in_batch", True))}
 
 
-Vectors = NDArray[np.float32]
-
 NEAR_COPY = 0.9  # a teacher cosine to the relevant passage above which another one is no fair non-relevant passage
 
 
 @dataclass(frozen=True)
 class TeacherVectors:
-    passages: Vectors  # (num_passages, dim)
-    queries: Vectors  # (num_groups, dim)
-    lexical: Vectors  # (num_groups,) BM25's weight, the cosine's being 1
+    passages: NDArray[np.float32]  # (num_passages, dim) unit rows
+    queries: NDArray[np.float32]  # (num_groups, dim) unit rows; zeros where the teacher did not read
+    lexical: NDArray[np.float32]  # (num_groups,) BM25's weight, the cosine's being 1
 
     def write(self, groups: Path) -> None:
         """Write the file beside a file of groups."""
@@ -97,7 +86,7 @@ class TeacherVectors:
             return cls(*(stored[f.name].astype(np.float32) for f in fields(cls)))
 
 
-def leaves(vectors: Vectors, size: int, rng: np.random.Generator) -> list[list[int]]:
+def leaves(vectors: NDArray[np.float32], size: int, rng: np.random.Generator) -> list[list[int]]:
     """Rows in lists of `size` near neighbours (a last one may be shorter): halve along a random direction until small.
 
     A direction joins two random rows, so that it separates subjects rather than noise; cuts fall on multiples of

@@ -30,21 +30,19 @@ class Bm25:
     def __init__(self, texts: list[str]) -> None:
         self._index: Any = bm25s.BM25()
         self._index.index(bm25s.tokenize(texts, stopwords="en", show_progress=False), show_progress=False)
-        self.num_texts = len(texts)
+        self._num_texts = len(texts)
 
     def top(self, queries: list[str], k: int = 45) -> list[list[int]]:
         """Rows of the best `k` texts of each query, best first; some may share no word with it."""
         tokens = bm25s.tokenize(queries, stopwords="en", show_progress=False)
-        rows, _ = self._index.retrieve(tokens, k=min(k, self.num_texts), show_progress=False)
+        rows, _ = self._index.retrieve(tokens, k=min(k, self._num_texts), show_progress=False)
         return rows.tolist()  # type: ignore[no-any-return]
 
     def scores(self, query: str) -> NDArray[np.float32]:
         """-> (num_texts,)"""
-        tokens: Any = bm25s.tokenize([query], stopwords="en", show_progress=False, return_ids=False)
-        known = [word for word in tokens[0] if word in self._index.vocab_dict]
-        if not known:
-            return np.zeros(self.num_texts, dtype=np.float32)
-        return np.asarray(self._index.get_scores(known), dtype=np.float32)
+        (words,) = bm25s.tokenize([query], stopwords="en", show_progress=False, return_ids=False)
+        scores: NDArray[np.float32] = self._index.get_scores_from_ids(self._index.get_tokens_ids(words))
+        return scores
 
 
 class VectorCache:
