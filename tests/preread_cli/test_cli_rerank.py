@@ -6,13 +6,13 @@ import gzip
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import ir_measures
 import pytest
 from click.testing import CliRunner
 
-from preread import Client, Passage
 from preread_cli.main import cli
 from tuning.trec import read_run
 
@@ -22,20 +22,9 @@ PASSAGES = {
 COLLECTION = "cli-rerank"
 
 
-@pytest.fixture(scope="module")
-def client(server_pair):
-    with Client(server_pair.address, encoder_address=server_pair.encoder_address) as client:
-        assert len(list(client.upsert([Passage(*pair) for pair in PASSAGES.items()], collection=COLLECTION))) == 5
-        yield client
-
-
 @pytest.fixture
-def rerank(server_pair, client):
-    def run(*arguments: str, stdin: str | None = None):
-        given = ["rerank", *arguments, "--address", server_pair.address, "--store", server_pair.store]
-        return CliRunner().invoke(cli, given, input=stdin)
-
-    return run
+def rerank(command):
+    return partial(command, "rerank")
 
 
 def ids(answer) -> list[str]:

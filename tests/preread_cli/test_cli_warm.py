@@ -4,32 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
-from preread import AsyncClient, Client, Passage
+from preread import AsyncClient
 from preread_cli.main import cli
 
 COLLECTION = "cli-warm"
 PASSAGES = {f"w{i}": f"Warm passage number {i}." for i in range(5)}
 
 
-@pytest.fixture(scope="module")
-def client(server_pair):
-    with Client(server_pair.address, encoder_address=server_pair.encoder_address) as client:
-        assert len(list(client.upsert([Passage(*pair) for pair in PASSAGES.items()], collection=COLLECTION))) == 5
-        yield client
-
-
 @pytest.fixture
-def warm(server_pair, client):
-    def run(*arguments: str, stdin: str | None = None):
-        given = ["warm", *arguments, "--address", server_pair.address, "--store", server_pair.store]
-        return CliRunner().invoke(cli, given, input=stdin)
-
-    return run
+def warm(command):
+    return partial(command, "warm")
 
 
 def test_a_whole_collection_is_warmed(warm) -> None:
