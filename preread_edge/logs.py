@@ -23,8 +23,8 @@ from preread.channel import proxy_options
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Tracer
+
 FORMATS = ("text", "json")
-LEVELS = ("debug", "info", "warning", "error")
 PACKAGES = ("preread", "preread_edge", "preread_cli", "decoder_server", "encoder_worker", "cache", "checkpoint")
 MAX_VALUE_CHARS = 2000  # of one value or message in a line; an exception has its own limit
 MAX_EXCEPTION_CHARS = 20_000

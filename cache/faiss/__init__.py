@@ -1,0 +1,1 @@
+"""The embedded store: FAISS segments and a SQLite catalogue in one directory."""

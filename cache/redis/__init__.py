@@ -1,0 +1,1 @@
+"""The shared store: many services, one set of passages in Redis."""

@@ -1,0 +1,1 @@
+"""The protocols of the reranking server: gRPC, TEI over gRPC, HTTP."""

@@ -1,0 +1,1 @@
+"""One request of a served model: check, plan, admit, fetch, score, rank."""

@@ -205,7 +205,7 @@ def _decompressed(buffered: Any) -> BinaryIO:
         # a decompressobj it never inflates more than was asked for.
         stream = pa.CompressedInputStream(pa.PythonFile(buffered, mode="r"), "zstd")
         return io.BufferedReader(_Raw(stream), _BUFFER_BYTES)
-    return buffered  # type: ignore[no-any-return]
+    return buffered  # type: ignore[no-any-return]  # peeked at above, which BinaryIO lacks
 
 
 def _read_lines(stream: BinaryIO, source: str, max_line_bytes: int) -> Iterator[Line]:

@@ -148,7 +148,7 @@ def test_filling_makes_the_next_pass_a_hit(checkpoint: Checkpoint, fbnl: FbnlBac
     passages = [rng.standard_normal((n, checkpoint.dim)).astype(np.float32) for n in (1, 7, 12)]
     warmed = [StatePair(backend.prompt("any"), states, False, bytes([i])) for i, states in enumerate(passages)]
     assert backend.fill(warmed) == (3, 3)
-    assert [tier.num_misses for tier in backend.caches] == [0, 0]  # nobody asked
+    assert [tier.num_misses for tier in backend.caches] == [0, 0]  # no access yet
     asked = [StatePair(backend.prompt("never asked before"), pair.states, False, pair.key) for pair in warmed]
     np.testing.assert_allclose(backend.score(asked), fbnl.score(asked), atol=1e-5, rtol=0)
     assert [(tier.num_hits, tier.num_misses) for tier in backend.caches] == [(3, 0)] * 2
