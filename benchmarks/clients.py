@@ -42,7 +42,7 @@ COLUMNS = ["clients", "requests", "p50, ms", "p99, ms", "in the model, p50", "ov
 
 def rates_alone(checkpoint: Checkpoint, dtype: str | None) -> dict[int, float]:
     """Candidates a second of the model alone, by how many are in a batch."""
-    backend = FbnlBackend.load(checkpoint, dtype=dtype, budgets=KvCacheConfig(TIER_BYTES, TIER_BYTES))
+    backend = FbnlBackend(checkpoint, dtype=dtype, budgets=KvCacheConfig(TIER_BYTES, TIER_BYTES))
     states = np.random.default_rng(0).standard_normal((PASSAGE_TOKENS // RATIO, checkpoint.dim), dtype=np.float32)
     prompt = backend.prompt(QUERY)
     passages = [

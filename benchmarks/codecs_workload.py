@@ -180,7 +180,7 @@ class Workload:
         if file.exists():
             return np.asarray(np.load(file))
         if dtype not in self._backends:
-            self._backends[dtype] = FbnlBackend.load(self.opened, dtype=dtype)
+            self._backends[dtype] = FbnlBackend(self.opened, dtype=dtype)
         margins = self._score(self._backends[dtype], ratio, change)
         np.save(file, margins)
         return margins

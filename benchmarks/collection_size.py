@@ -102,7 +102,7 @@ def evict_files(folder: Path) -> None:
 
 def model_seconds(model: Path) -> float:
     """Of scoring that many candidates of that size."""
-    backend = FbnlBackend.load(Checkpoint.open(model))
+    backend = FbnlBackend(Checkpoint.open(model))
     states = np.ones((TOKENS // RATIO, backend.checkpoint.dim), dtype=np.float32)
     entry = PassageStates(states, (TOKENS,), RATIO, False, text_digest(""))
     pairs = [pair for _ in range(NUM_READ) for pair in backend.pairs(backend.prompt(QUERY), [entry])[0]]

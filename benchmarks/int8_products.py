@@ -95,7 +95,7 @@ def speed() -> None:
     pairs = [StatePair(prompt, rng.standard_normal((86, checkpoint.dim), dtype=np.float32)) for _ in range(BATCH)]
     rows = []
     for name in ("bfloat16", "int8 products"):
-        backend = FbnlBackend.load(checkpoint, device="cpu", dtype="bfloat16")
+        backend = FbnlBackend(checkpoint, device="cpu", dtype="bfloat16")
         if name != "bfloat16":
             with_int8_products(backend)
         rows.append([name, median_seconds(lambda: backend.score(pairs), repeats=7) / BATCH * 1e3])  # noqa: B023
@@ -113,7 +113,7 @@ def effect(name: str, path: str, num_passages: int) -> None:
         pairs.append(pooled)
     rows, exact = [], np.empty(0)
     for kind in ("float32", "bfloat16", "int8 products, float32", "int8 products, bfloat16"):
-        backend = FbnlBackend.load(checkpoint, device="cpu", dtype="bfloat16" if "bfloat16" in kind else "float32")
+        backend = FbnlBackend(checkpoint, device="cpu", dtype="bfloat16" if "bfloat16" in kind else "float32")
         if "int8" in kind:
             with_int8_products(backend)
         prompt = backend.prompt("which genes are involved in the immune response")

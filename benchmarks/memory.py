@@ -59,7 +59,7 @@ def load(half: str, directory: Path, dtype: str) -> None:
         if half == "encoder":
             Encoder.load(checkpoint, device="cpu", dtype=dtype).encode([tokens], RATIO)
         else:
-            FbnlBackend.load(checkpoint, device="cpu", dtype=dtype).warm_up()
+            FbnlBackend(checkpoint, device="cpu", dtype=dtype).warm_up()
 
 
 def load_transformers(directory: Path, dtype: str) -> None:

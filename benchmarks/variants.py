@@ -49,7 +49,7 @@ class Models:
         quiet.disable_progress_bar()
         self.checkpoint = Checkpoint.open(directory)
         self.dtype = DTYPES[dtype]
-        self.backend = FbnlBackend.load(self.checkpoint, device="cpu", dtype=dtype)
+        self.backend = FbnlBackend(self.checkpoint, device="cpu", dtype=dtype)
         self.encoder = Encoder.load(self.checkpoint, device="cpu", dtype=dtype)
         whole: Any = T5Gemma2ForConditionalGeneration.from_pretrained(directory, dtype=self.dtype)
         self.whole = whole.eval()
@@ -59,7 +59,7 @@ class Models:
         """Our decoder with the tier of keys, and that of prefixes where asked for, each as large as it likes."""
         if (form, prefix) not in self._tiered:
             budgets = KvCacheConfig(TIER_BYTES, TIER_BYTES if prefix else 0, form)
-            backend = FbnlBackend.load(self.checkpoint, device="cpu", dtype=dtype_name(self.dtype), budgets=budgets)
+            backend = FbnlBackend(self.checkpoint, device="cpu", dtype=dtype_name(self.dtype), budgets=budgets)
             self._tiered[form, prefix] = backend
         return self._tiered[form, prefix]
 

@@ -52,7 +52,7 @@ class Experiment:
 
     @cached_property
     def backend(self) -> FbnlBackend:
-        return FbnlBackend.load(self.checkpoint, device=self.device, dtype=self.dtype)
+        return FbnlBackend(self.checkpoint, device=self.device, dtype=self.dtype)
 
     @cached_property
     def encoder(self) -> PassageEncoder:

@@ -203,7 +203,7 @@ def score_passages(
         owners += [index] * len(windows)
     best = np.full(len(passages), -np.inf, dtype=np.float32)
     begun: set[int] = set()
-    for batch in split_by_length(pairs, BATCH_TOKENS[backend.device_name.split(":")[0]]):
+    for batch in split_by_length(pairs, BATCH_TOKENS[backend.device_name.split(":")[0]][1]):
         rows = [owners[i] for i in batch]
         with np.errstate(invalid="ignore"):  # NaN stays, as in the server
             np.maximum.at(best, rows, backend.score([pairs[i] for i in batch]))

@@ -27,7 +27,7 @@ from decoder_server.engine.plan import Plan, check, plan, unique
 from decoder_server.engine.request_run import EngineParts, RequestRun, ranked
 from decoder_server.engine.scheduler import Scheduler
 from decoder_server.models.backend import Backend, Prompt
-from decoder_server.models.loading import batch_tokens
+from decoder_server.models.loading import BATCH_TOKENS
 from preread.errors import DeadlineExceeded, InvalidRequest, NotFound, Unavailable
 from preread.types import Degraded, OnMiss, RerankRequest, Result, Summary
 
@@ -75,7 +75,9 @@ class Engine:
         self.reads_text = backend.identity() is None
         self.in_flight = InFlight(name, observers)
         self.catalogue = Catalogue(store, backend.identity(), limits.max_staleness_seconds)
-        min_tokens, max_tokens = batch_tokens(limits, backend)
+        min_tokens, max_tokens = BATCH_TOKENS[backend.device_name.split(":")[0]]
+        if limits.max_batch_tokens is not None:
+            min_tokens = max_tokens = limits.max_batch_tokens
         self.scheduler = Scheduler(backend, threads.model, max_tokens, min_tokens, observers)
         self.admission = Admission(
             self.scheduler.stats,

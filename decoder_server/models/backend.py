@@ -80,9 +80,7 @@ class Backend(Protocol):
 
     def identity(self) -> EncoderIdentity | None: ...  # the encoder whose states this model reads; None: it reads text
 
-    def prompt(self, query: str, instruction: str | None = None) -> Prompt:
-        """Tokenizes query and instruction."""
-        ...
+    def prompt(self, query: str, instruction: str | None = None) -> Prompt: ...  # tokenizes both
 
     def pairs(self, prompt: Any, passages: Sequence[Any]) -> Sequence[Sequence[Pair]]:
         """Per passage its windows under this backend's own prompt.
@@ -96,17 +94,13 @@ class Backend(Protocol):
         """The beginning, or end, of a passage: at most `max_tokens` (None: the limit of a passage)."""
         ...
 
-    def is_empty(self, text: str) -> bool:
-        """Whether a passage's text has no tokens."""
-        ...
+    def is_empty(self, text: str) -> bool: ...  # whether a passage's text has no tokens
 
     def score(self, pairs: Sequence[Any]) -> NDArray[np.float32]:
         """Margins (len(pairs),) of this backend's own pairs; NaN where a logit was not finite."""
         ...
 
-    def activate(self, margin: float) -> float:
-        """The published score of a margin: P(yes) for fbnl."""
-        ...
+    def activate(self, margin: float) -> float: ...  # the published score of a margin: P(yes) for fbnl
 
     def warm_up(self) -> None: ...  # one forward pass, whose margin must be finite
 
@@ -128,21 +122,15 @@ class StatesBackend(Backend, Protocol):
     """A backend that reads states: it may keep keys and values of passages, and its attention can be looked at."""
 
     @property
-    def caches(self) -> Sequence[_PassCache]:
-        """Caches that are enabled or disabled by a budget of 0, always in the same order."""
-        ...
+    def caches(self) -> Sequence[_PassCache]: ...  # enabled, or disabled by a budget of 0; always in the same order
 
     def fill(self, pairs: Sequence[Any]) -> Sequence[int]:
         """Pre-fills the caches for these pairs; per cache, how many of the pairs it holds now."""
         ...
 
-    def attention(self, pair: Any) -> NDArray[np.float32]:
-        """The readout token's weight on every state, (num_states,)."""
-        ...
+    def attention(self, pair: Any) -> NDArray[np.float32]: ...  # the readout token's weight on every state
 
-    def spans(self, text: str) -> list[tuple[int, int]]:
-        """Per token of a passage, the characters of `text` it stands for."""
-        ...
+    def spans(self, text: str) -> list[tuple[int, int]]: ...  # per token of a passage, its characters of `text`
 
 
 def sigmoid(margins: NDArray[np.float32] | np.float32) -> NDArray[np.float32]:

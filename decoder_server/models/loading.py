@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from decoder_server.config import DecoderConfig, ModelConfig
+from decoder_server.config import ModelConfig
 from decoder_server.models.backend import Backend
 
-# Most and fewest tokens per batch, by device: above the first a pass is no faster per token, below
-# the second it is mostly fixed cost.
-BATCH_TOKENS = {"cpu": 8192, "cuda": 65_536}
-MIN_BATCH_TOKENS = {"cpu": 1024, "cuda": 16_384}
+# Fewest and most tokens per batch, by device: below the first a pass is mostly fixed cost, above the second it is no
+# faster per token.
+BATCH_TOKENS = {"cpu": (1024, 8192), "cuda": (16_384, 65_536)}
 
 
 def load_model(model: ModelConfig) -> Backend:
@@ -21,35 +20,14 @@ def load_model(model: ModelConfig) -> Backend:
     import torch  # seconds to import; only a process that serves should pay
 
     torch.set_flush_denormal(True)  # a setting of the thread, and this is the one that computes
-    return _load_fbnl(model) if is_fbnl(model) else _load_cross_encoder(model)
+    if is_fbnl(model):
+        from checkpoint import Checkpoint
+        from decoder_server.models.fbnl.backend import FbnlBackend
 
-
-def is_fbnl(model: ModelConfig) -> bool:
-    """Whether the model reads states.
-
-    Raises:
-        CheckpointError: no such checkpoint.
-    """
-    if model.backend != "auto":
-        return model.backend == "fbnl"
-    from checkpoint.files import read_json, resolve
-    from checkpoint.model import MODEL_TYPE
-
-    # Loading a configuration without a type as fbnl names the missing field.
-    return bool(read_json(resolve(model.checkpoint) / "config.json").get("model_type", MODEL_TYPE) == MODEL_TYPE)
-
-
-def _load_fbnl(model: ModelConfig) -> Backend:
-    from checkpoint import Checkpoint
-    from decoder_server.models.fbnl.backend import FbnlBackend
-
-    checkpoint = Checkpoint.open(
-        model.checkpoint, max_passage_tokens=model.max_passage_tokens, neutralise=not model.read_control_tokens
-    )
-    return FbnlBackend.load(checkpoint, device=model.device, dtype=model.dtype, budgets=model.kv_caches)
-
-
-def _load_cross_encoder(model: ModelConfig) -> Backend:
+        checkpoint = Checkpoint.open(
+            model.checkpoint, max_passage_tokens=model.max_passage_tokens, neutralise=not model.read_control_tokens
+        )
+        return FbnlBackend(checkpoint, device=model.device, dtype=model.dtype, budgets=model.kv_caches)
     from decoder_server.models.cross_encoder.loading import open_cross_encoder
 
     if model.read_control_tokens:
@@ -68,9 +46,16 @@ def _load_cross_encoder(model: ModelConfig) -> Backend:
     )
 
 
-def batch_tokens(config: DecoderConfig, backend: Backend) -> tuple[int, int]:
-    """Fewest and most tokens per batch: as configured, or as suits the device."""
-    if config.max_batch_tokens is not None:
-        return config.max_batch_tokens, config.max_batch_tokens
-    device = backend.device_name.split(":")[0]
-    return MIN_BATCH_TOKENS[device], BATCH_TOKENS[device]
+def is_fbnl(model: ModelConfig) -> bool:
+    """Whether the model reads states.
+
+    Raises:
+        CheckpointError: no such checkpoint.
+    """
+    if model.backend != "auto":
+        return model.backend == "fbnl"
+    from checkpoint.files import read_json, resolve
+    from checkpoint.model import MODEL_TYPE
+
+    # Loading a configuration without a type as fbnl names the missing field.
+    return bool(read_json(resolve(model.checkpoint) / "config.json").get("model_type", MODEL_TYPE) == MODEL_TYPE)

@@ -53,7 +53,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def fbnl(tiny: Path) -> FbnlBackend:
-    return FbnlBackend.load(Checkpoint.open(tiny), device="cpu", dtype="float32")
+    return FbnlBackend(Checkpoint.open(tiny), device="cpu", dtype="float32")
 
 
 class GatedBackend:

@@ -19,7 +19,7 @@ TEXT = "The pooled states of its tokens are kept, and the decoder attends over t
 
 def test_weights_are_those_of_transformers_eager_attention(tiny_checkpoint: Path) -> None:
     checkpoint = Checkpoint.open(tiny_checkpoint)
-    backend = FbnlBackend.load(checkpoint, device="cpu", dtype="float32")
+    backend = FbnlBackend(checkpoint, device="cpu", dtype="float32")
     model = T5Gemma2ForConditionalGeneration.from_pretrained(tiny_checkpoint, attn_implementation="eager").eval()
     for ratio in (1, 4):
         (states,) = Encoder.load(checkpoint, device="cpu", dtype="float32").encode(

@@ -125,7 +125,7 @@ def test_margins_are_those_of_sentence_transformers(
 
     checkpoint = Checkpoint.open(directory, neutralise=False)  # --read-control-tokens
     encoder = Encoder.load(checkpoint, device="cpu", dtype="float32")
-    backend = FbnlBackend.load(checkpoint, device="cpu", dtype="float32")
+    backend = FbnlBackend(checkpoint, device="cpu", dtype="float32")
     ids = [passage.ids for passage in checkpoint.text.passages(documents)]
     states = encoder.encode(ids, checkpoint.settings.default_compression_ratio)
     margins = backend.score([StatePair(backend.prompt(query), each) for query in queries for each in states])

@@ -18,7 +18,7 @@ from cache.states import PassageStates, text_digest
 from checkpoint import Checkpoint
 from decoder_server.config import KvCacheConfig
 from decoder_server.models.fbnl.backend import FbnlBackend
-from decoder_server.models.fbnl.kv_cache import MIN_MISSES, KVCache, StatePair, StoredKV
+from decoder_server.models.fbnl.kv_cache import MIN_MISSES, KVCache, StatePair
 
 MIB = 1 << 20
 QUERIES = ("What is the capital of China?", "gravity", "A passage is read once, and the states are kept")
@@ -38,7 +38,7 @@ def checkpoint(tiny: Path) -> Checkpoint:
 
 
 def made(checkpoint: Checkpoint, budgets: KvCacheConfig) -> FbnlBackend:
-    return FbnlBackend.load(checkpoint, device="cpu", dtype="float32", budgets=budgets)
+    return FbnlBackend(checkpoint, device="cpu", dtype="float32", budgets=budgets)
 
 
 def batches(backend: FbnlBackend, num: int, seed: int = 0) -> Iterator[list[StatePair]]:
@@ -58,17 +58,24 @@ def batches(backend: FbnlBackend, num: int, seed: int = 0) -> Iterator[list[Stat
 def test_what_is_kept_comes_back_within_its_format(form: str) -> None:
     numbers = kv(7)
     numbers[0, 0, 3] = 0  # a row of zeros has no largest number
-    read = StoredKV.of(numbers, form).read(torch.float32)
+    cache = KVCache("keys", MIB, form)
+    entry = cache.put("a", numbers)
+    assert entry is not None
+    read = cache.read(entry)
     largest = numbers.abs().amax(-1, keepdim=True)
     bound = {"auto": 0.0, "bfloat16": 2**-8 * numbers.abs(), "int8": largest / 127 / 2 + 1e-6}[form]
     assert ((read - numbers).abs() <= bound).all()
 
 
 def test_int8_and_bfloat16_take_the_bytes_they_say() -> None:
-    numbers = kv(32)
-    assert StoredKV.of(numbers, "auto").num_bytes == numbers.nbytes
-    assert StoredKV.of(numbers, "bfloat16").num_bytes == numbers.nbytes // 2
-    assert StoredKV.of(numbers, "int8").num_bytes == numbers.nbytes // 4 + numbers.nbytes // 16  # and a scale per 16
+    numbers, num_bytes = kv(32), {}
+    for form in ("auto", "bfloat16", "int8"):
+        cache = KVCache("keys", MIB, form)
+        cache.put("a", numbers)
+        num_bytes[form] = cache.num_bytes - 1024  # of an entry besides its tensors
+    assert num_bytes["auto"] == numbers.nbytes
+    assert num_bytes["bfloat16"] == numbers.nbytes // 2
+    assert num_bytes["int8"] == numbers.nbytes // 4 + numbers.nbytes // 16  # and a scale per 16
 
 
 def test_an_entry_is_wanted_from_its_second_asking_on() -> None:
@@ -105,7 +112,7 @@ def test_a_tier_has_hardly_more_than_its_bytes_in_memory() -> None:
     for i in range(100):
         entry = tier.put(i, kv(7))
         assert entry is not None
-        kept.append(weakref.ref(entry.numbers))
+        kept.append(weakref.ref(entry[0]))
         del entry
         assert sum(numbers() is not None for numbers in kept) <= 20 + 5  # and what is just leaving
 

@@ -60,7 +60,7 @@ class Halves:
     def __init__(self, directory: Path) -> None:
         self.checkpoint = Checkpoint.open(directory)
         self.encoder = Encoder.load(self.checkpoint, device="cpu", dtype="float32")
-        self.backend = FbnlBackend.load(self.checkpoint, device="cpu", dtype="float32")
+        self.backend = FbnlBackend(self.checkpoint, device="cpu", dtype="float32")
         self.oracle = Oracle(directory)
 
     def expected(self, prompts: list[list[int]], passages: list[list[int]], ratio: int) -> NDArray[np.float32]:
@@ -190,7 +190,7 @@ def test_non_finite_states_give_nan_for_their_pair_alone(load: Callable[[str | S
 def test_bfloat16_stays_near_float32(load: Callable[[str | Shape], Halves]) -> None:
     halves = load("tiny")
     pairs = halves.pairs(QUERIES, [passage_of(halves, n) for n in (3, 40, 100)], 4)
-    narrow = FbnlBackend.load(halves.checkpoint, device="cpu", dtype="bfloat16")
+    narrow = FbnlBackend(halves.checkpoint, device="cpu", dtype="bfloat16")
     np.testing.assert_allclose(narrow.score(pairs), halves.backend.score(pairs), atol=0.2)
 
 
@@ -211,7 +211,7 @@ def test_published_margins_of_kalm_nano(instruction: str | None, expected: list[
     """Source: KaLM-Reranker-V1-Nano, bf16, r = 4; the second row is logit(P(yes)) of .9972850 and 5.896418e-07."""
     checkpoint = Checkpoint.open(os.environ[KALM])
     encoder = Encoder.load(checkpoint, dtype="float32")
-    backend = FbnlBackend.load(checkpoint, dtype="float32")
+    backend = FbnlBackend(checkpoint, dtype="float32")
     texts = ["The capital of China is Beijing.", "Gravity attracts bodies toward one another."]
     states = encoder.encode([p.ids for p in checkpoint.text.passages(texts)], 4)
     prompt = backend.prompt("What is the capital of China?", instruction)

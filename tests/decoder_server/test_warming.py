@@ -19,9 +19,7 @@ IDS = [f"p{i}" for i in range(12)]
 @pytest.fixture
 def tiered(tiny: Path) -> FbnlBackend:
     """The model of the other tests, with room for everything."""
-    return FbnlBackend.load(
-        Checkpoint.open(tiny), device="cpu", dtype="float32", budgets=KvCacheConfig(MIB * 16, MIB * 16)
-    )
+    return FbnlBackend(Checkpoint.open(tiny), device="cpu", dtype="float32", budgets=KvCacheConfig(MIB * 16, MIB * 16))
 
 
 def warm_request(ids: list[str] | None = None, **fields: object) -> rerank_pb2.WarmRequest:

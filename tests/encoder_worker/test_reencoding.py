@@ -58,7 +58,7 @@ def test_margins_are_those_of_a_well_trained_table_again(
     tiny_checkpoint: Path, encoder: PassageEncoder, store: Store, narrow: Callable[..., Collection], texts, codec: str
 ) -> None:
     old = narrow(codec)
-    backend = FbnlBackend.load(Checkpoint.open(tiny_checkpoint), device="cpu", dtype="float32")
+    backend = FbnlBackend(Checkpoint.open(tiny_checkpoint), device="cpu", dtype="float32")
     prompts = [backend.prompt(query) for query in ("what does it do", "how are names bound")]
 
     def margins(states) -> np.ndarray:

@@ -42,7 +42,7 @@ def worker(checkpoint: Checkpoint, encoder: Encoder) -> PassageEncoder:
 
 @pytest.fixture(scope="module")
 def backend(checkpoint: Checkpoint) -> FbnlBackend:
-    return FbnlBackend.load(checkpoint, device="cpu", dtype="float32")
+    return FbnlBackend(checkpoint, device="cpu", dtype="float32")
 
 
 @pytest.fixture

@@ -108,7 +108,7 @@ class FbnlScorer(Scorer):
 
     def in_format(self, dtype: str) -> FbnlScorer:
         """The same weights in another number format."""
-        backend = FbnlBackend.load(self.checkpoint, device=self.backend.device_name, dtype=dtype)
+        backend = FbnlBackend(self.checkpoint, device=self.backend.device_name, dtype=dtype)
         return FbnlScorer(backend, self.ratio)
 
     def states(self, pairs: Sequence[TextTriple], ratio: int | None = None) -> list[PassageStates]:

@@ -149,7 +149,7 @@ class Sweep(Experiment):
         """Margins (num_pairs,) in float32, without a codec."""
         exact = self.backend
         if exact.dtype_name != "float32":
-            exact = FbnlBackend.load(self.checkpoint, device=self.device, dtype="float32")
+            exact = FbnlBackend(self.checkpoint, device=self.device, dtype="float32")
         return Margins(self.work, self.states, self.pairs, self.prompts).reference(exact, self.progress)
 
     @cached_property

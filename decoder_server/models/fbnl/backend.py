@@ -28,34 +28,11 @@ class FbnlBackend:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        device: torch.device,
-        dtype: torch.dtype,
-        *,
-        compiled: bool = False,
-        budgets: KvCacheConfig = NO_KV_CACHES,
-    ) -> None:
-        self.settings = checkpoint.settings
-        self.checkpoint_name = checkpoint.name
-        self.dtype_name = dtype_name(dtype)
-        self.device_name = str(device)
-        self.checkpoint = checkpoint
-        self._text = checkpoint.text  # read before the weights: a wrong tokenizer should fail fast
-        self._device, self._dtype = device, dtype
-        tensors = checkpoint.decoder_tensors(dtype)
-        if device.type != "cpu":
-            tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-        self._decoder = Decoder(checkpoint.decoder_config, tensors, checkpoint.eoi_id, compiled=compiled)
-        self._contexts = self._new_contexts(budgets)
-
-    @classmethod
-    def load(
-        cls,
-        checkpoint: Checkpoint,
         *,
         device: str | None = None,
         dtype: str | None = None,
         budgets: KvCacheConfig = NO_KV_CACHES,
-    ) -> FbnlBackend:
+    ) -> None:
         """Reads the decoder's tensors.
 
         Args:
@@ -67,18 +44,26 @@ class FbnlBackend:
             CheckpointError: files that cannot be served.
             ValueError: a device or dtype that is not to be had.
         """
-        where = choose_device(device)
-        fused = choose_fused(checkpoint.dim, where)
-        return cls(checkpoint, where, choose_dtype(dtype, where), compiled=fused, budgets=budgets)
+        self._device = choose_device(device)
+        fused = choose_fused(checkpoint.dim, self._device)
+        self._dtype = choose_dtype(dtype, self._device)
+        self.settings = checkpoint.settings
+        self.checkpoint_name = checkpoint.name
+        self.dtype_name = dtype_name(self._dtype)
+        self.device_name = str(self._device)
+        self.checkpoint = checkpoint
+        self._text = checkpoint.text  # read before the weights: a wrong tokenizer should fail fast
+        tensors = checkpoint.decoder_tensors(self._dtype)
+        if self._device.type != "cpu":
+            tensors = {name: tensor.to(self._device) for name, tensor in tensors.items()}
+        self._decoder = Decoder(checkpoint.decoder_config, tensors, checkpoint.eoi_id, compiled=fused)
+        self._contexts = Contexts(self._decoder, budgets, self._device, self._dtype)
 
     def with_caches(self, budgets: KvCacheConfig) -> FbnlBackend:
         """The same weights with caches of another size, empty."""
         other = copy.copy(self)
-        other._contexts = self._new_contexts(budgets)
+        other._contexts = Contexts(self._decoder, budgets, self._device, self._dtype)
         return other
-
-    def _new_contexts(self, budgets: KvCacheConfig) -> Contexts:
-        return Contexts(self._decoder, budgets, self._device, self._dtype)
 
     @property
     def num_compilations(self) -> int:
@@ -95,8 +80,8 @@ class FbnlBackend:
         """Per passage its windows under the prompt."""
         return [
             [
-                StatePair(prompt, states, passage.truncated, key)
-                for states, key in zip(passage.windows(), _window_keys(passage), strict=True)
+                StatePair(prompt, states, passage.truncated, _window_key(passage, window))
+                for window, states in enumerate(passage.windows())
             ]
             for passage in passages
         ]
@@ -119,9 +104,8 @@ class FbnlBackend:
         if not pairs:
             return np.empty(0, dtype=np.float32)
         margins = np.empty(len(pairs), dtype=np.float32)
-        for part in self._contexts.parts(pairs):
-            read = self._decoder.margins(part.token_ids, part.context, part.layout, self._text.yes_id, self._text.no_id)
-            margins[list(part.rows)] = read.cpu().numpy()
+        for rows, inputs in self._contexts.passes(pairs):
+            margins[rows] = self._decoder.margins(*inputs, self._text.yes_id, self._text.no_id).cpu().numpy()
         return np.where(np.isfinite(margins), margins, np.float32("nan"))
 
     @property
@@ -156,9 +140,6 @@ class FbnlBackend:
             raise CheckpointError(f"{self.checkpoint.path}: the first forward pass gave no finite margin")
 
 
-def _window_keys(passage: AnyStates) -> list[bytes]:
-    """The cache key of each window at its ratio; empty for a passage without a key."""
-    num_windows = len(passage.window_tokens)
-    if not passage.key:
-        return [b""] * num_windows
-    return [passage.key + struct.pack("<II", passage.compression_ratio, i) for i in range(num_windows)]
+def _window_key(passage: AnyStates, window: int) -> bytes:
+    """Names a window at its ratio in the caches; empty for a passage without a key."""
+    return passage.key and passage.key + struct.pack("<II", passage.compression_ratio, window)

@@ -14,6 +14,7 @@ copy of bytes and one conversion by torch, or none; other codecs decode all pass
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -44,8 +45,6 @@ SMALLEST = 1e-20
 _Prefix = tuple[tuple[int, ...], bytes]  # the very tokens, and the key of the states that they read
 _Name = bytes | _Prefix | int  # a number is of one pair alone
 
-_NUMBER_FORMATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StatePair:
@@ -72,108 +71,66 @@ class StatePair:
         return len(self.prompt.ids) + len(self.states)
 
 
-@dataclass
-class _Kind:
-    """Pairs whose states become numbers in one step."""
-
-    dim: int
-    dtype: torch.dtype  # the numbers' format before the model's
-    codec: Codec | None  # decodes them; None: they are numbers
-    parts: list[NDArray[np.uint8]] = field(default_factory=list)  # bytes, a row per state
-    places: list[int] = field(default_factory=list)  # in the batch
-
-
 def batch_states(pairs: Sequence[StatePair], device: torch.device, dtype: torch.dtype) -> Tensor:
     """States of all pairs in their order, (sum of num_states, dim) of `dtype` on `device`.
 
     Passages of several codecs, and numbers next to codes, may share a batch. Every row equals its own decoding to
     float32, converted.
     """
-    kinds = _kinds(pairs)
-    if not kinds:
+    if not pairs:
         return torch.empty((0, 0), device=device, dtype=dtype)
-    filled = [_converted(_numbers(kind, device.type == "cuda"), device, dtype) for kind in kinds]
+    kinds: dict[str | Codec, list[int]] = defaultdict(list)  # pairs whose states become numbers in one step
+    for i, pair in enumerate(pairs):
+        codec = pair.states.codec if isinstance(pair.states, Codes) else None
+        kinds["float32" if codec is None else codec.number_format or codec].append(i)
+    filled = [_numbers(kind, [pairs[i].states for i in at], device, dtype) for kind, at in kinds.items()]
     if len(filled) == 1:
         return filled[0]
     # Rows of a kind lie together: each is sent to where its pair is.
     ends = np.cumsum([pair.num_states for pair in pairs])
-    batch = torch.empty((int(ends[-1]), kinds[0].dim), device=device, dtype=dtype)
-    for kind, rows in zip(kinds, filled, strict=True):
-        spans = [np.arange(ends[i] - pairs[i].num_states, ends[i]) for i in kind.places]
+    batch = torch.empty((int(ends[-1]), filled[0].shape[1]), device=device, dtype=dtype)
+    for at, rows in zip(kinds.values(), filled, strict=True):
+        spans = [np.arange(ends[i] - pairs[i].num_states, ends[i]) for i in at]
         batch[torch.from_numpy(np.concatenate(spans)).to(device)] = rows
     return batch
 
 
-def _kinds(pairs: Sequence[StatePair]) -> list[_Kind]:
-    kinds: dict[str | Codec, _Kind] = {}
-    for i, pair in enumerate(pairs):
-        states = pair.states
-        if isinstance(states, Codes):
-            number_format, rows = states.codec.number_format, states.rows
-            codec = None if number_format else states.codec
-            name: str | Codec = number_format or states.codec
-            kind = kinds.get(name) or _Kind(states.codec.dim, _NUMBER_FORMATS.get(number_format, torch.float32), codec)
-        else:
-            name, rows = "float32", np.ascontiguousarray(states, dtype=np.float32).view(np.uint8)
-            kind = kinds.get(name) or _Kind(states.shape[1], torch.float32, None)
-        kind.parts.append(rows)
-        kind.places.append(i)
-        kinds[name] = kind
-    return list(kinds.values())
-
-
-def _converted(numbers: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    if device.type == "cpu" and (numbers.dtype, dtype) == (torch.float16, torch.bfloat16):
+def _numbers(
+    kind: str | Codec, states: Sequence[NDArray[np.float32] | Codes], device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Numbers of what a codec, or a number format, wrote: one pair's after another's."""
+    rows = [
+        one.rows if isinstance(one, Codes) else np.ascontiguousarray(one, np.float32).view(np.uint8) for one in states
+    ]
+    dim = states[0].codec.dim if isinstance(states[0], Codes) else states[0].shape[1]
+    form = torch.float32 if isinstance(kind, Codec) else getattr(torch, kind)
+    # Pinned: in memory that a GPU reads directly.
+    numbers = torch.empty((sum(map(len, rows)), dim), dtype=form, pin_memory=device.type == "cuda")
+    if isinstance(kind, Codec):
+        kind.decode_many(rows, out=numbers.numpy())
+    else:
+        np.concatenate(rows, out=numbers.view(torch.uint8).numpy())
+    if device.type == "cpu" and (form, dtype) == (torch.float16, torch.bfloat16):
         numbers = numbers.float()  # in one step it takes five times as long: torch has no vector code for it
     # To the device first: a GPU is sent the narrow numbers, and converts them itself.
     return numbers.to(device).to(dtype)
 
 
-def _numbers(kind: _Kind, pinned: bool) -> Tensor:
-    """The kind's states in its own format, one pair after another; `pinned`: in memory that a GPU reads directly."""
-    num_states = sum(map(len, kind.parts))
-    numbers = torch.empty((num_states, kind.dim), dtype=kind.dtype, pin_memory=pinned)
-    if kind.codec is not None:
-        kind.codec.decode_many(kind.parts, out=numbers.numpy())
-    else:
-        np.concatenate(kind.parts, out=numbers.view(torch.uint8).numpy())
-    return numbers
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class StoredKV:
-    """Keys and values of one entry: as computed, in bfloat16, or as int8 with one scale per row and head."""
-
-    numbers: Tensor  # (num_layers, 2, rows, num_kv, head)
-    scales: Tensor | None  # of int8, float32 (num_layers, 2, rows, num_kv, 1)
-
-    @classmethod
-    def of(cls, kv: Tensor, form: str) -> StoredKV:
-        """A copy of keys and values, (num_layers, 2, rows, num_kv, head); `form` auto keeps them as they are."""
-        if form != "int8":
-            dtype = torch.bfloat16 if form == "bfloat16" else kv.dtype
-            return cls(torch.empty(kv.shape, dtype=dtype, device=kv.device).copy_(kv), None)
-        # A scale per row and head: keys are normed, so a row's numbers are of one size; values of one row, nearly.
-        scales = kv.abs().amax(-1, keepdim=True).float().clamp(min=SMALLEST) / 127
-        return cls((kv / scales).round().to(torch.int8), scales)
-
-    @property
-    def num_bytes(self) -> int:
-        return self.numbers.nbytes + (self.scales.nbytes if self.scales is not None else 0)
-
-    def read(self, dtype: torch.dtype) -> Tensor:
-        """(num_layers, 2, rows, num_kv, head); the entry itself where it is kept in that dtype."""
-        return self.numbers.to(dtype) if self.scales is None else (self.numbers * self.scales).to(dtype)
+_Entry = tuple[Tensor, Tensor | None]  # numbers; and of int8 their scales, float32 (num_layers, 2, rows, num_kv, 1)
 
 
 class KVCache:
-    """Keys and values in memory within a byte budget. Written to by one thread; counters may be read from any."""
+    """Keys and values (num_layers, 2, rows, num_kv, head) in memory within a byte budget.
 
-    def __init__(self, name: str, max_bytes: int, form: str) -> None:
+    Written to by one thread; counters may be read from any.
+    """
+
+    def __init__(self, name: str, max_bytes: int, form: str, dtype: torch.dtype = torch.float32) -> None:
         """
         Args:
             max_bytes: 0 disables the cache.
-            form: of entries: auto, bfloat16 or int8.
+            form: of entries: auto, as computed; bfloat16; or int8 with one scale per row and head.
+            dtype: in which entries are read.
         """
         self.name = name
         self.max_bytes = max_bytes
@@ -181,8 +138,9 @@ class KVCache:
         self.num_misses = 0
         self.num_admitted = 0
         self._form = form
-        self._entries: ByteBoundedCache[Hashable, StoredKV] = ByteBoundedCache(
-            max_bytes, lambda kv: kv.num_bytes + ENTRY_OVERHEAD_BYTES
+        self._dtype = dtype
+        self._entries: ByteBoundedCache[Hashable, _Entry] = ByteBoundedCache(
+            max_bytes, lambda kv: ENTRY_OVERHEAD_BYTES + sum(part.nbytes for part in kv if part is not None)
         )
         self._misses: Moka[int, int] = Moka(MAX_COUNTED_KEYS, policy="lru")
 
@@ -199,8 +157,8 @@ class KVCache:
     def num_entries(self) -> int:
         return self._entries.num_entries
 
-    def get(self, key: Hashable) -> StoredKV | None:
-        """The entry; a hit or a miss is counted."""
+    def get(self, key: Hashable) -> _Entry | None:
+        """An entry, for `read`; a hit or a miss is counted."""
         entry = self._entries.get(key)
         if entry is not None:
             self.num_hits += 1
@@ -210,20 +168,32 @@ class KVCache:
         self._misses.set(digest, (self._misses.get(digest) or 0) + 1)
         return None
 
+    def read(self, entry: _Entry) -> Tensor:
+        """Its keys and values: the very ones where they are kept in the dtype that they are read in."""
+        numbers, scales = entry
+        return (numbers if scales is None else numbers * scales).to(self._dtype)
+
     def admits(self, key: Hashable) -> bool:
         """Whether a missed entry should be kept once it is computed."""
         return self.enabled and (self._misses.get(hash(key)) or 0) >= MIN_MISSES
 
-    def put(self, key: Hashable, kv: Tensor) -> StoredKV | None:
-        """Keeps a copy of keys and values (num_layers, 2, rows, num_kv, head); None where it is over the budget.
+    def put(self, key: Hashable, kv: Tensor) -> _Entry | None:
+        """Keeps a copy of keys and values, and returns it; None where it is over the budget.
 
         A full cache may evict it immediately, in favour of entries that are read more often.
         """
-        entry = StoredKV.of(kv, self._form)
-        if not self._entries.put(key, entry):
+        scales = None
+        if self._form == "int8":
+            # A scale per row and head: keys are normed, so a row's numbers are of one size; values of one row, nearly.
+            scales = kv.abs().amax(-1, keepdim=True).float().clamp(min=SMALLEST) / 127
+            numbers = (kv / scales).round().to(torch.int8)
+        else:
+            dtype = torch.bfloat16 if self._form == "bfloat16" else kv.dtype
+            numbers = torch.empty(kv.shape, dtype=dtype, device=kv.device).copy_(kv)
+        if not self._entries.put(key, (numbers, scales)):
             return None
         self.num_admitted += 1
-        return entry
+        return numbers, scales
 
     def __contains__(self, key: Hashable) -> bool:
         """Whether an entry is there now; counts nothing."""
@@ -236,39 +206,29 @@ class KVCache:
 
 
 @dataclass(frozen=True, slots=True)
-class _PassInput:
-    """Pairs of a batch that share a forward pass."""
-
-    rows: Sequence[int]  # of the batch
-    token_ids: Tensor  # of their prompts, less the cached prefixes, packed
-    context: Iterable[KeysValues]
-    layout: Layout
-
-
-@dataclass(frozen=True, slots=True)
 class _Needed:
     """Keys and values that a batch needs of one cache, by name, since pairs may share them."""
 
     cache: KVCache
     names: Sequence[_Name | None]  # per pair; None: nothing
     keep_all: bool = False  # else what the cache admits
-    kv: dict[_Name | None, Tensor] = field(default_factory=dict)  # (num_layers, 2, rows, num_kv, head) each
+    kv: dict[_Name | None, Tensor] = field(default_factory=dict)
 
-    def look_up(self, dtype: torch.dtype) -> None:
+    def look_up(self) -> None:
         for name in self.names if self.cache.enabled else ():
             if name is None or isinstance(name, int):
                 continue
             entry = self.cache.get(name)  # each pair counts, also one whose name another pair brought
             if entry is not None and name not in self.kv:
-                self.kv[name] = entry.read(dtype)
+                self.kv[name] = self.cache.read(entry)
 
     @property
     def useful(self) -> bool:
         """Whether the cache holds or admits anything of it."""
-        return bool(self.kv) or any(self.admits(name) for name in self.names)
+        return bool(self.kv) or any(map(self.admits, self.names))
 
     def admits(self, name: _Name | None) -> bool:
-        if name is None or isinstance(name, int) or not self.cache.enabled:
+        if not self.cache.enabled or not isinstance(name, bytes | tuple):
             return False
         return name not in self.cache if self.keep_all else self.cache.admits(name)
 
@@ -280,58 +240,54 @@ class _Needed:
                 first.setdefault(name, i)
         return first
 
-    def computed(self, name: _Name, kv: Tensor) -> None:
-        self.kv[name] = kv
-        if self.admits(name):
-            self.cache.put(name, kv)
+    def computed(self, names: Iterable[_Name], kv: Tensor, lengths: Sequence[int]) -> None:
+        """Takes what was computed, end to end, and keeps what is worth it."""
+        for name, part in zip(names, torch.split(kv, lengths, dim=2), strict=True):
+            self.kv[name] = part
+            if self.admits(name):
+                self.cache.put(name, part)
+
+
+_Pass = tuple[Tensor, Iterable[KeysValues], Layout]  # prompts' tokens less cached prefixes, packed; context; layout
 
 
 class Contexts:
     """The caches of one decoder, and the contexts that its passes read. Used by one thread."""
 
     def __init__(self, decoder: Decoder, budgets: KvCacheConfig, device: torch.device, dtype: torch.dtype) -> None:
-        self.keys = KVCache("keys", budgets.max_keys_bytes, budgets.form)
-        self.prefixes = KVCache("prefixes", budgets.max_prefix_bytes, budgets.form)
+        self.keys = KVCache("keys", budgets.max_keys_bytes, budgets.form, dtype)
+        self.prefixes = KVCache("prefixes", budgets.max_prefix_bytes, budgets.form, dtype)
         self._decoder = decoder
         self._device = device
         self._dtype = dtype
 
     @torch.inference_mode()
-    def parts(self, pairs: Sequence[StatePair]) -> list[_PassInput]:
-        """The batch, ready for its passes: one for pairs with a cached prefix, one for the others."""
-        every = range(len(pairs))
+    def passes(self, pairs: Sequence[StatePair]) -> list[tuple[list[int], _Pass]]:
+        """Rows of the batch that share a forward pass, and its input: those with a cached prefix, and the others."""
+        every = list(range(len(pairs)))
         passages, prefixes = self._needed(pairs)
-        passages.look_up(self._dtype)
-        prefixes.look_up(self._dtype)
+        passages.look_up()
+        prefixes.look_up()
         if not passages.useful and not prefixes.useful:
             # Caches that are disabled or cold: a layer's keys are made when the pass comes to it.
-            return [
-                self._part(
-                    pairs,
-                    every,
-                    [0] * len(pairs),
-                    self._decoder.passage_kv(batch_states(pairs, self._device, self._dtype)),
-                )
-            ]
-        self._compute_passages(pairs, passages)
-        self._compute_prefixes(passages, prefixes)
-        cached = [name in prefixes.kv for name in prefixes.names]
-        parts = []
-        for rows in ([i for i in every if cached[i]], [i for i in every if not cached[i]]):
+            context = self._decoder.passage_kv(batch_states(pairs, self._device, self._dtype))
+            return [(every, self._pass(pairs, [0] * len(pairs), context))]
+        self._compute(pairs, passages, prefixes)
+        cached = [i for i in every if prefixes.names[i] in prefixes.kv]
+        passes = []
+        for rows in (cached, [i for i in every if prefixes.names[i] not in prefixes.kv]):
             if rows:
                 before = [prefixes.kv.get(prefixes.names[i]) for i in rows]
-                lengths = [0 if prefix is None else prefix.shape[2] for prefix in before]
                 own = [passages.kv[passages.names[i]] for i in rows]
                 both = [kv for pair in zip(before, own, strict=True) for kv in pair if kv is not None]
-                parts.append(self._part(pairs, rows, lengths, _packed(both)))
-        return parts
+                lengths = [0 if prefix is None else prefix.shape[2] for prefix in before]
+                passes.append((rows, self._pass([pairs[i] for i in rows], lengths, _packed(both))))
+        return passes
 
     @torch.inference_mode()
     def fill(self, pairs: Sequence[StatePair]) -> tuple[int, int]:
         """Pre-fills the caches, whatever they would admit; per cache, how many of the pairs it holds now."""
-        passages, prefixes = self._needed(pairs, keep_all=True)
-        self._compute_passages(pairs, passages)
-        self._compute_prefixes(passages, prefixes)
+        self._compute(pairs, *self._needed(pairs, keep_all=True))
         return sum(pair.key in self.keys for pair in pairs), sum(_prefix(pair) in self.prefixes for pair in pairs)
 
     def _needed(self, pairs: Sequence[StatePair], *, keep_all: bool = False) -> tuple[_Needed, _Needed]:
@@ -340,36 +296,29 @@ class Contexts:
         names = [_prefix(pair) if self.prefixes.enabled else None for pair in pairs]
         return passages, _Needed(self.prefixes, names, keep_all)
 
-    def _compute_passages(self, pairs: Sequence[StatePair], passages: _Needed) -> None:
+    def _compute(self, pairs: Sequence[StatePair], passages: _Needed, prefixes: _Needed) -> None:
+        """Every passage that is missing, then, over passages, the prefixes that are worth an entry."""
         missing = passages.missing()
-        if not missing:
-            return
-        first = [pairs[i] for i in missing.values()]
-        kv = _stacked(self._decoder.passage_kv(batch_states(first, self._device, self._dtype)))
-        for name, part in zip(missing, torch.split(kv, [pair.num_states for pair in first], dim=2), strict=True):
-            passages.computed(name, part)
-
-    def _compute_prefixes(self, passages: _Needed, prefixes: _Needed) -> None:
+        if missing:
+            first = [pairs[i] for i in missing.values()]
+            kv = _stacked(self._decoder.passage_kv(batch_states(first, self._device, self._dtype)))
+            passages.computed(missing, kv, [pair.num_states for pair in first])
         missing = {name: i for name, i in prefixes.missing().items() if prefixes.admits(name)}
-        if not missing:
-            return
-        tokens = [name[0] for name in missing if isinstance(name, tuple)]
-        own = [passages.kv[passages.names[i]] for i in missing.values()]
-        lengths = [len(ids) for ids in tokens]
-        layout = Layout(lengths, [kv.shape[2] for kv in own], self._device)
-        ids = torch.tensor(list(chain.from_iterable(tokens)), device=self._device)
-        kv = _stacked(self._decoder.prompt_kv(ids, _packed(own), layout))
-        for name, part in zip(missing, torch.split(kv, lengths, dim=2), strict=True):
-            prefixes.computed(name, part)
+        if missing:
+            tokens = [name[0] for name in missing if isinstance(name, tuple)]
+            own = [passages.kv[passages.names[i]] for i in missing.values()]
+            lengths = [len(ids) for ids in tokens]
+            layout = Layout(lengths, [kv.shape[2] for kv in own], self._device)
+            kv = _stacked(self._decoder.prompt_kv(self._ids(tokens), _packed(own), layout))
+            prefixes.computed(missing, kv, lengths)
 
-    def _part(
-        self, pairs: Sequence[StatePair], rows: Sequence[int], prefix_lengths: list[int], context: Iterable[KeysValues]
-    ) -> _PassInput:
-        left = [pairs[i].prompt.ids[length:] for i, length in zip(rows, prefix_lengths, strict=True)]
-        ids = torch.tensor(list(chain.from_iterable(left)), device=self._device)
-        counts = [pairs[i].num_states for i in rows]
-        layout = Layout([len(prompt) for prompt in left], counts, self._device, prefix_lengths)
-        return _PassInput(rows, ids, context, layout)
+    def _pass(self, pairs: Sequence[StatePair], prefix_lengths: list[int], context: Iterable[KeysValues]) -> _Pass:
+        left = [pair.prompt.ids[length:] for pair, length in zip(pairs, prefix_lengths, strict=True)]
+        counts = [pair.num_states for pair in pairs]
+        return self._ids(left), context, Layout([len(ids) for ids in left], counts, self._device, prefix_lengths)
+
+    def _ids(self, prompts: Iterable[Sequence[int]]) -> Tensor:
+        return torch.tensor(list(chain.from_iterable(prompts)), device=self._device)
 
 
 def _prefix(pair: StatePair) -> _Prefix | None:

@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 
 from checkpoint.synthetic import make_checkpoint
 from decoder_server.config import ModelConfig
-from decoder_server.models.fbnl.kv_cache import StoredKV
+from decoder_server.models.fbnl.kv_cache import KVCache
 from preread_cli.main import cli
 from preread_cli.models import SHIPPED_MODEL
 from tuning import EvaluationError
@@ -64,8 +64,8 @@ def test_the_shipped_checkpoint_is_healthy(tmp_path: Path) -> None:
 
 def test_caches_that_change_margins_are_found(some_pairs: PairSet, monkeypatch: pytest.MonkeyPatch) -> None:
     """Entries whose layers come back in another order."""
-    read = StoredKV.read
-    monkeypatch.setattr(StoredKV, "read", lambda self, dtype: read(self, dtype).flip(0))
+    read = KVCache.read
+    monkeypatch.setattr(KVCache, "read", lambda self, entry: read(self, entry).flip(0))
     report = check(float32(SHIPPED_MODEL), pairs=some_pairs)
     kept = {s.title for s in report.sections if s.title.startswith("cached")}
     assert {s.title for s in report.sections if s.failed} == kept
