@@ -8,8 +8,7 @@ from the passages fetched. Under pressure a request may be scored at a coarser r
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from decoder_server.engine.plan import Plan
 from decoder_server.engine.scheduler import SchedulerStats
@@ -32,13 +31,12 @@ class Reservation:
         Args:
             stages: candidates of each, and tokens of one of them.
         """
-        self.num_tokens = sum(num_candidates * each for num_candidates, each in stages)
         self._admission = admission
-        self._each = [each for _, each in stages]
         self._left = [num_candidates for num_candidates, _ in stages]
+        self._each = [each for _, each in stages]
 
     @property
-    def num_tokens_left(self) -> float:
+    def num_tokens(self) -> float:
         """Estimated tokens still to compute."""
         return sum(left * each for left, each in zip(self._left, self._each, strict=True))
 
@@ -53,14 +51,6 @@ class Reservation:
         for stage, left in enumerate(self._left):
             self.finished(left, stage)
         self._admission.release(self)
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """Cost of one plan."""
-
-    num_tokens: float  # over all stages
-    seconds: float  # until there is a response, the queue included; of a cascade the response of its first stage
 
 
 class Admission:
@@ -93,19 +83,16 @@ class Admission:
             Overloaded: no room.
         """
         reservation = Reservation(self, [(num, num_prompt_tokens + self._states(ratio)) for num, ratio in reads])
+        num_tokens, limit = reservation.num_tokens, self.max_queued_tokens
         if self.num_requests >= self._max_requests:
             mean_tokens = self.num_tokens / self.num_requests
             raise self._rejection(f"{self.num_requests} requests wait; the limit is {self._max_requests}", mean_tokens)
-        limit = self.max_queued_tokens
-        excess = self.num_tokens + reservation.num_tokens - limit
+        excess = self.num_tokens + num_tokens - limit
         if self.num_requests and excess > 0:
-            message = (
-                f"about {self.num_tokens:.0f} tokens wait and this request has about {reservation.num_tokens:.0f}; "
-                f"the limit is {limit:.0f}"
-            )
-            raise self._rejection(message, min(excess, self.num_tokens))
+            message = f"about {self.num_tokens:.0f} tokens wait and this request has about {num_tokens:.0f}; "
+            raise self._rejection(f"{message}the limit is {limit:.0f}", min(excess, self.num_tokens))
         self.num_requests += 1
-        self.num_tokens += reservation.num_tokens
+        self.num_tokens += num_tokens
         self._reservations.add(reservation)
         return reservation
 
@@ -121,7 +108,7 @@ class Admission:
         Args:
             queue_share: of the queue's limit, in use before requests are degraded.
         """
-        if not self._stats.pass_time.known:
+        if not self._stats.knows_pass_time:
             return plan, None
         plans = plan.coarser()
         estimates = [self._estimate(one, num_candidates, num_prompt_tokens) for one in plans]
@@ -145,14 +132,17 @@ class Admission:
         """Expected states of one candidate; tokens, where the model reads text."""
         return max(1.0, self._passage_tokens / max(1, ratio))
 
-    def _estimate(self, plan: Plan, num_candidates: int, num_prompt_tokens: int) -> Estimate:
+    def _estimate(self, plan: Plan, num_candidates: int, num_prompt_tokens: int) -> tuple[float, float]:
+        """Tokens over all stages, and seconds until there is a response, the queue included; of a cascade the first
+        stage's.
+        """
         reads = [(num, self._states(ratio)) for num, ratio in plan.reads(num_candidates)]
         num_tokens = sum(num * (num_prompt_tokens + num_states) for num, num_states in reads)
         # When the machine is shared equally, so much is computed before a request of this size is done.
-        ahead = sum(min(num_tokens, one.num_tokens_left) for one in self._reservations)
+        ahead = sum(min(num_tokens, one.num_tokens) for one in self._reservations)
         num, num_states = reads[0]
-        own = self._stats.pass_time.seconds(num * num_prompt_tokens, num * num_states)
-        return Estimate(num_tokens, ahead / self._stats.drain_rate + own)
+        own = self._stats.pass_seconds(num * num_prompt_tokens, num * num_states)
+        return num_tokens, ahead / self._stats.drain_rate + own
 
     def _rejection(self, message: str, tokens_ahead: float) -> Overloaded:
         self.num_rejected += 1
@@ -162,30 +152,28 @@ class Admission:
 
 
 def choose(
-    estimates: Sequence[Estimate], seconds_left: float | None, num_queued_tokens: float, max_queued_tokens: float
+    estimates: Sequence[tuple[float, float]],
+    seconds_left: float | None,
+    num_queued_tokens: float,
+    max_queued_tokens: float,
 ) -> tuple[int, str]:
     """The first option that satisfies both pressures, else the last, and the pressure behind it ("" for option 0).
 
     Args:
+        estimates: tokens and seconds of each.
         seconds_left: until the deadline; None: there is none.
         num_queued_tokens: of requests in flight.
         max_queued_tokens: of requests in flight, this one included, before requests are degraded.
     """
     by_deadline = by_queue = 0
+    last = len(estimates) - 1
     if seconds_left is not None:
-        by_deadline = _first(estimate.seconds <= DEADLINE_SHARE * seconds_left for estimate in estimates)
+        in_time = (i for i, (_, seconds) in enumerate(estimates) if seconds <= DEADLINE_SHARE * seconds_left)
+        by_deadline = next(in_time, last)
     if num_queued_tokens > 0:  # a single request keeps no other waiting
-        by_queue = _first(num_queued_tokens + estimate.num_tokens <= max_queued_tokens for estimate in estimates)
+        room = (i for i, (num_tokens, _) in enumerate(estimates) if num_queued_tokens + num_tokens <= max_queued_tokens)
+        by_queue = next(room, last)
     chosen = max(by_deadline, by_queue)
     if chosen == 0:
         return 0, ""
     return chosen, "deadline" if by_deadline >= by_queue else "queue"
-
-
-def _first(fits: Iterable[bool]) -> int:
-    """The first that fits, else the last."""
-    last = 0
-    for last, one in enumerate(fits):
-        if one:
-            return last
-    return last

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from decoder_server.engine.lifecycle import Observer, PassRecord, QueueInterval
 from decoder_server.models.backend import Backend, Pair
@@ -45,67 +45,21 @@ FREE_CELLS = 1 << 18
 MAX_PADDING = 2.0
 
 
-class PassTime:
-    """Seconds of forward passes over (prompt tokens, states), by least squares with older passes fading.
-
-    The two rates differ by far: a state only feeds keys and values, a prompt token runs through every layer.
-    """
-
-    def __init__(self) -> None:
-        self._pp = self._ps = self._ss = self._pt = self._st = 0.0
-        self._tokens = self._seconds = 0.0
-
-    def learn(self, num_prompt_tokens: int, num_states: int, seconds: float) -> None:
-        """Takes one pass into account."""
-        p, s, t = float(num_prompt_tokens), float(num_states), seconds
-        # Every pass counts by its share, not by its square: a batch twice as large is not four times the evidence.
-        weight = 1.0 / max(1.0, p + s)
-        self._pp = TIME_MEMORY * self._pp + weight * p * p
-        self._ps = TIME_MEMORY * self._ps + weight * p * s
-        self._ss = TIME_MEMORY * self._ss + weight * s * s
-        self._pt = TIME_MEMORY * self._pt + weight * p * t
-        self._st = TIME_MEMORY * self._st + weight * s * t
-        self._tokens = TIME_MEMORY * self._tokens + p + s
-        self._seconds = TIME_MEMORY * self._seconds + t
-
-    @property
-    def known(self) -> bool:
-        """Whether there was any pass."""
-        return self._tokens > 0
-
-    def seconds(self, num_prompt_tokens: float, num_states: float) -> float:
-        """Expected seconds of such a pass; 0 before the first pass."""
-        per_prompt_token, per_state = self._rates()
-        return num_prompt_tokens * per_prompt_token + num_states * per_state
-
-    def _rates(self) -> tuple[float, float]:
-        if not self.known:
-            return 0.0, 0.0
-        mean = self._seconds / self._tokens
-        prior = PRIOR * (self._pp + self._ss)
-        pp, ss = self._pp + prior, self._ss + prior
-        pt, st = self._pt + prior * mean, self._st + prior * mean
-        determinant = pp * ss - self._ps * self._ps
-        a, b = (pt * ss - st * self._ps) / determinant, (st * pp - pt * self._ps) / determinant
-        if b < 0:  # noise: the other alone explains it
-            a, b = pt / pp, 0.0
-        elif a < 0:
-            a, b = 0.0, st / ss
-        return (a, b) if math.isfinite(a) and math.isfinite(b) else (mean, mean)
-
-
 @dataclass
 class SchedulerStats:
-    """Counts and rates since the start."""
+    """Counts and rates since the start.
+
+    Seconds of forward passes over (prompt tokens, states) are learned by least squares with older passes fading. The
+    two rates differ by far: a state only feeds keys and values, a prompt token runs through every layer.
+    """
 
     num_passes: int = 0
     num_pairs: int = 0  # scored, or tried to
     num_tokens: int = 0
     num_dropped_pairs: int = 0  # of cancelled requests, or past their deadline
     compute_seconds: float = 0.0
-    pass_time: PassTime = field(default_factory=PassTime)
-    _recent_tokens: float = 0.0
-    _recent_seconds: float = 0.0
+    _recent: tuple[float, float] = 0.0, 0.0  # tokens that left the queue, and seconds
+    _fit: tuple[float, ...] = (0.0,) * 7  # weighted sums of p², p s, s², p t, s t; tokens; seconds
 
     @property
     def tokens_per_second(self) -> float:
@@ -114,8 +68,8 @@ class SchedulerStats:
 
     def drained(self, num_tokens: int, seconds: float) -> None:
         """A pass took that much from the queue; `seconds` since the pass before, if pairs were queued by then."""
-        self._recent_tokens = RATE_MEMORY * self._recent_tokens + num_tokens
-        self._recent_seconds = RATE_MEMORY * self._recent_seconds + seconds
+        recent_tokens, recent_seconds = self._recent
+        self._recent = RATE_MEMORY * recent_tokens + num_tokens, RATE_MEMORY * recent_seconds + seconds
 
     @property
     def drain_rate(self) -> float:
@@ -123,7 +77,8 @@ class SchedulerStats:
 
         Under a flood the process has more to do than passes, and queued requests wait for that, too.
         """
-        return self._recent_tokens / self._recent_seconds if self._recent_seconds else self.tokens_per_second
+        recent_tokens, recent_seconds = self._recent
+        return recent_tokens / recent_seconds if recent_seconds else self.tokens_per_second
 
     def count(self, pairs: Sequence[Pair], seconds: float) -> PassRecord:
         """Counts one pass and describes it."""
@@ -133,24 +88,55 @@ class SchedulerStats:
         self.num_pairs += len(pairs)
         self.num_tokens += num_tokens
         self.compute_seconds += seconds
-        self.pass_time.learn(num_prompt_tokens, num_tokens - num_prompt_tokens, seconds)
+        self.learn(num_prompt_tokens, num_tokens - num_prompt_tokens, seconds)
         needed = sum(_cells(pair.num_prompt_tokens, pair.num_states) for pair in pairs)
         longest = _cells(max(pair.num_prompt_tokens for pair in pairs), max(pair.num_states for pair in pairs))
         return PassRecord(len(pairs), num_tokens, needed, len(pairs) * longest - needed, seconds)
 
+    def learn(self, num_prompt_tokens: int, num_states: int, seconds: float) -> None:
+        """Takes the time of one pass into account."""
+        p, s, t = float(num_prompt_tokens), float(num_states), seconds
+        # Every pass counts by its share, not by its square: a batch twice as large is not four times the evidence.
+        w = 1.0 / max(1.0, p + s)
+        new = (w * p * p, w * p * s, w * s * s, w * p * t, w * s * t, p + s, t)
+        self._fit = tuple(TIME_MEMORY * old + one for old, one in zip(self._fit, new, strict=True))
+
+    @property
+    def knows_pass_time(self) -> bool:
+        """Whether there was any pass."""
+        return self._fit[5] > 0
+
+    def pass_seconds(self, num_prompt_tokens: float, num_states: float) -> float:
+        """Expected seconds of such a pass; 0 before the first pass."""
+        per_prompt_token, per_state = self._seconds_per_token() if self.knows_pass_time else (0.0, 0.0)
+        return num_prompt_tokens * per_prompt_token + num_states * per_state
+
+    def _seconds_per_token(self) -> tuple[float, float]:
+        pp, ps, ss, pt, st, tokens, seconds = self._fit
+        mean = seconds / tokens
+        prior = PRIOR * (pp + ss)
+        pp, ss, pt, st = pp + prior, ss + prior, pt + prior * mean, st + prior * mean
+        determinant = pp * ss - ps * ps
+        a, b = (pt * ss - st * ps) / determinant, (st * pp - pt * ps) / determinant
+        if b < 0:  # noise: the other alone explains it
+            a, b = pt / pp, 0.0
+        elif a < 0:
+            a, b = 0.0, st / ss
+        return (a, b) if math.isfinite(a) and math.isfinite(b) else (mean, mean)
+
 
 @dataclass(slots=True, eq=False)
 class _Passage:
-    """The pairs of one submission: windows of one passage."""
+    """One submission, the windows of one passage."""
 
-    num_left: int
+    queue: RequestQueue
+    num_pairs: int
     future: asyncio.Future[list[float | None]]
     margins: list[float | None] = field(default_factory=list)
 
     def scored(self, margin: float | None) -> None:
         self.margins.append(margin)
-        self.num_left -= 1
-        if self.num_left == 0 and not self.future.done():
+        if len(self.margins) == self.num_pairs and not self.future.done():
             self.future.set_result(self.margins)
 
     def fail(self, error: Exception) -> None:
@@ -159,10 +145,7 @@ class _Passage:
             self.future.exception()  # retrieved: the request may have ended for another reason
 
 
-class _Queued(NamedTuple):
-    queue: RequestQueue
-    pair: Pair
-    passage: _Passage
+_Queued = tuple[_Passage, Pair]
 
 
 class RequestQueue:
@@ -179,8 +162,8 @@ class RequestQueue:
         self.num_tokens = 0  # that are queued
         self.closed = False
         self.passes: list[QueueInterval] = []
+        self.taken = asyncio.Event()
         self._waiting: deque[_Queued] = deque()
-        self._taken = asyncio.Event()
         self._since: float | None = None  # pairs are ready and none of them is computed
         self._computing = False
 
@@ -188,21 +171,21 @@ class RequestQueue:
         return len(self._waiting)
 
     def add(self, pairs: Sequence[Pair], passage: _Passage) -> None:
-        self._waiting.extend(_Queued(self, pair, passage) for pair in pairs)
+        self._waiting.extend((passage, pair) for pair in pairs)
         self.num_tokens += sum(pair.num_tokens for pair in pairs)
         if not self._computing and self._since is None:
             self._since = time.monotonic()
 
     def next_tokens(self) -> int:
         """Cost of the next pair."""
-        return self._waiting[0].pair.num_tokens
+        return self._waiting[0][1].num_tokens
 
     def take(self) -> _Queued:
         """The next pair, for a batch that is being filled."""
-        one = self._waiting.popleft()
-        self.num_tokens -= one.pair.num_tokens
-        self._taken.set()
-        return one
+        passage, pair = self._waiting.popleft()
+        self.num_tokens -= pair.num_tokens
+        self.taken.set()
+        return passage, pair
 
     def clear(self, error: Exception | None = None) -> int:
         """Drops everything queued, or fails it with `error`; how many pairs that were.
@@ -213,17 +196,11 @@ class RequestQueue:
         self._waiting.clear()
         self.num_tokens = 0
         self._since = None
-        self._taken.set()
+        self.taken.set()
         if error is not None:
-            for one in dropped:
-                one.passage.fail(error)
+            for passage, _ in dropped:
+                passage.fail(error)
         return len(dropped)
-
-    async def room(self, max_tokens: int) -> None:
-        """Returns once fewer than `max_tokens` are queued."""
-        while self.num_tokens >= max_tokens and not self.closed:
-            self._taken.clear()
-            await self._taken.wait()
 
     def expired(self, now: float) -> bool:
         """The request was cancelled, or its deadline passed."""
@@ -299,14 +276,17 @@ class Scheduler:
         """
         if self._stopped:
             raise Unavailable(STOPPED)
-        passage = _Passage(len(pairs), asyncio.get_running_loop().create_future())
+        passage = _Passage(queue, len(pairs), asyncio.get_running_loop().create_future())
         queue.add(pairs, passage)
         self._ready.set()
         return passage.future
 
     async def room(self, queue: RequestQueue) -> None:
         """Returns when the queue should be fed: less than its share of two batches is in it."""
-        await queue.room(max(1, 2 * self.batch_tokens // max(1, len(self._queues))))
+        max_tokens = max(1, 2 * self.batch_tokens // max(1, len(self._queues)))
+        while queue.num_tokens >= max_tokens and not queue.closed:
+            queue.taken.clear()
+            await queue.taken.wait()
 
     @property
     def batch_tokens(self) -> int:
@@ -326,16 +306,14 @@ class Scheduler:
             while True:
                 await self._ready.wait()
                 self._batch = self._next_batch()
-                if self._backend.listwise:
-                    await self._pass(self._batch)
-                    continue
-                for rows in split_by_length([one.pair for one in self._batch]):
+                every = [range(len(self._batch))]
+                for rows in every if self._backend.listwise else split_by_length([pair for _, pair in self._batch]):
                     await self._pass([self._batch[i] for i in rows])
         finally:
             self._stopped = True
             error = Unavailable(STOPPED)
-            for one in self._batch:
-                one.passage.fail(error)
+            for passage, _ in self._batch:
+                passage.fail(error)
             for queue in self._queues:
                 queue.clear(error)
 
@@ -343,15 +321,15 @@ class Scheduler:
         """Pairs of the best-ranked requests, up to the token budget; at least one where any are queued."""
         now = time.monotonic()
         batch: list[_Queued] = []
-        num_tokens, budget = 0, self.batch_tokens
+        left = self.batch_tokens
         for queue in self._queues:
             if queue.expired(now):
                 self.stats.num_dropped_pairs += queue.clear()
             if self._backend.listwise and queue:  # one request's list, whole
                 return [queue.take() for _ in range(len(queue))]
-            while queue and (not batch or num_tokens + queue.next_tokens() <= budget):
+            while queue and (not batch or queue.next_tokens() <= left):
+                left -= queue.next_tokens()
                 batch.append(queue.take())
-                num_tokens += batch[-1].pair.num_tokens
         if not batch:
             self._ready.clear()
             self._last_pass = None
@@ -359,12 +337,12 @@ class Scheduler:
 
     async def _pass(self, batch: list[_Queued]) -> None:
         start = time.monotonic()
-        alive = [one for one in batch if not one.queue.expired(start)]
+        alive = [one for one in batch if not one[0].queue.expired(start)]
         self.stats.num_dropped_pairs += len(batch) - len(alive)
         if not alive:
             return
-        pairs = [one.pair for one in alive]
-        ready = {queue: queue.pass_started() for queue in {one.queue for one in alive}}
+        pairs = [pair for _, pair in alive]
+        ready = {queue: queue.pass_started() for queue in {passage.queue for passage, _ in alive}}
         margins = await asyncio.get_running_loop().run_in_executor(self._executor, self._score, pairs)
         end = time.monotonic()
         counted = self.stats.count(pairs, end - start)
@@ -375,8 +353,8 @@ class Scheduler:
             observer.pass_finished(counted)
         for queue, since in ready.items():
             queue.pass_finished(since, start, end)
-        for one, margin in zip(alive, margins, strict=True):
-            one.passage.scored(margin)
+        for (passage, _), margin in zip(alive, margins, strict=True):
+            passage.scored(margin)
 
     def _score(self, pairs: list[Pair]) -> list[float | None]:
         """On the model's thread. A pass that raises is repeated pair by pair: a bad one costs itself only.

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from decoder_server.engine.admission import Estimate, choose
+from decoder_server.engine.admission import choose
 from decoder_server.engine.plan import Plan
-from decoder_server.engine.scheduler import PassTime
+from decoder_server.engine.scheduler import SchedulerStats
 from preread.types import Stage, format_stages
 from preread.v1 import rerank_pb2
 
@@ -36,7 +36,7 @@ def test_options_are_multiples_and_ever_coarser(plan: Plan, ratios: list[str]) -
 
 
 # Tokens over all stages, seconds until there is an answer.
-COSTS = [Estimate(800, 8.0), Estimate(400, 4.0), Estimate(200, 2.0), Estimate(100, 1.0)]
+COSTS = [(800, 8.0), (400, 4.0), (200, 2.0), (100, 1.0)]
 
 
 @pytest.mark.parametrize(
@@ -61,30 +61,30 @@ def test_the_finest_option_that_both_pressures_let_pass(seconds_left, queued, li
 
 
 def test_a_times_tells_prompt_tokens_from_states() -> None:
-    rng, times = np.random.default_rng(3), PassTime()
-    assert not times.known
-    assert times.seconds(100, 100) == 0
+    rng, times = np.random.default_rng(3), SchedulerStats()
+    assert not times.knows_pass_time
+    assert times.pass_seconds(100, 100) == 0
     for _ in range(200):
         prompt, states = rng.integers(500, 3000), rng.integers(100, 4000)
         times.learn(int(prompt), int(states), float(1e-4 * prompt + 1e-5 * states) * rng.uniform(0.95, 1.05))
-    assert times.seconds(1000, 0) == pytest.approx(0.1, rel=0.1)
-    assert times.seconds(0, 1000) == pytest.approx(0.01, rel=0.3)
+    assert times.pass_seconds(1000, 0) == pytest.approx(0.1, rel=0.1)
+    assert times.pass_seconds(0, 1000) == pytest.approx(0.01, rel=0.3)
 
 
 def test_a_times_without_variety_has_one_rate_for_both() -> None:
-    times = PassTime()
+    times = SchedulerStats()
     for _ in range(5):
         times.learn(1000, 1000, 0.2)
-    assert times.seconds(1, 0) == pytest.approx(1e-4, rel=0.01)
-    assert times.seconds(0, 1) == pytest.approx(1e-4, rel=0.01)
+    assert times.pass_seconds(1, 0) == pytest.approx(1e-4, rel=0.01)
+    assert times.pass_seconds(0, 1) == pytest.approx(1e-4, rel=0.01)
 
 
 def test_a_times_is_never_negative() -> None:
-    rng, times = np.random.default_rng(4), PassTime()
+    rng, times = np.random.default_rng(4), SchedulerStats()
     for _ in range(50):
         times.learn(int(rng.integers(1, 100)), int(rng.integers(1, 100)), float(rng.uniform(0.0, 1.0)))
-        assert times.seconds(1, 0) >= 0
-        assert times.seconds(0, 1) >= 0
+        assert times.pass_seconds(1, 0) >= 0
+        assert times.pass_seconds(0, 1) >= 0
 
 
 def counted(serving, name: str) -> dict[tuple[str, ...], float]:
