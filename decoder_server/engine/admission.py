@@ -116,7 +116,7 @@ class Admission:
         chosen, reason = choose(estimates, seconds_left, self.num_tokens, queue_share * self.max_queued_tokens)
         if chosen == 0:
             return plan, None
-        return plans[chosen], Degraded(reason, plan.summary_ratio, plan.summary_stages)
+        return plans[chosen], Degraded(reason, *plan.summary)
 
     @property
     def max_queued_tokens(self) -> float:

@@ -11,25 +11,24 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Container, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 from cache.collection import Collection
-from cache.errors import CacheError
 from cache.store import Store
 from decoder_server.config import ANY_MODEL, DecoderConfig
-from decoder_server.engine.admission import Admission, Reservation
+from decoder_server.engine.admission import Admission
 from decoder_server.engine.collections import Catalogue
 from decoder_server.engine.fetch import Fetcher, FetchRequest
 from decoder_server.engine.lifecycle import InFlight, Observer, RequestTrace
 from decoder_server.engine.on_demand import OnDemandStates
-from decoder_server.engine.plan import Plan, check, plan, unique
-from decoder_server.engine.request_run import EngineParts, RequestRun, ranked
+from decoder_server.engine.plan import Plan, check, plan
+from decoder_server.engine.request_run import RequestRun, ranked
 from decoder_server.engine.scheduler import Scheduler
 from decoder_server.models.backend import Backend, Prompt
 from decoder_server.models.loading import BATCH_TOKENS
 from preread.errors import DeadlineExceeded, InvalidRequest, NotFound, Unavailable
-from preread.types import Degraded, OnMiss, RerankRequest, Result, Summary
+from preread.types import Candidate, OnMiss, RerankRequest, Result, Summary
 
 T = TypeVar("T")
 
@@ -39,16 +38,6 @@ class Threads(NamedTuple):
 
     model: Executor  # one thread for all models: passes take turns, each with all the cores
     store: Executor  # for tokenizing and the store
-
-
-@dataclass(frozen=True, slots=True)
-class _Planned:
-    """A request that is ready to be admitted."""
-
-    wanted: FetchRequest
-    plan: Plan
-    equal: dict[int, list[int]]  # candidates scored once, with all that name the same passage
-    degraded: Degraded | None
 
 
 class Engine:
@@ -88,7 +77,6 @@ class Engine:
         # Candidates per read of the store: about a batch of short ones, a share of it for long ones.
         chunk = max(16, max_tokens // 128)
         self.fetcher = Fetcher(backend, threads.store, on_demand, chunk=chunk, max_text_bytes=limits.max_text_bytes)
-        self._parts = EngineParts(backend, self.scheduler, self.admission, self.fetcher, limits.max_request_tokens)
         self._executor = threads.store
         # Tokens of the prompt besides query and instruction, which tell how long an instruction is.
         self._template_tokens = backend.prompt("a", "a").num_tokens - 2
@@ -112,13 +100,12 @@ class Engine:
         with self.in_flight.track(request) as trace:
             check(request, self.limits)
             async with _until(deadline, trace):
-                planned = await self._plan(request, deadline, trace)
-                with self._admit(planned) as reservation:
-                    run = RequestRun(self._parts, planned.wanted, planned.plan, planned.equal, reservation)
-                    async with aclosing(run.results(deadline)) as batches:
+                run = await self._plan(request, deadline, trace)
+                with run.admit() as reservation:
+                    async with aclosing(run.results(reservation, deadline)) as batches:
                         trace.results = [one async for batch in batches for one in batch]
-                results = await self._with_texts(planned.wanted, ranked(trace.results, request.top_n))
-            return results, self._summarize(planned, trace)
+                results = await self._with_texts(run.wanted, ranked(trace.results, request.top_n))
+            return results, self._summarize(run)
 
     async def stream(
         self, request: RerankRequest, *, deadline: float | None = None
@@ -127,19 +114,18 @@ class Engine:
         with self.in_flight.track(request) as trace:
             check(request, self.limits)
             async with _until(deadline, trace):
-                planned = await self._plan(request, deadline, trace)
-            with self._admit(planned) as reservation:
-                run = RequestRun(self._parts, planned.wanted, planned.plan, planned.equal, reservation)
-                async with aclosing(run.results(deadline)) as batches:
+                run = await self._plan(request, deadline, trace)
+            with run.admit() as reservation:
+                async with aclosing(run.results(reservation, deadline)) as batches:
                     while True:
                         async with _until(deadline, trace):  # not across a yield: the time between is the caller's
                             batch = await anext(batches, None)
                             if batch is None:
                                 break
                             trace.results += batch
-                            with_texts = await self._with_texts(planned.wanted, batch)
+                            with_texts = await self._with_texts(run.wanted, batch)
                         yield with_texts
-            yield self._summarize(planned, trace)
+            yield self._summarize(run)
 
     async def drain(self, grace_seconds: float) -> bool:
         """Rejects new requests and waits for those in flight; False when the grace period ended first."""
@@ -186,53 +172,50 @@ class Engine:
         """Runs what blocks, off the event loop and off the model's thread."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
 
-    async def _plan(self, request: RerankRequest, deadline: float | None, trace: RequestTrace) -> _Planned:
+    async def _plan(self, request: RerankRequest, deadline: float | None, trace: RequestTrace) -> RequestRun:
         prompt = await self.prompt(request.query, request.instruction)
         collection = await self.open_collection(request.collection)
-        # A listwise model reads the list as it was sent: a passage that is in it twice changes every score.
-        listwise = self.backend.listwise
-        equal = {i: [i] for i in range(len(request.candidates))} if listwise else unique(request.candidates)
+        # A passage named twice is scored once, which also makes it a tie to the last bit. A listwise model reads the
+        # list as it was sent: a passage that is in it twice changes every score.
+        groups: dict[Candidate | int, list[int]] = {}
+        for i, candidate in enumerate(request.candidates):
+            groups.setdefault(i if self.backend.listwise else candidate, []).append(i)
+        equal = {same[0]: same for same in groups.values()}
         chosen, degraded = self.plan_of(request, collection), None
         if self.limits.degrade and not self.reads_text:
             share = self.limits.degrade_queue_share
             chosen, degraded = self.admission.degrade(chosen, len(equal), prompt.num_tokens, deadline, share)
         trace.degraded = degraded.reason if degraded is not None else ""
         wanted = self.wanted(request, list(equal), collection, chosen.base_ratio, prompt, trace)
-        return _Planned(wanted, chosen, equal, degraded)
-
-    def _admit(self, planned: _Planned) -> Reservation:
-        return self.admission.admit(planned.plan.reads(len(planned.equal)), planned.wanted.prompt.num_tokens)
+        most = self.limits.max_request_tokens
+        scored_by = self.backend, self.scheduler, self.admission, self.fetcher
+        return RequestRun(*scored_by, most, wanted, chosen, equal, degraded)
 
     async def _with_texts(self, wanted: FetchRequest, results: list[Result]) -> list[Result]:
-        """Adds candidates' texts where they were requested: inline ones, else stored ones."""
+        """Adds candidates' texts where they were requested."""
         if not wanted.trace.request.return_text:
             return results
         # A text over the limit is not sent back: its status says why it was not read.
-        texts = {one.index: wanted.candidates[one.index].text or None for one in results if one.status != "too_long"}
-        ids = {one.index: one.passage_id for one in results if one.index in texts and one.passage_id}
-        missing = {index: passage_id for index, passage_id in ids.items() if texts[index] is None}
-        collection = wanted.collection
-        if missing and collection is not None and collection.manifest.stores_text:
-            try:
-                stored = await self.call(wanted.read, collection.get_texts, list(missing.values()))
-                texts |= {index: stored[passage_id] for index, passage_id in missing.items()}
-            except CacheError:  # the scores are there; a text that cannot be read is left out
-                pass
-        return [replace(one, text=texts.get(one.index)) for one in results]
+        indexes = [one.index for one in results if one.status != "too_long"]
+        # Only a collection's texts are waited for.
+        texts = await self.call(wanted.texts, indexes) if wanted.collection is not None else wanted.texts(indexes)
+        return [replace(one, text=texts.get(one.index) or None) for one in results]
 
-    def _summarize(self, planned: _Planned, trace: RequestTrace) -> Summary:
+    def _summarize(self, run: RequestRun) -> Summary:
+        trace, prompt = run.wanted.trace, run.wanted.prompt
+        ratio, stages = run.plan.summary
         trace.timings = trace.timed()
         scored = [one for one in trace.results if one.margin is not None]
         return Summary(
             self.name,
             trace.timings,
             len(scored),
-            planned.wanted.prompt.num_query_tokens,
-            planned.wanted.prompt.query_truncated,
-            compression_ratio=planned.plan.summary_ratio,
-            stages=planned.plan.summary_stages,
+            prompt.num_query_tokens,
+            prompt.query_truncated,
+            compression_ratio=ratio,
+            stages=stages,
             stopped_early=trace.stopped_early,
-            degraded=planned.degraded,
+            degraded=run.degraded,
             num_passage_tokens=sum(one.num_passage_tokens for one in scored),
             truncated=tuple(sorted(one.index for one in scored if one.truncated)),
         )

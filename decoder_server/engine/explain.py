@@ -17,10 +17,9 @@ import numpy as np
 
 from cache.states import PassageStates
 from decoder_server.engine.engine import Engine
-from decoder_server.engine.fetch import FetchedPassage, FetchRequest
+from decoder_server.engine.fetch import NOT_FINITE, SCORING_FAILED, FetchedPassage
 from decoder_server.engine.lifecycle import RequestTrace
 from decoder_server.engine.plan import check
-from decoder_server.engine.request_run import NOT_FINITE, SCORING_FAILED
 from decoder_server.models.backend import Backend, Prompt, StatesBackend
 from preread.errors import DeadlineExceeded, InvalidRequest
 from preread.types import RerankRequest, Result, Status
@@ -113,7 +112,7 @@ async def _explain(engine: Engine, request: RerankRequest, trace: RequestTrace) 
         wanted = engine.wanted(replace(request, on_miss=None), indexes, collection, stored, prompt, trace)
         explained = []
         async for chunk in engine.fetcher.fetch(wanted, stored):
-            texts = await engine.call(_texts, wanted, chunk)
+            texts = await engine.call(wanted.texts, [one.index for one in chunk])
             for one in chunk:
                 text = texts[one.index]
                 spans = await engine.call(_spans, engine.backend, one, text)
@@ -121,14 +120,6 @@ async def _explain(engine: Engine, request: RerankRequest, trace: RequestTrace) 
                 score = partial(_explained, engine.backend, prompt, one, unscored, spans, ratios, chosen)
                 explained.append(await engine.scheduler.between_passes(score))
     return sorted(explained, key=lambda e: (-_margin(e, chosen), e.index))
-
-
-def _texts(wanted: FetchRequest, fetched: Sequence[FetchedPassage]) -> dict[int, str | None]:
-    texts = {one.index: wanted.candidates[one.index].text for one in fetched}
-    ids = {one.index: one.passage_id for one in fetched if not texts[one.index] and one.passage_id}
-    if wanted.collection is not None and wanted.collection.manifest.stores_text and ids:
-        texts |= dict(zip(ids, wanted.collection.get_texts(list(ids.values())), strict=True))
-    return texts
 
 
 def _spans(backend: Backend, fetched: FetchedPassage, text: str | None) -> list[tuple[int, int]]:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TypeVar
@@ -23,12 +25,14 @@ from cache.states import AnyStates, EncodedPassage, PassageStates, all_at_ratio,
 from decoder_server.engine.lifecycle import Fetch, RequestTrace
 from decoder_server.engine.on_demand import OnDemandStates
 from decoder_server.models.backend import Backend, Pair, Passage, Prompt
-from preread.types import Candidate, OnMiss, Status
+from preread.types import Candidate, OnMiss, Result, Status
 
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
+SCORING_FAILED = "the model failed on it; the server's log has the cause"
+NOT_FINITE = "the model's logits are not finite"
 UNREADABLE = "it could not be read; the server's log has the cause"
 
 # Texts per call of the encoder worker, and calls in flight for one request.
@@ -49,25 +53,40 @@ class FetchedPassage:
     message: str = ""
     pairs: Sequence[Pair] = ()  # at the ratio of the present stage
     empty: bool = False  # nothing is there, because the text has no tokens
+    text: str = ""  # to be encoded, if the states are to be had at all
+    digest: bytes | None = None  # of that text; None: there is none
 
     @property
     def states(self) -> AnyStates | None:
         return self.passage if isinstance(self.passage, PassageStates | EncodedPassage) else None
 
+    def num_tokens(self, num_prompt_tokens: int) -> int:
+        """Tokens of the passage, its prompt's left out."""
+        if self.states is not None:
+            return self.states.num_tokens
+        return sum(max(0, pair.num_tokens - num_prompt_tokens) for pair in self.pairs)
 
-@dataclass(frozen=True, slots=True)
-class _Miss:
-    """A candidate that has to be encoded, if its states are to be had at all."""
-
-    index: int
-    passage_id: str | None
-    text: str
-    digest: bytes | None  # of the text; None: there is none
-    status: Status  # while it is not encoded
-    message: str
-
-    def unread(self, status: Status | None = None, message: str = "") -> FetchedPassage:
-        return FetchedPassage(self.index, self.passage_id, status or self.status, message=message or self.message)
+    def scored(
+        self, margins: Sequence[float | None], ratio: int, num_prompt_tokens: int, activate: Callable[[float], float]
+    ) -> Result:
+        """The result by its best window; with one window's margin unknown the best is unknown too."""
+        num_states = sum(pair.num_states for pair in self.pairs)
+        num_tokens = self.num_tokens(num_prompt_tokens)
+        result = Result(
+            self.index,
+            self.passage_id or "",
+            self.status,
+            num_states=num_states,
+            compression_ratio=ratio,
+            truncated=any(pair.truncated for pair in self.pairs),
+            # A ratio may be far above the passage's length: its one state stands for no more tokens than there are.
+            num_passage_tokens=num_states * min(ratio, num_tokens) if ratio else num_tokens,
+        )
+        known = [margin for margin in margins if margin is not None and math.isfinite(margin)]
+        if len(known) < len(margins):
+            return replace(result, status="failed", message=SCORING_FAILED if None in margins else NOT_FINITE)
+        margin = max(known)
+        return replace(result, margin=margin, score=activate(margin))
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +116,16 @@ class FetchRequest:
         except StoreUnavailable as exc:
             self.unavailable.append(exc)
             raise
+
+    def texts(self, indexes: Iterable[int]) -> dict[int, str | None]:
+        """Texts of candidates as sent, else as stored; None: neither, or the store does not answer. May block on it."""
+        texts = {i: self.candidates[i].text for i in indexes}
+        ids = {i: name for i, text in texts.items() if not text and (name := self.candidates[i].passage_id)}
+        if ids and self.collection is not None and self.collection.manifest.stores_text:
+            with suppress(CacheError):
+                stored = self.read(self.collection.get_texts, list(ids.values()))
+                texts |= {i: stored[name] for i, name in ids.items()}
+        return texts
 
 
 class Fetcher:
@@ -129,7 +158,7 @@ class Fetcher:
     async def fetch(self, request: FetchRequest, ratio: int) -> AsyncGenerator[list[FetchedPassage], None]:
         """Every candidate once, in any order, with pairs at `ratio`; what is stored does not wait for encodings."""
         indexes = iter(request.indexes)
-        to_encode: deque[list[_Miss]] = deque()
+        to_encode: deque[list[FetchedPassage]] = deque()
         encoding: set[asyncio.Task[list[FetchedPassage]]] = set()
         try:
             chunk = list(islice(indexes, self._chunk))
@@ -165,33 +194,28 @@ class Fetcher:
 
     async def _fetch(
         self, request: FetchRequest, ratio: int, chunk: Sequence[int]
-    ) -> tuple[list[FetchedPassage], list[_Miss]]:
+    ) -> tuple[list[FetchedPassage], list[FetchedPassage]]:
         """Reads one chunk; the passages that are settled without encoding, and the ones to encode."""
         start = time.monotonic()
         read = await self._call(self._read, request, ratio, chunk)
         request.trace.fetches.append(Fetch(start, time.monotonic(), len(chunk)))
-        fetched = [one for one in read if isinstance(one, FetchedPassage)]
-        misses, kept = [], []
-        for miss in read:
-            if isinstance(miss, FetchedPassage):
-                continue
-            if miss.digest is None:
-                fetched.append(miss.unread())
-            elif self.on_demand and (states := self.on_demand.kept(miss.digest, request.base_ratio)):
-                kept.append(FetchedPassage(miss.index, miss.passage_id, "hit", states))
+        fetched, misses, kept = [], [], []
+        for one in read:
+            if one.digest is None:
+                fetched.append(one)
             elif self.on_demand is None:
                 # Requested encoding that is impossible is a failure; by default it is a miss.
-                status: Status = "failed" if request.on_miss == "encode" else miss.status
-                fetched.append(miss.unread(status, f"{miss.message}; no encoder worker is configured"))
-            elif request.on_miss != "encode":
-                fetched.append(miss.unread())
+                status: Status = "failed" if request.on_miss == "encode" else one.status
+                fetched.append(replace(one, status=status, message=f"{one.message}; no encoder worker is configured"))
+            elif states := self.on_demand.kept(one.digest, request.base_ratio):
+                kept.append(replace(one, status="hit", passage=states, message=""))
             else:
-                misses.append(miss)
+                (misses if request.on_miss == "encode" else fetched).append(one)
         if kept:
             fetched += await self._call(self._with_pairs, request, ratio, kept)
         return fetched, misses
 
-    async def _encode(self, request: FetchRequest, ratio: int, misses: list[_Miss]) -> list[FetchedPassage]:
+    async def _encode(self, request: FetchRequest, ratio: int, misses: list[FetchedPassage]) -> list[FetchedPassage]:
         assert self.on_demand is not None
         texts = {miss.digest: miss.text for miss in misses if miss.digest is not None}
         start = time.monotonic()
@@ -201,14 +225,14 @@ class Fetcher:
         for miss in misses:
             result = encoded[miss.digest or b""]
             if isinstance(result, str):
-                fetched.append(miss.unread("failed", result))
+                fetched.append(replace(miss, status="failed", message=result))
             else:
-                fetched.append(FetchedPassage(miss.index, miss.passage_id, "encoded", result))
+                fetched.append(replace(miss, status="encoded", passage=result, message=""))
         return await self._call(self._with_pairs, request, ratio, fetched)
 
     # Below: on the executor's threads.
 
-    def _read_states(self, request: FetchRequest, ratio: int, chunk: Sequence[int]) -> list[FetchedPassage | _Miss]:
+    def _read_states(self, request: FetchRequest, ratio: int, chunk: Sequence[int]) -> list[FetchedPassage]:
         ids = [passage_id for i in chunk if (passage_id := request.candidates[i].passage_id) is not None]
         stored: dict[str, AnyStates | Damaged | CacheError | None] = {}
         if request.collection is not None and ids:
@@ -220,12 +244,11 @@ class Fetcher:
             except CacheError as exc:  # the store is down: that costs these candidates, not the request
                 stored = dict.fromkeys(ids, exc)
         settled = [self._guarded(self._settle_states, request.candidates[i], i, stored) for i in chunk]
-        misses = [one for one in settled if isinstance(one, _Miss)]
-        return [*self._with_pairs(request, ratio, [one for one in settled if isinstance(one, FetchedPassage)]), *misses]
+        return self._with_pairs(request, ratio, settled)
 
     def _settle_states(
         self, candidate: Candidate, index: int, stored: dict[str, AnyStates | Damaged | CacheError | None]
-    ) -> FetchedPassage | _Miss:
+    ) -> FetchedPassage:
         text = self._text_of(candidate, index)
         if isinstance(text, FetchedPassage):
             return text
@@ -243,9 +266,9 @@ class Fetcher:
                 status, message = "failed", f"the store could not be read: {states}"
             case None:
                 message = "no states are stored"
-        return _Miss(index, candidate.passage_id, text or "", digest, status, message)
+        return FetchedPassage(index, candidate.passage_id, status, message=message, text=text or "", digest=digest)
 
-    def _read_texts(self, request: FetchRequest, ratio: int, chunk: Sequence[int]) -> list[FetchedPassage | _Miss]:
+    def _read_texts(self, request: FetchRequest, ratio: int, chunk: Sequence[int]) -> list[FetchedPassage]:
         sent = [self._guarded(self._text_of, request.candidates[i], i) for i in chunk]
         ids = [request.candidates[i].passage_id for i, text in zip(chunk, sent, strict=True) if text is None]
         stored: dict[str, str | None] = {}
@@ -275,7 +298,7 @@ class Fetcher:
                 fetched.append(FetchedPassage(i, passage_id, "failed", message=empty, empty=True))
             else:
                 fetched.append(FetchedPassage(i, passage_id, "hit", found))
-        return [*self._with_pairs(request, ratio, fetched)]
+        return self._with_pairs(request, ratio, fetched)
 
     def _text_of(self, candidate: Candidate, index: int) -> str | FetchedPassage | None:
         """The text sent with a candidate, or why it is rejected; None: none was sent, or an empty one beside an id."""

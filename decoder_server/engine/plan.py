@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from decoder_server.config import DecoderConfig
 from preread.errors import InvalidRequest, Path
-from preread.types import Candidate, RerankRequest, Stage, stages_problem
+from preread.types import RerankRequest, Stage, stages_problem
 
 MAX_NAME_CHARS = 128  # of a collection, as in the cache; a longer name is not even looked up
 TEXT_RATIO = 0  # of a model that reads text
@@ -36,14 +36,9 @@ class Plan:
         return math.gcd(*(stage.compression_ratio for stage in self.stages))
 
     @property
-    def summary_ratio(self) -> int:
-        """The one ratio; 0: stages."""
-        return 0 if self.cascade else self.stages[0].compression_ratio
-
-    @property
-    def summary_stages(self) -> tuple[Stage, ...]:
-        """The stages of a cascade, else none."""
-        return self.stages if self.cascade else ()
+    def summary(self) -> tuple[int, tuple[Stage, ...]]:
+        """The one ratio and no stages; or 0 and those of a cascade."""
+        return (0, self.stages) if self.cascade else (self.stages[0].compression_ratio, ())
 
     def reads(self, num_candidates: int) -> list[tuple[int, int]]:
         """Per stage, how many candidates it scores at most, and its ratio."""
@@ -91,17 +86,6 @@ def plan(request: RerankRequest, limits: DecoderConfig, stored_ratio: int | None
     if limits.read_ratio:
         return Plan.plain(_next_multiple(limits.read_ratio, stored))
     return Plan.plain(stored_ratio or model_ratio)
-
-
-def unique(candidates: Sequence[Candidate]) -> dict[int, list[int]]:
-    """The index of the first of equal candidates, and the indexes of them all.
-
-    A passage named twice is scored once, which also makes it a tie to the last bit.
-    """
-    groups: dict[Candidate, list[int]] = {}
-    for i, candidate in enumerate(candidates):
-        groups.setdefault(candidate, []).append(i)
-    return {same[0]: same for same in groups.values()}
 
 
 def check(request: RerankRequest, limits: DecoderConfig) -> None:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-import math
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
@@ -20,50 +19,36 @@ from decoder_server.engine.plan import Plan
 from decoder_server.engine.scheduler import RequestQueue, Scheduler
 from decoder_server.models.backend import Backend
 from preread.errors import FailedPrecondition, InvalidRequest
-from preread.types import Candidate, Result, StageScore
+from preread.types import Candidate, Degraded, Result, StageScore
 
-SCORING_FAILED = "the model failed on it; the server's log has the cause"
-NOT_FINITE = "the model's logits are not finite"
 NOT_REACHED = "the deadline came before it was scored"
+
+# Share of its time, and most seconds, that a cascade leaves for the response's way back.
+RESPONSE_SHARE, RESPONSE_SECONDS = 0.1, 0.2
 
 Margins = asyncio.Future[list[float | None]]
 
 
-@dataclass(frozen=True, slots=True)
-class EngineParts:
-    """The parts of an engine that a run needs."""
+@dataclass(slots=True, eq=False)
+class RequestRun:
+    """A planned request, with what scores it: to be admitted, then scored inside its reservation."""
 
     backend: Backend
     scheduler: Scheduler
     admission: Admission
     fetcher: Fetcher
-    max_request_tokens: int | None = None  # prompt tokens and states over all pairs; None: no limit
+    max_request_tokens: int | None  # prompt tokens and states over all pairs; None: no limit
+    wanted: FetchRequest  # states at the plan's base ratio
+    plan: Plan
+    equal: Mapping[int, Sequence[int]]  # of candidates that are fetched: all that name the same passage
+    degraded: Degraded | None = None
+    num_tokens: int = 0  # submitted so far
 
+    def admit(self) -> Reservation:
+        """Raises Overloaded where there is no room."""
+        return self.admission.admit(self.plan.reads(len(self.equal)), self.wanted.prompt.num_tokens)
 
-class RequestRun:
-    """The scoring of one request, made inside its reservation."""
-
-    def __init__(
-        self,
-        parts: EngineParts,
-        wanted: FetchRequest,
-        plan: Plan,
-        equal: Mapping[int, Sequence[int]],
-        reservation: Reservation,
-    ) -> None:
-        """
-        Args:
-            wanted: states at the plan's base ratio.
-            equal: per index of `wanted`, every index of the request that names the same passage.
-        """
-        self._parts = parts
-        self._wanted = wanted
-        self._plan = plan
-        self._equal = equal
-        self._reservation = reservation
-        self._num_tokens = 0
-
-    async def results(self, deadline: float | None) -> AsyncGenerator[list[Result], None]:
+    async def results(self, reservation: Reservation, deadline: float | None) -> AsyncGenerator[list[Result], None]:
         """Every candidate's result once, as soon as it is settled.
 
         When the caller stops, fetching stops, and queued pairs are dropped before the next pass.
@@ -73,27 +58,29 @@ class RequestRun:
             InvalidRequest: the request has more tokens than one may have.
             Unavailable: the scheduler has ended.
         """
-        trace = self._wanted.trace
-        stop_at = _stop_at(trace.start, deadline) if self._plan.cascade else None
-        cascade = CascadeState(self._plan, self._wanted.indexes)
-        passages = self._parts.fetcher.fetch(self._wanted, cascade.ratio)
-        with self._parts.scheduler.queued(self._reservation.num_tokens, deadline) as queue:
+        trace = self.wanted.trace
+        stop_at = None  # when a cascade responds with what it has
+        if self.plan.cascade and deadline is not None:
+            stop_at = deadline - min(RESPONSE_SECONDS, RESPONSE_SHARE * (deadline - trace.start))
+        cascade = CascadeState(self.plan, self.wanted.indexes)
+        passages = self.fetcher.fetch(self.wanted, cascade.ratio)
+        with self.scheduler.queued(reservation.num_tokens, deadline) as queue:
             trace.passes = queue.passes
             while True:
                 async with aclosing(self._scored(queue, passages, cascade, stop_at)) as stage:
                     async for scored in stage:
-                        self._reservation.finished(len(scored), cascade.stage)
+                        reservation.finished(len(scored), cascade.stage)
                         settled = cascade.settle(scored)
                         if settled:
                             yield self._named(settled)
                 if not cascade.stage_over:  # the deadline is near
                     trace.stopped_early = True
-                    yield self._named(cascade.stop(self._wanted.candidates))
+                    yield self._named(cascade.stop(self.wanted.candidates))
                     return
                 best = cascade.advance()
                 if not best:
                     return
-                passages = self._parts.fetcher.at_ratio(self._wanted, best, cascade.ratio)
+                passages = self.fetcher.at_ratio(self.wanted, best, cascade.ratio)
 
     async def _scored(
         self,
@@ -114,7 +101,7 @@ class RequestRun:
                 if not done:
                     return
                 results = [
-                    self._result(one, margins.result(), cascade.ratio)
+                    one.scored(margins.result(), cascade.ratio, self.wanted.prompt.num_tokens, self.backend.activate)
                     for margins, one in scheduled.items()
                     if margins in done
                 ]
@@ -137,26 +124,23 @@ class RequestRun:
         self, queue: RequestQueue, passages: AsyncGenerator[list[FetchedPassage], None]
     ) -> list[FetchedPassage]:
         """The next passages, when the queue has room for their pairs; of a listwise model all; none at the end."""
-        await self._parts.scheduler.room(queue)
-        if self._parts.backend.listwise:
+        await self.scheduler.room(queue)
+        if self.backend.listwise:
             return [one async for chunk in passages for one in chunk]
         return await anext(passages, [])
 
     def _submit(self, queue: RequestQueue, one: FetchedPassage, cascade: CascadeState) -> Margins:
-        self._num_tokens += sum(pair.num_tokens for pair in one.pairs)
-        most = self._parts.max_request_tokens
-        if most is not None and self._num_tokens > most:
+        self.num_tokens += sum(pair.num_tokens for pair in one.pairs)
+        most = self.max_request_tokens
+        if most is not None and self.num_tokens > most:
             expected = f"at most {most}, prompt tokens and states over all candidates"
-            raise InvalidRequest("tokens of the request", self._num_tokens, expected)
+            raise InvalidRequest("tokens of the request", self.num_tokens, expected)
         if cascade.stage == 0:
-            self._parts.admission.learn(num_passage_tokens(one, self._wanted.prompt.num_tokens))
-        return self._parts.scheduler.submit(queue, one.pairs)
-
-    def _result(self, one: FetchedPassage, margins: Sequence[float | None], ratio: int) -> Result:
-        return scored_result(one, margins, ratio, self._wanted.prompt.num_tokens, self._parts.backend.activate)
+            self.admission.learn(one.num_tokens(self.wanted.prompt.num_tokens))
+        return self.scheduler.submit(queue, one.pairs)
 
     def _unscored(self, one: FetchedPassage) -> Result:
-        if one.status == "missing" and self._wanted.on_miss == "fail":
+        if one.status == "missing" and self.wanted.on_miss == "fail":
             name = repr(one.passage_id[:100]) if one.passage_id is not None else "an inline text"
             raise FailedPrecondition(
                 "PASSAGE_MISSING",
@@ -168,7 +152,7 @@ class RequestRun:
 
     def _named(self, settled: Iterable[Result]) -> list[Result]:
         """A result for every candidate that names the passage."""
-        return [one if i == one.index else replace(one, index=i) for one in settled for i in self._equal[one.index]]
+        return [one if i == one.index else replace(one, index=i) for one in settled for i in self.equal[one.index]]
 
 
 class CascadeState:
@@ -183,7 +167,7 @@ class CascadeState:
         self._plan = plan
         self._unread = dict.fromkeys(indexes)  # no result yet
         self._left = len(self._unread)  # results that the present stage still owes
-        self._best = TopK(plan.stages[0].keep)
+        self._best: list[tuple[float, int]] = []  # a heap of (margin, -index): those that the next stage would score
         self._held: dict[int, FetchedPassage] = {}  # states at the base ratio, for later stages
         self._reached: dict[int, Result] = {}  # of candidates that are not settled
 
@@ -225,8 +209,9 @@ class CascadeState:
                 settled.append(result)
                 continue
             self._reached[result.index] = result
-            out = self._best.add(result.index, result.margin or 0.0)
-            if out is not None:
+            heapq.heappush(self._best, (result.margin, -result.index))
+            if len(self._best) > self._plan.stages[self.stage].keep:
+                out = -heapq.heappop(self._best)[1]
                 self._held.pop(out)
                 settled.append(self._reached.pop(out))
         return settled
@@ -235,10 +220,10 @@ class CascadeState:
         """After a stage: the passages of the next one, best first; empty when all candidates are settled."""
         if self.is_last_stage or not self._reached:
             return []
-        passages = [self._held[index] for index in self._best.indexes()]
+        passages = [self._held[-negative] for _, negative in sorted(self._best, reverse=True)]
         self.stage += 1
         self._left = len(passages)
-        self._best = TopK(self._plan.stages[self.stage].keep)
+        self._best.clear()
         if self.is_last_stage:
             self._held.clear()
         return passages
@@ -254,59 +239,6 @@ class CascadeState:
         return [*reached, *unread]
 
 
-class TopK:
-    """The best `k` so far, by margin, ties by index."""
-
-    def __init__(self, k: int) -> None:
-        self._k = k
-        self._heap: list[tuple[float, int]] = []  # (margin, -index), the worst first
-
-    def add(self, index: int, margin: float) -> int | None:
-        """The index that is out now, this one or another; None while there is room."""
-        if len(self._heap) < self._k:
-            heapq.heappush(self._heap, (margin, -index))
-            return None
-        return -heapq.heappushpop(self._heap, (margin, -index))[1]
-
-    def indexes(self) -> list[int]:
-        """Best first."""
-        return [-negative for _, negative in sorted(self._heap, reverse=True)]
-
-
-def num_passage_tokens(one: FetchedPassage, num_prompt_tokens: int) -> int:
-    """Tokens of a passage, its prompt's left out."""
-    if one.states is not None:
-        return one.states.num_tokens
-    return sum(max(0, pair.num_tokens - num_prompt_tokens) for pair in one.pairs)
-
-
-def scored_result(
-    one: FetchedPassage,
-    margins: Sequence[float | None],
-    ratio: int,
-    num_prompt_tokens: int,
-    activate: Callable[[float], float],
-) -> Result:
-    """The result of a passage, of which the best window counts; with one window unknown the best is unknown too."""
-    num_states = sum(pair.num_states for pair in one.pairs)
-    num_tokens = num_passage_tokens(one, num_prompt_tokens)
-    result = Result(
-        one.index,
-        one.passage_id or "",
-        one.status,
-        num_states=num_states,
-        compression_ratio=ratio,
-        truncated=any(pair.truncated for pair in one.pairs),
-        # A ratio may be far above the passage's length: its one state stands for no more tokens than there are.
-        num_passage_tokens=num_states * min(ratio, num_tokens) if ratio else num_tokens,
-    )
-    known = [margin for margin in margins if margin is not None and math.isfinite(margin)]
-    if len(known) < len(margins):
-        return replace(result, status="failed", message=SCORING_FAILED if None in margins else NOT_FINITE)
-    margin = max(known)
-    return replace(result, margin=margin, score=activate(margin))
-
-
 def ranked(results: Iterable[Result], top_n: int) -> list[Result]:
     """Scored ones best first, ties by index, at most `top_n` (0: all); then the others in request order.
 
@@ -317,12 +249,3 @@ def ranked(results: Iterable[Result], top_n: int) -> list[Result]:
         (one for one in every if one.margin is not None), key=lambda one: (-len(one.stages), -(one.margin or 0.0))
     )
     return (scored[:top_n] if top_n else scored) + [one for one in every if one.margin is None]
-
-
-# Share of its time, and most seconds, that a cascade leaves for the response's way back.
-RESPONSE_SHARE, RESPONSE_SECONDS = 0.1, 0.2
-
-
-def _stop_at(start: float, deadline: float | None) -> float | None:
-    """When a cascade responds with what it has."""
-    return None if deadline is None else deadline - min(RESPONSE_SECONDS, RESPONSE_SHARE * (deadline - start))

@@ -13,7 +13,7 @@ from cache.collection import Collection, StoredPassage
 from cache.states import PassageStates, text_digest
 from decoder_server.engine.fetch import FetchedPassage
 from decoder_server.engine.plan import Plan
-from decoder_server.engine.request_run import CascadeState, TopK
+from decoder_server.engine.request_run import CascadeState
 from preread.types import Candidate, Result, Stage
 from preread.v1 import common_pb2, rerank_pb2
 
@@ -255,19 +255,18 @@ def test_a_top_holds_the_best_and_lets_the_rest_go_at_once(seed: int) -> None:
     rng = np.random.default_rng(seed)
     margins = rng.integers(-3, 3, 30).astype(float)  # with ties
     keep = int(rng.integers(1, 35))
-    top, out = TopK(keep), set()
+    cascade, out = held(30, keep), set()
     for n, index in enumerate(rng.permutation(30).tolist(), 1):
-        gone = top.add(index, margins[index])
-        out |= {gone} - {None}
+        out |= {one.index for one in cascade.settle([outcome(index, margins[index], 8)])}
         assert len(out) == max(0, n - keep)
     ranking = sorted(range(30), key=lambda i: (-margins[i], i))
-    assert top.indexes() == ranking[:keep]
+    assert [one.index for one in cascade.advance()] == ranking[:keep]
     assert out == set(ranking[keep:])
 
 
-def held(num_candidates: int) -> CascadeState:
-    """A cascade of two stages, of which the second reads two, with everything fetched."""
-    cascade = CascadeState(Plan((Stage(8, 2), Stage(4)), cascade=True), range(num_candidates))
+def held(num_candidates: int, keep: int = 2) -> CascadeState:
+    """A cascade of two stages, of which the second reads `keep`, with everything fetched."""
+    cascade = CascadeState(Plan((Stage(8, keep), Stage(4)), cascade=True), range(num_candidates))
     cascade.hold(FetchedPassage(i, str(i), "hit", str(i)) for i in range(num_candidates))
     return cascade
 

@@ -8,7 +8,7 @@ import pytest
 from cache.states import PassageStates, text_digest
 from checkpoint import TokenizedPrompt
 from decoder_server.engine.fetch import FetchedPassage
-from decoder_server.engine.request_run import ranked, scored_result
+from decoder_server.engine.request_run import ranked
 from decoder_server.models.fbnl.backend import FbnlBackend
 from decoder_server.models.fbnl.kv_cache import StatePair
 from preread.types import Result
@@ -33,14 +33,14 @@ def test_sigmoid_never_overflows(fbnl: FbnlBackend, margin: float) -> None:
 
 
 def test_the_best_window_counts(fbnl: FbnlBackend) -> None:
-    result = scored_result(fetched(3, (2, 5)), [-1.0, 2.0], 1, 3, fbnl.activate)
+    result = fetched(3, (2, 5)).scored([-1.0, 2.0], 1, 3, fbnl.activate)
     assert (result.index, result.margin, result.num_states, result.num_passage_tokens) == (3, 2.0, 7, 7)
     assert result.score == pytest.approx(1 / (1 + np.exp(-2.0)))
 
 
 @pytest.mark.parametrize(("bad", "says"), [(float("nan"), "not finite"), (None, "the model failed on it")])
 def test_a_window_without_a_margin_fails_its_passage(fbnl: FbnlBackend, bad: float | None, says: str) -> None:
-    result = scored_result(fetched(0, (2, 5)), [1.0, bad], 1, 3, fbnl.activate)
+    result = fetched(0, (2, 5)).scored([1.0, bad], 1, 3, fbnl.activate)
     assert (result.status, result.margin) == ("failed", None)
     assert says in result.message
 
