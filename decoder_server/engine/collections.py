@@ -62,12 +62,6 @@ def survey(store: Store) -> tuple[list[StoredCollection], dict[str, str]]:
     return described, unreadable
 
 
-@dataclass(slots=True)
-class _Opened:
-    collection: Collection
-    checked: float  # time.monotonic()
-
-
 class Catalogue:
     """The collections of one store that one encoder's states, or texts, may be read from."""
 
@@ -79,18 +73,16 @@ class Catalogue:
                 again; a moved alias is noticed within that time.
         """
         self.store = store
-        self._identity = identity
+        self._encoder = (identity.fingerprint, identity.checkpoint) if identity is not None else (None, "")
         self._check_seconds = check_seconds
-        self._opened: dict[str, _Opened] = {}
+        self._opened: dict[str, tuple[Collection, float]] = {}  # and when each was checked, on time.monotonic's clock
         self._lock = Lock()
         self._failed: tuple[float, CacheError] | None = None  # when the store last did not answer, and how
 
     def fresh(self, name: str) -> Collection | None:
         """The collection if it is open and was checked a moment ago; never blocks on the store."""
-        opened = self._opened.get(name)
-        if opened is None or time.monotonic() - opened.checked >= self._check_seconds:
-            return None
-        return opened.collection
+        collection, checked = self._opened.get(name, (None, 0.0))
+        return collection if time.monotonic() - checked < self._check_seconds else None
 
     def open(self, name: str) -> Collection:
         """The collection that `name`, itself or as an alias, means now.
@@ -103,13 +95,14 @@ class Catalogue:
         """
         came = time.monotonic()
         with self._lock:
-            known = self._opened.get(name)
-            if known is not None and known.checked >= came:
-                return known.collection  # another thread looked while this one waited
+            known, checked = self._opened.get(name, (None, 0.0))
+            if known is not None and checked >= came:
+                return known  # another thread looked while this one waited
+            checked = time.monotonic()
             try:
                 if self._failed is not None and self._failed[0] >= came:
                     raise self._failed[1]  # and was kept waiting: not each of them in turn
-                opened = self._look_up(name)
+                collection = self._look_up(name, known)
             except CollectionNotFound as exc:
                 self._opened.pop(name, None)
                 raise NotFound("collection", name, str(exc)) from exc
@@ -118,25 +111,20 @@ class Catalogue:
             except InvalidName as exc:
                 raise InvalidRequest("collection", name, "the name of a collection or alias") from exc
             except (StoreUnavailable, StoreLocked, StoreAccessDenied) as exc:
-                self._failed = (time.monotonic(), exc)
-                if name not in self._opened:
+                checked = time.monotonic()
+                self._failed = (checked, exc)
+                if known is None:
                     raise Unavailable(str(exc)) from exc
                 # The last meaning of the name serves: a cache may still hold states, and texts can be encoded.
-                opened = _Opened(self._opened[name].collection, time.monotonic())
+                collection = known
             except CacheError as exc:  # damaged, not readable by us, of an unknown version
                 raise FailedPrecondition("COLLECTION_UNREADABLE", name, str(exc)) from exc
-            self._opened[name] = opened
-            return opened.collection
+            self._opened[name] = collection, checked
+            return collection
 
-    def _look_up(self, name: str) -> _Opened:
-        now = time.monotonic()
-        known = self._opened.get(name)
+    def _look_up(self, name: str, known: Collection | None) -> Collection:
         # Equal manifests, not equal names: a collection may be dropped and rewritten.
-        if known and self.store.read_manifest(self.store.resolve(name)) == known.collection.manifest:
-            return _Opened(known.collection, now)
-        identity = self._identity
-        if identity is None:
-            opened = Collection.open(self.store, name)
-        else:
-            opened = Collection.open(self.store, name, fingerprint=identity.fingerprint, checkpoint=identity.checkpoint)
-        return _Opened(opened, now)
+        if known is not None and self.store.read_manifest(self.store.resolve(name)) == known.manifest:
+            return known
+        fingerprint, checkpoint = self._encoder
+        return Collection.open(self.store, name, fingerprint=fingerprint, checkpoint=checkpoint)

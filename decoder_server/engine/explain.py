@@ -15,12 +15,12 @@ from itertools import islice
 
 import numpy as np
 
-from cache.states import PassageStates
+from cache.states import AnyStates, PassageStates
 from decoder_server.engine.engine import Engine
-from decoder_server.engine.fetch import NOT_FINITE, SCORING_FAILED, FetchedPassage
+from decoder_server.engine.fetch import NOT_FINITE, SCORING_FAILED
 from decoder_server.engine.lifecycle import RequestTrace
 from decoder_server.engine.plan import check
-from decoder_server.models.backend import Backend, Prompt, StatesBackend
+from decoder_server.models.backend import Prompt, StatesBackend
 from preread.errors import DeadlineExceeded, InvalidRequest
 from preread.types import RerankRequest, Result, Status
 
@@ -88,18 +88,21 @@ async def explain(engine: Engine, request: RerankRequest, deadline: float) -> li
         if len(request.candidates) > MAX_CANDIDATES:
             raise InvalidRequest("candidates", f"{len(request.candidates)} of them", f"1..{MAX_CANDIDATES}")
         check(request, engine.limits)
-        if engine.reads_text:
+        backend = engine.backend
+        if not isinstance(backend, StatesBackend):
             raise InvalidRequest("model", engine.name, "a model that reads states: this one reads text, at no ratio")
         try:
             async with asyncio.timeout_at(deadline):
-                explained = await _explain(engine, request, trace)
+                explained = await _explain(engine, backend, request, trace)
         except TimeoutError:
             raise DeadlineExceeded("the deadline passed before every candidate was explained") from None
         trace.results = [Result(one.index, one.passage_id, one.status) for one in explained]
         return explained
 
 
-async def _explain(engine: Engine, request: RerankRequest, trace: RequestTrace) -> list[Explained]:
+async def _explain(
+    engine: Engine, backend: StatesBackend, request: RerankRequest, trace: RequestTrace
+) -> list[Explained]:
     prompt = await engine.prompt(request.query, request.instruction)
     collection = await engine.open_collection(request.collection)
     stored = collection.manifest.compression_ratio if collection is not None else 1
@@ -115,32 +118,28 @@ async def _explain(engine: Engine, request: RerankRequest, trace: RequestTrace) 
             texts = await engine.call(wanted.texts, [one.index for one in chunk])
             for one in chunk:
                 text = texts[one.index]
-                spans = await engine.call(_spans, engine.backend, one, text)
                 unscored = Explained(one.index, one.passage_id or "", one.status, text, one.message)
-                score = partial(_explained, engine.backend, prompt, one, unscored, spans, ratios, chosen)
+                # Tokenizes, perhaps a megabyte: not on the model's thread, where every request waits.
+                spans = await engine.call(backend.spans, text) if text and one.states is not None else []
+                score = partial(_explained, backend, prompt, one.states, unscored, spans, ratios, chosen)
                 explained.append(await engine.scheduler.between_passes(score))
     return sorted(explained, key=lambda e: (-_margin(e, chosen), e.index))
 
 
-def _spans(backend: Backend, fetched: FetchedPassage, text: str | None) -> list[tuple[int, int]]:
-    """Of the text's tokens. Tokenizes, perhaps a megabyte: not on the model's thread, where every request waits."""
-    return backend.spans(text) if text and fetched.states is not None and isinstance(backend, StatesBackend) else []
-
-
 def _explained(
-    backend: Backend,
+    backend: StatesBackend,
     prompt: Prompt,
-    fetched: FetchedPassage,
+    encoded: AnyStates | None,
     unscored: Explained,
     spans: Sequence[tuple[int, int]],
     ratios: Sequence[int],
     chosen: int,
 ) -> Explained:
     """One candidate, on the model's thread; its failure costs no other candidate."""
-    if fetched.states is None:
+    if encoded is None:
         return unscored
     try:
-        states = fetched.states.decoded()  # once, for all ratios
+        states = encoded.decoded()  # once, for all ratios
         scores = []
         for ratio in ratios:
             pooled = states.at_ratio(ratio)
@@ -153,15 +152,15 @@ def _explained(
         parts, weight = _parts(backend, prompt, states.at_ratio(chosen), spans)
         return replace(unscored, scores=tuple(scores), parts=parts, passage_weight=weight)
     except Exception:
-        log.exception("candidates[%d] could not be explained", fetched.index)
+        log.exception("candidates[%d] could not be explained", unscored.index)
         return replace(unscored, status="failed", message=SCORING_FAILED)
 
 
 def _parts(
-    backend: Backend, prompt: Prompt, states: PassageStates, spans: Sequence[tuple[int, int]]
+    backend: StatesBackend, prompt: Prompt, states: PassageStates, spans: Sequence[tuple[int, int]]
 ) -> tuple[tuple[_AttendedSpan, ...], float]:
     """None where the passage has several windows, its text is not stored, or tokens and states do not match."""
-    if not isinstance(backend, StatesBackend) or len(states.window_tokens) > 1:
+    if len(states.window_tokens) > 1:
         return (), 0.0
     ((pair,),) = backend.pairs(prompt, [states])
     weights = backend.attention(pair)

@@ -29,11 +29,6 @@ log = logging.getLogger(__name__)
 MAX_ANSWER_BYTES = 1 << 30
 DESCRIBE_TIMEOUT_SECONDS = 5.0
 
-_FORMATS = {
-    "float32": encoder_pb2.STATE_FORMAT_FLOAT32,
-    "bfloat16": encoder_pb2.STATE_FORMAT_BFLOAT16,
-}
-
 
 class EncoderError(Exception):
     """The worker does not answer, rejects the call, or its response is unusable."""
@@ -63,10 +58,19 @@ class EncoderClient:
         self.address = address
         self._fingerprint = fingerprint
         self._dim = dim
-        self._format = _FORMATS[dtype_name]
+        self._format = encoder_pb2.StateFormat.Value(f"STATE_FORMAT_{dtype_name.upper()}")
         self._timeout_seconds = timeout_seconds
         self._api_key = api_key
-        self._channel = _open_channel(address, tls)
+        options: list[tuple[str, int | str]] = [
+            ("grpc.max_receive_message_length", MAX_ANSWER_BYTES),
+            ("grpc.max_send_message_length", -1),
+            *connection_arguments(address),
+            ("grpc.max_reconnect_backoff_ms", 5000),  # a worker that returns is found within seconds, not two minutes
+        ]
+        if tls is None:
+            self._channel = grpc.aio.insecure_channel(address, options=options)
+        else:
+            self._channel = grpc.aio.secure_channel(address, tls.credentials(), options=options)
         self._stub = encoder_pb2_grpc.EncoderServiceStub(self._channel)
 
     async def encode(self, texts: Sequence[str], ratio: int) -> list[PassageStates | str]:
@@ -77,9 +81,7 @@ class EncoderClient:
         """
         request = encoder_pb2.EncodeRequest(texts=texts, compression_ratio=ratio, format=self._format)
         answer = await self._call(self._stub.Encode, request, self._timeout_seconds)
-        mismatch = self._mismatch(answer.fingerprint, answer.dim)
-        if mismatch is not None:
-            raise mismatch
+        self._check_encoder(answer.fingerprint, answer.dim, EncoderError)
         if len(answer.passages) != len(texts) or answer.compression_ratio != ratio or answer.format != self._format:
             raise self._error(
                 f"answered {len(answer.passages)} passages at ratio {answer.compression_ratio} in format "
@@ -95,9 +97,7 @@ class EncoderClient:
             ValueError: it has another encoder.
         """
         answer = await self._call(self._stub.Describe, encoder_pb2.DescribeRequest(), DESCRIBE_TIMEOUT_SECONDS)
-        mismatch = self._mismatch(answer.encoder.fingerprint, answer.encoder.dim)
-        if mismatch is not None:
-            raise ValueError(str(mismatch))
+        self._check_encoder(answer.encoder.fingerprint, answer.encoder.dim, ValueError)
 
     async def close(self) -> None:
         await self._channel.close(None)
@@ -108,13 +108,12 @@ class EncoderClient:
         except grpc.aio.AioRpcError as exc:
             raise self._error(_why(exc)) from exc
 
-    def _mismatch(self, fingerprint: str, dim: int) -> EncoderError | None:
-        if (fingerprint, dim) == (self._fingerprint, self._dim):
-            return None
-        return self._error(
-            f"encodes with {fingerprint[:16]} (dim {dim}); the served model reads states of "
-            f"{self._fingerprint[:16]} (dim {self._dim})"
-        )
+    def _check_encoder(self, fingerprint: str, dim: int, error: type[Exception]) -> None:
+        if (fingerprint, dim) != (self._fingerprint, self._dim):
+            raise error(
+                f"encoder worker {self.address}: encodes with {fingerprint[:16]} (dim {dim}); the served model reads "
+                f"states of {self._fingerprint[:16]} (dim {self._dim})"
+            )
 
     def _unpack(self, passage: encoder_pb2.EncodedPassage, ratio: int, text: str) -> PassageStates | str:
         if passage.message:
@@ -124,14 +123,8 @@ class EncoderClient:
             if not np.isfinite(rows).all():
                 return f"encoder worker {self.address}: states of this text are not finite"
             digest = text_digest(text)
-            return PassageStates(
-                states=rows,
-                window_tokens=tuple(passage.window_tokens),
-                compression_ratio=ratio,
-                truncated=passage.truncated,
-                text_digest=digest,
-                key=digest + struct.pack("<I", ratio),  # of one encoder: the one that this client checked
-            )
+            key = digest + struct.pack("<I", ratio)  # of one encoder: the one that this client checked
+            return PassageStates(rows, tuple(passage.window_tokens), ratio, passage.truncated, digest, key)
         except ValueError as exc:  # costs this text: the others' states are their own
             return str(self._error(f"answered states that do not fit: {exc}"))
 
@@ -146,18 +139,6 @@ def _why(error: grpc.aio.AioRpcError) -> str:
         log.error("the encoder worker failed: %s: %s", code.name, error.details())
         return f"{code.name}: its log has the cause"
     return f"{code.name}: {error.details()}"
-
-
-def _open_channel(address: str, tls: TlsFiles | None) -> grpc.aio.Channel:
-    options: list[tuple[str, int | str]] = [
-        ("grpc.max_receive_message_length", MAX_ANSWER_BYTES),
-        ("grpc.max_send_message_length", -1),
-        *connection_arguments(address),
-        ("grpc.max_reconnect_backoff_ms", 5000),  # a worker that returns is found within seconds, not two minutes
-    ]
-    if tls is None:
-        return grpc.aio.insecure_channel(address, options=options)
-    return grpc.aio.secure_channel(address, tls.credentials(), options=options)
 
 
 def call_metadata(api_key: str) -> tuple[tuple[str, str], ...]:
@@ -221,7 +202,8 @@ class OnDemandStates:
         A cancelled caller does not cancel the encoding: others may wait for it, and the next request probably will.
         """
         # Looked up again: since the caller looked, another request may have had them encoded.
-        kept = {digest: states for digest in texts if (states := self.kept(digest, ratio)) is not None}
+        kept: dict[bytes, PassageStates | str] = {}
+        kept |= {digest: states for digest in texts if (states := self.kept(digest, ratio)) is not None}
         keys = {digest: self._key(digest, ratio) for digest in texts if digest not in kept}
         new = {key: texts[digest] for digest, key in keys.items() if key not in self._flights}
         if new:
@@ -233,10 +215,10 @@ class OnDemandStates:
         flights = {digest: self._flights[key] for digest, key in keys.items()}
         if flights:
             await asyncio.wait(flights.values())  # unlike await on each, leaves them be when the caller is cancelled
-        results = {digest: flight.result() for digest, flight in flights.items()}
-        return kept | {
-            digest: result if isinstance(result, str) else result.at_ratio(ratio) for digest, result in results.items()
-        }
+        for digest, flight in flights.items():
+            result = flight.result()
+            kept[digest] = result if isinstance(result, str) else result.at_ratio(ratio)
+        return kept
 
     async def close(self) -> None:
         for task in list(self._tasks):
