@@ -89,8 +89,8 @@ class Metrics:
             self._stopped_early.labels(trace.model).inc()
         if trace.timings is not None:
             self._queue_wait.observe(trace.timings.queue_seconds)
-        for fetch in trace.fetches:
-            self._fetch_seconds.observe(fetch.end - fetch.start)
+        for start, end, _ in trace.fetches:
+            self._fetch_seconds.observe(end - start)
 
     def pass_finished(self, one: PassRecord) -> None:
         self._forward_seconds.observe(one.seconds)

@@ -60,13 +60,12 @@ class TracingObserver:
         if trace.code not in _NOT_ERRORS:
             span.set_status(Status(StatusCode.ERROR, trace.code))
         within = set_span_in_context(span)
-        for fetch in trace.fetches:
-            self._write("fetch", within, at(fetch.start), at(fetch.end), num_passages=fetch.num_passages)
-        for encoding in trace.encodings:
-            self._write("encode", within, at(encoding.start), at(encoding.end), num_passages=encoding.num_passages)
-        for one in trace.passes:
-            batch = self._write("batch", within, at(one.ready), at(one.end))
-            self._write("forward", batch, at(one.start), at(one.end))
+        for name, intervals in (("fetch", trace.fetches), ("encode", trace.encodings)):
+            for start, end, num_passages in intervals:
+                self._write(name, within, at(start), at(end), num_passages=num_passages)
+        for ready, start, end in trace.passes:
+            batch = self._write("batch", within, at(ready), at(end))
+            self._write("forward", batch, at(start), at(end))
         span.end(at(trace.end))
 
     def pass_finished(self, one: PassRecord) -> None:

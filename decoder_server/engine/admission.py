@@ -27,10 +27,7 @@ class Reservation:
     """The tokens of one admitted request; gives them back as its candidates finish, stage by stage."""
 
     def __init__(self, admission: Admission, stages: Sequence[tuple[int, float]]) -> None:
-        """
-        Args:
-            stages: candidates of each, and tokens of one of them.
-        """
+        # Candidates of each stage, and tokens of one of them.
         self._admission = admission
         self._left = [num_candidates for num_candidates, _ in stages]
         self._each = [each for _, each in stages]
@@ -57,17 +54,13 @@ class Admission:
     """The bounds of one model's queue. Only touched from the event loop."""
 
     def __init__(self, stats: SchedulerStats, *, max_requests: int, max_tokens: int, max_seconds: float = 0.0) -> None:
-        """
-        Args:
-            max_seconds: of work at the measured rate; 0: no such limit.
-        """
         self.num_requests = 0
         self.num_tokens = 0.0
         self.num_rejected = 0
         self._stats = stats
         self._max_requests = max_requests
         self._max_tokens = max_tokens
-        self._max_seconds = max_seconds
+        self._max_seconds = max_seconds  # of work at the measured rate; 0: no such limit
         self._passage_tokens = FIRST_PASSAGE_TOKENS
         self._reservations: set[Reservation] = set()
 

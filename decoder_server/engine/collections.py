@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
+from itertools import islice
 from threading import Lock
 
 from cache.collection import Collection
@@ -63,18 +64,12 @@ def survey(store: Store) -> tuple[list[StoredCollection], dict[str, str]]:
 
 
 class Catalogue:
-    """The collections of one store that one encoder's states, or texts, may be read from."""
+    """The collections of one store that one encoder's states may be read from; without an encoder, texts of any."""
 
     def __init__(self, store: Store, identity: EncoderIdentity | None, check_seconds: float) -> None:
-        """
-        Args:
-            identity: the encoder; None: only texts are read, and any collection will do.
-            check_seconds: how long an opened collection is trusted before its name is looked up
-                again; a moved alias is noticed within that time.
-        """
         self.store = store
         self._encoder = (identity.fingerprint, identity.checkpoint) if identity is not None else (None, "")
-        self._check_seconds = check_seconds
+        self._check_seconds = check_seconds  # until a name is looked up again: a moved alias is noticed by then
         self._opened: dict[str, tuple[Collection, float]] = {}  # and when each was checked, on time.monotonic's clock
         self._lock = Lock()
         self._failed: tuple[float, CacheError] | None = None  # when the store last did not answer, and how
@@ -83,6 +78,11 @@ class Catalogue:
         """The collection if it is open and was checked a moment ago; never blocks on the store."""
         collection, checked = self._opened.get(name, (None, 0.0))
         return collection if time.monotonic() - checked < self._check_seconds else None
+
+    def first_ids(self, name: str, num_ids: int) -> list[str]:
+        """Some passages of a collection, the store's first; raises as `open` does. Blocks on the store."""
+        collection = self.open(name)
+        return [passage_id for passage_id, _ in islice(self.store.scan(collection.name), num_ids)]
 
     def open(self, name: str) -> Collection:
         """The collection that `name`, itself or as an alias, means now.

@@ -45,19 +45,14 @@ class Engine:
 
     def __init__(
         self,
-        name: str,
+        name: str,  # served to clients
         backend: Backend,
         store: Store,
-        on_demand: OnDemandStates | None,
+        on_demand: OnDemandStates | None,  # None: no encoder is configured
         threads: Threads,
         limits: DecoderConfig,
         observers: Sequence[Observer] = (),
     ) -> None:
-        """
-        Args:
-            name: served to clients.
-            on_demand: encodes texts that are not stored; None where no encoder is configured.
-        """
         self.name = name
         self.backend = backend
         self.limits = limits
@@ -86,10 +81,7 @@ class Engine:
         return self.fetcher.on_demand is not None
 
     async def rerank(self, request: RerankRequest, *, deadline: float | None = None) -> tuple[list[Result], Summary]:
-        """Scores a request's candidates.
-
-        Args:
-            deadline: on time.monotonic's clock, which is also the event loop's.
+        """Scores a request's candidates by a deadline on time.monotonic's clock, which is also the event loop's.
 
         Returns:
             Results, scored ones best first and cut to top_n, the others after them; and the summary.
@@ -138,11 +130,7 @@ class Engine:
         return self.catalogue.fresh(name) or await self.call(self.catalogue.open, name)
 
     async def prompt(self, query: str, instruction: str | None) -> Prompt:
-        """The tokens before a passage. A long query is cut, and the prompt says so; an instruction never is.
-
-        Raises:
-            InvalidRequest: an instruction over its limit.
-        """
+        """The tokens before a passage. A long query is cut, and the prompt says so; a long instruction is rejected."""
         prompt = await self.call(self.backend.prompt, query, instruction)
         num_tokens = prompt.num_tokens - prompt.num_query_tokens - self._template_tokens
         if instruction and num_tokens > self.limits.max_instruction_tokens:

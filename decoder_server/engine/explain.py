@@ -11,7 +11,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 
 import numpy as np
 
@@ -51,7 +50,7 @@ class _AttendedSpan:
 
 
 @dataclass(frozen=True, slots=True)
-class Explained:
+class _Explained:
     """One candidate."""
 
     index: int
@@ -64,21 +63,7 @@ class Explained:
     passage_weight: float = 0.0  # over all states, template included; the rest to 1 went to the prompt
 
 
-async def first_ids(engine: Engine, name: str, num_ids: int) -> list[str]:
-    """Some passages of a collection, the store's first.
-
-    Raises:
-        CacheError: no such collection, or of another encoder.
-    """
-
-    def scan() -> list[str]:
-        collection = engine.catalogue.open(name)
-        return [passage_id for passage_id, _ in islice(collection.store.scan(collection.name), num_ids)]
-
-    return await asyncio.to_thread(scan)
-
-
-async def explain(engine: Engine, request: RerankRequest, deadline: float) -> list[Explained]:
+async def explain(engine: Engine, request: RerankRequest, deadline: float) -> list[_Explained]:
     """Every candidate, the best at the requested ratio (else the finest) first.
 
     Raises:
@@ -102,7 +87,7 @@ async def explain(engine: Engine, request: RerankRequest, deadline: float) -> li
 
 async def _explain(
     engine: Engine, backend: StatesBackend, request: RerankRequest, trace: RequestTrace
-) -> list[Explained]:
+) -> list[_Explained]:
     prompt = await engine.prompt(request.query, request.instruction)
     collection = await engine.open_collection(request.collection)
     stored = collection.manifest.compression_ratio if collection is not None else 1
@@ -118,7 +103,7 @@ async def _explain(
             texts = await engine.call(wanted.texts, [one.index for one in chunk])
             for one in chunk:
                 text = texts[one.index]
-                unscored = Explained(one.index, one.passage_id or "", one.status, text, one.message)
+                unscored = _Explained(one.index, one.passage_id or "", one.status, text, one.message)
                 # Tokenizes, perhaps a megabyte: not on the model's thread, where every request waits.
                 spans = await engine.call(backend.spans, text) if text and one.states is not None else []
                 score = partial(_explained, backend, prompt, one.states, unscored, spans, ratios, chosen)
@@ -130,11 +115,11 @@ def _explained(
     backend: StatesBackend,
     prompt: Prompt,
     encoded: AnyStates | None,
-    unscored: Explained,
+    unscored: _Explained,
     spans: Sequence[tuple[int, int]],
     ratios: Sequence[int],
     chosen: int,
-) -> Explained:
+) -> _Explained:
     """One candidate, on the model's thread; its failure costs no other candidate."""
     if encoded is None:
         return unscored
@@ -176,5 +161,5 @@ def _parts(
     return tuple(parts), float(weights.sum())
 
 
-def _margin(explained: Explained, ratio: int) -> float:
+def _margin(explained: _Explained, ratio: int) -> float:
     return next((s.margin for s in explained.scores if s.compression_ratio == ratio), -np.inf)

@@ -22,7 +22,7 @@ from cache.collection import Collection
 from cache.errors import CacheError, StoreUnavailable
 from cache.record import Damaged
 from cache.states import AnyStates, EncodedPassage, PassageStates, all_at_ratio, text_digest
-from decoder_server.engine.lifecycle import Fetch, RequestTrace
+from decoder_server.engine.lifecycle import RequestTrace
 from decoder_server.engine.on_demand import OnDemandStates
 from decoder_server.models.backend import Backend, Pair, Passage, Prompt
 from preread.types import Candidate, OnMiss, Result, Status
@@ -134,20 +134,12 @@ class Fetcher:
     def __init__(
         self,
         backend: Backend,
-        executor: Executor,
-        on_demand: OnDemandStates | None,
+        executor: Executor,  # for the store, pooling and tokenizing; never the model's thread
+        on_demand: OnDemandStates | None,  # None: no encoder is configured, or the model reads text
         *,
-        chunk: int,
-        max_text_bytes: int,
+        chunk: int,  # candidates per read: enough to make a round trip cheap, few enough to reach the model early
+        max_text_bytes: int,  # of one candidate
     ) -> None:
-        """
-        Args:
-            executor: for the store, pooling and tokenizing; never the model's thread.
-            on_demand: encodes texts; None where no encoder is configured, and for a model that reads text.
-            chunk: candidates per read of the store: enough to make its round trip cheap, few enough that the first
-                reach the model early.
-            max_text_bytes: of one candidate.
-        """
         self.on_demand = on_demand
         self._backend = backend
         self._read = self._read_texts if backend.identity() is None else self._read_states
@@ -198,7 +190,7 @@ class Fetcher:
         """Reads one chunk; the passages that are settled without encoding, and the ones to encode."""
         start = time.monotonic()
         read = await self._call(self._read, request, ratio, chunk)
-        request.trace.fetches.append(Fetch(start, time.monotonic(), len(chunk)))
+        request.trace.fetches.append((start, time.monotonic(), len(chunk)))
         fetched, misses, kept = [], [], []
         for one in read:
             if one.digest is None:
@@ -220,7 +212,7 @@ class Fetcher:
         texts = {miss.digest: miss.text for miss in misses if miss.digest is not None}
         start = time.monotonic()
         encoded = await self.on_demand.encode(texts, request.base_ratio)
-        request.trace.encodings.append(Fetch(start, time.monotonic(), len(texts)))
+        request.trace.encodings.append((start, time.monotonic(), len(texts)))
         fetched = []
         for miss in misses:
             result = encoded[miss.digest or b""]

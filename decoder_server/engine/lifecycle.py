@@ -16,23 +16,11 @@ from typing import Protocol
 from preread.errors import FailedPrecondition, PrereadError, Unavailable
 from preread.types import RerankRequest, Result, Timings
 
-
-@dataclass(frozen=True, slots=True)
-class Fetch:
-    """One read of a request's passages, through the read cache if there is one, or one call of the encoder."""
-
-    start: float
-    end: float
-    num_passages: int
-
-
-@dataclass(frozen=True, slots=True)
-class QueueInterval:
-    """One forward pass with pairs of a request, and since when they had been ready."""
-
-    ready: float
-    start: float
-    end: float
+# Start, end and number of passages of one read of a request's passages, through the read cache if there is one, or of
+# one call of the encoder.
+Fetch = tuple[float, float, int]
+# One forward pass with pairs of a request: since when they had been ready, start and end.
+QueueInterval = tuple[float, float, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +57,8 @@ class RequestTrace:
         return Timings(
             fetch_seconds=_covered(self.fetches),
             encode_seconds=_covered(self.encodings),
-            queue_seconds=sum(one.start - one.ready for one in self.passes),
-            compute_seconds=sum(one.end - one.start for one in self.passes),
+            queue_seconds=sum(start - ready for ready, start, _ in self.passes),
+            compute_seconds=sum(end - start for _, start, end in self.passes),
             total_seconds=time.monotonic() - self.start,
         )
 
@@ -136,9 +124,9 @@ class InFlight:
 def _covered(intervals: Sequence[Fetch]) -> float:
     """Seconds during which at least one of them ran."""
     seconds, until = 0.0, 0.0
-    for one in sorted(intervals, key=lambda one: one.start):
-        seconds += max(0.0, one.end - max(one.start, until))
-        until = max(until, one.end)
+    for start, end, _ in sorted(intervals):
+        seconds += max(0.0, end - max(start, until))
+        until = max(until, end)
     return seconds
 
 

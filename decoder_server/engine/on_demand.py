@@ -41,20 +41,13 @@ class EncoderClient:
         self,
         address: str,
         *,
-        fingerprint: str,
+        fingerprint: str,  # of the encoder whose states the decoder reads; no other is accepted
         dim: int,
-        dtype_name: str,
+        dtype_name: str,  # of the decoder; states travel in it, finer would be lost anyway
         timeout_seconds: float,
         api_key: str = "",
-        tls: TlsFiles | None = None,
+        tls: TlsFiles | None = None,  # None: plain text
     ) -> None:
-        """
-        Args:
-            address: host:port.
-            fingerprint: of the encoder whose states the decoder reads; no other is accepted.
-            dtype_name: number format of the decoder; states travel in it, finer would be lost anyway.
-            tls: None: plain text.
-        """
         self.address = address
         self._fingerprint = fingerprint
         self._dim = dim
@@ -168,13 +161,10 @@ class OnDemandStates:
     """States of the latest texts within a byte budget, with single flight. Only touched from the event loop."""
 
     def __init__(self, encoder: EncoderClient, *, max_bytes: int, base_ratio: int) -> None:
-        """
-        Args:
-            base_ratio: texts are encoded at it for every multiple of it, and pooled, so that one encoding serves all.
-        """
         self.num_encoded = 0
         self.num_hits = 0
         self._encoder = encoder
+        # Texts are encoded at it for every multiple of it, and pooled, so that one encoding serves all.
         self._base_ratio = base_ratio
         # LRU rather than by frequency: a text comes again soon, or never.
         self._kept: ByteBoundedCache[Key, PassageStates] = ByteBoundedCache(

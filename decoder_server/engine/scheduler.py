@@ -152,13 +152,8 @@ class RequestQueue:
     """The queued pairs of one request. Made by Scheduler.queued."""
 
     def __init__(self, rank: float, deadline: float | None) -> None:
-        """
-        Args:
-            rank: virtual time at which an equal share of the machine would finish the request; lower goes first.
-            deadline: on time.monotonic's clock; None: none.
-        """
-        self.rank = rank
-        self.deadline = deadline
+        self.rank = rank  # virtual time at which an equal share of the machine would finish it; lower goes first
+        self.deadline = deadline  # on time.monotonic's clock; None: none
         self.num_tokens = 0  # that are queued
         self.closed = False
         self.passes: list[QueueInterval] = []
@@ -213,7 +208,7 @@ class RequestQueue:
 
     def pass_finished(self, ready: float | None, start: float, end: float) -> None:
         self._computing = False
-        self.passes.append(QueueInterval(start if ready is None else ready, start, end))
+        self.passes.append((start if ready is None else ready, start, end))
         self._since = end if self._waiting else None
 
 
@@ -223,17 +218,11 @@ class Scheduler:
     def __init__(
         self,
         backend: Backend,
-        executor: Executor,
+        executor: Executor,  # the model's thread
         max_batch_tokens: int,
-        min_batch_tokens: int | None = None,
+        min_batch_tokens: int | None = None,  # of batches that hold what is computed in BATCH_SECONDS; None: the same
         observers: Sequence[Observer] = (),
     ) -> None:
-        """
-        Args:
-            executor: the model's thread.
-            min_batch_tokens: where given, batches hold what the model computes in BATCH_SECONDS, but at least this
-                and at most `max_batch_tokens`; None: always `max_batch_tokens`.
-        """
         self.max_batch_tokens = max_batch_tokens
         self.min_batch_tokens = max_batch_tokens if min_batch_tokens is None else min_batch_tokens
         self.stats = SchedulerStats()
@@ -249,11 +238,7 @@ class Scheduler:
 
     @contextmanager
     def queued(self, num_tokens: float, deadline: float | None = None) -> Iterator[RequestQueue]:
-        """A queue for a request of about `num_tokens`; pairs still in it at the end are dropped, never computed.
-
-        Args:
-            deadline: on time.monotonic's clock.
-        """
+        """A queue for a request of about `num_tokens`; pairs still in it at the end are dropped, never computed."""
         queue = RequestQueue(self._virtual_time + num_tokens, deadline)
         self._queues.append(queue)
         self._queues.sort(key=lambda one: one.rank)  # stable: equal ranks keep their arrival order

@@ -22,7 +22,7 @@ from decoder_server.edge.http.dialect_request import RerankBody
 from decoder_server.edge.http.openapi import JSON, Operation
 from decoder_server.edge.http.request import Count, HttpRequest, Text, read, respond
 from decoder_server.engine.engine import Engine
-from decoder_server.engine.explain import MAX_CANDIDATES, explain, first_ids
+from decoder_server.engine.explain import MAX_CANDIDATES, explain
 from preread.errors import InvalidRequest, Unavailable
 
 CREATED = 1735689600  # the list of models has to have a date; 2025-01-01
@@ -166,7 +166,8 @@ async def _explain(request: HttpRequest) -> Response:
     if body.collection and body.first and body.passage_ids is None:
         if body.first > MAX_CANDIDATES:
             raise InvalidRequest("first", body.first, f"1..{MAX_CANDIDATES}")
-        body.passage_ids = [Text(one) for one in await first_ids(engine, body.collection, body.first)]
+        ids = await engine.call(engine.catalogue.first_ids, body.collection, body.first)
+        body.passage_ids = [Text(one) for one in ids]
     parsed = body.request()
     start = time.monotonic()
     with parsed.naming():

@@ -32,26 +32,19 @@ class Layout:
 
     def __init__(
         self,
-        prompt_lengths: Sequence[int],
-        state_counts: Sequence[int],
+        prompt_lengths: Sequence[int],  # tokens to compute per pair, each at least 1
+        state_counts: Sequence[int],  # per pair, each at least 1
         device: torch.device,
-        prefix_lengths: Sequence[int] | None = None,
+        prefix_lengths: Sequence[int] | None = None,  # tokens before them that the context has; None: none
     ) -> None:
-        """
-        Args:
-            prompt_lengths: tokens to compute per pair, each at least 1.
-            state_counts: per pair, each at least 1.
-            prefix_lengths: tokens before them that the context has; None: none.
-        """
         prefix_lengths = [0] * len(prompt_lengths) if prefix_lengths is None else prefix_lengths
         counts = [prefix + states for prefix, states in zip(prefix_lengths, state_counts, strict=True)]
         self.batch = len(prompt_lengths)
         self._device = device
         self._prompt, self._context = _Padding(prompt_lengths, device), _Padding(counts, device)
         self._prefix = torch.tensor(prefix_lengths, device=device)[:, None]  # (batch, 1)
-        at = self._prefix + torch.arange(self._prompt.longest, device=device)  # (batch, max_prompt)
-        self._at = at
-        self.positions = self._prompt.pack(at)  # of every packed token in its whole prompt
+        self._at = self._prefix + torch.arange(self._prompt.longest, device=device)  # (batch, max_prompt)
+        self.positions = self._prompt.pack(self._at)  # of every packed token in its whole prompt
         self.num_positions = max(p + q for p, q in zip(prefix_lengths, prompt_lengths, strict=True))
         lengths = torch.tensor(prompt_lengths, device=device)
         self.readout = lengths.cumsum(0) - 1  # packed row of each prompt's last token, (batch,)
@@ -224,6 +217,7 @@ class Decoder:
         """
         hidden = self.embedding(token_ids)  # (num_tokens, dim)
         views = {kind: self._view(kind, layout, hidden.dtype) for kind in set(self.layer_types)}
+        group = self.config.num_attention_heads // self.config.num_key_value_heads  # query heads per kv head
         norms = [layer.pre_attention for layer in self.layers] + [self.norm]
         normed: Tensor = self.pointwise.rms_norm(hidden, norms[0])
         for i, (layer, passage) in enumerate(zip(self.layers, context, strict=True)):
@@ -245,16 +239,11 @@ class Decoder:
             q = layout.fold(self.pointwise.norm_rotate(q, layer.q_norm, *rotation), keys.shape[1], readout=last)
             if watch is not None:
                 watch(q, keys, mask)
-            attended = layout.unfold(attend(q, keys, values, mask, self.pointwise), self.groups, readout=last)
+            attended = layout.unfold(attend(q, keys, values, mask, self.pointwise), group, readout=last)
             hidden, normed = self.pointwise.add_norm(hidden, layer.o(attended), layer.post_attention, layer.pre_mlp)
             update = layer.down(layer.gated(normed))
             hidden, normed = self.pointwise.add_norm(hidden, update, layer.post_mlp, norms[i + 1])
         return normed
-
-    @property
-    def groups(self) -> int:
-        """Query heads per kv head."""
-        return int(self.config.num_attention_heads // self.config.num_key_value_heads)
 
     def _projected(self, layer: LayerWeights, x: Tensor) -> KeysValues:
         """(rows, dim) -> raw keys and values, (rows, num_kv, head) each."""
