@@ -7,8 +7,7 @@ is stored coarser, moves to the next ratio that it can; the summary says which r
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from decoder_server.config import DecoderConfig
 from preread.errors import InvalidRequest, Path
@@ -73,15 +72,24 @@ def plan(request: RerankRequest, limits: DecoderConfig, stored_ratio: int | None
             raise InvalidRequest("stages", f"{len(request.stages)} of them", expected)
         return Plan.plain(TEXT_RATIO)
     stored = stored_ratio or 1
+    named: dict[Path, int] = {
+        ("stages", i, "compression_ratio"): stage.compression_ratio for i, stage in enumerate(request.stages)
+    }
+    named |= {("compression_ratio",): request.compression_ratio} if request.compression_ratio else {}
+    for path, ratio in named.items():
+        if ratio % stored:
+            expected = f"a multiple of {stored}, the ratio that collection {request.collection!r} is stored at"
+            raise InvalidRequest(path, ratio, expected)
     if request.stages:
-        for i, stage in enumerate(request.stages):
-            _check_ratio(("stages", i, "compression_ratio"), stage.compression_ratio, stored, request.collection)
         return Plan(request.stages, cascade=True)
     if request.compression_ratio:
-        _check_ratio(("compression_ratio",), request.compression_ratio, stored, request.collection)
         return Plan.plain(request.compression_ratio)
     if limits.stages:
-        stages = _fitted(limits.stages, stored)
+        fitted: dict[int, Stage] = {}  # of two stages at one ratio that the collection can give, the later one stays
+        for stage in limits.stages:
+            ratio = _next_multiple(stage.compression_ratio, stored)
+            fitted[ratio] = Stage(ratio, stage.keep)
+        stages = tuple(fitted.values())
         return Plan.plain(stages[-1].compression_ratio) if request.one_ratio else Plan(stages, cascade=True)
     if limits.read_ratio:
         return Plan.plain(_next_multiple(limits.read_ratio, stored))
@@ -96,8 +104,11 @@ def check(request: RerankRequest, limits: DecoderConfig) -> None:
     """
     if not request.query:
         raise InvalidRequest("query", "", "a query that is not empty")
-    _check_bytes("query", request.query, limits.max_query_bytes)
-    _check_bytes("instruction", request.instruction or "", limits.max_query_bytes)
+    most = limits.max_query_bytes
+    for field, text in (("query", request.query), ("instruction", request.instruction or "")):
+        # A character is at most four bytes: most texts need no encoding to be known short.
+        if len(text) * 4 > most and len(text.encode()) > most:
+            raise InvalidRequest(field, f"{len(text.encode())} bytes long", f"at most {most} bytes")
     if request.collection is not None and len(request.collection) > MAX_NAME_CHARS:
         raise InvalidRequest("collection", request.collection[:MAX_NAME_CHARS], "the name of a collection or alias")
     num_candidates = len(request.candidates)
@@ -122,26 +133,5 @@ def check(request: RerankRequest, limits: DecoderConfig) -> None:
             raise InvalidRequest("collection", "", f"the collection of candidates[{i}], which has an id and no text")
 
 
-def _check_bytes(field: str, text: str, limit: int) -> None:
-    # A character is at most four bytes: most texts need no encoding to be known short.
-    if len(text) * 4 > limit and len(text.encode()) > limit:
-        raise InvalidRequest(field, f"{len(text.encode())} bytes long", f"at most {limit} bytes")
-
-
-def _check_ratio(path: Path, ratio: int, stored: int, collection: str | None) -> None:
-    if ratio % stored:
-        expected = f"a multiple of {stored}, the ratio that collection {collection!r} is stored at"
-        raise InvalidRequest(path, ratio, expected)
-
-
 def _next_multiple(ratio: int, stored: int) -> int:
     return -(-ratio // stored) * stored
-
-
-def _fitted(stages: Sequence[Stage], stored: int) -> tuple[Stage, ...]:
-    """Stages at ratios the collection can give; of two that coincide, the later one's `keep` stays."""
-    fitted: dict[int, Stage] = {}
-    for stage in stages:
-        ratio = _next_multiple(stage.compression_ratio, stored)
-        fitted[ratio] = replace(stage, compression_ratio=ratio)
-    return tuple(fitted.values())
