@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -30,26 +30,6 @@ MAX_CANDIDATES = 16  # each is as much work as a dozen of a ranking
 
 
 @dataclass(frozen=True, slots=True)
-class _RatioScore:
-    """A candidate at one ratio, scored alone."""
-
-    compression_ratio: int
-    num_states: int
-    margin: float
-    score: float
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class _AttendedSpan:
-    """One pooled state: its characters of the text, and the readout token's weight on it."""
-
-    begin: int
-    end: int
-    weight: float
-
-
-@dataclass(frozen=True, slots=True)
 class _Explained:
     """One candidate."""
 
@@ -58,8 +38,8 @@ class _Explained:
     status: Status
     text: str | None = None
     message: str = ""
-    scores: tuple[_RatioScore, ...] = ()
-    parts: tuple[_AttendedSpan, ...] = ()
+    scores: list[dict[str, float]] = field(default_factory=list)  # at each ratio, scored alone
+    parts: list[dict[str, float]] = field(default_factory=list)  # characters of the text and the weight on their state
     passage_weight: float = 0.0  # over all states, template included; the rest to 1 went to the prompt
 
 
@@ -133,9 +113,11 @@ def _explained(
             seconds = time.perf_counter() - start
             if not np.isfinite(margin):
                 return replace(unscored, status="failed", message=NOT_FINITE)
-            scores.append(_RatioScore(ratio, pooled.num_states, margin, backend.activate(margin), seconds))
+            score = backend.activate(margin)
+            measured = {"num_states": pooled.num_states, "margin": margin, "score": score, "seconds": seconds}
+            scores.append({"compression_ratio": ratio} | measured)
         parts, weight = _parts(backend, prompt, states.at_ratio(chosen), spans)
-        return replace(unscored, scores=tuple(scores), parts=parts, passage_weight=weight)
+        return replace(unscored, scores=scores, parts=parts, passage_weight=weight)
     except Exception:
         log.exception("candidates[%d] could not be explained", unscored.index)
         return replace(unscored, status="failed", message=SCORING_FAILED)
@@ -143,23 +125,24 @@ def _explained(
 
 def _parts(
     backend: StatesBackend, prompt: Prompt, states: PassageStates, spans: Sequence[tuple[int, int]]
-) -> tuple[tuple[_AttendedSpan, ...], float]:
+) -> tuple[list[dict[str, float]], float]:
     """None where the passage has several windows, its text is not stored, or tokens and states do not match."""
     if len(states.window_tokens) > 1:
-        return (), 0.0
+        return [], 0.0
     ((pair,),) = backend.pairs(prompt, [states])
     weights = backend.attention(pair)
     if len(spans) < states.num_tokens:
-        return (), float(weights.sum())
+        return [], float(weights.sum())
     parts = []
     for i, weight in enumerate(weights.tolist()):
         first = i * states.compression_ratio
         own = spans[first : min(first + states.compression_ratio, states.num_tokens)]
         real = [(begin, end) for begin, end in own if begin < end]
         if real:  # the template's own tokens are left out
-            parts.append(_AttendedSpan(min(begin for begin, _ in real), max(end for _, end in real), weight))
-    return tuple(parts), float(weights.sum())
+            begin, end = min(begin for begin, _ in real), max(end for _, end in real)
+            parts.append({"begin": begin, "end": end, "weight": weight})
+    return parts, float(weights.sum())
 
 
 def _margin(explained: _Explained, ratio: int) -> float:
-    return next((s.margin for s in explained.scores if s.compression_ratio == ratio), -np.inf)
+    return next((s["margin"] for s in explained.scores if s["compression_ratio"] == ratio), -np.inf)

@@ -72,11 +72,12 @@ def plan(request: RerankRequest, limits: DecoderConfig, stored_ratio: int | None
             raise InvalidRequest("stages", f"{len(request.stages)} of them", expected)
         return Plan.plain(TEXT_RATIO)
     stored = stored_ratio or 1
-    named: dict[Path, int] = {
-        ("stages", i, "compression_ratio"): stage.compression_ratio for i, stage in enumerate(request.stages)
-    }
-    named |= {("compression_ratio",): request.compression_ratio} if request.compression_ratio else {}
-    for path, ratio in named.items():
+    named: list[tuple[Path, int]] = [
+        (("stages", i, "compression_ratio"), stage.compression_ratio) for i, stage in enumerate(request.stages)
+    ]
+    if request.compression_ratio:
+        named.append((("compression_ratio",), request.compression_ratio))
+    for path, ratio in named:
         if ratio % stored:
             expected = f"a multiple of {stored}, the ratio that collection {request.collection!r} is stored at"
             raise InvalidRequest(path, ratio, expected)
