@@ -165,8 +165,7 @@ class CascadeState:
         self.stage = 0
         self.any_scored = False
         self._plan = plan
-        self._unread = dict.fromkeys(indexes)  # no result yet
-        self._left = len(self._unread)  # results that the present stage still owes
+        self._owed = dict.fromkeys(indexes)  # candidates without a result of the present stage
         self._best: list[tuple[float, int]] = []  # a heap of (margin, -index): those that the next stage would score
         self._held: dict[int, FetchedPassage] = {}  # states at the base ratio, for later stages
         self._reached: dict[int, Result] = {}  # of candidates that are not settled
@@ -182,7 +181,7 @@ class CascadeState:
 
     @property
     def stage_over(self) -> bool:
-        return self._left == 0
+        return not self._owed
 
     def hold(self, passages: Iterable[FetchedPassage]) -> None:
         """Keeps passages for later stages."""
@@ -193,8 +192,7 @@ class CascadeState:
         """Takes results of the present stage; returns the candidates that no later stage will score."""
         settled: list[Result] = []
         for result in results:
-            self._left -= 1
-            self._unread.pop(result.index, None)
+            self._owed.pop(result.index, None)
             before = self._reached.pop(result.index, None)
             if result.margin is None or result.score is None:
                 self._held.pop(result.index, None)
@@ -222,7 +220,7 @@ class CascadeState:
             return []
         passages = [self._held[-negative] for _, negative in sorted(self._best, reverse=True)]
         self.stage += 1
-        self._left = len(passages)
+        self._owed = dict.fromkeys(one.index for one in passages)
         self._best.clear()
         if self.is_last_stage:
             self._held.clear()
@@ -230,13 +228,13 @@ class CascadeState:
 
     def stop(self, candidates: Sequence[Candidate]) -> list[Result]:
         """Settles everything else: each candidate as far as it came."""
-        unread = [Result(i, candidates[i].passage_id or "", "failed", message=NOT_REACHED) for i in self._unread]
-        reached = list(self._reached.values())
-        self._unread.clear()
+        unread = [i for i in self._owed if i not in self._reached]
+        settled = [*self._reached.values()]
+        settled += [Result(i, candidates[i].passage_id or "", "failed", message=NOT_REACHED) for i in unread]
+        self._owed.clear()
         self._reached.clear()
         self._held.clear()
-        self._left = 0
-        return [*reached, *unread]
+        return settled
 
 
 def ranked(results: Iterable[Result], top_n: int) -> list[Result]:

@@ -23,9 +23,7 @@ ANY_QUERY = "a query"
 
 
 async def warm(engine: Engine, request: RerankRequest) -> Warmed:
-    """
-    Args:
-        request: ids of one collection; its query is not read.
+    """Pre-fills for the ids of a request; its query is not read.
 
     Raises:
         PrereadError: as of a request for the same; FailedPrecondition where the model has nothing to warm.
@@ -46,8 +44,8 @@ async def warm(engine: Engine, request: RerankRequest) -> Warmed:
             read = await engine.call(collection.get_encoded_many, ids)
         except CacheError as exc:
             raise Unavailable(f"the store could not be read: {exc}") from exc
-        passages = [passage for passage in read if isinstance(passage, EncodedPassage)]
-        pooled = [await engine.call(all_at_ratio, passages, ratio) for ratio in ratios]
+        found = {i: passage for i, passage in zip(ids, read, strict=True) if isinstance(passage, EncodedPassage)}
+        pooled = [await engine.call(all_at_ratio, list(found.values()), ratio) for ratio in ratios]
         pairs = list(chain.from_iterable(backend.pairs(prompt, list(chain.from_iterable(pooled)))))
         num_kept = [0] * len(backend.caches)
         for rows in split_by_length(pairs, engine.scheduler.batch_tokens):
@@ -56,11 +54,9 @@ async def warm(engine: Engine, request: RerankRequest) -> Warmed:
             num_kept = [total + now for total, now in zip(num_kept, held, strict=True)]
         return Warmed(
             model=engine.name,
-            num_passages=len(passages),
+            num_passages=len(found),
             num_windows=len(pairs),
-            missing_ids=tuple(
-                i for i, passage in zip(ids, read, strict=True) if not isinstance(passage, EncodedPassage)
-            ),
+            missing_ids=tuple(i for i in ids if i not in found),
             tiers=tuple(
                 TierUse(cache.name, num, cache.num_bytes, cache.max_bytes)
                 for cache, num in zip(backend.caches, num_kept, strict=True)

@@ -170,24 +170,17 @@ class Decoder:
 
     @torch.inference_mode()
     def prompt_kv(self, token_ids: Tensor, context: Iterable[KeysValues], layout: Layout) -> list[KeysValues]:
-        """Keys and values that a prefix of the prompts adds to a context, per layer (num_tokens, num_kv, head) each.
-
-        Args: as of `margins`.
-        """
+        """Keys and values that a prefix of the prompts adds to a context, per layer (num_tokens, num_kv, head) each."""
         kept: list[KeysValues] = []
         self._run(token_ids, context, layout, keep=kept.append)
         return kept
 
     @torch.inference_mode()
     def attention(self, token_ids: Tensor, states: Tensor) -> Tensor:
-        """Attention of one prompt's readout token: weights over the states, float32 (num_layers, num_states).
+        """Weights of one prompt's readout token over states (num_states, dim): float32 (num_layers, num_states).
 
         The mean over heads of the softmax over [states ; prompt]; what a row lacks to 1 went to the
         prompt. For looking at, not for serving.
-
-        Args:
-            token_ids: (num_tokens,).
-            states: (num_states, dim).
         """
         rows: list[Tensor] = []
 
