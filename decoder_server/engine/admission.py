@@ -26,11 +26,9 @@ DEADLINE_SHARE = 0.8
 class Reservation:
     """The tokens of one admitted request; gives them back as its candidates finish, stage by stage."""
 
-    def __init__(self, admission: Admission, stages: Sequence[tuple[int, float]]) -> None:
-        # Candidates of each stage, and tokens of one of them.
-        self._admission = admission
-        self._left = [num_candidates for num_candidates, _ in stages]
-        self._each = [each for _, each in stages]
+    def __init__(self, admission: Admission, num_candidates: list[int], num_tokens: list[float]) -> None:
+        """Of each stage its candidates, and the tokens of one."""
+        self._admission, self._left, self._each = admission, num_candidates, num_tokens
 
     @property
     def num_tokens(self) -> float:
@@ -47,14 +45,14 @@ class Reservation:
     def __exit__(self, *_: object) -> None:
         for stage, left in enumerate(self._left):
             self.finished(left, stage)
-        self._admission.release(self)
+        self._admission.reservations.discard(self)
 
 
 class Admission:
     """The bounds of one model's queue. Only touched from the event loop."""
 
     def __init__(self, stats: SchedulerStats, *, max_requests: int, max_tokens: int, max_seconds: float = 0.0) -> None:
-        self.num_requests = 0
+        self.reservations: set[Reservation] = set()
         self.num_tokens = 0.0
         self.num_rejected = 0
         self._stats = stats
@@ -62,7 +60,10 @@ class Admission:
         self._max_tokens = max_tokens
         self._max_seconds = max_seconds  # of work at the measured rate; 0: no such limit
         self._passage_tokens = FIRST_PASSAGE_TOKENS
-        self._reservations: set[Reservation] = set()
+
+    @property
+    def num_requests(self) -> int:
+        return len(self.reservations)
 
     def admit(self, reads: Sequence[tuple[int, int]], num_prompt_tokens: int) -> Reservation:
         """Reserves a request's tokens, to be used as a context manager.
@@ -75,7 +76,8 @@ class Admission:
         Raises:
             Overloaded: no room.
         """
-        reservation = Reservation(self, [(num, num_prompt_tokens + self._states(ratio)) for num, ratio in reads])
+        each = [num_prompt_tokens + self._states(ratio) for _, ratio in reads]
+        reservation = Reservation(self, [num for num, _ in reads], each)
         num_tokens, limit = reservation.num_tokens, self.max_queued_tokens
         if self.num_requests >= self._max_requests:
             mean_tokens = self.num_tokens / self.num_requests
@@ -84,14 +86,9 @@ class Admission:
         if self.num_requests and excess > 0:
             message = f"about {self.num_tokens:.0f} tokens wait and this request has about {num_tokens:.0f}; "
             raise self._rejection(f"{message}the limit is {limit:.0f}", min(excess, self.num_tokens))
-        self.num_requests += 1
         self.num_tokens += num_tokens
-        self._reservations.add(reservation)
+        self.reservations.add(reservation)
         return reservation
-
-    def release(self, reservation: Reservation) -> None:
-        self.num_requests -= 1
-        self._reservations.discard(reservation)
 
     def degrade(
         self, plan: Plan, num_candidates: int, num_prompt_tokens: int, deadline: float | None, queue_share: float
@@ -126,13 +123,11 @@ class Admission:
         return max(1.0, self._passage_tokens / max(1, ratio))
 
     def _estimate(self, plan: Plan, num_candidates: int, num_prompt_tokens: int) -> tuple[float, float]:
-        """Tokens over all stages, and seconds until there is a response, the queue included; of a cascade the first
-        stage's.
-        """
+        """Tokens over all stages; seconds until the (first stage's) response, the queue included."""
         reads = [(num, self._states(ratio)) for num, ratio in plan.reads(num_candidates)]
         num_tokens = sum(num * (num_prompt_tokens + num_states) for num, num_states in reads)
         # When the machine is shared equally, so much is computed before a request of this size is done.
-        ahead = sum(min(num_tokens, one.num_tokens) for one in self._reservations)
+        ahead = sum(min(num_tokens, one.num_tokens) for one in self.reservations)
         num, num_states = reads[0]
         own = self._stats.pass_seconds(num * num_prompt_tokens, num * num_states)
         return num_tokens, ahead / self._stats.drain_rate + own
