@@ -159,8 +159,8 @@ class RequestQueue:
         self.passes: list[QueueInterval] = []
         self.taken = asyncio.Event()
         self._waiting: deque[_Queued] = deque()
-        self._since: float | None = None  # pairs are ready and none of them is computed
-        self._computing = False
+        self.computing = False
+        self._since: float | None = None  # pairs have been ready and none of them computed
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -168,7 +168,7 @@ class RequestQueue:
     def add(self, pairs: Sequence[Pair], passage: _Passage) -> None:
         self._waiting.extend((passage, pair) for pair in pairs)
         self.num_tokens += sum(pair.num_tokens for pair in pairs)
-        if not self._computing and self._since is None:
+        if not self.computing and self._since is None:
             self._since = time.monotonic()
 
     def next_tokens(self) -> int:
@@ -190,7 +190,7 @@ class RequestQueue:
         dropped = list(self._waiting)
         self._waiting.clear()
         self.num_tokens = 0
-        self._since = None
+        self._since = self._since if self.computing else None
         self.taken.set()
         if error is not None:
             for passage, _ in dropped:
@@ -201,14 +201,9 @@ class RequestQueue:
         """The request was cancelled, or its deadline passed."""
         return self.closed or (self.deadline is not None and now >= self.deadline)
 
-    def pass_started(self) -> float | None:
-        """A pass with pairs of this request begins; since when they were ready."""
-        ready, self._since, self._computing = self._since, None, True
-        return ready
-
-    def pass_finished(self, ready: float | None, start: float, end: float) -> None:
-        self._computing = False
-        self.passes.append((start if ready is None else ready, start, end))
+    def pass_finished(self, start: float, end: float) -> None:
+        self.computing = False
+        self.passes.append((start if self._since is None else self._since, start, end))
         self._since = end if self._waiting else None
 
 
@@ -327,7 +322,9 @@ class Scheduler:
         if not alive:
             return
         pairs = [pair for _, pair in alive]
-        ready = {queue: queue.pass_started() for queue in {passage.queue for passage, _ in alive}}
+        queues = {passage.queue for passage, _ in alive}
+        for queue in queues:
+            queue.computing = True
         margins = await asyncio.get_running_loop().run_in_executor(self._executor, self._score, pairs)
         end = time.monotonic()
         counted = self.stats.count(pairs, end - start)
@@ -336,8 +333,8 @@ class Scheduler:
         self._last_pass = end
         for observer in self._observers:
             observer.pass_finished(counted)
-        for queue, since in ready.items():
-            queue.pass_finished(since, start, end)
+        for queue in queues:
+            queue.pass_finished(start, end)
         for (passage, _), margin in zip(alive, margins, strict=True):
             passage.scored(margin)
 

@@ -199,11 +199,6 @@ class KVCache:
         """Whether an entry is there now; counts nothing."""
         return self._entries.get(key) is not None
 
-    def clear(self) -> None:
-        """Drops entries and counted misses."""
-        self._entries.clear()
-        self._misses.clear()
-
 
 @dataclass(frozen=True, slots=True)
 class _Needed:
