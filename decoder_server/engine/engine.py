@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Container, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
@@ -20,7 +20,7 @@ from decoder_server.config import ANY_MODEL, DecoderConfig
 from decoder_server.engine.admission import Admission
 from decoder_server.engine.collections import Catalogue
 from decoder_server.engine.fetch import Fetcher, FetchRequest
-from decoder_server.engine.lifecycle import InFlight, Observer, RequestTrace
+from decoder_server.engine.lifecycle import Observer, RequestTrace
 from decoder_server.engine.on_demand import OnDemandStates
 from decoder_server.engine.plan import Plan, check, plan
 from decoder_server.engine.request_run import RequestRun, ranked
@@ -57,7 +57,11 @@ class Engine:
         self.backend = backend
         self.limits = limits
         self.reads_text = backend.identity() is None
-        self.in_flight = InFlight(name, observers)
+        self._observers = observers
+        self._num_in_flight = 0
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
         self.catalogue = Catalogue(store, backend.identity(), limits.max_staleness_seconds)
         min_tokens, max_tokens = BATCH_TOKENS[backend.device_name.split(":")[0]]
         if limits.max_batch_tokens is not None:
@@ -89,7 +93,7 @@ class Engine:
         Raises:
             PrereadError: the request as a whole failed.
         """
-        with self.in_flight.track(request) as trace:
+        with self.track(request) as trace:
             check(request, self.limits)
             async with _until(deadline, trace):
                 run = await self._plan(request, deadline, trace)
@@ -103,7 +107,7 @@ class Engine:
         self, request: RerankRequest, *, deadline: float | None = None
     ) -> AsyncGenerator[list[Result] | Summary, None]:
         """The same as results are settled, unsorted and whatever top_n says; the summary comes last."""
-        with self.in_flight.track(request) as trace:
+        with self.track(request) as trace:
             check(request, self.limits)
             async with _until(deadline, trace):
                 run = await self._plan(request, deadline, trace)
@@ -119,9 +123,39 @@ class Engine:
                         yield with_texts
             yield self._summarize(run)
 
+    @contextmanager
+    def track(self, request: RerankRequest, kind: str = "rerank") -> Iterator[RequestTrace]:
+        """Reports to the observers how the request ended; a server that drains waits for it.
+
+        Raises:
+            Unavailable: this server is draining.
+        """
+        trace = RequestTrace(request, self.name, kind)
+        self._num_in_flight += 1
+        self._idle.clear()
+        try:
+            if self._draining:
+                raise Unavailable("this server is shutting down")
+            yield trace
+            trace.code = "ok"
+        except BaseException as exc:
+            trace.failed(exc)
+            raise
+        finally:
+            self._num_in_flight -= 1
+            if self._num_in_flight == 0:
+                self._idle.set()
+            trace.end = time.monotonic()
+            for observer in self._observers:
+                observer.request_finished(trace)
+
     async def drain(self, grace_seconds: float) -> bool:
         """Rejects new requests and waits for those in flight; False when the grace period ended first."""
-        return await self.in_flight.drain(grace_seconds)
+        self._draining = True
+        with suppress(TimeoutError):
+            async with asyncio.timeout(grace_seconds):
+                await self._idle.wait()
+        return self._idle.is_set()
 
     async def open_collection(self, name: str | None) -> Collection | None:
         """The collection that a name or alias means now; raises as Catalogue.open does."""

@@ -49,7 +49,7 @@ async def explain(engine: Engine, request: RerankRequest, deadline: float) -> li
     Raises:
         PrereadError: the request as a whole failed.
     """
-    with engine.in_flight.track(request, "explain") as trace:
+    with engine.track(request, "explain") as trace:
         if len(request.candidates) > MAX_CANDIDATES:
             raise InvalidRequest("candidates", f"{len(request.candidates)} of them", f"1..{MAX_CANDIDATES}")
         check(request, engine.limits)

@@ -1,4 +1,4 @@
-"""Requests in flight: the trace each leaves behind, the observers that receive it, and draining.
+"""What a request leaves behind: its trace, a record of each forward pass, and the observers that receive them.
 
 Times are on time.monotonic's clock. Metrics, logs and spans are observers, in decoder_server.telemetry.
 """
@@ -8,12 +8,11 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from preread.errors import FailedPrecondition, PrereadError, Unavailable
+from preread.errors import FailedPrecondition, PrereadError
 from preread.types import RerankRequest, Result, Timings
 
 # Start, end and number of passages of one read of a request's passages, through the read cache if there is one, or of
@@ -62,6 +61,15 @@ class RequestTrace:
             total_seconds=time.monotonic() - self.start,
         )
 
+    def failed(self, error: BaseException) -> None:
+        """Takes the error's name as the code, for logs and metrics: few and constant."""
+        if isinstance(error, asyncio.CancelledError | GeneratorExit):
+            self.code = "cancelled"
+        elif isinstance(error, FailedPrecondition):
+            self.code = "refused"
+        elif isinstance(error, PrereadError):
+            self.code = re.sub(r"(?<!^)(?=[A-Z])", "_", type(error).__name__).lower()
+
 
 class Observer(Protocol):
     """Called on the event loop, so it must be quick; it must not raise."""
@@ -73,54 +81,6 @@ class Observer(Protocol):
     def pass_finished(self, one: PassRecord) -> None: ...
 
 
-class InFlight:
-    """The requests of one model in flight. Made and used on the event loop."""
-
-    def __init__(self, model: str, observers: Sequence[Observer]) -> None:
-        self._model = model
-        self._observers = observers
-        self._num_requests = 0
-        self._draining = False
-        self._idle = asyncio.Event()
-        self._idle.set()
-
-    @contextmanager
-    def track(self, request: RerankRequest, kind: str = "rerank") -> Iterator[RequestTrace]:
-        """Reports to the observers how the request ended; a server that drains waits for it.
-
-        Raises:
-            Unavailable: this server is draining.
-        """
-        trace = RequestTrace(request, self._model, kind)
-        self._num_requests += 1
-        self._idle.clear()
-        try:
-            if self._draining:
-                raise Unavailable("this server is shutting down")
-            yield trace
-            trace.code = "ok"
-        except BaseException as exc:
-            trace.code = _code_of(exc)
-            raise
-        finally:
-            self._num_requests -= 1
-            if self._num_requests == 0:
-                self._idle.set()
-            trace.end = time.monotonic()
-            for observer in self._observers:
-                observer.request_finished(trace)
-
-    async def drain(self, grace_seconds: float) -> bool:
-        """Rejects new requests and waits for those in flight; False when the grace period ended first."""
-        self._draining = True
-        try:
-            async with asyncio.timeout(grace_seconds):
-                await self._idle.wait()
-        except TimeoutError:
-            return False
-        return True
-
-
 def _covered(intervals: Sequence[Fetch]) -> float:
     """Seconds during which at least one of them ran."""
     seconds, until = 0.0, 0.0
@@ -128,14 +88,3 @@ def _covered(intervals: Sequence[Fetch]) -> float:
         seconds += max(0.0, end - max(start, until))
         until = max(until, end)
     return seconds
-
-
-def _code_of(error: BaseException) -> str:
-    """The error's name for logs and metrics: few and constant. InvalidRequest is invalid_request."""
-    if isinstance(error, asyncio.CancelledError | GeneratorExit):
-        return "cancelled"
-    if isinstance(error, FailedPrecondition):
-        return "refused"
-    if isinstance(error, PrereadError):
-        return re.sub(r"(?<!^)(?=[A-Z])", "_", type(error).__name__).lower()
-    return "internal"
