@@ -103,11 +103,9 @@ class _Padding:
         self._source = None if self._even else (self.real.flatten().cumsum(0) - 1).clamp(min=0)
 
     def pad(self, rows: Tensor) -> Tensor:
-        batch, longest = self.real.shape
-        if self._source is None:
-            return rows.reshape(batch, longest, *rows.shape[1:])
         # Padding repeats the pair's own last row: finite where the pair is, and hidden by the mask.
-        return rows[self._source].view(batch, longest, *rows.shape[1:])
+        rows = rows if self._source is None else rows[self._source]
+        return rows.reshape(*self.real.shape, *rows.shape[1:])
 
     def pack(self, padded: Tensor) -> Tensor:
         return padded.flatten(0, 1) if self._even else padded[self.real]
