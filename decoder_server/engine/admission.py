@@ -91,13 +91,14 @@ class Admission:
         return reservation
 
     def degrade(
-        self, plan: Plan, num_candidates: int, num_prompt_tokens: int, deadline: float | None, queue_share: float
+        self,
+        plan: Plan,
+        num_candidates: int,
+        num_prompt_tokens: int,
+        deadline: float | None,
+        queue_share: float,  # of the queue's limit, in use before requests are degraded
     ) -> tuple[Plan, Degraded | None]:
-        """The plan, or a coarser one and why. Before the first pass nothing is known, and nothing is degraded.
-
-        Args:
-            queue_share: of the queue's limit, in use before requests are degraded.
-        """
+        """The plan, or a coarser one and why. Before the first pass nothing is known, and nothing is degraded."""
         if not self._stats.knows_pass_time:
             return plan, None
         plans = plan.coarser()
@@ -140,19 +141,12 @@ class Admission:
 
 
 def choose(
-    estimates: Sequence[tuple[float, float]],
-    seconds_left: float | None,
-    num_queued_tokens: float,
-    max_queued_tokens: float,
+    estimates: Sequence[tuple[float, float]],  # tokens and seconds of each option
+    seconds_left: float | None,  # until the deadline; None: there is none
+    num_queued_tokens: float,  # of requests in flight
+    max_queued_tokens: float,  # of them and this request, before requests are degraded
 ) -> tuple[int, str]:
-    """The first option that satisfies both pressures, else the last, and the pressure behind it ("" for option 0).
-
-    Args:
-        estimates: tokens and seconds of each.
-        seconds_left: until the deadline; None: there is none.
-        num_queued_tokens: of requests in flight.
-        max_queued_tokens: of requests in flight, this one included, before requests are degraded.
-    """
+    """The first option that satisfies both pressures, else the last, and the pressure behind it ("" for option 0)."""
     by_deadline = by_queue = 0
     last = len(estimates) - 1
     if seconds_left is not None:

@@ -29,16 +29,11 @@ class FbnlBackend:
         self,
         checkpoint: Checkpoint,
         *,
-        device: str | None = None,
-        dtype: str | None = None,
+        device: str | None = None,  # auto, cpu or cuda[:N]; None is auto
+        dtype: str | None = None,  # auto, float32 or bfloat16; None is auto
         budgets: KvCacheConfig = NO_KV_CACHES,
     ) -> None:
         """Reads the decoder's tensors.
-
-        Args:
-            device: auto, cpu or cuda[:N]; None is auto.
-            dtype: auto, float32 or bfloat16; None is auto.
-            budgets: of the KV and prefix caches.
 
         Raises:
             CheckpointError: files that cannot be served.

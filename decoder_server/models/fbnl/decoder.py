@@ -118,14 +118,14 @@ class Decoder:
     """Decoder weights and the forward pass over them."""
 
     def __init__(
-        self, config: T5Gemma2DecoderConfig, tensors: dict[str, Tensor], eoi_id: int, *, compiled: bool = False
+        self,
+        config: T5Gemma2DecoderConfig,
+        tensors: dict[str, Tensor],
+        eoi_id: int,  # the token whose embedding row is kept apart (end of image)
+        *,
+        compiled: bool = False,  # see Pointwise
     ) -> None:
-        """Takes tensors out of `tensors` (canonical names `decoder.…`) as it packs them.
-
-        Args:
-            eoi_id: the token whose embedding row is kept apart (end of image).
-            compiled: see Pointwise.
-        """
+        """Takes tensors out of `tensors` (canonical names `decoder.…`) as it packs them."""
         self.config = config
         self.embedding = Embedding(tensors, "decoder", eoi_id)
         weight = self.embedding.weight

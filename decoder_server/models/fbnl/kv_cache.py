@@ -126,19 +126,13 @@ class KVCache:
     """
 
     def __init__(self, name: str, max_bytes: int, form: str, dtype: torch.dtype = torch.float32) -> None:
-        """
-        Args:
-            max_bytes: 0 disables the cache.
-            form: of entries: auto, as computed; bfloat16; or int8 with one scale per row and head.
-            dtype: in which entries are read.
-        """
         self.name = name
-        self.max_bytes = max_bytes
+        self.max_bytes = max_bytes  # 0 disables the cache
         self.num_hits = 0
         self.num_misses = 0
         self.num_admitted = 0
-        self._form = form
-        self._dtype = dtype
+        self._form = form  # of entries: auto, as computed; bfloat16; or int8 with one scale per row and head
+        self._dtype = dtype  # in which entries are read
         self._entries: ByteBoundedCache[Hashable, _Entry] = ByteBoundedCache(
             max_bytes, lambda kv: ENTRY_OVERHEAD_BYTES + sum(part.nbytes for part in kv if part is not None)
         )
