@@ -74,9 +74,7 @@ class RequestTrace:
 class Observer(Protocol):
     """Called on the event loop, so it must be quick; it must not raise."""
 
-    def request_finished(self, trace: RequestTrace) -> None:
-        """Every request, whether it succeeded or failed."""
-        ...
+    def request_finished(self, trace: RequestTrace) -> None: ...  # every request, whether it succeeded or failed
 
     def pass_finished(self, one: PassRecord) -> None: ...
 

@@ -99,7 +99,11 @@ class EncoderClient:
         try:
             return await method(request, timeout=seconds, metadata=call_metadata(self._api_key))
         except grpc.aio.AioRpcError as exc:
-            raise self._error(_why(exc)) from exc
+            code, details = exc.code(), exc.details()
+            if code in (grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL):  # the text of a bug goes to the log alone
+                log.error("the encoder worker failed: %s: %s", code.name, details)
+                details = "its log has the cause"
+            raise self._error(f"{code.name}: {details}") from exc
 
     def _check_encoder(self, fingerprint: str, dim: int, error: type[Exception]) -> None:
         if (fingerprint, dim) != (self._fingerprint, self._dim):
@@ -123,15 +127,6 @@ class EncoderClient:
 
     def _error(self, message: str) -> EncoderError:
         return EncoderError(f"encoder worker {self.address}: {message}")
-
-
-def _why(error: grpc.aio.AioRpcError) -> str:
-    """The reason of a failed call; the text of a bug goes to the log alone."""
-    code = error.code()
-    if code in (grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL):
-        log.error("the encoder worker failed: %s: %s", code.name, error.details())
-        return f"{code.name}: its log has the cause"
-    return f"{code.name}: {error.details()}"
 
 
 def call_metadata(api_key: str) -> tuple[tuple[str, str], ...]:
