@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from cache.states import AnyStates
-from checkpoint import Checkpoint, CheckpointError, TokenizedPrompt
+from checkpoint import Checkpoint, CheckpointError, EncoderIdentity, TokenizedPrompt
 from checkpoint.compute import choose_device, choose_dtype, choose_fused, dtype_name
 from decoder_server.config import NO_KV_CACHES, KvCacheConfig
 from decoder_server.models.fbnl.decoder import Decoder
@@ -47,9 +47,7 @@ class FbnlBackend:
         self.dtype_name = dtype_name(self._dtype)
         self.device_name = str(self._device)
         self.checkpoint = checkpoint
-        self._text = text = checkpoint.text  # read before the weights: a wrong tokenizer should fail fast
-        self.identity, self.prompt = checkpoint.identity, text.prompt
-        self.cut, self.is_empty, self.spans = text.cut, text.is_empty, text.spans
+        self._text = checkpoint.text  # read before the weights: a wrong tokenizer should fail fast
         tensors = checkpoint.decoder_tensors(self._dtype)
         if self._device.type != "cpu":
             tensors = {name: tensor.to(self._device) for name, tensor in tensors.items()}
@@ -67,6 +65,12 @@ class FbnlBackend:
         """Fused steps compiled so far; constant once warm, whatever comes."""
         return self._decoder.pointwise.num_compilations
 
+    def identity(self) -> EncoderIdentity:
+        return self.checkpoint.identity()
+
+    def prompt(self, query: str, instruction: str | None = None) -> TokenizedPrompt:
+        return self._text.prompt(query, instruction)
+
     def pairs(self, prompt: TokenizedPrompt, passages: Sequence[AnyStates]) -> list[list[StatePair]]:
         """Per passage its windows under the prompt."""
         return [
@@ -83,6 +87,15 @@ class FbnlBackend:
         if x >= 0:
             return float(np.float32(1) / (np.float32(1) + np.exp(-x)))
         return float(np.exp(x) / (np.float32(1) + np.exp(x)))
+
+    def cut(self, text: str, max_tokens: int | None, *, keep_end: bool = False) -> str:
+        return self._text.cut(text, max_tokens, keep_end=keep_end)
+
+    def is_empty(self, text: str) -> bool:
+        return self._text.is_empty(text)
+
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        return self._text.spans(text)
 
     def score(self, pairs: Sequence[StatePair]) -> NDArray[np.float32]:
         """Margins (len(pairs),); NaN where a logit was not finite."""
