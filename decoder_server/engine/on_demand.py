@@ -51,7 +51,7 @@ class EncoderClient:
         self.address = address
         self._fingerprint = fingerprint
         self._dim = dim
-        self._format = encoder_pb2.StateFormat.Value(f"STATE_FORMAT_{dtype_name.upper()}")
+        self._format: encoder_pb2.StateFormat = getattr(encoder_pb2, f"STATE_FORMAT_{dtype_name.upper()}")
         self._timeout_seconds = timeout_seconds
         self._api_key = api_key
         options: list[tuple[str, int | str]] = [

@@ -207,7 +207,7 @@ class CascadeState:
                 settled.append(result)
                 continue
             self._reached[result.index] = result
-            heapq.heappush(self._best, (result.margin, -result.index))
+            heapq.heappush(self._best, (result.margin or 0.0, -result.index))
             if len(self._best) > self._plan.stages[self.stage].keep:
                 out = -heapq.heappop(self._best)[1]
                 self._held.pop(out)

@@ -229,7 +229,7 @@ class _Needed:
                 first.setdefault(name, i)
         return first
 
-    def computed(self, names: Iterable[_Name], kv: Tensor, lengths: Sequence[int]) -> None:
+    def computed(self, names: Iterable[_Name], kv: Tensor, lengths: list[int]) -> None:
         """Takes what was computed, end to end, and keeps what is worth it."""
         for name, part in zip(names, torch.split(kv, lengths, dim=2), strict=True):
             self.kv[name] = part
