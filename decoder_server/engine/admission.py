@@ -66,12 +66,9 @@ class Admission:
         return len(self.reservations)
 
     def admit(self, reads: Sequence[tuple[int, int]], num_prompt_tokens: int) -> Reservation:
-        """Reserves a request's tokens, to be used as a context manager.
+        """Reserves a request's tokens, by the candidates and ratio of each stage, to be used as a context manager.
 
         A request larger than the whole queue is admitted when the queue is empty: it never could be otherwise.
-
-        Args:
-            reads: candidates of each stage, and its ratio.
 
         Raises:
             Overloaded: no room.

@@ -197,15 +197,11 @@ class Decoder:
         context: Iterable[KeysValues],
         layout: Layout,
         *,
+        # Takes the prompt's keys and values of each layer; then nothing after the last is computed.
         keep: Callable[[KeysValues], None] | None = None,
-        watch: Callable[[Tensor, Tensor, Tensor], None] | None = None,
+        watch: Callable[[Tensor, Tensor, Tensor], None] | None = None,  # sees each layer's queries, keys and mask
     ) -> Tensor:
-        """Every layer over every token but the last layer, which computes the readout rows; they come out normed.
-
-        Args:
-            keep: takes the prompt's keys and values of each layer; then nothing after the last is computed.
-            watch: sees each layer's queries, keys and mask.
-        """
+        """Every layer over every token but the last layer, which computes the readout rows; they come out normed."""
         hidden = self.embedding(token_ids)  # (num_tokens, dim)
         views = {kind: self._view(kind, layout, hidden.dtype) for kind in set(self.layer_types)}
         group = self.config.num_attention_heads // self.config.num_key_value_heads  # query heads per kv head
