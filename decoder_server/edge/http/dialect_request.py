@@ -18,6 +18,7 @@ MAX_POSITIONS_SHOWN = 500
 
 Flag = bool | None
 Size = Annotated[int, Meta(ge=0)]
+Score = Annotated[float, Meta(ge=0, le=1)]
 Top = Annotated[Count | None, Meta(description="0, absent or more than there are: all")]
 
 
@@ -63,7 +64,20 @@ Documents = Annotated[
 ]
 
 
-class RerankBody(Struct, kw_only=True):
+class Dialect(Struct, kw_only=True):
+    """The body of a request as one family of clients writes it."""
+
+    def requests(self) -> list[DialectRequest]:
+        """For the engine: one, or one per distinct query."""
+        raise NotImplementedError
+
+    @classmethod
+    def pack(cls, responses: Sequence[DialectResponse]) -> Any:
+        """The document that answers the body."""
+        raise NotImplementedError
+
+
+class RerankBody(Dialect, kw_only=True):
     """Fields with one meaning in every dialect, which may rename `documents`, `top_n` and `return_documents`."""
 
     query: Query
@@ -92,16 +106,18 @@ class RerankBody(Struct, kw_only=True):
     ] = None
     max_tokens_per_doc: Annotated[Count | None, Meta(description="Texts are cut there")] = None
 
-    def request(self, field: str = "documents", *, top_k: Count | None = None, **settings: Any) -> DialectRequest:
+    def requests(self) -> list[DialectRequest]:
+        return [self.request()]
+
+    def request(
+        self, field: str = "documents", *, top_k: Count | None = None, one_ratio: bool = False, **settings: Any
+    ) -> DialectRequest:
         """The request for the engine.
 
         Args:
             field: what the dialect calls the candidates.
             top_k: the dialect's limit of results; None: top_n.
             settings: of DialectRequest.
-
-        Raises:
-            InvalidRequest: fields that contradict each other.
         """
         top = self.top_n if top_k is None else top_k
         request = RerankRequest(
@@ -115,6 +131,7 @@ class RerankBody(Struct, kw_only=True):
             return_text=self.return_documents or False,
             model=str(self.model or ""),
             stages=self.stages or (),
+            one_ratio=one_ratio,
         )
         return DialectRequest(
             request,
@@ -128,7 +145,7 @@ class RerankBody(Struct, kw_only=True):
 class _StageScore(Struct):
     compression_ratio: Size
     margin: float
-    score: Annotated[float, Meta(ge=0, le=1)]
+    score: Score
     num_states: Size
 
 

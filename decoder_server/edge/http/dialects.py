@@ -1,28 +1,27 @@
-"""The dialects of other rerankers: what a body looks like, what it requests, and how results are written.
+"""The dialects of other rerankers: a body's struct makes requests for the engine, and packs the responses.
 
-A dialect is two pure functions on typed structs: `parse` makes requests for the engine of a body, `pack` a document of
-the responses. Everything but /score requests once per body. The paths of all dialects are here too.
+Everything but /score requests once per body. The paths of all dialects are here too.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Self
 
 from msgspec import UNSET, Meta, Struct, UnsetType, field
 
 from decoder_server.edge.http.dialect_request import (
+    Dialect,
     DialectRequest,
     DialectResponse,
     Documents,
     Flag,
     Rank,
     RerankBody,
+    Score,
     Top,
     Usage,
 )
@@ -41,23 +40,9 @@ MAX_PAIRS = 1000  # as many as one query may have passages
 LISTS = ("documents", "texts", "passages", "input", "pairs", "text_1", "text_2", "passage_ids", "stages")
 
 RefuseLong = Annotated[Flag, Meta(description="false: reject a text that is too long")]
-Score = Annotated[float, Meta(ge=0, le=1)]
-
-
-@dataclass(frozen=True, slots=True)
-class _Dialect:
-    """How one family of clients is answered."""
-
-    body: type[Struct]
-    parse: Callable[[Any], list[DialectRequest]]
-    pack: Callable[[Sequence[DialectResponse]], Any]
 
 
 # Cohere, Jina, vLLM, llama.cpp, infinity and the 4D AI Kit share one answer: each reads its part of it.
-
-
-class _RerankRequest(RerankBody, kw_only=True):
-    raw_scores: Annotated[Flag, Meta(description="Behind /infinity: margins in place of scores")] = None
 
 
 class _DocumentText(Struct):
@@ -89,53 +74,46 @@ class _RerankAnswer(Struct, kw_only=True, tag_field="object", tag="rerank"):
     meta: _RerankMeta
 
 
-def _parse_rerank(body: _RerankRequest) -> list[DialectRequest]:
-    return [body.request()]
+class _RerankRequest(RerankBody, kw_only=True):
+    raw_scores: Annotated[Flag, Meta(description="Behind /infinity: margins in place of scores")] = None
+
+    @classmethod
+    def pack(cls, responses: Sequence[DialectResponse]) -> _RerankAnswer:
+        answer = _InfinityRequest.pack(responses)
+        for rank in answer.results:
+            if isinstance(rank.document, str):
+                rank.document = _DocumentText(rank.document)
+        return answer
 
 
-def _parse_infinity(body: _RerankRequest) -> list[DialectRequest]:
-    return [body.request(raw_scores=body.raw_scores or False)]
+class _InfinityRequest(_RerankRequest, kw_only=True):
+    def requests(self) -> list[DialectRequest]:
+        return [self.request(raw_scores=self.raw_scores or False)]
 
-
-def _pack_infinity(responses: Sequence[DialectResponse]) -> _RerankAnswer:
-    (response,) = responses
-    num_units = math.ceil(len(response.parsed.request.candidates) / DOCUMENTS_PER_SEARCH_UNIT)
-    return _RerankAnswer(
-        id=response.request_id,
-        created=int(time.time()),
-        model=response.summary.model,
-        results=response.ranks(_RerankRank, "relevance_score", "document"),
-        usage=response.usage,
-        meta=_RerankMeta(
-            api_version={"version": "2"},
-            billed_units={"search_units": num_units},
-            tokens={"input_tokens": response.num_tokens, "output_tokens": 0},
-            warnings=response.warnings() or UNSET,
-        ),
-    )
-
-
-def _pack_rerank(responses: Sequence[DialectResponse]) -> _RerankAnswer:
-    answer = _pack_infinity(responses)
-    for rank in answer.results:
-        if isinstance(rank.document, str):
-            rank.document = _DocumentText(rank.document)
-    return answer
+    @classmethod
+    def pack(cls, responses: Sequence[DialectResponse]) -> _RerankAnswer:
+        (response,) = responses
+        num_units = math.ceil(len(response.parsed.request.candidates) / DOCUMENTS_PER_SEARCH_UNIT)
+        return _RerankAnswer(
+            id=response.request_id,
+            created=int(time.time()),
+            model=response.summary.model,
+            results=response.ranks(_RerankRank, "relevance_score", "document"),
+            usage=response.usage,
+            meta=_RerankMeta(
+                api_version={"version": "2"},
+                billed_units={"search_units": num_units},
+                tokens={"input_tokens": response.num_tokens, "output_tokens": 0},
+                warnings=response.warnings() or UNSET,
+            ),
+        )
 
 
 # Text Embeddings Inference: `texts` in, a flat list out, best first.
 
 
 class _Direction(Word):
-    words = ("Right", "Left", "right", "left")
-
-
-class _TeiRequest(RerankBody, kw_only=True):
-    documents: Documents = field(name="texts", default=None)
-    return_documents: Flag = field(name="return_text", default=None)
-    raw_scores: Annotated[Flag, Meta(description="Margins in place of scores")] = None
-    truncate: RefuseLong = None
-    truncation_direction: _Direction | None = None
+    words = ("right", "left")
 
 
 class _TeiRank(Rank, kw_only=True):
@@ -143,31 +121,29 @@ class _TeiRank(Rank, kw_only=True):
     text: str | UnsetType = UNSET
 
 
-def _parse_tei(body: _TeiRequest) -> list[DialectRequest]:
-    """Absent `truncate` cuts what is too long, as TEI does by default."""
-    request = body.request(
-        "texts",
-        raw_scores=body.raw_scores or False,
-        reject_truncated=body.truncate is False,
-        keep_end=body.truncation_direction == "left",
-    )
-    return [request]
+class _TeiRequest(RerankBody, kw_only=True):
+    documents: Documents = field(name="texts", default=None)
+    return_documents: Flag = field(name="return_text", default=None)
+    raw_scores: Annotated[Flag, Meta(description="Margins in place of scores")] = None
+    truncate: RefuseLong = None  # absent: cuts what is too long, as TEI does by default
+    truncation_direction: _Direction | None = None
 
+    def requests(self) -> list[DialectRequest]:
+        keep_end = self.truncation_direction == "left"
+        reject = self.truncate is False
+        raw_scores = self.raw_scores or False
+        return [self.request("texts", raw_scores=raw_scores, reject_truncated=reject, keep_end=keep_end)]
 
-def _pack_tei(responses: Sequence[DialectResponse]) -> list[_TeiRank]:
-    return responses[0].ranks(_TeiRank, "score", "text")
+    @classmethod
+    def pack(cls, responses: Sequence[DialectResponse]) -> list[_TeiRank]:
+        return responses[0].ranks(_TeiRank, "score", "text")
 
 
 # NVIDIA NIM: query and passages are objects with `text`, and logits come back.
 
 
 class _Truncate(Word):
-    words = ("NONE", "END", "none", "end")
-
-
-class _NimRequest(RerankBody, kw_only=True):
-    documents: Documents = field(name="passages", default=None)
-    truncate: _Truncate | None = None
+    words = ("none", "end")
 
 
 class _NimRank(Rank, kw_only=True):
@@ -178,20 +154,19 @@ class _NimAnswer(Struct):
     rankings: list[_NimRank]
 
 
-def _parse_nim(body: _NimRequest) -> list[DialectRequest]:
-    return [body.request("passages", raw_scores=True, reject_truncated=body.truncate == "none")]
+class _NimRequest(RerankBody, kw_only=True):
+    documents: Documents = field(name="passages", default=None)
+    truncate: _Truncate | None = None
 
+    def requests(self) -> list[DialectRequest]:
+        return [self.request("passages", raw_scores=True, reject_truncated=self.truncate == "none")]
 
-def _pack_nim(responses: Sequence[DialectResponse]) -> _NimAnswer:
-    return _NimAnswer(responses[0].ranks(_NimRank, "logit"))
+    @classmethod
+    def pack(cls, responses: Sequence[DialectResponse]) -> _NimAnswer:
+        return _NimAnswer(responses[0].ranks(_NimRank, "logit"))
 
 
 # Voyage: `top_k`, `truncation`, and documents as plain strings.
-
-
-class _VoyageRequest(RerankBody, kw_only=True):
-    top_k: Top = None
-    truncation: RefuseLong = None
 
 
 class _VoyageRank(Rank, kw_only=True):
@@ -205,23 +180,21 @@ class _VoyageAnswer(Struct, kw_only=True, tag_field="object", tag="list"):
     usage: Usage
 
 
-def _parse_voyage(body: _VoyageRequest) -> list[DialectRequest]:
-    return [body.request(top_k=body.top_k, reject_truncated=body.truncation is False)]
+class _VoyageRequest(RerankBody, kw_only=True):
+    top_k: Top = None
+    truncation: RefuseLong = None
 
+    def requests(self) -> list[DialectRequest]:
+        return [self.request(top_k=self.top_k, reject_truncated=self.truncation is False)]
 
-def _pack_voyage(responses: Sequence[DialectResponse]) -> _VoyageAnswer:
-    (response,) = responses
-    ranks = response.ranks(_VoyageRank, "relevance_score", "document")
-    return _VoyageAnswer(data=ranks, model=response.summary.model, usage=Usage(total_tokens=response.num_tokens))
+    @classmethod
+    def pack(cls, responses: Sequence[DialectResponse]) -> _VoyageAnswer:
+        (response,) = responses
+        ranks = response.ranks(_VoyageRank, "relevance_score", "document")
+        return _VoyageAnswer(data=ranks, model=response.summary.model, usage=Usage(total_tokens=response.num_tokens))
 
 
 # mixedbread: `input` in, `data` out.
-
-
-class _MixedbreadRequest(RerankBody, kw_only=True):
-    documents: Documents = field(name="input", default=None)
-    top_k: Top = None
-    return_documents: Flag = field(name="return_input", default=None)
 
 
 class _MixedbreadRank(Rank, kw_only=True):
@@ -235,25 +208,68 @@ class _MixedbreadAnswer(Struct, kw_only=True, tag_field="object", tag="list"):
     usage: Usage
 
 
-def _parse_mixedbread(body: _MixedbreadRequest) -> list[DialectRequest]:
-    return [body.request("input", top_k=body.top_k)]
+class _MixedbreadRequest(RerankBody, kw_only=True):
+    documents: Documents = field(name="input", default=None)
+    top_k: Top = None
+    return_documents: Flag = field(name="return_input", default=None)
 
+    def requests(self) -> list[DialectRequest]:
+        return [self.request("input", top_k=self.top_k)]
 
-def _pack_mixedbread(responses: Sequence[DialectResponse]) -> _MixedbreadAnswer:
-    (response,) = responses
-    ranks = response.ranks(_MixedbreadRank, "score", "input")
-    return _MixedbreadAnswer(data=ranks, model=response.summary.model, usage=response.usage)
+    @classmethod
+    def pack(cls, responses: Sequence[DialectResponse]) -> _MixedbreadAnswer:
+        (response,) = responses
+        ranks = response.ranks(_MixedbreadRank, "score", "input")
+        return _MixedbreadAnswer(data=ranks, model=response.summary.model, usage=response.usage)
 
 
 # Scores of pairs, in their order: `text_1` and `text_2` as vLLM has them, or `pairs`. One request per distinct query.
 
 
-class _ScoreRequest(Struct, kw_only=True):
+class _PairScore(Rank, kw_only=True, tag_field="object", tag="score"):
+    score: Score
+
+
+class _ScoreAnswer(Struct, kw_only=True, tag_field="object", tag="list"):
+    id: str
+    data: list[_PairScore]
+    model: str
+    usage: Usage
+
+
+class _ScoreRequest(Dialect, kw_only=True):
     model: Text | None = None
     instruction: Text | None = None
     compression_ratio: Count | None = None
     return_margins: Flag = None
     stages: Annotated[Any, Meta(description="Not taken: scores of different stages do not compare")] = None
+
+    def _of_pairs(self, name: str, pairs: Sequence[tuple[str, str]]) -> list[DialectRequest]:
+        if self.stages is not None:
+            raise InvalidRequest("stages", "given", "none here: scores of different stages do not compare")
+        if len(pairs) > MAX_PAIRS:
+            raise InvalidRequest(name, f"{len(pairs)} of them", f"at most {MAX_PAIRS}")
+        positions: dict[str, list[int]] = {}
+        for position, (query, _) in enumerate(pairs):
+            positions.setdefault(query, []).append(position)
+        shared: dict[str, Any] = {one: getattr(self, one) for one in _ScoreRequest.__struct_fields__}
+        requests = []
+        for query, own in positions.items():
+            documents: Documents = [pairs[position][1] for position in own]
+            body = RerankBody(query=Query(query), documents=documents, **shared)
+            requests.append(body.request(name, one_ratio=True, positions=tuple(own)))
+        return requests
+
+    @classmethod
+    def pack(cls, responses: Sequence[DialectResponse]) -> _ScoreAnswer:
+        scores = [score for response in responses for score in response.ranks(_PairScore, "score")]
+        num_tokens = sum(response.num_tokens for response in responses)
+        return _ScoreAnswer(
+            id=responses[0].request_id,
+            data=sorted(scores, key=lambda score: score.index),
+            model=responses[0].summary.model,
+            usage=Usage(prompt_tokens=num_tokens, total_tokens=num_tokens),
+        )
 
 
 class _Texts(list[str]):
@@ -273,83 +289,33 @@ class _TextsRequest(_ScoreRequest, kw_only=True):
     text_1: _Texts
     text_2: _Texts
 
+    def requests(self) -> list[DialectRequest]:
+        for name, texts in (("text_1", self.text_1), ("text_2", self.text_2)):
+            if not texts:
+                raise InvalidRequest(name, "empty", "at least one")
+        queries, passages = list(self.text_1), self.text_2
+        if len(queries) == 1:
+            queries *= len(passages)
+        if len(queries) != len(passages):
+            expected = f"{len(queries)}, as many as text_1, or one text_1"
+            raise InvalidRequest("text_2", f"{len(passages)} texts", expected)
+        if "" in queries:
+            at = () if self.text_1.is_one else (queries.index(""),)
+            raise InvalidRequest(("text_1", *at), "", "a query that is not empty")
+        return self._of_pairs("text_2", list(zip(queries, passages, strict=True)))
+
 
 class _PairsRequest(_ScoreRequest, kw_only=True):
     pairs: list[tuple[Text, Text]]
 
+    def requests(self) -> list[DialectRequest]:
+        if not self.pairs:
+            raise InvalidRequest("pairs", "empty", "at least one")
+        for i, (query, _) in enumerate(self.pairs):
+            if not query:
+                raise InvalidRequest(("pairs", i, 0), "", "a query that is not empty")
+        return self._of_pairs("pairs", self.pairs)
 
-class _PairScore(Rank, kw_only=True, tag_field="object", tag="score"):
-    score: Score
-
-
-class _ScoreAnswer(Struct, kw_only=True, tag_field="object", tag="list"):
-    id: str
-    data: list[_PairScore]
-    model: str
-    usage: Usage
-
-
-def _parse_texts(body: _TextsRequest) -> list[DialectRequest]:
-    for name, texts in (("text_1", body.text_1), ("text_2", body.text_2)):
-        if not texts:
-            raise InvalidRequest(name, "empty", "at least one")
-    queries, passages = body.text_1, body.text_2
-    if len(queries) == 1:
-        queries = _Texts(queries * len(passages))
-    if len(queries) != len(passages):
-        raise InvalidRequest("text_2", f"{len(passages)} texts", f"{len(queries)}, as many as text_1, or one text_1")
-    if "" in queries:
-        at = () if body.text_1.is_one else (queries.index(""),)
-        raise InvalidRequest(("text_1", *at), "", "a query that is not empty")
-    return _parse_scores(body, "text_2", list(zip(queries, passages, strict=True)))
-
-
-def _parse_pairs(body: _PairsRequest) -> list[DialectRequest]:
-    if not body.pairs:
-        raise InvalidRequest("pairs", "empty", "at least one")
-    for i, (query, _) in enumerate(body.pairs):
-        if not query:
-            raise InvalidRequest(("pairs", i, 0), "", "a query that is not empty")
-    return _parse_scores(body, "pairs", body.pairs)
-
-
-def _parse_scores(body: _ScoreRequest, name: str, pairs: Sequence[tuple[str, str]]) -> list[DialectRequest]:
-    if body.stages is not None:
-        raise InvalidRequest("stages", "given", "none here: scores of different stages do not compare")
-    if len(pairs) > MAX_PAIRS:
-        raise InvalidRequest(name, f"{len(pairs)} of them", f"at most {MAX_PAIRS}")
-    positions: dict[str, list[int]] = {}
-    for position, (query, _) in enumerate(pairs):
-        positions.setdefault(query, []).append(position)
-    shared: dict[str, Any] = {one: getattr(body, one) for one in _ScoreRequest.__struct_fields__}
-    requests = []
-    for query, own in positions.items():
-        documents: Documents = [pairs[position][1] for position in own]
-        request = RerankBody(query=Query(query), documents=documents, **shared).request(name, positions=tuple(own))
-        one_ratio = dataclasses.replace(request.request, one_ratio=True)
-        requests.append(dataclasses.replace(request, request=one_ratio))
-    return requests
-
-
-def _pack_scores(responses: Sequence[DialectResponse]) -> _ScoreAnswer:
-    scores = [score for response in responses for score in response.ranks(_PairScore, "score")]
-    num_tokens = sum(response.num_tokens for response in responses)
-    return _ScoreAnswer(
-        id=responses[0].request_id,
-        data=sorted(scores, key=lambda score: score.index),
-        model=responses[0].summary.model,
-        usage=Usage(prompt_tokens=num_tokens, total_tokens=num_tokens),
-    )
-
-
-TEI = _Dialect(_TeiRequest, _parse_tei, _pack_tei)
-NIM = _Dialect(_NimRequest, _parse_nim, _pack_nim)
-VOYAGE = _Dialect(_VoyageRequest, _parse_voyage, _pack_voyage)
-MIXEDBREAD = _Dialect(_MixedbreadRequest, _parse_mixedbread, _pack_mixedbread)
-TEXTS = _Dialect(_TextsRequest, _parse_texts, _pack_scores)
-PAIRS = _Dialect(_PairsRequest, _parse_pairs, _pack_scores)
-INFINITY = _Dialect(_RerankRequest, _parse_infinity, _pack_infinity)
-RERANK = _Dialect(_RerankRequest, _parse_rerank, _pack_rerank)
 
 SCHEMAS = {
     "RerankRequest": _RerankRequest, "RerankAnswer": _RerankAnswer,
@@ -362,35 +328,33 @@ SCHEMAS = {
 REQUESTS = tuple(name for name in SCHEMAS if name.endswith("Request"))
 ANSWERS = tuple(name for name in SCHEMAS if name.endswith("Answer"))
 
+TEI: type[Dialect] = _TeiRequest
 # In front of any path: these clients get their dialect whatever the body looks like.
-PREFIXES = {"/tei": TEI, "/voyage": VOYAGE, "/infinity": INFINITY}
+PREFIXES: dict[str, type[Dialect]] = {"/tei": TEI, "/voyage": _VoyageRequest, "/infinity": _InfinityRequest}
+# Fields that show the dialect, the first match first: mixedbread shares top_k with Voyage.
+_MARKS: dict[str, type[Dialect]] = {
+    "texts": TEI, "passages": _NimRequest, "input": _MixedbreadRequest, "pairs": _PairsRequest,
+    "text_1": _TextsRequest, "truncation": _VoyageRequest,
+}  # fmt: skip
 
 
-def pick(fields: Mapping[str, object], path: str = "") -> _Dialect:
-    """The dialect of a body: by the path's prefix, else by the body's fields, of which the first match counts."""
+def pick(fields: Mapping[str, object], path: str = "") -> type[Dialect]:
+    """The dialect of a body: by the path's prefix, else by the body's fields."""
+    for prefix, dialect in PREFIXES.items():
+        if path.startswith(prefix + "/"):
+            return dialect
     has = {name for name, value in fields.items() if value is not None}
-    if forced := next((dialect for prefix, dialect in PREFIXES.items() if path.startswith(prefix + "/")), None):
-        return forced
-    if "texts" in has:
-        return TEI
-    if "passages" in has:
-        return NIM
-    if "input" in has:  # before Voyage, with which it shares top_k
-        return MIXEDBREAD
-    if "pairs" in has:
-        return PAIRS
-    if "text_1" in has:
-        return TEXTS
-    if "truncation" in has or ("top_k" in has and "top_n" not in has):
-        return VOYAGE
-    return RERANK
+    for mark, dialect in _MARKS.items():
+        if mark in has:
+            return dialect
+    return _VoyageRequest if "top_k" in has and "top_n" not in has else _RerankRequest
 
 
 # A string may be cut off. Were its end required, a search for one of escaped quotes would start again at each of them.
 _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"?|[\[\]{}:,]', re.DOTALL)
 
 
-def guess(data: bytes) -> _Dialect:
+def guess(data: bytes) -> type[Dialect]:
     """The dialect of a body by its beginning, or by all of it where it is no JSON: as far as its fields can be seen."""
     depth, last = 0, b""
     names: dict[str, object] = {}
@@ -406,17 +370,10 @@ def guess(data: bytes) -> _Dialect:
     return pick(names)
 
 
-def parse(dialect: _Dialect, document: Mapping[str, Any], limit: int) -> list[DialectRequest]:
-    """A body's requests.
-
-    Args:
-        limit: of every list; counted before any of them is read.
-
-    Raises:
-        InvalidRequest: the first field that does not fit.
-    """
+def parse(dialect: type[Dialect], document: Mapping[str, Any], limit: int) -> list[DialectRequest]:
+    """A body's requests. No list may be longer than `limit`; that is checked before any of them is read."""
     for name in LISTS:
         value = document.get(name)
         if isinstance(value, list) and len(value) > limit:
             raise InvalidRequest(name, f"{len(value)} of them", f"1..{limit}")
-    return dialect.parse(read(dialect.body, document))
+    return read(dialect, document).requests()
