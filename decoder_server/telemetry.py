@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterable, Mapping
 from threading import Lock
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily as CounterFamily
+from prometheus_client.core import GaugeMetricFamily as GaugeFamily
+from prometheus_client.core import InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from cache.errors import CacheError
@@ -33,7 +35,7 @@ TOKENS = tuple(float(2**power) for power in range(6, 18))
 PAIRS = tuple(float(2**power) for power in range(11))
 COLLECTION_SECONDS = 60.0  # between two counts of the collections: the store may take long
 
-_Families = tuple[tuple[type[CounterMetricFamily] | type[GaugeMetricFamily], str, str, Callable[[Engine], float]], ...]
+_Families = tuple[tuple[type[CounterFamily | GaugeFamily], str, str, Callable[[Engine], float]], ...]
 
 
 class Metrics:
@@ -152,26 +154,20 @@ class RequestLog:
 
 
 _PER_MODEL: _Families = (
+    (GaugeFamily, "queue_requests", "Requests in flight.", lambda one: one.admission.num_requests),
     (
-        GaugeMetricFamily, "queue_requests", "Requests in flight.",
-        lambda engine: engine.admission.num_requests,
+        GaugeFamily, "queue_tokens", "Tokens they still need, by estimate.",
+        lambda one: max(0.0, one.admission.num_tokens),
     ),
     (
-        GaugeMetricFamily, "queue_tokens", "Tokens they still need, by estimate.",
-        lambda engine: max(0.0, engine.admission.num_tokens),
+        CounterFamily, "admission_refusals", "Requests rejected because the queue was full.",
+        lambda one: one.admission.num_rejected,
     ),
     (
-        CounterMetricFamily, "admission_refusals", "Requests rejected because the queue was full.",
-        lambda engine: engine.admission.num_rejected,
+        CounterFamily, "dropped_pairs", "Queued pairs dropped: cancelled or past their deadline.",
+        lambda one: one.scheduler.stats.num_dropped_pairs,
     ),
-    (
-        CounterMetricFamily, "dropped_pairs", "Queued pairs dropped: cancelled or past their deadline.",
-        lambda engine: engine.scheduler.stats.num_dropped_pairs,
-    ),
-    (
-        CounterMetricFamily, "compilations", "Compiled steps; constant once warm.",
-        lambda engine: engine.backend.num_compilations,
-    ),
+    (CounterFamily, "compilations", "Compiled steps; constant once warm.", lambda one: one.backend.num_compilations),
 )  # fmt: skip
 
 
@@ -205,9 +201,9 @@ class _ServerCollector(Collector):
         yield from self._collections()
 
     def _caches(self, engines: list[Engine]) -> Iterable[Metric]:
-        hits = CounterMetricFamily("preread_cache_hits", "Cache hits, in passages.", labels=["tier"])
-        misses = CounterMetricFamily("preread_cache_misses", "Cache misses, in passages.", labels=["tier"])
-        held = GaugeMetricFamily("preread_cache_bytes", "Bytes held by a cache.", labels=["tier"])
+        hits = CounterFamily("preread_cache_hits", "Cache hits, in passages.", labels=["tier"])
+        misses = CounterFamily("preread_cache_misses", "Cache misses, in passages.", labels=["tier"])
+        held = GaugeFamily("preread_cache_bytes", "Bytes held by a cache.", labels=["tier"])
 
         def add(tier: str, num_hits: int, num_misses: int, num_bytes: int) -> None:
             for family, value in ((hits, num_hits), (misses, num_misses), (held, num_bytes)):
@@ -227,11 +223,11 @@ class _ServerCollector(Collector):
 
     def _collections(self) -> Iterable[Metric]:
         described, answers = self._counted_collections()
-        yield GaugeMetricFamily("preread_store_up", "1: the store answered its last count.", float(answers))
+        yield GaugeFamily("preread_store_up", "1: the store answered its last count.", float(answers))
         info = InfoMetricFamily("preread_collection", "A collection that this server can read.")
-        passages = GaugeMetricFamily("preread_collection_passages", "Passages stored.", labels=["collection"])
-        states = GaugeMetricFamily("preread_collection_states", "States stored.", labels=["collection"])
-        size = GaugeMetricFamily("preread_collection_bytes", "Bytes of records stored.", labels=["collection"])
+        passages = GaugeFamily("preread_collection_passages", "Passages stored.", labels=["collection"])
+        states = GaugeFamily("preread_collection_states", "States stored.", labels=["collection"])
+        size = GaugeFamily("preread_collection_bytes", "Bytes of records stored.", labels=["collection"])
         for one in described:
             labels = {
                 "collection": one.manifest.collection,

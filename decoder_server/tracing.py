@@ -39,24 +39,25 @@ class TracingObserver:
             return int((seconds + epoch) * 1e9)
 
         call = current()
+        rpc, traceparent = (call.rpc, call.traceparent) if call is not None else ("", "")
         span = self._tracer.start_span(
-            (call.rpc if call else "") or trace.kind,
-            _parent(call.traceparent if call else ""),
+            rpc or trace.kind,
+            _parent(traceparent),
             SpanKind.SERVER,
-            _rpc_attributes(call.rpc, trace.code) if call else None,
+            _rpc_attributes(rpc, trace.code),
             start_time=at(trace.start),
         )
-        span.set_attribute("preread.model", trace.model)
-        span.set_attribute("preread.code", trace.code)
-        span.set_attribute("preread.num_candidates", len(trace.request.candidates))
-        if call is not None:
-            span.set_attribute("preread.request_id", call.request_id)
-        if trace.degraded:
-            span.set_attribute("preread.degraded", trace.degraded)
-        if trace.stopped_early:
-            span.set_attribute("preread.stopped_early", True)
-        for status, count in Counter(result.status for result in trace.results).items():
-            span.set_attribute(f"preread.num_{status}", count)
+        counts = Counter(result.status for result in trace.results)
+        values: dict[str, str | int | None] = {
+            "model": trace.model,
+            "code": trace.code,
+            "num_candidates": len(trace.request.candidates),
+            "request_id": call.request_id if call is not None else None,
+            "degraded": trace.degraded or None,
+            "stopped_early": trace.stopped_early or None,
+            **{f"num_{status}": count for status, count in counts.items()},
+        }
+        span.set_attributes({f"preread.{name}": value for name, value in values.items() if value is not None})
         if trace.code not in _NOT_ERRORS:
             span.set_status(Status(StatusCode.ERROR, trace.code))
         within = set_span_in_context(span)
@@ -72,9 +73,8 @@ class TracingObserver:
         """A pass serves several requests; each has it in its own trace."""
 
     def _write(self, name: str, within: Context, start: int, end: int, **attributes: int) -> Context:
-        span = self._tracer.start_span(name, within, start_time=start)
-        for key, value in attributes.items():
-            span.set_attribute(f"preread.{key}", value)
+        own = {f"preread.{key}": value for key, value in attributes.items()}
+        span = self._tracer.start_span(name, within, attributes=own, start_time=start)
         span.end(end)
         return set_span_in_context(span)
 
