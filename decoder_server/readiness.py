@@ -43,12 +43,8 @@ class _Encoder:
 class Readiness:
     """Readiness of one server, and the servicer of gRPC's health checks."""
 
-    def __init__(self, services: Sequence[str], encoder_up: Callable[[str, bool], None] = lambda _, __: None) -> None:
-        """
-        Args:
-            services: names that are SERVING where the server is ready.
-            encoder_up: called after every check with the model's name, and whether its encoder answers.
-        """
+    def __init__(self, services: Sequence[str], encoder_up: Callable[[str, bool], None]) -> None:
+        """`services` are SERVING where the server is ready; `encoder_up(model, answers)` is called at every check."""
         self.servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing in grpc-stubs
         self._services = ("", *services)
         self._encoder_up = encoder_up
@@ -91,12 +87,9 @@ class Readiness:
         self._encoders.append(one)
         await self._check(one)
 
-    async def loading(self) -> None:
-        await self._publish()
-
     async def loaded(self) -> None:
         self._loaded = True
-        await self._publish()
+        await self.publish()
         if self._encoders:
             self._watching = asyncio.create_task(self._watch())
 
@@ -112,21 +105,15 @@ class Readiness:
         while True:
             await asyncio.sleep(RETRY_SECONDS if any(one.problem for one in self._encoders) else WATCH_SECONDS)
             for one in self._encoders:
-                try:
-                    await self._check(one)
-                except Exception as exc:  # such as another encoder than the model's; the watch goes on
-                    self._checked(one, str(exc) or type(exc).__name__)
-            await self._publish()
+                await self._check(one, Exception)  # such as another encoder than the model's; the watch goes on
+            await self.publish()
 
-    async def _check(self, one: _Encoder) -> None:
+    async def _check(self, one: _Encoder, expected: type[Exception] = EncoderError) -> None:
+        problem = ""
         try:
             await one.client.check()
-        except EncoderError as exc:
-            self._checked(one, str(exc))
-        else:
-            self._checked(one, "")
-
-    def _checked(self, one: _Encoder, problem: str) -> None:
+        except expected as exc:
+            problem = str(exc) or type(exc).__name__
         if problem and one.problem != problem:
             log.warning("%s%s", problem, _proxied(one.client.address))
         elif one.problem and not problem and one.answered:
@@ -135,7 +122,8 @@ class Readiness:
         one.answered = one.answered or not problem
         self._encoder_up(one.model, not problem)
 
-    async def _publish(self) -> None:
+    async def publish(self) -> None:
+        """Tells health checks the present state."""
         status = health_pb2.HealthCheckResponse
         ready = status.NOT_SERVING if self.problem else status.SERVING
         broken = any(one.problem and one.in_process for one in self._encoders)

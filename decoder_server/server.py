@@ -11,7 +11,6 @@ import logging
 import ssl
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import grpc
 
@@ -21,11 +20,11 @@ from cache.store import Store
 from checkpoint import EncoderIdentity
 from decoder_server.config import DecoderConfig, HttpConfig, ModelConfig
 from decoder_server.edge.grpc import RerankService
-from decoder_server.edge.http import errors
 from decoder_server.edge.http.app import build
+from decoder_server.edge.http.errors import Problem
 from decoder_server.edge.http.request import Context
 from decoder_server.edge.tei_grpc import SERVICES as TEI_SERVICES
-from decoder_server.edge.tei_grpc import add_services as add_tei_services
+from decoder_server.edge.tei_grpc import TeiService
 from decoder_server.engine.engine import Engine, Threads
 from decoder_server.engine.lifecycle import Observer
 from decoder_server.engine.on_demand import EncoderClient, OnDemandStates, call_metadata
@@ -61,9 +60,9 @@ class DecoderServer:
         """
         Args:
             store: shared with others and left open; None opens config.store and closes it at the end.
-            load: makes a model; called on the model's thread.
-            keys: who may call; None: everyone who reaches the port.
-            observers: of every request, besides this server's own metrics and log.
+            load: called on the model's thread.
+            keys: None: everyone who reaches the port may call.
+            observers: besides this server's own metrics and log.
         """
         self.config = config
         self.keys = keys or ApiKeys()
@@ -92,12 +91,7 @@ class DecoderServer:
         self._encoders: list[EncoderClient] = []
 
     async def start(self) -> None:
-        """Binds, loads and proves the model. When it raises, everything is stopped again.
-
-        Raises:
-            OSError: the port is taken.
-            CheckpointError, ValueError: what cannot be served.
-        """
+        """Binds, loads and proves the models. When it raises, everything is stopped again."""
         try:
             await self.bind()
             await self.load()
@@ -108,18 +102,20 @@ class DecoderServer:
     async def bind(self) -> None:
         """Listens, not ready: health answers NOT_SERVING, everything else UNAVAILABLE."""
         limit = self.config.max_message_bytes
+        # Clients that reconnect resolve the name again, and find servers that were added; calls in flight finish.
+        age = self.config.max_connection_age_seconds
         self._server = make_server(
             self.keys,
             [self.metrics.rpc],
             max_calls=self.config.max_connections,
             max_request_bytes=limit,
             max_response_bytes=limit,
-            options=self._connection_age(),
+            options=[("grpc.max_connection_age_ms", max(1, int(age * 1000)))] if age else [],
         )
         rerank_pb2_grpc.add_RerankServiceServicer_to_server(self._service, self._server)
-        add_tei_services(self._server, self.engines)
+        TeiService(self.engines).add_to(self._server)
         add_standard_services(self._server, self.readiness.servicer, [SERVICE, *TEI_SERVICES])
-        await self.readiness.loading()
+        await self.readiness.publish()
         self.port = self.config.tls.listen(self._server, self.config.host, self.config.port)
         await self._server.start()
 
@@ -184,16 +180,8 @@ class DecoderServer:
         self._encoders.append(encoder)
         # One that does not answer may start later; until then candidates to encode fail, each with the reason.
         await self.readiness.add(encoder, model.served_name, in_process=model.encoder_in_process)
-        return OnDemandStates(
-            encoder,
-            max_bytes=self.config.inline_cache_bytes,
-            base_ratio=backend.settings.default_compression_ratio,
-        )
-
-    def _connection_age(self) -> list[tuple[str, int]]:
-        """Clients that reconnect resolve the name again, and find servers that were added; calls in flight finish."""
-        seconds = self.config.max_connection_age_seconds
-        return [("grpc.max_connection_age_ms", max(1, int(seconds * 1000)))] if seconds else []
+        ratio = backend.settings.default_compression_ratio
+        return OnDemandStates(encoder, max_bytes=self.config.inline_cache_bytes, base_ratio=ratio)
 
     def _loop_ended(self, task: asyncio.Task[None]) -> None:
         """The scheduler never ends while the server runs; if it does, callers get an error instead of a wait."""
@@ -202,42 +190,32 @@ class DecoderServer:
 
 
 class Gateway:
-    """HTTP in front of one DecoderServer: serves health from the start, answers 503 until the models have loaded.
-
-    Serves on `.port` between `start` and `stop`; not to be started twice.
-    """
+    """HTTP in front of one DecoderServer, once, on `.port`: health from the start, 503 until the models have loaded."""
 
     def __init__(self, config: HttpConfig, server: DecoderServer) -> None:
         self.config = config
         if any(model.read_control_tokens for model in server.config.models):
             refuse_control_tokens(config.host, server.keys)
         self.port = 0
+        worker, tls = _worker_client(server.config), server.config.tls
         self.context = Context(
-            config,
-            server.engines,
-            server.store,
-            server.metrics.registry,
-            server.readiness,
-            server.threads,
-            _worker_client(server.config),
-            server.keys,
+            config, server.engines, server.store, server.metrics.registry, server.readiness, server.threads, worker
         )
         guard = Guard(config.allowed_hosts, config.allowed_origins, any_host=server.keys.required)
         self._uvicorn = make_http_server(
-            build(self.context, guard, server.metrics.http),
+            build(self.context, server.keys, guard, server.metrics.http),
             max_connections=config.max_connections,
-            refusal=errors.refusal,
+            refusal=_refusal,
             header_seconds=config.header_seconds,
-            **_tls(server.config),
+            ssl_certfile=tls.cert_file or None,  # the gRPC port's
+            ssl_keyfile=tls.key_file or None,
+            ssl_ca_certs=tls.client_ca_file or None,
+            ssl_cert_reqs=ssl.CERT_REQUIRED if tls.client_ca_file else ssl.CERT_NONE,
         )
         self._serving: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Listens.
-
-        Raises:
-            OSError: the port is taken, or the address is not ours.
-        """
+        """Listens; OSError where it cannot."""
         listener = bind(self.config.host, self.config.port, "HTTP")
         self.port = listener.getsockname()[1]
         self._serving = asyncio.create_task(self._uvicorn.serve(sockets=[listener]))
@@ -259,6 +237,11 @@ class Gateway:
             await self.context.worker.close()
 
 
+def _refusal(status: int, message: str) -> tuple[str, bytes]:
+    """Content type and body of the response to bytes that are no request."""
+    return "application/json", bytes(Problem.of_status(status, message).response().body)
+
+
 def _worker_client(config: DecoderConfig) -> AsyncClient | None:
     """A client for passages that come over HTTP: they are written by the first model that has a worker."""
     writer = next((model for model in config.models if model.encoder_address), None)
@@ -269,13 +252,3 @@ def _worker_client(config: DecoderConfig) -> AsyncClient | None:
         timeout_seconds=None, tls=config.encoder_tls, metadata=lambda: dict(call_metadata(writer.encoder_api_key))
     )
     return AsyncClient(writer.encoder_address, encoder_address=writer.encoder_address, options=options)
-
-
-def _tls(config: DecoderConfig) -> dict[str, Any]:
-    """The gRPC port's files serve here too; where it requires certificates of callers, so does this one."""
-    if not config.tls_cert_file:
-        return {}
-    settings: dict[str, Any] = {"ssl_certfile": config.tls_cert_file, "ssl_keyfile": config.tls_key_file}
-    if config.tls_client_ca_file:
-        settings |= {"ssl_ca_certs": config.tls_client_ca_file, "ssl_cert_reqs": ssl.CERT_REQUIRED}
-    return settings

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 
 from cache.store import Store
-from decoder_server.engine.collections import StoredCollection, describe
+from decoder_server.engine.collections import describe
 from decoder_server.engine.engine import Engine
 from preread.errors import DeadlineExceeded, InvalidRequest, Path, PrereadError, Unavailable, field_name
 from preread.types import CollectionInfo, EncoderIdentity, ModelInfo, Result, Summary
@@ -22,13 +21,10 @@ from preread.types import CollectionInfo, EncoderIdentity, ModelInfo, Result, Su
 # its sigmoid is 0 in float32, and exp(500), which a client may compute of it, is still a finite float64.
 FLOOR_SCORE, FLOOR_MARGIN = 0.0, -500.0
 
-
-def package_version() -> str:
-    """The version of the installed server."""
-    try:
-        return version("preread")
-    except PackageNotFoundError:  # a checkout that is not installed
-        return "0+unknown"
+try:
+    VERSION = version("preread")
+except PackageNotFoundError:  # a checkout that is not installed
+    VERSION = "0+unknown"
 
 
 def every_scored(
@@ -36,11 +32,7 @@ def every_scored(
 ) -> list[Result]:
     """The scored results of texts alone, best first, then the empty texts at the floor in request order.
 
-    Args:
-        path: the caller's name of the candidate at an index.
-
-    Raises:
-        InvalidRequest, Unavailable, DeadlineExceeded: names the first text without a score.
+    The first text without a score is an error; `path` is the caller's name of the candidate at an index.
     """
     for result in results:
         if result.margin is None and not result.empty:
@@ -86,18 +78,13 @@ def model_info(engine: Engine) -> ModelInfo:
 
 
 def collection_infos(store: Store) -> list[CollectionInfo]:
-    """Every collection of a store that can be read. Blocks for as long as the store counts, and raises its errors."""
-    return [_collection_info(stored) for stored in describe(store)]
-
-
-def _collection_info(stored: StoredCollection) -> CollectionInfo:
-    manifest = stored.manifest
-    return CollectionInfo(
-        name=manifest.collection,
-        aliases=stored.aliases,
-        encoder=EncoderIdentity(**{one.name: getattr(manifest, one.name) for one in fields(EncoderIdentity)}),
-        compression_ratio=manifest.compression_ratio,
-        codec=manifest.codec,
-        stores_text=manifest.stores_text,
-        **dataclasses.asdict(stored.stats),  # counts, under the same names
-    )
+    """Every collection of a store that can be read. Blocks while the store counts, and raises its errors."""
+    infos = []
+    for stored in describe(store):
+        manifest = stored.manifest
+        identity = {one.name: getattr(manifest, one.name) for one in dataclasses.fields(EncoderIdentity)}
+        own = {name: getattr(manifest, name) for name in ("compression_ratio", "codec", "stores_text")}
+        counts = dataclasses.asdict(stored.stats)  # under the same names
+        encoder = EncoderIdentity(**identity)
+        infos.append(CollectionInfo(manifest.collection, stored.aliases, encoder, **own, **counts))
+    return infos

@@ -29,11 +29,7 @@ from preread_edge.steps import SMALL_BYTES, Pauses
 T = TypeVar("T")
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
-_ON_MISS: dict[int, OnMiss | None] = {
-    common_pb2.ON_MISS_ENCODE: "encode",
-    common_pb2.ON_MISS_SKIP: "skip",
-    common_pb2.ON_MISS_FAIL: "fail",
-}
+_ON_MISS: dict[int, OnMiss] = {common_pb2.OnMiss.Value(f"ON_MISS_{one.upper()}"): one for one in get_args(OnMiss)}
 _STATUS = {status: f"CANDIDATE_STATUS_{status.upper()}" for status in get_args(Status)}
 
 
@@ -81,11 +77,7 @@ class RerankService(rerank_pb2_grpc.RerankServiceServicer):
 
 
 async def unpack_request(message: rerank_pb2.RerankRequest, max_candidates: int) -> RerankRequest:
-    """The request; proto3's empty values are None where they mean the default.
-
-    Raises:
-        InvalidRequest: more candidates or stages than a request may have candidates.
-    """
+    """The request; proto3's empty values are None where they mean the default."""
     _check_count("candidates", message.candidates, max_candidates)
     _check_count("stages", message.stages, max_candidates)
     candidates = []
@@ -109,11 +101,7 @@ async def unpack_request(message: rerank_pb2.RerankRequest, max_candidates: int)
 
 
 def unpack_warm(message: rerank_pb2.WarmRequest, max_candidates: int) -> RerankRequest:
-    """A request for the same passages; its query stands for those to come.
-
-    Raises:
-        InvalidRequest: no ids, or more of them than a request may have candidates.
-    """
+    """A request for the same passages; its query stands for those to come."""
     if not message.passage_ids:
         raise InvalidRequest("passage_ids", "empty", f"1..{max_candidates} ids")
     _check_count("passage_ids", message.passage_ids, max_candidates)

@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 
-from decoder_server.edge.engines import every_scored, package_version
+from decoder_server.edge.engines import VERSION, every_scored
 from decoder_server.edge.grpc import Context, deadline_of
 from decoder_server.engine.engine import Engine, choose
 from preread.errors import InvalidRequest
@@ -22,18 +22,16 @@ from preread_edge.steps import Pauses
 
 SERVICES = tuple(service.full_name for service in tei_pb2.DESCRIPTOR.services_by_name.values())
 
-Engines = Mapping[str, Engine]
 
+class TeiService(tei_pb2_grpc.RerankServicer, tei_pb2_grpc.InfoServicer):
+    """Both services. `engines` is empty until the models have loaded; the first one answers."""
 
-def add_services(server: grpc.aio.Server, engines: Engines) -> None:
-    """Puts both services on a server. `engines` is empty until the models have loaded; the first one answers."""
-    tei_pb2_grpc.add_RerankServicer_to_server(_TeiRerank(engines), server)
-    tei_pb2_grpc.add_InfoServicer_to_server(_TeiInfo(engines), server)
-
-
-class _TeiRerank(tei_pb2_grpc.RerankServicer):
-    def __init__(self, engines: Engines) -> None:
+    def __init__(self, engines: Mapping[str, Engine]) -> None:
         self._engines = engines
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        tei_pb2_grpc.add_RerankServicer_to_server(self, server)
+        tei_pb2_grpc.add_InfoServicer_to_server(self, server)
 
     async def Rerank(self, request: tei_pb2.RerankRequest, context: Context) -> Any:  # noqa: N802
         return await self._rerank(request.texts, request, context)
@@ -79,15 +77,10 @@ class _TeiRerank(tei_pb2_grpc.RerankServicer):
         parts = (tei_pb2.RerankResponse(ranks=[rank]) for rank in ranks)
         return await joined(chain([tei_pb2.RerankResponse(metadata=metadata)], parts))
 
-
-class _TeiInfo(tei_pb2_grpc.InfoServicer):
-    def __init__(self, engines: Engines) -> None:
-        self._engines = engines
-
     async def Info(self, request: tei_pb2.InfoRequest, context: Context) -> Any:  # noqa: N802
         engine = choose(self._engines)
         return tei_pb2.InfoResponse(
-            version=package_version(),
+            version=VERSION,
             model_id=engine.name,
             model_dtype=engine.backend.dtype_name,
             model_type=tei_pb2.MODEL_TYPE_RERANKER,

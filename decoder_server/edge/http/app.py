@@ -51,22 +51,17 @@ _PEEK_SECONDS = 1.0
 MAX_REQUESTS_AT_ONCE = 8  # of one body: it should not fill the queue alone
 
 
-def build(context: Context, guard: access.Guard, on_answer: OnAnswer) -> ASGIApp:
-    """The application.
-
-    Args:
-        guard: the names and web pages it answers to.
-        on_answer: called for every response.
-    """
+def build(context: Context, keys: access.ApiKeys, guard: access.Guard, on_answer: OnAnswer) -> ASGIApp:
+    """The application; `guard` knows the names and web pages it answers to."""
     app = Starlette(routes=[*_routes(), *info.PAGE], exception_handlers=_handlers())
     app.router.redirect_slashes = False  # a redirected POST loses its body with many clients
     app.state.context = context
     published = dialects.SCHEMAS | info.SCHEMAS | collections.SCHEMAS | errors.SCHEMAS
     app.state.openapi = document(OPERATIONS, dialects.PREFIXES, published)
-    return Envelope(access.AccessMiddleware(app, context.keys, scopes_of, _reject), guard, on_answer)
+    return Envelope(access.AccessMiddleware(app, keys, _scopes_of, _reject), guard, on_answer)
 
 
-def scopes_of(method: str, path: str) -> tuple[access.Scope, ...]:
+def _scopes_of(method: str, path: str) -> tuple[access.Scope, ...]:
     """Scopes of which a key needs one; none: no key is needed."""
     for prefix in dialects.PREFIXES:
         path = path.removeprefix(prefix)
@@ -86,9 +81,6 @@ class Envelope:
         self._on_answer = on_answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
         foreign = self._guard.problem(scope)
         scope["path"] = _tidy(scope["path"])
         headers = Headers(scope=scope)
@@ -118,22 +110,22 @@ class Envelope:
             messages.count()  # a response that broke off
 
 
+@dataclasses.dataclass(eq=False, slots=True)
 class _Messages:
     """ASGI messages of one request: keeps the beginning of its body, adds headers to its response, and counts that.
 
     It is counted before its last byte goes: a client that has the whole response finds it counted.
     """
 
-    def __init__(self, receive: Receive, send: Send, headers: Mapping[str, str], on_answer: OnAnswer) -> None:
-        self._receive = receive
-        self._send = send
-        self._headers = headers
-        self._on_answer = on_answer
-        self._start = time.monotonic()
-        self._counted = False
-        self.seen = bytearray()
-        self.status = 0
-        self.finished = False
+    _receive: Receive
+    _send: Send
+    _headers: Mapping[str, str]
+    _on_answer: OnAnswer
+    _start: float = dataclasses.field(default_factory=time.monotonic)
+    _counted: bool = False
+    seen: bytearray = dataclasses.field(default_factory=bytearray)
+    status: int = 0
+    finished: bool = False
 
     async def receive(self) -> Message:
         message = await self._receive()
@@ -175,7 +167,7 @@ async def _respond(
     if not tei and scope["method"] == "POST" and not scope["path"].startswith(_NO_DIALECT):
         await _peek(scope, receive)
         tei = dialects.guess(bytes(scope["state"]["seen"])) is dialects.TEI
-    return errors.respond(problem, tei=tei, headers=headers)
+    return problem.response(tei=tei, headers=headers)
 
 
 async def _peek(scope: Scope, receive: Receive) -> None:
@@ -211,7 +203,7 @@ def _by_method(endpoints: dict[str, Endpoint]) -> Callable[[Request], Awaitable[
 
 def _reject(status: int, message: str) -> access.App:
     async def reject(scope: Any, receive: Any, send: Any) -> None:
-        response = await _respond(scope, receive, errors.by_status(status, message))
+        response = await _respond(scope, receive, Problem.of_status(status, message))
         await response(scope, receive, send)
 
     return reject
@@ -219,47 +211,43 @@ def _reject(status: int, message: str) -> access.App:
 
 def _handlers() -> dict[Any, Any]:  # Starlette's type admits no handler of a narrower exception
     async def failed(request: Request, exc: Exception) -> Response:
-        return await _respond(request.scope, request.receive, errors.problem(exc) or errors.INTERNAL)
+        return await _respond(request.scope, request.receive, Problem.of(exc) or errors.INTERNAL)
 
     async def routed(request: Request, exc: HTTPException) -> Response:
         message = f"{request.method} {request.url.path[:200]}: {exc.detail}"
-        problem = errors.by_status(exc.status_code, message)
+        problem = Problem.of_status(exc.status_code, message)
         return await _respond(request.scope, request.receive, problem, exc.headers)
 
     async def left(request: Request, exc: ClientDisconnect) -> Response:
-        """For no reader; the request ends all the same."""
-        return errors.respond(errors.LEFT)
+        return errors.LEFT.response()  # for no reader; the request ends all the same
 
     kinds = (HttpError, PrereadError, CacheError, Exception)
     return {HTTPException: routed, ClientDisconnect: left, **dict.fromkeys(kinds, failed)}
 
 
 async def _rerank(request: HttpRequest) -> Response:
-    here, until = request.context, request.deadline()
+    engines, until = request.context.engines, request.deadline()
     body = read(dict[str, Any], await request.read_json(until))
     dialect = dialects.pick(body, request.url.path)
     request.state.dialect = dialect
     if body.get("model") is None and "model" in request.path_params:  # NIM's path names it
         body["model"] = request.path_params["model"]
-    most = max((engine.limits.max_candidates for engine in here.engines.values()), default=0)
+    most = max((engine.limits.max_candidates for engine in engines.values()), default=0)
     requests = dialects.parse(dialect, body, max(most, dialects.MAX_PAIRS))
-    work = _respond_to(here, requests, until, request.state.request_id)
-    responses = await request.while_connected(work)
+    responses = await request.while_connected(_respond_to(request, requests, until))
     num_characters = sum(len(one.text or "") + len(one.passage_id) for it in responses for one in it.scored)
     return await respond(dialect.pack(responses), headers_of(responses), is_large=num_characters > SMALL_BYTES)
 
 
-async def _respond_to(
-    here: Context, requests: Sequence[DialectRequest], until: float, request_id: str
-) -> list[DialectResponse]:
+async def _respond_to(request: HttpRequest, parsed: Sequence[DialectRequest], until: float) -> list[DialectResponse]:
     """The responses to all requests of one body; when one fails, the others are cancelled."""
     room = asyncio.Semaphore(MAX_REQUESTS_AT_ONCE)
 
-    async def one(parsed: DialectRequest) -> DialectResponse:
+    async def score(one: DialectRequest) -> DialectResponse:
         async with room:
-            return await _score(here, parsed, until, request_id)
+            return await _score(request.context, one, until, request.state.request_id)
 
-    tasks = [asyncio.ensure_future(one(parsed)) for parsed in requests]
+    tasks = [asyncio.ensure_future(score(one)) for one in parsed]
     try:
         return await asyncio.gather(*tasks)
     finally:
@@ -271,7 +259,7 @@ async def _score(here: Context, parsed: DialectRequest, until: float, request_id
     engine = here.engine(parsed.request.model)
     request, cut = parsed.request, frozenset[int]()
     if parsed.max_tokens_per_doc is not None or parsed.keep_end:
-        request, cut = await here.call(_cut, engine, parsed)
+        request, cut = await asyncio.get_running_loop().run_in_executor(here.threads, _cut, engine, parsed)
     with parsed.naming():
         results, summary = await engine.rerank(request, deadline=until)
     if parsed.reject_truncated:
@@ -315,11 +303,9 @@ def _check_whole(engine: Engine, parsed: DialectRequest, summary: Summary) -> No
 
 
 def _operation(path: str) -> Operation:
-    plain = path.replace(":path", "").replace("{", "").replace("}", "")
-    return Operation(
-        "POST", path, _rerank, f"rerank{plain.replace('/', '_')}", "Rank passages", "rerank",
-        answers=dialects.ANSWERS, bodies={JSON: dialects.REQUESTS},
-    )  # fmt: skip
+    name = "rerank" + path.replace(":path", "").replace("{", "").replace("}", "").replace("/", "_")
+    bodies = {JSON: dialects.REQUESTS}
+    return Operation("POST", path, _rerank, "Rank passages", name, "rerank", answers=dialects.ANSWERS, bodies=bodies)
 
 
 OPERATIONS = (*map(_operation, dialects.PATHS), *info.OPERATIONS, *collections.OPERATIONS)

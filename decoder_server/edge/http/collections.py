@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from msgspec import UNSET, Meta, Struct, UnsetType, field
 from starlette.responses import Response
@@ -19,8 +19,8 @@ from starlette.responses import Response
 from cache.errors import CollectionNotFound
 from cache.record import check_name
 from decoder_server.edge.engines import collection_infos
-from decoder_server.edge.http import errors
-from decoder_server.edge.http.errors import TOO_SLOW, HttpError
+from decoder_server.edge.http.dialect_request import Size
+from decoder_server.edge.http.errors import TOO_SLOW, HttpError, Problem
 from decoder_server.edge.http.openapi import JSON, Operation
 from decoder_server.edge.http.request import HALF_A_PAIR, Count, HttpRequest, RawText, Text, parse, read, respond
 from preread import Passage, UpsertResult
@@ -33,7 +33,7 @@ IDS_AT_ONCE = 1000  # of one call of the worker
 MAX_DIGITS = 20  # of a count, whose greatest has fewer
 MAX_REFUSED_SHOWN = 1000  # the response to an endless stream is not endless
 
-Size = Annotated[int, Meta(ge=0)]
+T = TypeVar("T")
 
 
 def _items(schema: dict[str, Any]) -> Meta:
@@ -143,17 +143,18 @@ class _SetAliasRequest(Struct, kw_only=True):
 
 async def _add_passages(request: HttpRequest) -> Response:
     """Responds when the store has everything, and lists refused passages."""
-    here = request.context
-    worker = here.encoder()
+    worker = request.context.encoder()
     name = check_name("collection", request.path_params["collection"])
     if request.check_written(*NDJSON) in NDJSON:
         request.check_plain()
         settings = read(_UploadSettings, {key: _literal(value) for key, value in request.query_params.items()})
-        items = _from_lines(request, here.config.max_line_bytes, here.config.timeout_seconds)
+        items = _from_lines(request)
     else:
         document = await request.read_json()
         body = read(_UploadObject, {"passages": document} if isinstance(document, list) else document)
-        settings, items = body, _each(await stepped(_from_document, body.passages))
+        if not body.passages:
+            raise InvalidRequest("passages", "absent" if body.passages is None else "empty", "a list of objects")
+        settings, items = body, _each(await stepped(_read_each, _passage, body.passages, "passages"))
     upload = _UploadAnswer(collection=name, refused=[])
 
     async def sendable() -> AsyncIterator[Passage]:
@@ -173,11 +174,11 @@ async def _add_passages(request: HttpRequest) -> Response:
         ):
             upload.add(result)
     except Exception as exc:  # the caller should know how much was stored before
-        found = errors.problem(exc)
-        if found is None:
+        problem = Problem.of(exc)
+        if problem is None:
             raise
-        num_kept = upload.num_stored + upload.num_unchanged
-        return errors.respond(replace(found, message=f"{found.message} ({num_kept} passages before that are stored)"))
+        message = f"{problem.message} ({upload.num_stored + upload.num_unchanged} passages before that are stored)"
+        return replace(problem, message=message).response()
     return await respond(upload)
 
 
@@ -186,12 +187,14 @@ async def _delete_passages(request: HttpRequest) -> Response:
     worker = request.context.encoder()
     name = check_name("collection", request.path_params["collection"])
     if "passage_id" in request.path_params:
-        ids = [str(read(Text, request.path_params["passage_id"], ("passage_id",)))]
+        ids = [_id(request.path_params["passage_id"], ("passage_id",))]
     elif "id" in request.query_params:
         ids = request.query_params.getlist("id")
     else:
         request.check_written()
-        ids = await stepped(_ids, read(_DeleteRequest, await request.read_json()))
+        body = read(_DeleteRequest, await request.read_json())
+        name_of_ids = "ids" if body.ids else "passage_ids"
+        ids = await stepped(_read_each, _id, body.ids or body.passage_ids or (), name_of_ids)
     if not ids:
         raise InvalidRequest("ids", "empty", "at least one passage id")
     num_deleted = 0
@@ -238,23 +241,13 @@ async def _remove_alias(request: HttpRequest) -> Response:
     return await respond(_AliasDeleted(alias=alias))
 
 
-async def _from_lines(
-    request: HttpRequest, max_line_bytes: int, line_seconds: float
-) -> AsyncIterator[Passage | UpsertResult]:
-    """One passage per line, or its refusal; empty lines are skipped. A line over the limit is not kept.
-
-    Args:
-        line_seconds: how long the end of one line may take to come.
-
-    Raises:
-        HttpError: a line did not end in time.
-        InvalidRequest: a line that is no passage; the path has its number, from 1.
-        ClientDisconnect: the client left.
-    """
-    number = 0
+async def _from_lines(request: HttpRequest) -> AsyncIterator[Passage | UpsertResult]:
+    """One passage per line, or its refusal; empty lines are skipped. A line over the limit is not kept."""
+    max_line_bytes = request.context.config.max_line_bytes
+    number = 0  # errors name it, from 1
     rest = bytearray()  # of a line that has not ended
     too_long = False  # the part of that line that was dropped
-    async for chunk in _chunks(request, line_seconds):
+    async for chunk in _chunks(request):
         start = len(rest)  # no line ends before
         if not start and not too_long and not chunk.strip():  # nothing but empty lines
             number += chunk.count(b"\n")
@@ -276,37 +269,32 @@ async def _from_lines(
         if len(rest) > max_line_bytes:
             too_long = True
             rest.clear()
-    if too_long:
-        yield _refused("", f"line {number + 1} is over {max_line_bytes} bytes")
-    elif line := bytes(rest).strip():
-        yield _passage(await parse(line, f"line {number + 1}"), (f"line {number + 1}",))
 
 
-async def _chunks(request: HttpRequest, line_seconds: float) -> AsyncIterator[bytes]:
-    """The body as it arrives."""
+async def _chunks(request: HttpRequest) -> AsyncIterator[bytes]:
+    """The body as it arrives; the end ends the last line too."""
     waited = 0.0  # for the end of the line
     stream = request.stream()
     while True:
         start = time.monotonic()
         try:
-            async with asyncio.timeout(line_seconds - waited):
+            async with asyncio.timeout(request.context.config.timeout_seconds - waited):
                 chunk = await anext(stream, None)
         except TimeoutError:
             raise HttpError(TOO_SLOW) from None
         if chunk is None:
+            yield b"\n"
             return
         waited = 0.0 if b"\n" in chunk else waited + time.monotonic() - start
         yield chunk
 
 
-def _from_document(step: Step, items: list[Any] | None) -> list[Passage | UpsertResult]:
-    if not items:
-        raise InvalidRequest("passages", "empty" if items is not None else "absent", "a list of objects")
-    passages: list[Passage | UpsertResult] = []
+def _read_each(step: Step, read_one: Callable[[object, Path], T], items: Sequence[object], name: str) -> list[T]:
+    found = []
     for i, item in enumerate(items):
-        passages.append(_passage(item, ("passages", i)))
+        found.append(read_one(item, (name, i)))
         step()
-    return passages
+    return found
 
 
 async def _each(items: list[Passage | UpsertResult]) -> AsyncIterator[Passage | UpsertResult]:
@@ -330,18 +318,14 @@ def _refused(passage_id: str, message: str) -> UpsertResult:
     return UpsertResult(passage_id, "refused", 0, 0, False, message)
 
 
-def _ids(step: Step, body: _DeleteRequest) -> list[str]:
-    ids: list[str] = []
-    for i, item in enumerate(body.ids or body.passage_ids or ()):
-        ids.append(str(read(Text, item, ("ids" if body.ids else "passage_ids", i))))
-        step()
-    return ids
+def _id(item: object, path: Path) -> str:
+    return str(read(Text, item, path))
 
 
 def _pack(info: CollectionInfo) -> _Collection:
-    own: dict[str, Any] = {"id": info.name, "aliases": list(info.aliases)}
-    own |= {name: getattr(info.encoder, name) for name in ("checkpoint", "fingerprint", "dim")}
-    return _Collection(**own, **{name: getattr(info, name) for name in _COUNTS})
+    own = {name: getattr(info.encoder, name) for name in ("checkpoint", "fingerprint", "dim")}
+    own |= {name: getattr(info, name) for name in _COUNTS}
+    return _Collection(id=info.name, aliases=list(info.aliases), **own)
 
 
 def _literal(value: str) -> object:
@@ -363,36 +347,27 @@ _WITH_NDJSON = {
     for name, kind in (("compression_ratio", "integer"), ("codec", "string"), ("store_text", "boolean"))
 }
 
-
 _COLLECTION, _ALIAS = "/v1/collections/{collection}", "/v1/aliases/{alias}"
 _operation = partial(Operation, tag="collections")
 OPERATIONS = (
+    _operation("GET", "/v1/collections", _list_collections, "Every collection of the store", answers=("Collections",)),
+    _operation("GET", _COLLECTION, _get_collection, "One collection, by name or alias", answers=("Collection",)),
     _operation(
-        "GET", "/v1/collections", _list_collections, "listCollections", "Every collection of the store",
-        answers=("Collections",),
+        "POST", f"{_COLLECTION}/passages", _add_passages, "Encode and store passages", answers=("Upload",),
+        bodies={JSON: ("UploadRequest",), NDJSON[0]: ("Passage",)}, query=_WITH_NDJSON,
     ),
     _operation(
-        "GET", _COLLECTION, _get_collection, "getCollection", "One collection, by name or alias",
-        answers=("Collection",),
+        "DELETE", f"{_COLLECTION}/passages", _delete_passages, "Delete passages by id", answers=("Deleted",),
+        bodies={JSON: ("DeleteRequest",)}, body_required=False, query=_IDS,
     ),
     _operation(
-        "POST", f"{_COLLECTION}/passages", _add_passages, "addPassages", "Encode and store passages",
-        answers=("Upload",), bodies={JSON: ("UploadRequest",), NDJSON[0]: ("Passage",)}, query=_WITH_NDJSON,
+        "DELETE", _COLLECTION + "/passages/{passage_id:path}", _delete_passages, "Delete one passage",
+        "deletePassage", answers=("Deleted",),
     ),
+    _operation("GET", "/v1/aliases", _list_aliases, "Aliases and their collections", answers=("Aliases",)),
     _operation(
-        "DELETE", f"{_COLLECTION}/passages", _delete_passages, "deletePassages", "Delete passages by id",
-        answers=("Deleted",), bodies={JSON: ("DeleteRequest",)}, body_required=False, query=_IDS,
+        "PUT", _ALIAS, _set_alias, "Point an alias at a collection, in one step", answers=("Alias",),
+        bodies={JSON: ("SetAliasRequest",)},
     ),
-    _operation(
-        "DELETE", _COLLECTION + "/passages/{passage_id:path}", _delete_passages, "deletePassage",
-        "Delete one passage", answers=("Deleted",),
-    ),
-    _operation(
-        "GET", "/v1/aliases", _list_aliases, "listAliases", "Aliases and their collections", answers=("Aliases",)
-    ),
-    _operation(
-        "PUT", _ALIAS, _set_alias, "setAlias", "Point an alias at a collection, in one step",
-        answers=("Alias",), bodies={JSON: ("SetAliasRequest",)},
-    ),
-    _operation("DELETE", _ALIAS, _remove_alias, "removeAlias", "Remove an alias", answers=("AliasDeleted",)),
+    _operation("DELETE", _ALIAS, _remove_alias, "Remove an alias", answers=("AliasDeleted",)),
 )  # fmt: skip

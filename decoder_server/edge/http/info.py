@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from decoder_server.edge.engines import model_info, package_version
+from decoder_server.edge.engines import VERSION, model_info
 from decoder_server.edge.http.dialect_request import RerankBody
 from decoder_server.edge.http.openapi import JSON, Operation
 from decoder_server.edge.http.request import Count, HttpRequest, Text, read, respond
@@ -88,7 +88,7 @@ class _State(Struct, kw_only=True):
     degraded: str | UnsetType = UNSET
 
 
-async def _models(request: HttpRequest) -> Response:
+async def _list_models(request: HttpRequest) -> Response:
     path = request.url.path
     # infinity's client reads /models, and rejects any other owner.
     owner = "infinity" if path == "/models" or path.startswith("/infinity/") else "preread"
@@ -116,7 +116,7 @@ async def _info(request: HttpRequest) -> Response:
         max_input_length=engine.backend.settings.max_passage_tokens,
         max_batch_tokens=engine.limits.max_queue_tokens,
         max_client_batch_size=engine.limits.max_candidates,
-        version=package_version(),
+        version=VERSION,
         max_body_bytes=here.config.max_body_bytes,
         **_facts(engine),
     )
@@ -193,24 +193,16 @@ SCHEMAS: dict[str, Any] = {
     "Explanation": _Explanation,
 }  # fmt: skip
 OPERATIONS = (
-    Operation("GET", "/v1/models", _models, "listModels", "Models served", answers=("Models",)),
-    Operation("GET", "/models", _models, "listModelsShort", "Models served", answers=("Models",)),
-    Operation("GET", "/info", _info, "info", "The first model and the limits", answers=("Info",)),
-    Operation("GET", "/health", _live, "live", "The process answers", answers=("State",)),
+    Operation("GET", "/v1/models", _list_models, "Models served", answers=("Models",)),
+    Operation("GET", "/models", _list_models, "Models served", "listModelsShort", answers=("Models",)),
+    Operation("GET", "/info", _info, "The first model and the limits", answers=("Info",)),
+    Operation("GET", "/health", _live, "The process answers", answers=("State",)),
+    Operation("GET", "/health/ready", _ready, "Ready: loaded, and every encoder has answered", answers=("State",)),
+    Operation("GET", "/metrics", _metrics, "Prometheus metrics", answers=()),
+    Operation("GET", "/openapi.json", _openapi, "This document"),
     Operation(
-        "GET", "/health/ready", _ready, "ready", "Ready: loaded, and every encoder has answered", answers=("State",)
+        "POST", "/v1/explain", _explain, "A few candidates at every ratio, and what was attended to", tag="rerank",
+        answers=("Explanation",), bodies={JSON: ("ExplainRequest",)},
     ),
-    Operation("GET", "/metrics", _metrics, "metrics", "Prometheus metrics", answers=()),
-    Operation("GET", "/openapi.json", _openapi, "openapi", "This document"),
-    Operation(
-        "POST",
-        "/v1/explain",
-        _explain,
-        "explain",
-        "A few candidates at every ratio, and what was attended to",
-        "rerank",
-        answers=("Explanation",),
-        bodies={JSON: ("ExplainRequest",)},
-    ),
-)
+)  # fmt: skip
 PAGE = [Route(path, _file) for path in ("/", "/page/page.js", "/page/page.css", "/page/icon.svg")]

@@ -182,19 +182,14 @@ class _Document:
 
     def _strip(self, begin: int, end: int) -> tuple[int, int]:
         """Without the space around."""
-        while begin < end:
-            block = self._data[begin : begin + BLOCK_BYTES if begin + BLOCK_BYTES < end else end]
-            begin += len(block) - len(block.lstrip(_SPACE))
-            if block.strip(_SPACE):
-                break
+        while (block := self._data[begin : min(end, begin + BLOCK_BYTES)]) and not block.strip(_SPACE):
+            begin += len(block)
             self._step()
-        while begin < end:
-            block = self._data[max(begin, end - BLOCK_BYTES) : end]
-            end -= len(block) - len(block.rstrip(_SPACE))
-            if block.strip(_SPACE):
-                break
+        begin += len(block) - len(block.lstrip(_SPACE))
+        while (block := self._data[max(begin, end - BLOCK_BYTES) : end]) and not block.strip(_SPACE):
+            end -= len(block)
             self._step()
-        return begin, end
+        return begin, end - len(block) + len(block.rstrip(_SPACE))
 
     def _scan(self) -> NDArray[np.int64]:
         """Where brackets, commas and colons stand outside strings."""
@@ -229,11 +224,7 @@ class _Document:
 
 
 def _escapes(block: NDArray[np.uint8], is_escaped: bool = False) -> tuple[NDArray[np.int64], bool]:
-    """Where escapes begin, and whether the last one goes on behind the block.
-
-    Args:
-        is_escaped: the first byte belongs to an escape that began before.
-    """
+    """Where escapes begin, and if the last goes on behind the block, as one before goes on in it if `is_escaped`."""
     slashes = np.flatnonzero(block == _SLASH)
     if is_escaped and slashes.size and slashes[0] == 0:
         slashes = slashes[1:]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import msgspec
 
-from decoder_server.edge.engines import package_version
+from decoder_server.edge.engines import VERSION
 from decoder_server.edge.http.request import Endpoint, Schema
 
 JSON = "application/json"
@@ -51,8 +52,8 @@ class Operation:
     method: str
     path: str
     endpoint: Endpoint
-    name: str  # operationId
     summary: str
+    name: str = ""  # operationId; "": the endpoint's, in camel case
     tag: str = "server"
     answers: tuple[str, ...] = ("Object",)  # (): text
     bodies: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by media type
@@ -61,12 +62,7 @@ class Operation:
 
 
 def document(operations: Iterable[Operation], prefixes: Iterable[str], published: Mapping[str, Any]) -> Schema:
-    """The OpenAPI 3.1 document.
-
-    Args:
-        operations: one per path and method; a path of a prefix is named in the description, not repeated.
-        published: types of the schemas by name.
-    """
+    """The OpenAPI 3.1 document; `published` has the types of schemas by name. Prefixes are named, not repeated."""
     paths: dict[str, Schema] = {}
     for operation in operations:
         path = operation.path.replace(":path", "")
@@ -78,7 +74,7 @@ def document(operations: Iterable[Operation], prefixes: Iterable[str], published
         "openapi": "3.1.0",
         "info": {
             "title": "Preread",
-            "version": package_version(),
+            "version": VERSION,
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
             "description": "Reranking from cached token states, in the dialects of Cohere, Jina, vLLM, llama.cpp, "
             "infinity, TEI, NIM, Voyage and mixedbread. Reranking paths also exist behind the prefixes "
@@ -94,7 +90,8 @@ def _schemas(published: Mapping[str, Any]) -> dict[str, Schema]:
     """JSON schemas by published name, of a type or of several alternatives; and of the structs inside them."""
     alternatives = {name: kind if isinstance(kind, tuple) else (kind,) for name, kind in published.items()}
     kinds = [kind for several in alternatives.values() for kind in several]
-    found, components = msgspec.json.schema_components(kinds, schema_hook=_schema_of, ref_template=_REF + "{name}")
+    hook = attrgetter("schema")
+    found, components = msgspec.json.schema_components(kinds, schema_hook=hook, ref_template=_REF + "{name}")
     names = {name: name.removeprefix("_") for name in components}
     names |= {several[0].__name__: name for name, several in alternatives.items() if len(several) == 1}
 
@@ -115,12 +112,8 @@ def _schemas(published: Mapping[str, Any]) -> dict[str, Schema]:
     return result
 
 
-def _schema_of(custom: Any) -> Schema:
-    schema: Schema = custom.schema
-    return schema
-
-
 def _described(operation: Operation) -> Schema:
+    name = getattr(operation.endpoint, "__name__", "").strip("_")
     headers: Schema = {"x-request-id": {"description": "The caller's, or a new one", "schema": {"type": "string"}}}
     parameters = [_parameter(name, "query", schema) for name, schema in operation.query.items()]
     errors = ["Error"]
@@ -132,7 +125,7 @@ def _described(operation: Operation) -> Schema:
     content = _content({JSON: operation.answers} if operation.answers else {"text/plain": ()})
     described: Schema = {
         "tags": [operation.tag],
-        "operationId": operation.name,
+        "operationId": operation.name or re.sub(r"_(.)", lambda match: match[1].upper(), name),
         "summary": operation.summary,
         "responses": {"200": {"description": "Success", "headers": headers, "content": content}}
         | {status: {"description": text, "content": _content({JSON: errors})} for status, text in _ERRORS.items()},

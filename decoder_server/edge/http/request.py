@@ -12,16 +12,15 @@ import json
 import math
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self, TypeVar
 
 import msgspec
 from prometheus_client import CollectorRegistry
 from starlette.requests import Request
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.responses import Response, StreamingResponse
 
 from cache.store import Store
 from decoder_server.config import DEFAULT_NAMES, HttpConfig
@@ -31,7 +30,6 @@ from decoder_server.engine.engine import Engine, choose
 from decoder_server.readiness import Readiness
 from preread import AsyncClient
 from preread.errors import InvalidRequest, Path, Unavailable
-from preread_edge.access import ApiKeys
 from preread_edge.steps import SMALL_BYTES, Pauses, stepped
 
 T = TypeVar("T")
@@ -62,7 +60,6 @@ class Context:
     readiness: Readiness
     threads: Executor  # for blocking work: the store, a tokenizer
     worker: AsyncClient | None  # None: no encoder worker is configured
-    keys: ApiKeys = field(default_factory=ApiKeys)  # none: no key is required
     draining: bool = False
 
     @property
@@ -71,23 +68,15 @@ class Context:
         return "the server is stopping" if self.draining else self.readiness.problem
 
     def engine(self, name: str) -> Engine:
-        """The engine of a served name or alias; raises as `choose` does."""
+        """The engine of a served name or alias."""
         return choose(self.engines, name, DEFAULT_NAMES | {*self.config.model_aliases})
 
     def encoder(self) -> AsyncClient:
-        """The client of the encoder worker.
-
-        Raises:
-            Unavailable: there is none.
-        """
+        """The client of the encoder worker; Unavailable, if there is none."""
         if self.worker is None:
             message = "no encoder worker is configured, so passages cannot be added or deleted here"
             raise Unavailable(f"{message}; start the server with --encoder-address, or without --no-encoder")
         return self.worker
-
-    async def call(self, function: Callable[..., T], *args: object) -> T:
-        """The result of a blocking function, off the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self.threads, function, *args)
 
 
 class HttpRequest(Request):
@@ -99,34 +88,18 @@ class HttpRequest(Request):
         return found
 
     def deadline(self) -> float:
-        """When the response is due, on time.monotonic's clock: `x-request-timeout-ms` from now, or less.
-
-        Raises:
-            InvalidRequest: not a number above 0.
-        """
-        limit = self.context.config.timeout_seconds
-        given = self.headers.get("x-request-timeout-ms")
-        if given is None:
-            return time.monotonic() + limit
+        """When the response is due, on time.monotonic's clock: `x-request-timeout-ms` from now, or less."""
+        given = self.headers.get("x-request-timeout-ms", "inf")
         try:
             seconds = float(given) / 1000
         except ValueError:
             seconds = math.nan
         if not seconds > 0:
             raise InvalidRequest("x-request-timeout-ms", given[:100], "milliseconds, more than 0")
-        return time.monotonic() + min(limit, seconds)
+        return time.monotonic() + min(self.context.config.timeout_seconds, seconds)
 
     async def read_json(self, deadline: float | None = None) -> Any:
-        """The body as JSON, within the limits of size and time.
-
-        Args:
-            deadline: None: the server's time for a request, from now.
-
-        Raises:
-            HttpError: compressed, too large or too slow.
-            InvalidRequest: not JSON.
-            ClientDisconnect: the client left.
-        """
+        """The body as JSON, within the limits of size and time; None: the server's time for a request, from now."""
         self.check_plain()
         try:
             async with asyncio.timeout_at(deadline or time.monotonic() + self.context.config.timeout_seconds):
@@ -137,34 +110,26 @@ class HttpRequest(Request):
     async def _read(self) -> bytearray:
         """The whole body; over its limit it fails at the declared length, or as soon as more has come."""
         max_bytes = self.context.config.max_body_bytes
+        message = f"the request body is larger than {max_bytes} bytes"
+        too_large = Problem(413, "invalid_request_error", "body_too_large", message)
         declared = self.headers.get("content-length", "")
+        if declared.isdecimal() and int(declared) > max_bytes:
+            raise HttpError(too_large)
         data = bytearray()
-        too_large = declared.isdecimal() and int(declared) > max_bytes
-        if not too_large:
-            async for chunk in self.stream():
-                data += chunk
-                if too_large := len(data) > max_bytes:
-                    break
-        if too_large:
-            message = f"the request body is larger than {max_bytes} bytes"
-            raise HttpError(Problem(413, "invalid_request_error", "body_too_large", message))
+        async for chunk in self.stream():
+            data += chunk
+            if len(data) > max_bytes:
+                raise HttpError(too_large)
         return data
 
     def check_plain(self) -> None:
-        """
-        Raises:
-            HttpError: a compressed body, whose size is unknown before it is in memory.
-        """
+        """Rejects a compressed body, whose size is unknown before it is in memory."""
         if self.headers.get("content-encoding", "identity") != "identity":
             message = f"content-encoding {self.headers['content-encoding'][:40]!r} is not understood; send it plain"
             raise HttpError(Problem(415, "invalid_request_error", "unsupported_encoding", message))
 
     def check_written(self, *more: str) -> str:
-        """The media type of a write: application/json, which no web page can send unasked, or one of `more`.
-
-        Raises:
-            HttpError: another content type, or none.
-        """
+        """The media type of a write: application/json, which no web page can send unasked, or one of `more`."""
         types = ("application/json", *more)
         given = self.headers.getlist("content-type")
         media_type = given[0].partition(";")[0].strip().lower() if len(given) == 1 else ""
@@ -174,11 +139,7 @@ class HttpRequest(Request):
         return media_type
 
     async def while_connected(self, work: Awaitable[T]) -> T:
-        """The result of `work`, which is cancelled when the client leaves. The body must have been read.
-
-        Raises:
-            HttpError: the client left; the response goes nowhere.
-        """
+        """The result of `work`, which is cancelled when the client leaves. The body must have been read."""
 
         async def gone() -> None:
             while (await self.receive())["type"] != "http.disconnect":
@@ -197,40 +158,24 @@ class HttpRequest(Request):
 
 
 async def respond(document: Any, headers: dict[str, str] | None = None, *, is_large: bool = False) -> Response:
-    """The response of a struct, or of JSON values.
-
-    Args:
-        is_large: it may hold the caller's texts, and is made in steps.
-    """
+    """The response of a struct, or of JSON values. A large one may hold the caller's texts, and is made in steps."""
     values = msgspec.to_builtins(document)
-    if is_large:
-        return _Parts(await stepped(render_in_steps, values), headers)
-    return Response(ENCODER.encode(values), headers=headers, media_type="application/json")
+    if not is_large:
+        return Response(ENCODER.encode(values), headers=headers, media_type="application/json")
+    parts = await stepped(render_in_steps, values)
+    headers = {"content-length": str(sum(map(len, parts)))} | (headers or {})
+    return StreamingResponse(_paced(parts), headers=headers, media_type="application/json")
 
 
-class _Parts(Response):
-    """A body in parts, each sent when the client took the ones before."""
-
-    def __init__(self, parts: list[bytes], headers: dict[str, str] | None) -> None:
-        length = {"content-length": str(sum(map(len, parts)))}
-        super().__init__(None, headers=length | (headers or {}), media_type="application/json")
-        self._parts = parts
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        pace = Pauses()  # a fast client takes every part immediately
-        for part in self._parts:
-            await send({"type": "http.response.body", "body": part, "more_body": True})
-            await pace.worked()
-        await send({"type": "http.response.body", "body": b""})
+async def _paced(parts: Iterable[bytes]) -> AsyncIterator[bytes]:
+    pace = Pauses()  # a fast client takes every part immediately
+    for part in parts:
+        yield part
+        await pace.worked()
 
 
 async def parse(data: bytes | bytearray, what: str = "body") -> Any:
-    """A JSON document, NaN and infinity excluded.
-
-    Raises:
-        InvalidRequest: anything else; a large document of too many values, or too deep.
-    """
+    """A JSON document, NaN and infinity excluded; a large one may have neither too many values nor too many levels."""
     if len(data) > SMALL_BYTES:
         return await stepped(parse_in_steps, data, what)
     try:
@@ -283,16 +228,15 @@ class Query(Text):
 
 
 class Word(Text):
-    """One of `words`, in any case; in lower case once read. An empty one is absent."""
+    """One of `words`, in any case; in lower case once read."""
 
     words: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def read(cls, value: object) -> Self:
         word = super().read(value).lower()
-        known = list(dict.fromkeys(map(str.lower, cls.words)))
-        if word not in known:
-            raise InvalidRequest((), word[:100], f"one of {', '.join(known)}")
+        if word not in cls.words:
+            raise InvalidRequest((), word[:100], f"one of {', '.join(cls.words)}")
         return cls(word)
 
 
@@ -313,14 +257,7 @@ class Count(int):
 
 
 def read(kind: type[T], value: Any, root: Path = ()) -> T:
-    """A JSON value as a struct, or as anything that structs may hold.
-
-    Args:
-        root: where the value stands in the body.
-
-    Raises:
-        InvalidRequest: the first field that does not fit; "body" where the value as a whole does not.
-    """
+    """A JSON value, which stands at `root` in the body, as a struct, or as anything that structs may hold."""
     try:
         return msgspec.convert(value, kind, dec_hook=lambda custom, item: custom.read(item))
     except msgspec.ValidationError as exc:
