@@ -1,4 +1,4 @@
-"""The catalogue of an embedded store: SQLite in WAL mode. Schema, connections and transactions.
+"""The catalogue of an embedded store: SQLite in WAL mode. Schema, connections, transactions and the writers' lock.
 
 Where the directory can be written, connections are ordinary ones, and readers see every commit of other processes.
 Where it cannot (a read-only mount, or files of another user) and no log is left, the file is opened immutable: SQLite
@@ -6,21 +6,29 @@ then takes no locks and makes no files, so any number of readers share one volum
 written on such a volume, is noticed before the next read and opened again.
 """
 
+import fcntl
 import os
+import struct
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
 
-from cache.errors import StoreAccessDenied, StoreDamaged, StoreUnavailable
-from cache.faiss.lock import WriterLock
+import xxhash
+
+from cache.errors import StoreAccessDenied, StoreDamaged, StoreLocked, StoreUnavailable
 from cache.faiss.rows import COVERED, UNCHECKED, Connection, translated
 from cache.faiss.segments import fsync_directory
 
 _VERSION = 2
+
+_POLL_SECONDS = 0.005
+# In the lock's file, after the holder's process id: number of commits u64, and its checksum.
+_NOTE, _NOTE_OFFSET = struct.Struct("<QQ"), 16
 
 # Columns of `collections` that triggers keep as sums over columns of `passages`, in the transaction of a change.
 # Compaction moves rows without touching the summed columns, so it fires none.
@@ -95,12 +103,90 @@ CREATE TEMP VIEW store AS SELECT num_removed, 0 AS num_commits, x'' AS schema, {
 """
 
 
-class CatalogueFile:
-    """Connections to one catalogue file, a pool of them. Thread-safe."""
+class _WriterLock:
+    """One writer at a time, over threads and processes: an flock that the kernel drops when its holder dies.
 
-    def __init__(self, path: Path, lock: WriterLock) -> None:
+    Its file also keeps how many commits were acknowledged, which tells a catalogue whose last commits were lost (a log
+    that is damaged ends where the damage is) from one that never had them.
+    """
+
+    def __init__(self, path: Path, timeout_seconds: float) -> None:
+        self._path = path
+        self._timeout_seconds = timeout_seconds
+        self._thread_lock = threading.Lock()
+        self._descriptor = -1  # while it is held
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the lock; StoreLocked, naming the holder, after the timeout."""
+        deadline = time.monotonic() + self._timeout_seconds
+        with ExitStack() as cleanup:
+            if not self._thread_lock.acquire(timeout=self._timeout_seconds):
+                raise StoreLocked(f"{self._path}: another thread has been writing for {self._timeout_seconds:g} s")
+            cleanup.callback(self._thread_lock.release)
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            cleanup.callback(os.close, descriptor)  # which releases the lock
+            self._acquire(descriptor, deadline)
+            os.pwrite(descriptor, f"{os.getpid():<12}".encode(), 0)
+            self._descriptor = descriptor
+            cleanup.callback(setattr, self, "_descriptor", -1)
+            yield
+
+    @contextmanager
+    def idle(self) -> Iterator[bool]:
+        """Yield whether there is no writer, and keep writers out meanwhile, if the lock file can be read at all."""
+        try:
+            descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            yield True
+            return
+        with open(descriptor, "rb"):  # which closes it
+            is_idle = True
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                is_idle = False
+            yield is_idle
+
+    def note(self, num_commits: int) -> None:
+        """Keep the number of commits, after each; only while the lock is held.
+
+        Not synced: after a power failure it may be smaller, which does no harm.
+        """
+        os.pwrite(self._descriptor, _packed_note(num_commits), _NOTE_OFFSET)
+
+    def noted(self) -> int:
+        """The number that was kept last; 0 where there is none, or a damaged one."""
+        with suppress(OSError, struct.error):
+            note = self._path.read_bytes()[_NOTE_OFFSET : _NOTE_OFFSET + _NOTE.size]
+            num_commits, _ = _NOTE.unpack(note)
+            return int(num_commits) if note == _packed_note(num_commits) else 0
+        return 0
+
+    def _acquire(self, descriptor: int, deadline: float) -> None:
+        # flock has no timeout, and a blocking call could not be interrupted from a thread, so it is repeated.
+        while True:
+            try:
+                return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as exc:
+                if time.monotonic() >= deadline:
+                    holder = os.pread(descriptor, 12, 0).decode(errors="replace").strip() or "unknown"
+                    raise StoreLocked(
+                        f"{self._path}: process {holder} has been writing for more than {self._timeout_seconds:g} s"
+                    ) from exc
+            time.sleep(_POLL_SECONDS)
+
+
+def _packed_note(num_commits: int) -> bytes:
+    return _NOTE.pack(num_commits, xxhash.xxh3_64_intdigest(struct.pack("<Q", num_commits)))
+
+
+class CatalogueFile:
+    """Connections to one catalogue file, a pool of them, and the lock of its writers. Thread-safe."""
+
+    def __init__(self, path: Path, *, lock_timeout_seconds: float) -> None:
         self.path = path
-        self.lock = lock
+        self.lock = _WriterLock(path.with_name("writer.lock"), lock_timeout_seconds)
         self._pool_lock = threading.Lock()
         self._idle: list[Connection] = []
         self._seen: _Seen | None = None
@@ -128,11 +214,9 @@ class CatalogueFile:
         with self.reading() as connection:
             if connection.is_kept:
                 return
-        with translated(self.path), closing(Connection.open(f"file:{quote(str(self.path))}?mode=rw")) as connection:
+        with translated(self.path), closing(Connection.open(_uri(self.path))) as connection:
             connection.execute("PRAGMA synchronous = FULL")
-            connection.execute("BEGIN IMMEDIATE")
             _make(connection, _UPGRADE)
-            connection.execute("COMMIT")
 
     @property
     def aside(self) -> Path:
@@ -143,16 +227,13 @@ class CatalogueFile:
         """An empty catalogue in a new file aside."""
         for leftover in self.aside.parent.glob(self.aside.name + "*"):
             leftover.unlink(missing_ok=True)
-        connection = Connection.open(str(self.aside))
-        try:
+        with ExitStack() as on_error:
+            connection = Connection.open(str(self.aside))
+            on_error.callback(connection.close)
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
-            connection.execute("BEGIN")
             _make(connection, _NEW)
-            connection.execute("COMMIT")
-        except BaseException:
-            connection.close()
-            raise
+            on_error.pop_all()
         return connection
 
     @contextmanager
@@ -176,7 +257,7 @@ class CatalogueFile:
     @contextmanager
     def salvaging(self) -> Iterator[Connection]:
         """A connection to a catalogue that `reading` may reject, with all of its schema that SQLite can parse."""
-        with translated(self.path), closing(Connection.open(f"file:{quote(str(self.path))}?mode=rw")) as connection:
+        with translated(self.path), closing(Connection.open(_uri(self.path))) as connection:
             connection.execute("PRAGMA writable_schema = ON")  # skips what cannot be parsed
             connection.execute("PRAGMA mmap_size = 0")
             connection.execute("PRAGMA cell_size_check = ON")
@@ -307,9 +388,14 @@ class _Seen(NamedTuple):
         return ordinary  # next to a writer whose files may be read
 
 
+def _uri(path: Path, mode: str = "mode=rw") -> str:
+    return f"file:{quote(str(path))}?{mode}"
+
+
 def _connect(path: Path, seen: _Seen) -> Connection:
-    connection = Connection.open(f"file:{quote(str(path))}?{'mode=ro&immutable=1' if seen.is_immutable else 'mode=rw'}")
-    try:
+    with ExitStack() as on_error:
+        connection = Connection.open(_uri(path, "mode=ro&immutable=1" if seen.is_immutable else "mode=rw"))
+        on_error.callback(connection.close)
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA cache_size = -16384")
         connection.execute("PRAGMA mmap_size = 0")  # a mapped file that is truncated kills the process
@@ -322,14 +408,14 @@ def _connect(path: Path, seen: _Seen) -> Connection:
             raise StoreDamaged(f"{path}: version {version} is unknown, expected 1 or {_VERSION}")
         elif connection.execute("SELECT 1 FROM store WHERE schema = ?", (connection.schema(),)).fetchone() is None:
             raise StoreDamaged(f"store {path}: the catalogue is damaged: its schema is not the one it was made with")
-    except BaseException:
-        connection.close()
-        raise
+        on_error.pop_all()
     return connection
 
 
 def _make(connection: Connection, script: str) -> None:
-    """Run a schema's script, and count the commits from here on."""
+    """Run a schema's script in a transaction, and count the commits from here on."""
+    connection.execute("BEGIN IMMEDIATE")
     connection.run(script)
     connection.execute("INSERT INTO store VALUES (0, 0, ?, NULL)", (connection.schema(),))
     connection.set_num_commits(0)
+    connection.execute("COMMIT")

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from cache.codecs import Codec
 from cache.errors import CacheError, DamagedRecord, InvalidName, ManifestError, StoreDamaged
 from cache.faiss.catalogue import SUMS, CatalogueFile
-from cache.faiss.rows import COVERED, Connection, blob, checked_row, integer, row_name, text, translated
+from cache.faiss.rows import COVERED, Connection, checked_row, row_name, translated, typed
 from cache.faiss.segments import Segment, SegmentFiles, SegmentGone
 from cache.manifest import Manifest
 from cache.record import Header, passage_id_bytes
@@ -43,11 +43,18 @@ class Compaction(NamedTuple):
 
 
 class _Use(NamedTuple):
-    """A segment, and sizes of the rows that passages point at and of the others."""
+    """A segment, and how much of it passages point at."""
 
     segment: Segment
     num_live_bytes: int
-    num_dead_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.segment.num_rows * self.segment.code_size
+
+    @property
+    def num_dead_bytes(self) -> int:
+        return self.num_bytes - self.num_live_bytes
 
 
 class Compactor:
@@ -56,19 +63,19 @@ class Compactor:
     def __init__(self, catalogue: CatalogueFile, files: SegmentFiles) -> None:
         self._catalogue = catalogue
         self._files = files
-        self._before: list[_Use] | None = None
+        self._before: list[_Use] = []
         self._unreadable: set[int] = set()
 
     def step(self, collection_id: int, codec: Codec) -> Compaction | None:
         """Rewrite a group of segments, or return the effect where there is nothing left to rewrite."""
         uses = self._uses(collection_id)
-        self._before = uses if self._before is None else self._before
+        self._before = self._before or uses
         groups = _plan([use for use in uses if use.segment.segment_id not in self._unreadable])
         if groups:
             self._rewrite(groups[0], collection_id, codec)
             return None
-        dead = [sum(use.num_dead_bytes for use in state) for state in (self._before, uses)]
-        return Compaction(len(self._before), len(uses), dead[0] - dead[1])
+        before, after = (sum(use.num_dead_bytes for use in state) for state in (self._before, uses))
+        return Compaction(len(self._before), len(uses), before - after)
 
     def merge_small(self, collection_id: int, codec: Codec, min_segments: int) -> None:
         """Rewrite small segments where there are at least `min_segments`."""
@@ -77,23 +84,17 @@ class Compactor:
             (number,) = connection.execute(query, (collection_id, _SMALL_SEGMENT_BYTES)).fetchone()
         if number >= min_segments:
             uses = self._uses(collection_id)
-            small = [one for one in uses if one.num_live_bytes + one.num_dead_bytes < _SMALL_SEGMENT_BYTES]
-            for group in _plan(small)[:1]:
+            for group in _plan([one for one in uses if one.num_bytes < _SMALL_SEGMENT_BYTES])[:1]:
                 self._rewrite(group, collection_id, codec)
 
     def _uses(self, collection_id: int) -> list[_Use]:
         """All segments of a collection, oldest first."""
         query = "SELECT segment_id, sum(num_states) FROM passages WHERE collection_id = ? GROUP BY segment_id"
-        where = "WHERE collection_id = ? ORDER BY segment_id"
-        uses = []
         with self._catalogue.reading() as connection:
             live = dict(connection.execute(query, (collection_id,)))
-            for segment_id, _, *rest in connection.checked("segments", where, collection_id):
-                segment = Segment(segment_id, *rest)
-                num_live = integer(live.get(segment_id, 0))
-                num_dead = segment.num_rows - num_live
-                uses.append(_Use(segment, num_live * segment.code_size, num_dead * segment.code_size))
-        return uses
+            rows = list(connection.checked("segments", "WHERE collection_id = ? ORDER BY segment_id", collection_id))
+        segments = [Segment(segment_id, *rest) for segment_id, _, *rest in rows]
+        return [_Use(one, typed(int, live.get(one.segment_id, 0)) * one.code_size) for one in segments]
 
     def _rewrite(self, group: list[_Use], collection_id: int, codec: Codec) -> None:
         """Rewrite a group as one segment.
@@ -108,7 +109,7 @@ class Compactor:
         with self._catalogue.reading() as connection:
             for segment, *_ in group:
                 query = "SELECT row_key, first_row, num_states FROM passages WHERE segment_id = ? ORDER BY first_row"
-                places = [tuple(map(integer, row)) for row in connection.execute(query, (segment.segment_id,))]
+                places = [[typed(int, one) for one in row] for row in connection.execute(query, (segment.segment_id,))]
                 codes: list[NDArray[np.uint8] | DamagedRecord] = []
                 with suppress(SegmentGone):
                     codes = list(self._files.codes(segment, [(first, number) for _, first, number in places]))
@@ -182,10 +183,7 @@ def audit(catalogue: CatalogueFile, files: SegmentFiles, collection: str) -> Aud
 
 
 def rebuild(catalogue: CatalogueFile, files: SegmentFiles) -> list[str]:
-    """Replace the catalogue by one with all its intact rows; returns what was left behind.
-
-    Only for the holder of the writer lock. Counters, indexes and generations are made again.
-    """
+    """Replace the catalogue by one with all its intact rows; returns what was left behind. Needs the writer lock."""
     left: list[str] = []
     with catalogue.salvaging() as old, closing(catalogue.new_file()) as new:
         new.execute("BEGIN")
@@ -193,11 +191,10 @@ def rebuild(catalogue: CatalogueFile, files: SegmentFiles) -> list[str]:
         _copy_passages(old, new, collections, left)
         if left and not collections:  # the codes must stay: an older copy of the catalogue may still name them
             raise StoreDamaged(f"no collection can be read, and nothing was changed: {left[0]}")
-        commits = 0
+        commits = catalogue.lock.noted()
         with suppress(StoreDamaged, sqlite3.Error):
-            commits = old.num_commits()
-        # More than any that was acknowledged: losses have been reported.
-        commits = max(commits, catalogue.lock.noted()) + 1
+            commits = max(commits, old.num_commits())
+        commits += 1  # more than any that was acknowledged: losses have been reported
         new.set_num_commits(commits)
         new.execute("COMMIT")
     catalogue.replace()
@@ -214,8 +211,8 @@ def _damaged_names(connection: Connection) -> Iterator[str]:
         if name not in names:
             problems.append(f"alias {alias!r} points at {name!r}, which does not exist")
     counted = {name for name, *_ in _whole_rows(connection, "generations", problems)}
-    problems.extend(f"collection {name!r} has no generation" for name in sorted(names - counted))
     yield from problems
+    yield from (f"collection {name!r} has no generation" for name in sorted(names - counted))
 
 
 def _wrong_counts(connection: Connection, collection: str) -> Iterator[str]:
@@ -232,10 +229,11 @@ def _wrong_counts(connection: Connection, collection: str) -> Iterator[str]:
             if counted != there:
                 yield f"{name} of collection {collection!r} is {counted}, its rows have {there}"
     # Neither is found by a scan: an id of another type sorts before all that are bytes.
-    for condition, problem in (
-        ("collection_id NOT IN (SELECT collection_id FROM collections)", "belong to no collection"),
-        ("typeof(passage_id) != 'blob' OR length(passage_id) = 0", "have an id that no passage can have"),
-    ):
+    conditions = {
+        "belong to no collection": "collection_id NOT IN (SELECT collection_id FROM collections)",
+        "have an id that no passage can have": "typeof(passage_id) != 'blob' OR length(passage_id) = 0",
+    }
+    for problem, condition in conditions.items():
         (number,) = connection.execute(f"SELECT count(*) FROM passages NOT INDEXED WHERE {condition}").fetchone()
         if number:
             yield f"{number} passages {problem}"
@@ -265,7 +263,7 @@ def _whole_collections(connection: Connection, problems: list[str]) -> Iterator[
     """Numbers, names and manifests of intact collections."""
     for collection_id, name, manifest in _whole_rows(connection, "collections", problems, "manifest"):
         try:
-            Manifest.from_json(blob(manifest), name)
+            Manifest.from_json(typed(bytes, manifest), name)
             yield collection_id, name, manifest
         except (ManifestError, StoreDamaged) as exc:
             problems.append(f"collection {name!r}: {exc}")
@@ -288,30 +286,29 @@ def _copy_names(old: Connection, new: Connection, left: list[str]) -> set[int]:
     left.extend(problem for problem in lost if problem.startswith(_UNREADABLE))
     for name in kept:
         new.bump(name)
-    for row in _whole_rows(old, "segments", left):
+    for *row, _ in _whole_rows(old, "segments", left):
         if row[1] in kept.values():
-            new.put("segments", **dict(zip(COVERED["segments"], row, strict=False)))
+            new.put("segments", **dict(zip(COVERED["segments"], row, strict=True)))
     return set(kept.values())
 
 
 def _copy_passages(old: Connection, new: Connection, collections: set[int], left: list[str]) -> None:
     segments = {segment_id for (segment_id,) in new.execute("SELECT segment_id FROM segments")}
     insert = f"""INSERT OR IGNORE INTO passages (row_key, collection_id, passage_id, segment_id, first_row,
-        {", ".join(SUMS.values())}, header, windows, text) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+        {", ".join(SUMS.values())}, header, windows, text) VALUES ({",".join("?" * (8 + len(SUMS)))})"""
     # From both ends: a page that cannot be read ends either way.
     for order in ("ASC", "DESC"):
         query = f"""SELECT row_key, collection_id, passage_id, segment_id, first_row, header, windows, text
             FROM passages NOT INDEXED ORDER BY row_key {order}"""
         complete = len(left)
-        for row_key, collection_id, passage_id, segment_id, first_row, packed, windows, written in _salvaged(
-            old, query, left
-        ):
+        for row in _salvaged(old, query, left):
+            row_key, collection_id, passage_id, segment_id, first_row, packed, windows, written = row
             try:
-                header = Header.parse(blob(packed), passage_id_bytes(text(passage_id)))
+                header = Header.parse(typed(bytes, packed), passage_id_bytes(typed(str, passage_id)))
                 if segment_id not in segments or collection_id not in collections:
                     raise DamagedRecord("belongs to no collection or segment")
-                place = integer(row_key), collection_id, passage_id, segment_id, integer(first_row)
-                new.execute(insert, (*place, *header.counts, packed, blob(windows), blob(written)))
+                place = typed(int, row_key), collection_id, passage_id, segment_id, typed(int, first_row)
+                new.execute(insert, (*place, *header.counts, packed, typed(bytes, windows), typed(bytes, written)))
             except (DamagedRecord, InvalidName, StoreDamaged) as exc:
                 left.append(f"{row_name('passages', [passage_id])}: {exc}")
         if len(left) == complete or not left[-1].startswith(_UNREADABLE):

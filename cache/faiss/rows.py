@@ -2,18 +2,17 @@
 
 A passage's record header is the checksum of its row: it covers the requested id, and the other columns must agree with
 it; a wrong place in a segment holds other codes. All other rows carry a checksum over their columns. Values go through
-`integer`, `text` or `blob`, because a flipped bit may change a column's type; these and everything else that finds a
-damaged row raise StoreDamaged.
+`typed`, because a flipped bit may change a column's type. All that finds a damaged row raises StoreDamaged.
 """
 
 import errno
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from itertools import groupby
+from itertools import groupby, islice
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import xxhash
@@ -47,6 +46,9 @@ COVERED: dict[str, dict[str, type]] = {
 }  # fmt: skip
 UNCHECKED = b"version 1"
 
+_T = TypeVar("_T")
+_KINDS: dict[type, str] = {int: "a whole number", bytes: "bytes", str: "UTF-8"}
+
 # SQLite's bound on variables per statement is 32,766; larger statements only take longer to prepare.
 _LOOKUP_CHUNK = 1000
 
@@ -72,6 +74,7 @@ _SQLITE: dict[int, tuple[type[CacheError], str]] = {
     sqlite3.SQLITE_LOCKED: (StoreLocked, "is held by another process"),
     sqlite3.SQLITE_CORRUPT: (StoreDamaged, "is damaged"),
     sqlite3.SQLITE_NOTADB: (StoreDamaged, "is not a catalogue"),
+    10 | 2 << 8: (StoreDamaged, "is too short"),  # SQLITE_IOERR_SHORT_READ, which the module does not name
     # Our statements are fixed and the schema is ours, so these mean that the file is not what we wrote.
     **dict.fromkeys(
         (
@@ -81,33 +84,24 @@ _SQLITE: dict[int, tuple[type[CacheError], str]] = {
         (StoreDamaged, "is damaged"),
     ),
 }  # fmt: skip
-_SHORT_READ = 10 | 2 << 8  # SQLITE_IOERR_SHORT_READ, which the module does not name
 
 
-def integer(value: object) -> int:
-    if type(value) is not int:
-        raise StoreDamaged(f"the catalogue is damaged: {value!r:.40}, expected a whole number")
-    return value
-
-
-def blob(value: object) -> bytes:
-    if type(value) is not bytes:
-        raise StoreDamaged(f"the catalogue is damaged: {value!r:.40}, expected bytes")
-    return value
-
-
-def text(value: object) -> str:
-    try:
-        return blob(value).decode()  # connections to a catalogue give text as bytes
-    except UnicodeDecodeError as exc:
-        raise StoreDamaged(f"the catalogue is damaged: {value!r:.40}, expected UTF-8") from exc
+def typed(kind: type[_T], value: object) -> _T:
+    """A column's value, text (which connections to a catalogue give as bytes) decoded."""
+    found: Any = value
+    if kind is str and type(value) is bytes:
+        with suppress(UnicodeDecodeError):
+            found = value.decode()
+    if type(found) is not kind:
+        raise StoreDamaged(f"the catalogue is damaged: {value!r:.40}, expected {_KINDS[kind]}")
+    return found
 
 
 def checked_row(table: str, row: Sequence[object]) -> tuple[Any, ...]:
     """The covered columns of a row whose checksum comes last."""
     *columns, checksum = row
     kinds = COVERED[table].values()
-    values = [integer(one) if kind is int else text(one) for kind, one in zip(kinds, columns, strict=True)]
+    values: list[Any] = [typed(kind, one) for kind, one in zip(kinds, columns, strict=True)]
     if checksum not in (_row_checksum(*values), UNCHECKED):
         raise StoreDamaged(f"the catalogue is damaged: checksum of {row_name(table, columns)} does not match")
     return tuple(values)
@@ -151,14 +145,14 @@ class Connection(sqlite3.Connection):
     def schema(self) -> bytes:
         """A checksum of the schema as it is."""
         query = "SELECT sql FROM main.sqlite_master WHERE sql NOT NULL ORDER BY name"
-        return _row_checksum(*(blob(sql) for (sql,) in self.execute(query)))
+        return _row_checksum(*(typed(bytes, sql) for (sql,) in self.execute(query)))
 
     def num_commits(self) -> int:
         """Transactions that this catalogue has seen."""
         row = self.execute("SELECT num_commits, schema, checksum FROM store").fetchone()
-        if row is None or row[2] not in (_row_checksum(integer(row[0]), blob(row[1])), UNCHECKED):
+        if row is None or row[2] not in (_row_checksum(typed(int, row[0]), typed(bytes, row[1])), UNCHECKED):
             raise StoreDamaged("the catalogue is damaged: its counters are missing or their checksum does not match")
-        return integer(row[0])
+        return typed(int, row[0])
 
     def set_num_commits(self, number: int) -> None:
         self.execute("UPDATE store SET num_commits = ?1, checksum = row_checksum(?1, schema)", (number,))
@@ -201,7 +195,7 @@ class Connection(sqlite3.Connection):
     def manifest(self, name: str) -> Manifest | None:
         row = self.execute("SELECT manifest FROM collections WHERE name = ?", (name,)).fetchone()
         try:
-            return None if row is None else Manifest.from_json(blob(row[0]), name)
+            return None if row is None else Manifest.from_json(typed(bytes, row[0]), name)
         except ManifestError as exc:
             raise StoreDamaged(f"collection {name!r} cannot be read: {exc}") from exc
 
@@ -229,9 +223,9 @@ class Connection(sqlite3.Connection):
         for passage_id, record in records.items():
             # Software that writes version 1 cannot open this catalogue, so it is not written here.
             header, encoded_id = record.header.latest(), passage_id_bytes(passage_id)
-            windows, _, encoded_text = record.payload
+            windows, _, text = record.payload
             place = collection_id, encoded_id, segment_id, first_row
-            rows.append((*place, *header.counts, header.pack(encoded_id), windows, encoded_text))
+            rows.append((*place, *header.counts, header.pack(encoded_id), windows, text))
             first_row += header.num_states
         self.executemany(_UPSERT, rows)
 
@@ -251,7 +245,7 @@ class Connection(sqlite3.Connection):
         query = f"{_SELECT} AND passage_id > ? ORDER BY passage_id LIMIT ?"
         values = self.execute(query, (collection_id, after, limit)).fetchall()
         for encoded_id, *_ in values:
-            if blob(encoded_id) <= after:  # a scan over such an index might not end
+            if typed(bytes, encoded_id) <= after:  # a scan over such an index might not end
                 raise StoreDamaged("the catalogue is damaged: its index of passage ids is out of order")
             after = encoded_id
         return list(_rows(collection_id, values)), after
@@ -262,7 +256,7 @@ class Connection(sqlite3.Connection):
         query = "SELECT passage_id, header FROM passages WHERE collection_id = ? AND passage_id IN"
         for encoded_id, packed in self._by_ids(query, collection_id, passage_ids):
             with suppress(DamagedRecord, StoreDamaged):
-                found[text(encoded_id)] = Header.parse(blob(packed), encoded_id)
+                found[typed(str, encoded_id)] = Header.parse(typed(bytes, packed), encoded_id)
         return found
 
     def renew_headers(self, collection_id: int, after: int, limit: int) -> int | None:
@@ -276,7 +270,7 @@ class Connection(sqlite3.Connection):
         last = None
         for last, encoded_id, packed in self.execute(query, (after, collection_id, limit)).fetchall():
             with suppress(DamagedRecord, StoreDamaged):
-                header = Header.parse(blob(packed), blob(encoded_id))
+                header = Header.parse(typed(bytes, packed), typed(bytes, encoded_id))
                 if header.version != RECORD_VERSION:
                     latest = header.latest()
                     changed.append((latest.pack(encoded_id), latest.total_bytes, last))
@@ -285,9 +279,8 @@ class Connection(sqlite3.Connection):
 
     def _by_ids(self, query: str, collection_id: int, passage_ids: Iterable[str]) -> Iterator[tuple[Any, ...]]:
         """Rows of a query that takes a collection and then, after IN, ids; run for some of the ids at a time."""
-        encoded = list(map(passage_id_bytes, dict.fromkeys(passage_ids)))
-        for start in range(0, len(encoded), _LOOKUP_CHUNK):
-            chunk = encoded[start : start + _LOOKUP_CHUNK]
+        encoded = map(passage_id_bytes, dict.fromkeys(passage_ids))
+        while chunk := list(islice(encoded, _LOOKUP_CHUNK)):
             yield from self.execute(f"{query} ({','.join('?' * len(chunk))})", (collection_id, *chunk))
 
 
@@ -360,10 +353,8 @@ def read_records(rows: Iterable[_Row], files: SegmentFiles) -> Iterator[tuple[st
 def _rows(collection_id: int, found: Iterable[Sequence[Any]]) -> Iterator[_Row]:
     segments: dict[object, Segment | str] = {}  # most passages of a request share one with others
     for values in found:
-        if type(values[0]) is not bytes:
-            raise StoreDamaged(f"the catalogue is damaged: passage id {values[0]!r:.40}, expected bytes")
-        segment = segments.get(values[10])
-        if segment is None:
+        typed(bytes, values[0])
+        if (segment := segments.get(values[10])) is None:
             segment = segments[values[10]] = _segment(collection_id, values[10:])
         yield _Row.of(values, segment)
 
@@ -400,14 +391,10 @@ def translated(path: Path) -> Iterator[None]:
             raise StoreAccessDenied(f"store {path}: not permitted ({_code(exc)})") from exc
         raise CacheError(f"store {path}: {exc.strerror or 'a file failed'} ({_code(exc)})") from exc
     except sqlite3.Error as exc:
+        code, name = getattr(exc, "sqlite_errorcode", 0), getattr(exc, "sqlite_errorname", type(exc).__name__)
         # The low byte is the primary code; the rest tells details, which its name has.
-        code = getattr(exc, "sqlite_errorcode", 0)
-        error, reason = _SQLITE.get(code & 0xFF, (CacheError, "failed"))
-        if code == _SHORT_READ:
-            error, reason = StoreDamaged, "is too short"
-        raise error(
-            f"store {path}: the catalogue {reason} ({getattr(exc, 'sqlite_errorname', type(exc).__name__)})"
-        ) from exc
+        error, reason = _SQLITE.get(code) or _SQLITE.get(code & 0xFF, (CacheError, "failed"))
+        raise error(f"store {path}: the catalogue {reason} ({name})") from exc
 
 
 def _code(error: OSError) -> str:

@@ -15,6 +15,7 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import faiss
@@ -130,17 +131,11 @@ class SegmentFiles:
         # One run after the other, as its reader consumes it: codes are checked while the processor's cache has them.
         for first, run in _runs(ranges, segment.code_size):
             codes = self._read_rows(segment, file, first, sum(run))
-            if isinstance(codes, DamagedRecord) and len(run) > 1:
-                for num_rows in run:
-                    yield self._read_rows(segment, file, first, num_rows)
-                    first += num_rows
-            elif isinstance(codes, DamagedRecord):
-                yield codes
-            else:
-                end = 0
-                for num_rows in run:
-                    start, end = end, end + num_rows * segment.code_size
-                    yield codes[start:end]
+            for start, end in pairwise(accumulate(run, initial=0)):
+                if isinstance(codes, DamagedRecord):  # each alone then: it may be another's
+                    yield self._read_rows(segment, file, first + start, end - start)
+                else:
+                    yield codes[start * segment.code_size : end * segment.code_size]
 
     def _read_rows(
         self, segment: Segment, file: "_OpenFile", first_row: int, num_rows: int
@@ -241,15 +236,13 @@ def _runs(ranges: Sequence[tuple[int, int]], code_size: int) -> Iterator[tuple[i
     """Adjacent ranges joined, in order: first row, and rows of each."""
     max_rows = _MAX_READ_BYTES // code_size
     run: list[int] = []
-    first = end = num_rows = 0
+    first = end = 0
     for start, count in ranges:
-        if run and (start != end or num_rows + count > max_rows):
+        if run and (start != end or start + count - first > max_rows):
             yield first, run
-            run, num_rows = [], 0
-        if not run:
-            first = start
+            run = []
+        first = first if run else start
         run.append(count)
-        num_rows += count
         end = start + count
     if run:
         yield first, run

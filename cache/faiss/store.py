@@ -29,9 +29,8 @@ import numpy as np
 from cache.codecs import Codec
 from cache.errors import CacheError, CodecError, CollectionExists, CollectionInUse, CollectionNotFound
 from cache.faiss.catalogue import SUMS, CatalogueFile
-from cache.faiss.lock import WriterLock
 from cache.faiss.maintenance import Compaction, Compactor, audit, rebuild
-from cache.faiss.rows import Connection, integer, read_records, text, translated
+from cache.faiss.rows import Connection, read_records, translated, typed
 from cache.faiss.segments import SegmentFiles, SegmentGone
 from cache.manifest import Manifest
 from cache.record import Damaged, Header, Record, check_name, passage_id_bytes
@@ -48,8 +47,7 @@ class FaissStore(Store):
     def __init__(self, path: str | Path, *, lock_timeout_seconds: float = 30.0, max_small_segments: int = 64) -> None:
         self.path = Path(path).expanduser().absolute()
         self._files = SegmentFiles(self.path / "segments")
-        self._lock = WriterLock(self.path / "writer.lock", lock_timeout_seconds)
-        self._catalogue = CatalogueFile(self.path / "catalogue.sqlite", self._lock)
+        self._catalogue = CatalogueFile(self.path / "catalogue.sqlite", lock_timeout_seconds=lock_timeout_seconds)
         self._max_small_segments = max_small_segments
         self._codecs: dict[tuple[int, int], Codec] = {}  # by collection in the catalogue file opened so many times
         self._seen_removals = 0
@@ -102,7 +100,7 @@ class FaissStore(Store):
                 connection.bump(collection)
         return num_deleted
 
-    def headers_many(self, collection: str, passage_ids: Sequence[str]) -> list[Header | None]:
+    def headers_many(self, collection: str, passage_ids: Sequence[str], *, bulk: bool = False) -> list[Header | None]:
         with self._catalogue.reading() as connection:
             collection_id = connection.find_collection(collection)
             found = {} if collection_id is None else connection.headers(collection_id, passage_ids)
@@ -134,7 +132,7 @@ class FaissStore(Store):
         query = f"SELECT num_passages, {', '.join(SUMS)} FROM collections WHERE name = ?"
         with self._catalogue.reading() as connection:
             row = connection.execute(query, (collection,)).fetchone()
-            return StoreStats() if row is None else StoreStats(*map(integer, row))
+            return StoreStats() if row is None else StoreStats(*(typed(int, one) for one in row))
 
     def generation(self, collection: str) -> int:
         with self._catalogue.reading() as connection:
@@ -148,8 +146,7 @@ class FaissStore(Store):
     def write_manifest(self, manifest: Manifest) -> None:
         name = manifest.collection
         with self._changing() as connection:
-            taken = connection.find_collection(name) is not None or name in dict(connection.checked("aliases"))
-            if taken:
+            if connection.find_collection(name) is not None or name in dict(connection.checked("aliases")):
                 raise CollectionExists(f"collection: {name!r} already exists in this store")
             connection.put("collections", name=name, manifest=manifest.to_json())
             connection.bump(name)
@@ -166,7 +163,7 @@ class FaissStore(Store):
                 collection_id = connection.require_collection(collection)
                 CollectionInUse.check(collection, dict(connection.checked("aliases")))
                 query = "SELECT file_name FROM segments WHERE collection_id = ?"
-                file_names = [text(name) for (name,) in connection.execute(query, (collection_id,))]
+                file_names = [typed(str, name) for (name,) in connection.execute(query, (collection_id,))]
                 for table in ("passages", "segments", "collections"):
                     connection.execute(f"DELETE FROM {table} WHERE collection_id = ?", (collection_id,))
                 connection.execute("UPDATE store SET num_removed = num_removed + 1")
@@ -212,7 +209,7 @@ class FaissStore(Store):
         """Rebuild the catalogue from its intact rows while readers go on; StoreDamaged where there are none."""
         if not self._catalogue.exists:
             return []
-        with translated(self.path), self._lock.held():
+        with translated(self.path), self._catalogue.lock.held():
             self._has_written = True
             return rebuild(self._catalogue, self._files)
 
@@ -244,7 +241,7 @@ class FaissStore(Store):
 
     def _forget_removed(self, connection: Connection) -> None:
         row = connection.execute("SELECT num_removed FROM store").fetchone() or (None,)
-        if (num_removals := integer(row[0])) != self._seen_removals:
+        if (num_removals := typed(int, row[0])) != self._seen_removals:
             self._seen_removals = num_removals
             kept = connection.execute("SELECT segment_id FROM segments")
             self._files.keep_only({segment_id for (segment_id,) in kept})
@@ -254,7 +251,7 @@ class FaissStore(Store):
         """Hold the writer lock, on a store that exists and has no orphans."""
         with translated(self.path):
             self._files.directory.mkdir(parents=True, exist_ok=True)
-            with self._lock.held():
+            with self._catalogue.lock.held():
                 self._catalogue.create()
                 if self._may_have_orphans:
                     committed = self._catalogue.committed_files()
