@@ -22,8 +22,6 @@ from cache.errors import CodecError
 
 _FLOAT16_MAX = 65504.0
 _SCALED = re.compile(r"(?P<standard>Z,)?B(?P<block>[1-9]\d{0,4}),SQ(?P<bits>[864])")
-
-
 # Codecs whose codes are the numbers themselves, one after another, and the format of those.
 _NUMBERS = {"Flat": "float32", "SQfp16": "float16", "SQbf16": "bfloat16"}
 _SCALAR = ("SQ8", "SQ6", "SQ4")
@@ -123,9 +121,8 @@ class Codec:
         self._check_trained()
         if not self.needs_training:
             return b""
-        if self._scaling is not None:
-            return self._scaling.table().astype("<f4").tobytes()
-        return faiss.vector_to_array(self._trained_vector()).astype("<f4").tobytes()
+        numbers = faiss.vector_to_array(self._trained_vector()) if self._scaling is None else self._scaling.table
+        return numbers.astype("<f4").tobytes()
 
     def encode(self, states: NDArray[np.float32]) -> NDArray[np.uint8]:
         """float32 (n, dim) to uint8 (n, code_size_bytes).
@@ -307,8 +304,7 @@ class _BlockScaling:
         self._middle = 2 ** (bits - 1)
         self.block = min(block, dim)
         self._standardises = standardises
-        self._mean = np.zeros(dim, dtype=np.float32)
-        self._deviation = np.ones(dim, dtype=np.float32)
+        self.table = np.repeat(np.array([0, 1], np.float32), dim)  # means and standard deviations
         self._starts = np.arange(0, dim, self.block)
 
     @classmethod
@@ -329,20 +325,16 @@ class _BlockScaling:
 
     def train(self, sample: NDArray[np.float32]) -> NDArray[np.float32]:
         """Train on states (num_states, dim); a nearly constant dimension gets a thousandth of the usual deviation."""
-        self._mean = sample.mean(axis=0, dtype=np.float64).astype(np.float32)
         deviation = sample.std(axis=0, dtype=np.float64)
         floor = 1e-3 * float(np.median(deviation)) or 1e-3 * float(deviation.max()) or 1.0
-        self._deviation = np.maximum(deviation, floor).astype(np.float32)
-        return self.ranges()
-
-    def table(self) -> NDArray[np.float32]:
-        return np.concatenate([self._mean, self._deviation])
+        means = sample.mean(axis=0, dtype=np.float64)
+        return self.load(np.concatenate([means, np.maximum(deviation, floor)]).astype(np.float32))
 
     def load(self, table: NDArray[np.float32]) -> NDArray[np.float32]:
-        mean, deviation = table[: self.dim], table[self.dim :]
-        if not (deviation > 0).all():
-            raise CodecError(f"codec_table: a standard deviation of {deviation.min():g}, expected more than 0")
-        self._mean, self._deviation = mean.copy(), deviation.copy()
+        """Use trained numbers; returns `ranges`."""
+        if not (table[self.dim :] > 0).all():
+            raise CodecError(f"codec_table: a standard deviation of {table[self.dim :].min():g}, expected more than 0")
+        self.table = table
         return self.ranges()
 
     def ranges(self) -> NDArray[np.float32]:
@@ -351,15 +343,15 @@ class _BlockScaling:
         FAISS cuts [minimum, minimum + range] into 2^bits - 1 steps and decodes to the middle of one. Here the middle
         of step 2^(bits - 1) is 0 itself: a constant dimension would otherwise always be off to the same side.
         """
-        middle = self._middle
+        middle, deviations = self._middle, self.table[self.dim :]
         minimum, spread = -(middle + 0.5) / (middle - 1), (2 * middle - 1) / (middle - 1)
-        return np.concatenate([self._deviation * np.float32(minimum), self._deviation * np.float32(spread)])
+        return np.concatenate([deviations * np.float32(minimum), deviations * np.float32(spread)])
 
     def scale(self, states: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
         """States (n, dim) divided by their scales, and the scales (n, num_bytes)."""
-        centred = states - self._mean
+        centred = states - self.table[: self.dim]
         magnitudes = np.abs(centred)
-        magnitudes /= self._deviation
+        magnitudes /= self.table[self.dim :]
         largest = np.maximum.reduceat(magnitudes, self._starts, axis=1)  # (n, num_blocks)
         if float(largest.max()) > _FLOAT16_MAX:
             raise CodecError(
@@ -377,7 +369,7 @@ class _BlockScaling:
         with np.errstate(invalid="ignore"):  # forged scales may be infinite; the decoded states are checked elsewhere
             self._by_blocks(states, np.ascontiguousarray(scales).view("<f2").astype(np.float32))
             if self._standardises:
-                states += self._mean
+                states += self.table[: self.dim]
 
     def _by_blocks(self, states: NDArray[np.float32], factors: NDArray[np.float32]) -> None:
         """states (n, dim) times factors (n, num_blocks), in place."""

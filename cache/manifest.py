@@ -27,8 +27,6 @@ from cache.record import RECORD_VERSION, check_name
 MANIFEST_VERSION = 2
 _VERSIONS = (1, MANIFEST_VERSION)
 _IDENTITY = re.compile(r"[0-9a-f]{32}")
-
-
 # Of an encoder: checkpoint.EncoderIdentity, which this package does not import.
 _OF_ENCODER = ("fingerprint", "checkpoint", "dim", "max_passage_tokens", "passage_template", "pooling_version")
 

@@ -229,17 +229,16 @@ class Record:
             raise ValueError(f"codes: {codes.dtype} {codes.shape}, expected uint8 (num_states, code_size), not empty")
         if len(text_digest) != 32:
             raise ValueError(f"text_digest: {len(text_digest)} bytes, expected the 32 of a SHA-256")
-        if codes.shape[0] != _num_states(window_tokens, compression_ratio):
+        num_states, code_size = codes.shape
+        if num_states != _num_states(window_tokens, compression_ratio):
             raise ValueError(
-                f"codes: {codes.shape[0]} rows do not fit windows of {window_tokens} tokens, ratio {compression_ratio}"
+                f"codes: {num_states} rows do not fit windows of {window_tokens} tokens, ratio {compression_ratio}"
             )
         encoded = b"" if text is None else text.encode()
         payload_checksum = _payload_checksum(_pack_windows(window_tokens), codes, encoded)
-        counts = [
-            compression_ratio, codes.shape[0], sum(window_tokens), codes.shape[1], len(window_tokens), len(encoded),
-            *([num_clipped] if version > 1 else []),
-        ]  # fmt: skip
         flags = truncated * _TRUNCATED | (text is not None) * _HAS_TEXT
+        counts = [compression_ratio, num_states, sum(window_tokens), code_size, len(window_tokens), len(encoded)]
+        counts += [num_clipped] if version > 1 else []
         fields = _FIELDS[version].pack(_MAGIC, version, flags, *counts, text_digest, binding, payload_checksum)
         return cls(codes, window_tokens, text, Header._of(fields, version))
 
