@@ -7,6 +7,7 @@ not belong.
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import NamedTuple, TypeVar
 
@@ -169,7 +170,7 @@ class Collection:
 
         All passages are decoded in one codec call; their states are views into one float32 array.
         """
-        return _decoded(self.get_encoded_many(passage_ids))
+        return decode_all(self.get_encoded_many(passage_ids))
 
     def get_encoded_many(self, passage_ids: Sequence[str]) -> list[EncodedPassage | Damaged | None]:
         """The same without decoding: codes as the store gave them, checked."""
@@ -181,8 +182,8 @@ class Collection:
         return [record.text if isinstance(record, Record) else None for record in records]
 
     def digests(self, passage_ids: Sequence[str]) -> list[bytes | None]:
-        """SHA-256 of the text each stored passage was encoded from, or None; reads no states."""
-        headers = self._read(self.store.headers_many, passage_ids)
+        """SHA-256 of the text each stored passage was encoded from, or None; for writers, reads no states."""
+        headers = self._read(partial(self.store.headers_many, bulk=True), passage_ids)
         return [one.text_digest if one is not None and one.binding == self._binding else None for one in headers]
 
     def delete_many(self, passage_ids: Sequence[str]) -> int:
@@ -201,17 +202,16 @@ class Collection:
         """Read and decode every passage, and report its damage."""
         for passage_id, record, states in self._scan():
             version = record.header.version if isinstance(record, Record) else 0
-            if isinstance(states, Damaged):
-                yield Verified(passage_id, version, states.reason)
-            else:
-                finite = np.isfinite(states.states).all()
-                yield Verified(passage_id, version, "" if finite else "decoded states are not finite")
+            damage = states.reason if isinstance(states, Damaged) else ""
+            if isinstance(states, PassageStates) and not np.isfinite(states.states).all():
+                damage = "decoded states are not finite"
+            yield Verified(passage_id, version, damage)
 
     def _scan(self) -> Iterator[tuple[str, Record | Damaged, PassageStates | Damaged]]:
         records = self.store.scan(self.name)
         while batch := list(islice(records, _SCAN_BATCH_PASSAGES)):
             found = [self._fitting(passage_id, record) for passage_id, record in batch]
-            for (passage_id, record), states in zip(batch, _decoded(found), strict=True):
+            for (passage_id, record), states in zip(batch, decode_all(found), strict=True):
                 if states is not None:
                     yield passage_id, record, states
 
@@ -234,10 +234,8 @@ class Collection:
             return Damaged(passage_id, f"ratio {header.compression_ratio}, expected {self.manifest.compression_ratio}")
         # The same for equal texts under two ids, so that they share entries of the caches.
         key = header.text_digest + struct.pack("<QQ", header.payload_checksum, header.binding)
-        codes = Codes(self.codec, record.codes)
-        return EncodedPassage(
-            codes, record.window_tokens, header.compression_ratio, header.truncated, header.text_digest, key
-        )
+        states, ratio = Codes(self.codec, record.codes), header.compression_ratio
+        return EncodedPassage(states, record.window_tokens, ratio, header.truncated, header.text_digest, key)
 
     def _check(self, passage: StoredPassage) -> None:
         states, passage_id = passage.states, passage.passage_id
@@ -249,11 +247,8 @@ class Collection:
             raise InvalidPassage(passage_id, str(exc)) from exc
         if states.dim != self.manifest.dim:
             raise InvalidPassage(passage_id, f"dim {states.dim}, the collection has {self.manifest.dim}")
-        if states.compression_ratio != self.manifest.compression_ratio:
-            ratio = self.manifest.compression_ratio
-            raise InvalidPassage(
-                passage_id, f"compression_ratio {states.compression_ratio}, the collection has {ratio}"
-            )
+        if (given := states.compression_ratio) != (ratio := self.manifest.compression_ratio):
+            raise InvalidPassage(passage_id, f"compression_ratio {given}, the collection has {ratio}")
         if not np.isfinite(states.states).all():
             raise InvalidPassage(passage_id, "states hold NaN or infinity")
 
@@ -285,11 +280,6 @@ class Collection:
                 except CodecError as exc:
                     raise InvalidPassage(passage.passage_id, str(exc)) from exc
             raise
-
-
-def _decoded(found: Sequence[EncodedPassage | Damaged | None]) -> list[PassageStates | Damaged | None]:
-    decoded = iter(decode_all([entry for entry in found if isinstance(entry, EncodedPassage)]))
-    return [next(decoded) if isinstance(entry, EncodedPassage) else entry for entry in found]
 
 
 def _check_encoder(manifest: Manifest, fingerprint: str, checkpoint: str) -> None:

@@ -17,7 +17,7 @@ from cache.store import Audit, Store, StoreStats
 class MemoryStore(Store):
     """Packed records in dictionaries; see `Store` for the contract."""
 
-    _shared: dict[str, tuple["MemoryStore", int]] = {}  # noqa: RUF012 - by URL name, with the number of openers
+    _shared: dict[str | None, tuple["MemoryStore", int]] = {}  # noqa: RUF012 - by URL name, with the number of openers
     _shared_lock = threading.Lock()
 
     def __init__(self) -> None:
@@ -40,9 +40,7 @@ class MemoryStore(Store):
 
     def close(self) -> None:
         with self._shared_lock:
-            if self._name is None or self._name not in self._shared:
-                return
-            store, num_openers = self._shared.pop(self._name)
+            store, num_openers = self._shared.pop(self._name, (self, 0))
             if num_openers > 1:
                 self._shared[self._name] = (store, num_openers - 1)
 
@@ -65,7 +63,7 @@ class MemoryStore(Store):
                 self._touch(collection)
             return num_deleted
 
-    def headers_many(self, collection: str, passage_ids: Sequence[str]) -> list[Header | None]:
+    def headers_many(self, collection: str, passage_ids: Sequence[str], *, bulk: bool = False) -> list[Header | None]:
         found = zip(passage_ids, self._find(collection, passage_ids), strict=True)
         return [Header.checked(passage_id, value or b"") for passage_id, value in found]
 

@@ -6,21 +6,24 @@ checksums of its records, not the states. When full it keeps what is read more o
 rare passages does not empty it. A passage that several threads miss is read once.
 """
 
+import math
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Generic, Literal, TypeVar
+from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeVar
 
 from moka_py import Moka
 
 from cache.errors import CacheError
 from cache.record import Damaged, Record
-from cache.store import Store, StoreWrapper
+from cache.store import Store
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 # Moka counts an entry's weight in 32 bits.
 _MAX_ENTRY_BYTES = (1 << 32) - 1
@@ -76,13 +79,46 @@ class ByteBoundedCache(Generic[K, V]):
         self._kept.run_pending_tasks()
 
 
+def _forwarded(method: Callable[Concatenate[Any, _P], _R]) -> Callable[Concatenate[Any, _P], _R]:
+    def forward(self: "_StoreWrapper", /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        answer: _R = getattr(self.store, method.__name__)(*args, **kwargs)
+        return answer
+
+    return forward
+
+
+class _StoreWrapper(Store):
+    """Another store under it, whose answer every method gives; subclasses override some."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    put_many = _forwarded(Store.put_many)
+    get_many = _forwarded(Store.get_many)
+    delete_many = _forwarded(Store.delete_many)
+    headers_many = _forwarded(Store.headers_many)
+    scan = _forwarded(Store.scan)
+    stats = _forwarded(Store.stats)
+    audit = _forwarded(Store.audit)
+    mend = _forwarded(Store.mend)
+    generation = _forwarded(Store.generation)
+    read_manifest = _forwarded(Store.read_manifest)
+    write_manifest = _forwarded(Store.write_manifest)
+    list_collections = _forwarded(Store.list_collections)
+    drop_collection = _forwarded(Store.drop_collection)
+    aliases = _forwarded(Store.aliases)
+    set_alias = _forwarded(Store.set_alias)
+    remove_alias = _forwarded(Store.remove_alias)
+    close = _forwarded(Store.close)
+
+
 @dataclass(slots=True)
 class _CachedRecord:
     record: Record
     generation: int  # of the collection, read before the record was
 
 
-class CachedStore(StoreWrapper):
+class CachedStore(_StoreWrapper):
     """At most `max_bytes` of the most frequently read records; see `Store` for the contract.
 
     staleness_seconds: a generation is taken as current for this long; 0: every read compares it.
@@ -99,7 +135,7 @@ class CachedStore(StoreWrapper):
         self._entries: ByteBoundedCache[tuple[str, str], _CachedRecord] = ByteBoundedCache(
             max_bytes, lambda entry: entry.record.header.total_bytes + _ENTRY_OVERHEAD_BYTES
         )
-        self._generations: dict[str, tuple[int, float]] = {}
+        self._generations: dict[str, tuple[int, float]] = {}  # with the time of reading
         # Reads in flight, by collection, generation and id: a later generation does not take an earlier one's answer.
         self._flights: dict[tuple[str, int, str], Future[_Read]] = {}
 
@@ -110,21 +146,16 @@ class CachedStore(StoreWrapper):
 
     def get_many(self, collection: str, passage_ids: Sequence[str]) -> list[_Read]:
         generation = self.generation(collection)
-        found: dict[str, _Read] = {}
-        aged: dict[str, _CachedRecord] = {}
-        for passage_id in passage_ids:
-            entry = self._entries.get((collection, passage_id))
-            if entry is not None and entry.generation == generation:
-                found[passage_id] = entry.record
-            elif entry is not None:
-                aged[passage_id] = entry
-        if aged:
+        held = {id_: entry for id_ in passage_ids if (entry := self._entries.get((collection, id_))) is not None}
+        if aged := {id_: entry for id_, entry in held.items() if entry.generation != generation}:
             # Something in the collection changed. A header's checksum covers the whole record, so it settles which.
             headers = self.store.headers_many(collection, list(aged))
             for (passage_id, entry), header in zip(aged.items(), headers, strict=True):
                 if header is not None and header.checksum == entry.record.header.checksum:
                     entry.generation = generation
-                    found[passage_id] = entry.record
+                else:
+                    del held[passage_id]
+        found: dict[str, _Read] = {passage_id: entry.record for passage_id, entry in held.items()}
         missing = [passage_id for passage_id in dict.fromkeys(passage_ids) if passage_id not in found]
         self.num_hits += len(found)
         self.num_misses += len(missing)
@@ -132,12 +163,11 @@ class CachedStore(StoreWrapper):
         return [found[passage_id] for passage_id in passage_ids]
 
     def generation(self, collection: str) -> int:
-        known = self._generations.get(collection)
         now = time.monotonic()
-        if known is not None and now - known[1] < self._staleness_seconds:
-            return known[0]
-        generation = self.store.generation(collection)
-        self._generations[collection] = (generation, now)
+        generation, read_at = self._generations.get(collection, (0, -math.inf))
+        if now - read_at >= self._staleness_seconds:
+            generation = self.store.generation(collection)
+            self._generations[collection] = (generation, now)
         return generation
 
     def put_many(self, collection: str, records: Mapping[str, Record]) -> None:
@@ -180,17 +210,16 @@ class CachedStore(StoreWrapper):
                 flights[passage_id] = self._flights[key]
         if own:
             try:
-                fetched = dict(zip(own, self.store.get_many(collection, list(own)), strict=True))
-                for passage_id, record in fetched.items():
+                for passage_id, record in zip(own, self.store.get_many(collection, list(own)), strict=True):
                     if isinstance(record, Record):
                         # A copy: the codes may be a view into a larger buffer, which would stay alive uncounted.
                         kept = replace(record, codes=record.codes.copy())
                         self._entries.put((collection, passage_id), _CachedRecord(kept, generation))
-                for passage_id, record in fetched.items():
                     own[passage_id].set_result(record)
             except BaseException as exc:
                 for flight in own.values():
-                    flight.set_exception(exc)
+                    if not flight.done():
+                        flight.set_exception(exc)
                 raise
             finally:
                 with self._lock:
@@ -208,7 +237,7 @@ class CachedStore(StoreWrapper):
         self._entries.clear()
 
 
-class TimedStore(StoreWrapper):
+class TimedStore(_StoreWrapper):
     """Reports every `get_many` as seconds, bytes of its records and success, on the thread that read."""
 
     def __init__(self, store: Store, on_read: Callable[[float, int, bool], None]) -> None:

@@ -8,14 +8,16 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Any
+from itertools import accumulate, pairwise
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cache.codecs import Codec
 from cache.errors import RatioError
+
+_T = TypeVar("_T")
 
 # A float32 sum of up to 8 rows is off by at most 7 half-ulps, under 5e-7 of the largest value; beyond that the sum is
 # taken in float64, which costs a conversion per element, and rounded once.
@@ -133,10 +135,7 @@ class _PooledPassage:
 
     @property
     def _window_ends(self) -> list[int]:
-        ends = [0]
-        for tokens in self.window_tokens:
-            ends.append(ends[-1] + num_pooled(tokens, self.compression_ratio))
-        return ends
+        return list(accumulate((num_pooled(one, self.compression_ratio) for one in self.window_tokens), initial=0))
 
     def windows(self) -> list[Any]:
         """The states of each window: views of ceil(window_tokens / compression_ratio) rows."""
@@ -212,32 +211,26 @@ class EncodedPassage(_PooledPassage):
         (passage,) = decode_all([self])
         return passage
 
-    def at_ratio(self, ratio: int) -> "EncodedPassage | PassageStates":
-        """The same passage at a multiple of the stored ratio: still encoded where it is that ratio, else pooled.
-
-        Raises:
-            RatioError: `ratio` is no multiple; names both ratios.
-        """
-        return self if ratio == self.compression_ratio else self.decoded().at_ratio(ratio)
-
 
 AnyStates = PassageStates | EncodedPassage
 
 
-def decode_all(passages: Sequence[EncodedPassage]) -> list[PassageStates]:
-    """Passages as float32, in order: all of one codec in one call, as views into one buffer."""
+def decode_all(entries: Sequence[EncodedPassage | _T]) -> list[PassageStates | _T]:
+    """Encoded passages as float32, all of one codec decoded in one call into one buffer; other entries as they are."""
     by_codec: dict[Codec, list[int]] = defaultdict(list)  # a collection opened twice has two codecs
-    for i, passage in enumerate(passages):
-        by_codec[passage.states.codec].append(i)
-    numbers: dict[int, NDArray[np.float32]] = {}
+    for i, one in enumerate(entries):
+        if isinstance(one, EncodedPassage):
+            by_codec[one.states.codec].append(i)
+    decoded: list[Any] = list(entries)
     for codec, indices in by_codec.items():
-        ends = np.cumsum([passages[i].num_states for i in indices])
-        states = codec.decode_many([passages[i].states.rows for i in indices])  # (sum of num_states, dim)
-        numbers.update(zip(indices, np.split(states, ends[:-1]), strict=True))
-    return [
-        PassageStates(numbers[i], one.window_tokens, one.compression_ratio, one.truncated, one.text_digest, one.key)
-        for i, one in enumerate(passages)
-    ]
+        passages = [decoded[i] for i in indices]
+        ends = np.cumsum([one.num_states for one in passages])
+        states = codec.decode_many([one.states.rows for one in passages])  # (sum of num_states, dim)
+        for i, one, part in zip(indices, passages, np.split(states, ends[:-1]), strict=True):
+            decoded[i] = PassageStates(
+                part, one.window_tokens, one.compression_ratio, one.truncated, one.text_digest, one.key
+            )
+    return decoded
 
 
 def all_at_ratio(passages: Sequence[AnyStates], ratio: int) -> list[AnyStates]:
@@ -246,9 +239,5 @@ def all_at_ratio(passages: Sequence[AnyStates], ratio: int) -> list[AnyStates]:
     Raises:
         RatioError: `ratio` is no multiple of a passage's ratio.
     """
-    encoded = [one for one in passages if isinstance(one, EncodedPassage) and one.compression_ratio != ratio]
-    decoded = iter(decode_all(encoded))
-    return [
-        (next(decoded) if isinstance(one, EncodedPassage) and one.compression_ratio != ratio else one).at_ratio(ratio)
-        for one in passages
-    ]
+    decoded = iter(decode_all([one for one in passages if one.compression_ratio != ratio]))
+    return [one if one.compression_ratio == ratio else next(decoded).at_ratio(ratio) for one in passages]

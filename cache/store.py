@@ -75,8 +75,12 @@ class Store(ABC):
         """Remove passages; returns how many were there."""
 
     @abstractmethod
-    def headers_many(self, collection: str, passage_ids: Sequence[str]) -> list[Header | None]:
-        """The stored header per id, or None where there is none or it is damaged; states are not read."""
+    def headers_many(self, collection: str, passage_ids: Sequence[str], *, bulk: bool = False) -> list[Header | None]:
+        """The stored header per id, or None where there is none or it is damaged; states are not read.
+
+        Args:
+            bulk: for a writer, within its time budget instead of an online read's.
+        """
 
     @abstractmethod
     def scan(self, collection: str) -> Iterator[tuple[str, Record | Damaged]]:
@@ -148,64 +152,6 @@ class Store(ABC):
 
     @abstractmethod
     def close(self) -> None: ...
-
-
-class StoreWrapper(Store):
-    """Another store under it, whose answer every method gives; subclasses override some."""
-
-    def __init__(self, store: Store) -> None:
-        self.store = store
-
-    def put_many(self, collection: str, records: Mapping[str, Record]) -> None:
-        self.store.put_many(collection, records)
-
-    def get_many(self, collection: str, passage_ids: Sequence[str]) -> list[Record | Damaged | None]:
-        return self.store.get_many(collection, passage_ids)
-
-    def delete_many(self, collection: str, passage_ids: Sequence[str]) -> int:
-        return self.store.delete_many(collection, passage_ids)
-
-    def headers_many(self, collection: str, passage_ids: Sequence[str]) -> list[Header | None]:
-        return self.store.headers_many(collection, passage_ids)
-
-    def scan(self, collection: str) -> Iterator[tuple[str, Record | Damaged]]:
-        return self.store.scan(collection)
-
-    def stats(self, collection: str) -> StoreStats:
-        return self.store.stats(collection)
-
-    def audit(self, collection: str) -> Audit:
-        return self.store.audit(collection)
-
-    def mend(self) -> list[str]:
-        return self.store.mend()
-
-    def generation(self, collection: str) -> int:
-        return self.store.generation(collection)
-
-    def read_manifest(self, collection: str) -> Manifest | None:
-        return self.store.read_manifest(collection)
-
-    def write_manifest(self, manifest: Manifest) -> None:
-        self.store.write_manifest(manifest)
-
-    def list_collections(self) -> list[str]:
-        return self.store.list_collections()
-
-    def drop_collection(self, collection: str) -> None:
-        self.store.drop_collection(collection)
-
-    def aliases(self) -> dict[str, str]:
-        return self.store.aliases()
-
-    def set_alias(self, alias: str, collection: str, *, shadowing: bool = False) -> None:
-        self.store.set_alias(alias, collection, shadowing=shadowing)
-
-    def remove_alias(self, alias: str) -> bool:
-        return self.store.remove_alias(alias)
-
-    def close(self) -> None:
-        self.store.close()
 
 
 _SHOWN_HOST = r"(?:\[[0-9A-Fa-f:.]+\]|[\w.-]+)(?::\d{1,5})?"

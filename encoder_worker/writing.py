@@ -142,7 +142,7 @@ class Target:
         """Which of the stored passages were cut when they were encoded."""
         if self.collection is None or not self.collection.stats().num_truncated:
             return [False] * len(passage_ids)
-        headers = self.store.headers_many(self.collection.name, passage_ids)
+        headers = self.store.headers_many(self.collection.name, passage_ids, bulk=True)
         return [header is not None and header.truncated for header in headers]
 
 

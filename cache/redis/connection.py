@@ -5,12 +5,14 @@ receive checks the deadline of the whole call (`_Bounded`), which received bytes
 """
 
 import re
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl, unquote
 
 import redis
@@ -24,6 +26,7 @@ from cache.store import public_url
 
 # redis-py's commands are typed for sync and async at once, which no caller can use.
 Client = Any
+_T = TypeVar("_T")
 
 # A reply in full flow does not use up the budget. A tenth of the rate measured of one local server.
 _MIN_BYTES_PER_SECOND = 100e6
@@ -63,10 +66,10 @@ class Address:
             raise StoreUrlError(f"store: {shown!r}, expected redis://HOST, rediss://HOST or redis+cluster://HOST")
         parts = _PARTS.fullmatch(rest)
         assert parts is not None  # every string has these parts, some of them empty
-        user, at, hosts = parts["netloc"].rpartition("@")
+        user, _, hosts = parts["netloc"].rpartition("@")
         if "@" in rest[parts.end("netloc") :]:
             raise StoreUrlError(f"store: {shown!r}, expected /, ? and # in user and password as %2F, %3F and %23")
-        username, _, password = (unquote(part) for part in user.partition(":"))
+        username, _, password = map(unquote, user.partition(":"))
         if _SURROGATE.search(username + password):
             raise StoreUrlError(f"store: {shown!r}, expected user and password as UTF-8")
         query = dict(parse_qsl(parts["query"] or "", keep_blank_values=True))
@@ -86,8 +89,8 @@ class Address:
             is_tls=kind == "rediss",
             is_cluster=bool(plus),
             database=int(database),
-            username=username or None if at else None,
-            password=password or None if at else None,
+            username=username or None,
+            password=password or None,
             prefix=prefix,
         )
 
@@ -101,10 +104,10 @@ class Address:
             "socket_read_size": _READ_SIZE_BYTES,
             "protocol": 2,  # RESP3 would cost a HELLO and open push messages that are not read
             "driver_info": None,
+            "connection_class": _PlainConnection,
         }
         if self.is_tls:
-            options["ssl_ca_certs"] = tls_ca_file
-        options["connection_class"] = _TlsConnection if self.is_tls else _PlainConnection
+            options |= {"connection_class": _TlsConnection, "ssl_ca_certs": tls_ca_file}
         retry = Retry(NoBackoff(), 0)
         if not self.is_cluster:
             ((host, port),) = self.hosts
@@ -113,12 +116,15 @@ class Address:
         # Only with a URL does redis-py take a connection class for a cluster; this one says no more than a node does.
         (host, port), *others = self.hosts
         nodes = [ClusterNode(*other) for other in others]  # type: ignore[no-untyped-call]  # redis-py has no types here
-        url = f"redis://[{host}]:{port}" if ":" in host else f"redis://{host}:{port}"
-        return RedisCluster(url=url, startup_nodes=nodes, retry=retry, **options)
+        return RedisCluster(url=f"redis://{_shown(host, port)}", startup_nodes=nodes, retry=retry, **options)
 
     def __str__(self) -> str:
-        hosts = ",".join(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in self.hosts)
+        hosts = ",".join(_shown(*host) for host in self.hosts)
         return f"redis{'s' * self.is_tls}{'+cluster' * self.is_cluster}://{hosts}"
+
+
+def _shown(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _host(host: str, shown: str) -> tuple[str, int]:
@@ -157,6 +163,21 @@ class Deadline:
         finally:
             _deadline.reset(token)
 
+    def on_a_thread(self, call: Callable[[], _T]) -> _T:
+        """The result of a call that may outlive the deadline; the thread it runs on is then left behind."""
+        future: Future[_T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(call())
+            except BaseException as exc:
+                future.set_exception(exc)
+
+        threading.Thread(target=copy_context().run, args=(run,), name="preread-redis", daemon=True).start()
+        while not future.done() and self.left_seconds:  # which grows meanwhile
+            wait([future], timeout=self.left_seconds)
+        return future.result(timeout=0)
+
     def check(self) -> None:
         if not self.left_seconds:
             raise redis.TimeoutError("time budget used up")
@@ -167,10 +188,7 @@ _deadline: ContextVar[Deadline | None] = ContextVar("deadline", default=None)
 
 
 class _Bounded:
-    """A socket that sends and receives until the deadline of the thread's call, and no endless reply.
-
-    A timeout per packet, redis-py's own, lets a server that sends a byte a second go on without end.
-    """
+    """A socket that sends and receives until the deadline of the thread's call, and no endless reply."""
 
     def __init__(self, sock: Any) -> None:
         self._sock = sock
@@ -196,8 +214,7 @@ class _Bounded:
         self._count(len(data))
         return data
 
-    def recv_into(self, *args: Any) -> int:
-        """Called by redis-py where hiredis is installed."""
+    def recv_into(self, *args: Any) -> int:  # where hiredis is installed
         self._limit()
         num_bytes: int = self._sock.recv_into(*args)
         self._count(num_bytes)
@@ -219,10 +236,12 @@ class _Bounded:
 
 class _PlainConnection(Connection):
     def _connect(self) -> Any:
-        if (deadline := _deadline.get()) is not None:
-            deadline.check()
-            self.socket_connect_timeout = max(deadline.left_seconds, 1e-3)
-        return _Bounded(super()._connect())  # type: ignore[no-untyped-call]  # redis-py has no types here
+        connect: Callable[[], Any] = super()._connect
+        if (deadline := _deadline.get()) is None:
+            return _Bounded(connect())
+        deadline.check()
+        self.socket_connect_timeout = max(deadline.left_seconds, 1e-3)
+        return _Bounded(deadline.on_a_thread(connect))  # a name lookup has no timeout
 
 
 class _TlsConnection(_PlainConnection, SSLConnection): ...

@@ -1,17 +1,15 @@
 """Link: calls to a Redis server or cluster within a time budget, with one retry and a circuit breaker.
 
-A call runs on another thread; only a name lookup can outlive its deadline, and that thread is left behind. Commands
-travel in few round trips, each with a proof that every reply belongs to its command (`_exchange`).
+Commands travel in few round trips, each with a proof that every reply belongs to its command (`_exchange`).
 """
 
 import logging
 import os
-import queue
 import re
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
+from functools import partial
 from typing import Any, TypeVar
 
 import redis
@@ -25,7 +23,6 @@ IsValid = Callable[[object], bool]
 
 log = logging.getLogger(__name__)
 
-_MAX_THREADS = 16
 _MAX_ERROR_CHARS = 200
 # The first chunk of a read tells how large values are; enough to be worth its round trip, few enough to fit a budget.
 _FIRST_CHUNK = 8
@@ -84,42 +81,6 @@ class CircuitBreaker:
             self._open_until = time.monotonic() + self._cooldown_seconds
 
 
-class _Threads:
-    """Threads that run calls; unlike an executor's they end with the process, even in the middle of a call."""
-
-    def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
-        self._idle = threading.Semaphore(0)
-        self._lock = threading.Lock()
-        self._num_threads = 0
-
-    def submit(self, call: Callable[[], T]) -> Future[T]:
-        future: Future[T] = Future()
-        self._queue.put((future, call))
-        if not self._idle.acquire(blocking=False):
-            with self._lock:
-                if self._num_threads < _MAX_THREADS:
-                    self._num_threads += 1
-                    threading.Thread(target=self._run, name="preread-redis", daemon=True).start()
-        return future
-
-    def close(self) -> None:
-        with self._lock:
-            for _ in range(self._num_threads):
-                self._queue.put(None)
-
-    def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
-            future, call = item
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(call())
-                except BaseException as exc:
-                    future.set_exception(exc)
-            del item, future, call  # not kept alive while the thread is idle
-            self._idle.release()
-
-
 class Link:
     """One kind of calls to one address. Thread-safe; connects on first use, and again after a server went away."""
 
@@ -130,19 +91,17 @@ class Link:
         self._tls_ca_file = tls_ca_file
         self._lock = threading.Lock()
         self._client: Client | None = None
-        self._threads = _Threads()
 
-    def call(self, work: Callable[[Client, Deadline], T], *, budget_seconds: float | None = None) -> T:
+    def call(self, work: Callable[[Client, Deadline], T]) -> T:
         """The result of `work`, which may run twice, or a CacheError, within the budget."""
         self._breaker.check()
-        deadline = Deadline(self._budget_seconds if budget_seconds is None else budget_seconds)
-        future = self._threads.submit(lambda: self._try_twice(work, deadline))
+        deadline = Deadline(self._budget_seconds)
         try:
-            while not future.done() and deadline.left_seconds:  # which grows meanwhile
-                wait([future], timeout=deadline.left_seconds)
-            result = future.result(timeout=0)
+            with deadline.bounds_this_thread():
+                attempt = partial(self._try_twice, work, deadline)
+                # A cluster's client sleeps and waits for locks between its reads, whatever the deadline.
+                result = deadline.on_a_thread(attempt) if self._address.is_cluster else attempt()
         except Exception as exc:
-            future.cancel()
             error = self._translated(exc, deadline)
             if isinstance(error, StoreUnavailable):
                 self._breaker.failed(str(error))
@@ -161,7 +120,6 @@ class Link:
         max_chunk: int = 1,
         *,
         chunk_bytes: int | None = None,
-        budget_seconds: float | None = None,
         node: Any = None,
     ) -> list[Any]:
         """Replies in order. One that says that a key is of another type stays in its place; errors are raised.
@@ -169,7 +127,6 @@ class Link:
         Args:
             is_valid: whether a reply, as redis-py gives it, can be one to these commands.
             chunk_bytes: keep the replies of a chunk near this size, estimated from earlier ones.
-            budget_seconds: None: the link's.
             node: of a cluster, for commands without a key.
         """
 
@@ -189,13 +146,13 @@ class Link:
                 results.extend(replies)
             return results
 
-        return self.call(work, budget_seconds=budget_seconds) if commands else []
+        return self.call(work) if commands else []
 
-    def primaries(self, budget_seconds: float | None = None) -> list[Any]:
+    def primaries(self) -> list[Any]:
         """The primaries of a cluster, as `node`s of `run`; [None] for a single server."""
         if not self._address.is_cluster:
             return [None]
-        nodes: list[Any] = self.call(lambda client, _: client.get_primaries(), budget_seconds=budget_seconds)
+        nodes: list[Any] = self.call(lambda client, _: client.get_primaries())
         return nodes
 
     def reconnect(self) -> None:
@@ -203,7 +160,6 @@ class Link:
         self._forget(self._client)
 
     def close(self) -> None:
-        self._threads.close()
         with self._lock:
             client, self._client = self._client, None
         if client is not None:
@@ -211,19 +167,17 @@ class Link:
 
     def _try_twice(self, work: Callable[[Client, Deadline], T], deadline: Deadline) -> T:
         client = None
-        with deadline.bounds_this_thread():
-            try:
-                deadline.check()
-                client = self._connected()
-                return work(client, deadline)
-            except Exception as exc:
-                # After a restart every pooled connection is dead, a stream that is out of step stays so, and a replica
-                # that takes no writes may have been replaced behind its name: reconnect.
-                if not _is_settled(exc):
-                    self._forget(client)
-                    if deadline.left_seconds:
-                        return work(self._connected(), deadline)
-                raise
+        try:
+            client = self._connected()
+            return work(client, deadline)
+        except Exception as exc:
+            # After a restart every pooled connection is dead, a stream that is out of step stays so, and a replica that
+            # takes no writes may have been replaced behind its name: reconnect.
+            if not _is_settled(exc):
+                self._forget(client)
+                if deadline.left_seconds:
+                    return work(self._connected(), deadline)
+            raise
 
     def _connected(self) -> Client:
         with self._lock:
@@ -253,9 +207,9 @@ class Link:
         """The CacheError for what redis-py, the network or a reply raised."""
         if isinstance(exc, CacheError):
             return exc
-        where = self._address
         if isinstance(exc, redis.exceptions.RedisClusterException) and isinstance(exc.__cause__, Exception):
             return self._translated(exc.__cause__, deadline)  # it only says that no node answered
+        where = self._address
         if isinstance(exc, TimeoutError | redis.TimeoutError):
             return StoreUnavailable(f"{where}: no answer within {deadline.budget_seconds:g} s")
         code = _code(exc)
@@ -321,11 +275,12 @@ def _exchange(client: Client, commands: Sequence[Command], is_valid: IsValid) ->
     results, echoes = replies[: len(commands)], replies[len(commands) :]
     if not echoes or not all(_is_echo(reply, token) for reply in echoes):
         raise Malformed("the stream of replies is out of step")
-    for reply in results:
-        if isinstance(reply, Exception) and not _is_wrong_type(reply):
+    plain = [reply for reply in results if not _is_wrong_type(reply)]
+    for reply in plain:
+        if isinstance(reply, Exception):
             raise reply
-    for reply in results:
-        if not _is_wrong_type(reply) and not is_valid(reply):
+    for reply in plain:
+        if not is_valid(reply):
             raise Malformed(f"a reply of type {type(reply).__name__}")
     return results
 

@@ -19,6 +19,7 @@ shared. A multi-get is pipelined and not atomic, each passage is.
 import logging
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -74,7 +75,8 @@ class RedisStore(Store):
         # A breaker each: reads that are too large for their budget must not stop an indexing run.
         self._online = Link(address, budget_seconds=read_budget_seconds, tls_ca_file=tls_ca_file)
         self._bulk = Link(address, budget_seconds=write_budget_seconds, tls_ca_file=tls_ca_file)
-        self._count_seconds = min(write_budget_seconds, max(read_budget_seconds, _COUNT_SECONDS))
+        count_seconds = min(write_budget_seconds, max(read_budget_seconds, _COUNT_SECONDS))
+        self._counting = Link(address, budget_seconds=count_seconds, tls_ca_file=tls_ca_file)
         self._ttl_seconds = ttl_seconds
         self._told: set[tuple[bytes, bytes]] = set()  # damaged aliases that the log has
         self._manifests, self._aliases, self._generations = (
@@ -105,16 +107,16 @@ class RedisStore(Store):
 
     def delete_many(self, collection: str, passage_ids: Sequence[str]) -> int:
         keys = [self._key(collection, passage_id) for passage_id in dict.fromkeys(passage_ids)]
-        num_deleted: int = sum(self._bulk.run([("UNLINK", key) for key in keys], _is_count, _HEADER_CHUNK))
+        num_deleted = self._unlink(keys)
         if keys:
             self._bump(collection)  # also where none was there: a repeated UNLINK finds what the first one removed
         return num_deleted
 
-    def headers_many(self, collection: str, passage_ids: Sequence[str]) -> list[Header | None]:
-        return self._headers(self._online, collection, passage_ids)
+    def headers_many(self, collection: str, passage_ids: Sequence[str], *, bulk: bool = False) -> list[Header | None]:
+        return self._headers(self._bulk if bulk else self._online, collection, passage_ids)
 
     def scan(self, collection: str) -> Iterator[tuple[str, Record | Damaged]]:
-        passage_ids = self._scan_ids(collection)
+        passage_ids = self._scan_ids(self._bulk, collection)
         while batch := list(islice(passage_ids, _READ_CHUNK)):
             for passage_id, record in zip(batch, self._get(self._bulk, collection, batch), strict=True):
                 if record is not None:
@@ -124,9 +126,9 @@ class RedisStore(Store):
         """Counted by a scan over headers: about a second per million passages on a local server."""
 
         def headers() -> Iterator[Header | None]:
-            passage_ids = self._scan_ids(collection, self._count_seconds)
+            passage_ids = self._scan_ids(self._counting, collection)
             while batch := list(islice(passage_ids, _HEADER_CHUNK)):
-                yield from self._headers(self._bulk, collection, batch, self._count_seconds)
+                yield from self._headers(self._counting, collection, batch)
 
         return StoreStats.of(headers())
 
@@ -151,7 +153,7 @@ class RedisStore(Store):
                 left_behind.append(f"{problem}; removed")
         for collection in self.list_collections():
             keys = list(self._stray_keys(collection))
-            self._bulk.run([("UNLINK", key) for key in keys], _is_count, _HEADER_CHUNK)
+            self._unlink(keys)
             if keys:
                 left_behind.append(f"{len(keys)} keys of {collection!r} that no passage can have; removed")
         return left_behind
@@ -186,9 +188,9 @@ class RedisStore(Store):
         # a new collection of this name does not take them for its own.
         self._ask(self._bulk, _is_count, "HDEL", self._manifests, collection)
         self._bump(collection)
-        keys = self._scan_keys(collection)
+        keys = self._scan_keys(self._bulk, collection)
         while batch := list(islice(keys, _HEADER_CHUNK)):
-            self._bulk.run([("UNLINK", key) for key in batch], _is_count, _HEADER_CHUNK)
+            self._unlink(batch)
 
     def aliases(self) -> dict[str, str]:
         return self._aliases_by(self._online)
@@ -205,8 +207,11 @@ class RedisStore(Store):
         return bool(self._ask(self._bulk, _is_count, "HDEL", self._aliases, alias))
 
     def close(self) -> None:
-        self._online.close()
-        self._bulk.close()
+        for link in (self._online, self._bulk, self._counting):
+            link.close()
+
+    def _unlink(self, keys: Sequence[bytes]) -> int:
+        return sum(self._bulk.run([("UNLINK", key) for key in keys], _is_count, _HEADER_CHUNK))
 
     def _ask(self, link: Link, is_valid: IsValid, *command: Any) -> Any:
         """The reply to a command on one of the store's hashes."""
@@ -227,7 +232,7 @@ class RedisStore(Store):
 
     def _stray_keys(self, collection: str) -> Iterator[bytes]:
         start = self._key_start(collection)
-        for key in self._scan_keys(collection):
+        for key in self._scan_keys(self._bulk, collection):
             if not is_passage_id(key[len(start) :].decode(errors="surrogateescape")):
                 yield key
 
@@ -266,35 +271,32 @@ class RedisStore(Store):
             for passage_id, value in zip(passage_ids, values, strict=True)
         ]  # fmt: skip
 
-    def _headers(
-        self, link: Link, collection: str, passage_ids: Sequence[str], budget_seconds: float | None = None
-    ) -> list[Header | None]:
+    def _headers(self, link: Link, collection: str, passage_ids: Sequence[str]) -> list[Header | None]:
         keys = [self._key(collection, passage_id) for passage_id in passage_ids]
-        commands = [("GETRANGE", key, 0, HEADER_BYTES - 1) for key in keys]
-        values = link.run(commands, _is_value, _HEADER_CHUNK, budget_seconds=budget_seconds)
+        values = link.run([("GETRANGE", key, 0, HEADER_BYTES - 1) for key in keys], _is_value, _HEADER_CHUNK)
         return [
             None if isinstance(value, Exception) else Header.checked(passage_id, value or b"")
             for passage_id, value in zip(passage_ids, values, strict=True)
         ]
 
-    def _scan_ids(self, collection: str, budget_seconds: float | None = None) -> Iterator[str]:
+    def _scan_ids(self, link: Link, collection: str) -> Iterator[str]:
         """Ids of a collection, each once. A key that no passage can have is not one of ours, and not among them."""
         start = self._key_start(collection)
-        for key in self._scan_keys(collection, budget_seconds):
+        for key in self._scan_keys(link, collection):
             passage_id = key[len(start) :].decode(errors="surrogateescape")
             if is_passage_id(passage_id):
                 yield passage_id
 
-    def _scan_keys(self, collection: str, budget_seconds: float | None = None) -> Iterator[bytes]:
+    def _scan_keys(self, link: Link, collection: str) -> Iterator[bytes]:
         """Every key under a collection's prefix, each once; SCAN itself may repeat some."""
         start = self._key_start(collection)
         seen: set[int] = set()
         is_page = partial(_is_page, start=start)
-        for node in self._bulk.primaries(budget_seconds):
+        for node in link.primaries():
             cursor, cursors = 0, {0}
             while True:
                 command = ("SCAN", cursor, "MATCH", start + b"*", "COUNT", _SCAN_COUNT)
-                ((cursor, keys),) = self._bulk.run([command], is_page, budget_seconds=budget_seconds, node=node)
+                ((cursor, keys),) = link.run([command], is_page, node=node)
                 for key in keys:
                     digest = xxhash.xxh3_64_intdigest(key)
                     if digest not in seen:
@@ -359,10 +361,9 @@ def _is_page(reply: object, start: bytes) -> bool:
 
 def _name(field: bytes) -> str | None:
     """A collection's or alias's name; None for other bytes, which this store did not write."""
-    try:
+    with suppress(UnicodeDecodeError, InvalidName):
         return check_name("name", field.decode())
-    except (UnicodeDecodeError, InvalidName):
-        return None
+    return None
 
 
 def _manifest(field: bytes, value: bytes) -> Manifest:

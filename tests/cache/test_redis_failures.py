@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from cache.collection import Collection
 from cache.errors import StoreAccessDenied, StoreDamaged, StoreFull, StoreUnavailable, StoreUrlError
 from cache.open import open_store
 from cache.record import Damaged
@@ -161,11 +162,13 @@ def test_a_server_that_is_down_fails_at_once_and_then_without_asking(start, open
 
 
 @pytest.mark.parametrize("scheme", ["redis", "rediss", "redis+cluster"])
-def test_a_server_that_hangs_costs_the_budget_and_no_more(silent_port, open_redis, scheme):
+def test_a_server_that_hangs_costs_the_budget_and_no_more(silent_port, open_redis, make_manifest, scheme):
     store = open_redis(f"{scheme}://127.0.0.1:{silent_port}", read_budget_seconds=0.1, write_budget_seconds=0.3)
     for _ in range(3):  # without a budget, a read of it does not end
         assert 0.09 < elapsed(lambda: store.get_many("passages", ["a"])) < 10
     assert 0.29 < elapsed(lambda: store.delete_many("passages", ["a"])) < 10
+    indexed = Collection(store, make_manifest())
+    assert 0.29 < elapsed(lambda: indexed.digests(["a"])) < 10  # indexing looks for what it has: a writer's budget
 
 
 def test_a_server_that_stops_in_the_middle_of_an_answer(start, open_redis, make_manifest, make_record):
