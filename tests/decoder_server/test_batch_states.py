@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cache.codecs import Codec
-from cache.states import Codes, EncodedPassage, PassageStates, num_pooled, text_digest
+from cache.states import Codes, EncodedPassage, PassageStates, all_at_ratio, num_pooled, text_digest
 from checkpoint import TokenizedPrompt
 from decoder_server.models.fbnl.kv_cache import StatePair, batch_states
 
@@ -69,7 +69,7 @@ def test_whatever_shares_a_batch(codecs: dict[str, Codec], dtype: torch.dtype) -
     again = Codec.from_table("SQ8", DIM, codecs["SQ8"].table())
     stored = [encoded(codec, (5 * i + 1,), i) for i, codec in enumerate([*codecs.values(), again])]
     inline = [PassageStates(numbers(n, n), (n,), 1, False, text_digest("x")) for n in (3, 11)]
-    pooled = [one.at_ratio(12) for one in stored]
+    pooled = all_at_ratio(stored, 12)
     passages = [*stored, *inline, *pooled]
     order = np.random.default_rng(1).permutation(2 * len(passages)) % len(passages)  # every one twice
     pairs = [pair for i in order for pair in pairs_of(passages[i])]
