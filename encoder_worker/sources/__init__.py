@@ -6,7 +6,7 @@ Does not know file formats (text, parquet), tokens, encoders or stores.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -93,41 +93,47 @@ class Fields:
     def id_names(self) -> tuple[str, ...]:
         return (self.id,) if self.id is not None else ("id", "_id")
 
-    def find_id(self, names: object) -> str | None:
-        """The name among `names` (anything with `in`) that holds the id."""
-        return next((name for name in self.id_names if name in names), None)  # type: ignore[operator]  # mappings and sequences alike
+    def find(self, names: Collection[str]) -> tuple[str, str, str | None]:
+        """The names of id, text and title among `names`; a title may be missing.
+
+        Raises:
+            KeyError: what is missing.
+        """
+        id_name = next((name for name in self.id_names if name in names), None)
+        if id_name is None or self.text not in names:
+            raise KeyError(self.text if id_name is not None else " or ".join(self.id_names))
+        return id_name, self.text, self.title if self.title in names else None
 
     def of_row(self, place: Place, row: Mapping[str, Any]) -> Item:
         """Finds the fields in one item by name, and checks their values."""
-        id_name = self.find_id(row)
-        missing = " or ".join(self.id_names) if id_name is None else self.text if self.text not in row else None
-        if id_name is None or missing is not None:
-            return Refused(place, None, Reason.MISSING_FIELD, f"no {missing}; found {', '.join(row) or 'no keys':.200}")
-        title = row.get(self.title) if self.title is not None else None
-        return self.passage(place, row[id_name], row[self.text], title)
+        try:
+            id_name, text, title = self.find(row)
+        except KeyError as exc:
+            found = f"{', '.join(row) or 'no keys':.200}"
+            return Refused(place, None, Reason.MISSING_FIELD, f"no {exc.args[0]}; found {found}")
+        return self.passage(place, row[id_name], row[text], row[title] if title is not None else None)
 
     def passage(self, place: Place, passage_id: object, text: object, title: object = None) -> Item:
         """Checks the values of one item. Ids may be strings or whole numbers; a title may be missing."""
         own_id = id_text(passage_id)
         if own_id is None:
             return Refused(place, None, Reason.WRONG_TYPE, f"id is {_show(passage_id)}; expected a string or integer")
-        passage_id = own_id
         try:
-            passage_id_bytes(passage_id)
+            passage_id_bytes(own_id)
         except InvalidName as exc:
             return Refused(place, None, Reason.BAD_ID, str(exc))
         if not isinstance(text, str):
-            return Refused(place, passage_id, Reason.WRONG_TYPE, f"{self.text} is {_show(text)}; expected a string")
+            return Refused(place, own_id, Reason.WRONG_TYPE, f"{self.text} is {_show(text)}; expected a string")
         if title is not None and not isinstance(title, str):
-            return Refused(place, passage_id, Reason.WRONG_TYPE, f"{self.title} is {_show(title)}; expected a string")
-        text = join_title(title, text, self.title_separator)
-        if not text.strip():  # what else has no tokens, the tokenizer says (reading.py)
-            return Refused(place, passage_id, Reason.EMPTY_TEXT, f"{self.text} is empty")
+            return Refused(place, own_id, Reason.WRONG_TYPE, f"{self.title} is {_show(title)}; expected a string")
+        joined = join_title(title, text, self.title_separator)
+        if not joined.strip():  # what else has no tokens, the tokenizer says (reading.py)
+            return Refused(place, own_id, Reason.EMPTY_TEXT, f"{self.text} is empty")
         try:
-            text.encode()
+            joined.encode()
         except UnicodeEncodeError as exc:  # JSON can spell half a surrogate pair
-            return Refused(place, passage_id, Reason.INVALID_UTF8, f"{self.text} is not valid Unicode: {exc.reason}")
-        return SourcePassage(passage_id, text, place)
+            return Refused(place, own_id, Reason.INVALID_UTF8, f"{self.text} is not valid Unicode: {exc.reason}")
+        return SourcePassage(own_id, joined, place)
 
 
 def _show(value: object) -> str:

@@ -13,19 +13,20 @@ import gzip
 import io
 import json
 import os
+import shutil
+import tempfile
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager
 from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import IO, Any, BinaryIO, TypeVar
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from encoder_worker.sources import Fields, Item, Place, Position, Reason, Refused, SourceError
-from encoder_worker.sources.parquet import ParquetRows
 
 T = TypeVar("T")
 Line = tuple[Place, bytes] | Refused
@@ -41,8 +42,9 @@ _SUFFIXES = {
 }  # fmt: skip
 _COMPRESSED = {".gz", ".gzip", ".zst", ".zstd"}
 _BEIR_NAMES = ("corpus.jsonl", "corpus.jsonl.gz", "corpus.jsonl.zst")
+_BATCH_ROWS = 1024
 _BUFFER_BYTES = _SKIP_BYTES = 1 << 16
-_GZIP, _ZSTD, _BOM = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xef\xbb\xbf"
+_GZIP, _ZSTD, _BOM, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xef\xbb\xbf", b"PAR1"
 
 
 class Source:
@@ -81,17 +83,12 @@ class Source:
 
     def __iter__(self) -> Iterator[Item]:
         for name, format in self._inputs:
-            size = _size(name) or 0
             with open_bytes(name) as (stream, self._position):
                 source = "standard input" if name == STDIN else name
-                if format == "parquet":
-                    rows = ParquetRows(stream, name, source, self._fields, self._max_line_bytes)
-                    # Parquet is not read from front to back: its share of rows stands for the bytes.
-                    self._position = partial(lambda rows, size: round(rows.share() * size), rows, size)
-                    yield from rows
-                else:
-                    yield from self._lines(stream, source, format)
-                self._done_bytes, self._position = self._done_bytes + size, int
+                yield from (
+                    self._rows(stream, name, source) if format == "parquet" else self._lines(stream, source, format)
+                )
+                self._done_bytes, self._position = self._done_bytes + (_size(name) or 0), int
 
     def fraction(self) -> float | None:
         """How much of the inputs was read, 0 to 1; None where their size is not known."""
@@ -115,6 +112,60 @@ class Source:
     def _json_item(self, place: Place, text: str) -> Item:
         row = json_object(place, text)
         return row if isinstance(row, Refused) else self._fields.of_row(place, row)
+
+    def _rows(self, stream: BinaryIO, name: str, source: str) -> Iterator[Item]:
+        """Rows of a Parquet file. A stream is copied to a temporary file first: Parquet is read from its end."""
+        with ExitStack() as stack:
+            try:
+                file = stack.enter_context(pq.ParquetFile(_seekable(stream, name, stack)))
+                try:
+                    columns = [column for column in self._fields.find(file.schema_arrow.names) if column]
+                except KeyError as exc:
+                    found = f"{', '.join(file.schema_arrow.names):.200}"
+                    raise SourceError(f"{source}: no column {exc.args[0]}; found {found}") from exc
+                num_read, bytes_per_row = 0, (_size(name) or 0) / max(1, file.metadata.num_rows)
+                # It is not read from front to back: its share of rows stands for the bytes.
+                self._position = lambda: round(num_read * bytes_per_row)
+                for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
+                    values = [_values(batch.column(column), f"{source}: column {column}") for column in columns]
+                    for row in zip(*values, strict=True):
+                        num_read += 1
+                        yield self._row_item(Place(source, num_read), row)
+            except pa.ArrowException as exc:
+                raise SourceError(f"{source}: cannot be read as Parquet ({exc})") from exc
+
+    def _row_item(self, place: Place, row: tuple[Any, ...]) -> Item:
+        num_bytes = sum(len(value) for value in row if isinstance(value, bytes))
+        if num_bytes > self._max_line_bytes:
+            message = f"row of {num_bytes:,} bytes; at most {self._max_line_bytes:,} are read"
+            return Refused(place, None, Reason.LINE_TOO_LONG, message)
+        try:
+            return self._fields.passage(place, *(one.decode() if isinstance(one, bytes) else one for one in row))
+        except UnicodeDecodeError as exc:
+            return Refused(place, None, Reason.INVALID_UTF8, f"not UTF-8: {exc.reason} at byte {exc.start + 1}")
+
+
+def _seekable(stream: BinaryIO, name: str, stack: ExitStack) -> str | IO[bytes]:
+    """The file itself where its plain bytes are Parquet, else a copy of what it decompresses to."""
+    if Path(name).is_file():
+        with open(name, "rb") as file:
+            if file.read(len(_PARQUET)) == _PARQUET:
+                return name
+    spooled = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - the stack closes it
+    shutil.copyfileobj(stream, spooled)
+    spooled.seek(0)
+    return spooled
+
+
+def _values(column: Any, label: str) -> list[Any]:
+    """Whole numbers as they are; strings as bytes, because Parquet does not promise that they are UTF-8."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        column = column.cast(pa.large_binary())
+    elif not pa.types.is_integer(column.type) and not pa.types.is_null(column.type):
+        raise SourceError(f"{label} holds {column.type}; expected strings")
+    return list(column.to_pylist())
 
 
 def _resolve(name: str, format: str | None) -> tuple[str, str]:
@@ -231,14 +282,17 @@ def _read_lines(stream: BinaryIO, source: str, max_line_bytes: int) -> Iterator[
 
 def read_texts(stream: BinaryIO, source: str, max_line_bytes: int, *, blank: bool = False) -> Iterator[Text]:
     """Every line as text; without `blank` only those that hold something."""
-    for entry in _each(_read_lines(stream, source, max_line_bytes), _decode):
+    for entry in map(_text, _read_lines(stream, source, max_line_bytes)):
         if blank or isinstance(entry, Refused) or entry[1].strip():
             yield entry
 
 
-def _decode(place: Place, line: bytes) -> Text:
+def _text(line: Line) -> Text:
+    if isinstance(line, Refused):
+        return line
+    place, data = line
     try:
-        return place, line.decode()
+        return place, data.decode()
     except UnicodeDecodeError as exc:
         return Refused(place, None, Reason.INVALID_UTF8, f"not UTF-8: {exc.reason} at byte {exc.start + 1}")
 
@@ -260,11 +314,7 @@ def json_object(place: Place, text: str) -> dict[str, Any] | Refused:
 
 
 def _columns(rows: Iterator[Row | Refused], source: str, fields: Fields) -> Iterator[Item]:
-    """Passages of records. The first row is a header when it names any of the columns, else data.
-
-    Raises:
-        SourceError: a header line that lacks a column.
-    """
+    """Passages of records. The first row is a header when it names any of the columns, else data."""
     count = 0
     for row in rows:
         if isinstance(row, Refused):
@@ -284,24 +334,23 @@ def _columns(rows: Iterator[Row | Refused], source: str, fields: Fields) -> Iter
 
 def _find_columns(source: str, cells: list[str], fields: Fields) -> tuple[int, tuple[int, int, int | None], bool]:
     """From the first row: how many columns, where id, text and title are, and whether it is a header."""
-    id_name = fields.find_id(cells)
-    if id_name is not None and fields.text in cells:
-        title = cells.index(fields.title) if fields.title in cells else None
-        return len(cells), (cells.index(id_name), cells.index(fields.text), title), True
-    if id_name is not None or fields.text in cells:
-        missing = fields.text if id_name is not None else " or ".join(fields.id_names)
-        raise SourceError(f"{source}: no column {missing}; the header has {', '.join(cells):.200}")
-    if fields.id is not None or fields.text != "text":
-        raise SourceError(
-            f"{source}: no columns {' or '.join(fields.id_names)} and {fields.text}; "
-            f"the first line has {', '.join(cells):.200}"
-        )
-    if len(cells) != 2:
-        raise SourceError(
-            f"{source}: the first line has {len(cells)} columns and names none of id, _id, text; "
-            "expected a header, or two columns: id and text"
-        )
-    return 2, (0, 1, None), False
+    try:
+        id_name, text, title = fields.find(cells)
+    except KeyError as exc:
+        found = f"{', '.join(cells):.200}"
+        if fields.text in cells or any(name in cells for name in fields.id_names):
+            raise SourceError(f"{source}: no column {exc.args[0]}; the header has {found}") from None
+        if fields.id is not None or fields.text != "text":
+            names = f"{' or '.join(fields.id_names)} and {fields.text}"
+            raise SourceError(f"{source}: no columns {names}; the first line has {found}") from None
+        if len(cells) != 2:
+            raise SourceError(
+                f"{source}: the first line has {len(cells)} columns and names none of id, _id, text; "
+                "expected a header, or two columns: id and text"
+            ) from None
+        return 2, (0, 1, None), False
+    title_at = cells.index(title) if title is not None else None
+    return len(cells), (cells.index(id_name), cells.index(text), title_at), True
 
 
 class _Stop(Exception):  # noqa: N818 - never leaves this module
@@ -318,24 +367,19 @@ def _csv_rows(entries: Iterator[Line], max_line_bytes: int) -> Iterator[Row | Re
     again: deque[Line] = deque()
     while True:
         taken: list[Line] = []
-        problem = ""
         try:
             cells = next(csv.reader(_feed(entries, again, taken, max_line_bytes), strict=True))
         except StopIteration:
             return
         except (_Stop, csv.Error) as exc:
-            problem = str(exc)
-        first = taken[0]
-        if problem:
             again.extendleft(reversed(taken[1:]))
-            text = first if isinstance(first, Refused) else _decode(*first)
-            if isinstance(text, Refused):
-                yield text
-            else:
-                yield Refused(text[0], None, Reason.BROKEN_ROW, f"not CSV: {problem}")
-        elif cells:  # a blank line is a record without cells
-            assert not isinstance(first, Refused)
-            yield first[0], cells
+            first = _text(taken[0])
+            message = f"not CSV: {exc}"
+            yield first if isinstance(first, Refused) else Refused(first[0], None, Reason.BROKEN_ROW, message)
+            continue
+        if cells:  # a blank line is a record without cells
+            assert not isinstance(taken[0], Refused)
+            yield taken[0][0], cells
 
 
 def _feed(entries: Iterator[Line], again: deque[Line], taken: list[Line], max_bytes: int) -> Iterator[str]:
@@ -348,7 +392,7 @@ def _feed(entries: Iterator[Line], again: deque[Line], taken: list[Line], max_by
         num_bytes += len(entry[1])
         if num_bytes > max_bytes:
             raise _Stop(f"a quote is not closed within {max_bytes:,} bytes")
-        text = _decode(*entry)
+        text = _text(entry)
         if isinstance(text, Refused):
             raise _Stop(f"a quote is not closed before line {text.place.line}, which is not UTF-8")
         yield text[1] + "\n"
