@@ -35,7 +35,7 @@ from cache.open import open_store
 from checkpoint import Checkpoint
 from checkpoint.compute import DTYPES
 from encoder_worker.indexing import IndexReport, index
-from encoder_worker.passage_encoder import PassageEncoder, plan_batches
+from encoder_worker.passage_encoder import PassageEncoder
 from encoder_worker.sources import SourcePassage
 from encoder_worker.sources.files import Source
 
@@ -74,7 +74,7 @@ def main() -> None:
     plain = T5Gemma2ForConditionalGeneration.from_pretrained(directory, dtype=DTYPES[args.dtype]).eval().get_encoder()
     passages = quarters(args.passages)
     ids = [list(one.windows[0]) for one in encoder.tokenize([passage.text for passage in passages])]
-    batches = plan_batches([len(row) for row in ids], encoder.limits)
+    batches = encoder.limits.plan([len(row) for row in ids])
     num_slow = min(args.slow_passages, len(ids))
     done: list[IndexReport] = []
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -114,14 +115,11 @@ class _Attention:
 
     def _even(self, lengths: Sequence[int]) -> Iterator[_Group]:
         """Runs of passages of one length."""
-        first = row = 0
-        while first < len(lengths):
-            length, last = lengths[first], first
-            while last < len(lengths) and lengths[last] == length:
-                last += 1
-            batch = last - first
+        row = 0
+        for length, run in groupby(lengths):
+            batch = len(list(run))
             yield _Group(slice(row, row + batch * length), None, None, batch, length, self._blocks(length, None))
-            first, row = last, row + batch * length
+            row += batch * length
 
     def _padded(self, lengths: Sequence[int]) -> _Group:
         longest = max(lengths)
@@ -171,10 +169,6 @@ class Encoder:
     def __init__(
         self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *, compiled: bool = False
     ) -> None:
-        """
-        Args:
-            compiled: see Pointwise.
-        """
         self.dim = checkpoint.dim
         self.dtype_name = dtype_name(dtype)
         self.device_name = str(device)

@@ -16,22 +16,21 @@ from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from cache.errors import CollectionExists
 from cache.record import HEADER_BYTES, check_name
 from cache.store import Store
-from encoder_worker.passage_encoder import PassageEncoder, Tokenized, plan_batches
-from encoder_worker.pipeline import Pipeline, PipelineLimits
-from encoder_worker.reading import Intake, ReadBatch, ReadLimits, ahead, read_batches
-from encoder_worker.scheduler import EncodeScheduler, ForwardPass, make_model_thread
+from encoder_worker.passage_encoder import PassageEncoder, Tokenized
+from encoder_worker.pipeline import Pipeline
+from encoder_worker.reading import Intake, ReadBatch, ahead
+from encoder_worker.scheduler import EncodeScheduler, ForwardPass
 from encoder_worker.sources import Place, Refused, SourcePassage
-from encoder_worker.writing import CollectionSettings, GroupLimits, Target
+from encoder_worker.writing import CollectionSettings, PipelineLimits, Target
 from preread_edge.outputs import open_output
 
-RETRY_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0)
 SAMPLE_PASSAGES = 256
 MAX_SAMPLE_SECONDS = 10.0
 _SPOOL_BYTES = 4 << 20
@@ -178,7 +177,7 @@ class Progress:
     eta_seconds: float | None
 
 
-class Speedometer:
+class _Speedometer:
     """Rates over the last minute, so that a resumed run's skipped beginning does not promise too much."""
 
     def __init__(self) -> None:
@@ -209,8 +208,7 @@ class IndexOptions:
     force: bool = False  # encode also what is stored with the same text
     allow_clipped: bool = False  # store also passages that the codec was not trained for
     alias: str | None = None  # moved to the collection when everything was read
-    read: ReadLimits = field(default_factory=ReadLimits)
-    group: GroupLimits = field(default_factory=GroupLimits)
+    limits: PipelineLimits = field(default_factory=PipelineLimits)
 
 
 def index(
@@ -262,11 +260,12 @@ async def _index(
     stop: threading.Event,
     on_progress: Callable[[Progress], None],
 ) -> None:
-    meter = Speedometer()
-    limits = PipelineLimits(
-        max_unencoded=1, group=options.group, retry_seconds=RETRY_SECONDS, allow_clipped=options.allow_clipped
-    )
-    with make_model_thread() as model_thread, ThreadPoolExecutor(1, thread_name_prefix="store") as store_thread:
+    meter = _Speedometer()
+    limits = replace(options.limits, allow_clipped=options.allow_clipped)
+    with (
+        EncodeScheduler.make_model_thread() as model_thread,
+        ThreadPoolExecutor(1, thread_name_prefix="store") as store_thread,
+    ):
         scheduler = EncodeScheduler(encoder, model_thread, report.count_pass, shuffle=random.Random(0))
         pipeline = Pipeline(scheduler, target, store_thread, limits, stop)
         computing = asyncio.create_task(scheduler.run())
@@ -298,18 +297,18 @@ def _run_blocking(job: Coroutine[Any, Any, None]) -> None:
             thread.submit(asyncio.run, job).result()
 
 
-@dataclass(frozen=True)
+@dataclass
 class IndexEstimate:
     """Costs of the passages that an index run would encode now."""
 
-    num_passages: int
-    num_tokens: int
-    num_padding_tokens: int
-    num_states: int
-    size_bytes: int  # of their records in the store: states in the codec, headers, texts where they are kept
-    tokens_per_second: float  # measured, padding not counted
-    seconds: float
-    num_sample_tokens: int  # that the speed was measured on
+    num_passages: int = 0
+    num_tokens: int = 0
+    num_padding_tokens: int = 0
+    num_states: int = 0
+    size_bytes: int = 0  # of their records in the store: states in the codec, headers, texts where they are kept
+    tokens_per_second: float = 0.0  # measured, padding not counted
+    seconds: float = 0.0
+    num_sample_tokens: int = 0  # that the speed was measured on
 
 
 def dry_run(
@@ -331,49 +330,41 @@ def dry_run(
     report = report if report is not None else IndexReport(collection)
     target = _target(encoder, store, collection, settings, options)
     begun = time.monotonic()
-    sample: list[Tokenized] = []
-    chance = random.Random(0)
-    num_passages = num_tokens = num_states = num_padded = size_bytes = 0
+    costs, sample, chance = IndexEstimate(), list[Tokenized](), random.Random(0)
     for batch in _batches(source, encoder, target, options):
         lengths: list[int] = []
         for one in batch.upserts:
             if (tokens := one.tokenized) is None:
                 continue
-            num_passages += 1
             one.num_states = tokens.num_states(target.compression_ratio)
-            num_states += one.num_states
-            size_bytes += HEADER_BYTES + 4 * len(tokens.windows)
-            size_bytes += len(one.passage.text.encode()) if target.stores_text else 0
             lengths += tokens.window_tokens
+            costs.num_passages += 1
+            costs.num_states += one.num_states
+            costs.size_bytes += HEADER_BYTES + 4 * len(tokens.windows) + one.num_states * target.codec.code_size_bytes
+            costs.size_bytes += len(one.passage.text.encode()) if target.stores_text else 0
             if len(sample) < SAMPLE_PASSAGES:
                 sample.append(tokens)
-            elif (at := chance.randrange(num_passages)) < SAMPLE_PASSAGES:
+            elif (at := chance.randrange(costs.num_passages)) < SAMPLE_PASSAGES:
                 sample[at] = tokens
-        num_tokens += sum(lengths)
-        num_padded += sum(lengths[rows[0]] * len(rows) for rows in plan_batches(lengths, encoder.limits))
+        costs.num_tokens += sum(lengths)
+        padded = sum(lengths[rows[0]] * len(rows) for rows in encoder.limits.plan(lengths))
+        costs.num_padding_tokens += padded - sum(lengths)
         report.add(batch, encoder.settings.max_passage_tokens)
         if stop is not None and stop.is_set():
             report.interrupted = True
             break
-    num_sample_tokens, seconds = _measure(sample, encoder, target.compression_ratio)
-    rate = num_sample_tokens / seconds if seconds else 0.0
+    costs.num_sample_tokens, seconds = _measure(sample, encoder, target.compression_ratio)
+    if seconds:
+        costs.tokens_per_second = costs.num_sample_tokens / seconds
+        costs.seconds = costs.num_tokens / costs.tokens_per_second
     report.seconds = time.monotonic() - begun
-    return IndexEstimate(
-        num_passages=num_passages,
-        num_tokens=num_tokens,
-        num_padding_tokens=num_padded - num_tokens,
-        num_states=num_states,
-        size_bytes=size_bytes + num_states * target.codec.code_size_bytes,
-        tokens_per_second=rate,
-        seconds=num_tokens / rate if rate else 0.0,
-        num_sample_tokens=num_sample_tokens,
-    )
+    return costs
 
 
 def _measure(sample: list[Tokenized], encoder: PassageEncoder, ratio: int) -> tuple[int, float]:
     """Tokens encoded and seconds they took, the first pass (which warms up) left out where there are more."""
     windows = [window for tokens in sample for window in tokens.windows]
-    batches = plan_batches([len(window) for window in windows], encoder.limits)
+    batches = encoder.limits.plan([len(window) for window in windows])
     if not batches:
         return 0, 0.0
     random.Random(0).shuffle(batches)
@@ -403,4 +394,4 @@ def _batches(
     source: Iterable[SourcePassage | Refused], encoder: PassageEncoder, target: Target, options: IndexOptions
 ) -> Iterator[ReadBatch]:
     intake = Intake(encoder, target, split=options.split, force=options.force)
-    return read_batches(source, intake, strict=options.strict, limits=options.read)
+    return intake.batches(source, options.limits, strict=options.strict)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,32 +55,31 @@ class BatchLimits:
             max_batch_tokens or _MAX_BATCH_TOKENS.get(kind, 4096), free_padding_tokens=_FREE_PADDING_TOKENS.get(kind, 0)
         )
 
+    def plan(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Cuts sequences into batches, longest first, every one within the self.
 
-def plan_batches(lengths: Sequence[int], limits: BatchLimits) -> list[list[int]]:
-    """Cuts sequences into batches, longest first, every one within the limits.
+        Padding has a bound that no input breaks: a batch is closed when one more, shorter sequence would
+        take it over `max_padding`. That costs little: lengths within about a tenth of each other always
+        share, so at most some fifty batches of any plan are closed for raggedness.
 
-    Padding has a bound that no input breaks: a batch is closed when one more, shorter sequence would
-    take it over `max_padding`. That costs little: lengths within about a tenth of each other always
-    share, so at most some fifty batches of any plan are closed for raggedness.
-
-    Returns:
-        Indices into `lengths`, each exactly once.
-    """
-    batches: list[list[int]] = []
-    padded_tokens = num_tokens = 0  # of the last batch
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batches:
-            padded_tokens += lengths[batches[-1][0]]
-            num_tokens += lengths[i]
-            padding = padded_tokens - num_tokens
-            if padded_tokens <= limits.max_batch_tokens and (
-                padded_tokens <= limits.free_padding_tokens or padding <= limits.max_padding * padded_tokens
-            ):
-                batches[-1].append(i)
-                continue
-        batches.append([i])
-        padded_tokens = num_tokens = lengths[i]
-    return batches
+        Returns:
+            Indices into `lengths`, each exactly once.
+        """
+        batches: list[list[int]] = []
+        padded_tokens = num_tokens = 0  # of the last batch
+        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            if batches:
+                padded_tokens += lengths[batches[-1][0]]
+                num_tokens += lengths[i]
+                padding = padded_tokens - num_tokens
+                if padded_tokens <= self.max_batch_tokens and (
+                    padded_tokens <= self.free_padding_tokens or padding <= self.max_padding * padded_tokens
+                ):
+                    batches[-1].append(i)
+                    continue
+            batches.append([i])
+            padded_tokens = num_tokens = lengths[i]
+        return batches
 
 
 class EncodingFailed(Exception):  # noqa: N818 - says what happened
@@ -111,12 +110,12 @@ class Tokenized:
     def num_states(self, ratio: int) -> int:
         return sum(-(-num_tokens // ratio) for num_tokens in self.window_tokens)
 
-    def join(self, windows: Sequence[States | EncodingFailed], ratio: int) -> PassageStates | EncodingFailed:
-        """The passage out of its encoded windows, in order, or why the first failing one failed."""
+    def join(self, windows: Mapping[int, States | EncodingFailed], ratio: int) -> PassageStates | EncodingFailed:
+        """The passage out of its encoded windows by number, or why the first failing one failed."""
         if self.failed is not None:
             return self.failed
         encoded: list[States] = []
-        for window in windows:
+        for _, window in sorted(windows.items()):
             if isinstance(window, EncodingFailed):
                 return window
             encoded.append(window)
@@ -215,7 +214,8 @@ class PassageEncoder:
                 log.exception("a sequence of %d tokens could not be encoded", len(batch[0]))
                 return [EncodingFailed("encoding_failed", "the encoder failed on this text; its log has the cause")]
         else:
-            return [_checked(states) for states in encoded]
+            broken = EncodingFailed("not_finite", "its states hold NaN or infinity")
+            return [states if np.isfinite(states).all() else broken for states in encoded]
         half = len(batch) // 2
         return self.encode(batch[:half], ratio) + self.encode(batch[half:], ratio)
 
@@ -223,22 +223,20 @@ class PassageEncoder:
         self, texts: Sequence[Tokenized], ratio: int
     ) -> Iterator[tuple[int, PassageStates | EncodingFailed]]:
         """Texts in batches of like length; each comes with its index when it is done."""
-        owners = [(i, w) for i, text in enumerate(texts) for w in range(len(text.windows))]
+        windows = [(i, w, tokens) for i, text in enumerate(texts) for w, tokens in enumerate(text.windows)]
         encoded: dict[int, dict[int, States | EncodingFailed]] = {i: {} for i in range(len(texts))}
-        for batch in plan_batches([len(texts[i].windows[w]) for i, w in owners], self.limits):
-            results = self.encode([texts[owners[s][0]].windows[owners[s][1]] for s in batch], ratio)
-            for s, states in zip(batch, results, strict=True):
-                i, w = owners[s]
+        for rows in self.limits.plan([len(tokens) for _, _, tokens in windows]):
+            batch = [windows[row] for row in rows]
+            results = self.encode([tokens for _, _, tokens in batch], ratio)
+            for (i, w, _), states in zip(batch, results, strict=True):
                 encoded[i][w] = states
                 if len(encoded[i]) == len(texts[i].windows):
-                    windows = encoded.pop(i)
-                    yield i, texts[i].join([windows[w] for w in sorted(windows)], ratio)
+                    yield i, texts[i].join(encoded.pop(i), ratio)
 
     def encode_one(self, text: str, ratio: int, *, split: bool = False) -> PassageStates:
         """One text alone, window by window; what every batch must agree with. Raises EncodingFailed."""
         (tokenized,) = self.tokenize([text], split=split)
-        windows = [self.encode([window], ratio)[0] for window in tokenized.windows]
-        joined = tokenized.join(windows, ratio)
+        joined = tokenized.join({w: self.encode([ids], ratio)[0] for w, ids in enumerate(tokenized.windows)}, ratio)
         if isinstance(joined, EncodingFailed):
             raise joined
         return joined
@@ -251,12 +249,6 @@ class PassageEncoder:
     def warm_up(self) -> None:
         """A real forward pass; raises where the encoder does not work."""
         self.encode_one("warm", 1)
-
-
-def _checked(states: States) -> States | EncodingFailed:
-    if np.isfinite(states).all():
-        return states
-    return EncodingFailed("not_finite", "its states hold NaN or infinity")
 
 
 def _out_of_memory(error: Exception) -> bool:

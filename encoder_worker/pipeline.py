@@ -11,42 +11,22 @@ Runs on the event loop. Does not know formats, gRPC or terminals.
 from __future__ import annotations
 
 import asyncio
-import math
 import threading
+from asyncio import Future
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator
 from concurrent.futures import Executor
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from functools import partial
-from itertools import takewhile
+from itertools import islice, takewhile
+from typing import Any
 
-from encoder_worker.passage_encoder import EncodingFailed
+from encoder_worker.passage_encoder import Tokenized
 from encoder_worker.reading import ReadBatch
-from encoder_worker.scheduler import EncodeScheduler, EncodeStream, Priority
-from encoder_worker.sources import Reason
-from encoder_worker.writing import GroupLimits, Target, Upsert, WriteGroup, write_group
+from encoder_worker.scheduler import Encoded, EncodeScheduler, EncodeStream, Priority
+from encoder_worker.writing import PipelineLimits, Target, Upsert, WriteGroup
 
-MAX_PENDING_WRITES = 2
-
-
-@dataclass(frozen=True)
-class PipelineLimits:
-    """Backpressure and writes of one stream of passages.
-
-    max_unencoded, max_unacknowledged, max_unacknowledged_bytes: the next batch is taken when fewer passages (bytes of
-        their texts) wait
-    write_whole_batches: write also what completes the oldest batch, so that it is acknowledged soon
-    retry_seconds: pauses before trying a store again that did not answer
-    """
-
-    max_unencoded: float = math.inf
-    max_unacknowledged: float = math.inf
-    max_unacknowledged_bytes: float = math.inf
-    group: GroupLimits = field(default_factory=GroupLimits)
-    write_whole_batches: bool = False
-    retry_seconds: Sequence[float] = ()
-    allow_clipped: bool = False
+_MAX_PENDING_WRITES = 2
 
 
 @dataclass(eq=False)
@@ -69,8 +49,12 @@ class Pipeline:
     _group: WriteGroup = field(default_factory=WriteGroup)
     _full: deque[WriteGroup] = field(default_factory=deque)
     _complete: bool = False  # the source is read to its end
-    _num_changes: int = 0
-    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+    _ended: bool = False  # nothing more is read
+    _failure: BaseException | None = None  # of the source
+    _tokenizing: list[ReadBatch] = field(default_factory=list)
+    _reading: Future[ReadBatch | None] | None = None
+    _encoding: Future[list[tuple[Upsert, Encoded]]] | None = None
+    _writing: Future[None] | None = None
 
     @property
     def fraction(self) -> float | None:
@@ -89,116 +73,117 @@ class Pipeline:
             CacheError: the store failed; what it acknowledged before stays.
             Exception: whatever `batches` raises, after everything before it is stored.
         """
-        stream = EncodeStream[Upsert](self.scheduler, self.target.compression_ratio, Priority.BULK)
-        reading = asyncio.create_task(self._read(batches, stream))
-        encoding = asyncio.create_task(self._encode(stream, reading))
-        writing = asyncio.create_task(self._write(encoding))
-        tasks = (writing, encoding, reading)
-        for task in tasks:
-            task.add_done_callback(lambda _: self._notify())
-        try:
-            ended = False
-            while not ended:
-                num_changes = self._num_changes
-                ended = writing.done() or (encoding.done() and encoding.exception() is not None)
-                finished = list(takewhile(lambda batch: batch.finished, self.unacknowledged))
-                yield finished
-                for batch in finished:
-                    self.unacknowledged.popleft()
-                    self._num_unacknowledged -= len(batch.upserts)
-                    self._num_bytes -= batch.num_text_bytes
-                if finished:
-                    self._notify()
-                while self._num_changes == num_changes and not ended:
-                    self._changed.clear()
-                    await self._changed.wait()
-            for task in tasks:
-                await task
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _read(self, batches: AsyncGenerator[ReadBatch, None], stream: EncodeStream[Upsert]) -> None:
         async with aclosing(batches):
-            async for batch in batches:
-                todo = [(one, one.tokenized) for one in batch.upserts if one.tokenized is not None]
-                self._fractions = (self._fractions[1], batch.fraction)
-                self._num_todo = len(todo)
-                self.unacknowledged.append(batch)
-                self._num_unacknowledged += len(batch.upserts)
-                self._num_bytes += batch.num_text_bytes
-                self.num_read += len(batch.upserts)
-                self.num_unencoded += len(todo)
-                stream.add(todo)
-                self._notify()
-                await self._until(self._has_room)
-                if self.stop.is_set() or batch.stopped_by is not None:
-                    return
-        self._complete = True
+            with self.scheduler.stream(self.target.compression_ratio, Priority.BULK) as stream:
+                try:
+                    while True:
+                        self._begin(batches, stream)
+                        finished = list(takewhile(lambda batch: batch.finished, self.unacknowledged))
+                        yield finished
+                        if finished:
+                            self._forget(finished)
+                        elif running := self._running():
+                            await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                            self._take(stream)
+                        else:
+                            break
+                finally:
+                    for task in (running := self._running()):
+                        task.cancel()
+                    await asyncio.gather(*running, return_exceptions=True)
+        if self._failure is not None:
+            raise self._failure
 
-    async def _encode(self, stream: EncodeStream[Upsert], reading: asyncio.Task[None]) -> None:
-        with stream:
-            while not self.stop.is_set():
-                await self._until(lambda: bool(self.num_unencoded or reading.done()))
-                if not self.num_unencoded:
-                    return
-                for upsert, states in await stream.completed():
-                    self.num_encoded += not isinstance(states, EncodingFailed)
-                    self.num_unencoded -= 1
-                    if isinstance(states, EncodingFailed):
-                        upsert.refuse(Reason(states.reason), str(states))
-                    else:
-                        upsert.set_states(states)
-                        await self._add(upsert)
-                self._notify()
+    def _running(self) -> list[Future[Any]]:
+        tasks = (self._reading, self._encoding, self._writing, *(batch.tokenizing for batch in self._tokenizing))
+        return [task for task in tasks if task is not None]
 
-    async def _add(self, upsert: Upsert) -> None:
-        """Into the group; waits while more than a few groups wait for the store."""
+    def _begin(self, batches: AsyncGenerator[ReadBatch, None], stream: EncodeStream) -> None:
+        """Starts every step that is at rest and has something to do."""
+        if self._reading is None and self._may_read():
+            self._reading = asyncio.ensure_future(anext(batches, None))
+        can_encode = self.num_unencoded and len(self._full) <= _MAX_PENDING_WRITES and not self.stop.is_set()
+        if self._encoding is None and can_encode:
+            self._encoding = asyncio.ensure_future(stream.completed())
+        if self._writing is None and (group := self._next_group()):
+            loop = asyncio.get_running_loop()
+            self._writing = loop.run_in_executor(self.store_threads, group.write, self.target, self.limits)
+
+    def _take(self, stream: EncodeStream) -> None:
+        """The results of the steps that are done."""
+        if self._reading is not None and self._reading.done():
+            reading, self._reading = self._reading, None
+            self._failure = reading.exception()
+            batch = None if self._failure else reading.result()
+            self._complete = batch is None and self._failure is None
+            self._ended = batch is None or batch.stopped_by is not None
+            if batch is not None:
+                self._read(batch)
+        for batch in [one for one in self._tokenizing if one.tokenized]:
+            self._tokenizing.remove(batch)
+            stream.add(self._tokenized(batch))
+        if self._encoding is not None and self._encoding.done():
+            encoding, self._encoding = self._encoding, None
+            for upsert, states in encoding.result():
+                self._encoded(upsert, states)
+        if self._writing is not None and self._writing.done():
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def _read(self, batch: ReadBatch) -> None:
+        self._tokenizing.append(batch)
+        self.unacknowledged.append(batch)
+        self._num_unacknowledged += len(batch.upserts)
+        self._num_bytes += batch.num_text_bytes
+        self.num_read += len(batch.upserts)
+
+    def _tokenized(self, batch: ReadBatch) -> list[tuple[Upsert, Tokenized]]:
+        """What of a batch is to be encoded."""
+        if batch.tokenizing is not None:
+            batch.tokenizing.result()
+        todo = [(one, one.tokenized) for one in batch.upserts if one.tokenized is not None]
+        self._fractions = (self._fractions[1], batch.fraction)
+        self._num_todo = len(todo)
+        self.num_unencoded += len(todo)
+        return todo
+
+    def _encoded(self, upsert: Upsert, states: Encoded) -> None:
+        self.num_unencoded -= 1
+        if not upsert.take(states):
+            return
+        self.num_encoded += 1
         self._group.add(upsert)
-        if self._group.is_full(self.limits.group, self.target):
+        if self._group.is_full(self.limits, self.target):
             self._full.append(self._group)
             self._group = WriteGroup()
-            self._notify()
-            await self._until(lambda: len(self._full) <= MAX_PENDING_WRITES)
 
-    async def _write(self, encoding: asyncio.Task[None]) -> None:
-        loop, limits = asyncio.get_running_loop(), self.limits
-        write = partial(
-            write_group, self.target, retry_seconds=limits.retry_seconds, allow_clipped=limits.allow_clipped
-        )
-        while True:
-            await self._until(lambda: bool(self._full or encoding.done() or self._completes_a_batch()))
-            if self._full:
-                group = self._full.popleft()
-            else:
-                group, self._group = self._group, WriteGroup()
+    def _next_group(self) -> WriteGroup | None:
+        if self._full:
+            return self._full.popleft()
+        if not (self._reading or self._tokenizing or self._encoding):  # nothing more can be added
             # A codec is not trained on the few states of an interrupted run, because its table would stay.
             complete = self._complete and not self.stop.is_set()
-            if not group.upserts or (encoding.done() and not complete and self.target.num_training_states):
-                return
-            await loop.run_in_executor(self.store_threads, write, group)
-            self._notify()
+            ready = complete or not self.target.num_training_states
+        else:
+            unfinished = (batch for batch in self.unacknowledged if not batch.finished)
+            ready = self.limits.write_whole_batches and any(batch.encoded for batch in islice(unfinished, 1))
+        if not ready or not self._group.upserts:
+            return None
+        group, self._group = self._group, WriteGroup()
+        return group
 
-    def _completes_a_batch(self) -> bool:
-        if not self.limits.write_whole_batches or not self._group.upserts:
-            return False
-        oldest = next((batch for batch in self.unacknowledged if not batch.finished), None)
-        return oldest is not None and oldest.encoded
+    def _forget(self, finished: list[ReadBatch]) -> None:
+        for batch in finished:
+            self.unacknowledged.popleft()
+            self._num_unacknowledged -= len(batch.upserts)
+            self._num_bytes -= batch.num_text_bytes
 
-    def _has_room(self) -> bool:
+    def _may_read(self) -> bool:
         limits = self.limits
-        return self.stop.is_set() or (
-            self.num_unencoded < limits.max_unencoded
+        return (
+            not self._ended
+            and not self.stop.is_set()
+            and self.num_unencoded < limits.max_unencoded
             and self._num_unacknowledged < limits.max_unacknowledged
             and self._num_bytes < limits.max_unacknowledged_bytes
         )
-
-    def _notify(self) -> None:
-        self._num_changes += 1
-        self._changed.set()
-
-    async def _until(self, condition: Callable[[], bool]) -> None:
-        while not condition():
-            self._changed.clear()
-            await self._changed.wait()

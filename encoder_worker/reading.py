@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import queue
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TypeVar
 
 import numpy as np
@@ -21,7 +21,7 @@ from cache.record import is_passage_id
 from cache.states import text_digest
 from encoder_worker.passage_encoder import TOKENIZE_TEXTS, PassageEncoder
 from encoder_worker.sources import Place, Reason, Refused, SourceError, SourcePassage
-from encoder_worker.writing import Target, Upsert
+from encoder_worker.writing import PipelineLimits, Target, Upsert
 
 T = TypeVar("T")
 _POLL_SECONDS = 0.1
@@ -37,8 +37,12 @@ class ReadBatch:
     upserts: list[Upsert] = field(default_factory=list)
     fraction: float | None = None  # of the source, read up to the end of the batch
     stopped_by: str | None = None  # why nothing was read after it, where that was not the end of the source
+    tokenizing: asyncio.Future[None] | None = None  # where the passages are not tokenized yet
     _num_finished: int = 0  # at its front
-    _num_encoded: int = 0
+
+    @property
+    def tokenized(self) -> bool:
+        return self.tokenizing is None or self.tokenizing.done()
 
     @property
     def num_text_bytes(self) -> int:
@@ -46,6 +50,8 @@ class ReadBatch:
 
     @property
     def finished(self) -> bool:
+        if not self.tokenized:
+            return False
         while self._num_finished < len(self.upserts) and self.upserts[self._num_finished].finished:
             self._num_finished += 1
         return self._num_finished == len(self.upserts)
@@ -53,20 +59,8 @@ class ReadBatch:
     @property
     def encoded(self) -> bool:
         """Nothing of it waits for the model."""
-        while self._num_encoded < len(self.upserts):
-            upsert = self.upserts[self._num_encoded]
-            if upsert.states is None and not upsert.finished:
-                return False
-            self._num_encoded += 1
-        return True
-
-
-@dataclass(frozen=True)
-class ReadLimits:
-    """A batch ends at the first limit that it reaches."""
-
-    max_passages: int = 4096
-    max_text_bytes: int = 32 << 20
+        open_ones = islice(self.upserts, self._num_finished, None)
+        return self.tokenized and all(one.states is not None or one.finished for one in open_ones)
 
 
 class SeenIds:
@@ -167,89 +161,89 @@ class Intake:
             if tokens.failed is None:
                 one.tokenized = tokens
             else:
-                one.refuse(Reason(tokens.failed.reason), str(tokens.failed))
+                one.take(tokens.failed)
 
+    def batches(
+        self, source: Iterable[SourcePassage | Refused], limits: PipelineLimits, *, strict: bool = False
+    ) -> Iterator[ReadBatch]:
+        """Every item of a source, in batches ready for the model.
 
-def read_batches(
-    source: Iterable[SourcePassage | Refused], intake: Intake, *, strict: bool = False, limits: ReadLimits | None = None
-) -> Iterator[ReadBatch]:
-    """Every item of a source, in batches ready for the model.
-
-    Args:
-        strict: end at the first refused item.
-    """
-    limits = limits or ReadLimits()
-    fraction: Callable[[], float | None] = getattr(source, "fraction", lambda: None)
-    items, more = iter(source), True
-    while more:
-        batch, num_bytes = ReadBatch(), 0
-        while more and len(batch.upserts) < limits.max_passages and num_bytes < limits.max_text_bytes:
+        Args:
+            strict: end at the first refused item.
+        """
+        fraction: Callable[[], float | None] = getattr(source, "fraction", lambda: None)
+        items, more = iter(source), True
+        while more:
+            batch = ReadBatch()
             try:
-                item = next(items, None)
+                more = self._fill(batch, items, limits, strict)
             except SourceError as exc:  # what came before is whole, and is kept
-                item, batch.stopped_by = None, str(exc)
-            if item is None:
-                more = False
-                break
+                batch.stopped_by, more = str(exc), False
+            batch.fraction = fraction()
+            todo = self.compare(batch.upserts)
+            for start in range(0, len(todo), TOKENIZE_TEXTS):
+                self.tokenize(todo[start : start + TOKENIZE_TEXTS])
+            yield batch
+
+    def _fill(
+        self, batch: ReadBatch, items: Iterator[SourcePassage | Refused], limits: PipelineLimits, strict: bool
+    ) -> bool:
+        """Whether there is more to read."""
+        num_bytes = 0
+        for item in items:
             if isinstance(item, Refused):
                 upsert = Upsert(SourcePassage(item.passage_id or "", "", item.place), refused=item)
             else:
-                upsert = intake.check(item)
+                upsert = self.check(item)
             batch.upserts.append(upsert)
             num_bytes += len(upsert.passage.text)
             if strict and upsert.refused is not None:
-                more, batch.stopped_by = False, str(upsert.refused)
-        batch.fraction = fraction()
-        todo = intake.compare(batch.upserts)
-        for start in range(0, len(todo), TOKENIZE_TEXTS):
-            intake.tokenize(todo[start : start + TOKENIZE_TEXTS])
-        yield batch
+                batch.stopped_by = str(upsert.refused)
+                return False
+            if len(batch.upserts) >= limits.batch_passages or num_bytes >= limits.batch_text_bytes:
+                return True
+        return False
 
 
 async def ahead(items: Iterable[T], stop: threading.Event, *, name: str = "read ahead") -> AsyncGenerator[T, None]:
     """Iterates on a thread: one item is being used, one waits, one is being made. Setting `stop` ends it."""
     loop = asyncio.get_running_loop()
-    ready: queue.Queue[T | _End] = queue.Queue(1)
-    arrived, closed = asyncio.Event(), threading.Event()
+    ready: asyncio.Queue[T | _End] = asyncio.Queue()
+    room, closed = threading.Semaphore(), threading.Event()
 
-    def put(item: T | _End) -> None:
-        while not closed.is_set():
-            with suppress(queue.Full):
-                ready.put(item, timeout=_POLL_SECONDS)
-                with suppress(RuntimeError):  # the loop was closed meanwhile
-                    loop.call_soon_threadsafe(arrived.set)
-                return
+    def send(item: T | _End) -> None:
+        with suppress(RuntimeError):  # the loop was closed meanwhile
+            loop.call_soon_threadsafe(ready.put_nowait, item)
 
     def make() -> None:
-        error: BaseException | None = None
         try:
             for item in items:
-                put(item)
+                send(item)
+                room.acquire()
                 if closed.is_set():
                     return
         except BaseException as exc:  # delivered to the consumer, of any kind
-            error = exc
-        put(_End(error))
+            send(_End(exc))
+        else:
+            send(_End(None))
 
     thread = threading.Thread(target=make, name=name, daemon=True)
     thread.start()
     try:
         while not stop.is_set():
-            arrived.clear()
-            try:
-                item = ready.get_nowait()
-            except queue.Empty:
-                with suppress(TimeoutError):  # the source may block for hours: `stop` is looked at in between
-                    await asyncio.wait_for(arrived.wait(), _POLL_SECONDS)
+            try:  # the source may block for hours: `stop` is looked at in between
+                item = await asyncio.wait_for(ready.get(), _POLL_SECONDS)
+            except TimeoutError:
                 continue
-            if not isinstance(item, _End):
-                yield item
-            elif item.error is None:
+            if isinstance(item, _End):
+                if item.error is not None:
+                    raise item.error
                 return
-            else:
-                raise item.error
+            room.release()
+            yield item
     finally:
         closed.set()
+        room.release()
         # A read that blocks (a pipe without a writer) cannot be interrupted: the daemon thread is left behind.
         thread.join(timeout=_JOIN_SECONDS)
 

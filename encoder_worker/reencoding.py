@@ -11,8 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
-from typing import Any
+from functools import cached_property, partial
 
 import xxhash
 
@@ -22,11 +21,11 @@ from cache.errors import CollectionExists
 from cache.manifest import MANIFEST_VERSION, new_identity
 from cache.record import Record
 from cache.states import PassageStates
-from encoder_worker.indexing import RETRY_SECONDS, IndexReport
-from encoder_worker.passage_encoder import EncodingFailed, PassageEncoder, Tokenized
+from encoder_worker.indexing import IndexReport
+from encoder_worker.passage_encoder import PassageEncoder, Tokenized
 from encoder_worker.reading import ReadBatch
-from encoder_worker.sources import Place, Reason, SourcePassage
-from encoder_worker.writing import GroupLimits, Target, Upsert, WriteGroup, write_group
+from encoder_worker.sources import Place, SourcePassage
+from encoder_worker.writing import PipelineLimits, Target, Upsert, WriteGroup
 
 _CHUNK_PASSAGES = 256
 _MAX_PASSES = 5  # over a collection that is written to meanwhile
@@ -49,11 +48,7 @@ class Reencoding:
 
 
 class _Successor(Target):
-    """The collection that takes the passages over: made when its codec's table can be trained, or there already.
-
-    Raises:
-        CollectionExists: there is another collection of that name.
-    """
+    """The collection that takes the passages over: made when its codec's table can be trained, or there already."""
 
     def __init__(self, source: Collection, name: str, codec: str) -> None:
         old = source.manifest
@@ -87,7 +82,7 @@ def reencode(
     move_names: bool = True,
     stop: threading.Event | None = None,
     on_progress: Callable[[int, int], None] = lambda num_done, num_passages: None,
-    group: GroupLimits | None = None,
+    limits: PipelineLimits | None = None,
 ) -> Reencoding:
     """Writes every passage into the collection `into`; when all are there the name and aliases of `source` mean it.
 
@@ -108,7 +103,9 @@ def reencode(
     result = Reencoding(into, source.name, IndexReport(into))
     stop = stop or threading.Event()
     target = _Successor(source, into, codec)
-    run = _Run(source, target, result, load, stop, on_progress, group or GroupLimits())
+    # Nothing that the new table cuts is refused: it was trained on a sample of just these passages.
+    limits = dataclasses.replace(limits or PipelineLimits(), allow_clipped=True)
+    run = _Run(source, target, result, load, stop, on_progress, limits)
     for _ in range(_MAX_PASSES):
         generation = source.store.generation(source.name)
         run.all_passages()
@@ -137,8 +134,7 @@ class _Run:
     load: Callable[[], PassageEncoder]
     stop: threading.Event
     on_progress: Callable[[int, int], None]
-    limits: GroupLimits
-    encoder: PassageEncoder | None = None
+    limits: PipelineLimits
 
     def all_passages(self) -> None:
         """Every passage that the target does not hold as it is now; then drops there what the source lost."""
@@ -164,8 +160,7 @@ class _Run:
             self.target.collection.delete_many(sorted(gone))
 
     def _write(self, group: WriteGroup) -> None:
-        # Nothing that the new table cuts is refused here: it was trained on a sample of just these passages.
-        write_group(self.target, group, RETRY_SECONDS, allow_clipped=True)
+        group.write(self.target, self.limits)
         report = self.result.report
         report.add(ReadBatch(group.upserts), 0)
         report.num_values = report.num_states * self.target.codec.dim
@@ -194,43 +189,36 @@ class _Run:
                 continue
             upsert = Upsert(SourcePassage(passage_id, record.text or "", Place(self.source.name, 0)))
             if cut and record.text is not None:
-                (tokenized,) = self._open().tokenize([record.text], split=len(record.window_tokens) > 1)
+                (tokenized,) = self._encoder.tokenize([record.text], split=len(record.window_tokens) > 1)
                 todo.append((upsert, tokenized))
             else:
-                upsert.set_states(states)
+                upsert.take(states)
                 upsert.num_clipped_before = record.header.num_clipped
                 yield upsert
         if todo:
             yield from self._encoded(todo)
 
     def _encoded(self, todo: Sequence[tuple[Upsert, Tokenized]]) -> Iterator[Upsert]:
-        encoded = self._open().encode_all([tokens for _, tokens in todo], self.target.compression_ratio)
+        encoded = self._encoder.encode_all([tokens for _, tokens in todo], self.target.compression_ratio)
         for i, states in encoded:
             if self.stop.is_set():
                 return
             upsert, _ = todo[i]
-            if isinstance(states, EncodingFailed):
-                upsert.refuse(Reason(states.reason), str(states))
-                self.result.report.add(ReadBatch([upsert]), 0)
-            else:
+            if upsert.take(states):
                 self.result.num_from_texts += 1
-                upsert.set_states(states)
                 yield upsert
+            else:
+                self.result.report.add(ReadBatch([upsert]), 0)
 
     def _was_cut(self, record: Record) -> bool:
         """Records of version 1 do not tell, so of a codec that cuts all of them may be."""
-        if not self.source.codec.needs_training:
-            return False
-        return bool(record.header.num_clipped) or record.header.version == 1
+        return self.source.codec.needs_training and (record.header.num_clipped > 0 or record.header.version == 1)
 
-    def _open(self) -> PassageEncoder:
-        if self.encoder is None:
-            self.encoder = self.load()
-            identity: Any = self.encoder.identity
-            Collection.open(
-                self.source.store,
-                self.source.name,
-                fingerprint=identity.fingerprint,
-                checkpoint=identity.checkpoint,
-            )
-        return self.encoder
+    @cached_property
+    def _encoder(self) -> PassageEncoder:
+        encoder = self.load()
+        identity = encoder.identity
+        Collection.open(
+            self.source.store, self.source.name, fingerprint=identity.fingerprint, checkpoint=identity.checkpoint
+        )
+        return encoder

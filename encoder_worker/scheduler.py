@@ -9,26 +9,18 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
-from types import TracebackType
-from typing import Any, Generic, TypeVar
+from itertools import islice
+from typing import Any
 
 import torch
 
 from cache.states import PassageStates
-from encoder_worker.passage_encoder import (
-    EncodingFailed,
-    PassageEncoder,
-    States,
-    Tokenized,
-    plan_batches,
-)
-
-K = TypeVar("K")
+from encoder_worker.passage_encoder import BatchLimits, EncodingFailed, PassageEncoder, States, Tokenized
 
 Encoded = PassageStates | EncodingFailed
 
@@ -67,7 +59,7 @@ class ForwardPass:
 class _Sequence:
     """One text, or one token window of a text that was split."""
 
-    stream: EncodeStream[Any]
+    stream: EncodeStream
     key: Any
     text: Tokenized
     window: int
@@ -78,50 +70,30 @@ class _Sequence:
         return self.text.windows[self.window]
 
 
-class EncodeStream(Generic[K]):
-    """The texts of one call, encoded in passes that calls share. Closing it drops what waits."""
+@dataclass(eq=False, slots=True)
+class EncodeStream:
+    """The texts of one call, each by a key of the caller."""
 
-    def __init__(self, scheduler: EncodeScheduler, ratio: int, priority: Priority) -> None:
-        self._scheduler = scheduler
-        self._changed = asyncio.Event()
-        self.ratio = ratio
-        self.priority = priority
-        self.num_tokens = 0
-        self.closed = False
-        self.error: BaseException | None = None
-        self.unread: deque[list[tuple[K, Encoded]]] = deque()
+    scheduler: EncodeScheduler
+    ratio: int
+    priority: Priority
+    num_tokens: int = 0
+    unread: asyncio.Queue[list[tuple[Any, Encoded]] | Exception] = field(default_factory=asyncio.Queue)
 
-    def __enter__(self) -> EncodeStream[K]:
-        self._scheduler.streams.add(self)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.closed = True
-        self._scheduler.streams.discard(self)
-
-    def add(self, texts: Iterable[tuple[K, Tokenized]]) -> None:
+    def add(self, texts: Iterable[tuple[Any, Tokenized]]) -> None:
         for key, text in texts:
             encoded: dict[int, States | EncodingFailed] = {}
             for window in range(len(text.windows)):
-                self._scheduler.enqueue(_Sequence(self, key, text, window, encoded))
+                self.scheduler.enqueue(_Sequence(self, key, text, window, encoded))
             self.num_tokens += text.num_tokens
 
-    async def completed(self) -> list[tuple[K, Encoded]]:
+    async def completed(self) -> list[tuple[Any, Encoded]]:
         """The texts that one pass completed; waits for the pass."""
-        while not self.unread and self.error is None:
-            self._changed.clear()
-            await self._changed.wait()
-        if self.error is not None:
-            raise self.error
-        self._scheduler.wake()
-        return self.unread.popleft()
-
-    def deliver(self, texts: list[tuple[K, Encoded]], error: BaseException | None = None) -> None:
-        self.unread.append(texts)
-        self.error = error
-        self._changed.set()
+        texts = await self.unread.get()
+        if isinstance(texts, Exception):
+            raise texts
+        self.scheduler.wake()
+        return texts
 
 
 class EncodeScheduler:
@@ -140,22 +112,39 @@ class EncodeScheduler:
             shuffle: the order of batches, for one bulk stream alone: in no order of length, so that speed tells the
                 time left and the first states are a fair sample for a codec; None: the longest-waiting text first.
         """
-        self.streams: set[EncodeStream[Any]] = set()
         self._encoder = encoder
         self._model_thread = model_thread
         self._on_pass = on_pass
-        self._queues = {priority: _Queue(encoder, shuffle) for priority in Priority}
+        self._streams: set[EncodeStream] = set()
+        self._queues = {priority: _Queue(encoder.limits, shuffle) for priority in Priority}
         self._wake = asyncio.Event()
         self._passed_over = 0  # batches since an upload waited and was not served
+
+    @staticmethod
+    def make_model_thread() -> ThreadPoolExecutor:
+        """The one thread that computes; flushing denormal numbers is a setting of the thread."""
+        flush = torch.set_flush_denormal
+        return ThreadPoolExecutor(1, thread_name_prefix="encoder", initializer=flush, initargs=(True,))
 
     @property
     def on_demand_tokens(self) -> int:
         """In flight: queued or being computed."""
-        return sum(stream.num_tokens for stream in self.streams if stream.priority is Priority.ON_DEMAND)
+        return sum(stream.num_tokens for stream in self._streams if stream.priority is Priority.ON_DEMAND)
 
     def num_waiting(self, priority: Priority) -> int:
         """Token sequences that wait for a pass and whose caller is still there."""
-        return len(_open(self._queues[priority].waiting))
+        return len(self._queues[priority].waiting)
+
+    @contextmanager
+    def stream(self, ratio: int, priority: Priority) -> Iterator[EncodeStream]:
+        """Texts of one call, encoded in passes that calls share. Leaving it drops what waits."""
+        stream = EncodeStream(self, ratio, priority)
+        self._streams.add(stream)
+        try:
+            yield stream
+        finally:
+            self._streams.discard(stream)
+            self._queues[priority].drop(stream)
 
     def enqueue(self, sequence: _Sequence) -> None:
         self._queues[sequence.stream.priority].add(sequence)
@@ -167,7 +156,7 @@ class EncodeScheduler:
     async def encode(self, texts: Sequence[Tokenized], ratio: int, priority: Priority) -> list[Encoded]:
         """The states of each text, or why there are none."""
         encoded: dict[int, Encoded] = {i: text.failed for i, text in enumerate(texts) if text.failed is not None}
-        with EncodeStream[int](self, ratio, priority) as stream:
+        with self.stream(ratio, priority) as stream:
             stream.add(enumerate(texts))
             while len(encoded) < len(texts):
                 encoded |= dict(await stream.completed())
@@ -183,13 +172,13 @@ class EncodeScheduler:
                 else:
                     await self._wake.wait()
         except Exception as exc:
-            for stream in self.streams:
-                stream.deliver([], exc)
+            for stream in self._streams:
+                stream.unread.put_nowait(exc)
             raise
 
     async def _compute(self, batch: list[_Sequence]) -> None:
         tokens = [one.tokens for one in batch]
-        completed: dict[EncodeStream[Any], list[tuple[Any, Encoded]]] = {one.stream: [] for one in batch}
+        completed: dict[EncodeStream, list[tuple[Any, Encoded]]] = {one.stream: [] for one in batch}
         start = time.monotonic()
         try:
             results = await asyncio.get_running_loop().run_in_executor(
@@ -197,16 +186,15 @@ class EncodeScheduler:
             )
         except Exception as exc:  # costs the calls of this batch, not the loop
             for stream in completed:
-                stream.deliver([], exc)
+                stream.unread.put_nowait(exc)
             return
         self._on_pass(ForwardPass([len(sequence) for sequence in tokens], time.monotonic() - start))
         for one, result in zip(batch, results, strict=True):
             one.encoded[one.window] = result
             if len(one.encoded) == len(one.text.windows):
-                windows = [one.encoded[i] for i in sorted(one.encoded)]
-                completed[one.stream].append((one.key, one.text.join(windows, one.stream.ratio)))
+                completed[one.stream].append((one.key, one.text.join(one.encoded, one.stream.ratio)))
         for stream, texts in completed.items():
-            stream.deliver(texts)
+            stream.unread.put_nowait(texts)
 
     def _next(self) -> list[_Sequence]:
         """The next batch of the queue whose turn it is; empty when nothing waits, or for readers only."""
@@ -221,51 +209,40 @@ class EncodeScheduler:
 
 @dataclass
 class _Queue:
-    """Sequences of one priority, in the order of their arrival, and the batches planned of the first of them.
+    """Sequences of one priority in the order of their arrival; every arrival makes a new plan, so that batches fill."""
 
-    An arrival makes a new plan, so that batches fill; a shuffled plan is used up first, so that it does not depend on
-    arrivals.
-    """
-
-    encoder: PassageEncoder
+    limits: BatchLimits
     shuffle: random.Random | None
-    waiting: list[_Sequence] = field(default_factory=list)
-    planned: list[list[_Sequence]] = field(default_factory=list)
-    stale: bool = False
+    waiting: dict[_Sequence, None] = field(default_factory=dict)
+    planned: list[list[_Sequence]] = field(default_factory=list)  # of the first of them; empty: to be made
 
     def add(self, sequence: _Sequence) -> None:
-        self.waiting.append(sequence)
-        self.stale = self.shuffle is None
+        self.waiting[sequence] = None
+        self.planned = []
+
+    def drop(self, stream: EncodeStream) -> None:
+        kept = {one: None for one in self.waiting if one.stream is not stream}
+        if len(kept) < len(self.waiting):
+            self.waiting, self.planned = kept, []
 
     def first(self) -> list[_Sequence]:
         """The next batch to compute, which stays planned."""
-        self.waiting = _open(self.waiting)
-        self.planned = [kept for batch in self.planned if (kept := _open(batch))]
-        if self.waiting and (self.stale or not self.planned):
+        if self.waiting and not self.planned:
             self._plan()
-        ready = (one for one in self.planned if all(len(s.stream.unread) < _MAX_UNREAD for s in one))
+        ready = (one for one in self.planned if all(s.stream.unread.qsize() < _MAX_UNREAD for s in one))
         return next(ready, [])
 
     def take(self, batch: list[_Sequence]) -> None:
         self.planned.remove(batch)
-        taken = set(map(id, batch))
-        self.waiting = [one for one in self.waiting if id(one) not in taken]
+        for one in batch:
+            del self.waiting[one]
 
     def _plan(self) -> None:
-        ratio = self.waiting[0].stream.ratio
-        near = [one for one in self.waiting if one.stream.ratio == ratio][:_MAX_PLANNED]
-        batches = plan_batches([len(one.tokens) for one in near], self.encoder.limits)
+        ratio = next(iter(self.waiting)).stream.ratio
+        near = list(islice((one for one in self.waiting if one.stream.ratio == ratio), _MAX_PLANNED))
+        batches = self.limits.plan([len(one.tokens) for one in near])
         if self.shuffle is None:
             batches.sort(key=min)  # the batch of the longest-waiting sequence first
         else:
             self.shuffle.shuffle(batches)
-        self.planned, self.stale = [[near[i] for i in batch] for batch in batches], False
-
-
-def _open(sequences: list[_Sequence]) -> list[_Sequence]:
-    return [one for one in sequences if not one.stream.closed]
-
-
-def make_model_thread() -> ThreadPoolExecutor:
-    """The one thread that computes; flushing denormal numbers is a setting of the thread."""
-    return ThreadPoolExecutor(1, thread_name_prefix="encoder", initializer=torch.set_flush_denormal, initargs=(True,))
+        self.planned = [[near[i] for i in batch] for batch in batches]

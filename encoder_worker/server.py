@@ -21,7 +21,7 @@ from cache.open import open_store
 from cache.store import Store, public_url
 from encoder_worker.config import EncoderConfig
 from encoder_worker.passage_encoder import PassageEncoder
-from encoder_worker.scheduler import EncodeScheduler, ForwardPass, make_model_thread
+from encoder_worker.scheduler import EncodeScheduler, ForwardPass
 from encoder_worker.service import EncoderService, Worker
 from preread.v1 import encoder_pb2, encoder_pb2_grpc
 from preread_edge.access import ApiKeys, refuse_control_tokens
@@ -38,7 +38,7 @@ NUM_THREADS = 4
 STORE_READ_SECONDS = 5.0
 
 
-class WorkerMetrics:
+class _Metrics:
     """Of one worker; `registry` is what a scrape renders. The names differ from the reranking server's."""
 
     def __init__(self) -> None:
@@ -98,11 +98,11 @@ class EncoderServer:
         self.keys = keys or ApiKeys()
         if config.read_control_tokens:
             refuse_control_tokens(config.host, self.keys)
-        self.metrics = WorkerMetrics()
+        self.metrics = _Metrics()
         self.port = 0
         self._own_store = open_store(config.store, read_budget_seconds=STORE_READ_SECONDS) if store is None else None
         self._store = store or self._own_store
-        self._model_thread = make_model_thread()
+        self._model_thread = EncodeScheduler.make_model_thread()
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="text")
         self._store_threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="store")
         self._service = EncoderService(self.metrics.upserted)

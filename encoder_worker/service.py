@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import Any, TypeVar
 
 import grpc
@@ -37,11 +39,11 @@ from cache.store import Store, StoreStats, public_url
 from checkpoint.model import EncoderIdentity
 from encoder_worker.config import EncoderConfig
 from encoder_worker.passage_encoder import TOKENIZE_TEXTS, EncodingFailed, PassageEncoder, States, Tokenized
-from encoder_worker.pipeline import Pipeline, PipelineLimits
+from encoder_worker.pipeline import Pipeline
 from encoder_worker.reading import Intake, ReadBatch
 from encoder_worker.scheduler import Encoded, EncodeScheduler, Priority
 from encoder_worker.sources import Place, SourcePassage
-from encoder_worker.writing import CollectionSettings, Target, Upsert
+from encoder_worker.writing import CollectionSettings, PipelineLimits, Target, Upsert
 from preread.errors import (
     FailedPrecondition,
     FieldViolation,
@@ -69,17 +71,13 @@ class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
     """The edge. `worker` is None until the model has loaded; every call is UNAVAILABLE until then."""
 
     def __init__(self, on_upserted: Callable[[encoder_pb2.UpsertResponse], None] = lambda _: None) -> None:
-        """
-        Args:
-            on_upserted: called with what an upload acknowledges.
-        """
         self.worker: Worker | None = None
-        self._on_upserted = on_upserted
+        self._on_upserted = on_upserted  # called with what an upload acknowledges
 
     async def Upsert(  # type: ignore[override]  # noqa: N802  # the stubs know sync iterators only
         self, request_iterator: AsyncIterator[encoder_pb2.UpsertRequest], context: Context
     ) -> None:
-        async with _translated(), aclosing(_Upload(self._loaded()).run(request_iterator)) as responses:
+        async with _translated(), aclosing(_upload(self._loaded(), aiter(request_iterator))) as responses:
             async for response in responses:
                 self._on_upserted(response)
                 await context.write(response)
@@ -146,75 +144,67 @@ class Worker:
         return await asyncio.get_running_loop().run_in_executor(self.store_threads, function, *args)
 
 
-class _Upload:
-    """One Upsert stream: a response per message, in order, after the store has its passages."""
+async def _upload(
+    worker: Worker, requests: AsyncIterator[encoder_pb2.UpsertRequest]
+) -> AsyncGenerator[encoder_pb2.UpsertResponse, None]:
+    """A response per message, in order, after the store has its passages."""
+    first = await anext(requests, None)
+    if first is None:
+        return
+    if not first.collection:
+        raise InvalidRequest("collection", "", "the name of a collection in the first message")
+    if first.compression_ratio < 0:
+        raise InvalidRequest("compression_ratio", first.compression_ratio, "0 (the default) or more")
+    target = await worker.call_store(_open_or_make, worker, first)
+    limits = PipelineLimits(
+        max_unencoded=math.inf,
+        max_unacknowledged=worker.config.max_unacknowledged_passages,
+        max_unacknowledged_bytes=worker.config.max_unacknowledged_bytes,
+        write_whole_batches=True,
+        retry_seconds=(),
+        allow_clipped=worker.config.allow_clipped,
+    )
+    batches = _batches(worker, target, first, requests)
+    async with aclosing(Pipeline(worker.scheduler, target, worker.store_threads, limits).run(batches)) as changes:
+        async for finished in changes:
+            for batch in finished:
+                yield await _pack_batch(batch)
 
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
-        self._name = ""
-        self._num_read = 0
 
-    async def run(
-        self, requests: AsyncIterator[encoder_pb2.UpsertRequest]
-    ) -> AsyncGenerator[encoder_pb2.UpsertResponse, None]:
-        """
-        Raises:
-            InvalidRequest, FailedPrecondition, CacheError: the stream cannot go on; what was acknowledged stays.
-        """
-        requests = aiter(requests)
-        first = await anext(requests, None)
-        if first is None:
-            return
-        worker, config = self._worker, self._worker.config
-        target = await self._open(first)
-        limits = PipelineLimits(
-            max_unacknowledged=config.max_unacknowledged_passages,
-            max_unacknowledged_bytes=config.max_unacknowledged_bytes,
-            write_whole_batches=True,
-            allow_clipped=config.allow_clipped,
-        )
-        pipeline = Pipeline(worker.scheduler, target, worker.store_threads, limits)
-        async with aclosing(pipeline.run(self._batches(first, requests, target))) as changes:
-            async for finished in changes:
-                for batch in finished:
-                    yield await _pack_batch(batch)
+async def _batches(
+    worker: Worker,
+    target: Target,
+    first: encoder_pb2.UpsertRequest,
+    requests: AsyncIterator[encoder_pb2.UpsertRequest],
+) -> AsyncGenerator[ReadBatch, None]:
+    """Messages off the event loop: checked one at a time, in order; several are tokenized side by side."""
+    intake = Intake(worker.encoder, target, max_text_bytes=worker.config.max_text_bytes)
+    numbers = count(1)
 
-    async def _batches(
-        self, first: encoder_pb2.UpsertRequest, requests: AsyncIterator[encoder_pb2.UpsertRequest], target: Target
-    ) -> AsyncGenerator[ReadBatch, None]:
-        worker = self._worker
-        intake = Intake(worker.encoder, target, max_text_bytes=worker.config.max_text_bytes)
-        request: encoder_pb2.UpsertRequest | None = first
-        while request is not None:
-            if request.collection not in ("", self._name):
-                raise InvalidRequest("collection", request.collection, f"{self._name!r}, as in the first message")
-            if len(request.passages) > MANY:
-                upserts = await stepped(self._checked, request, intake)
-            else:
-                upserts = await worker.call(self._checked, lambda: None, request, intake)
-            todo = await worker.call_store(intake.compare, upserts)
-            for start in range(0, len(todo), TOKENIZE_TEXTS):
-                await worker.call(intake.tokenize, todo[start : start + TOKENIZE_TEXTS])
-            yield ReadBatch(upserts)
-            request = await anext(requests, None)
-
-    def _checked(self, step: Step, request: encoder_pb2.UpsertRequest, intake: Intake) -> list[Upsert]:
-        """The passages of one message; off the event loop, one message at a time."""
+    def check(step: Step, request: encoder_pb2.UpsertRequest) -> list[Upsert]:
         upserts = []
         for passage in request.passages:
-            self._num_read += 1
-            upserts.append(intake.check(SourcePassage(passage.passage_id, passage.text, Place(UPLOAD, self._num_read))))
+            place = Place(UPLOAD, next(numbers))
+            upserts.append(intake.check(SourcePassage(passage.passage_id, passage.text, place)))
             step()
         return upserts
 
-    async def _open(self, first: encoder_pb2.UpsertRequest) -> Target:
-        """The stream's collection; the first message names it and may make it."""
-        if not first.collection:
-            raise InvalidRequest("collection", "", "the name of a collection in the first message")
-        if first.compression_ratio < 0:
-            raise InvalidRequest("compression_ratio", first.compression_ratio, "0 (the default) or more")
-        self._name = first.collection
-        return await self._worker.call_store(_open_or_make, self._worker, first)
+    request: encoder_pb2.UpsertRequest | None = first
+    while request is not None:
+        if request.collection not in ("", first.collection):
+            raise InvalidRequest("collection", request.collection, f"{first.collection!r}, as in the first message")
+        if len(request.passages) > MANY:
+            upserts = await stepped(check, request)
+        else:
+            upserts = await worker.call(check, lambda: None, request)
+        todo = await worker.call_store(intake.compare, upserts)
+        yield ReadBatch(upserts, tokenizing=asyncio.ensure_future(_tokenize(worker, intake, todo)))
+        request = await anext(requests, None)
+
+
+async def _tokenize(worker: Worker, intake: Intake, upserts: list[Upsert]) -> None:
+    for start in range(0, len(upserts), TOKENIZE_TEXTS):  # in pieces: a cancelled call is noticed between them
+        await worker.call(intake.tokenize, upserts[start : start + TOKENIZE_TEXTS])
 
 
 def _open_or_make(worker: Worker, first: encoder_pb2.UpsertRequest) -> Target:
@@ -252,12 +242,7 @@ async def _pack_batch(batch: ReadBatch) -> encoder_pb2.UpsertResponse:
 
 
 async def _encode(worker: Worker, request: encoder_pb2.EncodeRequest) -> encoder_pb2.EncodeResponse:
-    """Texts to pooled states, nothing stored. A text that cannot be encoded costs itself only.
-
-    Raises:
-        InvalidRequest: a field is out of range, or the answer would be larger than a message may be.
-        Overloaded: too many tokens are in flight.
-    """
+    """Texts to pooled states, nothing stored. A text that cannot be encoded costs itself only."""
     config, encoder = worker.config, worker.encoder
     if not 1 <= len(request.texts) <= config.max_texts:
         raise InvalidRequest("texts", len(request.texts), f"1..{config.max_texts} texts")

@@ -6,6 +6,7 @@ Does not know sources, the model or threads.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from cache.manifest import Manifest
 from cache.record import check_name
 from cache.states import PassageStates
 from cache.store import Store
-from encoder_worker.passage_encoder import PassageEncoder, Tokenized
+from encoder_worker.passage_encoder import EncodingFailed, PassageEncoder, Tokenized
 from encoder_worker.sources import Reason, Refused, SourcePassage
 
 log = logging.getLogger(__name__)
@@ -58,8 +59,13 @@ class Upsert:
         self.refused = Refused(self.passage.place, self.passage.passage_id, reason, message)
         self.states = None
 
-    def set_states(self, states: PassageStates) -> None:
+    def take(self, states: PassageStates | EncodingFailed) -> bool:
+        """Whether there are states to store; without them it is refused."""
+        if isinstance(states, EncodingFailed):
+            self.refuse(Reason(states.reason), str(states))
+            return False
         self.states, self.num_states = states, states.num_states
+        return True
 
 
 @dataclass(frozen=True)
@@ -147,12 +153,23 @@ class Target:
 
 
 @dataclass(frozen=True)
-class GroupLimits:
-    """A group is written when it reaches the first of these."""
+class PipelineLimits:
+    """Sizes, backpressure and writes of one stream of passages."""
 
-    max_passages: int = 2048
-    max_bytes: int = 64 << 20
-    max_seconds: float = 20.0
+    # A batch of a file is sorted by length as a whole, and ends at the first of these that it reaches.
+    batch_passages: int = 4096
+    batch_text_bytes: int = 32 << 20
+    # The next batch is taken when fewer passages (bytes of their texts) wait.
+    max_unencoded: float = 1
+    max_unacknowledged: float = math.inf
+    max_unacknowledged_bytes: float = math.inf
+    # A group is written when it reaches the first of these, or completes the oldest batch.
+    group_passages: int = 2048
+    group_bytes: int = 64 << 20
+    group_seconds: float = 20.0
+    write_whole_batches: bool = False  # so that they are acknowledged soon
+    retry_seconds: Sequence[float] = (0.5, 1.0, 2.0, 4.0, 8.0)  # pauses before trying a silent store again
+    allow_clipped: bool = False  # store also what the codec was not trained for
 
 
 @dataclass
@@ -170,54 +187,46 @@ class WriteGroup:
         self.num_bytes += upsert.states.nbytes
         self.num_states += upsert.num_states
 
-    def is_full(self, limits: GroupLimits, target: Target) -> bool:
+    def is_full(self, limits: PipelineLimits, target: Target) -> bool:
         if held_back := target.num_training_states:
             return self.num_states >= held_back
         return (
-            len(self.upserts) >= limits.max_passages
-            or self.num_bytes >= limits.max_bytes
-            or time.monotonic() - self.begun >= limits.max_seconds
+            len(self.upserts) >= limits.group_passages
+            or self.num_bytes >= limits.group_bytes
+            or time.monotonic() - self.begun >= limits.group_seconds
         )
 
+    def write(self, target: Target, limits: PipelineLimits) -> None:
+        """One durable write: every passage (ids are distinct) is then stored, or refused at its own cost.
 
-def write_group(
-    target: Target, group: WriteGroup, retry_seconds: Sequence[float] = (), *, allow_clipped: bool = False
-) -> None:
-    """One durable write: every passage (ids are distinct) is then stored, or refused at its own cost.
-
-    Args:
-        retry_seconds: pauses before trying a store again that did not answer.
-        allow_clipped: store also what the codec was not trained for.
-
-    Raises:
-        CodecError: too few states to train the codec on.
-        CacheError: the store failed.
-    """
-    collection = target.collection or target.create([one.states for one in group.upserts if one.states is not None])
-    pauses = iter(retry_seconds)
-    while todo := [one for one in group.upserts if one.states is not None]:
-        try:
-            clipped = collection.put_many(
-                [
-                    StoredPassage(one.passage.passage_id, one.states, one.passage.text, one.num_clipped_before)
-                    for one in todo
-                    if one.states is not None
-                ],
-                allow_clipped=allow_clipped,
-            )
-        except InvalidPassage as exc:
-            _refuse(todo, Reason.NOT_STORABLE, {exc.passage_id: exc.reason})
-        except OutOfRange as exc:
-            _refuse(todo, Reason.OUT_OF_RANGE, exc.reasons)
-        except (StoreUnavailable, StoreLocked) as exc:
-            pause = next(pauses, None)
-            if pause is None:
-                raise
-            log.warning("%s; trying again in %g s", exc, pause)
-            time.sleep(pause)
-        else:
-            for one, num_clipped in zip(todo, clipped, strict=True):
-                one.num_clipped, one.stored, one.states = num_clipped, True, None
+        Raises:
+            CodecError: too few states to train the codec on.
+            CacheError: the store failed.
+        """
+        collection = target.collection or target.create([one.states for one in self.upserts if one.states is not None])
+        pauses = iter(limits.retry_seconds)
+        while todo := {one.passage.passage_id: one for one in self.upserts if one.states is not None}:
+            passages = [
+                StoredPassage(passage_id, one.states, one.passage.text, one.num_clipped_before)
+                for passage_id, one in todo.items()
+                if one.states is not None
+            ]
+            try:
+                clipped = collection.put_many(passages, allow_clipped=limits.allow_clipped)
+            except InvalidPassage as exc:
+                todo[exc.passage_id].refuse(Reason.NOT_STORABLE, exc.reason)
+            except OutOfRange as exc:
+                for passage_id, message in exc.reasons.items():
+                    todo[passage_id].refuse(Reason.OUT_OF_RANGE, message)
+            except (StoreUnavailable, StoreLocked) as exc:
+                pause = next(pauses, None)
+                if pause is None:
+                    raise
+                log.warning("%s; trying again in %g s", exc, pause)
+                time.sleep(pause)
+            else:
+                for one, num_clipped in zip(todo.values(), clipped, strict=True):
+                    one.num_clipped, one.stored, one.states = num_clipped, True, None
 
 
 def num_training_states(codec: Codec) -> int:
@@ -226,12 +235,6 @@ def num_training_states(codec: Codec) -> int:
     64 points for each centroid of a product or residual quantizer (FAISS asks for 39 and uses 256).
     """
     return max(8192, 64 * codec.num_centroids, codec.min_training_states) if codec.needs_training else 0
-
-
-def _refuse(upserts: Sequence[Upsert], reason: Reason, messages: dict[str, str]) -> None:
-    for one in upserts:
-        if one.passage.passage_id in messages:
-            one.refuse(reason, messages[one.passage.passage_id])
 
 
 def _check_agreement(manifest: Manifest, settings: CollectionSettings) -> None:

@@ -11,9 +11,11 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from cache.memory import MemoryStore
 from decoder_server.engine.lifecycle import PassRecord, RequestTrace
+from encoder_worker.config import EncoderConfig
 from encoder_worker.scheduler import ForwardPass as WorkerPass
-from encoder_worker.server import WorkerMetrics
+from encoder_worker.server import EncoderServer
 from preread.types import RerankRequest
 from preread.v1 import encoder_pb2
 
@@ -51,7 +53,7 @@ async def exported(serve) -> dict[str, set[str]]:
         trace = RequestTrace(RerankRequest("q", ()), "tiny", degraded="queue", stopped_early=True)
         serving.server.metrics.request_finished(trace)
         found = samples(serving.server.metrics.registry)
-    worker = WorkerMetrics()
+    worker = EncoderServer(EncoderConfig("a checkpoint"), store=MemoryStore()).metrics
     worker.rpc("EncoderService/Encode", "OK", 0.1)
     worker.passed(WorkerPass([1], 0.1))
     worker.upserted(encoder_pb2.UpsertResponse(results=[encoder_pb2.UpsertResult(status=1)]))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from encoder_worker.passage_encoder import BatchLimits, PassageEncoder, plan_batches
+from encoder_worker.passage_encoder import BatchLimits, PassageEncoder
 
 CORPUS = Path(__file__).parents[2] / "examples" / "scifact" / "corpus.jsonl.gz"
 
@@ -30,7 +30,7 @@ def test_every_sequence_is_in_one_batch_within_the_limits(
     lengths: list[int], budget: int, share: float, free: int
 ) -> None:
     limits = BatchLimits(budget, share, free)
-    batches = plan_batches(lengths, limits)
+    batches = limits.plan(lengths)
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     for batch in batches:
         padded = max(lengths[i] for i in batch) * len(batch)
@@ -41,7 +41,7 @@ def test_every_sequence_is_in_one_batch_within_the_limits(
 
 @given(st.lists(st.integers(1, 1024), min_size=1, max_size=2000))
 def test_padding_stays_under_five_percent_whatever_the_lengths(lengths: list[int]) -> None:
-    assert padding(lengths, plan_batches(lengths, BatchLimits.for_device("cpu"))) <= 0.05
+    assert padding(lengths, BatchLimits.for_device("cpu").plan(lengths)) <= 0.05
 
 
 def test_raggedness_costs_few_batches() -> None:
@@ -49,7 +49,7 @@ def test_raggedness_costs_few_batches() -> None:
     lengths = list(range(1, 1025))
     limits = BatchLimits.for_device("cpu")
     whole = sum(lengths) / limits.max_batch_tokens
-    assert len(plan_batches(lengths, limits)) < whole + 60
+    assert len(limits.plan(lengths)) < whole + 60
 
 
 def test_padding_on_real_passages(encoder: PassageEncoder, real_texts: list[str]) -> None:
@@ -59,19 +59,19 @@ def test_padding_on_real_passages(encoder: PassageEncoder, real_texts: list[str]
     assert len(abstracts) >= 1000
     for texts in (real_texts[:1000], abstracts[:1000]):
         lengths = [text.num_tokens for text in encoder.tokenize(texts)]
-        assert padding(lengths, plan_batches(lengths, encoder.limits)) < 0.05
+        assert padding(lengths, encoder.limits.plan(lengths)) < 0.05
 
 
 def test_a_sequence_over_the_budget_goes_alone() -> None:
-    assert plan_batches([10, 5000, 20], BatchLimits(4096)) == [[1], [2], [0]]
+    assert BatchLimits(4096).plan([10, 5000, 20]) == [[1], [2], [0]]
 
 
 def test_sorted_by_length() -> None:
-    assert plan_batches([100, 50, 99, 51, 98], BatchLimits(4096)) == [[0, 2, 4], [3, 1]]
+    assert BatchLimits(4096).plan([100, 50, 99, 51, 98]) == [[0, 2, 4], [3, 1]]
 
 
 def test_a_gpu_pads_small_batches_rather_than_launch_more() -> None:
-    assert len(plan_batches([100, 50, 10, 5], BatchLimits.for_device("cuda:0"))) == 1
+    assert len(BatchLimits.for_device("cuda:0").plan([100, 50, 10, 5])) == 1
 
 
 @pytest.mark.parametrize("wrong", [{"max_batch_tokens": 0}, {"max_batch_tokens": 8, "max_padding": 1.0}])

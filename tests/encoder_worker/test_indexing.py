@@ -15,12 +15,11 @@ from cache.states import PassageStates
 from cache.store import Store
 from encoder_worker.indexing import IndexOptions, index
 from encoder_worker.passage_encoder import PassageEncoder
-from encoder_worker.reading import ReadLimits
 from encoder_worker.sources import Place, Reason, Refused, SourcePassage
-from encoder_worker.writing import CollectionSettings, GroupLimits
+from encoder_worker.writing import CollectionSettings, PipelineLimits
 
 Make = Callable[..., list[SourcePassage]]
-SMALL = IndexOptions(read=ReadLimits(max_passages=16), group=GroupLimits(max_passages=8))
+SMALL = IndexOptions(limits=PipelineLimits(batch_passages=16, group_passages=8))
 
 
 def stored(store: Store, name: str, ids: list[str]) -> list[PassageStates]:

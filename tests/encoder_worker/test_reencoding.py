@@ -19,7 +19,7 @@ from encoder_worker.indexing import IndexOptions, index
 from encoder_worker.passage_encoder import PassageEncoder
 from encoder_worker.reencoding import reencode
 from encoder_worker.sources import SourcePassage
-from encoder_worker.writing import CollectionSettings, GroupLimits
+from encoder_worker.writing import CollectionSettings, PipelineLimits
 from preread_cli.main import cli
 from tuning.rerank import score_passages
 
@@ -106,14 +106,14 @@ def test_an_interrupted_run_goes_on_and_readers_see_the_old_one_until_the_end(
     encoder: PassageEncoder, store: Store, narrow: Callable[..., Collection], texts: list[str]
 ) -> None:
     old = narrow()
-    small = GroupLimits(max_passages=4)
-    first = reencode(old, "docs.v2", "B16,SQ8", lambda: encoder, stop=_after(2), group=small)
+    small = PipelineLimits(group_passages=4)
+    first = reencode(old, "docs.v2", "B16,SQ8", lambda: encoder, stop=_after(2), limits=small)
     assert (first.complete, first.moved_names) == (False, [])
     assert Collection.open(store, "live").name == "docs"
     written = Collection.open(store, "docs.v2").stats().num_passages
     assert 0 < written < 52
 
-    second = reencode(old, "docs.v2", "B16,SQ8", lambda: encoder, group=small)
+    second = reencode(old, "docs.v2", "B16,SQ8", lambda: encoder, limits=small)
 
     assert second.complete
     assert second.report.num_stored == 52 - written

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import aclosing
 
 import pytest
 
 from cache.store import Store
-from encoder_worker.indexing import IndexOptions, Progress, Speedometer, index
+from encoder_worker.indexing import IndexOptions, Progress, index
 from encoder_worker.passage_encoder import PassageEncoder
-from encoder_worker.reading import ReadLimits, SeenIds, ahead
+from encoder_worker.reading import SeenIds, ahead
 from encoder_worker.sources import Place, SourcePassage
+from encoder_worker.writing import PipelineLimits
 
 
 def test_an_id_is_new_once_and_later_tells_where_it_came_first() -> None:
@@ -53,16 +53,6 @@ async def test_leaving_early_ends_the_thread() -> None:
     assert "early" not in {thread.name for thread in threading.enumerate()}
 
 
-def test_time_left_is_told_by_the_part_of_the_source_that_is_done() -> None:
-    meter = Speedometer()
-    time.sleep(0.2)
-    quarter = meter.read(50, 50, 0.25)
-    assert (quarter.fraction, quarter.num_done) == (0.25, 50)
-    assert quarter.eta_seconds == pytest.approx(3 * quarter.seconds, rel=0.05)
-    assert quarter.passages_per_second == pytest.approx(50 / quarter.seconds, rel=0.05)
-    assert meter.read(100, 100, None).eta_seconds is None
-
-
 def test_the_part_that_is_done_grows_with_every_pass(
     encoder: PassageEncoder, store: Store, real_texts: list[str], passages: Callable[..., list[SourcePassage]]
 ) -> None:
@@ -78,10 +68,22 @@ def test_the_part_that_is_done_grows_with_every_pass(
             return self.num_read / len(self)
 
     told: list[Progress] = []
-    small = IndexOptions(read=ReadLimits(max_passages=30))
+    small = IndexOptions(limits=PipelineLimits(batch_passages=30))
     index(Sized(passages(real_texts[:120])), encoder, store, "docs", options=small, on_progress=told.append)
     fractions = [now.fraction for now in told]
     assert fractions == sorted(fractions)
     assert fractions[-1] == 1
     assert len({*fractions} - {0, 0.25, 0.5, 0.75, 1}) > 8
     assert all(abs(now.fraction - now.num_done / 120) < 0.01 for now in told)
+    for now in told:  # the time that is left, and the speed, by the part of the source that is done
+        if now.fraction and now.seconds:
+            assert now.eta_seconds == pytest.approx((1 - now.fraction) / now.fraction * now.seconds, rel=0.01)
+            assert now.passages_per_second == pytest.approx(now.num_encoded / now.seconds, rel=0.01)
+
+
+def test_no_time_is_told_where_the_size_of_the_source_is_not_known(
+    encoder: PassageEncoder, store: Store, real_texts: list[str], passages: Callable[..., list[SourcePassage]]
+) -> None:
+    told: list[Progress] = []
+    index(passages(real_texts[:20]), encoder, store, "docs", on_progress=told.append)
+    assert {now.eta_seconds for now in told if now.num_done} == {None}

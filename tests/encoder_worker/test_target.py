@@ -13,12 +13,11 @@ from cache.errors import CodecError, CollectionExists, EncoderMismatch, InvalidN
 from cache.store import Store
 from encoder_worker.indexing import IndexOptions, IndexReport, dry_run, index
 from encoder_worker.passage_encoder import PassageEncoder
-from encoder_worker.reading import ReadLimits
 from encoder_worker.sources import SourcePassage
-from encoder_worker.writing import CollectionSettings, GroupLimits
+from encoder_worker.writing import CollectionSettings, PipelineLimits
 
 Make = Callable[..., list[SourcePassage]]
-SMALL = IndexOptions(read=ReadLimits(max_passages=16), group=GroupLimits(max_passages=8))
+SMALL = IndexOptions(limits=PipelineLimits(batch_passages=16, group_passages=8))
 
 
 def test_codecs_that_train_do_so_on_the_first_passages(
