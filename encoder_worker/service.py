@@ -53,7 +53,8 @@ from preread.errors import (
     PrereadError,
     Unavailable,
 )
-from preread.v1 import common_pb2, encoder_pb2, encoder_pb2_grpc
+from preread.v1 import common_pb2, encoder_pb2_grpc
+from preread.v1 import encoder_pb2 as pb
 from preread_edge.steps import Pauses, Step, stepped
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ log = logging.getLogger(__name__)
 RETRY_SECONDS = 1.0
 MANY = 1000  # passages of one message, which are then checked in steps
 UPLOAD = "upload"  # the place of a passage: its number in the stream
-BYTES_PER_VALUE = {encoder_pb2.STATE_FORMAT_FLOAT32: 4, encoder_pb2.STATE_FORMAT_BFLOAT16: 2}
+BYTES_PER_VALUE = {pb.STATE_FORMAT_FLOAT32: 4, pb.STATE_FORMAT_BFLOAT16: 2}
 
 T = TypeVar("T")
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -70,45 +71,37 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
     """The edge. `worker` is None until the model has loaded; every call is UNAVAILABLE until then."""
 
-    def __init__(self, on_upserted: Callable[[encoder_pb2.UpsertResponse], None] = lambda _: None) -> None:
+    def __init__(self, on_upserted: Callable[[pb.UpsertResponse], None] = lambda _: None) -> None:
         self.worker: Worker | None = None
         self._on_upserted = on_upserted  # called with what an upload acknowledges
 
     async def Upsert(  # type: ignore[override]  # noqa: N802  # the stubs know sync iterators only
-        self, request_iterator: AsyncIterator[encoder_pb2.UpsertRequest], context: Context
+        self, request_iterator: AsyncIterator[pb.UpsertRequest], context: Context
     ) -> None:
         async with _translated(), aclosing(_upload(self._loaded(), aiter(request_iterator))) as responses:
             async for response in responses:
                 self._on_upserted(response)
                 await context.write(response)
 
-    async def Encode(  # noqa: N802
-        self, request: encoder_pb2.EncodeRequest, context: Context
-    ) -> encoder_pb2.EncodeResponse:
+    async def Encode(self, request: pb.EncodeRequest, context: Context) -> pb.EncodeResponse:  # noqa: N802
         async with _translated():
             return await _encode(self._loaded(), request)
 
-    async def Delete(  # noqa: N802
-        self, request: encoder_pb2.DeleteRequest, context: Context
-    ) -> encoder_pb2.DeleteResponse:
+    async def Delete(self, request: pb.DeleteRequest, context: Context) -> pb.DeleteResponse:  # noqa: N802
         async with _translated(request.collection):
             worker = self._loaded()
-            return encoder_pb2.DeleteResponse(num_deleted=await worker.call_store(_delete, worker.store, request))
+            return pb.DeleteResponse(num_deleted=await worker.call_store(_delete, worker.store, request))
 
-    async def GetStats(  # noqa: N802
-        self, request: encoder_pb2.GetStatsRequest, context: Context
-    ) -> encoder_pb2.GetStatsResponse:
+    async def GetStats(self, request: pb.GetStatsRequest, context: Context) -> pb.GetStatsResponse:  # noqa: N802
         async with _translated(request.collection):
             worker = self._loaded()
             collections = await worker.call_store(_collections, worker.store, request.collection)
-            return encoder_pb2.GetStatsResponse(collections=collections)
+            return pb.GetStatsResponse(collections=collections)
 
-    async def Describe(  # noqa: N802
-        self, request: encoder_pb2.DescribeRequest, context: Context
-    ) -> encoder_pb2.DescribeResponse:
+    async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeResponse:  # noqa: N802
         async with _translated():
             worker = self._loaded()
-            return encoder_pb2.DescribeResponse(
+            return pb.DescribeResponse(
                 encoder=_pack_identity(worker.encoder.identity),
                 default_compression_ratio=worker.encoder.settings.default_compression_ratio,
                 default_codec=DEFAULT_CODEC,
@@ -144,9 +137,7 @@ class Worker:
         return await asyncio.get_running_loop().run_in_executor(self.store_threads, function, *args)
 
 
-async def _upload(
-    worker: Worker, requests: AsyncIterator[encoder_pb2.UpsertRequest]
-) -> AsyncGenerator[encoder_pb2.UpsertResponse, None]:
+async def _upload(worker: Worker, requests: AsyncIterator[pb.UpsertRequest]) -> AsyncGenerator[pb.UpsertResponse, None]:
     """A response per message, in order, after the store has its passages."""
     first = await anext(requests, None)
     if first is None:
@@ -174,14 +165,14 @@ async def _upload(
 async def _batches(
     worker: Worker,
     target: Target,
-    first: encoder_pb2.UpsertRequest,
-    requests: AsyncIterator[encoder_pb2.UpsertRequest],
+    first: pb.UpsertRequest,
+    requests: AsyncIterator[pb.UpsertRequest],
 ) -> AsyncGenerator[ReadBatch, None]:
     """Messages off the event loop: checked one at a time, in order; several are tokenized side by side."""
     intake = Intake(worker.encoder, target, max_text_bytes=worker.config.max_text_bytes)
     numbers = count(1)
 
-    def check(step: Step, request: encoder_pb2.UpsertRequest) -> list[Upsert]:
+    def check(step: Step, request: pb.UpsertRequest) -> list[Upsert]:
         upserts = []
         for passage in request.passages:
             place = Place(UPLOAD, next(numbers))
@@ -189,7 +180,7 @@ async def _batches(
             step()
         return upserts
 
-    request: encoder_pb2.UpsertRequest | None = first
+    request: pb.UpsertRequest | None = first
     while request is not None:
         if request.collection not in ("", first.collection):
             raise InvalidRequest("collection", request.collection, f"{first.collection!r}, as in the first message")
@@ -207,7 +198,7 @@ async def _tokenize(worker: Worker, intake: Intake, upserts: list[Upsert]) -> No
         await worker.call(intake.tokenize, upserts[start : start + TOKENIZE_TEXTS])
 
 
-def _open_or_make(worker: Worker, first: encoder_pb2.UpsertRequest) -> Target:
+def _open_or_make(worker: Worker, first: pb.UpsertRequest) -> Target:
     settings = CollectionSettings(first.compression_ratio or None, first.codec or None)
     target = Target(worker.store, first.collection, settings, worker.encoder)
     if target.num_training_states:
@@ -223,25 +214,25 @@ def _open_or_make(worker: Worker, first: encoder_pb2.UpsertRequest) -> Target:
     return target
 
 
-async def _pack_batch(batch: ReadBatch) -> encoder_pb2.UpsertResponse:
+async def _pack_batch(batch: ReadBatch) -> pb.UpsertResponse:
     results = []
     pace = Pauses()  # one message may hold tens of thousands of refused passages
     for one in batch.upserts:
-        result = encoder_pb2.UpsertResult(passage_id=one.passage.passage_id)
+        result = pb.UpsertResult(passage_id=one.passage.passage_id)
         if one.refused is not None:
-            result.status, result.message = encoder_pb2.UPSERT_STATUS_REFUSED, one.refused.message
+            result.status, result.message = pb.UPSERT_STATUS_REFUSED, one.refused.message
         elif one.tokenized is None:
-            result.status = encoder_pb2.UPSERT_STATUS_UNCHANGED
+            result.status = pb.UPSERT_STATUS_UNCHANGED
         else:
-            result.status = encoder_pb2.UPSERT_STATUS_STORED
+            result.status = pb.UPSERT_STATUS_STORED
             result.num_tokens, result.num_states = one.tokenized.num_tokens, one.num_states
             result.truncated, result.num_clipped = one.tokenized.truncated, one.num_clipped
         results.append(result)
         await pace.worked()
-    return encoder_pb2.UpsertResponse(results=results)
+    return pb.UpsertResponse(results=results)
 
 
-async def _encode(worker: Worker, request: encoder_pb2.EncodeRequest) -> encoder_pb2.EncodeResponse:
+async def _encode(worker: Worker, request: pb.EncodeRequest) -> pb.EncodeResponse:
     """Texts to pooled states, nothing stored. A text that cannot be encoded costs itself only."""
     config, encoder = worker.config, worker.encoder
     if not 1 <= len(request.texts) <= config.max_texts:
@@ -249,7 +240,7 @@ async def _encode(worker: Worker, request: encoder_pb2.EncodeRequest) -> encoder
     ratio = request.compression_ratio or encoder.settings.default_compression_ratio
     if ratio < 1:
         raise InvalidRequest("compression_ratio", ratio, "0 (the default) or more")
-    format = request.format or encoder_pb2.STATE_FORMAT_FLOAT32
+    format = request.format or pb.STATE_FORMAT_FLOAT32
     if format not in BYTES_PER_VALUE:  # of a newer client
         raise InvalidRequest("format", int(format), "STATE_FORMAT_FLOAT32 or STATE_FORMAT_BFLOAT16")
     refused = await worker.call(lambda: [encoder.why_not(text, config.max_text_bytes) for text in request.texts])
@@ -261,8 +252,8 @@ async def _encode(worker: Worker, request: encoder_pb2.EncodeRequest) -> encoder
     _check_size(worker, tokenized, ratio, BYTES_PER_VALUE[format])
     encoded = await worker.scheduler.encode(tokenized, ratio, Priority.ON_DEMAND)
     packed = iter(await worker.call(lambda: [_pack_encoded(one, format) for one in encoded]))
-    return encoder_pb2.EncodeResponse(
-        passages=[next(packed) if why is None else encoder_pb2.EncodedPassage(message=why) for why in refused],
+    return pb.EncodeResponse(
+        passages=[next(packed) if why is None else pb.EncodedPassage(message=why) for why in refused],
         dim=encoder.dim,
         compression_ratio=ratio,
         format=format,
@@ -283,26 +274,26 @@ def _check_size(worker: Worker, tokenized: list[Tokenized], ratio: int, bytes_pe
         raise Overloaded(message, RETRY_SECONDS, reason="OVERLOADED")
 
 
-def _pack_encoded(encoded: Encoded, format: encoder_pb2.StateFormat) -> encoder_pb2.EncodedPassage:
+def _pack_encoded(encoded: Encoded, format: pb.StateFormat) -> pb.EncodedPassage:
     if isinstance(encoded, EncodingFailed):
-        return encoder_pb2.EncodedPassage(message=str(encoded))
-    return encoder_pb2.EncodedPassage(
+        return pb.EncodedPassage(message=str(encoded))
+    return pb.EncodedPassage(
         states=_pack_states(encoded.states, format),
         window_tokens=encoded.window_tokens,
         truncated=encoded.truncated,
     )
 
 
-def _pack_states(states: States, format: encoder_pb2.StateFormat) -> bytes:
+def _pack_states(states: States, format: pb.StateFormat) -> bytes:
     """(num_states, dim) float32 to little-endian rows; bfloat16 is rounded to nearest, ties to even."""
-    if format == encoder_pb2.STATE_FORMAT_BFLOAT16:
+    if format == pb.STATE_FORMAT_BFLOAT16:
         bits = np.ascontiguousarray(states).view(np.uint32)
         rounded = bits + (0x7FFF + ((bits >> np.uint32(16)) & np.uint32(1)))
         return (rounded >> np.uint32(16)).astype("<u2").tobytes()
     return states.astype("<f4", copy=False).tobytes()
 
 
-def _delete(store: Store, request: encoder_pb2.DeleteRequest) -> int:
+def _delete(store: Store, request: pb.DeleteRequest) -> int:
     collection = Collection.open(store, request.collection)
     # An id that cannot exist is not there; an id that is named twice is deleted once.
     return collection.delete_many([i for i in dict.fromkeys(request.passage_ids) if is_passage_id(i)])
