@@ -2,7 +2,8 @@
 
 Judgements: BEIR's three columns (query, passage, grade) with or without a header line, TREC's four
 (query, iteration, passage, grade), or a JSON object a line. Runs: TREC's six (query, Q0, passage, rank, score, tag).
-Not ir_measures' readers: they know no BEIR columns, drop ranks and the tag, and name no line.
+Not ir_measures' readers: they know no BEIR columns and no tabs, drop ranks and the tag, name no line, and come with
+an extra that `preread rerank` does without.
 """
 
 from __future__ import annotations
@@ -10,9 +11,8 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,7 @@ from tuning import EvaluationError
 Qrels = dict[str, dict[str, int]]  # query_id -> {passage_id: grade}
 Run = dict[str, list[tuple[str, float]]]  # query_id -> [(passage_id, score)], best first
 T = TypeVar("T")
+_Judgement = tuple[str, str, int]  # query_id, passage_id, grade
 
 _GRADE_NAMES = ("score", "grade", "relevance", "rel", "label")  # of the last column, in a header line
 # Keys of a JSON line; the first that is there counts.
@@ -50,11 +51,7 @@ class JudgedFile:
         self._refused = refused
 
     def lines(self) -> Iterator[tuple[Place, str]]:
-        """Lines that are not blank, without their ends.
-
-        Raises:
-            EvaluationError: no such file, or a broken compressed stream.
-        """
+        """Lines that are not blank, without their ends. Raises EvaluationError for a file that cannot be read."""
         try:
             with open_bytes(str(self.path), sys.stdin.buffer) as (stream, _):
                 source = "standard input" if str(self.path) == STDIN else str(self.path)
@@ -87,14 +84,7 @@ class JudgedFile:
 
 
 def read_qrels(path: Path, refused: list[Refused] | None = None) -> Qrels:
-    """Judgements of a file. A passage judged twice for a query keeps the later grade, as in trec_eval.
-
-    Args:
-        refused: as for JudgedFile.
-
-    Raises:
-        EvaluationError: a file that cannot be read, or without any judgement.
-    """
+    """Judgements of a file, at least one. A passage judged twice for a query keeps the later grade, as in trec_eval."""
     file, qrels = JudgedFile(path, refused), Qrels()
     is_json = path.name.removesuffix(".gz").removesuffix(".zst").endswith(".jsonl")
     for query_id, passage_id, grade in file.usable(_json_judgements(file) if is_json else _columns(file)):
@@ -103,12 +93,9 @@ def read_qrels(path: Path, refused: list[Refused] | None = None) -> Qrels:
     return qrels
 
 
-_Judgement = tuple[str, str, int]  # query_id, passage_id, grade
-
-
 def _columns(file: JudgedFile) -> Iterator[_Judgement | Refused]:
     for position, (place, line) in enumerate(file.lines()):
-        columns = _fields(line)
+        columns = _split(line)
         if len(columns) not in (3, 4):
             expected = "query, passage, grade (BEIR) or query, iteration, passage, grade (TREC)"
             yield Refused(place, None, Reason.BROKEN_ROW, f"{len(columns)} columns; expected {expected}")
@@ -147,8 +134,7 @@ def _judgement(place: Place, query: object, passage: object, grade: object) -> _
         return Refused(place, ids[1], Reason.WRONG_TYPE, f"the grade is {grade!r}; expected an integer")
 
 
-@dataclass(frozen=True)
-class RunFile:
+class RunFile(NamedTuple):
     """A run, and the tag of the system that made it."""
 
     run: Run
@@ -164,7 +150,7 @@ def read_run(path: Path) -> RunFile:
     rows: dict[str, dict[str, tuple[float, int]]] = {}
     file, tag = JudgedFile(path), ""
     for place, line in file.lines():
-        columns = _fields(line)
+        columns = _split(line)
         if len(columns) != 6:
             raise EvaluationError(f"{place}: {len(columns)} columns; expected query, Q0, passage, rank, score, tag")
         query_id, _, passage_id, position, score, tag = columns
@@ -177,20 +163,10 @@ def read_run(path: Path) -> RunFile:
     return RunFile({q: [(p, -negated) for p, (negated, _) in found] for q, found in by_rank.items()}, tag)
 
 
-def write_run(path: str | Path, run: Run, tag: str) -> None:
-    """A TREC run file, whole or not at all, in the lines of `run_lines`. Raises EvaluationError as it does."""
-    with open_output(path) as file:
-        for query_id, ranking in run.items():
-            file.writelines(run_lines(query_id, ranking, tag))
-
-
 def run_lines(query_id: str, ranking: Sequence[tuple[str, float]], tag: str) -> list[str]:
-    """The lines of one query. Scores fall strictly, also as float32, so that every tool keeps this order.
+    """A run file's lines of one query. Scores fall strictly, also as float32, so that every tool keeps this order.
 
-    Scores that do so are written so that they read back as the same numbers.
-
-    Raises:
-        EvaluationError: an id that the format cannot carry.
+    Scores that do so read back as the same numbers. Raises as `check_ids`.
     """
     check_ids(query_id, *(passage_id for passage_id, _ in ranking))
     scores = _falling(score for _, score in ranking)
@@ -200,21 +176,19 @@ def run_lines(query_id: str, ranking: Sequence[tuple[str, float]], tag: str) -> 
     ]
 
 
-def write_qrels(path: Path, qrels: Mapping[str, Mapping[str, int]]) -> None:
-    """TREC judgements. Raises EvaluationError for an id that the format cannot carry."""
-    with open_output(path) as file:
+def write_runs(folder: str | Path, qrels: Qrels, runs: Mapping[str, Run]) -> list[Path]:
+    """TREC files, each whole or not at all: judgements as qrels.txt, and a run by name. Raises as `check_ids`."""
+    paths = [Path(folder) / "qrels.txt", *(Path(folder) / f"{name}.run" for name in runs)]
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    with open_output(paths[0]) as file:
         for query_id, grades in qrels.items():
             check_ids(query_id, *grades)
             file.writelines(f"{query_id} 0 {passage_id} {grade}\n" for passage_id, grade in grades.items())
-
-
-def write_runs(folder: Path, qrels: Qrels, runs: Mapping[str, Run]) -> list[Path]:
-    """The judgements as qrels.txt, and a TREC run file by name."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_qrels(folder / "qrels.txt", qrels)
-    for name, run in runs.items():
-        write_run(folder / f"{name}.run", run, tag=f"preread-{name}")
-    return [folder / "qrels.txt", *(folder / f"{name}.run" for name in runs)]
+    for path, (name, run) in zip(paths[1:], runs.items(), strict=True):
+        with open_output(path) as file:
+            for query_id, ranking in run.items():
+                file.writelines(run_lines(query_id, ranking, f"preread-{name}"))
+    return paths
 
 
 def check_ids(*ids: str) -> None:
@@ -234,11 +208,8 @@ def order(scores: NDArray[np.floating]) -> NDArray[np.intp]:
 def rank(candidates: Sequence[str], scores: NDArray[np.floating] | Sequence[float]) -> list[tuple[str, float]]:
     """Candidates by falling score; equal scores stay in candidate order, candidates without a score come last.
 
-    The scores returned fall strictly, even in float32, so that no tool reorders them; a score changes only where it is
-    equal or nearly equal to the one before it.
-
-    Args:
-        scores: (num_candidates,); NaN where there is none.
+    The scores returned fall strictly, even in float32, so that no tool reorders them; one changes only where it is
+    equal or nearly equal to the one before it. `scores`: (num_candidates,), NaN where there is none.
     """
     values = np.asarray(scores, dtype=np.float64)
     rows = order(values)
@@ -261,7 +232,7 @@ def _falling(scores: Iterable[float]) -> list[float]:
     return lowered
 
 
-def _fields(line: str) -> list[str]:
+def _split(line: str) -> list[str]:
     """Columns of a judgement or run line: by tabs where it has any, by blanks otherwise."""
     return [field.strip() for field in line.split("\t")] if "\t" in line else line.split()
 

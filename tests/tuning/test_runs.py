@@ -13,7 +13,12 @@ from hypothesis import strategies as st
 
 from tuning import EvaluationError
 from tuning.baselines import search
-from tuning.trec import rank, read_qrels, read_run, write_qrels, write_run
+from tuning.trec import Run, rank, read_qrels, read_run, write_runs
+
+
+def write_run(folder: Path, run: Run, name: str = "x") -> Path:
+    return write_runs(folder, {}, {name: run})[1]
+
 
 SCORES = st.one_of(st.floats(-1e4, 1e4, width=32), st.just(float("nan")), st.sampled_from([0.0, 1.0, 1.0 + 1e-9]))
 
@@ -40,11 +45,10 @@ def test_candidates_without_a_score_come_last_in_their_order() -> None:
 
 def test_a_run_reads_back_as_it_was_written(tmp_path: Path) -> None:
     run = {"q1": rank(["b", "a", "c"], [0.1, 0.1, 1 / 3]), "q2": [], "q3": rank(["x"], [-1e-7])}
-    write_run(tmp_path / "x.run", run, "mine")
-    back = read_run(tmp_path / "x.run")
-    assert back.tag == "mine"
+    back = read_run(write_run(tmp_path, run, "mine"))
+    assert back.tag == "preread-mine"
     assert back.run == {q: ranking for q, ranking in run.items() if ranking}
-    theirs = [(s.query_id, s.doc_id, s.score) for s in ir_measures.read_trec_run(str(tmp_path / "x.run"))]
+    theirs = [(s.query_id, s.doc_id, s.score) for s in ir_measures.read_trec_run(str(tmp_path / "mine.run"))]
     assert theirs == [(q, p, score) for q, ranking in run.items() for p, score in ranking]
 
 
@@ -59,8 +63,7 @@ MARGINS = st.one_of(
 def test_every_evaluator_keeps_the_order_that_is_written(tmp_path_factory: pytest.TempPathFactory, margins) -> None:
     """Names sort against the order, as trec_eval breaks ties by them; it compares float32."""
     ranking = [(f"p{i:03}", margin) for i, margin in enumerate(sorted(margins, reverse=True))]
-    path = tmp_path_factory.mktemp("run") / "x.run"
-    write_run(path, {"q": ranking}, "t")
+    path = write_run(tmp_path_factory.mktemp("run"), {"q": ranking})
     scores = [float(line.split()[4]) for line in path.read_text().splitlines()]
     assert (np.diff(np.array(scores, dtype=np.float32)) < 0).all()
     assert [p for p, _ in read_run(path).run["q"]] == [p for p, _ in ranking]
@@ -72,9 +75,9 @@ def test_every_evaluator_keeps_the_order_that_is_written(tmp_path_factory: pytes
 
 
 def test_writing_a_written_run_again_changes_nothing(tmp_path: Path) -> None:
-    write_run(tmp_path / "x.run", {"q": [("a", 1.0), ("b", 1.0), ("c", 1.0), ("d", -5.0)]}, "t")
-    write_run(tmp_path / "y.run", read_run(tmp_path / "x.run").run, "t")
-    assert (tmp_path / "x.run").read_bytes() == (tmp_path / "y.run").read_bytes()
+    first = write_run(tmp_path / "1", {"q": [("a", 1.0), ("b", 1.0), ("c", 1.0), ("d", -5.0)]})
+    again = write_run(tmp_path / "2", read_run(first).run)
+    assert first.read_bytes() == again.read_bytes()
 
 
 def test_a_foreign_run_is_ordered_by_score_then_rank(tmp_path: Path) -> None:
@@ -84,7 +87,7 @@ def test_a_foreign_run_is_ordered_by_score_then_rank(tmp_path: Path) -> None:
 
 def test_judgements_read_back_as_they_were_written(tmp_path: Path) -> None:
     qrels = {"q1": {"a": 2, "b": 0}, "q2": {"a": 1}}
-    write_qrels(tmp_path / "qrels.txt", qrels)
+    write_runs(tmp_path, qrels, {})
     assert read_qrels(tmp_path / "qrels.txt") == qrels
     theirs = {(r.query_id, r.doc_id): r.relevance for r in ir_measures.read_trec_qrels(str(tmp_path / "qrels.txt"))}
     assert theirs == {("q1", "a"): 2, ("q1", "b"): 0, ("q2", "a"): 1}
@@ -110,7 +113,7 @@ def test_bad_run_files_give_one_error(tmp_path: Path, text: str, message: str) -
 
 def test_an_id_that_the_format_cannot_carry_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="id 'two words' is empty or has blanks"):
-        write_run(tmp_path / "x.run", {"q": [("two words", 1.0)]}, "t")
+        write_run(tmp_path, {"q": [("two words", 1.0)]})
 
 
 def test_bm25_orders_by_shared_words() -> None:
