@@ -6,9 +6,9 @@ States come a chunk at a time, because the unpooled states of a whole collection
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from cache.states import PassageStates
 from decoder_server.engine.scheduler import split_by_length
 from decoder_server.models.backend import Backend, Pair, Prompt
 from decoder_server.models.loading import BATCH_TOKENS
-from encoder_worker.passage_encoder import PassageEncoder, Tokenized
+from encoder_worker.passage_encoder import PassageEncoder
 from tuning.progress import SILENT, Advance, StageProgress, ignore
 from tuning.trec import Run, rank
 
@@ -26,6 +26,21 @@ CHUNK_BYTES = 256 << 20
 STORE_READ_PASSAGES = 64
 
 States = Mapping[str, PassageStates]  # by passage id
+T = TypeVar("T")
+
+
+def chunked(items: Iterable[tuple[T, int]], chunk_bytes: int) -> Iterator[list[T]]:
+    """Items, each given with its bytes, in lists that end with the item that reaches `chunk_bytes`."""
+    chunk: list[T] = []
+    num_bytes = 0
+    for item, size in items:
+        chunk.append(item)
+        num_bytes += size
+        if num_bytes >= chunk_bytes:
+            yield chunk
+            chunk, num_bytes = [], 0
+    if chunk:
+        yield chunk
 
 
 class StateSource(Protocol):
@@ -41,54 +56,33 @@ class StateSource(Protocol):
         ...
 
 
+@dataclass(frozen=True)
 class EncodedStates:
     """States of texts, encoded on demand; empty texts and those that do not encode have none."""
 
-    def __init__(
-        self,
-        encoder: PassageEncoder,
-        texts: Mapping[str, str],
-        ratio: int,
-        *,
-        split: bool = False,
-        chunk_bytes: int = CHUNK_BYTES,
-    ) -> None:
-        """
-        Args:
-            split: texts over the passage limit become windows instead of being cut.
-        """
-        self.ratio = ratio
-        self._encoder = encoder
-        self._texts = texts
-        self._split = split
-        self._chunk_bytes = chunk_bytes
+    encoder: PassageEncoder
+    texts: Mapping[str, str]  # by passage id
+    ratio: int
+    split: bool = False  # texts over the passage limit become windows instead of being cut
+    chunk_bytes: int = CHUNK_BYTES
 
     def chunks(self, passage_ids: Sequence[str], progress: StageProgress = SILENT) -> Iterator[States]:
-        known = [p for p in passage_ids if p in self._texts]
-        tokenized = self._encoder.tokenize([self._texts[p] for p in known], split=self._split)
-        passages = {p: passage for p, passage in zip(known, tokenized, strict=True) if passage.failed is None}
+        known = [p for p in passage_ids if p in self.texts]
+        tokenized = self.encoder.tokenize([self.texts[p] for p in known], split=self.split)
+        passages = [(p, passage) for p, passage in zip(known, tokenized, strict=True) if passage.failed is None]
         advance = progress.begin("encode (tokens)", sum(passage.num_tokens for passage in tokenized))
-        state_bytes = 4 * self._encoder.dim
-        chunk: dict[str, Tokenized] = {}
-        num_bytes = 0
         # The longest first, so that memory runs out at once or not at all, and the time left is
         # estimated too high rather than too low.
-        for p in sorted(passages, key=lambda p: -passages[p].num_tokens):
-            chunk[p] = passages[p]
-            num_bytes += passages[p].num_states(self.ratio) * state_bytes
-            if num_bytes >= self._chunk_bytes:
-                yield self._encode(chunk, advance)
-                chunk, num_bytes = {}, 0
-        if chunk:
-            yield self._encode(chunk, advance)
-
-    def _encode(self, chunk: Mapping[str, Tokenized], advance: Advance) -> States:
-        encoded, ids = {}, list(chunk)
-        for i, states in self._encoder.encode_all(list(chunk.values()), self.ratio):
-            advance(chunk[ids[i]].num_tokens)
-            if isinstance(states, PassageStates):
-                encoded[ids[i]] = states
-        return encoded
+        passages.sort(key=lambda one: -one[1].num_tokens)
+        sized = ((one, one[1].num_states(self.ratio) * 4 * self.encoder.dim) for one in passages)
+        for chunk in chunked(sized, self.chunk_bytes):
+            encoded = {}
+            for i, states in self.encoder.encode_all([passage for _, passage in chunk], self.ratio):
+                passage_id, passage = chunk[i]
+                advance(passage.num_tokens)
+                if isinstance(states, PassageStates):
+                    encoded[passage_id] = states
+            yield encoded
 
 
 class StoredStates:
@@ -101,20 +95,15 @@ class StoredStates:
 
     def chunks(self, passage_ids: Sequence[str], progress: StageProgress = SILENT) -> Iterator[States]:
         advance = progress.begin("read (passages)", len(passage_ids))
-        chunk: dict[str, PassageStates] = {}
-        num_bytes = 0
-        for start in range(0, len(passage_ids), STORE_READ_PASSAGES):
-            part = passage_ids[start : start + STORE_READ_PASSAGES]
-            read = zip(part, self._collection.get_many(part), strict=True)
-            found = {p: states for p, states in read if isinstance(states, PassageStates)}
+        return map(dict, chunked(self._read(passage_ids, advance), self._chunk_bytes))
+
+    def _read(self, ids: Sequence[str], advance: Advance) -> Iterator[tuple[tuple[str, PassageStates], int]]:
+        for start in range(0, len(ids), STORE_READ_PASSAGES):
+            part = ids[start : start + STORE_READ_PASSAGES]
+            for passage_id, states in zip(part, self._collection.get_many(part), strict=True):
+                if isinstance(states, PassageStates):
+                    yield (passage_id, states), states.nbytes
             advance(len(part))
-            chunk |= found
-            num_bytes += sum(states.nbytes for states in found.values())
-            if num_bytes >= self._chunk_bytes:
-                yield chunk
-                chunk, num_bytes = {}, 0
-        if chunk:
-            yield chunk
 
 
 class Pairs:
@@ -156,13 +145,9 @@ def rerank(
     instruction: str | None = None,
     progress: StageProgress = SILENT,
 ) -> Reranked:
-    """Ranks the candidates of each query at each ratio; equal margins stay in candidate order.
+    """Ranks the candidates of each query at each ratio; equal margins stay in first-stage order.
 
-    Args:
-        candidates: in first-stage order; their scores are not used.
-
-    Raises:
-        RatioError: a ratio that the source's states cannot be read at.
+    Raises RatioError for a ratio that the source's states cannot be read at.
     """
     prompts = {q: backend.prompt(queries[q], instruction) for q in candidates}
     pairs = Pairs({q: [p for p, _ in ranking] for q, ranking in candidates.items()})

@@ -1,13 +1,14 @@
 """A sweep's work directory, so that a run that was killed goes on: one folder per set of inputs.
 
-A file is written aside and renamed, so it is whole or absent; that holds when the process dies, not when the power
-does, and then the damage is found on reading and the piece made again.
+A file of arrays is whole or absent. States are appended to one file: that is whole when the process dies, not when the
+power does, and then the damage is found on reading.
 """
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
+import io
 import json
 import os
 import time
@@ -21,37 +22,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.states import PassageStates
+from preread_edge.outputs import write_output
 from tuning import EvaluationError
 from tuning.progress import SILENT, StageProgress
-from tuning.rerank import States, StateSource
-
-_READ_CHUNK_BYTES = 128 << 20
+from tuning.rerank import States, StateSource, chunked
 
 
 class WorkDir:
     """`root/<digest of the inputs>/`."""
 
     def __init__(self, root: Path, inputs: Mapping[str, Any]) -> None:
-        """
-        Args:
-            inputs: everything that the contents depend on, as JSON values.
-        """
+        """`inputs`: everything that the contents depend on, as JSON values."""
         document = json.dumps(inputs, sort_keys=True, ensure_ascii=False, indent=1).encode()
         self.path = root / hashlib.sha256(document).hexdigest()[:16]
         self.path.mkdir(parents=True, exist_ok=True)
-        described = self.path / "inputs.json"
-        if not described.exists():
-            aside = described.with_name("inputs.json.tmp")
-            aside.write_bytes(document)
-            os.replace(aside, described)
+        if not (self.path / "inputs.json").exists():
+            write_output(self.path / "inputs.json", document)
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """For this process alone; the kernel releases it when the process dies.
-
-        Raises:
-            EvaluationError: another run has it.
-        """
+        """For this process alone; the kernel releases it when the process dies. Raises EvaluationError: it is held."""
         with (self.path / "lock").open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -61,12 +51,11 @@ class WorkDir:
 
     def save(self, name: str, **arrays: NDArray[Any] | np.generic) -> None:
         """Arrays under one name; whole or absent."""
+        content = io.BytesIO()
+        np.savez(content, allow_pickle=False, **arrays)
         path = self.path / f"{name}.npz"
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(path.name + ".tmp")
-        with aside.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-        os.replace(aside, path)
+        write_output(path, content.getvalue())
 
     def load(self, name: str) -> dict[str, NDArray[Any]] | None:
         """The arrays saved under the name, or None: not there, or damaged."""
@@ -95,7 +84,7 @@ class SpilledStates:
     there; rows that a killed run left after it are cut off and made again. Chunks come in file order, always cut alike.
     """
 
-    def __init__(self, directory: Path, ratio: int, dim: int, chunk_bytes: int = _READ_CHUNK_BYTES) -> None:
+    def __init__(self, directory: Path, ratio: int, dim: int, chunk_bytes: int = 128 << 20) -> None:
         self.ratio = ratio
         self.dim = dim
         self.seconds = 0.0  # that the source took, over all runs
@@ -142,17 +131,8 @@ class SpilledStates:
     def chunk_ids(self, passage_ids: Sequence[str]) -> list[list[str]]:
         """Which passages `chunks` gives together; nothing is read."""
         chosen = set(passage_ids)
-        chunks: list[list[str]] = []
-        num_bytes = self._chunk_bytes
-        for p, extent in self._extents.items():
-            if p not in chosen:
-                continue
-            if num_bytes >= self._chunk_bytes:
-                chunks.append([])
-                num_bytes = 0
-            chunks[-1].append(p)
-            num_bytes += extent.num_states * self.dim * 4
-        return chunks
+        sized = ((p, extent.num_states * self.dim * 4) for p, extent in self._extents.items() if p in chosen)
+        return list(chunked(sized, self._chunk_bytes))
 
     def states(self, passage_id: str) -> PassageStates:
         """One passage; its states are read from the file, not mapped. Raises KeyError."""
