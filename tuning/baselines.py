@@ -8,8 +8,8 @@ cosine of query and passage, each cut at the model's 256 tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,26 +25,19 @@ _BATCH = 64
 
 
 def first_stage(judged: JudgedCollection, top_k: int, progress: StageProgress = SILENT) -> tuple[str, Run]:
-    """The first stage's name and its ranking, to rerank and to beat: the run that is given, or BM25's.
+    """Name and ranking of the first stage, an entry for each query: the run that is given, or BM25's.
 
-    Returns:
-        An entry for each query, at most `top_k` passages each.
-
-    Raises:
-        EvaluationError: no texts to search, or a run of other queries.
+    Raises EvaluationError: no texts to search, or a run of other queries.
     """
-    given = judged.candidates
-    if given is None:
+    if judged.candidates is None:
         if not judged.passages:
             raise EvaluationError("no passage texts for BM25: name a corpus, or a run file with the candidates")
         return _BM25, search(judged.passages, judged.queries, top_k, progress)
-    run: Run = {}
-    for query_id in judged.queries:
-        found = given.run.get(query_id, [])[:top_k]
-        run[query_id] = rank([p for p, _ in found], [score for _, score in found])
-    if not any(run.values()):
+    given, tag = judged.candidates
+    cut = {query_id: given.get(query_id, [])[:top_k] for query_id in judged.queries}
+    if not any(cut.values()):
         raise EvaluationError("the run ranks nothing for any of the queries; are its query ids theirs?")
-    return given.tag, run
+    return tag, {q: rank([p for p, _ in found], [score for _, score in found]) for q, found in cut.items()}
 
 
 def search(
@@ -53,43 +46,29 @@ def search(
     """BM25's best `top_k` passages of each query, best first, equal scores in corpus order.
 
     A passage that shares no word with the query is no candidate, so a query may have few or none.
-
-    Raises:
-        MissingExtra: bm25s is not installed.
+    Raises MissingExtra where bm25s is not installed.
     """
-    index = _index(list(passages.values()))
-    passage_ids = list(passages)
-    run: Run = {}
-    advance = progress.begin(_BM25, len(queries))
-    for query_id, text in queries.items():
-        scores = _scores(index, text) if index is not None else np.empty(0, dtype=np.float32)
-        best = _best(scores, top_k)
-        run[query_id] = rank([passage_ids[row] for row in best.tolist()], scores[best])
-        advance(1)
-    return run
-
-
-def _index(texts: list[str]) -> Any:
-    """A bm25s index, or None where no text has a word in it."""
     try:
         import bm25s
     except ImportError as exc:
         raise MissingExtra("BM25", "evaluate", exc) from exc
-    tokens = bm25s.tokenize(texts, stopwords="english", show_progress=False)
-    if not any(tokens.ids):
-        return None
+    tokenize = partial(bm25s.tokenize, stopwords="english", show_progress=False)
+    tokens = tokenize(list(passages.values()))
+    advance = progress.begin(_BM25, len(queries))
+    if not any(tokens.ids):  # no passage has a word in it
+        advance(len(queries))
+        return {query_id: [] for query_id in queries}
     index = bm25s.BM25()
     index.index(tokens, show_progress=False)
-    return index
-
-
-def _scores(index: Any, query: str) -> NDArray[np.float32]:
-    """(num_passages,), 0 where no word is shared."""
-    import bm25s
-
-    (words,) = bm25s.tokenize([query], stopwords="english", show_progress=False, return_ids=False)
-    scores: NDArray[np.float32] = index.get_scores_from_ids(index.get_tokens_ids(words))
-    return scores
+    passage_ids = list(passages)
+    run: Run = {}
+    for query_id, text in queries.items():
+        (words,) = tokenize([text], return_ids=False)
+        scores = index.get_scores_from_ids(index.get_tokens_ids(words))  # (num_passages,), 0 where no word is shared
+        best = _best(scores, top_k)
+        run[query_id] = rank([passage_ids[row] for row in best.tolist()], scores[best])
+        advance(1)
+    return run
 
 
 def _best(scores: NDArray[np.float32], top_k: int) -> NDArray[np.intp]:
@@ -108,14 +87,9 @@ def _best(scores: NDArray[np.float32], top_k: int) -> NDArray[np.intp]:
 def teacher_run(
     name: str, judged: JudgedCollection, first: Run, *, device: str | None = None, progress: StageProgress = SILENT
 ) -> Run:
-    """The teacher's ranking of the first stage's candidates; candidates without a text come last.
+    """The ranking of the first stage's candidates by one of TEACHERS; candidates without a text come last.
 
-    Args:
-        name: one of TEACHERS.
-
-    Raises:
-        EvaluationError: no texts for it to read.
-        MissingExtra: its package is not installed.
+    Raises EvaluationError: no texts for it to read, or its package is not installed.
     """
     passages, queries = judged.passages, judged.queries
     if not passages:
