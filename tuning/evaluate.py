@@ -7,8 +7,8 @@ report.baseline.measures["nDCG@10"].mean, report.reranked(4).measures["nDCG@10"]
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ from tuning.judged import JudgedCollection, read_judged
 from tuning.metrics import bootstraps, per_query
 from tuning.progress import SILENT, StageProgress
 from tuning.report import Counts, EvaluationReport, EvaluationSettings, MeasuringSettings, System
-from tuning.rerank import EncodedStates, Reranked, StateSource, StoredStates, rerank
-from tuning.trec import Run
+from tuning.rerank import CHUNK_BYTES, EncodedStates, StateSource, StoredStates, rerank
+from tuning.trec import Qrels, Run
 
 
 @dataclass
@@ -58,6 +58,12 @@ class Experiment:
     def encoder(self) -> PassageEncoder:
         return PassageEncoder.load(self.checkpoint, device=self.device, dtype=self.dtype)
 
+    def source(self, stored: Collection | None, ratio: int, chunk_bytes: int = CHUNK_BYTES) -> StateSource:
+        """States of `stored`, or where that is None of the passages, encoded at `ratio`."""
+        if stored is not None:
+            return StoredStates(stored, chunk_bytes)
+        return EncodedStates(self.encoder, self.judged.passages, ratio, self.settings.split, chunk_bytes)
+
     def identity(self) -> dict[str, Any]:
         """Fields of every report."""
         default = self.checkpoint.settings.default_instruction
@@ -86,56 +92,40 @@ def evaluate(
         judged: a collection, or a BEIR folder to read it from; stored states are read instead of encoding the passages.
         model: a checkpoint, or its directory or hub id.
 
-    Raises:
-        EvaluationError: input that cannot be evaluated.
-        CheckpointError, CacheError: a checkpoint or collection that cannot be used.
+    Raises EvaluationError for input that cannot be evaluated, and as `Experiment`.
     """
     judged = judged if isinstance(judged, JudgedCollection) else read_judged(judged)
     stored = judged.stored
-    settings = (settings or EvaluationSettings()).with_ratios(stored.manifest.compression_ratio if stored else 1)
+    stored_ratio = stored.manifest.compression_ratio if stored is not None else 1
+    settings = (settings or EvaluationSettings()).with_ratios(stored_ratio)
     one = Experiment(judged, model, settings, device, dtype, progress)
-    judged, (name, first) = one.judged, one.first_stage
+    judged, (name, first), ratios = one.judged, one.first_stage, settings.ratios or ()
     runs: list[tuple[str, int | None, Run]] = [(name, None, first)]
     if settings.teacher is not None:
         taught = teacher_run(settings.teacher, judged, first, device=device, progress=progress)
         runs.append((TEACHERS[settings.teacher], None, taught))
-    reranked = _rerank(one, settings)
+    source = one.source(stored, math.gcd(*ratios))
+    reranked = rerank(one.backend, source, judged.queries, first, ratios, settings.instruction, progress)
     runs += [(f"r = {ratio}", ratio, ranking) for ratio, ranking in reranked.runs.items()]
-    systems = []
-    for name, ratio, ranking in runs:
-        values = per_query(judged.qrels, ranking, settings.top_k, settings.min_grade)
-        systems.append(System(name, ratio, ranking, values, seconds=reranked.seconds.get(ratio or 0)))
-    counts = Counts.of(
-        judged,
-        first,
-        settings.min_grade,
-        num_missing_passages=len(reranked.missing_passages),
-        num_changed_passages=_num_changed(judged, first),
-        num_truncated_passages=len(reranked.truncated_passages),
-        num_unscored_pairs=reranked.num_unscored_pairs,
-    )
     return EvaluationReport(
         **one.identity(),
         stored_as=stored.name if stored is not None else None,
         codec=stored.manifest.codec if stored is not None else None,
         settings=settings,
-        counts=counts,
+        counts=Counts.of(
+            judged,
+            first,
+            settings.min_grade,
+            num_missing_passages=len(reranked.missing_passages),
+            num_changed_passages=_num_changed(judged, first),
+            num_truncated_passages=len(reranked.truncated_passages),
+            num_unscored_pairs=reranked.num_unscored_pairs,
+        ),
         query_ids=list(judged.qrels),
         qrels=judged.qrels,
-        systems=_compare(systems, settings),
+        systems=_measured(runs, reranked.seconds, judged.qrels, settings),
         refused=judged.refused,
     )
-
-
-def _rerank(one: Experiment, settings: EvaluationSettings) -> Reranked:
-    assert settings.ratios is not None
-    source: StateSource
-    if one.judged.stored is not None:
-        source = StoredStates(one.judged.stored)
-    else:
-        source = EncodedStates(one.encoder, one.judged.passages, math.gcd(*settings.ratios), split=settings.split)
-    queries, first = one.judged.queries, one.first_stage[1]
-    return rerank(one.backend, source, queries, first, settings.ratios, settings.instruction, one.progress)
 
 
 def open_checkpoint(
@@ -146,9 +136,7 @@ def open_checkpoint(
     Args:
         read_control_tokens: in texts, as KaLM's code does; of a checkpoint that is opened here.
 
-    Raises:
-        CheckpointError: it cannot be opened.
-        EncoderMismatch: another encoder wrote the collection.
+    Raises CheckpointError, or EncoderMismatch where another encoder wrote the collection.
     """
     if not isinstance(model, Checkpoint):
         limit = stored.manifest.max_passage_tokens if stored is not None else None
@@ -167,22 +155,27 @@ def _num_changed(judged: JudgedCollection, first: Run) -> int:
     return sum(digest is not None and digest != text_digest(judged.passages[p]) for p, digest in digests)
 
 
-def _compare(systems: Sequence[System], settings: EvaluationSettings) -> list[System]:
-    """The systems with intervals, each against the first, reranked ones against the finest ratio too.
-
-    Args:
-        systems: the first is the first stage; at least one has a ratio.
-    """
-    rows = [system.per_query for system in systems]
+def _measured(
+    runs: Sequence[tuple[str, int | None, Run]],
+    seconds: Mapping[int, float],
+    qrels: Qrels,
+    settings: EvaluationSettings,
+) -> list[System]:
+    """The systems with intervals, each against the first, the first stage, and reranked ones against the finest too."""
+    rows = [per_query(qrels, run, settings.top_k, settings.min_grade) for *_, run in runs]
     boots = bootstraps(rows, seed=settings.seed, num_resamples=settings.num_resamples)
-    finest = min((system.ratio, i) for i, system in enumerate(systems) if system.ratio is not None)[1]
+    finest = min((ratio, i) for i, (_, ratio, _) in enumerate(runs) if ratio is not None)[1]
     return [
-        replace(
-            system,
-            measures={name: boot.interval(i) for name, boot in boots.items()},
-            gain={name: boot.difference(i, 0) for name, boot in boots.items()} if i else None,
-            relative={name: boot.share(i, 0) for name, boot in boots.items()} if i else None,
-            kept={name: boot.share(i, finest) for name, boot in boots.items()} if system.ratio is not None else None,
+        System(
+            name,
+            ratio,
+            run,
+            rows[i],
+            measures={measure: boot.interval(i) for measure, boot in boots.items()},
+            gain={measure: boot.difference(i, 0) for measure, boot in boots.items()} if i else None,
+            relative={measure: boot.share(i, 0) for measure, boot in boots.items()} if i else None,
+            kept={measure: boot.share(i, finest) for measure, boot in boots.items()} if ratio is not None else None,
+            seconds=seconds.get(ratio) if ratio is not None else None,
         )
-        for i, system in enumerate(systems)
+        for i, (name, ratio, run) in enumerate(runs)
     ]

@@ -14,7 +14,7 @@ from pathlib import Path
 from cache.collection import Collection
 from cache.record import Record
 from encoder_worker.reading import SeenIds
-from encoder_worker.sources import Fields, Place, Refused, SourceError, SourcePassage
+from encoder_worker.sources import Fields, Refused, SourceError, SourcePassage
 from encoder_worker.sources.files import Source
 from tuning import EvaluationError
 from tuning.trec import JudgedFile, Qrels, RunFile, read_qrels
@@ -43,10 +43,6 @@ class JudgedCollection:
     candidates: RunFile | None = None  # the first stage's ranking; None: BM25's
     stored: Collection | None = None  # the same passages, indexed: their states, and where there are none their texts
 
-    def with_passages(self, passages: dict[str, str]) -> JudgedCollection:
-        """The same judgements over these passages."""
-        return replace(self, passages=passages)
-
     def with_stored_texts(self) -> JudgedCollection:
         """Where it has no passages, with the texts that the stored collection keeps; states are not decoded."""
         if self.passages or self.stored is None:
@@ -56,7 +52,7 @@ class JudgedCollection:
             for passage_id, record in self.stored.store.scan(self.stored.name)
             if isinstance(record, Record) and record.text is not None
         }
-        return self.with_passages(dict(sorted(texts.items())))
+        return replace(self, passages=dict(sorted(texts.items())))
 
     def without_judgements(self) -> JudgedCollection:
         """The same queries without their judgements."""
@@ -88,7 +84,7 @@ def read_judged(
     need_corpus: bool = True,
     need_qrels: bool = True,
 ) -> JudgedCollection:
-    """Reads a BEIR folder, or its three files by name; a file that is named wins over the folder's.
+    """A BEIR folder, or its three files by name; a file that is named wins over the folder's.
 
     Args:
         split: only these queries: of judgements in qrels/<split>.tsv where there is such a file, else
@@ -96,13 +92,10 @@ def read_judged(
         need_corpus: False where passages come from a store and candidates from a run.
         need_qrels: False where queries without any judgements will do.
 
-    Raises:
-        EvaluationError: a file that is missing, cannot be read or holds nothing of use; no query left to run. A line
-            that cannot be used is in `refused`, and left out.
+    Raises EvaluationError: a file that is missing, cannot be read or holds nothing of use; no query left to run. A line
+    that cannot be used is in `refused`, and left out.
     """
     folder = Path(folder) if folder is not None else None
-    if folder is not None and not folder.is_dir():
-        raise EvaluationError(f"{folder}: no such folder; expected corpus.jsonl, queries.jsonl and qrels (BEIR)")
     corpus_path = _find(folder, corpus, _CORPUS_NAMES, "corpus", needed=need_corpus)
     queries_path = _find(folder, queries, _QUERY_NAMES, "queries", needed=True)
     names = (f"qrels/{split}.tsv", *_QRELS_NAMES) if split is not None else _QRELS_NAMES
@@ -145,21 +138,18 @@ def _read_corpus(path: Path, refused: list[Refused]) -> dict[str, str]:
 def _read_queries(path: Path, refused: list[Refused]) -> tuple[dict[str, str], dict[str, str]]:
     """({query_id: text}, {query_id: split}) of BEIR's JSON lines (`id` or `_id`, `text`, optionally `split`)."""
     file = JudgedFile(path, refused)
-    splits: dict[Place, str] = {}
-    places: dict[str, Place] = {}
+    splits: dict[str, object] = {}
 
     def items() -> Iterator[SourcePassage | Refused]:
         for place, row in file.rows():
             item = _QUERY_FIELDS.of_row(place, row)
             if isinstance(item, SourcePassage):
-                places.setdefault(item.passage_id, place)
-                if isinstance(row.get("split"), str):
-                    splits[place] = row["split"]
+                splits.setdefault(item.passage_id, row.get("split"))
             yield item
 
     texts = _texts(file, items())
     file.require(texts, "queries")
-    return texts, {q: splits[places[q]] for q in texts if places[q] in splits}
+    return texts, {q: split for q in texts if isinstance(split := splits[q], str)}
 
 
 def _texts(file: JudgedFile, items: Iterable[SourcePassage | Refused]) -> dict[str, str]:
@@ -172,6 +162,8 @@ def _texts(file: JudgedFile, items: Iterable[SourcePassage | Refused]) -> dict[s
 def _find(
     folder: Path | None, named: str | Path | None, names: tuple[str, ...], kind: str, *, needed: bool
 ) -> Path | None:
+    if folder is not None and not folder.is_dir():
+        raise EvaluationError(f"{folder}: no such folder; expected corpus.jsonl, queries.jsonl and qrels (BEIR)")
     if named is not None:
         return Path(named)
     found = next((folder / name for name in names if (folder / name).is_file()), None) if folder is not None else None
@@ -182,8 +174,8 @@ def _find(
 
 
 def _only_split(collection: JudgedCollection, split: str, path: Path) -> JudgedCollection:
-    found = sorted({collection.splits[q] for q in collection.queries if q in collection.splits})
-    if split not in found:
-        known = ", ".join(found) if found else "its rows have no field `split`"
+    splits = {q: collection.splits[q] for q in collection.queries if q in collection.splits}
+    if split not in splits.values():
+        known = ", ".join(sorted(set(splits.values()))) or "its rows have no field `split`"
         raise EvaluationError(f"{path}: no judged query of split {split!r}; it has: {known}")
-    return collection.only(q for q, name in collection.splits.items() if name == split)
+    return collection.only(q for q, name in splits.items() if name == split)

@@ -75,11 +75,7 @@ class EvaluationSettings(MeasuringSettings):
             raise EvaluationError(f"teacher is {self.teacher!r}; expected {' or '.join(TEACHERS)}")
 
     def with_ratios(self, stored: int) -> EvaluationSettings:
-        """The same with the ratios that None stands for, fine to coarse; each can be read from states at `stored`.
-
-        Raises:
-            EvaluationError: a ratio that cannot be.
-        """
+        """The same with the ratios that None stands for, fine to coarse; each can be read from states at `stored`."""
         for ratio in self.ratios or ():
             if ratio % stored:
                 raise EvaluationError(f"ratio is {ratio}; the states are at {stored}, expected a multiple of it")
@@ -103,11 +99,11 @@ class System:
     ratio: int | None  # None unless it is the checkpoint
     run: Run = field(repr=False)
     per_query: PerQuery = field(repr=False)
-    measures: dict[str, Interval] = field(default_factory=dict)
-    gain: dict[str, Difference] | None = None
-    relative: dict[str, Interval | None] | None = None
-    kept: dict[str, Interval | None] | None = None
-    seconds: float | None = None  # of the decoder, all queries
+    measures: dict[str, Interval]
+    gain: dict[str, Difference] | None
+    relative: dict[str, Interval | None] | None
+    kept: dict[str, Interval | None] | None
+    seconds: float | None  # of the decoder, all queries
 
     @property
     def file_stem(self) -> str:
@@ -115,14 +111,14 @@ class System:
         return f"r{self.ratio}" if self.ratio is not None else "".join(filter(str.isalnum, self.name.lower()))
 
     def to_json(self) -> dict[str, Any]:
+        compared = {"gain": self.gain, "relative": self.relative, "kept": self.kept}
+        measured = measures_json(self.measures, self.per_query, **compared)
         return {
             "name": self.name,
             "ratio": self.ratio,
             "headline": HEADLINE,
-            "measures": measures_json(self.measures, gain=self.gain, relative=self.relative, kept=self.kept),
             "decoder_seconds": self.seconds,
-            "per_query": per_query_json(self.per_query),
-        }
+        } | measured
 
 
 def _noted(note: str) -> Any:
@@ -212,10 +208,6 @@ class EvaluationReport:
         """The first stage."""
         return self.systems[0]
 
-    def system(self, name: str) -> System:
-        """Raises KeyError."""
-        return {system.name: system for system in self.systems}[name]
-
     def reranked(self, ratio: int | None = None) -> System:
         """The checkpoint at `ratio`, or at its finest. Raises KeyError."""
         at = {system.ratio: system for system in self.systems if system.ratio is not None}
@@ -231,7 +223,10 @@ class EvaluationReport:
                 "settings": asdict(self.settings),
                 "counts": asdict(self.counts),
                 "notes": self.counts.notes(),
-                "refused": [_refused_json(item) for item in self.refused],
+                "refused": [
+                    asdict(item.place) | {"passage_id": item.passage_id, "reason": item.reason, "message": item.message}
+                    for item in self.refused
+                ],
                 "query_ids": self.query_ids,
                 "systems": [system.to_json() for system in self.systems],
             }
@@ -239,7 +234,7 @@ class EvaluationReport:
 
     def write_runs(self, folder: str | Path) -> list[Path]:
         """TREC files: a run per system, and the judgements they were measured with as qrels.txt."""
-        return write_runs(Path(folder), self.qrels, {system.file_stem: system.run for system in self.systems})
+        return write_runs(folder, self.qrels, {system.file_stem: system.run for system in self.systems})
 
     def print(self) -> None:
         """Title, table, how to read it, and notes about the data, on standard output."""
@@ -259,27 +254,16 @@ class EvaluationReport:
         )
 
 
-def measures_json(measures: Mapping[str, Interval], **compared: Mapping[str, Interval | None] | None) -> dict[str, Any]:
-    """Each measure with its comparisons by key; a comparison that is None is left out."""
-    return {
-        name: interval.to_json() | {key: _json(one[name]) for key, one in compared.items() if one is not None}
-        for name, interval in measures.items()
-    }
-
-
-def _json(interval: Interval | None) -> dict[str, Any] | None:
-    return interval.to_json() if interval is not None else None
-
-
-def per_query_json(per_query: PerQuery) -> dict[str, list[float | None]]:
-    """JSON has no NaN: undefined values become null."""
-    return {name: [round(v, 6) if v == v else None for v in values.tolist()] for name, values in per_query.items()}
-
-
-def _refused_json(item: Refused) -> dict[str, Any]:
-    """As in the report of `preread index`."""
-    place = {"source": item.place.source, "line": item.place.line, "passage_id": item.passage_id}
-    return place | {"reason": item.reason.value, "message": item.message}
+def measures_json(
+    measures: Mapping[str, Interval], values: PerQuery, **compared: Mapping[str, Interval | None] | None
+) -> dict[str, Any]:
+    """`measures`, each with its comparisons by key, None left out, and `per_query`, null where undefined."""
+    found = {name: interval.to_json() for name, interval in measures.items()}
+    for key, intervals in compared.items():
+        for name, interval in intervals.items() if intervals is not None else ():
+            found[name][key] = interval.to_json() if interval is not None else None
+    rounded = {name: [round(v, 6) if v == v else None for v in own.tolist()] for name, own in values.items()}
+    return {"measures": found, "per_query": rounded}
 
 
 def format_json(document: dict[str, Any]) -> str:

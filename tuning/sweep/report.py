@@ -14,7 +14,7 @@ from rich.text import Text
 
 from tuning import EvaluationError
 from tuning.metrics import HEADLINE
-from tuning.report import format_json, measures_json, per_query_json, plain_table, print_parts
+from tuning.report import format_json, measures_json, plain_table, print_parts
 from tuning.sweep.costs import IndexingCost, Latency, StoredSize
 from tuning.sweep.quality import AUC, TAU, Quality
 from tuning.sweep.settings import Configuration, SweepSettings
@@ -319,8 +319,7 @@ def _toml(values: dict[str, Any]) -> str:
 
 
 def _quality_json(quality: Quality) -> dict[str, Any]:
-    measures = measures_json(quality.measures, change=quality.change, kept=quality.kept)
-    return {"measures": measures, "per_query": per_query_json(quality.per_query)}
+    return measures_json(quality.measures, quality.per_query, change=quality.change, kept=quality.kept)
 
 
 def _table(report: SweepReport, shown: list[tuple[SweepRow, bool, bool]], choice: Choice | None) -> Table:

@@ -28,7 +28,7 @@ from tuning.evaluate import Experiment
 from tuning.judged import JudgedCollection
 from tuning.progress import SILENT, StageProgress
 from tuning.report import Counts
-from tuning.rerank import EncodedStates, Pairs, StateSource, StoredStates
+from tuning.rerank import Pairs
 from tuning.sweep.costs import CostTimer, IndexingCost, Lengths, TimedQuery
 from tuning.sweep.margins import Codecs, Margins
 from tuning.sweep.quality import Judgements, Quality, measure_quality
@@ -128,12 +128,7 @@ class Sweep(Experiment):
     @cached_property
     def states(self) -> SpilledStates:
         """Every candidate's states, on disk."""
-        source: StateSource
-        if self.from_states is not None:
-            source = StoredStates(self.from_states)
-        else:
-            split, size = self.settings.split, _SPILL_CHUNK_BYTES
-            source = EncodedStates(self.encoder, self.judged.passages, 1, split=split, chunk_bytes=size)
+        source = self.source(self.from_states, 1, _SPILL_CHUNK_BYTES)
         states = SpilledStates(self.work.path, source.ratio, self.checkpoint.dim)
         states.fill(source, list(self.pairs.places), self.progress)
         if not states.passage_ids:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +202,7 @@ def test_a_collection_without_texts_is_its_own_reference(sweep: Sweep, judged: J
     store = open_store("memory:tune-textless")
     stored = _index(store, tiny, judged.passages, ratio=2, codec="SQfp16", stores_text=False)
     run = RunFile({"q1": [("moon", 3.0), ("tide", 2.0), ("bread", 1.0)]}, "mine")
-    bare = judged.with_passages({})
+    bare = replace(judged, passages={})
     report = sweep(judged=bare, stored=stored, candidates=run, stored_ratios=(2, 4), read_ratios=(4,), cascades=())
     assert report.reference_ratio == 2
     assert [row.configuration.name for row in report.rows] == [
