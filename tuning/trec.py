@@ -144,8 +144,7 @@ class RunFile(NamedTuple):
 def read_run(path: Path) -> RunFile:
     """A TREC run file, each query's passages by falling score; equal scores by rank, then line.
 
-    Raises:
-        EvaluationError: a line of another form, a passage twice for one query, or an empty file.
+    Raises EvaluationError: a line of another form, a passage twice for one query, or an empty file.
     """
     rows: dict[str, dict[str, tuple[float, int]]] = {}
     file, tag = JudgedFile(path), ""

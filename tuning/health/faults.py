@@ -38,11 +38,7 @@ class PlainModel:
 
         kind = "AutoModelForCausalLM" if profile.head == "vocabulary" else "AutoModelForSequenceClassification"
         self.model: Any = load_transformer(
-            directory,
-            torch.float32,
-            torch.device(device),
-            kind=kind,
-            trust_remote_code=trust_remote_code,
+            directory, torch.float32, torch.device(device), kind=kind, trust_remote_code=trust_remote_code
         )
         with quiet():
             loaded: Any = cast(Any, AutoTokenizer).from_pretrained(
@@ -59,10 +55,12 @@ class PlainModel:
         """Token ids, by this model's profile or another one's template."""
         return PairReader(self.tokenizer, profile or self.profile).read(pairs)
 
-    def margins(self, pairs: Sequence[TextPair], advance: Advance = ignore) -> Margins:
-        """Margins (len(pairs),)."""
+    def margins(
+        self, pairs: Sequence[TextTriple], advance: Advance = ignore, profile: Profile | None = None
+    ) -> Margins:
+        """Margins (len(pairs),), by this model's profile or another one's template."""
         margins = np.empty(len(pairs), dtype=np.float32)
-        for row, pair in enumerate(pairs):
+        for row, pair in enumerate(self.read(pairs, profile)):
             margins[row] = float(self.readout(self.forward(self.inputs(pair))))
             advance(1)
         return margins
@@ -156,11 +154,7 @@ class Evidence:
     alone_agrees: bool | None = None  # whether unpadded passes give the reference's margins
 
     def causes(self, plain: PlainModel | None) -> list[str]:
-        """Likely causes in words, the surest first.
-
-        Args:
-            plain: where there is one, faults are tried out on it.
-        """
+        """Likely causes in words, the surest first; where there is a plain model, faults are tried out on it."""
         good = np.isfinite(self.margins) & np.isfinite(self.scores)
         if not good.any():
             return [NONE_FINITE]
@@ -216,9 +210,6 @@ def _rms(values: Margins) -> float:
     return float(np.sqrt(np.square(values.astype(np.float64)).mean()))
 
 
-_Attempt = Callable[[PlainModel, Evidence], Iterator[Margins]]
-
-
 def _sigmoid_for_logit(_: PlainModel, evidence: Evidence) -> Iterator[Margins]:
     assert evidence.reference is not None
     yield sigmoid(evidence.reference)
@@ -229,13 +220,13 @@ def _without_template(plain: PlainModel, evidence: Evidence) -> Iterator[Margins
     bare = dataclasses.replace(plain.profile, instruction_format="", default_instruction="")
     joined = [("{query} {passage}",), ("{passage} {query}",), ("{query}\n{passage}",)]
     for template in ([()] if plain.profile.template else []) + joined:
-        yield plain.margins(plain.read(evidence.pairs, dataclasses.replace(bare, template=template)))
+        yield plain.margins(evidence.pairs, profile=dataclasses.replace(bare, template=template))
 
 
 def _without_pooler(plain: PlainModel, evidence: Evidence) -> Iterator[Margins]:
     with _pooler_dropped(plain.model) as dropped:
         if dropped:
-            yield plain.margins(plain.read(evidence.pairs))
+            yield plain.margins(evidence.pairs)
 
 
 def _softmax_over_hidden(plain: PlainModel, evidence: Evidence) -> Iterator[Margins]:
@@ -262,7 +253,7 @@ def _padded_on_the_wrong_side(plain: PlainModel, evidence: Evidence) -> Iterator
     yield np.array(margins, dtype=np.float32)
 
 
-_ATTEMPTS: tuple[tuple[str, _Attempt], ...] = (
+_ATTEMPTS: tuple[tuple[str, Callable[[PlainModel, Evidence], Iterator[Margins]]], ...] = (
     (_SIGMOID_FOR_LOGIT, _sigmoid_for_logit),
     (_SOFTMAX_OVER_HIDDEN, _softmax_over_hidden),
     (_DROPPED_POOLER, _without_pooler),
@@ -274,20 +265,18 @@ _ATTEMPTS: tuple[tuple[str, _Attempt], ...] = (
 @contextmanager
 def _pooler_dropped(model: Any) -> Iterator[bool]:
     """Takes dense and activation between the first token and the last layer out, where a model has them."""
-    handles: list[Any] = []
-    base_pooler = getattr(model.base_model, "pooler", None)
+    handle: Any = None
+    # (batch, tokens, hidden) -> (batch, hidden), of BERT or of DeBERTa
+    pooler: Any = getattr(model.base_model, "pooler", None) or getattr(model, "pooler", None)
     classifier: Any = getattr(model, "classifier", None)
-    if base_pooler is not None:  # BERT: (batch, tokens, hidden) -> (batch, hidden)
-        handles.append(base_pooler.register_forward_hook(lambda _, inputs, __: inputs[0][:, 0]))
-    elif getattr(model, "pooler", None) is not None:  # DeBERTa
-        handles.append(model.pooler.register_forward_hook(lambda _, inputs, __: inputs[0][:, 0]))
+    if pooler is not None:
+        handle = pooler.register_forward_hook(lambda _, inputs, __: inputs[0][:, 0])
     elif hasattr(classifier, "dense") and hasattr(classifier, "out_proj"):  # RoBERTa
-        hook = lambda head, inputs, _: head.out_proj(inputs[0][:, 0])  # noqa: E731
-        handles.append(classifier.register_forward_hook(hook))
+        handle = classifier.register_forward_hook(lambda head, inputs, _: head.out_proj(inputs[0][:, 0]))
     elif getattr(model, "head", None) is not None and classifier is not None:  # ModernBERT
-        handles.append(model.head.register_forward_hook(lambda _, inputs, __: inputs[0]))
+        handle = model.head.register_forward_hook(lambda _, inputs, __: inputs[0])
     try:
-        yield bool(handles)
+        yield handle is not None
     finally:
-        for handle in handles:
+        if handle is not None:
             handle.remove()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,10 @@ from tuning.health.checks import (
     published_section,
 )
 from tuning.health.faults import Evidence, PlainModel
-from tuning.health.pairs import MIN_PAIRS, Margins, PairSet, TextTriple
+from tuning.health.pairs import MIN_PAIRS, Margins, PairSet
 from tuning.health.report import Farthest, HealthReport, Section
 from tuning.health.scorers import CrossScorer, FbnlScorer, Scorer
-from tuning.progress import SILENT, Advance, StageProgress, counted, ignore
+from tuning.progress import SILENT, StageProgress, counted
 
 _FLOAT32_NAMES = ("fp32", "float32")
 _NARROW = "bfloat16"
@@ -73,11 +73,13 @@ def check(
         EvaluationError: pairs that it cannot score at all.
     """
     config = model if isinstance(model, ModelConfig) else ModelConfig(str(model))
+    kind, foreign = "fbnl checkpoints", dict[str, object](codec=codec, ratio=ratio)
     if is_fbnl(config):
-        torch = config.runtime == "torch"
-        _reject("cross-encoders", runtime=not torch, profile=config.profile, max_tokens=config.max_passage_tokens)
-    else:
-        _reject("fbnl checkpoints", codec=codec, ratio=ratio)
+        kind, other_runtime = "cross-encoders", config.runtime != "torch"
+        foreign = {"runtime": other_runtime, "profile": config.profile, "max_tokens": config.max_passage_tokens}
+    for name, value in foreign.items():
+        if value:
+            raise EvaluationError(f"{name} is for {kind}; this model is none")
     backend = load_model(replace(config, kv_caches=NO_KV_CACHES))
     other = None
     if against not in _FLOAT32_NAMES:
@@ -112,31 +114,18 @@ def _scorer(model: Backend, ratio: int | None = None) -> FbnlScorer | CrossScore
     return CrossScorer(model)
 
 
-def _reject(kind: str, **settings: Any) -> None:
-    for name, value in settings.items():
-        if value:
-            raise EvaluationError(f"{name} is for {kind}; this model is none")
-
-
+@dataclass
 class _Check:
     """Sections about one model, as they come about."""
 
-    def __init__(
-        self,
-        served: FbnlScorer | CrossScorer,
-        pairs: PairSet,
-        other: tuple[str, Scorer] | None,
-        progress: StageProgress,
-    ) -> None:
-        self.started = time.monotonic()
-        self.served = served
-        self.pairs = pairs
-        self.other = other  # another model, by name, whose margins this one must give too
-        self.progress = progress
-        self.tolerance = Tolerance.of(served.number_format)
-        self.notes: list[str] = []
-        self.sections: list[Section] = []
-        self.causes: list[str] = []  # of comparisons that failed
+    served: FbnlScorer | CrossScorer
+    pairs: PairSet
+    other: tuple[str, Scorer] | None  # another model, by name, whose margins this one must give too
+    progress: StageProgress
+    notes: list[str] = field(default_factory=list)
+    sections: list[Section] = field(default_factory=list)
+    causes: list[str] = field(default_factory=list)  # of comparisons that failed
+    started: float = field(default_factory=time.monotonic)
 
     def begin(self) -> Margins:
         """Margins of the model as it is served, and the section about it alone."""
@@ -144,19 +133,16 @@ class _Check:
         self.sections.append(behaviour(self.served, self.pairs.pairs, margins))
         return margins
 
-    def score(self, stage: str, scorer: Scorer | _Reference) -> Margins:
+    def score(self, stage: str, scorer: Scorer | PlainModel) -> Margins:
         with counted(self.progress, stage, len(self.pairs)) as advance:
             return scorer.margins(self.pairs.pairs, advance)
 
     def compare(
         self, title: str, served: Margins, reference: Margins, tolerance: Tolerance | None = None, cause: str = ""
     ) -> Section:
-        """
-        Args:
-            tolerance: None: that of the served number format.
-            cause: the likely one, where it fails.
-        """
-        section = (tolerance or self.tolerance).compare(title, served, reference)
+        """By default within the served number format's tolerance; `cause` is the likely one where it fails."""
+        tolerance = tolerance or Tolerance.of(self.served.number_format)
+        section = tolerance.compare(title, served, reference)
         self.sections.append(section)
         if section.failed and cause:
             self.causes.append(cause)
@@ -168,8 +154,7 @@ class _Check:
             self.compare(f"against {self.other[0]}", margins, self.score("other", self.other[1]))
         self.sections.append(published_section(self.served))
         if len(self.pairs) < _FEW_PAIRS:
-            few = f"only {len(self.pairs)} pairs: below {_FEW_PAIRS} one pair out of order decides"
-            self.notes.append(few)
+            self.notes.append(f"only {len(self.pairs)} pairs: below {_FEW_PAIRS} one pair out of order decides")
 
     @property
     def failed(self) -> bool:
@@ -201,17 +186,12 @@ class _Check:
 
 
 def _check_cross(check: _Check, served: CrossScorer, trust_remote_code: bool = False) -> HealthReport:
-    """A cross-encoder: alone, against the plain model, published scores.
-
-    Raises:
-        CheckpointError: weights that cannot be loaded once more.
-        EvaluationError: no pairs fit the model.
-    """
+    """A cross-encoder: alone, against the plain model, published scores."""
     model = served.model
     check.pairs, check.notes = _fitting(model, check.pairs)
     margins = check.begin()
-    reference = _Reference(model, trust_remote_code)
-    check.notes += reference.notes
+    reference, notes = _reference(model, trust_remote_code)
+    check.notes += notes
     expected = check.score("plain float32", reference)
     own = check.compare(f"{served.number_format} against plain float32", margins, expected)
     check.finish(margins)
@@ -221,7 +201,7 @@ def _check_cross(check: _Check, served: CrossScorer, trust_remote_code: bool = F
         if not served.listwise:
             agrees = agree_alone(served, reference.margins, check.pairs.pairs)
             evidence = replace(evidence, alone_agrees=agrees)
-        causes = evidence.causes(reference.plain)
+        causes = evidence.causes(reference if isinstance(reference, PlainModel) else None)
         if causes == [faults.UNKNOWN]:
             causes = [_by_comparison(own, served.number_format, check.other)]
     return check.report(
@@ -263,49 +243,32 @@ def _fitting(model: CrossEncoder, pairs: PairSet) -> tuple[PairSet, list[str]]:
     return PairSet(pairs.name, fitting), [note] if num_others else []
 
 
-class _Reference:
-    """Margins of the weights by the book, under the profile that the checkpoint has by default.
+def _reference(model: CrossEncoder, trust_remote_code: bool) -> tuple[PlainModel | CrossScorer, list[str]]:
+    """The weights by the book, under the profile that the checkpoint has by default, with notes about it.
 
     That is the one of the table or of the checkpoint's file; the served one where there is neither.
     """
-
-    def __init__(self, model: CrossEncoder, trust_remote_code: bool) -> None:
-        directory = resolve(model.checkpoint_name)
-        try:
-            own = named_profile(model.checkpoint_name, None) or own_profile(directory)
-        except CheckpointError:  # its file is broken: only the served profile is left
-            own = None
-        profile = model.profile
-        if own is not None:
-            profile = own.limited(read_json(directory / "config.json"), model.profile.max_tokens)
-        self.notes = []
-        if profile != model.profile:
-            self.notes.append(f"served by the profile {model.profile.model}; compared with its own, {profile.model}")
-        self.plain: PlainModel | None = None
-        if profile.listwise:  # the score is the list's: nothing plainer than the model itself
-            self.notes.append("listwise: scores depend on the other candidates of a request")
-            same = open_cross_encoder(
-                model.checkpoint_name, dtype="float32", profile=profile, trust_remote_code=trust_remote_code
-            )
-            self._same = CrossScorer(same)
-        else:
-            self.plain = PlainModel(directory, profile, model.device_name, trust_remote_code)
-
-    def margins(self, texts: Sequence[TextTriple], advance: Advance = ignore) -> Margins:
-        if self.plain is None:
-            return self._same.margins(texts, advance)
-        return self.plain.margins(self.plain.read(texts), advance)
+    name, profile, directory = model.checkpoint_name, model.profile, resolve(model.checkpoint_name)
+    try:
+        own = named_profile(name, None) or own_profile(directory)
+    except CheckpointError:  # its file is broken: only the served profile is left
+        own = None
+    if own is not None:
+        profile = own.limited(read_json(directory / "config.json"), model.profile.max_tokens)
+    notes = []
+    if profile != model.profile:
+        notes.append(f"served by the profile {model.profile.model}; compared with its own, {profile.model}")
+    if not profile.listwise:
+        return PlainModel(directory, profile, model.device_name, trust_remote_code), notes
+    # The score is the list's: nothing plainer than the model itself.
+    same = open_cross_encoder(name, dtype="float32", profile=profile, trust_remote_code=trust_remote_code)
+    return CrossScorer(same), [*notes, "listwise: scores depend on the other candidates of a request"]
 
 
 def _check_fbnl(check: _Check, served: FbnlScorer, codec: str, *, every_format: bool = True) -> HealthReport:
     """One ratio and codec of an fbnl checkpoint: alone, number formats, stored and cached states, published margins.
 
-    Args:
-        every_format: compare bfloat16 with float32 even where float32 is served.
-
-    Raises:
-        EvaluationError: a passage that cannot be encoded at all.
-        CacheError: a codec that cannot be had.
+    With `every_format` bfloat16 is compared with float32 even where float32 is served.
     """
     margins = check.begin()
     reference, narrow, format_failed = margins, None, False

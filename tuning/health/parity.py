@@ -71,8 +71,7 @@ def parity(
 ) -> list[ParityRow]:
     """Scores the pairs with both models in each format.
 
-    Raises:
-        CheckpointError: either cannot be loaded, or a score is not finite.
+    Raises CheckpointError: either cannot be loaded, or a score is not finite.
     """
     loaded_batches, order = _batches(source, pairs)
     rows = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import closing
 
 import numpy as np
 
@@ -112,42 +113,33 @@ class FbnlScorer(Scorer):
         return FbnlScorer(backend, self.ratio)
 
     def states(self, pairs: Sequence[TextTriple], ratio: int | None = None) -> list[PassageStates]:
-        """States of each pair's passage, encoded now.
-
-        Raises:
-            EvaluationError: a passage that cannot be encoded.
-        """
-        texts = {str(i): pair.passage for i, pair in enumerate(pairs)}
+        """States of each pair's passage, encoded now. Raises EvaluationError: a passage that cannot be encoded."""
+        texts = {str(number): pair.passage for number, pair in enumerate(pairs, 1)}
         found: dict[str, PassageStates] = {}
         for chunk in EncodedStates(self.encoder, texts, ratio or self.ratio).chunks(list(texts)):
             found |= chunk
-        missing = [i for i in range(len(pairs)) if str(i) not in found]
+        missing = [number for number in texts if number not in found]
         if missing:
-            which = "of all passages" if len(missing) == len(pairs) else f"of the passage of pair {missing[0] + 1}"
+            which = "of all passages" if not found else f"of the passage of pair {missing[0]}"
             raise EvaluationError(f"the encoder's states {which} are not finite: there is nothing to score")
-        return [found[str(i)] for i in range(len(pairs))]
+        return [found[number] for number in texts]
 
     def stored(self, states: Sequence[PassageStates], codec: str) -> list[PassageStates]:
         """The states as a server reads them: encoded by the codec into a collection, and read back.
 
-        Raises:
-            CacheError: an unknown codec, or one that needs more states to train.
+        Raises CacheError: an unknown codec, or one that needs more states to train.
         """
-        store = open_store("memory:")
-        try:
+        with closing(open_store("memory:")) as store:
             settings = CollectionSettings(self.ratio, codec, stores_text=False)
-            target = Target(store, "check", settings, self.encoder)
-            collection = target.create(states)
-            ids = [str(i) for i in range(len(states))]
-            passages = [StoredPassage(id_, one) for id_, one in zip(ids, states, strict=True)]
+            collection = Target(store, "check", settings, self.encoder).create(states)
+            passages = [StoredPassage(str(i), one) for i, one in enumerate(states)]
             collection.put_many(passages, allow_clipped=True)  # the codec's loss is the point of it
-            read = collection.get_many(ids)
-        finally:
-            store.close()
-        damaged = next((one for one in read if not isinstance(one, PassageStates)), None)
-        if damaged is not None or len(read) != len(states):
+            read = collection.get_many([one.passage_id for one in passages])
+        kept = [one for one in read if isinstance(one, PassageStates)]
+        if len(kept) < len(states):
+            damaged = next(one for one in read if not isinstance(one, PassageStates))
             raise EvaluationError(f"a stored passage did not come back: {damaged}")
-        return [one for one in read if isinstance(one, PassageStates)]
+        return kept
 
     def score(self, pairs: Sequence[TextTriple], states: Sequence[PassageStates], advance: Advance = ignore) -> Margins:
         """Margins of passages already encoded."""
@@ -156,12 +148,7 @@ class FbnlScorer(Scorer):
     def cached(
         self, pairs: Sequence[TextTriple], states: Sequence[PassageStates], form: str, advance: Advance = ignore
     ) -> Margins:
-        """Margins from a server's caches, filled before.
-
-        Args:
-            states: with keys, as a collection gives them.
-            form: number format of the caches.
-        """
+        """Margins from a server's caches in number format `form`, filled before; states as a collection gives them."""
         backend = self.backend.with_caches(KvCacheConfig(_CACHE_BYTES, _CACHE_BYTES, form))
         passages = list(zip(self._prompts(pairs), states, strict=True))
         for prompt, passage in passages:
@@ -173,12 +160,12 @@ class FbnlScorer(Scorer):
 
     def together(self, pairs: Sequence[TextTriple]) -> Margins:
         tokenized = self.encoder.tokenize([pair.passage for pair in pairs])
-        windows = [one.windows[0] for one in tokenized if one.failed is None]
-        encoded = self.encoder.encode(windows, self.ratio) if len(windows) == len(pairs) else []
-        failed = [one.failed for one in tokenized if one.failed] + [x for x in encoded if isinstance(x, Exception)]
+        failed: list[object] = [one.failed for one in tokenized if one.failed]
+        encoded = self.encoder.encode([one.windows[0] for one in tokenized], self.ratio) if not failed else []
+        states = [one for one in encoded if isinstance(one, np.ndarray)]
+        failed += [one for one in encoded if not isinstance(one, np.ndarray)]
         if failed:
             raise EvaluationError(f"a passage cannot be encoded: {failed[0]}")
-        states = [one for one in encoded if isinstance(one, np.ndarray)]
         return self.backend.score([StatePair(*pair) for pair in zip(self._prompts(pairs), states, strict=True)])
 
     def scores(self, margins: Margins) -> Margins:

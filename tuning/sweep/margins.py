@@ -6,9 +6,9 @@ States go through the real codec and back, as a collection would give them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from itertools import groupby
 from operator import attrgetter
 
@@ -58,11 +58,7 @@ class Codecs:
     _made: dict[tuple[int, str], TrainedCodec] = field(default_factory=dict)
 
     def get(self, ratio: int, factory: str) -> TrainedCodec | None:
-        """The codec for states at `ratio`; None where it cannot be trained and may be left out.
-
-        Raises:
-            EvaluationError: it cannot be trained, and few_samples is `refuse`.
-        """
+        """The codec for states at `ratio`; None where it cannot be trained. Raises as `leave_out`."""
         key = (ratio, factory)
         if key not in self._made and key not in self.left_out:
             try:
@@ -72,11 +68,7 @@ class Codecs:
         return self._made.get(key)
 
     def leave_out(self, ratio: int, factory: str, reason: str) -> None:
-        """The codec cannot be used at this ratio: the sweep goes on without it, or ends.
-
-        Raises:
-            EvaluationError: few_samples is `refuse`.
-        """
+        """The sweep goes on without the codec at this ratio, or ends in EvaluationError: few_samples is `refuse`."""
         if self.few_samples == "refuse":
             raise EvaluationError(
                 f"codec {factory} at stored ratio {ratio}: {reason}; leave it out, or --few-samples fallback"
@@ -109,7 +101,7 @@ class Codecs:
         codec = Codec(factory, self.states.dim)
         if not codec.needs_training:
             return TrainedCodec(codec, 0.0, 0)
-        name = f"codecs/{file_name(ratio, factory)}"
+        name = f"codecs/r{ratio}-{factory}"
         kept = self.work.load(name)
         if kept is not None:
             seconds, num_sample = float(kept["seconds"]), int(kept["num_sample"])
@@ -126,11 +118,6 @@ class Codecs:
         return TrainedCodec(codec, seconds, num_sample)
 
 
-def file_name(ratio: int, factory: str) -> str:
-    """`r4-SQ8`; commas and brackets of a factory string become code points, so that names stay distinct."""
-    return f"r{ratio}-" + "".join(c if c.isalnum() or c in "-_" else f"~{ord(c):x}" for c in factory)
-
-
 @dataclass(frozen=True)
 class _Chunk:
     """Passages whose states fit into memory together, and the pairs they are in."""
@@ -145,10 +132,7 @@ class Margins:
     """Flat margins (num_pairs,) by unit; NaN where a candidate has no states or its margin is not finite."""
 
     def __init__(self, work: WorkDir, states: SpilledStates, pairs: Pairs, prompts: Mapping[str, Prompt]) -> None:
-        """
-        Args:
-            prompts: of each query.
-        """
+        """`prompts`: of each query."""
         self.pairs = pairs
         self.values: dict[Unit, NDArray[np.float32]] = {}
         self._work = work
@@ -167,65 +151,52 @@ class Margins:
         flat = self._empty()
         for chunk in self._chunks:
             load = partial(self._load, chunk, self._states.ratio)
-            flat[chunk.indices] = self._score(f"reference/{chunk.number:04}", chunk, load, backend, advance)
+            names = {f"reference/{chunk.number:04}": self._states.ratio}
+            (flat[chunk.indices],) = self._score(chunk, names, load, backend, advance)
         return flat
 
     def fill(self, backend: Backend, units: Sequence[Unit], codecs: Codecs, progress: StageProgress = SILENT) -> None:
-        """Computes each unit, but those whose codec is left out.
-
-        Raises:
-            EvaluationError: a codec that cannot be used and may not be left out.
-        """
+        """Computes each unit, but those whose codec is left out. Raises as `Codecs.leave_out`."""
         advance = progress.begin("score (pairs)", self.pairs.num * len(units))
-        for (ratio, factory), group in groupby(units, key=attrgetter("stored_ratio", "codec")):
-            read_ratios = [unit.read_ratio for unit in group]
+        for (ratio, factory), grouped in groupby(units, key=attrgetter("stored_ratio", "codec")):
+            group = list(grouped)
             trained = codecs.get(ratio, factory)
             if trained is None:
-                advance(self.pairs.num * len(read_ratios))
+                advance(self.pairs.num * len(group))
                 continue
-            flats = {read_ratio: self._empty() for read_ratio in read_ratios}
+            flats = [self._empty() for _ in group]
             try:
                 for chunk in self._chunks:
-                    stored = _Stored(trained, partial(self._load, chunk, ratio))
-                    for read_ratio, flat in flats.items():
-                        name = f"{file_name(ratio, factory)}/{read_ratio}-{chunk.number:04}"
-                        load = partial(stored.at_ratio, read_ratio)
-                        flat[chunk.indices] = self._score(name, chunk, load, backend, advance)
+                    read_ratios = [unit.read_ratio for unit in group]
+                    names = {f"r{ratio}-{factory}/{one}-{chunk.number:04}": one for one in read_ratios}
+                    load = partial(self._load, chunk, ratio, trained)
+                    for flat, margins in zip(flats, self._score(chunk, names, load, backend, advance), strict=True):
+                        flat[chunk.indices] = margins
             except CodecError as exc:
                 codecs.leave_out(ratio, factory, str(exc))
                 continue
-            self.values |= {Unit(ratio, factory, read_ratio): flat for read_ratio, flat in flats.items()}
+            self.values |= dict(zip(group, flats, strict=True))
 
     def _score(
-        self, name: str, chunk: _Chunk, load: Callable[[], States], backend: Backend, advance: Advance
-    ) -> NDArray[np.float32]:
-        """Margins of a chunk, (len(pairs),): as kept, or scored and kept."""
-        kept = self._work.load(f"margins/{name}")
-        if kept is not None and kept["margins"].shape == chunk.indices.shape:
-            advance(len(chunk.pairs))
-            return kept["margins"]
-        states = load()
-        margins = score_passages(backend, [(self._prompts[q], states[p]) for q, p in chunk.pairs], advance)
-        self._work.save(f"margins/{name}", margins=margins)
-        return margins
+        self, chunk: _Chunk, names: Mapping[str, int], load: Callable[[], States], backend: Backend, advance: Advance
+    ) -> Iterator[NDArray[np.float32]]:
+        """Margins of a chunk, (len(pairs),), for each name and its read ratio: as kept, or scored and kept."""
+        states: States | None = None  # loaded once, and not at all where every reading was scored before
+        for name, ratio in names.items():
+            kept = self._work.load(f"margins/{name}")
+            if kept is not None and kept["margins"].shape == chunk.indices.shape:
+                advance(len(chunk.pairs))
+                yield kept["margins"]
+                continue
+            states = load() if states is None else states
+            pooled = {p: one.at_ratio(ratio) for p, one in states.items()}
+            margins = score_passages(backend, [(self._prompts[q], pooled[p]) for q, p in chunk.pairs], advance)
+            self._work.save(f"margins/{name}", margins=margins)
+            yield margins
 
-    def _load(self, chunk: _Chunk, ratio: int) -> States:
-        return {p: self._states.states(p).at_ratio(ratio) for p in chunk.passage_ids}
+    def _load(self, chunk: _Chunk, ratio: int, trained: TrainedCodec | None = None) -> States:
+        states = {p: self._states.states(p).at_ratio(ratio) for p in chunk.passage_ids}
+        return trained.roundtrip(states) if trained is not None else states
 
     def _empty(self) -> NDArray[np.float32]:
         return np.full(self.pairs.num, np.nan, dtype=np.float32)
-
-
-@dataclass
-class _Stored:
-    """A chunk's states out of a codec: decoded once, and not at all where every reading was scored before."""
-
-    trained: TrainedCodec
-    load: Callable[[], States]
-
-    @cached_property
-    def states(self) -> States:
-        return self.trained.roundtrip(self.load())
-
-    def at_ratio(self, ratio: int) -> States:
-        return {p: one.at_ratio(ratio) for p, one in self.states.items()}

@@ -55,15 +55,17 @@ def _page(report: SweepReport, limits: Limits, choice: Choice | None, drawn: lis
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"ms": lambda seconds: f"{seconds * 1000:,.1f}", "duration": _duration, "size": _size}
-    fronts = zip(report.rows, report.on_size_front, report.on_latency_front, strict=True)
-    shown = _rows_with_examples(report, choice.row if choice is not None else None)
+    fronts = sorted((row for row, *on in report.marked if any(on)), key=lambda row: row.size.bytes_per_passage)
+    shown = [row for row in fronts if choice is None or row is not choice.row][:_NUM_CONFIGURATIONS]
+    if choice is not None:
+        shown.insert(0, choice.row)
     return environment.get_template("report.html.jinja").render(
         report=report,
         limits=limits,
         choice=choice,
         broken=choice.explain(limits) if choice is not None else "",
         plots=drawn,
-        rows=list(fronts),
+        rows=report.marked,
         measures=[HEADLINE, "MRR@10", TAU, report.settings.overlap_name, AUC],
         headline=HEADLINE,
         examples=[_examples_of(report, row) for row in shown],
@@ -72,13 +74,10 @@ def _page(report: SweepReport, limits: Limits, choice: Choice | None, drawn: lis
 
 def _size(num_bytes: float) -> str:
     """1536 -> 1.5 KiB."""
-    if num_bytes < 1024:
-        return f"{num_bytes:,.0f} B"
-    for unit in ("KiB", "MiB"):
-        num_bytes /= 1024
-        if num_bytes < 1024:
-            return f"{num_bytes:,.1f} {unit}"
-    return f"{num_bytes / 1024:,.1f} GiB"
+    for unit, exponent in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if num_bytes >= 1 << exponent:
+            return f"{num_bytes / (1 << exponent):,.1f} {unit}"
+    return f"{num_bytes:,.0f} B"
 
 
 def _duration(seconds: float | None) -> str:
@@ -91,14 +90,6 @@ def _duration(seconds: float | None) -> str:
     return f"{seconds * 1000:,.0f} ms"
 
 
-def _rows_with_examples(report: SweepReport, chosen: SweepRow | None) -> list[SweepRow]:
-    """The chosen one first, then both fronts from small to large."""
-    on = zip(report.rows, report.on_size_front, report.on_latency_front, strict=True)
-    fronts = sorted((row for row, small, fast in on if small or fast), key=lambda row: row.size.bytes_per_passage)
-    rows = [row for row in fronts if row is not chosen][:_NUM_CONFIGURATIONS]
-    return rows if chosen is None else [chosen, *rows]
-
-
 def _examples_of(report: SweepReport, row: SweepRow) -> dict[str, Any]:
     """The queries that changed most, the most changed first: their nDCG@10 with the reference and here."""
     before, after = (one.per_query[HEADLINE].tolist() for one in (report.reference, row.quality))
@@ -109,9 +100,9 @@ def _examples_of(report: SweepReport, row: SweepRow) -> dict[str, Any]:
     won = [q for q in reversed(order) if change[q] > 0]
 
     def example(q: str) -> dict[str, Any]:
+        before, after = values[q]
         moved = _moved(report, q, report.reference.run, row.quality.run)
-        told = {"query_id": q, "text": report.queries.get(q, ""), "moved": moved}
-        return told | dict(zip(("before", "after"), values[q], strict=True))
+        return {"query_id": q, "text": report.queries.get(q, ""), "moved": moved, "before": before, "after": after}
 
     counts = {"num_lost": len(lost), "num_won": len(won), "num_same": len(order) - len(lost) - len(won)}
     losses, wins = ([example(q) for q in found[:_NUM_SHOWN]] for found in (lost, won))
@@ -125,20 +116,16 @@ def _moved(report: SweepReport, query_id: str, before: Run, after: Run) -> list[
     relevant = [p for p in new if grades.get(p, 0) > 0 and old[p] != new[p]]
     shown = sorted(relevant, key=lambda p: -abs(new[p] - old[p]))[:_NUM_MOVED]
     shown += [p for p in list(new)[:1] if p not in shown]
+    moved = []
+    for p in shown:
+        text = " ".join(report.passages.get(p, "").split())
+        if len(text) > _MAX_TEXT_CHARACTERS:
+            text = text[: _MAX_TEXT_CHARACTERS - 1] + "…"
+        moved.append({"passage_id": p, "text": text, "grade": grades.get(p, 0), "before": old[p], "after": new[p]})
+    return moved
 
-    def short(text: str) -> str:
-        return text if len(text) <= _MAX_TEXT_CHARACTERS else text[: _MAX_TEXT_CHARACTERS - 1] + "…"
 
-    return [
-        {
-            "passage_id": p,
-            "text": short(" ".join(report.passages.get(p, "").split())),
-            "grade": grades.get(p, 0),
-            "before": old[p],
-            "after": new[p],
-        }
-        for p in shown
-    ]
+_Draw = Callable[[Any, SweepReport, SweepRow | None], None]
 
 
 @dataclass(frozen=True)
@@ -153,16 +140,17 @@ class _Plot:
 
 def _plots(report: SweepReport, chosen: SweepRow | None) -> list[_Plot]:
     """Quality against bytes, against latency where it was timed, and over the ratio it is read at."""
-    drawn = [_plot("quality-bytes", "Quality against bytes", lambda axes: _against_bytes(axes, report, chosen), report)]
-    if report.timed:
-        drawn.append(
-            _plot("quality-latency", "Quality against latency", lambda ax: _against_latency(ax, report, chosen), report)
-        )
-    title = "Quality over the ratio read at"
-    return [*drawn, _plot("quality-ratio", title, lambda axes: _over_ratio(axes, report), report)]
+    drawings = [
+        ("quality-bytes", "Quality against bytes", _against_bytes),
+        ("quality-latency", "Quality against latency", _against_latency),
+        ("quality-ratio", "Quality over the ratio read at", _over_ratio),
+    ]
+    if not report.timed:
+        del drawings[1]
+    return [_plot(name, title, draw, report, chosen) for name, title, draw in drawings]
 
 
-def _plot(name: str, title: str, draw: Callable[[Any], None], report: SweepReport) -> _Plot:
+def _plot(name: str, title: str, draw: _Draw, report: SweepReport, chosen: SweepRow | None) -> _Plot:
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -177,7 +165,7 @@ def _plot(name: str, title: str, draw: Callable[[Any], None], report: SweepRepor
         axes.grid(color="#e4e7eb", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.set_ylabel(f"{HEADLINE}{' against r = 1' if report.taught else ''}")
-        draw(axes)
+        draw(axes, report, chosen)
         png, svg = io.BytesIO(), io.BytesIO()
         figure.savefig(png, format="png", dpi=160, metadata={"Software": None})
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
@@ -189,9 +177,8 @@ def _against_bytes(axes: Any, report: SweepReport, chosen: SweepRow | None) -> N
 
     axes.set_xscale("log", base=2)
     axes.set_xlabel("bytes of a stored passage, in the mean")
-    names = [row.configuration.codec for row in report.rows]
-    xs = [row.size.bytes_per_passage for row in report.rows]
-    _scatter(axes, report, xs, report.on_size_front, names, report.codecs, chosen)
+    points = [(row.size.bytes_per_passage, small, row.configuration.codec) for row, small, _ in report.marked]
+    _scatter(axes, report, points, report.codecs, chosen)
     axes.xaxis.set_major_locator(LogLocator(base=4))
     axes.xaxis.set_major_formatter(lambda value, _: _size(value).replace(".0 ", " "))
     axes.minorticks_off()
@@ -199,14 +186,17 @@ def _against_bytes(axes: Any, report: SweepReport, chosen: SweepRow | None) -> N
 
 def _against_latency(axes: Any, report: SweepReport, chosen: SweepRow | None) -> None:
     axes.set_xlabel(f"p50 of a rerank of {report.settings.top_k}, ms  ({report.machine})")
-    ratios = [row.configuration.reading.ratios[-1] for row in report.rows]
-    xs = [row.timing.p50_seconds * 1000 if row.timing is not None else 0.0 for row in report.rows]
-    kinds = [f"read at {ratio}" for ratio in sorted(set(ratios))]
-    _scatter(axes, report, xs, report.on_latency_front, [f"read at {ratio}" for ratio in ratios], kinds, chosen)
+    ratios = {row.configuration.reading.ratios[-1] for row in report.rows}
+    points = [
+        (row.timing.p50_seconds * 1000, fast, f"read at {row.configuration.reading.ratios[-1]}")
+        for row, _, fast in report.marked
+        if row.timing is not None  # all are
+    ]
+    _scatter(axes, report, points, [f"read at {ratio}" for ratio in sorted(ratios)], chosen)
     axes.set_xlim(left=0)
 
 
-def _over_ratio(axes: Any, report: SweepReport) -> None:
+def _over_ratio(axes: Any, report: SweepReport, _: SweepRow | None) -> None:
     """One line for each codec, of the finest stored ratio that has it."""
     axes.set_xscale("log", base=2)
     axes.set_xlabel("ratio read at (tokens per state)")
@@ -231,27 +221,21 @@ def _over_ratio(axes: Any, report: SweepReport) -> None:
 
 
 def _scatter(
-    axes: Any,
-    report: SweepReport,
-    xs: list[float],
-    front: list[bool],
-    names: list[str],
-    kinds: list[str],
-    chosen: SweepRow | None,
+    axes: Any, report: SweepReport, points: list[tuple[float, bool, str]], kinds: list[str], chosen: SweepRow | None
 ) -> None:
-    """A point for each row, coloured by its name among `kinds`; the front, joined; the reference; the legend."""
+    """A point for each row: x, whether it is on the front, which is joined, and its kind, by which it is coloured."""
     from matplotlib.lines import Line2D
 
     colours = {kind: COLOURS[place % len(COLOURS)] for place, kind in enumerate(kinds)}
     axes.axhline(report.reference.headline, color=INK, lw=1, ls="--", label=f"r = {report.reference_ratio}, no codec")
     if not report.taught:
         axes.axhline(report.first_stage.headline, color=FAINT, lw=1, ls=":", label=report.first_stage_name)
-    on = sorted((x, row.quality.headline) for x, row, is_on in zip(xs, report.rows, front, strict=True) if is_on)
-    axes.plot([x for x, _ in on], [y for _, y in on], color=_FRONT, lw=1.2, drawstyle="steps-post", zorder=1)
-    for place, (x, row, is_on, name) in enumerate(zip(xs, report.rows, front, names, strict=True)):
+    front = sorted((x, row.quality.headline) for (x, is_on, _), row in zip(points, report.rows, strict=True) if is_on)
+    axes.plot([x for x, _ in front], [y for _, y in front], color=_FRONT, lw=1.2, drawstyle="steps-post", zorder=1)
+    for place, ((x, is_on, kind), row) in enumerate(zip(points, report.rows, strict=True)):
         y = row.quality.headline
         marker = "D" if row.configuration.reading.is_cascade else "o"
-        axes.scatter([x], [y], s=46 if is_on else 26, color=colours[name], marker=marker, alpha=1.0 if is_on else 0.45,
+        axes.scatter([x], [y], s=46 if is_on else 26, color=colours[kind], marker=marker, alpha=1.0 if is_on else 0.45,
                      edgecolors=INK if is_on else "none", linewidths=0.9, zorder=3 if is_on else 2,
                      gid=f"row-{place}")  # fmt: skip
         if row is chosen:

@@ -21,6 +21,7 @@ from tuning.sweep.settings import Configuration, SweepSettings
 from tuning.trec import Qrels, write_runs
 
 _FORMAT_VERSION = 1
+_LIMITS = ("max_loss", "max_bytes", "max_latency_seconds")
 _PREFERENCES = ("bytes", "latency", "quality")
 _MIN_WIDTH = 120
 _SMALL, _FAST, _CHOSEN = "●", "◆", "▶"
@@ -68,7 +69,7 @@ class Limits:
     prefer: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_loss", "max_bytes", "max_latency_seconds"):
+        for name in _LIMITS:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise EvaluationError(f"{name} is {value}; expected at least 0")
@@ -77,7 +78,7 @@ class Limits:
 
     @property
     def given(self) -> bool:
-        return any(one is not None for one in (self.max_loss, self.max_bytes, self.max_latency_seconds))
+        return any(getattr(self, name) is not None for name in _LIMITS)
 
     @property
     def decides_by(self) -> str:
@@ -104,8 +105,7 @@ class Limits:
     def choose(self, rows: Sequence[SweepRow]) -> Choice:
         """Among those that keep every limit the preferred one; otherwise the one whose worst excess is least.
 
-        Raises:
-            EvaluationError: there is no configuration at all.
+        Raises EvaluationError: there is no configuration at all.
         """
         if not rows:
             raise EvaluationError("no configuration could be measured; the notes say why")
@@ -119,10 +119,7 @@ class Limits:
             return (keys.pop(self.decides_by), keys.get("quality", 0.0), *keys.values())
 
         choices = [Choice(row, self.excess(row)) for row in rows]
-        kept = [one for one in choices if not one.broken]
-        if kept:
-            return min(kept, key=lambda one: rank(one.row))
-        return min(choices, key=lambda one: (max(one.broken.values()), rank(one.row)))
+        return min(choices, key=lambda one: (max(one.broken.values(), default=-1.0), rank(one.row)))
 
 
 @dataclass(frozen=True)
@@ -212,15 +209,12 @@ class SweepReport:
         return list(dict.fromkeys(row.configuration.codec for row in self.rows))
 
     @cached_property
-    def on_size_front(self) -> list[bool]:
-        return front([(row.size.bytes_per_passage, row.quality.headline) for row in self.rows])
-
-    @cached_property
-    def on_latency_front(self) -> list[bool]:
-        times = [row.timing.p50_seconds for row in self.rows if row.timing is not None]
-        if len(times) < len(self.rows):
-            return [False] * len(self.rows)
-        return front([(seconds, row.quality.headline) for seconds, row in zip(times, self.rows, strict=True)])
+    def marked(self) -> list[tuple[SweepRow, bool, bool]]:
+        """Each row, whether it is on the front in bytes, and whether on that in latency: none is where none is timed"""
+        smallest = front([(row.size.bytes_per_passage, row.quality.headline) for row in self.rows])
+        times = [(row.timing.p50_seconds, row.quality.headline) for row in self.rows if row.timing is not None]
+        fastest = front(times) if self.timed else [False] * len(self.rows)
+        return list(zip(self.rows, smallest, fastest, strict=True))
 
     def to_json(self, limits: Limits, choice: Choice | None) -> str:
         """One JSON document; with the same seed only `hardware` and values under `timing` and `indexing` differ."""
@@ -228,8 +222,8 @@ class SweepReport:
         plain += " num_candidates mean_tokens reference_ratio taught"
         chosen: dict[str, Any] | None = None
         if choice is not None:
-            chosen = {"name": choice.row.configuration.name, "keeps_all_limits": not choice.broken}
-            chosen["broken"] = choice.broken
+            name, broken = choice.row.configuration.name, choice.broken
+            chosen = {"name": name, "keeps_all_limits": not broken, "broken": broken}
         return format_json(
             {
                 "format_version": _FORMAT_VERSION,
@@ -243,7 +237,7 @@ class SweepReport:
                 "choice": chosen,
                 "configurations": [
                     row.to_json() | {"on_size_front": small, "on_latency_front": fast}
-                    for row, small, fast in zip(self.rows, self.on_size_front, self.on_latency_front, strict=True)
+                    for row, small, fast in self.marked
                 ],
             }
         )
@@ -257,19 +251,15 @@ class SweepReport:
         """Title, table with the fronts marked, how to read it, and notes about the data, on standard output."""
         settings, finest = self.settings, f"r = {self.reference_ratio}"
         judged = f"judged by {finest} itself" if self.taught else "judged"
-        fronts = zip(self.rows, self.on_size_front, self.on_latency_front, strict=True)
-        shown = [
-            (row, small, fast)
-            for row, small, fast in fronts
-            if show_all or small or fast or (choice is not None and row is choice.row)
-        ]
+        chosen = choice.row if choice is not None else None
+        shown = [one for one in self.marked if show_all or any(one[1:]) or one[0] is chosen]
         left = len(self.rows) - len(shown)
         print_parts(
             _MIN_WIDTH,
             f"{self.collection}: {self.num_queries:,} queries, {judged}; {self.num_passages:,} passages of "
             f"{self.mean_tokens:,.0f} tokens in the mean; {self.first_stage_name} top {settings.top_k}\n"
             f"{self.model}: {self.machine}",
-            _table(self, shown, choice),
+            _table(self, shown, chosen),
             f"{_SMALL} {_FAST}: no other is as small ({_SMALL}) or as fast ({_FAST}) and better in nDCG@10. "
             f"▲ ▼: the paired difference from {finest} excludes 0 "
             f"(95% bootstrap, {settings.num_resamples:,} resamples, seed {settings.seed}).",
@@ -322,7 +312,7 @@ def _quality_json(quality: Quality) -> dict[str, Any]:
     return measures_json(quality.measures, quality.per_query, change=quality.change, kept=quality.kept)
 
 
-def _table(report: SweepReport, shown: list[tuple[SweepRow, bool, bool]], choice: Choice | None) -> Table:
+def _table(report: SweepReport, shown: list[tuple[SweepRow, bool, bool]], chosen: SweepRow | None) -> Table:
     overlap, finest = report.settings.overlap_name, str(report.reference_ratio)
     compared = (f"to r = {finest}", "MRR@10", "tau", f"top-{report.settings.overlap_k}", "AUC")
     columns = ("", "stored", "codec", "read", HEADLINE, *compared, "bytes", "p50 ms", "p99 ms")
@@ -330,10 +320,13 @@ def _table(report: SweepReport, shown: list[tuple[SweepRow, bool, bool]], choice
     table.add_row("", "", report.first_stage_name[:8], "", *_quality(report.first_stage, overlap), "", "", "")
     table.add_row("", finest, "none", finest, *_quality(report.reference, overlap), "", "", "")
     for row, small, fast in sorted(shown, key=lambda one: one[0].size.bytes_per_passage):
-        one, chosen = row.configuration, choice is not None and row is choice.row
-        marks = "".join(mark if on else " " for on, mark in ((chosen, _CHOSEN), (small, _SMALL), (fast, _FAST)))
+        one, is_chosen = row.configuration, row is chosen
+        marks = "".join(mark if on else " " for on, mark in ((is_chosen, _CHOSEN), (small, _SMALL), (fast, _FAST)))
+        times = ["–", "–"]
+        if row.timing is not None:
+            times = [f"{seconds * 1000:,.1f}" for seconds in (row.timing.p50_seconds, row.timing.p99_seconds)]
         cells = (marks, str(one.stored_ratio), one.codec, str(one.reading), *_quality(row.quality, overlap))
-        table.add_row(*cells, *_costs(row), style="bold" if chosen else None)
+        table.add_row(*cells, f"{row.size.bytes_per_passage:,.0f}", *times, style="bold" if is_chosen else None)
     return table
 
 
@@ -345,10 +338,3 @@ def _quality(quality: Quality, overlap: str) -> list[str | Text]:
         f"{quality.gain:+.1%} {mark}" if quality.kept is not None else "",
         *(f"{one.mean:.3f}" if one is not None else "–" for one in others),
     ]
-
-
-def _costs(row: SweepRow) -> list[str]:
-    times = ["–", "–"]
-    if row.timing is not None:
-        times = [f"{row.timing.p50_seconds * 1000:,.1f}", f"{row.timing.p99_seconds * 1000:,.1f}"]
-    return [f"{row.size.bytes_per_passage:,.0f}", *times]

@@ -59,8 +59,7 @@ class Reading:
     def order(self, margins: Sequence[NDArray[np.floating]]) -> NDArray[np.intp]:
         """Rows of the candidates, best first, after all stages; those that reached a later stage rank first.
 
-        Args:
-            margins: (num_candidates,) per stage, of all candidates; a stage uses those that came that far.
+        `margins`: (num_candidates,) per stage, of all candidates; a stage uses those that came that far.
         """
         rows = order(margins[0])
         for before, own in zip(self.stages, margins[1:], strict=False):
@@ -138,9 +137,7 @@ class SweepSettings(MeasuringSettings):
     def resolved(self, source_ratio: int, dim: int) -> SweepSettings:
         """The same with the defaults that None stands for, for states that come at `source_ratio`.
 
-        Raises:
-            EvaluationError: a stored ratio that the states cannot give, a read ratio that no stored one can.
-            CodecError: a codec that FAISS does not know, or that does not fit `dim`.
+        Raises EvaluationError for a ratio that cannot be given, CodecError for a codec that does not fit `dim`.
         """
         stored = self.stored_ratios or doublings(source_ratio, _COARSEST_STORED)
         for ratio in stored:
@@ -149,15 +146,13 @@ class SweepSettings(MeasuringSettings):
                     f"stored ratio is {ratio}; the states are at {source_ratio}, expected a multiple of it"
                 )
         read = self.read_ratios or doublings(min(stored), COARSEST)
+        known = ", ".join(map(str, sorted(stored)))
         for ratio in read:
             if all(ratio % one for one in stored):
-                raise EvaluationError(
-                    f"read ratio is {ratio}; no stored ratio of {', '.join(map(str, sorted(stored)))} can give it"
-                )
-        for stages in self.cascades or ():
-            reading = Reading(stages)
+                raise EvaluationError(f"read ratio is {ratio}; no stored ratio of {known} can give it")
+        for reading in map(Reading, self.cascades or ()):
             if not any(map(reading.can_be_of, stored)):
-                raise EvaluationError(f"cascade is {reading}; no stored ratio of {stored} can give all its ratios")
+                raise EvaluationError(f"cascade is {reading}; no stored ratio of {known} can give all its ratios")
         cascades = self.cascades if self.cascades is not None else _default_cascades(self.top_k)
         codecs = self.codecs or _default_codecs(dim)
         for codec in codecs:

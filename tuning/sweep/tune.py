@@ -57,9 +57,7 @@ def tune(
             or where it keeps none its states.
         work_dir: where states and margins are kept; a run that was killed goes on from there.
 
-    Raises:
-        EvaluationError: input that cannot be tuned on.
-        CheckpointError, CacheError: a checkpoint, collection or codec that cannot be used.
+    Raises EvaluationError for input that cannot be tuned on, CodecError, and as `Experiment`.
     """
     sweep = Sweep(judged, model, settings or SweepSettings(), device, dtype, progress)
     with sweep.held(Path(work_dir)):
@@ -206,19 +204,20 @@ class Sweep(Experiment):
 
     def _rows(self) -> list[SweepRow]:
         """Quality and cost; indexing is extrapolated from the passages that were encoded and written here."""
-        num_passages, encoder_seconds, times = self.lengths.num_passages, None, self.times
+        lengths, times, encoder_seconds = self.lengths, self.times, None
         if self.from_states is None and self.states.num_tokens:
-            encoder_seconds = self.states.seconds / self.states.num_tokens * self.lengths.num_tokens
+            encoder_seconds = self.states.seconds / self.states.num_tokens * lengths.num_tokens
         rows = []
         for one, quality in self.quality[2].items():
             trained = self.codecs.get(*one.stored_as)
             assert trained is not None  # or it would not have been measured
-            codec_seconds = store_seconds = None
+            latency = codec_seconds = store_seconds = None
             if times is not None:
-                codec_seconds, store_seconds = (seconds * num_passages for seconds in times.writing[one.stored_as])
-            size = self.lengths.size(one.stored_ratio, trained.codec)
+                latency = times.latency(one)
+                codec_seconds, store_seconds = (each * lengths.num_passages for each in times.writing[one.stored_as])
+            size = lengths.size(one.stored_ratio, trained.codec)
             cost = IndexingCost(encoder_seconds, codec_seconds, trained.train_seconds, store_seconds)
-            rows.append(SweepRow(one, quality, size, times.latency(one) if times is not None else None, cost))
+            rows.append(SweepRow(one, quality, size, latency, cost))
         return rows
 
     def _notes(self) -> list[str]:
@@ -238,12 +237,11 @@ class Sweep(Experiment):
             num_unscored_pairs=nan - without_states,
         )
         notes = counts.notes(taught=self.judgements.taught)
-        if self.states.num_not_finite:
-            notes.append(f"{self.states.num_not_finite:,} candidate passages have states that are NaN or infinite: "
-                         "ranked last")  # fmt: skip
-        if failed:
-            notes.append(f"{len(failed):,} candidate passages gave no states (NaN, infinite, or out of memory): "
-                         "ranked last")  # fmt: skip
+        for number, fate in (
+            (self.states.num_not_finite, "have states that are NaN or infinite"),
+            (len(failed), "gave no states (NaN, infinite, or out of memory)"),
+        ):
+            notes += [f"{number:,} candidate passages {fate}: ranked last"] if number else []
         if self.from_states is not None:
             manifest = self.from_states.manifest
             notes.append(

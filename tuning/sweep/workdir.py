@@ -53,7 +53,7 @@ class WorkDir:
         """Arrays under one name; whole or absent."""
         content = io.BytesIO()
         np.savez(content, allow_pickle=False, **arrays)
-        path = self.path / f"{name}.npz"
+        path = self._path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_output(path, content.getvalue())
 
@@ -61,10 +61,14 @@ class WorkDir:
         """The arrays saved under the name, or None: not there, or damaged."""
         try:
             # Opened here: numpy does not close a file that it cannot read.
-            with (self.path / f"{name}.npz").open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            with self._path(name).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 return {key: arrays[key] for key in arrays.files}
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
             return None
+
+    def _path(self, name: str) -> Path:
+        """Commas and brackets of a codec's factory string become code points, so that names stay distinct."""
+        return self.path / ("".join(c if c.isalnum() or c in "-_/" else f"~{ord(c):x}" for c in name) + ".npz")
 
 
 class _Extent(NamedTuple):

@@ -12,7 +12,7 @@ from cache.codecs import Codec
 from cache.states import PassageStates
 from tuning import EvaluationError
 from tuning.progress import SILENT, StageProgress
-from tuning.sweep.margins import Codecs, TrainedCodec, file_name
+from tuning.sweep.margins import Codecs, TrainedCodec
 from tuning.sweep.workdir import SpilledStates, WorkDir
 
 DIM = 8
@@ -136,10 +136,18 @@ def test_a_round_trip_is_what_a_collection_would_give(passages: dict[str, Passag
     assert trained.roundtrip({}) == {}
 
 
-def test_factory_strings_have_file_names_of_their_own() -> None:
-    names = {file_name(4, factory) for factory in ("OPQ16,PQ16", "OPQ16PQ16", "SQ8", "OPQ16_PQ16", "RR(8)")}
+def test_factory_strings_have_file_names_of_their_own(tmp_path: Path) -> None:
+    work = WorkDir(tmp_path, {})
+    factories = ("OPQ16,PQ16", "OPQ16PQ16", "SQ8", "OPQ16_PQ16", "RR(8)")
+    for factory in factories:
+        work.save(f"codecs/r4-{factory}", table=np.array(factory))
+    for factory in factories:
+        kept = work.load(f"codecs/r4-{factory}")
+        assert kept is not None
+        assert kept["table"] == factory
+    names = [path.name for path in (work.path / "codecs").iterdir()]
     assert len(names) == 5
-    assert all("/" not in name and "," not in name for name in names)
+    assert all("," not in name and "(" not in name for name in names)
 
 
 def test_what_is_saved_is_whole_or_absent(tmp_path: Path) -> None:
