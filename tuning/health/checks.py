@@ -196,6 +196,15 @@ class _Published:
     are_margins: bool
     max_delta: float
 
+    def line(self, scorer: Scorer) -> CheckLine:
+        """These scores against the model's."""
+        margins = scorer.margins(self.texts)
+        got = margins if self.are_margins else scorer.scores(margins)
+        delta = float(np.abs(got - np.array(self.expected, dtype=np.float32)).max())
+        shown, expected = (", ".join(f"{value:.4g}" for value in values) for values in (got, self.expected))
+        most, detail = f"at most {self.max_delta:g}", f"{shown}; published {expected}"
+        return CheckLine(self.source, Verdict.of(delta <= self.max_delta), delta, most, detail)
+
 
 def published(name: str) -> list[_Published]:
     """Scores published for exactly this hub id, or a directory `owner/name`; none for others."""
@@ -216,17 +225,3 @@ def published(name: str) -> list[_Published]:
 
 def _texts(row: dict[str, Any]) -> list[TextTriple]:
     return [TextTriple(row["query"], row.get("instruction"), passage) for passage in row["passages"]]
-
-
-def published_section(scorer: Scorer) -> Section:
-    """Published scores against the model's."""
-    lines = []
-    for one in published(scorer.name):
-        margins = scorer.margins(one.texts)
-        got = margins if one.are_margins else scorer.scores(margins)
-        delta = float(np.abs(got - np.array(one.expected, dtype=np.float32)).max())
-        shown, expected = (", ".join(f"{value:.4g}" for value in values) for values in (got, one.expected))
-        state, most = Verdict.of(delta <= one.max_delta), f"at most {one.max_delta:g}"
-        lines.append(CheckLine(one.source, state, delta, most, f"{shown}; published {expected}"))
-    none = CheckLine("scores", Verdict.SKIP, detail="none for a model of this name")
-    return Section("published scores", lines or [none])

@@ -24,8 +24,9 @@ from decoder_server.models.cross_encoder.files import load_transformer, quiet
 from decoder_server.models.cross_encoder.profiles import Profile
 from decoder_server.models.cross_encoder.templates import PairReader, TextPair
 from decoder_server.models.cross_encoder.torch_runtime import answer_ids
-from tuning.health.checks import saturation, spread_ratio
+from tuning.health.checks import BATCH, SWAP, saturation, spread_ratio
 from tuning.health.pairs import Margins, TextTriple
+from tuning.health.report import Section
 from tuning.metrics import kendall_tau
 from tuning.progress import Advance, ignore
 
@@ -148,8 +149,7 @@ class Evidence:
     margins: Margins  # as served
     scores: Margins  # as published from them
     reference: Margins | None  # of the plain model
-    batch_failed: bool
-    swap_failed: bool
+    alone: Section  # about the model alone
     compare_failed: bool
     alone_agrees: bool | None = None  # whether unpadded passes give the reference's margins
 
@@ -158,7 +158,7 @@ class Evidence:
         good = np.isfinite(self.margins) & np.isfinite(self.scores)
         if not good.any():
             return [NONE_FINITE]
-        causes = [_QUERY_CUT] if self.swap_failed else []
+        causes = [_QUERY_CUT] if self.alone.failed_in(SWAP) else []
         if not good.all():
             return [_NOT_FINITE, *causes]
         sound = self
@@ -175,7 +175,7 @@ def _by_pattern_alone(evidence: Evidence) -> str | None:
         return _CONSTANT
     if "tiny" in (saturation(evidence.margins), saturation(evidence.scores)):
         return _SOFTMAX_OVER_HIDDEN
-    return _WRONG_PADDING if evidence.batch_failed and evidence.alone_agrees is not False else None
+    return _WRONG_PADDING if evidence.alone.failed_in(BATCH) and evidence.alone_agrees is not False else None
 
 
 def _by_trying(evidence: Evidence, plain: PlainModel) -> str | None:

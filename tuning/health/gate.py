@@ -25,22 +25,20 @@ from decoder_server.models.loading import is_fbnl, load_model
 from tuning import EvaluationError
 from tuning.health import faults
 from tuning.health.checks import (
-    BATCH,
     BFLOAT16,
     DELTA,
     FLOAT32,
     INT8,
     POOLED,
     SPREAD,
-    SWAP,
     Tolerance,
     agree_alone,
     behaviour,
-    published_section,
+    published,
 )
 from tuning.health.faults import Evidence, PlainModel
 from tuning.health.pairs import MIN_PAIRS, Margins, PairSet
-from tuning.health.report import Farthest, HealthReport, Section
+from tuning.health.report import CheckLine, Farthest, HealthReport, Section, Verdict
 from tuning.health.scorers import CrossScorer, FbnlScorer, Scorer
 from tuning.progress import SILENT, StageProgress, counted
 
@@ -152,7 +150,9 @@ class _Check:
         """Compares with the other model, if any, and with published scores."""
         if self.other is not None:
             self.compare(f"against {self.other[0]}", margins, self.score("other", self.other[1]))
-        self.sections.append(published_section(self.served))
+        lines = [one.line(self.served) for one in published(self.served.name)]
+        none = CheckLine("scores", Verdict.SKIP, detail="none for a model of this name")
+        self.sections.append(Section("published scores", lines or [none]))
         if len(self.pairs) < _FEW_PAIRS:
             self.notes.append(f"only {len(self.pairs)} pairs: below {_FEW_PAIRS} one pair out of order decides")
 
@@ -161,16 +161,8 @@ class _Check:
         return any(section.failed for section in self.sections)
 
     def evidence(self, margins: Margins, reference: Margins, *, compare_failed: bool) -> Evidence:
-        alone = self.sections[0]
-        return Evidence(
-            pairs=self.pairs.pairs,
-            margins=margins,
-            scores=self.served.scores(margins),
-            reference=reference,
-            batch_failed=alone.failed_in(BATCH),
-            swap_failed=alone.failed_in(SWAP),
-            compare_failed=compare_failed,
-        )
+        scores = self.served.scores(margins)
+        return Evidence(self.pairs.pairs, margins, scores, reference, self.sections[0], compare_failed)
 
     def report(self, *, against: str, **told: Any) -> HealthReport:
         return HealthReport(
