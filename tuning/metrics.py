@@ -21,7 +21,7 @@ PerQuery = dict[str, NDArray[np.float64]]  # by measure, (num_queries,)
 
 HEADLINE = "nDCG@10"
 NUM_RESAMPLES = 10_000
-_LEVEL = 0.95
+
 _BLOCK = 1 << 24  # counts drawn at a time
 
 
@@ -31,9 +31,6 @@ def per_query(qrels: Qrels, run: Run, top_k: int, min_grade: int = 1) -> PerQuer
     Args:
         top_k: candidates that were reranked; recall there is the ceiling.
         min_grade: the lowest grade that counts as relevant for MRR and recall; nDCG uses the grades.
-
-    Raises:
-        MissingExtra: ir_measures is not installed.
     """
     try:
         from ir_measures import RR, R, iter_calc, nDCG
@@ -109,22 +106,19 @@ class Bootstrap:
     """Resampled means of columns of per-query values."""
 
     def __init__(self, values: NDArray[np.float64], *, seed: int, num_resamples: int = NUM_RESAMPLES) -> None:
-        """
-        Args:
-            values: (num_queries, num_columns), at least one query.
-        """
+        """`values`: (num_queries, num_columns), at least one query."""
         self._means = values.mean(axis=0)  # (num_columns,)
         self._resampled = _resampled_means(values, np.random.default_rng(seed), num_resamples)
 
     def interval(self, column: int) -> Interval:
-        return Interval(float(self._means[column]), *_percentiles(self._resampled[:, column]))
+        return Interval(float(self._means[column]), *_bounds(self._resampled[:, column]))
 
     def difference(self, column: int, baseline: int) -> Difference:
         """Paired: every draw compares both columns on the same queries."""
         drawn = self._resampled[:, column] - self._resampled[:, baseline]
         below, above = int((drawn <= 0).sum()), int((drawn >= 0).sum())
         p_value = min(1.0, 2 * (min(below, above) + 1) / (len(drawn) + 1))
-        return Difference(float(self._means[column] - self._means[baseline]), *_percentiles(drawn), p_value)
+        return Difference(float(self._means[column] - self._means[baseline]), *_bounds(drawn), p_value)
 
     def share(self, column: int, baseline: int) -> Interval | None:
         """column / baseline, paired, over draws where the baseline is not 0; None where its mean is."""
@@ -132,7 +126,7 @@ class Bootstrap:
         if self._means[baseline] <= 0:
             return None
         drawn = self._resampled[some, column] / self._resampled[some, baseline]
-        return Interval(float(self._means[column] / self._means[baseline]), *_percentiles(drawn))
+        return Interval(float(self._means[column] / self._means[baseline]), *_bounds(drawn))
 
 
 def bootstraps(rows: Sequence[PerQuery], *, seed: int, num_resamples: int) -> dict[str, Bootstrap]:
@@ -162,7 +156,7 @@ def _resampled_means(
     return np.concatenate(rows)
 
 
-def _percentiles(drawn: NDArray[np.float64]) -> tuple[float, float]:
-    tail = 100 * (1 - _LEVEL) / 2
-    low, high = np.percentile(drawn, [tail, 100 - tail])
+def _bounds(drawn: NDArray[np.float64]) -> tuple[float, float]:
+    """Of the 95% interval."""
+    low, high = np.percentile(drawn, [2.5, 97.5])
     return float(low), float(high)

@@ -174,11 +174,7 @@ class Counts:
         )
 
     def notes(self, *, taught: bool = False) -> list[str]:
-        """One sentence for each thing a reader of the numbers should know.
-
-        Args:
-            taught: the model's ranking is the judgement, and there is none for a query without candidates.
-        """
+        """One sentence for each thing a reader of the numbers should know; `taught`: judged by the model's ranking."""
         values = asdict(self) | {"fate": "left out" if taught else "they count 0"}
         noted = ((values[one.name], one.metadata["note"]) for one in fields(self) if "note" in one.metadata)
         return [f"{number:,} {note.format(**values)}" for number, note in noted if number]

@@ -43,11 +43,7 @@ class PairSet:
     def read(cls, path: Path | None = None) -> PairSet:
         """One JSON object a line: `query`, `passage` (or `text`, `document`), and `instruction` where there is one.
 
-        Args:
-            path: None: the hundred pairs of the package.
-
-        Raises:
-            EvaluationError: an unreadable file, or a line that is no pair; the message names the line.
+        None: the hundred pairs of the package. Raises EvaluationError naming the line that is no pair.
         """
         pairs = [_pair(where, row) for where, row in JudgedFile(path or _BUILT_IN).rows()]
         if len(pairs) < MIN_PAIRS:
@@ -59,18 +55,13 @@ class PairSet:
 
 
 def _pair(where: Place, row: dict[str, Any]) -> TextTriple:
-    passage_field = next((name for name in _PASSAGE_FIELDS if name in row), _PASSAGE_FIELDS[0])
-    query, passage = _text(where, row, "query"), _text(where, row, passage_field)
-    instruction = row.get("instruction")  # none: the model's default
-    if instruction not in (None, ""):
-        instruction = _text(where, row, "instruction")
-    return TextTriple(query, instruction, passage)
-
-
-def _text(where: Place, row: dict[str, Any], name: str) -> str:
-    if name not in row:
+    passage = next((name for name in _PASSAGE_FIELDS if name in row), None)
+    if "query" not in row or passage is None:
         raise EvaluationError(f"{where}: fields {', '.join(row) or 'none'}; expected query and passage")
-    value = row[name]
-    if not isinstance(value, str) or not value.strip():
-        raise EvaluationError(f"{where}: {name} is {value!r}; expected a text")
-    return value
+    for name in ("query", passage, "instruction"):
+        value = row.get(name)
+        if name == "instruction" and value in (None, ""):  # the model's default
+            continue
+        if not isinstance(value, str) or not value.strip():
+            raise EvaluationError(f"{where}: {name} is {value!r}; expected a text")
+    return TextTriple(row["query"], row.get("instruction"), row[passage])

@@ -133,7 +133,7 @@ class HealthReport:
         return json.dumps(document, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
 
     def print(self, console: Console | None = None) -> None:
-        """Title, lines by section, causes, farthest pairs, verdict; to standard output by default."""
+        """Title, lines by section, causes, farthest pairs and verdict; to standard output by default."""
         console = console or Console()
         parts: list[Any] = [
             Text(f"{self.model} ({self.backend}: {self.served})", style="bold"),
@@ -144,10 +144,9 @@ class HealthReport:
         if self.farthest:
             parts += [Text("\nfarthest apart", style="bold"), _farthest(self.farthest)]
         if self.notes:
-            parts.append(Text())
-        parts += [Text(f"Note: {note}.") for note in self.notes]
+            parts += [Text(), *(Text(f"Note: {note}.") for note in self.notes)]
         if self.causes:
-            parts.append(Text("\nlikely cause" + ("s" if len(self.causes) > 1 else ""), style="bold"))
+            parts.append(Text(f"\nlikely cause{'s' * (len(self.causes) > 1)}", style="bold"))
             parts += [Padding(Text(cause), (0, 0, 0, 2)) for cause in self.causes]
         parts.append(Text("\npassed", style="bold green") if self.passed else Text("\nFAILED", style="bold red"))
         console.print(Group(*parts), width=max(console.width, _MIN_WIDTH))

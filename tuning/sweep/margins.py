@@ -28,7 +28,7 @@ from tuning.sweep.workdir import SpilledStates, WorkDir
 
 
 @dataclass(frozen=True)
-class TrainedCodec:
+class _TrainedCodec:
     """A codec for one stored ratio, and the cost of its training."""
 
     codec: Codec
@@ -55,9 +55,9 @@ class Codecs:
     seed: int
     left_out: dict[tuple[int, str], str] = field(default_factory=dict)  # (stored ratio, codec) -> reason
     few: dict[str, dict[int, int]] = field(default_factory=dict)  # codec -> states it was trained on, by stored ratio
-    _made: dict[tuple[int, str], TrainedCodec] = field(default_factory=dict)
+    _made: dict[tuple[int, str], _TrainedCodec] = field(default_factory=dict)
 
-    def get(self, ratio: int, factory: str) -> TrainedCodec | None:
+    def get(self, ratio: int, factory: str) -> _TrainedCodec | None:
         """The codec for states at `ratio`; None where it cannot be trained. Raises as `leave_out`."""
         key = (ratio, factory)
         if key not in self._made and key not in self.left_out:
@@ -97,10 +97,10 @@ class Codecs:
             for factory, few in self.few.items()
         ]
 
-    def _make(self, ratio: int, factory: str) -> TrainedCodec:
+    def _make(self, ratio: int, factory: str) -> _TrainedCodec:
         codec = Codec(factory, self.states.dim)
         if not codec.needs_training:
-            return TrainedCodec(codec, 0.0, 0)
+            return _TrainedCodec(codec, 0.0, 0)
         name = f"codecs/r{ratio}-{factory}"
         kept = self.work.load(name)
         if kept is not None:
@@ -115,7 +115,7 @@ class Codecs:
             self.work.save(name, table=table, seconds=np.float64(seconds), num_sample=np.int64(num_sample))
         if num_sample < num_training_states(codec):
             self.few.setdefault(factory, {})[ratio] = num_sample
-        return TrainedCodec(codec, seconds, num_sample)
+        return _TrainedCodec(codec, seconds, num_sample)
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class Margins:
             self._work.save(f"margins/{name}", margins=margins)
             yield margins
 
-    def _load(self, chunk: _Chunk, ratio: int, trained: TrainedCodec | None = None) -> States:
+    def _load(self, chunk: _Chunk, ratio: int, trained: _TrainedCodec | None = None) -> States:
         states = {p: self._states.states(p).at_ratio(ratio) for p in chunk.passage_ids}
         return trained.roundtrip(states) if trained is not None else states
 

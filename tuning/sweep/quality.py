@@ -6,8 +6,9 @@ no judgements, its ranking replaces them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from preread.types import Stage
 from tuning.metrics import HEADLINE, Difference, Interval, PerQuery, bootstraps, kendall_tau, per_query
 from tuning.progress import SILENT, StageProgress
+from tuning.report import measures_json
 from tuning.rerank import Pairs
 from tuning.sweep.margins import Margins
 from tuning.sweep.settings import Configuration, Reading, SweepSettings
@@ -23,31 +25,6 @@ from tuning.trec import Qrels, Run, order
 TAU = "Kendall tau"
 AUC = "ROC-AUC"
 _NUM_TAUGHT = 10  # of the reference's ranking, the places that count as relevant where there are no judgements
-
-
-@dataclass(frozen=True)
-class Judgements:
-    """Relevance grades, and the grade that counts as relevant for measures without grades."""
-
-    qrels: Qrels
-    taught: bool  # by the reference, not by people
-    min_grade: int
-
-    @classmethod
-    def taught_by(cls, reference: NDArray[np.float32], pairs: Pairs) -> Judgements:
-        """The reference's best ten as grades 10 down to 1; queries without a scored candidate have none."""
-        qrels: Qrels = {}
-        for query_id, own in pairs.split(reference).items():
-            found = pairs.candidates[query_id]
-            best = [row for row in order(own).tolist() if np.isfinite(own[row])][:_NUM_TAUGHT]
-            if best:
-                qrels[query_id] = {found[row]: _NUM_TAUGHT - place for place, row in enumerate(best)}
-        return cls(qrels, True, 1)
-
-    @property
-    def first_grade(self) -> int:
-        """For MRR: of the reference's judgements only its best passage counts."""
-        return _NUM_TAUGHT if self.taught else self.min_grade
 
 
 @dataclass(frozen=True)
@@ -60,8 +37,11 @@ class Quality:
     run: Run = field(repr=False)
     per_query: PerQuery = field(repr=False)  # NaN where a measure is not defined
     measures: dict[str, Interval]
-    change: dict[str, Difference] | None = None
-    kept: dict[str, Interval | None] | None = None
+    change: dict[str, Difference] | None
+    kept: dict[str, Interval | None] | None
+
+    def to_json(self) -> dict[str, Any]:
+        return measures_json(self.measures, self.per_query, change=self.change, kept=self.kept)
 
     @property
     def headline(self) -> float:
@@ -85,35 +65,65 @@ class Quality:
         return (1 - share.high, 1 - share.low) if share is not None else (0.0, 0.0)
 
 
-def measure_quality(
-    judgements: Judgements,
-    first: Run,
-    reference: NDArray[np.float32],
-    margins: Margins,
-    configurations: Iterable[Configuration],
-    settings: SweepSettings,
-    progress: StageProgress = SILENT,
-) -> tuple[Quality, Quality, dict[Configuration, Quality]]:
-    """The first stage, the reference, and every configuration whose margins are there."""
-    pairs = margins.pairs
-    measured = [one for one in configurations if all(unit in margins.values for unit in one.units())]
-    advance = progress.begin("measure (configurations)", len(measured) + 2)
-    readings = [(Reading((Stage(1),)), [reference])]
-    readings += [(one.reading, [margins.values[unit] for unit in one.units()]) for one in measured]
-    runs = [first]
-    for reading, flats in readings:
-        split = [pairs.split(flat) for flat in flats]
-        runs.append({q: reading.ranking(found, [own[q] for own in split]) for q, found in pairs.candidates.items()})
-    rows = []
-    for run in runs:
-        rows.append((run, _per_query(judgements, run, runs[1], settings)))
-        advance(1)
-    first_stage, finest, *others = _with_intervals(rows, settings)
-    return first_stage, finest, dict(zip(measured, others, strict=True))
+@dataclass(frozen=True)
+class Judgements:
+    """Relevance grades, and the grade that counts as relevant for measures without grades."""
+
+    qrels: Qrels
+    taught: bool  # by the reference, not by people
+    min_grade: int
+
+    @classmethod
+    def taught_by(cls, reference: NDArray[np.float32], pairs: Pairs) -> Judgements:
+        """The reference's best ten as grades 10 down to 1; queries without a scored candidate have none."""
+        qrels: Qrels = {}
+        for query_id, own in pairs.split(reference).items():
+            found = pairs.candidates[query_id]
+            best = [row for row in order(own).tolist() if np.isfinite(own[row])][:_NUM_TAUGHT]
+            if best:
+                qrels[query_id] = {found[row]: _NUM_TAUGHT - place for place, row in enumerate(best)}
+        return cls(qrels, True, 1)
+
+    def measure(
+        self,
+        first: Run,
+        reference: NDArray[np.float32],
+        margins: Margins,
+        configurations: Iterable[Configuration],
+        settings: SweepSettings,
+        progress: StageProgress = SILENT,
+    ) -> tuple[Quality, Quality, dict[Configuration, Quality]]:
+        """The first stage, the reference, and every configuration whose margins are there."""
+        pairs = margins.pairs
+        measured = [one for one in configurations if all(unit in margins.values for unit in one.units())]
+        advance = progress.begin("measure (configurations)", len(measured) + 2)
+        readings = [(Reading((Stage(1),)), [reference])]
+        readings += [(one.reading, [margins.values[unit] for unit in one.units()]) for one in measured]
+        runs = [first]
+        for reading, flats in readings:
+            split = [pairs.split(flat) for flat in flats]
+            runs.append({q: reading.ranking(found, [own[q] for own in split]) for q, found in pairs.candidates.items()})
+        values = []
+        for run in runs:
+            values.append(_per_query(self, run, runs[1], settings))
+            advance(1)
+        boots = bootstraps(values, seed=settings.seed, num_resamples=settings.num_resamples)
+        first_stage, finest, *others = [
+            Quality(
+                run,
+                own,
+                measures={name: boot.interval(row) for name, boot in boots.items()},
+                change={name: boot.difference(row, 1) for name, boot in boots.items()} if row != 1 else None,
+                kept={name: boot.share(row, 1) for name, boot in boots.items()} if row != 1 else None,
+            )
+            for row, (run, own) in enumerate(zip(runs, values, strict=True))
+        ]
+        return first_stage, finest, dict(zip(measured, others, strict=True))
 
 
 def _per_query(judgements: Judgements, run: Run, reference: Run, settings: SweepSettings) -> PerQuery:
-    values = per_query(judgements.qrels, run, 10, judgements.first_grade)
+    # For MRR only the best passage of the reference's judgements counts.
+    values = per_query(judgements.qrels, run, 10, _NUM_TAUGHT if judgements.taught else judgements.min_grade)
     others: dict[str, list[float]] = {TAU: [], settings.overlap_name: [], AUC: []}
     for query_id, grades in judgements.qrels.items():
         best = [p for p, _ in reference[query_id]]
@@ -142,18 +152,3 @@ def _auc(mine: NDArray[np.intp], relevant: NDArray[np.bool_]) -> float:
         return float("nan")
     num_wrong = int(mine[relevant].sum()) - num_relevant * (num_relevant - 1) // 2  # others before each, summed
     return 1 - num_wrong / (num_relevant * num_others)
-
-
-def _with_intervals(rows: Sequence[tuple[Run, PerQuery]], settings: SweepSettings) -> list[Quality]:
-    """The second row is the reference."""
-    boots = bootstraps([values for _, values in rows], seed=settings.seed, num_resamples=settings.num_resamples)
-    return [
-        Quality(
-            run,
-            values,
-            measures={name: boot.interval(row) for name, boot in boots.items()},
-            change={name: boot.difference(row, 1) for name, boot in boots.items()} if row != 1 else None,
-            kept={name: boot.share(row, 1) for name, boot in boots.items()} if row != 1 else None,
-        )
-        for row, (run, values) in enumerate(rows)
-    ]

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from tuning import EvaluationError
 from tuning.metrics import HEADLINE
-from tuning.report import format_json, measures_json, plain_table, print_parts
+from tuning.report import format_json, plain_table, print_parts
 from tuning.sweep.costs import IndexingCost, Latency, StoredSize
 from tuning.sweep.quality import AUC, TAU, Quality
 from tuning.sweep.settings import Configuration, SweepSettings
@@ -44,7 +44,7 @@ class SweepRow:
             "stored_ratio": one.stored_ratio,
             "codec": one.codec,
             "stages": [asdict(stage) for stage in one.reading.stages],
-            "quality": _quality_json(self.quality),
+            "quality": self.quality.to_json(),
             "size": asdict(self.size),
             "timing": asdict(self.timing) if self.timing is not None else None,
             "indexing": asdict(self.indexing),
@@ -231,8 +231,8 @@ class SweepReport:
                 "settings": asdict(self.settings),
                 "notes": self.notes,
                 "query_ids": self.query_ids,
-                "first_stage": {"name": self.first_stage_name, "quality": _quality_json(self.first_stage)},
-                "reference": {"quality": _quality_json(self.reference)},
+                "first_stage": {"name": self.first_stage_name, "quality": self.first_stage.to_json()},
+                "reference": {"quality": self.reference.to_json()},
                 "limits": asdict(limits),
                 "choice": chosen,
                 "configurations": [
@@ -306,10 +306,6 @@ class SweepReport:
 def _toml(values: dict[str, Any]) -> str:
     # JSON's strings, integers and booleans are TOML's.
     return "\n".join(f"{key} = {json.dumps(value)}" for key, value in values.items())
-
-
-def _quality_json(quality: Quality) -> dict[str, Any]:
-    return measures_json(quality.measures, quality.per_query, change=quality.change, kept=quality.kept)
 
 
 def _table(report: SweepReport, shown: list[tuple[SweepRow, bool, bool]], chosen: SweepRow | None) -> Table:

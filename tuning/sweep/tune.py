@@ -31,7 +31,7 @@ from tuning.report import Counts
 from tuning.rerank import Pairs
 from tuning.sweep.costs import CostTimer, IndexingCost, Lengths, TimedQuery
 from tuning.sweep.margins import Codecs, Margins
-from tuning.sweep.quality import Judgements, Quality, measure_quality
+from tuning.sweep.quality import Judgements, Quality
 from tuning.sweep.report import SweepReport, SweepRow
 from tuning.sweep.settings import Configuration, SweepSettings, units_of
 from tuning.sweep.workdir import SpilledStates, WorkDir
@@ -59,13 +59,13 @@ def tune(
 
     Raises EvaluationError for input that cannot be tuned on, CodecError, and as `Experiment`.
     """
-    sweep = Sweep(judged, model, settings or SweepSettings(), device, dtype, progress)
+    sweep = _Sweep(judged, model, settings or SweepSettings(), device, dtype, progress)
     with sweep.held(Path(work_dir)):
         return sweep.report()
 
 
 @dataclass
-class Sweep(Experiment):
+class _Sweep(Experiment):
     """Steps of a sweep, each computed on first use: states -> margins -> quality -> times -> report.
 
     States, codecs and margins are kept in the work directory, which is held meanwhile.
@@ -167,8 +167,8 @@ class Sweep(Experiment):
     @cached_property
     def quality(self) -> tuple[Quality, Quality, dict[Configuration, Quality]]:
         """Of the first stage, of the reference, and of every configuration whose margins are there."""
-        return measure_quality(
-            self.judgements, self.first, self.reference, self.margins, self.configurations, self.settings, self.progress
+        return self.judgements.measure(
+            self.first, self.reference, self.margins, self.configurations, self.settings, self.progress
         )
 
     @cached_property

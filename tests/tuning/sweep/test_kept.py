@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cache.codecs import Codec
 from cache.states import PassageStates
 from tuning import EvaluationError
 from tuning.progress import SILENT, StageProgress
-from tuning.sweep.margins import Codecs, TrainedCodec
+from tuning.sweep.margins import Codecs
 from tuning.sweep.workdir import SpilledStates, WorkDir
 
 DIM = 8
@@ -129,8 +128,10 @@ def test_a_codec_with_too_few_states_is_left_out_or_refused(tmp_path: Path, pass
         Codecs(spilled, work, "refuse", seed=0).get(1, "PQ4")
 
 
-def test_a_round_trip_is_what_a_collection_would_give(passages: dict[str, PassageStates]) -> None:
-    trained = TrainedCodec(Codec("SQfp16", DIM), 0.0, 0)
+def test_a_round_trip_is_what_a_collection_would_give(tmp_path: Path, passages: dict[str, PassageStates]) -> None:
+    work = WorkDir(tmp_path, {})
+    trained = Codecs(SpilledStates(work.path, 1, DIM), work, "refuse", seed=0).get(1, "SQfp16")
+    assert trained is not None
     for p, one in trained.roundtrip(passages).items():
         assert (one.states == passages[p].states.astype(np.float16).astype(np.float32)).all()
     assert trained.roundtrip({}) == {}
