@@ -23,7 +23,7 @@ from encoder_worker.writing import num_training_states
 from tuning import EvaluationError
 from tuning.progress import SILENT, Advance, StageProgress
 from tuning.rerank import Pairs, States, score_passages
-from tuning.sweep.settings import Configuration, Unit
+from tuning.sweep.settings import Configuration
 from tuning.sweep.workdir import SpilledStates, WorkDir
 
 
@@ -134,7 +134,7 @@ class Margins:
     def __init__(self, work: WorkDir, states: SpilledStates, pairs: Pairs, prompts: Mapping[str, Prompt]) -> None:
         """`prompts`: of each query."""
         self.pairs = pairs
-        self.values: dict[Unit, NDArray[np.float32]] = {}
+        self.values: dict[Configuration, NDArray[np.float32]] = {}
         self._work = work
         self._states = states
         self._prompts = prompts
@@ -155,27 +155,28 @@ class Margins:
             (flat[chunk.indices],) = self._score(chunk, names, load, backend, advance)
         return flat
 
-    def fill(self, backend: Backend, units: Sequence[Unit], codecs: Codecs, progress: StageProgress = SILENT) -> None:
+    def fill(
+        self, backend: Backend, units: Sequence[Configuration], codecs: Codecs, progress: StageProgress = SILENT
+    ) -> None:
         """Computes each unit, but those whose codec is left out. Raises as `Codecs.leave_out`."""
         advance = progress.begin("score (pairs)", self.pairs.num * len(units))
         for (ratio, factory), grouped in groupby(units, key=attrgetter("stored_ratio", "codec")):
-            group = list(grouped)
+            flats = {unit: self._empty() for unit in grouped}
             trained = codecs.get(ratio, factory)
             if trained is None:
-                advance(self.pairs.num * len(group))
+                advance(self.pairs.num * len(flats))
                 continue
-            flats = [self._empty() for _ in group]
             try:
                 for chunk in self._chunks:
-                    read_ratios = [unit.read_ratio for unit in group]
-                    names = {f"r{ratio}-{factory}/{one}-{chunk.number:04}": one for one in read_ratios}
-                    load = partial(self._load, chunk, ratio, trained)
-                    for flat, margins in zip(flats, self._score(chunk, names, load, backend, advance), strict=True):
+                    prefix, number = f"r{ratio}-{factory}", f"{chunk.number:04}"
+                    names = {f"{prefix}/{unit.reading}-{number}": unit.reading.ratios[0] for unit in flats}
+                    scored = self._score(chunk, names, partial(self._load, chunk, ratio, trained), backend, advance)
+                    for flat, margins in zip(flats.values(), scored, strict=True):
                         flat[chunk.indices] = margins
             except CodecError as exc:
                 codecs.leave_out(ratio, factory, str(exc))
                 continue
-            self.values |= dict(zip(group, flats, strict=True))
+            self.values |= flats
 
     def _score(
         self, chunk: _Chunk, names: Mapping[str, int], load: Callable[[], States], backend: Backend, advance: Advance

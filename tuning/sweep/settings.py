@@ -22,15 +22,6 @@ _FEW_SAMPLES = ("fallback", "refuse")
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
-    """States stored at one ratio in one codec and read at one ratio: margins are computed per unit."""
-
-    stored_ratio: int
-    codec: str
-    read_ratio: int
-
-
-@dataclass(frozen=True, slots=True)
 class Reading:
     """How stored states are read: every candidate at one ratio, or in the stages of a cascade."""
 
@@ -97,16 +88,16 @@ class Configuration:
     def stored_as(self) -> tuple[int, str]:
         return self.stored_ratio, self.codec
 
-    def units(self) -> list[Unit]:
-        """The margins it needs, by stage."""
-        return [Unit(*self.stored_as, ratio) for ratio in self.reading.ratios]
+    def units(self) -> list[Configuration]:
+        """By stage, the configuration that reads at that ratio alone: margins are computed for each of these."""
+        return [replace(self, reading=Reading((Stage(ratio),))) for ratio in self.reading.ratios]
 
 
-def units_of(configurations: Iterable[Configuration]) -> list[Unit]:
+def units_of(configurations: Iterable[Configuration]) -> list[Configuration]:
     """Each unit once, so that those of one stored ratio and codec follow one another."""
     found = {unit for one in configurations for unit in one.units()}
     codecs = {codec: place for place, codec in enumerate(dict.fromkeys(one.codec for one in configurations))}
-    return sorted(found, key=lambda unit: (unit.stored_ratio, codecs[unit.codec], unit.read_ratio))
+    return sorted(found, key=lambda unit: (unit.stored_ratio, codecs[unit.codec], unit.reading.ratios))
 
 
 @dataclass(frozen=True, kw_only=True)

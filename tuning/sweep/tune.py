@@ -194,7 +194,9 @@ class _Sweep(Experiment):
         some = [q for q, found in self.pairs.candidates.items() if not there.isdisjoint(found)]
         drawn = random.Random(self.settings.seed).sample(some, min(len(some), self.settings.timed_queries))
         # Survivors of a cascade hardly depend on the codec: any unit that is read at the ratio will do.
-        by_ratio = {unit.read_ratio: self.pairs.split(flat) for unit, flat in reversed(self.margins.values.items())}
+        by_ratio = {
+            unit.reading.ratios[0]: self.pairs.split(flat) for unit, flat in reversed(self.margins.values.items())
+        }
         queries = []
         for q in sorted(drawn):
             rows = [row for row, p in enumerate(self.pairs.candidates[q]) if p in there]

@@ -7,7 +7,7 @@ import pytest
 from cache.errors import CodecError
 from preread.types import parse_stages
 from tuning import EvaluationError
-from tuning.sweep.settings import Configuration, SweepSettings, Unit, units_of
+from tuning.sweep.settings import Configuration, SweepSettings, units_of
 
 
 def grid(
@@ -28,7 +28,7 @@ def test_a_grid_has_what_can_be_read() -> None:
 
 def test_cascades_share_the_units_of_plain_readings() -> None:
     found = grid((2,), ("Flat",), (2, 8), ["8:3,2", "16:3,2"])
-    assert units_of(found) == [Unit(2, "Flat", 2), Unit(2, "Flat", 8), Unit(2, "Flat", 16)]
+    assert [one.name for one in units_of(found)] == ["2 Flat read 2", "2 Flat read 8", "2 Flat read 16"]
 
 
 def test_what_is_left_open_follows_from_the_states() -> None:
