@@ -8,17 +8,15 @@ missing, or is an error that names it.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
+
+import msgspec
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be served; the message names the file, the value and the expectation.
-
-    Raised by all that opens, reads or checks a checkpoint's files.
-    """
+    """A checkpoint that cannot be served; the message names the file, the value and the expectation."""
 
 
 # Everything a model may need; the vision tower lives in the same shards, so shards come whole. Vocabularies of older
@@ -152,12 +150,24 @@ def check_fields(where: str, raw: Mapping[str, Any], defaults: Mapping[str, Any]
             )
 
 
-def positive(where: str, key: str, value: Any, *, whole: bool = False) -> None:
-    """Raises CheckpointError where a number is not finite and above 0, or not whole."""
-    number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0:
-        expected = "a whole number of at least 1" if whole else "a number above 0"
-        raise CheckpointError(f"{where}: {key} is {_short(value)}; expected {expected}")
+def read_fields(where: str, raw: Mapping[str, Any], kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of an object in a file, as the annotations `kinds` want them.
+
+    Raises:
+        CheckpointError: an unknown key, or a value of another type or out of its bounds.
+    """
+    values = {}
+    for key, value in raw.items():
+        if key not in kinds:
+            raise CheckpointError(f"{where}: unknown key {key!r}; known: {', '.join(kinds)}")
+        try:
+            values[key] = msgspec.convert(value, kinds[key])
+        except msgspec.ValidationError as exc:
+            expected = f"{exc}".replace("Expected", "expected", 1)
+            if get_origin(kinds[key]) is Literal:
+                expected = f"expected one of {', '.join(map(str, get_args(kinds[key])))}"
+            raise CheckpointError(f"{where}: {key} is {_short(value)}; {expected}") from exc
+    return values
 
 
 def _short(value: Any) -> str:

@@ -9,14 +9,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import torch
+from msgspec import Meta
 
-from checkpoint.files import STORAGE, CheckpointError, check_fields, positive, read_json, resolve
+from checkpoint.files import STORAGE, CheckpointError, check_fields, read_fields, read_json, resolve
 from checkpoint.settings import CheckpointSettings
 from checkpoint.tensors import TensorFiles
 from checkpoint.text import TextTokenizer
@@ -46,16 +48,25 @@ APPLIED = frozenset({
 TOP_PARTS = frozenset({"encoder", "decoder", "eoi_token_index", "tie_word_embeddings", "vocab_size"})
 # Around the encoder's text_config; the vision tower is never built.
 ENCODER_PARTS = frozenset({"eoi_token_index", "mm_tokens_per_image", "text_config", "vision_config", "vocab_size"})
-# Rotations that do not depend on how long the text at hand is: tables are made once, for the longest.
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-ROPE_NUMBERS = frozenset({
-    "attention_factor", "beta_fast", "beta_slow", "factor", "high_freq_factor", "low_freq_factor", "mscale",
-    "mscale_all_dim", "original_max_position_embeddings", "rope_theta",
-})  # fmt: skip
-ROPE_WORDS = frozenset({"partial_rotary_factor", "rope_type", "truncate", "type"})
-LAYER_TYPES = ("full_attention", "sliding_attention")
-
-
+_Whole = Annotated[int, Meta(ge=1)]
+_Positive = Annotated[float, Meta(gt=0, le=sys.float_info.max)]
+# Numbers of either stack, beyond what transformers checks.
+NUMBERS: dict[str, Any] = {
+    "hidden_size": _Whole, "intermediate_size": _Whole, "num_hidden_layers": _Whole, "num_attention_heads": _Whole,
+    "num_key_value_heads": _Whole, "head_dim": _Whole, "vocab_size": _Whole, "query_pre_attn_scalar": _Positive,
+    "rms_norm_eps": _Positive, "final_logit_softcapping": _Positive | None,
+    "layer_types": list[Literal["full_attention", "sliding_attention"]],
+}  # fmt: skip
+ROPE: dict[str, Any] = {
+    # The other types change with the length of the text at hand; here tables are made once, for the longest.
+    "rope_type": Literal["default", "linear", "llama3", "yarn"],
+    "type": Any,  # its older name
+    "truncate": Any,
+    "partial_rotary_factor": Annotated[float, Meta(ge=1, le=1)] | None,  # every number of a head is rotated here
+    "attention_factor": _Positive, "beta_fast": _Positive, "beta_slow": _Positive, "factor": _Positive,
+    "high_freq_factor": _Positive, "low_freq_factor": _Positive, "mscale": _Positive, "mscale_all_dim": _Positive,
+    "original_max_position_embeddings": _Positive, "rope_theta": _Positive,
+}  # fmt: skip
 Shapes = dict[str, tuple[int, ...]]  # of tensors, by name
 
 
@@ -73,19 +84,14 @@ def tensor_shapes(half: str, config: Any) -> Shapes:
         "mlp.gate_proj": (inner, dim),
         "mlp.up_proj": (inner, dim),
         "mlp.down_proj": (dim, inner),
-        "pre_self_attn_layernorm": (dim,),
-        "post_self_attn_layernorm": (dim,),
-        "pre_feedforward_layernorm": (dim,),
-        "post_feedforward_layernorm": (dim,),
+        **{f"{side}_{block}_layernorm": (dim,) for block in ("self_attn", "feedforward") for side in ("pre", "post")},
     }
     shapes: Shapes = {f"{half}.norm.weight": (dim,)}
     for i in range(config.num_hidden_layers):
         shapes |= {f"{half}.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
-    # The end-of-image row is stored apart.
-    return shapes | {
-        f"{half}.embed_tokens.weight": (config.vocab_size, dim),
-        f"{half}.embed_tokens.eoi_embedding": (dim,),
-    }
+    shapes[f"{half}.embed_tokens.weight"] = (config.vocab_size, dim)
+    shapes[f"{half}.embed_tokens.eoi_embedding"] = (dim,)  # the end-of-image row is stored apart
+    return shapes
 
 
 @dataclass(frozen=True)
@@ -258,14 +264,15 @@ def _read_config(path: Path) -> T5Gemma2Config:
     except Exception as exc:  # the strict config classes raise several unrelated types
         raise CheckpointError(f"{where}: no valid T5Gemma 2 configuration ({exc})") from exc
     encoder, decoder = cast(Any, config.encoder), cast(Any, config.decoder)
+    raw_encoder = raw.get("encoder") or {}
     parts: list[tuple[str, Any, Any, frozenset[str]]] = [
-        ("", raw, config, STORAGE | TOP_PARTS),
-        ("encoder.", raw.get("encoder") or {}, encoder, ENCODER_PARTS),
-        ("encoder.text_config.", (raw.get("encoder") or {}).get("text_config") or {}, encoder.text_config, APPLIED),
-        ("decoder.", raw.get("decoder") or {}, decoder, APPLIED | {"final_logit_softcapping", "is_decoder"}),
+        ("the model", raw, config, STORAGE | TOP_PARTS),
+        ("encoder", raw_encoder, encoder, ENCODER_PARTS),
+        ("encoder.text_config", raw_encoder.get("text_config") or {}, encoder.text_config, APPLIED),
+        ("decoder", raw.get("decoder") or {}, decoder, APPLIED | {"final_logit_softcapping", "is_decoder"}),
     ]
     for place, found, made, applied in parts:
-        check_fields(f"{where}: {place or 'the model'}".rstrip("."), found, _defaults(type(made)), applied)
+        check_fields(f"{where}: {place}", found, _defaults(type(made)), applied)
     for place, stack in (("encoder.text_config", encoder.text_config), ("decoder", decoder)):
         _check_numbers(f"{where}: {place}", stack)
     return config
@@ -282,35 +289,15 @@ def _defaults(kind: type[Any]) -> dict[str, Any]:
 
 def _check_numbers(where: str, stack: Any) -> None:
     """Raises CheckpointError where a stack's numbers cannot be computed with, or not as transformers does."""
-
-    def expect(fits: bool, key: str, value: object, expected: str) -> None:
-        if not fits:
-            raise CheckpointError(f"{where}: {key} is {value}; expected {expected}")
-
-    whole = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    for key in (*whole, "head_dim", "vocab_size"):
-        positive(where, key, getattr(stack, key), whole=True)
-    for key in ("query_pre_attn_scalar", "rms_norm_eps"):
-        positive(where, key, getattr(stack, key))
-    if stack.final_logit_softcapping is not None:
-        positive(where, "final_logit_softcapping", stack.final_logit_softcapping)
-    heads, kv_heads = stack.num_attention_heads, stack.num_key_value_heads
-    expect(heads % kv_heads == 0, "num_attention_heads", heads, f"a multiple of num_key_value_heads, {kv_heads}")
-    kinds = list(stack.layer_types or ())
-    known = len(kinds) == stack.num_hidden_layers and set(kinds) <= set(LAYER_TYPES)
-    expect(known, "layer_types", kinds, f"{stack.num_hidden_layers} of {' and '.join(LAYER_TYPES)}")
+    read_fields(where, {key: getattr(stack, key) for key in NUMBERS}, NUMBERS)
+    heads, kv_heads, kinds = stack.num_attention_heads, stack.num_key_value_heads, stack.layer_types
+    if heads % kv_heads:
+        raise CheckpointError(
+            f"{where}: num_attention_heads is {heads}; expected a multiple of num_key_value_heads, {kv_heads}"
+        )
+    if len(kinds) != stack.num_hidden_layers:
+        raise CheckpointError(f"{where}: layer_types has {len(kinds)} layers; expected {stack.num_hidden_layers}")
     if "sliding_attention" in kinds:
-        positive(where, "sliding_window", stack.sliding_window, whole=True)
+        read_fields(where, {"sliding_window": stack.sliding_window}, {"sliding_window": _Whole})
     for kind in sorted(set(kinds)):
-        rope, at = stack.rope_parameters.get(kind) or {}, f"rope_parameters.{kind}"
-        for key, value in rope.items():
-            if key not in ROPE_NUMBERS | ROPE_WORDS:
-                raise CheckpointError(f"{where}: {at} has {key!r}; it is not applied here")
-            if key in ROPE_NUMBERS:
-                positive(where, f"{at}.{key}", value)
-        name, types = rope.get("rope_type", "default"), " or ".join(ROPE_TYPES)
-        fixed = f"{types}: the others change with the length of the text"
-        expect(name in ROPE_TYPES, f"{at}.rope_type", repr(name), fixed)
-        share = rope.get("partial_rotary_factor")
-        rotated = "1: every number of a head is rotated here"
-        expect(share in (None, 1, 1.0), f"{at}.partial_rotary_factor", share, rotated)
+        read_fields(f"{where}: rope_parameters.{kind}", stack.rope_parameters.get(kind) or {}, ROPE)

@@ -6,20 +6,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import string
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
-from checkpoint.files import CheckpointError, read_json, read_modules
+from msgspec import Meta
+
+from checkpoint.files import CheckpointError, read_fields, read_json, read_modules
 
 FILE_NAME = "preread.json"
 FORMAT_VERSION = 1
 # A checkpoint is a stranger's input: the cost of its strings and numbers is bounded when they are read.
 MAX_TEXT_CHARS = 65_536
 MAX_FIELD_USES = 4  # of one field in one template: a text from outside is repeated at most so often
-MAX_NUMBER = 2**31 - 1  # as the wire's integers
+_Text = Annotated[str, Meta(max_length=MAX_TEXT_CHARS)]
+_Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]  # as the wire's integers
 
 KALM_MODULE = "KaLMCrossEncoderModule"
 KALM_FILE_NAME = "kalm_cross_encoder_config.json"
@@ -51,14 +53,14 @@ KALM_PROMPT = _kalm_prompt(KALM_SYSTEM)
 class CheckpointSettings:
     """Templates and limits of one checkpoint; the defaults are KaLM-Reranker-V1's."""
 
-    passage_template: str = "<Document>: {passage}"
-    prompt_template: str = KALM_PROMPT
-    yes_token: str = "yes"
-    no_token: str = "no"
-    default_instruction: str = "Given a query, retrieve documents that answer the query."
-    default_compression_ratio: int = 4
-    max_passage_tokens: int = 1024
-    max_query_tokens: int = 512
+    passage_template: _Text = "<Document>: {passage}"
+    prompt_template: _Text = KALM_PROMPT
+    yes_token: _Text = "yes"
+    no_token: _Text = "no"
+    default_instruction: _Text = "Given a query, retrieve documents that answer the query."
+    default_compression_ratio: _Count = 4
+    max_passage_tokens: _Count = 1024
+    max_query_tokens: _Count = 512
 
     @classmethod
     def load(cls, directory: Path) -> CheckpointSettings:
@@ -70,31 +72,27 @@ class CheckpointSettings:
                 f"{directory / 'modules.json'}: lists the modules {', '.join(modules)}; "
                 f"expected {KALM_MODULE} alone: others are not applied here"
             )
-        values = _kalm_values(directory)
+        kinds = get_type_hints(cls, include_extras=True)
         own = read_json(path, optional=True)
         version = own.pop("format_version", None) if path.exists() else FORMAT_VERSION
         if version != FORMAT_VERSION:
             raise CheckpointError(f"{path}: format_version is {version!r}; this version reads {FORMAT_VERSION}")
-        for key, value in own.items():
-            values[key] = _checked(path, key, value)
-        settings = cls(**values)
+        settings = cls(**_kalm_values(directory, kinds) | read_fields(str(path), own, kinds))
         _check_template(path, "passage_template", settings.passage_template, {"passage"}, {"passage"})
         _check_template(path, "prompt_template", settings.prompt_template, {"query"}, {"query", "instruction"})
         return settings
 
 
-def _kalm_values(directory: Path) -> dict[str, Any]:
+def _kalm_values(directory: Path, kinds: dict[str, Any]) -> dict[str, Any]:
     """Values of KaLM's own files, as fields of CheckpointSettings."""
     path = directory / KALM_FILE_NAME
     if not path.exists():
         return {}
-    values: dict[str, Any] = {}
-    for key, value in read_json(path).items():
-        if key not in KALM_FIELDS:
-            raise CheckpointError(f"{path}: unknown key {key!r}; known: {', '.join(KALM_FIELDS)}")
-        if key == "encoder_chunk_size" and value is None:  # no pooling
-            value = 1
-        values[KALM_FIELDS[key]] = _checked(path, KALM_FIELDS[key], value, shown=key)
+    own = {key: kinds[setting] for key, setting in KALM_FIELDS.items()}
+    own["encoder_chunk_size"] |= None  # no pooling
+    values = {KALM_FIELDS[key]: value for key, value in read_fields(str(path), read_json(path), own).items()}
+    if values.get("default_compression_ratio", 1) is None:
+        values["default_compression_ratio"] = 1
     if "prompt_template" in values:
         values["prompt_template"] = _kalm_prompt(values["prompt_template"])
     # The prompt that sentence-transformers uses where it is given none.
@@ -104,24 +102,10 @@ def _kalm_values(directory: Path) -> dict[str, Any]:
     if name is not None:
         if not isinstance(prompts, dict) or name not in prompts:
             raise CheckpointError(f"{path}: default_prompt_name is {name!r}; expected a name in prompts")
-        values["default_instruction"] = _checked(path, "default_instruction", prompts[name], shown=f"prompts.{name}")
+        key = f"prompts.{name}"
+        read = read_fields(str(path), {key: prompts[name]}, {key: kinds["default_instruction"]})
+        values["default_instruction"] = read[key]
     return values
-
-
-def _checked(path: Path, key: str, value: Any, *, shown: str = "") -> Any:
-    """The value of the field `key`, which the file calls `shown`."""
-    defaults = dataclasses.asdict(CheckpointSettings())
-    if key not in defaults:
-        raise CheckpointError(f"{path}: unknown key {key!r}; known: format_version, {', '.join(defaults)}")
-    kind = type(defaults[key])
-    key = shown or key
-    if type(value) is not kind:
-        raise CheckpointError(f"{path}: {key} is {value!r}; expected {kind.__name__}")
-    if isinstance(value, int) and not 1 <= value <= MAX_NUMBER:
-        raise CheckpointError(f"{path}: {key} is {value}; expected at least 1 and at most {MAX_NUMBER}")
-    if isinstance(value, str) and len(value) > MAX_TEXT_CHARS:
-        raise CheckpointError(f"{path}: {key} has {len(value):,} characters; expected at most {MAX_TEXT_CHARS:,}")
-    return value
 
 
 def template_fields(template: str) -> list[str]:

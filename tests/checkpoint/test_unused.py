@@ -174,8 +174,8 @@ def test_a_tensor_in_two_shards_is_refused(directory: Path) -> None:
         ({"embedding_multiplier": 12.0}, "embedding_multiplier is 12.0"),
         ({"num_key_value_heads": 3}, "num_attention_heads is 4; expected a multiple of num_key_value_heads, 3"),
         ({"head_dim": 15}, "`head_dim`=15"),
-        ({"query_pre_attn_scalar": 0}, "query_pre_attn_scalar is 0; expected a number above 0"),
-        ({"sliding_window": None}, "sliding_window is None; expected a whole number of at least 1"),
+        ({"query_pre_attn_scalar": 0}, "query_pre_attn_scalar is 0; expected `float` > 0.0"),
+        ({"sliding_window": None}, "sliding_window is None; expected `int`, got `null`"),
         ({"sliding_window": 0}, "sliding_window is 0"),
         ({"final_logit_softcapping": 0.0}, "final_logit_softcapping is 0.0"),
         ({"layer_types": ["full_attention", "linear_attention", "full_attention"]}, "linear_attention"),
@@ -183,10 +183,10 @@ def test_a_tensor_in_two_shards_is_refused(directory: Path) -> None:
             {"rope_parameters": {"full_attention": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6}}},
             "rope_type is 'dynamic'",
         ),
-        ({"rope_theta": "x"}, "rope_theta is 'x'; expected a number above 0"),
+        ({"rope_theta": "x"}, "rope_theta is 'x'; expected `float`, got `str`"),
         ({"rope_theta": -1.0}, "rope_theta is -1.0"),
         ({"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 0}}}, "factor is 0"),
-        ({"rope_parameters": {"full_attention": {"rope_type": "default", "bent": 2}}}, "has 'bent'"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default", "bent": 2}}}, "unknown key 'bent'"),
     ],
 )
 def test_a_field_that_is_not_applied_is_named(directory: Path, place: str, values: dict[str, Any], said: str) -> None:

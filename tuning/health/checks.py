@@ -214,7 +214,7 @@ def published(name: str) -> list[_Published]:
     own = [row for row in document["published"] if row["model"] == hub_id]
     if own:
         return [_Published(_texts(row), row["source"], row["margins"], True, row["max_delta"]) for row in own]
-    profile = named_profile(hub_id, None)
+    profile = named_profile(hub_id)
     if profile is None or not profile.golden:
         return []
     logits = profile.golden_are_margins or any(not 0 <= score <= 1 for score in profile.golden)

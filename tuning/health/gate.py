@@ -19,7 +19,7 @@ from decoder_server.config import NO_KV_CACHES, ModelConfig
 from decoder_server.models.backend import Backend
 from decoder_server.models.cross_encoder.backend import CrossEncoder
 from decoder_server.models.cross_encoder.loading import open_cross_encoder
-from decoder_server.models.cross_encoder.profiles import named_profile, own_profile
+from decoder_server.models.cross_encoder.profiles import named_profile
 from decoder_server.models.fbnl.backend import FbnlBackend
 from decoder_server.models.loading import is_fbnl, load_model
 from tuning import EvaluationError
@@ -242,7 +242,7 @@ def _reference(model: CrossEncoder, trust_remote_code: bool) -> tuple[PlainModel
     """
     name, profile, directory = model.checkpoint_name, model.profile, resolve(model.checkpoint_name)
     try:
-        own = named_profile(name, None) or own_profile(directory)
+        own = named_profile(name, directory=directory)
     except CheckpointError:  # its file is broken: only the served profile is left
         own = None
     if own is not None:

@@ -30,7 +30,7 @@ from checkpoint.files import CheckpointError, read_json, resolve
 from checkpoint.tensors import StoredTensors
 from decoder_server.models.cross_encoder.files import load_config
 from decoder_server.models.cross_encoder.profiles import FILE_NAME as PROFILE_FILE
-from decoder_server.models.cross_encoder.profiles import Profile, builtin_profiles, named_profile, own_profile
+from decoder_server.models.cross_encoder.profiles import Profile, builtin_profiles, named_profile
 
 TARGETS = {
     "Qwen3ForCausalLM": "Qwen3ForSequenceClassification",
@@ -78,7 +78,7 @@ class CausalSource:
             raise CheckpointError(
                 f"{name}: config.json names the architecture {given}; expected {' or '.join(TARGETS)}"
             )
-        profile = named_profile(name, None) or own_profile(path) or _usual_profile(found[0])
+        profile = named_profile(name, directory=path) or _usual_profile(found[0])
         if profile.head != "vocabulary" or profile.yes != COLUMN or profile.no is not None:
             raise CheckpointError(
                 f"{name}: its profile {profile.model!r} reads more than column {COLUMN} of the vocabulary; "

@@ -11,7 +11,7 @@ from checkpoint.compute import choose_device, choose_dtype, cpu_multiplies_bfloa
 from checkpoint.files import CheckpointError, read_json, resolve
 from decoder_server.models.cross_encoder.backend import CrossEncoder
 from decoder_server.models.cross_encoder.files import CheckpointFiles
-from decoder_server.models.cross_encoder.profiles import Profile, generic_profile, named_profile, own_profile
+from decoder_server.models.cross_encoder.profiles import Profile, generic_profile, named_profile
 from decoder_server.models.cross_encoder.torch_runtime import load_torch
 
 log = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ def _opened(
     directory = resolve(name, with_code=trust_remote_code)
     config = read_json(directory / "config.json")
     if chosen is None:
-        chosen = (own_profile(directory) if profile is None else None) or generic_profile(name, config, directory)
+        chosen = named_profile(name, profile, directory) or generic_profile(name, config, directory)
         _check_allowed(name, chosen, trust_remote_code)
     chosen.check_architecture(config, name)
     return CheckpointFiles.open(

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, cast, get_type_hints
 
-from checkpoint.files import CheckpointError, read_json
+from msgspec import Meta
+
+from checkpoint.files import CheckpointError, read_fields, read_json
 from checkpoint.settings import template_fields
 
 # classifier: the model's own sequence-classification head, as an encoder has it.
@@ -38,6 +40,7 @@ ENCODERS = frozenset({
 # These count positions from padding_idx + 1, so two of them are never used.
 OFFSET_POSITIONS = frozenset({"camembert", "mpnet", "roberta", "xlm-roberta", "xlm-roberta-xl"})
 ACTIVATIONS = {"Identity": "identity", "Sigmoid": "sigmoid"}  # by the class that sentence-transformers names
+_Limit = Annotated[int, Meta(ge=1)]
 
 
 @dataclass(frozen=True)
@@ -47,26 +50,26 @@ class Profile:
     model: str  # hub id, or what a user calls it
     architectures: tuple[str, ...]  # class names that config.json may give
     head: Head = "classifier"
-    num_labels: int = 1  # 2: the margin is label 1 over label 0
+    num_labels: Literal[1, 2] = 1  # 2: the margin is label 1 over label 0
     yes: str | int | None = None  # answer token, or its id; vocabulary heads only
     no: str | int | None = None  # None: the margin is the logit of `yes` alone
     answer_ids: tuple[int, ...] = ()  # what the published tokenizer gives for yes and no
     activation: Activation = "identity"
-    temperature: float = 1.0  # scores are activation(margin / temperature)
+    temperature: Annotated[float, Meta(gt=0)] = 1.0  # scores are activation(margin / temperature)
     template: tuple[str, ...] = ()  # pieces, each tokenized separately; empty: the tokenizer's own pair
     instruction_format: str = ""  # what a given instruction becomes in the template; empty: none is read
     default_instruction: str = ""
     add_special_tokens: bool = False  # whether the tokenizer adds its own around a filled template
     strip: bool = False  # texts are stripped of surrounding white space
     padding: Padding = "right"
-    max_tokens: int = 512
-    max_query_tokens: int = 512
-    max_instruction_tokens: int = 512
+    max_tokens: _Limit = 512
+    max_query_tokens: _Limit = 512
+    max_instruction_tokens: _Limit = 512
     max_passage_tokens: int | None = None  # None: what the rest of max_tokens leaves
     passage_format: str = ""  # listwise only
     passage_token: str = ""  # listwise only: read out for a passage
     query_token: str = ""  # listwise only: read out for the query
-    max_list_passages: int = 1  # listwise only: passages per sequence
+    max_list_passages: _Limit = 1  # listwise only: passages per sequence
     needs_remote_code: bool = False
     refused: str = ""  # why this version cannot serve it
     license: str = ""  # said on load when given
@@ -87,11 +90,6 @@ class Profile:
     def restricted(self) -> bool:
         """Whether its licence is one that a user must be told of."""
         return self.license not in ("", "Apache-2.0", "MIT")
-
-    @property
-    def fields(self) -> set[str]:
-        template_fields("".join(self.template))  # for what all pieces together cost
-        return {name for piece in self.template for name in template_fields(piece)}
 
     def check_architecture(self, config: Mapping[str, Any], name: str) -> None:
         """Raises CheckpointError where a checkpoint is not of the kind that this profile is for."""
@@ -127,10 +125,10 @@ class Profile:
 
 def builtin_profiles() -> dict[str, Profile]:
     """Every row that ships, by exact model id."""
-    return load_profiles(resources.files(__package__).joinpath("profiles.toml"))
+    return _load(resources.files(__package__).joinpath("profiles.toml"))
 
 
-def load_profiles(path: Path | Traversable) -> dict[str, Profile]:
+def _load(path: Path | Traversable) -> dict[str, Profile]:
     """Rows of a TOML file, `[[profile]]` tables with `models` and any field of Profile, by exact model id."""
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -138,11 +136,11 @@ def load_profiles(path: Path | Traversable) -> dict[str, Profile]:
         raise CheckpointError(f"{path}: cannot be read ({exc})") from exc
     except tomllib.TOMLDecodeError as exc:
         raise CheckpointError(f"{path}: not TOML ({exc})") from exc
-    rows = document.get("profile")
-    if not isinstance(rows, list) or not rows or set(document) != {"profile"}:
+    if set(document) != {"profile"}:
         raise CheckpointError(f"{path}: has {sorted(document)}; expected [[profile]] tables and nothing else")
     profiles: dict[str, Profile] = {}
-    for number, row in enumerate(rows, 1):
+    tables = Annotated[list[dict[str, Any]], Meta(min_length=1)]
+    for number, row in enumerate(read_fields(str(path), document, {"profile": tables})["profile"], 1):
         for profile in _profiles(row, f"{path}, profile {number}"):
             if profile.model in profiles:
                 raise CheckpointError(f"{path}: {profile.model!r} has two profiles")
@@ -151,101 +149,83 @@ def load_profiles(path: Path | Traversable) -> dict[str, Profile]:
 
 
 def _profiles(row: Mapping[str, Any], where: str) -> list[Profile]:
-    values = dict(row)
-    models, golden = values.pop("models", None), values.pop("golden", {})
-    if not isinstance(models, list) or not models or not all(isinstance(name, str) and name for name in models):
-        raise CheckpointError(f"{where}: models is {models!r}; expected a list of hub ids or names")
-    where = f"{where} ({models[0]})"
-    if not isinstance(golden, dict) or not golden.keys() <= set(models):
+    kinds = get_type_hints(Profile, include_extras=True)
+    del kinds["model"]
+    kinds["models"] = Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(min_length=1)]
+    kinds["golden"] = dict[str, tuple[float, ...]]
+    values = read_fields(where, row, kinds)
+    for key, expected in (("models", "a list of hub ids or names"), ("architectures", "class names of config.json")):
+        if key not in values:
+            raise CheckpointError(f"{where}: {key} is missing; expected {expected}")
+    models, golden = values.pop("models"), values.pop("golden", {})
+    if not golden.keys() <= set(models):
         raise CheckpointError(f"{where}: golden is {golden!r}; expected a table of scores by model")
-    known = {field.name: field for field in dataclasses.fields(Profile) if field.name not in ("model", "golden")}
-    for key, value in values.items():
-        if key not in known:
-            raise CheckpointError(f"{where}: unknown field {key!r}; known: models, golden, {', '.join(known)}")
-        values[key] = _checked(where, key, value, str(known[key].type))
-    if "architectures" not in values:
-        raise CheckpointError(f"{where}: architectures is missing; expected class names as config.json gives them")
-    profiles = [Profile(model=name, golden=tuple(golden.get(name, ())), **values) for name in models]
-    _check(profiles[0], where)
+    profiles = [Profile(model=name, golden=golden.get(name, ()), **values) for name in models]
+    _check(profiles[0], f"{where} ({models[0]})")
     return profiles
-
-
-def _checked(where: str, key: str, value: Any, annotation: str) -> Any:
-    """`value` as the field wants it, or an error that names both."""
-    choices = {"Head": get_args(Head), "Activation": get_args(Activation), "Padding": get_args(Padding)}
-    if annotation in choices:
-        if value not in choices[annotation]:
-            raise CheckpointError(f"{where}: {key} is {value!r}; expected one of {', '.join(choices[annotation])}")
-        return value
-    if annotation.startswith("tuple["):
-        kind = {"str": str, "int": int, "float": float}[annotation[len("tuple[") :].split(",")[0]]
-        if not isinstance(value, list) or not all(type(item) is kind for item in value):
-            raise CheckpointError(f"{where}: {key} is {value!r}; expected a list of {kind.__name__}")
-        return tuple(value)
-    kinds = {"str": str, "int": int, "float": float, "bool": bool}
-    allowed = [kinds[name] for name in annotation.split(" | ") if name in kinds]
-    if allowed == [float] and type(value) is int:
-        return float(value)
-    if type(value) not in allowed:
-        raise CheckpointError(f"{where}: {key} is {value!r}; expected {' or '.join(k.__name__ for k in allowed)}")
-    return value
 
 
 def _check(profile: Profile, where: str) -> None:
     """Raises CheckpointError where fields contradict each other."""
-
-    def fail(text: str) -> None:
-        raise CheckpointError(f"{where}: {text}")
-
-    if profile.head == "vocabulary" and profile.yes is None:
-        fail("yes is missing; a vocabulary head needs an answer token or its id")
-    if profile.head != "vocabulary" and (profile.yes is not None or profile.no is not None):
-        fail(f"yes and no belong to a vocabulary head; head is {profile.head!r}")
-    if profile.num_labels not in (1, 2) or (profile.num_labels == 2 and profile.head != "classifier"):
-        fail(f"num_labels is {profile.num_labels}; expected 1, or 2 with a classifier head")
-    if profile.temperature <= 0:
-        fail(f"temperature is {profile.temperature}; expected more than 0")
-    if profile.head in ("score", "vocabulary") and profile.padding != "left":
-        fail(f"padding is {profile.padding!r}; a readout at the last token needs left")
-    for name in ("max_tokens", "max_query_tokens", "max_instruction_tokens", "max_list_passages"):
-        if getattr(profile, name) < 1:
-            fail(f"{name} is {getattr(profile, name)}; expected at least 1")
-    needed = {"query", "passages" if profile.listwise else "passage"}
-    allowed = needed | {"instruction"} | ({"count"} if profile.listwise else set())
     try:
-        found = profile.fields
-        in_format = template_fields(profile.instruction_format)
-        in_passage = template_fields(profile.passage_format)
+        template_fields("".join(profile.template))  # for what all pieces together cost
+        found = {name for piece in profile.template for name in template_fields(piece)}
+        in_format, in_passage = template_fields(profile.instruction_format), template_fields(profile.passage_format)
     except ValueError as exc:
         raise CheckpointError(f"{where}: template is none ({exc}); braces of the text itself are doubled") from exc
-    if profile.template or profile.head != "classifier":
-        if not needed <= found <= allowed:
-            fail(f"template has the fields {sorted(found)}; expected {sorted(needed)}, allowed {sorted(allowed)}")
-        if ("instruction" in found) != profile.takes_instruction:
-            fail("template names {instruction} exactly when instruction_format is given")
-    if profile.takes_instruction and not profile.template:
-        fail("instruction_format needs a template to stand in")
-    if profile.takes_instruction and in_format != ["instruction"]:
-        fail(f"instruction_format has the fields {in_format}; expected ['instruction']")
-    if profile.listwise and len(profile.template) != 1:
-        fail(f"template has {len(profile.template)} pieces; a list is tokenized as one")
-    if profile.listwise and not (profile.passage_format and profile.passage_token and profile.query_token):
-        fail("a listwise head needs passage_format, passage_token and query_token")
-    if profile.passage_format and (in_passage.count("passage") != 1 or not set(in_passage) <= {"passage", "index"}):
-        fail(f"passage_format has the fields {sorted(in_passage)}; expected ['passage'], allowed ['index', 'passage']")
+    head, listwise, answers = profile.head, profile.listwise, (profile.yes, profile.no)
+    needed = {"query", "passages" if listwise else "passage"}
+    allowed = needed | {"instruction"} | ({"count"} if listwise else set())
+    templated = bool(profile.template) or head != "classifier"
+    contradictions = {
+        "yes is missing; a vocabulary head needs an answer token or its id": (
+            head == "vocabulary" and profile.yes is None
+        ),
+        f"yes and no belong to a vocabulary head; head is {head!r}": head != "vocabulary" and answers != (None, None),
+        f"num_labels is {profile.num_labels}; expected 1, or 2 with a classifier head": (
+            profile.num_labels == 2 and head != "classifier"
+        ),
+        f"padding is {profile.padding!r}; a readout at the last token needs left": (
+            head in ("score", "vocabulary") and profile.padding != "left"
+        ),
+        f"template has the fields {sorted(found)}; expected {sorted(needed)}, allowed {sorted(allowed)}": (
+            templated and not needed <= found <= allowed
+        ),
+        "template names {instruction} exactly when instruction_format is given": (
+            templated and ("instruction" in found) != profile.takes_instruction
+        ),
+        "instruction_format needs a template to stand in": profile.takes_instruction and not profile.template,
+        f"instruction_format has the fields {in_format}; expected ['instruction']": (
+            profile.takes_instruction and in_format != ["instruction"]
+        ),
+        f"template has {len(profile.template)} pieces; a list is tokenized as one": (
+            listwise and len(profile.template) != 1
+        ),
+        "a listwise head needs passage_format, passage_token and query_token": (
+            listwise and not (profile.passage_format and profile.passage_token and profile.query_token)
+        ),
+        f"passage_format has the fields {sorted(in_passage)}; expected ['passage'], allowed ['index', 'passage']": (
+            profile.passage_format != ""
+            and (in_passage.count("passage") != 1 or not set(in_passage) <= {"passage", "index"})
+        ),
+    }
+    for text, holds in contradictions.items():
+        if holds:
+            raise CheckpointError(f"{where}: {text}")
 
 
-def named_profile(name: str, wanted: str | Profile | None) -> Profile | None:
-    """The profile known before any file is read: the wanted one, or the one of this exact id.
+def named_profile(name: str, wanted: str | Profile | None = None, directory: Path | None = None) -> Profile | None:
+    """The profile known before config.json is read: the wanted one, or the one of this exact id.
 
     Args:
         wanted: a profile, a model id of the table, or a TOML file with the row of `name` or only one row.
+        directory: the checkpoint's, where a recipe of its own may lie.
     """
     if isinstance(wanted, Profile):
         return wanted
     builtin = builtin_profiles()
     if wanted is None:
-        return builtin.get(name) or builtin.get(_owner_and_name(name))
+        return builtin.get(name) or builtin.get(_owner_and_name(name)) or (directory and _own_profile(directory))
     if wanted in builtin:
         return builtin[wanted]
     if wanted == GENERIC:
@@ -254,18 +234,15 @@ def named_profile(name: str, wanted: str | Profile | None) -> Profile | None:
         raise CheckpointError(
             f"profile is {wanted!r}; expected a TOML file, {GENERIC!r}, or one of {', '.join(sorted(builtin))}"
         )
-    rows = load_profiles(Path(wanted).expanduser())
-    if name in rows:
-        return rows[name]
-    if len(rows) == 1:
-        return next(iter(rows.values()))
-    raise CheckpointError(f"{wanted}: has profiles for {', '.join(rows)}; none for {name!r}")
+    rows = _load(Path(wanted).expanduser())
+    if name not in rows and len(rows) > 1:
+        raise CheckpointError(f"{wanted}: has profiles for {', '.join(rows)}; none for {name!r}")
+    return rows.get(name) or next(iter(rows.values()))
 
 
-def own_profile(directory: Path) -> Profile | None:
-    """The recipe in a checkpoint's own file: one row."""
+def _own_profile(directory: Path) -> Profile | None:
     path = directory / FILE_NAME
-    rows = load_profiles(path) if path.exists() else {}
+    rows = _load(path) if path.exists() else {}
     if len(rows) > 1:
         raise CheckpointError(f"{path}: has {len(rows)} profiles; expected one")
     return next(iter(rows.values()), None)

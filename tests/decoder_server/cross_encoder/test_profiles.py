@@ -15,7 +15,6 @@ from decoder_server.models.cross_encoder.profiles import (
     Profile,
     builtin_profiles,
     generic_profile,
-    load_profiles,
     named_profile,
 )
 
@@ -118,13 +117,15 @@ def test_a_checkpoint_may_carry_its_own_profile(tmp_path: Path, tiny: Callable[.
     [
         ("models = [", "not TOML"),
         ('[model]\nname = "x"', "expected [[profile]] tables and nothing else"),
-        (ROW.replace("models", "names"), "models is None"),
+        (ROW.replace("models", "names"), "unknown key 'names'"),
         (ROW.replace("architectures", "#"), "architectures is missing"),
-        (ROW + 'patting = "left"', "unknown field 'patting'"),
+        (ROW.replace("models", "#"), "models is missing"),
+        (ROW.replace('["me/mine"]', "[]"), "models is []; expected `array` of length >= 1"),
+        (ROW + 'patting = "left"', "unknown key 'patting'"),
         (ROW + 'padding = "middle"', "padding is 'middle'; expected one of left, right"),
-        (ROW + 'max_tokens = "many"', "max_tokens is 'many'; expected int"),
-        (ROW + "max_tokens = 0", "max_tokens is 0; expected at least 1"),
-        (ROW + "strip = 1", "strip is 1; expected bool"),
+        (ROW + 'max_tokens = "many"', "max_tokens is 'many'; expected `int`"),
+        (ROW + "max_tokens = 0", "max_tokens is 0; expected `int` >= 1"),
+        (ROW + "strip = 1", "strip is 1; expected `bool`"),
         (ROW + "template = ['{query}']", "template has the fields ['query']"),
         (ROW + "template = ['{query} {passage} {']", "braces of the text itself are doubled"),
         (ROW + "instruction_format = '{instruction}'", "instruction_format needs a template"),
@@ -155,15 +156,15 @@ def test_a_checkpoint_may_carry_its_own_profile(tmp_path: Path, tiny: Callable[.
         (ROW + "yes = 'yes'", "yes and no belong to a vocabulary head"),
         (ROW + "head = 'score'\ntemplate = ['{query}{passage}']", "needs left"),
         (ROW + "num_labels = 3", "num_labels is 3"),
-        (ROW + "temperature = 0", "temperature is 0.0; expected more than 0"),
+        (ROW + "temperature = 0", "temperature is 0; expected `float` > 0.0"),
         (ROW + ROW, "'me/mine' has two profiles"),
-        (ROW + "golden = [1.0]", "golden is [1.0]; expected a table"),
+        (ROW + "golden = [1.0]", "golden is [1.0]; expected `object`"),
     ],
 )
 def test_a_row_that_makes_no_sense_is_named(tmp_path: Path, change: str, said: str) -> None:
     (tmp_path / "mine.toml").write_text(change)
     with pytest.raises(CheckpointError) as caught:
-        load_profiles(tmp_path / "mine.toml")
+        named_profile("me/mine", str(tmp_path / "mine.toml"))
     assert said in str(caught.value)
     assert str(caught.value).startswith(str(tmp_path / "mine.toml"))
 
@@ -173,9 +174,11 @@ def test_a_file_without_the_model_is_named(tmp_path: Path) -> None:
     path.write_text(ROW + ROW.replace("me/mine", "me/other"))
     with pytest.raises(CheckpointError, match="has profiles for me/mine, me/other; none for 'x/y'"):
         named_profile("x/y", str(path))
-    assert named_profile("me/other", str(path)) == load_profiles(path)["me/other"]
+    other = named_profile("me/other", str(path))
+    assert other is not None
+    assert other.model == "me/other"
     with pytest.raises(CheckpointError, match="cannot be read"):
-        load_profiles(tmp_path / "none.toml")
+        named_profile("x/y", str(tmp_path / "none.toml"))
     with pytest.raises(CheckpointError, match="profile is 'nobody'; expected a TOML file, 'generic', or one of"):
         named_profile("x/y", "nobody")
 
