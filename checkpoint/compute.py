@@ -127,14 +127,16 @@ def hardware() -> dict[str, Any]:
     return line
 
 
-def choose_device(name: str | None = None) -> torch.device:
-    """The named device; None or auto: CUDA where there is one, else the CPU.
+def choose_device(name: str | None = None, dtype: str | None = None) -> tuple[torch.device, torch.dtype]:
+    """The named device and number format; None or auto: CUDA where there is one, bfloat16 where it is native.
+
+    float16 is never offered: this model family overflows it.
 
     Raises:
-        ValueError: a device that this machine or torch build does not have.
+        ValueError: an unknown format, or a device that this machine or torch build does not have.
     """
     if name is None or name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -143,23 +145,12 @@ def choose_device(name: str | None = None) -> torch.device:
         raise ValueError(f"device is {name!r}; expected auto, cpu or cuda[:N]")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {name!r}; this torch build or machine has no CUDA device")
-    return device
-
-
-def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """The named format; None or auto: bfloat16 where the processor multiplies it natively, else float32.
-
-    float16 is never offered: this model family overflows it.
-
-    Raises:
-        ValueError: an unknown format.
-    """
-    if name is not None and name != "auto":
-        if name not in DTYPES:
-            raise ValueError(f"dtype is {name!r}; expected auto, {' or '.join(DTYPES)}")
-        return DTYPES[name]
-    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_multiplies_bfloat16()
-    return torch.bfloat16 if native else torch.float32
+    if dtype is None or dtype == "auto":
+        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_multiplies_bfloat16()
+        dtype = "bfloat16" if native else "float32"
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; expected auto, {' or '.join(DTYPES)}")
+    return device, DTYPES[dtype]
 
 
 def cpu_multiplies_bfloat16() -> bool:

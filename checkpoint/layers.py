@@ -29,49 +29,46 @@ MAX_COMPILATIONS = 256
 BLOCK_LOGITS = 1 << 20
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root mean square norm over the last axis, in float32, back in x's format."""
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x32 = x.float()
     return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
-def add_norm(hidden: Tensor, update: Tensor, post: Tensor, following: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """A residual block's end and the next one's begin: the sum, and the sum normed, (tokens, dim) each.
-
-    Args:
-        post: norm weight of `update`.
-        following: norm weight of the next block.
-    """
-    hidden = hidden + rms_norm(update, post, eps)
-    return hidden, rms_norm(hidden, following, eps)
+def _add_norm(hidden: Tensor, update: Tensor, post: Tensor, following: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    hidden = hidden + _rms_norm(update, post, eps)
+    return hidden, _rms_norm(hidden, following, eps)
 
 
-def norm_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-    """A head's norm and its rotary position embedding on (tokens, heads, head_dim)."""
-    x = rms_norm(x, weight, eps)
+def _norm_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    x = _rms_norm(x, weight, eps)
     half = x.shape[-1] // 2
     return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
 
 
-def masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:
-    """Softmax of (rows, group, keys) + (rows, 1, keys) over keys in float32, back in the logits' format."""
+def _masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:
     return torch.softmax(logits.float() + mask, dim=-1).to(logits.dtype)
 
 
 class Pointwise:
-    """The functions above for one stack, compiled or not.
+    """The steps between matrix products, in float32 inside, compiled or not.
 
     Compiled ones are built for any number of rows: another batch size compiles nothing, as `num_compilations` shows.
+
+        rms_norm(x, weight)
+        add_norm(hidden, update, post, following)   a residual block's end and the next one's begin: the sum, and the
+                                                    sum normed, (tokens, dim) each; `post` norms the update
+        norm_rotate(x, weight, cos, sin)            a head's norm and rotary embedding on (tokens, heads, head_dim)
+        masked_softmax(logits, mask)                of (rows, group, keys) + (rows, 1, keys), over keys
     """
 
     def __init__(self, eps: float, *, compiled: bool = False) -> None:
         self.eps = eps
         self.num_compilations = 0
         self.compiled = compiled
-        self.rms_norm = self._for_any_rows(lambda x, w: rms_norm(x, w, eps), rows=(0,))
-        self.add_norm = self._for_any_rows(lambda h, u, p, f: add_norm(h, u, p, f, eps), rows=(0, 1))
-        self.norm_rotate = self._for_any_rows(lambda x, w, c, s: norm_rotate(x, w, c, s, eps), rows=(0, 2, 3))
-        self.masked_softmax = self._for_any_rows(masked_softmax, rows=(0, 1), keys=2)
+        self.rms_norm = self._for_any_rows(lambda x, w: _rms_norm(x, w, eps), rows=(0,))
+        self.add_norm = self._for_any_rows(lambda h, u, p, f: _add_norm(h, u, p, f, eps), rows=(0, 1))
+        self.norm_rotate = self._for_any_rows(lambda x, w, c, s: _norm_rotate(x, w, c, s, eps), rows=(0, 2, 3))
+        self.masked_softmax = self._for_any_rows(_masked_softmax, rows=(0, 1), keys=2)
 
     def _for_any_rows(
         self, function: Callable[..., Any], rows: tuple[int, ...], keys: int | None = None
@@ -139,7 +136,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, pointwi
 
 
 class Linear:
-    """x Wᵀ, of a weight (out, in) that is not held where it is re-ordered."""
+    """x Wᵀ of a weight (out, in), which is not held where it is re-ordered."""
 
     def __init__(self, weight: Tensor) -> None:
         self.out_features, self.in_features = weight.shape
@@ -205,30 +202,30 @@ class LayerWeights:
     pre_mlp: Tensor  # (dim,)
     post_mlp: Tensor  # (dim,)
 
+    @classmethod
+    def take(cls, tensors: dict[str, Tensor], prefix: str, scale: float) -> LayerWeights:
+        """Removes a layer (`encoder.layers.3`) from `tensors`, so that packing never holds two copies of the model.
 
-def take_layer(tensors: dict[str, Tensor], prefix: str, scale: float) -> LayerWeights:
-    """Removes a layer (`encoder.layers.3`) from `tensors`, so that packing never holds two copies of the model.
+        Args:
+            scale: of the attention's logits.
+        """
 
-    Args:
-        scale: of the attention's logits.
-    """
+        def take(name: str) -> Tensor:
+            return tensors.pop(f"{prefix}.{name}.weight")
 
-    def take(name: str) -> Tensor:
-        return tensors.pop(f"{prefix}.{name}.weight")
-
-    return LayerWeights(
-        q=Linear(take("self_attn.q_proj")),
-        kv=Linear(torch.cat([take("self_attn.k_proj"), take("self_attn.v_proj")])),
-        o=Linear(take("self_attn.o_proj")),
-        gated=GatedLinear(take("mlp.gate_proj"), take("mlp.up_proj")),
-        down=Linear(take("mlp.down_proj")),
-        q_norm=norm_weight(take("self_attn.q_norm")) * scale,
-        k_norm=norm_weight(take("self_attn.k_norm")),
-        pre_attention=norm_weight(take("pre_self_attn_layernorm")),
-        post_attention=norm_weight(take("post_self_attn_layernorm")),
-        pre_mlp=norm_weight(take("pre_feedforward_layernorm")),
-        post_mlp=norm_weight(take("post_feedforward_layernorm")),
-    )
+        return cls(
+            q=Linear(take("self_attn.q_proj")),
+            kv=Linear(torch.cat([take("self_attn.k_proj"), take("self_attn.v_proj")])),
+            o=Linear(take("self_attn.o_proj")),
+            gated=GatedLinear(take("mlp.gate_proj"), take("mlp.up_proj")),
+            down=Linear(take("mlp.down_proj")),
+            q_norm=take_norm(tensors, f"{prefix}.self_attn.q_norm") * scale,
+            k_norm=take_norm(tensors, f"{prefix}.self_attn.k_norm"),
+            pre_attention=take_norm(tensors, f"{prefix}.pre_self_attn_layernorm"),
+            post_attention=take_norm(tensors, f"{prefix}.post_self_attn_layernorm"),
+            pre_mlp=take_norm(tensors, f"{prefix}.pre_feedforward_layernorm"),
+            post_mlp=take_norm(tensors, f"{prefix}.post_feedforward_layernorm"),
+        )
 
 
 class Embedding:
@@ -268,6 +265,6 @@ class Rope:
         return self._tables[kind]
 
 
-def norm_weight(weight: Tensor) -> Tensor:
+def take_norm(tensors: dict[str, Tensor], name: str) -> Tensor:
     """A norm's stored w as 1 + w, in float32."""
-    return 1.0 + weight.float()
+    return 1.0 + tensors.pop(f"{name}.weight").float()

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from checkpoint import Checkpoint
-from checkpoint.compute import choose_device, choose_dtype, choose_fused, dtype_name
+from checkpoint.compute import choose_device, choose_fused, dtype_name
 from checkpoint.layers import (
     BLOCK_LOGITS,
     Embedding,
@@ -27,8 +27,7 @@ from checkpoint.layers import (
     Rope,
     Rotation,
     attend,
-    norm_weight,
-    take_layer,
+    take_norm,
 )
 
 # Queries at a time where a layer slides: their keys are these and what the window reaches beside
@@ -175,9 +174,11 @@ class Encoder:
         self._config = config = checkpoint.encoder_config
         tensors = {name: tensor.to(device) for name, tensor in checkpoint.encoder_tensors(dtype).items()}
         self._embedding = Embedding(tensors, "encoder", checkpoint.eoi_id)
-        self._norm = norm_weight(tensors.pop("encoder.norm.weight"))
+        self._norm = take_norm(tensors, "encoder.norm")
         scale = float(config.query_pre_attn_scalar**-0.5)
-        self._layers = [take_layer(tensors, f"encoder.layers.{i}", scale) for i in range(config.num_hidden_layers)]
+        self._layers = [
+            LayerWeights.take(tensors, f"encoder.layers.{i}", scale) for i in range(config.num_hidden_layers)
+        ]
         self._layer_types: list[str] = list(config.layer_types or ())
         self._pointwise = Pointwise(float(config.rms_norm_eps), compiled=compiled)
         self._rope = Rope(config, device, dtype)
@@ -194,8 +195,8 @@ class Encoder:
             CheckpointError: files that cannot be used.
             ValueError: a device or dtype that is not to be had.
         """
-        where = choose_device(device)
-        return cls(checkpoint, where, choose_dtype(dtype, where), compiled=choose_fused(checkpoint.dim, where))
+        where, number_format = choose_device(device, dtype)
+        return cls(checkpoint, where, number_format, compiled=choose_fused(checkpoint.dim, where))
 
     @torch.inference_mode()
     def encode(self, batch: Sequence[Sequence[int]], ratio: int) -> list[NDArray[np.float32]]:

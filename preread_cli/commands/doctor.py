@@ -130,13 +130,12 @@ def _torch_build(options: Mapping[str, Any]) -> Iterator[_Finding]:
     """The build, the device that would be taken, and the number format."""
     import torch
 
-    from checkpoint.compute import choose_device, choose_dtype, cpp_compiler, dtype_name
+    from checkpoint.compute import choose_device, cpp_compiler, dtype_name
 
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
     yield _Finding("torch", "ok", f"{torch.__version__} ({cuda}), Python {sys.version.split()[0]}")
     try:
-        device = choose_device(options["device"])
-        dtype = choose_dtype(options["dtype"], device)
+        device, dtype = choose_device(options["device"], options["dtype"])
     except ValueError as exc:
         yield _Finding("device", "FAIL", str(exc))
         return

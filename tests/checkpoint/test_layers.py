@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from checkpoint.compute import choose_fused, cpp_compiler, separate_compiled_code
-from checkpoint.layers import GatedLinear, Linear, Pointwise, add_norm, masked_softmax, norm_rotate, rms_norm
+from checkpoint.layers import GatedLinear, Linear, Pointwise
 
 # Of float32: what summing in another order moves; of bfloat16: half a unit in the last place of the largest value.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -53,18 +53,18 @@ def test_fused_steps_are_the_plain_ones_and_never_compile_again() -> None:
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
-    fused = Pointwise(EPS, compiled=True)
+    fused, plain = Pointwise(EPS, compiled=True), Pointwise(EPS)
     weight, head = random(64), random(16)
     compilations = []
     for rows, keys in ((5, 7), (2, 3), (40, 19), (1, 7), (3, 1)):
         x, update, heads = random(rows, 64), random(rows, 64), random(rows, 4, 16)
         cos, sin = random(rows, 1, 16), random(rows, 1, 16)
         logits, mask = random(rows, 4, keys), random(rows, 1, keys)
-        torch.testing.assert_close(fused.rms_norm(x, weight), rms_norm(x, weight, EPS))
-        torch.testing.assert_close(fused.add_norm(x, update, weight, weight), add_norm(x, update, weight, weight, EPS))
-        rotated = norm_rotate(heads, head, cos, sin, EPS)
+        torch.testing.assert_close(fused.rms_norm(x, weight), plain.rms_norm(x, weight))
+        torch.testing.assert_close(fused.add_norm(x, update, weight, weight), plain.add_norm(x, update, weight, weight))
+        rotated = plain.norm_rotate(heads, head, cos, sin)
         torch.testing.assert_close(fused.norm_rotate(heads, head, cos, sin), rotated)
-        torch.testing.assert_close(fused.masked_softmax(logits, mask), masked_softmax(logits, mask))
+        torch.testing.assert_close(fused.masked_softmax(logits, mask), plain.masked_softmax(logits, mask))
         compilations.append(fused.num_compilations)
     assert fused.compiled
     assert compilations == [4] * len(compilations)
@@ -72,10 +72,10 @@ def test_fused_steps_are_the_plain_ones_and_never_compile_again() -> None:
 
 NORM = """
 import torch
-from checkpoint.layers import Pointwise, rms_norm
+from checkpoint.layers import Pointwise
 x, weight = (torch.randn(size, generator=torch.Generator().manual_seed(0)) for size in ((40, 64), (64,)))
 fused = Pointwise(1e-6, compiled=True)
-torch.testing.assert_close(fused.rms_norm(x, weight), rms_norm(x, weight, 1e-6))
+torch.testing.assert_close(fused.rms_norm(x, weight), Pointwise(1e-6).rms_norm(x, weight))
 assert fused.compiled
 """
 
@@ -131,5 +131,5 @@ def test_a_compiler_that_does_not_work_costs_speed_alone(monkeypatch: pytest.Mon
     monkeypatch.setattr(Pointwise, "_inductor", broken)
     fused = Pointwise(EPS, compiled=True)
     x, weight = (torch.randn(size, generator=torch.Generator().manual_seed(0)) for size in ((5, 8), (8,)))
-    torch.testing.assert_close(fused.rms_norm(x, weight), rms_norm(x, weight, EPS))
+    torch.testing.assert_close(fused.rms_norm(x, weight), Pointwise(EPS).rms_norm(x, weight))
     assert not fused.compiled

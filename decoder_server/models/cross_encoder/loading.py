@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint.compute import choose_device, choose_dtype, cpu_multiplies_bfloat16
+from checkpoint.compute import choose_device, cpu_multiplies_bfloat16
 from checkpoint.files import CheckpointError, read_json, resolve
 from decoder_server.models.cross_encoder.backend import CrossEncoder
 from decoder_server.models.cross_encoder.files import CheckpointFiles
@@ -77,8 +77,7 @@ def _placed(runtime: str, device: str | None, dtype: str | None) -> tuple[torch.
                 f"dtype is {dtype!r}; the runtime {runtime!r} computes in float32 around its int8 products"
             )
         device, dtype = "cpu", "float32"
-    where = choose_device(device)
-    number_format = choose_dtype(dtype, where)
+    where, number_format = choose_device(device, dtype)
     if where.type == "cpu" and not cpu_multiplies_bfloat16():
         emulated = number_format is torch.bfloat16
         then = "they are emulated, slower than float32" if emulated else "computing in float32"

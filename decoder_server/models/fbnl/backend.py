@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from cache.states import AnyStates
 from checkpoint import Checkpoint, CheckpointError, EncoderIdentity, TokenizedPrompt
-from checkpoint.compute import choose_device, choose_dtype, choose_fused, dtype_name
+from checkpoint.compute import choose_device, choose_fused, dtype_name
 from decoder_server.config import NO_KV_CACHES, KvCacheConfig
 from decoder_server.models.fbnl.decoder import Decoder
 from decoder_server.models.fbnl.kv_cache import Contexts, KVCache, StatePair, batch_states
@@ -39,9 +39,8 @@ class FbnlBackend:
             CheckpointError: files that cannot be served.
             ValueError: a device or dtype that is not to be had.
         """
-        self._device = choose_device(device)
+        self._device, self._dtype = choose_device(device, dtype)
         fused = choose_fused(checkpoint.dim, self._device)
-        self._dtype = choose_dtype(dtype, self._device)
         self.settings = checkpoint.settings
         self.checkpoint_name = checkpoint.name
         self.dtype_name = dtype_name(self._dtype)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from checkpoint.layers import Embedding, LayerWeights, Pointwise, Rope, Rotation, attend, norm_weight, take_layer
+from checkpoint.layers import Embedding, LayerWeights, Pointwise, Rope, Rotation, attend, take_norm
 
 if TYPE_CHECKING:
     from transformers.models.t5gemma2.configuration_t5gemma2 import T5Gemma2DecoderConfig
@@ -130,9 +130,11 @@ class Decoder:
         self.embedding = Embedding(tensors, "decoder", eoi_id)
         weight = self.embedding.weight
         self.head = tensors.pop("lm_head.weight", weight)
-        self.norm = norm_weight(tensors.pop("decoder.norm.weight"))
+        self.norm = take_norm(tensors, "decoder.norm")
         scale = float(config.query_pre_attn_scalar**-0.5)
-        self.layers = [take_layer(tensors, f"decoder.layers.{i}", scale) for i in range(config.num_hidden_layers)]
+        self.layers = [
+            LayerWeights.take(tensors, f"decoder.layers.{i}", scale) for i in range(config.num_hidden_layers)
+        ]
         self.layer_types: list[str] = list(config.layer_types or ())
         self.pointwise = Pointwise(float(config.rms_norm_eps), compiled=compiled)
         self._rope = Rope(config, weight.device, weight.dtype)
