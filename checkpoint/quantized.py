@@ -83,6 +83,14 @@ class Weight:
     def quantized(self) -> bool:
         return self.scale is not None
 
+    def check_format(self) -> None:
+        """Raises CheckpointError where a weight is stored in a format that says nothing without its scales."""
+        if not self.quantized and self.values.dtype not in FLOAT_TYPES:
+            raise CheckpointError(
+                f"{self.values.path}: {self.values.name} is stored as {self.values.dtype}; "
+                f"expected one of {sorted(FLOAT_TYPES)}; {REMEDY}"
+            )
+
     @property
     def parts(self) -> list[_StoredTensor]:
         return [part for part in (self.values, self.scale, self.global_scale) if part is not None]

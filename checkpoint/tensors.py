@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from checkpoint.files import CheckpointError, first_of, read_json
-from checkpoint.quantized import FLOAT_TYPES, HF_QUANT_CONFIG, REMEDY, Weight, read_weights
+from checkpoint.quantized import HF_QUANT_CONFIG, REMEDY, Weight, read_weights
 
 # transformers wrote the text encoder as `encoder.*` first and as `encoder.text_model.*` later.
 _PREFIX = re.compile(
@@ -46,10 +46,6 @@ class StoredTensors:
     def __contains__(self, name: str) -> bool:
         return name in self.weights
 
-    def names(self) -> list[str]:
-        """Sorted."""
-        return sorted(self.weights)
-
     def refuse_unused(self, names: Iterable[str]) -> None:
         """Raises CheckpointError where one of the names is none of a buffer, with a remedy."""
         left = sorted(name for name in names if not _BUFFERS.search(name))
@@ -67,32 +63,24 @@ class StoredTensors:
         )
 
     def check_formats(self) -> None:
-        """Raises CheckpointError where a weight is stored in a format that says nothing without its scales."""
-        for name in self.names():
+        """Weight.check_format of all that a model reads."""
+        for name, weight in sorted(self.weights.items()):
             if not _BUFFERS.search(name):
-                self._check_format(name)
-
-    def _check_format(self, name: str) -> None:
-        weight = self.weights[name]
-        if not weight.quantized and weight.values.dtype not in FLOAT_TYPES:
-            raise CheckpointError(
-                f"{weight.values.path}: {name} is stored as {weight.values.dtype}; "
-                f"expected one of {sorted(FLOAT_TYPES)}; {REMEDY}"
-            )
+                weight.check_format()
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
-        """Raises CheckpointError where a weight has another shape, or a format of `check_formats`."""
+        """Raises CheckpointError where a weight has another shape, or a format that cannot be read."""
         weight = self.weights[name]
         if weight.shape != shape:
             raise CheckpointError(
                 f"{weight.values.path}: {name} has the shape {weight.shape}; config.json says {shape}"
             )
-        self._check_format(name)
+        weight.check_format()
 
     def rows(self, name: str, indices: Sequence[int]) -> torch.Tensor:
         """Rows of a matrix in float32, (len(indices), width), without reading the rest."""
         weight = self.weights[name]
-        self._check_format(name)
+        weight.check_format()
         count = weight.shape[0] if len(weight.shape) == 2 else 0
         if not all(0 <= index < count for index in indices):
             raise CheckpointError(
@@ -105,7 +93,7 @@ class StoredTensors:
         weight = self.weights[name]
         if _BUFFERS.search(name) and not weight.quantized:
             return weight.values.rows(0, math.prod(weight.shape[:1]))
-        self._check_format(name)
+        weight.check_format()
         tensor = torch.empty(weight.shape, dtype=dtype)
         if not weight.shape:
             return tensor.copy_(weight.rows(0, 1))
@@ -136,7 +124,7 @@ class TensorFiles(StoredTensors):
         super().__init__(directory)
         stored: dict[str, str] = {}  # by canonical name
         unused = []
-        for name in self.names():
+        for name in sorted(self.weights):
             canonical = _canonical_name(name)
             if canonical is None or canonical not in used:
                 if not _VISION.match(name):

@@ -24,6 +24,7 @@ from checkpoint.settings import CheckpointSettings
 # No two begin alike in any script or spelling that a tokenizer might join with the text before them.
 UNLIKE_QUERIES = ("a", "The", "1", "(", "é", "中")
 PROBE_CHARACTERS = 64  # looked at first for a token: most texts have one among them
+PROBE_FIELDS = {"query": "a", "instruction": ""}  # around it
 MAX_PREFIXES = 1024  # instructions whose shared beginning is remembered
 
 Fields = Mapping[str, str]  # query, instruction, passage
@@ -41,7 +42,7 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class TokenizedPassage:
-    """One passage (or one window of it) as the encoder reads it."""
+    """A passage, or a window of it, as the encoder reads it."""
 
     ids: list[int]  # template included
     truncated: bool
@@ -76,10 +77,9 @@ class Tokenizers:
         self.plain.encode_special_tokens = True
         special = {token.content: id_ for id_, token in self.exact.get_added_tokens_decoder().items() if token.special}
         self.control_ids = {text: id_ for text, id_ in special.items() if len(text) >= min_control_chars}
-        self.controls = any_of(self.control_ids)
+        self.controls = re.compile(_tree(self.control_ids) or r"(?!)")
 
     def spells_control(self, texts: Iterable[str]) -> bool:
-        """Whether one of the texts holds the spelling of a control token."""
         return any(self.controls.search(text) for text in texts)
 
 
@@ -96,9 +96,8 @@ class TemplateFiller:
         Args:
             guard: False: a control token in a text is one.
         """
-        self._tokenizers, self._pieces, self._guard = tokenizers, list(pieces), guard
-        self._prefix: list[int] = []
-        self._suffix: list[int] = []
+        self._tokenizers, self._pieces, self._guard = tokenizers, pieces, guard
+        self._prefix, self._suffix = [], []  # type: list[int], list[int]
         if add_special_tokens:
             # The tokenizer's own ids around any text: found once, so that neutralised text gets them too.
             bare = tokenizers.exact.encode("a", add_special_tokens=False).ids
@@ -109,7 +108,7 @@ class TemplateFiller:
     @cached_property
     def nothing(self) -> list[list[int]]:
         """Ids without a passage, in both ways that texts are tokenized."""
-        return [self.locate(_row(""), guarded=guarded).ids for guarded in (False, True)]
+        return [self.locate(PROBE_FIELDS | {"passage": ""}, guarded=guarded).ids for guarded in (False, True)]
 
     def is_empty(self, text: str) -> bool:
         """Whether a passage's text is empty: white space alone, or nothing that adds a token to the template's.
@@ -119,7 +118,7 @@ class TemplateFiller:
         """
         text = text.strip()
         parts = (part for part in dict.fromkeys((text[:PROBE_CHARACTERS], text)) if part)
-        return all(self.encode([_row(part)])[0].ids in self.nothing for part in parts)
+        return all(self.encode([PROBE_FIELDS | {"passage": part}])[0].ids in self.nothing for part in parts)
 
     def encode(self, rows: Sequence[Fields]) -> list[Encoded]:
         """The filled template per row, without `ends`."""
@@ -173,10 +172,6 @@ class TemplateFiller:
         return parts
 
 
-def _row(passage: str) -> Fields:
-    return {"query": "a", "instruction": "", "passage": passage}
-
-
 class TextTokenizer:
     """A checkpoint's tokenizer together with its templates. Safe to use from several threads."""
 
@@ -223,7 +218,7 @@ class TextTokenizer:
         return [TokenizedPassage(ids[:limit], len(ids) > limit) for ids in rows]
 
     def is_empty(self, text: str) -> bool:
-        """As TemplateFiller.is_empty says of the passage template. It must be text that UTF-8 can hold."""
+        """As TemplateFiller.is_empty says of the passage template, of text that UTF-8 can hold."""
         return self._passage.is_empty(text)
 
     def spans(self, text: str) -> list[tuple[int, int]]:
@@ -313,24 +308,17 @@ def encode(tokenizer: Tokenizer, text: str | tuple[str, str], *, add_special_tok
     return encoding
 
 
-def any_of(words: Iterable[str]) -> re.Pattern[str]:
-    """Matches the longest of some words, by a tree of their characters.
+def _tree(words: Iterable[str]) -> str:
+    """A pattern of the longest of some words, as a tree of their characters.
 
     Of a list each word is tried at every place where one may begin: with the 6,000 control tokens of Gemma's tokenizer
     a megabyte of `<` would hold the interpreter for 20 s.
     """
-    return re.compile(_tree(dict.fromkeys(words)) or r"(?!)")
-
-
-def _tree(words: Iterable[str]) -> str:
-    ends = False
     tails: dict[str, list[str]] = {}
     for word in words:
-        if word:
-            tails.setdefault(word[0], []).append(word[1:])
-        else:
-            ends = True
-    if not tails:
-        return ""
+        tails.setdefault(word[:1], []).append(word[1:])
+    ends = tails.pop("", None) is not None
     branches = "|".join(re.escape(first) + _tree(rest) for first, rest in tails.items())
+    if not branches:
+        return ""
     return f"(?:{branches})?" if ends else f"(?:{branches})" if len(tails) > 1 else branches

@@ -146,7 +146,7 @@ def _pad(name: str, path: Path, config: dict[str, Any], profile: Profile) -> tup
 
 def _head(name: str, config: dict[str, Any], tensors: StoredTensors) -> str:
     """The tensor that the language model multiplies for its logits."""
-    for tensor in tensors.names():
+    for tensor in sorted(tensors.weights):
         if not tensor.startswith("model.") and tensor not in (HEAD, HEAD_BIAS):
             raise CheckpointError(f"{name}: tensor {tensor} is none of a {config['architectures'][0]}")
     tensors.check_formats()

@@ -292,7 +292,7 @@ def _from_pretrained(kind: Any, tensors: StoredTensors, config: Any, dtype: torc
                 del plain.quantization_config
             with torch.device("meta"):
                 exact = type(kind.from_config(plain, trust_remote_code=trust))
-            state = {name: tensors.read(name, dtype) for name in tensors.names()}
+            state = {name: tensors.read(name, dtype) for name in tensors.weights}
             return exact.from_pretrained(None, config=plain, state_dict=state, **how)
     except KeyError as exc:  # of a table of transformers', such as that of the activation functions
         raise CheckpointError(f"{directory / 'config.json'}: names {exc}, which transformers does not have") from exc
