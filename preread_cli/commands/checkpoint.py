@@ -238,7 +238,7 @@ def convert_ctxl(
     Exit codes: 0 converted, 1 the scores differ and DST was not made, 2 bad input.
     """
     from checkpoint.compute import tune_process
-    from decoder_server.models.cross_encoder.conversion import CausalSource, convert, staged
+    from decoder_server.models.cross_encoder.conversion import CausalSource, staged
     from tuning.health.pairs import PairSet
     from tuning.health.parity import parity
     from tuning.progress import TerminalProgress, counted
@@ -253,7 +253,7 @@ def convert_ctxl(
     with staged(target) as folder:
         with TerminalProgress() as progress:
             with counted(progress, "convert", opened.num_tensors) as advance:
-                convert(opened, folder, advance)
+                opened.convert(folder, advance)
             rows = parity(opened, folder, compared, dtypes, progress)
         _print_parity(rows, compared.name)
         if not all(row.passed for row in rows):

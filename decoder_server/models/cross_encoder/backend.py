@@ -8,10 +8,10 @@ from functools import cached_property
 from typing import Literal, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from checkpoint.files import CheckpointError, one_line
+from decoder_server.models.backend import sigmoid
 from decoder_server.models.cross_encoder.profiles import Profile
 from decoder_server.models.cross_encoder.templates import PairReader, TextPair, TextPrompt, Texts
 from preread.errors import InvalidRequest
@@ -83,10 +83,7 @@ class CrossEncoder:
         """It reads no states."""
 
     def prompt(self, query: str, instruction: str | None = None) -> TextPrompt:
-        """
-        Raises:
-            InvalidRequest: an instruction over the model's limit.
-        """
+        """PairReader.prompt; InvalidRequest where the instruction is over the model's limit."""
         try:
             return self._reader.prompt(query, instruction)
         except ValueError as exc:
@@ -94,19 +91,11 @@ class CrossEncoder:
             raise InvalidRequest("instruction", f"too long ({exc})", f"at most {limit} tokens") from exc
 
     def pairs(self, prompt: TextPrompt, passages: Sequence[str]) -> list[list[TextPair]]:
-        """Per passage one pair.
-
-        Raises:
-            ValueError: query and instruction leave no room for a passage.
-        """
+        """Per passage one pair; ValueError where query and instruction leave no room for a passage."""
         return [[pair] for pair in self._reader.pairs(prompt, passages)]
 
     def read(self, texts: Sequence[Texts]) -> list[TextPair]:
-        """Pairs of any queries, instructions and passages.
-
-        Raises:
-            ValueError: an instruction over its limit, or a query that leaves no room for a passage.
-        """
+        """Pairs of any queries, instructions and passages; ValueError where one does not fit."""
         return self._reader.read(texts)
 
     def is_empty(self, text: str) -> bool:
@@ -145,7 +134,7 @@ class CrossEncoder:
         margins = np.asarray(margins, dtype=np.float32)
         if self.profile.activation == "identity":
             return margins
-        return _sigmoid(margins / np.float32(self.profile.temperature))
+        return sigmoid(margins / np.float32(self.profile.temperature))
 
     def bounded(self, margins: NDArray[np.float32]) -> NDArray[np.float32]:
         """Scores in 0..1 for interfaces that demand them, in the order of the margins.
@@ -156,7 +145,7 @@ class CrossEncoder:
         margins = np.asarray(margins, dtype=np.float32)
         if self.listwise:
             return ((1 + margins) / 2).clip(0, 1)
-        return self.activation(margins) if self.profile.activation == "sigmoid" else _sigmoid(margins)
+        return self.activation(margins) if self.profile.activation == "sigmoid" else sigmoid(margins)
 
     def activate(self, margin: float) -> float:
         """In 0..1 for every model, as the wire promises; some publish the bare logit, which is the margin."""
@@ -217,8 +206,3 @@ def pad(
             type_ids[i, where] = kinds
     positions = np.maximum(mask.cumsum(1) - 1, 0)
     return {"input_ids": ids, "attention_mask": mask, "token_type_ids": type_ids, "position_ids": positions}
-
-
-def _sigmoid(margins: NDArray[np.float32]) -> NDArray[np.float32]:
-    result: NDArray[np.float32] = torch.sigmoid(torch.tensor(margins)).numpy()
-    return result

@@ -2,7 +2,7 @@
 
     source = CausalSource.open("ContextualAI/ctxl-rerank-v2-instruct-multilingual-1b")
     with staged(Path("ctxl-1b")) as folder:
-        convert(source, folder)
+        source.convert(folder)
 
 The classifier computes 1 row of the output embedding where the language model computes all of them. A source whose
 classifier would have a meaningless score is rejected before its weights are read; weights are read a tensor at a time
@@ -101,12 +101,104 @@ class CausalSource:
     @property
     def num_tensors(self) -> int:
         """Of the result."""
-        return len(self.tensors.weights.keys() - {HEAD}) + 1
+        return len(self._sizes())
 
     @property
     def tied(self) -> bool:
         """Whether the head is the token embedding itself."""
         return self.head == EMBEDDING
+
+    def convert(self, folder: Path, advance: Callable[[int], None] = lambda num: None) -> None:
+        """Fills `folder` with the converted checkpoint: weights, configuration, tokenizer, profile, licence.
+
+        Args:
+            advance: called with the number of tensors written since the last call.
+        """
+        split = split_state_dict_into_shards_factory(
+            self._sizes(),
+            get_storage_size=lambda num_bytes: num_bytes,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=SHARD_BYTES,
+        )
+        num_bytes, free = split.metadata["total_size"], shutil.disk_usage(folder).free
+        if free < num_bytes:
+            raise CheckpointError(f"{folder.parent}: {free:,} bytes are free; the result takes {num_bytes:,}")
+        for file, names in split.filename_to_tensors.items():
+            save_file(dict(self._read(names, advance)), folder / file, metadata={"format": "pt"})
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            _write_json(folder / "model.safetensors.index.json", index)
+        _write_json(folder / "config.json", self._config())
+        for name in _TOKENIZER_FILES:
+            if (self.path / name).exists():
+                shutil.copyfile(self.path / name, folder / name)
+        path = folder / "tokenizer_config.json"
+        _write_json(path, read_json(path, optional=True) | {"pad_token": self.pad_token, "padding_side": "left"})
+        (folder / PROFILE_FILE).write_text(self._profile_row(), encoding="utf-8")
+        for path in (path for pattern in _PAPERS for path in self.path.glob(pattern)):
+            # The card describes the language model: next to the weights, but not as their own.
+            shutil.copyfile(path, folder / (f"SOURCE-{path.name}" if path.name == "README.md" else path.name))
+
+    def _sizes(self) -> dict[str, int]:
+        """Bytes of the result's tensors by name, in the source's order."""
+        sizes = {SCORE: 8 * int(self.config["hidden_size"])}
+        for name, weight in self.tensors.weights.items():
+            if name != HEAD:
+                item = _ITEM_BYTES["F32"] if weight.quantized else _ITEM_BYTES.get(weight.values.dtype, 8)
+                sizes[name] = math.prod(weight.shape) * item
+        return sizes
+
+    def _read(self, names: list[str], advance: Callable[[int], None]) -> Iterator[tuple[str, torch.Tensor]]:
+        """One after the other; quantized ones become float32, which holds the product with their scales."""
+        for name in names:
+            weight = self.tensors.weights[self.head if name == SCORE else name]
+            if name == SCORE:
+                row = weight.rows(COLUMN, COLUMN + 1)  # (1, hidden)
+                if not row.isfinite().all() or not row.any():
+                    raise CheckpointError(
+                        f"{weight.values.path}: row {COLUMN} of {self.head} is zero or not finite: no score"
+                    )
+                yield name, row.clone()
+            elif weight.quantized:
+                yield name, self.tensors.read(name)
+            else:
+                yield name, weight.values.rows(0, math.prod(weight.shape[:1]))
+            advance(1)
+
+    def _config(self) -> dict[str, Any]:
+        config = self.config | {
+            "architectures": [self.target],
+            "num_labels": 1,
+            "id2label": {"0": LABEL},
+            "label2id": {LABEL: 0},
+            "pad_token_id": self.pad_token_id,
+            "tie_word_embeddings": False,  # no output embedding is left to tie
+            # One label makes sentence-transformers take a sigmoid unless told otherwise; the score is the logit.
+            "sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"},
+        }
+        config.pop("auto_map", None)
+        if self.tensors.quantization:  # the result holds plain numbers
+            for key in ("quantization_config", "compression_config", "torch_dtype"):
+                config.pop(key, None)
+            config["dtype"] = "float32"
+        return config
+
+    def _profile_row(self) -> str:
+        """The recipe that the result carries: the source's template and limits with the new head."""
+        kept = ("template", "instruction_format", "add_special_tokens", "strip")
+        rows: dict[str, object] = {
+            "models": [f"{self.name.rstrip('/')} (as a classifier)"],
+            "architectures": [self.target],
+            "head": "score",
+            **{key: getattr(self.profile, key) for key in kept},
+            "padding": "left",
+            "max_tokens": self.profile.max_tokens,
+            "license": self.profile.license,
+            "note": f"row {COLUMN} of {self.head} of {self.name}",
+        }
+        # JSON's strings, numbers, booleans and lists are TOML's too.
+        lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in rows.items()]
+        return "# This checkpoint's recipe; written by `preread convert-ctxl`.\n[[profile]]\n" + "\n".join(lines) + "\n"
 
 
 def _usual_profile(architecture: str) -> Profile:
@@ -217,107 +309,6 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def convert(source: CausalSource, folder: Path, advance: Callable[[int], None] = lambda num: None) -> None:
-    """Fills `folder` with the converted checkpoint: weights, configuration, tokenizer, profile, licence.
-
-    Args:
-        advance: called with the number of tensors written since the last call.
-    """
-    split = split_state_dict_into_shards_factory(
-        _sizes(source),
-        get_storage_size=lambda num_bytes: num_bytes,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=SHARD_BYTES,
-    )
-    num_bytes, free = split.metadata["total_size"], shutil.disk_usage(folder).free
-    if free < num_bytes:
-        raise CheckpointError(f"{folder.parent}: {free:,} bytes are free; the result takes {num_bytes:,}")
-    for file, names in split.filename_to_tensors.items():
-        save_file(dict(_read(source, names, advance)), folder / file, metadata={"format": "pt"})
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        _write_json(folder / "model.safetensors.index.json", index)
-    _write_json(folder / "config.json", _config(source))
-    for name in _TOKENIZER_FILES:
-        if (source.path / name).exists():
-            shutil.copyfile(source.path / name, folder / name)
-    path = folder / "tokenizer_config.json"
-    _write_json(path, read_json(path, optional=True) | {"pad_token": source.pad_token, "padding_side": "left"})
-    (folder / PROFILE_FILE).write_text(_profile_row(source), encoding="utf-8")
-    for path in (path for pattern in _PAPERS for path in source.path.glob(pattern)):
-        # The card describes the language model: next to the weights, but not as their own.
-        shutil.copyfile(path, folder / (f"SOURCE-{path.name}" if path.name == "README.md" else path.name))
-
-
-def _sizes(source: CausalSource) -> dict[str, int]:
-    """Bytes of the result's tensors by name, in the source's order."""
-    sizes = {SCORE: 8 * int(source.config["hidden_size"])}
-    for name, weight in source.tensors.weights.items():
-        if name != HEAD:
-            item = _ITEM_BYTES["F32"] if weight.quantized else _ITEM_BYTES.get(weight.values.dtype, 8)
-            sizes[name] = math.prod(weight.shape) * item
-    return sizes
-
-
-def _read(source: CausalSource, names: list[str], advance: Callable[[int], None]) -> Iterator[tuple[str, torch.Tensor]]:
-    """One after the other; quantized ones become float32, which holds the product with their scales."""
-    for name in names:
-        weight = source.tensors.weights[source.head if name == SCORE else name]
-        if name == SCORE:
-            row = weight.rows(COLUMN, COLUMN + 1)  # (1, hidden)
-            if not row.isfinite().all() or not row.any():
-                raise CheckpointError(
-                    f"{weight.values.path}: row {COLUMN} of {source.head} is zero or not finite: no score"
-                )
-            yield name, row.clone()
-        elif weight.quantized:
-            yield name, source.tensors.read(name)
-        else:
-            yield name, weight.values.rows(0, math.prod(weight.shape[:1]))
-        advance(1)
-
-
-def _config(source: CausalSource) -> dict[str, Any]:
-    config = dict(source.config)
-    config.update(
-        architectures=[source.target],
-        num_labels=1,
-        id2label={"0": LABEL},
-        label2id={LABEL: 0},
-        pad_token_id=source.pad_token_id,
-        tie_word_embeddings=False,  # no output embedding is left to tie
-        # One label makes sentence-transformers take a sigmoid unless told otherwise; the score is the logit.
-        sentence_transformers={"activation_fn": "torch.nn.modules.linear.Identity"},
-    )
-    config.pop("auto_map", None)
-    if source.tensors.quantization:  # the result holds plain numbers
-        for key in ("quantization_config", "compression_config", "torch_dtype"):
-            config.pop(key, None)
-        config["dtype"] = "float32"
-    return config
-
-
-def _profile_row(source: CausalSource) -> str:
-    """The recipe that the result carries: the source's template and limits with the new head."""
-    profile = source.profile
-    rows: dict[str, object] = {
-        "models": [f"{source.name.rstrip('/')} (as a classifier)"],
-        "architectures": [source.target],
-        "head": "score",
-        "template": list(profile.template),
-        "instruction_format": profile.instruction_format,
-        "add_special_tokens": profile.add_special_tokens,
-        "strip": profile.strip,
-        "padding": "left",
-        "max_tokens": profile.max_tokens,
-        "license": profile.license,
-        "note": f"row {COLUMN} of {source.head} of {source.name}",
-    }
-    # JSON's strings, numbers, booleans and lists are TOML's too.
-    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in rows.items()]
-    return "# This checkpoint's recipe; written by `preread convert-ctxl`.\n[[profile]]\n" + "\n".join(lines) + "\n"
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

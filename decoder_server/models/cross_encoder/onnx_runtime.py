@@ -46,11 +46,8 @@ BUT_NOT = (".attention.output.dense",)
 _LAYER = re.compile(r"\.layers?\.\d+\.")
 
 
-def load_onnx(source: CheckpointFiles, *, quantized: bool, cache_dir: Path | None) -> OnnxRunner:
+def load_onnx(source: CheckpointFiles, *, quantized: bool, cache_dir: Path | None) -> _OnnxRunner:
     """A runner over the graph of these weights, exported first where there is none yet.
-
-    Args:
-        cache_dir: where graphs are kept; None: ~/.cache/preread/onnx.
 
     Raises:
         CheckpointError: an architecture that cannot be exported, or a place that cannot be written.
@@ -60,15 +57,15 @@ def load_onnx(source: CheckpointFiles, *, quantized: bool, cache_dir: Path | Non
         raise ValueError(f"{source.directory}: a listwise model runs in the torch runtime only")
     made_of = ingredients(source, quantized=quantized)
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:32]
-    directory = (cache_dir or DEFAULT_CACHE).expanduser() / key
-    if (directory / "model.onnx").exists():
+    graph = (cache_dir or DEFAULT_CACHE).expanduser() / key / "model.onnx"
+    if graph.exists():
         try:
-            return OnnxRunner(directory / "model.onnx", source, quantized=quantized)
+            return _OnnxRunner(graph, source, quantized=quantized)
         except CheckpointError as exc:
             log.warning("%s; made once more", exc)
-            shutil.rmtree(directory, ignore_errors=True)
-    _build(source, directory, made_of)
-    return OnnxRunner(directory / "model.onnx", source, quantized=quantized)
+            shutil.rmtree(graph.parent, ignore_errors=True)
+    _build(source, graph.parent, made_of)
+    return _OnnxRunner(graph, source, quantized=quantized)
 
 
 def ingredients(source: CheckpointFiles, *, quantized: bool) -> dict[str, object]:
@@ -96,7 +93,7 @@ def ingredients(source: CheckpointFiles, *, quantized: bool) -> dict[str, object
     }
 
 
-class OnnxRunner:
+class _OnnxRunner:
     """A session, and the head that stands outside of a decoder's graph."""
 
     device_name = "cpu"
@@ -144,7 +141,7 @@ def _build(source: CheckpointFiles, directory: Path, made_of: dict[str, object])
         export(source, plain / "model.onnx")
         if made_of["quantized"]:
             reduce_range = bool(made_of["reduce_range"])
-            kept = quantize(plain / "model.onnx", aside / "model.onnx", reduce_range=reduce_range)
+            kept = _quantize(plain / "model.onnx", aside / "model.onnx", reduce_range=reduce_range)
             made_of = made_of | {"products_in_float": kept}
         else:
             for file in plain.iterdir():
@@ -190,14 +187,10 @@ def export(source: CheckpointFiles, path: Path) -> None:
         ) from exc
 
 
-def quantize(source: Path, target: Path, *, reduce_range: bool) -> int:
-    """Weights of matrix products to int8, activations at run time; the feed-forward's second layers stay in float.
+def _quantize(source: Path, target: Path, *, reduce_range: bool) -> int:
+    """Weights of matrix products to int8, activations at run time; the number of products that stayed in float.
 
-    Args:
-        reduce_range: 7 bits, for processors whose 8-bit products saturate (no VNNI).
-
-    Returns:
-        Products that stayed in float.
+    `reduce_range` is 7 bits, for processors whose 8-bit products saturate (no VNNI).
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic

@@ -16,7 +16,6 @@ from checkpoint.files import CheckpointError, read_json
 from decoder_server.models.cross_encoder import onnx_runtime
 from decoder_server.models.cross_encoder.files import CheckpointFiles
 from decoder_server.models.cross_encoder.loading import open_cross_encoder
-from decoder_server.models.cross_encoder.onnx_runtime import OnnxRunner
 from decoder_server.models.cross_encoder.profiles import builtin_profiles
 
 onnx = pytest.importorskip("onnx", reason="the extra `onnx` is not installed")
@@ -91,8 +90,8 @@ def test_int8_leaves_head_and_second_layers_in_float(
     assert json.loads((made / "made-of.json").read_text())["products_in_float"] == 2 + 2
     # With the second layers in int8 too, two loud channels drown the rest.
     monkeypatch.setattr(onnx_runtime, "FLOAT_MODULES", ("none",))
-    onnx_runtime.quantize(graph, tmp_path / "all.onnx", reduce_range=False)
-    drowned = OnnxRunner(tmp_path / "all.onnx", source(directory, BGE), quantized=True).margins(model.read(TEXTS))
+    all_int8 = open_cross_encoder(directory, profile=BGE, runtime="onnx-int8", cache_dir=tmp_path / "all")
+    drowned = all_int8.score_texts(TEXTS)
     assert np.abs(drowned - exact).max() > 3 * np.abs(margins - exact).max()
 
 
@@ -118,12 +117,15 @@ def test_other_weights_or_another_profile_are_another_graph(tiny: Tiny, tmp_path
     assert {"torch", "transformers", "onnx", "onnxruntime"} <= first.keys()
 
 
-def test_a_damaged_graph_is_made_anew_or_told(tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_graph_is_made_once_more_or_told(
+    tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     directory = tiny("Qwen3ForCausalLM")
-    damaged = tmp_path / "model.onnx"
-    damaged.write_bytes(b"not a graph")
-    with pytest.raises(CheckpointError, match="onnxruntime cannot load the graph"):
-        OnnxRunner(damaged, source(directory, QWEN), quantized=False)
+    monkeypatch.setattr(onnx_runtime, "export", lambda _, path: path.write_bytes(b"not a graph"))
+    for is_damaged in (False, True):
+        with pytest.raises(CheckpointError, match="onnxruntime cannot load the graph"):
+            open_cross_encoder(directory, profile=QWEN, runtime="onnx", cache_dir=tmp_path)
+        assert ("made once more" in caplog.text) == is_damaged
 
 
 def test_what_the_onnx_runtimes_do_not_do_is_said(tiny: Tiny) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.synthetic import Size, make_cross_encoder
 from checkpoint import CheckpointError
-from decoder_server.models.cross_encoder.conversion import CausalSource, convert, staged
+from decoder_server.models.cross_encoder.conversion import CausalSource, staged
 from decoder_server.models.cross_encoder.loading import open_cross_encoder
 from preread_cli.main import cli
 from tuning.health import PairSet
@@ -29,7 +29,7 @@ SOME = PairSet("some", PairSet.read().pairs[::9])
 
 def converted(source: Path, target: Path) -> Path:
     with staged(target) as folder:
-        convert(CausalSource.open(str(source)), folder)
+        CausalSource.open(str(source)).convert(folder)
     return target
 
 

@@ -152,10 +152,10 @@ template = ["{query}\\n{passage}"]
 
 
 def test_a_missing_template_is_named(causal: Path, tmp_path: Path, some_pairs: PairSet) -> None:
-    from decoder_server.models.cross_encoder.conversion import CausalSource, convert, staged
+    from decoder_server.models.cross_encoder.conversion import CausalSource, staged
 
     with staged(tmp_path / "converted") as folder:
-        convert(CausalSource.open(str(causal)), folder)
+        CausalSource.open(str(causal)).convert(folder)
     (tmp_path / "bare.toml").write_text(BARE)
 
     converted = ModelConfig(str(tmp_path / "converted"), dtype="float32")
