@@ -8,7 +8,7 @@ missing, or is an error that names it.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -81,11 +81,6 @@ def one_line(exc: Exception) -> str:
     """The beginning of an exception's message, which may be pages long."""
     text = " ".join(str(exc).split())[:300]
     return f"{type(exc).__name__}: {text}" if text else type(exc).__name__
-
-
-def first_of(names: Sequence[str]) -> str:
-    """The first four of many names, and how many more there are."""
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 # Names, versions and labels; tokens, which templates and tokenizers write themselves; what only training or the

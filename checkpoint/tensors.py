@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint.files import CheckpointError, first_of, read_json
+from checkpoint.files import CheckpointError, read_json
 from checkpoint.quantized import HF_QUANT_CONFIG, REMEDY, Weight, read_weights
 
 # transformers wrote the text encoder as `encoder.*` first and as `encoder.text_model.*` later.
@@ -46,6 +46,15 @@ class StoredTensors:
     def __contains__(self, name: str) -> bool:
         return name in self.weights
 
+    def refuse_missing(self, names: Iterable[str]) -> None:
+        """Raises CheckpointError where there are names of weights that are not stored."""
+        missing = sorted(names)
+        if missing:
+            raise CheckpointError(
+                f"{self.directory}: {len(missing)} weights are not in the checkpoint and would be random: "
+                f"{_first_of(missing)}"
+            )
+
     def refuse_unused(self, names: Iterable[str]) -> None:
         """Raises CheckpointError where one of the names is none of a buffer, with a remedy."""
         left = sorted(name for name in names if not _BUFFERS.search(name))
@@ -59,7 +68,7 @@ class StoredTensors:
             remedy = "expected the tensors that config.json implies: it is of another model, or has another size"
         raise CheckpointError(
             f"{self.directory}: {len(left)} stored tensors are not used by this model, whose scores would be wrong "
-            f"without them: {first_of(left)}; {remedy}"
+            f"without them: {_first_of(left)}; {remedy}"
         )
 
     def check_formats(self) -> None:
@@ -140,9 +149,7 @@ class TensorFiles(StoredTensors):
 
     def check_all(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raises CheckpointError naming missing tensors, or the first one of another shape or format."""
-        missing = [name for name in shapes if name not in self]
-        if missing:
-            raise CheckpointError(f"{self.directory}: {len(missing)} tensors are missing: {first_of(missing)}")
+        self.refuse_missing(shapes.keys() - self.weights.keys())
         for name, shape in shapes.items():
             self.check(name, shape)
 
@@ -171,6 +178,10 @@ class TensorFiles(StoredTensors):
                 for chunk in Weight(part).chunks():
                     total.update(chunk.contiguous().view(torch.uint8).flatten().numpy().data)
         return total.digest()
+
+
+def _first_of(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _canonical_name(name: str) -> str | None:

@@ -24,7 +24,7 @@ CHUNK_TEXTS = 1024
 MAX_PADDING = 0.25
 
 
-class Runner(Protocol):
+class _Runner(Protocol):
     """Loaded weights. Called from one thread only."""
 
     dtype_name: str
@@ -54,7 +54,7 @@ class CrossEncoder:
     def __init__(
         self,
         reader: PairReader,
-        runner: Runner,
+        runner: _Runner,
         profile: Profile,
         *,
         checkpoint_name: str,

@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 from tokenizers import Tokenizer
 
-from checkpoint.files import STORAGE, CheckpointError, check_fields, first_of, one_line, read_json, read_modules
+from checkpoint.files import STORAGE, CheckpointError, check_fields, one_line, read_json, read_modules
 from checkpoint.tensors import StoredTensors
 from decoder_server.models.cross_encoder.profiles import GENERIC, Profile
 from decoder_server.models.cross_encoder.templates import PairReader
@@ -261,12 +261,7 @@ def load_transformer(
     model, info = _from_pretrained(getattr(transformers, kind), tensors, config, dtype, trust_remote_code)
     for name, found, wanted in sorted(info["mismatched_keys"]):
         raise CheckpointError(f"{directory}: {name} has the shape {tuple(found)}; config.json says {tuple(wanted)}")
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise CheckpointError(
-            f"{directory}: {len(missing)} weights of {type(model).__name__} are not in the checkpoint "
-            f"and would be random: {first_of(missing)}"
-        )
+    tensors.refuse_missing(info["missing_keys"])
     left = {name for name in info["unexpected_keys"] if name not in read_elsewhere}
     if kind == "AutoModelForSequenceClassification":
         left = {name for name in left if not _OTHER_HEADS.match(name)}

@@ -35,7 +35,7 @@ def open_cross_encoder(
         name: directory or hub id.
         device: auto, cpu or cuda[:N]; None is auto.
         dtype: auto, float32 or bfloat16; None is auto.
-        runtime: torch, or onnx (float32) or onnx-int8 with ONNX Runtime on the CPU.
+        runtime: torch, or onnx (float32) or onnx-int8, with ONNX Runtime on the CPU.
         profile: a model id whose recipe to use, a TOML file, `generic`, or a Profile; None: by exact id, by the
             checkpoint's own file, or from its configuration.
         max_tokens: a lower or higher limit than the profile's.
@@ -61,12 +61,11 @@ def open_cross_encoder(
     model.first_pass()  # a config.json may make a model that loads and cannot compute
     log.info("%s: profile %s, %s on %s", name, used.model, model.dtype_name, model.device_name)
     if model.notice:
-        log.log(logging.WARNING if used.restricted else logging.INFO, "%s", model.notice)
+        log.log(logging.INFO if used.license in ("Apache-2.0", "MIT") else logging.WARNING, "%s", model.notice)
     return model
 
 
 def _placed(runtime: str, device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
-    """Device and number format of a runtime."""
     if runtime not in RUNTIMES:
         raise ValueError(f"runtime is {runtime!r}; expected {' or '.join(RUNTIMES)}")
     if runtime != "torch":
@@ -103,11 +102,9 @@ def _opened(
 
 
 def _check_allowed(name: str, profile: Profile | None, trust_remote_code: bool) -> None:
-    if profile is None:
-        return
-    if profile.refused:
+    if profile is not None and profile.refused:
         raise CheckpointError(f"{name} cannot be served: {profile.refused}")
-    if profile.needs_remote_code and not trust_remote_code:
+    if profile is not None and profile.needs_remote_code and not trust_remote_code:
         raise CheckpointError(
             f"{name} runs Python code that comes with the checkpoint; allow it with trust_remote_code if you trust it"
         )

@@ -86,11 +86,6 @@ class Profile:
     def takes_instruction(self) -> bool:
         return bool(self.instruction_format)
 
-    @property
-    def restricted(self) -> bool:
-        """Whether its licence is one that a user must be told of."""
-        return self.license not in ("", "Apache-2.0", "MIT")
-
     def check_architecture(self, config: Mapping[str, Any], name: str) -> None:
         """Raises CheckpointError where a checkpoint is not of the kind that this profile is for."""
         found = [str(item) for item in config.get("architectures") or []]
@@ -173,45 +168,39 @@ def _check(profile: Profile, where: str) -> None:
         in_format, in_passage = template_fields(profile.instruction_format), template_fields(profile.passage_format)
     except ValueError as exc:
         raise CheckpointError(f"{where}: template is none ({exc}); braces of the text itself are doubled") from exc
-    head, listwise, answers = profile.head, profile.listwise, (profile.yes, profile.no)
+    p, listwise, last = profile, profile.listwise, profile.head in ("score", "vocabulary")
     needed = {"query", "passages" if listwise else "passage"}
     allowed = needed | {"instruction"} | ({"count"} if listwise else set())
-    templated = bool(profile.template) or head != "classifier"
-    contradictions = {
-        "yes is missing; a vocabulary head needs an answer token or its id": (
-            head == "vocabulary" and profile.yes is None
+    templated = bool(p.template) or p.head != "classifier"
+    answered, marked = (p.yes, p.no) != (None, None), p.passage_format and p.passage_token and p.query_token
+    fits = in_passage.count("passage") == 1 and set(in_passage) <= {"passage", "index"}
+    for contradiction, message in (
+        (p.head == "vocabulary" and p.yes is None, "yes is missing; a vocabulary head needs an answer token or its id"),
+        (p.head != "vocabulary" and answered, f"yes and no belong to a vocabulary head; head is {p.head!r}"),
+        (p.num_labels == 2 and p.head != "classifier", "num_labels is 2; expected 1, or 2 with a classifier head"),
+        (last and p.padding != "left", f"padding is {p.padding!r}; a readout at the last token needs left"),
+        (
+            templated and not needed <= found <= allowed,
+            f"template has the fields {sorted(found)}; expected {sorted(needed)}, allowed {sorted(allowed)}",
         ),
-        f"yes and no belong to a vocabulary head; head is {head!r}": head != "vocabulary" and answers != (None, None),
-        f"num_labels is {profile.num_labels}; expected 1, or 2 with a classifier head": (
-            profile.num_labels == 2 and head != "classifier"
+        (
+            templated and ("instruction" in found) != p.takes_instruction,
+            "template names {instruction} exactly when instruction_format is given",
         ),
-        f"padding is {profile.padding!r}; a readout at the last token needs left": (
-            head in ("score", "vocabulary") and profile.padding != "left"
+        (p.takes_instruction and not p.template, "instruction_format needs a template to stand in"),
+        (
+            p.takes_instruction and in_format != ["instruction"],
+            f"instruction_format has the fields {in_format}; expected ['instruction']",
         ),
-        f"template has the fields {sorted(found)}; expected {sorted(needed)}, allowed {sorted(allowed)}": (
-            templated and not needed <= found <= allowed
+        (listwise and len(p.template) != 1, f"template has {len(p.template)} pieces; a list is tokenized as one"),
+        (listwise and not marked, "a listwise head needs passage_format, passage_token and query_token"),
+        (
+            p.passage_format and not fits,
+            f"passage_format has the fields {sorted(in_passage)}; expected ['passage'], allowed ['index', 'passage']",
         ),
-        "template names {instruction} exactly when instruction_format is given": (
-            templated and ("instruction" in found) != profile.takes_instruction
-        ),
-        "instruction_format needs a template to stand in": profile.takes_instruction and not profile.template,
-        f"instruction_format has the fields {in_format}; expected ['instruction']": (
-            profile.takes_instruction and in_format != ["instruction"]
-        ),
-        f"template has {len(profile.template)} pieces; a list is tokenized as one": (
-            listwise and len(profile.template) != 1
-        ),
-        "a listwise head needs passage_format, passage_token and query_token": (
-            listwise and not (profile.passage_format and profile.passage_token and profile.query_token)
-        ),
-        f"passage_format has the fields {sorted(in_passage)}; expected ['passage'], allowed ['index', 'passage']": (
-            profile.passage_format != ""
-            and (in_passage.count("passage") != 1 or not set(in_passage) <= {"passage", "index"})
-        ),
-    }
-    for text, holds in contradictions.items():
-        if holds:
-            raise CheckpointError(f"{where}: {text}")
+    ):
+        if contradiction:
+            raise CheckpointError(f"{where}: {message}")
 
 
 def named_profile(name: str, wanted: str | Profile | None = None, directory: Path | None = None) -> Profile | None:
@@ -304,11 +293,12 @@ def _owner_and_name(name: str) -> str:
 def _declared_activation(directory: Path, raw: Mapping[str, Any], labels: int) -> Activation:
     """As sentence-transformers reads it: what a file names, else a sigmoid for one label."""
     inner = raw.get("sentence_transformers")
-    saved = read_json(directory / "config_sentence_transformers.json", optional=True).get("activation_fn")
-    if saved is None and isinstance(inner, dict):
-        saved = inner.get("activation_fn")
-    if saved is None:
-        saved = raw.get("sbert_ce_default_activation_function")
+    declared = (
+        read_json(directory / "config_sentence_transformers.json", optional=True).get("activation_fn"),
+        inner.get("activation_fn") if isinstance(inner, dict) else None,
+        raw.get("sbert_ce_default_activation_function"),
+    )
+    saved = next((one for one in declared if one is not None), None)
     if saved is None or labels == 2:  # of two labels the margin's sigmoid is the softmax
         return "sigmoid"
     name = str(saved).rpartition(".")[2]

@@ -6,10 +6,10 @@ the whole vocabulary is never multiplied.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,20 +18,19 @@ from tokenizers import Tokenizer
 
 from checkpoint.compute import dtype_name
 from checkpoint.files import CheckpointError
-from decoder_server.models.cross_encoder.backend import Runner, pad
-from decoder_server.models.cross_encoder.files import CheckpointFiles
-from decoder_server.models.cross_encoder.listwise import ListwiseRunner
+from decoder_server.models.cross_encoder.backend import pad
+from decoder_server.models.cross_encoder.files import PROJECTOR, CheckpointFiles
 from decoder_server.models.cross_encoder.profiles import Profile
-from decoder_server.models.cross_encoder.templates import TextPair
+from decoder_server.models.cross_encoder.templates import TextPair, TextPrompt
 
 # A tokenizer this large is a published one, whose answers have known ids; smaller ones are made for tests.
 REAL_VOCABULARY = 10_000
 Head = Callable[[torch.Tensor], torch.Tensor]  # (batch, hidden or labels) -> margins (batch,), in float32
 
 
-def load_torch(source: CheckpointFiles, device: torch.device, dtype: torch.dtype) -> Runner:
+def load_torch(source: CheckpointFiles, device: torch.device, dtype: torch.dtype) -> _TorchRunner | _ListwiseRunner:
     """Reads the head, then the weights: a wrong head fails fast."""
-    return (ListwiseRunner if source.profile.listwise else _TorchRunner)(source, device, dtype)
+    return (_ListwiseRunner if source.profile.listwise else _TorchRunner)(source, device, dtype)
 
 
 class _TorchRunner:
@@ -54,6 +53,89 @@ class _TorchRunner:
         return result
 
 
+class _ListwiseRunner:
+    """A decoder with a projector over its marker tokens: all passages of a query in one sequence.
+
+    A passage's margin is the cosine of its marker and the query's, so it depends on the other passages; nothing here
+    may be kept per pair. Longer lists are read in blocks, and the query's vector is the mean over blocks, weighted by
+    the score of each block's best passage.
+    """
+
+    def __init__(self, source: CheckpointFiles, device: torch.device, dtype: torch.dtype) -> None:
+        self.dtype_name, self.device_name = dtype_name(dtype), str(device)
+        self._reader, self._profile = source.reader, source.profile
+        tokens = source.profile.passage_token, source.profile.query_token
+        self._markers = [_single_token(self._reader.tokenizers.exact, token) for token in tokens]
+        # (hidden / 2, hidden), (dim, hidden / 2)
+        self._projector = tuple(weight.to(device) for weight in _read_projector(source))
+        self._model, self._device = source.load(device, dtype), device
+
+    @torch.inference_mode()
+    def margins(self, pairs: Sequence[TextPair]) -> NDArray[np.float32]:
+        """Cosines (len(pairs),): the pairs of one prompt make one list."""
+        lists: dict[TextPrompt, list[int]] = {}
+        for i, pair in enumerate(pairs):
+            lists.setdefault(pair.prompt, []).append(i)
+        margins = np.empty(len(pairs), dtype=np.float32)
+        for indices in lists.values():
+            margins[indices] = self._one_list([pairs[i] for i in indices])
+        return margins
+
+    def _one_list(self, pairs: Sequence[TextPair]) -> NDArray[np.float32]:
+        passages, queries, weights = [], [], []
+        for block in self._blocks(pairs):
+            projected = self._block(block)  # (passages + 1, dim), the query last
+            passages.append(projected[:-1])
+            queries.append(projected[-1])
+            weights.append(((1 + _cosine(projected[:-1], projected[-1])) / 2).max())
+        share = torch.stack(weights)
+        query = (torch.stack(queries) * share[:, None]).sum(0) / share.sum()
+        result: NDArray[np.float32] = _cosine(torch.cat(passages), query).cpu().numpy()
+        return result
+
+    def _block(self, pairs: Sequence[TextPair]) -> torch.Tensor:
+        """Projected hidden states of the passages' markers and the query's, (len(pairs) + 1, dim)."""
+        ids = torch.tensor(self._reader.list_ids(pairs), device=self._device)
+        hidden = self._model(input_ids=ids[None], use_cache=False).last_hidden_state[0]  # (length, hidden)
+        passage, query = self._markers
+        marked = hidden[torch.cat([(ids == passage).nonzero()[:, 0], (ids == query).nonzero()[:, 0]])].float()
+        first, second = self._projector
+        return torch.relu(marked @ first.T) @ second.T
+
+    def _blocks(self, pairs: Sequence[TextPair]) -> Iterator[list[TextPair]]:
+        """Consecutive passages that fit one sequence, as the reference splits them."""
+        profile = self._profile
+        most = profile.max_passage_tokens or profile.max_tokens
+        room = start = profile.max_tokens - 2 * pairs[0].prompt.num_query_tokens  # the query stands in it twice
+        block: list[TextPair] = []
+        for pair in pairs:
+            block.append(pair)
+            room -= self._reader.count(pair.passage)
+            if len(block) == profile.max_list_passages or room <= most:
+                yield block
+                block, room = [], start
+        if block:
+            yield block
+
+
+def _read_projector(source: CheckpointFiles) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two layers of the projector, in float32."""
+    directory, tensors, hidden = source.directory, source.tensors, source.config.hidden_size
+    tensors.refuse_missing(name for name in PROJECTOR if name not in tensors)
+    first, second = (tensors.read(name) for name in PROJECTOR)
+    if first.dim() != 2 or second.dim() != 2 or first.shape[1] != hidden or second.shape[1] != first.shape[0]:
+        raise CheckpointError(
+            f"{directory}: {' and '.join(PROJECTOR)} have the shapes {tuple(first.shape)} and {tuple(second.shape)}; "
+            f"expected (a, {hidden}) and (b, a)"
+        )
+    return first, second
+
+
+def _cosine(rows: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    """(rows, dim) and (dim,) -> (rows,)."""
+    return torch.nn.functional.cosine_similarity(rows, vector[None], dim=-1)
+
+
 class Body(torch.nn.Module):
     """Padded inputs, in the order of `names`, to a classifier's logits or a decoder's last hidden state."""
 
@@ -66,12 +148,10 @@ class Body(torch.nn.Module):
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         """(batch, labels) or (batch, hidden)."""
-        fields = dict(zip(self.names, inputs, strict=True))
+        fields: Any = dict(zip(self.names, inputs, strict=True))
         if self._last:
-            hidden: torch.Tensor = self.model(**fields, use_cache=False).last_hidden_state[:, -1]
-            return hidden
-        logits: torch.Tensor = self.model(**fields).logits
-        return logits
+            return cast(torch.Tensor, self.model(**fields, use_cache=False).last_hidden_state[:, -1])
+        return cast(torch.Tensor, self.model(**fields).logits)
 
 
 def _keep_heads_in_float32(model: Any) -> None:
@@ -107,11 +187,7 @@ def _label_margin(logits: torch.Tensor) -> torch.Tensor:
 
 
 def read_head(source: CheckpointFiles, device: torch.device | None = None) -> Head:
-    """The readout of a model's last layer; for a decoder's last token its rows, read without the rest of the matrix.
-
-    Raises:
-        CheckpointError: rows that are not stored (a classifier that was never converted), or of another shape.
-    """
+    """The readout of a model's last layer; for a decoder's last token its rows, read without the rest of the matrix."""
     if source.profile.head == "classifier":
         return _label_margin
     directory, config, tensors = source.directory, source.config, source.tensors
@@ -131,10 +207,17 @@ def read_head(source: CheckpointFiles, device: torch.device | None = None) -> He
     name, tied = "lm_head.weight", "model.embed_tokens.weight"
     if name not in tensors:  # transformers prefers a stored head to a tied one, too
         if not config.tie_word_embeddings or tied not in tensors:
-            raise CheckpointError(f"{directory}: {name} is not in the checkpoint and would be random")
+            tensors.refuse_missing([name])
         name = tied
     tensors.check(name, (config.vocab_size, config.hidden_size))
     return _RowHead(tensors.rows(name, rows).to(device), getattr(config, "final_logit_softcapping", None))
+
+
+def _single_token(tokenizer: Tokenizer, text: str, what: str = "the marker") -> int:
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    if len(ids) != 1:
+        raise CheckpointError(f"{what} {text!r} is {len(ids)} tokens {ids}; expected exactly one")
+    return int(ids[0])
 
 
 def answer_ids(directory: Path, tokenizer: Tokenizer, profile: Profile) -> tuple[int, ...]:
@@ -144,12 +227,7 @@ def answer_ids(directory: Path, tokenizer: Tokenizer, profile: Profile) -> tuple
         if isinstance(answer, int):
             ids.append(answer)
         elif answer is not None:
-            found = tokenizer.encode(answer, add_special_tokens=False).ids
-            if len(found) != 1:
-                raise CheckpointError(
-                    f"{directory}: the {key} answer {answer!r} is {len(found)} tokens {found}; expected exactly one"
-                )
-            ids.append(found[0])
+            ids.append(_single_token(tokenizer, answer, f"{directory}: the {key} answer"))
     if len(set(ids)) != len(ids):
         raise CheckpointError(f"{directory}: yes and no are the same token {ids[0]}")
     if profile.answer_ids and tuple(ids) != profile.answer_ids and tokenizer.get_vocab_size() >= REAL_VOCABULARY:
