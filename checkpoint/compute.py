@@ -30,51 +30,39 @@ def usable_cores(root: Path = Path("/")) -> int:
     """Processors that this process may use, at least 1: its affinity, within the quotas of its control groups.
 
     A quota of 2.5 processors is 2: a third thread would have the kernel stop all of them for part of every period.
-
-    Args:
-        root: where the file system begins; another tree in tests.
+    `root` is where the file system begins; another tree in tests.
     """
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, math.floor(min(affinity, cpu_quota(root))))
 
 
 def cpu_quota(root: Path = Path("/")) -> float:
-    """Processors that the strictest control group of this process allows; infinite without any.
-
-    cgroup v2's cpu.max and v1's cpu.cfs_quota_us, in every group from the process's own up to the mounted one.
-    """
-    quotas = [math.inf]
-    for group in _control_groups("cpu", root):
-        # v2: quota or max, then the period
-        words = _words(group / "cpu.max") or _words(group / "cpu.cfs_quota_us") + _words(group / "cpu.cfs_period_us")
-        try:
-            quota, period = map(int, words)
-        except ValueError:  # max, or nothing to read
-            continue
-        if quota > 0 and period > 0:
-            quotas.append(quota / period)
-    return min(quotas)
+    """Processors that the strictest control group of this process allows; infinite without any."""
+    quotas = _group_numbers("cpu", root, ("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us"))
+    return min((quota / period for quota, period in quotas if quota > 0 and period > 0), default=math.inf)
 
 
 def memory_left(root: Path = Path("/")) -> float:
     """Bytes that the control groups of this process still allow; infinite without a limit."""
-    left = [math.inf]
-    for group in _control_groups("memory", root):
-        for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
-            try:
-                most, now = map(int, _words(group / limit) + _words(group / used))
-            except ValueError:
-                continue
-            left.append(max(0, most - now))
-    return min(left)
+    v1 = "memory.limit_in_bytes", "memory.usage_in_bytes"
+    limits = _group_numbers("memory", root, ("memory.max", "memory.current"), v1)
+    return min((max(0, limit - used) for limit, used in limits), default=math.inf)
+
+
+def _group_numbers(controller: str, root: Path, *alternatives: tuple[str, ...]) -> Iterator[tuple[int, int]]:
+    """Two numbers of each control group, from its own up to the mounted one: from one file or two, of v2 or v1."""
+    for group in _control_groups(controller, root):
+        for files in alternatives:
+            words = [word for file in files for line in _lines(group / file)[:1] for word in line.split()]
+            if len(words) == 2 and all(word.removeprefix("-").isdecimal() for word in words):  # not max, nor nothing to read
+                yield int(words[0]), int(words[1])
 
 
 def _control_groups(controller: str, root: Path) -> Iterator[Path]:
     """Directories of the groups that this process is in, its own first, then those around it, of cgroup v1 and v2."""
     own: dict[str, PurePosixPath] = {}  # by controller; "": v2, which has one tree for all
     for line in _lines(root / "proc/self/cgroup"):
-        _, _, rest = line.partition(":")
-        names, _, path = rest.partition(":")
+        names, _, path = line.partition(":")[2].partition(":")
         own |= dict.fromkeys(names.split(","), PurePosixPath(path))
     for line in _lines(root / "proc/self/mountinfo"):
         mounted, _, kind = line.partition(" - ")
@@ -89,12 +77,9 @@ def _control_groups(controller: str, root: Path) -> Iterator[Path]:
         top = root / mount.lstrip("/")
         # The mount may be a group itself (a container without a namespace for groups): paths begin there. A path
         # outside of it cannot be looked at; the mounted group is around it, or is it.
-        relative = (
-            own[key].relative_to(begin) if own[key].is_relative_to(begin) and ".." not in own[key].parts else None
-        )
-        for group in (relative, *relative.parents) if relative is not None else ():
-            if group.parts:
-                yield top / group
+        if own[key].is_relative_to(begin) and ".." not in own[key].parts:
+            relative = own[key].relative_to(begin)
+            yield from (top / group for group in (relative, *relative.parents) if group.parts)
         yield top
 
 
@@ -103,10 +88,6 @@ def _lines(file: Path) -> list[str]:
         return file.read_text(errors="replace").splitlines()
     except OSError:
         return []
-
-
-def _words(file: Path) -> list[str]:
-    return [word for line in _lines(file)[:1] for word in line.split()]
 
 
 def hardware() -> dict[str, Any]:
@@ -167,14 +148,14 @@ def dtype_name(dtype: torch.dtype) -> str:
 def choose_fused(dim: int, device: torch.device) -> bool:
     """Whether the steps between matrix products are worth compiling, and can be.
 
-    On a CPU that needs a C++ compiler, some ten seconds once per machine (torch keeps what it compiled) and
-    a few at every start. TORCH_COMPILE_DISABLE=1 is torch's own switch.
+    On a CPU that needs a C++ compiler, some ten seconds once per machine, whose results torch keeps, and a few at
+    every start. TORCH_COMPILE_DISABLE=1 is torch's own switch.
     """
     return device.type == "cpu" and dim >= MIN_FUSED_DIM and cpp_compiler() is not None
 
 
 def cpp_compiler() -> str | None:
-    """Path of the compiler that torch would call, if there is one."""
+    """Path of the compiler that torch would call."""
     from torch._inductor import config
 
     names = [config.cpp.cxx] if isinstance(config.cpp.cxx, str) else [name for name in config.cpp.cxx if name]
