@@ -104,7 +104,7 @@ class CrossEncoder:
 
     def cut(self, text: str, max_tokens: int | None = None, *, keep_end: bool = False) -> str:
         """A text's beginning, or end, of at most `max_tokens` (None: as many as a passage may have)."""
-        return self._reader.cut(text, max_tokens or self._max_passage, keep_end=keep_end)
+        return self._reader.cut(text, max_tokens or self._max_passage, keep_end=keep_end)[0]
 
     def score(self, pairs: Sequence[TextPair]) -> NDArray[np.float32]:
         """Margins (len(pairs),) of one padded pass; NaN where not finite."""

@@ -26,17 +26,14 @@ from checkpoint.tensors import StoredTensors
 from decoder_server.models.cross_encoder.profiles import GENERIC, Profile
 from decoder_server.models.cross_encoder.templates import PairReader
 
-# Older names of RoPE's numbers, which classes with `rope_parameters` still take.
-ROPE_FIELDS = frozenset({
-    "global_rope_theta", "local_rope_theta", "partial_rotary_factor", "rope_local_base_freq", "rope_scaling",
-    "rope_theta",
-})  # fmt: skip
-# Older names of other fields, by the one that classes have today.
+# Older names of fields, by the one that classes have today.
 RENAMED = {
-    "global_attn_every_n_layers": "layer_types",
-    "max_window_layers": "layer_types",
-    "sliding_window_pattern": "layer_types",
-}
+    "rope_parameters": {
+        "global_rope_theta", "local_rope_theta", "partial_rotary_factor", "rope_local_base_freq", "rope_scaling",
+        "rope_theta",
+    },
+    "layer_types": {"global_attn_every_n_layers", "max_window_layers", "sliding_window_pattern"},
+}  # fmt: skip
 # Fields that a model reads where its configuration has them, though its class does not name them (transformers 5.23).
 ALSO_READ = {
     "deberta": {"cls_dropout", "embedding_size", "pooler_hidden_size", "talking_head"},
@@ -95,18 +92,9 @@ class CheckpointFiles:
             raise CheckpointError(
                 f"{directory}: the tokenizer has {size} tokens; the embedding has {config.vocab_size} rows"
             )
-        return cls(
-            directory,
-            profile,
-            config,
-            raw,
-            tokenizer,
-            PairReader(tokenizer, profile),
-            StoredTensors(directory),
-            pad_id,
-            typed=int(raw.get("type_vocab_size") or 0) > 1 and "token_type_ids" in names,
-            trust_remote_code=trust_remote_code,
-        )
+        reader, tensors = PairReader(tokenizer, profile), StoredTensors(directory)
+        typed = int(raw.get("type_vocab_size") or 0) > 1 and "token_type_ids" in names
+        return cls(directory, profile, config, raw, tokenizer, reader, tensors, pad_id, typed, trust_remote_code)
 
     def load(self, device: torch.device, dtype: torch.dtype) -> Any:
         """The transformers model below the profile's head, or with it where it is the model's own."""
@@ -176,10 +164,8 @@ def _applied(raw: dict[str, Any], config: Any, profile: Profile) -> set[str]:
     kind = type(config)
     own = {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
     applied: set[str] = own | set(getattr(kind, "attribute_map", {})) | STORAGE
-    if "rope_parameters" in own:
-        applied |= ROPE_FIELDS
     applied |= ALSO_READ.get(str(raw.get("model_type")), set())
-    applied |= {old for old, new in RENAMED.items() if new in own}
+    applied = applied.union(*(old for new, old in RENAMED.items() if new in own))
     # transformers attends both ways for unpadded batches only
     return applied if profile.head == "classifier" else applied - {"use_bidirectional_attention"}
 
@@ -187,20 +173,18 @@ def _applied(raw: dict[str, Any], config: Any, profile: Profile) -> set[str]:
 def _check_modules(directory: Path, profile: Profile) -> None:
     """Heads that sentence-transformers would put behind the model."""
     for module in read_modules(directory):
-        kind = str(module.get("type", "none"))
-        place = directory / str(module.get("path") or "")
-        name = kind.rpartition(".")[2]
-        weighs = place.resolve() != directory.resolve() and any(
-            path.suffix in (".safetensors", ".bin") for path in place.glob("*")
-        )
-        known = kind.startswith("sentence_transformers.") and name in MODULES
+        kind, place = str(module.get("type", "none")), directory / str(module.get("path") or "")
+        library, name = kind.startswith("sentence_transformers."), kind.rpartition(".")[2]
+        apart = place.resolve() != directory.resolve()
+        weighs = apart and any(path.suffix in (".safetensors", ".bin") for path in place.glob("*"))
         # A published model's own module is part of its recipe, so the profile that goes by its id has it.
-        if weighs or not (known or (profile.model != GENERIC and not kind.startswith("sentence_transformers."))):
+        known = name in MODULES if library else profile.model != GENERIC
+        if weighs or not known:
             raise CheckpointError(
                 f"{directory / 'modules.json'}: lists the module {kind} ({place.name}), which is not applied here; "
                 f"expected {' and '.join(sorted(MODULES))} alone"
             )
-        if name == "LogitScore" and known:
+        if name == "LogitScore" and library:
             _check_answers(place / "config.json", profile)
 
 
@@ -208,7 +192,7 @@ def _check_answers(path: Path, profile: Profile) -> None:
     """The answer tokens that sentence-transformers reads, where the profile gives ids for its own."""
     found = read_json(path, optional=True)
     given = tuple(answer for answer in (profile.yes, profile.no) if answer is not None)
-    ids = given if all(isinstance(answer, int) for answer in given) else profile.answer_ids
+    ids = profile.answer_ids if any(isinstance(answer, str) for answer in given) else given
     for key, expected in zip(("true_token_id", "false_token_id"), (*ids, None), strict=False):
         if ids and found.get(key) != expected:
             raise CheckpointError(
@@ -243,26 +227,23 @@ def load_transformer(
 ) -> Any:
     """A model of transformers in evaluation mode, with every stored tensor in it or accounted for.
 
+    transformers draws missing weights at random and leaves out those it does not use; both are errors here.
+
     Args:
         kind: name of the auto class.
         config: as load_config gives it; None: loaded here.
         read_elsewhere: tensors that a head reads, or that the readout has no use for.
-
-    Raises:
-        CheckpointError: weights missing (transformers would draw them at random), of another shape, unreadable, or
-            stored and not used by the model (transformers would leave them out).
     """
     import transformers
 
     tensors = StoredTensors(directory)
     tensors.check_formats()
-    if config is None:
-        config = load_config(directory, trust_remote_code=trust_remote_code)
+    config = config or load_config(directory, trust_remote_code=trust_remote_code)
     model, info = _from_pretrained(getattr(transformers, kind), tensors, config, dtype, trust_remote_code)
     for name, found, wanted in sorted(info["mismatched_keys"]):
         raise CheckpointError(f"{directory}: {name} has the shape {tuple(found)}; config.json says {tuple(wanted)}")
     tensors.refuse_missing(info["missing_keys"])
-    left = {name for name in info["unexpected_keys"] if name not in read_elsewhere}
+    left = set(info["unexpected_keys"]).difference(read_elsewhere)
     if kind == "AutoModelForSequenceClassification":
         left = {name for name in left if not _OTHER_HEADS.match(name)}
     tensors.refuse_unused(left)
@@ -300,7 +281,7 @@ def quiet() -> Iterator[None]:
     """transformers draws bars and logs a table of missing weights; the caller reports both."""
     from transformers.utils import logging as said
 
-    talk: Any = said  # its bar functions are untyped
+    talk: Any = said  # untyped in part
     level, bar = talk.get_verbosity(), talk.is_progress_bar_enabled()
     talk.set_verbosity(logging.CRITICAL)
     talk.disable_progress_bar()

@@ -61,22 +61,15 @@ class PairReader:
             for text, id_ in self.tokenizers.control_ids.items()
         )
         pieces = [_list_template(profile, 1)] if profile.listwise else profile.template
-        self._filler = (
-            TemplateFiller(self.tokenizers, pieces, add_special_tokens=profile.add_special_tokens)
-            if pieces
-            else _PairFiller(self.tokenizers, [])
-        )
+        filler = TemplateFiller if pieces else _PairFiller
+        self._filler = filler(self.tokenizers, pieces, add_special_tokens=profile.add_special_tokens)
 
     def count(self, text: str) -> int:
         """Tokens of a text alone."""
         return len(encode(self.tokenizers.plain, text).ids)
 
-    def cut(self, text: str, max_tokens: int, *, keep_end: bool = False) -> str:
-        """The beginning of a text, or its end, at most `max_tokens` long."""
-        return self._cut(text, max_tokens, keep_end=keep_end)[0]
-
-    def _cut(self, text: str, max_tokens: int, *, keep_end: bool = False) -> tuple[str, int]:
-        """The text that is left, and how many tokens it had."""
+    def cut(self, text: str, max_tokens: int, *, keep_end: bool = False) -> tuple[str, int]:
+        """The beginning of a text, or its end, at most `max_tokens` long, and how many tokens it had."""
         offsets = encode(self.tokenizers.plain, text).offsets
         if len(offsets) > max_tokens:
             text = text[offsets[-max_tokens][0] :] if keep_end else text[: offsets[max_tokens - 1][1]]
@@ -97,7 +90,7 @@ class PairReader:
         """
         profile = self._profile
         query = self._clean(query)
-        cut, num_query = self._cut(query, profile.max_query_tokens)
+        cut, num_query = self.cut(query, profile.max_query_tokens)
         truncated = len(cut) < len(query)
         if truncated:
             num_query = self.count(cut)
@@ -114,19 +107,11 @@ class PairReader:
         return TextPrompt(cut, text, num_query, num_query + self.count(text), truncated)
 
     def pairs(self, prompt: TextPrompt, passages: Sequence[str]) -> list[TextPair]:
-        """Passages under one prompt, in their order.
-
-        Raises:
-            ValueError: query and instruction leave no room for a passage.
-        """
+        """Passages under one prompt; ValueError where query and instruction leave no room for one."""
         return self._pairs([(prompt, passage) for passage in passages])
 
     def read(self, texts: Sequence[Texts]) -> list[TextPair]:
-        """As `pairs`, of any queries and instructions; each is read once.
-
-        Raises:
-            ValueError: as `prompt` and `pairs`.
-        """
+        """As `pairs`, of any queries and instructions; each is read once."""
         prompts = {(query, instruction): self.prompt(query, instruction) for query, instruction, _ in texts}
         return self._pairs([(prompts[query, instruction], passage) for query, instruction, passage in texts])
 
@@ -185,13 +170,12 @@ class _PairFiller(TemplateFiller):
     def encode(self, rows: Sequence[Fields]) -> list[Encoded]:
         pairs = [(row["query"], row["passage"]) for row in rows]
         found = self._tokenizers.plain.encode_batch_fast(pairs, add_special_tokens=True)
-        return [Encoded(e.ids, e.type_ids) for e in found]
+        return [Encoded(each.ids, each.type_ids) for each in found]
 
     def locate(self, row: Fields, *, guarded: bool = False) -> Encoded:
         found = encode(self._tokenizers.plain, (row["query"], row["passage"]), add_special_tokens=True)
-        ends = [
-            end if sequence == 1 else None for sequence, (_, end) in zip(found.sequence_ids, found.offsets, strict=True)
-        ]
+        located = zip(found.sequence_ids, found.offsets, strict=True)
+        ends = [end if sequence == 1 else None for sequence, (_, end) in located]
         return Encoded(found.ids, found.type_ids, ends)
 
 
