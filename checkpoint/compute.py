@@ -54,7 +54,9 @@ def _group_numbers(controller: str, root: Path, *alternatives: tuple[str, ...]) 
     for group in _control_groups(controller, root):
         for files in alternatives:
             words = [word for file in files for line in _lines(group / file)[:1] for word in line.split()]
-            if len(words) == 2 and all(word.removeprefix("-").isdecimal() for word in words):  # not max, nor nothing to read
+            if len(words) == 2 and all(
+                word.removeprefix("-").isdecimal() for word in words
+            ):  # not max, nor nothing to read
                 yield int(words[0]), int(words[1])
 
 

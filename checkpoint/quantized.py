@@ -33,8 +33,16 @@ from checkpoint.files import CheckpointError, read_json
 # safetensors names of the formats a plain weight may be stored in.
 FLOAT_TYPES = frozenset({"F64", "F32", "F16", "BF16"})
 HF_QUANT_CONFIG = "hf_quant_config.json"
-MODELOPT_ALGORITHMS = frozenset({"FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4"})
-COMPRESSED_FORMATS = frozenset({"float-quantized", "naive-quantized", "nvfp4-pack-quantized"})
+MODELOPT = {"quant_algo": ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4")}
+# By the method that a checkpoint declares, the values of its fields that are read here.
+READ = {
+    "modelopt": MODELOPT,
+    "modelopt_fp4": MODELOPT,
+    "compressed-tensors": {
+        "format": ("float-quantized", "naive-quantized", "nvfp4-pack-quantized"),
+        "quantization_status": ("compressed",),
+    },
+}
 CHUNK_BYTES = 32 << 20
 BLOCK = 16  # numbers of NVFP4 that share a scale
 # Scales of activations and of cached keys and values. Weights alone are taken from the checkpoint: activations stay in
@@ -151,11 +159,7 @@ def _opened(path: Path) -> safe_open:
 
 
 def _declared_scheme(directory: Path) -> str:
-    """`modelopt` or `compressed-tensors` where the checkpoint declares that its weights are quantized, else "".
-
-    Raises:
-        CheckpointError: another scheme, with a remedy.
-    """
+    """`modelopt` or `compressed-tensors` where the checkpoint declares that its weights are quantized, else ""."""
     path, described = directory / "config.json", directory / HF_QUANT_CONFIG
     config = read_json(path, optional=True)
     schemes = {f"{path}: {key}": config.get(key) for key in ("quantization_config", "compression_config")}
@@ -172,19 +176,14 @@ def _checked_scheme(where: str, scheme: Any) -> str:
     inner = scheme.get("quantization")
     facts = scheme | inner if isinstance(inner, dict) else scheme
 
-    def expect(key: str, value: object, allowed: frozenset[str]) -> None:
-        if value not in allowed:
-            raise CheckpointError(
-                f"{where}: {key} is {value!r} ({method}); expected {' or '.join(sorted(allowed))}; {REMEDY}"
-            )
-
-    if method in ("modelopt", "modelopt_fp4"):
-        expect("quant_algo", facts.get("quant_algo"), MODELOPT_ALGORITHMS)
-        return "modelopt"
-    if method != "compressed-tensors":
+    if method not in READ:
         raise CheckpointError(f"{where}: the weights are quantized ({method}); {REMEDY}")
-    expect("format", facts.get("format"), COMPRESSED_FORMATS)
-    expect("quantization_status", facts.get("quantization_status", "compressed"), frozenset({"compressed"}))
+    for key, allowed in READ[method].items():
+        value = facts.get(key, "compressed" if key == "quantization_status" else None)
+        if value not in allowed:
+            raise CheckpointError(f"{where}: {key} is {value!r} ({method}); expected {' or '.join(allowed)}; {REMEDY}")
+    if method != "compressed-tensors":
+        return "modelopt"
     for key in ("sparsity_config", "transform_config"):  # 2:4 packing, and rotations of the activations
         if facts.get(key) not in (None, {}) and facts[key].get("format") != "dense":
             raise CheckpointError(f"{where}: has a {key}, which is not applied here; {REMEDY}")

@@ -92,10 +92,7 @@ class TemplateFiller:
     def __init__(
         self, tokenizers: Tokenizers, pieces: Sequence[str], *, add_special_tokens: bool = False, guard: bool = True
     ) -> None:
-        """
-        Args:
-            guard: False: a control token in a text is one.
-        """
+        """Without `guard` a control token in a text is one."""
         self._tokenizers, self._pieces, self._guard = tokenizers, pieces, guard
         self._prefix, self._suffix = [], []  # type: list[int], list[int]
         if add_special_tokens:
@@ -176,11 +173,7 @@ class TextTokenizer:
     """A checkpoint's tokenizer together with its templates. Safe to use from several threads."""
 
     def __init__(self, directory: Path, settings: CheckpointSettings, *, neutralise: bool = True) -> None:
-        """
-        Args:
-            neutralise: tokenize control-token text of queries and passages as plain text.
-                False is the reference's behaviour: such text becomes the control token.
-        """
+        """Without `neutralise` text that spells a control token becomes it, as in the reference."""
         self._settings, self._neutralise = settings, neutralise
         path = directory / "tokenizer.json"
         try:
@@ -189,8 +182,8 @@ class TextTokenizer:
             raise CheckpointError(f"{path}: cannot be read as a tokenizer ({exc})") from exc
         # Reads text from outside that stands alone.
         self._reader = self._both.plain if neutralise else self._both.exact
-        self.yes_id = self._answer_id(directory, "yes_token", settings.yes_token)
-        self.no_id = self._answer_id(directory, "no_token", settings.no_token)
+        self.yes_id = single_token(self._both.exact, settings.yes_token, f"{directory}: yes_token")
+        self.no_id = single_token(self._both.exact, settings.no_token, f"{directory}: no_token")
         if self.yes_id == self.no_id:
             raise CheckpointError(f"{directory}: yes_token and no_token are the same token {self.yes_id}")
         self._prefixes: Moka[str, list[int]] = Moka(MAX_PREFIXES)
@@ -238,21 +231,19 @@ class TextTokenizer:
         """One passage as windows of at most `max_passage_tokens`, each under the template, without gap or overlap."""
         limit, offsets = self._settings.max_passage_tokens, encode(self._reader, text).offsets
         windows: list[TokenizedPassage] = []
-        first = begin = 0  # the window's first token, and where its text starts
+        first, begin, size = 0, 0, self._room  # the window's first token, where its text starts, tokens to try
         while True:
-            # A window alone may need a token more than its share of the whole text: shrink until it fits.
-            size = self._room
-            while True:
-                last = min(first + size, len(offsets))
-                end = len(text) if last == len(offsets) else offsets[last][0]
-                ids = self._passage.encode([{"passage": text[begin:end]}])[0].ids
-                if len(ids) <= limit or size == 1:
-                    break
+            last = min(first + size, len(offsets))
+            end = len(text) if last == len(offsets) else offsets[last][0]
+            ids = self._passage.encode([{"passage": text[begin:end]}])[0].ids
+            if len(ids) > limit and size > 1:
+                # A window alone may need a token more than its share of the whole text: shrink until it fits.
                 size = max(1, size - (len(ids) - limit))
+                continue
             windows.append(TokenizedPassage(ids[:limit], len(ids) > limit))
             if last == len(offsets):
                 return windows
-            first, begin = last, end
+            first, begin, size = last, end, self._room
 
     def cut(self, text: str, max_tokens: int | None = None, *, keep_end: bool = False) -> str:
         """The beginning of a passage's text, or its end; `max_tokens` None: as much as fits under the template."""
@@ -292,12 +283,6 @@ class TextTokenizer:
             self._prefixes.set(instruction, prefix)
         return prefix
 
-    def _answer_id(self, directory: Path, key: str, text: str) -> int:
-        ids = encode(self._both.exact, text).ids
-        if len(ids) != 1:
-            raise CheckpointError(f"{directory}: {key} {text!r} is {len(ids)} tokens {ids}; expected exactly one")
-        return int(ids[0])
-
 
 def encode(tokenizer: Tokenizer, text: str | tuple[str, str], *, add_special_tokens: bool = False) -> Encoding:
     """One text or pair, without holding the interpreter: tokenizers releases it for batches only.
@@ -306,6 +291,14 @@ def encode(tokenizer: Tokenizer, text: str | tuple[str, str], *, add_special_tok
     """
     (encoding,) = tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
     return encoding
+
+
+def single_token(tokenizer: Tokenizer, text: str, what: str) -> int:
+    """The one id of a text, or a CheckpointError that begins with `what`."""
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    if len(ids) != 1:
+        raise CheckpointError(f"{what} {text!r} is {len(ids)} tokens {ids}; expected exactly one")
+    return int(ids[0])
 
 
 def _tree(words: Iterable[str]) -> str:

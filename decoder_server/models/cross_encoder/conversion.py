@@ -90,13 +90,9 @@ class CausalSource:
         return cls(name, path, config, profile, tensors, _head(name, config, tensors), pad_token, pad_token_id)
 
     @property
-    def architecture(self) -> str:
-        return str(self.config["architectures"][0])
-
-    @property
     def target(self) -> str:
         """The class that the converted checkpoint is of."""
-        return TARGETS[self.architecture]
+        return TARGETS[self.config["architectures"][0]]
 
     @property
     def num_tensors(self) -> int:

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from checkpoint.compute import dtype_name
 from checkpoint.files import CheckpointError
+from checkpoint.text import single_token
 from decoder_server.models.cross_encoder.backend import pad
 from decoder_server.models.cross_encoder.files import PROJECTOR, CheckpointFiles
 from decoder_server.models.cross_encoder.profiles import Profile
@@ -65,7 +66,7 @@ class _ListwiseRunner:
         self.dtype_name, self.device_name = dtype_name(dtype), str(device)
         self._reader, self._profile = source.reader, source.profile
         tokens = source.profile.passage_token, source.profile.query_token
-        self._markers = [_single_token(self._reader.tokenizers.exact, token) for token in tokens]
+        self._markers = [single_token(self._reader.tokenizers.exact, token, "the marker") for token in tokens]
         # (hidden / 2, hidden), (dim, hidden / 2)
         self._projector = tuple(weight.to(device) for weight in _read_projector(source))
         self._model, self._device = source.load(device, dtype), device
@@ -213,13 +214,6 @@ def read_head(source: CheckpointFiles, device: torch.device | None = None) -> He
     return _RowHead(tensors.rows(name, rows).to(device), getattr(config, "final_logit_softcapping", None))
 
 
-def _single_token(tokenizer: Tokenizer, text: str, what: str = "the marker") -> int:
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
-    if len(ids) != 1:
-        raise CheckpointError(f"{what} {text!r} is {len(ids)} tokens {ids}; expected exactly one")
-    return int(ids[0])
-
-
 def answer_ids(directory: Path, tokenizer: Tokenizer, profile: Profile) -> tuple[int, ...]:
     """Token ids of the profile's answers."""
     ids: list[int] = []
@@ -227,7 +221,7 @@ def answer_ids(directory: Path, tokenizer: Tokenizer, profile: Profile) -> tuple
         if isinstance(answer, int):
             ids.append(answer)
         elif answer is not None:
-            ids.append(_single_token(tokenizer, answer, f"{directory}: the {key} answer"))
+            ids.append(single_token(tokenizer, answer, f"{directory}: the {key} answer"))
     if len(set(ids)) != len(ids):
         raise CheckpointError(f"{directory}: yes and no are the same token {ids[0]}")
     if profile.answer_ids and tuple(ids) != profile.answer_ids and tokenizer.get_vocab_size() >= REAL_VOCABULARY:
