@@ -113,10 +113,7 @@ def hardware() -> dict[str, Any]:
 def choose_device(name: str | None = None, dtype: str | None = None) -> tuple[torch.device, torch.dtype]:
     """The named device and number format; None or auto: CUDA where there is one, bfloat16 where it is native.
 
-    float16 is never offered: this model family overflows it.
-
-    Raises:
-        ValueError: an unknown format, or a device that this machine or torch build does not have.
+    float16 is never offered: this model family overflows it. ValueError where one is not to be had.
     """
     if name is None or name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

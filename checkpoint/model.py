@@ -98,8 +98,7 @@ def tensor_shapes(half: str, config: Any) -> Shapes:
 class EncoderIdentity:
     """The encoder that wrote (or may read) a collection, with all that changes a stored state.
 
-    Two directories with the same files have the same fingerprint wherever they lie and however their tensors are spread
-    over shards.
+    The same files have the same fingerprint wherever they lie and however their tensors are spread over shards.
     """
 
     fingerprint: str  # sha256, hex
@@ -122,14 +121,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, name: str | Path, *, max_passage_tokens: int | None = None, neutralise: bool = True) -> Checkpoint:
-        """Opens a directory or hub id.
-
-        Args:
-            max_passage_tokens: overrides the checkpoint's limit, up to the encoder's positions.
-
-        Raises:
-            CheckpointError: missing or unreadable files, another model type, a limit out of range.
-        """
+        """Opens a directory or hub id; `max_passage_tokens` overrides its limit, up to the encoder's positions."""
         path = resolve(str(name))
         config = _read_config(path)
         settings = CheckpointSettings.load(path)
@@ -171,12 +163,9 @@ class Checkpoint:
         return tokenizer
 
     @cached_property
-    def _shapes(self) -> Shapes:
-        return tensor_shapes("encoder", self.encoder_config) | tensor_shapes("decoder", self.decoder_config)
-
-    @cached_property
     def _tensors(self) -> TensorFiles:
-        return TensorFiles(self.path, self._shapes.keys() | {HEAD})
+        shapes = tensor_shapes("encoder", self.encoder_config) | tensor_shapes("decoder", self.decoder_config)
+        return TensorFiles(self.path, shapes.keys() | {HEAD})
 
     def encoder_tensors(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Encoder layers, norm and embedding by canonical name (`encoder.…`)."""
@@ -210,9 +199,7 @@ class Checkpoint:
             own = [name for name in shapes if "embed_tokens" in name]
             missing = [name for name in (*own, HEAD) if name not in stored]
             if missing:
-                raise CheckpointError(
-                    f"{self.path}: tie_word_embeddings is false and {missing[0]} is not stored; expected the tensor"
-                )
+                raise CheckpointError(f"{self.path}: tie_word_embeddings is false and {missing[0]} is not stored")
         shared = {name: name.replace("decoder.embed_tokens", "encoder.embed_tokens") for name in shapes}
         wanted = {name if name in stored else shared[name]: shape for name, shape in shapes.items()}
         head = HEAD if HEAD in stored else shared["decoder.embed_tokens.weight"]
@@ -246,7 +233,7 @@ class Checkpoint:
 
     def weights_digest(self) -> str:
         """sha256, hex, of every tensor either half reads; with `settings` it is all that margins depend on."""
-        return self._tensors.digest_of(name for name in (*self._shapes, HEAD) if name in self._tensors).hex()
+        return self._tensors.digest_of(self._tensors.weights).hex()
 
 
 def _read_config(path: Path) -> T5Gemma2Config:

@@ -126,10 +126,7 @@ class TensorFiles(StoredTensors):
     """The tensors of one T5Gemma 2 checkpoint, by canonical name."""
 
     def __init__(self, directory: Path, used: Collection[str]) -> None:
-        """
-        Args:
-            used: canonical names that one half or the other reads.
-        """
+        """`used` are the canonical names that one half or the other reads."""
         super().__init__(directory)
         stored: dict[str, str] = {}  # by canonical name
         unused = []
@@ -148,7 +145,7 @@ class TensorFiles(StoredTensors):
         self.weights = {canonical: self.weights[name] for canonical, name in stored.items()}
 
     def check_all(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raises CheckpointError naming missing tensors, or the first one of another shape or format."""
+        """Raises CheckpointError naming missing tensors, or one of another shape or format."""
         self.refuse_missing(shapes.keys() - self.weights.keys())
         for name, shape in shapes.items():
             self.check(name, shape)

@@ -116,8 +116,7 @@ class CrossEncoder:
     def score_texts(self, texts: Sequence[Texts], max_batch_tokens: int | None = None) -> NDArray[np.float32]:
         """Margins (len(texts),) in the order of `texts`: pairs of like length share a pass.
 
-        Args:
-            max_batch_tokens: padded tokens per pass; None: as suits the device.
+        `max_batch_tokens` is the padded tokens of a pass; None: as suits the device.
         """
         if self.listwise:  # one list is one pass, whatever its length
             return self.score(self.read(texts))
@@ -152,22 +151,14 @@ class CrossEncoder:
         return float(self.bounded(np.array([margin], dtype=np.float32))[0])
 
     def first_pass(self) -> NDArray[np.float32]:
-        """The margin of one real pair, (1,).
-
-        Raises:
-            CheckpointError: configuration and weights load, and cannot be computed with.
-        """
+        """The margin of one real pair, (1,); CheckpointError where what was loaded cannot be computed with."""
         try:
             return self.score_texts([("Does this model answer?", None, "It gives a number for every pair.")])
         except (RuntimeError, KeyError, IndexError, TypeError, AttributeError, ValueError) as exc:
             raise CheckpointError(f"{self.checkpoint_name}: the first forward pass failed ({one_line(exc)})") from exc
 
     def warm_up(self) -> None:
-        """One real pass.
-
-        Raises:
-            CheckpointError: as first_pass, or the weights give no finite margin.
-        """
+        """One real pass, whose margin must be finite."""
         if not np.isfinite(self.first_pass()).all():
             raise CheckpointError(f"{self.checkpoint_name}: the first forward pass gave no finite margin")
 

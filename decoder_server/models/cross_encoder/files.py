@@ -137,11 +137,7 @@ def _load_tokenizer(directory: Path, raw: dict[str, Any], trust_remote_code: boo
 
 
 def load_config(directory: Path, profile: Profile | None = None, *, trust_remote_code: bool = False) -> Any:
-    """transformers' configuration object of config.json.
-
-    Args:
-        profile: the recipe it is served by, where every declaration is to be checked.
-    """
+    """transformers' configuration object, checked against the profile that it is served by, if there is one."""
     from transformers import AutoConfig
 
     path = directory / "config.json"
@@ -251,10 +247,7 @@ def load_transformer(
 
 
 def _from_pretrained(kind: Any, tensors: StoredTensors, config: Any, dtype: torch.dtype, trust: bool) -> Any:
-    """transformers' own loading, or of plain numbers where the stored ones are quantized.
-
-    transformers reads one of the two layouts, and only with a further package.
-    """
+    """transformers' own loading; of plain numbers where the stored ones are quantized, which it reads in part."""
     # Shapes that do not match are rejected by name; without a dtype it keeps the stored one, which may be float16.
     how: dict[str, Any] = {"ignore_mismatched_sizes": True, "dtype": dtype, "output_loading_info": True}
     directory = tensors.directory

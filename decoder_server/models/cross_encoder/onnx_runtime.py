@@ -69,21 +69,13 @@ def load_onnx(source: CheckpointFiles, *, quantized: bool, cache_dir: Path | Non
 
 
 def ingredients(source: CheckpointFiles, *, quantized: bool) -> dict[str, object]:
-    """All that a graph depends on.
-
-    Raises:
-        ValueError: the packages are not installed.
-    """
+    """All that a graph depends on; ValueError where a package is not installed."""
     features = torch.cpu.get_capabilities()
     saturates = features.get("architecture") == "x86_64" and not any(features.get(name) for name in EXACT_INT8)
-    versions, missing = {}, []
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            missing.append(package)
-    if missing:
-        raise ValueError(f"the onnx runtimes need {', '.join(missing)}: pip install 'preread[onnx]'")
+    try:
+        versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+    except importlib.metadata.PackageNotFoundError as exc:
+        raise ValueError(f"the onnx runtimes need {exc.name}: pip install 'preread[onnx]'") from exc
     return {
         "identity": source.fingerprint(),
         "quantized": quantized,
@@ -136,18 +128,17 @@ def _build(source: CheckpointFiles, directory: Path, made_of: dict[str, object])
         raise CheckpointError(f"{directory.parent}: graphs cannot be kept there ({exc})") from exc
     log.info("%s: exporting to ONNX, once for these weights", source.directory)
     try:
-        plain = aside / "float"
-        plain.mkdir()
-        export(source, plain / "model.onnx")
+        made_of = made_of | {"model": str(source.directory)}
         if made_of["quantized"]:
+            plain = aside / "float"
+            plain.mkdir()
+            export(source, plain / "model.onnx")
             reduce_range = bool(made_of["reduce_range"])
             kept = _quantize(plain / "model.onnx", aside / "model.onnx", reduce_range=reduce_range)
-            made_of = made_of | {"products_in_float": kept}
+            made_of["products_in_float"] = kept
+            shutil.rmtree(plain)
         else:
-            for file in plain.iterdir():
-                file.rename(aside / file.name)
-        shutil.rmtree(plain)
-        made_of = made_of | {"model": str(source.directory)}
+            export(source, aside / "model.onnx")
         (aside / "made-of.json").write_text(json.dumps(made_of, indent=2), encoding="utf-8")
         with contextlib.suppress(OSError):  # another process was first; its graph is the same
             os.replace(aside, directory)

@@ -83,10 +83,8 @@ class PairReader:
         """A query cut to `max_query_tokens`, and the instruction as the template takes it.
 
         None is the model's default. An empty one is the template's words with nothing in them, for a model that has
-        a default; the others leave the words out, as their authors' code does.
-
-        Raises:
-            ValueError: an instruction over its limit: half an instruction may say the opposite of the whole.
+        a default; the others leave the words out, as their authors' code does. One over its limit is a ValueError:
+        half an instruction may say the opposite of the whole.
         """
         profile = self._profile
         query = self._clean(query)
