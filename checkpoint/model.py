@@ -20,7 +20,7 @@ from msgspec import Meta
 
 from checkpoint.files import STORAGE, CheckpointError, check_fields, read_fields, read_json, resolve
 from checkpoint.settings import CheckpointSettings
-from checkpoint.tensors import TensorFiles
+from checkpoint.tensors import StoredTensors
 from checkpoint.text import TextTokenizer
 
 if TYPE_CHECKING:
@@ -163,9 +163,9 @@ class Checkpoint:
         return tokenizer
 
     @cached_property
-    def _tensors(self) -> TensorFiles:
+    def _tensors(self) -> StoredTensors:
         shapes = tensor_shapes("encoder", self.encoder_config) | tensor_shapes("decoder", self.decoder_config)
-        return TensorFiles(self.path, shapes.keys() | {HEAD})
+        return StoredTensors(self.path, shapes.keys() | {HEAD})
 
     def encoder_tensors(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Encoder layers, norm and embedding by canonical name (`encoder.…`)."""

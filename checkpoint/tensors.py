@@ -1,9 +1,8 @@
 """Single tensors straight from safetensors files, sharded or not, quantized or not.
 
 Every tensor of a checkpoint is used, known to be unused, or an error that names it: one that is left over would make
-scores that are not the model's. `StoredTensors` has the names as they are stored, for cross-encoders; `TensorFiles`
-knows the names of T5Gemma 2 checkpoints and gives each half only its own, so that neither ever holds the other half
-or the vision tower.
+scores that are not the model's. Cross-encoders read them by the names they are stored under; of T5Gemma 2 each half
+reads its own by their canonical names, so that neither ever holds the other half or the vision tower.
 """
 
 from __future__ import annotations
@@ -34,14 +33,36 @@ _QUANTIZED = re.compile(
 
 
 class StoredTensors:
-    """A checkpoint's tensors by the names they have in its files; quantized weights read as plain ones."""
+    """A checkpoint's tensors; quantized weights read as plain ones. Opening reads names, shapes and formats."""
 
-    def __init__(self, directory: Path) -> None:
-        """Reads names, shapes and formats."""
+    def __init__(self, directory: Path, canonical: Collection[str] | None = None) -> None:
+        """
+        Args:
+            canonical: names of T5Gemma 2 that one half or the other reads; None: names are as they are stored.
+        """
         self.directory = directory
         self.files = _safetensors_files(directory)
         # The scheme is "", modelopt or compressed-tensors.
         self.quantization, self.weights = read_weights(directory, self.files)
+        if canonical is not None:
+            self._rename(canonical)
+
+    def _rename(self, canonical: Collection[str]) -> None:
+        stored: dict[str, str] = {}  # by canonical name
+        unused = []
+        for name in sorted(self.weights):
+            known = _canonical_name(name)
+            if known is None or known not in canonical:
+                if not _VISION.match(name):
+                    unused.append(name)
+            elif known in stored:
+                raise CheckpointError(
+                    f"{self.directory}: {stored[known]} and {name} are the same tensor {known}; expected one"
+                )
+            else:
+                stored[known] = name
+        self.refuse_unused(unused)
+        self.weights = {known: self.weights[name] for known, name in stored.items()}
 
     def __contains__(self, name: str) -> bool:
         return name in self.weights
@@ -120,29 +141,6 @@ class StoredTensors:
             with path.open("rb") as file:
                 total.update(hashlib.file_digest(file, "sha256").digest())
         return total.hexdigest()
-
-
-class TensorFiles(StoredTensors):
-    """The tensors of one T5Gemma 2 checkpoint, by canonical name."""
-
-    def __init__(self, directory: Path, used: Collection[str]) -> None:
-        """`used` are the canonical names that one half or the other reads."""
-        super().__init__(directory)
-        stored: dict[str, str] = {}  # by canonical name
-        unused = []
-        for name in sorted(self.weights):
-            canonical = _canonical_name(name)
-            if canonical is None or canonical not in used:
-                if not _VISION.match(name):
-                    unused.append(name)
-            elif canonical in stored:
-                raise CheckpointError(
-                    f"{directory}: {stored[canonical]} and {name} are the same tensor {canonical}; expected one"
-                )
-            else:
-                stored[canonical] = name
-        self.refuse_unused(unused)
-        self.weights = {canonical: self.weights[name] for canonical, name in stored.items()}
 
     def check_all(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raises CheckpointError naming missing tensors, or one of another shape or format."""

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from checkpoint import Checkpoint, CheckpointError
 from checkpoint.synthetic import make_checkpoint
-from checkpoint.tensors import TensorFiles
+from checkpoint.tensors import StoredTensors
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_tensor_names_of_old_and_new_writers(tmp_path: Path, stored: str, canoni
     save_file({stored: torch.ones(3)}, tmp_path / "model.safetensors")
     names = ["encoder.layers.0.mlp.up_proj.weight", "encoder.norm.weight", "decoder.embed_tokens.weight"]
     names.append("lm_head.weight")
-    files = TensorFiles(tmp_path, names)
+    files = StoredTensors(tmp_path, names)
     assert [name for name in names if name in files] == ([canonical] if canonical else [])
 
 
