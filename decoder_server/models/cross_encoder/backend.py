@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, Protocol
@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from checkpoint.files import CheckpointError, one_line
 from decoder_server.models.backend import sigmoid
-from decoder_server.models.cross_encoder.profiles import Profile
-from decoder_server.models.cross_encoder.templates import PairReader, TextPair, TextPrompt, Texts
+from decoder_server.models.cross_encoder.files import CheckpointFiles
+from decoder_server.models.cross_encoder.templates import TextPair, TextPrompt, Texts
 from preread.errors import InvalidRequest
 
 # Padded tokens per pass, by device: above it a pass is no faster per token.
@@ -24,7 +24,7 @@ CHUNK_TEXTS = 1024
 MAX_PADDING = 0.25
 
 
-class _Runner(Protocol):
+class Runner(Protocol):
     """Loaded weights. Called from one thread only."""
 
     dtype_name: str
@@ -51,17 +51,8 @@ class CrossEncoder:
     name = "cross_encoder"
     num_compilations = 0
 
-    def __init__(
-        self,
-        reader: PairReader,
-        runner: _Runner,
-        profile: Profile,
-        *,
-        checkpoint_name: str,
-        runtime: str,
-        fingerprint: Callable[[], str],
-    ) -> None:
-        self.profile = profile
+    def __init__(self, source: CheckpointFiles, runner: Runner, *, checkpoint_name: str, runtime: str) -> None:
+        self.profile = profile = source.profile
         self.listwise = profile.listwise
         self.checkpoint_name = checkpoint_name  # as it was opened
         self.runtime = runtime  # torch, onnx or onnx-int8
@@ -72,12 +63,12 @@ class CrossEncoder:
             self.notice = f"{checkpoint_name} is under the licence {profile.license}{limits}"
         self._max_passage = profile.max_passage_tokens or profile.max_tokens
         self.settings = _TextSettings(profile.default_instruction, self._max_passage, profile.max_query_tokens)
-        self._reader, self._runner, self._fingerprint = reader, runner, fingerprint
+        self._source, self._reader, self._runner = source, source.reader, runner
 
     @cached_property
     def fingerprint(self) -> str:
         """Of weights, tokenizer, configuration and profile; reads the weights the first time."""
-        return self._fingerprint()
+        return self._source.fingerprint()
 
     def identity(self) -> None:
         """It reads no states."""

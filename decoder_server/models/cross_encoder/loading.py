@@ -9,8 +9,9 @@ import torch
 
 from checkpoint.compute import choose_device, cpu_multiplies_bfloat16
 from checkpoint.files import CheckpointError, read_json, resolve
-from decoder_server.models.cross_encoder.backend import CrossEncoder
+from decoder_server.models.cross_encoder.backend import CrossEncoder, Runner
 from decoder_server.models.cross_encoder.files import CheckpointFiles
+from decoder_server.models.cross_encoder.onnx_runtime import load_onnx
 from decoder_server.models.cross_encoder.profiles import Profile, generic_profile, named_profile
 from decoder_server.models.cross_encoder.torch_runtime import load_torch
 
@@ -49,19 +50,15 @@ def open_cross_encoder(
     where, number_format = _placed(runtime, device, dtype)
     source = _opened(str(name), profile, max_tokens, trust_remote_code)
     if runtime == "torch":
-        runner = load_torch(source, where, number_format)
+        runner: Runner = load_torch(source, where, number_format)
     else:
-        from decoder_server.models.cross_encoder.onnx_runtime import load_onnx  # an extra
-
         runner = load_onnx(source, quantized=runtime == "onnx-int8", cache_dir=cache_dir)
-    used = source.profile
-    model = CrossEncoder(
-        source.reader, runner, used, checkpoint_name=str(name), runtime=runtime, fingerprint=source.fingerprint
-    )
+    model = CrossEncoder(source, runner, checkpoint_name=str(name), runtime=runtime)
     model.first_pass()  # a config.json may make a model that loads and cannot compute
-    log.info("%s: profile %s, %s on %s", name, used.model, model.dtype_name, model.device_name)
+    log.info("%s: profile %s, %s on %s", name, model.profile.model, model.dtype_name, model.device_name)
     if model.notice:
-        log.log(logging.INFO if used.license in ("Apache-2.0", "MIT") else logging.WARNING, "%s", model.notice)
+        free = model.profile.license in ("Apache-2.0", "MIT")
+        log.log(logging.INFO if free else logging.WARNING, "%s", model.notice)
     return model
 
 

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from checkpoint.compute import dtype_name
 from checkpoint.files import CheckpointError
 from checkpoint.text import single_token
-from decoder_server.models.cross_encoder.backend import pad
+from decoder_server.models.cross_encoder.backend import Runner, pad
 from decoder_server.models.cross_encoder.files import PROJECTOR, CheckpointFiles
 from decoder_server.models.cross_encoder.profiles import Profile
 from decoder_server.models.cross_encoder.templates import TextPair, TextPrompt
@@ -29,7 +29,7 @@ REAL_VOCABULARY = 10_000
 Head = Callable[[torch.Tensor], torch.Tensor]  # (batch, hidden or labels) -> margins (batch,), in float32
 
 
-def load_torch(source: CheckpointFiles, device: torch.device, dtype: torch.dtype) -> _TorchRunner | _ListwiseRunner:
+def load_torch(source: CheckpointFiles, device: torch.device, dtype: torch.dtype) -> Runner:
     """Reads the head, then the weights: a wrong head fails fast."""
     return (_ListwiseRunner if source.profile.listwise else _TorchRunner)(source, device, dtype)
 
