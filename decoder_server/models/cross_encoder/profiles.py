@@ -50,7 +50,7 @@ class Profile:
     model: str  # hub id, or what a user calls it
     architectures: tuple[str, ...]  # class names that config.json may give
     head: Head = "classifier"
-    num_labels: Literal[1, 2] = 1  # 2: the margin is label 1 over label 0
+    num_labels: Annotated[int, Meta(ge=1, le=2)] = 1  # 2: the margin is label 1 over label 0
     yes: str | int | None = None  # answer token, or its id; vocabulary heads only
     no: str | int | None = None  # None: the margin is the logit of `yes` alone
     answer_ids: tuple[int, ...] = ()  # what the published tokenizer gives for yes and no
