@@ -51,30 +51,17 @@ def resolve(name: str, *, with_code: bool = False) -> Path:
         ) from exc
 
 
-def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
-    """A JSON object from a file of a checkpoint; an empty one where an optional file is not there."""
-    value = {} if optional and not path.exists() else _read_json(path)
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
-
-
-def read_modules(directory: Path) -> list[dict[str, Any]]:
-    """modules.json, in which sentence-transformers lists a model and the heads behind it; empty where it is missing."""
-    path = directory / "modules.json"
-    modules = _read_json(path) if path.exists() else []
-    if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
-        raise CheckpointError(f"{path}: expected a list of objects")
-    return modules
-
-
-def _read_json(path: Path) -> Any:
+def read_json(path: Path, *, optional: bool = False, kind: Any = dict[str, Any]) -> Any:
+    """What a JSON file of a checkpoint holds, an object by default; an empty one where an optional file is missing."""
+    if optional and not path.exists():
+        return kind()
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing; a checkpoint directory needs it") from None
     except (OSError, ValueError, RecursionError) as exc:  # bad UTF-8, bad JSON, a number or a nesting too long
         raise CheckpointError(f"{path}: cannot be read as JSON ({exc})") from exc
+    return read_fields(str(path.parent), {path.name: value}, {path.name: kind})[path.name]
 
 
 def one_line(exc: Exception) -> str:

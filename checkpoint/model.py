@@ -228,7 +228,7 @@ class Checkpoint:
         )
 
     def identity(self) -> EncoderIdentity:
-        """Hashes the encoder's weights at the first call (about a second per gigabyte)."""
+        """Hashes the encoder's weights at the first call: about a second per gigabyte."""
         return self._identity
 
     def weights_digest(self) -> str:

@@ -66,10 +66,7 @@ class _StoredTensor:
     dtype: str  # as safetensors calls it
 
     def rows(self, first: int, last: int) -> Tensor:
-        """Rows [first, last) of a tensor, or the one number of a scalar.
-
-        Each call has its own mapping: pages of a mapping count as ours for as long as it lives.
-        """
+        # Each call has its own mapping: pages of a mapping count as ours for as long as it lives.
         with _opened(self.path) as shard:
             try:
                 part = cast(Any, shard)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_type_hints
 
 from msgspec import Meta
 
-from checkpoint.files import CheckpointError, read_fields, read_json, read_modules
+from checkpoint.files import CheckpointError, read_fields, read_json
 
 FILE_NAME = "preread.json"
 FORMAT_VERSION = 1
@@ -66,7 +66,8 @@ class CheckpointSettings:
     def load(cls, directory: Path) -> CheckpointSettings:
         """Reads `preread.json` and KaLM's own files, where they are there; a key of `preread.json` wins."""
         path = directory / FILE_NAME
-        modules = [str(module.get("type", module)) for module in read_modules(directory)]
+        listed = read_json(directory / "modules.json", optional=True, kind=list[dict[str, Any]])
+        modules = [str(module.get("type", module)) for module in listed]
         if len(modules) > 1 or any(kind.rpartition(".")[2] != KALM_MODULE for kind in modules):
             raise CheckpointError(
                 f"{directory / 'modules.json'}: lists the modules {', '.join(modules)}; "

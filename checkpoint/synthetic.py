@@ -63,11 +63,7 @@ def make_checkpoint(
     dtype: torch.dtype = torch.float32,
     settings: dict[str, Any] | None = None,
 ) -> Path:
-    """Writes a random checkpoint and returns its directory.
-
-    Args:
-        settings: written as preread.json when given (format_version is added).
-    """
+    """Writes a random checkpoint and returns its directory; `settings` become its preread.json."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     shape = SHAPES[shape] if isinstance(shape, str) else shape
@@ -80,10 +76,7 @@ def make_checkpoint(
 
 
 def _tokenizer(vocab_size: int) -> Tokenizer:
-    """A byte-fallback BPE tokenizer that keeps Gemma's habits.
-
-    Spaces become `▁`, control tokens are special, and `\\n\\n\\n\\n` is one token.
-    """
+    """Byte-fallback BPE with Gemma's habits: spaces become `▁`, control tokens are special, four newlines are one."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")

@@ -78,7 +78,9 @@ class CausalSource:
             raise CheckpointError(
                 f"{name}: config.json names the architecture {given}; expected {' or '.join(TARGETS)}"
             )
-        profile = named_profile(name, directory=path) or _usual_profile(found[0])
+        # A checkpoint of no known name goes by ctxl's recipe for its architecture.
+        usual = (row for row in builtin_profiles().values() if "ctxl" in row.model and row.head == "vocabulary")
+        profile = named_profile(name, directory=path) or next(row for row in usual if found[0] in row.architectures)
         if profile.head != "vocabulary" or profile.yes != COLUMN or profile.no is not None:
             raise CheckpointError(
                 f"{name}: its profile {profile.model!r} reads more than column {COLUMN} of the vocabulary; "
@@ -195,15 +197,6 @@ class CausalSource:
         # JSON's strings, numbers, booleans and lists are TOML's too.
         lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in rows.items()]
         return "# This checkpoint's recipe; written by `preread convert-ctxl`.\n[[profile]]\n" + "\n".join(lines) + "\n"
-
-
-def _usual_profile(architecture: str) -> Profile:
-    """A checkpoint of no known name: ctxl's recipe for its architecture."""
-    return next(
-        profile
-        for profile in builtin_profiles().values()
-        if "ctxl" in profile.model and profile.head == "vocabulary" and architecture in profile.architectures
-    )
 
 
 def _pad(name: str, path: Path, config: dict[str, Any], profile: Profile) -> tuple[str, int]:

@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 from tokenizers import Tokenizer
 
-from checkpoint.files import STORAGE, CheckpointError, check_fields, one_line, read_json, read_modules
+from checkpoint.files import STORAGE, CheckpointError, check_fields, one_line, read_json
 from checkpoint.tensors import StoredTensors
 from decoder_server.models.cross_encoder.profiles import GENERIC, Profile
 from decoder_server.models.cross_encoder.templates import PairReader
@@ -168,7 +168,7 @@ def _applied(raw: dict[str, Any], config: Any, profile: Profile) -> set[str]:
 
 def _check_modules(directory: Path, profile: Profile) -> None:
     """Heads that sentence-transformers would put behind the model."""
-    for module in read_modules(directory):
+    for module in read_json(directory / "modules.json", optional=True, kind=list[dict[str, Any]]):
         kind, place = str(module.get("type", "none")), directory / str(module.get("path") or "")
         library, name = kind.startswith("sentence_transformers."), kind.rpartition(".")[2]
         apart = place.resolve() != directory.resolve()

@@ -241,9 +241,6 @@ def generic_profile(name: str, config: dict[str, Any], directory: Path | None = 
     """A profile from config.json and sentence-transformers' files next to it, for an encoder with a head.
 
     A decoder's prompt and answer tokens stand in no configuration: guessing them gives numbers, not scores.
-
-    Raises:
-        CheckpointError: nothing that can be served without a profile.
     """
     architecture = str((config.get("architectures") or ["none"])[0])
     kind = config.get("model_type")

@@ -217,7 +217,7 @@ def test_the_files_of_sentence_transformers_are_applied(tiny: Tiny, tmp_path: Pa
              "path": "1_Dense"}]}, r"lists the module sentence_transformers\.base\.modules\.dense\.Dense \(1_Dense\)",
         ),
         ({"modules.json": [{"type": "custom.Head", "path": ""}]}, r"lists the module custom\.Head"),
-        ({"modules.json": {"type": ST}}, "expected a list of objects"),
+        ({"modules.json": {"type": ST}}, "expected `array`, got `object`"),
         ({"config_sentence_transformers.json": {"activation_fn": "torch.nn.modules.activation.Tanh"}}, "Tanh"),
         ({"sentence_bert_config.json": {"do_lower_case": True}}, "do_lower_case is true"),
         (
