@@ -33,9 +33,9 @@ from checkpoint.files import CheckpointError, read_json
 # safetensors names of the formats a plain weight may be stored in.
 FLOAT_TYPES = frozenset({"F64", "F32", "F16", "BF16"})
 HF_QUANT_CONFIG = "hf_quant_config.json"
-MODELOPT = {"quant_algo": ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4")}
+MODELOPT: dict[str, tuple[str, ...]] = {"quant_algo": ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4")}
 # By the method that a checkpoint declares, the values of its fields that are read here.
-READ = {
+READ: dict[str, dict[str, tuple[str, ...]]] = {
     "modelopt": MODELOPT,
     "modelopt_fp4": MODELOPT,
     "compressed-tensors": {

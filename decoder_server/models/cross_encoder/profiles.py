@@ -208,13 +208,14 @@ def named_profile(name: str, wanted: str | Profile | None = None, directory: Pat
 
     Args:
         wanted: a profile, a model id of the table, or a TOML file with the row of `name` or only one row.
-        directory: the checkpoint's, where a recipe of its own may lie.
+        directory: the checkpoint's, where its recipe may lie.
     """
     if isinstance(wanted, Profile):
         return wanted
     builtin = builtin_profiles()
     if wanted is None:
-        return builtin.get(name) or builtin.get(_owner_and_name(name)) or (directory and _own_profile(directory))
+        known = builtin.get(name) or builtin.get(_owner_and_name(name))
+        return _own_profile(directory) if known is None and directory is not None else known
     if wanted in builtin:
         return builtin[wanted]
     if wanted == GENERIC:
