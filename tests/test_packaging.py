@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -19,6 +21,8 @@ ROOT = Path(__file__).parents[1]
 SERVER, CLIENT = (
     tomllib.loads((folder / "pyproject.toml").read_text())["project"] for folder in (ROOT, ROOT / "preread")
 )
+# A caller's PYTHONPATH would be in front of what is installed here.
+run = functools.partial(subprocess.run, check=True, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
 PACKAGES = {"preread_cli", "preread_edge", "cache", "checkpoint", "encoder_worker", "decoder_server", "tuning"}
 RERANK = """
 import json, os, sys
@@ -37,7 +41,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Both, by the name of their distribution."""
     folder = tmp_path_factory.mktemp("wheels")
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
-    subprocess.run([*build, "--wheel-dir", folder, "./preread", "."], check=True, cwd=ROOT)
+    run([*build, "--wheel-dir", folder, "./preread", "."], cwd=ROOT)
     return {file.name.split("-")[0]: file for file in folder.glob("*.whl")}
 
 
@@ -56,9 +60,7 @@ def test_the_servers_wheel_holds_the_rest_and_its_model(wheels: dict[str, Path])
     names = contents(wheels["preread_server"])
     assert {name.split("/")[0] for name in names} == {*PACKAGES, "preread"}
     assert {name.split("/")[1] for name in names if name.startswith("preread/")} == {"models"}
-    committed = subprocess.run(
-        ["git", "ls-files", *PACKAGES, "preread/models"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    committed = run(["git", "ls-files", *PACKAGES, "preread/models"], cwd=ROOT, capture_output=True, text=True)
     assert set(committed.stdout.split()) - names == set()
     assert not names & contents(wheels["preread"])
 
@@ -83,17 +85,12 @@ def test_the_clients_wheel_alone_reranks(wheels: dict[str, Path], tmp_path: Path
     python = tmp_path / "bin" / "python"
     (site,) = tmp_path.glob("lib/python*/site-packages")
     install = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index"]
-    subprocess.run([*install, wheels["preread"]], check=True)
+    run([*install, wheels["preread"]])
     assert {path.name for path in site.iterdir()} == {"preread", f"preread-{CLIENT['version']}.dist-info"}
     link_requirements(site)
 
-    said = subprocess.run(
-        [python, "-c", RERANK, server_pair.address, server_pair.encoder_address],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=tmp_path,
-    )
+    call = [python, "-c", RERANK, server_pair.address, server_pair.encoder_address]
+    said = run(call, capture_output=True, text=True, cwd=tmp_path)
 
     stored, results, folder, modules = json.loads(said.stdout)
     assert stored == ["stored"]
