@@ -6,18 +6,15 @@ Message bodies are preread.wire's.
 from __future__ import annotations
 
 from asyncio import sleep
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from time import monotonic
-from types import TracebackType
+from collections.abc import AsyncIterator, Iterable
 from typing import Any, Self, Unpack
 
 import grpc
 
 from preread import wire
 from preread.arguments import Argument
-from preread.channel import DEFAULT_ADDRESS, ClientOptions, RetryBudget, check_address
+from preread.channel import BaseClient, Service
 from preread.types import (
-    Candidate,
     CollectionInfo,
     EncoderInfo,
     ModelInfo,
@@ -28,71 +25,26 @@ from preread.types import (
     UpsertResult,
     Warmed,
 )
-from preread.v1 import encoder_pb2, encoder_pb2_grpc, rerank_pb2, rerank_pb2_grpc
+from preread.v1 import encoder_pb2, rerank_pb2
 
 
-class _AsyncService:
-    """One channel, and its unary calls with their retries."""
-
-    def __init__(self, address: str, options: ClientOptions) -> None:
-        self.address = address
-        self.options = options
-        self.channel = options.channel(grpc.aio, address)
-        self._budget = RetryBudget()
-
-    @property
-    def metadata(self) -> tuple[tuple[str, str], ...]:
-        """Metadata of the next call."""
-        return self.options.call_metadata()
-
-    async def call(self, method: Callable[..., Any], request: object, timeout: float | None) -> Any:
-        """The response, after retries as the options allow them."""
-        timeout = self.options.call_timeout(timeout)
-        deadline = None if timeout is None else monotonic() + timeout
-        attempt = 1
-        while True:
-            remaining = None if deadline is None else max(0.0, deadline - monotonic())
-            try:
-                response = await method(request, timeout=remaining, metadata=self.metadata)
-            except grpc.RpcError as exc:
-                error = wire.translate(exc, self.address)
-                remaining = None if deadline is None else deadline - monotonic()
-                wait = self.options.retry.wait_seconds(error, attempt, remaining)
-                if wait is None or not self._budget.take():
-                    raise error from exc
-                await sleep(wait)
-                attempt += 1
-            else:
-                self._budget.give()
-                return response
+async def _call(server: Service, method: str, request: object, timeout: float | None) -> Any:
+    """The response, after retries as the client's options allow them."""
+    attempts = server.attempts(timeout)
+    while True:
+        try:
+            response = await server.start(method, request, attempts.timeout())
+        except grpc.RpcError as exc:
+            await sleep(attempts.wait_seconds(exc))
+        else:
+            server.give()
+            return response
 
 
-class AsyncClient:
-    """Calls a reranking server and, where `encoder_address` is given, an encoder worker.
+class AsyncClient(BaseClient):
+    """Calls a reranking server and an encoder worker; preread.channel.BaseClient says how one is made."""
 
-    Connects at the first call. Client is thread-safe; AsyncClient belongs to the event loop it was made on. Every
-    method raises PrereadError; its tree is in preread.errors.
-    """
-
-    def __init__(
-        self,
-        address: str = DEFAULT_ADDRESS,
-        *,
-        encoder_address: str | None = None,
-        options: ClientOptions | None = None,
-    ) -> None:
-        """
-        Args:
-            address: host:port of the reranking server.
-            encoder_address: host:port of an encoder worker; upsert, delete, stats and describe go to it.
-        """
-        options = options or ClientOptions()
-        check_address("address", address)
-        if encoder_address is not None:
-            check_address("encoder_address", encoder_address)
-        self._server = _AsyncService(address, options)
-        self._reranker = rerank_pb2_grpc.RerankServiceStub(self._server.channel)
-        self._worker = None if encoder_address is None else _AsyncService(encoder_address, options)
+    _grpc = grpc.aio
 
     async def close(self) -> None:
         await self._server.channel.close()
@@ -102,19 +54,10 @@ class AsyncClient:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    async def rerank(
-        self,
-        query: str,
-        candidates: Iterable[str | Candidate | Mapping[str, Any]],
-        *,
-        timeout: float | None = None,
-        **options: Unpack[RerankOptions],
-    ) -> Reranking:
+    async def rerank(self, query: str, candidates: wire.Candidates, **options: Unpack[RerankOptions]) -> Reranking:
         """Scores candidates and returns the best first.
 
         Args:
@@ -123,21 +66,16 @@ class AsyncClient:
             options: see preread.types.RerankOptions.
         """
         request = wire.pack_request(query, candidates, options)
-        response = await self._server.call(self._reranker.Rerank, request, timeout)
+        response = await _call(self._server, "Rerank", request, options.get("timeout"))
         return Reranking(wire.unpack_results(response.results), wire.unpack(Summary, response))
 
     def rerank_stream(
-        self,
-        query: str,
-        candidates: Iterable[str | Candidate | Mapping[str, Any]],
-        *,
-        timeout: float | None = None,
-        **options: Unpack[RerankOptions],
+        self, query: str, candidates: wire.Candidates, **options: Unpack[RerankOptions]
     ) -> AsyncRerankingStream:
         """Like rerank, but yields results as they are scored, in no particular order; never retried."""
         request = rerank_pb2.RerankStreamRequest(request=wire.pack_request(query, candidates, options))
-        timeout = self._server.options.call_timeout(timeout)
-        call = self._reranker.RerankStream(request, timeout=timeout, metadata=self._server.metadata)
+        timeout = self._server.options.call_timeout(options.get("timeout"))
+        call = self._server.start("RerankStream", request, timeout)
         return AsyncRerankingStream(call, self._server.address)
 
     async def warm(
@@ -157,16 +95,23 @@ class AsyncClient:
             instruction: the instruction of those queries; None: the model's default; "": none.
             compression_ratio: the ratio they will be scored at; 0: the server's default.
         """
-        request = wire.pack_warm(passage_ids, collection, instruction, compression_ratio, model)
-        return wire.unpack(Warmed, await self._server.call(self._reranker.Warm, request, timeout))
+        request = wire.pack(
+            rerank_pb2.WarmRequest,
+            "collection",
+            passage_ids=passage_ids,
+            collection=collection,
+            instruction=instruction,
+            compression_ratio=compression_ratio,
+            model=model,
+        )
+        return wire.unpack(Warmed, await _call(self._server, "Warm", request, timeout))
 
     async def list_models(self, *, timeout: float | None = None) -> tuple[ModelInfo, ...]:
-        response = await self._server.call(self._reranker.ListModels, rerank_pb2.ListModelsRequest(), timeout)
+        response = await _call(self._server, "ListModels", rerank_pb2.ListModelsRequest(), timeout)
         return tuple(wire.unpack(ModelInfo, model) for model in response.models)
 
     async def list_collections(self, *, timeout: float | None = None) -> tuple[CollectionInfo, ...]:
-        request = rerank_pb2.ListCollectionsRequest()
-        response = await self._server.call(self._reranker.ListCollections, request, timeout)
+        response = await _call(self._server, "ListCollections", rerank_pb2.ListCollectionsRequest(), timeout)
         return tuple(wire.unpack(CollectionInfo, collection) for collection in response.collections)
 
     def upsert(
@@ -197,9 +142,8 @@ class AsyncClient:
         return self._upsert(upload, Argument("timeout", timeout).seconds())
 
     async def _upsert(self, upload: wire.Upload, timeout: float | None) -> AsyncIterator[UpsertResult]:
-        worker, stub = self._encoder()
-        upsert: Any = stub.Upsert  # the stubs know sync iterators only
-        call = upsert(aiter(upload), timeout=timeout, metadata=worker.metadata)
+        worker = self._encoder()
+        call = worker.start("Upsert", aiter(upload), timeout)
         try:
             async for message in call:
                 for result in message.results:
@@ -215,28 +159,21 @@ class AsyncClient:
 
     async def delete(self, passage_ids: Iterable[str], *, collection: str, timeout: float | None = None) -> int:
         """Deletes passages; returns how many there were. Many ids go in several calls, each with this `timeout`."""
-        worker, stub = self._encoder()
-        num_deleted = 0
+        worker, num_deleted = self._encoder(), 0
         for request in wire.pack_deletes(passage_ids, collection):
-            num_deleted += (await worker.call(stub.Delete, request, timeout)).num_deleted
+            num_deleted += (await _call(worker, "Delete", request, timeout)).num_deleted
         return num_deleted
 
     async def stats(self, collection: str = "", *, timeout: float | None = None) -> tuple[CollectionInfo, ...]:
         """Counts of one collection of the worker's store, or of all of them."""
-        worker, stub = self._encoder()
-        request = encoder_pb2.GetStatsRequest(collection=Argument("collection", collection).text_or_default())
-        response = await worker.call(stub.GetStats, request, timeout)
+        request = wire.pack(encoder_pb2.GetStatsRequest, collection=collection)
+        response = await _call(self._encoder(), "GetStats", request, timeout)
         return tuple(wire.unpack(CollectionInfo, collection) for collection in response.collections)
 
     async def describe(self, *, timeout: float | None = None) -> EncoderInfo:
         """The worker's encoder, and how it stores by default."""
-        worker, stub = self._encoder()
-        return wire.unpack(EncoderInfo, await worker.call(stub.Describe, encoder_pb2.DescribeRequest(), timeout))
-
-    def _encoder(self) -> tuple[_AsyncService, encoder_pb2_grpc.EncoderServiceStub]:
-        if self._worker is None:
-            raise ValueError("encoder_address is not set; upsert, delete, stats and describe need an encoder worker")
-        return self._worker, encoder_pb2_grpc.EncoderServiceStub(self._worker.channel)
+        response = await _call(self._encoder(), "Describe", encoder_pb2.DescribeRequest(), timeout)
+        return wire.unpack(EncoderInfo, response)
 
 
 class AsyncRerankingStream:

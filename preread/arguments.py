@@ -44,20 +44,23 @@ class Argument:
             raise self.invalid(f"not valid Unicode ({half})", "text that UTF-8 can carry") from None
         return value
 
-    def text_or_default(self) -> str:
-        """The same; None and "" are the default."""
-        return "" if self.value is None else self.text()
-
     def text_or_none(self) -> str | None:
-        """The same where the two differ: None is absent, "" is an empty text."""
+        """The same where None is absent and "" is an empty text."""
         return None if self.value is None else self.text()
+
+    def address(self) -> str:
+        """host:port, or a gRPC target such as dns:///name:port or unix:path."""
+        text = self.text()
+        if ":" not in text or not text.isprintable():
+            raise self.invalid(ascii(text), "host:port")
+        return text
 
     def integer(self, at_least: int = -_INT32) -> int:
         """An int32; None and 0 are the default."""
+        if isinstance(self.value, bool):
+            raise self.wrong("an integer")
         try:
-            if isinstance(self.value, bool):
-                raise TypeError
-            number = 0 if self.value is None else operator.index(self.value)  # type: ignore[arg-type]  # raises
+            number = operator.index(0 if self.value is None else self.value)  # type: ignore[arg-type]  # raises
         except TypeError:
             raise self.wrong("an integer") from None
         if not -_INT32 <= number < _INT32:
@@ -143,17 +146,17 @@ class Argument:
             return passage_id, text
         raise self.wrong('a Passage, or a mapping {"id": ..., "text": ...}')
 
-    def candidate(self, *, is_id: bool) -> Candidate:
-        """A Candidate, a mapping with an id, a text or both, or a string, which is an id or a text."""
+    def candidate(self, *, is_id: bool) -> tuple[str | None, str | None]:
+        """(id, text) of a Candidate, of a mapping with one or both, or of a string, which is an id or a text."""
         if isinstance(self.value, str):
-            return Candidate(passage_id=self.text()) if is_id else Candidate(text=self.text())
+            return (self.text(), None) if is_id else (None, self.text())
         if isinstance(self.value, Mapping):
-            found = Candidate(*self._row(self.value))
-            if found.passage_id is None and found.text is None:
+            found = self._row(self.value)
+            if found == (None, None):
                 raise TypeError(f"{self.field} has neither id nor text; found {_keys(self.value)}")
             return found
         if isinstance(self.value, Candidate):
-            return Candidate(self._of("passage_id").text_or_none(), self._of("text").text_or_none())
+            return self._of("passage_id").text_or_none(), self._of("text").text_or_none()
         raise self.wrong('a string, a Candidate, or a mapping {"id": ..., "text": ...}')
 
     def _of(self, name: str) -> Argument:

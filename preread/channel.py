@@ -9,6 +9,7 @@ buried under retries.
 from __future__ import annotations
 
 import ipaddress
+import math
 import os
 import random
 import re
@@ -17,13 +18,17 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
 from typing import Any
 from urllib.parse import unquote
 
 import grpc
 
+from preread import wire
 from preread.arguments import Argument
 from preread.errors import Overloaded, PrereadError, Unavailable
+from preread.v1.encoder_pb2_grpc import EncoderServiceStub
+from preread.v1.rerank_pb2_grpc import RerankServiceStub
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 DEFAULT_TIMEOUT_SECONDS = 120.0
@@ -54,7 +59,7 @@ class RetryPolicy:
         for name in ("first_wait_seconds", "max_wait_seconds", "jitter"):
             Argument(name, getattr(self, name)).number()
 
-    def wait_seconds(self, error: PrereadError, attempt: int, remaining_seconds: float | None) -> float | None:
+    def wait_seconds(self, error: PrereadError, attempt: int, remaining_seconds: float) -> float | None:
         """Seconds until the next attempt; None: do not retry.
 
         Args:
@@ -72,26 +77,7 @@ class RetryPolicy:
             return None
         # Jitter only stretches: a retry before the server's hint would be rejected again.
         wait *= 1 + self.jitter * random.random()
-        return None if remaining_seconds is not None and wait >= remaining_seconds else wait
-
-
-class RetryBudget:
-    """Tokens shared by all calls of one client; thread-safe. A failure costs one, a success brings a tenth."""
-
-    def __init__(self) -> None:
-        self._tokens = BUDGET_TOKENS
-        self._lock = threading.Lock()
-
-    def give(self) -> None:
-        """Counts a success."""
-        with self._lock:
-            self._tokens = min(BUDGET_TOKENS, self._tokens + TOKENS_PER_SUCCESS)
-
-    def take(self) -> bool:
-        """Counts a failure that could be retried; False: it should not be."""
-        with self._lock:
-            self._tokens = max(0.0, self._tokens - 1)
-            return self._tokens > BUDGET_TOKENS / 2
+        return None if wait >= remaining_seconds else wait
 
 
 @dataclass(frozen=True)
@@ -132,20 +118,25 @@ class ClientOptions:
         Argument("max_message_bytes", self.max_message_bytes).integer(at_least=1)
         Argument("api_key", self.api_key).secret()
 
-    def channel(self, maker: Any, address: str) -> Any:
-        """A channel to that address, of grpc or grpc.aio."""
-        arguments = self.channel_arguments(address)
+    def channel(self, maker: Any, address: str, *more: tuple[str, int]) -> Any:
+        """A channel to that address, of grpc or grpc.aio: pings, no proxy on this machine, all addresses of a name.
+
+        Args:
+            more: further arguments of gRPC's.
+        """
+        arguments = [
+            ("grpc.max_send_message_length", self.max_message_bytes),
+            ("grpc.max_receive_message_length", self.max_message_bytes),
+            ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
+            ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_SECONDS * 1000),
+            ("grpc.http2.max_pings_without_data", 0),  # also in a call that is quiet for long: no limit
+            ("grpc.lb_policy_name", "round_robin"),  # a name with several addresses is a set of equal servers
+            *proxy_options(address),
+            *more,
+        ]
         if self.tls is None:
             return maker.insecure_channel(address, options=arguments)
         return maker.secure_channel(address, self.tls.credentials(), options=arguments)
-
-    def channel_arguments(self, address: str) -> list[tuple[str, int | str]]:
-        """gRPC's arguments of a channel to that address."""
-        return [
-            ("grpc.max_send_message_length", self.max_message_bytes),
-            ("grpc.max_receive_message_length", self.max_message_bytes),
-            *connection_arguments(address),
-        ]
 
     def call_metadata(self) -> tuple[tuple[str, str], ...]:
         """
@@ -162,27 +153,102 @@ class ClientOptions:
         return self.timeout_seconds if own is None else own
 
 
-def connection_arguments(address: str) -> list[tuple[str, int | str]]:
-    """How any client of ours keeps a connection: pings, no proxy on this machine, every address of a name in turn."""
-    return [
-        ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
-        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_SECONDS * 1000),
-        ("grpc.http2.max_pings_without_data", 0),  # also in a call that is quiet for long: no limit
-        ("grpc.lb_policy_name", "round_robin"),  # a name with several addresses is a set of equal servers
-        *proxy_options(address),
-    ]
+class Service:
+    """A gRPC service at an address: its channel, and the retry budget that all its calls share; thread-safe."""
+
+    def __init__(self, address: str, options: ClientOptions, maker: Any, stub: Callable[[Any], object]) -> None:
+        """
+        Args:
+            maker: grpc or grpc.aio.
+            stub: class of the service's generated stub.
+        """
+        self.address = address
+        self.options = options
+        self.channel = options.channel(maker, address)
+        self._stub = stub(self.channel)
+        self._tokens = BUDGET_TOKENS
+        self._lock = threading.Lock()
+
+    def start(self, method: str, request: object, timeout: float | None) -> Any:
+        """gRPC's call of the method; `request` is a message, or the messages of a stream."""
+        return getattr(self._stub, method)(request, timeout=timeout, metadata=self.options.call_metadata())
+
+    def attempts(self, timeout: float | None) -> _Attempts:
+        """The attempts of a call, all of them within `timeout` seconds; None: the client's time limit."""
+        return _Attempts(self, self.options.call_timeout(timeout))
+
+    def give(self) -> None:
+        """Counts a success: a tenth of a token."""
+        with self._lock:
+            self._tokens = min(BUDGET_TOKENS, self._tokens + TOKENS_PER_SUCCESS)
+
+    def take(self) -> bool:
+        """Counts a failure that could be retried: a token. False: it should not be."""
+        with self._lock:
+            self._tokens = max(0.0, self._tokens - 1)
+            return self._tokens > BUDGET_TOKENS / 2
 
 
-def check_address(name: str, address: str) -> str:
-    """An address as it is.
+class BaseClient:
+    """Calls a reranking server and, where `encoder_address` is given, an encoder worker.
 
-    Raises:
-        TypeError, InvalidRequest: it does not look like host:port, or like a gRPC target (dns:///name:port, unix:path).
+    Connects at the first call. Client is thread-safe; AsyncClient belongs to the event loop it was made on. Every
+    method raises PrereadError; its tree is in preread.errors.
     """
-    argument = Argument(name, address)
-    if ":" not in argument.text() or not address.isprintable():
-        raise argument.invalid(ascii(address), "host:port")
-    return address
+
+    _grpc: Any  # grpc or grpc.aio
+
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        encoder_address: str | None = None,
+        options: ClientOptions | None = None,
+    ) -> None:
+        """
+        Args:
+            address: host:port of the reranking server.
+            encoder_address: host:port of an encoder worker; upsert, delete, stats and describe go to it.
+        """
+        options = options or ClientOptions()
+        Argument("address", address).address()
+        if encoder_address is not None:
+            Argument("encoder_address", encoder_address).address()
+        self._server = Service(address, options, self._grpc, RerankServiceStub)
+        self._worker: Service | None = None
+        if encoder_address is not None:
+            self._worker = Service(encoder_address, options, self._grpc, EncoderServiceStub)
+
+    def _encoder(self) -> Service:
+        if self._worker is None:
+            raise ValueError("encoder_address is not set; upsert, delete, stats and describe need an encoder worker")
+        return self._worker
+
+
+class _Attempts:
+    """The attempts of one call: how long the next one may take, and what follows a failure."""
+
+    def __init__(self, service: Service, timeout: float | None) -> None:
+        self._service = service
+        self._deadline = math.inf if timeout is None else monotonic() + timeout
+        self._number = 1
+
+    def timeout(self) -> float | None:
+        """Seconds for the next attempt; None: no end."""
+        return None if math.isinf(self._deadline) else max(0.0, self._deadline - monotonic())
+
+    def wait_seconds(self, exc: grpc.RpcError) -> float:
+        """Seconds until the attempt after a failed one.
+
+        Raises:
+            PrereadError: the failure itself, where none should follow.
+        """
+        error = wire.translate(exc, self._service.address)
+        wait = self._service.options.retry.wait_seconds(error, self._number, self._deadline - monotonic())
+        if wait is None or not self._service.take():
+            raise error from exc
+        self._number += 1
+        return wait
 
 
 def _host_of(target: str) -> str:
@@ -234,19 +300,17 @@ def proxy_variable(target: str = "", environment: Mapping[str, str] | None = Non
 
 def _excepted(host: str, environment: Mapping[str, str]) -> bool:
     """Whether no_proxy names a host: by the end of its name, or by a network it is in."""
+    listed = environment.get("no_grpc_proxy") or environment.get("no_proxy") or ""
+    entries = [entry.strip() for entry in listed.split(",") if entry.strip()]
+    return any(host.lower().endswith(entry.lower()) or _is_in_network(host, entry) for entry in entries)
+
+
+def _is_in_network(host: str, network: str) -> bool:
     address = _address(host)
-    for entry in (environment.get("no_grpc_proxy") or environment.get("no_proxy") or "").split(","):
-        if not (wanted := entry.strip()):
-            continue
-        if host.lower().endswith(wanted.lower()):
-            return True
-        if "/" in wanted and address is not None:
-            try:
-                if address in ipaddress.ip_network(wanted, strict=False):
-                    return True
-            except ValueError:  # no network
-                continue
-    return False
+    try:
+        return address is not None and "/" in network and address in ipaddress.ip_network(network, strict=False)
+    except ValueError:  # no network
+        return False
 
 
 def proxy_options(target: str) -> list[tuple[str, int]]:

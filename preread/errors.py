@@ -19,6 +19,7 @@ result has a status. Imports no gRPC; preread.wire and the edges of the servers 
 
 from __future__ import annotations
 
+import copyreg
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, TypedDict, Unpack
 
@@ -52,6 +53,12 @@ class PrereadError(Exception):
     """Base of everything a call can raise."""
 
     status: ClassVar[str] = "UNKNOWN"  # of the class: gRPC's status code by name
+    by_status: ClassVar[dict[str, type[PrereadError]]] = {}  # ServerError for any other
+
+    def __init_subclass__(cls, *, status: str = "") -> None:
+        if status:
+            cls.status = status
+            cls.by_status[status] = cls
 
     def __init__(self, message: str, **details: Unpack[ErrorDetails]) -> None:
         super().__init__(message)
@@ -72,13 +79,12 @@ class PrereadError(Exception):
         return error
 
     def __reduce__(self) -> Any:
-        return _rebuilt, (type(self), str(self), self.__dict__)
+        return copyreg.__newobj__, (type(self), str(self)), self.__dict__  # type: ignore[attr-defined]
 
 
-class InvalidRequest(PrereadError, ValueError):
+class InvalidRequest(PrereadError, ValueError, status="INVALID_ARGUMENT"):
     """A field of the request is out of range."""
 
-    status = "INVALID_ARGUMENT"
     path: Path = ()  # of the field; (): as .violations say
     value: object = None
     expected = ""
@@ -96,19 +102,15 @@ class InvalidRequest(PrereadError, ValueError):
         return field_name(self.path)
 
 
-class NotFound(PrereadError):
+class NotFound(PrereadError, status="NOT_FOUND"):
     """No such collection or model."""
-
-    status = "NOT_FOUND"
 
     def __init__(self, resource_type: str, resource_name: str, message: str) -> None:
         super().__init__(message, resource_type=resource_type, resource_name=resource_name)
 
 
-class FailedPrecondition(PrereadError):
+class FailedPrecondition(PrereadError, status="FAILED_PRECONDITION"):
     """The request contradicts the state of the service; `reason` is a constant for machines."""
-
-    status = "FAILED_PRECONDITION"
 
     path: Path = ()  # of the candidate in the way; (): the message names its subject
     said = ""  # the message, less the path
@@ -125,64 +127,40 @@ class FailedPrecondition(PrereadError):
         return dict(self.metadata).get("subject", "")
 
 
-class Unauthenticated(PrereadError):
+class Unauthenticated(PrereadError, status="UNAUTHENTICATED"):
     """The key is missing or wrong."""
 
-    status = "UNAUTHENTICATED"
 
-
-class PermissionDenied(PrereadError):
+class PermissionDenied(PrereadError, status="PERMISSION_DENIED"):
     """The key does not allow this call."""
 
-    status = "PERMISSION_DENIED"
 
-
-class Overloaded(PrereadError):
+class Overloaded(PrereadError, status="RESOURCE_EXHAUSTED"):
     """The queue of the server is full."""
-
-    status = "RESOURCE_EXHAUSTED"
 
     def __init__(self, message: str, retry_after_seconds: float | None = None, *, reason: str = "") -> None:
         super().__init__(message, retry_after_seconds=retry_after_seconds, reason=reason)
 
 
-class Unavailable(PrereadError):
+class Unavailable(PrereadError, status="UNAVAILABLE"):
     """No server answers at the address, or the server cannot answer now."""
 
-    status = "UNAVAILABLE"
 
-
-class DeadlineExceeded(PrereadError):
+class DeadlineExceeded(PrereadError, status="DEADLINE_EXCEEDED"):
     """The time limit of the call passed."""
 
-    status = "DEADLINE_EXCEEDED"
 
-
-class Cancelled(PrereadError):
+class Cancelled(PrereadError, status="CANCELLED"):
     """The call was cancelled."""
 
-    status = "CANCELLED"
 
-
-class ServerError(PrereadError):
+class ServerError(PrereadError, status="UNKNOWN"):
     """A fault of the server."""
 
 
-_CLASSES: dict[str, type[PrereadError]] = {cls.status: cls for cls in PrereadError.__subclasses__()}
-_CLASSES |= {"OUT_OF_RANGE": InvalidRequest, "UNKNOWN": ServerError}
-
-
-def class_of(code: str) -> type[PrereadError]:
-    """The class that a status code, by name, is raised as."""
-    return _CLASSES.get(code, ServerError)
+PrereadError.by_status["OUT_OF_RANGE"] = InvalidRequest
 
 
 def field_name(path: Path) -> str:
     """A path as text: `candidates[3].text`."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
-
-
-def _rebuilt(cls: type[PrereadError], message: str, attributes: dict[str, Any]) -> PrereadError:
-    error = cls.__new__(cls, message)
-    error.__dict__ |= attributes
-    return error

@@ -6,6 +6,7 @@ Frozen and plain: no protobuf, no HTTP, light to import. preread.wire and the ed
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypedDict
@@ -15,6 +16,7 @@ from preread.errors import Path, field_name
 MAX_STAGES = 8
 MAX_TEXT_CHARS = 400
 MAX_NUMBER = 2**31 - 1  # of a ratio or a count: the wire holds no greater one
+_STAGE = re.compile(r"\s*(?P<ratio>[0-9]+)\s*(:\s*(?P<keep>[0-9]+)\s*)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,20 +37,15 @@ def parse_stages(text: str) -> tuple[Stage, ...]:
     """
     if len(text) > MAX_TEXT_CHARS:
         raise ValueError(f"stages is {len(text)} characters long; expected at most {MAX_TEXT_CHARS}")
-    stages = tuple(_parse_stage(text, part) for part in text.split(","))
+    parts = [_STAGE.fullmatch(part) for part in text.split(",")]
+    if not all(parts):
+        raise ValueError(f"stages is {text!r}; expected RATIO:KEEP, RATIO:KEEP, RATIO, such as 32:100, 4:20, 1")
+    stages = tuple(Stage(int(part["ratio"]), int(part["keep"] or 0)) for part in parts if part)
     problem = stages_problem(stages)
     if problem is not None:
         path, value, expected = problem
         raise ValueError(f"{field_name(path)} of {text!r} is {value}; expected {expected}")
     return stages
-
-
-def _parse_stage(text: str, part: str) -> Stage:
-    ratio, colon, keep = (word.strip() for word in part.partition(":"))
-    # isdecimal alone takes other scripts' digits, which int reads too but no caller means.
-    if not (ratio.isascii() and ratio.isdecimal()) or (colon and not (keep.isascii() and keep.isdecimal())):
-        raise ValueError(f"stages is {text!r}; expected RATIO:KEEP, RATIO:KEEP, RATIO, such as 32:100, 4:20, 1")
-    return Stage(int(ratio), int(keep) if colon else 0)
 
 
 def format_stages(stages: Iterable[Stage]) -> str:
@@ -125,6 +122,7 @@ class RerankOptions(TypedDict, total=False):
     on_miss: OnMiss | None  # for ids that are not stored; default: the server's
     return_text: bool
     model: str  # default: the only or first one
+    timeout: float | None  # of the call, in seconds; default: the client's
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,23 +11,16 @@ from dataclasses import is_dataclass
 from typing import Any, Protocol, TypeVar, cast, get_args, get_type_hints
 
 import grpc
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from google.rpc import status_pb2
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, ResourceInfo, RetryInfo
 
 from preread.arguments import Argument
-from preread.errors import ErrorDetails, FieldViolation, PrereadError, class_of
-from preread.types import (
-    OnMiss,
-    Passage,
-    RerankOptions,
-    Result,
-    Stage,
-    StageScore,
-    parse_stages,
-)
+from preread.errors import ErrorDetails, FieldViolation, PrereadError, ServerError
+from preread.types import Candidate, OnMiss, Passage, RerankOptions, Result, Stage, StageScore, parse_stages
 from preread.v1 import common_pb2, encoder_pb2, rerank_pb2
 
+M = TypeVar("M", bound=Message)
 T = TypeVar("T")
 
 IDS_PER_DELETE = 10_000  # 5 MB where each has the 512 bytes that an id may have
@@ -37,11 +30,37 @@ MAX_CHARACTERS_PER_MESSAGE = 1 << 20
 # Both end an upsert: grpc.aio cancels the call when the passages raise.
 ENDED_BY_GRPC = (grpc.RpcError, asyncio.CancelledError)
 
+Candidates = Iterable[str | Candidate | Mapping[str, Any]]
 Passages = Iterable[Passage | Mapping[str, Any]]
 AsyncPassages = Passages | AsyncIterable[Passage | Mapping[str, Any]]
 
 
-def pack_request(query: str, candidates: Iterable[Any], options: RerankOptions) -> rerank_pb2.RerankRequest:
+def pack(kind: Callable[..., M], *required: str, **values: object) -> M:
+    """The message `kind`, of arguments that are checked by the types of its fields.
+
+    None leaves a text out, unless it is `required`.
+
+    Raises:
+        TypeError, InvalidRequest: an argument that cannot be put on the wire.
+    """
+    fields: Any = cast(Any, kind).DESCRIPTOR.fields_by_name
+    checked: dict[str, Any] = {}
+    for name, value in values.items():
+        field, argument = fields[name], Argument(name, value)
+        if field.message_type or field.enum_type:
+            checked[name] = value
+        elif field.is_repeated:
+            checked[name] = argument.texts()
+        elif field.type == field.TYPE_BOOL:
+            checked[name] = argument.flag()
+        elif field.type == field.TYPE_INT32:
+            checked[name] = argument.integer()
+        elif value is not None or name in required:
+            checked[name] = argument.text()
+    return kind(**checked)
+
+
+def pack_request(query: str, candidates: Candidates, options: RerankOptions) -> rerank_pb2.RerankRequest:
     """A plain string is an id where a collection is named, else a text.
 
     Raises:
@@ -53,23 +72,17 @@ def pack_request(query: str, candidates: Iterable[Any], options: RerankOptions) 
     on_miss = options.get("on_miss")
     if on_miss is not None and on_miss not in get_args(OnMiss):
         raise Argument("on_miss", on_miss).invalid(ascii(on_miss), f"{', '.join(get_args(OnMiss))} or None")
-    collection = Argument("collection", options.get("collection")).text_or_default()
     checked = (
-        Argument(f"candidates[{i}]", candidate).candidate(is_id=bool(collection))
+        Argument(f"candidates[{i}]", candidate).candidate(is_id=bool(options.get("collection")))
         for i, candidate in enumerate(Argument("candidates", candidates).items())
     )
-    return rerank_pb2.RerankRequest(
-        query=Argument("query", query).text(),
-        instruction=Argument("instruction", options.get("instruction")).text_or_none(),
-        candidates=[rerank_pb2.Candidate(passage_id=one.passage_id, text=one.text) for one in checked],
-        collection=collection,
-        top_n=Argument("top_n", options.get("top_n")).integer(),
-        compression_ratio=Argument("compression_ratio", options.get("compression_ratio")).integer(),
-        on_miss=f"ON_MISS_{on_miss.upper() if on_miss else 'UNSPECIFIED'}",
-        return_text=Argument("return_text", options.get("return_text", False)).flag(),
-        model=Argument("model", options.get("model")).text_or_default(),
-        stages=_pack_stages(options.get("stages")),
-    )
+    values: dict[str, Any] = {name: value for name, value in options.items() if name != "timeout"} | {
+        "query": query,
+        "candidates": [rerank_pb2.Candidate(passage_id=passage_id, text=text) for passage_id, text in checked],
+        "on_miss": f"ON_MISS_{on_miss.upper() if on_miss else 'UNSPECIFIED'}",
+        "stages": _pack_stages(options.get("stages")),
+    }
+    return pack(rerank_pb2.RerankRequest, "query", **values)
 
 
 def _pack_stages(stages: object) -> list[rerank_pb2.Stage]:
@@ -90,33 +103,16 @@ def _pack_stages(stages: object) -> list[rerank_pb2.Stage]:
     return packed
 
 
-def pack_warm(
-    passage_ids: Iterable[str], collection: str, instruction: str | None, compression_ratio: int, model: str
-) -> rerank_pb2.WarmRequest:
-    """
-    Raises:
-        TypeError, InvalidRequest: an argument that cannot be put on the wire.
-    """
-    return rerank_pb2.WarmRequest(
-        collection=Argument("collection", collection).text(),
-        passage_ids=Argument("passage_ids", passage_ids).texts(),
-        instruction=Argument("instruction", instruction).text_or_none(),
-        compression_ratio=Argument("compression_ratio", compression_ratio).integer(),
-        model=Argument("model", model).text_or_default(),
-    )
-
-
-def pack_deletes(passage_ids: Iterable[str], collection: str) -> list[encoder_pb2.DeleteRequest]:
+def pack_deletes(passage_ids: Iterable[str], collection: str) -> Iterator[encoder_pb2.DeleteRequest]:
     """One request per IDS_PER_DELETE ids, at least one: a server bounds the fields of a message.
 
     Raises:
         TypeError, InvalidRequest: an argument that cannot be put on the wire.
     """
-    name, ids = Argument("collection", collection).text(), Argument("passage_ids", passage_ids).texts()
-    return [
-        encoder_pb2.DeleteRequest(collection=name, passage_ids=ids[start : start + IDS_PER_DELETE])
-        for start in range(0, max(len(ids), 1), IDS_PER_DELETE)
-    ]
+    ids = Argument("passage_ids", passage_ids).texts()
+    for start in range(0, max(len(ids), 1), IDS_PER_DELETE):
+        some = ids[start : start + IDS_PER_DELETE]
+        yield pack(encoder_pb2.DeleteRequest, "collection", collection=collection, passage_ids=some)
 
 
 class Upload:
@@ -134,12 +130,14 @@ class Upload:
         """
         self.error: Exception | None = None
         self._passages = passages if isinstance(passages, AsyncIterable) else Argument("passages", passages).items()
-        self._settings: dict[str, Any] = {
-            "collection": Argument("collection", collection).text(),
-            "compression_ratio": Argument("compression_ratio", compression_ratio).integer(),
-            "codec": Argument("codec", codec).text_or_default(),
-            "store_text": Argument("store_text", store_text).flag(),
-        }
+        self._settings = pack(
+            encoder_pb2.UpsertRequest,
+            "collection",
+            collection=collection,
+            compression_ratio=compression_ratio,
+            codec=codec,
+            store_text=store_text,
+        )
         self._waiting: list[encoder_pb2.Passage] = []
         self._num_read = 0
         self._num_characters = 0
@@ -183,7 +181,8 @@ class Upload:
         return len(self._waiting) >= MAX_PASSAGES_PER_MESSAGE or self._num_characters >= MAX_CHARACTERS_PER_MESSAGE
 
     def _message(self) -> encoder_pb2.UpsertRequest:
-        message = encoder_pb2.UpsertRequest(passages=self._waiting, **self._settings)
+        message = encoder_pb2.UpsertRequest(passages=self._waiting)
+        message.MergeFrom(self._settings)
         self._waiting, self._num_characters = [], 0
         return message
 
@@ -264,7 +263,7 @@ def translate(error: grpc.RpcError, address: str) -> PrereadError:
     if code is grpc.StatusCode.UNAVAILABLE:
         message = f"{address}: {message}"
     details = _error_details(call.trailing_metadata() or ()) | {"code": code.name, "address": address}
-    return class_of(code.name).received(message, **cast(ErrorDetails, details))
+    return PrereadError.by_status.get(code.name, ServerError).received(message, **cast(ErrorDetails, details))
 
 
 def _error_details(metadata: Iterable[tuple[str, str | bytes]]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from cache.read_cache import ByteBoundedCache
 from cache.states import PassageStates, text_digest
-from preread.channel import TlsFiles, connection_arguments
+from preread.channel import ClientOptions, TlsFiles
 from preread.v1 import encoder_pb2, encoder_pb2_grpc
 from preread_edge.logs import current
 
@@ -54,16 +54,9 @@ class EncoderClient:
         self._format: encoder_pb2.StateFormat = getattr(encoder_pb2, f"STATE_FORMAT_{dtype_name.upper()}")
         self._timeout_seconds = timeout_seconds
         self._api_key = api_key
-        options: list[tuple[str, int | str]] = [
-            ("grpc.max_receive_message_length", MAX_ANSWER_BYTES),
-            ("grpc.max_send_message_length", -1),
-            *connection_arguments(address),
-            ("grpc.max_reconnect_backoff_ms", 5000),  # a worker that returns is found within seconds, not two minutes
-        ]
-        if tls is None:
-            self._channel = grpc.aio.insecure_channel(address, options=options)
-        else:
-            self._channel = grpc.aio.secure_channel(address, tls.credentials(), options=options)
+        # a worker that returns is found within seconds, not two minutes
+        backoff = ("grpc.max_reconnect_backoff_ms", 5000)
+        self._channel = ClientOptions(tls=tls, max_message_bytes=MAX_ANSWER_BYTES).channel(grpc.aio, address, backoff)
         self._stub = encoder_pb2_grpc.EncoderServiceStub(self._channel)
 
     async def encode(self, texts: Sequence[str], ratio: int) -> list[PassageStates | str]:

@@ -304,17 +304,10 @@ def health(**given: Any) -> None:
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-    from preread.channel import check_address
+    from preread.arguments import Argument
 
-    options = client_settings(given)
-    address = check_address("address", given["address"])
-    arguments = options.channel_arguments(address)
-    opened = (
-        grpc.insecure_channel(address, arguments)
-        if options.tls is None
-        else grpc.secure_channel(address, options.tls.credentials(), arguments)
-    )
-    with opened as channel:
+    address = Argument("address", given["address"]).address()
+    with client_settings(given).channel(grpc, address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         request = health_pb2.HealthCheckRequest(service=given["service"])
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import threading
 import time
 
@@ -21,7 +23,6 @@ from preread import (
     RetryPolicy,
     Unavailable,
 )
-from preread.channel import RetryBudget
 
 FAST = ClientOptions(retry=RetryPolicy(max_attempts=4, first_wait_seconds=0.01))
 
@@ -108,32 +109,37 @@ def test_a_client_whose_calls_all_fail_stops_retrying(scripted, failing) -> None
     assert len(scripted.service.requests) == 8 + 4
 
 
-def test_successes_fill_the_budget_again() -> None:
-    budget = RetryBudget()
-    while budget.take():
-        pass
-    for _ in range(20):
-        budget.give()
+def test_successes_fill_the_budget_again(scripted, failing, answering) -> None:
+    """Five failures take half of it; twenty successes bring two back, of which one retry is paid."""
+    with Client(scripted.address, options=FAST) as client:
+        for answer, num_calls in ((failing(grpc.StatusCode.UNAVAILABLE), 2), (answering, 20)):
+            scripted.service.script = [answer]
+            for _ in range(num_calls):
+                with contextlib.suppress(Unavailable):
+                    client.rerank("q", ["a"])
+        scripted.service.script = [failing(grpc.StatusCode.UNAVAILABLE)]
+        scripted.service.requests.clear()
+        with pytest.raises(Unavailable):
+            client.rerank("q", ["a"])
 
-    assert budget.take()
-    assert not budget.take()
+    assert len(scripted.service.requests) == 2
 
 
 @given(
     attempt=st.integers(1, 10),
     asked=st.none() | st.integers(0, 10_000).map(lambda n: n / 100),
-    remaining=st.none() | st.integers(0, 10_000).map(lambda n: n / 100),
+    remaining=st.just(math.inf) | st.integers(0, 10_000).map(lambda n: n / 100),
 )
-def test_a_wait_is_bounded_from_both_sides(attempt: int, asked: float | None, remaining: float | None) -> None:
+def test_a_wait_is_bounded_from_both_sides(attempt: int, asked: float | None, remaining: float) -> None:
     policy = RetryPolicy(max_attempts=5, max_wait_seconds=2.0, jitter=0.5)
 
     wait = policy.wait_seconds(overloaded(asked), attempt, remaining)
 
     if wait is None:
-        assert attempt >= 5 or asked is None or asked > 2.0 or (remaining is not None and remaining <= asked * 1.5)
+        assert attempt >= 5 or asked is None or asked > 2.0 or remaining <= asked * 1.5
     else:
         assert asked <= wait <= asked * 1.5
-        assert remaining is None or wait < remaining
+        assert wait < remaining
 
 
 @pytest.mark.parametrize("bad", [{"max_attempts": 0}, {"jitter": -1.0}, {"max_wait_seconds": -1.0}])
