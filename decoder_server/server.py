@@ -35,7 +35,7 @@ from decoder_server.telemetry import Metrics, RequestLog
 from preread import AsyncClient, ClientOptions
 from preread.v1 import rerank_pb2, rerank_pb2_grpc
 from preread_edge.access import ApiKeys, Guard, join, refuse_control_tokens
-from preread_edge.grpc_server import add_standard_services, make_server
+from preread_edge.grpc_server import add_standard_services, listen, make_server
 from preread_edge.listener import bind
 from preread_edge.listener import make_server as make_http_server
 
@@ -116,7 +116,7 @@ class DecoderServer:
         TeiService(self.engines).add_to(self._server)
         add_standard_services(self._server, self.readiness.servicer, [SERVICE, *TEI_SERVICES])
         await self.readiness.publish()
-        self.port = self.config.tls.listen(self._server, self.config.host, self.config.port)
+        self.port = listen(self._server, self.config, self.config.port)
         await self._server.start()
 
     async def load(self) -> None:

@@ -25,7 +25,7 @@ from encoder_worker.scheduler import EncodeScheduler, ForwardPass
 from encoder_worker.service import EncoderService, Worker
 from preread.v1 import encoder_pb2, encoder_pb2_grpc
 from preread_edge.access import ApiKeys, refuse_control_tokens
-from preread_edge.grpc_server import add_standard_services, log_call, make_server
+from preread_edge.grpc_server import add_standard_services, listen, log_call, make_server
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -164,7 +164,7 @@ class EncoderServer:
         encoder_pb2_grpc.add_EncoderServiceServicer_to_server(self._service, server)
         add_standard_services(server, self._health, [SERVICE])
         await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
-        self.port = self.config.tls.listen(server, self.config.host, self.config.port)
+        self.port = listen(server, self.config, self.config.port)
         await server.start()
         self._server = server
 

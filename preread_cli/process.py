@@ -130,7 +130,7 @@ def listening_line(server: DecoderServer | EncoderServer) -> str:
     """Where a server that has started listens, for its start-up lines."""
     from preread_edge.access import join
 
-    secured = ", TLS" if server.config.tls.enabled else ""
+    secured = ", TLS" if server.config.has_tls else ""
     keys = ", API keys" if server.keys.required else ""
     return f"listening    {join(server.config.host, server.port)} (gRPC{secured}{keys})"
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 import hmac
 import logging
 import re
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from hashlib import sha256
 from ipaddress import IPv4Address, IPv6Address, ip_address
@@ -98,16 +98,20 @@ class ApiKeys:
         return ApiKeys(self.keys + other.keys)
 
 
-def make_key(key: str, scopes: Iterable[Scope]) -> _ApiKey:
+def _make_key(key: str, scopes: str) -> _ApiKey:
     """
     Raises:
-        ValueError: a key too short, or with characters that no header can carry. The message does not show it.
+        ValueError: unknown scopes; a key too short, or with characters that no header can carry. It is not shown.
     """
     if len(key) < MIN_KEY_LENGTH or not key.isascii() or not key.isprintable() or " " in key:
         raise ValueError(
             f"an API key is {len(key)} characters long; expected {MIN_KEY_LENGTH} or more, ASCII, no spaces"
         )
-    return _ApiKey(sha256(key.encode()).digest(), frozenset(scopes))
+    try:
+        return _ApiKey(sha256(key.encode()).digest(), frozenset(map(Scope, scopes.split(","))))
+    except ValueError:
+        known = ", ".join(scope.value for scope in Scope)
+        raise ValueError(f"scopes are {scopes!r:.100}; expected some of {known}, with commas between them") from None
 
 
 def parse_keys(values: Iterable[str]) -> ApiKeys:
@@ -115,8 +119,7 @@ def parse_keys(values: Iterable[str]) -> ApiKeys:
     keys = []
     for value in values:
         key = without_scopes(value)
-        scopes = value.removesuffix(key).rstrip(":")
-        keys.append(make_key(key, _scopes(scopes) if scopes else [Scope.ADMIN]))
+        keys.append(_make_key(key, value.removesuffix(key).rstrip(":") or Scope.ADMIN.value))
     return ApiKeys(tuple(keys))
 
 
@@ -142,20 +145,12 @@ def read_keys(path: Path) -> ApiKeys:
         if len(words) != 2:
             raise ValueError(f"{path}: line {number} has {len(words)} words; expected SCOPES KEY")
         try:
-            keys.append(make_key(words[1], _scopes(words[0])))
+            keys.append(_make_key(words[1], words[0]))
         except ValueError as exc:
             raise ValueError(f"{path}: line {number}: {exc}") from None
     if not keys:
         raise ValueError(f"{path}: holds no key; expected at least one line SCOPES KEY")
     return ApiKeys(tuple(keys))
-
-
-def _scopes(text: str) -> list[Scope]:
-    try:
-        return [Scope(name) for name in text.split(",")]
-    except ValueError:
-        known = ", ".join(scope.value for scope in Scope)
-        raise ValueError(f"scopes are {text!r:.100}; expected some of {known}, with commas between them") from None
 
 
 def bearer(header: str) -> str:
@@ -230,11 +225,13 @@ class AccessMiddleware:
 
 
 def _header(scope: Any, name: bytes) -> str:
-    return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), "")
+    return next(iter(_values(scope, name)), "")
 
 
 AsgiScope = MutableMapping[str, Any]
 Address = IPv4Address | IPv6Address
+_Authority = tuple[Address | str, int | None]  # host and port
+_Origin = tuple[str, Address | str, int | None]  # scheme, host and port
 
 _NAME = re.compile(r"(?=.{1,253}$)[a-z0-9_]([a-z0-9_-]{0,62})(\.[a-z0-9_-]{1,63})*")
 _AUTHORITY = re.compile(r"(?P<host>\[[0-9a-fA-F:.]+\]|[^\[\]:@/?#\\\s]+)(:(?P<port>[0-9]{0,5}))?")
@@ -242,7 +239,7 @@ _ORIGIN = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<authority>[^/?#\s]+)"
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}")
 _PORTS = {"http": 80, "https": 443}
 
-ANY = "*"
+_ANY: _Origin = ("*", "*", None)
 METHODS = "GET, HEAD, POST, PUT, DELETE, OPTIONS"
 ALLOWED_HEADERS = (
     "authorization", "content-type", "x-request-id", "x-request-timeout-ms", "api-key", "x-api-key", "traceparent",
@@ -265,7 +262,7 @@ def bare(host: str) -> str:
     return host.removeprefix("[").removesuffix("]")
 
 
-def _parse_host(text: str) -> tuple[Address | str, int | None] | None:
+def _parse_authority(text: str) -> _Authority | None:
     """The host and the port of an authority; None where it is none, or has a user.
 
     A name is in lower case and without the dot of the root.
@@ -288,42 +285,39 @@ def _parse_host(text: str) -> tuple[Address | str, int | None] | None:
         return (name, port) if _NAME.fullmatch(name) and not name.replace(".", "").isdigit() else None
 
 
-@dataclass(frozen=True)
 class Guard:
     """Admission to a listener, by the name it was called under and the page that calls."""
 
-    allowed_hosts: tuple[str, ...] = ()  # next to loopback's names and the address that a connection came in at
-    allowed_origins: tuple[str, ...] = ()
-    any_host: bool = False  # keys are required, so a name proves nothing
-    _origins: frozenset[str] = field(init=False, repr=False, compare=False)
-    _hosts: frozenset[Address | str] = field(init=False, repr=False, compare=False)
-    _suffixes: tuple[str, ...] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self, allowed_hosts: Sequence[str] = (), allowed_origins: Sequence[str] = (), *, any_host: bool = False
+    ) -> None:
         """
+        Args:
+            allowed_hosts: next to loopback's names and the address that a connection came in at.
+            any_host: keys are required, so a name proves nothing.
+
         Raises:
             ValueError: a host or an origin that cannot be one.
         """
-        object.__setattr__(self, "_origins", frozenset(map(self._origin, self.allowed_origins)))
-        suffixes = [name.lower() for name in self.allowed_hosts if name.startswith(".")]
-        hosts = [_host(name) for name in self.allowed_hosts if not name.startswith(".")]
-        hosts += [_host(name.removeprefix(".")) for name in suffixes]
-        object.__setattr__(self, "_hosts", frozenset(hosts))
-        object.__setattr__(self, "_suffixes", tuple(suffixes))
+        self._any_host = any_host
+        self._origins = frozenset(map(self._allowed_origin, allowed_origins))
+        self._hosts = frozenset(_host(name.removeprefix(".")) for name in allowed_hosts)
+        self._suffixes = tuple(name.lower() for name in allowed_hosts if name.startswith("."))
 
     def problem(self, scope: AsgiScope) -> tuple[str, str] | None:
         """Why an ASGI request is refused, as a code and a message; None: it is not.
 
         A request that names its target in full (`GET http://HOST/PATH`) gets the path alone.
         """
-        targets = [*_absolute(scope), *_values(scope, b"host")]
-        hosts = [_parse_host(target) for target in targets]
-        for target, host in zip(targets, hosts, strict=True):
-            if host is None or not self._allows(host[0], scope):
+        authorities = []
+        for target in [*_absolute(scope), *_values(scope, b"host")]:
+            authority = _parse_authority(target)
+            if authority is None or not self._allows(authority[0], scope):
                 expected = "a name of this machine's loopback, the address it listens on, or one of --allowed-host"
                 return "host_not_allowed", f"host is {target[:100]!r}; expected {expected}"
+            authorities.append(authority)
         origins = _values(scope, b"origin")
-        if origins and (len(origins) > 1 or not self._is_known(origins[0], hosts)):
+        if origins and (len(origins) > 1 or not self._is_known(origins[0], authorities)):
             expected = "none, this server's own, or one of --allow-origin"
             return "origin_not_allowed", f"origin is {origins[0][:100]!r}; expected {expected}"
         # Without an Origin: a browser tells the same in another word.
@@ -333,14 +327,11 @@ class Guard:
 
     def cors(self, scope: AsgiScope) -> dict[str, str]:
         """Headers of every response to the request: a page of an allowed origin may read it."""
-        (origin,) = (*_values(scope, b"origin"), "")[:1]
-        headers = {"vary": "origin"}
-        if self._is_allowed(origin):
-            headers |= {
-                "access-control-allow-origin": origin,
-                "access-control-expose-headers": ", ".join(EXPOSED_HEADERS),
-            }
-        return headers
+        origin = _header(scope, b"origin")
+        if not self._is_allowed(origin):
+            return {"vary": "origin"}
+        exposed = ", ".join(EXPOSED_HEADERS)
+        return {"vary": "origin", "access-control-allow-origin": origin, "access-control-expose-headers": exposed}
 
     def preflight(self, scope: AsgiScope) -> dict[str, str] | None:
         """Headers of the response to a CORS preflight; None: the request is none."""
@@ -358,52 +349,50 @@ class Guard:
             headers["access-control-allow-private-network"] = "true"
         return headers
 
-    def _origin(self, text: str) -> str:
-        if text == ANY and self.any_host:
-            return ANY
-        origin = _normal_origin(text)
+    def _allowed_origin(self, text: str) -> _Origin:
+        if text == "*" and self._any_host:
+            return _ANY
+        origin = _parse_origin(text)
         if origin is None:
             expected = "SCHEME://HOST[:PORT], or '*' where keys are required"
             raise ValueError(f"allow_origin is {text[:100]!r}; expected {expected}")
         return origin
 
     def _allows(self, host: Address | str, scope: AsgiScope) -> bool:
-        if self.any_host or host in self._hosts or _is_loopback(host):
+        if self._any_host or host in self._hosts or _is_loopback(host):
             return True
         if isinstance(host, str):
-            return host.endswith(self._suffixes) if self._suffixes else False
+            return host.endswith(self._suffixes)
         server = scope.get("server")
         return server is not None and str(host) == str(_unmapped(ip_address(server[0].partition("%")[0])))
 
-    def _is_known(self, origin: str, hosts: Iterable[tuple[Address | str, int | None] | None]) -> bool:
+    def _is_known(self, origin: str, authorities: Iterable[_Authority]) -> bool:
         """Whether it is this server's own, as the caller names it, or an allowed one."""
-        match = _ORIGIN.fullmatch(origin.lower())
-        theirs = _parse_host(match["authority"]) if match else None
-        if match and theirs:
-            default = _PORTS.get(match["scheme"])
-            own = {(host[0], host[1] or default) for host in hosts if host is not None}
-            if len(own) == 1 and (theirs[0], theirs[1] or default) in own:
-                return True
-        return self._is_allowed(origin)
+        theirs = _parse_origin(origin)
+        own = {theirs and (theirs[0], host, _port(theirs[0], port)) for host, port in authorities}
+        return (theirs is not None and own == {theirs}) or self._is_allowed(origin)
 
     def _is_allowed(self, origin: str) -> bool:
-        normal = _normal_origin(origin)
-        return normal is not None and (normal in self._origins or ANY in self._origins)
+        parsed = _parse_origin(origin)
+        return parsed is not None and (parsed in self._origins or _ANY in self._origins)
 
 
-def _normal_origin(text: str) -> str | None:
-    """As browsers write it: lower case, no default port; None where it is no origin, `null` too."""
+def _parse_origin(text: str) -> _Origin | None:
+    """Scheme, host and port of an origin, also where the port is the scheme's; None: it is none, such as `null`."""
     match = _ORIGIN.fullmatch(text.lower())
-    host = _parse_host(match["authority"]) if match else None
-    if match is None or host is None:
+    authority = _parse_authority(match["authority"]) if match else None
+    if match is None or authority is None:
         return None
-    name = f"[{host[0]}]" if isinstance(host[0], IPv6Address) else str(host[0])
-    default = _PORTS.get(match["scheme"])
-    return f"{match['scheme']}://{name}" + (f":{host[1]}" if host[1] not in (None, default) else "")
+    host, port = authority
+    return match["scheme"], host, _port(match["scheme"], port)
+
+
+def _port(scheme: str, port: int | None) -> int | None:
+    return _PORTS.get(scheme) if port is None else port
 
 
 def _host(text: str) -> Address | str:
-    parsed = _parse_host(f"[{text}]" if text.count(":") > 1 and text[0] != "[" else text)
+    parsed = _parse_authority(f"[{text}]" if text.count(":") > 1 and text[0] != "[" else text)
     if parsed is None or parsed[1] is not None:
         raise ValueError(f"allowed_host is {text[:100]!r}; expected NAME, .SUFFIX or an address, without a port")
     return parsed[0]

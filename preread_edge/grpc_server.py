@@ -17,10 +17,11 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 import grpc
-from google.protobuf import descriptor_pb2, descriptor_pool
+from google.protobuf import descriptor_pb2, descriptor_pool, text_format
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import DecodeError, Message
 from google.rpc import status_pb2
@@ -31,7 +32,8 @@ from grpc_status import rpc_status
 
 from preread.errors import DeadlineExceeded, FailedPrecondition, InvalidRequest, Overloaded, PrereadError, ServerError
 from preread_edge import logs
-from preread_edge.access import OPEN, ApiKeys, bearer, scopes_of
+from preread_edge.access import OPEN, ApiKeys, bearer, join, scopes_of
+from preread_edge.settings import ServerConfig
 from preread_edge.steps import SMALL_BYTES, Pauses, Step, stepped
 
 log = logging.getLogger(__name__)
@@ -114,7 +116,8 @@ class _CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
             self._keys.check(bearer(str(metadata.get("authorization", ""))), scopes_of(method), method)
         messages = parsed(raw, handler.request_deserializer)
         request = messages if handler.request_streaming else await self._only(messages)
-        response = _function(handler)(request, context)
+        shape = ("stream" if one else "unary" for one in (handler.request_streaming, handler.response_streaming))
+        response = getattr(handler, "_".join(shape))(request, context)
         if not inspect.isasyncgen(response):
             return await response
         async with aclosing(response):
@@ -144,15 +147,13 @@ class _CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
         self._num_calls += 1
         try:
             yield
-            code = _code(context, "OK")
+            code = "OK"
         except asyncio.CancelledError:
-            code = _code(context, "CANCELLED")
-            raise
-        except BaseException:
-            code = _code(context, "UNKNOWN")
+            code = "CANCELLED"
             raise
         finally:
             self._num_calls -= 1
+            code = _code(context, code)
             service, _, name = method.rpartition("/")
             for on_call in self._on_call:
                 on_call(f"{service.rpartition('.')[2]}/{name}", code, time.monotonic() - started)
@@ -218,13 +219,6 @@ def _shorten(text: str, max_bytes: int = MAX_MESSAGE_BYTES) -> str:
     return data.decode() if len(data) <= max_bytes else data[: max_bytes - 3].decode(errors="ignore") + "…"
 
 
-def _function(handler: Any) -> Callable[..., Any]:
-    """The method of a service behind a handler of its shape."""
-    shape = (handler.request_streaming, handler.response_streaming)
-    function: Callable[..., Any] = getattr(handler, "_".join("stream" if one else "unary" for one in shape))
-    return function
-
-
 def _code(context: Any, default: str) -> str:
     """Name of the status that was set, by abort or otherwise."""
     number = context.code()
@@ -272,6 +266,25 @@ def make_server(
     )
 
 
+def listen(server: grpc.aio.Server, config: ServerConfig, port: int) -> int:
+    """Binds, with TLS where there are files; the port that was bound.
+
+    Raises:
+        OSError: the address is taken, or a file cannot be read or is no certificate and key.
+    """
+    address = join(config.host, port)
+    hint = f", and are {config.tls_cert_file} and {config.tls_key_file} a pair?" if config.has_tls else "?"
+    try:
+        if not config.has_tls:
+            return int(server.add_insecure_port(address))
+        pair = (Path(config.tls_key_file).read_bytes(), Path(config.tls_cert_file).read_bytes())
+        authority = Path(config.tls_client_ca_file).read_bytes() if config.tls_client_ca_file else None
+        credentials = grpc.ssl_server_credentials([pair], authority, require_client_auth=authority is not None)
+        return int(server.add_secure_port(address, credentials))
+    except RuntimeError as exc:
+        raise OSError(f"cannot listen on {address}: is the port taken{hint}") from exc
+
+
 def add_standard_services(server: grpc.aio.Server, servicer: health.aio.HealthServicer, names: Iterable[str]) -> None:  # type: ignore[name-defined]  # missing in grpc-stubs
     """Health, and reflection of it and of the services `names`, for clients of either version of reflection."""
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
@@ -298,13 +311,11 @@ def _describe_reflection_v1() -> None:
     try:
         pool.FindFileByName(name)
     except KeyError:
-        file = descriptor_pb2.FileDescriptorProto.FromString(reflection_pb2.DESCRIPTOR.serialized_pb)
-        file.name, file.package = name, "grpc.reflection.v1"
+        alpha = descriptor_pb2.FileDescriptorProto.FromString(reflection_pb2.DESCRIPTOR.serialized_pb)
+        text = text_format.MessageToString(alpha).replace("v1alpha", "v1")
+        file = text_format.Parse(text, descriptor_pb2.FileDescriptorProto())
+        file.name = name
         file.options.Clear()
-        (method,) = file.service[0].method
-        fields = [field for message in file.message_type for field in message.field if field.type_name]
-        for typed, attribute in [(method, "input_type"), (method, "output_type")] + [(f, "type_name") for f in fields]:
-            setattr(typed, attribute, getattr(typed, attribute).replace("v1alpha", "v1"))
         pool.AddSerializedFile(file.SerializeToString())
 
 
@@ -331,16 +342,22 @@ async def parsed(raw: AsyncIterator[bytes], parse: Callable[[bytes], Any] | None
         InvalidRequest: bytes that are no message, or one of too many fields.
     """
     async for data in raw:
-        if len(data) <= SMALL_BYTES or parse is None:
-            yield _parse(data, parse)
+        if parse is None:
+            yield data
         else:
-            yield await stepped(_parse_large, data, parse)
+            yield await stepped(_parse, data, parse) if len(data) > SMALL_BYTES else _parse(None, data, parse)
 
 
-def _parse_large(step: Step, data: bytes, parse: Callable[[bytes], Any]) -> Any:
+def _parse(step: Step | None, data: bytes, parse: Callable[[bytes], Any]) -> Any:
     described = getattr(getattr(parse, "__self__", None), "DESCRIPTOR", None)
-    _count_fields(step, data, described)
-    return _parse(data, parse)
+    if step is not None:
+        _count_fields(step, data, described)
+    try:
+        return parse(data)
+    except DecodeError:
+        expected = getattr(described, "full_name", "protobuf")
+        message = f"a message of {len(data)} bytes cannot be parsed; expected {expected}"
+        raise InvalidRequest.received(message, reason=INVALID_MESSAGE) from None
 
 
 def _count_fields(step: Step, data: bytes, described: Any) -> None:
@@ -414,15 +431,3 @@ async def joined(messages: Iterable[Message]) -> bytes:
         parts.append(message.SerializeToString())
         await pace.worked()
     return b"".join(parts)
-
-
-def _parse(data: bytes, parse: Callable[[bytes], Any] | None) -> Any:
-    if parse is None:
-        return data
-    try:
-        return parse(data)
-    except DecodeError:
-        described = getattr(getattr(parse, "__self__", None), "DESCRIPTOR", None)
-        expected = getattr(described, "full_name", "protobuf")
-        message = f"a message of {len(data)} bytes cannot be parsed; expected {expected}"
-        raise InvalidRequest.received(message, reason=INVALID_MESSAGE) from None

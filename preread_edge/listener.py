@@ -24,7 +24,7 @@ from starlette.responses import PlainTextResponse
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from preread_edge.access import Guard, bare, join
+from preread_edge.access import App, Guard, bare, join
 
 SPARE = 64  # connections over the limit that still get a response; further ones are closed immediately
 BACKLOG = 2048
@@ -290,10 +290,11 @@ def metrics_listener(
     Raises:
         OSError: the port is taken.
     """
-    app = _Guarded(make_asgi_app(registry), guard or Guard())
+    app = _guarded(make_asgi_app(registry), guard or Guard())
     server = make_server(app, max_connections=_MAX_METRICS_CONNECTIONS, header_seconds=header_seconds)
     with bind(host, port, "metrics") as listener:
-        thread = threading.Thread(target=_serve, args=(server, listener), name="metrics", daemon=True)
+        serving = server.serve(sockets=[listener])
+        thread = threading.Thread(target=asyncio.run, args=(serving,), name="metrics", daemon=True)
         thread.start()
         try:
             yield int(listener.getsockname()[1])
@@ -303,23 +304,15 @@ def metrics_listener(
             thread.join()
 
 
-def _serve(server: Any, listener: socket.socket) -> None:
-    asyncio.run(server.serve(sockets=[listener]))
-
-
-class _Guarded:
-    """The application for callers that the guard lets in."""
-
-    def __init__(self, app: Any, guard: Guard) -> None:
-        self._app = app
-        self._guard = guard
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        problem = self._guard.problem(scope)
+def _guarded(app: App, guard: Guard) -> App:
+    async def guarded(scope: Any, receive: Any, send: Any) -> None:
+        problem = guard.problem(scope)
         if problem is not None:
             await PlainTextResponse(f"{problem[1]}\n", 403)(scope, receive, send)
         elif scope["path"] not in _METRICS_PATHS:
             await PlainTextResponse("not here; expected /metrics\n", 404)(scope, receive, send)
         else:
             headers = [(name, value.decode("latin-1").encode()) for name, value in scope["headers"]]  # it reads UTF-8
-            await self._app({**scope, "headers": headers}, receive, send)
+            await app({**scope, "headers": headers}, receive, send)
+
+    return guarded

@@ -71,13 +71,15 @@ def fields(**values: Any) -> dict[str, Any]:
     return {"fields": values}
 
 
-def _escaped(text: str, max_chars: int = MAX_VALUE_CHARS) -> str:
-    r"""The text on one line, whatever a caller put there: controls, line and text direction marks as \xNN, \uNNNN.
+def _cut(value: Any, max_chars: int = MAX_VALUE_CHARS) -> Any:
+    if not isinstance(value, str) or len(value) <= max_chars:
+        return value
+    return f"{value[:max_chars]}… ({len(value)} characters)"
 
-    Longer texts are cut, and say so.
-    """
-    if len(text) > max_chars:
-        text = f"{text[:max_chars]}… ({len(text)} characters)"
+
+def _escaped(text: str) -> str:
+    r"""The text, cut, on one line: controls, line and text direction marks in it become \xNN, \uNNNN."""
+    text = _cut(text)
     if text.isprintable():
         return text
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
@@ -108,12 +110,6 @@ class _JsonFormatter(logging.Formatter):
         if text.isprintable():
             return text
         return "".join(one if one.isprintable() else json.dumps(one)[1:-1] for one in text)
-
-
-def _cut(value: Any, max_chars: int = MAX_VALUE_CHARS) -> Any:
-    if not isinstance(value, str) or len(value) <= max_chars:
-        return value
-    return f"{value[:max_chars]}… ({len(value)} characters)"
 
 
 class _TextFormatter(logging.Formatter):

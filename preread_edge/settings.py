@@ -14,10 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from preread_edge.tls import ServerTls
+from typing import Any
 
 MIB = 1 << 20
 
@@ -129,14 +126,15 @@ class ServerConfig(ListenConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = self.tls  # raises where the files contradict each other
+        if bool(self.tls_cert_file) != bool(self.tls_key_file):
+            given, missing = ("cert", "key") if self.tls_cert_file else ("key", "cert")
+            raise ValueError(f"tls_{given}_file is given without tls_{missing}_file; expected both or neither")
+        if self.tls_client_ca_file and not self.has_tls:
+            raise ValueError("tls_client_ca_file is given without tls_cert_file and tls_key_file; expected all three")
 
     @property
-    def tls(self) -> ServerTls:
-        """How this server's ports are opened."""
-        from preread_edge.tls import ServerTls  # loads gRPC
-
-        return ServerTls(self.tls_cert_file, self.tls_key_file, self.tls_client_ca_file)
+    def has_tls(self) -> bool:
+        return bool(self.tls_cert_file)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -159,14 +159,14 @@ async def _start_encoders(
     """
     from decoder_server.models.loading import is_fbnl
     from encoder_worker.server import EncoderServer
-    from preread_edge.access import ApiKeys, Scope, make_key
+    from preread_edge.access import parse_keys
 
     models: list[ModelConfig] = []
     workers: list[EncoderServer] = []
     elsewhere = options["encoder_address"] or ""
     # A worker in this process requires the server's keys, or one made for this process.
     own = secrets.token_urlsafe(32) if keys.required else ""
-    accepted = keys + ApiKeys((make_key(own, [Scope.ADMIN]),)) if own else keys
+    accepted = keys + parse_keys([own]) if own else keys
     for model in config.models:
         if not is_fbnl(model):
             models.append(model)
@@ -203,7 +203,7 @@ async def _introduce(server: DecoderServer, store: Store, gateway: Gateway | Non
         await _introduce_model(model, engine, store)
     say(listening_line(server))
     if gateway is not None:
-        scheme = "https" if server.config.tls.enabled else "http"
+        scheme = "https" if server.config.has_tls else "http"
         keys = " (API keys)" if server.keys.required else ""
         say(f"http         {scheme}://{join(gateway.config.host, gateway.port)}{keys}")
 
