@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from preread.types import Stage, format_stages, parse_stages, stages_problem
+from preread.values import Stage, format_stages, parse_stages, stages_problem
 from preread_edge.settings import MIB, Config, ListenConfig, LoadConfig, ServerConfig, knob
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         Unavailable,
     )
     from preread.sync import Client, RerankingStream
-    from preread.types import (
+    from preread.values import (
         Candidate,
         CollectionInfo,
         Degraded,
@@ -62,7 +62,7 @@ __all__ = [
     "Summary", "TierUse", "Timings", "TlsFiles", "Unauthenticated", "Unavailable", "UpsertResult", "Warmed",
     "format_stages", "parse_stages",
 ]  # fmt: skip
-_MODULES = ("preread.types", "preread.errors", "preread.channel", "preread.aio", "preread.sync")  # light ones first
+_MODULES = ("preread.values", "preread.errors", "preread.channel", "preread.aio", "preread.sync")  # light ones first
 
 
 def __getattr__(name: str) -> Any:

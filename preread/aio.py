@@ -14,7 +14,8 @@ import grpc
 from preread import wire
 from preread.arguments import Argument
 from preread.channel import BaseClient, Service
-from preread.types import (
+from preread.v1 import encoder_pb2, rerank_pb2
+from preread.values import (
     CollectionInfo,
     EncoderInfo,
     ModelInfo,
@@ -25,7 +26,6 @@ from preread.types import (
     UpsertResult,
     Warmed,
 )
-from preread.v1 import encoder_pb2, rerank_pb2
 
 
 async def _call(server: Service, method: str, request: object, timeout: float | None) -> Any:
@@ -63,7 +63,7 @@ class AsyncClient(BaseClient):
         Args:
             candidates: plain strings are passage ids where `collection` is given, else texts; a Candidate, or a
                 mapping {"id": ..., "text": ...} with one or both, says which.
-            options: see preread.types.RerankOptions.
+            options: see preread.values.RerankOptions.
         """
         request = wire.pack_request(query, candidates, options)
         response = await _call(self._server, "Rerank", request, options.get("timeout"))

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from preread.errors import FieldViolation, InvalidRequest
-from preread.types import Candidate, Passage, id_text, join_title
+from preread.values import Candidate, Passage, id_text, join_title
 
 ID_KEYS = ("id", "_id", "passage_id")
 TEXT_KEYS = ("text", "title")

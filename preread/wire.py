@@ -1,4 +1,4 @@
-"""Protobuf from and to the values of preread.types and preread.errors; no other file of the client knows messages."""
+"""Protobuf from and to the values of preread.values and preread.errors; no other file of the client knows messages."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, ResourceInfo, Re
 
 from preread.arguments import Argument
 from preread.errors import ErrorDetails, FieldViolation, PrereadError, ServerError
-from preread.types import Candidate, OnMiss, Passage, RerankOptions, Result, Stage, StageScore, parse_stages
 from preread.v1 import common_pb2, encoder_pb2, rerank_pb2
+from preread.values import Candidate, OnMiss, Passage, RerankOptions, Result, Stage, StageScore, parse_stages
 
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")

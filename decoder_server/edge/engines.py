@@ -15,7 +15,7 @@ from cache.store import Store
 from decoder_server.engine.collections import describe
 from decoder_server.engine.engine import Engine
 from preread.errors import DeadlineExceeded, InvalidRequest, Path, PrereadError, Unavailable, field_name
-from preread.types import CollectionInfo, EncoderIdentity, ModelInfo, Result, Summary
+from preread.values import CollectionInfo, EncoderIdentity, ModelInfo, Result, Summary
 
 # An empty text is read by no model and has these in every request. The margin is below every margin of a real model:
 # its sigmoid is 0 in float32, and exp(500), which a client may compute of it, is still a finite float64.

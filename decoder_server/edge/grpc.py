@@ -21,8 +21,8 @@ from decoder_server.edge.engines import collection_infos, model_info
 from decoder_server.engine.engine import Engine, choose
 from decoder_server.engine.warming import ANY_QUERY, warm
 from preread.errors import InvalidRequest, Unavailable
-from preread.types import Candidate, OnMiss, RerankRequest, Result, Stage, Status, Summary
 from preread.v1 import common_pb2, rerank_pb2, rerank_pb2_grpc
+from preread.values import Candidate, OnMiss, RerankRequest, Result, Stage, Status, Summary
 from preread_edge.grpc_server import joined
 from preread_edge.steps import SMALL_BYTES, Pauses
 

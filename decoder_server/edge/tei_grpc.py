@@ -16,7 +16,7 @@ from decoder_server.edge.grpc import Context, deadline_of
 from decoder_server.engine.engine import Engine, choose
 from preread.errors import InvalidRequest
 from preread.tei.v1 import tei_pb2, tei_pb2_grpc
-from preread.types import Candidate, RerankRequest
+from preread.values import Candidate, RerankRequest
 from preread_edge.grpc_server import joined
 from preread_edge.steps import Pauses
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from decoder_server.engine.plan import Plan
 from decoder_server.engine.scheduler import SchedulerStats
 from preread.errors import Overloaded
-from preread.types import Degraded
+from preread.values import Degraded
 
 # Before anything was fetched; and the weight of a new passage in the running mean afterwards.
 FIRST_PASSAGE_TOKENS = 256.0

@@ -28,7 +28,7 @@ from decoder_server.engine.scheduler import Scheduler
 from decoder_server.models.backend import Backend, Prompt
 from decoder_server.models.loading import BATCH_TOKENS
 from preread.errors import DeadlineExceeded, InvalidRequest, NotFound, Unavailable
-from preread.types import Candidate, OnMiss, RerankRequest, Result, Summary
+from preread.values import Candidate, OnMiss, RerankRequest, Result, Summary
 
 T = TypeVar("T")
 

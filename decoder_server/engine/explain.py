@@ -21,7 +21,7 @@ from decoder_server.engine.lifecycle import RequestTrace
 from decoder_server.engine.plan import check
 from decoder_server.models.backend import Prompt, StatesBackend
 from preread.errors import DeadlineExceeded, InvalidRequest
-from preread.types import RerankRequest, Result, Status
+from preread.values import RerankRequest, Result, Status
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from cache.states import AnyStates, EncodedPassage, PassageStates, all_at_ratio,
 from decoder_server.engine.lifecycle import RequestTrace
 from decoder_server.engine.on_demand import OnDemandStates
 from decoder_server.models.backend import Backend, Pair, Passage, Prompt
-from preread.types import Candidate, OnMiss, Result, Status
+from preread.values import Candidate, OnMiss, Result, Status
 
 T = TypeVar("T")
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from preread.errors import FailedPrecondition, PrereadError
-from preread.types import RerankRequest, Result, Timings
+from preread.values import RerankRequest, Result, Timings
 
 # Start, end and number of passages of one read of a request's passages, through the read cache if there is one, or of
 # one call of the encoder.

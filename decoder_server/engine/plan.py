@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from decoder_server.config import DecoderConfig
 from preread.errors import InvalidRequest, Path
-from preread.types import RerankRequest, Stage, stages_problem
+from preread.values import RerankRequest, Stage, stages_problem
 
 MAX_NAME_CHARS = 128  # of a collection, as in the cache; a longer name is not even looked up
 TEXT_RATIO = 0  # of a model that reads text

@@ -19,7 +19,7 @@ from decoder_server.engine.plan import Plan
 from decoder_server.engine.scheduler import RequestQueue, Scheduler
 from decoder_server.models.backend import Backend
 from preread.errors import FailedPrecondition, InvalidRequest
-from preread.types import Candidate, Degraded, Result, StageScore
+from preread.values import Candidate, Degraded, Result, StageScore
 
 NOT_REACHED = "the deadline came before it was scored"
 

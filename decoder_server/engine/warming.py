@@ -16,7 +16,7 @@ from decoder_server.engine.plan import check
 from decoder_server.engine.scheduler import split_by_length
 from decoder_server.models.backend import StatesBackend
 from preread.errors import FailedPrecondition, InvalidRequest, Unavailable
-from preread.types import RerankRequest, TierUse, Warmed
+from preread.values import RerankRequest, TierUse, Warmed
 
 # Stands for queries to come: cached keys and values do not depend on it.
 ANY_QUERY = "a query"

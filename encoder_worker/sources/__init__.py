@@ -13,7 +13,7 @@ from typing import Any
 
 from cache.errors import InvalidName
 from cache.record import passage_id_bytes
-from preread.types import id_text, join_title
+from preread.values import id_text, join_title
 
 
 class SourceError(ValueError):

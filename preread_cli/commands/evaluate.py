@@ -222,7 +222,7 @@ def tune(ctx: click.Context, /, **options: Any) -> None:
       preread serve --config preread-tune/preread.toml
     """
     from checkpoint.compute import tune_process
-    from preread.types import parse_stages
+    from preread.values import parse_stages
     from tuning.sweep.page import check_available
     from tuning.sweep.report import Limits
     from tuning.sweep.settings import SweepSettings

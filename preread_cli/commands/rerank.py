@@ -20,16 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from preread.types import (
-    Candidate,
-    Reranking,
-    RerankOptions,
-    Result,
-    Summary,
-    format_stages,
-    id_text,
-    join_title,
-)
+from preread.values import Candidate, Reranking, RerankOptions, Result, Summary, format_stages, id_text, join_title
 from preread_cli.failures import BAD_ITEMS, CommandFailed
 from preread_cli.options import (
     ADMIN_READ_SECONDS,

@@ -14,8 +14,8 @@ from cache.states import PassageStates, text_digest
 from decoder_server.engine.fetch import FetchedPassage
 from decoder_server.engine.plan import Plan
 from decoder_server.engine.request_run import CascadeState
-from preread.types import Candidate, Result, Stage
 from preread.v1 import common_pb2, rerank_pb2
+from preread.values import Candidate, Result, Stage
 
 QUERY = "what is read once?"
 

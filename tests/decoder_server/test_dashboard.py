@@ -16,8 +16,8 @@ from decoder_server.engine.lifecycle import PassRecord, RequestTrace
 from encoder_worker.config import EncoderConfig
 from encoder_worker.scheduler import ForwardPass as WorkerPass
 from encoder_worker.server import EncoderServer
-from preread.types import RerankRequest
 from preread.v1 import encoder_pb2
+from preread.values import RerankRequest
 
 DASHBOARD = json.loads((Path(__file__).parents[2] / "deploy" / "grafana-dashboard.json").read_text())
 # Added by Prometheus itself.

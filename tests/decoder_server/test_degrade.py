@@ -11,8 +11,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from decoder_server.engine.admission import choose
 from decoder_server.engine.plan import Plan
 from decoder_server.engine.scheduler import SchedulerStats
-from preread.types import Stage, format_stages
 from preread.v1 import rerank_pb2
+from preread.values import Stage, format_stages
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from decoder_server.engine.fetch import FetchedPassage
 from decoder_server.engine.request_run import ranked
 from decoder_server.models.fbnl.backend import FbnlBackend
 from decoder_server.models.fbnl.kv_cache import StatePair
-from preread.types import Result
+from preread.values import Result
 
 
 def fetched(index: int, windows: tuple[int, ...]) -> FetchedPassage:

@@ -19,8 +19,8 @@ from decoder_server.models.cross_encoder.backend import CrossEncoder
 from decoder_server.models.cross_encoder.loading import open_cross_encoder
 from decoder_server.server import DecoderServer
 from preread.tei.v1 import tei_pb2, tei_pb2_grpc
-from preread.types import Stage
 from preread.v1 import common_pb2, rerank_pb2, rerank_pb2_grpc
+from preread.values import Stage
 
 HIT, ENCODED = common_pb2.CANDIDATE_STATUS_HIT, common_pb2.CANDIDATE_STATUS_ENCODED
 MISSING, TOO_LONG = common_pb2.CANDIDATE_STATUS_MISSING, common_pb2.CANDIDATE_STATUS_TOO_LONG

@@ -66,7 +66,7 @@ async def test_another_instruction_or_ratio_is_not_warm(serve, tiered) -> None:
 
 
 async def test_every_stage_of_a_served_cascade_is_warmed(serve, tiered) -> None:
-    from preread.types import parse_stages
+    from preread.values import parse_stages
 
     async with serve(backend=tiered, stages=parse_stages("16:8,4")) as serving:
         answer = await serving.stub.Warm(warm_request())

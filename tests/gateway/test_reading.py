@@ -9,7 +9,7 @@ import pytest
 
 from decoder_server.edge.http.dialect_request import DialectRequest, DialectResponse, headers_of
 from preread import parse_stages
-from preread.types import RerankRequest, Summary, Timings
+from preread.values import RerankRequest, Summary, Timings
 
 # Path, what the body calls the candidates, where the results are, what they call a score.
 DIALECTS = [

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from preread.types import Stage
+from preread.values import Stage
 from tuning.metrics import HEADLINE, Difference, Interval, PerQuery, bootstraps, kendall_tau, per_query
 from tuning.progress import SILENT, StageProgress
 from tuning.report import measures_json

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from cache.codecs import Codec
 from cache.errors import CodecError
 from decoder_server.engine.plan import Plan
-from preread.types import Stage, format_stages, parse_stages
+from preread.values import Stage, format_stages, parse_stages
 from tuning import EvaluationError
 from tuning.report import COARSEST, MeasuringSettings, doublings
 from tuning.trec import order, rank

@@ -31,7 +31,7 @@ from decoder_server.edge.http.openapi import JSON, Operation, document
 from decoder_server.edge.http.request import Context, Endpoint, HttpRequest, read, respond
 from decoder_server.engine.engine import Engine
 from preread.errors import InvalidRequest, PrereadError
-from preread.types import RerankRequest, Summary
+from preread.values import RerankRequest, Summary
 from preread_edge import access, logs
 from preread_edge.steps import SMALL_BYTES
 

@@ -25,7 +25,7 @@ from decoder_server.edge.http.openapi import JSON, Operation
 from decoder_server.edge.http.request import HALF_A_PAIR, Count, HttpRequest, RawText, Text, parse, read, respond
 from preread import Passage, UpsertResult
 from preread.errors import InvalidRequest, Path
-from preread.types import CollectionInfo, join_title
+from preread.values import CollectionInfo, join_title
 from preread_edge.steps import Pauses, Step, stepped
 
 NDJSON = ("application/x-ndjson", "application/ndjson", "application/jsonl", "application/x-jsonlines")

@@ -12,7 +12,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from decoder_server.edge.http.request import HALF_A_PAIR, Count, Query, RawText, Schema, Text, Word, kind_of, read
 from preread.errors import FailedPrecondition, InvalidRequest, Path, field_name
-from preread.types import Candidate, OnMiss, RerankRequest, Result, Stage, Summary, format_stages, parse_stages
+from preread.values import Candidate, OnMiss, RerankRequest, Result, Stage, Summary, format_stages, parse_stages
 
 MAX_POSITIONS_SHOWN = 500
 

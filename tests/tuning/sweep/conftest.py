@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from preread.types import parse_stages
+from preread.values import parse_stages
 from tuning.judged import JudgedCollection, read_judged
 from tuning.sweep.report import SweepReport
 from tuning.sweep.settings import SweepSettings

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cache.errors import CodecError
-from preread.types import parse_stages
+from preread.values import parse_stages
 from tuning import EvaluationError
 from tuning.sweep.settings import Configuration, SweepSettings, units_of
 

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preread.types import Stage
+from preread.values import Stage
 from tuning.sweep.settings import Reading
 from tuning.trec import order
 
