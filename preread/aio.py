@@ -11,21 +11,10 @@ from typing import Any, Self, Unpack
 
 import grpc
 
-from preread import wire
+from preread import values, wire
 from preread.arguments import Argument
 from preread.channel import BaseClient, Service
 from preread.v1 import encoder_pb2, rerank_pb2
-from preread.values import (
-    CollectionInfo,
-    EncoderInfo,
-    ModelInfo,
-    Reranking,
-    RerankOptions,
-    Result,
-    Summary,
-    UpsertResult,
-    Warmed,
-)
 
 
 async def _call(server: Service, method: str, request: object, timeout: float | None) -> Any:
@@ -57,7 +46,9 @@ class AsyncClient(BaseClient):
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    async def rerank(self, query: str, candidates: wire.Candidates, **options: Unpack[RerankOptions]) -> Reranking:
+    async def rerank(
+        self, query: str, candidates: wire.Candidates, **options: Unpack[values.RerankOptions]
+    ) -> values.Reranking:
         """Scores candidates and returns the best first.
 
         Args:
@@ -67,10 +58,10 @@ class AsyncClient(BaseClient):
         """
         request = wire.pack_request(query, candidates, options)
         response = await _call(self._server, "Rerank", request, options.get("timeout"))
-        return Reranking(wire.unpack_results(response.results), wire.unpack(Summary, response))
+        return values.Reranking(wire.unpack_results(response.results), wire.unpack(values.Summary, response))
 
     def rerank_stream(
-        self, query: str, candidates: wire.Candidates, **options: Unpack[RerankOptions]
+        self, query: str, candidates: wire.Candidates, **options: Unpack[values.RerankOptions]
     ) -> AsyncRerankingStream:
         """Like rerank, but yields results as they are scored, in no particular order; never retried."""
         request = rerank_pb2.RerankStreamRequest(request=wire.pack_request(query, candidates, options))
@@ -87,7 +78,7 @@ class AsyncClient(BaseClient):
         compression_ratio: int = 0,
         model: str = "",
         timeout: float | None = None,
-    ) -> Warmed:
+    ) -> values.Warmed:
         """Pre-fills the server's caches for queries over these passages; changes no score.
 
         Args:
@@ -104,15 +95,15 @@ class AsyncClient(BaseClient):
             compression_ratio=compression_ratio,
             model=model,
         )
-        return wire.unpack(Warmed, await _call(self._server, "Warm", request, timeout))
+        return wire.unpack(values.Warmed, await _call(self._server, "Warm", request, timeout))
 
-    async def list_models(self, *, timeout: float | None = None) -> tuple[ModelInfo, ...]:
+    async def list_models(self, *, timeout: float | None = None) -> tuple[values.ModelInfo, ...]:
         response = await _call(self._server, "ListModels", rerank_pb2.ListModelsRequest(), timeout)
-        return tuple(wire.unpack(ModelInfo, model) for model in response.models)
+        return tuple(wire.unpack(values.ModelInfo, model) for model in response.models)
 
-    async def list_collections(self, *, timeout: float | None = None) -> tuple[CollectionInfo, ...]:
+    async def list_collections(self, *, timeout: float | None = None) -> tuple[values.CollectionInfo, ...]:
         response = await _call(self._server, "ListCollections", rerank_pb2.ListCollectionsRequest(), timeout)
-        return tuple(wire.unpack(CollectionInfo, collection) for collection in response.collections)
+        return tuple(wire.unpack(values.CollectionInfo, collection) for collection in response.collections)
 
     def upsert(
         self,
@@ -123,7 +114,7 @@ class AsyncClient(BaseClient):
         codec: str = "",
         store_text: bool = True,
         timeout: float | None = None,
-    ) -> AsyncIterator[UpsertResult]:
+    ) -> AsyncIterator[values.UpsertResult]:
         """Encodes and stores passages; yields each acknowledgement after the store has that passage.
 
         Nothing is sent before the first acknowledgement is requested. `passages` is read as fast as the worker takes
@@ -141,13 +132,13 @@ class AsyncClient(BaseClient):
         upload = wire.Upload(passages, collection, compression_ratio, codec, store_text)
         return self._upsert(upload, Argument("timeout", timeout).seconds())
 
-    async def _upsert(self, upload: wire.Upload, timeout: float | None) -> AsyncIterator[UpsertResult]:
+    async def _upsert(self, upload: wire.Upload, timeout: float | None) -> AsyncIterator[values.UpsertResult]:
         worker = self._encoder()
         call = worker.start("Upsert", aiter(upload), timeout)
         try:
             async for message in call:
                 for result in message.results:
-                    yield wire.unpack(UpsertResult, result)
+                    yield wire.unpack(values.UpsertResult, result)
         except wire.ENDED_BY_GRPC as exc:
             if upload.error is not None:
                 raise upload.error from None
@@ -164,16 +155,16 @@ class AsyncClient(BaseClient):
             num_deleted += (await _call(worker, "Delete", request, timeout)).num_deleted
         return num_deleted
 
-    async def stats(self, collection: str = "", *, timeout: float | None = None) -> tuple[CollectionInfo, ...]:
+    async def stats(self, collection: str = "", *, timeout: float | None = None) -> tuple[values.CollectionInfo, ...]:
         """Counts of one collection of the worker's store, or of all of them."""
         request = wire.pack(encoder_pb2.GetStatsRequest, collection=collection)
         response = await _call(self._encoder(), "GetStats", request, timeout)
-        return tuple(wire.unpack(CollectionInfo, collection) for collection in response.collections)
+        return tuple(wire.unpack(values.CollectionInfo, collection) for collection in response.collections)
 
-    async def describe(self, *, timeout: float | None = None) -> EncoderInfo:
+    async def describe(self, *, timeout: float | None = None) -> values.EncoderInfo:
         """The worker's encoder, and how it stores by default."""
         response = await _call(self._encoder(), "Describe", encoder_pb2.DescribeRequest(), timeout)
-        return wire.unpack(EncoderInfo, response)
+        return wire.unpack(values.EncoderInfo, response)
 
 
 class AsyncRerankingStream:
@@ -182,13 +173,13 @@ class AsyncRerankingStream:
     def __init__(self, call: Any, address: str) -> None:
         self._call = call
         self._address = address
-        self.summary: Summary | None = None
+        self.summary: values.Summary | None = None
 
-    async def __aiter__(self) -> AsyncIterator[Result]:
+    async def __aiter__(self) -> AsyncIterator[values.Result]:
         try:
             async for event in self._call:
                 if event.HasField("summary"):
-                    self.summary = wire.unpack(Summary, event.summary)
+                    self.summary = wire.unpack(values.Summary, event.summary)
                 for result in wire.unpack_results(event.batch.results):
                     yield result
         except grpc.RpcError as exc:

@@ -8,21 +8,10 @@ from typing import Any, Self, Unpack
 
 import grpc
 
-from preread import wire
+from preread import values, wire
 from preread.arguments import Argument
 from preread.channel import BaseClient, Service
 from preread.v1 import encoder_pb2, rerank_pb2
-from preread.values import (
-    CollectionInfo,
-    EncoderInfo,
-    ModelInfo,
-    Reranking,
-    RerankOptions,
-    Result,
-    Summary,
-    UpsertResult,
-    Warmed,
-)
 
 
 def _call(server: Service, method: str, request: object, timeout: float | None) -> Any:
@@ -54,7 +43,9 @@ class Client(BaseClient):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def rerank(self, query: str, candidates: wire.Candidates, **options: Unpack[RerankOptions]) -> Reranking:
+    def rerank(
+        self, query: str, candidates: wire.Candidates, **options: Unpack[values.RerankOptions]
+    ) -> values.Reranking:
         """Scores candidates and returns the best first.
 
         Args:
@@ -64,10 +55,10 @@ class Client(BaseClient):
         """
         request = wire.pack_request(query, candidates, options)
         response = _call(self._server, "Rerank", request, options.get("timeout"))
-        return Reranking(wire.unpack_results(response.results), wire.unpack(Summary, response))
+        return values.Reranking(wire.unpack_results(response.results), wire.unpack(values.Summary, response))
 
     def rerank_stream(
-        self, query: str, candidates: wire.Candidates, **options: Unpack[RerankOptions]
+        self, query: str, candidates: wire.Candidates, **options: Unpack[values.RerankOptions]
     ) -> RerankingStream:
         """Like rerank, but yields results as they are scored, in no particular order; never retried."""
         request = rerank_pb2.RerankStreamRequest(request=wire.pack_request(query, candidates, options))
@@ -84,7 +75,7 @@ class Client(BaseClient):
         compression_ratio: int = 0,
         model: str = "",
         timeout: float | None = None,
-    ) -> Warmed:
+    ) -> values.Warmed:
         """Pre-fills the server's caches for queries over these passages; changes no score.
 
         Args:
@@ -101,15 +92,15 @@ class Client(BaseClient):
             compression_ratio=compression_ratio,
             model=model,
         )
-        return wire.unpack(Warmed, _call(self._server, "Warm", request, timeout))
+        return wire.unpack(values.Warmed, _call(self._server, "Warm", request, timeout))
 
-    def list_models(self, *, timeout: float | None = None) -> tuple[ModelInfo, ...]:
+    def list_models(self, *, timeout: float | None = None) -> tuple[values.ModelInfo, ...]:
         response = _call(self._server, "ListModels", rerank_pb2.ListModelsRequest(), timeout)
-        return tuple(wire.unpack(ModelInfo, model) for model in response.models)
+        return tuple(wire.unpack(values.ModelInfo, model) for model in response.models)
 
-    def list_collections(self, *, timeout: float | None = None) -> tuple[CollectionInfo, ...]:
+    def list_collections(self, *, timeout: float | None = None) -> tuple[values.CollectionInfo, ...]:
         response = _call(self._server, "ListCollections", rerank_pb2.ListCollectionsRequest(), timeout)
-        return tuple(wire.unpack(CollectionInfo, collection) for collection in response.collections)
+        return tuple(wire.unpack(values.CollectionInfo, collection) for collection in response.collections)
 
     def upsert(
         self,
@@ -120,7 +111,7 @@ class Client(BaseClient):
         codec: str = "",
         store_text: bool = True,
         timeout: float | None = None,
-    ) -> Iterator[UpsertResult]:
+    ) -> Iterator[values.UpsertResult]:
         """Encodes and stores passages; yields each acknowledgement after the store has that passage.
 
         Nothing is sent before the first acknowledgement is requested. `passages` is read as fast as the worker takes
@@ -138,13 +129,13 @@ class Client(BaseClient):
         upload = wire.Upload(passages, collection, compression_ratio, codec, store_text)
         return self._upsert(upload, Argument("timeout", timeout).seconds())
 
-    def _upsert(self, upload: wire.Upload, timeout: float | None) -> Iterator[UpsertResult]:
+    def _upsert(self, upload: wire.Upload, timeout: float | None) -> Iterator[values.UpsertResult]:
         worker = self._encoder()
         call = worker.start("Upsert", iter(upload), timeout)
         try:
             for message in call:
                 for result in message.results:
-                    yield wire.unpack(UpsertResult, result)
+                    yield wire.unpack(values.UpsertResult, result)
         except wire.ENDED_BY_GRPC as exc:
             if upload.error is not None:
                 raise upload.error from None
@@ -161,16 +152,16 @@ class Client(BaseClient):
             num_deleted += (_call(worker, "Delete", request, timeout)).num_deleted
         return num_deleted
 
-    def stats(self, collection: str = "", *, timeout: float | None = None) -> tuple[CollectionInfo, ...]:
+    def stats(self, collection: str = "", *, timeout: float | None = None) -> tuple[values.CollectionInfo, ...]:
         """Counts of one collection of the worker's store, or of all of them."""
         request = wire.pack(encoder_pb2.GetStatsRequest, collection=collection)
         response = _call(self._encoder(), "GetStats", request, timeout)
-        return tuple(wire.unpack(CollectionInfo, collection) for collection in response.collections)
+        return tuple(wire.unpack(values.CollectionInfo, collection) for collection in response.collections)
 
-    def describe(self, *, timeout: float | None = None) -> EncoderInfo:
+    def describe(self, *, timeout: float | None = None) -> values.EncoderInfo:
         """The worker's encoder, and how it stores by default."""
         response = _call(self._encoder(), "Describe", encoder_pb2.DescribeRequest(), timeout)
-        return wire.unpack(EncoderInfo, response)
+        return wire.unpack(values.EncoderInfo, response)
 
 
 class RerankingStream:
@@ -179,13 +170,13 @@ class RerankingStream:
     def __init__(self, call: Any, address: str) -> None:
         self._call = call
         self._address = address
-        self.summary: Summary | None = None
+        self.summary: values.Summary | None = None
 
-    def __iter__(self) -> Iterator[Result]:
+    def __iter__(self) -> Iterator[values.Result]:
         try:
             for event in self._call:
                 if event.HasField("summary"):
-                    self.summary = wire.unpack(Summary, event.summary)
+                    self.summary = wire.unpack(values.Summary, event.summary)
                 yield from wire.unpack_results(event.batch.results)
         except grpc.RpcError as exc:
             raise wire.translate(exc, self._address) from exc
