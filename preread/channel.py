@@ -193,7 +193,7 @@ class BaseClient:
     """Calls a reranking server and, where `encoder_address` is given, an encoder worker.
 
     Connects at the first call. Client is thread-safe; AsyncClient belongs to the event loop it was made on. Every
-    method raises PrereadError; its tree is in preread.errors.
+    method raises PrereadError; its kinds are in preread.errors.
     """
 
     _grpc: Any  # grpc or grpc.aio

@@ -1,18 +1,6 @@
 # ruff: noqa: N818 - the names say what happened; `PrereadError` already says that it is an error.
 """Every way a call can fail: raised by both servers, sent as a status with details, raised again by the client.
 
-PrereadError                  .code, .reason, .metadata, .address
-├── InvalidRequest            a field is out of range; .path, .violations; also a ValueError
-├── NotFound                  no such collection or model; .resource_type, .resource_name
-├── FailedPrecondition        another encoder's collection, a missing passage under on_miss="fail"; .reason
-├── Unauthenticated           no key, or a wrong one
-├── PermissionDenied          the key does not allow this
-├── Overloaded                the queue is full; .retry_after_seconds
-├── Unavailable               no connection, a server that starts or drains, or its store does not answer
-├── DeadlineExceeded          the time limit passed before the response
-├── Cancelled                 the call was cancelled
-└── ServerError               anything else: a fault of the server, not of the request
-
 An argument of another type than the field's is a TypeError. A candidate that cannot be scored is no error: its
 result has a status. Imports no gRPC; preread.wire and the edges of the servers translate.
 """
@@ -50,7 +38,7 @@ class ErrorDetails(TypedDict, total=False):
 
 
 class PrereadError(Exception):
-    """Base of everything a call can raise."""
+    """Base of everything a call can raise; .code, .reason, .metadata, .address."""
 
     status: ClassVar[str] = "UNKNOWN"  # of the class: gRPC's status code by name
     by_status: ClassVar[dict[str, type[PrereadError]]] = {}  # ServerError for any other
@@ -83,7 +71,7 @@ class PrereadError(Exception):
 
 
 class InvalidRequest(PrereadError, ValueError, status="INVALID_ARGUMENT"):
-    """A field of the request is out of range."""
+    """A field of the request is out of range; .path, .violations."""
 
     path: Path = ()  # of the field; (): as .violations say
     value: object = None
@@ -103,14 +91,14 @@ class InvalidRequest(PrereadError, ValueError, status="INVALID_ARGUMENT"):
 
 
 class NotFound(PrereadError, status="NOT_FOUND"):
-    """No such collection or model."""
+    """No such collection or model; .resource_type, .resource_name."""
 
     def __init__(self, resource_type: str, resource_name: str, message: str) -> None:
         super().__init__(message, resource_type=resource_type, resource_name=resource_name)
 
 
 class FailedPrecondition(PrereadError, status="FAILED_PRECONDITION"):
-    """The request contradicts the state of the service; `reason` is a constant for machines."""
+    """Another encoder's collection, a missing passage under on_miss="fail"; .reason is a constant for machines."""
 
     path: Path = ()  # of the candidate in the way; (): the message names its subject
     said = ""  # the message, less the path
@@ -136,18 +124,18 @@ class PermissionDenied(PrereadError, status="PERMISSION_DENIED"):
 
 
 class Overloaded(PrereadError, status="RESOURCE_EXHAUSTED"):
-    """The queue of the server is full."""
+    """The queue of the server is full; .retry_after_seconds."""
 
     def __init__(self, message: str, retry_after_seconds: float | None = None, *, reason: str = "") -> None:
         super().__init__(message, retry_after_seconds=retry_after_seconds, reason=reason)
 
 
 class Unavailable(PrereadError, status="UNAVAILABLE"):
-    """No server answers at the address, or the server cannot answer now."""
+    """No server answers at the address, it starts or drains, or its store does not answer."""
 
 
 class DeadlineExceeded(PrereadError, status="DEADLINE_EXCEEDED"):
-    """The time limit of the call passed."""
+    """The time limit passed before the response."""
 
 
 class Cancelled(PrereadError, status="CANCELLED"):
@@ -155,7 +143,7 @@ class Cancelled(PrereadError, status="CANCELLED"):
 
 
 class ServerError(PrereadError, status="UNKNOWN"):
-    """A fault of the server."""
+    """Anything else: a fault of the server, not of the request."""
 
 
 PrereadError.by_status["OUT_OF_RANGE"] = InvalidRequest

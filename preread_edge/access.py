@@ -190,37 +190,26 @@ def scopes_of(method: str) -> tuple[Scope, ...]:
     return next((scopes for start, scopes in reversed(SCOPES.items()) if method.startswith(start)), (Scope.ADMIN,))
 
 
+@dataclass(frozen=True, slots=True)
 class AccessMiddleware:
     """ASGI: 401 without a known key, 403 without the scope. Without keys everything passes."""
 
-    def __init__(
-        self,
-        app: App,
-        keys: ApiKeys,
-        scopes_of: Callable[[str, str], tuple[Scope, ...]],
-        refuse: Callable[[int, str], App],
-    ) -> None:
-        """
-        Args:
-            scopes_of: (method, path) -> any one of these scopes; an empty tuple: open to everyone.
-            refuse: (status, message) -> the application that answers so.
-        """
-        self._app = app
-        self._keys = keys
-        self._scopes_of = scopes_of
-        self._refuse = refuse
+    app: App
+    keys: ApiKeys
+    scopes_of: Callable[[str, str], tuple[Scope, ...]]  # of method and path: any one will do; none: open to everyone
+    refuse: Callable[[int, str], App]  # an application that answers with this status and message
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        app = self._app
-        if scope["type"] == "http" and self._keys.required:
-            needed = self._scopes_of(scope["method"], scope["path"])
+        app = self.app
+        if scope["type"] == "http" and self.keys.required:
+            needed = self.scopes_of(scope["method"], scope["path"])
             # api-key: what a few clients send in place of a bearer token
             key = bearer(_header(scope, b"authorization")) or _header(scope, b"api-key") or _header(scope, b"x-api-key")
             try:
                 if needed:
-                    self._keys.check(key, needed, f"{scope['method']} {scope['path']}")
+                    self.keys.check(key, needed, f"{scope['method']} {scope['path']}")
             except PrereadError as error:
-                app = self._refuse(401 if isinstance(error, Unauthenticated) else 403, str(error))
+                app = self.refuse(401 if isinstance(error, Unauthenticated) else 403, str(error))
         await app(scope, receive, send)
 
 
@@ -254,12 +243,7 @@ MAX_REQUESTED_HEADERS = 64
 
 def join(host: str, port: int | str) -> str:
     """host:port as it is written in addresses and URLs: an IPv6 address stands in brackets."""
-    return f"[{bare(host)}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def bare(host: str) -> str:
-    """A host as sockets take it: without brackets."""
-    return host.removeprefix("[").removesuffix("]")
+    return f"[{host.strip('[]')}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _parse_authority(text: str) -> _Authority | None:
@@ -275,7 +259,7 @@ def _parse_authority(text: str) -> _Authority | None:
         return None
     if host[0] == "[":
         try:
-            return IPv6Address(bare(host)), port
+            return IPv6Address(host[1:-1]), port
         except ValueError:
             return None
     try:

@@ -17,6 +17,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -66,15 +67,15 @@ def log_call(method: str, code: str, seconds: float) -> None:
     log.log(level, "call", extra=logs.fields(method=method, code=code, seconds=round(seconds, 6)))
 
 
+@dataclass(eq=False)
 class _CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in grpc-stubs only
     """The way of every call to its method."""
 
-    def __init__(self, keys: ApiKeys, on_call: Sequence[OnCall], max_calls: int, message_seconds: float) -> None:
-        self._keys = keys
-        self._on_call = on_call
-        self._max_calls = max_calls
-        self._message_seconds = message_seconds
-        self._num_calls = 0
+    _keys: ApiKeys
+    _on_call: Sequence[OnCall]
+    _max_calls: int
+    _message_seconds: float
+    _num_calls: int = 0
 
     async def intercept_service(
         self,

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import h11
@@ -24,7 +25,7 @@ from starlette.responses import PlainTextResponse
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from preread_edge.access import App, Guard, bare, join
+from preread_edge.access import App, Guard, join
 
 SPARE = 64  # connections over the limit that still get a response; further ones are closed immediately
 BACKLOG = 2048
@@ -224,13 +225,8 @@ class _Server(uvicorn.Server):
         await super().startup(sockets=[])
         loop, config = asyncio.get_running_loop(), self.config
         seconds = getattr(config.http_protocol_class, "header_seconds", HEADER_SECONDS)
-
-        def protocol() -> asyncio.Protocol:
-            made: asyncio.Protocol = config.http_protocol_class(  # type: ignore[call-arg]
-                config=config, server_state=self.server_state, app_state=self.lifespan.state
-            )
-            return made
-
+        made: Any = config.http_protocol_class
+        protocol = partial(made, config=config, server_state=self.server_state, app_state=self.lifespan.state)
         for listener in sockets or ():
             secured: dict[str, Any] = {"ssl": config.ssl, "ssl_handshake_timeout": seconds} if config.ssl else {}
             self.servers.append(await loop.create_server(protocol, sock=listener, backlog=config.backlog, **secured))
@@ -271,7 +267,7 @@ def bind(host: str, port: int, what: str) -> socket.socket:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((bare(host), port), family=family, backlog=BACKLOG)
+        return socket.create_server((host.strip("[]"), port), family=family, backlog=BACKLOG)
     except OSError as exc:
         raise OSError(exc.errno, f"cannot listen on {join(host, port)} ({what}): {exc.strerror or exc}") from exc
 

@@ -55,12 +55,9 @@ def open_output(path: str | Path) -> Iterator[IO[str]]:
 
 def write_output(path: str | Path, content: str | bytes) -> None:
     """The whole of a file, as `open_output` writes one."""
-    if isinstance(content, str):
-        with open_output(path) as file:
-            file.write(content)
-    else:
-        with _replacing(path) as binary:
-            binary.write(content)
+    opened: Any = open_output if isinstance(content, str) else _replacing
+    with opened(path) as file:
+        file.write(content)
 
 
 @contextmanager
