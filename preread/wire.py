@@ -43,21 +43,31 @@ def pack(kind: Callable[..., M], *required: str, **values: object) -> M:
     Raises:
         TypeError, InvalidRequest: an argument that cannot be put on the wire.
     """
-    fields: Any = cast(Any, kind).DESCRIPTOR.fields_by_name
-    checked: dict[str, Any] = {}
-    for name, value in values.items():
-        field, argument = fields[name], Argument(name, value)
-        if field.message_type or field.enum_type:
-            checked[name] = value
-        elif field.is_repeated:
-            checked[name] = argument.texts()
-        elif field.type == field.TYPE_BOOL:
-            checked[name] = argument.flag()
-        elif field.type == field.TYPE_INT32:
-            checked[name] = argument.integer()
-        elif value is not None or name in required:
-            checked[name] = argument.text()
-    return kind(**checked)
+    checks = _checks(cast(Any, kind).DESCRIPTOR)
+    return kind(
+        **{
+            name: (Argument.text if name in required else checks[name])(Argument(name, value))
+            for name, value in values.items()
+        }
+    )
+
+
+@functools.cache
+def _checks(descriptor: Any) -> dict[str, Callable[[Argument], Any]]:
+    return {field.name: _check(field) for field in descriptor.fields}
+
+
+def _check(field: Any) -> Callable[[Argument], Any]:
+    if field.message_type or field.enum_type:
+        return operator.attrgetter("value")
+    if field.is_repeated:
+        return Argument.texts
+    scalars: Any = {
+        field.TYPE_STRING: Argument.text_or_none,
+        field.TYPE_INT32: Argument.integer,
+        field.TYPE_BOOL: Argument.flag,
+    }
+    return cast(Callable[[Argument], Any], scalars[field.type])
 
 
 def pack_request(query: str, candidates: Candidates, options: RerankOptions) -> rerank_pb2.RerankRequest:
@@ -72,8 +82,9 @@ def pack_request(query: str, candidates: Candidates, options: RerankOptions) -> 
     on_miss = options.get("on_miss")
     if on_miss is not None and on_miss not in get_args(OnMiss):
         raise Argument("on_miss", on_miss).invalid(ascii(on_miss), f"{', '.join(get_args(OnMiss))} or None")
+    is_id = bool(options.get("collection"))
     checked = (
-        Argument(f"candidates[{i}]", candidate).candidate(is_id=bool(options.get("collection")))
+        Argument(f"candidates[{i}]", candidate).candidate(is_id=is_id)
         for i, candidate in enumerate(Argument("candidates", candidates).items())
     )
     values: dict[str, Any] = {name: value for name, value in options.items() if name != "timeout"} | {
