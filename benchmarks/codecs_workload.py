@@ -22,10 +22,10 @@ from cache.open import open_store
 from cache.states import PassageStates
 from checkpoint import Checkpoint
 from decoder_server.models.fbnl.backend import FbnlBackend
+from encoder_worker.config import CollectionSettings
 from encoder_worker.indexing import index
 from encoder_worker.passage_encoder import PassageEncoder
 from encoder_worker.sources import Place, SourcePassage
-from encoder_worker.writing import CollectionSettings
 from tuning.baselines import search
 from tuning.judged import read_judged
 from tuning.progress import StageProgress

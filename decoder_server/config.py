@@ -100,9 +100,7 @@ class HttpConfig(ListenConfig):
         metavar="NAME",
     )
     max_body_bytes: int = knob(
-        64 * MIB,
-        "Largest HTTP request body; NDJSON uploads are read line by line and may be longer.",
-        at_least=1,
+        64 * MIB, "Largest HTTP request body; NDJSON uploads are read line by line and may be longer.", at_least=1
     )
     max_line_bytes: int = knob(16 * MIB, "Longest line of an NDJSON upload.", at_least=1)
     timeout_seconds: float = knob(
@@ -180,10 +178,7 @@ class DecoderConfig(ServerConfig):
     )
     max_candidates: int = knob(1000, "Candidates of one request.", at_least=1)
     max_request_tokens: int | None = knob(
-        None,
-        "Prompt tokens and states of one request, over all its candidates.",
-        at_least=1,
-        shown_default="no limit",
+        None, "Prompt tokens and states of one request, over all its candidates.", at_least=1, shown_default="no limit"
     )
     max_query_bytes: int = knob(
         1 * MIB,

@@ -197,7 +197,7 @@ class Gateway:
         if any(model.read_control_tokens for model in server.config.models):
             refuse_control_tokens(config.host, server.keys)
         self.port = 0
-        worker, tls = _worker_client(server.config), server.config.tls
+        worker, tls = _worker_client(server.config), server.config  # the gRPC port's files
         self.context = Context(
             config, server.engines, server.store, server.metrics.registry, server.readiness, server.threads, worker
         )
@@ -207,10 +207,10 @@ class Gateway:
             max_connections=config.max_connections,
             refusal=_refusal,
             header_seconds=config.header_seconds,
-            ssl_certfile=tls.cert_file or None,  # the gRPC port's
-            ssl_keyfile=tls.key_file or None,
-            ssl_ca_certs=tls.client_ca_file or None,
-            ssl_cert_reqs=ssl.CERT_REQUIRED if tls.client_ca_file else ssl.CERT_NONE,
+            ssl_certfile=tls.tls_cert_file or None,
+            ssl_keyfile=tls.tls_key_file or None,
+            ssl_ca_certs=tls.tls_client_ca_file or None,
+            ssl_cert_reqs=ssl.CERT_REQUIRED if tls.tls_client_ca_file else ssl.CERT_NONE,
         )
         self._serving: asyncio.Task[None] | None = None
 

@@ -1,10 +1,59 @@
-"""Everything an encoder worker can be told, checked once. The command line makes its options from these fields."""
+"""What an encoder worker and an indexing run can be told, checked once. The command line makes its options from these.
+
+Light to import: a help text must not load the encoder.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-from preread_edge.settings import MIB, LoadConfig, ServerConfig, knob
+from cache import DEFAULT_CODEC, KNOWN_CODECS
+from preread_edge.settings import MIB, Config, LoadConfig, ServerConfig, knob
+
+
+@dataclass(frozen=True)
+class CollectionSettings(Config):
+    """Of a collection to make; None: the checkpoint's or the default. One that exists must agree with the others."""
+
+    compression_ratio: int | None = knob(None, "Tokens per stored state.", at_least=1, shown_default="the checkpoint's")
+    codec: str | None = knob(None, f"{KNOWN_CODECS}.", metavar="CODEC", shown_default=DEFAULT_CODEC)
+    stores_text: bool | None = knob(
+        None, "Keep texts with the states.", flag="--store-text/--no-store-text", shown_default="keep"
+    )
+
+
+@dataclass(frozen=True)
+class PipelineLimits:
+    """Sizes, backpressure and writes of one stream of passages."""
+
+    # A batch of a file is sorted by length as a whole, and ends at the first of these that it reaches.
+    batch_passages: int = 4096
+    batch_text_bytes: int = 32 << 20
+    # The next batch is taken when fewer passages (bytes of their texts) wait.
+    max_unencoded: float = 1
+    max_unacknowledged: float = math.inf
+    max_unacknowledged_bytes: float = math.inf
+    # A group is written when it reaches the first of these, or completes the oldest batch.
+    group_passages: int = 2048
+    group_bytes: int = 64 << 20
+    group_seconds: float = 20.0
+    write_whole_batches: bool = False  # so that they are acknowledged soon
+    retry_seconds: Sequence[float] = (0.5, 1.0, 2.0, 4.0, 8.0)  # pauses before trying a silent store again
+    allow_clipped: bool = False  # store also what the codec was not trained for
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexOptions(Config):
+    """How to index; none of it changes a state except `split`."""
+
+    alias: str | None = knob(None, "Point this name at the collection when everything was read.", metavar="NAME")
+    split: bool = knob(False, "Split longer passages into windows instead of cutting them.")
+    strict: bool = knob(False, "Stop at the first item that would be refused.")
+    force: bool = knob(False, "Encode also what is stored with the same text.")
+    allow_clipped: bool = False  # as an encoder worker's
+    limits: PipelineLimits = field(default_factory=PipelineLimits)
 
 
 @dataclass(frozen=True)
@@ -24,6 +73,7 @@ class EncoderConfig(LoadConfig, ServerConfig):
     max_unacknowledged_bytes: int = knob(
         64 * MIB, "Bytes of text of one upload that are read before the first passage is stored.", at_least=1
     )
+
     allow_clipped: bool = knob(
         False,
         "Also store passages of which over 5% of the values lie outside the range that the codec was trained on. Their "

@@ -23,12 +23,13 @@ from typing import Any
 from cache.errors import CollectionExists
 from cache.record import HEADER_BYTES, check_name
 from cache.store import Store
+from encoder_worker.config import CollectionSettings, IndexOptions
 from encoder_worker.passage_encoder import PassageEncoder, Tokenized
 from encoder_worker.pipeline import Pipeline
 from encoder_worker.reading import Intake, ReadBatch, ahead
 from encoder_worker.scheduler import EncodeScheduler, ForwardPass
 from encoder_worker.sources import Place, Refused, SourcePassage
-from encoder_worker.writing import CollectionSettings, PipelineLimits, Target
+from encoder_worker.writing import Target
 from preread_edge.outputs import open_output
 
 SAMPLE_PASSAGES = 256
@@ -197,18 +198,6 @@ class _Speedometer:
             eta = (1 - fraction) / (fraction - fraction_then) * seconds
         rate = (num_encoded - encoded_then) / seconds if seconds else 0.0
         return Progress(num_done, num_encoded, fraction, now, rate, eta)
-
-
-@dataclass(frozen=True)
-class IndexOptions:
-    """How to go about it; none of this changes a state except `split`."""
-
-    split: bool = False  # passages over the token limit become windows instead of being cut
-    strict: bool = False  # stop at the first refused item
-    force: bool = False  # encode also what is stored with the same text
-    allow_clipped: bool = False  # store also passages that the codec was not trained for
-    alias: str | None = None  # moved to the collection when everything was read
-    limits: PipelineLimits = field(default_factory=PipelineLimits)
 
 
 def index(

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 
 from cache.record import is_passage_id
 from cache.states import text_digest
+from encoder_worker.config import PipelineLimits
 from encoder_worker.passage_encoder import TOKENIZE_TEXTS, PassageEncoder
 from encoder_worker.sources import Place, Reason, Refused, SourceError, SourcePassage
-from encoder_worker.writing import PipelineLimits, Target, Upsert
+from encoder_worker.writing import Target, Upsert
 
 T = TypeVar("T")
 _POLL_SECONDS = 0.1

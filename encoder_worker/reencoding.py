@@ -21,11 +21,12 @@ from cache.errors import CollectionExists
 from cache.manifest import MANIFEST_VERSION, new_identity
 from cache.record import Record
 from cache.states import PassageStates
+from encoder_worker.config import PipelineLimits
 from encoder_worker.indexing import IndexReport
 from encoder_worker.passage_encoder import PassageEncoder, Tokenized
 from encoder_worker.reading import ReadBatch
 from encoder_worker.sources import Place, SourcePassage
-from encoder_worker.writing import PipelineLimits, Target, Upsert, WriteGroup
+from encoder_worker.writing import Target, Upsert, WriteGroup
 
 _CHUNK_PASSAGES = 256
 _MAX_PASSES = 5  # over a collection that is written to meanwhile

@@ -6,7 +6,6 @@ Does not know sources, the model or threads.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from cache.manifest import Manifest
 from cache.record import check_name
 from cache.states import PassageStates
 from cache.store import Store
+from encoder_worker.config import CollectionSettings, PipelineLimits
 from encoder_worker.passage_encoder import EncodingFailed, PassageEncoder, Tokenized
 from encoder_worker.sources import Reason, Refused, SourcePassage
 
@@ -66,19 +66,6 @@ class Upsert:
             return False
         self.states, self.num_states = states, states.num_states
         return True
-
-
-@dataclass(frozen=True)
-class CollectionSettings:
-    """Of a collection to make; None: the checkpoint's or the default. One that exists must agree with the others."""
-
-    compression_ratio: int | None = None
-    codec: str | None = None
-    stores_text: bool | None = None
-
-    def __post_init__(self) -> None:
-        if self.compression_ratio is not None and self.compression_ratio < 1:
-            raise ValueError(f"compression_ratio is {self.compression_ratio}; expected at least 1")
 
 
 class Target:
@@ -150,26 +137,6 @@ class Target:
             return [False] * len(passage_ids)
         headers = self.store.headers_many(self.collection.name, passage_ids, bulk=True)
         return [header is not None and header.truncated for header in headers]
-
-
-@dataclass(frozen=True)
-class PipelineLimits:
-    """Sizes, backpressure and writes of one stream of passages."""
-
-    # A batch of a file is sorted by length as a whole, and ends at the first of these that it reaches.
-    batch_passages: int = 4096
-    batch_text_bytes: int = 32 << 20
-    # The next batch is taken when fewer passages (bytes of their texts) wait.
-    max_unencoded: float = 1
-    max_unacknowledged: float = math.inf
-    max_unacknowledged_bytes: float = math.inf
-    # A group is written when it reaches the first of these, or completes the oldest batch.
-    group_passages: int = 2048
-    group_bytes: int = 64 << 20
-    group_seconds: float = 20.0
-    write_whole_batches: bool = False  # so that they are acknowledged soon
-    retry_seconds: Sequence[float] = (0.5, 1.0, 2.0, 4.0, 8.0)  # pauses before trying a silent store again
-    allow_clipped: bool = False  # store also what the codec was not trained for
 
 
 @dataclass

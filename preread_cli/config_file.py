@@ -22,6 +22,7 @@ from preread_cli.options import FILE, option
 # The commands that take --config; one file configures them all.
 COMMANDS = ("serve", "encode-worker", "index", "doctor")
 _MASK = "***"
+_Flags = dict[str, click.Option]
 _SECRETS = ("api_key", "encoder_api_key")
 _USER = re.compile(r"(?<=://)\S*@")  # and password, of any URL in a text
 
@@ -62,9 +63,13 @@ def masked(value: object, name: str = "") -> str:
 
 def _load(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
     if path is not None and not ctx.resilient_parsing:
+        group = ctx.find_root().command
+        found: dict[str, click.Command | None] = {str(ctx.info_name): ctx.command}
+        if isinstance(group, click.Group):
+            found = {name: group.get_command(ctx, name) for name in COMMANDS}
+        known = {name: _flags(command) for name, command in found.items() if command is not None}
         try:
-            document = tomllib.loads(path.read_text(encoding="utf-8"))
-            ctx.default_map = _settings(document, str(ctx.info_name), _commands(ctx))
+            ctx.default_map = _settings(tomllib.loads(path.read_text(encoding="utf-8")), str(ctx.info_name), known)
         except ValueError as exc:  # not TOML, not UTF-8, or not ours
             raise click.BadParameter(f"{path}: {exc}", ctx=ctx, param=param) from exc
     return path
@@ -81,15 +86,7 @@ config_option = option(
 )
 
 
-def _commands(ctx: click.Context) -> dict[str, click.Command]:
-    group = ctx.find_root().command
-    if not isinstance(group, click.Group):
-        return {str(ctx.info_name): ctx.command}
-    found = {name: group.get_command(ctx, name) for name in COMMANDS}
-    return {name: command for name, command in found.items() if command is not None}
-
-
-def _settings(document: Mapping[str, Any], name: str, commands: Mapping[str, click.Command]) -> dict[str, Any]:
+def _settings(document: Mapping[str, Any], name: str, known: Mapping[str, _Flags]) -> dict[str, Any]:
     """Parameter names and values for one command; everything else in the file is checked all the same.
 
     Raises:
@@ -97,12 +94,11 @@ def _settings(document: Mapping[str, Any], name: str, commands: Mapping[str, cli
     """
     shared = {key: value for key, value in document.items() if not isinstance(value, dict)}
     tables = {key: value for key, value in document.items() if isinstance(value, dict)}
-    known = {command: _flags(commands[command]) for command in commands}
     for table, values in tables.items():
         if table not in known:
             raise ValueError(f"[{table}] is not a command with settings; expected {', '.join(known)}")
         _check(f"{table}.", values, known[table])
-    _check("", shared, {key: param for flags in known.values() for key, param in flags.items()})
+    _check("", shared, {key: one for flags in known.values() for key, one in flags.items()})
     own = known.get(name, {})
     # What doctor looks at is what serve would be given.
     inherited = tables.get("serve", {}) if name == "doctor" else {}
@@ -114,14 +110,14 @@ def _settings(document: Mapping[str, Any], name: str, commands: Mapping[str, cli
     }
 
 
-def _flags(command: click.Command) -> dict[str, click.Option]:
+def _flags(command: click.Command) -> _Flags:
     """By flag, without its dashes; --config itself is not among them."""
     options = [param for param in command.params if isinstance(param, click.Option)]
     flags = {flag.removeprefix("--"): one for one in options for flag in one.opts if flag.startswith("--")}
     return {flag: one for flag, one in flags.items() if flag not in ("config", "help")}
 
 
-def _check(where: str, values: Mapping[str, Any], known: Mapping[str, click.Option]) -> None:
+def _check(where: str, values: Mapping[str, Any], known: _Flags) -> None:
     for key, value in values.items():
         if key not in known:
             close = difflib.get_close_matches(key, known, 1)

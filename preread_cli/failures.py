@@ -56,15 +56,11 @@ def explain(error: BaseException, *, debug: bool) -> CommandFailed:
         case CacheError() | OSError() | ValueError():
             return CommandFailed(text)
     if "grpc" in sys.modules and isinstance(error, sys.modules["grpc"].RpcError):  # a help text does not load it
-        return _explain_rpc(error)
+        code = error.code().name if hasattr(error, "code") and error.code() is not None else "UNKNOWN"
+        details = error.details() if hasattr(error, "details") else str(error)
+        return CommandFailed(f"{details} ({code})", _by_status(code))
     hint = "" if debug else " (--debug shows where)"
     return CommandFailed(f"unexpected {type(error).__name__}: {text}{hint}", INTERNAL)
-
-
-def _explain_rpc(error: Any) -> CommandFailed:
-    code = error.code().name if hasattr(error, "code") and error.code() is not None else "UNKNOWN"
-    details = error.details() if hasattr(error, "details") else str(error)
-    return CommandFailed(f"{details} ({code})", _by_status(code))
 
 
 def _by_status(status: str) -> int:

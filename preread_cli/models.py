@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,22 +13,20 @@ import click
 import preread
 from decoder_server.config import ModelConfig
 from preread_cli.options import from_options, knob_options, option, options_of, threads_option
-from preread_edge.settings import Knob, LoadConfig, knobs
+from preread_edge.settings import LoadConfig
 
 if TYPE_CHECKING:
     from encoder_worker.passage_encoder import PassageEncoder
 
 SHIPPED_MODEL = Path(preread.__file__).parent / "models" / "preread-mini"
-KEYS = {one.name: one for one in knobs(ModelConfig) if one.name != "name" and not one.is_secret}
+KEYS = {one.name: one for one in ModelConfig.knobs() if one.name != "name" and not one.is_secret}
 _SHOWN_KEYS = ", ".join(name.replace("_", "-") for name in KEYS)
 # A name clients may send in a path or a header; anything else before "=" belongs to the checkpoint's own path.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]*(/[A-Za-z0-9._:-]+)?")
 
 
 def _model_or_shipped(ctx: click.Context, param: click.Parameter, value: str | None) -> str:
-    if ctx.resilient_parsing:
-        return value or ""
-    return value or shipped_model()
+    return value or ("" if ctx.resilient_parsing else shipped_model())
 
 
 def shipped_model() -> str:
@@ -61,8 +59,8 @@ def load_encoder(options: Mapping[str, Any], **limits: Any) -> PassageEncoder:
 
     tune_process(options["threads"])
     torch.set_flush_denormal(True)  # a setting of the thread
-    compute = {name: options[name] for name in ("device", "dtype", "read_control_tokens")}
-    return PassageEncoder.load(options["model"], **compute, **limits)
+    names = ("device", "dtype", "read_control_tokens", "max_passage_tokens", "max_batch_tokens")
+    return PassageEncoder.load(options["model"], **{name: options[name] for name in names if name in options} | limits)
 
 
 # How a model computes, without its passage limit, which is a stored collection's.
@@ -87,40 +85,33 @@ def parse_models(options: Mapping[str, Any], **common: Any) -> tuple[ModelConfig
     Raises:
         click.UsageError: no model at all, or one that cannot be read.
     """
-    specs: Sequence[str] = options["models"] or [shipped_model()]
-    models = [_parse(spec, options, common) for spec in specs]
+    # Names and encoders are not common: the first model gets the flag's.
+    shared = {flag: value for flag, value in options.items() if flag not in ("served_model_name", "encoder_address")}
+    models = []
+    for spec in options["models"] or [shipped_model()]:
+        try:
+            fields = {"encoder_api_key": "", **common, **_fields(spec)}
+            models.append(from_options(ModelConfig, shared, **fields))
+        except (ValueError, click.UsageError) as exc:
+            raise click.UsageError(f"--model {spec}: {exc}") from exc
     if options.get("served_model_name"):
         models[0] = replace(models[0], name=options["served_model_name"])
     return tuple(models)
 
 
-def _parse(spec: str, options: Mapping[str, Any], common: Mapping[str, Any]) -> ModelConfig:
-    # Names and encoders are not common: the first model gets the flag's.
-    shared = {flag: value for flag, value in options.items() if flag not in ("served_model_name", "encoder_address")}
+def _fields(spec: str) -> dict[str, Any]:
     checkpoint, *pairs = spec.split(",")
-    fields: dict[str, Any] = {"encoder_api_key": "", **common}
+    name, equals, rest = checkpoint.partition("=")
+    named = equals and _NAME.fullmatch(name)
+    fields: dict[str, Any] = {"name": name, "checkpoint": rest} if named else {"checkpoint": checkpoint}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         one = KEYS.get(key.strip().replace("-", "_"))
         if not equals or one is None:
-            raise click.UsageError(f"--model {spec}: {pair!r} is not KEY=VALUE with KEY one of {_SHOWN_KEYS}")
-        fields[one.name] = _value(spec, key, value, one)
-    name, equals, rest = checkpoint.partition("=")
-    if equals and _NAME.fullmatch(name):
-        fields["name"], checkpoint = name, rest
-    try:
-        return from_options(ModelConfig, shared, checkpoint=checkpoint, **fields)
-    except click.UsageError as exc:
-        raise click.UsageError(f"--model {spec}: {exc.message}") from exc
-
-
-def _value(spec: str, key: str, value: str, one: Knob) -> object:
-    if one.kind == "int":
-        if not value.isdecimal():
-            raise click.UsageError(f"--model {spec}: {key} is {value!r}; expected a number")
-        return int(value)
-    if one.kind == "bool":
-        if value not in ("yes", "no"):
-            raise click.UsageError(f"--model {spec}: {key} is {value!r}; expected yes or no")
-        return value == "yes"
-    return value
+            raise ValueError(f"{pair!r} is not KEY=VALUE with KEY one of {_SHOWN_KEYS}")
+        if one.kind == "int" and not value.isdecimal():
+            raise ValueError(f"{key} is {value!r}; expected a number")
+        if one.kind == "bool" and value not in ("yes", "no"):
+            raise ValueError(f"{key} is {value!r}; expected yes or no")
+        fields[one.name] = int(value) if one.kind == "int" else value == "yes" if one.kind == "bool" else value
+    return fields

@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from cache import DEFAULT_CODEC, KNOWN_CODECS
-from preread_edge.settings import Config, Knob, ServerConfig, knobs
+from preread_edge.settings import Config, Knob, ServerConfig
 
 if TYPE_CHECKING:
     from preread import ClientOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
-T = TypeVar("T")
+C = TypeVar("C", bound=Config)
 
 # Of commands that look at a store: a slow one does not pass for a broken one, a hanging one keeps no person waiting.
 ADMIN_READ_SECONDS = 5.0
@@ -29,20 +28,19 @@ BATCH_READ_SECONDS = 30.0
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
-def _environment_name(*flags: str) -> str:
-    """`--some-flag/--no-some-flag` -> PREREAD_SOME_FLAG: the first long form names the twin."""
-    long = next(flag for flag in flags if flag.startswith("--"))
-    return "PREREAD_" + long.split("/")[0].strip().removeprefix("--").replace("-", "_").upper()
-
-
 def option(*flags: str, **settings: Any) -> Callable[[F], F]:
-    """click.option with its environment twin, shown in the help next to the default."""
-    settings.setdefault("envvar", _environment_name(*flags))
-    settings.setdefault("show_envvar", True)
+    """click.option with its environment twin, named by the first long flag, both shown in the help."""
+    long = next(flag for flag in flags if flag.startswith("--")).split("/")[0]
+    twin = "PREREAD_" + long.removeprefix("--").replace("-", "_").upper()
     if isinstance(settings.get("type"), click.IntRange | click.FloatRange):
-        settings.setdefault("metavar", "SECONDS" if _environment_name(*flags).endswith("_SECONDS") else "N")
+        settings.setdefault("metavar", "SECONDS" if twin.endswith("_SECONDS") else "N")
     settings.setdefault("show_default", settings.get("default") not in (None, ""))
-    return click.option(*flags, **settings)
+    return click.option(*flags, envvar=twin, show_envvar=True, **settings)
+
+
+def options_of(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    """Several options as one decorator, shown in this order."""
+    return lambda function: reduce(lambda made, decorate: decorate(made), reversed(decorators), function)
 
 
 def knob_options(
@@ -54,27 +52,19 @@ def knob_options(
         only: names of fields; empty: all of them.
         without_default: flags that are None where they are not given.
     """
-    found = {one.flag: one for each in settings for one in knobs(each) if not only or one.name in only}
-
-    def decorate(function: F) -> F:
-        for one in reversed(found.values()):
-            declared = _declared(one) | ({"default": None} if one.flag in without_default else {})
-            function = option(one.flag, **declared)(function)
-        return function
-
-    return decorate
+    found = {one.flag: one for each in settings for one in each.knobs() if not only or one.name in only}
+    return options_of(*(_knob_option(one, one.flag not in without_default) for one in found.values()))
 
 
-def _declared(one: Knob) -> dict[str, Any]:
-    """Arguments of `option` for a knob."""
+def _knob_option(one: Knob, with_default: bool) -> Callable[[F], F]:
     least = one.at_least if one.above is None else one.above
     kinds: dict[str, dict[str, Any]] = {
-        "int": {"type": click.IntRange(one.at_least, one.at_most)},
+        "int": {"type": click.INT if one.at_least is None else click.IntRange(one.at_least, one.at_most)},
         "float": {"type": click.FloatRange(least, one.at_most, min_open=one.above is not None)},
         "bool": {"is_flag": True},
         "tuple[str, ...]": {"multiple": True},
     }
-    declared = kinds.get(one.kind, {}) | {"help": one.help}
+    declared = {"help": one.help} | (kinds.get(one.kind, {}) if one.parse is None else {})
     if one.shown_default:
         declared["help"] += f"  [default: {one.shown_default}]"
     if one.choices:
@@ -83,12 +73,12 @@ def _declared(one: Knob) -> dict[str, Any]:
         declared["metavar"] = one.metavar
     if one.is_file:
         declared["type"] = click.Path(exists=True, dir_okay=False)
-    elif one.kind != "bool" and one.default not in ("", ()):
+    elif with_default and one.default not in ("", ()) and one.default is not False:
         declared["default"] = one.default
-    return declared
+    return option(one.flag, **declared)
 
 
-def from_options(config: type[T], options: Mapping[str, Any], **others: Any) -> T:
+def from_options(config: type[C], options: Mapping[str, Any], **others: Any) -> C:
     """A dataclass from the options of its knobs, or where it has none from those that are named like its fields.
 
     Args:
@@ -97,11 +87,11 @@ def from_options(config: type[T], options: Mapping[str, Any], **others: Any) -> 
     Raises:
         click.UsageError: values that cannot be read, or that exclude each other.
     """
-    known = {one.name: one for one in knobs(config)}
+    known = {one.name: one for one in config.knobs()}
     values = dict(others)
-    for field in dataclasses.fields(config):  # type: ignore[arg-type]  # a dataclass
+    for field in dataclasses.fields(config):
         one = known.get(field.name, Knob(help="", name=field.name, flag=field.name))
-        given = options.get(one.flag.removeprefix("--").replace("-", "_"))
+        given = options.get(one.option_name)
         if given is None or field.name in others:
             continue
         try:
@@ -114,24 +104,12 @@ def from_options(config: type[T], options: Mapping[str, Any], **others: Any) -> 
         raise click.UsageError(str(exc)) from exc
 
 
-def options_of(*decorators: Callable[[F], F]) -> Callable[[F], F]:
-    """Several options as one decorator, shown in this order."""
-
-    def decorate(function: F) -> F:
-        for each in reversed(decorators):
-            function = each(function)
-        return function
-
-    return decorate
-
-
 store_option = knob_options(ServerConfig, only=["store"])
 threads_option = option(
     "--threads",
     type=click.IntRange(min=1),
     help="Processor threads. Without it, torch's choice, and no more than a container's quota pays for.",
 )
-codec_option = option("--codec", metavar="CODEC", help=f"{KNOWN_CODECS}.  [default: {DEFAULT_CODEC}]")
 collection_option = partial(option, "-c", "--collection", metavar="NAME")
 json_option = option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 json_file_option = option(
@@ -141,7 +119,6 @@ json_file_option = option(
     type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
     help="Write everything to this file; - prints it instead of the table.",
 )
-address_option = option("--address", metavar="HOST:PORT", default="127.0.0.1:50051", help="Address of the server.")
 
 
 def _key_to_show(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
@@ -152,7 +129,7 @@ def _key_to_show(ctx: click.Context, param: click.Parameter, value: str | None) 
 
 
 client_options = options_of(
-    address_option,
+    option("--address", metavar="HOST:PORT", default="127.0.0.1:50051", help="Address of the server."),
     option("--tls", is_flag=True, help="Use TLS with the system's certificates."),
     option("--tls-ca-file", type=FILE, help="Trust this certificate (PEM) and use TLS."),
     option("--tls-cert-file", type=FILE, help="Show this certificate (PEM), for mutual TLS."),

@@ -77,11 +77,13 @@ class Process:
             OSError, ValueError: a file or a key that cannot be used.
         """
         from checkpoint.compute import tune_process
+        from preread_edge.access import parse_keys, read_keys
 
         tune_process(self._options["threads"])
         _open_files_for(self._options["max_connections"])
         self._stop = _told_to_stop()
-        return _api_keys(self._options)
+        keys, file = parse_keys(self._options["api_key"]), self._options["api_keys_file"]
+        return keys + read_keys(file) if file else keys
 
     async def starts(self, start: Coroutine[object, object, None]) -> bool:
         """Waits for a server to start, or for a signal, which cancels the start; whether it started.
@@ -97,6 +99,14 @@ class Process:
             return False
         await starting
         return True
+
+    def listens(self, server: DecoderServer | EncoderServer) -> None:
+        """Says where a server that has started listens."""
+        from preread_edge.access import join
+
+        secured = ", TLS" if server.config.has_tls else ""
+        keys = ", API keys" if server.keys.required else ""
+        say(f"listening    {join(server.config.host, server.port)} (gRPC{secured}{keys})")
 
     async def runs(self) -> None:
         """Says that the server is ready; returns when a signal stops it."""
@@ -124,15 +134,6 @@ class Process:
         with metrics_listener(registry, host, port, Guard(self._options["allowed_host"])) as bound:
             say(f"metrics      http://{join(host, bound)}/metrics")
             yield
-
-
-def listening_line(server: DecoderServer | EncoderServer) -> str:
-    """Where a server that has started listens, for its start-up lines."""
-    from preread_edge.access import join
-
-    secured = ", TLS" if server.config.has_tls else ""
-    keys = ", API keys" if server.keys.required else ""
-    return f"listening    {join(server.config.host, server.port)} (gRPC{secured}{keys})"
 
 
 def say(line: str) -> None:
@@ -190,10 +191,3 @@ def _open_files_for(max_connections: int) -> None:
             max_connections,
             needed,
         )
-
-
-def _api_keys(options: Mapping[str, Any]) -> ApiKeys:
-    from preread_edge.access import parse_keys, read_keys
-
-    keys = parse_keys(options["api_key"])
-    return keys + read_keys(options["api_keys_file"]) if options["api_keys_file"] else keys

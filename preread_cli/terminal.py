@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from tuning.health.report import HealthReport
+    from tuning.report import EvaluationReport
 
 
 def print_facts(facts: Mapping[str, object]) -> None:
@@ -18,6 +28,36 @@ def print_facts(facts: Mapping[str, object]) -> None:
     for name, value in facts.items():
         table.add_row(name, Text(str(value)))
     Console(soft_wrap=False).print(table)
+
+
+def print_json(value: object) -> None:
+    """For machines."""
+    click.echo(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+def print_report(report: EvaluationReport | HealthReport, json_file: Path | None) -> None:
+    """The report as tables, and as JSON into a file; where that is standard output, only there."""
+    from preread_edge.outputs import is_stdout, write_output
+
+    if json_file is None or not is_stdout(json_file):
+        report.print()
+    if json_file is not None:
+        write_output(json_file, report.to_json())
+
+
+def print_some(
+    title: str, lines: Iterable[object], max_shown: int = 20, *, num_lines: int = 0, more: str = "", err: bool = False
+) -> None:
+    """The first lines, each behind the title, and how many more there are; `more` says where those are.
+
+    Args:
+        num_lines: where `lines` has no length.
+    """
+    for line in islice(lines, max_shown):
+        click.echo(f"{title}: {line}", err=err)
+    num_more = (len(lines) if isinstance(lines, Sized) else num_lines) - max_shown
+    if num_more > 0:
+        click.echo(f"{title}: {num_more:,} more{more}", err=err)
 
 
 def human_bytes(size: float) -> str:

@@ -27,7 +27,7 @@ class Knob:
         kind: the field's type as written, without `| None`: int, float, str, bool, tuple[str, ...].
         flag: `--some-flag`; from the name where none is given.
         shown_default: for the help, where the default itself says nothing: None, "".
-        parse: from the text of the command line to the value; raises ValueError.
+        parse: from the text of the command line to the value, which checks it itself; raises ValueError.
     """
 
     help: str
@@ -44,6 +44,11 @@ class Knob:
     is_file: bool = False
     is_secret: bool = False
     parse: Callable[[str], Any] | None = None
+
+    @property
+    def option_name(self) -> str:
+        """The command line's name for the value: `--some-flag/--no-some-flag` -> some_flag."""
+        return self.flag.split("/")[0].removeprefix("--").replace("-", "_")
 
     def check(self, value: Any) -> None:
         """Raises ValueError where a value is out of bounds; None is no value."""
@@ -72,27 +77,21 @@ def knob(default: Any, help: str, **details: Any) -> Any:
     return field(default=default, repr=not one.is_secret, metadata={"knob": one})
 
 
-def knobs(settings: type) -> Iterator[Knob]:
-    """The knobs of a dataclass, in the order of its fields."""
-    for one in dataclasses.fields(settings):
-        if "knob" in one.metadata:
-            given: Knob = one.metadata["knob"]
-            yield dataclasses.replace(
-                given,
-                name=one.name,
-                kind=str(one.type).removesuffix(" | None"),
-                default=one.default,
-                flag=given.flag or "--" + one.name.replace("_", "-"),
-            )
-
-
 @dataclass(frozen=True)
 class Config:
     """Base of every configuration: knobs are checked when it is made."""
 
     def __post_init__(self) -> None:
-        for one in knobs(type(self)):
+        for one in self.knobs():
             one.check(getattr(self, one.name))
+
+    @classmethod
+    def knobs(cls) -> Iterator[Knob]:
+        """In the order of the fields."""
+        for one in dataclasses.fields(cls):
+            if given := one.metadata.get("knob"):
+                kind, flag = str(one.type).removesuffix(" | None"), given.flag or "--" + one.name.replace("_", "-")
+                yield dataclasses.replace(given, name=one.name, kind=kind, default=one.default, flag=flag)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,10 +147,7 @@ class LoadConfig(Config):
         choices=("auto", "float32", "bfloat16"),
     )
     max_passage_tokens: int | None = knob(
-        None,
-        "Passage limit; part of the encoder's fingerprint.",
-        at_least=1,
-        shown_default="the checkpoint's",
+        None, "Passage limit; part of the encoder's fingerprint.", at_least=1, shown_default="the checkpoint's"
     )
     read_control_tokens: bool = knob(
         False,

@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tuning import EvaluationError, MissingExtra
+from tuning.config import TEACHERS
 from tuning.judged import JudgedCollection
 from tuning.progress import SILENT, StageProgress
 from tuning.trec import Run, rank
 
-TEACHERS = {"minilm": "MiniLM"}  # name -> how tables call it
 _BM25 = "BM25"
 _BATCH = 64
 

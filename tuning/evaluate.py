@@ -18,11 +18,12 @@ from cache.states import text_digest
 from checkpoint import Checkpoint
 from decoder_server.models.fbnl.backend import FbnlBackend
 from encoder_worker.passage_encoder import PassageEncoder
-from tuning.baselines import TEACHERS, first_stage, teacher_run
+from tuning.baselines import first_stage, teacher_run
+from tuning.config import TEACHERS, EvaluationSettings, MeasuringSettings
 from tuning.judged import JudgedCollection, read_judged
 from tuning.metrics import bootstraps, per_query
 from tuning.progress import SILENT, StageProgress
-from tuning.report import Counts, EvaluationReport, EvaluationSettings, MeasuringSettings, System
+from tuning.report import Counts, EvaluationReport, System
 from tuning.rerank import CHUNK_BYTES, EncodedStates, StateSource, StoredStates, rerank
 from tuning.trec import Qrels, Run
 

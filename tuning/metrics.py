@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tuning import MissingExtra
+from tuning.config import NUM_RESAMPLES
 from tuning.trec import Qrels, Run
 
 PerQuery = dict[str, NDArray[np.float64]]  # by measure, (num_queries,)
 
 HEADLINE = "nDCG@10"
-NUM_RESAMPLES = 10_000
 
 _BLOCK = 1 << 24  # counts drawn at a time
 

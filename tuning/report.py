@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,77 +14,13 @@ from rich.table import Table
 from rich.text import Text
 
 from encoder_worker.sources import Refused
-from tuning import EvaluationError
-from tuning.baselines import TEACHERS
+from tuning.config import EvaluationSettings
 from tuning.judged import JudgedCollection
-from tuning.metrics import HEADLINE, NUM_RESAMPLES, Difference, Interval, PerQuery
+from tuning.metrics import HEADLINE, Difference, Interval, PerQuery
 from tuning.trec import Qrels, Run, write_runs
 
 _FORMAT_VERSION = 1
-COARSEST = 32  # the coarsest ratio that published checkpoints are trained for
 _MIN_WIDTH = 80
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeasuringSettings:
-    """Settings that an evaluation and a sweep share.
-
-    top_k: candidates per query
-    split: passages over the limit become windows, the best of which counts, instead of being cut
-    instruction: instead of the checkpoint's default; "": none
-    max_queries: draw that many queries; None takes all
-    min_grade: lowest grade that counts as relevant for MRR and recall
-    seed: of the drawn queries and the bootstrap; in a sweep of the codecs' training samples, too
-
-    Raises EvaluationError naming the setting.
-    """
-
-    top_k: int = field(default=50, metadata={"least": 1})
-    split: bool = False
-    instruction: str | None = None
-    max_queries: int | None = field(default=None, metadata={"least": 1})
-    min_grade: int = field(default=1, metadata={"least": 1})
-    seed: int = 0
-    num_resamples: int = field(default=NUM_RESAMPLES, metadata={"least": 100})
-
-    def __post_init__(self) -> None:
-        for one in fields(self):
-            value, least = getattr(self, one.name), one.metadata.get("least")
-            if isinstance(value, tuple) and one.name.endswith("ratios"):
-                if not value or min(value) < 1:
-                    raise EvaluationError(f"{one.name} is {value}; expected integers of at least 1")
-                if len(set(value)) != len(value):
-                    raise EvaluationError(f"{one.name} is {value}; expected each once")
-            elif None not in (value, least) and value < least:
-                raise EvaluationError(f"{one.name} is {value}; expected at least {least}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationSettings(MeasuringSettings):
-    """
-    ratios: compression ratios to read passages at; None for 1, 2, 4 ... 32, from the stored ratio on
-    teacher: another model on the same candidates (tuning.baselines.TEACHERS)
-    """
-
-    ratios: tuple[int, ...] | None = None
-    teacher: str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.teacher not in (None, *TEACHERS):
-            raise EvaluationError(f"teacher is {self.teacher!r}; expected {' or '.join(TEACHERS)}")
-
-    def with_ratios(self, stored: int) -> EvaluationSettings:
-        """The same with the ratios that None stands for, fine to coarse; each can be read from states at `stored`."""
-        for ratio in self.ratios or ():
-            if ratio % stored:
-                raise EvaluationError(f"ratio is {ratio}; the states are at {stored}, expected a multiple of it")
-        return replace(self, ratios=tuple(sorted(self.ratios or doublings(stored, COARSEST))))
-
-
-def doublings(first: int, last: int) -> tuple[int, ...]:
-    """`first`, twice that and so on, to `last` at most; `first` in any case."""
-    return tuple(first << i for i in range(max(1, (last // first).bit_length())))
 
 
 @dataclass(frozen=True)

@@ -36,11 +36,10 @@ from checkpoint.synthetic import make_checkpoint
 from decoder_server.config import NO_KV_CACHES, DecoderConfig, HttpConfig
 from decoder_server.edge.engines import FLOOR_MARGIN
 from decoder_server.server import DecoderServer, Gateway
-from encoder_worker.config import EncoderConfig
+from encoder_worker.config import CollectionSettings, EncoderConfig
 from encoder_worker.indexing import index
 from encoder_worker.server import EncoderServer
 from encoder_worker.sources.files import Source
-from encoder_worker.writing import CollectionSettings
 from preread.tei.v1 import tei_pb2, tei_pb2_grpc
 from preread.v1 import encoder_pb2, encoder_pb2_grpc, rerank_pb2, rerank_pb2_grpc
 

@@ -9,19 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from encoder_worker.config import CollectionSettings
 from preread_cli.failures import BAD_ITEMS
 from preread_cli.models import compute_options, shipped_model
-from preread_cli.options import (
-    FILE,
-    codec_option,
-    from_options,
-    json_file_option,
-    json_option,
-    knob_options,
-    option,
-    threads_option,
-)
-from preread_cli.terminal import human_bytes, print_facts
+from preread_cli.options import FILE, from_options, json_file_option, json_option, knob_options, option, threads_option
+from preread_cli.terminal import human_bytes, print_facts, print_json, print_report
 from preread_edge.settings import LoadConfig
 
 if TYPE_CHECKING:
@@ -32,9 +24,7 @@ RECORD = "conversion.json"
 
 _model_argument = click.argument("model", metavar="[DIR|HUB_ID]", required=False)
 _pairs_option = option(
-    "--pairs",
-    type=FILE,
-    help="JSON lines with query, passage and maybe instruction.  [default: 100 built-in pairs]",
+    "--pairs", type=FILE, help="JSON lines with query, passage and maybe instruction.  [default: 100 built-in pairs]"
 )
 
 
@@ -44,14 +34,7 @@ _pairs_option = option(
 @option("--make-random", metavar="|".join(SHAPES), type=click.Choice(SHAPES), help="Write random weights to DIR first.")
 @option("--seed", metavar="N", default=0, help="With --make-random.")
 @json_option
-def checkpoint(
-    model: str | None,
-    read_control_tokens: bool,
-    max_passage_tokens: int | None,
-    make_random: str | None,
-    seed: int,
-    as_json: bool,
-) -> None:
+def checkpoint(model: str | None, make_random: str | None, seed: int, as_json: bool, **options: Any) -> None:
     """Describe a checkpoint, or make a random one.
 
     Shows what each half loads, limits, templates, answer tokens, and the fingerprint that binds
@@ -72,11 +55,13 @@ def checkpoint(
             raise click.UsageError("--make-random writes a new directory: name one that does not exist yet.")
         make_checkpoint(model, make_random, seed=seed, dtype=torch.bfloat16 if make_random == "nano" else torch.float32)
     opened = Checkpoint.open(
-        model or shipped_model(), max_passage_tokens=max_passage_tokens, neutralise=not read_control_tokens
+        model or shipped_model(),
+        max_passage_tokens=options["max_passage_tokens"],
+        neutralise=not options["read_control_tokens"],
     )
     facts = _facts(opened)
     if as_json:
-        click.echo(json.dumps(facts, ensure_ascii=False, indent=2))
+        print_json(facts)
     else:
         _print(facts)
 
@@ -148,10 +133,10 @@ def _print(facts: dict[str, Any]) -> None:
 @_pairs_option
 @json_file_option
 @option("--runtime", metavar="NAME", default="torch", help="Runtime of a cross-encoder, as serve is given it.")
-@option("--profile", metavar="NAME|TOML", help="A cross-encoder's recipe, instead of the one it goes by.")
+@option("--profile", metavar="NAME|TOML", default="", help="A cross-encoder's recipe, instead of the one it goes by.")
 @option("--max-tokens", type=click.IntRange(min=1), help="A cross-encoder's limit, instead of its profile's.")
 @option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the checkpoint.")
-@codec_option
+@knob_options(CollectionSettings, only=["codec"])
 @option("--compression-ratio", type=click.IntRange(min=1), help="fbnl: tokens per state.  [default: the checkpoint's]")
 @compute_options
 @click.pass_context
@@ -174,17 +159,12 @@ def check(ctx: click.Context, /, model: str | None, **options: Any) -> None:
     """
     from checkpoint.compute import tune_process
     from decoder_server.config import ModelConfig
-    from preread_edge.outputs import is_stdout, write_output
     from tuning.health import PairSet
     from tuning.health import check as run
     from tuning.progress import TerminalProgress
 
     config = from_options(
-        ModelConfig,
-        options,
-        checkpoint=model or shipped_model(),
-        profile=options["profile"] or "",
-        max_passage_tokens=options["max_tokens"],
+        ModelConfig, options, checkpoint=model or shipped_model(), max_passage_tokens=options["max_tokens"]
     )
     tune_process(options["threads"])
     pairs_file, json_file = options["pairs"], options["json_file"]
@@ -200,10 +180,7 @@ def check(ctx: click.Context, /, model: str | None, **options: Any) -> None:
             ratio=options["compression_ratio"],
             progress=progress,
         )
-    if json_file is None or not is_stdout(json_file):
-        report.print()
-    if json_file is not None:
-        write_output(json_file, report.to_json())
+    print_report(report, json_file)
     if not report.passed:
         ctx.exit(BAD_ITEMS)
 
@@ -272,19 +249,14 @@ def convert_ctxl(
 
 
 def _print_parity(rows: list[ParityRow], name: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from tuning.report import plain_table, print_parts
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("parity", no_wrap=True)
-    for heading in ("max |delta|", "allowed", "Kendall tau", "rank agreement", "result"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = plain_table("parity", "max |delta|", "allowed", "Kendall tau", "rank agreement", "result")
     for row in rows:
         result = "[green]pass[/green]" if row.passed else "[bold red]FAIL[/bold red]"
         table.add_row(
             row.dtype, f"{row.max_delta:.2e}", f"{row.allowed_delta:.2e}", f"{row.tau:.4f}",
             f"{row.rank_agreement:.0%}", result,
         )  # fmt: skip
-    console = Console()
-    console.print(f"{rows[0].num_pairs} pairs ({name}), the original against the conversion, batch by batch")
-    console.print(table)
+    title = f"{rows[0].num_pairs} pairs ({name}), the original against the conversion, batch by batch"
+    print_parts(0, title, table)

@@ -5,44 +5,34 @@ They open the store themselves; no server is involved.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from preread_cli.failures import BAD_ITEMS, INTERRUPTED, CommandFailed
 from preread_cli.models import compute_options, load_encoder, model_option
-from preread_cli.options import (
-    ADMIN_READ_SECONDS,
-    collection_option,
-    json_option,
-    option,
-    store_option,
-)
-from preread_cli.terminal import counted_progress, human_bytes, print_facts
+from preread_cli.options import ADMIN_READ_SECONDS, collection_option, json_option, option, store_option
+from preread_cli.terminal import counted_progress, human_bytes, print_facts, print_json, print_some
 
 if TYPE_CHECKING:
     from cache.collection import Collection
     from cache.store import Store
     from encoder_worker.reencoding import Reencoding
 
-MAX_SHOWN = 20
+_COUNTS = ("num_passages", "num_tokens", "num_states", "num_truncated", "num_clipped")
+_SETTINGS = (
+    "compression_ratio", "codec", "dim", "stores_text", "checkpoint", "fingerprint", "max_passage_tokens",
+    "passage_template", "created_at",
+)  # fmt: skip
 
 
-@contextmanager
-def _opened(url: str) -> Iterator[Store]:
-    """The store, for as long as the block runs."""
+def _opened(url: str) -> closing[Store]:
+    """The store, for as long as a `with` block runs."""
     from cache.open import open_store
 
-    store = open_store(url, read_budget_seconds=ADMIN_READ_SECONDS)
-    try:
-        yield store
-    finally:
-        store.close()
+    return closing(open_store(url, read_budget_seconds=ADMIN_READ_SECONDS))
 
 
 @click.command()
@@ -62,7 +52,7 @@ def stats(ctx: click.Context, /, collection: str | None, as_json: bool, store: s
     with _opened(store) as opened:
         rows, unreadable = _describe(opened, collection)
     if as_json:
-        click.echo(json.dumps(rows, ensure_ascii=False, indent=2))
+        print_json(rows)
     elif not rows and not unreadable:
         click.echo(f"{public_url(store)} holds no collection; `preread index` makes one.")
     for position, row in enumerate([] if as_json else rows):
@@ -92,24 +82,11 @@ def _describe(store: Store, only: str | None) -> tuple[list[dict[str, Any]], dic
             unreadable[name] = str(exc)
             continue
         rows.append(
-            {
-                "collection": name,
-                "aliases": sorted(alias for alias, target in aliases.items() if target == name),
-                **{
-                    one: getattr(counts, one)
-                    for one in ("num_passages", "num_tokens", "num_states", "num_truncated", "num_clipped")
-                },
-                "clipped_share": counts.clipped_share(manifest.dim),
-                "size_bytes": counts.size_bytes,
-                **{
-                    one: getattr(manifest, one)
-                    for one in (
-                        "compression_ratio", "codec", "dim", "stores_text", "checkpoint", "fingerprint",
-                        "max_passage_tokens", "passage_template", "created_at",
-                    )
-                },
-            }
-        )  # fmt: skip
+            {"collection": name, "aliases": sorted(alias for alias, target in aliases.items() if target == name)}
+            | {one: getattr(counts, one) for one in _COUNTS}
+            | {"clipped_share": counts.clipped_share(manifest.dim), "size_bytes": counts.size_bytes}
+            | {one: getattr(manifest, one) for one in _SETTINGS}
+        )
     return rows, unreadable
 
 
@@ -135,7 +112,7 @@ def _print_stats(row: dict[str, Any]) -> None:
 @click.command()
 @collection_option(required=True, help="The set of passages to use.")
 @option("--remove-damaged", is_flag=True, help="Remove what is damaged, so that `preread index` encodes it again.")
-@option("--max-shown", type=click.IntRange(min=0), default=MAX_SHOWN, help="Show this many damaged passages.")
+@option("--max-shown", type=click.IntRange(min=0), default=20, help="Show this many damaged passages.")
 @json_option
 @store_option
 @click.pass_context
@@ -153,7 +130,7 @@ def verify(
     with _opened(store) as opened:
         audit = _verified(opened, collection, remove_damaged=remove_damaged)
     if as_json:
-        click.echo(json.dumps(asdict(audit), indent=2))
+        print_json(asdict(audit))
     else:
         _print_audit(audit, max_shown, remove_damaged)
     if audit.damaged or audit.problems:
@@ -179,25 +156,24 @@ def _verified(store: Store, name: str, *, remove_damaged: bool) -> _Verified:
     from cache.collection import Collection
     from cache.errors import CollectionNotFound, StoreDamaged
 
-    mended: list[str] = []
     try:
         found = _read(store, Collection.open(store, name))
-        problems = found.problems
     except StoreDamaged as exc:
         if not remove_damaged:
             raise
-        problems = [str(exc)]
-    if remove_damaged and problems:
+        found = _Verified(name, problems=[str(exc)])
+    if not remove_damaged:
+        return found
+    problems = found.problems
+    if problems:
         mended = store.mend()
         try:
             found = _read(store, Collection.open(store, name))
         except (CollectionNotFound, StoreDamaged):  # its manifest was damaged: what was left behind names it
             return _Verified(name, problems=problems, left_behind=mended)
-        problems += [problem for problem in found.problems if problem not in problems]
-    if remove_damaged:
-        passage_ids = [one["passage_id"] for one in found.damaged]
-        found.removed = Collection.open(store, name).delete_many(passage_ids)
-    found.problems, found.left_behind = problems, mended
+        found.problems = list(dict.fromkeys(problems + found.problems))
+        found.left_behind = mended
+    found.removed = Collection.open(store, name).delete_many([one["passage_id"] for one in found.damaged])
     return found
 
 
@@ -222,17 +198,10 @@ def _read(store: Store, whole: Collection) -> _Verified:
     return found
 
 
-def _print_some(title: str, lines: list[str], max_shown: int = MAX_SHOWN) -> None:
-    for line in lines[:max_shown]:
-        click.echo(f"{title}: {line}")
-    if len(lines) > max_shown:
-        click.echo(f"{title}: {len(lines) - max_shown:,} more")
-
-
 def _print_audit(found: _Verified, max_shown: int, remove_damaged: bool) -> None:
-    _print_some("damaged", [f"{one['passage_id']}: {one['reason']}" for one in found.damaged], max_shown)
-    _print_some("damaged", found.problems, max_shown)
-    _print_some("left behind", found.left_behind, max_shown)
+    print_some("damaged", [f"{one['passage_id']}: {one['reason']}" for one in found.damaged], max_shown)
+    print_some("damaged", found.problems, max_shown)
+    print_some("left behind", found.left_behind, max_shown)
     if found.orphans:
         click.echo(f"{len(found.orphans):,} segment files of writes that were cut off; the next write removes them")
     if found.num_version_1:
@@ -364,10 +333,10 @@ def _print_reencoded(done: Reencoding, codec: str) -> None:
         f"{done.source} -> {done.collection} as {codec}: {done.num_passages:,} passages, {report.num_stored:,} written "
         f"({done.num_from_texts:,} from their texts), {report.clipped_share:.2%} of the numbers clipped"
     )
-    for entry in islice(report.refused, MAX_SHOWN):
-        click.echo(f"refused: {entry['passage_id']}: {entry['message']}")
-    _print_some("needs its input again", list(done.needs_input))
-    _print_some("damaged, left out", list(done.damaged))
+    refused = (f"{entry['passage_id']}: {entry['message']}" for entry in report.refused)
+    print_some("refused", refused, num_lines=report.num_refused)
+    print_some("needs its input again", done.needs_input)
+    print_some("damaged, left out", done.damaged)
     if done.needs_input:
         click.echo(f"`preread index --force -c {done.collection}` with the passages above encodes them again")
     for name in done.moved_names:

@@ -5,14 +5,12 @@ Each check of the doctor gives its findings; none of them changes anything.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import click
 
@@ -29,6 +27,7 @@ from preread_cli.options import (
     knob_options,
     option,
 )
+from preread_cli.terminal import print_json
 
 if TYPE_CHECKING:
     from checkpoint import EncoderIdentity
@@ -58,8 +57,7 @@ def doctor(ctx: click.Context, /, **options: Any) -> None:
     """
     findings = list(_findings(options))
     if options["as_json"]:
-        rows = [{"name": one.name, "state": one.state.lower(), "message": one.message} for one in findings]
-        click.echo(json.dumps(rows, ensure_ascii=False, indent=2))
+        print_json([one._asdict() | {"state": one.state.lower()} for one in findings])
     else:
         for one in findings:
             click.echo(f"{one.state:<5} {one.name:<12} {one.message}")
@@ -67,8 +65,7 @@ def doctor(ctx: click.Context, /, **options: Any) -> None:
         ctx.exit(BAD_ITEMS)
 
 
-@dataclass(frozen=True)
-class _Finding:
+class _Finding(NamedTuple):
     """One line of the report."""
 
     name: str
@@ -76,13 +73,12 @@ class _Finding:
     message: str
 
 
-@dataclass(frozen=True)
-class _Model:
-    """A model that could be served: where its files are, and its encoder where it has one."""
+class _Model(NamedTuple):
+    """A model to serve: where its files are, if they can be served, and its encoder where it has one."""
 
     config: ModelConfig
-    path: Path
-    identity: EncoderIdentity | None
+    path: Path | None = None
+    identity: EncoderIdentity | None = None
 
 
 def _findings(options: Mapping[str, Any]) -> Iterator[_Finding]:
@@ -97,10 +93,10 @@ def _findings(options: Mapping[str, Any]) -> Iterator[_Finding]:
     for config in configs:
         model, finding = _model(config, "checkpoint" if len(configs) == 1 else f"model {config.served_name}")
         yield finding
-        if model is not None:
-            models.append(model)
-    if models:
-        yield _memory(options, [model.path for model in models])
+        models.append(model)
+    paths = [model.path for model in models if model.path is not None]
+    if paths:
+        yield _memory(options, paths)
     shown = masked(options["store"], "store")
     try:
         with closing(open_store(options["store"], read_budget_seconds=ADMIN_READ_SECONDS)) as opened:
@@ -109,7 +105,7 @@ def _findings(options: Mapping[str, Any]) -> Iterator[_Finding]:
         yield _Finding("store", "FAIL", f"{shown}: {exc}")
     named = [config.encoder_address for config in configs] + [options["encoder_address"] or ""]
     yield from _proxy([address for address in dict.fromkeys(named) if address])
-    yield from _workers(options, configs, models)
+    yield from _workers(options, models)
 
 
 def _processor() -> _Finding:
@@ -142,12 +138,8 @@ def _torch_build(options: Mapping[str, Any]) -> Iterator[_Finding]:
     yield _Finding("device", "ok", f"{device}, {dtype_name(dtype)}")
     if device.type == "cpu":
         compiler = cpp_compiler()
-        compiled = f"{compiler} compiles them at load"
-        yield _Finding(
-            "fused steps",
-            "ok",
-            compiled if compiler else "no C++ compiler (g++): unfused, a few percent slower",
-        )
+        unfused = "no C++ compiler (g++): unfused, a few percent slower"
+        yield _Finding("fused steps", "ok", f"{compiler} compiles them at load" if compiler else unfused)
 
 
 def _threads(options: Mapping[str, Any]) -> _Finding:
@@ -159,13 +151,13 @@ def _threads(options: Mapping[str, Any]) -> _Finding:
     usable, quota = usable_cores(), cpu_quota()
     wanted = options["threads"] or min(torch.get_num_threads(), usable)
     paid = f" (a quota of {quota:g})" if quota < math.inf else ""
-    if wanted > usable:
-        message = f"{wanted} threads on {usable} processors{paid}: they wait for each other; set --threads {usable}"
-        return _Finding("threads", "warn", message)
-    return _Finding("threads", "ok", f"{wanted} of {usable} processors{paid}")
+    if wanted <= usable:
+        return _Finding("threads", "ok", f"{wanted} of {usable} processors{paid}")
+    message = f"{wanted} threads on {usable} processors{paid}: they wait for each other; set --threads {usable}"
+    return _Finding("threads", "warn", message)
 
 
-def _model(config: ModelConfig, name: str) -> tuple[_Model | None, _Finding]:
+def _model(config: ModelConfig, name: str) -> tuple[_Model, _Finding]:
     """Whether the files are there and are a reranker that can be served; weights are not loaded."""
     from checkpoint import Checkpoint, CheckpointError
     from checkpoint.files import resolve
@@ -175,14 +167,14 @@ def _model(config: ModelConfig, name: str) -> tuple[_Model | None, _Finding]:
         if not is_fbnl(config):
             path = resolve(config.checkpoint)
             message = f"{path}, a cross-encoder: reads text, needs no store"
-            return _Model(config, path, None), _Finding(name, "ok", message)
+            return _Model(config, path), _Finding(name, "ok", message)
         found = Checkpoint.open(
             config.checkpoint, max_passage_tokens=config.max_passage_tokens, neutralise=not config.read_control_tokens
         )
         identity = found.identity()
         _ = found.text
     except (CheckpointError, OSError, ValueError) as exc:
-        return None, _Finding(name, "FAIL", str(exc))
+        return _Model(config), _Finding(name, "FAIL", str(exc))
     message = f"{identity.checkpoint}, encoder {identity.fingerprint[:12]}, dim {identity.dim}"
     return _Model(config, found.path, identity), _Finding(name, "ok", message)
 
@@ -205,14 +197,9 @@ def _memory(options: Mapping[str, Any], paths: Sequence[Path]) -> _Finding:
 
 def _store(opened: Any, shown: str, identities: Sequence[EncoderIdentity]) -> Iterator[_Finding]:
     """Whether the store answers, and whether its collections were written by an encoder of these."""
-    from cache.errors import CacheError
     from decoder_server.engine.collections import survey
 
-    try:
-        described, unreadable = survey(opened)
-    except CacheError as exc:
-        yield _Finding("store", "FAIL", f"{shown}: {exc}")
-        return
+    described, unreadable = survey(opened)
     yield _Finding("store", "ok", f"{shown}, {len(described)} collections")
     for name, reason in unreadable.items():
         yield _Finding(f"collection {name}", "FAIL", f"cannot be read: {reason}")
@@ -240,26 +227,22 @@ def _proxy(addresses: Sequence[str]) -> Iterator[_Finding]:
     name = proxy_variable()
     if not name:
         return
-    through = [address for address in addresses if proxy_variable(address)]
+    through = ", ".join(address for address in addresses if proxy_variable(address))
     if through:
-        message = f"{name} is set: {', '.join(through)} is reached through that proxy; no_proxy takes hosts out of it"
+        message = f"{name} is set: {through} is reached through that proxy; no_proxy takes hosts out of it"
         yield _Finding("proxy", "warn", message)
     else:
         yield _Finding("proxy", "ok", f"{name} is set; nothing of ours is reached through it")
 
 
-def _workers(
-    options: Mapping[str, Any], configs: Sequence[ModelConfig], models: Sequence[_Model]
-) -> Iterator[_Finding]:
+def _workers(options: Mapping[str, Any], models: Sequence[_Model]) -> Iterator[_Finding]:
     """Every worker that is named: by a model, or for the first that names none."""
-    identities = {id(model.config): model.identity for model in models}
     elsewhere = options["encoder_address"]
-    for config in configs:
-        identity = identities.get(id(config))
-        if config.encoder_address:
-            yield _worker(options, config.encoder_address, identity)
-        elif elsewhere and (identity is not None or len(configs) == 1):
-            yield _worker(options, elsewhere, identity)
+    for model in models:
+        if model.config.encoder_address:
+            yield _worker(options, model.config.encoder_address, model.identity)
+        elif elsewhere and (model.identity is not None or len(models) == 1):
+            yield _worker(options, elsewhere, model.identity)
             elsewhere = None
 
 

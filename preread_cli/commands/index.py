@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import signal
 import threading
 import time
@@ -15,13 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from encoder_worker.config import EncoderConfig
+from encoder_worker.config import CollectionSettings, EncoderConfig, IndexOptions
 from preread_cli.config_file import config_option
 from preread_cli.failures import BAD_INPUT, BAD_ITEMS, INTERRUPTED
 from preread_cli.models import compute_options, load_encoder, model_option
 from preread_cli.options import (
     BATCH_READ_SECONDS,
-    codec_option,
     collection_option,
     from_options,
     json_option,
@@ -29,14 +27,13 @@ from preread_cli.options import (
     option,
     store_option,
 )
-from preread_cli.terminal import human_bytes
+from preread_cli.terminal import human_bytes, print_json, print_some
 
 if TYPE_CHECKING:
     from encoder_worker.indexing import IndexEstimate, IndexReport, Progress
     from encoder_worker.sources.files import Source
 
 FORMATS = ("jsonl", "tsv", "csv", "parquet", "text", "beir")  # of encoder_worker.sources, which loads pyarrow
-MAX_SHOWN = 20
 LINE_SECONDS = 10.0
 WARN_CLIPPED_SHARE = 0.01
 FEW_TRAINING_STATES = 1000
@@ -46,7 +43,6 @@ FEW_TRAINING_STATES = 1000
 @click.argument("inputs", metavar="INPUT...", nargs=-1, required=True)
 @config_option
 @collection_option(required=True, help="The set of passages to write; made when it does not exist.")
-@option("--alias", metavar="NAME", help="Point this name at the collection when everything was read.")
 @store_option
 @model_option
 @option("--format", type=click.Choice(FORMATS), help="What the inputs are.  [default: by name]")
@@ -56,12 +52,7 @@ FEW_TRAINING_STATES = 1000
 @option("--title-separator", metavar="TEXT", default=" ", help="What stands between title and text.")
 @compute_options
 @knob_options(EncoderConfig, only=["max_passage_tokens", "max_batch_tokens", "allow_clipped"])
-@option("--split", is_flag=True, help="Split longer passages into windows instead of cutting them.")
-@option("--compression-ratio", type=click.IntRange(min=1), help="Tokens per stored state.  [default: the checkpoint's]")
-@codec_option
-@option("--store-text/--no-store-text", default=None, help="Keep texts with the states.  [default: keep]")
-@option("--strict", is_flag=True, help="Stop at the first item that would be refused.")
-@option("--force", is_flag=True, help="Encode also what is stored with the same text.")
+@knob_options(IndexOptions, CollectionSettings)
 @option("--dry-run", is_flag=True, help="Count tokens, bytes and time; store nothing.")
 @option(
     "--report",
@@ -113,34 +104,28 @@ def index(ctx: click.Context, /, **options: Any) -> None:
     if report_file is not None:
         report.write(report_file)
     if options["as_json"]:
-        estimated = {} if estimate is None else {"estimate": dataclasses.asdict(estimate)}
-        click.echo(json.dumps(report.summary() | estimated, indent=2))
+        print_json(report.summary() | ({} if estimate is None else {"estimate": dataclasses.asdict(estimate)}))
     elif report_file is None or not is_stdout(report_file):
         _show(report, estimate, report_file)
-    ctx.exit(_exit_code(report))
+    stopped = BAD_INPUT if report.stopped_by is not None else BAD_ITEMS if report.num_refused else 0
+    ctx.exit(INTERRUPTED if report.interrupted else stopped)
 
 
 def _run(options: dict[str, Any], source: Source, stop: threading.Event) -> tuple[IndexReport, IndexEstimate | None]:
     """The report, and with --dry-run the estimate."""
     from cache.open import open_store
     from encoder_worker import indexing
-    from encoder_worker.writing import CollectionSettings
 
     name = options["collection"]
-    settings = CollectionSettings(options["compression_ratio"], options["codec"], options["store_text"])
-    how = from_options(indexing.IndexOptions, options)
+    settings, how = from_options(CollectionSettings, options), from_options(IndexOptions, options)
+    report = indexing.IndexReport(name)
     with closing(open_store(options["store"], read_budget_seconds=BATCH_READ_SECONDS)) as store:
-        limits = {limit: options[limit] for limit in ("max_passage_tokens", "max_batch_tokens")}
-        encoder = load_encoder(options, **limits)
-        report = indexing.IndexReport(name)
+        job = (source, load_encoder(options), store, name, settings, how)
         if options["dry_run"]:
-            estimate = indexing.dry_run(source, encoder, store, name, settings, how, stop=stop, report=report)
-            return report, estimate
+            return report, indexing.dry_run(*job, stop=stop, report=report)
         with _shown_progress(name) as on_progress:
             try:
-                indexing.index(
-                    source, encoder, store, name, settings, how, stop=stop, on_progress=on_progress, report=report
-                )
+                indexing.index(*job, stop=stop, on_progress=on_progress, report=report)
             except Exception:
                 if report.num_stored:
                     click.echo(f"{report.num_stored:,} passages were stored; run again to go on from there", err=True)
@@ -169,14 +154,6 @@ def stopping() -> Iterator[threading.Event]:
         yield stop
     finally:
         restore()
-
-
-def _exit_code(report: IndexReport) -> int:
-    if report.interrupted:
-        return INTERRUPTED
-    if report.stopped_by is not None:
-        return BAD_INPUT
-    return BAD_ITEMS if report.num_refused else 0
 
 
 @contextmanager
@@ -212,10 +189,8 @@ def _numbers(now: Progress) -> str:
 def _show(report: IndexReport, estimate: IndexEstimate | None, report_file: Path | None) -> None:
     """The outcome of every line, on standard output."""
     lists_all = f"all of them in {report_file}" if report_file else "--report FILE lists them"
-    for item in islice(report.refused, MAX_SHOWN):
-        click.echo(f"refused: {_place(item)}")
-    if report.num_refused > MAX_SHOWN:
-        click.echo(f"refused: {report.num_refused - MAX_SHOWN:,} more; {lists_all}")
+    refused = map(_place, report.refused)
+    print_some("refused", refused, num_lines=report.num_refused, more=f"; {lists_all}")
     if estimate is not None:
         _show_estimate(estimate, report)
     else:

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -32,9 +31,10 @@ from preread_cli.options import (
     options_of,
     store_option,
 )
-from preread_cli.terminal import counted_progress
+from preread_cli.terminal import counted_progress, print_json
 
 if TYPE_CHECKING:
+    from encoder_worker.sources import Place
     from preread import Client
 
 Score = Callable[[str, Sequence[Candidate]], Reranking]
@@ -137,13 +137,10 @@ def _check(query: str | None, given: Mapping[str, Any]) -> None:
 
 def _candidates(given: Mapping[str, Any]) -> Sequence[Candidate]:
     """The candidates of every query, where no run names them."""
-    if given["ids"] is not None:
-        found = [Candidate(passage_id=passage_id) for passage_id in read_ids(given["ids"])]
-    elif given["candidates"] is not None:
+    if given["candidates"] is not None:
         found = _read_candidates(given["candidates"])
     else:
-        ids = stored_ids(given["store"], given["collection"], max_passages=MAX_WHOLE_COLLECTION)
-        found = [Candidate(passage_id=passage_id) for passage_id in ids]
+        found = [Candidate(passage_id=passage_id) for passage_id in passage_ids(given, MAX_WHOLE_COLLECTION)]
     if not found:
         raise CommandFailed(f"{given['ids'] or given['candidates']}: nothing to rank")
     return found
@@ -153,7 +150,7 @@ def _one_query(score: Score, query: str, given: Mapping[str, Any]) -> int:
     candidates = _candidates(given)
     answer = score(query, candidates)
     if given["as_json"]:
-        click.echo(json.dumps({"query": query} | dataclasses.asdict(answer), ensure_ascii=False, indent=2))
+        print_json({"query": query} | dataclasses.asdict(answer))
     else:
         _print_reranking(query, answer, len(candidates))
     return len(candidates) - answer.summary.num_scored
@@ -173,10 +170,15 @@ def _many_queries(score: Score, given: Mapping[str, Any]) -> int:
         check_ids(*queries)
         check_ids(*{one.passage_id for found in candidates.values() for one in found if one.passage_id})
     done: list[Reranking] = []
-    with open_output(given["output"]) as file, counted_progress("reranking") as on_progress:
-        for query_id, answer in _rerank_all(score, queries, candidates, given["concurrency"]):
+    with ExitStack() as stack:
+        file = stack.enter_context(open_output(given["output"]))
+        on_progress = stack.enter_context(counted_progress("reranking"))
+        pool = ThreadPoolExecutor(given["concurrency"])  # so many requests in flight, so that the server can batch
+        stack.callback(pool.shutdown, cancel_futures=True)
+        answers = pool.map(score, queries.values(), [candidates[query_id] for query_id in queries])
+        for (query_id, query), answer in zip(queries.items(), answers, strict=True):
             if given["as_json"]:
-                row = {"query_id": query_id, "query": queries[query_id]} | dataclasses.asdict(answer)
+                row = {"query_id": query_id, "query": query} | dataclasses.asdict(answer)
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             else:
                 file.writelines(run_lines(query_id, run_rows(answer), "preread"))
@@ -187,15 +189,16 @@ def _many_queries(score: Score, given: Mapping[str, Any]) -> int:
 
 def _say_done(answers: Sequence[Reranking], num_candidates: int) -> int:
     """Says on standard error how a file of queries went; how many candidates were not scored."""
-    num_degraded = sum(answer.summary.degraded is not None for answer in answers)
-    num_stopped = sum(answer.summary.stopped_early for answer in answers)
+    summaries = [answer.summary for answer in answers]
+    num_degraded = sum(summary.degraded is not None for summary in summaries)
+    num_stopped = sum(summary.stopped_early for summary in summaries)
     if num_degraded:
         click.echo(
             f"{num_degraded:,} queries were scored coarser than requested: the server was under pressure", err=True
         )
     if num_stopped:
         click.echo(f"{num_stopped:,} queries were stopped early by their deadline", err=True)
-    num_scored = sum(answer.summary.num_scored for answer in answers)
+    num_scored = sum(summary.num_scored for summary in summaries)
     num_bad = num_candidates - num_scored
     click.echo(f"{len(answers):,} queries, {num_scored:,} passages scored, {num_bad:,} not scored", err=True)
     for result in islice((r for answer in answers for r in answer if r.margin is None), MAX_SHOWN):
@@ -235,9 +238,8 @@ def rerank_in_parts(
         part = client.rerank(query, candidates[first : first + max_candidates], **options)
         results += [dataclasses.replace(result, index=result.index + first) for result in part]
         parts.append(part.summary)
-    scored = sorted(
-        (r for r in results if r.margin is not None), key=lambda r: (-len(r.stages), -(r.margin or 0.0), r.index)
-    )
+    scored = [result for result in results if result.margin is not None]
+    scored.sort(key=lambda r: (-len(r.stages), -(r.margin or 0.0), r.index))
     others = sorted((r for r in results if r.margin is None), key=lambda r: r.index)
     times = [dataclasses.astuple(part.timings) for part in parts]
     summary = dataclasses.replace(
@@ -248,25 +250,6 @@ def rerank_in_parts(
         degraded=next((part.degraded for part in parts if part.degraded is not None), None),
     )
     return Reranking((*scored[: options.get("top_n") or None], *others), summary)
-
-
-def _rerank_all(
-    score: Score, queries: Mapping[str, str], candidates: Mapping[str, Sequence[Candidate]], concurrency: int
-) -> Iterator[tuple[str, Reranking]]:
-    """(query id, ranking) in the order of `queries`, `concurrency` requests in flight, so that the server can batch."""
-    with ThreadPoolExecutor(concurrency) as pool:
-        waiting: deque[tuple[str, Future[Reranking]]] = deque()
-        try:
-            for query_id, query in queries.items():
-                waiting.append((query_id, pool.submit(score, query, candidates[query_id])))
-                if len(waiting) > 2 * concurrency:
-                    done, answer = waiting.popleft()
-                    yield done, answer.result()
-            while waiting:
-                done, answer = waiting.popleft()
-                yield done, answer.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def run_rows(answer: Reranking) -> list[tuple[str, float]]:
@@ -295,12 +278,15 @@ def _print_reranking(query: str, answer: Reranking, num_candidates: int) -> None
 
     console = Console()
     table = Table(box=None, pad_edge=False, show_header=True, header_style="bold")
-    scored = [result for result in answer if result.margin is not None]
-    staged = any(result.stages for result in scored)
+    staged = any(result.stages for result in answer if result.margin is not None)
     for heading in ("#", "score", "margin", *(["ratio"] if staged else [])):
         table.add_column(heading, justify="right")
     table.add_column("passage")
-    for rank, result in enumerate(scored, 1):
+    others = []
+    for rank, result in enumerate(answer, 1):  # those that could not be scored come last
+        if result.margin is None:
+            others.append(f"not scored: {result.passage_id or result.index}  {result.status}  {result.message}")
+            continue
         passage = Text(result.passage_id, style="bold")
         if result.text:
             line = " ".join(result.text[: 2 * MAX_TEXT_CHARACTERS].split())
@@ -310,40 +296,36 @@ def _print_reranking(query: str, answer: Reranking, num_candidates: int) -> None
         table.add_row(str(rank), f"{result.score:.4f}", f"{result.margin:+.2f}", *ratio, passage)
     console.print(Text(query, style="bold"))
     console.print(table)
-    for result in answer:
-        if result.margin is None:
-            console.print(Text(f"not scored: {result.passage_id or result.index}  {result.status}  {result.message}"))
-    summary, times = answer.summary, answer.summary.timings
-    said = (
+    for line in others:
+        console.print(Text(line))
+    console.print(Text(_summary_line(answer.summary, num_candidates), style="dim"))
+    for line in _reading_notes(answer.summary):
+        console.print(Text(line, style="yellow"))
+
+
+def _summary_line(summary: Summary, num_candidates: int) -> str:
+    times = summary.timings
+    line = (
         f"{summary.num_scored} of {num_candidates} scored by {summary.model} "
         f"in {times.total_seconds * 1000:,.0f} ms (compute {times.compute_seconds * 1000:,.0f} ms)"
     )
     if summary.stages:
-        said += f", scored in stages {format_stages(summary.stages)}"
+        line += f", scored in stages {format_stages(summary.stages)}"
     elif summary.compression_ratio:
-        said += f", scored at ratio {summary.compression_ratio}"
-    console.print(Text(said + (", the query was cut" if summary.query_truncated else ""), style="dim"))
-    for line in _reading_notes(summary):
-        console.print(Text(line, style="yellow"))
+        line += f", scored at ratio {summary.compression_ratio}"
+    return line + (", the query was cut" if summary.query_truncated else "")
 
 
-def _reading_notes(summary: Summary) -> list[str]:
-    """Notes for a person who compares these scores with others."""
-    notes = []
+def _reading_notes(summary: Summary) -> Iterator[str]:
+    """For a person who compares these scores with others."""
     if summary.degraded is not None:
         requested = format_stages(summary.degraded.stages) or str(summary.degraded.compression_ratio)
-        notes.append(f"scored coarser than {requested}: the server was under pressure ({summary.degraded.reason})")
+        yield f"scored coarser than {requested}: the server was under pressure ({summary.degraded.reason})"
     if summary.stopped_early:
-        notes.append("the deadline came before the last stage was through: these are the finished scores")
-    return notes
+        yield "the deadline came before the last stage was through: these are the finished scores"
 
 
 # From files, and from the store.
-
-
-def read_ids(source: str) -> list[str]:
-    """One passage id per line."""
-    return [line.strip() for _, line in _lines(source)]
 
 
 def _read_candidates(source: str) -> list[Candidate]:
@@ -380,57 +362,53 @@ def _read_queries(source: str) -> dict[str, str]:
     return queries
 
 
-def _lines(source: str) -> Iterator[tuple[str, str]]:
-    """(file:line, text without its line end) of every line that is not blank."""
+def _rows(source: str) -> Iterator[tuple[Place, str, dict[str, Any] | None]]:
+    """(file:line, text, the JSON object that it is, if it begins like one) of every line that is not blank."""
     from tuning.trec import JudgedFile
 
-    for place, line in JudgedFile(source).lines():
-        yield str(place), line
-
-
-def _rows(source: str) -> Iterator[tuple[str, str, dict[str, Any] | None]]:
-    """(file:line, text, the JSON object that it is, if it begins like one)."""
-    for where, line in _lines(source):
+    for where, line in JudgedFile(source).lines():
         try:
             yield where, line, json.loads(line) if line.startswith("{") else None
         except (ValueError, RecursionError) as exc:
             raise CommandFailed(f"{where}: begins with {{ and is not JSON ({exc})") from exc
 
 
-def _text(where: str, row: dict[str, Any], *names: str) -> str | None:
+def _text(where: Place, row: dict[str, Any], *names: str) -> str | None:
     """The first of the fields that is there; an integer is taken as its digits."""
-    for name in names:
-        if row.get(name) is None:
-            continue
-        value = id_text(row[name])
-        if value is None:
-            raise CommandFailed(f"{where}: {name} is {row[name]!r}; expected a string")
-        try:
-            value.encode()
-        except UnicodeEncodeError as exc:  # JSON can spell half a surrogate pair
-            raise CommandFailed(f"{where}: {name} is not valid Unicode: {exc.reason}") from exc
-        return value
-    return None
+    name = next((name for name in names if row.get(name) is not None), None)
+    if name is None:
+        return None
+    value = id_text(row[name])
+    if value is None:
+        raise CommandFailed(f"{where}: {name} is {row[name]!r}; expected a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError as exc:  # JSON can spell half a surrogate pair
+        raise CommandFailed(f"{where}: {name} is not valid Unicode: {exc.reason}") from exc
+    return value
 
 
-def stored_ids(store_url: str, name: str, *, max_passages: int | None = None) -> list[str]:
-    """Ids of a whole collection, or of the one that an alias names, sorted.
+def passage_ids(given: Mapping[str, Any], max_stored: int | None = None) -> list[str]:
+    """Those of --ids, one a line; without it those of the whole --collection, sorted.
 
     Raises:
-        CommandFailed: more than `max_passages`, or none.
+        CommandFailed: a collection of more than `max_stored`, or of none.
     """
     from cache.collection import Collection
     from cache.open import open_store
+    from tuning.trec import JudgedFile
 
-    with closing(open_store(store_url, read_budget_seconds=ADMIN_READ_SECONDS)) as store:
-        collection = Collection.open(store, name)
+    if given["ids"] is not None:
+        return [line.strip() for _, line in JudgedFile(given["ids"]).lines()]
+    with closing(open_store(given["store"], read_budget_seconds=ADMIN_READ_SECONDS)) as store:
+        collection = Collection.open(store, given["collection"])
         num_passages = collection.stats().num_passages
-        if max_passages is not None and num_passages > max_passages:
+        if max_stored is not None and num_passages > max_stored:
             raise CommandFailed(
-                f"collection {name!r} has {num_passages:,} passages; without --ids or --run at most {max_passages:,} "
-                "are ranked. Let a first stage choose candidates"
+                f"collection {given['collection']!r} has {num_passages:,} passages; without --ids or --run at most "
+                f"{max_stored:,} are ranked. Let a first stage choose candidates"
             )
-        ids = sorted(passage_id for passage_id, _ in islice(store.scan(collection.name), max_passages))
+        ids = sorted(passage_id for passage_id, _ in islice(store.scan(collection.name), max_stored))
     if not ids:
-        raise CommandFailed(f"collection {name!r} is empty")
+        raise CommandFailed(f"collection {given['collection']!r} is empty")
     return ids

@@ -26,14 +26,13 @@ from encoder_worker.config import EncoderConfig
 from preread_cli.config_file import config_option
 from preread_cli.models import model_option, models_option, parse_models
 from preread_cli.options import from_options, knob_options, option
-from preread_cli.process import Process, listening_line, process_options, say
-from preread_edge.settings import LoadConfig, knobs
+from preread_cli.process import Process, process_options, say
+from preread_edge.settings import LoadConfig
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
     from cache.store import Store
-    from decoder_server.engine.engine import Engine
     from decoder_server.engine.lifecycle import Observer
     from decoder_server.models.backend import Backend
     from decoder_server.server import DecoderServer, Gateway
@@ -95,13 +94,20 @@ async def _serve(options: Mapping[str, Any], config: DecoderConfig, http: HttpCo
     from checkpoint.compute import keep_loaded
     from decoder_server.models.loading import load_model
     from decoder_server.server import DecoderServer, Gateway
+    from preread_edge.logs import make_tracer
 
     keys = process.begin()
     async with AsyncExitStack() as stack:
         opened = open_store(config.store, read_budget_seconds=config.read_budget_seconds)
         store = stack.enter_context(closing(opened))
         await asyncio.to_thread(_check_opens, store)
-        observers = _spans(stack) if options["tracing"] else ()
+        observers: tuple[Observer, ...] = ()
+        if options["tracing"]:
+            tracer, shutdown = make_tracer("preread")  # raises where the `tracing` extra is not installed
+            stack.callback(shutdown)
+            from decoder_server.tracing import TracingObserver
+
+            observers = (TracingObserver(tracer),)
         models, registry = await _start_encoders(options, config, store, keys, stack)
         config = replace(config, models=models)
         load = load_model if options["check"] is False else checked(load_model, every=bool(options["check"]))
@@ -116,7 +122,7 @@ async def _serve(options: Mapping[str, Any], config: DecoderConfig, http: HttpCo
         if not await process.starts(server.start()):
             return
         keep_loaded()
-        await _introduce(server, store, gateway)
+        await _introduce(server, store, gateway, process)
         if server.readiness.problem:
             say(f"waiting      not ready: {server.readiness.problem}")
         if await process.starts(server.readiness.wait()):
@@ -131,21 +137,6 @@ def _check_opens(store: Store) -> None:
 
     with suppress(StoreLocked, StoreUnavailable):
         store.list_collections()
-
-
-def _spans(stack: AsyncExitStack) -> tuple[Observer, ...]:
-    """The observer that sends spans until the stack ends.
-
-    Raises:
-        ValueError: the `tracing` extra is not installed.
-    """
-    from preread_edge.logs import make_tracer
-
-    tracer, shutdown = make_tracer("preread")
-    stack.callback(shutdown)
-    from decoder_server.tracing import TracingObserver
-
-    return (TracingObserver(tracer),)
 
 
 async def _start_encoders(
@@ -178,7 +169,7 @@ async def _start_encoders(
         elif options["no_encoder"] or options["encoder_address"]:
             models.append(model)
         else:
-            loaded = {one.name: getattr(model, one.name) for one in knobs(LoadConfig)}
+            loaded = {one.name: getattr(model, one.name) for one in LoadConfig.knobs()}
             port = 0 if workers else options["encoder_port"]
             worker = EncoderServer(
                 EncoderConfig(checkpoint=model.checkpoint, store=config.store, port=port, **loaded),
@@ -193,36 +184,31 @@ async def _start_encoders(
     return tuple(models), workers[0].metrics.registry if workers else None
 
 
-async def _introduce(server: DecoderServer, store: Store, gateway: Gateway | None) -> None:
+async def _introduce(server: DecoderServer, store: Store, gateway: Gateway | None, process: Process) -> None:
     """The start-up lines."""
     from cache.store import public_url
     from preread_edge.access import join
 
     say(f"store        {public_url(server.config.store)}")
     for model, engine in zip(server.config.models, server.engines.values(), strict=True):
-        await _introduce_model(model, engine, store)
-    say(listening_line(server))
+        backend = engine.backend
+        identity = backend.identity()
+        reads = f"encoder {identity.fingerprint[:12]}" if identity is not None else "reads text"
+        say(f"model        {engine.name} ({backend.name}, {model.checkpoint}, {reads})")
+        if backend.notice:
+            say(f"licence      {backend.notice}")
+        if model.read_control_tokens:
+            say("texts        control tokens in queries and passages are read as such: they can write the prompt")
+        say(f"compute      {backend.dtype_name} on {backend.device_name}")
+        if identity is not None:
+            say(f"collections  {await asyncio.to_thread(_collections, store, identity.fingerprint)}")
+            where = f"{model.encoder_address} ({'in this process' if model.encoder_in_process else 'elsewhere'})"
+            say(f"encoder      {where if model.encoder_address else 'none: only stored passages are scored'}")
+    process.listens(server)
     if gateway is not None:
         scheme = "https" if server.config.has_tls else "http"
         keys = " (API keys)" if server.keys.required else ""
         say(f"http         {scheme}://{join(gateway.config.host, gateway.port)}{keys}")
-
-
-async def _introduce_model(model: ModelConfig, engine: Engine, store: Store) -> None:
-    backend = engine.backend
-    identity = backend.identity()
-    reads = f"encoder {identity.fingerprint[:12]}" if identity is not None else "reads text"
-    say(f"model        {engine.name} ({backend.name}, {model.checkpoint}, {reads})")
-    if backend.notice:
-        say(f"licence      {backend.notice}")
-    if model.read_control_tokens:
-        say("texts        control tokens in queries and passages are read as such: they can write the prompt")
-    say(f"compute      {backend.dtype_name} on {backend.device_name}")
-    if identity is None:
-        return
-    say(f"collections  {await asyncio.to_thread(_collections, store, identity.fingerprint)}")
-    where = f"{model.encoder_address} ({'in this process' if model.encoder_in_process else 'elsewhere'})"
-    say(f"encoder      {where if model.encoder_address else 'none: only stored passages are scored'}")
 
 
 def _collections(store: Store, fingerprint: str) -> str:
@@ -258,14 +244,15 @@ def checked(load: Load, *, every: bool = True, passed: Path = PASSED_CHECKS) -> 
     def load_and_check(model: ModelConfig) -> Backend:
         backend = load(model)
         known = _passed_file(backend, model, passed.expanduser())
-        if every or (known is not None and not known.exists()):
-            _check_health(model, backend)
-            if known is not None:
-                try:
-                    known.parent.mkdir(parents=True, exist_ok=True)
-                    known.touch()
-                except OSError as exc:  # a file system that cannot be written to costs time at the next start, no more
-                    log.warning("the passed check could not be remembered: %s", exc)
+        if not every and (known is None or known.exists()):
+            return backend
+        _check_health(model, backend)
+        if known is not None:
+            try:
+                known.parent.mkdir(parents=True, exist_ok=True)
+                known.touch()
+            except OSError as exc:  # a file system that cannot be written to costs time at the next start, no more
+                log.warning("the passed check could not be remembered: %s", exc)
         return backend
 
     return load_and_check
@@ -334,6 +321,6 @@ async def _work(config: EncoderConfig, process: Process) -> None:
         say(f"encoder      {config.checkpoint} (encoder {identity.fingerprint[:12]}, dim {identity.dim})")
         say(f"compute      {encoder.dtype_name} on {encoder.device_name}")
         say(f"store        {server.public_store}")
-        say(listening_line(server))
+        process.listens(server)
         await process.runs()
         await server.stop(process.stops())

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from preread_cli.commands.rerank import query_options, read_ids, stored_ids
+from preread_cli.commands.rerank import passage_ids, query_options
 from preread_cli.failures import BAD_ITEMS, CommandFailed
 from preread_cli.options import client_settings, collection_option, option
-from preread_cli.terminal import counted_progress, human_bytes
+from preread_cli.terminal import counted_progress, human_bytes, print_json, print_some
 
 if TYPE_CHECKING:
     from preread import Warmed
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 # Passages of one call: the bar moves on after each, and requests to the server wait for none of them for long.
 CHUNK = 64
 MAX_SHOWN = 5
-FLAGS = {"keys": "--keys-cache-bytes", "prefixes": "--prefix-cache-bytes"}
+CACHE_FLAGS = {"keys": "--keys-cache-bytes", "prefixes": "--prefix-cache-bytes"}
 
 
 @click.command()
@@ -42,7 +41,7 @@ def warm(ctx: click.Context, /, **given: Any) -> None:
     """
     from preread import Client
 
-    ids = stored_ids(given["store"], given["collection"]) if given["ids"] is None else read_ids(given["ids"])
+    ids = passage_ids(given)
     if not ids:
         raise CommandFailed(f"{given['ids']}: no ids, nothing to warm")
     settings = client_settings(given, timeout_seconds=given["timeout_seconds"])
@@ -52,40 +51,33 @@ def warm(ctx: click.Context, /, **given: Any) -> None:
         for first in range(0, len(ids), CHUNK):
             warmed.append(client.warm(ids[first : first + CHUNK], model=given["model_name"], **options))
             on_progress(min(first + CHUNK, len(ids)), len(ids))
-    missing = list(dict.fromkeys(id_ for one in warmed for id_ in one.missing_ids))
+    total = {
+        "model": warmed[-1].model,
+        "num_passages": sum(one.num_passages for one in warmed),
+        "num_windows": sum(one.num_windows for one in warmed),
+        "tiers": [
+            dataclasses.asdict(tiers[-1]) | {"num_kept": sum(tier.num_kept for tier in tiers)}
+            for tiers in zip(*(one.tiers for one in warmed), strict=True)
+        ],
+    }
+    missing = list(dict.fromkeys(passage_id for one in warmed for passage_id in one.missing_ids))
     if given["as_json"]:
-        click.echo(json.dumps(_total(warmed) | {"missing_ids": missing}, ensure_ascii=False, indent=2))
+        print_json(total | {"missing_ids": missing})
     else:
-        _print_total(_total(warmed), missing)
+        _print_warmed(total)
+        print_some("not stored", missing, MAX_SHOWN, err=True)
     if missing:
         ctx.exit(BAD_ITEMS)
 
 
-def _total(warmed: Sequence[Warmed]) -> dict[str, Any]:
-    last = warmed[-1]
-    tiers = [
-        dataclasses.asdict(tier) | {"num_kept": sum(one.tiers[i].num_kept for one in warmed)}
-        for i, tier in enumerate(last.tiers)
-    ]
-    return {
-        "model": last.model,
-        "num_passages": sum(one.num_passages for one in warmed),
-        "num_windows": sum(one.num_windows for one in warmed),
-        "tiers": tiers,
-    }
-
-
-def _print_total(total: dict[str, Any], missing: Sequence[str]) -> None:
+def _print_warmed(total: Mapping[str, Any]) -> None:
     click.echo(f"{total['model']}: {total['num_passages']:,} passages read, {total['num_windows']:,} windows")
     for tier in total["tiers"]:
+        flag = CACHE_FLAGS[tier["name"]]
         if not tier["max_bytes"]:
-            click.echo(f"{tier['name']:<9} off ({FLAGS[tier['name']]} is 0)")
+            click.echo(f"{tier['name']:<9} off ({flag} is 0)")
             continue
         use = f"{human_bytes(tier['num_bytes'])} of {human_bytes(tier['max_bytes'])} in use"
         click.echo(f"{tier['name']:<9} {tier['num_kept']:,} of {total['num_windows']:,} kept; {use}")
         if tier["num_kept"] < total["num_windows"]:
-            click.echo(f"          the cache is full: a larger {FLAGS[tier['name']]} holds more")
-    for passage_id in missing[:MAX_SHOWN]:
-        click.echo(f"not stored: {passage_id}", err=True)
-    if len(missing) > MAX_SHOWN:
-        click.echo(f"not stored: {len(missing) - MAX_SHOWN:,} more", err=True)
+            click.echo(f"          the cache is full: a larger {flag} holds more")

@@ -13,10 +13,10 @@ import pytest
 from cache.collection import Collection
 from cache.states import PassageStates
 from cache.store import Store
-from encoder_worker.indexing import IndexOptions, index
+from encoder_worker.config import CollectionSettings, IndexOptions, PipelineLimits
+from encoder_worker.indexing import index
 from encoder_worker.passage_encoder import PassageEncoder
 from encoder_worker.sources import Place, Reason, Refused, SourcePassage
-from encoder_worker.writing import CollectionSettings, PipelineLimits
 
 Make = Callable[..., list[SourcePassage]]
 SMALL = IndexOptions(limits=PipelineLimits(batch_passages=16, group_passages=8))

@@ -15,11 +15,11 @@ from cache.errors import CollectionExists, EncoderMismatch
 from cache.store import Store
 from checkpoint import Checkpoint
 from decoder_server.models.fbnl.backend import FbnlBackend
-from encoder_worker.indexing import IndexOptions, index
+from encoder_worker.config import CollectionSettings, IndexOptions, PipelineLimits
+from encoder_worker.indexing import index
 from encoder_worker.passage_encoder import PassageEncoder
 from encoder_worker.reencoding import reencode
 from encoder_worker.sources import SourcePassage
-from encoder_worker.writing import CollectionSettings, PipelineLimits
 from preread_cli.main import cli
 from tuning.rerank import score_passages
 

@@ -9,11 +9,11 @@ from contextlib import aclosing
 import pytest
 
 from cache.store import Store
-from encoder_worker.indexing import IndexOptions, Progress, index
+from encoder_worker.config import IndexOptions, PipelineLimits
+from encoder_worker.indexing import Progress, index
 from encoder_worker.passage_encoder import PassageEncoder
 from encoder_worker.reading import SeenIds, ahead
 from encoder_worker.sources import Place, SourcePassage
-from encoder_worker.writing import PipelineLimits
 
 
 def test_an_id_is_new_once_and_later_tells_where_it_came_first() -> None:

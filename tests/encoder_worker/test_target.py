@@ -11,10 +11,10 @@ import pytest
 from cache.collection import Collection
 from cache.errors import CodecError, CollectionExists, EncoderMismatch, InvalidName
 from cache.store import Store
-from encoder_worker.indexing import IndexOptions, IndexReport, dry_run, index
+from encoder_worker.config import CollectionSettings, IndexOptions, PipelineLimits
+from encoder_worker.indexing import IndexReport, dry_run, index
 from encoder_worker.passage_encoder import PassageEncoder
 from encoder_worker.sources import SourcePassage
-from encoder_worker.writing import CollectionSettings, PipelineLimits
 
 Make = Callable[..., list[SourcePassage]]
 SMALL = IndexOptions(limits=PipelineLimits(batch_passages=16, group_passages=8))

@@ -13,12 +13,12 @@ import pytest
 
 from cache.collection import Collection
 from cache.store import Store
+from encoder_worker.config import CollectionSettings
 from encoder_worker.indexing import index
 from encoder_worker.passage_encoder import PassageEncoder
 from encoder_worker.scheduler import Priority
 from encoder_worker.service import MANY
 from encoder_worker.sources import SourcePassage
-from encoder_worker.writing import CollectionSettings
 from preread.v1 import encoder_pb2
 
 STORED, UNCHANGED, REFUSED = (

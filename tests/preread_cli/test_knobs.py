@@ -8,16 +8,24 @@ import click
 import pytest
 
 from decoder_server.config import DecoderConfig, HttpConfig, KvCacheConfig, ModelConfig
-from encoder_worker.config import EncoderConfig
+from encoder_worker.config import CollectionSettings, EncoderConfig, IndexOptions
+from preread_cli.commands.evaluate import evaluate, tune
+from preread_cli.commands.index import index
 from preread_cli.commands.serve import encode_worker, serve
 from preread_cli.options import from_options
-from preread_edge.settings import Config, knob, knobs
+from preread_edge.settings import Config, knob
+from tuning.config import EvaluationSettings, GridSettings, LimitSettings
 
 PAIRS = [
     (serve, DecoderConfig),
     (serve, HttpConfig),
     (serve, KvCacheConfig),
     (encode_worker, EncoderConfig),
+    (index, IndexOptions),
+    (index, CollectionSettings),
+    (evaluate, EvaluationSettings),
+    (tune, GridSettings),
+    (tune, LimitSettings),
 ]
 # Of a model, which `--model NAME=CHECKPOINT,KEY=VALUE` names.
 MODEL_KEYS = {"--backend", "--runtime", "--profile", "--trust-remote-code"}
@@ -30,9 +38,10 @@ def options_of(command: click.Command) -> dict[str, click.Option]:
 @pytest.mark.parametrize(("command", "settings"), PAIRS, ids=lambda one: one.__name__ if isinstance(one, type) else "")
 def test_every_knob_is_a_flag_with_its_variable(command: click.Command, settings: type[Config]) -> None:
     options = options_of(command)
-    for one in knobs(settings):
-        assert options[one.flag].envvar == "PREREAD_" + one.flag.removeprefix("--").replace("-", "_").upper()
-        assert str(options[one.flag].help).startswith(one.help)
+    for one in settings.knobs():
+        option = options[one.flag.split("/")[0]]
+        assert option.envvar == "PREREAD_" + one.option_name.upper()
+        assert str(option.help).startswith(one.help)
 
 
 @pytest.mark.parametrize(("command", "settings"), PAIRS, ids=lambda one: one.__name__ if isinstance(one, type) else "")
@@ -44,13 +53,14 @@ def test_a_command_without_flags_is_the_library_without_arguments(
         EncoderConfig: {"checkpoint": "m"},
         HttpConfig: {"port": 8080},  # on the command line there is no HTTP without --http-port
     }.get(settings, {})
-    params = command.make_context(str(command.name), ["--model", "m"]).params
+    required = ["passages.jsonl", "-c", "docs"] if command is index else []
+    params = command.make_context(str(command.name), [*required, "--model", "m"]).params
     assert from_options(settings, params, **needed) == settings(**needed)
 
 
 def test_every_field_that_can_be_set_is_a_knob() -> None:
     plain = {
-        settings: {one.name for one in dataclasses.fields(settings)} - {one.name for one in knobs(settings)}
+        settings: {one.name for one in dataclasses.fields(settings)} - {one.name for one in settings.knobs()}
         for settings in (DecoderConfig, HttpConfig, KvCacheConfig, EncoderConfig, ModelConfig)
     }
     assert plain == {
@@ -60,7 +70,7 @@ def test_every_field_that_can_be_set_is_a_knob() -> None:
         EncoderConfig: {"checkpoint"},
         ModelConfig: {"checkpoint", "kv_caches", "encoder_in_process"},
     }
-    flags = {one.flag for one in knobs(ModelConfig)}
+    flags = {one.flag for one in ModelConfig.knobs()}
     assert flags - set(options_of(serve)) == MODEL_KEYS
 
 
@@ -88,7 +98,7 @@ def test_bounds_hold_for_the_library_too(wrong: dict[str, object], message: str)
 
 
 def test_what_a_field_says_of_itself() -> None:
-    found = {one.name: one for one in knobs(Example)}
+    found = {one.name: one for one in Example.knobs()}
     assert (found["num_items"].flag, found["form"].flag) == ("--num-items", "--the-form")
     assert (found["wait_seconds"].kind, found["wait_seconds"].default) == ("float", None)
     assert "secret" not in repr(Example(key="secret"))

@@ -24,9 +24,10 @@ from encoder_worker.encoder import Encoder
 from preread_cli.commands.evaluate import evaluate as command
 from preread_cli.failures import explain
 from tuning import EvaluationError, MissingExtra
+from tuning.config import EvaluationSettings
 from tuning.evaluate import evaluate
 from tuning.judged import read_judged
-from tuning.report import EvaluationReport, EvaluationSettings
+from tuning.report import EvaluationReport
 from tuning.trec import RunFile
 
 SETTINGS = EvaluationSettings(ratios=(4, 1), num_resamples=500)
@@ -271,7 +272,7 @@ def test_the_command_reads_an_embedded_store(beir: Path, tiny: Path, tmp_path: P
     [
         (["--ratios", "1,x"], "expected integers with commas between them"),
         (["--ratios", "0"], "ratios is (0,); expected integers of at least 1"),
-        (["--teacher", "oracle"], "teacher is 'oracle'; expected minilm"),
+        (["--teacher", "oracle"], "'oracle' is not 'minilm'"),
         (["--queries-split", "dev"], "no judged query of split 'dev'"),
     ],
 )

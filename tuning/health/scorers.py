@@ -17,8 +17,9 @@ from decoder_server.models.backend import sigmoid
 from decoder_server.models.cross_encoder.backend import CrossEncoder
 from decoder_server.models.fbnl.backend import FbnlBackend
 from decoder_server.models.fbnl.kv_cache import StatePair
+from encoder_worker.config import CollectionSettings
 from encoder_worker.passage_encoder import PassageEncoder
-from encoder_worker.writing import CollectionSettings, Target
+from encoder_worker.writing import Target
 from tuning import EvaluationError
 from tuning.health.pairs import Margins, TextTriple
 from tuning.progress import Advance, ignore

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tuning import EvaluationError
+from tuning.config import LimitSettings
 from tuning.metrics import HEADLINE
 from tuning.report import format_json, plain_table, print_parts
 from tuning.sweep.costs import IndexingCost, Latency, StoredSize
@@ -21,8 +22,6 @@ from tuning.sweep.settings import Configuration, SweepSettings
 from tuning.trec import Qrels, write_runs
 
 _FORMAT_VERSION = 1
-_LIMITS = ("max_loss", "max_bytes", "max_latency_seconds")
-_PREFERENCES = ("bytes", "latency", "quality")
 _MIN_WIDTH = 120
 _SMALL, _FAST, _CHOSEN = "●", "◆", "▶"
 
@@ -52,33 +51,12 @@ class SweepRow:
 
 
 @dataclass(frozen=True)
-class Limits:
-    """None: no such limit.
-
-    max_loss: share of the reference's nDCG@10 that may be lost
-    sure: the worse end of the loss's 95% interval keeps the limit, not only its mean
-    max_bytes: of a passage, in the mean
-    max_latency_seconds: p99 of a rerank
-    prefer: the order of rows that keep all limits; None: by bytes where a loss is allowed, else by quality
-    """
-
-    max_loss: float | None = None
-    sure: bool = False
-    max_bytes: float | None = None
-    max_latency_seconds: float | None = None
-    prefer: str | None = None
-
-    def __post_init__(self) -> None:
-        for name in _LIMITS:
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise EvaluationError(f"{name} is {value}; expected at least 0")
-        if self.prefer is not None and self.prefer not in _PREFERENCES:
-            raise EvaluationError(f"prefer is {self.prefer!r}; expected {', '.join(_PREFERENCES)}")
+class Limits(LimitSettings):
+    """The limits, and what they choose."""
 
     @property
     def given(self) -> bool:
-        return any(getattr(self, name) is not None for name in _LIMITS)
+        return any(one is not None for one in (self.max_loss, self.max_bytes, self.max_latency_seconds))
 
     @property
     def decides_by(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,11 +14,10 @@ from cache.errors import CodecError
 from decoder_server.engine.plan import Plan
 from preread.values import Stage, format_stages, parse_stages
 from tuning import EvaluationError
-from tuning.report import COARSEST, MeasuringSettings, doublings
+from tuning.config import COARSEST, GridSettings, doublings
 from tuning.trec import order, rank
 
 _COARSEST_STORED = 8  # of the default stored ratios: coarser ones hardly save any more bytes
-_FEW_SAMPLES = ("fallback", "refuse")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,29 +100,8 @@ def units_of(configurations: Iterable[Configuration]) -> list[Configuration]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepSettings(MeasuringSettings):
-    """
-    stored_ratios, codecs, read_ratios, cascades: the grid; None stands for a default by checkpoint
-    overlap_k: how many of the top are compared with the reference's
-    few_samples: a codec with too few states to train on is replaced by the default (`fallback`), or the sweep ends
-    timed_queries, rounds: how many queries are timed, how often each; 0 queries: nothing is timed
-    """
-
-    stored_ratios: tuple[int, ...] | None = None
-    codecs: tuple[str, ...] | None = None
-    read_ratios: tuple[int, ...] | None = None
-    cascades: tuple[tuple[Stage, ...], ...] | None = None
-    overlap_k: int = field(default=10, metadata={"least": 1})
-    few_samples: str = "fallback"
-    timed_queries: int = field(default=20, metadata={"least": 0})
-    rounds: int = field(default=3, metadata={"least": 1})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.codecs is not None and (not self.codecs or len(set(self.codecs)) != len(self.codecs)):
-            raise EvaluationError(f"codecs is {self.codecs}; expected at least one, each once")
-        if self.few_samples not in _FEW_SAMPLES:
-            raise EvaluationError(f"few_samples is {self.few_samples!r}; expected {' or '.join(_FEW_SAMPLES)}")
+class SweepSettings(GridSettings):
+    """Settings of a sweep, and the grid that they mean."""
 
     def resolved(self, source_ratio: int, dim: int) -> SweepSettings:
         """The same with the defaults that None stands for, for states that come at `source_ratio`.

@@ -49,7 +49,7 @@ def test_what_is_left_open_follows_from_the_states() -> None:
         ({"stored_ratios": (0,)}, r"stored_ratios is \(0,\); expected integers of at least 1"),
         ({"read_ratios": (2, 2)}, r"read_ratios is \(2, 2\); expected each once"),
         ({"codecs": ()}, r"codecs is \(\); expected at least one, each once"),
-        ({"few_samples": "guess"}, "few_samples is 'guess'; expected fallback or refuse"),
+        ({"few_samples": "guess"}, "few_samples is 'guess'; expected fallback, refuse"),
         ({"rounds": 0}, "rounds is 0; expected at least 1"),
     ],
 )
