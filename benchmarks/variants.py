@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.operations import PREFIX_TOKENS, PROMPT_TOKENS, Operations
 from checkpoint import Checkpoint, TokenizedPrompt
-from checkpoint.compute import DTYPES, dtype_name
+from checkpoint.compute import DTYPES
 from decoder_server.config import KvCacheConfig
 from decoder_server.models.fbnl.backend import FbnlBackend
 from decoder_server.models.fbnl.kv_cache import StatePair
@@ -59,15 +59,12 @@ class Models:
         """Our decoder with the tier of keys, and that of prefixes where asked for, each as large as it likes."""
         if (form, prefix) not in self._tiered:
             budgets = KvCacheConfig(TIER_BYTES, TIER_BYTES if prefix else 0, form)
-            backend = FbnlBackend(self.checkpoint, device="cpu", dtype=dtype_name(self.dtype), budgets=budgets)
-            self._tiered[form, prefix] = backend
+            self._tiered[form, prefix] = self.backend.with_caches(budgets)
         return self._tiered[form, prefix]
 
     def forget(self) -> None:
         """Empties all tiers."""
-        for backend in self._tiered.values():
-            for cache in backend.caches:
-                cache.clear()
+        self._tiered.clear()
 
     def operations(self, variant: str, passage_tokens: int, ratio: int) -> int:
         """Of one candidate."""
@@ -129,8 +126,7 @@ class Candidates:
 
     def empty(self, count: int, form: str, *, prefix: bool) -> None:
         """Nothing is in the tiers, and every passage was asked for once."""
-        for cache in self._models.tiered(form, prefix=prefix).caches:
-            cache.clear()
+        self._models.forget()
         self.kept(min(count, len(self._states)), form, prefix=prefix)
 
     def _pairs(self, some: list[int]) -> list[StatePair]:
