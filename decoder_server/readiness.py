@@ -35,10 +35,6 @@ class _Encoder:
     answered: bool = False  # at any time
     problem: str = "has not been checked"  # "": it answered its last check
 
-    @property
-    def needed(self) -> bool:
-        return self.in_process or not self.answered
-
 
 class Readiness:
     """Readiness of one server, and the servicer of gRPC's health checks."""
@@ -60,7 +56,7 @@ class Readiness:
             return "the server is stopping"
         if not self._loaded:
             return "the model is loading"
-        if any(one.problem and one.needed for one in self._encoders):
+        if any(one.problem and (one.in_process or not one.answered) for one in self._encoders):
             return "an encoder does not answer; the server's log has the cause"
         return ""
 
@@ -78,20 +74,16 @@ class Readiness:
             await self._changed.wait()
 
     async def add(self, client: EncoderClient, model: str, *, in_process: bool) -> None:
-        """Watches another encoder, beginning with a check.
-
-        Raises:
-            ValueError: it is another encoder than the model was made for.
-        """
+        """Watches an encoder, beginning with a check; raises ValueError where the model was made for another one."""
         one = _Encoder(client, model, in_process)
         self._encoders.append(one)
         await self._check(one)
 
     async def loaded(self) -> None:
+        """The models have; encoders are watched from here on."""
         self._loaded = True
         await self.publish()
-        if self._encoders:
-            self._watching = asyncio.create_task(self._watch())
+        self._watching = asyncio.create_task(self._watch()) if self._encoders else None
 
     async def stop(self) -> None:
         """Not ready from here on."""
@@ -109,33 +101,27 @@ class Readiness:
             await self.publish()
 
     async def _check(self, one: _Encoder, expected: type[Exception] = EncoderError) -> None:
-        problem = ""
         try:
             await one.client.check()
+            problem = ""
         except expected as exc:
             problem = str(exc) or type(exc).__name__
         if problem and one.problem != problem:
-            log.warning("%s%s", problem, _proxied(one.client.address))
+            proxy = proxy_variable(one.client.address)
+            hint = f" ({proxy} is set, so it is called through that proxy; no_proxy exempts hosts)" if proxy else ""
+            log.warning("%s%s", problem, hint)
         elif one.problem and not problem and one.answered:
             log.warning("encoder worker %s answers again", one.client.address)
-        one.problem = problem
-        one.answered = one.answered or not problem
+        one.problem, one.answered = problem, one.answered or not problem
         self._encoder_up(one.model, not problem)
 
     async def publish(self) -> None:
         """Tells health checks the present state."""
-        status = health_pb2.HealthCheckResponse
-        ready = status.NOT_SERVING if self.problem else status.SERVING
         broken = any(one.problem and one.in_process for one in self._encoders)
-        for name in self._services:
-            await self.servicer.set(name, ready)
-        await self.servicer.set(LIVE, status.SERVING if self._loaded and not broken else status.NOT_SERVING)
+        serves = dict.fromkeys(self._services, not self.problem) | {LIVE: self._loaded and not broken}
         if self._encoders:
-            await self.servicer.set(ENCODER, status.NOT_SERVING if self.degraded else status.SERVING)
+            serves[ENCODER] = not self.degraded
+        status = health_pb2.HealthCheckResponse
+        for name, well in serves.items():
+            await self.servicer.set(name, status.SERVING if well else status.NOT_SERVING)
         self._changed.set()
-
-
-def _proxied(address: str) -> str:
-    """For the log: the proxy that the environment puts in front of a remote worker."""
-    name = proxy_variable(address)
-    return f" ({name} is set, so it is called through that proxy; no_proxy exempts hosts)" if name else ""

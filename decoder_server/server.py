@@ -11,13 +11,13 @@ import logging
 import ssl
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, closing
 
 import grpc
 
 from cache.open import open_store
 from cache.read_cache import CachedStore, TimedStore
 from cache.store import Store
-from checkpoint import EncoderIdentity
 from decoder_server.config import DecoderConfig, HttpConfig, ModelConfig
 from decoder_server.edge.grpc import RerankService
 from decoder_server.edge.http.app import build
@@ -34,10 +34,9 @@ from decoder_server.readiness import Readiness
 from decoder_server.telemetry import Metrics, RequestLog
 from preread import AsyncClient, ClientOptions
 from preread.v1 import rerank_pb2, rerank_pb2_grpc
+from preread_edge import listener
 from preread_edge.access import ApiKeys, Guard, join, refuse_control_tokens
 from preread_edge.grpc_server import add_standard_services, listen, make_server
-from preread_edge.listener import bind
-from preread_edge.listener import make_server as make_http_server
 
 log = logging.getLogger(__name__)
 
@@ -52,18 +51,11 @@ class DecoderServer:
         self,
         config: DecoderConfig,
         *,
-        store: Store | None = None,
-        load: Callable[[ModelConfig], Backend] = load_model,
-        keys: ApiKeys | None = None,
-        observers: Sequence[Observer] = (),
+        store: Store | None = None,  # shared with others and left open; None: config.store, closed at the end
+        load: Callable[[ModelConfig], Backend] = load_model,  # called on the model's thread
+        keys: ApiKeys | None = None,  # None: everyone who reaches the port may call
+        observers: Sequence[Observer] = (),  # besides this server's own metrics and log
     ) -> None:
-        """
-        Args:
-            store: shared with others and left open; None opens config.store and closes it at the end.
-            load: called on the model's thread.
-            keys: None: everyone who reaches the port may call.
-            observers: besides this server's own metrics and log.
-        """
         self.config = config
         self.keys = keys or ApiKeys()
         if any(model.read_control_tokens for model in config.models):
@@ -72,34 +64,38 @@ class DecoderServer:
         self._observers: tuple[Observer, ...] = (self.metrics, RequestLog(log_text=config.log_text), *observers)
         self.port = 0
         self._load = load
-        self._own_store: Store | None = None
+        self._last = AsyncExitStack()  # closed at the end of stop, the latest first
         if store is None:
-            store = self._own_store = open_store(config.store, read_budget_seconds=config.read_budget_seconds)
+            opened = open_store(config.store, read_budget_seconds=config.read_budget_seconds)
+            store = self._last.enter_context(closing(opened))
         self.store: Store = TimedStore(store, self.metrics.store_read)  # with its read cache, if there is one
         if config.max_store_cache_bytes:
-            self.store = CachedStore(
-                self.store, max_bytes=config.max_store_cache_bytes, staleness_seconds=config.max_staleness_seconds
-            )
+            max_bytes, staleness_seconds = config.max_store_cache_bytes, config.max_staleness_seconds
+            self.store = CachedStore(self.store, max_bytes=max_bytes, staleness_seconds=staleness_seconds)
         self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self.threads = ThreadPoolExecutor(NUM_STORE_THREADS, thread_name_prefix="store")  # for all that blocks
+        for threads in (self.threads, self._model_thread):  # waits for a forward pass in flight, off the loop
+            self._last.push_async_callback(asyncio.to_thread, threads.shutdown, cancel_futures=True)
         self._service = RerankService(self.store)
         self.engines = self._service.engines  # by served name; empty until the models have loaded
         self.metrics.watch(self.engines, self.store)
         self.readiness = Readiness([SERVICE, *TEI_SERVICES], self.metrics.encoder_up)
         self._server: grpc.aio.Server | None = None
         self._loops: list[asyncio.Task[None]] = []
-        self._encoders: list[EncoderClient] = []
 
     async def start(self) -> None:
         """Binds, loads and proves the models. When it raises, everything is stopped again."""
         try:
-            await self.bind()
-            await self.load()
+            await self._bind()
+            # Each model runs once. Ready when every encoder has answered; it may be later than this.
+            loaded = [await self._load_engine(model) for model in self.config.models]
+            self.engines.update({engine.name: engine for engine in loaded})  # together: a ready server has every name
+            await self.readiness.loaded()
         except BaseException:
             await self.stop(0)
             raise
 
-    async def bind(self) -> None:
+    async def _bind(self) -> None:
         """Listens, not ready: health answers NOT_SERVING, everything else UNAVAILABLE."""
         limit = self.config.max_message_bytes
         # Clients that reconnect resolve the name again, and find servers that were added; calls in flight finish.
@@ -119,26 +115,33 @@ class DecoderServer:
         self.port = listen(self._server, self.config, self.config.port)
         await self._server.start()
 
-    async def load(self) -> None:
-        """Loads the models, runs each once, and says SERVING, if every encoder has answered; or as soon as it does."""
-        loaded: dict[str, Engine] = {}
-        for model in self.config.models:
-            engine = await self._engine(model)
-            task = asyncio.get_running_loop().create_task(engine.scheduler.run())
-            task.add_done_callback(self._loop_ended)
-            self._loops.append(task)
-            loaded[engine.name] = engine
-        self.engines.update(loaded)  # together: a ready server is ready for every name
-        await self.readiness.loaded()
-
-    async def _engine(self, model: ModelConfig) -> Engine:
+    async def _load_engine(self, model: ModelConfig) -> Engine:
         loop = asyncio.get_running_loop()
         backend = await loop.run_in_executor(self._model_thread, self._load, model)
         identity = await loop.run_in_executor(self.threads, backend.identity)
         await loop.run_in_executor(self._model_thread, backend.warm_up)
-        on_demand = await self._on_demand(model, backend, identity) if identity is not None else None
+        on_demand = None
+        if identity is not None and model.encoder_address:
+            encoder = EncoderClient(
+                model.encoder_address,
+                fingerprint=identity.fingerprint,
+                dim=identity.dim,
+                dtype_name=backend.dtype_name,
+                timeout_seconds=self.config.encode_timeout_seconds,
+                api_key=model.encoder_api_key,
+                tls=self.config.encoder_tls,
+            )
+            self._last.push_async_callback(encoder.close)
+            # One that does not answer may start later; until then candidates to encode fail, each with the reason.
+            await self.readiness.add(encoder, model.served_name, in_process=model.encoder_in_process)
+            ratio = backend.settings.default_compression_ratio
+            on_demand = OnDemandStates(encoder, max_bytes=self.config.inline_cache_bytes, base_ratio=ratio)
+            self._last.push_async_callback(on_demand.close)
         threads = Threads(self._model_thread, self.threads)
-        return Engine(model.served_name, backend, self.store, on_demand, threads, self.config, self._observers)
+        engine = Engine(model.served_name, backend, self.store, on_demand, threads, self.config, self._observers)
+        self._loops.append(asyncio.create_task(engine.scheduler.run()))
+        self._loops[-1].add_done_callback(self._loop_ended)
+        return engine
 
     async def stop(self, grace_seconds: float) -> None:
         """Says NOT_SERVING, accepts nothing more, lets what runs finish within the grace, then stops."""
@@ -153,35 +156,7 @@ class DecoderServer:
             task.remove_done_callback(self._loop_ended)
             task.cancel()
         await asyncio.gather(*self._loops, return_exceptions=True)
-        for engine in self.engines.values():
-            if engine.fetcher.on_demand is not None:
-                await engine.fetcher.on_demand.close()
-        for encoder in self._encoders:
-            await encoder.close()
-        for threads in (self._model_thread, self.threads):  # waits for a forward pass in flight, off the loop
-            await asyncio.to_thread(threads.shutdown, cancel_futures=True)
-        if self._own_store is not None:
-            self._own_store.close()
-
-    async def _on_demand(
-        self, model: ModelConfig, backend: Backend, identity: EncoderIdentity
-    ) -> OnDemandStates | None:
-        if not model.encoder_address:
-            return None
-        encoder = EncoderClient(
-            model.encoder_address,
-            fingerprint=identity.fingerprint,
-            dim=identity.dim,
-            dtype_name=backend.dtype_name,
-            timeout_seconds=self.config.encode_timeout_seconds,
-            api_key=model.encoder_api_key,
-            tls=self.config.encoder_tls,
-        )
-        self._encoders.append(encoder)
-        # One that does not answer may start later; until then candidates to encode fail, each with the reason.
-        await self.readiness.add(encoder, model.served_name, in_process=model.encoder_in_process)
-        ratio = backend.settings.default_compression_ratio
-        return OnDemandStates(encoder, max_bytes=self.config.inline_cache_bytes, base_ratio=ratio)
+        await self._last.aclose()
 
     def _loop_ended(self, task: asyncio.Task[None]) -> None:
         """The scheduler never ends while the server runs; if it does, callers get an error instead of a wait."""
@@ -194,31 +169,40 @@ class Gateway:
 
     def __init__(self, config: HttpConfig, server: DecoderServer) -> None:
         self.config = config
-        if any(model.read_control_tokens for model in server.config.models):
+        grpc_config = server.config
+        if any(model.read_control_tokens for model in grpc_config.models):
             refuse_control_tokens(config.host, server.keys)
         self.port = 0
-        worker, tls = _worker_client(server.config), server.config  # the gRPC port's files
+        worker = None  # passages that come over HTTP are written by the first model that has one
+        if writer := next((model for model in grpc_config.models if model.encoder_address), None):
+            key = writer.encoder_api_key
+            options = ClientOptions(
+                timeout_seconds=None,
+                tls=grpc_config.encoder_tls,
+                metadata=lambda: dict(call_metadata(key)),  # with the id of the request, for the worker's log
+            )
+            worker = AsyncClient(writer.encoder_address, encoder_address=writer.encoder_address, options=options)
         self.context = Context(
             config, server.engines, server.store, server.metrics.registry, server.readiness, server.threads, worker
         )
         guard = Guard(config.allowed_hosts, config.allowed_origins, any_host=server.keys.required)
-        self._uvicorn = make_http_server(
+        self._uvicorn = listener.make_server(
             build(self.context, server.keys, guard, server.metrics.http),
             max_connections=config.max_connections,
-            refusal=_refusal,
+            refusal=lambda status, text: ("application/json", bytes(Problem.of_status(status, text).response().body)),
             header_seconds=config.header_seconds,
-            ssl_certfile=tls.tls_cert_file or None,
-            ssl_keyfile=tls.tls_key_file or None,
-            ssl_ca_certs=tls.tls_client_ca_file or None,
-            ssl_cert_reqs=ssl.CERT_REQUIRED if tls.tls_client_ca_file else ssl.CERT_NONE,
+            ssl_certfile=grpc_config.tls_cert_file or None,
+            ssl_keyfile=grpc_config.tls_key_file or None,
+            ssl_ca_certs=grpc_config.tls_client_ca_file or None,
+            ssl_cert_reqs=ssl.CERT_REQUIRED if grpc_config.tls_client_ca_file else ssl.CERT_NONE,
         )
         self._serving: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Listens; OSError where it cannot."""
-        listener = bind(self.config.host, self.config.port, "HTTP")
-        self.port = listener.getsockname()[1]
-        self._serving = asyncio.create_task(self._uvicorn.serve(sockets=[listener]))
+        bound = listener.bind(self.config.host, self.config.port, "HTTP")
+        self.port = bound.getsockname()[1]
+        self._serving = asyncio.create_task(self._uvicorn.serve(sockets=[bound]))
         while not self._uvicorn.started:
             if self._serving.done():
                 await self._serving
@@ -235,20 +219,3 @@ class Gateway:
             self._serving = None
         if self.context.worker is not None:
             await self.context.worker.close()
-
-
-def _refusal(status: int, message: str) -> tuple[str, bytes]:
-    """Content type and body of the response to bytes that are no request."""
-    return "application/json", bytes(Problem.of_status(status, message).response().body)
-
-
-def _worker_client(config: DecoderConfig) -> AsyncClient | None:
-    """A client for passages that come over HTTP: they are written by the first model that has a worker."""
-    writer = next((model for model in config.models if model.encoder_address), None)
-    if writer is None:
-        return None
-    # The worker's log has the id of the request that the call serves.
-    options = ClientOptions(
-        timeout_seconds=None, tls=config.encoder_tls, metadata=lambda: dict(call_metadata(writer.encoder_api_key))
-    )
-    return AsyncClient(writer.encoder_address, encoder_address=writer.encoder_address, options=options)

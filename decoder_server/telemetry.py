@@ -9,7 +9,9 @@ from __future__ import annotations
 import collections
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
+from operator import attrgetter
 from threading import Lock
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -35,50 +37,63 @@ TOKENS = tuple(float(2**power) for power in range(6, 18))
 PAIRS = tuple(float(2**power) for power in range(11))
 COLLECTION_SECONDS = 60.0  # between two counts of the collections: the store may take long
 
-_Families = tuple[tuple[type[CounterFamily | GaugeFamily], str, str, Callable[[Engine], float]], ...]
+_PER_MODEL: tuple[tuple[type[CounterFamily | GaugeFamily], str, str, str], ...] = (  # the last: of an engine
+    (GaugeFamily, "queue_requests", "Requests in flight.", "admission.num_requests"),
+    (GaugeFamily, "queue_tokens", "Tokens they still need, by estimate.", "admission.num_tokens"),
+    (CounterFamily, "admission_refusals", "Requests rejected because the queue was full.", "admission.num_rejected"),
+    (
+        CounterFamily, "dropped_pairs", "Queued pairs dropped: cancelled or past their deadline.",
+        "scheduler.stats.num_dropped_pairs",
+    ),
+    (CounterFamily, "compilations", "Compiled steps; constant once warm.", "backend.num_compilations"),
+)  # fmt: skip
 
 
-class Metrics:
-    """Metrics of one server, in a registry that belongs to it."""
+class Metrics(Collector):
+    """Metrics of one server, in a registry that belongs to it.
+
+    As a Collector it reads queues, caches, models and collections at each scrape; a store that is down costs only its
+    own lines.
+    """
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"preread_{name}", text, labels, registry=self.registry)
-
-        def histogram(name: str, text: str, *labels: str, buckets: Iterable[float] = SECONDS) -> Histogram:
-            return Histogram(f"preread_{name}", text, labels, buckets=tuple(buckets), registry=self.registry)
-
-        self._requests = counter("requests", "Rerank and explain requests of every edge, by result.", "model", "code")
-        self._request_seconds = histogram("request_seconds", "From arrival to response.", "model")
-        self._candidates = counter("candidates", "Candidates of answered requests.", "model", "status")
+        counter = partial(Counter, namespace="preread", registry=self.registry)
+        histogram = partial(Histogram, namespace="preread", registry=self.registry, buckets=SECONDS)
+        by_model = ("model",)
+        self._requests = counter("requests", "Rerank and explain requests of every edge, by result.", ("model", "code"))
+        self._request_seconds = histogram("request_seconds", "From arrival to response.", by_model)
+        self._candidates = counter("candidates", "Candidates of answered requests.", ("model", "status"))
         self._degraded = counter(
-            "degraded_requests", "Requests scored at a coarser ratio than requested, by cause.", "model", "reason"
+            "degraded_requests", "Requests scored at a coarser ratio than requested, by cause.", ("model", "reason")
         )
         self._stopped_early = counter(
-            "stopped_early_requests", "Cascades cut short by their deadline before the last stage.", "model"
+            "stopped_early_requests", "Cascades cut short by their deadline before the last stage.", by_model
         )
         self._queue_wait = histogram("queue_wait_seconds", "Time a request had queued pairs and none in a batch.")
         self._fetch_seconds = histogram("fetch_seconds", "One read of a request's states, through the read cache.")
         self._forward_seconds = histogram("forward_seconds", "One forward pass.")
         self._batch_tokens = histogram("batch_tokens", "Prompt tokens and states of one batch.", buckets=TOKENS)
         self._batch_pairs = histogram("batch_pairs", "Pairs of prompt and passage of one batch.", buckets=PAIRS)
-        self._cells = counter("attention_cells", "Attention cells computed: needed, and padding.", "kind")
+        self._cells = counter("attention_cells", "Attention cells computed: needed, and padding.", ("kind",))
         self._store_seconds = histogram("store_read_seconds", "One read of the store, behind the read cache.")
         self._store_bytes = counter("store_read_bytes", "Bytes of records read from the store.")
         self._store_errors = counter("store_read_errors", "Reads of the store that failed.")
-        self._encoder_up = Gauge(
-            "preread_encoder_up", "1: the model's encoder answered its last check.", ["model"], registry=self.registry
-        )
-        self._rpcs = counter("rpcs", "gRPC calls by status, rejected ones included.", "method", "code")
-        self._rpc_seconds = histogram("rpc_seconds", "One gRPC call.", "method")
-        self._http_answers = counter("http_answers", "HTTP responses of the gateway, of every path.", "status")
+        text = "1: the model's encoder answered its last check."
+        self._encoder_up = Gauge("encoder_up", text, by_model, namespace="preread", registry=self.registry)
+        self._rpcs = counter("rpcs", "gRPC calls by status, rejected ones included.", ("method", "code"))
+        self._rpc_seconds = histogram("rpc_seconds", "One gRPC call.", ("method",))
+        self._http_answers = counter("http_answers", "HTTP responses of the gateway, of every path.", ("status",))
         self._http_seconds = histogram("http_seconds", "One HTTP request.")
+        self._lock = Lock()
+        self._described: list[StoredCollection] = []
+        self._answers = False
+        self._counted = -COLLECTION_SECONDS
 
     def watch(self, engines: Mapping[str, Engine], store: Store) -> None:
         """Adds what engines and store count themselves; `engines` may fill later."""
-        self.registry.register(_ServerCollector(engines, store))
+        self._engines, self._store = engines, store
+        self.registry.register(self)
 
     def request_finished(self, trace: RequestTrace) -> None:
         self._requests.labels(trace.model, trace.code).inc()
@@ -119,6 +134,83 @@ class Metrics:
         self._rpcs.labels(method, code).inc()
         self._rpc_seconds.labels(method).observe(seconds)
 
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: registering does not read the store."""
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        engines = dict(self._engines)
+        for kind, name, text, path in _PER_MODEL:
+            family = kind(f"preread_{name}", text, labels=["model"])
+            for model, engine in engines.items():
+                family.add_metric([model], max(0, attrgetter(path)(engine)))  # an estimate may fall below 0
+            yield family
+        yield from self._caches(list(engines.values()))
+        models = InfoMetricFamily("preread_model", "A model that is served.")
+        for model, engine in engines.items():
+            backend, identity = engine.backend, engine.backend.identity()
+            labels = {
+                "model": model,
+                "backend": backend.name,
+                "checkpoint": backend.checkpoint_name,
+                "fingerprint": identity.fingerprint[:12] if identity is not None else "",
+                "dtype": backend.dtype_name,
+                "device": backend.device_name,
+            }
+            models.add_metric([], labels)
+        yield models
+        yield from self._collections()
+
+    def _caches(self, engines: list[Engine]) -> Iterable[Metric]:
+        hits = CounterFamily("preread_cache_hits", "Cache hits, in passages.", labels=["tier"])
+        misses = CounterFamily("preread_cache_misses", "Cache misses, in passages.", labels=["tier"])
+        held = GaugeFamily("preread_cache_bytes", "Bytes held by a cache.", labels=["tier"])
+
+        def add(tier: str, num_hits: int, num_misses: int, num_bytes: int) -> None:
+            for family, value in ((hits, num_hits), (misses, num_misses), (held, num_bytes)):
+                family.add_metric([tier], value)
+
+        if isinstance(self._store, CachedStore):
+            add("store", self._store.num_hits, self._store.num_misses, self._store.num_bytes)
+        inline = [one.fetcher.on_demand for one in engines if one.fetcher.on_demand is not None]
+        if inline:
+            counts = ((one.num_hits, one.num_encoded, one.num_bytes) for one in inline)
+            add("inline", *map(sum, zip(*counts, strict=True)))
+        kept = [engine.backend.caches for engine in engines if isinstance(engine.backend, StatesBackend)]
+        for caches in zip(*kept, strict=True):  # one kind of cache, of all models
+            counts = ((cache.num_hits, cache.num_misses, cache.num_bytes) for cache in caches)
+            add(caches[0].name, *map(sum, zip(*counts, strict=True)))
+        return hits, misses, held
+
+    def _collections(self) -> Iterable[Metric]:
+        with self._lock:  # concurrent scrapes count once
+            now = time.monotonic()
+            if now - self._counted >= COLLECTION_SECONDS:
+                self._counted = now
+                try:
+                    self._described, self._answers = describe(self._store), True
+                except CacheError:
+                    self._answers = False  # the last counts stay; preread_store_up says how far to trust them
+            described, answers = self._described, self._answers
+        yield GaugeFamily("preread_store_up", "1: the store answered its last count.", float(answers))
+        info = InfoMetricFamily("preread_collection", "A collection that this server can read.")
+        passages = GaugeFamily("preread_collection_passages", "Passages stored.", labels=["collection"])
+        states = GaugeFamily("preread_collection_states", "States stored.", labels=["collection"])
+        size = GaugeFamily("preread_collection_bytes", "Bytes of records stored.", labels=["collection"])
+        for one in described:
+            manifest, stats = one.manifest, one.stats
+            labels = {
+                "collection": manifest.collection,
+                "codec": manifest.codec,
+                "compression_ratio": str(manifest.compression_ratio),
+                "fingerprint": manifest.fingerprint[:12],
+            }
+            info.add_metric([], labels)
+            counts = ((passages, stats.num_passages), (states, stats.num_states), (size, stats.size_bytes))
+            for family, value in counts:
+                family.add_metric([manifest.collection], value)
+        yield from (info, passages, states, size)
+
 
 class RequestLog:
     """One log line per request. `log_text` adds query and instruction; passages are never logged."""
@@ -151,116 +243,3 @@ class RequestLog:
 
     def pass_finished(self, one: PassRecord) -> None:
         log.debug("pass", extra=fields(num_pairs=one.num_pairs, num_tokens=one.num_tokens, seconds=one.seconds))
-
-
-_PER_MODEL: _Families = (
-    (GaugeFamily, "queue_requests", "Requests in flight.", lambda one: one.admission.num_requests),
-    (
-        GaugeFamily, "queue_tokens", "Tokens they still need, by estimate.",
-        lambda one: max(0.0, one.admission.num_tokens),
-    ),
-    (
-        CounterFamily, "admission_refusals", "Requests rejected because the queue was full.",
-        lambda one: one.admission.num_rejected,
-    ),
-    (
-        CounterFamily, "dropped_pairs", "Queued pairs dropped: cancelled or past their deadline.",
-        lambda one: one.scheduler.stats.num_dropped_pairs,
-    ),
-    (CounterFamily, "compilations", "Compiled steps; constant once warm.", lambda one: one.backend.num_compilations),
-)  # fmt: skip
-
-
-class _ServerCollector(Collector):
-    """Queues, caches, models and collections, read at each scrape. A store that is down costs only its own lines."""
-
-    def __init__(self, engines: Mapping[str, Engine], store: Store) -> None:
-        self._engines = engines
-        self._store = store
-        self._lock = Lock()
-        self._described: list[StoredCollection] = []
-        self._answers = False
-        self._counted = -COLLECTION_SECONDS
-
-    def describe(self) -> Iterable[Metric]:
-        """Nothing: registering does not read the store."""
-        return ()
-
-    def collect(self) -> Iterable[Metric]:
-        engines = dict(self._engines)
-        for kind, name, text, value in _PER_MODEL:
-            family = kind(f"preread_{name}", text, labels=["model"])
-            for model, engine in engines.items():
-                family.add_metric([model], value(engine))
-            yield family
-        yield from self._caches(list(engines.values()))
-        models = InfoMetricFamily("preread_model", "A model that is served.")
-        for model, engine in engines.items():
-            models.add_metric([], _model_labels(model, engine))
-        yield models
-        yield from self._collections()
-
-    def _caches(self, engines: list[Engine]) -> Iterable[Metric]:
-        hits = CounterFamily("preread_cache_hits", "Cache hits, in passages.", labels=["tier"])
-        misses = CounterFamily("preread_cache_misses", "Cache misses, in passages.", labels=["tier"])
-        held = GaugeFamily("preread_cache_bytes", "Bytes held by a cache.", labels=["tier"])
-
-        def add(tier: str, num_hits: int, num_misses: int, num_bytes: int) -> None:
-            for family, value in ((hits, num_hits), (misses, num_misses), (held, num_bytes)):
-                family.add_metric([tier], value)
-
-        if isinstance(self._store, CachedStore):
-            add("store", self._store.num_hits, self._store.num_misses, self._store.num_bytes)
-        inline = [one.fetcher.on_demand for one in engines if one.fetcher.on_demand is not None]
-        if inline:
-            counts = ((one.num_hits, one.num_encoded, one.num_bytes) for one in inline)
-            add("inline", *map(sum, zip(*counts, strict=True)))
-        kept = [engine.backend.caches for engine in engines if isinstance(engine.backend, StatesBackend)]
-        for caches in zip(*kept, strict=True):  # one kind of cache, of all models
-            counts = ((cache.num_hits, cache.num_misses, cache.num_bytes) for cache in caches)
-            add(caches[0].name, *map(sum, zip(*counts, strict=True)))
-        return hits, misses, held
-
-    def _collections(self) -> Iterable[Metric]:
-        described, answers = self._counted_collections()
-        yield GaugeFamily("preread_store_up", "1: the store answered its last count.", float(answers))
-        info = InfoMetricFamily("preread_collection", "A collection that this server can read.")
-        passages = GaugeFamily("preread_collection_passages", "Passages stored.", labels=["collection"])
-        states = GaugeFamily("preread_collection_states", "States stored.", labels=["collection"])
-        size = GaugeFamily("preread_collection_bytes", "Bytes of records stored.", labels=["collection"])
-        for one in described:
-            labels = {
-                "collection": one.manifest.collection,
-                "codec": one.manifest.codec,
-                "compression_ratio": str(one.manifest.compression_ratio),
-                "fingerprint": one.manifest.fingerprint[:12],
-            }
-            info.add_metric([], labels)
-            counts = ((passages, one.stats.num_passages), (states, one.stats.num_states), (size, one.stats.size_bytes))
-            for family, value in counts:
-                family.add_metric([one.manifest.collection], value)
-        yield from (info, passages, states, size)
-
-    def _counted_collections(self) -> tuple[list[StoredCollection], bool]:
-        with self._lock:  # concurrent scrapes count once
-            now = time.monotonic()
-            if now - self._counted >= COLLECTION_SECONDS:
-                self._counted = now
-                try:
-                    self._described, self._answers = describe(self._store), True
-                except CacheError:
-                    self._answers = False  # the last counts stay; preread_store_up says how far to trust them
-            return self._described, self._answers
-
-
-def _model_labels(name: str, engine: Engine) -> dict[str, str]:
-    backend = engine.backend
-    identity = backend.identity()
-    return {
-        "model": name,
-        "backend": backend.name,
-        "checkpoint": backend.checkpoint_name,
-        "fingerprint": identity.fingerprint[:12] if identity is not None else "",
-        "dtype": backend.dtype_name,
-        "device": backend.device_name,
-    }
