@@ -189,7 +189,7 @@ class Gateway:
         self._uvicorn = listener.make_server(
             build(self.context, server.keys, guard, server.metrics.http),
             max_connections=config.max_connections,
-            refusal=lambda status, text: ("application/json", bytes(Problem.of_status(status, text).response().body)),
+            refusal=lambda status, text: ("application/json", bytes(Problem(status, text).response().body)),
             header_seconds=config.header_seconds,
             ssl_certfile=grpc_config.tls_cert_file or None,
             ssl_keyfile=grpc_config.tls_key_file or None,

@@ -9,7 +9,7 @@ import json
 import pytest
 
 from decoder_server.edge.http.app import Envelope
-from preread_edge.access import Guard
+from preread_edge.access import ApiKeys, Guard
 from preread_edge.logs import set_up
 
 
@@ -63,7 +63,7 @@ async def test_an_answer_is_counted_once_and_before_its_caller_has_all_of_it(bre
             if breaks == "while the last part is sent":
                 raise ConnectionError
 
-    counted = Envelope(app, Guard(any_host=True), lambda status, seconds: told.append(status))
+    counted = Envelope(app, ApiKeys(), Guard(any_host=True), lambda status, seconds: told.append(status))
     with contextlib.suppress(ConnectionError):
         await counted({"type": "http", "method": "GET", "path": "/", "headers": []}, None, send)
     assert told == [200]

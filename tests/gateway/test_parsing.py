@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from decoder_server.edge.http import json_steps, request
+from decoder_server.edge.http import json_steps
 from preread.errors import InvalidRequest
 from preread_edge.steps import SMALL_BYTES, stepped
 
@@ -165,7 +165,7 @@ async def test_the_loop_goes_on_meanwhile_and_work_for_nobody_ends() -> None:
 async def test_a_reason_is_no_text_of_an_exception(content: bytes, says: str, is_large: bool) -> None:
     content = content + b" " * SMALL_BYTES if is_large else content
     with pytest.raises(InvalidRequest) as refused:
-        await request.parse(content)
+        await json_steps.parse(content)
     assert says in str(refused.value)
     assert "sys." not in str(refused.value)
     assert "codec" not in str(refused.value)

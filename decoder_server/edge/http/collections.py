@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, TypeVar
 
@@ -20,9 +19,10 @@ from cache.errors import CollectionNotFound
 from cache.record import check_name
 from decoder_server.edge.engines import collection_infos
 from decoder_server.edge.http.dialect_request import Size
-from decoder_server.edge.http.errors import TOO_SLOW, HttpError, Problem
+from decoder_server.edge.http.errors import EXPECTED, TOO_SLOW, Problem
+from decoder_server.edge.http.json_steps import parse
 from decoder_server.edge.http.openapi import JSON, Operation
-from decoder_server.edge.http.request import HALF_A_PAIR, Count, HttpRequest, RawText, Text, parse, read, respond
+from decoder_server.edge.http.request import HALF_A_PAIR, Count, HttpRequest, RawText, Text, read, respond
 from preread import Passage, UpsertResult
 from preread.errors import InvalidRequest, Path
 from preread.values import CollectionInfo, join_title
@@ -173,12 +173,10 @@ async def _add_passages(request: HttpRequest) -> Response:
             store_text=settings.store_text is not False,
         ):
             upload.add(result)
-    except Exception as exc:  # the caller should know how much was stored before
+    except EXPECTED as exc:  # the caller should know how much was stored before
         problem = Problem.of(exc)
-        if problem is None:
-            raise
-        message = f"{problem.message} ({upload.num_stored + upload.num_unchanged} passages before that are stored)"
-        return replace(problem, message=message).response()
+        problem.message += f" ({upload.num_stored + upload.num_unchanged} passages before that are stored)"
+        return problem.response()
     return await respond(upload)
 
 
@@ -281,7 +279,7 @@ async def _chunks(request: HttpRequest) -> AsyncIterator[bytes]:
             async with asyncio.timeout(request.context.config.timeout_seconds - waited):
                 chunk = await anext(stream, None)
         except TimeoutError:
-            raise HttpError(TOO_SLOW) from None
+            raise Problem(408, TOO_SLOW) from None
         if chunk is None:
             yield b"\n"
             return
@@ -336,11 +334,6 @@ def _literal(value: str) -> object:
     return int(value[:MAX_DIGITS]) if value.isascii() and value.isdecimal() else value
 
 
-SCHEMAS: dict[str, Any] = {
-    "Passage": _PassageObject, "UploadRequest": (_UploadObject, list[_PassageObject]), "Upload": _UploadAnswer,
-    "DeleteRequest": _DeleteRequest, "Deleted": _Deleted, "Collection": _Collection, "Collections": _Collections,
-    "Alias": _Alias, "Aliases": _Aliases, "SetAliasRequest": _SetAliasRequest, "AliasDeleted": _AliasDeleted,
-}  # fmt: skip
 _IDS = {"id": {"description": "In place of a body; may be repeated", "type": "array", "items": {"type": "string"}}}
 _WITH_NDJSON = {
     name: {"description": "With NDJSON", "type": kind}
@@ -348,26 +341,38 @@ _WITH_NDJSON = {
 }
 
 _COLLECTION, _ALIAS = "/v1/collections/{collection}", "/v1/aliases/{alias}"
+_UPLOADS = {
+    JSON: {"UploadRequest": (_UploadObject, list[_PassageObject])},
+    NDJSON[0]: {"Passage": _PassageObject},
+}
+_DELETED = {"Deleted": _Deleted}
 _operation = partial(Operation, tag="collections")
 OPERATIONS = (
-    _operation("GET", "/v1/collections", _list_collections, "Every collection of the store", answers=("Collections",)),
-    _operation("GET", _COLLECTION, _get_collection, "One collection, by name or alias", answers=("Collection",)),
     _operation(
-        "POST", f"{_COLLECTION}/passages", _add_passages, "Encode and store passages", answers=("Upload",),
-        bodies={JSON: ("UploadRequest",), NDJSON[0]: ("Passage",)}, query=_WITH_NDJSON,
+        "GET", "/v1/collections", _list_collections, "Every collection of the store",
+        answers={"Collections": _Collections},
     ),
     _operation(
-        "DELETE", f"{_COLLECTION}/passages", _delete_passages, "Delete passages by id", answers=("Deleted",),
-        bodies={JSON: ("DeleteRequest",)}, body_required=False, query=_IDS,
+        "GET", _COLLECTION, _get_collection, "One collection, by name or alias", answers={"Collection": _Collection}
+    ),
+    _operation(
+        "POST", f"{_COLLECTION}/passages", _add_passages, "Encode and store passages",
+        answers={"Upload": _UploadAnswer}, bodies=_UPLOADS, query=_WITH_NDJSON,
+    ),
+    _operation(
+        "DELETE", f"{_COLLECTION}/passages", _delete_passages, "Delete passages by id", answers=_DELETED,
+        bodies={JSON: {"DeleteRequest": _DeleteRequest}}, body_required=False, query=_IDS,
     ),
     _operation(
         "DELETE", _COLLECTION + "/passages/{passage_id:path}", _delete_passages, "Delete one passage",
-        "deletePassage", answers=("Deleted",),
+        "deletePassage", answers=_DELETED,
     ),
-    _operation("GET", "/v1/aliases", _list_aliases, "Aliases and their collections", answers=("Aliases",)),
     _operation(
-        "PUT", _ALIAS, _set_alias, "Point an alias at a collection, in one step", answers=("Alias",),
-        bodies={JSON: ("SetAliasRequest",)},
+        "GET", "/v1/aliases", _list_aliases, "Aliases and their collections", answers={"Aliases": _Aliases}
     ),
-    _operation("DELETE", _ALIAS, _remove_alias, "Remove an alias", answers=("AliasDeleted",)),
+    _operation(
+        "PUT", _ALIAS, _set_alias, "Point an alias at a collection, in one step", answers={"Alias": _Alias},
+        bodies={JSON: {"SetAliasRequest": _SetAliasRequest}},
+    ),
+    _operation("DELETE", _ALIAS, _remove_alias, "Remove an alias", answers={"AliasDeleted": _AliasDeleted}),
 )  # fmt: skip

@@ -317,16 +317,16 @@ class _PairsRequest(_ScoreRequest, kw_only=True):
         return self._of_pairs("pairs", self.pairs)
 
 
-SCHEMAS = {
-    "RerankRequest": _RerankRequest, "RerankAnswer": _RerankAnswer,
-    "TeiRequest": _TeiRequest, "TeiAnswer": list[_TeiRank],
-    "NimRequest": _NimRequest, "NimAnswer": _NimAnswer,
-    "VoyageRequest": _VoyageRequest, "VoyageAnswer": _VoyageAnswer,
-    "MixedbreadRequest": _MixedbreadRequest, "MixedbreadAnswer": _MixedbreadAnswer,
-    "ScoreRequest": (_TextsRequest, _PairsRequest), "ScoreAnswer": _ScoreAnswer,
+# By the names in /openapi.json.
+REQUESTS = {
+    "RerankRequest": _RerankRequest, "TeiRequest": _TeiRequest, "NimRequest": _NimRequest,
+    "VoyageRequest": _VoyageRequest, "MixedbreadRequest": _MixedbreadRequest,
+    "ScoreRequest": (_TextsRequest, _PairsRequest),
 }  # fmt: skip
-REQUESTS = tuple(name for name in SCHEMAS if name.endswith("Request"))
-ANSWERS = tuple(name for name in SCHEMAS if name.endswith("Answer"))
+ANSWERS = {
+    "RerankAnswer": _RerankAnswer, "TeiAnswer": list[_TeiRank], "NimAnswer": _NimAnswer,
+    "VoyageAnswer": _VoyageAnswer, "MixedbreadAnswer": _MixedbreadAnswer, "ScoreAnswer": _ScoreAnswer,
+}  # fmt: skip
 
 TEI: type[Dialect] = _TeiRequest
 # In front of any path: these clients get their dialect whatever the body looks like.
@@ -368,12 +368,3 @@ def guess(data: bytes) -> type[Dialect]:
             names[last[1:-1].decode(errors="replace")] = True
         last = token
     return pick(names)
-
-
-def parse(dialect: type[Dialect], document: Mapping[str, Any], limit: int) -> list[DialectRequest]:
-    """A body's requests. No list may be longer than `limit`; that is checked before any of them is read."""
-    for name in LISTS:
-        value = document.get(name)
-        if isinstance(value, list) and len(value) > limit:
-            raise InvalidRequest(name, f"{len(value)} of them", f"1..{limit}")
-    return read(dialect, document).requests()

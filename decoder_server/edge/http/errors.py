@@ -4,28 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
 from msgspec import Struct
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from cache.errors import (
-    CacheError,
-    CollectionExists,
-    CollectionNotFound,
-    InvalidName,
-    StoreAccessDenied,
-    StoreFull,
-    StoreLocked,
-    StoreUnavailable,
-)
+from cache import errors as cache
 from decoder_server.edge.http.json_steps import ENCODER
 from preread import errors
 
 RETRY_SECONDS = 1.0  # where the cause says nothing
-
+TOO_SLOW = "the request body did not arrive in time"
 
 _TeiKind = Literal["unhealthy", "backend", "overloaded", "validation"]
 
@@ -50,64 +41,92 @@ class _TeiError(Struct, kw_only=True):
     error_type: _TeiKind
 
 
-_TEI_KINDS: dict[int, _TeiKind] = {429: "overloaded", 503: "unhealthy"}
 SCHEMAS = {"Error": _ErrorAnswer, "TeiError": _TeiError}
+_TEI_KINDS: dict[int, _TeiKind] = {429: "overloaded", 503: "unhealthy"}
+# `type` and `code` of the body, where the cause has no other.
+_BY_STATUS = {
+    400: ("invalid_request_error", "bad_request"),
+    401: ("authentication_error", "invalid_api_key"),
+    403: ("permission_error", "permission_denied"),
+    404: ("not_found_error", "path_not_found"),
+    405: ("invalid_request_error", "method_not_allowed"),
+    408: ("timeout_error", "request_timeout"),
+    413: ("invalid_request_error", "body_too_large"),
+    415: ("invalid_request_error", "unsupported_media_type"),
+    429: ("overloaded_error", "overloaded"),
+    431: ("invalid_request_error", "header_too_large"),
+    499: ("client_error", "client_closed_request"),
+    500: ("internal_error", "internal_error"),
+    503: ("unavailable_error", "unavailable"),
+    504: ("timeout_error", "deadline_exceeded"),
+}
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One failed request, before it has a shape."""
+class Problem(Exception):  # noqa: N818 - most are made of an error
+    """One failed request, before its response has a shape; raised where this edge itself fails it."""
 
-    status: int
-    kind: str  # `type` of the body
-    code: str
-    message: str
-    param: str | None = None
-    retry_after_seconds: float | None = None
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        kind: str = "",  # `type` of the body; "": as the status says, like code
+        code: str = "",
+        *,
+        param: str | None = None,
+        retry_after_seconds: float | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        by_status = _BY_STATUS.get(status, _BY_STATUS[400])
+        self.status, self.message, self.param = status, message, param
+        self.kind, self.code = kind or by_status[0], code or by_status[1]
+        self.headers = dict(headers or {})
+        if status == 401:
+            self.headers["www-authenticate"] = "Bearer"
+        if status in (429, 503):
+            # Whole seconds for everybody, milliseconds for clients that read them. Never 0, which is a busy loop.
+            seconds = retry_after_seconds or RETRY_SECONDS
+            self.headers["retry-after"] = str(max(1, math.ceil(seconds)))
+            self.headers["retry-after-ms"] = str(max(1, math.ceil(seconds * 1000)))
 
     @classmethod
-    def of_status(cls, status: int, message: str) -> Problem:
-        """A status of the router or of the guards before it: no such path, not this method, no key."""
-        kind, code = _BY_STATUS.get(status, ("invalid_request_error", "bad_request"))
-        return cls(status, kind, code, message)
-
-    @classmethod
-    def of(cls, error: Exception) -> Problem | None:
-        """An error of this edge, an engine, the encoder worker, which has an address, or the store; None: any other."""
-        message = str(error)
-        own = message  # less the server that it came from, where the caller is at fault
+    def of(cls, error: Exception) -> Problem:
+        """An error of this edge, an engine, the encoder worker, which has an address, the store; or a bug."""
+        own = message = str(error)  # own: less the server that it came from, where the caller is at fault
         if isinstance(error, errors.PrereadError) and error.address:
             message = f"encoder worker: {message}"
         match error:
-            case HttpError():
-                return error.problem
+            case Problem():
+                return error
+            case ClientDisconnect():  # for no reader; the request ends all the same
+                return cls(499, "the client closed the connection")
             case errors.InvalidRequest():
                 param = error.violations[0].field if error.violations else None
-                return cls(400, "invalid_request_error", "invalid_value", own, param)
+                return cls(400, own, code="invalid_value", param=param)
             case errors.NotFound():
                 kind = error.resource_type or "resource"
-                return cls(404, "not_found_error", f"{kind}_not_found", own, kind)
+                return cls(404, own, code=f"{kind}_not_found", param=kind)
             case errors.FailedPrecondition():  # not 409, which clients try again
-                return cls(400, "failed_precondition_error", (error.reason or "refused").lower(), own)
+                return cls(400, own, "failed_precondition_error", (error.reason or "refused").lower())
             case errors.Overloaded():
-                seconds = error.retry_after_seconds or RETRY_SECONDS
-                return cls(429, "overloaded_error", "overloaded", message, retry_after_seconds=seconds)
+                return cls(429, message, retry_after_seconds=error.retry_after_seconds)
             case errors.DeadlineExceeded():
-                return cls(504, "timeout_error", "deadline_exceeded", message)
-            case errors.Unavailable() | StoreUnavailable() | StoreLocked() | StoreAccessDenied() | StoreFull():
-                return cls(503, "unavailable_error", "unavailable", message, retry_after_seconds=RETRY_SECONDS)
+                return cls(504, message)
+            case errors.Unavailable() | cache.StoreUnavailable() | cache.StoreLocked():
+                return cls(503, message)
+            case cache.StoreAccessDenied() | cache.StoreFull():
+                return cls(503, message)
             case errors.PrereadError():  # a bug of the worker: the text of its exception is for its log
-                said = "the encoder worker failed; its log has the cause"
-                return cls(500, "internal_error", "encoder_failed", said)
-            case CollectionNotFound():
-                return cls(404, "not_found_error", "collection_not_found", message, "collection")
-            case InvalidName() | CollectionExists():
-                return cls(400, "invalid_request_error", "invalid_value", message, "collection")
-            case CacheError():
-                return cls(500, "internal_error", "store_failed", message)
-        return None
+                return cls(500, "the encoder worker failed; its log has the cause", code="encoder_failed")
+            case cache.CollectionNotFound():
+                return cls(404, message, code="collection_not_found", param="collection")
+            case cache.InvalidName() | cache.CollectionExists():
+                return cls(400, message, code="invalid_value", param="collection")
+            case cache.CacheError():
+                return cls(500, message, code="store_failed")
+        return cls(500, "internal error; the log has it under x-request-id")  # nothing of the cause
 
-    def response(self, *, tei: bool = False, headers: Mapping[str, str] | None = None) -> Response:
+    def response(self, *, tei: bool = False) -> Response:
         """The response, in TEI's shape or in the common one."""
         message = self.message or self.code
         body: _TeiError | _ErrorAnswer
@@ -117,42 +136,7 @@ class Problem:
         else:
             detail = _ErrorDetail(message=message, type=self.kind, param=self.param, code=self.code)
             body = _ErrorAnswer(error=detail, message=message, detail=message)
-        headers = dict(headers or {})
-        if self.status == 401:
-            headers["www-authenticate"] = "Bearer"
-        if self.retry_after_seconds is not None:
-            # Whole seconds for everybody, milliseconds for clients that read them. Never 0, which is a busy loop.
-            headers["retry-after"] = str(max(1, math.ceil(self.retry_after_seconds)))
-            headers["retry-after-ms"] = str(max(1, math.ceil(self.retry_after_seconds * 1000)))
-        return Response(ENCODER.encode(msgspec.to_builtins(body)), self.status, headers, "application/json")
+        return Response(ENCODER.encode(msgspec.to_builtins(body)), self.status, self.headers, "application/json")
 
 
-class HttpError(Exception):
-    """A request that fails at this edge: its body is too large, its client left."""
-
-    def __init__(self, problem: Problem) -> None:
-        super().__init__(problem.message)
-        self.problem = problem
-
-
-LEFT = Problem(499, "client_error", "client_closed_request", "the client closed the connection")
-TOO_SLOW = Problem(408, "timeout_error", "request_timeout", "the request body did not arrive in time")
-# Nothing of the cause, which is for the log.
-INTERNAL = Problem(500, "internal_error", "internal_error", "internal error; the log has it under x-request-id")
-CROWDED = Problem(
-    429,
-    "overloaded_error",
-    "too_many_connections",
-    "too many connections; try again, or use fewer connections for more requests each",
-    retry_after_seconds=RETRY_SECONDS,
-)
-
-_BY_STATUS = {
-    401: ("authentication_error", "invalid_api_key"),
-    403: ("permission_error", "permission_denied"),
-    404: ("not_found_error", "path_not_found"),
-    405: ("invalid_request_error", "method_not_allowed"),
-    408: ("timeout_error", "request_timeout"),
-    415: ("invalid_request_error", "unsupported_media_type"),
-    431: ("invalid_request_error", "header_too_large"),
-}
+EXPECTED = (Problem, errors.PrereadError, cache.CacheError, ClientDisconnect)  # any other is a bug

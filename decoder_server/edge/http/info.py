@@ -92,16 +92,11 @@ async def _list_models(request: HttpRequest) -> Response:
     path = request.url.path
     # infinity's client reads /models, and rejects any other owner.
     owner = "infinity" if path == "/models" or path.startswith("/infinity/") else "preread"
-    models = [
-        _ModelObject(
-            id=engine.name,
-            owned_by=owner,
-            capabilities=["rerank"],
-            stats={"num_requests": engine.admission.num_requests, "num_refused": engine.admission.num_rejected},
-            **_facts(engine),
-        )
-        for engine in request.context.engines.values()
-    ]
+    models = []
+    for engine in request.context.engines.values():
+        stats = {"num_requests": engine.admission.num_requests, "num_refused": engine.admission.num_rejected}
+        named = _ModelObject(id=engine.name, owned_by=owner, capabilities=["rerank"], stats=stats, **_facts(engine))
+        models.append(named)
     return await respond(_Models(data=models))
 
 
@@ -130,8 +125,8 @@ async def _live(request: HttpRequest) -> Response:
 async def _ready(request: HttpRequest) -> Response:
     """200 once a real forward pass has succeeded and every encoder has answered, until the server stops."""
     here = request.context
-    if here.unready:
-        raise Unavailable(f"not ready: {here.unready}")
+    if problem := "the server is stopping" if here.draining else here.readiness.problem:
+        raise Unavailable(f"not ready: {problem}")
     return await respond(_State(status="ready", degraded=here.readiness.degraded or UNSET))
 
 
@@ -188,21 +183,18 @@ def _facts(engine: Engine) -> dict[str, Any]:
     }
 
 
-SCHEMAS: dict[str, Any] = {
-    "Models": _Models, "Info": _InfoAnswer, "State": _State, "ExplainRequest": _ExplainRequest,
-    "Explanation": _Explanation,
-}  # fmt: skip
+_MODELS, _STATE = {"Models": _Models}, {"State": _State}
 OPERATIONS = (
-    Operation("GET", "/v1/models", _list_models, "Models served", answers=("Models",)),
-    Operation("GET", "/models", _list_models, "Models served", "listModelsShort", answers=("Models",)),
-    Operation("GET", "/info", _info, "The first model and the limits", answers=("Info",)),
-    Operation("GET", "/health", _live, "The process answers", answers=("State",)),
-    Operation("GET", "/health/ready", _ready, "Ready: loaded, and every encoder has answered", answers=("State",)),
-    Operation("GET", "/metrics", _metrics, "Prometheus metrics", answers=()),
-    Operation("GET", "/openapi.json", _openapi, "This document"),
+    Operation("GET", "/v1/models", _list_models, "Models served", answers=_MODELS),
+    Operation("GET", "/models", _list_models, "Models served", "listModelsShort", answers=_MODELS),
+    Operation("GET", "/info", _info, "The first model and the limits", answers={"Info": _InfoAnswer}),
+    Operation("GET", "/health", _live, "The process answers", answers=_STATE),
+    Operation("GET", "/health/ready", _ready, "Ready: loaded, and every encoder has answered", answers=_STATE),
+    Operation("GET", "/metrics", _metrics, "Prometheus metrics"),
+    Operation("GET", "/openapi.json", _openapi, "This document", answers={"Object": dict[str, Any]}),
     Operation(
         "POST", "/v1/explain", _explain, "A few candidates at every ratio, and what was attended to", tag="rerank",
-        answers=("Explanation",), bodies={JSON: ("ExplainRequest",)},
+        answers={"Explanation": _Explanation}, bodies={JSON: {"ExplainRequest": _ExplainRequest}},
     ),
 )  # fmt: skip
 PAGE = [Route(path, _file) for path in ("/", "/page/page.js", "/page/page.css", "/page/icon.svg")]

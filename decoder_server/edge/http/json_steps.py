@@ -7,6 +7,7 @@ one long string's characters, that json reads in a millisecond each.
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from preread.errors import InvalidRequest
-from preread_edge.steps import Step
+from preread_edge.steps import SMALL_BYTES, Step, stepped
 
 Json = Any
 
@@ -31,7 +32,6 @@ _LEVEL = np.zeros(256, np.int8)
 _LEVEL[np.frombuffer(b"[{", np.uint8)], _LEVEL[np.frombuffer(b"]}", np.uint8)] = 1, -1
 _SPACE = b" \t\n\r"
 _PAIR = re.compile(rb"\\u[dD][89abAB]..\\u[dD][c-fC-F]")
-_BOM = b"\xef\xbb\xbf"
 
 
 class _NoConstant(ValueError):  # noqa: N818 - says what it is
@@ -47,7 +47,7 @@ DECODER = json.JSONDecoder(parse_constant=_no_constant)
 ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
-def reason(error: ValueError) -> str:
+def _reason(error: ValueError) -> str:
     """The cause in the words of json, which are meant for writers of JSON; those of other exceptions are not."""
     if isinstance(error, (json.JSONDecodeError, _NoConstant)):
         return str(error)
@@ -56,10 +56,22 @@ def reason(error: ValueError) -> str:
     return "a number of too many digits"
 
 
+async def parse(data: bytes | bytearray, what: str = "body") -> Json:
+    """A JSON document, NaN and infinity excluded; a large one may have neither too many values nor too many levels."""
+    if len(data) > SMALL_BYTES:
+        return await stepped(parse_in_steps, data, what)
+    try:
+        return DECODER.decode(data.decode(json.detect_encoding(data), "surrogatepass"))
+    except RecursionError:
+        raise InvalidRequest(what, "too deeply nested", "JSON") from None
+    except ValueError as exc:
+        raise InvalidRequest(what, f"not JSON ({_reason(exc)})" if data else "empty", "JSON") from None
+
+
 def parse_in_steps(step: Step, data: bytes | bytearray, what: str) -> Json:
     """A large JSON document of UTF-8, for `stepped`."""
-    if data.startswith(_BOM):
-        data = data[len(_BOM) :]
+    if data.startswith(codecs.BOM_UTF8):
+        data = data[len(codecs.BOM_UTF8) :]
     return _Document(step, data, what).value(0, len(data))
 
 
@@ -67,9 +79,7 @@ class _Document:
     """Bytes, and where their tokens are."""
 
     def __init__(self, step: Step, data: bytes | bytearray, what: str) -> None:
-        self._step = step
-        self._data = data
-        self._what = what
+        self._step, self._data, self._what = step, data, what
         self._view = np.frombuffer(data, np.uint8)
         self._tokens = self._scan()
         kinds = self._view[self._tokens]
@@ -87,19 +97,13 @@ class _Document:
         if first == _QUOTE and last == _QUOTE:
             return self._string(begin + 1, end - 1)
         if (first, last) == (0x5B, 0x5D):
-            return self._array(begin, end)
+            items: list[Json] = []
+            for a, b in self._runs(begin, end):
+                items += self._loads(a, b, "[", "]") if b - a <= BLOCK_BYTES else [self.value(a, b)]
+            return items
         if (first, last) == (0x7B, 0x7D):
             return self._object(begin, end)
         raise self._problem(begin, "expecting a value")
-
-    def _array(self, begin: int, end: int) -> list[Json]:
-        items: list[Json] = []
-        for a, b in self._runs(begin, end):
-            if b - a <= BLOCK_BYTES:
-                items += self._loads(a, b, "[", "]")
-            else:
-                items.append(self.value(a, b))
-        return items
 
     def _object(self, begin: int, end: int) -> dict[str, Json]:
         members: dict[str, Json] = {}
@@ -147,8 +151,7 @@ class _Document:
         pieces = []
         while begin < end:
             cut = self._cut(begin, min(end, begin + BLOCK_BYTES), end)
-            piece = self._loads(begin, cut, '"', '"')
-            pieces.append(piece)
+            pieces.append(self._loads(begin, cut, '"', '"'))
             begin = cut
         self._step()
         return "".join(pieces)
@@ -176,12 +179,11 @@ class _Document:
         except json.JSONDecodeError as exc:
             raise self._problem(begin + exc.pos - len(before), exc.msg) from None
         except ValueError as exc:
-            raise self._problem(begin, reason(exc)) from None
+            raise self._problem(begin, _reason(exc)) from None
         finally:
             self._step()
 
     def _strip(self, begin: int, end: int) -> tuple[int, int]:
-        """Without the space around."""
         while (block := self._data[begin : min(end, begin + BLOCK_BYTES)]) and not block.strip(_SPACE):
             begin += len(block)
             self._step()
@@ -193,7 +195,7 @@ class _Document:
 
     def _scan(self) -> NDArray[np.int64]:
         """Where brackets, commas and colons stand outside strings."""
-        found = []
+        found = [np.zeros(0, np.int64)]
         num_found, in_string, is_escaped = 0, 0, False
         for begin in range(0, self._view.size, BLOCK_BYTES):
             block = self._view[begin : begin + BLOCK_BYTES]
@@ -201,14 +203,12 @@ class _Document:
             quotes = np.flatnonzero(block == _QUOTE)
             if quotes.size and (escapes.size or is_escaped):
                 escaped = np.zeros(block.size + 1, bool)
-                escaped[escapes + 1] = True
-                escaped[0] = is_escaped
+                escaped[0], escaped[escapes + 1] = is_escaped, True
                 quotes = quotes[~escaped[quotes]]
             tokens = np.flatnonzero(_IS_TOKEN[block])
             if quotes.size or in_string:
                 tokens = tokens[(np.searchsorted(quotes, tokens) + in_string) % 2 == 0]
-            in_string = (in_string + quotes.size) % 2
-            is_escaped = carried
+            in_string, is_escaped = (in_string + quotes.size) % 2, carried
             num_found += tokens.size
             if num_found > MAX_TOKENS:
                 expected = f"at most {MAX_TOKENS:,}; passages can come as NDJSON, a line each"
@@ -217,7 +217,7 @@ class _Document:
             self._step()
         if in_string:
             raise self._problem(self._view.size, "a string does not end")
-        return np.concatenate(found) if found else np.zeros(0, np.int64)
+        return np.concatenate(found)
 
     def _problem(self, position: int, message: str) -> InvalidRequest:
         return InvalidRequest(self._what, f"not JSON ({message[:200]}, at byte {position})", "JSON")
@@ -239,9 +239,7 @@ def _escapes(block: NDArray[np.uint8], is_escaped: bool = False) -> tuple[NDArra
 
 def render_in_steps(step: Step, document: Json) -> list[bytes]:
     """UTF-8 of a document in parts of about a block; a NaN would be a bug and raises."""
-    parts: list[bytes] = []
-    waiting: list[str] = []
-    num_waiting = 0
+    parts, waiting, num_waiting = list[bytes](), list[str](), 0
     for piece in _pieces(document):
         waiting.append(piece)
         num_waiting += len(piece)

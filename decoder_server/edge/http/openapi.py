@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
@@ -11,9 +11,11 @@ from typing import Any
 import msgspec
 
 from decoder_server.edge.engines import VERSION
+from decoder_server.edge.http import errors
 from decoder_server.edge.http.request import Endpoint, Schema
 
 JSON = "application/json"
+Types = Mapping[str, Any]  # by published name: a type, or several alternatives
 
 _REF = "#/components/schemas/"
 
@@ -47,7 +49,7 @@ _TAGS = {
 
 @dataclass(frozen=True)
 class Operation:
-    """One method of one path: its endpoint and its description. Bodies are names of published schemas."""
+    """One method of one path: its endpoint and its description."""
 
     method: str
     path: str
@@ -55,21 +57,24 @@ class Operation:
     summary: str
     name: str = ""  # operationId; "": the endpoint's, in camel case
     tag: str = "server"
-    answers: tuple[str, ...] = ("Object",)  # (): text
-    bodies: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by media type
+    answers: Types = field(default_factory=dict)  # none: text
+    bodies: Mapping[str, Types] = field(default_factory=dict)  # by media type
     body_required: bool = True
     query: Mapping[str, Schema] = field(default_factory=dict)
 
 
-def document(operations: Iterable[Operation], prefixes: Iterable[str], published: Mapping[str, Any]) -> Schema:
-    """The OpenAPI 3.1 document; `published` has the types of schemas by name. Prefixes are named, not repeated."""
+def document(operations: Iterable[Operation], prefixes: Iterable[str]) -> Schema:
+    """The OpenAPI 3.1 document. Prefixes are named, not repeated."""
     paths: dict[str, Schema] = {}
+    published = dict(errors.SCHEMAS)
     for operation in operations:
         path = operation.path.replace(":path", "")
         item = paths.setdefault(path, {})
         if names := re.findall(r"{(\w+)}", path):
             item["parameters"] = [_parameter(name, "path", {"type": "string"}, required=True) for name in names]
         item[operation.method.lower()] = _described(operation)
+        for types in (operation.answers, *operation.bodies.values()):
+            published |= types
     return {
         "openapi": "3.1.0",
         "info": {
@@ -82,12 +87,12 @@ def document(operations: Iterable[Operation], prefixes: Iterable[str], published
         },
         "tags": [{"name": name, "description": text} for name, text in _TAGS.items()],
         "paths": paths,
-        "components": {"schemas": {"Object": {"type": "object"}, **_schemas(published)}},
+        "components": {"schemas": _schemas(published)},
     }
 
 
-def _schemas(published: Mapping[str, Any]) -> dict[str, Schema]:
-    """JSON schemas by published name, of a type or of several alternatives; and of the structs inside them."""
+def _schemas(published: Types) -> dict[str, Schema]:
+    """JSON schemas by published name, and of the structs inside them."""
     alternatives = {name: kind if isinstance(kind, tuple) else (kind,) for name, kind in published.items()}
     kinds = [kind for several in alternatives.values() for kind in several]
     hook = attrgetter("schema")
@@ -107,8 +112,7 @@ def _schemas(published: Mapping[str, Any]) -> dict[str, Schema]:
     schema_of = iter(found)
     for name, several in alternatives.items():
         own = [public(next(schema_of)) for _ in several]
-        if name not in result:
-            result[name] = own[0] if len(own) == 1 else {"anyOf": own}
+        result.setdefault(name, own[0] if len(own) == 1 else {"anyOf": own})
     return result
 
 
@@ -116,19 +120,19 @@ def _described(operation: Operation) -> Schema:
     name = getattr(operation.endpoint, "__name__", "").strip("_")
     headers: Schema = {"x-request-id": {"description": "The caller's, or a new one", "schema": {"type": "string"}}}
     parameters = [_parameter(name, "query", schema) for name, schema in operation.query.items()]
-    errors = ["Error"]
+    problems = {"Error": errors.SCHEMAS["Error"]}
     if len(operation.answers) > 1:  # of every dialect
         headers |= {name: {"description": text, "schema": {"type": "string"}} for name, text in _RERANK_HEADERS.items()}
         timeout = {"type": "number", "exclusiveMinimum": 0}
         parameters.append(_parameter("x-request-timeout-ms", "header", timeout, "A shorter limit than the server's"))
-        errors.append("TeiError")
-    content = _content({JSON: operation.answers} if operation.answers else {"text/plain": ()})
+        problems = errors.SCHEMAS
+    content = _content({JSON if operation.answers else "text/plain": operation.answers})
     described: Schema = {
         "tags": [operation.tag],
         "operationId": operation.name or re.sub(r"_(.)", lambda match: match[1].upper(), name),
         "summary": operation.summary,
         "responses": {"200": {"description": "Success", "headers": headers, "content": content}}
-        | {status: {"description": text, "content": _content({JSON: errors})} for status, text in _ERRORS.items()},
+        | {status: {"description": text, "content": _content({JSON: problems})} for status, text in _ERRORS.items()},
     }
     if parameters:
         described["parameters"] = parameters
@@ -142,10 +146,9 @@ def _parameter(name: str, where: str, schema: Schema, description: str = "", *, 
     return parameter | ({"description": description} if description else {}) | ({"required": True} if required else {})
 
 
-def _content(names: Mapping[str, Sequence[str]]) -> Schema:
-    """Published schemas by media type; none for text."""
+def _content(by_media: Mapping[str, Types]) -> Schema:
     content: Schema = {}
-    for media, several in names.items():
-        refs = [{"$ref": _REF + name} for name in several]
+    for media, types in by_media.items():
+        refs = [{"$ref": _REF + name} for name in types]
         content[media] = {"schema": ({"anyOf": refs} if len(refs) > 1 else refs[0]) if refs else {"type": "string"}}
     return content

@@ -8,29 +8,28 @@ must be able to hold, counts that clients write as 3.0, texts inside objects.
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, TypeVar
 
 import msgspec
 from prometheus_client import CollectorRegistry
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 
 from cache.store import Store
 from decoder_server.config import DEFAULT_NAMES, HttpConfig
-from decoder_server.edge.http.errors import LEFT, TOO_SLOW, HttpError, Problem
-from decoder_server.edge.http.json_steps import DECODER, ENCODER, parse_in_steps, reason, render_in_steps
+from decoder_server.edge.http.errors import TOO_SLOW, Problem
+from decoder_server.edge.http.json_steps import ENCODER, parse, render_in_steps
 from decoder_server.engine.engine import Engine, choose
 from decoder_server.readiness import Readiness
 from preread import AsyncClient
 from preread.errors import InvalidRequest, Path, Unavailable
-from preread_edge.steps import SMALL_BYTES, Pauses, stepped
+from preread_edge.steps import Pauses, stepped
 
 T = TypeVar("T")
 Endpoint = Callable[["HttpRequest"], Awaitable[Response]]
@@ -61,11 +60,6 @@ class Context:
     threads: Executor  # for blocking work: the store, a tokenizer
     worker: AsyncClient | None  # None: no encoder worker is configured
     draining: bool = False
-
-    @property
-    def unready(self) -> str:
-        """Why this gateway is not ready; "" where it is."""
-        return "the server is stopping" if self.draining else self.readiness.problem
 
     def engine(self, name: str) -> Engine:
         """The engine of a served name or alias."""
@@ -101,32 +95,27 @@ class HttpRequest(Request):
     async def read_json(self, deadline: float | None = None) -> Any:
         """The body as JSON, within the limits of size and time; None: the server's time for a request, from now."""
         self.check_plain()
-        try:
-            async with asyncio.timeout_at(deadline or time.monotonic() + self.context.config.timeout_seconds):
-                return await parse(await self._read())
-        except TimeoutError:
-            raise HttpError(TOO_SLOW) from None
-
-    async def _read(self) -> bytearray:
-        """The whole body; over its limit it fails at the declared length, or as soon as more has come."""
         max_bytes = self.context.config.max_body_bytes
-        message = f"the request body is larger than {max_bytes} bytes"
-        too_large = Problem(413, "invalid_request_error", "body_too_large", message)
+        too_large = f"the request body is larger than {max_bytes} bytes"
         declared = self.headers.get("content-length", "")
         if declared.isdecimal() and int(declared) > max_bytes:
-            raise HttpError(too_large)
+            raise Problem(413, too_large)
         data = bytearray()
-        async for chunk in self.stream():
-            data += chunk
-            if len(data) > max_bytes:
-                raise HttpError(too_large)
-        return data
+        try:
+            async with asyncio.timeout_at(deadline or time.monotonic() + self.context.config.timeout_seconds):
+                async for chunk in self.stream():
+                    data += chunk
+                    if len(data) > max_bytes:
+                        raise Problem(413, too_large)
+                return await parse(data)
+        except TimeoutError:
+            raise Problem(408, TOO_SLOW) from None
 
     def check_plain(self) -> None:
         """Rejects a compressed body, whose size is unknown before it is in memory."""
         if self.headers.get("content-encoding", "identity") != "identity":
             message = f"content-encoding {self.headers['content-encoding'][:40]!r} is not understood; send it plain"
-            raise HttpError(Problem(415, "invalid_request_error", "unsupported_encoding", message))
+            raise Problem(415, message, code="unsupported_encoding")
 
     def check_written(self, *more: str) -> str:
         """The media type of a write: application/json, which no web page can send unasked, or one of `more`."""
@@ -134,8 +123,8 @@ class HttpRequest(Request):
         given = self.headers.getlist("content-type")
         media_type = given[0].partition(";")[0].strip().lower() if len(given) == 1 else ""
         if media_type not in types:
-            message = f"content-type is {''.join(given[:1])[:100]!r}; expected {' or '.join(types[:2])}"
-            raise HttpError(Problem(415, "invalid_request_error", "unsupported_media_type", message))
+            expected = " or ".join(types[:2])
+            raise Problem(415, f"content-type is {''.join(given[:1])[:100]!r}; expected {expected}")
         return media_type
 
     async def while_connected(self, work: Awaitable[T]) -> T:
@@ -149,7 +138,7 @@ class HttpRequest(Request):
         try:
             await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
-                raise HttpError(LEFT)
+                raise ClientDisconnect
             return task.result()
         finally:
             for one in (task, leaving):
@@ -163,27 +152,15 @@ async def respond(document: Any, headers: dict[str, str] | None = None, *, is_la
     if not is_large:
         return Response(ENCODER.encode(values), headers=headers, media_type="application/json")
     parts = await stepped(render_in_steps, values)
+
+    async def paced() -> AsyncIterator[bytes]:
+        pace = Pauses()  # a fast client takes every part immediately
+        for part in parts:
+            yield part
+            await pace.worked()
+
     headers = {"content-length": str(sum(map(len, parts)))} | (headers or {})
-    return StreamingResponse(_paced(parts), headers=headers, media_type="application/json")
-
-
-async def _paced(parts: Iterable[bytes]) -> AsyncIterator[bytes]:
-    pace = Pauses()  # a fast client takes every part immediately
-    for part in parts:
-        yield part
-        await pace.worked()
-
-
-async def parse(data: bytes | bytearray, what: str = "body") -> Any:
-    """A JSON document, NaN and infinity excluded; a large one may have neither too many values nor too many levels."""
-    if len(data) > SMALL_BYTES:
-        return await stepped(parse_in_steps, data, what)
-    try:
-        return DECODER.decode(data.decode(json.detect_encoding(data), "surrogatepass"))
-    except RecursionError:
-        raise InvalidRequest(what, "too deeply nested", "JSON") from None
-    except ValueError as exc:
-        raise InvalidRequest(what, f"not JSON ({reason(exc)})" if data else "empty", "JSON") from None
+    return StreamingResponse(paced(), headers=headers, media_type="application/json")
 
 
 class RawText(str):
@@ -256,33 +233,29 @@ class Count(int):
         return cls(min(value, MAX_INT))
 
 
-def read(kind: type[T], value: Any, root: Path = ()) -> T:
-    """A JSON value, which stands at `root` in the body, as a struct, or as anything that structs may hold."""
-    try:
-        return msgspec.convert(value, kind, dec_hook=lambda custom, item: custom.read(item))
-    except msgspec.ValidationError as exc:
-        raise _translated(exc, root) from None
-    except UnicodeEncodeError:  # the name of a field inside an object
-        raise InvalidRequest(root or ("body",), *HALF_A_PAIR) from None
-
-
-def _translated(error: msgspec.ValidationError, root: Path) -> InvalidRequest:
-    """The error with a path and JSON's names of types, which msgspec has in its message only."""
-    message, cause = str(error), error.__cause__
-    at = _AT.search(message)
-    path = root + tuple(name or int(index) for name, index in _STEP.findall(at[1] if at else ""))
-    if isinstance(cause, InvalidRequest):  # of a type here, with a path relative to the value
-        return InvalidRequest(path + cause.path or ("body",), cause.value, cause.expected)
-    if missing := _MISSING.match(message):
-        return InvalidRequest((*path, missing[1]), "absent", "a value")
-    path = path or ("body",)
-    if wrong := _EXPECTED.match(message):
-        expected = " or ".join(_KINDS.get(kind, kind) for kind in wrong[1].split(" | ") if kind != "null")
-        return InvalidRequest(path, _KINDS.get(wrong[3], wrong[3]), expected + (wrong[2] or ""))
-    return InvalidRequest(path, "not valid", "a value as /openapi.json describes it")
-
-
 def kind_of(value: object) -> str:
     """The JSON name of a value's type: the value itself may be a passage."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "absent"}
     return names.get(type(value), "a number")
+
+
+def read(kind: type[T], value: Any, root: Path = ()) -> T:
+    """A JSON value, which stands at `root` in the body, as a struct, or as anything that structs may hold."""
+    try:
+        return msgspec.convert(value, kind, dec_hook=lambda custom, item: custom.read(item))
+    except UnicodeEncodeError:  # the name of a field inside an object
+        raise InvalidRequest(root or ("body",), *HALF_A_PAIR) from None
+    except msgspec.ValidationError as exc:
+        # The path and JSON's names of types, which msgspec has in its message only.
+        message, cause = str(exc), exc.__cause__
+        at = _AT.search(message)
+        path = root + tuple(name or int(index) for name, index in _STEP.findall(at[1] if at else ""))
+        if isinstance(cause, InvalidRequest):  # of a type here, with a path relative to the value
+            raise InvalidRequest(path + cause.path or ("body",), cause.value, cause.expected) from None
+        if missing := _MISSING.match(message):
+            raise InvalidRequest((*path, missing[1]), "absent", "a value") from None
+        found, expected = "not valid", "a value as /openapi.json describes it"
+        if wrong := _EXPECTED.match(message):
+            kinds = [_KINDS.get(name, name) for name in wrong[1].split(" | ") if name != "null"]
+            found, expected = _KINDS.get(wrong[3], wrong[3]), " or ".join(kinds) + (wrong[2] or "")
+        raise InvalidRequest(path or ("body",), found, expected) from None
