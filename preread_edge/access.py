@@ -22,7 +22,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from preread.channel import listens_on_loopback
-from preread.errors import PermissionDenied, PrereadError, Unauthenticated
+from preread.errors import PermissionDenied, Unauthenticated
 
 log = logging.getLogger(__name__)
 
@@ -188,29 +188,6 @@ SCOPES: dict[str, tuple[Scope, ...]] = {
 def scopes_of(method: str) -> tuple[Scope, ...]:
     """The scopes of which any one lets a key call the gRPC method."""
     return next((scopes for start, scopes in reversed(SCOPES.items()) if method.startswith(start)), (Scope.ADMIN,))
-
-
-@dataclass(frozen=True, slots=True)
-class AccessMiddleware:
-    """ASGI: 401 without a known key, 403 without the scope. Without keys everything passes."""
-
-    app: App
-    keys: ApiKeys
-    scopes_of: Callable[[str, str], tuple[Scope, ...]]  # of method and path: any one will do; none: open to everyone
-    refuse: Callable[[int, str], App]  # an application that answers with this status and message
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        app = self.app
-        if scope["type"] == "http" and self.keys.required:
-            needed = self.scopes_of(scope["method"], scope["path"])
-            # api-key: what a few clients send in place of a bearer token
-            key = bearer(_header(scope, b"authorization")) or _header(scope, b"api-key") or _header(scope, b"x-api-key")
-            try:
-                if needed:
-                    self.keys.check(key, needed, f"{scope['method']} {scope['path']}")
-            except PrereadError as error:
-                app = self.refuse(401 if isinstance(error, Unauthenticated) else 403, str(error))
-        await app(scope, receive, send)
 
 
 def _header(scope: Any, name: bytes) -> str:

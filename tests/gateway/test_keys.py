@@ -26,6 +26,18 @@ def test_keys_and_scopes(run, query, documents):
     assert set(wrong.json()) == {"error", "error_type"}
 
 
+def test_aliases_need_a_key_that_may_do_everything(run):
+    keys = parse_keys(["rerank:rerank-key-0123456789", "rules-0123456789ab"])
+    given = [
+        {"authorization": "Bearer rerank-key-0123456789"},
+        {"authorization": "Bearer rules-0123456789ab"},
+        {"x-api-key": "rules-0123456789ab"},
+    ]
+    with run(keys=keys) as guarded:
+        answers = [guarded.http.delete("/v1/aliases/none", headers=one).status_code for one in given]
+    assert answers == [403, 404, 404]
+
+
 def test_a_closer_look_needs_the_scope_of_asking(run, query, documents):
     keys = parse_keys(["rerank:rerank-key-0123456789", "index:index-key-01234567890"])
     body = {"query": query, "documents": documents}

@@ -1,4 +1,4 @@
-"""Laws of keys and of the ASGI middleware."""
+"""Laws of keys."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from preread.v1 import encoder_pb2, rerank_pb2
-from preread_edge.access import AccessMiddleware, ApiKeys, Scope, bearer, parse_keys, read_keys, scopes_of
+from preread_edge.access import ApiKeys, Scope, bearer, parse_keys, read_keys, scopes_of
 
 ASKS, RULES = "asks-0123456789ab", "rules-0123456789a"
 
@@ -76,37 +76,3 @@ def test_every_method_has_its_scope() -> None:
     assert {name for name, scopes in found.items() if scopes == (Scope.ADMIN,)} == {"EncoderService/Delete"}
     assert found["EncoderService/Upsert"] == (Scope.INDEX,)
     assert found["RerankService/Rerank"] == (Scope.RERANK,)
-
-
-async def ask(app, path: str = "/v1/rerank", **headers: str) -> int:
-    """Status of one request."""
-    sent = []
-
-    async def send(message) -> None:
-        sent.append(message)
-
-    pairs = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
-    await app({"type": "http", "method": "POST", "path": path, "headers": pairs}, None, send)
-    return sent[0]["status"]
-
-
-def answering(status: int):
-    async def app(scope, receive, send) -> None:
-        await send({"type": "http.response.start", "status": status, "headers": []})
-
-    return app
-
-
-async def test_http_asks_for_the_same_keys() -> None:
-    keys = parse_keys([f"rerank:{ASKS}", RULES])
-    needs = {"/health": (), "/v1/rerank": (Scope.RERANK,)}
-    app = AccessMiddleware(
-        answering(200), keys, lambda method, path: needs.get(path, (Scope.ADMIN,)), lambda status, _: answering(status)
-    )
-    assert await ask(app) == 401
-    assert await ask(app, authorization="Bearer wrong-0123456789") == 401
-    assert await ask(app, authorization=f"Bearer {ASKS}") == 200
-    assert await ask(app, api_key=ASKS) == 200
-    assert await ask(app, path="/v1/aliases", authorization=f"Bearer {ASKS}") == 403
-    assert await ask(app, path="/v1/aliases", authorization=f"Bearer {RULES}") == 200
-    assert await ask(app, path="/health") == 200
