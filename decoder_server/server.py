@@ -19,12 +19,10 @@ from cache.open import open_store
 from cache.read_cache import CachedStore, TimedStore
 from cache.store import Store
 from decoder_server.config import DecoderConfig, HttpConfig, ModelConfig
-from decoder_server.edge.grpc import RerankService
+from decoder_server.edge.grpc import SERVICE, TEI_SERVICES, RerankService
 from decoder_server.edge.http.app import build
 from decoder_server.edge.http.errors import Problem
 from decoder_server.edge.http.request import Context
-from decoder_server.edge.tei_grpc import SERVICES as TEI_SERVICES
-from decoder_server.edge.tei_grpc import TeiService
 from decoder_server.engine.engine import Engine, Threads
 from decoder_server.engine.lifecycle import Observer
 from decoder_server.engine.on_demand import EncoderClient, OnDemandStates, call_metadata
@@ -33,14 +31,12 @@ from decoder_server.models.loading import load_model
 from decoder_server.readiness import Readiness
 from decoder_server.telemetry import Metrics, RequestLog
 from preread import AsyncClient, ClientOptions
-from preread.v1 import rerank_pb2, rerank_pb2_grpc
 from preread_edge import listener
 from preread_edge.access import ApiKeys, Guard, join, refuse_control_tokens
 from preread_edge.grpc_server import add_standard_services, listen, make_server
 
 log = logging.getLogger(__name__)
 
-SERVICE = rerank_pb2.DESCRIPTOR.services_by_name["RerankService"].full_name
 NUM_STORE_THREADS = 4
 
 
@@ -108,8 +104,7 @@ class DecoderServer:
             max_response_bytes=limit,
             options=[("grpc.max_connection_age_ms", max(1, int(age * 1000)))] if age else [],
         )
-        rerank_pb2_grpc.add_RerankServiceServicer_to_server(self._service, self._server)
-        TeiService(self.engines).add_to(self._server)
+        self._service.add_to(self._server)
         add_standard_services(self._server, self.readiness.servicer, [SERVICE, *TEI_SERVICES])
         await self.readiness.publish()
         self.port = listen(self._server, self.config, self.config.port)

@@ -57,8 +57,7 @@ def unscored(engine: Engine, result: Result, summary: Summary, path: Path) -> Pr
 
 def model_info(engine: Engine) -> ModelInfo:
     """A served model and its limits."""
-    backend, limits, settings = engine.backend, engine.limits, engine.backend.settings
-    identity = backend.identity()
+    backend, settings, identity = engine.backend, engine.backend.settings, engine.backend.identity()
     return ModelInfo(
         name=engine.name,
         backend=backend.name,
@@ -67,8 +66,8 @@ def model_info(engine: Engine) -> ModelInfo:
         default_instruction=settings.default_instruction,
         default_compression_ratio=settings.default_compression_ratio,
         max_query_tokens=settings.max_query_tokens,
-        max_candidates=limits.max_candidates,
-        max_message_bytes=limits.max_message_bytes,
+        max_candidates=engine.limits.max_candidates,
+        max_message_bytes=engine.limits.max_message_bytes,
         dtype=backend.dtype_name,
         device=backend.device_name,
         encodes_on_demand=engine.encodes_on_demand,
@@ -81,10 +80,10 @@ def collection_infos(store: Store) -> list[CollectionInfo]:
     """Every collection of a store that can be read. Blocks while the store counts, and raises its errors."""
     infos = []
     for stored in describe(store):
-        manifest = stored.manifest
-        identity = {one.name: getattr(manifest, one.name) for one in dataclasses.fields(EncoderIdentity)}
+        manifest, counts = stored.manifest, dataclasses.asdict(stored.stats)  # under the same names
+        encoder = EncoderIdentity(
+            **{one.name: getattr(manifest, one.name) for one in dataclasses.fields(EncoderIdentity)}
+        )
         own = {name: getattr(manifest, name) for name in ("compression_ratio", "codec", "stores_text")}
-        counts = dataclasses.asdict(stored.stats)  # under the same names
-        encoder = EncoderIdentity(**identity)
         infos.append(CollectionInfo(manifest.collection, stored.aliases, encoder, **own, **counts))
     return infos

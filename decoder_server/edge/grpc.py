@@ -1,6 +1,7 @@
-"""RerankService on grpc.aio: unpack, call an engine, pack. Protobuf goes no further than here.
+"""The services on grpc.aio, ours and TEI's: unpack, call an engine, pack. Protobuf goes no further than here.
 
-Methods raise; preread_edge.grpc_server ends the call with the status and details of the error.
+Methods raise; preread_edge.grpc_server ends the call with the status and details of the error. TEI's clients have
+`truncate` false, which proto3 cannot tell from absent, cut texts all the same: TEI's own servers truncate by default.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Sequence, Sized
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence, Sized
 from contextlib import aclosing
 from itertools import chain
 from typing import Any, TypeAlias, TypeVar, get_args
@@ -17,10 +18,11 @@ import grpc
 
 from cache.errors import CacheError
 from cache.store import Store
-from decoder_server.edge.engines import collection_infos, model_info
+from decoder_server.edge.engines import VERSION, collection_infos, every_scored, model_info
 from decoder_server.engine.engine import Engine, choose
 from decoder_server.engine.warming import ANY_QUERY, warm
 from preread.errors import InvalidRequest, Unavailable
+from preread.tei.v1 import tei_pb2, tei_pb2_grpc
 from preread.v1 import common_pb2, rerank_pb2, rerank_pb2_grpc
 from preread.values import Candidate, OnMiss, RerankRequest, Result, Stage, Status, Summary
 from preread_edge.grpc_server import joined
@@ -29,14 +31,10 @@ from preread_edge.steps import SMALL_BYTES, Pauses
 T = TypeVar("T")
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
+SERVICE = rerank_pb2.DESCRIPTOR.services_by_name["RerankService"].full_name
+TEI_SERVICES = tuple(service.full_name for service in tei_pb2.DESCRIPTOR.services_by_name.values())
 _ON_MISS: dict[int, OnMiss] = {common_pb2.OnMiss.Value(f"ON_MISS_{one.upper()}"): one for one in get_args(OnMiss)}
 _STATUS = {status: f"CANDIDATE_STATUS_{status.upper()}" for status in get_args(Status)}
-
-
-def deadline_of(context: Context) -> float | None:
-    """The caller's deadline, on time.monotonic's clock."""
-    remaining = context.time_remaining()
-    return None if remaining is None else time.monotonic() + remaining
 
 
 class RerankService(rerank_pb2_grpc.RerankServiceServicer):
@@ -46,17 +44,35 @@ class RerankService(rerank_pb2_grpc.RerankServiceServicer):
         self.engines: dict[str, Engine] = {}  # by served name; the first is the default
         self._store = store
 
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Adds SERVICE, and TEI_SERVICES on the same engines."""
+        rerank_pb2_grpc.add_RerankServiceServicer_to_server(self, server)
+        tei = _TeiService(self.engines)
+        tei_pb2_grpc.add_RerankServicer_to_server(tei, server)
+        tei_pb2_grpc.add_InfoServicer_to_server(tei, server)
+
     async def Rerank(self, request: rerank_pb2.RerankRequest, context: Context) -> Any:  # noqa: N802
         engine = choose(self.engines, request.model)
         unpacked = await unpack_request(request, engine.limits.max_candidates)
-        return await _pack_response(*await engine.rerank(unpacked, deadline=deadline_of(context)))
+        results, summary = await engine.rerank(unpacked, deadline=_deadline(context))
+        fields = _fields(summary, rerank_pb2.RerankResponse)
+        if not _is_long(results):
+            return rerank_pb2.RerankResponse(results=map(_pack_result, results), **fields)
+        parts = (rerank_pb2.RerankResponse(results=[_pack_result(result)]) for result in results)
+        return await joined(chain([rerank_pb2.RerankResponse(**fields)], parts))
 
     async def RerankStream(self, request: rerank_pb2.RerankStreamRequest, context: Context) -> AsyncIterator[Any]:  # noqa: N802
         engine = choose(self.engines, request.request.model)
         unpacked = await unpack_request(request.request, engine.limits.max_candidates)
-        async with aclosing(engine.stream(unpacked, deadline=deadline_of(context))) as events:
+        async with aclosing(engine.stream(unpacked, deadline=_deadline(context))) as events:
             async for event in events:
-                yield await _pack_event(event)
+                if isinstance(event, Summary):
+                    summary = _pack(event, rerank_pb2.RerankStreamResponse.Summary)
+                    yield rerank_pb2.RerankStreamResponse(summary=summary)
+                elif _is_long(event):
+                    yield await joined(_pack_batch([result]) for result in event)
+                else:
+                    yield _pack_batch(event)
 
     async def ListModels(self, request: rerank_pb2.ListModelsRequest, context: Context) -> Any:  # noqa: N802
         models = [_pack(model_info(engine), rerank_pb2.ModelInfo) for engine in self.engines.values()]
@@ -76,19 +92,80 @@ class RerankService(rerank_pb2_grpc.RerankServiceServicer):
         return _pack(warmed, rerank_pb2.WarmResponse)
 
 
+class _TeiService(tei_pb2_grpc.RerankServicer, tei_pb2_grpc.InfoServicer):
+    """Both services of tei.v1 on our engines, which are none until the models have loaded; the first one answers."""
+
+    def __init__(self, engines: Mapping[str, Engine]) -> None:
+        self._engines = engines
+
+    async def Rerank(self, request: tei_pb2.RerankRequest, context: Context) -> Any:  # noqa: N802
+        return await self._rerank(request.texts, request, context)
+
+    async def RerankStream(  # noqa: N802
+        self, request_iterator: AsyncIterator[tei_pb2.RerankStreamRequest], context: Context
+    ) -> Any:
+        first, texts = tei_pb2.RerankStreamRequest(), list[str]()
+        async for message in request_iterator:
+            first = first if texts else message
+            texts.append(message.text)
+            if self._engines and len(texts) > choose(self._engines).limits.max_candidates:
+                break  # more than a request may have, so the rest need not come
+        return await self._rerank(texts, first, context)
+
+    async def _rerank(
+        self, texts: Sequence[str], flags: tei_pb2.RerankRequest | tei_pb2.RerankStreamRequest, context: Context
+    ) -> bytes:
+        engine = choose(self._engines)
+        _check_count("texts", texts, engine.limits.max_candidates, at_least=1)
+        candidates = await _paced(Candidate(text=text) for text in texts)
+        request = RerankRequest(query=flags.query, candidates=candidates, return_text=flags.return_text)
+        results, summary = await engine.rerank(request, deadline=_deadline(context))
+        scored = every_scored(engine, results, summary, lambda index: ("texts", index))
+        timings = summary.timings
+        metadata = tei_pb2.Metadata(
+            compute_chars=sum(map(len, texts)),
+            compute_tokens=summary.num_scored * summary.num_query_tokens + summary.num_passage_tokens,
+            total_time_ns=int(timings.total_seconds * 1e9),
+            queue_time_ns=int(timings.queue_seconds * 1e9),
+            inference_time_ns=int((timings.encode_seconds + timings.compute_seconds) * 1e9),
+        )
+        ranks = (
+            tei_pb2.Rank(index=one.index, text=one.text, score=one.margin if flags.raw_scores else one.score)
+            for one in scored
+        )
+        parts = (tei_pb2.RerankResponse(ranks=[rank]) for rank in ranks)
+        return await joined(chain([tei_pb2.RerankResponse(metadata=metadata)], parts))
+
+    async def Info(self, request: tei_pb2.InfoRequest, context: Context) -> Any:  # noqa: N802
+        engine = choose(self._engines)
+        return tei_pb2.InfoResponse(
+            version=VERSION,
+            model_id=engine.name,
+            model_dtype=engine.backend.dtype_name,
+            model_type=tei_pb2.MODEL_TYPE_RERANKER,
+            max_concurrent_requests=engine.limits.max_queue_requests,
+            max_input_length=engine.backend.settings.max_passage_tokens,
+            max_batch_tokens=engine.limits.max_queue_tokens,
+            max_client_batch_size=engine.limits.max_candidates,
+            tokenization_workers=1,
+        )
+
+
+def _deadline(context: Context) -> float | None:
+    """The caller's deadline, on time.monotonic's clock."""
+    remaining = context.time_remaining()
+    return None if remaining is None else time.monotonic() + remaining
+
+
 async def unpack_request(message: rerank_pb2.RerankRequest, max_candidates: int) -> RerankRequest:
     """The request; proto3's empty values are None where they mean the default."""
     _check_count("candidates", message.candidates, max_candidates)
     _check_count("stages", message.stages, max_candidates)
-    candidates = []
-    pace = Pauses()
-    for candidate in message.candidates:
-        text = candidate.text if candidate.HasField("text") else None
-        candidates.append(Candidate(candidate.passage_id or None, text))
-        await pace.worked()
     return RerankRequest(
         query=message.query,
-        candidates=tuple(candidates),
+        candidates=await _paced(
+            Candidate(one.passage_id or None, one.text if one.HasField("text") else None) for one in message.candidates
+        ),
         instruction=message.instruction if message.HasField("instruction") else None,
         collection=message.collection or None,
         top_n=message.top_n,
@@ -115,35 +192,27 @@ def unpack_warm(message: rerank_pb2.WarmRequest, max_candidates: int) -> RerankR
     )
 
 
-def _check_count(field: str, values: Sized, limit: int) -> None:
-    if len(values) > limit:
+async def _paced(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
+    made, pace = list[Candidate](), Pauses()
+    for candidate in candidates:
+        made.append(candidate)
+        await pace.worked()
+    return tuple(made)
+
+
+def _check_count(field: str, values: Sized, limit: int, *, at_least: int = 0) -> None:
+    if not at_least <= len(values) <= limit:
         raise InvalidRequest(field, f"{len(values)} of them", f"1..{limit}")
 
 
-async def _pack_response(results: Sequence[Result], summary: Summary) -> rerank_pb2.RerankResponse | bytes:
-    """The message, or its bytes where it holds long texts."""
-    fields = _fields(summary, rerank_pb2.RerankResponse)
-    if not _is_long(results):
-        return rerank_pb2.RerankResponse(results=map(_pack_result, results), **fields)
-    parts = (rerank_pb2.RerankResponse(results=[_pack_result(result)]) for result in results)
-    return await joined(chain([rerank_pb2.RerankResponse(**fields)], parts))
-
-
-async def _pack_event(results: Sequence[Result] | Summary) -> rerank_pb2.RerankStreamResponse | bytes:
-    """The message, or its bytes where it holds long texts."""
-    if isinstance(results, Summary):
-        message = _pack(results, rerank_pb2.RerankStreamResponse.Summary)
-        return rerank_pb2.RerankStreamResponse(summary=message)
-
-    def pack(some: Sequence[Result]) -> rerank_pb2.RerankStreamResponse:
-        batch = rerank_pb2.RerankStreamResponse.Batch(results=map(_pack_result, some))
-        return rerank_pb2.RerankStreamResponse(batch=batch)
-
-    return await joined(pack([result]) for result in results) if _is_long(results) else pack(results)
-
-
 def _is_long(results: Sequence[Result]) -> bool:
+    """A message of so many texts is made in steps, as bytes."""
     return sum(len(result.text or "") for result in results) > SMALL_BYTES
+
+
+def _pack_batch(results: Sequence[Result]) -> rerank_pb2.RerankStreamResponse:
+    batch = rerank_pb2.RerankStreamResponse.Batch(results=map(_pack_result, results))
+    return rerank_pb2.RerankStreamResponse(batch=batch)
 
 
 def _pack_result(result: Result) -> rerank_pb2.Result:
@@ -151,11 +220,11 @@ def _pack_result(result: Result) -> rerank_pb2.Result:
 
 
 def _pack(value: Any, kind: type[T]) -> T:
-    """A message of the fields that it has in common with a value."""
     return kind(**_fields(value, kind))
 
 
 def _fields(value: Any, kind: Any) -> dict[str, Any]:
+    """The fields that a message has in common with a value."""
     return {name: _plain(getattr(value, name)) for name in kind.DESCRIPTOR.fields_by_name if hasattr(value, name)}
 
 

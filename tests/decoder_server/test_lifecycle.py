@@ -13,7 +13,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from checkpoint.synthetic import make_checkpoint
 from decoder_server.config import DecoderConfig, ModelConfig
-from decoder_server.server import SERVICE, DecoderServer
+from decoder_server.edge.grpc import SERVICE
+from decoder_server.server import DecoderServer
 from preread.v1 import rerank_pb2, rerank_pb2_grpc
 
 SERVING = health_pb2.HealthCheckResponse.SERVING

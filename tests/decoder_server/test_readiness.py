@@ -13,7 +13,8 @@ from prometheus_client import generate_latest
 
 from decoder_server import readiness
 from decoder_server.config import DecoderConfig, HttpConfig
-from decoder_server.server import SERVICE, DecoderServer, Gateway
+from decoder_server.edge.grpc import SERVICE
+from decoder_server.server import DecoderServer, Gateway
 from encoder_worker.config import EncoderConfig
 from encoder_worker.server import EncoderServer
 from preread import AsyncClient, Candidate
