@@ -40,7 +40,7 @@ def _items(schema: dict[str, Any]) -> Meta:
     return Meta(extra_json_schema={"items": schema})
 
 
-class _PassageObject(Struct, kw_only=True):
+class _Passage(Struct, kw_only=True):
     id: Text | None = None
     other_id: Text | None = field(name="_id", default=None)
     passage_id: Text | None = None
@@ -55,8 +55,8 @@ class _UploadSettings(Struct, kw_only=True):
 
 
 class _UploadObject(_UploadSettings, kw_only=True):
-    # Each is read as a _PassageObject, in steps: there may be hundreds of thousands.
-    passages: Annotated[list[Any], _items({"$ref": "#/components/schemas/_PassageObject"})] | None = None
+    # Each is read as a _Passage, in steps: there may be hundreds of thousands.
+    passages: Annotated[list[Any], _items({"$ref": "#/components/schemas/_Passage"})] | None = None
 
 
 class _Refused(Struct, kw_only=True):
@@ -64,7 +64,7 @@ class _Refused(Struct, kw_only=True):
     message: str
 
 
-class _UploadAnswer(Struct, kw_only=True, tag_field="object", tag="collection.upload"):
+class _Upload(Struct, kw_only=True, tag_field="object", tag="collection.upload"):
     """Acknowledgements of the worker, counted."""
 
     collection: str
@@ -155,7 +155,7 @@ async def _add_passages(request: HttpRequest) -> Response:
         if not body.passages:
             raise InvalidRequest("passages", "absent" if body.passages is None else "empty", "a list of objects")
         settings, items = body, _each(await stepped(_read_each, _passage, body.passages, "passages"))
-    upload = _UploadAnswer(collection=name, refused=[])
+    upload = _Upload(collection=name, refused=[])
 
     async def sendable() -> AsyncIterator[Passage]:
         async for item in items:
@@ -301,7 +301,7 @@ async def _each(items: list[Passage | UpsertResult]) -> AsyncIterator[Passage | 
 
 
 def _passage(item: object, path: Path) -> Passage | UpsertResult:
-    body = read(_PassageObject, item, path)
+    body = read(_Passage, item, path)
     passage_id = str(body.id or body.other_id or body.passage_id or "")
     if not passage_id:
         raise InvalidRequest((*path, "id"), "absent or empty", "the passage's id, a string")
@@ -341,38 +341,28 @@ _WITH_NDJSON = {
 }
 
 _COLLECTION, _ALIAS = "/v1/collections/{collection}", "/v1/aliases/{alias}"
-_UPLOADS = {
-    JSON: {"UploadRequest": (_UploadObject, list[_PassageObject])},
-    NDJSON[0]: {"Passage": _PassageObject},
-}
-_DELETED = {"Deleted": _Deleted}
+_PASSAGES = f"{_COLLECTION}/passages"
+_UPLOADS = {JSON: (("UploadRequest", _UploadObject, list[_Passage]),), NDJSON[0]: (_Passage,)}
 _operation = partial(Operation, tag="collections")
 OPERATIONS = (
+    _operation("GET", "/v1/collections", _list_collections, "Every collection of the store", answers=(_Collections,)),
+    _operation("GET", _COLLECTION, _get_collection, "One collection, by name or alias", answers=(_Collection,)),
     _operation(
-        "GET", "/v1/collections", _list_collections, "Every collection of the store",
-        answers={"Collections": _Collections},
+        "POST", _PASSAGES, _add_passages, "Encode and store passages", answers=(_Upload,), bodies=_UPLOADS,
+        query=_WITH_NDJSON,
     ),
     _operation(
-        "GET", _COLLECTION, _get_collection, "One collection, by name or alias", answers={"Collection": _Collection}
+        "DELETE", _PASSAGES, _delete_passages, "Delete passages by id", answers=(_Deleted,),
+        bodies={JSON: (_DeleteRequest,)}, body_required=False, query=_IDS,
     ),
     _operation(
-        "POST", f"{_COLLECTION}/passages", _add_passages, "Encode and store passages",
-        answers={"Upload": _UploadAnswer}, bodies=_UPLOADS, query=_WITH_NDJSON,
+        "DELETE", _PASSAGES + "/{passage_id:path}", _delete_passages, "Delete one passage", "deletePassage",
+        answers=(_Deleted,),
     ),
+    _operation("GET", "/v1/aliases", _list_aliases, "Aliases and their collections", answers=(_Aliases,)),
     _operation(
-        "DELETE", f"{_COLLECTION}/passages", _delete_passages, "Delete passages by id", answers=_DELETED,
-        bodies={JSON: {"DeleteRequest": _DeleteRequest}}, body_required=False, query=_IDS,
+        "PUT", _ALIAS, _set_alias, "Point an alias at a collection, in one step", answers=(_Alias,),
+        bodies={JSON: (_SetAliasRequest,)},
     ),
-    _operation(
-        "DELETE", _COLLECTION + "/passages/{passage_id:path}", _delete_passages, "Delete one passage",
-        "deletePassage", answers=_DELETED,
-    ),
-    _operation(
-        "GET", "/v1/aliases", _list_aliases, "Aliases and their collections", answers={"Aliases": _Aliases}
-    ),
-    _operation(
-        "PUT", _ALIAS, _set_alias, "Point an alias at a collection, in one step", answers={"Alias": _Alias},
-        bodies={JSON: {"SetAliasRequest": _SetAliasRequest}},
-    ),
-    _operation("DELETE", _ALIAS, _remove_alias, "Remove an alias", answers={"AliasDeleted": _AliasDeleted}),
+    _operation("DELETE", _ALIAS, _remove_alias, "Remove an alias", answers=(_AliasDeleted,)),
 )  # fmt: skip

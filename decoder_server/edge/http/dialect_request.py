@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Self, TypeVar, cast, get_args
@@ -16,10 +16,15 @@ from preread.values import Candidate, OnMiss, RerankRequest, Result, Stage, Summ
 
 MAX_POSITIONS_SHOWN = 500
 
+
+def _about(text: str) -> Meta:
+    return Meta(description=text)
+
+
 Flag = bool | None
 Size = Annotated[int, Meta(ge=0)]
 Score = Annotated[float, Meta(ge=0, le=1)]
-Top = Annotated[Count | None, Meta(description="0, absent or more than there are: all")]
+Top = Annotated[Count | None, _about("0, absent or more than there are: all")]
 
 
 class _OnMiss(Word):
@@ -59,9 +64,7 @@ class _DocumentObject(Struct, kw_only=True):
     id: Text | None = None
 
 
-Documents = Annotated[
-    list[str | _DocumentObject | None] | None, Meta(description="May be absent if passage_ids are given")
-]
+Documents = Annotated[list[str | _DocumentObject | None] | None, _about("May be absent if passage_ids are given")]
 
 
 class Dialect(Struct, kw_only=True):
@@ -84,45 +87,41 @@ class RerankBody(Dialect, kw_only=True):
     documents: Documents = None
     top_n: Top = None
     return_documents: Flag = None
-    model: Annotated[Text | None, Meta(description="A served name, or absent for the first")] = None
+    model: Annotated[Text | None, _about("A served name, or absent for the first")] = None
     instruction: Annotated[
-        Text | None, Meta(description="What to look for; absent or null: the model's default; empty: nothing")
+        Text | None, _about("What to look for; absent or null: the model's default; empty: nothing")
     ] = None
-    collection: Annotated[Text | None, Meta(description="Collection or alias that ids refer to")] = None
-    passage_ids: Annotated[list[Text] | None, Meta(description="Ids of the texts, or ids alone in place of them")] = (
-        None
-    )
+    collection: Annotated[Text | None, _about("Collection or alias that ids refer to")] = None
+    passage_ids: Annotated[list[Text] | None, _about("Ids of the texts, or ids alone in place of them")] = None
     compression_ratio: Annotated[
-        Count | None,
-        Meta(description="A multiple of the stored ratio; 0 or absent: the server's default, else the stored one"),
+        Count | None, _about("A multiple of the stored ratio; 0 or absent: the server's default, else the stored one")
     ] = None
     stages: Annotated[
         _Stages | None,
-        Meta(description="A cascade: '32:100, 4:20, 1' scores all at ratio 32, the best 100 at 4, 20 of those at 1"),
+        _about("A cascade: '32:100, 4:20, 1' scores all at ratio 32, the best 100 at 4, 20 of those at 1"),
     ] = None
-    on_miss: Annotated[_OnMiss | None, Meta(description="For ids that are not stored")] = None
+    on_miss: Annotated[_OnMiss | None, _about("For ids that are not stored")] = None
     return_margins: Annotated[
-        Flag, Meta(description="Adds margin (yes-logit minus no-logit), compression_ratio and stages to each result")
+        Flag, _about("Adds margin (yes-logit minus no-logit), compression_ratio and stages to each result")
     ] = None
-    max_tokens_per_doc: Annotated[Count | None, Meta(description="Texts are cut there")] = None
+    max_tokens_per_doc: Annotated[Count | None, _about("Texts are cut there")] = None
 
     def requests(self) -> list[DialectRequest]:
         return [self.request()]
 
     def request(
-        self, field: str = "documents", *, top_k: Count | None = None, one_ratio: bool = False, **settings: Any
+        self,
+        field: str = "documents",  # what the dialect calls the candidates
+        *,
+        top_k: Count | None = None,  # the dialect's limit of results; None: top_n
+        one_ratio: bool = False,
+        **settings: Any,  # of DialectRequest
     ) -> DialectRequest:
-        """The request for the engine.
-
-        Args:
-            field: what the dialect calls the candidates.
-            top_k: the dialect's limit of results; None: top_n.
-            settings: of DialectRequest.
-        """
+        """The request for the engine."""
         top = self.top_n if top_k is None else top_k
         request = RerankRequest(
             query=str(self.query),
-            candidates=_candidates(self, field),
+            candidates=self._candidates(field),
             instruction=None if self.instruction is None else str(self.instruction),
             collection=str(self.collection or "") or None,
             top_n=int(top or 0),
@@ -133,13 +132,38 @@ class RerankBody(Dialect, kw_only=True):
             stages=self.stages or (),
             one_ratio=one_ratio,
         )
-        return DialectRequest(
-            request,
-            field,
-            max_tokens_per_doc=int(self.max_tokens_per_doc or 0) or None,
-            return_margins=self.return_margins or False,
-            **settings,
-        )
+        max_tokens_per_doc = int(self.max_tokens_per_doc or 0) or None
+        parsed = DialectRequest(request, field, max_tokens_per_doc, self.return_margins or False, **settings)
+        bad = next((i for i, candidate in enumerate(request.candidates) if candidate.problem), None)
+        if bad is not None and parsed.texts_alone:  # there is no status to say it in
+            raise InvalidRequest(parsed.path_of(bad), *HALF_A_PAIR)
+        return parsed
+
+    def _candidates(self, field: str) -> tuple[Candidate, ...]:
+        """Texts, or objects with `text`, `id` or both; `passage_ids` next to them, or alone.
+
+        One whose text UTF-8 cannot hold has a problem, and no text.
+        """
+        items, ids = self.documents, self.passage_ids
+        if items is None and ids is None:
+            raise InvalidRequest(field, "absent", "a list of texts, or passage_ids and a collection")
+        items = [None] * len(ids or ()) if items is None else items
+        if not items:
+            raise InvalidRequest(field, "empty", "at least one")
+        if ids is not None and len(ids) != len(items):
+            raise InvalidRequest("passage_ids", f"{len(ids)} of them", f"{len(items)}, one for each of {field}")
+        candidates = []
+        for i, item in enumerate(items):
+            text, own_id = (item.text, item.id) if isinstance(item, _DocumentObject) else (item, None)
+            passage_id = (ids[i] if ids else "") or own_id or ""
+            if text is None and not passage_id:
+                expected = "a string, or an object with text, id or both"
+                raise InvalidRequest((field, i), "an object without text", expected)
+            problem = ""
+            if text is not None and not RawText.is_utf8(text):
+                text, problem = None, f"the text is {HALF_A_PAIR[0]}; expected {HALF_A_PAIR[1]}"
+            candidates.append(Candidate(str(passage_id) or None, None if text is None else str(text), problem))
+        return tuple(candidates)
 
 
 class _StageScore(Struct):
@@ -153,15 +177,12 @@ class Rank(Struct, kw_only=True):
     """One result; a dialect adds its score, and the text under its name."""
 
     index: Annotated[int, Meta(ge=0, description="Position in the request")]
-    id: Annotated[str | UnsetType, Meta(description="Where the request gave one")] = UNSET
-    margin: Annotated[float | UnsetType, Meta(description="With return_margins")] = UNSET
-    compression_ratio: Annotated[
-        int | UnsetType, Meta(description="With return_margins: the ratio it was scored at")
-    ] = UNSET
-    truncated: Annotated[bool | UnsetType, Meta(description="With return_margins, where it was cut: true")] = UNSET
+    id: Annotated[str | UnsetType, _about("Where the request gave one")] = UNSET
+    margin: Annotated[float | UnsetType, _about("With return_margins")] = UNSET
+    compression_ratio: Annotated[int | UnsetType, _about("With return_margins: the ratio it was scored at")] = UNSET
+    truncated: Annotated[bool | UnsetType, _about("With return_margins, where it was cut: true")] = UNSET
     stages: Annotated[
-        list[_StageScore] | UnsetType,
-        Meta(description="With return_margins, of a cascade: every stage that scored it"),
+        list[_StageScore] | UnsetType, _about("With return_margins, of a cascade: every stage that scored it")
     ] = UNSET
 
 
@@ -182,16 +203,16 @@ class DialectRequest:
     request: RerankRequest
     candidates_field: str = "documents"  # the dialect's name of the candidates
     max_tokens_per_doc: int | None = None  # inline texts are cut there
+    return_margins: bool = False
     keep_end: bool = False  # inline texts over the model's limit lose their beginning
     reject_truncated: bool = False  # an error instead of the score of a cut text
-    return_margins: bool = False
     raw_scores: bool = False  # margins in place of scores
     positions: tuple[int, ...] = ()  # of the candidates in the body; empty: their indexes
 
     @property
     def texts_alone(self) -> bool:
         """No candidate has an id: each gets a score, or the request fails."""
-        return _texts_alone(self.request.candidates)
+        return all(candidate.passage_id is None for candidate in self.request.candidates)
 
     def position(self, index: int) -> int:
         return self.positions[index] if self.positions else index
@@ -205,20 +226,17 @@ class DialectRequest:
         """Errors of the engine, whose paths begin with `candidates`, in the words of the body."""
         try:
             yield
-        except InvalidRequest as exc:
-            if not exc.path:
-                raise
-            raise InvalidRequest(self._path(exc.path), exc.value, exc.expected) from exc
-        except FailedPrecondition as exc:
-            raise FailedPrecondition(exc.reason, exc.subject, exc.said, path=self._path(exc.path)) from exc
-
-    def _path(self, path: Path) -> Path:
-        match path:
-            case ("candidates", int(index), *rest):
-                return (*self.path_of(index), *rest)
-            case ("candidates", *rest):
-                return (self.candidates_field, *rest)
-        return path
+        except (InvalidRequest, FailedPrecondition) as exc:
+            match exc.path:
+                case ("candidates", int(index), *rest):
+                    path = (*self.path_of(index), *rest)
+                case ("candidates", *rest):
+                    path = (self.candidates_field, *rest)
+                case _:
+                    raise
+            if isinstance(exc, FailedPrecondition):
+                raise FailedPrecondition(exc.reason, exc.subject, exc.said, path=path) from exc
+            raise InvalidRequest(path, exc.value, exc.expected) from exc
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,87 +284,47 @@ class DialectResponse:
 
     def ranks(self, kind: type[R], score: str, text: str = "") -> list[R]:
         """Results as the dialect's struct, with the names of its score and its text."""
-        return [kind(**self._fields(result, score, text)) for result in self.scored]
-
-    def _fields(self, result: Result, score: str, text: str) -> dict[str, Any]:
-        fields: dict[str, Any] = {"index": self.parsed.position(result.index)}
-        fields[score] = result.margin if self.parsed.raw_scores else result.score
-        if result.passage_id:
-            fields["id"] = result.passage_id
-        if text and self.parsed.request.return_text and result.text:
-            fields[text] = result.text
-        if self.parsed.return_margins:
-            fields["margin"] = result.margin
-            if result.index in self.cut:
-                fields["truncated"] = True
-            if result.compression_ratio:
-                fields["compression_ratio"] = result.compression_ratio
-            if result.stages:
-                fields["stages"] = [_StageScore(**dataclasses.asdict(stage)) for stage in result.stages]
-        return fields
+        ranks, parsed = [], self.parsed
+        for result in self.scored:
+            fields: dict[str, Any] = {"index": parsed.position(result.index)}
+            fields[score] = result.margin if parsed.raw_scores else result.score
+            if result.passage_id:
+                fields["id"] = result.passage_id
+            if text and parsed.request.return_text and result.text:
+                fields[text] = result.text
+            if parsed.return_margins:
+                fields["margin"] = result.margin
+                if result.index in self.cut:
+                    fields["truncated"] = True
+                if result.compression_ratio:
+                    fields["compression_ratio"] = result.compression_ratio
+                if result.stages:
+                    fields["stages"] = [_StageScore(**dataclasses.asdict(stage)) for stage in result.stages]
+            ranks.append(kind(**fields))
+        return ranks
 
 
 def headers_of(responses: Sequence[DialectResponse]) -> dict[str, str]:
     """Headers for what dialects have no field for, over all requests of one body; a degraded one speaks for them."""
     chosen = next((response for response in responses if response.summary.degraded is not None), responses[-1])
     degraded = chosen.summary.degraded
-    cut = [response.parsed.position(index) for response in responses for index in response.cut]
-    empty = [response.parsed.position(index) for response in responses for index in response.empty]
+
+    def positions(name: str) -> str:
+        every = sorted(one.parsed.position(index) for one in responses for index in getattr(one, name))
+        more = ["..."] if len(every) > MAX_POSITIONS_SHOWN else []  # of very many the first: a header has to fit
+        return ",".join([*map(str, every[:MAX_POSITIONS_SHOWN]), *more])
+
     headers = {
         "x-preread-read": chosen.ratio,
         "x-preread-degraded": degraded.reason if degraded is not None else "",
         "x-preread-asked": _ratio(degraded.compression_ratio, degraded.stages) if degraded is not None else "",
         "x-preread-stopped-early": "true" if chosen.summary.stopped_early else "",
         "x-preread-query-truncated": "true" if any(one.summary.query_truncated for one in responses) else "",
-        "x-preread-truncated": _positions(cut),
-        "x-preread-empty": _positions(empty),
+        "x-preread-truncated": positions("cut"),
+        "x-preread-empty": positions("empty"),
     }
     return {name: value for name, value in headers.items() if value}
 
 
-def _positions(positions: Iterable[int]) -> str:
-    """A header's list; the first of very many, since a header has to fit."""
-    every = sorted(positions)
-    return ",".join([*map(str, every[:MAX_POSITIONS_SHOWN]), *(["..."] if len(every) > MAX_POSITIONS_SHOWN else [])])
-
-
 def _ratio(ratio: int, stages: Sequence[Stage]) -> str:
     return format_stages(stages) if stages else str(ratio or "")
-
-
-def _candidates(body: RerankBody, field: str) -> tuple[Candidate, ...]:
-    """Texts, or objects with `text`, `id` or both; `passage_ids` next to them, or alone."""
-    items, ids = body.documents, body.passage_ids
-    if items is None and ids is None:
-        raise InvalidRequest(field, "absent", "a list of texts, or passage_ids and a collection")
-    if items is None:
-        items = [None] * len(ids or ())
-    if not items:
-        raise InvalidRequest(field, "empty", "at least one")
-    if ids is not None and len(ids) != len(items):
-        raise InvalidRequest("passage_ids", f"{len(ids)} of them", f"{len(items)}, one for each of {field}")
-    candidates = tuple(_candidate((field, i), item, ids[i] if ids else "") for i, item in enumerate(items))
-    bad = next((i for i, candidate in enumerate(candidates) if candidate.problem), None)
-    if bad is not None and _texts_alone(candidates):  # there is no status to say it in
-        raise InvalidRequest((field, bad), *HALF_A_PAIR)
-    return candidates
-
-
-def _texts_alone(candidates: Iterable[Candidate]) -> bool:
-    return all(candidate.passage_id is None for candidate in candidates)
-
-
-def _candidate(path: Path, item: str | _DocumentObject | None, passage_id: str) -> Candidate:
-    """The candidate; one whose text UTF-8 cannot hold has a problem, and no text."""
-    text: str | None = None
-    if isinstance(item, str):
-        text = item
-    elif item is not None:
-        text, passage_id = item.text, passage_id or item.id or ""
-    if text is None and not passage_id:
-        raise InvalidRequest(path, "an object without text", "a string, or an object with text, id or both")
-    own_id = str(passage_id) or None
-    if text is not None and not RawText.is_utf8(text):
-        value, expected = HALF_A_PAIR
-        return Candidate(own_id, problem=f"the text is {value}; expected {expected}")
-    return Candidate(own_id, None if text is None else str(text))

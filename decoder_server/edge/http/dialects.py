@@ -43,8 +43,6 @@ RefuseLong = Annotated[Flag, Meta(description="false: reject a text that is too 
 
 
 # Cohere, Jina, vLLM, llama.cpp, infinity and the 4D AI Kit share one answer: each reads its part of it.
-
-
 class _DocumentText(Struct):
     text: str
 
@@ -110,8 +108,6 @@ class _InfinityRequest(_RerankRequest, kw_only=True):
 
 
 # Text Embeddings Inference: `texts` in, a flat list out, best first.
-
-
 class _Direction(Word):
     words = ("right", "left")
 
@@ -140,8 +136,6 @@ class _TeiRequest(RerankBody, kw_only=True):
 
 
 # NVIDIA NIM: query and passages are objects with `text`, and logits come back.
-
-
 class _Truncate(Word):
     words = ("none", "end")
 
@@ -167,8 +161,6 @@ class _NimRequest(RerankBody, kw_only=True):
 
 
 # Voyage: `top_k`, `truncation`, and documents as plain strings.
-
-
 class _VoyageRank(Rank, kw_only=True):
     relevance_score: Score
     document: str | UnsetType = UNSET
@@ -195,8 +187,6 @@ class _VoyageRequest(RerankBody, kw_only=True):
 
 
 # mixedbread: `input` in, `data` out.
-
-
 class _MixedbreadRank(Rank, kw_only=True):
     score: Score
     input: str | UnsetType = UNSET
@@ -224,8 +214,6 @@ class _MixedbreadRequest(RerankBody, kw_only=True):
 
 
 # Scores of pairs, in their order: `text_1` and `text_2` as vLLM has them, or `pairs`. One request per distinct query.
-
-
 class _PairScore(Rank, kw_only=True, tag_field="object", tag="score"):
     score: Score
 
@@ -317,16 +305,14 @@ class _PairsRequest(_ScoreRequest, kw_only=True):
         return self._of_pairs("pairs", self.pairs)
 
 
-# By the names in /openapi.json.
-REQUESTS = {
-    "RerankRequest": _RerankRequest, "TeiRequest": _TeiRequest, "NimRequest": _NimRequest,
-    "VoyageRequest": _VoyageRequest, "MixedbreadRequest": _MixedbreadRequest,
-    "ScoreRequest": (_TextsRequest, _PairsRequest),
-}  # fmt: skip
-ANSWERS = {
-    "RerankAnswer": _RerankAnswer, "TeiAnswer": list[_TeiRank], "NimAnswer": _NimAnswer,
-    "VoyageAnswer": _VoyageAnswer, "MixedbreadAnswer": _MixedbreadAnswer, "ScoreAnswer": _ScoreAnswer,
-}  # fmt: skip
+# For /openapi.json.
+REQUESTS = (
+    _RerankRequest, _TeiRequest, _NimRequest, _VoyageRequest, _MixedbreadRequest,
+    ("ScoreRequest", _TextsRequest, _PairsRequest),
+)  # fmt: skip
+ANSWERS = (
+    _RerankAnswer, ("TeiAnswer", list[_TeiRank]), _NimAnswer, _VoyageAnswer, _MixedbreadAnswer, _ScoreAnswer,
+)  # fmt: skip
 
 TEI: type[Dialect] = _TeiRequest
 # In front of any path: these clients get their dialect whatever the body looks like.

@@ -28,7 +28,7 @@ class _ErrorDetail(Struct, kw_only=True):
     code: str
 
 
-class _ErrorAnswer(Struct, kw_only=True):
+class _Error(Struct, kw_only=True):
     """An error as all dialects but TEI's read it: each its own part."""
 
     error: _ErrorDetail
@@ -41,25 +41,18 @@ class _TeiError(Struct, kw_only=True):
     error_type: _TeiKind
 
 
-SCHEMAS = {"Error": _ErrorAnswer, "TeiError": _TeiError}
+ANSWERS = (_Error, _TeiError)  # of every dialect but TEI's, and TEI's
 _TEI_KINDS: dict[int, _TeiKind] = {429: "overloaded", 503: "unhealthy"}
 # `type` and `code` of the body, where the cause has no other.
 _BY_STATUS = {
-    400: ("invalid_request_error", "bad_request"),
-    401: ("authentication_error", "invalid_api_key"),
-    403: ("permission_error", "permission_denied"),
-    404: ("not_found_error", "path_not_found"),
-    405: ("invalid_request_error", "method_not_allowed"),
-    408: ("timeout_error", "request_timeout"),
-    413: ("invalid_request_error", "body_too_large"),
-    415: ("invalid_request_error", "unsupported_media_type"),
-    429: ("overloaded_error", "overloaded"),
-    431: ("invalid_request_error", "header_too_large"),
-    499: ("client_error", "client_closed_request"),
-    500: ("internal_error", "internal_error"),
-    503: ("unavailable_error", "unavailable"),
-    504: ("timeout_error", "deadline_exceeded"),
-}
+    400: ("invalid_request_error", "bad_request"), 401: ("authentication_error", "invalid_api_key"),
+    403: ("permission_error", "permission_denied"), 404: ("not_found_error", "path_not_found"),
+    405: ("invalid_request_error", "method_not_allowed"), 408: ("timeout_error", "request_timeout"),
+    413: ("invalid_request_error", "body_too_large"), 415: ("invalid_request_error", "unsupported_media_type"),
+    429: ("overloaded_error", "overloaded"), 431: ("invalid_request_error", "header_too_large"),
+    499: ("client_error", "client_closed_request"), 500: ("internal_error", "internal_error"),
+    503: ("unavailable_error", "unavailable"), 504: ("timeout_error", "deadline_exceeded"),
+}  # fmt: skip
 
 
 class Problem(Exception):  # noqa: N818 - most are made of an error
@@ -129,13 +122,13 @@ class Problem(Exception):  # noqa: N818 - most are made of an error
     def response(self, *, tei: bool = False) -> Response:
         """The response, in TEI's shape or in the common one."""
         message = self.message or self.code
-        body: _TeiError | _ErrorAnswer
+        body: _TeiError | _Error
         if tei:
             kind = _TEI_KINDS.get(self.status, "backend" if self.status >= 500 else "validation")
             body = _TeiError(error=message, error_type=kind)
         else:
             detail = _ErrorDetail(message=message, type=self.kind, param=self.param, code=self.code)
-            body = _ErrorAnswer(error=detail, message=message, detail=message)
+            body = _Error(error=detail, message=message, detail=message)
         return Response(ENCODER.encode(msgspec.to_builtins(body)), self.status, self.headers, "application/json")
 
 

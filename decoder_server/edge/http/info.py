@@ -68,7 +68,7 @@ class _Models(Struct, kw_only=True, tag_field="object", tag="list"):
     data: list[_ModelObject]
 
 
-class _InfoAnswer(_Facts, kw_only=True):
+class _Info(_Facts, kw_only=True):
     model_id: str
     model_sha: None = None
     model_dtype: str
@@ -103,7 +103,7 @@ async def _list_models(request: HttpRequest) -> Response:
 async def _info(request: HttpRequest) -> Response:
     here = request.context
     engine = here.engine("")
-    info = _InfoAnswer(
+    info = _Info(
         model_id=engine.name,
         model_dtype=engine.backend.dtype_name,
         model_type={"reranker": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}},
@@ -183,18 +183,17 @@ def _facts(engine: Engine) -> dict[str, Any]:
     }
 
 
-_MODELS, _STATE = {"Models": _Models}, {"State": _State}
 OPERATIONS = (
-    Operation("GET", "/v1/models", _list_models, "Models served", answers=_MODELS),
-    Operation("GET", "/models", _list_models, "Models served", "listModelsShort", answers=_MODELS),
-    Operation("GET", "/info", _info, "The first model and the limits", answers={"Info": _InfoAnswer}),
-    Operation("GET", "/health", _live, "The process answers", answers=_STATE),
-    Operation("GET", "/health/ready", _ready, "Ready: loaded, and every encoder has answered", answers=_STATE),
+    Operation("GET", "/v1/models", _list_models, "Models served", answers=(_Models,)),
+    Operation("GET", "/models", _list_models, "Models served", "listModelsShort", answers=(_Models,)),
+    Operation("GET", "/info", _info, "The first model and the limits", answers=(_Info,)),
+    Operation("GET", "/health", _live, "The process answers", answers=(_State,)),
+    Operation("GET", "/health/ready", _ready, "Ready: loaded, and every encoder has answered", answers=(_State,)),
     Operation("GET", "/metrics", _metrics, "Prometheus metrics"),
-    Operation("GET", "/openapi.json", _openapi, "This document", answers={"Object": dict[str, Any]}),
+    Operation("GET", "/openapi.json", _openapi, "This document", answers=(("Object", dict[str, Any]),)),
     Operation(
         "POST", "/v1/explain", _explain, "A few candidates at every ratio, and what was attended to", tag="rerank",
-        answers={"Explanation": _Explanation}, bodies={JSON: {"ExplainRequest": _ExplainRequest}},
+        answers=(_Explanation,), bodies={JSON: (_ExplainRequest,)},
     ),
 )  # fmt: skip
 PAGE = [Route(path, _file) for path in ("/", "/page/page.js", "/page/page.css", "/page/icon.svg")]

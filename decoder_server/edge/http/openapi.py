@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
@@ -15,7 +15,6 @@ from decoder_server.edge.http import errors
 from decoder_server.edge.http.request import Endpoint, Schema
 
 JSON = "application/json"
-Types = Mapping[str, Any]  # by published name: a type, or several alternatives
 
 _REF = "#/components/schemas/"
 
@@ -57,8 +56,8 @@ class Operation:
     summary: str
     name: str = ""  # operationId; "": the endpoint's, in camel case
     tag: str = "server"
-    answers: Types = field(default_factory=dict)  # none: text
-    bodies: Mapping[str, Types] = field(default_factory=dict)  # by media type
+    answers: Sequence[Any] = ()  # structs, or a name before several alternatives; none: text
+    bodies: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # the same, by media type
     body_required: bool = True
     query: Mapping[str, Schema] = field(default_factory=dict)
 
@@ -66,15 +65,15 @@ class Operation:
 def document(operations: Iterable[Operation], prefixes: Iterable[str]) -> Schema:
     """The OpenAPI 3.1 document. Prefixes are named, not repeated."""
     paths: dict[str, Schema] = {}
-    published = dict(errors.SCHEMAS)
+    published = dict(map(_named, errors.ANSWERS))
     for operation in operations:
         path = operation.path.replace(":path", "")
         item = paths.setdefault(path, {})
         if names := re.findall(r"{(\w+)}", path):
             item["parameters"] = [_parameter(name, "path", {"type": "string"}, required=True) for name in names]
         item[operation.method.lower()] = _described(operation)
-        for types in (operation.answers, *operation.bodies.values()):
-            published |= types
+        for kinds in (operation.answers, *operation.bodies.values()):
+            published |= map(_named, kinds)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -91,14 +90,16 @@ def document(operations: Iterable[Operation], prefixes: Iterable[str]) -> Schema
     }
 
 
-def _schemas(published: Types) -> dict[str, Schema]:
+def _named(kind: Any) -> tuple[str, tuple[Any, ...]]:
+    """The published name of a schema, and its alternatives."""
+    return (kind[0], kind[1:]) if isinstance(kind, tuple) else (kind.__name__.removeprefix("_"), (kind,))
+
+
+def _schemas(published: Mapping[str, tuple[Any, ...]]) -> dict[str, Schema]:
     """JSON schemas by published name, and of the structs inside them."""
-    alternatives = {name: kind if isinstance(kind, tuple) else (kind,) for name, kind in published.items()}
-    kinds = [kind for several in alternatives.values() for kind in several]
-    hook = attrgetter("schema")
-    found, components = msgspec.json.schema_components(kinds, schema_hook=hook, ref_template=_REF + "{name}")
-    names = {name: name.removeprefix("_") for name in components}
-    names |= {several[0].__name__: name for name, several in alternatives.items() if len(several) == 1}
+    kinds = [kind for several in published.values() for kind in several]
+    template, hook = _REF + "{name}", attrgetter("schema")
+    found, components = msgspec.json.schema_components(kinds, schema_hook=hook, ref_template=template)
 
     def public(node: Any) -> Any:
         if isinstance(node, list):
@@ -106,11 +107,11 @@ def _schemas(published: Types) -> dict[str, Schema]:
         if isinstance(node, dict):
             own = {key for key in ("title", "default") if not isinstance(node.get(key), dict)}  # a dict is a property
             return {key: public(item) for key, item in node.items() if key not in own}
-        return _REF + names[node.removeprefix(_REF)] if isinstance(node, str) and node.startswith(_REF) else node
+        return node.replace(_REF + "_", _REF) if isinstance(node, str) else node
 
-    result = {names[name]: public(schema) for name, schema in components.items()}
+    result = {name.removeprefix("_"): public(schema) for name, schema in components.items()}
     schema_of = iter(found)
-    for name, several in alternatives.items():
+    for name, several in published.items():
         own = [public(next(schema_of)) for _ in several]
         result.setdefault(name, own[0] if len(own) == 1 else {"anyOf": own})
     return result
@@ -120,12 +121,12 @@ def _described(operation: Operation) -> Schema:
     name = getattr(operation.endpoint, "__name__", "").strip("_")
     headers: Schema = {"x-request-id": {"description": "The caller's, or a new one", "schema": {"type": "string"}}}
     parameters = [_parameter(name, "query", schema) for name, schema in operation.query.items()]
-    problems = {"Error": errors.SCHEMAS["Error"]}
+    problems = errors.ANSWERS[:1]
     if len(operation.answers) > 1:  # of every dialect
         headers |= {name: {"description": text, "schema": {"type": "string"}} for name, text in _RERANK_HEADERS.items()}
         timeout = {"type": "number", "exclusiveMinimum": 0}
         parameters.append(_parameter("x-request-timeout-ms", "header", timeout, "A shorter limit than the server's"))
-        problems = errors.SCHEMAS
+        problems = errors.ANSWERS
     content = _content({JSON if operation.answers else "text/plain": operation.answers})
     described: Schema = {
         "tags": [operation.tag],
@@ -146,9 +147,9 @@ def _parameter(name: str, where: str, schema: Schema, description: str = "", *, 
     return parameter | ({"description": description} if description else {}) | ({"required": True} if required else {})
 
 
-def _content(by_media: Mapping[str, Types]) -> Schema:
+def _content(by_media: Mapping[str, Sequence[Any]]) -> Schema:
     content: Schema = {}
-    for media, types in by_media.items():
-        refs = [{"$ref": _REF + name} for name in types]
+    for media, kinds in by_media.items():
+        refs = [{"$ref": _REF + _named(kind)[0]} for kind in kinds]
         content[media] = {"schema": ({"anyOf": refs} if len(refs) > 1 else refs[0]) if refs else {"type": "string"}}
     return content
