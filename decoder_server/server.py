@@ -82,7 +82,22 @@ class DecoderServer:
     async def start(self) -> None:
         """Binds, loads and proves the models. When it raises, everything is stopped again."""
         try:
-            await self._bind()
+            max_bytes = self.config.max_message_bytes
+            # Clients that reconnect resolve the name again, and find servers that were added; calls in flight finish.
+            age = self.config.max_connection_age_seconds
+            self._server = make_server(
+                self.keys,
+                [self.metrics.rpc],
+                max_calls=self.config.max_connections,
+                max_request_bytes=max_bytes,
+                max_response_bytes=max_bytes,
+                options=[("grpc.max_connection_age_ms", max(1, int(age * 1000)))] if age else [],
+            )
+            self._service.add_to(self._server)
+            add_standard_services(self._server, self.readiness.servicer, [SERVICE, *TEI_SERVICES])
+            await self.readiness.publish()  # health answers NOT_SERVING, everything else UNAVAILABLE
+            self.port = listen(self._server, self.config, self.config.port)
+            await self._server.start()
             # Each model runs once. Ready when every encoder has answered; it may be later than this.
             loaded = [await self._load_engine(model) for model in self.config.models]
             self.engines.update({engine.name: engine for engine in loaded})  # together: a ready server has every name
@@ -90,25 +105,6 @@ class DecoderServer:
         except BaseException:
             await self.stop(0)
             raise
-
-    async def _bind(self) -> None:
-        """Listens, not ready: health answers NOT_SERVING, everything else UNAVAILABLE."""
-        limit = self.config.max_message_bytes
-        # Clients that reconnect resolve the name again, and find servers that were added; calls in flight finish.
-        age = self.config.max_connection_age_seconds
-        self._server = make_server(
-            self.keys,
-            [self.metrics.rpc],
-            max_calls=self.config.max_connections,
-            max_request_bytes=limit,
-            max_response_bytes=limit,
-            options=[("grpc.max_connection_age_ms", max(1, int(age * 1000)))] if age else [],
-        )
-        self._service.add_to(self._server)
-        add_standard_services(self._server, self.readiness.servicer, [SERVICE, *TEI_SERVICES])
-        await self.readiness.publish()
-        self.port = listen(self._server, self.config, self.config.port)
-        await self._server.start()
 
     async def _load_engine(self, model: ModelConfig) -> Engine:
         loop = asyncio.get_running_loop()

@@ -50,11 +50,7 @@ _PER_MODEL: tuple[tuple[type[CounterFamily | GaugeFamily], str, str, str], ...] 
 
 
 class Metrics(Collector):
-    """Metrics of one server, in a registry that belongs to it.
-
-    As a Collector it reads queues, caches, models and collections at each scrape; a store that is down costs only its
-    own lines.
-    """
+    """Metrics of one server, in a registry that belongs to it; a store that is down costs only its own lines."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -228,8 +224,8 @@ class RequestLog:
             "seconds": round(trace.end - trace.start, 6),
         }
         if timings is not None:
-            for name in ("fetch_seconds", "encode_seconds", "queue_seconds", "compute_seconds"):
-                values[name] = round(getattr(timings, name), 6)
+            names = ("fetch_seconds", "encode_seconds", "queue_seconds", "compute_seconds")
+            values |= {name: round(getattr(timings, name), 6) for name in names}
         if trace.degraded:
             values["degraded"] = trace.degraded
         if trace.stopped_early:

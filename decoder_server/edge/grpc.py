@@ -88,8 +88,19 @@ class RerankService(rerank_pb2_grpc.RerankServiceServicer):
 
     async def Warm(self, request: rerank_pb2.WarmRequest, context: Context) -> Any:  # noqa: N802
         engine = choose(self.engines, request.model)
-        warmed = await warm(engine, unpack_warm(request, engine.limits.max_candidates))
-        return _pack(warmed, rerank_pb2.WarmResponse)
+        limit = engine.limits.max_candidates
+        if not request.passage_ids:
+            raise InvalidRequest("passage_ids", "empty", f"1..{limit} ids")
+        _check_count("passage_ids", request.passage_ids, limit)
+        same_passages = RerankRequest(
+            query=ANY_QUERY,  # stands for those to come
+            candidates=tuple(Candidate(passage_id) for passage_id in request.passage_ids),
+            instruction=request.instruction if request.HasField("instruction") else None,
+            collection=request.collection or None,
+            compression_ratio=request.compression_ratio or None,
+            model=request.model,
+        )
+        return _pack(await warm(engine, same_passages), rerank_pb2.WarmResponse)
 
 
 class _TeiService(tei_pb2_grpc.RerankServicer, tei_pb2_grpc.InfoServicer):
@@ -152,7 +163,6 @@ class _TeiService(tei_pb2_grpc.RerankServicer, tei_pb2_grpc.InfoServicer):
 
 
 def _deadline(context: Context) -> float | None:
-    """The caller's deadline, on time.monotonic's clock."""
     remaining = context.time_remaining()
     return None if remaining is None else time.monotonic() + remaining
 
@@ -174,21 +184,6 @@ async def unpack_request(message: rerank_pb2.RerankRequest, max_candidates: int)
         return_text=message.return_text,
         model=message.model,
         stages=tuple(Stage(stage.compression_ratio, stage.keep) for stage in message.stages),
-    )
-
-
-def unpack_warm(message: rerank_pb2.WarmRequest, max_candidates: int) -> RerankRequest:
-    """A request for the same passages; its query stands for those to come."""
-    if not message.passage_ids:
-        raise InvalidRequest("passage_ids", "empty", f"1..{max_candidates} ids")
-    _check_count("passage_ids", message.passage_ids, max_candidates)
-    return RerankRequest(
-        query=ANY_QUERY,
-        candidates=tuple(Candidate(passage_id) for passage_id in message.passage_ids),
-        instruction=message.instruction if message.HasField("instruction") else None,
-        collection=message.collection or None,
-        compression_ratio=message.compression_ratio or None,
-        model=message.model,
     )
 
 
@@ -224,7 +219,6 @@ def _pack(value: Any, kind: type[T]) -> T:
 
 
 def _fields(value: Any, kind: Any) -> dict[str, Any]:
-    """The fields that a message has in common with a value."""
     return {name: _plain(getattr(value, name)) for name in kind.DESCRIPTOR.fields_by_name if hasattr(value, name)}
 
 

@@ -16,6 +16,7 @@ from decoder_server.edge import grpc as messages
 from decoder_server.models.cross_encoder.loading import open_cross_encoder
 from preread import Client
 from preread.v1 import rerank_pb2, rerank_pb2_grpc
+from preread.values import Warmed
 from preread_cli.main import cli
 
 QUERY, TEXT = "the capital", "Gravity attracts bodies toward one another."
@@ -55,7 +56,9 @@ def test_http(running: Any, margins: tuple[float, float]) -> None:
         assert found[ratio] == pytest.approx(margins[which], abs=1e-4)
 
 
-def test_grpc_and_a_client_from_before(running: Any, margins: tuple[float, float]) -> None:
+def test_grpc_and_a_client_from_before(
+    running: Any, margins: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     candidates = [rerank_pb2.Candidate(text=TEXT)]
     absent = rerank_pb2.RerankRequest(query=QUERY, candidates=candidates)
     empty = rerank_pb2.RerankRequest(query=QUERY, candidates=candidates, instruction="")
@@ -65,9 +68,18 @@ def test_grpc_and_a_client_from_before(running: Any, margins: tuple[float, float
         stub = rerank_pb2_grpc.RerankServiceStub(channel)
         for request, which in ((absent, ABSENT), (empty, EMPTY)):
             assert stub.Rerank(request).results[0].margin == pytest.approx(margins[which], abs=1e-4)
-    for given in (None, ""):
-        warm = rerank_pb2.WarmRequest(passage_ids=["a"], collection="docs", instruction=given)
-        assert messages.unpack_warm(warm, 1000).instruction == given
+    warmed: list[str | None] = []
+
+    async def warm(engine: Any, request: Any) -> Warmed:
+        warmed.append(request.instruction)
+        return Warmed("", 0, 0, (), ())
+
+    monkeypatch.setattr(messages, "warm", warm)
+    with grpc.insecure_channel(f"127.0.0.1:{running.server.port}") as channel:
+        stub = rerank_pb2_grpc.RerankServiceStub(channel)
+        for given in (None, ""):
+            stub.Warm(rerank_pb2.WarmRequest(passage_ids=["a"], collection="docs", instruction=given))
+    assert warmed == [None, ""]
 
 
 def test_the_client_and_the_command(running: Any, margins: tuple[float, float], tmp_path: Path) -> None:

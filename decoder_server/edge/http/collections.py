@@ -36,8 +36,9 @@ MAX_REFUSED_SHOWN = 1000  # the response to an endless stream is not endless
 T = TypeVar("T")
 
 
-def _items(schema: dict[str, Any]) -> Meta:
-    return Meta(extra_json_schema={"items": schema})
+# Lists of hundreds of thousands are read in steps: the struct has their values as they are.
+_Ids = Annotated[list[Any], Meta(extra_json_schema={"items": {"type": "string"}})] | None
+_PASSAGE = {"items": {"$ref": "#/components/schemas/_Passage"}}
 
 
 class _Passage(Struct, kw_only=True):
@@ -55,8 +56,7 @@ class _UploadSettings(Struct, kw_only=True):
 
 
 class _UploadObject(_UploadSettings, kw_only=True):
-    # Each is read as a _Passage, in steps: there may be hundreds of thousands.
-    passages: Annotated[list[Any], _items({"$ref": "#/components/schemas/_Passage"})] | None = None
+    passages: Annotated[list[Any], Meta(extra_json_schema=_PASSAGE)] | None = None
 
 
 class _Refused(Struct, kw_only=True):
@@ -87,8 +87,8 @@ class _Upload(Struct, kw_only=True, tag_field="object", tag="collection.upload")
 
 
 class _DeleteRequest(Struct, kw_only=True):
-    ids: Annotated[list[Any], _items({"type": "string"})] | None = None
-    passage_ids: Annotated[list[Any], _items({"type": "string"})] | None = None
+    ids: _Ids = None
+    passage_ids: _Ids = None
 
 
 class _Deleted(Struct, kw_only=True, tag_field="object", tag="collection.deleted"):
@@ -99,10 +99,10 @@ class _Deleted(Struct, kw_only=True, tag_field="object", tag="collection.deleted
 class _Collection(Struct, kw_only=True, tag_field="object", tag="collection"):
     id: str
     aliases: list[str]
-    checkpoint: str
+    checkpoint: str  # of the encoder, under the same names, up to dim
     fingerprint: str
     dim: Size
-    compression_ratio: Size
+    compression_ratio: Size  # under the same names in CollectionInfo, like the rest
     codec: str
     num_passages: Size
     num_states: Size
@@ -111,9 +111,6 @@ class _Collection(Struct, kw_only=True, tag_field="object", tag="collection"):
     num_clipped: Size
     size_bytes: Size
     stores_text: bool
-
-
-_COUNTS = _Collection.__struct_fields__[5:]  # under the same name in CollectionInfo
 
 
 class _Collections(Struct, kw_only=True, tag_field="object", tag="list"):
@@ -224,7 +221,6 @@ async def _list_aliases(request: HttpRequest) -> Response:
 
 
 async def _set_alias(request: HttpRequest) -> Response:
-    """In one step for all readers."""
     request.check_written()
     alias = check_name("alias", request.path_params["alias"])
     collection = check_name("collection", str(read(_SetAliasRequest, await request.read_json()).collection))
@@ -241,50 +237,41 @@ async def _remove_alias(request: HttpRequest) -> Response:
 
 async def _from_lines(request: HttpRequest) -> AsyncIterator[Passage | UpsertResult]:
     """One passage per line, or its refusal; empty lines are skipped. A line over the limit is not kept."""
-    max_line_bytes = request.context.config.max_line_bytes
-    number = 0  # errors name it, from 1
+    config, stream = request.context.config, request.stream()
+    chunk: bytes | None = b""
+    number, waited = 0, 0.0  # of lines, which errors name from 1; for the end of the present one
     rest = bytearray()  # of a line that has not ended
     too_long = False  # the part of that line that was dropped
-    async for chunk in _chunks(request):
+    while chunk is not None:
+        began = time.monotonic()
+        try:
+            async with asyncio.timeout(config.timeout_seconds - waited):
+                chunk = await anext(stream, None)
+        except TimeoutError:
+            raise Problem(408, TOO_SLOW) from None
+        received = b"\n" if chunk is None else chunk  # the end ends the last line too
+        waited = 0.0 if b"\n" in received else waited + time.monotonic() - began
         start = len(rest)  # no line ends before
-        if not start and not too_long and not chunk.strip():  # nothing but empty lines
-            number += chunk.count(b"\n")
+        if not start and not too_long and not received.strip():  # nothing but empty lines
+            number += received.count(b"\n")
             continue
-        rest += chunk
+        rest += received
         pace = Pauses()
         while (end := rest.find(b"\n", start)) >= 0:
             number += 1
-            too_long = too_long or end > max_line_bytes
+            too_long = too_long or end > config.max_line_bytes
             line = b"" if too_long else bytes(rest[:end]).strip()
             del rest[: end + 1]
             start = 0
             if too_long:
-                yield _refused("", f"line {number} is over {max_line_bytes} bytes")
+                yield _refused("", f"line {number} is over {config.max_line_bytes} bytes")
                 too_long = False
             elif line:
                 yield _passage(await parse(line, f"line {number}"), (f"line {number}",))
             await pace.worked()  # many short lines arrive together
-        if len(rest) > max_line_bytes:
+        if len(rest) > config.max_line_bytes:
             too_long = True
             rest.clear()
-
-
-async def _chunks(request: HttpRequest) -> AsyncIterator[bytes]:
-    """The body as it arrives; the end ends the last line too."""
-    waited = 0.0  # for the end of the line
-    stream = request.stream()
-    while True:
-        start = time.monotonic()
-        try:
-            async with asyncio.timeout(request.context.config.timeout_seconds - waited):
-                chunk = await anext(stream, None)
-        except TimeoutError:
-            raise Problem(408, TOO_SLOW) from None
-        if chunk is None:
-            yield b"\n"
-            return
-        waited = 0.0 if b"\n" in chunk else waited + time.monotonic() - start
-        yield chunk
 
 
 def _read_each(step: Step, read_one: Callable[[object, Path], T], items: Sequence[object], name: str) -> list[T]:
@@ -307,8 +294,7 @@ def _passage(item: object, path: Path) -> Passage | UpsertResult:
         raise InvalidRequest((*path, "id"), "absent or empty", "the passage's id, a string")
     text = str(join_title(body.title, body.text))
     if not RawText.is_utf8(text):
-        value, expected = HALF_A_PAIR
-        return _refused(passage_id, f"text is {value}; expected {expected}")
+        return _refused(passage_id, f"text is {HALF_A_PAIR[0]}; expected {HALF_A_PAIR[1]}")
     return Passage(passage_id, text)
 
 
@@ -321,25 +307,21 @@ def _id(item: object, path: Path) -> str:
 
 
 def _pack(info: CollectionInfo) -> _Collection:
-    own = {name: getattr(info.encoder, name) for name in ("checkpoint", "fingerprint", "dim")}
-    own |= {name: getattr(info, name) for name in _COUNTS}
+    own = {name: getattr(info.encoder, name) for name in _Collection.__struct_fields__[2:5]}
+    own |= {name: getattr(info, name) for name in _Collection.__struct_fields__[5:]}
     return _Collection(id=info.name, aliases=list(info.aliases), **own)
 
 
 def _literal(value: str) -> object:
     """A query parameter as the JSON it would have been: 4, true; else the string."""
-    lowered = value.lower()
-    if lowered in ("true", "false"):
-        return lowered == "true"
-    return int(value[:MAX_DIGITS]) if value.isascii() and value.isdecimal() else value
+    if value.isascii() and value.isdecimal():
+        return int(value[:MAX_DIGITS])
+    return {"true": True, "false": False}.get(value.lower(), value)
 
 
 _IDS = {"id": {"description": "In place of a body; may be repeated", "type": "array", "items": {"type": "string"}}}
-_WITH_NDJSON = {
-    name: {"description": "With NDJSON", "type": kind}
-    for name, kind in (("compression_ratio", "integer"), ("codec", "string"), ("store_text", "boolean"))
-}
-
+_TYPES = (("compression_ratio", "integer"), ("codec", "string"), ("store_text", "boolean"))
+_WITH_NDJSON = {name: {"description": "With NDJSON", "type": kind} for name, kind in _TYPES}
 _COLLECTION, _ALIAS = "/v1/collections/{collection}", "/v1/aliases/{alias}"
 _PASSAGES = f"{_COLLECTION}/passages"
 _UPLOADS = {JSON: (("UploadRequest", _UploadObject, list[_Passage]),), NDJSON[0]: (_Passage,)}

@@ -11,8 +11,8 @@ from typing import Annotated, Any, ClassVar, Self, TypeVar, cast, get_args
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from decoder_server.edge.http.request import HALF_A_PAIR, Count, Query, RawText, Schema, Text, Word, kind_of, read
+from preread import values
 from preread.errors import FailedPrecondition, InvalidRequest, Path, field_name
-from preread.values import Candidate, OnMiss, RerankRequest, Result, Stage, Summary, format_stages, parse_stages
 
 MAX_POSITIONS_SHOWN = 500
 
@@ -28,7 +28,7 @@ Top = Annotated[Count | None, _about("0, absent or more than there are: all")]
 
 
 class _OnMiss(Word):
-    words = get_args(OnMiss)
+    words = get_args(values.OnMiss)
 
 
 class _StageBody(Struct):
@@ -36,7 +36,7 @@ class _StageBody(Struct):
     keep: Count | None = None
 
 
-class _Stages(tuple[Stage, ...]):
+class _Stages(tuple[values.Stage, ...]):
     """A cascade, `"32:100, 4:20, 1"` or a list of objects. Whether its stages fit together is the engine's to check."""
 
     _STAGE: ClassVar[Schema] = {
@@ -50,11 +50,11 @@ class _Stages(tuple[Stage, ...]):
     def read(cls, value: object) -> Self:
         if isinstance(value, list):
             stages = read(list[_StageBody], value)
-            return cls(Stage(int(stage.compression_ratio or 0), int(stage.keep or 0)) for stage in stages)
+            return cls(values.Stage(int(stage.compression_ratio or 0), int(stage.keep or 0)) for stage in stages)
         if not isinstance(value, str):
             raise InvalidRequest((), kind_of(value), "a string or a list")
         try:
-            return cls(parse_stages(value) if value else ())
+            return cls(values.parse_stages(value) if value else ())
         except ValueError as exc:
             raise InvalidRequest((), value[:100], f"RATIO:KEEP, RATIO:KEEP, RATIO ({exc})") from None
 
@@ -67,20 +67,7 @@ class _DocumentObject(Struct, kw_only=True):
 Documents = Annotated[list[str | _DocumentObject | None] | None, _about("May be absent if passage_ids are given")]
 
 
-class Dialect(Struct, kw_only=True):
-    """The body of a request as one family of clients writes it."""
-
-    def requests(self) -> list[DialectRequest]:
-        """For the engine: one, or one per distinct query."""
-        raise NotImplementedError
-
-    @classmethod
-    def pack(cls, responses: Sequence[DialectResponse]) -> Any:
-        """The document that answers the body."""
-        raise NotImplementedError
-
-
-class RerankBody(Dialect, kw_only=True):
+class RerankBody(Struct, kw_only=True):
     """Fields with one meaning in every dialect, which may rename `documents`, `top_n` and `return_documents`."""
 
     query: Query
@@ -107,7 +94,13 @@ class RerankBody(Dialect, kw_only=True):
     max_tokens_per_doc: Annotated[Count | None, _about("Texts are cut there")] = None
 
     def requests(self) -> list[DialectRequest]:
+        """For the engine: one, or one per distinct query."""
         return [self.request()]
+
+    @classmethod
+    def pack(cls, responses: Sequence[DialectResponse]) -> Any:
+        """The document that answers the body."""
+        raise NotImplementedError
 
     def request(
         self,
@@ -119,14 +112,14 @@ class RerankBody(Dialect, kw_only=True):
     ) -> DialectRequest:
         """The request for the engine."""
         top = self.top_n if top_k is None else top_k
-        request = RerankRequest(
+        request = values.RerankRequest(
             query=str(self.query),
             candidates=self._candidates(field),
             instruction=None if self.instruction is None else str(self.instruction),
             collection=str(self.collection or "") or None,
             top_n=int(top or 0),
             compression_ratio=int(self.compression_ratio or 0) or None,
-            on_miss=cast(OnMiss | None, self.on_miss and str(self.on_miss)),
+            on_miss=cast(values.OnMiss | None, self.on_miss and str(self.on_miss)),
             return_text=self.return_documents or False,
             model=str(self.model or ""),
             stages=self.stages or (),
@@ -139,11 +132,8 @@ class RerankBody(Dialect, kw_only=True):
             raise InvalidRequest(parsed.path_of(bad), *HALF_A_PAIR)
         return parsed
 
-    def _candidates(self, field: str) -> tuple[Candidate, ...]:
-        """Texts, or objects with `text`, `id` or both; `passage_ids` next to them, or alone.
-
-        One whose text UTF-8 cannot hold has a problem, and no text.
-        """
+    def _candidates(self, field: str) -> tuple[values.Candidate, ...]:
+        """Texts, or objects with `text`, `id` or both; `passage_ids` next to them, or alone."""
         items, ids = self.documents, self.passage_ids
         if items is None and ids is None:
             raise InvalidRequest(field, "absent", "a list of texts, or passage_ids and a collection")
@@ -162,7 +152,7 @@ class RerankBody(Dialect, kw_only=True):
             problem = ""
             if text is not None and not RawText.is_utf8(text):
                 text, problem = None, f"the text is {HALF_A_PAIR[0]}; expected {HALF_A_PAIR[1]}"
-            candidates.append(Candidate(str(passage_id) or None, None if text is None else str(text), problem))
+            candidates.append(values.Candidate(str(passage_id) or None, None if text is None else str(text), problem))
         return tuple(candidates)
 
 
@@ -200,7 +190,7 @@ R = TypeVar("R", bound=Rank)
 class DialectRequest:
     """A request for the engine, and what the edge does around it."""
 
-    request: RerankRequest
+    request: values.RerankRequest
     candidates_field: str = "documents"  # the dialect's name of the candidates
     max_tokens_per_doc: int | None = None  # inline texts are cut there
     return_margins: bool = False
@@ -244,9 +234,9 @@ class DialectResponse:
     """Scored results best first, at most top_n; the others in request order."""
 
     parsed: DialectRequest
-    scored: list[Result]
-    unscored: list[Result]
-    summary: Summary
+    scored: list[values.Result]
+    unscored: list[values.Result]
+    summary: values.Summary
     request_id: str
     cut: tuple[int, ...] = ()  # indexes of the candidates that were cut, those beyond top_n too
     empty: tuple[int, ...] = ()  # of those at the floor of all scores
@@ -265,8 +255,8 @@ class DialectResponse:
         summary = self.summary
         lines = ["the query was truncated"] if summary.query_truncated else []
         if summary.degraded is not None:
-            requested = _ratio(summary.degraded.compression_ratio, summary.degraded.stages)
-            lines.append(f"scored at {self.ratio} in place of {requested} ({summary.degraded.reason})")
+            scored, requested = _ratio(summary), _ratio(summary.degraded)
+            lines.append(f"scored at {scored} in place of {requested} ({summary.degraded.reason})")
         if summary.stopped_early:
             lines.append("the deadline ended the cascade before its last stage")
 
@@ -276,11 +266,6 @@ class DialectResponse:
         lines += [f"{name(o.index)} was not scored ({o.status}): {o.message}" for o in self.unscored]
         lines += [f"{name(index)} is empty: it has the lowest score of all and was not read" for index in self.empty]
         return lines + [f"{name(index)} was cut: its score is that of a part" for index in self.cut]
-
-    @property
-    def ratio(self) -> str:
-        """The ratio it was scored at, or the stages; "" for a model that reads text."""
-        return _ratio(self.summary.compression_ratio, self.summary.stages)
 
     def ranks(self, kind: type[R], score: str, text: str = "") -> list[R]:
         """Results as the dialect's struct, with the names of its score and its text."""
@@ -315,9 +300,9 @@ def headers_of(responses: Sequence[DialectResponse]) -> dict[str, str]:
         return ",".join([*map(str, every[:MAX_POSITIONS_SHOWN]), *more])
 
     headers = {
-        "x-preread-read": chosen.ratio,
+        "x-preread-read": _ratio(chosen.summary),
         "x-preread-degraded": degraded.reason if degraded is not None else "",
-        "x-preread-asked": _ratio(degraded.compression_ratio, degraded.stages) if degraded is not None else "",
+        "x-preread-asked": _ratio(degraded) if degraded is not None else "",
         "x-preread-stopped-early": "true" if chosen.summary.stopped_early else "",
         "x-preread-query-truncated": "true" if any(one.summary.query_truncated for one in responses) else "",
         "x-preread-truncated": positions("cut"),
@@ -326,5 +311,6 @@ def headers_of(responses: Sequence[DialectResponse]) -> dict[str, str]:
     return {name: value for name, value in headers.items() if value}
 
 
-def _ratio(ratio: int, stages: Sequence[Stage]) -> str:
-    return format_stages(stages) if stages else str(ratio or "")
+def _ratio(of: values.Summary | values.Degraded) -> str:
+    """The ratio or the stages; "" for a model that reads text."""
+    return values.format_stages(of.stages) if of.stages else str(of.compression_ratio or "")

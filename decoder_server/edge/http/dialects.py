@@ -14,7 +14,6 @@ from typing import Annotated, Any, ClassVar, Self
 from msgspec import UNSET, Meta, Struct, UnsetType, field
 
 from decoder_server.edge.http.dialect_request import (
-    Dialect,
     DialectRequest,
     DialectResponse,
     Documents,
@@ -77,26 +76,17 @@ class _RerankRequest(RerankBody, kw_only=True):
 
     @classmethod
     def pack(cls, responses: Sequence[DialectResponse]) -> _RerankAnswer:
-        answer = _InfinityRequest.pack(responses)
-        for rank in answer.results:
-            if isinstance(rank.document, str):
-                rank.document = _DocumentText(rank.document)
-        return answer
-
-
-class _InfinityRequest(_RerankRequest, kw_only=True):
-    def requests(self) -> list[DialectRequest]:
-        return [self.request(raw_scores=self.raw_scores or False)]
-
-    @classmethod
-    def pack(cls, responses: Sequence[DialectResponse]) -> _RerankAnswer:
         (response,) = responses
         num_units = math.ceil(len(response.parsed.request.candidates) / DOCUMENTS_PER_SEARCH_UNIT)
+        results = response.ranks(_RerankRank, "relevance_score", "document")
+        for rank in results:
+            if isinstance(rank.document, str) and cls is not _InfinityRequest:
+                rank.document = _DocumentText(rank.document)
         return _RerankAnswer(
             id=response.request_id,
             created=int(time.time()),
             model=response.summary.model,
-            results=response.ranks(_RerankRank, "relevance_score", "document"),
+            results=results,
             usage=response.usage,
             meta=_RerankMeta(
                 api_version={"version": "2"},
@@ -105,6 +95,11 @@ class _InfinityRequest(_RerankRequest, kw_only=True):
                 warnings=response.warnings() or UNSET,
             ),
         )
+
+
+class _InfinityRequest(_RerankRequest, kw_only=True):
+    def requests(self) -> list[DialectRequest]:
+        return [self.request(raw_scores=self.raw_scores or False)]
 
 
 # Text Embeddings Inference: `texts` in, a flat list out, best first.
@@ -125,8 +120,7 @@ class _TeiRequest(RerankBody, kw_only=True):
     truncation_direction: _Direction | None = None
 
     def requests(self) -> list[DialectRequest]:
-        keep_end = self.truncation_direction == "left"
-        reject = self.truncate is False
+        keep_end, reject = self.truncation_direction == "left", self.truncate is False
         raw_scores = self.raw_scores or False
         return [self.request("texts", raw_scores=raw_scores, reject_truncated=reject, keep_end=keep_end)]
 
@@ -225,7 +219,7 @@ class _ScoreAnswer(Struct, kw_only=True, tag_field="object", tag="list"):
     usage: Usage
 
 
-class _ScoreRequest(Dialect, kw_only=True):
+class _ScoreRequest(Struct, kw_only=True):
     model: Text | None = None
     instruction: Text | None = None
     compression_ratio: Count | None = None
@@ -314,6 +308,7 @@ ANSWERS = (
     _RerankAnswer, ("TeiAnswer", list[_TeiRank]), _NimAnswer, _VoyageAnswer, _MixedbreadAnswer, _ScoreAnswer,
 )  # fmt: skip
 
+Dialect = RerankBody | _TextsRequest | _PairsRequest  # a body: makes `requests`, and its class packs the responses
 TEI: type[Dialect] = _TeiRequest
 # In front of any path: these clients get their dialect whatever the body looks like.
 PREFIXES: dict[str, type[Dialect]] = {"/tei": TEI, "/voyage": _VoyageRequest, "/infinity": _InfinityRequest}
@@ -326,14 +321,10 @@ _MARKS: dict[str, type[Dialect]] = {
 
 def pick(fields: Mapping[str, object], path: str = "") -> type[Dialect]:
     """The dialect of a body: by the path's prefix, else by the body's fields."""
-    for prefix, dialect in PREFIXES.items():
-        if path.startswith(prefix + "/"):
-            return dialect
     has = {name for name, value in fields.items() if value is not None}
-    for mark, dialect in _MARKS.items():
-        if mark in has:
-            return dialect
-    return _VoyageRequest if "top_k" in has and "top_n" not in has else _RerankRequest
+    found = [dialect for prefix, dialect in PREFIXES.items() if path.startswith(prefix + "/")]
+    found += [dialect for mark, dialect in _MARKS.items() if mark in has]
+    return next(iter(found), _VoyageRequest if "top_k" in has and "top_n" not in has else _RerankRequest)
 
 
 # A string may be cut off. Were its end required, a search for one of escaped quotes would start again at each of them.

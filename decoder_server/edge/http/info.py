@@ -167,20 +167,15 @@ async def _explain(request: HttpRequest) -> Response:
     start = time.monotonic()
     with parsed.naming():
         explained = await request.while_connected(explain(engine, parsed.request, until))
-    results = [dataclasses.asdict(one) for one in explained]
-    seconds = time.monotonic() - start
+    results, seconds = [dataclasses.asdict(one) for one in explained], time.monotonic() - start
     return await respond(_Explanation(model=engine.name, seconds=seconds, results=results), is_large=True)
 
 
 def _facts(engine: Engine) -> dict[str, Any]:
     info = model_info(engine)
     facts = {name: getattr(info, name) for name in _Facts.__struct_fields__ if hasattr(info, name)}
-    return facts | {
-        "fingerprint": info.encoder.fingerprint if info.encoder is not None else None,
-        "dim": info.encoder.dim if info.encoder is not None else None,
-        "notice": info.notice or None,
-        "default_instruction": info.default_instruction or None,
-    }
+    facts |= {"notice": info.notice or None, "default_instruction": info.default_instruction or None}
+    return facts | {name: getattr(info.encoder, name, None) for name in ("fingerprint", "dim")}
 
 
 OPERATIONS = (

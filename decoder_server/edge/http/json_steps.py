@@ -76,8 +76,6 @@ def parse_in_steps(step: Step, data: bytes | bytearray, what: str) -> Json:
 
 
 class _Document:
-    """Bytes, and where their tokens are."""
-
     def __init__(self, step: Step, data: bytes | bytearray, what: str) -> None:
         self._step, self._data, self._what = step, data, what
         self._view = np.frombuffer(data, np.uint8)
@@ -145,7 +143,6 @@ class _Document:
             a, i = b + 1, j + 1
 
     def _string(self, begin: int, end: int) -> str:
-        """The characters between two quotes, a block at a time."""
         if (index := int(np.searchsorted(self._tokens, begin))) < self._tokens.size and self._tokens[index] < end:
             raise self._problem(int(self._tokens[index]), "expecting a comma")
         pieces = []

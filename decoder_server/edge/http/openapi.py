@@ -39,6 +39,12 @@ _RERANK_HEADERS = {
     "x-preread-truncated": "Positions of the documents that were cut: 0,3; at most 500, then ...",
     "x-preread-empty": "Positions of the empty documents, which have the lowest score: 0,3; at most 500, then ...",
 }
+_TIMEOUT: Schema = {
+    "name": "x-request-timeout-ms",
+    "in": "header",
+    "schema": {"type": "number", "exclusiveMinimum": 0},
+    "description": "A shorter limit than the server's",
+}
 _TAGS = {
     "rerank": "Every reranking path takes every dialect: the fields of the body tell which one it is.",
     "collections": "Passages that are encoded once and ranked by id afterwards.",
@@ -70,7 +76,8 @@ def document(operations: Iterable[Operation], prefixes: Iterable[str]) -> Schema
         path = operation.path.replace(":path", "")
         item = paths.setdefault(path, {})
         if names := re.findall(r"{(\w+)}", path):
-            item["parameters"] = [_parameter(name, "path", {"type": "string"}, required=True) for name in names]
+            text = {"in": "path", "required": True, "schema": {"type": "string"}}
+            item["parameters"] = [{"name": name} | text for name in names]
         item[operation.method.lower()] = _described(operation)
         for kinds in (operation.answers, *operation.bodies.values()):
             published |= map(_named, kinds)
@@ -91,12 +98,10 @@ def document(operations: Iterable[Operation], prefixes: Iterable[str]) -> Schema
 
 
 def _named(kind: Any) -> tuple[str, tuple[Any, ...]]:
-    """The published name of a schema, and its alternatives."""
     return (kind[0], kind[1:]) if isinstance(kind, tuple) else (kind.__name__.removeprefix("_"), (kind,))
 
 
 def _schemas(published: Mapping[str, tuple[Any, ...]]) -> dict[str, Schema]:
-    """JSON schemas by published name, and of the structs inside them."""
     kinds = [kind for several in published.values() for kind in several]
     template, hook = _REF + "{name}", attrgetter("schema")
     found, components = msgspec.json.schema_components(kinds, schema_hook=hook, ref_template=template)
@@ -120,31 +125,24 @@ def _schemas(published: Mapping[str, tuple[Any, ...]]) -> dict[str, Schema]:
 def _described(operation: Operation) -> Schema:
     name = getattr(operation.endpoint, "__name__", "").strip("_")
     headers: Schema = {"x-request-id": {"description": "The caller's, or a new one", "schema": {"type": "string"}}}
-    parameters = [_parameter(name, "query", schema) for name, schema in operation.query.items()]
-    problems = errors.ANSWERS[:1]
+    parameters = [{"name": name, "in": "query", "schema": schema} for name, schema in operation.query.items()]
+    problems: Sequence[Any] = errors.ANSWERS[:1]
     if len(operation.answers) > 1:  # of every dialect
         headers |= {name: {"description": text, "schema": {"type": "string"}} for name, text in _RERANK_HEADERS.items()}
-        timeout = {"type": "number", "exclusiveMinimum": 0}
-        parameters.append(_parameter("x-request-timeout-ms", "header", timeout, "A shorter limit than the server's"))
+        parameters.append(_TIMEOUT)
         problems = errors.ANSWERS
     content = _content({JSON if operation.answers else "text/plain": operation.answers})
-    described: Schema = {
-        "tags": [operation.tag],
-        "operationId": operation.name or re.sub(r"_(.)", lambda match: match[1].upper(), name),
-        "summary": operation.summary,
-        "responses": {"200": {"description": "Success", "headers": headers, "content": content}}
-        | {status: {"description": text, "content": _content({JSON: problems})} for status, text in _ERRORS.items()},
-    }
+    responses: Schema = {"200": {"description": "Success", "headers": headers, "content": content}}
+    for status, text in _ERRORS.items():
+        responses[status] = {"description": text, "content": _content({JSON: problems})}
+    operation_id = operation.name or re.sub(r"_(.)", lambda match: match[1].upper(), name)
+    described: Schema = {"tags": [operation.tag], "operationId": operation_id, "summary": operation.summary}
+    described["responses"] = responses
     if parameters:
         described["parameters"] = parameters
     if operation.bodies:
         described["requestBody"] = {"required": operation.body_required, "content": _content(operation.bodies)}
     return described
-
-
-def _parameter(name: str, where: str, schema: Schema, description: str = "", *, required: bool = False) -> Schema:
-    parameter: Schema = {"name": name, "in": where, "schema": schema}
-    return parameter | ({"description": description} if description else {}) | ({"required": True} if required else {})
 
 
 def _content(by_media: Mapping[str, Sequence[Any]]) -> Schema:

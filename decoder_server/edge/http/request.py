@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 import msgspec
 from prometheus_client import CollectorRegistry
@@ -78,8 +78,7 @@ class HttpRequest(Request):
 
     @property
     def context(self) -> Context:
-        found: Context = self.app.state.context
-        return found
+        return cast(Context, self.app.state.context)
 
     def deadline(self) -> float:
         """When the response is due, on time.monotonic's clock: `x-request-timeout-ms` from now, or less."""
