@@ -47,6 +47,11 @@ _PER_MODEL: tuple[tuple[type[CounterFamily | GaugeFamily], str, str, str], ...] 
     ),
     (CounterFamily, "compilations", "Compiled steps; constant once warm.", "backend.num_compilations"),
 )  # fmt: skip
+_PER_COLLECTION = (
+    ("passages", "Passages stored.", "num_passages"),
+    ("states", "States stored.", "num_states"),
+    ("bytes", "Bytes of records stored.", "size_bytes"),
+)
 
 
 class Metrics(Collector):
@@ -168,8 +173,7 @@ class Metrics(Collector):
 
         if isinstance(self._store, CachedStore):
             add("store", self._store.num_hits, self._store.num_misses, self._store.num_bytes)
-        inline = [one.fetcher.on_demand for one in engines if one.fetcher.on_demand is not None]
-        if inline:
+        if inline := [one.fetcher.on_demand for one in engines if one.fetcher.on_demand is not None]:
             counts = ((one.num_hits, one.num_encoded, one.num_bytes) for one in inline)
             add("inline", *map(sum, zip(*counts, strict=True)))
         kept = [engine.backend.caches for engine in engines if isinstance(engine.backend, StatesBackend)]
@@ -190,22 +194,16 @@ class Metrics(Collector):
             described, answers = self._described, self._answers
         yield GaugeFamily("preread_store_up", "1: the store answered its last count.", float(answers))
         info = InfoMetricFamily("preread_collection", "A collection that this server can read.")
-        passages = GaugeFamily("preread_collection_passages", "Passages stored.", labels=["collection"])
-        states = GaugeFamily("preread_collection_states", "States stored.", labels=["collection"])
-        size = GaugeFamily("preread_collection_bytes", "Bytes of records stored.", labels=["collection"])
-        for one in described:
-            manifest, stats = one.manifest, one.stats
-            labels = {
-                "collection": manifest.collection,
-                "codec": manifest.codec,
-                "compression_ratio": str(manifest.compression_ratio),
-                "fingerprint": manifest.fingerprint[:12],
-            }
+        for manifest in (one.manifest for one in described):
+            labels = {name: getattr(manifest, name) for name in ("collection", "codec")}
+            labels |= {"compression_ratio": str(manifest.compression_ratio), "fingerprint": manifest.fingerprint[:12]}
             info.add_metric([], labels)
-            counts = ((passages, stats.num_passages), (states, stats.num_states), (size, stats.size_bytes))
-            for family, value in counts:
-                family.add_metric([manifest.collection], value)
-        yield from (info, passages, states, size)
+        yield info
+        for name, text, count in _PER_COLLECTION:
+            family = GaugeFamily(f"preread_collection_{name}", text, labels=["collection"])
+            for one in described:
+                family.add_metric([one.manifest.collection], getattr(one.stats, count))
+            yield family
 
 
 class RequestLog:

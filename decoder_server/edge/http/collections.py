@@ -264,7 +264,8 @@ async def _from_lines(request: HttpRequest) -> AsyncIterator[Passage | UpsertRes
             del rest[: end + 1]
             start = 0
             if too_long:
-                yield _refused("", f"line {number} is over {config.max_line_bytes} bytes")
+                message = f"line {number} is over {config.max_line_bytes} bytes"
+                yield UpsertResult("", "refused", 0, 0, False, message)
                 too_long = False
             elif line:
                 yield _passage(await parse(line, f"line {number}"), (f"line {number}",))
@@ -294,12 +295,9 @@ def _passage(item: object, path: Path) -> Passage | UpsertResult:
         raise InvalidRequest((*path, "id"), "absent or empty", "the passage's id, a string")
     text = str(join_title(body.title, body.text))
     if not RawText.is_utf8(text):
-        return _refused(passage_id, f"text is {HALF_A_PAIR[0]}; expected {HALF_A_PAIR[1]}")
+        message = f"text is {HALF_A_PAIR[0]}; expected {HALF_A_PAIR[1]}"
+        return UpsertResult(passage_id, "refused", 0, 0, False, message)
     return Passage(passage_id, text)
-
-
-def _refused(passage_id: str, message: str) -> UpsertResult:
-    return UpsertResult(passage_id, "refused", 0, 0, False, message)
 
 
 def _id(item: object, path: Path) -> str:
