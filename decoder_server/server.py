@@ -23,7 +23,7 @@ from decoder_server.edge.grpc import SERVICE, TEI_SERVICES, RerankService
 from decoder_server.edge.http.app import build
 from decoder_server.edge.http.errors import Problem
 from decoder_server.edge.http.request import Context
-from decoder_server.engine.engine import Engine, Threads
+from decoder_server.engine.engine import Engine
 from decoder_server.engine.lifecycle import Observer
 from decoder_server.engine.on_demand import EncoderClient, OnDemandStates, call_metadata
 from decoder_server.models.backend import Backend
@@ -128,7 +128,7 @@ class DecoderServer:
             ratio = backend.settings.default_compression_ratio
             on_demand = OnDemandStates(encoder, max_bytes=self.config.inline_cache_bytes, base_ratio=ratio)
             self._last.push_async_callback(on_demand.close)
-        threads = Threads(self._model_thread, self.threads)
+        threads = self._model_thread, self.threads
         engine = Engine(model.served_name, backend, self.store, on_demand, threads, self.config, self._observers)
         self._loops.append(asyncio.create_task(engine.scheduler.run()))
         self._loops[-1].add_done_callback(self._loop_ended)

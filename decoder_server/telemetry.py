@@ -102,7 +102,7 @@ class Metrics(Collector):
         for status, count in collections.Counter(result.status for result in trace.results).items():
             self._candidates.labels(trace.model, status).inc(count)
         if trace.degraded:
-            self._degraded.labels(trace.model, trace.degraded).inc()
+            self._degraded.labels(trace.model, trace.degraded.reason).inc()
         if trace.stopped_early:
             self._stopped_early.labels(trace.model).inc()
         if trace.timings is not None:
@@ -225,7 +225,7 @@ class RequestLog:
             names = ("fetch_seconds", "encode_seconds", "queue_seconds", "compute_seconds")
             values |= {name: round(getattr(timings, name), 6) for name in names}
         if trace.degraded:
-            values["degraded"] = trace.degraded
+            values["degraded"] = trace.degraded.reason
         if trace.stopped_early:
             values["stopped_early"] = True
         counts = collections.Counter(result.status for result in trace.results)

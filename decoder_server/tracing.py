@@ -40,7 +40,7 @@ class TracingObserver:
             "code": trace.code,
             "num_candidates": len(trace.request.candidates),
             "request_id": call.request_id if call is not None else None,
-            "degraded": trace.degraded or None,
+            "degraded": trace.degraded.reason if trace.degraded else None,
             "stopped_early": trace.stopped_early or None,
             **{f"num_{status}": count for status, count in counts.items()},
         }

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Container, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from cache.collection import Collection
 from cache.store import Store
@@ -23,21 +23,14 @@ from decoder_server.engine.fetch import Fetcher, FetchRequest
 from decoder_server.engine.lifecycle import Observer, RequestTrace
 from decoder_server.engine.on_demand import OnDemandStates
 from decoder_server.engine.plan import Plan, check, plan
-from decoder_server.engine.request_run import RequestRun, ranked
+from decoder_server.engine.request_run import RequestRun
 from decoder_server.engine.scheduler import Scheduler
 from decoder_server.models.backend import Backend, Prompt
 from decoder_server.models.loading import BATCH_TOKENS
 from preread.errors import DeadlineExceeded, InvalidRequest, NotFound, Unavailable
-from preread.values import Candidate, OnMiss, RerankRequest, Result, Summary
+from preread.values import Candidate, RerankRequest, Result, Summary
 
 T = TypeVar("T")
-
-
-class Threads(NamedTuple):
-    """Where blocking work runs."""
-
-    model: Executor  # one thread for all models: passes take turns, each with all the cores
-    store: Executor  # for tokenizing and the store
 
 
 class Engine:
@@ -49,14 +42,16 @@ class Engine:
         backend: Backend,
         store: Store,
         on_demand: OnDemandStates | None,  # None: no encoder is configured
-        threads: Threads,
+        threads: tuple[Executor, Executor],  # one for the passes of all models, in turns; some to tokenize and read
         limits: DecoderConfig,
         observers: Sequence[Observer] = (),
     ) -> None:
+        model_thread, self._executor = threads
         self.name = name
         self.backend = backend
         self.limits = limits
         self.reads_text = backend.identity() is None
+        self.encodes_on_demand = on_demand is not None
         self._observers = observers
         self._num_in_flight = 0
         self._draining = False
@@ -66,7 +61,7 @@ class Engine:
         min_tokens, max_tokens = BATCH_TOKENS[backend.device_name.split(":")[0]]
         if limits.max_batch_tokens is not None:
             min_tokens = max_tokens = limits.max_batch_tokens
-        self.scheduler = Scheduler(backend, threads.model, max_tokens, min_tokens, observers)
+        self.scheduler = Scheduler(backend, model_thread, max_tokens, min_tokens, observers)
         self.admission = Admission(
             self.scheduler.stats,
             max_requests=limits.max_queue_requests,
@@ -75,60 +70,50 @@ class Engine:
         )
         # Candidates per read of the store: about a batch of short ones, a share of it for long ones.
         chunk = max(16, max_tokens // 128)
-        self.fetcher = Fetcher(backend, threads.store, on_demand, chunk=chunk, max_text_bytes=limits.max_text_bytes)
-        self._executor = threads.store
+        self.fetcher = Fetcher(backend, self._executor, on_demand, chunk=chunk, max_text_bytes=limits.max_text_bytes)
         # Tokens of the prompt besides query and instruction, which tell how long an instruction is.
         self._template_tokens = backend.prompt("a", "a").num_tokens - 2
 
-    @property
-    def encodes_on_demand(self) -> bool:
-        return self.fetcher.on_demand is not None
-
     async def rerank(self, request: RerankRequest, *, deadline: float | None = None) -> tuple[list[Result], Summary]:
-        """Scores a request's candidates by a deadline on time.monotonic's clock, which is also the event loop's.
+        """Results, scored ones best first and cut to top_n, the others after them; and the summary.
 
-        Returns:
-            Results, scored ones best first and cut to top_n, the others after them; and the summary.
-
-        Raises:
-            PrereadError: the request as a whole failed.
+        `deadline` is on time.monotonic's clock, as the event loop's. Raises PrereadError where the request as a whole
+        failed.
         """
-        with self.track(request) as trace:
+        async with self.track(request, deadline=deadline) as trace:
             check(request, self.limits)
-            async with _until(deadline, trace):
-                run = await self._plan(request, deadline, trace)
-                with run.admit() as reservation:
-                    async with aclosing(run.results(reservation, deadline)) as batches:
-                        trace.results = [one async for batch in batches for one in batch]
-                results = await self._with_texts(run.wanted, ranked(trace.results, request.top_n))
+            run = await self._plan(request, deadline, trace)
+            async with aclosing(run.results(deadline)) as batches:  # admits, fetches, scores
+                trace.results = [one async for batch in batches for one in batch]
+            results = await self._with_texts(run.wanted, _ranked(trace.results, request.top_n))
             return results, self._summarize(run)
 
     async def stream(
         self, request: RerankRequest, *, deadline: float | None = None
     ) -> AsyncGenerator[list[Result] | Summary, None]:
         """The same as results are settled, unsorted and whatever top_n says; the summary comes last."""
-        with self.track(request) as trace:
+        async with self.track(request) as trace:
             check(request, self.limits)
             async with _until(deadline, trace):
                 run = await self._plan(request, deadline, trace)
-            with run.admit() as reservation:
-                async with aclosing(run.results(reservation, deadline)) as batches:
-                    while True:
-                        async with _until(deadline, trace):  # not across a yield: the time between is the caller's
-                            batch = await anext(batches, None)
-                            if batch is None:
-                                break
-                            trace.results += batch
-                            with_texts = await self._with_texts(run.wanted, batch)
-                        yield with_texts
+            async with aclosing(run.results(deadline)) as batches:
+                while True:
+                    async with _until(deadline, trace):  # not across a yield: the time between is the caller's
+                        batch = await anext(batches, None)
+                        if batch is None:
+                            break
+                        trace.results += batch
+                        with_texts = await self._with_texts(run.wanted, batch)
+                    yield with_texts
             yield self._summarize(run)
 
-    @contextmanager
-    def track(self, request: RerankRequest, kind: str = "rerank") -> Iterator[RequestTrace]:
+    @asynccontextmanager
+    async def track(
+        self, request: RerankRequest, kind: str = "rerank", *, deadline: float | None = None
+    ) -> AsyncIterator[RequestTrace]:
         """Reports to the observers how the request ended; a server that drains waits for it.
 
-        Raises:
-            Unavailable: this server is draining.
+        Raises Unavailable where this server is draining, DeadlineExceeded past the deadline.
         """
         trace = RequestTrace(request, self.name, kind)
         self._num_in_flight += 1
@@ -136,7 +121,8 @@ class Engine:
         try:
             if self._draining:
                 raise Unavailable("this server is shutting down")
-            yield trace
+            async with _until(deadline, trace):
+                yield trace
             trace.code = "ok"
         except BaseException as exc:
             trace.failed(exc)
@@ -177,19 +163,6 @@ class Engine:
         stored = collection.manifest.compression_ratio if collection is not None else None
         return plan(request, self.limits, stored, self.backend.settings.default_compression_ratio)
 
-    def wanted(
-        self,
-        request: RerankRequest,
-        indexes: Sequence[int],
-        collection: Collection | None,
-        ratio: int,
-        prompt: Prompt,
-        trace: RequestTrace,
-    ) -> FetchRequest:
-        """The states of a request's candidates at a ratio, for the fetcher."""
-        on_miss: OnMiss = request.on_miss or ("encode" if self.encodes_on_demand else "skip")
-        return FetchRequest(request.candidates, indexes, collection, ratio, on_miss, prompt, trace)
-
     async def call(self, function: Callable[..., T], *args: object) -> T:
         """Runs what blocks, off the event loop and off the model's thread."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
@@ -203,15 +176,15 @@ class Engine:
         for i, candidate in enumerate(request.candidates):
             groups.setdefault(i if self.backend.listwise else candidate, []).append(i)
         equal = {same[0]: same for same in groups.values()}
-        chosen, degraded = self.plan_of(request, collection), None
-        if self.limits.degrade and not self.reads_text:
-            share = self.limits.degrade_queue_share
-            chosen, degraded = self.admission.degrade(chosen, len(equal), prompt.num_tokens, deadline, share)
-        trace.degraded = degraded.reason if degraded is not None else ""
-        wanted = self.wanted(request, list(equal), collection, chosen.base_ratio, prompt, trace)
-        most = self.limits.max_request_tokens
+        chosen, limits = self.plan_of(request, collection), self.limits
+        if limits.degrade and not self.reads_text:
+            share = limits.degrade_queue_share
+            chosen, trace.degraded = self.admission.degrade(chosen, len(equal), prompt.num_tokens, deadline, share)
+        wanted = FetchRequest(
+            request.candidates, list(equal), collection, chosen.base_ratio, request.on_miss, prompt, trace
+        )
         scored_by = self.backend, self.scheduler, self.admission, self.fetcher
-        return RequestRun(*scored_by, most, wanted, chosen, equal, degraded)
+        return RequestRun(*scored_by, limits.max_request_tokens, wanted, chosen, equal)
 
     async def _with_texts(self, wanted: FetchRequest, results: list[Result]) -> list[Result]:
         """Adds candidates' texts where they were requested."""
@@ -225,7 +198,6 @@ class Engine:
 
     def _summarize(self, run: RequestRun) -> Summary:
         trace, prompt = run.wanted.trace, run.wanted.prompt
-        ratio, stages = run.plan.summary
         trace.timings = trace.timed()
         scored = [one for one in trace.results if one.margin is not None]
         return Summary(
@@ -234,10 +206,9 @@ class Engine:
             len(scored),
             prompt.num_query_tokens,
             prompt.query_truncated,
-            compression_ratio=ratio,
-            stages=stages,
+            *run.plan.summary,
             stopped_early=trace.stopped_early,
-            degraded=run.degraded,
+            degraded=trace.degraded,
             num_passage_tokens=sum(one.num_passage_tokens for one in scored),
             truncated=tuple(sorted(one.index for one in scored if one.truncated)),
         )
@@ -253,12 +224,22 @@ async def _until(deadline: float | None, trace: RequestTrace) -> AsyncIterator[N
         raise DeadlineExceeded(f"the deadline passed after {seconds:.3f} s") from None
 
 
+def _ranked(results: Iterable[Result], top_n: int) -> list[Result]:
+    """Scored ones best first, ties by index, at most `top_n` (0: all); then the others in request order.
+
+    Candidates that reached a later stage rank first.
+    """
+    every = sorted(results, key=lambda one: one.index)
+    scored = sorted(
+        (one for one in every if one.margin is not None), key=lambda one: (-len(one.stages), -(one.margin or 0.0))
+    )
+    return (scored[:top_n] if top_n else scored) + [one for one in every if one.margin is None]
+
+
 def choose(engines: Mapping[str, Engine], name: str = "", aliases: Container[str] = ()) -> Engine:
     """The engine of a served name; the first one for an empty name or an alias.
 
-    Raises:
-        Unavailable: the models are still loading.
-        NotFound: another model.
+    Raises Unavailable while the models are loading, NotFound for another model.
     """
     if not engines:
         raise Unavailable("this server is still loading its model")

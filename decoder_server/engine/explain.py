@@ -5,7 +5,6 @@ Every candidate is scored alone, so that its time is its own, on the model's thr
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import Sequence
@@ -16,11 +15,10 @@ import numpy as np
 
 from cache.states import AnyStates, PassageStates
 from decoder_server.engine.engine import Engine
-from decoder_server.engine.fetch import NOT_FINITE, SCORING_FAILED
-from decoder_server.engine.lifecycle import RequestTrace
+from decoder_server.engine.fetch import NOT_FINITE, SCORING_FAILED, FetchRequest
 from decoder_server.engine.plan import check
 from decoder_server.models.backend import Prompt, StatesBackend
-from preread.errors import DeadlineExceeded, InvalidRequest
+from preread.errors import InvalidRequest
 from preread.values import RerankRequest, Result, Status
 
 log = logging.getLogger(__name__)
@@ -44,51 +42,40 @@ class _Explained:
 
 
 async def explain(engine: Engine, request: RerankRequest, deadline: float) -> list[_Explained]:
-    """Every candidate, the best at the requested ratio (else the finest) first.
-
-    Raises:
-        PrereadError: the request as a whole failed.
-    """
-    with engine.track(request, "explain") as trace:
+    """Every candidate, the best at the requested ratio (else the finest) first; raises as Engine.rerank does."""
+    async with engine.track(request, "explain", deadline=deadline) as trace:
         if len(request.candidates) > MAX_CANDIDATES:
             raise InvalidRequest("candidates", f"{len(request.candidates)} of them", f"1..{MAX_CANDIDATES}")
         check(request, engine.limits)
         backend = engine.backend
         if not isinstance(backend, StatesBackend):
             raise InvalidRequest("model", engine.name, "a model that reads states: this one reads text, at no ratio")
-        try:
-            async with asyncio.timeout_at(deadline):
-                explained = await _explain(engine, backend, request, trace)
-        except TimeoutError:
-            raise DeadlineExceeded("the deadline passed before every candidate was explained") from None
-        trace.results = [Result(one.index, one.passage_id, one.status) for one in explained]
-        return explained
-
-
-async def _explain(
-    engine: Engine, backend: StatesBackend, request: RerankRequest, trace: RequestTrace
-) -> list[_Explained]:
-    prompt = await engine.prompt(request.query, request.instruction)
-    collection = await engine.open_collection(request.collection)
-    stored = collection.manifest.compression_ratio if collection is not None else 1
-    chosen = request.compression_ratio or stored
-    if chosen % stored:
-        raise InvalidRequest("compression_ratio", chosen, f"a multiple of {stored}, the collection's ratio")
-    ratios = sorted({ratio for ratio in RATIOS if ratio % stored == 0} | {chosen})
-    indexes = range(len(request.candidates))
-    with engine.admission.admit([(len(indexes) * len(ratios), stored)], prompt.num_tokens):
-        wanted = engine.wanted(replace(request, on_miss=None), indexes, collection, stored, prompt, trace)
+        prompt = await engine.prompt(request.query, request.instruction)
+        collection = await engine.open_collection(request.collection)
+        stored = collection.manifest.compression_ratio if collection is not None else 1
+        chosen = request.compression_ratio or stored
+        if chosen % stored:
+            raise InvalidRequest("compression_ratio", chosen, f"a multiple of {stored}, the collection's ratio")
+        ratios = sorted({ratio for ratio in RATIOS if ratio % stored == 0} | {chosen})
+        indexes = range(len(request.candidates))
         explained = []
-        async for chunk in engine.fetcher.fetch(wanted, stored):
-            texts = await engine.call(wanted.texts, [one.index for one in chunk])
-            for one in chunk:
-                text = texts[one.index]
-                unscored = _Explained(one.index, one.passage_id or "", one.status, text, one.message)
-                # Tokenizes, perhaps a megabyte: not on the model's thread, where every request waits.
-                spans = await engine.call(backend.spans, text) if text and one.states is not None else []
-                score = partial(_explained, backend, prompt, one.states, unscored, spans, ratios, chosen)
-                explained.append(await engine.scheduler.between_passes(score))
-    return sorted(explained, key=lambda e: (-_margin(e, chosen), e.index))
+        with engine.admission.admit([(len(indexes) * len(ratios), stored)], prompt.num_tokens):
+            wanted = FetchRequest(request.candidates, indexes, collection, stored, None, prompt, trace)
+            async for chunk in engine.fetcher.fetch(wanted, stored):
+                texts = await engine.call(wanted.texts, [one.index for one in chunk])
+                for one in chunk:
+                    text = texts[one.index]
+                    unscored = _Explained(one.index, one.passage_id or "", one.status, text, one.message)
+                    # Tokenizes, perhaps a megabyte: not on the model's thread, where every request waits.
+                    spans = await engine.call(backend.spans, text) if text and one.states is not None else []
+                    score = partial(_explained, backend, prompt, one.states, unscored, spans, ratios, chosen)
+                    explained.append(await engine.scheduler.between_passes(score))
+        trace.results = [Result(one.index, one.passage_id, one.status) for one in explained]
+
+        def margin(one: _Explained) -> float:
+            return next((s["margin"] for s in one.scores if s["compression_ratio"] == chosen), -np.inf)
+
+        return sorted(explained, key=lambda one: (-margin(one), one.index))
 
 
 def _explained(
@@ -137,12 +124,7 @@ def _parts(
     for i, weight in enumerate(weights.tolist()):
         first = i * states.compression_ratio
         own = spans[first : min(first + states.compression_ratio, states.num_tokens)]
-        real = [(begin, end) for begin, end in own if begin < end]
-        if real:  # the template's own tokens are left out
+        if real := [(begin, end) for begin, end in own if begin < end]:  # the template's own tokens are left out
             begin, end = min(begin for begin, _ in real), max(end for _, end in real)
             parts.append({"begin": begin, "end": end, "weight": weight})
     return parts, float(weights.sum())
-
-
-def _margin(explained: _Explained, ratio: int) -> float:
-    return next((s["margin"] for s in explained.scores if s["compression_ratio"] == ratio), -np.inf)

@@ -11,10 +11,11 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from typing import TypeVar
 
@@ -28,6 +29,7 @@ from decoder_server.models.backend import Backend, Pair, Passage, Prompt
 from preread.values import Candidate, OnMiss, Result, Status
 
 T = TypeVar("T")
+_Stored = AnyStates | str | Damaged | CacheError | None
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +38,8 @@ NOT_FINITE = "the model's logits are not finite"
 UNREADABLE = "it could not be read; the server's log has the cause"
 
 # Texts per call of the encoder worker, and calls in flight for one request.
-ENCODE_CHUNK = 8
-MAX_ENCODE_CALLS = 2
-# Passages pooled at a time, so that the first of a stage reach the model early.
-POOL_CHUNK = 32
+ENCODE_CHUNK, MAX_ENCODE_CALLS = 8, 2
+POOL_CHUNK = 32  # passages pooled at a time, so that the first of a stage reach the model early
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +85,7 @@ class FetchedPassage:
         known = [margin for margin in margins if margin is not None and math.isfinite(margin)]
         if len(known) < len(margins):
             return replace(result, status="failed", message=SCORING_FAILED if None in margins else NOT_FINITE)
-        margin = max(known)
-        return replace(result, margin=margin, score=activate(margin))
+        return replace(result, margin=max(known), score=activate(max(known)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,17 +96,13 @@ class FetchRequest:
     indexes: Sequence[int]  # of those to fetch
     collection: Collection | None
     base_ratio: int
-    on_miss: OnMiss
+    on_miss: OnMiss | None  # None: encode, where an encoder is configured
     prompt: Prompt
     trace: RequestTrace
     unavailable: list[StoreUnavailable] = field(default_factory=list)  # after one, the store is not waited for again
 
-    def read(self, read: Callable[[Sequence[str]], list[T]], ids: Sequence[str]) -> dict[str, T]:
-        """Reads stored passages by id, each once.
-
-        Raises:
-            CacheError: at once, where the store has kept this request waiting before.
-        """
+    def read(self, read: Callable[[Sequence[str]], list[T]], ids: Iterable[str]) -> dict[str, T]:
+        """Reads passages by id, each once; CacheError at once where the store has kept this request waiting before."""
         if self.unavailable:
             raise self.unavailable[0]
         distinct = list(dict.fromkeys(ids))
@@ -123,7 +118,7 @@ class FetchRequest:
         ids = {i: name for i, text in texts.items() if not text and (name := self.candidates[i].passage_id)}
         if ids and self.collection is not None and self.collection.manifest.stores_text:
             with suppress(CacheError):
-                stored = self.read(self.collection.get_texts, list(ids.values()))
+                stored = self.read(self.collection.get_texts, ids.values())
                 texts |= {i: stored[name] for i, name in ids.items()}
         return texts
 
@@ -142,7 +137,7 @@ class Fetcher:
     ) -> None:
         self.on_demand = on_demand
         self._backend = backend
-        self._read = self._read_texts if backend.identity() is None else self._read_states
+        self._reads_text = backend.identity() is None
         self._executor = executor
         self._chunk = chunk
         self._max_text_bytes = max_text_bytes
@@ -201,10 +196,8 @@ class Fetcher:
                 fetched.append(replace(one, status=status, message=f"{one.message}; no encoder worker is configured"))
             elif states := self.on_demand.kept(one.digest, request.base_ratio):
                 kept.append(replace(one, status="hit", passage=states, message=""))
-            elif request.on_miss != "encode":
-                fetched.append(one)
             else:
-                misses.append(one)
+                (misses if request.on_miss in ("encode", None) else fetched).append(one)
         if kept:
             fetched += await self._call(self._with_pairs, request, ratio, kept)
         return fetched, misses
@@ -226,97 +219,79 @@ class Fetcher:
 
     # Below: on the executor's threads.
 
-    def _read_states(self, request: FetchRequest, ratio: int, chunk: Sequence[int]) -> list[FetchedPassage]:
-        ids = [passage_id for i in chunk if (passage_id := request.candidates[i].passage_id) is not None]
-        stored: dict[str, AnyStates | Damaged | CacheError | None] = {}
+    def _read(self, request: FetchRequest, ratio: int, chunk: Sequence[int]) -> list[FetchedPassage]:
+        sent = {i: self._sent(request.candidates[i], i) for i in chunk}
+        texts = {i: text for i, text in sent.items() if not isinstance(text, FetchedPassage)}
+        # A text wins over states of another text, so states are read with it; a model that reads text has it.
+        wanted = [i for i, text in texts.items() if text is None or not self._reads_text]
+        ids = [name for i in wanted if (name := request.candidates[i].passage_id)]
+        stored: Mapping[str, _Stored] = {}
         if request.collection is not None and ids:
             try:
-                read = request.read(request.collection.get_encoded_many, ids)
-                found = {key: one for key, one in read.items() if isinstance(one, EncodedPassage)}
-                pooled = all_at_ratio(list(found.values()), request.base_ratio)
-                stored = {**read, **dict(zip(found, pooled, strict=True))}
+                stored = self._stored(request, request.collection, ids)
             except CacheError as exc:  # the store is down: that costs these candidates, not the request
                 stored = dict.fromkeys(ids, exc)
-        settled = [self._guarded(self._settle_states, request.candidates[i], i, stored) for i in chunk]
-        return self._with_pairs(request, ratio, settled)
-
-    def _settle_states(
-        self, candidate: Candidate, index: int, stored: dict[str, AnyStates | Damaged | CacheError | None]
-    ) -> FetchedPassage:
-        text = self._text_of(candidate, index)
-        if isinstance(text, FetchedPassage):
-            return text
-        digest = text_digest(text) if text is not None else None
-        states = stored.get(candidate.passage_id) if candidate.passage_id is not None else None
-        status: Status = "missing"
-        match states:
-            case PassageStates() | EncodedPassage():
-                if digest is None or digest == states.text_digest:
-                    return FetchedPassage(index, candidate.passage_id, "hit", states)
-                message = "the stored states are of another text"
-            case Damaged():
-                status, message = "corrupt", f"the stored states are damaged: {states.reason}"
-            case CacheError():
-                status, message = "failed", f"the store could not be read: {states}"
-            case None:
-                message = "no states are stored"
-        return FetchedPassage(index, candidate.passage_id, status, message=message, text=text or "", digest=digest)
-
-    def _read_texts(self, request: FetchRequest, ratio: int, chunk: Sequence[int]) -> list[FetchedPassage]:
-        sent = [self._guarded(self._text_of, request.candidates[i], i) for i in chunk]
-        ids = [request.candidates[i].passage_id for i, text in zip(chunk, sent, strict=True) if text is None]
-        stored: dict[str, str | None] = {}
-        problem = "no text is stored"
-        status: Status = "missing"
-        collection = request.collection
-        if collection is not None and not collection.manifest.stores_text:
-            problem = f"collection {collection.name!r} keeps no texts, and this model reads text: send it, or index "
-            problem += "with --store-text"
-        elif collection is not None and any(ids):
-            try:
-                stored = request.read(collection.get_texts, [one for one in ids if one])
-            except CacheError as exc:  # the store is down: that costs these candidates, not the request
-                status, problem = "failed", f"the store could not be read: {exc}"
-        fetched = []
-        for i, text in zip(chunk, sent, strict=True):
+        fetched = [one for one in sent.values() if isinstance(one, FetchedPassage)]
+        for i, text in texts.items():
             passage_id = request.candidates[i].passage_id
-            found = stored.get(passage_id or "")
-            if isinstance(text, FetchedPassage):
-                fetched.append(text)
-            elif text is not None:
-                fetched.append(FetchedPassage(i, passage_id, "encoded", text))
-            elif not found:
-                fetched.append(FetchedPassage(i, passage_id, status, message=problem))
-            elif self._backend.is_empty(found):
-                empty = "the stored text is empty to this model"
-                fetched.append(FetchedPassage(i, passage_id, "failed", message=empty, empty=True))
-            else:
-                fetched.append(FetchedPassage(i, passage_id, "hit", found))
+            fetched.append(self._settled(request.collection, i, passage_id, text, stored.get(passage_id or "")))
         return self._with_pairs(request, ratio, fetched)
 
-    def _text_of(self, candidate: Candidate, index: int) -> str | FetchedPassage | None:
+    def _sent(self, candidate: Candidate, index: int) -> str | FetchedPassage | None:
         """The text sent with a candidate, or why it is rejected; None: none was sent, or an empty one beside an id."""
+        rejected = partial(FetchedPassage, index, candidate.passage_id)
         if candidate.problem:
-            return FetchedPassage(index, candidate.passage_id, "failed", message=candidate.problem)
+            return rejected("failed", message=candidate.problem)
         if candidate.text is None:
             return None
-        size = len(candidate.text.encode())
-        if size > self._max_text_bytes:
-            message = f"the text is {size} bytes long; expected at most {self._max_text_bytes}"
-            return FetchedPassage(index, candidate.passage_id, "too_long", message=message)
-        if not self._backend.is_empty(candidate.text):
-            return candidate.text
-        if candidate.passage_id is None:
-            return FetchedPassage(index, None, "failed", message="the text is empty", empty=True)
-        return None
-
-    def _guarded(self, settle: Callable[..., T], candidate: Candidate, index: int, *args: object) -> T | FetchedPassage:
-        """The result of `settle`; its exception costs this candidate and no other."""
         try:
-            return settle(candidate, index, *args)
-        except Exception:
+            size = len(candidate.text.encode())
+            if size > self._max_text_bytes:
+                message = f"the text is {size} bytes long; expected at most {self._max_text_bytes}"
+                return rejected("too_long", message=message)
+            if not self._backend.is_empty(candidate.text):
+                return candidate.text
+        except Exception:  # costs this candidate and no other
             log.exception("candidates[%d] could not be read", index)
-            return FetchedPassage(index, candidate.passage_id, "failed", message=UNREADABLE)
+            return rejected("failed", message=UNREADABLE)
+        return rejected("failed", message="the text is empty", empty=True) if candidate.passage_id is None else None
+
+    def _stored(self, request: FetchRequest, collection: Collection, ids: Sequence[str]) -> Mapping[str, _Stored]:
+        """States at the base ratio by id, or texts; raises CacheError."""
+        if self._reads_text:
+            return request.read(collection.get_texts, ids) if collection.manifest.stores_text else {}
+        read = request.read(collection.get_encoded_many, ids)
+        found = {key: one for key, one in read.items() if isinstance(one, EncodedPassage)}
+        return {**read, **dict(zip(found, all_at_ratio(list(found.values()), request.base_ratio), strict=True))}
+
+    def _settled(
+        self, collection: Collection | None, index: int, passage_id: str | None, text: str | None, stored: _Stored
+    ) -> FetchedPassage:
+        """A candidate by what was sent and what is stored: its passage, or why there is none as yet."""
+        if text is not None and self._reads_text:
+            return FetchedPassage(index, passage_id, "encoded", text)
+        digest = text_digest(text) if text is not None else None
+        status: Status = "missing"
+        match stored:
+            case PassageStates() | EncodedPassage():
+                if digest is None or digest == stored.text_digest:
+                    return FetchedPassage(index, passage_id, "hit", stored)
+                message = "the stored states are of another text"
+            case Damaged():
+                status, message = "corrupt", f"the stored states are damaged: {stored.reason}"
+            case CacheError():
+                status, message = "failed", f"the store could not be read: {stored}"
+            case str() if stored:
+                if not self._backend.is_empty(stored):
+                    return FetchedPassage(index, passage_id, "hit", stored)
+                message = "the stored text is empty to this model"
+                return FetchedPassage(index, passage_id, "failed", message=message, empty=True)
+            case _ if self._reads_text and collection is not None and not collection.manifest.stores_text:
+                message = f"collection {collection.name!r} keeps no texts, and this model reads text: send it, or "
+                message += "index with --store-text"
+            case _:
+                message = "no text is stored" if self._reads_text else "no states are stored"
+        return FetchedPassage(index, passage_id, status, message=message, text=text or "", digest=digest)
 
     def _with_pairs(self, request: FetchRequest, ratio: int, fetched: list[FetchedPassage]) -> list[FetchedPassage]:
         """The passages with their pairs, made in one call, or where that fails one by one: each costs itself only."""

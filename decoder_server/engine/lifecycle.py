@@ -13,13 +13,11 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from preread.errors import FailedPrecondition, PrereadError
-from preread.values import RerankRequest, Result, Timings
+from preread.values import Degraded, RerankRequest, Result, Timings
 
-# Start, end and number of passages of one read of a request's passages, through the read cache if there is one, or of
-# one call of the encoder.
+# Start, end and number of passages of one read through the read cache, if there is one, or of one call of the encoder.
 Fetch = tuple[float, float, int]
-# One forward pass with pairs of a request: since when they had been ready, start and end.
-QueueInterval = tuple[float, float, float]
+QueueInterval = tuple[float, float, float]  # of one forward pass: since when its pairs had been ready, start and end
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +45,16 @@ class RequestTrace:
     encodings: list[Fetch] = field(default_factory=list)
     passes: list[QueueInterval] = field(default_factory=list)
     results: list[Result] = field(default_factory=list)  # of every candidate, top_n or not
-    degraded: str = ""  # scored coarser than requested: deadline or queue
+    degraded: Degraded | None = None  # scored coarser than requested
     stopped_early: bool = False
     timings: Timings | None = None  # of a ranking that went well
 
     def timed(self) -> Timings:
         """Timings as of now."""
-        return Timings(
-            fetch_seconds=_covered(self.fetches),
-            encode_seconds=_covered(self.encodings),
-            queue_seconds=sum(start - ready for ready, start, _ in self.passes),
-            compute_seconds=sum(end - start for _, start, end in self.passes),
-            total_seconds=time.monotonic() - self.start,
-        )
+        queued = sum(start - ready for ready, start, _ in self.passes)
+        computed = sum(end - start for _, start, end in self.passes)
+        total = time.monotonic() - self.start
+        return Timings(_covered(self.fetches), _covered(self.encodings), queued, computed, total)
 
     def failed(self, error: BaseException) -> None:
         """Takes the error's name as the code, for logs and metrics: few and constant."""

@@ -1,4 +1,4 @@
-"""One admitted request: passages arrive, their pairs are queued, margins come back, results go out.
+"""One planned request: it is admitted, passages arrive, their pairs are queued, margins come back, results go out.
 
 A cascade is a loop over its stages: each scores the best of the stage before at a finer ratio. A plain request has
 one stage. Everything here runs on the event loop, and is awaited in order.
@@ -13,65 +13,60 @@ from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
-from decoder_server.engine.admission import Admission, Reservation
+from decoder_server.engine.admission import Admission
 from decoder_server.engine.fetch import FetchedPassage, Fetcher, FetchRequest
 from decoder_server.engine.plan import Plan
 from decoder_server.engine.scheduler import RequestQueue, Scheduler
 from decoder_server.models.backend import Backend
 from preread.errors import FailedPrecondition, InvalidRequest
-from preread.values import Candidate, Degraded, Result, StageScore
+from preread.values import Candidate, Result, StageScore
 
 NOT_REACHED = "the deadline came before it was scored"
 
 # Share of its time, and most seconds, that a cascade leaves for the response's way back.
 RESPONSE_SHARE, RESPONSE_SECONDS = 0.1, 0.2
 
-Margins = asyncio.Future[list[float | None]]
+_Margins = asyncio.Future[list[float | None]]
 
 
 @dataclass(slots=True, eq=False)
 class RequestRun:
-    """A planned request, with what scores it: to be admitted, then scored inside its reservation."""
+    """A planned request, with what scores it."""
 
     backend: Backend
     scheduler: Scheduler
     admission: Admission
     fetcher: Fetcher
-    max_request_tokens: int | None  # prompt tokens and states over all pairs; None: no limit
+    max_tokens: int | None  # prompt tokens and states over all pairs; None: no limit
     wanted: FetchRequest  # states at the plan's base ratio
     plan: Plan
     equal: Mapping[int, Sequence[int]]  # of candidates that are fetched: all that name the same passage
-    degraded: Degraded | None = None
     num_tokens: int = 0  # submitted so far
 
-    def admit(self) -> Reservation:
-        """Raises Overloaded where there is no room."""
-        return self.admission.admit(self.plan.reads(len(self.equal)), self.wanted.prompt.num_tokens)
-
-    async def results(self, reservation: Reservation, deadline: float | None) -> AsyncGenerator[list[Result], None]:
-        """Every candidate's result once, as soon as it is settled.
+    async def results(self, deadline: float | None) -> AsyncGenerator[list[Result], None]:
+        """Admits the request, then gives every candidate's result once, as soon as it is settled.
 
         When the caller stops, fetching stops, and queued pairs are dropped before the next pass.
-
-        Raises:
-            FailedPrecondition: on_miss is fail and a candidate is missing.
-            InvalidRequest: the request has more tokens than one may have.
-            Unavailable: the scheduler has ended.
+        Raises Overloaded where there is no room, FailedPrecondition where on_miss is fail and a candidate is missing,
+        InvalidRequest for more tokens than a request may have, Unavailable when the scheduler has ended.
         """
         trace = self.wanted.trace
         stop_at = None  # when a cascade responds with what it has
         if self.plan.cascade and deadline is not None:
             stop_at = deadline - min(RESPONSE_SECONDS, RESPONSE_SHARE * (deadline - trace.start))
         cascade = CascadeState(self.plan, self.wanted.indexes)
-        passages = self.fetcher.fetch(self.wanted, cascade.ratio)
-        with self.scheduler.queued(reservation.num_tokens, deadline) as queue:
+        reads = self.plan.reads(len(self.equal))
+        with (
+            self.admission.admit(reads, self.wanted.prompt.num_tokens) as reservation,
+            self.scheduler.queued(reservation.num_tokens, deadline) as queue,
+        ):
             trace.passes = queue.passes
+            passages = self.fetcher.fetch(self.wanted, cascade.ratio)
             while True:
                 async with aclosing(self._scored(queue, passages, cascade, stop_at)) as stage:
                     async for scored in stage:
                         reservation.finished(len(scored), cascade.stage)
-                        settled = cascade.settle(scored)
-                        if settled:
+                        if settled := cascade.settle(scored):
                             yield self._named(settled)
                 if not cascade.stage_over:  # the deadline is near
                     trace.stopped_early = True
@@ -90,22 +85,21 @@ class RequestRun:
         stop_at: float | None,
     ) -> AsyncGenerator[list[Result], None]:
         """Results of one stage, as passages arrive and passes end; fewer when it is time to stop."""
-        scheduled: dict[Margins, FetchedPassage] = {}
+        num_prompt_tokens, activate = self.wanted.prompt.num_tokens, self.backend.activate
+        scheduled: dict[_Margins, FetchedPassage] = {}
         arriving: asyncio.Task[list[FetchedPassage]] | None = asyncio.create_task(self._next(queue, passages))
         try:
             while arriving or scheduled:
                 timeout = None if stop_at is None or not cascade.any_scored else max(0.0, stop_at - time.monotonic())
-                awaited: list[asyncio.Future[list[FetchedPassage]] | Margins] = [*scheduled]
-                awaited += [arriving] if arriving else []
+                awaited = [*scheduled, arriving] if arriving else [*scheduled]
                 done, _ = await asyncio.wait(awaited, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
                 if not done:
                     return
+                ended = [margins for margins in scheduled if margins in done]
                 results = [
-                    one.scored(margins.result(), cascade.ratio, self.wanted.prompt.num_tokens, self.backend.activate)
-                    for margins, one in scheduled.items()
-                    if margins in done
+                    scheduled.pop(margins).scored(margins.result(), cascade.ratio, num_prompt_tokens, activate)
+                    for margins in ended
                 ]
-                scheduled = {margins: one for margins, one in scheduled.items() if margins not in done}
                 if arriving in done:
                     chunk = arriving.result()
                     cascade.hold(chunk)
@@ -129,26 +123,22 @@ class RequestRun:
             return [one async for chunk in passages for one in chunk]
         return await anext(passages, [])
 
-    def _submit(self, queue: RequestQueue, one: FetchedPassage, cascade: CascadeState) -> Margins:
+    def _submit(self, queue: RequestQueue, one: FetchedPassage, cascade: CascadeState) -> _Margins:
         self.num_tokens += sum(pair.num_tokens for pair in one.pairs)
-        most = self.max_request_tokens
-        if most is not None and self.num_tokens > most:
-            expected = f"at most {most}, prompt tokens and states over all candidates"
+        if self.max_tokens is not None and self.num_tokens > self.max_tokens:
+            expected = f"at most {self.max_tokens}, prompt tokens and states over all candidates"
             raise InvalidRequest("tokens of the request", self.num_tokens, expected)
         if cascade.stage == 0:
             self.admission.learn(one.num_tokens(self.wanted.prompt.num_tokens))
         return self.scheduler.submit(queue, one.pairs)
 
     def _unscored(self, one: FetchedPassage) -> Result:
+        passage_id = one.passage_id or ""
         if one.status == "missing" and self.wanted.on_miss == "fail":
             name = repr(one.passage_id[:100]) if one.passage_id is not None else "an inline text"
-            raise FailedPrecondition(
-                "PASSAGE_MISSING",
-                one.passage_id or "",
-                f"({name}): {one.message}, and on_miss is fail",
-                path=("candidates", one.index),
-            )
-        return Result(one.index, one.passage_id or "", one.status, message=one.message, empty=one.empty)
+            message = f"({name}): {one.message}, and on_miss is fail"
+            raise FailedPrecondition("PASSAGE_MISSING", passage_id, message, path=("candidates", one.index))
+        return Result(one.index, passage_id, one.status, message=one.message, empty=one.empty)
 
     def _named(self, settled: Iterable[Result]) -> list[Result]:
         """A result for every candidate that names the passage."""
@@ -172,7 +162,6 @@ class CascadeState:
 
     @property
     def ratio(self) -> int:
-        """The ratio of the present stage."""
         return self._plan.stages[self.stage].compression_ratio
 
     @property
@@ -231,19 +220,6 @@ class CascadeState:
         unread = [i for i in self._owed if i not in self._reached]
         settled = [*self._reached.values()]
         settled += [Result(i, candidates[i].passage_id or "", "failed", message=NOT_REACHED) for i in unread]
-        self._owed.clear()
-        self._reached.clear()
-        self._held.clear()
+        for own in (self._owed, self._reached, self._held):
+            own.clear()
         return settled
-
-
-def ranked(results: Iterable[Result], top_n: int) -> list[Result]:
-    """Scored ones best first, ties by index, at most `top_n` (0: all); then the others in request order.
-
-    Candidates that reached a later stage rank first.
-    """
-    every = sorted(results, key=lambda one: one.index)
-    scored = sorted(
-        (one for one in every if one.margin is not None), key=lambda one: (-len(one.stages), -(one.margin or 0.0))
-    )
-    return (scored[:top_n] if top_n else scored) + [one for one in every if one.margin is None]

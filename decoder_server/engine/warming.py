@@ -32,7 +32,7 @@ async def warm(engine: Engine, request: RerankRequest) -> Warmed:
     if not isinstance(backend, StatesBackend) or not any(cache.max_bytes for cache in backend.caches):
         message = f"model {engine.name!r} has nothing to warm: it is a cross-encoder, or its caches are disabled"
         raise FailedPrecondition("NOTHING_TO_WARM", engine.name, message)
-    with engine.track(request, "warm"):
+    async with engine.track(request, "warm"):
         check(request, engine.limits)
         collection = await engine.open_collection(request.collection)
         if collection is None:

@@ -17,7 +17,7 @@ from encoder_worker.config import EncoderConfig
 from encoder_worker.scheduler import ForwardPass as WorkerPass
 from encoder_worker.server import EncoderServer
 from preread.v1 import encoder_pb2
-from preread.values import RerankRequest
+from preread.values import Degraded, RerankRequest
 
 DASHBOARD = json.loads((Path(__file__).parents[2] / "deploy" / "grafana-dashboard.json").read_text())
 # Added by Prometheus itself.
@@ -50,7 +50,7 @@ async def exported(serve) -> dict[str, set[str]]:
         serving.server.metrics.pass_finished(PassRecord(1, 1, 1, 1, 0.1))
         serving.server.metrics.http(200, 0.1)
         serving.server.metrics.encoder_up("tiny", True)
-        trace = RequestTrace(RerankRequest("q", ()), "tiny", degraded="queue", stopped_early=True)
+        trace = RequestTrace(RerankRequest("q", ()), "tiny", degraded=Degraded("queue", 4), stopped_early=True)
         serving.server.metrics.request_finished(trace)
         found = samples(serving.server.metrics.registry)
     worker = EncoderServer(EncoderConfig("a checkpoint"), store=MemoryStore()).metrics

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from cache.collection import Collection, StoredPassage
 from cache.states import PassageStates, text_digest
+from cache.store import Store
 from checkpoint import TokenizedPrompt
 from decoder_server.engine.fetch import FetchedPassage
-from decoder_server.engine.request_run import ranked
 from decoder_server.models.fbnl.backend import FbnlBackend
 from decoder_server.models.fbnl.kv_cache import StatePair
-from preread.values import Result
 
 
 def fetched(index: int, windows: tuple[int, ...]) -> FetchedPassage:
@@ -45,8 +45,17 @@ def test_a_window_without_a_margin_fails_its_passage(fbnl: FbnlBackend, bad: flo
     assert says in result.message
 
 
-def test_ties_keep_request_order_and_unscored_come_last_whatever_top_n_says() -> None:
-    margins = [1.0, None, 2.0, 1.0, 2.0, None]
-    results = [Result(i, f"p{i}", "missing" if m is None else "hit", margin=m) for i, m in enumerate(margins)]
-    assert [o.index for o in ranked(reversed(results), 0)] == [2, 4, 0, 3, 1, 5]
-    assert [o.index for o in ranked(results, 3)] == [2, 4, 0, 1, 5]
+async def test_ties_keep_request_order_and_unscored_come_last_whatever_top_n_says(
+    serve, store: Store, encoding, texts: dict[str, str]
+) -> None:
+    same = encoding.encode(texts["p4"], 4)
+    Collection.open(store, "docs").put_many([StoredPassage(f"same{i}", same, None) for i in range(3)])
+    ids = ["same2", "nobody", "p9", "same0", "p4", "nowhere", "same1"]
+    async with serve() as serving:
+        every = (await serving.rerank(ids=ids)).results
+        margins = {one.index: one.margin for one in every if one.HasField("margin")}
+        ranking = sorted(margins, key=lambda i: (-margins[i], i))
+        assert len({margins[i] for i in (0, 3, 4, 6)}) == 1
+        assert [one.index for one in every] == [*ranking, 1, 5]
+        best = (await serving.rerank(ids=ids, top_n=3)).results
+        assert [one.index for one in best] == [*ranking[:3], 1, 5]
