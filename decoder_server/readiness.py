@@ -17,8 +17,9 @@ from dataclasses import dataclass
 
 from grpc_health.v1 import health, health_pb2
 
-from decoder_server.engine.on_demand import EncoderClient, EncoderError
+from decoder_server.engine.on_demand import EncoderClient
 from preread.channel import proxy_variable
+from preread.errors import Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ class Readiness:
                 await self._check(one, Exception)  # such as another encoder than the model's; the watch goes on
             await self.publish()
 
-    async def _check(self, one: _Encoder, expected: type[Exception] = EncoderError) -> None:
+    async def _check(self, one: _Encoder, expected: type[Exception] = Unavailable) -> None:
         try:
             await one.client.check()
             problem = ""

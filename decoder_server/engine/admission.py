@@ -8,7 +8,9 @@ from the passages fetched. Under pressure a request may be scored at a coarser r
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from decoder_server.engine.plan import Plan
 from decoder_server.engine.scheduler import SchedulerStats
@@ -23,38 +25,31 @@ MIN_RETRY_SECONDS, MAX_RETRY_SECONDS = 0.05, 120.0
 DEADLINE_SHARE = 0.8
 
 
-class Reservation:
+@dataclass(slots=True, eq=False)
+class _Reservation:
     """The tokens of one admitted request; gives them back as its candidates finish, stage by stage."""
 
-    def __init__(self, admission: Admission, num_candidates: list[int], num_tokens: list[float]) -> None:
-        """Of each stage its candidates, and the tokens of one."""
-        self._admission, self._left, self._each = admission, num_candidates, num_tokens
+    admission: Admission
+    left: list[int]  # candidates of each stage
+    each: list[float]  # tokens of one of them
 
     @property
     def num_tokens(self) -> float:
         """Estimated tokens still to compute."""
-        return sum(left * each for left, each in zip(self._left, self._each, strict=True))
+        return sum(left * each for left, each in zip(self.left, self.each, strict=True))
 
     def finished(self, num_candidates: int, stage: int = 0) -> None:
-        self._left[stage] -= num_candidates
-        self._admission.num_tokens -= num_candidates * self._each[stage]
-
-    def __enter__(self) -> Reservation:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for stage, left in enumerate(self._left):
-            self.finished(left, stage)
-        self._admission.reservations.discard(self)
+        self.left[stage] -= num_candidates
+        self.admission.num_tokens -= num_candidates * self.each[stage]
 
 
 class Admission:
     """The bounds of one model's queue. Only touched from the event loop."""
 
     def __init__(self, stats: SchedulerStats, *, max_requests: int, max_tokens: int, max_seconds: float = 0.0) -> None:
-        self.reservations: set[Reservation] = set()
         self.num_tokens = 0.0
         self.num_rejected = 0
+        self._reservations: set[_Reservation] = set()
         self._stats = stats
         self._max_requests = max_requests
         self._max_tokens = max_tokens
@@ -63,19 +58,17 @@ class Admission:
 
     @property
     def num_requests(self) -> int:
-        return len(self.reservations)
+        return len(self._reservations)
 
-    def admit(self, reads: Sequence[tuple[int, int]], num_prompt_tokens: int) -> Reservation:
-        """Reserves a request's tokens, by the candidates and ratio of each stage, to be used as a context manager.
+    @contextmanager
+    def admit(self, reads: Sequence[tuple[int, int]], num_prompt_tokens: int) -> Iterator[_Reservation]:
+        """Reserves a request's tokens, by the candidates and ratio of each stage; Overloaded where there is no room.
 
         A request larger than the whole queue is admitted when the queue is empty: it never could be otherwise.
-
-        Raises:
-            Overloaded: no room.
         """
         each = [num_prompt_tokens + self._states(ratio) for _, ratio in reads]
-        reservation = Reservation(self, [num for num, _ in reads], each)
-        num_tokens, limit = reservation.num_tokens, self.max_queued_tokens
+        reservation = _Reservation(self, [num for num, _ in reads], each)
+        num_tokens, limit = reservation.num_tokens, self._max_queued_tokens
         if self.num_requests >= self._max_requests:
             mean_tokens = self.num_tokens / self.num_requests
             raise self._rejection(f"{self.num_requests} requests wait; the limit is {self._max_requests}", mean_tokens)
@@ -84,8 +77,13 @@ class Admission:
             message = f"about {self.num_tokens:.0f} tokens wait and this request has about {num_tokens:.0f}; "
             raise self._rejection(f"{message}the limit is {limit:.0f}", min(excess, self.num_tokens))
         self.num_tokens += num_tokens
-        self.reservations.add(reservation)
-        return reservation
+        self._reservations.add(reservation)
+        try:
+            yield reservation
+        finally:
+            for stage, left in enumerate(reservation.left):
+                reservation.finished(left, stage)
+            self._reservations.discard(reservation)
 
     def degrade(
         self,
@@ -99,36 +97,32 @@ class Admission:
         if not self._stats.knows_pass_time:
             return plan, None
         plans = plan.coarser()
-        estimates = [self._estimate(one, num_candidates, num_prompt_tokens) for one in plans]
+        estimates = []  # tokens over all stages; seconds until the (first stage's) response, the queue included
+        for one in plans:
+            reads = [(num, self._states(ratio)) for num, ratio in one.reads(num_candidates)]
+            num_tokens = sum(num * (num_prompt_tokens + num_states) for num, num_states in reads)
+            # When the machine is shared equally, so much is computed before a request of this size is done.
+            ahead = sum(min(num_tokens, other.num_tokens) for other in self._reservations)
+            num, num_states = reads[0]
+            own_seconds = self._stats.pass_seconds(num * num_prompt_tokens, num * num_states)
+            estimates.append((num_tokens, ahead / self._stats.drain_rate + own_seconds))
         seconds_left = None if deadline is None else deadline - time.monotonic()
-        chosen, reason = choose(estimates, seconds_left, self.num_tokens, queue_share * self.max_queued_tokens)
-        if chosen == 0:
-            return plan, None
-        return plans[chosen], Degraded(reason, *plan.summary)
-
-    @property
-    def max_queued_tokens(self) -> float:
-        """The configured tokens, or those the model computes in the configured time, if fewer."""
-        rate = self._stats.drain_rate
-        return min(self._max_tokens, rate * self._max_seconds) if rate and self._max_seconds else self._max_tokens
+        chosen, reason = choose(estimates, seconds_left, self.num_tokens, queue_share * self._max_queued_tokens)
+        return plans[chosen], Degraded(reason, *plan.summary) if chosen else None
 
     def learn(self, num_tokens: int) -> None:
         """A passage of this many tokens was fetched."""
         self._passage_tokens += LEARNING_RATE * (num_tokens - self._passage_tokens)
 
+    @property
+    def _max_queued_tokens(self) -> float:
+        """The configured tokens, or those the model computes in the configured time, if fewer."""
+        rate = self._stats.drain_rate
+        return min(self._max_tokens, rate * self._max_seconds) if rate and self._max_seconds else self._max_tokens
+
     def _states(self, ratio: int) -> float:
         """Expected states of one candidate; tokens, where the model reads text."""
         return max(1.0, self._passage_tokens / max(1, ratio))
-
-    def _estimate(self, plan: Plan, num_candidates: int, num_prompt_tokens: int) -> tuple[float, float]:
-        """Tokens over all stages; seconds until the (first stage's) response, the queue included."""
-        reads = [(num, self._states(ratio)) for num, ratio in plan.reads(num_candidates)]
-        num_tokens = sum(num * (num_prompt_tokens + num_states) for num, num_states in reads)
-        # When the machine is shared equally, so much is computed before a request of this size is done.
-        ahead = sum(min(num_tokens, one.num_tokens) for one in self.reservations)
-        num, num_states = reads[0]
-        own = self._stats.pass_seconds(num * num_prompt_tokens, num * num_states)
-        return num_tokens, ahead / self._stats.drain_rate + own
 
     def _rejection(self, message: str, tokens_ahead: float) -> Overloaded:
         self.num_rejected += 1
@@ -152,7 +146,6 @@ def choose(
     if num_queued_tokens > 0:  # a single request keeps no other waiting
         room = (i for i, (num_tokens, _) in enumerate(estimates) if num_queued_tokens + num_tokens <= max_queued_tokens)
         by_queue = next(room, last)
+    reason = "deadline" if by_deadline >= by_queue else "queue"
     chosen = max(by_deadline, by_queue)
-    if chosen == 0:
-        return 0, ""
-    return chosen, "deadline" if by_deadline >= by_queue else "queue"
+    return chosen, reason if chosen else ""

@@ -11,17 +11,8 @@ from dataclasses import dataclass
 from itertools import islice
 from threading import Lock
 
+from cache import errors
 from cache.collection import Collection
-from cache.errors import (
-    CacheError,
-    CollectionNotFound,
-    EncoderMismatch,
-    InvalidName,
-    StoreAccessDenied,
-    StoreDamaged,
-    StoreLocked,
-    StoreUnavailable,
-)
 from cache.manifest import Manifest
 from cache.store import Store, StoreStats
 from checkpoint import EncoderIdentity
@@ -39,28 +30,25 @@ class StoredCollection:
     aliases: tuple[str, ...]
 
 
-def describe(store: Store) -> list[StoredCollection]:
-    """Every collection that can be read, by name; the log has the others. Blocks on the store and raises its errors."""
-    described, unreadable = survey(store)
-    for name, reason in unreadable.items():
-        log.warning("collection %r cannot be read: %s", name, reason)
-    return described
+def describe(store: Store, unreadable: dict[str, str] | None = None) -> list[StoredCollection]:
+    """Every collection that can be read, by name; `unreadable`, else the log, is told why each other one cannot.
 
-
-def survey(store: Store) -> tuple[list[StoredCollection], dict[str, str]]:
-    """The same, and why each other collection cannot be read: damage costs its own collection only."""
+    Blocks on the store and raises its errors; damage costs its own collection only.
+    """
     aliases = sorted(store.aliases().items())
-    described: list[StoredCollection] = []
-    unreadable: dict[str, str] = {}
+    described = []
     for name in store.list_collections():
         own = tuple(alias for alias, target in aliases if target == name)
         try:
             manifest = store.read_manifest(name)
             if manifest is not None:  # else dropped a moment ago
                 described.append(StoredCollection(manifest, store.stats(name), own))
-        except StoreDamaged as exc:
-            unreadable[name] = str(exc)
-    return described, unreadable
+        except errors.StoreDamaged as exc:
+            if unreadable is None:
+                log.warning("collection %r cannot be read: %s", name, exc)
+            else:
+                unreadable[name] = str(exc)
+    return described
 
 
 class Catalogue:
@@ -72,7 +60,7 @@ class Catalogue:
         self._check_seconds = check_seconds  # until a name is looked up again: a moved alias is noticed by then
         self._opened: dict[str, tuple[Collection, float]] = {}  # and when each was checked, on time.monotonic's clock
         self._lock = Lock()
-        self._failed: tuple[float, CacheError] | None = None  # when the store last did not answer, and how
+        self._failed: tuple[float, errors.CacheError] | None = None  # when the store last did not answer, and how
 
     def fresh(self, name: str) -> Collection | None:
         """The collection if it is open and was checked a moment ago; never blocks on the store."""
@@ -81,17 +69,13 @@ class Catalogue:
 
     def first_ids(self, name: str, num_ids: int) -> list[str]:
         """Some passages of a collection, the store's first; raises as `open` does. Blocks on the store."""
-        collection = self.open(name)
-        return [passage_id for passage_id, _ in islice(self.store.scan(collection.name), num_ids)]
+        return [passage_id for passage_id, _ in islice(self.store.scan(self.open(name).name), num_ids)]
 
     def open(self, name: str) -> Collection:
         """The collection that `name`, itself or as an alias, means now.
 
-        Raises:
-            NotFound: no such collection.
-            InvalidRequest: no name a collection can have.
-            FailedPrecondition: another encoder wrote it, or it cannot be read.
-            Unavailable: the store does not answer and the collection is not open yet.
+        Raises NotFound; InvalidRequest for no name a collection can have; FailedPrecondition where another encoder
+        wrote it, or it cannot be read; Unavailable where the store does not answer and it is not open yet.
         """
         came = time.monotonic()
         with self._lock:
@@ -102,29 +86,27 @@ class Catalogue:
             try:
                 if self._failed is not None and self._failed[0] >= came:
                     raise self._failed[1]  # and was kept waiting: not each of them in turn
-                collection = self._look_up(name, known)
-            except CollectionNotFound as exc:
+                # Equal manifests, not equal names: a collection may be dropped and rewritten.
+                if known is not None and self.store.read_manifest(self.store.resolve(name)) == known.manifest:
+                    collection = known
+                else:
+                    fingerprint, checkpoint = self._encoder
+                    collection = Collection.open(self.store, name, fingerprint=fingerprint, checkpoint=checkpoint)
+            except errors.CollectionNotFound as exc:
                 self._opened.pop(name, None)
                 raise NotFound("collection", name, str(exc)) from exc
-            except EncoderMismatch as exc:
+            except errors.EncoderMismatch as exc:
                 raise FailedPrecondition("ENCODER_MISMATCH", name, str(exc)) from exc
-            except InvalidName as exc:
+            except errors.InvalidName as exc:
                 raise InvalidRequest("collection", name, "the name of a collection or alias") from exc
-            except (StoreUnavailable, StoreLocked, StoreAccessDenied) as exc:
+            except (errors.StoreUnavailable, errors.StoreLocked, errors.StoreAccessDenied) as exc:
                 checked = time.monotonic()
                 self._failed = (checked, exc)
                 if known is None:
                     raise Unavailable(str(exc)) from exc
                 # The last meaning of the name serves: a cache may still hold states, and texts can be encoded.
                 collection = known
-            except CacheError as exc:  # damaged, not readable by us, of an unknown version
+            except errors.CacheError as exc:  # damaged, not readable by us, of an unknown version
                 raise FailedPrecondition("COLLECTION_UNREADABLE", name, str(exc)) from exc
             self._opened[name] = collection, checked
             return collection
-
-    def _look_up(self, name: str, known: Collection | None) -> Collection:
-        # Equal manifests, not equal names: a collection may be dropped and rewritten.
-        if known is not None and self.store.read_manifest(self.store.resolve(name)) == known.manifest:
-            return known
-        fingerprint, checkpoint = self._encoder
-        return Collection.open(self.store, name, fingerprint=fingerprint, checkpoint=checkpoint)

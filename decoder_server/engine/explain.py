@@ -9,7 +9,6 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import numpy as np
 
@@ -68,8 +67,9 @@ async def explain(engine: Engine, request: RerankRequest, deadline: float) -> li
                     unscored = _Explained(one.index, one.passage_id or "", one.status, text, one.message)
                     # Tokenizes, perhaps a megabyte: not on the model's thread, where every request waits.
                     spans = await engine.call(backend.spans, text) if text and one.states is not None else []
-                    score = partial(_explained, backend, prompt, one.states, unscored, spans, ratios, chosen)
-                    explained.append(await engine.scheduler.between_passes(score))
+                    how = prompt, spans, ratios, chosen
+                    scored = engine.scheduler.between_passes(_explained, backend, one.states, unscored, *how)
+                    explained.append(await scored)
         trace.results = [Result(one.index, one.passage_id, one.status) for one in explained]
 
         def margin(one: _Explained) -> float:
@@ -80,9 +80,9 @@ async def explain(engine: Engine, request: RerankRequest, deadline: float) -> li
 
 def _explained(
     backend: StatesBackend,
-    prompt: Prompt,
     encoded: AnyStates | None,
     unscored: _Explained,
+    prompt: Prompt,
     spans: Sequence[tuple[int, int]],
     ratios: Sequence[int],
     chosen: int,

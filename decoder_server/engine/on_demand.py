@@ -15,27 +15,22 @@ from typing import Any
 import grpc
 import numpy as np
 from google.protobuf.message import Message
-from numpy.typing import NDArray
 
 from cache.read_cache import ByteBoundedCache
 from cache.states import PassageStates, text_digest
 from preread.channel import ClientOptions, TlsFiles
+from preread.errors import Unavailable
 from preread.v1 import encoder_pb2, encoder_pb2_grpc
 from preread_edge.logs import current
 
 log = logging.getLogger(__name__)
 
-# The largest answer is one batch of texts at ratio 1 in float32.
-MAX_ANSWER_BYTES = 1 << 30
+MAX_ANSWER_BYTES = 1 << 30  # the largest answer is one batch of texts at ratio 1 in float32
 DESCRIBE_TIMEOUT_SECONDS = 5.0
 
 
-class EncoderError(Exception):
-    """The worker does not answer, rejects the call, or its response is unusable."""
-
-
 class EncoderClient:
-    """One encoder worker, over gRPC."""
+    """One encoder worker, over gRPC. Unavailable: it does not answer, rejects the call, or its answer is unusable."""
 
     def __init__(
         self,
@@ -60,14 +55,10 @@ class EncoderClient:
         self._stub = encoder_pb2_grpc.EncoderServiceStub(self._channel)
 
     async def encode(self, texts: Sequence[str], ratio: int) -> list[PassageStates | str]:
-        """Pooled states of each text, or why the worker refused that text.
-
-        Raises:
-            EncoderError: no usable answer for any of them.
-        """
+        """Pooled states of each text, or why the worker refused that text; raises Unavailable."""
         request = encoder_pb2.EncodeRequest(texts=texts, compression_ratio=ratio, format=self._format)
         answer = await self._call(self._stub.Encode, request, self._timeout_seconds)
-        self._check_encoder(answer.fingerprint, answer.dim, EncoderError)
+        self._check_encoder(answer.fingerprint, answer.dim, Unavailable)
         if len(answer.passages) != len(texts) or answer.compression_ratio != ratio or answer.format != self._format:
             raise self._error(
                 f"answered {len(answer.passages)} passages at ratio {answer.compression_ratio} in format "
@@ -76,12 +67,7 @@ class EncoderClient:
         return [self._unpack(passage, ratio, text) for passage, text in zip(answer.passages, texts, strict=True)]
 
     async def check(self) -> None:
-        """Compares the worker's encoder with the decoder's.
-
-        Raises:
-            EncoderError: the worker does not answer.
-            ValueError: it has another encoder.
-        """
+        """Compares the worker's encoder with the decoder's: ValueError where it is another one; raises Unavailable."""
         answer = await self._call(self._stub.Describe, encoder_pb2.DescribeRequest(), DESCRIBE_TIMEOUT_SECONDS)
         self._check_encoder(answer.encoder.fingerprint, answer.encoder.dim, ValueError)
 
@@ -106,20 +92,25 @@ class EncoderClient:
             )
 
     def _unpack(self, passage: encoder_pb2.EncodedPassage, ratio: int, text: str) -> PassageStates | str:
+        """Little-endian rows as float32 (num_states, dim)."""
         if passage.message:
             return passage.message
         try:
-            rows = _floats(passage.states, self._format, self._dim)
+            if self._format == encoder_pb2.STATE_FORMAT_BFLOAT16:  # the upper half of a float32
+                rows = (np.frombuffer(passage.states, dtype="<u2").astype(np.uint32) << 16).view(np.float32)
+            else:
+                rows = np.frombuffer(passage.states, dtype="<f4").astype(np.float32)
+            rows = rows.reshape(-1, self._dim)
             if not np.isfinite(rows).all():
                 return f"encoder worker {self.address}: states of this text are not finite"
             digest = text_digest(text)
             key = digest + struct.pack("<I", ratio)  # of one encoder: the one that this client checked
             return PassageStates(rows, tuple(passage.window_tokens), ratio, passage.truncated, digest, key)
-        except ValueError as exc:  # costs this text: the others' states are their own
+        except ValueError as exc:  # no whole rows, or other counts; costs this text: the others' states are their own
             return str(self._error(f"answered states that do not fit: {exc}"))
 
-    def _error(self, message: str) -> EncoderError:
-        return EncoderError(f"encoder worker {self.address}: {message}")
+    def _error(self, message: str) -> Unavailable:
+        return Unavailable(f"encoder worker {self.address}: {message}")
 
 
 def call_metadata(api_key: str) -> tuple[tuple[str, str], ...]:
@@ -133,16 +124,7 @@ def call_metadata(api_key: str) -> tuple[tuple[str, str], ...]:
     return tuple(metadata)
 
 
-def _floats(data: bytes, state_format: encoder_pb2.StateFormat, dim: int) -> NDArray[np.float32]:
-    """Little-endian rows -> (num_states, dim) float32. ValueError where they are not whole rows."""
-    if state_format == encoder_pb2.STATE_FORMAT_BFLOAT16:
-        # bfloat16 is the upper half of a float32.
-        wide = np.frombuffer(data, dtype="<u2").astype(np.uint32) << 16
-        return wide.view(np.float32).reshape(-1, dim)
-    return np.frombuffer(data, dtype="<f4").astype(np.float32).reshape(-1, dim)
-
-
-Key = tuple[bytes, int]  # text digest, ratio the text is encoded at
+_Key = tuple[bytes, int]  # text digest, ratio the text is encoded at
 
 
 class OnDemandStates:
@@ -155,10 +137,10 @@ class OnDemandStates:
         # Texts are encoded at it for every multiple of it, and pooled, so that one encoding serves all.
         self._base_ratio = base_ratio
         # LRU rather than by frequency: a text comes again soon, or never.
-        self._kept: ByteBoundedCache[Key, PassageStates] = ByteBoundedCache(
+        self._kept: ByteBoundedCache[_Key, PassageStates] = ByteBoundedCache(
             max_bytes, lambda states: states.nbytes, policy="lru"
         )
-        self._flights: dict[Key, asyncio.Future[PassageStates | str]] = {}
+        self._flights: dict[_Key, asyncio.Future[PassageStates | str]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -203,16 +185,16 @@ class OnDemandStates:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _key(self, digest: bytes, ratio: int) -> Key:
+    def _key(self, digest: bytes, ratio: int) -> _Key:
         return digest, self._base_ratio if ratio % self._base_ratio == 0 else ratio
 
-    async def _fly(self, new: dict[Key, str]) -> None:
+    async def _fly(self, new: dict[_Key, str]) -> None:
         (ratio,) = {ratio for _, ratio in new}  # one call of encode, one ratio
         results: list[PassageStates | str] = ["encoding was cut off"] * len(new)
         try:
             results = await self._encoder.encode(list(new.values()), ratio)
             self.num_encoded += len(new)
-        except EncoderError as exc:
+        except Unavailable as exc:
             results = [str(exc)] * len(new)
         except Exception:  # a bug: the callers must hear that there are no states, the log has why
             log.exception("%d texts could not be encoded", len(new))

@@ -25,10 +25,6 @@ class Plan:
     stages: tuple[Stage, ...]
     cascade: bool = False
 
-    @classmethod
-    def plain(cls, ratio: int) -> Plan:
-        return cls((Stage(ratio),))
-
     @property
     def base_ratio(self) -> int:
         """The ratio that states are fetched at: every stage's is a multiple of it."""
@@ -48,29 +44,26 @@ class Plan:
 
     def coarser(self) -> list[Plan]:
         """This plan, then coarser ones: a cascade without its last stages, then ratios doubled up to MAX_RATIO."""
-        shorter = [Plan(self.stages[:n], self.cascade) for n in range(len(self.stages), 0, -1)]
-        ratio, coarser = self.stages[0].compression_ratio, []
+        plans = [Plan(self.stages[:n], self.cascade) for n in range(len(self.stages), 0, -1)]
+        ratio = self.stages[0].compression_ratio
         while 0 < 2 * ratio <= MAX_RATIO:
             ratio *= 2
-            coarser.append(Plan((Stage(ratio),), self.cascade))
-        return shorter + coarser
+            plans.append(Plan((Stage(ratio),), self.cascade))
+        return plans
 
 
 def plan(request: RerankRequest, limits: DecoderConfig, stored_ratio: int | None, model_ratio: int) -> Plan:
     """The ratio or stages of a request.
 
-    Args:
-        stored_ratio: the collection's; None: there is none, only texts that come with the request.
-        model_ratio: the model's default for such texts; TEXT_RATIO: it reads text.
-
-    Raises:
-        InvalidRequest: a ratio that the collection cannot give, or stages for a model that reads text.
+    `stored_ratio` is the collection's; None: there is none, only texts that come with the request. `model_ratio` is the
+    model's default for such texts; TEXT_RATIO: it reads text. Raises InvalidRequest for a ratio that the collection
+    cannot give, or stages for a model that reads text.
     """
     if model_ratio == TEXT_RATIO:
         if request.stages:
-            expected = "none: this model reads text, at no ratio"
-            raise InvalidRequest("stages", f"{len(request.stages)} of them", expected)
-        return Plan.plain(TEXT_RATIO)
+            number = f"{len(request.stages)} of them"
+            raise InvalidRequest("stages", number, "none: this model reads text, at no ratio")
+        return Plan((Stage(TEXT_RATIO),))
     stored = stored_ratio or 1
     named: list[tuple[Path, int]] = [
         (("stages", i, "compression_ratio"), stage.compression_ratio) for i, stage in enumerate(request.stages)
@@ -84,25 +77,21 @@ def plan(request: RerankRequest, limits: DecoderConfig, stored_ratio: int | None
     if request.stages:
         return Plan(request.stages, cascade=True)
     if request.compression_ratio:
-        return Plan.plain(request.compression_ratio)
+        return Plan((Stage(request.compression_ratio),))
     if limits.stages:
         fitted: dict[int, Stage] = {}  # of two stages at one ratio that the collection can give, the later one stays
         for stage in limits.stages:
-            ratio = _next_multiple(stage.compression_ratio, stored)
+            ratio = math.ceil(stage.compression_ratio / stored) * stored
             fitted[ratio] = Stage(ratio, stage.keep)
         stages = tuple(fitted.values())
-        return Plan.plain(stages[-1].compression_ratio) if request.one_ratio else Plan(stages, cascade=True)
+        return Plan((Stage(stages[-1].compression_ratio),)) if request.one_ratio else Plan(stages, cascade=True)
     if limits.read_ratio:
-        return Plan.plain(_next_multiple(limits.read_ratio, stored))
-    return Plan.plain(stored_ratio or model_ratio)
+        return Plan((Stage(math.ceil(limits.read_ratio / stored) * stored),))
+    return Plan((Stage(stored_ratio or model_ratio),))
 
 
 def check(request: RerankRequest, limits: DecoderConfig) -> None:
-    """Checks everything that needs neither tokenizer nor store.
-
-    Raises:
-        InvalidRequest: the first field that is out of range.
-    """
+    """Checks everything that needs neither tokenizer nor store; InvalidRequest for the first field out of range."""
     if not request.query:
         raise InvalidRequest("query", "", "a query that is not empty")
     most = limits.max_query_bytes
@@ -132,7 +121,3 @@ def check(request: RerankRequest, limits: DecoderConfig) -> None:
             raise InvalidRequest(("candidates", i), "empty", "a passage_id, a text, or both")
         if request.collection is None:
             raise InvalidRequest("collection", "", f"the collection of candidates[{i}], which has an id and no text")
-
-
-def _next_multiple(ratio: int, stored: int) -> int:
-    return -(-ratio // stored) * stored

@@ -41,8 +41,7 @@ RATE_MEMORY, TIME_MEMORY = 0.98, 0.99
 PRIOR = 1e-3
 # Fewer attention cells than this cost less than another pass would (about 70 prompt tokens of dense work at the Nano
 # shape); above it, padding may at most double attention's work.
-FREE_CELLS = 1 << 18
-MAX_PADDING = 2.0
+FREE_CELLS, MAX_PADDING = 1 << 18, 2.0
 
 
 @dataclass
@@ -108,21 +107,21 @@ class SchedulerStats:
 
     def pass_seconds(self, num_prompt_tokens: float, num_states: float) -> float:
         """Expected seconds of such a pass; 0 before the first pass."""
-        per_prompt_token, per_state = self._seconds_per_token() if self.knows_pass_time else (0.0, 0.0)
-        return num_prompt_tokens * per_prompt_token + num_states * per_state
-
-    def _seconds_per_token(self) -> tuple[float, float]:
+        if not self.knows_pass_time:
+            return 0.0
         pp, ps, ss, pt, st, tokens, seconds = self._fit
         mean = seconds / tokens
         prior = PRIOR * (pp + ss)
         pp, ss, pt, st = pp + prior, ss + prior, pt + prior * mean, st + prior * mean
         determinant = pp * ss - ps * ps
-        a, b = (pt * ss - st * ps) / determinant, (st * pp - pt * ps) / determinant
-        if b < 0:  # noise: the other alone explains it
-            a, b = pt / pp, 0.0
-        elif a < 0:
-            a, b = 0.0, st / ss
-        return (a, b) if math.isfinite(a) and math.isfinite(b) else (mean, mean)
+        per_token, per_state = (pt * ss - st * ps) / determinant, (st * pp - pt * ps) / determinant
+        if per_state < 0:  # noise: the other alone explains it
+            per_token, per_state = pt / pp, 0.0
+        elif per_token < 0:
+            per_token, per_state = 0.0, st / ss
+        if not (math.isfinite(per_token) and math.isfinite(per_state)):
+            per_token = per_state = mean
+        return num_prompt_tokens * per_token + num_states * per_state
 
 
 @dataclass(slots=True, eq=False)
@@ -218,9 +217,9 @@ class Scheduler:
         min_batch_tokens: int | None = None,  # of batches that hold what is computed in BATCH_SECONDS; None: the same
         observers: Sequence[Observer] = (),
     ) -> None:
-        self.max_batch_tokens = max_batch_tokens
-        self.min_batch_tokens = max_batch_tokens if min_batch_tokens is None else min_batch_tokens
         self.stats = SchedulerStats()
+        self._max_tokens = max_batch_tokens
+        self._min_tokens = max_batch_tokens if min_batch_tokens is None else min_batch_tokens
         self._backend = backend
         self._executor = executor
         self._observers = observers
@@ -251,8 +250,7 @@ class Scheduler:
     def submit(self, queue: RequestQueue, pairs: Sequence[Pair]) -> asyncio.Future[list[float | None]]:
         """Queues the pairs of one passage; their margins: NaN for a logit that is not finite, None for a failed pass.
 
-        Raises:
-            Unavailable: the batching loop has ended.
+        Raises Unavailable when the batching loop has ended.
         """
         if self._stopped:
             raise Unavailable(STOPPED)
@@ -274,11 +272,11 @@ class Scheduler:
         rate = self.stats.tokens_per_second
         queued = QUEUED_SHARE * sum(queue.num_tokens for queue in self._queues)
         measured = max(rate * BATCH_SECONDS, min(rate * MAX_BATCH_SECONDS, queued))
-        return min(self.max_batch_tokens, max(self.min_batch_tokens, int(measured)))
+        return min(self._max_tokens, max(self._min_tokens, int(measured)))
 
-    async def between_passes(self, function: Callable[[], T]) -> T:
+    async def between_passes(self, function: Callable[..., T], *args: object) -> T:
         """Runs something else on the model's thread, between two passes."""
-        return await asyncio.get_running_loop().run_in_executor(self._executor, function)
+        return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
 
     async def run(self) -> None:
         """Batches until cancelled. However it ends, no call is left waiting."""
@@ -299,9 +297,8 @@ class Scheduler:
 
     def _next_batch(self) -> list[_Queued]:
         """Pairs of the best-ranked requests, up to the token budget; at least one where any are queued."""
-        now = time.monotonic()
+        now, left = time.monotonic(), self.batch_tokens
         batch: list[_Queued] = []
-        left = self.batch_tokens
         for queue in self._queues:
             if queue.expired(now):
                 self.stats.num_dropped_pairs += queue.clear()
@@ -325,7 +322,7 @@ class Scheduler:
         queues = {passage.queue for passage, _ in alive}
         for queue in queues:
             queue.computing = True
-        margins = await asyncio.get_running_loop().run_in_executor(self._executor, self._score, pairs)
+        margins = await self.between_passes(self._score, pairs)
         end = time.monotonic()
         counted = self.stats.count(pairs, end - start)
         self.stats.drained(counted.num_tokens, end - (self._last_pass or start))
@@ -360,10 +357,8 @@ def split_by_length(pairs: Sequence[Pair], max_tokens: int | None = None) -> lis
     """Indexes of `pairs` in batches, each sorted by length, none wasting more than FREE_CELLS and MAX_PADDING allow.
 
     Dense layers see packed rows and never pad; attention pads every pair of a batch to the longest prompt and the
-    longest passage in it, so the waste is counted in attention cells.
-
-    Args:
-        max_tokens: of one batch; a larger pair goes alone. None: no limit.
+    longest passage in it, so the waste is counted in attention cells. `max_tokens` is of one batch, a larger pair goes
+    alone; None: no limit.
     """
     batches: list[list[int]] = []
     real = num_tokens = 0  # cells that the current batch needs, and its tokens

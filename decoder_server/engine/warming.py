@@ -6,7 +6,6 @@ wait for one batch at most.
 
 from __future__ import annotations
 
-from functools import partial
 from itertools import chain
 
 from cache.errors import CacheError
@@ -18,15 +17,13 @@ from decoder_server.models.backend import StatesBackend
 from preread.errors import FailedPrecondition, InvalidRequest, Unavailable
 from preread.values import RerankRequest, TierUse, Warmed
 
-# Stands for queries to come: cached keys and values do not depend on it.
-ANY_QUERY = "a query"
+ANY_QUERY = "a query"  # stands for queries to come: cached keys and values do not depend on it
 
 
 async def warm(engine: Engine, request: RerankRequest) -> Warmed:
-    """Pre-fills for the ids of a request; its query is not read.
+    """Pre-fills for the ids of a request, whose query is not read.
 
-    Raises:
-        PrereadError: as of a request for the same; FailedPrecondition where the model has nothing to warm.
+    Raises as a request for the same; FailedPrecondition where the model has nothing to warm.
     """
     backend = engine.backend
     if not isinstance(backend, StatesBackend) or not any(cache.max_bytes for cache in backend.caches):
@@ -49,16 +46,8 @@ async def warm(engine: Engine, request: RerankRequest) -> Warmed:
         pairs = list(chain.from_iterable(backend.pairs(prompt, list(chain.from_iterable(pooled)))))
         num_kept = [0] * len(backend.caches)
         for rows in split_by_length(pairs, engine.scheduler.batch_tokens):
-            batch = [pairs[i] for i in rows]
-            held = await engine.scheduler.between_passes(partial(backend.fill, batch))
+            held = await engine.scheduler.between_passes(backend.fill, [pairs[i] for i in rows])
             num_kept = [total + now for total, now in zip(num_kept, held, strict=True)]
-        return Warmed(
-            model=engine.name,
-            num_passages=len(found),
-            num_windows=len(pairs),
-            missing_ids=tuple(i for i in ids if i not in found),
-            tiers=tuple(
-                TierUse(cache.name, num, cache.num_bytes, cache.max_bytes)
-                for cache, num in zip(backend.caches, num_kept, strict=True)
-            ),
-        )
+        kept = zip(backend.caches, num_kept, strict=True)
+        tiers = tuple(TierUse(cache.name, num, cache.num_bytes, cache.max_bytes) for cache, num in kept)
+        return Warmed(engine.name, len(found), len(pairs), tuple(i for i in ids if i not in found), tiers)

@@ -197,9 +197,10 @@ def _memory(options: Mapping[str, Any], paths: Sequence[Path]) -> _Finding:
 
 def _store(opened: Any, shown: str, identities: Sequence[EncoderIdentity]) -> Iterator[_Finding]:
     """Whether the store answers, and whether its collections were written by an encoder of these."""
-    from decoder_server.engine.collections import survey
+    from decoder_server.engine.collections import describe
 
-    described, unreadable = survey(opened)
+    unreadable: dict[str, str] = {}
+    described = describe(opened, unreadable)
     yield _Finding("store", "ok", f"{shown}, {len(described)} collections")
     for name, reason in unreadable.items():
         yield _Finding(f"collection {name}", "FAIL", f"cannot be read: {reason}")

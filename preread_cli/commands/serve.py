@@ -213,10 +213,11 @@ async def _introduce(server: DecoderServer, store: Store, gateway: Gateway | Non
 
 def _collections(store: Store, fingerprint: str) -> str:
     from cache.errors import CacheError
-    from decoder_server.engine.collections import survey
+    from decoder_server.engine.collections import describe
 
+    unreadable: dict[str, str] = {}
     try:
-        described, unreadable = survey(store)
+        described = describe(store, unreadable)
     except CacheError as exc:  # it may come back; until then requests for it are UNAVAILABLE
         return f"unknown: {exc}"
     shown = []

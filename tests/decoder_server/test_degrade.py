@@ -18,11 +18,11 @@ from preread.values import Stage, format_stages
 @pytest.mark.parametrize(
     ("plan", "ratios"),
     [
-        (Plan.plain(4), ["4", "8", "16", "32"]),
-        (Plan.plain(12), ["12", "24"]),
-        (Plan.plain(32), ["32"]),
-        (Plan.plain(40), ["40"]),
-        (Plan.plain(0), ["0"]),  # text
+        (Plan((Stage(4),)), ["4", "8", "16", "32"]),
+        (Plan((Stage(12),)), ["12", "24"]),
+        (Plan((Stage(32),)), ["32"]),
+        (Plan((Stage(40),)), ["40"]),
+        (Plan((Stage(0),)), ["0"]),  # text
         (
             Plan((Stage(16, 50), Stage(8, 9), Stage(4)), cascade=True),
             ["16:50,8:9,4", "16:50,8:9", "16:50", "32"],

@@ -227,11 +227,12 @@ def test_admission_says_when_to_come_back() -> None:
     admission = Admission(counts, max_requests=2, max_tokens=10_000)
     # 256 expected passage tokens at ratio 4, and 36 of prompt: 100 a candidate.
     with admission.admit([(50, 4)], 36):
-        with pytest.raises(Overloaded, match="about 5000 tokens wait and this request has about 6000") as caught:
-            admission.admit([(60, 4)], 36)
+        says = "about 5000 tokens wait and this request has about 6000"
+        with pytest.raises(Overloaded, match=says) as caught:
+            admission.admit([(60, 4)], 36).__enter__()
         assert caught.value.retry_after_seconds == pytest.approx(1000 / 500)
         with admission.admit([(10, 4)], 36), pytest.raises(Overloaded, match="2 requests wait") as caught:
-            admission.admit([(1, 4)], 36)
+            admission.admit([(1, 4)], 36).__enter__()
         assert caught.value.retry_after_seconds == pytest.approx(3000 / 500)
     assert admission.num_tokens == 0
     # Larger than the whole queue, and nobody else there.
@@ -253,7 +254,7 @@ def test_the_rate_that_bounds_the_queue_follows_what_happened_of_late() -> None:
     assert counts.drain_rate == pytest.approx(500, rel=0.02)
     admission = Admission(counts, max_requests=10, max_tokens=1_000_000, max_seconds=2.0)
     with admission.admit([(1, 1)], 10), pytest.raises(Overloaded, match=f"the limit is {2 * counts.drain_rate:.0f}"):
-        admission.admit([(3, 1)], 10)
+        admission.admit([(3, 1)], 10).__enter__()
 
 
 def test_admission_by_time_holds_what_the_measured_rate_reads_in_it() -> None:
@@ -263,7 +264,7 @@ def test_admission_by_time_holds_what_the_measured_rate_reads_in_it() -> None:
 
     with admission.admit([(3, 1)], 10), admission.admit([(3, 1)], 10):
         with pytest.raises(Overloaded, match="the limit is 2000") as refused:
-            admission.admit([(3, 1)], 10)
+            admission.admit([(3, 1)], 10).__enter__()
         assert refused.value.retry_after_seconds == pytest.approx((3 * each - 2000) / 1000)
     counts.num_tokens = 10_000  # a faster machine lets more in
     with admission.admit([(3, 1)], 10), admission.admit([(3, 1)], 10), admission.admit([(3, 1)], 10):
