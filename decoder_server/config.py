@@ -1,7 +1,4 @@
-"""Everything a reranking server, its models and its HTTP gateway can be told, checked once.
-
-The command line makes its options from these fields; nothing here reads the environment.
-"""
+"""Everything a reranking server, its models and its gateway can be told, checked once. The CLI makes options of it."""
 
 from __future__ import annotations
 
@@ -23,28 +20,24 @@ ANY_MODEL = "*"
 
 @dataclass(frozen=True)
 class KvCacheConfig(Config):
-    """Budgets of one model's KV and prefix caches, and their number format."""
+    """Budgets of one model's KV and prefix caches."""
 
     max_keys_bytes: int = knob(
-        256 * MIB,
-        "Memory for the KV cache, the keys and values of passages, per model; 0: no cache.",
-        flag="--keys-cache-bytes",
-        at_least=0,
-    )
+        256 * MIB, "Memory for the KV cache, the keys and values of passages, per model; 0: no cache.",
+        flag="--keys-cache-bytes", at_least=0,
+    )  # fmt: skip
     max_prefix_bytes: int = knob(
         256 * MIB,
         "Memory for the prefix cache, instructions read over passages, per model: a query under the same instruction "
         "goes on from there; 0: no cache.",
-        flag="--prefix-cache-bytes",
-        at_least=0,
-    )
+        flag="--prefix-cache-bytes", at_least=0,
+    )  # fmt: skip
     form: str = knob(
         "auto",
         "Number format of --keys-cache-bytes and --prefix-cache-bytes; auto: as computed. int8 holds nearly twice as "
         "much as bfloat16 and moves scores a little.",
-        flag="--cache-format",
-        choices=("auto", "bfloat16", "int8"),
-    )
+        flag="--cache-format", choices=("auto", "bfloat16", "int8"),
+    )  # fmt: skip
 
 
 NO_KV_CACHES = KvCacheConfig(0, 0)
@@ -89,16 +82,12 @@ class HttpConfig(ListenConfig):
         8080,
         "Answer HTTP here too, on --host: Cohere, Jina, vLLM, TEI, NIM, Voyage and other dialects. 0 takes a free port "
         "and prints it.",
-        flag="--http-port",
-        at_least=0,
-        at_most=65535,
-    )
+        flag="--http-port", at_least=0, at_most=65535,
+    )  # fmt: skip
     model_aliases: tuple[str, ...] = knob(
-        (),
-        "HTTP clients may call the (first) model by this name too; '*': by any. May be repeated.",
-        flag="--model-alias",
-        metavar="NAME",
-    )
+        (), "HTTP clients may call the (first) model by this name too; '*': by any. May be repeated.",
+        flag="--model-alias", metavar="NAME",
+    )  # fmt: skip
     max_body_bytes: int = knob(
         64 * MIB, "Largest HTTP request body; NDJSON uploads are read line by line and may be longer.", at_least=1
     )
@@ -113,16 +102,13 @@ class HttpConfig(ListenConfig):
         (),
         "A name that HTTP callers may use for this server (.example.com: and every name below it), next to loopback's "
         "and the address of the connection. Where keys are required, any will do. May be repeated.",
-        flag="--allowed-host",
-        metavar="NAME",
-    )
+        flag="--allowed-host", metavar="NAME",
+    )  # fmt: skip
     allowed_origins: tuple[str, ...] = knob(
-        (),
-        "Web pages of this origin (https://app.example.com) may call, next to the server's own. '*': of any, where "
+        (), "Web pages of this origin (https://app.example.com) may call, next to the server's own. '*': of any, where "
         "keys are required. May be repeated.",
-        flag="--allow-origin",
-        metavar="ORIGIN",
-    )
+        flag="--allow-origin", metavar="ORIGIN",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -142,40 +128,33 @@ class DecoderConfig(ServerConfig):
         1.0, "Longest time until a moved alias or a replaced passage is noticed.", at_least=0
     )
     read_ratio: int | None = knob(
-        None,
-        "Compression ratio of requests that name none; where a collection is stored coarser, its next multiple.",
-        at_least=1,
-        shown_default="as stored",
-    )
+        None, "Compression ratio of requests that name none; where a collection is stored coarser, its next multiple.",
+        at_least=1, shown_default="as stored",
+    )  # fmt: skip
     stages: tuple[Stage, ...] = knob(
         (),
         "A cascade for requests that name no ratio: 32:100,4:20,1 scores every candidate at ratio 32, the best 100 at "
         "4, the best 20 of those at 1.",
-        metavar="RATIO:KEEP,...",
-        parse=parse_stages,
-    )
+        metavar="RATIO:KEEP,...", parse=parse_stages,
+    )  # fmt: skip
     degrade: bool = knob(
         False,
         "Score a request at a coarser ratio when it would miss its deadline, or the queue fills; the response says "
         "so, and preread_degraded_requests_total counts it.",
     )
     degrade_queue_share: float = knob(
-        0.5,
-        "With --degrade: share of the queue limits above which requests are scored coarser.",
-        at_least=0,
-        at_most=1,
-        metavar="SHARE",
-    )
+        0.5, "With --degrade: share of the queue limits above which requests are scored coarser.",
+        at_least=0, at_most=1, metavar="SHARE",
+    )  # fmt: skip
     max_batch_tokens: int | None = knob(
         None, "Prompt tokens and states per batch.", at_least=1, shown_default="measured"
     )
     max_queue_requests: int = knob(256, "Requests in flight before new ones are rejected.", at_least=1)
     max_queue_tokens: int = knob(1_000_000, "Tokens in flight before new requests are rejected.", at_least=1)
     max_queue_seconds: float = knob(
-        30.0,
-        "Seconds of work in flight, at the measured rate, before new requests are rejected; 0: no such limit.",
+        30.0, "Seconds of work in flight, at the measured rate, before new requests are rejected; 0: no such limit.",
         at_least=0,
-    )
+    )  # fmt: skip
     max_candidates: int = knob(1000, "Candidates of one request.", at_least=1)
     max_request_tokens: int | None = knob(
         None, "Prompt tokens and states of one request, over all its candidates.", at_least=1, shown_default="no limit"
@@ -194,21 +173,17 @@ class DecoderConfig(ServerConfig):
         256 * MIB, "Memory for the read cache of stored states; 0: no cache.", flag="--cache-bytes", at_least=0
     )
     max_inline_cache_bytes: int | None = knob(
-        None,
-        "Memory for the states of texts that came with requests.",
-        flag="--inline-cache-bytes",
-        at_least=0,
-        shown_default="as --cache-bytes",
-    )
+        None, "Memory for the states of texts that came with requests.",
+        flag="--inline-cache-bytes", at_least=0, shown_default="as --cache-bytes",
+    )  # fmt: skip
     encode_timeout_seconds: float = knob(60.0, "Longest time to wait for texts to be encoded on demand.", above=0)
     encoder_tls_ca_file: str = knob("", "Reach that worker with TLS, trusting this certificate (PEM).", is_file=True)
     encoder_tls_cert_file: str = knob("", "Show that worker this certificate (PEM), for mutual TLS.", is_file=True)
     encoder_tls_key_file: str = knob("", "The key of --encoder-tls-cert-file (PEM).", is_file=True)
     max_connection_age_seconds: float = knob(
-        0.0,
-        "Age at which a gRPC client is told to reconnect, and so finds servers that were added; 0: never.",
+        0.0, "Age at which a gRPC client is told to reconnect, and so finds servers that were added; 0: never.",
         at_least=0,
-    )
+    )  # fmt: skip
     log_text: bool = knob(False, "Log queries and instructions too; passages never.")
 
     def __post_init__(self) -> None:
@@ -216,23 +191,15 @@ class DecoderConfig(ServerConfig):
         if not self.models:
             raise ValueError("models is empty; expected at least one")
         names = [model.served_name for model in self.models]
-        twice = {name for name in names if names.count(name) > 1}
-        if twice:
+        if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"two models are called {twice.pop()!r}; give them names: name=checkpoint")
-        problem = stages_problem(self.stages) if self.stages else None
-        if problem is not None:
+        if self.stages and (problem := stages_problem(self.stages)):
             raise ValueError("{} is {}; expected {}".format(*problem))
         if self.stages and self.read_ratio is not None:
-            raise ValueError(
-                f"stages ({format_stages(self.stages)}) and read_ratio ({self.read_ratio}) are mutually exclusive"
-            )
+            both = f"stages ({format_stages(self.stages)}) and read_ratio ({self.read_ratio})"
+            raise ValueError(f"{both} are mutually exclusive")
         if bool(self.encoder_tls_cert_file) != bool(self.encoder_tls_key_file):
             raise ValueError("encoder_tls_cert_file and encoder_tls_key_file go together; only one of them is given")
-
-    @property
-    def inline_cache_bytes(self) -> int:
-        given = self.max_inline_cache_bytes
-        return self.max_store_cache_bytes if given is None else given
 
     @property
     def encoder_tls(self) -> TlsFiles | None:
@@ -245,6 +212,5 @@ class DecoderConfig(ServerConfig):
     @classmethod
     def of_one(cls, checkpoint: str, **fields: Any) -> DecoderConfig:
         """A server of one model; `fields` are those of the model and of the server."""
-        own = {one.name for one in dataclasses.fields(ModelConfig)}
-        model = ModelConfig(checkpoint, **{name: value for name, value in fields.items() if name in own})
-        return cls((model,), **{name: value for name, value in fields.items() if name not in own})
+        own = {one.name: fields.pop(one.name) for one in dataclasses.fields(ModelConfig) if one.name in fields}
+        return cls((ModelConfig(checkpoint, **own),), **fields)

@@ -125,8 +125,9 @@ class DecoderServer:
             self._last.push_async_callback(encoder.close)
             # One that does not answer may start later; until then candidates to encode fail, each with the reason.
             await self.readiness.add(encoder, model.served_name, in_process=model.encoder_in_process)
-            ratio = backend.settings.default_compression_ratio
-            on_demand = OnDemandStates(encoder, max_bytes=self.config.inline_cache_bytes, base_ratio=ratio)
+            ratio, max_bytes = backend.settings.default_compression_ratio, self.config.max_inline_cache_bytes
+            max_bytes = self.config.max_store_cache_bytes if max_bytes is None else max_bytes
+            on_demand = OnDemandStates(encoder, max_bytes=max_bytes, base_ratio=ratio)
             self._last.push_async_callback(on_demand.close)
         threads = self._model_thread, self.threads
         engine = Engine(model.served_name, backend, self.store, on_demand, threads, self.config, self._observers)

@@ -19,8 +19,7 @@ import grpc
 from cache.errors import CacheError
 from cache.store import Store
 from decoder_server.edge.engines import VERSION, collection_infos, every_scored, model_info
-from decoder_server.engine.engine import Engine, choose
-from decoder_server.engine.warming import ANY_QUERY, warm
+from decoder_server.engine.engine import ANY_QUERY, Engine, choose
 from preread.errors import InvalidRequest, Unavailable
 from preread.tei.v1 import tei_pb2, tei_pb2_grpc
 from preread.v1 import common_pb2, rerank_pb2, rerank_pb2_grpc
@@ -100,7 +99,7 @@ class RerankService(rerank_pb2_grpc.RerankServiceServicer):
             compression_ratio=request.compression_ratio or None,
             model=request.model,
         )
-        return _pack(await warm(engine, same_passages), rerank_pb2.WarmResponse)
+        return _pack(await engine.warm(same_passages), rerank_pb2.WarmResponse)
 
 
 class _TeiService(tei_pb2_grpc.RerankServicer, tei_pb2_grpc.InfoServicer):

@@ -18,8 +18,7 @@ from preread.errors import Overloaded
 from preread.values import Degraded
 
 # Before anything was fetched; and the weight of a new passage in the running mean afterwards.
-FIRST_PASSAGE_TOKENS = 256.0
-LEARNING_RATE = 0.1
+FIRST_PASSAGE_TOKENS, LEARNING_RATE = 256.0, 0.1
 MIN_RETRY_SECONDS, MAX_RETRY_SECONDS = 0.05, 120.0
 # Share of the time left that a response may be expected to take: the rest is for the errors of the estimate.
 DEADLINE_SHARE = 0.8
@@ -46,7 +45,7 @@ class _Reservation:
 class Admission:
     """The bounds of one model's queue. Only touched from the event loop."""
 
-    def __init__(self, stats: SchedulerStats, *, max_requests: int, max_tokens: int, max_seconds: float = 0.0) -> None:
+    def __init__(self, stats: SchedulerStats, max_requests: int, max_tokens: int, max_seconds: float = 0.0) -> None:
         self.num_tokens = 0.0
         self.num_rejected = 0
         self._reservations: set[_Reservation] = set()

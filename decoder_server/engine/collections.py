@@ -31,10 +31,7 @@ class StoredCollection:
 
 
 def describe(store: Store, unreadable: dict[str, str] | None = None) -> list[StoredCollection]:
-    """Every collection that can be read, by name; `unreadable`, else the log, is told why each other one cannot.
-
-    Blocks on the store and raises its errors; damage costs its own collection only.
-    """
+    """Every collection that can be read; `unreadable`, else the log, is told why another cannot. Raises CacheError."""
     aliases = sorted(store.aliases().items())
     described = []
     for name in store.list_collections():

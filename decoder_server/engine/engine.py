@@ -1,4 +1,4 @@
-"""One served model: a request goes in, ranked results come out.
+"""One served model: a request goes in, ranked results come out. Its caches can be filled ahead of requests.
 
 check -> plan -> admit -> fetch -> score -> rank, awaited in order. The edges know this face, the types and the
 errors: gRPC and HTTP are theirs.
@@ -12,9 +12,12 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Container, 
 from concurrent.futures import Executor
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
+from itertools import chain
 from typing import TypeVar
 
 from cache.collection import Collection
+from cache.errors import CacheError
+from cache.states import EncodedPassage, all_at_ratio
 from cache.store import Store
 from decoder_server.config import ANY_MODEL, DecoderConfig
 from decoder_server.engine.admission import Admission
@@ -24,13 +27,15 @@ from decoder_server.engine.lifecycle import Observer, RequestTrace
 from decoder_server.engine.on_demand import OnDemandStates
 from decoder_server.engine.plan import Plan, check, plan
 from decoder_server.engine.request_run import RequestRun
-from decoder_server.engine.scheduler import Scheduler
-from decoder_server.models.backend import Backend, Prompt
+from decoder_server.engine.scheduler import Scheduler, split_by_length
+from decoder_server.models.backend import Backend, Prompt, StatesBackend
 from decoder_server.models.loading import BATCH_TOKENS
-from preread.errors import DeadlineExceeded, InvalidRequest, NotFound, Unavailable
-from preread.values import Candidate, RerankRequest, Result, Summary
+from preread.errors import DeadlineExceeded, FailedPrecondition, InvalidRequest, NotFound, Unavailable
+from preread.values import Candidate, RerankRequest, Result, Summary, TierUse, Warmed
 
 T = TypeVar("T")
+
+ANY_QUERY = "a query"  # of `warm`, stands for queries to come: cached keys and values do not depend on it
 
 
 class Engine:
@@ -53,8 +58,7 @@ class Engine:
         self.reads_text = backend.identity() is None
         self.encodes_on_demand = on_demand is not None
         self._observers = observers
-        self._num_in_flight = 0
-        self._draining = False
+        self._num_in_flight, self._draining = 0, False
         self._idle = asyncio.Event()
         self._idle.set()
         self.catalogue = Catalogue(store, backend.identity(), limits.max_staleness_seconds)
@@ -63,10 +67,7 @@ class Engine:
             min_tokens = max_tokens = limits.max_batch_tokens
         self.scheduler = Scheduler(backend, model_thread, max_tokens, min_tokens, observers)
         self.admission = Admission(
-            self.scheduler.stats,
-            max_requests=limits.max_queue_requests,
-            max_tokens=limits.max_queue_tokens,
-            max_seconds=limits.max_queue_seconds,
+            self.scheduler.stats, limits.max_queue_requests, limits.max_queue_tokens, limits.max_queue_seconds
         )
         # Candidates per read of the store: about a batch of short ones, a share of it for long ones.
         chunk = max(16, max_tokens // 128)
@@ -106,6 +107,39 @@ class Engine:
                         with_texts = await self._with_texts(run.wanted, batch)
                     yield with_texts
             yield self._summarize(run)
+
+    async def warm(self, request: RerankRequest) -> Warmed:
+        """Pre-fills the caches for the ids of a request, whose query is not read.
+
+        Between forward passes, so that requests in flight wait for one batch at most. Raises as `rerank`, and
+        FailedPrecondition where the model has nothing to warm.
+        """
+        backend = self.backend
+        if not isinstance(backend, StatesBackend) or not any(cache.max_bytes for cache in backend.caches):
+            message = f"model {self.name!r} has nothing to warm: it is a cross-encoder, or its caches are disabled"
+            raise FailedPrecondition("NOTHING_TO_WARM", self.name, message)
+        async with self.track(request, "warm"):
+            check(request, self.limits)
+            collection = await self.open_collection(request.collection)
+            if collection is None:
+                raise InvalidRequest("collection", "", "the collection that holds the ids")
+            ratios = {stage.compression_ratio for stage in self._plan_of(request, collection).stages}
+            prompt = await self.prompt(ANY_QUERY, request.instruction)
+            ids = list(dict.fromkeys(candidate.passage_id or "" for candidate in request.candidates))
+            try:
+                read = await self.call(collection.get_encoded_many, ids)
+            except CacheError as exc:
+                raise Unavailable(f"the store could not be read: {exc}") from exc
+            found = {i: passage for i, passage in zip(ids, read, strict=True) if isinstance(passage, EncodedPassage)}
+            pooled = [await self.call(all_at_ratio, list(found.values()), ratio) for ratio in ratios]
+            pairs = list(chain.from_iterable(backend.pairs(prompt, list(chain.from_iterable(pooled)))))
+            num_kept = [0] * len(backend.caches)
+            for rows in split_by_length(pairs, self.scheduler.batch_tokens):
+                held = await self.scheduler.between_passes(backend.fill, [pairs[i] for i in rows])
+                num_kept = [total + now for total, now in zip(num_kept, held, strict=True)]
+            kept = zip(backend.caches, num_kept, strict=True)
+            tiers = tuple(TierUse(cache.name, num, cache.num_bytes, cache.max_bytes) for cache, num in kept)
+            return Warmed(self.name, len(found), len(pairs), tuple(i for i in ids if i not in found), tiers)
 
     @asynccontextmanager
     async def track(
@@ -158,7 +192,7 @@ class Engine:
             raise InvalidRequest("instruction", f"{num_tokens} tokens long", expected)
         return prompt
 
-    def plan_of(self, request: RerankRequest, collection: Collection | None) -> Plan:
+    def _plan_of(self, request: RerankRequest, collection: Collection | None) -> Plan:
         """The ratio or stages of a request; the same for every candidate, so that scores compare."""
         stored = collection.manifest.compression_ratio if collection is not None else None
         return plan(request, self.limits, stored, self.backend.settings.default_compression_ratio)
@@ -176,7 +210,7 @@ class Engine:
         for i, candidate in enumerate(request.candidates):
             groups.setdefault(i if self.backend.listwise else candidate, []).append(i)
         equal = {same[0]: same for same in groups.values()}
-        chosen, limits = self.plan_of(request, collection), self.limits
+        chosen, limits = self._plan_of(request, collection), self.limits
         if limits.degrade and not self.reads_text:
             share = limits.degrade_queue_share
             chosen, trace.degraded = self.admission.degrade(chosen, len(equal), prompt.num_tokens, deadline, share)
@@ -187,7 +221,6 @@ class Engine:
         return RequestRun(*scored_by, limits.max_request_tokens, wanted, chosen, equal)
 
     async def _with_texts(self, wanted: FetchRequest, results: list[Result]) -> list[Result]:
-        """Adds candidates' texts where they were requested."""
         if not wanted.trace.request.return_text:
             return results
         # A text over the limit is not sent back: its status says why it was not read.
@@ -229,11 +262,9 @@ def _ranked(results: Iterable[Result], top_n: int) -> list[Result]:
 
     Candidates that reached a later stage rank first.
     """
-    every = sorted(results, key=lambda one: one.index)
-    scored = sorted(
-        (one for one in every if one.margin is not None), key=lambda one: (-len(one.stages), -(one.margin or 0.0))
-    )
-    return (scored[:top_n] if top_n else scored) + [one for one in every if one.margin is None]
+    every = sorted(results, key=lambda one: (one.margin is None, -len(one.stages), -(one.margin or 0.0), one.index))
+    num_scored = sum(one.margin is not None for one in every)
+    return every[: min(top_n or num_scored, num_scored)] + every[num_scored:]
 
 
 def choose(engines: Mapping[str, Engine], name: str = "", aliases: Container[str] = ()) -> Engine:

@@ -28,8 +28,6 @@ MAX_CANDIDATES = 16  # each is as much work as a dozen of a ranking
 
 @dataclass(frozen=True, slots=True)
 class _Explained:
-    """One candidate."""
-
     index: int
     passage_id: str
     status: Status

@@ -101,7 +101,7 @@ class FetchRequest:
     trace: RequestTrace
     unavailable: list[StoreUnavailable] = field(default_factory=list)  # after one, the store is not waited for again
 
-    def read(self, read: Callable[[Sequence[str]], list[T]], ids: Iterable[str]) -> dict[str, T]:
+    def read(self, read: Callable[[Sequence[str]], Sequence[T]], ids: Iterable[str]) -> dict[str, T]:
         """Reads passages by id, each once; CacheError at once where the store has kept this request waiting before."""
         if self.unavailable:
             raise self.unavailable[0]
@@ -196,8 +196,10 @@ class Fetcher:
                 fetched.append(replace(one, status=status, message=f"{one.message}; no encoder worker is configured"))
             elif states := self.on_demand.kept(one.digest, request.base_ratio):
                 kept.append(replace(one, status="hit", passage=states, message=""))
+            elif request.on_miss in ("encode", None):
+                misses.append(one)
             else:
-                (misses if request.on_miss in ("encode", None) else fetched).append(one)
+                fetched.append(one)
         if kept:
             fetched += await self._call(self._with_pairs, request, ratio, kept)
         return fetched, misses
@@ -226,15 +228,21 @@ class Fetcher:
         wanted = [i for i, text in texts.items() if text is None or not self._reads_text]
         ids = [name for i in wanted if (name := request.candidates[i].passage_id)]
         stored: Mapping[str, _Stored] = {}
-        if request.collection is not None and ids:
+        if (collection := request.collection) is not None and ids:
             try:
-                stored = self._stored(request, request.collection, ids)
+                if not self._reads_text:
+                    read = request.read(collection.get_encoded_many, ids)
+                    found = {key: one for key, one in read.items() if isinstance(one, EncodedPassage)}
+                    pooled = all_at_ratio(list(found.values()), request.base_ratio)
+                    stored = {**read, **dict(zip(found, pooled, strict=True))}
+                elif collection.manifest.stores_text:
+                    stored = request.read(collection.get_texts, ids)
             except CacheError as exc:  # the store is down: that costs these candidates, not the request
                 stored = dict.fromkeys(ids, exc)
         fetched = [one for one in sent.values() if isinstance(one, FetchedPassage)]
         for i, text in texts.items():
             passage_id = request.candidates[i].passage_id
-            fetched.append(self._settled(request.collection, i, passage_id, text, stored.get(passage_id or "")))
+            fetched.append(self._settled(collection, i, passage_id, text, stored.get(passage_id or "")))
         return self._with_pairs(request, ratio, fetched)
 
     def _sent(self, candidate: Candidate, index: int) -> str | FetchedPassage | None:
@@ -255,14 +263,6 @@ class Fetcher:
             log.exception("candidates[%d] could not be read", index)
             return rejected("failed", message=UNREADABLE)
         return rejected("failed", message="the text is empty", empty=True) if candidate.passage_id is None else None
-
-    def _stored(self, request: FetchRequest, collection: Collection, ids: Sequence[str]) -> Mapping[str, _Stored]:
-        """States at the base ratio by id, or texts; raises CacheError."""
-        if self._reads_text:
-            return request.read(collection.get_texts, ids) if collection.manifest.stores_text else {}
-        read = request.read(collection.get_encoded_many, ids)
-        found = {key: one for key, one in read.items() if isinstance(one, EncodedPassage)}
-        return {**read, **dict(zip(found, all_at_ratio(list(found.values()), request.base_ratio), strict=True))}
 
     def _settled(
         self, collection: Collection | None, index: int, passage_id: str | None, text: str | None, stored: _Stored

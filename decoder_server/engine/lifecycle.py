@@ -50,7 +50,6 @@ class RequestTrace:
     timings: Timings | None = None  # of a ranking that went well
 
     def timed(self) -> Timings:
-        """Timings as of now."""
         queued = sum(start - ready for ready, start, _ in self.passes)
         computed = sum(end - start for _, start, end in self.passes)
         total = time.monotonic() - self.start

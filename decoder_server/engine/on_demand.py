@@ -137,24 +137,19 @@ class OnDemandStates:
         # Texts are encoded at it for every multiple of it, and pooled, so that one encoding serves all.
         self._base_ratio = base_ratio
         # LRU rather than by frequency: a text comes again soon, or never.
-        self._kept: ByteBoundedCache[_Key, PassageStates] = ByteBoundedCache(
-            max_bytes, lambda states: states.nbytes, policy="lru"
-        )
+        self._kept = ByteBoundedCache[_Key, PassageStates](max_bytes, lambda states: states.nbytes, policy="lru")
         self._flights: dict[_Key, asyncio.Future[PassageStates | str]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
     def num_bytes(self) -> int:
-        """Bytes held now."""
         return self._kept.num_bytes
 
     def kept(self, digest: bytes, ratio: int) -> PassageStates | None:
         """States at `ratio` that need no encoding, if there are any."""
         states = self._kept.get(self._key(digest, ratio))
-        if states is None:
-            return None
-        self.num_hits += 1
-        return states.at_ratio(ratio)
+        self.num_hits += states is not None
+        return states.at_ratio(ratio) if states is not None else None
 
     async def encode(self, texts: Mapping[bytes, str], ratio: int) -> dict[bytes, PassageStates | str]:
         """States at `ratio` of texts by digest, or why there are none; waits for encodings in flight.
@@ -162,8 +157,9 @@ class OnDemandStates:
         A cancelled caller does not cancel the encoding: others may wait for it, and the next request probably will.
         """
         # Looked up again: since the caller looked, another request may have had them encoded.
-        kept: dict[bytes, PassageStates | str] = {}
-        kept |= {digest: states for digest in texts if (states := self.kept(digest, ratio)) is not None}
+        kept: dict[bytes, PassageStates | str] = {
+            key: own for key in texts if (own := self.kept(key, ratio)) is not None
+        }
         keys = {digest: self._key(digest, ratio) for digest in texts if digest not in kept}
         new = {key: texts[digest] for digest, key in keys.items() if key not in self._flights}
         if new:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 
 from decoder_server.config import DecoderConfig
 from preread.errors import InvalidRequest, Path
@@ -37,9 +38,7 @@ class Plan:
 
     def reads(self, num_candidates: int) -> list[tuple[int, int]]:
         """Per stage, how many candidates it scores at most, and its ratio."""
-        counts = [num_candidates]
-        for stage in self.stages[:-1]:
-            counts.append(min(counts[-1], stage.keep))
+        counts = accumulate((stage.keep for stage in self.stages[:-1]), min, initial=num_candidates)
         return [(count, stage.compression_ratio) for count, stage in zip(counts, self.stages, strict=True)]
 
     def coarser(self) -> list[Plan]:
@@ -60,17 +59,15 @@ def plan(request: RerankRequest, limits: DecoderConfig, stored_ratio: int | None
     cannot give, or stages for a model that reads text.
     """
     if model_ratio == TEXT_RATIO:
-        if request.stages:
-            number = f"{len(request.stages)} of them"
-            raise InvalidRequest("stages", number, "none: this model reads text, at no ratio")
+        if num_stages := len(request.stages):
+            raise InvalidRequest("stages", f"{num_stages} of them", "none: this model reads text, at no ratio")
         return Plan((Stage(TEXT_RATIO),))
     stored = stored_ratio or 1
-    named: list[tuple[Path, int]] = [
-        (("stages", i, "compression_ratio"), stage.compression_ratio) for i, stage in enumerate(request.stages)
-    ]
-    if request.compression_ratio:
-        named.append((("compression_ratio",), request.compression_ratio))
-    for path, ratio in named:
+    named: dict[Path, int] = {
+        ("stages", i, "compression_ratio"): s.compression_ratio for i, s in enumerate(request.stages)
+    }
+    named["compression_ratio",] = request.compression_ratio or stored
+    for path, ratio in named.items():
         if ratio % stored:
             expected = f"a multiple of {stored}, the ratio that collection {request.collection!r} is stored at"
             raise InvalidRequest(path, ratio, expected)
@@ -106,13 +103,12 @@ def check(request: RerankRequest, limits: DecoderConfig) -> None:
         raise InvalidRequest("candidates", f"{num_candidates} of them", f"1..{limits.max_candidates}")
     if request.top_n < 0:
         raise InvalidRequest("top_n", request.top_n, "0 (all) or more")
-    if request.compression_ratio is not None and request.compression_ratio < 1:
-        raise InvalidRequest("compression_ratio", request.compression_ratio, "0 (the stored ratio) or more")
-    if request.stages and request.compression_ratio:
-        expected = "0: compression_ratio and stages are mutually exclusive"
-        raise InvalidRequest("compression_ratio", request.compression_ratio, expected)
-    problem = stages_problem(request.stages) if request.stages else None
-    if problem is not None:
+    ratio = request.compression_ratio
+    if ratio is not None and ratio < 1:
+        raise InvalidRequest("compression_ratio", ratio, "0 (the stored ratio) or more")
+    if request.stages and ratio:
+        raise InvalidRequest("compression_ratio", ratio, "0: compression_ratio and stages are mutually exclusive")
+    if request.stages and (problem := stages_problem(request.stages)):
         raise InvalidRequest(*problem)
     for i, candidate in enumerate(request.candidates):
         if candidate.problem or candidate.text is not None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from typing import Any
 
 from decoder_server.engine.admission import Admission
 from decoder_server.engine.fetch import FetchedPassage, Fetcher, FetchRequest
@@ -91,7 +92,7 @@ class RequestRun:
         try:
             while arriving or scheduled:
                 timeout = None if stop_at is None or not cascade.any_scored else max(0.0, stop_at - time.monotonic())
-                awaited = [*scheduled, arriving] if arriving else [*scheduled]
+                awaited: list[asyncio.Future[Any]] = [*scheduled, arriving] if arriving else [*scheduled]
                 done, _ = await asyncio.wait(awaited, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
                 if not done:
                     return

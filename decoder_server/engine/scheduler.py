@@ -67,33 +67,28 @@ class SchedulerStats:
 
     def drained(self, num_tokens: int, seconds: float) -> None:
         """A pass took that much from the queue; `seconds` since the pass before, if pairs were queued by then."""
-        recent_tokens, recent_seconds = self._recent
-        self._recent = RATE_MEMORY * recent_tokens + num_tokens, RATE_MEMORY * recent_seconds + seconds
+        tokens_before, seconds_before = self._recent
+        self._recent = RATE_MEMORY * tokens_before + num_tokens, RATE_MEMORY * seconds_before + seconds
 
     @property
     def drain_rate(self) -> float:
-        """Tokens a second that recently left the queue, all that passes wait for included; 0 before the first.
-
-        Under a flood the process has more to do than passes, and queued requests wait for that, too.
-        """
+        """Tokens a second that recently left the queue; under a flood passes wait for other work, too. 0: none yet."""
         recent_tokens, recent_seconds = self._recent
         return recent_tokens / recent_seconds if recent_seconds else self.tokens_per_second
 
     def count(self, pairs: Sequence[Pair], seconds: float) -> PassRecord:
         """Counts one pass and describes it."""
-        num_tokens = sum(pair.num_tokens for pair in pairs)
-        num_prompt_tokens = sum(pair.num_prompt_tokens for pair in pairs)
+        num_tokens, num_prompt_tokens = sum(p.num_tokens for p in pairs), sum(p.num_prompt_tokens for p in pairs)
         self.num_passes += 1
         self.num_pairs += len(pairs)
         self.num_tokens += num_tokens
         self.compute_seconds += seconds
         self.learn(num_prompt_tokens, num_tokens - num_prompt_tokens, seconds)
-        needed = sum(_cells(pair.num_prompt_tokens, pair.num_states) for pair in pairs)
-        longest = _cells(max(pair.num_prompt_tokens for pair in pairs), max(pair.num_states for pair in pairs))
+        needed = sum(_cells(p.num_prompt_tokens, p.num_states) for p in pairs)
+        longest = _cells(max(p.num_prompt_tokens for p in pairs), max(p.num_states for p in pairs))
         return PassRecord(len(pairs), num_tokens, needed, len(pairs) * longest - needed, seconds)
 
     def learn(self, num_prompt_tokens: int, num_states: int, seconds: float) -> None:
-        """Takes the time of one pass into account."""
         p, s, t = float(num_prompt_tokens), float(num_states), seconds
         # Every pass counts by its share, not by its square: a batch twice as large is not four times the evidence.
         w = 1.0 / max(1.0, p + s)
@@ -102,7 +97,6 @@ class SchedulerStats:
 
     @property
     def knows_pass_time(self) -> bool:
-        """Whether there was any pass."""
         return self._fit[5] > 0
 
     def pass_seconds(self, num_prompt_tokens: float, num_states: float) -> float:
@@ -147,36 +141,29 @@ class _Passage:
 _Queued = tuple[_Passage, Pair]
 
 
+@dataclass(slots=True, eq=False)
 class RequestQueue:
     """The queued pairs of one request. Made by Scheduler.queued."""
 
-    def __init__(self, rank: float, deadline: float | None) -> None:
-        self.rank = rank  # virtual time at which an equal share of the machine would finish it; lower goes first
-        self.deadline = deadline  # on time.monotonic's clock; None: none
-        self.num_tokens = 0  # that are queued
-        self.closed = False
-        self.passes: list[QueueInterval] = []
-        self.taken = asyncio.Event()
-        self._waiting: deque[_Queued] = deque()
-        self.computing = False
-        self._since: float | None = None  # pairs have been ready and none of them computed
-
-    def __len__(self) -> int:
-        return len(self._waiting)
+    rank: float  # virtual time at which an equal share of the machine would finish it; lower goes first
+    deadline: float | None  # on time.monotonic's clock; None: none
+    num_tokens: int = 0  # that are queued
+    closed: bool = False
+    computing: bool = False
+    passes: list[QueueInterval] = field(default_factory=list)
+    taken: asyncio.Event = field(default_factory=asyncio.Event)
+    waiting: deque[_Queued] = field(default_factory=deque)
+    _since: float | None = None  # pairs have been ready and none of them computed
 
     def add(self, pairs: Sequence[Pair], passage: _Passage) -> None:
-        self._waiting.extend((passage, pair) for pair in pairs)
+        self.waiting.extend((passage, pair) for pair in pairs)
         self.num_tokens += sum(pair.num_tokens for pair in pairs)
         if not self.computing and self._since is None:
             self._since = time.monotonic()
 
-    def next_tokens(self) -> int:
-        """Cost of the next pair."""
-        return self._waiting[0][1].num_tokens
-
     def take(self) -> _Queued:
         """The next pair, for a batch that is being filled."""
-        passage, pair = self._waiting.popleft()
+        passage, pair = self.waiting.popleft()
         self.num_tokens -= pair.num_tokens
         self.taken.set()
         return passage, pair
@@ -186,9 +173,8 @@ class RequestQueue:
 
         The futures of dropped pairs stay pending: their request has ended, or is about to by its deadline.
         """
-        dropped = list(self._waiting)
-        self._waiting.clear()
-        self.num_tokens = 0
+        dropped, self.num_tokens = list(self.waiting), 0
+        self.waiting.clear()
         self._since = self._since if self.computing else None
         self.taken.set()
         if error is not None:
@@ -197,13 +183,12 @@ class RequestQueue:
         return len(dropped)
 
     def expired(self, now: float) -> bool:
-        """The request was cancelled, or its deadline passed."""
         return self.closed or (self.deadline is not None and now >= self.deadline)
 
     def pass_finished(self, start: float, end: float) -> None:
         self.computing = False
         self.passes.append((start if self._since is None else self._since, start, end))
-        self._since = end if self._waiting else None
+        self._since = end if self.waiting else None
 
 
 class Scheduler:
@@ -245,13 +230,10 @@ class Scheduler:
 
     @property
     def num_queued_pairs(self) -> int:
-        return sum(map(len, self._queues))
+        return sum(len(queue.waiting) for queue in self._queues)
 
     def submit(self, queue: RequestQueue, pairs: Sequence[Pair]) -> asyncio.Future[list[float | None]]:
-        """Queues the pairs of one passage; their margins: NaN for a logit that is not finite, None for a failed pass.
-
-        Raises Unavailable when the batching loop has ended.
-        """
+        """Queues the pairs of one passage; their margins: NaN for a logit that is not finite, None: the pass failed."""
         if self._stopped:
             raise Unavailable(STOPPED)
         passage = _Passage(queue, len(pairs), asyncio.get_running_loop().create_future())
@@ -302,11 +284,11 @@ class Scheduler:
         for queue in self._queues:
             if queue.expired(now):
                 self.stats.num_dropped_pairs += queue.clear()
-            if self._backend.listwise and queue:  # one request's list, whole
-                return [queue.take() for _ in range(len(queue))]
-            while queue and (not batch or queue.next_tokens() <= left):
-                left -= queue.next_tokens()
+            if self._backend.listwise and queue.waiting:  # one request's list, whole
+                return [queue.take() for _ in range(len(queue.waiting))]
+            while queue.waiting and (not batch or queue.waiting[0][1].num_tokens <= left):
                 batch.append(queue.take())
+                left -= batch[-1][1].num_tokens
         if not batch:
             self._ready.clear()
             self._last_pass = None
@@ -336,14 +318,11 @@ class Scheduler:
             passage.scored(margin)
 
     def _score(self, pairs: list[Pair]) -> list[float | None]:
-        """On the model's thread. A pass that raises is repeated pair by pair: a bad one costs itself only.
-
-        The pairs of a list cost each other: alone they would have other scores.
-        """
+        """On the model's thread. A pass that raises is repeated pair by pair: a bad one costs itself only."""
         try:
             margins: list[float | None] = self._backend.score(pairs).tolist()
         except Exception as exc:  # whatever the model raises must not end the loop
-            if len(pairs) > 1 and not self._backend.listwise:
+            if len(pairs) > 1 and not self._backend.listwise:  # pairs of a list would have other scores alone
                 log.warning("a pass of %d pairs failed, repeating it pair by pair: %s", len(pairs), exc)
                 return [margin for pair in pairs for margin in self._score([pair])]
             log.exception("a pass of %d could not be scored", len(pairs))

@@ -93,15 +93,14 @@ async def test_what_is_read_as_stored_reaches_the_pass_encoded(serve, gated, lon
 async def test_a_query_is_tokenized_once(serve, fbnl, long_ids, texts, monkeypatch) -> None:
     """However many candidates, reads, passes and stages a request has, and whatever names a passage twice."""
     prompts = []
-    text = fbnl.checkpoint.text
-    prompt = text.prompt
+    prompt = fbnl.prompt
 
     def counted(query: str, instruction: str | None = None) -> Any:
         prompts.append(query)
         return prompt(query, instruction)
 
     async with serve(max_batch_tokens=2000) as serving:
-        monkeypatch.setattr(text, "prompt", counted)
+        monkeypatch.setattr(fbnl, "prompt", counted)
         await serving.rerank(query="one", ids=[*long_ids, *long_ids[:5]])
         assert prompts == ["one"]
         coarse, fine = {"compression_ratio": 16, "keep": 12}, {"compression_ratio": 4}

@@ -33,12 +33,7 @@ class FbnlBackend:
         dtype: str | None = None,  # auto, float32 or bfloat16; None is auto
         budgets: KvCacheConfig = NO_KV_CACHES,
     ) -> None:
-        """Reads the decoder's tensors.
-
-        Raises:
-            CheckpointError: files that cannot be served.
-            ValueError: a device or dtype that is not to be had.
-        """
+        """Raises CheckpointError for files that cannot be served, ValueError for a device or dtype not to be had."""
         self._device, self._dtype = choose_device(device, dtype)
         fused = choose_fused(checkpoint.dim, self._device)
         self.settings = checkpoint.settings
@@ -46,7 +41,8 @@ class FbnlBackend:
         self.dtype_name = dtype_name(self._dtype)
         self.device_name = str(self._device)
         self.checkpoint = checkpoint
-        self._text = checkpoint.text  # read before the weights: a wrong tokenizer should fail fast
+        self._text = text = checkpoint.text  # read before the weights: a wrong tokenizer should fail fast
+        self.prompt, self.cut, self.is_empty, self.spans = text.prompt, text.cut, text.is_empty, text.spans
         tensors = checkpoint.decoder_tensors(self._dtype)
         if self._device.type != "cpu":
             tensors = {name: tensor.to(self._device) for name, tensor in tensors.items()}
@@ -61,24 +57,20 @@ class FbnlBackend:
 
     @property
     def num_compilations(self) -> int:
-        """Fused steps compiled so far; constant once warm, whatever comes."""
         return self._decoder.pointwise.num_compilations
 
     def identity(self) -> EncoderIdentity:
         return self.checkpoint.identity()
 
-    def prompt(self, query: str, instruction: str | None = None) -> TokenizedPrompt:
-        return self._text.prompt(query, instruction)
-
     def pairs(self, prompt: TokenizedPrompt, passages: Sequence[AnyStates]) -> list[list[StatePair]]:
         """Per passage its windows under the prompt."""
-        return [
-            [
-                StatePair(prompt, states, passage.truncated, _window_key(passage, window))
-                for window, states in enumerate(passage.windows())
-            ]
-            for passage in passages
-        ]
+        pairs: list[list[StatePair]] = [[] for _ in passages]
+        for own, passage in zip(pairs, passages, strict=True):
+            for window, states in enumerate(passage.windows()):
+                # Names the window at its ratio in the caches; empty for a passage without a key.
+                key = passage.key and passage.key + struct.pack("<II", passage.compression_ratio, window)
+                own.append(StatePair(prompt, states, passage.truncated, key))
+        return pairs
 
     def activate(self, margin: float) -> float:
         """P(yes), in float32. Of one number: numpy's array functions take four times as long."""
@@ -87,27 +79,15 @@ class FbnlBackend:
             return float(np.float32(1) / (np.float32(1) + np.exp(-x)))
         return float(np.exp(x) / (np.float32(1) + np.exp(x)))
 
-    def cut(self, text: str, max_tokens: int | None, *, keep_end: bool = False) -> str:
-        return self._text.cut(text, max_tokens, keep_end=keep_end)
-
-    def is_empty(self, text: str) -> bool:
-        return self._text.is_empty(text)
-
-    def spans(self, text: str) -> list[tuple[int, int]]:
-        return self._text.spans(text)
-
     def score(self, pairs: Sequence[StatePair]) -> NDArray[np.float32]:
         """Margins (len(pairs),); NaN where a logit was not finite."""
-        if not pairs:
-            return np.empty(0, dtype=np.float32)
         margins = np.empty(len(pairs), dtype=np.float32)
-        for rows, inputs in self._contexts.passes(pairs):
+        for rows, inputs in self._contexts.passes(pairs) if pairs else ():
             margins[rows] = self._decoder.margins(*inputs, self._text.yes_id, self._text.no_id).cpu().numpy()
         return np.where(np.isfinite(margins), margins, np.float32("nan"))
 
     @property
     def caches(self) -> tuple[KVCache, KVCache]:
-        """The KV cache and the prefix cache."""
         return self._contexts.keys, self._contexts.prefixes
 
     def fill(self, pairs: Sequence[StatePair]) -> tuple[int, int]:
@@ -122,17 +102,8 @@ class FbnlBackend:
         return weights
 
     def warm_up(self) -> None:
-        """One real pass over a real prompt.
-
-        Raises:
-            CheckpointError: the weights give no finite margin.
-        """
+        """One real pass over a real prompt; CheckpointError where the weights give no finite margin."""
         states = np.full((4, self.checkpoint.dim), 0.5, dtype=np.float32)
         margin = self.score([StatePair(self.prompt("Does this model answer?"), states)])
         if not np.isfinite(margin).all():
             raise CheckpointError(f"{self.checkpoint.path}: the first forward pass gave no finite margin")
-
-
-def _window_key(passage: AnyStates, window: int) -> bytes:
-    """Names a window at its ratio in the caches; empty for a passage without a key."""
-    return passage.key and passage.key + struct.pack("<II", passage.compression_ratio, window)

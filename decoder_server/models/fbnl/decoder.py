@@ -1,12 +1,9 @@
 """The T5Gemma 2 decoder as a reranker runs it: one packed pass, read out at each prompt's last token.
 
-Reads like the model's definition (transformers' modeling_t5gemma2 is the oracle in the tests), less what reranking
-never uses: no generation, no full vocabulary. Dense layers see prompts packed end to end, so no padded token is ever
-multiplied; only attention pads, and only keys and queries (Layout). The last layer computes queries, output
-projection and MLP at the readout rows only; two rows of the output embedding are multiplied.
-
-A pass needs of a passage its keys and values, layer by layer: a context. `passage_kv` makes it of pooled states;
-`prompt_kv` continues it by the prefix of a prompt, so that a pass over the rest alone gives the same margins.
+transformers' modeling_t5gemma2 is the oracle in the tests. Dense layers see prompts packed end to end, so no padded
+token is ever multiplied; only attention pads (Layout). The last layer computes queries, output projection and MLP at
+the readout rows only. A pass needs of a passage its keys and values, layer by layer: a context. `passage_kv` makes it
+of states; `prompt_kv` continues it by a prompt's prefix, so that a pass over the rest alone gives the same margins.
 """
 
 from __future__ import annotations
@@ -53,8 +50,7 @@ class Layout:
     def mask(self, window: int | None, num_kv: int, dtype: torch.dtype) -> Tensor:
         """Additive mask (batch, num_kv, max_prompt, max_context + max_prompt).
 
-        A prompt token sees itself and earlier tokens, within `window` where the layer slides, and
-        every state of its passage.
+        A prompt token sees itself and earlier tokens, within `window` where the layer slides, and every state.
         """
         at = self._at[:, :, None]
         index = torch.arange(self._context.longest, device=self._device)
@@ -67,7 +63,7 @@ class Layout:
         return torch.zeros(allowed.shape, dtype=dtype, device=self._device).masked_fill_(~allowed, float("-inf"))
 
     def readout_mask(self, mask: Tensor) -> Tensor:
-        """Rows of `mask` at the readout, (batch, num_kv, 1, max_context + max_prompt)."""
+        """(batch, num_kv, 1, max_context + max_prompt)."""
         return mask[torch.arange(self.batch, device=self._device), :, self._last][:, :, None]
 
     def merge(self, context: Tensor, prompt: Tensor) -> Tensor:
@@ -75,10 +71,9 @@ class Layout:
         return torch.cat([self._context.pad(context), self._prompt.pad(prompt)], dim=1).transpose(1, 2)
 
     def fold(self, q: Tensor, num_kv: int, *, readout: bool) -> Tensor:
-        """Queries (rows, num_heads, head) -> (batch, num_kv, length * group, head).
+        """Queries (rows, num_heads, head) -> (batch, num_kv, length * group, head); of `readout` rows alone: length 1.
 
-        Query heads that share a kv head are adjacent, so that shared keys are read once and
-        never repeated in memory. `readout` says that the rows are the readout rows alone (length 1).
+        Query heads that share a kv head are adjacent, so that shared keys are read once, never repeated in memory.
         """
         padded = q[:, None] if readout else self._prompt.pad(q)  # (batch, length, num_heads, head)
         batch, length, num_heads, head = padded.shape
@@ -132,9 +127,8 @@ class Decoder:
         self.head = tensors.pop("lm_head.weight", weight)
         self.norm = take_norm(tensors, "decoder.norm")
         scale = float(config.query_pre_attn_scalar**-0.5)
-        self.layers = [
-            LayerWeights.take(tensors, f"decoder.layers.{i}", scale) for i in range(config.num_hidden_layers)
-        ]
+        names = [f"decoder.layers.{i}" for i in range(config.num_hidden_layers)]
+        self.layers = [LayerWeights.take(tensors, name, scale) for name in names]
         self.layer_types: list[str] = list(config.layer_types or ())
         self.pointwise = Pointwise(float(config.rms_norm_eps), compiled=compiled)
         self._rope = Rope(config, weight.device, weight.dtype)
@@ -145,24 +139,18 @@ class Decoder:
     ) -> Tensor:
         """Yes-logit minus no-logit at the last token of every prompt, float32 (batch,).
 
-        Args:
-            token_ids: prompts packed end to end, without what the context has of them, (num_tokens,).
-            context: per layer, packed end to end.
-            layout: which rows of both belong to which pair.
+        `token_ids` (num_tokens,) are prompts packed end to end, without what the context has of them; `context` is per
+        layer, packed end to end; `layout` says which rows of both belong to which pair.
         """
         hidden = self._run(token_ids, context, layout)  # (batch, dim): the readout rows
         logits = hidden.float() @ self.head[[yes_id, no_id]].float().T  # (batch, 2)
-        cap = self.config.final_logit_softcapping
-        if cap is not None:
+        if (cap := self.config.final_logit_softcapping) is not None:
             logits = torch.tanh(logits / cap) * cap
         return logits[:, 0] - logits[:, 1]
 
     @torch.inference_mode()
     def passage_kv(self, states: Tensor) -> Iterator[KeysValues]:
-        """The context that pooled states (num_states, dim) make, layer by layer, on demand.
-
-        Passage keys carry no position.
-        """
+        """The context that pooled states (num_states, dim) make, layer by layer, on demand; keys carry no position."""
         for layer in self.layers:
             with torch.inference_mode():  # a generator runs in its caller's mode
                 k, v = self._projected(layer, states)
@@ -179,8 +167,7 @@ class Decoder:
     def attention(self, token_ids: Tensor, states: Tensor) -> Tensor:
         """Weights of one prompt's readout token over states (num_states, dim): float32 (num_layers, num_states).
 
-        The mean over heads of the softmax over [states ; prompt]; what a row lacks to 1 went to the
-        prompt. For looking at, not for serving.
+        The mean over heads of the softmax over [states ; prompt]; what a row lacks to 1 went to the prompt.
         """
         rows: list[Tensor] = []
 

@@ -1,15 +1,9 @@
 """KV and prefix cache: keys and values kept between forward passes, and the contexts of a batch made of them.
 
-    keys      per passage and ratio: keys and values of its states in every layer
-    prefixes  per passage, ratio and instruction: keys and values of the prompt's prefix over that passage
-
-A passage that several pairs of a batch share is computed once, and so is a prefix over it; batches come one after the
-other, so nothing is computed twice at the same time. An entry is admitted at its second miss, and into a full cache
-only if it missed more often than the entry it evicts (TinyLFU, as Moka does it). Everything that changes an entry's
-value is in its key, and the caches go with the model that made them, so entries never go stale.
-
-States that are needed for it are decoded for the whole batch: where a codec keeps numbers (Flat, SQfp16, SQbf16), one
-copy of bytes and one conversion by torch, or none; other codecs decode all passages of the batch in one call.
+The KV cache holds those of a passage's states per ratio, the prefix cache those of a prompt's prefix over a passage,
+per ratio and instruction. An entry is admitted at its second miss, and into a full cache only if it missed more often
+than the entry it evicts (TinyLFU, as Moka does it). Everything that changes an entry's value is in its key, and the
+caches go with the model that made them, so entries never go stale.
 """
 
 from __future__ import annotations
@@ -33,12 +27,9 @@ from decoder_server.config import KvCacheConfig
 from decoder_server.models.fbnl.decoder import Decoder, KeysValues, Layout
 
 # Misses that make an entry worth its copy, and keys whose misses are counted: a number each.
-MIN_MISSES = 2
-MAX_COUNTED_KEYS = 1 << 17
-# Python objects and keys of an entry, generously.
-ENTRY_OVERHEAD_BYTES = 1024
-# Shorter prefixes are not worth an entry.
-MIN_PREFIX_TOKENS = 4
+MIN_MISSES, MAX_COUNTED_KEYS = 2, 1 << 17
+ENTRY_OVERHEAD_BYTES = 1024  # Python objects and keys of an entry, generously
+MIN_PREFIX_TOKENS = 4  # shorter prefixes are not worth an entry
 # Scale of a row of zeros: far below any number a model computes, far above what a processor rounds to zero.
 SMALLEST = 1e-20
 
@@ -48,10 +39,7 @@ _Name = bytes | _Prefix | int  # a number is of one pair alone
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StatePair:
-    """A prompt and one window of a passage, at the ratio it is scored at.
-
-    States that need no pooling stay encoded until their batch is assembled.
-    """
+    """A prompt and one window of a passage at its ratio; states stay encoded until their batch is made, if they can."""
 
     prompt: TokenizedPrompt
     states: NDArray[np.float32] | Codes  # (num_states, dim)
@@ -74,7 +62,8 @@ class StatePair:
 def batch_states(pairs: Sequence[StatePair], device: torch.device, dtype: torch.dtype) -> Tensor:
     """States of all pairs in their order, (sum of num_states, dim) of `dtype` on `device`.
 
-    Passages of several codecs, and numbers next to codes, may share a batch. Every row equals its own decoding to
+    Passages of several codecs, and numbers next to codes, may share a batch: each codec decodes all its passages in one
+    call, or where it keeps numbers (Flat, SQfp16, SQbf16), torch converts them. Every row equals its own decoding to
     float32, converted.
     """
     if not pairs:
@@ -99,10 +88,8 @@ def _numbers(
     kind: str | Codec, states: Sequence[NDArray[np.float32] | Codes], device: torch.device, dtype: torch.dtype
 ) -> Tensor:
     """Numbers of what a codec, or a number format, wrote: one pair's after another's."""
-    rows = [
-        one.rows if isinstance(one, Codes) else np.ascontiguousarray(one, np.float32).view(np.uint8) for one in states
-    ]
     dim = states[0].codec.dim if isinstance(states[0], Codes) else states[0].shape[1]
+    rows = [one.rows if isinstance(one, Codes) else np.ascontiguousarray(one, "f4").view("u1") for one in states]
     form = torch.float32 if isinstance(kind, Codec) else getattr(torch, kind)
     # Pinned: in memory that a GPU reads directly.
     numbers = torch.empty((sum(map(len, rows)), dim), dtype=form, pin_memory=device.type == "cuda")
@@ -120,17 +107,12 @@ _Entry = tuple[Tensor, Tensor | None]  # numbers; and of int8 their scales, floa
 
 
 class KVCache:
-    """Keys and values (num_layers, 2, rows, num_kv, head) in memory within a byte budget.
-
-    Written to by one thread; counters may be read from any.
-    """
+    """Keys and values (num_layers, 2, rows, num_kv, head) within a byte budget; for one thread, counters for any."""
 
     def __init__(self, name: str, max_bytes: int, form: str, dtype: torch.dtype = torch.float32) -> None:
         self.name = name
         self.max_bytes = max_bytes  # 0 disables the cache
-        self.num_hits = 0
-        self.num_misses = 0
-        self.num_admitted = 0
+        self.num_hits = self.num_misses = self.num_admitted = 0
         self._form = form  # of entries: auto, as computed; bfloat16; or int8 with one scale per row and head
         self._dtype = dtype  # in which entries are read
         self._entries: ByteBoundedCache[Hashable, _Entry] = ByteBoundedCache(
@@ -144,7 +126,6 @@ class KVCache:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes held now."""
         return self._entries.num_bytes
 
     @property
@@ -172,10 +153,7 @@ class KVCache:
         return self.enabled and (self._misses.get(hash(key)) or 0) >= MIN_MISSES
 
     def put(self, key: Hashable, kv: Tensor) -> _Entry | None:
-        """Keeps a copy of keys and values, and returns it; None where it is over the budget.
-
-        A full cache may evict it immediately, in favour of entries that are read more often.
-        """
+        """Keeps a copy of keys and values, and returns it; None where it is over the budget. May evict it at once."""
         scales = None
         if self._form == "int8":
             # A scale per row and head: keys are normed, so a row's numbers are of one size; values of one row, nearly.
@@ -189,8 +167,7 @@ class KVCache:
         self.num_admitted += 1
         return numbers, scales
 
-    def __contains__(self, key: Hashable) -> bool:
-        """Whether an entry is there now; counts nothing."""
+    def __contains__(self, key: Hashable) -> bool:  # counts nothing
         return self._entries.get(key) is not None
 
 
@@ -205,16 +182,10 @@ class _Needed:
 
     def look_up(self) -> None:
         for name in self.names if self.cache.enabled else ():
-            if name is None or isinstance(name, int):
-                continue
-            entry = self.cache.get(name)  # each pair counts, also one whose name another pair brought
-            if entry is not None and name not in self.kv:
-                self.kv[name] = self.cache.read(entry)
-
-    @property
-    def useful(self) -> bool:
-        """Whether the cache holds or admits anything of it."""
-        return bool(self.kv) or any(map(self.admits, self.names))
+            if isinstance(name, bytes | tuple):
+                entry = self.cache.get(name)  # each pair counts, also one whose name another pair brought
+                if entry is not None and name not in self.kv:
+                    self.kv[name] = self.cache.read(entry)
 
     def admits(self, name: _Name | None) -> bool:
         if not self.cache.enabled or not isinstance(name, bytes | tuple):
@@ -222,12 +193,8 @@ class _Needed:
         return name not in self.cache if self.keep_all else self.cache.admits(name)
 
     def missing(self) -> dict[_Name, int]:
-        """Names that are not there, each with the first pair that needs it."""
-        first: dict[_Name, int] = {}
-        for i, name in enumerate(self.names):
-            if name is not None and name not in self.kv:
-                first.setdefault(name, i)
-        return first
+        """Names that are not there, each with a pair that needs it."""
+        return {name: i for i, name in enumerate(self.names) if name is not None and name not in self.kv}
 
     def computed(self, names: Iterable[_Name], kv: Tensor, lengths: list[int]) -> None:
         """Takes what was computed, end to end, and keeps what is worth it."""
@@ -254,23 +221,22 @@ class Contexts:
     def passes(self, pairs: Sequence[StatePair]) -> list[tuple[list[int], _Pass]]:
         """Rows of the batch that share a forward pass, and its input: those with a cached prefix, and the others."""
         every = list(range(len(pairs)))
-        passages, prefixes = self._needed(pairs)
-        passages.look_up()
-        prefixes.look_up()
-        if not passages.useful and not prefixes.useful:
+        passages, prefixes = both = self._needed(pairs)
+        for needed in both:
+            needed.look_up()
+        if not any(needed.kv or any(map(needed.admits, needed.names)) for needed in both):
             # Caches that are disabled or cold: a layer's keys are made when the pass comes to it.
-            context = self._decoder.passage_kv(batch_states(pairs, self._device, self._dtype))
-            return [(every, self._pass(pairs, [0] * len(pairs), context))]
+            layers = self._decoder.passage_kv(batch_states(pairs, self._device, self._dtype))
+            return [(every, self._pass(pairs, [0] * len(pairs), layers))]
         self._compute(pairs, passages, prefixes)
-        cached = [i for i in every if prefixes.names[i] in prefixes.kv]
         passes = []
-        for rows in (cached, [i for i in every if prefixes.names[i] not in prefixes.kv]):
-            if rows:
+        for cached in (True, False):
+            if rows := [i for i in every if (prefixes.names[i] in prefixes.kv) is cached]:
                 before = [prefixes.kv.get(prefixes.names[i]) for i in rows]
                 own = [passages.kv[passages.names[i]] for i in rows]
-                both = [kv for pair in zip(before, own, strict=True) for kv in pair if kv is not None]
+                context = [kv for pair in zip(before, own, strict=True) for kv in pair if kv is not None]
                 lengths = [0 if prefix is None else prefix.shape[2] for prefix in before]
-                passes.append((rows, self._pass([pairs[i] for i in rows], lengths, _packed(both))))
+                passes.append((rows, self._pass([pairs[i] for i in rows], lengths, _packed(context))))
         return passes
 
     @torch.inference_mode()
