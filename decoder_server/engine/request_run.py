@@ -28,6 +28,7 @@ NOT_REACHED = "the deadline came before it was scored"
 RESPONSE_SHARE, RESPONSE_SECONDS = 0.1, 0.2
 
 _Margins = asyncio.Future[list[float | None]]
+_Scored = tuple[FetchedPassage, Result]
 
 
 @dataclass(slots=True, eq=False)
@@ -84,7 +85,7 @@ class RequestRun:
         passages: AsyncGenerator[list[FetchedPassage], None],
         cascade: CascadeState,
         stop_at: float | None,
-    ) -> AsyncGenerator[list[Result], None]:
+    ) -> AsyncGenerator[list[_Scored], None]:
         """Results of one stage, as passages arrive and passes end; fewer when it is time to stop."""
         num_prompt_tokens, activate = self.wanted.prompt.num_tokens, self.backend.activate
         scheduled: dict[_Margins, FetchedPassage] = {}
@@ -96,15 +97,11 @@ class RequestRun:
                 done, _ = await asyncio.wait(awaited, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
                 if not done:
                     return
-                ended = [margins for margins in scheduled if margins in done]
-                results = [
-                    scheduled.pop(margins).scored(margins.result(), cascade.ratio, num_prompt_tokens, activate)
-                    for margins in ended
-                ]
+                ended = [(scheduled.pop(margins), margins.result()) for margins in [*scheduled] if margins in done]
+                results = [(one, one.scored(own, cascade.ratio, num_prompt_tokens, activate)) for one, own in ended]
                 if arriving in done:
                     chunk = arriving.result()
-                    cascade.hold(chunk)
-                    results += [self._unscored(one) for one in chunk if one.passage is None]
+                    results += [(one, self._unscored(one)) for one in chunk if one.passage is None]
                     scheduled |= {self._submit(queue, one, cascade): one for one in chunk if one.passage is not None}
                     arriving = asyncio.create_task(self._next(queue, passages)) if chunk else None
                 if results:
@@ -158,8 +155,7 @@ class CascadeState:
         self._plan = plan
         self._owed = dict.fromkeys(indexes)  # candidates without a result of the present stage
         self._best: list[tuple[float, int]] = []  # a heap of (margin, -index): those that the next stage would score
-        self._held: dict[int, FetchedPassage] = {}  # states at the base ratio, for later stages
-        self._reached: dict[int, Result] = {}  # of candidates that are not settled
+        self._reached: dict[int, _Scored] = {}  # of candidates that are not settled, with states at the base ratio
 
     @property
     def ratio(self) -> int:
@@ -173,19 +169,13 @@ class CascadeState:
     def stage_over(self) -> bool:
         return not self._owed
 
-    def hold(self, passages: Iterable[FetchedPassage]) -> None:
-        """Keeps passages for later stages."""
-        if not self.is_last_stage:
-            self._held |= {one.index: one for one in passages if one.passage is not None}
-
-    def settle(self, results: Iterable[Result]) -> list[Result]:
+    def settle(self, results: Iterable[_Scored]) -> list[Result]:
         """Takes results of the present stage; returns the candidates that no later stage will score."""
         settled: list[Result] = []
-        for result in results:
+        for one, result in results:
             self._owed.pop(result.index, None)
-            before = self._reached.pop(result.index, None)
+            _, before = self._reached.pop(result.index, (None, None))
             if result.margin is None or result.score is None:
-                self._held.pop(result.index, None)
                 # Finer states that could not be scored do not undo the coarser score.
                 settled.append(result if before is None else replace(before, message=result.message))
                 continue
@@ -196,31 +186,27 @@ class CascadeState:
             if self.is_last_stage:
                 settled.append(result)
                 continue
-            self._reached[result.index] = result
+            self._reached[result.index] = one, result
             heapq.heappush(self._best, (result.margin or 0.0, -result.index))
             if len(self._best) > self._plan.stages[self.stage].keep:
-                out = -heapq.heappop(self._best)[1]
-                self._held.pop(out)
-                settled.append(self._reached.pop(out))
+                settled.append(self._reached.pop(-heapq.heappop(self._best)[1])[1])
         return settled
 
     def advance(self) -> list[FetchedPassage]:
         """After a stage: the passages of the next one, best first; empty when all candidates are settled."""
         if self.is_last_stage or not self._reached:
             return []
-        passages = [self._held[-negative] for _, negative in sorted(self._best, reverse=True)]
+        passages = [self._reached[-negative][0] for _, negative in sorted(self._best, reverse=True)]
         self.stage += 1
         self._owed = dict.fromkeys(one.index for one in passages)
         self._best.clear()
-        if self.is_last_stage:
-            self._held.clear()
         return passages
 
     def stop(self, candidates: Sequence[Candidate]) -> list[Result]:
         """Settles everything else: each candidate as far as it came."""
         unread = [i for i in self._owed if i not in self._reached]
-        settled = [*self._reached.values()]
+        settled = [result for _, result in self._reached.values()]
         settled += [Result(i, candidates[i].passage_id or "", "failed", message=NOT_REACHED) for i in unread]
-        for own in (self._owed, self._reached, self._held):
-            own.clear()
+        self._owed.clear()
+        self._reached.clear()
         return settled

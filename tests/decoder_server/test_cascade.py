@@ -243,11 +243,10 @@ async def test_a_deadline_cuts_and_what_is_finished_comes_marked(serve, gated, t
         assert serving.engine.admission.num_requests == 0
 
 
-def outcome(index: int, margin: float | None, ratio: int = 4) -> Result:
-    status = "failed" if margin is None else "hit"
-    return Result(
-        index, "", status, margin, margin, message="" if margin is not None else "bad", compression_ratio=ratio
-    )
+def outcome(index: int, margin: float | None, ratio: int = 4) -> tuple[FetchedPassage, Result]:
+    status, message = ("failed", "bad") if margin is None else ("hit", "")
+    result = Result(index, "", status, margin, margin, message=message, compression_ratio=ratio)
+    return FetchedPassage(index, str(index), "hit", str(index)), result
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -265,10 +264,8 @@ def test_a_top_holds_the_best_and_lets_the_rest_go_at_once(seed: int) -> None:
 
 
 def held(num_candidates: int, keep: int = 2) -> CascadeState:
-    """A cascade of two stages, of which the second reads `keep`, with everything fetched."""
-    cascade = CascadeState(Plan((Stage(8, keep), Stage(4)), cascade=True), range(num_candidates))
-    cascade.hold(FetchedPassage(i, str(i), "hit", str(i)) for i in range(num_candidates))
-    return cascade
+    """A cascade of two stages, of which the second reads `keep`."""
+    return CascadeState(Plan((Stage(8, keep), Stage(4)), cascade=True), range(num_candidates))
 
 
 def test_a_finer_reading_that_failed_leaves_what_the_coarser_said() -> None:
