@@ -68,9 +68,8 @@ class Admission:
         each = [num_prompt_tokens + self._states(ratio) for _, ratio in reads]
         reservation = _Reservation(self, [num for num, _ in reads], each)
         num_tokens, limit = reservation.num_tokens, self._max_queued_tokens
-        if self.num_requests >= self._max_requests:
-            mean_tokens = self.num_tokens / self.num_requests
-            raise self._rejection(f"{self.num_requests} requests wait; the limit is {self._max_requests}", mean_tokens)
+        if (num := self.num_requests) >= self._max_requests:
+            raise self._rejection(f"{num} requests wait; the limit is {self._max_requests}", self.num_tokens / num)
         excess = self.num_tokens + num_tokens - limit
         if self.num_requests and excess > 0:
             message = f"about {self.num_tokens:.0f} tokens wait and this request has about {num_tokens:.0f}; "
@@ -125,8 +124,7 @@ class Admission:
 
     def _rejection(self, message: str, tokens_ahead: float) -> Overloaded:
         self.num_rejected += 1
-        rate = self._stats.drain_rate
-        seconds = tokens_ahead / rate if rate else 1.0
+        seconds = tokens_ahead / rate if (rate := self._stats.drain_rate) else 1.0
         return Overloaded(f"the queue is full: {message}", min(max(seconds, MIN_RETRY_SECONDS), MAX_RETRY_SECONDS))
 
 

@@ -214,9 +214,8 @@ class Engine:
         if limits.degrade and not self.reads_text:
             share = limits.degrade_queue_share
             chosen, trace.degraded = self.admission.degrade(chosen, len(equal), prompt.num_tokens, deadline, share)
-        wanted = FetchRequest(
-            request.candidates, list(equal), collection, chosen.base_ratio, request.on_miss, prompt, trace
-        )
+        where = collection, chosen.base_ratio, request.on_miss
+        wanted = FetchRequest(request.candidates, list(equal), *where, prompt, trace)
         scored_by = self.backend, self.scheduler, self.admission, self.fetcher
         return RequestRun(*scored_by, limits.max_request_tokens, wanted, chosen, equal)
 

@@ -222,11 +222,12 @@ class Fetcher:
     # Below: on the executor's threads.
 
     def _read(self, request: FetchRequest, ratio: int, chunk: Sequence[int]) -> list[FetchedPassage]:
-        sent = {i: self._sent(request.candidates[i], i) for i in chunk}
+        candidates = request.candidates
+        sent = {i: self._sent(candidates[i], i) for i in chunk}
         texts = {i: text for i, text in sent.items() if not isinstance(text, FetchedPassage)}
         # A text wins over states of another text, so states are read with it; a model that reads text has it.
         wanted = [i for i, text in texts.items() if text is None or not self._reads_text]
-        ids = [name for i in wanted if (name := request.candidates[i].passage_id)]
+        ids = [name for i in wanted if (name := candidates[i].passage_id)]
         stored: Mapping[str, _Stored] = {}
         if (collection := request.collection) is not None and ids:
             try:
@@ -241,8 +242,7 @@ class Fetcher:
                 stored = dict.fromkeys(ids, exc)
         fetched = [one for one in sent.values() if isinstance(one, FetchedPassage)]
         for i, text in texts.items():
-            passage_id = request.candidates[i].passage_id
-            fetched.append(self._settled(collection, i, passage_id, text, stored.get(passage_id or "")))
+            fetched.append(self._settled(request, i, text, stored.get(candidates[i].passage_id or "")))
         return self._with_pairs(request, ratio, fetched)
 
     def _sent(self, candidate: Candidate, index: int) -> str | FetchedPassage | None:
@@ -264,10 +264,9 @@ class Fetcher:
             return rejected("failed", message=UNREADABLE)
         return rejected("failed", message="the text is empty", empty=True) if candidate.passage_id is None else None
 
-    def _settled(
-        self, collection: Collection | None, index: int, passage_id: str | None, text: str | None, stored: _Stored
-    ) -> FetchedPassage:
+    def _settled(self, request: FetchRequest, index: int, text: str | None, stored: _Stored) -> FetchedPassage:
         """A candidate by what was sent and what is stored: its passage, or why there is none as yet."""
+        collection, passage_id = request.collection, request.candidates[index].passage_id
         if text is not None and self._reads_text:
             return FetchedPassage(index, passage_id, "encoded", text)
         digest = text_digest(text) if text is not None else None
