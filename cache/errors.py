@@ -48,7 +48,6 @@ class CollectionInUse(CacheError):
 
     @classmethod
     def check(cls, collection: str, aliases: Mapping[str, str]) -> None:
-        """Raise where one of the aliases (alias to collection) points at the collection."""
         if users := sorted(alias for alias, name in aliases.items() if name == collection):
             raise cls(f"collection: {collection!r} is in use by the aliases {users}; move them first")
 

@@ -9,12 +9,12 @@ a collection is read, and written with records of version 1, which old readers o
 """
 
 import base64
-import binascii
 import json
 import re
 import secrets
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import xxhash
@@ -22,7 +22,7 @@ import xxhash
 from cache import DEFAULT_CODEC
 from cache.codecs import Codec
 from cache.errors import CacheError, ManifestError
-from cache.record import RECORD_VERSION, check_name
+from cache.record import check_name
 
 MANIFEST_VERSION = 2
 _VERSIONS = (1, MANIFEST_VERSION)
@@ -31,14 +31,9 @@ _IDENTITY = re.compile(r"[0-9a-f]{32}")
 _OF_ENCODER = ("fingerprint", "checkpoint", "dim", "max_passage_tokens", "passage_template", "pooling_version")
 
 
-def new_identity() -> str:
-    """A collection identity that no other collection has: 128 random bits in hex."""
-    return secrets.token_hex(16)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """One encoder identity, one stored ratio, one codec.
+    """One encoder identity, one stored ratio, one codec. Raises ManifestError, naming a field that breaks a rule.
 
     fingerprint: of the encoder (weights, tokenizer, template, limits, pooling); states of two fingerprints never mix
     checkpoint: the name the encoder was opened by, for people
@@ -47,9 +42,6 @@ class Manifest:
     stores_text: whether texts are kept with the states
     created_at: ISO 8601, UTC
     identity: 32 hex digits, random by default; collections that share one can be merged. Empty in version 1
-
-    Raises:
-        ManifestError: a field breaks a rule; names it.
     """
 
     collection: str
@@ -65,7 +57,7 @@ class Manifest:
     stores_text: bool = True
     created_at: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     version: int = MANIFEST_VERSION
-    identity: str = field(default_factory=new_identity)
+    identity: str = field(default_factory=partial(secrets.token_hex, 16))
 
     def __post_init__(self) -> None:
         for spec in fields(self):
@@ -107,11 +99,6 @@ class Manifest:
         bound = (self.identity, self.fingerprint, self.dim, self.compression_ratio, self.codec, self.codec_table.hex())
         return xxhash.xxh3_64_intdigest(json.dumps(bound).encode())
 
-    @property
-    def record_version(self) -> int:
-        """Version of the records written into this collection."""
-        return 1 if self.version == 1 else RECORD_VERSION
-
     def to_json(self) -> bytes:
         """UTF-8 JSON with the codec table in base64 and a checksum."""
         values: dict[str, Any] = asdict(self)
@@ -123,10 +110,9 @@ class Manifest:
 
     @classmethod
     def from_json(cls, data: bytes, collection: str | None = None) -> "Manifest":
-        """Parse an undamaged manifest of a known version, found under the name `collection` where one is given.
+        """An undamaged manifest of a known version, found under the name `collection` where one is given.
 
-        Raises:
-            ManifestError: anything else.
+        Raises ManifestError for anything else.
         """
         try:
             values = json.loads(data)
@@ -135,15 +121,14 @@ class Manifest:
         if not isinstance(values, dict):
             raise ManifestError(f"manifest: a JSON {type(values).__name__}, expected an object")
         _check_version(values.get("version"))
-        checksum = values.pop("checksum", None)
-        if checksum != _checksum(values):
+        if values.pop("checksum", None) != _checksum(values):
             raise ManifestError("manifest: checksum does not match its content")
         expected = {spec.name for spec in fields(cls)} - ({"identity"} if values["version"] == 1 else set())
         if unexpected := values.keys() ^ expected:
             raise ManifestError(f"manifest: missing or unknown fields {sorted(unexpected)}")
         try:
             values["codec_table"] = base64.b64decode(values["codec_table"], validate=True)
-        except (binascii.Error, TypeError, ValueError) as exc:
+        except (TypeError, ValueError) as exc:
             raise ManifestError("codec_table: not base64") from exc
         manifest = cls(**values)
         if collection is not None and manifest.collection != collection:

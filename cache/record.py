@@ -40,11 +40,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 def passage_id_bytes(passage_id: str) -> bytes:
-    """The id as stored; ids are the user's and may be any text.
-
-    Raises:
-        InvalidName: empty, longer than 512 bytes of UTF-8, or not encodable.
-    """
+    """The id as stored; ids are the user's. Raises InvalidName when empty, over 512 bytes of UTF-8 or not encodable."""
     try:
         encoded = passage_id.encode()
     except UnicodeEncodeError as exc:
@@ -67,22 +63,11 @@ def is_passage_id(passage_id: str) -> bool:
 
 
 def check_name(field: str, name: str) -> str:
-    """A collection name or alias, which appear in file names, Redis keys and command lines, returned as it is.
-
-    Raises:
-        InvalidName: any other text.
-    """
+    """A collection name or alias as it is, fit for file names, Redis keys, command lines; else raises InvalidName."""
     if not _NAME.fullmatch(name):
-        raise InvalidName(
-            f"{field}: {name[:140]!r}, expected 1 to 128 of letters, digits, '.', '_' and '-', "
-            "the first a letter or digit"
-        )
+        expected = "1 to 128 of letters, digits, '.', '_' and '-', the first a letter or digit"
+        raise InvalidName(f"{field}: {name[:140]!r}, expected {expected}")
     return name
-
-
-def record_bytes(num_states: int, code_size: int, num_windows: int = 1, text_bytes: int = 0) -> int:
-    """Length of a packed record of such a passage."""
-    return HEADER_BYTES + 4 * num_windows + num_states * code_size + text_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +102,9 @@ class Header(NamedTuple):
 
     @classmethod
     def parse(cls, data: bytes, passage_id: str | bytes) -> "Header":
-        """The header at the start of `data`, read as that of the requested passage; the rest is ignored.
+        """The header at the start of `data`, the rest of which is ignored.
 
-        Raises:
-            DamagedRecord: no whole, undamaged header of a known version, or the header of another passage.
+        Raises DamagedRecord when it is not whole and undamaged, of an unknown version, or another passage's.
         """
         if len(data) < _START.size:
             raise DamagedRecord(f"header of {len(data)} bytes, expected {HEADER_BYTES}")
@@ -138,10 +122,10 @@ class Header(NamedTuple):
         return cls._of(packed, version)
 
     @classmethod
-    def checked(cls, passage_id: str | bytes, data: bytes) -> "Header | None":
+    def checked(cls, passage_id: str | bytes, data: bytes | None) -> "Header | None":
         """`parse`, with None in place of a header that is missing or damaged."""
         try:
-            return cls.parse(data[:HEADER_BYTES], passage_id)
+            return None if data is None else cls.parse(data[:HEADER_BYTES], passage_id)
         except DamagedRecord:
             return None
 
@@ -194,10 +178,9 @@ class Header(NamedTuple):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Record:
-    """One passage as stored: encoded states and what is needed to use them.
+    """One passage as stored, made by `build` (writing) or by `unpack` and `join` (reading, checked).
 
-    codes: uint8 (num_states, code_size), C-contiguous; often a view into what a read brought for several passages.
-    Made by `build` (writing) or by `unpack` and `join` (reading, checked).
+    codes: uint8 (num_states, code_size), C-contiguous; often a view into what a read brought for several passages
     """
 
     codes: NDArray[np.uint8] = field(repr=False)
@@ -219,11 +202,7 @@ class Record:
         num_clipped: int = 0,
         version: int = RECORD_VERSION,
     ) -> "Record":
-        """A record to be written, with its checksums; fields as in `Header`, version 1 having no num_clipped.
-
-        Raises:
-            ValueError: the counts do not fit together.
-        """
+        """A record to be written; fields as in `Header`. Raises ValueError when the counts do not fit together."""
         codes = np.ascontiguousarray(codes)
         if codes.dtype != np.uint8 or codes.ndim != 2 or 0 in codes.shape:
             raise ValueError(f"codes: {codes.dtype} {codes.shape}, expected uint8 (num_states, code_size), not empty")
@@ -239,16 +218,17 @@ class Record:
         flags = truncated * _TRUNCATED | (text is not None) * _HAS_TEXT
         counts = [compression_ratio, num_states, sum(window_tokens), code_size, len(window_tokens), len(encoded)]
         counts += [num_clipped] if version > 1 else []
-        fields = _FIELDS[version].pack(_MAGIC, version, flags, *counts, text_digest, binding, payload_checksum)
-        return cls(codes, window_tokens, text, Header._of(fields, version))
+        packed = _FIELDS[version].pack(_MAGIC, version, flags, *counts, text_digest, binding, payload_checksum)
+        return cls(codes, window_tokens, text, Header._of(packed, version))
+
+    @staticmethod
+    def num_bytes(num_states: int, code_size: int, num_windows: int) -> int:
+        """Length of a packed record without its text."""
+        return HEADER_BYTES + 4 * num_windows + num_states * code_size
 
     @classmethod
     def unpack(cls, data: bytes, passage_id: str | bytes) -> "Record":
-        """The record of the requested passage out of one value, `codes` being a view into it.
-
-        Raises:
-            DamagedRecord: a check fails; nothing is used unchecked.
-        """
+        """The record out of one value, `codes` being a view into it. Raises DamagedRecord when any check fails."""
         header = Header.parse(data[:HEADER_BYTES], passage_id)
         if len(data) != header.total_bytes:
             raise DamagedRecord(f"value of {len(data)} bytes, expected {header.total_bytes}")
@@ -258,23 +238,18 @@ class Record:
         return cls.join(header, data[header.num_bytes : windows_end], codes, data[codes_end:])
 
     @classmethod
-    def checked(cls, passage_id: str, data: bytes) -> "Record | Damaged":
-        """`unpack`, with Damaged in place of a record that fails a check."""
+    def checked(cls, passage_id: str, data: bytes | None) -> "Record | Damaged | None":
+        """`unpack`, with Damaged in place of a record that fails a check, and None of None."""
         try:
-            return cls.unpack(data, passage_id)
+            return None if data is None else cls.unpack(data, passage_id)
         except DamagedRecord as exc:
             return Damaged(passage_id, str(exc))
 
     @classmethod
     def join(cls, header: Header, windows: bytes, codes: NDArray[np.uint8], text: bytes) -> "Record":
-        """A record out of parts that were stored separately; every length, count and checksum is checked first.
+        """A record out of parts that were stored apart: window_tokens as packed, and contiguous codes of any shape.
 
-        Args:
-            windows: window_tokens, as packed.
-            codes: uint8 of num_states * code_size bytes, any shape, contiguous.
-
-        Raises:
-            DamagedRecord: a check fails.
+        Raises DamagedRecord when a length, count or checksum is wrong.
         """
         if len(windows) != 4 * header.num_windows or codes.nbytes != header.num_states * header.code_size:
             raise DamagedRecord("lengths do not match the header")

@@ -7,6 +7,7 @@ for readers and for a run that goes on after an interruption, until aliases move
 from __future__ import annotations
 
 import dataclasses
+import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ import xxhash
 from cache.codecs import Codec
 from cache.collection import Collection
 from cache.errors import CollectionExists
-from cache.manifest import MANIFEST_VERSION, new_identity
+from cache.manifest import MANIFEST_VERSION
 from cache.record import Record
 from cache.states import PassageStates
 from encoder_worker.config import PipelineLimits
@@ -61,7 +62,7 @@ class _Successor(Target):
             collection=name,
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
             version=MANIFEST_VERSION,
-            identity=new_identity(),
+            identity=secrets.token_hex(16),
         )
         manifest = self.store.read_manifest(name)
         if manifest is None:

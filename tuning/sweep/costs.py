@@ -21,7 +21,7 @@ from cache.codecs import Codec
 from cache.collection import Collection, StoredPassage
 from cache.manifest import Manifest
 from cache.open import open_store
-from cache.record import Record, record_bytes
+from cache.record import Record
 from checkpoint import EncoderIdentity
 from decoder_server.models.backend import Backend, Prompt
 from encoder_worker.passage_encoder import PassageEncoder
@@ -80,7 +80,7 @@ class Lengths:
         """The collection's records at a stored ratio, header and window lengths included."""
         states = [sum(-(-tokens // ratio) for tokens in windows) for windows in self.windows]
         code_bytes = codec.code_size_bytes
-        num_bytes = sum(record_bytes(n, code_bytes, len(w)) for n, w in zip(states, self.windows, strict=True))
+        num_bytes = sum(Record.num_bytes(n, code_bytes, len(w)) for n, w in zip(states, self.windows, strict=True))
         return StoredSize(
             num_bytes / max(1, self.num_passages),
             sum(states) * code_bytes / max(1, self.num_tokens),
