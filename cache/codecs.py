@@ -8,10 +8,10 @@ FAISS index: a table may come from a shared store and is not trusted.
 """
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Self, TypeVar
+from operator import attrgetter
+from typing import Any, TypeVar
 
 import faiss
 import numpy as np
@@ -38,47 +38,37 @@ _T = TypeVar("_T", bound=np.generic)
 
 
 class Codec:
-    """One codec for vectors of `dim` numbers. Thread-safe once trained.
-
-    Raises:
-        CodecError: the factory string is not one of `KNOWN_CODECS`.
-    """
+    """One of `KNOWN_CODECS` (else raises CodecError) for vectors of `dim` numbers. Thread-safe once trained."""
 
     def __init__(self, factory: str, dim: int) -> None:
         self.factory = factory
         self.dim = dim
         self._table_length, self.min_training_states, self.num_centroids = _shape_of(factory, dim)
-        self._scaling = _BlockScaling.named(factory, dim)
         self._base = factory.rpartition(",")[2]
-        index: Any = faiss.index_factory(dim, self._base)  # the stubs know only the base class
-        self._index = index
+        self._index: Any = faiss.index_factory(dim, self._base)  # the stubs know only the base class
         # Whether a sample is large enough is train()'s own check; FAISS would print a warning per sub-codebook.
         if self._base.startswith("PQ"):
-            index.pq.cp.min_points_per_centroid = 1
+            self._index.pq.cp.min_points_per_centroid = 1
             # Reorders centroids for Hamming search, which is not used, and takes far longer than the training.
-            index.do_polysemous_training = False
+            self._index.do_polysemous_training = False
         elif self._base.startswith("RQ"):
-            index.rq.cp.min_points_per_centroid = 1
+            self._index.rq.cp.min_points_per_centroid = 1
+        scaled = _SCALED.fullmatch(factory)
+        self._scaling = None if scaled is None else _BlockScaling(dim, scaled)
         if self._scaling is not None and not self.needs_training:
-            self._set_trained(self._scaling.ranges())
+            self._set_trained(self._scaling.table)
 
     @classmethod
     def from_table(cls, factory: str, dim: int, table: bytes) -> "Codec":
-        """A trained codec from its table.
-
-        Raises:
-            CodecError: the length or a number is wrong.
-        """
+        """A trained codec from its table. Raises CodecError when the length or a number is wrong."""
         codec = cls(factory, dim)
-        if len(table) != codec._table_length * 4:
-            raise CodecError(
-                f"codec_table: {len(table)} bytes, expected {codec._table_length * 4} for {factory} at dim {dim}"
-            )
+        if len(table) != (expected := codec._table_length * 4):
+            raise CodecError(f"codec_table: {len(table)} bytes, expected {expected} for {factory} at dim {dim}")
         numbers = np.frombuffer(table, dtype="<f4").astype(np.float32)
         if not np.isfinite(numbers).all():
             raise CodecError(f"codec_table: of {factory} holds a number that is not finite")
         if codec.needs_training:
-            codec._set_trained(numbers if codec._scaling is None else codec._scaling.load(numbers))
+            codec._set_trained(numbers)
         return codec
 
     @property
@@ -112,7 +102,7 @@ class Codec:
                 f"{DEFAULT_CODEC} needs no training"
             )
         if self._scaling is not None:
-            self._set_trained(self._scaling.train(sample))
+            self._set_trained(self._scaling.trained_on(sample))
         else:
             self._index.train(sample)
 
@@ -121,15 +111,11 @@ class Codec:
         self._check_trained()
         if not self.needs_training:
             return b""
-        numbers = faiss.vector_to_array(self._trained_vector()) if self._scaling is None else self._scaling.table
+        numbers = faiss.vector_to_array(self._trained) if self._scaling is None else self._scaling.table
         return numbers.astype("<f4").tobytes()
 
     def encode(self, states: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """float32 (n, dim) to uint8 (n, code_size_bytes).
-
-        Raises:
-            CodecError: a value is not finite, or too large for the codec's number format.
-        """
+        """float32 (n, dim) to uint8 (n, code_size_bytes). Raises CodecError at a value not finite or too large."""
         self._check_trained()
         states = self._checked(states, np.float32, self.dim, "states")
         if states.shape[0] == 0:
@@ -147,20 +133,16 @@ class Codec:
         return np.concatenate([scales, self._index.sa_encode(scaled)], axis=1)
 
     def count_outside(self, states: NDArray[np.float32], codes: NDArray[np.uint8]) -> NDArray[np.int64]:
-        """Numbers of each state outside the range the table was trained for, (n,).
+        """Numbers of each state, float32 (n, dim), outside the range the table was trained for: (n,).
 
         SQ8, SQ6, SQ4: numbers more than half a step outside their dimension's range, which decode to its border.
         PQ, RQ: all numbers of a part (of RQ: of the state) that is farther from its decoded value than any code reaches
         from the mean of the codes; with less than 6 bits also farther than such coarse codes have to be.
-
-        Args:
-            states: float32 (n, dim).
-            codes: of these states, uint8 (n, code_size_bytes).
         """
         if not self.needs_training or self._scaling is not None:
             return np.zeros(len(states), dtype=np.int64)  # fixed-point numbers, or scales that follow each block
         if self.factory in _SCALAR:
-            low, width = faiss.vector_to_array(self._trained_vector()).reshape(2, self.dim)
+            low, width = faiss.vector_to_array(self._trained).reshape(2, self.dim)
             half_step = width / 2 ** (1 + int(self.factory.removeprefix("SQ")))
             outside = states < low - half_step
             outside |= states > low + width + half_step
@@ -177,7 +159,7 @@ class Codec:
         # Each codebook (PQ has one per part) adds one centroid to the decoded part (RQ has one part).
         num_parts = 1 if self._base.startswith("RQ") else int(self._index.pq.M)
         # (num_parts, num_books, num_centroids, dim / num_parts)
-        centroids = faiss.vector_to_array(self._trained_vector()).reshape(
+        centroids = faiss.vector_to_array(self._trained).reshape(
             num_parts, -1, self.num_centroids, self.dim // num_parts
         )
         apart = centroids - centroids.mean(axis=2, keepdims=True)
@@ -197,11 +179,7 @@ class Codec:
     def decode_many(
         self, parts: Sequence[NDArray[np.uint8]], out: NDArray[np.float32] | None = None
     ) -> NDArray[np.float32]:
-        """Codes of many passages, uint8 (n, code_size_bytes) each, decoded into one buffer (sum of n, dim).
-
-        Args:
-            out: a C-contiguous float32 buffer to fill instead of a new one.
-        """
+        """Codes of many passages, uint8 (n, code_size_bytes) each, decoded into one buffer, float32 (sum of n, dim)."""
         self._check_trained()
         parts = [self._checked(codes, np.uint8, self.code_size_bytes, "codes") for codes in parts]
         shape = (sum(codes.shape[0] for codes in parts), self.dim)
@@ -217,9 +195,19 @@ class Codec:
         return out
 
     def _decode(self, codes: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
+        """On the calling thread alone.
+
+        A server decodes next to a forward pass, and is done before a second thread has begun to help; that one then
+        spins for a while, on a core that the pass needs. OpenMP keeps the number of threads per thread, so it cannot be
+        set once.
+        """
         num_bytes = 0 if self._scaling is None else self._scaling.num_bytes
-        with _on_one_thread():
+        num_threads = faiss.omp_get_max_threads()
+        faiss.omp_set_num_threads(1)
+        try:
             self._index.sa_decode(np.ascontiguousarray(codes[:, num_bytes:]), x=out)
+        finally:
+            faiss.omp_set_num_threads(num_threads)
         if self._scaling is not None:
             self._scaling.unscale(out, codes[:, :num_bytes])
 
@@ -230,18 +218,16 @@ class Codec:
             return faiss.IndexScalarQuantizer(self.code_size_bytes, faiss.ScalarQuantizer.QT_8bit_direct)
         return faiss.clone_index(self._index)
 
-    def _set_trained(self, numbers: NDArray[np.float32]) -> None:
-        faiss.copy_array_to_vector(numbers, self._trained_vector())
+    def _set_trained(self, table: NDArray[np.float32]) -> None:
+        faiss.copy_array_to_vector(table if self._scaling is None else self._scaling.load(table), self._trained)
         if self._base.startswith("RQ"):
             self._index.rq.is_trained = True
         self._index.is_trained = True
 
-    def _trained_vector(self) -> Any:
-        if self._base.startswith("PQ"):
-            return self._index.pq.centroids
-        if self._base.startswith("RQ"):
-            return self._index.rq.codebooks
-        return self._index.sq.trained
+    @property
+    def _trained(self) -> Any:
+        """FAISS' own vector of trained numbers."""
+        return attrgetter({"PQ": "pq.centroids", "RQ": "rq.codebooks"}.get(self._base[:2], "sq.trained"))(self._index)
 
     def _check_trained(self) -> None:
         if not self.is_trained:
@@ -254,21 +240,6 @@ class Codec:
         return np.ascontiguousarray(array)
 
 
-@contextmanager
-def _on_one_thread() -> Iterator[None]:
-    """Keep FAISS' OpenMP on the calling thread.
-
-    A server decodes next to a forward pass, and is done before a second thread has begun to help; that one then spins
-    for a while, on a core that the pass needs. OpenMP keeps this number per thread, so it cannot be set once.
-    """
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(before)
-
-
 def _shape_of(factory: str, dim: int) -> tuple[int, int, int]:
     """Numbers in the trained table, states needed to train, and centroids of a part, or 0."""
     if not 1 <= dim <= 65536:
@@ -277,8 +248,8 @@ def _shape_of(factory: str, dim: int) -> tuple[int, int, int]:
         return 0, 0, 0
     if factory in _SCALAR:
         return 2 * dim, _MIN_TRAINING_STATES, 0  # per dimension: minimum and range
-    if scaling := _BlockScaling.named(factory, dim):
-        return scaling.table_length, _MIN_TRAINING_STATES if scaling.table_length else 0, 0
+    if match := _SCALED.fullmatch(factory):
+        return (2 * dim, _MIN_TRAINING_STATES, 0) if match["standard"] else (0, 0, 0)  # means and deviations, or none
     for pattern in (_PQ, _RQ):
         if match := pattern.fullmatch(factory):
             num_parts, bits = int(match["num_parts"]), int(match["bits"] or 8)
@@ -296,54 +267,36 @@ def _shape_of(factory: str, dim: int) -> tuple[int, int, int]:
 class _BlockScaling:
     """Scales of the blocks of each state, stored before its codes as little-endian float16.
 
-    The last block is short where `block` does not divide `dim`. Thread-safe once trained or loaded.
+    The last block is short where `block` does not divide `dim`. Thread-safe once its table is loaded.
     """
 
-    def __init__(self, dim: int, block: int, bits: int, *, standardises: bool) -> None:
+    def __init__(self, dim: int, named: re.Match[str]) -> None:
         self.dim = dim
-        self._middle = 2 ** (bits - 1)
-        self.block = min(block, dim)
-        self._standardises = standardises
+        self.block = min(int(named["block"]), dim)
+        self._middle = 2 ** (int(named["bits"]) - 1)
+        self._standardises = named["standard"] is not None
         self.table = np.repeat(np.array([0, 1], np.float32), dim)  # means and standard deviations
         self._starts = np.arange(0, dim, self.block)
+        self.num_bytes = 2 * len(self._starts)  # of the scales of one state
 
-    @classmethod
-    def named(cls, factory: str, dim: int) -> Self | None:
-        if (match := _SCALED.fullmatch(factory)) is None:
-            return None
-        return cls(dim, int(match["block"]), int(match["bits"]), standardises=match["standard"] is not None)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the scales of one state."""
-        return 2 * len(self._starts)
-
-    @property
-    def table_length(self) -> int:
-        """Trained numbers: means and deviations, or none."""
-        return 2 * self.dim if self._standardises else 0
-
-    def train(self, sample: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Train on states (num_states, dim); a nearly constant dimension gets a thousandth of the usual deviation."""
+    def trained_on(self, sample: NDArray[np.float32]) -> NDArray[np.float32]:
+        """A table from states (num_states, dim); a nearly constant dimension gets 1/1000 of the usual deviation."""
         deviation = sample.std(axis=0, dtype=np.float64)
         floor = 1e-3 * float(np.median(deviation)) or 1e-3 * float(deviation.max()) or 1.0
         means = sample.mean(axis=0, dtype=np.float64)
-        return self.load(np.concatenate([means, np.maximum(deviation, floor)]).astype(np.float32))
+        return np.concatenate([means, np.maximum(deviation, floor)]).astype(np.float32)
 
     def load(self, table: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Use trained numbers; returns `ranges`."""
-        if not (table[self.dim :] > 0).all():
-            raise CodecError(f"codec_table: a standard deviation of {table[self.dim :].min():g}, expected more than 0")
-        self.table = table
-        return self.ranges()
+        """Use a table; returns minimum and range per dimension, as FAISS' scalar quantizer is trained.
 
-    def ranges(self) -> NDArray[np.float32]:
-        """Minimum and range per dimension, as FAISS' scalar quantizer is trained, levels even from -1 to 1 about 0.
-
-        FAISS cuts [minimum, minimum + range] into 2^bits - 1 steps and decodes to the middle of one. Here the middle
-        of step 2^(bits - 1) is 0 itself: a constant dimension would otherwise always be off to the same side.
+        Its levels lie even from -1 to 1 about 0. FAISS cuts [minimum, minimum + range] into 2^bits - 1 steps and
+        decodes to the middle of one. Here the middle of step 2^(bits - 1) is 0 itself: a constant dimension would
+        otherwise always be off to the same side.
         """
-        middle, deviations = self._middle, self.table[self.dim :]
+        deviations, middle = table[self.dim :], self._middle
+        if not (deviations > 0).all():
+            raise CodecError(f"codec_table: a standard deviation of {deviations.min():g}, expected more than 0")
+        self.table = table
         minimum, spread = -(middle + 0.5) / (middle - 1), (2 * middle - 1) / (middle - 1)
         return np.concatenate([deviations * np.float32(minimum), deviations * np.float32(spread)])
 
@@ -365,7 +318,6 @@ class _BlockScaling:
         return centred, scales.view(np.uint8)
 
     def unscale(self, states: NDArray[np.float32], scales: NDArray[np.uint8]) -> None:
-        """Undo `scale` in place."""
         with np.errstate(invalid="ignore"):  # forged scales may be infinite; the decoded states are checked elsewhere
             self._by_blocks(states, np.ascontiguousarray(scales).view("<f2").astype(np.float32))
             if self._standardises:
