@@ -9,26 +9,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.errors import (
-    CodecError,
-    CollectionExists,
-    CollectionNotFound,
-    EncoderMismatch,
-    InvalidName,
-    InvalidPassage,
-    OutOfRange,
-)
+from cache import errors
 from cache.manifest import Manifest
-from cache.record import Damaged, Record, is_passage_id, passage_id_bytes
+from cache.record import RECORD_VERSION, Damaged, Record, is_passage_id, passage_id_bytes
 from cache.states import Codes, EncodedPassage, PassageStates, decode_all
 from cache.store import Store, StoreStats
-
-__all__ = ["Collection", "Manifest", "StoredPassage", "Verified"]
 
 _T = TypeVar("_T")
 
@@ -53,14 +43,6 @@ class StoredPassage:
     num_clipped_before: int = 0  # numbers that another codec had clipped before these states were read back
 
 
-class Verified(NamedTuple):
-    """One passage that was read back: its damage, and the version of its record (0 where damaged)."""
-
-    passage_id: str
-    version: int
-    damage: str = ""
-
-
 class Collection:
     """One collection, bound to the name behind the alias it was opened by; open it again to follow a moved alias."""
 
@@ -77,14 +59,11 @@ class Collection:
         """Create the collection `manifest.collection`.
 
         With `exist_ok` an existing one is opened instead, its codec table kept, where encoder, ratio, codec and text
-        keeping agree.
-
-        Raises:
-            EncoderMismatch, CollectionExists: they do not agree, or it exists; names both sides.
+        keeping agree; else raises EncoderMismatch or CollectionExists, which name both sides.
         """
         try:
             store.write_manifest(manifest)
-        except CollectionExists:
+        except errors.CollectionExists:
             existing = store.read_manifest(manifest.collection)
             if existing is None or not exist_ok:
                 raise
@@ -92,45 +71,33 @@ class Collection:
             for name in ("dim", "compression_ratio", "codec", "stores_text"):
                 theirs, ours = getattr(existing, name), getattr(manifest, name)
                 if theirs != ours:
-                    raise CollectionExists(
-                        f"collection: {existing.collection!r} exists with {name} {theirs!r}, expected {ours!r}"
-                    ) from None
-            return cls(store, existing)
+                    told = f"collection: {existing.collection!r} exists with {name} {theirs!r}, expected {ours!r}"
+                    raise errors.CollectionExists(told) from None
+            manifest = existing
         return cls(store, manifest)
 
     @classmethod
     def open(
         cls, store: Store, name_or_alias: str, *, fingerprint: str | None = None, checkpoint: str = ""
     ) -> "Collection":
-        """Open by name or alias.
+        """Open by name or alias, with fingerprint and name of the encoder that will write or score; None to read only.
 
-        Args:
-            fingerprint: of the encoder that will write or score; None to read only.
-            checkpoint: its name, for the message.
-
-        Raises:
-            CollectionNotFound: neither a collection nor an alias.
-            EncoderMismatch: written by another encoder; names both sides.
+        Raises CollectionNotFound, or EncoderMismatch where it was written by another encoder.
         """
         name = store.resolve(name_or_alias)
         manifest = store.read_manifest(name)
         if manifest is None:
             known = ", ".join(store.list_collections()) or "none"
-            raise CollectionNotFound(f"collection: {name_or_alias!r} does not exist, the store has: {known}")
+            raise errors.CollectionNotFound(f"collection: {name_or_alias!r} does not exist, the store has: {known}")
         if fingerprint is not None:
             _check_encoder(manifest, fingerprint, checkpoint)
         return cls(store, manifest)
 
     def put_many(self, passages: Sequence[StoredPassage], *, allow_clipped: bool = False) -> list[int]:
-        """Encode and write; on return all are durable.
+        """Encode and write, durable on return; returns numbers of each outside the range the codec was trained for.
 
-        Returns:
-            Numbers of each passage outside the range the codec was trained for.
-
-        Raises:
-            InvalidPassage: nothing was written.
-            OutOfRange: over MAX_CLIPPED_SHARE of the numbers of the write (small writes are taken together) were
-                clipped, unless `allow_clipped`; nothing was written.
+        Raises InvalidPassage, or OutOfRange where over MAX_CLIPPED_SHARE of the numbers of the write (small writes are
+        taken together) were clipped, unless `allow_clipped`; nothing was written then.
         """
         if not passages:
             return []
@@ -138,7 +105,7 @@ class Collection:
         for passage in passages:
             self._check(passage)
             if passage.passage_id in seen:
-                raise InvalidPassage(passage.passage_id, "given twice in one write")
+                raise errors.InvalidPassage(passage.passage_id, "given twice in one write")
             seen.add(passage.passage_id)
         states = np.concatenate([passage.states.states for passage in passages])
         codes = self._encode(states, passages)
@@ -157,7 +124,7 @@ class Collection:
                 binding=self._binding,
                 text=passage.text if self.manifest.stores_text else None,
                 num_clipped=num_clipped + passage.num_clipped_before,
-                version=self.manifest.record_version,
+                version=1 if self.manifest.version == 1 else RECORD_VERSION,
             )
             for passage, rows, num_clipped in zip(passages, np.split(codes, ends), clipped, strict=True)
         }
@@ -168,7 +135,7 @@ class Collection:
     def get_many(self, passage_ids: Sequence[str]) -> list[PassageStates | Damaged | None]:
         """One entry per id, in order; None where there is none, also for an id that cannot exist.
 
-        All passages are decoded in one codec call; their states are views into one float32 array.
+        Decoded in one codec call: their states are views into one float32 array.
         """
         return decode_all(self.get_encoded_many(passage_ids))
 
@@ -198,14 +165,14 @@ class Collection:
         for passage_id, _, states in self._scan():
             yield passage_id, states
 
-    def verify(self) -> Iterator[Verified]:
-        """Read and decode every passage, and report its damage."""
+    def verify(self) -> Iterator[tuple[str, int, str]]:
+        """Read and decode every passage: its id, the version of its record (0 where damaged), its damage or ""."""
         for passage_id, record, states in self._scan():
             version = record.header.version if isinstance(record, Record) else 0
             damage = states.reason if isinstance(states, Damaged) else ""
             if isinstance(states, PassageStates) and not np.isfinite(states.states).all():
                 damage = "decoded states are not finite"
-            yield Verified(passage_id, version, damage)
+            yield passage_id, version, damage
 
     def _scan(self) -> Iterator[tuple[str, Record | Damaged, PassageStates | Damaged]]:
         records = self.store.scan(self.name)
@@ -243,14 +210,14 @@ class Collection:
             passage_id_bytes(passage_id)
             if passage.text is not None:
                 passage.text.encode()
-        except (InvalidName, UnicodeEncodeError) as exc:
-            raise InvalidPassage(passage_id, str(exc)) from exc
+        except (errors.InvalidName, UnicodeEncodeError) as exc:
+            raise errors.InvalidPassage(passage_id, str(exc)) from exc
         if states.dim != self.manifest.dim:
-            raise InvalidPassage(passage_id, f"dim {states.dim}, the collection has {self.manifest.dim}")
+            raise errors.InvalidPassage(passage_id, f"dim {states.dim}, the collection has {self.manifest.dim}")
         if (given := states.compression_ratio) != (ratio := self.manifest.compression_ratio):
-            raise InvalidPassage(passage_id, f"compression_ratio {given}, the collection has {ratio}")
+            raise errors.InvalidPassage(passage_id, f"compression_ratio {given}, the collection has {ratio}")
         if not np.isfinite(states.states).all():
-            raise InvalidPassage(passage_id, "states hold NaN or infinity")
+            raise errors.InvalidPassage(passage_id, "states hold NaN or infinity")
 
     def _check_clipped(
         self, passages: Sequence[StoredPassage], clipped: Sequence[int], num_states: int, num_clipped: int
@@ -266,25 +233,23 @@ class Collection:
             if (share := num_clipped / (passage.states.num_states * dim)) > MAX_CLIPPED_SHARE
         }
         if reasons:  # else they were in the small writes before
-            raise OutOfRange(reasons)
+            raise errors.OutOfRange(reasons)
 
-    def _encode(
-        self, states: NDArray[np.float32], passages: Sequence[StoredPassage]
-    ) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
+    def _encode(self, states: NDArray[np.float32], passages: Sequence[StoredPassage]) -> NDArray[np.uint8]:
         try:
             return self.codec.encode(states)
-        except CodecError:
+        except errors.CodecError:
             for passage in passages:  # find the one that cannot be encoded
                 try:
                     self.codec.encode(passage.states.states)
-                except CodecError as exc:
-                    raise InvalidPassage(passage.passage_id, str(exc)) from exc
+                except errors.CodecError as exc:
+                    raise errors.InvalidPassage(passage.passage_id, str(exc)) from exc
             raise
 
 
 def _check_encoder(manifest: Manifest, fingerprint: str, checkpoint: str) -> None:
     if manifest.fingerprint != fingerprint:
-        raise EncoderMismatch(
+        raise errors.EncoderMismatch(
             f"collection {manifest.collection!r} was written by encoder {manifest.checkpoint!r} (fingerprint "
             f"{manifest.fingerprint}), not by {checkpoint!r} (fingerprint {fingerprint}); index it again or use the "
             "checkpoint it was written with"

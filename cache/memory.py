@@ -1,7 +1,6 @@
-"""MemoryStore: `memory:`, records in this process.
+"""MemoryStore: `memory:`, records in this process, for a service whose two halves share one, and for tests.
 
-A product part, for tests and for a service whose two halves share one process. It keeps packed bytes and checks them on
-every read, like Redis, so that code which works here works there.
+Keeps packed bytes and checks them on every read, like Redis, so that code which works here works there.
 """
 
 import itertools
@@ -52,8 +51,7 @@ class MemoryStore(Store):
             self._touch(collection)
 
     def get_many(self, collection: str, passage_ids: Sequence[str]) -> list[Record | Damaged | None]:
-        found = zip(passage_ids, self._find(collection, passage_ids), strict=True)
-        return [None if value is None else Record.checked(passage_id, value) for passage_id, value in found]
+        return list(map(Record.checked, passage_ids, self._find(collection, passage_ids)))
 
     def delete_many(self, collection: str, passage_ids: Sequence[str]) -> int:
         with self._lock:
@@ -64,8 +62,7 @@ class MemoryStore(Store):
             return num_deleted
 
     def headers_many(self, collection: str, passage_ids: Sequence[str], *, bulk: bool = False) -> list[Header | None]:
-        found = zip(passage_ids, self._find(collection, passage_ids), strict=True)
-        return [Header.checked(passage_id, value or b"") for passage_id, value in found]
+        return list(map(Header.checked, passage_ids, self._find(collection, passage_ids)))
 
     def scan(self, collection: str) -> Iterator[tuple[str, Record | Damaged]]:
         for passage_id in self._ids(collection):

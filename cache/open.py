@@ -19,23 +19,15 @@ def open_store(
     redis://[user:password@]HOST[:PORT][/DB]           shared; rediss:// for TLS
     redis+cluster://HOST[:PORT][,HOST[:PORT]...]       a Redis cluster; rediss+cluster:// for TLS
 
-    The other arguments are for Redis.
-
-    Args:
-        read_budget_seconds: of an online read; received bytes extend it by 10 ms a megabyte.
-        write_budget_seconds: of each step of a write or scan.
-        ttl_seconds: passages expire.
-        tls_ca_file: trust this authority.
-
-    Raises:
-        StoreUrlError: the URL cannot be understood.
+    Raises StoreUrlError when the URL cannot be understood. The other arguments are for Redis: the budgets of an online
+    read, which received bytes extend by 10 ms a megabyte, and of each step of a write or scan; when passages expire;
+    and an authority to trust.
     """
     scheme, separator, rest = url.partition(":")
     is_redis = separator and scheme in ("redis", "rediss", "redis+cluster", "rediss+cluster")
     if ttl_seconds is not None and not is_redis:
-        raise StoreUrlError(
-            f"ttl_seconds: {ttl_seconds} has no meaning for {public_url(url)!r}, only Redis expires passages"
-        )
+        why = f"has no meaning for {public_url(url)!r}, only Redis expires passages"
+        raise StoreUrlError(f"ttl_seconds: {ttl_seconds} {why}")
     # A store's libraries are imported where they are used.
     if scheme == "memory" and separator:
         from cache.memory import MemoryStore
@@ -50,14 +42,6 @@ def open_store(
     if is_redis:
         from cache.redis.store import RedisStore
 
-        return RedisStore(
-            url,
-            read_budget_seconds=read_budget_seconds,
-            write_budget_seconds=write_budget_seconds,
-            ttl_seconds=ttl_seconds,
-            tls_ca_file=tls_ca_file,
-        )
-    raise StoreUrlError(
-        f"store: {public_url(url)!r}{'' if separator else ' has no scheme'}, "
-        "expected memory:, faiss:PATH, redis://, rediss:// or redis+cluster://"
-    )
+        return RedisStore(url, read_budget_seconds, write_budget_seconds, ttl_seconds, tls_ca_file)
+    shown = f"{public_url(url)!r}{'' if separator else ' has no scheme'}"
+    raise StoreUrlError(f"store: {shown}, expected memory:, faiss:PATH, redis://, rediss:// or redis+cluster://")

@@ -39,19 +39,13 @@ class ByteBoundedCache(Generic[K, V]):
     def __init__(
         self, max_bytes: int, size_bytes: Callable[[V], int], *, policy: Literal["tiny_lfu", "lru"] = "tiny_lfu"
     ) -> None:
-        """
-        Args:
-            max_bytes: 0 holds nothing.
-            size_bytes: of a value, with its overhead.
-            policy: evicts the least frequently read (tiny_lfu) or the least recently read value (lru).
-        """
+        """`size_bytes` counts a value's overhead too; evicts what is least frequently (tiny_lfu) or recently read."""
         self.max_bytes = max_bytes
         self._size_bytes = size_bytes
         self._kept: Moka[K, V] = Moka(max(1, max_bytes), policy=policy, weigher=lambda _, value: size_bytes(value))
 
     @property
     def num_bytes(self) -> int:
-        """Bytes held now."""
         self._kept.run_pending_tasks()
         return self._kept.weighted_size()
 
@@ -141,7 +135,6 @@ class CachedStore(_StoreWrapper):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes held now."""
         return self._entries.num_bytes
 
     def get_many(self, collection: str, passage_ids: Sequence[str]) -> list[_Read]:

@@ -39,20 +39,11 @@ def num_pooled(num_tokens: int, ratio: int) -> int:
 def pool(
     states: NDArray[np.float32], ratio: int, *, num_tokens: int | None = None, stored_ratio: int = 1
 ) -> NDArray[np.float32]:
-    """Mean of every `ratio` tokens, from token states or from states pooled at a divisor of `ratio`.
+    """Mean of every `ratio` tokens, from token states or from states pooled at a divisor of `ratio`, else RatioError.
 
-    Every stored row stands for `stored_ratio` tokens but the last, which stands for the rest, so a count-weighted mean
-    equals pooling the tokens themselves.
-
-    Args:
-        states: (ceil(num_tokens / stored_ratio), dim), valid tokens only.
-        num_tokens: None: one per row.
-
-    Returns:
-        float32 (ceil(num_tokens / ratio), dim), C-contiguous; the input itself where the ratio is the stored one.
-
-    Raises:
-        RatioError: `ratio` is not a multiple of `stored_ratio`.
+    states: (ceil(num_tokens / stored_ratio), dim), of valid tokens only; `num_tokens` None: one per row. Every row
+    stands for `stored_ratio` tokens but the last, which stands for the rest, so a count-weighted mean equals pooling
+    the tokens themselves. Returns float32 (ceil(num_tokens / ratio), dim), C-contiguous, perhaps the input itself.
     """
     num_tokens = len(states) if num_tokens is None else num_tokens
     num_states = num_pooled(num_tokens, stored_ratio)
@@ -82,10 +73,7 @@ def pool(
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Codes:
-    """Consecutive states in a codec's bytes.
-
-    rows: uint8 (num_states, code_size_bytes), C-contiguous; often a read-only view into a larger buffer
-    """
+    """Consecutive states in a codec's bytes: uint8 (num_states, code_size_bytes), often a view into a larger buffer."""
 
     codec: Codec = field(repr=False)
     rows: NDArray[np.uint8] = field(repr=False)
@@ -104,7 +92,17 @@ class Codes:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _PooledPassage:
-    """Fields and counts that decoded and encoded passages share; see `PassageStates`."""
+    """Fields and counts that decoded and encoded passages share.
+
+    A passage longer than the encoder's limit may have been split into windows; each was encoded and pooled separately
+    and their states lie one after the other.
+
+    window_tokens: valid tokens of each window before pooling; one entry unless the passage was split
+    compression_ratio: tokens per state
+    truncated: the text was cut at the encoder's limit
+    text_digest: SHA-256 of the text, 32 bytes
+    key: names these states, at any ratio they are pooled to, for the caches behind; empty: not cacheable
+    """
 
     states: Any = field(repr=False)
     window_tokens: tuple[int, ...]
@@ -144,18 +142,7 @@ class _PooledPassage:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class PassageStates(_PooledPassage):
-    """Pooled token states of one passage.
-
-    A passage longer than the encoder's limit may have been split into windows; each was encoded and pooled separately
-    and their states lie one after the other.
-
-    states: float32 (num_states, dim), C-contiguous; possibly a view into a larger batch, so do not write to it
-    window_tokens: valid tokens of each window before pooling; one entry unless the passage was split
-    compression_ratio: tokens per state
-    truncated: the text was cut at the encoder's limit
-    text_digest: SHA-256 of the text, 32 bytes
-    key: names these states, at any ratio they are pooled to, for the caches behind; empty: not cacheable
-    """
+    """Pooled token states of one passage: float32 (num_states, dim), C-contiguous; perhaps a view, so read-only."""
 
     states: NDArray[np.float32] = field(repr=False)
 
@@ -178,17 +165,11 @@ class PassageStates(_PooledPassage):
         return self
 
     def at_ratio(self, ratio: int) -> "PassageStates":
-        """The same passage at a multiple of the stored ratio; every window is pooled separately.
-
-        Raises:
-            RatioError: `ratio` is no multiple; names both ratios.
-        """
+        """The same passage at a multiple of the stored ratio, else RatioError; every window is pooled separately."""
         if ratio == self.compression_ratio:
             return self
-        pooled = [
-            pool(window, ratio, num_tokens=tokens, stored_ratio=self.compression_ratio)
-            for window, tokens in zip(self.windows(), self.window_tokens, strict=True)
-        ]
+        windows = zip(self.windows(), self.window_tokens, strict=True)
+        pooled = [pool(one, ratio, num_tokens=n, stored_ratio=self.compression_ratio) for one, n in windows]
         states = pooled[0] if len(pooled) == 1 else np.concatenate(pooled)
         return PassageStates(states, self.window_tokens, ratio, self.truncated, self.text_digest, self.key)
 
@@ -198,14 +179,6 @@ class EncodedPassage(_PooledPassage):
     """Pooled token states of one passage in its codec's bytes, decoded when numbers are needed and not before."""
 
     states: Codes = field(repr=False)
-
-    @property
-    def dim(self) -> int:
-        return self.states.codec.dim
-
-    @property
-    def nbytes(self) -> int:
-        return int(self.states.rows.nbytes)
 
     def decoded(self) -> PassageStates:
         (passage,) = decode_all([self])
@@ -227,17 +200,12 @@ def decode_all(entries: Sequence[EncodedPassage | _T]) -> list[PassageStates | _
         ends = np.cumsum([one.num_states for one in passages])
         states = codec.decode_many([one.states.rows for one in passages])  # (sum of num_states, dim)
         for i, one, part in zip(indices, passages, np.split(states, ends[:-1]), strict=True):
-            decoded[i] = PassageStates(
-                part, one.window_tokens, one.compression_ratio, one.truncated, one.text_digest, one.key
-            )
+            described = one.window_tokens, one.compression_ratio, one.truncated, one.text_digest, one.key
+            decoded[i] = PassageStates(part, *described)
     return decoded
 
 
 def all_at_ratio(passages: Sequence[AnyStates], ratio: int) -> list[AnyStates]:
-    """Each at a multiple of its ratio, in order; encoded passages that must be pooled are decoded together.
-
-    Raises:
-        RatioError: `ratio` is no multiple of a passage's ratio.
-    """
+    """Each at a multiple of its ratio, else RatioError; encoded passages that must be pooled are decoded together."""
     decoded = iter(decode_all([one for one in passages if one.compression_ratio != ratio]))
     return [one if one.compression_ratio == ratio else next(decoded).at_ratio(ratio) for one in passages]

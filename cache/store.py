@@ -15,18 +15,14 @@ from cache.record import Damaged, Header, Record
 
 @dataclass(frozen=True, slots=True)
 class StoreStats:
-    """Counts of one collection.
-
-    size_bytes: sum of packed records, without the store's overhead
-    num_clipped: numbers over all passages that lay outside the range their codec was trained for
-    """
+    """Counts of one collection."""
 
     num_passages: int = 0
     num_states: int = 0
     num_tokens: int = 0
     num_truncated: int = 0
-    size_bytes: int = 0
-    num_clipped: int = 0
+    size_bytes: int = 0  # of packed records, without the store's overhead
+    num_clipped: int = 0  # numbers that lay outside the range their codec was trained for
 
     @classmethod
     def of(cls, headers: Iterable[Header | None]) -> "StoreStats":
@@ -76,11 +72,7 @@ class Store(ABC):
 
     @abstractmethod
     def headers_many(self, collection: str, passage_ids: Sequence[str], *, bulk: bool = False) -> list[Header | None]:
-        """The stored header per id, or None where there is none or it is damaged; states are not read.
-
-        Args:
-            bulk: for a writer, within its time budget instead of an online read's.
-        """
+        """The stored header per id, None where there is no whole one; `bulk`: within a writer's time budget."""
 
     @abstractmethod
     def scan(self, collection: str) -> Iterator[tuple[str, Record | Damaged]]:
@@ -106,11 +98,7 @@ class Store(ABC):
 
     @abstractmethod
     def write_manifest(self, manifest: Manifest) -> None:
-        """Create the collection `manifest.collection`.
-
-        Raises:
-            CollectionExists: a collection or an alias has that name.
-        """
+        """Create the collection `manifest.collection`; raises CollectionExists, also where an alias has that name."""
 
     @abstractmethod
     def list_collections(self) -> list[str]:
@@ -118,12 +106,7 @@ class Store(ABC):
 
     @abstractmethod
     def drop_collection(self, collection: str) -> None:
-        """Remove a collection with all its passages.
-
-        Raises:
-            CollectionNotFound: no collection of that name.
-            CollectionInUse: an alias points at it.
-        """
+        """Remove a collection with all its passages. Raises CollectionNotFound, CollectionInUse by an alias."""
 
     @abstractmethod
     def aliases(self) -> dict[str, str]:
@@ -135,15 +118,10 @@ class Store(ABC):
 
     @abstractmethod
     def set_alias(self, alias: str, collection: str, *, shadowing: bool = False) -> None:
-        """Point an alias at a collection, in one step for all readers.
+        """Point an alias at a collection, in one step for all readers. Raises CollectionNotFound.
 
-        Args:
-            shadowing: also where a collection has that name. The name then opens the alias' collection, until the alias
-                is removed; `drop_collection` still means the shadowed one.
-
-        Raises:
-            CollectionNotFound: no collection of that name.
-            CollectionExists: the alias is the name of a collection.
+        Raises CollectionExists where a collection has the alias' name, unless `shadowing`: the name then opens the
+        alias' collection, until the alias is removed; `drop_collection` still means the shadowed one.
         """
 
     @abstractmethod
@@ -162,13 +140,10 @@ _HIDDEN = "***"
 
 
 def public_url(store: str, mask: str = "") -> str:
-    """A store URL as it may be shown: without user, password and whatever could be a part of them.
+    """A store URL as it may be shown: without user and password, in whose place `mask` stands.
 
     Shows what is known to be harmless, hosts, database and prefix, and `***` in place of the rest: a password may hold
     any character, and a URL that is shown because it is wrong may be cut anywhere.
-
-    Args:
-        mask: stands in the place of user and password; "": nothing does.
     """
     scheme, separator, rest = store.partition(":")
     if scheme in ("faiss", "memory") or not (separator or "@" in store):

@@ -168,7 +168,7 @@ def verify(store: Store) -> list[str]:
     for name in NAMES:
         try:
             told.extend(store.audit(name).problems)
-            told.extend(one.damage for one in Collection.open(store, name).verify() if one.damage)
+            told.extend(damage for *_, damage in Collection.open(store, name).verify() if damage)
         except CacheError as exc:
             told.append(str(exc))
     return told

@@ -187,11 +187,11 @@ def _read(store: Store, whole: Collection) -> _Verified:
         with counted_progress("reading") as on_progress:
             counts = whole.stats()
             found.clipped_share = counts.clipped_share(whole.manifest.dim)
-            for one in whole.verify():
+            for passage_id, version, damage in whole.verify():
                 found.num_passages += 1
-                found.num_version_1 += one.version == 1
-                if one.damage:
-                    found.damaged.append({"passage_id": one.passage_id, "reason": one.damage})
+                found.num_version_1 += version == 1
+                if damage:
+                    found.damaged.append({"passage_id": passage_id, "reason": damage})
                 on_progress(found.num_passages, counts.num_passages)
     except StoreDamaged as exc:
         found.problems.append(str(exc))

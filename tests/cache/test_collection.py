@@ -227,12 +227,12 @@ def test_states_of_a_recreated_collection_are_not_taken_for_the_old_ones(store, 
 def test_verify_reads_everything_and_names_the_damaged(backend, collection):
     for i in range(20):
         collection.put_many([make_passage(f"p{i}", i)])
-    assert not any(one.damage for one in collection.verify())
+    assert not any(damage for *_, damage in collection.verify())
     backend.tamper("passages", "p3", lambda codes: codes[:5] + b"?" + codes[6:])
     path, _, _ = backend.locate("passages", "p7")
     path.unlink()
     fresh = Collection.open(backend.open(), "passages")
-    damaged = {one.passage_id: one.damage for one in fresh.verify() if one.damage}
+    damaged = {passage_id: damage for passage_id, _, damage in fresh.verify() if damage}
     assert damaged.keys() == {"p3", "p7"}
     assert "checksum" in damaged["p3"]
     assert "is missing" in damaged["p7"]

@@ -71,7 +71,7 @@ def test_killed_and_resumed(
     store = open_store(f"faiss:{tmp_path / 'store'}")
     collection = Collection.open(store, "docs", fingerprint=encoder.identity.fingerprint)
     assert collection.digests([f"p{i}" for i in range(4500)]) == [text_digest(text) for text in texts[:4500]]
-    assert not any(one.damage for one in collection.verify())
+    assert not any(damage for *_, damage in collection.verify())
     store.close()
 
 
