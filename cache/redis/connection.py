@@ -55,10 +55,7 @@ class Address:
 
     @classmethod
     def parse(cls, url: str) -> "Address":
-        """
-        Raises:
-            StoreUrlError: nothing that may be a part of the password is in the message.
-        """
+        """Raises StoreUrlError, with nothing in its message that may be a part of the password."""
         scheme, _, rest = url.partition("://")
         shown = public_url(url, "***")
         kind, plus, cluster = scheme.partition("+")
@@ -84,28 +81,14 @@ class Address:
         addresses = tuple(_host(host, shown) for host in hosts.split(","))
         if len(addresses) > 1 and not plus:
             raise StoreUrlError(f"store: {shown!r} names {len(addresses)} hosts; only redis+cluster:// may")
-        return cls(
-            hosts=addresses,
-            is_tls=kind == "rediss",
-            is_cluster=bool(plus),
-            database=int(database),
-            username=username or None,
-            password=password or None,
-            prefix=prefix,
-        )
+        return cls(addresses, kind == "rediss", bool(plus), int(database), username or None, password or None, prefix)
 
     def connect(self, budget_seconds: float, tls_ca_file: str | None) -> Client:
         """A client with its pool; for a cluster its nodes are looked up."""
-        options: dict[str, Any] = {
-            "username": self.username,
-            "password": self.password,
-            "socket_timeout": budget_seconds,
-            "socket_connect_timeout": budget_seconds,
-            "socket_read_size": _READ_SIZE_BYTES,
-            "protocol": 2,  # RESP3 would cost a HELLO and open push messages that are not read
-            "driver_info": None,
-            "connection_class": _PlainConnection,
-        }
+        options: dict[str, Any] = {"username": self.username, "password": self.password, "driver_info": None}
+        options |= {"socket_timeout": budget_seconds, "socket_connect_timeout": budget_seconds}
+        # RESP3 would cost a HELLO and open push messages that are not read.
+        options |= {"socket_read_size": _READ_SIZE_BYTES, "protocol": 2, "connection_class": _PlainConnection}
         if self.is_tls:
             options |= {"connection_class": _TlsConnection, "ssl_ca_certs": tls_ca_file}
         retry = Retry(NoBackoff(), 0)

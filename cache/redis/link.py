@@ -23,6 +23,8 @@ IsValid = Callable[[object], bool]
 
 log = logging.getLogger(__name__)
 
+# Of calls in a row: then the circuit breaker opens, and one trial call passes every so many seconds.
+_MAX_FAILURES, _COOLDOWN_SECONDS = 5, 1.0
 _MAX_ERROR_CHARS = 200
 # The first chunk of a read tells how large values are; enough to be worth its round trip, few enough to fit a budget.
 _FIRST_CHUNK = 8
@@ -46,21 +48,15 @@ _ERRORS: dict[str, tuple[type[CacheError], str]] = {
 }
 
 
-class CircuitBreaker:
-    """Opens after `max_failures` in a row; then one trial call passes every `cooldown_seconds`."""
-
-    def __init__(self, max_failures: int = 5, cooldown_seconds: float = 1.0) -> None:
-        self._max_failures = max_failures
-        self._cooldown_seconds = cooldown_seconds
+class _CircuitBreaker:
+    def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._num_failures = 0
-        self._open_until = 0.0
-        self._reason = ""
+        self._num_failures, self._open_until, self._reason = 0, 0.0, ""
 
     def check(self) -> None:
         """StoreUnavailable where the call should not be made."""
         with self._lock:
-            if self._num_failures < self._max_failures:
+            if self._num_failures < _MAX_FAILURES:
                 return
             wait_seconds = self._open_until - time.monotonic()
             if wait_seconds > 0:
@@ -68,17 +64,12 @@ class CircuitBreaker:
                     f"circuit breaker open: {self._num_failures} failures in a row, next try in {wait_seconds:.1f} s; "
                     f"last: {self._reason}"
                 )
-            self._open_until = time.monotonic() + self._cooldown_seconds  # for the calls next to this trial
+            self._open_until = time.monotonic() + _COOLDOWN_SECONDS  # for the calls next to this trial
 
-    def succeeded(self) -> None:
+    def ended(self, failure: str | None = None) -> None:
         with self._lock:
-            self._num_failures = 0
-
-    def failed(self, reason: str) -> None:
-        with self._lock:
-            self._num_failures += 1
-            self._reason = reason
-            self._open_until = time.monotonic() + self._cooldown_seconds
+            self._num_failures = 0 if failure is None else self._num_failures + 1
+            self._reason, self._open_until = failure or "", time.monotonic() + _COOLDOWN_SECONDS
 
 
 class Link:
@@ -87,7 +78,7 @@ class Link:
     def __init__(self, address: Address, *, budget_seconds: float, tls_ca_file: str | None) -> None:
         self._address = address
         self._budget_seconds = budget_seconds
-        self._breaker = CircuitBreaker()
+        self._breaker = _CircuitBreaker()
         self._tls_ca_file = tls_ca_file
         self._lock = threading.Lock()
         self._client: Client | None = None
@@ -103,14 +94,11 @@ class Link:
                 result = deadline.on_a_thread(attempt) if self._address.is_cluster else attempt()
         except Exception as exc:
             error = self._translated(exc, deadline)
-            if isinstance(error, StoreUnavailable):
-                self._breaker.failed(str(error))
-            else:
-                self._breaker.succeeded()  # it answered
+            self._breaker.ended(str(error) if isinstance(error, StoreUnavailable) else None)  # else it answered
             if error is exc:
                 raise
             raise error from exc
-        self._breaker.succeeded()
+        self._breaker.ended()
         return result
 
     def run(
@@ -124,10 +112,9 @@ class Link:
     ) -> list[Any]:
         """Replies in order. One that says that a key is of another type stays in its place; errors are raised.
 
-        Args:
-            is_valid: whether a reply, as redis-py gives it, can be one to these commands.
-            chunk_bytes: keep the replies of a chunk near this size, estimated from earlier ones.
-            node: of a cluster, for commands without a key.
+        is_valid: whether a reply, as redis-py gives it, can be one to these commands
+        chunk_bytes: keep the replies of a chunk near this size, estimated from earlier ones
+        node: of a cluster, for commands without a key
         """
 
         def work(client: Client, deadline: Deadline) -> list[Any]:
@@ -150,10 +137,7 @@ class Link:
 
     def primaries(self) -> list[Any]:
         """The primaries of a cluster, as `node`s of `run`; [None] for a single server."""
-        if not self._address.is_cluster:
-            return [None]
-        nodes: list[Any] = self.call(lambda client, _: client.get_primaries())
-        return nodes
+        return self.call(lambda client, _: list(client.get_primaries())) if self._address.is_cluster else [None]
 
     def reconnect(self) -> None:
         """Drop the connections, so that the next call is made on fresh ones."""
@@ -173,7 +157,9 @@ class Link:
         except Exception as exc:
             # After a restart every pooled connection is dead, a stream that is out of step stays so, and a replica that
             # takes no writes may have been replaced behind its name: reconnect.
-            if not _is_settled(exc):
+            types = redis.ResponseError | redis.exceptions.BusyLoadingError | CacheError
+            is_settled = _is_denied(exc) or isinstance(exc, types)  # fresh connections would give the same answer
+            if not is_settled or isinstance(exc, redis.ReadOnlyError):
                 self._forget(client)
                 if deadline.left_seconds:
                     return work(self._connected(), deadline)
@@ -207,48 +193,36 @@ class Link:
         """The CacheError for what redis-py, the network or a reply raised."""
         if isinstance(exc, CacheError):
             return exc
-        if isinstance(exc, redis.exceptions.RedisClusterException) and isinstance(exc.__cause__, Exception):
+        is_of_cluster = isinstance(exc, redis.exceptions.RedisClusterException)
+        if is_of_cluster and isinstance(exc.__cause__, Exception):
             return self._translated(exc.__cause__, deadline)  # it only says that no node answered
-        where = self._address
+        code = ""  # the first word of an error reply
+        if isinstance(exc, redis.RedisError):
+            code = exc.status_code or (str(exc).partition(" ")[0] if isinstance(exc, redis.ResponseError) else "")
+        kind: type[CacheError] = StoreUnavailable
         if isinstance(exc, TimeoutError | redis.TimeoutError):
-            return StoreUnavailable(f"{where}: no answer within {deadline.budget_seconds:g} s")
-        code = _code(exc)
-        if code in _ERRORS:
+            text = f"no answer within {deadline.budget_seconds:g} s"
+        elif code in _ERRORS:
             kind, meaning = _ERRORS[code]
-            return kind(f"{where}: {code}: the server {meaning}")
-        if _is_denied(exc):
-            return StoreAccessDenied(f"{where}: the server does not accept the user name or password")
-        if isinstance(exc, redis.ResponseError | redis.exceptions.ClusterError):
-            named = f" ({code})" if re.fullmatch("[A-Z]{2,20}", code) else ""
-            return StoreUnavailable(f"{where}: the server refused a command{named}")
-        is_network = isinstance(exc, redis.ConnectionError | redis.exceptions.RedisClusterException | OSError)
-        if is_network and not isinstance(exc, redis.AuthenticationError):
-            return StoreUnavailable(f"{where}: {self._public_text(exc)}")
-        if not isinstance(exc, Malformed | redis.RedisError):
-            shown = exc if log.isEnabledFor(logging.DEBUG) else None  # a hostile server can make many and long ones
-            log.warning("%s: a reply could not be read: %s", where, type(exc).__name__, exc_info=shown)
-        return StoreUnavailable(f"{where}: the server's replies are malformed or out of step")
-
-    def _public_text(self, exc: Exception) -> str:
-        """The text of a network error: one line, without the secrets of the URL."""
-        text = "".join(char if char.isprintable() else " " for char in str(exc))[:_MAX_ERROR_CHARS]
-        for secret in (self._address.password, self._address.username):
-            text = text.replace(secret, "***") if secret else text
-        return text
-
-
-def _code(exc: Exception) -> str:
-    """The first word of an error reply; "" for what is none."""
-    if not isinstance(exc, redis.RedisError):
-        return ""
-    return exc.status_code or (str(exc).partition(" ")[0] if isinstance(exc, redis.ResponseError) else "")
-
-
-def _is_settled(exc: Exception) -> bool:
-    """Whether fresh connections would give the same answer."""
-    if isinstance(exc, redis.ReadOnlyError):
-        return False
-    return _is_denied(exc) or isinstance(exc, redis.ResponseError | redis.exceptions.BusyLoadingError | CacheError)
+            text = f"{code}: the server {meaning}"
+        elif _is_denied(exc):
+            kind, text = StoreAccessDenied, "the server does not accept the user name or password"
+        elif isinstance(exc, redis.ResponseError | redis.exceptions.ClusterError):
+            text = "the server refused a command" + (f" ({code})" if re.fullmatch("[A-Z]{2,20}", code) else "")
+        elif not isinstance(exc, redis.AuthenticationError) and (
+            is_of_cluster or isinstance(exc, redis.ConnectionError | OSError)
+        ):
+            # The text of a network error: one line, without the secrets of the URL.
+            text = "".join(char if char.isprintable() else " " for char in str(exc))[:_MAX_ERROR_CHARS]
+            for secret in filter(None, (self._address.password, self._address.username)):
+                text = text.replace(secret, "***")
+        else:
+            text = "the server's replies are malformed or out of step"
+            if not isinstance(exc, Malformed | redis.RedisError):
+                shown = exc if log.isEnabledFor(logging.DEBUG) else None  # a hostile server can make many and long ones
+                named = type(exc).__name__
+                log.warning("%s: a reply could not be read: %s", self._address, named, exc_info=shown)
+        return kind(f"{self._address}: {text}")
 
 
 def _is_denied(exc: Exception) -> bool:

@@ -26,16 +26,7 @@ from typing import Any
 
 import xxhash
 
-from cache.errors import (
-    CollectionExists,
-    CollectionInUse,
-    CollectionNotFound,
-    DamagedRecord,
-    InvalidName,
-    ManifestError,
-    StoreDamaged,
-    StoreUnavailable,
-)
+from cache import errors
 from cache.manifest import Manifest
 from cache.record import HEADER_BYTES, Damaged, Header, Record, check_name, is_passage_id, passage_id_bytes
 from cache.redis.connection import Address
@@ -52,22 +43,15 @@ _COUNT_SECONDS = 2.0
 
 
 class RedisStore(Store):
-    """Packed records in Redis; see `Store` for the contract. Durable as far as the server is configured to be.
-
-    Connects on first use.
-
-    Raises:
-        StoreUrlError: the URL cannot be understood.
-    """
+    """Packed records in Redis; connects on first use. Durable as far as the server is configured to be."""
 
     def __init__(
         self,
         url: str,
-        *,
-        read_budget_seconds: float = 0.1,
-        write_budget_seconds: float = 30.0,
-        ttl_seconds: int | None = None,
-        tls_ca_file: str | None = None,
+        read_budget_seconds: float,
+        write_budget_seconds: float,
+        ttl_seconds: int | None,
+        tls_ca_file: str | None,
     ) -> None:
         if ttl_seconds is not None and ttl_seconds < 1:
             raise ValueError(f"ttl_seconds: {ttl_seconds}, expected at least 1")
@@ -116,7 +100,7 @@ class RedisStore(Store):
         return self._headers(self._bulk if bulk else self._online, collection, passage_ids)
 
     def scan(self, collection: str) -> Iterator[tuple[str, Record | Damaged]]:
-        passage_ids = self._scan_ids(self._bulk, collection)
+        passage_ids = (one for _, one in self._scan_keys(self._bulk, collection) if one is not None)
         while batch := list(islice(passage_ids, _READ_CHUNK)):
             for passage_id, record in zip(batch, self._get(self._bulk, collection, batch), strict=True):
                 if record is not None:
@@ -126,16 +110,16 @@ class RedisStore(Store):
         """Counted by a scan over headers: about a second per million passages on a local server."""
 
         def headers() -> Iterator[Header | None]:
-            passage_ids = self._scan_ids(self._counting, collection)
+            passage_ids = (one for _, one in self._scan_keys(self._counting, collection) if one is not None)
             while batch := list(islice(passage_ids, _HEADER_CHUNK)):
                 yield from self._headers(self._counting, collection, batch)
 
         return StoreStats.of(headers())
 
     def audit(self, collection: str) -> Audit:
-        """Its own keys and fields: those of every collection, because one hash holds them all."""
+        """Fields of every collection, because one hash holds them all, and keys of this one."""
         problems = [problem for _, _, problem in self._flaws()]
-        if num_stray := sum(1 for _ in self._stray_keys(collection)):
+        if num_stray := len(self._stray_keys(collection)):
             problems.append(f"{num_stray} keys under {self._key_start(collection).decode()} that no passage can have")
         return Audit(tuple(problems))
 
@@ -152,9 +136,8 @@ class RedisStore(Store):
             else:
                 left_behind.append(f"{problem}; removed")
         for collection in self.list_collections():
-            keys = list(self._stray_keys(collection))
-            self._unlink(keys)
-            if keys:
+            if keys := self._stray_keys(collection):
+                self._unlink(keys)
                 left_behind.append(f"{len(keys)} keys of {collection!r} that no passage can have; removed")
         return left_behind
 
@@ -167,14 +150,14 @@ class RedisStore(Store):
         value = self._ask(self._online, _is_value, "HGET", self._manifests, collection)
         try:
             return None if value is None else Manifest.from_json(value, collection)
-        except ManifestError as exc:
-            raise StoreDamaged(f"collection {collection!r} cannot be read: {exc}; see `preread verify`") from exc
+        except errors.ManifestError as exc:
+            raise errors.StoreDamaged(f"collection {collection!r} cannot be read: {exc}; see `preread verify`") from exc
 
     def write_manifest(self, manifest: Manifest) -> None:
         name, value = manifest.collection, manifest.to_json()
         is_alias = name in self._aliases_by(self._bulk)
         if is_alias or not self._ask(self._bulk, _is_count, "HSETNX", self._manifests, name, value):
-            raise CollectionExists(f"collection: {name!r} already exists in this store")
+            raise errors.CollectionExists(f"collection: {name!r} already exists in this store")
         self._bump(name, is_plain=manifest.version == 1)
 
     def list_collections(self) -> list[str]:
@@ -183,12 +166,12 @@ class RedisStore(Store):
 
     def drop_collection(self, collection: str) -> None:
         self._require(collection)
-        CollectionInUse.check(collection, self._aliases_by(self._bulk))
+        errors.CollectionInUse.check(collection, self._aliases_by(self._bulk))
         # The manifest first: nothing can be written then. Records that a crash leaves are bound to the old manifest, so
         # a new collection of this name does not take them for its own.
         self._ask(self._bulk, _is_count, "HDEL", self._manifests, collection)
         self._bump(collection)
-        keys = self._scan_keys(self._bulk, collection)
+        keys = (key for key, _ in self._scan_keys(self._bulk, collection))
         while batch := list(islice(keys, _HEADER_CHUNK)):
             self._unlink(batch)
 
@@ -198,7 +181,7 @@ class RedisStore(Store):
     def set_alias(self, alias: str, collection: str, *, shadowing: bool = False) -> None:
         check_name("alias", alias)
         if not shadowing and self._ask(self._bulk, _is_count, "HEXISTS", self._manifests, alias):
-            raise CollectionExists(f"alias: {alias!r} is the name of a collection")
+            raise errors.CollectionExists(f"alias: {alias!r} is the name of a collection")
         self._require(collection)
         value = f"{collection}:{_checksum(alias, collection)}"
         self._ask(self._bulk, _is_count, "HSET", self._aliases, alias, value)
@@ -217,7 +200,8 @@ class RedisStore(Store):
         """The reply to a command on one of the store's hashes."""
         (reply,) = link.run([command], is_valid)
         if isinstance(reply, Exception):
-            raise StoreDamaged(f"Redis key {command[1]}: another type of value, expected the hash Preread keeps there")
+            expected = "another type of value, expected the hash Preread keeps there"
+            raise errors.StoreDamaged(f"Redis key {command[1]}: {expected}")
         return reply
 
     def _flaws(self) -> Iterator[tuple[str, bytes, str]]:
@@ -227,14 +211,11 @@ class RedisStore(Store):
             for field, value in sorted(self._ask(self._bulk, _is_pairs, "HGETALL", key).items()):
                 try:
                     parse(field, value)
-                except (DamagedRecord, ManifestError) as exc:
+                except (errors.DamagedRecord, errors.ManifestError) as exc:
                     yield key, field, f"{key} {field.decode(errors='backslashreplace')!r}: {exc}"
 
-    def _stray_keys(self, collection: str) -> Iterator[bytes]:
-        start = self._key_start(collection)
-        for key in self._scan_keys(self._bulk, collection):
-            if not is_passage_id(key[len(start) :].decode(errors="surrogateescape")):
-                yield key
+    def _stray_keys(self, collection: str) -> list[bytes]:
+        return [key for key, passage_id in self._scan_keys(self._bulk, collection) if passage_id is None]
 
     def _aliases_by(self, link: Link) -> dict[str, str]:
         """Damaged and foreign fields are no aliases: opening one is an error, and the others stay."""
@@ -243,7 +224,7 @@ class RedisStore(Store):
             try:
                 name, collection = _alias(alias, value)
                 aliases[name] = collection
-            except DamagedRecord as exc:
+            except errors.DamagedRecord as exc:
                 if (alias, value) not in self._told:
                     self._told.add((alias, value))
                     log.warning("alias %r: %s", alias.decode(errors="backslashreplace"), exc)
@@ -265,30 +246,20 @@ class RedisStore(Store):
         commands = [("GET", self._key(collection, passage_id)) for passage_id in passage_ids]
         values = link.run(commands, _is_value, _READ_CHUNK, chunk_bytes=_CHUNK_BYTES)
         return [
-            Damaged(passage_id, "the key holds another type of value") if isinstance(value, Exception)
-            else None if value is None
-            else Record.checked(passage_id, value)
-            for passage_id, value in zip(passage_ids, values, strict=True)
-        ]  # fmt: skip
+            Damaged(one, "the key holds another type of value")
+            if isinstance(value, Exception)
+            else Record.checked(one, value)
+            for one, value in zip(passage_ids, values, strict=True)
+        ]
 
     def _headers(self, link: Link, collection: str, passage_ids: Sequence[str]) -> list[Header | None]:
         keys = [self._key(collection, passage_id) for passage_id in passage_ids]
         values = link.run([("GETRANGE", key, 0, HEADER_BYTES - 1) for key in keys], _is_value, _HEADER_CHUNK)
-        return [
-            None if isinstance(value, Exception) else Header.checked(passage_id, value or b"")
-            for passage_id, value in zip(passage_ids, values, strict=True)
-        ]
+        there = (None if isinstance(value, Exception) else value for value in values)
+        return list(map(Header.checked, passage_ids, there))
 
-    def _scan_ids(self, link: Link, collection: str) -> Iterator[str]:
-        """Ids of a collection, each once. A key that no passage can have is not one of ours, and not among them."""
-        start = self._key_start(collection)
-        for key in self._scan_keys(link, collection):
-            passage_id = key[len(start) :].decode(errors="surrogateescape")
-            if is_passage_id(passage_id):
-                yield passage_id
-
-    def _scan_keys(self, link: Link, collection: str) -> Iterator[bytes]:
-        """Every key under a collection's prefix, each once; SCAN itself may repeat some."""
+    def _scan_keys(self, link: Link, collection: str) -> Iterator[tuple[bytes, str | None]]:
+        """Every key of a collection once, where SCAN may repeat some, and its id, None where no passage can have it."""
         start = self._key_start(collection)
         seen: set[int] = set()
         is_page = partial(_is_page, start=start)
@@ -301,11 +272,12 @@ class RedisStore(Store):
                     digest = xxhash.xxh3_64_intdigest(key)
                     if digest not in seen:
                         seen.add(digest)
-                        yield key
+                        passage_id = key[len(start) :].decode(errors="surrogateescape")
+                        yield key, passage_id if is_passage_id(passage_id) else None
                 if not cursor:
                     break
                 if cursor in cursors:  # no server repeats one, so this scan would not end
-                    raise StoreUnavailable(f"{self._address}: SCAN repeats its cursor {cursor}")
+                    raise errors.StoreUnavailable(f"{self._address}: SCAN repeats its cursor {cursor}")
                 cursors.add(cursor)
 
     def _key(self, collection: str, passage_id: str) -> bytes:
@@ -317,7 +289,7 @@ class RedisStore(Store):
 
     def _require(self, collection: str) -> None:
         if not self._ask(self._bulk, _is_count, "HEXISTS", self._manifests, collection):
-            raise CollectionNotFound(f"collection: {collection!r} does not exist in this store")
+            raise errors.CollectionNotFound(f"collection: {collection!r} does not exist in this store")
 
     def _bump(self, collection: str, *, is_plain: bool | None = None) -> None:
         """Change the generation. Plain, as the number it is, for collections of version 1, whose writers count on.
@@ -361,7 +333,7 @@ def _is_page(reply: object, start: bytes) -> bool:
 
 def _name(field: bytes) -> str | None:
     """A collection's or alias's name; None for other bytes, which this store did not write."""
-    with suppress(UnicodeDecodeError, InvalidName):
+    with suppress(UnicodeDecodeError, errors.InvalidName):
         return check_name("name", field.decode())
     return None
 
@@ -375,7 +347,7 @@ def _alias(field: bytes, value: bytes) -> tuple[str, str]:
     collection, separator, checksum = value.partition(b":")
     alias, name = _written_name("alias", field), _written_name("alias", collection)
     if separator and checksum != _checksum(alias, name).encode():  # earlier versions wrote none
-        raise DamagedRecord("its checksum does not match")
+        raise errors.DamagedRecord("its checksum does not match")
     return alias, name
 
 
@@ -383,12 +355,12 @@ def _generation(field: bytes, value: bytes) -> None:
     number, separator, checksum = value.partition(b":")
     name = _written_name("collection", field)
     if not number.isdigit() or (separator and checksum != _checksum(name, number.decode()).encode()):
-        raise DamagedRecord("its checksum does not match")
+        raise errors.DamagedRecord("its checksum does not match")
 
 
 def _written_name(kind: str, field: bytes) -> str:
     if (name := _name(field)) is None:
-        raise DamagedRecord(f"no {kind} of this store")
+        raise errors.DamagedRecord(f"no {kind} of this store")
     return name
 
 

@@ -12,7 +12,7 @@ from cache.errors import StoreAccessDenied, StoreDamaged, StoreFull, StoreUnavai
 from cache.open import open_store
 from cache.record import Damaged
 from cache.redis.connection import Address
-from cache.redis.link import CircuitBreaker, Link
+from cache.redis.link import Link
 from cache.store import public_url
 from decoder_server.config import DecoderConfig
 
@@ -288,19 +288,28 @@ def test_a_manifest_someone_wrote_over_is_not_believed(redis_server, open_redis,
 
 
 def test_the_breaker_lets_one_try_at_a_time():
-    breaker = CircuitBreaker(max_failures=2, cooldown_seconds=0.5)
-    breaker.failed("first")
-    breaker.check()
-    breaker.failed("second")
-    with pytest.raises(StoreUnavailable, match=r"2 failures in a row.*second"):
-        breaker.check()
-    time.sleep(0.51)
-    breaker.check()  # this one may try
-    with pytest.raises(StoreUnavailable):
-        breaker.check()
-    breaker.succeeded()
-    breaker.check()
-    breaker.check()
+    link = Link(Address.parse("redis://localhost:1"), budget_seconds=1.0, tls_ca_file=None)
+
+    def fail(client, deadline):
+        raise StoreUnavailable("down")
+
+    def count(client, deadline):
+        with pytest.raises(StoreUnavailable, match="circuit breaker open"):  # next to the one that tries
+            link.call(fail)
+        return 1
+
+    for _ in range(5):
+        with pytest.raises(StoreUnavailable, match="down"):
+            link.call(fail)
+    with pytest.raises(StoreUnavailable, match=r"5 failures in a row.*down"):
+        link.call(count)
+    time.sleep(1.01)
+    assert link.call(count) == 1  # this one may try
+    for _ in range(4):
+        with pytest.raises(StoreUnavailable, match="down"):
+            link.call(fail)
+    assert link.call(lambda client, deadline: 2) == 2
+    link.close()
 
 
 def test_addresses():
