@@ -16,7 +16,6 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import quote
 
 import xxhash
 
@@ -126,7 +125,13 @@ class _WriterLock:
             cleanup.callback(self._thread_lock.release)
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             cleanup.callback(os.close, descriptor)  # which releases the lock
-            self._acquire(descriptor, deadline)
+            # flock has no timeout, and a blocking call could not be interrupted from a thread, so it is repeated.
+            while not _locked(descriptor, fcntl.LOCK_EX):
+                if time.monotonic() >= deadline:
+                    holder = os.pread(descriptor, 12, 0).decode(errors="replace").strip() or "unknown"
+                    why = f"process {holder} has been writing for more than {self._timeout_seconds:g} s"
+                    raise StoreLocked(f"{self._path}: {why}")
+                time.sleep(_POLL_SECONDS)
             os.pwrite(descriptor, f"{os.getpid():<12}".encode(), 0)
             self._descriptor = descriptor
             cleanup.callback(setattr, self, "_descriptor", -1)
@@ -141,12 +146,7 @@ class _WriterLock:
             yield True
             return
         with open(descriptor, "rb"):  # which closes it
-            is_idle = True
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                is_idle = False
-            yield is_idle
+            yield _locked(descriptor, fcntl.LOCK_SH)
 
     def note(self, num_commits: int) -> None:
         """Keep the number of commits, after each; only while the lock is held.
@@ -163,18 +163,13 @@ class _WriterLock:
             return int(num_commits) if note == _packed_note(num_commits) else 0
         return 0
 
-    def _acquire(self, descriptor: int, deadline: float) -> None:
-        # flock has no timeout, and a blocking call could not be interrupted from a thread, so it is repeated.
-        while True:
-            try:
-                return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as exc:
-                if time.monotonic() >= deadline:
-                    holder = os.pread(descriptor, 12, 0).decode(errors="replace").strip() or "unknown"
-                    raise StoreLocked(
-                        f"{self._path}: process {holder} has been writing for more than {self._timeout_seconds:g} s"
-                    ) from exc
-            time.sleep(_POLL_SECONDS)
+
+def _locked(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
 
 
 def _packed_note(num_commits: int) -> bytes:
@@ -187,6 +182,7 @@ class CatalogueFile:
     def __init__(self, path: Path, *, lock_timeout_seconds: float) -> None:
         self.path = path
         self.lock = _WriterLock(path.with_name("writer.lock"), lock_timeout_seconds)
+        self._aside = path.with_name(path.name + ".tmp")  # a new catalogue, possibly of a process that died
         self._pool_lock = threading.Lock()
         self._idle: list[Connection] = []
         self._seen: _Seen | None = None
@@ -199,65 +195,59 @@ class CatalogueFile:
             return self.path.exists()
 
     def create(self) -> None:
-        """Make the file where there is none, or upgrade one of version 1; only for the holder of the writer lock.
-
-        Raises:
-            StoreDamaged: there is none and should be.
-        """
+        """Make the file where there is none and should be none, or upgrade one of version 1; under the writer lock."""
         if not self.path.exists():
             self._check_missing()
-            self.new_file().close()  # which folds the log into the file
-            os.rename(self.aside, self.path)  # so no reader ever sees a catalogue without its tables
+            with self.new_file():
+                pass  # closing it folds the log into the file
+            os.rename(self._aside, self.path)  # so no reader ever sees a catalogue without its tables
             fsync_directory(self.path.parent)
             fsync_directory(self.path.parent.parent)
             return
         with self.reading() as connection:
             if connection.is_kept:
                 return
-        with translated(self.path), closing(Connection.open(_uri(self.path))) as connection:
+        with translated(self.path), closing(Connection.open(self.path)) as connection:
             connection.execute("PRAGMA synchronous = FULL")
             _make(connection, _UPGRADE)
 
-    @property
-    def aside(self) -> Path:
-        """Where a new catalogue is built, possibly by a process that died."""
-        return self.path.with_name(self.path.name + ".tmp")
-
-    def new_file(self) -> Connection:
+    @contextmanager
+    def new_file(self) -> Iterator[Connection]:
         """An empty catalogue in a new file aside."""
-        for leftover in self.aside.parent.glob(self.aside.name + "*"):
+        for leftover in self._aside.parent.glob(self._aside.name + "*"):
             leftover.unlink(missing_ok=True)
-        with ExitStack() as on_error:
-            connection = Connection.open(str(self.aside))
-            on_error.callback(connection.close)
+        with closing(Connection.open(self._aside, "rwc")) as connection:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
             _make(connection, _NEW)
-            on_error.pop_all()
-        return connection
+            yield connection
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
         """A connection in autocommit; an empty catalogue where there is no file yet.
 
-        Raises:
-            StoreDamaged: not a catalogue of this store.
-            StoreAccessDenied: a log would have to be applied and cannot.
-            StoreUnavailable: a read-only volume was written meanwhile, so reads may not fit together.
+        Raises StoreDamaged where it is no catalogue of this store, StoreAccessDenied where a log would have to be
+        applied and cannot, StoreUnavailable where a read-only volume was written meanwhile, so reads may not fit.
         """
         with translated(self.path):
-            connection, seen = self._take()
+            seen = _Seen.of(self.path, self._seen)
+            connection = self._take(seen)
             try:
                 yield connection
             finally:
-                self._give_back(connection, seen)
+                with self._pool_lock:
+                    is_kept = seen is not None and seen == self._seen and connection.is_kept and not self._closed
+                    if is_kept:
+                        self._idle.append(connection)
+                if not is_kept:
+                    connection.close()
             if seen is not None and seen.is_immutable and seen != _Seen.of(self.path, seen):
                 raise StoreUnavailable(f"store {self.path}: was written while it was read; read it again")
 
     @contextmanager
     def salvaging(self) -> Iterator[Connection]:
         """A connection to a catalogue that `reading` may reject, with all of its schema that SQLite can parse."""
-        with translated(self.path), closing(Connection.open(_uri(self.path))) as connection:
+        with translated(self.path), closing(Connection.open(self.path)) as connection:
             connection.execute("PRAGMA writable_schema = ON")  # skips what cannot be parsed
             connection.execute("PRAGMA mmap_size = 0")
             connection.execute("PRAGMA cell_size_check = ON")
@@ -291,8 +281,7 @@ class CatalogueFile:
     def committed_files(self) -> set[str]:
         """Names of the segments that are in the catalogue: all others may be removed.
 
-        Raises:
-            StoreDamaged: that is not certain, so that a damaged catalogue never costs the codes it should name.
+        Raises StoreDamaged where that is not certain, so a damaged catalogue never costs the codes it should name.
         """
         noted = self.lock.noted()
         with self.reading() as connection:
@@ -301,15 +290,12 @@ class CatalogueFile:
             return {file_name for _, _, file_name, *_ in connection.checked("segments")}
 
     def replace(self) -> None:
-        """Put the new file in place of this one while readers go on; only for the holder of the writer lock.
-
-        Connections to the old file keep it until they are given back.
-        """
+        """Put the new file in place of this one, under the writer lock; readers keep the old one while they have it."""
         with suppress(StoreDamaged):
             self.checkpoint()
         for suffix in ("-wal", "-shm"):  # of the old file: what a reader has open stays, and a new one makes its own
             self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
-        os.rename(self.aside, self.path)
+        os.rename(self._aside, self.path)
         fsync_directory(self.path.parent)
 
     def close(self) -> None:
@@ -319,32 +305,46 @@ class CatalogueFile:
         for connection in idle:
             connection.close()
 
-    def _take(self) -> "tuple[Connection, _Seen | None]":
-        seen = _Seen.of(self.path, self._seen)
+    def _take(self, seen: "_Seen | None") -> Connection:
+        stale: list[Connection] = []
         with self._pool_lock:
-            stale: list[Connection] = []
             if seen != self._seen:
                 stale, self._idle = self._idle, []
-                self.num_reopened += self._seen is not None and not (seen and seen.continues(self._seen))
+                if self._seen is not None:  # the same file goes on counting its generations, unless it cannot be known
+                    goes_on = seen is not None and seen[:2] == self._seen[:2] and not seen.is_immutable
+                    self.num_reopened += not goes_on
                 self._seen = seen
             idle = self._idle.pop() if self._idle else None
         for connection in stale:
             connection.close()
-        if idle is not None:
-            return idle, seen
+        return idle or self._connected(seen)
+
+    def _connected(self, seen: "_Seen | None") -> Connection:
         if seen is None:
             self._check_missing()
-            connection = Connection.open(":memory:")
-            _make(connection, _NEW)
-            return connection, seen
-        return _connect(self.path, seen), seen
-
-    def _give_back(self, connection: Connection, seen: "_Seen | None") -> None:
-        with self._pool_lock:
-            if seen is not None and seen == self._seen and connection.is_kept and not self._closed:
-                self._idle.append(connection)
-                return
-        connection.close()
+        mode = "memory" if seen is None else "ro&immutable=1" if seen.is_immutable else "rw"
+        connection = Connection.open(self.path, mode)
+        try:
+            if seen is None:
+                _make(connection, _NEW)
+                return connection
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("PRAGMA cache_size = -16384")
+            connection.execute("PRAGMA mmap_size = 0")  # a mapped file that is truncated kills the process
+            connection.execute("PRAGMA cell_size_check = ON")
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            if version == 1:
+                connection.run(_AS_VERSION_2)
+                connection.is_kept = False
+            elif version != _VERSION:
+                raise StoreDamaged(f"{self.path}: version {version} is unknown, expected 1 or {_VERSION}")
+            elif not connection.execute("SELECT 1 FROM store WHERE schema = ?", (connection.schema(),)).fetchone():
+                damage = "its schema is not the one it was made with"
+                raise StoreDamaged(f"store {self.path}: the catalogue is damaged: {damage}")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
 
     def _check_missing(self) -> None:
         segments = self.path.parent / "segments"
@@ -360,10 +360,6 @@ class _Seen(NamedTuple):
     modified_ns: int  # also by a checkpoint; a connection would not notice a copy over the file
     num_bytes: int
     is_immutable: bool = False
-
-    def continues(self, earlier: "_Seen") -> bool:
-        """Whether it is the same file, whose writers count up its generations."""
-        return self[:2] == earlier[:2] and not self.is_immutable
 
     @classmethod
     def of(cls, path: Path, known: "_Seen | None") -> "_Seen | None":
@@ -386,30 +382,6 @@ class _Seen(NamedTuple):
                 "checkpoint it first: run `preread stats` on the store where it can be written"
             )
         return ordinary  # next to a writer whose files may be read
-
-
-def _uri(path: Path, mode: str = "mode=rw") -> str:
-    return f"file:{quote(str(path))}?{mode}"
-
-
-def _connect(path: Path, seen: _Seen) -> Connection:
-    with ExitStack() as on_error:
-        connection = Connection.open(_uri(path, "mode=ro&immutable=1" if seen.is_immutable else "mode=rw"))
-        on_error.callback(connection.close)
-        connection.execute("PRAGMA synchronous = FULL")
-        connection.execute("PRAGMA cache_size = -16384")
-        connection.execute("PRAGMA mmap_size = 0")  # a mapped file that is truncated kills the process
-        connection.execute("PRAGMA cell_size_check = ON")
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
-        if version == 1:
-            connection.run(_AS_VERSION_2)
-            connection.is_kept = False
-        elif version != _VERSION:
-            raise StoreDamaged(f"{path}: version {version} is unknown, expected 1 or {_VERSION}")
-        elif connection.execute("SELECT 1 FROM store WHERE schema = ?", (connection.schema(),)).fetchone() is None:
-            raise StoreDamaged(f"store {path}: the catalogue is damaged: its schema is not the one it was made with")
-        on_error.pop_all()
-    return connection
 
 
 def _make(connection: Connection, script: str) -> None:

@@ -10,8 +10,8 @@ that there was one. `audit` looks for such damage; `rebuild` writes the catalogu
 
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, suppress
-from typing import Any, NamedTuple
+from contextlib import suppress
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from cache.codecs import Codec
 from cache.errors import CacheError, DamagedRecord, InvalidName, ManifestError, StoreDamaged
 from cache.faiss.catalogue import SUMS, CatalogueFile
-from cache.faiss.rows import COVERED, Connection, checked_row, row_name, translated, typed
-from cache.faiss.segments import Segment, SegmentFiles, SegmentGone
+from cache.faiss.rows import COVERED, UNREADABLE, Connection, translated, typed
+from cache.faiss.segments import Segment, SegmentFiles
 from cache.manifest import Manifest
 from cache.record import Header, passage_id_bytes
 from cache.store import Audit
@@ -31,7 +31,6 @@ TARGET_SEGMENT_BYTES = 128 << 20
 _SMALL_SEGMENT_BYTES = 8 << 20
 
 _MAX_SHOWN = 20
-_UNREADABLE = "rows that cannot be read:"
 
 
 class Compaction(NamedTuple):
@@ -47,14 +46,7 @@ class _Use(NamedTuple):
 
     segment: Segment
     num_live_bytes: int
-
-    @property
-    def num_bytes(self) -> int:
-        return self.segment.num_rows * self.segment.code_size
-
-    @property
-    def num_dead_bytes(self) -> int:
-        return self.num_bytes - self.num_live_bytes
+    num_dead_bytes: int
 
 
 class Compactor:
@@ -70,9 +62,8 @@ class Compactor:
         """Rewrite a group of segments, or return the effect where there is nothing left to rewrite."""
         uses = self._uses(collection_id)
         self._before = self._before or uses
-        groups = _plan([use for use in uses if use.segment.segment_id not in self._unreadable])
-        if groups:
-            self._rewrite(groups[0], collection_id, codec)
+        if group := _worthwhile([use for use in uses if use.segment.segment_id not in self._unreadable]):
+            self._rewrite(group, collection_id, codec)
             return None
         before, after = (sum(use.num_dead_bytes for use in state) for state in (self._before, uses))
         return Compaction(len(self._before), len(uses), before - after)
@@ -84,17 +75,22 @@ class Compactor:
             (number,) = connection.execute(query, (collection_id, _SMALL_SEGMENT_BYTES)).fetchone()
         if number >= min_segments:
             uses = self._uses(collection_id)
-            for group in _plan([one for one in uses if one.num_bytes < _SMALL_SEGMENT_BYTES])[:1]:
+            small = [use for use in uses if use.num_live_bytes + use.num_dead_bytes < _SMALL_SEGMENT_BYTES]
+            if group := _worthwhile(small):
                 self._rewrite(group, collection_id, codec)
 
     def _uses(self, collection_id: int) -> list[_Use]:
         """All segments of a collection, oldest first."""
         query = "SELECT segment_id, sum(num_states) FROM passages WHERE collection_id = ? GROUP BY segment_id"
+        uses = []
         with self._catalogue.reading() as connection:
             live = dict(connection.execute(query, (collection_id,)))
-            rows = list(connection.checked("segments", "WHERE collection_id = ? ORDER BY segment_id", collection_id))
-        segments = [Segment(segment_id, *rest) for segment_id, _, *rest in rows]
-        return [_Use(one, typed(int, live.get(one.segment_id, 0)) * one.code_size) for one in segments]
+            where = "WHERE collection_id = ? ORDER BY segment_id"
+            for segment_id, _, *rest in connection.checked("segments", where, collection_id):
+                segment, num_live = Segment(segment_id, *rest), typed(int, live.get(segment_id, 0))
+                num_dead = segment.num_rows - num_live
+                uses.append(_Use(segment, num_live * segment.code_size, num_dead * segment.code_size))
+        return uses
 
     def _rewrite(self, group: list[_Use], collection_id: int, codec: Codec) -> None:
         """Rewrite a group as one segment.
@@ -106,12 +102,12 @@ class Compactor:
         moved: list[tuple[int, int, int]] = []  # new first row, row key, old segment
         readable: list[Segment] = []
         num_rows = 0
+        query = "SELECT row_key, first_row, num_states FROM passages WHERE segment_id = ? ORDER BY first_row"
         with self._catalogue.reading() as connection:
             for segment, *_ in group:
-                query = "SELECT row_key, first_row, num_states FROM passages WHERE segment_id = ? ORDER BY first_row"
                 places = [[typed(int, one) for one in row] for row in connection.execute(query, (segment.segment_id,))]
                 codes: list[NDArray[np.uint8] | DamagedRecord] = []
-                with suppress(SegmentGone):
+                with suppress(FileNotFoundError):
                     codes = list(self._files.codes(segment, [(first, number) for _, first, number in places]))
                 whole = [one for one in codes if not isinstance(one, DamagedRecord)]
                 if len(whole) < len(places):
@@ -137,27 +133,24 @@ class Compactor:
         self._files.remove(segment.file_name for segment in readable)
 
 
-def _plan(uses: list[_Use]) -> list[list[_Use]]:
-    """Groups of segments worth rewriting, each at most about TARGET_SEGMENT_BYTES of live codes."""
-    groups: list[list[_Use]] = [[]]
+def _worthwhile(uses: list[_Use]) -> list[_Use]:
+    """The first group of segments worth rewriting as one, at most about TARGET_SEGMENT_BYTES of live codes."""
+    group: list[_Use] = []
     num_bytes = 0
     for use in uses:
         if not use.num_dead_bytes and use.num_live_bytes >= TARGET_SEGMENT_BYTES // 2:
             continue
-        if groups[-1] and num_bytes + use.num_live_bytes > TARGET_SEGMENT_BYTES:
-            groups.append([])
-            num_bytes = 0
-        groups[-1].append(use)
+        if group and num_bytes + use.num_live_bytes > TARGET_SEGMENT_BYTES:
+            if len(group) > 1 or group[0].num_dead_bytes:
+                break
+            group, num_bytes = [], 0
+        group.append(use)
         num_bytes += use.num_live_bytes
-    return [group for group in groups if len(group) > 1 or (group and group[0].num_dead_bytes)]
+    return group if len(group) > 1 or (group and group[0].num_dead_bytes) else []
 
 
 def audit(catalogue: CatalogueFile, files: SegmentFiles, collection: str) -> Audit:
-    """Damage of the catalogue: its pages and indexes, rows that no record vouches for, counts, lost commits.
-
-    Raises:
-        StoreDamaged: it cannot be opened at all.
-    """
+    """Damage of a catalogue that can be opened: pages, indexes, rows that no record vouches for, counts, commits."""
     noted = catalogue.lock.noted()  # before the catalogue: a writer commits first
     problems: list[str] = []
     if not catalogue.exists:
@@ -173,7 +166,7 @@ def audit(catalogue: CatalogueFile, files: SegmentFiles, collection: str) -> Aud
                 problems.extend(check)
             except (CacheError, sqlite3.Error) as exc:
                 problems.append(f"catalogue: {exc}")
-        for _ in _whole_rows(connection, "segments", problems):
+        for _ in connection.whole("segments", problems):
             pass  # a damaged file is reported by its passages
     orphans: list[str] = []
     with catalogue.lock.idle() as is_idle, suppress(CacheError, OSError, sqlite3.Error):
@@ -185,7 +178,7 @@ def audit(catalogue: CatalogueFile, files: SegmentFiles, collection: str) -> Aud
 def rebuild(catalogue: CatalogueFile, files: SegmentFiles) -> list[str]:
     """Replace the catalogue by one with all its intact rows; returns what was left behind. Needs the writer lock."""
     left: list[str] = []
-    with catalogue.salvaging() as old, closing(catalogue.new_file()) as new:
+    with catalogue.salvaging() as old, catalogue.new_file() as new:
         new.execute("BEGIN")
         collections = _copy_names(old, new, left)
         _copy_passages(old, new, collections, left)
@@ -207,10 +200,10 @@ def _damaged_names(connection: Connection) -> Iterator[str]:
     """Collections, aliases and generations whose row is damaged, or that point nowhere."""
     problems: list[str] = []
     names = {name for _, name, _ in _whole_collections(connection, problems)}
-    for alias, name, _ in _whole_rows(connection, "aliases", problems):
+    for alias, name, _ in connection.whole("aliases", problems):
         if name not in names:
             problems.append(f"alias {alias!r} points at {name!r}, which does not exist")
-    counted = {name for name, *_ in _whole_rows(connection, "generations", problems)}
+    counted = {name for name, *_ in connection.whole("generations", problems)}
     yield from problems
     yield from (f"collection {name!r} has no generation" for name in sorted(names - counted))
 
@@ -239,29 +232,9 @@ def _wrong_counts(connection: Connection, collection: str) -> Iterator[str]:
             yield f"{number} passages {problem}"
 
 
-def _salvaged(connection: Connection, query: str, problems: list[str]) -> Iterator[tuple[Any, ...]]:
-    """Rows of a query until one cannot be read, which becomes a problem."""
-    try:
-        yield from connection.execute(query)
-    except sqlite3.Error as exc:
-        problems.append(f"{_UNREADABLE} {exc}")
-
-
-def _whole_rows(
-    connection: Connection, table: str, problems: list[str], also: str = "NULL"
-) -> Iterator[tuple[Any, ...]]:
-    """The covered columns of intact rows, and one more; damaged rows become problems."""
-    query = f"SELECT {also}, {', '.join(COVERED[table])}, checksum FROM {table}"
-    for further, *row in _salvaged(connection, query, problems):
-        try:
-            yield (*checked_row(table, row), further)
-        except StoreDamaged as exc:
-            problems.append(f"{row_name(table, row)}: {exc}")
-
-
 def _whole_collections(connection: Connection, problems: list[str]) -> Iterator[tuple[int, str, bytes]]:
     """Numbers, names and manifests of intact collections."""
-    for collection_id, name, manifest in _whole_rows(connection, "collections", problems, "manifest"):
+    for collection_id, name, manifest in connection.whole("collections", problems, "manifest"):
         try:
             Manifest.from_json(typed(bytes, manifest), name)
             yield collection_id, name, manifest
@@ -275,18 +248,18 @@ def _copy_names(old: Connection, new: Connection, left: list[str]) -> set[int]:
     for collection_id, name, manifest in _whole_collections(old, left):
         new.put("collections", collection_id=collection_id, name=name, manifest=manifest)
         kept[name] = collection_id
-    for alias, name, _ in _whole_rows(old, "aliases", left):
+    for alias, name, _ in old.whole("aliases", left):
         try:
             new.set_alias(alias, name, shadowing=True)
         except CacheError as exc:
             left.append(f"alias {alias!r}: {exc}")
     lost: list[str] = []  # a damaged generation loses nothing
-    for name, generation, _ in _whole_rows(old, "generations", lost):
+    for name, generation, _ in old.whole("generations", lost):
         new.put("generations", name=name, generation=generation)
-    left.extend(problem for problem in lost if problem.startswith(_UNREADABLE))
+    left.extend(problem for problem in lost if problem.startswith(UNREADABLE))
     for name in kept:
         new.bump(name)
-    for *row, _ in _whole_rows(old, "segments", left):
+    for *row, _ in old.whole("segments", left):
         if row[1] in kept.values():
             new.put("segments", **dict(zip(COVERED["segments"], row, strict=True)))
     return set(kept.values())
@@ -301,7 +274,7 @@ def _copy_passages(old: Connection, new: Connection, collections: set[int], left
         query = f"""SELECT row_key, collection_id, passage_id, segment_id, first_row, header, windows, text
             FROM passages NOT INDEXED ORDER BY row_key {order}"""
         complete = len(left)
-        for row in _salvaged(old, query, left):
+        for row in old.salvaged(query, left):
             row_key, collection_id, passage_id, segment_id, first_row, packed, windows, written = row
             try:
                 header = Header.parse(typed(bytes, packed), passage_id_bytes(typed(str, passage_id)))
@@ -310,6 +283,7 @@ def _copy_passages(old: Connection, new: Connection, collections: set[int], left
                 place = typed(int, row_key), collection_id, passage_id, segment_id, typed(int, first_row)
                 new.execute(insert, (*place, *header.counts, packed, typed(bytes, windows), typed(bytes, written)))
             except (DamagedRecord, InvalidName, StoreDamaged) as exc:
-                left.append(f"{row_name('passages', [passage_id])}: {exc}")
-        if len(left) == complete or not left[-1].startswith(_UNREADABLE):
+                shown = passage_id.decode(errors="replace") if isinstance(passage_id, bytes) else passage_id
+                left.append(f"passage {shown!r}: {exc}")
+        if len(left) == complete or not left[-1].startswith(UNREADABLE):
             return

@@ -13,23 +13,15 @@ from itertools import groupby, islice
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
+from urllib.parse import quote
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from cache.errors import (
-    CacheError,
-    CollectionExists,
-    CollectionNotFound,
-    DamagedRecord,
-    ManifestError,
-    StoreAccessDenied,
-    StoreDamaged,
-    StoreFull,
-    StoreLocked,
-)
-from cache.faiss.segments import Segment, SegmentFiles, SegmentGone
+from cache import errors
+from cache.errors import CacheError, DamagedRecord, StoreAccessDenied, StoreDamaged, StoreFull, StoreLocked
+from cache.faiss.segments import Segment, SegmentFiles
 from cache.manifest import Manifest
 from cache.record import RECORD_VERSION, Damaged, Header, Record, check_name, passage_id_bytes
 
@@ -45,6 +37,7 @@ COVERED: dict[str, dict[str, type]] = {
     },
 }  # fmt: skip
 UNCHECKED = b"version 1"
+UNREADABLE = "rows that cannot be read:"
 
 _T = TypeVar("_T")
 _KINDS: dict[type, str] = {int: "a whole number", bytes: "bytes", str: "UTF-8"}
@@ -97,17 +90,17 @@ def typed(kind: type[_T], value: object) -> _T:
     return found
 
 
-def checked_row(table: str, row: Sequence[object]) -> tuple[Any, ...]:
+def _checked_row(table: str, row: Sequence[object]) -> tuple[Any, ...]:
     """The covered columns of a row whose checksum comes last."""
     *columns, checksum = row
     kinds = COVERED[table].values()
     values: list[Any] = [typed(kind, one) for kind, one in zip(kinds, columns, strict=True)]
     if checksum not in (_row_checksum(*values), UNCHECKED):
-        raise StoreDamaged(f"the catalogue is damaged: checksum of {row_name(table, columns)} does not match")
+        raise StoreDamaged(f"the catalogue is damaged: checksum of {_row_name(table, columns)} does not match")
     return tuple(values)
 
 
-def row_name(table: str, columns: Sequence[object]) -> str:
+def _row_name(table: str, columns: Sequence[object]) -> str:
     """A row in a message: its table, and its first column that is text."""
     key = next((one for one in columns if isinstance(one, bytes)), columns[0])
     shown = key.decode(errors="replace") if isinstance(key, bytes) else key
@@ -124,10 +117,11 @@ class Connection(sqlite3.Connection):
     is_kept = True  # in the pool; not to a file of version 1, which another process may upgrade
 
     @classmethod
-    def open(cls, database: str) -> "Connection":
-        is_uri = database.startswith("file:")
+    def open(cls, path: Path, mode: str = "rw") -> "Connection":
+        """`mode` is a URI's, with further parameters; "memory" for a database without a file."""
+        uri = f"file:{quote(str(path))}?mode={mode}"
         connection = sqlite3.connect(
-            database, uri=is_uri, timeout=10.0, isolation_level=None, check_same_thread=False, factory=cls
+            uri, uri=True, timeout=10.0, isolation_level=None, check_same_thread=False, factory=cls
         )
         connection.text_factory = bytes
         connection.create_function("row_checksum", -1, _row_checksum, deterministic=True)
@@ -171,7 +165,24 @@ class Connection(sqlite3.Connection):
     def checked(self, table: str, where: str = "", *values: object) -> Iterator[Any]:
         """The covered columns of rows, each checked; `where` may also order them."""
         for row in self.execute(f"SELECT {', '.join(COVERED[table])}, checksum FROM {table} {where}", values):
-            yield checked_row(table, row)
+            yield _checked_row(table, row)
+
+    def whole(self, table: str, problems: list[str], also: str = "NULL") -> Iterator[tuple[Any, ...]]:
+        """The covered columns of intact rows, and one more; damaged rows become problems."""
+        for further, *row in self.salvaged(
+            f"SELECT {also}, {', '.join(COVERED[table])}, checksum FROM {table}", problems
+        ):
+            try:
+                yield (*_checked_row(table, row), further)
+            except StoreDamaged as exc:
+                problems.append(f"{_row_name(table, row)}: {exc}")
+
+    def salvaged(self, query: str, problems: list[str]) -> Iterator[tuple[Any, ...]]:
+        """Rows of a query until one cannot be read, which becomes a problem."""
+        try:
+            yield from self.execute(query)
+        except sqlite3.Error as exc:
+            problems.append(f"{UNREADABLE} {exc}")
 
     def put(self, table: str, **columns: object) -> int:
         """Insert a row with its checksum, or replace that of its key; returns the key that the catalogue assigned."""
@@ -189,20 +200,20 @@ class Connection(sqlite3.Connection):
 
     def require_collection(self, name: str) -> int:
         if (collection_id := self.find_collection(name)) is None:
-            raise CollectionNotFound(f"collection: {name!r} does not exist in this store")
+            raise errors.CollectionNotFound(f"collection: {name!r} does not exist in this store")
         return collection_id
 
     def manifest(self, name: str) -> Manifest | None:
         row = self.execute("SELECT manifest FROM collections WHERE name = ?", (name,)).fetchone()
         try:
             return None if row is None else Manifest.from_json(typed(bytes, row[0]), name)
-        except ManifestError as exc:
+        except errors.ManifestError as exc:
             raise StoreDamaged(f"collection {name!r} cannot be read: {exc}") from exc
 
     def set_alias(self, alias: str, name: str, *, shadowing: bool) -> None:
         check_name("alias", alias)
         if self.find_collection(alias) is not None and not shadowing:
-            raise CollectionExists(f"alias: {alias!r} is the name of a collection")
+            raise errors.CollectionExists(f"alias: {alias!r} is the name of a collection")
         self.require_collection(name)
         self.put("aliases", alias=alias, name=name)
 
@@ -218,8 +229,7 @@ class Connection(sqlite3.Connection):
     ) -> None:
         """Point passages at a new durable segment file that holds their codes in this order."""
         segment_id = self.insert_segment(collection_id, file_name, codes, offset)
-        rows = []
-        first_row = 0
+        rows, first_row = [], 0
         for passage_id, record in records.items():
             # Software that writes version 1 cannot open this catalogue, so it is not written here.
             header, encoded_id = record.header.latest(), passage_id_bytes(passage_id)
@@ -231,9 +241,8 @@ class Connection(sqlite3.Connection):
 
     def insert_segment(self, collection_id: int, file_name: str, codes: NDArray[np.uint8], offset: int) -> int:
         """A row for a durable segment file with these codes (num_rows, code_size); returns its id."""
-        columns = collection_id, file_name, *codes.shape, offset
         _, *names = COVERED["segments"]
-        return self.put("segments", **dict(zip(names, columns, strict=True)))
+        return self.put("segments", **dict(zip(names, (collection_id, file_name, *codes.shape, offset), strict=True)))
 
     def find_passages(self, collection_id: int, passage_ids: Iterable[str]) -> "list[_Row]":
         """Rows of the passages that exist, in the order they lie on disk."""
@@ -266,8 +275,7 @@ class Connection(sqlite3.Connection):
         """
         query = """SELECT row_key, passage_id, header FROM passages NOT INDEXED
             WHERE row_key > ? AND collection_id = ? ORDER BY row_key LIMIT ?"""
-        changed = []
-        last = None
+        changed, last = [], None
         for last, encoded_id, packed in self.execute(query, (after, collection_id, limit)).fetchall():
             with suppress(DamagedRecord, StoreDamaged):
                 header = Header.parse(typed(bytes, packed), typed(bytes, encoded_id))
@@ -330,10 +338,10 @@ class _Row(NamedTuple):
             return Damaged(self.encoded_id.decode(), str(exc))
 
 
-def read_records(rows: Iterable[_Row], files: SegmentFiles) -> Iterator[tuple[str, Record | Damaged | SegmentGone]]:
-    """The records of rows by passage id, in their order; consecutive rows of one segment are read together.
+def read_records(rows: Iterable[_Row], files: SegmentFiles) -> Iterator[tuple[str, Record | Damaged | str]]:
+    """Passage ids and whole records, in order; where there is no segment file, its name takes the record's place.
 
-    A Record is the passage as it was written: everything is checked.
+    Consecutive rows of one segment are read together.
     """
     for segment, group in groupby(rows, key=attrgetter("segment")):
         together = list(group)
@@ -343,8 +351,8 @@ def read_records(rows: Iterable[_Row], files: SegmentFiles) -> Iterator[tuple[st
             continue
         try:
             codes = files.codes(segment, [(row.first_row, row.header.num_states) for row in together if row.header])
-        except SegmentGone as exc:
-            yield from ((id_, exc) for id_ in ids)
+        except FileNotFoundError:
+            yield from ((id_, segment.file_name) for id_ in ids)
             continue
         for id_, row, found in zip(ids, together, codes, strict=True):
             yield id_, row.joined(found)
@@ -354,20 +362,21 @@ def _rows(collection_id: int, found: Iterable[Sequence[Any]]) -> Iterator[_Row]:
     segments: dict[object, Segment | str] = {}  # most passages of a request share one with others
     for values in found:
         typed(bytes, values[0])
-        if (segment := segments.get(values[10])) is None:
-            segment = segments[values[10]] = _segment(collection_id, values[10:])
+        segment_id, owner, *_ = values[10:]
+        if (segment := segments.get(segment_id)) is None:
+            if owner is None:
+                segment = f"segment {segment_id} is not in the catalogue"
+            else:
+                try:
+                    segment_id, owner, *rest = _checked_row("segments", values[10:])
+                    is_ours = owner == collection_id
+                    segment = (
+                        Segment(segment_id, *rest) if is_ours else f"segment {segment_id} is of another collection"
+                    )
+                except StoreDamaged as exc:
+                    segment = str(exc)
+            segments[segment_id] = segment
         yield _Row.of(values, segment)
-
-
-def _segment(collection_id: int, row: Sequence[object]) -> Segment | str:
-    """A segment from its row, or why there is none."""
-    if row[1] is None:
-        return f"segment {row[0]} is not in the catalogue"
-    try:
-        segment_id, owner, *rest = checked_row("segments", row)
-    except StoreDamaged as exc:
-        return str(exc)
-    return Segment(segment_id, *rest) if owner == collection_id else f"segment {segment_id} is of another collection"
 
 
 @contextmanager

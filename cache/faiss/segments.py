@@ -15,7 +15,7 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, repeat
 from pathlib import Path
 
 import faiss
@@ -31,8 +31,8 @@ _MAX_OPEN_SEGMENTS = min(16384, max(64, resource.getrlimit(resource.RLIMIT_NOFIL
 _MAX_READ_BYTES, _BLOCK_BYTES = 1 << 18, 4 << 20
 # Read buffers that a store keeps for reuse.
 _MAX_KEPT_BYTES = 128 << 20
-# Of an open: the process lacks a right, descriptors or memory; anything else is the file's.
-_NOT_ITS_FAULT = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+# Of an open: there is no file, or the process lacks a right, descriptors or memory; anything else is the file's.
+_NOT_ITS_FAULT = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +44,6 @@ class Segment:
     num_rows: int
     code_size: int
     codes_offset: int
-
-
-class SegmentGone(Exception):  # noqa: N818 - never leaves the embedded store, and often is no error
-    """The file of a segment is not there: removed by a compaction since the catalogue was read, or lost."""
 
 
 def fsync_directory(directory: Path) -> None:
@@ -62,20 +58,16 @@ def fsync_directory(directory: Path) -> None:
 class SegmentFiles:
     """The directory of segments, the most recently used kept open. Thread-safe."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, max_kept_bytes: int = _MAX_KEPT_BYTES, block_bytes: int = _BLOCK_BYTES) -> None:
         self.directory = directory
         self._lock = threading.Lock()
         self._files: OrderedDict[int, _OpenFile] = OrderedDict()
-        self._memory = BufferPool(_MAX_KEPT_BYTES, _BLOCK_BYTES)
+        self.memory = _BufferPool(max_kept_bytes, block_bytes)
 
     def write(self, codec: Codec, codes: NDArray[np.uint8]) -> tuple[str, int]:
-        """Write codes (num_rows, code_size) as a new segment, durable under its final name on return.
+        """Write codes (num_rows, code_size) as a new durable segment; returns file name and offset of the codes in it.
 
-        Returns:
-            File name and offset of the codes in it.
-
-        Raises:
-            OSError: nothing is left behind.
+        Nothing is left behind where it raises OSError.
         """
         index = codec.new_index()
         index.add_sa_codes(np.ascontiguousarray(codes))
@@ -112,18 +104,15 @@ class SegmentFiles:
 
         Ranges that lie next to each other in the file are read together, and their codes are views into one buffer.
         A range that the file does not have, or that cannot be read, costs itself alone: DamagedRecord takes its place.
-
-        Raises:
-            SegmentGone: there is no file.
-            OSError: no file can be opened now, or this one not by this process.
+        Raises FileNotFoundError where a compaction removed the file since the catalogue was read, or it is lost, and
+        OSError where no file can be opened now, or this one not by this process.
         """
         try:
             return self._read(segment, self._open(segment), ranges)
         except OSError as exc:
             if exc.errno in _NOT_ITS_FAULT:
                 raise
-            damage = DamagedRecord(f"segment {segment.file_name} cannot be opened: {exc.strerror}")
-            return iter([damage] * len(ranges))
+            return repeat(DamagedRecord(f"segment {segment.file_name} cannot be opened: {exc.strerror}"), len(ranges))
 
     def _read(
         self, segment: Segment, file: "_OpenFile", ranges: Sequence[tuple[int, int]]
@@ -143,7 +132,7 @@ class SegmentFiles:
         """Codes of consecutive rows, (num_rows * code_size,), or why they cannot be read."""
         if min(first_row, segment.codes_offset) < 0 or first_row + num_rows > segment.num_rows:
             return DamagedRecord(f"rows {first_row} to {first_row + num_rows}, its segment has {segment.num_rows}")
-        codes = self._memory.take(num_rows * segment.code_size)
+        codes = self.memory.take(num_rows * segment.code_size)
         try:
             num_read = file.read_into(codes, segment.codes_offset + first_row * segment.code_size)
         except OSError as exc:
@@ -166,11 +155,7 @@ class SegmentFiles:
             if file is not None and file.name == segment.file_name:
                 self._files.move_to_end(segment.segment_id)
                 return file
-            try:
-                file = _OpenFile(self.directory, segment.file_name)
-            except FileNotFoundError as exc:
-                raise SegmentGone(segment.file_name) from exc
-            self._files[segment.segment_id] = file
+            file = self._files[segment.segment_id] = _OpenFile(self.directory, segment.file_name)
             if len(self._files) > _MAX_OPEN_SEGMENTS:
                 self._files.popitem(last=False)
             return file
@@ -198,7 +183,7 @@ class _OpenFile:
         return num_read
 
 
-class BufferPool:
+class _BufferPool:
     """Buffers that are reused once nothing refers to them. Thread-safe.
 
     Fresh memory costs several times as much as reading into it: a page fault for every 4 KiB.

@@ -31,7 +31,7 @@ from cache.errors import CacheError, CodecError, CollectionExists, CollectionInU
 from cache.faiss.catalogue import SUMS, CatalogueFile
 from cache.faiss.maintenance import Compaction, Compactor, audit, rebuild
 from cache.faiss.rows import Connection, read_records, translated, typed
-from cache.faiss.segments import SegmentFiles, SegmentGone
+from cache.faiss.segments import SegmentFiles
 from cache.manifest import Manifest
 from cache.record import Damaged, Header, Record, check_name, passage_id_bytes
 from cache.store import Audit, Store, StoreStats
@@ -63,17 +63,19 @@ class FaissStore(Store):
             if not records:
                 return
             for passage_id, record in records.items():
-                if record.header.code_size != codec.code_size_bytes:
-                    raise CodecError(
-                        f"passage {passage_id!r}: {record.header.code_size} bytes per state, collection "
-                        f"{collection!r} has {codec.code_size_bytes}"
-                    )
+                if (size := record.header.code_size) != (expected := codec.code_size_bytes):
+                    has = f"collection {collection!r} has {expected}"
+                    raise CodecError(f"passage {passage_id!r}: {size} bytes per state, {has}")
             codes = np.concatenate([record.codes for record in records.values()])  # (num_rows, code_size)
             file_name, offset = self._files.write(codec, codes)
             with self._catalogue.writing() as connection:
                 connection.insert_passages(collection_id, file_name, codes, offset, records)
                 connection.bump(collection)
-            self._merge_small(collection_id, codec)
+            try:  # single-passage writes pile up segments; this one stands, whatever happens now
+                Compactor(self._catalogue, self._files).merge_small(collection_id, codec, self._max_small_segments)
+            except (CacheError, OSError, sqlite3.Error) as exc:
+                self._may_have_orphans = True
+                log.warning("store %s: small segments were not merged: %s", self.path, exc)
 
     def get_many(self, collection: str, passage_ids: Sequence[str]) -> list[Record | Damaged | None]:
         found, gone = self._read(collection, passage_ids)
@@ -120,19 +122,16 @@ class FaissStore(Store):
             with translated(self.path):
                 read = list(read_records(page, self._files))
             for passage_id, record in read:
-                if isinstance(record, SegmentGone):
-                    (again,) = self.get_many(collection, [passage_id])
-                    if again is not None:
-                        yield passage_id, again
-                else:
-                    yield passage_id, record
+                found = self.get_many(collection, [passage_id])[0] if isinstance(record, str) else record
+                if found is not None:
+                    yield passage_id, found
 
     def stats(self, collection: str) -> StoreStats:
-        """As the triggers keep count; `audit` compares them with the rows."""
+        # As the triggers keep count; `audit` compares them with the rows.
         query = f"SELECT num_passages, {', '.join(SUMS)} FROM collections WHERE name = ?"
         with self._catalogue.reading() as connection:
-            row = connection.execute(query, (collection,)).fetchone()
-            return StoreStats() if row is None else StoreStats(*(typed(int, one) for one in row))
+            row = connection.execute(query, (collection,)).fetchone() or ()
+            return StoreStats(*(typed(int, one) for one in row))
 
     def generation(self, collection: str) -> int:
         with self._catalogue.reading() as connection:
@@ -186,7 +185,7 @@ class FaissStore(Store):
             return connection.execute("DELETE FROM aliases WHERE alias = ?", (alias,)).rowcount > 0
 
     def compact(self, collection: str) -> Compaction:
-        """Merge small segments and drop the codes of deleted and replaced passages; readers go on meanwhile.
+        """Merge small segments and drop codes that no passage has any longer, while readers go on.
 
         Headers of older versions are rewritten in the latest. The lock is given up between groups, for other writers.
         """
@@ -230,21 +229,17 @@ class FaissStore(Store):
             if collection_id is None:
                 return found, gone
             located = connection.find_passages(collection_id, passage_ids)
-            self._forget_removed(connection)
+            (num_removed,) = connection.execute("SELECT num_removed FROM store").fetchone() or (None,)
+            if typed(int, num_removed) != self._seen_removals:
+                self._seen_removals = num_removed
+                self._files.keep_only({one for (one,) in connection.execute("SELECT segment_id FROM segments")})
         with translated(self.path):
             for passage_id, record in read_records(located, self._files):
-                if isinstance(record, SegmentGone):
-                    gone[passage_id] = str(record)
+                if isinstance(record, str):
+                    gone[passage_id] = record
                 else:
                     found[passage_id] = record
         return found, gone
-
-    def _forget_removed(self, connection: Connection) -> None:
-        row = connection.execute("SELECT num_removed FROM store").fetchone() or (None,)
-        if (num_removals := typed(int, row[0])) != self._seen_removals:
-            self._seen_removals = num_removals
-            kept = connection.execute("SELECT segment_id FROM segments")
-            self._files.keep_only({segment_id for (segment_id,) in kept})
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -280,11 +275,3 @@ class FaissStore(Store):
                 assert manifest is not None
                 self._codecs[key] = manifest.make_codec()
         return collection_id, self._codecs[key]
-
-    def _merge_small(self, collection_id: int, codec: Codec) -> None:
-        """Keep single-passage writes from piling up segments. The write before it stands, whatever happens here."""
-        try:
-            Compactor(self._catalogue, self._files).merge_small(collection_id, codec, self._max_small_segments)
-        except (CacheError, OSError, sqlite3.Error) as exc:
-            self._may_have_orphans = True
-            log.warning("store %s: small segments were not merged: %s", self.path, exc)

@@ -14,7 +14,7 @@ import pytest
 from cache.codecs import Codec
 from cache.errors import CacheError, CodecError, StoreDamaged
 from cache.faiss import maintenance
-from cache.faiss.segments import BufferPool
+from cache.faiss.segments import SegmentFiles
 from cache.faiss.store import FaissStore
 from cache.record import Damaged, Record
 
@@ -178,8 +178,8 @@ def test_a_segment_cut_short_under_an_open_file_does_not_kill_the_reader(store, 
     assert isinstance(store.get_many("passages", ["p0"])[0], Damaged)
 
 
-def test_memory_is_given_out_again_only_when_nothing_refers_to_it():
-    memory = BufferPool(max_bytes=400, block_bytes=100)
+def test_memory_is_given_out_again_only_when_nothing_refers_to_it(path):
+    memory = SegmentFiles(path, max_kept_bytes=400, block_bytes=100).memory
     held = [memory.take(30) for _ in range(12)]  # four blocks, all that is kept
     for i, one in enumerate(held):
         one[:] = i
