@@ -45,16 +45,19 @@ class Codec:
         self.dim = dim
         self._table_length, self.min_training_states, self.num_centroids = _shape_of(factory, dim)
         self._base = factory.rpartition(",")[2]
-        self._index: Any = faiss.index_factory(dim, self._base)  # the stubs know only the base class
+        index: Any = faiss.index_factory(dim, self._base)  # the stubs know only the base class
+        self._index = index
         # Whether a sample is large enough is train()'s own check; FAISS would print a warning per sub-codebook.
         if self._base.startswith("PQ"):
-            self._index.pq.cp.min_points_per_centroid = 1
+            index.pq.cp.min_points_per_centroid = 1
             # Reorders centroids for Hamming search, which is not used, and takes far longer than the training.
-            self._index.do_polysemous_training = False
+            index.do_polysemous_training = False
         elif self._base.startswith("RQ"):
-            self._index.rq.cp.min_points_per_centroid = 1
+            index.rq.cp.min_points_per_centroid = 1
         scaled = _SCALED.fullmatch(factory)
         self._scaling = None if scaled is None else _BlockScaling(dim, scaled)
+        self._num_scale_bytes = 0 if self._scaling is None else self._scaling.num_bytes  # of one state
+        self.code_size_bytes = int(index.sa_code_size()) + self._num_scale_bytes
         if self._scaling is not None and not self.needs_training:
             self._set_trained(self._scaling.table)
 
@@ -76,18 +79,9 @@ class Codec:
         return self._table_length > 0
 
     @property
-    def is_trained(self) -> bool:
-        return bool(self._index.is_trained)
-
-    @property
     def number_format(self) -> str:
         """Codes that are numbers, little-endian: float32, float16 or bfloat16; empty for other codecs."""
         return _NUMBERS.get(self.factory, "")
-
-    @cached_property
-    def code_size_bytes(self) -> int:
-        """Bytes of one state."""
-        return int(self._index.sa_code_size()) + (self._scaling.num_bytes if self._scaling is not None else 0)
 
     def train(self, sample: NDArray[np.float32]) -> None:
         """Learn the table from a sample (num_states, dim); does nothing for a codec that needs none."""
@@ -101,10 +95,10 @@ class Codec:
                 f"sample: {sample.shape[0]} states, {self.factory} trains on at least {self.min_training_states}; "
                 f"{DEFAULT_CODEC} needs no training"
             )
-        if self._scaling is not None:
-            self._set_trained(self._scaling.trained_on(sample))
-        else:
+        if self._scaling is None:
             self._index.train(sample)
+        else:
+            self._set_trained(self._scaling.trained_on(sample))
 
     def table(self) -> bytes:
         """The trained numbers, little-endian float32; empty for a codec that needs no training."""
@@ -201,7 +195,7 @@ class Codec:
         spins for a while, on a core that the pass needs. OpenMP keeps the number of threads per thread, so it cannot be
         set once.
         """
-        num_bytes = 0 if self._scaling is None else self._scaling.num_bytes
+        num_bytes = self._num_scale_bytes
         num_threads = faiss.omp_get_max_threads()
         faiss.omp_set_num_threads(1)
         try:
@@ -226,11 +220,10 @@ class Codec:
 
     @property
     def _trained(self) -> Any:
-        """FAISS' own vector of trained numbers."""
         return attrgetter({"PQ": "pq.centroids", "RQ": "rq.codebooks"}.get(self._base[:2], "sq.trained"))(self._index)
 
     def _check_trained(self) -> None:
-        if not self.is_trained:
+        if not self._index.is_trained:
             raise CodecError(f"codec: {self.factory} must be trained on a sample before it is used")
 
     @staticmethod
@@ -265,10 +258,7 @@ def _shape_of(factory: str, dim: int) -> tuple[int, int, int]:
 
 
 class _BlockScaling:
-    """Scales of the blocks of each state, stored before its codes as little-endian float16.
-
-    The last block is short where `block` does not divide `dim`. Thread-safe once its table is loaded.
-    """
+    """Scales of the blocks of each state, stored before its codes as little-endian float16; the last may be short."""
 
     def __init__(self, dim: int, named: re.Match[str]) -> None:
         self.dim = dim

@@ -30,7 +30,7 @@ def text_digest(text: str) -> bytes:
 
 
 def num_pooled(num_tokens: int, ratio: int) -> int:
-    """Number of pooled states of `num_tokens` tokens: the last group may be short, so rounded up."""
+    """States of so many tokens, the last of which may stand for fewer."""
     if ratio < 1:
         raise RatioError(f"compression_ratio: {ratio}; expected an integer of at least 1")
     return -(-num_tokens // ratio)
@@ -84,7 +84,7 @@ class Codes:
             raise ValueError(f"rows: {self.rows.dtype} {self.rows.shape}, expected uint8 (num_states, {width})")
 
     def __len__(self) -> int:
-        return int(self.rows.shape[0])
+        return len(self.rows)
 
     def __getitem__(self, part: slice) -> "Codes":
         return Codes(self.codec, self.rows[part])
@@ -124,7 +124,6 @@ class _PooledPassage:
 
     @property
     def num_tokens(self) -> int:
-        """Valid tokens before pooling, over all windows."""
         return sum(self.window_tokens)
 
     @property
@@ -147,10 +146,9 @@ class PassageStates(_PooledPassage):
     states: NDArray[np.float32] = field(repr=False)
 
     def __post_init__(self) -> None:
-        if self.states.dtype != np.float32 or self.states.ndim != 2 or not self.states.flags.c_contiguous:
-            raise ValueError(
-                f"states: {self.states.dtype} {self.states.shape}, expected C-contiguous float32 (num_states, dim)"
-            )
+        states = self.states
+        if states.dtype != np.float32 or states.ndim != 2 or not states.flags.c_contiguous:
+            raise ValueError(f"states: {states.dtype} {states.shape}, expected C-contiguous float32 (num_states, dim)")
         _PooledPassage.__post_init__(self)
 
     @property

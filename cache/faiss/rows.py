@@ -9,7 +9,7 @@ import errno
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from itertools import groupby, islice
+from itertools import groupby, islice, repeat
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -247,7 +247,8 @@ class Connection(sqlite3.Connection):
     def find_passages(self, collection_id: int, passage_ids: Iterable[str]) -> "list[_Row]":
         """Rows of the passages that exist, in the order they lie on disk."""
         found = self._by_ids(f"{_SELECT} AND passage_id IN", collection_id, passage_ids)
-        return sorted(_rows(collection_id, found), key=attrgetter("place"))
+        rows = _rows(collection_id, found)
+        return sorted(rows, key=lambda row: (row.segment.segment_id if row.segment else 0, row.first_row))
 
     def next_passages(self, collection_id: int, after: bytes, limit: int) -> "tuple[list[_Row], bytes]":
         """The next rows in order of passage id bytes, and the last id of those."""
@@ -318,24 +319,9 @@ class _Row(NamedTuple):
                 raise DamagedRecord(segment)
             if header.code_size != segment.code_size:
                 raise DamagedRecord(f"{header.code_size} bytes per state, its segment has {segment.code_size}")
-        except UnicodeDecodeError:
-            return cls(encoded_id, "its passage id is not UTF-8")
-        except DamagedRecord as exc:
-            return cls(encoded_id, str(exc))
+        except (UnicodeDecodeError, DamagedRecord) as exc:
+            return cls(encoded_id, str(exc) if isinstance(exc, DamagedRecord) else "its passage id is not UTF-8")
         return cls(encoded_id, "", segment, first_row, header, windows, written)
-
-    @property
-    def place(self) -> tuple[int, int]:
-        return (self.segment.segment_id if self.segment else 0), self.first_row
-
-    def joined(self, codes: NDArray[np.uint8] | DamagedRecord) -> Record | Damaged:
-        try:
-            if isinstance(codes, DamagedRecord):
-                raise codes
-            assert self.header is not None
-            return Record.join(self.header, self.windows, codes, self.text)
-        except DamagedRecord as exc:
-            return Damaged(self.encoded_id.decode(), str(exc))
 
 
 def read_records(rows: Iterable[_Row], files: SegmentFiles) -> Iterator[tuple[str, Record | Damaged | str]]:
@@ -345,17 +331,20 @@ def read_records(rows: Iterable[_Row], files: SegmentFiles) -> Iterator[tuple[st
     """
     for segment, group in groupby(rows, key=attrgetter("segment")):
         together = list(group)
-        ids = [row.encoded_id.decode(errors="replace") for row in together]
-        if segment is None:
-            yield from ((id_, Damaged(id_, row.damage)) for id_, row in zip(ids, together, strict=True))
-            continue
-        try:
-            codes = files.codes(segment, [(row.first_row, row.header.num_states) for row in together if row.header])
-        except FileNotFoundError:
-            yield from ((id_, segment.file_name) for id_ in ids)
-            continue
-        for id_, row, found in zip(ids, together, codes, strict=True):
-            yield id_, row.joined(found)
+        codes: Iterable[NDArray[np.uint8] | DamagedRecord | None] = repeat(None, len(together))
+        if segment is not None:
+            with suppress(FileNotFoundError):
+                codes = files.codes(segment, [(row.first_row, row.header.num_states) for row in together if row.header])
+        for row, found in zip(together, codes, strict=True):
+            passage_id = row.encoded_id.decode(errors="replace")
+            record: Record | Damaged | str
+            try:
+                if segment is None or row.header is None or isinstance(found, DamagedRecord):
+                    raise DamagedRecord(row.damage or str(found))
+                record = segment.file_name if found is None else Record.join(row.header, row.windows, found, row.text)
+            except DamagedRecord as exc:
+                record = Damaged(passage_id, str(exc))
+            yield passage_id, record
 
 
 def _rows(collection_id: int, found: Iterable[Sequence[Any]]) -> Iterator[_Row]:
@@ -364,17 +353,15 @@ def _rows(collection_id: int, found: Iterable[Sequence[Any]]) -> Iterator[_Row]:
         typed(bytes, values[0])
         segment_id, owner, *_ = values[10:]
         if (segment := segments.get(segment_id)) is None:
-            if owner is None:
-                segment = f"segment {segment_id} is not in the catalogue"
-            else:
-                try:
-                    segment_id, owner, *rest = _checked_row("segments", values[10:])
-                    is_ours = owner == collection_id
-                    segment = (
-                        Segment(segment_id, *rest) if is_ours else f"segment {segment_id} is of another collection"
-                    )
-                except StoreDamaged as exc:
-                    segment = str(exc)
+            try:
+                if owner is None:
+                    raise StoreDamaged(f"segment {segment_id} is not in the catalogue")
+                segment_id, owner, *rest = _checked_row("segments", values[10:])
+                if owner != collection_id:
+                    raise StoreDamaged(f"segment {segment_id} is of another collection")
+                segment = Segment(segment_id, *rest)
+            except StoreDamaged as exc:
+                segment = str(exc)
             segments[segment_id] = segment
         yield _Row.of(values, segment)
 

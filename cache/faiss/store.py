@@ -229,9 +229,9 @@ class FaissStore(Store):
             if collection_id is None:
                 return found, gone
             located = connection.find_passages(collection_id, passage_ids)
-            (num_removed,) = connection.execute("SELECT num_removed FROM store").fetchone() or (None,)
-            if typed(int, num_removed) != self._seen_removals:
-                self._seen_removals = num_removed
+            row = connection.execute("SELECT num_removed FROM store").fetchone() or (None,)
+            if (num_removals := typed(int, row[0])) != self._seen_removals:
+                self._seen_removals = num_removals
                 self._files.keep_only({one for (one,) in connection.execute("SELECT segment_id FROM segments")})
         with translated(self.path):
             for passage_id, record in read_records(located, self._files):
