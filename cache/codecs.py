@@ -21,6 +21,7 @@ from cache import DEFAULT_CODEC, KNOWN_CODECS
 from cache.errors import CodecError
 
 _FLOAT16_MAX = 65504.0
+_OVER_FLOAT16 = f"float16's {_FLOAT16_MAX:g}; use SQbf16 or Flat"
 _SCALED = re.compile(r"(?P<standard>Z,)?B(?P<block>[1-9]\d{0,4}),SQ(?P<bits>[864])")
 # Codecs whose codes are the numbers themselves, one after another, and the format of those.
 _NUMBERS = {"Flat": "float32", "SQfp16": "float16", "SQbf16": "bfloat16"}
@@ -35,6 +36,7 @@ _MAX_BITS = 12
 _MANY_CENTROIDS = 64
 
 _T = TypeVar("_T", bound=np.generic)
+_States = NDArray[np.float32]
 
 
 class Codec:
@@ -79,6 +81,10 @@ class Codec:
         return self._table_length > 0
 
     @property
+    def is_trained(self) -> bool:
+        return bool(self._index.is_trained)
+
+    @property
     def number_format(self) -> str:
         """Codes that are numbers, little-endian: float32, float16 or bfloat16; empty for other codecs."""
         return _NUMBERS.get(self.factory, "")
@@ -91,10 +97,8 @@ class Codec:
         if not np.isfinite(sample).all():
             raise CodecError("sample: holds a number that is not finite")
         if sample.shape[0] < self.min_training_states:
-            raise CodecError(
-                f"sample: {sample.shape[0]} states, {self.factory} trains on at least {self.min_training_states}; "
-                f"{DEFAULT_CODEC} needs no training"
-            )
+            needed = f"{self.factory} trains on at least {self.min_training_states}; {DEFAULT_CODEC} needs no training"
+            raise CodecError(f"sample: {sample.shape[0]} states, {needed}")
         if self._scaling is None:
             self._index.train(sample)
         else:
@@ -118,9 +122,7 @@ class Codec:
         if not np.isfinite(largest):  # NaN goes through max and min
             raise CodecError("states: hold NaN or infinity")
         if self._base == "SQfp16" and largest > _FLOAT16_MAX:
-            raise CodecError(
-                f"states: a value of magnitude {largest:.6g} is over float16's {_FLOAT16_MAX:g}; use SQbf16 or Flat"
-            )
+            raise CodecError(f"states: a value of magnitude {largest:.6g} is over {_OVER_FLOAT16}")
         if self._scaling is None:
             return np.asarray(self._index.sa_encode(states), dtype=np.uint8)
         scaled, scales = self._scaling.scale(states)
@@ -153,9 +155,8 @@ class Codec:
         # Each codebook (PQ has one per part) adds one centroid to the decoded part (RQ has one part).
         num_parts = 1 if self._base.startswith("RQ") else int(self._index.pq.M)
         # (num_parts, num_books, num_centroids, dim / num_parts)
-        centroids = faiss.vector_to_array(self._trained).reshape(
-            num_parts, -1, self.num_centroids, self.dim // num_parts
-        )
+        shape = num_parts, -1, self.num_centroids, self.dim // num_parts
+        centroids = faiss.vector_to_array(self._trained).reshape(shape)
         apart = centroids - centroids.mean(axis=2, keepdims=True)
         squares = np.einsum("pbcd,pbcd->pbc", apart, apart)  # (num_parts, num_books, num_centroids)
         radius = np.square(np.sqrt(squares.max(axis=2)).sum(axis=1))
@@ -170,9 +171,7 @@ class Codec:
         """uint8 (n, code_size_bytes) to a new float32 (n, dim)."""
         return self.decode_many([codes])
 
-    def decode_many(
-        self, parts: Sequence[NDArray[np.uint8]], out: NDArray[np.float32] | None = None
-    ) -> NDArray[np.float32]:
+    def decode_many(self, parts: Sequence[NDArray[np.uint8]], out: _States | None = None) -> _States:
         """Codes of many passages, uint8 (n, code_size_bytes) each, decoded into one buffer, float32 (sum of n, dim)."""
         self._check_trained()
         parts = [self._checked(codes, np.uint8, self.code_size_bytes, "codes") for codes in parts]
@@ -223,7 +222,7 @@ class Codec:
         return attrgetter({"PQ": "pq.centroids", "RQ": "rq.codebooks"}.get(self._base[:2], "sq.trained"))(self._index)
 
     def _check_trained(self) -> None:
-        if not self._index.is_trained:
+        if not self.is_trained:
             raise CodecError(f"codec: {self.factory} must be trained on a sample before it is used")
 
     @staticmethod
@@ -297,10 +296,8 @@ class _BlockScaling:
         magnitudes /= self.table[self.dim :]
         largest = np.maximum.reduceat(magnitudes, self._starts, axis=1)  # (n, num_blocks)
         if float(largest.max()) > _FLOAT16_MAX:
-            raise CodecError(
-                f"states: a value of magnitude {float(np.abs(states).max()):.6g} needs a scale over float16's "
-                f"{_FLOAT16_MAX:g}; use SQbf16 or Flat"
-            )
+            magnitude = float(np.abs(states).max())
+            raise CodecError(f"states: a value of magnitude {magnitude:.6g} needs a scale over {_OVER_FLOAT16}")
         scales = largest.astype("<f2")
         divisors = scales.astype(np.float32)
         divisors[divisors == 0] = 1.0

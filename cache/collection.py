@@ -154,16 +154,13 @@ class Collection:
         return [one.text_digest if one is not None and one.binding == self._binding else None for one in headers]
 
     def delete_many(self, passage_ids: Sequence[str]) -> int:
-        """Remove passages; returns how many were there."""
         return self.store.delete_many(self.name, [id_ for id_ in passage_ids if is_passage_id(id_)])
 
     def stats(self) -> StoreStats:
         return self.store.stats(self.name)
 
     def scan(self) -> Iterator[tuple[str, PassageStates | Damaged]]:
-        """Every passage once, in no particular order."""
-        for passage_id, _, states in self._scan():
-            yield passage_id, states
+        return ((passage_id, states) for passage_id, _, states in self._scan())
 
     def verify(self) -> Iterator[tuple[str, int, str]]:
         """Read and decode every passage: its id, the version of its record (0 where damaged), its damage or ""."""
@@ -249,8 +246,8 @@ class Collection:
 
 def _check_encoder(manifest: Manifest, fingerprint: str, checkpoint: str) -> None:
     if manifest.fingerprint != fingerprint:
+        theirs = f"{manifest.checkpoint!r} (fingerprint {manifest.fingerprint})"
+        ours = f"{checkpoint!r} (fingerprint {fingerprint}); index it again or use the checkpoint it was written with"
         raise errors.EncoderMismatch(
-            f"collection {manifest.collection!r} was written by encoder {manifest.checkpoint!r} (fingerprint "
-            f"{manifest.fingerprint}), not by {checkpoint!r} (fingerprint {fingerprint}); index it again or use the "
-            "checkpoint it was written with"
+            f"collection {manifest.collection!r} was written by encoder {theirs}, not by {ours}"
         )

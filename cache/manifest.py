@@ -1,7 +1,5 @@
 """Manifest: properties shared by all passages of a collection, written once when the collection is created.
 
-Its JSON form carries a checksum and is validated strictly on reading, because it may come from a shared store.
-
 A collection is told by its `identity`, 128 random bits without time or name in them: shards that are to be merged are
 created with one identity, and it stays over copy, export and rename; dropping and creating again gives another. Records
 are bound to it and to everything that decides how codes are read (`Manifest.binding`). Version 1 has no identity; such
@@ -33,31 +31,22 @@ _OF_ENCODER = ("fingerprint", "checkpoint", "dim", "max_passage_tokens", "passag
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """One encoder identity, one stored ratio, one codec. Raises ManifestError, naming a field that breaks a rule.
-
-    fingerprint: of the encoder (weights, tokenizer, template, limits, pooling); states of two fingerprints never mix
-    checkpoint: the name the encoder was opened by, for people
-    compression_ratio: tokens per stored state; a request may use any multiple of it
-    codec, codec_table: FAISS factory string and its trained numbers (`Codec.table()`), empty where nothing is trained
-    stores_text: whether texts are kept with the states
-    created_at: ISO 8601, UTC
-    identity: 32 hex digits, random by default; collections that share one can be merged. Empty in version 1
-    """
+    """One encoder identity, one stored ratio, one codec. Raises ManifestError, naming a field that breaks a rule."""
 
     collection: str
-    fingerprint: str
-    checkpoint: str
+    fingerprint: str  # of the encoder (weights, tokenizer, template, limits, pooling); states of two never mix
+    checkpoint: str  # the name the encoder was opened by, for people
     dim: int
     max_passage_tokens: int
     passage_template: str
     pooling_version: int
-    compression_ratio: int
-    codec: str = DEFAULT_CODEC
-    codec_table: bytes = field(default=b"", repr=False)
+    compression_ratio: int  # tokens per stored state; a request may use any multiple of it
+    codec: str = DEFAULT_CODEC  # FAISS factory string
+    codec_table: bytes = field(default=b"", repr=False)  # its trained numbers (`Codec.table()`)
     stores_text: bool = True
-    created_at: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    created_at: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))  # ISO 8601
     version: int = MANIFEST_VERSION
-    identity: str = field(default_factory=partial(secrets.token_hex, 16))
+    identity: str = field(default_factory=partial(secrets.token_hex, 16))  # 32 hex digits; empty in version 1
 
     def __post_init__(self) -> None:
         for spec in fields(self):
@@ -89,10 +78,9 @@ class Manifest:
 
     @property
     def binding(self) -> int:
-        """The 64 bits that every record written under this manifest carries.
+        """64 bits in every record written under this manifest: a damaged or exchanged manifest decodes nothing.
 
-        A digest of the identity and of everything that decides how codes are read, so that a damaged or exchanged
-        manifest decodes nothing. In version 1 it is the checksum of the whole JSON.
+        A digest of the identity and of everything that decides how codes are read; in version 1 of the whole JSON.
         """
         if self.version == 1:
             return xxhash.xxh3_64_intdigest(self.to_json())
@@ -110,10 +98,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, data: bytes, collection: str | None = None) -> "Manifest":
-        """An undamaged manifest of a known version, found under the name `collection` where one is given.
-
-        Raises ManifestError for anything else.
-        """
+        """A whole manifest of a known version, of the `collection` where one is given; else raises ManifestError."""
         try:
             values = json.loads(data)
         except (ValueError, RecursionError) as exc:

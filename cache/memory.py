@@ -80,12 +80,10 @@ class MemoryStore(Store):
         return []
 
     def generation(self, collection: str) -> int:
-        with self._lock:
-            return self._generations.get(collection, 0)
+        return self._generations.get(collection, 0)
 
     def read_manifest(self, collection: str) -> Manifest | None:
-        with self._lock:
-            return self._manifests.get(collection)
+        return self._manifests.get(collection)
 
     def write_manifest(self, manifest: Manifest) -> None:
         with self._lock:

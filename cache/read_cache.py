@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeVar
+from typing import Any, Generic, Literal, TypeVar, cast
 
 from moka_py import Moka
 
@@ -22,8 +22,7 @@ from cache.store import Store
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 # Moka counts an entry's weight in 32 bits.
 _MAX_ENTRY_BYTES = (1 << 32) - 1
@@ -73,12 +72,11 @@ class ByteBoundedCache(Generic[K, V]):
         self._kept.run_pending_tasks()
 
 
-def _forwarded(method: Callable[Concatenate[Any, _P], _R]) -> Callable[Concatenate[Any, _P], _R]:
-    def forward(self: "_StoreWrapper", /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        answer: _R = getattr(self.store, method.__name__)(*args, **kwargs)
-        return answer
+def _forwarded(method: _Method) -> _Method:
+    def forward(self: "_StoreWrapper", /, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.store, method.__name__)(*args, **kwargs)
 
-    return forward
+    return cast(_Method, forward)
 
 
 class _StoreWrapper(Store):
@@ -122,11 +120,10 @@ class CachedStore(_StoreWrapper):
         if max_bytes < 1:
             raise ValueError(f"max_bytes: {max_bytes}, expected at least 1")
         super().__init__(store)
-        self.num_hits = 0
-        self.num_misses = 0
+        self.num_hits = self.num_misses = 0
         self._staleness_seconds = staleness_seconds
         self._lock = threading.Lock()
-        self._entries: ByteBoundedCache[tuple[str, str], _CachedRecord] = ByteBoundedCache(
+        self._entries = ByteBoundedCache[tuple[str, str], _CachedRecord](
             max_bytes, lambda entry: entry.record.header.total_bytes + _ENTRY_OVERHEAD_BYTES
         )
         self._generations: dict[str, tuple[int, float]] = {}  # with the time of reading

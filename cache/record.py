@@ -48,14 +48,12 @@ def passage_id_bytes(passage_id: str) -> bytes:
     if not encoded:
         raise InvalidName("passage_id: empty, expected at least one character")
     if len(encoded) > MAX_PASSAGE_ID_BYTES:
-        raise InvalidName(
-            f"passage_id: {passage_id[:40]!r}... is {len(encoded)} bytes, at most {MAX_PASSAGE_ID_BYTES} are allowed"
-        )
+        length = f"{len(encoded)} bytes, at most {MAX_PASSAGE_ID_BYTES} are allowed"
+        raise InvalidName(f"passage_id: {passage_id[:40]!r}... is {length}")
     return encoded
 
 
 def is_passage_id(passage_id: str) -> bool:
-    """Whether a passage of this id can exist at all."""
     try:
         return bool(passage_id_bytes(passage_id))
     except InvalidName:
@@ -79,12 +77,7 @@ class Damaged:
 
 
 class Header(NamedTuple):
-    """The fixed part of a stored record.
-
-    num_clipped: numbers of the passage that lay outside the range its codec was trained for, and were cut to it
-    binding: `Manifest.binding` of the collection it was written into
-    packed: its fields in byte form, without the checksum that the passage id goes into
-    """
+    """The fixed part of a stored record."""
 
     version: int
     flags: int
@@ -94,11 +87,11 @@ class Header(NamedTuple):
     code_size: int
     num_windows: int
     text_bytes: int
-    num_clipped: int
+    num_clipped: int  # numbers that lay outside the range the codec was trained for, and were cut to it
     text_digest: bytes
-    binding: int
+    binding: int  # `Manifest.binding` of the collection it was written into
     payload_checksum: int
-    packed: bytes
+    packed: bytes  # its fields in byte form, without the checksum that the passage id goes into
 
     @classmethod
     def parse(cls, data: bytes, passage_id: str | bytes) -> "Header":
@@ -142,7 +135,6 @@ class Header(NamedTuple):
         return self.packed + _header_checksum(self.version, self.packed, passage_id)
 
     def latest(self) -> "Header":
-        """The same header in the version that is written today."""
         if self.version == RECORD_VERSION:
             return self
         return self._of(_FIELDS[RECORD_VERSION].pack(_MAGIC, RECORD_VERSION, *self[1:-1]), RECORD_VERSION)
@@ -167,7 +159,6 @@ class Header(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Length of the packed form."""
         return len(self.packed) + _CHECKSUM.size
 
     @property
@@ -178,11 +169,9 @@ class Header(NamedTuple):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Record:
-    """One passage as stored, made by `build` (writing) or by `unpack` and `join` (reading, checked).
+    """One passage as stored, made by `build` (writing) or by `unpack` and `join` (reading, checked)."""
 
-    codes: uint8 (num_states, code_size), C-contiguous; often a view into what a read brought for several passages
-    """
-
+    # uint8 (num_states, code_size), C-contiguous; often a view into what a read brought for several passages.
     codes: NDArray[np.uint8] = field(repr=False)
     window_tokens: tuple[int, ...]
     text: str | None
@@ -210,9 +199,8 @@ class Record:
             raise ValueError(f"text_digest: {len(text_digest)} bytes, expected the 32 of a SHA-256")
         num_states, code_size = codes.shape
         if num_states != _num_states(window_tokens, compression_ratio):
-            raise ValueError(
-                f"codes: {num_states} rows do not fit windows of {window_tokens} tokens, ratio {compression_ratio}"
-            )
+            windows = f"windows of {window_tokens} tokens, ratio {compression_ratio}"
+            raise ValueError(f"codes: {num_states} rows do not fit {windows}")
         encoded = b"" if text is None else text.encode()
         payload_checksum = _payload_checksum(_pack_windows(window_tokens), codes, encoded)
         flags = truncated * _TRUNCATED | (text is not None) * _HAS_TEXT
@@ -223,7 +211,6 @@ class Record:
 
     @staticmethod
     def num_bytes(num_states: int, code_size: int, num_windows: int) -> int:
-        """Length of a packed record without its text."""
         return HEADER_BYTES + 4 * num_windows + num_states * code_size
 
     @classmethod

@@ -18,6 +18,7 @@ from cache.codecs import Codec
 from cache.errors import RatioError
 
 _T = TypeVar("_T")
+_Array = NDArray[np.float32]
 
 # A float32 sum of up to 8 rows is off by at most 7 half-ulps, under 5e-7 of the largest value; beyond that the sum is
 # taken in float64, which costs a conversion per element, and rounded once.
@@ -36,9 +37,7 @@ def num_pooled(num_tokens: int, ratio: int) -> int:
     return -(-num_tokens // ratio)
 
 
-def pool(
-    states: NDArray[np.float32], ratio: int, *, num_tokens: int | None = None, stored_ratio: int = 1
-) -> NDArray[np.float32]:
+def pool(states: _Array, ratio: int, *, num_tokens: int | None = None, stored_ratio: int = 1) -> _Array:
     """Mean of every `ratio` tokens, from token states or from states pooled at a divisor of `ratio`, else RatioError.
 
     states: (ceil(num_tokens / stored_ratio), dim), of valid tokens only; `num_tokens` None: one per row. Every row
@@ -50,9 +49,8 @@ def pool(
     if ratio < 1 or ratio % stored_ratio:
         raise RatioError(f"compression_ratio: {ratio} is not a multiple of the stored ratio {stored_ratio}")
     if states.ndim != 2 or states.shape[0] != num_states:
-        raise ValueError(
-            f"states: shape {states.shape}, expected {num_states} rows for {num_tokens} tokens at ratio {stored_ratio}"
-        )
+        expected = f"{num_states} rows for {num_tokens} tokens at ratio {stored_ratio}"
+        raise ValueError(f"states: shape {states.shape}, expected {expected}")
     states = np.ascontiguousarray(states, dtype=np.float32)
     factor = ratio // stored_ratio
     if factor == 1 or num_states == 0:
@@ -96,20 +94,14 @@ class _PooledPassage:
 
     A passage longer than the encoder's limit may have been split into windows; each was encoded and pooled separately
     and their states lie one after the other.
-
-    window_tokens: valid tokens of each window before pooling; one entry unless the passage was split
-    compression_ratio: tokens per state
-    truncated: the text was cut at the encoder's limit
-    text_digest: SHA-256 of the text, 32 bytes
-    key: names these states, at any ratio they are pooled to, for the caches behind; empty: not cacheable
     """
 
     states: Any = field(repr=False)
-    window_tokens: tuple[int, ...]
-    compression_ratio: int
-    truncated: bool
-    text_digest: bytes
-    key: bytes = b""
+    window_tokens: tuple[int, ...]  # valid tokens of each window before pooling
+    compression_ratio: int  # tokens per state
+    truncated: bool  # the text was cut at the encoder's limit
+    text_digest: bytes  # SHA-256 of the text
+    key: bytes = b""  # names these states, at any ratio they are pooled to, for the caches behind; empty: not cacheable
 
     def __post_init__(self) -> None:
         if len(self.text_digest) != 32:
@@ -117,10 +109,8 @@ class _PooledPassage:
         if not self.window_tokens or min(self.window_tokens) < 1:
             raise ValueError(f"window_tokens: {self.window_tokens}, expected at least one window of at least one token")
         if len(self.states) != (expected := self._window_ends[-1]):
-            raise ValueError(
-                f"states: {len(self.states)} rows, expected {expected} for windows of {self.window_tokens} tokens "
-                f"at compression_ratio {self.compression_ratio}"
-            )
+            windows = f"windows of {self.window_tokens} tokens at compression_ratio {self.compression_ratio}"
+            raise ValueError(f"states: {len(self.states)} rows, expected {expected} for {windows}")
 
     @property
     def num_tokens(self) -> int:

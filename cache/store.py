@@ -41,14 +41,10 @@ class StoreStats:
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """Findings of a store about itself.
+    """Findings of a store about itself."""
 
-    problems: damage that reading passages does not show, a sentence each
-    orphans: files or keys that belong to nothing, without anything being lost; the next write may remove them
-    """
-
-    problems: tuple[str, ...] = ()
-    orphans: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()  # damage that reading passages does not show, a sentence each
+    orphans: tuple[str, ...] = ()  # files or keys that belong to nothing; the next write may remove them
 
 
 class Store(ABC):

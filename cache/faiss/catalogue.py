@@ -31,10 +31,8 @@ _NOTE, _NOTE_OFFSET = struct.Struct("<QQ"), 16
 
 # Columns of `collections` that triggers keep as sums over columns of `passages`, in the transaction of a change.
 # Compaction moves rows without touching the summed columns, so it fires none.
-SUMS = {
-    "num_states": "num_states", "num_tokens": "num_tokens", "num_truncated": "truncated", "size_bytes": "size_bytes",
-    "num_clipped": "num_clipped",
-}  # fmt: skip
+SUMS = {"num_states": "num_states", "num_tokens": "num_tokens", "num_truncated": "truncated",
+        "size_bytes": "size_bytes", "num_clipped": "num_clipped"}  # fmt: skip
 
 
 def _trigger(name: str, event: str, row: str, passages: str, change: str) -> str:
@@ -213,7 +211,6 @@ class CatalogueFile:
 
     @contextmanager
     def new_file(self) -> Iterator[Connection]:
-        """An empty catalogue in a new file aside."""
         for leftover in self._aside.parent.glob(self._aside.name + "*"):
             leftover.unlink(missing_ok=True)
         with closing(Connection.open(self._aside, "rwc")) as connection:
@@ -363,7 +360,6 @@ class _Seen(NamedTuple):
 
     @classmethod
     def of(cls, path: Path, known: "_Seen | None") -> "_Seen | None":
-        """The file as it is now, `known` before."""
         try:
             found = os.stat(path)
         except FileNotFoundError:
@@ -377,10 +373,9 @@ class _Seen(NamedTuple):
         if immutable == known or not (log.exists() and log.stat().st_size):
             return immutable
         if os.statvfs(path.parent).f_flag & os.ST_RDONLY or not index.exists():
-            raise StoreAccessDenied(
-                f"store {path}: its log {log.name} holds writes that cannot be applied in a read-only directory; "
-                "checkpoint it first: run `preread stats` on the store where it can be written"
-            )
+            holds = f"its log {log.name} holds writes that cannot be applied in a read-only directory"
+            remedy = "checkpoint it first: run `preread stats` on the store where it can be written"
+            raise StoreAccessDenied(f"store {path}: {holds}; {remedy}")
         return ordinary  # next to a writer whose files may be read
 
 

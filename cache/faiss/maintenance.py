@@ -1,8 +1,7 @@
 """Compaction of segments, audit of the catalogue, and its repair.
 
-Compaction merges small segments and drops unreferenced rows while readers go on: a group of segments is rewritten as
-one; one transaction moves the passages over and forgets the old segments; then their files are unlinked. Readers that
-find a file gone look into the catalogue again. The caller holds the writer lock around each group.
+Compaction goes on beside readers: a group of segments is rewritten as one; one transaction moves the passages over and
+forgets the old segments; then their files are unlinked. Readers that find a file gone look into the catalogue again.
 
 A passage that is lost together with the catalogue page that names it reads as missing, and only the catalogue can tell
 that there was one. `audit` looks for such damage; `rebuild` writes the catalogue again from its intact rows.
@@ -69,7 +68,6 @@ class Compactor:
         return Compaction(len(self._before), len(uses), before - after)
 
     def merge_small(self, collection_id: int, codec: Codec, min_segments: int) -> None:
-        """Rewrite small segments where there are at least `min_segments`."""
         with self._catalogue.reading() as connection:
             query = "SELECT count(*) FROM segments WHERE collection_id = ? AND num_rows * code_size < ?"
             (number,) = connection.execute(query, (collection_id, _SMALL_SEGMENT_BYTES)).fetchone()
@@ -80,7 +78,6 @@ class Compactor:
                 self._rewrite(group, collection_id, codec)
 
     def _uses(self, collection_id: int) -> list[_Use]:
-        """All segments of a collection, oldest first."""
         query = "SELECT segment_id, sum(num_states) FROM passages WHERE collection_id = ? GROUP BY segment_id"
         uses = []
         with self._catalogue.reading() as connection:
@@ -156,12 +153,8 @@ def audit(catalogue: CatalogueFile, files: SegmentFiles, collection: str) -> Aud
     if not catalogue.exists:
         return Audit()
     with translated(catalogue.path), catalogue.reading() as connection:
-        for check in (
-            connection.damaged_pages(_MAX_SHOWN),
-            connection.lost_commits(noted),
-            _damaged_names(connection),
-            _wrong_counts(connection, collection),
-        ):
+        checks = [connection.damaged_pages(_MAX_SHOWN), connection.lost_commits(noted)]
+        for check in (*checks, _damaged_names(connection), _wrong_counts(connection, collection)):
             try:
                 problems.extend(check)
             except (CacheError, sqlite3.Error) as exc:
@@ -197,7 +190,6 @@ def rebuild(catalogue: CatalogueFile, files: SegmentFiles) -> list[str]:
 
 
 def _damaged_names(connection: Connection) -> Iterator[str]:
-    """Collections, aliases and generations whose row is damaged, or that point nowhere."""
     problems: list[str] = []
     names = {name for _, name, _ in _whole_collections(connection, problems)}
     for alias, name, _ in connection.whole("aliases", problems):
@@ -209,7 +201,6 @@ def _damaged_names(connection: Connection) -> Iterator[str]:
 
 
 def _wrong_counts(connection: Connection, collection: str) -> Iterator[str]:
-    """Counters that differ from the rows, and rows that belong to nothing."""
     collection_id = connection.find_collection(collection)
     if collection_id is not None:
         sums = ", ".join(f"coalesce(sum({column}), 0)" for column in SUMS.values())
@@ -233,7 +224,6 @@ def _wrong_counts(connection: Connection, collection: str) -> Iterator[str]:
 
 
 def _whole_collections(connection: Connection, problems: list[str]) -> Iterator[tuple[int, str, bytes]]:
-    """Numbers, names and manifests of intact collections."""
     for collection_id, name, manifest in connection.whole("collections", problems, "manifest"):
         try:
             Manifest.from_json(typed(bytes, manifest), name)

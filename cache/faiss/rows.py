@@ -31,10 +31,8 @@ COVERED: dict[str, dict[str, type]] = {
     "collections": {"collection_id": int, "name": str},
     "aliases": {"alias": str, "name": str},
     "generations": {"name": str, "generation": int},
-    "segments": {
-        "segment_id": int, "collection_id": int, "file_name": str, "num_rows": int, "code_size": int,
-        "codes_offset": int,
-    },
+    "segments": {"segment_id": int, "collection_id": int, "file_name": str, "num_rows": int, "code_size": int,
+                 "codes_offset": int},
 }  # fmt: skip
 UNCHECKED = b"version 1"
 UNREADABLE = "rows that cannot be read:"
@@ -55,8 +53,10 @@ _SELECT = """SELECT passage_id, header, windows, text, first_row, passages.num_s
     checksum
     FROM passages LEFT JOIN segments ON segments.segment_id = passages.segment_id WHERE passages.collection_id = ?"""
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
+_OS: dict[int | None, tuple[type[CacheError], str]] = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), (StoreFull, "no space left")),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), (StoreAccessDenied, "not permitted")),
+}
 _SQLITE: dict[int, tuple[type[CacheError], str]] = {
     sqlite3.SQLITE_FULL: (StoreFull, "has no space left"),
     sqlite3.SQLITE_READONLY: (StoreAccessDenied, "may not be written"),
@@ -69,13 +69,10 @@ _SQLITE: dict[int, tuple[type[CacheError], str]] = {
     sqlite3.SQLITE_NOTADB: (StoreDamaged, "is not a catalogue"),
     10 | 2 << 8: (StoreDamaged, "is too short"),  # SQLITE_IOERR_SHORT_READ, which the module does not name
     # Our statements are fixed and the schema is ours, so these mean that the file is not what we wrote.
-    **dict.fromkeys(
-        (
-            sqlite3.SQLITE_ERROR, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_FORMAT,
-            sqlite3.SQLITE_INTERNAL, sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_RANGE, sqlite3.SQLITE_EMPTY,
-        ),
-        (StoreDamaged, "is damaged"),
-    ),
+    **dict.fromkeys((
+        sqlite3.SQLITE_ERROR, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_FORMAT,
+        sqlite3.SQLITE_INTERNAL, sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_RANGE, sqlite3.SQLITE_EMPTY,
+    ), (StoreDamaged, "is damaged")),
 }  # fmt: skip
 
 
@@ -121,7 +118,7 @@ class Connection(sqlite3.Connection):
         """`mode` is a URI's, with further parameters; "memory" for a database without a file."""
         uri = f"file:{quote(str(path))}?mode={mode}"
         connection = sqlite3.connect(
-            uri, uri=True, timeout=10.0, isolation_level=None, check_same_thread=False, factory=cls
+            uri, timeout=10, isolation_level=None, check_same_thread=False, factory=cls, uri=True
         )
         connection.text_factory = bytes
         connection.create_function("row_checksum", -1, _row_checksum, deterministic=True)
@@ -137,12 +134,10 @@ class Connection(sqlite3.Connection):
                 statement = ""
 
     def schema(self) -> bytes:
-        """A checksum of the schema as it is."""
         query = "SELECT sql FROM main.sqlite_master WHERE sql NOT NULL ORDER BY name"
         return _row_checksum(*(typed(bytes, sql) for (sql,) in self.execute(query)))
 
     def num_commits(self) -> int:
-        """Transactions that this catalogue has seen."""
         row = self.execute("SELECT num_commits, schema, checksum FROM store").fetchone()
         if row is None or row[2] not in (_row_checksum(typed(int, row[0]), typed(bytes, row[1])), UNCHECKED):
             raise StoreDamaged("the catalogue is damaged: its counters are missing or their checksum does not match")
@@ -152,7 +147,6 @@ class Connection(sqlite3.Connection):
         self.execute("UPDATE store SET num_commits = ?1, checksum = row_checksum(?1, schema)", (number,))
 
     def lost_commits(self, noted: int) -> Iterator[str]:
-        """A problem where the catalogue has fewer commits than the writer lock has noted."""
         if (commits := self.num_commits()) < noted:
             yield f"the last {noted - commits} of {noted} commits are lost"
 
@@ -169,9 +163,8 @@ class Connection(sqlite3.Connection):
 
     def whole(self, table: str, problems: list[str], also: str = "NULL") -> Iterator[tuple[Any, ...]]:
         """The covered columns of intact rows, and one more; damaged rows become problems."""
-        for further, *row in self.salvaged(
-            f"SELECT {also}, {', '.join(COVERED[table])}, checksum FROM {table}", problems
-        ):
+        query = f"SELECT {also}, {', '.join(COVERED[table])}, checksum FROM {table}"
+        for further, *row in self.salvaged(query, problems):
             try:
                 yield (*_checked_row(table, row), further)
             except StoreDamaged as exc:
@@ -240,7 +233,6 @@ class Connection(sqlite3.Connection):
         self.executemany(_UPSERT, rows)
 
     def insert_segment(self, collection_id: int, file_name: str, codes: NDArray[np.uint8], offset: int) -> int:
-        """A row for a durable segment file with these codes (num_rows, code_size); returns its id."""
         _, *names = COVERED["segments"]
         return self.put("segments", **dict(zip(names, (collection_id, file_name, *codes.shape, offset), strict=True)))
 
@@ -261,7 +253,6 @@ class Connection(sqlite3.Connection):
         return list(_rows(collection_id, values)), after
 
     def headers(self, collection_id: int, passage_ids: Sequence[str]) -> dict[str, Header]:
-        """Headers of the passages that exist and whose header is whole, by id."""
         found: dict[str, Header] = {}
         query = "SELECT passage_id, header FROM passages WHERE collection_id = ? AND passage_id IN"
         for encoded_id, packed in self._by_ids(query, collection_id, passage_ids):
@@ -368,10 +359,7 @@ def _rows(collection_id: int, found: Iterable[Sequence[Any]]) -> Iterator[_Row]:
 
 @contextmanager
 def translated(path: Path) -> Iterator[None]:
-    """Raise a CacheError that names the store at `path` in place of OSError and sqlite3.Error.
-
-    Its text is ours, with a code of the system's or SQLite's: servers show it to callers. The cause has the rest.
-    """
+    """Raise a CacheError in place of OSError and sqlite3.Error; its text may be shown, and the cause has the rest."""
     try:
         yield
     except StoreDamaged as exc:
@@ -381,17 +369,11 @@ def translated(path: Path) -> Iterator[None]:
     except (UnicodeDecodeError, OverflowError) as exc:  # of the sqlite3 module, about a schema that is no text
         raise StoreDamaged(f"store {path}: the catalogue is damaged; see `preread verify`") from exc
     except OSError as exc:
-        if exc.errno in _FULL:
-            raise StoreFull(f"store {path}: no space left ({_code(exc)})") from exc
-        if exc.errno in _DENIED:
-            raise StoreAccessDenied(f"store {path}: not permitted ({_code(exc)})") from exc
-        raise CacheError(f"store {path}: {exc.strerror or 'a file failed'} ({_code(exc)})") from exc
+        error, reason = _OS.get(exc.errno, (CacheError, exc.strerror or "a file failed"))
+        name = errno.errorcode.get(exc.errno or 0, type(exc).__name__)
+        raise error(f"store {path}: {reason} ({name})") from exc
     except sqlite3.Error as exc:
         code, name = getattr(exc, "sqlite_errorcode", 0), getattr(exc, "sqlite_errorname", type(exc).__name__)
         # The low byte is the primary code; the rest tells details, which its name has.
         error, reason = _SQLITE.get(code) or _SQLITE.get(code & 0xFF, (CacheError, "failed"))
         raise error(f"store {path}: the catalogue {reason} ({name})") from exc
-
-
-def _code(error: OSError) -> str:
-    return errno.errorcode.get(error.errno or 0, type(error).__name__)

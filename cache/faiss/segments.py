@@ -29,10 +29,12 @@ from cache.errors import CacheError, DamagedRecord
 _MAX_OPEN_SEGMENTS = min(16384, max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
 # The codes of one read stay in the processor's cache; those of several share a block, which any one of them keeps.
 _MAX_READ_BYTES, _BLOCK_BYTES = 1 << 18, 4 << 20
-# Read buffers that a store keeps for reuse.
-_MAX_KEPT_BYTES = 128 << 20
 # Of an open: there is no file, or the process lacks a right, descriptors or memory; anything else is the file's.
 _NOT_ITS_FAULT = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+
+
+_Codes = NDArray[np.uint8]
+_Ranges = Sequence[tuple[int, int]]  # first row and number of rows, each
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,6 @@ class Segment:
 
 
 def fsync_directory(directory: Path) -> None:
-    """Make renames and new names in a directory durable."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -56,9 +57,9 @@ def fsync_directory(directory: Path) -> None:
 
 
 class SegmentFiles:
-    """The directory of segments, the most recently used kept open. Thread-safe."""
+    """The directory of segments, the most recently used kept open, and read buffers for reuse. Thread-safe."""
 
-    def __init__(self, directory: Path, max_kept_bytes: int = _MAX_KEPT_BYTES, block_bytes: int = _BLOCK_BYTES) -> None:
+    def __init__(self, directory: Path, max_kept_bytes: int = 128 << 20, block_bytes: int = _BLOCK_BYTES) -> None:
         self.directory = directory
         self._lock = threading.Lock()
         self._files: OrderedDict[int, _OpenFile] = OrderedDict()
@@ -69,11 +70,10 @@ class SegmentFiles:
 
         Nothing is left behind where it raises OSError.
         """
-        index = codec.new_index()
-        index.add_sa_codes(np.ascontiguousarray(codes))
-        # To memory first: FAISS's own file writer would lose an error of the last buffered write.
-        content = faiss.serialize_index(index)
-        offset = _codes_offset(codec)
+        content = _serialized(codec, codes)
+        # Codes begin at the first byte that differs between two one-row indexes.
+        zeros, ones = (np.full((1, codec.code_size_bytes), fill, dtype=np.uint8) for fill in (0x00, 0xFF))
+        offset = int(np.argmax(_serialized(codec, zeros) != _serialized(codec, ones)))
         if not np.array_equal(content[offset : offset + codes.nbytes], codes.reshape(-1)):
             raise CacheError(f"segment: FAISS did not lay out {codec.factory} codes at offset {offset}")
         name = uuid.uuid4().hex + ".faiss"
@@ -99,7 +99,7 @@ class SegmentFiles:
         for file_name in file_names:
             (self.directory / file_name).unlink(missing_ok=True)
 
-    def codes(self, segment: Segment, ranges: Sequence[tuple[int, int]]) -> Iterator[NDArray[np.uint8] | DamagedRecord]:
+    def codes(self, segment: Segment, ranges: _Ranges) -> Iterator[_Codes | DamagedRecord]:
         """Codes of ranges of rows, (first_row, num_states) each: uint8 (num_states * code_size,) in memory.
 
         Ranges that lie next to each other in the file are read together, and their codes are views into one buffer.
@@ -114,9 +114,7 @@ class SegmentFiles:
                 raise
             return repeat(DamagedRecord(f"segment {segment.file_name} cannot be opened: {exc.strerror}"), len(ranges))
 
-    def _read(
-        self, segment: Segment, file: "_OpenFile", ranges: Sequence[tuple[int, int]]
-    ) -> Iterator[NDArray[np.uint8] | DamagedRecord]:
+    def _read(self, segment: Segment, file: "_OpenFile", ranges: _Ranges) -> Iterator[_Codes | DamagedRecord]:
         # One run after the other, as its reader consumes it: codes are checked while the processor's cache has them.
         for first, run in _runs(ranges, segment.code_size):
             codes = self._read_rows(segment, file, first, sum(run))
@@ -126,9 +124,7 @@ class SegmentFiles:
                 else:
                     yield codes[start * segment.code_size : end * segment.code_size]
 
-    def _read_rows(
-        self, segment: Segment, file: "_OpenFile", first_row: int, num_rows: int
-    ) -> NDArray[np.uint8] | DamagedRecord:
+    def _read_rows(self, segment: Segment, file: "_OpenFile", first_row: int, num_rows: int) -> _Codes | DamagedRecord:
         """Codes of consecutive rows, (num_rows * code_size,), or why they cannot be read."""
         if min(first_row, segment.codes_offset) < 0 or first_row + num_rows > segment.num_rows:
             return DamagedRecord(f"rows {first_row} to {first_row + num_rows}, its segment has {segment.num_rows}")
@@ -144,10 +140,6 @@ class SegmentFiles:
         with self._lock:
             for segment_id in self._files.keys() - segment_ids:
                 del self._files[segment_id]
-
-    def close(self) -> None:
-        with self._lock:
-            self._files.clear()
 
     def _open(self, segment: Segment) -> "_OpenFile":
         with self._lock:
@@ -217,7 +209,7 @@ class _BufferPool:
         return block[:]
 
 
-def _runs(ranges: Sequence[tuple[int, int]], code_size: int) -> Iterator[tuple[int, list[int]]]:
+def _runs(ranges: _Ranges, code_size: int) -> Iterator[tuple[int, list[int]]]:
     """Adjacent ranges joined, in order: first row, and rows of each."""
     max_rows = _MAX_READ_BYTES // code_size
     run: list[int] = []
@@ -233,11 +225,8 @@ def _runs(ranges: Sequence[tuple[int, int]], code_size: int) -> Iterator[tuple[i
         yield first, run
 
 
-def _codes_offset(codec: Codec) -> int:
-    """Offset of the codes in a serialised index: the first byte that differs between two one-row indexes."""
-    contents = []
-    for fill in (0x00, 0xFF):
-        index = codec.new_index()
-        index.add_sa_codes(np.full((1, codec.code_size_bytes), fill, dtype=np.uint8))
-        contents.append(faiss.serialize_index(index))
-    return int(np.argmax(contents[0] != contents[1]))
+def _serialized(codec: Codec, codes: _Codes) -> _Codes:
+    """Of a segment file, in memory, because FAISS's file writer would lose an error of its last buffered write."""
+    index = codec.new_index()
+    index.add_sa_codes(np.ascontiguousarray(codes))
+    return np.asarray(faiss.serialize_index(index))

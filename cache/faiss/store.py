@@ -9,11 +9,7 @@ the rows that point at it: after a crash a segment is either committed or an orp
 Readers take no lock. The directory must be on a local disk where it is written: file locks and SQLite's WAL do not work
 over NFS. Where it cannot be written, any number of readers share it (`catalogue.py`).
 
-Reads are checked: a passage's row against its record's header, every other row by a checksum of its columns
-(`rows.py`), the catalogue as a whole by `verify` (`maintenance.py`). Codes are read by offset into memory
-(`segments.py`): a file that is truncated or replaced under a running process costs its passages, never the process.
-
-Version 2 of the catalogue has those checksums, num_clipped and the number of commits. One of version 1 is read as it
+Version 2 of the catalogue has checksums, num_clipped and the number of commits. One of version 1 is read as it
 lies, and upgraded by the first write, after which software of that version rejects it. Its records stay as they are
 until a compaction rewrites their headers, with the passage id in their checksum.
 """
@@ -217,7 +213,7 @@ class FaissStore(Store):
             # So that what was written can be copied, or mounted where no log can be applied.
             with suppress(CacheError):
                 self._catalogue.checkpoint()
-        self._files.close()
+        self._files.keep_only(set())
         self._catalogue.close()
 
     def _read(self, collection: str, passage_ids: Sequence[str]) -> tuple[dict[str, Record | Damaged], dict[str, str]]:
@@ -262,7 +258,6 @@ class FaissStore(Store):
 
     @contextmanager
     def _changing(self) -> Iterator[Connection]:
-        """A transaction of the one writer."""
         with self._writing(), self._catalogue.writing() as connection:
             yield connection
 

@@ -84,7 +84,6 @@ class Address:
         return cls(addresses, kind == "rediss", bool(plus), int(database), username or None, password or None, prefix)
 
     def connect(self, budget_seconds: float, tls_ca_file: str | None) -> Client:
-        """A client with its pool; for a cluster its nodes are looked up."""
         options: dict[str, Any] = {"username": self.username, "password": self.password, "driver_info": None}
         options |= {"socket_timeout": budget_seconds, "socket_connect_timeout": budget_seconds}
         # RESP3 would cost a HELLO and open push messages that are not read.
@@ -139,7 +138,6 @@ class Deadline:
 
     @contextmanager
     def bounds_this_thread(self) -> Iterator[None]:
-        """Bound whatever this thread sends, receives and connects to."""
         token = _deadline.set(self)
         try:
             yield

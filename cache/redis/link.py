@@ -54,16 +54,13 @@ class _CircuitBreaker:
         self._num_failures, self._open_until, self._reason = 0, 0.0, ""
 
     def check(self) -> None:
-        """StoreUnavailable where the call should not be made."""
         with self._lock:
             if self._num_failures < _MAX_FAILURES:
                 return
             wait_seconds = self._open_until - time.monotonic()
             if wait_seconds > 0:
-                raise StoreUnavailable(
-                    f"circuit breaker open: {self._num_failures} failures in a row, next try in {wait_seconds:.1f} s; "
-                    f"last: {self._reason}"
-                )
+                state = f"{self._num_failures} failures in a row, next try in {wait_seconds:.1f} s"
+                raise StoreUnavailable(f"circuit breaker open: {state}; last: {self._reason}")
             self._open_until = time.monotonic() + _COOLDOWN_SECONDS  # for the calls next to this trial
 
     def ended(self, failure: str | None = None) -> None:
@@ -102,18 +99,12 @@ class Link:
         return result
 
     def run(
-        self,
-        commands: Sequence[Command],
-        is_valid: IsValid,
-        max_chunk: int = 1,
-        *,
-        chunk_bytes: int | None = None,
-        node: Any = None,
+        self, commands: Sequence[Command], is_valid: IsValid, max_chunk: int = 1, chunk_bytes: int = 0, node: Any = None
     ) -> list[Any]:
         """Replies in order. One that says that a key is of another type stays in its place; errors are raised.
 
         is_valid: whether a reply, as redis-py gives it, can be one to these commands
-        chunk_bytes: keep the replies of a chunk near this size, estimated from earlier ones
+        chunk_bytes: unless 0, keep the replies of a chunk near this size, estimated from earlier ones
         node: of a cluster, for commands without a key
         """
 
@@ -125,7 +116,7 @@ class Link:
             while len(results) < len(commands):
                 deadline.check()
                 chunk = max_chunk
-                if chunk_bytes is not None:
+                if chunk_bytes:
                     fitting = chunk_bytes * len(results) // max(num_bytes, 1) if results else _FIRST_CHUNK
                     chunk = min(max(fitting, 1), max_chunk)
                 replies = _exchange(client, commands[len(results) : len(results) + chunk], is_valid)
@@ -190,12 +181,12 @@ class Link:
                 one.connection_pool.disconnect(inuse_connections=False)  # those of other calls may be in step
 
     def _translated(self, exc: Exception, deadline: Deadline) -> Exception:
-        """The CacheError for what redis-py, the network or a reply raised."""
         if isinstance(exc, CacheError):
             return exc
         is_of_cluster = isinstance(exc, redis.exceptions.RedisClusterException)
         if is_of_cluster and isinstance(exc.__cause__, Exception):
             return self._translated(exc.__cause__, deadline)  # it only says that no node answered
+        is_network = is_of_cluster or isinstance(exc, redis.ConnectionError | OSError)
         code = ""  # the first word of an error reply
         if isinstance(exc, redis.RedisError):
             code = exc.status_code or (str(exc).partition(" ")[0] if isinstance(exc, redis.ResponseError) else "")
@@ -209,10 +200,7 @@ class Link:
             kind, text = StoreAccessDenied, "the server does not accept the user name or password"
         elif isinstance(exc, redis.ResponseError | redis.exceptions.ClusterError):
             text = "the server refused a command" + (f" ({code})" if re.fullmatch("[A-Z]{2,20}", code) else "")
-        elif not isinstance(exc, redis.AuthenticationError) and (
-            is_of_cluster or isinstance(exc, redis.ConnectionError | OSError)
-        ):
-            # The text of a network error: one line, without the secrets of the URL.
+        elif is_network and not isinstance(exc, redis.AuthenticationError):  # one line, without the secrets of the URL
             text = "".join(char if char.isprintable() else " " for char in str(exc))[:_MAX_ERROR_CHARS]
             for secret in filter(None, (self._address.password, self._address.username)):
                 text = text.replace(secret, "***")
@@ -249,19 +237,14 @@ def _exchange(client: Client, commands: Sequence[Command], is_valid: IsValid) ->
     results, echoes = replies[: len(commands)], replies[len(commands) :]
     if not echoes or not all(_is_echo(reply, token) for reply in echoes):
         raise Malformed("the stream of replies is out of step")
-    plain = [reply for reply in results if not _is_wrong_type(reply)]
-    for reply in plain:
-        if isinstance(reply, Exception):
-            raise reply
-    for reply in plain:
-        if not is_valid(reply):
+    failed = [reply for reply in results if isinstance(reply, Exception)]
+    for error in failed:
+        if not (isinstance(error, redis.ResponseError) and str(error).startswith("WRONGTYPE")):
+            raise error
+    for reply in results:
+        if not (isinstance(reply, Exception) or is_valid(reply)):
             raise Malformed(f"a reply of type {type(reply).__name__}")
     return results
-
-
-def _is_wrong_type(reply: object) -> bool:
-    """Whether a key holds another type of value than the command is for."""
-    return isinstance(reply, redis.ResponseError) and str(reply).startswith("WRONGTYPE")
 
 
 def _is_echo(reply: object, token: bytes) -> bool:

@@ -46,30 +46,23 @@ class RedisStore(Store):
     """Packed records in Redis; connects on first use. Durable as far as the server is configured to be."""
 
     def __init__(
-        self,
-        url: str,
-        read_budget_seconds: float,
-        write_budget_seconds: float,
-        ttl_seconds: int | None,
-        tls_ca_file: str | None,
+        self, url: str, read_seconds: float, write_seconds: float, ttl_seconds: int | None, tls_ca_file: str | None
     ) -> None:
         if ttl_seconds is not None and ttl_seconds < 1:
             raise ValueError(f"ttl_seconds: {ttl_seconds}, expected at least 1")
         self._address = address = Address.parse(url)
         # A breaker each: reads that are too large for their budget must not stop an indexing run.
-        self._online = Link(address, budget_seconds=read_budget_seconds, tls_ca_file=tls_ca_file)
-        self._bulk = Link(address, budget_seconds=write_budget_seconds, tls_ca_file=tls_ca_file)
-        count_seconds = min(write_budget_seconds, max(read_budget_seconds, _COUNT_SECONDS))
-        self._counting = Link(address, budget_seconds=count_seconds, tls_ca_file=tls_ca_file)
+        budgets = read_seconds, write_seconds, min(write_seconds, max(read_seconds, _COUNT_SECONDS))
+        links = (Link(address, budget_seconds=seconds, tls_ca_file=tls_ca_file) for seconds in budgets)
+        self._online, self._bulk, self._counting = links
         self._ttl_seconds = ttl_seconds
         self._told: set[tuple[bytes, bytes]] = set()  # damaged aliases that the log has
-        self._manifests, self._aliases, self._generations = (
-            f"{address.prefix}:{name}" for name in ("manifests", "aliases", "generations")
-        )
+        keys = (f"{address.prefix}:{name}" for name in ("manifests", "aliases", "generations"))
+        self._manifests, self._aliases, self._generations = keys
 
     def put_many(self, collection: str, records: Mapping[str, Record]) -> None:
         start = self._key_start(collection)
-        encoded_ids = [passage_id_bytes(passage_id) for passage_id in records]
+        encoded_ids = list(map(passage_id_bytes, records))
         self._require(collection)
         expiry = () if self._ttl_seconds is None else ("EX", self._ttl_seconds)
         commands: list[tuple[Any, ...]] = []
@@ -90,9 +83,8 @@ class RedisStore(Store):
         return self._get(self._online, collection, passage_ids)
 
     def delete_many(self, collection: str, passage_ids: Sequence[str]) -> int:
-        keys = [self._key(collection, passage_id) for passage_id in dict.fromkeys(passage_ids)]
-        num_deleted = self._unlink(keys)
-        if keys:
+        num_deleted = self._unlink([self._key(collection, passage_id) for passage_id in dict.fromkeys(passage_ids)])
+        if passage_ids:
             self._bump(collection)  # also where none was there: a repeated UNLINK finds what the first one removed
         return num_deleted
 
@@ -108,13 +100,9 @@ class RedisStore(Store):
 
     def stats(self, collection: str) -> StoreStats:
         """Counted by a scan over headers: about a second per million passages on a local server."""
-
-        def headers() -> Iterator[Header | None]:
-            passage_ids = (one for _, one in self._scan_keys(self._counting, collection) if one is not None)
-            while batch := list(islice(passage_ids, _HEADER_CHUNK)):
-                yield from self._headers(self._counting, collection, batch)
-
-        return StoreStats.of(headers())
+        passage_ids = (one for _, one in self._scan_keys(self._counting, collection) if one is not None)
+        batches = iter(lambda: list(islice(passage_ids, _HEADER_CHUNK)), [])
+        return StoreStats.of(one for batch in batches for one in self._headers(self._counting, collection, batch))
 
     def audit(self, collection: str) -> Audit:
         """Fields of every collection, because one hash holds them all, and keys of this one."""
@@ -245,10 +233,9 @@ class RedisStore(Store):
     def _get_once(self, link: Link, collection: str, passage_ids: Sequence[str]) -> list[Record | Damaged | None]:
         commands = [("GET", self._key(collection, passage_id)) for passage_id in passage_ids]
         values = link.run(commands, _is_value, _READ_CHUNK, chunk_bytes=_CHUNK_BYTES)
+        wrong = "the key holds another type of value"
         return [
-            Damaged(one, "the key holds another type of value")
-            if isinstance(value, Exception)
-            else Record.checked(one, value)
+            Damaged(one, wrong) if isinstance(value, Exception) else Record.checked(one, value)
             for one, value in zip(passage_ids, values, strict=True)
         ]
 
@@ -343,7 +330,6 @@ def _manifest(field: bytes, value: bytes) -> Manifest:
 
 
 def _alias(field: bytes, value: bytes) -> tuple[str, str]:
-    """Alias and collection."""
     collection, separator, checksum = value.partition(b":")
     alias, name = _written_name("alias", field), _written_name("alias", collection)
     if separator and checksum != _checksum(alias, name).encode():  # earlier versions wrote none
