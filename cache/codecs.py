@@ -188,13 +188,9 @@ class Codec:
         return out
 
     def _decode(self, codes: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
-        """On the calling thread alone.
-
-        A server decodes next to a forward pass, and is done before a second thread has begun to help; that one then
-        spins for a while, on a core that the pass needs. OpenMP keeps the number of threads per thread, so it cannot be
-        set once.
-        """
         num_bytes = self._num_scale_bytes
+        # On this thread alone: a server decodes next to a forward pass, and is done before a second thread has begun to
+        # help; that one then spins on a core that the pass needs. OpenMP keeps the number per thread: set it each time.
         num_threads = faiss.omp_get_max_threads()
         faiss.omp_set_num_threads(1)
         try:

@@ -133,10 +133,7 @@ class Collection:
         return clipped
 
     def get_many(self, passage_ids: Sequence[str]) -> list[PassageStates | Damaged | None]:
-        """One entry per id, in order; None where there is none, also for an id that cannot exist.
-
-        Decoded in one codec call: their states are views into one float32 array.
-        """
+        """One entry per id, in order; None where there is or can be none. Their states are views into one array."""
         return decode_all(self.get_encoded_many(passage_ids))
 
     def get_encoded_many(self, passage_ids: Sequence[str]) -> list[EncodedPassage | Damaged | None]:

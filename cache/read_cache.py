@@ -9,8 +9,9 @@ rare passages does not empty it. A passage that several threads miss is read onc
 import math
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal, TypeVar, cast
 
@@ -111,10 +112,7 @@ class _CachedRecord:
 
 
 class CachedStore(_StoreWrapper):
-    """At most `max_bytes` of the most frequently read records; see `Store` for the contract.
-
-    staleness_seconds: a generation is taken as current for this long; 0: every read compares it.
-    """
+    """Keeps the most frequently read records; a collection's generation counts as current for `staleness_seconds`."""
 
     def __init__(self, store: Store, *, max_bytes: int, staleness_seconds: float = 0.0) -> None:
         if max_bytes < 1:
@@ -161,32 +159,24 @@ class CachedStore(_StoreWrapper):
         return generation
 
     def put_many(self, collection: str, records: Mapping[str, Record]) -> None:
-        try:
+        with self._forgetting(collection, records):
             self.store.put_many(collection, records)
-        finally:  # also after an error: some of them may have been written
-            self._forget(collection, records)
 
     def delete_many(self, collection: str, passage_ids: Sequence[str]) -> int:
-        try:
+        with self._forgetting(collection, passage_ids):
             return self.store.delete_many(collection, passage_ids)
-        finally:
-            self._forget(collection, passage_ids)
 
     def drop_collection(self, collection: str) -> None:
-        try:
+        with self._forgetting():  # dropping is rare, and a cache that can be listed would be slower
             self.store.drop_collection(collection)
-        finally:
-            self._clear()  # dropping is rare, and a cache that can be listed would be slower
 
     def mend(self) -> list[str]:
-        try:
+        with self._forgetting():
             return self.store.mend()
-        finally:
-            self._clear()
 
     def close(self) -> None:
-        self._clear()
-        self.store.close()
+        with self._forgetting():
+            self.store.close()
 
     def _fetch(self, collection: str, generation: int, passage_ids: Sequence[str]) -> dict[str, _Read]:
         """From the store, or from a read of it that another thread has in flight."""
@@ -217,14 +207,19 @@ class CachedStore(_StoreWrapper):
                         del self._flights[collection, generation, passage_id]
         return {passage_id: flight.result() for passage_id, flight in flights.items()}
 
-    def _forget(self, collection: str, passage_ids: Iterable[str]) -> None:
-        self._generations.pop(collection, None)
-        for passage_id in passage_ids:
-            self._entries.remove((collection, passage_id))
-
-    def _clear(self) -> None:
-        self._generations.clear()
-        self._entries.clear()
+    @contextmanager
+    def _forgetting(self, collection: str | None = None, passage_ids: Iterable[str] = ()) -> Iterator[None]:
+        """Forget passages, or all, at the end: also after an error, because some of a write may be done."""
+        try:
+            yield
+        finally:
+            if collection is None:
+                self._generations.clear()
+                self._entries.clear()
+            else:
+                self._generations.pop(collection, None)
+                for passage_id in passage_ids:
+                    self._entries.remove((collection, passage_id))
 
 
 class TimedStore(_StoreWrapper):

@@ -95,10 +95,7 @@ class Header(NamedTuple):
 
     @classmethod
     def parse(cls, data: bytes, passage_id: str | bytes) -> "Header":
-        """The header at the start of `data`, the rest of which is ignored.
-
-        Raises DamagedRecord when it is not whole and undamaged, of an unknown version, or another passage's.
-        """
+        """The header at the start of `data`. Raises DamagedRecord when it is damaged, unknown, or another passage's."""
         if len(data) < _START.size:
             raise DamagedRecord(f"header of {len(data)} bytes, expected {HEADER_BYTES}")
         magic, version = _START.unpack_from(data)
@@ -234,10 +231,7 @@ class Record:
 
     @classmethod
     def join(cls, header: Header, windows: bytes, codes: NDArray[np.uint8], text: bytes) -> "Record":
-        """A record out of parts that were stored apart: window_tokens as packed, and contiguous codes of any shape.
-
-        Raises DamagedRecord when a length, count or checksum is wrong.
-        """
+        """A record out of packed window_tokens, contiguous codes of any shape and text. Raises DamagedRecord."""
         if len(windows) != 4 * header.num_windows or codes.nbytes != header.num_states * header.code_size:
             raise DamagedRecord("lengths do not match the header")
         if len(text) != header.text_bytes:

@@ -147,10 +147,7 @@ class _WriterLock:
             yield _locked(descriptor, fcntl.LOCK_SH)
 
     def note(self, num_commits: int) -> None:
-        """Keep the number of commits, after each; only while the lock is held.
-
-        Not synced: after a power failure it may be smaller, which does no harm.
-        """
+        """Keep the number of commits, while the lock is held; not synced: a smaller one does no harm."""
         os.pwrite(self._descriptor, _packed_note(num_commits), _NOTE_OFFSET)
 
     def noted(self) -> int:
@@ -276,10 +273,7 @@ class CatalogueFile:
             connection.execute("PRAGMA busy_timeout = 10000")
 
     def committed_files(self) -> set[str]:
-        """Names of the segments that are in the catalogue: all others may be removed.
-
-        Raises StoreDamaged where that is not certain, so a damaged catalogue never costs the codes it should name.
-        """
+        """Names of all segments that may not be removed; raises StoreDamaged where the catalogue may lack some."""
         noted = self.lock.noted()
         with self.reading() as connection:
             for problem in chain(connection.lost_commits(noted), connection.damaged_pages("segments")):

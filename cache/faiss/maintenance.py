@@ -90,11 +90,8 @@ class Compactor:
         return uses
 
     def _rewrite(self, group: list[_Use], collection_id: int, codec: Codec) -> None:
-        """Rewrite a group as one segment.
-
-        A segment whose file is missing or too short is left as it is, so that its passages keep being reported damaged;
-        codes are copied unchecked for the same reason: their checksums travel with them.
-        """
+        # A segment whose file is missing or too short is left as it is, so that its passages keep being reported
+        # damaged; codes are copied unchecked for the same reason: their checksums travel with them.
         parts: list[NDArray[np.uint8]] = []
         moved: list[tuple[int, int, int]] = []  # new first row, row key, old segment
         readable: list[Segment] = []

@@ -261,15 +261,12 @@ class Connection(sqlite3.Connection):
         return found
 
     def renew_headers(self, collection_id: int, after: int, limit: int) -> int | None:
-        """Rewrite headers of older versions among the next rows; the last of them, or None where there are no more.
-
-        A damaged header stays as it is, so that its passage keeps being reported.
-        """
+        """Rewrite headers of older versions among the next rows; the last of them, or None where there are no more."""
         query = """SELECT row_key, passage_id, header FROM passages NOT INDEXED
             WHERE row_key > ? AND collection_id = ? ORDER BY row_key LIMIT ?"""
         changed, last = [], None
         for last, encoded_id, packed in self.execute(query, (after, collection_id, limit)).fetchall():
-            with suppress(DamagedRecord, StoreDamaged):
+            with suppress(DamagedRecord, StoreDamaged):  # it stays as it is, so that its passage keeps being reported
                 header = Header.parse(typed(bytes, packed), typed(bytes, encoded_id))
                 if header.version != RECORD_VERSION:
                     latest = header.latest()
@@ -316,11 +313,8 @@ class _Row(NamedTuple):
 
 
 def read_records(rows: Iterable[_Row], files: SegmentFiles) -> Iterator[tuple[str, Record | Damaged | str]]:
-    """Passage ids and whole records, in order; where there is no segment file, its name takes the record's place.
-
-    Consecutive rows of one segment are read together.
-    """
-    for segment, group in groupby(rows, key=attrgetter("segment")):
+    """Passage ids and whole records, in order; where there is no segment file, its name takes the record's place."""
+    for segment, group in groupby(rows, key=attrgetter("segment")):  # read together
         together = list(group)
         codes: Iterable[NDArray[np.uint8] | DamagedRecord | None] = repeat(None, len(together))
         if segment is not None:

@@ -66,10 +66,7 @@ class SegmentFiles:
         self.memory = _BufferPool(max_kept_bytes, block_bytes)
 
     def write(self, codec: Codec, codes: NDArray[np.uint8]) -> tuple[str, int]:
-        """Write codes (num_rows, code_size) as a new durable segment; returns file name and offset of the codes in it.
-
-        Nothing is left behind where it raises OSError.
-        """
+        """Write codes (num_rows, code_size) as a durable segment, or nothing; returns its name and the codes' offset."""
         content = _serialized(codec, codes)
         # Codes begin at the first byte that differs between two one-row indexes.
         zeros, ones = (np.full((1, codec.code_size_bytes), fill, dtype=np.uint8) for fill in (0x00, 0xFF))
@@ -176,10 +173,7 @@ class _OpenFile:
 
 
 class _BufferPool:
-    """Buffers that are reused once nothing refers to them. Thread-safe.
-
-    Fresh memory costs several times as much as reading into it: a page fault for every 4 KiB.
-    """
+    """Buffers reused once nothing refers to them: fresh memory costs a page fault for every 4 KiB. Thread-safe."""
 
     def __init__(self, max_bytes: int, block_bytes: int) -> None:
         self._max_bytes, self._block_bytes = max_bytes, block_bytes

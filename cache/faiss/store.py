@@ -181,10 +181,7 @@ class FaissStore(Store):
             return connection.execute("DELETE FROM aliases WHERE alias = ?", (alias,)).rowcount > 0
 
     def compact(self, collection: str) -> Compaction:
-        """Merge small segments and drop codes that no passage has any longer, while readers go on.
-
-        Headers of older versions are rewritten in the latest. The lock is given up between groups, for other writers.
-        """
+        """Merge small segments, drop unused codes, renew headers; readers go on, and between groups other writers."""
         after: int | None = 0
         while after is not None:
             with self._writing():

@@ -279,14 +279,11 @@ class RedisStore(Store):
             raise errors.CollectionNotFound(f"collection: {collection!r} does not exist in this store")
 
     def _bump(self, collection: str, *, is_plain: bool | None = None) -> None:
-        """Change the generation. Plain, as the number it is, for collections of version 1, whose writers count on.
-
-        Random, not counted: a count repeats after a restart without data, or on a stale replica.
-        """
+        """Change the generation; a plain number for collections of version 1, whose writers count on."""
         if is_plain is None:
             known = self._ask(self._bulk, _is_value, "HGET", self._generations, collection)
             is_plain = known is not None and known.isdigit()
-        number = str(secrets.randbits(62))
+        number = str(secrets.randbits(62))  # a count would repeat after a restart without data, or on a stale replica
         value = number if is_plain else f"{number}:{_checksum(collection, number)}"
         self._ask(self._bulk, _is_count, "HSET", self._generations, collection, value)
 
