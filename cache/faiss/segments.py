@@ -66,11 +66,11 @@ class SegmentFiles:
         self.memory = _BufferPool(max_kept_bytes, block_bytes)
 
     def write(self, codec: Codec, codes: NDArray[np.uint8]) -> tuple[str, int]:
-        """Write codes (num_rows, code_size) as a durable segment, or nothing; returns its name and the codes' offset."""
-        content = _serialized(codec, codes)
+        """Write codes (num_rows, code_size) as a durable segment, or nothing; returns file name and offset."""
+        content = _serialised(codec, codes)
         # Codes begin at the first byte that differs between two one-row indexes.
         zeros, ones = (np.full((1, codec.code_size_bytes), fill, dtype=np.uint8) for fill in (0x00, 0xFF))
-        offset = int(np.argmax(_serialized(codec, zeros) != _serialized(codec, ones)))
+        offset = int(np.argmax(_serialised(codec, zeros) != _serialised(codec, ones)))
         if not np.array_equal(content[offset : offset + codes.nbytes], codes.reshape(-1)):
             raise CacheError(f"segment: FAISS did not lay out {codec.factory} codes at offset {offset}")
         name = uuid.uuid4().hex + ".faiss"
@@ -219,7 +219,7 @@ def _runs(ranges: _Ranges, code_size: int) -> Iterator[tuple[int, list[int]]]:
         yield first, run
 
 
-def _serialized(codec: Codec, codes: _Codes) -> _Codes:
+def _serialised(codec: Codec, codes: _Codes) -> _Codes:
     """Of a segment file, in memory, because FAISS's file writer would lose an error of its last buffered write."""
     index = codec.new_index()
     index.add_sa_codes(np.ascontiguousarray(codes))

@@ -26,7 +26,7 @@ from cache.codecs import Codec
 from cache.errors import CacheError, CodecError, CollectionExists, CollectionInUse, CollectionNotFound
 from cache.faiss.catalogue import SUMS, CatalogueFile
 from cache.faiss.maintenance import Compaction, Compactor, audit, rebuild
-from cache.faiss.rows import Connection, read_records, translated, typed
+from cache.faiss.rows import read_records, translated, typed
 from cache.faiss.segments import SegmentFiles
 from cache.manifest import Manifest
 from cache.record import Damaged, Header, Record, check_name, passage_id_bytes
@@ -88,7 +88,7 @@ class FaissStore(Store):
         if not self._catalogue.exists:
             return 0
         num_deleted = 0
-        with self._changing() as connection:
+        with self._writing(), self._catalogue.writing() as connection:
             if (collection_id := connection.find_collection(collection)) is not None:
                 # The codes stay in their segments until a compaction.
                 query = "DELETE FROM passages WHERE collection_id = ? AND passage_id = ?"
@@ -140,7 +140,7 @@ class FaissStore(Store):
 
     def write_manifest(self, manifest: Manifest) -> None:
         name = manifest.collection
-        with self._changing() as connection:
+        with self._writing(), self._catalogue.writing() as connection:
             if connection.find_collection(name) is not None or name in dict(connection.checked("aliases")):
                 raise CollectionExists(f"collection: {name!r} already exists in this store")
             connection.put("collections", name=name, manifest=manifest.to_json())
@@ -171,13 +171,13 @@ class FaissStore(Store):
 
     def set_alias(self, alias: str, collection: str, *, shadowing: bool = False) -> None:
         check_name("alias", alias)
-        with self._changing() as connection:
+        with self._writing(), self._catalogue.writing() as connection:
             connection.set_alias(alias, collection, shadowing=shadowing)
 
     def remove_alias(self, alias: str) -> bool:
         if not self._catalogue.exists:
             return False
-        with self._changing() as connection:
+        with self._writing(), self._catalogue.writing() as connection:
             return connection.execute("DELETE FROM aliases WHERE alias = ?", (alias,)).rowcount > 0
 
     def compact(self, collection: str) -> Compaction:
@@ -252,11 +252,6 @@ class FaissStore(Store):
                     # Not removed right here: a failed COMMIT may still be found complete after a crash.
                     self._may_have_orphans = True
                     raise
-
-    @contextmanager
-    def _changing(self) -> Iterator[Connection]:
-        with self._writing(), self._catalogue.writing() as connection:
-            yield connection
 
     def _require(self, collection: str) -> tuple[int, Codec]:
         with self._catalogue.reading() as connection:
