@@ -8,6 +8,7 @@
 
 Names are imported when they are first used: `import preread` needs no gRPC.
 """
+# ruff: noqa: F403, F405 - __all__ lists what the modules give
 
 from __future__ import annotations
 
@@ -15,44 +16,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from preread.aio import AsyncClient, AsyncRerankingStream
-    from preread.channel import ClientOptions, RetryPolicy, TlsFiles
-    from preread.errors import (
-        Cancelled,
-        DeadlineExceeded,
-        FailedPrecondition,
-        FieldViolation,
-        InvalidRequest,
-        NotFound,
-        Overloaded,
-        PermissionDenied,
-        PrereadError,
-        ServerError,
-        Unauthenticated,
-        Unavailable,
-    )
-    from preread.sync import Client, RerankingStream
-    from preread.values import (
-        Candidate,
-        CollectionInfo,
-        Degraded,
-        EncoderIdentity,
-        EncoderInfo,
-        ModelInfo,
-        Passage,
-        Reranking,
-        RerankOptions,
-        Result,
-        Stage,
-        StageScore,
-        Summary,
-        TierUse,
-        Timings,
-        UpsertResult,
-        Warmed,
-        format_stages,
-        parse_stages,
-    )
+    from preread.aio import *
+    from preread.channel import *
+    from preread.errors import *
+    from preread.sync import *
+    from preread.values import *
 
 __all__ = [
     "AsyncClient", "AsyncRerankingStream", "Cancelled", "Candidate", "Client", "ClientOptions", "CollectionInfo",

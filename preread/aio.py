@@ -1,12 +1,11 @@
-"""The async client, and the template of the sync one: scripts/generate-client writes preread/sync.py from this file.
-
-Message bodies are preread.wire's.
-"""
+"""The async client, and the template of the sync one: scripts/generate-client writes preread/sync.py from this file."""
 
 from __future__ import annotations
 
 from asyncio import sleep
 from collections.abc import AsyncIterator, Iterable
+from math import inf
+from time import monotonic
 from typing import Any, Self, Unpack
 
 import grpc
@@ -19,14 +18,15 @@ from preread.v1 import encoder_pb2, rerank_pb2
 
 async def _call(server: Service, method: str, request: object, timeout: float | None) -> Any:
     """The response, after retries as the client's options allow them."""
-    attempts = server.attempts(timeout)
+    deadline, attempt = monotonic() + server.seconds(timeout), 0
     while True:
         try:
-            response = await server.start(method, request, attempts.timeout())
+            response = await server.start(method, request, deadline - monotonic())
         except grpc.RpcError as exc:
-            await sleep(attempts.wait_seconds(exc))
+            attempt += 1
+            await sleep(server.wait_seconds(exc, attempt, deadline - monotonic()))
         else:
-            server.give()
+            server.succeeded()
             return response
 
 
@@ -49,12 +49,10 @@ class AsyncClient(BaseClient):
     async def rerank(
         self, query: str, candidates: wire.Candidates, **options: Unpack[values.RerankOptions]
     ) -> values.Reranking:
-        """Scores candidates and returns the best first.
+        """Scores candidates and returns the best first; `options` as in preread.values.RerankOptions.
 
-        Args:
-            candidates: plain strings are passage ids where `collection` is given, else texts; a Candidate, or a
-                mapping {"id": ..., "text": ...} with one or both, says which.
-            options: see preread.values.RerankOptions.
+        Plain strings are passage ids where `collection` is given, else texts; a Candidate, or a mapping {"id": ...,
+        "text": ...} with one or both, says which.
         """
         request = wire.pack_request(query, candidates, options)
         response = await _call(self._server, "Rerank", request, options.get("timeout"))
@@ -65,8 +63,7 @@ class AsyncClient(BaseClient):
     ) -> AsyncRerankingStream:
         """Like rerank, but yields results as they are scored, in no particular order; never retried."""
         request = rerank_pb2.RerankStreamRequest(request=wire.pack_request(query, candidates, options))
-        timeout = self._server.options.call_timeout(options.get("timeout"))
-        call = self._server.start("RerankStream", request, timeout)
+        call = self._server.start("RerankStream", request, self._server.seconds(options.get("timeout")))
         return AsyncRerankingStream(call, self._server.address)
 
     async def warm(
@@ -79,12 +76,10 @@ class AsyncClient(BaseClient):
         model: str = "",
         timeout: float | None = None,
     ) -> values.Warmed:
-        """Pre-fills the server's caches for queries over these passages; changes no score.
+        """Pre-fills the server's caches for queries over these passages, at most ModelInfo.max_candidates of them.
 
-        Args:
-            passage_ids: at most ModelInfo.max_candidates of them.
-            instruction: the instruction of those queries; None: the model's default; "": none.
-            compression_ratio: the ratio they will be scored at; 0: the server's default.
+        Changes no score. `instruction` (None: the model's default, "": none) and `compression_ratio` (0: the server's
+        default) are those of the queries to come.
         """
         request = wire.pack(
             rerank_pb2.WarmRequest,
@@ -117,24 +112,22 @@ class AsyncClient(BaseClient):
     ) -> AsyncIterator[values.UpsertResult]:
         """Encodes and stores passages; yields each acknowledgement after the store has that passage.
 
+        Passages are Passage values, or mappings as `preread index` reads them ("id" or "_id", "text", perhaps "title").
+        Of several with one id the first is stored and the others are refused. Anything else is a TypeError, named by
+        its index; what was acknowledged before it stays. Ratio, codec and store_text are those of the collection, where
+        this call creates it.
+
         Nothing is sent before the first acknowledgement is requested. `passages` is read as fast as the worker takes
         them. Has no timeout unless one is given, and is never retried: repeat the call, and passages that are stored
         already are acknowledged as "unchanged".
-
-        Args:
-            passages: Passage values, or mappings as `preread index` reads them ("id" or "_id", "text", perhaps
-                "title"). Of several with one id the first is stored and the others are refused.
-            compression_ratio, codec, store_text: of the collection, where this call creates it.
-
-        Raises:
-            TypeError: anything else, named by its index; what was acknowledged before it stays.
         """
-        upload = wire.Upload(passages, collection, compression_ratio, codec, store_text)
-        return self._upsert(upload, Argument("timeout", timeout).seconds())
+        settings = {"compression_ratio": compression_ratio, "codec": codec, "store_text": store_text}
+        upload = wire.Upload(passages, collection=collection, **settings)
+        return self._upsert(upload, Argument("timeout", timeout).seconds() or inf)
 
-    async def _upsert(self, upload: wire.Upload, timeout: float | None) -> AsyncIterator[values.UpsertResult]:
+    async def _upsert(self, upload: wire.Upload, seconds: float) -> AsyncIterator[values.UpsertResult]:
         worker = self._encoder()
-        call = worker.start("Upsert", aiter(upload), timeout)
+        call = worker.start("Upsert", aiter(upload), seconds)
         try:
             async for message in call:
                 for result in message.results:
@@ -150,8 +143,10 @@ class AsyncClient(BaseClient):
 
     async def delete(self, passage_ids: Iterable[str], *, collection: str, timeout: float | None = None) -> int:
         """Deletes passages; returns how many there were. Many ids go in several calls, each with this `timeout`."""
-        worker, num_deleted = self._encoder(), 0
-        for request in wire.pack_deletes(passage_ids, collection):
+        worker, num_deleted, ids = self._encoder(), 0, Argument("passage_ids", passage_ids).texts()
+        for start in range(0, max(len(ids), 1), wire.IDS_PER_DELETE):
+            some = ids[start : start + wire.IDS_PER_DELETE]
+            request = wire.pack(encoder_pb2.DeleteRequest, "collection", collection=collection, passage_ids=some)
             num_deleted += (await _call(worker, "Delete", request, timeout)).num_deleted
         return num_deleted
 

@@ -21,14 +21,13 @@ _METADATA_NAME = re.compile(r"[0-9a-z_.-]+")
 class Argument:
     """A value and the name of its field: `candidates[3].text`. Each method is a check that returns the value to send.
 
-    Raises, in every method:
-        TypeError: another kind of thing than the field holds.
-        InvalidRequest: a value that no message can carry. Both name the field.
+    Each raises TypeError for another kind of thing than the field holds, and InvalidRequest for a value that no message
+    can carry. Both name the field.
     """
 
     __slots__ = ("field", "value")
 
-    def __init__(self, field: str, value: object) -> None:
+    def __init__(self, field: str, value: Any) -> None:
         self.field = field
         self.value = value
 
@@ -57,14 +56,14 @@ class Argument:
 
     def integer(self, at_least: int = -_INT32) -> int:
         """An int32; None and 0 are the default."""
-        if isinstance(self.value, bool):
-            raise self.wrong("an integer")
         try:
-            number = operator.index(0 if self.value is None else self.value)  # type: ignore[arg-type]  # raises
+            number = operator.index(0 if self.value is None else self.value)
         except TypeError:
             raise self.wrong("an integer") from None
+        if isinstance(self.value, bool):
+            raise self.wrong("an integer")
         if not -_INT32 <= number < _INT32:
-            raise self.invalid(self.shown, f"an integer below {_INT32:,}")
+            raise self.invalid(_show(self.value), f"an integer below {_INT32:,}")
         if number < at_least:
             raise self.invalid(str(self.value), f"at least {at_least}")
         return number
@@ -88,8 +87,8 @@ class Argument:
             return None
         if isinstance(self.value, bool) or not isinstance(self.value, int | float):
             raise self.wrong("a number of seconds, or None")
-        if not (math.isfinite(self.value) and 0 < self.value <= MAX_SECONDS):
-            raise self.invalid(self.shown, f"seconds, more than 0 and at most {MAX_SECONDS:g}, or None")
+        if not 0 < self.value <= MAX_SECONDS:
+            raise self.invalid(_show(self.value), f"seconds, more than 0 and at most {MAX_SECONDS:g}, or None")
         return float(self.value)
 
     def secret(self) -> str | None:
@@ -103,7 +102,7 @@ class Argument:
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """A mapping of call metadata as HTTP/2 takes it. Its values may be secret."""
         entries = []
-        for name, value in self.value.items():  # type: ignore[attr-defined]  # declared as a mapping
+        for name, value in self.value.items():
             if not isinstance(name, str) or not isinstance(value, str):
                 raise TypeError(f"metadata has {_show(name)}: {type(value).__name__}; expected strings")
             lowered = name.lower()
@@ -138,55 +137,51 @@ class Argument:
         """
         if isinstance(self.value, Passage):
             return self._of("passage_id").text(), self._of("text").text()
-        if isinstance(self.value, Mapping):
-            passage_id, text = self._row(self.value)
-            if passage_id is None or text is None:
-                missing = "id" if passage_id is None else "text"
-                raise TypeError(f"{self.field} has no {missing}; found {_keys(self.value)}")
-            return passage_id, text
-        raise self.wrong('a Passage, or a mapping {"id": ..., "text": ...}')
+        if not isinstance(self.value, Mapping):
+            raise self.wrong('a Passage, or a mapping {"id": ..., "text": ...}')
+        passage_id, text = self._row()
+        if passage_id is None or text is None:
+            raise TypeError(f"{self.field} has no {'id' if passage_id is None else 'text'}; found {self._keys()}")
+        return passage_id, text
 
     def candidate(self, *, is_id: bool) -> tuple[str | None, str | None]:
         """(id, text) of a Candidate, of a mapping with one or both, or of a string, which is an id or a text."""
         if isinstance(self.value, str):
             return (self.text(), None) if is_id else (None, self.text())
-        if isinstance(self.value, Mapping):
-            found = self._row(self.value)
-            if found == (None, None):
-                raise TypeError(f"{self.field} has neither id nor text; found {_keys(self.value)}")
-            return found
         if isinstance(self.value, Candidate):
             return self._of("passage_id").text_or_none(), self._of("text").text_or_none()
-        raise self.wrong('a string, a Candidate, or a mapping {"id": ..., "text": ...}')
+        if not isinstance(self.value, Mapping):
+            raise self.wrong('a string, a Candidate, or a mapping {"id": ..., "text": ...}')
+        found = self._row()
+        if found == (None, None):
+            raise TypeError(f"{self.field} has neither id nor text; found {self._keys()}")
+        return found
 
     def _of(self, name: str) -> Argument:
         return Argument(f"{self.field}.{name}", getattr(self.value, name))
 
-    def _row(self, row: Mapping[Any, Any]) -> tuple[str | None, str | None]:
-        """Id and text of a row; a title goes before the text."""
-        unknown = [key for key in row if key not in (*ID_KEYS, *TEXT_KEYS)]
-        if unknown:
-            raise TypeError(f"{self.field} has the key {_show(unknown[0])}; expected id, text and title")
+    def _row(self) -> tuple[str | None, str | None]:
+        """Id and text of a mapping; a title goes before the text."""
+        row, passage_id = self.value, None
+        for key in row:
+            if key not in (*ID_KEYS, *TEXT_KEYS):
+                raise TypeError(f"{self.field} has the key {_show(key)}; expected id, text and title")
         named = [key for key in ID_KEYS if row.get(key) is not None]
         if len(named) > 1:
             raise TypeError(f"{self.field} has both {named[0]} and {named[1]}; expected one of them")
-        passage_id = None
-        for key in named:
-            argument = Argument(f"{self.field}.{key}", row[key])
-            value = id_text(row[key])
-            if value is None:
+        if named:
+            argument = Argument(f"{self.field}.{named[0]}", row[named[0]])
+            if (value := id_text(argument.value)) is None:
                 raise argument.wrong("a string or an integer")
             passage_id = Argument(argument.field, value).text()
         text, title = (Argument(f"{self.field}.{key}", row.get(key)).text_or_none() for key in TEXT_KEYS)
         return passage_id, text if text is None else join_title(title, text)
 
-    @property
-    def shown(self) -> str:
-        """The value for a message: its type, and its beginning in ASCII, which every terminal can print."""
-        return _show(self.value)
+    def _keys(self) -> str:
+        return ", ".join(f"{key}{' (None)' if it is None else ''}" for key, it in self.value.items()) or "no keys"
 
     def wrong(self, expected: str) -> TypeError:
-        return TypeError(f"{self.field} is {self.shown}; expected {expected}")
+        return TypeError(f"{self.field} is {_show(self.value)}; expected {expected}")
 
     def invalid(self, value: str, expected: str) -> InvalidRequest:
         """The error of a value that cannot be sent, in the form of a server's."""
@@ -194,10 +189,7 @@ class Argument:
         return InvalidRequest.received(f"{self.field} is {value}; expected {expected}", violations=(violation,))
 
 
-def _keys(row: Mapping[Any, Any]) -> str:
-    return ", ".join(f"{key}{' (None)' if value is None else ''}" for key, value in row.items()) or "no keys"
-
-
 def _show(value: object) -> str:
+    """A value for a message: its type, and its beginning in ASCII, which every terminal can print."""
     shown = ascii(value)
     return f"{type(value).__name__} {shown if len(shown) <= 60 else shown[:57] + '...'}"

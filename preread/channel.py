@@ -16,9 +16,9 @@ import re
 import socket
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import monotonic
 from typing import Any
 from urllib.parse import unquote
 
@@ -62,18 +62,13 @@ class RetryPolicy:
     def wait_seconds(self, error: PrereadError, attempt: int, remaining_seconds: float) -> float | None:
         """Seconds until the next attempt; None: do not retry.
 
-        Args:
-            attempt: attempts made so far, from 1.
-            remaining_seconds: until the caller's deadline; a wait that would not leave any of it is not begun.
+        `attempt` counts those made, from 1. A wait that would not leave any of the seconds that remain is not begun.
         """
-        if attempt >= self.max_attempts:
-            return None
         hint = error.retry_after_seconds
         # Overloaded without a hint: a message over a size limit, a quota; a retry would not help.
-        if not isinstance(error, Unavailable) and (not isinstance(error, Overloaded) or hint is None):
-            return None
+        may_help = isinstance(error, Unavailable) or (isinstance(error, Overloaded) and hint is not None)
         wait = min(self.first_wait_seconds * 2 ** (attempt - 1), self.max_wait_seconds) if hint is None else hint
-        if wait > self.max_wait_seconds:
+        if attempt >= self.max_attempts or not may_help or wait > self.max_wait_seconds:
             return None
         # Jitter only stretches: a retry before the server's hint would be rejected again.
         wait *= 1 + self.jitter * random.random()
@@ -89,12 +84,7 @@ class TlsFiles:
     key_file: str | Path | None = None
 
     def credentials(self) -> grpc.ChannelCredentials:
-        """Reads the files.
-
-        Raises:
-            ValueError: a certificate without its key, or the reverse.
-            OSError: a file that cannot be read.
-        """
+        """Reads the files. Raises ValueError for a certificate without its key, or the reverse, and OSError."""
         if (self.cert_file is None) != (self.key_file is None):
             raise ValueError("cert_file and key_file go together; only one of them is given")
         paths = (self.ca_file, self.key_file, self.cert_file)
@@ -119,10 +109,9 @@ class ClientOptions:
         Argument("api_key", self.api_key).secret()
 
     def channel(self, maker: Any, address: str, *more: tuple[str, int]) -> Any:
-        """A channel to that address, of grpc or grpc.aio: pings, no proxy on this machine, all addresses of a name.
+        """A channel of `maker` (grpc or grpc.aio): pings, no proxy on this machine, all addresses of a name.
 
-        Args:
-            more: further arguments of gRPC's.
+        `more` are further arguments of gRPC's.
         """
         arguments = [
             ("grpc.max_send_message_length", self.max_message_bytes),
@@ -131,37 +120,19 @@ class ClientOptions:
             ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_SECONDS * 1000),
             ("grpc.http2.max_pings_without_data", 0),  # also in a call that is quiet for long: no limit
             ("grpc.lb_policy_name", "round_robin"),  # a name with several addresses is a set of equal servers
-            *proxy_options(address),
+            *([("grpc.enable_http_proxy", 0)] if is_loopback(address) else []),
             *more,
         ]
         if self.tls is None:
             return maker.insecure_channel(address, options=arguments)
         return maker.secure_channel(address, self.tls.credentials(), options=arguments)
 
-    def call_metadata(self) -> tuple[tuple[str, str], ...]:
-        """
-        Raises:
-            TypeError, InvalidRequest: an entry that HTTP/2 does not carry.
-        """
-        key = () if self.api_key is None else (("authorization", f"Bearer {self.api_key}"),)
-        own = self.metadata() if callable(self.metadata) else self.metadata
-        return (*key, *Argument("metadata", own).metadata())
-
-    def call_timeout(self, timeout: float | None) -> float | None:
-        """Time limit of a call in seconds: its own, else the one of all calls."""
-        own = Argument("timeout", timeout).seconds()
-        return self.timeout_seconds if own is None else own
-
 
 class Service:
     """A gRPC service at an address: its channel, and the retry budget that all its calls share; thread-safe."""
 
     def __init__(self, address: str, options: ClientOptions, maker: Any, stub: Callable[[Any], object]) -> None:
-        """
-        Args:
-            maker: grpc or grpc.aio.
-            stub: class of the service's generated stub.
-        """
+        """`maker` is grpc or grpc.aio, `stub` the class of the service's generated stub."""
         self.address = address
         self.options = options
         self.channel = options.channel(maker, address)
@@ -169,24 +140,35 @@ class Service:
         self._tokens = BUDGET_TOKENS
         self._lock = threading.Lock()
 
-    def start(self, method: str, request: object, timeout: float | None) -> Any:
+    def seconds(self, timeout: float | None) -> float:
+        """Time limit of a call: its own, else the one of all calls, else inf."""
+        own = Argument("timeout", timeout).seconds() or self.options.timeout_seconds
+        return math.inf if own is None else own
+
+    def start(self, method: str, request: object, seconds: float) -> Any:
         """gRPC's call of the method; `request` is a message, or the messages of a stream."""
-        return getattr(self._stub, method)(request, timeout=timeout, metadata=self.options.call_metadata())
+        metadata = self.options.metadata
+        entries = Argument("metadata", metadata() if callable(metadata) else metadata).metadata()
+        if self.options.api_key is not None:
+            entries = (("authorization", f"Bearer {self.options.api_key}"), *entries)
+        timeout = None if math.isinf(seconds) else max(0.0, seconds)
+        return getattr(self._stub, method)(request, timeout=timeout, metadata=entries)
 
-    def attempts(self, timeout: float | None) -> _Attempts:
-        """The attempts of a call, all of them within `timeout` seconds; None: the client's time limit."""
-        return _Attempts(self, self.options.call_timeout(timeout))
-
-    def give(self) -> None:
-        """Counts a success: a tenth of a token."""
+    def succeeded(self) -> None:
+        """Gives a tenth of a token back to the budget."""
         with self._lock:
             self._tokens = min(BUDGET_TOKENS, self._tokens + TOKENS_PER_SUCCESS)
 
-    def take(self) -> bool:
-        """Counts a failure that could be retried: a token. False: it should not be."""
-        with self._lock:
-            self._tokens = max(0.0, self._tokens - 1)
-            return self._tokens > BUDGET_TOKENS / 2
+    def wait_seconds(self, exc: grpc.RpcError, attempt: int, remaining_seconds: float) -> float:
+        """Seconds until the attempt after a failed one, which costs a token; raises PrereadError where none follows."""
+        error = wire.translate(exc, self.address)
+        wait = self.options.retry.wait_seconds(error, attempt, remaining_seconds)
+        if wait is not None:
+            with self._lock:
+                self._tokens = max(0.0, self._tokens - 1)
+                if self._tokens > BUDGET_TOKENS / 2:
+                    return wait
+        raise error from exc
 
 
 class BaseClient:
@@ -205,50 +187,17 @@ class BaseClient:
         encoder_address: str | None = None,
         options: ClientOptions | None = None,
     ) -> None:
-        """
-        Args:
-            address: host:port of the reranking server.
-            encoder_address: host:port of an encoder worker; upsert, delete, stats and describe go to it.
-        """
+        """`address` is host:port of the reranking server; upsert, delete, stats, describe go to `encoder_address`."""
         options = options or ClientOptions()
-        Argument("address", address).address()
-        if encoder_address is not None:
-            Argument("encoder_address", encoder_address).address()
+        address = Argument("address", address).address()
+        worker = None if encoder_address is None else Argument("encoder_address", encoder_address).address()
         self._server = Service(address, options, self._grpc, RerankServiceStub)
-        self._worker: Service | None = None
-        if encoder_address is not None:
-            self._worker = Service(encoder_address, options, self._grpc, EncoderServiceStub)
+        self._worker = None if worker is None else Service(worker, options, self._grpc, EncoderServiceStub)
 
     def _encoder(self) -> Service:
         if self._worker is None:
             raise ValueError("encoder_address is not set; upsert, delete, stats and describe need an encoder worker")
         return self._worker
-
-
-class _Attempts:
-    """The attempts of one call: how long the next one may take, and what follows a failure."""
-
-    def __init__(self, service: Service, timeout: float | None) -> None:
-        self._service = service
-        self._deadline = math.inf if timeout is None else monotonic() + timeout
-        self._number = 1
-
-    def timeout(self) -> float | None:
-        """Seconds for the next attempt; None: no end."""
-        return None if math.isinf(self._deadline) else max(0.0, self._deadline - monotonic())
-
-    def wait_seconds(self, exc: grpc.RpcError) -> float:
-        """Seconds until the attempt after a failed one.
-
-        Raises:
-            PrereadError: the failure itself, where none should follow.
-        """
-        error = wire.translate(exc, self._service.address)
-        wait = self._service.options.retry.wait_seconds(error, self._number, self._deadline - monotonic())
-        if wait is None or not self._service.take():
-            raise error from exc
-        self._number += 1
-        return wait
 
 
 def _host_of(target: str) -> str:
@@ -259,21 +208,18 @@ def _host_of(target: str) -> str:
     return rest if rest.count(":") > 1 else rest.partition(":")[0]
 
 
-def _is_loopback(target: str) -> bool:
-    """Whether a target is on this machine: loopback addresses in every notation, localhost, sockets in files."""
+def is_loopback(target: str, *, unspecified: bool = True) -> bool:
+    """Whether a target is on this machine: loopback addresses in every notation, localhost, sockets in files.
+
+    `unspecified`: 0.0.0.0 and :: are too. They reach this machine, but listen on every interface.
+    """
     if target.startswith(_LOCAL_SCHEMES):
         return True
     host = _host_of(target).rstrip(".").lower()
     if host == "localhost" or host.endswith(".localhost") or host.startswith(("ip6-localhost", "ip6-loopback")):
         return True
     address = _address(host.partition("%")[0])
-    return address is not None and (address.is_loopback or address.is_unspecified)
-
-
-def listens_on_loopback(host: str) -> bool:
-    """Whether an address to listen on is reached from this machine alone; 0.0.0.0, :: and "" are every interface."""
-    address = _address(host.strip("[]").partition("%")[0])
-    return bool(host) and _is_loopback(host) and not (address is not None and address.is_unspecified)
+    return address is not None and (address.is_loopback or (unspecified and address.is_unspecified))
 
 
 def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
@@ -290,29 +236,21 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 def proxy_variable(target: str = "", environment: Mapping[str, str] | None = None) -> str:
     """Name of the variable whose proxy gRPC would reach a target through; "" where it would connect directly.
 
-    Args:
-        target: "": any that is elsewhere and not named in no_proxy.
+    A target of "" is any that is elsewhere and not named in no_proxy.
     """
     environment = os.environ if environment is None else environment
     name = next((name for name in PROXY_VARIABLES if environment.get(name)), "")
-    return "" if target and (_is_loopback(target) or _excepted(_host_of(target), environment)) else name
+    return "" if target and (is_loopback(target) or _is_excepted(_host_of(target), environment)) else name
 
 
-def _excepted(host: str, environment: Mapping[str, str]) -> bool:
+def _is_excepted(host: str, environment: Mapping[str, str]) -> bool:
     """Whether no_proxy names a host: by the end of its name, or by a network it is in."""
-    listed = environment.get("no_grpc_proxy") or environment.get("no_proxy") or ""
-    entries = [entry.strip() for entry in listed.split(",") if entry.strip()]
-    return any(host.lower().endswith(entry.lower()) or _is_in_network(host, entry) for entry in entries)
-
-
-def _is_in_network(host: str, network: str) -> bool:
     address = _address(host)
-    try:
-        return address is not None and "/" in network and address in ipaddress.ip_network(network, strict=False)
-    except ValueError:  # no network
-        return False
-
-
-def proxy_options(target: str) -> list[tuple[str, int]]:
-    """Channel arguments: nothing on this machine is reached through a proxy, whatever the environment says."""
-    return [("grpc.enable_http_proxy", 0)] if _is_loopback(target) else []
+    for entry in (environment.get("no_grpc_proxy") or environment.get("no_proxy") or "").split(","):
+        entry = entry.strip()
+        if entry and host.lower().endswith(entry.lower()):
+            return True
+        with suppress(ValueError):  # no network
+            if address is not None and "/" in entry and address in ipaddress.ip_network(entry, strict=False):
+                return True
+    return False

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copyreg
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, TypedDict, Unpack
+from typing import Any, ClassVar, Self
 
 Path = tuple[str | int, ...]  # of a field: ("candidates", 3, "text")
 
@@ -24,19 +24,6 @@ class FieldViolation:
     description: str
 
 
-class ErrorDetails(TypedDict, total=False):
-    """The details of an error next to its message; google.rpc's error details."""
-
-    code: str
-    reason: str
-    metadata: tuple[tuple[str, str], ...]
-    violations: tuple[FieldViolation, ...]
-    resource_type: str
-    resource_name: str
-    retry_after_seconds: float | None
-    address: str
-
-
 class PrereadError(Exception):
     """Base of everything a call can raise; .code, .reason, .metadata, .address."""
 
@@ -48,20 +35,27 @@ class PrereadError(Exception):
             cls.status = status
             cls.by_status[status] = cls
 
-    def __init__(self, message: str, **details: Unpack[ErrorDetails]) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str = "",
+        reason: str = "",
+        metadata: tuple[tuple[str, str], ...] = (),
+        violations: tuple[FieldViolation, ...] = (),
+        resource_type: str = "",
+        resource_name: str = "",
+        retry_after_seconds: float | None = None,  # None: no hint
+        address: str = "",  # of the server that sent the error; "": raised here
+    ) -> None:
         super().__init__(message)
-        self.code = details.get("code", self.status)
-        self.reason = details.get("reason", "")
-        self.metadata = details.get("metadata", ())
-        self.violations = details.get("violations", ())
-        self.resource_type = details.get("resource_type", "")
-        self.resource_name = details.get("resource_name", "")
-        self.retry_after_seconds = details.get("retry_after_seconds")  # None: no hint
-        self.address = details.get("address", "")  # of the server that sent the error; "": raised here
+        self.code, self.reason, self.metadata, self.violations = code or self.status, reason, metadata, violations
+        self.resource_type, self.resource_name = resource_type, resource_name
+        self.retry_after_seconds, self.address = retry_after_seconds, address
 
     @classmethod
-    def received(cls, message: str, **details: Unpack[ErrorDetails]) -> Self:
-        """The error as a server sent it."""
+    def received(cls, message: str, **details: Any) -> Self:
+        """The error as a server sent it; `details` are the arguments of PrereadError."""
         error = cls.__new__(cls, message)
         PrereadError.__init__(error, message, **details)
         return error
@@ -71,7 +65,7 @@ class PrereadError(Exception):
 
 
 class InvalidRequest(PrereadError, ValueError, status="INVALID_ARGUMENT"):
-    """A field of the request is out of range; .path, .violations."""
+    """A field of the request is out of range; .path, .field (`candidates[3].text`), .violations."""
 
     path: Path = ()  # of the field; (): as .violations say
     value: object = None
@@ -86,7 +80,6 @@ class InvalidRequest(PrereadError, ValueError, status="INVALID_ARGUMENT"):
 
     @property
     def field(self) -> str:
-        """The path as the protobuf messages name it: `candidates[3].text`."""
         return field_name(self.path)
 
 
@@ -98,7 +91,10 @@ class NotFound(PrereadError, status="NOT_FOUND"):
 
 
 class FailedPrecondition(PrereadError, status="FAILED_PRECONDITION"):
-    """Another encoder's collection, a missing passage under on_miss="fail"; .reason is a constant for machines."""
+    """Another encoder's collection, a missing passage under on_miss="fail"; .reason is a constant for machines.
+
+    .subject is the thing whose state is in the way: a collection, a candidate.
+    """
 
     path: Path = ()  # of the candidate in the way; (): the message names its subject
     said = ""  # the message, less the path
@@ -106,12 +102,12 @@ class FailedPrecondition(PrereadError, status="FAILED_PRECONDITION"):
     def __init__(self, reason: str, subject: str, message: str, *, path: Path = ()) -> None:
         self.path, self.said = path, message
         field = field_name(path)
-        message = f"{field} {message}" if path else message
-        super().__init__(message, reason=reason, metadata=(("subject", subject or field),))
+        super().__init__(
+            f"{field} {message}" if path else message, reason=reason, metadata=(("subject", subject or field),)
+        )
 
     @property
     def subject(self) -> str:
-        """The thing whose state is in the way: a collection, a candidate."""
         return dict(self.metadata).get("subject", "")
 
 

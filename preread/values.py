@@ -30,10 +30,8 @@ class Stage:
 def parse_stages(text: str) -> tuple[Stage, ...]:
     """Parse `RATIO:KEEP, RATIO:KEEP, RATIO`; blanks do not matter.
 
-    `32:100, 4:20, 1` scores every candidate at ratio 32, the best 100 at 4, and the best 20 of those at 1.
-
-    Raises:
-        ValueError: malformed, or stages that contradict each other.
+    `32:100, 4:20, 1` scores every candidate at ratio 32, the best 100 at 4, and the best 20 of those at 1. Raises
+    ValueError for text of another form, and for stages that contradict each other.
     """
     if len(text) > MAX_TEXT_CHARS:
         raise ValueError(f"stages is {len(text)} characters long; expected at most {MAX_TEXT_CHARS}")
@@ -41,8 +39,7 @@ def parse_stages(text: str) -> tuple[Stage, ...]:
     if not all(parts):
         raise ValueError(f"stages is {text!r}; expected RATIO:KEEP, RATIO:KEEP, RATIO, such as 32:100, 4:20, 1")
     stages = tuple(Stage(int(part["ratio"]), int(part["keep"] or 0)) for part in parts if part)
-    problem = stages_problem(stages)
-    if problem is not None:
+    if problem := stages_problem(stages):
         path, value, expected = problem
         raise ValueError(f"{field_name(path)} of {text!r} is {value}; expected {expected}")
     return stages
@@ -79,10 +76,8 @@ def id_text(value: object) -> str | None:
     """
     if isinstance(value, str):
         return str.__str__(value)  # of a subclass, numpy's or an enum's, the string itself
-    if isinstance(value, bool):
-        return None
     try:
-        return str(operator.index(value))  # type: ignore[arg-type]  # whatever is no integer raises
+        return None if isinstance(value, bool) else str(operator.index(value))  # type: ignore[arg-type]  # raises
     except TypeError:
         return None
 

@@ -6,9 +6,9 @@ import asyncio
 import functools
 import operator
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import is_dataclass
-from typing import Any, Protocol, TypeVar, cast, get_args, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_type_hints
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -16,14 +16,14 @@ from google.rpc import status_pb2
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, ResourceInfo, RetryInfo
 
 from preread.arguments import Argument
-from preread.errors import ErrorDetails, FieldViolation, PrereadError, ServerError
+from preread.errors import FieldViolation, PrereadError, ServerError
 from preread.v1 import common_pb2, encoder_pb2, rerank_pb2
 from preread.values import Candidate, OnMiss, Passage, RerankOptions, Result, Stage, StageScore, parse_stages
 
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")
 
-IDS_PER_DELETE = 10_000  # 5 MB where each has the 512 bytes that an id may have
+IDS_PER_DELETE = 10_000  # a server bounds the fields of a message; 5 MB where each has the 512 bytes it may have
 # An upsert message goes out when either is reached: small enough to be acknowledged soon, large enough to batch.
 MAX_PASSAGES_PER_MESSAGE = 64
 MAX_CHARACTERS_PER_MESSAGE = 1 << 20
@@ -35,47 +35,34 @@ Passages = Iterable[Passage | Mapping[str, Any]]
 AsyncPassages = Passages | AsyncIterable[Passage | Mapping[str, Any]]
 
 
-def pack(kind: Callable[..., M], *required: str, **values: object) -> M:
-    """The message `kind`, of arguments that are checked by the types of its fields.
+def pack(kind: Callable[..., M], *required: str, within: str = "", **values: object) -> M:
+    """The message `kind`, of arguments that are checked by the types of its fields; TypeError, InvalidRequest.
 
-    None leaves a text out, unless it is `required`.
-
-    Raises:
-        TypeError, InvalidRequest: an argument that cannot be put on the wire.
+    None leaves a text out, unless it is `required`. Errors name a field that is `within` another after it.
     """
-    checks = _checks(cast(Any, kind).DESCRIPTOR)
-    return kind(
-        **{
-            name: (Argument.text if name in required else checks[name])(Argument(name, value))
-            for name, value in values.items()
-        }
-    )
+    fields, checked = cast(Any, kind).DESCRIPTOR.fields_by_name, {}
+    for name, value in values.items():
+        check = Argument.text if name in required else _check(fields[name])
+        checked[name] = check(Argument(within + name, value))
+    return kind(**checked)
 
 
 @functools.cache
-def _checks(descriptor: Any) -> dict[str, Callable[[Argument], Any]]:
-    return {field.name: _check(field) for field in descriptor.fields}
-
-
 def _check(field: Any) -> Callable[[Argument], Any]:
     if field.message_type or field.enum_type:
         return operator.attrgetter("value")
     if field.is_repeated:
         return Argument.texts
-    scalars: Any = {
+    scalars: dict[int, Callable[[Argument], Any]] = {
         field.TYPE_STRING: Argument.text_or_none,
         field.TYPE_INT32: Argument.integer,
         field.TYPE_BOOL: Argument.flag,
     }
-    return cast(Callable[[Argument], Any], scalars[field.type])
+    return scalars[field.type]
 
 
 def pack_request(query: str, candidates: Candidates, options: RerankOptions) -> rerank_pb2.RerankRequest:
-    """A plain string is an id where a collection is named, else a text.
-
-    Raises:
-        TypeError, InvalidRequest: an argument that cannot be put on the wire.
-    """
+    """A plain string is an id where a collection is named, else a text. Raises as `pack` does."""
     unknown = options.keys() - RerankOptions.__optional_keys__
     if unknown:
         raise TypeError(f"unknown arguments {sorted(unknown)}; known: {sorted(RerankOptions.__optional_keys__)}")
@@ -83,22 +70,20 @@ def pack_request(query: str, candidates: Candidates, options: RerankOptions) -> 
     if on_miss is not None and on_miss not in get_args(OnMiss):
         raise Argument("on_miss", on_miss).invalid(ascii(on_miss), f"{', '.join(get_args(OnMiss))} or None")
     is_id = bool(options.get("collection"))
-    checked = (
-        Argument(f"candidates[{i}]", candidate).candidate(is_id=is_id)
-        for i, candidate in enumerate(Argument("candidates", candidates).items())
-    )
+    packed = []
+    for i, candidate in enumerate(Argument("candidates", candidates).items()):
+        passage_id, text = Argument(f"candidates[{i}]", candidate).candidate(is_id=is_id)
+        packed.append(rerank_pb2.Candidate(passage_id=passage_id, text=text))
     values: dict[str, Any] = {name: value for name, value in options.items() if name != "timeout"} | {
         "query": query,
-        "candidates": [rerank_pb2.Candidate(passage_id=passage_id, text=text) for passage_id, text in checked],
+        "candidates": packed,
         "on_miss": f"ON_MISS_{on_miss.upper() if on_miss else 'UNSPECIFIED'}",
-        "stages": _pack_stages(options.get("stages")),
+        "stages": _pack_stages(options.get("stages") or ()),
     }
     return pack(rerank_pb2.RerankRequest, "query", **values)
 
 
 def _pack_stages(stages: object) -> list[rerank_pb2.Stage]:
-    if not stages:
-        return []
     if isinstance(stages, str):
         try:
             stages = parse_stages(stages)
@@ -108,22 +93,9 @@ def _pack_stages(stages: object) -> list[rerank_pb2.Stage]:
     for i, stage in enumerate(Argument("stages", stages).items()):
         if not isinstance(stage, Stage):
             raise Argument(f"stages[{i}]", stage).wrong("a Stage")
-        ratio = Argument(f"stages[{i}].compression_ratio", stage.compression_ratio).integer()
-        keep = Argument(f"stages[{i}].keep", stage.keep).integer()
-        packed.append(rerank_pb2.Stage(compression_ratio=ratio, keep=keep))
+        fields = {"compression_ratio": stage.compression_ratio, "keep": stage.keep}
+        packed.append(pack(rerank_pb2.Stage, within=f"stages[{i}].", **fields))
     return packed
-
-
-def pack_deletes(passage_ids: Iterable[str], collection: str) -> Iterator[encoder_pb2.DeleteRequest]:
-    """One request per IDS_PER_DELETE ids, at least one: a server bounds the fields of a message.
-
-    Raises:
-        TypeError, InvalidRequest: an argument that cannot be put on the wire.
-    """
-    ids = Argument("passage_ids", passage_ids).texts()
-    for start in range(0, max(len(ids), 1), IDS_PER_DELETE):
-        some = ids[start : start + IDS_PER_DELETE]
-        yield pack(encoder_pb2.DeleteRequest, "collection", collection=collection, passage_ids=some)
 
 
 class Upload:
@@ -132,23 +104,11 @@ class Upload:
     gRPC reads a stream on its own thread or task and would end the call with CANCELLED or UNKNOWN instead.
     """
 
-    def __init__(
-        self, passages: AsyncPassages, collection: str, compression_ratio: int, codec: str, store_text: bool
-    ) -> None:
-        """
-        Raises:
-            TypeError, InvalidRequest: an argument that cannot be put on the wire; a passage raises when it is read.
-        """
+    def __init__(self, passages: AsyncPassages, **settings: Any) -> None:
+        """`settings` are other fields of the request. Raises as `pack` does; a passage raises when it is read."""
         self.error: Exception | None = None
         self._passages = passages if isinstance(passages, AsyncIterable) else Argument("passages", passages).items()
-        self._settings = pack(
-            encoder_pb2.UpsertRequest,
-            "collection",
-            collection=collection,
-            compression_ratio=compression_ratio,
-            codec=codec,
-            store_text=store_text,
-        )
+        self._settings = pack(encoder_pb2.UpsertRequest, "collection", **settings)
         self._waiting: list[encoder_pb2.Passage] = []
         self._num_read = 0
         self._num_characters = 0
@@ -156,12 +116,10 @@ class Upload:
     def __iter__(self) -> Iterator[encoder_pb2.UpsertRequest]:
         with self._remembering():
             if not isinstance(self._passages, Iterable):
-                raise TypeError(f"passages is {Argument('passages', self._passages).shown}; only AsyncClient reads it")
+                raise Argument("passages", self._passages).wrong("a list; only AsyncClient reads it")
             for passage in self._passages:
-                if self._add(passage):
-                    yield self._message()
-            if self._waiting:
-                yield self._message()
+                yield from self._add(passage)
+            yield from self._rest()
 
     async def __aiter__(self) -> AsyncIterator[encoder_pb2.UpsertRequest]:
         if not isinstance(self._passages, AsyncIterable):
@@ -170,10 +128,10 @@ class Upload:
             return
         with self._remembering():
             async for passage in self._passages:
-                if self._add(passage):
-                    yield self._message()
-            if self._waiting:
-                yield self._message()
+                for message in self._add(passage):
+                    yield message
+            for message in self._rest():
+                yield message
 
     @contextmanager
     def _remembering(self) -> Iterator[None]:
@@ -183,19 +141,20 @@ class Upload:
             self.error = exc
             raise
 
-    def _add(self, passage: Passage | Mapping[str, Any]) -> bool:
-        """True: the message is full."""
+    def _add(self, passage: Passage | Mapping[str, Any]) -> Iterator[encoder_pb2.UpsertRequest]:
         passage_id, text = Argument(f"passages[{self._num_read}]", passage).passage()
         self._num_read += 1
         self._waiting.append(encoder_pb2.Passage(passage_id=passage_id, text=text))
         self._num_characters += len(text)
-        return len(self._waiting) >= MAX_PASSAGES_PER_MESSAGE or self._num_characters >= MAX_CHARACTERS_PER_MESSAGE
+        if len(self._waiting) >= MAX_PASSAGES_PER_MESSAGE or self._num_characters >= MAX_CHARACTERS_PER_MESSAGE:
+            yield from self._rest()
 
-    def _message(self) -> encoder_pb2.UpsertRequest:
-        message = encoder_pb2.UpsertRequest(passages=self._waiting)
-        message.MergeFrom(self._settings)
-        self._waiting, self._num_characters = [], 0
-        return message
+    def _rest(self) -> Iterator[encoder_pb2.UpsertRequest]:
+        if self._waiting:
+            message = encoder_pb2.UpsertRequest(passages=self._waiting)
+            message.MergeFrom(self._settings)
+            self._waiting, self._num_characters = [], 0
+            yield message
 
 
 def unpack(kind: Callable[..., T], message: Any) -> T:
@@ -208,10 +167,8 @@ def unpack(kind: Callable[..., T], message: Any) -> T:
 
 @functools.cache
 def _converters(kind: Any, descriptor: Any) -> list[tuple[str, Callable[[Any], Any]]]:
-    hints = get_type_hints(kind)
-    return [
-        (name, _converter(field, hints[name])) for name, field in descriptor.fields_by_name.items() if name in hints
-    ]
+    hints, fields = get_type_hints(kind), descriptor.fields_by_name.items()
+    return [(name, _converter(field, hints[name])) for name, field in fields if name in hints]
 
 
 def _converter(field: Any, hint: Any) -> Callable[[Any], Any]:
@@ -258,37 +215,20 @@ def unpack_results(messages: Iterable[rerank_pb2.Result]) -> tuple[Result, ...]:
     )
 
 
-class _FailedCall(Protocol):
-    """The common part of grpc's sync and async errors; its stubs do not declare it."""
-
-    def code(self) -> grpc.StatusCode | None: ...
-    def details(self) -> str | None: ...
-    def trailing_metadata(self) -> Iterable[tuple[str, str | bytes]] | None: ...
-
-
 def translate(error: grpc.RpcError, address: str) -> PrereadError:
     """The typed form of a failed call."""
-    call = cast(_FailedCall, error)
+    call: Any = error  # grpc's stubs declare nothing of what its sync and async errors have in common
     code = call.code() or grpc.StatusCode.UNKNOWN
     message = call.details() or code.name
     if code is grpc.StatusCode.UNAVAILABLE:
         message = f"{address}: {message}"
-    details = _error_details(call.trailing_metadata() or ()) | {"code": code.name, "address": address}
-    return PrereadError.by_status.get(code.name, ServerError).received(message, **cast(ErrorDetails, details))
-
-
-def _error_details(metadata: Iterable[tuple[str, str | bytes]]) -> dict[str, Any]:
-    details: dict[str, Any] = {}
-    for key, value in metadata:
-        if key != "grpc-status-details-bin" or not isinstance(value, bytes):
-            continue
-        try:
-            status = status_pb2.Status.FromString(value)
-        except DecodeError:  # some proxy's own; the status code has to do
-            continue
-        for item in status.details:
-            details |= _error_detail(item)
-    return details
+    details = {"code": code.name, "address": address}
+    for key, value in call.trailing_metadata() or ():
+        if key == "grpc-status-details-bin" and isinstance(value, bytes):
+            with suppress(DecodeError):  # some proxy's own; the status code has to do
+                for item in status_pb2.Status.FromString(value).details:
+                    details |= _error_detail(item)
+    return PrereadError.by_status.get(code.name, ServerError).received(message, **details)
 
 
 def _error_detail(item: Any) -> dict[str, Any]:

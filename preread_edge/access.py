@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from preread.channel import listens_on_loopback
+from preread.channel import is_loopback
 from preread.errors import PermissionDenied, Unauthenticated
 
 log = logging.getLogger(__name__)
@@ -167,7 +167,7 @@ def refuse_control_tokens(host: str, keys: ApiKeys) -> None:
     Args:
         host: the address to listen on.
     """
-    if not keys.required and not listens_on_loopback(host):
+    if not keys.required and not is_loopback(host, unspecified=False):
         raise ValueError(
             f"read_control_tokens is on and {host!r} is reached from other machines without a key; expected API keys, "
             "or a loopback address: a text with control tokens writes the prompt"

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from preread.channel import proxy_options
+from preread.channel import is_loopback
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Tracer
@@ -155,4 +155,4 @@ def _channel_options() -> Any:  # the exporter's annotation knows one option, a 
     """A collector on this machine is not reached through a proxy. The exporter reads the same variables."""
     names = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
     endpoint = next((os.environ[name] for name in names if os.environ.get(name)), "localhost")
-    return tuple(proxy_options(urlsplit(endpoint).netloc or endpoint))
+    return (("grpc.enable_http_proxy", 0),) if is_loopback(urlsplit(endpoint).netloc or endpoint) else ()

@@ -19,7 +19,7 @@ from decoder_server.models.loading import load_model
 from decoder_server.server import DecoderServer, Gateway
 from encoder_worker.config import EncoderConfig
 from encoder_worker.server import EncoderServer
-from preread.channel import listens_on_loopback
+from preread.channel import is_loopback
 from preread_cli.main import cli
 from preread_edge.access import ApiKeys, parse_keys
 
@@ -52,7 +52,7 @@ def test_no_server_that_others_reach_reads_them_without_keys(make: Callable[[str
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.0.0.2"])
 @pytest.mark.parametrize("make", [decoder_server, encoder_server, gateway])
 def test_a_loopback_server_reads_them(make: Callable[[str, ApiKeys], Any], host: str) -> None:
-    assert listens_on_loopback(host)
+    assert is_loopback(host, unspecified=False)
     make(host, ApiKeys())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from preread.channel import proxy_options, proxy_variable
+from preread.channel import is_loopback, proxy_variable
 
 HERE = [
     "127.0.0.1:50052", "localhost:1", "LOCALHOST:1", "localhost.:1", "a.localhost:1", "127.8.9.1:1", "127.1:1",
@@ -20,13 +20,13 @@ ELSEWHERE = [
 
 @pytest.mark.parametrize("target", HERE)
 def test_here(target: str) -> None:
-    assert proxy_options(target) == [("grpc.enable_http_proxy", 0)]
+    assert is_loopback(target)
     assert proxy_variable(target, {"http_proxy": "http://proxy:1"}) == ""
 
 
 @pytest.mark.parametrize("target", ELSEWHERE)
 def test_elsewhere(target: str) -> None:
-    assert proxy_options(target) == []
+    assert not is_loopback(target)
     assert proxy_variable(target, {"http_proxy": "http://proxy:1"}) == "http_proxy"
     assert proxy_variable(target, {}) == ""
 
