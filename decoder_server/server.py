@@ -32,7 +32,7 @@ from decoder_server.readiness import Readiness
 from decoder_server.telemetry import Metrics, RequestLog
 from preread import AsyncClient, ClientOptions
 from preread_edge import listener
-from preread_edge.access import ApiKeys, Guard, join, refuse_control_tokens
+from preread_edge.access import ApiKeys, Guard, join
 from preread_edge.grpc_server import add_standard_services, listen, make_server
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class DecoderServer:
         self.config = config
         self.keys = keys or ApiKeys()
         if any(model.read_control_tokens for model in config.models):
-            refuse_control_tokens(config.host, self.keys)
+            self.keys.refuse_control_tokens(config.host)
         self.metrics = Metrics()
         self._observers: tuple[Observer, ...] = (self.metrics, RequestLog(log_text=config.log_text), *observers)
         self.port = 0
@@ -163,7 +163,7 @@ class Gateway:
         self.config = config
         grpc_config = server.config
         if any(model.read_control_tokens for model in grpc_config.models):
-            refuse_control_tokens(config.host, server.keys)
+            server.keys.refuse_control_tokens(config.host)
         self.port = 0
         worker = None  # passages that come over HTTP are written by the first model that has one
         if writer := next((model for model in grpc_config.models if model.encoder_address), None):

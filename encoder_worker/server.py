@@ -24,7 +24,7 @@ from encoder_worker.passage_encoder import PassageEncoder
 from encoder_worker.scheduler import EncodeScheduler, ForwardPass
 from encoder_worker.service import EncoderService, Worker
 from preread.v1 import encoder_pb2, encoder_pb2_grpc
-from preread_edge.access import ApiKeys, refuse_control_tokens
+from preread_edge.access import ApiKeys
 from preread_edge.grpc_server import add_standard_services, listen, log_call, make_server
 
 T = TypeVar("T")
@@ -97,7 +97,7 @@ class EncoderServer:
         self.config = config
         self.keys = keys or ApiKeys()
         if config.read_control_tokens:
-            refuse_control_tokens(config.host, self.keys)
+            self.keys.refuse_control_tokens(config.host)
         self.metrics = _Metrics()
         self.port = 0
         self._own_store = open_store(config.store, read_budget_seconds=STORE_READ_SECONDS) if store is None else None

@@ -123,9 +123,9 @@ json_file_option = option(
 
 def _key_to_show(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
     """A server reads the same variable and may have several keys there, with scopes: its first, without them."""
-    from preread_edge.access import without_scopes
+    from preread_edge.access import ApiKeys
 
-    return without_scopes(value.split()[0]) if value and value.split() else None
+    return ApiKeys.split(value.split()[0])[1] if value and value.split() else None
 
 
 client_options = options_of(

@@ -77,13 +77,13 @@ class Process:
             OSError, ValueError: a file or a key that cannot be used.
         """
         from checkpoint.compute import tune_process
-        from preread_edge.access import parse_keys, read_keys
+        from preread_edge.access import ApiKeys
 
         tune_process(self._options["threads"])
         _open_files_for(self._options["max_connections"])
         self._stop = _told_to_stop()
-        keys, file = parse_keys(self._options["api_key"]), self._options["api_keys_file"]
-        return keys + read_keys(file) if file else keys
+        keys, file = ApiKeys.parse(self._options["api_key"]), self._options["api_keys_file"]
+        return keys + ApiKeys.read(file) if file else keys
 
     async def starts(self, start: Coroutine[object, object, None]) -> bool:
         """Waits for a server to start, or for a signal, which cancels the start; whether it started.

@@ -33,7 +33,7 @@ from grpc_status import rpc_status
 
 from preread.errors import DeadlineExceeded, FailedPrecondition, InvalidRequest, Overloaded, PrereadError, ServerError
 from preread_edge import logs
-from preread_edge.access import OPEN, ApiKeys, bearer, join, scopes_of
+from preread_edge.access import ApiKeys, Scope, join
 from preread_edge.settings import ServerConfig
 from preread_edge.steps import SMALL_BYTES, Pauses, Step, stepped
 
@@ -112,9 +112,8 @@ class _CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
     async def _run(self, method: str, handler: Any, raw: AsyncIterator[bytes], context: Any) -> Any:
         if self._num_calls > self._max_calls and method.startswith(_COUNTED):
             raise Overloaded(f"too many calls at once; the limit is {self._max_calls}", RETRY_SECONDS)
-        if self._keys.required and not method.startswith(OPEN):
-            metadata = dict(context.invocation_metadata() or ())
-            self._keys.check(bearer(str(metadata.get("authorization", ""))), scopes_of(method), method)
+        authorization = str(dict(context.invocation_metadata() or ()).get("authorization", ""))
+        self._keys.check(authorization, Scope.needed_by(method), method)
         messages = parsed(raw, handler.request_deserializer)
         request = messages if handler.request_streaming else await self._only(messages)
         shape = ("stream" if one else "unary" for one in (handler.request_streaming, handler.response_streaming))

@@ -150,14 +150,14 @@ async def _start_encoders(
     """
     from decoder_server.models.loading import is_fbnl
     from encoder_worker.server import EncoderServer
-    from preread_edge.access import parse_keys
+    from preread_edge.access import ApiKeys
 
     models: list[ModelConfig] = []
     workers: list[EncoderServer] = []
     elsewhere = options["encoder_address"] or ""
     # A worker in this process requires the server's keys, or one made for this process.
     own = secrets.token_urlsafe(32) if keys.required else ""
-    accepted = keys + parse_keys([own]) if own else keys
+    accepted = keys + ApiKeys.parse([own]) if own else keys
     for model in config.models:
         if not is_fbnl(model):
             models.append(model)

@@ -20,7 +20,7 @@ from decoder_server.config import DecoderConfig
 from decoder_server.server import DecoderServer
 from preread import AsyncClient, ClientOptions, RetryPolicy, TlsFiles, Unauthenticated, Unavailable
 from preread.v1 import rerank_pb2, rerank_pb2_grpc
-from preread_edge.access import parse_keys
+from preread_edge.access import ApiKeys
 
 ASKS, WRITES = "asks-0123456789ab", "writes-0123456789"
 ONCE = RetryPolicy(max_attempts=1)
@@ -52,7 +52,7 @@ async def started(tiny, store, fbnl):
 
     async def start(keys=(), **config: object) -> DecoderServer:
         settings = DecoderConfig.of_one(str(tiny), port=0, device="cpu", dtype="float32", **config)
-        running.append(DecoderServer(settings, store=store, load=lambda _: fbnl, keys=parse_keys(keys)))
+        running.append(DecoderServer(settings, store=store, load=lambda _: fbnl, keys=ApiKeys.parse(keys)))
         await running[-1].start()
         return running[-1]
 
@@ -149,7 +149,7 @@ async def test_a_server_asks_its_worker_with_key_and_tls(started, pem, tiny, tmp
             tls_key_file=key,
             tls_client_ca_file=cert,
         ),
-        keys=parse_keys([f"rerank:{ASKS}"]),
+        keys=ApiKeys.parse([f"rerank:{ASKS}"]),
     )
     await worker.start()
     try:

@@ -21,9 +21,9 @@ from encoder_worker.config import EncoderConfig
 from encoder_worker.server import EncoderServer
 from preread.channel import is_loopback
 from preread_cli.main import cli
-from preread_edge.access import ApiKeys, parse_keys
+from preread_edge.access import ApiKeys
 
-KEYS = parse_keys(["rerank:0123456789abcdef"])
+KEYS = ApiKeys.parse(["rerank:0123456789abcdef"])
 REACHABLE = ("0.0.0.0", "::", "[::]", "", "192.168.1.5", "10.0.0.1", "rerank.example.org", "::ffff:10.0.0.1", "0")
 
 

@@ -18,7 +18,7 @@ from encoder_worker.config import EncoderConfig
 from encoder_worker.server import EncoderServer
 from preread.tei.v1 import tei_pb2
 from preread.v1 import encoder_pb2, rerank_pb2, rerank_pb2_grpc
-from preread_edge.access import ApiKeys, parse_keys
+from preread_edge.access import ApiKeys
 from preread_edge.grpc_server import make_server
 
 KEY = "rules-key-0123456789"
@@ -41,7 +41,7 @@ METHODS = [
 @pytest.fixture
 async def servers(tiny, store, fbnl, tmp_path) -> AsyncIterator[dict[str, DecoderServer | EncoderServer]]:
     """Both, with a key that may do everything."""
-    keys, settings = parse_keys([KEY]), {"port": 0, "device": "cpu", "dtype": "float32", "max_message_bytes": MIB}
+    keys, settings = ApiKeys.parse([KEY]), {"port": 0, "device": "cpu", "dtype": "float32", "max_message_bytes": MIB}
     decoder = DecoderServer(DecoderConfig.of_one(str(tiny), **settings), store=store, load=lambda _: fbnl, keys=keys)
     worker = EncoderServer(EncoderConfig(str(tiny), store=f"faiss:{tmp_path / 'worker'}", **settings), keys=keys)
     await decoder.start()

@@ -19,7 +19,7 @@ from encoder_worker.config import EncoderConfig
 from encoder_worker.server import EncoderServer
 from preread import AsyncClient, Candidate
 from preread.v1 import encoder_pb2, encoder_pb2_grpc
-from preread_edge.access import parse_keys
+from preread_edge.access import ApiKeys
 
 DEAD = "http://127.0.0.1:9"  # a proxy that nothing listens at
 VARIABLES = ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy")
@@ -42,7 +42,7 @@ async def start_worker(tiny, tmp_path) -> AsyncIterator[StartWorker]:
     async def start(port: int = 0, keys=()) -> EncoderServer:
         store = f"faiss:{tmp_path / f'worker{len(running)}'}"
         config = EncoderConfig(str(tiny), port=port, store=store, device="cpu", dtype="float32")
-        running.append(EncoderServer(config, keys=parse_keys(keys)))
+        running.append(EncoderServer(config, keys=ApiKeys.parse(keys)))
         await running[-1].start()
         return running[-1]
 

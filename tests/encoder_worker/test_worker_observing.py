@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from encoder_worker.config import EncoderConfig
 from encoder_worker.server import EncoderServer
 from preread.v1 import encoder_pb2, encoder_pb2_grpc
-from preread_edge.access import parse_keys
+from preread_edge.access import ApiKeys
 
 ASKS, WRITES, RULES = (f"{name}-key-0123456789" for name in ("asks", "writes", "rules"))
 
@@ -26,7 +26,7 @@ async def worker(tiny_checkpoint, tmp_path):
     config = EncoderConfig(
         str(tiny_checkpoint), port=0, store=f"faiss:{tmp_path / 'store'}", device="cpu", dtype="float32"
     )
-    server = EncoderServer(config, keys=parse_keys([f"rerank:{ASKS}", f"index:{WRITES}", RULES]))
+    server = EncoderServer(config, keys=ApiKeys.parse([f"rerank:{ASKS}", f"index:{WRITES}", RULES]))
     await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         yield server, encoder_pb2_grpc.EncoderServiceStub(channel)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from preread_edge.access import parse_keys
+from preread_edge.access import ApiKeys
 
 LONG = "network " * 5000
 
@@ -76,7 +76,7 @@ def test_what_is_asked_wrongly(running: Any, client: str, texts: list[str], more
 
 
 def test_strangers(run: Any, query: str, documents: list[str]) -> None:
-    with run(keys=parse_keys(["rerank:rerank-key-0123456789"])) as guarded:
+    with run(keys=ApiKeys.parse(["rerank:rerank-key-0123456789"])) as guarded:
         for client in CLIENTS:
             path, body = sent(client, query, documents)
             none = guarded.post(path, body)

@@ -308,14 +308,14 @@ def test_a_path_forges_no_line_of_the_log(run, capsys):
     import io
     import logging
 
-    from preread_edge.access import parse_keys
+    from preread_edge.access import ApiKeys
     from preread_edge.logs import set_up
 
     root, stream = logging.getLogger(), io.StringIO()
     before = root.handlers[:]
     set_up("text", "info", stream)
     try:
-        with run(keys=parse_keys(["a-key-0123456789abc"])) as one:
+        with run(keys=ApiKeys.parse(["a-key-0123456789abc"])) as one:
             for path in (b"/%0A2026-01-01%2000:00:00.000%20info%20forged", b"/%1b[31m%E2%80%A8%C2%85%7f%E2%80%AE"):
                 exchange(one.gateway.port, b"GET %s HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n" % path)
     finally:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from preread_edge.access import parse_keys
+from preread_edge.access import ApiKeys
 
 
 def test_keys_and_scopes(run, query, documents):
-    keys = parse_keys(["rerank:rerank-key-0123456789", "index:index-key-01234567890"])
+    keys = ApiKeys.parse(["rerank:rerank-key-0123456789", "index:index-key-01234567890"])
     body = {"query": query, "documents": documents}
     with run(keys=keys) as guarded:
         none = guarded.post("/v1/rerank", body)
@@ -27,7 +27,7 @@ def test_keys_and_scopes(run, query, documents):
 
 
 def test_aliases_need_a_key_that_may_do_everything(run):
-    keys = parse_keys(["rerank:rerank-key-0123456789", "rules-0123456789ab"])
+    keys = ApiKeys.parse(["rerank:rerank-key-0123456789", "rules-0123456789ab"])
     given = [
         {"authorization": "Bearer rerank-key-0123456789"},
         {"authorization": "Bearer rules-0123456789ab"},
@@ -39,7 +39,7 @@ def test_aliases_need_a_key_that_may_do_everything(run):
 
 
 def test_a_closer_look_needs_the_scope_of_asking(run, query, documents):
-    keys = parse_keys(["rerank:rerank-key-0123456789", "index:index-key-01234567890"])
+    keys = ApiKeys.parse(["rerank:rerank-key-0123456789", "index:index-key-01234567890"])
     body = {"query": query, "documents": documents}
     with run(keys=keys) as guarded:
         given = [{}, {"api-key": "index-key-01234567890"}, {"api-key": "rerank-key-0123456789"}]

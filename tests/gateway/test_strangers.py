@@ -8,7 +8,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from preread_edge.access import parse_keys
+from preread_edge.access import ApiKeys
 
 FOREIGN = {"origin": "http://evil.example"}
 JSON = {"content-type": "application/json"}
@@ -96,7 +96,9 @@ def test_the_servers_own_page_may_call(running: Any) -> None:
 
 
 def test_a_page_that_is_named_may_do_everything_and_reads_the_errors_too(run: Any) -> None:
-    with run(http={"allowed_origins": (APP,), "max_body_bytes": 1000}, keys=parse_keys(["a-key-0123456789abc"])) as one:
+    with run(
+        http={"allowed_origins": (APP,), "max_body_bytes": 1000}, keys=ApiKeys.parse(["a-key-0123456789abc"])
+    ) as one:
         origin = {"origin": APP}
         key = {"authorization": "Bearer a-key-0123456789abc"}
         for method, headers in (("DELETE", "authorization"), ("PUT", "Content-Type, X-Fern-Language"), ("POST", "")):
@@ -136,7 +138,7 @@ def test_a_page_that_is_named_may_do_everything_and_reads_the_errors_too(run: An
 
 def test_with_keys_any_name_will_do_but_no_page(run: Any) -> None:
     key = {"authorization": "Bearer a-key-0123456789abc"}
-    with run(keys=parse_keys(["a-key-0123456789abc"])) as one:
+    with run(keys=ApiKeys.parse(["a-key-0123456789abc"])) as one:
         body = {"query": "q", "documents": ["d"]}
         assert one.post("/v1/rerank", body, headers=key | {"host": "rank.example"}).status_code == 200
         assert one.post("/v1/rerank", body, headers=key | FOREIGN).status_code == 403
@@ -144,7 +146,7 @@ def test_with_keys_any_name_will_do_but_no_page(run: Any) -> None:
 
 def test_a_key_may_come_without_the_word_before_it(run: Any) -> None:
     key = "a-key-0123456789abc"
-    with run(keys=parse_keys([key])) as one:
+    with run(keys=ApiKeys.parse([key])) as one:
         body = {"query": "q", "documents": ["d"]}
         given = (key, f"Bearer {key}", f"bearer  {key}", f"Basic {key}", f"{key} {key}", "Bearer", "")
         codes = [one.post("/v1/rerank", body, headers={"authorization": value}).status_code for value in given]
@@ -166,7 +168,7 @@ def is_tei(response: httpx2.Response) -> bool:
 @pytest.mark.parametrize("field", DIALECTS)
 def test_an_error_from_outside_a_dialect_has_its_shape(run: Any, field: str) -> None:
     body = {"query": "q", field: ["d"]}
-    with run(keys=parse_keys(["rerank:a-key-0123456789abc", "index:b-key-0123456789abc"])) as one:
+    with run(keys=ApiKeys.parse(["rerank:a-key-0123456789abc", "index:b-key-0123456789abc"])) as one:
         key = {"authorization": "Bearer a-key-0123456789abc"}
         answers = [
             one.post("/rerank", body),

@@ -2,46 +2,54 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
 
+from preread.errors import PermissionDenied, PrereadError, Unauthenticated
 from preread.v1 import encoder_pb2, rerank_pb2
-from preread_edge.access import ApiKeys, Scope, bearer, parse_keys, read_keys, scopes_of
+from preread_edge.access import ApiKeys, Scope
 
 ASKS, RULES = "asks-0123456789ab", "rules-0123456789a"
 
 
+def refusal(keys: ApiKeys, key: str, *scopes: Scope) -> type[PrereadError] | None:
+    """How a call that needs one of the scopes ends; None: it passes."""
+    try:
+        keys.check(f"Bearer {key}", scopes, "a call")
+    except PrereadError as error:
+        return type(error)
+    return None
+
+
 def test_a_key_may_what_its_scopes_say() -> None:
-    keys = parse_keys([f"rerank:{ASKS}", RULES])
-    asks, rules = keys.find(ASKS), keys.find(RULES)
-    assert asks is not None
-    assert rules is not None
-    assert asks.may(Scope.RERANK)
-    assert asks.may(Scope.INDEX, Scope.RERANK)
-    assert not asks.may(Scope.INDEX)
-    assert all(rules.may(scope) for scope in Scope)
-    assert keys.find("unknown-0123456789") is None
-    assert keys.find("") is None
+    keys = ApiKeys.parse([f"rerank:{ASKS}", RULES])
+    assert refusal(keys, ASKS, Scope.RERANK) is None
+    assert refusal(keys, ASKS, Scope.INDEX, Scope.RERANK) is None
+    assert refusal(keys, ASKS, Scope.INDEX) is PermissionDenied
+    assert [refusal(keys, RULES, scope) for scope in Scope] == [None] * 3
+    assert refusal(keys, "unknown-0123456789", Scope.RERANK) is Unauthenticated
+    assert refusal(keys, "", Scope.RERANK) is Unauthenticated
     assert not ApiKeys().required
+    assert refusal(ApiKeys(), "", Scope.ADMIN) is None
 
 
 def test_keys_are_not_kept() -> None:
-    assert ASKS not in repr(parse_keys([f"rerank:{ASKS}"]))
+    assert ASKS not in repr(ApiKeys.parse([f"rerank:{ASKS}"]))
 
 
 def test_a_key_may_have_a_colon() -> None:
-    assert parse_keys(["a:0123456789abcdef"]).find("a:0123456789abcdef") is not None
+    assert refusal(ApiKeys.parse(["a:0123456789abcdef"]), "a:0123456789abcdef", Scope.ADMIN) is None
 
 
 def test_a_key_file(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text(f"# who asks\nrerank,index {ASKS}  # search\n\nadmin {RULES}\n")
-    keys = read_keys(file)
+    keys = ApiKeys.read(file)
     assert len(keys.keys) == 2
-    found = keys.find(ASKS)
-    assert found is not None
-    assert found.scopes == {Scope.RERANK, Scope.INDEX}
+    assert [refusal(keys, ASKS, scope) for scope in Scope] == [None, None, PermissionDenied]
+    assert refusal(keys, RULES, Scope.ADMIN) is None
 
 
 @pytest.mark.parametrize(
@@ -57,18 +65,24 @@ def test_a_bad_key_file_names_the_line_and_no_key(tmp_path: Path, text: str, mes
     file = tmp_path / "keys"
     file.write_text(text)
     with pytest.raises(ValueError, match=message) as caught:
-        read_keys(file)
+        ApiKeys.read(file)
     assert ASKS not in str(caught.value)
 
 
-def test_bearer() -> None:
-    assert [bearer(one) for one in ("Bearer x", "bearer  x ", "Basic x", "")] == ["x", "x", "", ""]
+@pytest.mark.parametrize(
+    ("header", "passes"), [("Bearer {}", True), ("bearer  {} ", True), ("{}", True), ("Basic {}", False), ("", False)]
+)
+def test_bearer(header: str, passes: bool) -> None:
+    keys = ApiKeys.parse([ASKS])
+    with contextlib.nullcontext() if passes else pytest.raises(Unauthenticated):
+        keys.check(header.format(ASKS), [Scope.RERANK], "a call")
+    keys.check("Bearer", [Scope.RERANK], "a call", "", ASKS)
 
 
 def test_every_method_has_its_scope() -> None:
     """A method that is added later needs admin until someone decides."""
     found = {
-        f"{service.name}/{method.name}": scopes_of(f"/{service.full_name}/{method.name}")
+        f"{service.name}/{method.name}": Scope.needed_by(f"/{service.full_name}/{method.name}")
         for file in (encoder_pb2.DESCRIPTOR, rerank_pb2.DESCRIPTOR)
         for service in file.services_by_name.values()
         for method in service.methods

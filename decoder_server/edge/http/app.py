@@ -135,13 +135,12 @@ class Envelope:
             raise Problem(403, foreign[1], code=foreign[0])
         if (preflight := self._guard.preflight(scope)) is not None:
             return preflight
-        if self._keys.required and (needed := _scopes_of(method, path)):
-            # api-key: what a few clients send in place of a bearer token
-            key = access.bearer(headers.get("authorization", "")) or headers.get("api-key") or headers.get("x-api-key")
-            try:
-                self._keys.check(key or "", needed, f"{method} {path}")
-            except PrereadError as exc:
-                raise Problem(401 if isinstance(exc, Unauthenticated) else 403, str(exc)) from exc
+        # api-key: what a few clients send in place of a bearer token
+        presented = (headers.get(name, "") for name in ("authorization", "api-key", "x-api-key"))
+        try:
+            self._keys.check(next(presented), _scopes_of(method, path), f"{method} {path}", *presented)
+        except PrereadError as exc:
+            raise Problem(401 if isinstance(exc, Unauthenticated) else 403, str(exc)) from exc
         return None
 
 
