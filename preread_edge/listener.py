@@ -1,13 +1,11 @@
 """HTTP listeners on uvicorn for hostile networks: deadlines, bounds, and no message with two readings.
 
-The only file that knows the insides of uvicorn and h11. The caller shapes refusals. A second, small listener serves a
-registry to Prometheus.
+The only file that knows the insides of uvicorn and h11.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import secrets
 import socket
 import threading
@@ -25,7 +23,7 @@ from starlette.responses import PlainTextResponse
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from preread_edge.access import App, Guard, join
+from preread_edge.access import Guard, join
 
 SPARE = 64  # connections over the limit that still get a response; further ones are closed immediately
 BACKLOG = 2048
@@ -38,12 +36,10 @@ SHORT_SECONDS = 0.001  # a slice that took longer is followed by a rest
 _MAX_METRICS_CONNECTIONS = 64
 _METRICS_PATHS = ("/metrics", "/metrics/", "/")
 
-# (status, message) -> content type and body
-Refusal = Callable[[int, str], tuple[str, bytes]]
+Refusal = Callable[[int, str], tuple[str, bytes]]  # (status, message) -> content type and body
 
 
 def _plain(status: int, message: str) -> tuple[str, bytes]:
-    """A refusal in plain text."""
     return "text/plain; charset=utf-8", f"{message}\n".encode()
 
 
@@ -62,23 +58,22 @@ class _Connection(h11.Connection):
         try:
             event = super().next_event()
             if waits and isinstance(event, h11.Request):
-                _check(before[: len(before) - len(self.trailing_data[0])], event)
+                self._check(before[: len(before) - len(self.trailing_data[0])], event)
         except h11.RemoteProtocolError as exc:
             self.problem = exc
             raise
         return event
 
-
-def _check(head: bytes, request: h11.Request) -> None:
-    if head.count(b"\n") != head.count(b"\r\n") or head.count(b"\r") != head.count(b"\r\n"):
-        raise _Ambiguous("a line of the header does not end with CR LF")
-    if b"\r\n " in head or b"\r\n\t" in head:
-        raise _Ambiguous("a line of the header is folded")
-    names = {name for name, _ in request.headers}
-    if {b"content-length", b"transfer-encoding"} <= names:
-        raise _Ambiguous("content-length and transfer-encoding contradict each other")
-    if b"transfer-encoding" in names and request.http_version < b"1.1":
-        raise _Ambiguous("transfer-encoding in HTTP/1.0")
+    def _check(self, head: bytes, request: h11.Request) -> None:
+        names = {name for name, _ in request.headers}
+        if not head.count(b"\n") == head.count(b"\r") == head.count(b"\r\n"):
+            raise _Ambiguous("a line of the header does not end with CR LF")
+        if b"\r\n " in head or b"\r\n\t" in head:
+            raise _Ambiguous("a line of the header is folded")
+        if {b"content-length", b"transfer-encoding"} <= names:
+            raise _Ambiguous("content-length and transfer-encoding contradict each other")
+        if b"transfer-encoding" in names and request.http_version < b"1.1":
+            raise _Ambiguous("transfer-encoding in HTTP/1.0")
 
 
 class _Flow(FlowControl):
@@ -95,13 +90,12 @@ class _Flow(FlowControl):
 class _Protocol(H11Protocol):
     """uvicorn's, with a deadline for headers and bounded work between two turns of the event loop."""
 
-    refusal: Refusal = staticmethod(_plain)
-    header_seconds = HEADER_SECONDS
     flow: _Flow
     conn: _Connection
 
-    def __init__(self, *args: Any, **settings: Any) -> None:
+    def __init__(self, *args: Any, refusal: Refusal, header_seconds: float, **settings: Any) -> None:
         super().__init__(*args, **settings)
+        self._refusal, self._header_seconds = refusal, header_seconds
         self._max_connections, self.limit_concurrency = self.limit_concurrency, None
         self.conn = _Connection(h11.SERVER, self.conn._max_incomplete_event_size)
         self._deadline: asyncio.TimerHandle | None = None
@@ -116,11 +110,11 @@ class _Protocol(H11Protocol):
             return
         if over > 0:
             self.app_state = self.app_state | {"crowded": True}  # for the application
-        self._expect_header()
+        self._expect_header(True)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._received.clear()
-        self._header_came()
+        self._expect_header(False)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -140,7 +134,8 @@ class _Protocol(H11Protocol):
         began = time.perf_counter()
         if self._received:
             super().data_received(self._received.popleft())
-            self._watch()
+            theirs, ours = self.conn.their_state, self.conn.our_state
+            self._expect_header(theirs is h11.IDLE or (theirs is h11.SEND_BODY and ours is h11.DONE))
         if self._received:
             self.flow.held = True
             self.transport.pause_reading()
@@ -153,44 +148,33 @@ class _Protocol(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if not self.transport.is_closing() and self.conn.their_state is h11.SEND_BODY:
-            self._expect_header()  # the rest of a body that was not wanted
-        elif self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:
-            self._expect_header()
+        is_rest = self.conn.their_state is h11.SEND_BODY and not self.transport.is_closing()  # of an unwanted body
+        if is_rest or (self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]):
+            self._expect_header(True)
 
-    def _watch(self) -> None:
-        """A deadline while a header, or a body that was answered already, is incomplete."""
-        if self.conn.their_state is h11.IDLE or (
-            self.conn.their_state is h11.SEND_BODY and self.conn.our_state is h11.DONE
-        ):
-            self._expect_header()
-        else:
-            self._header_came()
-
-    def _expect_header(self) -> None:
-        if self._deadline is None:
-            self._deadline = self.loop.call_later(self.header_seconds, self._late)
-
-    def _header_came(self) -> None:
-        if self._deadline is not None:
+    def _expect_header(self, is_due: bool) -> None:
+        """Keeps a deadline while a header, or a body that was answered already, is incomplete."""
+        if not is_due and self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
+        elif is_due and self._deadline is None:
+            self._deadline = self.loop.call_later(self._header_seconds, self._late)
 
     def _late(self) -> None:
         if self.transport.is_closing():
             return
         if self.conn.their_state is h11.IDLE and self.conn.our_state is h11.IDLE and self.conn.trailing_data[0]:
-            self._refuse(408, f"the request header did not arrive within {self.header_seconds:g} s")
+            self._refuse(408, f"the request header did not arrive within {self._header_seconds:g} s")
         else:
             self.transport.abort() if self.conn.their_state is h11.SEND_BODY else self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
         problem = self.conn.problem
+        hint = problem.error_status_hint if problem is not None else 400
         if isinstance(problem, _Ambiguous):
             msg = str(problem)
-        elif problem is not None and problem.error_status_hint == 431:
+        elif hint == 431:
             msg = "the request header is too large"
-        hint = problem.error_status_hint if problem is not None else 400
         self._refuse(hint if hint in (431, 501) else 400, msg)
 
     def _refuse(self, status: int, message: str) -> None:
@@ -202,7 +186,7 @@ class _Protocol(H11Protocol):
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.close()
             return
-        content_type, content = self.refusal(status, message)
+        content_type, content = self._refusal(status, message)
         headers = [
             (b"content-type", content_type.encode()),
             (b"content-length", str(len(content)).encode()),
@@ -217,19 +201,23 @@ class _Protocol(H11Protocol):
 class _Server(uvicorn.Server):
     """uvicorn's, on one socket, with a deadline for TLS handshakes; signals belong to the owner of the process."""
 
-    @contextlib.contextmanager
+    def __init__(self, config: uvicorn.Config, refusal: Refusal, header_seconds: float) -> None:
+        super().__init__(config)
+        self._refusal, self._header_seconds = refusal, header_seconds
+
+    @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=[])
-        loop, config = asyncio.get_running_loop(), self.config
-        seconds = getattr(config.http_protocol_class, "header_seconds", HEADER_SECONDS)
-        made: Any = config.http_protocol_class
-        protocol = partial(made, config=config, server_state=self.server_state, app_state=self.lifespan.state)
+        config, seconds = self.config, self._header_seconds
+        shared = {"config": config, "server_state": self.server_state, "app_state": self.lifespan.state}
+        protocol = partial(_Protocol, refusal=self._refusal, header_seconds=seconds, **shared)
+        secured: dict[str, Any] = {"ssl": config.ssl, "ssl_handshake_timeout": seconds} if config.ssl else {}
         for listener in sockets or ():
-            secured: dict[str, Any] = {"ssl": config.ssl, "ssl_handshake_timeout": seconds} if config.ssl else {}
-            self.servers.append(await loop.create_server(protocol, sock=listener, backlog=config.backlog, **secured))
+            made = asyncio.get_running_loop().create_server(protocol, sock=listener, backlog=config.backlog, **secured)
+            self.servers.append(await made)
 
 
 def make_server(
@@ -241,10 +229,9 @@ def make_server(
     **settings: Any,
 ) -> uvicorn.Server:
     """A server of an ASGI application; `settings` are uvicorn's."""
-    members = {"refusal": staticmethod(refusal), "header_seconds": header_seconds}
     config = uvicorn.Config(
         app,
-        http=type("_Protocol", (_Protocol,), members),
+        http=_Protocol,
         ws="none",
         lifespan="off",
         log_config=None,
@@ -256,15 +243,11 @@ def make_server(
         limit_concurrency=max_connections,
         **settings,
     )
-    return _Server(config)
+    return _Server(config, refusal, header_seconds)
 
 
 def bind(host: str, port: int, what: str) -> socket.socket:
-    """A listening socket.
-
-    Raises:
-        OSError: the port is taken, or the address is not ours.
-    """
+    """A listening socket. Raises OSError where the port is taken, or the address is not ours."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host.strip("[]"), port), family=family, backlog=BACKLOG)
@@ -274,19 +257,23 @@ def bind(host: str, port: int, what: str) -> socket.socket:
 
 @contextmanager
 def metrics_listener(
-    registry: CollectorRegistry,
-    host: str,
-    port: int,
-    guard: Guard | None = None,
-    *,
-    header_seconds: float = HEADER_SECONDS,
+    registry: CollectorRegistry, host: str, port: int, guard: Guard, *, header_seconds: float = HEADER_SECONDS
 ) -> Iterator[int]:
-    """Answers GET /metrics on a thread until the block ends; yields the port, which 0 leaves to the system.
+    """Serves a registry to Prometheus on a thread until the block ends; yields the port, which 0 leaves to the system.
 
-    Raises:
-        OSError: the port is taken.
+    Raises OSError where the port is taken.
     """
-    app = _guarded(make_asgi_app(registry), guard or Guard())
+    metrics = make_asgi_app(registry)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if problem := guard.problem(scope):
+            await PlainTextResponse(f"{problem[1]}\n", 403)(scope, receive, send)
+        elif scope["path"] not in _METRICS_PATHS:
+            await PlainTextResponse("not here; expected /metrics\n", 404)(scope, receive, send)
+        else:
+            headers = [(name, value.decode("latin-1").encode()) for name, value in scope["headers"]]  # it reads UTF-8
+            await metrics({**scope, "headers": headers}, receive, send)
+
     server = make_server(app, max_connections=_MAX_METRICS_CONNECTIONS, header_seconds=header_seconds)
     with bind(host, port, "metrics") as listener:
         serving = server.serve(sockets=[listener])
@@ -298,17 +285,3 @@ def metrics_listener(
             server.config.timeout_graceful_shutdown = 1
             server.should_exit = True
             thread.join()
-
-
-def _guarded(app: App, guard: Guard) -> App:
-    async def guarded(scope: Any, receive: Any, send: Any) -> None:
-        problem = guard.problem(scope)
-        if problem is not None:
-            await PlainTextResponse(f"{problem[1]}\n", 403)(scope, receive, send)
-        elif scope["path"] not in _METRICS_PATHS:
-            await PlainTextResponse("not here; expected /metrics\n", 404)(scope, receive, send)
-        else:
-            headers = [(name, value.decode("latin-1").encode()) for name, value in scope["headers"]]  # it reads UTF-8
-            await app({**scope, "headers": headers}, receive, send)
-
-    return guarded

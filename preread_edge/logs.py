@@ -24,7 +24,6 @@ from preread.channel import is_loopback
 if TYPE_CHECKING:
     from opentelemetry.trace import Tracer
 
-FORMATS = ("text", "json")
 PACKAGES = ("preread", "preread_edge", "preread_cli", "decoder_server", "encoder_worker", "cache", "checkpoint")
 MAX_VALUE_CHARS = 2000  # of one value or message in a line; an exception has its own limit
 MAX_EXCEPTION_CHARS = 20_000
@@ -33,7 +32,7 @@ _USABLE = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class _Call:
     """The id of a call, and its place in a distributed trace."""
 
     request_id: str  # the caller's, or a random one
@@ -41,17 +40,17 @@ class Call:
     rpc: str = ""  # full name of a gRPC method (preread.v1.RerankService/Rerank), "" on other edges
 
 
-_current: ContextVar[Call | None] = ContextVar("preread_call", default=None)
+_current: ContextVar[_Call | None] = ContextVar("preread_call", default=None)
 
 
-def begin(request_id: str = "", traceparent: str = "", rpc: str = "") -> Call:
+def begin(request_id: str = "", traceparent: str = "", rpc: str = "") -> _Call:
     """Makes this the current call; an id that is missing or unusable is replaced by a random one."""
-    call = Call(request_id if _USABLE.fullmatch(request_id) else secrets.token_hex(16), traceparent, rpc)
+    call = _Call(request_id if _USABLE.fullmatch(request_id) else secrets.token_hex(16), traceparent, rpc)
     _current.set(call)
     return call
 
 
-def current() -> Call | None:
+def current() -> _Call | None:
     """The call this code runs for; None outside of any."""
     return _current.get()
 
@@ -72,22 +71,15 @@ def fields(**values: Any) -> dict[str, Any]:
 
 
 def _cut(value: Any, max_chars: int = MAX_VALUE_CHARS) -> Any:
-    if not isinstance(value, str) or len(value) <= max_chars:
-        return value
-    return f"{value[:max_chars]}… ({len(value)} characters)"
+    is_short = not isinstance(value, str) or len(value) <= max_chars
+    return value if is_short else f"{value[:max_chars]}… ({len(value)} characters)"
 
 
 def _escaped(text: str) -> str:
     r"""The text, cut, on one line: controls, line and text direction marks in it become \xNN, \uNNNN."""
     text = _cut(text)
-    if text.isprintable():
-        return text
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
-
-
-def _shown(value: Any) -> str:
-    """A field's value: strings in quotes, so that a space in one does not begin a field."""
-    return _escaped(repr(value[:MAX_VALUE_CHARS]) if isinstance(value, str) else str(value))
+    escaped = (one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+    return text if text.isprintable() else "".join(escaped)
 
 
 class _JsonFormatter(logging.Formatter):
@@ -100,16 +92,14 @@ class _JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": _cut(record.getMessage()),
         }
-        call = current()
-        if call is not None:
+        if call := current():
             line["request_id"] = call.request_id
         line |= {name: _cut(value) for name, value in getattr(record, "fields", {}).items()}
         if record.exc_info:
             line["exception"] = _cut(self.formatException(record.exc_info), MAX_EXCEPTION_CHARS)
         text = json.dumps(line, ensure_ascii=False, default=lambda value: _cut(str(value)))
-        if text.isprintable():
-            return text
-        return "".join(one if one.isprintable() else json.dumps(one)[1:-1] for one in text)
+        escaped = (one if one.isprintable() else json.dumps(one)[1:-1] for one in text)
+        return text if text.isprintable() else "".join(escaped)
 
 
 class _TextFormatter(logging.Formatter):
@@ -118,9 +108,10 @@ class _TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         when = datetime.fromtimestamp(record.created).isoformat(sep=" ", timespec="milliseconds")
         parts = [when, record.levelname.lower().ljust(7), _escaped(record.getMessage())]
-        parts += [f"{name}={_shown(value)}" for name, value in getattr(record, "fields", {}).items()]
-        call = current()
-        if call is not None:
+        for name, value in getattr(record, "fields", {}).items():  # a string in quotes: a space in it begins no field
+            shown = repr(value[:MAX_VALUE_CHARS]) if isinstance(value, str) else str(value)
+            parts.append(f"{name}={_escaped(shown)}")
+        if call := current():
             parts.append(f"request_id={call.request_id}")
         lines = [" ".join(parts)]
         if record.exc_info:
@@ -130,13 +121,9 @@ class _TextFormatter(logging.Formatter):
 
 
 def make_tracer(service_name: str) -> tuple[Tracer, Callable[[], None]]:
-    """A tracer, and what to call at the end so that no span is lost.
+    """A tracer, and what to call at the end so that no span is lost. Raises ValueError where the extra is missing.
 
-    Args:
-        service_name: unless OTEL_SERVICE_NAME says another.
-
-    Raises:
-        ValueError: the extra is not installed.
+    OTEL_SERVICE_NAME goes before `service_name`.
     """
     try:
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
@@ -145,14 +132,12 @@ def make_tracer(service_name: str) -> tuple[Tracer, Callable[[], None]]:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as exc:
         raise ValueError("tracing is on and its packages are not installed: pip install 'preread[tracing]'") from exc
-    resource = Resource.create({"service.name": service_name}).merge(OTELResourceDetector().detect())
-    provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(channel_options=_channel_options())))
-    return provider.get_tracer("preread"), provider.shutdown
-
-
-def _channel_options() -> Any:  # the exporter's annotation knows one option, a string
-    """A collector on this machine is not reached through a proxy. The exporter reads the same variables."""
+    # A collector on this machine is not reached through a proxy. The exporter reads the same variables.
     names = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
     endpoint = next((os.environ[name] for name in names if os.environ.get(name)), "localhost")
-    return (("grpc.enable_http_proxy", 0),) if is_loopback(urlsplit(endpoint).netloc or endpoint) else ()
+    is_here = is_loopback(urlsplit(endpoint).netloc or endpoint)
+    options: Any = (("grpc.enable_http_proxy", 0),) if is_here else ()  # its annotation knows one option, a string
+    resource = Resource.create({"service.name": service_name}).merge(OTELResourceDetector().detect())
+    provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(channel_options=options)))
+    return provider.get_tracer("preread"), provider.shutdown

@@ -30,10 +30,8 @@ def open_output(path: str | Path) -> Iterator[IO[str]]:
     """A UTF-8 text file to write to.
 
     A regular file takes its place, or replaces the one that was there, when the block ends; if it raises, nothing has
-    changed. Through a symbolic link its target is replaced.
-
-    Raises:
-        OSError: it cannot be written; where the folder is at fault, before the block begins.
+    changed. Through a symbolic link its target is replaced. Raises OSError where it cannot be written; where the folder
+    is at fault, before the block begins.
     """
     number = _descriptor(path)
     if number in (1, 2):
@@ -76,19 +74,15 @@ def _replacing(path: str | Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         if found is not None:
             aside.chmod(stat.S_IMODE(found.st_mode))
-        _put(aside, target)
+        try:
+            aside.replace(target)
+        except OSError:
+            if not target.exists():
+                raise
+            shutil.copyfile(aside, target)  # a mount of this one file cannot be replaced, only written
     finally:
         with suppress(FileNotFoundError):
             aside.unlink()
-
-
-def _put(aside: Path, target: Path) -> None:
-    try:
-        aside.replace(target)
-    except OSError:
-        if not target.exists():
-            raise
-        shutil.copyfile(aside, target)  # a mount of this one file cannot be replaced, only written
 
 
 def _descriptor(path: str | Path) -> int | None:
@@ -96,6 +90,4 @@ def _descriptor(path: str | Path) -> int | None:
     if str(path) == "-":
         return 1
     match: Any = _DESCRIPTOR.fullmatch(os.path.normpath(path))
-    if match is None:
-        return None
-    return int(match["number"]) if match["number"] else {"stdout": 1, "stderr": 2}[match["name"]]
+    return int(match["number"] or {"stdout": 1, "stderr": 2}[match["name"]]) if match else None

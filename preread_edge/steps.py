@@ -28,12 +28,8 @@ _turn = threading.Lock()
 _threads = ThreadPoolExecutor(MAX_AT_ONCE, thread_name_prefix="steps")
 
 
-class _Abandoned(Exception):  # noqa: N818
-    """The result is not waited for any more."""
-
-
 class _Steps:
-    """Of one piece of work. One piece at a time has the turn, also while it rests."""
+    """One piece of work. One at a time has the turn, also while it rests."""
 
     def __init__(self) -> None:
         self.abandoned = False
@@ -56,7 +52,7 @@ class _Steps:
         time.sleep(0.0005)  # those that wait for the turn get it
         _turn.acquire()
         if self.abandoned:
-            raise _Abandoned
+            raise asyncio.CancelledError  # the result is not waited for any more
         self._since = time.thread_time()
 
     def _rest(self) -> None:

@@ -16,6 +16,7 @@ from decoder_server.tracing import TracingObserver
 from encoder_worker.config import EncoderConfig
 from encoder_worker.server import EncoderServer
 from preread.v1 import rerank_pb2_grpc
+from preread_edge.access import Guard
 from preread_edge.listener import metrics_listener
 from preread_edge.logs import set_up
 
@@ -25,7 +26,7 @@ ID = (("x-request-id", "order-66"),)
 def scraped(serving) -> dict[tuple[str, frozenset], float]:
     """What Prometheus would read, over a real port."""
     with (
-        metrics_listener(serving.server.metrics.registry, "127.0.0.1", 0) as port,
+        metrics_listener(serving.server.metrics.registry, "127.0.0.1", 0, Guard()) as port,
         urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer,
     ):
         text = answer.read().decode()
