@@ -15,11 +15,11 @@ import functools
 import inspect
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 from google.protobuf import descriptor_pb2, descriptor_pool, text_format
@@ -57,8 +57,7 @@ MAX_NAME_BYTES = 256
 # Calls that are counted and logged; probes and descriptions would drown them.
 _COUNTED = ("/preread.", "/tei.")
 
-# method as Service/Method, name of the status, seconds
-OnCall = Callable[[str, str, float], None]
+OnCall = Callable[[str, str, float], None]  # method as Service/Method, name of the status, seconds
 
 
 def log_call(method: str, code: str, seconds: float) -> None:
@@ -77,16 +76,11 @@ class _CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
     _message_seconds: float
     _num_calls: int = 0
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
+    async def intercept_service(self, continuation: Any, handler_call_details: grpc.HandlerCallDetails) -> Any:
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
         method = str(handler_call_details.method)
-        serialize = handler.response_serializer
 
         async def call(raw: AsyncIterator[bytes], context: Any) -> Any:
             with self._counted(method, context) if method.startswith(_COUNTED) else contextlib.nullcontext():
@@ -99,11 +93,10 @@ class _CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
                 except Exception:
                     log.exception("%s: unexpected error", method)
                     message = "internal error; the server's log has it under this call's x-request-id"
-                    await _abort(context, ServerError(message, code="INTERNAL", reason="INTERNAL"))
+                    await _end(context, method, ServerError(message, code="INTERNAL", reason="INTERNAL"))
 
         def serialized(response: Any) -> bytes:
-            data: bytes = response if isinstance(response, bytes) else serialize(response)
-            return data
+            return response if isinstance(response, bytes) else handler.response_serializer(response)
 
         if handler.response_streaming:
             return grpc.stream_stream_rpc_method_handler(call, None, serialized)
@@ -114,8 +107,17 @@ class _CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
             raise Overloaded(f"too many calls at once; the limit is {self._max_calls}", RETRY_SECONDS)
         authorization = str(dict(context.invocation_metadata() or ()).get("authorization", ""))
         self._keys.check(authorization, Scope.needed_by(method), method)
-        messages = parsed(raw, handler.request_deserializer)
-        request = messages if handler.request_streaming else await self._only(messages)
+        request = messages = _parsed(raw, handler.request_deserializer)
+        if not handler.request_streaming:
+            try:
+                async with asyncio.timeout(self._message_seconds):
+                    request = await anext(messages)
+            except StopAsyncIteration:
+                problem = "the call ended without a message; expected one"
+                raise InvalidRequest.received(problem, reason=INVALID_MESSAGE) from None
+            except TimeoutError:
+                problem = f"no whole message within {self._message_seconds:g} s; expected one"
+                raise DeadlineExceeded(problem, reason=INVALID_MESSAGE) from None
         shape = ("stream" if one else "unary" for one in (handler.request_streaming, handler.response_streaming))
         response = getattr(handler, "_".join(shape))(request, context)
         if not inspect.isasyncgen(response):
@@ -124,18 +126,6 @@ class _CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
             async for message in response:
                 await context.write(message)
         return None
-
-    async def _only(self, messages: AsyncIterator[Any]) -> Any:
-        """The message of a unary call."""
-        try:
-            async with asyncio.timeout(self._message_seconds):
-                return await anext(messages)
-        except StopAsyncIteration:
-            message = "the call ended without a message; expected one"
-            raise InvalidRequest.received(message, reason=INVALID_MESSAGE) from None
-        except TimeoutError:
-            message = f"no whole message within {self._message_seconds:g} s; expected one"
-            raise DeadlineExceeded(message, reason=INVALID_MESSAGE) from None
 
     @contextmanager
     def _counted(self, method: str, context: Any) -> Iterator[None]:
@@ -153,15 +143,29 @@ class _CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
             raise
         finally:
             self._num_calls -= 1
-            code = _code(context, code)
+            if status := context.code():  # set by abort or otherwise
+                names = {one.value[0]: one.name for one in grpc.StatusCode}
+                code = status.name if isinstance(status, grpc.StatusCode) else names.get(status, code)
             service, _, name = method.rpartition("/")
             for on_call in self._on_call:
                 on_call(f"{service.rpartition('.')[2]}/{name}", code, time.monotonic() - started)
 
 
 async def _end(context: Any, method: str, error: PrereadError) -> None:
+    """Ends the call with an error and its details, which preread.wire reads back; raises what ends it.
+
+    Details are left out where all together they would not fit into the trailers.
+    """
+    status = status_pb2.Status(code=grpc.StatusCode[error.code].value[0], message=_shorten(str(error)))
+    for detail in _details(error):
+        status.details.add().Pack(detail)
+    if status.ByteSize() > MAX_MESSAGE_BYTES + MAX_DETAILS_BYTES:
+        del status.details[:]
+    rich = rpc_status.to_status(status)
+    # What is there already (the request's id) stays: abort would replace it.
+    trailers = (*rich.trailing_metadata, *(context.trailing_metadata() or ()))
     try:
-        await _abort(context, error)
+        await context.abort(rich.code, rich.details, trailers)
     except grpc.aio.AbortError:
         if error.reason == INVALID_MESSAGE:
             log.warning("%s: %s", method, error)
@@ -174,23 +178,6 @@ async def _end(context: Any, method: str, error: PrereadError) -> None:
         context.set_code(grpc.StatusCode.RESOURCE_EXHAUSTED)
         log.warning("%s: a message is over the size limit or badly compressed", method)
         raise asyncio.CancelledError from None
-
-
-async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: PrereadError) -> NoReturn:
-    """Ends the call with an error and its details, which preread.wire reads back; never returns.
-
-    Details are left out where all together they would not fit into the trailers.
-    """
-    status = status_pb2.Status(code=grpc.StatusCode[error.code].value[0], message=_shorten(str(error)))
-    for detail in _details(error):
-        status.details.add().Pack(detail)
-    if status.ByteSize() > MAX_MESSAGE_BYTES + MAX_DETAILS_BYTES:
-        del status.details[:]
-    rich = rpc_status.to_status(status)
-    # What is there already (the request's id) stays: abort would replace it.
-    trailers = (*rich.trailing_metadata, *(context.trailing_metadata() or ()))
-    await context.abort(rich.code, rich.details, trailers)
-    raise AssertionError("abort returned")
 
 
 def _details(error: PrereadError) -> Iterator[Message]:
@@ -219,15 +206,6 @@ def _shorten(text: str, max_bytes: int = MAX_MESSAGE_BYTES) -> str:
     return data.decode() if len(data) <= max_bytes else data[: max_bytes - 3].decode(errors="ignore") + "…"
 
 
-def _code(context: Any, default: str) -> str:
-    """Name of the status that was set, by abort or otherwise."""
-    number = context.code()
-    if isinstance(number, grpc.StatusCode):
-        return number.name
-    names = {status.value[0]: status.name for status in grpc.StatusCode}
-    return names.get(number, default) if number else default
-
-
 def make_server(
     keys: ApiKeys,
     on_call: Sequence[OnCall],
@@ -238,13 +216,10 @@ def make_server(
     message_seconds: float = MESSAGE_SECONDS,
     options: Iterable[tuple[str, int]] = (),
 ) -> grpc.aio.Server:
-    """A server without services.
+    """A server without services, with at most `max_calls` at once, probes not counted; `options` are gRPC's.
 
-    Args:
-        max_calls: at once; more are RESOURCE_EXHAUSTED. Probes are not counted.
-        max_request_bytes: of one message, also once it is decompressed.
-        message_seconds: a unary call whose message is not complete by then is DEADLINE_EXCEEDED.
-        options: further arguments of gRPC's.
+    Bytes are those of one message, also once it is decompressed. A call whose one message is not complete after
+    `message_seconds` is DEADLINE_EXCEEDED.
     """
     logging.getLogger("grpc._cython.cygrpc").addFilter(_ended_by_grpc)  # adding it again changes nothing
     return grpc.aio.server(
@@ -269,8 +244,7 @@ def make_server(
 def listen(server: grpc.aio.Server, config: ServerConfig, port: int) -> int:
     """Binds, with TLS where there are files; the port that was bound.
 
-    Raises:
-        OSError: the address is taken, or a file cannot be read or is no certificate and key.
+    Raises OSError where the address is taken, or a file cannot be read or is no certificate and key.
     """
     address = join(config.host, port)
     hint = f", and are {config.tls_cert_file} and {config.tls_key_file} a pair?" if config.has_tls else "?"
@@ -286,28 +260,15 @@ def listen(server: grpc.aio.Server, config: ServerConfig, port: int) -> int:
 
 
 def add_standard_services(server: grpc.aio.Server, servicer: health.aio.HealthServicer, names: Iterable[str]) -> None:  # type: ignore[name-defined]  # missing in grpc-stubs
-    """Health, and reflection of it and of the services `names`, for clients of either version of reflection."""
+    """Health, and reflection of it and of the services `names`, for clients of either version of reflection.
+
+    grpcio-reflection has version 1alpha only, which clients are giving up: version 1 is the same under another name.
+    """
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     described = [*names, health.SERVICE_NAME, reflection.SERVICE_NAME, REFLECTION_V1]
     reflector = reflection.aio.ReflectionServicer(described)  # type: ignore[attr-defined]  # missing in grpc-stubs
     reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflector, server)
-    _describe_reflection_v1()
-    method = grpc.stream_stream_rpc_method_handler(
-        reflector.ServerReflectionInfo,
-        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
-        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
-    )
-    handler = grpc.method_handlers_generic_handler(REFLECTION_V1, {"ServerReflectionInfo": method})
-    server.add_generic_rpc_handlers((handler,))
-
-
-def _describe_reflection_v1() -> None:
-    """Puts reflection's version 1 among the known descriptors: version 1alpha under another name.
-
-    grpcio-reflection has 1alpha only, which clients are giving up.
-    """
-    pool = descriptor_pool.Default()
-    name = "grpc/reflection/v1/reflection.proto"
+    pool, name = descriptor_pool.Default(), "grpc/reflection/v1/reflection.proto"
     try:
         pool.FindFileByName(name)
     except KeyError:
@@ -317,12 +278,19 @@ def _describe_reflection_v1() -> None:
         file.name = name
         file.options.Clear()
         pool.AddSerializedFile(file.SerializeToString())
+    method = grpc.stream_stream_rpc_method_handler(
+        reflector.ServerReflectionInfo,
+        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    handler = grpc.method_handlers_generic_handler(REFLECTION_V1, {"ServerReflectionInfo": method})
+    server.add_generic_rpc_handlers((handler,))
 
 
 def _ended_by_grpc(record: logging.LogRecord) -> bool:
-    """One line in place of gRPC's traceback where a method has returned and its call had ended before.
+    """One line in place of a traceback where a method returns after its call has ended.
 
-    That is so when a message of a stream is over the size limit or badly compressed: the method sees the stream's end.
+    A message of its stream was over the size limit or badly compressed: the method sees the stream's end.
     """
     if record.exc_info and isinstance(record.exc_info[1], grpc.aio.InternalError):
         record.levelno, record.levelname = logging.WARNING, "WARNING"
@@ -336,16 +304,13 @@ INVALID_MESSAGE = "INVALID_MESSAGE"  # reason of an error about bytes, not about
 _SIZES = {1: 8, 3: 0, 4: 0, 5: 4}  # by wire type, of what needs no look at the bytes
 
 
-async def parsed(raw: AsyncIterator[bytes], parse: Callable[[bytes], Any] | None) -> AsyncIterator[Any]:
-    """
-    Raises:
-        InvalidRequest: bytes that are no message, or one of too many fields.
-    """
+async def _parsed(raw: AsyncIterator[bytes], parse: Callable[[bytes], Any] | None) -> AsyncIterator[Any]:
+    """The messages; raises InvalidRequest for bytes that are none, or hold too many fields."""
     async for data in raw:
-        if parse is None:
-            yield data
+        if parse is None or len(data) <= SMALL_BYTES:
+            yield data if parse is None else _parse(None, data, parse)
         else:
-            yield await stepped(_parse, data, parse) if len(data) > SMALL_BYTES else _parse(None, data, parse)
+            yield await stepped(_parse, data, parse)
 
 
 def _parse(step: Step | None, data: bytes, parse: Callable[[bytes], Any]) -> Any:
@@ -361,12 +326,9 @@ def _parse(step: Step | None, data: bytes, parse: Callable[[bytes], Any]) -> Any
 
 
 def _count_fields(step: Step, data: bytes, described: Any) -> None:
-    """Bounds what a message is made of, before anything is: 64 MiB may hold 33 million empty submessages.
+    """Raises InvalidRequest before anything is made of too many fields: 64 MiB may hold 33 million empty submessages.
 
     Ends quietly where the bytes are no message: parsing ends there too.
-
-    Raises:
-        InvalidRequest: more than MAX_FIELDS.
     """
     num_fields = 0
     at, end, nested = 0, len(data), _nested(described)
@@ -421,12 +383,8 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 async def joined(messages: Iterable[Message]) -> bytes:
-    """One message of several of its type: protobuf reads the bytes of each behind the other as one.
-
-    The cost of a message of many texts is spread over turns of the event loop.
-    """
-    parts: list[bytes] = []
-    pace = Pauses()
+    """One message of several of its type, made in short turns: protobuf reads their bytes in a row as one."""
+    parts, pace = list[bytes](), Pauses()
     for message in messages:
         parts.append(message.SerializeToString())
         await pace.worked()

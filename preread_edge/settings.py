@@ -21,54 +21,45 @@ MIB = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Knob:
-    """A field that can be set from outside.
-
-    Attributes:
-        kind: the field's type as written, without `| None`: int, float, str, bool, tuple[str, ...].
-        flag: `--some-flag`; from the name where none is given.
-        shown_default: for the help, where the default itself says nothing: None, "".
-        parse: from the text of the command line to the value, which checks it itself; raises ValueError.
-    """
+    """A field that can be set from outside."""
 
     help: str
     name: str = ""
-    kind: str = ""
+    kind: str = ""  # the field's type as written, without `| None`: int, float, str, bool, tuple[str, ...]
     default: Any = None
-    flag: str = ""
+    flag: str = ""  # `--some-flag`; from the name where none is given
     at_least: int | None = None
     above: int | None = None
     at_most: int | None = None
     choices: tuple[str, ...] = ()
     metavar: str = ""
-    shown_default: str = ""
+    shown_default: str = ""  # for the help, where the default itself says nothing: None, ""
     is_file: bool = False
     is_secret: bool = False
-    parse: Callable[[str], Any] | None = None
+    parse: Callable[[str], Any] | None = None  # from the command line's text, with its own check; raises ValueError
 
     @property
     def option_name(self) -> str:
-        """The command line's name for the value: `--some-flag/--no-some-flag` -> some_flag."""
+        """`--some-flag/--no-some-flag` -> some_flag, the command line's name for the value."""
         return self.flag.split("/")[0].removeprefix("--").replace("-", "_")
 
     def check(self, value: Any) -> None:
         """Raises ValueError where a value is out of bounds; None is no value."""
         if value is None:
             return
-        fits = (
-            (not self.choices or value in self.choices)
-            and (self.at_least is None or value >= self.at_least)
-            and (self.above is None or value > self.above)
-            and (self.at_most is None or value <= self.at_most)
-        )
-        if not fits:
-            raise ValueError(f"{self.name} is {value!r}; expected {self._expected()}")
-
-    def _expected(self) -> str:
         if self.choices:
-            return ", ".join(self.choices)
-        if self.at_most is not None:
-            return f"{self.at_least or 0:g}..{self.at_most:g}"
-        return f"at least {self.at_least:g}" if self.above is None else f"more than {self.above:g}"
+            fits, expected = value in self.choices, ", ".join(self.choices)
+        else:
+            fits = (
+                (self.at_least is None or value >= self.at_least)
+                and (self.above is None or value > self.above)
+                and (self.at_most is None or value <= self.at_most)
+            )
+            expected = f"at least {self.at_least}" if self.above is None else f"more than {self.above}"
+            if self.at_most is not None:
+                expected = f"{self.at_least or 0}..{self.at_most}"
+        if not fits:
+            raise ValueError(f"{self.name} is {value!r}; expected {expected}")
 
 
 def knob(default: Any, help: str, **details: Any) -> Any:
