@@ -21,8 +21,7 @@ _METADATA_NAME = re.compile(r"[0-9a-z_.-]+")
 class Argument:
     """A value and the name of its field: `candidates[3].text`. Each method is a check that returns the value to send.
 
-    Each raises TypeError for another kind of thing than the field holds, and InvalidRequest for a value that no message
-    can carry. Both name the field.
+    TypeError is another kind of thing than the field holds, InvalidRequest a value that no message can carry.
     """
 
     __slots__ = ("field", "value")
@@ -132,8 +131,7 @@ class Argument:
     def passage(self) -> tuple[str, str]:
         """(id, text) of a Passage, or of a mapping with the keys that `preread index` reads.
 
-        Nothing is unpacked as a pair: strings of two letters and dictionaries of two keys would unpack as well, and a
-        tuple does not say which part is the id.
+        Nothing is unpacked as a pair: strings of two letters would be, and a tuple does not say which is the id.
         """
         if isinstance(self.value, Passage):
             return self._of("passage_id").text(), self._of("text").text()

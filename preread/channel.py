@@ -1,9 +1,8 @@
 """How a client reaches a server: addresses and proxies, TLS, keepalive, message limits, metadata and retries.
 
-Retried are Overloaded with a server's hint and Unavailable: nothing was done, or doing it again changes nothing. The
-wait is the server's hint where it gives one, else exponential, always with jitter. Two bounds: attempts per call, and a
-budget shared by all calls of a client (gRPC's retry throttling, proposal A6), so that a service in trouble is not
-buried under retries.
+Retried are Overloaded with a server's hint and Unavailable: nothing was done, or doing it again changes nothing. Two
+bounds: attempts per call, and a budget that all calls of a client share (gRPC's retry throttling, proposal A6), so that
+a service in trouble is not buried under retries.
 """
 
 from __future__ import annotations
@@ -60,10 +59,7 @@ class RetryPolicy:
             Argument(name, getattr(self, name)).number()
 
     def wait_seconds(self, error: PrereadError, attempt: int, remaining_seconds: float) -> float | None:
-        """Seconds until the next attempt; None: do not retry.
-
-        `attempt` counts those made, from 1. A wait that would not leave any of the seconds that remain is not begun.
-        """
+        """Seconds until the next attempt, after those made; None: do not retry, or no time would remain."""
         hint = error.retry_after_seconds
         # Overloaded without a hint: a message over a size limit, a quota; a retry would not help.
         may_help = isinstance(error, Unavailable) or (isinstance(error, Overloaded) and hint is not None)
@@ -109,10 +105,7 @@ class ClientOptions:
         Argument("api_key", self.api_key).secret()
 
     def channel(self, maker: Any, address: str, *more: tuple[str, int]) -> Any:
-        """A channel of `maker` (grpc or grpc.aio): pings, no proxy on this machine, all addresses of a name.
-
-        `more` are further arguments of gRPC's.
-        """
+        """A channel of `maker`, grpc or grpc.aio, with pings and all addresses of a name; `more` are gRPC's."""
         arguments = [
             ("grpc.max_send_message_length", self.max_message_bytes),
             ("grpc.max_receive_message_length", self.max_message_bytes),
@@ -209,10 +202,7 @@ def _host_of(target: str) -> str:
 
 
 def is_loopback(target: str, *, unspecified: bool = True) -> bool:
-    """Whether a target is on this machine: loopback addresses in every notation, localhost, sockets in files.
-
-    `unspecified`: 0.0.0.0 and :: are too. They reach this machine, but listen on every interface.
-    """
+    """Whether a target is here, in any notation; `unspecified` (0.0.0.0, ::) is too, for all but listeners."""
     if target.startswith(_LOCAL_SCHEMES):
         return True
     host = _host_of(target).rstrip(".").lower()
@@ -234,10 +224,7 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 
 def proxy_variable(target: str = "", environment: Mapping[str, str] | None = None) -> str:
-    """Name of the variable whose proxy gRPC would reach a target through; "" where it would connect directly.
-
-    A target of "" is any that is elsewhere and not named in no_proxy.
-    """
+    """Name of the variable whose proxy gRPC would use for a target, or any elsewhere; "": it would connect directly."""
     environment = os.environ if environment is None else environment
     name = next((name for name in PROXY_VARIABLES if environment.get(name)), "")
     return "" if target and (is_loopback(target) or _is_excepted(_host_of(target), environment)) else name

@@ -91,10 +91,7 @@ class NotFound(PrereadError, status="NOT_FOUND"):
 
 
 class FailedPrecondition(PrereadError, status="FAILED_PRECONDITION"):
-    """Another encoder's collection, a missing passage under on_miss="fail"; .reason is a constant for machines.
-
-    .subject is the thing whose state is in the way: a collection, a candidate.
-    """
+    """Another encoder's collection, a missing passage under on_miss="fail"; .reason, a constant, and its .subject."""
 
     path: Path = ()  # of the candidate in the way; (): the message names its subject
     said = ""  # the message, less the path

@@ -75,10 +75,9 @@ class Client(BaseClient):
         model: str = "",
         timeout: float | None = None,
     ) -> values.Warmed:
-        """Pre-fills the server's caches for queries over these passages, at most ModelInfo.max_candidates of them.
+        """Pre-fills the server's caches for queries over at most ModelInfo.max_candidates passages; changes no score.
 
-        Changes no score. `instruction` (None: the model's default, "": none) and `compression_ratio` (0: the server's
-        default) are those of the queries to come.
+        `instruction` (None: the model's default, "": none) and ratio (0: the server's default) are the queries'.
         """
         request = wire.pack(
             rerank_pb2.WarmRequest,
@@ -113,12 +112,10 @@ class Client(BaseClient):
 
         Passages are Passage values, or mappings as `preread index` reads them ("id" or "_id", "text", perhaps "title").
         Of several with one id the first is stored and the others are refused. Anything else is a TypeError, named by
-        its index; what was acknowledged before it stays. Ratio, codec and store_text are those of the collection, where
-        this call creates it.
-
-        Nothing is sent before the first acknowledgement is requested. `passages` is read as fast as the worker takes
-        them. Has no timeout unless one is given, and is never retried: repeat the call, and passages that are stored
-        already are acknowledged as "unchanged".
+        its index; what was acknowledged before it stays. Ratio, codec and store_text count where this call creates the
+        collection. Nothing is sent before the first acknowledgement is requested; then `passages` is read as fast as
+        the worker takes them. Has no timeout unless one is given, and is never retried: repeat the call, and passages
+        that are stored already are acknowledged as "unchanged".
         """
         settings = {"compression_ratio": compression_ratio, "codec": codec, "store_text": store_text}
         upload = wire.Upload(passages, collection=collection, **settings)
@@ -127,18 +124,10 @@ class Client(BaseClient):
     def _upsert(self, upload: wire.Upload, seconds: float) -> Iterator[values.UpsertResult]:
         worker = self._encoder()
         call = worker.start("Upsert", iter(upload), seconds)
-        try:
+        with wire.ending(call, worker.address, upload):
             for message in call:
                 for result in message.results:
                     yield wire.unpack(values.UpsertResult, result)
-        except wire.ENDED_BY_GRPC as exc:
-            if upload.error is not None:
-                raise upload.error from None
-            if isinstance(exc, grpc.RpcError):
-                raise wire.translate(exc, worker.address) from exc
-            raise
-        finally:
-            call.cancel()  # the caller may leave early; after the end this does nothing
 
     def delete(self, passage_ids: Iterable[str], *, collection: str, timeout: float | None = None) -> int:
         """Deletes passages; returns how many there were. Many ids go in several calls, each with this `timeout`."""
@@ -170,15 +159,11 @@ class RerankingStream:
         self.summary: values.Summary | None = None
 
     def __iter__(self) -> Iterator[values.Result]:
-        try:
+        with wire.ending(self._call, self._address):
             for event in self._call:
                 if event.HasField("summary"):
                     self.summary = wire.unpack(values.Summary, event.summary)
                 yield from wire.unpack_results(event.batch.results)
-        except grpc.RpcError as exc:
-            raise wire.translate(exc, self._address) from exc
-        finally:
-            self._call.cancel()
 
     def cancel(self) -> None:
         self._call.cancel()

@@ -28,10 +28,9 @@ class Stage:
 
 
 def parse_stages(text: str) -> tuple[Stage, ...]:
-    """Parse `RATIO:KEEP, RATIO:KEEP, RATIO`; blanks do not matter.
+    """`32:100, 4:20, 1` scores every candidate at ratio 32, the best 100 at 4, and the best 20 of those at 1.
 
-    `32:100, 4:20, 1` scores every candidate at ratio 32, the best 100 at 4, and the best 20 of those at 1. Raises
-    ValueError for text of another form, and for stages that contradict each other.
+    Raises ValueError for text of another form, and for stages that contradict each other.
     """
     if len(text) > MAX_TEXT_CHARS:
         raise ValueError(f"stages is {len(text)} characters long; expected at most {MAX_TEXT_CHARS}")

@@ -27,8 +27,6 @@ IDS_PER_DELETE = 10_000  # a server bounds the fields of a message; 5 MB where e
 # An upsert message goes out when either is reached: small enough to be acknowledged soon, large enough to batch.
 MAX_PASSAGES_PER_MESSAGE = 64
 MAX_CHARACTERS_PER_MESSAGE = 1 << 20
-# Both end an upsert: grpc.aio cancels the call when the passages raise.
-ENDED_BY_GRPC = (grpc.RpcError, asyncio.CancelledError)
 
 Candidates = Iterable[str | Candidate | Mapping[str, Any]]
 Passages = Iterable[Passage | Mapping[str, Any]]
@@ -99,10 +97,7 @@ def _pack_stages(stages: object) -> list[rerank_pb2.Stage]:
 
 
 class Upload:
-    """The messages of an upsert stream, sync or async. `error` is the exception that the caller's passages raised.
-
-    gRPC reads a stream on its own thread or task and would end the call with CANCELLED or UNKNOWN instead.
-    """
+    """The messages of an upsert stream, sync or async. gRPC, which reads it, hides the `error` of the passages."""
 
     def __init__(self, passages: AsyncPassages, **settings: Any) -> None:
         """`settings` are other fields of the request. Raises as `pack` does; a passage raises when it is read."""
@@ -213,6 +208,21 @@ def unpack_results(messages: Iterable[rerank_pb2.Result]) -> tuple[Result, ...]:
         )
         for m in messages
     )
+
+
+@contextmanager
+def ending(call: Any, address: str, upload: Upload | None = None) -> Iterator[None]:
+    """Ends a stream with the block, also where its reader leaves early; raises what went wrong, typed."""
+    try:
+        yield
+    except (grpc.RpcError, asyncio.CancelledError) as exc:  # either: grpc.aio cancels a call whose passages raise
+        if upload is not None and upload.error is not None:
+            raise upload.error from None
+        if isinstance(exc, grpc.RpcError):
+            raise translate(exc, address) from exc
+        raise
+    finally:
+        call.cancel()
 
 
 def translate(error: grpc.RpcError, address: str) -> PrereadError:

@@ -178,10 +178,7 @@ class Guard:
     def __init__(
         self, allowed_hosts: Sequence[str] = (), allowed_origins: Sequence[str] = (), *, any_host: bool = False
     ) -> None:
-        """Allows hosts next to loopback's names and the address that a connection came in at.
-
-        `any_host`: keys are required, so a name proves nothing. Raises ValueError for what is no host, no origin.
-        """
+        """Raises ValueError for what is no host, no origin. `any_host`: keys are required, so a name proves nothing."""
         self._any_host = any_host
         self._any_origin = any_host and "*" in allowed_origins
         self._hosts: set[Address | str] = set()

@@ -2,9 +2,8 @@
 
 A call gets its id (from x-request-id, or random; it goes back in the trailing metadata) and is counted, its key is
 checked, its message parsed, and its method run. Keys come before messages: every method reads raw bytes from a stream,
-unary ones too, which look the same on the wire. Long messages are parsed and written in steps, so that other calls
-proceed. An error of preread.errors ends the call with its status and details, any other with INTERNAL; the text of an
-exception never leaves the server.
+unary ones too, which look the same on the wire. An error of preread.errors ends the call with its status and details,
+any other with INTERNAL; the text of an exception never leaves the server.
 """
 
 from __future__ import annotations
@@ -152,12 +151,27 @@ class _CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
 
 
 async def _end(context: Any, method: str, error: PrereadError) -> None:
-    """Ends the call with an error and its details, which preread.wire reads back; raises what ends it.
-
-    Details are left out where all together they would not fit into the trailers.
-    """
+    """Ends the call with an error and, where they fit into the trailers, its details, which preread.wire reads back."""
     status = status_pb2.Status(code=grpc.StatusCode[error.code].value[0], message=_shorten(str(error)))
-    for detail in _details(error):
+    details: list[Message] = []
+    for one in error.violations:
+        violation = BadRequest.FieldViolation(field=one.field, description=_shorten(one.description))
+        details.append(BadRequest(field_violations=[violation]))
+    if error.reason:
+        metadata = {key: _shorten(value, MAX_NAME_BYTES) for key, value in error.metadata}
+        details.append(ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata))
+    if isinstance(error, FailedPrecondition):
+        subject = _shorten(error.subject, MAX_NAME_BYTES)
+        failure = PreconditionFailure.Violation(type=error.reason, subject=subject, description=status.message)
+        details.append(PreconditionFailure(violations=[failure]))
+    if error.resource_type:
+        kind, name = error.resource_type, _shorten(error.resource_name, MAX_NAME_BYTES)
+        details.append(ResourceInfo(resource_type=kind, resource_name=name, description=status.message))
+    if error.retry_after_seconds is not None:
+        delay = Duration()
+        delay.FromNanoseconds(int(error.retry_after_seconds * 1e9))
+        details.append(RetryInfo(retry_delay=delay))
+    for detail in details:
         status.details.add().Pack(detail)
     if status.ByteSize() > MAX_MESSAGE_BYTES + MAX_DETAILS_BYTES:
         del status.details[:]
@@ -180,26 +194,6 @@ async def _end(context: Any, method: str, error: PrereadError) -> None:
         raise asyncio.CancelledError from None
 
 
-def _details(error: PrereadError) -> Iterator[Message]:
-    for one in error.violations:
-        violation = BadRequest.FieldViolation(field=one.field, description=_shorten(one.description))
-        yield BadRequest(field_violations=[violation])
-    if error.reason:
-        metadata = {key: _shorten(value, MAX_NAME_BYTES) for key, value in error.metadata}
-        yield ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata)
-    if isinstance(error, FailedPrecondition):
-        subject, description = _shorten(error.subject, MAX_NAME_BYTES), _shorten(str(error))
-        failure = PreconditionFailure.Violation(type=error.reason, subject=subject, description=description)
-        yield PreconditionFailure(violations=[failure])
-    if error.resource_type:
-        name, description = _shorten(error.resource_name, MAX_NAME_BYTES), _shorten(str(error))
-        yield ResourceInfo(resource_type=error.resource_type, resource_name=name, description=description)
-    if error.retry_after_seconds is not None:
-        delay = Duration()
-        delay.FromNanoseconds(int(error.retry_after_seconds * 1e9))
-        yield RetryInfo(retry_delay=delay)
-
-
 def _shorten(text: str, max_bytes: int = MAX_MESSAGE_BYTES) -> str:
     """The text, or its beginning and an ellipsis, in at most `max_bytes` of UTF-8."""
     data = text[: max_bytes + 1].encode(errors="replace")
@@ -216,10 +210,9 @@ def make_server(
     message_seconds: float = MESSAGE_SECONDS,
     options: Iterable[tuple[str, int]] = (),
 ) -> grpc.aio.Server:
-    """A server without services, with at most `max_calls` at once, probes not counted; `options` are gRPC's.
+    """A server without services. `max_calls` run at once, probes not counted; a message's bytes are the decompressed.
 
-    Bytes are those of one message, also once it is decompressed. A call whose one message is not complete after
-    `message_seconds` is DEADLINE_EXCEEDED.
+    A call whose one message is not complete after `message_seconds` is DEADLINE_EXCEEDED. `options` are gRPC's.
     """
     logging.getLogger("grpc._cython.cygrpc").addFilter(_ended_by_grpc)  # adding it again changes nothing
     return grpc.aio.server(
@@ -242,10 +235,7 @@ def make_server(
 
 
 def listen(server: grpc.aio.Server, config: ServerConfig, port: int) -> int:
-    """Binds, with TLS where there are files; the port that was bound.
-
-    Raises OSError where the address is taken, or a file cannot be read or is no certificate and key.
-    """
+    """The port that was bound, with TLS where there are files; OSError: it is taken, or a file is of no use."""
     address = join(config.host, port)
     hint = f", and are {config.tls_cert_file} and {config.tls_key_file} a pair?" if config.has_tls else "?"
     try:
@@ -288,10 +278,7 @@ def add_standard_services(server: grpc.aio.Server, servicer: health.aio.HealthSe
 
 
 def _ended_by_grpc(record: logging.LogRecord) -> bool:
-    """One line in place of a traceback where a method returns after its call has ended.
-
-    A message of its stream was over the size limit or badly compressed: the method sees the stream's end.
-    """
+    """One line for a traceback: a message was too large or badly compressed, and its method saw the stream's end."""
     if record.exc_info and isinstance(record.exc_info[1], grpc.aio.InternalError):
         record.levelno, record.levelname = logging.WARNING, "WARNING"
         record.msg, record.args = f"{record.getMessage()}: the call had ended before", ()

@@ -1,7 +1,4 @@
-"""HTTP listeners on uvicorn for hostile networks: deadlines, bounds, and no message with two readings.
-
-The only file that knows the insides of uvicorn and h11.
-"""
+"""HTTP for hostile networks: deadlines, bounds, no message with two readings. Knows uvicorn's and h11's insides."""
 
 from __future__ import annotations
 
@@ -259,10 +256,7 @@ def bind(host: str, port: int, what: str) -> socket.socket:
 def metrics_listener(
     registry: CollectorRegistry, host: str, port: int, guard: Guard, *, header_seconds: float = HEADER_SECONDS
 ) -> Iterator[int]:
-    """Serves a registry to Prometheus on a thread until the block ends; yields the port, which 0 leaves to the system.
-
-    Raises OSError where the port is taken.
-    """
+    """Serves a registry to Prometheus on a thread until the block ends; yields the port. OSError: it is taken."""
     metrics = make_asgi_app(registry)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:

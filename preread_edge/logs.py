@@ -121,10 +121,7 @@ class _TextFormatter(logging.Formatter):
 
 
 def make_tracer(service_name: str) -> tuple[Tracer, Callable[[], None]]:
-    """A tracer, and what to call at the end so that no span is lost. Raises ValueError where the extra is missing.
-
-    OTEL_SERVICE_NAME goes before `service_name`.
-    """
+    """A tracer, and what to call at the end so that no span is lost; ValueError: the extra is not installed."""
     try:
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import OTELResourceDetector, Resource

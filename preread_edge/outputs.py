@@ -27,11 +27,9 @@ def is_stdout(path: str | Path) -> bool:
 
 @contextmanager
 def open_output(path: str | Path) -> Iterator[IO[str]]:
-    """A UTF-8 text file to write to.
+    """A UTF-8 text file, or what a symbolic link points to, which takes its place when the block ends without an error.
 
-    A regular file takes its place, or replaces the one that was there, when the block ends; if it raises, nothing has
-    changed. Through a symbolic link its target is replaced. Raises OSError where it cannot be written; where the folder
-    is at fault, before the block begins.
+    Raises OSError where it cannot be written; where the folder is at fault, before the block begins.
     """
     number = _descriptor(path)
     if number in (1, 2):

@@ -4,9 +4,8 @@
     class QueueConfig(Config):
         max_queue_seconds: float = knob(30.0, "Longest wait in the queue.", at_least=0)
 
-`--max-queue-seconds`, PREREAD_MAX_QUEUE_SECONDS and the TOML key `max-queue-seconds` follow from the field's name. The
-command line makes its options and the docs their tables from the same fields, so a command and an embedded server
-cannot differ. Imports only the standard library: a help text must not load gRPC or torch.
+`--max-queue-seconds`, PREREAD_MAX_QUEUE_SECONDS and the TOML key `max-queue-seconds` follow from the field's name, and
+so do the docs' tables. Imports only the standard library: a help text must not load gRPC or torch.
 """
 
 from __future__ import annotations
