@@ -223,21 +223,18 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     return (found.ipv4_mapped or found) if isinstance(found, ipaddress.IPv6Address) else found
 
 
-def proxy_variable(target: str = "", environment: Mapping[str, str] | None = None) -> str:
+def proxy_variable(target: str = "", environment: Mapping[str, str] = os.environ) -> str:
     """Name of the variable whose proxy gRPC would use for a target, or any elsewhere; "": it would connect directly."""
-    environment = os.environ if environment is None else environment
     name = next((name for name in PROXY_VARIABLES if environment.get(name)), "")
-    return "" if target and (is_loopback(target) or _is_excepted(_host_of(target), environment)) else name
-
-
-def _is_excepted(host: str, environment: Mapping[str, str]) -> bool:
-    """Whether no_proxy names a host: by the end of its name, or by a network it is in."""
-    address = _address(host)
+    if not target or not name or is_loopback(target):
+        return "" if target else name
+    host, address = _host_of(target).lower(), _address(_host_of(target))
+    # no_proxy names the end of a host's name, or a network it is in
     for entry in (environment.get("no_grpc_proxy") or environment.get("no_proxy") or "").split(","):
-        entry = entry.strip()
-        if entry and host.lower().endswith(entry.lower()):
-            return True
+        entry = entry.strip().lower()
+        if entry and host.endswith(entry):
+            return ""
         with suppress(ValueError):  # no network
             if address is not None and "/" in entry and address in ipaddress.ip_network(entry, strict=False):
-                return True
-    return False
+                return ""
+    return name

@@ -72,28 +72,22 @@ def pack_request(query: str, candidates: Candidates, options: RerankOptions) -> 
     for i, candidate in enumerate(Argument("candidates", candidates).items()):
         passage_id, text = Argument(f"candidates[{i}]", candidate).candidate(is_id=is_id)
         packed.append(rerank_pb2.Candidate(passage_id=passage_id, text=text))
-    values: dict[str, Any] = {name: value for name, value in options.items() if name != "timeout"} | {
-        "query": query,
-        "candidates": packed,
-        "on_miss": f"ON_MISS_{on_miss.upper() if on_miss else 'UNSPECIFIED'}",
-        "stages": _pack_stages(options.get("stages") or ()),
-    }
-    return pack(rerank_pb2.RerankRequest, "query", **values)
-
-
-def _pack_stages(stages: object) -> list[rerank_pb2.Stage]:
+    stages: object = options.get("stages") or ()
     if isinstance(stages, str):
         try:
             stages = parse_stages(stages)
         except ValueError as exc:
             raise Argument("stages", stages).invalid(ascii(stages), f"stages that fit ({exc})") from exc
-    packed = []
+    packed_stages = []
     for i, stage in enumerate(Argument("stages", stages).items()):
         if not isinstance(stage, Stage):
             raise Argument(f"stages[{i}]", stage).wrong("a Stage")
         fields = {"compression_ratio": stage.compression_ratio, "keep": stage.keep}
-        packed.append(pack(rerank_pb2.Stage, within=f"stages[{i}].", **fields))
-    return packed
+        packed_stages.append(pack(rerank_pb2.Stage, within=f"stages[{i}].", **fields))
+    values: dict[str, Any] = {name: value for name, value in options.items() if name != "timeout"}
+    values |= {"query": query, "candidates": packed, "stages": packed_stages}
+    values["on_miss"] = f"ON_MISS_{on_miss.upper() if on_miss else 'UNSPECIFIED'}"
+    return pack(rerank_pb2.RerankRequest, "query", **values)
 
 
 class Upload:

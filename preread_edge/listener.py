@@ -30,6 +30,10 @@ HEADER_SECONDS = 10.0  # from a connection, or the first byte of a further reque
 SLICE_BYTES = 2048
 SHORT_SECONDS = 0.001  # a slice that took longer is followed by a rest
 
+_SETTINGS: dict[str, Any] = {
+    "ws": "none", "lifespan": "off", "log_config": None, "access_log": False, "server_header": False,
+    "proxy_headers": False, "timeout_keep_alive": KEEP_ALIVE_SECONDS, "backlog": BACKLOG,
+}  # fmt: skip
 _MAX_METRICS_CONNECTIONS = 64
 _METRICS_PATHS = ("/metrics", "/metrics/", "/")
 
@@ -184,12 +188,8 @@ class _Protocol(H11Protocol):
             self.transport.close()
             return
         content_type, content = self._refusal(status, message)
-        headers = [
-            (b"content-type", content_type.encode()),
-            (b"content-length", str(len(content)).encode()),
-            (b"x-request-id", secrets.token_hex(16).encode()),
-            (b"connection", b"close"),
-        ]
+        headers = [("content-type", content_type), ("content-length", str(len(content))), ("connection", "close")]
+        headers.append(("x-request-id", secrets.token_hex(16)))
         for event in (h11.Response(status_code=status, headers=headers), h11.Data(data=content), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
@@ -198,20 +198,17 @@ class _Protocol(H11Protocol):
 class _Server(uvicorn.Server):
     """uvicorn's, on one socket, with a deadline for TLS handshakes; signals belong to the owner of the process."""
 
-    def __init__(self, config: uvicorn.Config, refusal: Refusal, header_seconds: float) -> None:
-        super().__init__(config)
-        self._refusal, self._header_seconds = refusal, header_seconds
-
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=[])
-        config, seconds = self.config, self._header_seconds
-        shared = {"config": config, "server_state": self.server_state, "app_state": self.lifespan.state}
-        protocol = partial(_Protocol, refusal=self._refusal, header_seconds=seconds, **shared)
-        secured: dict[str, Any] = {"ssl": config.ssl, "ssl_handshake_timeout": seconds} if config.ssl else {}
+        config: Any = self.config
+        states = {"server_state": self.server_state, "app_state": self.lifespan.state}
+        protocol = partial(config.http_protocol_class, config=config, **states)
+        seconds = config.http_protocol_class.keywords["header_seconds"]
+        secured = {"ssl": config.ssl, "ssl_handshake_timeout": seconds} if config.ssl else {}
         for listener in sockets or ():
             made = asyncio.get_running_loop().create_server(protocol, sock=listener, backlog=config.backlog, **secured)
             self.servers.append(await made)
@@ -226,21 +223,8 @@ def make_server(
     **settings: Any,
 ) -> uvicorn.Server:
     """A server of an ASGI application; `settings` are uvicorn's."""
-    config = uvicorn.Config(
-        app,
-        http=_Protocol,
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        backlog=BACKLOG,
-        limit_concurrency=max_connections,
-        **settings,
-    )
-    return _Server(config, refusal, header_seconds)
+    http: Any = partial(_Protocol, refusal=refusal, header_seconds=header_seconds)
+    return _Server(uvicorn.Config(app, http=http, limit_concurrency=max_connections, **_SETTINGS, **settings))
 
 
 def bind(host: str, port: int, what: str) -> socket.socket:

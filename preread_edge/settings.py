@@ -11,6 +11,7 @@ so do the docs' tables. Imports only the standard library: a help text must not 
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,17 +47,13 @@ class Knob:
         """Raises ValueError where a value is out of bounds; None is no value."""
         if value is None:
             return
+        limits = ((operator.ge, self.at_least), (operator.gt, self.above), (operator.le, self.at_most))
+        fits = all(limit is None or is_within(value, limit) for is_within, limit in limits)
+        expected = f"at least {self.at_least}" if self.above is None else f"more than {self.above}"
+        if self.at_most is not None:
+            expected = f"{self.at_least or 0}..{self.at_most}"
         if self.choices:
             fits, expected = value in self.choices, ", ".join(self.choices)
-        else:
-            fits = (
-                (self.at_least is None or value >= self.at_least)
-                and (self.above is None or value > self.above)
-                and (self.at_most is None or value <= self.at_most)
-            )
-            expected = f"at least {self.at_least}" if self.above is None else f"more than {self.above}"
-            if self.at_most is not None:
-                expected = f"{self.at_least or 0}..{self.at_most}"
         if not fits:
             raise ValueError(f"{self.name} is {value!r}; expected {expected}")
 

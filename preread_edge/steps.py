@@ -35,28 +35,22 @@ class _Steps:
         self.abandoned = False
         self._since = 0.0
 
-    def __enter__(self) -> _Steps:
+    def __enter__(self) -> None:
         _turn.acquire()
         self._since = time.thread_time()
-        return self
 
     def __exit__(self, *_: object) -> None:
-        self._rest()
+        time.sleep(REST * min(1.0, time.thread_time() - self._since))
         _turn.release()
 
     def __call__(self) -> None:
         if time.thread_time() - self._since < SLICE_SECONDS:
             return
-        self._rest()
-        _turn.release()
+        self.__exit__()
         time.sleep(0.0005)  # those that wait for the turn get it
-        _turn.acquire()
+        self.__enter__()
         if self.abandoned:
             raise asyncio.CancelledError  # the result is not waited for any more
-        self._since = time.thread_time()
-
-    def _rest(self) -> None:
-        time.sleep(REST * min(1.0, time.thread_time() - self._since))
 
 
 async def stepped(function: Callable[Concatenate[Step, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
