@@ -39,8 +39,7 @@ KEEPALIVE_TIMEOUT_SECONDS = 20
 # The values of A6's example: retries stop while less than half is left.
 BUDGET_TOKENS = 10.0
 TOKENS_PER_SUCCESS = 0.1
-# Variables that gRPC reads, the first that is set. Other libraries read more; none of them connects to our own servers.
-PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
+PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")  # that gRPC reads, the first that is set
 _LOCAL_SCHEMES = ("unix:", "unix-abstract:")
 
 
@@ -165,10 +164,9 @@ class Service:
 
 
 class BaseClient:
-    """Calls a reranking server and, where `encoder_address` is given, an encoder worker.
+    """Calls a reranking server and, where `encoder_address` is given, an encoder worker; raises PrereadError.
 
-    Connects at the first call. Client is thread-safe; AsyncClient belongs to the event loop it was made on. Every
-    method raises PrereadError; its kinds are in preread.errors.
+    Connects at the first call. Client is thread-safe; AsyncClient belongs to the event loop it was made on.
     """
 
     _grpc: Any  # grpc or grpc.aio

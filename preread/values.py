@@ -69,10 +69,7 @@ def stages_problem(stages: Sequence[Stage]) -> tuple[Path, object, str] | None:
 
 
 def id_text(value: object) -> str | None:
-    """An id as the string that is stored: a string as it is, an integer as its digits; None: it is neither.
-
-    A float is neither: 3.0 and 3 would be two ids, and 12345678901234567890.0 another number's.
-    """
+    """An id as it is stored: a string, or an integer's digits; None: neither, as a float, whose 3.0 would not be 3."""
     if isinstance(value, str):
         return str.__str__(value)  # of a subclass, numpy's or an enum's, the string itself
     try:
@@ -103,13 +100,10 @@ class Candidate:
 
 
 class RerankOptions(TypedDict, total=False):
-    """Keyword arguments of `rerank` and `rerank_stream`; what is left out, "" or 0 means the default.
-
-    An instruction of "" is an empty one; None is the default.
-    """
+    """Keyword arguments of `rerank` and `rerank_stream`; what is left out, "" or 0 means the default."""
 
     collection: str  # or alias: what passage ids refer to
-    instruction: str | None  # what to look for; default: the checkpoint's
+    instruction: str | None  # what to look for; default, which "" is not: the checkpoint's
     top_n: int  # how many scored results to return; default: all
     compression_ratio: int  # a multiple of the stored ratio; default: the server's, else the stored one
     stages: str | Sequence[Stage]  # a cascade in place of one ratio: "32:100, 4:20, 1"

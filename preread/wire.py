@@ -25,8 +25,7 @@ T = TypeVar("T")
 
 IDS_PER_DELETE = 10_000  # a server bounds the fields of a message; 5 MB where each has the 512 bytes it may have
 # An upsert message goes out when either is reached: small enough to be acknowledged soon, large enough to batch.
-MAX_PASSAGES_PER_MESSAGE = 64
-MAX_CHARACTERS_PER_MESSAGE = 1 << 20
+MAX_PASSAGES_PER_MESSAGE, MAX_CHARACTERS_PER_MESSAGE = 64, 1 << 20
 
 Candidates = Iterable[str | Candidate | Mapping[str, Any]]
 Passages = Iterable[Passage | Mapping[str, Any]]

@@ -95,10 +95,9 @@ class ApiKeys:
         return cls(tuple(keys))
 
     def check(self, authorization: str, scopes: Collection[Scope], target: str, *alone: str) -> None:
-        """Lets a call of `target` pass with a key that has any one of the scopes; without keys, and scopes, every one.
+        """Raises Unauthenticated without a known key, PermissionDenied where it has none of the scopes that are needed.
 
-        The key is the one in an `authorization` header, after Bearer or as its only word, or comes `alone`. Raises
-        Unauthenticated without a known key, PermissionDenied with a key that lacks the scopes.
+        The key is the one in an `authorization` header, after Bearer or as its only word, or comes `alone`.
         """
         if not self.keys or not scopes:
             return
@@ -199,10 +198,7 @@ class Guard:
                 raise ValueError(f"allow_origin is {text[:100]!r}; expected {expected}")
 
     def problem(self, scope: AsgiScope) -> tuple[str, str] | None:
-        """Why an ASGI request is refused, as a code and a message; None: it is not.
-
-        A request that names its target in full (`GET http://HOST/PATH`), as proxies do, gets the path alone.
-        """
+        """Why an ASGI request is refused, as a code and a message, or None; a target in full becomes its path."""
         targets, authorities = _values(scope, b"host"), []
         if absolute := _ABSOLUTE.match(scope.get("raw_path") or b""):
             targets.insert(0, absolute[1].decode("latin-1"))

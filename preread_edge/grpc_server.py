@@ -250,10 +250,7 @@ def listen(server: grpc.aio.Server, config: ServerConfig, port: int) -> int:
 
 
 def add_standard_services(server: grpc.aio.Server, servicer: health.aio.HealthServicer, names: Iterable[str]) -> None:  # type: ignore[name-defined]  # missing in grpc-stubs
-    """Health, and reflection of it and of the services `names`, for clients of either version of reflection.
-
-    grpcio-reflection has version 1alpha only, which clients are giving up: version 1 is the same under another name.
-    """
+    """Health, and reflection of it and of the services `names`, in both versions; grpcio-reflection has 1alpha only."""
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     described = [*names, health.SERVICE_NAME, reflection.SERVICE_NAME, REFLECTION_V1]
     reflector = reflection.aio.ReflectionServicer(described)  # type: ignore[attr-defined]  # missing in grpc-stubs
@@ -261,7 +258,7 @@ def add_standard_services(server: grpc.aio.Server, servicer: health.aio.HealthSe
     pool, name = descriptor_pool.Default(), "grpc/reflection/v1/reflection.proto"
     try:
         pool.FindFileByName(name)
-    except KeyError:
+    except KeyError:  # version 1 is 1alpha under another name
         alpha = descriptor_pb2.FileDescriptorProto.FromString(reflection_pb2.DESCRIPTOR.serialized_pb)
         text = text_format.MessageToString(alpha).replace("v1alpha", "v1")
         file = text_format.Parse(text, descriptor_pb2.FileDescriptorProto())
@@ -313,10 +310,7 @@ def _parse(step: Step | None, data: bytes, parse: Callable[[bytes], Any]) -> Any
 
 
 def _count_fields(step: Step, data: bytes, described: Any) -> None:
-    """Raises InvalidRequest before anything is made of too many fields: 64 MiB may hold 33 million empty submessages.
-
-    Ends quietly where the bytes are no message: parsing ends there too.
-    """
+    """Raises InvalidRequest for too many fields (64 MiB may hold 33 million), not for bytes that parsing ends at."""
     num_fields = 0
     at, end, nested = 0, len(data), _nested(described)
     outer: list[tuple[int, dict[int, Any]]] = []  # ends of the messages around, and what is nested in them

@@ -34,14 +34,10 @@ _SETTINGS: dict[str, Any] = {
     "ws": "none", "lifespan": "off", "log_config": None, "access_log": False, "server_header": False,
     "proxy_headers": False, "timeout_keep_alive": KEEP_ALIVE_SECONDS, "backlog": BACKLOG,
 }  # fmt: skip
-_MAX_METRICS_CONNECTIONS = 64
+_MAX_CALLERS = 64  # of /metrics
 _METRICS_PATHS = ("/metrics", "/metrics/", "/")
 
 Refusal = Callable[[int, str], tuple[str, bytes]]  # (status, message) -> content type and body
-
-
-def _plain(status: int, message: str) -> tuple[str, bytes]:
-    return "text/plain; charset=utf-8", f"{message}\n".encode()
 
 
 class _Ambiguous(h11.RemoteProtocolError):
@@ -215,12 +211,7 @@ class _Server(uvicorn.Server):
 
 
 def make_server(
-    app: Any,
-    *,
-    max_connections: int,
-    refusal: Refusal = _plain,
-    header_seconds: float = HEADER_SECONDS,
-    **settings: Any,
+    app: Any, *, max_connections: int, refusal: Refusal, header_seconds: float = HEADER_SECONDS, **settings: Any
 ) -> uvicorn.Server:
     """A server of an ASGI application; `settings` are uvicorn's."""
     http: Any = partial(_Protocol, refusal=refusal, header_seconds=header_seconds)
@@ -243,6 +234,9 @@ def metrics_listener(
     """Serves a registry to Prometheus on a thread until the block ends; yields the port. OSError: it is taken."""
     metrics = make_asgi_app(registry)
 
+    def refusal(status: int, message: str) -> tuple[str, bytes]:
+        return "text/plain; charset=utf-8", f"{message}\n".encode()
+
     async def app(scope: Any, receive: Any, send: Any) -> None:
         if problem := guard.problem(scope):
             await PlainTextResponse(f"{problem[1]}\n", 403)(scope, receive, send)
@@ -252,7 +246,7 @@ def metrics_listener(
             headers = [(name, value.decode("latin-1").encode()) for name, value in scope["headers"]]  # it reads UTF-8
             await metrics({**scope, "headers": headers}, receive, send)
 
-    server = make_server(app, max_connections=_MAX_METRICS_CONNECTIONS, header_seconds=header_seconds)
+    server = make_server(app, max_connections=_MAX_CALLERS, refusal=refusal, header_seconds=header_seconds)
     with bind(host, port, "metrics") as listener:
         serving = server.serve(sockets=[listener])
         thread = threading.Thread(target=asyncio.run, args=(serving,), name="metrics", daemon=True)

@@ -1,7 +1,6 @@
 """Log lines, the current call whose id each of them carries, and the exporter of spans.
 
-A line is JSON for machines or text for people; fields next to the message come as `extra=fields(...)`. An edge begins a
-call, which follows its task and tasks started from it; logs and spans read it.
+Fields next to the message come as `extra=fields(...)`. A call follows its task and tasks started from it.
 """
 
 from __future__ import annotations

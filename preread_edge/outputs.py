@@ -1,7 +1,7 @@
 """Files that commands write: whole or not at all; and streams that are open already, written to as they are.
 
-`-` is standard output. A path that names an open descriptor (/dev/stdout, /dev/fd/3) means that descriptor: opening it
-by name would truncate a file that `>>` opened for appending. Imports no package.
+A path that names an open descriptor (/dev/stdout, /dev/fd/3; - is stdout) means it: opening it by name would truncate a
+file that `>>` opened for appending. Imports no package.
 """
 
 from __future__ import annotations
