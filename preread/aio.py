@@ -36,9 +36,8 @@ class AsyncClient(BaseClient):
     _grpc = grpc.aio
 
     async def close(self) -> None:
-        await self._server.channel.close()
-        if self._worker is not None:
-            await self._worker.channel.close()
+        for service in filter(None, (self._server, self._worker)):
+            await service.channel.close()
 
     async def __aenter__(self) -> Self:
         return self

@@ -35,9 +35,8 @@ class Client(BaseClient):
     _grpc = grpc
 
     def close(self) -> None:
-        self._server.channel.close()
-        if self._worker is not None:
-            self._worker.channel.close()
+        for service in filter(None, (self._server, self._worker)):
+            service.channel.close()
 
     def __enter__(self) -> Self:
         return self
