@@ -57,7 +57,7 @@ def load(half: str, directory: Path, dtype: str) -> None:
     tokens = checkpoint.text.passages(["warm up"])[0].ids
     with printed_peak(weight_bytes(directory, dtype, half)):
         if half == "encoder":
-            Encoder.load(checkpoint, device="cpu", dtype=dtype).encode([tokens], RATIO)
+            Encoder(checkpoint, device="cpu", dtype=dtype).encode([tokens], RATIO)
         else:
             FbnlBackend(checkpoint, device="cpu", dtype=dtype).warm_up()
 

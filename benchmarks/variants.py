@@ -50,7 +50,7 @@ class Models:
         self.checkpoint = Checkpoint.open(directory)
         self.dtype = DTYPES[dtype]
         self.backend = FbnlBackend(self.checkpoint, device="cpu", dtype=dtype)
-        self.encoder = Encoder.load(self.checkpoint, device="cpu", dtype=dtype)
+        self.encoder = Encoder(self.checkpoint, device="cpu", dtype=dtype)
         whole: Any = T5Gemma2ForConditionalGeneration.from_pretrained(directory, dtype=self.dtype)
         self.whole = whole.eval()
         self._tiered: dict[tuple[str, bool], FbnlBackend] = {}

@@ -1,16 +1,15 @@
 """The encoder half of T5Gemma 2: token ids in, pooled token states out, bidirectional, one packed batch a pass.
 
-Reads like the model's definition (transformers' modeling_t5gemma2 is the oracle in the tests), and its tensors straight
-from safetensors; the vision tower and the decoder are never built. Passages lie end to end, so no padding is ever
-multiplied. Sliding layers are computed in blocks of queries against the keys their window reaches, so time and memory
-grow with the length of a passage, not with its square. Does not know texts, batching policy or stores.
+Reads like the model's definition (transformers' modeling_t5gemma2 is the oracle in the tests). Passages lie end to end,
+so no padding is multiplied. Sliding layers are computed in blocks of queries against the keys their window reaches, so
+time and memory grow with the length of a passage, not with its square.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,24 +18,13 @@ from torch import Tensor
 
 from checkpoint import Checkpoint
 from checkpoint.compute import choose_device, choose_fused, dtype_name
-from checkpoint.layers import (
-    BLOCK_LOGITS,
-    Embedding,
-    LayerWeights,
-    Pointwise,
-    Rope,
-    Rotation,
-    attend,
-    take_norm,
-)
+from checkpoint.layers import BLOCK_LOGITS, Embedding, LayerWeights, Pointwise, Rope, Rotation, attend, take_norm
 
-# Queries at a time where a layer slides: their keys are these and what the window reaches beside
-# them, so more would see more keys in vain.
+# Queries at a time where a layer slides: more would see more keys in vain, those that their windows reach.
 BLOCK_TOKENS = 128
 
 
-@dataclass(frozen=True, slots=True)
-class _Block:
+class _Block(NamedTuple):
     """Queries [first, last) against keys [first_key, last_key) of every passage of a group."""
 
     first: int
@@ -46,8 +34,7 @@ class _Block:
     mask: Tensor | None  # additive, (batch or 1, 1, queries, keys)
 
 
-@dataclass(frozen=True, slots=True)
-class _Group:
+class _Group(NamedTuple):
     """Passages of one length that lie next to one another; or, padded, of several lengths."""
 
     rows: slice  # of the packed batch
@@ -55,38 +42,38 @@ class _Group:
     real: Tensor | None  # (batch, longest)
     batch: int
     length: int
-    blocks: tuple[_Block, ...]
+    blocks: list[_Block]
 
 
 class _Attention:
-    """Bidirectional attention, sliding or over everything, for one packed batch."""
+    """Bidirectional attention for one packed batch of passages; `group`: query heads per kv head.
+
+    With a `size` it slides: a query sees (size - 1) // 2 tokens to its left and size // 2 to its right (source:
+    sliding_window_mask_function in transformers' modeling_t5gemma2); None sees all.
+    """
 
     def __init__(
         self, size: int | None, lengths: Sequence[int], group: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        """
-        Args:
-            size: of the sliding attention in tokens: a query sees (size - 1) // 2 to its left and size // 2 to its
-                right (source: sliding_window_mask_function in transformers' modeling_t5gemma2); None sees all.
-            lengths: of the packed passages, in order.
-            group: query heads per kv head.
-        """
         self._size, self._group, self._device, self._dtype = size, group, device, dtype
         self._masks: dict[tuple[int, int, int], Tensor] = {}
-        # A CPU takes every length alone and pads nothing; a GPU would spend its time launching.
-        pad = device.type != "cpu" and len(set(lengths)) > 1
-        self._groups = [self._padded(lengths)] if pad else list(self._even(lengths))
+        self._groups: list[_Group] = []
+        if device.type != "cpu" and len(set(lengths)) > 1:  # a GPU would spend its time launching
+            longest = max(lengths)
+            real = torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
+            source = (real.flatten().cumsum(0) - 1).clamp(min=0)
+            blocks = self._blocks(longest, real)
+            self._groups.append(_Group(slice(None), source, real, len(lengths), longest, blocks))
+            return
+        row = 0
+        for length, run in groupby(lengths):  # a CPU takes every length alone and pads nothing
+            batch = len(list(run))
+            rows = slice(row, row + batch * length)
+            self._groups.append(_Group(rows, None, None, batch, length, self._blocks(length, None)))
+            row = rows.stop
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, pointwise: Pointwise) -> Tensor:
-        """Attention of every token; q is scaled already.
-
-        Args:
-            q: (num_tokens, num_heads, head).
-            k, v: (num_tokens, num_kv, head).
-
-        Returns:
-            (num_tokens, num_heads * head).
-        """
+        """Scaled q (num_tokens, num_heads, head), k, v (num_tokens, num_kv, head) to (num_tokens, num_heads head)."""
         num_heads, head, num_kv = q.shape[1], q.shape[2], k.shape[1]
         out = torch.empty_like(q)
         for group in self._groups:
@@ -112,28 +99,13 @@ class _Attention:
             out[group.rows] = rows.flatten(0, 1) if group.real is None else rows[group.real]
         return out.flatten(1)
 
-    def _even(self, lengths: Sequence[int]) -> Iterator[_Group]:
-        """Runs of passages of one length."""
-        row = 0
-        for length, run in groupby(lengths):
-            batch = len(list(run))
-            yield _Group(slice(row, row + batch * length), None, None, batch, length, self._blocks(length, None))
-            row += batch * length
-
-    def _padded(self, lengths: Sequence[int]) -> _Group:
-        longest = max(lengths)
-        real = torch.arange(longest, device=self._device) < torch.tensor(lengths, device=self._device)[:, None]
-        source = (real.flatten().cumsum(0) - 1).clamp(min=0)
-        return _Group(slice(None), source, real, len(lengths), longest, self._blocks(longest, real))
-
-    def _blocks(self, length: int, real: Tensor | None) -> tuple[_Block, ...]:
+    def _blocks(self, length: int, real: Tensor | None) -> list[_Block]:
         """The queries of `length` tokens, cut so that whole rows of logits fit."""
         if self._size is None or length <= (self._size + 1) // 2:
             left = right = length
             step = max(1, BLOCK_LOGITS // (self._group * length))
         else:
-            left, right = (self._size + 1) // 2 - 1, self._size // 2
-            step = BLOCK_TOKENS
+            left, right, step = (self._size + 1) // 2 - 1, self._size // 2, BLOCK_TOKENS
         blocks = []
         for first in range(0, length, step):
             last = min(first + step, length)
@@ -143,7 +115,7 @@ class _Attention:
                 padding = _additive(real[:, None, None, first_key:last_key], self._dtype)
                 mask = padding if mask is None else mask + padding
             blocks.append(_Block(first, last, first_key, last_key, mask))
-        return tuple(blocks)
+        return blocks
 
     def _mask(self, offset: int, num_queries: int, num_keys: int, left: int, right: int) -> Tensor | None:
         """Of a block whose first query is its key number `offset`; made once for all blocks that look alike."""
@@ -163,52 +135,31 @@ def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Encoder:
-    """Encoder half of one checkpoint, loaded. Call it from one thread."""
+    """Encoder half of one checkpoint, loaded; call it from one thread.
 
-    def __init__(
-        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *, compiled: bool = False
-    ) -> None:
+    Device is auto, cpu or cuda[:N], dtype auto, float32 or bfloat16; None is auto. ValueError where one is not to be
+    had, CheckpointError for files that cannot be used.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, device: str | None = None, dtype: str | None = None) -> None:
+        where, number_format = choose_device(device, dtype)
         self.dim = checkpoint.dim
-        self.dtype_name = dtype_name(dtype)
-        self.device_name = str(device)
+        self.dtype_name = dtype_name(number_format)
+        self.device_name = str(where)
         self._config = config = checkpoint.encoder_config
-        tensors = {name: tensor.to(device) for name, tensor in checkpoint.encoder_tensors(dtype).items()}
+        tensors = {name: tensor.to(where) for name, tensor in checkpoint.encoder_tensors(number_format).items()}
         self._embedding = Embedding(tensors, "encoder", checkpoint.eoi_id)
         self._norm = take_norm(tensors, "encoder.norm")
         scale = float(config.query_pre_attn_scalar**-0.5)
-        self._layers = [
-            LayerWeights.take(tensors, f"encoder.layers.{i}", scale) for i in range(config.num_hidden_layers)
-        ]
+        layers = range(config.num_hidden_layers)
+        self._layers = [LayerWeights.take(tensors, f"encoder.layers.{i}", scale) for i in layers]
         self._layer_types: list[str] = list(config.layer_types or ())
-        self._pointwise = Pointwise(float(config.rms_norm_eps), compiled=compiled)
-        self._rope = Rope(config, device, dtype)
-
-    @classmethod
-    def load(cls, checkpoint: Checkpoint, *, device: str | None = None, dtype: str | None = None) -> Encoder:
-        """Reads the encoder's tensors.
-
-        Args:
-            device: auto, cpu or cuda[:N]; None is auto.
-            dtype: auto, float32 or bfloat16; None is auto.
-
-        Raises:
-            CheckpointError: files that cannot be used.
-            ValueError: a device or dtype that is not to be had.
-        """
-        where, number_format = choose_device(device, dtype)
-        return cls(checkpoint, where, number_format, compiled=choose_fused(checkpoint.dim, where))
+        self._pointwise = Pointwise(float(config.rms_norm_eps), compiled=choose_fused(checkpoint.dim, where))
+        self._rope = Rope(config, where, number_format)
 
     @torch.inference_mode()
     def encode(self, batch: Sequence[Sequence[int]], ratio: int) -> list[NDArray[np.float32]]:
-        """Pooled states of one batch.
-
-        Args:
-            batch: token ids per passage, template included, each at least one token.
-            ratio: tokens per pooled state.
-
-        Returns:
-            Per passage (ceil(num_tokens / ratio), dim) float32.
-        """
+        """Token ids per passage (template included, at least one) to states (ceil(num_tokens / ratio), dim) float32."""
         lengths = [len(ids) for ids in batch]
         ids = torch.from_numpy(np.concatenate([np.asarray(tokens, dtype=np.int64) for tokens in batch]))
         pooled = _pool(self._states(ids.to(self._embedding.weight.device), lengths), lengths, ratio).cpu()
@@ -238,23 +189,19 @@ class Encoder:
         return normed
 
     def _attended(self, layer: LayerWeights, normed: Tensor, attention: _Attention, rotation: Rotation) -> Tensor:
-        """(num_tokens, dim) -> (num_tokens, num_heads * head_dim)."""
-        head = self._config.head_dim
-        q = layer.q(normed).view(len(normed), -1, head)
-        k, v = layer.kv(normed).view(len(normed), 2, -1, head).unbind(1)
+        # Apart from the loop, so that q, k and v are freed before the layer's other half.
+        q = layer.q(normed).view(len(normed), -1, self._config.head_dim)
+        k, v = layer.kv(normed).view(len(normed), 2, -1, self._config.head_dim).unbind(1)
         q = self._pointwise.norm_rotate(q, layer.q_norm, *rotation)
         k = self._pointwise.norm_rotate(k, layer.k_norm, *rotation)
         return attention.attend(q, k, v.contiguous(), self._pointwise)
 
 
 def _pool(states: Tensor, lengths: Sequence[int], ratio: int) -> Tensor:
-    """Matryoshka embedding pooling of packed passages (num_tokens, dim) on their own device.
+    """Packed passages (num_tokens, dim) to float32 (sum of ceil(length / ratio), dim) on their own device.
 
-    The mean over groups of `ratio` tokens aligned at each passage's token 0; cache.states has the
-    same law for one passage, and the tests hold both to it.
-
-    Returns:
-        (sum of ceil(length / ratio), dim) float32.
+    Matryoshka embedding pooling: the mean over groups of `ratio` tokens aligned at each passage's token 0. cache.states
+    has the same law for one passage, and the tests hold both to it.
     """
     num_tokens = np.asarray(lengths)
     counts = -(-num_tokens // ratio)  # states per passage

@@ -162,7 +162,7 @@ class PassageEncoder:
         """
         if not isinstance(model, Checkpoint):
             model = Checkpoint.open(model, max_passage_tokens=max_passage_tokens, neutralise=not read_control_tokens)
-        encoder = Encoder.load(model, device=device, dtype=dtype)
+        encoder = Encoder(model, device=device, dtype=dtype)
         return cls(model, encoder, BatchLimits.for_device(encoder.device_name, max_batch_tokens))
 
     @property

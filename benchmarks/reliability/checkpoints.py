@@ -141,7 +141,7 @@ class Subject:
 
 def fbnl_margins(directory: Path) -> Margins:
     checkpoint = Checkpoint.open(directory)
-    encoder = Encoder.load(checkpoint, device="cpu", dtype="float32")
+    encoder = Encoder(checkpoint, device="cpu", dtype="float32")
     backend = FbnlBackend(checkpoint, device="cpu", dtype="float32")
     states = encoder.encode([passage.ids for passage in checkpoint.text.passages(PASSAGES)], RATIO)
     return backend.score([StatePair(backend.prompt(QUERY), each) for each in states])

@@ -114,7 +114,7 @@ class Encoding:
 
     def __init__(self, directory: Path) -> None:
         self.checkpoint = Checkpoint.open(directory)
-        self._encoder = Encoder.load(self.checkpoint, device="cpu", dtype="float32")
+        self._encoder = Encoder(self.checkpoint, device="cpu", dtype="float32")
         self.encode = functools.cache(self._encode)
 
     def _encode(self, text: str, ratio: int) -> PassageStates:

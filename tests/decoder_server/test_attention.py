@@ -22,7 +22,7 @@ def test_weights_are_those_of_transformers_eager_attention(tiny_checkpoint: Path
     backend = FbnlBackend(checkpoint, device="cpu", dtype="float32")
     model = T5Gemma2ForConditionalGeneration.from_pretrained(tiny_checkpoint, attn_implementation="eager").eval()
     for ratio in (1, 4):
-        (states,) = Encoder.load(checkpoint, device="cpu", dtype="float32").encode(
+        (states,) = Encoder(checkpoint, device="cpu", dtype="float32").encode(
             [checkpoint.text.passages([TEXT])[0].ids], ratio
         )
         prompt = backend.prompt("what does the decoder attend over")

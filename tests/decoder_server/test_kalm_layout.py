@@ -124,7 +124,7 @@ def test_margins_are_those_of_sentence_transformers(
     expected = official.predict(pairs, activation_fn=torch.nn.Identity(), show_progress_bar=False, batch_size=7)
 
     checkpoint = Checkpoint.open(directory, neutralise=False)  # --read-control-tokens
-    encoder = Encoder.load(checkpoint, device="cpu", dtype="float32")
+    encoder = Encoder(checkpoint, device="cpu", dtype="float32")
     backend = FbnlBackend(checkpoint, device="cpu", dtype="float32")
     ids = [passage.ids for passage in checkpoint.text.passages(documents)]
     states = encoder.encode(ids, checkpoint.settings.default_compression_ratio)

@@ -59,7 +59,7 @@ class Halves:
 
     def __init__(self, directory: Path) -> None:
         self.checkpoint = Checkpoint.open(directory)
-        self.encoder = Encoder.load(self.checkpoint, device="cpu", dtype="float32")
+        self.encoder = Encoder(self.checkpoint, device="cpu", dtype="float32")
         self.backend = FbnlBackend(self.checkpoint, device="cpu", dtype="float32")
         self.oracle = Oracle(directory)
 
@@ -210,7 +210,7 @@ KALM = "PREREAD_KALM_CHECKPOINT"
 def test_published_margins_of_kalm_nano(instruction: str | None, expected: list[float]) -> None:
     """Source: KaLM-Reranker-V1-Nano, bf16, r = 4; the second row is logit(P(yes)) of .9972850 and 5.896418e-07."""
     checkpoint = Checkpoint.open(os.environ[KALM])
-    encoder = Encoder.load(checkpoint, dtype="float32")
+    encoder = Encoder(checkpoint, dtype="float32")
     backend = FbnlBackend(checkpoint, dtype="float32")
     texts = ["The capital of China is Beijing.", "Gravity attracts bodies toward one another."]
     states = encoder.encode([p.ids for p in checkpoint.text.passages(texts)], 4)

@@ -117,7 +117,7 @@ def _index(store: Store, tiny: Path, beir: Path, *, ratio: int, stores_text: boo
     collection = Collection.create(store, manifest)
     texts = read_judged(beir).passages
     tokens = checkpoint.text.passages(list(texts.values()))
-    states = Encoder.load(checkpoint, device="cpu", dtype="float32").encode([t.ids for t in tokens], ratio)
+    states = Encoder(checkpoint, device="cpu", dtype="float32").encode([t.ids for t in tokens], ratio)
     collection.put_many(
         [
             StoredPassage(p, PassageStates(own, (len(t.ids),), ratio, t.truncated, text_digest(text)), text)

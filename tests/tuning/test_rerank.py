@@ -32,7 +32,7 @@ def checkpoint(tiny: Path) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def encoder(checkpoint: Checkpoint) -> Encoder:
-    return Encoder.load(checkpoint, device="cpu", dtype="float32")
+    return Encoder(checkpoint, device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="module")

@@ -139,7 +139,7 @@ def test_onnx_computes_with_the_plain_weights(tiny: Tiny, tmp_path: Path) -> Non
 
 def fbnl_margins(directory: Path) -> NDArray[np.float32]:
     checkpoint = Checkpoint.open(directory)
-    encoder = Encoder.load(checkpoint, device="cpu", dtype="float32")
+    encoder = Encoder(checkpoint, device="cpu", dtype="float32")
     backend = FbnlBackend(checkpoint, device="cpu", dtype="float32")
     states = encoder.encode([p.ids for p in checkpoint.text.passages([pair[2] for pair in PAIRS])], 4)
     return backend.score([StatePair(backend.prompt("What is it?"), each) for each in states])

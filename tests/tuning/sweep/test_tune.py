@@ -284,7 +284,7 @@ def _index(
     )
     collection = Collection.create(store, manifest)
     tokens = checkpoint.text.passages(list(texts.values()))
-    states = Encoder.load(checkpoint, device="cpu", dtype="float32").encode([t.ids for t in tokens], ratio)
+    states = Encoder(checkpoint, device="cpu", dtype="float32").encode([t.ids for t in tokens], ratio)
     collection.put_many(
         [
             StoredPassage(p, PassageStates(own, (len(t.ids),), ratio, t.truncated, text_digest(text)), text)
