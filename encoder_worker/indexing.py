@@ -27,7 +27,7 @@ from encoder_worker.config import CollectionSettings, IndexOptions
 from encoder_worker.passage_encoder import PassageEncoder, Tokenized
 from encoder_worker.pipeline import Pipeline
 from encoder_worker.reading import Intake, ReadBatch, ahead
-from encoder_worker.scheduler import EncodeScheduler, ForwardPass
+from encoder_worker.scheduler import EncodeScheduler
 from encoder_worker.sources import Place, Refused, SourcePassage
 from encoder_worker.writing import Target
 from preread_edge.outputs import open_output
@@ -144,10 +144,10 @@ class IndexReport:
             elif one.finished:
                 self.num_unchanged += 1
 
-    def count_pass(self, one: ForwardPass) -> None:
+    def count_pass(self, num_tokens: int, num_padding_tokens: int, seconds: float) -> None:
         self.num_batches += 1
-        self.num_tokens += one.num_tokens
-        self.num_padding_tokens += one.num_padding_tokens
+        self.num_tokens += num_tokens
+        self.num_padding_tokens += num_padding_tokens
 
     def summary(self) -> dict[str, Any]:
         """The counts as JSON values."""

@@ -1,7 +1,4 @@
-"""Texts to pooled states, in the steps that run on different threads: tokenize, plan batches, encode.
-
-Does not know files, stores or requests.
-"""
+"""Texts to pooled states, in the steps that run on different threads: tokenize, plan batches, encode."""
 
 from __future__ import annotations
 
@@ -15,31 +12,25 @@ import torch
 from numpy.typing import NDArray
 
 from cache.states import PassageStates, text_digest
-from checkpoint import Checkpoint, EncoderIdentity, TokenizedPassage
+from checkpoint import Checkpoint, EncoderIdentity
 from encoder_worker.encoder import Encoder
 
 log = logging.getLogger(__name__)
 
 States = NDArray[np.float32]
 TOKENIZE_TEXTS = 64  # at a time, so that a cancelled call is noticed in between
-# Padded tokens of one pass. A CPU runs at full rate far below; a GPU needs more to be busy, and a
-# pass that is mostly launching kernels may as well carry padding.
-_MAX_BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
-_FREE_PADDING_TOKENS = {"cpu": 0, "cuda": 4096}
+# Padded tokens of one pass, and how many may all be padding. A CPU runs at full rate far below; a GPU needs more to be
+# busy, and a pass that is mostly launching kernels may as well carry padding.
+_BATCH_TOKENS = {"cpu": (4096, 0), "cuda": (65_536, 4096)}
 
 
 @dataclass(frozen=True)
 class BatchLimits:
-    """How large and how ragged a batch may be.
+    """How large and how ragged a batch may be; a sequence over the limit goes alone."""
 
-    max_batch_tokens: padded tokens of one pass; a longer sequence goes alone
-    max_padding: share of a batch's tokens that may be padding
-    free_padding_tokens: batches up to this size may pad as they like
-    """
-
-    max_batch_tokens: int
-    max_padding: float = 0.05
-    free_padding_tokens: int = 0
+    max_batch_tokens: int  # padded, of one pass
+    max_padding: float = 0.05  # share of a batch's tokens
+    free_padding_tokens: int = 0  # batches up to this size may pad as they like
 
     def __post_init__(self) -> None:
         if self.max_batch_tokens < 1:
@@ -50,20 +41,15 @@ class BatchLimits:
     @classmethod
     def for_device(cls, device_name: str, max_batch_tokens: int | None = None) -> BatchLimits:
         """The defaults of a device (`cpu`, `cuda:0`), with another budget where one is given."""
-        kind = device_name.split(":")[0]
-        return cls(
-            max_batch_tokens or _MAX_BATCH_TOKENS.get(kind, 4096), free_padding_tokens=_FREE_PADDING_TOKENS.get(kind, 0)
-        )
+        usual, free_padding_tokens = _BATCH_TOKENS.get(device_name.split(":")[0], _BATCH_TOKENS["cpu"])
+        return cls(max_batch_tokens or usual, free_padding_tokens=free_padding_tokens)
 
     def plan(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Cuts sequences into batches, longest first, every one within the self.
+        """Batches, longest first, of indices into `lengths`, each exactly once.
 
-        Padding has a bound that no input breaks: a batch is closed when one more, shorter sequence would
-        take it over `max_padding`. That costs little: lengths within about a tenth of each other always
-        share, so at most some fifty batches of any plan are closed for raggedness.
-
-        Returns:
-            Indices into `lengths`, each exactly once.
+        Padding has a bound that no input breaks: a batch is closed when one more, shorter sequence would take it over
+        `max_padding`. That costs little: lengths within about a tenth of each other always share, so at most some fifty
+        batches of any plan are closed for raggedness.
         """
         batches: list[list[int]] = []
         padded_tokens = num_tokens = 0  # of the last batch
@@ -110,7 +96,7 @@ class Tokenized:
     def num_states(self, ratio: int) -> int:
         return sum(-(-num_tokens // ratio) for num_tokens in self.window_tokens)
 
-    def join(self, windows: Mapping[int, States | EncodingFailed], ratio: int) -> PassageStates | EncodingFailed:
+    def join(self, windows: Mapping[int, States | EncodingFailed], ratio: int) -> Encoded:
         """The passage out of its encoded windows by number, or why the first failing one failed."""
         if self.failed is not None:
             return self.failed
@@ -123,6 +109,7 @@ class Tokenized:
         return PassageStates(states, self.window_tokens, ratio, self.truncated, self.text_digest)
 
 
+Encoded = PassageStates | EncodingFailed
 EMPTY = Tokenized((), False, b"", EncodingFailed("empty_text", "text is empty"))
 
 
@@ -131,6 +118,7 @@ class PassageEncoder:
 
     def __init__(self, checkpoint: Checkpoint, encoder: Encoder, limits: BatchLimits) -> None:
         self.identity: EncoderIdentity = checkpoint.identity()
+        self.dim = self.identity.dim
         self.settings = checkpoint.settings
         self.dtype_name = encoder.dtype_name
         self.device_name = encoder.device_name
@@ -149,12 +137,9 @@ class PassageEncoder:
         max_batch_tokens: int | None = None,
         read_control_tokens: bool = False,
     ) -> PassageEncoder:
-        """Opens a checkpoint and loads its encoder half.
+        """Loads the encoder half of a checkpoint, which is opened here where `model` is its directory or hub id.
 
-        Args:
-            model: a checkpoint, or its directory or hub id.
-            max_passage_tokens: of a checkpoint that is opened here.
-            read_control_tokens: in texts, as KaLM's own code does; of a checkpoint that is opened here.
+        Only then do these count: `max_passage_tokens` and `read_control_tokens` (in texts, as KaLM's own code does).
 
         Raises:
             CheckpointError: files that cannot be used, or a limit over the encoder's positions.
@@ -164,10 +149,6 @@ class PassageEncoder:
             model = Checkpoint.open(model, max_passage_tokens=max_passage_tokens, neutralise=not read_control_tokens)
         encoder = Encoder(model, device=device, dtype=dtype)
         return cls(model, encoder, BatchLimits.for_device(encoder.device_name, max_batch_tokens))
-
-    @property
-    def dim(self) -> int:
-        return self.identity.dim
 
     def is_empty(self, text: str) -> bool:
         """As TextTokenizer.is_empty; False where the tokenizer does not take the text."""
@@ -188,12 +169,13 @@ class PassageEncoder:
         A text that is empty, or that the tokenizer does not take, has failed; the others are read.
         """
         try:
-            empty = [self.is_empty(text) for text in texts]
-            read = iter(self._text.passages([text for text, none in zip(texts, empty, strict=True) if not none]))
-            return [
-                EMPTY if none else self._tokenized(text, next(read), split)
-                for text, none in zip(texts, empty, strict=True)
-            ]
+            tokenized = [EMPTY] * len(texts)
+            full = [(i, text) for i, text in enumerate(texts) if not self.is_empty(text)]
+            for (i, text), passage in zip(full, self._text.passages([text for _, text in full]), strict=True):
+                read = self._text.passage_windows(text) if split and passage.truncated else [passage]
+                if windows := tuple(array("i", window.ids) for window in read if window.ids):
+                    tokenized[i] = Tokenized(windows, any(one.truncated for one in read), text_digest(text))
+            return tokenized
         except Exception:  # whatever a tokenizer raises, it costs the text that it is about
             if len(texts) > 1:
                 return [one for text in texts for one in self.tokenize([text], split=split)]
@@ -209,7 +191,8 @@ class PassageEncoder:
             encoded = self._encoder.encode(batch, ratio)
         except Exception as exc:  # whatever the model raises, it costs the sequence that it is about
             if len(batch) == 1:
-                if _out_of_memory(exc):
+                # torch's CPU allocator raises a plain RuntimeError.
+                if isinstance(exc, torch.OutOfMemoryError) or "can't allocate memory" in str(exc):
                     return [EncodingFailed("out_of_memory", f"{len(batch[0])} tokens do not fit into memory")]
                 log.exception("a sequence of %d tokens could not be encoded", len(batch[0]))
                 return [EncodingFailed("encoding_failed", "the encoder failed on this text; its log has the cause")]
@@ -219,9 +202,7 @@ class PassageEncoder:
         half = len(batch) // 2
         return self.encode(batch[:half], ratio) + self.encode(batch[half:], ratio)
 
-    def encode_all(
-        self, texts: Sequence[Tokenized], ratio: int
-    ) -> Iterator[tuple[int, PassageStates | EncodingFailed]]:
+    def encode_all(self, texts: Sequence[Tokenized], ratio: int) -> Iterator[tuple[int, Encoded]]:
         """Texts in batches of like length; each comes with its index when it is done."""
         windows = [(i, w, tokens) for i, text in enumerate(texts) for w, tokens in enumerate(text.windows)]
         encoded: dict[int, dict[int, States | EncodingFailed]] = {i: {} for i in range(len(texts))}
@@ -241,16 +222,6 @@ class PassageEncoder:
             raise joined
         return joined
 
-    def _tokenized(self, text: str, passage: TokenizedPassage, split: bool) -> Tokenized:
-        read = self._text.passage_windows(text) if split and passage.truncated else [passage]
-        windows = tuple(array("i", window.ids) for window in read if window.ids)
-        return Tokenized(windows, any(one.truncated for one in read), text_digest(text)) if windows else EMPTY
-
     def warm_up(self) -> None:
         """A real forward pass; raises where the encoder does not work."""
         self.encode_one("warm", 1)
-
-
-def _out_of_memory(error: Exception) -> bool:
-    # torch's CPU allocator raises a plain RuntimeError.
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

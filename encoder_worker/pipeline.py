@@ -22,9 +22,9 @@ from itertools import islice, takewhile
 from typing import Any
 
 from encoder_worker.config import PipelineLimits
-from encoder_worker.passage_encoder import Tokenized
+from encoder_worker.passage_encoder import Encoded, Tokenized
 from encoder_worker.reading import ReadBatch
-from encoder_worker.scheduler import Encoded, EncodeScheduler, EncodeStream, Priority
+from encoder_worker.scheduler import EncodeScheduler, EncodeStream, Priority
 from encoder_worker.writing import Target, Upsert, WriteGroup
 
 _MAX_PENDING_WRITES = 2

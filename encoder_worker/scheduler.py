@@ -1,7 +1,6 @@
 """Shares one model thread between calls: on-demand texts first, uploads with what is left, neither starved.
 
-Texts of several calls share a forward pass. What a cancelled call still had waiting is dropped before
-the next pass. Runs on the event loop; does not know stores or gRPC.
+Texts of several calls share a forward pass. What a cancelled call still had waiting is dropped before the next pass.
 """
 
 from __future__ import annotations
@@ -19,17 +18,13 @@ from typing import Any
 
 import torch
 
-from cache.states import PassageStates
-from encoder_worker.passage_encoder import BatchLimits, EncodingFailed, PassageEncoder, States, Tokenized
+from encoder_worker.passage_encoder import BatchLimits, Encoded, EncodingFailed, PassageEncoder, States, Tokenized
 
-Encoded = PassageStates | EncodingFailed
+OnPass = Callable[[int, int, float], None]  # after each forward pass: tokens of its texts and of padding, seconds
 
-# Sequences that are planned together: enough to find like lengths.
-_MAX_PLANNED = 4096
-# While on-demand texts keep coming, every so-many-th batch is an upload's.
-_BULK_EVERY = 4
-# Passes that a stream may leave unread before the model computes no more for it.
-_MAX_UNREAD = 2
+_MAX_PLANNED = 4096  # sequences that are planned together: enough to find like lengths
+_BULK_EVERY = 4  # while on-demand texts keep coming, every so-many-th batch is an upload's
+_MAX_UNREAD = 2  # passes that a stream may leave unread before the model computes no more for it
 
 
 class Priority(IntEnum):
@@ -37,22 +32,6 @@ class Priority(IntEnum):
 
     ON_DEMAND = 0  # a caller waits for the answer
     BULK = 1
-
-
-@dataclass(frozen=True, slots=True)
-class ForwardPass:
-    """One forward pass, for observers."""
-
-    lengths: list[int]  # tokens of each sequence
-    seconds: float
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(self.lengths)
-
-    @property
-    def num_padding_tokens(self) -> int:
-        return len(self.lengths) * max(self.lengths) - self.num_tokens
 
 
 @dataclass(eq=False, slots=True)
@@ -74,44 +53,43 @@ class _Sequence:
 class EncodeStream:
     """The texts of one call, each by a key of the caller."""
 
-    scheduler: EncodeScheduler
     ratio: int
-    priority: Priority
+    queue: _Queue  # its priority's
+    wake: asyncio.Event  # of the scheduler
     num_tokens: int = 0
     unread: asyncio.Queue[list[tuple[Any, Encoded]] | Exception] = field(default_factory=asyncio.Queue)
 
     def add(self, texts: Iterable[tuple[Any, Tokenized]]) -> None:
         for key, text in texts:
             encoded: dict[int, States | EncodingFailed] = {}
-            for window in range(len(text.windows)):
-                self.scheduler.enqueue(_Sequence(self, key, text, window, encoded))
+            self.queue.add([_Sequence(self, key, text, window, encoded) for window in range(len(text.windows))])
             self.num_tokens += text.num_tokens
+        self.wake.set()
 
     async def completed(self) -> list[tuple[Any, Encoded]]:
         """The texts that one pass completed; waits for the pass."""
         texts = await self.unread.get()
         if isinstance(texts, Exception):
             raise texts
-        self.scheduler.wake()
+        self.wake.set()
         return texts
 
 
 class EncodeScheduler:
-    """`run` it as a task; open streams from any number of others."""
+    """`run` it as a task; open streams from any number of others, all on one event loop.
+
+    `shuffle` makes the order of batches, for one bulk stream alone: in no order of length, so that speed tells the time
+    left and the first states are a fair sample for a codec. None: the longest-waiting text first.
+    """
 
     def __init__(
         self,
         encoder: PassageEncoder,
         model_thread: Executor,
-        on_pass: Callable[[ForwardPass], None] = lambda _: None,
+        on_pass: OnPass,
         *,
         shuffle: random.Random | None = None,
     ) -> None:
-        """
-        Args:
-            shuffle: the order of batches, for one bulk stream alone: in no order of length, so that speed tells the
-                time left and the first states are a fair sample for a codec; None: the longest-waiting text first.
-        """
         self._encoder = encoder
         self._model_thread = model_thread
         self._on_pass = on_pass
@@ -129,7 +107,8 @@ class EncodeScheduler:
     @property
     def on_demand_tokens(self) -> int:
         """In flight: queued or being computed."""
-        return sum(stream.num_tokens for stream in self._streams if stream.priority is Priority.ON_DEMAND)
+        on_demand = self._queues[Priority.ON_DEMAND]
+        return sum(stream.num_tokens for stream in self._streams if stream.queue is on_demand)
 
     def num_waiting(self, priority: Priority) -> int:
         """Token sequences that wait for a pass and whose caller is still there."""
@@ -138,20 +117,13 @@ class EncodeScheduler:
     @contextmanager
     def stream(self, ratio: int, priority: Priority) -> Iterator[EncodeStream]:
         """Texts of one call, encoded in passes that calls share. Leaving it drops what waits."""
-        stream = EncodeStream(self, ratio, priority)
+        stream = EncodeStream(ratio, self._queues[priority], self._wake)
         self._streams.add(stream)
         try:
             yield stream
         finally:
             self._streams.discard(stream)
-            self._queues[priority].drop(stream)
-
-    def enqueue(self, sequence: _Sequence) -> None:
-        self._queues[sequence.stream.priority].add(sequence)
-        self._wake.set()
-
-    def wake(self) -> None:
-        self._wake.set()
+            stream.queue.drop(stream)
 
     async def encode(self, texts: Sequence[Tokenized], ratio: int, priority: Priority) -> list[Encoded]:
         """The states of each text, or why there are none."""
@@ -176,6 +148,15 @@ class EncodeScheduler:
                 stream.unread.put_nowait(exc)
             raise
 
+    def _next(self) -> list[_Sequence]:
+        """The next batch of the queue whose turn it is; empty when nothing waits, or for readers only."""
+        on_demand, bulk = (self._queues[priority].first() for priority in Priority)
+        bulk_now = bool(bulk) and (not on_demand or self._passed_over >= _BULK_EVERY - 1)
+        if batch := bulk if bulk_now else on_demand:
+            self._passed_over = 0 if bulk_now or not bulk else self._passed_over + 1
+            batch[0].stream.queue.take(batch)
+        return batch
+
     async def _compute(self, batch: list[_Sequence]) -> None:
         tokens = [one.tokens for one in batch]
         completed: dict[EncodeStream, list[tuple[Any, Encoded]]] = {one.stream: [] for one in batch}
@@ -188,23 +169,14 @@ class EncodeScheduler:
             for stream in completed:
                 stream.unread.put_nowait(exc)
             return
-        self._on_pass(ForwardPass([len(sequence) for sequence in tokens], time.monotonic() - start))
+        num_tokens = sum(map(len, tokens))
+        self._on_pass(num_tokens, len(tokens) * max(map(len, tokens)) - num_tokens, time.monotonic() - start)
         for one, result in zip(batch, results, strict=True):
             one.encoded[one.window] = result
             if len(one.encoded) == len(one.text.windows):
                 completed[one.stream].append((one.key, one.text.join(one.encoded, one.stream.ratio)))
         for stream, texts in completed.items():
             stream.unread.put_nowait(texts)
-
-    def _next(self) -> list[_Sequence]:
-        """The next batch of the queue whose turn it is; empty when nothing waits, or for readers only."""
-        on_demand, bulk = (self._queues[priority].first() for priority in Priority)
-        bulk_now = bool(bulk) and (not on_demand or self._passed_over >= _BULK_EVERY - 1)
-        batch = bulk if bulk_now else on_demand
-        if batch:
-            self._passed_over = 0 if bulk_now or not bulk else self._passed_over + 1
-            self._queues[batch[0].stream.priority].take(batch)
-        return batch
 
 
 @dataclass
@@ -216,8 +188,8 @@ class _Queue:
     waiting: dict[_Sequence, None] = field(default_factory=dict)
     planned: list[list[_Sequence]] = field(default_factory=list)  # of the first of them; empty: to be made
 
-    def add(self, sequence: _Sequence) -> None:
-        self.waiting[sequence] = None
+    def add(self, sequences: Iterable[_Sequence]) -> None:
+        self.waiting |= dict.fromkeys(sequences)
         self.planned = []
 
     def drop(self, stream: EncodeStream) -> None:
@@ -228,7 +200,14 @@ class _Queue:
     def first(self) -> list[_Sequence]:
         """The next batch to compute, which stays planned."""
         if self.waiting and not self.planned:
-            self._plan()
+            ratio = next(iter(self.waiting)).stream.ratio
+            near = list(islice((one for one in self.waiting if one.stream.ratio == ratio), _MAX_PLANNED))
+            batches = self.limits.plan([len(one.tokens) for one in near])
+            if self.shuffle is None:
+                batches.sort(key=min)  # the batch of the longest-waiting sequence first
+            else:
+                self.shuffle.shuffle(batches)
+            self.planned = [[near[i] for i in batch] for batch in batches]
         ready = (one for one in self.planned if all(s.stream.unread.qsize() < _MAX_UNREAD for s in one))
         return next(ready, [])
 
@@ -236,13 +215,3 @@ class _Queue:
         self.planned.remove(batch)
         for one in batch:
             del self.waiting[one]
-
-    def _plan(self) -> None:
-        ratio = next(iter(self.waiting)).stream.ratio
-        near = list(islice((one for one in self.waiting if one.stream.ratio == ratio), _MAX_PLANNED))
-        batches = self.limits.plan([len(one.tokens) for one in near])
-        if self.shuffle is None:
-            batches.sort(key=min)  # the batch of the longest-waiting sequence first
-        else:
-            self.shuffle.shuffle(batches)
-        self.planned = [[near[i] for i in batch] for batch in batches]

@@ -1,7 +1,6 @@
-"""The offline half as a process part: binds, loads, proves itself, serves, drains.
+"""The offline half as a process part: binds, loads, proves the model by a real forward pass, serves, drains.
 
-`start` returns when a real forward pass has succeeded; until then health says NOT_SERVING. Owns one
-thread for the model and a few for the tokenizer and the store.
+Until that pass has succeeded health says NOT_SERVING. Owns one thread for the model and a few for tokenizer and store.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ from grpc_health.v1 import health, health_pb2
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from cache.open import open_store
-from cache.store import Store, public_url
+from cache.store import Store
 from encoder_worker.config import EncoderConfig
 from encoder_worker.passage_encoder import PassageEncoder
-from encoder_worker.scheduler import EncodeScheduler, ForwardPass
+from encoder_worker.scheduler import EncodeScheduler
 from encoder_worker.service import EncoderService, Worker
 from preread.v1 import encoder_pb2, encoder_pb2_grpc
 from preread_edge.access import ApiKeys
@@ -53,31 +52,20 @@ class _Metrics:
         self._batch_tokens = make(Histogram, "batch_tokens", "Tokens of one pass, without padding.", buckets=TOKENS)
         self._tokens = make(Counter, "tokens", "Tokens computed: of texts, and padding.", "kind")
         self._passages = make(Counter, "passages", "Passages of uploads by their outcome.", "status")
-        self._on_demand = make(Gauge, "on_demand_tokens", "On-demand tokens in flight.")
-        self._model = make(Info, "model", "The encoder that runs here.")
-
-    def watch(self, scheduler: EncodeScheduler, encoder: PassageEncoder) -> None:
-        """What is there once the model has loaded."""
-        self._on_demand.set_function(lambda: scheduler.on_demand_tokens)
-        self._model.info(
-            {
-                "checkpoint": encoder.identity.checkpoint,
-                "fingerprint": encoder.identity.fingerprint[:12],
-                "dtype": encoder.dtype_name,
-                "device": encoder.device_name,
-            }
-        )
+        self.on_demand = make(Gauge, "on_demand_tokens", "On-demand tokens in flight.")
+        self.model = make(Info, "model", "The encoder that runs here.")
 
     def rpc(self, method: str, code: str, seconds: float) -> None:
         """For preread_edge.grpc_server."""
         self._rpcs.labels(method, code).inc()
         self._rpc_seconds.labels(method).observe(seconds)
 
-    def passed(self, one: ForwardPass) -> None:
-        self._forward_seconds.observe(one.seconds)
-        self._batch_tokens.observe(one.num_tokens)
-        self._tokens.labels("text").inc(one.num_tokens)
-        self._tokens.labels("padding").inc(one.num_padding_tokens)
+    def passed(self, num_tokens: int, num_padding_tokens: int, seconds: float) -> None:
+        """For the scheduler."""
+        self._forward_seconds.observe(seconds)
+        self._batch_tokens.observe(num_tokens)
+        self._tokens.labels("text").inc(num_tokens)
+        self._tokens.labels("padding").inc(num_padding_tokens)
 
     def upserted(self, response: encoder_pb2.UpsertResponse) -> None:
         for status, count in Tally(result.status for result in response.results).items():
@@ -116,11 +104,6 @@ class EncoderServer:
         if self._service.worker is None:
             raise RuntimeError("this worker has not started, or was stopped")
         return self._service.worker
-
-    @property
-    def public_store(self) -> str:
-        """The store's URL, without user and password."""
-        return public_url(self.config.store)
 
     async def start(self) -> None:
         """Binds, loads and proves the model. When it raises, everything is stopped again.
@@ -170,14 +153,23 @@ class EncoderServer:
 
     async def _load(self) -> None:
         assert self._store is not None
-        loop = asyncio.get_running_loop()
-        encoder = await loop.run_in_executor(self._model_thread, _load_encoder, self.config)
+        encoder = await asyncio.get_running_loop().run_in_executor(self._model_thread, self._load_encoder)
         scheduler = EncodeScheduler(encoder, self._model_thread, self.metrics.passed)
-        self.metrics.watch(scheduler, encoder)
+        self.metrics.on_demand.set_function(lambda: scheduler.on_demand_tokens)
+        identity, compute = encoder.identity, {"dtype": encoder.dtype_name, "device": encoder.device_name}
+        self.metrics.model.info(
+            {"checkpoint": identity.checkpoint, "fingerprint": identity.fingerprint[:12], **compute}
+        )
         self._loop = asyncio.create_task(scheduler.run())
         self._loop.add_done_callback(self._loop_ended)
         self._service.worker = Worker(self.config, encoder, scheduler, self._store, self._threads, self._store_threads)
         await self._say(health_pb2.HealthCheckResponse.SERVING)
+
+    def _load_encoder(self) -> PassageEncoder:
+        names = ("device", "dtype", "max_passage_tokens", "read_control_tokens", "max_batch_tokens")
+        encoder = PassageEncoder.load(self.config.checkpoint, **{name: getattr(self.config, name) for name in names})
+        encoder.warm_up()
+        return encoder
 
     async def _say(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for name in ("", SERVICE):
@@ -189,17 +181,3 @@ class EncoderServer:
             log.critical("the batching loop ended, stopping", exc_info=task.exception())
             self._service.worker = None
             self._saying = asyncio.create_task(self._say(health_pb2.HealthCheckResponse.NOT_SERVING))
-
-
-def _load_encoder(config: EncoderConfig) -> PassageEncoder:
-    """On the model's thread."""
-    encoder = PassageEncoder.load(
-        config.checkpoint,
-        device=config.device,
-        dtype=config.dtype,
-        max_passage_tokens=config.max_passage_tokens,
-        read_control_tokens=config.read_control_tokens,
-        max_batch_tokens=config.max_batch_tokens,
-    )
-    encoder.warm_up()
-    return encoder

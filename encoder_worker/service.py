@@ -38,10 +38,10 @@ from cache.record import is_passage_id
 from cache.store import Store, StoreStats, public_url
 from checkpoint.model import EncoderIdentity
 from encoder_worker.config import CollectionSettings, EncoderConfig, PipelineLimits
-from encoder_worker.passage_encoder import TOKENIZE_TEXTS, EncodingFailed, PassageEncoder, States, Tokenized
+from encoder_worker.passage_encoder import TOKENIZE_TEXTS, Encoded, EncodingFailed, PassageEncoder, States, Tokenized
 from encoder_worker.pipeline import Pipeline
 from encoder_worker.reading import Intake, ReadBatch
-from encoder_worker.scheduler import Encoded, EncodeScheduler, Priority
+from encoder_worker.scheduler import EncodeScheduler, Priority
 from encoder_worker.sources import Place, SourcePassage
 from encoder_worker.writing import Target, Upsert
 from preread.errors import (

@@ -309,6 +309,7 @@ def encode_worker(ctx: click.Context, /, **options: Any) -> None:
 
 
 async def _work(config: EncoderConfig, process: Process) -> None:
+    from cache.store import public_url
     from checkpoint.compute import keep_loaded
     from encoder_worker.server import EncoderServer
 
@@ -321,7 +322,7 @@ async def _work(config: EncoderConfig, process: Process) -> None:
         identity = encoder.identity
         say(f"encoder      {config.checkpoint} (encoder {identity.fingerprint[:12]}, dim {identity.dim})")
         say(f"compute      {encoder.dtype_name} on {encoder.device_name}")
-        say(f"store        {server.public_store}")
+        say(f"store        {public_url(config.store)}")
         process.listens(server)
         await process.runs()
         await server.stop(process.stops())
