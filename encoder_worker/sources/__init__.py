@@ -1,8 +1,4 @@
-"""Passages out of files: the text of an item, its place in the input, or the reason it was refused.
-
-A source yields every item of its input, as a Passage or as a Refused; nothing is dropped in silence.
-Does not know file formats (text, parquet), tokens, encoders or stores.
-"""
+"""Passages out of files: every item of an input is a SourcePassage or a Refused; nothing is dropped in silence."""
 
 from __future__ import annotations
 
@@ -78,13 +74,9 @@ Position = Callable[[], int]  # bytes of the input that were read, compressed wh
 
 @dataclass(frozen=True)
 class Fields:
-    """Names of the fields (or columns) that make a passage.
+    """Names of the fields (or columns) that make a passage; a title goes before the text, as in BEIR's own readers."""
 
-    An id may be named `id` or `_id` (BEIR) unless it is given. A title is put before the text with
-    `title_separator`, which is what BEIR's own readers do.
-    """
-
-    id: str | None = None
+    id: str | None = None  # None: `id` or `_id` (BEIR)
     text: str = "text"
     title: str | None = "title"  # None: titles are ignored
     title_separator: str = " "
@@ -94,11 +86,7 @@ class Fields:
         return (self.id,) if self.id is not None else ("id", "_id")
 
     def find(self, names: Collection[str]) -> tuple[str, str, str | None]:
-        """The names of id, text and title among `names`; a title may be missing.
-
-        Raises:
-            KeyError: what is missing.
-        """
+        """The names of id, text and title among `names`; a title may be missing. Raises KeyError with what is."""
         id_name = next((name for name in self.id_names if name in names), None)
         if id_name is None or self.text not in names:
             raise KeyError(self.text if id_name is not None else " or ".join(self.id_names))

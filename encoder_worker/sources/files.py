@@ -1,9 +1,9 @@
 """Files, BEIR folders and standard input as one stream of passages, with how much of them was read.
 
-gzip and zstd are known by their first bytes, not by name. Lines over a limit are refused without being held in memory.
-JSON lines and text hold one passage per line. CSV is RFC 4180: a quoted field may hold the separator, quotes and line
-ends. TSV is what search collections use (MS MARCO): no quoting, a tab always separates. With a header line columns are
-found by name; without one the first column is the id, the second the text.
+gzip and zstd are known by their first bytes, not by name. JSON lines and text hold one passage per line. CSV is RFC
+4180: a quoted field may hold the separator, quotes and line ends. TSV is what search collections use (MS MARCO): no
+quoting, a tab always separates. With a header line columns are found by name; without one the first column is the id,
+the second the text.
 """
 
 from __future__ import annotations
@@ -17,21 +17,20 @@ import shutil
 import tempfile
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from io import FileIO
 from pathlib import Path
-from typing import IO, Any, BinaryIO, TypeVar
+from typing import IO, Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from encoder_worker.sources import Fields, Item, Place, Position, Reason, Refused, SourceError
 
-T = TypeVar("T")
 Line = tuple[Place, bytes] | Refused
 Text = tuple[Place, str] | Refused
-Row = tuple[Place, list[str]]
+Row = tuple[Place, list[str]] | Refused
 
 FORMATS = ("jsonl", "tsv", "csv", "parquet", "text", "beir")
 STDIN = "-"
@@ -48,15 +47,10 @@ _GZIP, _ZSTD, _BOM, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xef\xbb\xbf"
 
 
 class Source:
-    """Iterates over every item of its inputs once.
+    """Iterates over every item of its inputs once: files, BEIR folders, or `-` for standard input.
 
-    Args:
-        names: files, BEIR folders, or `-` for standard input.
-        format: one of FORMATS; None goes by each name.
-        max_line_bytes: lines (records, rows) over it are refused without being held in memory.
-
-    Raises:
-        SourceError: an input that is not there, or whose format the name does not tell.
+    Without a `format` (one of FORMATS) each name tells. Lines (records, rows) over `max_line_bytes` are refused without
+    being held in memory. Raises SourceError for an input that is not there, or whose format its name does not tell.
     """
 
     def __init__(
@@ -82,12 +76,14 @@ class Source:
         self._position: Position = int  # nothing
 
     def __iter__(self) -> Iterator[Item]:
+        readers = {"jsonl": self._jsonl, "tsv": self._tsv, "csv": self._csv, "text": self._text}
         for name, format in self._inputs:
+            source = "standard input" if name == STDIN else name
             with open_bytes(name) as (stream, self._position):
-                source = "standard input" if name == STDIN else name
-                yield from (
-                    self._rows(stream, name, source) if format == "parquet" else self._lines(stream, source, format)
-                )
+                if format == "parquet":
+                    yield from self._parquet(stream, name, source)
+                else:
+                    yield from readers[format](stream, source)
                 self._done_bytes, self._position = self._done_bytes + (_size(name) or 0), int
 
     def fraction(self) -> float | None:
@@ -96,25 +92,32 @@ class Source:
             return None
         return min(1.0, (self._done_bytes + self._position()) / max(1, self._total_bytes))
 
-    def _lines(self, stream: BinaryIO, source: str, format: str) -> Iterator[Item]:
-        if format == "csv":
-            rows = _csv_rows(_read_lines(stream, source, self._max_line_bytes), self._max_line_bytes)
-            return _columns(rows, source, self._fields)
-        texts = read_texts(stream, source, self._max_line_bytes, blank=format == "text")
-        if format == "tsv":
-            return _columns(_each(texts, lambda place, text: (place, text.split("\t"))), source, self._fields)
-        if format == "text":
-            # Line numbers of several files would collide.
-            prefix = f"{Path(source).name}:" if len(self._inputs) > 1 else ""
-            return _each(texts, lambda place, text: self._fields.passage(place, f"{prefix}{place.line}", text))
-        return _each(texts, self._json_item)
+    def _jsonl(self, stream: BinaryIO, source: str) -> Iterator[Item]:
+        for entry in read_texts(stream, source, self._max_line_bytes):
+            row = entry if isinstance(entry, Refused) else json_object(*entry)
+            yield row if isinstance(row, Refused) else self._fields.of_row(entry[0], row)
 
-    def _json_item(self, place: Place, text: str) -> Item:
-        row = json_object(place, text)
-        return row if isinstance(row, Refused) else self._fields.of_row(place, row)
+    def _text(self, stream: BinaryIO, source: str) -> Iterator[Item]:
+        # Line numbers of several files would collide.
+        prefix = f"{Path(source).name}:" if len(self._inputs) > 1 else ""
+        for entry in read_texts(stream, source, self._max_line_bytes, blank=True):
+            if isinstance(entry, Refused):
+                yield entry
+            else:
+                place, text = entry
+                yield self._fields.passage(place, f"{prefix}{place.line}", text)
 
-    def _rows(self, stream: BinaryIO, name: str, source: str) -> Iterator[Item]:
-        """Rows of a Parquet file. A stream is copied to a temporary file first: Parquet is read from its end."""
+    def _tsv(self, stream: BinaryIO, source: str) -> Iterator[Item]:
+        texts = read_texts(stream, source, self._max_line_bytes)
+        rows = (one if isinstance(one, Refused) else (one[0], one[1].split("\t")) for one in texts)
+        return _columns(rows, source, self._fields)
+
+    def _csv(self, stream: BinaryIO, source: str) -> Iterator[Item]:
+        lines = _read_lines(stream, source, self._max_line_bytes)
+        return _columns(_csv_rows(lines, self._max_line_bytes), source, self._fields)
+
+    def _parquet(self, stream: BinaryIO, name: str, source: str) -> Iterator[Item]:
+        """Rows; a stream is copied to a temporary file first, because Parquet is read from its end."""
         with ExitStack() as stack:
             try:
                 file = stack.enter_context(pq.ParquetFile(_seekable(stream, name, stack)))
@@ -130,19 +133,18 @@ class Source:
                     values = [_values(batch.column(column), f"{source}: column {column}") for column in columns]
                     for row in zip(*values, strict=True):
                         num_read += 1
-                        yield self._row_item(Place(source, num_read), row)
+                        yield self._row(Place(source, num_read), row)
             except pa.ArrowException as exc:
                 raise SourceError(f"{source}: cannot be read as Parquet ({exc})") from exc
 
-    def _row_item(self, place: Place, row: tuple[Any, ...]) -> Item:
+    def _row(self, place: Place, row: tuple[Any, ...]) -> Item:
         num_bytes = sum(len(value) for value in row if isinstance(value, bytes))
         if num_bytes > self._max_line_bytes:
-            message = f"row of {num_bytes:,} bytes; at most {self._max_line_bytes:,} are read"
-            return Refused(place, None, Reason.LINE_TOO_LONG, message)
+            return _too_long(place, "row", num_bytes, self._max_line_bytes)
         try:
             return self._fields.passage(place, *(one.decode() if isinstance(one, bytes) else one for one in row))
         except UnicodeDecodeError as exc:
-            return Refused(place, None, Reason.INVALID_UTF8, f"not UTF-8: {exc.reason} at byte {exc.start + 1}")
+            return _not_utf8(place, exc)
 
 
 def _seekable(stream: BinaryIO, name: str, stack: ExitStack) -> str | IO[bytes]:
@@ -186,9 +188,7 @@ def _resolve(name: str, format: str | None) -> tuple[str, str]:
         raise SourceError(f"{name}: no such file or folder")
     if format == "beir":
         raise SourceError(f"{name}: not a folder; a BEIR collection is one with corpus.jsonl in it")
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    while suffixes and suffixes[-1] in _COMPRESSED:
-        suffixes.pop()
+    suffixes = [suffix for suffix in map(str.lower, path.suffixes) if suffix not in _COMPRESSED]
     found = format or _SUFFIXES.get(suffixes[-1] if suffixes else "")
     if found is None:
         raise SourceError(f"{name}: the name does not tell the format; expected a format ({', '.join(FORMATS)})")
@@ -196,9 +196,8 @@ def _resolve(name: str, format: str | None) -> tuple[str, str]:
 
 
 def _size(name: str) -> int | None:
-    if name == STDIN or not Path(name).is_file():  # a named pipe has no size
-        return None
-    return os.stat(name).st_size
+    # A named pipe has none.
+    return None if name == STDIN or not Path(name).is_file() else os.stat(name).st_size
 
 
 class _Raw(io.RawIOBase):
@@ -222,12 +221,8 @@ class _Raw(io.RawIOBase):
 def open_bytes(name: str, stdin: BinaryIO | None = None) -> Iterator[tuple[BinaryIO, Position]]:
     """The decompressed bytes of a file, or of standard input for `-`, and how far the input was read.
 
-    Args:
-        stdin: what standard input is, where it is not descriptor 0.
-
-    Raises:
-        SourceError: no such file, no permission, a directory; also while reading, where compressed
-            data is damaged or ends early.
+    Raises SourceError for no such file, no permission, a directory; also while reading, where compressed data is
+    damaged or ends early. `stdin` is what standard input is, where it is not descriptor 0.
     """
     try:
         # Descriptor 0 itself: a thread waiting for input would hold sys.stdin's lock when the process ends.
@@ -237,7 +232,15 @@ def open_bytes(name: str, stdin: BinaryIO | None = None) -> Iterator[tuple[Binar
     counting = _Raw(raw)
     buffered = io.BufferedReader(counting, _BUFFER_BYTES)
     try:
-        yield _decompressed(buffered), lambda: counting.num_bytes
+        stream, magic = buffered, buffered.peek(4)[:4]
+        if magic.startswith(_GZIP):
+            stream = io.BufferedReader(gzip.GzipFile(fileobj=buffered), _BUFFER_BYTES)  # type: ignore[arg-type]
+        elif magic == _ZSTD:
+            # Arrow's reader: unlike zstandard's it tells a truncated stream from a whole one, and unlike
+            # a decompressobj it never inflates more than was asked for.
+            inflated = pa.CompressedInputStream(pa.PythonFile(buffered, mode="r"), "zstd")
+            stream = io.BufferedReader(_Raw(inflated), _BUFFER_BYTES)
+        yield stream, lambda: counting.num_bytes
     except (EOFError, zlib.error, gzip.BadGzipFile, pa.ArrowInvalid) as exc:
         raise SourceError(f"{name}: compressed data is damaged or ends early ({exc})") from exc
     except OSError as exc:
@@ -245,18 +248,6 @@ def open_bytes(name: str, stdin: BinaryIO | None = None) -> Iterator[tuple[Binar
     finally:
         if raw is not stdin:
             raw.close()
-
-
-def _decompressed(buffered: Any) -> BinaryIO:
-    magic = buffered.peek(4)[:4]
-    if magic.startswith(_GZIP):
-        return io.BufferedReader(gzip.GzipFile(fileobj=buffered), _BUFFER_BYTES)
-    if magic == _ZSTD:
-        # Arrow's reader: unlike zstandard's it tells a truncated stream from a whole one, and unlike
-        # a decompressobj it never inflates more than was asked for.
-        stream = pa.CompressedInputStream(pa.PythonFile(buffered, mode="r"), "zstd")
-        return io.BufferedReader(_Raw(stream), _BUFFER_BYTES)
-    return buffered  # type: ignore[no-any-return]  # peeked at above, which BinaryIO lacks
 
 
 def _read_lines(stream: BinaryIO, source: str, max_line_bytes: int) -> Iterator[Line]:
@@ -276,30 +267,32 @@ def _read_lines(stream: BinaryIO, source: str, max_line_bytes: int) -> Iterator[
         while not whole and (piece := stream.readline(_SKIP_BYTES)):
             num_bytes += len(piece)
             whole = piece.endswith(b"\n")
-        message = f"line of {num_bytes:,} bytes; at most {max_line_bytes:,} are read"
-        yield Refused(place, None, Reason.LINE_TOO_LONG, message)
+        yield _too_long(place, "line", num_bytes, max_line_bytes)
+
+
+def _too_long(place: Place, kind: str, num_bytes: int, limit: int) -> Refused:
+    return Refused(place, None, Reason.LINE_TOO_LONG, f"{kind} of {num_bytes:,} bytes; at most {limit:,} are read")
+
+
+def _not_utf8(place: Place, exc: UnicodeDecodeError) -> Refused:
+    return Refused(place, None, Reason.INVALID_UTF8, f"not UTF-8: {exc.reason} at byte {exc.start + 1}")
 
 
 def read_texts(stream: BinaryIO, source: str, max_line_bytes: int, *, blank: bool = False) -> Iterator[Text]:
     """Every line as text; without `blank` only those that hold something."""
-    for entry in map(_text, _read_lines(stream, source, max_line_bytes)):
+    for entry in map(_decoded, _read_lines(stream, source, max_line_bytes)):
         if blank or isinstance(entry, Refused) or entry[1].strip():
             yield entry
 
 
-def _text(line: Line) -> Text:
+def _decoded(line: Line) -> Text:
     if isinstance(line, Refused):
         return line
     place, data = line
     try:
         return place, data.decode()
     except UnicodeDecodeError as exc:
-        return Refused(place, None, Reason.INVALID_UTF8, f"not UTF-8: {exc.reason} at byte {exc.start + 1}")
-
-
-def _each(entries: Iterator[tuple[Place, Any] | Refused], parse: Callable[[Place, Any], T]) -> Iterator[T | Refused]:
-    for entry in entries:
-        yield entry if isinstance(entry, Refused) else parse(*entry)
+        return _not_utf8(place, exc)
 
 
 def json_object(place: Place, text: str) -> dict[str, Any] | Refused:
@@ -313,7 +306,7 @@ def json_object(place: Place, text: str) -> dict[str, Any] | Refused:
     return row
 
 
-def _columns(rows: Iterator[Row | Refused], source: str, fields: Fields) -> Iterator[Item]:
+def _columns(rows: Iterator[Row], source: str, fields: Fields) -> Iterator[Item]:
     """Passages of records. The first row is a header when it names any of the columns, else data."""
     count = 0
     for row in rows:
@@ -325,11 +318,10 @@ def _columns(rows: Iterator[Row | Refused], source: str, fields: Fields) -> Iter
             count, (id, text, title), is_header = _find_columns(source, cells, fields)
             if is_header:
                 continue
-        if len(cells) != count:
-            # A separator inside the text would otherwise cut it in silence.
+        if len(cells) == count:
+            yield fields.passage(place, cells[id], cells[text], cells[title] if title is not None else None)
+        else:  # a separator inside the text would otherwise cut it in silence
             yield Refused(place, None, Reason.BROKEN_ROW, f"{len(cells)} columns; expected {count}")
-            continue
-        yield fields.passage(place, cells[id], cells[text], cells[title] if title is not None else None)
 
 
 def _find_columns(source: str, cells: list[str], fields: Fields) -> tuple[int, tuple[int, int, int | None], bool]:
@@ -357,42 +349,40 @@ class _Stop(Exception):  # noqa: N818 - never leaves this module
     """A record ran into something that ends it before its closing quote."""
 
 
-def _csv_rows(entries: Iterator[Line], max_line_bytes: int) -> Iterator[Row | Refused]:
-    """Records, each at most `max_line_bytes` however many lines it spans.
+def _csv_rows(entries: Iterator[Line], max_bytes: int) -> Iterator[Row]:
+    """Records, each at most `max_bytes` however many lines it spans.
 
-    A quote that nothing closes costs the line it stands in, not the rest of the file: the lines
-    after it are read again.
+    A quote that nothing closes costs the line it stands in, not the rest of the file: the next lines are read again.
     """
-    csv.field_size_limit(max(csv.field_size_limit(), max_line_bytes))  # a setting of the process; only ever raised
+    csv.field_size_limit(max(csv.field_size_limit(), max_bytes))  # a setting of the process; only ever raised
     again: deque[Line] = deque()
+    taken: list[Line] = []  # for the record in hand
+
+    def feed() -> Iterator[str]:
+        num_bytes = 0
+        while (entry := again.popleft() if again else next(entries, None)) is not None:
+            taken.append(entry)
+            if isinstance(entry, Refused):
+                raise _Stop(f"a quote is not closed before line {entry.place.line}, which cannot be read")
+            num_bytes += len(entry[1])
+            if num_bytes > max_bytes:
+                raise _Stop(f"a quote is not closed within {max_bytes:,} bytes")
+            text = _decoded(entry)
+            if isinstance(text, Refused):
+                raise _Stop(f"a quote is not closed before line {text.place.line}, which is not UTF-8")
+            yield text[1] + "\n"
+
     while True:
-        taken: list[Line] = []
+        taken.clear()
         try:
-            cells = next(csv.reader(_feed(entries, again, taken, max_line_bytes), strict=True))
+            cells = next(csv.reader(feed(), strict=True))
         except StopIteration:
             return
         except (_Stop, csv.Error) as exc:
             again.extendleft(reversed(taken[1:]))
-            first = _text(taken[0])
-            message = f"not CSV: {exc}"
-            yield first if isinstance(first, Refused) else Refused(first[0], None, Reason.BROKEN_ROW, message)
+            first = _decoded(taken[0])
+            yield first if isinstance(first, Refused) else Refused(first[0], None, Reason.BROKEN_ROW, f"not CSV: {exc}")
             continue
         if cells:  # a blank line is a record without cells
             assert not isinstance(taken[0], Refused)
             yield taken[0][0], cells
-
-
-def _feed(entries: Iterator[Line], again: deque[Line], taken: list[Line], max_bytes: int) -> Iterator[str]:
-    """Lines for one record; each is noted in `taken` as it is handed out."""
-    num_bytes = 0
-    while (entry := again.popleft() if again else next(entries, None)) is not None:
-        taken.append(entry)
-        if isinstance(entry, Refused):
-            raise _Stop(f"a quote is not closed before line {entry.place.line}, which cannot be read")
-        num_bytes += len(entry[1])
-        if num_bytes > max_bytes:
-            raise _Stop(f"a quote is not closed within {max_bytes:,} bytes")
-        text = _text(entry)
-        if isinstance(text, Refused):
-            raise _Stop(f"a quote is not closed before line {text.place.line}, which is not UTF-8")
-        yield text[1] + "\n"
