@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -28,7 +28,7 @@ from encoder_worker.passage_encoder import PassageEncoder, Tokenized
 from encoder_worker.pipeline import Pipeline
 from encoder_worker.reading import Intake, ReadBatch, ahead
 from encoder_worker.scheduler import EncodeScheduler
-from encoder_worker.sources import Place, Refused, SourcePassage
+from encoder_worker.sources import Item, Place
 from encoder_worker.writing import Target
 from preread_edge.outputs import open_output
 
@@ -57,8 +57,7 @@ class _IssueLog:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self._file.seek(0)
-        for line in self._file:
-            yield json.loads(line)
+        yield from map(json.loads, self._file)
         self._file.seek(0, 2)
 
 
@@ -101,12 +100,10 @@ class IndexReport:
 
     @property
     def clipped_share(self) -> float:
-        """Share of the stored numbers that lie outside what the codec was trained for."""
         return self.num_clipped / max(1, self.num_values)
 
     @property
     def padding_share(self) -> float:
-        """Share of the tokens computed that were padding."""
         return self.num_padding_tokens / max(1, self.num_tokens + self.num_padding_tokens)
 
     @property
@@ -116,11 +113,6 @@ class IndexReport:
     @property
     def tokens_per_second(self) -> float:
         return self.num_tokens / self.seconds if self.seconds else 0.0
-
-    def refuse(self, item: Refused) -> None:
-        self.num_refused += 1
-        self.reasons[item.reason.value] += 1
-        self.refused.add(item.place, item.passage_id, item.reason.value, item.message)
 
     def add(self, batch: ReadBatch, max_passage_tokens: int) -> None:
         """What became of a batch, in the order of the source; a passage that was stopped halfway counts as read."""
@@ -134,8 +126,10 @@ class IndexReport:
                     self.num_truncated += 1
                     message = f"cut at {max_passage_tokens} tokens"
                     self.truncated.add(one.passage.place, one.passage.passage_id, "truncated", message)
-            if one.refused is not None:
-                self.refuse(one.refused)
+            if (item := one.refused) is not None:
+                self.num_refused += 1
+                self.reasons[item.reason.value] += 1
+                self.refused.add(item.place, item.passage_id, item.reason.value, item.message)
             elif one.stored:
                 self.num_stored += 1
                 self.num_states += one.num_states
@@ -186,7 +180,6 @@ class _Speedometer:
         self._marks: deque[tuple[float, int, float | None]] = deque([(0.0, 0, 0.0)])
 
     def read(self, num_done: int, num_encoded: int, fraction: float | None) -> Progress:
-        """Now."""
         now = time.monotonic() - self._start
         self._marks.append((now, num_encoded, fraction))
         while len(self._marks) > 2 and now - self._marks[0][0] > _MEMORY_SECONDS:
@@ -201,7 +194,7 @@ class _Speedometer:
 
 
 def index(
-    source: Iterable[SourcePassage | Refused],
+    source: Iterable[Item],
     encoder: PassageEncoder,
     store: Store,
     collection: str,
@@ -227,11 +220,16 @@ def index(
     """
     options = options or IndexOptions()
     report = report if report is not None else IndexReport(collection)
-    stop = stop or threading.Event()
-    target = _target(encoder, store, collection, settings, options)
+    target, batches = _opened(source, encoder, store, collection, settings, options)
     begun = time.monotonic()
+    job = _index(batches, encoder, target, options, report, stop or threading.Event(), on_progress)
     try:
-        _run_blocking(_index(source, encoder, target, options, report, stop, on_progress))
+        asyncio.get_running_loop()
+    except RuntimeError:
+        asyncio.run(job)
+    else:  # called on an event loop, as in a notebook: it blocks there too
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(asyncio.run, job).result()
     finally:
         report.seconds = time.monotonic() - begun
     if options.alias is not None and target.collection is not None and report.complete:
@@ -240,8 +238,26 @@ def index(
     return report
 
 
+def _opened(
+    source: Iterable[Item],
+    encoder: PassageEncoder,
+    store: Store,
+    collection: str,
+    settings: CollectionSettings | None,
+    options: IndexOptions,
+) -> tuple[Target, Iterator[ReadBatch]]:
+    target = Target(store, collection, settings or CollectionSettings(), encoder)
+    if options.alias is not None:
+        # Refused now, not after hours of encoding.
+        check_name("alias", options.alias)
+        if options.alias == target.name or options.alias in store.list_collections():
+            raise CollectionExists(f"alias: {options.alias!r} is the name of a collection; expected another name")
+    intake = Intake(encoder, target, split=options.split, force=options.force)
+    return target, intake.batches(source, options.limits, strict=options.strict)
+
+
 async def _index(
-    source: Iterable[SourcePassage | Refused],
+    batches: Iterator[ReadBatch],
     encoder: PassageEncoder,
     target: Target,
     options: IndexOptions,
@@ -259,8 +275,8 @@ async def _index(
         pipeline = Pipeline(scheduler, target, store_thread, limits, stop)
         computing = asyncio.create_task(scheduler.run())
         try:
-            batches = ahead(_batches(source, encoder, target, options), stop, name="read and tokenize")
-            async with aclosing(pipeline.run(batches)) as changes:
+            reading = ahead(batches, stop, name="read and tokenize")
+            async with aclosing(pipeline.run(reading)) as changes:
                 async for finished in changes:
                     for batch in finished:
                         report.add(batch, encoder.settings.max_passage_tokens)
@@ -274,16 +290,6 @@ async def _index(
             report.num_values = report.num_states * encoder.dim
             report.num_training_states = target.num_trained
             report.interrupted = stop.is_set()
-
-
-def _run_blocking(job: Coroutine[Any, Any, None]) -> None:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        asyncio.run(job)
-    else:  # called on an event loop, as in a notebook: it blocks there too
-        with ThreadPoolExecutor(1) as thread:
-            thread.submit(asyncio.run, job).result()
 
 
 @dataclass
@@ -301,7 +307,7 @@ class IndexEstimate:
 
 
 def dry_run(
-    source: Iterable[SourcePassage | Refused],
+    source: Iterable[Item],
     encoder: PassageEncoder,
     store: Store,
     collection: str,
@@ -315,12 +321,11 @@ def dry_run(
 
     Reads and tokenizes everything, encodes a uniform sample for at most some ten seconds, writes nothing.
     """
-    options = options or IndexOptions()
     report = report if report is not None else IndexReport(collection)
-    target = _target(encoder, store, collection, settings, options)
+    target, batches = _opened(source, encoder, store, collection, settings, options or IndexOptions())
     begun = time.monotonic()
     costs, sample, chance = IndexEstimate(), list[Tokenized](), random.Random(0)
-    for batch in _batches(source, encoder, target, options):
+    for batch in batches:
         lengths: list[int] = []
         for one in batch.upserts:
             if (tokens := one.tokenized) is None:
@@ -365,22 +370,3 @@ def _measure(sample: list[Tokenized], encoder: PassageEncoder, ratio: int) -> tu
         if time.monotonic() - begun > MAX_SAMPLE_SECONDS:
             break
     return num_tokens, time.monotonic() - begun
-
-
-def _target(
-    encoder: PassageEncoder, store: Store, collection: str, settings: CollectionSettings | None, options: IndexOptions
-) -> Target:
-    target = Target(store, collection, settings or CollectionSettings(), encoder)
-    if options.alias is not None:
-        # Refused now, not after hours of encoding.
-        check_name("alias", options.alias)
-        if options.alias == target.name or options.alias in store.list_collections():
-            raise CollectionExists(f"alias: {options.alias!r} is the name of a collection; expected another name")
-    return target
-
-
-def _batches(
-    source: Iterable[SourcePassage | Refused], encoder: PassageEncoder, target: Target, options: IndexOptions
-) -> Iterator[ReadBatch]:
-    intake = Intake(encoder, target, split=options.split, force=options.force)
-    return intake.batches(source, options.limits, strict=options.strict)

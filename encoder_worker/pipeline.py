@@ -1,11 +1,9 @@
 """The pipeline of files and uploads, on one screen, in the order of the data.
 
-    read -> check, compare digests, tokenize     ahead of the model (reading.py)
-    -> encode                                    in passes shared with other streams (scheduler.py)
-    -> store                                     in groups, each one durable write (writing.py)
-    -> acknowledge                               in the order of reading
-
-Runs on the event loop. Does not know formats, gRPC or terminals.
+read -> check, compare digests, tokenize     ahead of the model (reading.py)
+-> encode                                    in passes shared with other streams (scheduler.py)
+-> store                                     in groups, each one durable write (writing.py)
+-> acknowledge                               in the order of reading
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from itertools import islice, takewhile
 from typing import Any
 
 from encoder_worker.config import PipelineLimits
-from encoder_worker.passage_encoder import Encoded, Tokenized
+from encoder_worker.passage_encoder import Encoded
 from encoder_worker.reading import ReadBatch
 from encoder_worker.scheduler import EncodeScheduler, EncodeStream, Priority
 from encoder_worker.writing import Target, Upsert, WriteGroup
@@ -43,8 +41,6 @@ class Pipeline:
     num_read: int = 0
     num_encoded: int = 0
     num_unencoded: int = 0
-    _num_unacknowledged: int = 0
-    _num_bytes: int = 0
     _num_todo: int = 0  # passages to encode of the present batch
     _fractions: tuple[float | None, float | None] = (0.0, 0.0)  # of the source, around the present batch
     _group: WriteGroup = field(default_factory=WriteGroup)
@@ -69,10 +65,8 @@ class Pipeline:
         """Yields after every change: the batches that are finished now, in order; often none.
 
         A batch is finished when all of it is refused, unchanged or durable. Not closed before the next is asked for.
-
-        Raises:
-            CacheError: the store failed; what it acknowledged before stays.
-            Exception: whatever `batches` raises, after everything before it is stored.
+        Raises CacheError where the store failed (what it acknowledged before stays), and whatever `batches` raises,
+        after everything before it is stored.
         """
         async with aclosing(batches):
             with self.scheduler.stream(self.target.compression_ratio, Priority.BULK) as stream:
@@ -82,7 +76,8 @@ class Pipeline:
                         finished = list(takewhile(lambda batch: batch.finished, self.unacknowledged))
                         yield finished
                         if finished:
-                            self._forget(finished)
+                            for _ in finished:
+                                self.unacknowledged.popleft()
                         elif running := self._running():
                             await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                             self._take(stream)
@@ -101,14 +96,21 @@ class Pipeline:
 
     def _begin(self, batches: AsyncGenerator[ReadBatch, None], stream: EncodeStream) -> None:
         """Starts every step that is at rest and has something to do."""
-        if self._reading is None and self._may_read():
+        limits, stopped = self.limits, self.stop.is_set()
+        if (
+            self._reading is None
+            and not self._ended
+            and not stopped
+            and self.num_unencoded < limits.max_unencoded
+            and sum(len(batch.upserts) for batch in self.unacknowledged) < limits.max_unacknowledged
+            and sum(batch.num_text_bytes for batch in self.unacknowledged) < limits.max_unacknowledged_bytes
+        ):
             self._reading = asyncio.ensure_future(anext(batches, None))
-        can_encode = self.num_unencoded and len(self._full) <= _MAX_PENDING_WRITES and not self.stop.is_set()
-        if self._encoding is None and can_encode:
+        if self._encoding is None and self.num_unencoded and len(self._full) <= _MAX_PENDING_WRITES and not stopped:
             self._encoding = asyncio.ensure_future(stream.completed())
         if self._writing is None and (group := self._next_group()):
             loop = asyncio.get_running_loop()
-            self._writing = loop.run_in_executor(self.store_threads, group.write, self.target, self.limits)
+            self._writing = loop.run_in_executor(self.store_threads, group.write, self.target, limits)
 
     def _take(self, stream: EncodeStream) -> None:
         """The results of the steps that are done."""
@@ -119,44 +121,31 @@ class Pipeline:
             self._complete = batch is None and self._failure is None
             self._ended = batch is None or batch.stopped_by is not None
             if batch is not None:
-                self._read(batch)
+                self._tokenizing.append(batch)
+                self.unacknowledged.append(batch)
+                self.num_read += len(batch.upserts)
         for batch in [one for one in self._tokenizing if one.tokenized]:
             self._tokenizing.remove(batch)
-            stream.add(self._tokenized(batch))
+            if batch.tokenizing is not None:
+                batch.tokenizing.result()
+            todo = [(one, one.tokenized) for one in batch.upserts if one.tokenized is not None]
+            self._fractions = (self._fractions[1], batch.fraction)
+            self._num_todo = len(todo)
+            self.num_unencoded += len(todo)
+            stream.add(todo)
         if self._encoding is not None and self._encoding.done():
             encoding, self._encoding = self._encoding, None
             for upsert, states in encoding.result():
-                self._encoded(upsert, states)
+                self.num_unencoded -= 1
+                if upsert.take(states):
+                    self.num_encoded += 1
+                    self._group.add(upsert)
+                    if self._group.is_full(self.limits, self.target):
+                        self._full.append(self._group)
+                        self._group = WriteGroup()
         if self._writing is not None and self._writing.done():
             writing, self._writing = self._writing, None
             writing.result()
-
-    def _read(self, batch: ReadBatch) -> None:
-        self._tokenizing.append(batch)
-        self.unacknowledged.append(batch)
-        self._num_unacknowledged += len(batch.upserts)
-        self._num_bytes += batch.num_text_bytes
-        self.num_read += len(batch.upserts)
-
-    def _tokenized(self, batch: ReadBatch) -> list[tuple[Upsert, Tokenized]]:
-        """What of a batch is to be encoded."""
-        if batch.tokenizing is not None:
-            batch.tokenizing.result()
-        todo = [(one, one.tokenized) for one in batch.upserts if one.tokenized is not None]
-        self._fractions = (self._fractions[1], batch.fraction)
-        self._num_todo = len(todo)
-        self.num_unencoded += len(todo)
-        return todo
-
-    def _encoded(self, upsert: Upsert, states: Encoded) -> None:
-        self.num_unencoded -= 1
-        if not upsert.take(states):
-            return
-        self.num_encoded += 1
-        self._group.add(upsert)
-        if self._group.is_full(self.limits, self.target):
-            self._full.append(self._group)
-            self._group = WriteGroup()
 
     def _next_group(self) -> WriteGroup | None:
         if self._full:
@@ -172,19 +161,3 @@ class Pipeline:
             return None
         group, self._group = self._group, WriteGroup()
         return group
-
-    def _forget(self, finished: list[ReadBatch]) -> None:
-        for batch in finished:
-            self.unacknowledged.popleft()
-            self._num_unacknowledged -= len(batch.upserts)
-            self._num_bytes -= batch.num_text_bytes
-
-    def _may_read(self) -> bool:
-        limits = self.limits
-        return (
-            not self._ended
-            and not self.stop.is_set()
-            and self.num_unencoded < limits.max_unencoded
-            and self._num_unacknowledged < limits.max_unacknowledged
-            and self._num_bytes < limits.max_unacknowledged_bytes
-        )

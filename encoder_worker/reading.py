@@ -1,6 +1,6 @@
 """Passages on their way to the model: checked, compared with the collection, tokenized, a batch at a time.
 
-A batch is sorted by length as a whole, and bounds memory. Does not know file formats, the model or writes.
+A batch is sorted by length as a whole, and bounds memory.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +46,7 @@ class ReadBatch:
     def tokenized(self) -> bool:
         return self.tokenizing is None or self.tokenizing.done()
 
-    @property
+    @cached_property
     def num_text_bytes(self) -> int:
         return sum(len(one.passage.text) for one in self.upserts)
 
@@ -78,32 +79,25 @@ class SeenIds:
 
     def once(self, passage: SourcePassage) -> SourcePassage | Refused:
         """The passage, or the reason it is refused where its id came before."""
-        first = self.first_place(passage.passage_id, passage.place)
-        if first is None:
-            return passage
-        message = f"id {passage.passage_id!r} came before, at {first}; the first one counts"
-        return Refused(passage.place, passage.passage_id, Reason.DUPLICATE_ID, message)
-
-    def first_place(self, passage_id: str, place: Place) -> Place | None:
-        """Where the id came first; None, and remembered, where this is the first time."""
-        key = int.from_bytes(hashlib.blake2b(passage_id.encode(), digest_size=8).digest(), "little")
+        key = int.from_bytes(hashlib.blake2b(passage.passage_id.encode(), digest_size=8).digest(), "little")
         found = self._latest.get(key)
         if found is None:
-            found = self._search(key)
+            found = self._search(np.uint64(key))
         if found is not None:
-            return Place(self._sources[found >> _LINE_BITS], found & ((1 << _LINE_BITS) - 1))
-        if not self._sources or self._sources[-1] != place.source:
-            self._sources.append(place.source)
-        self._latest[key] = (len(self._sources) - 1) << _LINE_BITS | place.line
+            first = Place(self._sources[found >> _LINE_BITS], found & ((1 << _LINE_BITS) - 1))
+            message = f"id {passage.passage_id!r} came before, at {first}; the first one counts"
+            return Refused(passage.place, passage.passage_id, Reason.DUPLICATE_ID, message)
+        if not self._sources or self._sources[-1] != passage.place.source:
+            self._sources.append(passage.place.source)
+        self._latest[key] = (len(self._sources) - 1) << _LINE_BITS | passage.place.line
         if len(self._latest) >= _MERGE_AT:
             self._merge()
-        return None
+        return passage
 
-    def _search(self, key: int) -> int | None:
-        wanted = np.uint64(key)
+    def _search(self, key: np.uint64) -> int | None:
         for hashes, places in self._sorted:
-            at = int(np.searchsorted(hashes, wanted))
-            if at < len(hashes) and hashes[at] == wanted:
+            at = int(np.searchsorted(hashes, key))
+            if at < len(hashes) and hashes[at] == key:
                 return int(places[at])
         return None
 
@@ -167,11 +161,7 @@ class Intake:
     def batches(
         self, source: Iterable[SourcePassage | Refused], limits: PipelineLimits, *, strict: bool = False
     ) -> Iterator[ReadBatch]:
-        """Every item of a source, in batches ready for the model.
-
-        Args:
-            strict: end at the first refused item.
-        """
+        """Every item of a source, in batches ready for the model; `strict` ends at the first refused item."""
         fraction: Callable[[], float | None] = getattr(source, "fraction", lambda: None)
         items, more = iter(source), True
         while more:
@@ -206,6 +196,10 @@ class Intake:
         return False
 
 
+class _End(NamedTuple):
+    error: BaseException | None  # that ended the items
+
+
 async def ahead(items: Iterable[T], stop: threading.Event, *, name: str = "read ahead") -> AsyncGenerator[T, None]:
     """Iterates on a thread: one item is being used, one waits, one is being made. Setting `stop` ends it."""
     loop = asyncio.get_running_loop()
@@ -223,10 +217,9 @@ async def ahead(items: Iterable[T], stop: threading.Event, *, name: str = "read 
                 room.acquire()
                 if closed.is_set():
                     return
+            send(_End(None))
         except BaseException as exc:  # delivered to the consumer, of any kind
             send(_End(exc))
-        else:
-            send(_End(None))
 
     thread = threading.Thread(target=make, name=name, daemon=True)
     thread.start()
@@ -247,10 +240,3 @@ async def ahead(items: Iterable[T], stop: threading.Event, *, name: str = "read 
         room.release()
         # A read that blocks (a pipe without a writer) cannot be interrupted: the daemon thread is left behind.
         thread.join(timeout=_JOIN_SECONDS)
-
-
-@dataclass(frozen=True)
-class _End:
-    """The end of the items, or the error that ended them."""
-
-    error: BaseException | None

@@ -1,7 +1,7 @@
 """A collection under a table that is trained again: what the old one had cut comes from the kept texts.
 
 Passages go to a new collection, whose table learns from a random sample of all of them; the old one stays as it is,
-for readers and for a run that goes on after an interruption, until aliases move. Knows no command line.
+for readers and for a run that goes on after an interruption, until aliases move.
 """
 
 from __future__ import annotations
@@ -31,22 +31,6 @@ from encoder_worker.writing import Target, Upsert, WriteGroup
 
 _CHUNK_PASSAGES = 256
 _MAX_PASSES = 5  # over a collection that is written to meanwhile
-
-
-@dataclass
-class Reencoding:
-    """Result of a run."""
-
-    collection: str  # the new one
-    source: str
-    report: IndexReport
-    num_passages: int = 0
-    num_from_texts: int = 0  # of the stored ones
-    needs_input: list[str] = field(default_factory=list)  # cut, and without a text: as they were
-    damaged: list[str] = field(default_factory=list)  # left out
-    moved_names: list[str] = field(default_factory=list)
-    overtaken: bool = False  # the source was written to during every pass: not all of it is taken over
-    complete: bool = False
 
 
 class _Successor(Target):
@@ -102,48 +86,53 @@ def reencode(
         CodecError: too few states to train the codec on.
         CacheError: the store failed.
     """
-    result = Reencoding(into, source.name, IndexReport(into))
-    stop = stop or threading.Event()
-    target = _Successor(source, into, codec)
+    stop, store, target = stop or threading.Event(), source.store, _Successor(source, into, codec)
     # Nothing that the new table cuts is refused: it was trained on a sample of just these passages.
     limits = dataclasses.replace(limits or PipelineLimits(), allow_clipped=True)
-    run = _Run(source, target, result, load, stop, on_progress, limits)
+    run = Reencoding(source, target, load, stop, on_progress, limits, IndexReport(into))
     for _ in range(_MAX_PASSES):
-        generation = source.store.generation(source.name)
-        run.all_passages()
-        if stop.is_set() or source.store.generation(source.name) == generation:
+        generation = store.generation(source.name)
+        run.take_over()
+        if stop.is_set() or store.generation(source.name) == generation:
             break
     else:
-        result.overtaken = True
-    result.report.interrupted = stop.is_set()
-    result.complete = not stop.is_set() and not result.overtaken and not result.report.num_refused
-    if result.complete and move_names and target.collection is not None:
-        for alias, name in sorted(source.store.aliases().items()):
-            if name == source.name:
-                source.store.set_alias(alias, into, shadowing=True)
-                result.moved_names.append(alias)
-        if source.name not in result.moved_names:
-            source.store.set_alias(source.name, into, shadowing=True)
-            result.moved_names.append(source.name)
-    return result
+        run.overtaken = True
+    run.report.num_values = run.report.num_states * target.codec.dim
+    run.report.interrupted = stop.is_set()
+    run.complete = not stop.is_set() and not run.overtaken and not run.report.num_refused
+    if run.complete and move_names and target.collection is not None:
+        aliases = (alias for alias, name in sorted(store.aliases().items()) if name == source.name)
+        for name in dict.fromkeys([*aliases, source.name]):
+            store.set_alias(name, into, shadowing=True)
+            run.moved_names.append(name)
+    return run
 
 
 @dataclass
-class _Run:
+class Reencoding:
+    """A run, and what became of it."""
+
     source: Collection
-    target: Target
-    result: Reencoding
+    target: Target  # the new one
     load: Callable[[], PassageEncoder]
     stop: threading.Event
     on_progress: Callable[[int, int], None]
     limits: PipelineLimits
+    report: IndexReport
+    num_passages: int = 0
+    num_from_texts: int = 0  # of the stored ones
+    needs_input: list[str] = field(default_factory=list)  # cut, and without a text: as they were
+    damaged: list[str] = field(default_factory=list)  # left out
+    moved_names: list[str] = field(default_factory=list)
+    overtaken: bool = False  # the source was written to during every pass: not all of it is taken over
+    complete: bool = False
 
-    def all_passages(self) -> None:
+    def take_over(self) -> None:
         """Every passage that the target does not hold as it is now; then drops there what the source lost."""
-        ids = self._ids()
-        self.result.num_passages = len(ids)
-        self.result.needs_input.clear()
-        self.result.damaged.clear()
+        scan = self.source.store.scan(self.source.name)
+        # In the order of a hash: the first of them are a fair sample to train on, the same in every run.
+        ids = sorted((one for one, _ in scan), key=lambda one: xxhash.xxh3_64_intdigest(one.encode()))
+        self.num_passages, self.needs_input, self.damaged = len(ids), [], []
         group = WriteGroup()
         for start in range(0, len(ids), _CHUNK_PASSAGES):
             if self.stop.is_set():
@@ -163,30 +152,23 @@ class _Run:
 
     def _write(self, group: WriteGroup) -> None:
         group.write(self.target, self.limits)
-        report = self.result.report
-        report.add(ReadBatch(group.upserts), 0)
-        report.num_values = report.num_states * self.target.codec.dim
-
-    def _ids(self) -> list[str]:
-        """In the order of a hash: the first of them are a fair sample to train on, the same in every run."""
-        ids = [passage_id for passage_id, _ in self.source.store.scan(self.source.name)]
-        return sorted(ids, key=lambda one: xxhash.xxh3_64_intdigest(one.encode()))
+        self.report.add(ReadBatch(group.upserts), 0)
 
     def _chunk(self, ids: Sequence[str]) -> Iterator[Upsert]:
         """Passages with the states to write."""
         records = self.source.store.get_many(self.source.name, ids)
-        decoded = self.source.get_many(ids)
-        held = self.target.digests(ids)
+        rows = zip(ids, records, self.source.get_many(ids), self.target.digests(ids), strict=True)
         todo: list[tuple[Upsert, Tokenized]] = []
-        for passage_id, record, states, digest in zip(ids, records, decoded, held, strict=True):
+        for passage_id, record, states, digest in rows:
             if record is None or states is None:  # deleted meanwhile
                 continue
             if not isinstance(record, Record) or not isinstance(states, PassageStates):
-                self.result.damaged.append(passage_id)
+                self.damaged.append(passage_id)
                 continue
-            cut = self._was_cut(record)
+            # Records of version 1 do not tell, so of a codec that cuts all of them may be.
+            cut = self.source.codec.needs_training and (record.header.num_clipped > 0 or record.header.version == 1)
             if cut and record.text is None:
-                self.result.needs_input.append(passage_id)
+                self.needs_input.append(passage_id)
             if digest == record.header.text_digest:
                 continue
             upsert = Upsert(SourcePassage(passage_id, record.text or "", Place(self.source.name, 0)))
@@ -197,30 +179,20 @@ class _Run:
                 upsert.take(states)
                 upsert.num_clipped_before = record.header.num_clipped
                 yield upsert
-        if todo:
-            yield from self._encoded(todo)
-
-    def _encoded(self, todo: Sequence[tuple[Upsert, Tokenized]]) -> Iterator[Upsert]:
-        encoded = self._encoder.encode_all([tokens for _, tokens in todo], self.target.compression_ratio)
-        for i, states in encoded:
+        texts, ratio = [tokens for _, tokens in todo], self.target.compression_ratio
+        for i, encoded in self._encoder.encode_all(texts, ratio) if todo else ():
             if self.stop.is_set():
                 return
             upsert, _ = todo[i]
-            if upsert.take(states):
-                self.result.num_from_texts += 1
+            if upsert.take(encoded):
+                self.num_from_texts += 1
                 yield upsert
             else:
-                self.result.report.add(ReadBatch([upsert]), 0)
-
-    def _was_cut(self, record: Record) -> bool:
-        """Records of version 1 do not tell, so of a codec that cuts all of them may be."""
-        return self.source.codec.needs_training and (record.header.num_clipped > 0 or record.header.version == 1)
+                self.report.add(ReadBatch([upsert]), 0)
 
     @cached_property
     def _encoder(self) -> PassageEncoder:
         encoder = self.load()
-        identity = encoder.identity
-        Collection.open(
-            self.source.store, self.source.name, fingerprint=identity.fingerprint, checkpoint=identity.checkpoint
-        )
+        fingerprint, checkpoint = encoder.identity.fingerprint, encoder.identity.checkpoint
+        Collection.open(self.source.store, self.source.name, fingerprint=fingerprint, checkpoint=checkpoint)
         return encoder

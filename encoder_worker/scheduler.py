@@ -83,12 +83,7 @@ class EncodeScheduler:
     """
 
     def __init__(
-        self,
-        encoder: PassageEncoder,
-        model_thread: Executor,
-        on_pass: OnPass,
-        *,
-        shuffle: random.Random | None = None,
+        self, encoder: PassageEncoder, model_thread: Executor, on_pass: OnPass, *, shuffle: random.Random | None = None
     ) -> None:
         self._encoder = encoder
         self._model_thread = model_thread

@@ -1,6 +1,6 @@
 """EncoderService on grpc.aio: uploads into a collection, texts to states, what the store holds.
 
-Errors leave with google.rpc details. Does not know models or batching.
+Errors leave with google.rpc details.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import Executor
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
@@ -20,39 +20,18 @@ import grpc
 import numpy as np
 
 from cache import DEFAULT_CODEC
+from cache import errors as store_errors
 from cache.collection import Collection
-from cache.errors import (
-    CacheError,
-    CodecError,
-    CollectionExists,
-    CollectionNotFound,
-    EncoderMismatch,
-    InvalidName,
-    StoreDamaged,
-    StoreFull,
-    StoreLocked,
-    StoreUnavailable,
-)
-from cache.manifest import Manifest
 from cache.record import is_passage_id
-from cache.store import Store, StoreStats, public_url
-from checkpoint.model import EncoderIdentity
+from cache.store import Store, public_url
 from encoder_worker.config import CollectionSettings, EncoderConfig, PipelineLimits
-from encoder_worker.passage_encoder import TOKENIZE_TEXTS, Encoded, EncodingFailed, PassageEncoder, States, Tokenized
+from encoder_worker.passage_encoder import TOKENIZE_TEXTS, Encoded, EncodingFailed, PassageEncoder, Tokenized
 from encoder_worker.pipeline import Pipeline
 from encoder_worker.reading import Intake, ReadBatch
 from encoder_worker.scheduler import EncodeScheduler, Priority
 from encoder_worker.sources import Place, SourcePassage
 from encoder_worker.writing import Target, Upsert
-from preread.errors import (
-    FailedPrecondition,
-    FieldViolation,
-    InvalidRequest,
-    NotFound,
-    Overloaded,
-    PrereadError,
-    Unavailable,
-)
+from preread import errors
 from preread.v1 import common_pb2, encoder_pb2_grpc
 from preread.v1 import encoder_pb2 as pb
 from preread_edge.steps import Pauses, Step, stepped
@@ -69,11 +48,14 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
-    """The edge. `worker` is None until the model has loaded; every call is UNAVAILABLE until then."""
+    """The edge. `worker` is None until the model has loaded; every call is UNAVAILABLE until then.
 
-    def __init__(self, on_upserted: Callable[[pb.UpsertResponse], None] = lambda _: None) -> None:
+    What an upload acknowledges goes to `on_upserted`.
+    """
+
+    def __init__(self, on_upserted: Callable[[pb.UpsertResponse], None]) -> None:
         self.worker: Worker | None = None
-        self._on_upserted = on_upserted  # called with what an upload acknowledges
+        self._on_upserted = on_upserted
 
     async def Upsert(  # type: ignore[override]  # noqa: N802  # the stubs know sync iterators only
         self, request_iterator: AsyncIterator[pb.UpsertRequest], context: Context
@@ -101,19 +83,20 @@ class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
     async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeResponse:  # noqa: N802
         async with _translated():
             worker = self._loaded()
+            encoder = worker.encoder
             return pb.DescribeResponse(
-                encoder=_pack_identity(worker.encoder.identity),
-                default_compression_ratio=worker.encoder.settings.default_compression_ratio,
+                encoder=_pack_identity(encoder.identity),
+                default_compression_ratio=encoder.settings.default_compression_ratio,
                 default_codec=DEFAULT_CODEC,
-                dtype=worker.encoder.dtype_name,
-                device=worker.encoder.device_name,
+                dtype=encoder.dtype_name,
+                device=encoder.device_name,
                 store=public_url(worker.config.store),
                 max_message_bytes=worker.config.max_message_bytes,
             )
 
     def _loaded(self) -> Worker:
         if self.worker is None:
-            raise Unavailable("this worker is loading its model, or stopping", retry_after_seconds=RETRY_SECONDS)
+            raise errors.Unavailable("this worker is loading its model, or stopping", retry_after_seconds=RETRY_SECONDS)
         return self.worker
 
 
@@ -133,7 +116,6 @@ class Worker:
         return await asyncio.get_running_loop().run_in_executor(self.threads, function, *args)
 
     async def call_store(self, function: Callable[..., T], *args: Any) -> T:
-        """The same for what waits for the store."""
         return await asyncio.get_running_loop().run_in_executor(self.store_threads, function, *args)
 
 
@@ -143,9 +125,9 @@ async def _upload(worker: Worker, requests: AsyncIterator[pb.UpsertRequest]) -> 
     if first is None:
         return
     if not first.collection:
-        raise InvalidRequest("collection", "", "the name of a collection in the first message")
+        raise errors.InvalidRequest("collection", "", "the name of a collection in the first message")
     if first.compression_ratio < 0:
-        raise InvalidRequest("compression_ratio", first.compression_ratio, "0 (the default) or more")
+        raise errors.InvalidRequest("compression_ratio", first.compression_ratio, "0 (the default) or more")
     target = await worker.call_store(_open_or_make, worker, first)
     limits = PipelineLimits(
         max_unencoded=math.inf,
@@ -163,10 +145,7 @@ async def _upload(worker: Worker, requests: AsyncIterator[pb.UpsertRequest]) -> 
 
 
 async def _batches(
-    worker: Worker,
-    target: Target,
-    first: pb.UpsertRequest,
-    requests: AsyncIterator[pb.UpsertRequest],
+    worker: Worker, target: Target, first: pb.UpsertRequest, requests: AsyncIterator[pb.UpsertRequest]
 ) -> AsyncGenerator[ReadBatch, None]:
     """Messages off the event loop: checked one at a time, in order; several are tokenized side by side."""
     intake = Intake(worker.encoder, target, max_text_bytes=worker.config.max_text_bytes)
@@ -175,34 +154,35 @@ async def _batches(
     def check(step: Step, request: pb.UpsertRequest) -> list[Upsert]:
         upserts = []
         for passage in request.passages:
-            place = Place(UPLOAD, next(numbers))
-            upserts.append(intake.check(SourcePassage(passage.passage_id, passage.text, place)))
+            own = SourcePassage(passage.passage_id, passage.text, Place(UPLOAD, next(numbers)))
+            upserts.append(intake.check(own))
             step()
         return upserts
+
+    async def tokenize(todo: list[Upsert]) -> None:
+        for start in range(0, len(todo), TOKENIZE_TEXTS):  # in pieces: a cancelled call is noticed between them
+            await worker.call(intake.tokenize, todo[start : start + TOKENIZE_TEXTS])
 
     request: pb.UpsertRequest | None = first
     while request is not None:
         if request.collection not in ("", first.collection):
-            raise InvalidRequest("collection", request.collection, f"{first.collection!r}, as in the first message")
+            raise errors.InvalidRequest(
+                "collection", request.collection, f"{first.collection!r}, as in the first message"
+            )
         if len(request.passages) > MANY:
             upserts = await stepped(check, request)
         else:
             upserts = await worker.call(check, lambda: None, request)
         todo = await worker.call_store(intake.compare, upserts)
-        yield ReadBatch(upserts, tokenizing=asyncio.ensure_future(_tokenize(worker, intake, todo)))
+        yield ReadBatch(upserts, tokenizing=asyncio.ensure_future(tokenize(todo)))
         request = await anext(requests, None)
-
-
-async def _tokenize(worker: Worker, intake: Intake, upserts: list[Upsert]) -> None:
-    for start in range(0, len(upserts), TOKENIZE_TEXTS):  # in pieces: a cancelled call is noticed between them
-        await worker.call(intake.tokenize, upserts[start : start + TOKENIZE_TEXTS])
 
 
 def _open_or_make(worker: Worker, first: pb.UpsertRequest) -> Target:
     settings = CollectionSettings(first.compression_ratio or None, first.codec or None)
     target = Target(worker.store, first.collection, settings, worker.encoder)
     if target.num_training_states:
-        raise FailedPrecondition(
+        raise errors.FailedPrecondition(
             "CODEC_NEEDS_TRAINING",
             first.collection,
             f"codec {target.codec.factory} is trained on a sample of the passages, which a stream does not "
@@ -236,20 +216,29 @@ async def _encode(worker: Worker, request: pb.EncodeRequest) -> pb.EncodeRespons
     """Texts to pooled states, nothing stored. A text that cannot be encoded costs itself only."""
     config, encoder = worker.config, worker.encoder
     if not 1 <= len(request.texts) <= config.max_texts:
-        raise InvalidRequest("texts", len(request.texts), f"1..{config.max_texts} texts")
+        raise errors.InvalidRequest("texts", len(request.texts), f"1..{config.max_texts} texts")
     ratio = request.compression_ratio or encoder.settings.default_compression_ratio
     if ratio < 1:
-        raise InvalidRequest("compression_ratio", ratio, "0 (the default) or more")
+        raise errors.InvalidRequest("compression_ratio", ratio, "0 (the default) or more")
     format = request.format or pb.STATE_FORMAT_FLOAT32
     if format not in BYTES_PER_VALUE:  # of a newer client
-        raise InvalidRequest("format", int(format), "STATE_FORMAT_FLOAT32 or STATE_FORMAT_BFLOAT16")
+        raise errors.InvalidRequest("format", int(format), "STATE_FORMAT_FLOAT32 or STATE_FORMAT_BFLOAT16")
     refused = await worker.call(lambda: [encoder.why_not(text, config.max_text_bytes) for text in request.texts])
     good = [text for text, why in zip(request.texts, refused, strict=True) if why is None]
     tokenized: list[Tokenized] = []
     for start in range(0, len(good), TOKENIZE_TEXTS):  # in pieces: a cancelled call is noticed between them
         tokenize = partial(encoder.tokenize, split=request.split)
         tokenized += await worker.call(tokenize, good[start : start + TOKENIZE_TEXTS])
-    _check_size(worker, tokenized, ratio, BYTES_PER_VALUE[format])
+    # Before anything is computed:
+    num_tokens = sum(text.num_tokens for text in tokenized)
+    num_bytes = sum(text.num_states(ratio) for text in tokenized) * encoder.dim * BYTES_PER_VALUE[format]
+    if num_bytes > config.max_answer_bytes:
+        expected = f"fewer: their states are {num_bytes:,} bytes, at most {config.max_answer_bytes:,} are sent"
+        raise errors.InvalidRequest("texts", len(tokenized), expected)
+    in_flight = worker.scheduler.on_demand_tokens
+    if in_flight and in_flight + num_tokens > config.max_queue_tokens:
+        message = f"{in_flight:,} tokens are in flight; at most {config.max_queue_tokens:,} may be"
+        raise errors.Overloaded(message, RETRY_SECONDS, reason="OVERLOADED")
     encoded = await worker.scheduler.encode(tokenized, ratio, Priority.ON_DEMAND)
     packed = iter(await worker.call(lambda: [_pack_encoded(one, format) for one in encoded]))
     return pb.EncodeResponse(
@@ -261,80 +250,59 @@ async def _encode(worker: Worker, request: pb.EncodeRequest) -> pb.EncodeRespons
     )
 
 
-def _check_size(worker: Worker, tokenized: list[Tokenized], ratio: int, bytes_per_value: int) -> None:
-    """Before anything is computed."""
-    num_bytes = sum(text.num_states(ratio) for text in tokenized) * worker.encoder.dim * bytes_per_value
-    if num_bytes > worker.config.max_answer_bytes:
-        expected = f"fewer: their states are {num_bytes:,} bytes, at most {worker.config.max_answer_bytes:,} are sent"
-        raise InvalidRequest("texts", len(tokenized), expected)
-    num_tokens = sum(text.num_tokens for text in tokenized)
-    in_flight = worker.scheduler.on_demand_tokens
-    if in_flight and in_flight + num_tokens > worker.config.max_queue_tokens:
-        message = f"{in_flight:,} tokens are in flight; at most {worker.config.max_queue_tokens:,} may be"
-        raise Overloaded(message, RETRY_SECONDS, reason="OVERLOADED")
-
-
 def _pack_encoded(encoded: Encoded, format: pb.StateFormat) -> pb.EncodedPassage:
+    """States (num_states, dim) float32 as little-endian rows; bfloat16 is rounded to nearest, ties to even."""
     if isinstance(encoded, EncodingFailed):
         return pb.EncodedPassage(message=str(encoded))
-    return pb.EncodedPassage(
-        states=_pack_states(encoded.states, format),
-        window_tokens=encoded.window_tokens,
-        truncated=encoded.truncated,
-    )
-
-
-def _pack_states(states: States, format: pb.StateFormat) -> bytes:
-    """(num_states, dim) float32 to little-endian rows; bfloat16 is rounded to nearest, ties to even."""
     if format == pb.STATE_FORMAT_BFLOAT16:
-        bits = np.ascontiguousarray(states).view(np.uint32)
+        bits = np.ascontiguousarray(encoded.states).view(np.uint32)
         rounded = bits + (0x7FFF + ((bits >> np.uint32(16)) & np.uint32(1)))
-        return (rounded >> np.uint32(16)).astype("<u2").tobytes()
-    return states.astype("<f4", copy=False).tobytes()
+        data = (rounded >> np.uint32(16)).astype("<u2").tobytes()
+    else:
+        data = encoded.states.astype("<f4", copy=False).tobytes()
+    return pb.EncodedPassage(states=data, window_tokens=encoded.window_tokens, truncated=encoded.truncated)
 
 
 def _delete(store: Store, request: pb.DeleteRequest) -> int:
-    collection = Collection.open(store, request.collection)
     # An id that cannot exist is not there; an id that is named twice is deleted once.
-    return collection.delete_many([i for i in dict.fromkeys(request.passage_ids) if is_passage_id(i)])
+    ids = [one for one in dict.fromkeys(request.passage_ids) if is_passage_id(one)]
+    return Collection.open(store, request.collection).delete_many(ids)
 
 
 def _collections(store: Store, name: str) -> list[common_pb2.CollectionInfo]:
     names = [Collection.open(store, name).name] if name else store.list_collections()
-    aliases: dict[str, list[str]] = {}
-    for alias, target in sorted(store.aliases().items()):
-        aliases.setdefault(target, []).append(alias)
+    aliases = sorted(store.aliases().items())
+    counts = ("num_passages", "num_states", "num_tokens", "num_truncated", "size_bytes", "num_clipped")
     infos = []
     for one in names:
         try:
-            manifest = store.read_manifest(one)
-            if manifest is not None:  # dropped a moment ago
-                infos.append(_pack_collection(manifest, store.stats(one), aliases.get(one, [])))
-        except StoreDamaged as exc:
+            if (manifest := store.read_manifest(one)) is None:  # dropped a moment ago
+                continue
+            stats = store.stats(one)
+        except store_errors.StoreDamaged as exc:
             if name:
                 raise
             log.warning("collection %r cannot be read: %s", one, exc)  # costs itself only
+            continue
+        info = common_pb2.CollectionInfo(
+            name=manifest.collection,
+            aliases=[alias for alias, target in aliases if target == one],
+            encoder=_pack_identity(manifest),
+            compression_ratio=manifest.compression_ratio,
+            codec=manifest.codec,
+            stores_text=manifest.stores_text,
+            **{count: getattr(stats, count) for count in counts},
+        )
+        infos.append(info)
     if name and not infos:
-        raise CollectionNotFound(f"collection: {name!r} was dropped")
+        raise store_errors.CollectionNotFound(f"collection: {name!r} was dropped")
     return infos
 
 
-def _pack_identity(identity: EncoderIdentity | Manifest) -> common_pb2.EncoderIdentity:
+def _pack_identity(of: object) -> common_pb2.EncoderIdentity:
+    """Of an encoder's identity, or of a manifest, which has the same fields."""
     fields = ("fingerprint", "checkpoint", "dim", "max_passage_tokens", "passage_template", "pooling_version")
-    return common_pb2.EncoderIdentity(**{name: getattr(identity, name) for name in fields})
-
-
-def _pack_collection(manifest: Manifest, stats: StoreStats, aliases: Sequence[str]) -> common_pb2.CollectionInfo:
-    counts = ("num_passages", "num_states", "num_tokens", "num_truncated", "size_bytes", "num_clipped")
-    return common_pb2.CollectionInfo(
-        name=manifest.collection,
-        aliases=aliases,
-        encoder=_pack_identity(manifest),
-        compression_ratio=manifest.compression_ratio,
-        codec=manifest.codec,
-        stores_text=manifest.stores_text,
-        **{name: getattr(stats, name) for name in counts},
-    )
+    return common_pb2.EncoderIdentity(**{name: getattr(of, name) for name in fields})
 
 
 @asynccontextmanager
@@ -342,25 +310,22 @@ async def _translated(collection: str = "") -> AsyncIterator[None]:
     """Errors of the store as those of a call; preread_edge.grpc_server ends the call with any PrereadError."""
     try:
         yield
-    except CacheError as exc:
+    except store_errors.CacheError as exc:
         raise _of_store(exc, collection) from exc
 
 
-def _of_store(error: CacheError, collection: str) -> PrereadError:
+def _of_store(error: store_errors.CacheError, collection: str) -> errors.PrereadError:
     message = str(error)
     match error:
-        case InvalidName() | CodecError():
-            field = "collection" if isinstance(error, InvalidName) else "codec"
-            return InvalidRequest.received(message, violations=(FieldViolation(field, message),))
-        case CollectionNotFound():
-            return NotFound("collection", collection, message)
-        case EncoderMismatch():
-            return FailedPrecondition("ENCODER_MISMATCH", collection, message)
-        case CollectionExists():
-            return FailedPrecondition("COLLECTION_SETTINGS", collection, message)
-        case StoreFull():
-            return Overloaded.received(message, reason="STORE_FULL", metadata=(("collection", collection),))
-        case StoreUnavailable() | StoreLocked():
-            return Unavailable(message, retry_after_seconds=RETRY_SECONDS)
-        case _:  # damaged, not ours to read, of an unknown version
-            return FailedPrecondition("STORE_UNUSABLE", collection, message)
+        case store_errors.InvalidName() | store_errors.CodecError():
+            field = "collection" if isinstance(error, store_errors.InvalidName) else "codec"
+            return errors.InvalidRequest.received(message, violations=(errors.FieldViolation(field, message),))
+        case store_errors.CollectionNotFound():
+            return errors.NotFound("collection", collection, message)
+        case store_errors.StoreFull():
+            return errors.Overloaded.received(message, reason="STORE_FULL", metadata=(("collection", collection),))
+        case store_errors.StoreUnavailable() | store_errors.StoreLocked():
+            return errors.Unavailable(message, retry_after_seconds=RETRY_SECONDS)
+    # Else damaged, not ours to read, of an unknown version.
+    reasons = {store_errors.EncoderMismatch: "ENCODER_MISMATCH", store_errors.CollectionExists: "COLLECTION_SETTINGS"}
+    return errors.FailedPrecondition(reasons.get(type(error), "STORE_UNUSABLE"), collection, message)

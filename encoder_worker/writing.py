@@ -1,7 +1,4 @@
-"""Encoded passages into a collection: found as it is, or made when the first states are there.
-
-Does not know sources, the model or threads.
-"""
+"""Encoded passages into a collection: found as it is, or made when the first states are there."""
 
 from __future__ import annotations
 
@@ -13,23 +10,15 @@ from functools import partial
 
 import numpy as np
 
-from cache import DEFAULT_CODEC
+from cache import DEFAULT_CODEC, errors
 from cache.codecs import Codec
 from cache.collection import Collection, StoredPassage
-from cache.errors import (
-    CollectionExists,
-    CollectionNotFound,
-    InvalidPassage,
-    OutOfRange,
-    StoreLocked,
-    StoreUnavailable,
-)
 from cache.manifest import Manifest
 from cache.record import check_name
 from cache.states import PassageStates
 from cache.store import Store
 from encoder_worker.config import CollectionSettings, PipelineLimits
-from encoder_worker.passage_encoder import EncodingFailed, PassageEncoder, Tokenized
+from encoder_worker.passage_encoder import Encoded, EncodingFailed, PassageEncoder, Tokenized
 from encoder_worker.sources import Reason, Refused, SourcePassage
 
 log = logging.getLogger(__name__)
@@ -59,7 +48,7 @@ class Upsert:
         self.refused = Refused(self.passage.place, self.passage.passage_id, reason, message)
         self.states = None
 
-    def take(self, states: PassageStates | EncodingFailed) -> bool:
+    def take(self, states: Encoded) -> bool:
         """Whether there are states to store; without them it is refused."""
         if isinstance(states, EncodingFailed):
             self.refuse(Reason(states.reason), str(states))
@@ -86,20 +75,22 @@ class Target:
         self.store = store
         self.name = check_name("collection", name)
         try:
-            self.collection = Collection.open(
-                store, name, fingerprint=identity.fingerprint, checkpoint=identity.checkpoint
-            )
-        except CollectionNotFound:
+            found = Collection.open(store, name, fingerprint=identity.fingerprint, checkpoint=identity.checkpoint)
+        except errors.CollectionNotFound:
             self.compression_ratio = settings.compression_ratio or encoder.settings.default_compression_ratio
             self.codec = Codec(settings.codec or DEFAULT_CODEC, identity.dim)
             self.stores_text = settings.stores_text is not False
             self._manifest = partial(Manifest.of, identity, collection=name)
-        else:
-            manifest = self.collection.manifest
-            self.compression_ratio = manifest.compression_ratio
-            self.codec = self.collection.codec
-            self.stores_text = manifest.stores_text
-            _check_agreement(manifest, settings)
+            return
+        for field_name in ("compression_ratio", "codec", "stores_text"):
+            asked, there = getattr(settings, field_name), getattr(found.manifest, field_name)
+            if asked is not None and asked != there:
+                raise errors.CollectionExists(
+                    f"collection {found.name!r} exists with {field_name} {there!r}, asked for {asked!r}; "
+                    "index into a new collection and move an alias to it"
+                )
+        self.collection, self.codec = found, found.codec
+        self.compression_ratio, self.stores_text = found.manifest.compression_ratio, found.manifest.stores_text
 
     @property
     def num_training_states(self) -> int:
@@ -107,11 +98,7 @@ class Target:
         return 0 if self.collection is not None else num_training_states(self.codec)
 
     def create(self, sample: Sequence[PassageStates] = ()) -> Collection:
-        """Makes the collection, its codec trained on the sample where it needs that.
-
-        Raises:
-            CodecError: the sample is too small.
-        """
+        """Makes the collection, its codec trained on the sample where needed. CodecError if that is too small."""
         if self.collection is None:
             if self.codec.needs_training:
                 states = np.concatenate([np.empty((0, self.codec.dim), np.float32), *(one.states for one in sample)])
@@ -166,9 +153,7 @@ class WriteGroup:
     def write(self, target: Target, limits: PipelineLimits) -> None:
         """One durable write: every passage (ids are distinct) is then stored, or refused at its own cost.
 
-        Raises:
-            CodecError: too few states to train the codec on.
-            CacheError: the store failed.
+        Raises CodecError for too few states to train the codec on, CacheError where the store failed.
         """
         collection = target.collection or target.create([one.states for one in self.upserts if one.states is not None])
         pauses = iter(limits.retry_seconds)
@@ -180,12 +165,12 @@ class WriteGroup:
             ]
             try:
                 clipped = collection.put_many(passages, allow_clipped=limits.allow_clipped)
-            except InvalidPassage as exc:
+            except errors.InvalidPassage as exc:
                 todo[exc.passage_id].refuse(Reason.NOT_STORABLE, exc.reason)
-            except OutOfRange as exc:
+            except errors.OutOfRange as exc:
                 for passage_id, message in exc.reasons.items():
                     todo[passage_id].refuse(Reason.OUT_OF_RANGE, message)
-            except (StoreUnavailable, StoreLocked) as exc:
+            except (errors.StoreUnavailable, errors.StoreLocked) as exc:
                 pause = next(pauses, None)
                 if pause is None:
                     raise
@@ -202,13 +187,3 @@ def num_training_states(codec: Codec) -> int:
     64 points for each centroid of a product or residual quantizer (FAISS asks for 39 and uses 256).
     """
     return max(8192, 64 * codec.num_centroids, codec.min_training_states) if codec.needs_training else 0
-
-
-def _check_agreement(manifest: Manifest, settings: CollectionSettings) -> None:
-    for name in ("compression_ratio", "codec", "stores_text"):
-        asked, there = getattr(settings, name), getattr(manifest, name)
-        if asked is not None and asked != there:
-            raise CollectionExists(
-                f"collection {manifest.collection!r} exists with {name} {there!r}, asked for {asked!r}; "
-                "index into a new collection and move an alias to it"
-            )

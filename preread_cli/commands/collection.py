@@ -328,9 +328,9 @@ def _reencode(ctx: click.Context, /, collection: str, **options: Any) -> None:
 
 
 def _print_reencoded(done: Reencoding, codec: str) -> None:
-    report = done.report
+    report, name = done.report, done.source.name
     click.echo(
-        f"{done.source} -> {done.collection} as {codec}: {done.num_passages:,} passages, {report.num_stored:,} written "
+        f"{name} -> {done.target.name} as {codec}: {done.num_passages:,} passages, {report.num_stored:,} written "
         f"({done.num_from_texts:,} from their texts), {report.clipped_share:.2%} of the numbers clipped"
     )
     refused = (f"{entry['passage_id']}: {entry['message']}" for entry in report.refused)
@@ -338,14 +338,14 @@ def _print_reencoded(done: Reencoding, codec: str) -> None:
     print_some("needs its input again", done.needs_input)
     print_some("damaged, left out", done.damaged)
     if done.needs_input:
-        click.echo(f"`preread index --force -c {done.collection}` with the passages above encodes them again")
-    for name in done.moved_names:
-        click.echo(f"{name} -> {done.collection}")
-    if done.source in done.moved_names:
-        click.echo(f"the old one is there until `preread collection drop {done.source}`")
+        click.echo(f"`preread index --force -c {done.target.name}` with the passages above encodes them again")
+    for moved in done.moved_names:
+        click.echo(f"{moved} -> {done.target.name}")
+    if name in done.moved_names:
+        click.echo(f"the old one is there until `preread collection drop {name}`")
     if done.overtaken:
         click.echo(
-            f"{done.source} was written to during every pass, and keeps its names: run again when writers pause",
+            f"{name} was written to during every pass, and keeps its names: run again when writers pause",
             err=True,
         )
     if report.interrupted:

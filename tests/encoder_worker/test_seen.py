@@ -13,7 +13,7 @@ from encoder_worker.config import IndexOptions, PipelineLimits
 from encoder_worker.indexing import Progress, index
 from encoder_worker.passage_encoder import PassageEncoder
 from encoder_worker.reading import SeenIds, ahead
-from encoder_worker.sources import Place, SourcePassage
+from encoder_worker.sources import Place, Refused, SourcePassage
 
 
 def test_an_id_is_new_once_and_later_tells_where_it_came_first() -> None:
@@ -22,10 +22,12 @@ def test_an_id_is_new_once_and_later_tells_where_it_came_first() -> None:
     ids = [f"id-{i}" for i in range(150_000)]
     half = len(ids) // 2
     places = [Place("one", i + 1) if i < half else Place("two", i - half + 1) for i in range(len(ids))]
-    assert all(seen.first_place(id_, place) is None for id_, place in zip(ids, places, strict=True))
-    again = Place("three", 1)
+    first = [SourcePassage(id_, "", place) for id_, place in zip(ids, places, strict=True)]
+    assert all(seen.once(passage) is passage for passage in first)
     for i in range(0, len(ids), 97):
-        assert seen.first_place(ids[i], again) == places[i]
+        again = seen.once(SourcePassage(ids[i], "", Place("three", 1)))
+        assert isinstance(again, Refused)
+        assert again.message == f"id {ids[i]!r} came before, at {places[i]}; the first one counts"
 
 
 async def test_items_come_in_order_and_an_error_after_them() -> None:
