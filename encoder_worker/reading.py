@@ -22,7 +22,7 @@ from cache.record import is_passage_id
 from cache.states import text_digest
 from encoder_worker.config import PipelineLimits
 from encoder_worker.passage_encoder import TOKENIZE_TEXTS, PassageEncoder
-from encoder_worker.sources import Place, Reason, Refused, SourceError, SourcePassage
+from encoder_worker.sources import Item, Place, Reason, Refused, SourceError, SourcePassage
 from encoder_worker.writing import Target, Upsert
 
 T = TypeVar("T")
@@ -123,30 +123,34 @@ class Intake:
     force: bool = False  # encode also what is stored with the same text
     seen: SeenIds = field(default_factory=SeenIds)
 
-    def check(self, passage: SourcePassage) -> Upsert:
+    def check(self, item: Item) -> Upsert:
         """Refuses a bad id, a text without tokens and an id that came before. Call it in the order of the passages."""
-        upsert = Upsert(passage)
-        if not is_passage_id(passage.passage_id):
+        if isinstance(item, Refused):
+            return Upsert(SourcePassage(item.passage_id or "", "", item.place), refused=item)
+        upsert = Upsert(item)
+        if not is_passage_id(item.passage_id):
             upsert.refuse(Reason.BAD_ID, "passage_id is empty or over 512 bytes")
         # Before the id counts: a later passage may have the id, and a text.
-        elif why := self.encoder.why_not(passage.text, self.max_text_bytes):
+        elif why := self.encoder.why_not(item.text, self.max_text_bytes):
             upsert.refuse(Reason.EMPTY_TEXT, why)
-        elif isinstance(item := self.seen.once(passage), Refused):
-            upsert.refused = item
+        elif isinstance(again := self.seen.once(item), Refused):
+            upsert.refused = again
         return upsert
 
     def compare(self, upserts: Sequence[Upsert]) -> list[Upsert]:
         """The passages to encode: not refused, and not stored with the same text. Waits for the store."""
         good = [one for one in upserts if one.refused is None]
-        if self.force:
+        if self.force or (collection := self.target.collection) is None:
             return good
         ids = [one.passage.passage_id for one in good]
-        stored = self.target.digests(ids)
-        # The same text, but stored cut by a run without `split`.
-        cut = self.target.stored_truncated(ids) if self.split else [False] * len(ids)
+        cut = [False] * len(ids)
+        if self.split and collection.stats().num_truncated:
+            # The same text, but stored cut by a run without `split`.
+            headers = collection.store.headers_many(collection.name, ids, bulk=True)
+            cut = [header is not None and header.truncated for header in headers]
         return [
             one
-            for one, digest, is_cut in zip(good, stored, cut, strict=True)
+            for one, digest, is_cut in zip(good, collection.digests(ids), cut, strict=True)
             if is_cut or digest is None or digest != text_digest(one.passage.text)
         ]
 
@@ -158,42 +162,31 @@ class Intake:
             else:
                 one.take(tokens.failed)
 
-    def batches(
-        self, source: Iterable[SourcePassage | Refused], limits: PipelineLimits, *, strict: bool = False
-    ) -> Iterator[ReadBatch]:
+    def batches(self, source: Iterable[Item], limits: PipelineLimits, *, strict: bool = False) -> Iterator[ReadBatch]:
         """Every item of a source, in batches ready for the model; `strict` ends at the first refused item."""
         fraction: Callable[[], float | None] = getattr(source, "fraction", lambda: None)
-        items, more = iter(source), True
-        while more:
-            batch = ReadBatch()
+        items, ended = iter(source), False
+        while not ended:
+            batch, num_bytes = ReadBatch(), 0
             try:
-                more = self._fill(batch, items, limits, strict)
+                for item in items:
+                    batch.upserts.append(upsert := self.check(item))
+                    num_bytes += len(upsert.passage.text)
+                    if strict and upsert.refused is not None:
+                        batch.stopped_by = str(upsert.refused)
+                    full = len(batch.upserts) >= limits.batch_passages or num_bytes >= limits.batch_text_bytes
+                    if full or batch.stopped_by is not None:
+                        break
+                else:
+                    ended = True
             except SourceError as exc:  # what came before is whole, and is kept
-                batch.stopped_by, more = str(exc), False
+                batch.stopped_by = str(exc)
+            ended = ended or batch.stopped_by is not None
             batch.fraction = fraction()
             todo = self.compare(batch.upserts)
             for start in range(0, len(todo), TOKENIZE_TEXTS):
                 self.tokenize(todo[start : start + TOKENIZE_TEXTS])
             yield batch
-
-    def _fill(
-        self, batch: ReadBatch, items: Iterator[SourcePassage | Refused], limits: PipelineLimits, strict: bool
-    ) -> bool:
-        """Whether there is more to read."""
-        num_bytes = 0
-        for item in items:
-            if isinstance(item, Refused):
-                upsert = Upsert(SourcePassage(item.passage_id or "", "", item.place), refused=item)
-            else:
-                upsert = self.check(item)
-            batch.upserts.append(upsert)
-            num_bytes += len(upsert.passage.text)
-            if strict and upsert.refused is not None:
-                batch.stopped_by = str(upsert.refused)
-                return False
-            if len(batch.upserts) >= limits.batch_passages or num_bytes >= limits.batch_text_bytes:
-                return True
-        return False
 
 
 class _End(NamedTuple):

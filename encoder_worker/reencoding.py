@@ -157,7 +157,8 @@ class Reencoding:
     def _chunk(self, ids: Sequence[str]) -> Iterator[Upsert]:
         """Passages with the states to write."""
         records = self.source.store.get_many(self.source.name, ids)
-        rows = zip(ids, records, self.source.get_many(ids), self.target.digests(ids), strict=True)
+        held = [None] * len(ids) if self.target.collection is None else self.target.collection.digests(ids)
+        rows = zip(ids, records, self.source.get_many(ids), held, strict=True)
         todo: list[tuple[Upsert, Tokenized]] = []
         for passage_id, record, states, digest in rows:
             if record is None or states is None:  # deleted meanwhile

@@ -10,6 +10,7 @@ import logging
 from collections import Counter as Tally
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 import grpc
@@ -153,7 +154,12 @@ class EncoderServer:
 
     async def _load(self) -> None:
         assert self._store is not None
-        encoder = await asyncio.get_running_loop().run_in_executor(self._model_thread, self._load_encoder)
+        loop = asyncio.get_running_loop()
+        names = ("device", "dtype", "max_passage_tokens", "read_control_tokens", "max_batch_tokens")
+        settings = {name: getattr(self.config, name) for name in names}
+        load = partial(PassageEncoder.load, self.config.checkpoint, **settings)
+        encoder = await loop.run_in_executor(self._model_thread, load)
+        await loop.run_in_executor(self._model_thread, encoder.warm_up)
         scheduler = EncodeScheduler(encoder, self._model_thread, self.metrics.passed)
         self.metrics.on_demand.set_function(lambda: scheduler.on_demand_tokens)
         identity, compute = encoder.identity, {"dtype": encoder.dtype_name, "device": encoder.device_name}
@@ -164,12 +170,6 @@ class EncoderServer:
         self._loop.add_done_callback(self._loop_ended)
         self._service.worker = Worker(self.config, encoder, scheduler, self._store, self._threads, self._store_threads)
         await self._say(health_pb2.HealthCheckResponse.SERVING)
-
-    def _load_encoder(self) -> PassageEncoder:
-        names = ("device", "dtype", "max_passage_tokens", "read_control_tokens", "max_batch_tokens")
-        encoder = PassageEncoder.load(self.config.checkpoint, **{name: getattr(self.config, name) for name in names})
-        encoder.warm_up()
-        return encoder
 
     async def _say(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for name in ("", SERVICE):

@@ -60,10 +60,32 @@ class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
     async def Upsert(  # type: ignore[override]  # noqa: N802  # the stubs know sync iterators only
         self, request_iterator: AsyncIterator[pb.UpsertRequest], context: Context
     ) -> None:
-        async with _translated(), aclosing(_upload(self._loaded(), aiter(request_iterator))) as responses:
-            async for response in responses:
-                self._on_upserted(response)
-                await context.write(response)
+        """A response per message, in order, after the store has its passages."""
+        async with _translated():
+            worker, requests = self._loaded(), aiter(request_iterator)
+            first = await anext(requests, None)
+            if first is None:
+                return
+            if not first.collection:
+                raise errors.InvalidRequest("collection", "", "the name of a collection in the first message")
+            if first.compression_ratio < 0:
+                raise errors.InvalidRequest("compression_ratio", first.compression_ratio, "0 (the default) or more")
+            target = await worker.call_store(_open_or_make, worker, first)
+            limits = PipelineLimits(
+                max_unencoded=math.inf,
+                max_unacknowledged=worker.config.max_unacknowledged_passages,
+                max_unacknowledged_bytes=worker.config.max_unacknowledged_bytes,
+                write_whole_batches=True,
+                retry_seconds=(),
+                allow_clipped=worker.config.allow_clipped,
+            )
+            pipeline = Pipeline(worker.scheduler, target, worker.store_threads, limits)
+            async with aclosing(pipeline.run(_batches(worker, target, first, requests))) as changes:
+                async for finished in changes:
+                    for batch in finished:
+                        response = await _pack_batch(batch)
+                        self._on_upserted(response)
+                        await context.write(response)
 
     async def Encode(self, request: pb.EncodeRequest, context: Context) -> pb.EncodeResponse:  # noqa: N802
         async with _translated():
@@ -72,7 +94,10 @@ class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
     async def Delete(self, request: pb.DeleteRequest, context: Context) -> pb.DeleteResponse:  # noqa: N802
         async with _translated(request.collection):
             worker = self._loaded()
-            return pb.DeleteResponse(num_deleted=await worker.call_store(_delete, worker.store, request))
+            # An id that cannot exist is not there; an id that is named twice is deleted once.
+            ids = [one for one in dict.fromkeys(request.passage_ids) if is_passage_id(one)]
+            collection = await worker.call_store(Collection.open, worker.store, request.collection)
+            return pb.DeleteResponse(num_deleted=await worker.call_store(collection.delete_many, ids))
 
     async def GetStats(self, request: pb.GetStatsRequest, context: Context) -> pb.GetStatsResponse:  # noqa: N802
         async with _translated(request.collection):
@@ -117,31 +142,6 @@ class Worker:
 
     async def call_store(self, function: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self.store_threads, function, *args)
-
-
-async def _upload(worker: Worker, requests: AsyncIterator[pb.UpsertRequest]) -> AsyncGenerator[pb.UpsertResponse, None]:
-    """A response per message, in order, after the store has its passages."""
-    first = await anext(requests, None)
-    if first is None:
-        return
-    if not first.collection:
-        raise errors.InvalidRequest("collection", "", "the name of a collection in the first message")
-    if first.compression_ratio < 0:
-        raise errors.InvalidRequest("compression_ratio", first.compression_ratio, "0 (the default) or more")
-    target = await worker.call_store(_open_or_make, worker, first)
-    limits = PipelineLimits(
-        max_unencoded=math.inf,
-        max_unacknowledged=worker.config.max_unacknowledged_passages,
-        max_unacknowledged_bytes=worker.config.max_unacknowledged_bytes,
-        write_whole_batches=True,
-        retry_seconds=(),
-        allow_clipped=worker.config.allow_clipped,
-    )
-    batches = _batches(worker, target, first, requests)
-    async with aclosing(Pipeline(worker.scheduler, target, worker.store_threads, limits).run(batches)) as changes:
-        async for finished in changes:
-            for batch in finished:
-                yield await _pack_batch(batch)
 
 
 async def _batches(
@@ -261,12 +261,6 @@ def _pack_encoded(encoded: Encoded, format: pb.StateFormat) -> pb.EncodedPassage
     else:
         data = encoded.states.astype("<f4", copy=False).tobytes()
     return pb.EncodedPassage(states=data, window_tokens=encoded.window_tokens, truncated=encoded.truncated)
-
-
-def _delete(store: Store, request: pb.DeleteRequest) -> int:
-    # An id that cannot exist is not there; an id that is named twice is deleted once.
-    ids = [one for one in dict.fromkeys(request.passage_ids) if is_passage_id(one)]
-    return Collection.open(store, request.collection).delete_many(ids)
 
 
 def _collections(store: Store, name: str) -> list[common_pb2.CollectionInfo]:

@@ -114,17 +114,6 @@ class Target:
             self.collection = Collection.create(self.store, manifest, exist_ok=True)
         return self.collection
 
-    def digests(self, passage_ids: Sequence[str]) -> list[bytes | None]:
-        """Digest of the text each id is stored with, or None."""
-        return self.collection.digests(passage_ids) if self.collection is not None else [None] * len(passage_ids)
-
-    def stored_truncated(self, passage_ids: Sequence[str]) -> list[bool]:
-        """Which of the stored passages were cut when they were encoded."""
-        if self.collection is None or not self.collection.stats().num_truncated:
-            return [False] * len(passage_ids)
-        headers = self.store.headers_many(self.collection.name, passage_ids, bulk=True)
-        return [header is not None and header.truncated for header in headers]
-
 
 @dataclass
 class WriteGroup:
