@@ -20,8 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cache.errors import CollectionExists
-from cache.record import HEADER_BYTES, check_name
+from cache.record import HEADER_BYTES
 from cache.store import Store
 from encoder_worker.config import CollectionSettings, IndexOptions
 from encoder_worker.passage_encoder import PassageEncoder, Tokenized
@@ -211,7 +210,7 @@ def index(
         source: items in any order; a `fraction()` method, as Source has, makes progress and ETA possible.
         collection: name or alias; made when it does not exist.
         stop: set it from anywhere to end after the batch in hand; what was encoded is then stored.
-        report: to fill in, for a caller who wants the counts also when this raises.
+        report: is filled in, so that the counts are there also when this raises.
 
     Raises:
         EncoderMismatch, CollectionExists: the collection is another encoder's, or made with other settings.
@@ -220,7 +219,8 @@ def index(
     """
     options = options or IndexOptions()
     report = report if report is not None else IndexReport(collection)
-    target, batches = _opened(source, encoder, store, collection, settings, options)
+    target = Target(store, collection, settings, encoder, options.alias)
+    batches = Intake(encoder, target, options).batches(source)
     begun = time.monotonic()
     job = _index(batches, encoder, target, options, report, stop or threading.Event(), on_progress)
     try:
@@ -236,24 +236,6 @@ def index(
         store.set_alias(options.alias, target.collection.name)
         report.alias = options.alias
     return report
-
-
-def _opened(
-    source: Iterable[Item],
-    encoder: PassageEncoder,
-    store: Store,
-    collection: str,
-    settings: CollectionSettings | None,
-    options: IndexOptions,
-) -> tuple[Target, Iterator[ReadBatch]]:
-    target = Target(store, collection, settings or CollectionSettings(), encoder)
-    if options.alias is not None:
-        # Refused now, not after hours of encoding.
-        check_name("alias", options.alias)
-        if options.alias == target.name or options.alias in store.list_collections():
-            raise CollectionExists(f"alias: {options.alias!r} is the name of a collection; expected another name")
-    intake = Intake(encoder, target, split=options.split, force=options.force)
-    return target, intake.batches(source, options.limits, strict=options.strict)
 
 
 async def _index(
@@ -322,10 +304,11 @@ def dry_run(
     Reads and tokenizes everything, encodes a uniform sample for at most some ten seconds, writes nothing.
     """
     report = report if report is not None else IndexReport(collection)
-    target, batches = _opened(source, encoder, store, collection, settings, options or IndexOptions())
+    options = options or IndexOptions()
+    target = Target(store, collection, settings, encoder, options.alias)
     begun = time.monotonic()
     costs, sample, chance = IndexEstimate(), list[Tokenized](), random.Random(0)
-    for batch in batches:
+    for batch in Intake(encoder, target, options).batches(source):
         lengths: list[int] = []
         for one in batch.upserts:
             if (tokens := one.tokenized) is None:

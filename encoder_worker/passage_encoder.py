@@ -221,7 +221,3 @@ class PassageEncoder:
         if isinstance(joined, EncodingFailed):
             raise joined
         return joined
-
-    def warm_up(self) -> None:
-        """A real forward pass; raises where the encoder does not work."""
-        self.encode_one("warm", 1)

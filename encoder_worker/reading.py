@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from cache.record import is_passage_id
 from cache.states import text_digest
-from encoder_worker.config import PipelineLimits
+from encoder_worker.config import IndexOptions
 from encoder_worker.passage_encoder import TOKENIZE_TEXTS, PassageEncoder
 from encoder_worker.sources import Item, Place, Reason, Refused, SourceError, SourcePassage
 from encoder_worker.writing import Target, Upsert
@@ -118,9 +118,8 @@ class Intake:
 
     encoder: PassageEncoder
     target: Target
+    options: IndexOptions = field(default_factory=IndexOptions)
     max_text_bytes: int | None = None
-    split: bool = False  # passages over the token limit become several token windows instead of being cut
-    force: bool = False  # encode also what is stored with the same text
     seen: SeenIds = field(default_factory=SeenIds)
 
     def check(self, item: Item) -> Upsert:
@@ -140,11 +139,11 @@ class Intake:
     def compare(self, upserts: Sequence[Upsert]) -> list[Upsert]:
         """The passages to encode: not refused, and not stored with the same text. Waits for the store."""
         good = [one for one in upserts if one.refused is None]
-        if self.force or (collection := self.target.collection) is None:
+        if self.options.force or (collection := self.target.collection) is None:
             return good
         ids = [one.passage.passage_id for one in good]
         cut = [False] * len(ids)
-        if self.split and collection.stats().num_truncated:
+        if self.options.split and collection.stats().num_truncated:
             # The same text, but stored cut by a run without `split`.
             headers = collection.store.headers_many(collection.name, ids, bulk=True)
             cut = [header is not None and header.truncated for header in headers]
@@ -156,14 +155,15 @@ class Intake:
 
     def tokenize(self, upserts: Sequence[Upsert]) -> None:
         texts = [one.passage.text for one in upserts]
-        for one, tokens in zip(upserts, self.encoder.tokenize(texts, split=self.split), strict=True):
+        for one, tokens in zip(upserts, self.encoder.tokenize(texts, split=self.options.split), strict=True):
             if tokens.failed is None:
                 one.tokenized = tokens
             else:
                 one.take(tokens.failed)
 
-    def batches(self, source: Iterable[Item], limits: PipelineLimits, *, strict: bool = False) -> Iterator[ReadBatch]:
-        """Every item of a source, in batches ready for the model; `strict` ends at the first refused item."""
+    def batches(self, source: Iterable[Item]) -> Iterator[ReadBatch]:
+        """Every item of a source, in batches ready for the model."""
+        limits = self.options.limits
         fraction: Callable[[], float | None] = getattr(source, "fraction", lambda: None)
         items, ended = iter(source), False
         while not ended:
@@ -172,7 +172,7 @@ class Intake:
                 for item in items:
                     batch.upserts.append(upsert := self.check(item))
                     num_bytes += len(upsert.passage.text)
-                    if strict and upsert.refused is not None:
+                    if self.options.strict and upsert.refused is not None:
                         batch.stopped_by = str(upsert.refused)
                     full = len(batch.upserts) >= limits.batch_passages or num_bytes >= limits.batch_text_bytes
                     if full or batch.stopped_by is not None:

@@ -41,12 +41,9 @@ class _Sequence:
     stream: EncodeStream
     key: Any
     text: Tokenized
-    window: int
+    window: int  # its number
+    tokens: Sequence[int]
     encoded: dict[int, States | EncodingFailed]  # windows of the text, as they come
-
-    @property
-    def tokens(self) -> Sequence[int]:
-        return self.text.windows[self.window]
 
 
 @dataclass(eq=False, slots=True)
@@ -62,7 +59,7 @@ class EncodeStream:
     def add(self, texts: Iterable[tuple[Any, Tokenized]]) -> None:
         for key, text in texts:
             encoded: dict[int, States | EncodingFailed] = {}
-            self.queue.add([_Sequence(self, key, text, window, encoded) for window in range(len(text.windows))])
+            self.queue.add(_Sequence(self, key, text, i, tokens, encoded) for i, tokens in enumerate(text.windows))
             self.num_tokens += text.num_tokens
         self.wake.set()
 

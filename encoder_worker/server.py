@@ -114,7 +114,19 @@ class EncoderServer:
             CheckpointError, ValueError: what cannot be served.
         """
         try:
-            await self._bind()
+            server = make_server(
+                self.keys,
+                [self.metrics.rpc, log_call],
+                max_calls=self.config.max_connections,
+                max_request_bytes=self.config.max_message_bytes,
+                max_response_bytes=self.config.max_answer_bytes,
+            )
+            encoder_pb2_grpc.add_EncoderServiceServicer_to_server(self._service, server)
+            add_standard_services(server, self._health, [SERVICE])
+            await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
+            self.port = listen(server, self.config, self.config.port)
+            await server.start()
+            self._server = server
             await self._load()
         except BaseException:
             await self.stop(0)
@@ -137,21 +149,6 @@ class EncoderServer:
             self._own_store.close()
             self._own_store = None
 
-    async def _bind(self) -> None:
-        server = make_server(
-            self.keys,
-            [self.metrics.rpc, log_call],
-            max_calls=self.config.max_connections,
-            max_request_bytes=self.config.max_message_bytes,
-            max_response_bytes=self.config.max_answer_bytes,
-        )
-        encoder_pb2_grpc.add_EncoderServiceServicer_to_server(self._service, server)
-        add_standard_services(server, self._health, [SERVICE])
-        await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
-        self.port = listen(server, self.config, self.config.port)
-        await server.start()
-        self._server = server
-
     async def _load(self) -> None:
         assert self._store is not None
         loop = asyncio.get_running_loop()
@@ -159,7 +156,7 @@ class EncoderServer:
         settings = {name: getattr(self.config, name) for name in names}
         load = partial(PassageEncoder.load, self.config.checkpoint, **settings)
         encoder = await loop.run_in_executor(self._model_thread, load)
-        await loop.run_in_executor(self._model_thread, encoder.warm_up)
+        await loop.run_in_executor(self._model_thread, encoder.encode_one, "warm", 1)  # a real forward pass
         scheduler = EncodeScheduler(encoder, self._model_thread, self.metrics.passed)
         self.metrics.on_demand.set_function(lambda: scheduler.on_demand_tokens)
         identity, compute = encoder.identity, {"dtype": encoder.dtype_name, "device": encoder.device_name}

@@ -61,8 +61,8 @@ class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
         self, request_iterator: AsyncIterator[pb.UpsertRequest], context: Context
     ) -> None:
         """A response per message, in order, after the store has its passages."""
-        async with _translated():
-            worker, requests = self._loaded(), aiter(request_iterator)
+        async with self._call() as worker:
+            requests = aiter(request_iterator)
             first = await anext(requests, None)
             if first is None:
                 return
@@ -88,26 +88,23 @@ class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
                         await context.write(response)
 
     async def Encode(self, request: pb.EncodeRequest, context: Context) -> pb.EncodeResponse:  # noqa: N802
-        async with _translated():
-            return await _encode(self._loaded(), request)
+        async with self._call() as worker:
+            return await _encode(worker, request)
 
     async def Delete(self, request: pb.DeleteRequest, context: Context) -> pb.DeleteResponse:  # noqa: N802
-        async with _translated(request.collection):
-            worker = self._loaded()
+        async with self._call(request.collection) as worker:
             # An id that cannot exist is not there; an id that is named twice is deleted once.
             ids = [one for one in dict.fromkeys(request.passage_ids) if is_passage_id(one)]
             collection = await worker.call_store(Collection.open, worker.store, request.collection)
             return pb.DeleteResponse(num_deleted=await worker.call_store(collection.delete_many, ids))
 
     async def GetStats(self, request: pb.GetStatsRequest, context: Context) -> pb.GetStatsResponse:  # noqa: N802
-        async with _translated(request.collection):
-            worker = self._loaded()
+        async with self._call(request.collection) as worker:
             collections = await worker.call_store(_collections, worker.store, request.collection)
             return pb.GetStatsResponse(collections=collections)
 
     async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeResponse:  # noqa: N802
-        async with _translated():
-            worker = self._loaded()
+        async with self._call() as worker:
             encoder = worker.encoder
             return pb.DescribeResponse(
                 encoder=_pack_identity(encoder.identity),
@@ -119,10 +116,15 @@ class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
                 max_message_bytes=worker.config.max_message_bytes,
             )
 
-    def _loaded(self) -> Worker:
+    @asynccontextmanager
+    async def _call(self, collection: str = "") -> AsyncIterator[Worker]:
+        """Errors of the store become those of a call; preread_edge.grpc_server ends it with any PrereadError."""
         if self.worker is None:
             raise errors.Unavailable("this worker is loading its model, or stopping", retry_after_seconds=RETRY_SECONDS)
-        return self.worker
+        try:
+            yield self.worker
+        except store_errors.CacheError as exc:
+            raise _of_store(exc, collection) from exc
 
 
 @dataclass(frozen=True)
@@ -297,15 +299,6 @@ def _pack_identity(of: object) -> common_pb2.EncoderIdentity:
     """Of an encoder's identity, or of a manifest, which has the same fields."""
     fields = ("fingerprint", "checkpoint", "dim", "max_passage_tokens", "passage_template", "pooling_version")
     return common_pb2.EncoderIdentity(**{name: getattr(of, name) for name in fields})
-
-
-@asynccontextmanager
-async def _translated(collection: str = "") -> AsyncIterator[None]:
-    """Errors of the store as those of a call; preread_edge.grpc_server ends the call with any PrereadError."""
-    try:
-        yield
-    except store_errors.CacheError as exc:
-        raise _of_store(exc, collection) from exc
 
 
 def _of_store(error: store_errors.CacheError, collection: str) -> errors.PrereadError:

@@ -58,11 +58,11 @@ class Upsert:
 
 
 class Target:
-    """A collection by name or alias, existing or still to be made.
+    """A collection by name or alias, existing or still to be made; `alias` is to be pointed at it in the end.
 
     Raises:
         EncoderMismatch: another encoder wrote it.
-        CollectionExists: it was made with other settings than asked for.
+        CollectionExists: it was made with other settings than asked for, or the alias is a collection's name.
         CodecError, InvalidName: settings no collection can have.
     """
 
@@ -70,10 +70,19 @@ class Target:
     num_trained: int = 0  # states that the codec was trained on here
     _manifest: Callable[..., Manifest]
 
-    def __init__(self, store: Store, name: str, settings: CollectionSettings, encoder: PassageEncoder) -> None:
-        identity = encoder.identity
+    def __init__(
+        self,
+        store: Store,
+        name: str,
+        settings: CollectionSettings | None,
+        encoder: PassageEncoder,
+        alias: str | None = None,
+    ) -> None:
+        identity, settings = encoder.identity, settings or CollectionSettings()
         self.store = store
         self.name = check_name("collection", name)
+        if alias is not None and (check_name("alias", alias) == name or alias in store.list_collections()):
+            raise errors.CollectionExists(f"alias: {alias!r} is the name of a collection; expected another name")
         try:
             found = Collection.open(store, name, fingerprint=identity.fingerprint, checkpoint=identity.checkpoint)
         except errors.CollectionNotFound:

@@ -331,22 +331,17 @@ def _find_columns(source: str, cells: list[str], fields: Fields) -> tuple[int, t
     except KeyError as exc:
         found = f"{', '.join(cells):.200}"
         if fields.text in cells or any(name in cells for name in fields.id_names):
-            raise SourceError(f"{source}: no column {exc.args[0]}; the header has {found}") from None
-        if fields.id is not None or fields.text != "text":
-            names = f"{' or '.join(fields.id_names)} and {fields.text}"
-            raise SourceError(f"{source}: no columns {names}; the first line has {found}") from None
-        if len(cells) != 2:
-            raise SourceError(
-                f"{source}: the first line has {len(cells)} columns and names none of id, _id, text; "
-                "expected a header, or two columns: id and text"
-            ) from None
-        return 2, (0, 1, None), False
+            why = f"no column {exc.args[0]}; the header has {found}"
+        elif fields.id is not None or fields.text != "text":
+            why = f"no columns {' or '.join(fields.id_names)} and {fields.text}; the first line has {found}"
+        elif len(cells) != 2:
+            why = f"the first line has {len(cells)} columns and names none of id, _id, text; expected a header, or two"
+            why += " columns: id and text"
+        else:
+            return 2, (0, 1, None), False
+        raise SourceError(f"{source}: {why}") from None
     title_at = cells.index(title) if title is not None else None
     return len(cells), (cells.index(id_name), cells.index(text), title_at), True
-
-
-class _Stop(Exception):  # noqa: N818 - never leaves this module
-    """A record ran into something that ends it before its closing quote."""
 
 
 def _csv_rows(entries: Iterator[Line], max_bytes: int) -> Iterator[Row]:
@@ -363,13 +358,13 @@ def _csv_rows(entries: Iterator[Line], max_bytes: int) -> Iterator[Row]:
         while (entry := again.popleft() if again else next(entries, None)) is not None:
             taken.append(entry)
             if isinstance(entry, Refused):
-                raise _Stop(f"a quote is not closed before line {entry.place.line}, which cannot be read")
+                raise csv.Error(f"a quote is not closed before line {entry.place.line}, which cannot be read")
             num_bytes += len(entry[1])
             if num_bytes > max_bytes:
-                raise _Stop(f"a quote is not closed within {max_bytes:,} bytes")
+                raise csv.Error(f"a quote is not closed within {max_bytes:,} bytes")
             text = _decoded(entry)
             if isinstance(text, Refused):
-                raise _Stop(f"a quote is not closed before line {text.place.line}, which is not UTF-8")
+                raise csv.Error(f"a quote is not closed before line {text.place.line}, which is not UTF-8")
             yield text[1] + "\n"
 
     while True:
@@ -378,7 +373,7 @@ def _csv_rows(entries: Iterator[Line], max_bytes: int) -> Iterator[Row]:
             cells = next(csv.reader(feed(), strict=True))
         except StopIteration:
             return
-        except (_Stop, csv.Error) as exc:
+        except csv.Error as exc:
             again.extendleft(reversed(taken[1:]))
             first = _decoded(taken[0])
             yield first if isinstance(first, Refused) else Refused(first[0], None, Reason.BROKEN_ROW, f"not CSV: {exc}")
