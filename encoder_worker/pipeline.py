@@ -22,7 +22,7 @@ from typing import Any
 from encoder_worker.config import PipelineLimits
 from encoder_worker.passage_encoder import Encoded
 from encoder_worker.reading import ReadBatch
-from encoder_worker.scheduler import EncodeScheduler, EncodeStream, Priority
+from encoder_worker.scheduler import EncodeScheduler, EncodeStream
 from encoder_worker.writing import Target, Upsert, WriteGroup
 
 _MAX_PENDING_WRITES = 2
@@ -69,7 +69,7 @@ class Pipeline:
         after everything before it is stored.
         """
         async with aclosing(batches):
-            with self.scheduler.stream(self.target.compression_ratio, Priority.BULK) as stream:
+            with self.scheduler.stream(self.target.compression_ratio, bulk=True) as stream:
                 try:
                     while True:
                         self._begin(batches, stream)

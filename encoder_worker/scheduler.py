@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from enum import IntEnum
 from itertools import islice
 from typing import Any
 
@@ -25,13 +24,6 @@ OnPass = Callable[[int, int, float], None]  # after each forward pass: tokens of
 _MAX_PLANNED = 4096  # sequences that are planned together: enough to find like lengths
 _BULK_EVERY = 4  # while on-demand texts keep coming, every so-many-th batch is an upload's
 _MAX_UNREAD = 2  # passes that a stream may leave unread before the model computes no more for it
-
-
-class Priority(IntEnum):
-    """The order of service."""
-
-    ON_DEMAND = 0  # a caller waits for the answer
-    BULK = 1
 
 
 @dataclass(eq=False, slots=True)
@@ -51,7 +43,7 @@ class EncodeStream:
     """The texts of one call, each by a key of the caller."""
 
     ratio: int
-    queue: _Queue  # its priority's
+    queue: _Queue
     wake: asyncio.Event  # of the scheduler
     num_tokens: int = 0
     unread: asyncio.Queue[list[tuple[Any, Encoded]] | Exception] = field(default_factory=asyncio.Queue)
@@ -86,7 +78,7 @@ class EncodeScheduler:
         self._model_thread = model_thread
         self._on_pass = on_pass
         self._streams: set[EncodeStream] = set()
-        self._queues = {priority: _Queue(encoder.limits, shuffle) for priority in Priority}
+        self._on_demand, self._bulk = (_Queue(encoder.limits, shuffle) for _ in range(2))
         self._wake = asyncio.Event()
         self._passed_over = 0  # batches since an upload waited and was not served
 
@@ -99,17 +91,16 @@ class EncodeScheduler:
     @property
     def on_demand_tokens(self) -> int:
         """In flight: queued or being computed."""
-        on_demand = self._queues[Priority.ON_DEMAND]
-        return sum(stream.num_tokens for stream in self._streams if stream.queue is on_demand)
+        return sum(stream.num_tokens for stream in self._streams if stream.queue is self._on_demand)
 
-    def num_waiting(self, priority: Priority) -> int:
+    def num_waiting(self, *, bulk: bool) -> int:
         """Token sequences that wait for a pass and whose caller is still there."""
-        return len(self._queues[priority].waiting)
+        return len((self._bulk if bulk else self._on_demand).waiting)
 
     @contextmanager
-    def stream(self, ratio: int, priority: Priority) -> Iterator[EncodeStream]:
+    def stream(self, ratio: int, *, bulk: bool) -> Iterator[EncodeStream]:
         """Texts of one call, encoded in passes that calls share. Leaving it drops what waits."""
-        stream = EncodeStream(ratio, self._queues[priority], self._wake)
+        stream = EncodeStream(ratio, self._bulk if bulk else self._on_demand, self._wake)
         self._streams.add(stream)
         try:
             yield stream
@@ -117,10 +108,10 @@ class EncodeScheduler:
             self._streams.discard(stream)
             stream.queue.drop(stream)
 
-    async def encode(self, texts: Sequence[Tokenized], ratio: int, priority: Priority) -> list[Encoded]:
-        """The states of each text, or why there are none."""
+    async def encode(self, texts: Sequence[Tokenized], ratio: int) -> list[Encoded]:
+        """On demand: the states of each text, or why there are none."""
         encoded: dict[int, Encoded] = {i: text.failed for i, text in enumerate(texts) if text.failed is not None}
-        with self.stream(ratio, priority) as stream:
+        with self.stream(ratio, bulk=False) as stream:
             stream.add(enumerate(texts))
             while len(encoded) < len(texts):
                 encoded |= dict(await stream.completed())
@@ -142,7 +133,7 @@ class EncodeScheduler:
 
     def _next(self) -> list[_Sequence]:
         """The next batch of the queue whose turn it is; empty when nothing waits, or for readers only."""
-        on_demand, bulk = (self._queues[priority].first() for priority in Priority)
+        on_demand, bulk = self._on_demand.first(), self._bulk.first()
         bulk_now = bool(bulk) and (not on_demand or self._passed_over >= _BULK_EVERY - 1)
         if batch := bulk if bulk_now else on_demand:
             self._passed_over = 0 if bulk_now or not bulk else self._passed_over + 1
@@ -173,7 +164,7 @@ class EncodeScheduler:
 
 @dataclass
 class _Queue:
-    """Sequences of one priority in the order of their arrival; every arrival makes a new plan, so that batches fill."""
+    """Sequences in the order of their arrival; every arrival makes a new plan, so that batches fill."""
 
     limits: BatchLimits
     shuffle: random.Random | None

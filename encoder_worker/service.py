@@ -28,7 +28,7 @@ from encoder_worker.config import CollectionSettings, EncoderConfig, PipelineLim
 from encoder_worker.passage_encoder import TOKENIZE_TEXTS, Encoded, EncodingFailed, PassageEncoder, Tokenized
 from encoder_worker.pipeline import Pipeline
 from encoder_worker.reading import Intake, ReadBatch
-from encoder_worker.scheduler import EncodeScheduler, Priority
+from encoder_worker.scheduler import EncodeScheduler
 from encoder_worker.sources import Place, SourcePassage
 from encoder_worker.writing import Target, Upsert
 from preread import errors
@@ -241,7 +241,7 @@ async def _encode(worker: Worker, request: pb.EncodeRequest) -> pb.EncodeRespons
     if in_flight and in_flight + num_tokens > config.max_queue_tokens:
         message = f"{in_flight:,} tokens are in flight; at most {config.max_queue_tokens:,} may be"
         raise errors.Overloaded(message, RETRY_SECONDS, reason="OVERLOADED")
-    encoded = await worker.scheduler.encode(tokenized, ratio, Priority.ON_DEMAND)
+    encoded = await worker.scheduler.encode(tokenized, ratio)
     packed = iter(await worker.call(lambda: [_pack_encoded(one, format) for one in encoded]))
     return pb.EncodeResponse(
         passages=[next(packed) if why is None else pb.EncodedPassage(message=why) for why in refused],

@@ -94,8 +94,12 @@ class Source:
 
     def _jsonl(self, stream: BinaryIO, source: str) -> Iterator[Item]:
         for entry in read_texts(stream, source, self._max_line_bytes):
-            row = entry if isinstance(entry, Refused) else json_object(*entry)
-            yield row if isinstance(row, Refused) else self._fields.of_row(entry[0], row)
+            if isinstance(entry, Refused):
+                yield entry
+            elif isinstance(row := json_object(*entry), Refused):
+                yield row
+            else:
+                yield self._fields.of_row(entry[0], row)
 
     def _text(self, stream: BinaryIO, source: str) -> Iterator[Item]:
         # Line numbers of several files would collide.

@@ -10,7 +10,6 @@ import grpc
 import numpy as np
 
 from encoder_worker.passage_encoder import PassageEncoder
-from encoder_worker.scheduler import Priority
 from preread.v1 import encoder_pb2
 
 STORED = encoder_pb2.UPSERT_STATUS_STORED
@@ -86,9 +85,9 @@ async def test_calls_share_batches_and_on_demand_goes_first(worker: Serve) -> No
         uploads = asyncio.create_task(
             to.upsert(to.message("docs", **{f"p{i}": f"upload {i} " * 99 for i in range(10)}))
         )
-        await to.until(lambda: to.num_waiting(Priority.BULK) == 10)
+        await to.until(lambda: to.num_waiting(bulk=True) == 10)
         others = [asyncio.create_task(to.encode([f"number {i}"])) for i in range(5)]
-        await to.until(lambda: to.num_waiting(Priority.ON_DEMAND) == 5)
+        await to.until(lambda: to.num_waiting(bulk=False) == 5)
         gate.open()
         await asyncio.gather(first, *others, uploads)
         lengths = gate.batches
@@ -124,10 +123,10 @@ async def test_a_caller_who_leaves_is_dropped_before_the_next_batch(worker: Serv
         too_late = asyncio.ensure_future(
             to.stub.Encode(encoder_pb2.EncodeRequest(texts=["and this one has little time"]), timeout=0.5)
         )
-        await to.until(lambda: to.num_waiting(Priority.ON_DEMAND) == 2)
+        await to.until(lambda: to.num_waiting(bulk=False) == 2)
         cancelled.cancel()
         assert (await to.failure(too_late))[0] is grpc.StatusCode.DEADLINE_EXCEEDED
-        await to.until(lambda: to.num_waiting(Priority.ON_DEMAND) == 0)
+        await to.until(lambda: to.num_waiting(bulk=False) == 0)
         gate.open()
         await first
         assert len((await to.encode(["after"])).passages) == 1

@@ -16,7 +16,6 @@ from cache.store import Store
 from encoder_worker.config import CollectionSettings
 from encoder_worker.indexing import index
 from encoder_worker.passage_encoder import PassageEncoder
-from encoder_worker.scheduler import Priority
 from encoder_worker.service import MANY
 from encoder_worker.sources import SourcePassage
 from preread.v1 import encoder_pb2
@@ -154,12 +153,12 @@ async def test_backpressure_the_next_message_is_not_read_before_there_is_room(wo
         while before != num_sent:  # what flow control lets through, a few megabytes, is through
             before = num_sent
             await asyncio.sleep(0.5)
-        assert to.num_waiting(Priority.BULK) + len(gate.batches[0]) <= 4
+        assert to.num_waiting(bulk=True) + len(gate.batches[0]) <= 4
         upload.cancel()
         gate.open()
         with pytest.raises(asyncio.CancelledError):
             await upload
-        await to.until(lambda: to.num_waiting(Priority.BULK) == 0)
+        await to.until(lambda: to.num_waiting(bulk=True) == 0)
 
 
 async def _collect(call: Any) -> list[Any]:

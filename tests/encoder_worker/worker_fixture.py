@@ -20,7 +20,6 @@ from google.rpc import error_details_pb2, status_pb2
 
 from cache.store import Store
 from encoder_worker.config import EncoderConfig
-from encoder_worker.scheduler import Priority
 from encoder_worker.server import EncoderServer
 from preread.v1 import encoder_pb2, encoder_pb2_grpc
 
@@ -72,9 +71,9 @@ class Worker:
         self.gates.append(Gate(self.server))
         return self.gates[-1]
 
-    def num_waiting(self, priority: Priority) -> int:
+    def num_waiting(self, *, bulk: bool) -> int:
         """Token sequences that wait for a forward pass and whose caller is still there."""
-        return self.server.engine.scheduler.num_waiting(priority)
+        return self.server.engine.scheduler.num_waiting(bulk=bulk)
 
     @staticmethod
     def message(collection: str = "", **texts: str) -> encoder_pb2.UpsertRequest:
