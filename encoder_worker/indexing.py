@@ -204,13 +204,10 @@ def index(
     on_progress: Callable[[Progress], None] = lambda progress: None,
     report: IndexReport | None = None,
 ) -> IndexReport:
-    """Encodes what is missing or changed and stores it. Running it again does nothing twice.
+    """Encodes what is missing or changed and stores it in a collection. Running it again does nothing twice.
 
-    Args:
-        source: items in any order; a `fraction()` method, as Source has, makes progress and ETA possible.
-        collection: name or alias; made when it does not exist.
-        stop: set it from anywhere to end after the batch in hand; what was encoded is then stored.
-        report: is filled in, so that the counts are there also when this raises.
+    A `fraction()` method of the source, as Source has, makes progress and ETA possible. Set `stop` from anywhere to end
+    after the batch in hand; what was encoded is then stored. `report` is filled in, also when this raises.
 
     Raises:
         EncoderMismatch, CollectionExists: the collection is another encoder's, or made with other settings.

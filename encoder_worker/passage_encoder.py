@@ -140,10 +140,8 @@ class PassageEncoder:
         """Loads the encoder half of a checkpoint, which is opened here where `model` is its directory or hub id.
 
         Only then do these count: `max_passage_tokens` and `read_control_tokens` (in texts, as KaLM's own code does).
-
-        Raises:
-            CheckpointError: files that cannot be used, or a limit over the encoder's positions.
-            ValueError: a device or dtype that is not to be had.
+        Raises CheckpointError for files that cannot be used or a limit over the encoder's positions, ValueError for a
+        device or dtype that is not to be had.
         """
         if not isinstance(model, Checkpoint):
             model = Checkpoint.open(model, max_passage_tokens=max_passage_tokens, neutralise=not read_control_tokens)

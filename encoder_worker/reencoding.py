@@ -72,13 +72,9 @@ def reencode(
 ) -> Reencoding:
     """Writes every passage into the collection `into`; when all are there the name and aliases of `source` mean it.
 
-    A passage of which the old table cut something is encoded from its text; what it did not cut is decoded, and so is
-    what has no text, whose count of cut numbers then stays. Running it again goes on where it was interrupted.
-
-    Args:
-        codec: of the new collection.
-        load: opens the encoder that wrote the collection; called when a text has to be encoded.
-        on_progress: passages done, and how many there are.
+    A passage of which the old table cut something is encoded from its text, by the encoder that wrote it, which `load`
+    opens then; what it did not cut is decoded, and so is what has no text, whose count of cut numbers then stays.
+    Running it again goes on where it was interrupted. `on_progress` gets the passages done, and how many there are.
 
     Raises:
         CollectionExists: `into` is something else.

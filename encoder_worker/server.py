@@ -75,11 +75,10 @@ class _Metrics:
 
 
 class EncoderServer:
-    """One encoder worker. `start`, then serve on `.port`, then `stop`.
+    """One encoder worker: `start`, then serve on `.port`, then `stop`.
 
-    Args:
-        store: shared with another part of the process; None opens the configured one.
-        keys: who may call; None: everyone who reaches the port.
+    A `store` is shared with another part of the process; None opens the configured one. Without `keys` everyone who
+    reaches the port may call.
     """
 
     def __init__(self, config: EncoderConfig, *, store: Store | None = None, keys: ApiKeys | None = None) -> None:
@@ -109,9 +108,7 @@ class EncoderServer:
     async def start(self) -> None:
         """Binds, loads and proves the model. When it raises, everything is stopped again.
 
-        Raises:
-            OSError: the port is taken.
-            CheckpointError, ValueError: what cannot be served.
+        Raises OSError where the port is taken, CheckpointError or ValueError for what cannot be served.
         """
         try:
             server = make_server(

@@ -60,10 +60,8 @@ class Upsert:
 class Target:
     """A collection by name or alias, existing or still to be made; `alias` is to be pointed at it in the end.
 
-    Raises:
-        EncoderMismatch: another encoder wrote it.
-        CollectionExists: it was made with other settings than asked for, or the alias is a collection's name.
-        CodecError, InvalidName: settings no collection can have.
+    Raises EncoderMismatch where another encoder wrote it, CollectionExists where it was made with other settings than
+    asked for or the alias is a collection's name, CodecError and InvalidName for what no collection can have.
     """
 
     collection: Collection | None = None
