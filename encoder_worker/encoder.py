@@ -110,23 +110,20 @@ class _Attention:
         for first in range(0, length, step):
             last = min(first + step, length)
             first_key, last_key = max(0, first - left), min(length, last + right)
-            mask = self._mask(first - first_key, last - first, last_key - first_key, left, right)
+            offset, num_queries, num_keys = first - first_key, last - first, last_key - first_key
+            mask = None
+            if num_queries + offset - 1 > left or num_keys - 1 - offset > right:
+                key = (offset, num_queries, num_keys)  # blocks that look alike share one
+                if key not in self._masks:
+                    queries = torch.arange(offset, offset + num_queries, device=self._device)[:, None]
+                    distance = queries - torch.arange(num_keys, device=self._device)
+                    self._masks[key] = _additive((distance <= left) & (distance >= -right), self._dtype)[None, None]
+                mask = self._masks[key]
             if real is not None:
                 padding = _additive(real[:, None, None, first_key:last_key], self._dtype)
                 mask = padding if mask is None else mask + padding
             blocks.append(_Block(first, last, first_key, last_key, mask))
         return blocks
-
-    def _mask(self, offset: int, num_queries: int, num_keys: int, left: int, right: int) -> Tensor | None:
-        """Of a block whose first query is its key number `offset`; made once for all blocks that look alike."""
-        if num_queries + offset - 1 <= left and num_keys - 1 - offset <= right:
-            return None
-        key = (offset, num_queries, num_keys)
-        if key not in self._masks:
-            queries = torch.arange(offset, offset + num_queries, device=self._device)[:, None]
-            distance = queries - torch.arange(num_keys, device=self._device)
-            self._masks[key] = _additive((distance <= left) & (distance >= -right), self._dtype)[None, None]
-        return self._masks[key]
 
 
 def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:

@@ -82,7 +82,12 @@ class SeenIds:
         key = int.from_bytes(hashlib.blake2b(passage.passage_id.encode(), digest_size=8).digest(), "little")
         found = self._latest.get(key)
         if found is None:
-            found = self._search(np.uint64(key))
+            wanted = np.uint64(key)
+            for hashes, places in self._sorted:
+                at = int(np.searchsorted(hashes, wanted))
+                if at < len(hashes) and hashes[at] == wanted:
+                    found = int(places[at])
+                    break
         if found is not None:
             first = Place(self._sources[found >> _LINE_BITS], found & ((1 << _LINE_BITS) - 1))
             message = f"id {passage.passage_id!r} came before, at {first}; the first one counts"
@@ -93,13 +98,6 @@ class SeenIds:
         if len(self._latest) >= _MERGE_AT:
             self._merge()
         return passage
-
-    def _search(self, key: np.uint64) -> int | None:
-        for hashes, places in self._sorted:
-            at = int(np.searchsorted(hashes, key))
-            if at < len(hashes) and hashes[at] == key:
-                return int(places[at])
-        return None
 
     def _merge(self) -> None:
         hashes = np.fromiter(self._latest.keys(), np.uint64, len(self._latest))

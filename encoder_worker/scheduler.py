@@ -80,7 +80,6 @@ class EncodeScheduler:
         self._streams: set[EncodeStream] = set()
         self._on_demand, self._bulk = (_Queue(encoder.limits, shuffle) for _ in range(2))
         self._wake = asyncio.Event()
-        self._passed_over = 0  # batches since an upload waited and was not served
 
     @staticmethod
     def make_model_thread() -> ThreadPoolExecutor:
@@ -119,26 +118,22 @@ class EncodeScheduler:
 
     async def run(self) -> None:
         """Computes until it is cancelled. A failure of the scheduler ends every open stream."""
+        passed_over = 0  # batches since an upload waited and was not served
         try:
             while True:
                 self._wake.clear()
-                if batch := self._next():
+                on_demand, bulk = self._on_demand.first(), self._bulk.first()
+                bulk_now = bool(bulk) and (not on_demand or passed_over >= _BULK_EVERY - 1)
+                if batch := bulk if bulk_now else on_demand:
+                    passed_over = 0 if bulk_now or not bulk else passed_over + 1
+                    batch[0].stream.queue.take(batch)
                     await self._compute(batch)
-                else:
+                else:  # nothing waits, or for readers only
                     await self._wake.wait()
         except Exception as exc:
             for stream in self._streams:
                 stream.unread.put_nowait(exc)
             raise
-
-    def _next(self) -> list[_Sequence]:
-        """The next batch of the queue whose turn it is; empty when nothing waits, or for readers only."""
-        on_demand, bulk = self._on_demand.first(), self._bulk.first()
-        bulk_now = bool(bulk) and (not on_demand or self._passed_over >= _BULK_EVERY - 1)
-        if batch := bulk if bulk_now else on_demand:
-            self._passed_over = 0 if bulk_now or not bulk else self._passed_over + 1
-            batch[0].stream.queue.take(batch)
-        return batch
 
     async def _compute(self, batch: list[_Sequence]) -> None:
         tokens = [one.tokens for one in batch]
