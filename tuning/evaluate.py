@@ -7,7 +7,6 @@ report.baseline.measures["nDCG@10"].mean, report.reranked(4).measures["nDCG@10"]
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,8 +23,8 @@ from tuning.judged import JudgedCollection, read_judged
 from tuning.metrics import bootstraps, per_query
 from tuning.progress import SILENT, StageProgress
 from tuning.report import Counts, EvaluationReport, System
-from tuning.rerank import CHUNK_BYTES, EncodedStates, StateSource, StoredStates, rerank
-from tuning.trec import Qrels, Run
+from tuning.rerank import CHUNK_BYTES, EncodedStates, Reranked, StateSource, StoredStates, rerank
+from tuning.trec import Run
 
 
 @dataclass
@@ -89,11 +88,9 @@ def evaluate(
 ) -> EvaluationReport:
     """Reranks first-stage candidates with a checkpoint and measures both.
 
-    Args:
-        judged: a collection, or a BEIR folder to read it from; stored states are read instead of encoding the passages.
-        model: a checkpoint, or its directory or hub id.
-
-    Raises EvaluationError for input that cannot be evaluated, and as `Experiment`.
+    `judged`: a collection, or a BEIR folder to read it from; stored states are read instead of encoding the passages.
+    `model`: a checkpoint, or its directory or hub id. Raises EvaluationError for input that cannot be evaluated, and
+    as `Experiment`.
     """
     judged = judged if isinstance(judged, JudgedCollection) else read_judged(judged)
     stored = judged.stored
@@ -107,25 +104,42 @@ def evaluate(
         runs.append((TEACHERS[settings.teacher], None, taught))
     source = one.source(stored, math.gcd(*ratios))
     reranked = rerank(one.backend, source, judged.queries, first, ratios, settings.instruction, progress)
+    finest = len(runs)
     runs += [(f"r = {ratio}", ratio, ranking) for ratio, ranking in reranked.runs.items()]
+    values = [per_query(judged.qrels, run, settings.top_k, settings.min_grade) for *_, run in runs]
+    boots = bootstraps(values, seed=settings.seed, num_resamples=settings.num_resamples)
+    systems = []
+    for i, (name, ratio, run) in enumerate(runs):
+        kept = {measure: boot.share(i, finest) for measure, boot in boots.items()} if ratio is not None else None
+        seconds = reranked.seconds[ratio] if ratio is not None else None
+        systems.append(System.of(run, values[i], boots, i, 0, name=name, ratio=ratio, kept=kept, seconds=seconds))
     return EvaluationReport(
         **one.identity(),
         stored_as=stored.name if stored is not None else None,
         codec=stored.manifest.codec if stored is not None else None,
         settings=settings,
-        counts=Counts.of(
-            judged,
-            first,
-            settings.min_grade,
-            num_missing_passages=len(reranked.missing_passages),
-            num_changed_passages=_num_changed(judged, first),
-            num_truncated_passages=len(reranked.truncated_passages),
-            num_unscored_pairs=reranked.num_unscored_pairs,
-        ),
+        counts=_counts(judged, first, settings.min_grade, reranked),
         query_ids=list(judged.qrels),
         qrels=judged.qrels,
-        systems=_measured(runs, reranked.seconds, judged.qrels, settings),
+        systems=systems,
         refused=judged.refused,
+    )
+
+
+def _counts(judged: JudgedCollection, first: Run, min_grade: int, reranked: Reranked) -> Counts:
+    num_changed = 0  # candidates whose stored states are of another text than the corpus has now
+    if judged.stored is not None:
+        ids = sorted({p for ranking in first.values() for p, _ in ranking if p in judged.passages})
+        digests = zip(ids, judged.stored.digests(ids), strict=True)
+        num_changed = sum(digest not in (None, text_digest(judged.passages[p])) for p, digest in digests)
+    return Counts.of(
+        judged,
+        first,
+        min_grade,
+        num_missing_passages=len(reranked.missing_passages),
+        num_changed_passages=num_changed,
+        num_truncated_passages=len(reranked.truncated_passages),
+        num_unscored_pairs=reranked.num_unscored_pairs,
     )
 
 
@@ -134,10 +148,8 @@ def open_checkpoint(
 ) -> Checkpoint:
     """The checkpoint, at the passage limit a stored collection was written with, checked against it.
 
-    Args:
-        read_control_tokens: in texts, as KaLM's code does; of a checkpoint that is opened here.
-
-    Raises CheckpointError, or EncoderMismatch where another encoder wrote the collection.
+    `read_control_tokens`: in texts, as KaLM's code does; of a checkpoint that is opened here. Raises CheckpointError,
+    or EncoderMismatch where another encoder wrote the collection.
     """
     if not isinstance(model, Checkpoint):
         limit = stored.manifest.max_passage_tokens if stored is not None else None
@@ -145,38 +157,3 @@ def open_checkpoint(
     if stored is not None:
         Collection.open(stored.store, stored.name, fingerprint=model.identity().fingerprint, checkpoint=model.name)
     return model
-
-
-def _num_changed(judged: JudgedCollection, first: Run) -> int:
-    """Candidates whose stored states are of another text than the corpus has now."""
-    if judged.stored is None:
-        return 0
-    ids = sorted({p for ranking in first.values() for p, _ in ranking if p in judged.passages})
-    digests = zip(ids, judged.stored.digests(ids), strict=True)
-    return sum(digest is not None and digest != text_digest(judged.passages[p]) for p, digest in digests)
-
-
-def _measured(
-    runs: Sequence[tuple[str, int | None, Run]],
-    seconds: Mapping[int, float],
-    qrels: Qrels,
-    settings: EvaluationSettings,
-) -> list[System]:
-    """The systems with intervals, each against the first, the first stage, and reranked ones against the finest too."""
-    rows = [per_query(qrels, run, settings.top_k, settings.min_grade) for *_, run in runs]
-    boots = bootstraps(rows, seed=settings.seed, num_resamples=settings.num_resamples)
-    finest = min((ratio, i) for i, (_, ratio, _) in enumerate(runs) if ratio is not None)[1]
-    return [
-        System(
-            name,
-            ratio,
-            run,
-            rows[i],
-            measures={measure: boot.interval(i) for measure, boot in boots.items()},
-            gain={measure: boot.difference(i, 0) for measure, boot in boots.items()} if i else None,
-            relative={measure: boot.share(i, 0) for measure, boot in boots.items()} if i else None,
-            kept={measure: boot.share(i, finest) for measure, boot in boots.items()} if ratio is not None else None,
-            seconds=seconds.get(ratio) if ratio is not None else None,
-        )
-        for i, (name, ratio, run) in enumerate(runs)
-    ]

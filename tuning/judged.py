@@ -27,10 +27,7 @@ _QRELS_NAMES = ("qrels.tsv", "qrels/test.tsv", "qrels.txt", "qrels.jsonl")
 
 @dataclass(frozen=True)
 class JudgedCollection:
-    """Passages, and queries to run: each has a text and at least one judgement.
-
-    Where judgements are optional and there are none, `qrels` is empty and every query is run.
-    """
+    """Passages, and queries to run: each has a text and a judgement; where there are none at all, `qrels` is empty."""
 
     name: str
     passages: dict[str, str]  # passage_id -> text; empty where they are only in a store
@@ -96,6 +93,8 @@ def read_judged(
     that cannot be used is in `refused`, and left out.
     """
     folder = Path(folder) if folder is not None else None
+    if folder is not None and not folder.is_dir():
+        raise EvaluationError(f"{folder}: no such folder; expected corpus.jsonl, queries.jsonl and qrels (BEIR)")
     corpus_path = _find(folder, corpus, _CORPUS_NAMES, "corpus", needed=need_corpus)
     queries_path = _find(folder, queries, _QUERY_NAMES, "queries", needed=True)
     names = (f"qrels/{split}.tsv", *_QRELS_NAMES) if split is not None else _QRELS_NAMES
@@ -107,21 +106,37 @@ def read_judged(
     texts, splits = _read_queries(queries_path, refused)
     judged = read_qrels(qrels_path, refused) if qrels_path is not None else {}
     unknown = tuple(q for q in judged if q not in texts)
-    collection = JudgedCollection(
+    run = {q: texts[q] for q in texts if q in judged or not judged}
+    if split is not None and (qrels_path is None or qrels_path.stem != split):
+        known = {splits[q] for q in run if q in splits}
+        if split not in known:
+            has = ", ".join(sorted(known)) or "its rows have no field `split`"
+            raise EvaluationError(f"{queries_path}: no judged query of split {split!r}; it has: {has}")
+        run = {q: text for q, text in run.items() if splits.get(q) == split}
+    if not run:
+        raise EvaluationError(f"{qrels_path}: judges no query of {queries_path}")
+    return JudgedCollection(
         name=folder.resolve().name if folder is not None else queries_path.name.split(".")[0],
         passages=passages,
-        queries={q: texts[q] for q in texts if q in judged or not judged},
-        qrels={q: judged[q] for q in texts if q in judged},
+        queries=run,
+        qrels={q: judged[q] for q in run if q in judged},
         num_judgements_of_unknown_queries=sum(len(judged[q]) for q in unknown),
         unknown_queries=unknown,
         splits=splits,
         refused=tuple(refused),
     )
-    if split is not None and (qrels_path is None or qrels_path.stem != split):
-        collection = _only_split(collection, split, queries_path)
-    if not collection.queries:
-        raise EvaluationError(f"{qrels_path}: judges no query of {queries_path}")
-    return collection
+
+
+def _find(
+    folder: Path | None, named: str | Path | None, names: tuple[str, ...], kind: str, *, needed: bool
+) -> Path | None:
+    if named is not None:
+        return Path(named)
+    found = next((folder / name for name in names if (folder / name).is_file()), None) if folder is not None else None
+    if found is None and needed:
+        where = f"{folder}: has none of {', '.join(names)}" if folder is not None else f"no {kind} file is named"
+        raise EvaluationError(f"{where}; name the {kind} file")
+    return found
 
 
 def _read_corpus(path: Path, refused: list[Refused]) -> dict[str, str]:
@@ -157,25 +172,3 @@ def _texts(file: JudgedFile, items: Iterable[SourcePassage | Refused]) -> dict[s
     seen = SeenIds()
     once = (seen.once(item) if isinstance(item, SourcePassage) else item for item in items)
     return {item.passage_id: item.text for item in file.usable(once)}
-
-
-def _find(
-    folder: Path | None, named: str | Path | None, names: tuple[str, ...], kind: str, *, needed: bool
-) -> Path | None:
-    if folder is not None and not folder.is_dir():
-        raise EvaluationError(f"{folder}: no such folder; expected corpus.jsonl, queries.jsonl and qrels (BEIR)")
-    if named is not None:
-        return Path(named)
-    found = next((folder / name for name in names if (folder / name).is_file()), None) if folder is not None else None
-    if found is None and needed:
-        where = f"{folder}: has none of {', '.join(names)}" if folder is not None else f"no {kind} file is named"
-        raise EvaluationError(f"{where}; name the {kind} file")
-    return found
-
-
-def _only_split(collection: JudgedCollection, split: str, path: Path) -> JudgedCollection:
-    splits = {q: collection.splits[q] for q in collection.queries if q in collection.splits}
-    if split not in splits.values():
-        known = ", ".join(sorted(set(splits.values()))) or "its rows have no field `split`"
-        raise EvaluationError(f"{path}: no judged query of split {split!r}; it has: {known}")
-    return collection.only(q for q, name in splits.items() if name == split)

@@ -7,9 +7,9 @@ with replacement; all systems see the same draws, so differences are paired.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ PerQuery = dict[str, NDArray[np.float64]]  # by measure, (num_queries,)
 HEADLINE = "nDCG@10"
 
 _BLOCK = 1 << 24  # counts drawn at a time
+_BOUNDS = (2.5, 97.5)  # percentiles, of the 95% interval
 
 
 def per_query(qrels: Qrels, run: Run, top_k: int, min_grade: int = 1) -> PerQuery:
@@ -36,18 +37,13 @@ def per_query(qrels: Qrels, run: Run, top_k: int, min_grade: int = 1) -> PerQuer
         from ir_measures import RR, R, iter_calc, nDCG
     except ImportError as exc:
         raise MissingExtra("measuring", "evaluate", exc) from exc
-    measures = {
-        HEADLINE: nDCG @ 10,
-        "MRR@10": RR(rel=min_grade) @ 10,
-        "R@10": R(rel=min_grade) @ 10,
-        f"R@{top_k}": R(rel=min_grade) @ top_k,
-    }
+    recall = R(rel=min_grade)
+    names = {nDCG @ 10: HEADLINE, RR(rel=min_grade) @ 10: "MRR@10", recall @ 10: "R@10", recall @ top_k: f"R@{top_k}"}
     # rank() and the run reader order passages; ids only break ties where a foreign run has some.
     scored = {query_id: dict(run.get(query_id, ())) for query_id in qrels}
     row = {query_id: index for index, query_id in enumerate(qrels)}
-    values = {name: np.zeros(len(qrels)) for name in measures}
-    names = {measure: name for name, measure in measures.items()}
-    for metric in iter_calc(list(measures.values()), qrels, scored):
+    values = {name: np.zeros(len(qrels)) for name in names.values()}
+    for metric in iter_calc(list(names), qrels, scored):
         values[names[metric.measure]][row[metric.query_id]] = metric.value
     return values
 
@@ -95,7 +91,6 @@ class Difference(Interval):
 
     @property
     def mark(self) -> str:
-        """For the eyes: ▲ ▼ where the difference is significant."""
         return " " if not self.significant else "▲" if self.mean > 0 else "▼"
 
     def to_json(self) -> dict[str, Any]:
@@ -107,26 +102,38 @@ class Bootstrap:
 
     def __init__(self, values: NDArray[np.float64], *, seed: int, num_resamples: int = NUM_RESAMPLES) -> None:
         """`values`: (num_queries, num_columns), at least one query."""
+        generator, num_queries = np.random.default_rng(seed), len(values)
+        block = max(1, _BLOCK // num_queries)
+        resampled = []
+        for start in range(0, num_resamples, block):
+            size = min(block, num_resamples - start)
+            picked = generator.integers(num_queries, size=(size, num_queries))
+            picked += np.arange(size)[:, None] * num_queries
+            # A draw is how often each query comes up, so a mean is a matrix product.
+            counts = np.bincount(picked.ravel(), minlength=size * num_queries).reshape(size, num_queries)
+            resampled.append(counts @ values / num_queries)
         self._means = values.mean(axis=0)  # (num_columns,)
-        self._resampled = _resampled_means(values, np.random.default_rng(seed), num_resamples)
+        self._resampled = np.concatenate(resampled)  # (num_resamples, num_columns)
 
     def interval(self, column: int) -> Interval:
-        return Interval(float(self._means[column]), *_bounds(self._resampled[:, column]))
+        return Interval(float(self._means[column]), *np.percentile(self._resampled[:, column], _BOUNDS).tolist())
 
     def difference(self, column: int, baseline: int) -> Difference:
         """Paired: every draw compares both columns on the same queries."""
         drawn = self._resampled[:, column] - self._resampled[:, baseline]
         below, above = int((drawn <= 0).sum()), int((drawn >= 0).sum())
+        low, high = np.percentile(drawn, _BOUNDS).tolist()
         p_value = min(1.0, 2 * (min(below, above) + 1) / (len(drawn) + 1))
-        return Difference(float(self._means[column] - self._means[baseline]), *_bounds(drawn), p_value)
+        return Difference(float(self._means[column] - self._means[baseline]), low, high, p_value)
 
     def share(self, column: int, baseline: int) -> Interval | None:
         """column / baseline, paired, over draws where the baseline is not 0; None where its mean is."""
-        some = self._resampled[:, baseline] > 0
         if self._means[baseline] <= 0:
             return None
+        some = self._resampled[:, baseline] > 0
         drawn = self._resampled[some, column] / self._resampled[some, baseline]
-        return Interval(float(self._means[column] / self._means[baseline]), *_bounds(drawn))
+        mean = float(self._means[column] / self._means[baseline])
+        return Interval(mean, *np.percentile(drawn, _BOUNDS).tolist())
 
 
 def bootstraps(rows: Sequence[PerQuery], *, seed: int, num_resamples: int) -> dict[str, Bootstrap]:
@@ -140,23 +147,59 @@ def bootstraps(rows: Sequence[PerQuery], *, seed: int, num_resamples: int) -> di
     return found
 
 
-def _resampled_means(
-    values: NDArray[np.float64], generator: np.random.Generator, num_resamples: int
-) -> NDArray[np.float64]:
-    """(num_resamples, num_columns). A draw is how often each query comes up, so a mean is a matrix product."""
-    num_queries = len(values)
-    block = max(1, _BLOCK // num_queries)
-    rows = []
-    for start in range(0, num_resamples, block):
-        size = min(block, num_resamples - start)
-        picked = generator.integers(num_queries, size=(size, num_queries))
-        picked += np.arange(size)[:, None] * num_queries
-        counts = np.bincount(picked.ravel(), minlength=size * num_queries).reshape(size, num_queries)
-        rows.append(counts @ values / num_queries)
-    return np.concatenate(rows)
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """A ranking of every query's candidates, measured; by measure name, and None where it is the baseline itself."""
 
+    run: Run = field(repr=False)
+    per_query: PerQuery = field(repr=False)  # NaN where a measure is not defined
+    measures: dict[str, Interval]
+    change: dict[str, Difference] | None  # from the baseline, paired by query
+    share: dict[str, Interval | None] | None  # of the baseline's mean
 
-def _bounds(drawn: NDArray[np.float64]) -> tuple[float, float]:
-    """Of the 95% interval."""
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return float(low), float(high)
+    @classmethod
+    def of(
+        cls, run: Run, values: PerQuery, boots: Mapping[str, Bootstrap], column: int, baseline: int, **more: Any
+    ) -> Self:
+        """Of the run in `column` of the bootstraps; `more`: fields of a subclass."""
+        own = column == baseline
+        return cls(
+            run=run,
+            per_query=values,
+            measures={name: boot.interval(column) for name, boot in boots.items()},
+            change=None if own else {name: boot.difference(column, baseline) for name, boot in boots.items()},
+            share=None if own else {name: boot.share(column, baseline) for name, boot in boots.items()},
+            **more,
+        )
+
+    @property
+    def headline(self) -> float:
+        return self.measures[HEADLINE].mean
+
+    @property
+    def loss(self) -> float:
+        """Share of the baseline's nDCG@10 that is lost; below 0 where it is better."""
+        share = self.share[HEADLINE] if self.share is not None else None
+        return 1 - share.mean if share is not None else 0.0
+
+    @property
+    def gain(self) -> float:
+        """The loss with its sign reversed, for people: a change, and never -0."""
+        return round(-self.loss, 9) + 0.0
+
+    @property
+    def loss_bounds(self) -> tuple[float, float]:
+        """The 95% interval of `loss`."""
+        share = self.share[HEADLINE] if self.share is not None else None
+        return (1 - share.high, 1 - share.low) if share is not None else (0.0, 0.0)
+
+    def measures_json(self, **compared: Mapping[str, Interval | None] | None) -> dict[str, Any]:
+        """`measures`, each with its comparisons by key, None left out, and `per_query`, null where undefined."""
+        found = {name: interval.to_json() for name, interval in self.measures.items()}
+        for key, intervals in compared.items():
+            for name, interval in intervals.items() if intervals is not None else ():
+                found[name][key] = interval.to_json() if interval is not None else None
+        rounded = {
+            name: [round(v, 6) if v == v else None for v in own.tolist()] for name, own in self.per_query.items()
+        }
+        return {"measures": found, "per_query": rounded}

@@ -13,15 +13,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 Advance = Callable[[int], None]  # takes how much of a stage was done
 
 
+def ignore(amount: int) -> None:
+    """Progress that is not shown."""
+
+
 class StageProgress:
     """Shows nothing; subclasses show stages."""
 
     def begin(self, stage: str, total: int) -> Advance:
         return ignore
-
-
-def ignore(amount: int) -> None:
-    """Progress that is not shown."""
 
 
 SILENT = StageProgress()
@@ -46,13 +46,10 @@ class TerminalProgress(StageProgress):
     """One bar a stage with the time left, on standard error; nothing where that is no terminal."""
 
     def __init__(self) -> None:
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("elapsed"), TimeElapsedColumn(), TextColumn("left"))
         self._bars = Progress(
             TextColumn("{task.description:>15}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("elapsed"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
+            *columns,
             TimeRemainingColumn(),
             console=Console(stderr=True),
             # Stages alternate: a rate over the last seconds would see only one of them move.

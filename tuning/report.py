@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,29 +16,20 @@ from rich.text import Text
 from encoder_worker.sources import Refused
 from tuning.config import EvaluationSettings
 from tuning.judged import JudgedCollection
-from tuning.metrics import HEADLINE, Difference, Interval, PerQuery
+from tuning.metrics import HEADLINE, Interval, Quality
 from tuning.trec import Qrels, Run, write_runs
 
 _FORMAT_VERSION = 1
 _MIN_WIDTH = 80
 
 
-@dataclass(frozen=True)
-class System:
-    """One ranking of the candidates of every query.
-
-    measures, gain, kept: by measure name. gain: over the first stage, None for the first stage itself.
-    relative: mean as a share of the first stage's mean. kept: as a share of the finest ratio's, for reranking.
-    """
+@dataclass(frozen=True, kw_only=True)
+class System(Quality):
+    """A ranking against the first stage's, and where it is the checkpoint's, against that of its finest ratio."""
 
     name: str
     ratio: int | None  # None unless it is the checkpoint
-    run: Run = field(repr=False)
-    per_query: PerQuery = field(repr=False)
-    measures: dict[str, Interval]
-    gain: dict[str, Difference] | None
-    relative: dict[str, Interval | None] | None
-    kept: dict[str, Interval | None] | None
+    kept: dict[str, Interval | None] | None  # share of the finest ratio's mean, by measure
     seconds: float | None  # of the decoder, all queries
 
     @property
@@ -47,8 +38,7 @@ class System:
         return f"r{self.ratio}" if self.ratio is not None else "".join(filter(str.isalnum, self.name.lower()))
 
     def to_json(self) -> dict[str, Any]:
-        compared = {"gain": self.gain, "relative": self.relative, "kept": self.kept}
-        measured = measures_json(self.measures, self.per_query, **compared)
+        measured = self.measures_json(gain=self.change, relative=self.share, kept=self.kept)
         return {
             "name": self.name,
             "ratio": self.ratio,
@@ -150,6 +140,10 @@ class EvaluationReport:
     def to_json(self) -> str:
         """One JSON document; the same evaluation gives the same text, but for `decoder_seconds`."""
         plain = ("collection", "checkpoint", "fingerprint", "stored_as", "codec", "dtype", "device", "instruction")
+        refused = [
+            asdict(item.place) | {"passage_id": item.passage_id, "reason": item.reason, "message": item.message}
+            for item in self.refused
+        ]
         return format_json(
             {
                 "format_version": _FORMAT_VERSION,
@@ -157,10 +151,7 @@ class EvaluationReport:
                 "settings": asdict(self.settings),
                 "counts": asdict(self.counts),
                 "notes": self.counts.notes(),
-                "refused": [
-                    asdict(item.place) | {"passage_id": item.passage_id, "reason": item.reason, "message": item.message}
-                    for item in self.refused
-                ],
+                "refused": refused,
                 "query_ids": self.query_ids,
                 "systems": [system.to_json() for system in self.systems],
             }
@@ -172,32 +163,43 @@ class EvaluationReport:
 
     def print(self) -> None:
         """Title, table, how to read it, and notes about the data, on standard output."""
-        counts, settings = self.counts, self.settings
+        counts, settings, ceiling = self.counts, self.settings, f"R@{self.settings.top_k}"
+        first, finest = self.baseline, self.reranked()
         origin = f"states of {self.stored_as} ({self.codec})" if self.stored_as else "encoded now"
-        best = self.baseline.measures[f"R@{settings.top_k}"].mean
+        best = first.measures[ceiling].mean
+        # The ceiling is the same for all of them: it stands below the table.
+        others = [name for name in first.measures if name not in (HEADLINE, ceiling)]
+        table = plain_table("system", HEADLINE, f"over {first.name}", f"of {finest.name}", *others)
+        for system in self.systems:
+            kept = system.kept[HEADLINE] if system.kept is not None else None
+            table.add_row(
+                system.name,
+                Text(str(system.measures[HEADLINE])),
+                Text(_gain(system)),
+                f"{kept.mean:.1%}" if kept is not None else "",
+                *(f"{system.measures[name].mean:.3f}" for name in others),
+            )
         print_parts(
             _MIN_WIDTH,
             f"{self.collection}: {counts.num_queries:,} queries, {counts.num_passages:,} passages, "
-            f"{counts.num_judgements:,} judgements; {self.baseline.name} top {settings.top_k}\n"
+            f"{counts.num_judgements:,} judgements; {first.name} top {settings.top_k}\n"
             f"{self.checkpoint}: {origin}, {self.dtype} on {self.device}",
-            _table(self),
+            table,
             "[low, high]: 95% bootstrap over queries. ▲ ▼: the paired difference in nDCG@10 from "
-            f"{self.baseline.name} excludes 0 ({settings.num_resamples:,} resamples, seed {settings.seed}).",
+            f"{first.name} excludes 0 ({settings.num_resamples:,} resamples, seed {settings.seed}).",
             f"The candidates hold {best:.1%} of the relevant passages; no reranking finds more.",
             *(f"Note: {note}." for note in counts.notes()),
         )
 
 
-def measures_json(
-    measures: Mapping[str, Interval], values: PerQuery, **compared: Mapping[str, Interval | None] | None
-) -> dict[str, Any]:
-    """`measures`, each with its comparisons by key, None left out, and `per_query`, null where undefined."""
-    found = {name: interval.to_json() for name, interval in measures.items()}
-    for key, intervals in compared.items():
-        for name, interval in intervals.items() if intervals is not None else ():
-            found[name][key] = interval.to_json() if interval is not None else None
-    rounded = {name: [round(v, 6) if v == v else None for v in own.tolist()] for name, own in values.items()}
-    return {"measures": found, "per_query": rounded}
+def _gain(system: System) -> str:
+    if system.change is None:
+        return ""
+    gain = system.change[HEADLINE]
+    relative = system.share[HEADLINE] if system.share is not None else None
+    if relative is None:  # the first stage found nothing: no share exists
+        return f"{gain.mean:+.3f} {gain.mark}"
+    return f"{relative.mean - 1:+.1%} [{relative.low - 1:+.1%}, {relative.high - 1:+.1%}] {gain.mark}"
 
 
 def format_json(document: dict[str, Any]) -> str:
@@ -205,23 +207,6 @@ def format_json(document: dict[str, Any]) -> str:
     text = json.dumps(document, ensure_ascii=False, allow_nan=False, indent=1)
     plain_list = re.compile(r"\[\n\s+[^\[\]{}]*?\n\s+\]")
     return plain_list.sub(lambda found: re.sub(r"\s*\n\s*", " ", found[0]), text) + "\n"
-
-
-def _table(report: EvaluationReport) -> Table:
-    ceiling = f"R@{report.settings.top_k}"  # the same for all of them: said below the table
-    others = [name for name in report.baseline.measures if name not in (HEADLINE, ceiling)]
-    compared = (f"over {report.baseline.name}", f"of {report.reranked().name}")
-    table = plain_table("system", HEADLINE, *compared, *others)
-    for system in report.systems:
-        kept = system.kept[HEADLINE] if system.kept is not None else None
-        table.add_row(
-            system.name,
-            Text(str(system.measures[HEADLINE])),
-            Text(_gain(system)),
-            f"{kept.mean:.1%}" if kept is not None else "",
-            *(f"{system.measures[name].mean:.3f}" for name in others),
-        )
-    return table
 
 
 def print_parts(min_width: int, *parts: str | Table) -> None:
@@ -238,14 +223,3 @@ def plain_table(*columns: str, left: Sequence[str] = ()) -> Table:
     for i, name in enumerate(columns):
         table.add_column(name, justify="left" if i == 0 or name in left else "right", no_wrap=True)
     return table
-
-
-def _gain(system: System) -> str:
-    if system.gain is None:
-        return ""
-    gain = system.gain[HEADLINE]
-    relative = system.relative[HEADLINE] if system.relative is not None else None
-    if relative is None:  # the first stage found nothing: no share exists
-        return f"{gain.mean:+.3f} {gain.mark}"
-    low, high = relative.low - 1, relative.high - 1
-    return f"{relative.mean - 1:+.1%} [{low:+.1%}, {high:+.1%}] {gain.mark}"

@@ -44,16 +44,12 @@ def chunked(items: Iterable[tuple[T, int]], chunk_bytes: int) -> Iterator[list[T
 
 
 class StateSource(Protocol):
-    """Gives each passage's states once."""
+    """Gives each passage's states once, in the source's own order; those that it does not have are absent."""
 
     @property
-    def ratio(self) -> int:
-        """The compression ratio of the states; they can be read at any multiple."""
-        ...
+    def ratio(self) -> int: ...  # of the states; they can be read at any multiple
 
-    def chunks(self, passage_ids: Sequence[str], progress: StageProgress = SILENT) -> Iterator[States]:
-        """States in the source's own order; ids that it does not have are absent."""
-        ...
+    def chunks(self, passage_ids: Sequence[str], progress: StageProgress = SILENT) -> Iterator[States]: ...
 
 
 @dataclass(frozen=True)
@@ -85,32 +81,36 @@ class EncodedStates:
             yield encoded
 
 
+@dataclass(frozen=True)
 class StoredStates:
     """States of an indexed collection; a corrupt passage counts as absent."""
 
-    def __init__(self, collection: Collection, chunk_bytes: int = CHUNK_BYTES) -> None:
-        self.ratio = collection.manifest.compression_ratio
-        self._collection = collection
-        self._chunk_bytes = chunk_bytes
+    collection: Collection
+    chunk_bytes: int = CHUNK_BYTES
+
+    @property
+    def ratio(self) -> int:
+        return self.collection.manifest.compression_ratio
 
     def chunks(self, passage_ids: Sequence[str], progress: StageProgress = SILENT) -> Iterator[States]:
         advance = progress.begin("read (passages)", len(passage_ids))
-        return map(dict, chunked(self._read(passage_ids, advance), self._chunk_bytes))
 
-    def _read(self, ids: Sequence[str], advance: Advance) -> Iterator[tuple[tuple[str, PassageStates], int]]:
-        for start in range(0, len(ids), STORE_READ_PASSAGES):
-            part = ids[start : start + STORE_READ_PASSAGES]
-            for passage_id, states in zip(part, self._collection.get_many(part), strict=True):
-                if isinstance(states, PassageStates):
-                    yield (passage_id, states), states.nbytes
-            advance(len(part))
+        def sized() -> Iterator[tuple[tuple[str, PassageStates], int]]:
+            for start in range(0, len(passage_ids), STORE_READ_PASSAGES):
+                part = passage_ids[start : start + STORE_READ_PASSAGES]
+                for passage_id, states in zip(part, self.collection.get_many(part), strict=True):
+                    if isinstance(states, PassageStates):
+                        yield (passage_id, states), states.nbytes
+                advance(len(part))
+
+        return map(dict, chunked(sized(), self.chunk_bytes))
 
 
 class Pairs:
     """Every query with its candidates, in one flat order that margins keep."""
 
-    def __init__(self, candidates: Mapping[str, Sequence[str]]) -> None:
-        self.candidates = {q: list(found) for q, found in candidates.items()}
+    def __init__(self, first: Run) -> None:
+        self.candidates = {q: [p for p, _ in ranking] for q, ranking in first.items()}
         # passage_id -> its (query_id, flat index), in order of first appearance
         self.places: dict[str, list[tuple[str, int]]] = {}
         self.num = 0
@@ -118,6 +118,10 @@ class Pairs:
             for p in found:
                 self.places.setdefault(p, []).append((query_id, self.num))
                 self.num += 1
+
+    def rows(self, passage_ids: Iterable[str]) -> list[tuple[str, str, int]]:
+        """(passage id, query id, flat index) of every pair of these passages."""
+        return [(p, query_id, index) for p in passage_ids for query_id, index in self.places[p]]
 
     def split(self, flat: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
         """By query, the values of its candidates."""
@@ -150,24 +154,21 @@ def rerank(
     Raises RatioError for a ratio that the source's states cannot be read at.
     """
     prompts = {q: backend.prompt(queries[q], instruction) for q in candidates}
-    pairs = Pairs({q: [p for p, _ in ranking] for q, ranking in candidates.items()})
+    pairs = Pairs(candidates)
     margins = {ratio: np.full(pairs.num, np.nan, dtype=np.float32) for ratio in ratios}
     result = Reranked({}, missing_passages=set(pairs.places), seconds=dict.fromkeys(ratios, 0.0))
     advance = progress.begin("score (pairs)", pairs.num * len(ratios))
-
     for chunk in source.chunks(list(pairs.places), progress):
         result.missing_passages -= chunk.keys()
         result.truncated_passages |= {p for p, states in chunk.items() if states.truncated}
-        rows = [(p, query_id, index) for p in chunk for query_id, index in pairs.places[p]]
-        indices = [index for *_, index in rows]
+        rows = pairs.rows(chunk)
         for ratio in ratios:
             start = time.perf_counter()
             pooled = {p: states.at_ratio(ratio) for p, states in chunk.items()}
             best = score_passages(backend, [(prompts[query_id], pooled[p]) for p, query_id, _ in rows], advance)
-            margins[ratio][indices] = best
+            margins[ratio][[index for *_, index in rows]] = best
             result.num_unscored_pairs += int(np.isnan(best).sum())
             result.seconds[ratio] += time.perf_counter() - start
-
     for ratio, flat in margins.items():
         result.runs[ratio] = {q: rank(pairs.candidates[q], own) for q, own in pairs.split(flat).items()}
     return result

@@ -119,8 +119,7 @@ def _judgement(place: Place, query: object, passage: object, grade: object) -> _
     for name, value in (("query", query), ("passage", passage)):
         id_ = id_text(value)
         if id_ is None:
-            message = f"the {name} id is {value!r}; expected a string or integer"
-            return Refused(place, None, Reason.WRONG_TYPE, message)
+            return Refused(place, None, Reason.WRONG_TYPE, f"the {name} id is {value!r}; expected a string or integer")
         try:
             passage_id_bytes(id_)
         except InvalidName as exc:
@@ -217,10 +216,7 @@ def rank(candidates: Sequence[str], scores: NDArray[np.floating] | Sequence[floa
 
 
 def _falling(scores: Iterable[float]) -> list[float]:
-    """Scores of a ranking, best first, lowered until they fall strictly, also as float32.
-
-    Beyond float32's range none of them could, so ranks take their place.
-    """
+    """Scores of a ranking, best first, lowered until they fall strictly as float32; beyond its range, ranks instead."""
     lowered: list[float] = []
     ceiling = np.inf
     for score in scores:
@@ -232,15 +228,14 @@ def _falling(scores: Iterable[float]) -> list[float]:
 
 
 def _split(line: str) -> list[str]:
-    """Columns of a judgement or run line: by tabs where it has any, by blanks otherwise."""
     return [field.strip() for field in line.split("\t")] if "\t" in line else line.split()
 
 
 def _number(place: Place, name: str, text: str) -> float:
     try:
-        value = float(text)
-    except ValueError as exc:
-        raise EvaluationError(f"{place}: {name} is {text!r}; expected a number") from exc
+        value, expected = float(text), "a finite number"
+    except ValueError:
+        value, expected = math.nan, "a number"
     if not math.isfinite(value):
-        raise EvaluationError(f"{place}: {name} is {text!r}; expected a finite number")
+        raise EvaluationError(f"{place}: {name} is {text!r}; expected {expected}")
     return value

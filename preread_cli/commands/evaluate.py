@@ -226,5 +226,5 @@ def _show_sweep(report: SweepReport, limits: Limits, out: Path, model: str | Non
         return
     config.unlink(missing_ok=True)  # of an earlier run: it would not be this one's choice
     if choice is not None:
-        nearest = f"{choice.row.configuration.name}: {choice.explain(limits)}"
+        nearest = f"{choice.row.configuration.name}: {choice.explanation}"
         raise CommandFailed(f"no configuration keeps the limits; the nearest is {nearest}")

@@ -116,7 +116,7 @@ def test_evaluation_reads_the_others(lossy: PassageEncoder) -> None:
     texts = {f"p{i}": text for i, text in enumerate(MIXED)}
     found = {p: s for chunk in EncodedStates(lossy, texts, 4).chunks(list(texts)) for p, s in chunk.items()}
     assert found.keys() == {p for p, text in texts.items() if text not in EMPTY}
-    assert Lengths.of_texts(lossy, MIXED).num_passages == len(GOOD)
+    assert len(Lengths.of_texts(lossy, MIXED).windows) == len(GOOD)
 
 
 class Poisoned:

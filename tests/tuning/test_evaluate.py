@@ -48,7 +48,7 @@ def test_the_report_says_what_was_found(report: EvaluationReport) -> None:
         "1 judgements name passages that the collection does not have: relevant, and never found",
         "1 queries have no candidates: they count 0",
     ]
-    assert report.baseline.gain is None
+    assert report.baseline.change is None
     assert report.baseline.kept is None
     finest, coarse = report.reranked(), report.reranked(4)
     assert finest.name == "r = 1"

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +37,16 @@ _WRITE_BATCH = 256
 _COUNT_STAGE = "count (passages)"
 
 _Samples = NDArray[np.float64]  # seconds, (rounds * num_queries,): the same index is the same query and round
+
+
+@dataclass(frozen=True)
+class StoredSize:
+    """Of one stored ratio and codec. Texts are not counted: whether they are kept is another choice."""
+
+    bytes_per_passage: float  # mean of the stored records
+    bytes_per_token: float  # of passage text, states alone
+    collection_bytes: int  # all records and the codec's table
+    num_passages: int
 
 
 @dataclass(frozen=True)
@@ -69,34 +80,16 @@ class Lengths:
         return cls(windows)
 
     @property
-    def num_passages(self) -> int:
-        return len(self.windows)
-
-    @property
     def num_tokens(self) -> int:
         return sum(map(sum, self.windows))
 
     def size(self, ratio: int, codec: Codec) -> StoredSize:
         """The collection's records at a stored ratio, header and window lengths included."""
         states = [sum(-(-tokens // ratio) for tokens in windows) for windows in self.windows]
-        code_bytes = codec.code_size_bytes
+        code_bytes, num_passages = codec.code_size_bytes, len(self.windows)
         num_bytes = sum(Record.num_bytes(n, code_bytes, len(w)) for n, w in zip(states, self.windows, strict=True))
-        return StoredSize(
-            num_bytes / max(1, self.num_passages),
-            sum(states) * code_bytes / max(1, self.num_tokens),
-            num_bytes + len(codec.table()),
-            self.num_passages,
-        )
-
-
-@dataclass(frozen=True)
-class StoredSize:
-    """Of one stored ratio and codec. Texts are not counted: whether they are kept is another choice."""
-
-    bytes_per_passage: float  # mean of the stored records
-    bytes_per_token: float  # of passage text, states alone
-    collection_bytes: int  # all records and the codec's table
-    num_passages: int
+        per_token = sum(states) * code_bytes / max(1, self.num_tokens)
+        return StoredSize(num_bytes / max(1, num_passages), per_token, num_bytes + len(codec.table()), num_passages)
 
 
 @dataclass(frozen=True)
@@ -121,13 +114,11 @@ class IndexingCost:
 
     @property
     def seconds(self) -> float | None:
-        """All of it."""
         encoder, store = self.encoder_seconds, self.store_seconds
         return encoder + self.training_seconds + store if encoder is not None and store is not None else None
 
 
-@dataclass(frozen=True)
-class TimedQuery:
+class TimedQuery(NamedTuple):
     """A query to time: its prompt, its candidates that have states, and their margins at each ratio it is read at."""
 
     prompt: Prompt
@@ -138,10 +129,9 @@ class TimedQuery:
         """The candidates that stage `number` reads."""
         if number == 0:
             return self.passage_ids
-        count = reading.num_read(len(self.passage_ids))[number]
         before = Reading(reading.stages[:number])
-        rows = before.order([self.margins[ratio] for ratio in before.ratios])
-        return [self.passage_ids[row] for row in rows[:count].tolist()]
+        rows = before.order([self.margins[ratio] for ratio in before.ratios]).tolist()
+        return [self.passage_ids[row] for row in rows[: reading.num_read(len(rows))[number]]]
 
 
 class CostTimer:
@@ -150,10 +140,10 @@ class CostTimer:
     def __init__(self, backend: Backend, states: SpilledStates, queries: Sequence[TimedQuery], rounds: int) -> None:
         # By stored ratio and codec, seconds a passage: states to codes, and the whole write.
         self.writing: dict[tuple[int, str], tuple[float, float]] = {}
-        self._queries = queries
         self._backend = backend
         self._states = states
-        self._samples = [queries[sample % len(queries)] for sample in range(rounds * len(queries))]
+        self._queries = queries
+        self._samples = [*queries] * rounds
         self._store: dict[tuple[int, str], _Samples] = {}  # by stored ratio and codec
         self._pool: dict[tuple[int, int], _Samples] = {}  # by stored and read ratio, all candidates
         self._decoder: dict[Reading, _Samples] = {}  # all stages
@@ -223,7 +213,19 @@ class CostTimer:
             identity, collection="timed", compression_ratio=key[0], codec=codec.factory, codec_table=codec.table()
         )
         collection = Collection.create(store, manifest)
-        self.writing[key] = self._write(collection, codec, key[0])
+        ids = list(dict.fromkeys(p for query in self._queries for p in query.passage_ids))
+        codec_seconds = store_seconds = 0.0  # states to codes; the whole write, durable, codes included
+        for start in range(0, len(ids), _WRITE_BATCH):
+            part = ids[start : start + _WRITE_BATCH]
+            group = [StoredPassage(p, self._states.states(p).at_ratio(key[0])) for p in part]
+            rows = np.concatenate([one.states.states for one in group])
+            begun = time.perf_counter()
+            codec.encode(rows)
+            encoded = time.perf_counter()
+            collection.put_many(group, allow_clipped=True)  # clipped or not, it is measured
+            codec_seconds += encoded - begun
+            store_seconds += time.perf_counter() - encoded
+        self.writing[key] = codec_seconds / len(ids), store_seconds / len(ids)
         for query in self._queries:  # the first touch of a page is the disk's time
             collection.get_many(query.passage_ids)
         self._store[key] = np.zeros(len(self._samples))
@@ -233,19 +235,3 @@ class CostTimer:
             self._store[key][sample] = time.perf_counter() - begun
         store.close()
         rmtree(directory, ignore_errors=True)
-
-    def _write(self, collection: Collection, codec: Codec, ratio: int) -> tuple[float, float]:
-        """Seconds a passage: states to codes; the whole write, durable, codes included."""
-        ids = list(dict.fromkeys(p for query in self._queries for p in query.passage_ids))
-        codec_seconds = store_seconds = 0.0
-        for start in range(0, len(ids), _WRITE_BATCH):
-            part = ids[start : start + _WRITE_BATCH]
-            group = [StoredPassage(p, self._states.states(p).at_ratio(ratio)) for p in part]
-            rows = np.concatenate([one.states.states for one in group])
-            begun = time.perf_counter()
-            codec.encode(rows)
-            codec_seconds += time.perf_counter() - begun
-            begun = time.perf_counter()
-            collection.put_many(group, allow_clipped=True)  # clipped or not, it is measured
-            store_seconds += time.perf_counter() - begun
-        return codec_seconds / len(ids), store_seconds / len(ids)

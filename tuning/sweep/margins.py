@@ -6,9 +6,8 @@ States go through the real codec and back, as a collection would give them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import groupby
 from operator import attrgetter
 
@@ -70,32 +69,30 @@ class Codecs:
     def leave_out(self, ratio: int, factory: str, reason: str) -> None:
         """The sweep goes on without the codec at this ratio, or ends in EvaluationError: few_samples is `refuse`."""
         if self.few_samples == "refuse":
-            raise EvaluationError(
-                f"codec {factory} at stored ratio {ratio}: {reason}; leave it out, or --few-samples fallback"
-            )
+            told = f"codec {factory} at stored ratio {ratio}: {reason}"
+            raise EvaluationError(f"{told}; leave it out, or --few-samples fallback")
         self.left_out[ratio, factory] = reason
         self._made.pop((ratio, factory), None)
 
     def with_fallback(self, configurations: Sequence[Configuration]) -> list[Configuration]:
         """The same, the default codec in place of one that cannot be trained; each once. Raises as `get`."""
-        found: dict[Configuration, None] = {}
-        for one in configurations:
-            usable = self.get(*one.stored_as) is not None
-            found[one if usable else replace(one, codec=DEFAULT_CODEC)] = None
-        return list(found)
+        usable = ((one, self.get(*one.stored_as) is not None) for one in configurations)
+        return list(dict.fromkeys(one if good else replace(one, codec=DEFAULT_CODEC) for one, good in usable))
 
     def notes(self) -> list[str]:
         """One sentence for each codec that was left out or may be better than measured."""
-        stands_in = f", {DEFAULT_CODEC} stands in for it"
-        return [
-            f"{factory} at stored ratio {ratio} is left out{stands_in if factory != DEFAULT_CODEC else ''}: {reason}"
-            for (ratio, factory), reason in self.left_out.items()
-        ] + [
-            f"{factory} was trained on few states: {', '.join(f'{n:,} at {r}' for r, n in sorted(few.items()))}. An "
-            f"index run takes {num_training_states(Codec(factory, self.states.dim)):,} where it has them, and may do "
-            "better"
-            for factory, few in self.few.items()
-        ]
+        notes = []
+        for (ratio, factory), reason in self.left_out.items():
+            stands_in = f", {DEFAULT_CODEC} stands in for it" if factory != DEFAULT_CODEC else ""
+            notes.append(f"{factory} at stored ratio {ratio} is left out{stands_in}: {reason}")
+        for factory, few in self.few.items():
+            counts = ", ".join(f"{n:,} at {r}" for r, n in sorted(few.items()))
+            full = num_training_states(Codec(factory, self.states.dim))
+            notes.append(
+                f"{factory} was trained on few states: {counts}. An index run takes {full:,} where it has them, and "
+                "may do better"
+            )
+        return notes
 
     def _make(self, ratio: int, factory: str) -> _TrainedCodec:
         codec = Codec(factory, self.states.dim)
@@ -118,16 +115,6 @@ class Codecs:
         return _TrainedCodec(codec, seconds, num_sample)
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """Passages whose states fit into memory together, and the pairs they are in."""
-
-    number: int
-    passage_ids: list[str]
-    pairs: list[tuple[str, str]]  # query_id, passage_id
-    indices: NDArray[np.intp]  # flat, (len(pairs),)
-
-
 class Margins:
     """Flat margins (num_pairs,) by unit; NaN where a candidate has no states or its margin is not finite."""
 
@@ -137,22 +124,14 @@ class Margins:
         self.values: dict[Configuration, NDArray[np.float32]] = {}
         self._work = work
         self._states = states
-        self._prompts = prompts
-        self._chunks = []
+        self.prompts = prompts
         # Cut the same way each time, so that a resumed run scores the same batches.
-        for number, ids in enumerate(states.chunk_ids(list(pairs.places))):
-            places = [(p, query_id, index) for p in ids for query_id, index in pairs.places[p]]
-            indices = np.array([index for *_, index in places], dtype=np.intp)
-            self._chunks.append(_Chunk(number, ids, [(q, p) for p, q, _ in places], indices))
+        self._chunks = [pairs.rows(ids) for ids in states.chunk_ids(list(pairs.places))]
 
     def reference(self, backend: Backend, progress: StageProgress = SILENT) -> NDArray[np.float32]:
         """Margins of the states at their source's ratio, without a codec."""
-        advance = progress.begin("reference (pairs)", self.pairs.num)
-        flat = self._empty()
-        for chunk in self._chunks:
-            load = partial(self._load, chunk, self._states.ratio)
-            names = {f"reference/{chunk.number:04}": self._states.ratio}
-            (flat[chunk.indices],) = self._score(chunk, names, load, backend, advance)
+        advance, ratio = progress.begin("reference (pairs)", self.pairs.num), self._states.ratio
+        (flat,) = self._score(backend, {"reference/": ratio}, ratio, None, advance)
         return flat
 
     def fill(
@@ -160,44 +139,39 @@ class Margins:
     ) -> None:
         """Computes each unit, but those whose codec is left out. Raises as `Codecs.leave_out`."""
         advance = progress.begin("score (pairs)", self.pairs.num * len(units))
-        for (ratio, factory), grouped in groupby(units, key=attrgetter("stored_ratio", "codec")):
-            flats = {unit: self._empty() for unit in grouped}
+        for (ratio, factory), grouped in groupby(units, key=attrgetter("stored_as")):
+            own = {f"r{ratio}-{factory}/{unit.reading}-": unit for unit in grouped}
             trained = codecs.get(ratio, factory)
             if trained is None:
-                advance(self.pairs.num * len(flats))
+                advance(self.pairs.num * len(own))
                 continue
+            read = {name: unit.reading.ratios[0] for name, unit in own.items()}
             try:
-                for chunk in self._chunks:
-                    prefix, number = f"r{ratio}-{factory}", f"{chunk.number:04}"
-                    names = {f"{prefix}/{unit.reading}-{number}": unit.reading.ratios[0] for unit in flats}
-                    scored = self._score(chunk, names, partial(self._load, chunk, ratio, trained), backend, advance)
-                    for flat, margins in zip(flats.values(), scored, strict=True):
-                        flat[chunk.indices] = margins
+                flats = self._score(backend, read, ratio, trained, advance)
             except CodecError as exc:
                 codecs.leave_out(ratio, factory, str(exc))
                 continue
-            self.values |= flats
+            self.values |= zip(own.values(), flats, strict=True)
 
     def _score(
-        self, chunk: _Chunk, names: Mapping[str, int], load: Callable[[], States], backend: Backend, advance: Advance
-    ) -> Iterator[NDArray[np.float32]]:
-        """Margins of a chunk, (len(pairs),), for each name and its read ratio: as kept, or scored and kept."""
-        states: States | None = None  # loaded once, and not at all where every reading was scored before
-        for name, ratio in names.items():
-            kept = self._work.load(f"margins/{name}")
-            if kept is not None and kept["margins"].shape == chunk.indices.shape:
-                advance(len(chunk.pairs))
-                yield kept["margins"]
-                continue
-            states = load() if states is None else states
-            pooled = {p: one.at_ratio(ratio) for p, one in states.items()}
-            margins = score_passages(backend, [(self._prompts[q], pooled[p]) for q, p in chunk.pairs], advance)
-            self._work.save(f"margins/{name}", margins=margins)
-            yield margins
-
-    def _load(self, chunk: _Chunk, ratio: int, trained: _TrainedCodec | None = None) -> States:
-        states = {p: self._states.states(p).at_ratio(ratio) for p in chunk.passage_ids}
-        return trained.roundtrip(states) if trained is not None else states
-
-    def _empty(self) -> NDArray[np.float32]:
-        return np.full(self.pairs.num, np.nan, dtype=np.float32)
+        self, backend: Backend, read: Mapping[str, int], ratio: int, trained: _TrainedCodec | None, advance: Advance
+    ) -> list[NDArray[np.float32]]:
+        """Margins (num_pairs,) of states stored at `ratio` for each of `read`, {name: ratio}: as kept, or made now."""
+        flats = [np.full(self.pairs.num, np.nan, dtype=np.float32) for _ in read]
+        for number, rows in enumerate(self._chunks):
+            states: States | None = None  # loaded once, and not at all where every reading was scored before
+            for flat, (prefix, read_ratio) in zip(flats, read.items(), strict=True):
+                name = f"margins/{prefix}{number:04}"
+                kept = self._work.load(name)
+                if kept is not None and kept["margins"].shape == (len(rows),):
+                    margins = kept["margins"]
+                    advance(len(rows))
+                else:
+                    if states is None:
+                        states = {p: self._states.states(p).at_ratio(ratio) for p in dict.fromkeys(p for p, *_ in rows)}
+                        states = trained.roundtrip(states) if trained is not None else states
+                    pooled = {p: one.at_ratio(read_ratio) for p, one in states.items()}
+                    margins = score_passages(backend, [(self.prompts[q], pooled[p]) for p, q, _ in rows], advance)
+                    self._work.save(name, margins=margins)
+                flat[[index for *_, index in rows]] = margins
+        return flats

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -40,16 +39,20 @@ def check_available() -> None:
 def write_page(folder: Path, report: SweepReport, limits: Limits, choice: Choice | None) -> None:
     """`report.html` and a PNG for each figure. Raises MissingExtra."""
     check_available()
-    chosen = choice.row if choice is not None else None
-    drawn = _plots(report, chosen)
-    for plot in drawn:
-        write_output(folder / f"{plot.name}.png", plot.png)
-    write_output(folder / "report.html", _page(report, limits, choice, drawn))
-
-
-def _page(report: SweepReport, limits: Limits, choice: Choice | None, drawn: list[_Plot]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+    drawings = {
+        "quality-bytes": ("Quality against bytes", _against_bytes),
+        "quality-latency": ("Quality against latency", _against_latency),
+        "quality-ratio": ("Quality over the ratio read at", _over_ratio),
+    }
+    if not report.timed:
+        del drawings["quality-latency"]
+    plots = []
+    for name, (title, draw) in drawings.items():
+        png, svg = _drawn(name, draw, report, choice.row if choice is not None else None)
+        write_output(folder / f"{name}.png", png)
+        plots.append({"title": title, "svg": svg})
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -59,17 +62,17 @@ def _page(report: SweepReport, limits: Limits, choice: Choice | None, drawn: lis
     shown = [row for row in fronts if choice is None or row is not choice.row][:_NUM_CONFIGURATIONS]
     if choice is not None:
         shown.insert(0, choice.row)
-    return environment.get_template("report.html.jinja").render(
+    page = environment.get_template("report.html.jinja").render(
         report=report,
         limits=limits,
         choice=choice,
-        broken=choice.explain(limits) if choice is not None else "",
-        plots=drawn,
+        plots=plots,
         rows=report.marked,
         measures=[HEADLINE, "MRR@10", TAU, report.settings.overlap_name, AUC],
         headline=HEADLINE,
         examples=[_examples_of(report, row) for row in shown],
     )
+    write_output(folder / "report.html", page)
 
 
 def _size(num_bytes: float) -> str:
@@ -98,20 +101,22 @@ def _examples_of(report: SweepReport, row: SweepRow) -> dict[str, Any]:
     order = sorted(change, key=lambda q: (change[q], q))
     lost = [q for q in order if change[q] < 0]
     won = [q for q in reversed(order) if change[q] > 0]
-
-    def example(q: str) -> dict[str, Any]:
-        before, after = values[q]
-        moved = _moved(report, q, report.reference.run, row.quality.run)
-        return {"query_id": q, "text": report.queries.get(q, ""), "moved": moved, "before": before, "after": after}
-
+    losses, wins = (
+        [
+            {"query_id": q, "text": report.queries.get(q, ""), "moved": _moved(report, q, row.quality.run)}
+            | dict(zip(("before", "after"), values[q], strict=True))
+            for q in found[:_NUM_SHOWN]
+        ]
+        for found in (lost, won)
+    )
     counts = {"num_lost": len(lost), "num_won": len(won), "num_same": len(order) - len(lost) - len(won)}
-    losses, wins = ([example(q) for q in found[:_NUM_SHOWN]] for found in (lost, won))
     return {"row": row, "losses": losses, "wins": wins} | counts
 
 
-def _moved(report: SweepReport, query_id: str, before: Run, after: Run) -> list[dict[str, Any]]:
+def _moved(report: SweepReport, query_id: str, run: Run) -> list[dict[str, Any]]:
     """The relevant candidates that changed places, and the one that ranks first now; places count from 1."""
-    old, new = ({p: place for place, (p, _) in enumerate(run.get(query_id, []), 1)} for run in (before, after))
+    runs = (report.reference.run, run)
+    old, new = ({p: place for place, (p, _) in enumerate(one.get(query_id, []), 1)} for one in runs)
     grades = report.qrels.get(query_id, {})
     relevant = [p for p in new if grades.get(p, 0) > 0 and old[p] != new[p]]
     shown = sorted(relevant, key=lambda p: -abs(new[p] - old[p]))[:_NUM_MOVED]
@@ -128,29 +133,8 @@ def _moved(report: SweepReport, query_id: str, before: Run, after: Run) -> list[
 _Draw = Callable[[Any, SweepReport, SweepRow | None], None]
 
 
-@dataclass(frozen=True)
-class _Plot:
-    """One figure: a name for its file, its title, and both forms of it."""
-
-    name: str
-    title: str
-    png: bytes
-    svg: str
-
-
-def _plots(report: SweepReport, chosen: SweepRow | None) -> list[_Plot]:
-    """Quality against bytes, against latency where it was timed, and over the ratio it is read at."""
-    drawings = [
-        ("quality-bytes", "Quality against bytes", _against_bytes),
-        ("quality-latency", "Quality against latency", _against_latency),
-        ("quality-ratio", "Quality over the ratio read at", _over_ratio),
-    ]
-    if not report.timed:
-        del drawings[1]
-    return [_plot(name, title, draw, report, chosen) for name, title, draw in drawings]
-
-
-def _plot(name: str, title: str, draw: _Draw, report: SweepReport, chosen: SweepRow | None) -> _Plot:
+def _drawn(name: str, draw: _Draw, report: SweepReport, chosen: SweepRow | None) -> tuple[bytes, str]:
+    """One figure as PNG and as SVG."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -169,7 +153,7 @@ def _plot(name: str, title: str, draw: _Draw, report: SweepReport, chosen: Sweep
         png, svg = io.BytesIO(), io.BytesIO()
         figure.savefig(png, format="png", dpi=160, metadata={"Software": None})
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
-    return _Plot(name, title, png.getvalue(), _with_titles(svg.getvalue(), name, report))
+    return png.getvalue(), _with_titles(svg.getvalue(), name, report)
 
 
 def _against_bytes(axes: Any, report: SweepReport, chosen: SweepRow | None) -> None:
@@ -264,8 +248,16 @@ def _with_titles(svg: bytes, name: str, report: SweepReport) -> str:
     for group in root.iter(f"{{{_SVG}}}g"):
         id_ = group.get("id", "")
         if id_.startswith("row-"):
+            row = report.rows[int(id_.removeprefix("row-"))]
+            own, timing = row.quality.measures[HEADLINE], row.timing
             title = ElementTree.Element(f"{{{_SVG}}}title")
-            title.text = _tip(report.rows[int(id_.removeprefix("row-"))])
+            title.text = (
+                f"{row.configuration.name}\n"
+                f"{HEADLINE} {own.mean:.4f} [{own.low:.4f}, {own.high:.4f}], {row.quality.gain:+.2%}\n"
+                f"{row.size.bytes_per_passage:,.0f} bytes a passage"
+            )
+            if timing is not None:
+                title.text += f"\np50 {timing.p50_seconds * 1000:.1f} ms, p99 {timing.p99_seconds * 1000:.1f} ms"
             group.insert(0, title)
         if id_:
             group.set("id", f"{name}-{id_}")  # several figures share a page
@@ -274,15 +266,3 @@ def _with_titles(svg: bytes, name: str, report: SweepReport) -> str:
     del root.attrib["width"], root.attrib["height"]  # as wide as the page has room
     root.set("role", "img")
     return ElementTree.tostring(root, encoding="unicode")
-
-
-def _tip(row: SweepRow) -> str:
-    own = row.quality.measures[HEADLINE]
-    lines = [
-        row.configuration.name,
-        f"{HEADLINE} {own.mean:.4f} [{own.low:.4f}, {own.high:.4f}], {row.quality.gain:+.2%}",
-        f"{row.size.bytes_per_passage:,.0f} bytes a passage",
-    ]
-    if row.timing is not None:
-        lines.append(f"p50 {row.timing.p50_seconds * 1000:.1f} ms, p99 {row.timing.p99_seconds * 1000:.1f} ms")
-    return "\n".join(lines)

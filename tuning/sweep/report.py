@@ -14,16 +14,20 @@ from rich.text import Text
 
 from tuning import EvaluationError
 from tuning.config import LimitSettings
-from tuning.metrics import HEADLINE
+from tuning.metrics import HEADLINE, Quality
 from tuning.report import format_json, plain_table, print_parts
 from tuning.sweep.costs import IndexingCost, Latency, StoredSize
-from tuning.sweep.quality import AUC, TAU, Quality
+from tuning.sweep.quality import AUC, TAU
 from tuning.sweep.settings import Configuration, SweepSettings
 from tuning.trec import Qrels, write_runs
 
 _FORMAT_VERSION = 1
 _MIN_WIDTH = 120
 _SMALL, _FAST, _CHOSEN = "●", "◆", "▶"
+
+
+def _quality_json(quality: Quality) -> dict[str, Any]:
+    return quality.measures_json(change=quality.change, kept=quality.share)
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class SweepRow:
             "stored_ratio": one.stored_ratio,
             "codec": one.codec,
             "stages": [asdict(stage) for stage in one.reading.stages],
-            "quality": self.quality.to_json(),
+            "quality": _quality_json(self.quality),
             "size": asdict(self.size),
             "timing": asdict(self.timing) if self.timing is not None else None,
             "indexing": asdict(self.indexing),
@@ -63,22 +67,24 @@ class Limits(LimitSettings):
         """Orders the rows that keep every limit."""
         return self.prefer or ("bytes" if self.max_loss is not None else "quality")
 
-    def loss(self, row: SweepRow) -> float:
-        """The loss that `max_loss` limits."""
-        return row.quality.loss_bounds[1] if self.sure else row.quality.loss
-
-    def excess(self, row: SweepRow) -> dict[str, float]:
-        """By limit that `row` breaks, how far: the value over the limit, less 1; for a loss in points of a percent."""
-        broken = {}
-        if self.max_loss is not None and self.loss(row) > self.max_loss:
-            broken["max_loss"] = (self.loss(row) - self.max_loss) * 100
-        if self.max_bytes is not None and row.size.bytes_per_passage > self.max_bytes:
-            broken["max_bytes"] = row.size.bytes_per_passage / max(self.max_bytes, 1e-9) - 1
-        if self.max_latency_seconds is not None:
+    def judge(self, row: SweepRow) -> Choice:
+        """How far a row is over each limit: the value over the limit, less 1; for a loss in points of a percent."""
+        loss = row.quality.loss_bounds[1] if self.sure else row.quality.loss
+        size, broken, told = row.size.bytes_per_passage, dict[str, float](), []
+        if self.max_loss is not None and loss > self.max_loss:
+            broken["max_loss"] = (loss - self.max_loss) * 100
+            up_to = "up to " if self.sure else ""
+            told.append(f"it loses {up_to}{loss:.2%}, expected at most {self.max_loss:.2%}")
+        if self.max_bytes is not None and size > self.max_bytes:
+            broken["max_bytes"] = size / max(self.max_bytes, 1e-9) - 1
+            told.append(f"{size:,.0f} bytes a passage, expected at most {self.max_bytes:,.0f}")
+        if (most := self.max_latency_seconds) is not None:
             assert row.timing is not None  # the command refuses such a limit where nothing is timed
-            if row.timing.p99_seconds > self.max_latency_seconds:
-                broken["max_latency"] = row.timing.p99_seconds / max(self.max_latency_seconds, 1e-9) - 1
-        return broken
+            p99 = row.timing.p99_seconds
+            if p99 > most:
+                broken["max_latency"] = p99 / max(most, 1e-9) - 1
+                told.append(f"p99 {p99 * 1000:.1f} ms, expected at most {most * 1000:g} ms")
+        return Choice(row, broken, "; ".join(told))
 
     def choose(self, rows: Sequence[SweepRow]) -> Choice:
         """Among those that keep every limit the preferred one; otherwise the one whose worst excess is least.
@@ -88,48 +94,31 @@ class Limits(LimitSettings):
         if not rows:
             raise EvaluationError("no configuration could be measured; the notes say why")
 
-        def rank(row: SweepRow) -> tuple[float, ...]:
+        def rank(one: Choice) -> tuple[float, ...]:
             keys = {
-                "bytes": row.size.bytes_per_passage,
-                "latency": row.timing.p50_seconds if row.timing is not None else 0.0,
-                "quality": -row.quality.headline,
+                "bytes": one.row.size.bytes_per_passage,
+                "latency": one.row.timing.p50_seconds if one.row.timing is not None else 0.0,
+                "quality": -one.row.quality.headline,
             }
-            return (keys.pop(self.decides_by), keys.get("quality", 0.0), *keys.values())
+            excess = max(one.broken.values(), default=-1.0)
+            return (excess, keys.pop(self.decides_by), keys.get("quality", 0.0), *keys.values())
 
-        choices = [Choice(row, self.excess(row)) for row in rows]
-        return min(choices, key=lambda one: (max(one.broken.values(), default=-1.0), rank(one.row)))
+        return min(map(self.judge, rows), key=rank)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """`row` keeps all limits, or is the nearest to doing so and `broken` says which it does not."""
+    """`row` keeps all limits, or is the nearest to doing so."""
 
     row: SweepRow
-    broken: dict[str, float]
-
-    def explain(self, limits: Limits) -> str:
-        """Values of the nearest configuration, and the limits they break."""
-        row, told = self.row, []
-        if "max_loss" in self.broken:
-            up_to = "up to " if limits.sure else ""
-            told.append(f"it loses {up_to}{limits.loss(row):.2%}, expected at most {limits.max_loss:.2%}")
-        if "max_bytes" in self.broken:
-            told.append(f"{row.size.bytes_per_passage:,.0f} bytes a passage, expected at most {limits.max_bytes:,.0f}")
-        if "max_latency" in self.broken and row.timing is not None:
-            most = (limits.max_latency_seconds or 0.0) * 1000
-            told.append(f"p99 {row.timing.p99_seconds * 1000:.1f} ms, expected at most {most:g} ms")
-        return "; ".join(told)
+    broken: dict[str, float]  # by limit that it does not keep, how far
+    explanation: str  # its values over those limits
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Which (cost, quality) points no other beats: none is as cheap and better, or cheaper and as good.
-
-    Of equal points the first is on it.
-    """
-    order = sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1], i))
-    on = [False] * len(points)
-    best = float("-inf")
-    for i in order:
+    """Which (cost, quality) points none beats: as cheap and better, or cheaper and as good; of equal ones the first."""
+    on, best = [False] * len(points), float("-inf")
+    for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1], i)):
         if points[i][1] > best:
             on[i], best = True, points[i][1]
     return on
@@ -209,8 +198,8 @@ class SweepReport:
                 "settings": asdict(self.settings),
                 "notes": self.notes,
                 "query_ids": self.query_ids,
-                "first_stage": {"name": self.first_stage_name, "quality": self.first_stage.to_json()},
-                "reference": {"quality": self.reference.to_json()},
+                "first_stage": {"name": self.first_stage_name, "quality": _quality_json(self.first_stage)},
+                "reference": {"quality": _quality_json(self.reference)},
                 "limits": asdict(limits),
                 "choice": chosen,
                 "configurations": [
@@ -251,39 +240,35 @@ class SweepReport:
     def config_toml(self, row: SweepRow, model: str | None = None, *, control_tokens: bool = False) -> str:
         """A configuration as the file that `preread index --config` and `preread serve --config` take.
 
-        Args:
-            model: the checkpoint, where it is not the one that comes with preread.
-            control_tokens: whether the measured encoder read control tokens in texts, which its fingerprint says.
+        `model`: the checkpoint, where it is not the one that comes with preread. `control_tokens`: whether the measured
+        encoder read control tokens in texts, which its fingerprint says.
         """
         one, quality = row.configuration, row.quality
         low, high = quality.loss_bounds
-        head = [
-            f"# {one.name}: chosen by preread tune on {self.num_queries} queries of {self.collection}.",
+        head = (
+            f"# {one.name}: chosen by preread tune on {self.num_queries} queries of {self.collection}.\n"
             f"# nDCG@10 {quality.headline:.4f}, {quality.loss:.2%} below r = {self.reference_ratio} "
-            f"[{low:.2%}, {high:.2%}]; {row.size.bytes_per_passage:,.0f} bytes a passage.",
-        ]
+            f"[{low:.2%}, {high:.2%}]; {row.size.bytes_per_passage:,.0f} bytes a passage."
+        )
         if row.timing is not None:
-            head.append(
-                f"# A rerank of {self.settings.top_k}: p50 {row.timing.p50_seconds * 1000:.1f} ms, "
+            head += (
+                f"\n# A rerank of {self.settings.top_k}: p50 {row.timing.p50_seconds * 1000:.1f} ms, "
                 f"p99 {row.timing.p99_seconds * 1000:.1f} ms on {self.hardware['processor']} ({self.dtype})."
             )
         index: dict[str, Any] = {"compression-ratio": one.stored_ratio, "codec": one.codec}
         if self.settings.split:
             index["split"] = True
-        serve: dict[str, Any] = {"stages": str(one.reading)}
-        if not one.reading.is_cascade:
-            serve = {"read-ratio": one.reading.ratios[0]}
-        blocks = ["\n".join(head)]
+        ratio = one.reading.ratios[0]
+        serve = {"stages": str(one.reading)} if one.reading.is_cascade else {"read-ratio": ratio}
+        blocks = [head]
         if model is not None:
-            blocks.append(_toml({"model": model}))
+            blocks.append(f"model = {json.dumps(model)}")
         if control_tokens:
-            blocks.append(_toml({"read-control-tokens": True}))
-        return "\n\n".join([*blocks, f"[index]\n{_toml(index)}", f"[serve]\n{_toml(serve)}"]) + "\n"
-
-
-def _toml(values: dict[str, Any]) -> str:
-    # JSON's strings, integers and booleans are TOML's.
-    return "\n".join(f"{key} = {json.dumps(value)}" for key, value in values.items())
+            blocks.append("read-control-tokens = true")
+        for name, values in (("index", index), ("serve", serve)):
+            # JSON's strings, integers and booleans are TOML's.
+            blocks.append("\n".join([f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]))
+        return "\n\n".join(blocks) + "\n"
 
 
 def _table(report: SweepReport, shown: list[tuple[SweepRow, bool, bool]], chosen: SweepRow | None) -> Table:
@@ -309,6 +294,6 @@ def _quality(quality: Quality, overlap: str) -> list[str | Text]:
     others = [quality.measures.get(name) for name in ("MRR@10", TAU, overlap, AUC)]
     return [
         Text(str(quality.measures[HEADLINE])),
-        f"{quality.gain:+.1%} {mark}" if quality.kept is not None else "",
+        f"{quality.gain:+.1%} {mark}" if quality.share is not None else "",
         *(f"{one.mean:.3f}" if one is not None else "–" for one in others),
     ]

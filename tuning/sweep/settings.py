@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -39,7 +40,6 @@ class Reading:
         return [stage.compression_ratio for stage in self.stages]
 
     def can_be_of(self, stored_ratio: int) -> bool:
-        """Whether states stored at that ratio can be read so."""
         return all(ratio % stored_ratio == 0 for ratio in self.ratios)
 
     def num_read(self, num_candidates: int) -> list[int]:
@@ -111,9 +111,8 @@ class SweepSettings(GridSettings):
         stored = self.stored_ratios or doublings(source_ratio, _COARSEST_STORED)
         for ratio in stored:
             if ratio % source_ratio:
-                raise EvaluationError(
-                    f"stored ratio is {ratio}; the states are at {source_ratio}, expected a multiple of it"
-                )
+                expected = f"the states are at {source_ratio}, expected a multiple of it"
+                raise EvaluationError(f"stored ratio is {ratio}; {expected}")
         read = self.read_ratios or doublings(min(stored), COARSEST)
         known = ", ".join(map(str, sorted(stored)))
         for ratio in read:
@@ -122,11 +121,17 @@ class SweepSettings(GridSettings):
         for reading in map(Reading, self.cascades or ()):
             if not any(map(reading.can_be_of, stored)):
                 raise EvaluationError(f"cascade is {reading}; no stored ratio of {known} can give all its ratios")
-        cascades = self.cascades if self.cascades is not None else _default_cascades(self.top_k)
-        codecs = self.codecs or _default_codecs(dim)
+        cascades, codecs = self.cascades, list(self.codecs or ("Flat", "SQfp16", "SQ8", "B32,SQ4"))
+        most, some, few = self.top_k // 2, 2 * self.top_k // 5, self.top_k // 5
+        if cascades is None:  # of 100 candidates, the first is the one that KaLM-Reranker-V1 published
+            shapes = (f"32:{few},2", f"32:{some},4", f"16:{few},1", f"32:{most},8:{few},1") if few else ()
+            cascades = tuple(map(parse_stages, shapes))
         for codec in codecs:
             Codec(codec, dim)
-        return replace(self, stored_ratios=stored, read_ratios=read, cascades=cascades, codecs=codecs)
+        for share in (4, 8) if self.codecs is None else ():  # to an eighth of a byte per number, where `dim` can be cut
+            with suppress(CodecError):
+                codecs.append(Codec(f"PQ{dim // share}", dim).factory)
+        return replace(self, stored_ratios=stored, read_ratios=read, cascades=cascades, codecs=tuple(codecs))
 
     def grid(self) -> list[Configuration]:
         """Every combination that can be, of resolved settings: a read ratio is a multiple of the stored one."""
@@ -144,23 +149,3 @@ class SweepSettings(GridSettings):
     def overlap_name(self) -> str:
         """The measure of `overlap_k`."""
         return f"top-{self.overlap_k} overlap"
-
-
-def _default_cascades(top_k: int) -> tuple[tuple[Stage, ...], ...]:
-    """A few shapes, the counts as shares of the candidates; of 100, the first is the one KaLM-Reranker-V1 published."""
-    most, some, few = top_k // 2, 2 * top_k // 5, top_k // 5
-    if few < 1:
-        return ()
-    return tuple(map(parse_stages, (f"32:{few},2", f"32:{some},4", f"16:{few},1", f"32:{most},8:{few},1")))
-
-
-def _default_codecs(dim: int) -> tuple[str, ...]:
-    """From exact to an eighth of a byte per number, where `dim` can be cut so."""
-    codecs = ["Flat", "SQfp16", "SQ8", "B32,SQ4"]
-    for share in (4, 8):
-        try:
-            Codec(f"PQ{dim // share}", dim)
-        except CodecError:
-            continue
-        codecs.append(f"PQ{dim // share}")
-    return tuple(codecs)

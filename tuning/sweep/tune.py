@@ -8,30 +8,29 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cache.states import text_digest
-from checkpoint import Checkpoint, TokenizedPrompt
+from checkpoint import Checkpoint
 from checkpoint.compute import hardware
 from decoder_server.models.fbnl.backend import FbnlBackend
 from tuning import EvaluationError
 from tuning.evaluate import Experiment
 from tuning.judged import JudgedCollection
+from tuning.metrics import Quality
 from tuning.progress import SILENT, StageProgress
 from tuning.report import Counts
 from tuning.rerank import Pairs
 from tuning.sweep.costs import CostTimer, IndexingCost, Lengths, TimedQuery
 from tuning.sweep.margins import Codecs, Margins
-from tuning.sweep.quality import Judgements, Quality
+from tuning.sweep.quality import Judgements
 from tuning.sweep.report import SweepReport, SweepRow
 from tuning.sweep.settings import Configuration, SweepSettings, units_of
 from tuning.sweep.workdir import SpilledStates, WorkDir
@@ -60,18 +59,17 @@ def tune(
     Raises EvaluationError for input that cannot be tuned on, CodecError, and as `Experiment`.
     """
     sweep = _Sweep(judged, model, settings or SweepSettings(), device, dtype, progress)
-    with sweep.held(Path(work_dir)):
+    sweep.work = WorkDir(Path(work_dir), sweep.inputs())
+    with sweep.work.held():
         return sweep.report()
 
 
 @dataclass
 class _Sweep(Experiment):
-    """Steps of a sweep, each computed on first use: states -> margins -> quality -> times -> report.
-
-    States, codecs and margins are kept in the work directory, which is held meanwhile.
-    """
+    """Steps of a sweep; states, codecs and margins are kept in the work directory, which is held meanwhile."""
 
     settings: SweepSettings  # resolved, once it is here
+    work: WorkDir = field(init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,23 +77,11 @@ class _Sweep(Experiment):
         self.from_states = self.judged.stored if not self.judged.passages else None
         ratio = self.from_states.manifest.compression_ratio if self.from_states is not None else 1
         self.settings = self.settings.resolved(ratio, self.checkpoint.dim)
-        self.first_stage_name, self.first = self.first_stage
-        self.pairs = Pairs({q: [p for p, _ in found] for q, found in self.first.items()})
+        self.pairs = Pairs(self.first_stage[1])
         if not self.pairs.num:
             raise EvaluationError("no query has any candidate; a run file with --run names some")
 
-    @contextmanager
-    def held(self, root: Path) -> Iterator[None]:
-        """The work directory of these inputs, for this process alone. Raises EvaluationError where another has it."""
-        self.work = WorkDir(root, self._inputs())
-        with self.work.held():
-            yield
-
-    @cached_property
-    def prompts(self) -> dict[str, TokenizedPrompt]:
-        return {q: self.backend.prompt(self.judged.queries[q], self.settings.instruction) for q in self.first}
-
-    def _inputs(self) -> dict[str, Any]:
+    def inputs(self) -> dict[str, Any]:
         """Everything that states and margins depend on."""
         ids = sorted(self.pairs.places)
         digests: Sequence[bytes | None]
@@ -119,8 +105,8 @@ class _Sweep(Experiment):
             "split": self.settings.split,
             "instruction": self.settings.instruction,
             "seed": self.settings.seed,
-            "passages": _digest(passages),
-            "candidates": _digest(candidates),
+            "passages": hashlib.sha256(json.dumps(passages).encode()).hexdigest(),
+            "candidates": hashlib.sha256(json.dumps(candidates).encode()).hexdigest(),
         }
 
     @cached_property
@@ -138,112 +124,109 @@ class _Sweep(Experiment):
         return Codecs(self.states, self.work, self.settings.few_samples, self.settings.seed)
 
     @cached_property
-    def reference(self) -> NDArray[np.float32]:
-        """Margins (num_pairs,) in float32, without a codec."""
+    def margins(self) -> Margins:
+        prompts = {
+            q: self.backend.prompt(self.judged.queries[q], self.settings.instruction) for q in self.first_stage[1]
+        }
+        return Margins(self.work, self.states, self.pairs, prompts)
+
+    def report(self) -> SweepReport:
+        """The reference's margins, those of every unit, quality, costs."""
+        settings, judged, (name, first) = self.settings, self.judged, self.first_stage
         exact = self.backend
         if exact.dtype_name != "float32":
             exact = FbnlBackend(self.checkpoint, device=self.device, dtype="float32")
-        return Margins(self.work, self.states, self.pairs, self.prompts).reference(exact, self.progress)
-
-    @cached_property
-    def configurations(self) -> list[Configuration]:
-        return self.codecs.with_fallback(self.settings.grid())
-
-    @cached_property
-    def margins(self) -> Margins:
-        margins = Margins(self.work, self.states, self.pairs, self.prompts)
-        margins.fill(self.backend, units_of(self.configurations), self.codecs, self.progress)
-        return margins
-
-    @cached_property
-    def judgements(self) -> Judgements:
-        if self.judged.qrels:
-            return Judgements(self.judged.qrels, False, self.settings.min_grade)
-        taught = Judgements.taught_by(self.reference, self.pairs)
-        if not taught.qrels:
-            raise EvaluationError("the reference scored no candidate: every margin is NaN")
-        return taught
-
-    @cached_property
-    def quality(self) -> tuple[Quality, Quality, dict[Configuration, Quality]]:
-        """Of the first stage, of the reference, and of every configuration whose margins are there."""
-        return self.judgements.measure(
-            self.first, self.reference, self.margins, self.configurations, self.settings, self.progress
+        reference = self.margins.reference(exact, self.progress)
+        judgements = Judgements.of(judged.qrels, settings.min_grade, reference, self.pairs)
+        configurations = self.codecs.with_fallback(settings.grid())
+        self.margins.fill(self.backend, units_of(configurations), self.codecs, self.progress)
+        measured = judgements.measure(first, reference, self.margins, configurations, settings, self.progress)
+        first_quality, reference_quality, quality = measured
+        if self.from_states is not None:
+            lengths = Lengths.of_stored(self.from_states, self.progress)
+        else:
+            texts = list(judged.passages.values())
+            lengths = Lengths.of_texts(self.encoder, texts, split=settings.split, progress=self.progress)
+        return SweepReport(
+            **self.identity(),
+            hardware=hardware(),
+            settings=settings,
+            reference_ratio=self.states.ratio,
+            taught=judgements.taught,
+            first_stage_name=name,
+            num_queries=len(judged.queries),
+            num_passages=len(lengths.windows),
+            num_candidates=self.pairs.num,
+            mean_tokens=lengths.num_tokens / max(1, len(lengths.windows)),
+            rows=self._rows(quality, lengths),
+            notes=self._notes(judgements),
+            first_stage=first_quality,
+            reference=reference_quality,
+            query_ids=list(judgements.qrels),
+            qrels=judgements.qrels,
+            queries=judged.queries,
+            passages={p: text for p, text in judged.passages.items() if p in self.pairs.places},
         )
 
-    @cached_property
-    def lengths(self) -> Lengths:
-        """Of the whole collection."""
-        if self.from_states is not None:
-            return Lengths.of_stored(self.from_states, self.progress)
-        texts = list(self.judged.passages.values())
-        return Lengths.of_texts(self.encoder, texts, split=self.settings.split, progress=self.progress)
-
-    @cached_property
-    def times(self) -> CostTimer | None:
-        measured = list(self.quality[2])
-        if not self.settings.timed_queries or not measured:
-            return None
-        timer = CostTimer(self.backend, self.states, self._timed_queries(), self.settings.rounds)
-        timer.measure(measured, self.codecs, self.checkpoint.identity(), self.work.path / "store", self.progress)
-        return timer
-
-    def _timed_queries(self) -> list[TimedQuery]:
-        """Queries drawn from those that have candidates with states."""
-        there = set(self.states.passage_ids)
-        some = [q for q, found in self.pairs.candidates.items() if not there.isdisjoint(found)]
-        drawn = random.Random(self.settings.seed).sample(some, min(len(some), self.settings.timed_queries))
-        # Survivors of a cascade hardly depend on the codec: any unit that is read at the ratio will do.
-        by_ratio = {
-            unit.reading.ratios[0]: self.pairs.split(flat) for unit, flat in reversed(self.margins.values.items())
-        }
-        queries = []
-        for q in sorted(drawn):
-            rows = [row for row, p in enumerate(self.pairs.candidates[q]) if p in there]
-            margins = {ratio: own[q][rows] for ratio, own in by_ratio.items()}
-            queries.append(TimedQuery(self.prompts[q], [self.pairs.candidates[q][row] for row in rows], margins))
-        return queries
-
-    def _rows(self) -> list[SweepRow]:
+    def _rows(self, quality: dict[Configuration, Quality], lengths: Lengths) -> list[SweepRow]:
         """Quality and cost; indexing is extrapolated from the passages that were encoded and written here."""
-        lengths, times, encoder_seconds = self.lengths, self.times, None
+        times = encoder_seconds = None
+        if self.settings.timed_queries and quality:
+            times = CostTimer(self.backend, self.states, self._timed_queries(), self.settings.rounds)
+            identity, directory = self.checkpoint.identity(), self.work.path / "store"
+            times.measure(list(quality), self.codecs, identity, directory, self.progress)
         if self.from_states is None and self.states.num_tokens:
             encoder_seconds = self.states.seconds / self.states.num_tokens * lengths.num_tokens
         rows = []
-        for one, quality in self.quality[2].items():
+        for one, own in quality.items():
             trained = self.codecs.get(*one.stored_as)
             assert trained is not None  # or it would not have been measured
             latency = codec_seconds = store_seconds = None
             if times is not None:
                 latency = times.latency(one)
-                codec_seconds, store_seconds = (each * lengths.num_passages for each in times.writing[one.stored_as])
+                codec_seconds, store_seconds = (each * len(lengths.windows) for each in times.writing[one.stored_as])
             size = lengths.size(one.stored_ratio, trained.codec)
             cost = IndexingCost(encoder_seconds, codec_seconds, trained.train_seconds, store_seconds)
-            rows.append(SweepRow(one, quality, size, latency, cost))
+            rows.append(SweepRow(one, own, size, latency, cost))
         return rows
 
-    def _notes(self) -> list[str]:
+    def _timed_queries(self) -> list[TimedQuery]:
+        """Queries drawn from those that have candidates with states."""
+        there, margins = set(self.states.passage_ids), self.margins
+        some = [q for q, found in self.pairs.candidates.items() if not there.isdisjoint(found)]
+        drawn = random.Random(self.settings.seed).sample(some, min(len(some), self.settings.timed_queries))
+        # Survivors of a cascade hardly depend on the codec: any unit that is read at the ratio will do.
+        units = reversed(margins.values.items())
+        by_ratio = {unit.reading.ratios[0]: self.pairs.split(flat) for unit, flat in units}
+        queries = []
+        for q in sorted(drawn):
+            rows = [row for row, p in enumerate(self.pairs.candidates[q]) if p in there]
+            of_query = {ratio: own[q][rows] for ratio, own in by_ratio.items()}
+            queries.append(TimedQuery(margins.prompts[q], [self.pairs.candidates[q][row] for row in rows], of_query))
+        return queries
+
+    def _notes(self, judgements: Judgements) -> list[str]:
         """One sentence for each thing a reader of the numbers should know."""
-        places, there = self.pairs.places, set(self.states.passage_ids)
-        absent = places.keys() - there
+        places, num_not_finite = self.pairs.places, self.states.num_not_finite
+        absent = places.keys() - set(self.states.passage_ids)
         # A passage with a text and without states is one that the encoder could not give finite states of.
         failed = {p for p in absent if not self.encoder.is_empty(self.judged.passages.get(p, ""))}
         nan = sum(int(np.isnan(flat).sum()) for flat in self.margins.values.values())
         without_states = sum(len(places[p]) for p in absent) * len(self.margins.values)
         counts = Counts.of(
             self.judged,
-            self.first,
-            self.judgements.min_grade,
-            num_missing_passages=max(0, len(absent) - len(failed) - self.states.num_not_finite),
+            self.first_stage[1],
+            judgements.min_grade,
+            num_missing_passages=max(0, len(absent) - len(failed) - num_not_finite),
             num_truncated_passages=len(self.states.truncated & places.keys()),
             num_unscored_pairs=nan - without_states,
         )
-        notes = counts.notes(taught=self.judgements.taught)
-        for number, fate in (
-            (self.states.num_not_finite, "have states that are NaN or infinite"),
-            (len(failed), "gave no states (NaN, infinite, or out of memory)"),
-        ):
-            notes += [f"{number:,} candidate passages {fate}: ranked last"] if number else []
+        notes = counts.notes(taught=judgements.taught)
+        if num_not_finite:
+            notes.append(f"{num_not_finite:,} candidate passages have states that are NaN or infinite: ranked last")
+        if failed:
+            fate = "gave no states (NaN, infinite, or out of memory): ranked last"
+            notes.append(f"{len(failed):,} candidate passages {fate}")
         if self.from_states is not None:
             manifest = self.from_states.manifest
             notes.append(
@@ -251,30 +234,3 @@ class _Sweep(Experiment):
                 f"{manifest.compression_ratio}, {manifest.codec}), and codecs are laid over theirs"
             )
         return notes + self.codecs.notes()
-
-    def report(self) -> SweepReport:
-        first_quality, reference_quality, _ = self.quality
-        return SweepReport(
-            **self.identity(),
-            hardware=hardware(),
-            settings=self.settings,
-            reference_ratio=self.states.ratio,
-            taught=self.judgements.taught,
-            first_stage_name=self.first_stage_name,
-            num_queries=len(self.judged.queries),
-            num_passages=self.lengths.num_passages,
-            num_candidates=self.pairs.num,
-            mean_tokens=self.lengths.num_tokens / max(1, self.lengths.num_passages),
-            rows=self._rows(),
-            notes=self._notes(),
-            first_stage=first_quality,
-            reference=reference_quality,
-            query_ids=list(self.judgements.qrels),
-            qrels=self.judgements.qrels,
-            queries=self.judged.queries,
-            passages={p: text for p, text in self.judged.passages.items() if p in self.pairs.places},
-        )
-
-
-def _digest(value: list[Any]) -> str:
-    return hashlib.sha256(json.dumps(value, ensure_ascii=True).encode()).hexdigest()

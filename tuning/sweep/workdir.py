@@ -25,7 +25,7 @@ from cache.states import PassageStates
 from preread_edge.outputs import write_output
 from tuning import EvaluationError
 from tuning.progress import SILENT, StageProgress
-from tuning.rerank import States, StateSource, chunked
+from tuning.rerank import StateSource, chunked
 
 
 class WorkDir:
@@ -82,10 +82,10 @@ class _Extent(NamedTuple):
 
 
 class SpilledStates:
-    """A `StateSource` over a directory: every candidate passage's states once, as their source gives them.
+    """Every candidate passage's states once, as their source gives them, in a directory.
 
     `states.f32` holds the rows, `passages.jsonl` a line for each chunk that is whole. A chunk counts when its line is
-    there; rows that a killed run left after it are cut off and made again. Chunks come in file order, always cut alike.
+    there; rows that a killed run left after it are cut off and made again.
     """
 
     def __init__(self, directory: Path, ratio: int, dim: int, chunk_bytes: int = 128 << 20) -> None:
@@ -123,17 +123,23 @@ class SpilledStates:
         with self._data.open("ab") as data, self._index.open("a", encoding="utf-8") as index:
             data.truncate(self._num_rows * self.dim * 4)  # rows of a chunk that a killed run did not finish
             for chunk in source.chunks(missing, progress):
-                self._append(chunk, time.perf_counter() - begun, data, index)
+                seconds = time.perf_counter() - begun
+                kept = {p: one for p, one in chunk.items() if np.isfinite(one.states).all()}
+                passages = []
+                for p, one in kept.items():
+                    data.write(np.ascontiguousarray(one.states, dtype="<f4").data)
+                    passages.append([p, one.num_states, list(one.window_tokens), one.truncated, one.text_digest.hex()])
+                data.flush()
+                line = {"seconds": seconds, "not_finite": len(chunk) - len(kept), "passages": passages}
+                index.write(json.dumps(line, ensure_ascii=False) + "\n")
+                index.flush()
+                self._take(line)
                 begun = time.perf_counter()
             index.write(json.dumps({"complete": True}) + "\n")
         self._complete = True
 
-    def chunks(self, passage_ids: Sequence[str], progress: StageProgress = SILENT) -> Iterator[States]:
-        for ids in self.chunk_ids(passage_ids):
-            yield {p: self.states(p) for p in ids}
-
     def chunk_ids(self, passage_ids: Sequence[str]) -> list[list[str]]:
-        """Which passages `chunks` gives together; nothing is read."""
+        """Passages to read together, in file order, always cut alike; nothing is read."""
         chosen = set(passage_ids)
         sized = ((p, extent.num_states * self.dim * 4) for p, extent in self._extents.items() if p in chosen)
         return list(chunked(sized, self._chunk_bytes))
@@ -147,33 +153,14 @@ class SpilledStates:
 
     def sample(self, ratio: int, num_states: int, seed: int) -> NDArray[np.float32]:
         """At most `num_states` states at `ratio` of passages drawn at random, (n, dim); by seed, always the same."""
-        order = np.random.default_rng(seed).permutation(len(self._extents))
-        ids = self.passage_ids
-        taken: list[NDArray[np.float32]] = []
-        count = 0
-        for place in order.tolist():
+        ids, count = self.passage_ids, 0
+        taken = [np.empty((0, self.dim), dtype=np.float32)]
+        for place in np.random.default_rng(seed).permutation(len(ids)).tolist():
             if count >= num_states:
                 break
             taken.append(self.states(ids[place]).at_ratio(ratio).states)
             count += len(taken[-1])
-        return np.concatenate(taken)[:num_states] if taken else np.empty((0, self.dim), dtype=np.float32)
-
-    def _append(self, chunk: States, seconds: float, data: Any, index: Any) -> None:
-        kept = {p: states for p, states in chunk.items() if np.isfinite(states.states).all()}
-        line = {
-            "seconds": seconds,
-            "not_finite": len(chunk) - len(kept),
-            "passages": [
-                [p, states.num_states, list(states.window_tokens), states.truncated, states.text_digest.hex()]
-                for p, states in kept.items()
-            ],
-        }
-        for states in kept.values():
-            data.write(np.ascontiguousarray(states.states, dtype="<f4").data)
-        data.flush()
-        index.write(json.dumps(line, ensure_ascii=False) + "\n")
-        index.flush()
-        self._take(line)
+        return np.concatenate(taken)[:num_states]
 
     def _take(self, line: Mapping[str, Any]) -> None:
         self.seconds += line["seconds"]
@@ -183,9 +170,7 @@ class SpilledStates:
             self._num_rows += num_states
 
     def _read_index(self) -> None:
-        if not self._index.exists():
-            return
-        content = self._index.read_bytes()
+        content = self._index.read_bytes() if self._index.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
         try:
             for text in whole.splitlines():

@@ -51,13 +51,13 @@ def passages() -> dict[str, PassageStates]:
 def test_states_come_back_as_they_were(tmp_path: Path, passages: dict[str, PassageStates]) -> None:
     spilled = SpilledStates(tmp_path, 1, DIM, chunk_bytes=200)
     spilled.fill(Source(passages), [*passages, "gone"])
-    found = {p: one for chunk in spilled.chunks(list(passages)) for p, one in chunk.items()}
+    found = {p: spilled.states(p) for chunk in spilled.chunk_ids(list(passages)) for p in chunk}
     assert list(found) == list(passages)
     for p, one in passages.items():
         assert (found[p].states == one.states).all()
         assert found[p].window_tokens == one.window_tokens
-    assert len(list(spilled.chunks(list(passages)))) > 1
-    assert [list(chunk) for chunk in spilled.chunks(["p3", "p1"])] == [["p1", "p3"]]
+    assert len(spilled.chunk_ids(list(passages))) > 1
+    assert spilled.chunk_ids(["p3", "p1"]) == [["p1", "p3"]]
     assert spilled.num_tokens == sum(one.num_tokens for one in passages.values())
 
 
