@@ -21,9 +21,9 @@ from tuning.health.report import CheckLine, Section, Verdict
 from tuning.health.scorers import Scorer
 from tuning.metrics import kendall_tau
 
+Scores = Callable[[Sequence[TextTriple]], Margins]
 TAU, DELTA, SPREAD = "order (Kendall tau)", "largest difference", "spread ratio"
 BATCH, SWAP = "alone or batched", "the query counts"
-_SATURATION = "scores use their range"
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,7 @@ class Tolerance:
     @classmethod
     def of(cls, number_format: str) -> Tolerance:
         """By dtype or runtime name: float32, bfloat16, or anything with int8 in it."""
-        if "int8" in number_format:
-            return INT8
-        return BFLOAT16 if number_format == "bfloat16" else FLOAT32
+        return INT8 if "int8" in number_format else BFLOAT16 if number_format == "bfloat16" else FLOAT32
 
     def compare(self, title: str, served: Margins, reference: Margins) -> Section:
         """How well `served` keeps order, distances, spread and resolution of `reference`, where both are finite."""
@@ -69,6 +67,13 @@ class Tolerance:
             CheckLine("distinct values", Verdict.of(distinct >= least), distinct, resolution),
         ]
         return Section(title, lines)
+
+    def agree_alone(self, scorer: Scorer, reference: Scores, pairs: Sequence[TextTriple]) -> bool:
+        """Whether unpadded passes over pairs of mixed lengths give the reference's margins."""
+        some = _mixed(pairs)
+        alone, expected = scorer.one_by_one(some), reference(some)
+        finite = np.isfinite(alone).all() and np.isfinite(expected).all()
+        return bool(finite and np.abs(alone - expected).max() <= (self.max_delta_spreads or 1.0) * expected.std())
 
 
 # Two float32 passes differ by the order of their sums: 1e-6 of a spread was measured. The room is for pairs
@@ -103,17 +108,20 @@ _SWAPPED_QUERIES = ("how tides follow the moon", "세금 신고는 언제까지 
 def behaviour(scorer: Scorer, pairs: Sequence[TextTriple], margins: Margins) -> Section:
     """Lines about `margins`, which `scorer` gave for `pairs`, and about a few more passes of it."""
     scores = scorer.scores(margins)
-    lines = [_finite(margins, scores), _saturation(margins, scores), _batch(scorer, pairs), _swapped(scorer)]
-    return Section("the model alone", lines)
-
-
-def _finite(margins: Margins, scores: Margins) -> CheckLine:
     good = np.isfinite(margins) & np.isfinite(scores)
     missing = int((~good).sum())
     detail = f"{missing} are not finite; the first is pair {int(np.flatnonzero(~good)[0]) + 1}" if missing else ""
     if missing == len(good):
         detail = "not finite: no pair has a number"
-    return CheckLine("finite", Verdict.of(not missing), float(good.mean()), "all", detail)
+    finite = CheckLine("finite", Verdict.of(not missing), float(good.mean()), "all", detail)
+    # Whether scores lie where only a fault puts all of them.
+    verdict, shown, numbers = Verdict.SKIP, "not finite", scores[np.isfinite(scores)]
+    if len(numbers):
+        verdict = Verdict.of(saturation(margins) is None and saturation(scores) is None)
+        shown = f"here {numbers.min():.3g} to {numbers.max():.3g}"
+    expected = f"not all < {_SATURATED_SCORE:g} or in {_DOUBLE_SIGMOID[0]:.2f}..{_DOUBLE_SIGMOID[1]:.2f}"
+    used = CheckLine("scores use their range", verdict, None, expected, shown)
+    return Section("the model alone", [finite, used, _batch(scorer, pairs), _swapped(scorer)])
 
 
 def saturation(values: Margins) -> str | None:
@@ -122,17 +130,6 @@ def saturation(values: Margins) -> str | None:
     if ((values >= 0) & (values < _SATURATED_SCORE)).all():
         return "tiny"
     return "doubled" if ((values >= low) & (values <= high)).all() else None
-
-
-def _saturation(margins: Margins, scores: Margins) -> CheckLine:
-    """Whether scores lie where only a fault puts all of them."""
-    expected = f"not all < {_SATURATED_SCORE:g} or in {_DOUBLE_SIGMOID[0]:.2f}..{_DOUBLE_SIGMOID[1]:.2f}"
-    numbers = scores[np.isfinite(scores)]
-    if not len(numbers):
-        return CheckLine(_SATURATION, Verdict.SKIP, None, expected, "not finite")
-    good = saturation(margins) is None and saturation(scores) is None
-    shown = f"here {numbers.min():.3g} to {numbers.max():.3g}"
-    return CheckLine(_SATURATION, Verdict.of(good), None, expected, shown)
 
 
 def _mixed(pairs: Sequence[TextTriple]) -> list[TextTriple]:
@@ -156,34 +153,18 @@ def _batch(scorer: Scorer, pairs: Sequence[TextTriple]) -> CheckLine:
     return CheckLine(BATCH, Verdict.of(delta <= most), delta, f"at most {most:.2g}", f"{len(some)} pairs in one batch")
 
 
-def agree_alone(
-    scorer: Scorer, reference: Callable[[Sequence[TextTriple]], Margins], pairs: Sequence[TextTriple]
-) -> bool:
-    """Whether unpadded passes over pairs of mixed lengths give the reference's margins."""
-    some = _mixed(pairs)
-    alone, expected = scorer.one_by_one(some), reference(some)
-    most = Tolerance.of(scorer.number_format).max_delta_spreads or 1.0
-    finite = np.isfinite(alone).all() and np.isfinite(expected).all()
-    return bool(finite and np.abs(alone - expected).max() <= most * expected.std())
-
-
 def _swapped(scorer: Scorer) -> CheckLine:
     """Whether two queries score one over-long passage differently: cutting must never reach the query."""
     passage = scorer.overlong()
     if passage is None:
         return CheckLine(SWAP, Verdict.SKIP, detail="the limit is too long to fill here")
     given = scorer.one_by_one([TextTriple(query, None, passage) for query in _SWAPPED_QUERIES])
-    first, second = (float(margin) for margin in given)
+    first, second = given.tolist()
     if not np.isfinite(given).all():
         return CheckLine(SWAP, Verdict.FAIL, None, "not 0", "the margins are not finite")
     # Equal to the last bit, or as nearly as a float32 sum may lose: the same text was read.
     differ = abs(first - second) > 1e-6 * max(abs(first), abs(second))
     return CheckLine(SWAP, Verdict.of(differ), abs(first - second), "not 0", "two queries, one passage over the limit")
-
-
-# Of a published score between 0 and 1, and of a published logit; the publishers computed in bfloat16, whose steps
-# at a logit of 8 are 0.06, and allow 0.01 themselves between machines in the same format.
-_MAX_SCORE_DELTA, _MAX_LOGIT_DELTA = 0.02, 0.15
 
 
 @dataclass(frozen=True)
@@ -217,9 +198,10 @@ def published(name: str) -> list[_Published]:
     profile = named_profile(hub_id)
     if profile is None or not profile.golden:
         return []
+    # Scores between 0 and 1, or logits. Publishers computed in bfloat16, whose steps at a logit of 8 are 0.06, and
+    # allow 0.01 themselves between machines in the same format.
     logits = profile.golden_are_margins or any(not 0 <= score <= 1 for score in profile.golden)
-    most = _MAX_LOGIT_DELTA if logits else _MAX_SCORE_DELTA
-    texts = _texts(document["planets"])
+    texts, most = _texts(document["planets"]), 0.15 if logits else 0.02
     return [_Published(texts, "four passages", profile.golden, profile.golden_are_margins, most)]
 
 

@@ -9,7 +9,7 @@ model and getting the served numbers proves it. Whether there is a fault is for 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,13 +38,13 @@ class PlainModel:
         from transformers import AutoTokenizer
 
         kind = "AutoModelForCausalLM" if profile.head == "vocabulary" else "AutoModelForSequenceClassification"
+        trust = trust_remote_code
         self.model: Any = load_transformer(
-            directory, torch.float32, torch.device(device), kind=kind, trust_remote_code=trust_remote_code
+            directory, torch.float32, torch.device(device), kind=kind, trust_remote_code=trust
         )
+        open_tokenizer: Any = AutoTokenizer.from_pretrained
         with quiet():
-            loaded: Any = cast(Any, AutoTokenizer).from_pretrained(
-                directory, local_files_only=True, trust_remote_code=trust_remote_code
-            )
+            loaded = open_tokenizer(directory, local_files_only=True, trust_remote_code=trust)
         self.profile = profile
         self.tokenizer = loaded.backend_tokenizer
         self.pad_id = self.model.config.pad_token_id or loaded.pad_token_id or 0
@@ -53,13 +53,12 @@ class PlainModel:
         self._answers = answer_ids(directory, self.tokenizer, profile) if profile.head == "vocabulary" else ()
 
     def read(self, pairs: Sequence[TextTriple], profile: Profile | None = None) -> list[TextPair]:
-        """Token ids, by this model's profile or another one's template."""
         return PairReader(self.tokenizer, profile or self.profile).read(pairs)
 
     def margins(
         self, pairs: Sequence[TextTriple], advance: Advance = ignore, profile: Profile | None = None
     ) -> Margins:
-        """Margins (len(pairs),), by this model's profile or another one's template."""
+        """Margins (len(pairs),), by this model's profile, or by another that has another template."""
         margins = np.empty(len(pairs), dtype=np.float32)
         for row, pair in enumerate(self.read(pairs, profile)):
             margins[row] = float(self.readout(self.forward(self.inputs(pair))))
@@ -161,105 +160,68 @@ class Evidence:
         causes = [_QUERY_CUT] if self.alone.failed_in(SWAP) else []
         if not good.all():
             return [_NOT_FINITE, *causes]
-        sound = self
-        if self.reference is not None and not np.isfinite(self.reference).all():
-            sound = dataclasses.replace(self, reference=None)  # proves nothing
-        first = _by_pattern_alone(sound) or (_by_trying(sound, plain) if plain is not None else None)
-        first = first or _by_spread(sound)
+        first = self._first(plain)
         return [first, *causes] if first else causes or [UNKNOWN]
 
-
-def _by_pattern_alone(evidence: Evidence) -> str | None:
-    """Marks that no other fault leaves."""
-    if np.ptp(evidence.margins) == 0:
-        return _CONSTANT
-    if "tiny" in (saturation(evidence.margins), saturation(evidence.scores)):
-        return _SOFTMAX_OVER_HIDDEN
-    return _WRONG_PADDING if evidence.alone.failed_in(BATCH) and evidence.alone_agrees is not False else None
-
-
-def _by_trying(evidence: Evidence, plain: PlainModel) -> str | None:
-    """The fault that gives the served margins when the plain model is made to commit it."""
-    if not evidence.compare_failed or evidence.reference is None:
-        return None
-    for words, attempt in _ATTEMPTS:
-        for margins in attempt(plain, evidence):
-            if _proves(margins, evidence.margins, evidence.reference):
-                doubled = words is _SIGMOID_FOR_LOGIT and saturation(evidence.scores) == "doubled"
-                return _DOUBLE_SIGMOID if doubled else words
-    return None
-
-
-def _by_spread(evidence: Evidence) -> str | None:
-    """Marks that several faults leave: the likeliest of them."""
-    if "doubled" in (saturation(evidence.scores), saturation(evidence.margins)):
-        return _DOUBLE_SIGMOID
-    if not evidence.compare_failed or evidence.reference is None:
-        return None
-    ratio = spread_ratio(evidence.margins, evidence.reference)
-    kept = kendall_tau(evidence.margins, evidence.reference) >= _SAME_ORDER
-    return _LOST_SPREAD if kept and not 0.8 <= ratio <= 1.25 else None
-
-
-def _proves(attempted: Margins, served: Margins, reference: Margins) -> bool:
-    spread, off = float(attempted.std()), _rms(served - attempted)
-    return spread > 0 and off <= _PROOF_SPREADS * spread and off <= _PROOF_GAIN * _rms(served - reference)
+    def _first(self, plain: PlainModel | None) -> str | None:
+        marks = (saturation(self.margins), saturation(self.scores))
+        # Marks that no other fault leaves.
+        if np.ptp(self.margins) == 0:
+            return _CONSTANT
+        if "tiny" in marks:
+            return _SOFTMAX_OVER_HIDDEN
+        if self.alone.failed_in(BATCH) and self.alone_agrees is not False:
+            return _WRONG_PADDING
+        # A reference that is not finite proves nothing.
+        known = self.compare_failed and self.reference is not None and np.isfinite(self.reference).all()
+        reference = self.reference if known else None
+        if reference is not None and plain is not None:
+            apart = _rms(self.margins - reference)
+            for words, margins in _attempts(plain, self.pairs, reference):
+                spread, off = float(margins.std()), _rms(self.margins - margins)
+                if spread > 0 and off <= _PROOF_SPREADS * spread and off <= _PROOF_GAIN * apart:
+                    return _DOUBLE_SIGMOID if words is _SIGMOID_FOR_LOGIT and marks[1] == "doubled" else words
+        # Marks that several faults leave: the likeliest of them.
+        if "doubled" in marks:
+            return _DOUBLE_SIGMOID
+        if reference is None:
+            return None
+        kept = kendall_tau(self.margins, reference) >= _SAME_ORDER
+        return _LOST_SPREAD if kept and not 0.8 <= spread_ratio(self.margins, reference) <= 1.25 else None
 
 
 def _rms(values: Margins) -> float:
     return float(np.sqrt(np.square(values.astype(np.float64)).mean()))
 
 
-def _sigmoid_for_logit(_: PlainModel, evidence: Evidence) -> Iterator[Margins]:
-    assert evidence.reference is not None
-    yield sigmoid(evidence.reference)
-
-
-def _without_template(plain: PlainModel, evidence: Evidence) -> Iterator[Margins]:
-    """The texts alone, in the ways that runtimes join them; of a model that has no template, without its pair."""
+def _attempts(plain: PlainModel, pairs: Sequence[TextTriple], reference: Margins) -> Iterator[tuple[str, Margins]]:
+    """Each fault, in words, with the margins that the plain model gives when it is made to commit it."""
+    yield _SIGMOID_FOR_LOGIT, sigmoid(reference)
+    read = plain.read(pairs)
+    hidden = [plain.last_hidden(pair).float().softmax(-1) for pair in read]
+    for index in (0, 1):  # the first label's share, or the second's as of two labels
+        yield _SOFTMAX_OVER_HIDDEN, np.array([float(row[index]) for row in hidden], dtype=np.float32)
+    with _pooler_dropped(plain.model) as dropped:
+        without_pooler = plain.margins(pairs) if dropped else None
+    if without_pooler is not None:
+        yield _DROPPED_POOLER, without_pooler
+    # The texts alone, in the ways that runtimes join them; of a model that has no template, without its pair.
     bare = dataclasses.replace(plain.profile, instruction_format="", default_instruction="")
     joined = [("{query} {passage}",), ("{passage} {query}",), ("{query}\n{passage}",)]
     for template in ([()] if plain.profile.template else []) + joined:
-        yield plain.margins(evidence.pairs, profile=dataclasses.replace(bare, template=template))
-
-
-def _without_pooler(plain: PlainModel, evidence: Evidence) -> Iterator[Margins]:
-    with _pooler_dropped(plain.model) as dropped:
-        if dropped:
-            yield plain.margins(evidence.pairs)
-
-
-def _softmax_over_hidden(plain: PlainModel, evidence: Evidence) -> Iterator[Margins]:
-    hidden = [plain.last_hidden(pair).float().softmax(-1) for pair in plain.read(evidence.pairs)]
-    for index in (0, 1):  # the first label's share, or the second's as of two labels
-        yield np.array([float(row[index]) for row in hidden], dtype=np.float32)
-
-
-def _padded_on_the_wrong_side(plain: PlainModel, evidence: Evidence) -> Iterator[Margins]:
-    """Every pair padded to the longest on the other side, without a mask or position for it."""
-    read = plain.read(evidence.pairs)
+        yield _MISSING_TEMPLATE, plain.margins(pairs, profile=dataclasses.replace(bare, template=template))
+    # Every pair padded to the longest on the other side, without a mask or position for it.
     longest = max(len(pair.ids) for pair in read)
-    left = plain.profile.padding == "right"
     margins = []
     for pair in read:
-        inputs = plain.inputs(pair)
-        extra = longest - len(pair.ids)
-        sides = (extra, 0) if left else (0, extra)
+        extra, fill = longest - len(pair.ids), {"input_ids": plain.pad_id}
+        sides = (extra, 0) if plain.profile.padding == "right" else (0, extra)
         inputs = {
-            name: torch.nn.functional.pad(value, sides, value=plain.pad_id if name == "input_ids" else 0)
-            for name, value in inputs.items()
+            name: torch.nn.functional.pad(value, sides, value=fill.get(name, 0))
+            for name, value in plain.inputs(pair).items()
         }
         margins.append(float(plain.readout(plain.forward(inputs))))
-    yield np.array(margins, dtype=np.float32)
-
-
-_ATTEMPTS: tuple[tuple[str, Callable[[PlainModel, Evidence], Iterator[Margins]]], ...] = (
-    (_SIGMOID_FOR_LOGIT, _sigmoid_for_logit),
-    (_SOFTMAX_OVER_HIDDEN, _softmax_over_hidden),
-    (_DROPPED_POOLER, _without_pooler),
-    (_MISSING_TEMPLATE, _without_template),
-    (_WRONG_PADDING, _padded_on_the_wrong_side),
-)
+    yield _WRONG_PADDING, np.array(margins, dtype=np.float32)
 
 
 @contextmanager

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cache import DEFAULT_CODEC
 from checkpoint.files import CheckpointError, read_json, resolve
 from decoder_server.config import NO_KV_CACHES, ModelConfig
@@ -23,28 +25,18 @@ from decoder_server.models.cross_encoder.profiles import named_profile
 from decoder_server.models.fbnl.backend import FbnlBackend
 from decoder_server.models.loading import is_fbnl, load_model
 from tuning import EvaluationError
-from tuning.health import faults
-from tuning.health.checks import (
-    BFLOAT16,
-    DELTA,
-    FLOAT32,
-    INT8,
-    POOLED,
-    SPREAD,
-    Tolerance,
-    agree_alone,
-    behaviour,
-    published,
-)
+from tuning.health import checks, faults
+from tuning.health.checks import BFLOAT16, FLOAT32, INT8, POOLED, Tolerance
 from tuning.health.faults import Evidence, PlainModel
 from tuning.health.pairs import MIN_PAIRS, Margins, PairSet
-from tuning.health.report import CheckLine, Farthest, HealthReport, Section, Verdict
+from tuning.health.report import CheckLine, HealthReport, Section, Verdict
 from tuning.health.scorers import CrossScorer, FbnlScorer, Scorer
 from tuning.progress import SILENT, StageProgress, counted
 
 _FLOAT32_NAMES = ("fp32", "float32")
 _NARROW = "bfloat16"
 _FEW_PAIRS = 20  # 20 to 100 pairs are a good number; fewer are used, and the report says so
+_NUM_FARTHEST = 3
 # Codecs that round numbers; the others approximate vectors, as int8 weights do.
 _CODEC_TOLERANCE = {"Flat": FLOAT32, "SQfp16": BFLOAT16, "SQbf16": BFLOAT16}
 
@@ -78,18 +70,16 @@ def check(
     for name, value in foreign.items():
         if value:
             raise EvaluationError(f"{name} is for {kind}; this model is none")
-    backend = load_model(replace(config, kv_caches=NO_KV_CACHES))
-    other = None
+    backend, trust = load_model(replace(config, kv_caches=NO_KV_CACHES)), config.trust_remote_code
+    one = _Check(_scorer(backend, ratio), pairs or PairSet.read(), progress)
     if against not in _FLOAT32_NAMES:
-        trust = config.trust_remote_code
-        loaded = ModelConfig(
+        plain = ModelConfig(
             against, device=config.device, dtype="float32", trust_remote_code=trust, kv_caches=NO_KV_CACHES
         )
-        other = (against, _scorer(load_model(loaded)))
-    one = _Check(_scorer(backend, ratio), pairs or PairSet.read(), other, progress)
+        one.other = (against, _scorer(load_model(plain)))
     if isinstance(one.served, FbnlScorer):
         return _check_fbnl(one, one.served, codec or DEFAULT_CODEC)
-    return _check_cross(one, one.served, config.trust_remote_code)
+    return _check_cross(one, one.served, trust)
 
 
 def health_gate(model: Backend, *, pairs: PairSet | None = None, progress: StageProgress = SILENT) -> HealthReport:
@@ -98,7 +88,7 @@ def health_gate(model: Backend, *, pairs: PairSet | None = None, progress: Stage
     Loads those weights once more while it runs. Call it from the thread that the model is scored on, before
     any request is scored.
     """
-    one = _Check(_scorer(model), pairs or PairSet.read(), None, progress)
+    one = _Check(_scorer(model), pairs or PairSet.read(), progress)
     if isinstance(one.served, FbnlScorer):
         return _check_fbnl(one, one.served, DEFAULT_CODEC, every_format=False)
     return _check_cross(one, one.served)
@@ -118,8 +108,8 @@ class _Check:
 
     served: FbnlScorer | CrossScorer
     pairs: PairSet
-    other: tuple[str, Scorer] | None  # another model, by name, whose margins this one must give too
     progress: StageProgress
+    other: tuple[str, Scorer] | None = None  # another model, by name, whose margins this one must give too
     notes: list[str] = field(default_factory=list)
     sections: list[Section] = field(default_factory=list)
     causes: list[str] = field(default_factory=list)  # of comparisons that failed
@@ -128,7 +118,7 @@ class _Check:
     def begin(self) -> Margins:
         """Margins of the model as it is served, and the section about it alone."""
         margins = self.score(f"served, {self.served.number_format}", self.served)
-        self.sections.append(behaviour(self.served, self.pairs.pairs, margins))
+        self.sections.append(checks.behaviour(self.served, self.pairs.pairs, margins))
         return margins
 
     def score(self, stage: str, scorer: Scorer | PlainModel) -> Margins:
@@ -146,23 +136,27 @@ class _Check:
             self.causes.append(cause)
         return section
 
-    def finish(self, margins: Margins) -> None:
-        """Compares with the other model, if any, and with published scores."""
+    def finish(self, margins: Margins, reference: Margins, *, compare_failed: bool) -> Evidence | None:
+        """Compares with the other model, if any, and with published scores; the evidence where anything failed."""
         if self.other is not None:
             self.compare(f"against {self.other[0]}", margins, self.score("other", self.other[1]))
-        lines = [one.line(self.served) for one in published(self.served.name)]
+        lines = [one.line(self.served) for one in checks.published(self.served.name)]
         none = CheckLine("scores", Verdict.SKIP, detail="none for a model of this name")
         self.sections.append(Section("published scores", lines or [none]))
         if len(self.pairs) < _FEW_PAIRS:
             self.notes.append(f"only {len(self.pairs)} pairs: below {_FEW_PAIRS} one pair out of order decides")
-
-    @property
-    def failed(self) -> bool:
-        return any(section.failed for section in self.sections)
-
-    def evidence(self, margins: Margins, reference: Margins, *, compare_failed: bool) -> Evidence:
+        if not any(section.failed for section in self.sections):
+            return None
         scores = self.served.scores(margins)
         return Evidence(self.pairs.pairs, margins, scores, reference, self.sections[0], compare_failed)
+
+    def farthest(self, served: Margins, reference: Margins) -> list[dict[str, Any]]:
+        """The pairs that differ most, most first, of those that both have a number for."""
+        both = np.flatnonzero(np.isfinite(served) & np.isfinite(reference))
+        delta = np.abs(served[both].astype(np.float64) - reference[both])
+        most = both[np.argsort(-delta, kind="stable")[:_NUM_FARTHEST]].tolist()
+        found = [(*self.pairs.pairs[i], float(served[i]), float(reference[i])) for i in most]
+        return [{"query": q, "passage": p, "margin": margin, "expected": due} for q, _, p, margin, due in found]
 
     def report(self, *, against: str, **told: Any) -> HealthReport:
         return HealthReport(
@@ -179,41 +173,35 @@ class _Check:
 
 def _check_cross(check: _Check, served: CrossScorer, trust_remote_code: bool = False) -> HealthReport:
     """A cross-encoder: alone, against the plain model, published scores."""
-    model = served.model
+    model, number_format = served.model, served.number_format
     check.pairs, check.notes = _fitting(model, check.pairs)
     margins = check.begin()
     reference, notes = _reference(model, trust_remote_code)
     check.notes += notes
     expected = check.score("plain float32", reference)
-    own = check.compare(f"{served.number_format} against plain float32", margins, expected)
-    check.finish(margins)
+    own = check.compare(f"{number_format} against plain float32", margins, expected)
+    evidence = check.finish(margins, expected, compare_failed=own.failed)
     causes: Sequence[str] = ()
-    if check.failed:
-        evidence = check.evidence(margins, expected, compare_failed=own.failed)
+    if evidence is not None:
         if not served.listwise:
-            agrees = agree_alone(served, reference.margins, check.pairs.pairs)
+            agrees = Tolerance.of(number_format).agree_alone(served, reference.margins, check.pairs.pairs)
             evidence = replace(evidence, alone_agrees=agrees)
         causes = evidence.causes(reference if isinstance(reference, PlainModel) else None)
-        if causes == [faults.UNKNOWN]:
-            causes = [_by_comparison(own, served.number_format, check.other)]
+        if causes == [faults.UNKNOWN]:  # the comparison alone may say more
+            if not own.failed and check.other is not None:
+                right = "its scores are right for its own weights and are not those of"
+                causes = [f"{right} {check.other[0]}: other weights or template"]
+            elif not own.failed:
+                causes = [faults.UNPUBLISHED]
+            elif number_format != "float32" and not own.failed_in(checks.DELTA, checks.SPREAD):
+                causes = [f"{number_format} rounds by more than the pairs differ: serve these weights in float32"]
     return check.report(
         backend="cross_encoder",
         served=f"{model.runtime}, {model.dtype_name} on {model.device_name}, profile {model.profile.model}",
         against="plain float32",
         causes=causes,
-        farthest=Farthest.of(check.pairs.pairs, margins, expected) if own.failed else (),
+        farthest=check.farthest(margins, expected) if own.failed else (),
     )
-
-
-def _by_comparison(own: Section, number_format: str, other: tuple[str, Scorer] | None) -> str:
-    """The conclusion of a failed comparison alone, where no known fault gives the numbers."""
-    if own.failed and number_format != "float32" and not own.failed_in(DELTA, SPREAD):
-        return f"{number_format} rounds by more than the pairs differ: serve these weights in float32"
-    if own.failed:
-        return faults.UNKNOWN
-    if other is None:
-        return faults.UNPUBLISHED
-    return f"its scores are right for its own weights and are not those of {other[0]}: other weights or template"
 
 
 def _fitting(model: CrossEncoder, pairs: PairSet) -> tuple[PairSet, list[str]]:
@@ -228,9 +216,8 @@ def _fitting(model: CrossEncoder, pairs: PairSet) -> tuple[PairSet, list[str]]:
             fitting.append(pair)
     num_others = len(pairs) - len(fitting)
     if len(fitting) < MIN_PAIRS:
-        raise EvaluationError(
-            f"{num_others} of {len(pairs)} pairs do not fit {model.checkpoint_name}; the first, {reason}"
-        )
+        unfit = f"{num_others} of {len(pairs)} pairs do not fit {model.checkpoint_name}"
+        raise EvaluationError(f"{unfit}; the first, {reason}")
     note = f"{num_others} pairs do not fit and are left out; the first, {reason}"
     return PairSet(pairs.name, fitting), [note] if num_others else []
 
@@ -273,20 +260,19 @@ def _check_fbnl(check: _Check, served: FbnlScorer, codec: str, *, every_format: 
         section = check.compare(f"{_NARROW} against float32", narrow, reference, BFLOAT16, too_narrow)
         format_failed = section.failed and narrow is margins
     _compare_states(check, served, codec, margins)
-    check.finish(margins)
+    evidence = check.finish(margins, reference, compare_failed=format_failed)
     causes: Sequence[str] = ()
-    if check.failed:  # faults that leave a mark, then the causes of the comparisons that failed
-        evidence = check.evidence(margins, reference, compare_failed=format_failed)
+    if evidence is not None:  # faults that leave a mark, then the causes of the comparisons that failed
         causes = [cause for cause in evidence.causes(None) if cause != faults.UNKNOWN]
         if causes != [faults.NONE_FINITE]:
             causes = causes + check.causes or [faults.UNKNOWN]
-    apart = check.failed and reference is not margins
+    apart = evidence is not None and reference is not margins
     return check.report(
         backend="fbnl",
         served=f"{served.number_format} on {served.backend.device_name}, r = {served.ratio}, {codec}",
         against="float32, on demand",
         causes=causes,
-        farthest=Farthest.of(check.pairs.pairs, margins, reference) if apart else (),
+        farthest=check.farthest(margins, reference) if apart else (),
     )
 
 

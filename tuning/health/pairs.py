@@ -41,9 +41,9 @@ class PairSet:
 
     @classmethod
     def read(cls, path: Path | None = None) -> PairSet:
-        """One JSON object a line: `query`, `passage` (or `text`, `document`), and `instruction` where there is one.
+        """JSON lines of `query`, `passage` (or `text`, `document`) and perhaps `instruction`; None: the built-in pairs.
 
-        None: the hundred pairs of the package. Raises EvaluationError naming the line that is no pair.
+        Raises EvaluationError naming the line that is no pair.
         """
         pairs = [_pair(where, row) for where, row in JudgedFile(path or _BUILT_IN).rows()]
         if len(pairs) < MIN_PAIRS:
@@ -60,8 +60,7 @@ def _pair(where: Place, row: dict[str, Any]) -> TextTriple:
         raise EvaluationError(f"{where}: fields {', '.join(row) or 'none'}; expected query and passage")
     for name in ("query", passage, "instruction"):
         value = row.get(name)
-        if name == "instruction" and value in (None, ""):  # the model's default
-            continue
-        if not isinstance(value, str) or not value.strip():
+        default = name == "instruction" and value in (None, "")  # the model's
+        if not default and (not isinstance(value, str) or not value.strip()):
             raise EvaluationError(f"{where}: {name} is {value!r}; expected a text")
     return TextTriple(row["query"], row.get("instruction"), row[passage])

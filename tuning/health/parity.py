@@ -26,7 +26,6 @@ from tuning.metrics import kendall_tau
 from tuning.progress import SILENT, StageProgress, counted
 
 _BATCH_TOKENS = 4096
-_Inputs = dict[str, NDArray[np.int64]]
 # float32: the same sums in another kernel; 2e-7 was measured, and a margin more than 1e-4 off is wrong by any account.
 # bfloat16: the language model rounds its logit to 8 bits, the classifier may not: a step of the largest score.
 _MAX_DELTA = {"float32": 1e-4, "bfloat16": 2.0**-7}  # absolute; a share of the largest score
@@ -73,39 +72,32 @@ def parity(
 
     Raises CheckpointError: either cannot be loaded, or a score is not finite.
     """
-    loaded_batches, order = _batches(source, pairs)
-    rows = []
-    for dtype in dtypes:
-        margins = []
-        for side, path, head in (("original", source.path, True), ("converted", converted, False)):
-            with counted(progress, f"{side} {dtype}", len(pairs)) as advance:
-                kind = "AutoModelForCausalLM" if head else "AutoModelForSequenceClassification"
-                model = load_transformer(path, DTYPES[dtype], torch.device("cpu"), kind=kind)
-                found = []
-                for batch in loaded_batches:
-                    found.append(_margins(model, batch, causal=head))
-                    advance(len(batch["input_ids"]))
-                del model
-                gc.collect()  # the next one needs the room
-            margins.append(np.concatenate(found)[order])
-        rows.append(ParityRow.of(dtype, *margins))
-    return rows
-
-
-def _batches(source: CausalSource, pairs: PairSet) -> tuple[list[_Inputs], list[int]]:
-    """Padded batches, and where in their concatenation each pair stands."""
     from transformers import AutoTokenizer
 
     loaded: Any = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
     read = PairReader(loaded.backend_tokenizer, source.profile).read(pairs.pairs)
     groups = list(batches([pair.num_tokens for pair in read], _BATCH_TOKENS))
     padded = [pad([read[i].ids for i in group], side="left", pad_id=source.pad_token_id) for group in groups]
-    place = {index: at for at, index in enumerate(index for group in groups for index in group)}
-    return padded, [place[i] for i in range(len(read))]
+    rows = []
+    for dtype in dtypes:
+        both = []
+        for side, path, causal in (("original", source.path, True), ("converted", converted, False)):
+            with counted(progress, f"{side} {dtype}", len(pairs)) as advance:
+                kind = "AutoModelForCausalLM" if causal else "AutoModelForSequenceClassification"
+                model = load_transformer(path, DTYPES[dtype], torch.device("cpu"), kind=kind)
+                margins = np.empty(len(pairs), dtype=np.float32)
+                for group, batch in zip(groups, padded, strict=True):
+                    margins[group] = _margins(model, batch, causal=causal)
+                    advance(len(group))
+                del model
+                gc.collect()  # the next one needs the room
+            both.append(margins)
+        rows.append(ParityRow.of(dtype, *both))
+    return rows
 
 
 @torch.inference_mode()
-def _margins(model: Any, batch: _Inputs, *, causal: bool) -> Margins:
+def _margins(model: Any, batch: dict[str, NDArray[np.int64]], *, causal: bool) -> Margins:
     """(batch,) scores as either model's own forward gives them."""
     inputs = {name: torch.from_numpy(batch[name]) for name in ("input_ids", "attention_mask")}
     if causal:

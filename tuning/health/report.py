@@ -9,16 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from rich.console import Console, Group
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from tuning.health.pairs import Margins, TextTriple
-
 _FORMAT_VERSION = 1
-_NUM_FARTHEST = 3
 _MIN_WIDTH = 80
 _MAX_CELLS = 52  # of two texts next to their margins; a Korean character takes two
 
@@ -68,24 +64,6 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Farthest:
-    """A pair whose two margins differ most."""
-
-    query: str
-    passage: str
-    margin: float
-    expected: float
-
-    @classmethod
-    def of(cls, pairs: Sequence[TextTriple], served: Margins, reference: Margins) -> list[Farthest]:
-        """The pairs that differ most, most first, of those that both have a number for."""
-        both = np.flatnonzero(np.isfinite(served) & np.isfinite(reference))
-        delta = np.abs(served[both].astype(np.float64) - reference[both])
-        most = both[np.argsort(-delta, kind="stable")[:_NUM_FARTHEST]]
-        return [cls(pairs[i].query, pairs[i].passage, float(served[i]), float(reference[i])) for i in most]
-
-
-@dataclass(frozen=True)
 class HealthReport:
     """Everything that `preread check` shows."""
 
@@ -97,7 +75,7 @@ class HealthReport:
     num_pairs: int
     sections: Sequence[Section]
     causes: Sequence[str] = ()
-    farthest: Sequence[Farthest] = ()
+    farthest: Sequence[dict[str, Any]] = ()  # pairs whose margins differ most: query, passage, margin, expected
     notes: Sequence[str] = ()
     seconds: float = field(default=0.0, compare=False)
 
@@ -126,7 +104,7 @@ class HealthReport:
             "passed": self.passed,
             "causes": list(self.causes),
             "sections": [{"title": s.title, "findings": [x.to_json() for x in s.lines]} for s in self.sections],
-            "farthest": [vars(one) for one in self.farthest],
+            "farthest": list(self.farthest),
             "notes": list(self.notes),
             "seconds": round(self.seconds, 1),
         }
@@ -156,7 +134,6 @@ _STYLES = {Verdict.PASS: "green", Verdict.FAIL: "bold red", Verdict.SKIP: "dim",
 
 
 def _table(section: Section) -> Table:
-    """Columns of the same widths in every section."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
     table.add_column(min_width=24, no_wrap=True)
     table.add_column(min_width=4, no_wrap=True)
@@ -170,20 +147,16 @@ def _table(section: Section) -> Table:
     return table
 
 
-def _farthest(pairs: Sequence[Farthest]) -> Table:
+def _farthest(pairs: Sequence[dict[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2), header_style="dim")
     for heading in ("margin", "expected"):
         table.add_column(heading, justify="right", no_wrap=True, min_width=8)
     table.add_column("query / passage", no_wrap=True)
     half = _MAX_CELLS // 2
     for pair in pairs:
-        texts = _cut(pair.query, half) + Text(" / ") + _cut(pair.passage, _MAX_CELLS - 3 - half)
-        table.add_row(f"{pair.margin:+.3f}", f"{pair.expected:+.3f}", texts)
+        query, passage = (Text(" ".join(pair[name].split())) for name in ("query", "passage"))
+        # Cut by the cells that a text takes on a terminal, not by its characters.
+        query.truncate(half, overflow="ellipsis")
+        passage.truncate(_MAX_CELLS - 3 - half, overflow="ellipsis")
+        table.add_row(f"{pair['margin']:+.3f}", f"{pair['expected']:+.3f}", query + Text(" / ") + passage)
     return table
-
-
-def _cut(text: str, cells: int) -> Text:
-    """On one line, cut by the cells it takes on a terminal, not by its characters."""
-    shown = Text(" ".join(text.split()))
-    shown.truncate(cells, overflow="ellipsis")
-    return shown

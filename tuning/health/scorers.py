@@ -31,17 +31,13 @@ _CACHE_BYTES = 8 << 30  # more than the check's pairs need
 
 
 class Scorer(ABC):
-    """One way of serving one model.
+    """One way of serving one model."""
 
-    number_format: float32, bfloat16, or a runtime's name with int8 in it
-    listwise: a score depends on the other pairs that are scored with it
-    """
-
-    listwise = False
+    listwise = False  # a score depends on the other pairs that are scored with it
 
     def __init__(self, name: str, number_format: str, max_passage_tokens: int) -> None:
         self.name = name
-        self.number_format = number_format
+        self.number_format = number_format  # float32, bfloat16, or a runtime's name with int8 in it
         self._max_passage_tokens = max_passage_tokens
 
     @abstractmethod
@@ -110,8 +106,7 @@ class FbnlScorer(Scorer):
 
     def in_format(self, dtype: str) -> FbnlScorer:
         """The same weights in another number format."""
-        backend = FbnlBackend(self.checkpoint, device=self.backend.device_name, dtype=dtype)
-        return FbnlScorer(backend, self.ratio)
+        return FbnlScorer(FbnlBackend(self.checkpoint, device=self.backend.device_name, dtype=dtype), self.ratio)
 
     def states(self, pairs: Sequence[TextTriple], ratio: int | None = None) -> list[PassageStates]:
         """States of each pair's passage, encoded now. Raises EvaluationError: a passage that cannot be encoded."""
@@ -126,24 +121,18 @@ class FbnlScorer(Scorer):
         return [found[number] for number in texts]
 
     def stored(self, states: Sequence[PassageStates], codec: str) -> list[PassageStates]:
-        """The states as a server reads them: encoded by the codec into a collection, and read back.
-
-        Raises CacheError: an unknown codec, or one that needs more states to train.
-        """
+        """The states as a server reads them, out of a collection in `codec`. Raises CacheError where it cannot be."""
         with closing(open_store("memory:")) as store:
             settings = CollectionSettings(self.ratio, codec, stores_text=False)
             collection = Target(store, "check", settings, self.encoder).create(states)
             passages = [StoredPassage(str(i), one) for i, one in enumerate(states)]
             collection.put_many(passages, allow_clipped=True)  # the codec's loss is the point of it
             read = collection.get_many([one.passage_id for one in passages])
-        kept = [one for one in read if isinstance(one, PassageStates)]
-        if len(kept) < len(states):
-            damaged = next(one for one in read if not isinstance(one, PassageStates))
-            raise EvaluationError(f"a stored passage did not come back: {damaged}")
-        return kept
+        if damaged := [one for one in read if not isinstance(one, PassageStates)]:
+            raise EvaluationError(f"a stored passage did not come back: {damaged[0]}")
+        return [one for one in read if isinstance(one, PassageStates)]
 
     def score(self, pairs: Sequence[TextTriple], states: Sequence[PassageStates], advance: Advance = ignore) -> Margins:
-        """Margins of passages already encoded."""
         return score_passages(self.backend, list(zip(self._prompts(pairs), states, strict=True)), advance)
 
     def cached(
