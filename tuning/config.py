@@ -134,7 +134,7 @@ class GridSettings(MeasuringSettings):
 
 
 @dataclass(frozen=True)
-class LimitSettings(_Settings):
+class Limits(_Settings):
     """Limits of what a sweep may choose; None: no such limit."""
 
     max_loss: float | None = knob(
@@ -166,6 +166,15 @@ class LimitSettings(_Settings):
         choices=("bytes", "latency", "quality"),
         shown_default="bytes with --max-loss, else quality",
     )
+
+    @property
+    def given(self) -> bool:
+        return any(one is not None for one in (self.max_loss, self.max_bytes, self.max_latency_seconds))
+
+    @property
+    def decides_by(self) -> str:
+        """Orders the configurations that keep every limit."""
+        return self.prefer or ("bytes" if self.max_loss is not None else "quality")
 
 
 def doublings(first: int, last: int) -> tuple[int, ...]:

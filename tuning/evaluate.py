@@ -7,12 +7,13 @@ report.baseline.measures["nDCG@10"].mean, report.reranked(4).measures["nDCG@10"]
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from cache.collection import Collection
+from cache.record import Record
 from cache.states import text_digest
 from checkpoint import Checkpoint
 from decoder_server.models.fbnl.backend import FbnlBackend
@@ -20,7 +21,7 @@ from encoder_worker.passage_encoder import PassageEncoder
 from tuning.baselines import first_stage, teacher_run
 from tuning.config import TEACHERS, EvaluationSettings, MeasuringSettings
 from tuning.judged import JudgedCollection, read_judged
-from tuning.metrics import bootstraps, per_query
+from tuning.metrics import Bootstrap, per_query
 from tuning.progress import SILENT, StageProgress
 from tuning.report import Counts, EvaluationReport, System
 from tuning.rerank import CHUNK_BYTES, EncodedStates, Reranked, StateSource, StoredStates, rerank
@@ -43,7 +44,12 @@ class Experiment:
 
     def __post_init__(self) -> None:
         self.checkpoint = open_checkpoint(self.model, self.judged.stored)
-        self.judged = self.judged.with_stored_texts().sample(self.settings.max_queries, self.settings.seed)
+        stored = self.judged.stored
+        if not self.judged.passages and stored is not None:  # the texts that it keeps; states are not decoded
+            records = (one for one in stored.store.scan(stored.name) if isinstance(one[1], Record))
+            texts = {p: record.text for p, record in records if record.text is not None}
+            self.judged = replace(self.judged, passages=dict(sorted(texts.items())))
+        self.judged = self.judged.sample(self.settings.max_queries, self.settings.seed)
 
     @cached_property
     def first_stage(self) -> tuple[str, Run]:
@@ -107,7 +113,7 @@ def evaluate(
     finest = len(runs)
     runs += [(f"r = {ratio}", ratio, ranking) for ratio, ranking in reranked.runs.items()]
     values = [per_query(judged.qrels, run, settings.top_k, settings.min_grade) for *_, run in runs]
-    boots = bootstraps(values, seed=settings.seed, num_resamples=settings.num_resamples)
+    boots = Bootstrap.by_measure(values, seed=settings.seed, num_resamples=settings.num_resamples)
     systems = []
     for i, (name, ratio, run) in enumerate(runs):
         kept = {measure: boot.share(i, finest) for measure, boot in boots.items()} if ratio is not None else None

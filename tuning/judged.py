@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cache.collection import Collection
-from cache.record import Record
 from encoder_worker.reading import SeenIds
 from encoder_worker.sources import Fields, Refused, SourceError, SourcePassage
 from encoder_worker.sources.files import Source
@@ -39,17 +38,6 @@ class JudgedCollection:
     refused: tuple[Refused, ...] = ()  # lines of the three files that were left out, and why
     candidates: RunFile | None = None  # the first stage's ranking; None: BM25's
     stored: Collection | None = None  # the same passages, indexed: their states, and where there are none their texts
-
-    def with_stored_texts(self) -> JudgedCollection:
-        """Where it has no passages, with the texts that the stored collection keeps; states are not decoded."""
-        if self.passages or self.stored is None:
-            return self
-        texts = {
-            passage_id: record.text
-            for passage_id, record in self.stored.store.scan(self.stored.name)
-            if isinstance(record, Record) and record.text is not None
-        }
-        return replace(self, passages=dict(sorted(texts.items())))
 
     def without_judgements(self) -> JudgedCollection:
         """The same queries without their judgements."""
@@ -83,12 +71,8 @@ def read_judged(
 ) -> JudgedCollection:
     """A BEIR folder, or its three files by name; a file that is named wins over the folder's.
 
-    Args:
-        split: only these queries: of judgements in qrels/<split>.tsv where there is such a file, else
-            those whose queries.jsonl row says so in its field `split`.
-        need_corpus: False where passages come from a store and candidates from a run.
-        need_qrels: False where queries without any judgements will do.
-
+    `split`: only the queries of qrels/<split>.tsv where there is such a file, else those whose queries.jsonl row has it
+    as `split`. Without `need_corpus`, passages may come from a store; without `need_qrels`, queries need no judgements.
     Raises EvaluationError: a file that is missing, cannot be read or holds nothing of use; no query left to run. A line
     that cannot be used is in `refused`, and left out.
     """

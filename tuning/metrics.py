@@ -29,9 +29,7 @@ _BOUNDS = (2.5, 97.5)  # percentiles, of the 95% interval
 def per_query(qrels: Qrels, run: Run, top_k: int, min_grade: int = 1) -> PerQuery:
     """{measure name: (num_queries,)}, in the order of `qrels`; a query without ranked passages counts 0.
 
-    Args:
-        top_k: candidates that were reranked; recall there is the ceiling.
-        min_grade: the lowest grade that counts as relevant for MRR and recall; nDCG uses the grades.
+    Recall at `top_k`, of the candidates reranked, is the ceiling. `min_grade` counts as relevant for MRR and recall.
     """
     try:
         from ir_measures import RR, R, iter_calc, nDCG
@@ -115,6 +113,16 @@ class Bootstrap:
         self._means = values.mean(axis=0)  # (num_columns,)
         self._resampled = np.concatenate(resampled)  # (num_resamples, num_columns)
 
+    @classmethod
+    def by_measure(cls, rows: Sequence[PerQuery], *, seed: int, num_resamples: int) -> dict[str, Bootstrap]:
+        """With a column for each row, over the queries where a measure is defined (not NaN) for all of them."""
+        found = {}
+        for name in rows[0]:
+            columns = np.stack([row[name] for row in rows], axis=1)  # (num_queries, num_rows)
+            if (defined := np.isfinite(columns).all(axis=1)).any():
+                found[name] = cls(columns[defined], seed=seed, num_resamples=num_resamples)
+        return found
+
     def interval(self, column: int) -> Interval:
         return Interval(float(self._means[column]), *np.percentile(self._resampled[:, column], _BOUNDS).tolist())
 
@@ -134,17 +142,6 @@ class Bootstrap:
         drawn = self._resampled[some, column] / self._resampled[some, baseline]
         mean = float(self._means[column] / self._means[baseline])
         return Interval(mean, *np.percentile(drawn, _BOUNDS).tolist())
-
-
-def bootstraps(rows: Sequence[PerQuery], *, seed: int, num_resamples: int) -> dict[str, Bootstrap]:
-    """By measure, with a column for each row, over the queries where it is defined (not NaN) for all of them."""
-    found = {}
-    for name in rows[0]:
-        columns = np.stack([row[name] for row in rows], axis=1)  # (num_queries, num_rows)
-        defined = np.isfinite(columns).all(axis=1)
-        if defined.any():
-            found[name] = Bootstrap(columns[defined], seed=seed, num_resamples=num_resamples)
-    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,8 +176,7 @@ class Quality:
     @property
     def loss(self) -> float:
         """Share of the baseline's nDCG@10 that is lost; below 0 where it is better."""
-        share = self.share[HEADLINE] if self.share is not None else None
-        return 1 - share.mean if share is not None else 0.0
+        return 1 - self._kept.mean
 
     @property
     def gain(self) -> float:
@@ -190,8 +186,12 @@ class Quality:
     @property
     def loss_bounds(self) -> tuple[float, float]:
         """The 95% interval of `loss`."""
+        return 1 - self._kept.high, 1 - self._kept.low
+
+    @property
+    def _kept(self) -> Interval:
         share = self.share[HEADLINE] if self.share is not None else None
-        return (1 - share.high, 1 - share.low) if share is not None else (0.0, 0.0)
+        return share or Interval(1.0, 1.0, 1.0)
 
     def measures_json(self, **compared: Mapping[str, Interval | None] | None) -> dict[str, Any]:
         """`measures`, each with its comparisons by key, None left out, and `per_query`, null where undefined."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,15 +41,6 @@ def chunked(items: Iterable[tuple[T, int]], chunk_bytes: int) -> Iterator[list[T
             chunk, num_bytes = [], 0
     if chunk:
         yield chunk
-
-
-class StateSource(Protocol):
-    """Gives each passage's states once, in the source's own order; those that it does not have are absent."""
-
-    @property
-    def ratio(self) -> int: ...  # of the states; they can be read at any multiple
-
-    def chunks(self, passage_ids: Sequence[str], progress: StageProgress = SILENT) -> Iterator[States]: ...
 
 
 @dataclass(frozen=True)
@@ -104,6 +95,9 @@ class StoredStates:
                 advance(len(part))
 
         return map(dict, chunked(sized(), self.chunk_bytes))
+
+
+StateSource = EncodedStates | StoredStates  # gives each passage's states once, in its own order
 
 
 class Pairs:

@@ -66,7 +66,6 @@ class JudgedFile:
                 yield place, row
 
     def usable(self, items: Iterable[T | Refused]) -> Iterator[T]:
-        """The items that are not refused."""
         for item in items:
             if not isinstance(item, Refused):
                 yield item

@@ -216,7 +216,7 @@ def convert_ctxl(
     """
     from checkpoint.compute import tune_process
     from decoder_server.models.cross_encoder.conversion import CausalSource, staged
-    from tuning.health.pairs import PairSet
+    from tuning.health import PairSet
     from tuning.health.parity import parity
     from tuning.progress import TerminalProgress, counted
 

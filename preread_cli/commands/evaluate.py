@@ -26,11 +26,11 @@ from preread_cli.options import (
     store_option,
 )
 from preread_cli.terminal import print_report, print_some
-from tuning.config import EvaluationSettings, GridSettings, LimitSettings, MeasuringSettings
+from tuning.config import EvaluationSettings, GridSettings, Limits, MeasuringSettings
 
 if TYPE_CHECKING:
     from tuning.judged import JudgedCollection
-    from tuning.sweep.report import Limits, SweepReport
+    from tuning.sweep.report import SweepReport
 
 
 class _OutputFolder(click.Path):
@@ -102,7 +102,7 @@ def evaluate(**options: Any) -> None:
 @_judged_options(GridSettings)
 @option("--ignore-qrels", is_flag=True, help="Take the ranking at r = 1 for the judgement, as where there are none.")
 @collection_option(help="Take the passages of this indexed collection instead of a corpus.")
-@knob_options(LimitSettings)
+@knob_options(Limits)
 @option(
     "--out",
     metavar="DIR",
@@ -137,7 +137,6 @@ def tune(ctx: click.Context, /, **options: Any) -> None:
     """
     from checkpoint.compute import tune_process
     from tuning.sweep.page import check_available
-    from tuning.sweep.report import Limits
     from tuning.sweep.settings import SweepSettings
     from tuning.sweep.tune import tune as run
 
@@ -212,8 +211,9 @@ def _show_sweep(report: SweepReport, limits: Limits, out: Path, model: str | Non
     """The files, the table, and the choice."""
     from preread_edge.outputs import write_output
     from tuning.sweep.page import write_page
+    from tuning.sweep.report import Choice
 
-    choice = limits.choose(report.rows) if limits.given else None
+    choice = Choice.among(limits, report.rows) if limits.given else None
     write_output(out / "tune.json", report.to_json(limits, choice))
     write_page(out, report, limits, choice)
     report.print(choice, show_all=options["show_all"])

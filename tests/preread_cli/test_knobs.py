@@ -14,7 +14,7 @@ from preread_cli.commands.index import index
 from preread_cli.commands.serve import encode_worker, serve
 from preread_cli.options import from_options
 from preread_edge.settings import Config, knob
-from tuning.config import EvaluationSettings, GridSettings, LimitSettings
+from tuning.config import EvaluationSettings, GridSettings, Limits
 
 PAIRS = [
     (serve, DecoderConfig),
@@ -25,7 +25,7 @@ PAIRS = [
     (index, CollectionSettings),
     (evaluate, EvaluationSettings),
     (tune, GridSettings),
-    (tune, LimitSettings),
+    (tune, Limits),
 ]
 # Of a model, which `--model NAME=CHECKPOINT,KEY=VALUE` names.
 MODEL_KEYS = {"--backend", "--runtime", "--profile", "--trust-remote-code"}

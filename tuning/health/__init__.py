@@ -5,7 +5,7 @@ over the same weights, and with the symptoms of known faults. `check("preread/mo
 """
 
 from tuning.health.gate import check, health_gate
-from tuning.health.pairs import PairSet
 from tuning.health.report import HealthReport, Verdict
+from tuning.health.scorers import PairSet
 
 __all__ = ["HealthReport", "PairSet", "Verdict", "check", "health_gate"]

@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 
 from decoder_server.models.cross_encoder.profiles import named_profile
-from tuning.health.pairs import Margins, TextTriple
 from tuning.health.report import CheckLine, Section, Verdict
-from tuning.health.scorers import Scorer
+from tuning.health.scorers import Margins, Scorer, TextTriple
 from tuning.metrics import kendall_tau
 
 Scores = Callable[[Sequence[TextTriple]], Margins]

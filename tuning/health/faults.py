@@ -25,8 +25,8 @@ from decoder_server.models.cross_encoder.profiles import Profile
 from decoder_server.models.cross_encoder.templates import PairReader, TextPair
 from decoder_server.models.cross_encoder.torch_runtime import answer_ids
 from tuning.health.checks import BATCH, SWAP, saturation, spread_ratio
-from tuning.health.pairs import Margins, TextTriple
 from tuning.health.report import Section
+from tuning.health.scorers import Margins, TextTriple
 from tuning.metrics import kendall_tau
 from tuning.progress import Advance, ignore
 
@@ -61,7 +61,7 @@ class PlainModel:
         """Margins (len(pairs),), by this model's profile, or by another that has another template."""
         margins = np.empty(len(pairs), dtype=np.float32)
         for row, pair in enumerate(self.read(pairs, profile)):
-            margins[row] = float(self.readout(self.forward(self.inputs(pair))))
+            margins[row] = self.margin(self.inputs(pair))
             advance(1)
         return margins
 
@@ -74,17 +74,14 @@ class PlainModel:
         return inputs
 
     @torch.inference_mode()
-    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Logits of the row: (num_labels,), or (vocab,) at the last token."""
+    def margin(self, inputs: dict[str, Tensor]) -> float:
+        """Of one row, read from its (num_labels,) logits, or from (vocab,) of the last token."""
         logits: Tensor = self.model(**inputs).logits[0]
-        return logits[-1] if logits.ndim == 2 else logits
-
-    def readout(self, logits: Tensor) -> Tensor:
-        """The margin of (num_labels,) or (vocab,) logits."""
+        logits = logits[-1] if logits.ndim == 2 else logits
         if self._answers:
             yes, *no = self._answers
-            return logits[yes] - logits[no[0]] if no else logits[yes]
-        return logits[0] if len(logits) == 1 else logits[1] - logits[0]
+            return float(logits[yes] - logits[no[0]] if no else logits[yes])
+        return float(logits[0] if len(logits) == 1 else logits[1] - logits[0])
 
     @torch.inference_mode()
     def last_hidden(self, pair: TextPair) -> Tensor:
@@ -220,7 +217,7 @@ def _attempts(plain: PlainModel, pairs: Sequence[TextTriple], reference: Margins
             name: torch.nn.functional.pad(value, sides, value=fill.get(name, 0))
             for name, value in plain.inputs(pair).items()
         }
-        margins.append(float(plain.readout(plain.forward(inputs))))
+        margins.append(plain.margin(inputs))
     yield _WRONG_PADDING, np.array(margins, dtype=np.float32)
 
 

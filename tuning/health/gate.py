@@ -28,9 +28,8 @@ from tuning import EvaluationError
 from tuning.health import checks, faults
 from tuning.health.checks import BFLOAT16, FLOAT32, INT8, POOLED, Tolerance
 from tuning.health.faults import Evidence, PlainModel
-from tuning.health.pairs import MIN_PAIRS, Margins, PairSet
 from tuning.health.report import CheckLine, HealthReport, Section, Verdict
-from tuning.health.scorers import CrossScorer, FbnlScorer, Scorer
+from tuning.health.scorers import MIN_PAIRS, CrossScorer, FbnlScorer, Margins, PairSet, Scorer
 from tuning.progress import SILENT, StageProgress, counted
 
 _FLOAT32_NAMES = ("fp32", "float32")
@@ -52,15 +51,10 @@ def check(
 ) -> HealthReport:
     """Loads a model as it would be served and checks its scores.
 
-    Args:
-        model: a configuration, or the checkpoint of one.
-        against: fp32, the same weights in float32; or another directory or hub id, whose float32 scores it must give.
-        pairs: None: the built-in hundred.
-        codec, ratio: how passages are stored; fbnl only.
-
-    Raises:
-        CheckpointError, ValueError: a model that cannot be loaded, or a setting that it does not have.
-        EvaluationError: pairs that it cannot score at all.
+    `against`: fp32, the same weights in float32; or another directory or hub id, whose float32 scores it must give.
+    `pairs`: None: the built-in hundred. `codec`, `ratio`: how passages are stored; fbnl only. Raises CheckpointError,
+    ValueError for a model that cannot be loaded or a setting that it does not have, EvaluationError for pairs that it
+    cannot score at all.
     """
     config = model if isinstance(model, ModelConfig) else ModelConfig(str(model))
     kind, foreign = "fbnl checkpoints", dict[str, object](codec=codec, ratio=ratio)
@@ -210,10 +204,9 @@ def _fitting(model: CrossEncoder, pairs: PairSet) -> tuple[PairSet, list[str]]:
     for number, pair in enumerate(pairs.pairs, 1):
         try:
             model.read([pair])
+            fitting.append(pair)
         except ValueError as exc:
             reason = reason or f"pair {number}: {exc}"
-        else:
-            fitting.append(pair)
     num_others = len(pairs) - len(fitting)
     if len(fitting) < MIN_PAIRS:
         unfit = f"{num_others} of {len(pairs)} pairs do not fit {model.checkpoint_name}"
@@ -223,10 +216,7 @@ def _fitting(model: CrossEncoder, pairs: PairSet) -> tuple[PairSet, list[str]]:
 
 
 def _reference(model: CrossEncoder, trust_remote_code: bool) -> tuple[PlainModel | CrossScorer, list[str]]:
-    """The weights by the book, under the profile that the checkpoint has by default, with notes about it.
-
-    That is the one of the table or of the checkpoint's file; the served one where there is neither.
-    """
+    """The weights by the book, and notes: under the table's profile, or its file's, else the one that is served."""
     name, profile, directory = model.checkpoint_name, model.profile, resolve(model.checkpoint_name)
     try:
         own = named_profile(name, directory=directory)

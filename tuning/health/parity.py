@@ -21,7 +21,7 @@ from decoder_server.models.cross_encoder.backend import batches, pad
 from decoder_server.models.cross_encoder.conversion import COLUMN, CausalSource
 from decoder_server.models.cross_encoder.files import load_transformer
 from decoder_server.models.cross_encoder.templates import PairReader
-from tuning.health.pairs import Margins, PairSet
+from tuning.health.scorers import Margins, PairSet
 from tuning.metrics import kendall_tau
 from tuning.progress import SILENT, StageProgress, counted
 

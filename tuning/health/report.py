@@ -56,11 +56,11 @@ class Section:
 
     @property
     def failed(self) -> bool:
-        return any(line.state is Verdict.FAIL for line in self.lines)
+        return self.failed_in()
 
     def failed_in(self, *names: str) -> bool:
-        """Whether a line of one of these names failed."""
-        return any(line.state is Verdict.FAIL for line in self.lines if line.name in names)
+        """Whether a line of one of these names failed; without names, any."""
+        return any(line.state is Verdict.FAIL and (not names or line.name in names) for line in self.lines)
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,9 @@ class HealthReport:
         }
         return json.dumps(document, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
 
-    def print(self, console: Console | None = None) -> None:
-        """Title, lines by section, causes, farthest pairs and verdict; to standard output by default."""
-        console = console or Console()
+    def print(self) -> None:
+        """Title, lines by section, causes, farthest pairs and verdict, on standard output."""
+        console = Console()
         parts: list[Any] = [
             Text(f"{self.model} ({self.backend}: {self.served})", style="bold"),
             Text(f"{self.num_pairs} pairs ({self.pairs}) against {self.against}, {self.seconds:.0f} s"),

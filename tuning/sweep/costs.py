@@ -8,6 +8,7 @@ and a configuration's sample is the sum for the same query and round.
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,9 +29,8 @@ from decoder_server.models.backend import Backend, Prompt
 from encoder_worker.passage_encoder import PassageEncoder
 from tuning.progress import SILENT, StageProgress
 from tuning.rerank import score_passages
-from tuning.sweep.margins import Codecs
-from tuning.sweep.settings import Configuration, Reading
-from tuning.sweep.workdir import SpilledStates
+from tuning.sweep.margins import Codecs, Margins
+from tuning.sweep.settings import Configuration, Reading, SweepSettings
 
 _COUNT_BATCH = 1024
 _WRITE_BATCH = 256
@@ -118,35 +118,37 @@ class IndexingCost:
         return encoder + self.training_seconds + store if encoder is not None and store is not None else None
 
 
-class TimedQuery(NamedTuple):
-    """A query to time: its prompt, its candidates that have states, and their margins at each ratio it is read at."""
+class _Query(NamedTuple):
+    """A query to time."""
 
     prompt: Prompt
-    passage_ids: list[str]
+    passage_ids: list[str]  # its candidates that have states
     margins: Mapping[int, NDArray[np.float32]]  # by read ratio; decides which candidates a cascade keeps
-
-    def read_by(self, reading: Reading, number: int) -> list[str]:
-        """The candidates that stage `number` reads."""
-        if number == 0:
-            return self.passage_ids
-        before = Reading(reading.stages[:number])
-        rows = before.order([self.margins[ratio] for ratio in before.ratios]).tolist()
-        return [self.passage_ids[row] for row in rows[: reading.num_read(len(rows))[number]]]
 
 
 class CostTimer:
     """Times the store and the decoder on a few queries, for configurations to add up."""
 
-    def __init__(self, backend: Backend, states: SpilledStates, queries: Sequence[TimedQuery], rounds: int) -> None:
+    def __init__(self, backend: Backend, margins: Margins, settings: SweepSettings) -> None:
+        """Draws the queries from those that have candidates with states."""
         # By stored ratio and codec, seconds a passage: states to codes, and the whole write.
         self.writing: dict[tuple[int, str], tuple[float, float]] = {}
         self._backend = backend
-        self._states = states
-        self._queries = queries
-        self._samples = [*queries] * rounds
+        self._states = margins.states
         self._store: dict[tuple[int, str], _Samples] = {}  # by stored ratio and codec
         self._pool: dict[tuple[int, int], _Samples] = {}  # by stored and read ratio, all candidates
         self._decoder: dict[Reading, _Samples] = {}  # all stages
+        there, pairs = set(self._states.passage_ids), margins.pairs
+        some = [q for q, found in pairs.candidates.items() if not there.isdisjoint(found)]
+        drawn = random.Random(settings.seed).sample(some, min(len(some), settings.timed_queries))
+        # Survivors of a cascade hardly depend on the codec: any unit that is read at the ratio will do.
+        by_ratio = {unit.reading.ratios[0]: pairs.split(flat) for unit, flat in reversed(margins.values.items())}
+        self._queries = []
+        for q in sorted(drawn):
+            rows, ids = zip(*((row, p) for row, p in enumerate(pairs.candidates[q]) if p in there), strict=True)
+            own = {ratio: flat[q][list(rows)] for ratio, flat in by_ratio.items()}
+            self._queries.append(_Query(margins.prompts[q], list(ids), own))
+        self._samples = self._queries * settings.rounds
 
     def measure(
         self,
@@ -199,8 +201,13 @@ class CostTimer:
                 one.at_ratio(read_ratio)
             samples[sample] = time.perf_counter() - begun
         for reading, samples in self._decoder.items():
-            for number, ratio in enumerate(reading.ratios):
-                pairs = [(query.prompt, pooled[ratio][p]) for p in query.read_by(reading, number)]
+            counts = reading.num_read(len(query.passage_ids))
+            for number, (ratio, count) in enumerate(zip(reading.ratios, counts, strict=True)):
+                ids = query.passage_ids
+                if number:  # those that the stages before keep
+                    before = Reading(reading.stages[:number])
+                    ids = [ids[row] for row in before.order([query.margins[r] for r in before.ratios])[:count]]
+                pairs = [(query.prompt, pooled[ratio][p]) for p in ids]
                 begun = time.perf_counter()
                 score_passages(self._backend, pairs)
                 samples[sample] += time.perf_counter() - begun

@@ -123,14 +123,14 @@ class Margins:
         self.pairs = pairs
         self.values: dict[Configuration, NDArray[np.float32]] = {}
         self._work = work
-        self._states = states
+        self.states = states
         self.prompts = prompts
         # Cut the same way each time, so that a resumed run scores the same batches.
         self._chunks = [pairs.rows(ids) for ids in states.chunk_ids(list(pairs.places))]
 
     def reference(self, backend: Backend, progress: StageProgress = SILENT) -> NDArray[np.float32]:
         """Margins of the states at their source's ratio, without a codec."""
-        advance, ratio = progress.begin("reference (pairs)", self.pairs.num), self._states.ratio
+        advance, ratio = progress.begin("reference (pairs)", self.pairs.num), self.states.ratio
         (flat,) = self._score(backend, {"reference/": ratio}, ratio, None, advance)
         return flat
 
@@ -168,7 +168,7 @@ class Margins:
                     advance(len(rows))
                 else:
                     if states is None:
-                        states = {p: self._states.states(p).at_ratio(ratio) for p in dict.fromkeys(p for p, *_ in rows)}
+                        states = {p: self.states.states(p).at_ratio(ratio) for p in dict.fromkeys(p for p, *_ in rows)}
                         states = trained.roundtrip(states) if trained is not None else states
                     pooled = {p: one.at_ratio(read_ratio) for p, one in states.items()}
                     margins = score_passages(backend, [(self.prompts[q], pooled[p]) for p, q, _ in rows], advance)

@@ -10,9 +10,10 @@ from xml.etree import ElementTree
 
 from preread_edge.outputs import write_output
 from tuning import MissingExtra
+from tuning.config import Limits
 from tuning.metrics import HEADLINE
 from tuning.sweep.quality import AUC, TAU
-from tuning.sweep.report import Choice, Limits, SweepReport, SweepRow
+from tuning.sweep.report import Choice, SweepReport, SweepRow
 from tuning.trec import Run
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers, and three more.
@@ -77,20 +78,16 @@ def write_page(folder: Path, report: SweepReport, limits: Limits, choice: Choice
 
 def _size(num_bytes: float) -> str:
     """1536 -> 1.5 KiB."""
-    for unit, exponent in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if num_bytes >= 1 << exponent:
-            return f"{num_bytes / (1 << exponent):,.1f} {unit}"
-    return f"{num_bytes:,.0f} B"
+    fitting = ((unit, 1 << e) for unit, e in (("GiB", 30), ("MiB", 20), ("KiB", 10)) if num_bytes >= 1 << e)
+    return next((f"{num_bytes / size:,.1f} {unit}" for unit, size in fitting), f"{num_bytes:,.0f} B")
 
 
 def _duration(seconds: float | None) -> str:
     """150 -> 2.5 min."""
     if seconds is None:
         return "–"
-    for unit, length in (("h", 3600.0), ("min", 60.0), ("s", 1.0)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:,.1f} {unit}"
-    return f"{seconds * 1000:,.0f} ms"
+    fitting = ((unit, own) for unit, own in (("h", 3600.0), ("min", 60.0), ("s", 1.0)) if seconds >= 2 * own)
+    return next((f"{seconds / own:,.1f} {unit}" for unit, own in fitting), f"{seconds * 1000:,.0f} ms")
 
 
 def _examples_of(report: SweepReport, row: SweepRow) -> dict[str, Any]:

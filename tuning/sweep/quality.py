@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from preread.values import Stage
 from tuning import EvaluationError
-from tuning.metrics import HEADLINE, PerQuery, Quality, bootstraps, kendall_tau, per_query
+from tuning.metrics import HEADLINE, Bootstrap, PerQuery, Quality, kendall_tau, per_query
 from tuning.progress import SILENT, StageProgress
 from tuning.rerank import Pairs
 from tuning.sweep.margins import Margins
@@ -75,7 +75,7 @@ class Judgements:
         for run in runs:
             values.append(self._per_query(run, runs[1], settings))
             advance(1)
-        boots = bootstraps(values, seed=settings.seed, num_resamples=settings.num_resamples)
+        boots = Bootstrap.by_measure(values, seed=settings.seed, num_resamples=settings.num_resamples)
         first_stage, finest, *others = (Quality.of(run, values[i], boots, i, 1) for i, run in enumerate(runs))
         return first_stage, finest, dict(zip(measured, others, strict=True))
 

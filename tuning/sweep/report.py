@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tuning import EvaluationError
-from tuning.config import LimitSettings
+from tuning.config import Limits
 from tuning.metrics import HEADLINE, Quality
 from tuning.report import format_json, plain_table, print_parts
 from tuning.sweep.costs import IndexingCost, Latency, StoredSize
@@ -55,39 +55,35 @@ class SweepRow:
 
 
 @dataclass(frozen=True)
-class Limits(LimitSettings):
-    """The limits, and what they choose."""
+class Choice:
+    """`row` keeps all limits, or is the nearest to doing so."""
 
-    @property
-    def given(self) -> bool:
-        return any(one is not None for one in (self.max_loss, self.max_bytes, self.max_latency_seconds))
+    row: SweepRow
+    broken: dict[str, float]  # by limit that it does not keep: value over limit, less 1; a loss in points of a percent
+    explanation: str  # its values over those limits
 
-    @property
-    def decides_by(self) -> str:
-        """Orders the rows that keep every limit."""
-        return self.prefer or ("bytes" if self.max_loss is not None else "quality")
-
-    def judge(self, row: SweepRow) -> Choice:
-        """How far a row is over each limit: the value over the limit, less 1; for a loss in points of a percent."""
-        loss = row.quality.loss_bounds[1] if self.sure else row.quality.loss
+    @classmethod
+    def judge(cls, limits: Limits, row: SweepRow) -> Choice:
+        loss = row.quality.loss_bounds[1] if limits.sure else row.quality.loss
         size, broken, told = row.size.bytes_per_passage, dict[str, float](), []
-        if self.max_loss is not None and loss > self.max_loss:
-            broken["max_loss"] = (loss - self.max_loss) * 100
-            up_to = "up to " if self.sure else ""
-            told.append(f"it loses {up_to}{loss:.2%}, expected at most {self.max_loss:.2%}")
-        if self.max_bytes is not None and size > self.max_bytes:
-            broken["max_bytes"] = size / max(self.max_bytes, 1e-9) - 1
-            told.append(f"{size:,.0f} bytes a passage, expected at most {self.max_bytes:,.0f}")
-        if (most := self.max_latency_seconds) is not None:
+        if limits.max_loss is not None and loss > limits.max_loss:
+            broken["max_loss"] = (loss - limits.max_loss) * 100
+            up_to = "up to " if limits.sure else ""
+            told.append(f"it loses {up_to}{loss:.2%}, expected at most {limits.max_loss:.2%}")
+        if limits.max_bytes is not None and size > limits.max_bytes:
+            broken["max_bytes"] = size / max(limits.max_bytes, 1e-9) - 1
+            told.append(f"{size:,.0f} bytes a passage, expected at most {limits.max_bytes:,.0f}")
+        if (most := limits.max_latency_seconds) is not None:
             assert row.timing is not None  # the command refuses such a limit where nothing is timed
             p99 = row.timing.p99_seconds
             if p99 > most:
                 broken["max_latency"] = p99 / max(most, 1e-9) - 1
                 told.append(f"p99 {p99 * 1000:.1f} ms, expected at most {most * 1000:g} ms")
-        return Choice(row, broken, "; ".join(told))
+        return cls(row, broken, "; ".join(told))
 
-    def choose(self, rows: Sequence[SweepRow]) -> Choice:
-        """Among those that keep every limit the preferred one; otherwise the one whose worst excess is least.
+    @classmethod
+    def among(cls, limits: Limits, rows: Sequence[SweepRow]) -> Choice:
+        """Of those that keep every limit the preferred one; otherwise the one whose worst excess is least.
 
         Raises EvaluationError: there is no configuration at all.
         """
@@ -101,18 +97,9 @@ class Limits(LimitSettings):
                 "quality": -one.row.quality.headline,
             }
             excess = max(one.broken.values(), default=-1.0)
-            return (excess, keys.pop(self.decides_by), keys.get("quality", 0.0), *keys.values())
+            return (excess, keys.pop(limits.decides_by), keys.get("quality", 0.0), *keys.values())
 
-        return min(map(self.judge, rows), key=rank)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """`row` keeps all limits, or is the nearest to doing so."""
-
-    row: SweepRow
-    broken: dict[str, float]  # by limit that it does not keep, how far
-    explanation: str  # its values over those limits
+        return min((cls.judge(limits, row) for row in rows), key=rank)
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[bool]:
@@ -154,7 +141,6 @@ class SweepReport:
 
     @property
     def timed(self) -> bool:
-        """Every configuration was."""
         return bool(self.rows) and all(row.timing is not None for row in self.rows)
 
     @property
@@ -164,7 +150,6 @@ class SweepReport:
 
     @property
     def machine(self) -> str:
-        """Where times come from, in a few words."""
         threads = self.hardware["threads"]
         where = self.hardware.get("gpu") if self.device != "cpu" else None
         where = where or f"{self.hardware['processor']}, {threads} thread{'s' * (threads != 1)}"
@@ -172,7 +157,6 @@ class SweepReport:
 
     @property
     def codecs(self) -> list[str]:
-        """Those that were measured."""
         return list(dict.fromkeys(row.configuration.codec for row in self.rows))
 
     @cached_property

@@ -43,7 +43,6 @@ class Reading:
         return all(ratio % stored_ratio == 0 for ratio in self.ratios)
 
     def num_read(self, num_candidates: int) -> list[int]:
-        """How many candidates each stage reads."""
         return [count for count, _ in Plan(self.stages, cascade=self.is_cascade).reads(num_candidates)]
 
     def order(self, margins: Sequence[NDArray[np.floating]]) -> NDArray[np.intp]:
@@ -147,5 +146,4 @@ class SweepSettings(GridSettings):
 
     @property
     def overlap_name(self) -> str:
-        """The measure of `overlap_k`."""
         return f"top-{self.overlap_k} overlap"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -28,7 +27,7 @@ from tuning.metrics import Quality
 from tuning.progress import SILENT, StageProgress
 from tuning.report import Counts
 from tuning.rerank import Pairs
-from tuning.sweep.costs import CostTimer, IndexingCost, Lengths, TimedQuery
+from tuning.sweep.costs import CostTimer, IndexingCost, Lengths
 from tuning.sweep.margins import Codecs, Margins
 from tuning.sweep.quality import Judgements
 from tuning.sweep.report import SweepReport, SweepRow
@@ -49,14 +48,10 @@ def tune(
     dtype: str | None = None,
     progress: StageProgress = SILENT,
 ) -> SweepReport:
-    """Measures every configuration on the candidates of every query.
+    """Measures every configuration on the candidates of every query; a killed run goes on from its `work_dir`.
 
-    Args:
-        judged: without judgements the reference's ranking replaces them; of a stored collection its texts are taken,
-            or where it keeps none its states.
-        work_dir: where states and margins are kept; a run that was killed goes on from there.
-
-    Raises EvaluationError for input that cannot be tuned on, CodecError, and as `Experiment`.
+    Without judgements the reference's ranking replaces them; of a stored collection its texts are taken, or where it
+    keeps none its states. Raises EvaluationError for input that cannot be tuned on, CodecError, and as `Experiment`.
     """
     sweep = _Sweep(judged, model, settings or SweepSettings(), device, dtype, progress)
     sweep.work = WorkDir(Path(work_dir), sweep.inputs())
@@ -172,7 +167,7 @@ class _Sweep(Experiment):
         """Quality and cost; indexing is extrapolated from the passages that were encoded and written here."""
         times = encoder_seconds = None
         if self.settings.timed_queries and quality:
-            times = CostTimer(self.backend, self.states, self._timed_queries(), self.settings.rounds)
+            times = CostTimer(self.backend, self.margins, self.settings)
             identity, directory = self.checkpoint.identity(), self.work.path / "store"
             times.measure(list(quality), self.codecs, identity, directory, self.progress)
         if self.from_states is None and self.states.num_tokens:
@@ -189,21 +184,6 @@ class _Sweep(Experiment):
             cost = IndexingCost(encoder_seconds, codec_seconds, trained.train_seconds, store_seconds)
             rows.append(SweepRow(one, own, size, latency, cost))
         return rows
-
-    def _timed_queries(self) -> list[TimedQuery]:
-        """Queries drawn from those that have candidates with states."""
-        there, margins = set(self.states.passage_ids), self.margins
-        some = [q for q, found in self.pairs.candidates.items() if not there.isdisjoint(found)]
-        drawn = random.Random(self.settings.seed).sample(some, min(len(some), self.settings.timed_queries))
-        # Survivors of a cascade hardly depend on the codec: any unit that is read at the ratio will do.
-        units = reversed(margins.values.items())
-        by_ratio = {unit.reading.ratios[0]: self.pairs.split(flat) for unit, flat in units}
-        queries = []
-        for q in sorted(drawn):
-            rows = [row for row, p in enumerate(self.pairs.candidates[q]) if p in there]
-            of_query = {ratio: own[q][rows] for ratio, own in by_ratio.items()}
-            queries.append(TimedQuery(margins.prompts[q], [self.pairs.candidates[q][row] for row in rows], of_query))
-        return queries
 
     def _notes(self, judgements: Judgements) -> list[str]:
         """One sentence for each thing a reader of the numbers should know."""

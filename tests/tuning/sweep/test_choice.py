@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tuning import EvaluationError
-from tuning.sweep.report import Limits, SweepRow, front
+from tuning.config import Limits
+from tuning.sweep.report import Choice, SweepRow, front
 
 POINTS = st.lists(st.tuples(st.integers(0, 6).map(float), st.integers(0, 6).map(float)), max_size=12)
 
@@ -57,17 +58,17 @@ ROWS = [EXACT, GOOD, SMALL]
     ],
 )
 def test_the_choice_keeps_every_limit(limits: Limits, expected: SweepRow) -> None:
-    choice = limits.choose(ROWS)
+    choice = Choice.among(limits, ROWS)
     assert choice.row is expected
     assert not choice.broken
 
 
 def test_where_none_keeps_them_the_nearest_is_named() -> None:
-    choice = Limits(max_loss=0.001, max_bytes=19_000).choose(ROWS)
+    choice = Choice.among(Limits(max_loss=0.001, max_bytes=19_000), ROWS)
     assert choice.row is GOOD
     assert choice.broken == {"max_loss": pytest.approx(0.6), "max_bytes": pytest.approx(1 / 19)}
     with pytest.raises(EvaluationError, match="no configuration could be measured"):
-        Limits().choose([])
+        Choice.among(Limits(), [])
 
 
 def test_bad_limits_are_named() -> None:

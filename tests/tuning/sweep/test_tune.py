@@ -27,12 +27,12 @@ from cache.store import Store
 from checkpoint import Checkpoint
 from encoder_worker.encoder import Encoder
 from tuning import EvaluationError
-from tuning.config import EvaluationSettings
+from tuning.config import EvaluationSettings, Limits
 from tuning.evaluate import evaluate
 from tuning.judged import JudgedCollection
 from tuning.metrics import HEADLINE
 from tuning.sweep.quality import AUC, TAU
-from tuning.sweep.report import Limits, SweepReport, SweepRow
+from tuning.sweep.report import SweepReport, SweepRow
 from tuning.sweep.workdir import SpilledStates
 from tuning.trec import RunFile
 
