@@ -25,10 +25,7 @@ _BATCH = 64
 
 
 def first_stage(judged: JudgedCollection, top_k: int, progress: StageProgress = SILENT) -> tuple[str, Run]:
-    """Name and ranking of the first stage, an entry for each query: the run that is given, or BM25's.
-
-    Raises EvaluationError: no texts to search, or a run of other queries.
-    """
+    """Name and ranking of the run that is given, or BM25's. EvaluationError: no texts, or other queries' run."""
     if judged.candidates is None:
         if not judged.passages:
             raise EvaluationError("no passage texts for BM25: name a corpus, or a run file with the candidates")
@@ -77,10 +74,7 @@ def search(
 def teacher_run(
     name: str, judged: JudgedCollection, first: Run, *, device: str | None = None, progress: StageProgress = SILENT
 ) -> Run:
-    """The ranking of the first stage's candidates by one of TEACHERS; candidates without a text come last.
-
-    Raises EvaluationError: no texts for it to read, or its package is not installed.
-    """
+    """The first stage's candidates by one of TEACHERS, those without a text last. EvaluationError: no texts."""
     passages, queries = judged.passages, judged.queries
     if not passages:
         raise EvaluationError(f"teacher is {name!r}, which reads texts; name a corpus")

@@ -40,7 +40,6 @@ class JudgedCollection:
     stored: Collection | None = None  # the same passages, indexed: their states, and where there are none their texts
 
     def without_judgements(self) -> JudgedCollection:
-        """The same queries without their judgements."""
         return replace(self, qrels={}, num_judgements_of_unknown_queries=0, unknown_queries=())
 
     def only(self, query_ids: Iterable[str]) -> JudgedCollection:

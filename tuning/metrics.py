@@ -77,7 +77,7 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Difference(Interval):
+class _Difference(Interval):
     """A mean difference over queries, system minus baseline."""
 
     p_value: float  # two-sided, that the true difference is 0
@@ -126,13 +126,13 @@ class Bootstrap:
     def interval(self, column: int) -> Interval:
         return Interval(float(self._means[column]), *np.percentile(self._resampled[:, column], _BOUNDS).tolist())
 
-    def difference(self, column: int, baseline: int) -> Difference:
+    def difference(self, column: int, baseline: int) -> _Difference:
         """Paired: every draw compares both columns on the same queries."""
         drawn = self._resampled[:, column] - self._resampled[:, baseline]
         below, above = int((drawn <= 0).sum()), int((drawn >= 0).sum())
         low, high = np.percentile(drawn, _BOUNDS).tolist()
         p_value = min(1.0, 2 * (min(below, above) + 1) / (len(drawn) + 1))
-        return Difference(float(self._means[column] - self._means[baseline]), low, high, p_value)
+        return _Difference(float(self._means[column] - self._means[baseline]), low, high, p_value)
 
     def share(self, column: int, baseline: int) -> Interval | None:
         """column / baseline, paired, over draws where the baseline is not 0; None where its mean is."""
@@ -151,7 +151,7 @@ class Quality:
     run: Run = field(repr=False)
     per_query: PerQuery = field(repr=False)  # NaN where a measure is not defined
     measures: dict[str, Interval]
-    change: dict[str, Difference] | None  # from the baseline, paired by query
+    change: dict[str, _Difference] | None  # from the baseline, paired by query
     share: dict[str, Interval | None] | None  # of the baseline's mean
 
     @classmethod

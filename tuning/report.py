@@ -158,7 +158,6 @@ class EvaluationReport:
         )
 
     def write_runs(self, folder: str | Path) -> list[Path]:
-        """TREC files: a run per system, and the judgements they were measured with as qrels.txt."""
         return write_runs(folder, self.qrels, {system.file_stem: system.run for system in self.systems})
 
     def print(self) -> None:

@@ -118,7 +118,6 @@ class Pairs:
         return [(p, query_id, index) for p in passage_ids for query_id, index in self.places[p]]
 
     def split(self, flat: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
-        """By query, the values of its candidates."""
         ends = np.cumsum([len(found) for found in self.candidates.values()])
         return dict(zip(self.candidates, np.split(flat, ends[:-1]), strict=True))
 
@@ -143,10 +142,7 @@ def rerank(
     instruction: str | None = None,
     progress: StageProgress = SILENT,
 ) -> Reranked:
-    """Ranks the candidates of each query at each ratio; equal margins stay in first-stage order.
-
-    Raises RatioError for a ratio that the source's states cannot be read at.
-    """
+    """Each query's candidates ranked at each ratio; equal margins stay in first-stage order. Raises RatioError."""
     prompts = {q: backend.prompt(queries[q], instruction) for q in candidates}
     pairs = Pairs(candidates)
     margins = {ratio: np.full(pairs.num, np.nan, dtype=np.float32) for ratio in ratios}

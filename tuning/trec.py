@@ -140,10 +140,7 @@ class RunFile(NamedTuple):
 
 
 def read_run(path: Path) -> RunFile:
-    """A TREC run file, each query's passages by falling score; equal scores by rank, then line.
-
-    Raises EvaluationError: a line of another form, a passage twice for one query, or an empty file.
-    """
+    """A TREC run by falling score, then rank, then line. Raises EvaluationError: a bad line, a passage twice."""
     rows: dict[str, dict[str, tuple[float, int]]] = {}
     file, tag = JudgedFile(path), ""
     for place, line in file.lines():

@@ -139,7 +139,6 @@ def _mixed(pairs: Sequence[TextTriple]) -> list[TextTriple]:
 
 
 def _batch(scorer: Scorer, pairs: Sequence[TextTriple]) -> CheckLine:
-    """A pair's margin alone against the same batched with pairs of other lengths."""
     if scorer.listwise:
         return CheckLine(BATCH, Verdict.SKIP, detail="a listwise model's scores depend on the other candidates")
     some = _mixed(pairs)

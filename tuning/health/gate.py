@@ -77,10 +77,9 @@ def check(
 
 
 def health_gate(model: Backend, *, pairs: PairSet | None = None, progress: StageProgress = SILENT) -> HealthReport:
-    """Checks a model that is loaded, whatever its runtime, against float32 torch of the same weights.
+    """Checks a loaded model, whatever its runtime, against float32 torch of the same weights, which it loads once more.
 
-    Loads those weights once more while it runs. Call it from the thread that the model is scored on, before
-    any request is scored.
+    Call it from the thread that the model is scored on, before any request is scored.
     """
     one = _Check(_scorer(model), pairs or PairSet.read(), progress)
     if isinstance(one.served, FbnlScorer):
@@ -166,7 +165,6 @@ class _Check:
 
 
 def _check_cross(check: _Check, served: CrossScorer, trust_remote_code: bool = False) -> HealthReport:
-    """A cross-encoder: alone, against the plain model, published scores."""
     model, number_format = served.model, served.number_format
     check.pairs, check.notes = _fitting(model, check.pairs)
     margins = check.begin()
@@ -199,7 +197,7 @@ def _check_cross(check: _Check, served: CrossScorer, trust_remote_code: bool = F
 
 
 def _fitting(model: CrossEncoder, pairs: PairSet) -> tuple[PairSet, list[str]]:
-    """The pairs whose query and instruction the model can read, and a note about the others."""
+    """The pairs that the model can read, and a note about the others."""
     fitting, reason = [], ""
     for number, pair in enumerate(pairs.pairs, 1):
         try:

@@ -68,10 +68,7 @@ def parity(
     dtypes: Sequence[str] = ("float32", "bfloat16"),
     progress: StageProgress = SILENT,
 ) -> list[ParityRow]:
-    """Scores the pairs with both models in each format.
-
-    Raises CheckpointError: either cannot be loaded, or a score is not finite.
-    """
+    """Both models' scores of the pairs, by format. Raises CheckpointError: not loaded, or a score is not finite."""
     from transformers import AutoTokenizer
 
     loaded: Any = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
@@ -98,7 +95,6 @@ def parity(
 
 @torch.inference_mode()
 def _margins(model: Any, batch: dict[str, NDArray[np.int64]], *, causal: bool) -> Margins:
-    """(batch,) scores as either model's own forward gives them."""
     inputs = {name: torch.from_numpy(batch[name]) for name in ("input_ids", "attention_mask")}
     if causal:
         logits = model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1, COLUMN]

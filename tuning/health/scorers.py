@@ -105,7 +105,7 @@ class Scorer(ABC):
 
     @abstractmethod
     def scores(self, margins: Margins) -> Margins:
-        """Published scores of these margins."""
+        """As published."""
 
     def one_by_one(self, pairs: Sequence[TextTriple]) -> Margins:
         """Margins (len(pairs),), each of a separate pass: nothing is padded."""
@@ -160,7 +160,6 @@ class FbnlScorer(Scorer):
         self.ratio = ratio or self.checkpoint.settings.default_compression_ratio
 
     def in_format(self, dtype: str) -> FbnlScorer:
-        """The same weights in another number format."""
         return FbnlScorer(FbnlBackend(self.checkpoint, device=self.backend.device_name, dtype=dtype), self.ratio)
 
     def states(self, pairs: Sequence[TextTriple], ratio: int | None = None) -> list[PassageStates]:

@@ -131,7 +131,6 @@ _Draw = Callable[[Any, SweepReport, SweepRow | None], None]
 
 
 def _drawn(name: str, draw: _Draw, report: SweepReport, chosen: SweepRow | None) -> tuple[bytes, str]:
-    """One figure as PNG and as SVG."""
     import matplotlib
     from matplotlib.figure import Figure
 

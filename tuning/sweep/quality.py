@@ -36,10 +36,7 @@ class Judgements:
 
     @classmethod
     def of(cls, qrels: Qrels, min_grade: int, reference: NDArray[np.float32], pairs: Pairs) -> Judgements:
-        """People's, or where there are none the reference's best ten as grades 10 down to 1.
-
-        Then queries without a scored candidate have none. Raises EvaluationError where no candidate is scored.
-        """
+        """People's; where there are none, the reference's best ten as 10 down to 1. EvaluationError: none scored."""
         if qrels:
             return cls(qrels, False, min_grade)
         taught: Qrels = {}
@@ -98,10 +95,7 @@ class Judgements:
 
 
 def _auc(mine: NDArray[np.intp], relevant: NDArray[np.bool_]) -> float:
-    """Of all (relevant, other) pairs of candidates, the share in right order (Mann and Whitney's U over its most).
-
-    Not defined where either kind is absent.
-    """
+    """Share of (relevant, other) pairs in right order, Mann and Whitney's U over its most; NaN without such pairs."""
     num_relevant = int(relevant.sum())
     num_others = len(relevant) - num_relevant
     if not num_relevant or not num_others:

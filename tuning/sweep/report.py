@@ -83,10 +83,7 @@ class Choice:
 
     @classmethod
     def among(cls, limits: Limits, rows: Sequence[SweepRow]) -> Choice:
-        """Of those that keep every limit the preferred one; otherwise the one whose worst excess is least.
-
-        Raises EvaluationError: there is no configuration at all.
-        """
+        """The preferred that keeps all limits, or whose worst excess is least. Raises EvaluationError without rows."""
         if not rows:
             raise EvaluationError("no configuration could be measured; the notes say why")
 
@@ -194,7 +191,6 @@ class SweepReport:
         )
 
     def write_runs(self, folder: Path) -> list[Path]:
-        """TREC files: the judgements, and a run for the first stage, the reference and each configuration."""
         runs = {"first-stage": self.first_stage.run, "reference": self.reference.run}
         return write_runs(folder, self.qrels, runs | {r.configuration.file_stem: r.quality.run for r in self.rows})
 

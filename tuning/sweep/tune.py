@@ -186,7 +186,6 @@ class _Sweep(Experiment):
         return rows
 
     def _notes(self, judgements: Judgements) -> list[str]:
-        """One sentence for each thing a reader of the numbers should know."""
         places, num_not_finite = self.pairs.places, self.states.num_not_finite
         absent = places.keys() - set(self.states.passage_ids)
         # A passage with a text and without states is one that the encoder could not give finite states of.

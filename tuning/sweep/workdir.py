@@ -103,7 +103,7 @@ class SpilledStates:
 
     @property
     def passage_ids(self) -> list[str]:
-        """Those that have states, in file order."""
+        """In file order."""
         return list(self._extents)
 
     @property
