@@ -171,10 +171,16 @@ class EvaluationReport:
         table = plain_table("system", HEADLINE, f"over {first.name}", f"of {finest.name}", *others)
         for system in self.systems:
             kept = system.kept[HEADLINE] if system.kept is not None else None
+            share, gain = system.share[HEADLINE] if system.share is not None else None, ""
+            if system.change is not None and share is not None:
+                bounds = f"[{share.low - 1:+.1%}, {share.high - 1:+.1%}]"
+                gain = f"{share.mean - 1:+.1%} {bounds} {system.change[HEADLINE].mark}"
+            elif system.change is not None:  # the first stage found nothing: no share exists
+                gain = f"{system.change[HEADLINE].mean:+.3f} {system.change[HEADLINE].mark}"
             table.add_row(
                 system.name,
                 Text(str(system.measures[HEADLINE])),
-                Text(_gain(system)),
+                Text(gain),
                 f"{kept.mean:.1%}" if kept is not None else "",
                 *(f"{system.measures[name].mean:.3f}" for name in others),
             )
@@ -189,16 +195,6 @@ class EvaluationReport:
             f"The candidates hold {best:.1%} of the relevant passages; no reranking finds more.",
             *(f"Note: {note}." for note in counts.notes()),
         )
-
-
-def _gain(system: System) -> str:
-    if system.change is None:
-        return ""
-    gain = system.change[HEADLINE]
-    relative = system.share[HEADLINE] if system.share is not None else None
-    if relative is None:  # the first stage found nothing: no share exists
-        return f"{gain.mean:+.3f} {gain.mark}"
-    return f"{relative.mean - 1:+.1%} [{relative.low - 1:+.1%}, {relative.high - 1:+.1%}] {gain.mark}"
 
 
 def format_json(document: dict[str, Any]) -> str:

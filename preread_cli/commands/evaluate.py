@@ -135,12 +135,11 @@ def tune(ctx: click.Context, /, **options: Any) -> None:
       preread index passages.jsonl --collection docs --config preread-tune/preread.toml
       preread serve --config preread-tune/preread.toml
     """
+    import tuning.sweep.page  # noqa: F401 - packages that it lacks show now, not after hours
     from checkpoint.compute import tune_process
-    from tuning.sweep.page import check_available
     from tuning.sweep.settings import SweepSettings
     from tuning.sweep.tune import tune as run
 
-    check_available()  # now, not after hours
     tune_process(options["threads"])
     settings = from_options(SweepSettings, options)
     limits = from_options(Limits, options)

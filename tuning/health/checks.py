@@ -99,6 +99,7 @@ _SATURATED_SCORE = 1e-6
 _DOUBLE_SIGMOID = (0.5, 0.7311)
 # One pair alone and batched, in spreads: float32 sums in another order.
 _MAX_BATCH_DELTA = {"float32": 0.01, "bfloat16": 0.25}
+_MAX_FILLED_TOKENS = 8192  # attention over more takes minutes on a CPU
 _NUM_TOGETHER = 12  # of the pairs, shortest and longest in turn, so that the short ones are padded
 # Unrelated to each other and to the over-long passage: a model that reads them cannot but differ.
 _SWAPPED_QUERIES = ("how tides follow the moon", "세금 신고는 언제까지 해야 하나요?")
@@ -153,9 +154,10 @@ def _batch(scorer: Scorer, pairs: Sequence[TextTriple]) -> CheckLine:
 
 def _swapped(scorer: Scorer) -> CheckLine:
     """Whether two queries score one over-long passage differently: cutting must never reach the query."""
-    passage = scorer.overlong()
-    if passage is None:
+    if scorer.max_passage_tokens > _MAX_FILLED_TOKENS:
         return CheckLine(SWAP, Verdict.SKIP, detail="the limit is too long to fill here")
+    # Every tokenizer here spells each word in at least one token.
+    passage = "the water of the sea rises and falls twice a day " * (scorer.max_passage_tokens // 2 + 1)
     given = scorer.one_by_one([TextTriple(query, None, passage) for query in _SWAPPED_QUERIES])
     first, second = given.tolist()
     if not np.isfinite(given).all():

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -198,10 +197,10 @@ def _attempts(plain: PlainModel, pairs: Sequence[TextTriple], reference: Margins
     hidden = [plain.last_hidden(pair).float().softmax(-1) for pair in read]
     for index in (0, 1):  # the first label's share, or the second's as of two labels
         yield _SOFTMAX_OVER_HIDDEN, np.array([float(row[index]) for row in hidden], dtype=np.float32)
-    with _pooler_dropped(plain.model) as dropped:
-        without_pooler = plain.margins(pairs) if dropped else None
-    if without_pooler is not None:
-        yield _DROPPED_POOLER, without_pooler
+    if (hook := _without_pooler(plain.model)) is not None:
+        with hook:  # removes it at the end
+            margins = plain.margins(pairs)
+        yield _DROPPED_POOLER, margins
     # The texts alone, in the ways that runtimes join them; of a model that has no template, without its pair.
     bare = dataclasses.replace(plain.profile, instruction_format="", default_instruction="")
     joined = [("{query} {passage}",), ("{passage} {query}",), ("{query}\n{passage}",)]
@@ -209,7 +208,7 @@ def _attempts(plain: PlainModel, pairs: Sequence[TextTriple], reference: Margins
         yield _MISSING_TEMPLATE, plain.margins(pairs, profile=dataclasses.replace(bare, template=template))
     # Every pair padded to the longest on the other side, without a mask or position for it.
     longest = max(len(pair.ids) for pair in read)
-    margins = []
+    padded = []
     for pair in read:
         extra, fill = longest - len(pair.ids), {"input_ids": plain.pad_id}
         sides = (extra, 0) if plain.profile.padding == "right" else (0, extra)
@@ -217,25 +216,19 @@ def _attempts(plain: PlainModel, pairs: Sequence[TextTriple], reference: Margins
             name: torch.nn.functional.pad(value, sides, value=fill.get(name, 0))
             for name, value in plain.inputs(pair).items()
         }
-        margins.append(plain.margin(inputs))
-    yield _WRONG_PADDING, np.array(margins, dtype=np.float32)
+        padded.append(plain.margin(inputs))
+    yield _WRONG_PADDING, np.array(padded, dtype=np.float32)
 
 
-@contextmanager
-def _pooler_dropped(model: Any) -> Iterator[bool]:
-    """Takes dense and activation between the first token and the last layer out, where a model has them."""
-    handle: Any = None
+def _without_pooler(model: Any) -> Any:
+    """A hook that skips dense and activation between first token and last layer until it is removed; None: has none."""
     # (batch, tokens, hidden) -> (batch, hidden), of BERT or of DeBERTa
     pooler: Any = getattr(model.base_model, "pooler", None) or getattr(model, "pooler", None)
     classifier: Any = getattr(model, "classifier", None)
     if pooler is not None:
-        handle = pooler.register_forward_hook(lambda _, inputs, __: inputs[0][:, 0])
-    elif hasattr(classifier, "dense") and hasattr(classifier, "out_proj"):  # RoBERTa
-        handle = classifier.register_forward_hook(lambda head, inputs, _: head.out_proj(inputs[0][:, 0]))
-    elif getattr(model, "head", None) is not None and classifier is not None:  # ModernBERT
-        handle = model.head.register_forward_hook(lambda _, inputs, __: inputs[0])
-    try:
-        yield handle is not None
-    finally:
-        if handle is not None:
-            handle.remove()
+        return pooler.register_forward_hook(lambda _, inputs, __: inputs[0][:, 0])
+    if hasattr(classifier, "dense") and hasattr(classifier, "out_proj"):  # RoBERTa
+        return classifier.register_forward_hook(lambda head, inputs, _: head.out_proj(inputs[0][:, 0]))
+    if getattr(model, "head", None) is not None and classifier is not None:  # ModernBERT
+        return model.head.register_forward_hook(lambda _, inputs, __: inputs[0])
+    return None

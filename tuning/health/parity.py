@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from checkpoint.compute import DTYPES
 from checkpoint.files import CheckpointError
@@ -61,6 +60,7 @@ class ParityRow:
         return asdict(self) | {"passed": self.passed}
 
 
+@torch.inference_mode()
 def parity(
     source: CausalSource,
     converted: Path,
@@ -84,21 +84,13 @@ def parity(
                 model = load_transformer(path, DTYPES[dtype], torch.device("cpu"), kind=kind)
                 margins = np.empty(len(pairs), dtype=np.float32)
                 for group, batch in zip(groups, padded, strict=True):
-                    margins[group] = _margins(model, batch, causal=causal)
+                    inputs = {name: torch.from_numpy(batch[name]) for name in ("input_ids", "attention_mask")}
+                    last = {"logits_to_keep": 1} if causal else {}
+                    logits = model(**inputs, use_cache=False, **last).logits  # as either model's own forward gives them
+                    margins[group] = (logits[:, -1, COLUMN] if causal else logits.squeeze(-1)).float().numpy()
                     advance(len(group))
                 del model
                 gc.collect()  # the next one needs the room
             both.append(margins)
         rows.append(ParityRow.of(dtype, *both))
     return rows
-
-
-@torch.inference_mode()
-def _margins(model: Any, batch: dict[str, NDArray[np.int64]], *, causal: bool) -> Margins:
-    inputs = {name: torch.from_numpy(batch[name]) for name in ("input_ids", "attention_mask")}
-    if causal:
-        logits = model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1, COLUMN]
-    else:
-        logits = model(**inputs, use_cache=False).logits.squeeze(-1)
-    margins: Margins = logits.float().numpy()
-    return margins

@@ -110,9 +110,9 @@ class HealthReport:
         }
         return json.dumps(document, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
 
-    def print(self) -> None:
-        """Title, lines by section, causes, farthest pairs and verdict, on standard output."""
-        console = Console()
+    def print(self, console: Console | None = None) -> None:
+        """Title, lines by section, causes, farthest pairs and verdict; to standard output by default."""
+        console = console or Console()
         parts: list[Any] = [
             Text(f"{self.model} ({self.backend}: {self.served})", style="bold"),
             Text(f"{self.num_pairs} pairs ({self.pairs}) against {self.against}, {self.seconds:.0f} s"),

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,9 +37,9 @@ from tuning.trec import JudgedFile
 Margins = NDArray[np.float32]  # (num_pairs,)
 MIN_PAIRS = 2  # fewer have no order to compare
 _BUILT_IN = Path(__file__).parent / "pairs.jsonl"
+T = TypeVar("T")
 _PASSAGE_FIELDS = ("passage", "text", "document")
 _CHUNK_PAIRS = 16  # between two signs of progress; pairs of like length still share batches within it
-_MAX_FILLED_TOKENS = 8192  # attention over more takes minutes on a CPU
 _CACHE_BYTES = 8 << 30  # more than the check's pairs need
 
 
@@ -93,7 +93,7 @@ class Scorer(ABC):
     def __init__(self, name: str, number_format: str, max_passage_tokens: int) -> None:
         self.name = name
         self.number_format = number_format  # float32, bfloat16, or a runtime's name with int8 in it
-        self._max_passage_tokens = max_passage_tokens
+        self.max_passage_tokens = max_passage_tokens
 
     @abstractmethod
     def margins(self, pairs: Sequence[TextTriple], advance: Advance = ignore) -> Margins:
@@ -110,13 +110,6 @@ class Scorer(ABC):
     def one_by_one(self, pairs: Sequence[TextTriple]) -> Margins:
         """Margins (len(pairs),), each of a separate pass: nothing is padded."""
         return np.concatenate([self.together([pair]) for pair in pairs])
-
-    def overlong(self) -> str | None:
-        """A passage that does not fit the model's limit and is cut; None: too long a limit to try."""
-        if self._max_passage_tokens > _MAX_FILLED_TOKENS:
-            return None
-        # Every tokenizer here spells each word in at least one token.
-        return "the water of the sea rises and falls twice a day " * (self._max_passage_tokens // 2 + 1)
 
 
 class CrossScorer(Scorer):
@@ -187,14 +180,14 @@ class FbnlScorer(Scorer):
         return [one for one in read if isinstance(one, PassageStates)]
 
     def score(self, pairs: Sequence[TextTriple], states: Sequence[PassageStates], advance: Advance = ignore) -> Margins:
-        return score_passages(self.backend, list(zip(self._prompts(pairs), states, strict=True)), advance)
+        return score_passages(self.backend, self._prompted(pairs, states), advance)
 
     def cached(
         self, pairs: Sequence[TextTriple], states: Sequence[PassageStates], form: str, advance: Advance = ignore
     ) -> Margins:
         """Margins from a server's caches in number format `form`, filled before; states as a collection gives them."""
         backend = self.backend.with_caches(KvCacheConfig(_CACHE_BYTES, _CACHE_BYTES, form))
-        passages = list(zip(self._prompts(pairs), states, strict=True))
+        passages = self._prompted(pairs, states)
         for prompt, passage in passages:
             backend.fill(backend.pairs(prompt, [passage])[0])
         return score_passages(backend, passages, advance)
@@ -210,10 +203,11 @@ class FbnlScorer(Scorer):
         failed += [one for one in encoded if not isinstance(one, np.ndarray)]
         if failed:
             raise EvaluationError(f"a passage cannot be encoded: {failed[0]}")
-        return self.backend.score([StatePair(*pair) for pair in zip(self._prompts(pairs), states, strict=True)])
+        return self.backend.score([StatePair(*pair) for pair in self._prompted(pairs, states)])
 
     def scores(self, margins: Margins) -> Margins:
         return sigmoid(margins)
 
-    def _prompts(self, pairs: Sequence[TextTriple]) -> list[TokenizedPrompt]:
-        return [self.backend.prompt(pair.query, pair.instruction) for pair in pairs]
+    def _prompted(self, pairs: Sequence[TextTriple], states: Sequence[T]) -> list[tuple[TokenizedPrompt, T]]:
+        prompt = self.backend.prompt
+        return [(prompt(pair.query, pair.instruction), own) for pair, own in zip(pairs, states, strict=True)]

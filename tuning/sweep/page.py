@@ -1,4 +1,7 @@
-"""A sweep as one HTML file that needs no network, with figures, and examples of queries that it wins and loses."""
+"""A sweep as one HTML file that needs no network, with figures, and examples of queries that it wins and loses.
+
+Importing it raises MissingExtra where matplotlib or Jinja2 is not installed.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,15 @@ from tuning.sweep.quality import AUC, TAU
 from tuning.sweep.report import Choice, SweepReport, SweepRow
 from tuning.trec import Run
 
+try:
+    import jinja2
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import LogLocator
+except ImportError as missing:
+    raise MissingExtra("the report", "tune", missing) from missing
+
 # Okabe and Ito's colours, which stay apart for colour-blind readers, and three more.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F5539", "#6A4C93", "#8A8F98")
 INK, FAINT = "#1f2933", "#9aa5b1"
@@ -28,20 +40,8 @@ _NUM_CONFIGURATIONS = 12  # with examples, next to the chosen one
 _MAX_TEXT_CHARACTERS = 280
 
 
-def check_available() -> None:
-    """Raises MissingExtra where matplotlib or Jinja2 is not installed."""
-    try:
-        import jinja2  # noqa: F401
-        import matplotlib  # noqa: F401
-    except ImportError as exc:
-        raise MissingExtra("the report", "tune", exc) from exc
-
-
 def write_page(folder: Path, report: SweepReport, limits: Limits, choice: Choice | None) -> None:
-    """`report.html` and a PNG for each figure. Raises MissingExtra."""
-    check_available()
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
+    """`report.html` and a PNG for each figure."""
     drawings = {
         "quality-bytes": ("Quality against bytes", _against_bytes),
         "quality-latency": ("Quality against latency", _against_latency),
@@ -54,9 +54,9 @@ def write_page(folder: Path, report: SweepReport, limits: Limits, choice: Choice
         png, svg = _drawn(name, draw, report, choice.row if choice is not None else None)
         write_output(folder / f"{name}.png", png)
         plots.append({"title": title, "svg": svg})
-    loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    loader, undefined = jinja2.FileSystemLoader(Path(__file__).parent), jinja2.StrictUndefined
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=undefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"ms": lambda seconds: f"{seconds * 1000:,.1f}", "duration": _duration, "size": _size}
     fronts = sorted((row for row, *on in report.marked if any(on)), key=lambda row: row.size.bytes_per_passage)
@@ -131,9 +131,6 @@ _Draw = Callable[[Any, SweepReport, SweepRow | None], None]
 
 
 def _drawn(name: str, draw: _Draw, report: SweepReport, chosen: SweepRow | None) -> tuple[bytes, str]:
-    import matplotlib
-    from matplotlib.figure import Figure
-
     style: dict[Any, Any] = {
         "svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10, "axes.edgecolor": FAINT, "text.color": INK,
         "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False,
@@ -153,8 +150,6 @@ def _drawn(name: str, draw: _Draw, report: SweepReport, chosen: SweepRow | None)
 
 
 def _against_bytes(axes: Any, report: SweepReport, chosen: SweepRow | None) -> None:
-    from matplotlib.ticker import LogLocator
-
     axes.set_xscale("log", base=2)
     axes.set_xlabel("bytes of a stored passage, in the mean")
     points = [(row.size.bytes_per_passage, small, row.configuration.codec) for row, small, _ in report.marked]
@@ -204,8 +199,6 @@ def _scatter(
     axes: Any, report: SweepReport, points: list[tuple[float, bool, str]], kinds: list[str], chosen: SweepRow | None
 ) -> None:
     """A point for each row: x, whether it is on the front, which is joined, and its kind, by which it is coloured."""
-    from matplotlib.lines import Line2D
-
     colours = {kind: COLOURS[place % len(COLOURS)] for place, kind in enumerate(kinds)}
     axes.axhline(report.reference.headline, color=INK, lw=1, ls="--", label=f"r = {report.reference_ratio}, no codec")
     if not report.taught:

@@ -99,7 +99,21 @@ class SpilledStates:
         self._extents: dict[str, _Extent] = {}
         self._num_rows = 0
         self._complete = False
-        self._read_index()
+        content = self._index.read_bytes() if self._index.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        try:
+            for line in map(json.loads, whole.splitlines()):
+                if line.get("complete"):
+                    self._complete = True
+                else:
+                    self._take(line)
+        except (ValueError, KeyError, TypeError, AttributeError) as exc:
+            raise EvaluationError(f"{self._index}: damaged ({exc}); delete the folder and run again") from exc
+        if len(whole) < len(content):
+            os.truncate(self._index, len(whole))
+        have = self._data.stat().st_size if self._data.exists() else 0
+        if have < self._num_rows * self.dim * 4:
+            raise EvaluationError(f"{self._data}: {have} bytes, fewer than its index says; delete the folder")
 
     @property
     def passage_ids(self) -> list[str]:
@@ -168,21 +182,3 @@ class SpilledStates:
         for p, num_states, windows, truncated, digest in line["passages"]:
             self._extents[p] = _Extent(self._num_rows, num_states, tuple(windows), truncated, bytes.fromhex(digest))
             self._num_rows += num_states
-
-    def _read_index(self) -> None:
-        content = self._index.read_bytes() if self._index.exists() else b""
-        whole = content[: content.rfind(b"\n") + 1]
-        try:
-            for text in whole.splitlines():
-                line = json.loads(text)
-                if line.get("complete"):
-                    self._complete = True
-                else:
-                    self._take(line)
-        except (ValueError, KeyError, TypeError, AttributeError) as exc:
-            raise EvaluationError(f"{self._index}: damaged ({exc}); delete the folder and run again") from exc
-        if len(whole) < len(content):
-            os.truncate(self._index, len(whole))
-        have = self._data.stat().st_size if self._data.exists() else 0
-        if have < self._num_rows * self.dim * 4:
-            raise EvaluationError(f"{self._data}: {have} bytes, fewer than its index says; delete the folder")
