@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import hashlib
 import math
 import os
 import platform
@@ -23,14 +22,12 @@ PREPARED_PRODUCTS = {"LRU_CACHE_CAPACITY": "32", "ONEDNN_PRIMITIVE_CACHE_CAPACIT
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # A narrower model computes a pass in less time than its steps take to compile.
 MIN_FUSED_DIM = 512
-_COMPILED = "preread-"  # begins the name of a processor's folder
 
 
 def usable_cores(root: Path = Path("/")) -> int:
     """Processors that this process may use, at least 1: its affinity, within the quotas of its control groups.
 
     A quota of 2.5 processors is 2: a third thread would have the kernel stop all of them for part of every period.
-    `root` is where the file system begins; another tree in tests.
     """
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, math.floor(min(affinity, cpu_quota(root))))
@@ -54,9 +51,8 @@ def _group_numbers(controller: str, root: Path, *alternatives: tuple[str, ...]) 
     for group in _control_groups(controller, root):
         for files in alternatives:
             words = [word for file in files for line in _lines(group / file)[:1] for word in line.split()]
-            if len(words) == 2 and all(
-                word.removeprefix("-").isdecimal() for word in words
-            ):  # not max, nor nothing to read
+            # Not max, nor nothing to read.
+            if len(words) == 2 and all(word.removeprefix("-").isdecimal() for word in words):
                 yield int(words[0]), int(words[1])
 
 
@@ -96,7 +92,7 @@ def hardware() -> dict[str, Any]:
     """Processor, cores, threads, number formats in hardware, memory, and the GPU where there is one."""
     capabilities = torch.cpu.get_capabilities()
     features = [name for name in ("avx512_f", "avx512_bf16", "amx_bf16", "amx_int8") if capabilities.get(name)]
-    line: dict[str, Any] = {
+    return {
         "processor": capabilities.get("cpu_name") or platform.processor(),
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),
@@ -104,10 +100,7 @@ def hardware() -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "python": platform.python_version(),
         "torch": torch.__version__,
-    }
-    if torch.cuda.is_available():
-        line["gpu"] = torch.cuda.get_device_name()
-    return line
+    } | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
 
 
 def choose_device(name: str | None = None, dtype: str | None = None) -> tuple[torch.device, torch.dtype]:
@@ -161,32 +154,11 @@ def cpp_compiler() -> str | None:
     return next((path for name in names if (path := shutil.which(name))), None)
 
 
-def separate_compiled_code() -> Path:
-    """Point torch's cache of compiled code at a folder for this processor, and return it.
-
-    torch names what it keeps by source and options, not by the vector units it was generated for: code of another
-    processor (a folder that moved, an image, ATEN_CPU_CAPABILITY) gives wrong numbers or ends the process.
-    TORCHINDUCTOR_CACHE_DIR still says where; the folder lies inside it.
-    """
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    units = {name: value for name, value in torch.cpu.get_capabilities().items() if isinstance(value, bool)}
-    described = f"{platform.machine()} {pick_vec_isa()} {sorted(units.items())} {torch.__version__}"
-    given = Path(cache_dir())
-    above = given.parent if given.name.startswith(_COMPILED) else given  # this process, or its parent, was here before
-    folder = above / (_COMPILED + hashlib.sha256(described.encode()).hexdigest()[:16])
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
-    return folder
-
-
 def tune_process(num_threads: int | None = None) -> None:
     """Process-wide settings for steady inference; called once by the owner of the process.
 
-    glibc hands activation-sized blocks back to the kernel on every free and pages them in again on the next batch,
-    which costs more than the arithmetic on them: keep them. oneDNN's preparations for one batch size are mostly of
-    no use to the next: keep less of them. It reads that from the environment at the first product and offers no
-    other way; a value that is set there already wins.
+    oneDNN's preparations for one batch size are mostly of no use to the next: keep less of them. It reads that from the
+    environment at the first product and offers no other way; a value that is set there already wins.
 
     torch counts processors, and does not know that a container's quota pays for fewer of them; more threads than that
     are stopped together for part of every period. So without a number there are at most as many as the quota allows.
@@ -196,7 +168,8 @@ def tune_process(num_threads: int | None = None) -> None:
     for name, value in (PREPARED_PRODUCTS | compilers).items():
         os.environ.setdefault(name, value)
     torch.set_num_threads(num_threads or min(torch.get_num_threads(), cores))
-    # mallopt is absent from other C libraries.
+    # glibc hands activation-sized blocks back to the kernel on every free and pages them in again on the next batch,
+    # which costs more than the arithmetic on them: keep them. Other C libraries have no mallopt.
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         m_trim_threshold, m_mmap_threshold = -1, -3

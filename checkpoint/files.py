@@ -25,13 +25,9 @@ HUB_PATTERNS = ("*.json", "*.safetensors", "tokenizer*", "vocab.txt", "merges.tx
 
 
 def resolve(name: str, *, with_code: bool = False) -> Path:
-    """The local directory of a checkpoint: `name` itself, or the hub snapshot with that id.
+    """The local directory of a checkpoint: `name` itself, or the hub snapshot, `with_code` with its Python files.
 
-    Args:
-        with_code: fetch the repository's Python files too.
-
-    Raises:
-        CheckpointError: neither a directory nor a hub id that can be fetched.
+    Raises CheckpointError where it is neither a directory nor a hub id that can be fetched.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -42,9 +38,8 @@ def resolve(name: str, *, with_code: bool = False) -> Path:
         raise CheckpointError(f"checkpoint {name!r}: no such directory, and not a hub id of the form owner/name")
     from huggingface_hub import snapshot_download  # slow to import, and not needed for a directory
 
-    patterns = [*HUB_PATTERNS, *(["*.py"] if with_code else [])]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=[*HUB_PATTERNS, *(["*.py"] if with_code else [])]))
     except Exception as exc:  # the hub client raises many unrelated types; each means the same here
         raise CheckpointError(
             f"checkpoint {name!r}: no local directory, and the hub did not provide it ({one_line(exc)})"
@@ -100,20 +95,16 @@ HARMLESS = frozenset({
     # a pooler that no class has any more (BERT's first multilingual checkpoints)
     "directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head",
 })  # fmt: skip
-# How the weights are stored, given next to the model's fields; checkpoint.quantized reads it.
+# How the weights are stored, given next to the model's fields; checkpoint.tensors reads it.
 STORAGE = frozenset({"compression_config", "quantization_config"})
 # Fields that classes of today no longer have, by the one value that they all compute.
 ONLY = {"is_causal": True, "position_embedding_type": "absolute", "pooler_type": "first_token_transform"}
 
 
 def check_fields(where: str, raw: Mapping[str, Any], defaults: Mapping[str, Any], applied: Collection[str]) -> None:
-    """Raises CheckpointError where a field is neither applied nor known not to matter.
+    """Raises CheckpointError, beginning with `where`, at a field that is neither `applied` nor known not to matter.
 
-    Args:
-        where: file and place, for the message.
-        raw: as the file has it.
-        defaults: what the model's class takes for a field that is missing; a field without one is unknown to it.
-        applied: fields that the computation takes into account.
+    `defaults` is what the model's class takes for a field that is missing; a field without one is unknown to it.
     """
     for key, value in raw.items():
         if key in applied or key in HARMLESS or key.startswith("_"):
@@ -135,8 +126,7 @@ def check_fields(where: str, raw: Mapping[str, Any], defaults: Mapping[str, Any]
 def read_fields(where: str, raw: Mapping[str, Any], kinds: Mapping[str, Any]) -> dict[str, Any]:
     """Values of an object in a file, as the annotations `kinds` want them.
 
-    Raises:
-        CheckpointError: an unknown key, or a value of another type or out of its bounds.
+    Raises CheckpointError for an unknown key, or a value of another type or out of its bounds.
     """
     values = {}
     for key, value in raw.items():

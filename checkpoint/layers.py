@@ -1,4 +1,4 @@
-"""The pieces of a T5Gemma 2 layer that encoder and decoder share; the oracle in the tests is transformers' own model.
+"""All of a T5Gemma 2 stack that encoder and decoder share; the oracle in the tests is transformers' own model.
 
 Steps between matrix products (norms, rotation, softmax) are fused by torch.compile where that pays, attention is one
 softmax over given keys, and weights are laid out once as the machine reads them: handed plain ones, oneDNN re-orders
@@ -8,25 +8,29 @@ torch.compile emits, pinned with torch by constraints.txt; a build or device wit
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from checkpoint.compute import separate_compiled_code
-
 log = logging.getLogger(__name__)
 Rotation = tuple[Tensor, Tensor]  # cos and sin, (tokens, 1, head_dim) each
+_Steps = Callable[..., Any]
 # Compilations before torch runs these functions unfused. It counts over all stacks of a process, and each has a few
 # shapes: its width, its heads, its kv heads.
 MAX_COMPILATIONS = 256
 # Logits at a time on a CPU, about: more leave its caches before the softmax reads them.
 BLOCK_LOGITS = 1 << 20
+_COMPILED = "preread-"  # begins the name of a processor's folder
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -70,14 +74,12 @@ class Pointwise:
         self.norm_rotate = self._for_any_rows(lambda x, w, c, s: _norm_rotate(x, w, c, s, eps), rows=(0, 2, 3))
         self.masked_softmax = self._for_any_rows(_masked_softmax, rows=(0, 1), keys=2)
 
-    def _for_any_rows(
-        self, function: Callable[..., Any], rows: tuple[int, ...], keys: int | None = None
-    ) -> Callable[..., Any]:
+    def _for_any_rows(self, function: _Steps, rows: tuple[int, ...], keys: int | None = None) -> _Steps:
         """`function`, fused once for every size of the first axis of the arguments `rows` (and of axis `keys`)."""
         if not self.compiled:
             return function
         torch._dynamo.config.recompile_limit = MAX_COMPILATIONS
-        separate_compiled_code()
+        _separate_compiled_code()
         fused = torch.compile(function, backend=self._inductor, dynamic=False)
 
         def call(*tensors: Tensor) -> Any:
@@ -104,16 +106,30 @@ class Pointwise:
         return compile_fx(graph, inputs)
 
 
+def _separate_compiled_code() -> None:
+    """Points torch's cache of compiled code at a folder for this processor, inside of TORCHINDUCTOR_CACHE_DIR.
+
+    torch names what it keeps by source and options, not by the vector units it was generated for: code of another
+    processor (a folder that moved, an image, ATEN_CPU_CAPABILITY) gives wrong numbers or ends the process.
+    """
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    units = {name: value for name, value in torch.cpu.get_capabilities().items() if isinstance(value, bool)}
+    described = f"{platform.machine()} {pick_vec_isa()} {sorted(units.items())} {torch.__version__}"
+    given = Path(cache_dir())
+    above = given.parent if given.name.startswith(_COMPILED) else given  # this process, or its parent, was here before
+    folder = _COMPILED + hashlib.sha256(described.encode()).hexdigest()[:16]
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(above / folder)
+
+
 def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, pointwise: Pointwise) -> Tensor:
-    """softmax(q keysᵀ + mask) values; q is scaled already.
+    """softmax(q keysᵀ + mask) values, in the shape of q; q is scaled already.
 
-    On a CPU two batched products around one softmax: with heads of 256 that is more than twice the rate
-    of torch's blocked kernel. Callers cut long queries, so that whole rows of logits fit.
-
-    Args:
-        q: (batch, num_kv, queries * group, head), queries that share a kv head next to each other; so is the result.
-        keys, values: (batch, num_kv, keys, head).
-        mask: additive, (batch, num_kv, queries, keys); None: every query sees every key.
+    On a CPU two batched products around one softmax: with heads of 256 that is more than twice the rate of torch's
+    blocked kernel. Callers cut long queries, so that whole rows of logits fit. Shapes: q (batch, num_kv,
+    queries * group, head) with queries that share a kv head next to each other, keys and values (batch, num_kv, keys,
+    head), the additive mask (batch, num_kv, queries, keys); without one every query sees every key.
     """
     if q.device.type != "cpu":
         seen = None if mask is None else mask.repeat_interleave(q.shape[2] // mask.shape[2], dim=2)
@@ -154,8 +170,7 @@ class Linear:
 class GatedLinear:
     """gelu(x Gᵀ) · (x Uᵀ), the first half of an MLP.
 
-    oneDNN applies gelu and product while the matrix product's tile is still in cache; torch's own
-    tanh over bfloat16 would cost more than it.
+    oneDNN applies gelu and product while the matrix product's tile is in cache; tanh over bfloat16 alone costs more.
     """
 
     def __init__(self, gate: Tensor, up: Tensor) -> None:
@@ -187,8 +202,8 @@ def _has_onednn(dtype: torch.dtype) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerWeights:
-    """One layer of either half; norms are stored as 1 + w, in float32."""
+class _Layer:
+    """The weights of one layer; norms are stored as 1 + w, in float32."""
 
     q: Linear  # dim -> num_heads head_dim
     kv: Linear  # dim -> 2 num_kv_heads head_dim
@@ -202,69 +217,81 @@ class LayerWeights:
     pre_mlp: Tensor  # (dim,)
     post_mlp: Tensor  # (dim,)
 
-    @classmethod
-    def take(cls, tensors: dict[str, Tensor], prefix: str, scale: float) -> LayerWeights:
-        """Removes a layer (`encoder.layers.3`) from `tensors`, so that packing never holds two copies of the model.
 
-        Args:
-            scale: of the attention's logits.
-        """
+class Stack:
+    """One half's embedding, layers and final norm: all that the encoder and the decoder compute alike."""
 
-        def take(name: str) -> Tensor:
-            return tensors.pop(f"{prefix}.{name}.weight")
-
-        return cls(
-            q=Linear(take("self_attn.q_proj")),
-            kv=Linear(torch.cat([take("self_attn.k_proj"), take("self_attn.v_proj")])),
-            o=Linear(take("self_attn.o_proj")),
-            gated=GatedLinear(take("mlp.gate_proj"), take("mlp.up_proj")),
-            down=Linear(take("mlp.down_proj")),
-            q_norm=take_norm(tensors, f"{prefix}.self_attn.q_norm") * scale,
-            k_norm=take_norm(tensors, f"{prefix}.self_attn.k_norm"),
-            pre_attention=take_norm(tensors, f"{prefix}.pre_self_attn_layernorm"),
-            post_attention=take_norm(tensors, f"{prefix}.post_self_attn_layernorm"),
-            pre_mlp=take_norm(tensors, f"{prefix}.pre_feedforward_layernorm"),
-            post_mlp=take_norm(tensors, f"{prefix}.post_feedforward_layernorm"),
-        )
-
-
-class Embedding:
-    """Scaled token embedding with T5Gemma 2's separate end-of-image row, taken out of `tensors`."""
-
-    def __init__(self, tensors: dict[str, Tensor], half: str, eoi_id: int) -> None:
-        self.weight = tensors.pop(f"{half}.embed_tokens.weight")  # (vocab, dim)
-        self._eoi_row = tensors.pop(f"{half}.embed_tokens.eoi_embedding")
-        self._eoi_id = eoi_id
-        self._scale = torch.tensor(self.weight.shape[1] ** 0.5, dtype=self.weight.dtype)
-
-    def __call__(self, token_ids: Tensor) -> Tensor:
-        """(...,) token ids -> (..., dim)."""
-        hidden = F.embedding(token_ids, self.weight) * self._scale
-        hidden[token_ids == self._eoi_id] = self._eoi_row
-        return hidden
-
-
-class Rope:
-    """Rotary tables per layer type, grown to the longest text seen."""
-
-    def __init__(self, config: object, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: Any, half: str, tensors: dict[str, Tensor], eoi_id: int, *, compiled: bool = False
+    ) -> None:
+        """Takes tensors of `half` out of `tensors` as it packs them, so that two copies never stand in memory."""
         from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2RotaryEmbedding
 
+        def take(name: str) -> Tensor:
+            return tensors.pop(f"{half}.{name}.weight")
+
+        def norm(name: str) -> Tensor:
+            return 1.0 + take(name).float()
+
+        def layer(at: str) -> _Layer:
+            return _Layer(
+                q=Linear(take(f"{at}.self_attn.q_proj")),
+                kv=Linear(torch.cat([take(f"{at}.self_attn.k_proj"), take(f"{at}.self_attn.v_proj")])),
+                o=Linear(take(f"{at}.self_attn.o_proj")),
+                gated=GatedLinear(take(f"{at}.mlp.gate_proj"), take(f"{at}.mlp.up_proj")),
+                down=Linear(take(f"{at}.mlp.down_proj")),
+                q_norm=norm(f"{at}.self_attn.q_norm") * config.query_pre_attn_scalar**-0.5,
+                k_norm=norm(f"{at}.self_attn.k_norm"),
+                pre_attention=norm(f"{at}.pre_self_attn_layernorm"),
+                post_attention=norm(f"{at}.post_self_attn_layernorm"),
+                pre_mlp=norm(f"{at}.pre_feedforward_layernorm"),
+                post_mlp=norm(f"{at}.post_feedforward_layernorm"),
+            )
+
+        self.config = config
+        self.embedding = take("embed_tokens")  # (vocab, dim)
+        self._eoi_id, self._eoi_row = eoi_id, tensors.pop(f"{half}.embed_tokens.eoi_embedding")
+        self._scale = torch.tensor(self.embedding.shape[1] ** 0.5, dtype=self.embedding.dtype)
+        final = norm("norm")
+        self.layers = [layer(f"layers.{i}") for i in range(config.num_hidden_layers)]
+        self.layer_types: list[str] = list(config.layer_types or ())
+        self._norms = [each.pre_attention for each in self.layers] + [final]
+        self.pointwise = Pointwise(float(config.rms_norm_eps), compiled=compiled)
         # transformers' own module knows every rope_type of config.json.
-        self._module = T5Gemma2RotaryEmbedding(cast(Any, config)).to(device)
-        self._like = torch.empty(0, device=device, dtype=dtype)
-        self._tables: dict[str, Rotation] = {}
+        self._rope = T5Gemma2RotaryEmbedding(config).to(self.embedding.device)
+        self._rotations: dict[str, Rotation] = {}  # by layer type, grown to the longest text seen
 
-    def table(self, kind: str, num_positions: int) -> Rotation:
-        """cos and sin of the first positions (and maybe more) for one layer type, (positions, 1, head_dim) each."""
-        if kind not in self._tables or len(self._tables[kind][0]) < num_positions:
+    def embed(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """(tokens,) ids -> (tokens, dim), and the same normed for the first layer; the end-of-image row is apart."""
+        hidden = F.embedding(token_ids, self.embedding) * self._scale
+        hidden[token_ids == self._eoi_id] = self._eoi_row
+        return hidden, self.pointwise.rms_norm(hidden, self._norms[0])
+
+    def rotation(self, kind: str, positions: Tensor, num_positions: int) -> Rotation:
+        """cos and sin at `positions`, all below `num_positions`, for one layer type, (tokens, 1, head_dim) each."""
+        if kind not in self._rotations or len(self._rotations[kind][0]) < num_positions:
             size = 1 << max(9, (num_positions - 1).bit_length())
-            ids = torch.arange(size, device=self._like.device)[None]
-            cos, sin = self._module(self._like, ids, kind)
-            self._tables[kind] = (cos[0, :, None], sin[0, :, None])
-        return self._tables[kind]
+            cos, sin = self._rope(self.embedding[:0], torch.arange(size, device=self.embedding.device)[None], kind)
+            self._rotations[kind] = (cos[0, :, None], sin[0, :, None])
+        cos, sin = self._rotations[kind]
+        return cos[positions], sin[positions]
 
+    def queries(self, layer: _Layer, x: Tensor, rotation: Rotation) -> Tensor:
+        """(tokens, dim) -> (tokens, num_heads, head_dim), normed, rotated and scaled."""
+        q: Tensor = self.pointwise.norm_rotate(
+            layer.q(x).view(len(x), -1, self.config.head_dim), layer.q_norm, *rotation
+        )
+        return q
 
-def take_norm(tensors: dict[str, Tensor], name: str) -> Tensor:
-    """A norm's stored w as 1 + w, in float32."""
-    return 1.0 + tensors.pop(f"{name}.weight").float()
+    def keys_values(self, layer: _Layer, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(tokens, dim) -> raw keys and values, (tokens, num_kv, head_dim) each."""
+        kv = layer.kv(x).view(len(x), 2, self.config.num_key_value_heads, self.config.head_dim)
+        return kv[:, 0], kv[:, 1]
+
+    def finish(self, index: int, hidden: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+        """A layer behind its attention (tokens, num_heads * head_dim): the sum, and it normed for what follows."""
+        layer = self.layers[index]
+        hidden, normed = self.pointwise.add_norm(hidden, layer.o(attended), layer.post_attention, layer.pre_mlp)
+        update = layer.down(layer.gated(normed))
+        hidden, normed = self.pointwise.add_norm(hidden, update, layer.post_mlp, self._norms[index + 1])
+        return hidden, normed

@@ -1,7 +1,6 @@
 """One opened checkpoint: configuration, settings, tokenizer, identity, and the tensors of either half.
 
-Opening reads only small files. Source of tensor names: transformers' T5Gemma2ForConditionalGeneration; the vision tower
-is in neither half.
+Source of tensor names: transformers' T5Gemma2ForConditionalGeneration; the vision tower is in neither half.
 """
 
 from __future__ import annotations
@@ -75,17 +74,11 @@ def tensor_shapes(half: str, config: Any) -> Shapes:
     dim, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
     num_q, num_kv = config.num_attention_heads * head, config.num_key_value_heads * head
     layer: Shapes = {
-        "self_attn.q_proj": (num_q, dim),
-        "self_attn.k_proj": (num_kv, dim),
-        "self_attn.v_proj": (num_kv, dim),
-        "self_attn.o_proj": (dim, num_q),
-        "self_attn.q_norm": (head,),
-        "self_attn.k_norm": (head,),
-        "mlp.gate_proj": (inner, dim),
-        "mlp.up_proj": (inner, dim),
-        "mlp.down_proj": (dim, inner),
+        "self_attn.q_proj": (num_q, dim), "self_attn.k_proj": (num_kv, dim), "self_attn.v_proj": (num_kv, dim),
+        "self_attn.o_proj": (dim, num_q), "self_attn.q_norm": (head,), "self_attn.k_norm": (head,),
+        "mlp.gate_proj": (inner, dim), "mlp.up_proj": (inner, dim), "mlp.down_proj": (dim, inner),
         **{f"{side}_{block}_layernorm": (dim,) for block in ("self_attn", "feedforward") for side in ("pre", "post")},
-    }
+    }  # fmt: skip
     shapes: Shapes = {f"{half}.norm.weight": (dim,)}
     for i in range(config.num_hidden_layers):
         shapes |= {f"{half}.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
@@ -96,12 +89,9 @@ def tensor_shapes(half: str, config: Any) -> Shapes:
 
 @dataclass(frozen=True)
 class EncoderIdentity:
-    """The encoder that wrote (or may read) a collection, with all that changes a stored state.
+    """The encoder that wrote (or may read) a collection, with all that changes a stored state."""
 
-    The same files have the same fingerprint wherever they lie and however their tensors are spread over shards.
-    """
-
-    fingerprint: str  # sha256, hex
+    fingerprint: str  # sha256, hex, of the files wherever they lie and however tensors are spread over shards
     checkpoint: str  # name it was opened by; for people, not part of the fingerprint
     dim: int
     max_passage_tokens: int
@@ -111,7 +101,7 @@ class EncoderIdentity:
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A T5Gemma2ForConditionalGeneration directory, opened for reading."""
+    """A T5Gemma2ForConditionalGeneration directory, opened for reading: only its small files so far."""
 
     path: Path
     name: str  # as it was opened
@@ -190,7 +180,7 @@ class Checkpoint:
 
     def check_decoder(self) -> None:
         """Raises CheckpointError where the decoder's tensors are not all there; reads names and shapes."""
-        self._tensors.check_all(self._decoder_shapes()[0])
+        self._tensors.check(self._decoder_shapes()[0])
 
     def _decoder_shapes(self) -> tuple[Shapes, str | None]:
         """Tensors of the decoder as they are stored, and the output embedding where that is stored."""
@@ -209,23 +199,19 @@ class Checkpoint:
     def _identity(self) -> EncoderIdentity:
         weights = self._tensors.digest_of(tensor_shapes("encoder", self.encoder_config))
         tokenizer = hashlib.sha256((self.path / "tokenizer.json").read_bytes()).digest()
-        config = {
-            "config": {key: getattr(self.encoder_config, key) for key in NUMERIC_KEYS},
-            "eoi_token_index": self.eoi_id,
-            "passage_template": self.settings.passage_template,
+        shared: dict[str, Any] = {
             "max_passage_tokens": self.settings.max_passage_tokens,
-            "neutralise": self.neutralise,
+            "passage_template": self.settings.passage_template,
             "pooling_version": POOLING_VERSION,
         }
+        config = shared | {
+            "config": {key: getattr(self.encoder_config, key) for key in NUMERIC_KEYS},
+            "eoi_token_index": self.eoi_id,
+            "neutralise": self.neutralise,
+        }
         rest = json.dumps(config, sort_keys=True, ensure_ascii=True, separators=(",", ":")).encode()
-        return EncoderIdentity(
-            fingerprint=hashlib.sha256(weights + tokenizer + rest).hexdigest(),
-            checkpoint=self.name,
-            dim=self.dim,
-            max_passage_tokens=self.settings.max_passage_tokens,
-            passage_template=self.settings.passage_template,
-            pooling_version=POOLING_VERSION,
-        )
+        fingerprint = hashlib.sha256(weights + tokenizer + rest).hexdigest()
+        return EncoderIdentity(fingerprint=fingerprint, checkpoint=self.name, dim=self.dim, **shared)
 
     def identity(self) -> EncoderIdentity:
         """Hashes the encoder's weights at the first call: about a second per gigabyte."""
@@ -259,32 +245,25 @@ def _read_config(path: Path) -> T5Gemma2Config:
         ("decoder", raw.get("decoder") or {}, decoder, APPLIED | {"final_logit_softcapping", "is_decoder"}),
     ]
     for place, found, made, applied in parts:
-        check_fields(f"{where}: {place}", found, _defaults(type(made)), applied)
+        fields = {field.name: field.default for field in dataclasses.fields(made) if not field.name.startswith("_")}
+        defaults = {name: value for name, value in fields.items() if value is not dataclasses.MISSING}
+        check_fields(f"{where}: {place}", found, defaults, applied)
     for place, stack in (("encoder.text_config", encoder.text_config), ("decoder", decoder)):
         _check_numbers(f"{where}: {place}", stack)
     return config
 
 
-def _defaults(kind: type[Any]) -> dict[str, Any]:
-    """Default of a configuration class for a field that is missing."""
-    return {
-        field.name: field.default
-        for field in dataclasses.fields(kind)
-        if field.default is not dataclasses.MISSING and not field.name.startswith("_")
-    }
-
-
 def _check_numbers(where: str, stack: Any) -> None:
     """Raises CheckpointError where a stack's numbers cannot be computed with, or not as transformers does."""
-    read_fields(where, {key: getattr(stack, key) for key in NUMBERS}, NUMBERS)
-    heads, kv_heads, kinds = stack.num_attention_heads, stack.num_key_value_heads, stack.layer_types
+    sliding = {"sliding_window": _Whole} if "sliding_attention" in (stack.layer_types or ()) else {}
+    kinds = NUMBERS | sliding
+    read_fields(where, {key: getattr(stack, key) for key in kinds}, kinds)
+    heads, kv_heads, layers = stack.num_attention_heads, stack.num_key_value_heads, stack.layer_types
     if heads % kv_heads:
         raise CheckpointError(
             f"{where}: num_attention_heads is {heads}; expected a multiple of num_key_value_heads, {kv_heads}"
         )
-    if len(kinds) != stack.num_hidden_layers:
-        raise CheckpointError(f"{where}: layer_types has {len(kinds)} layers; expected {stack.num_hidden_layers}")
-    if "sliding_attention" in kinds:
-        read_fields(where, {"sliding_window": stack.sliding_window}, {"sliding_window": _Whole})
-    for kind in sorted(set(kinds)):
+    if len(layers) != stack.num_hidden_layers:
+        raise CheckpointError(f"{where}: layer_types has {len(layers)} layers; expected {stack.num_hidden_layers}")
+    for kind in sorted(set(layers)):
         read_fields(f"{where}: rope_parameters.{kind}", stack.rope_parameters.get(kind) or {}, ROPE)

@@ -36,17 +36,11 @@ KALM_SYSTEM = (
     "Judge whether the Document meets the requirements based on the Query and the Instruct provided. "
     'Note that the answer can only be "yes" or "no".'
 )
-
-
-def _kalm_prompt(system: str) -> str:
-    """The prompt's template under a system instruction, which is text and no template."""
-    return (
-        f"<bos><start_of_turn>user\n{system.replace('{', '{{').replace('}', '}}')}"
-        "\n\n<Instruct>: {instruction}\n<Query>: {query}<end_of_turn>\n<start_of_turn>model\n\n\n\n"
-    )
-
-
-KALM_PROMPT = _kalm_prompt(KALM_SYSTEM)
+_AROUND_SYSTEM = (
+    "<bos><start_of_turn>user\n",
+    "\n\n<Instruct>: {instruction}\n<Query>: {query}<end_of_turn>\n<start_of_turn>model\n\n\n\n",
+)
+KALM_PROMPT = KALM_SYSTEM.join(_AROUND_SYSTEM)
 
 
 @dataclass(frozen=True)
@@ -79,8 +73,18 @@ class CheckpointSettings:
         if version != FORMAT_VERSION:
             raise CheckpointError(f"{path}: format_version is {version!r}; this version reads {FORMAT_VERSION}")
         settings = cls(**_kalm_values(directory, kinds) | read_fields(str(path), own, kinds))
-        _check_template(path, "passage_template", settings.passage_template, {"passage"}, {"passage"})
-        _check_template(path, "prompt_template", settings.prompt_template, {"query"}, {"query", "instruction"})
+        for key, needed, optional in (("passage_template", "passage", ""), ("prompt_template", "query", "instruction")):
+            try:
+                found = set(template_fields(getattr(settings, key)))
+            except ValueError as exc:
+                raise CheckpointError(
+                    f"{path}: {key} is not a template ({exc}); braces of the text itself are doubled"
+                ) from exc
+            allowed = sorted({needed, optional or needed})
+            if needed not in found or not found.issubset(allowed):
+                raise CheckpointError(
+                    f"{path}: {key} has the fields {sorted(found)}; expected {[needed]}, allowed {allowed}"
+                )
         return settings
 
 
@@ -95,7 +99,9 @@ def _kalm_values(directory: Path, kinds: dict[str, Any]) -> dict[str, Any]:
     if values.get("default_compression_ratio", 1) is None:
         values["default_compression_ratio"] = 1
     if "prompt_template" in values:
-        values["prompt_template"] = _kalm_prompt(values["prompt_template"])
+        # A system instruction is text and no template.
+        system = values["prompt_template"].replace("{", "{{").replace("}", "}}")
+        values["prompt_template"] = system.join(_AROUND_SYSTEM)
     # The prompt that sentence-transformers uses where it is given none.
     path = directory / "config_sentence_transformers.json"
     found = read_json(path, optional=True)
@@ -112,11 +118,9 @@ def _kalm_values(directory: Path, kinds: dict[str, Any]) -> dict[str, Any]:
 def template_fields(template: str) -> list[str]:
     """Names of a template's fields, in order, each with whatever more its braces hold.
 
-    str.format pads (`{query:>999999999}` takes a gigabyte), converts, indexes and follows attributes. None of it
-    is a plain name, so a caller that allows plain names alone rejects it.
-
-    Raises:
-        ValueError: no template, or one too long or too repetitive to be filled with texts from outside.
+    str.format pads (`{query:>999999999}` takes a gigabyte), converts, indexes and follows attributes. None of it is a
+    plain name, so a caller that allows plain names alone rejects it. ValueError where it is no template, or one too
+    long or too repetitive to be filled with texts from outside.
     """
     if len(template) > MAX_TEXT_CHARS:
         raise ValueError(f"it has {len(template):,} characters; expected at most {MAX_TEXT_CHARS:,}")
@@ -126,16 +130,3 @@ def template_fields(template: str) -> list[str]:
         if names.count(name) > MAX_FIELD_USES:
             raise ValueError(f"it names {name!r} {names.count(name)} times; expected at most {MAX_FIELD_USES}")
     return names
-
-
-def _check_template(path: Path, key: str, template: str, needed: set[str], allowed: set[str]) -> None:
-    try:
-        found = set(template_fields(template))
-    except ValueError as exc:
-        raise CheckpointError(
-            f"{path}: {key} is not a template ({exc}); braces of the text itself are doubled"
-        ) from exc
-    if not needed <= found or not found <= allowed:
-        raise CheckpointError(
-            f"{path}: {key} has the fields {sorted(found)}; expected {sorted(needed)}, allowed {sorted(allowed)}"
-        )

@@ -71,7 +71,17 @@ def make_checkpoint(
     (directory / "config.json").write_text(json.dumps(_config(shape), indent=2))
     if settings is not None:
         (directory / "preread.json").write_text(json.dumps({"format_version": 1} | settings, indent=2))
-    save_file(_random_tensors(shape, seed, dtype), directory / "model.safetensors", metadata={"format": "pt"})
+    rng = np.random.default_rng(seed)  # torch's normal numbers depend on the processor's vector units
+    shapes = tensor_shapes("encoder", shape) | tensor_shapes("decoder", shape)
+    tensors = {}
+    for name in sorted(shapes, key=lambda name: "embed_tokens" in name):  # the order in which numbers are drawn
+        if name.startswith("decoder.embed_tokens"):  # tied
+            continue
+        # Attention, margins and norms all have something to say.
+        scale = 0.1 if "norm" in name else (shapes[name][-1] ** -0.5)
+        drawn = torch.from_numpy(rng.standard_normal(shapes[name], dtype=np.float32))
+        tensors[f"model.{name}"] = (drawn * scale).to(dtype)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
 
 
@@ -103,6 +113,7 @@ def _config(shape: Shape) -> dict[str, Any]:
         "model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
         "num_attention_heads": 1, "image_size": 896, "patch_size": 14,
     }  # fmt: skip
+    special = {"eoi_token_index": 1, "image_token_index": 3}
     return {
         "architectures": ["T5Gemma2ForConditionalGeneration"],
         "model_type": "t5gemma2",
@@ -110,25 +121,9 @@ def _config(shape: Shape) -> dict[str, Any]:
             "model_type": "t5gemma2_encoder",
             "text_config": {"model_type": "t5gemma2_text", **stack},
             "vision_config": vision,
-            "eoi_token_index": 1,
-            "image_token_index": 3,
+            **special,
         },
         "decoder": {"model_type": "t5gemma2_decoder", **stack},
-        "eoi_token_index": 1,
-        "image_token_index": 3,
+        **special,
         "tie_word_embeddings": True,
     }
-
-
-def _random_tensors(shape: Shape, seed: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Weights scaled so that attention, margins and norms all have something to say."""
-    rng = np.random.default_rng(seed)  # torch's normal numbers depend on the processor's vector units
-    shapes = tensor_shapes("encoder", shape) | tensor_shapes("decoder", shape)
-    tensors = {}
-    for name in sorted(shapes, key=lambda name: "embed_tokens" in name):  # the order in which numbers are drawn
-        if name.startswith("decoder.embed_tokens"):  # tied
-            continue
-        scale = 0.1 if "norm" in name else (shapes[name][-1] ** -0.5)
-        drawn = torch.from_numpy(rng.standard_normal(shapes[name], dtype=np.float32))
-        tensors[f"model.{name}"] = (drawn * scale).to(dtype)
-    return tensors

@@ -31,7 +31,7 @@ Fields = Mapping[str, str]  # query, instruction, passage
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
+class _Encoded:
     """Token ids of one filled template."""
 
     ids: list[int]
@@ -82,11 +82,22 @@ class Tokenizers:
     def spells_control(self, texts: Iterable[str]) -> bool:
         return any(self.controls.search(text) for text in texts)
 
+    def encode(self, text: str | tuple[str, str], *, plain: bool, add_special_tokens: bool = False) -> Encoding:
+        """One text or pair, without holding the interpreter: tokenizers releases it for batches only.
+
+        A megabyte takes a second, in which no other request would be answered.
+        """
+        tokenizer = self.plain if plain else self.exact
+        (encoding,) = tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+        return encoding
+
 
 class TemplateFiller:
-    """A template in pieces, each tokenized separately; ids are joined.
+    """A template in pieces, each tokenized separately; ids are joined. Without any, the tokenizer's own pair.
 
-    Where a text spells a control token only the template's own count, and all text between them is read as plain.
+    Where a text spells a control token only the template's own count, and all text between them is read as plain. A
+    pair (`[CLS] query [SEP] passage [SEP]` or what its post-processor adds) is always read as plain: its special tokens
+    come from the post-processor.
     """
 
     def __init__(
@@ -117,8 +128,12 @@ class TemplateFiller:
         parts = (part for part in dict.fromkeys((text[:PROBE_CHARACTERS], text)) if part)
         return all(self.encode([PROBE_FIELDS | {"passage": part}])[0].ids in self.nothing for part in parts)
 
-    def encode(self, rows: Sequence[Fields]) -> list[Encoded]:
+    def encode(self, rows: Sequence[Fields]) -> list[_Encoded]:
         """The filled template per row, without `ends`."""
+        if not self._pieces:
+            pairs = [(row["query"], row["passage"]) for row in rows]
+            whole = self._tokenizers.plain.encode_batch_fast(pairs, add_special_tokens=True)
+            return [_Encoded(each.ids, each.type_ids) for each in whole]
         hostile = [self._guard and self._tokenizers.spells_control(row.values()) for row in rows]
         joined = [[*self._prefix] for _ in rows]
         at = [i for i, each in enumerate(hostile) if not each]
@@ -127,15 +142,16 @@ class TemplateFiller:
             found = self._tokenizers.exact.encode_batch_fast(texts, add_special_tokens=False)
             for i, one in zip(at, found, strict=True):
                 joined[i].extend(one.ids)
-        return [
-            self.locate(row) if each else Encoded(ids + self._suffix)
-            for row, ids, each in zip(rows, joined, hostile, strict=True)
-        ]
+        both = zip(rows, joined, hostile, strict=True)
+        return [self.locate(row) if each else _Encoded(ids + self._suffix) for row, ids, each in both]
 
-    def locate(self, row: Fields, *, guarded: bool = False) -> Encoded:
+    def locate(self, row: Fields, *, guarded: bool = False) -> _Encoded:
         """One row with the ends of its passage's tokens; `guarded` as if a text spelled a control token."""
+        if not self._pieces:
+            found = self._tokenizers.encode((row["query"], row["passage"]), plain=True, add_special_tokens=True)
+            located = zip(found.sequence_ids, found.offsets, strict=True)
+            return _Encoded(found.ids, found.type_ids, [end if text == 1 else None for text, (_, end) in located])
         guarded = guarded or (self._guard and self._tokenizers.spells_control(row.values()))
-        tokenizer = self._tokenizers.plain if guarded else self._tokenizers.exact
         ids, ends = [*self._prefix], [None] * len(self._prefix)  # type: list[int], list[int | None]
         for piece in self._pieces:
             for part in self._parts(piece, guarded):
@@ -149,11 +165,11 @@ class TemplateFiller:
                     if name == "passage":
                         begin, end = len(text), len(text) + len(row[name])
                     text += row[name] if name is not None else ""
-                found = encode(tokenizer, text)
+                found = self._tokenizers.encode(text, plain=guarded)
                 ids.extend(found.ids)
                 # A token that reaches out of the passage belongs to the template and stays.
                 ends.extend(stop - begin if begin <= start and stop <= end else None for start, stop in found.offsets)
-        return Encoded(ids + self._suffix, None, ends + [None] * len(self._suffix))
+        return _Encoded(ids + self._suffix, None, ends + [None] * len(self._suffix))
 
     def _parts(self, piece: str, guarded: bool) -> list[list[tuple[str, str | None]] | str]:
         """Literal text and the field behind it, to tokenize as one text; guarded ones cut at their control tokens."""
@@ -180,8 +196,6 @@ class TextTokenizer:
             self._both = Tokenizers(path.read_text(encoding="utf-8"))
         except Exception as exc:  # tokenizers raises bare Exception
             raise CheckpointError(f"{path}: cannot be read as a tokenizer ({exc})") from exc
-        # Reads text from outside that stands alone.
-        self._reader = self._both.plain if neutralise else self._both.exact
         self.yes_id = single_token(self._both.exact, settings.yes_token, f"{directory}: yes_token")
         self.no_id = single_token(self._both.exact, settings.no_token, f"{directory}: no_token")
         if self.yes_id == self.no_id:
@@ -192,12 +206,16 @@ class TextTokenizer:
         # Tokens that the passage template leaves to a passage.
         self._room = max(1, settings.max_passage_tokens - len(self._passage.nothing[0]))
 
+    def _alone(self, text: str) -> Encoding:
+        """Text from outside without a template."""
+        return self._both.encode(text, plain=self._neutralise)
+
     @cached_property
     def max_id(self) -> int:
         """The largest id that a text can become.
 
-        Gemma 3's tokenizer has a control token for images beyond the last row of the embedding; where
-        control tokens in texts are read as plain text, no text becomes it.
+        Gemma 3's tokenizer has a control token for images beyond the last row of the embedding; where control tokens in
+        texts are read as plain text, no text becomes it.
         """
         vocabulary = self._both.exact.get_vocab(with_added_tokens=True)
         used = set(self._both.controls.findall(self._settings.passage_template + self._settings.prompt_template))
@@ -223,13 +241,13 @@ class TextTokenizer:
             return []
         template = self._settings.passage_template
         first = len(template[: template.index("{passage}")].format())
-        offsets = encode(self._both.exact, template.format(passage=text)).offsets
+        offsets = self._both.encode(template.format(passage=text), plain=False).offsets
         clipped = [(max(0, begin - first), min(len(text), end - first)) for begin, end in offsets]
         return [(begin, end) if begin < end else (0, 0) for begin, end in clipped]
 
     def passage_windows(self, text: str) -> list[TokenizedPassage]:
         """One passage as windows of at most `max_passage_tokens`, each under the template, without gap or overlap."""
-        limit, offsets = self._settings.max_passage_tokens, encode(self._reader, text).offsets
+        limit, offsets = self._settings.max_passage_tokens, self._alone(text).offsets
         windows: list[TokenizedPassage] = []
         first, begin, size = 0, 0, self._room  # the window's first token, where its text starts, tokens to try
         while True:
@@ -248,7 +266,7 @@ class TextTokenizer:
     def cut(self, text: str, max_tokens: int | None = None, *, keep_end: bool = False) -> str:
         """The beginning of a passage's text, or its end; `max_tokens` None: as much as fits under the template."""
         max_tokens = max_tokens or self._room
-        offsets = encode(self._reader, text).offsets
+        offsets = self._alone(text).offsets
         if len(offsets) <= max_tokens:
             return text
         return text[offsets[-max_tokens][0] :] if keep_end else text[: offsets[max_tokens][0]]
@@ -261,7 +279,7 @@ class TextTokenizer:
         space, is read as the text that comes back.
         """
         limit = self._settings.max_query_tokens
-        query_ids = encode(self._reader, query).ids
+        query_ids = self._alone(query).ids
         query = self._both.exact.decode(query_ids[:limit], skip_special_tokens=False)
         instruction = self._settings.default_instruction if instruction is None else instruction
         ids = self._prompt.encode([{"query": query, "instruction": instruction}])[0].ids
@@ -282,15 +300,6 @@ class TextTokenizer:
             prefix = [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
             self._prefixes.set(instruction, prefix)
         return prefix
-
-
-def encode(tokenizer: Tokenizer, text: str | tuple[str, str], *, add_special_tokens: bool = False) -> Encoding:
-    """One text or pair, without holding the interpreter: tokenizers releases it for batches only.
-
-    A megabyte takes a second, in which no other request would be answered.
-    """
-    (encoding,) = tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
-    return encoding
 
 
 def single_token(tokenizer: Tokenizer, text: str, what: str) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from checkpoint import Checkpoint
 from checkpoint.compute import choose_device, choose_fused, dtype_name
-from checkpoint.layers import BLOCK_LOGITS, Embedding, LayerWeights, Pointwise, Rope, Rotation, attend, take_norm
+from checkpoint.layers import BLOCK_LOGITS, Pointwise, Stack, attend
 
 # Queries at a time where a layer slides: more would see more keys in vain, those that their windows reach.
 BLOCK_TOKENS = 128
@@ -143,55 +143,40 @@ class Encoder:
         self.dim = checkpoint.dim
         self.dtype_name = dtype_name(number_format)
         self.device_name = str(where)
-        self._config = config = checkpoint.encoder_config
         tensors = {name: tensor.to(where) for name, tensor in checkpoint.encoder_tensors(number_format).items()}
-        self._embedding = Embedding(tensors, "encoder", checkpoint.eoi_id)
-        self._norm = take_norm(tensors, "encoder.norm")
-        scale = float(config.query_pre_attn_scalar**-0.5)
-        layers = range(config.num_hidden_layers)
-        self._layers = [LayerWeights.take(tensors, f"encoder.layers.{i}", scale) for i in layers]
-        self._layer_types: list[str] = list(config.layer_types or ())
-        self._pointwise = Pointwise(float(config.rms_norm_eps), compiled=choose_fused(checkpoint.dim, where))
-        self._rope = Rope(config, where, number_format)
+        fused = choose_fused(checkpoint.dim, where)
+        self._stack = Stack(checkpoint.encoder_config, "encoder", tensors, checkpoint.eoi_id, compiled=fused)
 
     @torch.inference_mode()
     def encode(self, batch: Sequence[Sequence[int]], ratio: int) -> list[NDArray[np.float32]]:
         """Token ids per passage (template included, at least one) to states (ceil(num_tokens / ratio), dim) float32."""
         lengths = [len(ids) for ids in batch]
         ids = torch.from_numpy(np.concatenate([np.asarray(tokens, dtype=np.int64) for tokens in batch]))
-        pooled = _pool(self._states(ids.to(self._embedding.weight.device), lengths), lengths, ratio).cpu()
+        pooled = _pool(self._states(ids.to(self._stack.embedding.device), lengths), lengths, ratio).cpu()
         # Copies, so that one passage kept does not keep the whole batch alive.
         counts = [-(-length // ratio) for length in lengths]
         return [rows.copy() for rows in np.split(pooled.numpy(), np.cumsum(counts)[:-1])]
 
     def _states(self, token_ids: Tensor, lengths: Sequence[int]) -> Tensor:
         """Packed token ids (num_tokens,) to states after the final norm, (num_tokens, dim)."""
-        hidden = self._embedding(token_ids)
+        stack, config = self._stack, self._stack.config
+        hidden, normed = stack.embed(token_ids)
         device, dtype = hidden.device, hidden.dtype
         positions = torch.cat([torch.arange(length, device=device) for length in lengths])
-        group = self._config.num_attention_heads // self._config.num_key_value_heads
+        group = config.num_attention_heads // config.num_key_value_heads
         attentions, rotations = {}, {}
-        for kind in set(self._layer_types):
-            size = self._config.sliding_window if kind == "sliding_attention" else None
+        for kind in set(stack.layer_types):
+            size = config.sliding_window if kind == "sliding_attention" else None
             attentions[kind] = _Attention(size, lengths, group, device, dtype)
-            cos, sin = self._rope.table(kind, max(lengths))
-            rotations[kind] = (cos[positions], sin[positions])
-        norms = [layer.pre_attention for layer in self._layers] + [self._norm]
-        normed: Tensor = self._pointwise.rms_norm(hidden, norms[0])
-        for layer, kind, following in zip(self._layers, self._layer_types, norms[1:], strict=True):
-            attended = self._attended(layer, normed, attentions[kind], rotations[kind])
-            hidden, normed = self._pointwise.add_norm(hidden, layer.o(attended), layer.post_attention, layer.pre_mlp)
-            update = layer.down(layer.gated(normed))
-            hidden, normed = self._pointwise.add_norm(hidden, update, layer.post_mlp, following)
+            rotations[kind] = stack.rotation(kind, positions, max(lengths))
+        for i, (layer, kind) in enumerate(zip(stack.layers, stack.layer_types, strict=True)):
+            k, v = stack.keys_values(layer, normed)
+            k = stack.pointwise.norm_rotate(k, layer.k_norm, *rotations[kind])
+            q = stack.queries(layer, normed, rotations[kind])
+            attended = attentions[kind].attend(q, k, v.contiguous(), stack.pointwise)
+            del q, k, v  # not held through the layer's other half
+            hidden, normed = stack.finish(i, hidden, attended)
         return normed
-
-    def _attended(self, layer: LayerWeights, normed: Tensor, attention: _Attention, rotation: Rotation) -> Tensor:
-        # Apart from the loop, so that q, k and v are freed before the layer's other half.
-        q = layer.q(normed).view(len(normed), -1, self._config.head_dim)
-        k, v = layer.kv(normed).view(len(normed), 2, -1, self._config.head_dim).unbind(1)
-        q = self._pointwise.norm_rotate(q, layer.q_norm, *rotation)
-        k = self._pointwise.norm_rotate(k, layer.k_norm, *rotation)
-        return attention.attend(q, k, v.contiguous(), self._pointwise)
 
 
 def _pool(states: Tensor, lengths: Sequence[int], ratio: int) -> Tensor:

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from checkpoint.compute import choose_fused, cpp_compiler, separate_compiled_code
+from checkpoint.compute import choose_fused, cpp_compiler
 from checkpoint.layers import GatedLinear, Linear, Pointwise
 
 # Of float32: what summing in another order moves; of bfloat16: half a unit in the last place of the largest value.
@@ -98,12 +98,17 @@ def test_a_processor_has_one_folder_of_compiled_code_wherever_it_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "given"))
-    first = separate_compiled_code()
+
+    def folder() -> Path:
+        Pointwise(EPS, compiled=True)
+        return Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+
+    first = folder()
     assert first.parent == tmp_path / "given"
-    assert separate_compiled_code() == first == Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert folder() == first
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")  # no vector units at all
     if torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "NO AVX"):
-        assert separate_compiled_code() != first
+        assert folder() != first
 
 
 @pytest.mark.skipif(cpp_compiler() is None, reason="no C++ compiler: fused steps NOT checked")

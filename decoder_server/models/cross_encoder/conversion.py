@@ -160,7 +160,7 @@ class CausalSource:
             elif weight.quantized:
                 yield name, self.tensors.read(name)
             else:
-                yield name, weight.values.rows(0, math.prod(weight.shape[:1]))
+                yield name, weight.all_rows()
             advance(1)
 
     def _config(self) -> dict[str, Any]:
@@ -175,7 +175,7 @@ class CausalSource:
             "sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"},
         }
         config.pop("auto_map", None)
-        if self.tensors.quantization:  # the result holds plain numbers
+        if self.tensors.quantized:  # the result holds plain numbers
             for key in ("quantization_config", "compression_config", "torch_dtype"):
                 config.pop(key, None)
             config["dtype"] = "float32"
@@ -239,7 +239,7 @@ def _head(name: str, config: dict[str, Any], tensors: StoredTensors) -> str:
     if head == EMBEDDING and not config.get("tie_word_embeddings"):
         # transformers would fill the missing head with random numbers and only log it.
         raise CheckpointError(f"{name}: {HEAD} is missing and config.json does not tie it to the embedding")
-    tensors.check(head, (config.get("vocab_size", 0), config.get("hidden_size", 0)))
+    tensors.check({head: (config.get("vocab_size", 0), config.get("hidden_size", 0))})
     return head
 
 

@@ -253,7 +253,7 @@ def _from_pretrained(kind: Any, tensors: StoredTensors, config: Any, dtype: torc
     directory = tensors.directory
     try:
         with quiet():
-            if not tensors.quantization:
+            if not tensors.quantized:
                 how |= {"local_files_only": True, "use_safetensors": True, "trust_remote_code": trust}
                 return kind.from_pretrained(directory, config=config, **how)
             plain = copy.deepcopy(config)

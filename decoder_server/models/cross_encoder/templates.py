@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
-from checkpoint.text import Encoded, Fields, TemplateFiller, Tokenizers, encode
+from checkpoint.text import Fields, TemplateFiller, Tokenizers
 from decoder_server.models.cross_encoder.profiles import Profile
 
 Texts = tuple[str, str | None, str]  # query, instruction or None, passage
@@ -61,16 +61,15 @@ class PairReader:
             for text, id_ in self.tokenizers.control_ids.items()
         )
         pieces = [_list_template(profile, 1)] if profile.listwise else profile.template
-        filler = TemplateFiller if pieces else _PairFiller
-        self._filler = filler(self.tokenizers, pieces, add_special_tokens=profile.add_special_tokens)
+        self._filler = TemplateFiller(self.tokenizers, pieces, add_special_tokens=profile.add_special_tokens)
 
     def count(self, text: str) -> int:
         """Tokens of a text alone."""
-        return len(encode(self.tokenizers.plain, text).ids)
+        return len(self.tokenizers.encode(text, plain=True).ids)
 
     def cut(self, text: str, max_tokens: int, *, keep_end: bool = False) -> tuple[str, int]:
         """The beginning of a text, or its end, at most `max_tokens` long, and how many tokens it had."""
-        offsets = encode(self.tokenizers.plain, text).offsets
+        offsets = self.tokenizers.encode(text, plain=True).offsets
         if len(offsets) > max_tokens:
             text = text[offsets[-max_tokens][0] :] if keep_end else text[: offsets[max_tokens - 1][1]]
         return text, len(offsets)
@@ -125,15 +124,17 @@ class PairReader:
             {"query": prompt.query, "instruction": prompt.instruction, "passage": self._clean(passage)}
             for prompt, passage in texts
         ]
-        encoded = self._filler.encode(rows)
-        return [self._pair(prompt, row, one) for (prompt, _), row, one in zip(texts, rows, encoded, strict=True)]
+        limit = min(self._profile.max_tokens, self._profile.max_passage_tokens or self._profile.max_tokens)
+        return [
+            TextPair(whole.ids, whole.type_ids, prompt, row["passage"], truncated=False)
+            if len(whole.ids) <= limit
+            else self._cut_pair(prompt, row)
+            for (prompt, _), row, whole in zip(texts, rows, self._filler.encode(rows), strict=True)
+        ]
 
-    def _pair(self, prompt: TextPrompt, row: Fields, encoded: Encoded) -> TextPair:
+    def _cut_pair(self, prompt: TextPrompt, row: Fields) -> TextPair:
         """The pair without the passage's last tokens, as many as are too many."""
-        profile, passage = self._profile, row["passage"]
-        if len(encoded.ids) <= min(profile.max_tokens, profile.max_passage_tokens or profile.max_tokens):
-            return TextPair(encoded.ids, encoded.type_ids, prompt, passage, truncated=False)
-        encoded = self._filler.locate(row)
+        profile, passage, encoded = self._profile, row["passage"], self._filler.locate(row)
         own = [i for i, end in enumerate(encoded.ends) if end is not None]  # indices of the passage's tokens
         around = len(encoded.ids) - len(own)
         room = profile.max_tokens - around
@@ -157,24 +158,6 @@ class PairReader:
         text = text.strip() if self._profile.strip else text
         # Where the plain tokenizer would read a control token all the same, its spelling is broken.
         return self.tokenizers.controls.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text) if self._leaky else text
-
-
-class _PairFiller(TemplateFiller):
-    """The tokenizer's own pair: `[CLS] query [SEP] passage [SEP]` or what its post-processor adds.
-
-    Special tokens come from the post-processor, so the plain tokenizer reads every text rightly.
-    """
-
-    def encode(self, rows: Sequence[Fields]) -> list[Encoded]:
-        pairs = [(row["query"], row["passage"]) for row in rows]
-        found = self._tokenizers.plain.encode_batch_fast(pairs, add_special_tokens=True)
-        return [Encoded(each.ids, each.type_ids) for each in found]
-
-    def locate(self, row: Fields, *, guarded: bool = False) -> Encoded:
-        found = encode(self._tokenizers.plain, (row["query"], row["passage"]), add_special_tokens=True)
-        located = zip(found.sequence_ids, found.offsets, strict=True)
-        ends = [end if sequence == 1 else None for sequence, (_, end) in located]
-        return Encoded(found.ids, found.type_ids, ends)
 
 
 def _list_template(profile: Profile, num_passages: int) -> str:

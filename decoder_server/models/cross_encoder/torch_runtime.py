@@ -197,7 +197,7 @@ def read_head(source: CheckpointFiles, device: torch.device | None = None) -> He
             raise CheckpointError(
                 f"{directory}: score.weight is not in the checkpoint and would be random; convert the original first"
             )
-        tensors.check("score.weight", (1, config.hidden_size))
+        tensors.check({"score.weight": (1, config.hidden_size)})
         return _RowHead(tensors.rows("score.weight", [0]).to(device))
     rows = answer_ids(directory, source.tokenizer, source.profile)
     for key in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
@@ -210,7 +210,7 @@ def read_head(source: CheckpointFiles, device: torch.device | None = None) -> He
         if not config.tie_word_embeddings or tied not in tensors:
             tensors.refuse_missing([name])
         name = tied
-    tensors.check(name, (config.vocab_size, config.hidden_size))
+    tensors.check({name: (config.vocab_size, config.hidden_size)})
     return _RowHead(tensors.rows(name, rows).to(device), getattr(config, "final_logit_softcapping", None))
 
 

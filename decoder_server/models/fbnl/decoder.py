@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from checkpoint.layers import Embedding, LayerWeights, Pointwise, Rope, Rotation, attend, take_norm
+from checkpoint.layers import Rotation, Stack, attend
 
 if TYPE_CHECKING:
     from transformers.models.t5gemma2.configuration_t5gemma2 import T5Gemma2DecoderConfig
@@ -109,7 +109,7 @@ class _Padding:
 KeysValues = tuple[Tensor, Tensor]  # of one layer, normed and rotated, (rows, num_kv, head) each
 
 
-class Decoder:
+class Decoder(Stack):
     """Decoder weights and the forward pass over them."""
 
     def __init__(
@@ -121,17 +121,8 @@ class Decoder:
         compiled: bool = False,  # see Pointwise
     ) -> None:
         """Takes tensors out of `tensors` (canonical names `decoder.…`) as it packs them."""
-        self.config = config
-        self.embedding = Embedding(tensors, "decoder", eoi_id)
-        weight = self.embedding.weight
-        self.head = tensors.pop("lm_head.weight", weight)
-        self.norm = take_norm(tensors, "decoder.norm")
-        scale = float(config.query_pre_attn_scalar**-0.5)
-        names = [f"decoder.layers.{i}" for i in range(config.num_hidden_layers)]
-        self.layers = [LayerWeights.take(tensors, name, scale) for name in names]
-        self.layer_types: list[str] = list(config.layer_types or ())
-        self.pointwise = Pointwise(float(config.rms_norm_eps), compiled=compiled)
-        self._rope = Rope(config, weight.device, weight.dtype)
+        super().__init__(config, "decoder", tensors, eoi_id, compiled=compiled)
+        self.head = tensors.pop("lm_head.weight", self.embedding)
 
     @torch.inference_mode()
     def margins(
@@ -153,7 +144,7 @@ class Decoder:
         """The context that pooled states (num_states, dim) make, layer by layer, on demand; keys carry no position."""
         for layer in self.layers:
             with torch.inference_mode():  # a generator runs in its caller's mode
-                k, v = self._projected(layer, states)
+                k, v = self.keys_values(layer, states)
                 yield self.pointwise.rms_norm(k, layer.k_norm), v
 
     @torch.inference_mode()
@@ -191,15 +182,13 @@ class Decoder:
         watch: Callable[[Tensor, Tensor, Tensor], None] | None = None,  # sees each layer's queries, keys and mask
     ) -> Tensor:
         """Every layer over every token but the last layer, which computes the readout rows; they come out normed."""
-        hidden = self.embedding(token_ids)  # (num_tokens, dim)
+        hidden, normed = self.embed(token_ids)  # (num_tokens, dim)
         views = {kind: self._view(kind, layout, hidden.dtype) for kind in set(self.layer_types)}
         group = self.config.num_attention_heads // self.config.num_key_value_heads  # query heads per kv head
-        norms = [layer.pre_attention for layer in self.layers] + [self.norm]
-        normed: Tensor = self.pointwise.rms_norm(hidden, norms[0])
         for i, (layer, passage) in enumerate(zip(self.layers, context, strict=True)):
             last = i == len(self.layers) - 1
             rotation, mask = views[self.layer_types[i]]
-            k, v = self._projected(layer, normed)
+            k, v = self.keys_values(layer, normed)
             k = self.pointwise.norm_rotate(k, layer.k_norm, *rotation)
             if keep is not None:
                 keep((k, v))
@@ -211,24 +200,15 @@ class Decoder:
                 rows = layout.readout
                 hidden, normed = hidden[rows], normed[rows]  # (batch, dim)
                 rotation, mask = (rotation[0][rows], rotation[1][rows]), layout.readout_mask(mask)
-            q = layer.q(normed).view(len(normed), -1, self.config.head_dim)
-            q = layout.fold(self.pointwise.norm_rotate(q, layer.q_norm, *rotation), keys.shape[1], readout=last)
+            q = layout.fold(self.queries(layer, normed, rotation), keys.shape[1], readout=last)
             if watch is not None:
                 watch(q, keys, mask)
             attended = layout.unfold(attend(q, keys, values, mask, self.pointwise), group, readout=last)
-            hidden, normed = self.pointwise.add_norm(hidden, layer.o(attended), layer.post_attention, layer.pre_mlp)
-            update = layer.down(layer.gated(normed))
-            hidden, normed = self.pointwise.add_norm(hidden, update, layer.post_mlp, norms[i + 1])
+            hidden, normed = self.finish(i, hidden, attended)
         return normed
-
-    def _projected(self, layer: LayerWeights, x: Tensor) -> KeysValues:
-        """(rows, dim) -> raw keys and values, (rows, num_kv, head) each."""
-        kv = layer.kv(x).view(len(x), 2, self.config.num_key_value_heads, self.config.head_dim)
-        return kv[:, 0], kv[:, 1]
 
     def _view(self, kind: str, layout: Layout, dtype: torch.dtype) -> tuple[Rotation, Tensor]:
         """Shared by the layers of this kind: cos and sin of the packed tokens, and the mask."""
-        cos, sin = self._rope.table(kind, layout.num_positions)
         window = self.config.sliding_window if kind == "sliding_attention" else None
         mask = layout.mask(window, self.config.num_key_value_heads, dtype)
-        return (cos[layout.positions], sin[layout.positions]), mask
+        return self.rotation(kind, layout.positions, layout.num_positions), mask

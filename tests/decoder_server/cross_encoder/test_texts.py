@@ -19,8 +19,7 @@ from benchmarks.synthetic import (
     unigram_tokenizer,
     wordpiece_tokenizer,
 )
-from checkpoint.text import encode
-from decoder_server.models.cross_encoder import templates
+from checkpoint.text import Tokenizers
 from decoder_server.models.cross_encoder.loading import open_cross_encoder
 from decoder_server.models.cross_encoder.profiles import builtin_profiles
 from decoder_server.models.cross_encoder.templates import PairReader
@@ -150,12 +149,14 @@ def test_a_query_is_tokenized_once_whatever_its_passages(model: str, monkeypatch
     """Alone, that is: a template's piece with the passage in it has the query in the same text."""
     alone: list[str] = []
 
-    def counted(tokenizer: Tokenizer, text: str | tuple[str, str], **how: bool) -> Encoding:
+    encode = Tokenizers.encode
+
+    def counted(tokenizers: Tokenizers, text: str | tuple[str, str], **how: bool) -> Encoding:
         alone.append(str(text))
-        return encode(tokenizer, text, **how)
+        return encode(tokenizers, text, **how)
 
     each = reader(model)
-    monkeypatch.setattr(templates, "encode", counted)
+    monkeypatch.setattr(Tokenizers, "encode", counted)
     prompt = each.prompt(QUERY, "Prefer short answers.")
     pairs = each.pairs(prompt, [f"passage {i}" for i in range(100)])
     assert len(pairs) == 100
