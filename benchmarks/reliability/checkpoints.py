@@ -27,7 +27,6 @@ from checkpoint import Checkpoint, CheckpointError
 from checkpoint.synthetic import make_checkpoint
 from decoder_server.models.cross_encoder.files import quiet
 from decoder_server.models.cross_encoder.loading import open_cross_encoder
-from decoder_server.models.cross_encoder.torch_runtime import answer_ids
 from decoder_server.models.fbnl.backend import FbnlBackend
 from decoder_server.models.fbnl.kv_cache import StatePair
 from encoder_worker.encoder import Encoder
@@ -122,7 +121,7 @@ class Subject:
         model = kind.from_pretrained(directory, dtype=torch.float32).eval()
         source = open_cross_encoder(self.directory, profile=CROSS_ENCODERS[self.architecture], dtype="float32")
         tokenizer = source._reader.tokenizers.exact
-        answers = answer_ids(self.directory, tokenizer, source.profile) if causal else ()
+        answers = source.profile.read_answers(tokenizer, self.directory) if causal else ()
         margins = []
         for passage in PASSAGES:
             (pair,) = source.read([(QUERY, None, passage)])

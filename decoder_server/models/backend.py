@@ -22,10 +22,8 @@ class Prompt(Protocol):
 
     @property
     def num_tokens(self) -> int: ...
-
     @property
     def num_query_tokens(self) -> int: ...
-
     @property
     def query_truncated(self) -> bool: ...
 
@@ -35,13 +33,10 @@ class Pair(Protocol):
 
     @property
     def num_prompt_tokens(self) -> int: ...  # tokens that attend
-
     @property
     def num_states(self) -> int: ...  # states attended to besides them
-
     @property
     def num_tokens(self) -> int: ...  # cost of the pair in a batch
-
     @property
     def truncated(self) -> bool: ...  # the passage was cut to fit, here or when it was encoded
 
@@ -51,13 +46,10 @@ class _ModelSettings(Protocol):
 
     @property
     def default_instruction(self) -> str: ...
-
     @property
     def default_compression_ratio(self) -> int: ...  # 0 for a model that reads text
-
     @property
     def max_passage_tokens(self) -> int: ...
-
     @property
     def max_query_tokens(self) -> int: ...
 
@@ -74,34 +66,19 @@ class Backend(Protocol):
 
     @property
     def settings(self) -> _ModelSettings: ...
-
     @property
     def num_compilations(self) -> int: ...  # fused steps compiled so far; constant once warm
-
     def identity(self) -> EncoderIdentity | None: ...  # the encoder whose states this model reads; None: it reads text
-
     def prompt(self, query: str, instruction: str | None = None) -> Prompt: ...  # tokenizes both
 
-    def pairs(self, prompt: Any, passages: Sequence[Any]) -> Sequence[Sequence[Pair]]:
-        """Per passage its windows under this backend's own prompt.
+    # Per passage its windows under this backend's own prompt; ValueError where that leaves no room for a passage.
+    def pairs(self, prompt: Any, passages: Sequence[Any]) -> Sequence[Sequence[Pair]]: ...
 
-        Raises:
-            ValueError: the prompt leaves no room for a passage.
-        """
-        ...
-
-    def cut(self, text: str, max_tokens: int | None, *, keep_end: bool = False) -> str:
-        """The beginning, or end, of a passage: at most `max_tokens` (None: the limit of a passage)."""
-        ...
-
+    # The beginning, or end, of a passage: at most `max_tokens` (None: the limit of a passage).
+    def cut(self, text: str, max_tokens: int | None, *, keep_end: bool = False) -> str: ...
     def is_empty(self, text: str) -> bool: ...  # whether a passage's text has no tokens
-
-    def score(self, pairs: Sequence[Any]) -> NDArray[np.float32]:
-        """Margins (len(pairs),) of this backend's own pairs; NaN where a logit was not finite."""
-        ...
-
+    def score(self, pairs: Sequence[Any]) -> NDArray[np.float32]: ...  # margins (len(pairs),); NaN: a logit not finite
     def activate(self, margin: float) -> float: ...  # the published score of a margin: P(yes) for fbnl
-
     def warm_up(self) -> None: ...  # one forward pass, whose margin must be finite
 
 
@@ -123,13 +100,8 @@ class StatesBackend(Backend, Protocol):
 
     @property
     def caches(self) -> Sequence[_PassCache]: ...  # enabled, or disabled by a budget of 0; always in the same order
-
-    def fill(self, pairs: Sequence[Any]) -> Sequence[int]:
-        """Pre-fills the caches for these pairs; per cache, how many of the pairs it holds now."""
-        ...
-
+    def fill(self, pairs: Sequence[Any]) -> Sequence[int]: ...  # pre-fills; per cache, how many pairs it holds now
     def attention(self, pair: Any) -> NDArray[np.float32]: ...  # the readout token's weight on every state
-
     def spans(self, text: str) -> list[tuple[int, int]]: ...  # per token of a passage, its characters of `text`
 
 

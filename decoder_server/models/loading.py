@@ -13,9 +13,7 @@ BATCH_TOKENS = {"cpu": (1024, 8192), "cuda": (16_384, 65_536)}
 def load_model(model: ModelConfig) -> Backend:
     """Loads a model as its checkpoint, or the configuration, says.
 
-    Raises:
-        CheckpointError: files that cannot be served.
-        ValueError: a device, dtype or runtime that is not to be had.
+    Raises CheckpointError for files that cannot be served, ValueError for a device, dtype or runtime not to be had.
     """
     import torch  # seconds to import; only a process that serves should pay
 
@@ -47,11 +45,7 @@ def load_model(model: ModelConfig) -> Backend:
 
 
 def is_fbnl(model: ModelConfig) -> bool:
-    """Whether the model reads states.
-
-    Raises:
-        CheckpointError: no such checkpoint.
-    """
+    """Whether the model reads states; CheckpointError where there is no such checkpoint."""
     if model.backend != "auto":
         return model.backend == "fbnl"
     from checkpoint.files import read_json, resolve

@@ -22,7 +22,6 @@ from decoder_server.models.backend import sigmoid
 from decoder_server.models.cross_encoder.files import load_transformer, quiet
 from decoder_server.models.cross_encoder.profiles import Profile
 from decoder_server.models.cross_encoder.templates import PairReader, TextPair
-from decoder_server.models.cross_encoder.torch_runtime import answer_ids
 from tuning.health.checks import BATCH, SWAP, saturation, spread_ratio
 from tuning.health.report import Section
 from tuning.health.scorers import Margins, TextTriple
@@ -49,7 +48,7 @@ class PlainModel:
         self.pad_id = self.model.config.pad_token_id or loaded.pad_token_id or 0
         self._device = device
         self._typed = "token_type_ids" in loaded.model_input_names
-        self._answers = answer_ids(directory, self.tokenizer, profile) if profile.head == "vocabulary" else ()
+        self._answers = profile.read_answers(self.tokenizer, directory) if profile.head == "vocabulary" else ()
 
     def read(self, pairs: Sequence[TextTriple], profile: Profile | None = None) -> list[TextPair]:
         return PairReader(self.tokenizer, profile or self.profile).read(pairs)

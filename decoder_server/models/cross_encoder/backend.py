@@ -30,9 +30,7 @@ class Runner(Protocol):
     dtype_name: str
     device_name: str
 
-    def margins(self, pairs: Sequence[TextPair]) -> NDArray[np.float32]:
-        """Margins (len(pairs),) of one padded pass, as the arithmetic gives them."""
-        ...
+    def margins(self, pairs: Sequence[TextPair]) -> NDArray[np.float32]: ...  # (len(pairs),) of one padded pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +72,7 @@ class CrossEncoder:
         """It reads no states."""
 
     def prompt(self, query: str, instruction: str | None = None) -> TextPrompt:
-        """PairReader.prompt; InvalidRequest where the instruction is over the model's limit."""
+        """As PairReader.prompt; InvalidRequest where the instruction is over the model's limit."""
         try:
             return self._reader.prompt(query, instruction)
         except ValueError as exc:
@@ -105,10 +103,7 @@ class CrossEncoder:
         return np.where(np.isfinite(margins), margins, np.float32("nan"))
 
     def score_texts(self, texts: Sequence[Texts], max_batch_tokens: int | None = None) -> NDArray[np.float32]:
-        """Margins (len(texts),) in the order of `texts`: pairs of like length share a pass.
-
-        `max_batch_tokens` is the padded tokens of a pass; None: as suits the device.
-        """
+        """Margins (len(texts),); pairs of like length share a pass of `max_batch_tokens`, or as suits the device."""
         if self.listwise:  # one list is one pass, whatever its length
             return self.score(self.read(texts))
         budget = max_batch_tokens or BATCH_TOKENS[self.device_name.split(":")[0]]
@@ -122,9 +117,8 @@ class CrossEncoder:
     def activation(self, margins: NDArray[np.float32]) -> NDArray[np.float32]:
         """Scores as the model publishes them, computed in float32."""
         margins = np.asarray(margins, dtype=np.float32)
-        if self.profile.activation == "identity":
-            return margins
-        return sigmoid(margins / np.float32(self.profile.temperature))
+        identity = self.profile.activation == "identity"
+        return margins if identity else sigmoid(margins / np.float32(self.profile.temperature))
 
     def bounded(self, margins: NDArray[np.float32]) -> NDArray[np.float32]:
         """Scores in 0..1 for interfaces that demand them, in the order of the margins.
@@ -157,7 +151,7 @@ class CrossEncoder:
 def batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
     """Indices of sequences by length, in batches of at most `max_tokens` padded tokens (one sequence at least)."""
     batch: list[int] = []
-    real = 0
+    real = 0  # tokens in the batch
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
         longest = lengths[index]  # sorted, so the longest so far
         padded = (len(batch) + 1) * longest

@@ -12,7 +12,7 @@ from checkpoint.files import CheckpointError, read_json, resolve
 from decoder_server.models.cross_encoder.backend import CrossEncoder, Runner
 from decoder_server.models.cross_encoder.files import CheckpointFiles
 from decoder_server.models.cross_encoder.onnx_runtime import load_onnx
-from decoder_server.models.cross_encoder.profiles import Profile, generic_profile, named_profile
+from decoder_server.models.cross_encoder.profiles import Profile, named_profile
 from decoder_server.models.cross_encoder.torch_runtime import load_torch
 
 log = logging.getLogger(__name__)
@@ -20,40 +20,39 @@ RUNTIMES = ("torch", "onnx", "onnx-int8")
 
 
 def open_cross_encoder(
-    name: str | Path,
+    name: str | Path,  # directory or hub id
     *,
-    device: str | None = None,
-    dtype: str | None = None,
-    runtime: str = "torch",
+    device: str | None = None,  # auto, cpu or cuda[:N]; None is auto
+    dtype: str | None = None,  # auto, float32 or bfloat16; None is auto
+    runtime: str = "torch",  # or onnx (float32) or onnx-int8, with ONNX Runtime on the CPU
+    # A model id whose recipe to use, a TOML file, `generic`, or a Profile; None: by exact id, by the checkpoint's own
+    # file, or from its configuration.
     profile: str | Profile | None = None,
-    max_tokens: int | None = None,
-    trust_remote_code: bool = False,
-    cache_dir: Path | None = None,
+    max_tokens: int | None = None,  # a lower or higher limit than the profile's
+    trust_remote_code: bool = False,  # run Python that comes with the checkpoint
+    cache_dir: Path | None = None,  # where ONNX graphs are kept; None: ~/.cache/preread/onnx
 ) -> CrossEncoder:
     """Loads a reranker that reads query and passage together.
 
-    Args:
-        name: directory or hub id.
-        device: auto, cpu or cuda[:N]; None is auto.
-        dtype: auto, float32 or bfloat16; None is auto.
-        runtime: torch, or onnx (float32) or onnx-int8, with ONNX Runtime on the CPU.
-        profile: a model id whose recipe to use, a TOML file, `generic`, or a Profile; None: by exact id, by the
-            checkpoint's own file, or from its configuration.
-        max_tokens: a lower or higher limit than the profile's.
-        trust_remote_code: run Python that comes with the checkpoint.
-        cache_dir: where ONNX graphs are kept; None: ~/.cache/preread/onnx.
-
-    Raises:
-        CheckpointError: files that cannot be served, with the reason.
-        ValueError: a device, dtype or runtime that is not to be had.
+    Raises CheckpointError for files that cannot be served, ValueError for a device, dtype or runtime not to be had.
     """
     where, number_format = _placed(runtime, device, dtype)
-    source = _opened(str(name), profile, max_tokens, trust_remote_code)
+    name = str(name)
+    chosen = named_profile(name, profile)
+    _check_allowed(name, chosen, trust_remote_code)  # before anything is downloaded
+    directory = resolve(name, with_code=trust_remote_code)
+    config = read_json(directory / "config.json")
+    if chosen is None:
+        chosen = named_profile(name, profile, directory) or Profile.generic(name, config, directory)
+        _check_allowed(name, chosen, trust_remote_code)
+    chosen.check_architecture(config, name)
+    limited = chosen.limited(config, max_tokens)
+    source = CheckpointFiles.open(directory, config, limited, trust_remote_code=trust_remote_code)
     if runtime == "torch":
         runner: Runner = load_torch(source, where, number_format)
     else:
         runner = load_onnx(source, quantized=runtime == "onnx-int8", cache_dir=cache_dir)
-    model = CrossEncoder(source, runner, checkpoint_name=str(name), runtime=runtime)
+    model = CrossEncoder(source, runner, checkpoint_name=name, runtime=runtime)
     model.first_pass()  # a config.json may make a model that loads and cannot compute
     log.info("%s: profile %s, %s on %s", name, model.profile.model, model.dtype_name, model.device_name)
     if model.notice:
@@ -79,23 +78,6 @@ def _placed(runtime: str, device: str | None, dtype: str | None) -> tuple[torch.
         then = "they are emulated, slower than float32" if emulated else "computing in float32"
         log.log(logging.WARNING if emulated else logging.INFO, "this processor has no bfloat16 instructions: %s", then)
     return where, number_format
-
-
-def _opened(
-    name: str, profile: str | Profile | None, max_tokens: int | None, trust_remote_code: bool
-) -> CheckpointFiles:
-    """The files under the profile that the checkpoint goes by."""
-    chosen = named_profile(name, profile)
-    _check_allowed(name, chosen, trust_remote_code)  # before anything is downloaded
-    directory = resolve(name, with_code=trust_remote_code)
-    config = read_json(directory / "config.json")
-    if chosen is None:
-        chosen = named_profile(name, profile, directory) or generic_profile(name, config, directory)
-        _check_allowed(name, chosen, trust_remote_code)
-    chosen.check_architecture(config, name)
-    return CheckpointFiles.open(
-        directory, config, chosen.limited(config, max_tokens), trust_remote_code=trust_remote_code
-    )
 
 
 def _check_allowed(name: str, profile: Profile | None, trust_remote_code: bool) -> None:

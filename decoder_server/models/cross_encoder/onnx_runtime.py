@@ -49,13 +49,24 @@ _LAYER = re.compile(r"\.layers?\.\d+\.")
 def load_onnx(source: CheckpointFiles, *, quantized: bool, cache_dir: Path | None) -> _OnnxRunner:
     """A runner over the graph of these weights, exported first where there is none yet.
 
-    Raises:
-        CheckpointError: an architecture that cannot be exported, or a place that cannot be written.
-        ValueError: the packages are not installed, or the model is listwise.
+    Raises CheckpointError for an architecture that cannot be exported or a place that cannot be written, ValueError
+    where the packages are not installed or the model is listwise.
     """
     if source.profile.listwise:
         raise ValueError(f"{source.directory}: a listwise model runs in the torch runtime only")
-    made_of = ingredients(source, quantized=quantized)
+    features = torch.cpu.get_capabilities()
+    saturates = features.get("architecture") == "x86_64" and not any(features.get(name) for name in EXACT_INT8)
+    try:
+        versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+    except importlib.metadata.PackageNotFoundError as exc:
+        raise ValueError(f"the onnx runtimes need {exc.name}: pip install 'preread[onnx]'") from exc
+    made_of: dict[str, object] = {
+        "identity": source.fingerprint(),
+        "quantized": quantized,
+        "reduce_range": quantized and saturates,
+        "export_version": EXPORT_VERSION,
+        **versions,
+    }
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:32]
     graph = (cache_dir or DEFAULT_CACHE).expanduser() / key / "model.onnx"
     if graph.exists():
@@ -66,23 +77,6 @@ def load_onnx(source: CheckpointFiles, *, quantized: bool, cache_dir: Path | Non
             shutil.rmtree(graph.parent, ignore_errors=True)
     _build(source, graph.parent, made_of)
     return _OnnxRunner(graph, source, quantized=quantized)
-
-
-def ingredients(source: CheckpointFiles, *, quantized: bool) -> dict[str, object]:
-    """All that a graph depends on; ValueError where a package is not installed."""
-    features = torch.cpu.get_capabilities()
-    saturates = features.get("architecture") == "x86_64" and not any(features.get(name) for name in EXACT_INT8)
-    try:
-        versions = {package: importlib.metadata.version(package) for package in PACKAGES}
-    except importlib.metadata.PackageNotFoundError as exc:
-        raise ValueError(f"the onnx runtimes need {exc.name}: pip install 'preread[onnx]'") from exc
-    return {
-        "identity": source.fingerprint(),
-        "quantized": quantized,
-        "reduce_range": quantized and saturates,
-        "export_version": EXPORT_VERSION,
-        **versions,
-    }
 
 
 class _OnnxRunner:
@@ -109,14 +103,14 @@ class _OnnxRunner:
     def margins(self, pairs: Sequence[TextPair]) -> NDArray[np.float32]:
         # Dynamic int8 takes one scale over all activations of a pass: pairs of one pass would change each other's
         # scores, and padding would too. So each is alone; on a CPU that costs little.
-        groups = [[pair] for pair in pairs] if self._quantized else [pairs]
-        return np.concatenate([self._pass(group) for group in groups])
-
-    def _pass(self, pairs: Sequence[TextPair]) -> NDArray[np.float32]:
-        batch = pad([p.ids for p in pairs], [p.type_ids for p in pairs], side=self._side, pad_id=self._pad_id)
-        (output,) = self._session.run(None, {name: batch[name] for name in self._inputs})  # (batch, hidden or labels)
-        margins: NDArray[np.float32] = self._head(torch.from_numpy(output)).numpy()
-        return margins
+        margins: list[NDArray[np.float32]] = []
+        for group in [[pair] for pair in pairs] if self._quantized else [pairs]:
+            batch = pad([p.ids for p in group], [p.type_ids for p in group], side=self._side, pad_id=self._pad_id)
+            (output,) = self._session.run(
+                None, {name: batch[name] for name in self._inputs}
+            )  # logits or states
+            margins.append(self._head(torch.from_numpy(output)).numpy())
+        return np.concatenate(margins)
 
 
 def _build(source: CheckpointFiles, directory: Path, made_of: dict[str, object]) -> None:
@@ -130,15 +124,13 @@ def _build(source: CheckpointFiles, directory: Path, made_of: dict[str, object])
     try:
         made_of = made_of | {"model": str(source.directory)}
         if made_of["quantized"]:
-            plain = aside / "float"
+            plain, reduce_range = aside / "float", bool(made_of["reduce_range"])
             plain.mkdir()
-            export(source, plain / "model.onnx")
-            reduce_range = bool(made_of["reduce_range"])
-            kept = _quantize(plain / "model.onnx", aside / "model.onnx", reduce_range=reduce_range)
-            made_of["products_in_float"] = kept
+            _export(source, plain / "model.onnx")
+            made_of["products_in_float"] = _quantize(plain / "model.onnx", aside / "model.onnx", reduce_range)
             shutil.rmtree(plain)
         else:
-            export(source, aside / "model.onnx")
+            _export(source, aside / "model.onnx")
         (aside / "made-of.json").write_text(json.dumps(made_of, indent=2), encoding="utf-8")
         with contextlib.suppress(OSError):  # another process was first; its graph is the same
             os.replace(aside, directory)
@@ -146,7 +138,7 @@ def _build(source: CheckpointFiles, directory: Path, made_of: dict[str, object])
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def export(source: CheckpointFiles, path: Path) -> None:
+def _export(source: CheckpointFiles, path: Path) -> None:
     """Writes the float32 graph, weights next to it."""
     body = Body(source, torch.device("cpu"), torch.float32).eval()
     ids = torch.full((2, 12), source.pad_id)
@@ -178,7 +170,7 @@ def export(source: CheckpointFiles, path: Path) -> None:
         ) from exc
 
 
-def _quantize(source: Path, target: Path, *, reduce_range: bool) -> int:
+def _quantize(source: Path, target: Path, reduce_range: bool) -> int:
     """Weights of matrix products to int8, activations at run time; the number of products that stayed in float.
 
     `reduce_range` is 7 bits, for processors whose 8-bit products saturate (no VNNI).
@@ -189,9 +181,7 @@ def _quantize(source: Path, target: Path, *, reduce_range: bool) -> int:
     model = onnx.load(str(source))
     # Recorded shapes of weights that the quantizer transposes (Gemm to MatMul) would contradict its own inference.
     del model.graph.value_info[:]
-    kept = [
-        node.name for node in model.graph.node if node.op_type in ("MatMul", "Gemm") and _stays_float(_module(node))
-    ]
+    kept = [node.name for node in model.graph.node if node.op_type in ("MatMul", "Gemm") and _stays_float(node)]
     with _quiet():
         quantize_dynamic(
             model,
@@ -207,17 +197,11 @@ def _quantize(source: Path, target: Path, *, reduce_range: bool) -> int:
     return len(kept)
 
 
-def _module(node: Any) -> str:
-    """The torch module that a node came from, as the exporter recorded it."""
-    for entry in node.metadata_props:
-        if entry.key == "pkg.torch.onnx.name_scopes":
-            scopes = ast.literal_eval(entry.value)
-            return str(scopes[-2]) if len(scopes) > 1 else ""
-    return ""
-
-
-def _stays_float(module: str) -> bool:
+def _stays_float(node: Any) -> bool:
     """A second layer of a feed-forward block, or anything outside of the base model's layers: poolers and heads."""
+    recorded = (entry.value for entry in node.metadata_props if entry.key == "pkg.torch.onnx.name_scopes")
+    scopes = ast.literal_eval(next(recorded, "[]"))
+    module = str(scopes[-2]) if len(scopes) > 1 else ""  # the torch module that it came from
     second = module.endswith(FLOAT_MODULES) and not module.endswith(BUT_NOT)
     return second or (module != "" and not _LAYER.search(module))
 

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_type_hints
 
 from msgspec import Meta
+from tokenizers import Tokenizer
 
 from checkpoint.files import CheckpointError, read_fields, read_json
 from checkpoint.settings import template_fields
+from checkpoint.text import single_token
 
 # classifier: the model's own sequence-classification head, as an encoder has it.
 # score: one row of weights over a decoder's last token.
@@ -39,6 +41,8 @@ ENCODERS = frozenset({
 })  # fmt: skip
 # These count positions from padding_idx + 1, so two of them are never used.
 OFFSET_POSITIONS = frozenset({"camembert", "mpnet", "roberta", "xlm-roberta", "xlm-roberta-xl"})
+# A tokenizer this large is a published one, whose answers have known ids; smaller ones are made for tests.
+REAL_VOCABULARY = 10_000
 ACTIVATIONS = {"Identity": "identity", "Sigmoid": "sigmoid"}  # by the class that sentence-transformers names
 _Limit = Annotated[int, Meta(ge=1)]
 
@@ -117,10 +121,94 @@ class Profile:
             max_instruction_tokens=max(1, min(self.max_instruction_tokens, share)),
         )
 
+    def read_answers(self, tokenizer: Tokenizer, directory: Path) -> tuple[int, ...]:
+        """Token ids of the answers, checked against the published ones."""
+        ids: list[int] = []
+        for key, answer in (("yes", self.yes), ("no", self.no)):
+            if isinstance(answer, int):
+                ids.append(answer)
+            elif answer is not None:
+                ids.append(single_token(tokenizer, answer, f"{directory}: the {key} answer"))
+        if len(set(ids)) != len(ids):
+            raise CheckpointError(f"{directory}: yes and no are the same token {ids[0]}")
+        if self.answer_ids and tuple(ids) != self.answer_ids and tokenizer.get_vocab_size() >= REAL_VOCABULARY:
+            raise CheckpointError(
+                f"{directory}: the answers are the tokens {ids}; the published tokenizer of {self.model} "
+                f"has {list(self.answer_ids)}: this one is another model's"
+            )
+        return tuple(ids)
+
+    @classmethod
+    def generic(cls, name: str, config: dict[str, Any], directory: Path) -> Profile:
+        """From config.json and sentence-transformers' files next to it, for an encoder with a head.
+
+        A decoder's prompt and answer tokens stand in no configuration: guessing them gives numbers, not scores.
+        """
+        architecture, kind = str((config.get("architectures") or ["none"])[0]), config.get("model_type")
+        if kind not in ENCODERS or not architecture.endswith("ForSequenceClassification"):
+            raise CheckpointError(
+                f"{name}: no profile for it, and a {architecture} ({kind}) cannot be served from its configuration "
+                "alone, which says neither its prompt nor its readout; give a profile (docs/cross-encoders.md)"
+            )
+        labels = _num_labels(config)
+        if labels not in (1, 2):
+            raise CheckpointError(
+                f"{name}: config.json has {labels} labels; a reranker has 1, or 2 with the second relevant"
+            )
+        limits = [int(config.get("max_position_embeddings") or 512) - _offset(config), MAX_GENERIC_TOKENS]
+        # The input that sentence-transformers cuts at, where it or the tokenizer says so.
+        for file, key in (("sentence_bert_config", "max_seq_length"), ("tokenizer_config", "model_max_length")):
+            found = read_json(directory / f"{file}.json", optional=True).get(key)
+            if type(found) is int and found > 0:  # transformers stores 1e30 where there is no limit
+                limits.append(found)
+                break
+        return cls(
+            model=GENERIC,
+            architectures=(architecture,),
+            num_labels=labels,
+            activation=_declared_activation(directory, config, labels),
+            max_tokens=max(1, min(limits)),
+            needs_remote_code="auto_map" in config,
+        )
+
 
 def builtin_profiles() -> dict[str, Profile]:
     """Every row that ships, by exact model id."""
     return _load(resources.files(__package__).joinpath("profiles.toml"))
+
+
+def named_profile(name: str, wanted: str | Profile | None = None, directory: Path | None = None) -> Profile | None:
+    """The profile known before config.json is read: the wanted one, or that of this id, or the checkpoint's own.
+
+    `wanted` is a profile, a model id of the table, or a TOML file with the row of `name` or only one row; `directory`
+    is the checkpoint's, where its recipe may lie.
+    """
+    if isinstance(wanted, Profile):
+        return wanted
+    builtin = builtin_profiles()
+    if wanted is None:
+        # A hub cache's snapshot, or a directory laid out like the hub, goes by its `owner/name`.
+        cached = re.search(r"(?:^|/)models--([^/]+?)--([^/]+)/snapshots/[^/]+/?$", name)
+        owner_and_name = cached.groups() if cached else name.rstrip("/").split("/")[-2:]
+        known = builtin.get(name) or builtin.get("/".join(owner_and_name))
+        if known is None and directory is not None and (path := directory / FILE_NAME).exists():
+            own = list(_load(path).values())
+            if len(own) > 1:
+                raise CheckpointError(f"{path}: has {len(own)} profiles; expected one")
+            return own[0]
+        return known
+    if wanted in builtin:
+        return builtin[wanted]
+    if wanted == GENERIC:
+        return None
+    if not wanted.endswith(".toml"):
+        raise CheckpointError(
+            f"profile is {wanted!r}; expected a TOML file, {GENERIC!r}, or one of {', '.join(sorted(builtin))}"
+        )
+    rows = _load(Path(wanted).expanduser())
+    if name not in rows and len(rows) > 1:
+        raise CheckpointError(f"{wanted}: has profiles for {', '.join(rows)}; none for {name!r}")
+    return rows.get(name) or next(iter(rows.values()))
 
 
 def _load(path: Path | Traversable) -> dict[str, Profile]:
@@ -133,30 +221,27 @@ def _load(path: Path | Traversable) -> dict[str, Profile]:
         raise CheckpointError(f"{path}: not TOML ({exc})") from exc
     if set(document) != {"profile"}:
         raise CheckpointError(f"{path}: has {sorted(document)}; expected [[profile]] tables and nothing else")
-    profiles: dict[str, Profile] = {}
     tables = Annotated[list[dict[str, Any]], Meta(min_length=1)]
-    for number, row in enumerate(read_fields(str(path), document, {"profile": tables})["profile"], 1):
-        for profile in _profiles(row, f"{path}, profile {number}"):
-            if profile.model in profiles:
-                raise CheckpointError(f"{path}: {profile.model!r} has two profiles")
-            profiles[profile.model] = profile
-    return profiles
-
-
-def _profiles(row: Mapping[str, Any], where: str) -> list[Profile]:
     kinds = get_type_hints(Profile, include_extras=True)
     del kinds["model"]
     kinds["models"] = Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(min_length=1)]
     kinds["golden"] = dict[str, tuple[float, ...]]
-    values = read_fields(where, row, kinds)
-    for key, expected in (("models", "a list of hub ids or names"), ("architectures", "class names of config.json")):
-        if key not in values:
-            raise CheckpointError(f"{where}: {key} is missing; expected {expected}")
-    models, golden = values.pop("models"), values.pop("golden", {})
-    if not golden.keys() <= set(models):
-        raise CheckpointError(f"{where}: golden is {golden!r}; expected a table of scores by model")
-    profiles = [Profile(model=name, golden=golden.get(name, ()), **values) for name in models]
-    _check(profiles[0], f"{where} ({models[0]})")
+    needed = {"models": "a list of hub ids or names", "architectures": "class names of config.json"}
+    profiles: dict[str, Profile] = {}
+    for number, row in enumerate(read_fields(str(path), document, {"profile": tables})["profile"], 1):
+        where = f"{path}, profile {number}"
+        values = read_fields(where, row, kinds)
+        for key, expected in needed.items():
+            if key not in values:
+                raise CheckpointError(f"{where}: {key} is missing; expected {expected}")
+        models, golden = values.pop("models"), values.pop("golden", {})
+        if not golden.keys() <= set(models):
+            raise CheckpointError(f"{where}: golden is {golden!r}; expected a table of scores by model")
+        for model in models:
+            if model in profiles:
+                raise CheckpointError(f"{path}: {model!r} has two profiles")
+            profiles[model] = Profile(model=model, golden=golden.get(model, ()), **values)
+        _check(profiles[models[0]], f"{where} ({models[0]})")
     return profiles
 
 
@@ -203,70 +288,6 @@ def _check(profile: Profile, where: str) -> None:
             raise CheckpointError(f"{where}: {message}")
 
 
-def named_profile(name: str, wanted: str | Profile | None = None, directory: Path | None = None) -> Profile | None:
-    """The profile known before config.json is read: the wanted one, or the one of this exact id.
-
-    Args:
-        wanted: a profile, a model id of the table, or a TOML file with the row of `name` or only one row.
-        directory: the checkpoint's, where its recipe may lie.
-    """
-    if isinstance(wanted, Profile):
-        return wanted
-    builtin = builtin_profiles()
-    if wanted is None:
-        known = builtin.get(name) or builtin.get(_owner_and_name(name))
-        return _own_profile(directory) if known is None and directory is not None else known
-    if wanted in builtin:
-        return builtin[wanted]
-    if wanted == GENERIC:
-        return None
-    if not wanted.endswith(".toml"):
-        raise CheckpointError(
-            f"profile is {wanted!r}; expected a TOML file, {GENERIC!r}, or one of {', '.join(sorted(builtin))}"
-        )
-    rows = _load(Path(wanted).expanduser())
-    if name not in rows and len(rows) > 1:
-        raise CheckpointError(f"{wanted}: has profiles for {', '.join(rows)}; none for {name!r}")
-    return rows.get(name) or next(iter(rows.values()))
-
-
-def _own_profile(directory: Path) -> Profile | None:
-    path = directory / FILE_NAME
-    rows = _load(path) if path.exists() else {}
-    if len(rows) > 1:
-        raise CheckpointError(f"{path}: has {len(rows)} profiles; expected one")
-    return next(iter(rows.values()), None)
-
-
-def generic_profile(name: str, config: dict[str, Any], directory: Path | None = None) -> Profile:
-    """A profile from config.json and sentence-transformers' files next to it, for an encoder with a head.
-
-    A decoder's prompt and answer tokens stand in no configuration: guessing them gives numbers, not scores.
-    """
-    architecture = str((config.get("architectures") or ["none"])[0])
-    kind = config.get("model_type")
-    if kind not in ENCODERS or not architecture.endswith("ForSequenceClassification"):
-        raise CheckpointError(
-            f"{name}: no profile for it, and a {architecture} ({kind}) cannot be served from its configuration alone, "
-            "which says neither its prompt nor its readout; give a profile (docs/cross-encoders.md)"
-        )
-    labels = _num_labels(config)
-    if labels not in (1, 2):
-        raise CheckpointError(
-            f"{name}: config.json has {labels} labels; a reranker has 1, or 2 with the second relevant"
-        )
-    positions = int(config.get("max_position_embeddings") or 512) - _offset(config)
-    at = directory or Path(name)
-    return Profile(
-        model=GENERIC,
-        architectures=(architecture,),
-        num_labels=labels,
-        activation=_declared_activation(at, config, labels),
-        max_tokens=max(1, min(positions, _declared_max_tokens(at) or MAX_GENERIC_TOKENS, MAX_GENERIC_TOKENS)),
-        needs_remote_code="auto_map" in config,
-    )
-
-
 def _num_labels(config: Mapping[str, Any]) -> int:
     """As transformers reads it: the labels by name, or a count, or two."""
     names = config.get("id2label")
@@ -278,14 +299,6 @@ def _num_labels(config: Mapping[str, Any]) -> int:
 def _offset(config: Mapping[str, Any]) -> int:
     """Positions that are never used."""
     return int(config.get("pad_token_id") or 0) + 1 if config.get("model_type") in OFFSET_POSITIONS else 0
-
-
-def _owner_and_name(name: str) -> str:
-    """`owner/name` of a hub cache's snapshot, or of a directory laid out like the hub; else the name itself."""
-    cached = re.search(r"(?:^|/)models--([^/]+?)--([^/]+)/snapshots/[^/]+/?$", name)
-    if cached is not None:
-        return f"{cached[1]}/{cached[2]}"
-    return "/".join(name.rstrip("/").split("/")[-2:])
 
 
 def _declared_activation(directory: Path, raw: Mapping[str, Any], labels: int) -> Activation:
@@ -305,12 +318,3 @@ def _declared_activation(directory: Path, raw: Mapping[str, Any], labels: int) -
             f"{directory}: the activation function is {saved!r}; expected {' or '.join(ACTIVATIONS)}, or a profile"
         )
     return cast(Activation, ACTIVATIONS[name])
-
-
-def _declared_max_tokens(directory: Path) -> int | None:
-    """The input that sentence-transformers cuts at, where it or the tokenizer says so."""
-    for name, key in (("sentence_bert_config.json", "max_seq_length"), ("tokenizer_config.json", "model_max_length")):
-        found = read_json(directory / name, optional=True).get(key)
-        if type(found) is int and found > 0:  # transformers stores 1e30 where there is no limit
-            return found
-    return None

@@ -8,24 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
 from checkpoint.compute import dtype_name
 from checkpoint.files import CheckpointError
 from checkpoint.text import single_token
 from decoder_server.models.cross_encoder.backend import Runner, pad
 from decoder_server.models.cross_encoder.files import PROJECTOR, CheckpointFiles
-from decoder_server.models.cross_encoder.profiles import Profile
 from decoder_server.models.cross_encoder.templates import TextPair, TextPrompt
 
-# A tokenizer this large is a published one, whose answers have known ids; smaller ones are made for tests.
-REAL_VOCABULARY = 10_000
 Head = Callable[[torch.Tensor], torch.Tensor]  # (batch, hidden or labels) -> margins (batch,), in float32
 
 
@@ -67,8 +62,15 @@ class _ListwiseRunner:
         self._reader, self._profile = source.reader, source.profile
         tokens = source.profile.passage_token, source.profile.query_token
         self._markers = [single_token(self._reader.tokenizers.exact, token, "the marker") for token in tokens]
-        # (hidden / 2, hidden), (dim, hidden / 2)
-        self._projector = tuple(weight.to(device) for weight in _read_projector(source))
+        tensors, hidden = source.tensors, source.config.hidden_size
+        tensors.refuse_missing(name for name in PROJECTOR if name not in tensors)
+        self._projector = [tensors.read(name).to(device) for name in PROJECTOR]  # float32: (a, hidden), (b, a)
+        first, second = (tuple(weight.shape) for weight in self._projector)
+        if len(first) != 2 or len(second) != 2 or first[1] != hidden or second[1] != first[0]:
+            raise CheckpointError(
+                f"{source.directory}: {' and '.join(PROJECTOR)} have the shapes {first} and {second}; "
+                f"expected (a, {hidden}) and (b, a)"
+            )
         self._model, self._device = source.load(device, dtype), device
 
     @torch.inference_mode()
@@ -79,23 +81,14 @@ class _ListwiseRunner:
             lists.setdefault(pair.prompt, []).append(i)
         margins = np.empty(len(pairs), dtype=np.float32)
         for indices in lists.values():
-            margins[indices] = self._one_list([pairs[i] for i in indices])
+            blocks = [self._projected(block) for block in self._blocks([pairs[i] for i in indices])]
+            weights = torch.stack([((1 + _cosine(block[:-1], block[-1])) / 2).max() for block in blocks])
+            query = (torch.stack([block[-1] for block in blocks]) * weights[:, None]).sum(0) / weights.sum()
+            margins[indices] = _cosine(torch.cat([block[:-1] for block in blocks]), query).cpu().numpy()
         return margins
 
-    def _one_list(self, pairs: Sequence[TextPair]) -> NDArray[np.float32]:
-        passages, queries, weights = [], [], []
-        for block in self._blocks(pairs):
-            projected = self._block(block)  # (passages + 1, dim), the query last
-            passages.append(projected[:-1])
-            queries.append(projected[-1])
-            weights.append(((1 + _cosine(projected[:-1], projected[-1])) / 2).max())
-        share = torch.stack(weights)
-        query = (torch.stack(queries) * share[:, None]).sum(0) / share.sum()
-        result: NDArray[np.float32] = _cosine(torch.cat(passages), query).cpu().numpy()
-        return result
-
-    def _block(self, pairs: Sequence[TextPair]) -> torch.Tensor:
-        """Projected hidden states of the passages' markers and the query's, (len(pairs) + 1, dim)."""
+    def _projected(self, pairs: Sequence[TextPair]) -> torch.Tensor:
+        """Projected hidden states of the passages' markers and then the query's, (len(pairs) + 1, dim)."""
         ids = torch.tensor(self._reader.list_ids(pairs), device=self._device)
         hidden = self._model(input_ids=ids[None], use_cache=False).last_hidden_state[0]  # (length, hidden)
         passage, query = self._markers
@@ -117,19 +110,6 @@ class _ListwiseRunner:
                 block, room = [], start
         if block:
             yield block
-
-
-def _read_projector(source: CheckpointFiles) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two layers of the projector, in float32."""
-    directory, tensors, hidden = source.directory, source.tensors, source.config.hidden_size
-    tensors.refuse_missing(name for name in PROJECTOR if name not in tensors)
-    first, second = (tensors.read(name) for name in PROJECTOR)
-    if first.dim() != 2 or second.dim() != 2 or first.shape[1] != hidden or second.shape[1] != first.shape[0]:
-        raise CheckpointError(
-            f"{directory}: {' and '.join(PROJECTOR)} have the shapes {tuple(first.shape)} and {tuple(second.shape)}; "
-            f"expected (a, {hidden}) and (b, a)"
-        )
-    return first, second
 
 
 def _cosine(rows: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
@@ -199,34 +179,15 @@ def read_head(source: CheckpointFiles, device: torch.device | None = None) -> He
             )
         tensors.check({"score.weight": (1, config.hidden_size)})
         return _RowHead(tensors.rows("score.weight", [0]).to(device))
-    rows = answer_ids(directory, source.tokenizer, source.profile)
+    rows = source.profile.read_answers(source.tokenizer, directory)
     for key in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
         if getattr(config, key, None) not in (None, 1, 1.0):
             raise CheckpointError(
                 f"{directory}: config.json scales its logits by {key}; that readout is not known here"
             )
     name, tied = "lm_head.weight", "model.embed_tokens.weight"
-    if name not in tensors:  # transformers prefers a stored head to a tied one, too
-        if not config.tie_word_embeddings or tied not in tensors:
-            tensors.refuse_missing([name])
+    # transformers prefers a stored head to a tied one, too.
+    if name not in tensors and config.tie_word_embeddings and tied in tensors:
         name = tied
     tensors.check({name: (config.vocab_size, config.hidden_size)})
     return _RowHead(tensors.rows(name, rows).to(device), getattr(config, "final_logit_softcapping", None))
-
-
-def answer_ids(directory: Path, tokenizer: Tokenizer, profile: Profile) -> tuple[int, ...]:
-    """Token ids of the profile's answers."""
-    ids: list[int] = []
-    for key, answer in (("yes", profile.yes), ("no", profile.no)):
-        if isinstance(answer, int):
-            ids.append(answer)
-        elif answer is not None:
-            ids.append(single_token(tokenizer, answer, f"{directory}: the {key} answer"))
-    if len(set(ids)) != len(ids):
-        raise CheckpointError(f"{directory}: yes and no are the same token {ids[0]}")
-    if profile.answer_ids and tuple(ids) != profile.answer_ids and tokenizer.get_vocab_size() >= REAL_VOCABULARY:
-        raise CheckpointError(
-            f"{directory}: the answers are the tokens {ids}; the published tokenizer of {profile.model} "
-            f"has {list(profile.answer_ids)}: this one is another model's"
-        )
-    return tuple(ids)

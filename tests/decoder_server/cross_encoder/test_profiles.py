@@ -14,7 +14,6 @@ from decoder_server.models.cross_encoder.profiles import (
     FILE_NAME,
     Profile,
     builtin_profiles,
-    generic_profile,
     named_profile,
 )
 
@@ -195,7 +194,7 @@ def test_a_file_without_the_model_is_named(tmp_path: Path) -> None:
 )
 def test_a_generic_profile_is_what_the_configuration_says(config: dict[str, object], expected: tuple[str, int]) -> None:
     base = {"architectures": ["XForSequenceClassification"], "model_type": "bert", "id2label": {"0": "LABEL_0"}}
-    profile = generic_profile("x/y", base | config)
+    profile = Profile.generic("x/y", base | config, Path("x/y"))
     assert (profile.activation, profile.max_tokens) == expected
 
 
