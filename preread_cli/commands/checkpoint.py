@@ -223,7 +223,7 @@ def convert_ctxl(
     tune_process(threads)
     compared = PairSet.read(pairs)
     opened = CausalSource.open(source)
-    click.echo(f"source       {opened.name}, {opened.config['architectures'][0]} to {opened.target}")
+    click.echo(f"source       {opened.name}, {opened.architecture} to {opened.target}")
     click.echo(f"score        row 0 of {opened.head}{' (tied)' if opened.tied else ''}")
     click.echo(f"padding      left, with {opened.pad_token!r} ({opened.pad_token_id})")
     dtypes = ("float32", "bfloat16") if formats == "both" else (formats,)

@@ -19,7 +19,6 @@ from checkpoint.files import CheckpointError
 from decoder_server.models.cross_encoder.backend import batches, pad
 from decoder_server.models.cross_encoder.conversion import COLUMN, CausalSource
 from decoder_server.models.cross_encoder.files import load_transformer
-from decoder_server.models.cross_encoder.templates import PairReader
 from tuning.health.scorers import Margins, PairSet
 from tuning.metrics import kendall_tau
 from tuning.progress import SILENT, StageProgress, counted
@@ -69,16 +68,13 @@ def parity(
     progress: StageProgress = SILENT,
 ) -> list[ParityRow]:
     """Both models' scores of the pairs, by format. Raises CheckpointError: not loaded, or a score is not finite."""
-    from transformers import AutoTokenizer
-
-    loaded: Any = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
-    read = PairReader(loaded.backend_tokenizer, source.profile).read(pairs.pairs)
+    read = source.files.reader.read(pairs.pairs)
     groups = list(batches([pair.num_tokens for pair in read], _BATCH_TOKENS))
     padded = [pad([read[i].ids for i in group], side="left", pad_id=source.pad_token_id) for group in groups]
     rows = []
     for dtype in dtypes:
         both = []
-        for side, path, causal in (("original", source.path, True), ("converted", converted, False)):
+        for side, path, causal in (("original", source.files.directory, True), ("converted", converted, False)):
             with counted(progress, f"{side} {dtype}", len(pairs)) as advance:
                 kind = "AutoModelForCausalLM" if causal else "AutoModelForSequenceClassification"
                 model = load_transformer(path, DTYPES[dtype], torch.device("cpu"), kind=kind)

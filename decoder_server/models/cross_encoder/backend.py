@@ -62,14 +62,14 @@ class CrossEncoder:
         self._max_passage = profile.max_passage_tokens or profile.max_tokens
         self.settings = _TextSettings(profile.default_instruction, self._max_passage, profile.max_query_tokens)
         self._source, self._reader, self._runner = source, source.reader, runner
+        self.read, self.is_empty = source.reader.read, source.reader.is_empty
 
     @cached_property
     def fingerprint(self) -> str:
         """Of weights, tokenizer, configuration and profile; reads the weights the first time."""
         return self._source.fingerprint()
 
-    def identity(self) -> None:
-        """It reads no states."""
+    def identity(self) -> None: ...  # it reads no states
 
     def prompt(self, query: str, instruction: str | None = None) -> TextPrompt:
         """As PairReader.prompt; InvalidRequest where the instruction is over the model's limit."""
@@ -82,14 +82,6 @@ class CrossEncoder:
     def pairs(self, prompt: TextPrompt, passages: Sequence[str]) -> list[list[TextPair]]:
         """Per passage one pair; ValueError where query and instruction leave no room for a passage."""
         return [[pair] for pair in self._reader.pairs(prompt, passages)]
-
-    def read(self, texts: Sequence[Texts]) -> list[TextPair]:
-        """Pairs of any queries, instructions and passages; ValueError where one does not fit."""
-        return self._reader.read(texts)
-
-    def is_empty(self, text: str) -> bool:
-        """Whether a passage's text adds no token to a pair."""
-        return self._reader.is_empty(text)
 
     def cut(self, text: str, max_tokens: int | None = None, *, keep_end: bool = False) -> str:
         """A text's beginning, or end, of at most `max_tokens` (None: as many as a passage may have)."""
@@ -143,7 +135,6 @@ class CrossEncoder:
             raise CheckpointError(f"{self.checkpoint_name}: the first forward pass failed ({one_line(exc)})") from exc
 
     def warm_up(self) -> None:
-        """One real pass, whose margin must be finite."""
         if not np.isfinite(self.first_pass()).all():
             raise CheckpointError(f"{self.checkpoint_name}: the first forward pass gave no finite margin")
 

@@ -1,12 +1,10 @@
 """A causal language model that answers in one column of its vocabulary, rewritten as a classifier with one score.
 
-    source = CausalSource.open("ContextualAI/ctxl-rerank-v2-instruct-multilingual-1b")
     with staged(Path("ctxl-1b")) as folder:
-        source.convert(folder)
+        CausalSource.open("ContextualAI/ctxl-rerank-v2-instruct-multilingual-1b").convert(folder)
 
-The classifier computes 1 row of the output embedding where the language model computes all of them. A source whose
-classifier would have a meaningless score is rejected before its weights are read; weights are read a tensor at a time
-and written in shards of at most SHARD_BYTES. Neither model runs here: tuning.health.parity compares them.
+A source whose classifier would have a meaningless score is rejected before its weights are read; those are read a
+tensor at a time and written in shards of at most SHARD_BYTES. Neither model runs here: tuning.health.parity does that.
 """
 
 from __future__ import annotations
@@ -20,15 +18,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 
 from checkpoint.files import CheckpointError, read_json, resolve
-from checkpoint.tensors import StoredTensors
-from decoder_server.models.cross_encoder.files import load_config
+from decoder_server.models.cross_encoder.files import CheckpointFiles
 from decoder_server.models.cross_encoder.profiles import FILE_NAME as PROFILE_FILE
 from decoder_server.models.cross_encoder.profiles import Profile, builtin_profiles, named_profile
 
@@ -57,10 +54,7 @@ class CausalSource:
     """A checked causal language model."""
 
     name: str
-    path: Path
-    config: dict[str, Any]
-    profile: Profile  # the language model's recipe
-    tensors: StoredTensors
+    files: CheckpointFiles  # under the language model's recipe
     head: str  # the tensor whose first row becomes the score
     pad_token: str
     pad_token_id: int
@@ -86,38 +80,36 @@ class CausalSource:
                 f"{name}: its profile {profile.model!r} reads more than column {COLUMN} of the vocabulary; "
                 "expected a ctxl reranker, whose relevance is that one column"
             )
-        load_config(path, profile)
-        pad_token, pad_token_id = _pad(name, path, config, profile)
-        tensors = StoredTensors(path)
-        return cls(name, path, config, profile, tensors, _head(name, config, tensors), pad_token, pad_token_id)
+        files = CheckpointFiles.open(path, config, profile, trust_remote_code=False)
+        return cls(name, files, _head(name, files), *_pad(name, files))
+
+    @property
+    def profile(self) -> Profile:
+        return self.files.profile
+
+    @property
+    def architecture(self) -> str:
+        return str(self.files.raw["architectures"][0])
 
     @property
     def target(self) -> str:
-        """The class that the converted checkpoint is of."""
-        return TARGETS[self.config["architectures"][0]]
+        return TARGETS[self.architecture]
 
     @property
     def num_tensors(self) -> int:
-        """Of the result."""
         return len(self._sizes())
 
     @property
     def tied(self) -> bool:
-        """Whether the head is the token embedding itself."""
         return self.head == EMBEDDING
 
     def convert(self, folder: Path, advance: Callable[[int], None] = lambda num: None) -> None:
         """Fills `folder` with the converted checkpoint: weights, configuration, tokenizer, profile, licence.
 
-        Args:
-            advance: called with the number of tensors written since the last call.
+        `advance` is called with the number of tensors written since the last call.
         """
-        split = split_state_dict_into_shards_factory(
-            self._sizes(),
-            get_storage_size=lambda num_bytes: num_bytes,
-            filename_pattern="model{suffix}.safetensors",
-            max_shard_size=SHARD_BYTES,
-        )
+        how: dict[str, Any] = {"filename_pattern": "model{suffix}.safetensors", "max_shard_size": SHARD_BYTES}
+        split = split_state_dict_into_shards_factory(self._sizes(), get_storage_size=lambda num_bytes: num_bytes, **how)
         num_bytes, free = split.metadata["total_size"], shutil.disk_usage(folder).free
         if free < num_bytes:
             raise CheckpointError(f"{folder.parent}: {free:,} bytes are free; the result takes {num_bytes:,}")
@@ -127,20 +119,21 @@ class CausalSource:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             _write_json(folder / "model.safetensors.index.json", index)
         _write_json(folder / "config.json", self._config())
+        source = self.files.directory
         for name in _TOKENIZER_FILES:
-            if (self.path / name).exists():
-                shutil.copyfile(self.path / name, folder / name)
+            if (source / name).exists():
+                shutil.copyfile(source / name, folder / name)
         path = folder / "tokenizer_config.json"
         _write_json(path, read_json(path, optional=True) | {"pad_token": self.pad_token, "padding_side": "left"})
         (folder / PROFILE_FILE).write_text(self._profile_row(), encoding="utf-8")
-        for path in (path for pattern in _PAPERS for path in self.path.glob(pattern)):
+        for path in (path for pattern in _PAPERS for path in source.glob(pattern)):
             # The card describes the language model: next to the weights, but not as their own.
             shutil.copyfile(path, folder / (f"SOURCE-{path.name}" if path.name == "README.md" else path.name))
 
     def _sizes(self) -> dict[str, int]:
         """Bytes of the result's tensors by name, in the source's order."""
-        sizes = {SCORE: 8 * int(self.config["hidden_size"])}
-        for name, weight in self.tensors.weights.items():
+        sizes = {SCORE: 8 * int(self.files.raw["hidden_size"])}
+        for name, weight in self.files.tensors.weights.items():
             if name != HEAD:
                 item = _ITEM_BYTES["F32"] if weight.quantized else _ITEM_BYTES.get(weight.values.dtype, 8)
                 sizes[name] = math.prod(weight.shape) * item
@@ -149,7 +142,7 @@ class CausalSource:
     def _read(self, names: list[str], advance: Callable[[int], None]) -> Iterator[tuple[str, torch.Tensor]]:
         """One after the other; quantized ones become float32, which holds the product with their scales."""
         for name in names:
-            weight = self.tensors.weights[self.head if name == SCORE else name]
+            weight = self.files.tensors.weights[self.head if name == SCORE else name]
             if name == SCORE:
                 row = weight.rows(COLUMN, COLUMN + 1)  # (1, hidden)
                 if not row.isfinite().all() or not row.any():
@@ -157,14 +150,15 @@ class CausalSource:
                         f"{weight.values.path}: row {COLUMN} of {self.head} is zero or not finite: no score"
                     )
                 yield name, row.clone()
-            elif weight.quantized:
-                yield name, self.tensors.read(name)
             else:
-                yield name, weight.all_rows()
+                yield name, self.files.tensors.read(name) if weight.quantized else weight.all_rows()
             advance(1)
 
     def _config(self) -> dict[str, Any]:
-        config = self.config | {
+        # The result holds plain numbers.
+        stale = {"quantization_config", "compression_config", "torch_dtype"} if self.files.tensors.quantized else set()
+        kept = {key: value for key, value in self.files.raw.items() if key not in stale | {"auto_map"}}
+        return kept | {
             "architectures": [self.target],
             "num_labels": 1,
             "id2label": {"0": LABEL},
@@ -173,60 +167,46 @@ class CausalSource:
             "tie_word_embeddings": False,  # no output embedding is left to tie
             # One label makes sentence-transformers take a sigmoid unless told otherwise; the score is the logit.
             "sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"},
+            **({"dtype": "float32"} if stale else {}),
         }
-        config.pop("auto_map", None)
-        if self.tensors.quantized:  # the result holds plain numbers
-            for key in ("quantization_config", "compression_config", "torch_dtype"):
-                config.pop(key, None)
-            config["dtype"] = "float32"
-        return config
 
     def _profile_row(self) -> str:
         """The recipe that the result carries: the source's template and limits with the new head."""
-        kept = ("template", "instruction_format", "add_special_tokens", "strip")
+        kept = ("template", "instruction_format", "add_special_tokens", "strip", "max_tokens", "license")
         rows: dict[str, object] = {
             "models": [f"{self.name.rstrip('/')} (as a classifier)"],
             "architectures": [self.target],
             "head": "score",
-            **{key: getattr(self.profile, key) for key in kept},
             "padding": "left",
-            "max_tokens": self.profile.max_tokens,
-            "license": self.profile.license,
             "note": f"row {COLUMN} of {self.head} of {self.name}",
+            **{key: getattr(self.profile, key) for key in kept},
         }
         # JSON's strings, numbers, booleans and lists are TOML's too.
         lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in rows.items()]
         return "# This checkpoint's recipe; written by `preread convert-ctxl`.\n[[profile]]\n" + "\n".join(lines) + "\n"
 
 
-def _pad(name: str, path: Path, config: dict[str, Any], profile: Profile) -> tuple[str, int]:
+def _pad(name: str, files: CheckpointFiles) -> tuple[str, int]:
     """The padding token: the tokenizer's own, or the configuration's, or the end of a sequence.
 
     A classifier finds its readout by looking for the last token that is not padding, so configuration and
     tokenizer must agree, and no prompt may end in the padding token.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = cast(Any, AutoTokenizer).from_pretrained(path)
-    except Exception as exc:  # transformers raises many unrelated types where files are missing or broken
-        raise CheckpointError(f"{name}: its tokenizer cannot be loaded ({str(exc).splitlines()[0]})") from exc
-    candidates = (tokenizer.pad_token_id, config.get("pad_token_id"), tokenizer.eos_token_id)
-    pad = next((id_ for id_ in candidates if id_ is not None), None)
+    candidates = (files.loaded.pad_token_id, files.raw.get("pad_token_id"), files.loaded.eos_token_id)
+    pad = next((int(id_) for id_ in candidates if id_ is not None), None)
     if pad is None:
         raise CheckpointError(f"{name}: neither tokenizer nor config.json has a pad or eos token; padding needs one")
-    fields = {"query": "q", "instruction": "", "passage": "p"}
-    prompt = "".join(piece.format(**fields) for piece in profile.template)
-    if tokenizer(prompt, add_special_tokens=profile.add_special_tokens).input_ids[-1] == pad:
+    token = str(files.loaded.convert_ids_to_tokens(pad))
+    if files.reader.read([("q", "", "p")])[0].ids[-1] == pad:
         raise CheckpointError(
-            f"{name}: prompts end in the padding token {tokenizer.convert_ids_to_tokens(pad)!r}; "
-            "a classifier would read the token before it"
+            f"{name}: prompts end in the padding token {token!r}; a classifier would read the token before it"
         )
-    return str(tokenizer.convert_ids_to_tokens(int(pad))), int(pad)
+    return token, pad
 
 
-def _head(name: str, config: dict[str, Any], tensors: StoredTensors) -> str:
+def _head(name: str, files: CheckpointFiles) -> str:
     """The tensor that the language model multiplies for its logits."""
+    tensors, config = files.tensors, files.raw
     for tensor in sorted(tensors.weights):
         if not tensor.startswith("model.") and tensor not in (HEAD, HEAD_BIAS):
             raise CheckpointError(f"{name}: tensor {tensor} is none of a {config['architectures'][0]}")
@@ -247,10 +227,8 @@ def _head(name: str, config: dict[str, Any], tensors: StoredTensors) -> str:
 def staged(target: Path) -> Iterator[Path]:
     """An empty folder next to `target`, which becomes `target` when the block ends well, and else is removed.
 
-    Leftovers of a killed process are removed by the next one; two at a time are an error.
-
-    Raises:
-        CheckpointError: `target` is taken, cannot be written, or is being written by another process.
+    Leftovers of a killed process are removed by the next one. Raises CheckpointError where `target` is taken, cannot be
+    written, or is being written by another process.
     """
     target = Path(os.path.abspath(target))
     folder = target.parent / f".{target.name}.converting"

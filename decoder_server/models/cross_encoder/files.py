@@ -1,7 +1,7 @@
 """A cross-encoder's files, checked against each other before a large tensor is read, and its transformers model.
 
-Declarations of a checkpoint about its own arithmetic (config.json and sentence-transformers' files next to it) are
-applied by transformers or by the profile, or are errors. Nothing in a loaded model is random.
+What a checkpoint declares about its own arithmetic (config.json and sentence-transformers' files next to it) is applied
+by transformers or by the profile, or is an error. Nothing in a loaded model is random.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ class CheckpointFiles:
     profile: Profile
     config: Any  # transformers' configuration object
     raw: dict[str, Any]  # config.json as it stands
-    tokenizer: Tokenizer
+    loaded: Any  # transformers' tokenizer
+    tokenizer: Tokenizer  # inside of it
     reader: PairReader
     tensors: StoredTensors
     pad_id: int
@@ -85,27 +86,49 @@ class CheckpointFiles:
         cls, directory: Path, raw: dict[str, Any], profile: Profile, *, trust_remote_code: bool
     ) -> CheckpointFiles:
         """Reads all but the weights."""
-        config = load_config(directory, profile, trust_remote_code=trust_remote_code)
-        tokenizer, pad_id, names = _load_tokenizer(directory, raw, trust_remote_code)
+        from transformers import AutoTokenizer
+
+        config = _load_config(directory, profile, trust_remote_code=trust_remote_code)
+        if not any((directory / name).exists() for name in TOKENIZER_FILES):
+            # Given none of these, transformers makes a tokenizer that reads every text as nothing.
+            raise CheckpointError(f"{directory}: no tokenizer; expected one of {', '.join(TOKENIZER_FILES)}")
+        try:
+            loaded: Any = AutoTokenizer.from_pretrained(
+                directory, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+            tokenizer: Tokenizer = loaded.backend_tokenizer
+        except Exception as exc:  # a missing file, a broken one and an unknown class raise unrelated types
+            raise CheckpointError(f"{directory}: no tokenizer that can be read ({one_line(exc)})") from exc
+        if len(tokenizer.encode("a query and a passage", add_special_tokens=False).ids) == 0:
+            raise CheckpointError(
+                f"{directory}: the tokenizer reads every text as nothing; its files are not all there"
+            )
         size = tokenizer.get_vocab_size(with_added_tokens=True)
         if size > config.vocab_size:
             raise CheckpointError(
                 f"{directory}: the tokenizer has {size} tokens; the embedding has {config.vocab_size} rows"
             )
+        # Encoders that count positions from the pad id want the configuration's; elsewhere padding is masked.
+        candidates = (raw.get("pad_token_id"), loaded.pad_token_id, loaded.eos_token_id, 0)
+        pad_id = next(id_ for id_ in candidates if isinstance(id_, int) and id_ >= 0)
+        typed = int(raw.get("type_vocab_size") or 0) > 1 and "token_type_ids" in loaded.model_input_names
         reader, tensors = PairReader(tokenizer, profile), StoredTensors(directory)
-        typed = int(raw.get("type_vocab_size") or 0) > 1 and "token_type_ids" in names
-        return cls(directory, profile, config, raw, tokenizer, reader, tensors, pad_id, typed, trust_remote_code)
+        shared = profile, config, raw, loaded, tokenizer, reader, tensors
+        return cls(directory, *shared, pad_id=pad_id, typed=typed, trust_remote_code=trust_remote_code)
 
     def load(self, device: torch.device, dtype: torch.dtype) -> Any:
         """The transformers model below the profile's head, or with it where it is the model's own."""
+        head, trust = self.profile.head, self.trust_remote_code and not self.profile.listwise
+        kind = "AutoModelForSequenceClassification" if head == "classifier" else "AutoModel"
+        elsewhere = READ_BY_HEAD.get(head, ())
         return load_transformer(
             self.directory,
             dtype,
             device,
-            kind="AutoModelForSequenceClassification" if self.profile.head == "classifier" else "AutoModel",
+            kind=kind,
             config=self.config,
-            read_elsewhere=READ_BY_HEAD.get(self.profile.head, ()),
-            trust_remote_code=self.trust_remote_code and not self.profile.listwise,
+            read_elsewhere=elsewhere,
+            trust_remote_code=trust,
         )
 
     def fingerprint(self) -> str:
@@ -114,29 +137,7 @@ class CheckpointFiles:
         return hashlib.sha256("\n".join([self.tensors.digest(), self.tokenizer.to_str(), rest]).encode()).hexdigest()
 
 
-def _load_tokenizer(directory: Path, raw: dict[str, Any], trust_remote_code: bool) -> tuple[Tokenizer, int, list[str]]:
-    """The tokenizer, the id that pads, and the names of a model's inputs."""
-    from transformers import AutoTokenizer
-
-    if not any((directory / name).exists() for name in TOKENIZER_FILES):
-        # Given none of these, transformers makes a tokenizer that reads every text as nothing.
-        raise CheckpointError(f"{directory}: no tokenizer; expected one of {', '.join(TOKENIZER_FILES)}")
-    try:
-        loaded: Any = AutoTokenizer.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=trust_remote_code
-        )
-        tokenizer: Tokenizer = loaded.backend_tokenizer
-    except Exception as exc:  # a missing file, a broken one and an unknown class raise unrelated types
-        raise CheckpointError(f"{directory}: no tokenizer that can be read ({one_line(exc)})") from exc
-    if len(tokenizer.encode("a query and a passage", add_special_tokens=False).ids) == 0:
-        raise CheckpointError(f"{directory}: the tokenizer reads every text as nothing; its files are not all there")
-    # Encoders that count positions from the pad id want the configuration's; elsewhere padding is masked.
-    candidates = (raw.get("pad_token_id"), loaded.pad_token_id, loaded.eos_token_id, 0)
-    pad_id = next(id_ for id_ in candidates if isinstance(id_, int) and id_ >= 0)
-    return tokenizer, pad_id, list(loaded.model_input_names)
-
-
-def load_config(directory: Path, profile: Profile | None = None, *, trust_remote_code: bool = False) -> Any:
+def _load_config(directory: Path, profile: Profile | None = None, *, trust_remote_code: bool = False) -> Any:
     """transformers' configuration object, checked against the profile that it is served by, if there is one."""
     from transformers import AutoConfig
 
@@ -148,22 +149,19 @@ def load_config(directory: Path, profile: Profile | None = None, *, trust_remote
     if profile is not None:
         if not profile.needs_remote_code:  # else the checkpoint's own Python reads its declarations
             raw = read_json(path)
-            check_fields(str(path), raw, {}, _applied(raw, config, profile))
+            kind = type(config)
+            own = {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
+            # Fields that transformers' class, or the model that reads its configuration, takes into account.
+            applied: set[str] = own | set(getattr(kind, "attribute_map", {})) | STORAGE
+            applied |= ALSO_READ.get(str(raw.get("model_type")), set())
+            applied = applied.union(*(old for new, old in RENAMED.items() if new in own))
+            if profile.head != "classifier":  # transformers attends both ways for unpadded batches only
+                applied.discard("use_bidirectional_attention")
+            check_fields(str(path), raw, {}, applied)
         _check_modules(directory, profile)
         if profile.model == GENERIC:
             _check_texts(directory)
     return config
-
-
-def _applied(raw: dict[str, Any], config: Any, profile: Profile) -> set[str]:
-    """Fields that transformers' class, or the model that reads its configuration, takes into account."""
-    kind = type(config)
-    own = {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
-    applied: set[str] = own | set(getattr(kind, "attribute_map", {})) | STORAGE
-    applied |= ALSO_READ.get(str(raw.get("model_type")), set())
-    applied = applied.union(*(old for new, old in RENAMED.items() if new in own))
-    # transformers attends both ways for unpadded batches only
-    return applied if profile.head == "classifier" else applied - {"use_bidirectional_attention"}
 
 
 def _check_modules(directory: Path, profile: Profile) -> None:
@@ -180,20 +178,18 @@ def _check_modules(directory: Path, profile: Profile) -> None:
                 f"{directory / 'modules.json'}: lists the module {kind} ({place.name}), which is not applied here; "
                 f"expected {' and '.join(sorted(MODULES))} alone"
             )
-        if name == "LogitScore" and library:
-            _check_answers(place / "config.json", profile)
-
-
-def _check_answers(path: Path, profile: Profile) -> None:
-    """The answer tokens that sentence-transformers reads, where the profile gives ids for its own."""
-    found = read_json(path, optional=True)
-    given = tuple(answer for answer in (profile.yes, profile.no) if answer is not None)
-    ids = profile.answer_ids if any(isinstance(answer, str) for answer in given) else given
-    for key, expected in zip(("true_token_id", "false_token_id"), (*ids, None), strict=False):
-        if ids and found.get(key) != expected:
-            raise CheckpointError(
-                f"{path}: {key} is {found.get(key)!r}; the profile {profile.model!r} reads token {expected!r}"
-            )
+        if name != "LogitScore" or not library:
+            continue
+        # The answer tokens that sentence-transformers reads, where the profile gives ids for its own.
+        path = place / "config.json"
+        found = read_json(path, optional=True)
+        given = tuple(answer for answer in (profile.yes, profile.no) if answer is not None)
+        ids = profile.answer_ids if any(isinstance(answer, str) for answer in given) else given
+        for key, expected in zip(("true_token_id", "false_token_id"), (*ids, None), strict=False):
+            if ids and found.get(key) != expected:
+                raise CheckpointError(
+                    f"{path}: {key} is {found.get(key)!r}; the profile {profile.model!r} reads token {expected!r}"
+                )
 
 
 def _check_texts(directory: Path) -> None:
@@ -216,25 +212,20 @@ def load_transformer(
     dtype: torch.dtype,
     device: torch.device,
     *,
-    kind: str,
-    config: Any = None,
-    read_elsewhere: Collection[str] = (),
+    kind: str,  # name of the auto class
+    config: Any = None,  # None: loaded here
+    read_elsewhere: Collection[str] = (),  # tensors that a head reads, or that the readout has no use for
     trust_remote_code: bool = False,
 ) -> Any:
     """A model of transformers in evaluation mode, with every stored tensor in it or accounted for.
 
     transformers draws missing weights at random and leaves out those it does not use; both are errors here.
-
-    Args:
-        kind: name of the auto class.
-        config: as load_config gives it; None: loaded here.
-        read_elsewhere: tensors that a head reads, or that the readout has no use for.
     """
     import transformers
 
     tensors = StoredTensors(directory)
     tensors.check_formats()
-    config = config or load_config(directory, trust_remote_code=trust_remote_code)
+    config = config or _load_config(directory, trust_remote_code=trust_remote_code)
     model, info = _from_pretrained(getattr(transformers, kind), tensors, config, dtype, trust_remote_code)
     for name, found, wanted in sorted(info["mismatched_keys"]):
         raise CheckpointError(f"{directory}: {name} has the shape {tuple(found)}; config.json says {tuple(wanted)}")

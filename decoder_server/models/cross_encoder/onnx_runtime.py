@@ -106,9 +106,7 @@ class _OnnxRunner:
         margins: list[NDArray[np.float32]] = []
         for group in [[pair] for pair in pairs] if self._quantized else [pairs]:
             batch = pad([p.ids for p in group], [p.type_ids for p in group], side=self._side, pad_id=self._pad_id)
-            (output,) = self._session.run(
-                None, {name: batch[name] for name in self._inputs}
-            )  # logits or states
+            (output,) = self._session.run(None, {name: batch[name] for name in self._inputs})  # logits or states
             margins.append(self._head(torch.from_numpy(output)).numpy())
         return np.concatenate(margins)
 
