@@ -126,7 +126,6 @@ class Checkpoint:
 
     @property
     def encoder_config(self) -> T5Gemma2TextConfig:
-        """The text encoder's part of config.json."""
         return cast("T5Gemma2TextConfig", cast(Any, self.config.encoder).text_config)
 
     @property
@@ -134,8 +133,7 @@ class Checkpoint:
         return cast("T5Gemma2DecoderConfig", self.config.decoder)
 
     @property
-    def eoi_id(self) -> int:
-        """The token whose embedding is stored apart (end of image)."""
+    def eoi_id(self) -> int:  # end of image: the token whose embedding is stored apart
         return cast(int, self.config.eoi_token_index)
 
     @property

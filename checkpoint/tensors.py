@@ -138,7 +138,6 @@ class _Weight:
         return weight.div_(overall) if self.divides else weight.mul_(overall)
 
     def all_rows(self) -> Tensor:
-        """The whole tensor as stored, or in float32 where it was quantized."""
         return self.rows(0, math.prod(self.shape[:1]))
 
     def chunks(self) -> Iterator[Tensor]:
@@ -208,17 +207,16 @@ class StoredTensors:
     def refuse_unused(self, names: Iterable[str]) -> None:
         """Raises CheckpointError where one of the names is none of a buffer, with a remedy."""
         left = sorted(name for name in names if not _BUFFERS.search(name))
-        if not left:
-            return
         remedy = "expected the tensors that config.json implies: it is of another model, or has another size"
-        if any(_ADAPTERS.search(name) for name in left):
+        if any(map(_ADAPTERS.search, left)):
             remedy = "merge the adapter into the weights first"
-        elif any(_QUANTIZED.search(name) for name in left):
+        elif any(map(_QUANTIZED.search, left)):
             remedy = REMEDY
-        raise CheckpointError(
-            f"{self.directory}: {len(left)} stored tensors are not used by this model, whose scores would be wrong "
-            f"without them: {_first_of(left)}; {remedy}"
-        )
+        if left:
+            raise CheckpointError(
+                f"{self.directory}: {len(left)} stored tensors are not used by this model, whose scores would be wrong "
+                f"without them: {_first_of(left)}; {remedy}"
+            )
 
     def check_formats(self) -> None:
         """Raises CheckpointError where a weight is in a format that says nothing without its scales."""
@@ -350,7 +348,9 @@ def _declares_quantization(directory: Path) -> bool:
         if not isinstance(scheme, dict):
             raise CheckpointError(f"{where}: {scheme!r}; expected an object")
         method, inner = str(scheme.get("quant_method", "unknown")), scheme.get("quantization")
-        facts = {"quantization_status": "compressed"} | scheme | (inner if isinstance(inner, dict) else {})
+        facts: dict[str, Any] = (
+            {"quantization_status": "compressed"} | scheme | (inner if isinstance(inner, dict) else {})
+        )
         if method not in READ:
             raise CheckpointError(f"{where}: the weights are quantized ({method}); {REMEDY}")
         for key, allowed in READ[method].items():

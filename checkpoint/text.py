@@ -1,8 +1,7 @@
 """Text to token ids, with the checkpoint's templates, limits and answer tokens.
 
-Texts from outside are neutralised: a control token spelled in a query or passage (`<end_of_turn>`) is tokenized as
-plain text, so it cannot open a turn. Text without such spelling gets exactly the ids of the filled template, tokenized
-as a whole, as in the reference.
+A control token spelled in a query or passage (`<end_of_turn>`) is tokenized as plain text, so it cannot open a turn.
+Text without such spelling gets exactly the ids of the filled template, tokenized as a whole, as in the reference.
 """
 
 from __future__ import annotations
@@ -11,11 +10,10 @@ import re
 import string
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from itertools import takewhile
 from pathlib import Path
 
-from moka_py import Moka
 from tokenizers import Encoding, Tokenizer
 
 from checkpoint.files import CheckpointError
@@ -200,23 +198,19 @@ class TextTokenizer:
         self.no_id = single_token(self._both.exact, settings.no_token, f"{directory}: no_token")
         if self.yes_id == self.no_id:
             raise CheckpointError(f"{directory}: yes_token and no_token are the same token {self.yes_id}")
-        self._prefixes: Moka[str, list[int]] = Moka(MAX_PREFIXES)
         self._passage = TemplateFiller(self._both, [settings.passage_template], guard=neutralise)
         self._prompt = TemplateFiller(self._both, [settings.prompt_template], guard=neutralise)
         # Tokens that the passage template leaves to a passage.
         self._room = max(1, settings.max_passage_tokens - len(self._passage.nothing[0]))
-
-    def _alone(self, text: str) -> Encoding:
-        """Text from outside without a template."""
-        return self._both.encode(text, plain=self._neutralise)
+        self._alone = partial(self._both.encode, plain=neutralise)  # of text from outside, without a template
+        self._prefix = lru_cache(MAX_PREFIXES)(self._shared_prefix)
+        self.is_empty = self._passage.is_empty
 
     @cached_property
     def max_id(self) -> int:
-        """The largest id that a text can become.
-
-        Gemma 3's tokenizer has a control token for images beyond the last row of the embedding; where control tokens in
-        texts are read as plain text, no text becomes it.
-        """
+        """The largest id that a text can become."""
+        # Gemma 3's tokenizer has a control token for images beyond the last row of the embedding; where control tokens
+        # in texts are read as plain text, no text becomes it.
         vocabulary = self._both.exact.get_vocab(with_added_tokens=True)
         used = set(self._both.controls.findall(self._settings.passage_template + self._settings.prompt_template))
         unreachable = self._both.control_ids.keys() - used if self._neutralise else set()
@@ -227,10 +221,6 @@ class TextTokenizer:
         limit = self._settings.max_passage_tokens
         rows = [each.ids for each in self._passage.encode([{"passage": text} for text in texts])]
         return [TokenizedPassage(ids[:limit], len(ids) > limit) for ids in rows]
-
-    def is_empty(self, text: str) -> bool:
-        """As TemplateFiller.is_empty says of the passage template, of text that UTF-8 can hold."""
-        return self._passage.is_empty(text)
 
     def spans(self, text: str) -> list[tuple[int, int]]:
         """Per token of `passages([text])`, before its cut, begin and end in the text; empty for the template's own.
@@ -287,19 +277,15 @@ class TextTokenizer:
         shared = len(prefix) if len(prefix) < len(ids) and ids[: len(prefix)] == prefix else 0
         return TokenizedPrompt(ids, min(len(query_ids), limit), len(query_ids) > limit, shared)
 
-    def _prefix(self, instruction: str) -> list[int]:
+    def _shared_prefix(self, instruction: str) -> list[int]:
         """The shared beginning of prompts under this instruction, as far as a few unlike queries tell.
 
         A tokenizer may join the query's first letters with the text before them, so the template's own tokenization
         does not show where the query's begins.
         """
-        prefix: list[int] | None = self._prefixes.get(instruction)
-        if prefix is None:
-            rows = [{"query": query, "instruction": instruction} for query in UNLIKE_QUERIES]
-            columns = zip(*(each.ids for each in self._prompt.encode(rows)), strict=False)
-            prefix = [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
-            self._prefixes.set(instruction, prefix)
-        return prefix
+        rows = [{"query": query, "instruction": instruction} for query in UNLIKE_QUERIES]
+        columns = zip(*(each.ids for each in self._prompt.encode(rows)), strict=False)
+        return [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
 
 
 def single_token(tokenizer: Tokenizer, text: str, what: str) -> int:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -120,16 +120,8 @@ class CheckpointFiles:
         """The transformers model below the profile's head, or with it where it is the model's own."""
         head, trust = self.profile.head, self.trust_remote_code and not self.profile.listwise
         kind = "AutoModelForSequenceClassification" if head == "classifier" else "AutoModel"
-        elsewhere = READ_BY_HEAD.get(head, ())
-        return load_transformer(
-            self.directory,
-            dtype,
-            device,
-            kind=kind,
-            config=self.config,
-            read_elsewhere=elsewhere,
-            trust_remote_code=trust,
-        )
+        how: dict[str, Any] = {"kind": kind, "config": self.config, "head": head, "trust_remote_code": trust}
+        return load_transformer(self.directory, dtype, device, **how)
 
     def fingerprint(self) -> str:
         """sha256 over weights, tokenizer, configuration and profile: a second or two per gigabyte."""
@@ -146,21 +138,21 @@ def _load_config(directory: Path, profile: Profile | None = None, *, trust_remot
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as exc:  # strict config classes and remote code raise several unrelated types
         raise CheckpointError(f"{path}: cannot be read as a configuration ({one_line(exc)})") from exc
-    if profile is not None:
-        if not profile.needs_remote_code:  # else the checkpoint's own Python reads its declarations
-            raw = read_json(path)
-            kind = type(config)
-            own = {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
-            # Fields that transformers' class, or the model that reads its configuration, takes into account.
-            applied: set[str] = own | set(getattr(kind, "attribute_map", {})) | STORAGE
-            applied |= ALSO_READ.get(str(raw.get("model_type")), set())
-            applied = applied.union(*(old for new, old in RENAMED.items() if new in own))
-            if profile.head != "classifier":  # transformers attends both ways for unpadded batches only
-                applied.discard("use_bidirectional_attention")
-            check_fields(str(path), raw, {}, applied)
-        _check_modules(directory, profile)
-        if profile.model == GENERIC:
-            _check_texts(directory)
+    if profile is None:
+        return config
+    if not profile.needs_remote_code:  # else the checkpoint's own Python reads its declarations
+        raw, kind = read_json(path), type(config)
+        own = {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
+        # Fields that transformers' class, or the model that reads its configuration, takes into account.
+        applied: set[str] = own | set(getattr(kind, "attribute_map", {})) | STORAGE
+        applied |= ALSO_READ.get(str(raw.get("model_type")), set())
+        applied = applied.union(*(old for new, old in RENAMED.items() if new in own))
+        if profile.head != "classifier":  # transformers attends both ways for unpadded batches only
+            applied.discard("use_bidirectional_attention")
+        check_fields(str(path), raw, {}, applied)
+    _check_modules(directory, profile)
+    if profile.model == GENERIC:
+        _check_texts(directory)
     return config
 
 
@@ -214,7 +206,7 @@ def load_transformer(
     *,
     kind: str,  # name of the auto class
     config: Any = None,  # None: loaded here
-    read_elsewhere: Collection[str] = (),  # tensors that a head reads, or that the readout has no use for
+    head: str = "",  # of the profile: it may read tensors that transformers does not
     trust_remote_code: bool = False,
 ) -> Any:
     """A model of transformers in evaluation mode, with every stored tensor in it or accounted for.
@@ -230,7 +222,7 @@ def load_transformer(
     for name, found, wanted in sorted(info["mismatched_keys"]):
         raise CheckpointError(f"{directory}: {name} has the shape {tuple(found)}; config.json says {tuple(wanted)}")
     tensors.refuse_missing(info["missing_keys"])
-    left = set(info["unexpected_keys"]).difference(read_elsewhere)
+    left = set(info["unexpected_keys"]).difference(READ_BY_HEAD.get(head, ()))
     if kind == "AutoModelForSequenceClassification":
         left = {name for name in left if not _OTHER_HEADS.match(name)}
     tensors.refuse_unused(left)

@@ -82,8 +82,7 @@ class Profile:
     golden_are_margins: bool = False
 
     @property
-    def listwise(self) -> bool:
-        """Scores depend on the other candidates: never keep one per pair."""
+    def listwise(self) -> bool:  # scores depend on the other candidates: never keep one per pair
         return self.head == "listwise"
 
     @property
@@ -259,30 +258,24 @@ def _check(profile: Profile, where: str) -> None:
     templated = bool(p.template) or p.head != "classifier"
     answered, marked = (p.yes, p.no) != (None, None), p.passage_format and p.passage_token and p.query_token
     fits = in_passage.count("passage") == 1 and set(in_passage) <= {"passage", "index"}
+    fields = f"template has the fields {sorted(found)}; expected {sorted(needed)}, allowed {sorted(allowed)}"
+    form = f"instruction_format has the fields {in_format}; expected ['instruction']"
+    places = f"passage_format has the fields {sorted(in_passage)}; expected ['passage'], allowed ['index', 'passage']"
     for contradiction, message in (
         (p.head == "vocabulary" and p.yes is None, "yes is missing; a vocabulary head needs an answer token or its id"),
         (p.head != "vocabulary" and answered, f"yes and no belong to a vocabulary head; head is {p.head!r}"),
         (p.num_labels == 2 and p.head != "classifier", "num_labels is 2; expected 1, or 2 with a classifier head"),
         (last and p.padding != "left", f"padding is {p.padding!r}; a readout at the last token needs left"),
-        (
-            templated and not needed <= found <= allowed,
-            f"template has the fields {sorted(found)}; expected {sorted(needed)}, allowed {sorted(allowed)}",
-        ),
+        (templated and not needed <= found <= allowed, fields),
         (
             templated and ("instruction" in found) != p.takes_instruction,
             "template names {instruction} exactly when instruction_format is given",
         ),
         (p.takes_instruction and not p.template, "instruction_format needs a template to stand in"),
-        (
-            p.takes_instruction and in_format != ["instruction"],
-            f"instruction_format has the fields {in_format}; expected ['instruction']",
-        ),
+        (p.takes_instruction and in_format != ["instruction"], form),
         (listwise and len(p.template) != 1, f"template has {len(p.template)} pieces; a list is tokenized as one"),
         (listwise and not marked, "a listwise head needs passage_format, passage_token and query_token"),
-        (
-            p.passage_format and not fits,
-            f"passage_format has the fields {sorted(in_passage)}; expected ['passage'], allowed ['index', 'passage']",
-        ),
+        (p.passage_format and not fits, places),
     ):
         if contradiction:
             raise CheckpointError(f"{where}: {message}")
