@@ -6,11 +6,6 @@ from checkpoint.settings import CheckpointSettings
 from checkpoint.text import TextTokenizer, TokenizedPassage, TokenizedPrompt
 
 __all__ = [
-    "Checkpoint",
-    "CheckpointError",
-    "CheckpointSettings",
-    "EncoderIdentity",
-    "TextTokenizer",
-    "TokenizedPassage",
+    "Checkpoint", "CheckpointError", "CheckpointSettings", "EncoderIdentity", "TextTokenizer", "TokenizedPassage",
     "TokenizedPrompt",
-]
+]  # fmt: skip

@@ -26,7 +26,6 @@ MIN_FUSED_DIM = 512
 
 def usable_cores(root: Path = Path("/")) -> int:
     """Processors that this process may use, at least 1: its affinity, within the quotas of its control groups.
-
     A quota of 2.5 processors is 2: a third thread would have the kernel stop all of them for part of every period.
     """
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -105,7 +104,6 @@ def hardware() -> dict[str, Any]:
 
 def choose_device(name: str | None = None, dtype: str | None = None) -> tuple[torch.device, torch.dtype]:
     """The named device and number format; None or auto: CUDA where there is one, bfloat16 where it is native.
-
     float16 is never offered: this model family overflows it. ValueError where one is not to be had.
     """
     if name is None or name == "auto":
@@ -139,9 +137,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def choose_fused(dim: int, device: torch.device) -> bool:
     """Whether the steps between matrix products are worth compiling, and can be.
-
-    On a CPU that needs a C++ compiler, some ten seconds once per machine, whose results torch keeps, and a few at
-    every start. TORCH_COMPILE_DISABLE=1 is torch's own switch.
+    On a CPU that needs a C++ compiler, some ten seconds once per machine, whose results torch keeps, and a few at every
+    start. TORCH_COMPILE_DISABLE=1 is torch's own switch.
     """
     return device.type == "cpu" and dim >= MIN_FUSED_DIM and cpp_compiler() is not None
 
@@ -179,7 +176,6 @@ def tune_process(num_threads: int | None = None) -> None:
 
 def keep_loaded() -> None:
     """Leave loaded objects out of garbage collections; called once a server is ready.
-
     A full collection goes through half a million objects of models and libraries and stops every thread for up to a
     second. A body of 125,000 lists sets one off.
     """

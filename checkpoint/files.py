@@ -26,7 +26,6 @@ HUB_PATTERNS = ("*.json", "*.safetensors", "tokenizer*", "vocab.txt", "merges.tx
 
 def resolve(name: str, *, with_code: bool = False) -> Path:
     """The local directory of a checkpoint: `name` itself, or the hub snapshot, `with_code` with its Python files.
-
     Raises CheckpointError where it is neither a directory nor a hub id that can be fetched.
     """
     path = Path(name).expanduser()
@@ -103,7 +102,6 @@ ONLY = {"is_causal": True, "position_embedding_type": "absolute", "pooler_type":
 
 def check_fields(where: str, raw: Mapping[str, Any], defaults: Mapping[str, Any], applied: Collection[str]) -> None:
     """Raises CheckpointError, beginning with `where`, at a field that is neither `applied` nor known not to matter.
-
     `defaults` is what the model's class takes for a field that is missing; a field without one is unknown to it.
     """
     for key, value in raw.items():
@@ -125,7 +123,6 @@ def check_fields(where: str, raw: Mapping[str, Any], defaults: Mapping[str, Any]
 
 def read_fields(where: str, raw: Mapping[str, Any], kinds: Mapping[str, Any]) -> dict[str, Any]:
     """Values of an object in a file, as the annotations `kinds` want them.
-
     Raises CheckpointError for an unknown key, or a value of another type or out of its bounds.
     """
     values = {}

@@ -108,7 +108,6 @@ class Pointwise:
 
 def _separate_compiled_code() -> None:
     """Points torch's cache of compiled code at a folder for this processor, inside of TORCHINDUCTOR_CACHE_DIR.
-
     torch names what it keeps by source and options, not by the vector units it was generated for: code of another
     processor (a folder that moved, an image, ATEN_CPU_CAPABILITY) gives wrong numbers or ends the process.
     """
@@ -125,11 +124,10 @@ def _separate_compiled_code() -> None:
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, pointwise: Pointwise) -> Tensor:
     """softmax(q keysᵀ + mask) values, in the shape of q; q is scaled already.
-
     On a CPU two batched products around one softmax: with heads of 256 that is more than twice the rate of torch's
-    blocked kernel. Callers cut long queries, so that whole rows of logits fit. Shapes: q (batch, num_kv,
-    queries * group, head) with queries that share a kv head next to each other, keys and values (batch, num_kv, keys,
-    head), the additive mask (batch, num_kv, queries, keys); without one every query sees every key.
+    blocked kernel. Callers cut long queries, so that whole rows of logits fit. Shapes: q (batch, num_kv, queries *
+    group, head) with queries that share a kv head next to each other, keys and values (batch, num_kv, keys, head), the
+    additive mask (batch, num_kv, queries, keys); without one every query sees every key.
     """
     if q.device.type != "cpu":
         seen = None if mask is None else mask.repeat_interleave(q.shape[2] // mask.shape[2], dim=2)
@@ -169,7 +167,6 @@ class Linear:
 
 class GatedLinear:
     """gelu(x Gᵀ) · (x Uᵀ), the first half of an MLP.
-
     oneDNN applies gelu and product while the matrix product's tile is in cache; tanh over bfloat16 alone costs more.
     """
 

@@ -161,9 +161,8 @@ class Checkpoint:
 
     def decoder_tensors(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Decoder layers, norm and embedding by canonical name (`decoder.…`).
-
-        The embedding is usually stored once, under the encoder. `lm_head.weight` comes along where the output
-        embedding is another one than the decoder's own: transformers ties it to the encoder's, unless it is stored.
+        The embedding is usually stored once, under the encoder. `lm_head.weight` comes along where the output embedding
+        is another one than the decoder's own: transformers ties it to the encoder's, unless it is stored.
         """
         wanted, head = self._decoder_shapes()
         embedding = next(name for name in wanted if name.endswith("embed_tokens.weight"))

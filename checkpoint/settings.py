@@ -117,7 +117,6 @@ def _kalm_values(directory: Path, kinds: dict[str, Any]) -> dict[str, Any]:
 
 def template_fields(template: str) -> list[str]:
     """Names of a template's fields, in order, each with whatever more its braces hold.
-
     str.format pads (`{query:>999999999}` takes a gigabyte), converts, indexes and follows attributes. None of it is a
     plain name, so a caller that allows plain names alone rejects it. ValueError where it is no template, or one too
     long or too repetitive to be filled with texts from outside.

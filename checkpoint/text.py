@@ -62,7 +62,6 @@ class TokenizedPrompt:
 
 class Tokenizers:
     """One tokenizer twice: `exact` as published, `plain` with control tokens switched off.
-
     The switch is state of the object, so one object with a toggle would race between threads. Special tokens shorter
     than `min_control_chars` are no control tokens: texts may spell them.
     """
@@ -82,7 +81,6 @@ class Tokenizers:
 
     def encode(self, text: str | tuple[str, str], *, plain: bool, add_special_tokens: bool = False) -> Encoding:
         """One text or pair, without holding the interpreter: tokenizers releases it for batches only.
-
         A megabyte takes a second, in which no other request would be answered.
         """
         tokenizer = self.plain if plain else self.exact
@@ -92,7 +90,6 @@ class Tokenizers:
 
 class TemplateFiller:
     """A template in pieces, each tokenized separately; ids are joined. Without any, the tokenizer's own pair.
-
     Where a text spells a control token only the template's own count, and all text between them is read as plain. A
     pair (`[CLS] query [SEP] passage [SEP]` or what its post-processor adds) is always read as plain: its special tokens
     come from the post-processor.
@@ -118,7 +115,6 @@ class TemplateFiller:
 
     def is_empty(self, text: str) -> bool:
         """Whether a passage's text is empty: white space alone, or nothing that adds a token to the template's.
-
         A tokenizer may drop a character that it does not know, so characters do not tell; an unknown token is a token.
         Index, worker and server all call this: a text is empty for each of them or for none.
         """
@@ -224,7 +220,6 @@ class TextTokenizer:
 
     def spans(self, text: str) -> list[tuple[int, int]]:
         """Per token of `passages([text])`, before its cut, begin and end in the text; empty for the template's own.
-
         Without any where the text spells control tokens: its tokens are then not those of one filled template.
         """
         if self._neutralise and self._both.spells_control([text]):
@@ -263,10 +258,9 @@ class TextTokenizer:
 
     def prompt(self, query: str, instruction: str | None = None) -> TokenizedPrompt:
         """The decoder's prompt. The query is cut to `max_query_tokens`; the rest is never cut.
-
-        Every query goes through its tokens and back into text, cut or not, as in the official code
-        (KaLM-Reranker's build_decoder_text): a character that a tokenizer does not give back, such as U+2581 for a
-        space, is read as the text that comes back.
+        Every query goes through its tokens and back into text, cut or not, as in the official code (KaLM-Reranker's
+        build_decoder_text): a character that a tokenizer does not give back, such as U+2581 for a space, is read as the
+        text that comes back.
         """
         limit = self._settings.max_query_tokens
         query_ids = self._alone(query).ids
@@ -279,7 +273,6 @@ class TextTokenizer:
 
     def _shared_prefix(self, instruction: str) -> list[int]:
         """The shared beginning of prompts under this instruction, as far as a few unlike queries tell.
-
         A tokenizer may join the query's first letters with the text before them, so the template's own tokenization
         does not show where the query's begins.
         """
@@ -298,7 +291,6 @@ def single_token(tokenizer: Tokenizer, text: str, what: str) -> int:
 
 def _tree(words: Iterable[str]) -> str:
     """A pattern of the longest of some words, as a tree of their characters.
-
     Of a list each word is tried at every place where one may begin: with the 6,000 control tokens of Gemma's tokenizer
     a megabyte of `<` would hold the interpreter for 20 s.
     """

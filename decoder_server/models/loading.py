@@ -12,7 +12,6 @@ BATCH_TOKENS = {"cpu": (1024, 8192), "cuda": (16_384, 65_536)}
 
 def load_model(model: ModelConfig) -> Backend:
     """Loads a model as its checkpoint, or the configuration, says.
-
     Raises CheckpointError for files that cannot be served, ValueError for a device, dtype or runtime not to be had.
     """
     import torch  # seconds to import; only a process that serves should pay

@@ -114,7 +114,6 @@ class CrossEncoder:
 
     def bounded(self, margins: NDArray[np.float32]) -> NDArray[np.float32]:
         """Scores in 0..1 for interfaces that demand them, in the order of the margins.
-
         The published activation where that is a sigmoid; else a sigmoid of the margin, which is no probability; of a
         listwise cosine its half above a half.
         """

@@ -105,7 +105,6 @@ class CausalSource:
 
     def convert(self, folder: Path, advance: Callable[[int], None] = lambda num: None) -> None:
         """Fills `folder` with the converted checkpoint: weights, configuration, tokenizer, profile, licence.
-
         `advance` is called with the number of tensors written since the last call.
         """
         how: dict[str, Any] = {"filename_pattern": "model{suffix}.safetensors", "max_shard_size": SHARD_BYTES}
@@ -188,9 +187,8 @@ class CausalSource:
 
 def _pad(name: str, files: CheckpointFiles) -> tuple[str, int]:
     """The padding token: the tokenizer's own, or the configuration's, or the end of a sequence.
-
-    A classifier finds its readout by looking for the last token that is not padding, so configuration and
-    tokenizer must agree, and no prompt may end in the padding token.
+    A classifier finds its readout by looking for the last token that is not padding, so configuration and tokenizer
+    must agree, and no prompt may end in the padding token.
     """
     candidates = (files.loaded.pad_token_id, files.raw.get("pad_token_id"), files.loaded.eos_token_id)
     pad = next((int(id_) for id_ in candidates if id_ is not None), None)
@@ -226,7 +224,6 @@ def _head(name: str, files: CheckpointFiles) -> str:
 @contextmanager
 def staged(target: Path) -> Iterator[Path]:
     """An empty folder next to `target`, which becomes `target` when the block ends well, and else is removed.
-
     Leftovers of a killed process are removed by the next one. Raises CheckpointError where `target` is taken, cannot be
     written, or is being written by another process.
     """

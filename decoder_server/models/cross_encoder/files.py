@@ -210,7 +210,6 @@ def load_transformer(
     trust_remote_code: bool = False,
 ) -> Any:
     """A model of transformers in evaluation mode, with every stored tensor in it or accounted for.
-
     transformers draws missing weights at random and leaves out those it does not use; both are errors here.
     """
     import transformers

@@ -33,7 +33,6 @@ def open_cross_encoder(
     cache_dir: Path | None = None,  # where ONNX graphs are kept; None: ~/.cache/preread/onnx
 ) -> CrossEncoder:
     """Loads a reranker that reads query and passage together.
-
     Raises CheckpointError for files that cannot be served, ValueError for a device, dtype or runtime not to be had.
     """
     where, number_format = _placed(runtime, device, dtype)

@@ -48,7 +48,6 @@ _LAYER = re.compile(r"\.layers?\.\d+\.")
 
 def load_onnx(source: CheckpointFiles, *, quantized: bool, cache_dir: Path | None) -> _OnnxRunner:
     """A runner over the graph of these weights, exported first where there is none yet.
-
     Raises CheckpointError for an architecture that cannot be exported or a place that cannot be written, ValueError
     where the packages are not installed or the model is listwise.
     """
@@ -139,20 +138,13 @@ def _build(source: CheckpointFiles, directory: Path, made_of: dict[str, object])
 def _export(source: CheckpointFiles, path: Path) -> None:
     """Writes the float32 graph, weights next to it."""
     body = Body(source, torch.device("cpu"), torch.float32).eval()
-    ids = torch.full((2, 12), source.pad_id)
-    mask, positions = torch.ones_like(ids), torch.arange(12).repeat(2, 1)
-    if source.profile.padding == "left":
-        mask[0, :4] = 0
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-    else:
-        mask[0, -4:] = 0
-    values = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "token_type_ids": 0 * ids}
+    batch = pad([[source.pad_id] * 8, [source.pad_id] * 12], side=source.profile.padding, pad_id=source.pad_id)
     free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     try:
         with torch.no_grad(), _quiet():
             torch.onnx.export(
                 body,
-                tuple(values[name] for name in body.names),
+                tuple(torch.from_numpy(batch[name]) for name in body.names),
                 str(path),
                 input_names=body.names,
                 output_names=["output"],
@@ -170,7 +162,6 @@ def _export(source: CheckpointFiles, path: Path) -> None:
 
 def _quantize(source: Path, target: Path, reduce_range: bool) -> int:
     """Weights of matrix products to int8, activations at run time; the number of products that stayed in float.
-
     `reduce_range` is 7 bits, for processors whose 8-bit products saturate (no VNNI).
     """
     import onnx

@@ -140,7 +140,6 @@ class Profile:
     @classmethod
     def generic(cls, name: str, config: dict[str, Any], directory: Path) -> Profile:
         """From config.json and sentence-transformers' files next to it, for an encoder with a head.
-
         A decoder's prompt and answer tokens stand in no configuration: guessing them gives numbers, not scores.
         """
         architecture, kind = str((config.get("architectures") or ["none"])[0]), config.get("model_type")
@@ -178,7 +177,6 @@ def builtin_profiles() -> dict[str, Profile]:
 
 def named_profile(name: str, wanted: str | Profile | None = None, directory: Path | None = None) -> Profile | None:
     """The profile known before config.json is read: the wanted one, or that of this id, or the checkpoint's own.
-
     `wanted` is a profile, a model id of the table, or a TOML file with the row of `name` or only one row; `directory`
     is the checkpoint's, where its recipe may lie.
     """

@@ -80,10 +80,9 @@ class PairReader:
 
     def prompt(self, query: str, instruction: str | None = None) -> TextPrompt:
         """A query cut to `max_query_tokens`, and the instruction as the template takes it.
-
-        None is the model's default. An empty one is the template's words with nothing in them, for a model that has
-        a default; the others leave the words out, as their authors' code does. One over its limit is a ValueError:
-        half an instruction may say the opposite of the whole.
+        None is the model's default. An empty one is the template's words with nothing in them, for a model that has a
+        default; the others leave the words out, as their authors' code does. One over its limit is a ValueError: half
+        an instruction may say the opposite of the whole.
         """
         profile = self._profile
         query = self._clean(query)

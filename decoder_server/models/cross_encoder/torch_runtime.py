@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -21,6 +22,7 @@ from decoder_server.models.cross_encoder.backend import Runner, pad
 from decoder_server.models.cross_encoder.files import PROJECTOR, CheckpointFiles
 from decoder_server.models.cross_encoder.templates import TextPair, TextPrompt
 
+_cosine = partial(torch.nn.functional.cosine_similarity, dim=-1)  # (rows, dim) and (dim,) -> (rows,)
 Head = Callable[[torch.Tensor], torch.Tensor]  # (batch, hidden or labels) -> margins (batch,), in float32
 
 
@@ -51,7 +53,6 @@ class _TorchRunner:
 
 class _ListwiseRunner:
     """A decoder with a projector over its marker tokens: all passages of a query in one sequence.
-
     A passage's margin is the cosine of its marker and the query's, so it depends on the other passages; nothing here
     may be kept per pair. Longer lists are read in blocks, and the query's vector is the mean over blocks, weighted by
     the score of each block's best passage.
@@ -110,11 +111,6 @@ class _ListwiseRunner:
                 block, room = [], start
         if block:
             yield block
-
-
-def _cosine(rows: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-    """(rows, dim) and (dim,) -> (rows,)."""
-    return torch.nn.functional.cosine_similarity(rows, vector[None], dim=-1)
 
 
 class Body(torch.nn.Module):
