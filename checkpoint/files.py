@@ -104,17 +104,13 @@ def check_fields(where: str, raw: Mapping[str, Any], defaults: Mapping[str, Any]
     """Raises CheckpointError, beginning with `where`, at a field that is neither `applied` nor known not to matter.
     `defaults` is what the model's class takes for a field that is missing; a field without one is unknown to it.
     """
+    known = ONLY | dict(defaults)
     for key, value in raw.items():
-        if key in applied or key in HARMLESS or key.startswith("_"):
-            continue
-        if key in defaults:
-            fits, expected = value == defaults[key], repr(defaults[key])
-        elif key in ONLY:
-            fits, expected = value == ONLY[key], repr(ONLY[key])
-        else:
-            # Off, empty or absent: nothing that could be missing from the arithmetic.
-            fits, expected = value is None or value is False or value in ({}, [], ""), "a field that this model has"
-        if not fits:
+        # Off, empty or absent: nothing that could be missing from the arithmetic.
+        fits, expected = value is None or value is False or value in ({}, [], ""), "a field that this model has"
+        if key in known:
+            fits, expected = value == known[key], repr(known[key])
+        if not (fits or key in applied or key in HARMLESS or key.startswith("_")):
             raise CheckpointError(
                 f"{where}: {key} is {_short(value)}; expected {expected}. It is not applied here; if it changes no "
                 "score, remove it from the file"

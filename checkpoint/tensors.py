@@ -252,14 +252,11 @@ class StoredTensors:
         if _BUFFERS.search(name) and not weight.quantized:
             return weight.all_rows()
         weight.check_format()
-        tensor = torch.empty(weight.shape, dtype=dtype)
-        if not weight.shape:
-            return tensor.copy_(weight.rows(0, 1))
-        row = 0
+        tensor, row = torch.empty(weight.shape or (1,), dtype=dtype), 0
         for chunk in weight.chunks():
             tensor[row : row + len(chunk)] = chunk
             row += len(chunk)
-        return tensor
+        return tensor.reshape(weight.shape)
 
     def read_all(self, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, Tensor]:
         """Tensors by name, checked as in `check`."""
@@ -269,15 +266,13 @@ class StoredTensors:
     def equal(self, one: str, other: str) -> bool:
         """Whether two tensors hold the same numbers; reads both a chunk at a time."""
         a, b = self.weights[one], self.weights[other]
-        if a.shape != b.shape:
-            return False
-        return all(torch.equal(x.float(), y.float()) for x, y in zip(a.chunks(), b.chunks(), strict=True))
+        chunks = zip(a.chunks(), b.chunks(), strict=True)
+        return a.shape == b.shape and all(torch.equal(x.float(), y.float()) for x, y in chunks)
 
     def digest(self) -> str:
         """sha256 over the files' bytes, and quantization's own: a second or two per gigabyte."""
         total = hashlib.sha256()
-        described = self.directory / HF_QUANT_CONFIG
-        for path in [*self.files, *([described] if described.exists() else [])]:
+        for path in filter(Path.exists, [*self.files, self.directory / HF_QUANT_CONFIG]):
             with path.open("rb") as file:
                 total.update(hashlib.file_digest(file, "sha256").digest())
         return total.hexdigest()

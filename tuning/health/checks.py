@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from decoder_server.models.cross_encoder.profiles import named_profile
+from decoder_server.models.cross_encoder.profiles import Profile
 from tuning.health.report import CheckLine, Section, Verdict
 from tuning.health.scorers import Margins, Scorer, TextTriple
 from tuning.metrics import kendall_tau
@@ -195,7 +195,7 @@ def published(name: str) -> list[_Published]:
     own = [row for row in document["published"] if row["model"] == hub_id]
     if own:
         return [_Published(_texts(row), row["source"], row["margins"], True, row["max_delta"]) for row in own]
-    profile = named_profile(hub_id)
+    profile = Profile.named(hub_id)
     if profile is None or not profile.golden:
         return []
     # Scores between 0 and 1, or logits. Publishers computed in bfloat16, whose steps at a logit of 8 are 0.06, and

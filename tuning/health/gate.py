@@ -21,7 +21,7 @@ from decoder_server.config import NO_KV_CACHES, ModelConfig
 from decoder_server.models.backend import Backend
 from decoder_server.models.cross_encoder.backend import CrossEncoder
 from decoder_server.models.cross_encoder.loading import open_cross_encoder
-from decoder_server.models.cross_encoder.profiles import named_profile
+from decoder_server.models.cross_encoder.profiles import Profile
 from decoder_server.models.fbnl.backend import FbnlBackend
 from decoder_server.models.loading import is_fbnl, load_model
 from tuning import EvaluationError
@@ -217,7 +217,7 @@ def _reference(model: CrossEncoder, trust_remote_code: bool) -> tuple[PlainModel
     """The weights by the book, and notes: under the table's profile, or its file's, else the one that is served."""
     name, profile, directory = model.checkpoint_name, model.profile, resolve(model.checkpoint_name)
     try:
-        own = named_profile(name, directory=directory)
+        own = Profile.named(name, directory=directory)
     except CheckpointError:  # its file is broken: only the served profile is left
         own = None
     if own is not None:

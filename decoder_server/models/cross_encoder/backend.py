@@ -14,7 +14,6 @@ from checkpoint.files import CheckpointError, one_line
 from decoder_server.models.backend import sigmoid
 from decoder_server.models.cross_encoder.files import CheckpointFiles
 from decoder_server.models.cross_encoder.templates import TextPair, TextPrompt, Texts
-from preread.errors import InvalidRequest
 
 # Padded tokens per pass, by device: above it a pass is no faster per token.
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
@@ -62,7 +61,7 @@ class CrossEncoder:
         self._max_passage = profile.max_passage_tokens or profile.max_tokens
         self.settings = _TextSettings(profile.default_instruction, self._max_passage, profile.max_query_tokens)
         self._source, self._reader, self._runner = source, source.reader, runner
-        self.read, self.is_empty = source.reader.read, source.reader.is_empty
+        self.prompt, self.read, self.is_empty = source.reader.prompt, source.reader.read, source.reader.is_empty
 
     @cached_property
     def fingerprint(self) -> str:
@@ -70,14 +69,6 @@ class CrossEncoder:
         return self._source.fingerprint()
 
     def identity(self) -> None: ...  # it reads no states
-
-    def prompt(self, query: str, instruction: str | None = None) -> TextPrompt:
-        """As PairReader.prompt; InvalidRequest where the instruction is over the model's limit."""
-        try:
-            return self._reader.prompt(query, instruction)
-        except ValueError as exc:
-            limit = self.profile.max_instruction_tokens
-            raise InvalidRequest("instruction", f"too long ({exc})", f"at most {limit} tokens") from exc
 
     def pairs(self, prompt: TextPrompt, passages: Sequence[str]) -> list[list[TextPair]]:
         """Per passage one pair; ValueError where query and instruction leave no room for a passage."""

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from checkpoint.files import CheckpointError, read_json, resolve
 from decoder_server.models.cross_encoder.files import CheckpointFiles
 from decoder_server.models.cross_encoder.profiles import FILE_NAME as PROFILE_FILE
-from decoder_server.models.cross_encoder.profiles import Profile, builtin_profiles, named_profile
+from decoder_server.models.cross_encoder.profiles import Profile, builtin_profiles
 
 TARGETS = {
     "Qwen3ForCausalLM": "Qwen3ForSequenceClassification",
@@ -74,7 +74,7 @@ class CausalSource:
             )
         # A checkpoint of no known name goes by ctxl's recipe for its architecture.
         usual = (row for row in builtin_profiles().values() if "ctxl" in row.model and row.head == "vocabulary")
-        profile = named_profile(name, directory=path) or next(row for row in usual if found[0] in row.architectures)
+        profile = Profile.named(name, directory=path) or next(row for row in usual if found[0] in row.architectures)
         if profile.head != "vocabulary" or profile.yes != COLUMN or profile.no is not None:
             raise CheckpointError(
                 f"{name}: its profile {profile.model!r} reads more than column {COLUMN} of the vocabulary; "

@@ -12,7 +12,7 @@ from checkpoint.files import CheckpointError, read_json, resolve
 from decoder_server.models.cross_encoder.backend import CrossEncoder, Runner
 from decoder_server.models.cross_encoder.files import CheckpointFiles
 from decoder_server.models.cross_encoder.onnx_runtime import load_onnx
-from decoder_server.models.cross_encoder.profiles import Profile, named_profile
+from decoder_server.models.cross_encoder.profiles import Profile
 from decoder_server.models.cross_encoder.torch_runtime import load_torch
 
 log = logging.getLogger(__name__)
@@ -37,12 +37,12 @@ def open_cross_encoder(
     """
     where, number_format = _placed(runtime, device, dtype)
     name = str(name)
-    chosen = named_profile(name, profile)
+    chosen = Profile.named(name, profile)
     _check_allowed(name, chosen, trust_remote_code)  # before anything is downloaded
     directory = resolve(name, with_code=trust_remote_code)
     config = read_json(directory / "config.json")
     if chosen is None:
-        chosen = named_profile(name, profile, directory) or Profile.generic(name, config, directory)
+        chosen = Profile.named(name, profile, directory) or Profile.generic(name, config, directory)
         _check_allowed(name, chosen, trust_remote_code)
     chosen.check_architecture(config, name)
     limited = chosen.limited(config, max_tokens)

@@ -138,6 +138,39 @@ class Profile:
         return tuple(ids)
 
     @classmethod
+    def named(cls, name: str, wanted: str | Profile | None = None, directory: Path | None = None) -> Profile | None:
+        """The profile known before config.json is read: the wanted one, or that of this id, or the checkpoint's own.
+        `wanted` is a profile, a model id of the table, or a TOML file with the row of `name` or only one row;
+        `directory` is the checkpoint's, where its recipe may lie.
+        """
+        if isinstance(wanted, cls):
+            return wanted
+        builtin = builtin_profiles()
+        if wanted is None:
+            # A hub cache's snapshot, or a directory laid out like the hub, goes by its `owner/name`.
+            cached = re.search(r"(?:^|/)models--([^/]+?)--([^/]+)/snapshots/[^/]+/?$", name)
+            owner_and_name = cached.groups() if cached else name.rstrip("/").split("/")[-2:]
+            known = builtin.get(name) or builtin.get("/".join(owner_and_name))
+            if known is not None or directory is None or not (path := directory / FILE_NAME).exists():
+                return known
+            own = list(_load(path).values())
+            if len(own) > 1:
+                raise CheckpointError(f"{path}: has {len(own)} profiles; expected one")
+            return own[0]
+        if wanted in builtin:
+            return builtin[wanted]
+        if wanted == GENERIC:
+            return None
+        if not wanted.endswith(".toml"):
+            raise CheckpointError(
+                f"profile is {wanted!r}; expected a TOML file, {GENERIC!r}, or one of {', '.join(sorted(builtin))}"
+            )
+        rows = _load(Path(wanted).expanduser())
+        if name not in rows and len(rows) > 1:
+            raise CheckpointError(f"{wanted}: has profiles for {', '.join(rows)}; none for {name!r}")
+        return rows.get(name) or next(iter(rows.values()))
+
+    @classmethod
     def generic(cls, name: str, config: dict[str, Any], directory: Path) -> Profile:
         """From config.json and sentence-transformers' files next to it, for an encoder with a head.
         A decoder's prompt and answer tokens stand in no configuration: guessing them gives numbers, not scores.
@@ -173,39 +206,6 @@ class Profile:
 def builtin_profiles() -> dict[str, Profile]:
     """Every row that ships, by exact model id."""
     return _load(resources.files(__package__).joinpath("profiles.toml"))
-
-
-def named_profile(name: str, wanted: str | Profile | None = None, directory: Path | None = None) -> Profile | None:
-    """The profile known before config.json is read: the wanted one, or that of this id, or the checkpoint's own.
-    `wanted` is a profile, a model id of the table, or a TOML file with the row of `name` or only one row; `directory`
-    is the checkpoint's, where its recipe may lie.
-    """
-    if isinstance(wanted, Profile):
-        return wanted
-    builtin = builtin_profiles()
-    if wanted is None:
-        # A hub cache's snapshot, or a directory laid out like the hub, goes by its `owner/name`.
-        cached = re.search(r"(?:^|/)models--([^/]+?)--([^/]+)/snapshots/[^/]+/?$", name)
-        owner_and_name = cached.groups() if cached else name.rstrip("/").split("/")[-2:]
-        known = builtin.get(name) or builtin.get("/".join(owner_and_name))
-        if known is None and directory is not None and (path := directory / FILE_NAME).exists():
-            own = list(_load(path).values())
-            if len(own) > 1:
-                raise CheckpointError(f"{path}: has {len(own)} profiles; expected one")
-            return own[0]
-        return known
-    if wanted in builtin:
-        return builtin[wanted]
-    if wanted == GENERIC:
-        return None
-    if not wanted.endswith(".toml"):
-        raise CheckpointError(
-            f"profile is {wanted!r}; expected a TOML file, {GENERIC!r}, or one of {', '.join(sorted(builtin))}"
-        )
-    rows = _load(Path(wanted).expanduser())
-    if name not in rows and len(rows) > 1:
-        raise CheckpointError(f"{wanted}: has profiles for {', '.join(rows)}; none for {name!r}")
-    return rows.get(name) or next(iter(rows.values()))
 
 
 def _load(path: Path | Traversable) -> dict[str, Profile]:

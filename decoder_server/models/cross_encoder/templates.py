@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from checkpoint.text import Fields, TemplateFiller, Tokenizers
 from decoder_server.models.cross_encoder.profiles import Profile
+from preread.errors import InvalidRequest
 
 Texts = tuple[str, str | None, str]  # query, instruction or None, passage
 
@@ -81,8 +82,8 @@ class PairReader:
     def prompt(self, query: str, instruction: str | None = None) -> TextPrompt:
         """A query cut to `max_query_tokens`, and the instruction as the template takes it.
         None is the model's default. An empty one is the template's words with nothing in them, for a model that has a
-        default; the others leave the words out, as their authors' code does. One over its limit is a ValueError: half
-        an instruction may say the opposite of the whole.
+        default; the others leave the words out, as their authors' code does. One over its limit is an InvalidRequest:
+        half an instruction may say the opposite of the whole.
         """
         profile = self._profile
         query = self._clean(query)
@@ -95,10 +96,9 @@ class PairReader:
         if (instruction or profile.default_instruction) and profile.takes_instruction:
             found = self.count(instruction)
             if found > profile.max_instruction_tokens:
-                raise ValueError(
-                    f"instruction has {found} tokens; expected at most {profile.max_instruction_tokens} "
-                    f"for {profile.model}"
-                )
+                limit = f"at most {profile.max_instruction_tokens}"
+                told = f"too long (instruction has {found} tokens; expected {limit} for {profile.model})"
+                raise InvalidRequest("instruction", told, f"{limit} tokens")
             text = profile.instruction_format.format(instruction=self._clean(instruction))
         return TextPrompt(cut, text, num_query, num_query + self.count(text), truncated)
 

@@ -14,7 +14,6 @@ from decoder_server.models.cross_encoder.profiles import (
     FILE_NAME,
     Profile,
     builtin_profiles,
-    named_profile,
 )
 
 # The reference list of models this table must know.
@@ -61,9 +60,9 @@ def test_every_known_model_has_a_profile() -> None:
 
 
 def test_ids_match_exactly_and_only_so() -> None:
-    assert named_profile("BAAI/bge-reranker-base", None) is not None
+    assert Profile.named("BAAI/bge-reranker-base", None) is not None
     for name in ("BAAI/bge-reranker-base-v9", "me/bge-reranker-base", "bge-reranker-base", "baai/bge-reranker-base"):
-        assert named_profile(name, None) is None
+        assert Profile.named(name, None) is None
 
 
 def test_a_directory_laid_out_like_the_hub_is_known_by_its_id() -> None:
@@ -72,7 +71,7 @@ def test_a_directory_laid_out_like_the_hub_is_known_by_its_id() -> None:
         "/cache/models--BAAI--bge-reranker-base/snapshots/0123abc",
         "BAAI/bge-reranker-base/",
     ):
-        profile = named_profile(name, None)
+        profile = Profile.named(name, None)
         assert profile is not None
         assert profile.model == "BAAI/bge-reranker-base"
 
@@ -163,7 +162,7 @@ def test_a_checkpoint_may_carry_its_own_profile(tmp_path: Path, tiny: Callable[.
 def test_a_row_that_makes_no_sense_is_named(tmp_path: Path, change: str, said: str) -> None:
     (tmp_path / "mine.toml").write_text(change)
     with pytest.raises(CheckpointError) as caught:
-        named_profile("me/mine", str(tmp_path / "mine.toml"))
+        Profile.named("me/mine", str(tmp_path / "mine.toml"))
     assert said in str(caught.value)
     assert str(caught.value).startswith(str(tmp_path / "mine.toml"))
 
@@ -172,14 +171,14 @@ def test_a_file_without_the_model_is_named(tmp_path: Path) -> None:
     path = tmp_path / "two.toml"
     path.write_text(ROW + ROW.replace("me/mine", "me/other"))
     with pytest.raises(CheckpointError, match="has profiles for me/mine, me/other; none for 'x/y'"):
-        named_profile("x/y", str(path))
-    other = named_profile("me/other", str(path))
+        Profile.named("x/y", str(path))
+    other = Profile.named("me/other", str(path))
     assert other is not None
     assert other.model == "me/other"
     with pytest.raises(CheckpointError, match="cannot be read"):
-        named_profile("x/y", str(tmp_path / "none.toml"))
+        Profile.named("x/y", str(tmp_path / "none.toml"))
     with pytest.raises(CheckpointError, match="profile is 'nobody'; expected a TOML file, 'generic', or one of"):
-        named_profile("x/y", "nobody")
+        Profile.named("x/y", "nobody")
 
 
 @pytest.mark.parametrize(
