@@ -275,9 +275,8 @@ class Stack:
 
     def queries(self, layer: _Layer, x: Tensor, rotation: Rotation) -> Tensor:
         """(tokens, dim) -> (tokens, num_heads, head_dim), normed, rotated and scaled."""
-        q: Tensor = self.pointwise.norm_rotate(
-            layer.q(x).view(len(x), -1, self.config.head_dim), layer.q_norm, *rotation
-        )
+        raw = layer.q(x).view(len(x), -1, self.config.head_dim)
+        q: Tensor = self.pointwise.norm_rotate(raw, layer.q_norm, *rotation)
         return q
 
     def keys_values(self, layer: _Layer, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -166,12 +166,9 @@ class Checkpoint:
         """
         wanted, head = self._decoder_shapes()
         embedding = next(name for name in wanted if name.endswith("embed_tokens.weight"))
-        if head is None or head == embedding or self._tensors.equal(head, embedding):
-            head = None
-        else:
-            wanted[head] = wanted[embedding]
-        tensors = self._tensors.read_all(wanted, dtype)
-        if head is not None:
+        apart = head not in ("", embedding) and not self._tensors.equal(head, embedding)
+        tensors = self._tensors.read_all(wanted | ({head: wanted[embedding]} if apart else {}), dtype)
+        if apart:
             tensors[HEAD] = tensors.pop(head)
         return {name.replace("encoder.embed_tokens", "decoder.embed_tokens"): t for name, t in tensors.items()}
 
@@ -179,18 +176,17 @@ class Checkpoint:
         """Raises CheckpointError where the decoder's tensors are not all there; reads names and shapes."""
         self._tensors.check(self._decoder_shapes()[0])
 
-    def _decoder_shapes(self) -> tuple[Shapes, str | None]:
-        """Tensors of the decoder as they are stored, and the output embedding where that is stored."""
+    def _decoder_shapes(self) -> tuple[Shapes, str]:
+        """Tensors of the decoder as they are stored, and the output embedding, empty where that is not stored."""
         shapes, stored = tensor_shapes("decoder", self.decoder_config), self._tensors
         if not self.config.tie_word_embeddings:
-            own = [name for name in shapes if "embed_tokens" in name]
-            missing = [name for name in (*own, HEAD) if name not in stored]
-            if missing:
-                raise CheckpointError(f"{self.path}: tie_word_embeddings is false and {missing[0]} is not stored")
+            for name in (*(name for name in shapes if "embed_tokens" in name), HEAD):
+                if name not in stored:
+                    raise CheckpointError(f"{self.path}: tie_word_embeddings is false and {name} is not stored")
         shared = {name: name.replace("decoder.embed_tokens", "encoder.embed_tokens") for name in shapes}
         wanted = {name if name in stored else shared[name]: shape for name, shape in shapes.items()}
         head = HEAD if HEAD in stored else shared["decoder.embed_tokens.weight"]
-        return wanted, head if head in stored else None
+        return wanted, head if head in stored else ""
 
     @cached_property
     def _identity(self) -> EncoderIdentity:

@@ -272,7 +272,8 @@ class StoredTensors:
     def digest(self) -> str:
         """sha256 over the files' bytes, and quantization's own: a second or two per gigabyte."""
         total = hashlib.sha256()
-        for path in filter(Path.exists, [*self.files, self.directory / HF_QUANT_CONFIG]):
+        described = self.directory / HF_QUANT_CONFIG
+        for path in [*self.files, *([described] if described.exists() else [])]:
             with path.open("rb") as file:
                 total.update(hashlib.file_digest(file, "sha256").digest())
         return total.hexdigest()

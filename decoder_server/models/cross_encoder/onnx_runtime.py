@@ -84,9 +84,8 @@ class _OnnxRunner:
     device_name = "cpu"
 
     def __init__(self, path: Path, source: CheckpointFiles, *, quantized: bool) -> None:
-        self.dtype_name = "int8" if quantized else "float32"
+        self.dtype_name, self._quantized = "int8" if quantized else "float32", quantized
         self._head, self._side, self._pad_id = read_head(source), source.profile.padding, source.pad_id
-        self._quantized = quantized
         try:
             import onnxruntime
 
@@ -201,8 +200,7 @@ def _quiet() -> Iterator[None]:
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         logging.disable(level)

@@ -143,7 +143,7 @@ class Profile:
         `wanted` is a profile, a model id of the table, or a TOML file with the row of `name` or only one row;
         `directory` is the checkpoint's, where its recipe may lie.
         """
-        if isinstance(wanted, cls):
+        if isinstance(wanted, Profile):
             return wanted
         builtin = builtin_profiles()
         if wanted is None:
