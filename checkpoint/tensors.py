@@ -197,8 +197,7 @@ class StoredTensors:
 
     def refuse_missing(self, names: Iterable[str]) -> None:
         """Raises CheckpointError where there are names of weights that are not stored."""
-        missing = sorted(names)
-        if missing:
+        if missing := sorted(names):
             raise CheckpointError(
                 f"{self.directory}: {len(missing)} weights are not in the checkpoint and would be random: "
                 f"{_first_of(missing)}"

@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -151,8 +151,16 @@ def _load_config(directory: Path, profile: Profile | None = None, *, trust_remot
             applied.discard("use_bidirectional_attention")
         check_fields(str(path), raw, {}, applied)
     _check_modules(directory, profile)
-    if profile.model == GENERIC:
-        _check_texts(directory)
+    if profile.model == GENERIC:  # no profile describes changes that sentence-transformers would make to texts first
+        path = directory / "sentence_bert_config.json"
+        if read_json(path, optional=True).get("do_lower_case"):
+            raise CheckpointError(f"{path}: do_lower_case is true, which is not applied here; expected false")
+        path = directory / "config_sentence_transformers.json"
+        found = read_json(path, optional=True)
+        name, prompts = found.get("default_prompt_name"), found.get("prompts") or {}
+        if name is not None and (not isinstance(prompts, dict) or prompts.get(name)):
+            told = "a prompt needs a profile with a template (docs/cross-encoders.md)"
+            raise CheckpointError(f"{path}: default_prompt_name is {name!r}; {told}")
     return config
 
 
@@ -184,21 +192,6 @@ def _check_modules(directory: Path, profile: Profile) -> None:
                 )
 
 
-def _check_texts(directory: Path) -> None:
-    """Changes sentence-transformers would make to texts first, for a model that no profile describes."""
-    path = directory / "sentence_bert_config.json"
-    if read_json(path, optional=True).get("do_lower_case"):
-        raise CheckpointError(f"{path}: do_lower_case is true, which is not applied here; expected false")
-    path = directory / "config_sentence_transformers.json"
-    found = read_json(path, optional=True)
-    name, prompts = found.get("default_prompt_name"), found.get("prompts") or {}
-    if name is not None and (not isinstance(prompts, dict) or prompts.get(name)):
-        raise CheckpointError(
-            f"{path}: default_prompt_name is {name!r}; a prompt needs a profile with a template "
-            "(docs/cross-encoders.md)"
-        )
-
-
 def load_transformer(
     directory: Path,
     dtype: torch.dtype,
@@ -217,7 +210,26 @@ def load_transformer(
     tensors = StoredTensors(directory)
     tensors.check_formats()
     config = config or _load_config(directory, trust_remote_code=trust_remote_code)
-    model, info = _from_pretrained(getattr(transformers, kind), tensors, config, dtype, trust_remote_code)
+    auto: Any = getattr(transformers, kind)
+    # Shapes that do not match are rejected by name; without a dtype it keeps the stored one, which may be float16.
+    how: dict[str, Any] = {"ignore_mismatched_sizes": True, "dtype": dtype, "output_loading_info": True}
+    try:
+        with quiet():
+            if tensors.quantized:  # transformers reads a part of them: it is given plain numbers
+                plain = copy.deepcopy(config)
+                if hasattr(plain, "quantization_config"):
+                    del plain.quantization_config
+                with torch.device("meta"):
+                    exact = type(auto.from_config(plain, trust_remote_code=trust_remote_code))
+                state = {name: tensors.read(name, dtype) for name in tensors.weights}
+                model, info = exact.from_pretrained(None, config=plain, state_dict=state, **how)
+            else:
+                how |= {"local_files_only": True, "use_safetensors": True, "trust_remote_code": trust_remote_code}
+                model, info = auto.from_pretrained(directory, config=config, **how)
+    except KeyError as exc:  # of a table of transformers', such as that of the activation functions
+        raise CheckpointError(f"{directory / 'config.json'}: names {exc}, which transformers does not have") from exc
+    except Exception as exc:  # files, remote code: unrelated types, one meaning
+        raise CheckpointError(f"{directory}: the model cannot be loaded ({one_line(exc)})") from exc
     for name, found, wanted in sorted(info["mismatched_keys"]):
         raise CheckpointError(f"{directory}: {name} has the shape {tuple(found)}; config.json says {tuple(wanted)}")
     tensors.refuse_missing(info["missing_keys"])
@@ -225,30 +237,7 @@ def load_transformer(
     if kind == "AutoModelForSequenceClassification":
         left = {name for name in left if not _OTHER_HEADS.match(name)}
     tensors.refuse_unused(left)
-    return cast(Any, model).to(device).eval()
-
-
-def _from_pretrained(kind: Any, tensors: StoredTensors, config: Any, dtype: torch.dtype, trust: bool) -> Any:
-    """transformers' own loading; of plain numbers where the stored ones are quantized, which it reads in part."""
-    # Shapes that do not match are rejected by name; without a dtype it keeps the stored one, which may be float16.
-    how: dict[str, Any] = {"ignore_mismatched_sizes": True, "dtype": dtype, "output_loading_info": True}
-    directory = tensors.directory
-    try:
-        with quiet():
-            if not tensors.quantized:
-                how |= {"local_files_only": True, "use_safetensors": True, "trust_remote_code": trust}
-                return kind.from_pretrained(directory, config=config, **how)
-            plain = copy.deepcopy(config)
-            if hasattr(plain, "quantization_config"):
-                del plain.quantization_config
-            with torch.device("meta"):
-                exact = type(kind.from_config(plain, trust_remote_code=trust))
-            state = {name: tensors.read(name, dtype) for name in tensors.weights}
-            return exact.from_pretrained(None, config=plain, state_dict=state, **how)
-    except KeyError as exc:  # of a table of transformers', such as that of the activation functions
-        raise CheckpointError(f"{directory / 'config.json'}: names {exc}, which transformers does not have") from exc
-    except Exception as exc:  # files, remote code: unrelated types, one meaning
-        raise CheckpointError(f"{directory}: the model cannot be loaded ({one_line(exc)})") from exc
+    return model.to(device).eval()
 
 
 @contextlib.contextmanager
