@@ -219,10 +219,9 @@ def _load(path: Path | Traversable) -> dict[str, Profile]:
     if set(document) != {"profile"}:
         raise CheckpointError(f"{path}: has {sorted(document)}; expected [[profile]] tables and nothing else")
     tables = Annotated[list[dict[str, Any]], Meta(min_length=1)]
-    kinds = get_type_hints(Profile, include_extras=True)
+    models = Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(min_length=1)]
+    kinds = get_type_hints(Profile, include_extras=True) | {"models": models, "golden": dict[str, tuple[float, ...]]}
     del kinds["model"]
-    kinds["models"] = Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(min_length=1)]
-    kinds["golden"] = dict[str, tuple[float, ...]]
     needed = {"models": "a list of hub ids or names", "architectures": "class names of config.json"}
     profiles: dict[str, Profile] = {}
     for number, row in enumerate(read_fields(str(path), document, {"profile": tables})["profile"], 1):
@@ -231,14 +230,14 @@ def _load(path: Path | Traversable) -> dict[str, Profile]:
         for key, expected in needed.items():
             if key not in values:
                 raise CheckpointError(f"{where}: {key} is missing; expected {expected}")
-        models, golden = values.pop("models"), values.pop("golden", {})
-        if not golden.keys() <= set(models):
+        names, golden = values.pop("models"), values.pop("golden", {})
+        if not golden.keys() <= set(names):
             raise CheckpointError(f"{where}: golden is {golden!r}; expected a table of scores by model")
-        for model in models:
+        for model in names:
             if model in profiles:
                 raise CheckpointError(f"{path}: {model!r} has two profiles")
             profiles[model] = Profile(model=model, golden=golden.get(model, ()), **values)
-        _check(profiles[models[0]], f"{where} ({models[0]})")
+        _check(profiles[names[0]], f"{where} ({names[0]})")
     return profiles
 
 
@@ -257,6 +256,7 @@ def _check(profile: Profile, where: str) -> None:
     answered, marked = (p.yes, p.no) != (None, None), p.passage_format and p.passage_token and p.query_token
     fits = in_passage.count("passage") == 1 and set(in_passage) <= {"passage", "index"}
     fields = f"template has the fields {sorted(found)}; expected {sorted(needed)}, allowed {sorted(allowed)}"
+    place = "template names {instruction} exactly when instruction_format is given"
     form = f"instruction_format has the fields {in_format}; expected ['instruction']"
     places = f"passage_format has the fields {sorted(in_passage)}; expected ['passage'], allowed ['index', 'passage']"
     for contradiction, message in (
@@ -265,10 +265,7 @@ def _check(profile: Profile, where: str) -> None:
         (p.num_labels == 2 and p.head != "classifier", "num_labels is 2; expected 1, or 2 with a classifier head"),
         (last and p.padding != "left", f"padding is {p.padding!r}; a readout at the last token needs left"),
         (templated and not needed <= found <= allowed, fields),
-        (
-            templated and ("instruction" in found) != p.takes_instruction,
-            "template names {instruction} exactly when instruction_format is given",
-        ),
+        (templated and ("instruction" in found) != p.takes_instruction, place),
         (p.takes_instruction and not p.template, "instruction_format needs a template to stand in"),
         (p.takes_instruction and in_format != ["instruction"], form),
         (listwise and len(p.template) != 1, f"template has {len(p.template)} pieces; a list is tokenized as one"),
@@ -282,9 +279,7 @@ def _check(profile: Profile, where: str) -> None:
 def _num_labels(config: Mapping[str, Any]) -> int:
     """As transformers reads it: the labels by name, or a count, or two."""
     names = config.get("id2label")
-    if isinstance(names, dict) and names:
-        return len(names)
-    return int(config.get("num_labels", 2))
+    return len(names) if isinstance(names, dict) and names else int(config.get("num_labels", 2))
 
 
 def _offset(config: Mapping[str, Any]) -> int:
