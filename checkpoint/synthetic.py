@@ -1,7 +1,6 @@
 """Checkpoints with random weights, for capacity planning, tests and benchmarks.
 
-They load like real ones and rank like dice. The same arguments give the same bytes in every process and on every
-processor.
+They load like real ones and rank like dice. The same arguments give the same bytes on every processor.
 """
 
 from __future__ import annotations

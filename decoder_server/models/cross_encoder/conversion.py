@@ -29,10 +29,7 @@ from decoder_server.models.cross_encoder.files import CheckpointFiles
 from decoder_server.models.cross_encoder.profiles import FILE_NAME as PROFILE_FILE
 from decoder_server.models.cross_encoder.profiles import Profile, builtin_profiles
 
-TARGETS = {
-    "Qwen3ForCausalLM": "Qwen3ForSequenceClassification",
-    "MistralForCausalLM": "MistralForSequenceClassification",
-}
+TARGETS = {f"{family}ForCausalLM": f"{family}ForSequenceClassification" for family in ("Qwen3", "Mistral")}
 HEAD = "lm_head.weight"
 HEAD_BIAS = "lm_head.bias"
 EMBEDDING = "model.embed_tokens.weight"
