@@ -61,7 +61,6 @@ class CrossEncoder:
         self._max_passage = profile.max_passage_tokens or profile.max_tokens
         self.settings = _TextSettings(profile.default_instruction, self._max_passage, profile.max_query_tokens)
         self._source, self._reader, self._runner = source, source.reader, runner
-        self.prompt, self.read, self.is_empty = source.reader.prompt, source.reader.read, source.reader.is_empty
 
     @cached_property
     def fingerprint(self) -> str:
@@ -69,6 +68,16 @@ class CrossEncoder:
         return self._source.fingerprint()
 
     def identity(self) -> None: ...  # it reads no states
+
+    def prompt(self, query: str, instruction: str | None = None) -> TextPrompt:
+        return self._reader.prompt(query, instruction)
+
+    def read(self, texts: Sequence[Texts]) -> list[TextPair]:
+        """Pairs of any queries, instructions and passages; ValueError where one does not fit."""
+        return self._reader.read(texts)
+
+    def is_empty(self, text: str) -> bool:
+        return self._reader.is_empty(text)
 
     def pairs(self, prompt: TextPrompt, passages: Sequence[str]) -> list[list[TextPair]]:
         """Per passage one pair; ValueError where query and instruction leave no room for a passage."""
