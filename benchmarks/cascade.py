@@ -35,7 +35,7 @@ from checkpoint import Checkpoint, EncoderIdentity
 from encoder_worker.passage_encoder import PassageEncoder
 from preread import Client
 from preread_cli.commands.rerank import run_rows
-from preread_cli.models import shipped_model
+from preread_cli.models import SHIPPED_MODEL
 from tuning.baselines import search
 from tuning.judged import JudgedCollection, read_judged
 from tuning.metrics import HEADLINE, Bootstrap, per_query
@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--split", default="validation")
     parser.add_argument("--queries", type=int, default=100)
     parser.add_argument("--depth", type=int, default=100)
-    parser.add_argument("--model", default=shipped_model(), metavar="DIR|HUB_ID")
+    parser.add_argument("--model", default=str(SHIPPED_MODEL), metavar="DIR|HUB_ID")
     parser.add_argument("--dtype", help="default: the server's own choice")
     parser.add_argument("--store", type=Path, metavar="DIR", help="keeps the indexed candidates")
     parser.add_argument("--output", default="cascade", metavar="NAME", help="results/NAME.json and docs/NAME.png")

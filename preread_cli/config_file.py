@@ -17,15 +17,12 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from preread_cli.options import FILE, option
+from preread_cli.flags import FILE, option
 
-# The commands that take --config; one file configures them all.
-COMMANDS = ("serve", "encode-worker", "index", "doctor")
+COMMANDS = ("serve", "encode-worker", "index", "doctor")  # that take --config; one file configures them all
 _MASK = "***"
-_Flags = dict[str, click.Option]
 _SECRETS = ("api_key", "encoder_api_key")
 _USER = re.compile(r"(?<=://)\S*@")  # and password, of any URL in a text
-
 _SOURCES = {
     ParameterSource.COMMANDLINE: "flags",
     ParameterSource.ENVIRONMENT: "environment",
@@ -36,17 +33,14 @@ _SOURCES = {
 
 def effective_lines(ctx: click.Context) -> Iterator[str]:
     """One line for each source that gave any of a command's settings."""
-    by_source: dict[str, list[str]] = {}
-    for key, param in _flags(ctx.command).items():
+    by_source: dict[str, list[str]] = {source: [] for source in _SOURCES.values()}
+    for key, param in _options(ctx.command).items():
         name = str(param.name)
         value = ctx.params.get(name)
-        if value is None or value is False or value in ("", ()):
-            continue
-        source = _SOURCES.get(ctx.get_parameter_source(name) or ParameterSource.DEFAULT, "flags")
-        by_source.setdefault(source, []).append(f"{key}={masked(value, name)}")
-    for source in _SOURCES.values():
-        if source in by_source:
-            yield f"{source:<12} {' '.join(by_source[source])}"
+        if value is not None and value is not False and value not in ("", ()):
+            source = _SOURCES.get(ctx.get_parameter_source(name) or ParameterSource.DEFAULT, "flags")
+            by_source[source].append(f"{key}={masked(value, name)}")
+    return (f"{source:<12} {' '.join(settings)}" for source, settings in by_source.items() if settings)
 
 
 def masked(value: object, name: str = "") -> str:
@@ -62,16 +56,34 @@ def masked(value: object, name: str = "") -> str:
 
 
 def _load(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
-    if path is not None and not ctx.resilient_parsing:
-        group = ctx.find_root().command
-        found: dict[str, click.Command | None] = {str(ctx.info_name): ctx.command}
-        if isinstance(group, click.Group):
-            found = {name: group.get_command(ctx, name) for name in COMMANDS}
-        known = {name: _flags(command) for name, command in found.items() if command is not None}
-        try:
-            ctx.default_map = _settings(tomllib.loads(path.read_text(encoding="utf-8")), str(ctx.info_name), known)
-        except ValueError as exc:  # not TOML, not UTF-8, or not ours
-            raise click.BadParameter(f"{path}: {exc}", ctx=ctx, param=param) from exc
+    """Everything in the file is checked; the settings of this command become its defaults."""
+    if path is None or ctx.resilient_parsing:
+        return path
+    name, group = str(ctx.info_name), ctx.find_root().command
+    commands: dict[str, click.Command | None] = {name: ctx.command}
+    if isinstance(group, click.Group):
+        commands = {one: group.get_command(ctx, one) for one in COMMANDS}
+    known = {one: _options(command) for one, command in commands.items() if command is not None}
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = {key: value for key, value in document.items() if isinstance(value, dict)}
+        shared = {key: value for key, value in document.items() if key not in tables}
+        for table, values in tables.items():
+            if table not in known:
+                raise ValueError(f"[{table}] is not a command with settings; expected {', '.join(known)}")
+            _check(f"{table}.", values, known[table])
+        _check("", shared, {key: one for options in known.values() for key, one in options.items()})
+    except ValueError as exc:  # not TOML, not UTF-8, or not ours
+        raise click.BadParameter(f"{path}: {exc}", ctx=ctx, param=param) from exc
+    own = known.get(name, {})
+    if name == "doctor":  # it looks at what serve would be given
+        shared |= tables.get("serve", {})
+    ctx.default_map = {
+        # One string will do where there may be several.
+        str(own[key].name): [value] if own[key].multiple and isinstance(value, str) else value
+        for key, value in (shared | tables.get(name, {})).items()
+        if key in own
+    }
     return path
 
 
@@ -86,54 +98,31 @@ config_option = option(
 )
 
 
-def _settings(document: Mapping[str, Any], name: str, known: Mapping[str, _Flags]) -> dict[str, Any]:
-    """Parameter names and values for one command; everything else in the file is checked all the same.
-
-    Raises:
-        ValueError: a key, a table or a value that is no setting.
-    """
-    shared = {key: value for key, value in document.items() if not isinstance(value, dict)}
-    tables = {key: value for key, value in document.items() if isinstance(value, dict)}
-    for table, values in tables.items():
-        if table not in known:
-            raise ValueError(f"[{table}] is not a command with settings; expected {', '.join(known)}")
-        _check(f"{table}.", values, known[table])
-    _check("", shared, {key: one for flags in known.values() for key, one in flags.items()})
-    own = known.get(name, {})
-    # What doctor looks at is what serve would be given.
-    inherited = tables.get("serve", {}) if name == "doctor" else {}
-    merged = {key: value for key, value in (shared | inherited).items() if key in own} | tables.get(name, {})
-    # One string will do where there may be several.
-    return {
-        str(own[key].name): [value] if own[key].multiple and isinstance(value, str) else value
-        for key, value in merged.items()
-    }
-
-
-def _flags(command: click.Command) -> _Flags:
+def _options(command: click.Command) -> dict[str, click.Option]:
     """By flag, without its dashes; --config itself is not among them."""
     options = [param for param in command.params if isinstance(param, click.Option)]
-    flags = {flag.removeprefix("--"): one for one in options for flag in one.opts if flag.startswith("--")}
-    return {flag: one for flag, one in flags.items() if flag not in ("config", "help")}
+    found = {flag.removeprefix("--"): one for one in options for flag in one.opts if flag.startswith("--")}
+    return {flag: one for flag, one in found.items() if flag not in ("config", "help")}
 
 
-def _check(where: str, values: Mapping[str, Any], known: _Flags) -> None:
+def _check(where: str, values: Mapping[str, Any], known: Mapping[str, click.Option]) -> None:
     for key, value in values.items():
         if key not in known:
             close = difflib.get_close_matches(key, known, 1)
             hint = f"; did you mean {close[0]}?" if close else "; keys are named like the flags, without dashes before"
             raise ValueError(f"{where}{key} is not a setting{hint}")
-        kind, expected = type(value).__name__, _expected(known[key])
+        match known[key]:
+            case click.Option(multiple=True):
+                expected = ["list", "str"] if "--model" in known[key].opts else ["list"]  # mostly there is one model
+            case click.Option(is_flag=True):
+                expected = ["bool"]
+            case click.Option(type=click.types.IntParamType()):
+                expected = ["int"]
+            case click.Option(type=click.types.FloatParamType()):
+                expected = ["float", "int"]
+            case _:
+                expected = ["str"]
+        kind = type(value).__name__
         if kind not in expected or (kind == "list" and not all(isinstance(one, str) for one in value)):
             # Not the value: it may be a secret in the wrong place.
             raise ValueError(f"{where}{key} is a {kind}; expected {' or '.join(expected)}")
-
-
-def _expected(param: click.Option) -> tuple[str, ...]:
-    if param.multiple:
-        return ("list", "str") if "--model" in param.opts else ("list",)  # mostly there is one
-    if param.is_flag:
-        return ("bool",)
-    if isinstance(param.type, click.types.IntParamType):
-        return ("int",)
-    return ("float", "int") if isinstance(param.type, click.types.FloatParamType) else ("str",)

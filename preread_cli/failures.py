@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 import traceback
-from typing import IO, Any
+from typing import IO, Any, Self
 
 import click
 
@@ -35,33 +35,29 @@ class CommandFailed(click.ClickException):
         super().__init__(message)
         self.exit_code = exit_code  # type: ignore[misc]  # click says ClassVar and reads it from the instance
 
+    @classmethod
+    def of(cls, error: BaseException, *, debug: bool) -> Self:
+        """The one line and the exit code for an error; with `debug` its traceback is printed first."""
+        if debug:
+            click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
+        text = str(error).strip() or type(error).__name__
+        match error:
+            case KeyboardInterrupt():
+                return cls("interrupted", INTERRUPTED)
+            case Unavailable():
+                return cls(f"{text}; is `preread serve` running there?", UNAVAILABLE)
+            case PrereadError():
+                return cls(text, BAD_INPUT if error.status in _CALLERS_FAULT else UNAVAILABLE)
+            case StoreUnavailable() | StoreLocked() | StoreFull() | StoreDamaged():
+                return cls(text, UNAVAILABLE)
+            case CacheError() | OSError() | ValueError():
+                return cls(text)
+        if "grpc" in sys.modules and isinstance(error, sys.modules["grpc"].RpcError):  # a help text does not load it
+            status = error.code().name if hasattr(error, "code") and error.code() is not None else "UNKNOWN"
+            details = error.details() if hasattr(error, "details") else str(error)
+            return cls(f"{details} ({status})", BAD_INPUT if status in _CALLERS_FAULT else UNAVAILABLE)
+        hint = "" if debug else " (--debug shows where)"
+        return cls(f"unexpected {type(error).__name__}: {text}{hint}", INTERNAL)
+
     def show(self, file: IO[Any] | None = None) -> None:
         click.echo(f"preread: error: {self.format_message()}", file=file, err=file is None)
-
-
-def explain(error: BaseException, *, debug: bool) -> CommandFailed:
-    """The one line and the exit code for an error; with `debug` its traceback is printed first."""
-    if debug:
-        click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
-    text = str(error).strip() or type(error).__name__
-    match error:
-        case KeyboardInterrupt():
-            return CommandFailed("interrupted", INTERRUPTED)
-        case Unavailable():
-            return CommandFailed(f"{text}; is `preread serve` running there?", UNAVAILABLE)
-        case PrereadError():
-            return CommandFailed(text, _by_status(error.status))
-        case StoreUnavailable() | StoreLocked() | StoreFull() | StoreDamaged():
-            return CommandFailed(text, UNAVAILABLE)
-        case CacheError() | OSError() | ValueError():
-            return CommandFailed(text)
-    if "grpc" in sys.modules and isinstance(error, sys.modules["grpc"].RpcError):  # a help text does not load it
-        code = error.code().name if hasattr(error, "code") and error.code() is not None else "UNKNOWN"
-        details = error.details() if hasattr(error, "details") else str(error)
-        return CommandFailed(f"{details} ({code})", _by_status(code))
-    hint = "" if debug else " (--debug shows where)"
-    return CommandFailed(f"unexpected {type(error).__name__}: {text}{hint}", INTERNAL)
-
-
-def _by_status(status: str) -> int:
-    return BAD_INPUT if status in _CALLERS_FAULT else UNAVAILABLE

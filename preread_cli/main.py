@@ -1,7 +1,4 @@
-"""`preread`: one name in front of every command.
-
-A command is imported when it is called, so `preread --help` and the clients' commands never load torch.
-"""
+"""`preread`: one name in front of every command, which is imported when it is called: a help text never loads torch."""
 
 from __future__ import annotations
 
@@ -10,13 +7,13 @@ import importlib
 import io
 import os
 import sys
-from typing import Any
+from typing import Any, cast
 
 import click
 
 from preread_cli.config_file import masked
-from preread_cli.failures import explain
-from preread_cli.options import option
+from preread_cli.failures import CommandFailed
+from preread_cli.flags import option
 
 # Section -> command -> its module in preread_cli.commands and its help, in the order a newcomer meets them.
 COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
@@ -26,7 +23,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Queries, many times": {
         "serve": ("serve", "Start the reranking server."),
-        "warm": ("warm", "Fill a server's KV and prefix caches for some passages."),
+        "warm": ("rerank", "Fill a server's KV and prefix caches for some passages."),
         "rerank": ("rerank", "Rank passages for a query, or for a file of queries."),
         "tune": ("evaluate", "Choose stored ratio, codec and read ratio by measuring them."),
         "evaluate": ("evaluate", "Measure how well a checkpoint reranks a judged collection."),
@@ -36,7 +33,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "verify": ("collection", "Read a whole collection back and report damage."),
         "collection": ("collection", "Point an alias at a collection, compact, re-encode or drop it."),
         "checkpoint": ("checkpoint", "Describe a checkpoint, or make a random one."),
-        "check": ("checkpoint", "Check whether a model's scores are the right ones."),
+        "check": ("evaluate", "Check whether a model's scores are the right ones."),
         "convert-ctxl": ("checkpoint", "Convert a ctxl reranker to a classifier."),
         "doctor": ("doctor", "Check whether this machine, checkpoint and store can serve."),
         "health": ("doctor", "Ask a server, of either kind, whether it is ready."),
@@ -55,8 +52,7 @@ class _LazyGroup(click.Group):
         if cmd_name not in _MODULES:
             return None
         module = importlib.import_module(f"preread_cli.commands.{_MODULES[cmd_name]}")
-        command: click.Command = getattr(module, cmd_name.replace("-", "_"))
-        return command
+        return cast(click.Command, getattr(module, cmd_name.replace("-", "_")))
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for section, commands in COMMANDS.items():
@@ -70,12 +66,11 @@ class _LazyGroup(click.Group):
             # Click quotes what it did not expect: a store URL whose flag was forgotten.
             exc.message = masked(exc.message)  # type: ignore[misc]  # final in its stubs
             raise
-        except (click.exceptions.Exit, click.Abort):
-            raise
         except (Exception, KeyboardInterrupt) as exc:
-            if isinstance(exc, OSError) and exc.errno == errno.EPIPE:
-                raise  # the reader of our output left: click ends quietly
-            raise explain(exc, debug=bool(ctx.params.get("debug"))) from exc
+            has_no_reader = isinstance(exc, OSError) and exc.errno == errno.EPIPE  # of our output: click ends quietly
+            if has_no_reader or isinstance(exc, click.exceptions.Exit | click.Abort):
+                raise
+            raise CommandFailed.of(exc, debug=bool(ctx.params.get("debug"))) from exc
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -99,7 +94,6 @@ def cli(debug: bool) -> None:
 
 
 def main() -> None:
-    """The console script."""
     for number in range(3):
         try:
             os.fstat(number)

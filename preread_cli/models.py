@@ -12,41 +12,51 @@ import click
 
 import preread
 from decoder_server.config import ModelConfig
-from preread_cli.options import from_options, knob_options, option, options_of, threads_option
+from preread_cli import flags
+from preread_cli.flags import option
 from preread_edge.settings import LoadConfig
 
 if TYPE_CHECKING:
     from encoder_worker.passage_encoder import PassageEncoder
 
 SHIPPED_MODEL = Path(preread.__file__).parent / "models" / "preread-mini"
-KEYS = {one.name: one for one in ModelConfig.knobs() if one.name != "name" and not one.is_secret}
-_SHOWN_KEYS = ", ".join(name.replace("_", "-") for name in KEYS)
+_KEYS = {one.name: one for one in ModelConfig.knobs() if one.name != "name" and not one.is_secret}
+_SHOWN_KEYS = ", ".join(name.replace("_", "-") for name in _KEYS)
 # A name clients may send in a path or a header; anything else before "=" belongs to the checkpoint's own path.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]*(/[A-Za-z0-9._:-]+)?")
 
 
-def _model_or_shipped(ctx: click.Context, param: click.Parameter, value: str | None) -> str:
-    return value or ("" if ctx.resilient_parsing else shipped_model())
-
-
-def shipped_model() -> str:
-    """Directory of the checkpoint that comes with preread.
-
-    Raises:
-        click.UsageError: none came with this installation.
-    """
+def _shipped_model() -> str:
     if not (SHIPPED_MODEL / "config.json").exists():
         raise click.UsageError("Name a model, a directory or a hub id; none came with this installation.")
     return str(SHIPPED_MODEL)
 
 
-# Always a string when the command runs.
+def _model_or_shipped(ctx: click.Context, param: click.Parameter, value: str | None) -> str:
+    return value or ("" if ctx.resilient_parsing else _shipped_model())
+
+
+# Both are always a string when the command runs.
+model_argument = click.argument("model", metavar="[DIR|HUB_ID]", required=False, callback=_model_or_shipped)
 model_option = option(
     "--model",
     metavar="DIR|HUB_ID",
     callback=_model_or_shipped,
     help="Checkpoint: a directory or a Hugging Face id, such as KaLM-Embedding/KaLM-Reranker-V1-Nano. "
     "Without it, the small one that comes with preread.",
+)
+models_option = option(
+    "--model",
+    "models",
+    multiple=True,
+    metavar="[NAME=]DIR|HUB_ID[,KEY=VALUE]",
+    help="A model to serve; repeated, several, the first being the default. DIR or HUB_ID is a T5Gemma 2 reranker, "
+    f"which scores stored states, or a cross-encoder, which reads text. KEY: {_SHOWN_KEYS}. Without it, the small one "
+    "that comes with preread.",
+)
+# How a model computes, without its passage limit, which is a stored collection's.
+compute_options = flags.options_of(
+    flags.knob_options(LoadConfig, only=["device", "dtype", "read_control_tokens"]), flags.threads
 )
 
 
@@ -63,35 +73,19 @@ def load_encoder(options: Mapping[str, Any], **limits: Any) -> PassageEncoder:
     return PassageEncoder.load(options["model"], **{name: options[name] for name in names if name in options} | limits)
 
 
-# How a model computes, without its passage limit, which is a stored collection's.
-compute_options = options_of(knob_options(LoadConfig, only=["device", "dtype", "read_control_tokens"]), threads_option)
-models_option = option(
-    "--model",
-    "models",
-    multiple=True,
-    metavar="[NAME=]DIR|HUB_ID[,KEY=VALUE]",
-    help="A model to serve; repeated, several, the first being the default. DIR or HUB_ID is a T5Gemma 2 reranker, "
-    f"which scores stored states, or a cross-encoder, which reads text. KEY: {_SHOWN_KEYS}. Without it, the small one "
-    "that comes with preread.",
-)
-
-
 def parse_models(options: Mapping[str, Any], **common: Any) -> tuple[ModelConfig, ...]:
     """Every model of the command line; settings that a model does not name come from the common options.
 
-    Args:
-        common: fields of ModelConfig that a model cannot name.
-
-    Raises:
-        click.UsageError: no model at all, or one that cannot be read.
+    `common` are fields of ModelConfig that a model cannot name. Raises click.UsageError: no model, or one that cannot
+    be read.
     """
     # Names and encoders are not common: the first model gets the flag's.
     shared = {flag: value for flag, value in options.items() if flag not in ("served_model_name", "encoder_address")}
     models = []
-    for spec in options["models"] or [shipped_model()]:
+    for spec in options["models"] or [_shipped_model()]:
         try:
             fields = {"encoder_api_key": "", **common, **_fields(spec)}
-            models.append(from_options(ModelConfig, shared, **fields))
+            models.append(flags.from_options(ModelConfig, shared, **fields))
         except (ValueError, click.UsageError) as exc:
             raise click.UsageError(f"--model {spec}: {exc}") from exc
     if options.get("served_model_name"):
@@ -106,7 +100,7 @@ def _fields(spec: str) -> dict[str, Any]:
     fields: dict[str, Any] = {"name": name, "checkpoint": rest} if named else {"checkpoint": checkpoint}
     for pair in pairs:
         key, equals, value = pair.partition("=")
-        one = KEYS.get(key.strip().replace("-", "_"))
+        one = _KEYS.get(key.strip().replace("-", "_"))
         if not equals or one is None:
             raise ValueError(f"{pair!r} is not KEY=VALUE with KEY one of {_SHOWN_KEYS}")
         if one.kind == "int" and not value.isdecimal():

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from preread_cli import flags
 from preread_cli.config_file import effective_lines
-from preread_cli.options import FILE, option, options_of, threads_option
+from preread_cli.flags import option
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -29,8 +30,8 @@ log = logging.getLogger(__name__)
 
 SPARE_FILES = 256  # for the store, the model, and what a library opens
 
-process_options = options_of(
-    threads_option,
+process_options = flags.options_of(
+    flags.threads,
     option(
         "--api-key",
         multiple=True,
@@ -38,7 +39,7 @@ process_options = options_of(
         help="A key that may call: everything, or rerank, index, admin. Several: again, or with spaces between them in "
         "the environment. Without any key every client that reaches the port may call.",
     ),
-    option("--api-keys-file", type=FILE, help="Keys that may call, one a line: SCOPES KEY."),
+    option("--api-keys-file", type=flags.FILE, help="Keys that may call, one a line: SCOPES KEY."),
     option("--log-format", type=click.Choice(["text", "json"]), default="text", help="For people or machines."),
     option(
         "--log-level",
@@ -46,7 +47,7 @@ process_options = options_of(
         default="info",
         help="What is logged, on standard error; info is a line per call.",
     ),
-    option("--metrics-port", type=click.IntRange(0, 65535), help="Answer Prometheus here; 0 takes a free port."),
+    option("--metrics-port", type=flags.PORT, help="Answer Prometheus here; 0 takes a free port."),
     option("--metrics-host", default="127.0.0.1", help="Address of --metrics-port."),
     option(
         "--grace-seconds",
@@ -58,7 +59,7 @@ process_options = options_of(
 
 
 class Process:
-    """The process that a server runs in. Entered on its event loop: from then on signals stop it."""
+    """The process that a server runs in; it begins on the server's event loop, and from then on signals stop it."""
 
     def __init__(self, ctx: click.Context) -> None:
         """Sets up the log, and prints which settings hold and where they came from."""
@@ -73,8 +74,7 @@ class Process:
     def begin(self) -> ApiKeys:
         """Tunes the process, and from now on notes signals; the keys that may call.
 
-        Raises:
-            OSError, ValueError: a file or a key that cannot be used.
+        Raises OSError or ValueError: a file or a key that cannot be used.
         """
         from checkpoint.compute import tune_process
         from preread_edge.access import ApiKeys
@@ -86,11 +86,7 @@ class Process:
         return keys + ApiKeys.read(file) if file else keys
 
     async def starts(self, start: Coroutine[object, object, None]) -> bool:
-        """Waits for a server to start, or for a signal, which cancels the start; whether it started.
-
-        Raises:
-            Exception: raised by the start.
-        """
+        """Waits for a server to start, or for a signal, which cancels the start; whether it started, or its error."""
         starting = asyncio.create_task(start)
         await asyncio.wait([starting, self._stop], return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
@@ -104,9 +100,8 @@ class Process:
         """Says where a server that has started listens."""
         from preread_edge.access import join
 
-        secured = ", TLS" if server.config.has_tls else ""
-        keys = ", API keys" if server.keys.required else ""
-        say(f"listening    {join(server.config.host, server.port)} (gRPC{secured}{keys})")
+        secured = (", TLS" if server.config.has_tls else "") + (", API keys" if server.keys.required else "")
+        say(f"listening    {join(server.config.host, server.port)} (gRPC{secured})")
 
     async def runs(self) -> None:
         """Says that the server is ready; returns when a signal stops it."""
@@ -122,14 +117,13 @@ class Process:
     @contextmanager
     def metrics(self, registry: CollectorRegistry) -> Iterator[None]:
         """Listens on --metrics-port while the block runs, if there is one."""
-        port = self._options["metrics_port"]
+        port, host = self._options["metrics_port"], self._options["metrics_host"]
         if port is None:
             yield
             return
         from preread_edge.access import Guard, join
         from preread_edge.listener import metrics_listener
 
-        host = self._options["metrics_host"]
         # It requires no key, so the name counts whether or not the other ports require one.
         with metrics_listener(registry, host, port, Guard(self._options["allowed_host"])) as bound:
             say(f"metrics      http://{join(host, bound)}/metrics")
@@ -165,10 +159,8 @@ def _told_to_stop() -> asyncio.Future[None]:
         if not told.done():
             told.set_result(None)
 
-    numbers = [signal.SIGTERM, signal.SIGINT]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
-    for number in numbers:
+    hang_up = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else []
+    for number in (signal.SIGTERM, signal.SIGINT, *hang_up):
         loop.add_signal_handler(number, tell)
     return told
 
@@ -185,9 +177,5 @@ def _open_files_for(max_connections: int) -> None:
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     if wanted < needed:
-        log.warning(
-            "this process may open %d files, and --max-connections %d takes up to %d: raise its limit (ulimit -n)",
-            wanted,
-            max_connections,
-            needed,
-        )
+        text = "this process may open %d files, and --max-connections %d takes up to %d: raise its limit (ulimit -n)"
+        log.warning(text, wanted, max_connections, needed)

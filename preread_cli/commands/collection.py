@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from preread_cli import flags
 from preread_cli.failures import BAD_ITEMS, INTERRUPTED, CommandFailed
+from preread_cli.flags import option
 from preread_cli.models import compute_options, load_encoder, model_option
-from preread_cli.options import ADMIN_READ_SECONDS, collection_option, json_option, option, store_option
-from preread_cli.terminal import counted_progress, human_bytes, print_facts, print_json, print_some
+from preread_cli.terminal import human_bytes, print_json, print_some, progress_bar
 
 if TYPE_CHECKING:
-    from cache.collection import Collection
     from cache.store import Store
     from encoder_worker.reencoding import Reencoding
 
@@ -29,16 +29,15 @@ _SETTINGS = (
 
 
 def _opened(url: str) -> closing[Store]:
-    """The store, for as long as a `with` block runs."""
     from cache.open import open_store
 
-    return closing(open_store(url, read_budget_seconds=ADMIN_READ_SECONDS))
+    return closing(open_store(url, read_budget_seconds=flags.ADMIN_READ_SECONDS))
 
 
 @click.command()
-@collection_option(help="Only this one, by name or alias.")
-@json_option
-@store_option
+@flags.collection(help="Only this one, by name or alias.")
+@flags.as_json
+@flags.store
 @click.pass_context
 def stats(ctx: click.Context, /, collection: str | None, as_json: bool, store: str) -> None:
     """Show what the store holds.
@@ -47,74 +46,66 @@ def stats(ctx: click.Context, /, collection: str | None, as_json: bool, store: s
     passage are those of the records, without the store's own overhead. Exit code 1 when a collection cannot be
     read; the others are shown.
     """
+    from cache.collection import Collection
+    from cache.errors import StoreDamaged
     from cache.store import public_url
 
+    rows: list[dict[str, Any]] = []
+    unreadable: dict[str, str] = {}
     with _opened(store) as opened:
-        rows, unreadable = _describe(opened, collection)
+        aliases = opened.aliases()
+        for name in [Collection.open(opened, collection).name] if collection else opened.list_collections():
+            try:
+                manifest = opened.read_manifest(name)
+                if manifest is None:  # dropped a moment ago
+                    continue
+                counts = opened.stats(name)
+            except StoreDamaged as exc:
+                unreadable[name] = str(exc)
+                continue
+            rows.append(
+                {"collection": name, "aliases": sorted(alias for alias, target in aliases.items() if target == name)}
+                | {one: getattr(counts, one) for one in _COUNTS}
+                | {"clipped_share": counts.clipped_share(manifest.dim), "size_bytes": counts.size_bytes}
+                | {one: getattr(manifest, one) for one in _SETTINGS}
+            )
     if as_json:
         print_json(rows)
-    elif not rows and not unreadable:
+    elif rows:
+        click.echo("\n\n".join(map(_described, rows)))
+    elif not unreadable:
         click.echo(f"{public_url(store)} holds no collection; `preread index` makes one.")
-    for position, row in enumerate([] if as_json else rows):
-        if position:
-            click.echo()
-        _print_stats(row)
     for name, reason in unreadable.items():
         click.echo(f"{name} cannot be read: {reason}", err=True)
     if unreadable:
         ctx.exit(BAD_ITEMS)
 
 
-def _describe(store: Store, only: str | None) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """A row per collection, and why others cannot be read."""
-    from cache.collection import Collection
-    from cache.errors import StoreDamaged
-
-    aliases = store.aliases()
-    rows, unreadable = [], {}
-    for name in [Collection.open(store, only).name] if only else store.list_collections():
-        try:
-            manifest = store.read_manifest(name)
-            if manifest is None:  # dropped a moment ago
-                continue
-            counts = store.stats(name)
-        except StoreDamaged as exc:
-            unreadable[name] = str(exc)
-            continue
-        rows.append(
-            {"collection": name, "aliases": sorted(alias for alias, target in aliases.items() if target == name)}
-            | {one: getattr(counts, one) for one in _COUNTS}
-            | {"clipped_share": counts.clipped_share(manifest.dim), "size_bytes": counts.size_bytes}
-            | {one: getattr(manifest, one) for one in _SETTINGS}
-        )
-    return rows, unreadable
-
-
-def _print_stats(row: dict[str, Any]) -> None:
+def _described(row: dict[str, Any]) -> str:
     num_passages = row["num_passages"]
-    clipped = f"{row['clipped_share']:.2%} of the numbers lie outside what the codec was trained for"
     per_passage = f" ({human_bytes(row['size_bytes'] / num_passages)} per passage)" if num_passages else ""
-    print_facts(
-        {
-            "collection": row["collection"] + "".join(f"  <- {alias}" for alias in row["aliases"]),
-            "passages": f"{num_passages:,} ({row['num_truncated']:,} cut at {row['max_passage_tokens']:,} tokens)",
-            "tokens": f"{row['num_tokens']:,}",
-            "states": f"{row['num_states']:,} of {row['dim']} values, compression ratio {row['compression_ratio']}",
-            "size": f"{human_bytes(row['size_bytes'])} as {row['codec']}{per_passage}",
-            **({"clipped": clipped} if row["num_clipped"] else {}),
-            "texts": "stored" if row["stores_text"] else "not stored",
-            "encoder": f"{row['checkpoint']} ({row['fingerprint'][:12]})",
-            "created": row["created_at"],
-        }
-    )
+    facts = {
+        "collection": row["collection"] + "".join(f"  <- {alias}" for alias in row["aliases"]),
+        "passages": f"{num_passages:,} ({row['num_truncated']:,} cut at {row['max_passage_tokens']:,} tokens)",
+        "tokens": f"{row['num_tokens']:,}",
+        "states": f"{row['num_states']:,} of {row['dim']} values, compression ratio {row['compression_ratio']}",
+        "size": f"{human_bytes(row['size_bytes'])} as {row['codec']}{per_passage}",
+        "clipped": f"{row['clipped_share']:.2%} of the numbers lie outside what the codec was trained for",
+        "texts": "stored" if row["stores_text"] else "not stored",
+        "encoder": f"{row['checkpoint']} ({row['fingerprint'][:12]})",
+        "created": row["created_at"],
+    }
+    if not row["num_clipped"]:
+        del facts["clipped"]
+    return "\n".join(f"{name:<10}  {value}" for name, value in facts.items())
 
 
 @click.command()
-@collection_option(required=True, help="The set of passages to use.")
+@flags.collection(required=True, help="The set of passages to use.")
 @option("--remove-damaged", is_flag=True, help="Remove what is damaged, so that `preread index` encodes it again.")
 @option("--max-shown", type=click.IntRange(min=0), default=20, help="Show this many damaged passages.")
-@json_option
-@store_option
+@flags.as_json
+@flags.store
 @click.pass_context
 def verify(
     ctx: click.Context, /, collection: str, remove_damaged: bool, max_shown: int, as_json: bool, store: str
@@ -128,19 +119,17 @@ def verify(
     text, damaged or not: remove it first.
     """
     with _opened(store) as opened:
-        audit = _verified(opened, collection, remove_damaged=remove_damaged)
+        found = _verified(opened, collection, remove_damaged=remove_damaged)
     if as_json:
-        print_json(asdict(audit))
+        print_json(asdict(found))
     else:
-        _print_audit(audit, max_shown, remove_damaged)
-    if audit.damaged or audit.problems:
+        _print_verified(found, max_shown, remove_damaged)
+    if found.damaged or found.problems:
         ctx.exit(BAD_ITEMS)
 
 
 @dataclass
 class _Verified:
-    """Findings, for people and for machines."""
-
     collection: str
     num_passages: int = 0
     num_version_1: int = 0
@@ -157,34 +146,34 @@ def _verified(store: Store, name: str, *, remove_damaged: bool) -> _Verified:
     from cache.errors import CollectionNotFound, StoreDamaged
 
     try:
-        found = _read(store, Collection.open(store, name))
+        found = _read(store, name)
     except StoreDamaged as exc:
         if not remove_damaged:
             raise
         found = _Verified(name, problems=[str(exc)])
     if not remove_damaged:
         return found
-    problems = found.problems
-    if problems:
+    if problems := found.problems:
         mended = store.mend()
         try:
-            found = _read(store, Collection.open(store, name))
+            found = _read(store, name)
         except (CollectionNotFound, StoreDamaged):  # its manifest was damaged: what was left behind names it
             return _Verified(name, problems=problems, left_behind=mended)
-        found.problems = list(dict.fromkeys(problems + found.problems))
-        found.left_behind = mended
+        found.problems, found.left_behind = list(dict.fromkeys(problems + found.problems)), mended
     found.removed = Collection.open(store, name).delete_many([one["passage_id"] for one in found.damaged])
     return found
 
 
-def _read(store: Store, whole: Collection) -> _Verified:
+def _read(store: Store, name: str) -> _Verified:
     """Every passage, and what the store finds of itself."""
+    from cache.collection import Collection
     from cache.errors import StoreDamaged
 
+    whole = Collection.open(store, name)
     audit = store.audit(whole.name)
     found = _Verified(whole.name, problems=list(audit.problems), orphans=list(audit.orphans))
     try:
-        with counted_progress("reading") as on_progress:
+        with progress_bar("reading") as on_progress:
             counts = whole.stats()
             found.clipped_share = counts.clipped_share(whole.manifest.dim)
             for passage_id, version, damage in whole.verify():
@@ -198,7 +187,7 @@ def _read(store: Store, whole: Collection) -> _Verified:
     return found
 
 
-def _print_audit(found: _Verified, max_shown: int, remove_damaged: bool) -> None:
+def _print_verified(found: _Verified, max_shown: int, remove_damaged: bool) -> None:
     print_some("damaged", [f"{one['passage_id']}: {one['reason']}" for one in found.damaged], max_shown)
     print_some("damaged", found.problems, max_shown)
     print_some("left behind", found.left_behind, max_shown)
@@ -216,9 +205,8 @@ def _print_audit(found: _Verified, max_shown: int, remove_damaged: bool) -> None
         )
     removed = f", {found.removed:,} removed" if remove_damaged else ""
     mended = ", catalogue written again" if remove_damaged and found.problems else ""
-    click.echo(
-        f"{found.collection}: {found.num_passages:,} passages read, {len(found.damaged):,} damaged{removed}{mended}"
-    )
+    read = f"{found.num_passages:,} passages read, {len(found.damaged):,} damaged"
+    click.echo(f"{found.collection}: {read}{removed}{mended}")
 
 
 @click.group()
@@ -234,7 +222,7 @@ def collection() -> None:
 @click.argument("alias")
 @click.argument("collection", required=False)
 @option("--remove", is_flag=True, help="Remove the alias instead; the collection stays.")
-@store_option
+@flags.store
 def _alias(alias: str, collection: str | None, remove: bool, store: str) -> None:
     """Make ALIAS another name of COLLECTION, in one step for every reader."""
     if remove == (collection is not None):
@@ -252,7 +240,7 @@ def _alias(alias: str, collection: str | None, remove: bool, store: str) -> None
 
 @collection.command("compact")
 @click.argument("collection")
-@store_option
+@flags.store
 def _compact(collection: str, store: str) -> None:
     """Give back the space of deleted and replaced passages.
 
@@ -263,12 +251,10 @@ def _compact(collection: str, store: str) -> None:
 
     with _opened(store) as opened:
         name = Collection.open(opened, collection).name
-        compact = getattr(opened, "compact", None)
-        if compact is None:
-            raise CommandFailed(
-                f"{public_url(store)}: nothing to compact; only faiss: stores keep deleted passages on disk"
-            )
-        compact(name)
+        if not hasattr(opened, "compact"):
+            nothing = "nothing to compact; only faiss: stores keep deleted passages on disk"
+            raise CommandFailed(f"{public_url(store)}: {nothing}")
+        opened.compact(name)
         click.echo(f"{name} is compact")
 
 
@@ -280,7 +266,7 @@ def _compact(collection: str, store: str) -> None:
 @option("--missing", metavar="FILE", help="Write ids that need their input again to this file; - is standard output.")
 @model_option
 @compute_options
-@store_option
+@flags.store
 @click.pass_context
 def _reencode(ctx: click.Context, /, collection: str, **options: Any) -> None:
     """Train COLLECTION's codec again, and encode again what it had cut.
@@ -303,9 +289,8 @@ def _reencode(ctx: click.Context, /, collection: str, **options: Any) -> None:
         source = Collection.open(opened, collection)
         codec = options["codec"] or source.manifest.codec
         if codec == source.manifest.codec and not source.codec.needs_training:
-            raise CommandFailed(
-                f"{source.name}: {codec} has no table to train, and cuts nothing; --codec names another"
-            )
+            nothing = f"{codec} has no table to train, and cuts nothing; --codec names another"
+            raise CommandFailed(f"{source.name}: {nothing}")
         missing = stack.enter_context(open_output(options["missing"])) if options["missing"] else None
         base, dot, number = source.name.rpartition(".v")
         next_name = f"{base}.v{int(number) + 1}" if dot and number.isdecimal() else f"{source.name}.v2"
@@ -316,7 +301,7 @@ def _reencode(ctx: click.Context, /, collection: str, **options: Any) -> None:
             lambda: load_encoder(options, max_passage_tokens=source.manifest.max_passage_tokens),
             move_names=not options["keep_names"],
             stop=stack.enter_context(stopping()),
-            on_progress=stack.enter_context(counted_progress(source.name)),
+            on_progress=stack.enter_context(progress_bar(source.name)),
         )
         if missing is not None:
             missing.writelines(f"{passage_id}\n" for passage_id in done.needs_input)
@@ -344,10 +329,8 @@ def _print_reencoded(done: Reencoding, codec: str) -> None:
     if name in done.moved_names:
         click.echo(f"the old one is there until `preread collection drop {name}`")
     if done.overtaken:
-        click.echo(
-            f"{name} was written to during every pass, and keeps its names: run again when writers pause",
-            err=True,
-        )
+        overtaken = "was written to during every pass, and keeps its names: run again when writers pause"
+        click.echo(f"{name} {overtaken}", err=True)
     if report.interrupted:
         click.echo("preread: interrupted; run again to go on from here", err=True)
 
@@ -355,7 +338,7 @@ def _print_reencoded(done: Reencoding, codec: str) -> None:
 @collection.command("drop")
 @click.argument("collection")
 @option("--yes", is_flag=True, help="Do not ask.")
-@store_option
+@flags.store
 def _drop(collection: str, yes: bool, store: str) -> None:
     """Delete COLLECTION and its passages. Refused while an alias points at it."""
     from cache.store import public_url

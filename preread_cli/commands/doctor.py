@@ -15,18 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import click
 
 from decoder_server.config import DecoderConfig, ModelConfig
+from preread_cli import flags
 from preread_cli.config_file import config_option, masked
 from preread_cli.failures import BAD_ITEMS, UNAVAILABLE, CommandFailed
+from preread_cli.flags import option
 from preread_cli.models import compute_options, models_option, parse_models
-from preread_cli.options import (
-    ADMIN_READ_SECONDS,
-    client_options,
-    client_settings,
-    from_options,
-    json_option,
-    knob_options,
-    option,
-)
 from preread_cli.terminal import print_json
 
 if TYPE_CHECKING:
@@ -39,12 +32,12 @@ GIB = 1 << 30
 @config_option
 @models_option
 @compute_options
-@knob_options(ModelConfig, only=["max_passage_tokens", "encoder_address", "encoder_api_key"])
-@knob_options(
+@flags.knob_options(ModelConfig, only=["max_passage_tokens", "encoder_address", "encoder_api_key"])
+@flags.knob_options(
     DecoderConfig,
     only=["store", "max_store_cache_bytes", "encoder_tls_ca_file", "encoder_tls_cert_file", "encoder_tls_key_file"],
 )
-@json_option
+@flags.as_json
 @click.pass_context
 def doctor(ctx: click.Context, /, **options: Any) -> None:
     """Check whether this machine, checkpoint and store can serve.
@@ -85,9 +78,7 @@ def _findings(options: Mapping[str, Any]) -> Iterator[_Finding]:
     from cache.errors import CacheError
     from cache.open import open_store
 
-    yield _processor()
-    yield from _torch_build(options)
-    yield _threads(options)
+    yield from _machine(options)
     configs = parse_models(options)
     models: list[_Model] = []
     for config in configs:
@@ -99,62 +90,55 @@ def _findings(options: Mapping[str, Any]) -> Iterator[_Finding]:
         yield _memory(options, paths)
     shown = masked(options["store"], "store")
     try:
-        with closing(open_store(options["store"], read_budget_seconds=ADMIN_READ_SECONDS)) as opened:
+        with closing(open_store(options["store"], read_budget_seconds=flags.ADMIN_READ_SECONDS)) as opened:
             yield from _store(opened, shown, [model.identity for model in models if model.identity is not None])
     except CacheError as exc:
         yield _Finding("store", "FAIL", f"{shown}: {exc}")
-    named = [config.encoder_address for config in configs] + [options["encoder_address"] or ""]
-    yield from _proxy([address for address in dict.fromkeys(named) if address])
-    yield from _workers(options, models)
+    elsewhere = options["encoder_address"]
+    yield from _proxy([*(config.encoder_address for config in configs), elsewhere])
+    for model in models:  # every worker that is named: by a model, or for the first that names none
+        address = model.config.encoder_address
+        if not address and elsewhere and (model.identity is not None or len(models) == 1):
+            address, elsewhere = elsewhere, None
+        if address:
+            yield _worker(options, address, model.identity)
 
 
-def _processor() -> _Finding:
-    """Instruction sets that decide how fast a forward pass is."""
+def _machine(options: Mapping[str, Any]) -> Iterator[_Finding]:
+    """Instruction sets that decide how fast a forward pass is, torch, the device that would be taken, and threads."""
     import torch
 
-    from checkpoint.compute import cpu_multiplies_bfloat16
+    from checkpoint import compute
 
     has = {name for name, there in torch.cpu.get_capabilities().items() if there is True}
     wanted = ("avx2", "avx512", "avx512_bf16", "amx_bf16", "asimd", "sve")
     there = ", ".join(name for name in wanted if any(one.startswith(name) for one in has)) or "none of the known ones"
-    bfloat16 = "multiplies bfloat16" if cpu_multiplies_bfloat16() else "float32 only: bfloat16 would be emulated"
+    bfloat16 = (
+        "multiplies bfloat16" if compute.cpu_multiplies_bfloat16() else "float32 only: bfloat16 would be emulated"
+    )
     good = has & {"avx2", "asimd"} or any("avx512" in name for name in has)
-    return _Finding("processor", "ok" if good else "warn", f"{there}; {bfloat16}")
-
-
-def _torch_build(options: Mapping[str, Any]) -> Iterator[_Finding]:
-    """The build, the device that would be taken, and the number format."""
-    import torch
-
-    from checkpoint.compute import choose_device, cpp_compiler, dtype_name
+    yield _Finding("processor", "ok" if good else "warn", f"{there}; {bfloat16}")
 
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
     yield _Finding("torch", "ok", f"{torch.__version__} ({cuda}), Python {sys.version.split()[0]}")
     try:
-        device, dtype = choose_device(options["device"], options["dtype"])
+        device, dtype = compute.choose_device(options["device"], options["dtype"])
+        yield _Finding("device", "ok", f"{device}, {compute.dtype_name(dtype)}")
+        if device.type == "cpu":
+            compiler = compute.cpp_compiler()
+            unfused = "no C++ compiler (g++): unfused, a few percent slower"
+            yield _Finding("fused steps", "ok", f"{compiler} compiles them at load" if compiler else unfused)
     except ValueError as exc:
         yield _Finding("device", "FAIL", str(exc))
-        return
-    yield _Finding("device", "ok", f"{device}, {dtype_name(dtype)}")
-    if device.type == "cpu":
-        compiler = cpp_compiler()
-        unfused = "no C++ compiler (g++): unfused, a few percent slower"
-        yield _Finding("fused steps", "ok", f"{compiler} compiles them at load" if compiler else unfused)
 
-
-def _threads(options: Mapping[str, Any]) -> _Finding:
-    """Whether the threads fit the processors this process may use."""
-    import torch
-
-    from checkpoint.compute import cpu_quota, usable_cores
-
-    usable, quota = usable_cores(), cpu_quota()
-    wanted = options["threads"] or min(torch.get_num_threads(), usable)
+    usable, quota = compute.usable_cores(), compute.cpu_quota()
+    threads = options["threads"] or min(torch.get_num_threads(), usable)
     paid = f" (a quota of {quota:g})" if quota < math.inf else ""
-    if wanted <= usable:
-        return _Finding("threads", "ok", f"{wanted} of {usable} processors{paid}")
-    message = f"{wanted} threads on {usable} processors{paid}: they wait for each other; set --threads {usable}"
-    return _Finding("threads", "warn", message)
+    if threads <= usable:
+        yield _Finding("threads", "ok", f"{threads} of {usable} processors{paid}")
+    else:
+        many = f"{threads} threads on {usable} processors{paid}: they wait for each other; set --threads {usable}"
+        yield _Finding("threads", "warn", many)
 
 
 def _model(config: ModelConfig, name: str) -> tuple[_Model, _Finding]:
@@ -205,6 +189,7 @@ def _store(opened: Any, shown: str, identities: Sequence[EncoderIdentity]) -> It
     for name, reason in unreadable.items():
         yield _Finding(f"collection {name}", "FAIL", f"cannot be read: {reason}")
     ours = {identity.fingerprint for identity in identities}
+    here = " or ".join(sorted(fingerprint[:12] for fingerprint in ours))
     for one in described:
         manifest = one.manifest
         name, about = f"collection {manifest.collection}", f"{one.stats.num_passages:,} passages, {manifest.codec}"
@@ -213,38 +198,22 @@ def _store(opened: Any, shown: str, identities: Sequence[EncoderIdentity]) -> It
         elif manifest.fingerprint in ours:
             yield _Finding(name, "ok", f"{about}, ratio {manifest.compression_ratio}, of this encoder")
         else:
-            here = " or ".join(sorted(fingerprint[:12] for fingerprint in ours))
-            message = (
-                f"{about}; written by {manifest.checkpoint} ({manifest.fingerprint[:12]}), the encoder here is {here}: "
-                "requests for it are rejected; index it again into a new collection"
-            )
-            yield _Finding(name, "FAIL", message)
+            writer = f"{manifest.checkpoint} ({manifest.fingerprint[:12]}), the encoder here is {here}"
+            advice = "requests for it are rejected; index it again into a new collection"
+            yield _Finding(name, "FAIL", f"{about}; written by {writer}: {advice}")
 
 
-def _proxy(addresses: Sequence[str]) -> Iterator[_Finding]:
+def _proxy(addresses: Sequence[str | None]) -> Iterator[_Finding]:
     """Whether the environment puts a proxy between the server and its encoders elsewhere."""
     from preread.channel import proxy_variable
 
     name = proxy_variable()
-    if not name:
-        return
-    through = ", ".join(address for address in addresses if proxy_variable(address))
-    if through:
+    through = ", ".join(address for address in dict.fromkeys(addresses) if address and proxy_variable(address))
+    if name and through:
         message = f"{name} is set: {through} is reached through that proxy; no_proxy takes hosts out of it"
         yield _Finding("proxy", "warn", message)
-    else:
+    elif name:
         yield _Finding("proxy", "ok", f"{name} is set; nothing of ours is reached through it")
-
-
-def _workers(options: Mapping[str, Any], models: Sequence[_Model]) -> Iterator[_Finding]:
-    """Every worker that is named: by a model, or for the first that names none."""
-    elsewhere = options["encoder_address"]
-    for model in models:
-        if model.config.encoder_address:
-            yield _worker(options, model.config.encoder_address, model.identity)
-        elif elsewhere and (model.identity is not None or len(models) == 1):
-            yield _worker(options, elsewhere, model.identity)
-            elsewhere = None
 
 
 def _worker(options: Mapping[str, Any], address: str, identity: EncoderIdentity | None) -> _Finding:
@@ -252,12 +221,9 @@ def _worker(options: Mapping[str, Any], address: str, identity: EncoderIdentity 
     from preread import Client, ClientOptions, PrereadError, RetryPolicy
     from preread.channel import proxy_variable
 
-    once = ClientOptions(
-        timeout_seconds=5.0,
-        retry=RetryPolicy(max_attempts=1),
-        tls=from_options(DecoderConfig, options, models=(ModelConfig("any"),)).encoder_tls,
-        api_key=options["encoder_api_key"],
-    )
+    tls = flags.from_options(DecoderConfig, options, models=(ModelConfig("any"),)).encoder_tls
+    retry = RetryPolicy(max_attempts=1)
+    once = ClientOptions(timeout_seconds=5.0, retry=retry, tls=tls, api_key=options["encoder_api_key"])
     try:
         with Client(address, encoder_address=address, options=once) as client:
             theirs = client.describe().encoder.fingerprint
@@ -272,14 +238,14 @@ def _worker(options: Mapping[str, Any], address: str, identity: EncoderIdentity 
 
 
 @click.command()
-@option("--timeout-seconds", type=click.FloatRange(min=0, min_open=True), default=5.0, help="For the answer.")
+@option("--timeout-seconds", type=flags.SECONDS, default=5.0, help="For the answer.")
 @option(
     "--service",
     metavar="NAME",
     default="",
     help="Name in place of readiness: live, for liveness probes, or encoder; a reranking server has both.",
 )
-@client_options
+@flags.client
 def health(**given: Any) -> None:
     """Ask a server, of either kind, whether it is ready.
 
@@ -291,17 +257,16 @@ def health(**given: Any) -> None:
     from preread.arguments import Argument
 
     address = Argument("address", given["address"]).address()
-    with client_settings(given).channel(grpc, address) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
-        request = health_pb2.HealthCheckRequest(service=given["service"])
+    request = health_pb2.HealthCheckRequest(service=given["service"])
+    with flags.client_settings(given).channel(grpc, address) as channel:
         try:
-            answer = stub.Check(request, timeout=given["timeout_seconds"])
+            answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=given["timeout_seconds"])
         except grpc.RpcError as exc:
             if exc.code() is not grpc.StatusCode.NOT_FOUND:
                 raise
             message = f"--service is {given['service']!r}, which {address} does not have; expected live, or encoder"
             raise CommandFailed(f"{message}, of a reranking server that has one") from None
-    status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
     if answer.status != health_pb2.HealthCheckResponse.SERVING:
+        status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
         raise CommandFailed(f"{address} answers {status}", UNAVAILABLE)
     click.echo(f"{address} is {given['service'] or 'ready'}")

@@ -1,4 +1,4 @@
-"""`preread evaluate`, `preread tune`: how well a checkpoint ranks a judged collection, at which ratio and codec."""
+"""`preread evaluate`, `tune`, `check`: how well a checkpoint ranks, and whether its scores are right."""
 
 from __future__ import annotations
 
@@ -11,25 +11,17 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from preread_cli.failures import CommandFailed
-from preread_cli.models import compute_options, model_option
-from preread_cli.options import (
-    BATCH_READ_SECONDS,
-    FILE,
-    F,
-    collection_option,
-    from_options,
-    json_file_option,
-    knob_options,
-    option,
-    options_of,
-    store_option,
-)
-from preread_cli.terminal import print_report, print_some
+from encoder_worker.config import CollectionSettings
+from preread_cli import flags
+from preread_cli.failures import BAD_ITEMS, CommandFailed
+from preread_cli.flags import option
+from preread_cli.models import compute_options, model_argument, model_option
+from preread_cli.terminal import print_some
 from tuning.config import EvaluationSettings, GridSettings, Limits, MeasuringSettings
 
 if TYPE_CHECKING:
-    from tuning.judged import JudgedCollection
+    from tuning.health import HealthReport
+    from tuning.report import EvaluationReport
     from tuning.sweep.report import SweepReport
 
 
@@ -45,20 +37,35 @@ class _OutputFolder(click.Path):
         return super().convert(value, param, ctx)
 
 
-def _judged_options(settings: type[MeasuringSettings]) -> Callable[[F], F]:
-    return options_of(
+_json_file_option = option(
+    "--json-file",
+    "--json",
+    "json_file",
+    type=flags.OUTPUT,
+    help="Write everything to this file; - prints it instead of the table.",
+)
+
+
+def _judged_options(settings: type[MeasuringSettings]) -> Callable[[flags.F], flags.F]:
+    return flags.options_of(
         click.argument("folder", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path)),
-        option("--corpus", type=FILE, help="Passages, instead of the folder's corpus.jsonl[.gz]."),
-        option("--queries", type=FILE, help="Queries, instead of the folder's queries.jsonl[.gz]."),
-        option("--qrels", type=FILE, help="Judgements (BEIR or TREC columns, or JSON lines), instead of the folder's."),
-        option("--run", "run_file", type=FILE, help="Rerank the candidates of this TREC run file instead of BM25's."),
+        option("--corpus", type=flags.FILE, help="Passages, instead of the folder's corpus.jsonl[.gz]."),
+        option("--queries", type=flags.FILE, help="Queries, instead of the folder's queries.jsonl[.gz]."),
+        option(
+            "--qrels",
+            type=flags.FILE,
+            help="Judgements (BEIR or TREC columns, or JSON lines), instead of the folder's.",
+        ),
+        option(
+            "--run", "run_file", type=flags.FILE, help="Rerank the candidates of this TREC run file instead of BM25's."
+        ),
         option(
             "--queries-split",
             metavar="NAME",
             help="Only queries of qrels/NAME.tsv, or with this `split` in queries.jsonl.",
         ),
-        knob_options(settings),
-        store_option,
+        flags.knob_options(settings),
+        flags.store,
         model_option,
         compute_options,
         option("--run-out", metavar="DIR", type=_OutputFolder(), help="Write TREC run files."),
@@ -67,8 +74,8 @@ def _judged_options(settings: type[MeasuringSettings]) -> Callable[[F], F]:
 
 @click.command()
 @_judged_options(EvaluationSettings)
-@collection_option(help="Read states from this indexed collection instead of encoding the passages.")
-@json_file_option
+@flags.collection(help="Read states from this indexed collection instead of encoding the passages.")
+@_json_file_option
 def evaluate(**options: Any) -> None:
     """Measure how well a checkpoint reranks a judged collection.
 
@@ -83,17 +90,13 @@ def evaluate(**options: Any) -> None:
       preread evaluate --corpus corpus.jsonl --queries queries.jsonl --qrels qrels.txt --run first-stage.run
       preread evaluate scifact/ --collection scifact --store redis://localhost
     """
-    from checkpoint.compute import tune_process
     from tuning.evaluate import evaluate as run
 
-    tune_process(options["threads"])
-    settings = from_options(EvaluationSettings, options)
-    judged = _judged(options)
+    settings = flags.from_options(EvaluationSettings, options)
     json_file: Path | None = options["json_file"]
-    _make_folders(options["run_out"], json_file.parent if json_file is not None else None)
-    with _inputs(options, judged) as inputs:
+    with _inputs(options, json_file.parent if json_file is not None else None) as inputs:
         report = run(settings=settings, **inputs)
-    print_report(report, json_file)
+    _print_report(report, json_file)
     if options["run_out"] is not None:
         report.write_runs(options["run_out"])
 
@@ -101,8 +104,8 @@ def evaluate(**options: Any) -> None:
 @click.command()
 @_judged_options(GridSettings)
 @option("--ignore-qrels", is_flag=True, help="Take the ranking at r = 1 for the judgement, as where there are none.")
-@collection_option(help="Take the passages of this indexed collection instead of a corpus.")
-@knob_options(Limits)
+@flags.collection(help="Take the passages of this indexed collection instead of a corpus.")
+@flags.knob_options(Limits)
 @option(
     "--out",
     metavar="DIR",
@@ -136,21 +139,14 @@ def tune(ctx: click.Context, /, **options: Any) -> None:
       preread serve --config preread-tune/preread.toml
     """
     import tuning.sweep.page  # noqa: F401 - packages that it lacks show now, not after hours
-    from checkpoint.compute import tune_process
     from tuning.sweep.settings import SweepSettings
     from tuning.sweep.tune import tune as run
 
-    tune_process(options["threads"])
-    settings = from_options(SweepSettings, options)
-    limits = from_options(Limits, options)
+    settings, limits = flags.from_options(SweepSettings, options), flags.from_options(Limits, options)
     if limits.max_latency_seconds is not None and not settings.timed_queries:
         raise click.UsageError("--max-latency needs --timed-queries of at least 1.")
-    judged = _judged(options, need_qrels=False)
-    if options["ignore_qrels"]:
-        judged = judged.without_judgements()
     out: Path = options["out"]
-    _make_folders(out, options["run_out"])
-    with _inputs(options, judged) as inputs:
+    with _inputs(options, out, need_qrels=False) as inputs:
         report = run(settings=settings, work_dir=options["work_dir"] or out / "work", **inputs)
     if options["run_out"] is not None:
         report.write_runs(options["run_out"])
@@ -158,45 +154,36 @@ def tune(ctx: click.Context, /, **options: Any) -> None:
     _show_sweep(report, limits, out, options["model"] if named else None, options)
 
 
-def _judged(options: Mapping[str, Any], *, need_qrels: bool = True) -> JudgedCollection:
-    """Passages, queries and judgements; lines that are left out are said on standard error."""
-    from tuning.judged import read_judged
-
-    judged = read_judged(
-        options["folder"],
-        corpus=options["corpus"],
-        queries=options["queries"],
-        qrels=options["qrels"],
-        split=options["queries_split"],
-        need_corpus=options["collection"] is None,
-        need_qrels=need_qrels,
-    )
-    print_some("refused", judged.refused, err=True)
-    return judged
-
-
-def _make_folders(*folders: Path | None) -> None:
-    """Now, not after hours."""
-    for folder in folders:
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-
-
 @contextmanager
-def _inputs(options: Mapping[str, Any], judged: JudgedCollection) -> Iterator[dict[str, Any]]:
-    """Arguments of both runs: queries with candidates and store, the model, where to compute, and a bar."""
+def _inputs(options: Mapping[str, Any], out: Path | None, *, need_qrels: bool = True) -> Iterator[dict[str, Any]]:
+    """Arguments of both runs: queries with candidates and store, the model, where to compute, and a bar.
+
+    Lines of the files that are left out are said on standard error. The folders to write into are made.
+    """
     from cache.collection import Collection
     from cache.open import open_store
+    from checkpoint.compute import tune_process
     from tuning.evaluate import open_checkpoint
+    from tuning.judged import read_judged
     from tuning.progress import TerminalProgress
     from tuning.trec import read_run
 
+    tune_process(options["threads"])
+    files = {name: options[name] for name in ("corpus", "queries", "qrels")}
+    needs = {"need_corpus": options["collection"] is None, "need_qrels": need_qrels}
+    judged = read_judged(options["folder"], split=options["queries_split"], **files, **needs)
+    print_some("refused", judged.refused, err=True)
+    if options.get("ignore_qrels"):
+        judged = judged.without_judgements()
+    for folder in (out, options["run_out"]):
+        if folder is not None:  # now, not after hours
+            folder.mkdir(parents=True, exist_ok=True)
     candidates = read_run(options["run_file"]) if options["run_file"] is not None else None
     with ExitStack() as stack:
         stored = None
         if options["collection"] is not None:
-            store = stack.enter_context(closing(open_store(options["store"], read_budget_seconds=BATCH_READ_SECONDS)))
-            stored = Collection.open(store, options["collection"])
+            opened = open_store(options["store"], read_budget_seconds=flags.BATCH_READ_SECONDS)
+            stored = Collection.open(stack.enter_context(closing(opened)), options["collection"])
         yield {
             "judged": replace(judged, candidates=candidates, stored=stored),
             "model": open_checkpoint(options["model"], stored, read_control_tokens=options["read_control_tokens"]),
@@ -219,11 +206,74 @@ def _show_sweep(report: SweepReport, limits: Limits, out: Path, model: str | Non
     click.echo(f"Report: {out / 'report.html'}")
     config = out / "preread.toml"
     if choice is not None and not choice.broken:
-        toml = report.config_toml(choice.row, model, control_tokens=options["read_control_tokens"])
-        write_output(config, toml)
+        write_output(config, report.config_toml(choice.row, model, control_tokens=options["read_control_tokens"]))
         click.echo(f"Chosen: {choice.row.configuration.name}; {config} is for preread index and serve --config.")
         return
     config.unlink(missing_ok=True)  # of an earlier run: it would not be this one's choice
     if choice is not None:
         nearest = f"{choice.row.configuration.name}: {choice.explanation}"
         raise CommandFailed(f"no configuration keeps the limits; the nearest is {nearest}")
+
+
+@click.command()
+@model_argument
+@option(
+    "--against",
+    metavar="fp32|DIR|HUB_ID",
+    default="fp32",
+    help="Whose scores to expect: fp32, a plain float32 pass over the same weights; or another model.",
+)
+@flags.pairs
+@_json_file_option
+@option("--runtime", metavar="NAME", default="torch", help="Runtime of a cross-encoder, as serve is given it.")
+@option("--profile", metavar="NAME|TOML", default="", help="A cross-encoder's recipe, instead of the one it goes by.")
+@option("--max-tokens", type=flags.COUNT, help="A cross-encoder's limit, instead of its profile's.")
+@option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the checkpoint.")
+@flags.knob_options(CollectionSettings, only=["codec"])
+@option("--compression-ratio", type=flags.COUNT, help="fbnl: tokens per state.  [default: the checkpoint's]")
+@compute_options
+@click.pass_context
+def check(ctx: click.Context, /, model: str, **options: Any) -> None:
+    """Check whether a model's scores are the right ones.
+
+    A model served in the wrong way usually still returns numbers. This compares them with a plain float32
+    pass over the same weights and with published scores, looks for the marks of known faults, and names the
+    likely cause. Without DIR, checks the checkpoint that comes with preread.
+
+    \b
+    Examples:
+      preread check
+      preread check BAAI/bge-reranker-v2-m3 --dtype bfloat16
+      preread check ./ctxl-1b --against ContextualAI/ctxl-rerank-v2-instruct-multilingual-1b
+      preread check ./my-model --pairs pairs.jsonl --json health.json
+
+    \b
+    Exit codes: 0 healthy, 1 not, 2 bad input.
+    """
+    from checkpoint.compute import tune_process
+    from decoder_server.config import ModelConfig
+    from tuning import health
+    from tuning.progress import TerminalProgress
+
+    limit, json_file = options["max_tokens"], options["json_file"]
+    config = flags.from_options(ModelConfig, options, checkpoint=model, max_passage_tokens=limit)
+    tune_process(options["threads"])
+    pairs = health.PairSet.read(options["pairs"])
+    if json_file is not None:  # now, not after minutes
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+    how = {"against": options["against"], "codec": options["codec"], "ratio": options["compression_ratio"]}
+    with TerminalProgress() as progress:
+        report = health.check(config, pairs=pairs, progress=progress, **how)
+    _print_report(report, json_file)
+    if not report.passed:
+        ctx.exit(BAD_ITEMS)
+
+
+def _print_report(report: EvaluationReport | HealthReport, json_file: Path | None) -> None:
+    """The report as tables, and as JSON into a file; where that is standard output, only there."""
+    from preread_edge.outputs import is_stdout, write_output
+
+    if json_file is None or not is_stdout(json_file):
+        report.print()
+    if json_file is not None:
+        write_output(json_file, report.to_json())

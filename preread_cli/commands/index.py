@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import Path
@@ -15,26 +14,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from encoder_worker.config import CollectionSettings, EncoderConfig, IndexOptions
+from preread_cli import flags
 from preread_cli.config_file import config_option
 from preread_cli.failures import BAD_INPUT, BAD_ITEMS, INTERRUPTED
+from preread_cli.flags import option
 from preread_cli.models import compute_options, load_encoder, model_option
-from preread_cli.options import (
-    BATCH_READ_SECONDS,
-    collection_option,
-    from_options,
-    json_option,
-    knob_options,
-    option,
-    store_option,
-)
-from preread_cli.terminal import human_bytes, print_json, print_some
+from preread_cli.terminal import human_bytes, print_json, print_some, progress_bar
 
 if TYPE_CHECKING:
     from encoder_worker.indexing import IndexEstimate, IndexReport, Progress
     from encoder_worker.sources.files import Source
 
 FORMATS = ("jsonl", "tsv", "csv", "parquet", "text", "beir")  # of encoder_worker.sources, which loads pyarrow
-LINE_SECONDS = 10.0
 WARN_CLIPPED_SHARE = 0.01
 FEW_TRAINING_STATES = 1000
 
@@ -42,8 +33,8 @@ FEW_TRAINING_STATES = 1000
 @click.command()
 @click.argument("inputs", metavar="INPUT...", nargs=-1, required=True)
 @config_option
-@collection_option(required=True, help="The set of passages to write; made when it does not exist.")
-@store_option
+@flags.collection(required=True, help="The set of passages to write; made when it does not exist.")
+@flags.store
 @model_option
 @option("--format", type=click.Choice(FORMATS), help="What the inputs are.  [default: by name]")
 @option("--id-field", metavar="NAME", help="Field or column of the passage id.  [default: id or _id]")
@@ -51,16 +42,16 @@ FEW_TRAINING_STATES = 1000
 @option("--title-field", metavar="NAME", default="title", help="Field or column put before the text; '' for none.")
 @option("--title-separator", metavar="TEXT", default=" ", help="What stands between title and text.")
 @compute_options
-@knob_options(EncoderConfig, only=["max_passage_tokens", "max_batch_tokens", "allow_clipped"])
-@knob_options(IndexOptions, CollectionSettings)
+@flags.knob_options(EncoderConfig, only=["max_passage_tokens", "max_batch_tokens", "allow_clipped"])
+@flags.knob_options(IndexOptions, CollectionSettings)
 @option("--dry-run", is_flag=True, help="Count tokens, bytes and time; store nothing.")
 @option(
     "--report",
-    type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
+    type=flags.OUTPUT,
     help="Write counts and every refused line (JSON); - prints them instead of the summary.",
 )
-@option("--max-line-bytes", type=click.IntRange(min=1), default=16 << 20, help="Longer lines are refused.")
-@json_option
+@option("--max-line-bytes", type=flags.COUNT, default=16 << 20, help="Longer lines are refused.")
+@flags.as_json
 @click.pass_context
 def index(ctx: click.Context, /, **options: Any) -> None:
     """Read passages from files and store their states.
@@ -90,15 +81,9 @@ def index(ctx: click.Context, /, **options: Any) -> None:
         raise click.BadParameter("memory: ends with this command; expected a store that stays", param_hint="--store")
     if report_file is not None and not report_file.parent.is_dir():
         raise click.BadParameter(f"{report_file.parent} is no directory", param_hint="--report")
-    fields = Fields(
-        id=options["id_field"],
-        text=options["text_field"],
-        title=options["title_field"] or None,
-        title_separator=options["title_separator"],
-    )
-    source = Source(
-        options["inputs"], format=options["format"], fields=fields, max_line_bytes=options["max_line_bytes"]
-    )
+    title, limit = options["title_field"] or None, options["max_line_bytes"]
+    fields = Fields(options["id_field"], options["text_field"], title, options["title_separator"])
+    source = Source(options["inputs"], format=options["format"], fields=fields, max_line_bytes=limit)
     with stopping() as stop:
         report, estimate = _run(options, source, stop)
     if report_file is not None:
@@ -117,13 +102,17 @@ def _run(options: dict[str, Any], source: Source, stop: threading.Event) -> tupl
     from encoder_worker import indexing
 
     name = options["collection"]
-    settings, how = from_options(CollectionSettings, options), from_options(IndexOptions, options)
+    settings, how = flags.from_options(CollectionSettings, options), flags.from_options(IndexOptions, options)
     report = indexing.IndexReport(name)
-    with closing(open_store(options["store"], read_budget_seconds=BATCH_READ_SECONDS)) as store:
+    with closing(open_store(options["store"], read_budget_seconds=flags.BATCH_READ_SECONDS)) as store:
         job = (source, load_encoder(options), store, name, settings, how)
         if options["dry_run"]:
             return report, indexing.dry_run(*job, stop=stop, report=report)
-        with _shown_progress(name) as on_progress:
+        with progress_bar(name, shows_time_left=False) as bar:
+
+            def on_progress(now: Progress) -> None:
+                bar(now.fraction or 0.0, None if now.fraction is None else 1.0, _numbers(now))
+
             try:
                 indexing.index(*job, stop=stop, on_progress=on_progress, report=report)
             except Exception:
@@ -131,6 +120,12 @@ def _run(options: dict[str, Any], source: Source, stop: threading.Event) -> tupl
                     click.echo(f"{report.num_stored:,} passages were stored; run again to go on from there", err=True)
                 raise
         return report, None
+
+
+def _numbers(now: Progress) -> str:
+    share = "" if now.fraction is None else f" ({now.fraction:.0%})"
+    left = "" if now.eta_seconds is None else f", {_duration(now.eta_seconds)} left"
+    return f"{now.num_done:,} passages{share}, {now.passages_per_second:,.1f} passages/s{left}"
 
 
 @contextmanager
@@ -156,54 +151,27 @@ def stopping() -> Iterator[threading.Event]:
         restore()
 
 
-@contextmanager
-def _shown_progress(label: str) -> Iterator[Callable[[Progress], None]]:
-    """A bar on a terminal, a line now and then elsewhere; both on standard error."""
-    from rich.console import Console
-    from rich.progress import BarColumn, TextColumn
-    from rich.progress import Progress as Bar
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[numbers]}"))
-    last = time.monotonic()
-    with Bar(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task(label, total=None, numbers="")
-
-        def update(now: Progress) -> None:
-            nonlocal last
-            total = None if now.fraction is None else 1.0
-            bar.update(task, completed=now.fraction or 0.0, total=total, numbers=_numbers(now))
-            if not console.is_terminal and time.monotonic() - last >= LINE_SECONDS:
-                last = time.monotonic()
-                click.echo(_numbers(now), err=True)
-
-        yield update
-
-
-def _numbers(now: Progress) -> str:
-    share = "" if now.fraction is None else f" ({now.fraction:.0%})"
-    left = "" if now.eta_seconds is None else f", {_duration(now.eta_seconds)} left"
-    return f"{now.num_done:,} passages{share}, {now.passages_per_second:,.1f} passages/s{left}"
-
-
 def _show(report: IndexReport, estimate: IndexEstimate | None, report_file: Path | None) -> None:
     """The outcome of every line, on standard output."""
     lists_all = f"all of them in {report_file}" if report_file else "--report FILE lists them"
     refused = map(_place, report.refused)
     print_some("refused", refused, num_lines=report.num_refused, more=f"; {lists_all}")
     if estimate is not None:
-        _show_estimate(estimate, report)
+        padding, speed = estimate.num_padding_tokens, f"{estimate.tokens_per_second:,.0f} tokens/s"
+        click.echo(f"would encode     {estimate.num_passages:,} passages; {report.num_unchanged:,} are stored already")
+        click.echo(f"tokens           {estimate.num_tokens:,} and {padding:,} of padding")
+        click.echo(f"in the store     {human_bytes(estimate.size_bytes)} for {estimate.num_states:,} states")
+        if sampled := estimate.num_sample_tokens:
+            click.echo(f"time             {_duration(estimate.seconds)} at {speed}, measured on {sampled:,} tokens")
     else:
         click.echo(
             f"{report.collection}: {report.num_read:,} read, {report.num_stored:,} stored, "
             f"{report.num_unchanged:,} unchanged, {report.num_refused:,} refused"
         )
         if report.num_stored:
-            click.echo(
-                f"{report.num_tokens:,} tokens in {_duration(report.seconds)}: "
-                f"{report.passages_per_second:,.1f} passages/s, {report.tokens_per_second:,.0f} tokens/s, "
-                f"{report.padding_share:.2%} padding"
-            )
+            speed = f"{report.passages_per_second:,.1f} passages/s, {report.tokens_per_second:,.0f} tokens/s"
+            took = f"{report.num_tokens:,} tokens in {_duration(report.seconds)}"
+            click.echo(f"{took}: {speed}, {report.padding_share:.2%} padding")
     _show_clipped(report)
     if report.num_truncated:  # with one example: a limit below the usual length would fill the screen
         example = "".join(f" ({_place(item)})" for item in islice(report.truncated, 1))
@@ -229,27 +197,16 @@ def _show_clipped(report: IndexReport) -> None:
             f"{grave}{report.num_clipped:,} numbers ({report.clipped_share:.2%}) of {report.num_clipped_passages:,} "
             "passages lie outside what the codec was trained for, and are cut to it"
         )
-    if report.reasons[Reason.OUT_OF_RANGE]:
+    if num_refused := report.reasons[Reason.OUT_OF_RANGE]:
         click.echo(
-            f"warning: {report.reasons[Reason.OUT_OF_RANGE]:,} passages were refused because the codec was trained on "
-            f"others: store them with --allow-clipped, and train it on all with `preread collection reencode "
-            f"{report.collection}`; or index into a new collection with --codec B32,SQ8, which needs no training"
+            f"warning: {num_refused:,} passages were refused because the codec was trained on others: store them with "
+            f"--allow-clipped, and train it on all with `preread collection reencode {report.collection}`; or index "
+            "into a new collection with --codec B32,SQ8, which needs no training"
         )
     if 0 < report.num_training_states < FEW_TRAINING_STATES:
         click.echo(
             f"warning: the codec was trained on {report.num_training_states:,} states only; passages unlike these will "
             "be clipped or refused. B32,SQ8 needs no training"
-        )
-
-
-def _show_estimate(estimate: IndexEstimate, report: IndexReport) -> None:
-    click.echo(f"would encode     {estimate.num_passages:,} passages; {report.num_unchanged:,} are stored already")
-    click.echo(f"tokens           {estimate.num_tokens:,} and {estimate.num_padding_tokens:,} of padding")
-    click.echo(f"in the store     {human_bytes(estimate.size_bytes)} for {estimate.num_states:,} states")
-    if estimate.num_sample_tokens:
-        click.echo(
-            f"time             {_duration(estimate.seconds)} at {estimate.tokens_per_second:,.0f} tokens/s, "
-            f"measured on {estimate.num_sample_tokens:,} tokens"
         )
 
 

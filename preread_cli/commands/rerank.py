@@ -1,8 +1,8 @@
-"""`preread rerank`: one query to a table, or a file of queries to a TREC run; a server does the work.
+"""`preread rerank`: one query to a table, or a file of queries to a TREC run; `preread warm`: passages into caches.
 
-Queries, ids and candidates come from files or standard input ("-"); gzip and zstd are seen through, blank lines are
-skipped, and a line that begins with `{` is a JSON object in files of candidates and queries. A line that cannot be read
-stops the command: the message has file and line.
+A server does the work. Queries, ids and candidates come from files or standard input ("-"); gzip and zstd are seen
+through, blank lines are skipped, and a line that begins with `{` is a JSON object in files of candidates and queries.
+A line that cannot be read stops the command: the message has file and line.
 """
 
 from __future__ import annotations
@@ -14,24 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from preread.values import Candidate, Reranking, RerankOptions, Result, Summary, format_stages, id_text, join_title
+from preread.values import Candidate, Reranking, RerankOptions, Result, format_stages, id_text, join_title
+from preread_cli import flags
 from preread_cli.failures import BAD_ITEMS, CommandFailed
-from preread_cli.options import (
-    ADMIN_READ_SECONDS,
-    client_options,
-    client_settings,
-    collection_option,
-    json_option,
-    option,
-    options_of,
-    store_option,
-)
-from preread_cli.terminal import counted_progress, print_json
+from preread_cli.flags import option
+from preread_cli.terminal import human_bytes, print_json, print_some, progress_bar
 
 if TYPE_CHECKING:
     from encoder_worker.sources import Place
@@ -44,8 +35,11 @@ MAX_WHOLE_COLLECTION = 5000
 DEFAULT_TOP_N = 10
 MAX_SHOWN = 5
 MAX_TEXT_CHARACTERS = 400
+# Passages of one warming call: the bar moves on after each, and requests to the server wait for none of them for long.
+CHUNK = 64
+CACHE_FLAGS = {"keys": "--keys-cache-bytes", "prefixes": "--prefix-cache-bytes"}
 
-query_options = options_of(
+_query_options = flags.options_of(
     option("--instruction", metavar="TEXT", help='Task instruction, instead of the model\'s own; "" for none.'),
     option(
         "--compression-ratio",
@@ -54,23 +48,29 @@ query_options = options_of(
         help="Score at this multiple of the stored ratio; 0: at the server's own default.",
     ),
     option("--model-name", metavar="NAME", default="", help="Which of the server's models; without it, the first."),
-    option("--timeout-seconds", type=click.FloatRange(min=0, min_open=True), default=300.0, help="For one request."),
-    json_option,
-    store_option,
-    client_options,
+    option("--timeout-seconds", type=flags.SECONDS, default=300.0, help="For one request."),
+    flags.as_json,
+    flags.store,
+    flags.client,
 )
+
+
+def _connected(given: Mapping[str, Any]) -> Client:
+    from preread import Client
+
+    return Client(given["address"], options=flags.client_settings(given, timeout_seconds=given["timeout_seconds"]))
 
 
 @click.command()
 @click.argument("query", required=False)
-@collection_option(help="The collection, or alias, that ids refer to.")
+@flags.collection(help="The collection, or alias, that ids refer to.")
 @option("--ids", metavar="FILE", help="Rank these passages: one id per line; - is standard input.")
 @option("--candidates", metavar="FILE", help='Rank these texts: one per line, or JSON lines with "id", "text" or both.')
 @option(
     "--queries", metavar="FILE", help='Rank for all of these: id<TAB>text per line, or JSON lines with "id" and "text".'
 )
 @option("--run", "run_file", metavar="FILE", help="With --queries: candidates of each query, a first stage's TREC run.")
-@option("--depth", type=click.IntRange(min=1), default=100, help="With --run: how many candidates of each query.")
+@option("--depth", type=flags.COUNT, default=100, help="With --run: how many candidates of each query.")
 @option("--output", metavar="FILE", default="-", help="With --queries: where the TREC run goes; - is standard output.")
 @option("--top-n", type=click.IntRange(min=0), help="Show this many; 0 is all.  [default: 10; with --queries all]")
 @option(
@@ -81,8 +81,8 @@ query_options = options_of(
     "best 20 of those at 1.",
 )
 @option("--on-miss", type=click.Choice(["encode", "skip", "fail"]), help="For ids without states.  [default: server's]")
-@option("--concurrency", type=click.IntRange(min=1), default=4, help="With --queries: requests in flight.")
-@query_options
+@option("--concurrency", type=flags.COUNT, default=4, help="With --queries: requests in flight.")
+@_query_options
 @click.pass_context
 def rerank(ctx: click.Context, /, query: str | None, **given: Any) -> None:
     """Rank passages for a query, or for a file of queries.
@@ -97,8 +97,6 @@ def rerank(ctx: click.Context, /, query: str | None, **given: Any) -> None:
       search "why is the sky blue" | preread rerank "why is the sky blue" -c docs --ids -
       preread rerank --queries queries.tsv --run bm25.run -c docs --output reranked.run
     """
-    from preread import Client
-
     _check(query, given)
     options: RerankOptions = {
         "collection": given["collection"] or "",
@@ -110,29 +108,39 @@ def rerank(ctx: click.Context, /, query: str | None, **given: Any) -> None:
         "top_n": (DEFAULT_TOP_N if query is not None else 0) if given["top_n"] is None else given["top_n"],
         "return_text": query is not None,
     }
-    settings = client_settings(given, timeout_seconds=given["timeout_seconds"])
-    with Client(given["address"], options=settings) as client:
+    with _connected(given) as client:
         limits = {info.name: info.max_candidates for info in client.list_models()}
         # An unknown name is rejected by the server itself.
         max_candidates = limits.get(given["model_name"]) or next(iter(limits.values()))
-        score = partial(rerank_in_parts, client, max_candidates=max_candidates, options=options)
-        num_bad = _many_queries(score, given) if query is None else _one_query(score, query, given)
+        score = partial(_rerank_in_parts, client, max_candidates=max_candidates, options=options)
+        if query is None:
+            num_bad = _many_queries(score, given)
+        else:
+            candidates = _candidates(given)
+            answer = score(query, candidates)
+            num_bad = len(candidates) - answer.summary.num_scored
+            if given["as_json"]:
+                print_json({"query": query} | dataclasses.asdict(answer))
+            else:
+                _print_reranking(query, answer, len(candidates))
     if num_bad:
         ctx.exit(BAD_ITEMS)
 
 
 def _check(query: str | None, given: Mapping[str, Any]) -> None:
-    if (query is None) == (given["queries"] is None):
-        raise click.UsageError("Give a QUERY, or a file of them with --queries.")
-    sources = [name for name in ("ids", "candidates", "run_file") if given[name] is not None]
-    if len(sources) > 1:
-        raise click.UsageError("--ids, --candidates and --run exclude one another.")
-    if sum(given[name] == "-" for name in ("queries", "ids", "candidates", "run_file")) > 1:
-        raise click.UsageError("- is standard input, which can be read once: name a file for all but one.")
-    if given["run_file"] is not None and query is not None:
-        raise click.UsageError("--run goes with --queries.")
-    if given["collection"] is None and given["candidates"] is None:
-        raise click.UsageError("Name the --collection that holds the passages, or give texts with --candidates.")
+    files = {name: given[name] for name in ("queries", "ids", "candidates", "run_file") if given[name] is not None}
+    wrong = {
+        "Give a QUERY, or a file of them with --queries.": (query is None) == ("queries" not in files),
+        "--ids, --candidates and --run exclude one another.": len(files.keys() - {"queries"}) > 1,
+        "- is standard input, which can be read once: name a file for all but one.": [*files.values()].count("-") > 1,
+        "--run goes with --queries.": "run_file" in files and query is not None,
+        "Name the --collection that holds the passages, or give texts with --candidates.": (
+            given["collection"] is None and "candidates" not in files
+        ),
+    }
+    for message, is_wrong in wrong.items():
+        if is_wrong:
+            raise click.UsageError(message)
 
 
 def _candidates(given: Mapping[str, Any]) -> Sequence[Candidate]:
@@ -140,29 +148,20 @@ def _candidates(given: Mapping[str, Any]) -> Sequence[Candidate]:
     if given["candidates"] is not None:
         found = _read_candidates(given["candidates"])
     else:
-        found = [Candidate(passage_id=passage_id) for passage_id in passage_ids(given, MAX_WHOLE_COLLECTION)]
+        found = [Candidate(passage_id=passage_id) for passage_id in _passage_ids(given, MAX_WHOLE_COLLECTION)]
     if not found:
         raise CommandFailed(f"{given['ids'] or given['candidates']}: nothing to rank")
     return found
 
 
-def _one_query(score: Score, query: str, given: Mapping[str, Any]) -> int:
-    candidates = _candidates(given)
-    answer = score(query, candidates)
-    if given["as_json"]:
-        print_json({"query": query} | dataclasses.asdict(answer))
-    else:
-        _print_reranking(query, answer, len(candidates))
-    return len(candidates) - answer.summary.num_scored
-
-
 def _many_queries(score: Score, given: Mapping[str, Any]) -> int:
+    """A line or a TREC run for each query, and on standard error how it went; how many candidates were not scored."""
     from preread_edge.outputs import open_output
     from tuning.trec import check_ids, run_lines
 
     queries = _read_queries(given["queries"])
     if given["run_file"] is not None:
-        candidates = _from_run(Path(given["run_file"]), queries, given["depth"])
+        candidates = _from_run(given["run_file"], queries, given["depth"])
         queries = {query_id: text for query_id, text in queries.items() if query_id in candidates}
     else:
         candidates = dict.fromkeys(queries, _candidates(given))
@@ -172,7 +171,7 @@ def _many_queries(score: Score, given: Mapping[str, Any]) -> int:
     done: list[Reranking] = []
     with ExitStack() as stack:
         file = stack.enter_context(open_output(given["output"]))
-        on_progress = stack.enter_context(counted_progress("reranking"))
+        on_progress = stack.enter_context(progress_bar("reranking"))
         pool = ThreadPoolExecutor(given["concurrency"])  # so many requests in flight, so that the server can batch
         stack.callback(pool.shutdown, cancel_futures=True)
         answers = pool.map(score, queries.values(), [candidates[query_id] for query_id in queries])
@@ -184,29 +183,22 @@ def _many_queries(score: Score, given: Mapping[str, Any]) -> int:
                 file.writelines(run_lines(query_id, run_rows(answer), "preread"))
             done.append(answer)
             on_progress(len(done), len(queries))
-    return _say_done(done, sum(len(candidates[query_id]) for query_id in queries))
-
-
-def _say_done(answers: Sequence[Reranking], num_candidates: int) -> int:
-    """Says on standard error how a file of queries went; how many candidates were not scored."""
-    summaries = [answer.summary for answer in answers]
-    num_degraded = sum(summary.degraded is not None for summary in summaries)
-    num_stopped = sum(summary.stopped_early for summary in summaries)
-    if num_degraded:
+    summaries = [answer.summary for answer in done]
+    if num_degraded := sum(summary.degraded is not None for summary in summaries):
         click.echo(
             f"{num_degraded:,} queries were scored coarser than requested: the server was under pressure", err=True
         )
-    if num_stopped:
+    if num_stopped := sum(summary.stopped_early for summary in summaries):
         click.echo(f"{num_stopped:,} queries were stopped early by their deadline", err=True)
     num_scored = sum(summary.num_scored for summary in summaries)
-    num_bad = num_candidates - num_scored
-    click.echo(f"{len(answers):,} queries, {num_scored:,} passages scored, {num_bad:,} not scored", err=True)
-    for result in islice((r for answer in answers for r in answer if r.margin is None), MAX_SHOWN):
+    num_bad = sum(len(candidates[query_id]) for query_id in queries) - num_scored
+    click.echo(f"{len(done):,} queries, {num_scored:,} passages scored, {num_bad:,} not scored", err=True)
+    for result in islice((r for answer in done for r in answer if r.margin is None), MAX_SHOWN):
         click.echo(f"  {result.passage_id}: {result.status} {result.message}", err=True)
     return num_bad
 
 
-def _from_run(path: Path, queries: Mapping[str, str], depth: int) -> dict[str, Sequence[Candidate]]:
+def _from_run(path: str, queries: Mapping[str, str], depth: int) -> dict[str, Sequence[Candidate]]:
     from tuning.trec import read_run
 
     run = read_run(path).run
@@ -221,10 +213,7 @@ def _from_run(path: Path, queries: Mapping[str, str], depth: int) -> dict[str, S
     return found
 
 
-# Through a server, whatever the number of candidates.
-
-
-def rerank_in_parts(
+def _rerank_in_parts(
     client: Client, query: str, candidates: Sequence[Candidate], max_candidates: int, options: RerankOptions
 ) -> Reranking:
     """Every candidate scored, best first, then those that could not be; cut to options' top_n.
@@ -244,7 +233,7 @@ def rerank_in_parts(
     times = [dataclasses.astuple(part.timings) for part in parts]
     summary = dataclasses.replace(
         parts[0],
-        timings=type(parts[0].timings)(*(sum(column) for column in zip(*times, strict=True))),
+        timings=type(parts[0].timings)(*map(sum, zip(*times, strict=True))),
         num_scored=sum(part.num_scored for part in parts),
         stopped_early=any(part.stopped_early for part in parts),
         degraded=next((part.degraded for part in parts if part.degraded is not None), None),
@@ -274,10 +263,9 @@ def _print_reranking(query: str, answer: Reranking, num_candidates: int) -> None
     """The ranking, then candidates that could not be scored, then where the time went."""
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
-    console = Console()
-    table = Table(box=None, pad_edge=False, show_header=True, header_style="bold")
+    console = Console(markup=False, emoji=False, highlight=False)  # texts are shown as they are
+    table = Table(box=None, pad_edge=False, header_style="bold")
     staged = any(result.stages for result in answer if result.margin is not None)
     for heading in ("#", "score", "margin", *(["ratio"] if staged else [])):
         table.add_column(heading, justify="right")
@@ -287,42 +275,81 @@ def _print_reranking(query: str, answer: Reranking, num_candidates: int) -> None
         if result.margin is None:
             others.append(f"not scored: {result.passage_id or result.index}  {result.status}  {result.message}")
             continue
-        passage = Text(result.passage_id, style="bold")
-        if result.text:
-            line = " ".join(result.text[: 2 * MAX_TEXT_CHARACTERS].split())
-            shown = line if len(line) <= MAX_TEXT_CHARACTERS else line[: MAX_TEXT_CHARACTERS - 1] + "…"
-            passage.append(("  " if result.passage_id else "") + shown, style="not bold")
+        line = " ".join(result.text[: 2 * MAX_TEXT_CHARACTERS].split())
+        shown = line if len(line) <= MAX_TEXT_CHARACTERS else line[: MAX_TEXT_CHARACTERS - 1] + "…"
+        passage = "  ".join(filter(None, (result.passage_id, shown)))
         ratio = [str(result.compression_ratio)] if staged else []
         table.add_row(str(rank), f"{result.score:.4f}", f"{result.margin:+.2f}", *ratio, passage)
-    console.print(Text(query, style="bold"))
+    console.print(query, style="bold")
     console.print(table)
-    for line in others:
-        console.print(Text(line))
-    console.print(Text(_summary_line(answer.summary, num_candidates), style="dim"))
-    for line in _reading_notes(answer.summary):
-        console.print(Text(line, style="yellow"))
-
-
-def _summary_line(summary: Summary, num_candidates: int) -> str:
-    times = summary.timings
-    line = (
-        f"{summary.num_scored} of {num_candidates} scored by {summary.model} "
-        f"in {times.total_seconds * 1000:,.0f} ms (compute {times.compute_seconds * 1000:,.0f} ms)"
-    )
+    for other in others:
+        console.print(other)
+    summary, times = answer.summary, answer.summary.timings
+    how = f"in {times.total_seconds * 1000:,.0f} ms (compute {times.compute_seconds * 1000:,.0f} ms)"
     if summary.stages:
-        line += f", scored in stages {format_stages(summary.stages)}"
+        how += f", scored in stages {format_stages(summary.stages)}"
     elif summary.compression_ratio:
-        line += f", scored at ratio {summary.compression_ratio}"
-    return line + (", the query was cut" if summary.query_truncated else "")
-
-
-def _reading_notes(summary: Summary) -> Iterator[str]:
-    """For a person who compares these scores with others."""
+        how += f", scored at ratio {summary.compression_ratio}"
+    cut = ", the query was cut" if summary.query_truncated else ""
+    console.print(f"{summary.num_scored} of {num_candidates} scored by {summary.model} {how}{cut}", style="dim")
     if summary.degraded is not None:
         requested = format_stages(summary.degraded.stages) or str(summary.degraded.compression_ratio)
-        yield f"scored coarser than {requested}: the server was under pressure ({summary.degraded.reason})"
+        pressure = f"the server was under pressure ({summary.degraded.reason})"
+        console.print(f"scored coarser than {requested}: {pressure}", style="yellow")
     if summary.stopped_early:
-        yield "the deadline came before the last stage was through: these are the finished scores"
+        late = "the deadline came before the last stage was through: these are the finished scores"
+        console.print(late, style="yellow")
+
+
+@click.command()
+@flags.collection(required=True, help="The collection, or alias, that holds the passages.")
+@option("--ids", metavar="FILE", help="These passages: one id per line; - is standard input.  [default: all]")
+@_query_options
+@click.pass_context
+def warm(ctx: click.Context, /, **given: Any) -> None:
+    """Fill a server's KV and prefix caches for some passages.
+
+    Each passage's keys and values are computed, and the instruction read over it. A query over warmed passages,
+    under the same instruction and at the same ratio, then costs its own tokens only. No score changes. Passages
+    that are used more often may evict warmed ones.
+
+    \b
+    Examples:
+      preread warm -c docs --ids most-read.txt
+      preread warm -c docs --ids - --instruction "Find passages that answer the question"
+    """
+    ids = _passage_ids(given)
+    if not ids:
+        raise CommandFailed(f"{given['ids']}: no ids, nothing to warm")
+    options = {name: given[name] for name in ("collection", "instruction", "compression_ratio")}
+    warmed = []
+    with _connected(given) as client, progress_bar("warming") as on_progress:
+        for first in range(0, len(ids), CHUNK):
+            warmed.append(client.warm(ids[first : first + CHUNK], model=given["model_name"], **options))
+            on_progress(min(first + CHUNK, len(ids)), len(ids))
+    num_windows = sum(one.num_windows for one in warmed)
+    tiers = [
+        dataclasses.asdict(tiers[-1]) | {"num_kept": sum(tier.num_kept for tier in tiers)}
+        for tiers in zip(*(one.tiers for one in warmed), strict=True)
+    ]
+    total = {"model": warmed[-1].model, "num_passages": sum(one.num_passages for one in warmed)}
+    total |= {"num_windows": num_windows, "tiers": tiers}
+    missing = list(dict.fromkeys(passage_id for one in warmed for passage_id in one.missing_ids))
+    if given["as_json"]:
+        print_json(total | {"missing_ids": missing})
+    else:
+        click.echo(f"{total['model']}: {total['num_passages']:,} passages read, {num_windows:,} windows")
+        for tier in tiers:
+            flag, num_kept, size = CACHE_FLAGS[tier["name"]], tier["num_kept"], tier["max_bytes"]
+            use = (
+                f"{num_kept:,} of {num_windows:,} kept; {human_bytes(tier['num_bytes'])} of {human_bytes(size)} in use"
+            )
+            click.echo(f"{tier['name']:<9} {use if size else f'off ({flag} is 0)'}")
+            if size and num_kept < num_windows:
+                click.echo(f"          the cache is full: a larger {flag} holds more")
+        print_some("not stored", missing, MAX_SHOWN, err=True)
+    if missing:
+        ctx.exit(BAD_ITEMS)
 
 
 # From files, and from the store.
@@ -388,27 +415,22 @@ def _text(where: Place, row: dict[str, Any], *names: str) -> str | None:
     return value
 
 
-def passage_ids(given: Mapping[str, Any], max_stored: int | None = None) -> list[str]:
-    """Those of --ids, one a line; without it those of the whole --collection, sorted.
-
-    Raises:
-        CommandFailed: a collection of more than `max_stored`, or of none.
-    """
+def _passage_ids(given: Mapping[str, Any], max_stored: int | None = None) -> list[str]:
+    """Those of --ids, one a line; without it those of the whole --collection, sorted, at most `max_stored`."""
     from cache.collection import Collection
     from cache.open import open_store
     from tuning.trec import JudgedFile
 
     if given["ids"] is not None:
         return [line.strip() for _, line in JudgedFile(given["ids"]).lines()]
-    with closing(open_store(given["store"], read_budget_seconds=ADMIN_READ_SECONDS)) as store:
+    name = f"collection {given['collection']!r}"
+    with closing(open_store(given["store"], read_budget_seconds=flags.ADMIN_READ_SECONDS)) as store:
         collection = Collection.open(store, given["collection"])
         num_passages = collection.stats().num_passages
         if max_stored is not None and num_passages > max_stored:
-            raise CommandFailed(
-                f"collection {given['collection']!r} has {num_passages:,} passages; without --ids or --run at most "
-                f"{max_stored:,} are ranked. Let a first stage choose candidates"
-            )
+            limit = f"without --ids or --run at most {max_stored:,} are ranked. Let a first stage choose candidates"
+            raise CommandFailed(f"{name} has {num_passages:,} passages; {limit}")
         ids = sorted(passage_id for passage_id, _ in islice(store.scan(collection.name), max_stored))
     if not ids:
-        raise CommandFailed(f"collection {given['collection']!r} is empty")
+        raise CommandFailed(f"{name} is empty")
     return ids

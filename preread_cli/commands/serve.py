@@ -1,8 +1,7 @@
 """`preread serve`, both halves in one process, and `preread encode-worker`, the encoder for other machines.
 
 With `serve` the encoder listens on loopback for the server in this process, and for `--encoder-address` of others on
-this machine. A model that is not run as published, a cross-encoder in bfloat16 or through ONNX Runtime, is checked once
-before it serves: compared with its own weights in float32. The result is remembered for the next start.
+this machine. A model that is not run as published is checked once before it serves.
 """
 
 from __future__ import annotations
@@ -21,11 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cache import errors
 from decoder_server.config import DecoderConfig, HttpConfig, KvCacheConfig, ModelConfig
 from encoder_worker.config import EncoderConfig
+from preread_cli import flags
 from preread_cli.config_file import config_option
+from preread_cli.flags import option
 from preread_cli.models import model_option, models_option, parse_models
-from preread_cli.options import from_options, knob_options, option
 from preread_cli.process import Process, process_options, say
 from preread_edge.settings import LoadConfig
 
@@ -55,12 +56,10 @@ _MODEL_FLAGS = (
 @click.command()
 @config_option
 @models_option
-@knob_options(ModelConfig, only=_MODEL_FLAGS)
+@flags.knob_options(ModelConfig, only=_MODEL_FLAGS)
 @option("--no-encoder", is_flag=True, help="Answer from stored states only.")
-@option(
-    "--encoder-port", type=click.IntRange(0, 65535), default=50052, help="Loopback port of the encoder in this process."
-)
-@knob_options(DecoderConfig, KvCacheConfig, HttpConfig, without_default=["--http-port"])
+@option("--encoder-port", type=flags.PORT, default=50052, help="Loopback port of the encoder in this process.")
+@flags.knob_options(DecoderConfig, KvCacheConfig, HttpConfig, without_default=["--http-port"])
 @option(
     "--check/--no-check",
     default=None,
@@ -83,9 +82,9 @@ def serve(ctx: click.Context, /, **options: Any) -> None:
     """
     if options["no_encoder"] and options["encoder_address"]:
         raise click.UsageError("--no-encoder and --encoder-address are mutually exclusive.")
-    models = parse_models(options, kv_caches=from_options(KvCacheConfig, options))
-    config = from_options(DecoderConfig, options, models=models)
-    http = from_options(HttpConfig, options) if options["http_port"] is not None else None
+    models = parse_models(options, kv_caches=flags.from_options(KvCacheConfig, options))
+    config = flags.from_options(DecoderConfig, options, models=models)
+    http = flags.from_options(HttpConfig, options) if options["http_port"] is not None else None
     asyncio.run(_serve(options, config, http, Process(ctx)))
 
 
@@ -100,7 +99,8 @@ async def _serve(options: Mapping[str, Any], config: DecoderConfig, http: HttpCo
     async with AsyncExitStack() as stack:
         opened = open_store(config.store, read_budget_seconds=config.read_budget_seconds)
         store = stack.enter_context(closing(opened))
-        await asyncio.to_thread(_check_opens, store)
+        with suppress(errors.StoreLocked, errors.StoreUnavailable):  # which may end
+            await asyncio.to_thread(store.list_collections)
         observers: tuple[Observer, ...] = ()
         if options["tracing"]:
             tracer, shutdown = make_tracer("preread")  # raises where the `tracing` extra is not installed
@@ -131,22 +131,13 @@ async def _serve(options: Mapping[str, Any], config: DecoderConfig, http: HttpCo
         await asyncio.gather(server.stop(grace), *([] if gateway is None else [gateway.stop(grace)]))
 
 
-def _check_opens(store: Store) -> None:
-    """Raises the error of a store that cannot be opened; one that does not answer may come back."""
-    from cache.errors import StoreLocked, StoreUnavailable
-
-    with suppress(StoreLocked, StoreUnavailable):
-        store.list_collections()
-
-
 async def _start_encoders(
     options: Mapping[str, Any], config: DecoderConfig, store: Store, keys: ApiKeys, stack: AsyncExitStack
 ) -> tuple[tuple[ModelConfig, ...], CollectorRegistry | None]:
     """A worker, until the stack ends, for every model that scores states and has none elsewhere.
 
-    Returns:
-        The models with the addresses of their encoders, and the metrics of the first worker: one process, one scrape,
-        and names may not repeat there.
+    Returns the models with the addresses of their encoders, and the metrics of the first worker: one process, one
+    scrape, and names may not repeat there.
     """
     from decoder_server.models.loading import is_fbnl
     from encoder_worker.server import EncoderServer
@@ -170,12 +161,8 @@ async def _start_encoders(
             models.append(model)
         else:
             loaded = {one.name: getattr(model, one.name) for one in LoadConfig.knobs()}
-            port = 0 if workers else options["encoder_port"]
-            worker = EncoderServer(
-                EncoderConfig(checkpoint=model.checkpoint, store=config.store, port=port, **loaded),
-                store=store,
-                keys=accepted,
-            )
+            loaded |= {"checkpoint": model.checkpoint, "port": 0 if workers else options["encoder_port"]}
+            worker = EncoderServer(EncoderConfig(store=config.store, **loaded), store=store, keys=accepted)
             await worker.start()
             stack.push_async_callback(worker.stop, 0)
             workers.append(worker)
@@ -185,7 +172,6 @@ async def _start_encoders(
 
 
 async def _introduce(server: DecoderServer, store: Store, gateway: Gateway | None, process: Process) -> None:
-    """The start-up lines."""
     from cache.store import public_url
     from preread_edge.access import join
 
@@ -202,8 +188,9 @@ async def _introduce(server: DecoderServer, store: Store, gateway: Gateway | Non
         say(f"compute      {backend.dtype_name} on {backend.device_name}")
         if identity is not None:
             say(f"collections  {await asyncio.to_thread(_collections, store, identity.fingerprint)}")
-            where = f"{model.encoder_address} ({'in this process' if model.encoder_in_process else 'elsewhere'})"
-            say(f"encoder      {where if model.encoder_address else 'none: only stored passages are scored'}")
+            where = "in this process" if model.encoder_in_process else "elsewhere"
+            none = "none: only stored passages are scored"
+            say(f"encoder      {f'{model.encoder_address} ({where})' if model.encoder_address else none}")
     process.listens(server)
     if gateway is not None:
         scheme = "https" if server.config.has_tls else "http"
@@ -212,13 +199,12 @@ async def _introduce(server: DecoderServer, store: Store, gateway: Gateway | Non
 
 
 def _collections(store: Store, fingerprint: str) -> str:
-    from cache.errors import CacheError
     from decoder_server.engine.collections import describe
 
     unreadable: dict[str, str] = {}
     try:
         described = describe(store, unreadable)
-    except CacheError as exc:  # it may come back; until then requests for it are UNAVAILABLE
+    except errors.CacheError as exc:  # it may come back; until then requests for it are UNAVAILABLE
         return f"unknown: {exc}"
     shown = []
     for one in described[:MAX_SHOWN]:
@@ -237,17 +223,26 @@ def _collections(store: Store, fingerprint: str) -> str:
 def checked(load: Load, *, every: bool = True, passed: Path = PASSED_CHECKS) -> Load:
     """`load`, and then the health check of the loaded model, on the thread that will score.
 
-    Args:
-        every: any model, and now; otherwise only one that is not run as published, and only the first time.
-        passed: the directory that remembers.
+    Checks every model, and now; or else only one that is not run as published (a cross-encoder in bfloat16 or through
+    ONNX Runtime), and only the first time: the directory `passed` remembers.
     """
 
     def load_and_check(model: ModelConfig) -> Backend:
+        from rich.console import Console
+
+        from checkpoint import CheckpointError
+        from tuning.health import health_gate
+
         backend = load(model)
         known = _passed_file(backend, model, passed.expanduser())
         if not every and (known is None or known.exists()):
             return backend
-        _check_health(model, backend)
+        say(f"checking     {model.served_name} against its own weights in float32 (once; --no-check leaves it out)")
+        report = health_gate(backend)
+        if not report.passed:
+            report.print(Console(stderr=True))
+            raise CheckpointError(report.summary())
+        say(f"checked      {model.served_name}: scores are healthy, {report.seconds:.0f} s")
         if known is not None:
             try:
                 known.parent.mkdir(parents=True, exist_ok=True)
@@ -257,20 +252,6 @@ def checked(load: Load, *, every: bool = True, passed: Path = PASSED_CHECKS) -> 
         return backend
 
     return load_and_check
-
-
-def _check_health(model: ModelConfig, backend: Backend) -> None:
-    from rich.console import Console
-
-    from checkpoint import CheckpointError
-    from tuning.health import health_gate
-
-    say(f"checking     {model.served_name} against its own weights in float32 (once; --no-check leaves it out)")
-    report = health_gate(backend)
-    if not report.passed:
-        report.print(Console(stderr=True))
-        raise CheckpointError(report.summary())
-    say(f"checked      {model.served_name}: scores are healthy, {report.seconds:.0f} s")
 
 
 def _passed_file(backend: Backend, model: ModelConfig, directory: Path) -> Path | None:
@@ -291,8 +272,8 @@ def _passed_file(backend: Backend, model: ModelConfig, directory: Path) -> Path 
 @click.command()
 @config_option
 @model_option
-@knob_options(EncoderConfig)
-@knob_options(HttpConfig, only=["allowed_hosts"])  # of --metrics-port
+@flags.knob_options(EncoderConfig)
+@flags.knob_options(HttpConfig, only=["allowed_hosts"])  # of --metrics-port
 @process_options
 @click.pass_context
 def encode_worker(ctx: click.Context, /, **options: Any) -> None:
@@ -304,7 +285,7 @@ def encode_worker(ctx: click.Context, /, **options: Any) -> None:
 
     Ready when the last line says so; SIGTERM, SIGHUP or Ctrl-C lets calls in flight finish.
     """
-    config = from_options(EncoderConfig, options, checkpoint=options["model"])
+    config = flags.from_options(EncoderConfig, options, checkpoint=options["model"])
     asyncio.run(_work(config, Process(ctx)))
 
 

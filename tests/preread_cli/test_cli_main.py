@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from cache.errors import CollectionNotFound, StoreDamaged, StoreUnavailable
 from checkpoint import CheckpointError
 from preread import InvalidRequest, Overloaded, Unavailable
-from preread_cli import failures
+from preread_cli.failures import CommandFailed
 from preread_cli.main import cli
 
 ROOT = Path(__file__).parents[2]
@@ -84,7 +84,7 @@ def test_a_bare_grpc_error_has_its_code_in_the_line() -> None:
     with grpc.insecure_channel("127.0.0.1:1") as channel, pytest.raises(grpc.RpcError) as caught:
         channel.unary_unary("/nobody")(b"", timeout=5)
 
-    failed = failures.explain(caught.value, debug=False)
+    failed = CommandFailed.of(caught.value, debug=False)
     assert failed.exit_code == 3
     assert "UNAVAILABLE" in failed.message
 

@@ -6,6 +6,7 @@ import gzip
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import ir_measures
 import pytest
 from click.testing import CliRunner
 
+from preread import Client
 from preread_cli.main import cli
 from tuning.trec import read_run
 
@@ -97,19 +99,19 @@ def test_texts_need_no_collection(rerank, tmp_path: Path) -> None:
     assert {(r["passage_id"], r["text"]) for r in second} == {("7", "T one"), ("", "two")}
 
 
-def test_more_candidates_than_a_request_takes_are_merged(client) -> None:
-    from preread import Candidate
-    from preread_cli.commands.rerank import rerank_in_parts
+def test_more_candidates_than_a_request_takes_are_merged(rerank, client, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("blue sky", "-c", COLLECTION, "--ids", "-", "--on-miss", "skip", "--top-n", "4", "--json")
+    stdin = "\n".join([*PASSAGES, "missing"])
+    whole = json.loads(rerank(*arguments, stdin=stdin).stdout)
+    few = [replace(info, max_candidates=2) for info in client.list_models()]
+    monkeypatch.setattr(Client, "list_models", lambda self: few)
+    parts = json.loads(rerank(*arguments, stdin=stdin).stdout)
 
-    candidates = [Candidate(passage_id=passage_id) for passage_id in [*PASSAGES, "missing"]]
-    options = {"collection": COLLECTION, "on_miss": "skip", "top_n": 4}
-
-    whole = rerank_in_parts(client, "blue sky", candidates, 1000, options)
-    parts = rerank_in_parts(client, "blue sky", candidates, 2, options)
-
-    assert [(r.index, r.passage_id, r.status) for r in parts] == [(r.index, r.passage_id, r.status) for r in whole]
-    assert [r.margin for r in parts][:4] == pytest.approx([r.margin for r in whole][:4], abs=1e-5)
-    assert parts.summary.num_scored == whole.summary.num_scored == 5
+    for name in ("index", "passage_id", "status"):
+        assert [r[name] for r in parts["results"]] == [r[name] for r in whole["results"]]
+    margins = [r["margin"] for r in whole["results"]]
+    assert [r["margin"] for r in parts["results"]][:4] == pytest.approx(margins[:4], abs=1e-5)
+    assert parts["summary"]["num_scored"] == whole["summary"]["num_scored"] == 5
 
 
 def test_what_is_not_scored_is_shown_and_ends_with_1(rerank) -> None:

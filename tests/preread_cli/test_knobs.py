@@ -12,7 +12,7 @@ from encoder_worker.config import CollectionSettings, EncoderConfig, IndexOption
 from preread_cli.commands.evaluate import evaluate, tune
 from preread_cli.commands.index import index
 from preread_cli.commands.serve import encode_worker, serve
-from preread_cli.options import from_options
+from preread_cli.flags import from_options
 from preread_edge.settings import Config, knob
 from tuning.config import EvaluationSettings, GridSettings, Limits
 

@@ -22,7 +22,7 @@ from checkpoint import Checkpoint
 from checkpoint.synthetic import make_checkpoint
 from encoder_worker.encoder import Encoder
 from preread_cli.commands.evaluate import evaluate as command
-from preread_cli.failures import explain
+from preread_cli.failures import CommandFailed
 from tuning import EvaluationError, MissingExtra
 from tuning.config import EvaluationSettings
 from tuning.evaluate import evaluate
@@ -280,9 +280,9 @@ def test_bad_arguments_end_in_one_line(beir: Path, tiny: Path, arguments: list[s
     result = _invoke(beir, "--model", tiny, *arguments)
     error = result.exception
     assert error is not None
-    text = result.output if isinstance(error, SystemExit) else explain(error, debug=False).format_message()
+    text = result.output if isinstance(error, SystemExit) else CommandFailed.of(error, debug=False).format_message()
     assert message in text
-    assert (result.exit_code if isinstance(error, SystemExit) else explain(error, debug=False).exit_code) == 2
+    assert (result.exit_code if isinstance(error, SystemExit) else CommandFailed.of(error, debug=False).exit_code) == 2
 
 
 def test_no_folder_and_no_files_says_what_to_name(tiny: Path) -> None:

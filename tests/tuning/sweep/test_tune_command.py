@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from preread_cli.commands.evaluate import tune as command
 from preread_cli.commands.index import index
 from preread_cli.commands.serve import serve
-from preread_cli.failures import explain
+from preread_cli.failures import CommandFailed
 from preread_cli.main import cli
 
 GRID = ("--stored-ratios", "1,2", "--codecs", "Flat SQ8", "--read-ratios", "1,2,8", "--cascades", "8:3,2")
@@ -164,7 +164,7 @@ def test_where_nothing_keeps_the_limits_the_nearest_is_named(tune: Tune) -> None
     assert tune("--max-loss", "100%").exit_code == 0
     result = tune("--max-loss", "100%", "--max-bytes", "50")
     assert isinstance(result.exception, click.ClickException | SystemExit)
-    failed = result.output + str(explain(result.exception, debug=False).format_message())
+    failed = result.output + str(CommandFailed.of(result.exception, debug=False).format_message())
     assert "no configuration keeps the limits; the nearest is 2 SQ8 read " in failed
     assert "bytes a passage, expected at most 50" in failed
     assert not (tune.out / "preread.toml").exists()  # nor that of the run before
@@ -195,9 +195,9 @@ def test_bad_input_ends_in_one_line(tune: Tune, tmp_path: Path, arguments: list[
     )
     error = result.exception
     assert error is not None
-    text = result.output if isinstance(error, SystemExit) else explain(error, debug=False).format_message()
+    text = result.output if isinstance(error, SystemExit) else CommandFailed.of(error, debug=False).format_message()
     assert message in text
-    assert (result.exit_code if isinstance(error, SystemExit) else explain(error, debug=False).exit_code) == 2
+    assert (result.exit_code if isinstance(error, SystemExit) else CommandFailed.of(error, debug=False).exit_code) == 2
 
 
 def test_queries_without_judgements_will_do(tune: Tune, beir: Path) -> None:

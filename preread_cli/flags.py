@@ -1,4 +1,4 @@
-"""Options: made from knobs, shared by commands, and the rule that every flag has an environment twin.
+"""Flags: made from knobs, shared by commands, and the rule that every one has an environment twin.
 
 `--some-flag` can be set as PREREAD_SOME_FLAG; the command line wins. Nothing below reads the environment.
 """
@@ -23,9 +23,13 @@ C = TypeVar("C", bound=Config)
 
 # Of commands that look at a store: a slow one does not pass for a broken one, a hanging one keeps no person waiting.
 ADMIN_READ_SECONDS = 5.0
-# Of commands that run for minutes: a slow store is better than one given up on.
-BATCH_READ_SECONDS = 30.0
+BATCH_READ_SECONDS = 30.0  # of commands that run for minutes: a slow store is better than one given up on
+
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+OUTPUT = click.Path(dir_okay=False, allow_dash=True, path_type=Path)
+COUNT = click.IntRange(min=1)
+SECONDS = click.FloatRange(min=0, min_open=True)
+PORT = click.IntRange(0, 65535)
 
 
 def option(*flags: str, **settings: Any) -> Callable[[F], F]:
@@ -46,46 +50,40 @@ def options_of(*decorators: Callable[[F], F]) -> Callable[[F], F]:
 def knob_options(
     *settings: type[Config], only: Collection[str] = (), without_default: Collection[str] = ()
 ) -> Callable[[F], F]:
-    """An option for every knob of some dataclasses; one flag in several of them is one option.
+    """An option for every knob of some dataclasses, or of the fields `only`; one flag in several of them is one option.
 
-    Args:
-        only: names of fields; empty: all of them.
-        without_default: flags that are None where they are not given.
+    Flags in `without_default` are None where they are not given.
     """
     found = {one.flag: one for each in settings for one in each.knobs() if not only or one.name in only}
-    return options_of(*(_knob_option(one, one.flag not in without_default) for one in found.values()))
-
-
-def _knob_option(one: Knob, with_default: bool) -> Callable[[F], F]:
-    least = one.at_least if one.above is None else one.above
-    kinds: dict[str, dict[str, Any]] = {
-        "int": {"type": click.INT if one.at_least is None else click.IntRange(one.at_least, one.at_most)},
-        "float": {"type": click.FloatRange(least, one.at_most, min_open=one.above is not None)},
-        "bool": {"is_flag": True},
-        "tuple[str, ...]": {"multiple": True},
-    }
-    declared = {"help": one.help} | (kinds.get(one.kind, {}) if one.parse is None else {})
-    if one.shown_default:
-        declared["help"] += f"  [default: {one.shown_default}]"
-    if one.choices:
-        declared["type"] = click.Choice(one.choices)
-    if one.metavar:
-        declared["metavar"] = one.metavar
-    if one.is_file:
-        declared["type"] = click.Path(exists=True, dir_okay=False)
-    elif with_default and one.default not in ("", ()) and one.default is not False:
-        declared["default"] = one.default
-    return option(one.flag, **declared)
+    made = []
+    for one in found.values():
+        declared: dict[str, Any] = {"help": one.help}
+        if one.shown_default:
+            declared["help"] += f"  [default: {one.shown_default}]"
+        if one.is_file:
+            declared["type"] = click.Path(exists=True, dir_okay=False)
+        elif one.choices:
+            declared["type"] = click.Choice(one.choices)
+        elif one.parse is None and one.kind == "int":
+            declared["type"] = click.INT if one.at_least is None else click.IntRange(one.at_least, one.at_most)
+        elif one.parse is None and one.kind == "float":
+            least = one.at_least if one.above is None else one.above
+            declared["type"] = click.FloatRange(least, one.at_most, min_open=one.above is not None)
+        elif one.parse is None and one.kind in ("bool", "tuple[str, ...]"):
+            declared["is_flag" if one.kind == "bool" else "multiple"] = True
+        if one.metavar:
+            declared["metavar"] = one.metavar
+        if one.flag not in without_default and one.default not in ("", ()) and one.default is not False:
+            declared["default"] = one.default
+        made.append(option(one.flag, **declared))
+    return options_of(*made)
 
 
 def from_options(config: type[C], options: Mapping[str, Any], **others: Any) -> C:
     """A dataclass from the options of its knobs, or where it has none from those that are named like its fields.
 
-    Args:
-        others: fields that have no option, or another value.
-
-    Raises:
-        click.UsageError: values that cannot be read, or that exclude each other.
+    `others` are fields that have no option, or another value. Raises click.UsageError: values that cannot be read, or
+    that exclude each other.
     """
     known = {one.name: one for one in config.knobs()}
     values = dict(others)
@@ -104,48 +102,33 @@ def from_options(config: type[C], options: Mapping[str, Any], **others: Any) -> 
         raise click.UsageError(str(exc)) from exc
 
 
-store_option = knob_options(ServerConfig, only=["store"])
-threads_option = option(
+store = knob_options(ServerConfig, only=["store"])
+threads = option(
     "--threads",
-    type=click.IntRange(min=1),
+    type=COUNT,
     help="Processor threads. Without it, torch's choice, and no more than a container's quota pays for.",
 )
-collection_option = partial(option, "-c", "--collection", metavar="NAME")
-json_option = option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-json_file_option = option(
-    "--json-file",
-    "--json",
-    "json_file",
-    type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
-    help="Write everything to this file; - prints it instead of the table.",
+collection = partial(option, "-c", "--collection", metavar="NAME")
+as_json = option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+pairs = option(
+    "--pairs", type=FILE, help="JSON lines with query, passage and maybe instruction.  [default: 100 built-in pairs]"
 )
-
-
-def _key_to_show(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
-    """A server reads the same variable and may have several keys there, with scopes: its first, without them."""
-    from preread_edge.access import ApiKeys
-
-    return ApiKeys.split(value.split()[0])[1] if value and value.split() else None
-
-
-client_options = options_of(
+client = options_of(
     option("--address", metavar="HOST:PORT", default="127.0.0.1:50051", help="Address of the server."),
     option("--tls", is_flag=True, help="Use TLS with the system's certificates."),
     option("--tls-ca-file", type=FILE, help="Trust this certificate (PEM) and use TLS."),
     option("--tls-cert-file", type=FILE, help="Show this certificate (PEM), for mutual TLS."),
     option("--tls-key-file", type=FILE, help="The key of --tls-cert-file (PEM)."),
-    option("--api-key", metavar="KEY", callback=_key_to_show, help="Shown to a server that requires one."),
+    option("--api-key", metavar="KEY", help="Shown to a server that requires one."),
 )
 
 
 def client_settings(given: Mapping[str, Any], **settings: Any) -> ClientOptions:
-    """The values of `client_options`, and other settings of ClientOptions.
-
-    Raises:
-        ValueError: a certificate without its key, or the reverse.
-    """
+    """The values of `client`, and other settings. Raises ValueError: a certificate without its key, or the reverse."""
     from preread import ClientOptions, TlsFiles
+    from preread_edge.access import ApiKeys
 
     files = [given[f"tls_{name}_file"] for name in ("ca", "cert", "key")]
     tls = TlsFiles(*files) if given["tls"] or any(files) else None
-    return ClientOptions(tls=tls, api_key=given["api_key"], **settings)
+    keys = (given["api_key"] or "").split()  # a server reads the same variable, and may have several with scopes there
+    return ClientOptions(tls=tls, api_key=ApiKeys.split(keys[0])[1] if keys else None, **settings)
