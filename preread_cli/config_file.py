@@ -88,14 +88,8 @@ def _load(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path
 
 
 # Put it first: it fills in what the other options find.
-config_option = option(
-    "--config",
-    metavar="FILE",
-    type=FILE,
-    is_eager=True,
-    callback=_load,
-    help="Settings (TOML), keys named like the flags. Flags and environment win over it.",
-)
+_HELP = "Settings (TOML), keys named like the flags. Flags and environment win over it."
+config_option = option("--config", metavar="FILE", type=FILE, is_eager=True, callback=_load, help=_HELP)
 
 
 def _options(command: click.Command) -> dict[str, click.Option]:

@@ -1,7 +1,4 @@
-"""Flags: made from knobs, shared by commands, and the rule that every one has an environment twin.
-
-`--some-flag` can be set as PREREAD_SOME_FLAG; the command line wins. Nothing below reads the environment.
-"""
+"""Flags: made from knobs, shared by commands; `--some-flag` can be set as PREREAD_SOME_FLAG, the command line wins."""
 
 from __future__ import annotations
 
@@ -9,14 +6,12 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from functools import partial, reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
 
+import preread
 from preread_edge.settings import Config, Knob, ServerConfig
-
-if TYPE_CHECKING:
-    from preread import ClientOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 C = TypeVar("C", bound=Config)
@@ -60,17 +55,17 @@ def knob_options(
         declared: dict[str, Any] = {"help": one.help}
         if one.shown_default:
             declared["help"] += f"  [default: {one.shown_default}]"
+        kind, least = one.kind if one.parse is None else "text", one.at_least if one.above is None else one.above
         if one.is_file:
             declared["type"] = click.Path(exists=True, dir_okay=False)
         elif one.choices:
             declared["type"] = click.Choice(one.choices)
-        elif one.parse is None and one.kind == "int":
-            declared["type"] = click.INT if one.at_least is None else click.IntRange(one.at_least, one.at_most)
-        elif one.parse is None and one.kind == "float":
-            least = one.at_least if one.above is None else one.above
+        elif kind == "int":
+            declared["type"] = click.INT if least is None else click.IntRange(least, one.at_most)
+        elif kind == "float":
             declared["type"] = click.FloatRange(least, one.at_most, min_open=one.above is not None)
-        elif one.parse is None and one.kind in ("bool", "tuple[str, ...]"):
-            declared["is_flag" if one.kind == "bool" else "multiple"] = True
+        elif kind in ("bool", "tuple[str, ...]"):
+            declared["is_flag" if kind == "bool" else "multiple"] = True
         if one.metavar:
             declared["metavar"] = one.metavar
         if one.flag not in without_default and one.default not in ("", ()) and one.default is not False:
@@ -80,10 +75,9 @@ def knob_options(
 
 
 def from_options(config: type[C], options: Mapping[str, Any], **others: Any) -> C:
-    """A dataclass from the options of its knobs, or where it has none from those that are named like its fields.
+    """A dataclass from the options of its knobs, or, where a field has none, from the option of its name, or `others`.
 
-    `others` are fields that have no option, or another value. Raises click.UsageError: values that cannot be read, or
-    that exclude each other.
+    Raises click.UsageError: values that cannot be read, or that exclude each other.
     """
     known = {one.name: one for one in config.knobs()}
     values = dict(others)
@@ -103,16 +97,10 @@ def from_options(config: type[C], options: Mapping[str, Any], **others: Any) -> 
 
 
 store = knob_options(ServerConfig, only=["store"])
-threads = option(
-    "--threads",
-    type=COUNT,
-    help="Processor threads. Without it, torch's choice, and no more than a container's quota pays for.",
-)
+threads = option("--threads", type=COUNT, help="Processor threads.  [default: torch's, within a container's quota]")
 collection = partial(option, "-c", "--collection", metavar="NAME")
 as_json = option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-pairs = option(
-    "--pairs", type=FILE, help="JSON lines with query, passage and maybe instruction.  [default: 100 built-in pairs]"
-)
+pairs = option("--pairs", type=FILE, help="JSON lines: query, passage, maybe instruction.  [default: 100 built in]")
 client = options_of(
     option("--address", metavar="HOST:PORT", default="127.0.0.1:50051", help="Address of the server."),
     option("--tls", is_flag=True, help="Use TLS with the system's certificates."),
@@ -123,12 +111,11 @@ client = options_of(
 )
 
 
-def client_settings(given: Mapping[str, Any], **settings: Any) -> ClientOptions:
+def client_settings(given: Mapping[str, Any], **settings: Any) -> preread.ClientOptions:
     """The values of `client`, and other settings. Raises ValueError: a certificate without its key, or the reverse."""
-    from preread import ClientOptions, TlsFiles
     from preread_edge.access import ApiKeys
 
     files = [given[f"tls_{name}_file"] for name in ("ca", "cert", "key")]
-    tls = TlsFiles(*files) if given["tls"] or any(files) else None
+    tls = preread.TlsFiles(*files) if given["tls"] or any(files) else None
     keys = (given["api_key"] or "").split()  # a server reads the same variable, and may have several with scopes there
-    return ClientOptions(tls=tls, api_key=ApiKeys.split(keys[0])[1] if keys else None, **settings)
+    return preread.ClientOptions(tls=tls, api_key=ApiKeys.split(keys[0])[1] if keys else None, **settings)

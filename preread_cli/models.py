@@ -32,16 +32,16 @@ def _shipped_model() -> str:
     return str(SHIPPED_MODEL)
 
 
-def _model_or_shipped(ctx: click.Context, param: click.Parameter, value: str | None) -> str:
+def _or_shipped(ctx: click.Context, param: click.Parameter, value: str | None) -> str:
     return value or ("" if ctx.resilient_parsing else _shipped_model())
 
 
 # Both are always a string when the command runs.
-model_argument = click.argument("model", metavar="[DIR|HUB_ID]", required=False, callback=_model_or_shipped)
+model_argument = click.argument("model", metavar="[DIR|HUB_ID]", required=False, callback=_or_shipped)
 model_option = option(
     "--model",
     metavar="DIR|HUB_ID",
-    callback=_model_or_shipped,
+    callback=_or_shipped,
     help="Checkpoint: a directory or a Hugging Face id, such as KaLM-Embedding/KaLM-Reranker-V1-Nano. "
     "Without it, the small one that comes with preread.",
 )
@@ -55,9 +55,8 @@ models_option = option(
     "that comes with preread.",
 )
 # How a model computes, without its passage limit, which is a stored collection's.
-compute_options = flags.options_of(
-    flags.knob_options(LoadConfig, only=["device", "dtype", "read_control_tokens"]), flags.threads
-)
+_COMPUTE = flags.knob_options(LoadConfig, only=["device", "dtype", "read_control_tokens"])
+compute_options = flags.options_of(_COMPUTE, flags.threads)
 
 
 def load_encoder(options: Mapping[str, Any], **limits: Any) -> PassageEncoder:
@@ -74,10 +73,9 @@ def load_encoder(options: Mapping[str, Any], **limits: Any) -> PassageEncoder:
 
 
 def parse_models(options: Mapping[str, Any], **common: Any) -> tuple[ModelConfig, ...]:
-    """Every model of the command line; settings that a model does not name come from the common options.
+    """Every model of the command line; settings that it does not name come from the other options, or are `common`.
 
-    `common` are fields of ModelConfig that a model cannot name. Raises click.UsageError: no model, or one that cannot
-    be read.
+    Raises click.UsageError: no model, or one that cannot be read.
     """
     # Names and encoders are not common: the first model gets the flag's.
     shared = {flag: value for flag, value in options.items() if flag not in ("served_model_name", "encoder_address")}
@@ -103,9 +101,7 @@ def _fields(spec: str) -> dict[str, Any]:
         one = _KEYS.get(key.strip().replace("-", "_"))
         if not equals or one is None:
             raise ValueError(f"{pair!r} is not KEY=VALUE with KEY one of {_SHOWN_KEYS}")
-        if one.kind == "int" and not value.isdecimal():
-            raise ValueError(f"{key} is {value!r}; expected a number")
-        if one.kind == "bool" and value not in ("yes", "no"):
-            raise ValueError(f"{key} is {value!r}; expected yes or no")
+        if (one.kind == "int" and not value.isdecimal()) or (one.kind == "bool" and value not in ("yes", "no")):
+            raise ValueError(f"{key} is {value!r}; expected {'a number' if one.kind == 'int' else 'yes or no'}")
         fields[one.name] = int(value) if one.kind == "int" else value == "yes" if one.kind == "bool" else value
     return fields

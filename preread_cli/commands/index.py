@@ -6,7 +6,7 @@ import dataclasses
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from preread_cli.failures import BAD_INPUT, BAD_ITEMS, INTERRUPTED
 from preread_cli.flags import option
 from preread_cli.models import compute_options, load_encoder, model_option
 from preread_cli.terminal import human_bytes, print_json, print_some, progress_bar
+from preread_edge.outputs import is_stdout
 
 if TYPE_CHECKING:
     from encoder_worker.indexing import IndexEstimate, IndexReport, Progress
@@ -72,7 +73,6 @@ def index(ctx: click.Context, /, **options: Any) -> None:
     """
     from encoder_worker.sources import Fields
     from encoder_worker.sources.files import Source
-    from preread_edge.outputs import is_stdout
 
     report_file: Path | None = options["report"]
     if options["as_json"] and report_file is not None and is_stdout(report_file):
@@ -132,23 +132,16 @@ def _numbers(now: Progress) -> str:
 def stopping() -> Iterator[threading.Event]:
     """Set by the first SIGINT or SIGTERM; a second one has its usual effect."""
     stop = threading.Event()
-    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def tell(number: int, frame: object) -> None:
         stop.set()
         click.echo("stopping: what is encoded is being stored (once more to stop at once)", err=True)
-        restore()
+        usual.close()
 
-    def restore() -> None:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
-
-    for number in usual:
-        signal.signal(number, tell)
-    try:
+    with ExitStack() as usual:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            usual.callback(signal.signal, number, signal.signal(number, tell))
         yield stop
-    finally:
-        restore()
 
 
 def _show(report: IndexReport, estimate: IndexEstimate | None, report_file: Path | None) -> None:
@@ -216,11 +209,7 @@ def _place(item: dict[str, Any]) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """75 -> 1 min 15 s."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
+    """9 -> 9.0 s, 75 -> 1 min 15 s, 4500 -> 1 h 15 min."""
     minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min"
+    short = f"{seconds:.1f} s" if seconds < 60 else f"{minutes} min {rest} s"
+    return short if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -24,8 +24,8 @@ from decoder_server.models.cross_encoder.backend import CrossEncoder
 from decoder_server.models.cross_encoder.loading import open_cross_encoder
 from decoder_server.models.cross_encoder.templates import TextPair, Texts
 from decoder_server.models.loading import load_model
-from preread_cli.commands.serve import checked
 from preread_cli.main import cli
+from preread_cli.process import checked
 from tuning.health import HealthReport, PairSet, Verdict, check, health_gate
 from tuning.health.checks import saturation
 
