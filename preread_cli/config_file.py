@@ -1,8 +1,7 @@
 """--config FILE, settings in one TOML file, under the flags and the environment and over the defaults; and which won.
 
-A key is a flag without its dashes. At the top it counts for every command that has it; in a table named like a command
-([serve]) for that one, and wins; doctor reads [serve] too. A key that no command has is an error. Secrets are masked
-wherever a setting is shown.
+A key is a flag without its dashes; at the top for every command that has it, in a table named like a command for that
+one, where it wins. doctor reads [serve] too. A key that no command has is an error.
 """
 
 from __future__ import annotations
@@ -105,18 +104,13 @@ def _check(where: str, values: Mapping[str, Any], known: Mapping[str, click.Opti
             close = difflib.get_close_matches(key, known, 1)
             hint = f"; did you mean {close[0]}?" if close else "; keys are named like the flags, without dashes before"
             raise ValueError(f"{where}{key} is not a setting{hint}")
-        match known[key]:
-            case click.Option(multiple=True):
-                expected = ["list", "str"] if "--model" in known[key].opts else ["list"]  # mostly there is one model
-            case click.Option(is_flag=True):
-                expected = ["bool"]
-            case click.Option(type=click.types.IntParamType()):
-                expected = ["int"]
-            case click.Option(type=click.types.FloatParamType()):
-                expected = ["float", "int"]
-            case _:
-                expected = ["str"]
-        kind = type(value).__name__
-        if kind not in expected or (kind == "list" and not all(isinstance(one, str) for one in value)):
+        one, kind = known[key], type(value).__name__
+        if one.multiple:
+            expected = ["list", "str"] if "--model" in one.opts else ["list"]  # mostly there is one model
+        elif isinstance(one.type, click.types.FloatParamType):
+            expected = ["float", "int"]
+        else:
+            expected = ["bool" if one.is_flag else "int" if isinstance(one.type, click.types.IntParamType) else "str"]
+        if kind not in expected or (kind == "list" and not all(isinstance(part, str) for part in value)):
             # Not the value: it may be a secret in the wrong place.
             raise ValueError(f"{where}{key} is a {kind}; expected {' or '.join(expected)}")

@@ -1,7 +1,4 @@
-"""The process of a server: its settings, log and keys, both halves, the lines it prints, the signals that stop it.
-
-A command imports it when a server is to run, for it loads everything.
-"""
+"""A server's process: log, keys, both halves, the lines it prints, the signals that stop it. Importing it loads all."""
 
 from __future__ import annotations
 
@@ -40,7 +37,7 @@ from decoder_server.server import DecoderServer, Gateway
 from encoder_worker.config import EncoderConfig
 from encoder_worker.server import EncoderServer
 from preread_cli.config_file import effective_lines
-from preread_edge.access import Guard, join
+from preread_edge.access import ApiKeys, Guard, join
 from preread_edge.listener import metrics_listener
 from preread_edge.logs import make_tracer, set_up
 from preread_edge.settings import LoadConfig
@@ -92,9 +89,7 @@ async def run_server(ctx: click.Context, config: DecoderConfig, http: HttpConfig
             _say(f"http         {scheme}://{join(gateway.config.host, gateway.port)}{keys}")
         if server.readiness.problem:
             _say(f"waiting      not ready: {server.readiness.problem}")
-        if await process.starts(server.readiness.wait()):
-            await process.runs()
-        grace = process.stops()
+        grace = await process.runs(server.readiness.wait())
         await asyncio.gather(server.stop(grace), *([] if gateway is None else [gateway.stop(grace)]))
 
 
@@ -112,8 +107,7 @@ async def run_worker(ctx: click.Context, config: EncoderConfig, begun: float) ->
         _say(f"compute      {encoder.dtype_name} on {encoder.device_name}")
         _say(f"store        {public_url(config.store)}")
         process.listens(server)
-        await process.runs()
-        await server.stop(process.stops())
+        await server.stop(await process.runs(asyncio.sleep(0)))
 
 
 class _Process:
@@ -149,7 +143,8 @@ class _Process:
             if not is_fbnl(model):
                 models.append(model)
             elif model.encoder_address or elsewhere:
-                models.append(replace(model, encoder_address=model.encoder_address or elsewhere, encoder_api_key=key))
+                address = model.encoder_address or elsewhere
+                models.append(replace(model, encoder_address=address, encoder_api_key=key))
                 # One worker has one encoder; models of another encoder name theirs in --model.
                 elsewhere = elsewhere if model.encoder_address else ""
             elif self._options["no_encoder"] or self._options["encoder_address"]:
@@ -180,14 +175,12 @@ class _Process:
         secured = (", TLS" if server.config.has_tls else "") + (", API keys" if server.keys.required else "")
         _say(f"listening    {join(server.config.host, server.port)} (gRPC{secured})")
 
-    async def runs(self) -> None:
-        """Says that the server is ready; returns when a signal stops it."""
-        _say(f"ready        in {time.monotonic() - self._begun:.1f} s")
-        await self._stop
-
-    def stops(self) -> float:
-        """Says that the server stops; seconds that calls in flight may take."""
+    async def runs(self, ready: Coroutine[object, object, None]) -> float:
+        """Says when the server is ready, and when a signal stops it; seconds that calls in flight may take."""
         grace: float = self._options["grace_seconds"]
+        if await self.starts(ready):
+            _say(f"ready        in {time.monotonic() - self._begun:.1f} s")
+            await self._stop
         _say(f"stopping     calls in flight have {grace:g} s to finish")
         return grace
 
@@ -286,11 +279,7 @@ def _passed_file(backend: Backend, model: ModelConfig, directory: Path) -> Path 
 
 
 def _say(line: str) -> None:
-    """One line on standard output, which may have no reader any more.
-
-    A terminal that was closed, a pipe whose reader has ended or a full disk must not end a server, least of all one
-    that is told to stop by SIGHUP and has requests to finish.
-    """
+    """Prints; a closed terminal, a pipe without a reader or a full disk must not end a server with calls to finish."""
     try:
         click.echo(line)
     except OSError:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from checkpoint import Checkpoint
 
 SHAPES = ("tiny", "nano")
+_FORMATS = click.Choice(["both", "float32", "bfloat16"])  # of numbers
 
 
 @click.command()
@@ -61,8 +62,7 @@ def checkpoint(model: str, make_random: str | None, seed: int, as_json: bool, **
     ratio = facts["default_compression_ratio"]
     thousand = human_bytes(-(-1000 // ratio) * facts["dim"] * 2)
     shown = {
-        "checkpoint": facts["checkpoint"],
-        "fingerprint": facts["fingerprint"],
+        **{name: facts[name] for name in ("checkpoint", "fingerprint")},
         **sizes,
         "passages": f"up to {facts['max_passage_tokens']:,} tokens; 1,000 take {thousand} at ratio {ratio}",
         "queries": f"up to {facts['max_query_tokens']:,} tokens, in a prompt of {facts['prompt_tokens']}",
@@ -106,17 +106,11 @@ def _facts(opened: Checkpoint) -> dict[str, Any]:
 @click.argument("target", metavar="DST", type=click.Path(path_type=Path))
 @flags.pairs
 @option(
-    "--parity",
-    "formats",
-    type=click.Choice(["both", "float32", "bfloat16"]),
-    default="both",
-    help="Number formats to compare in; float32 needs 4 bytes of memory a parameter.",
+    "--parity", "formats", type=_FORMATS, default="both", help="Compare in these; float32 needs 4 bytes a parameter."
 )
 @flags.threads
 @click.pass_context
-def convert_ctxl(
-    ctx: click.Context, /, source: str, target: Path, pairs: Path | None, formats: str, threads: int | None
-) -> None:
+def convert_ctxl(ctx: click.Context, /, source: str, target: Path, formats: str, **options: Any) -> None:
     """Convert a ctxl reranker to a classifier.
 
     SRC is a directory or hub id of a Contextual AI reranker (Qwen3ForCausalLM or MistralForCausalLM), whose
@@ -136,8 +130,8 @@ def convert_ctxl(
     from tuning.health.parity import parity
     from tuning.progress import TerminalProgress, counted
 
-    tune_process(threads)
-    compared, opened = PairSet.read(pairs), CausalSource.open(source)
+    tune_process(options["threads"])
+    compared, opened = PairSet.read(options["pairs"]), CausalSource.open(source)
     click.echo(f"source       {opened.name}, {opened.architecture} to {opened.target}")
     click.echo(f"score        row 0 of {opened.head}{' (tied)' if opened.tied else ''}")
     click.echo(f"padding      left, with {opened.pad_token!r} ({opened.pad_token_id})")

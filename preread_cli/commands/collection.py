@@ -1,21 +1,22 @@
-"""`preread stats`, `verify` and `collection`: what a store holds, whether it is whole, and changes to it.
-
-They open the store themselves; no server is involved.
-"""
+"""`preread stats`, `verify`, `collection`: what a store holds, whether it is whole, changes to it; without a server."""
 
 from __future__ import annotations
 
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from cache.errors import CollectionNotFound, StoreDamaged
 from preread_cli import flags
+from preread_cli.config_file import masked
 from preread_cli.failures import BAD_ITEMS, INTERRUPTED, CommandFailed
 from preread_cli.flags import option
 from preread_cli.models import compute_options, load_encoder, model_option
 from preread_cli.terminal import human_bytes, print_json, print_some, progress_bar
+from preread_edge.outputs import open_output
 
 if TYPE_CHECKING:
     from cache.store import Store
@@ -47,8 +48,6 @@ def stats(ctx: click.Context, /, collection: str | None, as_json: bool, store: s
     read; the others are shown.
     """
     from cache.collection import Collection
-    from cache.errors import StoreDamaged
-    from cache.store import public_url
 
     rows: list[dict[str, Any]] = []
     unreadable: dict[str, str] = {}
@@ -74,7 +73,7 @@ def stats(ctx: click.Context, /, collection: str | None, as_json: bool, store: s
     elif rows:
         click.echo("\n\n".join(map(_described, rows)))
     elif not unreadable:
-        click.echo(f"{public_url(store)} holds no collection; `preread index` makes one.")
+        click.echo(f"{masked(store, 'store')} holds no collection; `preread index` makes one.")
     for name, reason in unreadable.items():
         click.echo(f"{name} cannot be read: {reason}", err=True)
     if unreadable:
@@ -84,20 +83,19 @@ def stats(ctx: click.Context, /, collection: str | None, as_json: bool, store: s
 def _described(row: dict[str, Any]) -> str:
     num_passages = row["num_passages"]
     per_passage = f" ({human_bytes(row['size_bytes'] / num_passages)} per passage)" if num_passages else ""
+    clipped = f"{row['clipped_share']:.2%} of the numbers lie outside what the codec was trained for"
     facts = {
         "collection": row["collection"] + "".join(f"  <- {alias}" for alias in row["aliases"]),
         "passages": f"{num_passages:,} ({row['num_truncated']:,} cut at {row['max_passage_tokens']:,} tokens)",
         "tokens": f"{row['num_tokens']:,}",
         "states": f"{row['num_states']:,} of {row['dim']} values, compression ratio {row['compression_ratio']}",
         "size": f"{human_bytes(row['size_bytes'])} as {row['codec']}{per_passage}",
-        "clipped": f"{row['clipped_share']:.2%} of the numbers lie outside what the codec was trained for",
+        "clipped": clipped if row["num_clipped"] else "",
         "texts": "stored" if row["stores_text"] else "not stored",
         "encoder": f"{row['checkpoint']} ({row['fingerprint'][:12]})",
         "created": row["created_at"],
     }
-    if not row["num_clipped"]:
-        del facts["clipped"]
-    return "\n".join(f"{name:<10}  {value}" for name, value in facts.items())
+    return "\n".join(f"{name:<10}  {value}" for name, value in facts.items() if value)
 
 
 @click.command()
@@ -107,9 +105,7 @@ def _described(row: dict[str, Any]) -> str:
 @flags.as_json
 @flags.store
 @click.pass_context
-def verify(
-    ctx: click.Context, /, collection: str, remove_damaged: bool, max_shown: int, as_json: bool, store: str
-) -> None:
+def verify(ctx: click.Context, /, collection: str, remove_damaged: bool, **options: Any) -> None:
     """Read a whole collection back and report damage.
 
     Checks version, lengths, checksum and id of every passage, decodes it, and checks its values; then what
@@ -118,12 +114,12 @@ def verify(
     a damaged catalogue again out of what is whole. Indexing again leaves alone what is stored with the same
     text, damaged or not: remove it first.
     """
-    with _opened(store) as opened:
+    with _opened(options["store"]) as opened:
         found = _verified(opened, collection, remove_damaged=remove_damaged)
-    if as_json:
+    if options["as_json"]:
         print_json(asdict(found))
     else:
-        _print_verified(found, max_shown, remove_damaged)
+        _print_verified(found, options["max_shown"], remove_damaged)
     if found.damaged or found.problems:
         ctx.exit(BAD_ITEMS)
 
@@ -143,7 +139,6 @@ class _Verified:
 
 def _verified(store: Store, name: str, *, remove_damaged: bool) -> _Verified:
     from cache.collection import Collection
-    from cache.errors import CollectionNotFound, StoreDamaged
 
     try:
         found = _read(store, name)
@@ -165,9 +160,7 @@ def _verified(store: Store, name: str, *, remove_damaged: bool) -> _Verified:
 
 
 def _read(store: Store, name: str) -> _Verified:
-    """Every passage, and what the store finds of itself."""
     from cache.collection import Collection
-    from cache.errors import StoreDamaged
 
     whole = Collection.open(store, name)
     audit = store.audit(whole.name)
@@ -194,15 +187,11 @@ def _print_verified(found: _Verified, max_shown: int, remove_damaged: bool) -> N
     if found.orphans:
         click.echo(f"{len(found.orphans):,} segment files of writes that were cut off; the next write removes them")
     if found.num_version_1:
-        click.echo(
-            f"{found.num_version_1:,} records of version 1, which do not know their id; `preread collection compact` "
-            "(faiss:) or a new collection (Redis) writes them again"
-        )
+        mend = "`preread collection compact` (faiss:) or a new collection (Redis) writes them again"
+        click.echo(f"{found.num_version_1:,} records of version 1, which do not know their id; {mend}")
     if found.clipped_share:
-        click.echo(
-            f"{found.clipped_share:.2%} of the numbers lie outside what the codec was trained for, and are cut to it; "
-            f"`preread collection reencode {found.collection}` trains it again"
-        )
+        mend = f"and are cut to it; `preread collection reencode {found.collection}` trains it again"
+        click.echo(f"{found.clipped_share:.2%} of the numbers lie outside what the codec was trained for, {mend}")
     removed = f", {found.removed:,} removed" if remove_damaged else ""
     mended = ", catalogue written again" if remove_damaged and found.problems else ""
     read = f"{found.num_passages:,} passages read, {len(found.damaged):,} damaged"
@@ -247,13 +236,12 @@ def _compact(collection: str, store: str) -> None:
     For embedded stores (faiss:); Redis frees it at once.
     """
     from cache.collection import Collection
-    from cache.store import public_url
 
     with _opened(store) as opened:
         name = Collection.open(opened, collection).name
         if not hasattr(opened, "compact"):
             nothing = "nothing to compact; only faiss: stores keep deleted passages on disk"
-            raise CommandFailed(f"{public_url(store)}: {nothing}")
+            raise CommandFailed(f"{masked(store, 'store')}: {nothing}")
         opened.compact(name)
         click.echo(f"{name} is compact")
 
@@ -283,22 +271,21 @@ def _reencode(ctx: click.Context, /, collection: str, **options: Any) -> None:
     from cache.collection import Collection
     from encoder_worker.reencoding import reencode
     from preread_cli.commands.index import stopping
-    from preread_edge.outputs import open_output
 
     with _opened(options["store"]) as opened, ExitStack() as stack:
         source = Collection.open(opened, collection)
         codec = options["codec"] or source.manifest.codec
         if codec == source.manifest.codec and not source.codec.needs_training:
-            nothing = f"{codec} has no table to train, and cuts nothing; --codec names another"
-            raise CommandFailed(f"{source.name}: {nothing}")
+            raise CommandFailed(f"{source.name}: {codec} has no table to train, cuts nothing; --codec names another")
         missing = stack.enter_context(open_output(options["missing"])) if options["missing"] else None
         base, dot, number = source.name.rpartition(".v")
         next_name = f"{base}.v{int(number) + 1}" if dot and number.isdecimal() else f"{source.name}.v2"
+        load = partial(load_encoder, options, max_passage_tokens=source.manifest.max_passage_tokens)
         done = reencode(
             source,
             options["into"] or next_name,
             codec,
-            lambda: load_encoder(options, max_passage_tokens=source.manifest.max_passage_tokens),
+            load,
             move_names=not options["keep_names"],
             stop=stack.enter_context(stopping()),
             on_progress=stack.enter_context(progress_bar(source.name)),
@@ -314,10 +301,9 @@ def _reencode(ctx: click.Context, /, collection: str, **options: Any) -> None:
 
 def _print_reencoded(done: Reencoding, codec: str) -> None:
     report, name = done.report, done.source.name
-    click.echo(
-        f"{name} -> {done.target.name} as {codec}: {done.num_passages:,} passages, {report.num_stored:,} written "
-        f"({done.num_from_texts:,} from their texts), {report.clipped_share:.2%} of the numbers clipped"
-    )
+    written = f"{report.num_stored:,} written ({done.num_from_texts:,} from their texts)"
+    counts = f"{done.num_passages:,} passages, {written}, {report.clipped_share:.2%} of the numbers clipped"
+    click.echo(f"{name} -> {done.target.name} as {codec}: {counts}")
     refused = (f"{entry['passage_id']}: {entry['message']}" for entry in report.refused)
     print_some("refused", refused, num_lines=report.num_refused)
     print_some("needs its input again", done.needs_input)
@@ -329,8 +315,8 @@ def _print_reencoded(done: Reencoding, codec: str) -> None:
     if name in done.moved_names:
         click.echo(f"the old one is there until `preread collection drop {name}`")
     if done.overtaken:
-        overtaken = "was written to during every pass, and keeps its names: run again when writers pause"
-        click.echo(f"{name} {overtaken}", err=True)
+        again = "and keeps its names: run again when writers pause"
+        click.echo(f"{name} was written to during every pass, {again}", err=True)
     if report.interrupted:
         click.echo("preread: interrupted; run again to go on from here", err=True)
 
@@ -341,11 +327,10 @@ def _print_reencoded(done: Reencoding, codec: str) -> None:
 @flags.store
 def _drop(collection: str, yes: bool, store: str) -> None:
     """Delete COLLECTION and its passages. Refused while an alias points at it."""
-    from cache.store import public_url
-
     with _opened(store) as opened:
         num_passages = opened.stats(collection).num_passages
         if not yes:
-            click.confirm(f"Delete {collection} with {num_passages:,} passages from {public_url(store)}?", abort=True)
+            whole = f"{collection} with {num_passages:,} passages from {masked(store, 'store')}"
+            click.confirm(f"Delete {whole}?", abort=True)
         opened.drop_collection(collection)
         click.echo(f"{collection} is gone ({num_passages:,} passages)")

@@ -1,7 +1,4 @@
-"""`preread doctor` and `preread health`: whether serving would work here, and whether a server is ready.
-
-Each check of the doctor gives its findings; none of them changes anything.
-"""
+"""`preread doctor` and `preread health`: whether serving would work here, and whether a server is ready."""
 
 from __future__ import annotations
 
@@ -10,11 +7,14 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+import preread
+from cache.errors import CacheError
 from decoder_server.config import DecoderConfig, ModelConfig
+from preread.arguments import Argument
 from preread_cli import flags
 from preread_cli.config_file import config_option, masked
 from preread_cli.failures import BAD_ITEMS, UNAVAILABLE, CommandFailed
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from checkpoint import EncoderIdentity
 
 GIB = 1 << 30
+_Finding = tuple[str, str, str]  # name, state, message; the state is ok, warn, or FAIL: serving will not work
 
 
 @click.command()
@@ -50,32 +51,22 @@ def doctor(ctx: click.Context, /, **options: Any) -> None:
     """
     findings = list(_findings(options))
     if options["as_json"]:
-        print_json([one._asdict() | {"state": one.state.lower()} for one in findings])
+        print_json([{"name": name, "state": state.lower(), "message": message} for name, state, message in findings])
     else:
-        for one in findings:
-            click.echo(f"{one.state:<5} {one.name:<12} {one.message}")
-    if any(one.state == "FAIL" for one in findings):
+        click.echo("\n".join(f"{state:<5} {name:<12} {message}" for name, state, message in findings))
+    if any(state == "FAIL" for _, state, _ in findings):
         ctx.exit(BAD_ITEMS)
 
 
-class _Finding(NamedTuple):
-    """One line of the report."""
-
-    name: str
-    state: Literal["ok", "warn", "FAIL"]  # only FAIL means that serving will not work
-    message: str
-
-
 class _Model(NamedTuple):
-    """A model to serve: where its files are, if they can be served, and its encoder where it has one."""
+    """A model to serve."""
 
     config: ModelConfig
-    path: Path | None = None
+    path: Path | None = None  # of files that can be served
     identity: EncoderIdentity | None = None
 
 
 def _findings(options: Mapping[str, Any]) -> Iterator[_Finding]:
-    from cache.errors import CacheError
     from cache.open import open_store
 
     yield from _machine(options)
@@ -85,15 +76,14 @@ def _findings(options: Mapping[str, Any]) -> Iterator[_Finding]:
         model, finding = _model(config, "checkpoint" if len(configs) == 1 else f"model {config.served_name}")
         yield finding
         models.append(model)
-    paths = [model.path for model in models if model.path is not None]
-    if paths:
+    if paths := [model.path for model in models if model.path is not None]:
         yield _memory(options, paths)
     shown = masked(options["store"], "store")
     try:
         with closing(open_store(options["store"], read_budget_seconds=flags.ADMIN_READ_SECONDS)) as opened:
             yield from _store(opened, shown, [model.identity for model in models if model.identity is not None])
     except CacheError as exc:
-        yield _Finding("store", "FAIL", f"{shown}: {exc}")
+        yield "store", "FAIL", f"{shown}: {exc}"
     elsewhere = options["encoder_address"]
     yield from _proxy([*(config.encoder_address for config in configs), elsewhere])
     for model in models:  # every worker that is named: by a model, or for the first that names none
@@ -113,36 +103,31 @@ def _machine(options: Mapping[str, Any]) -> Iterator[_Finding]:
     has = {name for name, there in torch.cpu.get_capabilities().items() if there is True}
     wanted = ("avx2", "avx512", "avx512_bf16", "amx_bf16", "asimd", "sve")
     there = ", ".join(name for name in wanted if any(one.startswith(name) for one in has)) or "none of the known ones"
-    bfloat16 = (
-        "multiplies bfloat16" if compute.cpu_multiplies_bfloat16() else "float32 only: bfloat16 would be emulated"
-    )
+    emulated = "float32 only: bfloat16 would be emulated"
+    bfloat16 = "multiplies bfloat16" if compute.cpu_multiplies_bfloat16() else emulated
     good = has & {"avx2", "asimd"} or any("avx512" in name for name in has)
-    yield _Finding("processor", "ok" if good else "warn", f"{there}; {bfloat16}")
-
+    yield "processor", "ok" if good else "warn", f"{there}; {bfloat16}"
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
-    yield _Finding("torch", "ok", f"{torch.__version__} ({cuda}), Python {sys.version.split()[0]}")
+    yield "torch", "ok", f"{torch.__version__} ({cuda}), Python {sys.version.split()[0]}"
     try:
         device, dtype = compute.choose_device(options["device"], options["dtype"])
-        yield _Finding("device", "ok", f"{device}, {compute.dtype_name(dtype)}")
+        yield "device", "ok", f"{device}, {compute.dtype_name(dtype)}"
         if device.type == "cpu":
             compiler = compute.cpp_compiler()
             unfused = "no C++ compiler (g++): unfused, a few percent slower"
-            yield _Finding("fused steps", "ok", f"{compiler} compiles them at load" if compiler else unfused)
+            yield "fused steps", "ok", f"{compiler} compiles them at load" if compiler else unfused
     except ValueError as exc:
-        yield _Finding("device", "FAIL", str(exc))
-
+        yield "device", "FAIL", str(exc)
     usable, quota = compute.usable_cores(), compute.cpu_quota()
     threads = options["threads"] or min(torch.get_num_threads(), usable)
     paid = f" (a quota of {quota:g})" if quota < math.inf else ""
-    if threads <= usable:
-        yield _Finding("threads", "ok", f"{threads} of {usable} processors{paid}")
-    else:
-        many = f"{threads} threads on {usable} processors{paid}: they wait for each other; set --threads {usable}"
-        yield _Finding("threads", "warn", many)
+    many = f"{threads} threads on {usable} processors{paid}: they wait for each other; set --threads {usable}"
+    fits = threads <= usable
+    yield "threads", "ok" if fits else "warn", f"{threads} of {usable} processors{paid}" if fits else many
 
 
 def _model(config: ModelConfig, name: str) -> tuple[_Model, _Finding]:
-    """Whether the files are there and are a reranker that can be served; weights are not loaded."""
+    """Whether it can be served, by its files; weights are not loaded."""
     from checkpoint import Checkpoint, CheckpointError
     from checkpoint.files import resolve
     from decoder_server.models.loading import is_fbnl
@@ -150,17 +135,15 @@ def _model(config: ModelConfig, name: str) -> tuple[_Model, _Finding]:
     try:
         if not is_fbnl(config):
             path = resolve(config.checkpoint)
-            message = f"{path}, a cross-encoder: reads text, needs no store"
-            return _Model(config, path), _Finding(name, "ok", message)
-        found = Checkpoint.open(
-            config.checkpoint, max_passage_tokens=config.max_passage_tokens, neutralise=not config.read_control_tokens
-        )
+            return _Model(config, path), (name, "ok", f"{path}, a cross-encoder: reads text, needs no store")
+        limit, reads_control = config.max_passage_tokens, config.read_control_tokens
+        found = Checkpoint.open(config.checkpoint, max_passage_tokens=limit, neutralise=not reads_control)
         identity = found.identity()
         _ = found.text
     except (CheckpointError, OSError, ValueError) as exc:
-        return _Model(config), _Finding(name, "FAIL", str(exc))
+        return _Model(config), (name, "FAIL", str(exc))
     message = f"{identity.checkpoint}, encoder {identity.fingerprint[:12]}, dim {identity.dim}"
-    return _Model(config, found.path, identity), _Finding(name, "ok", message)
+    return _Model(config, found.path, identity), (name, "ok", message)
 
 
 def _memory(options: Mapping[str, Any], paths: Sequence[Path]) -> _Finding:
@@ -171,70 +154,66 @@ def _memory(options: Mapping[str, Any], paths: Sequence[Path]) -> _Finding:
         with open("/proc/meminfo") as lines:
             kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
-        return _Finding("memory", "warn", "cannot be told on this system")
+        return "memory", "warn", "cannot be told on this system"
     available = min(kib * 1024, memory_left())  # the kernel's estimate, or what the container may still use
-    needed = sum(file.stat().st_size for path in paths for file in path.glob("*.safetensors"))
-    needed += 2 * options["cache_bytes"]
+    weights = sum(file.stat().st_size for path in paths for file in path.glob("*.safetensors"))
+    needed = weights + 2 * options["cache_bytes"]
     message = f"{available / GIB:.1f} GiB available; weights and caches take up to {needed / GIB:.1f} GiB"
-    return _Finding("memory", "ok" if needed < available else "warn", message)
+    return "memory", "ok" if needed < available else "warn", message
 
 
 def _store(opened: Any, shown: str, identities: Sequence[EncoderIdentity]) -> Iterator[_Finding]:
-    """Whether the store answers, and whether its collections were written by an encoder of these."""
+    """Whether it answers, and whether its collections were written by an encoder of these."""
     from decoder_server.engine.collections import describe
 
     unreadable: dict[str, str] = {}
     described = describe(opened, unreadable)
-    yield _Finding("store", "ok", f"{shown}, {len(described)} collections")
+    yield "store", "ok", f"{shown}, {len(described)} collections"
     for name, reason in unreadable.items():
-        yield _Finding(f"collection {name}", "FAIL", f"cannot be read: {reason}")
+        yield f"collection {name}", "FAIL", f"cannot be read: {reason}"
     ours = {identity.fingerprint for identity in identities}
     here = " or ".join(sorted(fingerprint[:12] for fingerprint in ours))
     for one in described:
         manifest = one.manifest
         name, about = f"collection {manifest.collection}", f"{one.stats.num_passages:,} passages, {manifest.codec}"
         if not ours:
-            yield _Finding(name, "warn", f"{about}; nothing to compare its encoder with")
+            yield name, "warn", f"{about}; nothing to compare its encoder with"
         elif manifest.fingerprint in ours:
-            yield _Finding(name, "ok", f"{about}, ratio {manifest.compression_ratio}, of this encoder")
+            yield name, "ok", f"{about}, ratio {manifest.compression_ratio}, of this encoder"
         else:
             writer = f"{manifest.checkpoint} ({manifest.fingerprint[:12]}), the encoder here is {here}"
             advice = "requests for it are rejected; index it again into a new collection"
-            yield _Finding(name, "FAIL", f"{about}; written by {writer}: {advice}")
+            yield name, "FAIL", f"{about}; written by {writer}: {advice}"
 
 
 def _proxy(addresses: Sequence[str | None]) -> Iterator[_Finding]:
-    """Whether the environment puts a proxy between the server and its encoders elsewhere."""
+    """Whether the environment puts one between the server and its encoders elsewhere."""
     from preread.channel import proxy_variable
 
     name = proxy_variable()
     through = ", ".join(address for address in dict.fromkeys(addresses) if address and proxy_variable(address))
     if name and through:
-        message = f"{name} is set: {through} is reached through that proxy; no_proxy takes hosts out of it"
-        yield _Finding("proxy", "warn", message)
+        yield "proxy", "warn", f"{name} is set: {through} is reached through that proxy; no_proxy takes hosts out of it"
     elif name:
-        yield _Finding("proxy", "ok", f"{name} is set; nothing of ours is reached through it")
+        yield "proxy", "ok", f"{name} is set; nothing of ours is reached through it"
 
 
 def _worker(options: Mapping[str, Any], address: str, identity: EncoderIdentity | None) -> _Finding:
-    """Calls Describe of the worker, as the server would."""
-    from preread import Client, ClientOptions, PrereadError, RetryPolicy
     from preread.channel import proxy_variable
 
     tls = flags.from_options(DecoderConfig, options, models=(ModelConfig("any"),)).encoder_tls
-    retry = RetryPolicy(max_attempts=1)
-    once = ClientOptions(timeout_seconds=5.0, retry=retry, tls=tls, api_key=options["encoder_api_key"])
+    retry = preread.RetryPolicy(max_attempts=1)
+    once = preread.ClientOptions(timeout_seconds=5.0, retry=retry, tls=tls, api_key=options["encoder_api_key"])
     try:
-        with Client(address, encoder_address=address, options=once) as client:
+        with preread.Client(address, encoder_address=address, options=once) as client:
             theirs = client.describe().encoder.fingerprint
-    except PrereadError as exc:
-        proxy = proxy_variable(address)
-        through = f" (through the proxy of {proxy})" if proxy else ""
-        return _Finding("worker", "FAIL", f"{address}: {exc}{through}")
+    except preread.PrereadError as exc:
+        through = f" (through the proxy of {proxy})" if (proxy := proxy_variable(address)) else ""
+        return "worker", "FAIL", f"{address}: {exc}{through}"
     if identity is not None and theirs != identity.fingerprint:
         message = f"{address} encodes with {theirs[:12]}, this checkpoint's encoder is {identity.fingerprint[:12]}"
-        return _Finding("worker", "FAIL", message)
-    return _Finding("worker", "ok", f"{address}, encoder {theirs[:12]}")
+        return "worker", "FAIL", message
+    return "worker", "ok", f"{address}, encoder {theirs[:12]}"
 
 
 @click.command()
@@ -243,7 +222,7 @@ def _worker(options: Mapping[str, Any], address: str, identity: EncoderIdentity 
     "--service",
     metavar="NAME",
     default="",
-    help="Name in place of readiness: live, for liveness probes, or encoder; a reranking server has both.",
+    help="In place of readiness: live or encoder; a reranking server has both.",
 )
 @flags.client
 def health(**given: Any) -> None:
@@ -253,8 +232,6 @@ def health(**given: Any) -> None:
     """
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
-
-    from preread.arguments import Argument
 
     address = Argument("address", given["address"]).address()
     request = health_pb2.HealthCheckRequest(service=given["service"])

@@ -17,6 +17,7 @@ from preread_cli.failures import BAD_ITEMS, CommandFailed
 from preread_cli.flags import option
 from preread_cli.models import compute_options, model_argument, model_option
 from preread_cli.terminal import print_some
+from preread_edge.outputs import is_stdout, write_output
 from tuning.config import EvaluationSettings, GridSettings, Limits, MeasuringSettings
 
 if TYPE_CHECKING:
@@ -25,25 +26,15 @@ if TYPE_CHECKING:
     from tuning.sweep.report import SweepReport
 
 
-class _OutputFolder(click.Path):
-    """A folder to write into; made where there is none."""
-
-    def __init__(self) -> None:
-        super().__init__(file_okay=False, path_type=Path)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if str(value) == "-":
-            self.fail("-: several files are written; expected a folder", param, ctx)
-        return super().convert(value, param, ctx)
+def _folder(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
+    if str(path) == "-":
+        raise click.BadParameter("-: several files are written; expected a folder", ctx, param)
+    return path
 
 
-_json_file_option = option(
-    "--json-file",
-    "--json",
-    "json_file",
-    type=flags.OUTPUT,
-    help="Write everything to this file; - prints it instead of the table.",
-)
+_INTO: dict[str, Any] = {"metavar": "DIR", "type": click.Path(file_okay=False, path_type=Path), "callback": _folder}
+_HELP = "Write everything to this file; - prints it instead of the table."
+_json_file_option = option("--json-file", "--json", "json_file", type=flags.OUTPUT, help=_HELP)
 
 
 def _judged_options(settings: type[MeasuringSettings]) -> Callable[[flags.F], flags.F]:
@@ -51,24 +42,14 @@ def _judged_options(settings: type[MeasuringSettings]) -> Callable[[flags.F], fl
         click.argument("folder", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path)),
         option("--corpus", type=flags.FILE, help="Passages, instead of the folder's corpus.jsonl[.gz]."),
         option("--queries", type=flags.FILE, help="Queries, instead of the folder's queries.jsonl[.gz]."),
-        option(
-            "--qrels",
-            type=flags.FILE,
-            help="Judgements (BEIR or TREC columns, or JSON lines), instead of the folder's.",
-        ),
-        option(
-            "--run", "run_file", type=flags.FILE, help="Rerank the candidates of this TREC run file instead of BM25's."
-        ),
-        option(
-            "--queries-split",
-            metavar="NAME",
-            help="Only queries of qrels/NAME.tsv, or with this `split` in queries.jsonl.",
-        ),
+        option("--qrels", type=flags.FILE, help="Judgements (BEIR or TREC columns, or JSON lines), not the folder's."),
+        option("--run", "run_file", type=flags.FILE, help="Rerank the candidates of this TREC run instead of BM25's."),
+        option("--queries-split", metavar="NAME", help="Only queries of qrels/NAME.tsv, or with this `split`."),
         flags.knob_options(settings),
         flags.store,
         model_option,
         compute_options,
-        option("--run-out", metavar="DIR", type=_OutputFolder(), help="Write TREC run files."),
+        option("--run-out", **_INTO, help="Write TREC run files."),
     )
 
 
@@ -108,17 +89,11 @@ def evaluate(**options: Any) -> None:
 @flags.knob_options(Limits)
 @option(
     "--out",
-    metavar="DIR",
-    type=_OutputFolder(),
+    **_INTO,
     default=Path("preread-tune"),
-    help="Where report.html, tune.json, plots and the chosen preread.toml go.",
+    help="For report.html, tune.json, plots and the chosen .toml.",
 )
-@option(
-    "--work-dir",
-    metavar="DIR",
-    type=_OutputFolder(),
-    help="Where states and margins are kept, for a run that goes on.  [default: work/ in --out]",
-)
+@option("--work-dir", **_INTO, help="For states and margins, for a run that goes on.  [default: work/ in --out]")
 @option("--all", "show_all", is_flag=True, help="Show every configuration in the terminal, not the best ones alone.")
 @click.pass_context
 def tune(ctx: click.Context, /, **options: Any) -> None:
@@ -156,10 +131,7 @@ def tune(ctx: click.Context, /, **options: Any) -> None:
 
 @contextmanager
 def _inputs(options: Mapping[str, Any], out: Path | None, *, need_qrels: bool = True) -> Iterator[dict[str, Any]]:
-    """Arguments of both runs: queries with candidates and store, the model, where to compute, and a bar.
-
-    Lines of the files that are left out are said on standard error. The folders to write into are made.
-    """
+    """Arguments of both runs; says on standard error which lines of the files are left out, and makes the folders."""
     from cache.collection import Collection
     from cache.open import open_store
     from checkpoint.compute import tune_process
@@ -194,8 +166,6 @@ def _inputs(options: Mapping[str, Any], out: Path | None, *, need_qrels: bool = 
 
 
 def _show_sweep(report: SweepReport, limits: Limits, out: Path, model: str | None, options: Mapping[str, Any]) -> None:
-    """The files, the table, and the choice."""
-    from preread_edge.outputs import write_output
     from tuning.sweep.page import write_page
     from tuning.sweep.report import Choice
 
@@ -271,8 +241,6 @@ def check(ctx: click.Context, /, model: str, **options: Any) -> None:
 
 def _print_report(report: EvaluationReport | HealthReport, json_file: Path | None) -> None:
     """The report as tables, and as JSON into a file; where that is standard output, only there."""
-    from preread_edge.outputs import is_stdout, write_output
-
     if json_file is None or not is_stdout(json_file):
         report.print()
     if json_file is not None:

@@ -47,9 +47,7 @@ FEW_TRAINING_STATES = 1000
 @flags.knob_options(IndexOptions, CollectionSettings)
 @option("--dry-run", is_flag=True, help="Count tokens, bytes and time; store nothing.")
 @option(
-    "--report",
-    type=flags.OUTPUT,
-    help="Write counts and every refused line (JSON); - prints them instead of the summary.",
+    "--report", type=flags.OUTPUT, help="Write counts and refused lines (JSON); - prints them instead of the summary."
 )
 @option("--max-line-bytes", type=flags.COUNT, default=16 << 20, help="Longer lines are refused.")
 @flags.as_json
@@ -111,7 +109,10 @@ def _run(options: dict[str, Any], source: Source, stop: threading.Event) -> tupl
         with progress_bar(name, shows_time_left=False) as bar:
 
             def on_progress(now: Progress) -> None:
-                bar(now.fraction or 0.0, None if now.fraction is None else 1.0, _numbers(now))
+                share = "" if now.fraction is None else f" ({now.fraction:.0%})"
+                left = "" if now.eta_seconds is None else f", {_duration(now.eta_seconds)} left"
+                text = f"{now.num_done:,} passages{share}, {now.passages_per_second:,.1f} passages/s{left}"
+                bar(now.fraction or 0.0, None if now.fraction is None else 1.0, text)
 
             try:
                 indexing.index(*job, stop=stop, on_progress=on_progress, report=report)
@@ -120,12 +121,6 @@ def _run(options: dict[str, Any], source: Source, stop: threading.Event) -> tupl
                     click.echo(f"{report.num_stored:,} passages were stored; run again to go on from there", err=True)
                 raise
         return report, None
-
-
-def _numbers(now: Progress) -> str:
-    share = "" if now.fraction is None else f" ({now.fraction:.0%})"
-    left = "" if now.eta_seconds is None else f", {_duration(now.eta_seconds)} left"
-    return f"{now.num_done:,} passages{share}, {now.passages_per_second:,.1f} passages/s{left}"
 
 
 @contextmanager
@@ -185,22 +180,21 @@ def _show_clipped(report: IndexReport) -> None:
     from encoder_worker.sources import Reason
 
     if report.num_clipped:
-        grave = "warning: " if report.clipped_share > WARN_CLIPPED_SHARE else ""
-        click.echo(
-            f"{grave}{report.num_clipped:,} numbers ({report.clipped_share:.2%}) of {report.num_clipped_passages:,} "
-            "passages lie outside what the codec was trained for, and are cut to it"
+        share = (
+            f"{report.num_clipped:,} numbers ({report.clipped_share:.2%}) of {report.num_clipped_passages:,} passages"
         )
+        outside = "lie outside what the codec was trained for, and are cut to it"
+        grave = "warning: " if report.clipped_share > WARN_CLIPPED_SHARE else ""
+        click.echo(f"{grave}{share} of {report.num_clipped_passages:,} passages {outside}")
     if num_refused := report.reasons[Reason.OUT_OF_RANGE]:
         click.echo(
             f"warning: {num_refused:,} passages were refused because the codec was trained on others: store them with "
             f"--allow-clipped, and train it on all with `preread collection reencode {report.collection}`; or index "
             "into a new collection with --codec B32,SQ8, which needs no training"
         )
-    if 0 < report.num_training_states < FEW_TRAINING_STATES:
-        click.echo(
-            f"warning: the codec was trained on {report.num_training_states:,} states only; passages unlike these will "
-            "be clipped or refused. B32,SQ8 needs no training"
-        )
+    if 0 < (num_states := report.num_training_states) < FEW_TRAINING_STATES:
+        advice = "passages unlike these will be clipped or refused. B32,SQ8 needs no training"
+        click.echo(f"warning: the codec was trained on {num_states:,} states only; {advice}")
 
 
 def _place(item: dict[str, Any]) -> str:

@@ -1,8 +1,7 @@
 """`preread rerank`: one query to a table, or a file of queries to a TREC run; `preread warm`: passages into caches.
 
-A server does the work. Queries, ids and candidates come from files or standard input ("-"); gzip and zstd are seen
-through, blank lines are skipped, and a line that begins with `{` is a JSON object in files of candidates and queries.
-A line that cannot be read stops the command: the message has file and line.
+In files, or standard input ("-"), gzip and zstd are seen through, blank lines are skipped, and a line that begins with
+`{` is a JSON object. A line that cannot be read stops the command: the message has file and line.
 """
 
 from __future__ import annotations
@@ -14,19 +13,21 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+import preread
 from preread.values import Candidate, Reranking, RerankOptions, Result, format_stages, id_text, join_title
 from preread_cli import flags
 from preread_cli.failures import BAD_ITEMS, CommandFailed
 from preread_cli.flags import option
 from preread_cli.terminal import human_bytes, print_json, print_some, progress_bar
+from preread_edge.outputs import open_output
 
 if TYPE_CHECKING:
     from encoder_worker.sources import Place
-    from preread import Client
 
 Score = Callable[[str, Sequence[Candidate]], Reranking]
 
@@ -55,10 +56,9 @@ _query_options = flags.options_of(
 )
 
 
-def _connected(given: Mapping[str, Any]) -> Client:
-    from preread import Client
-
-    return Client(given["address"], options=flags.client_settings(given, timeout_seconds=given["timeout_seconds"]))
+def _connected(given: Mapping[str, Any]) -> preread.Client:
+    settings = flags.client_settings(given, timeout_seconds=given["timeout_seconds"])
+    return preread.Client(given["address"], options=settings)
 
 
 @click.command()
@@ -66,9 +66,7 @@ def _connected(given: Mapping[str, Any]) -> Client:
 @flags.collection(help="The collection, or alias, that ids refer to.")
 @option("--ids", metavar="FILE", help="Rank these passages: one id per line; - is standard input.")
 @option("--candidates", metavar="FILE", help='Rank these texts: one per line, or JSON lines with "id", "text" or both.')
-@option(
-    "--queries", metavar="FILE", help='Rank for all of these: id<TAB>text per line, or JSON lines with "id" and "text".'
-)
+@option("--queries", metavar="FILE", help='Rank for these: id<TAB>text per line, or JSON lines with "id" and "text".')
 @option("--run", "run_file", metavar="FILE", help="With --queries: candidates of each query, a first stage's TREC run.")
 @option("--depth", type=flags.COUNT, default=100, help="With --run: how many candidates of each query.")
 @option("--output", metavar="FILE", default="-", help="With --queries: where the TREC run goes; - is standard output.")
@@ -129,39 +127,26 @@ def rerank(ctx: click.Context, /, query: str | None, **given: Any) -> None:
 
 def _check(query: str | None, given: Mapping[str, Any]) -> None:
     files = {name: given[name] for name in ("queries", "ids", "candidates", "run_file") if given[name] is not None}
+    has_passages = given["collection"] is not None or "candidates" in files
     wrong = {
         "Give a QUERY, or a file of them with --queries.": (query is None) == ("queries" not in files),
         "--ids, --candidates and --run exclude one another.": len(files.keys() - {"queries"}) > 1,
         "- is standard input, which can be read once: name a file for all but one.": [*files.values()].count("-") > 1,
         "--run goes with --queries.": "run_file" in files and query is not None,
-        "Name the --collection that holds the passages, or give texts with --candidates.": (
-            given["collection"] is None and "candidates" not in files
-        ),
+        "Name the --collection that holds the passages, or give texts with --candidates.": not has_passages,
     }
     for message, is_wrong in wrong.items():
         if is_wrong:
             raise click.UsageError(message)
 
 
-def _candidates(given: Mapping[str, Any]) -> Sequence[Candidate]:
-    """The candidates of every query, where no run names them."""
-    if given["candidates"] is not None:
-        found = _read_candidates(given["candidates"])
-    else:
-        found = [Candidate(passage_id=passage_id) for passage_id in _passage_ids(given, MAX_WHOLE_COLLECTION)]
-    if not found:
-        raise CommandFailed(f"{given['ids'] or given['candidates']}: nothing to rank")
-    return found
-
-
 def _many_queries(score: Score, given: Mapping[str, Any]) -> int:
     """A line or a TREC run for each query, and on standard error how it went; how many candidates were not scored."""
-    from preread_edge.outputs import open_output
     from tuning.trec import check_ids, run_lines
 
     queries = _read_queries(given["queries"])
     if given["run_file"] is not None:
-        candidates = _from_run(given["run_file"], queries, given["depth"])
+        candidates = _from_run(Path(given["run_file"]), queries, given["depth"])
         queries = {query_id: text for query_id, text in queries.items() if query_id in candidates}
     else:
         candidates = dict.fromkeys(queries, _candidates(given))
@@ -185,9 +170,7 @@ def _many_queries(score: Score, given: Mapping[str, Any]) -> int:
             on_progress(len(done), len(queries))
     summaries = [answer.summary for answer in done]
     if num_degraded := sum(summary.degraded is not None for summary in summaries):
-        click.echo(
-            f"{num_degraded:,} queries were scored coarser than requested: the server was under pressure", err=True
-        )
+        click.echo(f"{num_degraded:,} queries were scored coarser: the server was under pressure", err=True)
     if num_stopped := sum(summary.stopped_early for summary in summaries):
         click.echo(f"{num_stopped:,} queries were stopped early by their deadline", err=True)
     num_scored = sum(summary.num_scored for summary in summaries)
@@ -198,23 +181,21 @@ def _many_queries(score: Score, given: Mapping[str, Any]) -> int:
     return num_bad
 
 
-def _from_run(path: str, queries: Mapping[str, str], depth: int) -> dict[str, Sequence[Candidate]]:
+def _from_run(path: Path, queries: Mapping[str, str], depth: int) -> dict[str, Sequence[Candidate]]:
     from tuning.trec import read_run
 
     run = read_run(path).run
     missing = [query_id for query_id in run if query_id not in queries]
     if missing:
         click.echo(f"{path}: {len(missing)} queries have no text and are left out, the first is {missing[0]}", err=True)
-    found: dict[str, Sequence[Candidate]] = {
-        q: [Candidate(passage_id=p) for p, _ in ranking[:depth]] for q, ranking in run.items() if q in queries
-    }
-    if not found:
+    if len(missing) == len(run):
         raise CommandFailed(f"{path}: holds none of the {len(queries)} queries")
-    return found
+    known = {query_id: ranking[:depth] for query_id, ranking in run.items() if query_id in queries}
+    return {query_id: [Candidate(passage_id=p) for p, _ in ranking] for query_id, ranking in known.items()}
 
 
 def _rerank_in_parts(
-    client: Client, query: str, candidates: Sequence[Candidate], max_candidates: int, options: RerankOptions
+    client: preread.Client, query: str, candidates: Sequence[Candidate], max_candidates: int, options: RerankOptions
 ) -> Reranking:
     """Every candidate scored, best first, then those that could not be; cut to options' top_n.
 
@@ -341,10 +322,9 @@ def warm(ctx: click.Context, /, **given: Any) -> None:
         click.echo(f"{total['model']}: {total['num_passages']:,} passages read, {num_windows:,} windows")
         for tier in tiers:
             flag, num_kept, size = CACHE_FLAGS[tier["name"]], tier["num_kept"], tier["max_bytes"]
-            use = (
-                f"{num_kept:,} of {num_windows:,} kept; {human_bytes(tier['num_bytes'])} of {human_bytes(size)} in use"
-            )
-            click.echo(f"{tier['name']:<9} {use if size else f'off ({flag} is 0)'}")
+            use = f"{human_bytes(tier['num_bytes'])} of {human_bytes(size)} in use"
+            kept = f"{num_kept:,} of {num_windows:,} kept; {use}"
+            click.echo(f"{tier['name']:<9} {kept if size else f'off ({flag} is 0)'}")
             if size and num_kept < num_windows:
                 click.echo(f"          the cache is full: a larger {flag} holds more")
         print_some("not stored", missing, MAX_SHOWN, err=True)
@@ -352,13 +332,15 @@ def warm(ctx: click.Context, /, **given: Any) -> None:
         ctx.exit(BAD_ITEMS)
 
 
-# From files, and from the store.
+def _candidates(given: Mapping[str, Any]) -> Sequence[Candidate]:
+    """The candidates of every query, where no run names them: ids, those of the whole collection, or texts.
 
-
-def _read_candidates(source: str) -> list[Candidate]:
-    """One text per line, or one object with `id` (or `_id`), `text`, or both; a `title` goes before the text."""
+    A text is a line, or an object with `id` (or `_id`), `text`, or both; a `title` goes before the text.
+    """
     candidates = []
-    for where, line, row in _rows(source):
+    if given["candidates"] is None:
+        candidates = [Candidate(passage_id=passage_id) for passage_id in _passage_ids(given, MAX_WHOLE_COLLECTION)]
+    for where, line, row in _rows(given["candidates"]) if given["candidates"] is not None else ():
         if row is None:
             candidates.append(Candidate(text=line))
             continue
@@ -366,6 +348,8 @@ def _read_candidates(source: str) -> list[Candidate]:
         if passage_id is None and text is None:
             raise CommandFailed(f"{where}: neither id nor text; expected one or both")
         candidates.append(Candidate(passage_id, text if text is None else join_title(title, text)))
+    if not candidates:
+        raise CommandFailed(f"{given['ids'] or given['candidates']}: nothing to rank")
     return candidates
 
 

@@ -1,8 +1,4 @@
-"""`preread serve`, both halves in one process, and `preread encode-worker`, the encoder for other machines.
-
-With `serve` the encoder listens on loopback for the server in this process, and for `--encoder-address` of others on
-this machine.
-"""
+"""`preread serve`, both halves in one process, and `preread encode-worker`, the encoder for other machines."""
 
 from __future__ import annotations
 
