@@ -180,12 +180,10 @@ def _show_clipped(report: IndexReport) -> None:
     from encoder_worker.sources import Reason
 
     if report.num_clipped:
-        share = (
-            f"{report.num_clipped:,} numbers ({report.clipped_share:.2%}) of {report.num_clipped_passages:,} passages"
-        )
-        outside = "lie outside what the codec was trained for, and are cut to it"
         grave = "warning: " if report.clipped_share > WARN_CLIPPED_SHARE else ""
-        click.echo(f"{grave}{share} of {report.num_clipped_passages:,} passages {outside}")
+        outside = "passages lie outside what the codec was trained for, and are cut to it"
+        share = f"{report.num_clipped:,} numbers ({report.clipped_share:.2%})"
+        click.echo(f"{grave}{share} of {report.num_clipped_passages:,} {outside}")
     if num_refused := report.reasons[Reason.OUT_OF_RANGE]:
         click.echo(
             f"warning: {num_refused:,} passages were refused because the codec was trained on others: store them with "
