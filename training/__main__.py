@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,11 @@ _PATHS = {
     "--data": "the folder `data` wrote; to `train` also a .jsonl of groups",
     "--from": "checkpoint directory to start from (ours, or a KaLM one)",
     "--work": "folder for everything in between",
-    "--out": None,
 }
-
-
-def _flag_type(default: Any) -> Any:
-    if isinstance(default, tuple):
-        return lambda text: tuple(int(part) for part in text.split(",") if part)
-    return {"true": True, "false": False}.__getitem__ if isinstance(default, bool) else type(default)
+_KINDS: dict[type, Callable[[str], Any]] = {  # how a flag's text is read, where its type does not do it
+    tuple: lambda text: tuple(int(part) for part in text.split(",") if part),
+    bool: {"true": True, "false": False}.__getitem__,
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,18 +39,17 @@ def _parser() -> argparse.ArgumentParser:
     made = {name: commands.add_parser(name, help=text) for name, (text, _) in _COMMANDS.items()}
     for name, (_, flags) in _COMMANDS.items():
         for flag in flags:
-            made[name].add_argument(flag, type=Path, required=True, help=_PATHS[flag])
+            made[name].add_argument(flag, type=Path, required=True, help=_PATHS.get(flag))
     made["data"].add_argument("--max-debian", type=int, help="take only so many Debian queries")
     made["start"].add_argument("--vocab-size", type=int, default=15000)
     train = made["train"]
     train.add_argument("--recipe", type=Path, help="TOML; flags below override it")
-    heldout = "folder of BEIR folders evaluated while training; default DATA/select where it exists"
-    train.add_argument("--heldout", type=Path, help=heldout)
+    train.add_argument("--heldout", type=Path, help="BEIR folders to evaluate; default DATA/select where it exists")
     train.add_argument("--resume", action="store_true", help="continue from OUT/state.pt")
     train.add_argument("--device", default="auto")
     for field in dataclasses.fields(Recipe):
-        flag = f"--{field.name.replace('_', '-')}"
-        train.add_argument(flag, type=_flag_type(field.default), help=f"default {field.default}")
+        kind = _KINDS.get(type(field.default), type(field.default))
+        train.add_argument(f"--{field.name.replace('_', '-')}", type=kind, help=f"default {field.default}")
     text = "one after the other, each from what the one before made; default: preread-mini's"
     default = [_RECIPES / "mini.toml", _RECIPES / "mini-more.toml"]
     made["make"].add_argument("--recipe", type=Path, nargs="+", default=default, help=text)
@@ -76,8 +72,8 @@ def _train(args: argparse.Namespace) -> None:
         trainer.resume()
     folder = args.heldout or args.data / "select"
     held_out = HeldOut(folder, recipe.evaluate_queries) if folder.is_dir() else None
-    sampler = trainer.sampler
-    print(f"{len(sampler.groups)} groups, {sampler.steps_per_epoch} steps an epoch, on {trainer.device}", flush=True)
+    counts = f"{len(trainer.sampler.groups)} groups, {trainer.sampler.steps_per_epoch} steps an epoch"
+    print(f"{counts}, on {trainer.device}", flush=True)
     trainer.run((lambda: held_out.report(checkpoint, (1, 4, 32))) if held_out else None)
 
 

@@ -85,30 +85,25 @@ class RawCollection:
     @classmethod
     def read(cls, folder: Path) -> Self:
         """A BEIR folder: corpus.jsonl[.gz], queries.jsonl[.gz], qrels.tsv with one header line."""
-        collection, rows = cls(folder.name), {}
+        rows = {}
         for stem in ("corpus", "queries"):
             found = [path for ending in (".gz", "") if (path := folder / f"{stem}.jsonl{ending}").exists()]
             if not found:
                 raise FileNotFoundError(f"{folder}: expected {stem}.jsonl or {stem}.jsonl.gz (BEIR layout)")
-            rows[stem] = read_jsonl(found[0])
-        for _, row in rows["corpus"]:
-            title = row.get("title") or ""
-            collection.passages[row["_id"]] = f"{title} {row['text']}".strip()
-            if title:
-                collection.titles[row["_id"]] = title
-        for _, row in rows["queries"]:
-            collection.queries[row["_id"]] = row["text"]
-            if "split" in row:
-                collection.splits[row["_id"]] = row["split"]
+            rows[stem] = {row["_id"]: row for _, row in read_jsonl(found[0])}
+        titles = {key: row["title"] for key, row in rows["corpus"].items() if row.get("title")}
+        passages = {key: f"{titles.get(key, '')} {row['text']}".strip() for key, row in rows["corpus"].items()}
+        queries = {key: row["text"] for key, row in rows["queries"].items()}
+        splits = {key: row["split"] for key, row in rows["queries"].items() if "split" in row}
+        collection = cls(folder.name, passages, titles, queries, splits)
         for line in (folder / "qrels.tsv").read_text(encoding="utf-8").splitlines()[1:]:
             query_id, passage_id, grade = line.split("\t")
             collection.qrels.setdefault(query_id, {})[passage_id] = int(grade)
         return collection
 
     def write(self, folder: Path) -> None:
-        """Write a BEIR folder; titles are already part of the passage text and are not written again."""
-        corpus = ({"_id": i, "title": "", "text": t} for i, t in self.passages.items())
-        write_jsonl(folder / "corpus.jsonl.gz", corpus)
+        """Write a BEIR folder; titles, already part of the passage texts, are empty."""
+        write_jsonl(folder / "corpus.jsonl.gz", ({"_id": i, "title": "", "text": t} for i, t in self.passages.items()))
         write_jsonl(folder / "queries.jsonl.gz", ({"_id": i, "text": t} for i, t in self.queries.items()))
         lines = ["query-id\tcorpus-id\tscore"]
         lines += [f"{q}\t{p}\t{g}" for q, grades in self.qrels.items() for p, g in grades.items()]
@@ -116,17 +111,15 @@ class RawCollection:
 
     @classmethod
     def of_descriptions(cls, lists: Iterable[str]) -> Self:
-        """Debian's packages: the short line is the query, the long body its passage.
+        """Debian's packages: the short line is the query, the long body (at least eight words) its passage.
 
-        Bodies have at least eight words; equal ones are one passage with several queries. In a body, ` .` lines are
-        paragraph breaks.
+        Equal bodies are one passage with several queries; ` .` lines in a body are paragraph breaks.
         """
         collection = cls("debian")
-        for stanza in (stanza for text in lists for stanza in text.split("\n\n")):
-            match = re.search(r"^Description-en: (.*)\n((?: .*\n?)*)", stanza + "\n", re.MULTILINE)
-            if match is None:
-                continue
-            short, lines = match.group(1).strip(), [line.strip() for line in match.group(2).split("\n")]
+        pattern = re.compile(r"^Description-en: (.*)\n((?: .*\n?)*)", re.MULTILINE)
+        stanzas = (f"{stanza}\n" for text in lists for stanza in text.split("\n\n"))
+        for match in filter(None, map(pattern.search, stanzas)):
+            short, lines = match[1].strip(), (line.strip() for line in match[2].split("\n"))
             body = " ".join(" ".join(line for line in lines if line != ".").split())
             if len(body.split()) < 8 or len(short.split()) < 2:
                 continue
@@ -142,12 +135,9 @@ class RawCollection:
         """Debian's English descriptions; apt-get downloads the lists into the private `folder` when it is empty."""
         if not list(folder.glob("*Translation-en*")):
             (folder / "partial").mkdir(parents=True, exist_ok=True)
-            options = [
-                "--option=Acquire::Languages=en",
-                "--option=Acquire::IndexTargets::deb::Translations::DefaultEnabled=true",
-                f"--option=Dir::State::Lists={folder.resolve()}",
-            ]
-            subprocess.run(["apt-get", *options, "update"], check=True)
+            translations = "Acquire::IndexTargets::deb::Translations::DefaultEnabled=true"
+            options = ("Acquire::Languages=en", translations, f"Dir::State::Lists={folder.resolve()}")
+            subprocess.run(["apt-get", *(f"--option={one}" for one in options), "update"], check=True)
         lists = sorted(folder.glob("*Translation-en*"))
         if not lists:
             raise FileNotFoundError(f"{folder}: apt-get update left no *Translation-en* list")
@@ -158,17 +148,14 @@ class RawCollection:
     def held_out(self, share: float, topic: Callable[[str], str] | None = None, max_component: int = 60) -> set[str]:
         """About `share` of the queries, as whole components of (query topic, passage text, passage opening) keys.
 
-        A component larger than `max_component` queries stays in training: one giant family of near-duplicates would
-        make the held-out part a test of that family alone.
+        One of more than `max_component` queries stays in training: the held-out part would test that family alone.
         """
         topics = {q: f"query {(topic or normalise)(self.queries[q])}" for q in self.qrels}
         components = UnionFind()
         for query_id, grades in self.qrels.items():
-            keys = [topics[query_id]]
-            for passage_id in grades:
-                body = normalise(self.passages[passage_id])
-                keys += [f"passage {passage_id}", f"body {body}", f"opening {body[:200]}"]
-            components.union(*keys)
+            bodies = {passage_id: normalise(self.passages[passage_id]) for passage_id in grades}
+            keys = (key for p, b in bodies.items() for key in (f"passage {p}", f"body {b}", f"opening {b[:200]}"))
+            components.union(topics[query_id], *keys)
         members: dict[str, list[str]] = {}
         for query_id, key in topics.items():
             members.setdefault(components[key], []).append(query_id)
@@ -178,11 +165,10 @@ class RawCollection:
     def to_report_and_select(self, held: set[str]) -> tuple[Self, Self]:
         """(to report, to choose by): held-out queries, at most 500, drawn by hash, over all passages."""
         chosen = sorted(held, key=fraction)[:MAX_HELD_OUT_QUERIES]
-        report, select = (
-            replace(self, queries={q: self.queries[q] for q in part}, qrels={q: self.qrels[q] for q in part})
-            for part in (chosen[:-SELECTION_QUERIES], chosen[-SELECTION_QUERIES:])
-        )
-        return report, select
+        parts = chosen[:-SELECTION_QUERIES], chosen[-SELECTION_QUERIES:]
+        queries = [{q: self.queries[q] for q in part} for part in parts]
+        qrels = [{q: self.qrels[q] for q in part} for part in parts]
+        return replace(self, queries=queries[0], qrels=qrels[0]), replace(self, queries=queries[1], qrels=qrels[1])
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -202,11 +188,8 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write rows one a line; .gz names are gzipped, with no timestamp, so that equal rows give equal bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = (f"{json.dumps(row, ensure_ascii=False)}\n".encode() for row in rows)
-    if path.suffix == ".gz":
-        path.write_bytes(gzip.compress(b"".join(lines), mtime=0))
-    else:
-        with open(path, "wb") as out:
-            out.writelines(lines)
+    with open(path, "wb") as out:
+        out.writelines([gzip.compress(b"".join(lines), mtime=0)] if path.suffix == ".gz" else lines)
 
 
 def normalise(text: str) -> str:
@@ -229,6 +212,5 @@ def aspect_of(question: str) -> tuple[str, str] | None:
 
 def topic_of(question: str) -> str:
     """The key of a question's topic: questions with equal keys fall on the same side of the held-out split."""
-    found = aspect_of(question)
-    text = found[1] if found else question
+    _, text = aspect_of(question) or ("", question)
     return " ".join(re.findall(r"\w+", text.lower()))

@@ -7,24 +7,16 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from training.collections import (
-    ASPECT_WORDINGS,
-    ASPECTS,
-    TASKS,
-    RawCollection,
-    aspect_of,
-    fraction,
-    normalise,
-    topic_of,
-    write_jsonl,
-)
+from training import collections
+from training.collections import RawCollection, aspect_of, normalise
 from training.groups import TeacherVectors, TrainingGroup
 from training.teacher import Bm25, VectorCache, word_vectors
 
@@ -43,19 +35,20 @@ Vector = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class _Draft:
-    """A group before its teacher scores: passages by id, so that vectors are looked up, not computed again."""
+    """A group before its teacher scores."""
 
     query: str
     instruction: str
-    positives: list[str]
+    positives: list[str]  # by id, so that vectors are looked up, not computed again
     negatives: list[str]
     override: str | None = None  # text of the positive when it is not the stored passage
     opposed: bool = False
     reading: str | None = None  # the query for the teacher, which reads no instruction, where it is another
 
     def contrary(self, rng: random.Random) -> _Draft:
-        """The same query and passages under an instruction that asks for the contrary: labels change places."""
-        return _Draft(self.query, rng.choice(TASKS["opposed"]), self.negatives, self.positives, opposed=True)
+        """Under an instruction that asks for the contrary: labels change places."""
+        wording = rng.choice(collections.TASKS["opposed"])
+        return _Draft(self.query, wording, self.negatives, self.positives, opposed=True)
 
 
 @dataclass
@@ -70,25 +63,22 @@ class TrainingSource:
     ids: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        hidden = {p for q in self.held for p in self.collection.qrels.get(q, {})}
-        self.ids = [p for p in self.collection.passages if p not in hidden]
-        self._index = Bm25([self.collection.passages[p] for p in self.ids])
+        qrels, passages = self.collection.qrels, self.collection.passages
+        hidden = {p for q in self.held for p in qrels.get(q, {})}
+        self.ids = [p for p in passages if p not in hidden]
+        self._index = Bm25([passages[p] for p in self.ids])
         open_ids = set(self.ids)
-        relevant = {q: [p for p in g if p in open_ids] for q, g in self.collection.qrels.items() if q not in self.held}
-        self._relevant = {q: passages for q, passages in relevant.items() if passages}
+        relevant = {q: [p for p in grades if p in open_ids] for q, grades in qrels.items() if q not in self.held}
+        self._relevant = {q: found for q, found in relevant.items() if found}
 
     def _negatives(self, top: list[int], relevant: set[str]) -> list[str]:
         """Four of seven from the best ten, the rest from the next thirty; near-copies of a relevant one are dropped."""
         passages = self.collection.passages
         bodies = {normalise(passages[p]) for p in relevant}
         anchors = np.stack([self.vectors[p] for p in relevant])
-        kept = [
-            p
-            for p in (self.ids[row] for row in top)
-            if p not in relevant
-            and float((anchors @ self.vectors[p]).max()) < NEAR_COPY
-            and normalise(passages[p]) not in bodies
-        ]
+        others = (p for p in (self.ids[row] for row in top) if p not in relevant)
+        others = (p for p in others if float((anchors @ self.vectors[p]).max()) < NEAR_COPY)
+        kept = [p for p in others if normalise(passages[p]) not in bodies]
         near, far = kept[:10], kept[10:40]
         num_near = (self.num_negatives + 1) // 2
         chosen = self.rng.sample(near, min(num_near, len(near)))
@@ -100,14 +90,12 @@ class TrainingSource:
         top = self._index.top([query for query, _, _ in queries])
         for (query, relevant, override), rows in zip(queries, top, strict=True):
             positives = self.rng.sample(relevant, min(2, len(relevant))) if override is None else relevant
-            wording = "" if self.rng.random() < 0.4 else self.rng.choice(TASKS[task])
+            wording = "" if self.rng.random() < 0.4 else self.rng.choice(collections.TASKS[task])
             yield _Draft(query, wording, positives, self._negatives(rows, set(relevant)), override)
 
     def query_drafts(self, task: str, repeat: int = 1, limit: int | None = None) -> Iterator[_Draft]:
         """The judged queries; `limit` takes so many, drawn by hash."""
-        chosen = list(self._relevant)
-        if limit is not None:
-            chosen = sorted(chosen, key=fraction)[:limit]
+        chosen = self._relevant if limit is None else sorted(self._relevant, key=collections.fraction)[:limit]
         return self._draft(task, [(self.collection.queries[q], self._relevant[q], None) for q in chosen] * repeat)
 
     def title_drafts(self, repeat: int = 1) -> Iterator[_Draft]:
@@ -140,21 +128,32 @@ class TrainingSource:
         for (topic, aspects), rows in zip(topics.items(), self._index.top(list(topics)), strict=True):
             same = set(aspects.values())
             for name in self.rng.sample(sorted(aspects), min(3, len(aspects))):
-                phrase = self.rng.choice(ASPECT_WORDINGS).format(aspect=ASPECTS[name][1])
+                aspect = collections.ASPECTS[name][1]
+                phrase = self.rng.choice(collections.ASPECT_WORDINGS).format(aspect=aspect)
                 negatives = sorted(same - {aspects[name]})[:4]
                 negatives += [p for p in self._negatives(rows, same) if p not in same][:3]
-                yield _Draft(topic, phrase, [aspects[name]], negatives, reading=f"{ASPECTS[name][1]} of {topic}")
+                yield _Draft(topic, phrase, [aspects[name]], negatives, reading=f"{aspect} of {topic}")
+
+    def drafts(self, max_debian: int | None) -> Iterator[_Draft]:
+        if self.collection.name == "medquad":
+            yield from self.query_drafts("question")
+            yield from self.aspect_drafts()
+            yield from self.sentence_drafts(6000)
+        elif self.collection.name == "scifact":
+            yield from self.query_drafts("claim", repeat=3)
+            yield from self.title_drafts(repeat=2)
+            yield from self.sentence_drafts(12000)
+        else:
+            yield from self.query_drafts("package", limit=max_debian or MAX_GROUPS["debian"])
 
     def finish(self, draft: _Draft, query_vector: Vector | None) -> TrainingGroup:
-        """Texts and teacher scores of a draft. No scores without the query's vector, nor for an opposed group: the
-        teacher reads no instruction."""
+        """Texts and teacher scores of a draft; an opposed group has none: the teacher reads no instruction."""
         ids, cut = draft.positives + draft.negatives, len(draft.positives)
         texts = [self.collection.passages[p][:MAX_CHARACTERS] for p in ids]
         if draft.override is not None:
             texts[0] = draft.override[:MAX_CHARACTERS]
-        scores: tuple[float, ...] = ()
-        if query_vector is not None and not draft.opposed:
-            scores = tuple(round(float(query_vector @ self.vectors[p]), 4) for p in ids)
+        has_scores = query_vector is not None and not draft.opposed
+        scores = tuple(round(float(query_vector @ self.vectors[p]), 4) for p in ids) if has_scores else ()
         parts = tuple(texts[:cut]), tuple(texts[cut:])
         return TrainingGroup(draft.query, draft.instruction, *parts, scores, in_batch=not draft.opposed)
 
@@ -167,31 +166,37 @@ def build(
     drafts: list[tuple[TrainingSource, _Draft]] = []
     opened: list[TrainingSource] = []
     for collection, held in _split(collections_folder, debian_folder, out):
-        source = TrainingSource(collection, held, {}, random.Random(seed), NUM_NEGATIVES[collection.name])
-        source.vectors = _vectors(source, teacher)
+        name, passages = collection.name, collection.passages
+        source = TrainingSource(collection, held, {}, random.Random(seed), NUM_NEGATIVES[name])
+        if name == "debian":  # sixty thousand passages: too many for the teacher
+            made = zip(source.ids, word_vectors([passages[p] for p in source.ids]), strict=True)
+        else:
+            made = zip(passages, teacher.embed([text[:TEACHER_CHARACTERS] for text in passages.values()]), strict=True)
+        source.vectors = dict(made)
         opened.append(source)
-        made = list(_drafts(source, max_debian))
-        made += [d.contrary(rng) for d in made if rng.random() < OPPOSED_SHARE and d.override is None]
-        made = rng.sample(made, min(len(made), MAX_GROUPS[collection.name]))
-        drafts += [(source, draft) for draft in made]
-        print(f"{collection.name}: {len(made)} groups", flush=True)
+        own = list(source.drafts(max_debian))
+        own += [d.contrary(rng) for d in own if rng.random() < OPPOSED_SHARE and d.override is None]
+        own = rng.sample(own, min(len(own), MAX_GROUPS[name]))
+        drafts += [(source, draft) for draft in own]
+        print(f"{name}: {len(own)} groups", flush=True)
     rng.shuffle(drafts)
     queries = np.zeros((len(drafts), VECTOR_SIZE), dtype=np.float32)
     taught = [i for i, (source, _) in enumerate(drafts) if source.collection.name != "debian"]
     queries[taught] = teacher.embed([drafts[i][1].reading or drafts[i][1].query for i in taught], max_tokens=64)
     rows: dict[str, Vector] = {}  # text -> its passage's vector, in the order of the file
 
-    def groups() -> Iterable[TrainingGroup]:
+    def groups() -> Iterator[dict[str, Any]]:
         for (source, draft), vector in zip(drafts, queries, strict=True):
             group = source.finish(draft, vector if vector.any() else None)
             for text, passage_id in zip(group.passages, draft.positives + draft.negatives, strict=True):
                 rows.setdefault(text, source.vectors[passage_id])
-            yield group
+            yield group.row()
 
-    write_jsonl(out / "train.jsonl", (group.row() for group in groups()))
+    collections.write_jsonl(out / "train.jsonl", groups())
     lexical = np.array([LEXICAL[source.collection.name] for source, _ in drafts], dtype=np.float32)
     TeacherVectors(np.stack(list(rows.values())), queries, lexical).write(out / "train.jsonl")
-    write_jsonl(out / "texts.jsonl", ({"text": s.collection.passages[p]} for s in opened for p in s.ids))
+    texts = ({"text": source.collection.passages[p]} for source in opened for p in source.ids)
+    collections.write_jsonl(out / "texts.jsonl", texts)
     print(f"{len(drafts)} groups in {out / 'train.jsonl'}")
 
 
@@ -199,9 +204,10 @@ def _split(collections_folder: Path, debian_folder: Path, out: Path) -> list[tup
     """Each collection, less the queries that may not be trained on, and its held-out queries, written to `out`."""
     medquad, scifact = (RawCollection.read(collections_folder / name) for name in ("medquad", "scifact"))
     debian = RawCollection.debian(debian_folder)
+    claims = {q for q, split in scifact.splits.items() if split != "train" and q in scifact.qrels}
     split = [
-        (medquad, medquad.held_out(HELD_OUT_SHARE["medquad"], topic_of)),
-        (scifact, {q for q, split in scifact.splits.items() if split != "train" and q in scifact.qrels}),
+        (medquad, medquad.held_out(HELD_OUT_SHARE["medquad"], collections.topic_of)),
+        (scifact, claims),
         (debian, debian.held_out(HELD_OUT_SHARE["debian"])),
     ]
     for collection, held in split:
@@ -209,27 +215,6 @@ def _split(collections_folder: Path, debian_folder: Path, out: Path) -> list[tup
             part.write(out / name / collection.name)
         counts = f"{len(collection.passages)} passages, {len(collection.qrels)} queries, {len(held)} held out"
         print(f"{collection.name}: {counts}", flush=True)
-    held = split[1][1]  # train claims that share a passage with a validation claim are dropped
-    hidden = {p for q in held for p in scifact.qrels[q]}
-    scifact.qrels = {q: g for q, g in scifact.qrels.items() if q in held or not hidden & set(g)}
+    hidden = {p for q in claims for p in scifact.qrels[q]}  # train claims that share one with a held-out claim go
+    scifact.qrels = {q: g for q, g in scifact.qrels.items() if q in claims or not hidden & set(g)}
     return split
-
-
-def _vectors(source: TrainingSource, teacher: VectorCache) -> dict[str, Vector]:
-    passages = source.collection.passages
-    if source.collection.name == "debian":  # sixty thousand passages: too many for the teacher
-        return dict(zip(source.ids, word_vectors([passages[p] for p in source.ids]), strict=True))
-    return dict(zip(passages, teacher.embed([text[:TEACHER_CHARACTERS] for text in passages.values()]), strict=True))
-
-
-def _drafts(source: TrainingSource, max_debian: int | None) -> Iterator[_Draft]:
-    if source.collection.name == "medquad":
-        yield from source.query_drafts("question")
-        yield from source.aspect_drafts()
-        yield from source.sentence_drafts(6000)
-    elif source.collection.name == "scifact":
-        yield from source.query_drafts("claim", repeat=3)
-        yield from source.title_drafts(repeat=2)
-        yield from source.sentence_drafts(12000)
-    else:
-        yield from source.query_drafts("package", limit=max_debian or MAX_GROUPS["debian"])

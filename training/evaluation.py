@@ -1,4 +1,4 @@
-"""Margins of a checkpoint that is still in training's hands, on held-out collections and under opposed instructions.
+"""Margins of a checkpoint in training, on held-out collections and under opposed instructions.
 
 Files, BM25, metrics and rankings are those of `preread evaluate` (package tuning).
 """
@@ -22,7 +22,6 @@ from tuning.trec import Run, rank
 Candidates = Mapping[str, Sequence[str]]  # query_id -> passage ids
 
 CONTRARY = "Retrieve passages that do not answer the query"
-
 DEMO_QUERY = "malaria"
 DEMO_PASSAGES = {
     "symptoms": "Malaria begins with fever, shaking chills, headache and muscle aches. Nausea and vomiting may follow.",
@@ -52,22 +51,20 @@ def margins(
     encoded: dict[str, torch.Tensor] = {}  # passage_id -> (num_tokens, dim)
     out: dict[int, dict[str, dict[str, float]]] = {}
     with torch.autocast(checkpoint.model.device.type, torch.bfloat16):
-        for start in range(0, len(order), batch):
-            part = order[start : start + batch]
+        for part in (order[start : start + batch] for start in range(0, len(order), batch)):
             states, _ = checkpoint.encode([tokens[p] or [0] for p in part])
             encoded |= {p: states[k, : max(1, len(tokens[p]))].float() for k, p in enumerate(part)}
         pairs = [(q, p) for q, found in candidates.items() for p in found]
         pairs.sort(key=lambda pair: (len(prompts[pair[0]]) // 3, len(encoded[pair[1]])))  # little padding on both sides
+        chunks = [pairs[start : start + batch] for start in range(0, len(pairs), batch)]
         for ratio in ratios:
             scored = out[ratio] = {q: {} for q in candidates}
-            pooled = {
-                p: mean_pool(s[None], s.new_ones(1, len(s), dtype=torch.long), ratio)[0][0] for p, s in encoded.items()
-            }
-            for start in range(0, len(pairs), batch):
-                chunk = pairs[start : start + batch]
+            ones = {p: s.new_ones(1, len(s), dtype=torch.long) for p, s in encoded.items()}
+            pooled = {p: mean_pool(s[None], ones[p], ratio)[0][0] for p, s in encoded.items()}
+            for chunk in chunks:
                 rows = [pooled[p] for _, p in chunk]
-                states = pad_sequence(rows, batch_first=True)
                 mask = pad_sequence([r.new_ones(len(r), dtype=torch.long) for r in rows], batch_first=True)
+                states = pad_sequence(rows, batch_first=True)
                 margin = checkpoint.margins([prompts[q] for q, _ in chunk], states, mask)
                 for (q, p), value in zip(chunk, margin.tolist(), strict=True):
                     scored[q][p] = value
@@ -79,15 +76,10 @@ def rerank(
 ) -> dict[int, Run]:
     """{ratio: run} of the same candidates, in the order of `candidates` where margins are equal."""
     named = {q: [p for p, _ in found] for q, found in candidates.items()}
-    scored = margins(checkpoint, judged.passages, judged.queries, named, ratios)
-    return {
-        ratio: {q: rank(named[q], [own[q][p] for p in named[q]]) for q in candidates} for ratio, own in scored.items()
-    }
-
-
-def _ndcg(judged: JudgedCollection, run: Run) -> float:
-    """Mean nDCG@10."""
-    return float(per_query(judged.qrels, run, 10)[HEADLINE].mean())
+    runs: dict[int, Run] = {}
+    for ratio, own in margins(checkpoint, judged.passages, judged.queries, named, ratios).items():
+        runs[ratio] = {q: rank(passages, [own[q][p] for p in passages]) for q, passages in named.items()}
+    return runs
 
 
 class HeldOut:
@@ -104,17 +96,17 @@ class HeldOut:
         words = []
         for judged, candidates in self.parts:
             runs = rerank(checkpoint, judged, candidates, ratios)
-            values = " ".join(f"r{ratio} {_ndcg(judged, run):.3f}" for ratio, run in runs.items())
-            words.append(f"{judged.name}: BM25 {_ndcg(judged, candidates):.3f} {values}")
+            named = {"BM25": candidates} | {f"r{ratio}": run for ratio, run in runs.items()}
+            ndcg = {name: per_query(judged.qrels, run, 10)[HEADLINE].mean() for name, run in named.items()}
+            words.append(f"{judged.name}: {' '.join(f'{name} {mean:.3f}' for name, mean in ndcg.items())}")
         return "; ".join(words)
 
 
-def _contrary(
-    checkpoint: TrainableCheckpoint, collection: JudgedCollection, num_queries: int, ratio: int
-) -> tuple[float, float, float]:
-    """Shares of queries where the answer outscores an unrelated passage under DEFAULT, is outscored under CONTRARY,
-    and where the answer's own margin changes sign between the two."""
-    query_ids = list(collection.qrels)[:num_queries]
+def report_opposed(folder: Path, medquad: Path, ratio: int = 4) -> None:
+    """Print how far the instructions turn the order, on held-out MedQuAD and a demonstration."""
+    checkpoint, collection = TrainableCheckpoint.load(folder, "auto"), read_judged(medquad)
+    checkpoint.model.eval()
+    query_ids = list(collection.qrels)[:200]
     answers = [next(iter(collection.qrels[q])) for q in query_ids]
     others = answers[-7:] + answers[:-7]
     pairs = {q: (a, o) for q, a, o in zip(query_ids, answers, others, strict=True) if a != o}
@@ -122,10 +114,20 @@ def _contrary(
         margins(checkpoint, collection.passages, collection.queries, pairs, [ratio], instruction)[ratio]
         for instruction in (DEFAULT, CONTRARY)
     )
-    above = sum(plain[q][a] > plain[q][o] for q, (a, o) in pairs.items())
-    below = sum(contrary[q][a] < contrary[q][o] for q, (a, o) in pairs.items())
-    signs = sum(plain[q][a] > 0 > contrary[q][a] for q, (a, _) in pairs.items())
-    return above / len(pairs), below / len(pairs), signs / len(pairs)
+    above = sum(plain[q][a] > plain[q][o] for q, (a, o) in pairs.items()) / len(pairs)
+    below = sum(contrary[q][a] < contrary[q][o] for q, (a, o) in pairs.items()) / len(pairs)
+    signs = sum(plain[q][a] > 0 > contrary[q][a] for q, (a, _) in pairs.items()) / len(pairs)
+    share, total = _aspects(checkpoint, collection, ratio)
+    demo = {"q": list(DEMO_PASSAGES)}
+    print("| instruction | " + " | ".join(DEMO_PASSAGES) + " |\n|---|" + "---|" * len(DEMO_PASSAGES))
+    for instruction in DEMO_INSTRUCTIONS:  # a table of P(yes)
+        run = margins(checkpoint, DEMO_PASSAGES, {"q": DEMO_QUERY}, demo, [ratio], instruction)[ratio]["q"]
+        scores = (f"{1 / (1 + math.exp(-run[name])):.3f} ({run[name]:+.2f})" for name in DEMO_PASSAGES)
+        print(f"| {instruction} | " + " | ".join(scores) + " |")
+    print(f"{DEFAULT!r}: answer above an unrelated passage in {above:.1%}")
+    print(f"{CONTRARY!r}: answer below it in {below:.1%}; the answer's margin changes sign in {signs:.1%}")
+    order = "the aspect the instruction asks for above another aspect of the same topic"
+    print(f"{order} in {share:.1%} of {total} pairs (chance 50%)")
 
 
 def _aspects(checkpoint: TrainableCheckpoint, collection: JudgedCollection, ratio: int) -> tuple[float, int]:
@@ -135,41 +137,14 @@ def _aspects(checkpoint: TrainableCheckpoint, collection: JudgedCollection, rati
         if found := aspect_of(collection.queries[query_id]):
             topics.setdefault(found[1], {})[found[0]] = next(iter(grades))
     won, total = 0, 0
-    for name in ASPECTS:
+    for name, (_, phrase) in ASPECTS.items():
         pairs = {t: sorted(set(a.values())) for t, a in topics.items() if name in a and len(set(a.values())) > 1}
         if not pairs:
             continue
-        instruction = f"Retrieve passages about {ASPECTS[name][1]}"
-        run = margins(checkpoint, collection.passages, {t: t for t in pairs}, pairs, [ratio], instruction)[ratio]
+        names, instruction = {t: t for t in pairs}, f"Retrieve passages about {phrase}"
+        run = margins(checkpoint, collection.passages, names, pairs, [ratio], instruction)[ratio]
         for topic, passage_ids in pairs.items():
             right = topics[topic][name]
             won += sum(run[topic][right] > run[topic][p] for p in passage_ids if p != right)
             total += len(passage_ids) - 1
     return won / max(1, total), total
-
-
-def _demonstrate(checkpoint: TrainableCheckpoint, ratio: int) -> None:
-    """A table of P(yes): one query, three passages, every instruction of DEMO_INSTRUCTIONS."""
-    pairs = {"q": list(DEMO_PASSAGES)}
-    print("| instruction | " + " | ".join(DEMO_PASSAGES) + " |\n|---|" + "---|" * len(DEMO_PASSAGES))
-    for instruction in DEMO_INSTRUCTIONS:
-        run = margins(checkpoint, DEMO_PASSAGES, {"q": DEMO_QUERY}, pairs, [ratio], instruction)[ratio]["q"]
-        scores = (f"{1 / (1 + math.exp(-run[name])):.3f} ({run[name]:+.2f})" for name in DEMO_PASSAGES)
-        print(f"| {instruction} | " + " | ".join(scores) + " |")
-
-
-def report_opposed(folder: Path, medquad: Path, ratio: int = 4) -> None:
-    """Print how far the instructions turn the order, on held-out MedQuAD and a demonstration."""
-    checkpoint = TrainableCheckpoint.load(folder, "auto")
-    checkpoint.model.eval()
-    collection = read_judged(medquad)
-    with torch.inference_mode():
-        above, below, signs = _contrary(checkpoint, collection, 200, ratio)
-        share, total = _aspects(checkpoint, collection, ratio)
-        _demonstrate(checkpoint, ratio)
-    print(f"{DEFAULT!r}: answer above an unrelated passage in {above:.1%}")
-    print(f"{CONTRARY!r}: answer below it in {below:.1%}; the answer's margin changes sign in {signs:.1%}")
-    print(
-        f"the aspect the instruction asks for above another aspect of the same topic in {share:.1%}"
-        f" of {total} pairs (chance 50%)"
-    )

@@ -1,8 +1,8 @@
 """Training groups, the teacher's vectors beside their file, and the steps that are drawn from them.
 
 training/README.md describes `train.jsonl`. `train.npz` next to it holds the fields of TeacherVectors in float16, the
-passages in the order in which the file first names each text. Without it a step takes groups of like length.
-A step is a function of (seed, step) alone, so that a resumed run continues exactly.
+passages in the order in which the file first names each text. A step is a function of (seed, step) alone, so that a
+resumed run continues exactly.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,6 +22,9 @@ from training.collections import read_jsonl
 from training.model import TrainableCheckpoint
 from training.recipe import Recipe
 from training.teacher import Bm25
+
+NEAR_COPY = 0.9  # a teacher cosine to the relevant passage above which another one is no fair non-relevant passage
+_REQUIRED = (("query", str, "text"), ("positives", list, "a list of texts"), ("negatives", list, "a list of texts"))
 
 
 @dataclass(frozen=True)
@@ -41,14 +44,12 @@ class TrainingGroup:
     def read(cls, path: Path) -> Iterator[Self]:
         """Read a file of groups; ValueError names the line, the field and the expectation."""
         for where, row in read_jsonl(path):
-            for name in ("query", "positives", "negatives"):
+            for name, kind, expected in _REQUIRED:
                 if name not in row:
                     raise ValueError(f"{where}: field {name!r} is missing")
-            if not isinstance(row["query"], str):
-                raise ValueError(f"{where}: query is {row['query']!r}, expected text")
-            for name in ("positives", "negatives"):
-                if not isinstance(row[name], list) or not all(isinstance(text, str) for text in row[name]):
-                    raise ValueError(f"{where}: {name} must be a list of texts")
+                value = row[name]
+                if not isinstance(value, kind) or not all(isinstance(part, str) for part in value):
+                    raise ValueError(f"{where}: {name} is {value!r:.80}, expected {expected}")
             if not row["positives"]:
                 raise ValueError(f"{where}: positives is empty, expected at least one passage")
             texts, scores = (tuple(row["positives"]), tuple(row["negatives"])), tuple(row.get("scores") or ())
@@ -62,9 +63,6 @@ class TrainingGroup:
         return {k: v for k, v in asdict(self).items() if (k, v) not in (("scores", ()), ("in_batch", True))}
 
 
-NEAR_COPY = 0.9  # a teacher cosine to the relevant passage above which another one is no fair non-relevant passage
-
-
 @dataclass(frozen=True)
 class TeacherVectors:
     passages: NDArray[np.float32]  # (num_passages, dim) unit rows
@@ -73,8 +71,7 @@ class TeacherVectors:
 
     def write(self, groups: Path) -> None:
         """Write the file beside a file of groups."""
-        half = {f.name: getattr(self, f.name).astype(np.float16) for f in fields(self)}
-        np.savez(groups.with_suffix(".npz"), **half)
+        np.savez(groups.with_suffix(".npz"), **{f.name: getattr(self, f.name).astype(np.float16) for f in fields(self)})
 
     @classmethod
     def read(cls, groups: Path) -> Self | None:
@@ -89,8 +86,7 @@ class TeacherVectors:
 def leaves(vectors: NDArray[np.float32], size: int, rng: np.random.Generator) -> list[list[int]]:
     """Rows in lists of `size` near neighbours (a last one may be shorter): halve along a random direction until small.
 
-    A direction joins two random rows, so that it separates subjects rather than noise; cuts fall on multiples of
-    `size`.
+    A direction joins two random rows, so that it separates subjects, not noise; cuts fall on multiples of `size`.
     """
     done: list[list[int]] = []
     todo = [np.arange(len(vectors))]
@@ -113,7 +109,7 @@ class _Tokenised:
     negatives: list[int]
     scores: tuple[float, ...]
     in_batch: bool
-    prompt: list[int] = field(default_factory=list)
+    prompt: list[int]
 
 
 @dataclass
@@ -147,7 +143,7 @@ class Sampler:
         for group in groups:
             places = [rows.setdefault(text, len(rows)) for text in group.passages]
             cut = len(group.positives)
-            self.groups.append(_Tokenised(group.query, places[:cut], places[cut:], group.scores, group.in_batch))
+            self.groups.append(_Tokenised(group.query, places[:cut], places[cut:], group.scores, group.in_batch, []))
             instructions.append(group.instruction)
         self.table = [array("I", ids) for ids in checkpoint.passage_ids(list(rows))]
         prompts = checkpoint.prompt_ids([made.query for made in self.groups], instructions)
@@ -171,11 +167,10 @@ class Sampler:
         scores in the file.
         """
         group = self.groups[number]
-        known = np.full(len(self.table), np.nan, dtype=np.float32)
-        if not group.scores:
-            return known
-        if self.vectors is None:
-            known[group.positives + group.negatives] = group.scores
+        if not group.scores or self.vectors is None:
+            known = np.full(len(self.table), np.nan, dtype=np.float32)
+            if group.scores:
+                known[group.positives + group.negatives] = group.scores
             return known
         scores, weight = self.vectors.passages @ self.vectors.queries[number], float(self.vectors.lexical[number])
         if self._bm25 and weight:
@@ -194,15 +189,13 @@ class Sampler:
             rng.shuffle(found)
             order = [order[row] for leaf in found for row in leaf]
         else:
+            lengths = [len(self.table[group.positives[0]]) for group in self.groups]
             pools = [order[start : start + 40 * size] for start in range(0, len(order), 40 * size)]
-            order = [i for pool in pools for i in sorted(pool, key=self._length)]
+            order = [i for pool in pools for i in sorted(pool, key=lengths.__getitem__)]
         steps = [order[k : k + size] for k in range(0, len(order) - size + 1, size)]
         if self.vectors is None:
             rng.shuffle(steps)
         return steps
-
-    def _length(self, number: int) -> int:
-        return len(self.table[self.groups[number].positives[0]])
 
     def step(self, number: int) -> Step:
         epoch, place_in_epoch = divmod(number, self.steps_per_epoch)
@@ -215,19 +208,18 @@ class Sampler:
         for group in (self.groups[i] for i in chosen):
             drawn = rng.sample(group.negatives, min(recipe.num_negatives, len(group.negatives)))
             own.append([rng.choice(group.positives), *drawn])
-        place: dict[int, int] = {}  # row of the passage table -> place in this step
-        for row in (row for mine in own for row in mine):
-            place.setdefault(row, len(place))
+        rows = list(dict.fromkeys(row for mine in own for row in mine))
+        place = {row: at for at, row in enumerate(rows)}  # row of the passage table -> place in this step
         size = (len(chosen), 1 + recipe.num_negatives + recipe.num_shared)
         candidates, valid = torch.zeros(size, dtype=torch.long), torch.zeros(size, dtype=torch.bool)
         teacher = torch.full(size, float("nan"))
         for i, mine in enumerate(own):
             known = self.teacher(chosen[i])
-            full = mine + self._shared(list(place), self.groups[chosen[i]], mine, known, rng)
+            full = mine + self._shared(rows, self.groups[chosen[i]], mine, known, rng)
             candidates[i, : len(full)] = torch.tensor([place[row] for row in full])
             valid[i, : len(full)] = True
             teacher[i, : len(full)] = torch.from_numpy(known[full])
-        passages = [self.table[row][:cut].tolist() or [0] for row in place]
+        passages = [self.table[row][:cut].tolist() or [0] for row in rows]
         return Step(passages, [self.groups[i].prompt for i in chosen], candidates, valid, teacher)
 
     def _shared(
@@ -239,9 +231,8 @@ class Sampler:
         count = 1 + self.recipe.num_negatives + self.recipe.num_shared - len(mine)
         taken = {*group.positives, *group.negatives, *mine}
         others = [row for row in rows if row not in taken]
-        if self.vectors is not None:
-            table = self.vectors.passages
-            near = table[others] @ table[mine[0]] if others else np.zeros(0)
+        if self.vectors is not None and others:
+            near = self.vectors.passages[others] @ self.vectors.passages[mine[0]]
             others = [row for row, cosine in zip(others, near.tolist(), strict=True) if cosine < NEAR_COPY]
             if not np.isnan(known[0]):
                 others = sorted(others, key=lambda row: -float(known[row]))[: 3 * count]

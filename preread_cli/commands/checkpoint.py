@@ -150,8 +150,8 @@ def convert_ctxl(ctx: click.Context, /, source: str, target: Path, formats: str,
         if not all(row.passed for row in rows):
             click.echo(f"FAILED: the scores differ by more than rounding; {target} was not made", err=True)
             ctx.exit(BAD_ITEMS)  # raises, and so the folder goes
-        record = {"source": source, "head": opened.head, "pairs": compared.name}
-        record["parity"] = [row.as_json() for row in rows]
+        parities = [row.as_json() for row in rows]
+        record = {"source": source, "head": opened.head, "pairs": compared.name, "parity": parities}
         text = json.dumps(record, ensure_ascii=False, indent=2) + "\n"
         (folder / "conversion.json").write_text(text, encoding="utf-8")
     click.echo(f"converted    {target}")

@@ -141,9 +141,9 @@ def _inputs(options: Mapping[str, Any], out: Path | None, *, need_qrels: bool = 
     from tuning.trec import read_run
 
     tune_process(options["threads"])
-    files = {name: options[name] for name in ("corpus", "queries", "qrels")}
-    needs = {"need_corpus": options["collection"] is None, "need_qrels": need_qrels}
-    judged = read_judged(options["folder"], split=options["queries_split"], **files, **needs)
+    given = {name: options[name] for name in ("corpus", "queries", "qrels")} | {"split": options["queries_split"]}
+    need_corpus = options["collection"] is None
+    judged = read_judged(options["folder"], need_corpus=need_corpus, need_qrels=need_qrels, **given)
     print_some("refused", judged.refused, err=True)
     if options.get("ignore_qrels"):
         judged = judged.without_judgements()

@@ -256,7 +256,7 @@ def _print_reranking(query: str, answer: Reranking, num_candidates: int) -> None
         if result.margin is None:
             others.append(f"not scored: {result.passage_id or result.index}  {result.status}  {result.message}")
             continue
-        line = " ".join(result.text[: 2 * MAX_TEXT_CHARACTERS].split())
+        line = " ".join((result.text or "")[: 2 * MAX_TEXT_CHARACTERS].split())
         shown = line if len(line) <= MAX_TEXT_CHARACTERS else line[: MAX_TEXT_CHARACTERS - 1] + "…"
         passage = "  ".join(filter(None, (result.passage_id, shown)))
         ratio = [str(result.compression_ratio)] if staged else []
