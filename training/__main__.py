@@ -10,7 +10,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from training import data
+from training.evaluation import HeldOut, report_opposed
+from training.groups import TeacherVectors, TrainingGroup
+from training.model import TrainableCheckpoint
 from training.recipe import Recipe
+from training.start import start
+from training.trainer import Trainer
 
 _RECIPES = Path(__file__).parent / "recipes"
 _COMMANDS = {  # name -> (help, paths that it requires)
@@ -58,38 +64,25 @@ def _parser() -> argparse.ArgumentParser:
     return top
 
 
-def _train(args: argparse.Namespace) -> None:
-    from training.evaluation import HeldOut
-    from training.groups import TeacherVectors, TrainingGroup
-    from training.model import TrainableCheckpoint
-    from training.trainer import Trainer
-
-    recipe = Recipe.read(args.recipe, {f.name: getattr(args, f.name) for f in dataclasses.fields(Recipe)})
-    checkpoint = TrainableCheckpoint.load(getattr(args, "from"), args.device)
-    path = args.data / "train.jsonl" if args.data.is_dir() else args.data
-    trainer = Trainer(checkpoint, TrainingGroup.read(path), recipe, args.out, TeacherVectors.read(path))
-    if args.resume:
-        trainer.resume()
-    folder = args.heldout or args.data / "select"
-    held_out = HeldOut(folder, recipe.evaluate_queries) if folder.is_dir() else None
-    counts = f"{len(trainer.sampler.groups)} groups, {trainer.sampler.steps_per_epoch} steps an epoch"
-    print(f"{counts}, on {trainer.device}", flush=True)
-    trainer.run((lambda: held_out.report(checkpoint, (1, 4, 32))) if held_out else None)
-
-
 def _main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if args.command == "data":
-        from training.data import build
-
-        build(args.collections, args.debian, args.out, max_debian=args.max_debian)
+        data.build(args.collections, args.debian, args.out, max_debian=args.max_debian)
     elif args.command == "start":
-        from training.start import start
-
         start(args.data, args.out, args.vocab_size)
     elif args.command == "train":
-        _train(args)
+        recipe = Recipe.read(args.recipe, {f.name: getattr(args, f.name) for f in dataclasses.fields(Recipe)})
+        checkpoint = TrainableCheckpoint.load(getattr(args, "from"), args.device)
+        path = args.data / "train.jsonl" if args.data.is_dir() else args.data
+        trainer = Trainer(checkpoint, TrainingGroup.read(path), recipe, args.out, TeacherVectors.read(path))
+        if args.resume:
+            trainer.resume()
+        folder = args.heldout or args.data / "select"
+        held_out = HeldOut(folder, recipe.evaluate_queries) if folder.is_dir() else None
+        counts = f"{len(trainer.sampler.groups)} groups, {trainer.sampler.steps_per_epoch} steps an epoch"
+        print(f"{counts}, on {trainer.device}", flush=True)
+        trainer.run((lambda: held_out.report(checkpoint, (1, 4, 32))) if held_out else None)
     elif args.command == "make":
         work, out = str(args.work), str(args.out)
         _main(["data", "--collections", str(args.collections), "--debian", f"{work}/debian", "--out", f"{work}/data"])
@@ -98,8 +91,6 @@ def _main(argv: Sequence[str] | None = None) -> None:
         for recipe, (begin, end) in zip(args.recipe, pairwise(made), strict=True):
             _main(["train", "--data", f"{work}/data", "--from", begin, "--out", end, "--recipe", str(recipe)])
     elif args.command == "opposed":
-        from training.evaluation import report_opposed
-
         report_opposed(args.checkpoint, args.medquad)
 
 

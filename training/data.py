@@ -1,7 +1,4 @@
-"""`python -m training data`: raw collections and Debian descriptions -> training groups and held-out collections.
-
-The relevant passages of a held-out query stay out of the groups, as positives and as negatives.
-"""
+"""Raw collections and Debian descriptions -> training groups, without passages relevant to a held-out query."""
 
 from __future__ import annotations
 

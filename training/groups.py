@@ -70,7 +70,7 @@ class TeacherVectors:
     lexical: NDArray[np.float32]  # (num_groups,) BM25's weight, the cosine's being 1
 
     def write(self, groups: Path) -> None:
-        """Write the file beside a file of groups."""
+        """Beside a file of groups."""
         np.savez(groups.with_suffix(".npz"), **{f.name: getattr(self, f.name).astype(np.float16) for f in fields(self)})
 
     @classmethod
@@ -84,10 +84,7 @@ class TeacherVectors:
 
 
 def leaves(vectors: NDArray[np.float32], size: int, rng: np.random.Generator) -> list[list[int]]:
-    """Rows in lists of `size` near neighbours (a last one may be shorter): halve along a random direction until small.
-
-    A direction joins two random rows, so that it separates subjects, not noise; cuts fall on multiples of `size`.
-    """
+    """Rows in lists of `size` near neighbours, a last one maybe shorter: halved along directions that join two rows."""
     done: list[list[int]] = []
     todo = [np.arange(len(vectors))]
     while todo:
@@ -150,10 +147,9 @@ class Sampler:
         for made, prompt in zip(self.groups, prompts, strict=True):
             made.prompt = prompt
         if vectors and (len(vectors.passages), len(vectors.queries)) != (len(rows), len(self.groups)):
-            raise ValueError(
-                f"teacher vectors are for {len(vectors.passages)} passages and {len(vectors.queries)} groups,"
-                f" expected {len(rows)} and {len(self.groups)}: they belong to another file of groups"
-            )
+            found = f"{len(vectors.passages)} passages and {len(vectors.queries)} groups"
+            expected = f"expected {len(rows)} and {len(self.groups)}: they belong to another file of groups"
+            raise ValueError(f"teacher vectors are for {found}, {expected}")
         self.vectors, self.recipe = vectors, recipe
         self._bm25 = Bm25(list(rows)) if vectors and vectors.lexical.any() else None
         self._queries_per_step = min(recipe.queries_per_step, len(self.groups))
@@ -163,8 +159,7 @@ class Sampler:
     def teacher(self, number: int) -> NDArray[np.float32]:
         """The teacher's score of group `number` for every passage. -> (num_passages,), nan where it knows none
 
-        With vectors: the mean of the cosine and, `lexical` times as heavy, BM25's share of its best; without, the
-        scores in the file.
+        With vectors: the mean of the cosine and, `lexical` times as heavy, BM25's share of its best.
         """
         group = self.groups[number]
         if not group.scores or self.vectors is None:
