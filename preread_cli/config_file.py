@@ -77,8 +77,7 @@ def _load(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path
     own = known.get(name, {})
     if name == "doctor":  # it looks at what serve would be given
         shared |= tables.get("serve", {})
-    ctx.default_map = {
-        # One string will do where there may be several.
+    ctx.default_map = {  # one string will do where there may be several
         str(own[key].name): [value] if own[key].multiple and isinstance(value, str) else value
         for key, value in (shared | tables.get(name, {})).items()
         if key in own
@@ -86,8 +85,8 @@ def _load(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path
     return path
 
 
-# Put it first: it fills in what the other options find.
 _HELP = "Settings (TOML), keys named like the flags. Flags and environment win over it."
+# Put it first: it fills in what the other options find.
 config_option = option("--config", metavar="FILE", type=FILE, is_eager=True, callback=_load, help=_HELP)
 
 

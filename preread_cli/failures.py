@@ -4,8 +4,7 @@
 1  done, with refused or damaged items (commands say so themselves)
 2  usage or bad input: the caller can mend it
 3  a service or store could not be reached, or was too busy
-70 an unexpected error, a fault of this code (EX_SOFTWARE of sysexits.h)
-130 interrupted
+70 an unexpected error, a fault of this code (EX_SOFTWARE of sysexits.h); 130 interrupted
 """
 
 from __future__ import annotations

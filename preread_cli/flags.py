@@ -16,8 +16,7 @@ from preread_edge.settings import Config, Knob, ServerConfig
 F = TypeVar("F", bound=Callable[..., Any])
 C = TypeVar("C", bound=Config)
 
-# Of commands that look at a store: a slow one does not pass for a broken one, a hanging one keeps no person waiting.
-ADMIN_READ_SECONDS = 5.0
+ADMIN_READ_SECONDS = 5.0  # of commands that look at a store: a slow one is not broken, a hanging one is not waited for
 BATCH_READ_SECONDS = 30.0  # of commands that run for minutes: a slow store is better than one given up on
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -111,11 +110,12 @@ client = options_of(
 )
 
 
-def client_settings(given: Mapping[str, Any], **settings: Any) -> preread.ClientOptions:
-    """The values of `client`, and other settings. Raises ValueError: a certificate without its key, or the reverse."""
+def client_settings(given: Mapping[str, Any]) -> preread.ClientOptions:
+    """Of `client` and --timeout-seconds. Raises ValueError: a certificate without its key, or the reverse."""
     from preread_edge.access import ApiKeys
 
     files = [given[f"tls_{name}_file"] for name in ("ca", "cert", "key")]
     tls = preread.TlsFiles(*files) if given["tls"] or any(files) else None
     keys = (given["api_key"] or "").split()  # a server reads the same variable, and may have several with scopes there
-    return preread.ClientOptions(tls=tls, api_key=ApiKeys.split(keys[0])[1] if keys else None, **settings)
+    api_key = ApiKeys.split(keys[0])[1] if keys else None
+    return preread.ClientOptions(tls=tls, api_key=api_key, timeout_seconds=given["timeout_seconds"])

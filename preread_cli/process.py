@@ -114,7 +114,6 @@ class _Process:
     """Made on the server's event loop: prints which settings hold, and from then on signals stop it."""
 
     def __init__(self, ctx: click.Context, begun: float) -> None:
-        """Raises OSError or ValueError: a file or a key that cannot be used."""
         self._options, self._begun = ctx.params, begun
         set_up(self._options["log_format"], self._options["log_level"])
         for line in effective_lines(ctx):
@@ -130,8 +129,7 @@ class _Process:
     ) -> tuple[tuple[ModelConfig, ...], CollectorRegistry | None]:
         """A worker, until the stack ends, for every model that scores states and has none elsewhere.
 
-        Returns the models with the addresses of their encoders, and the metrics of the first worker: one process, one
-        scrape, and names may not repeat there.
+        Returns models with their encoders' addresses, and the first worker's metrics: a scrape holds a name once.
         """
         models: list[ModelConfig] = []
         workers: list[EncoderServer] = []

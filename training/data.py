@@ -149,8 +149,9 @@ class TrainingSource:
         texts = [self.collection.passages[p][:MAX_CHARACTERS] for p in ids]
         if draft.override is not None:
             texts[0] = draft.override[:MAX_CHARACTERS]
-        has_scores = query_vector is not None and not draft.opposed
-        scores = tuple(round(float(query_vector @ self.vectors[p]), 4) for p in ids) if has_scores else ()
+        scores: tuple[float, ...] = ()
+        if query_vector is not None and not draft.opposed:
+            scores = tuple(round(float(query_vector @ self.vectors[p]), 4) for p in ids)
         parts = tuple(texts[:cut]), tuple(texts[cut:])
         return TrainingGroup(draft.query, draft.instruction, *parts, scores, in_batch=not draft.opposed)
 

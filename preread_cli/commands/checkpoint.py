@@ -105,9 +105,7 @@ def _facts(opened: Checkpoint) -> dict[str, Any]:
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="DST", type=click.Path(path_type=Path))
 @flags.pairs
-@option(
-    "--parity", "formats", type=_FORMATS, default="both", help="Compare in these; float32 needs 4 bytes a parameter."
-)
+@option("--parity", "formats", type=_FORMATS, default="both", help="Number formats; float32 needs 4 bytes a parameter.")
 @flags.threads
 @click.pass_context
 def convert_ctxl(ctx: click.Context, /, source: str, target: Path, formats: str, **options: Any) -> None:

@@ -181,9 +181,9 @@ def _read(store: Store, name: str) -> _Verified:
 
 
 def _print_verified(found: _Verified, max_shown: int, remove_damaged: bool) -> None:
-    print_some("damaged", [f"{one['passage_id']}: {one['reason']}" for one in found.damaged], max_shown)
-    print_some("damaged", found.problems, max_shown)
-    print_some("left behind", found.left_behind, max_shown)
+    damaged = [f"{one['passage_id']}: {one['reason']}" for one in found.damaged]
+    for title, lines in (("damaged", damaged), ("damaged", found.problems), ("left behind", found.left_behind)):
+        print_some(title, lines, max_shown)
     if found.orphans:
         click.echo(f"{len(found.orphans):,} segment files of writes that were cut off; the next write removes them")
     if found.num_version_1:
@@ -221,10 +221,10 @@ def _alias(alias: str, collection: str | None, remove: bool, store: str) -> None
             if not opened.remove_alias(alias):
                 raise CommandFailed(f"alias: {alias!r} does not exist")
             click.echo(f"{alias} is no alias any more")
-            return
-        before = opened.aliases().get(alias)
-        opened.set_alias(alias, collection)
-        click.echo(f"{alias} -> {collection}" + (f" (was {before})" if before not in (None, collection) else ""))
+        else:
+            before = opened.aliases().get(alias)
+            opened.set_alias(alias, collection)
+            click.echo(f"{alias} -> {collection}" + (f" (was {before})" if before not in (None, collection) else ""))
 
 
 @collection.command("compact")

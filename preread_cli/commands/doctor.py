@@ -211,19 +211,14 @@ def _worker(options: Mapping[str, Any], address: str, identity: EncoderIdentity 
         through = f" (through the proxy of {proxy})" if (proxy := proxy_variable(address)) else ""
         return "worker", "FAIL", f"{address}: {exc}{through}"
     if identity is not None and theirs != identity.fingerprint:
-        message = f"{address} encodes with {theirs[:12]}, this checkpoint's encoder is {identity.fingerprint[:12]}"
-        return "worker", "FAIL", message
+        here = f"this checkpoint's encoder is {identity.fingerprint[:12]}"
+        return "worker", "FAIL", f"{address} encodes with {theirs[:12]}, {here}"
     return "worker", "ok", f"{address}, encoder {theirs[:12]}"
 
 
 @click.command()
 @option("--timeout-seconds", type=flags.SECONDS, default=5.0, help="For the answer.")
-@option(
-    "--service",
-    metavar="NAME",
-    default="",
-    help="In place of readiness: live or encoder; a reranking server has both.",
-)
+@option("--service", metavar="NAME", default="", help="In place of readiness: live, or a reranking server's encoder.")
 @flags.client
 def health(**given: Any) -> None:
     """Ask a server, of either kind, whether it is ready.

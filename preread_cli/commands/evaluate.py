@@ -91,7 +91,7 @@ def evaluate(**options: Any) -> None:
     "--out",
     **_INTO,
     default=Path("preread-tune"),
-    help="For report.html, tune.json, plots and the chosen .toml.",
+    help="For report.html, tune.json, plots, the chosen preread.toml.",
 )
 @option("--work-dir", **_INTO, help="For states and margins, for a run that goes on.  [default: work/ in --out]")
 @option("--all", "show_all", is_flag=True, help="Show every configuration in the terminal, not the best ones alone.")

@@ -95,7 +95,6 @@ def index(ctx: click.Context, /, **options: Any) -> None:
 
 
 def _run(options: dict[str, Any], source: Source, stop: threading.Event) -> tuple[IndexReport, IndexEstimate | None]:
-    """The report, and with --dry-run the estimate."""
     from cache.open import open_store
     from encoder_worker import indexing
 

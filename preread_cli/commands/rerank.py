@@ -56,11 +56,6 @@ _query_options = flags.options_of(
 )
 
 
-def _connected(given: Mapping[str, Any]) -> preread.Client:
-    settings = flags.client_settings(given, timeout_seconds=given["timeout_seconds"])
-    return preread.Client(given["address"], options=settings)
-
-
 @click.command()
 @click.argument("query", required=False)
 @flags.collection(help="The collection, or alias, that ids refer to.")
@@ -75,8 +70,7 @@ def _connected(given: Mapping[str, Any]) -> preread.Client:
     "--stages",
     metavar="RATIO:KEEP,...",
     default="",
-    help="A cascade in place of one ratio: 32:100,4:20,1 scores every candidate at ratio 32, the best 100 at 4, the "
-    "best 20 of those at 1.",
+    help="A cascade in place of one ratio: 32:100,4:20,1 scores all at 32, the best 100 at 4, their best 20 at 1.",
 )
 @option("--on-miss", type=click.Choice(["encode", "skip", "fail"]), help="For ids without states.  [default: server's]")
 @option("--concurrency", type=flags.COUNT, default=4, help="With --queries: requests in flight.")
@@ -106,7 +100,7 @@ def rerank(ctx: click.Context, /, query: str | None, **given: Any) -> None:
         "top_n": (DEFAULT_TOP_N if query is not None else 0) if given["top_n"] is None else given["top_n"],
         "return_text": query is not None,
     }
-    with _connected(given) as client:
+    with preread.Client(given["address"], options=flags.client_settings(given)) as client:
         limits = {info.name: info.max_candidates for info in client.list_models()}
         # An unknown name is rejected by the server itself.
         max_candidates = limits.get(given["model_name"]) or next(iter(limits.values()))
@@ -304,7 +298,8 @@ def warm(ctx: click.Context, /, **given: Any) -> None:
         raise CommandFailed(f"{given['ids']}: no ids, nothing to warm")
     options = {name: given[name] for name in ("collection", "instruction", "compression_ratio")}
     warmed = []
-    with _connected(given) as client, progress_bar("warming") as on_progress:
+    settings = flags.client_settings(given)
+    with preread.Client(given["address"], options=settings) as client, progress_bar("warming") as on_progress:
         for first in range(0, len(ids), CHUNK):
             warmed.append(client.warm(ids[first : first + CHUNK], model=given["model_name"], **options))
             on_progress(min(first + CHUNK, len(ids)), len(ids))

@@ -34,7 +34,7 @@ _process_options = flags.options_of(
     option("--log-level", type=_LEVELS, default="info", help="Of the log, on standard error; info is a line per call."),
     option("--metrics-port", type=flags.PORT, help="Answer Prometheus here; 0 takes a free port."),
     option("--metrics-host", default="127.0.0.1", help="Address of --metrics-port."),
-    option("--grace-seconds", type=_GRACE, default=30.0, help="For calls in flight, after SIGTERM or SIGHUP."),
+    option("--grace-seconds", type=_GRACE, default=30.0, help="How long calls in flight have after SIGTERM or SIGHUP."),
 )
 
 
