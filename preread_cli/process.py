@@ -43,14 +43,12 @@ from preread_edge.logs import make_tracer, set_up
 from preread_edge.settings import LoadConfig
 
 Load = Callable[[ModelConfig], Backend]
-
 log = logging.getLogger(__name__)
 
 SPARE_FILES = 256  # for the store, the model, and what a library opens
 MAX_SHOWN = 5  # collections in the start-up lines
 PASSED_CHECKS = Path("~/.cache/preread/health")
-# What may change scores, other than the model's own files.
-_PACKAGES = ("preread", "torch", "transformers", "tokenizers", "onnxruntime")
+_PACKAGES = ("preread", "torch", "transformers", "tokenizers", "onnxruntime")  # may change scores, as files may
 
 
 async def run_server(ctx: click.Context, config: DecoderConfig, http: HttpConfig | None, begun: float) -> None:

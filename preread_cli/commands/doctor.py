@@ -122,8 +122,8 @@ def _machine(options: Mapping[str, Any]) -> Iterator[_Finding]:
     threads = options["threads"] or min(torch.get_num_threads(), usable)
     paid = f" (a quota of {quota:g})" if quota < math.inf else ""
     many = f"{threads} threads on {usable} processors{paid}: they wait for each other; set --threads {usable}"
-    fits = threads <= usable
-    yield "threads", "ok" if fits else "warn", f"{threads} of {usable} processors{paid}" if fits else many
+    few = f"{threads} of {usable} processors{paid}"
+    yield ("threads", "ok", few) if threads <= usable else ("threads", "warn", many)
 
 
 def _model(config: ModelConfig, name: str) -> tuple[_Model, _Finding]:
@@ -156,8 +156,8 @@ def _memory(options: Mapping[str, Any], paths: Sequence[Path]) -> _Finding:
     except (OSError, StopIteration):
         return "memory", "warn", "cannot be told on this system"
     available = min(kib * 1024, memory_left())  # the kernel's estimate, or what the container may still use
-    weights = sum(file.stat().st_size for path in paths for file in path.glob("*.safetensors"))
-    needed = weights + 2 * options["cache_bytes"]
+    weights = (file for path in paths for file in path.glob("*.safetensors"))
+    needed = sum(file.stat().st_size for file in weights) + 2 * options["cache_bytes"]
     message = f"{available / GIB:.1f} GiB available; weights and caches take up to {needed / GIB:.1f} GiB"
     return "memory", "ok" if needed < available else "warn", message
 

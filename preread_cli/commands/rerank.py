@@ -1,7 +1,6 @@
 """`preread rerank`: one query to a table, or a file of queries to a TREC run; `preread warm`: passages into caches.
 
-In files, or standard input ("-"), gzip and zstd are seen through, blank lines are skipped, and a line that begins with
-`{` is a JSON object. A line that cannot be read stops the command: the message has file and line.
+In files, or standard input ("-"), gzip and zstd are seen through, blank lines skipped; `{` begins a line of JSON.
 """
 
 from __future__ import annotations
@@ -31,13 +30,11 @@ if TYPE_CHECKING:
 
 Score = Callable[[str, Sequence[Candidate]], Reranking]
 
-# Ranking a whole collection is for trying things out; beyond this a first stage chooses candidates.
-MAX_WHOLE_COLLECTION = 5000
+MAX_WHOLE_COLLECTION = 5000  # to try things out with; beyond this a first stage chooses candidates
 DEFAULT_TOP_N = 10
 MAX_SHOWN = 5
 MAX_TEXT_CHARACTERS = 400
-# Passages of one warming call: the bar moves on after each, and requests to the server wait for none of them for long.
-CHUNK = 64
+CHUNK = 64  # passages of one warming call: the bar moves on after each, and no request to the server waits for it long
 CACHE_FLAGS = {"keys": "--keys-cache-bytes", "prefixes": "--prefix-cache-bytes"}
 
 _query_options = flags.options_of(
@@ -102,8 +99,9 @@ def rerank(ctx: click.Context, /, query: str | None, **given: Any) -> None:
     }
     with preread.Client(given["address"], options=flags.client_settings(given)) as client:
         limits = {info.name: info.max_candidates for info in client.list_models()}
-        # An unknown name is rejected by the server itself.
-        max_candidates = limits.get(given["model_name"]) or next(iter(limits.values()))
+        max_candidates = limits.get(given["model_name"]) or next(
+            iter(limits.values())
+        )  # the server rejects unknown names
         score = partial(_rerank_in_parts, client, max_candidates=max_candidates, options=options)
         if query is None:
             num_bad = _many_queries(score, given)
