@@ -8,6 +8,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from preread_cli import flags
 from preread_cli.main import COMMANDS, cli
 
 
@@ -105,7 +106,7 @@ def test_a_client_shows_the_first_key_of_a_servers_variable(
     monkeypatch.setenv("PREREAD_API_KEY", given)
     health = cli.get_command(click.Context(cli), "health")
     assert health is not None
-    assert health.make_context("health", []).params["api_key"] == shown
+    assert flags.client_settings(health.make_context("health", []).params).api_key == shown
 
 
 def test_the_environment_is_read_and_the_command_line_wins(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
