@@ -5,8 +5,6 @@ KaLM-Reranker-V1 apply. Control-token text in a training file becomes the real c
 input.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -22,14 +20,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import T5Gemma2ForConditionalGeneration
 
 from checkpoint.settings import FILE_NAME, FORMAT_VERSION, CheckpointSettings
+from checkpoint.text import single_token
 from training.collections import DEFAULT
 
+_PROMPT = "[CLS] {instruction} [SEP] {query} [SEP]"
 MINI = CheckpointSettings(
-    passage_template="{passage}",
-    prompt_template="[CLS] {instruction} [SEP] {query} [SEP]",
-    default_instruction=DEFAULT,
-    max_passage_tokens=256,
-    max_query_tokens=64,
+    "{passage}", _PROMPT, default_instruction=DEFAULT, max_passage_tokens=256, max_query_tokens=64
 )
 
 
@@ -38,6 +34,12 @@ def _pad(rows: list[list[int]], device: torch.device) -> tuple[torch.Tensor, tor
     ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).long()
     mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
     return ids.to(device), mask.to(device)
+
+
+def _by_length(rows: list[list[int]], size: int) -> tuple[list[list[int]], torch.Tensor]:
+    """Indices of rows in chunks of `size` of like length, and those that put what follows them back in order."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    return [order[start : start + size] for start in range(0, len(order), size)], torch.argsort(torch.tensor(order))
 
 
 def mean_pool(states: torch.Tensor, mask: torch.Tensor, ratio: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,9 +65,7 @@ class TrainableCheckpoint:
     def load(cls, folder: Path, device: str = "cpu") -> Self:
         """Read a checkpoint in fp32; the device `auto` is a GPU where there is one.
 
-        Raises:
-            FileNotFoundError: a file is missing.
-            ValueError: a file has a wrong value.
+        Raises FileNotFoundError where a file is missing, ValueError where one has a wrong value.
         """
         for name in ("config.json", "tokenizer.json"):
             if not (folder / name).exists():
@@ -79,34 +79,28 @@ class TrainableCheckpoint:
     @cached_property
     def answers(self) -> tuple[int, int]:
         """Ids of the yes and the no token; ValueError where either is not one token."""
-        ids = []
-        for name in (self.settings.yes_token, self.settings.no_token):
-            encoded = self.tokenizer.encode(name, add_special_tokens=False).ids
-            if len(encoded) != 1:
-                raise ValueError(f"answer token {name!r} is {len(encoded)} tokens, expected one")
-            ids.append(encoded[0])
-        return ids[0], ids[1]
+        texts = self.settings.yes_token, self.settings.no_token
+        yes, no = (single_token(self.tokenizer, text, "answer token") for text in texts)
+        return yes, no
 
     def passage_ids(self, passages: list[str]) -> list[list[int]]:
         """Token ids, cut right at max_passage_tokens."""
         ids: list[list[int]] = []
-        for start in range(0, len(passages), 1024):
-            part = passages[start : start + 1024]
-            texts = [self.settings.passage_template.replace("{passage}", passage) for passage in part]
+        for start in range(0, len(passages), 1024):  # encodings are many times larger than ids
+            texts = [self.settings.passage_template.format(passage=text) for text in passages[start : start + 1024]]
             encoded = self.tokenizer.encode_batch(texts, add_special_tokens=False)
             ids += [one.ids[: self.settings.max_passage_tokens] for one in encoded]
         return ids
 
     def prompt_ids(self, queries: list[str], instructions: list[str]) -> list[list[int]]:
         """Token ids of rendered prompts; an empty instruction means the default one."""
-        before, after = self.settings.prompt_template.split("{query}")
-        texts = []
+        settings, texts = self.settings, list[str]()
         for query, instruction in zip(queries, instructions, strict=True):
             ids = self.tokenizer.encode(query, add_special_tokens=False).ids
-            if len(ids) > self.settings.max_query_tokens:
-                query = self.tokenizer.decode(ids[: self.settings.max_query_tokens])
-            fill = instruction or self.settings.default_instruction
-            texts.append(before.replace("{instruction}", fill) + query + after.replace("{instruction}", fill))
+            if len(ids) > settings.max_query_tokens:
+                query = self.tokenizer.decode(ids[: settings.max_query_tokens])
+            fill = instruction or settings.default_instruction
+            texts.append(settings.prompt_template.format(instruction=fill, query=query))
         return [e.ids for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     def encode(self, rows: list[list[int]], chunk: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,17 +108,14 @@ class TrainableCheckpoint:
 
         Passages are encoded in chunks of like length, then put back in order.
         """
-        encoder, device = self.model.model.encoder.text_model, self.model.device
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        width = len(rows[order[-1]])
-        states, masks = [], []
-        for start in range(0, len(order), chunk):
-            ids, mask = _pad([rows[i] for i in order[start : start + chunk]], device)
-            hidden = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-            states.append(pad_right(hidden, (0, 0, 0, width - ids.shape[1])))
-            masks.append(pad_right(mask, (0, width - ids.shape[1])))
-        back = torch.argsort(torch.tensor(order)).to(device)
-        return torch.cat(states)[back], torch.cat(masks)[back]
+        ids, mask = _pad(rows, self.model.device)
+        chunks, back = _by_length(rows, chunk)
+        states = []
+        for part in chunks:
+            width = len(rows[part[-1]])
+            read = self.model.model.encoder.text_model(input_ids=ids[part, :width], attention_mask=mask[part, :width])
+            states.append(pad_right(read.last_hidden_state, (0, 0, 0, ids.shape[1] - width)))
+        return torch.cat(states)[back.to(ids.device)], mask
 
     def margins(self, prompts: list[list[int]], states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Yes-logit minus no-logit at the last prompt token; prompts[i] reads states[i].
@@ -132,13 +123,9 @@ class TrainableCheckpoint:
         (batch, num_states, dim) -> (batch,) float32
         """
         ids, prompt_mask = _pad(prompts, self.model.device)
-        hidden = self.model.model.decoder(
-            input_ids=ids,
-            attention_mask=prompt_mask,
-            encoder_hidden_states=states,
-            encoder_attention_mask=mask,
-            use_cache=False,
-        ).last_hidden_state
+        passages = {"encoder_hidden_states": states, "encoder_attention_mask": mask}
+        decoder = self.model.model.decoder
+        hidden = decoder(input_ids=ids, attention_mask=prompt_mask, use_cache=False, **passages).last_hidden_state
         last = hidden[torch.arange(len(prompts), device=hidden.device), prompt_mask.sum(1) - 1]  # (batch, dim)
         embedding, (yes, no) = self.model.model.encoder.text_model.embed_tokens.weight, self.answers
         margin: torch.Tensor = last @ (embedding[yes] - embedding[no]).to(last.dtype)
@@ -151,24 +138,19 @@ class TrainableCheckpoint:
 
         Pairs are scored in chunks of like prompt length: padding every prompt to the longest costs half as much again.
         """
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        chunks, back = _by_length(prompts, chunk)
         parts = []
-        for start in range(0, len(order), chunk):
-            part = order[start : start + chunk]
+        for part in chunks:
             which = rows[torch.tensor(part, device=rows.device)]
             longest = int(mask[which].sum(1).max())
             parts.append(self.margins([prompts[i] for i in part], states[which, :longest], mask[which, :longest]))
-        return torch.cat(parts)[torch.argsort(torch.tensor(order)).to(rows.device)]
+        return torch.cat(parts)[back.to(rows.device)]
 
     def save(self, folder: Path) -> None:
         """Write bf16 weights (the tied embedding once), config.json, tokenizer files and preread.json."""
         folder.mkdir(parents=True, exist_ok=True)
-        tied = set(self.model.all_tied_weights_keys)
-        weights = {
-            k: v.detach().to("cpu", torch.bfloat16).contiguous()
-            for k, v in self.model.state_dict().items()
-            if k not in tied
-        }
+        state, tied = self.model.state_dict(), set(self.model.all_tied_weights_keys)
+        weights = {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in state.items() if k not in tied}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         config: Any = self.model.config
         config.architectures = [type(self.model).__name__]
@@ -177,12 +159,10 @@ class TrainableCheckpoint:
         config.dtype = torch.bfloat16
         config.save_pretrained(folder)
         self.tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
-        names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-        tokenizer_config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_max_length": self.settings.max_passage_tokens,
-            **{k: v for k, v in names.items() if self.tokenizer.token_to_id(v) is not None},
-        }
+        limit = self.settings.max_passage_tokens
+        tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": limit}
+        special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep")}
+        tokenizer_config |= {k: v for k, v in special.items() if self.tokenizer.token_to_id(v) is not None}
         settings = {"format_version": FORMAT_VERSION} | asdict(self.settings)
         for name, values in (("tokenizer_config.json", tokenizer_config), (FILE_NAME, settings)):
             (folder / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

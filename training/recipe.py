@@ -1,7 +1,5 @@
 """The recipe of a training run: TOML fields and flags of the same names."""
 
-from __future__ import annotations
-
 import dataclasses
 import tomllib
 from dataclasses import dataclass
@@ -55,12 +53,10 @@ class Recipe:
     def read(cls, path: Path | None, overrides: dict[str, Any]) -> Self:
         """Read a TOML file, with `overrides` that are not None over it. ValueError names an unknown field."""
         values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8")) if path else {}
-        known = {f.name for f in dataclasses.fields(cls)}
-        if unknown := set(values) - known:
+        if unknown := values.keys() - (known := {f.name for f in dataclasses.fields(cls)}):
             raise ValueError(f"{path}: unknown fields {sorted(unknown)}, expected some of {sorted(known)}")
         values |= {name: value for name, value in overrides.items() if value is not None}
-        for name, value in values.items():
-            values[name] = tuple(value) if isinstance(value, list) else value
+        values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
         return cls(**values)
 
     def rate(self, step: int) -> float:

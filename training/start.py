@@ -16,8 +16,6 @@ The vocabulary's pieces are a subset of MiniLM's, so the teacher can read text c
 lost its own piece falls apart into shorter pieces, down to single letters; only unseen scripts become [UNK].
 """
 
-from __future__ import annotations
-
 import json
 import math
 import random
@@ -27,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sentence_transformers import SentenceTransformer
 from tokenizers import Encoding, Tokenizer
 from torch.nn.functional import pad as pad_left
 from torch.nn.utils.rnn import pad_sequence
@@ -35,7 +34,7 @@ from transformers import T5Gemma2Config, T5Gemma2ForConditionalGeneration
 
 from training.collections import read_jsonl
 from training.model import MINI, TrainableCheckpoint
-from training.teacher import MINILM_FOLDER, MiniLM
+from training.teacher import MINILM_FOLDER
 
 HIDDEN, HEAD = 384, 160
 CONTENT, COPY = slice(0, 160), slice(160, 320)
@@ -53,33 +52,18 @@ CLS = SPECIAL.index("[CLS]")
 
 def _config(vocab_size: int, intermediate_size: int) -> T5Gemma2Config:
     """Two encoder and three decoder layers, and a vision tower of a few thousand parameters that text never touches."""
+    rope = {"rope_type": "default", "rope_theta": 1e8}
     text = {
-        "vocab_size": vocab_size,
-        "hidden_size": HIDDEN,
-        "intermediate_size": intermediate_size,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": HEAD,
-        "sliding_window": 1024,
-        "max_position_embeddings": 8192,
-        "query_pre_attn_scalar": 256,
-        "dropout_rate": 0.0,
-        "pad_token_id": 0,
-        "bos_token_id": 4,
-        "eos_token_id": 5,
-        "rope_parameters": {
-            kind: {"rope_type": "default", "rope_theta": 1e8} for kind in ("full_attention", "sliding_attention")
-        },
-    }
+        "vocab_size": vocab_size, "hidden_size": HIDDEN, "intermediate_size": intermediate_size,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": HEAD, "query_pre_attn_scalar": 256,
+        "sliding_window": 1024, "max_position_embeddings": 8192, "dropout_rate": 0.0,
+        "pad_token_id": 0, "bos_token_id": 4, "eos_token_id": 5,
+        "rope_parameters": {"full_attention": rope, "sliding_attention": rope},
+    }  # fmt: skip
     vision = {
-        "model_type": "siglip_vision_model",
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 1,
-        "image_size": 224,
-        "patch_size": 14,
-    }
+        "model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 1, "image_size": 224, "patch_size": 14,
+    }  # fmt: skip
     image: dict[str, Any] = {"eoi_token_index": 1, "image_token_index": 2}
     encoder = {"text_config": text | {"num_hidden_layers": 2}, "vision_config": vision, "boi_token_index": 1, **image}
     return T5Gemma2Config(encoder=encoder, decoder=text | {"num_hidden_layers": 3}, **image)
@@ -91,10 +75,7 @@ def soft_maxsim_model(
 ) -> Any:
     """A T5Gemma2 with the starting weights.
 
-    Args:
-        vectors: (vocab, WIDTH), strongest component last.
-        rarity: (vocab,)
-        answers: ids of the yes and the no token.
+    vectors: (vocab, WIDTH), strongest component last; rarity: (vocab,); answers: ids of the yes and the no token
     """
     model: Any = T5Gemma2ForConditionalGeneration(_config(len(vectors), intermediate_size))
     encoder, decoder = model.model.encoder.text_model, model.model.decoder
@@ -118,8 +99,7 @@ def soft_maxsim_model(
             layer.post_feedforward_layernorm.weight.fill_(-0.9)
     _copy_layer(encoder.layers[0], eye)
     encoder.norm.weight[PASSAGE_FLAG] = 1.0
-    for hidden_from_passages in (PROMPT_FLAG, RARITY, WON, LOST):
-        encoder.norm.weight[hidden_from_passages] = -1.0
+    encoder.norm.weight[PROMPT_FLAG.start :] = -1.0  # RARITY, WON and LOST too: passages show none of them
     for layer in decoder.layers:
         layer.pre_self_attn_layernorm.weight[PASSAGE_FLAG] = -1.0
     _match_layer(decoder.layers[0], eye)
@@ -139,13 +119,16 @@ def _copy_layer(layer: Any, eye: torch.Tensor) -> None:
     layer.post_self_attn_layernorm.weight.fill_(0.0)
 
 
+def _noise(attention: Any, *stds: float) -> None:
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    for linear, std in zip(projections, stds, strict=True):
+        linear.weight.normal_(std=std)
+
+
 def _match_layer(layer: Any, eye: torch.Tensor) -> None:
     """Decoder layer 0: WON <- attention mass on the passage, LOST <- mass on the prompt."""
     attention = layer.self_attn
-    attention.q_proj.weight.normal_(std=0.01)
-    attention.k_proj.weight.normal_(std=0.001)
-    attention.v_proj.weight.normal_(std=0.02)
-    attention.o_proj.weight.normal_(std=0.01)
+    _noise(attention, 0.01, 0.001, 0.02, 0.01)
     attention.k_proj.weight[:, COPY] += eye
     attention.v_proj.weight[0:8, PASSAGE_FLAG] += torch.eye(8)
     attention.v_proj.weight[8:16, PROMPT_FLAG] += torch.eye(4).repeat(2, 1)
@@ -162,10 +145,7 @@ def _match_layer(layer: Any, eye: torch.Tensor) -> None:
 def _gather_layer(layer: Any) -> None:
     """Decoder layer 1: the last token averages WON and LOST over the prompt, rare words first."""
     attention = layer.self_attn
-    attention.q_proj.weight.normal_(std=0.002)
-    attention.k_proj.weight.normal_(std=0.002)
-    attention.v_proj.weight.normal_(std=0.01)
-    attention.o_proj.weight.normal_(std=0.01)
+    _noise(attention, 0.002, 0.002, 0.01, 0.01)
     attention.q_norm.weight.fill_(RARITY_NORM)
     attention.k_proj.weight[SINK, RARITY] += 0.25
     attention.k_proj.weight[SINK + HEAD // 2, PROMPT_FLAG] += 0.25
@@ -207,27 +187,24 @@ def _encodings(tokenizer: Tokenizer, texts: list[str]) -> Iterator[Encoding]:
         yield from tokenizer.encode_batch(texts[start : start + 2000], add_special_tokens=False)
 
 
-def _rarity(tokenizer: Tokenizer, texts: list[str]) -> torch.Tensor:
-    """log(N / (1 + passages with the piece)), a piece never seen as rare as one seen once. -> (vocab,)"""
-    seen = torch.zeros(tokenizer.get_vocab_size())
-    for encoding in _encodings(tokenizer, texts):
-        seen[torch.tensor(sorted(set(encoding.ids)), dtype=torch.long)] += 1
-    return math.log(len(texts)) - torch.log1p(seen)
-
-
-def _token_vectors(tokenizer: Tokenizer, teacher: MiniLM, texts: list[str], max_tokens: int = 64) -> torch.Tensor:
+@torch.inference_mode()
+def _token_vectors(tokenizer: Tokenizer, texts: list[str], max_tokens: int = 64) -> torch.Tensor:
     """One 384-d vector per piece: the mean of its teacher states over `texts`, shrunk to the piece read alone.
 
     -> (vocab, 384). A piece seen n times takes n/(n+4) of the mean in context and the rest of its lone state.
     """
-    size = tokenizer.get_vocab_size()
-    pieces = [tokenizer.id_to_token(i) for i in range(size)]
-    to_teacher = torch.tensor([teacher.tokenizer.convert_tokens_to_ids(piece) for piece in pieces])
-    cls, sep = teacher.tokenizer.cls_token_id, teacher.tokenizer.sep_token_id
+    minilm: Any = SentenceTransformer(str(MINILM_FOLDER), device="cpu")
+
+    def states_of(ids: torch.Tensor, mask: torch.Tensor) -> Any:  # -> (batch, num_tokens, 384)
+        with torch.autocast("cpu", torch.bfloat16):
+            return minilm[0].auto_model(input_ids=ids, attention_mask=mask).last_hidden_state
+
+    size, cls, sep = tokenizer.get_vocab_size(), minilm.tokenizer.cls_token_id, minilm.tokenizer.sep_token_id
+    to_teacher = torch.tensor(minilm.tokenizer.convert_tokens_to_ids([tokenizer.id_to_token(i) for i in range(size)]))
     alone = torch.zeros(size, 384)
     for rows in torch.split(torch.arange(size), 1024):
-        ids = torch.stack([torch.full_like(rows, cls), to_teacher[rows], torch.full_like(rows, sep)], 1)
-        alone[rows] = teacher.token_states(ids, torch.ones_like(ids))[:, 1]
+        ids = pad_left(pad_left(to_teacher[rows, None], (1, 0), value=cls), (0, 1), value=sep)
+        alone[rows] = states_of(ids, torch.ones_like(ids))[:, 1]
     total, count = torch.zeros(size, 384), torch.zeros(size)
     encoded = sorted((e.ids[:max_tokens] for e in tokenizer.encode_batch(texts, add_special_tokens=False)), key=len)
     for start in tqdm(range(0, len(encoded), 64), desc="piece vectors", mininterval=5):
@@ -235,7 +212,7 @@ def _token_vectors(tokenizer: Tokenizer, teacher: MiniLM, texts: list[str], max_
         own = pad_sequence(part, batch_first=True)  # pieces; 0 = padding
         inside = own > 0
         ids = pad_left(torch.where(inside, to_teacher[own], 0), (1, 0), value=cls)
-        states = teacher.token_states(ids, pad_left(inside.long(), (1, 0), value=1))[:, 1:]
+        states = states_of(ids, pad_left(inside.long(), (1, 0), value=1))[:, 1:]
         total.index_add_(0, own[inside], states[inside])
         count.index_add_(0, own[inside], torch.ones(int(inside.sum())))
     weight = (count / (count + 4))[:, None]
@@ -254,11 +231,15 @@ def start(data: Path, out: Path, vocab_size: int = 15000, seed: int = 0, num_tex
     cache = out / "vectors.pt"
     if not cache.exists():
         out.mkdir(parents=True, exist_ok=True)
-        torch.save(_token_vectors(tokenizer, MiniLM(), sample), cache)
+        torch.save(_token_vectors(tokenizer, sample), cache)
     vectors = torch.load(cache, weights_only=True)
     centred = vectors - vectors[len(SPECIAL) :].mean(0)
     directions = torch.linalg.svd(centred[len(SPECIAL) :], full_matrices=False)[2][:WIDTH]
     principal = torch.flip(centred @ directions.T, [1])  # (vocab, WIDTH), the strongest last
+    seen = torch.zeros(len(vectors))  # passages with the piece
+    for encoding in _encodings(tokenizer, texts):
+        seen[torch.tensor(sorted(set(encoding.ids)), dtype=torch.long)] += 1
     checkpoint = TrainableCheckpoint(None, tokenizer, MINI)
-    checkpoint.model = soft_maxsim_model(principal, _rarity(tokenizer, texts), checkpoint.answers)
+    rarity = math.log(len(texts)) - torch.log1p(seen)
+    checkpoint.model = soft_maxsim_model(principal, rarity, checkpoint.answers)
     checkpoint.save(out)

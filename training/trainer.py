@@ -1,7 +1,5 @@
 """The training loop: groups -> encode once -> pool at two ratios -> margins -> loss -> AdamW."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -32,8 +30,9 @@ class Trainer:
         torch.manual_seed(recipe.seed)
         self.model: Any = checkpoint.model.train()
         self.device: torch.device = self.model.device
-        self.model.model.encoder.vision_tower.requires_grad_(False)
-        self.model.model.encoder.multi_modal_projector.requires_grad_(False)
+        encoder, decoder = self.model.model.encoder, self.model.model.decoder
+        encoder.vision_tower.requires_grad_(False)
+        encoder.multi_modal_projector.requires_grad_(False)
         self.sampler = Sampler(groups, checkpoint, recipe, vectors)
         self.peft: Any = None
         if recipe.lora_rank:  # on every attention and MLP projection of both halves, in place
@@ -43,28 +42,25 @@ class Trainer:
             lora = LoraConfig(r=recipe.lora_rank, lora_alpha=recipe.lora_alpha, target_modules=names)
             self.peft = get_peft_model(self.model, lora)
         if recipe.compile:
-            for layer in [*self.model.model.encoder.text_model.layers, *self.model.model.decoder.layers]:
+            for layer in [*encoder.text_model.layers, *decoder.layers]:
                 layer.compile(dynamic=True)
-        embedding = self.model.model.encoder.text_model.embed_tokens.weight
+        embedding = encoder.text_model.embed_tokens.weight
         rest = [p for p in self.model.parameters() if p.requires_grad and p is not embedding]
         rates: list[dict[str, Any]] = [{"params": rest, "factor": 1.0}]
         if embedding.requires_grad:
             rates.append({"params": [embedding], "factor": recipe.embedding_rate, "weight_decay": 0.0})
         self.parameters = [p for group in rates for p in group["params"]]
-        self.optimizer = torch.optim.AdamW(
-            rates, lr=0.0, betas=(0.9, 0.98), weight_decay=recipe.weight_decay, fused=True
-        )
+        decay = recipe.weight_decay
+        self.optimizer = torch.optim.AdamW(rates, lr=0.0, betas=(0.9, 0.98), weight_decay=decay, fused=True)
         self.step = 0
         self._sums: dict[str, torch.Tensor] = {}  # of the weights at so many of recipe.mean_with
-        self._num_summed = 0
-        self._num_warm = 0
+        self._num_summed = self._num_warm = 0
         self._workers: ThreadPoolExecutor | None = None
-        if recipe.batches_per_step > 1 and self.device.type == "cpu":  # a thread a batch, none inside an operation
-            self._workers = ThreadPoolExecutor(
-                recipe.batches_per_step, initializer=torch.set_num_threads, initargs=(1,)
-            )
+        if (count := recipe.batches_per_step) > 1 and self.device.type == "cpu":
+            # A thread a batch, none inside an operation.
+            self._workers = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
 
-    def loss(self, number: int, batch: Step) -> torch.Tensor:
+    def _loss(self, number: int, batch: Step) -> torch.Tensor:
         """Of batch `number`: the sum over one low and one high ratio; passages are encoded once."""
         recipe, (num_queries, width) = self.recipe, batch.candidates.shape
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + number)
@@ -73,23 +69,40 @@ class Trainer:
         prompts = [batch.prompts[int(i) // width] for i in pairs]
         rows = batch.candidates.flatten()[pairs].to(self.device)
         valid, teacher = batch.valid.to(self.device), batch.teacher.to(self.device)
-        terms = recipe.distil, recipe.distil_temperature, recipe.binary
         total = torch.zeros((), device=self.device)
-        for ratios in (recipe.ratios_low, recipe.ratios_high):
-            if not ratios:
-                continue
+        for ratios in filter(None, (recipe.ratios_low, recipe.ratios_high)):
             ratio = ratios[int(torch.randint(len(ratios), (), generator=generator))]
             margin = self.checkpoint.pair_margins(prompts, rows, *mean_pool(states, mask, ratio))
             table = torch.zeros(num_queries * width, device=self.device).index_put((pairs.to(self.device),), margin)
+            terms = recipe.distil, recipe.distil_temperature, recipe.binary
             total = total + group_loss(table.view(num_queries, width), valid, teacher, *terms)
         return total
+
+    def gradients(self, number: int, batch: Step) -> tuple[float, tuple[torch.Tensor | None, ...]]:
+        """Loss and gradients of one batch; safe in several threads at once, which share nothing but the weights.
+
+        Several threads would share autocast's cache of cast weights, and sum gradients in an order of chance.
+        """
+        bf16 = self.recipe.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16, cache_enabled=self._workers is None):
+            loss = self._loss(number, batch)
+        return float(loss.detach()), torch.autograd.grad(loss, self.parameters, allow_unused=True)
 
     def advance(self) -> float:
         """One optimiser step, returns its loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate * group["factor"] * self.recipe.rate(self.step)
         first = self.step * self.recipe.batches_per_step
-        made = self._gradients_of(range(first, first + self.recipe.batches_per_step))
+        numbers = range(first, first + self.recipe.batches_per_step)
+        batches = [self.sampler.step(number) for number in numbers]  # the sampler is no work for several threads
+        self._num_warm += 1
+        if self._workers is None:
+            made = list(map(self.gradients, numbers, batches))
+        elif self.recipe.compile and self._num_warm <= 3:  # nor is compiling
+            pairs = zip(numbers, batches, strict=True)
+            made = [self._workers.submit(self.gradients, *pair).result() for pair in pairs]
+        else:
+            made = list(self._workers.map(self.gradients, numbers, batches))
         for parameter, *parts in zip(self.parameters, *(gradients for _, gradients in made), strict=True):
             known = [part for part in parts if part is not None]
             parameter.grad = torch.stack(known).mean(0) if len(known) > 1 else known[0] if known else None
@@ -99,27 +112,6 @@ class Trainer:
         if self.step in self.recipe.mean_with:
             self._add_weights()
         return sum(loss for loss, _ in made) / len(made)
-
-    def _gradients_of(self, numbers: range) -> list[tuple[float, tuple[torch.Tensor | None, ...]]]:
-        """Loss and gradients of each batch, in their order."""
-        batches = [self.sampler.step(number) for number in numbers]  # the sampler is no work for several threads
-        if self._workers is None:
-            return [self.gradients(number, batch) for number, batch in zip(numbers, batches, strict=True)]
-        self._num_warm += 1
-        if self.recipe.compile and self._num_warm <= 3:  # nor is compiling
-            pairs = zip(numbers, batches, strict=True)
-            return [self._workers.submit(self.gradients, number, batch).result() for number, batch in pairs]
-        return list(self._workers.map(self.gradients, numbers, batches))
-
-    def gradients(self, number: int, batch: Step) -> tuple[float, tuple[torch.Tensor | None, ...]]:
-        """Loss and gradients of one batch; safe in several threads at once, which share nothing but the weights.
-
-        Several threads would share autocast's cache of cast weights, and sum gradients in an order of chance.
-        """
-        bf16 = self.recipe.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16, cache_enabled=self._workers is None):
-            loss = self.loss(number, batch)
-        return float(loss.detach()), torch.autograd.grad(loss, self.parameters, allow_unused=True)
 
     def run(self, evaluate: Callable[[], str] | None = None) -> None:
         """Train to the last step, saving the resume state and evaluating on the way, then write the checkpoint."""
@@ -155,23 +147,15 @@ class Trainer:
     def save_state(self) -> None:
         """Everything a resumed run needs, written aside and renamed."""
         self.out.mkdir(parents=True, exist_ok=True)
-        state = {
-            "step": self.step,
-            "model": dict(self.model.state_dict()),
-            "optimizer": self.optimizer.state_dict(),
-            "sums": self._sums,
-            "num_summed": self._num_summed,
-        }
-        torch.save(state, self.out / "state.tmp")
+        state = {"step": self.step, "model": dict(self.model.state_dict()), "optimizer": self.optimizer.state_dict()}
+        torch.save(state | {"sums": self._sums, "num_summed": self._num_summed}, self.out / "state.tmp")
         os.replace(self.out / "state.tmp", self.out / "state.pt")
 
     def resume(self) -> None:
         """Go on from the state in `out`; FileNotFoundError where there is none."""
         state = torch.load(self.out / "state.pt", map_location=self.device, weights_only=True)
         self.model.load_state_dict(state["model"])
-        factors = [group["factor"] for group in self.optimizer.param_groups]
+        for saved, group in zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True):
+            saved["factor"] = group["factor"]  # this recipe's
         self.optimizer.load_state_dict(state["optimizer"])
-        for group, factor in zip(self.optimizer.param_groups, factors, strict=True):
-            group["factor"] = factor
-        self.step = state["step"]
-        self._sums, self._num_summed = state["sums"], state["num_summed"]
+        self.step, self._sums, self._num_summed = state["step"], state["sums"], state["num_summed"]
