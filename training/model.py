@@ -63,10 +63,8 @@ class TrainableCheckpoint:
 
     @classmethod
     def load(cls, folder: Path, device: str = "cpu") -> Self:
-        """Read a checkpoint in fp32; the device `auto` is a GPU where there is one.
-
-        Raises FileNotFoundError where a file is missing, ValueError where one has a wrong value.
-        """
+        """Read a checkpoint in fp32; the device `auto` is a GPU where there is one. Raises FileNotFoundError where a
+        file is missing, ValueError where one has a wrong value."""
         for name in ("config.json", "tokenizer.json"):
             if not (folder / name).exists():
                 raise FileNotFoundError(f"{folder}: no {name}, expected a T5Gemma2 checkpoint directory")
@@ -104,9 +102,9 @@ class TrainableCheckpoint:
         return [e.ids for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     def encode(self, rows: list[list[int]], chunk: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token states after the final norm. -> (num_passages, num_tokens, dim), (num_passages, num_tokens)
+        """Token states after the final norm, and their mask; passages of like length are encoded together.
 
-        Passages are encoded in chunks of like length, then put back in order.
+        -> (num_passages, num_tokens, dim), (num_passages, num_tokens)
         """
         ids, mask = _pad(rows, self.model.device)
         chunks, back = _by_length(rows, chunk)
@@ -118,14 +116,10 @@ class TrainableCheckpoint:
         return torch.cat(states)[back.to(ids.device)], mask
 
     def margins(self, prompts: list[list[int]], states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Yes-logit minus no-logit at the last prompt token; prompts[i] reads states[i].
-
-        (batch, num_states, dim) -> (batch,) float32
-        """
+        """Yes-logit minus no-logit at the last token of prompts[i], which reads states[i]. -> (batch,) float32"""
         ids, prompt_mask = _pad(prompts, self.model.device)
-        passages = {"encoder_hidden_states": states, "encoder_attention_mask": mask}
-        decoder = self.model.model.decoder
-        hidden = decoder(input_ids=ids, attention_mask=prompt_mask, use_cache=False, **passages).last_hidden_state
+        given = {"input_ids": ids, "attention_mask": prompt_mask, "encoder_hidden_states": states}
+        hidden = self.model.model.decoder(**given, encoder_attention_mask=mask, use_cache=False).last_hidden_state
         last = hidden[torch.arange(len(prompts), device=hidden.device), prompt_mask.sum(1) - 1]  # (batch, dim)
         embedding, (yes, no) = self.model.model.encoder.text_model.embed_tokens.weight, self.answers
         margin: torch.Tensor = last @ (embedding[yes] - embedding[no]).to(last.dtype)
@@ -139,12 +133,12 @@ class TrainableCheckpoint:
         Pairs are scored in chunks of like prompt length: padding every prompt to the longest costs half as much again.
         """
         chunks, back = _by_length(prompts, chunk)
-        parts = []
+        margins = []
         for part in chunks:
             which = rows[torch.tensor(part, device=rows.device)]
             longest = int(mask[which].sum(1).max())
-            parts.append(self.margins([prompts[i] for i in part], states[which, :longest], mask[which, :longest]))
-        return torch.cat(parts)[back.to(rows.device)]
+            margins.append(self.margins([prompts[i] for i in part], states[which, :longest], mask[which, :longest]))
+        return torch.cat(margins)[back.to(rows.device)]
 
     def save(self, folder: Path) -> None:
         """Write bf16 weights (the tied embedding once), config.json, tokenizer files and preread.json."""
@@ -176,11 +170,10 @@ def group_loss(
     margins, valid, teacher: (num_queries, K), candidate 0 relevant. The KL compares the candidates the teacher scored,
     its softmax taken at `temperature`. The binary term ties margins to P(yes) across queries.
     """
-    scores = margins.masked_fill(~valid, -1e4)
-    target = torch.zeros_like(margins)
-    target[:, 0] = 1
-    loss = functional.cross_entropy(scores, torch.zeros(len(scores), dtype=torch.long, device=scores.device))
+    relevant = torch.zeros(len(margins), dtype=torch.long, device=margins.device)
+    loss = functional.cross_entropy(margins.masked_fill(~valid, -1e4), relevant)
     if binary:
+        target = functional.one_hot(relevant, margins.shape[1]).to(margins.dtype)
         loss = loss + binary * functional.binary_cross_entropy_with_logits(margins[valid], target[valid])
     known = valid & ~teacher.isnan()
     rows = known.sum(1) > 1

@@ -37,8 +37,7 @@ class Recipe:
     evaluate_every: int = 500
     evaluate_queries: int = 100
     precision: str = "bf16"  # or fp32
-    # Compiles every layer once (a minute or more): RMSNorm and GELU passes dominate a small model on CPU.
-    compile: bool = False
+    compile: bool = False  # every layer, once (a minute or more): RMSNorm and GELU passes dominate a small model on CPU
 
     def __post_init__(self) -> None:
         for name in ("steps", "queries_per_step", "batches_per_step", "save_every", "evaluate_every"):

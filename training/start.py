@@ -1,19 +1,18 @@
 """`python -m training start`: a trimmed vocabulary, and weights that already compute a soft MaxSim.
 
-The residual stream is divided. CONTENT holds a piece's static vector; encoder layer 0 attends to like tokens and
-copies CONTENT into COPY, which is empty in every prompt token. In decoder layer 0 queries read CONTENT and keys read
-COPY: the attention of a prompt token over the passage states is a match, and [CLS], whose COPY holds one reserved
-direction that every query carries a little of, is the rival it must beat. Values carry two flags, one seen on passage
-states only and one on prompt tokens only, so that the mass won and the mass lost land in two scratch ranges whose
-ratio survives the post-norm. In decoder layer 1 the last token averages those ranges over the prompt with a weight
-that grows with RARITY. The yes and no rows of the tied embedding read them. Everything else starts almost silent.
+The residual stream is divided. CONTENT holds a piece's static vector; encoder layer 0 copies it into COPY, which is
+empty in every prompt token. In decoder layer 0 queries read CONTENT and keys read COPY: the attention of a prompt token
+over the passage states is a match, and [CLS], whose COPY holds one reserved direction that every query carries a little
+of, is the rival it must beat. Values carry two flags, one seen on passage states only and one on prompt tokens only, so
+that the mass won and the mass lost land in two scratch ranges whose ratio survives the post-norm. In decoder layer 1
+the last token averages those ranges over the prompt, with a weight that grows with RARITY. The yes and no rows of the
+tied embedding read them. Everything else starts almost silent.
 
-The reasons for the layout: T5Gemma2's post-norms add unit-size updates, so silent layers need small post-norm weights;
-self and passage share k_proj and v_proj, so a flag must tell them apart; queries are rotated by RoPE and passage keys
-are not, so theta is large and strong components sit in the slow half.
-
-The vocabulary's pieces are a subset of MiniLM's, so the teacher can read text cut by the trimmed tokenizer. A word that
-lost its own piece falls apart into shorter pieces, down to single letters; only unseen scripts become [UNK].
+Reasons: T5Gemma2's post-norms add unit-size updates, so silent layers need small post-norm weights; self and passage
+share k_proj and v_proj, so a flag must tell them apart; queries are rotated by RoPE and passage keys are not, so theta
+is large and strong components sit in the slow half. The vocabulary's pieces are a subset of MiniLM's, so the teacher
+can read text cut by the trimmed tokenizer. A word that lost its own piece falls apart into shorter pieces, down to
+single letters; only unseen scripts become [UNK].
 """
 
 import json
@@ -47,7 +46,6 @@ SINK_SHARE = 1.2  # how much of every query points at [CLS]
 SHARPNESS = 1.0  # added to the query norm weight of decoder layer 0
 RARITY_NORM = -0.6  # query norm weight of decoder layer 1: how strongly rare words win
 SPECIAL = ("[PAD]", "[unused0]", "[unused1]", "[UNK]", "[CLS]", "[SEP]")
-CLS = SPECIAL.index("[CLS]")
 
 
 def _config(vocab_size: int, intermediate_size: int) -> T5Gemma2Config:
@@ -86,18 +84,20 @@ def soft_maxsim_model(
     embedding.zero_()
     embedding[:, rope_order] = torch.nn.functional.normalize(vectors, dim=1) * size
     embedding[: len(SPECIAL), CONTENT] = 0
-    embedding[CLS, COPY.start + SINK] = size
+    embedding[SPECIAL.index("[CLS]"), COPY.start + SINK] = size
     embedding[:, PASSAGE_FLAG] = embedding[:, PROMPT_FLAG] = 1 / root
     embedding[:, RARITY] = ((rarity - 2.0).clamp(min=-1, max=6) / 3 / root)[:, None]
     embedding[: len(SPECIAL), RARITY] = -1 / root
     for token, sign in zip(answers, (1, -1), strict=True):
         embedding[token, WON] = sign * 2 / root
         embedding[token, LOST] = -sign * 2 / root
-    for stack in (encoder, decoder):
-        for layer in stack.layers:  # 1 + weight = 0.1
-            layer.post_self_attn_layernorm.weight.fill_(-0.9)
-            layer.post_feedforward_layernorm.weight.fill_(-0.9)
-    _copy_layer(encoder.layers[0], eye)
+    for layer in (*encoder.layers, *decoder.layers):  # 1 + weight = 0.1
+        layer.post_self_attn_layernorm.weight.fill_(-0.9)
+        layer.post_feedforward_layernorm.weight.fill_(-0.9)
+    # Encoder layer 0: attend to like tokens, copy CONTENT into COPY: a lightly contextual copy.
+    q, k, v, o = _projections(encoder.layers[0], 0.0, 0.0, 0.0, 0.0, post_norm=0.0)
+    k[:, CONTENT] = v[:, CONTENT] = eye
+    q[:, CONTENT], o[COPY] = eye.repeat(2, 1), eye.repeat(1, 2) / 2
     encoder.norm.weight[PASSAGE_FLAG] = 1.0
     encoder.norm.weight[PROMPT_FLAG.start :] = -1.0  # RARITY, WON and LOST too: passages show none of them
     for layer in decoder.layers:
@@ -107,62 +107,51 @@ def soft_maxsim_model(
     return model
 
 
-def _copy_layer(layer: Any, eye: torch.Tensor) -> None:
-    """Encoder layer 0: attend to like tokens, copy CONTENT into COPY: a lightly contextual copy."""
-    attention = layer.self_attn
-    for linear in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj):
-        linear.weight.zero_()
-    attention.k_proj.weight[:, CONTENT] = attention.v_proj.weight[:, CONTENT] = eye
-    for head in (slice(0, HEAD), slice(HEAD, 2 * HEAD)):
-        attention.q_proj.weight[head, CONTENT] = eye
-        attention.o_proj.weight[COPY, head] = eye / 2
-    layer.post_self_attn_layernorm.weight.fill_(0.0)
-
-
-def _noise(attention: Any, *stds: float) -> None:
-    projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-    for linear, std in zip(projections, stds, strict=True):
-        linear.weight.normal_(std=std)
+def _projections(layer: Any, *stds: float, post_norm: float) -> list[torch.Tensor]:
+    """Weights of a layer's q, k, v and o, drawn with these deviations; its attention's post-norm is set."""
+    layer.post_self_attn_layernorm.weight.fill_(post_norm)
+    weights = [getattr(layer.self_attn, f"{name}_proj").weight for name in "qkvo"]
+    for weight, std in zip(weights, stds, strict=True):
+        if std:
+            weight.normal_(std=std)
+        else:  # draws no numbers
+            weight.zero_()
+    return weights
 
 
 def _match_layer(layer: Any, eye: torch.Tensor) -> None:
     """Decoder layer 0: WON <- attention mass on the passage, LOST <- mass on the prompt."""
-    attention = layer.self_attn
-    _noise(attention, 0.01, 0.001, 0.02, 0.01)
-    attention.k_proj.weight[:, COPY] += eye
-    attention.v_proj.weight[0:8, PASSAGE_FLAG] += torch.eye(8)
-    attention.v_proj.weight[8:16, PROMPT_FLAG] += torch.eye(4).repeat(2, 1)
-    attention.q_norm.weight.fill_(SHARPNESS)
+    q, k, v, o = _projections(layer, 0.01, 0.001, 0.02, 0.01, post_norm=0.0)
+    layer.self_attn.q_norm.weight.fill_(SHARPNESS)
+    k[:, COPY] += eye
+    v[0:8, PASSAGE_FLAG] += torch.eye(8)
+    v[8:16, PROMPT_FLAG] += torch.eye(4).repeat(2, 1)
     for start in (0, HEAD):
-        attention.q_proj.weight[start : start + HEAD, CONTENT] += eye
-        attention.q_proj.weight[start + SINK, PROMPT_FLAG] += 2 * SINK_SHARE
-        for j in range(24):
-            attention.o_proj.weight[WON.start + j, start + j % 8] += 1
-            attention.o_proj.weight[LOST.start + j, start + 8 + j % 8] += 2  # passages carry their flag doubled
-    layer.post_self_attn_layernorm.weight.fill_(0.0)
+        q[start : start + HEAD, CONTENT] += eye
+        q[start + SINK, PROMPT_FLAG] += 2 * SINK_SHARE
+        o[WON, start : start + 8] += torch.eye(8).repeat(3, 1)
+        o[LOST, start + 8 : start + 16] += 2 * torch.eye(8).repeat(3, 1)  # passages carry their flag doubled
 
 
 def _gather_layer(layer: Any) -> None:
     """Decoder layer 1: the last token averages WON and LOST over the prompt, rare words first."""
-    attention = layer.self_attn
-    _noise(attention, 0.002, 0.002, 0.01, 0.01)
-    attention.q_norm.weight.fill_(RARITY_NORM)
-    attention.k_proj.weight[SINK, RARITY] += 0.25
-    attention.k_proj.weight[SINK + HEAD // 2, PROMPT_FLAG] += 0.25
-    attention.v_proj.weight[16:40, WON] += torch.eye(24)
-    attention.v_proj.weight[40:64, LOST] += torch.eye(24)
+    q, k, v, o = _projections(layer, 0.002, 0.002, 0.01, 0.01, post_norm=0.5)
+    layer.self_attn.q_norm.weight.fill_(RARITY_NORM)
+    k[SINK, RARITY] += 0.25
+    k[SINK + HEAD // 2, PROMPT_FLAG] += 0.25
+    v[16:40, WON] += torch.eye(24)
+    v[40:64, LOST] += torch.eye(24)
     for start in (0, HEAD):
-        attention.q_proj.weight[start + SINK, PROMPT_FLAG] += 0.5
-        attention.o_proj.weight[WON, start + 16 : start + 40] += torch.eye(24)
-        attention.o_proj.weight[LOST, start + 40 : start + 64] += torch.eye(24)
-    layer.post_self_attn_layernorm.weight.fill_(0.5)
+        q[start + SINK, PROMPT_FLAG] += 0.5
+        o[WON, start + 16 : start + 40] += torch.eye(24)
+        o[LOST, start + 40 : start + 64] += torch.eye(24)
 
 
 def trim(tokenizer_json: str, texts: list[str], size: int, corpus_share: float = 0.65) -> Tokenizer:
     """Keep letters, then the pieces most frequent in `texts`, then MiniLM's own order (roughly English frequency)."""
-    full = Tokenizer.from_str(tokenizer_json)
-    full.no_padding()
-    full.no_truncation()
+    state = json.loads(tokenizer_json)
+    state["post_processor"] = state["padding"] = state["truncation"] = None  # templates write [CLS] and [SEP]
+    full = Tokenizer.from_str(json.dumps(state))
     old = sorted(full.get_vocab().items(), key=lambda item: item[1])
     counts = Counter(token for encoding in _encodings(full, texts) for token in encoding.tokens)
     latin = [piece for piece, _ in old if len(piece.removeprefix("##")) == 1 and ord(piece[-1]) < 0x250]
@@ -173,12 +162,9 @@ def trim(tokenizer_json: str, texts: list[str], size: int, corpus_share: float =
                 break
             if not piece.startswith("[") and all(ord(c) < 0x250 or 0x2010 <= ord(c) < 0x2040 for c in piece):
                 keep.setdefault(piece)
-    state = json.loads(tokenizer_json)
     state["model"]["vocab"] = {piece: i for i, piece in enumerate(keep)}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     state["added_tokens"] = [{"id": i, "content": piece, **flags, "special": True} for i, piece in enumerate(SPECIAL)]
-    # Templates write [CLS] and [SEP] themselves.
-    state["post_processor"] = state["padding"] = state["truncation"] = None
     return Tokenizer.from_str(json.dumps(state))
 
 
@@ -194,17 +180,13 @@ def _token_vectors(tokenizer: Tokenizer, texts: list[str], max_tokens: int = 64)
     -> (vocab, 384). A piece seen n times takes n/(n+4) of the mean in context and the rest of its lone state.
     """
     minilm: Any = SentenceTransformer(str(MINILM_FOLDER), device="cpu")
-
-    def states_of(ids: torch.Tensor, mask: torch.Tensor) -> Any:  # -> (batch, num_tokens, 384)
-        with torch.autocast("cpu", torch.bfloat16):
-            return minilm[0].auto_model(input_ids=ids, attention_mask=mask).last_hidden_state
-
-    size, cls, sep = tokenizer.get_vocab_size(), minilm.tokenizer.cls_token_id, minilm.tokenizer.sep_token_id
-    to_teacher = torch.tensor(minilm.tokenizer.convert_tokens_to_ids([tokenizer.id_to_token(i) for i in range(size)]))
+    read, full = minilm[0].auto_model, minilm.tokenizer
+    size, cls, sep = tokenizer.get_vocab_size(), full.cls_token_id, full.sep_token_id
+    to_teacher = torch.tensor(full.convert_tokens_to_ids([tokenizer.id_to_token(i) for i in range(size)]))
     alone = torch.zeros(size, 384)
     for rows in torch.split(torch.arange(size), 1024):
         ids = pad_left(pad_left(to_teacher[rows, None], (1, 0), value=cls), (0, 1), value=sep)
-        alone[rows] = states_of(ids, torch.ones_like(ids))[:, 1]
+        alone[rows] = read(ids, torch.ones_like(ids)).last_hidden_state[:, 1]
     total, count = torch.zeros(size, 384), torch.zeros(size)
     encoded = sorted((e.ids[:max_tokens] for e in tokenizer.encode_batch(texts, add_special_tokens=False)), key=len)
     for start in tqdm(range(0, len(encoded), 64), desc="piece vectors", mininterval=5):
@@ -212,7 +194,7 @@ def _token_vectors(tokenizer: Tokenizer, texts: list[str], max_tokens: int = 64)
         own = pad_sequence(part, batch_first=True)  # pieces; 0 = padding
         inside = own > 0
         ids = pad_left(torch.where(inside, to_teacher[own], 0), (1, 0), value=cls)
-        states = states_of(ids, pad_left(inside.long(), (1, 0), value=1))[:, 1:]
+        states = read(ids, pad_left(inside.long(), (1, 0), value=1)).last_hidden_state[:, 1:]
         total.index_add_(0, own[inside], states[inside])
         count.index_add_(0, own[inside], torch.ones(int(inside.sum())))
     weight = (count / (count + 4))[:, None]
@@ -220,10 +202,7 @@ def _token_vectors(tokenizer: Tokenizer, texts: list[str], max_tokens: int = 64)
 
 
 def start(data: Path, out: Path, vocab_size: int = 15000, seed: int = 0, num_texts: int = 30000) -> None:
-    """Training texts -> a checkpoint with a trimmed vocabulary and soft-MaxSim weights.
-
-    Deterministic for a seed; needs `texts.jsonl` of the data step and the MiniLM package.
-    """
+    """Texts of the data step -> a checkpoint with a trimmed vocabulary and soft-MaxSim weights, the same for a seed."""
     torch.manual_seed(seed)
     texts = [row["text"] for _, row in read_jsonl(data / "texts.jsonl")]
     tokenizer = trim((MINILM_FOLDER / "tokenizer.json").read_text(encoding="utf-8"), texts, vocab_size)
@@ -231,7 +210,8 @@ def start(data: Path, out: Path, vocab_size: int = 15000, seed: int = 0, num_tex
     cache = out / "vectors.pt"
     if not cache.exists():
         out.mkdir(parents=True, exist_ok=True)
-        torch.save(_token_vectors(tokenizer, sample), cache)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.save(_token_vectors(tokenizer, sample), cache)
     vectors = torch.load(cache, weights_only=True)
     centred = vectors - vectors[len(SPECIAL) :].mean(0)
     directions = torch.linalg.svd(centred[len(SPECIAL) :], full_matrices=False)[2][:WIDTH]

@@ -55,15 +55,14 @@ class VectorCache:
     def embed(self, texts: list[str], max_tokens: int = 128) -> NDArray[np.float32]:
         """-> (num_texts, 384) unit rows, computed in bf16 as the model card does, rounded to float16."""
         keys = [hashlib.blake2b(f"{max_tokens} {text}".encode(), digest_size=16).digest() for text in texts]
-        missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._kept}
-        new = list(missing)
-        for start in range(0, len(new), self.flush_every):
-            part = new[start : start + self.flush_every]
+        missing = [pair for pair in dict(zip(keys, texts, strict=True)).items() if pair[0] not in self._kept]
+        for start in range(0, len(missing), self.flush_every):
+            new, wanted = zip(*missing[start : start + self.flush_every], strict=True)
             self._model = self._model or SentenceTransformer(str(MINILM_FOLDER), device="cpu")
-            self._model.max_seq_length, wanted = max_tokens, [missing[key] for key in part]
+            self._model.max_seq_length = max_tokens
             with torch.autocast("cpu", torch.bfloat16):
-                vectors = self._model.encode(wanted, batch_size=64, normalize_embeddings=True, show_progress_bar=True)
-            self._kept |= zip(part, vectors.astype(np.float16), strict=True)
+                vectors = self._model.encode(list(wanted), normalize_embeddings=True, show_progress_bar=True)
+            self._kept |= zip(new, vectors.astype(np.float16), strict=True)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             aside = self.path.with_name(self.path.name + ".tmp.npz")
             written = np.frombuffer(b"".join(self._kept), dtype=np.uint8).reshape(-1, 16)

@@ -1,6 +1,5 @@
 """The training loop: groups -> encode once -> pool at two ratios -> margins -> loss -> AdamW."""
 
-import os
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -60,32 +59,26 @@ class Trainer:
             # A thread a batch, none inside an operation.
             self._workers = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
 
-    def _loss(self, number: int, batch: Step) -> torch.Tensor:
-        """Of batch `number`: the sum over one low and one high ratio; passages are encoded once."""
+    def gradients(self, number: int, batch: Step) -> tuple[float, tuple[torch.Tensor | None, ...]]:
+        """Loss of batch `number` (the sum over one low and one high ratio) and its gradients. Safe in several threads
+        at once, which share nothing but the weights."""
         recipe, (num_queries, width) = self.recipe, batch.candidates.shape
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + number)
-        states, mask = self.checkpoint.encode(batch.passages)  # (num_passages, num_tokens, dim)
         pairs = batch.valid.flatten().nonzero()[:, 0]
         prompts = [batch.prompts[int(i) // width] for i in pairs]
         rows = batch.candidates.flatten()[pairs].to(self.device)
         valid, teacher = batch.valid.to(self.device), batch.teacher.to(self.device)
-        total = torch.zeros((), device=self.device)
-        for ratios in filter(None, (recipe.ratios_low, recipe.ratios_high)):
-            ratio = ratios[int(torch.randint(len(ratios), (), generator=generator))]
-            margin = self.checkpoint.pair_margins(prompts, rows, *mean_pool(states, mask, ratio))
-            table = torch.zeros(num_queries * width, device=self.device).index_put((pairs.to(self.device),), margin)
-            terms = recipe.distil, recipe.distil_temperature, recipe.binary
-            total = total + group_loss(table.view(num_queries, width), valid, teacher, *terms)
-        return total
-
-    def gradients(self, number: int, batch: Step) -> tuple[float, tuple[torch.Tensor | None, ...]]:
-        """Loss and gradients of one batch; safe in several threads at once, which share nothing but the weights.
-
-        Several threads would share autocast's cache of cast weights, and sum gradients in an order of chance.
-        """
-        bf16 = self.recipe.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16, cache_enabled=self._workers is None):
-            loss = self._loss(number, batch)
+        terms = recipe.distil, recipe.distil_temperature, recipe.binary
+        loss = torch.zeros((), device=self.device)
+        bf16, alone = recipe.precision == "bf16", self._workers is None
+        # Threads would share autocast's cache of cast weights, and by `backward` sum gradients in an order of chance.
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16, cache_enabled=alone):
+            states, mask = self.checkpoint.encode(batch.passages)  # (num_passages, num_tokens, dim)
+            for ratios in filter(None, (recipe.ratios_low, recipe.ratios_high)):
+                ratio = ratios[int(torch.randint(len(ratios), (), generator=generator))]
+                margin = self.checkpoint.pair_margins(prompts, rows, *mean_pool(states, mask, ratio))
+                table = torch.zeros(num_queries * width, device=self.device).index_put((pairs.to(self.device),), margin)
+                loss = loss + group_loss(table.view(num_queries, width), valid, teacher, *terms)
         return float(loss.detach()), torch.autograd.grad(loss, self.parameters, allow_unused=True)
 
     def advance(self) -> float:
@@ -120,16 +113,17 @@ class Trainer:
         with tqdm(total=self.recipe.steps, initial=self.step, desc="train", mininterval=10) as bar:
             while self.step < self.recipe.steps:
                 recent = [*recent[-99:], self.advance()]
-                bar.set_postfix(loss=f"{sum(recent) / len(recent):.3f}", refresh=False)
+                loss = sum(recent) / len(recent)
+                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                 bar.update(1)
                 last = self.step == self.recipe.steps
                 if self.step % self.recipe.save_every == 0 or last:
                     self.save_state()
                 if evaluate and (self.step % self.recipe.evaluate_every == 0 or last):
-                    took = time.monotonic() - started
+                    progress = f"step {self.step}, {time.monotonic() - started:.0f} s, loss {loss:.4f}"
                     self.model.eval()
                     with torch.compiler.set_stance("force_eager"):  # inference mode would compile every layer again
-                        bar.write(f"step {self.step}, {took:.0f} s, loss {sum(recent) / len(recent):.4f}, {evaluate()}")
+                        bar.write(f"{progress}, {evaluate()}")
                     self.model.train()
         if self._sums:
             self._add_weights()
@@ -148,8 +142,9 @@ class Trainer:
         """Everything a resumed run needs, written aside and renamed."""
         self.out.mkdir(parents=True, exist_ok=True)
         state = {"step": self.step, "model": dict(self.model.state_dict()), "optimizer": self.optimizer.state_dict()}
-        torch.save(state | {"sums": self._sums, "num_summed": self._num_summed}, self.out / "state.tmp")
-        os.replace(self.out / "state.tmp", self.out / "state.pt")
+        aside = self.out / "state.tmp"
+        torch.save(state | {"sums": self._sums, "num_summed": self._num_summed}, aside)
+        aside.replace(self.out / "state.pt")
 
     def resume(self) -> None:
         """Go on from the state in `out`; FileNotFoundError where there is none."""
