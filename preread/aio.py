@@ -79,15 +79,9 @@ class AsyncClient(BaseClient):
 
         `instruction` (None: the model's default, "": none) and ratio (0: the server's default) are the queries'.
         """
-        request = wire.pack(
-            rerank_pb2.WarmRequest,
-            "collection",
-            passage_ids=passage_ids,
-            collection=collection,
-            instruction=instruction,
-            compression_ratio=compression_ratio,
-            model=model,
-        )
+        reads = {"instruction": instruction, "compression_ratio": compression_ratio, "model": model}
+        passages = {"passage_ids": passage_ids, "collection": collection}
+        request = wire.pack(rerank_pb2.WarmRequest, "collection", **passages, **reads)
         return wire.unpack(values.Warmed, await _call(self._server, "Warm", request, timeout))
 
     async def list_models(self, *, timeout: float | None = None) -> tuple[values.ModelInfo, ...]:
@@ -154,8 +148,7 @@ class AsyncRerankingStream:
     """Results as they are scored; `summary` is set after the last one. `cancel` ends the stream early."""
 
     def __init__(self, call: Any, address: str) -> None:
-        self._call = call
-        self._address = address
+        self._call, self._address = call, address
         self.summary: values.Summary | None = None
 
     async def __aiter__(self) -> AsyncIterator[values.Result]:

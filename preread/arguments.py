@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from preread.errors import FieldViolation, InvalidRequest
@@ -15,7 +15,7 @@ ID_KEYS = ("id", "_id", "passage_id")
 TEXT_KEYS = ("text", "title")
 MAX_SECONDS = 1e9  # beyond some centuries gRPC's clock overflows, and the call ends immediately
 _INT32 = 1 << 31
-_METADATA_NAME = re.compile(r"[0-9a-z_.-]+")
+_METADATA_NAME = re.compile(r"[0-9a-z_.-]+(?<!-bin)")
 
 
 class Argument:
@@ -27,8 +27,7 @@ class Argument:
     __slots__ = ("field", "value")
 
     def __init__(self, field: str, value: Any) -> None:
-        self.field = field
-        self.value = value
+        self.field, self.value = field, value
 
     def text(self) -> str:
         """A string that UTF-8 can carry."""
@@ -74,9 +73,7 @@ class Argument:
 
     def number(self) -> float:
         """A float, 0 or more."""
-        if isinstance(self.value, bool) or not isinstance(self.value, int | float):
-            raise self.wrong("a number")
-        if not 0 <= self.value < math.inf:
+        if not 0 <= self._real("a number") < math.inf:
             raise self.invalid(str(self.value), "0 or more")
         return float(self.value)
 
@@ -84,11 +81,14 @@ class Argument:
         """A time limit; None: the default."""
         if self.value is None:
             return None
-        if isinstance(self.value, bool) or not isinstance(self.value, int | float):
-            raise self.wrong("a number of seconds, or None")
-        if not 0 < self.value <= MAX_SECONDS:
+        if not 0 < self._real("a number of seconds, or None") <= MAX_SECONDS:
             raise self.invalid(_show(self.value), f"seconds, more than 0 and at most {MAX_SECONDS:g}, or None")
         return float(self.value)
+
+    def _real(self, expected: str) -> float:
+        if isinstance(self.value, bool) or not isinstance(self.value, int | float):
+            raise self.wrong(expected)
+        return self.value
 
     def secret(self) -> str | None:
         """A value of call metadata that errors do not show; None: absent."""
@@ -100,17 +100,14 @@ class Argument:
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """A mapping of call metadata as HTTP/2 takes it. Its values may be secret."""
-        entries = []
         for name, value in self.value.items():
             if not isinstance(name, str) or not isinstance(value, str):
                 raise TypeError(f"metadata has {_show(name)}: {type(value).__name__}; expected strings")
-            lowered = name.lower()
-            if not _METADATA_NAME.fullmatch(lowered) or lowered.endswith("-bin"):
+            if not _METADATA_NAME.fullmatch(name.lower()):
                 expected = "names of letters, digits, '_', '-' and '.', not ending in -bin"
                 raise self.invalid(f"named {_show(name)}", expected)
-            Argument(f"metadata[{lowered!r}]", value).secret()
-            entries.append((lowered, value))
-        return tuple(entries)
+            Argument(f"metadata[{name.lower()!r}]", value).secret()
+        return tuple((name.lower(), value) for name, value in self.value.items())
 
     def items(self) -> Iterable[Any]:
         """The values of anything iterable but a string, bytes or a mapping, which would give their parts."""
@@ -118,15 +115,17 @@ class Argument:
             kind = "string" if isinstance(self.value, str) else "bytes object"
             raise TypeError(f"{self.field} is one {kind}; expected a list")
         if isinstance(self.value, Mapping):
-            name = type(self.value).__name__
-            raise TypeError(f"{self.field} is a {name}, which would give its keys alone; expected a list")
+            kind = type(self.value).__name__
+            raise TypeError(f"{self.field} is a {kind}, which would give its keys alone; expected a list")
         if not isinstance(self.value, Iterable):
             raise self.wrong("a list")
         return self.value
 
+    def each(self) -> Iterator[Argument]:
+        return (Argument(f"{self.field}[{i}]", value) for i, value in enumerate(self.items()))
+
     def texts(self) -> list[str]:
-        """Strings, such as ids."""
-        return [Argument(f"{self.field}[{i}]", value).text() for i, value in enumerate(self.items())]
+        return [one.text() for one in self.each()]
 
     def passage(self) -> tuple[str, str]:
         """(id, text) of a Passage, or of a mapping with the keys that `preread index` reads.
@@ -184,7 +183,7 @@ class Argument:
     def invalid(self, value: str, expected: str) -> InvalidRequest:
         """The error of a value that cannot be sent, in the form of a server's."""
         violation = FieldViolation(self.field, f"{value}; expected {expected}")
-        return InvalidRequest.received(f"{self.field} is {value}; expected {expected}", violations=(violation,))
+        return InvalidRequest.received(f"{self.field} is {violation.description}", violations=(violation,))
 
 
 def _show(value: object) -> str:

@@ -1,8 +1,7 @@
 """How a client reaches a server: addresses and proxies, TLS, keepalive, message limits, metadata and retries.
 
-Retried are Overloaded with a server's hint and Unavailable: nothing was done, or doing it again changes nothing. Two
-bounds: attempts per call, and a budget that all calls of a client share (gRPC's retry throttling, proposal A6), so that
-a service in trouble is not buried under retries.
+Retried are Overloaded with a server's hint and Unavailable: nothing was done, or doing it again changes nothing. All
+calls of a client share a budget (gRPC's retry throttling, proposal A6): no service in trouble is buried under retries.
 """
 
 from __future__ import annotations
@@ -29,9 +28,7 @@ from preread.errors import Overloaded, PrereadError, Unavailable
 from preread.v1.encoder_pb2_grpc import EncoderServiceStub
 from preread.v1.rerank_pb2_grpc import RerankServiceStub
 
-DEFAULT_ADDRESS = "127.0.0.1:50051"
-DEFAULT_TIMEOUT_SECONDS = 120.0
-MAX_MESSAGE_BYTES = 64 << 20
+LOCAL_ADDRESS = "127.0.0.1:50051"
 # While a call runs. Our servers take a ping every ten seconds and less; others hang up on clients that ping more often
 # than they were set up for ("too_many_pings"), some of them below five minutes.
 KEEPALIVE_SECONDS = 60
@@ -40,7 +37,6 @@ KEEPALIVE_TIMEOUT_SECONDS = 20
 BUDGET_TOKENS = 10.0
 TOKENS_PER_SUCCESS = 0.1
 PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")  # that gRPC reads, the first that is set
-_LOCAL_SCHEMES = ("unix:", "unix-abstract:")
 
 
 @dataclass(frozen=True)
@@ -90,13 +86,13 @@ class TlsFiles:
 class ClientOptions:
     """Settings that every call of a client shares."""
 
-    timeout_seconds: float | None = DEFAULT_TIMEOUT_SECONDS  # of a call as a whole, retries included; None: no end
+    timeout_seconds: float | None = 120.0  # of a call as a whole, retries included; None: no end
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     tls: TlsFiles | None = None  # None: plain text
     api_key: str | None = field(default=None, repr=False)  # for a server that requires one
     # sent with every call, such as {"x-request-id": "..."}; a function is called for each
     metadata: Mapping[str, str] | Callable[[], Mapping[str, str]] = field(default_factory=dict)
-    max_message_bytes: int = MAX_MESSAGE_BYTES
+    max_message_bytes: int = 64 << 20
 
     def __post_init__(self) -> None:
         Argument("timeout_seconds", self.timeout_seconds).seconds()
@@ -125,12 +121,9 @@ class Service:
 
     def __init__(self, address: str, options: ClientOptions, maker: Any, stub: Callable[[Any], object]) -> None:
         """`maker` is grpc or grpc.aio, `stub` the class of the service's generated stub."""
-        self.address = address
-        self.options = options
-        self.channel = options.channel(maker, address)
+        self.address, self.options, self.channel = address, options, options.channel(maker, address)
         self._stub = stub(self.channel)
-        self._tokens = BUDGET_TOKENS
-        self._lock = threading.Lock()
+        self._tokens, self._lock = BUDGET_TOKENS, threading.Lock()
 
     def seconds(self, timeout: float | None) -> float:
         """Time limit of a call: its own, else the one of all calls, else inf."""
@@ -172,11 +165,7 @@ class BaseClient:
     _grpc: Any  # grpc or grpc.aio
 
     def __init__(
-        self,
-        address: str = DEFAULT_ADDRESS,
-        *,
-        encoder_address: str | None = None,
-        options: ClientOptions | None = None,
+        self, address: str = LOCAL_ADDRESS, *, encoder_address: str | None = None, options: ClientOptions | None = None
     ) -> None:
         """`address` is host:port of the reranking server; upsert, delete, stats, describe go to `encoder_address`."""
         options = options or ClientOptions()
@@ -201,10 +190,9 @@ def _host_of(target: str) -> str:
 
 def is_loopback(target: str, *, unspecified: bool = True) -> bool:
     """Whether a target is here, in any notation; `unspecified` (0.0.0.0, ::) is too, for all but listeners."""
-    if target.startswith(_LOCAL_SCHEMES):
-        return True
     host = _host_of(target).rstrip(".").lower()
-    if host == "localhost" or host.endswith(".localhost") or host.startswith(("ip6-localhost", "ip6-loopback")):
+    is_name = f".{host}".endswith(".localhost") or host.startswith(("ip6-localhost", "ip6-loopback"))
+    if is_name or target.startswith(("unix:", "unix-abstract:")):
         return True
     address = _address(host.partition("%")[0])
     return address is not None and (address.is_loopback or (unspecified and address.is_unspecified))

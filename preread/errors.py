@@ -1,8 +1,7 @@
 # ruff: noqa: N818 - the names say what happened; `PrereadError` already says that it is an error.
 """Every way a call can fail: raised by both servers, sent as a status with details, raised again by the client.
 
-An argument of another type than the field's is a TypeError. A candidate that cannot be scored is no error: its
-result has a status. Imports no gRPC; preread.wire and the edges of the servers translate.
+A candidate that cannot be scored is no error: its result has a status. Imports no gRPC.
 """
 
 from __future__ import annotations
@@ -97,11 +96,9 @@ class FailedPrecondition(PrereadError, status="FAILED_PRECONDITION"):
     said = ""  # the message, less the path
 
     def __init__(self, reason: str, subject: str, message: str, *, path: Path = ()) -> None:
-        self.path, self.said = path, message
-        field = field_name(path)
-        super().__init__(
-            f"{field} {message}" if path else message, reason=reason, metadata=(("subject", subject or field),)
-        )
+        self.path, self.said, field = path, message, field_name(path)
+        metadata = (("subject", subject or field),)
+        super().__init__(f"{field} {message}" if path else message, reason=reason, metadata=metadata)
 
     @property
     def subject(self) -> str:

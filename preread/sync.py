@@ -78,15 +78,9 @@ class Client(BaseClient):
 
         `instruction` (None: the model's default, "": none) and ratio (0: the server's default) are the queries'.
         """
-        request = wire.pack(
-            rerank_pb2.WarmRequest,
-            "collection",
-            passage_ids=passage_ids,
-            collection=collection,
-            instruction=instruction,
-            compression_ratio=compression_ratio,
-            model=model,
-        )
+        reads = {"instruction": instruction, "compression_ratio": compression_ratio, "model": model}
+        passages = {"passage_ids": passage_ids, "collection": collection}
+        request = wire.pack(rerank_pb2.WarmRequest, "collection", **passages, **reads)
         return wire.unpack(values.Warmed, _call(self._server, "Warm", request, timeout))
 
     def list_models(self, *, timeout: float | None = None) -> tuple[values.ModelInfo, ...]:
@@ -153,8 +147,7 @@ class RerankingStream:
     """Results as they are scored; `summary` is set after the last one. `cancel` ends the stream early."""
 
     def __init__(self, call: Any, address: str) -> None:
-        self._call = call
-        self._address = address
+        self._call, self._address = call, address
         self.summary: values.Summary | None = None
 
     def __iter__(self) -> Iterator[values.Result]:

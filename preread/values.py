@@ -28,10 +28,7 @@ class Stage:
 
 
 def parse_stages(text: str) -> tuple[Stage, ...]:
-    """`32:100, 4:20, 1` scores every candidate at ratio 32, the best 100 at 4, and the best 20 of those at 1.
-
-    Raises ValueError for text of another form, and for stages that contradict each other.
-    """
+    """`32:100, 4:20, 1`: all at ratio 32, the best 100 at 4, the best 20 of those at 1. Raises ValueError."""
     if len(text) > MAX_TEXT_CHARS:
         raise ValueError(f"stages is {len(text)} characters long; expected at most {MAX_TEXT_CHARS}")
     parts = [_STAGE.fullmatch(part) for part in text.split(",")]

@@ -37,25 +37,17 @@ def pack(kind: Callable[..., M], *required: str, within: str = "", **values: obj
 
     None leaves a text out, unless it is `required`. Errors name a field that is `within` another after it.
     """
-    fields, checked = cast(Any, kind).DESCRIPTOR.fields_by_name, {}
-    for name, value in values.items():
-        check = Argument.text if name in required else _check(fields[name])
-        checked[name] = check(Argument(within + name, value))
-    return kind(**checked)
+    fields = cast(Any, kind).DESCRIPTOR.fields_by_name
+    checks = {name: Argument.text if name in required else _check(fields[name]) for name in values}
+    return kind(**{name: check(Argument(within + name, values[name])) for name, check in checks.items()})
 
 
 @functools.cache
 def _check(field: Any) -> Callable[[Argument], Any]:
     if field.message_type or field.enum_type:
         return operator.attrgetter("value")
-    if field.is_repeated:
-        return Argument.texts
-    scalars: dict[int, Callable[[Argument], Any]] = {
-        field.TYPE_STRING: Argument.text_or_none,
-        field.TYPE_INT32: Argument.integer,
-        field.TYPE_BOOL: Argument.flag,
-    }
-    return scalars[field.type]
+    text: Callable[[Argument], Any] = Argument.texts if field.is_repeated else Argument.text_or_none
+    return {field.TYPE_STRING: text, field.TYPE_INT32: Argument.integer, field.TYPE_BOOL: Argument.flag}[field.type]
 
 
 def pack_request(query: str, candidates: Candidates, options: RerankOptions) -> rerank_pb2.RerankRequest:
@@ -67,10 +59,8 @@ def pack_request(query: str, candidates: Candidates, options: RerankOptions) -> 
     if on_miss is not None and on_miss not in get_args(OnMiss):
         raise Argument("on_miss", on_miss).invalid(ascii(on_miss), f"{', '.join(get_args(OnMiss))} or None")
     is_id = bool(options.get("collection"))
-    packed = []
-    for i, candidate in enumerate(Argument("candidates", candidates).items()):
-        passage_id, text = Argument(f"candidates[{i}]", candidate).candidate(is_id=is_id)
-        packed.append(rerank_pb2.Candidate(passage_id=passage_id, text=text))
+    pairs = (one.candidate(is_id=is_id) for one in Argument("candidates", candidates).each())
+    packed = [rerank_pb2.Candidate(passage_id=passage_id, text=text) for passage_id, text in pairs]
     stages: object = options.get("stages") or ()
     if isinstance(stages, str):
         try:
@@ -78,12 +68,12 @@ def pack_request(query: str, candidates: Candidates, options: RerankOptions) -> 
         except ValueError as exc:
             raise Argument("stages", stages).invalid(ascii(stages), f"stages that fit ({exc})") from exc
     packed_stages = []
-    for i, stage in enumerate(Argument("stages", stages).items()):
-        if not isinstance(stage, Stage):
-            raise Argument(f"stages[{i}]", stage).wrong("a Stage")
-        fields = {"compression_ratio": stage.compression_ratio, "keep": stage.keep}
-        packed_stages.append(pack(rerank_pb2.Stage, within=f"stages[{i}].", **fields))
-    values: dict[str, Any] = {name: value for name, value in options.items() if name != "timeout"}
+    for one in Argument("stages", stages).each():
+        if not isinstance(one.value, Stage):
+            raise one.wrong("a Stage")
+        fields = {"compression_ratio": one.value.compression_ratio, "keep": one.value.keep}
+        packed_stages.append(pack(rerank_pb2.Stage, within=f"{one.field}.", **fields))
+    values = {name: value for name, value in options.items() if name != "timeout"}
     values |= {"query": query, "candidates": packed, "stages": packed_stages}
     values["on_miss"] = f"ON_MISS_{on_miss.upper() if on_miss else 'UNSPECIFIED'}"
     return pack(rerank_pb2.RerankRequest, "query", **values)
@@ -98,8 +88,7 @@ class Upload:
         self._passages = passages if isinstance(passages, AsyncIterable) else Argument("passages", passages).items()
         self._settings = pack(encoder_pb2.UpsertRequest, "collection", **settings)
         self._waiting: list[encoder_pb2.Passage] = []
-        self._num_read = 0
-        self._num_characters = 0
+        self._num_read = self._num_characters = 0
 
     def __iter__(self) -> Iterator[encoder_pb2.UpsertRequest]:
         with self._remembering():
