@@ -87,7 +87,7 @@ class DecoderServer:
             age = self.config.max_connection_age_seconds
             self._server = make_server(
                 self.keys,
-                [self.metrics.rpc],
+                self.metrics.rpc,
                 max_calls=self.config.max_connections,
                 max_request_bytes=max_bytes,
                 max_response_bytes=max_bytes,
@@ -177,7 +177,7 @@ class Gateway:
         self.context = Context(
             config, server.engines, server.store, server.metrics.registry, server.readiness, server.threads, worker
         )
-        guard = Guard(config.allowed_hosts, config.allowed_origins, any_host=server.keys.required)
+        guard = Guard(config.allowed_hosts, config.allowed_origins, any_host=bool(server.keys.keys))
         self._uvicorn = listener.make_server(
             build(self.context, server.keys, guard, server.metrics.http),
             max_connections=config.max_connections,

@@ -24,8 +24,9 @@ from encoder_worker.passage_encoder import PassageEncoder
 from encoder_worker.scheduler import EncodeScheduler
 from encoder_worker.service import EncoderService, Worker
 from preread.v1 import encoder_pb2, encoder_pb2_grpc
+from preread_edge import logs
 from preread_edge.access import ApiKeys
-from preread_edge.grpc_server import add_standard_services, listen, log_call, make_server
+from preread_edge.grpc_server import add_standard_services, listen, make_server
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -57,9 +58,11 @@ class _Metrics:
         self.model = make(Info, "model", "The encoder that runs here.")
 
     def rpc(self, method: str, code: str, seconds: float) -> None:
-        """For preread_edge.grpc_server."""
+        """Counts and logs a call; Describe, which servers call every few seconds, has no line by default."""
         self._rpcs.labels(method, code).inc()
         self._rpc_seconds.labels(method).observe(seconds)
+        level = logging.DEBUG if method.endswith("/Describe") and code == "OK" else logging.INFO
+        log.log(level, "call", extra=logs.fields(method=method, code=code, seconds=round(seconds, 6)))
 
     def passed(self, num_tokens: int, num_padding_tokens: int, seconds: float) -> None:
         """For the scheduler."""
@@ -113,7 +116,7 @@ class EncoderServer:
         try:
             server = make_server(
                 self.keys,
-                [self.metrics.rpc, log_call],
+                self.metrics.rpc,
                 max_calls=self.config.max_connections,
                 max_request_bytes=self.config.max_message_bytes,
                 max_response_bytes=self.config.max_answer_bytes,

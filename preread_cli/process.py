@@ -83,7 +83,7 @@ async def run_server(ctx: click.Context, config: DecoderConfig, http: HttpConfig
         await _introduce(server, store)
         process.listens(server)
         if gateway is not None:
-            scheme, keys = "https" if config.has_tls else "http", " (API keys)" if process.keys.required else ""
+            scheme, keys = "https" if config.tls_cert_file else "http", " (API keys)" if process.keys.keys else ""
             _say(f"http         {scheme}://{join(gateway.config.host, gateway.port)}{keys}")
         if server.readiness.problem:
             _say(f"waiting      not ready: {server.readiness.problem}")
@@ -133,7 +133,7 @@ class _Process:
         workers: list[EncoderServer] = []
         elsewhere, key = self._options["encoder_address"] or "", self._options["encoder_api_key"] or ""
         # A worker in this process requires the server's keys, or one made for this process.
-        own = secrets.token_urlsafe(32) if self.keys.required else ""
+        own = secrets.token_urlsafe(32) if self.keys.keys else ""
         accepted = self.keys + ApiKeys.parse([own]) if own else self.keys
         for model in config.models:
             if not is_fbnl(model):
@@ -168,7 +168,7 @@ class _Process:
         return True
 
     def listens(self, server: DecoderServer | EncoderServer) -> None:
-        secured = (", TLS" if server.config.has_tls else "") + (", API keys" if server.keys.required else "")
+        secured = (", TLS" if server.config.tls_cert_file else "") + (", API keys" if server.keys.keys else "")
         _say(f"listening    {join(server.config.host, server.port)} (gRPC{secured})")
 
     async def runs(self, ready: Coroutine[object, object, None]) -> float:

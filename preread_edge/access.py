@@ -61,10 +61,6 @@ class ApiKeys:
 
     keys: tuple[tuple[bytes, frozenset[Scope]], ...] = ()  # SHA-256 digest, all that is kept of a key, and its scopes
 
-    @property
-    def required(self) -> bool:
-        return bool(self.keys)
-
     @classmethod
     def parse(cls, values: Iterable[str]) -> ApiKeys:
         """Keys of the command line and the environment, each as `split` reads it. Raises ValueError."""
@@ -154,7 +150,6 @@ _ABSOLUTE = re.compile(rb"(?i:https?)://([^/?#]*)")
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}")
 _PORTS = {"http": 80, "https": 443}
 
-METHODS = "GET, HEAD, POST, PUT, DELETE, OPTIONS"
 ALLOWED_HEADERS = (
     "authorization", "content-type", "x-request-id", "x-request-timeout-ms", "api-key", "x-api-key", "traceparent",
 )  # fmt: skip
@@ -162,7 +157,6 @@ EXPOSED_HEADERS = (
     "x-request-id", "retry-after", "retry-after-ms", "www-authenticate", "x-preread-read", "x-preread-degraded",
     "x-preread-asked", "x-preread-stopped-early", "x-preread-query-truncated", "x-preread-truncated", "x-preread-empty",
 )  # fmt: skip
-PREFLIGHT_SECONDS = 600
 MAX_REQUESTED_HEADERS = 64
 
 
@@ -178,17 +172,15 @@ class Guard:
         self, allowed_hosts: Sequence[str] = (), allowed_origins: Sequence[str] = (), *, any_host: bool = False
     ) -> None:
         """Raises ValueError for what is no host, no origin. `any_host`: keys are required, so a name proves nothing."""
-        self._any_host = any_host
-        self._any_origin = any_host and "*" in allowed_origins
+        self._any_host, self._any_origin = any_host, any_host and "*" in allowed_origins
         self._hosts: set[Address | str] = set()
         self._origins: set[_Origin] = set()
         self._suffixes = tuple(name.lower() for name in allowed_hosts if name.startswith("."))
         for text in (name.removeprefix(".") for name in allowed_hosts):
             parsed = _parse_authority(f"[{text}]" if text.count(":") > 1 and text[0] != "[" else text)
             if parsed is None or parsed[1] is not None:
-                raise ValueError(
-                    f"allowed_host is {text[:100]!r}; expected NAME, .SUFFIX or an address, without a port"
-                )
+                expected = "NAME, .SUFFIX or an address, without a port"
+                raise ValueError(f"allowed_host is {text[:100]!r}; expected {expected}")
             self._hosts.add(parsed[0])
         for text in allowed_origins:
             if origin := _parse_origin(text):
@@ -237,9 +229,9 @@ class Guard:
         names = [name for one in requested if _TOKEN.fullmatch(name := one.strip().lower())]
         headers = {
             "vary": "origin, access-control-request-headers",
-            "access-control-allow-methods": METHODS,
+            "access-control-allow-methods": "GET, HEAD, POST, PUT, DELETE, OPTIONS",
             "access-control-allow-headers": ", ".join(dict.fromkeys((*ALLOWED_HEADERS, *names))),
-            "access-control-max-age": str(PREFLIGHT_SECONDS),
+            "access-control-max-age": "600",
         }
         if "true" in _values(scope, b"access-control-request-private-network"):
             headers["access-control-allow-private-network"] = "true"

@@ -1,9 +1,7 @@
 """The gRPC port of either server: the way of every call to its method, its messages, limits, and services.
 
-A call gets its id (from x-request-id, or random; it goes back in the trailing metadata) and is counted, its key is
-checked, its message parsed, and its method run. Keys come before messages: every method reads raw bytes from a stream,
-unary ones too, which look the same on the wire. An error of preread.errors ends the call with its status and details,
-any other with INTERNAL; the text of an exception never leaves the server.
+Keys come before messages: every method reads raw bytes from a stream, unary ones too, which look the same on the wire.
+An error of preread.errors ends the call with its status and details, any other with INTERNAL and without its text.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ import functools
 import inspect
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,27 +40,17 @@ REQUEST_ID = "x-request-id"
 RETRY_SECONDS = 1.0
 MESSAGE_SECONDS = 120.0  # until the message of a unary call is complete; a stalled caller would hold a place
 REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
-SPARE = 8
-IDLE_SECONDS = 600  # a connection without a call is closed then; clients open another when they need one
 # Of keepalive pings that come closer together, a connection is closed at the third. Clients send one every ten seconds
 # at most, by gRPC's own advice; networks bring some of them closer together.
 PING_SECONDS = 5.0
-DOMAIN = "preread"
 # A client refuses trailers over 8 KiB by default and then reports RESOURCE_EXHAUSTED in place of the
 # error, which travels twice: as grpc-message (up to 3 bytes per byte) and inside grpc-status-details-bin.
 MAX_MESSAGE_BYTES = 1024
 MAX_DETAILS_BYTES = 3072
 MAX_NAME_BYTES = 256
-# Calls that are counted and logged; probes and descriptions would drown them.
-_COUNTED = ("/preread.", "/tei.")
+_COUNTED = ("/preread.", "/tei.")  # calls that are counted and logged; probes and descriptions would drown them
 
 OnCall = Callable[[str, str, float], None]  # method as Service/Method, name of the status, seconds
-
-
-def log_call(method: str, code: str, seconds: float) -> None:
-    """One log line per call; Describe, which servers call every few seconds, has none by default."""
-    level = logging.DEBUG if method.endswith("/Describe") and code == "OK" else logging.INFO
-    log.log(level, "call", extra=logs.fields(method=method, code=code, seconds=round(seconds, 6)))
 
 
 @dataclass(eq=False)
@@ -70,7 +58,7 @@ class _CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
     """The way of every call to its method."""
 
     _keys: ApiKeys
-    _on_call: Sequence[OnCall]
+    _on_call: OnCall
     _max_calls: int
     _message_seconds: float
     _num_calls: int = 0
@@ -97,9 +85,8 @@ class _CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
         def serialized(response: Any) -> bytes:
             return response if isinstance(response, bytes) else handler.response_serializer(response)
 
-        if handler.response_streaming:
-            return grpc.stream_stream_rpc_method_handler(call, None, serialized)
-        return grpc.stream_unary_rpc_method_handler(call, None, serialized)
+        streams, unary = grpc.stream_stream_rpc_method_handler, grpc.stream_unary_rpc_method_handler
+        return (streams if handler.response_streaming else unary)(call, None, serialized)
 
     async def _run(self, method: str, handler: Any, raw: AsyncIterator[bytes], context: Any) -> Any:
         if self._num_calls > self._max_calls and method.startswith(_COUNTED):
@@ -146,8 +133,7 @@ class _CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
                 names = {one.value[0]: one.name for one in grpc.StatusCode}
                 code = status.name if isinstance(status, grpc.StatusCode) else names.get(status, code)
             service, _, name = method.rpartition("/")
-            for on_call in self._on_call:
-                on_call(f"{service.rpartition('.')[2]}/{name}", code, time.monotonic() - started)
+            self._on_call(f"{service.rpartition('.')[2]}/{name}", code, time.monotonic() - started)
 
 
 async def _end(context: Any, method: str, error: PrereadError) -> None:
@@ -159,7 +145,7 @@ async def _end(context: Any, method: str, error: PrereadError) -> None:
         details.append(BadRequest(field_violations=[violation]))
     if error.reason:
         metadata = {key: _shorten(value, MAX_NAME_BYTES) for key, value in error.metadata}
-        details.append(ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata))
+        details.append(ErrorInfo(reason=error.reason, domain="preread", metadata=metadata))
     if isinstance(error, FailedPrecondition):
         subject = _shorten(error.subject, MAX_NAME_BYTES)
         failure = PreconditionFailure.Violation(type=error.reason, subject=subject, description=status.message)
@@ -168,9 +154,8 @@ async def _end(context: Any, method: str, error: PrereadError) -> None:
         kind, name = error.resource_type, _shorten(error.resource_name, MAX_NAME_BYTES)
         details.append(ResourceInfo(resource_type=kind, resource_name=name, description=status.message))
     if error.retry_after_seconds is not None:
-        delay = Duration()
-        delay.FromNanoseconds(int(error.retry_after_seconds * 1e9))
-        details.append(RetryInfo(retry_delay=delay))
+        seconds, rest = divmod(int(error.retry_after_seconds * 1e9), 10**9)
+        details.append(RetryInfo(retry_delay=Duration(seconds=seconds, nanos=rest)))
     for detail in details:
         status.details.add().Pack(detail)
     if status.ByteSize() > MAX_MESSAGE_BYTES + MAX_DETAILS_BYTES:
@@ -202,7 +187,7 @@ def _shorten(text: str, max_bytes: int = MAX_MESSAGE_BYTES) -> str:
 
 def make_server(
     keys: ApiKeys,
-    on_call: Sequence[OnCall],
+    on_call: OnCall,
     *,
     max_calls: int,
     max_request_bytes: int,
@@ -221,10 +206,8 @@ def make_server(
             ("grpc.max_receive_message_length", max_request_bytes),
             ("grpc.max_send_message_length", max_response_bytes),
             ("grpc.so_reuseport", 0),  # a taken port should be an error, not a shared one
-            # a few more than are admitted: a probe on the same connection should not wait
-            ("grpc.max_concurrent_streams", max_calls + SPARE),
-            # gRPC does not bound the number of connections
-            ("grpc.max_connection_idle_ms", IDLE_SECONDS * 1000),
+            ("grpc.max_concurrent_streams", max_calls + 8),  # a probe on the same connection should not wait
+            ("grpc.max_connection_idle_ms", 600_000),  # gRPC does not bound their number; clients open another one
             # gRPC's defaults end a call that is quiet for longer than a few pings: one in five minutes is allowed, or
             # one in two hours where no call runs
             ("grpc.http2.min_ping_interval_without_data_ms", int(PING_SECONDS * 1000)),
@@ -237,9 +220,9 @@ def make_server(
 def listen(server: grpc.aio.Server, config: ServerConfig, port: int) -> int:
     """The port that was bound, with TLS where there are files; OSError: it is taken, or a file is of no use."""
     address = join(config.host, port)
-    hint = f", and are {config.tls_cert_file} and {config.tls_key_file} a pair?" if config.has_tls else "?"
+    hint = f", and are {config.tls_cert_file} and {config.tls_key_file} a pair?" if config.tls_cert_file else "?"
     try:
-        if not config.has_tls:
+        if not config.tls_cert_file:
             return int(server.add_insecure_port(address))
         pair = (Path(config.tls_key_file).read_bytes(), Path(config.tls_cert_file).read_bytes())
         authority = Path(config.tls_client_ca_file).read_bytes() if config.tls_client_ca_file else None
@@ -249,7 +232,7 @@ def listen(server: grpc.aio.Server, config: ServerConfig, port: int) -> int:
         raise OSError(f"cannot listen on {address}: is the port taken{hint}") from exc
 
 
-def add_standard_services(server: grpc.aio.Server, servicer: health.aio.HealthServicer, names: Iterable[str]) -> None:  # type: ignore[name-defined]  # missing in grpc-stubs
+def add_standard_services(server: grpc.aio.Server, servicer: Any, names: Iterable[str]) -> None:
     """Health, and reflection of it and of the services `names`, in both versions; grpcio-reflection has 1alpha only."""
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     described = [*names, health.SERVICE_NAME, reflection.SERVICE_NAME, REFLECTION_V1]
@@ -265,11 +248,9 @@ def add_standard_services(server: grpc.aio.Server, servicer: health.aio.HealthSe
         file.name = name
         file.options.Clear()
         pool.AddSerializedFile(file.SerializeToString())
-    method = grpc.stream_stream_rpc_method_handler(
-        reflector.ServerReflectionInfo,
-        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
-        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
-    )
+    parse = reflection_pb2.ServerReflectionRequest.FromString
+    serialize = reflection_pb2.ServerReflectionResponse.SerializeToString
+    method = grpc.stream_stream_rpc_method_handler(reflector.ServerReflectionInfo, parse, serialize)
     handler = grpc.method_handlers_generic_handler(REFLECTION_V1, {"ServerReflectionInfo": method})
     server.add_generic_rpc_handlers((handler,))
 
@@ -305,14 +286,13 @@ def _parse(step: Step | None, data: bytes, parse: Callable[[bytes], Any]) -> Any
         return parse(data)
     except DecodeError:
         expected = getattr(described, "full_name", "protobuf")
-        message = f"a message of {len(data)} bytes cannot be parsed; expected {expected}"
-        raise InvalidRequest.received(message, reason=INVALID_MESSAGE) from None
+        problem = f"a message of {len(data)} bytes cannot be parsed; expected {expected}"
+        raise InvalidRequest.received(problem, reason=INVALID_MESSAGE) from None
 
 
 def _count_fields(step: Step, data: bytes, described: Any) -> None:
     """Raises InvalidRequest for too many fields (64 MiB may hold 33 million), not for bytes that parsing ends at."""
-    num_fields = 0
-    at, end, nested = 0, len(data), _nested(described)
+    num_fields, at, end, nested = 0, 0, len(data), _nested(described)
     outer: list[tuple[int, dict[int, Any]]] = []  # ends of the messages around, and what is nested in them
     try:
         while True:

@@ -50,11 +50,10 @@ class _Connection(h11.Connection):
     problem: h11.RemoteProtocolError | None = None
 
     def next_event(self) -> Any:
-        waits = self.their_state is h11.IDLE
-        before = self.trailing_data[0] if waits else b""
+        before = self.trailing_data[0] if self.their_state is h11.IDLE else b""
         try:
             event = super().next_event()
-            if waits and isinstance(event, h11.Request):
+            if isinstance(event, h11.Request):
                 self._check(before[: len(before) - len(self.trailing_data[0])], event)
         except h11.RemoteProtocolError as exc:
             self.problem = exc
@@ -166,10 +165,9 @@ class _Protocol(H11Protocol):
             self.transport.abort() if self.conn.their_state is h11.SEND_BODY else self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
-        problem = self.conn.problem
-        hint = problem.error_status_hint if problem is not None else 400
-        if isinstance(problem, _Ambiguous):
-            msg = str(problem)
+        hint = getattr(self.conn.problem, "error_status_hint", 400)
+        if isinstance(self.conn.problem, _Ambiguous):
+            msg = str(self.conn.problem)
         elif hint == 431:
             msg = "the request header is too large"
         self._refuse(hint if hint in (431, 501) else 400, msg)
@@ -201,13 +199,12 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=[])
         config: Any = self.config
-        states = {"server_state": self.server_state, "app_state": self.lifespan.state}
-        protocol = partial(config.http_protocol_class, config=config, **states)
-        seconds = config.http_protocol_class.keywords["header_seconds"]
-        secured = {"ssl": config.ssl, "ssl_handshake_timeout": seconds} if config.ssl else {}
+        http = config.http_protocol_class
+        protocol = partial(http, config=config, server_state=self.server_state, app_state=self.lifespan.state)
+        secured = {"ssl_handshake_timeout": http.keywords["header_seconds"]} if config.ssl else {}
+        options = {"ssl": config.ssl, "backlog": config.backlog, **secured}
         for listener in sockets or ():
-            made = asyncio.get_running_loop().create_server(protocol, sock=listener, backlog=config.backlog, **secured)
-            self.servers.append(await made)
+            self.servers.append(await asyncio.get_running_loop().create_server(protocol, sock=listener, **options))
 
 
 def make_server(

@@ -40,6 +40,7 @@ class _Call:
 
 
 _current: ContextVar[_Call | None] = ContextVar("preread_call", default=None)
+current = _current.get  # the call this code runs for; None outside of any
 
 
 def begin(request_id: str = "", traceparent: str = "", rpc: str = "") -> _Call:
@@ -47,11 +48,6 @@ def begin(request_id: str = "", traceparent: str = "", rpc: str = "") -> _Call:
     call = _Call(request_id if _USABLE.fullmatch(request_id) else secrets.token_hex(16), traceparent, rpc)
     _current.set(call)
     return call
-
-
-def current() -> _Call | None:
-    """The call this code runs for; None outside of any."""
-    return _current.get()
 
 
 def set_up(log_format: str, level: str, stream: IO[str] | None = None) -> None:
@@ -70,8 +66,8 @@ def fields(**values: Any) -> dict[str, Any]:
 
 
 def _cut(value: Any, max_chars: int = MAX_VALUE_CHARS) -> Any:
-    is_short = not isinstance(value, str) or len(value) <= max_chars
-    return value if is_short else f"{value[:max_chars]}… ({len(value)} characters)"
+    is_long = isinstance(value, str) and len(value) > max_chars
+    return f"{value[:max_chars]}… ({len(value)} characters)" if is_long else value
 
 
 def _escaped(text: str) -> str:

@@ -1,11 +1,7 @@
-"""Knobs: settings as dataclass fields, each written once with its flag, bounds and help.
+"""Knobs: fields `max_connections: int = knob(1024, "Help.", at_least=1)`, each with its flag, bounds and help.
 
-    @dataclass(frozen=True)
-    class QueueConfig(Config):
-        max_queue_seconds: float = knob(30.0, "Longest wait in the queue.", at_least=0)
-
-`--max-queue-seconds`, PREREAD_MAX_QUEUE_SECONDS and the TOML key `max-queue-seconds` follow from the field's name, and
-so do the docs' tables. Imports only the standard library: a help text must not load gRPC or torch.
+`--max-connections`, PREREAD_MAX_CONNECTIONS, the TOML key `max-connections` and the docs' tables follow from the field.
+Imports only the standard library: a help text must not load gRPC or torch.
 """
 
 from __future__ import annotations
@@ -87,10 +83,7 @@ class ListenConfig(Config):
 
     host: str = knob("127.0.0.1", "Address to listen on; 0.0.0.0 for every interface.")
     max_connections: int = knob(
-        1024,
-        "gRPC calls, and HTTP connections, at a time; more are rejected with the time to retry after. Probes always "
-        "get in.",
-        at_least=1,
+        1024, "gRPC calls, HTTP connections at a time; more are told when to retry. Probes always get in.", at_least=1
     )
 
 
@@ -115,12 +108,8 @@ class ServerConfig(ListenConfig):
         if bool(self.tls_cert_file) != bool(self.tls_key_file):
             given, missing = ("cert", "key") if self.tls_cert_file else ("key", "cert")
             raise ValueError(f"tls_{given}_file is given without tls_{missing}_file; expected both or neither")
-        if self.tls_client_ca_file and not self.has_tls:
+        if self.tls_client_ca_file and not self.tls_cert_file:
             raise ValueError("tls_client_ca_file is given without tls_cert_file and tls_key_file; expected all three")
-
-    @property
-    def has_tls(self) -> bool:
-        return bool(self.tls_cert_file)
 
 
 @dataclass(frozen=True, kw_only=True)

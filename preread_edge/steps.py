@@ -44,13 +44,12 @@ class _Steps:
         _turn.release()
 
     def __call__(self) -> None:
-        if time.thread_time() - self._since < SLICE_SECONDS:
-            return
-        self.__exit__()
-        time.sleep(0.0005)  # those that wait for the turn get it
-        self.__enter__()
-        if self.abandoned:
-            raise asyncio.CancelledError  # the result is not waited for any more
+        if time.thread_time() - self._since >= SLICE_SECONDS:
+            self.__exit__()
+            time.sleep(0.0005)  # those that wait for the turn get it
+            self.__enter__()
+            if self.abandoned:
+                raise asyncio.CancelledError  # the result is not waited for any more
 
 
 async def stepped(function: Callable[Concatenate[Step, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -74,8 +73,7 @@ class Pauses:
     def __init__(self) -> None:
         self._since = time.perf_counter()
 
-    async def worked(self) -> None:
-        """After each part."""
+    async def worked(self) -> None:  # after each part
         seconds = time.perf_counter() - self._since
         if seconds >= SLICE_SECONDS:
             await asyncio.sleep(REST * min(seconds, SLICE_SECONDS * 4))

@@ -24,7 +24,7 @@ from preread_edge.grpc_server import make_server
 KEY = "rules-key-0123456789"
 WITH_KEY = (("authorization", f"Bearer {KEY}"),)
 MIB = 1 << 20
-LIMITS = {"max_calls": 10, "max_request_bytes": MIB, "max_response_bytes": MIB}
+LIMITS = {"on_call": lambda *_: None, "max_calls": 10, "max_request_bytes": MIB, "max_response_bytes": MIB}
 
 METHODS = [
     pytest.param(kind, method, id=method.full_name)
@@ -179,7 +179,7 @@ class Failing(rerank_pb2_grpc.RerankServiceServicer):
 
 @pytest.fixture
 async def failing() -> AsyncIterator[rerank_pb2_grpc.RerankServiceAsyncStub]:
-    server = make_server(ApiKeys(), [], **LIMITS)
+    server = make_server(ApiKeys(), **LIMITS)
     rerank_pb2_grpc.add_RerankServiceServicer_to_server(Failing(), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -203,7 +203,7 @@ async def test_the_text_of_an_exception_stays_inside(failing, caplog, refused) -
 
 
 async def test_a_unary_call_has_to_bring_its_message() -> None:
-    server = make_server(ApiKeys(), [], **LIMITS, message_seconds=0.1)
+    server = make_server(ApiKeys(), **LIMITS, message_seconds=0.1)
     rerank_pb2_grpc.add_RerankServiceServicer_to_server(Failing(), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

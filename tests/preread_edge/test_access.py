@@ -31,7 +31,7 @@ def test_a_key_may_what_its_scopes_say() -> None:
     assert [refusal(keys, RULES, scope) for scope in Scope] == [None] * 3
     assert refusal(keys, "unknown-0123456789", Scope.RERANK) is Unauthenticated
     assert refusal(keys, "", Scope.RERANK) is Unauthenticated
-    assert not ApiKeys().required
+    assert not ApiKeys().keys
     assert refusal(ApiKeys(), "", Scope.ADMIN) is None
 
 
