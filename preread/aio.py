@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from asyncio import sleep
 from collections.abc import AsyncIterator, Iterable
-from math import inf
 from time import monotonic
 from typing import Any, Self, Unpack
 
@@ -14,6 +13,7 @@ from preread import values, wire
 from preread.arguments import Argument
 from preread.channel import BaseClient, Service
 from preread.v1 import encoder_pb2, rerank_pb2
+from preread.values import Reranking, RerankOptions
 
 
 async def _call(server: Service, method: str, request: object, timeout: float | None) -> Any:
@@ -45,9 +45,7 @@ class AsyncClient(BaseClient):
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    async def rerank(
-        self, query: str, candidates: wire.Candidates, **options: Unpack[values.RerankOptions]
-    ) -> values.Reranking:
+    async def rerank(self, query: str, candidates: wire.Candidates, **options: Unpack[RerankOptions]) -> Reranking:
         """Scores candidates and returns the best first; `options` as in preread.values.RerankOptions.
 
         Plain strings are passage ids where `collection` is given, else texts; a Candidate, or a mapping {"id": ...,
@@ -55,10 +53,10 @@ class AsyncClient(BaseClient):
         """
         request = wire.pack_request(query, candidates, options)
         response = await _call(self._server, "Rerank", request, options.get("timeout"))
-        return values.Reranking(wire.unpack_results(response.results), wire.unpack(values.Summary, response))
+        return Reranking(wire.unpack_results(response.results), wire.unpack(values.Summary, response))
 
     def rerank_stream(
-        self, query: str, candidates: wire.Candidates, **options: Unpack[values.RerankOptions]
+        self, query: str, candidates: wire.Candidates, **options: Unpack[RerankOptions]
     ) -> AsyncRerankingStream:
         """Like rerank, but yields results as they are scored, in no particular order; never retried."""
         request = rerank_pb2.RerankStreamRequest(request=wire.pack_request(query, candidates, options))
@@ -79,9 +77,9 @@ class AsyncClient(BaseClient):
 
         `instruction` (None: the model's default, "": none) and ratio (0: the server's default) are the queries'.
         """
-        reads = {"instruction": instruction, "compression_ratio": compression_ratio, "model": model}
-        passages = {"passage_ids": passage_ids, "collection": collection}
-        request = wire.pack(rerank_pb2.WarmRequest, "collection", **passages, **reads)
+        queries: dict[str, Any] = {"instruction": instruction, "compression_ratio": compression_ratio, "model": model}
+        queries |= {"passage_ids": passage_ids, "collection": collection}
+        request = wire.pack(rerank_pb2.WarmRequest, "collection", **queries)
         return wire.unpack(values.Warmed, await _call(self._server, "Warm", request, timeout))
 
     async def list_models(self, *, timeout: float | None = None) -> tuple[values.ModelInfo, ...]:
@@ -104,18 +102,17 @@ class AsyncClient(BaseClient):
     ) -> AsyncIterator[values.UpsertResult]:
         """Encodes and stores passages; yields each acknowledgement after the store has that passage.
 
-        Passages are Passage values, or mappings as `preread index` reads them ("id" or "_id", "text", perhaps "title").
-        Of several with one id the first is stored and the others are refused. Anything else is a TypeError, named by
-        its index; what was acknowledged before it stays. Ratio, codec and store_text count where this call creates the
-        collection. Nothing is sent before the first acknowledgement is requested; then `passages` is read as fast as
-        the worker takes them. Has no timeout unless one is given, and is never retried: repeat the call, and passages
-        that are stored already are acknowledged as "unchanged".
+        Passages are Passage values, or mappings as `preread index` reads them ("id" or "_id", "text", perhaps "title");
+        anything else is a TypeError, named by its index: what was acknowledged before stays. Of several with one id the
+        first is stored, the others refused. Ratio, codec and store_text count where this call creates the collection.
+        Nothing is sent before the first acknowledgement is requested; then `passages` is read as fast as the worker
+        takes them. No timeout unless one is given; never retried: repeat the call, what is stored is "unchanged".
         """
         settings = {"compression_ratio": compression_ratio, "codec": codec, "store_text": store_text}
         upload = wire.Upload(passages, collection=collection, **settings)
-        return self._upsert(upload, Argument("timeout", timeout).seconds() or inf)
+        return self._upsert(upload, Argument("timeout", timeout).seconds())
 
-    async def _upsert(self, upload: wire.Upload, seconds: float) -> AsyncIterator[values.UpsertResult]:
+    async def _upsert(self, upload: wire.Upload, seconds: float | None) -> AsyncIterator[values.UpsertResult]:
         worker = self._encoder()
         call = worker.start("Upsert", aiter(upload), seconds)
         with wire.ending(call, worker.address, upload):

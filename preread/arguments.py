@@ -42,7 +42,6 @@ class Argument:
         return value
 
     def text_or_none(self) -> str | None:
-        """The same where None is absent and "" is an empty text."""
         return None if self.value is None else self.text()
 
     def address(self) -> str:
@@ -73,7 +72,9 @@ class Argument:
 
     def number(self) -> float:
         """A float, 0 or more."""
-        if not 0 <= self._real("a number") < math.inf:
+        if isinstance(self.value, bool) or not isinstance(self.value, int | float):
+            raise self.wrong("a number")
+        if not 0 <= self.value < math.inf:
             raise self.invalid(str(self.value), "0 or more")
         return float(self.value)
 
@@ -81,14 +82,11 @@ class Argument:
         """A time limit; None: the default."""
         if self.value is None:
             return None
-        if not 0 < self._real("a number of seconds, or None") <= MAX_SECONDS:
+        if isinstance(self.value, bool) or not isinstance(self.value, int | float):
+            raise self.wrong("a number of seconds, or None")
+        if not 0 < self.value <= MAX_SECONDS:
             raise self.invalid(_show(self.value), f"seconds, more than 0 and at most {MAX_SECONDS:g}, or None")
         return float(self.value)
-
-    def _real(self, expected: str) -> float:
-        if isinstance(self.value, bool) or not isinstance(self.value, int | float):
-            raise self.wrong(expected)
-        return self.value
 
     def secret(self) -> str | None:
         """A value of call metadata that errors do not show; None: absent."""
@@ -128,15 +126,10 @@ class Argument:
         return [one.text() for one in self.each()]
 
     def passage(self) -> tuple[str, str]:
-        """(id, text) of a Passage, or of a mapping with the keys that `preread index` reads.
-
-        Nothing is unpacked as a pair: strings of two letters would be, and a tuple does not say which is the id.
-        """
+        """(id, text) of a Passage, or of a mapping as `preread index` reads it; of no pair: which would be the id?"""
         if isinstance(self.value, Passage):
             return self._of("passage_id").text(), self._of("text").text()
-        if not isinstance(self.value, Mapping):
-            raise self.wrong('a Passage, or a mapping {"id": ..., "text": ...}')
-        passage_id, text = self._row()
+        passage_id, text = self._row('a Passage, or a mapping {"id": ..., "text": ...}')
         if passage_id is None or text is None:
             raise TypeError(f"{self.field} has no {'id' if passage_id is None else 'text'}; found {self._keys()}")
         return passage_id, text
@@ -147,9 +140,7 @@ class Argument:
             return (self.text(), None) if is_id else (None, self.text())
         if isinstance(self.value, Candidate):
             return self._of("passage_id").text_or_none(), self._of("text").text_or_none()
-        if not isinstance(self.value, Mapping):
-            raise self.wrong('a string, a Candidate, or a mapping {"id": ..., "text": ...}')
-        found = self._row()
+        found = self._row('a string, a Candidate, or a mapping {"id": ..., "text": ...}')
         if found == (None, None):
             raise TypeError(f"{self.field} has neither id nor text; found {self._keys()}")
         return found
@@ -157,9 +148,11 @@ class Argument:
     def _of(self, name: str) -> Argument:
         return Argument(f"{self.field}.{name}", getattr(self.value, name))
 
-    def _row(self) -> tuple[str | None, str | None]:
-        """Id and text of a mapping; a title goes before the text."""
+    def _row(self, expected: str) -> tuple[str | None, str | None]:
+        """Id and text of a mapping, or else a TypeError; a title goes before the text."""
         row, passage_id = self.value, None
+        if not isinstance(row, Mapping):
+            raise self.wrong(expected)
         for key in row:
             if key not in (*ID_KEYS, *TEXT_KEYS):
                 raise TypeError(f"{self.field} has the key {_show(key)}; expected id, text and title")

@@ -32,10 +32,7 @@ LOCAL_ADDRESS = "127.0.0.1:50051"
 # While a call runs. Our servers take a ping every ten seconds and less; others hang up on clients that ping more often
 # than they were set up for ("too_many_pings"), some of them below five minutes.
 KEEPALIVE_SECONDS = 60
-KEEPALIVE_TIMEOUT_SECONDS = 20
-# The values of A6's example: retries stop while less than half is left.
-BUDGET_TOKENS = 10.0
-TOKENS_PER_SUCCESS = 0.1
+BUDGET_TOKENS = 10.0  # as in A6's example: retries stop while less than half is left
 PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")  # that gRPC reads, the first that is set
 
 
@@ -105,7 +102,7 @@ class ClientOptions:
             ("grpc.max_send_message_length", self.max_message_bytes),
             ("grpc.max_receive_message_length", self.max_message_bytes),
             ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
-            ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_SECONDS * 1000),
+            ("grpc.keepalive_timeout_ms", 20_000),
             ("grpc.http2.max_pings_without_data", 0),  # also in a call that is quiet for long: no limit
             ("grpc.lb_policy_name", "round_robin"),  # a name with several addresses is a set of equal servers
             *([("grpc.enable_http_proxy", 0)] if is_loopback(address) else []),
@@ -130,19 +127,19 @@ class Service:
         own = Argument("timeout", timeout).seconds() or self.options.timeout_seconds
         return math.inf if own is None else own
 
-    def start(self, method: str, request: object, seconds: float) -> Any:
-        """gRPC's call of the method; `request` is a message, or the messages of a stream."""
+    def start(self, method: str, request: object, seconds: float | None) -> Any:
+        """gRPC's call of the method; `request` is a message, or the messages of a stream; None or inf: no end."""
         metadata = self.options.metadata
         entries = Argument("metadata", metadata() if callable(metadata) else metadata).metadata()
         if self.options.api_key is not None:
             entries = (("authorization", f"Bearer {self.options.api_key}"), *entries)
-        timeout = None if math.isinf(seconds) else max(0.0, seconds)
+        timeout = None if seconds is None or math.isinf(seconds) else max(0.0, seconds)
         return getattr(self._stub, method)(request, timeout=timeout, metadata=entries)
 
     def succeeded(self) -> None:
         """Gives a tenth of a token back to the budget."""
         with self._lock:
-            self._tokens = min(BUDGET_TOKENS, self._tokens + TOKENS_PER_SUCCESS)
+            self._tokens = min(BUDGET_TOKENS, self._tokens + 0.1)
 
     def wait_seconds(self, exc: grpc.RpcError, attempt: int, remaining_seconds: float) -> float:
         """Seconds until the attempt after a failed one, which costs a token; raises PrereadError where none follows."""
@@ -199,14 +196,12 @@ def is_loopback(target: str, *, unspecified: bool = True) -> bool:
 
 
 def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    try:
+    with suppress(ValueError):
         found = ipaddress.ip_address(host)
-    except ValueError:
-        try:
-            return ipaddress.IPv4Address(socket.inet_aton(host))  # 127.1, and whatever else the system resolves so
-        except (OSError, UnicodeError):
-            return None
-    return (found.ipv4_mapped or found) if isinstance(found, ipaddress.IPv6Address) else found
+        return (found.ipv4_mapped or found) if isinstance(found, ipaddress.IPv6Address) else found
+    with suppress(OSError, UnicodeError):
+        return ipaddress.IPv4Address(socket.inet_aton(host))  # 127.1, and whatever else the system resolves so
+    return None
 
 
 def proxy_variable(target: str = "", environment: Mapping[str, str] = os.environ) -> str:

@@ -52,8 +52,7 @@ def _check(field: Any) -> Callable[[Argument], Any]:
 
 def pack_request(query: str, candidates: Candidates, options: RerankOptions) -> rerank_pb2.RerankRequest:
     """A plain string is an id where a collection is named, else a text. Raises as `pack` does."""
-    unknown = options.keys() - RerankOptions.__optional_keys__
-    if unknown:
+    if unknown := options.keys() - RerankOptions.__optional_keys__:
         raise TypeError(f"unknown arguments {sorted(unknown)}; known: {sorted(RerankOptions.__optional_keys__)}")
     on_miss = options.get("on_miss")
     if on_miss is not None and on_miss not in get_args(OnMiss):
@@ -73,7 +72,7 @@ def pack_request(query: str, candidates: Candidates, options: RerankOptions) -> 
             raise one.wrong("a Stage")
         fields = {"compression_ratio": one.value.compression_ratio, "keep": one.value.keep}
         packed_stages.append(pack(rerank_pb2.Stage, within=f"{one.field}.", **fields))
-    values = {name: value for name, value in options.items() if name != "timeout"}
+    values: dict[str, Any] = {name: value for name, value in options.items() if name != "timeout"}
     values |= {"query": query, "candidates": packed, "stages": packed_stages}
     values["on_miss"] = f"ON_MISS_{on_miss.upper() if on_miss else 'UNSPECIFIED'}"
     return pack(rerank_pb2.RerankRequest, "query", **values)

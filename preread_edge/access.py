@@ -9,7 +9,7 @@ from __future__ import annotations
 import hmac
 import logging
 import re
-from collections.abc import Awaitable, Callable, Collection, Iterable, MutableMapping, Sequence
+from collections.abc import Collection, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from hashlib import sha256
@@ -24,8 +24,6 @@ from preread.errors import PermissionDenied, Unauthenticated
 log = logging.getLogger(__name__)
 
 MIN_KEY_LENGTH = 16  # shorter ones can be guessed
-
-App = Callable[[Any, Any, Any], Awaitable[None]]  # of ASGI
 
 
 class Scope(Enum):
@@ -157,7 +155,6 @@ EXPOSED_HEADERS = (
     "x-request-id", "retry-after", "retry-after-ms", "www-authenticate", "x-preread-read", "x-preread-degraded",
     "x-preread-asked", "x-preread-stopped-early", "x-preread-query-truncated", "x-preread-truncated", "x-preread-empty",
 )  # fmt: skip
-MAX_REQUESTED_HEADERS = 64
 
 
 def join(host: str, port: int | str) -> str:
@@ -225,7 +222,7 @@ class Guard:
         """Headers of the response to a CORS preflight; None: the request is none."""
         if scope["method"] != "OPTIONS" or not _values(scope, b"access-control-request-method"):
             return None
-        requested = ",".join(_values(scope, b"access-control-request-headers")).split(",")[:MAX_REQUESTED_HEADERS]
+        requested = ",".join(_values(scope, b"access-control-request-headers")).split(",")[:64]
         names = [name for one in requested if _TOKEN.fullmatch(name := one.strip().lower())]
         headers = {
             "vary": "origin, access-control-request-headers",

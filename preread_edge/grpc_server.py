@@ -7,13 +7,12 @@ An error of preread.errors ends the call with its status and details, any other 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import inspect
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +36,6 @@ from preread_edge.steps import SMALL_BYTES, Pauses, Step, stepped
 log = logging.getLogger(__name__)
 
 REQUEST_ID = "x-request-id"
-RETRY_SECONDS = 1.0
-MESSAGE_SECONDS = 120.0  # until the message of a unary call is complete; a stalled caller would hold a place
 REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 # Of keepalive pings that come closer together, a connection is closed at the third. Clients send one every ten seconds
 # at most, by gRPC's own advice; networks bring some of them closer together.
@@ -70,7 +67,7 @@ class _CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
         method = str(handler_call_details.method)
 
         async def call(raw: AsyncIterator[bytes], context: Any) -> Any:
-            with self._counted(method, context) if method.startswith(_COUNTED) else contextlib.nullcontext():
+            with self._counted(method, context) if method.startswith(_COUNTED) else nullcontext():
                 try:
                     return await self._run(method, handler, raw, context)
                 except PrereadError as error:
@@ -90,7 +87,7 @@ class _CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
 
     async def _run(self, method: str, handler: Any, raw: AsyncIterator[bytes], context: Any) -> Any:
         if self._num_calls > self._max_calls and method.startswith(_COUNTED):
-            raise Overloaded(f"too many calls at once; the limit is {self._max_calls}", RETRY_SECONDS)
+            raise Overloaded(f"too many calls at once; the limit is {self._max_calls}", retry_after_seconds=1.0)
         authorization = str(dict(context.invocation_metadata() or ()).get("authorization", ""))
         self._keys.check(authorization, Scope.needed_by(method), method)
         request = messages = _parsed(raw, handler.request_deserializer)
@@ -132,32 +129,28 @@ class _CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
             if status := context.code():  # set by abort or otherwise
                 names = {one.value[0]: one.name for one in grpc.StatusCode}
                 code = status.name if isinstance(status, grpc.StatusCode) else names.get(status, code)
-            service, _, name = method.rpartition("/")
-            self._on_call(f"{service.rpartition('.')[2]}/{name}", code, time.monotonic() - started)
+            self._on_call(method.rpartition(".")[2], code, time.monotonic() - started)
 
 
 async def _end(context: Any, method: str, error: PrereadError) -> None:
     """Ends the call with an error and, where they fit into the trailers, its details, which preread.wire reads back."""
     status = status_pb2.Status(code=grpc.StatusCode[error.code].value[0], message=_shorten(str(error)))
-    details: list[Message] = []
     for one in error.violations:
         violation = BadRequest.FieldViolation(field=one.field, description=_shorten(one.description))
-        details.append(BadRequest(field_violations=[violation]))
+        status.details.add().Pack(BadRequest(field_violations=[violation]))
     if error.reason:
         metadata = {key: _shorten(value, MAX_NAME_BYTES) for key, value in error.metadata}
-        details.append(ErrorInfo(reason=error.reason, domain="preread", metadata=metadata))
+        status.details.add().Pack(ErrorInfo(reason=error.reason, domain="preread", metadata=metadata))
     if isinstance(error, FailedPrecondition):
         subject = _shorten(error.subject, MAX_NAME_BYTES)
         failure = PreconditionFailure.Violation(type=error.reason, subject=subject, description=status.message)
-        details.append(PreconditionFailure(violations=[failure]))
+        status.details.add().Pack(PreconditionFailure(violations=[failure]))
     if error.resource_type:
         kind, name = error.resource_type, _shorten(error.resource_name, MAX_NAME_BYTES)
-        details.append(ResourceInfo(resource_type=kind, resource_name=name, description=status.message))
+        status.details.add().Pack(ResourceInfo(resource_type=kind, resource_name=name, description=status.message))
     if error.retry_after_seconds is not None:
         seconds, rest = divmod(int(error.retry_after_seconds * 1e9), 10**9)
-        details.append(RetryInfo(retry_delay=Duration(seconds=seconds, nanos=rest)))
-    for detail in details:
-        status.details.add().Pack(detail)
+        status.details.add().Pack(RetryInfo(retry_delay=Duration(seconds=seconds, nanos=rest)))
     if status.ByteSize() > MAX_MESSAGE_BYTES + MAX_DETAILS_BYTES:
         del status.details[:]
     rich = rpc_status.to_status(status)
@@ -192,13 +185,10 @@ def make_server(
     max_calls: int,
     max_request_bytes: int,
     max_response_bytes: int,
-    message_seconds: float = MESSAGE_SECONDS,
+    message_seconds: float = 120.0,  # until the one message of a call is complete: a stalled caller holds a place
     options: Iterable[tuple[str, int]] = (),
 ) -> grpc.aio.Server:
-    """A server without services. `max_calls` run at once, probes not counted; a message's bytes are the decompressed.
-
-    A call whose one message is not complete after `message_seconds` is DEADLINE_EXCEEDED. `options` are gRPC's.
-    """
+    """A server without services. `max_calls` run at once, probes not counted; bytes are those after decompression."""
     logging.getLogger("grpc._cython.cygrpc").addFilter(_ended_by_grpc)  # adding it again changes nothing
     return grpc.aio.server(
         interceptors=[_CallInterceptor(keys, on_call, max_calls, message_seconds)],

@@ -34,8 +34,6 @@ _SETTINGS: dict[str, Any] = {
     "ws": "none", "lifespan": "off", "log_config": None, "access_log": False, "server_header": False,
     "proxy_headers": False, "timeout_keep_alive": KEEP_ALIVE_SECONDS, "backlog": BACKLOG,
 }  # fmt: skip
-_MAX_CALLERS = 64  # of /metrics
-_METRICS_PATHS = ("/metrics", "/metrics/", "/")
 
 Refusal = Callable[[int, str], tuple[str, bytes]]  # (status, message) -> content type and body
 
@@ -237,13 +235,13 @@ def metrics_listener(
     async def app(scope: Any, receive: Any, send: Any) -> None:
         if problem := guard.problem(scope):
             await PlainTextResponse(f"{problem[1]}\n", 403)(scope, receive, send)
-        elif scope["path"] not in _METRICS_PATHS:
+        elif scope["path"] not in ("/metrics", "/metrics/", "/"):
             await PlainTextResponse("not here; expected /metrics\n", 404)(scope, receive, send)
         else:
             headers = [(name, value.decode("latin-1").encode()) for name, value in scope["headers"]]  # it reads UTF-8
             await metrics({**scope, "headers": headers}, receive, send)
 
-    server = make_server(app, max_connections=_MAX_CALLERS, refusal=refusal, header_seconds=header_seconds)
+    server = make_server(app, max_connections=64, refusal=refusal, header_seconds=header_seconds)
     with bind(host, port, "metrics") as listener:
         serving = server.serve(sockets=[listener])
         thread = threading.Thread(target=asyncio.run, args=(serving,), name="metrics", daemon=True)
