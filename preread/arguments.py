@@ -11,8 +11,7 @@ from typing import Any
 from preread.errors import FieldViolation, InvalidRequest
 from preread.values import Candidate, Passage, id_text, join_title
 
-ID_KEYS = ("id", "_id", "passage_id")
-TEXT_KEYS = ("text", "title")
+ID_KEYS, TEXT_KEYS = ("id", "_id", "passage_id"), ("text", "title")
 MAX_SECONDS = 1e9  # beyond some centuries gRPC's clock overflows, and the call ends immediately
 _INT32 = 1 << 31
 _METADATA_NAME = re.compile(r"[0-9a-z_.-]+(?<!-bin)")

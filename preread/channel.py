@@ -33,7 +33,6 @@ LOCAL_ADDRESS = "127.0.0.1:50051"
 # than they were set up for ("too_many_pings"), some of them below five minutes.
 KEEPALIVE_SECONDS = 60
 BUDGET_TOKENS = 10.0  # as in A6's example: retries stop while less than half is left
-PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")  # that gRPC reads, the first that is set
 
 
 @dataclass(frozen=True)
@@ -206,7 +205,7 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 def proxy_variable(target: str = "", environment: Mapping[str, str] = os.environ) -> str:
     """Name of the variable whose proxy gRPC would use for a target, or any elsewhere; "": it would connect directly."""
-    name = next((name for name in PROXY_VARIABLES if environment.get(name)), "")
+    name = next((name for name in ("grpc_proxy", "https_proxy", "http_proxy") if environment.get(name)), "")
     if not target or not name or is_loopback(target):
         return "" if target else name
     host, address = _host_of(target).lower(), _address(_host_of(target))

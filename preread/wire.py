@@ -7,7 +7,7 @@ import functools
 import operator
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import is_dataclass
+from dataclasses import asdict, is_dataclass
 from typing import Any, TypeVar, cast, get_args, get_type_hints
 
 import grpc
@@ -70,8 +70,7 @@ def pack_request(query: str, candidates: Candidates, options: RerankOptions) -> 
     for one in Argument("stages", stages).each():
         if not isinstance(one.value, Stage):
             raise one.wrong("a Stage")
-        fields = {"compression_ratio": one.value.compression_ratio, "keep": one.value.keep}
-        packed_stages.append(pack(rerank_pb2.Stage, within=f"{one.field}.", **fields))
+        packed_stages.append(pack(rerank_pb2.Stage, within=f"{one.field}.", **asdict(one.value)))
     values: dict[str, Any] = {name: value for name, value in options.items() if name != "timeout"}
     values |= {"query": query, "candidates": packed, "stages": packed_stages}
     values["on_miss"] = f"ON_MISS_{on_miss.upper() if on_miss else 'UNSPECIFIED'}"

@@ -89,12 +89,10 @@ class ApiKeys:
         return cls(tuple(keys))
 
     def check(self, authorization: str, scopes: Collection[Scope], target: str, *alone: str) -> None:
-        """Raises Unauthenticated without a known key, PermissionDenied where it has none of the scopes that are needed.
-
-        The key is the one in an `authorization` header, after Bearer or as its only word, or comes `alone`.
-        """
+        """Raises Unauthenticated without a known key, PermissionDenied where it has none of the scopes needed."""
         if not self.keys or not scopes:
             return
+        # the key is the one in the header, after Bearer or as its only word, or comes `alone`
         words = authorization.split()
         if words and words[0].lower() == "bearer":
             del words[0]
@@ -115,10 +113,9 @@ class ApiKeys:
     def refuse_control_tokens(self, host: str) -> None:
         """Raises ValueError where strangers could write prompts: control tokens in texts count, and `host` is open."""
         if not self.keys and not is_loopback(host, unspecified=False):
-            raise ValueError(
-                f"read_control_tokens is on and {host!r} is reached from other machines without a key; expected API "
-                "keys, or a loopback address: a text with control tokens writes the prompt"
-            )
+            problem = f"read_control_tokens is on and {host!r} is reached from other machines without a key"
+            expected = "API keys, or a loopback address: a text with control tokens writes the prompt"
+            raise ValueError(f"{problem}; expected {expected}")
 
     def __add__(self, other: ApiKeys) -> ApiKeys:
         return ApiKeys(self.keys + other.keys)

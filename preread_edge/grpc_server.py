@@ -42,9 +42,7 @@ REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 PING_SECONDS = 5.0
 # A client refuses trailers over 8 KiB by default and then reports RESOURCE_EXHAUSTED in place of the
 # error, which travels twice: as grpc-message (up to 3 bytes per byte) and inside grpc-status-details-bin.
-MAX_MESSAGE_BYTES = 1024
-MAX_DETAILS_BYTES = 3072
-MAX_NAME_BYTES = 256
+MAX_MESSAGE_BYTES, MAX_DETAILS_BYTES, MAX_NAME_BYTES = 1024, 3072, 256
 _COUNTED = ("/preread.", "/tei.")  # calls that are counted and logged; probes and descriptions would drown them
 
 OnCall = Callable[[str, str, float], None]  # method as Service/Method, name of the status, seconds
@@ -249,8 +247,7 @@ def _ended_by_grpc(record: logging.LogRecord) -> bool:
     """One line for a traceback: a message was too large or badly compressed, and its method saw the stream's end."""
     if record.exc_info and isinstance(record.exc_info[1], grpc.aio.InternalError):
         record.levelno, record.levelname = logging.WARNING, "WARNING"
-        record.msg, record.args = f"{record.getMessage()}: the call had ended before", ()
-        record.exc_info = None
+        record.msg, record.args, record.exc_info = f"{record.getMessage()}: the call had ended before", (), None
     return True
 
 

@@ -243,8 +243,7 @@ def metrics_listener(
 
     server = make_server(app, max_connections=64, refusal=refusal, header_seconds=header_seconds)
     with bind(host, port, "metrics") as listener:
-        serving = server.serve(sockets=[listener])
-        thread = threading.Thread(target=asyncio.run, args=(serving,), name="metrics", daemon=True)
+        thread = threading.Thread(target=asyncio.run, args=[server.serve([listener])], name="metrics", daemon=True)
         thread.start()
         try:
             yield int(listener.getsockname()[1])

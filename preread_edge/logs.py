@@ -81,12 +81,9 @@ class _JsonFormatter(logging.Formatter):
     """One JSON object per line; nothing in it ends the line or changes how it is shown."""
 
     def format(self, record: logging.LogRecord) -> str:
-        line: dict[str, Any] = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": _cut(record.getMessage()),
-        }
+        when = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        line: dict[str, Any] = {"time": when, "level": record.levelname.lower(), "logger": record.name}
+        line["message"] = _cut(record.getMessage())
         if call := current():
             line["request_id"] = call.request_id
         line |= {name: _cut(value) for name, value in getattr(record, "fields", {}).items()}

@@ -31,9 +31,8 @@ _threads = ThreadPoolExecutor(MAX_AT_ONCE, thread_name_prefix="steps")
 class _Steps:
     """One piece of work. One at a time has the turn, also while it rests."""
 
-    def __init__(self) -> None:
-        self.abandoned = False
-        self._since = 0.0
+    abandoned = False
+    _since = 0.0
 
     def __enter__(self) -> None:
         _turn.acquire()
