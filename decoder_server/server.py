@@ -21,8 +21,7 @@ from cache.store import Store
 from decoder_server.config import DecoderConfig, HttpConfig, ModelConfig
 from decoder_server.edge.grpc import SERVICE, TEI_SERVICES, RerankService
 from decoder_server.edge.http.app import build
-from decoder_server.edge.http.errors import Problem
-from decoder_server.edge.http.request import Context
+from decoder_server.edge.http.request import Context, Problem
 from decoder_server.engine.engine import Engine
 from decoder_server.engine.lifecycle import Observer
 from decoder_server.engine.on_demand import EncoderClient, OnDemandStates, call_metadata

@@ -26,9 +26,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from decoder_server.edge.engines import every_scored, unscored
 from decoder_server.edge.http import collections, dialects, info
 from decoder_server.edge.http.dialect_request import DialectRequest, DialectResponse, headers_of
-from decoder_server.edge.http.errors import EXPECTED, Problem
 from decoder_server.edge.http.openapi import JSON, Operation, document
-from decoder_server.edge.http.request import Context, Endpoint, HttpRequest, read, respond
+from decoder_server.edge.http.request import EXPECTED, Context, Endpoint, HttpRequest, Problem, read, respond
 from decoder_server.engine.engine import Engine
 from preread.errors import InvalidRequest, PrereadError, Unauthenticated
 from preread.values import RerankRequest

@@ -19,10 +19,9 @@ from cache.errors import CollectionNotFound
 from cache.record import check_name
 from decoder_server.edge.engines import collection_infos
 from decoder_server.edge.http.dialect_request import Size
-from decoder_server.edge.http.errors import EXPECTED, TOO_SLOW, Problem
 from decoder_server.edge.http.json_steps import parse
 from decoder_server.edge.http.openapi import JSON, Operation
-from decoder_server.edge.http.request import HALF_A_PAIR, Count, HttpRequest, RawText, Text, read, respond
+from decoder_server.edge.http.request import EXPECTED, Count, HttpRequest, Problem, RawText, Text, read, respond
 from preread import Passage, UpsertResult
 from preread.errors import InvalidRequest, Path
 from preread.values import CollectionInfo, join_title
@@ -248,7 +247,7 @@ async def _from_lines(request: HttpRequest) -> AsyncIterator[Passage | UpsertRes
             async with asyncio.timeout(config.timeout_seconds - waited):
                 chunk = await anext(stream, None)
         except TimeoutError:
-            raise Problem(408, TOO_SLOW) from None
+            raise Problem(408, Problem.TOO_SLOW) from None
         received = b"\n" if chunk is None else chunk  # the end ends the last line too
         waited = 0.0 if b"\n" in received else waited + time.monotonic() - began
         start = len(rest)  # no line ends before
@@ -295,7 +294,7 @@ def _passage(item: object, path: Path) -> Passage | UpsertResult:
         raise InvalidRequest((*path, "id"), "absent or empty", "the passage's id, a string")
     text = str(join_title(body.title, body.text))
     if not RawText.is_utf8(text):
-        message = f"text is {HALF_A_PAIR[0]}; expected {HALF_A_PAIR[1]}"
+        message = "text is {}; expected {}".format(*RawText.HALF_A_PAIR)
         return UpsertResult(passage_id, "refused", 0, 0, False, message)
     return Passage(passage_id, text)
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Self, TypeVar, cast, get_args
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from decoder_server.edge.http.request import HALF_A_PAIR, Count, Query, RawText, Schema, Text, Word, kind_of, read
+from decoder_server.edge.http.request import Count, Query, RawText, Schema, Text, Word, kind_of, read
 from preread import values
 from preread.errors import FailedPrecondition, InvalidRequest, Path, field_name
 
@@ -129,7 +129,7 @@ class RerankBody(Struct, kw_only=True):
         parsed = DialectRequest(request, field, max_tokens_per_doc, self.return_margins or False, **settings)
         bad = next((i for i, candidate in enumerate(request.candidates) if candidate.problem), None)
         if bad is not None and parsed.texts_alone:  # there is no status to say it in
-            raise InvalidRequest(parsed.path_of(bad), *HALF_A_PAIR)
+            raise InvalidRequest(parsed.path_of(bad), *RawText.HALF_A_PAIR)
         return parsed
 
     def _candidates(self, field: str) -> tuple[values.Candidate, ...]:
@@ -151,7 +151,7 @@ class RerankBody(Struct, kw_only=True):
                 raise InvalidRequest((field, i), "an object without text", expected)
             problem = ""
             if text is not None and not RawText.is_utf8(text):
-                text, problem = None, f"the text is {HALF_A_PAIR[0]}; expected {HALF_A_PAIR[1]}"
+                text, problem = None, "the text is {}; expected {}".format(*RawText.HALF_A_PAIR)
             candidates.append(values.Candidate(str(passage_id) or None, None if text is None else str(text), problem))
         return tuple(candidates)
 

@@ -11,8 +11,7 @@ from typing import Any
 import msgspec
 
 from decoder_server.edge.engines import VERSION
-from decoder_server.edge.http import errors
-from decoder_server.edge.http.request import Endpoint, Schema
+from decoder_server.edge.http.request import ERRORS, Endpoint, Schema
 
 JSON = "application/json"
 
@@ -71,7 +70,7 @@ class Operation:
 def document(operations: Iterable[Operation], prefixes: Iterable[str]) -> Schema:
     """The OpenAPI 3.1 document. Prefixes are named, not repeated."""
     paths: dict[str, Schema] = {}
-    published = dict(map(_named, errors.ANSWERS))
+    published = dict(map(_named, ERRORS))
     for operation in operations:
         path = operation.path.replace(":path", "")
         item = paths.setdefault(path, {})
@@ -126,11 +125,11 @@ def _described(operation: Operation) -> Schema:
     name = getattr(operation.endpoint, "__name__", "").strip("_")
     headers: Schema = {"x-request-id": {"description": "The caller's, or a new one", "schema": {"type": "string"}}}
     parameters = [{"name": name, "in": "query", "schema": schema} for name, schema in operation.query.items()]
-    problems: Sequence[Any] = errors.ANSWERS[:1]
+    problems: Sequence[Any] = ERRORS[:1]
     if len(operation.answers) > 1:  # of every dialect
         headers |= {name: {"description": text, "schema": {"type": "string"}} for name, text in _RERANK_HEADERS.items()}
         parameters.append(_TIMEOUT)
-        problems = errors.ANSWERS
+        problems = ERRORS
     content = _content({JSON if operation.answers else "text/plain": operation.answers})
     responses: Schema = {"200": {"description": "Success", "headers": headers, "content": content}}
     for status, text in _ERRORS.items():
