@@ -41,10 +41,8 @@ _PER_MODEL: tuple[tuple[type[CounterFamily | GaugeFamily], str, str, str], ...] 
     (GaugeFamily, "queue_requests", "Requests in flight.", "admission.num_requests"),
     (GaugeFamily, "queue_tokens", "Tokens they still need, by estimate.", "admission.num_tokens"),
     (CounterFamily, "admission_refusals", "Requests rejected because the queue was full.", "admission.num_rejected"),
-    (
-        CounterFamily, "dropped_pairs", "Queued pairs dropped: cancelled or past their deadline.",
-        "scheduler.stats.num_dropped_pairs",
-    ),
+    (CounterFamily, "dropped_pairs", "Queued pairs dropped: cancelled or past their deadline.",
+     "scheduler.stats.num_dropped_pairs"),
     (CounterFamily, "compilations", "Compiled steps; constant once warm.", "backend.num_compilations"),
 )  # fmt: skip
 _PER_COLLECTION = (
@@ -150,15 +148,9 @@ class Metrics(Collector):
         models = InfoMetricFamily("preread_model", "A model that is served.")
         for model, engine in engines.items():
             backend, identity = engine.backend, engine.backend.identity()
-            labels = {
-                "model": model,
-                "backend": backend.name,
-                "checkpoint": backend.checkpoint_name,
-                "fingerprint": identity.fingerprint[:12] if identity is not None else "",
-                "dtype": backend.dtype_name,
-                "device": backend.device_name,
-            }
-            models.add_metric([], labels)
+            labels = {"model": model, "backend": backend.name, "checkpoint": backend.checkpoint_name}
+            labels |= {"dtype": backend.dtype_name, "device": backend.device_name}
+            models.add_metric([], labels | {"fingerprint": identity.fingerprint[:12] if identity is not None else ""})
         yield models
         yield from self._collections()
 
@@ -195,7 +187,7 @@ class Metrics(Collector):
         yield GaugeFamily("preread_store_up", "1: the store answered its last count.", float(answers))
         info = InfoMetricFamily("preread_collection", "A collection that this server can read.")
         for manifest in (one.manifest for one in described):
-            labels = {name: getattr(manifest, name) for name in ("collection", "codec")}
+            labels = {"collection": manifest.collection, "codec": manifest.codec}
             labels |= {"compression_ratio": str(manifest.compression_ratio), "fingerprint": manifest.fingerprint[:12]}
             info.add_metric([], labels)
         yield info
@@ -224,10 +216,8 @@ class RequestLog:
         if timings is not None:
             names = ("fetch_seconds", "encode_seconds", "queue_seconds", "compute_seconds")
             values |= {name: round(getattr(timings, name), 6) for name in names}
-        if trace.degraded:
-            values["degraded"] = trace.degraded.reason
-        if trace.stopped_early:
-            values["stopped_early"] = True
+        values |= {"degraded": trace.degraded.reason} if trace.degraded else {}
+        values |= {"stopped_early": True} if trace.stopped_early else {}
         counts = collections.Counter(result.status for result in trace.results)
         values |= {f"num_{status}": count for status, count in sorted(counts.items())}
         if self._log_text:

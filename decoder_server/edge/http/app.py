@@ -105,11 +105,9 @@ class Envelope:
         request_id = logs.begin(headers.get("x-request-id", ""), headers.get("traceparent", "")).request_id
         messages = _Messages(receive, send, {"x-request-id": request_id} | self._guard.cors(scope), self._on_answer)
         scope.setdefault("state", {}).update(request_id=request_id, seen=messages.seen)
-        app = self._app
         try:
             try:
-                if (preflight := self._admit(scope, headers, foreign)) is not None:
-                    app = Response(status_code=204, headers=preflight)
+                app = self._admit(scope, headers, foreign)
             except Problem as problem:
                 app = await _respond(scope, messages.receive, problem)
             await app(scope, messages.receive, messages.send)
@@ -124,8 +122,8 @@ class Envelope:
         finally:
             messages.count()  # a response that broke off
 
-    def _admit(self, scope: Scope, headers: Headers, foreign: tuple[str, str] | None) -> Mapping[str, str] | None:
-        """The headers that answer a preflight; None: the request goes on. Raises Problem where it may not."""
+    def _admit(self, scope: Scope, headers: Headers, foreign: tuple[str, str] | None) -> ASGIApp:
+        """The application, or the response to a preflight; raises Problem where the request may not go on."""
         method, path = scope["method"], scope["path"]
         if scope["state"].get("crowded") and path not in _PROBES:
             message = "too many connections; try again, or use fewer connections for more requests each"
@@ -133,14 +131,14 @@ class Envelope:
         if foreign is not None:
             raise Problem(403, foreign[1], code=foreign[0])
         if (preflight := self._guard.preflight(scope)) is not None:
-            return preflight
+            return Response(status_code=204, headers=preflight)
         # api-key: what a few clients send in place of a bearer token
         presented = (headers.get(name, "") for name in ("authorization", "api-key", "x-api-key"))
         try:
             self._keys.check(next(presented), _scopes_of(method, path), f"{method} {path}", *presented)
         except PrereadError as exc:
             raise Problem(401 if isinstance(exc, Unauthenticated) else 403, str(exc)) from exc
-        return None
+        return self._app
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -243,19 +241,15 @@ async def _score(here: Context, parsed: DialectRequest, until: float, request_id
         path = "query" if summary.query_truncated else parsed.path_of(summary.truncated[0])
         most = settings.max_query_tokens if summary.query_truncated else settings.max_passage_tokens
         raise InvalidRequest(path, "too long", f"at most {most} tokens, or truncation")
-    others = [result for result in results if result.margin is None]
-    empty: tuple[int, ...] = ()
+    scored = [result for result in results if result.margin is not None]
+    others, empty = [result for result in results if result.margin is None], tuple[int, ...]()
     if parsed.texts_alone:
         scored = every_scored(engine, results, summary, parsed.path_of)
         empty, others = tuple(result.index for result in others), []
-    else:
-        scored = [result for result in results if result.margin is not None]
-        if not scored and request.on_miss != "skip":  # an empty ranking would look like an answer
-            raise unscored(engine, others[0], summary, parsed.path_of(others[0].index))
-    cut |= frozenset(summary.truncated)
-    return DialectResponse(
-        parsed, scored[: request.top_n or None], others, summary, request_id, tuple(sorted(cut)), empty
-    )
+    elif not scored and request.on_miss != "skip":  # an empty ranking would look like an answer
+        raise unscored(engine, others[0], summary, parsed.path_of(others[0].index))
+    scored, places = scored[: request.top_n or None], tuple(sorted(cut.union(summary.truncated)))
+    return DialectResponse(parsed, scored, others, summary, request_id, places, empty)
 
 
 def _cut(engine: Engine, parsed: DialectRequest) -> tuple[RerankRequest, frozenset[int]]:

@@ -181,14 +181,14 @@ async def _delete_passages(request: HttpRequest) -> Response:
     worker = request.context.encoder()
     name = check_name("collection", request.path_params["collection"])
     if "passage_id" in request.path_params:
-        ids = [_id(request.path_params["passage_id"], ("passage_id",))]
+        ids = [str(read(Text, request.path_params["passage_id"], ("passage_id",)))]
     elif "id" in request.query_params:
         ids = request.query_params.getlist("id")
     else:
         request.check_written()
         body = read(_DeleteRequest, await request.read_json())
-        name_of_ids = "ids" if body.ids else "passage_ids"
-        ids = await stepped(_read_each, _id, body.ids or body.passage_ids or (), name_of_ids)
+        field, given = ("ids", body.ids) if body.ids else ("passage_ids", body.passage_ids or ())
+        ids = await stepped(_read_each, lambda item, path: str(read(Text, item, path)), given, field)
     if not ids:
         raise InvalidRequest("ids", "empty", "at least one passage id")
     num_deleted = 0
@@ -263,8 +263,7 @@ async def _from_lines(request: HttpRequest) -> AsyncIterator[Passage | UpsertRes
             del rest[: end + 1]
             start = 0
             if too_long:
-                message = f"line {number} is over {config.max_line_bytes} bytes"
-                yield UpsertResult("", "refused", 0, 0, False, message)
+                yield UpsertResult("", "refused", 0, 0, False, f"line {number} is over {config.max_line_bytes} bytes")
                 too_long = False
             elif line:
                 yield _passage(await parse(line, f"line {number}"), (f"line {number}",))
@@ -294,13 +293,8 @@ def _passage(item: object, path: Path) -> Passage | UpsertResult:
         raise InvalidRequest((*path, "id"), "absent or empty", "the passage's id, a string")
     text = str(join_title(body.title, body.text))
     if not RawText.is_utf8(text):
-        message = "text is {}; expected {}".format(*RawText.HALF_A_PAIR)
-        return UpsertResult(passage_id, "refused", 0, 0, False, message)
+        return UpsertResult(passage_id, "refused", 0, 0, False, "text is {}; expected {}".format(*RawText.HALF_A_PAIR))
     return Passage(passage_id, text)
-
-
-def _id(item: object, path: Path) -> str:
-    return str(read(Text, item, path))
 
 
 def _pack(info: CollectionInfo) -> _Collection:
@@ -317,8 +311,8 @@ def _literal(value: str) -> object:
 
 
 _IDS = {"id": {"description": "In place of a body; may be repeated", "type": "array", "items": {"type": "string"}}}
-_TYPES = (("compression_ratio", "integer"), ("codec", "string"), ("store_text", "boolean"))
-_WITH_NDJSON = {name: {"description": "With NDJSON", "type": kind} for name, kind in _TYPES}
+_TYPES = {"compression_ratio": "integer", "codec": "string", "store_text": "boolean"}
+_WITH_NDJSON = {name: {"description": "With NDJSON", "type": kind} for name, kind in _TYPES.items()}
 _COLLECTION, _ALIAS = "/v1/collections/{collection}", "/v1/aliases/{alias}"
 _PASSAGES = f"{_COLLECTION}/passages"
 _UPLOADS = {JSON: (("UploadRequest", _UploadObject, list[_Passage]),), NDJSON[0]: (_Passage,)}

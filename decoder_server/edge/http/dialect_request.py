@@ -39,11 +39,8 @@ class _StageBody(Struct):
 class _Stages(tuple[values.Stage, ...]):
     """A cascade, `"32:100, 4:20, 1"` or a list of objects. Whether its stages fit together is the engine's to check."""
 
-    _STAGE: ClassVar[Schema] = {
-        "type": "object",
-        "required": ["compression_ratio"],
-        "properties": {"compression_ratio": Count.schema, "keep": Count.schema},
-    }
+    _FIELDS: ClassVar[Schema] = {"compression_ratio": Count.schema, "keep": Count.schema}
+    _STAGE: ClassVar[Schema] = {"type": "object", "required": ["compression_ratio"], "properties": _FIELDS}
     schema: ClassVar[Schema] = {"anyOf": [Text.schema, {"type": "array", "items": _STAGE}]}
 
     @classmethod
@@ -125,8 +122,8 @@ class RerankBody(Struct, kw_only=True):
             stages=self.stages or (),
             one_ratio=one_ratio,
         )
-        max_tokens_per_doc = int(self.max_tokens_per_doc or 0) or None
-        parsed = DialectRequest(request, field, max_tokens_per_doc, self.return_margins or False, **settings)
+        max_tokens = int(self.max_tokens_per_doc or 0) or None
+        parsed = DialectRequest(request, field, max_tokens, self.return_margins or False, **settings)
         bad = next((i for i, candidate in enumerate(request.candidates) if candidate.problem), None)
         if bad is not None and parsed.texts_alone:  # there is no status to say it in
             raise InvalidRequest(parsed.path_of(bad), *RawText.HALF_A_PAIR)

@@ -13,17 +13,7 @@ from typing import Annotated, Any, ClassVar, Self
 
 from msgspec import UNSET, Meta, Struct, UnsetType, field
 
-from decoder_server.edge.http.dialect_request import (
-    DialectRequest,
-    DialectResponse,
-    Documents,
-    Flag,
-    Rank,
-    RerankBody,
-    Score,
-    Top,
-    Usage,
-)
+from decoder_server.edge.http import dialect_request as rerank
 from decoder_server.edge.http.request import Count, Query, Schema, Text, Word, read
 from preread.errors import InvalidRequest
 
@@ -38,7 +28,7 @@ MAX_PAIRS = 1000  # as many as one query may have passages
 # Lists that are counted before any value is read; other fields count only where a dialect knows them.
 LISTS = ("documents", "texts", "passages", "input", "pairs", "text_1", "text_2", "passage_ids", "stages")
 
-RefuseLong = Annotated[Flag, Meta(description="false: reject a text that is too long")]
+RefuseLong = Annotated[rerank.Flag, Meta(description="false: reject a text that is too long")]
 
 
 # Cohere, Jina, vLLM, llama.cpp, infinity and the 4D AI Kit share one answer: each reads its part of it.
@@ -46,7 +36,7 @@ class _DocumentText(Struct):
     text: str
 
 
-class _RerankRank(Rank, kw_only=True):
+class _RerankRank(rerank.Rank, kw_only=True):
     relevance_score: Annotated[float, Meta(description="In [0, 1]; a margin with infinity's raw_scores")]
     document: Annotated[
         _DocumentText | str | UnsetType, Meta(description="With return_documents; a string for infinity")
@@ -67,15 +57,15 @@ class _RerankAnswer(Struct, kw_only=True, tag_field="object", tag="rerank"):
     created: int
     model: str
     results: list[_RerankRank]
-    usage: Usage
+    usage: rerank.Usage
     meta: _RerankMeta
 
 
-class _RerankRequest(RerankBody, kw_only=True):
-    raw_scores: Annotated[Flag, Meta(description="Behind /infinity: margins in place of scores")] = None
+class _RerankRequest(rerank.RerankBody, kw_only=True):
+    raw_scores: Annotated[rerank.Flag, Meta(description="Behind /infinity: margins in place of scores")] = None
 
     @classmethod
-    def pack(cls, responses: Sequence[DialectResponse]) -> _RerankAnswer:
+    def pack(cls, responses: Sequence[rerank.DialectResponse]) -> _RerankAnswer:
         (response,) = responses
         num_units = math.ceil(len(response.parsed.request.candidates) / DOCUMENTS_PER_SEARCH_UNIT)
         results = response.ranks(_RerankRank, "relevance_score", "document")
@@ -98,7 +88,7 @@ class _RerankRequest(RerankBody, kw_only=True):
 
 
 class _InfinityRequest(_RerankRequest, kw_only=True):
-    def requests(self) -> list[DialectRequest]:
+    def requests(self) -> list[rerank.DialectRequest]:
         return [self.request(raw_scores=self.raw_scores or False)]
 
 
@@ -107,25 +97,25 @@ class _Direction(Word):
     words = ("right", "left")
 
 
-class _TeiRank(Rank, kw_only=True):
+class _TeiRank(rerank.Rank, kw_only=True):
     score: float
     text: str | UnsetType = UNSET
 
 
-class _TeiRequest(RerankBody, kw_only=True):
-    documents: Documents = field(name="texts", default=None)
-    return_documents: Flag = field(name="return_text", default=None)
-    raw_scores: Annotated[Flag, Meta(description="Margins in place of scores")] = None
+class _TeiRequest(rerank.RerankBody, kw_only=True):
+    documents: rerank.Documents = field(name="texts", default=None)
+    return_documents: rerank.Flag = field(name="return_text", default=None)
+    raw_scores: Annotated[rerank.Flag, Meta(description="Margins in place of scores")] = None
     truncate: RefuseLong = None  # absent: cuts what is too long, as TEI does by default
     truncation_direction: _Direction | None = None
 
-    def requests(self) -> list[DialectRequest]:
+    def requests(self) -> list[rerank.DialectRequest]:
         keep_end, reject = self.truncation_direction == "left", self.truncate is False
         raw_scores = self.raw_scores or False
         return [self.request("texts", raw_scores=raw_scores, reject_truncated=reject, keep_end=keep_end)]
 
     @classmethod
-    def pack(cls, responses: Sequence[DialectResponse]) -> list[_TeiRank]:
+    def pack(cls, responses: Sequence[rerank.DialectResponse]) -> list[_TeiRank]:
         return responses[0].ranks(_TeiRank, "score", "text")
 
 
@@ -134,7 +124,7 @@ class _Truncate(Word):
     words = ("none", "end")
 
 
-class _NimRank(Rank, kw_only=True):
+class _NimRank(rerank.Rank, kw_only=True):
     logit: float
 
 
@@ -142,91 +132,91 @@ class _NimAnswer(Struct):
     rankings: list[_NimRank]
 
 
-class _NimRequest(RerankBody, kw_only=True):
-    documents: Documents = field(name="passages", default=None)
+class _NimRequest(rerank.RerankBody, kw_only=True):
+    documents: rerank.Documents = field(name="passages", default=None)
     truncate: _Truncate | None = None
 
-    def requests(self) -> list[DialectRequest]:
+    def requests(self) -> list[rerank.DialectRequest]:
         return [self.request("passages", raw_scores=True, reject_truncated=self.truncate == "none")]
 
     @classmethod
-    def pack(cls, responses: Sequence[DialectResponse]) -> _NimAnswer:
+    def pack(cls, responses: Sequence[rerank.DialectResponse]) -> _NimAnswer:
         return _NimAnswer(responses[0].ranks(_NimRank, "logit"))
 
 
 # Voyage: `top_k`, `truncation`, and documents as plain strings.
-class _VoyageRank(Rank, kw_only=True):
-    relevance_score: Score
+class _VoyageRank(rerank.Rank, kw_only=True):
+    relevance_score: rerank.Score
     document: str | UnsetType = UNSET
 
 
 class _VoyageAnswer(Struct, kw_only=True, tag_field="object", tag="list"):
     data: list[_VoyageRank]
     model: str
-    usage: Usage
+    usage: rerank.Usage
 
 
-class _VoyageRequest(RerankBody, kw_only=True):
-    top_k: Top = None
+class _VoyageRequest(rerank.RerankBody, kw_only=True):
+    top_k: rerank.Top = None
     truncation: RefuseLong = None
 
-    def requests(self) -> list[DialectRequest]:
+    def requests(self) -> list[rerank.DialectRequest]:
         return [self.request(top_k=self.top_k, reject_truncated=self.truncation is False)]
 
     @classmethod
-    def pack(cls, responses: Sequence[DialectResponse]) -> _VoyageAnswer:
+    def pack(cls, responses: Sequence[rerank.DialectResponse]) -> _VoyageAnswer:
         (response,) = responses
-        ranks = response.ranks(_VoyageRank, "relevance_score", "document")
-        return _VoyageAnswer(data=ranks, model=response.summary.model, usage=Usage(total_tokens=response.num_tokens))
+        ranks, num_tokens = response.ranks(_VoyageRank, "relevance_score", "document"), response.num_tokens
+        return _VoyageAnswer(data=ranks, model=response.summary.model, usage=rerank.Usage(total_tokens=num_tokens))
 
 
 # mixedbread: `input` in, `data` out.
-class _MixedbreadRank(Rank, kw_only=True):
-    score: Score
+class _MixedbreadRank(rerank.Rank, kw_only=True):
+    score: rerank.Score
     input: str | UnsetType = UNSET
 
 
 class _MixedbreadAnswer(Struct, kw_only=True, tag_field="object", tag="list"):
     data: list[_MixedbreadRank]
     model: str
-    usage: Usage
+    usage: rerank.Usage
 
 
-class _MixedbreadRequest(RerankBody, kw_only=True):
-    documents: Documents = field(name="input", default=None)
-    top_k: Top = None
-    return_documents: Flag = field(name="return_input", default=None)
+class _MixedbreadRequest(rerank.RerankBody, kw_only=True):
+    documents: rerank.Documents = field(name="input", default=None)
+    top_k: rerank.Top = None
+    return_documents: rerank.Flag = field(name="return_input", default=None)
 
-    def requests(self) -> list[DialectRequest]:
+    def requests(self) -> list[rerank.DialectRequest]:
         return [self.request("input", top_k=self.top_k)]
 
     @classmethod
-    def pack(cls, responses: Sequence[DialectResponse]) -> _MixedbreadAnswer:
+    def pack(cls, responses: Sequence[rerank.DialectResponse]) -> _MixedbreadAnswer:
         (response,) = responses
         ranks = response.ranks(_MixedbreadRank, "score", "input")
         return _MixedbreadAnswer(data=ranks, model=response.summary.model, usage=response.usage)
 
 
 # Scores of pairs, in their order: `text_1` and `text_2` as vLLM has them, or `pairs`. One request per distinct query.
-class _PairScore(Rank, kw_only=True, tag_field="object", tag="score"):
-    score: Score
+class _PairScore(rerank.Rank, kw_only=True, tag_field="object", tag="score"):
+    score: rerank.Score
 
 
 class _ScoreAnswer(Struct, kw_only=True, tag_field="object", tag="list"):
     id: str
     data: list[_PairScore]
     model: str
-    usage: Usage
+    usage: rerank.Usage
 
 
 class _ScoreRequest(Struct, kw_only=True):
     model: Text | None = None
     instruction: Text | None = None
     compression_ratio: Count | None = None
-    return_margins: Flag = None
+    return_margins: rerank.Flag = None
     stages: Annotated[Any, Meta(description="Not taken: scores of different stages do not compare")] = None
 
-    def _of_pairs(self, name: str, pairs: Sequence[tuple[str, str]]) -> list[DialectRequest]:
+    def _of_pairs(self, name: str, pairs: Sequence[tuple[str, str]]) -> list[rerank.DialectRequest]:
         if self.stages is not None:
             raise InvalidRequest("stages", "given", "none here: scores of different stages do not compare")
         if len(pairs) > MAX_PAIRS:
@@ -237,20 +227,20 @@ class _ScoreRequest(Struct, kw_only=True):
         shared: dict[str, Any] = {one: getattr(self, one) for one in _ScoreRequest.__struct_fields__}
         requests = []
         for query, own in positions.items():
-            documents: Documents = [pairs[position][1] for position in own]
-            body = RerankBody(query=Query(query), documents=documents, **shared)
+            documents: rerank.Documents = [pairs[position][1] for position in own]
+            body = rerank.RerankBody(query=Query(query), documents=documents, **shared)
             requests.append(body.request(name, one_ratio=True, positions=tuple(own)))
         return requests
 
     @classmethod
-    def pack(cls, responses: Sequence[DialectResponse]) -> _ScoreAnswer:
+    def pack(cls, responses: Sequence[rerank.DialectResponse]) -> _ScoreAnswer:
         scores = [score for response in responses for score in response.ranks(_PairScore, "score")]
         num_tokens = sum(response.num_tokens for response in responses)
         return _ScoreAnswer(
             id=responses[0].request_id,
             data=sorted(scores, key=lambda score: score.index),
             model=responses[0].summary.model,
-            usage=Usage(prompt_tokens=num_tokens, total_tokens=num_tokens),
+            usage=rerank.Usage(prompt_tokens=num_tokens, total_tokens=num_tokens),
         )
 
 
@@ -271,7 +261,7 @@ class _TextsRequest(_ScoreRequest, kw_only=True):
     text_1: _Texts
     text_2: _Texts
 
-    def requests(self) -> list[DialectRequest]:
+    def requests(self) -> list[rerank.DialectRequest]:
         for name, texts in (("text_1", self.text_1), ("text_2", self.text_2)):
             if not texts:
                 raise InvalidRequest(name, "empty", "at least one")
@@ -290,7 +280,7 @@ class _TextsRequest(_ScoreRequest, kw_only=True):
 class _PairsRequest(_ScoreRequest, kw_only=True):
     pairs: list[tuple[Text, Text]]
 
-    def requests(self) -> list[DialectRequest]:
+    def requests(self) -> list[rerank.DialectRequest]:
         if not self.pairs:
             raise InvalidRequest("pairs", "empty", "at least one")
         for i, (query, _) in enumerate(self.pairs):
@@ -308,7 +298,7 @@ ANSWERS = (
     _RerankAnswer, ("TeiAnswer", list[_TeiRank]), _NimAnswer, _VoyageAnswer, _MixedbreadAnswer, _ScoreAnswer,
 )  # fmt: skip
 
-Dialect = RerankBody | _TextsRequest | _PairsRequest  # a body: makes `requests`, and its class packs the responses
+Dialect = rerank.RerankBody | _TextsRequest | _PairsRequest  # makes `requests`; its class packs the responses
 TEI: type[Dialect] = _TeiRequest
 # In front of any path: these clients get their dialect whatever the body looks like.
 PREFIXES: dict[str, type[Dialect]] = {"/tei": TEI, "/voyage": _VoyageRequest, "/infinity": _InfinityRequest}

@@ -101,21 +101,21 @@ async def _list_models(request: HttpRequest) -> Response:
 
 
 async def _info(request: HttpRequest) -> Response:
-    here = request.context
-    engine = here.engine("")
-    info = _Info(
-        model_id=engine.name,
-        model_dtype=engine.backend.dtype_name,
-        model_type={"reranker": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}},
-        max_concurrent_requests=engine.limits.max_queue_requests,
-        max_input_length=engine.backend.settings.max_passage_tokens,
-        max_batch_tokens=engine.limits.max_queue_tokens,
-        max_client_batch_size=engine.limits.max_candidates,
-        version=VERSION,
-        max_body_bytes=here.config.max_body_bytes,
-        **_facts(engine),
+    engine = request.context.engine("")
+    return await respond(
+        _Info(
+            model_id=engine.name,
+            model_dtype=engine.backend.dtype_name,
+            model_type={"reranker": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}},
+            max_concurrent_requests=engine.limits.max_queue_requests,
+            max_input_length=engine.backend.settings.max_passage_tokens,
+            max_batch_tokens=engine.limits.max_queue_tokens,
+            max_client_batch_size=engine.limits.max_candidates,
+            version=VERSION,
+            max_body_bytes=request.context.config.max_body_bytes,
+            **_facts(engine),
+        )
     )
-    return await respond(info)
 
 
 async def _live(request: HttpRequest) -> Response:
@@ -161,8 +161,7 @@ async def _explain(request: HttpRequest) -> Response:
     if body.collection and body.first and body.passage_ids is None:
         if body.first > MAX_CANDIDATES:
             raise InvalidRequest("first", body.first, f"1..{MAX_CANDIDATES}")
-        ids = await engine.call(engine.catalogue.first_ids, body.collection, body.first)
-        body.passage_ids = [Text(one) for one in ids]
+        body.passage_ids = [*map(Text, await engine.call(engine.catalogue.first_ids, body.collection, body.first))]
     parsed = body.request()
     start = time.monotonic()
     with parsed.naming():
