@@ -1,9 +1,5 @@
 """State of a server, for probes: ready, alive, and whether its encoders answer.
 
-    ready     loaded, not stopping; every encoder has answered since the start, and one in this process answers now
-    live      loaded, and a restart would not help
-    encoder   every encoder answers now
-
 A remote encoder may fail later without costing readiness: stored states are ranked without it, and every server would
 go out of service together. One that never answered is a wrong address, key or proxy, at which a rollout should stop.
 """
@@ -23,7 +19,8 @@ from preread.errors import Unavailable
 
 log = logging.getLogger(__name__)
 
-LIVE, ENCODER = "live", "encoder"  # names for health checks, besides those of services
+# Names for health checks, besides those of services: loaded, and no restart would help; every encoder answers now.
+LIVE, ENCODER = "live", "encoder"
 WATCH_SECONDS = 5.0  # between two checks of an encoder that answers
 RETRY_SECONDS = 1.0  # of one that does not
 
@@ -64,9 +61,8 @@ class Readiness:
     @property
     def degraded(self) -> str:
         """Present limitation of a ready server; "" where it can do everything."""
-        if any(one.problem for one in self._encoders):
-            return "an encoder does not answer: texts are not encoded on demand, stored passages are ranked"
-        return ""
+        text = "an encoder does not answer: texts are not encoded on demand, stored passages are ranked"
+        return text if any(one.problem for one in self._encoders) else ""
 
     async def wait(self) -> None:
         """Returns when the server is ready."""

@@ -63,12 +63,10 @@ class Metrics(Collector):
         self._requests = counter("requests", "Rerank and explain requests of every edge, by result.", ("model", "code"))
         self._request_seconds = histogram("request_seconds", "From arrival to response.", by_model)
         self._candidates = counter("candidates", "Candidates of answered requests.", ("model", "status"))
-        self._degraded = counter(
-            "degraded_requests", "Requests scored at a coarser ratio than requested, by cause.", ("model", "reason")
-        )
-        self._stopped_early = counter(
-            "stopped_early_requests", "Cascades cut short by their deadline before the last stage.", by_model
-        )
+        text = "Requests scored at a coarser ratio than requested, by cause."
+        self._degraded = counter("degraded_requests", text, ("model", "reason"))
+        text = "Cascades cut short by their deadline before the last stage."
+        self._stopped_early = counter("stopped_early_requests", text, by_model)
         self._queue_wait = histogram("queue_wait_seconds", "Time a request had queued pairs and none in a batch.")
         self._fetch_seconds = histogram("fetch_seconds", "One read of a request's states, through the read cache.")
         self._forward_seconds = histogram("forward_seconds", "One forward pass.")

@@ -39,19 +39,19 @@ class TracingObserver:
             "model": trace.model,
             "code": trace.code,
             "num_candidates": len(trace.request.candidates),
-            "request_id": call.request_id if call is not None else None,
+            "request_id": call.request_id if call else None,
             "degraded": trace.degraded.reason if trace.degraded else None,
             "stopped_early": trace.stopped_early or None,
             **{f"num_{status}": count for status, count in counts.items()},
         }
         attributes = {f"preread.{name}": value for name, value in values.items() if value is not None}
-        rpc = call.rpc if call is not None else ""
+        rpc = call.rpc if call else ""
         if rpc:  # by OpenTelemetry's semantic conventions for gRPC
             service, _, method = rpc.rpartition("/")
             attributes |= {"rpc.system": "grpc", "rpc.service": service, "rpc.method": method}
             attributes["rpc.grpc.status_code"] = _GRPC_STATUS.get(trace.code, 2)
         # The caller's span, or an empty context: what else happens to be current is no parent of a request.
-        carrier = {"traceparent": call.traceparent} if call is not None and call.traceparent else {}
+        carrier = {"traceparent": call.traceparent} if call and call.traceparent else {}
         parent = TraceContextTextMapPropagator().extract(carrier, Context())
 
         def at(seconds: float) -> int:
@@ -62,9 +62,8 @@ class TracingObserver:
             span.end(at(end))
             return set_span_in_context(span)
 
-        span = self._tracer.start_span(
-            rpc or trace.kind, parent, SpanKind.SERVER, attributes, start_time=at(trace.start)
-        )
+        name = rpc or trace.kind
+        span = self._tracer.start_span(name, parent, SpanKind.SERVER, attributes, start_time=at(trace.start))
         if trace.code not in _NOT_ERRORS:
             span.set_status(Status(StatusCode.ERROR, trace.code))
         within = set_span_in_context(span)

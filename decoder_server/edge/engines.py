@@ -1,8 +1,7 @@
 """Rules of every edge: how models and collections are described, and which texts have a score.
 
-Clients of the HTTP and TEI dialects pair scores with documents by position or by count, so a document that is left
-out of a response gives every later one another's score: a request of texts alone is scored in full, or fails. In a
-request with ids each candidate has a status instead.
+Clients pair scores with documents by position or by count: a request of texts alone is scored in full, or fails, since
+every text after one left out would get another's score. With ids each candidate has a status instead.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from cache.store import Store
 from decoder_server.engine.collections import describe
@@ -76,14 +76,26 @@ def model_info(engine: Engine) -> ModelInfo:
     )
 
 
+def tei_info(engine: Engine) -> dict[str, Any]:
+    """What a TEI server says of itself, over HTTP and gRPC alike."""
+    return {
+        "version": VERSION,
+        "model_id": engine.name,
+        "model_dtype": engine.backend.dtype_name,
+        "max_concurrent_requests": engine.limits.max_queue_requests,
+        "max_input_length": engine.backend.settings.max_passage_tokens,
+        "max_batch_tokens": engine.limits.max_queue_tokens,
+        "max_client_batch_size": engine.limits.max_candidates,
+        "tokenization_workers": 1,
+    }
+
+
 def collection_infos(store: Store) -> list[CollectionInfo]:
     """Every collection of a store that can be read. Blocks while the store counts, and raises its errors."""
     infos = []
     for stored in describe(store):
         manifest, counts = stored.manifest, dataclasses.asdict(stored.stats)  # under the same names
-        encoder = EncoderIdentity(
-            **{one.name: getattr(manifest, one.name) for one in dataclasses.fields(EncoderIdentity)}
-        )
+        encoder = EncoderIdentity(**{one: getattr(manifest, one) for one in EncoderIdentity.__dataclass_fields__})
         own = {name: getattr(manifest, name) for name in ("compression_ratio", "codec", "stores_text")}
         infos.append(CollectionInfo(manifest.collection, stored.aliases, encoder, **own, **counts))
     return infos

@@ -18,7 +18,7 @@ import grpc
 
 from cache.errors import CacheError
 from cache.store import Store
-from decoder_server.edge.engines import VERSION, collection_infos, every_scored, model_info
+from decoder_server.edge.engines import collection_infos, every_scored, model_info, tei_info
 from decoder_server.engine.engine import ANY_QUERY, Engine, choose
 from preread.errors import InvalidRequest, Unavailable
 from preread.tei.v1 import tei_pb2, tei_pb2_grpc
@@ -139,26 +139,13 @@ class _TeiService(tei_pb2_grpc.RerankServicer, tei_pb2_grpc.InfoServicer):
             queue_time_ns=int(timings.queue_seconds * 1e9),
             inference_time_ns=int((timings.encode_seconds + timings.compute_seconds) * 1e9),
         )
-        ranks = (
-            tei_pb2.Rank(index=one.index, text=one.text, score=one.margin if flags.raw_scores else one.score)
-            for one in scored
-        )
+        raw = flags.raw_scores
+        ranks = (tei_pb2.Rank(index=o.index, text=o.text, score=o.margin if raw else o.score) for o in scored)
         parts = (tei_pb2.RerankResponse(ranks=[rank]) for rank in ranks)
         return await joined(chain([tei_pb2.RerankResponse(metadata=metadata)], parts))
 
     async def Info(self, request: tei_pb2.InfoRequest, context: Context) -> Any:  # noqa: N802
-        engine = choose(self._engines)
-        return tei_pb2.InfoResponse(
-            version=VERSION,
-            model_id=engine.name,
-            model_dtype=engine.backend.dtype_name,
-            model_type=tei_pb2.MODEL_TYPE_RERANKER,
-            max_concurrent_requests=engine.limits.max_queue_requests,
-            max_input_length=engine.backend.settings.max_passage_tokens,
-            max_batch_tokens=engine.limits.max_queue_tokens,
-            max_client_batch_size=engine.limits.max_candidates,
-            tokenization_workers=1,
-        )
+        return tei_pb2.InfoResponse(model_type=tei_pb2.MODEL_TYPE_RERANKER, **tei_info(choose(self._engines)))
 
 
 def _deadline(context: Context) -> float | None:

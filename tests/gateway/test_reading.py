@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from decoder_server.edge.http.dialect_request import DialectRequest, DialectResponse, headers_of
+from decoder_server.edge.http.dialect_request import DialectRequest, DialectResponse
 from preread import parse_stages
 from preread.values import RerankRequest, Summary, Timings
 
@@ -118,11 +118,13 @@ def test_a_cascade_that_was_cut_says_so():
     summary = Summary("m", Timings(0, 0, 0, 0, 0), 1, 1, False, stages=parse_stages("8:2,1"), stopped_early=True)
     answer = DialectResponse(DialectRequest(RerankRequest("q", ())), [], [], summary, "id")
 
-    assert headers_of([answer]) == {"x-preread-read": "8:2,1", "x-preread-stopped-early": "true"}
+    assert DialectResponse.headers([answer]) == {"x-preread-read": "8:2,1", "x-preread-stopped-early": "true"}
     assert answer.warnings() == ["the deadline ended the cascade before its last stage"]
 
 
 def test_a_model_that_reads_text_has_no_ratio_to_tell():
     summary = Summary("m", Timings(0, 0, 0, 0, 0), 1, 1, False)
 
-    assert headers_of([DialectResponse(DialectRequest(RerankRequest("q", ())), [], [], summary, "id")]) == {}
+    answer = DialectResponse(DialectRequest(RerankRequest("q", ())), [], [], summary, "id")
+
+    assert DialectResponse.headers([answer]) == {}

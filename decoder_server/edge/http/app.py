@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from decoder_server.edge.engines import every_scored, unscored
 from decoder_server.edge.http import collections, dialects, info
-from decoder_server.edge.http.dialect_request import DialectRequest, DialectResponse, headers_of
+from decoder_server.edge.http.dialect_request import DialectRequest, DialectResponse
 from decoder_server.edge.http.openapi import JSON, Operation, document
 from decoder_server.edge.http.request import EXPECTED, Context, Endpoint, HttpRequest, Problem, read, respond
 from decoder_server.engine.engine import Engine
@@ -226,7 +226,8 @@ async def _rerank(request: HttpRequest) -> Response:
         for task in tasks:
             task.cancel()
     num_characters = sum(len(one.text or "") + len(one.passage_id) for it in responses for one in it.scored)
-    return await respond(dialect.pack(responses), headers_of(responses), is_large=num_characters > SMALL_BYTES)
+    headers, is_large = DialectResponse.headers(responses), num_characters > SMALL_BYTES
+    return await respond(dialect.pack(responses), headers, is_large=is_large)
 
 
 async def _score(here: Context, parsed: DialectRequest, until: float, request_id: str) -> DialectResponse:

@@ -268,44 +268,38 @@ class DialectResponse:
         """Results as the dialect's struct, with the names of its score and its text."""
         ranks, parsed = [], self.parsed
         for result in self.scored:
-            fields: dict[str, Any] = {"index": parsed.position(result.index)}
+            fields: dict[str, Any] = {"index": parsed.position(result.index), "id": result.passage_id or UNSET}
             fields[score] = result.margin if parsed.raw_scores else result.score
-            if result.passage_id:
-                fields["id"] = result.passage_id
-            if text and parsed.request.return_text and result.text:
-                fields[text] = result.text
+            if text and parsed.request.return_text:
+                fields[text] = result.text or UNSET
             if parsed.return_margins:
-                fields["margin"] = result.margin
-                if result.index in self.cut:
-                    fields["truncated"] = True
-                if result.compression_ratio:
-                    fields["compression_ratio"] = result.compression_ratio
-                if result.stages:
-                    fields["stages"] = [_StageScore(**dataclasses.asdict(stage)) for stage in result.stages]
+                fields |= {"margin": result.margin, "compression_ratio": result.compression_ratio or UNSET}
+                fields["truncated"] = result.index in self.cut or UNSET
+                fields["stages"] = [_StageScore(**dataclasses.asdict(one)) for one in result.stages] or UNSET
             ranks.append(kind(**fields))
         return ranks
 
+    @staticmethod
+    def headers(responses: Sequence[DialectResponse]) -> dict[str, str]:
+        """Headers for what dialects have no field for, over the requests of one body; a degraded one speaks for all."""
+        chosen = next((response for response in responses if response.summary.degraded is not None), responses[-1])
+        degraded = chosen.summary.degraded
 
-def headers_of(responses: Sequence[DialectResponse]) -> dict[str, str]:
-    """Headers for what dialects have no field for, over all requests of one body; a degraded one speaks for them."""
-    chosen = next((response for response in responses if response.summary.degraded is not None), responses[-1])
-    degraded = chosen.summary.degraded
+        def positions(name: str) -> str:
+            every = sorted(one.parsed.position(index) for one in responses for index in getattr(one, name))
+            more = ["..."] if len(every) > MAX_POSITIONS_SHOWN else []  # of very many the first: a header has to fit
+            return ",".join([*map(str, every[:MAX_POSITIONS_SHOWN]), *more])
 
-    def positions(name: str) -> str:
-        every = sorted(one.parsed.position(index) for one in responses for index in getattr(one, name))
-        more = ["..."] if len(every) > MAX_POSITIONS_SHOWN else []  # of very many the first: a header has to fit
-        return ",".join([*map(str, every[:MAX_POSITIONS_SHOWN]), *more])
-
-    headers = {
-        "x-preread-read": _ratio(chosen.summary),
-        "x-preread-degraded": degraded.reason if degraded is not None else "",
-        "x-preread-asked": _ratio(degraded) if degraded is not None else "",
-        "x-preread-stopped-early": "true" if chosen.summary.stopped_early else "",
-        "x-preread-query-truncated": "true" if any(one.summary.query_truncated for one in responses) else "",
-        "x-preread-truncated": positions("cut"),
-        "x-preread-empty": positions("empty"),
-    }
-    return {name: value for name, value in headers.items() if value}
+        headers = {
+            "x-preread-read": _ratio(chosen.summary),
+            "x-preread-degraded": degraded.reason if degraded is not None else "",
+            "x-preread-asked": _ratio(degraded) if degraded is not None else "",
+            "x-preread-stopped-early": "true" if chosen.summary.stopped_early else "",
+            "x-preread-query-truncated": "true" if any(one.summary.query_truncated for one in responses) else "",
+            "x-preread-truncated": positions("cut"),
+            "x-preread-empty": positions("empty"),
+        }
+        return {name: value for name, value in headers.items() if value}
 
 
 def _ratio(of: values.Summary | values.Degraded) -> str:

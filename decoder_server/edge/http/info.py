@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from decoder_server.edge.engines import VERSION, model_info
+from decoder_server.edge.engines import model_info, tei_info
 from decoder_server.edge.http.dialect_request import RerankBody
 from decoder_server.edge.http.openapi import JSON, Operation
 from decoder_server.edge.http.request import Count, HttpRequest, Text, read, respond
@@ -102,20 +102,9 @@ async def _list_models(request: HttpRequest) -> Response:
 
 async def _info(request: HttpRequest) -> Response:
     engine = request.context.engine("")
-    return await respond(
-        _Info(
-            model_id=engine.name,
-            model_dtype=engine.backend.dtype_name,
-            model_type={"reranker": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}},
-            max_concurrent_requests=engine.limits.max_queue_requests,
-            max_input_length=engine.backend.settings.max_passage_tokens,
-            max_batch_tokens=engine.limits.max_queue_tokens,
-            max_client_batch_size=engine.limits.max_candidates,
-            version=VERSION,
-            max_body_bytes=request.context.config.max_body_bytes,
-            **_facts(engine),
-        )
-    )
+    model_type = {"reranker": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}}
+    own = {"model_type": model_type, "max_body_bytes": request.context.config.max_body_bytes}
+    return await respond(_Info(**own, **tei_info(engine), **_facts(engine)))
 
 
 async def _live(request: HttpRequest) -> Response:

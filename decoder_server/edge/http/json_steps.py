@@ -99,11 +99,8 @@ class _Document:
             for a, b in self._runs(begin, end):
                 items += self._loads(a, b, "[", "]") if b - a <= BLOCK_BYTES else [self.value(a, b)]
             return items
-        if (first, last) == (0x7B, 0x7D):
-            return self._object(begin, end)
-        raise self._problem(begin, "expecting a value")
-
-    def _object(self, begin: int, end: int) -> dict[str, Json]:
+        if (first, last) != (0x7B, 0x7D):
+            raise self._problem(begin, "expecting a value")
         members: dict[str, Json] = {}
         for a, b in self._runs(begin, end):
             if b - a <= BLOCK_BYTES:
@@ -126,8 +123,7 @@ class _Document:
         depth = self._depth[first]
         if self._depth[last] != depth - 1 or (inside.size and self._depth[first + 1 : last].min() < depth):
             raise self._problem(begin, "brackets do not match")
-        is_comma = (self._depth[first + 1 : last] == depth) & (self._view[inside] == _COMMA)
-        commas = inside[is_comma]
+        commas = inside[(self._depth[first + 1 : last] == depth) & (self._view[inside] == _COMMA)]
         self._step()
         if not commas.size and self._strip(begin + 1, end - 1)[0] == end - 1:
             return
@@ -169,8 +165,7 @@ class _Document:
 
     def _loads(self, begin: int, end: int, before: str = "", after: str = "") -> Json:
         try:
-            text = self._data[begin:end].decode("utf-8", "surrogatepass")
-            return DECODER.decode(before + text + after)
+            return DECODER.decode(before + self._data[begin:end].decode("utf-8", "surrogatepass") + after)
         except RecursionError:
             raise InvalidRequest(self._what, "too deeply nested", "JSON") from None
         except json.JSONDecodeError as exc:

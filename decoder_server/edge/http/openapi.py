@@ -38,12 +38,6 @@ _RERANK_HEADERS = {
     "x-preread-truncated": "Positions of the documents that were cut: 0,3; at most 500, then ...",
     "x-preread-empty": "Positions of the empty documents, which have the lowest score: 0,3; at most 500, then ...",
 }
-_TIMEOUT: Schema = {
-    "name": "x-request-timeout-ms",
-    "in": "header",
-    "schema": {"type": "number", "exclusiveMinimum": 0},
-    "description": "A shorter limit than the server's",
-}
 _TAGS = {
     "rerank": "Every reranking path takes every dialect: the fields of the body tell which one it is.",
     "collections": "Passages that are encoded once and ranked by id afterwards.",
@@ -128,7 +122,9 @@ def _described(operation: Operation) -> Schema:
     problems: Sequence[Any] = ERRORS[:1]
     if len(operation.answers) > 1:  # of every dialect
         headers |= {name: {"description": text, "schema": {"type": "string"}} for name, text in _RERANK_HEADERS.items()}
-        parameters.append(_TIMEOUT)
+        kind = {"type": "number", "exclusiveMinimum": 0}
+        limit = {"schema": kind, "description": "A shorter limit than the server's"}
+        parameters.append({"name": "x-request-timeout-ms", "in": "header"} | limit)
         problems = ERRORS
     content = _content({JSON if operation.answers else "text/plain": operation.answers})
     responses: Schema = {"200": {"description": "Success", "headers": headers, "content": content}}

@@ -314,9 +314,8 @@ class Text(RawText):
 class Query(Text):
     """A text whose object form is published."""
 
-    schema: ClassVar[Schema] = {
-        "anyOf": [Text.schema, {"type": "object", "required": ["text"], "properties": {"text": Text.schema}}]
-    }
+    _OBJECT: ClassVar[Schema] = {"type": "object", "required": ["text"], "properties": {"text": Text.schema}}
+    schema: ClassVar[Schema] = {"anyOf": [Text.schema, _OBJECT]}
 
 
 class Word(Text):
