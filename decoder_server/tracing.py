@@ -34,7 +34,6 @@ class TracingObserver:
     def request_finished(self, trace: RequestTrace) -> None:
         epoch = time.time() - time.monotonic()  # now, not once: clocks are set
         call = current()
-        counts = Counter(result.status for result in trace.results)
         values: dict[str, str | int | None] = {
             "model": trace.model,
             "code": trace.code,
@@ -42,7 +41,7 @@ class TracingObserver:
             "request_id": call.request_id if call else None,
             "degraded": trace.degraded.reason if trace.degraded else None,
             "stopped_early": trace.stopped_early or None,
-            **{f"num_{status}": count for status, count in counts.items()},
+            **{f"num_{status}": count for status, count in Counter(one.status for one in trace.results).items()},
         }
         attributes = {f"preread.{name}": value for name, value in values.items() if value is not None}
         rpc = call.rpc if call else ""

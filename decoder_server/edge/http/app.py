@@ -64,11 +64,10 @@ def build(context: Context, keys: access.ApiKeys, guard: access.Guard, on_answer
         return endpoint
 
     async def failed(request: Request, exc: Exception) -> Response:
-        problem = Problem.of(exc)
         if isinstance(exc, HTTPException):  # of the router
             message = f"{request.method} {request.url.path[:200]}: {exc.detail}"
-            problem = Problem(exc.status_code, message, headers=exc.headers)
-        return await _respond(request.scope, request.receive, problem)
+            exc = Problem(exc.status_code, message, headers=exc.headers)
+        return await _respond(request.scope, request.receive, Problem.of(exc))
 
     routes = [Route(path, by_method(endpoints), methods=list(endpoints)) for path, endpoints in by_path.items()]
     handlers: Any = dict.fromkeys((HTTPException, *EXPECTED, Exception), failed)
