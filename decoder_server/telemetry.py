@@ -142,17 +142,6 @@ class Metrics(Collector):
             for model, engine in engines.items():
                 family.add_metric([model], max(0, attrgetter(path)(engine)))  # an estimate may fall below 0
             yield family
-        yield from self._caches(list(engines.values()))
-        models = InfoMetricFamily("preread_model", "A model that is served.")
-        for model, engine in engines.items():
-            backend, identity = engine.backend, engine.backend.identity()
-            labels = {"model": model, "backend": backend.name, "checkpoint": backend.checkpoint_name}
-            labels |= {"dtype": backend.dtype_name, "device": backend.device_name}
-            models.add_metric([], labels | {"fingerprint": identity.fingerprint[:12] if identity is not None else ""})
-        yield models
-        yield from self._collections()
-
-    def _caches(self, engines: list[Engine]) -> Iterable[Metric]:
         hits = CounterFamily("preread_cache_hits", "Cache hits, in passages.", labels=["tier"])
         misses = CounterFamily("preread_cache_misses", "Cache misses, in passages.", labels=["tier"])
         held = GaugeFamily("preread_cache_bytes", "Bytes held by a cache.", labels=["tier"])
@@ -163,14 +152,22 @@ class Metrics(Collector):
 
         if isinstance(self._store, CachedStore):
             add("store", self._store.num_hits, self._store.num_misses, self._store.num_bytes)
-        if inline := [one.fetcher.on_demand for one in engines if one.fetcher.on_demand is not None]:
+        if inline := [one.fetcher.on_demand for one in engines.values() if one.fetcher.on_demand is not None]:
             counts = ((one.num_hits, one.num_encoded, one.num_bytes) for one in inline)
             add("inline", *map(sum, zip(*counts, strict=True)))
-        kept = [engine.backend.caches for engine in engines if isinstance(engine.backend, StatesBackend)]
+        kept = [engine.backend.caches for engine in engines.values() if isinstance(engine.backend, StatesBackend)]
         for caches in zip(*kept, strict=True):  # one kind of cache, of all models
             counts = ((cache.num_hits, cache.num_misses, cache.num_bytes) for cache in caches)
             add(caches[0].name, *map(sum, zip(*counts, strict=True)))
-        return hits, misses, held
+        yield from (hits, misses, held)
+        models = InfoMetricFamily("preread_model", "A model that is served.")
+        for model, engine in engines.items():
+            backend, identity = engine.backend, engine.backend.identity()
+            labels = {"model": model, "backend": backend.name, "checkpoint": backend.checkpoint_name}
+            labels |= {"dtype": backend.dtype_name, "device": backend.device_name}
+            models.add_metric([], labels | {"fingerprint": identity.fingerprint[:12] if identity is not None else ""})
+        yield models
+        yield from self._collections()
 
     def _collections(self) -> Iterable[Metric]:
         with self._lock:  # concurrent scrapes count once
