@@ -103,8 +103,8 @@ async def _list_models(request: HttpRequest) -> Response:
 async def _info(request: HttpRequest) -> Response:
     engine = request.context.engine("")
     model_type = {"reranker": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}}
-    own = {"model_type": model_type, "max_body_bytes": request.context.config.max_body_bytes}
-    return await respond(_Info(**own, **tei_info(engine), **_facts(engine)))
+    max_bytes = request.context.config.max_body_bytes
+    return await respond(_Info(model_type=model_type, max_body_bytes=max_bytes, **tei_info(engine), **_facts(engine)))
 
 
 async def _live(request: HttpRequest) -> Response:
