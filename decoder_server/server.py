@@ -12,6 +12,7 @@ import ssl
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, closing
+from functools import partial
 
 import grpc
 
@@ -24,7 +25,7 @@ from decoder_server.edge.http.app import build
 from decoder_server.edge.http.request import Context, Problem
 from decoder_server.engine.engine import Engine
 from decoder_server.engine.lifecycle import Observer
-from decoder_server.engine.on_demand import EncoderClient, OnDemandStates, call_metadata
+from decoder_server.engine.on_demand import MAX_ANSWER_BYTES, EncoderClient, OnDemandStates, call_metadata
 from decoder_server.models.backend import Backend
 from decoder_server.models.loading import load_model
 from decoder_server.readiness import Readiness
@@ -112,15 +113,10 @@ class DecoderServer:
         await loop.run_in_executor(self._model_thread, backend.warm_up)
         on_demand = None
         if identity is not None and model.encoder_address:
-            encoder = EncoderClient(
-                model.encoder_address,
-                fingerprint=identity.fingerprint,
-                dim=identity.dim,
-                dtype_name=backend.dtype_name,
-                timeout_seconds=self.config.encode_timeout_seconds,
-                api_key=model.encoder_api_key,
-                tls=self.config.encoder_tls,
-            )
+            seconds, tls = self.config.encode_timeout_seconds, self.config.encoder_tls
+            options = ClientOptions(timeout_seconds=seconds, tls=tls, max_message_bytes=MAX_ANSWER_BYTES)
+            address, key = model.encoder_address, model.encoder_api_key
+            encoder = EncoderClient(address, identity, backend.dtype_name, options, key)
             self._last.push_async_callback(encoder.close)
             # One that does not answer may start later; until then candidates to encode fail, each with the reason.
             await self.readiness.add(encoder, model.served_name, in_process=model.encoder_in_process)
@@ -166,12 +162,8 @@ class Gateway:
         self.port = 0
         worker = None  # passages that come over HTTP are written by the first model that has one
         if writer := next((model for model in grpc_config.models if model.encoder_address), None):
-            key = writer.encoder_api_key
-            options = ClientOptions(
-                timeout_seconds=None,
-                tls=grpc_config.encoder_tls,
-                metadata=lambda: dict(call_metadata(key)),  # with the id of the request, for the worker's log
-            )
+            metadata = partial(call_metadata, writer.encoder_api_key)  # with the request's id, for the worker's log
+            options = ClientOptions(timeout_seconds=None, tls=grpc_config.encoder_tls, metadata=metadata)
             worker = AsyncClient(writer.encoder_address, encoder_address=writer.encoder_address, options=options)
         self.context = Context(
             config, server.engines, server.store, server.metrics.registry, server.readiness, server.threads, worker

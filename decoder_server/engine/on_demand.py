@@ -18,7 +18,8 @@ from google.protobuf.message import Message
 
 from cache.read_cache import ByteBoundedCache
 from cache.states import PassageStates, text_digest
-from preread.channel import ClientOptions, TlsFiles
+from checkpoint import EncoderIdentity
+from preread.channel import ClientOptions
 from preread.errors import Unavailable
 from preread.v1 import encoder_pb2, encoder_pb2_grpc
 from preread_edge.logs import current
@@ -33,25 +34,17 @@ class EncoderClient:
     """One encoder worker, over gRPC. Unavailable: it does not answer, rejects the call, or its answer is unusable."""
 
     def __init__(
-        self,
-        address: str,
-        *,
-        fingerprint: str,  # of the encoder whose states the decoder reads; no other is accepted
-        dim: int,
-        dtype_name: str,  # of the decoder; states travel in it, finer would be lost anyway
-        timeout_seconds: float,
-        api_key: str = "",
-        tls: TlsFiles | None = None,  # None: plain text
+        self, address: str, identity: EncoderIdentity, dtype_name: str, options: ClientOptions, api_key: str = ""
     ) -> None:
+        """`identity` and `dtype_name` are those of the states that the decoder reads; no other encoder is accepted."""
         self.address = address
-        self._fingerprint = fingerprint
-        self._dim = dim
+        self._identity = identity
+        # States travel in the decoder's format: finer would be lost anyway.
         self._format: encoder_pb2.StateFormat = getattr(encoder_pb2, f"STATE_FORMAT_{dtype_name.upper()}")
-        self._timeout_seconds = timeout_seconds
+        self._timeout_seconds = options.timeout_seconds
         self._api_key = api_key
         # a worker that returns is found within seconds, not two minutes
-        backoff = ("grpc.max_reconnect_backoff_ms", 5000)
-        self._channel = ClientOptions(tls=tls, max_message_bytes=MAX_ANSWER_BYTES).channel(grpc.aio, address, backoff)
+        self._channel = options.channel(grpc.aio, address, ("grpc.max_reconnect_backoff_ms", 5000))
         self._stub = encoder_pb2_grpc.EncoderServiceStub(self._channel)
 
     async def encode(self, texts: Sequence[str], ratio: int) -> list[PassageStates | str]:
@@ -60,10 +53,8 @@ class EncoderClient:
         answer = await self._call(self._stub.Encode, request, self._timeout_seconds)
         self._check_encoder(answer.fingerprint, answer.dim, Unavailable)
         if len(answer.passages) != len(texts) or answer.compression_ratio != ratio or answer.format != self._format:
-            raise self._error(
-                f"answered {len(answer.passages)} passages at ratio {answer.compression_ratio} in format "
-                f"{answer.format}; expected {len(texts)} at {ratio} in {self._format}"
-            )
+            answered = f"{len(answer.passages)} passages at ratio {answer.compression_ratio} in format {answer.format}"
+            raise self._error(f"answered {answered}; expected {len(texts)} at {ratio} in {self._format}")
         return [self._unpack(passage, ratio, text) for passage, text in zip(answer.passages, texts, strict=True)]
 
     async def check(self) -> None:
@@ -74,9 +65,9 @@ class EncoderClient:
     async def close(self) -> None:
         await self._channel.close(None)
 
-    async def _call(self, method: Callable[..., Awaitable[Any]], request: Message, seconds: float) -> Any:
+    async def _call(self, method: Callable[..., Awaitable[Any]], request: Message, seconds: float | None) -> Any:
         try:
-            return await method(request, timeout=seconds, metadata=call_metadata(self._api_key))
+            return await method(request, timeout=seconds, metadata=tuple(call_metadata(self._api_key).items()))
         except grpc.aio.AioRpcError as exc:
             code, details = exc.code(), exc.details()
             if code in (grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL):  # the text of a bug goes to the log alone
@@ -85,11 +76,10 @@ class EncoderClient:
             raise self._error(f"{code.name}: {details}") from exc
 
     def _check_encoder(self, fingerprint: str, dim: int, error: type[Exception]) -> None:
-        if (fingerprint, dim) != (self._fingerprint, self._dim):
-            raise error(
-                f"encoder worker {self.address}: encodes with {fingerprint[:16]} (dim {dim}); the served model reads "
-                f"states of {self._fingerprint[:16]} (dim {self._dim})"
-            )
+        read = self._identity
+        if (fingerprint, dim) != (read.fingerprint, read.dim):
+            message = f"encoder worker {self.address}: encodes with {fingerprint[:16]} (dim {dim}); the served model "
+            raise error(f"{message}reads states of {read.fingerprint[:16]} (dim {read.dim})")
 
     def _unpack(self, passage: encoder_pb2.EncodedPassage, ratio: int, text: str) -> PassageStates | str:
         """Little-endian rows as float32 (num_states, dim)."""
@@ -100,7 +90,7 @@ class EncoderClient:
                 rows = (np.frombuffer(passage.states, dtype="<u2").astype(np.uint32) << 16).view(np.float32)
             else:
                 rows = np.frombuffer(passage.states, dtype="<f4").astype(np.float32)
-            rows = rows.reshape(-1, self._dim)
+            rows = rows.reshape(-1, self._identity.dim)
             if not np.isfinite(rows).all():
                 return f"encoder worker {self.address}: states of this text are not finite"
             digest = text_digest(text)
@@ -113,15 +103,13 @@ class EncoderClient:
         return Unavailable(f"encoder worker {self.address}: {message}")
 
 
-def call_metadata(api_key: str) -> tuple[tuple[str, str], ...]:
+def call_metadata(api_key: str) -> dict[str, str]:
     """Metadata of a call: the key, and the id and trace of the call that it serves."""
-    metadata = [("authorization", f"Bearer {api_key}")] if api_key else []
-    call = current()
-    if call is not None:
-        metadata.append(("x-request-id", call.request_id))
-        if call.traceparent:
-            metadata.append(("traceparent", call.traceparent))
-    return tuple(metadata)
+    metadata = {"authorization": f"Bearer {api_key}"} if api_key else {}
+    if (call := current()) is not None:
+        trace = {"traceparent": call.traceparent} if call.traceparent else {}
+        metadata |= {"x-request-id": call.request_id} | trace
+    return metadata
 
 
 _Key = tuple[bytes, int]  # text digest, ratio the text is encoded at
@@ -157,9 +145,8 @@ class OnDemandStates:
         A cancelled caller does not cancel the encoding: others may wait for it, and the next request probably will.
         """
         # Looked up again: since the caller looked, another request may have had them encoded.
-        kept: dict[bytes, PassageStates | str] = {
-            key: own for key in texts if (own := self.kept(key, ratio)) is not None
-        }
+        looked_up = {digest: self.kept(digest, ratio) for digest in texts}
+        kept: dict[bytes, PassageStates | str] = {key: own for key, own in looked_up.items() if own is not None}
         keys = {digest: self._key(digest, ratio) for digest in texts if digest not in kept}
         new = {key: texts[digest] for digest, key in keys.items() if key not in self._flights}
         if new:
