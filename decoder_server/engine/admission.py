@@ -104,8 +104,16 @@ class Admission:
             num, num_states = reads[0]
             own_seconds = self._stats.pass_seconds(num * num_prompt_tokens, num * num_states)
             estimates.append((num_tokens, ahead / self._stats.drain_rate + own_seconds))
-        seconds_left = None if deadline is None else deadline - time.monotonic()
-        chosen, reason = choose(estimates, seconds_left, self.num_tokens, queue_share * self._max_queued_tokens)
+        options, last = list(enumerate(estimates)), len(plans) - 1
+        by_deadline = by_queue = 0  # the first that each pressure lets pass, else the last
+        if deadline is not None:
+            seconds_left = DEADLINE_SHARE * (deadline - time.monotonic())
+            by_deadline = next((i for i, (_, seconds) in options if seconds <= seconds_left), last)
+        if self.num_tokens > 0:  # a single request keeps no other waiting
+            limit = queue_share * self._max_queued_tokens
+            by_queue = next((i for i, (num_tokens, _) in options if self.num_tokens + num_tokens <= limit), last)
+        chosen = max(by_deadline, by_queue)
+        reason = "deadline" if by_deadline >= by_queue else "queue"
         return plans[chosen], Degraded(reason, *plan.summary) if chosen else None
 
     def learn(self, num_tokens: int) -> None:
@@ -126,23 +134,3 @@ class Admission:
         self.num_rejected += 1
         seconds = tokens_ahead / rate if (rate := self._stats.drain_rate) else 1.0
         return Overloaded(f"the queue is full: {message}", min(max(seconds, MIN_RETRY_SECONDS), MAX_RETRY_SECONDS))
-
-
-def choose(
-    estimates: Sequence[tuple[float, float]],  # tokens and seconds of each option
-    seconds_left: float | None,  # until the deadline; None: there is none
-    num_queued_tokens: float,  # of requests in flight
-    max_queued_tokens: float,  # of them and this request, before requests are degraded
-) -> tuple[int, str]:
-    """The first option that satisfies both pressures, else the last, and the pressure behind it ("" for option 0)."""
-    by_deadline = by_queue = 0
-    last = len(estimates) - 1
-    if seconds_left is not None:
-        in_time = (i for i, (_, seconds) in enumerate(estimates) if seconds <= DEADLINE_SHARE * seconds_left)
-        by_deadline = next(in_time, last)
-    if num_queued_tokens > 0:  # a single request keeps no other waiting
-        room = (i for i, (num_tokens, _) in enumerate(estimates) if num_queued_tokens + num_tokens <= max_queued_tokens)
-        by_queue = next(room, last)
-    reason = "deadline" if by_deadline >= by_queue else "queue"
-    chosen = max(by_deadline, by_queue)
-    return chosen, reason if chosen else ""

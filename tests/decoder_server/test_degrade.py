@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from decoder_server.engine.admission import choose
+from decoder_server.engine import admission
 from decoder_server.engine.plan import Plan
 from decoder_server.engine.scheduler import SchedulerStats
 from preread.v1 import rerank_pb2
-from preread.values import Stage, format_stages
+from preread.values import Degraded, Stage, format_stages
 
 
 @pytest.mark.parametrize(
@@ -35,8 +38,8 @@ def test_options_are_multiples_and_ever_coarser(plan: Plan, ratios: list[str]) -
     assert {one.cascade for one in found} == {plan.cascade}
 
 
-# Tokens over all stages, seconds until there is an answer.
-COSTS = [(800, 8.0), (400, 4.0), (200, 2.0), (100, 1.0)]
+# Tokens of each option, which take a hundredth as many seconds.
+COSTS = [800, 400, 200, 100]
 
 
 @pytest.mark.parametrize(
@@ -56,8 +59,21 @@ COSTS = [(800, 8.0), (400, 4.0), (200, 2.0), (100, 1.0)]
         (1.25, 700, 900, 3, "deadline"),
     ],
 )
-def test_the_finest_option_that_both_pressures_let_pass(seconds_left, queued, limit, chosen: int, reason: str) -> None:
-    assert choose(COSTS, seconds_left, queued, limit) == (chosen, reason)
+def test_the_finest_option_that_both_pressures_let_pass(
+    monkeypatch: pytest.MonkeyPatch, seconds_left, queued: int, limit: int, chosen: int, reason: str
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(admission, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(admission, "FIRST_PASSAGE_TOKENS", 32.0)
+    # A hundred states a second, and none that have to be waited for.
+    stats = SimpleNamespace(knows_pass_time=True, drain_rate=math.inf, pass_seconds=lambda prompt, states: states / 100)
+    queue = admission.Admission(stats, max_requests=2, max_tokens=1024)
+    plan, deadline = Plan((Stage(4),)), None if seconds_left is None else now + seconds_left
+    with queue.admit([(queued, 32)], 0) if queued else nullcontext():
+        found, degraded = queue.degrade(plan, 100, 0, deadline, limit / 1024)
+    assert found == plan.coarser()[chosen]
+    assert sum(num * 32 / ratio for num, ratio in found.reads(100)) == COSTS[chosen]
+    assert degraded == (Degraded(reason, 4, ()) if chosen else None)
 
 
 def test_a_times_tells_prompt_tokens_from_states() -> None:
