@@ -208,7 +208,7 @@ class Scheduler:
         self._backend = backend
         self._executor = executor
         self._observers = observers
-        self._queues: list[RequestQueue] = []  # by rank, then arrival
+        self.queues: list[RequestQueue] = []  # by rank, then arrival
         self._virtual_time = 0.0
         self._ready = asyncio.Event()
         self._batch: list[_Queued] = []  # taken from the queues and not scored yet
@@ -219,18 +219,14 @@ class Scheduler:
     def queued(self, num_tokens: float, deadline: float | None = None) -> Iterator[RequestQueue]:
         """A queue for a request of about `num_tokens`; pairs still in it at the end are dropped, never computed."""
         queue = RequestQueue(self._virtual_time + num_tokens, deadline)
-        self._queues.append(queue)
-        self._queues.sort(key=lambda one: one.rank)  # stable: equal ranks keep their arrival order
+        self.queues.append(queue)
+        self.queues.sort(key=lambda one: one.rank)  # stable: equal ranks keep their arrival order
         try:
             yield queue
         finally:
             queue.closed = True
             self.stats.num_dropped_pairs += queue.clear()
-            self._queues.remove(queue)
-
-    @property
-    def num_queued_pairs(self) -> int:
-        return sum(len(queue.waiting) for queue in self._queues)
+            self.queues.remove(queue)
 
     def submit(self, queue: RequestQueue, pairs: Sequence[Pair]) -> asyncio.Future[list[float | None]]:
         """Queues the pairs of one passage; their margins: NaN for a logit that is not finite, None: the pass failed."""
@@ -243,7 +239,7 @@ class Scheduler:
 
     async def room(self, queue: RequestQueue) -> None:
         """Returns when the queue should be fed: less than its share of two batches is in it."""
-        max_tokens = max(1, 2 * self.batch_tokens // max(1, len(self._queues)))
+        max_tokens = max(1, 2 * self.batch_tokens // max(1, len(self.queues)))
         while queue.num_tokens >= max_tokens and not queue.closed:
             queue.taken.clear()
             await queue.taken.wait()
@@ -252,7 +248,7 @@ class Scheduler:
     def batch_tokens(self) -> int:
         """The token budget of the next batch."""
         rate = self.stats.tokens_per_second
-        queued = QUEUED_SHARE * sum(queue.num_tokens for queue in self._queues)
+        queued = QUEUED_SHARE * sum(queue.num_tokens for queue in self.queues)
         measured = max(rate * BATCH_SECONDS, min(rate * MAX_BATCH_SECONDS, queued))
         return min(self._max_tokens, max(self._min_tokens, int(measured)))
 
@@ -274,14 +270,14 @@ class Scheduler:
             error = Unavailable(STOPPED)
             for passage, _ in self._batch:
                 passage.fail(error)
-            for queue in self._queues:
+            for queue in self.queues:
                 queue.clear(error)
 
     def _next_batch(self) -> list[_Queued]:
         """Pairs of the best-ranked requests, up to the token budget; at least one where any are queued."""
         now, left = time.monotonic(), self.batch_tokens
         batch: list[_Queued] = []
-        for queue in self._queues:
+        for queue in self.queues:
             if queue.expired(now):
                 self.stats.num_dropped_pairs += queue.clear()
             if self._backend.listwise and queue.waiting:  # one request's list, whole
@@ -308,7 +304,7 @@ class Scheduler:
         end = time.monotonic()
         counted = self.stats.count(pairs, end - start)
         self.stats.drained(counted.num_tokens, end - (self._last_pass or start))
-        self._virtual_time += counted.num_tokens / max(1, len(self._queues))
+        self._virtual_time += counted.num_tokens / max(1, len(self.queues))
         self._last_pass = end
         for observer in self._observers:
             observer.pass_finished(counted)

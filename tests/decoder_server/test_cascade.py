@@ -80,7 +80,7 @@ async def test_requests_at_several_ratios_share_passes(serve, gated, texts, by_h
         asked = [asyncio.create_task(serving.rerank(ids=["p2", "p3"], compression_ratio=ratio)) for ratio in ratios]
         while serving.engine.admission.num_requests < 11:
             await asyncio.sleep(0.001)
-        while serving.engine.scheduler.num_queued_pairs < 20:
+        while sum(len(queue.waiting) for queue in serving.engine.scheduler.queues) < 20:
             await asyncio.sleep(0.001)
         gated.gate.set()
         await first

@@ -183,8 +183,8 @@ def test_a_passage_that_requests_share_is_computed_once(checkpoint: Checkpoint) 
     states: NDArray[np.float32] = np.ones((5, checkpoint.dim), dtype=np.float32)
     backend.score([StatePair(backend.prompt(query), states, False, b"p") for query in QUERIES])
     keys, prefixes = backend.caches
-    assert (keys.num_admitted, keys.num_entries) == (1, 1)
-    assert (prefixes.num_admitted, prefixes.num_entries) == (1, 1)
+    assert (keys.num_admitted, keys.entries.num_entries) == (1, 1)
+    assert (prefixes.num_admitted, prefixes.entries.num_entries) == (1, 1)
 
 
 def test_equal_texts_under_two_ids_are_computed_once(checkpoint: Checkpoint) -> None:
@@ -206,7 +206,7 @@ def test_equal_texts_under_two_ids_are_computed_once(checkpoint: Checkpoint) -> 
         (found,) = Collection.open(store, name).get_many([passage_id])
         assert isinstance(found, PassageStates)
         backend.fill(backend.pairs(backend.prompt(QUERIES[0]), [found])[0])
-        num_entries.append([tier.num_entries for tier in backend.caches])
+        num_entries.append([tier.entries.num_entries for tier in backend.caches])
     assert num_entries == [[1, 1]] * 3 + [[2, 2]]
     store.close()
 
@@ -217,8 +217,8 @@ def test_models_share_nothing(checkpoint: Checkpoint) -> None:
     one, other = made(checkpoint, budgets), made(checkpoint, budgets)
     pair = next(batches(one, 1))[:1]
     one.fill(pair)
-    assert [tier.num_entries for tier in one.caches] == [1, 1]
-    assert [tier.num_entries for tier in other.caches] == [0, 0]
+    assert [tier.entries.num_entries for tier in one.caches] == [1, 1]
+    assert [tier.entries.num_entries for tier in other.caches] == [0, 0]
 
 
 @pytest.mark.parametrize(

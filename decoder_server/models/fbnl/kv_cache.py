@@ -115,7 +115,7 @@ class KVCache:
         self.num_hits = self.num_misses = self.num_admitted = 0
         self._form = form  # of entries: auto, as computed; bfloat16; or int8 with one scale per row and head
         self._dtype = dtype  # in which entries are read
-        self._entries: ByteBoundedCache[Hashable, _Entry] = ByteBoundedCache(
+        self.entries: ByteBoundedCache[Hashable, _Entry] = ByteBoundedCache(
             max_bytes, lambda kv: ENTRY_OVERHEAD_BYTES + sum(part.nbytes for part in kv if part is not None)
         )
         self._misses: Moka[int, int] = Moka(MAX_COUNTED_KEYS, policy="lru")
@@ -126,15 +126,11 @@ class KVCache:
 
     @property
     def num_bytes(self) -> int:
-        return self._entries.num_bytes
-
-    @property
-    def num_entries(self) -> int:
-        return self._entries.num_entries
+        return self.entries.num_bytes
 
     def get(self, key: Hashable) -> _Entry | None:
         """An entry, for `read`; a hit or a miss is counted."""
-        entry = self._entries.get(key)
+        entry = self.entries.get(key)
         if entry is not None:
             self.num_hits += 1
             return entry
@@ -162,13 +158,13 @@ class KVCache:
         else:
             dtype = torch.bfloat16 if self._form == "bfloat16" else kv.dtype
             numbers = torch.empty(kv.shape, dtype=dtype, device=kv.device).copy_(kv)
-        if not self._entries.put(key, (numbers, scales)):
+        if not self.entries.put(key, (numbers, scales)):
             return None
         self.num_admitted += 1
         return numbers, scales
 
     def __contains__(self, key: Hashable) -> bool:  # counts nothing
-        return self._entries.get(key) is not None
+        return self.entries.get(key) is not None
 
 
 @dataclass(frozen=True, slots=True)
