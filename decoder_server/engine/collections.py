@@ -1,7 +1,4 @@
-"""Collections by name or alias: each is opened once, and again when its name means another one.
-
-`open` blocks on the store: call it off the event loop.
-"""
+"""Collections by name or alias: each is opened once, and again when its name means another one."""
 
 from __future__ import annotations
 
@@ -35,10 +32,9 @@ def describe(store: Store, unreadable: dict[str, str] | None = None) -> list[Sto
     aliases = sorted(store.aliases().items())
     described = []
     for name in store.list_collections():
-        own = tuple(alias for alias, target in aliases if target == name)
         try:
-            manifest = store.read_manifest(name)
-            if manifest is not None:  # else dropped a moment ago
+            if (manifest := store.read_manifest(name)) is not None:  # else dropped a moment ago
+                own = tuple(alias for alias, target in aliases if target == name)
                 described.append(StoredCollection(manifest, store.stats(name), own))
         except errors.StoreDamaged as exc:
             if unreadable is None:
@@ -69,7 +65,7 @@ class Catalogue:
         return [passage_id for passage_id, _ in islice(self.store.scan(self.open(name).name), num_ids)]
 
     def open(self, name: str) -> Collection:
-        """The collection that `name`, itself or as an alias, means now.
+        """The collection that `name`, itself or as an alias, means now. Blocks on the store.
 
         Raises NotFound; InvalidRequest for no name a collection can have; FailedPrecondition where another encoder
         wrote it, or it cannot be read; Unavailable where the store does not answer and it is not open yet.

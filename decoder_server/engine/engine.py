@@ -1,14 +1,10 @@
-"""One served model: a request goes in, ranked results come out. Its caches can be filled ahead of requests.
-
-check -> plan -> admit -> fetch -> score -> rank, awaited in order. The edges know this face, the types and the
-errors: gRPC and HTTP are theirs.
-"""
+"""One served model, as the edges know it: check -> plan -> admit -> fetch -> score -> rank, awaited in order."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Container, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
@@ -76,18 +72,21 @@ class Engine:
         self._template_tokens = backend.prompt("a", "a").num_tokens - 2
 
     async def rerank(self, request: RerankRequest, *, deadline: float | None = None) -> tuple[list[Result], Summary]:
-        """Results, scored ones best first and cut to top_n, the others after them; and the summary.
+        """Results, scored ones best first and cut to top_n, the others after them in request order; and the summary.
 
-        `deadline` is on time.monotonic's clock, as the event loop's. Raises PrereadError where the request as a whole
-        failed.
+        `deadline` is on time.monotonic's clock. Raises PrereadError where the request as a whole failed.
         """
         async with self.track(request, deadline=deadline) as trace:
             check(request, self.limits)
             run = await self._plan(request, deadline, trace)
             async with aclosing(run.results(deadline)) as batches:  # admits, fetches, scores
                 trace.results = [one async for batch in batches for one in batch]
-            results = await self._with_texts(run.wanted, _ranked(trace.results, request.top_n))
-            return results, self._summarize(run)
+            # Candidates that reached a later stage rank first, ties by index.
+            scored = [one for one in trace.results if one.margin is not None]
+            scored.sort(key=lambda one: (-len(one.stages), -(one.margin or 0.0), one.index))
+            unscored = sorted((one for one in trace.results if one.margin is None), key=lambda one: one.index)
+            ranked = scored[: request.top_n or None] + unscored
+            return await self._with_texts(run.wanted, ranked), self._summarize(run)
 
     async def stream(
         self, request: RerankRequest, *, deadline: float | None = None
@@ -145,10 +144,7 @@ class Engine:
     async def track(
         self, request: RerankRequest, kind: str = "rerank", *, deadline: float | None = None
     ) -> AsyncIterator[RequestTrace]:
-        """Reports to the observers how the request ended; a server that drains waits for it.
-
-        Raises Unavailable where this server is draining, DeadlineExceeded past the deadline.
-        """
+        """Reports to the observers how the request ended; raises Unavailable when draining, else DeadlineExceeded."""
         trace = RequestTrace(request, self.name, kind)
         self._num_in_flight += 1
         self._idle.clear()
@@ -193,7 +189,6 @@ class Engine:
         return prompt
 
     def _plan_of(self, request: RerankRequest, collection: Collection | None) -> Plan:
-        """The ratio or stages of a request; the same for every candidate, so that scores compare."""
         stored = collection.manifest.compression_ratio if collection is not None else None
         return plan(request, self.limits, stored, self.backend.settings.default_compression_ratio)
 
@@ -256,21 +251,8 @@ async def _until(deadline: float | None, trace: RequestTrace) -> AsyncIterator[N
         raise DeadlineExceeded(f"the deadline passed after {seconds:.3f} s") from None
 
 
-def _ranked(results: Iterable[Result], top_n: int) -> list[Result]:
-    """Scored ones best first, ties by index, at most `top_n` (0: all); then the others in request order.
-
-    Candidates that reached a later stage rank first.
-    """
-    every = sorted(results, key=lambda one: (one.margin is None, -len(one.stages), -(one.margin or 0.0), one.index))
-    num_scored = sum(one.margin is not None for one in every)
-    return every[: min(top_n or num_scored, num_scored)] + every[num_scored:]
-
-
 def choose(engines: Mapping[str, Engine], name: str = "", aliases: Container[str] = ()) -> Engine:
-    """The engine of a served name; the first one for an empty name or an alias.
-
-    Raises Unavailable while the models are loading, NotFound for another model.
-    """
+    """The engine of a served name, the first for "" or an alias; raises Unavailable before any is loaded, NotFound."""
     if not engines:
         raise Unavailable("this server is still loading its model")
     if name in engines:

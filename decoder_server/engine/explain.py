@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from cache.states import AnyStates, PassageStates
+from cache.states import AnyStates
 from decoder_server.engine.engine import Engine
 from decoder_server.engine.fetch import NOT_FINITE, SCORING_FAILED, FetchRequest
 from decoder_server.engine.plan import check
@@ -89,8 +89,7 @@ def _explained(
     if encoded is None:
         return unscored
     try:
-        states = encoded.decoded()  # once, for all ratios
-        scores = []
+        states, scores = encoded.decoded(), []  # once, for all ratios
         for ratio in ratios:
             pooled = states.at_ratio(ratio)
             start = time.perf_counter()
@@ -98,31 +97,20 @@ def _explained(
             seconds = time.perf_counter() - start
             if not np.isfinite(margin):
                 return replace(unscored, status="failed", message=NOT_FINITE)
-            score = backend.activate(margin)
-            measured = {"num_states": pooled.num_states, "margin": margin, "score": score, "seconds": seconds}
-            scores.append({"compression_ratio": ratio} | measured)
-        parts, weight = _parts(backend, prompt, states.at_ratio(chosen), spans)
-        return replace(unscored, scores=scores, parts=parts, passage_weight=weight)
+            measured = {"num_states": pooled.num_states, "margin": margin, "score": backend.activate(margin)}
+            scores.append({"compression_ratio": ratio, **measured, "seconds": seconds})
+        pooled = states.at_ratio(chosen)
+        if len(pooled.window_tokens) > 1:  # each window attends for itself
+            return replace(unscored, scores=scores)
+        ((pair,),) = backend.pairs(prompt, [pooled])
+        weights, parts = backend.attention(pair), []
+        # No parts where the text is not stored, or tokens and states do not match.
+        for i, weight in enumerate(weights.tolist() if len(spans) >= pooled.num_tokens else ()):
+            own = spans[i * chosen : min((i + 1) * chosen, pooled.num_tokens)]
+            if real := [(begin, end) for begin, end in own if begin < end]:  # the template's own tokens are left out
+                begin, end = min(begin for begin, _ in real), max(end for _, end in real)
+                parts.append({"begin": begin, "end": end, "weight": weight})
+        return replace(unscored, scores=scores, parts=parts, passage_weight=float(weights.sum()))
     except Exception:
         log.exception("candidates[%d] could not be explained", unscored.index)
         return replace(unscored, status="failed", message=SCORING_FAILED)
-
-
-def _parts(
-    backend: StatesBackend, prompt: Prompt, states: PassageStates, spans: Sequence[tuple[int, int]]
-) -> tuple[list[dict[str, float]], float]:
-    """None where the passage has several windows, its text is not stored, or tokens and states do not match."""
-    if len(states.window_tokens) > 1:
-        return [], 0.0
-    ((pair,),) = backend.pairs(prompt, [states])
-    weights = backend.attention(pair)
-    if len(spans) < states.num_tokens:
-        return [], float(weights.sum())
-    parts = []
-    for i, weight in enumerate(weights.tolist()):
-        first = i * states.compression_ratio
-        own = spans[first : min(first + states.compression_ratio, states.num_tokens)]
-        if real := [(begin, end) for begin, end in own if begin < end]:  # the template's own tokens are left out
-            begin, end = min(begin for begin, _ in real), max(end for _, end in real)
-            parts.append({"begin": begin, "end": end, "weight": weight})
-    return parts, float(weights.sum())

@@ -1,7 +1,6 @@
 """Fetches what a model reads of a request's candidates: stored states, else states encoded on demand; or texts.
 
-Candidates are read in chunks, off the event loop, each chunk handed on as it arrives: the model works on the first
-while the next is read. Nothing is read ahead of demand: a chunk is read when the scheduler has room for it.
+Read in chunks, each handed on as it arrives and the next read when the scheduler has room for it.
 """
 
 from __future__ import annotations
@@ -88,6 +87,10 @@ class FetchedPassage:
         return replace(result, margin=max(known), score=activate(max(known)))
 
 
+Fetched = list[FetchedPassage]
+Passages = AsyncGenerator[Fetched, None]
+
+
 @dataclass(frozen=True, slots=True)
 class FetchRequest:
     """The candidates to fetch for one request, and under which prompt."""
@@ -142,11 +145,11 @@ class Fetcher:
         self._chunk = chunk
         self._max_text_bytes = max_text_bytes
 
-    async def fetch(self, request: FetchRequest, ratio: int) -> AsyncGenerator[list[FetchedPassage], None]:
+    async def fetch(self, request: FetchRequest, ratio: int) -> Passages:
         """Every candidate once, in any order, with pairs at `ratio`; what is stored does not wait for encodings."""
         indexes = iter(request.indexes)
-        to_encode: deque[list[FetchedPassage]] = deque()
-        encoding: set[asyncio.Task[list[FetchedPassage]]] = set()
+        to_encode: deque[Fetched] = deque()
+        encoding: set[asyncio.Task[Fetched]] = set()
         try:
             chunk = list(islice(indexes, self._chunk))
             while chunk or encoding or to_encode:
@@ -169,9 +172,7 @@ class Fetcher:
             for task in encoding:
                 task.cancel()
 
-    async def at_ratio(
-        self, request: FetchRequest, fetched: Sequence[FetchedPassage], ratio: int
-    ) -> AsyncGenerator[list[FetchedPassage], None]:
+    async def at_ratio(self, request: FetchRequest, fetched: Fetched, ratio: int) -> Passages:
         """The same passages with pairs at another multiple of the base ratio."""
         for start in range(0, len(fetched), POOL_CHUNK):
             yield await self._call(self._with_pairs, request, ratio, fetched[start : start + POOL_CHUNK])
@@ -179,9 +180,7 @@ class Fetcher:
     async def _call(self, function: Callable[..., T], *args: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
 
-    async def _fetch(
-        self, request: FetchRequest, ratio: int, chunk: Sequence[int]
-    ) -> tuple[list[FetchedPassage], list[FetchedPassage]]:
+    async def _fetch(self, request: FetchRequest, ratio: int, chunk: Sequence[int]) -> tuple[Fetched, Fetched]:
         """Reads one chunk; the passages that are settled without encoding, and the ones to encode."""
         start = time.monotonic()
         read = await self._call(self._read, request, ratio, chunk)
@@ -204,7 +203,7 @@ class Fetcher:
             fetched += await self._call(self._with_pairs, request, ratio, kept)
         return fetched, misses
 
-    async def _encode(self, request: FetchRequest, ratio: int, misses: list[FetchedPassage]) -> list[FetchedPassage]:
+    async def _encode(self, request: FetchRequest, ratio: int, misses: Fetched) -> Fetched:
         assert self.on_demand is not None
         texts = {miss.digest: miss.text for miss in misses if miss.digest is not None}
         start = time.monotonic()
@@ -221,7 +220,7 @@ class Fetcher:
 
     # Below: on the executor's threads.
 
-    def _read(self, request: FetchRequest, ratio: int, chunk: Sequence[int]) -> list[FetchedPassage]:
+    def _read(self, request: FetchRequest, ratio: int, chunk: Sequence[int]) -> Fetched:
         candidates = request.candidates
         sent = {i: self._sent(candidates[i], i) for i in chunk}
         texts = {i: text for i, text in sent.items() if not isinstance(text, FetchedPassage)}
@@ -292,7 +291,7 @@ class Fetcher:
                 message = "no text is stored" if self._reads_text else "no states are stored"
         return FetchedPassage(index, passage_id, status, message=message, text=text or "", digest=digest)
 
-    def _with_pairs(self, request: FetchRequest, ratio: int, fetched: list[FetchedPassage]) -> list[FetchedPassage]:
+    def _with_pairs(self, request: FetchRequest, ratio: int, fetched: Fetched) -> Fetched:
         """The passages with their pairs, made in one call, or where that fails one by one: each costs itself only."""
         ready = [one for one in fetched if one.passage is not None]
         try:

@@ -1,7 +1,6 @@
 """One planned request: it is admitted, passages arrive, their pairs are queued, margins come back, results go out.
 
-A cascade is a loop over its stages: each scores the best of the stage before at a finer ratio. A plain request has
-one stage. Everything here runs on the event loop, and is awaited in order.
+Each stage of a cascade scores the best of the stage before at a finer ratio; a plain request has one stage.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from decoder_server.engine.admission import Admission
-from decoder_server.engine.fetch import FetchedPassage, Fetcher, FetchRequest
+from decoder_server.engine.fetch import Fetched, FetchedPassage, Fetcher, FetchRequest, Passages
 from decoder_server.engine.plan import Plan
 from decoder_server.engine.scheduler import RequestQueue, Scheduler
 from decoder_server.models.backend import Backend
@@ -70,26 +69,21 @@ class RequestRun:
                         reservation.finished(len(scored), cascade.stage)
                         if settled := cascade.settle(scored):
                             yield self._named(settled)
-                if not cascade.stage_over:  # the deadline is near
+                if cascade.owed:  # the deadline is near
                     trace.stopped_early = True
                     yield self._named(cascade.stop(self.wanted.candidates))
                     return
-                best = cascade.advance()
-                if not best:
+                if not (best := cascade.advance()):
                     return
                 passages = self.fetcher.at_ratio(self.wanted, best, cascade.ratio)
 
     async def _scored(
-        self,
-        queue: RequestQueue,
-        passages: AsyncGenerator[list[FetchedPassage], None],
-        cascade: CascadeState,
-        stop_at: float | None,
+        self, queue: RequestQueue, passages: Passages, cascade: CascadeState, stop_at: float | None
     ) -> AsyncGenerator[list[_Scored], None]:
         """Results of one stage, as passages arrive and passes end; fewer when it is time to stop."""
         num_prompt_tokens, activate = self.wanted.prompt.num_tokens, self.backend.activate
         scheduled: dict[_Margins, FetchedPassage] = {}
-        arriving: asyncio.Task[list[FetchedPassage]] | None = asyncio.create_task(self._next(queue, passages))
+        arriving: asyncio.Task[Fetched] | None = asyncio.create_task(self._next(queue, passages))
         try:
             while arriving or scheduled:
                 timeout = None if stop_at is None or not cascade.any_scored else max(0.0, stop_at - time.monotonic())
@@ -112,9 +106,7 @@ class RequestRun:
                 await asyncio.gather(arriving, return_exceptions=True)
             await passages.aclose()
 
-    async def _next(
-        self, queue: RequestQueue, passages: AsyncGenerator[list[FetchedPassage], None]
-    ) -> list[FetchedPassage]:
+    async def _next(self, queue: RequestQueue, passages: Passages) -> Fetched:
         """The next passages, when the queue has room for their pairs; of a listwise model all; none at the end."""
         await self.scheduler.room(queue)
         if self.backend.listwise:
@@ -153,7 +145,7 @@ class CascadeState:
         self.stage = 0
         self.any_scored = False
         self._plan = plan
-        self._owed = dict.fromkeys(indexes)  # candidates without a result of the present stage
+        self.owed = dict.fromkeys(indexes)  # candidates without a result of the present stage
         self._best: list[tuple[float, int]] = []  # a heap of (margin, -index): those that the next stage would score
         self._reached: dict[int, _Scored] = {}  # of candidates that are not settled, with states at the base ratio
 
@@ -165,15 +157,11 @@ class CascadeState:
     def is_last_stage(self) -> bool:
         return self.stage == len(self._plan.stages) - 1
 
-    @property
-    def stage_over(self) -> bool:
-        return not self._owed
-
     def settle(self, results: Iterable[_Scored]) -> list[Result]:
         """Takes results of the present stage; returns the candidates that no later stage will score."""
         settled: list[Result] = []
         for one, result in results:
-            self._owed.pop(result.index, None)
+            self.owed.pop(result.index, None)
             _, before = self._reached.pop(result.index, (None, None))
             if result.margin is None or result.score is None:
                 # Finer states that could not be scored do not undo the coarser score.
@@ -192,21 +180,21 @@ class CascadeState:
                 settled.append(self._reached.pop(-heapq.heappop(self._best)[1])[1])
         return settled
 
-    def advance(self) -> list[FetchedPassage]:
+    def advance(self) -> Fetched:
         """After a stage: the passages of the next one, best first; empty when all candidates are settled."""
         if self.is_last_stage or not self._reached:
             return []
         passages = [self._reached[-negative][0] for _, negative in sorted(self._best, reverse=True)]
         self.stage += 1
-        self._owed = dict.fromkeys(one.index for one in passages)
+        self.owed = dict.fromkeys(one.index for one in passages)
         self._best.clear()
         return passages
 
     def stop(self, candidates: Sequence[Candidate]) -> list[Result]:
         """Settles everything else: each candidate as far as it came."""
-        unread = [i for i in self._owed if i not in self._reached]
+        unread = [i for i in self.owed if i not in self._reached]
         settled = [result for _, result in self._reached.values()]
         settled += [Result(i, candidates[i].passage_id or "", "failed", message=NOT_REACHED) for i in unread]
-        self._owed.clear()
+        self.owed.clear()
         self._reached.clear()
         return settled

@@ -276,7 +276,7 @@ def test_a_finer_reading_that_failed_leaves_what_the_coarser_said() -> None:
     first, second = cascade.settle([outcome(2, None), outcome(0, -1.0)])
     assert (first.index, first.margin, first.status, first.message, len(first.stages)) == (2, 3.0, "hit", "bad", 1)
     assert (second.index, second.margin, len(second.stages)) == (0, -1.0, 2)
-    assert cascade.stage_over
+    assert not cascade.owed
     assert cascade.advance() == []
 
 
@@ -286,5 +286,5 @@ def test_a_cascade_that_is_stopped_settles_everyone_once() -> None:
     stopped = cascade.stop([Candidate(str(i)) for i in range(5)])
     assert sorted(one.index for one in [*settled, *stopped]) == [0, 1, 2, 3, 4]
     assert [one.message for one in stopped if one.margin is None] == ["the deadline came before it was scored"]
-    assert cascade.stage_over
+    assert not cascade.owed
     assert cascade.advance() == []
