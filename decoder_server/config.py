@@ -57,9 +57,8 @@ class ModelConfig(LoadConfig):
     runtime: str = knob("torch", "Runtime of a cross-encoder.", choices=("torch", "onnx", "onnx-int8"))
     profile: str = knob("", "A cross-encoder's profile.", shown_default="by id, else from its own configuration")
     trust_remote_code: bool = knob(False, "Run Python that a cross-encoder's checkpoint brings.")
-    encoder_address: str = knob(
-        "", "Use this encoder worker instead of one in this process.", metavar="HOST:PORT"
-    )  # "": nothing is encoded on demand
+    # "": nothing is encoded on demand
+    encoder_address: str = knob("", "Use this encoder worker instead of one in this process.", metavar="HOST:PORT")
     encoder_api_key: str = knob("", "Shown to the worker at --encoder-address.", metavar="KEY", is_secret=True)
     encoder_in_process: bool = False  # that worker is a part of this process, which is not ready without it
     kv_caches: KvCacheConfig = field(default_factory=KvCacheConfig)

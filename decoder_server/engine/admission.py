@@ -1,8 +1,6 @@
 """Load control: which requests join the queue, and which are scored coarser than requested because of it.
 
-A request reserves its estimated cost, because its states are fetched only after it is admitted; the estimate learns
-from the passages fetched. Under pressure a request may be scored at a coarser ratio, where the server allows that:
-`deadline` is the pressure of a result not expected in time, `queue` that of more than a share of the queue in use.
+A request reserves its estimated cost: its states are fetched once it is admitted, and the estimate learns from them.
 """
 
 from __future__ import annotations
@@ -34,7 +32,6 @@ class _Reservation:
 
     @property
     def num_tokens(self) -> float:
-        """Estimated tokens still to compute."""
         return sum(left * each for left, each in zip(self.left, self.each, strict=True))
 
     def finished(self, num_candidates: int, stage: int = 0) -> None:
@@ -84,15 +81,10 @@ class Admission:
             self._reservations.discard(reservation)
 
     def degrade(
-        self,
-        plan: Plan,
-        num_candidates: int,
-        num_prompt_tokens: int,
-        deadline: float | None,
-        queue_share: float,  # of the queue's limit, in use before requests are degraded
+        self, plan: Plan, num_candidates: int, num_prompt_tokens: int, deadline: float | None, queue_share: float
     ) -> tuple[Plan, Degraded | None]:
-        """The plan, or a coarser one and why. Before the first pass nothing is known, and nothing is degraded."""
-        if not self._stats.knows_pass_time:
+        """The plan, or a coarser one: it would miss its `deadline`, or more than its share of the `queue` is in use."""
+        if not self._stats.knows_pass_time:  # before the first pass
             return plan, None
         plans = plan.coarser()
         estimates = []  # tokens over all stages; seconds until the (first stage's) response, the queue included

@@ -110,8 +110,7 @@ class Engine:
     async def warm(self, request: RerankRequest) -> Warmed:
         """Pre-fills the caches for the ids of a request, whose query is not read.
 
-        Between forward passes, so that requests in flight wait for one batch at most. Raises as `rerank`, and
-        FailedPrecondition where the model has nothing to warm.
+        Requests in flight wait for one batch at most. Raises as `rerank`, and FailedPrecondition: nothing to warm.
         """
         backend = self.backend
         if not isinstance(backend, StatesBackend) or not any(cache.max_bytes for cache in backend.caches):
@@ -144,7 +143,7 @@ class Engine:
     async def track(
         self, request: RerankRequest, kind: str = "rerank", *, deadline: float | None = None
     ) -> AsyncIterator[RequestTrace]:
-        """Reports to the observers how the request ended; raises Unavailable when draining, else DeadlineExceeded."""
+        """Reports to the observers how it ended. Raises Unavailable while draining, DeadlineExceeded when late."""
         trace = RequestTrace(request, self.name, kind)
         self._num_in_flight += 1
         self._idle.clear()
@@ -227,18 +226,11 @@ class Engine:
         trace, prompt = run.wanted.trace, run.wanted.prompt
         trace.timings = trace.timed()
         scored = [one for one in trace.results if one.margin is not None]
-        return Summary(
-            self.name,
-            trace.timings,
-            len(scored),
-            prompt.num_query_tokens,
-            prompt.query_truncated,
-            *run.plan.summary,
-            stopped_early=trace.stopped_early,
-            degraded=trace.degraded,
-            num_passage_tokens=sum(one.num_passage_tokens for one in scored),
-            truncated=tuple(sorted(one.index for one in scored if one.truncated)),
-        )
+        counts = self.name, trace.timings, len(scored), prompt.num_query_tokens, prompt.query_truncated
+        ended = trace.stopped_early, trace.degraded
+        num_tokens = sum(one.num_passage_tokens for one in scored)
+        truncated = tuple(sorted(one.index for one in scored if one.truncated))
+        return Summary(*counts, *run.plan.summary, *ended, num_passage_tokens=num_tokens, truncated=truncated)
 
 
 @asynccontextmanager
@@ -252,7 +244,7 @@ async def _until(deadline: float | None, trace: RequestTrace) -> AsyncIterator[N
 
 
 def choose(engines: Mapping[str, Engine], name: str = "", aliases: Container[str] = ()) -> Engine:
-    """The engine of a served name, the first for "" or an alias; raises Unavailable before any is loaded, NotFound."""
+    """The engine of a served name, the first for "" or an alias; raises NotFound, or Unavailable during the load."""
     if not engines:
         raise Unavailable("this server is still loading its model")
     if name in engines:

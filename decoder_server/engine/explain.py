@@ -69,11 +69,8 @@ async def explain(engine: Engine, request: RerankRequest, deadline: float) -> li
                     scored = engine.scheduler.between_passes(_explained, backend, one.states, unscored, *how)
                     explained.append(await scored)
         trace.results = [Result(one.index, one.passage_id, one.status) for one in explained]
-
-        def margin(one: _Explained) -> float:
-            return next((s["margin"] for s in one.scores if s["compression_ratio"] == chosen), -np.inf)
-
-        return sorted(explained, key=lambda one: (-margin(one), one.index))
+        margins = {one.index: s["margin"] for one in explained for s in one.scores if s["compression_ratio"] == chosen}
+        return sorted(explained, key=lambda one: (-margins.get(one.index, -np.inf), one.index))
 
 
 def _explained(

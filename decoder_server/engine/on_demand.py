@@ -1,7 +1,6 @@
 """Encoding on demand: states of texts that come with a request, from an encoder worker, each text encoded once.
 
-Everything a worker sends is checked before use. Concurrent requests with the same text share one encoding, and the
-latest states are kept within a byte budget.
+Everything a worker sends is checked before use.
 """
 
 from __future__ import annotations
@@ -148,15 +147,13 @@ class OnDemandStates:
         looked_up = {digest: self.kept(digest, ratio) for digest in texts}
         kept: dict[bytes, PassageStates | str] = {key: own for key, own in looked_up.items() if own is not None}
         keys = {digest: self._key(digest, ratio) for digest in texts if digest not in kept}
-        new = {key: texts[digest] for digest, key in keys.items() if key not in self._flights}
-        if new:
+        if new := {key: texts[digest] for digest, key in keys.items() if key not in self._flights}:
             loop = asyncio.get_running_loop()
             self._flights |= {key: loop.create_future() for key in new}
             task = loop.create_task(self._fly(new))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-        flights = {digest: self._flights[key] for digest, key in keys.items()}
-        if flights:
+        if flights := {digest: self._flights[key] for digest, key in keys.items()}:
             await asyncio.wait(flights.values())  # unlike await on each, leaves them be when the caller is cancelled
         for digest, flight in flights.items():
             result = flight.result()

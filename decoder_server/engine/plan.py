@@ -52,11 +52,10 @@ class Plan:
 
 
 def plan(request: RerankRequest, limits: DecoderConfig, stored_ratio: int | None, model_ratio: int) -> Plan:
-    """The ratio or stages of a request.
+    """The ratio or stages of a request; raises InvalidRequest for those that the collection or model cannot give.
 
     `stored_ratio` is the collection's; None: there is none, only texts that come with the request. `model_ratio` is the
-    model's default for such texts; TEXT_RATIO: it reads text. Raises InvalidRequest for a ratio that the collection
-    cannot give, or stages for a model that reads text.
+    model's default for such texts; TEXT_RATIO: it reads text.
     """
     if model_ratio == TEXT_RATIO:
         if num_stages := len(request.stages):
@@ -82,9 +81,8 @@ def plan(request: RerankRequest, limits: DecoderConfig, stored_ratio: int | None
             fitted[ratio] = Stage(ratio, stage.keep)
         stages = tuple(fitted.values())
         return Plan((Stage(stages[-1].compression_ratio),)) if request.one_ratio else Plan(stages, cascade=True)
-    if limits.read_ratio:
-        return Plan((Stage(math.ceil(limits.read_ratio / stored) * stored),))
-    return Plan((Stage(stored_ratio or model_ratio),))
+    default = math.ceil(limits.read_ratio / stored) * stored if limits.read_ratio else stored_ratio or model_ratio
+    return Plan((Stage(default),))
 
 
 def check(request: RerankRequest, limits: DecoderConfig) -> None:

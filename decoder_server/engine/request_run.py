@@ -47,7 +47,6 @@ class RequestRun:
     async def results(self, deadline: float | None) -> AsyncGenerator[list[Result], None]:
         """Admits the request, then gives every candidate's result once, as soon as it is settled.
 
-        When the caller stops, fetching stops, and queued pairs are dropped before the next pass.
         Raises Overloaded where there is no room, FailedPrecondition where on_miss is fail and a candidate is missing,
         InvalidRequest for more tokens than a request may have, Unavailable when the scheduler has ended.
         """

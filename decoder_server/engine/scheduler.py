@@ -2,8 +2,7 @@
 
 Order among requests is the fair sojourn protocol (Friedman & Henderson, SIGMETRICS 2003): a request ranks by when it
 would finish if the machine were shared equally. Equal requests go first come, first served; a small one overtakes a
-large one that has more than that left; a large one is not overtaken forever, because virtual time passes with all
-work done. The model runs on its own thread; everything else here on the event loop.
+large one that has more than that left, but not forever: virtual time passes with all work done.
 """
 
 from __future__ import annotations
@@ -46,10 +45,9 @@ FREE_CELLS, MAX_PADDING = 1 << 18, 2.0
 
 @dataclass
 class SchedulerStats:
-    """Counts and rates since the start.
+    """Counts and rates since the start; seconds of a pass over (prompt tokens, states) are learned by least squares.
 
-    Seconds of forward passes over (prompt tokens, states) are learned by least squares with older passes fading. The
-    two rates differ by far: a state only feeds keys and values, a prompt token runs through every layer.
+    The two rates differ by far: a state only feeds keys and values, a prompt token runs through every layer.
     """
 
     num_passes: int = 0
@@ -58,7 +56,7 @@ class SchedulerStats:
     num_dropped_pairs: int = 0  # of cancelled requests, or past their deadline
     compute_seconds: float = 0.0
     _recent: tuple[float, float] = 0.0, 0.0  # tokens that left the queue, and seconds
-    _fit: tuple[float, ...] = (0.0,) * 7  # weighted sums of p², p s, s², p t, s t; tokens; seconds
+    _fit: tuple[float, ...] = (0.0,) * 7  # fading sums of p², p s, s², p t, s t; tokens; seconds
 
     @property
     def tokens_per_second(self) -> float:

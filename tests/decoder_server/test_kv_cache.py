@@ -141,8 +141,8 @@ def test_margins_are_those_of_a_pass_that_keeps_nothing(
     for batch in batches(backend, 60):
         np.testing.assert_allclose(backend.score(batch), fbnl.score(batch), atol=TOLERANCE[budgets.form], rtol=0)
     keys, prefixes = backend.caches
-    assert bool(keys.num_hits) is keys.enabled
-    assert bool(prefixes.num_hits) is prefixes.enabled
+    assert bool(keys.num_hits) is bool(keys.max_bytes)
+    assert bool(prefixes.num_hits) is bool(prefixes.max_bytes)
     assert keys.num_bytes <= budgets.max_keys_bytes
     assert prefixes.num_bytes <= budgets.max_prefix_bytes
 

@@ -1,9 +1,8 @@
-"""The T5Gemma 2 decoder as a reranker runs it: one packed pass, read out at each prompt's last token.
+"""The T5Gemma 2 decoder as a reranker runs it; transformers' modeling_t5gemma2 is the oracle in the tests.
 
-transformers' modeling_t5gemma2 is the oracle in the tests. Dense layers see prompts packed end to end, so no padded
-token is ever multiplied; only attention pads (Layout). The last layer computes queries, output projection and MLP at
-the readout rows only. A pass needs of a passage its keys and values, layer by layer: a context. `passage_kv` makes it
-of states; `prompt_kv` continues it by a prompt's prefix, so that a pass over the rest alone gives the same margins.
+Dense layers see prompts packed end to end, so no padded token is ever multiplied; only attention pads. A pass needs
+of a passage its keys and values, layer by layer: a context. `passage_kv` makes it of states; `prompt_kv` continues it
+by a prompt's prefix, so that a pass over the rest alone gives the same margins.
 """
 
 from __future__ import annotations
@@ -21,10 +20,9 @@ if TYPE_CHECKING:
 
 
 class Layout:
-    """Where the rows of each pair lie in a packed batch, and the padded view that attention needs. Index arithmetic.
+    """Where the rows of each pair lie in a packed batch, and the padded view that attention needs.
 
-    A pair's tokens to compute stand on its context: `prefix_lengths` tokens of its prompt that were computed before,
-    then its states.
+    A pair's tokens stand on its context: `prefix_lengths` tokens of its prompt that were computed before, then states.
     """
 
     def __init__(
@@ -36,7 +34,6 @@ class Layout:
     ) -> None:
         prefix_lengths = [0] * len(prompt_lengths) if prefix_lengths is None else prefix_lengths
         counts = [prefix + states for prefix, states in zip(prefix_lengths, state_counts, strict=True)]
-        self.batch = len(prompt_lengths)
         self._device = device
         self._prompt, self._context = _Padding(prompt_lengths, device), _Padding(counts, device)
         self._prefix = torch.tensor(prefix_lengths, device=device)[:, None]  # (batch, 1)
@@ -45,7 +42,7 @@ class Layout:
         self.num_positions = max(p + q for p, q in zip(prefix_lengths, prompt_lengths, strict=True))
         lengths = torch.tensor(prompt_lengths, device=device)
         self.readout = lengths.cumsum(0) - 1  # packed row of each prompt's last token, (batch,)
-        self._last = lengths - 1  # the same within its own prompt
+        self.last = lengths - 1  # the same within its own prompt
 
     def mask(self, window: int | None, num_kv: int, dtype: torch.dtype) -> Tensor:
         """Additive mask (batch, num_kv, max_prompt, max_context + max_prompt).
@@ -61,10 +58,6 @@ class Layout:
             causal = causal & (at - self._at[:, None, :] < window)
         allowed = torch.cat([context, causal], dim=2)[:, None].expand(-1, num_kv, -1, -1)
         return torch.zeros(allowed.shape, dtype=dtype, device=self._device).masked_fill_(~allowed, float("-inf"))
-
-    def readout_mask(self, mask: Tensor) -> Tensor:
-        """(batch, num_kv, 1, max_context + max_prompt)."""
-        return mask[torch.arange(self.batch, device=self._device), :, self._last][:, :, None]
 
     def merge(self, context: Tensor, prompt: Tensor) -> Tensor:
         """Packed keys or values (rows, num_kv, head) of both -> (batch, num_kv, max_context + max_prompt, head)."""
@@ -113,14 +106,9 @@ class Decoder(Stack):
     """Decoder weights and the forward pass over them."""
 
     def __init__(
-        self,
-        config: T5Gemma2DecoderConfig,
-        tensors: dict[str, Tensor],
-        eoi_id: int,  # the token whose embedding row is kept apart (end of image)
-        *,
-        compiled: bool = False,  # see Pointwise
+        self, config: T5Gemma2DecoderConfig, tensors: dict[str, Tensor], eoi_id: int, *, compiled: bool = False
     ) -> None:
-        """Takes tensors out of `tensors` (canonical names `decoder.…`) as it packs them."""
+        """Takes tensors (`decoder.…`) out of `tensors` as it packs them; `eoi_id` has an embedding row of its own."""
         super().__init__(config, "decoder", tensors, eoi_id, compiled=compiled)
         self.head = tensors.pop("lm_head.weight", self.embedding)
 
@@ -199,7 +187,9 @@ class Decoder(Stack):
             if last:
                 rows = layout.readout
                 hidden, normed = hidden[rows], normed[rows]  # (batch, dim)
-                rotation, mask = (rotation[0][rows], rotation[1][rows]), layout.readout_mask(mask)
+                rotation = rotation[0][rows], rotation[1][rows]
+                every = torch.arange(len(rows), device=rows.device)
+                mask = mask[every, :, layout.last][:, :, None]  # (batch, num_kv, 1, max_context + max_prompt)
             q = layout.fold(self.queries(layer, normed, rotation), keys.shape[1], readout=last)
             if watch is not None:
                 watch(q, keys, mask)

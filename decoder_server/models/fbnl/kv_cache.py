@@ -1,9 +1,7 @@
 """KV and prefix cache: keys and values kept between forward passes, and the contexts of a batch made of them.
 
-The KV cache holds those of a passage's states per ratio, the prefix cache those of a prompt's prefix over a passage,
-per ratio and instruction. An entry is admitted at its second miss, and into a full cache only if it missed more often
-than the entry it evicts (TinyLFU, as Moka does it). Everything that changes an entry's value is in its key, and the
-caches go with the model that made them, so entries never go stale.
+An entry is admitted at its second miss, and into a full cache only if it missed more often than the entry it evicts
+(TinyLFU, as Moka does it). Everything that changes its value is in its key, and the caches go with the model.
 """
 
 from __future__ import annotations
@@ -60,11 +58,9 @@ class StatePair:
 
 
 def batch_states(pairs: Sequence[StatePair], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """States of all pairs in their order, (sum of num_states, dim) of `dtype` on `device`.
+    """States of all pairs in their order, (sum of num_states, dim): each row's own decoding to float32, converted.
 
-    Passages of several codecs, and numbers next to codes, may share a batch: each codec decodes all its passages in one
-    call, or where it keeps numbers (Flat, SQfp16, SQbf16), torch converts them. Every row equals its own decoding to
-    float32, converted.
+    Each codec decodes all its passages in one call, or where it keeps numbers (Flat, SQfp16, SQbf16), torch converts.
     """
     if not pairs:
         return torch.empty((0, 0), device=device, dtype=dtype)
@@ -121,17 +117,12 @@ class KVCache:
         self._misses: Moka[int, int] = Moka(MAX_COUNTED_KEYS, policy="lru")
 
     @property
-    def enabled(self) -> bool:
-        return self.max_bytes > 0
-
-    @property
     def num_bytes(self) -> int:
         return self.entries.num_bytes
 
     def get(self, key: Hashable) -> _Entry | None:
         """An entry, for `read`; a hit or a miss is counted."""
-        entry = self.entries.get(key)
-        if entry is not None:
+        if (entry := self.entries.get(key)) is not None:
             self.num_hits += 1
             return entry
         self.num_misses += 1
@@ -146,7 +137,7 @@ class KVCache:
 
     def admits(self, key: Hashable) -> bool:
         """Whether a missed entry should be kept once it is computed."""
-        return self.enabled and (self._misses.get(hash(key)) or 0) >= MIN_MISSES
+        return self.max_bytes > 0 and (self._misses.get(hash(key)) or 0) >= MIN_MISSES
 
     def put(self, key: Hashable, kv: Tensor) -> _Entry | None:
         """Keeps a copy of keys and values, and returns it; None where it is over the budget. May evict it at once."""
@@ -176,15 +167,8 @@ class _Needed:
     keep_all: bool = False  # else what the cache admits
     kv: dict[_Name | None, Tensor] = field(default_factory=dict)
 
-    def look_up(self) -> None:
-        for name in self.names if self.cache.enabled else ():
-            if isinstance(name, bytes | tuple):
-                entry = self.cache.get(name)  # each pair counts, also one whose name another pair brought
-                if entry is not None and name not in self.kv:
-                    self.kv[name] = self.cache.read(entry)
-
     def admits(self, name: _Name | None) -> bool:
-        if not self.cache.enabled or not isinstance(name, bytes | tuple):
+        if not self.cache.max_bytes or not isinstance(name, bytes | tuple):
             return False
         return name not in self.cache if self.keep_all else self.cache.admits(name)
 
@@ -219,7 +203,10 @@ class Contexts:
         every = list(range(len(pairs)))
         passages, prefixes = both = self._needed(pairs)
         for needed in both:
-            needed.look_up()
+            for name in needed.names if needed.cache.max_bytes else ():
+                # Each pair counts, also one whose name another pair brought.
+                if isinstance(name, bytes | tuple) and (entry := needed.cache.get(name)) and name not in needed.kv:
+                    needed.kv[name] = needed.cache.read(entry)
         if not any(needed.kv or any(map(needed.admits, needed.names)) for needed in both):
             # Caches that are disabled or cold: a layer's keys are made when the pass comes to it.
             layers = self._decoder.passage_kv(batch_states(pairs, self._device, self._dtype))
@@ -244,18 +231,16 @@ class Contexts:
     def _needed(self, pairs: Sequence[StatePair], *, keep_all: bool = False) -> tuple[_Needed, _Needed]:
         # A pair without a key shares with no other.
         passages = _Needed(self.keys, [pair.key or i for i, pair in enumerate(pairs)], keep_all)
-        names = [_prefix(pair) if self.prefixes.enabled else None for pair in pairs]
+        names = [_prefix(pair) if self.prefixes.max_bytes else None for pair in pairs]
         return passages, _Needed(self.prefixes, names, keep_all)
 
     def _compute(self, pairs: Sequence[StatePair], passages: _Needed, prefixes: _Needed) -> None:
         """Every passage that is missing, then, over passages, the prefixes that are worth an entry."""
-        missing = passages.missing()
-        if missing:
+        if missing := passages.missing():
             first = [pairs[i] for i in missing.values()]
             kv = _stacked(self._decoder.passage_kv(batch_states(first, self._device, self._dtype)))
             passages.computed(missing, kv, [pair.num_states for pair in first])
-        missing = {name: i for name, i in prefixes.missing().items() if prefixes.admits(name)}
-        if missing:
+        if missing := {name: i for name, i in prefixes.missing().items() if prefixes.admits(name)}:
             tokens = [name[0] for name in missing if isinstance(name, tuple)]
             own = [passages.kv[passages.names[i]] for i in missing.values()]
             lengths = [len(ids) for ids in tokens]
