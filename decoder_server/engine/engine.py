@@ -62,9 +62,8 @@ class Engine:
         if limits.max_batch_tokens is not None:
             min_tokens = max_tokens = limits.max_batch_tokens
         self.scheduler = Scheduler(backend, model_thread, max_tokens, min_tokens, observers)
-        self.admission = Admission(
-            self.scheduler.stats, limits.max_queue_requests, limits.max_queue_tokens, limits.max_queue_seconds
-        )
+        most = limits.max_queue_requests, limits.max_queue_tokens, limits.max_queue_seconds
+        self.admission = Admission(self.scheduler.stats, *most)
         # Candidates per read of the store: about a batch of short ones, a share of it for long ones.
         chunk = max(16, max_tokens // 128)
         self.fetcher = Fetcher(backend, self._executor, on_demand, chunk=chunk, max_text_bytes=limits.max_text_bytes)

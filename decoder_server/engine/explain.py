@@ -62,12 +62,12 @@ async def explain(engine: Engine, request: RerankRequest, deadline: float) -> li
                 texts = await engine.call(wanted.texts, [one.index for one in chunk])
                 for one in chunk:
                     text = texts[one.index]
-                    unscored = _Explained(one.index, one.passage_id or "", one.status, text, one.message)
-                    # Tokenizes, perhaps a megabyte: not on the model's thread, where every request waits.
-                    spans = await engine.call(backend.spans, text) if text and one.states is not None else []
-                    how = prompt, spans, ratios, chosen
-                    scored = engine.scheduler.between_passes(_explained, backend, one.states, unscored, *how)
-                    explained.append(await scored)
+                    explained.append(_Explained(one.index, one.passage_id or "", one.status, text, one.message))
+                    if one.states is not None:
+                        # Tokenizes, perhaps a megabyte: not on the model's thread, where every request waits.
+                        spans = await engine.call(backend.spans, text) if text else []
+                        what = backend, one.states, explained[-1], prompt, spans, ratios, chosen
+                        explained[-1] = await engine.scheduler.between_passes(_explained, *what)
         trace.results = [Result(one.index, one.passage_id, one.status) for one in explained]
         margins = {one.index: s["margin"] for one in explained for s in one.scores if s["compression_ratio"] == chosen}
         return sorted(explained, key=lambda one: (-margins.get(one.index, -np.inf), one.index))
@@ -75,7 +75,7 @@ async def explain(engine: Engine, request: RerankRequest, deadline: float) -> li
 
 def _explained(
     backend: StatesBackend,
-    encoded: AnyStates | None,
+    encoded: AnyStates,
     unscored: _Explained,
     prompt: Prompt,
     spans: Sequence[tuple[int, int]],
@@ -83,8 +83,6 @@ def _explained(
     chosen: int,
 ) -> _Explained:
     """One candidate, on the model's thread; its failure costs no other candidate."""
-    if encoded is None:
-        return unscored
     try:
         states, scores = encoded.decoded(), []  # once, for all ratios
         for ratio in ratios:

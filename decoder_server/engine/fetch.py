@@ -195,10 +195,8 @@ class Fetcher:
                 fetched.append(replace(one, status=status, message=f"{one.message}; no encoder worker is configured"))
             elif states := self.on_demand.kept(one.digest, request.base_ratio):
                 kept.append(replace(one, status="hit", passage=states, message=""))
-            elif request.on_miss in ("encode", None):
-                misses.append(one)
             else:
-                fetched.append(one)
+                (misses if request.on_miss in ("encode", None) else fetched).append(one)
         if kept:
             fetched += await self._call(self._with_pairs, request, ratio, kept)
         return fetched, misses
@@ -264,7 +262,6 @@ class Fetcher:
         return rejected("failed", message="the text is empty", empty=True) if candidate.passage_id is None else None
 
     def _settled(self, request: FetchRequest, index: int, text: str | None, stored: _Stored) -> FetchedPassage:
-        """A candidate by what was sent and what is stored: its passage, or why there is none as yet."""
         collection, passage_id = request.collection, request.candidates[index].passage_id
         if text is not None and self._reads_text:
             return FetchedPassage(index, passage_id, "encoded", text)

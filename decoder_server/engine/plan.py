@@ -1,7 +1,6 @@
 """Checks of a request, and its plan: the ratio, or the stages of a cascade, that its candidates are scored at. Pure.
 
-A request names its ratio or stages, or the server has a default. A default that a collection cannot give, because it
-is stored coarser, moves to the next ratio that it can; the summary says which ratio it was.
+A default of the server that a collection cannot give, because it is stored coarser, moves to the next that it can.
 """
 
 from __future__ import annotations

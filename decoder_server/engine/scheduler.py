@@ -151,13 +151,7 @@ class RequestQueue:
     passes: list[QueueInterval] = field(default_factory=list)
     taken: asyncio.Event = field(default_factory=asyncio.Event)
     waiting: deque[_Queued] = field(default_factory=deque)
-    _since: float | None = None  # pairs have been ready and none of them computed
-
-    def add(self, pairs: Sequence[Pair], passage: _Passage) -> None:
-        self.waiting.extend((passage, pair) for pair in pairs)
-        self.num_tokens += sum(pair.num_tokens for pair in pairs)
-        if not self.computing and self._since is None:
-            self._since = time.monotonic()
+    since: float | None = None  # pairs have been ready and none of them computed
 
     def take(self) -> _Queued:
         """The next pair, for a batch that is being filled."""
@@ -173,7 +167,7 @@ class RequestQueue:
         """
         dropped, self.num_tokens = list(self.waiting), 0
         self.waiting.clear()
-        self._since = self._since if self.computing else None
+        self.since = self.since if self.computing else None
         self.taken.set()
         if error is not None:
             for passage, _ in dropped:
@@ -185,8 +179,8 @@ class RequestQueue:
 
     def pass_finished(self, start: float, end: float) -> None:
         self.computing = False
-        self.passes.append((start if self._since is None else self._since, start, end))
-        self._since = end if self.waiting else None
+        self.passes.append((start if self.since is None else self.since, start, end))
+        self.since = end if self.waiting else None
 
 
 class Scheduler:
@@ -231,7 +225,10 @@ class Scheduler:
         if self._stopped:
             raise Unavailable(STOPPED)
         passage = _Passage(queue, len(pairs), asyncio.get_running_loop().create_future())
-        queue.add(pairs, passage)
+        queue.waiting.extend((passage, pair) for pair in pairs)
+        queue.num_tokens += sum(pair.num_tokens for pair in pairs)
+        if not queue.computing and queue.since is None:
+            queue.since = time.monotonic()
         self._ready.set()
         return passage.future
 

@@ -36,11 +36,8 @@ class FbnlBackend:
         """Raises CheckpointError for files that cannot be served, ValueError for a device or dtype not to be had."""
         self._device, self._dtype = choose_device(device, dtype)
         fused = choose_fused(checkpoint.dim, self._device)
-        self.settings = checkpoint.settings
-        self.checkpoint_name = checkpoint.name
-        self.dtype_name = dtype_name(self._dtype)
-        self.device_name = str(self._device)
-        self.checkpoint = checkpoint
+        self.dtype_name, self.device_name = dtype_name(self._dtype), str(self._device)
+        self.checkpoint, self.checkpoint_name, self.settings = checkpoint, checkpoint.name, checkpoint.settings
         self._text = text = checkpoint.text  # read before the weights: a wrong tokenizer should fail fast
         self.prompt, self.cut, self.is_empty, self.spans = text.prompt, text.cut, text.is_empty, text.spans
         tensors = checkpoint.decoder_tensors(self._dtype)
