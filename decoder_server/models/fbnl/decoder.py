@@ -108,7 +108,7 @@ class Decoder(Stack):
     def __init__(
         self, config: T5Gemma2DecoderConfig, tensors: dict[str, Tensor], eoi_id: int, *, compiled: bool = False
     ) -> None:
-        """Takes tensors (`decoder.…`) out of `tensors` as it packs them; `eoi_id` has an embedding row of its own."""
+        """Takes tensors (`decoder.…`) out of `tensors` as it packs them; `eoi_id` has its own embedding row."""
         super().__init__(config, "decoder", tensors, eoi_id, compiled=compiled)
         self.head = tensors.pop("lm_head.weight", self.embedding)
 
