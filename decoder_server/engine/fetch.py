@@ -195,8 +195,10 @@ class Fetcher:
                 fetched.append(replace(one, status=status, message=f"{one.message}; no encoder worker is configured"))
             elif states := self.on_demand.kept(one.digest, request.base_ratio):
                 kept.append(replace(one, status="hit", passage=states, message=""))
+            elif request.on_miss in ("encode", None):
+                misses.append(one)
             else:
-                (misses if request.on_miss in ("encode", None) else fetched).append(one)
+                fetched.append(one)
         if kept:
             fetched += await self._call(self._with_pairs, request, ratio, kept)
         return fetched, misses
