@@ -1,8 +1,7 @@
 """The encoder half of T5Gemma 2: token ids in, pooled token states out, bidirectional, one packed batch a pass.
 
-Reads like the model's definition (transformers' modeling_t5gemma2 is the oracle in the tests). Passages lie end to end,
-so no padding is multiplied. Sliding layers are computed in blocks of queries against the keys their window reaches, so
-time and memory grow with the length of a passage, not with its square.
+Reads like the model's definition (transformers' modeling_t5gemma2 is the oracle in the tests). Sliding layers take
+blocks of queries against the keys their window reaches: time and memory grow with a passage's length, not its square.
 """
 
 from __future__ import annotations
@@ -52,12 +51,11 @@ class _Attention:
     sliding_window_mask_function in transformers' modeling_t5gemma2); None sees all.
     """
 
-    def __init__(
-        self, size: int | None, lengths: Sequence[int], group: int, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        self._size, self._group, self._device, self._dtype = size, group, device, dtype
+    def __init__(self, size: int | None, lengths: Sequence[int], group: int, hidden: Tensor) -> None:
+        self._size, self._group, self._device, self._dtype = size, group, hidden.device, hidden.dtype
         self._masks: dict[tuple[int, int, int], Tensor] = {}
         self._groups: list[_Group] = []
+        device = hidden.device
         if device.type != "cpu" and len(set(lengths)) > 1:  # a GPU would spend its time launching
             longest = max(lengths)
             real = torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
@@ -149,25 +147,33 @@ class Encoder:
 
     @torch.inference_mode()
     def encode(self, batch: Sequence[Sequence[int]], ratio: int) -> list[NDArray[np.float32]]:
-        """Token ids per passage (template included, at least one) to states (ceil(num_tokens / ratio), dim) float32."""
-        lengths = [len(ids) for ids in batch]
+        """Token ids per passage (template included, at least one) to states (ceil(num_tokens / ratio), dim) float32.
+
+        Matryoshka embedding pooling: the mean over groups of `ratio` tokens aligned at each passage's token 0, on the
+        model's device. cache.states has the same law for one passage, and the tests hold both to it.
+        """
         ids = torch.from_numpy(np.concatenate([np.asarray(tokens, dtype=np.int64) for tokens in batch]))
-        pooled = _pool(self._states(ids.to(self._stack.embedding.device), lengths), lengths, ratio).cpu()
+        num_tokens = np.array([len(tokens) for tokens in batch])
+        states = self._states(ids.to(self._stack.embedding.device), num_tokens.tolist())
+        counts = -(-num_tokens // ratio)  # states per passage
+        ends = counts.cumsum()
+        sizes = np.full(ends[-1], ratio)
+        sizes[ends - 1] = num_tokens - (counts - 1) * ratio  # the last group has what is left
+        lengths = torch.from_numpy(sizes).to(states.device)
+        pooled = torch.segment_reduce(states.float(), "mean", lengths=lengths, axis=0).cpu().numpy()
         # Copies, so that one passage kept does not keep the whole batch alive.
-        counts = [-(-length // ratio) for length in lengths]
-        return [rows.copy() for rows in np.split(pooled.numpy(), np.cumsum(counts)[:-1])]
+        return [rows.copy() for rows in np.split(pooled, ends[:-1])]
 
     def _states(self, token_ids: Tensor, lengths: Sequence[int]) -> Tensor:
         """Packed token ids (num_tokens,) to states after the final norm, (num_tokens, dim)."""
         stack, config = self._stack, self._stack.config
         hidden, normed = stack.embed(token_ids)
-        device, dtype = hidden.device, hidden.dtype
-        positions = torch.cat([torch.arange(length, device=device) for length in lengths])
+        positions = torch.cat([torch.arange(length, device=hidden.device) for length in lengths])
         group = config.num_attention_heads // config.num_key_value_heads
         attentions, rotations = {}, {}
         for kind in set(stack.layer_types):
             size = config.sliding_window if kind == "sliding_attention" else None
-            attentions[kind] = _Attention(size, lengths, group, device, dtype)
+            attentions[kind] = _Attention(size, lengths, group, hidden)
             rotations[kind] = stack.rotation(kind, positions, max(lengths))
         for i, (layer, kind) in enumerate(zip(stack.layers, stack.layer_types, strict=True)):
             k, v = stack.keys_values(layer, normed)
@@ -177,16 +183,3 @@ class Encoder:
             del q, k, v  # not held through the layer's other half
             hidden, normed = stack.finish(i, hidden, attended)
         return normed
-
-
-def _pool(states: Tensor, lengths: Sequence[int], ratio: int) -> Tensor:
-    """Packed passages (num_tokens, dim) to float32 (sum of ceil(length / ratio), dim) on their own device.
-
-    Matryoshka embedding pooling: the mean over groups of `ratio` tokens aligned at each passage's token 0. cache.states
-    has the same law for one passage, and the tests hold both to it.
-    """
-    num_tokens = np.asarray(lengths)
-    counts = -(-num_tokens // ratio)  # states per passage
-    sizes = np.full(counts.sum(), ratio)
-    sizes[counts.cumsum() - 1] = num_tokens - (counts - 1) * ratio  # the last group has what is left
-    return torch.segment_reduce(states.float(), "mean", lengths=torch.from_numpy(sizes).to(states.device), axis=0)

@@ -1,6 +1,6 @@
 """Indexing as one call: a source of passages into a collection, with a report, progress and an estimate beforehand.
 
-Everything a job needs and nothing of a command line: no terminal, no signals, no exit codes.
+Nothing of a command line: no terminal, no signals, no exit codes.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class _IssueLog:
         weakref.finalize(self, self._file.close)  # it lives as long as the log
 
     def add(self, place: Place, passage_id: str | None, reason: str, message: str) -> None:
-        entry = {"source": place.source, "line": place.line, "passage_id": passage_id}
-        self._file.write(json.dumps(entry | {"reason": reason, "message": message}) + "\n")
+        entry = {"source": place.source, "line": place.line, "passage_id": passage_id, "reason": reason}
+        self._file.write(json.dumps(entry | {"message": message}) + "\n")
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self._file.seek(0)
@@ -163,33 +163,24 @@ class IndexReport:
 class Progress:
     """One moment of a run."""
 
-    num_done: int  # encoded, unchanged or refused
-    num_encoded: int
-    fraction: float | None  # of the source, 0 to 1; None where its size is not known
-    seconds: float
-    passages_per_second: float  # encoded, over the last minute
-    eta_seconds: float | None
+    num_done: int = 0  # encoded, unchanged or refused
+    num_encoded: int = 0
+    fraction: float | None = 0.0  # of the source, 0 to 1; None where its size is not known
+    seconds: float = 0.0
+    passages_per_second: float = 0.0  # encoded, over the last minute
+    eta_seconds: float | None = None
+
+    def since(self, then: Progress) -> Progress:
+        """With speed and time left by an earlier moment."""
+        seconds, eta = self.seconds - then.seconds, None
+        if not seconds:
+            return self
+        if self.fraction is not None and then.fraction is not None and self.fraction > then.fraction:
+            eta = (1 - self.fraction) / (self.fraction - then.fraction) * seconds
+        return replace(self, passages_per_second=(self.num_encoded - then.num_encoded) / seconds, eta_seconds=eta)
 
 
-class _Speedometer:
-    """Rates over the last minute, so that a resumed run's skipped beginning does not promise too much."""
-
-    def __init__(self) -> None:
-        self._start = time.monotonic()
-        self._marks: deque[tuple[float, int, float | None]] = deque([(0.0, 0, 0.0)])
-
-    def read(self, num_done: int, num_encoded: int, fraction: float | None) -> Progress:
-        now = time.monotonic() - self._start
-        self._marks.append((now, num_encoded, fraction))
-        while len(self._marks) > 2 and now - self._marks[0][0] > _MEMORY_SECONDS:
-            self._marks.popleft()
-        then, encoded_then, fraction_then = self._marks[0]
-        seconds = now - then
-        eta = None
-        if fraction is not None and fraction_then is not None and fraction > fraction_then and seconds:
-            eta = (1 - fraction) / (fraction - fraction_then) * seconds
-        rate = (num_encoded - encoded_then) / seconds if seconds else 0.0
-        return Progress(num_done, num_encoded, fraction, now, rate, eta)
+OnProgress = Callable[[Progress], None]
 
 
 def index(
@@ -201,7 +192,7 @@ def index(
     options: IndexOptions | None = None,
     *,
     stop: threading.Event | None = None,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_progress: OnProgress = lambda progress: None,
     report: IndexReport | None = None,
 ) -> IndexReport:
     """Encodes what is missing or changed and stores it in a collection. Running it again does nothing twice.
@@ -209,17 +200,14 @@ def index(
     A `fraction()` method of the source, as Source has, makes progress and ETA possible. Set `stop` from anywhere to end
     after the batch in hand; what was encoded is then stored. `report` is filled in, also when this raises.
 
-    Raises:
-        EncoderMismatch, CollectionExists: the collection is another encoder's, or made with other settings.
-        CodecError: the codec needs more states to train on than the source gave.
-        CacheError: the store failed; what it acknowledged stays.
+    Raises what Target raises, CodecError where the codec needs more states to train on than the source gave, CacheError
+    where the store failed; what it acknowledged stays.
     """
     options = options or IndexOptions()
     report = report if report is not None else IndexReport(collection)
     target = Target(store, collection, settings, encoder, options.alias)
-    batches = Intake(encoder, target, options).batches(source)
     begun = time.monotonic()
-    job = _index(batches, encoder, target, options, report, stop or threading.Event(), on_progress)
+    job = _index(source, Intake(encoder, target, options), report, stop or threading.Event(), on_progress)
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -236,15 +224,11 @@ def index(
 
 
 async def _index(
-    batches: Iterator[ReadBatch],
-    encoder: PassageEncoder,
-    target: Target,
-    options: IndexOptions,
-    report: IndexReport,
-    stop: threading.Event,
-    on_progress: Callable[[Progress], None],
+    source: Iterable[Item], intake: Intake, report: IndexReport, stop: threading.Event, on_progress: OnProgress
 ) -> None:
-    meter = _Speedometer()
+    # Rates are over the last minute, so that a resumed run's skipped beginning does not promise too much.
+    begun, moments = time.monotonic(), deque([Progress()])
+    encoder, target, options = intake.encoder, intake.target, intake.options
     limits = replace(options.limits, allow_clipped=options.allow_clipped)
     with (
         EncodeScheduler.make_model_thread() as model_thread,
@@ -254,13 +238,16 @@ async def _index(
         pipeline = Pipeline(scheduler, target, store_thread, limits, stop)
         computing = asyncio.create_task(scheduler.run())
         try:
-            reading = ahead(batches, stop, name="read and tokenize")
+            reading = ahead(intake.batches(source), stop, name="read and tokenize")
             async with aclosing(pipeline.run(reading)) as changes:
                 async for finished in changes:
                     for batch in finished:
                         report.add(batch, encoder.settings.max_passage_tokens)
-                    num_done = pipeline.num_read - pipeline.num_unencoded
-                    on_progress(meter.read(num_done, pipeline.num_encoded, pipeline.fraction))
+                    num_done, seconds = pipeline.num_read - pipeline.num_unencoded, time.monotonic() - begun
+                    moments.append(Progress(num_done, pipeline.num_encoded, pipeline.fraction, seconds))
+                    while len(moments) > 2 and seconds - moments[0].seconds > _MEMORY_SECONDS:
+                        moments.popleft()
+                    on_progress(moments[-1].since(moments[0]))
         finally:
             computing.cancel()
             store_thread.shutdown()  # what was written is acknowledged, whatever went wrong

@@ -1,9 +1,7 @@
 """Files, BEIR folders and standard input as one stream of passages, with how much of them was read.
 
-gzip and zstd are known by their first bytes, not by name. JSON lines and text hold one passage per line. CSV is RFC
-4180: a quoted field may hold the separator, quotes and line ends. TSV is what search collections use (MS MARCO): no
-quoting, a tab always separates. With a header line columns are found by name; without one the first column is the id,
-the second the text.
+gzip and zstd are known by their first bytes, not by name. CSV is RFC 4180: a quoted field may hold the separator,
+quotes and line ends. TSV is what search collections use (MS MARCO): no quoting, a tab always separates.
 """
 
 from __future__ import annotations
@@ -76,14 +74,20 @@ class Source:
         self._position: Position = int  # nothing
 
     def __iter__(self) -> Iterator[Item]:
-        readers = {"jsonl": self._jsonl, "tsv": self._tsv, "csv": self._csv, "text": self._text}
+        limit = self._max_line_bytes
         for name, format in self._inputs:
             source = "standard input" if name == STDIN else name
             with open_bytes(name) as (stream, self._position):
                 if format == "parquet":
                     yield from self._parquet(stream, name, source)
+                elif format == "csv":
+                    yield from _columns(_csv_rows(_read_lines(stream, source, limit), limit), source, self._fields)
+                elif format == "tsv":
+                    texts = read_texts(stream, source, limit)
+                    rows = (one if isinstance(one, Refused) else (one[0], one[1].split("\t")) for one in texts)
+                    yield from _columns(rows, source, self._fields)
                 else:
-                    yield from readers[format](stream, source)
+                    yield from self._lines(stream, source, jsonl=format == "jsonl")
                 self._done_bytes, self._position = self._done_bytes + (_size(name) or 0), int
 
     def fraction(self) -> float | None:
@@ -92,33 +96,18 @@ class Source:
             return None
         return min(1.0, (self._done_bytes + self._position()) / max(1, self._total_bytes))
 
-    def _jsonl(self, stream: BinaryIO, source: str) -> Iterator[Item]:
-        for entry in read_texts(stream, source, self._max_line_bytes):
+    def _lines(self, stream: BinaryIO, source: str, *, jsonl: bool) -> Iterator[Item]:
+        # Line numbers of several files would collide.
+        prefix = f"{Path(source).name}:" if len(self._inputs) > 1 else ""
+        for entry in read_texts(stream, source, self._max_line_bytes, blank=not jsonl):
             if isinstance(entry, Refused):
                 yield entry
+            elif not jsonl:
+                yield self._fields.passage(entry[0], f"{prefix}{entry[0].line}", entry[1])
             elif isinstance(row := json_object(*entry), Refused):
                 yield row
             else:
                 yield self._fields.of_row(entry[0], row)
-
-    def _text(self, stream: BinaryIO, source: str) -> Iterator[Item]:
-        # Line numbers of several files would collide.
-        prefix = f"{Path(source).name}:" if len(self._inputs) > 1 else ""
-        for entry in read_texts(stream, source, self._max_line_bytes, blank=True):
-            if isinstance(entry, Refused):
-                yield entry
-            else:
-                place, text = entry
-                yield self._fields.passage(place, f"{prefix}{place.line}", text)
-
-    def _tsv(self, stream: BinaryIO, source: str) -> Iterator[Item]:
-        texts = read_texts(stream, source, self._max_line_bytes)
-        rows = (one if isinstance(one, Refused) else (one[0], one[1].split("\t")) for one in texts)
-        return _columns(rows, source, self._fields)
-
-    def _csv(self, stream: BinaryIO, source: str) -> Iterator[Item]:
-        lines = _read_lines(stream, source, self._max_line_bytes)
-        return _columns(_csv_rows(lines, self._max_line_bytes), source, self._fields)
 
     def _parquet(self, stream: BinaryIO, name: str, source: str) -> Iterator[Item]:
         """Rows; a stream is copied to a temporary file first, because Parquet is read from its end."""
@@ -142,8 +131,7 @@ class Source:
                 raise SourceError(f"{source}: cannot be read as Parquet ({exc})") from exc
 
     def _row(self, place: Place, row: tuple[Any, ...]) -> Item:
-        num_bytes = sum(len(value) for value in row if isinstance(value, bytes))
-        if num_bytes > self._max_line_bytes:
+        if (num_bytes := sum(len(value) for value in row if isinstance(value, bytes))) > self._max_line_bytes:
             return _too_long(place, "row", num_bytes, self._max_line_bytes)
         try:
             return self._fields.passage(place, *(one.decode() if isinstance(one, bytes) else one for one in row))
@@ -200,8 +188,7 @@ def _resolve(name: str, format: str | None) -> tuple[str, str]:
 
 
 def _size(name: str) -> int | None:
-    # A named pipe has none.
-    return None if name == STDIN or not Path(name).is_file() else os.stat(name).st_size
+    return os.stat(name).st_size if name != STDIN and Path(name).is_file() else None  # a named pipe has none
 
 
 class _Raw(io.RawIOBase):
@@ -260,8 +247,7 @@ def _read_lines(stream: BinaryIO, source: str, max_line_bytes: int) -> Iterator[
     while line := stream.readline(max_line_bytes + 2):  # 2: the longest line end
         number += 1
         place = Place(source, number)
-        if number == 1:
-            line = line.removeprefix(_BOM)
+        line = line.removeprefix(_BOM) if number == 1 else line
         whole = line.endswith(b"\n")
         line = line.removesuffix(b"\n").removesuffix(b"\r")
         if len(line) <= max_line_bytes:
@@ -311,7 +297,7 @@ def json_object(place: Place, text: str) -> dict[str, Any] | Refused:
 
 
 def _columns(rows: Iterator[Row], source: str, fields: Fields) -> Iterator[Item]:
-    """Passages of records. The first row is a header when it names any of the columns, else data."""
+    """Passages of records. The first row is a header when it names any of the columns, else data: an id and a text."""
     count = 0
     for row in rows:
         if isinstance(row, Refused):
@@ -319,19 +305,20 @@ def _columns(rows: Iterator[Row], source: str, fields: Fields) -> Iterator[Item]
             continue
         place, cells = row
         if not count:
-            count, (id, text, title), is_header = _find_columns(source, cells, fields)
-            if is_header:
+            count, header = len(cells), _find_columns(source, cells, fields)
+            columns = header or [0, 1]
+            if header:
                 continue
         if len(cells) == count:
-            yield fields.passage(place, cells[id], cells[text], cells[title] if title is not None else None)
+            yield fields.passage(place, *(cells[column] for column in columns))
         else:  # a separator inside the text would otherwise cut it in silence
             yield Refused(place, None, Reason.BROKEN_ROW, f"{len(cells)} columns; expected {count}")
 
 
-def _find_columns(source: str, cells: list[str], fields: Fields) -> tuple[int, tuple[int, int, int | None], bool]:
-    """From the first row: how many columns, where id, text and title are, and whether it is a header."""
+def _find_columns(source: str, cells: list[str], fields: Fields) -> list[int]:
+    """Where id, text and perhaps a title are, by the header; empty where the first row is none."""
     try:
-        id_name, text, title = fields.find(cells)
+        return [cells.index(name) for name in fields.find(cells) if name is not None]
     except KeyError as exc:
         found = f"{', '.join(cells):.200}"
         if fields.text in cells or any(name in cells for name in fields.id_names):
@@ -339,13 +326,11 @@ def _find_columns(source: str, cells: list[str], fields: Fields) -> tuple[int, t
         elif fields.id is not None or fields.text != "text":
             why = f"no columns {' or '.join(fields.id_names)} and {fields.text}; the first line has {found}"
         elif len(cells) != 2:
-            why = f"the first line has {len(cells)} columns and names none of id, _id, text; expected a header, or two"
-            why += " columns: id and text"
+            why = f"the first line has {len(cells)} columns and names none of id, _id, text; "
+            why += "expected a header, or two columns: id and text"
         else:
-            return 2, (0, 1, None), False
+            return []
         raise SourceError(f"{source}: {why}") from None
-    title_at = cells.index(title) if title is not None else None
-    return len(cells), (cells.index(id_name), cells.index(text), title_at), True
 
 
 def _csv_rows(entries: Iterator[Line], max_bytes: int) -> Iterator[Row]:
