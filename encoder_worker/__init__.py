@@ -1,4 +1,1 @@
-"""The offline half: passages are read, encoded, pooled and stored, once.
-
-Knows the checkpoint's encoder and the store. Does not know queries or scores.
-"""
+"""The offline half: passages are read, encoded, pooled and stored, once. Does not know queries or scores."""

@@ -1,7 +1,4 @@
-"""What an encoder worker and an indexing run can be told, checked once. The command line makes its options from these.
-
-Light to import: a help text must not load the encoder.
-"""
+"""What an encoder worker and an indexing run can be told, checked once; a help text reads it without the encoder."""
 
 from __future__ import annotations
 
@@ -41,7 +38,6 @@ class PipelineLimits:
     group_seconds: float = 20.0
     write_whole_batches: bool = False  # so that they are acknowledged soon
     retry_seconds: Sequence[float] = (0.5, 1.0, 2.0, 4.0, 8.0)  # pauses before trying a silent store again
-    allow_clipped: bool = False  # store also what the codec was not trained for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +69,6 @@ class EncoderConfig(LoadConfig, ServerConfig):
     max_unacknowledged_bytes: int = knob(
         64 * MIB, "Bytes of text of one upload that are read before the first passage is stored.", at_least=1
     )
-
     allow_clipped: bool = knob(
         False,
         "Also store passages of which over 5% of the values lie outside the range that the codec was trained on. Their "

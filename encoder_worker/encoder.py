@@ -55,10 +55,9 @@ class _Attention:
         self._size, self._group, self._device, self._dtype = size, group, hidden.device, hidden.dtype
         self._masks: dict[tuple[int, int, int], Tensor] = {}
         self._groups: list[_Group] = []
-        device = hidden.device
-        if device.type != "cpu" and len(set(lengths)) > 1:  # a GPU would spend its time launching
+        if self._device.type != "cpu" and len(set(lengths)) > 1:  # a GPU would spend its time launching
             longest = max(lengths)
-            real = torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
+            real = torch.arange(longest, device=self._device) < torch.tensor(lengths, device=self._device)[:, None]
             source = (real.flatten().cumsum(0) - 1).clamp(min=0)
             blocks = self._blocks(longest, real)
             self._groups.append(_Group(slice(None), source, real, len(lengths), longest, blocks))
@@ -138,9 +137,7 @@ class Encoder:
 
     def __init__(self, checkpoint: Checkpoint, *, device: str | None = None, dtype: str | None = None) -> None:
         where, number_format = choose_device(device, dtype)
-        self.dim = checkpoint.dim
-        self.dtype_name = dtype_name(number_format)
-        self.device_name = str(where)
+        self.dim, self.dtype_name, self.device_name = checkpoint.dim, dtype_name(number_format), str(where)
         tensors = {name: tensor.to(where) for name, tensor in checkpoint.encoder_tensors(number_format).items()}
         fused = choose_fused(checkpoint.dim, where)
         self._stack = Stack(checkpoint.encoder_config, "encoder", tensors, checkpoint.eoi_id, compiled=fused)

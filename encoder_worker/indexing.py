@@ -1,7 +1,4 @@
-"""Indexing as one call: a source of passages into a collection, with a report, progress and an estimate beforehand.
-
-Nothing of a command line: no terminal, no signals, no exit codes.
-"""
+"""Indexing as one call: a source of passages into a collection, with a report, progress and an estimate beforehand."""
 
 from __future__ import annotations
 
@@ -31,8 +28,8 @@ from encoder_worker.sources import Item, Place
 from encoder_worker.writing import Target
 from preread_edge.outputs import open_output
 
-SAMPLE_PASSAGES = 256
-MAX_SAMPLE_SECONDS = 10.0
+SAMPLE_PASSAGES, MAX_SAMPLE_SECONDS = 256, 10.0
+OnProgress = Callable[["Progress"], None]
 _SPOOL_BYTES = 4 << 20
 _MEMORY_SECONDS = 60.0
 _SUMMARY = (
@@ -84,13 +81,9 @@ class IndexReport:
     interrupted: bool = False
     stopped_by: str | None = None  # the refused item that ended a strict run
     alias: str | None = None  # moved to the collection at the end
-    reasons: Counter[str] = field(default_factory=Counter)
+    refused_by_reason: Counter[str] = field(default_factory=Counter)
     refused: _IssueLog = field(default_factory=_IssueLog)
     truncated: _IssueLog = field(default_factory=_IssueLog)
-
-    @property
-    def refused_by_reason(self) -> dict[str, int]:
-        return dict(sorted(self.reasons.items()))
 
     @property
     def complete(self) -> bool:
@@ -127,7 +120,7 @@ class IndexReport:
                     self.truncated.add(one.passage.place, one.passage.passage_id, "truncated", message)
             if (item := one.refused) is not None:
                 self.num_refused += 1
-                self.reasons[item.reason.value] += 1
+                self.refused_by_reason[item.reason.value] += 1
                 self.refused.add(item.place, item.passage_id, item.reason.value, item.message)
             elif one.stored:
                 self.num_stored += 1
@@ -145,6 +138,7 @@ class IndexReport:
     def summary(self) -> dict[str, Any]:
         """The counts as JSON values."""
         values = {name: getattr(self, name) for name in _SUMMARY}
+        values["refused_by_reason"] = dict(sorted(self.refused_by_reason.items()))
         return {name: round(value, 6) if isinstance(value, float) else value for name, value in values.items()}
 
     def write(self, path: Path) -> None:
@@ -180,9 +174,6 @@ class Progress:
         return replace(self, passages_per_second=(self.num_encoded - then.num_encoded) / seconds, eta_seconds=eta)
 
 
-OnProgress = Callable[[Progress], None]
-
-
 def index(
     source: Iterable[Item],
     encoder: PassageEncoder,
@@ -205,7 +196,7 @@ def index(
     """
     options = options or IndexOptions()
     report = report if report is not None else IndexReport(collection)
-    target = Target(store, collection, settings, encoder, options.alias)
+    target = Target(store, collection, settings or CollectionSettings(), encoder, options.alias)
     begun = time.monotonic()
     job = _index(source, Intake(encoder, target, options), report, stop or threading.Event(), on_progress)
     try:
@@ -228,14 +219,14 @@ async def _index(
 ) -> None:
     # Rates are over the last minute, so that a resumed run's skipped beginning does not promise too much.
     begun, moments = time.monotonic(), deque([Progress()])
-    encoder, target, options = intake.encoder, intake.target, intake.options
-    limits = replace(options.limits, allow_clipped=options.allow_clipped)
+    encoder, target = intake.encoder, intake.target
+    target.allow_clipped = intake.options.allow_clipped
     with (
         EncodeScheduler.make_model_thread() as model_thread,
         ThreadPoolExecutor(1, thread_name_prefix="store") as store_thread,
     ):
         scheduler = EncodeScheduler(encoder, model_thread, report.count_pass, shuffle=random.Random(0))
-        pipeline = Pipeline(scheduler, target, store_thread, limits, stop)
+        pipeline = Pipeline(scheduler, target, store_thread, intake.options.limits, stop)
         computing = asyncio.create_task(scheduler.run())
         try:
             reading = ahead(intake.batches(source), stop, name="read and tokenize")
@@ -289,7 +280,7 @@ def dry_run(
     """
     report = report if report is not None else IndexReport(collection)
     options = options or IndexOptions()
-    target = Target(store, collection, settings, encoder, options.alias)
+    target = Target(store, collection, settings or CollectionSettings(), encoder, options.alias)
     begun = time.monotonic()
     costs, sample, chance = IndexEstimate(), list[Tokenized](), random.Random(0)
     for batch in Intake(encoder, target, options).batches(source):

@@ -57,10 +57,9 @@ class BatchLimits:
             if batches:
                 padded_tokens += lengths[batches[-1][0]]
                 num_tokens += lengths[i]
-                padding = padded_tokens - num_tokens
-                if padded_tokens <= self.max_batch_tokens and (
-                    padded_tokens <= self.free_padding_tokens or padding <= self.max_padding * padded_tokens
-                ):
+                max_padding = self.max_padding * padded_tokens
+                ragged = padded_tokens > self.free_padding_tokens and padded_tokens - num_tokens > max_padding
+                if padded_tokens <= self.max_batch_tokens and not ragged:
                     batches[-1].append(i)
                     continue
             batches.append([i])
@@ -110,7 +109,6 @@ class Tokenized:
 
 
 Encoded = PassageStates | EncodingFailed
-EMPTY = Tokenized((), False, b"", EncodingFailed("empty_text", "text is empty"))
 
 
 class PassageEncoder:
@@ -120,11 +118,9 @@ class PassageEncoder:
         self.identity: EncoderIdentity = checkpoint.identity()
         self.dim = self.identity.dim
         self.settings = checkpoint.settings
-        self.dtype_name = encoder.dtype_name
-        self.device_name = encoder.device_name
+        self.dtype_name, self.device_name = encoder.dtype_name, encoder.device_name
         self.limits = limits
-        self._text = checkpoint.text
-        self._encoder = encoder
+        self._text, self._encoder = checkpoint.text, encoder
 
     @classmethod
     def load(
@@ -162,12 +158,9 @@ class PassageEncoder:
         return "text is empty" if self.is_empty(text) else None
 
     def tokenize(self, texts: Sequence[str], *, split: bool = False) -> list[Tokenized]:
-        """Texts under the passage template; those over the limit are cut, or split into windows.
-
-        A text that is empty, or that the tokenizer does not take, has failed; the others are read.
-        """
+        """Texts under the passage template, cut at the limit or split into windows; one that is not read has failed."""
         try:
-            tokenized = [EMPTY] * len(texts)
+            tokenized = [Tokenized((), False, b"", EncodingFailed("empty_text", "text is empty"))] * len(texts)
             full = [(i, text) for i, text in enumerate(texts) if not self.is_empty(text)]
             for (i, text), passage in zip(full, self._text.passages([text for _, text in full]), strict=True):
                 read = self._text.passage_windows(text) if split and passage.truncated else [passage]
@@ -181,10 +174,7 @@ class PassageEncoder:
             return [Tokenized((), False, b"", EncodingFailed("encoding_failed", "text cannot be tokenized"))]
 
     def encode(self, batch: Sequence[Sequence[int]], ratio: int) -> list[States | EncodingFailed]:
-        """Pooled states of one batch, (num_states, dim) each, or why there are none of that sequence.
-
-        A batch that fails is tried again in halves; what fails alone is given up.
-        """
+        """(num_states, dim) of each sequence, or why there are none. A batch that fails is tried again in halves."""
         try:
             encoded = self._encoder.encode(batch, ratio)
         except Exception as exc:  # whatever the model raises, it costs the sequence that it is about

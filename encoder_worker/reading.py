@@ -1,7 +1,4 @@
-"""Passages on their way to the model: checked, compared with the collection, tokenized, a batch at a time.
-
-A batch is sorted by length as a whole, and bounds memory.
-"""
+"""Passages on their way to the model: checked, compared with the collection, tokenized, a batch at a time."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +23,7 @@ from encoder_worker.sources import Item, Place, Reason, Refused, SourceError, So
 from encoder_worker.writing import Target, Upsert
 
 T = TypeVar("T")
-_POLL_SECONDS = 0.1
-_JOIN_SECONDS = 1.0
+_POLL_SECONDS, _JOIN_SECONDS = 0.1, 1.0
 _MERGE_AT = 1 << 16
 _LINE_BITS = 40
 
@@ -81,13 +77,12 @@ class SeenIds:
         """The passage, or the reason it is refused where its id came before."""
         key = int.from_bytes(hashlib.blake2b(passage.passage_id.encode(), digest_size=8).digest(), "little")
         found = self._latest.get(key)
-        if found is None:
-            wanted = np.uint64(key)
-            for hashes, places in self._sorted:
-                at = int(np.searchsorted(hashes, wanted))
-                if at < len(hashes) and hashes[at] == wanted:
-                    found = int(places[at])
-                    break
+        wanted = np.uint64(key)
+        for hashes, places in self._sorted if found is None else ():
+            at = int(np.searchsorted(hashes, wanted))
+            if at < len(hashes) and hashes[at] == wanted:
+                found = int(places[at])
+                break
         if found is not None:
             first = Place(self._sources[found >> _LINE_BITS], found & ((1 << _LINE_BITS) - 1))
             message = f"id {passage.passage_id!r} came before, at {first}; the first one counts"
@@ -96,18 +91,15 @@ class SeenIds:
             self._sources.append(passage.place.source)
         self._latest[key] = (len(self._sources) - 1) << _LINE_BITS | passage.place.line
         if len(self._latest) >= _MERGE_AT:
-            self._merge()
+            hashes = np.fromiter(self._latest.keys(), np.uint64, len(self._latest))
+            places = np.fromiter(self._latest.values(), np.uint64, len(self._latest))
+            self._latest = {}
+            while self._sorted and len(self._sorted[-1][0]) <= len(hashes):
+                more_hashes, more_places = self._sorted.pop()
+                hashes, places = np.concatenate([more_hashes, hashes]), np.concatenate([more_places, places])
+            order = np.argsort(hashes)
+            self._sorted.append((hashes[order], places[order]))
         return passage
-
-    def _merge(self) -> None:
-        hashes = np.fromiter(self._latest.keys(), np.uint64, len(self._latest))
-        places = np.fromiter(self._latest.values(), np.uint64, len(self._latest))
-        self._latest = {}
-        while self._sorted and len(self._sorted[-1][0]) <= len(hashes):
-            more_hashes, more_places = self._sorted.pop()
-            hashes, places = np.concatenate([more_hashes, hashes]), np.concatenate([more_places, places])
-        order = np.argsort(hashes)
-        self._sorted.append((hashes[order], places[order]))
 
 
 @dataclass
@@ -187,19 +179,15 @@ class Intake:
             yield batch
 
 
-class _End(NamedTuple):
-    error: BaseException | None  # that ended the items
-
-
 async def ahead(items: Iterable[T], stop: threading.Event, *, name: str = "read ahead") -> AsyncGenerator[T, None]:
     """Iterates on a thread: one item is being used, one waits, one is being made. Setting `stop` ends it."""
     loop = asyncio.get_running_loop()
-    ready: asyncio.Queue[T | _End] = asyncio.Queue()
+    ready: asyncio.Queue[tuple[tuple[T, ...], BaseException | None]] = asyncio.Queue()  # no item: the end, and why
     room, closed = threading.Semaphore(), threading.Event()
 
-    def send(item: T | _End) -> None:
+    def send(*item: T, error: BaseException | None = None) -> None:
         with suppress(RuntimeError):  # the loop was closed meanwhile
-            loop.call_soon_threadsafe(ready.put_nowait, item)
+            loop.call_soon_threadsafe(ready.put_nowait, (item, error))
 
     def make() -> None:
         try:
@@ -208,24 +196,24 @@ async def ahead(items: Iterable[T], stop: threading.Event, *, name: str = "read 
                 room.acquire()
                 if closed.is_set():
                     return
-            send(_End(None))
+            send()
         except BaseException as exc:  # delivered to the consumer, of any kind
-            send(_End(exc))
+            send(error=exc)
 
     thread = threading.Thread(target=make, name=name, daemon=True)
     thread.start()
     try:
         while not stop.is_set():
             try:  # the source may block for hours: `stop` is looked at in between
-                item = await asyncio.wait_for(ready.get(), _POLL_SECONDS)
+                item, error = await asyncio.wait_for(ready.get(), _POLL_SECONDS)
             except TimeoutError:
                 continue
-            if isinstance(item, _End):
-                if item.error is not None:
-                    raise item.error
+            if error is not None:
+                raise error
+            if not item:
                 return
             room.release()
-            yield item
+            yield item[0]
     finally:
         closed.set()
         room.release()

@@ -1,17 +1,13 @@
 """A collection under a table that is trained again: what the old one had cut comes from the kept texts.
 
-Passages go to a new collection, whose table learns from a random sample of all of them; the old one stays as it is,
-for readers and for a run that goes on after an interruption, until aliases move.
+Passages go to a new collection, whose table learns from a random sample of them; the old one serves until names move.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import cached_property, partial
 
 import xxhash
@@ -19,7 +15,7 @@ import xxhash
 from cache.codecs import Codec
 from cache.collection import Collection
 from cache.errors import CollectionExists
-from cache.manifest import MANIFEST_VERSION
+from cache.manifest import Manifest
 from cache.record import Record
 from cache.states import PassageStates
 from encoder_worker.config import PipelineLimits
@@ -36,18 +32,13 @@ _MAX_PASSES = 5  # over a collection that is written to meanwhile
 class _Successor(Target):
     """The collection that takes the passages over: made when its codec's table can be trained, or there already."""
 
+    allow_clipped = True  # the new table was trained on a sample of just these passages
+
     def __init__(self, source: Collection, name: str, codec: str) -> None:
         old = source.manifest
         self.store, self.name = source.store, name
         self.compression_ratio, self.stores_text = old.compression_ratio, old.stores_text
-        self._manifest = partial(
-            dataclasses.replace,
-            old,
-            collection=name,
-            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            version=MANIFEST_VERSION,
-            identity=secrets.token_hex(16),
-        )
+        self._manifest = partial(Manifest.of, old, collection=name)
         manifest = self.store.read_manifest(name)
         if manifest is None:
             self.codec = Codec(codec, old.dim)
@@ -75,17 +66,11 @@ def reencode(
     A passage of which the old table cut something is encoded from its text, by the encoder that wrote it, which `load`
     opens then; what it did not cut is decoded, and so is what has no text, whose count of cut numbers then stays.
     Running it again goes on where it was interrupted. `on_progress` gets the passages done, and how many there are.
-
-    Raises:
-        CollectionExists: `into` is something else.
-        EncoderMismatch: the encoder is not the collection's.
-        CodecError: too few states to train the codec on.
-        CacheError: the store failed.
+    Raises CollectionExists where `into` is something else, EncoderMismatch where the encoder is not the collection's,
+    CodecError for too few states to train the codec on, CacheError where the store failed.
     """
     stop, store, target = stop or threading.Event(), source.store, _Successor(source, into, codec)
-    # Nothing that the new table cuts is refused: it was trained on a sample of just these passages.
-    limits = dataclasses.replace(limits or PipelineLimits(), allow_clipped=True)
-    run = Reencoding(source, target, load, stop, on_progress, limits, IndexReport(into))
+    run = Reencoding(source, target, load, stop, on_progress, limits or PipelineLimits(), IndexReport(into))
     for _ in range(_MAX_PASSES):
         generation = store.generation(source.name)
         run.take_over()
@@ -154,9 +139,8 @@ class Reencoding:
         """Passages with the states to write."""
         records = self.source.store.get_many(self.source.name, ids)
         held = [None] * len(ids) if self.target.collection is None else self.target.collection.digests(ids)
-        rows = zip(ids, records, self.source.get_many(ids), held, strict=True)
         todo: list[tuple[Upsert, Tokenized]] = []
-        for passage_id, record, states, digest in rows:
+        for passage_id, record, states, digest in zip(ids, records, self.source.get_many(ids), held, strict=True):
             if record is None or states is None:  # deleted meanwhile
                 continue
             if not isinstance(record, Record) or not isinstance(states, PassageStates):

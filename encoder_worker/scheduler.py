@@ -20,7 +20,6 @@ import torch
 from encoder_worker.passage_encoder import BatchLimits, Encoded, EncodingFailed, PassageEncoder, States, Tokenized
 
 OnPass = Callable[[int, int, float], None]  # after each forward pass: tokens of its texts and of padding, seconds
-
 _MAX_PLANNED = 4096  # sequences that are planned together: enough to find like lengths
 _BULK_EVERY = 4  # while on-demand texts keep coming, every so-many-th batch is an upload's
 _MAX_UNREAD = 2  # passes that a stream may leave unread before the model computes no more for it
@@ -74,9 +73,7 @@ class EncodeScheduler:
     def __init__(
         self, encoder: PassageEncoder, model_thread: Executor, on_pass: OnPass, *, shuffle: random.Random | None = None
     ) -> None:
-        self._encoder = encoder
-        self._model_thread = model_thread
-        self._on_pass = on_pass
+        self._encoder, self._model_thread, self._on_pass = encoder, model_thread, on_pass
         self._streams: set[EncodeStream] = set()
         self._on_demand, self._bulk = (_Queue(encoder.limits, shuffle) for _ in range(2))
         self._wake = asyncio.Event()
@@ -105,7 +102,9 @@ class EncodeScheduler:
             yield stream
         finally:
             self._streams.discard(stream)
-            stream.queue.drop(stream)
+            kept = {one: None for one in stream.queue.waiting if one.stream is not stream}
+            if len(kept) < len(stream.queue.waiting):
+                stream.queue.waiting, stream.queue.planned = kept, []
 
     async def encode(self, texts: Sequence[Tokenized], ratio: int) -> list[Encoded]:
         """On demand: the states of each text, or why there are none."""
@@ -140,9 +139,8 @@ class EncodeScheduler:
         completed: dict[EncodeStream, list[tuple[Any, Encoded]]] = {one.stream: [] for one in batch}
         start = time.monotonic()
         try:
-            results = await asyncio.get_running_loop().run_in_executor(
-                self._model_thread, self._encoder.encode, tokens, batch[0].stream.ratio
-            )
+            encode, ratio = self._encoder.encode, batch[0].stream.ratio
+            results = await asyncio.get_running_loop().run_in_executor(self._model_thread, encode, tokens, ratio)
         except Exception as exc:  # costs the calls of this batch, not the loop
             for stream in completed:
                 stream.unread.put_nowait(exc)
@@ -169,11 +167,6 @@ class _Queue:
     def add(self, sequences: Iterable[_Sequence]) -> None:
         self.waiting |= dict.fromkeys(sequences)
         self.planned = []
-
-    def drop(self, stream: EncodeStream) -> None:
-        kept = {one: None for one in self.waiting if one.stream is not stream}
-        if len(kept) < len(self.waiting):
-            self.waiting, self.planned = kept, []
 
     def first(self) -> list[_Sequence]:
         """The next batch to compute, which stays planned."""

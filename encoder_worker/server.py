@@ -35,8 +35,7 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 
 TOKENS = tuple(float(2**power) for power in range(4, 18))
 SERVICE = encoder_pb2.DESCRIPTOR.services_by_name["EncoderService"].full_name
 NUM_THREADS = 4
-# Writers are in no hurry: a slow store is better than a passage given up on.
-STORE_READ_SECONDS = 5.0
+STORE_READ_SECONDS = 5.0  # writers are in no hurry: a slow store is better than a passage given up on
 
 
 class _Metrics:
@@ -65,7 +64,6 @@ class _Metrics:
         log.log(level, "call", extra=logs.fields(method=method, code=code, seconds=round(seconds, 6)))
 
     def passed(self, num_tokens: int, num_padding_tokens: int, seconds: float) -> None:
-        """For the scheduler."""
         self._forward_seconds.observe(seconds)
         self._batch_tokens.observe(num_tokens)
         self._tokens.labels("text").inc(num_tokens)
@@ -78,11 +76,7 @@ class _Metrics:
 
 
 class EncoderServer:
-    """One encoder worker: `start`, then serve on `.port`, then `stop`.
-
-    A `store` is shared with another part of the process; None opens the configured one. Without `keys` everyone who
-    reaches the port may call.
-    """
+    """One encoder worker: `start`, serve on `.port`, then `stop`. Shares a `store`, or opens the configured one."""
 
     def __init__(self, config: EncoderConfig, *, store: Store | None = None, keys: ApiKeys | None = None) -> None:
         self.config = config
@@ -91,8 +85,8 @@ class EncoderServer:
             self.keys.refuse_control_tokens(config.host)
         self.metrics = _Metrics()
         self.port = 0
-        self._own_store = open_store(config.store, read_budget_seconds=STORE_READ_SECONDS) if store is None else None
-        self._store = store or self._own_store
+        self._owns_store = store is None
+        self._store = store or open_store(config.store, read_budget_seconds=STORE_READ_SECONDS)
         self._model_thread = EncodeScheduler.make_model_thread()
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="text")
         self._store_threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="store")
@@ -103,7 +97,6 @@ class EncoderServer:
 
     @property
     def engine(self) -> Worker:
-        """What serves the calls; only between `start` and `stop`."""
         if self._service.worker is None:
             raise RuntimeError("this worker has not started, or was stopped")
         return self._service.worker
@@ -145,24 +138,20 @@ class EncoderServer:
             self._loop = None
         for threads in (self._model_thread, self._threads, self._store_threads):
             await asyncio.to_thread(threads.shutdown, wait=True, cancel_futures=True)
-        if self._own_store is not None:
-            self._own_store.close()
-            self._own_store = None
+        if self._owns_store:
+            self._store.close()
+            self._owns_store = False
 
     async def _load(self) -> None:
-        assert self._store is not None
         loop = asyncio.get_running_loop()
         names = ("device", "dtype", "max_passage_tokens", "read_control_tokens", "max_batch_tokens")
-        settings = {name: getattr(self.config, name) for name in names}
-        load = partial(PassageEncoder.load, self.config.checkpoint, **settings)
+        load = partial(PassageEncoder.load, self.config.checkpoint, **{one: getattr(self.config, one) for one in names})
         encoder = await loop.run_in_executor(self._model_thread, load)
         await loop.run_in_executor(self._model_thread, encoder.encode_one, "warm", 1)  # a real forward pass
         scheduler = EncodeScheduler(encoder, self._model_thread, self.metrics.passed)
         self.metrics.on_demand.set_function(lambda: scheduler.on_demand_tokens)
-        identity, compute = encoder.identity, {"dtype": encoder.dtype_name, "device": encoder.device_name}
-        self.metrics.model.info(
-            {"checkpoint": identity.checkpoint, "fingerprint": identity.fingerprint[:12], **compute}
-        )
+        model = {"checkpoint": encoder.identity.checkpoint, "fingerprint": encoder.identity.fingerprint[:12]}
+        self.metrics.model.info(model | {"dtype": encoder.dtype_name, "device": encoder.device_name})
         self._loop = asyncio.create_task(scheduler.run())
         self._loop.add_done_callback(self._loop_ended)
         self._service.worker = Worker(self.config, encoder, scheduler, self._store, self._threads, self._store_threads)

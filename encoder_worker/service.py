@@ -1,7 +1,4 @@
-"""EncoderService on grpc.aio: uploads into a collection, texts to states, what the store holds.
-
-Errors leave with google.rpc details.
-"""
+"""EncoderService on grpc.aio: uploads into a collection, texts to states, what the store holds."""
 
 from __future__ import annotations
 
@@ -40,7 +37,6 @@ log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 1.0
 MANY = 1000  # passages of one message, which are then checked in steps
-UPLOAD = "upload"  # the place of a passage: its number in the stream
 BYTES_PER_VALUE = {pb.STATE_FORMAT_FLOAT32: 4, pb.STATE_FORMAT_BFLOAT16: 2}
 
 T = TypeVar("T")
@@ -48,10 +44,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
-    """The edge. `worker` is None until the model has loaded; every call is UNAVAILABLE until then.
-
-    What an upload acknowledges goes to `on_upserted`.
-    """
+    """The edge: UNAVAILABLE until the model, a `worker`, is there. `on_upserted` gets what an upload acknowledges."""
 
     def __init__(self, on_upserted: Callable[[pb.UpsertResponse], None]) -> None:
         self.worker: Worker | None = None
@@ -70,14 +63,13 @@ class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
                 raise errors.InvalidRequest("collection", "", "the name of a collection in the first message")
             if first.compression_ratio < 0:
                 raise errors.InvalidRequest("compression_ratio", first.compression_ratio, "0 (the default) or more")
-            target = await worker.call_store(_open_or_make, worker, first)
+            target = await worker.call(_open_or_make, worker, first, store=True)
             limits = PipelineLimits(
                 max_unencoded=math.inf,
                 max_unacknowledged=worker.config.max_unacknowledged_passages,
                 max_unacknowledged_bytes=worker.config.max_unacknowledged_bytes,
                 write_whole_batches=True,
                 retry_seconds=(),
-                allow_clipped=worker.config.allow_clipped,
             )
             pipeline = Pipeline(worker.scheduler, target, worker.store_threads, limits)
             async with aclosing(pipeline.run(_batches(worker, target, first, requests))) as changes:
@@ -88,19 +80,53 @@ class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
                         await context.write(response)
 
     async def Encode(self, request: pb.EncodeRequest, context: Context) -> pb.EncodeResponse:  # noqa: N802
+        """Texts to pooled states, nothing stored. A text that cannot be encoded costs itself only."""
         async with self._call() as worker:
-            return await _encode(worker, request)
+            config, encoder = worker.config, worker.encoder
+            if not 1 <= len(request.texts) <= config.max_texts:
+                raise errors.InvalidRequest("texts", len(request.texts), f"1..{config.max_texts} texts")
+            ratio = request.compression_ratio or encoder.settings.default_compression_ratio
+            if ratio < 1:
+                raise errors.InvalidRequest("compression_ratio", ratio, "0 (the default) or more")
+            format = request.format or pb.STATE_FORMAT_FLOAT32
+            if format not in BYTES_PER_VALUE:  # of a newer client
+                raise errors.InvalidRequest("format", int(format), "STATE_FORMAT_FLOAT32 or STATE_FORMAT_BFLOAT16")
+            refused = await worker.call(lambda: [encoder.why_not(one, config.max_text_bytes) for one in request.texts])
+            good = [text for text, why in zip(request.texts, refused, strict=True) if why is None]
+            tokenized: list[Tokenized] = []
+            for start in range(0, len(good), TOKENIZE_TEXTS):  # in pieces: a cancelled call is noticed between them
+                tokenize = partial(encoder.tokenize, split=request.split)
+                tokenized += await worker.call(tokenize, good[start : start + TOKENIZE_TEXTS])
+            # Before anything is computed:
+            num_tokens = sum(text.num_tokens for text in tokenized)
+            num_bytes = sum(text.num_states(ratio) for text in tokenized) * encoder.dim * BYTES_PER_VALUE[format]
+            if num_bytes > config.max_answer_bytes:
+                expected = f"fewer: their states are {num_bytes:,} bytes, at most {config.max_answer_bytes:,} are sent"
+                raise errors.InvalidRequest("texts", len(tokenized), expected)
+            in_flight = worker.scheduler.on_demand_tokens
+            if in_flight and in_flight + num_tokens > config.max_queue_tokens:
+                message = f"{in_flight:,} tokens are in flight; at most {config.max_queue_tokens:,} may be"
+                raise errors.Overloaded(message, RETRY_SECONDS, reason="OVERLOADED")
+            encoded = await worker.scheduler.encode(tokenized, ratio)
+            packed = iter(await worker.call(lambda: [_pack_encoded(one, format) for one in encoded]))
+            return pb.EncodeResponse(
+                passages=[next(packed) if why is None else pb.EncodedPassage(message=why) for why in refused],
+                dim=encoder.dim,
+                compression_ratio=ratio,
+                format=format,
+                fingerprint=encoder.identity.fingerprint,
+            )
 
     async def Delete(self, request: pb.DeleteRequest, context: Context) -> pb.DeleteResponse:  # noqa: N802
         async with self._call(request.collection) as worker:
             # An id that cannot exist is not there; an id that is named twice is deleted once.
             ids = [one for one in dict.fromkeys(request.passage_ids) if is_passage_id(one)]
-            collection = await worker.call_store(Collection.open, worker.store, request.collection)
-            return pb.DeleteResponse(num_deleted=await worker.call_store(collection.delete_many, ids))
+            collection = await worker.call(Collection.open, worker.store, request.collection, store=True)
+            return pb.DeleteResponse(num_deleted=await worker.call(collection.delete_many, ids, store=True))
 
     async def GetStats(self, request: pb.GetStatsRequest, context: Context) -> pb.GetStatsResponse:  # noqa: N802
         async with self._call(request.collection) as worker:
-            collections = await worker.call_store(_collections, worker.store, request.collection)
+            collections = await worker.call(_collections, worker.store, request.collection, store=True)
             return pb.GetStatsResponse(collections=collections)
 
     async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeResponse:  # noqa: N802
@@ -138,12 +164,10 @@ class Worker:
     threads: Executor  # for the tokenizer
     store_threads: Executor  # for the store alone: one that hangs must not keep texts from being encoded
 
-    async def call(self, function: Callable[..., T], *args: Any) -> T:
-        """Runs something that blocks off the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self.threads, function, *args)
-
-    async def call_store(self, function: Callable[..., T], *args: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self.store_threads, function, *args)
+    async def call(self, function: Callable[..., T], *args: Any, store: bool = False) -> T:
+        """Runs something that blocks off the event loop; `store`: on the store's threads."""
+        threads = self.store_threads if store else self.threads
+        return await asyncio.get_running_loop().run_in_executor(threads, function, *args)
 
 
 async def _batches(
@@ -156,8 +180,8 @@ async def _batches(
     def check(step: Step, request: pb.UpsertRequest) -> list[Upsert]:
         upserts = []
         for passage in request.passages:
-            own = SourcePassage(passage.passage_id, passage.text, Place(UPLOAD, next(numbers)))
-            upserts.append(intake.check(own))
+            place = Place("upload", next(numbers))  # its number in the stream
+            upserts.append(intake.check(SourcePassage(passage.passage_id, passage.text, place)))
             step()
         return upserts
 
@@ -168,14 +192,11 @@ async def _batches(
     request: pb.UpsertRequest | None = first
     while request is not None:
         if request.collection not in ("", first.collection):
-            raise errors.InvalidRequest(
-                "collection", request.collection, f"{first.collection!r}, as in the first message"
-            )
-        if len(request.passages) > MANY:
-            upserts = await stepped(check, request)
-        else:
-            upserts = await worker.call(check, lambda: None, request)
-        todo = await worker.call_store(intake.compare, upserts)
+            expected = f"{first.collection!r}, as in the first message"
+            raise errors.InvalidRequest("collection", request.collection, expected)
+        many = len(request.passages) > MANY
+        upserts = await (stepped(check, request) if many else worker.call(check, lambda: None, request))
+        todo = await worker.call(intake.compare, upserts, store=True)
         yield ReadBatch(upserts, tokenizing=asyncio.ensure_future(tokenize(todo)))
         request = await anext(requests, None)
 
@@ -183,6 +204,7 @@ async def _batches(
 def _open_or_make(worker: Worker, first: pb.UpsertRequest) -> Target:
     settings = CollectionSettings(first.compression_ratio or None, first.codec or None)
     target = Target(worker.store, first.collection, settings, worker.encoder)
+    target.allow_clipped = worker.config.allow_clipped
     if target.num_training_states:
         raise errors.FailedPrecondition(
             "CODEC_NEEDS_TRAINING",
@@ -212,44 +234,6 @@ async def _pack_batch(batch: ReadBatch) -> pb.UpsertResponse:
         results.append(result)
         await pace.worked()
     return pb.UpsertResponse(results=results)
-
-
-async def _encode(worker: Worker, request: pb.EncodeRequest) -> pb.EncodeResponse:
-    """Texts to pooled states, nothing stored. A text that cannot be encoded costs itself only."""
-    config, encoder = worker.config, worker.encoder
-    if not 1 <= len(request.texts) <= config.max_texts:
-        raise errors.InvalidRequest("texts", len(request.texts), f"1..{config.max_texts} texts")
-    ratio = request.compression_ratio or encoder.settings.default_compression_ratio
-    if ratio < 1:
-        raise errors.InvalidRequest("compression_ratio", ratio, "0 (the default) or more")
-    format = request.format or pb.STATE_FORMAT_FLOAT32
-    if format not in BYTES_PER_VALUE:  # of a newer client
-        raise errors.InvalidRequest("format", int(format), "STATE_FORMAT_FLOAT32 or STATE_FORMAT_BFLOAT16")
-    refused = await worker.call(lambda: [encoder.why_not(text, config.max_text_bytes) for text in request.texts])
-    good = [text for text, why in zip(request.texts, refused, strict=True) if why is None]
-    tokenized: list[Tokenized] = []
-    for start in range(0, len(good), TOKENIZE_TEXTS):  # in pieces: a cancelled call is noticed between them
-        tokenize = partial(encoder.tokenize, split=request.split)
-        tokenized += await worker.call(tokenize, good[start : start + TOKENIZE_TEXTS])
-    # Before anything is computed:
-    num_tokens = sum(text.num_tokens for text in tokenized)
-    num_bytes = sum(text.num_states(ratio) for text in tokenized) * encoder.dim * BYTES_PER_VALUE[format]
-    if num_bytes > config.max_answer_bytes:
-        expected = f"fewer: their states are {num_bytes:,} bytes, at most {config.max_answer_bytes:,} are sent"
-        raise errors.InvalidRequest("texts", len(tokenized), expected)
-    in_flight = worker.scheduler.on_demand_tokens
-    if in_flight and in_flight + num_tokens > config.max_queue_tokens:
-        message = f"{in_flight:,} tokens are in flight; at most {config.max_queue_tokens:,} may be"
-        raise errors.Overloaded(message, RETRY_SECONDS, reason="OVERLOADED")
-    encoded = await worker.scheduler.encode(tokenized, ratio)
-    packed = iter(await worker.call(lambda: [_pack_encoded(one, format) for one in encoded]))
-    return pb.EncodeResponse(
-        passages=[next(packed) if why is None else pb.EncodedPassage(message=why) for why in refused],
-        dim=encoder.dim,
-        compression_ratio=ratio,
-        format=format,
-        fingerprint=encoder.identity.fingerprint,
-    )
 
 
 def _pack_encoded(encoded: Encoded, format: pb.StateFormat) -> pb.EncodedPassage:

@@ -26,10 +26,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False, slots=True)
 class Upsert:
-    """One passage on its way into a collection.
-
-    It ends refused, unchanged (stored before with the same text) or stored; until then it is tokenized and encoded.
-    """
+    """One passage on its way: it ends refused, unchanged (stored before with the same text) or encoded and stored."""
 
     passage: SourcePassage
     refused: Refused | None = None
@@ -66,19 +63,13 @@ class Target:
 
     collection: Collection | None = None
     num_trained: int = 0  # states that the codec was trained on here
+    allow_clipped: bool = False  # store also what the codec was not trained for
     _manifest: Callable[..., Manifest]
 
     def __init__(
-        self,
-        store: Store,
-        name: str,
-        settings: CollectionSettings | None,
-        encoder: PassageEncoder,
-        alias: str | None = None,
+        self, store: Store, name: str, settings: CollectionSettings, encoder: PassageEncoder, alias: str | None = None
     ) -> None:
-        identity, settings = encoder.identity, settings or CollectionSettings()
-        self.store = store
-        self.name = check_name("collection", name)
+        self.store, self.name, identity = store, check_name("collection", name), encoder.identity
         if alias is not None and (check_name("alias", alias) == name or alias in store.list_collections()):
             raise errors.CollectionExists(f"alias: {alias!r} is the name of a collection; expected another name")
         try:
@@ -111,11 +102,9 @@ class Target:
                 states = np.concatenate([np.empty((0, self.codec.dim), np.float32), *(one.states for one in sample)])
                 self.codec.train(states)
                 self.num_trained = len(states)
+            codec, table = self.codec.factory, self.codec.table()
             manifest = self._manifest(
-                compression_ratio=self.compression_ratio,
-                codec=self.codec.factory,
-                codec_table=self.codec.table(),
-                stores_text=self.stores_text,
+                compression_ratio=self.compression_ratio, codec=codec, codec_table=table, stores_text=self.stores_text
             )
             # exist_ok: another run may have made the same one meanwhile.
             self.collection = Collection.create(self.store, manifest, exist_ok=True)
@@ -140,11 +129,8 @@ class WriteGroup:
     def is_full(self, limits: PipelineLimits, target: Target) -> bool:
         if held_back := target.num_training_states:
             return self.num_states >= held_back
-        return (
-            len(self.upserts) >= limits.group_passages
-            or self.num_bytes >= limits.group_bytes
-            or time.monotonic() - self.begun >= limits.group_seconds
-        )
+        full = len(self.upserts) >= limits.group_passages or self.num_bytes >= limits.group_bytes
+        return full or time.monotonic() - self.begun >= limits.group_seconds
 
     def write(self, target: Target, limits: PipelineLimits) -> None:
         """One durable write: every passage (ids are distinct) is then stored, or refused at its own cost.
@@ -160,7 +146,7 @@ class WriteGroup:
                 if one.states is not None
             ]
             try:
-                clipped = collection.put_many(passages, allow_clipped=limits.allow_clipped)
+                clipped = collection.put_many(passages, allow_clipped=target.allow_clipped)
             except errors.InvalidPassage as exc:
                 todo[exc.passage_id].refuse(Reason.NOT_STORABLE, exc.reason)
             except errors.OutOfRange as exc:
@@ -178,8 +164,6 @@ class WriteGroup:
 
 
 def num_training_states(codec: Codec) -> int:
-    """States a codec is trained on where there are as many; 0 where it needs none.
-
-    64 points for each centroid of a product or residual quantizer (FAISS asks for 39 and uses 256).
-    """
+    """States a codec is trained on where there are as many; 0 where it needs none."""
+    # 64 points for each centroid of a product or residual quantizer: FAISS asks for 39 and uses 256.
     return max(8192, 64 * codec.num_centroids, codec.min_training_states) if codec.needs_training else 0

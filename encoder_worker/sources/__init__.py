@@ -86,10 +86,11 @@ class Fields:
         return (self.id,) if self.id is not None else ("id", "_id")
 
     def find(self, names: Collection[str]) -> tuple[str, str, str | None]:
-        """The names of id, text and title among `names`; a title may be missing. Raises KeyError with what is."""
+        """Names of id, text and any title among `names`. Raises KeyError(what is missing, `names`)."""
         id_name = next((name for name in self.id_names if name in names), None)
         if id_name is None or self.text not in names:
-            raise KeyError(self.text if id_name is not None else " or ".join(self.id_names))
+            missing = self.text if id_name is not None else " or ".join(self.id_names)
+            raise KeyError(missing, f"{', '.join(names) or 'no keys':.200}")
         return id_name, self.text, self.title if self.title in names else None
 
     def of_row(self, place: Place, row: Mapping[str, Any]) -> Item:
@@ -97,8 +98,7 @@ class Fields:
         try:
             id_name, text, title = self.find(row)
         except KeyError as exc:
-            found = f"{', '.join(row) or 'no keys':.200}"
-            return Refused(place, None, Reason.MISSING_FIELD, f"no {exc.args[0]}; found {found}")
+            return Refused(place, None, Reason.MISSING_FIELD, "no {}; found {}".format(*exc.args))
         return self.passage(place, row[id_name], row[text], row[title] if title is not None else None)
 
     def passage(self, place: Place, passage_id: object, text: object, title: object = None) -> Item:

@@ -92,9 +92,8 @@ class Source:
 
     def fraction(self) -> float | None:
         """How much of the inputs was read, 0 to 1; None where their size is not known."""
-        if self._total_bytes is None:
-            return None
-        return min(1.0, (self._done_bytes + self._position()) / max(1, self._total_bytes))
+        done = self._done_bytes + self._position()
+        return None if self._total_bytes is None else min(1.0, done / max(1, self._total_bytes))
 
     def _lines(self, stream: BinaryIO, source: str, *, jsonl: bool) -> Iterator[Item]:
         # Line numbers of several files would collide.
@@ -117,8 +116,7 @@ class Source:
                 try:
                     columns = [column for column in self._fields.find(file.schema_arrow.names) if column]
                 except KeyError as exc:
-                    found = f"{', '.join(file.schema_arrow.names):.200}"
-                    raise SourceError(f"{source}: no column {exc.args[0]}; found {found}") from exc
+                    raise SourceError("{}: no column {}; found {}".format(source, *exc.args)) from exc
                 num_read, bytes_per_row = 0, (_size(name) or 0) / max(1, file.metadata.num_rows)
                 # It is not read from front to back: its share of rows stands for the bytes.
                 self._position = lambda: round(num_read * bytes_per_row)
@@ -163,7 +161,6 @@ def _values(column: Any, label: str) -> list[Any]:
 
 
 def _resolve(name: str, format: str | None) -> tuple[str, str]:
-    """The file to open and its format."""
     if name == STDIN:
         if format in (None, "beir"):
             raise SourceError("standard input has no name to tell its format; expected a format (jsonl, tsv, ...)")
@@ -195,8 +192,7 @@ class _Raw(io.RawIOBase):
     """Reads of a file or an Arrow stream, counted: a pipe has no tell()."""
 
     def __init__(self, raw: Any) -> None:
-        self.num_bytes = 0
-        self._raw = raw
+        self._raw, self.num_bytes = raw, 0
 
     def readable(self) -> bool:
         return True
@@ -210,10 +206,9 @@ class _Raw(io.RawIOBase):
 
 @contextmanager
 def open_bytes(name: str, stdin: BinaryIO | None = None) -> Iterator[tuple[BinaryIO, Position]]:
-    """The decompressed bytes of a file, or of standard input for `-`, and how far the input was read.
+    """The decompressed bytes of a file, for `-` of standard input (descriptor 0 or `stdin`), and how far it was read.
 
-    Raises SourceError for no such file, no permission, a directory; also while reading, where compressed data is
-    damaged or ends early. `stdin` is what standard input is, where it is not descriptor 0.
+    Raises SourceError for what cannot be opened; also while reading, where compressed data is damaged or ends early.
     """
     try:
         # Descriptor 0 itself: a thread waiting for input would hold sys.stdin's lock when the process ends.
@@ -320,9 +315,9 @@ def _find_columns(source: str, cells: list[str], fields: Fields) -> list[int]:
     try:
         return [cells.index(name) for name in fields.find(cells) if name is not None]
     except KeyError as exc:
-        found = f"{', '.join(cells):.200}"
+        missing, found = exc.args
         if fields.text in cells or any(name in cells for name in fields.id_names):
-            why = f"no column {exc.args[0]}; the header has {found}"
+            why = f"no column {missing}; the header has {found}"
         elif fields.id is not None or fields.text != "text":
             why = f"no columns {' or '.join(fields.id_names)} and {fields.text}; the first line has {found}"
         elif len(cells) != 2:

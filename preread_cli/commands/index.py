@@ -183,7 +183,7 @@ def _show_clipped(report: IndexReport) -> None:
         outside = "passages lie outside what the codec was trained for, and are cut to it"
         share = f"{report.num_clipped:,} numbers ({report.clipped_share:.2%})"
         click.echo(f"{grave}{share} of {report.num_clipped_passages:,} {outside}")
-    if num_refused := report.reasons[Reason.OUT_OF_RANGE]:
+    if num_refused := report.refused_by_reason[Reason.OUT_OF_RANGE]:
         click.echo(
             f"warning: {num_refused:,} passages were refused because the codec was trained on others: store them with "
             f"--allow-clipped, and train it on all with `preread collection reencode {report.collection}`; or index "

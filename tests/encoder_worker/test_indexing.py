@@ -151,7 +151,7 @@ def test_a_batch_over_memory_is_tried_in_halves(
 
     monkeypatch.setattr(encoder._encoder, "encode", little_memory)
     report = index(passages([*(text[:200] for text in real_texts[:40]), "long " * 400]), encoder, store, "docs")
-    assert (report.num_stored, dict(report.reasons)) == (40, {"out_of_memory": 1})
+    assert (report.num_stored, dict(report.refused_by_reason)) == (40, {"out_of_memory": 1})
 
 
 def test_stop_keeps_what_was_encoded_and_a_rerun_does_the_rest(
@@ -251,7 +251,7 @@ def test_a_table_of_few_uniform_passages_does_not_ruin_later_ones_silently(
 
     assert report.num_read == 60
     assert report.num_stored + report.num_refused == 60
-    assert report.reasons[Reason.OUT_OF_RANGE] > 40
+    assert report.refused_by_reason[Reason.OUT_OF_RANGE] > 40
     refused = list(report.refused)
     assert all("lie outside what" in entry["message"] for entry in refused)
     assert {entry["reason"] for entry in refused} == {"out_of_range"}
