@@ -1,10 +1,9 @@
 """Codec: float32 states to bytes and back, by FAISS standalone codecs and block scaling.
 
-A codec is named by its FAISS factory string, optionally after a block scaling. `B<n>,SQ8` keeps a float16 scale for
-every n consecutive numbers of a state, their largest magnitude, so that an outlier costs its block and nothing is ever
-clipped, whatever a training sample held. `Z,B<n>,SQ8` first subtracts each dimension's mean and divides by its standard
-deviation, both trained. Trained numbers travel as a raw float32 table whose length is checked, never as a serialised
-FAISS index: a table may come from a shared store and is not trusted.
+A codec is named by its FAISS factory string, optionally behind a scaling. `B<n>,SQ8` keeps a float16 scale for every n
+consecutive numbers of a state, their largest magnitude: an outlier costs its block, and nothing is ever clipped.
+`Z,B<n>,SQ8` first subtracts each dimension's trained mean and divides by its standard deviation. Trained numbers travel
+as a raw float32 table whose length is checked, never as a FAISS index: a table may come from a shared store.
 """
 
 import re
@@ -45,7 +44,9 @@ class Codec:
     def __init__(self, factory: str, dim: int) -> None:
         self.factory = factory
         self.dim = dim
+        self.number_format = _NUMBERS.get(factory, "")  # of codes that are numbers, little-endian
         self._table_length, self.min_training_states, self.num_centroids = _shape_of(factory, dim)
+        self.needs_training = self._table_length > 0
         self._base = factory.rpartition(",")[2]
         index: Any = faiss.index_factory(dim, self._base)  # the stubs know only the base class
         self._index = index
@@ -75,19 +76,6 @@ class Codec:
         if codec.needs_training:
             codec._set_trained(numbers)
         return codec
-
-    @property
-    def needs_training(self) -> bool:
-        return self._table_length > 0
-
-    @property
-    def is_trained(self) -> bool:
-        return bool(self._index.is_trained)
-
-    @property
-    def number_format(self) -> str:
-        """Codes that are numbers, little-endian: float32, float16 or bfloat16; empty for other codecs."""
-        return _NUMBERS.get(self.factory, "")
 
     def train(self, sample: NDArray[np.float32]) -> None:
         """Learn the table from a sample (num_states, dim); does nothing for a codec that needs none."""
@@ -184,21 +172,18 @@ class Codec:
         if self.number_format == "float32":
             np.concatenate([np.empty((0, out.shape[1] * 4), np.uint8), *parts], out=out.view(np.uint8))
         elif shape[0]:
-            self._decode(parts[0] if len(parts) == 1 else np.concatenate(parts), out)
+            codes, num_bytes = parts[0] if len(parts) == 1 else np.concatenate(parts), self._num_scale_bytes
+            # On this thread alone: a server decodes next to a forward pass, and is done before a second thread has
+            # begun to help, which then spins on a core that the pass needs. OpenMP keeps the number per thread.
+            num_threads = faiss.omp_get_max_threads()
+            faiss.omp_set_num_threads(1)
+            try:
+                self._index.sa_decode(np.ascontiguousarray(codes[:, num_bytes:]), x=out)
+            finally:
+                faiss.omp_set_num_threads(num_threads)
+            if self._scaling is not None:
+                self._scaling.unscale(out, codes[:, :num_bytes])
         return out
-
-    def _decode(self, codes: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
-        num_bytes = self._num_scale_bytes
-        # On this thread alone: a server decodes next to a forward pass, and is done before a second thread has begun to
-        # help; that one then spins on a core that the pass needs. OpenMP keeps the number per thread: set it each time.
-        num_threads = faiss.omp_get_max_threads()
-        faiss.omp_set_num_threads(1)
-        try:
-            self._index.sa_decode(np.ascontiguousarray(codes[:, num_bytes:]), x=out)
-        finally:
-            faiss.omp_set_num_threads(num_threads)
-        if self._scaling is not None:
-            self._scaling.unscale(out, codes[:, :num_bytes])
 
     def new_index(self) -> faiss.Index:
         """An empty trained FAISS index of this codec for a segment; codes of a scaling go into it as plain bytes."""
@@ -218,7 +203,7 @@ class Codec:
         return attrgetter({"PQ": "pq.centroids", "RQ": "rq.codebooks"}.get(self._base[:2], "sq.trained"))(self._index)
 
     def _check_trained(self) -> None:
-        if not self.is_trained:
+        if not self._index.is_trained:
             raise CodecError(f"codec: {self.factory} must be trained on a sample before it is used")
 
     @staticmethod

@@ -1,7 +1,6 @@
 """Collection: passages of one encoder identity in a store, as float states.
 
-Encodes on writing, decodes on reading or leaves that to the reader, with the collection's codec, and rejects what does
-not belong.
+Encodes on writing, decodes on reading or leaves that to the reader, and rejects what does not belong.
 """
 
 import struct
@@ -103,10 +102,7 @@ class Collection:
             return []
         seen: set[str] = set()
         for passage in passages:
-            self._check(passage)
-            if passage.passage_id in seen:
-                raise errors.InvalidPassage(passage.passage_id, "given twice in one write")
-            seen.add(passage.passage_id)
+            self._check(passage, seen)
         states = np.concatenate([passage.states.states for passage in passages])
         codes = self._encode(states, passages)
         ends = np.cumsum([passage.states.num_states for passage in passages])[:-1]
@@ -198,7 +194,7 @@ class Collection:
         states, ratio = Codes(self.codec, record.codes), header.compression_ratio
         return EncodedPassage(states, record.window_tokens, ratio, header.truncated, header.text_digest, key)
 
-    def _check(self, passage: StoredPassage) -> None:
+    def _check(self, passage: StoredPassage, seen: set[str]) -> None:
         states, passage_id = passage.states, passage.passage_id
         try:
             passage_id_bytes(passage_id)
@@ -212,6 +208,9 @@ class Collection:
             raise errors.InvalidPassage(passage_id, f"compression_ratio {given}, the collection has {ratio}")
         if not np.isfinite(states.states).all():
             raise errors.InvalidPassage(passage_id, "states hold NaN or infinity")
+        if passage_id in seen:
+            raise errors.InvalidPassage(passage_id, "given twice in one write")
+        seen.add(passage_id)
 
     def _check_clipped(
         self, passages: Sequence[StoredPassage], clipped: Sequence[int], num_states: int, num_clipped: int

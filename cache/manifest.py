@@ -1,9 +1,7 @@
 """Manifest: properties shared by all passages of a collection, written once when the collection is created.
 
-A collection is told by its `identity`, 128 random bits without time or name in them: shards that are to be merged are
-created with one identity, and it stays over copy, export and rename; dropping and creating again gives another. Records
-are bound to it and to everything that decides how codes are read (`Manifest.binding`). Version 1 has no identity; such
-a collection is read, and written with records of version 1, which old readers of a shared store understand.
+A collection is told by its `identity`, 128 random bits: shards that are to be merged are created with one, and it stays
+over copy, export and rename. Version 1 has none; such a collection is read, and written with records of version 1.
 """
 
 import base64
@@ -23,7 +21,6 @@ from cache.errors import CacheError, ManifestError
 from cache.record import check_name
 
 MANIFEST_VERSION = 2
-_VERSIONS = (1, MANIFEST_VERSION)
 _IDENTITY = re.compile(r"[0-9a-f]{32}")
 # Of an encoder: checkpoint.EncoderIdentity, which this package does not import.
 _OF_ENCODER = ("fingerprint", "checkpoint", "dim", "max_passage_tokens", "passage_template", "pooling_version")
@@ -122,8 +119,8 @@ class Manifest:
 
 
 def _check_version(version: object) -> None:
-    if type(version) is not int or version not in _VERSIONS:
-        raise ManifestError(f"version: {version!r} is unknown, expected {' or '.join(map(str, _VERSIONS))}")
+    if type(version) is not int or version not in (1, MANIFEST_VERSION):
+        raise ManifestError(f"version: {version!r} is unknown, expected 1 or {MANIFEST_VERSION}")
 
 
 def _checksum(values: dict[str, Any]) -> str:

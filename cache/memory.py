@@ -1,7 +1,4 @@
-"""MemoryStore: `memory:`, records in this process, for a service whose two halves share one, and for tests.
-
-Keeps packed bytes and checks them on every read, like Redis, so that code which works here works there.
-"""
+"""MemoryStore: `memory:`, records in this process, for a service whose two halves share one, and for tests."""
 
 import itertools
 import threading
@@ -14,7 +11,7 @@ from cache.store import Audit, Store, StoreStats
 
 
 class MemoryStore(Store):
-    """Packed records in dictionaries; see `Store` for the contract."""
+    """Packed records in dictionaries, checked on every read like Redis', so code that works here works there."""
 
     _shared: dict[str | None, tuple["MemoryStore", int]] = {}  # noqa: RUF012 - by URL name, with the number of openers
     _shared_lock = threading.Lock()

@@ -1,9 +1,8 @@
 """Read cache: encoded states in this process, within a byte budget, in front of any store; and timed reads.
 
-`CachedStore` holds records that were checked once, so a hit costs neither a checksum nor a page fault. It never serves
-what the store behind no longer has: before a read it compares the collection's generation, and after a change the
-checksums of its records, not the states. When full it keeps what is read more often (TinyLFU, as in Moka), so a scan of
-rare passages does not empty it. A passage that several threads miss is read once.
+`CachedStore` holds checked records and never serves what the store behind no longer has: before a read it compares the
+collection's generation, and after a change the checksums of its records. It keeps what is read more often (TinyLFU, as
+in Moka), so a scan of rare passages does not empty it. A passage that several threads miss is read once.
 """
 
 import math
@@ -27,8 +26,7 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 # Moka counts an entry's weight in 32 bits.
 _MAX_ENTRY_BYTES = (1 << 32) - 1
-# A record's Python objects, without its codes and text, generously.
-_ENTRY_OVERHEAD_BYTES = 1024
+_ENTRY_OVERHEAD_BYTES = 1024  # a record's Python objects, without its codes and text, generously
 
 _Read = Record | Damaged | None
 

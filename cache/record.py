@@ -1,19 +1,14 @@
 """Record: one passage as it lies in a store, its byte form with lengths, version and checksums, and legal names.
 
-The byte form is a fixed header and a payload:
-
     magic "PRST" | version u16 | flags u16 | compression_ratio u32 | num_states u32 | num_tokens u32
     | code_size u32 | num_windows u32 | text_bytes u32 | num_clipped u32 | text_digest 32 bytes
     | manifest binding u64 | payload checksum u64 | header checksum u64
     payload: window_tokens u32 x num_windows | codes num_states x code_size | text (UTF-8)
 
-Little-endian, checksums xxh3_64. The header checksum covers the fields before it and then the passage id (UTF-8), which
-is not stored, so a header read under another id is damaged; the manifest binding (`Manifest.binding`) ties a record to
-its collection and codec. The payload checksum covers the payload alone, so equal texts under two ids share it. A header
-can be trusted without reading the payload. Bytes read are not trusted.
-
-Version 1, read everywhere and written only into collections of that version, has no num_clipped (its header is 4 bytes
-shorter) and no id in its checksum.
+Little-endian, checksums xxh3_64. The header's covers the fields before it and then the passage id (UTF-8), which is not
+stored; the payload's the payload alone, so equal texts under two ids share it. `Manifest.binding` ties a record to its
+collection and codec. Version 1, read everywhere and written only into collections of that version, has no num_clipped
+(its header is 4 bytes shorter) and no id in its checksum.
 """
 
 import re
@@ -48,8 +43,8 @@ def passage_id_bytes(passage_id: str) -> bytes:
     if not encoded:
         raise InvalidName("passage_id: empty, expected at least one character")
     if len(encoded) > MAX_PASSAGE_ID_BYTES:
-        length = f"{len(encoded)} bytes, at most {MAX_PASSAGE_ID_BYTES} are allowed"
-        raise InvalidName(f"passage_id: {passage_id[:40]!r}... is {length}")
+        shown = f"{passage_id[:40]!r}... is {len(encoded)} bytes"
+        raise InvalidName(f"passage_id: {shown}, at most {MAX_PASSAGE_ID_BYTES} are allowed")
     return encoded
 
 
@@ -123,7 +118,7 @@ class Header(NamedTuple):
     def _of(cls, packed: bytes, version: int) -> "Header":
         _, _, flags, *counts, digest, binding, payload_checksum = _FIELDS[version].unpack(packed)
         header = cls._make((version, flags, *(*counts, 0)[:7], digest, binding, payload_checksum, packed))
-        if 0 in header[2:7] or (header.text_bytes and not header.has_text):
+        if 0 in header[2:7] or (header.text_bytes and not header.flags & _HAS_TEXT):
             raise DamagedRecord("header counts contradict each other")
         return header
 
@@ -139,10 +134,6 @@ class Header(NamedTuple):
     @property
     def truncated(self) -> bool:
         return bool(self.flags & _TRUNCATED)
-
-    @property
-    def has_text(self) -> bool:
-        return bool(self.flags & _HAS_TEXT)
 
     @property
     def checksum(self) -> int:
@@ -196,10 +187,11 @@ class Record:
             raise ValueError(f"text_digest: {len(text_digest)} bytes, expected the 32 of a SHA-256")
         num_states, code_size = codes.shape
         if num_states != _num_states(window_tokens, compression_ratio):
-            windows = f"windows of {window_tokens} tokens, ratio {compression_ratio}"
-            raise ValueError(f"codes: {num_states} rows do not fit {windows}")
+            given = f"windows of {window_tokens} tokens, ratio {compression_ratio}"
+            raise ValueError(f"codes: {num_states} rows do not fit {given}")
         encoded = b"" if text is None else text.encode()
-        payload_checksum = _payload_checksum(_pack_windows(window_tokens), codes, encoded)
+        windows = struct.pack(f"<{len(window_tokens)}I", *window_tokens)
+        payload_checksum = _payload_checksum(windows, codes, encoded)
         flags = truncated * _TRUNCATED | (text is not None) * _HAS_TEXT
         counts = [compression_ratio, num_states, sum(window_tokens), code_size, len(window_tokens), len(encoded)]
         counts += [num_clipped] if version > 1 else []
@@ -244,7 +236,7 @@ class Record:
         if min(window_tokens) < 1 or sum(window_tokens) != header.num_tokens or num_states != header.num_states:
             raise DamagedRecord("window_tokens do not add up")
         try:
-            decoded = text.decode() if header.has_text else None
+            decoded = text.decode() if header.flags & _HAS_TEXT else None
         except UnicodeDecodeError as exc:
             raise DamagedRecord("text is not UTF-8") from exc
         return cls(codes.reshape(header.num_states, header.code_size), window_tokens, decoded, header)
@@ -252,15 +244,12 @@ class Record:
     @property
     def payload(self) -> tuple[bytes, memoryview, bytes]:
         """Packed window_tokens, codes and text."""
-        return _pack_windows(self.window_tokens), self.codes.data, b"" if self.text is None else self.text.encode()
+        windows = struct.pack(f"<{self.header.num_windows}I", *self.window_tokens)
+        return windows, self.codes.data, b"" if self.text is None else self.text.encode()
 
     def pack(self, passage_id: str | bytes) -> bytes:
         """The whole record as one value, which can be read under that id only."""
         return b"".join((self.header.pack(passage_id), *self.payload))
-
-
-def _pack_windows(window_tokens: tuple[int, ...]) -> bytes:
-    return struct.pack(f"<{len(window_tokens)}I", *window_tokens)
 
 
 def _header_checksum(version: int, packed: bytes, passage_id: str | bytes) -> bytes:

@@ -1,7 +1,7 @@
-"""States of one passage, as float32 numbers or as a codec wrote them, and MEP pooling.
+"""States of one passage, as float32 numbers or as a codec wrote them, and MEP pooling: the mean of every r tokens.
 
-MEP pooling takes the mean of every r token states. Groups start at token 0 of a window; the last group may be short and
-is divided by its count (KaLM-Reranker's `MEP`, model card and reference/kalm.md).
+Groups start at token 0 of a window; the last may be short and is divided by its count (KaLM-Reranker's `MEP`, model
+card and reference/kalm.md).
 """
 
 import hashlib
@@ -90,11 +90,7 @@ class Codes:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _PooledPassage:
-    """Fields and counts that decoded and encoded passages share.
-
-    A passage longer than the encoder's limit may have been split into windows; each was encoded and pooled separately
-    and their states lie one after the other.
-    """
+    """A passage over the encoder's limit may be split into windows, each pooled separately; their states follow on."""
 
     states: Any = field(repr=False)
     window_tokens: tuple[int, ...]  # valid tokens of each window before pooling
@@ -145,13 +141,6 @@ class PassageStates(_PooledPassage):
     def dim(self) -> int:
         return int(self.states.shape[1])
 
-    @property
-    def nbytes(self) -> int:
-        return int(self.states.nbytes)
-
-    def decoded(self) -> "PassageStates":
-        return self
-
     def at_ratio(self, ratio: int) -> "PassageStates":
         """The same passage at a multiple of the stored ratio, else RatioError; every window is pooled separately."""
         if ratio == self.compression_ratio:
@@ -167,10 +156,6 @@ class EncodedPassage(_PooledPassage):
     """Pooled token states of one passage in its codec's bytes, decoded when numbers are needed and not before."""
 
     states: Codes = field(repr=False)
-
-    def decoded(self) -> PassageStates:
-        (passage,) = decode_all([self])
-        return passage
 
 
 AnyStates = PassageStates | EncodedPassage
@@ -188,8 +173,8 @@ def decode_all(entries: Sequence[EncodedPassage | _T]) -> list[PassageStates | _
         ends = np.cumsum([one.num_states for one in passages])
         states = codec.decode_many([one.states.rows for one in passages])  # (sum of num_states, dim)
         for i, one, part in zip(indices, passages, np.split(states, ends[:-1]), strict=True):
-            described = one.window_tokens, one.compression_ratio, one.truncated, one.text_digest, one.key
-            decoded[i] = PassageStates(part, *described)
+            ratio, digest = one.compression_ratio, one.text_digest
+            decoded[i] = PassageStates(part, one.window_tokens, ratio, one.truncated, digest, one.key)
     return decoded
 
 

@@ -1,7 +1,6 @@
-"""Store: the contract of a place for records, by collection and passage id.
+"""Store: the contract of a place for records, by collection and passage id; tests/cache/test_store_contract.py has it.
 
-A store knows records, manifests and aliases. Floats are encoded and decoded by `collection.py`. Every store obeys one
-contract, tests/cache/test_store_contract.py; `open.py` finds one by URL.
+A store knows records, manifests and aliases; `collection.py` encodes and decodes floats, `open.py` opens one by URL.
 """
 
 import re

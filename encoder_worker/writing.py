@@ -123,7 +123,7 @@ class WriteGroup:
     def add(self, upsert: Upsert) -> None:
         assert upsert.states is not None
         self.upserts.append(upsert)
-        self.num_bytes += upsert.states.nbytes
+        self.num_bytes += upsert.states.states.nbytes
         self.num_states += upsert.num_states
 
     def is_full(self, limits: PipelineLimits, target: Target) -> bool:

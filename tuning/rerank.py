@@ -91,7 +91,7 @@ class StoredStates:
                 part = passage_ids[start : start + STORE_READ_PASSAGES]
                 for passage_id, states in zip(part, self.collection.get_many(part), strict=True):
                     if isinstance(states, PassageStates):
-                        yield (passage_id, states), states.nbytes
+                        yield (passage_id, states), states.states.nbytes
                 advance(len(part))
 
         return map(dict, chunked(sized(), self.chunk_bytes))

@@ -7,9 +7,8 @@ receive checks the deadline of the whole call (`_Bounded`), which received bytes
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -78,10 +77,16 @@ class Address:
         database = parts["path"].strip("/") or "0"
         if not database.isascii() or not database.isdigit() or (plus and database != "0"):
             raise StoreUrlError(f"store: database of {shown!r}, expected a number (0 in a cluster)")
-        addresses = tuple(_host(host, shown) for host in hosts.split(","))
+        addresses: list[tuple[str, int]] = []
+        for host in map(_HOST.fullmatch, hosts.split(",")):
+            if host is None or not 0 < (port := int(host["port"] or 6379)) < 65536:
+                raise StoreUrlError(f"store: host of {shown!r}, expected HOST or HOST:PORT")
+            addresses.append((host["host"].strip("[]"), port))
         if len(addresses) > 1 and not plus:
             raise StoreUrlError(f"store: {shown!r} names {len(addresses)} hosts; only redis+cluster:// may")
-        return cls(addresses, kind == "rediss", bool(plus), int(database), username or None, password or None, prefix)
+        return cls(
+            tuple(addresses), kind == "rediss", bool(plus), int(database), username or None, password or None, prefix
+        )
 
     def connect(self, budget_seconds: float, tls_ca_file: str | None) -> Client:
         options: dict[str, Any] = {"username": self.username, "password": self.password, "driver_info": None}
@@ -109,14 +114,6 @@ def _shown(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _host(host: str, shown: str) -> tuple[str, int]:
-    match = _HOST.fullmatch(host)
-    port = int((match and match["port"]) or 6379)
-    if match is None or not 0 < port < 65536:
-        raise StoreUrlError(f"store: host of {shown!r}, expected HOST or HOST:PORT")
-    return match["host"].strip("[]"), port
-
-
 class Malformed(Exception):  # noqa: N818 - says what the replies are
     """Replies that are not those of the commands sent: of other types, or a stream that is out of step."""
 
@@ -133,16 +130,13 @@ class Deadline:
         return max(0.0, self._end - time.monotonic())
 
     def received(self, num_bytes: int) -> None:
-        """Received bytes extend the deadline: the budget bounds silence, not the size of replies."""
-        self._end += num_bytes / _MIN_BYTES_PER_SECOND
+        self._end += num_bytes / _MIN_BYTES_PER_SECOND  # the budget bounds silence, not the size of replies
 
-    @contextmanager
-    def bounds_this_thread(self) -> Iterator[None]:
-        token = _deadline.set(self)
-        try:
-            yield
-        finally:
-            _deadline.reset(token)
+    def bounding(self, call: Callable[[], _T]) -> _T:
+        """The result of a call whose receives check this deadline."""
+        context = copy_context()
+        context.run(_deadline.set, self)
+        return context.run(call)
 
     def on_a_thread(self, call: Callable[[], _T]) -> _T:
         """The result of a call that may outlive the deadline; the thread it runs on is then left behind."""
@@ -154,7 +148,7 @@ class Deadline:
             except BaseException as exc:
                 future.set_exception(exc)
 
-        threading.Thread(target=copy_context().run, args=(run,), name="preread-redis", daemon=True).start()
+        threading.Thread(target=run, name="preread-redis", daemon=True).start()
         while not future.done() and self.left_seconds:  # which grows meanwhile
             wait([future], timeout=self.left_seconds)
         return future.result(timeout=0)

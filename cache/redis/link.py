@@ -85,10 +85,9 @@ class Link:
         self._breaker.check()
         deadline = Deadline(self._budget_seconds)
         try:
-            with deadline.bounds_this_thread():
-                attempt = partial(self._try_twice, work, deadline)
-                # A cluster's client sleeps and waits for locks between its reads, whatever the deadline.
-                result = deadline.on_a_thread(attempt) if self._address.is_cluster else attempt()
+            attempt = partial(deadline.bounding, partial(self._try_twice, work, deadline))
+            # A cluster's client sleeps and waits for locks between its reads, whatever the deadline.
+            result = deadline.on_a_thread(attempt) if self._address.is_cluster else attempt()
         except Exception as exc:
             error = self._translated(exc, deadline)
             self._breaker.ended(str(error) if isinstance(error, StoreUnavailable) else None)  # else it answered
@@ -103,14 +102,12 @@ class Link:
     ) -> list[Any]:
         """Replies in order. One that says that a key is of another type stays in its place; errors are raised.
 
-        is_valid: whether a reply, as redis-py gives it, can be one to these commands
-        chunk_bytes: unless 0, keep the replies of a chunk near this size, estimated from earlier ones
-        node: of a cluster, for commands without a key
+        `is_valid` tells whether a reply, as redis-py gives it, can be one to these commands. `chunk_bytes`, unless 0,
+        is about how much a chunk's replies hold, judged by earlier ones. A command without a key needs a `node`.
         """
 
         def work(client: Client, deadline: Deadline) -> list[Any]:
-            if node is not None:
-                client = client.get_redis_connection(node)
+            client = client if node is None else client.get_redis_connection(node)
             results: list[Any] = []
             num_bytes = 0
             while len(results) < len(commands):
@@ -170,11 +167,9 @@ class Link:
 
     def _forget(self, client: Client) -> None:
         with self._lock:
-            is_current = client is not None and client is self._client
-            if is_current:
-                self._client = None
-        if not is_current:
-            return
+            if client is None or client is not self._client:
+                return
+            self._client = None
         nodes = client.get_nodes() if self._address.is_cluster else []
         for one in [node.redis_connection for node in nodes] if nodes else [client]:
             if one is not None:
@@ -237,8 +232,7 @@ def _exchange(client: Client, commands: Sequence[Command], is_valid: IsValid) ->
     results, echoes = replies[: len(commands)], replies[len(commands) :]
     if not echoes or not all(_is_echo(reply, token) for reply in echoes):
         raise Malformed("the stream of replies is out of step")
-    failed = [reply for reply in results if isinstance(reply, Exception)]
-    for error in failed:
+    for error in [reply for reply in results if isinstance(reply, Exception)]:
         if not (isinstance(error, redis.ResponseError) and str(error).startswith("WRONGTYPE")):
             raise error
     for reply in results:

@@ -1,19 +1,14 @@
 """RedisStore: the shared store, `redis://`, `rediss://` and `redis+cluster://`: many services, one set of passages.
 
-Keys, `preread` being the prefix (`?prefix=` in the URL):
-
     preread:manifests      hash    collection -> manifest JSON, codec table inside
     preread:aliases        hash    alias -> COLLECTION:CHECKSUM
     preread:generations    hash    collection -> NUMBER:CHECKSUM, a random one after every write; survives a drop
     preread:p:COLLECTION:PASSAGE_ID    string    one packed record (record.py), with the store's TTL if it has one
 
-A checksum is xxh3_64 of FIELD:VALUE in hex. Earlier versions wrote none; collections of version 1 still have a number
-alone, which their writers count on from. There are no counters and no index of ids: they would drift as passages
-expire, and on a cluster could not be changed in one step with the passages. Counting and listing scan the keys instead.
-
-Replies are not trusted: every reply has the type its command gives, every value goes through `Record.checked` or
-`Manifest.from_json`, and keys or fields that no passage, collection or alias can have are skipped: the database may be
-shared. A multi-get is pipelined and not atomic, each passage is.
+`preread` is the prefix (`?prefix=` in the URL), a checksum xxh3_64 of FIELD:VALUE in hex. Earlier versions wrote none;
+collections of version 1 still have a number alone, which their writers count on from. No counters and no index of ids:
+they would drift as passages expire; counting and listing scan the keys. Replies are not trusted, and keys and fields
+that cannot be Preread's are skipped: the database may be shared. A multi-get is not atomic, each passage is.
 """
 
 import logging
@@ -32,6 +27,8 @@ from cache.record import HEADER_BYTES, Damaged, Header, Record, check_name, is_p
 from cache.redis.connection import Address
 from cache.redis.link import IsValid, Link
 from cache.store import Audit, Store, StoreStats
+
+_Read = Record | Damaged | None
 
 log = logging.getLogger(__name__)
 
@@ -79,8 +76,27 @@ class RedisStore(Store):
             # in between has not acknowledged, and repeats the write.
             self._bump(collection)
 
-    def get_many(self, collection: str, passage_ids: Sequence[str]) -> list[Record | Damaged | None]:
-        return self._get(self._online, collection, passage_ids)
+    def get_many(self, collection: str, passage_ids: Sequence[str], link: Link | None = None) -> list[_Read]:
+        link = link or self._online
+        found = self._get_once(link, collection, passage_ids)
+        # A record knows whose it is. One that does not fit may be another key's, on a connection that mixes replies up,
+        # and then a nil may stand in a record's place: all but the records are read once more, on another one.
+        if any(isinstance(record, Damaged) for record in found):
+            doubted = [i for i, record in enumerate(found) if not isinstance(record, Record)]
+            link.reconnect()
+            again = self._get_once(link, collection, [passage_ids[i] for i in doubted])
+            for i, record in zip(doubted, again, strict=True):
+                found[i] = record
+        return found
+
+    def _get_once(self, link: Link, collection: str, passage_ids: Sequence[str]) -> list[_Read]:
+        commands = [("GET", self._key(collection, passage_id)) for passage_id in passage_ids]
+        values = link.run(commands, _is_value, _READ_CHUNK, chunk_bytes=_CHUNK_BYTES)
+        wrong = "the key holds another type of value"
+        return [
+            Damaged(one, wrong) if isinstance(value, Exception) else Record.checked(one, value)
+            for one, value in zip(passage_ids, values, strict=True)
+        ]
 
     def delete_many(self, collection: str, passage_ids: Sequence[str]) -> int:
         num_deleted = self._unlink([self._key(collection, passage_id) for passage_id in dict.fromkeys(passage_ids)])
@@ -88,13 +104,19 @@ class RedisStore(Store):
             self._bump(collection)  # also where none was there: a repeated UNLINK finds what the first one removed
         return num_deleted
 
-    def headers_many(self, collection: str, passage_ids: Sequence[str], *, bulk: bool = False) -> list[Header | None]:
-        return self._headers(self._bulk if bulk else self._online, collection, passage_ids)
+    def headers_many(
+        self, collection: str, passage_ids: Sequence[str], *, bulk: bool = False, link: Link | None = None
+    ) -> list[Header | None]:
+        link = link or (self._bulk if bulk else self._online)
+        keys = [self._key(collection, passage_id) for passage_id in passage_ids]
+        values = link.run([("GETRANGE", key, 0, HEADER_BYTES - 1) for key in keys], _is_value, _HEADER_CHUNK)
+        there = (None if isinstance(value, Exception) else value for value in values)
+        return list(map(Header.checked, passage_ids, there))
 
     def scan(self, collection: str) -> Iterator[tuple[str, Record | Damaged]]:
         passage_ids = (one for _, one in self._scan_keys(self._bulk, collection) if one is not None)
         while batch := list(islice(passage_ids, _READ_CHUNK)):
-            for passage_id, record in zip(batch, self._get(self._bulk, collection, batch), strict=True):
+            for passage_id, record in zip(batch, self.get_many(collection, batch, self._bulk), strict=True):
                 if record is not None:
                     yield passage_id, record
 
@@ -102,7 +124,8 @@ class RedisStore(Store):
         """Counted by a scan over headers: about a second per million passages on a local server."""
         passage_ids = (one for _, one in self._scan_keys(self._counting, collection) if one is not None)
         batches = iter(lambda: list(islice(passage_ids, _HEADER_CHUNK)), [])
-        return StoreStats.of(one for batch in batches for one in self._headers(self._counting, collection, batch))
+        link = self._counting
+        return StoreStats.of(one for batch in batches for one in self.headers_many(collection, batch, link=link))
 
     def audit(self, collection: str) -> Audit:
         """Fields of every collection, because one hash holds them all, and keys of this one."""
@@ -143,7 +166,7 @@ class RedisStore(Store):
 
     def write_manifest(self, manifest: Manifest) -> None:
         name, value = manifest.collection, manifest.to_json()
-        is_alias = name in self._aliases_by(self._bulk)
+        is_alias = name in self.aliases(self._bulk)
         if is_alias or not self._ask(self._bulk, _is_count, "HSETNX", self._manifests, name, value):
             raise errors.CollectionExists(f"collection: {name!r} already exists in this store")
         self._bump(name, is_plain=manifest.version == 1)
@@ -154,7 +177,7 @@ class RedisStore(Store):
 
     def drop_collection(self, collection: str) -> None:
         self._require(collection)
-        errors.CollectionInUse.check(collection, self._aliases_by(self._bulk))
+        errors.CollectionInUse.check(collection, self.aliases(self._bulk))
         # The manifest first: nothing can be written then. Records that a crash leaves are bound to the old manifest, so
         # a new collection of this name does not take them for its own.
         self._ask(self._bulk, _is_count, "HDEL", self._manifests, collection)
@@ -163,8 +186,18 @@ class RedisStore(Store):
         while batch := list(islice(keys, _HEADER_CHUNK)):
             self._unlink(batch)
 
-    def aliases(self) -> dict[str, str]:
-        return self._aliases_by(self._online)
+    def aliases(self, link: Link | None = None) -> dict[str, str]:
+        """Damaged and foreign fields are no aliases: opening one is an error, and the others stay."""
+        aliases = {}
+        for alias, value in self._ask(link or self._online, _is_pairs, "HGETALL", self._aliases).items():
+            try:
+                name, collection = _alias(alias, value)
+                aliases[name] = collection
+            except errors.DamagedRecord as exc:
+                if (alias, value) not in self._told:
+                    self._told.add((alias, value))
+                    log.warning("alias %r: %s", alias.decode(errors="backslashreplace"), exc)
+        return aliases
 
     def set_alias(self, alias: str, collection: str, *, shadowing: bool = False) -> None:
         check_name("alias", alias)
@@ -204,46 +237,6 @@ class RedisStore(Store):
 
     def _stray_keys(self, collection: str) -> list[bytes]:
         return [key for key, passage_id in self._scan_keys(self._bulk, collection) if passage_id is None]
-
-    def _aliases_by(self, link: Link) -> dict[str, str]:
-        """Damaged and foreign fields are no aliases: opening one is an error, and the others stay."""
-        aliases = {}
-        for alias, value in self._ask(link, _is_pairs, "HGETALL", self._aliases).items():
-            try:
-                name, collection = _alias(alias, value)
-                aliases[name] = collection
-            except errors.DamagedRecord as exc:
-                if (alias, value) not in self._told:
-                    self._told.add((alias, value))
-                    log.warning("alias %r: %s", alias.decode(errors="backslashreplace"), exc)
-        return aliases
-
-    def _get(self, link: Link, collection: str, passage_ids: Sequence[str]) -> list[Record | Damaged | None]:
-        found = self._get_once(link, collection, passage_ids)
-        # A record knows whose it is. One that does not fit may be another key's, on a connection that mixes replies up,
-        # and then a nil may stand in a record's place: all but the records are read once more, on another one.
-        if any(isinstance(record, Damaged) for record in found):
-            doubted = [i for i, record in enumerate(found) if not isinstance(record, Record)]
-            link.reconnect()
-            again = self._get_once(link, collection, [passage_ids[i] for i in doubted])
-            for i, record in zip(doubted, again, strict=True):
-                found[i] = record
-        return found
-
-    def _get_once(self, link: Link, collection: str, passage_ids: Sequence[str]) -> list[Record | Damaged | None]:
-        commands = [("GET", self._key(collection, passage_id)) for passage_id in passage_ids]
-        values = link.run(commands, _is_value, _READ_CHUNK, chunk_bytes=_CHUNK_BYTES)
-        wrong = "the key holds another type of value"
-        return [
-            Damaged(one, wrong) if isinstance(value, Exception) else Record.checked(one, value)
-            for one, value in zip(passage_ids, values, strict=True)
-        ]
-
-    def _headers(self, link: Link, collection: str, passage_ids: Sequence[str]) -> list[Header | None]:
-        keys = [self._key(collection, passage_id) for passage_id in passage_ids]
-        values = link.run([("GETRANGE", key, 0, HEADER_BYTES - 1) for key in keys], _is_value, _HEADER_CHUNK)
-        there = (None if isinstance(value, Exception) else value for value in values)
-        return list(map(Header.checked, passage_ids, there))
 
     def _scan_keys(self, link: Link, collection: str) -> Iterator[tuple[bytes, str | None]]:
         """Every key of a collection once, where SCAN may repeat some, and its id, None where no passage can have it."""

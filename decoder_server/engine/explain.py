@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from cache.states import AnyStates
+from cache.states import AnyStates, decode_all
 from decoder_server.engine.engine import Engine
 from decoder_server.engine.fetch import NOT_FINITE, SCORING_FAILED, FetchRequest
 from decoder_server.engine.plan import check
@@ -84,7 +84,7 @@ def _explained(
 ) -> _Explained:
     """One candidate, on the model's thread; its failure costs no other candidate."""
     try:
-        states, scores = encoded.decoded(), []  # once, for all ratios
+        (states,), scores = decode_all([encoded]), []  # once, for all ratios
         for ratio in ratios:
             pooled = states.at_ratio(ratio)
             start = time.perf_counter()

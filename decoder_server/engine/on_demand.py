@@ -124,7 +124,7 @@ class OnDemandStates:
         # Texts are encoded at it for every multiple of it, and pooled, so that one encoding serves all.
         self._base_ratio = base_ratio
         # LRU rather than by frequency: a text comes again soon, or never.
-        self._kept = ByteBoundedCache[_Key, PassageStates](max_bytes, lambda states: states.nbytes, policy="lru")
+        self._kept = ByteBoundedCache[_Key, PassageStates](max_bytes, lambda one: one.states.nbytes, policy="lru")
         self._flights: dict[_Key, asyncio.Future[PassageStates | str]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 

@@ -8,7 +8,7 @@ from cache.collection import Collection, StoredPassage
 from cache.errors import RatioError
 from cache.open import open_store
 from cache.record import Damaged
-from cache.states import Codes, EncodedPassage, PassageStates, all_at_ratio, num_pooled, text_digest
+from cache.states import Codes, EncodedPassage, PassageStates, all_at_ratio, decode_all, num_pooled, text_digest
 
 DIM = 8
 WINDOWS = [(10,), (9, 4, 1), (1,), (33, 64)]
@@ -43,7 +43,7 @@ def test_it_is_what_is_read_decoded(collection):
             continue
         for name in ("num_tokens", "num_states", "window_tokens", "compression_ratio", "truncated", "key"):
             assert getattr(encoded, name) == getattr(decoded, name)
-        assert np.array_equal(encoded.decoded().states, decoded.states)
+        assert np.array_equal(decode_all([encoded])[0].states, decoded.states)
         assert encoded.states.codec.dim == decoded.dim
         assert encoded.states.rows.nbytes == encoded.num_states * collection.codec.code_size_bytes
         for codes, window in zip(encoded.windows(), decoded.windows(), strict=True):
@@ -56,9 +56,9 @@ def test_pooled_together_is_pooled_alone(collection):
     for ratio in (4, 8, 32):
         together = all_at_ratio([*encoded, *own], ratio)
         for one, alone in zip(together, [*encoded, *own], strict=True):
-            expected = alone.decoded().at_ratio(ratio)
+            expected = decode_all([alone])[0].at_ratio(ratio)
             assert (one.compression_ratio, one.key, one.num_states) == (ratio, expected.key, expected.num_states)
-            assert np.array_equal(one.decoded().states, expected.states)
+            assert np.array_equal(decode_all([one])[0].states, expected.states)
     assert all_at_ratio(encoded, 4) == encoded  # nothing to pool: the very same, still encoded
     with pytest.raises(RatioError, match="6 is not a multiple of the stored ratio 4"):
         all_at_ratio(encoded, 6)
