@@ -25,14 +25,12 @@ _SCALED = re.compile(r"(?P<standard>Z,)?B(?P<block>[1-9]\d{0,4}),SQ(?P<bits>[864
 # Codecs whose codes are the numbers themselves, one after another, and the format of those.
 _NUMBERS = {"Flat": "float32", "SQfp16": "float16", "SQbf16": "bfloat16"}
 _SCALAR = ("SQ8", "SQ6", "SQ4")
-# Fewer say nothing about a range: whatever lies outside it is cut off.
-_MIN_TRAINING_STATES = 32
+_MIN_TRAINING_STATES = 32  # fewer say nothing about a range: whatever lies outside it is cut off
 _PQ = re.compile(r"PQ(?P<num_parts>[1-9]\d{0,3})(?:x(?P<bits>[1-9]\d?))?")
 _RQ = re.compile(r"RQ(?P<num_parts>[1-9]\d{0,2})x(?P<bits>[1-9]\d?)")
 # 4,096 centroids per part: beyond that a codec trains for hours and its table outweighs a small collection.
 _MAX_BITS = 12
-# So many codes of a part reach as far as what they stand for, also where they are coarse.
-_MANY_CENTROIDS = 64
+_MANY_CENTROIDS = 64  # so many codes of a part reach as far as what they stand for, also where they are coarse
 
 _T = TypeVar("_T", bound=np.generic)
 _States = NDArray[np.float32]

@@ -55,10 +55,9 @@ class Collection:
 
     @classmethod
     def create(cls, store: Store, manifest: Manifest, *, exist_ok: bool = False) -> "Collection":
-        """Create the collection `manifest.collection`.
+        """Create the collection `manifest.collection`; with `exist_ok` open an existing one, its codec table kept.
 
-        With `exist_ok` an existing one is opened instead, its codec table kept, where encoder, ratio, codec and text
-        keeping agree; else raises EncoderMismatch or CollectionExists, which name both sides.
+        Encoder, ratio, codec and text keeping must agree; else EncoderMismatch or CollectionExists names both sides.
         """
         try:
             store.write_manifest(manifest)
@@ -79,10 +78,7 @@ class Collection:
     def open(
         cls, store: Store, name_or_alias: str, *, fingerprint: str | None = None, checkpoint: str = ""
     ) -> "Collection":
-        """Open by name or alias, with fingerprint and name of the encoder that will write or score; None to read only.
-
-        Raises CollectionNotFound, or EncoderMismatch where it was written by another encoder.
-        """
+        """Open by name or alias, for an encoder of that fingerprint and name (else EncoderMismatch) or to read only."""
         name = store.resolve(name_or_alias)
         manifest = store.read_manifest(name)
         if manifest is None:
@@ -108,8 +104,9 @@ class Collection:
         ends = np.cumsum([passage.states.num_states for passage in passages])[:-1]
         clipped = [int(part.sum()) for part in np.split(self.codec.count_outside(states, codes), ends)]
         judged = (self._unjudged[0] + len(states), self._unjudged[1] + sum(clipped))
-        if not allow_clipped:
-            self._check_clipped(passages, clipped, *judged)
+        is_odd = judged[0] >= _MIN_JUDGED_STATES and judged[1] > MAX_CLIPPED_SHARE * judged[0] * self.manifest.dim
+        if is_odd and not allow_clipped:
+            self._check_clipped(passages, clipped)
         records = {
             passage.passage_id: Record.build(
                 rows,
@@ -212,18 +209,13 @@ class Collection:
             raise errors.InvalidPassage(passage_id, "given twice in one write")
         seen.add(passage_id)
 
-    def _check_clipped(
-        self, passages: Sequence[StoredPassage], clipped: Sequence[int], num_states: int, num_clipped: int
-    ) -> None:
+    def _check_clipped(self, passages: Sequence[StoredPassage], clipped: Sequence[int]) -> None:
         """A few odd passages among many are stored, and counted. Where there are many, the table is odd."""
-        dim = self.manifest.dim
-        if num_states < _MIN_JUDGED_STATES or num_clipped <= MAX_CLIPPED_SHARE * num_states * dim:
-            return
         reasons = {
             passage.passage_id: f"{share:.0%} of its numbers lie outside what {self.codec.factory} was trained for; "
             f"expected at most {MAX_CLIPPED_SHARE:.0%}"
             for passage, num_clipped in zip(passages, clipped, strict=True)
-            if (share := num_clipped / (passage.states.num_states * dim)) > MAX_CLIPPED_SHARE
+            if (share := num_clipped / passage.states.states.size) > MAX_CLIPPED_SHARE
         }
         if reasons:  # else they were in the small writes before
             raise errors.OutOfRange(reasons)
@@ -242,8 +234,6 @@ class Collection:
 
 def _check_encoder(manifest: Manifest, fingerprint: str, checkpoint: str) -> None:
     if manifest.fingerprint != fingerprint:
-        theirs = f"{manifest.checkpoint!r} (fingerprint {manifest.fingerprint})"
+        theirs = f"encoder {manifest.checkpoint!r} (fingerprint {manifest.fingerprint})"
         ours = f"{checkpoint!r} (fingerprint {fingerprint}); index it again or use the checkpoint it was written with"
-        raise errors.EncoderMismatch(
-            f"collection {manifest.collection!r} was written by encoder {theirs}, not by {ours}"
-        )
+        raise errors.EncoderMismatch(f"collection {manifest.collection!r} was written by {theirs}, not by {ours}")

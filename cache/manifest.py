@@ -75,9 +75,9 @@ class Manifest:
 
     @property
     def binding(self) -> int:
-        """64 bits in every record written under this manifest: a damaged or exchanged manifest decodes nothing.
+        """64 bits in every record, of the identity and all that decides how codes are read; in version 1 of the JSON.
 
-        A digest of the identity and of everything that decides how codes are read; in version 1 of the whole JSON.
+        A damaged or exchanged manifest decodes nothing.
         """
         if self.version == 1:
             return xxhash.xxh3_64_intdigest(self.to_json())

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from cache.errors import CollectionExists, CollectionInUse, CollectionNotFound
 from cache.manifest import Manifest
 from cache.record import Damaged, Header, Record, check_name, passage_id_bytes
-from cache.store import Audit, Store, StoreStats
+from cache.store import Store, StoreStats
 
 
 class MemoryStore(Store):
@@ -69,12 +69,6 @@ class MemoryStore(Store):
 
     def stats(self, collection: str) -> StoreStats:
         return StoreStats.of(self.headers_many(collection, self._ids(collection)))
-
-    def audit(self, collection: str) -> Audit:
-        return Audit()
-
-    def mend(self) -> list[str]:
-        return []
 
     def generation(self, collection: str) -> int:
         return self._generations.get(collection, 0)

@@ -24,8 +24,7 @@ K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
-# Moka counts an entry's weight in 32 bits.
-_MAX_ENTRY_BYTES = (1 << 32) - 1
+_MAX_ENTRY_BYTES = (1 << 32) - 1  # Moka counts an entry's weight in 32 bits
 _ENTRY_OVERHEAD_BYTES = 1024  # a record's Python objects, without its codes and text, generously
 
 _Read = Record | Damaged | None
@@ -177,7 +176,6 @@ class CachedStore(_StoreWrapper):
             self.store.close()
 
     def _fetch(self, collection: str, generation: int, passage_ids: Sequence[str]) -> dict[str, _Read]:
-        """From the store, or from a read of it that another thread has in flight."""
         own: dict[str, Future[_Read]] = {}
         flights: dict[str, Future[_Read]] = {}
         with self._lock:

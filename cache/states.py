@@ -104,7 +104,7 @@ class _PooledPassage:
             raise ValueError(f"text_digest: {len(self.text_digest)} bytes, expected the 32 of a SHA-256")
         if not self.window_tokens or min(self.window_tokens) < 1:
             raise ValueError(f"window_tokens: {self.window_tokens}, expected at least one window of at least one token")
-        if len(self.states) != (expected := self._window_ends[-1]):
+        if len(self.states) != (expected := sum(num_pooled(one, self.compression_ratio) for one in self.window_tokens)):
             windows = f"windows of {self.window_tokens} tokens at compression_ratio {self.compression_ratio}"
             raise ValueError(f"states: {len(self.states)} rows, expected {expected} for {windows}")
 
@@ -116,13 +116,10 @@ class _PooledPassage:
     def num_states(self) -> int:
         return len(self.states)
 
-    @property
-    def _window_ends(self) -> list[int]:
-        return list(accumulate((num_pooled(one, self.compression_ratio) for one in self.window_tokens), initial=0))
-
     def windows(self) -> list[Any]:
         """The states of each window: views of ceil(window_tokens / compression_ratio) rows."""
-        return [self.states[start:end] for start, end in pairwise(self._window_ends)]
+        ends = accumulate((num_pooled(one, self.compression_ratio) for one in self.window_tokens), initial=0)
+        return [self.states[start:end] for start, end in pairwise(ends)]
 
 
 @dataclass(frozen=True, eq=False, slots=True)

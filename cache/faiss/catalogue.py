@@ -1,9 +1,8 @@
 """The catalogue of an embedded store: SQLite in WAL mode. Schema, connections, transactions and the writers' lock.
 
-Where the directory can be written, connections are ordinary ones, and readers see every commit of other processes.
-Where it cannot (a read-only mount, or files of another user) and no log is left, the file is opened immutable: SQLite
-then takes no locks and makes no files, so any number of readers share one volume. A catalogue that was replaced, or
-written on such a volume, is noticed before the next read and opened again.
+Where the directory cannot be written (a read-only mount, or files of another user) and no log is left, the file is
+opened immutable: SQLite then takes no locks and makes no files, so any number of readers share one volume. A catalogue
+that was replaced, or written on such a volume, is noticed before the next read and opened again.
 """
 
 import fcntl
@@ -39,22 +38,20 @@ def _trigger(name: str, event: str, row: str, passages: str, change: str) -> str
     sums = ", ".join(f"{total} = {total} {change.format(column)}" for total, column in SUMS.items())
     return (
         f"CREATE TRIGGER passages_{name} AFTER {event} ON passages BEGIN UPDATE collections SET "
-        f"num_passages = num_passages {passages}, {sums} WHERE collection_id = {row}.collection_id;\nEND;\n"
+        f"num_passages = num_passages {passages}, {sums} WHERE collection_id = {row}.collection_id;\nEND;"
     )
 
 
 # Generations outlive their collection: a name used again continues the count. `store` counts all commits, and has a
 # checksum of the schema itself.
-_VERSION_2 = (
-    "CREATE TABLE store (num_removed INTEGER NOT NULL, num_commits INTEGER NOT NULL, schema BLOB NOT NULL, "
-    "checksum BLOB);\n"
-    + _trigger("added", "INSERT", "NEW", "+ 1", "+ NEW.{0}")
-    + _trigger("removed", "DELETE", "OLD", "- 1", "- OLD.{0}")
-    + _trigger("replaced", f"UPDATE OF {', '.join(SUMS.values())}", "NEW", "+ 0", "+ NEW.{0} - OLD.{0}")
-    + f"PRAGMA user_version = {_VERSION};\n"
-)
-_NEW = (
-    f"""
+_VERSION_2 = f"""
+CREATE TABLE store (num_removed INTEGER NOT NULL, num_commits INTEGER NOT NULL, schema BLOB NOT NULL, checksum BLOB);
+{_trigger("added", "INSERT", "NEW", "+ 1", "+ NEW.{0}")}
+{_trigger("removed", "DELETE", "OLD", "- 1", "- OLD.{0}")}
+{_trigger("replaced", f"UPDATE OF {', '.join(SUMS.values())}", "NEW", "+ 0", "+ NEW.{0} - OLD.{0}")}
+PRAGMA user_version = {_VERSION};
+"""
+_NEW = f"""
 CREATE TABLE collections (collection_id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE,
     manifest BLOB NOT NULL, num_passages INTEGER NOT NULL DEFAULT 0,
     {", ".join(f"{total} INTEGER NOT NULL DEFAULT 0" for total in SUMS)}, checksum BLOB);
@@ -69,25 +66,21 @@ CREATE TABLE passages (row_key INTEGER PRIMARY KEY, collection_id INTEGER NOT NU
     {", ".join(f"{column} INTEGER NOT NULL" for column in SUMS.values())},
     header BLOB NOT NULL, windows BLOB NOT NULL, text BLOB NOT NULL, UNIQUE (collection_id, passage_id));
 CREATE INDEX passages_by_segment ON passages (segment_id);
-"""
-    + _VERSION_2
+{_VERSION_2}"""
+_CHECKSUMS = "".join(
+    f"ALTER TABLE {table} ADD COLUMN checksum BLOB;\n"
+    f"UPDATE {table} SET checksum = row_checksum({', '.join(columns)});\n"
+    for table, columns in COVERED.items()
 )
-_UPGRADE = (
-    """
+_UPGRADE = f"""
 ALTER TABLE collections ADD COLUMN num_clipped INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE passages ADD COLUMN num_clipped INTEGER NOT NULL DEFAULT 0;
 DROP TABLE removals;
 DROP TRIGGER passages_added;
 DROP TRIGGER passages_removed;
 DROP TRIGGER passages_replaced;
-"""
-    + "".join(
-        f"ALTER TABLE {table} ADD COLUMN checksum BLOB;\n"
-        f"UPDATE {table} SET checksum = row_checksum({', '.join(columns)});\n"
-        for table, columns in COVERED.items()
-    )
-    + _VERSION_2
-)
+{_CHECKSUMS}
+{_VERSION_2}"""
 # A catalogue of version 1 that cannot be written, or was not written since, read as if it were version 2.
 _MARK = f"x'{UNCHECKED.hex()}' AS checksum"
 _AS_VERSION_2 = f"""
@@ -220,12 +213,23 @@ class CatalogueFile:
     def reading(self) -> Iterator[Connection]:
         """A connection in autocommit; an empty catalogue where there is no file yet.
 
-        Raises StoreDamaged where it is no catalogue of this store, StoreAccessDenied where a log would have to be
-        applied and cannot, StoreUnavailable where a read-only volume was written meanwhile, so reads may not fit.
+        Raises StoreDamaged where it is no catalogue of this store, StoreAccessDenied where a log cannot be applied,
+        StoreUnavailable where a read-only volume was written meanwhile, so reads may not fit.
         """
         with translated(self.path):
             seen = _Seen.of(self.path, self._seen)
-            connection = self._take(seen)
+            stale: list[Connection] = []
+            with self._pool_lock:
+                if seen != self._seen:
+                    stale, self._idle = self._idle, []
+                    if self._seen is not None:  # the same file counts on, unless it cannot be known
+                        goes_on = seen is not None and seen[:2] == self._seen[:2] and not seen.is_immutable
+                        self.num_reopened += not goes_on
+                    self._seen = seen
+                idle = self._idle.pop() if self._idle else None
+            for one in stale:
+                one.close()
+            connection = idle or self._connected(seen)
             try:
                 yield connection
             finally:
@@ -296,20 +300,6 @@ class CatalogueFile:
         for connection in idle:
             connection.close()
 
-    def _take(self, seen: "_Seen | None") -> Connection:
-        stale: list[Connection] = []
-        with self._pool_lock:
-            if seen != self._seen:
-                stale, self._idle = self._idle, []
-                if self._seen is not None:  # the same file goes on counting its generations, unless it cannot be known
-                    goes_on = seen is not None and seen[:2] == self._seen[:2] and not seen.is_immutable
-                    self.num_reopened += not goes_on
-                self._seen = seen
-            idle = self._idle.pop() if self._idle else None
-        for connection in stale:
-            connection.close()
-        return idle or self._connected(seen)
-
     def _connected(self, seen: "_Seen | None") -> Connection:
         if seen is None:
             self._check_missing()
@@ -319,10 +309,9 @@ class CatalogueFile:
             if seen is None:
                 _make(connection, _NEW)
                 return connection
-            connection.execute("PRAGMA synchronous = FULL")
-            connection.execute("PRAGMA cache_size = -16384")
-            connection.execute("PRAGMA mmap_size = 0")  # a mapped file that is truncated kills the process
-            connection.execute("PRAGMA cell_size_check = ON")
+            # Not mapped: a mapped file that is truncated kills the process.
+            for pragma in ("synchronous = FULL", "cache_size = -16384", "mmap_size = 0", "cell_size_check = ON"):
+                connection.execute(f"PRAGMA {pragma}")
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             if version == 1:
                 connection.run(_AS_VERSION_2)
@@ -330,8 +319,8 @@ class CatalogueFile:
             elif version != _VERSION:
                 raise StoreDamaged(f"{self.path}: version {version} is unknown, expected 1 or {_VERSION}")
             elif not connection.execute("SELECT 1 FROM store WHERE schema = ?", (connection.schema(),)).fetchone():
-                damage = "its schema is not the one it was made with"
-                raise StoreDamaged(f"store {self.path}: the catalogue is damaged: {damage}")
+                damage = "the catalogue is damaged: its schema is not the one it was made with"
+                raise StoreDamaged(f"store {self.path}: {damage}")
         except BaseException:
             connection.close()
             raise

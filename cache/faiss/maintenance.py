@@ -1,10 +1,8 @@
-"""Compaction of segments, audit of the catalogue, and its repair.
+"""Compaction of segments beside readers, audit of the catalogue, and its repair.
 
-Compaction goes on beside readers: a group of segments is rewritten as one; one transaction moves the passages over and
-forgets the old segments; then their files are unlinked. Readers that find a file gone look into the catalogue again.
-
-A passage that is lost together with the catalogue page that names it reads as missing, and only the catalogue can tell
-that there was one. `audit` looks for such damage; `rebuild` writes the catalogue again from its intact rows.
+Compaction rewrites a group of segments as one; one transaction moves the passages over and forgets the old segments;
+then their files are unlinked. A passage lost together with the catalogue page that names it reads as missing: `audit`
+looks for such damage, and `rebuild` writes the catalogue again from its intact rows.
 """
 
 import sqlite3
@@ -161,7 +159,7 @@ def audit(catalogue: CatalogueFile, files: SegmentFiles, collection: str) -> Aud
     orphans: list[str] = []
     with catalogue.lock.idle() as is_idle, suppress(CacheError, OSError, sqlite3.Error):
         if is_idle:
-            orphans = [path.name for path in files.orphans(catalogue.committed_files())]
+            orphans = files.orphans(catalogue.committed_files())
     return Audit(tuple(problems), tuple(orphans))
 
 
@@ -170,9 +168,26 @@ def rebuild(catalogue: CatalogueFile, files: SegmentFiles) -> list[str]:
     left: list[str] = []
     with catalogue.salvaging() as old, catalogue.new_file() as new:
         new.execute("BEGIN")
-        collections = _copy_names(old, new, left)
-        _copy_passages(old, new, collections, left)
-        if left and not collections:  # the codes must stay: an older copy of the catalogue may still name them
+        kept: dict[str, int] = {}
+        for collection_id, name, manifest in _whole_collections(old, left):
+            new.put("collections", collection_id=collection_id, name=name, manifest=manifest)
+            kept[name] = collection_id
+        for alias, name, _ in old.whole("aliases", left):
+            try:
+                new.set_alias(alias, name, shadowing=True)
+            except CacheError as exc:
+                left.append(f"alias {alias!r}: {exc}")
+        lost: list[str] = []  # a damaged generation loses nothing
+        for name, generation, _ in old.whole("generations", lost):
+            new.put("generations", name=name, generation=generation)
+        left.extend(problem for problem in lost if problem.startswith(UNREADABLE))
+        for name in kept:
+            new.bump(name)
+        for *row, _ in old.whole("segments", left):
+            if row[1] in kept.values():
+                new.put("segments", **dict(zip(COVERED["segments"], row, strict=True)))
+        _copy_passages(old, new, set(kept.values()), left)
+        if left and not kept:  # the codes must stay: an older copy of the catalogue may still name them
             raise StoreDamaged(f"no collection can be read, and nothing was changed: {left[0]}")
         commits = catalogue.lock.noted()
         with suppress(StoreDamaged, sqlite3.Error):
@@ -182,7 +197,7 @@ def rebuild(catalogue: CatalogueFile, files: SegmentFiles) -> list[str]:
         new.execute("COMMIT")
     catalogue.replace()
     catalogue.lock.note(commits)
-    files.remove(path.name for path in files.orphans(catalogue.committed_files()))
+    files.remove(files.orphans(catalogue.committed_files()))
     return left
 
 
@@ -229,35 +244,11 @@ def _whole_collections(connection: Connection, problems: list[str]) -> Iterator[
             problems.append(f"collection {name!r}: {exc}")
 
 
-def _copy_names(old: Connection, new: Connection, left: list[str]) -> set[int]:
-    """Copy collections, aliases, generations and segments; returns the numbers of the collections."""
-    kept: dict[str, int] = {}
-    for collection_id, name, manifest in _whole_collections(old, left):
-        new.put("collections", collection_id=collection_id, name=name, manifest=manifest)
-        kept[name] = collection_id
-    for alias, name, _ in old.whole("aliases", left):
-        try:
-            new.set_alias(alias, name, shadowing=True)
-        except CacheError as exc:
-            left.append(f"alias {alias!r}: {exc}")
-    lost: list[str] = []  # a damaged generation loses nothing
-    for name, generation, _ in old.whole("generations", lost):
-        new.put("generations", name=name, generation=generation)
-    left.extend(problem for problem in lost if problem.startswith(UNREADABLE))
-    for name in kept:
-        new.bump(name)
-    for *row, _ in old.whole("segments", left):
-        if row[1] in kept.values():
-            new.put("segments", **dict(zip(COVERED["segments"], row, strict=True)))
-    return set(kept.values())
-
-
 def _copy_passages(old: Connection, new: Connection, collections: set[int], left: list[str]) -> None:
     segments = {segment_id for (segment_id,) in new.execute("SELECT segment_id FROM segments")}
     insert = f"""INSERT OR IGNORE INTO passages (row_key, collection_id, passage_id, segment_id, first_row,
         {", ".join(SUMS.values())}, header, windows, text) VALUES ({",".join("?" * (8 + len(SUMS)))})"""
-    # From both ends: a page that cannot be read ends either way.
-    for order in ("ASC", "DESC"):
+    for order in ("ASC", "DESC"):  # from both ends: a page that cannot be read ends either way
         query = f"""SELECT row_key, collection_id, passage_id, segment_id, first_row, header, windows, text
             FROM passages NOT INDEXED ORDER BY row_key {order}"""
         complete = len(left)

@@ -1,8 +1,8 @@
 """Connections to the catalogue: rows checked when read and signed when written, and SQLite's errors as the cache's.
 
-A passage's record header is the checksum of its row: it covers the requested id, and the other columns must agree with
-it; a wrong place in a segment holds other codes. All other rows carry a checksum over their columns. Values go through
-`typed`, because a flipped bit may change a column's type. All that finds a damaged row raises StoreDamaged.
+A record header, which covers the requested id, is the checksum of its passage's row, and the other columns must agree
+with it. All other rows carry a checksum over their columns, and `typed` catches a bit that changed a column's type. All
+that finds a damaged row raises StoreDamaged.
 """
 
 import errno

@@ -1,9 +1,7 @@
-"""Segments: immutable FAISS index files of codes, written whole and read by offset.
+"""Segments: immutable FAISS index files of codes, written whole and read by offset; `faiss.read_index` opens them too.
 
-A segment is what `faiss.write_index` writes, and `faiss.read_index` opens it. Reading here takes the codes from a known
-offset instead: a damaged FAISS header cannot mislead the reader. They are read into memory and not mapped: a mapped
-file that is truncated (cp over it, rsync --inplace) kills the process at the next access, which may be long after the
-read, and no check before can rule that out.
+A known offset, so that a damaged FAISS header misleads no reader. Read into memory and not mapped: a mapped file that
+is truncated (cp over it, rsync --inplace) kills the process at the next access, which no check before can rule out.
 """
 
 import errno
@@ -31,7 +29,6 @@ _MAX_OPEN_SEGMENTS = min(16384, max(64, resource.getrlimit(resource.RLIMIT_NOFIL
 _MAX_READ_BYTES, _BLOCK_BYTES = 1 << 18, 4 << 20
 # Of an open: there is no file, or the process lacks a right, descriptors or memory; anything else is the file's.
 _NOT_ITS_FAULT = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
-
 
 _Codes = NDArray[np.uint8]
 _Ranges = Sequence[tuple[int, int]]  # first row and number of rows, each
@@ -88,9 +85,9 @@ class SegmentFiles:
         fsync_directory(self.directory)
         return name, offset
 
-    def orphans(self, committed: set[str]) -> list[Path]:
+    def orphans(self, committed: set[str]) -> list[str]:
         """Files that no catalogue row names; only the holder of the writer lock may remove them."""
-        return sorted(path for path in self.directory.iterdir() if path.name not in committed)
+        return sorted(name for name in os.listdir(self.directory) if name not in committed)
 
     def remove(self, file_names: Iterable[str]) -> None:
         for file_name in file_names:
@@ -126,11 +123,15 @@ class SegmentFiles:
         if min(first_row, segment.codes_offset) < 0 or first_row + num_rows > segment.num_rows:
             return DamagedRecord(f"rows {first_row} to {first_row + num_rows}, its segment has {segment.num_rows}")
         codes = self.memory.take(num_rows * segment.code_size)
+        offset, num_read = segment.codes_offset + first_row * segment.code_size, 0
         try:
-            num_read = file.read_into(codes, segment.codes_offset + first_row * segment.code_size)
+            while num_read < codes.nbytes:
+                if not (count := os.preadv(file.descriptor, [codes[num_read:].data], offset + num_read)):
+                    return DamagedRecord(f"segment {segment.file_name} is too short")
+                num_read += count
         except OSError as exc:
             return DamagedRecord(f"segment {segment.file_name} cannot be read: {exc.strerror}")
-        return codes if num_read == codes.nbytes else DamagedRecord(f"segment {segment.file_name} is too short")
+        return codes
 
     def keep_only(self, segment_ids: set[int]) -> None:
         """Close files of other segments, so that the disk space of removed ones is freed."""
@@ -156,20 +157,11 @@ class _OpenFile:
     def __init__(self, directory: Path, name: str) -> None:
         self.name = name
         # Not blocking: in a segment's place there may be something that is not a file.
-        self._descriptor = os.open(directory / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        self.descriptor = os.open(directory / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
 
     def __del__(self) -> None:
-        if hasattr(self, "_descriptor"):
-            os.close(self._descriptor)
-
-    def read_into(self, buffer: NDArray[np.uint8], offset: int) -> int:
-        """Fill a buffer from an offset on; returns the number of bytes that the file had."""
-        num_read = 0
-        while num_read < buffer.nbytes:
-            if not (count := os.preadv(self._descriptor, [buffer[num_read:].data], offset + num_read)):
-                break
-            num_read += count
-        return num_read
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
 
 
 class _BufferPool:

@@ -1,17 +1,15 @@
-"""FaissStore: the embedded store, `faiss:PATH`: a directory, no server.
+"""FaissStore: the embedded store, `faiss:PATH`: a directory on a local disk, no server.
 
     PATH/catalogue.sqlite    passage id -> segment and rows, header, text; manifests, aliases, counters (SQLite, WAL)
     PATH/segments/*.faiss    immutable FAISS index files holding codes; a passage is a contiguous range of rows
     PATH/writer.lock         held while writing, so that there is one writer at a time; number of acknowledged commits
 
-A write puts its codes into a new segment file aside, fsyncs it, renames it, fsyncs the directory, and only then commits
-the rows that point at it: after a crash a segment is either committed or an orphan that the next writer removes.
-Readers take no lock. The directory must be on a local disk where it is written: file locks and SQLite's WAL do not work
-over NFS. Where it cannot be written, any number of readers share it (`catalogue.py`).
+A write makes its segment file durable, and only then commits the rows that point at it: after a crash a segment is
+committed, or an orphan that the next writer removes. Readers take no lock, and where the directory cannot be written,
+any number share it. Not for writing over NFS, where file locks and SQLite's WAL do not work.
 
-Version 2 of the catalogue has checksums, num_clipped and the number of commits. One of version 1 is read as it
-lies, and upgraded by the first write, after which software of that version rejects it. Its records stay as they are
-until a compaction rewrites their headers, with the passage id in their checksum.
+A catalogue of version 1 (no checksums, num_clipped or number of commits) is read as it lies, and upgraded by the first
+write, after which software of that version rejects it; a compaction rewrites its records' headers.
 """
 
 import logging
@@ -214,9 +212,8 @@ class FaissStore(Store):
         self._catalogue.close()
 
     def _read(self, collection: str, passage_ids: Sequence[str]) -> tuple[dict[str, Record | Damaged], dict[str, str]]:
-        """Records that could be read, and the ids whose segment has no file, with its name."""
         found: dict[str, Record | Damaged] = {}
-        gone: dict[str, str] = {}
+        gone: dict[str, str] = {}  # ids whose segment has no file, with its name
         with self._catalogue.reading() as connection:
             collection_id = connection.find_collection(collection)
             if collection_id is None:
@@ -242,8 +239,7 @@ class FaissStore(Store):
             with self._catalogue.lock.held():
                 self._catalogue.create()
                 if self._may_have_orphans:
-                    committed = self._catalogue.committed_files()
-                    self._files.remove(path.name for path in self._files.orphans(committed))
+                    self._files.remove(self._files.orphans(self._catalogue.committed_files()))
                     self._may_have_orphans = False
                 try:
                     self._has_written = True

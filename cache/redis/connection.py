@@ -7,7 +7,7 @@ receive checks the deadline of the whole call (`_Bounded`), which received bytes
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field
@@ -23,8 +23,7 @@ from redis.retry import Retry
 from cache.errors import StoreUrlError
 from cache.store import public_url
 
-# redis-py's commands are typed for sync and async at once, which no caller can use.
-Client = Any
+Client = Any  # redis-py's commands are typed for sync and async at once, which no caller can use
 _T = TypeVar("_T")
 
 # A reply in full flow does not use up the budget. A tenth of the rate measured of one local server.
@@ -44,7 +43,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 class Address:
     """A Redis URL, parsed and checked."""
 
-    hosts: tuple[tuple[str, int], ...]
+    hosts: Sequence[tuple[str, int]]
     is_tls: bool
     is_cluster: bool
     database: int
@@ -84,9 +83,7 @@ class Address:
             addresses.append((host["host"].strip("[]"), port))
         if len(addresses) > 1 and not plus:
             raise StoreUrlError(f"store: {shown!r} names {len(addresses)} hosts; only redis+cluster:// may")
-        return cls(
-            tuple(addresses), kind == "rediss", bool(plus), int(database), username or None, password or None, prefix
-        )
+        return cls(addresses, kind == "rediss", bool(plus), int(database), username or None, password or None, prefix)
 
     def connect(self, budget_seconds: float, tls_ca_file: str | None) -> Client:
         options: dict[str, Any] = {"username": self.username, "password": self.password, "driver_info": None}

@@ -48,41 +48,20 @@ _ERRORS: dict[str, tuple[type[CacheError], str]] = {
 }
 
 
-class _CircuitBreaker:
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._num_failures, self._open_until, self._reason = 0, 0.0, ""
-
-    def check(self) -> None:
-        with self._lock:
-            if self._num_failures < _MAX_FAILURES:
-                return
-            wait_seconds = self._open_until - time.monotonic()
-            if wait_seconds > 0:
-                state = f"{self._num_failures} failures in a row, next try in {wait_seconds:.1f} s"
-                raise StoreUnavailable(f"circuit breaker open: {state}; last: {self._reason}")
-            self._open_until = time.monotonic() + _COOLDOWN_SECONDS  # for the calls next to this trial
-
-    def ended(self, failure: str | None = None) -> None:
-        with self._lock:
-            self._num_failures = 0 if failure is None else self._num_failures + 1
-            self._reason, self._open_until = failure or "", time.monotonic() + _COOLDOWN_SECONDS
-
-
 class Link:
     """One kind of calls to one address. Thread-safe; connects on first use, and again after a server went away."""
 
     def __init__(self, address: Address, *, budget_seconds: float, tls_ca_file: str | None) -> None:
         self._address = address
         self._budget_seconds = budget_seconds
-        self._breaker = _CircuitBreaker()
+        self._num_failures, self._open_until, self._reason = 0, 0.0, ""  # of the circuit breaker
         self._tls_ca_file = tls_ca_file
         self._lock = threading.Lock()
-        self._client: Client | None = None
+        self.client: Client | None = None
 
     def call(self, work: Callable[[Client, Deadline], T]) -> T:
         """The result of `work`, which may run twice, or a CacheError, within the budget."""
-        self._breaker.check()
+        self._check_breaker()
         deadline = Deadline(self._budget_seconds)
         try:
             attempt = partial(deadline.bounding, partial(self._try_twice, work, deadline))
@@ -90,11 +69,11 @@ class Link:
             result = deadline.on_a_thread(attempt) if self._address.is_cluster else attempt()
         except Exception as exc:
             error = self._translated(exc, deadline)
-            self._breaker.ended(str(error) if isinstance(error, StoreUnavailable) else None)  # else it answered
+            self._ended(str(error) if isinstance(error, StoreUnavailable) else None)  # else it answered
             if error is exc:
                 raise
             raise error from exc
-        self._breaker.ended()
+        self._ended()
         return result
 
     def run(
@@ -127,15 +106,26 @@ class Link:
         """The primaries of a cluster, as `node`s of `run`; [None] for a single server."""
         return self.call(lambda client, _: list(client.get_primaries())) if self._address.is_cluster else [None]
 
-    def reconnect(self) -> None:
-        """Drop the connections, so that the next call is made on fresh ones."""
-        self._forget(self._client)
-
     def close(self) -> None:
         with self._lock:
-            client, self._client = self._client, None
+            client, self.client = self.client, None
         if client is not None:
             client.close()
+
+    def _check_breaker(self) -> None:
+        with self._lock:
+            if self._num_failures < _MAX_FAILURES:
+                return
+            wait_seconds = self._open_until - time.monotonic()
+            if wait_seconds > 0:
+                state = f"{self._num_failures} failures in a row, next try in {wait_seconds:.1f} s"
+                raise StoreUnavailable(f"circuit breaker open: {state}; last: {self._reason}")
+            self._open_until = time.monotonic() + _COOLDOWN_SECONDS  # for the calls next to this trial
+
+    def _ended(self, failure: str | None = None) -> None:
+        with self._lock:
+            self._num_failures = 0 if failure is None else self._num_failures + 1
+            self._reason, self._open_until = failure or "", time.monotonic() + _COOLDOWN_SECONDS
 
     def _try_twice(self, work: Callable[[Client, Deadline], T], deadline: Deadline) -> T:
         client = None
@@ -148,28 +138,29 @@ class Link:
             types = redis.ResponseError | redis.exceptions.BusyLoadingError | CacheError
             is_settled = _is_denied(exc) or isinstance(exc, types)  # fresh connections would give the same answer
             if not is_settled or isinstance(exc, redis.ReadOnlyError):
-                self._forget(client)
+                self.forget(client)
                 if deadline.left_seconds:
                     return work(self._connected(), deadline)
             raise
 
     def _connected(self) -> Client:
         with self._lock:
-            client = self._client
+            client = self.client
         if client is None:
             # A cluster answers here: not under the lock, where every other call would wait.
             client = self._address.connect(self._budget_seconds, self._tls_ca_file)
             with self._lock:
-                if self._client is None:
-                    self._client = client
-                client = self._client
+                if self.client is None:
+                    self.client = client
+                client = self.client
         return client
 
-    def _forget(self, client: Client) -> None:
+    def forget(self, client: Client | None) -> None:
+        """Drop a client's connections, so that the next call is made on fresh ones."""
         with self._lock:
-            if client is None or client is not self._client:
+            if client is None or client is not self.client:
                 return
-            self._client = None
+            self.client = None
         nodes = client.get_nodes() if self._address.is_cluster else []
         for one in [node.redis_connection for node in nodes] if nodes else [client]:
             if one is not None:

@@ -13,7 +13,7 @@ that cannot be Preread's are skipped: the database may be shared. A multi-get is
 
 import logging
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import islice
@@ -83,7 +83,7 @@ class RedisStore(Store):
         # and then a nil may stand in a record's place: all but the records are read once more, on another one.
         if any(isinstance(record, Damaged) for record in found):
             doubted = [i for i, record in enumerate(found) if not isinstance(record, Record)]
-            link.reconnect()
+            link.forget(link.client)
             again = self._get_once(link, collection, [passage_ids[i] for i in doubted])
             for i, record in zip(doubted, again, strict=True):
                 found[i] = record
@@ -218,7 +218,6 @@ class RedisStore(Store):
         return sum(self._bulk.run([("UNLINK", key) for key in keys], _is_count, _HEADER_CHUNK))
 
     def _ask(self, link: Link, is_valid: IsValid, *command: Any) -> Any:
-        """The reply to a command on one of the store's hashes."""
         (reply,) = link.run([command], is_valid)
         if isinstance(reply, Exception):
             expected = "another type of value, expected the hash Preread keeps there"
@@ -227,7 +226,11 @@ class RedisStore(Store):
 
     def _flaws(self) -> Iterator[tuple[str, bytes, str]]:
         """Fields of the store's hashes that it did not write: key, field and problem."""
-        parsers = {self._manifests: _manifest, self._aliases: _alias, self._generations: _generation}
+        parsers: dict[str, Callable[[bytes, bytes], object]] = {
+            self._manifests: lambda field, value: Manifest.from_json(value, _written_name("collection", field)),
+            self._aliases: _alias,
+            self._generations: _generation,
+        }
         for key, parse in parsers.items():
             for field, value in sorted(self._ask(self._bulk, _is_pairs, "HGETALL", key).items()):
                 try:
@@ -313,10 +316,6 @@ def _name(field: bytes) -> str | None:
     with suppress(UnicodeDecodeError, errors.InvalidName):
         return check_name("name", field.decode())
     return None
-
-
-def _manifest(field: bytes, value: bytes) -> Manifest:
-    return Manifest.from_json(value, _written_name("collection", field))
 
 
 def _alias(field: bytes, value: bytes) -> tuple[str, str]:
