@@ -215,12 +215,11 @@ def _shape_of(factory: str, dim: int) -> tuple[int, int, int]:
     """Numbers in the trained table, states needed to train, and centroids of a part, or 0."""
     if not 1 <= dim <= 65536:
         raise CodecError(f"dim: {dim}, expected 1 to 65536")
-    if factory in _NUMBERS:
+    scaled = _SCALED.fullmatch(factory)
+    if factory in _SCALAR or (scaled and scaled["standard"]):  # minimum and range, or mean and deviation, per dimension
+        return 2 * dim, _MIN_TRAINING_STATES, 0
+    if scaled or factory in _NUMBERS:
         return 0, 0, 0
-    if factory in _SCALAR:
-        return 2 * dim, _MIN_TRAINING_STATES, 0  # per dimension: minimum and range
-    if match := _SCALED.fullmatch(factory):
-        return (2 * dim, _MIN_TRAINING_STATES, 0) if match["standard"] else (0, 0, 0)  # means and deviations, or none
     for pattern in (_PQ, _RQ):
         if match := pattern.fullmatch(factory):
             num_parts, bits = int(match["num_parts"]), int(match["bits"] or 8)

@@ -1,7 +1,4 @@
-"""Collection: passages of one encoder identity in a store, as float states.
-
-Encodes on writing, decodes on reading or leaves that to the reader, and rejects what does not belong.
-"""
+"""Collection: passages of one encoder identity in a store, encoded on writing, decoded on reading or by the reader."""
 
 import struct
 from collections.abc import Callable, Iterator, Sequence

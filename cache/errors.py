@@ -1,8 +1,5 @@
 # ruff: noqa: N818 - the names say what happened; `CacheError` already says that it is an error.
-"""Every error the cache raises on purpose, all of them CacheErrors.
-
-Low-level errors (OSError, sqlite3.Error, redis.RedisError) never leave the package: they are translated with `from`.
-"""
+"""Every error the cache raises on purpose; OSError, sqlite3.Error, redis.RedisError are translated with `from`."""
 
 from collections.abc import Mapping
 

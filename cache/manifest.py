@@ -75,10 +75,7 @@ class Manifest:
 
     @property
     def binding(self) -> int:
-        """64 bits in every record, of the identity and all that decides how codes are read; in version 1 of the JSON.
-
-        A damaged or exchanged manifest decodes nothing.
-        """
+        """64 bits in every record, of the identity and all that decides how codes are read; in version 1 of JSON."""
         if self.version == 1:
             return xxhash.xxh3_64_intdigest(self.to_json())
         bound = (self.identity, self.fingerprint, self.dim, self.compression_ratio, self.codec, self.codec_table.hex())

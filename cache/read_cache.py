@@ -71,10 +71,7 @@ class ByteBoundedCache(Generic[K, V]):
 
 
 def _forwarded(method: _Method) -> _Method:
-    def forward(self: "_StoreWrapper", /, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self.store, method.__name__)(*args, **kwargs)
-
-    return cast(_Method, forward)
+    return cast(_Method, lambda self, *args, **kwargs: getattr(self.store, method.__name__)(*args, **kwargs))
 
 
 class _StoreWrapper(Store):

@@ -146,13 +146,10 @@ class Header(NamedTuple):
         return self.num_states, self.num_tokens, self.flags & _TRUNCATED, self.total_bytes, self.num_clipped
 
     @property
-    def num_bytes(self) -> int:
-        return len(self.packed) + _CHECKSUM.size
-
-    @property
     def total_bytes(self) -> int:
         """Length of the whole packed record; a store reports it as the passage's size."""
-        return self.num_bytes + 4 * self.num_windows + self.num_states * self.code_size + self.text_bytes
+        payload_bytes = 4 * self.num_windows + self.num_states * self.code_size + self.text_bytes
+        return len(self.packed) + _CHECKSUM.size + payload_bytes
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -208,10 +205,11 @@ class Record:
         header = Header.parse(data[:HEADER_BYTES], passage_id)
         if len(data) != header.total_bytes:
             raise DamagedRecord(f"value of {len(data)} bytes, expected {header.total_bytes}")
-        windows_end = header.num_bytes + 4 * header.num_windows
+        start = len(header.packed) + _CHECKSUM.size
+        windows_end = start + 4 * header.num_windows
         codes_end = windows_end + header.num_states * header.code_size
         codes = np.frombuffer(data, dtype=np.uint8, count=codes_end - windows_end, offset=windows_end)
-        return cls.join(header, data[header.num_bytes : windows_end], codes, data[codes_end:])
+        return cls.join(header, data[start:windows_end], codes, data[codes_end:])
 
     @classmethod
     def checked(cls, passage_id: str, data: bytes | None) -> "Record | Damaged | None":
@@ -260,8 +258,7 @@ def _header_checksum(version: int, packed: bytes, passage_id: str | bytes) -> by
 def _payload_checksum(windows: bytes, codes: NDArray[np.uint8], text: bytes) -> int:
     digest = xxhash.xxh3_64(windows)
     digest.update(codes.data)
-    if text:
-        digest.update(text)
+    digest.update(text)
     return digest.intdigest()
 
 

@@ -1,7 +1,4 @@
-"""Store: the contract of a place for records, by collection and passage id; tests/cache/test_store_contract.py has it.
-
-A store knows records, manifests and aliases; `collection.py` encodes and decodes floats, `open.py` opens one by URL.
-"""
+"""Store: the contract of a place for records, by collection and passage id (tests/cache/test_store_contract.py)."""
 
 import re
 from abc import ABC, abstractmethod

@@ -96,8 +96,7 @@ CREATE TEMP VIEW store AS SELECT num_removed, 0 AS num_commits, x'' AS schema, {
 class _WriterLock:
     """One writer at a time, over threads and processes: an flock that the kernel drops when its holder dies.
 
-    Its file also keeps how many commits were acknowledged, which tells a catalogue whose last commits were lost (a log
-    that is damaged ends where the damage is) from one that never had them.
+    Its file keeps the number of acknowledged commits, to tell when the last were lost: a log ends where its damage is.
     """
 
     def __init__(self, path: Path, timeout_seconds: float) -> None:
@@ -246,9 +245,8 @@ class CatalogueFile:
     def salvaging(self) -> Iterator[Connection]:
         """A connection to a catalogue that `reading` may reject, with all of its schema that SQLite can parse."""
         with translated(self.path), closing(Connection.open(self.path)) as connection:
-            connection.execute("PRAGMA writable_schema = ON")  # skips what cannot be parsed
-            connection.execute("PRAGMA mmap_size = 0")
-            connection.execute("PRAGMA cell_size_check = ON")
+            for pragma in ("writable_schema = ON", "mmap_size = 0", "cell_size_check = ON"):  # skips what is not SQL
+                connection.execute(f"PRAGMA {pragma}")
             if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'removals'").fetchone():
                 connection.run(_AS_VERSION_2)
             yield connection

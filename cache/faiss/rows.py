@@ -60,11 +60,9 @@ _OS: dict[int | None, tuple[type[CacheError], str]] = {
 _SQLITE: dict[int, tuple[type[CacheError], str]] = {
     sqlite3.SQLITE_FULL: (StoreFull, "has no space left"),
     sqlite3.SQLITE_READONLY: (StoreAccessDenied, "may not be written"),
-    sqlite3.SQLITE_PERM: (StoreAccessDenied, "may not be opened"),
     sqlite3.SQLITE_CANTOPEN: (StoreAccessDenied, "cannot be opened"),
-    sqlite3.SQLITE_AUTH: (StoreAccessDenied, "may not be opened"),
-    sqlite3.SQLITE_BUSY: (StoreLocked, "is held by another process"),
-    sqlite3.SQLITE_LOCKED: (StoreLocked, "is held by another process"),
+    **dict.fromkeys((sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH), (StoreAccessDenied, "may not be opened")),
+    **dict.fromkeys((sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED), (StoreLocked, "is held by another process")),
     sqlite3.SQLITE_CORRUPT: (StoreDamaged, "is damaged"),
     sqlite3.SQLITE_NOTADB: (StoreDamaged, "is not a catalogue"),
     10 | 2 << 8: (StoreDamaged, "is too short"),  # SQLITE_IOERR_SHORT_READ, which the module does not name
@@ -116,10 +114,8 @@ class Connection(sqlite3.Connection):
     @classmethod
     def open(cls, path: Path, mode: str = "rw") -> "Connection":
         """`mode` is a URI's, with further parameters; "memory" for a database without a file."""
-        uri = f"file:{quote(str(path))}?mode={mode}"
-        connection = sqlite3.connect(
-            uri, timeout=10, isolation_level=None, check_same_thread=False, factory=cls, uri=True
-        )
+        options: dict[str, Any] = {"timeout": 10, "isolation_level": None, "check_same_thread": False, "uri": True}
+        connection = sqlite3.connect(f"file:{quote(str(path))}?mode={mode}", factory=cls, **options)
         connection.text_factory = bytes
         connection.create_function("row_checksum", -1, _row_checksum, deterministic=True)
         return connection
@@ -292,25 +288,6 @@ class _Row(NamedTuple):
     windows: bytes = b""
     text: bytes = b""
 
-    @classmethod
-    def of(cls, values: Sequence[Any], segment: Segment | str) -> "_Row":
-        encoded_id, packed, windows, written, first_row, *counts = values[:10]
-        try:
-            if not (type(packed) is type(windows) is type(written) is bytes and type(first_row) is int):
-                raise DamagedRecord("a column of its catalogue row is of another type")
-            header = Header.parse(packed, encoded_id)
-            if header.version == 1:
-                encoded_id.decode()  # which its checksum does not cover
-            if tuple(counts) != header.counts:
-                raise DamagedRecord("its catalogue row does not agree with its header")
-            if isinstance(segment, str):
-                raise DamagedRecord(segment)
-            if header.code_size != segment.code_size:
-                raise DamagedRecord(f"{header.code_size} bytes per state, its segment has {segment.code_size}")
-        except (UnicodeDecodeError, DamagedRecord) as exc:
-            return cls(encoded_id, str(exc) if isinstance(exc, DamagedRecord) else "its passage id is not UTF-8")
-        return cls(encoded_id, "", segment, first_row, header, windows, written)
-
 
 def read_records(rows: Iterable[_Row], files: SegmentFiles) -> Iterator[tuple[str, Record | Damaged | str]]:
     """Passage ids and whole records, in order; where there is no segment file, its name takes the record's place."""
@@ -334,21 +311,38 @@ def read_records(rows: Iterable[_Row], files: SegmentFiles) -> Iterator[tuple[st
 
 def _rows(collection_id: int, found: Iterable[Sequence[Any]]) -> Iterator[_Row]:
     segments: dict[object, Segment | str] = {}  # most passages of a request share one with others
-    for values in found:
-        typed(bytes, values[0])
-        segment_id, owner, *_ = values[10:]
+    for encoded_id, packed, windows, text, first_row, *rest in found:
+        typed(bytes, encoded_id)
+        counts, place = tuple(rest[:5]), rest[5:]
+        segment_id, owner, *_ = place
         if (segment := segments.get(segment_id)) is None:
             try:
                 if owner is None:
                     raise StoreDamaged(f"segment {segment_id} is not in the catalogue")
-                segment_id, owner, *rest = _checked_row("segments", values[10:])
+                _, owner, *fields = _checked_row("segments", place)
                 if owner != collection_id:
                     raise StoreDamaged(f"segment {segment_id} is of another collection")
-                segment = Segment(segment_id, *rest)
+                segment = Segment(segment_id, *fields)
             except StoreDamaged as exc:
                 segment = str(exc)
             segments[segment_id] = segment
-        yield _Row.of(values, segment)
+        try:
+            if not (type(packed) is type(windows) is type(text) is bytes and type(first_row) is int):
+                raise DamagedRecord("a column of its catalogue row is of another type")
+            header = Header.parse(packed, encoded_id)
+            if header.version == 1:
+                encoded_id.decode()  # which its checksum does not cover
+            if counts != header.counts:
+                raise DamagedRecord("its catalogue row does not agree with its header")
+            if isinstance(segment, str):
+                raise DamagedRecord(segment)
+            if header.code_size != segment.code_size:
+                raise DamagedRecord(f"{header.code_size} bytes per state, its segment has {segment.code_size}")
+            yield _Row(encoded_id, "", segment, first_row, header, windows, text)
+        except UnicodeDecodeError:
+            yield _Row(encoded_id, "its passage id is not UTF-8")
+        except DamagedRecord as exc:
+            yield _Row(encoded_id, str(exc))
 
 
 @contextmanager

@@ -96,10 +96,9 @@ class SegmentFiles:
     def codes(self, segment: Segment, ranges: _Ranges) -> Iterator[_Codes | DamagedRecord]:
         """Codes of ranges of rows, (first_row, num_states) each: uint8 (num_states * code_size,) in memory.
 
-        Ranges that lie next to each other in the file are read together, and their codes are views into one buffer.
-        A range that the file does not have, or that cannot be read, costs itself alone: DamagedRecord takes its place.
-        Raises FileNotFoundError where a compaction removed the file since the catalogue was read, or it is lost, and
-        OSError where no file can be opened now, or this one not by this process.
+        Adjacent ranges are read together, their codes views into one buffer. A range that cannot be read costs itself
+        alone: DamagedRecord takes its place. Raises FileNotFoundError where a compaction removed the file since, or it
+        is lost, and OSError where no file can be opened now, or this one not by this process.
         """
         try:
             return self._read(segment, self._open(segment), ranges)

@@ -1,7 +1,7 @@
 """Connections to a Redis server or cluster, bounded by a deadline.
 
-redis-py's defaults retry for tens of seconds and its timeouts are per packet; here its retries are off and every
-receive checks the deadline of the whole call (`_Bounded`), which received bytes extend.
+redis-py retries for tens of seconds and times packets: here it never retries, and each receive checks the whole call's
+deadline (`_Bounded`), which received bytes extend.
 """
 
 import re

@@ -1,7 +1,4 @@
-"""Link: calls to a Redis server or cluster within a time budget, with one retry and a circuit breaker.
-
-Commands travel in few round trips, each with a proof that every reply belongs to its command (`_exchange`).
-"""
+"""Link: calls to a Redis server or cluster within a time budget, with one retry and a circuit breaker."""
 
 import logging
 import os
@@ -155,10 +152,10 @@ class Link:
                 client = self.client
         return client
 
-    def forget(self, client: Client | None) -> None:
+    def forget(self, client: Client) -> None:
         """Drop a client's connections, so that the next call is made on fresh ones."""
         with self._lock:
-            if client is None or client is not self.client:
+            if client is not self.client or client is None:
                 return
             self.client = None
         nodes = client.get_nodes() if self._address.is_cluster else []
