@@ -7,7 +7,7 @@ deadline (`_Bounded`), which received bytes extend.
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field
@@ -43,7 +43,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 class Address:
     """A Redis URL, parsed and checked."""
 
-    hosts: Sequence[tuple[str, int]]
+    hosts: tuple[tuple[str, int], ...]
     is_tls: bool
     is_cluster: bool
     database: int
@@ -76,11 +76,11 @@ class Address:
         database = parts["path"].strip("/") or "0"
         if not database.isascii() or not database.isdigit() or (plus and database != "0"):
             raise StoreUrlError(f"store: database of {shown!r}, expected a number (0 in a cluster)")
-        addresses: list[tuple[str, int]] = []
+        addresses: tuple[tuple[str, int], ...] = ()
         for host in map(_HOST.fullmatch, hosts.split(",")):
             if host is None or not 0 < (port := int(host["port"] or 6379)) < 65536:
                 raise StoreUrlError(f"store: host of {shown!r}, expected HOST or HOST:PORT")
-            addresses.append((host["host"].strip("[]"), port))
+            addresses += ((host["host"].strip("[]"), port),)
         if len(addresses) > 1 and not plus:
             raise StoreUrlError(f"store: {shown!r} names {len(addresses)} hosts; only redis+cluster:// may")
         return cls(addresses, kind == "rediss", bool(plus), int(database), username or None, password or None, prefix)
