@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import math
 import os
 import platform
@@ -153,16 +152,12 @@ def cpp_compiler() -> str | None:
 
 def tune_process(num_threads: int | None = None) -> None:
     """Process-wide settings for steady inference; called once by the owner of the process.
-
-    oneDNN's preparations for one batch size are mostly of no use to the next: keep less of them. It reads that from the
-    environment at the first product and offers no other way; a value that is set there already wins.
-
     torch counts processors, and does not know that a container's quota pays for fewer of them; more threads than that
     are stopped together for part of every period. So without a number there are at most as many as the quota allows.
     """
     cores = usable_cores()
-    compilers = {"TORCHINDUCTOR_COMPILE_THREADS": str(min(32, cores))}  # a process each
-    for name, value in (PREPARED_PRODUCTS | compilers).items():
+    # Read at the first product, and only from there; a value that is set already wins. A compile thread is a process.
+    for name, value in (PREPARED_PRODUCTS | {"TORCHINDUCTOR_COMPILE_THREADS": str(min(32, cores))}).items():
         os.environ.setdefault(name, value)
     torch.set_num_threads(num_threads or min(torch.get_num_threads(), cores))
     # glibc hands activation-sized blocks back to the kernel on every free and pages them in again on the next batch,
@@ -172,12 +167,3 @@ def tune_process(num_threads: int | None = None) -> None:
         m_trim_threshold, m_mmap_threshold = -1, -3
         mallopt(m_mmap_threshold, 1 << 30)
         mallopt(m_trim_threshold, (1 << 31) - 1)
-
-
-def keep_loaded() -> None:
-    """Leave loaded objects out of garbage collections; called once a server is ready.
-    A full collection goes through half a million objects of models and libraries and stops every thread for up to a
-    second. A body of 125,000 lists sets one off.
-    """
-    gc.collect()
-    gc.freeze()

@@ -33,26 +33,6 @@ BLOCK_LOGITS = 1 << 20
 _COMPILED = "preread-"  # begins the name of a processor's folder
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    x32 = x.float()
-    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
-
-
-def _add_norm(hidden: Tensor, update: Tensor, post: Tensor, following: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    hidden = hidden + _rms_norm(update, post, eps)
-    return hidden, _rms_norm(hidden, following, eps)
-
-
-def _norm_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-    x = _rms_norm(x, weight, eps)
-    half = x.shape[-1] // 2
-    return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
-
-
-def _masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:
-    return torch.softmax(logits.float() + mask, dim=-1).to(logits.dtype)
-
-
 class Pointwise:
     """The steps between matrix products, in float32 inside, compiled or not.
 
@@ -66,13 +46,28 @@ class Pointwise:
     """
 
     def __init__(self, eps: float, *, compiled: bool = False) -> None:
-        self.eps = eps
+        def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+            x32 = x.float()
+            return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+
+        def add_norm(hidden: Tensor, update: Tensor, post: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
+            hidden = hidden + rms_norm(update, post)
+            return hidden, rms_norm(hidden, following)
+
+        def norm_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            x = rms_norm(x, weight)
+            half = x.shape[-1] // 2
+            return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
+
+        def masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:
+            return torch.softmax(logits.float() + mask, dim=-1).to(logits.dtype)
+
         self.num_compilations = 0
         self.compiled = compiled
-        self.rms_norm = self._for_any_rows(lambda x, w: _rms_norm(x, w, eps), rows=(0,))
-        self.add_norm = self._for_any_rows(lambda h, u, p, f: _add_norm(h, u, p, f, eps), rows=(0, 1))
-        self.norm_rotate = self._for_any_rows(lambda x, w, c, s: _norm_rotate(x, w, c, s, eps), rows=(0, 2, 3))
-        self.masked_softmax = self._for_any_rows(_masked_softmax, rows=(0, 1), keys=2)
+        self.rms_norm = self._for_any_rows(rms_norm, rows=(0,))
+        self.add_norm = self._for_any_rows(add_norm, rows=(0, 1))
+        self.norm_rotate = self._for_any_rows(norm_rotate, rows=(0, 2, 3))
+        self.masked_softmax = self._for_any_rows(masked_softmax, rows=(0, 1), keys=2)
 
     def _for_any_rows(self, function: _Steps, rows: tuple[int, ...], keys: int | None = None) -> _Steps:
         """`function`, fused once for every size of the first axis of the arguments `rows` (and of axis `keys`)."""

@@ -112,16 +112,11 @@ def _config(shape: Shape) -> dict[str, Any]:
         "model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
         "num_attention_heads": 1, "image_size": 896, "patch_size": 14,
     }  # fmt: skip
-    special = {"eoi_token_index": 1, "image_token_index": 3}
+    text, special = {"model_type": "t5gemma2_text", **stack}, {"eoi_token_index": 1, "image_token_index": 3}
     return {
         "architectures": ["T5Gemma2ForConditionalGeneration"],
         "model_type": "t5gemma2",
-        "encoder": {
-            "model_type": "t5gemma2_encoder",
-            "text_config": {"model_type": "t5gemma2_text", **stack},
-            "vision_config": vision,
-            **special,
-        },
+        "encoder": {"model_type": "t5gemma2_encoder", "text_config": text, "vision_config": vision, **special},
         "decoder": {"model_type": "t5gemma2_decoder", **stack},
         **special,
         "tie_word_embeddings": True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import importlib.metadata
 import json
@@ -26,7 +27,7 @@ from cache.errors import CacheError, StoreLocked, StoreUnavailable
 from cache.open import open_store
 from cache.store import Store, public_url
 from checkpoint import CheckpointError
-from checkpoint.compute import keep_loaded, tune_process
+from checkpoint.compute import tune_process
 from decoder_server.config import DecoderConfig, HttpConfig, ModelConfig
 from decoder_server.engine.collections import describe
 from decoder_server.engine.lifecycle import Observer
@@ -79,7 +80,6 @@ async def run_server(ctx: click.Context, config: DecoderConfig, http: HttpConfig
             stack.push_async_callback(gateway.stop, 0)
         if not await process.starts(server.start()):
             return
-        keep_loaded()
         await _introduce(server, store)
         process.listens(server)
         if gateway is not None:
@@ -98,7 +98,6 @@ async def run_worker(ctx: click.Context, config: EncoderConfig, begun: float) ->
     with process.metrics(server.metrics.registry):
         if not await process.starts(server.start()):
             return
-        keep_loaded()
         encoder = server.engine.encoder
         identity = encoder.identity
         _say(f"encoder      {config.checkpoint} (encoder {identity.fingerprint[:12]}, dim {identity.dim})")
@@ -165,6 +164,10 @@ class _Process:
             await asyncio.wait([starting])
             return False
         await starting
+        # A full collection goes through half a million objects of models and libraries, and stops every thread for up
+        # to a second; a body of 125,000 lists sets one off. So what is loaded by now is left out.
+        gc.collect()
+        gc.freeze()
         return True
 
     def listens(self, server: DecoderServer | EncoderServer) -> None:
