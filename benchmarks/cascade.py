@@ -54,7 +54,7 @@ def index(
 ) -> None:
     """Adds the candidates' states at ratio 1 that are not there yet."""
     wanted = sorted({passage_id for ranking in found.values() for passage_id, _ in ranking})
-    identity = checkpoint.identity()
+    identity = checkpoint.identity
     try:
         collection = Collection.open(store, name, fingerprint=identity.fingerprint)
     except CollectionNotFound:

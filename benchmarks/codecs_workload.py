@@ -104,7 +104,7 @@ class Workload:
         texts = {p: judged.passages[p] for p in [*self.scored, *self.training] if judged.passages[p].strip()}
         self.name = f"{Path(checkpoint).name}-{folder.name}"
         # States serve every size; margins are of one.
-        self.weights = self.opened.identity().fingerprint[:8]
+        self.weights = self.opened.identity.fingerprint[:8]
         root = work / f"{self.name}-{self.weights}"
         self._folder = root / f"{sizes.queries}x{sizes.candidates}-{sizes.training_passages}-{sizes.seed}"
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -131,7 +131,7 @@ class Workload:
             for first in range(0, len(items), 32):  # small groups: little is lost by an interruption
                 index(items[first : first + 32], encoder, self._store, "states", settings)
                 advance(len(items[first : first + 32]))
-        return Collection.open(self._store, "states", fingerprint=self.opened.identity().fingerprint)
+        return Collection.open(self._store, "states", fingerprint=self.opened.identity.fingerprint)
 
     def states(self, passage_ids: list[str], ratio: int) -> Iterator[tuple[str, PassageStates]]:
         """Float32 states at a ratio, as the encoder gave them."""

@@ -47,7 +47,7 @@ def grow(url: str, stored_bytes: Callable[[], int], evict: Callable[[], None] | 
     model = Checkpoint.open(args.model)
     states = np.random.default_rng(0).standard_normal((64, TOKENS // RATIO, model.dim), dtype=np.float32)
     store = open_store(url)
-    manifest = Manifest.of(model.identity(), collection="c", compression_ratio=RATIO, codec="SQfp16", stores_text=False)
+    manifest = Manifest.of(model.identity, collection="c", compression_ratio=RATIO, codec="SQfp16", stores_text=False)
     collection = Collection.create(store, manifest)
     num, writing = 0, 0.0
     for size in SIZES[:2] if args.quick else SIZES:

@@ -103,7 +103,7 @@ def fill_states_tier(directory: Path, dtype: str) -> None:
     checkpoint = Checkpoint.open(directory)
     states = np.ones((-(-PASSAGE_TOKENS // RATIO), checkpoint.dim), dtype=np.float32)
     one = PassageStates(states, (PASSAGE_TOKENS,), RATIO, False, text_digest(""))
-    manifest = Manifest.of(checkpoint.identity(), collection="c", compression_ratio=RATIO, stores_text=False)
+    manifest = Manifest.of(checkpoint.identity, collection="c", compression_ratio=RATIO, stores_text=False)
     collection = Collection.create(CachedStore(open_store("memory:"), max_bytes=TIER_BYTES), manifest)
     count = TIER_BYTES * 3 // 2 // (len(states) * collection.codec.code_size_bytes)
     batches = [range(first, min(first + 100, count)) for first in range(0, count, 100)]

@@ -77,7 +77,7 @@ def texts_of(count_tokens: Callable[[str], int]) -> Callable[[int], str]:
 
 def fill(store_url: str, checkpoint: Checkpoint, lengths: list[int], num_passages: int, ratio: int) -> None:
     """A collection for each length, called t344 and so on. No time depends on the states' values: they are random."""
-    identity = checkpoint.identity()
+    identity = checkpoint.identity
     store = open_store(store_url)
     rng = np.random.default_rng(0)
     for length in lengths:

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -44,9 +45,6 @@ APPLIED = frozenset({
     "rope_parameters", "rope_scaling", "rope_theta", "sliding_window", "sliding_window_pattern", "tie_word_embeddings",
     "vocab_size",
 })  # fmt: skip
-TOP_PARTS = frozenset({"encoder", "decoder", "eoi_token_index", "tie_word_embeddings", "vocab_size"})
-# Around the encoder's text_config; the vision tower is never built.
-ENCODER_PARTS = frozenset({"eoi_token_index", "mm_tokens_per_image", "text_config", "vision_config", "vocab_size"})
 _Whole = Annotated[int, Meta(ge=1)]
 _Positive = Annotated[float, Meta(gt=0, le=sys.float_info.max)]
 # Numbers of either stack, beyond what transformers checks.
@@ -189,7 +187,8 @@ class Checkpoint:
         return wanted, head if head in stored else ""
 
     @cached_property
-    def _identity(self) -> EncoderIdentity:
+    def identity(self) -> EncoderIdentity:
+        """Hashes the encoder's weights at the first call: about a second per gigabyte."""
         weights = self._tensors.digest_of(tensor_shapes("encoder", self.encoder_config))
         tokenizer = hashlib.sha256((self.path / "tokenizer.json").read_bytes()).digest()
         shared: dict[str, Any] = {
@@ -205,10 +204,6 @@ class Checkpoint:
         rest = json.dumps(config, sort_keys=True, ensure_ascii=True, separators=(",", ":")).encode()
         fingerprint = hashlib.sha256(weights + tokenizer + rest).hexdigest()
         return EncoderIdentity(fingerprint=fingerprint, checkpoint=self.name, dim=self.dim, **shared)
-
-    def identity(self) -> EncoderIdentity:
-        """Hashes the encoder's weights at the first call: about a second per gigabyte."""
-        return self._identity
 
     def weights_digest(self) -> str:
         """sha256, hex, of every tensor either half reads; with `settings` it is all that margins depend on."""
@@ -231,9 +226,10 @@ def _read_config(path: Path) -> T5Gemma2Config:
         raise CheckpointError(f"{where}: no valid T5Gemma 2 configuration ({exc})") from exc
     encoder, decoder = cast(Any, config.encoder), cast(Any, config.decoder)
     raw_encoder = raw.get("encoder") or {}
-    parts: list[tuple[str, Any, Any, frozenset[str]]] = [
-        ("the model", raw, config, STORAGE | TOP_PARTS),
-        ("encoder", raw_encoder, encoder, ENCODER_PARTS),
+    shared, own = {"eoi_token_index", "vocab_size"}, {"mm_tokens_per_image", "text_config", "vision_config"}
+    parts: list[tuple[str, Any, Any, Collection[str]]] = [
+        ("the model", raw, config, STORAGE | shared | {"encoder", "decoder", "tie_word_embeddings"}),
+        ("encoder", raw_encoder, encoder, shared | own),  # the vision tower is never built
         ("encoder.text_config", raw_encoder.get("text_config") or {}, encoder.text_config, APPLIED),
         ("decoder", raw.get("decoder") or {}, decoder, APPLIED | {"final_logit_softcapping", "is_decoder"}),
     ]
@@ -241,15 +237,14 @@ def _read_config(path: Path) -> T5Gemma2Config:
         fields = {field.name: field.default for field in dataclasses.fields(made) if not field.name.startswith("_")}
         defaults = {name: value for name, value in fields.items() if value is not dataclasses.MISSING}
         check_fields(f"{where}: {place}", found, defaults, applied)
-    for place, stack in (("encoder.text_config", encoder.text_config), ("decoder", decoder)):
-        _check_numbers(f"{where}: {place}", stack)
+    for place, stack in ((f"{where}: encoder.text_config", encoder.text_config), (f"{where}: decoder", decoder)):
+        _check_numbers(place, stack)
     return config
 
 
 def _check_numbers(where: str, stack: Any) -> None:
     """Raises CheckpointError where a stack's numbers cannot be computed with, or not as transformers does."""
-    sliding = {"sliding_window": _Whole} if "sliding_attention" in (stack.layer_types or ()) else {}
-    kinds = NUMBERS | sliding
+    kinds = NUMBERS | ({"sliding_window": _Whole} if "sliding_attention" in (stack.layer_types or ()) else {})
     read_fields(where, {key: getattr(stack, key) for key in kinds}, kinds)
     heads, kv_heads, layers = stack.num_attention_heads, stack.num_key_value_heads, stack.layer_types
     if heads % kv_heads:

@@ -115,7 +115,7 @@ class PassageEncoder:
     """A checkpoint's tokenizer and encoder. `tokenize` may run on any thread, `encode` on one at a time."""
 
     def __init__(self, checkpoint: Checkpoint, encoder: Encoder, limits: BatchLimits) -> None:
-        self.identity: EncoderIdentity = checkpoint.identity()
+        self.identity: EncoderIdentity = checkpoint.identity
         self.dim = self.identity.dim
         self.settings = checkpoint.settings
         self.dtype_name, self.device_name = encoder.dtype_name, encoder.device_name

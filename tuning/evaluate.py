@@ -76,7 +76,7 @@ class Experiment:
         return {
             "collection": self.judged.name,
             "checkpoint": self.checkpoint.name,
-            "fingerprint": self.checkpoint.identity().fingerprint,
+            "fingerprint": self.checkpoint.identity.fingerprint,
             "dtype": self.backend.dtype_name,
             "device": self.backend.device_name,
             "instruction": default if self.settings.instruction is None else self.settings.instruction,
@@ -161,5 +161,5 @@ def open_checkpoint(
         limit = stored.manifest.max_passage_tokens if stored is not None else None
         model = Checkpoint.open(model, max_passage_tokens=limit, neutralise=not read_control_tokens)
     if stored is not None:
-        Collection.open(stored.store, stored.name, fingerprint=model.identity().fingerprint, checkpoint=model.name)
+        Collection.open(stored.store, stored.name, fingerprint=model.identity.fingerprint, checkpoint=model.name)
     return model

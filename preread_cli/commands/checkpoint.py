@@ -90,7 +90,7 @@ def _facts(opened: Checkpoint) -> dict[str, Any]:
     )  # fmt: skip
     return {
         "checkpoint": opened.name,
-        "fingerprint": opened.identity().fingerprint,
+        "fingerprint": opened.identity.fingerprint,
         "dim": opened.dim,
         **halves,
         "vocab_size": opened.decoder_config.vocab_size,

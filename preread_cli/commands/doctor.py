@@ -138,7 +138,7 @@ def _model(config: ModelConfig, name: str) -> tuple[_Model, _Finding]:
             return _Model(config, path), (name, "ok", f"{path}, a cross-encoder: reads text, needs no store")
         limit, reads_control = config.max_passage_tokens, config.read_control_tokens
         found = Checkpoint.open(config.checkpoint, max_passage_tokens=limit, neutralise=not reads_control)
-        identity = found.identity()
+        identity = found.identity
         _ = found.text
     except (CheckpointError, OSError, ValueError) as exc:
         return _Model(config), (name, "FAIL", str(exc))

@@ -78,17 +78,17 @@ def test_tensor_names_of_old_and_new_writers(tmp_path: Path, stored: str, canoni
 
 def test_shards_read_like_one_file(directory: Path) -> None:
     before = Checkpoint.open(directory)
-    whole, identity = before.decoder_tensors(torch.float32), before.identity()
+    whole, identity = before.decoder_tensors(torch.float32), before.identity
     shard(directory, 3)
     after = Checkpoint.open(directory)
-    assert after.identity() == identity
+    assert after.identity == identity
     sharded = after.decoder_tensors(torch.float32)
     assert whole.keys() == sharded.keys()
     assert all(torch.equal(whole[name], sharded[name]) for name in whole)
 
 
 def test_the_fingerprint_follows_the_files_not_the_place(original: Path, directory: Path) -> None:
-    assert Checkpoint.open(original).identity().fingerprint == Checkpoint.open(directory).identity().fingerprint
+    assert Checkpoint.open(original).identity.fingerprint == Checkpoint.open(directory).identity.fingerprint
 
 
 def change_weight(directory: Path) -> None:
@@ -121,13 +121,13 @@ def change_window(directory: Path) -> None:
 )
 def test_whatever_changes_a_state_changes_the_fingerprint(original: Path, directory: Path, change: Any) -> None:
     change(directory)
-    assert Checkpoint.open(directory).identity().fingerprint != Checkpoint.open(original).identity().fingerprint
+    assert Checkpoint.open(directory).identity.fingerprint != Checkpoint.open(original).identity.fingerprint
 
 
 def test_the_pooling_version_is_in_the_fingerprint(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = Checkpoint.open(original).identity().fingerprint
+    before = Checkpoint.open(original).identity.fingerprint
     monkeypatch.setattr("checkpoint.model.POOLING_VERSION", 2)
-    assert Checkpoint.open(original).identity().fingerprint != before
+    assert Checkpoint.open(original).identity.fingerprint != before
 
 
 def test_decoder_weights_and_prompt_are_not_in_the_fingerprint(original: Path, directory: Path) -> None:
@@ -135,7 +135,7 @@ def test_decoder_weights_and_prompt_are_not_in_the_fingerprint(original: Path, d
     tensors["model.decoder.layers.0.mlp.up_proj.weight"] += 1
     save_file(tensors, directory / "model.safetensors")
     edit_json(directory / "preread.json", prompt_template="{query}", default_instruction="x")
-    assert Checkpoint.open(directory).identity().fingerprint == Checkpoint.open(original).identity().fingerprint
+    assert Checkpoint.open(directory).identity.fingerprint == Checkpoint.open(original).identity.fingerprint
 
 
 def test_settings_override_kalms(directory: Path) -> None:

@@ -79,7 +79,7 @@ def test_a_tensor_that_neither_half_reads_is_named(directory: Path, name: str, h
         getattr(checkpoint, f"{half}_tensors")(torch.float32)
     assert name in str(caught.value)
     with pytest.raises(CheckpointError, match="are not used by this model"):
-        checkpoint.identity()
+        _ = checkpoint.identity
 
 
 def test_what_to_do_about_it_is_said(directory: Path) -> None:
@@ -104,7 +104,7 @@ def test_what_to_do_about_it_is_said(directory: Path) -> None:
 def test_the_vision_tower_and_buffers_are_known_to_be_unused(original: Path, directory: Path, name: str) -> None:
     add(directory, **{name.replace(".", "__"): torch.ones(4)})
     np.testing.assert_array_equal(faults.fbnl_margins(directory), faults.fbnl_margins(original))
-    assert Checkpoint.open(directory).identity().fingerprint == Checkpoint.open(original).identity().fingerprint
+    assert Checkpoint.open(directory).identity.fingerprint == Checkpoint.open(original).identity.fingerprint
 
 
 def untied(tensors: Tensors) -> None:

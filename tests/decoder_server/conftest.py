@@ -123,7 +123,7 @@ class Encoding:
         return PassageStates(states, (len(tokens.ids),), ratio, tokens.truncated, text_digest(text))
 
     def manifest(self, name: str, ratio: int = 4, codec: str = "Flat", *, fingerprint: str | None = None) -> Manifest:
-        identity = self.checkpoint.identity()
+        identity = self.checkpoint.identity
         return Manifest(
             collection=name,
             fingerprint=fingerprint or identity.fingerprint,

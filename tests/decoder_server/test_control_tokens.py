@@ -64,8 +64,8 @@ def test_the_command_says_so_before_anything_is_loaded() -> None:
 
 
 def test_it_is_part_of_the_fingerprint_only_when_on(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    off = Checkpoint.open(tiny_checkpoint).identity().fingerprint
-    on = Checkpoint.open(tiny_checkpoint, neutralise=False).identity().fingerprint
+    off = Checkpoint.open(tiny_checkpoint).identity.fingerprint
+    on = Checkpoint.open(tiny_checkpoint, neutralise=False).identity.fingerprint
     assert on != off
     told = ["checkpoint", str(tiny_checkpoint), "--json"]
     shown = [json.loads(CliRunner().invoke(cli, [*told, *more]).output) for more in ([], ["--read-control-tokens"])]

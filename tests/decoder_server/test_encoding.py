@@ -23,7 +23,7 @@ class Worker(encoder_pb2_grpc.EncoderServiceServicer):
 
     def __init__(self, encoding) -> None:
         self.encoding = encoding
-        self.fingerprint = encoding.checkpoint.identity().fingerprint
+        self.fingerprint = encoding.checkpoint.identity.fingerprint
         self.asked: list[str] = []
         self.formats: set[int] = set()
         self.gate = asyncio.Event()

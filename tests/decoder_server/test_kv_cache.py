@@ -193,10 +193,10 @@ def test_equal_texts_under_two_ids_are_computed_once(checkpoint: Checkpoint) -> 
     store = open_store("memory:equal-texts")
     identity = "1" * 32
     shard, other = (
-        Collection.create(store, Manifest.of(checkpoint.identity(), collection=name, compression_ratio=4, identity=one))
+        Collection.create(store, Manifest.of(checkpoint.identity, collection=name, compression_ratio=4, identity=one))
         for name, one in (("shard", identity), ("other", "2" * 32))
     )
-    merged = Manifest.of(checkpoint.identity(), collection="merged", compression_ratio=4, identity=identity)
+    merged = Manifest.of(checkpoint.identity, collection="merged", compression_ratio=4, identity=identity)
     states = np.random.default_rng(2).standard_normal((3, checkpoint.dim)).astype(np.float32)
     passage = PassageStates(states, (12,), 4, False, text_digest("one text"))
     for collection in (shard, Collection.create(store, merged), other):

@@ -258,7 +258,7 @@ async def test_a_collection_of_another_encoder_is_refused_by_both_names(
 ) -> None:
     from checkpoint import Checkpoint
 
-    other = Checkpoint.open(make_checkpoint(tmp_path / "other", "tiny", seed=1)).identity()
+    other = Checkpoint.open(make_checkpoint(tmp_path / "other", "tiny", seed=1)).identity
     store.write_manifest(encoding.manifest("foreign", fingerprint=other.fingerprint))
     async with serve() as serving:
         error = await refused(serving.rerank(ids=["p1"], collection="foreign"), grpc.StatusCode.FAILED_PRECONDITION)

@@ -107,7 +107,7 @@ def test_candidates_of_a_run_are_reranked_instead(beir: Path, tiny: Path) -> Non
 def _index(store: Store, tiny: Path, beir: Path, *, ratio: int, stores_text: bool) -> Collection:
     """A collection as `preread index` leaves it, with another limit."""
     checkpoint = Checkpoint.open(tiny, max_passage_tokens=64)
-    identity = checkpoint.identity()
+    identity = checkpoint.identity
     manifest = Manifest.of(
         identity,
         collection="kept",

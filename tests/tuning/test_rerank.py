@@ -165,7 +165,7 @@ def test_stored_states_rank_like_encoded_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     encoded = EncodedStates(worker, judged.passages, 2)
-    identity = checkpoint.identity()
+    identity = checkpoint.identity
     manifest = Manifest.of(
         identity,
         collection="c",

@@ -91,7 +91,7 @@ class _Sweep(Experiment):
             "version": _WORK_VERSION,
             # Another codec, forward pass or product may round otherwise.
             "packages": {name: version(name) for name in ("preread", "faiss-cpu", "torch")},
-            "fingerprint": self.checkpoint.identity().fingerprint,
+            "fingerprint": self.checkpoint.identity.fingerprint,
             "weights": self.checkpoint.weights_digest(),
             "checkpoint_settings": asdict(self.checkpoint.settings),
             "states_of": self.from_states.manifest.binding if self.from_states is not None else None,
@@ -168,7 +168,7 @@ class _Sweep(Experiment):
         times = encoder_seconds = None
         if self.settings.timed_queries and quality:
             times = CostTimer(self.backend, self.margins, self.settings)
-            identity, directory = self.checkpoint.identity(), self.work.path / "store"
+            identity, directory = self.checkpoint.identity, self.work.path / "store"
             times.measure(list(quality), self.codecs, identity, directory, self.progress)
         if self.from_states is None and self.states.num_tokens:
             encoder_seconds = self.states.seconds / self.states.num_tokens * lengths.num_tokens

@@ -57,7 +57,7 @@ class FbnlBackend:
         return self._decoder.pointwise.num_compilations
 
     def identity(self) -> EncoderIdentity:
-        return self.checkpoint.identity()
+        return self.checkpoint.identity
 
     def pairs(self, prompt: TokenizedPrompt, passages: Sequence[AnyStates]) -> list[list[StatePair]]:
         """Per passage its windows under the prompt."""

@@ -149,13 +149,13 @@ def fbnl_margins(directory: Path) -> NDArray[np.float32]:
 def test_a_quantized_fbnl_checkpoint_scores_as_its_plain_weights(tmp_path: Path, layout: str) -> None:
     small, plain = quantized(make_checkpoint(tmp_path / "source"), tmp_path, layout)
     np.testing.assert_allclose(fbnl_margins(small), fbnl_margins(plain), atol=1e-5)
-    before = Checkpoint.open(small).identity().fingerprint
-    assert before != Checkpoint.open(plain).identity().fingerprint
+    before = Checkpoint.open(small).identity.fingerprint
+    assert before != Checkpoint.open(plain).identity.fingerprint
     tensors = load_file(small / "model.safetensors")
     name = next(n for n in tensors if "encoder" in n and n.endswith("mlp.up_proj.weight_scale"))
     tensors[name] = tensors[name].float().mul(2).to(tensors[name].dtype)
     save_file(tensors, small / "model.safetensors", metadata={"format": "pt"})
-    assert Checkpoint.open(small).identity().fingerprint != before  # a scale is part of what was encoded
+    assert Checkpoint.open(small).identity.fingerprint != before  # a scale is part of what was encoded
 
 
 @pytest.mark.parametrize("layout", ["modelopt FP8, said in hf_quant_config.json alone", "compressed-tensors NVFP4"])

@@ -274,7 +274,7 @@ def _index(
 ) -> Collection:
     """A collection as `preread index` leaves it."""
     checkpoint = Checkpoint.open(tiny)
-    identity = checkpoint.identity()
+    identity = checkpoint.identity
     manifest = Manifest.of(
         identity,
         collection="kept",
