@@ -238,20 +238,14 @@ def _read_config(path: Path) -> T5Gemma2Config:
         defaults = {name: value for name, value in fields.items() if value is not dataclasses.MISSING}
         check_fields(f"{where}: {place}", found, defaults, applied)
     for place, stack in ((f"{where}: encoder.text_config", encoder.text_config), (f"{where}: decoder", decoder)):
-        _check_numbers(place, stack)
+        kinds = NUMBERS | ({"sliding_window": _Whole} if "sliding_attention" in (stack.layer_types or ()) else {})
+        read_fields(place, {key: getattr(stack, key) for key in kinds}, kinds)
+        heads, groups, layers = stack.num_attention_heads, stack.num_key_value_heads, stack.layer_types
+        if heads % groups:
+            told = f"num_attention_heads is {heads}; expected a multiple of num_key_value_heads, {groups}"
+            raise CheckpointError(f"{place}: {told}")
+        if len(layers) != stack.num_hidden_layers:
+            raise CheckpointError(f"{place}: layer_types has {len(layers)} layers; expected {stack.num_hidden_layers}")
+        for kind in sorted(set(layers)):
+            read_fields(f"{place}: rope_parameters.{kind}", stack.rope_parameters.get(kind) or {}, ROPE)
     return config
-
-
-def _check_numbers(where: str, stack: Any) -> None:
-    """Raises CheckpointError where a stack's numbers cannot be computed with, or not as transformers does."""
-    kinds = NUMBERS | ({"sliding_window": _Whole} if "sliding_attention" in (stack.layer_types or ()) else {})
-    read_fields(where, {key: getattr(stack, key) for key in kinds}, kinds)
-    heads, kv_heads, layers = stack.num_attention_heads, stack.num_key_value_heads, stack.layer_types
-    if heads % kv_heads:
-        raise CheckpointError(
-            f"{where}: num_attention_heads is {heads}; expected a multiple of num_key_value_heads, {kv_heads}"
-        )
-    if len(layers) != stack.num_hidden_layers:
-        raise CheckpointError(f"{where}: layer_types has {len(layers)} layers; expected {stack.num_hidden_layers}")
-    for kind in sorted(set(layers)):
-        read_fields(f"{where}: rope_parameters.{kind}", stack.rope_parameters.get(kind) or {}, ROPE)

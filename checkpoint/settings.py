@@ -89,7 +89,6 @@ class CheckpointSettings:
 
 
 def _kalm_values(directory: Path, kinds: dict[str, Any]) -> dict[str, Any]:
-    """Values of KaLM's own files, as fields of CheckpointSettings."""
     path = directory / KALM_FILE_NAME
     if not path.exists():
         return {}

@@ -102,10 +102,6 @@ class _Weight:
     divides: bool = False  # by the global scale
 
     @property
-    def quantized(self) -> bool:
-        return self.scale is not None
-
-    @property
     def parts(self) -> list[_Part]:
         return [part for part in (self.values, self.scale, self.global_scale) if part is not None]
 
@@ -116,7 +112,7 @@ class _Weight:
 
     def check_format(self) -> None:
         """Raises CheckpointError where a weight is stored in a format that says nothing without its scales."""
-        if not self.quantized and self.values.dtype not in FLOAT_TYPES:
+        if self.scale is None and self.values.dtype not in FLOAT_TYPES:
             raise CheckpointError(
                 f"{self.values.path}: {self.values.name} is stored as {self.values.dtype}; "
                 f"expected one of {sorted(FLOAT_TYPES)}; {REMEDY}"
@@ -170,27 +166,22 @@ class StoredTensors:
                     stored[name] = _Part(path, name, tuple(part.get_shape()), str(part.get_dtype()))
         self.quantized = _declares_quantization(directory)
         self.weights = _pair_up(stored) if self.quantized else {name: _Weight(one) for name, one in stored.items()}
-        if canonical is not None:
-            self._rename(canonical)
-
-    def _rename(self, canonical: Collection[str]) -> None:
-        stored: dict[str, str] = {}  # by canonical name
+        if canonical is None:
+            return
+        names: dict[str, str] = {}  # by canonical name
         unused = []
         for name in sorted(self.weights):
             match = _PREFIX.match(name)
             known = f"{match[1] or match[2]}.{match[3]}.{name[match.end() :]}" if match else ""
             known = "lm_head.weight" if name == "lm_head.out_proj.weight" else known
             if known not in canonical:
-                if not _VISION.match(name):
-                    unused.append(name)
-            elif known in stored:
+                unused += [] if _VISION.match(name) else [name]
+            elif names.setdefault(known, name) != name:
                 raise CheckpointError(
-                    f"{self.directory}: {stored[known]} and {name} are the same tensor {known}; expected one"
+                    f"{directory}: {names[known]} and {name} are the same tensor {known}; expected one"
                 )
-            else:
-                stored[known] = name
         self.refuse_unused(unused)
-        self.weights = {known: self.weights[name] for known, name in stored.items()}
+        self.weights = {known: self.weights[name] for known, name in names.items()}
 
     def __contains__(self, name: str) -> bool:
         return name in self.weights
@@ -248,7 +239,7 @@ class StoredTensors:
     def read(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """A whole tensor, chunk by chunk, so the peak is the result plus one chunk."""
         weight = self.weights[name]
-        if _BUFFERS.search(name) and not weight.quantized:
+        if _BUFFERS.search(name) and weight.scale is None:
             return weight.all_rows()
         weight.check_format()
         tensor, row = torch.empty(weight.shape or (1,), dtype=dtype), 0
@@ -285,7 +276,7 @@ class StoredTensors:
                 raise CheckpointError(f"{self.directory}: tensor {name} is missing")
             weight = self.weights[name]
             for part in weight.parts:
-                label = name if not weight.quantized else f"{name} from {part.name.rpartition('.')[2]}"
+                label = name if weight.scale is None else f"{name} from {part.name.rpartition('.')[2]}"
                 total.update(f"{label}|{part.dtype}|{part.shape}|".encode())
                 for chunk in _Weight(part).chunks():
                     total.update(chunk.contiguous().view(torch.uint8).flatten().numpy().data)
@@ -343,16 +334,13 @@ def _declares_quantization(directory: Path) -> bool:
         if not isinstance(scheme, dict):
             raise CheckpointError(f"{where}: {scheme!r}; expected an object")
         method, inner = str(scheme.get("quant_method", "unknown")), scheme.get("quantization")
-        facts: dict[str, Any] = (
-            {"quantization_status": "compressed"} | scheme | (inner if isinstance(inner, dict) else {})
-        )
+        facts = {"quantization_status": "compressed"} | scheme | (inner if isinstance(inner, dict) else {})
         if method not in READ:
             raise CheckpointError(f"{where}: the weights are quantized ({method}); {REMEDY}")
         for key, allowed in READ[method].items():
             if (value := facts.get(key)) not in allowed:
-                raise CheckpointError(
-                    f"{where}: {key} is {value!r} ({method}); expected {' or '.join(allowed)}; {REMEDY}"
-                )
+                told = f"{key} is {value!r} ({method}); expected {' or '.join(allowed)}"
+                raise CheckpointError(f"{where}: {told}; {REMEDY}")
         # 2:4 packing, and rotations of the activations
         for key in ("sparsity_config", "transform_config") if method == "compressed-tensors" else ():
             if facts.get(key) not in (None, {}) and facts[key].get("format") != "dense":

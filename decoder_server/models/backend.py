@@ -6,13 +6,17 @@ A backend reads passages as pooled states (fbnl) or as text (cross_encoder); the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cache.states import AnyStates
-from checkpoint import EncoderIdentity
+from checkpoint import CheckpointSettings, EncoderIdentity
+
+if TYPE_CHECKING:
+    from decoder_server.models.fbnl.kv_cache import KVCache  # needs torch
 
 Passage = AnyStates | str
 
@@ -41,17 +45,14 @@ class Pair(Protocol):
     def truncated(self) -> bool: ...  # the passage was cut to fit, here or when it was encoded
 
 
-class _ModelSettings(Protocol):
-    """Limits and defaults of a model, as listed to clients."""
+@dataclass(frozen=True, slots=True)
+class TextSettings:
+    """The limits of a model that reads text, as listed to clients."""
 
-    @property
-    def default_instruction(self) -> str: ...
-    @property
-    def default_compression_ratio(self) -> int: ...  # 0 for a model that reads text
-    @property
-    def max_passage_tokens(self) -> int: ...
-    @property
-    def max_query_tokens(self) -> int: ...
+    default_instruction: str
+    max_passage_tokens: int
+    max_query_tokens: int
+    default_compression_ratio: int = 0
 
 
 class Backend(Protocol):
@@ -65,7 +66,7 @@ class Backend(Protocol):
     listwise: bool  # a score depends on the request's other candidates: all of them in one pass, no others
 
     @property
-    def settings(self) -> _ModelSettings: ...
+    def settings(self) -> CheckpointSettings | TextSettings: ...
     @property
     def num_compilations(self) -> int: ...  # fused steps compiled so far; constant once warm
     def identity(self) -> EncoderIdentity | None: ...  # the encoder whose states this model reads; None: it reads text
@@ -82,24 +83,12 @@ class Backend(Protocol):
     def warm_up(self) -> None: ...  # one forward pass, whose margin must be finite
 
 
-class _PassCache(Protocol):
-    """Results of forward passes kept for the next one; counters may be read from any thread."""
-
-    name: str
-    max_bytes: int
-    num_hits: int
-    num_misses: int
-
-    @property
-    def num_bytes(self) -> int: ...
-
-
 @runtime_checkable
 class StatesBackend(Backend, Protocol):
     """A backend that reads states: it may keep keys and values of passages, and its attention can be looked at."""
 
     @property
-    def caches(self) -> Sequence[_PassCache]: ...  # enabled, or disabled by a budget of 0; always in the same order
+    def caches(self) -> Sequence[KVCache]: ...  # enabled, or disabled by a budget of 0; always in the same order
     def fill(self, pairs: Sequence[Any]) -> Sequence[int]: ...  # pre-fills; per cache, how many pairs it holds now
     def attention(self, pair: Any) -> NDArray[np.float32]: ...  # the readout token's weight on every state
     def spans(self, text: str) -> list[tuple[int, int]]: ...  # per token of a passage, its characters of `text`

@@ -136,7 +136,7 @@ def convert_ctxl(ctx: click.Context, /, source: str, target: Path, formats: str,
     dtypes = ("float32", "bfloat16") if formats == "both" else (formats,)
     with staged(target) as folder:
         with TerminalProgress() as progress:
-            with counted(progress, "convert", opened.num_tensors) as advance:
+            with counted(progress, "convert", len(opened.sizes)) as advance:
                 opened.convert(folder, advance)
             rows = parity(opened, folder, compared, dtypes, progress)
         click.echo(f"parity       {rows[0].num_pairs} pairs ({compared.name}), the original against the conversion:")
@@ -153,5 +153,5 @@ def convert_ctxl(ctx: click.Context, /, source: str, target: Path, formats: str,
         text = json.dumps(record, ensure_ascii=False, indent=2) + "\n"
         (folder / "conversion.json").write_text(text, encoding="utf-8")
     click.echo(f"converted    {target}")
-    if opened.profile.license:
-        click.echo(f"licence      {opened.profile.license}, as the source's")
+    if opened.files.profile.license:
+        click.echo(f"licence      {opened.files.profile.license}, as the source's")

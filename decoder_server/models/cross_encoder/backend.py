@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, Protocol
 
@@ -11,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoint.files import CheckpointError, one_line
-from decoder_server.models.backend import sigmoid
+from decoder_server.models.backend import TextSettings, sigmoid
 from decoder_server.models.cross_encoder.files import CheckpointFiles
 from decoder_server.models.cross_encoder.templates import TextPair, TextPrompt, Texts
 
@@ -32,16 +31,6 @@ class Runner(Protocol):
     def margins(self, pairs: Sequence[TextPair]) -> NDArray[np.float32]: ...  # (len(pairs),) of one padded pass
 
 
-@dataclass(frozen=True, slots=True)
-class _TextSettings:
-    """The limits of a model that reads text."""
-
-    default_instruction: str
-    max_passage_tokens: int
-    max_query_tokens: int
-    default_compression_ratio: int = 0
-
-
 class CrossEncoder:
     """Weights with the profile they are read by. Scoring is for one thread; all else is safe from any."""
 
@@ -59,7 +48,7 @@ class CrossEncoder:
             limits = "; not for commercial use" if "-NC" in profile.license else ""
             self.notice = f"{checkpoint_name} is under the licence {profile.license}{limits}"
         self._max_passage = profile.max_passage_tokens or profile.max_tokens
-        self.settings = _TextSettings(profile.default_instruction, self._max_passage, profile.max_query_tokens)
+        self.settings = TextSettings(profile.default_instruction, self._max_passage, profile.max_query_tokens)
         self._source, self._reader, self._runner = source, source.reader, runner
 
     @cached_property
@@ -81,7 +70,7 @@ class CrossEncoder:
 
     def pairs(self, prompt: TextPrompt, passages: Sequence[str]) -> list[list[TextPair]]:
         """Per passage one pair; ValueError where query and instruction leave no room for a passage."""
-        return [[pair] for pair in self._reader.pairs(prompt, passages)]
+        return [[pair] for pair in self._reader.pairs([(prompt, passage) for passage in passages])]
 
     def cut(self, text: str, max_tokens: int | None = None, *, keep_end: bool = False) -> str:
         """A text's beginning, or end, of at most `max_tokens` (None: as many as a passage may have)."""

@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,8 @@ class CausalSource:
 
     name: str
     files: CheckpointFiles  # under the language model's recipe
+    architecture: str
+    target: str  # the classifier's architecture
     head: str  # the tensor whose first row becomes the score
     pad_token: str
     pad_token_id: int
@@ -65,10 +68,8 @@ class CausalSource:
         if any(one in TARGETS.values() for one in found):
             raise CheckpointError(f"{name}: is a {found[0]} already; serve it as it is")
         if len(found) != 1 or found[0] not in TARGETS:
-            given = " ".join(found) or "none"
-            raise CheckpointError(
-                f"{name}: config.json names the architecture {given}; expected {' or '.join(TARGETS)}"
-            )
+            expected, given = " or ".join(TARGETS), " ".join(found) or "none"
+            raise CheckpointError(f"{name}: config.json names the architecture {given}; expected {expected}")
         # A checkpoint of no known name goes by ctxl's recipe for its architecture.
         usual = (row for row in builtin_profiles().values() if "ctxl" in row.model and row.head == "vocabulary")
         profile = Profile.named(name, directory=path) or next(row for row in usual if found[0] in row.architectures)
@@ -78,23 +79,17 @@ class CausalSource:
                 "expected a ctxl reranker, whose relevance is that one column"
             )
         files = CheckpointFiles.open(path, config, profile, trust_remote_code=False)
-        return cls(name, files, _head(name, files), *_pad(name, files))
+        return cls(name, files, found[0], TARGETS[found[0]], _head(name, files), *_pad(name, files))
 
-    @property
-    def profile(self) -> Profile:
-        return self.files.profile
-
-    @property
-    def architecture(self) -> str:
-        return str(self.files.raw["architectures"][0])
-
-    @property
-    def target(self) -> str:
-        return TARGETS[self.architecture]
-
-    @property
-    def num_tensors(self) -> int:
-        return len(self._sizes())
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the result's tensors by name, in the source's order."""
+        sizes = {SCORE: 8 * int(self.files.raw["hidden_size"])}
+        for name, weight in self.files.tensors.weights.items():
+            if name != HEAD:
+                item = _ITEM_BYTES["F32"] if weight.scale else _ITEM_BYTES.get(weight.values.dtype, 8)
+                sizes[name] = math.prod(weight.shape) * item
+        return sizes
 
     @property
     def tied(self) -> bool:
@@ -105,7 +100,7 @@ class CausalSource:
         `advance` is called with the number of tensors written since the last call.
         """
         how: dict[str, Any] = {"filename_pattern": "model{suffix}.safetensors", "max_shard_size": SHARD_BYTES}
-        split = split_state_dict_into_shards_factory(self._sizes(), get_storage_size=lambda num_bytes: num_bytes, **how)
+        split = split_state_dict_into_shards_factory(self.sizes, get_storage_size=lambda num_bytes: num_bytes, **how)
         num_bytes, free = split.metadata["total_size"], shutil.disk_usage(folder).free
         if free < num_bytes:
             raise CheckpointError(f"{folder.parent}: {free:,} bytes are free; the result takes {num_bytes:,}")
@@ -126,15 +121,6 @@ class CausalSource:
             # The card describes the language model: next to the weights, but not as their own.
             shutil.copyfile(path, folder / (f"SOURCE-{path.name}" if path.name == "README.md" else path.name))
 
-    def _sizes(self) -> dict[str, int]:
-        """Bytes of the result's tensors by name, in the source's order."""
-        sizes = {SCORE: 8 * int(self.files.raw["hidden_size"])}
-        for name, weight in self.files.tensors.weights.items():
-            if name != HEAD:
-                item = _ITEM_BYTES["F32"] if weight.quantized else _ITEM_BYTES.get(weight.values.dtype, 8)
-                sizes[name] = math.prod(weight.shape) * item
-        return sizes
-
     def _read(self, names: list[str], advance: Callable[[int], None]) -> Iterator[tuple[str, torch.Tensor]]:
         """One after the other; quantized ones become float32, which holds the product with their scales."""
         for name in names:
@@ -142,12 +128,11 @@ class CausalSource:
             if name == SCORE:
                 row = weight.rows(COLUMN, COLUMN + 1)  # (1, hidden)
                 if not row.isfinite().all() or not row.any():
-                    raise CheckpointError(
-                        f"{weight.values.path}: row {COLUMN} of {self.head} is zero or not finite: no score"
-                    )
+                    told = f"row {COLUMN} of {self.head} is zero or not finite: no score"
+                    raise CheckpointError(f"{weight.values.path}: {told}")
                 yield name, row.clone()
             else:
-                yield name, self.files.tensors.read(name) if weight.quantized else weight.all_rows()
+                yield name, self.files.tensors.read(name) if weight.scale else weight.all_rows()
             advance(1)
 
     def _config(self) -> dict[str, Any]:
@@ -175,7 +160,7 @@ class CausalSource:
             "head": "score",
             "padding": "left",
             "note": f"row {COLUMN} of {self.head} of {self.name}",
-            **{key: getattr(self.profile, key) for key in kept},
+            **{key: getattr(self.files.profile, key) for key in kept},
         }
         # JSON's strings, numbers, booleans and lists are TOML's too.
         lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in rows.items()]
@@ -200,7 +185,6 @@ def _pad(name: str, files: CheckpointFiles) -> tuple[str, int]:
 
 
 def _head(name: str, files: CheckpointFiles) -> str:
-    """The tensor that the language model multiplies for its logits."""
     tensors, config = files.tensors, files.raw
     for tensor in sorted(tensors.weights):
         if not tensor.startswith("model.") and tensor not in (HEAD, HEAD_BIAS):

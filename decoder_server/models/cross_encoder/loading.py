@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from checkpoint.compute import choose_device, cpu_multiplies_bfloat16
-from checkpoint.files import CheckpointError, read_json, resolve
+from checkpoint.files import read_json, resolve
 from decoder_server.models.cross_encoder.backend import CrossEncoder, Runner
 from decoder_server.models.cross_encoder.files import CheckpointFiles
 from decoder_server.models.cross_encoder.onnx_runtime import load_onnx
@@ -38,12 +38,12 @@ def open_cross_encoder(
     where, number_format = _placed(runtime, device, dtype)
     name = str(name)
     chosen = Profile.named(name, profile)
-    _check_allowed(name, chosen, trust_remote_code)  # before anything is downloaded
+    if chosen is not None:  # before anything is downloaded
+        chosen.check_allowed(name, trust_remote_code)
     directory = resolve(name, with_code=trust_remote_code)
     config = read_json(directory / "config.json")
-    if chosen is None:
-        chosen = Profile.named(name, profile, directory) or Profile.generic(name, config, directory)
-        _check_allowed(name, chosen, trust_remote_code)
+    chosen = chosen or Profile.named(name, profile, directory) or Profile.generic(name, config, directory)
+    chosen.check_allowed(name, trust_remote_code)
     chosen.check_architecture(config, name)
     limited = chosen.limited(config, max_tokens)
     source = CheckpointFiles.open(directory, config, limited, trust_remote_code=trust_remote_code)
@@ -77,12 +77,3 @@ def _placed(runtime: str, device: str | None, dtype: str | None) -> tuple[torch.
         then = "they are emulated, slower than float32" if emulated else "computing in float32"
         log.log(logging.WARNING if emulated else logging.INFO, "this processor has no bfloat16 instructions: %s", then)
     return where, number_format
-
-
-def _check_allowed(name: str, profile: Profile | None, trust_remote_code: bool) -> None:
-    if profile is not None and profile.refused:
-        raise CheckpointError(f"{name} cannot be served: {profile.refused}")
-    if profile is not None and profile.needs_remote_code and not trust_remote_code:
-        raise CheckpointError(
-            f"{name} runs Python code that comes with the checkpoint; allow it with trust_remote_code if you trust it"
-        )

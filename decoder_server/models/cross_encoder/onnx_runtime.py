@@ -56,16 +56,11 @@ def load_onnx(source: CheckpointFiles, *, quantized: bool, cache_dir: Path | Non
     features = torch.cpu.get_capabilities()
     saturates = features.get("architecture") == "x86_64" and not any(features.get(name) for name in EXACT_INT8)
     try:
-        versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+        made_of: dict[str, object] = {package: importlib.metadata.version(package) for package in PACKAGES}
     except importlib.metadata.PackageNotFoundError as exc:
         raise ValueError(f"the onnx runtimes need {exc.name}: pip install 'preread[onnx]'") from exc
-    made_of: dict[str, object] = {
-        "identity": source.fingerprint(),
-        "quantized": quantized,
-        "reduce_range": quantized and saturates,
-        "export_version": EXPORT_VERSION,
-        **versions,
-    }
+    made_of |= {"identity": source.fingerprint(), "quantized": quantized, "export_version": EXPORT_VERSION}
+    made_of["reduce_range"] = quantized and saturates
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:32]
     graph = (cache_dir or DEFAULT_CACHE).expanduser() / key / "model.onnx"
     if graph.exists():
@@ -135,7 +130,6 @@ def _build(source: CheckpointFiles, directory: Path, made_of: dict[str, object])
 
 
 def _export(source: CheckpointFiles, path: Path) -> None:
-    """Writes the float32 graph, weights next to it."""
     body = Body(source, torch.device("cpu"), torch.float32).eval()
     batch = pad([[source.pad_id] * 8, [source.pad_id] * 12], side=source.profile.padding, pad_id=source.pad_id)
     free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}

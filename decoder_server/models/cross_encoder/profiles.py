@@ -89,6 +89,13 @@ class Profile:
     def takes_instruction(self) -> bool:
         return bool(self.instruction_format)
 
+    def check_allowed(self, name: str, trust_remote_code: bool) -> None:
+        if self.refused:
+            raise CheckpointError(f"{name} cannot be served: {self.refused}")
+        if self.needs_remote_code and not trust_remote_code:
+            told = "runs Python code that comes with the checkpoint; allow it with trust_remote_code if you trust it"
+            raise CheckpointError(f"{name} {told}")
+
     def check_architecture(self, config: Mapping[str, Any], name: str) -> None:
         """Raises CheckpointError where a checkpoint is not of the kind that this profile is for."""
         found = [str(item) for item in config.get("architectures") or []]
@@ -242,7 +249,6 @@ def _load(path: Path | Traversable) -> dict[str, Profile]:
 
 
 def _check(profile: Profile, where: str) -> None:
-    """Raises CheckpointError where fields contradict each other."""
     try:
         template_fields("".join(profile.template))  # for what all pieces together cost
         found = {name for piece in profile.template for name in template_fields(piece)}

@@ -102,14 +102,10 @@ class PairReader:
             text = profile.instruction_format.format(instruction=self._clean(instruction))
         return TextPrompt(cut, text, num_query, num_query + self.count(text), truncated)
 
-    def pairs(self, prompt: TextPrompt, passages: Sequence[str]) -> list[TextPair]:
-        """Passages under one prompt; ValueError where query and instruction leave no room for one."""
-        return self._pairs([(prompt, passage) for passage in passages])
-
     def read(self, texts: Sequence[Texts]) -> list[TextPair]:
         """As `pairs`, of any queries and instructions; each is read once."""
         prompts = {(query, instruction): self.prompt(query, instruction) for query, instruction, _ in texts}
-        return self._pairs([(prompts[query, instruction], passage) for query, instruction, passage in texts])
+        return self.pairs([(prompts[query, instruction], passage) for query, instruction, passage in texts])
 
     def list_ids(self, pairs: Sequence[TextPair]) -> list[int]:
         """One sequence with the passages of all pairs, of one prompt, for a listwise model."""
@@ -118,11 +114,9 @@ class PairReader:
         prompt = pairs[0].prompt
         return filler.encode([{"query": prompt.query, "instruction": prompt.instruction, **passages}])[0].ids
 
-    def _pairs(self, texts: Sequence[tuple[TextPrompt, str]]) -> list[TextPair]:
-        rows = [
-            {"query": prompt.query, "instruction": prompt.instruction, "passage": self._clean(passage)}
-            for prompt, passage in texts
-        ]
+    def pairs(self, texts: Sequence[tuple[TextPrompt, str]]) -> list[TextPair]:
+        """Prompts with a passage each; ValueError where query and instruction leave no room for one."""
+        rows = [{"query": p.query, "instruction": p.instruction, "passage": self._clean(text)} for p, text in texts]
         limit = min(self._profile.max_tokens, self._profile.max_passage_tokens or self._profile.max_tokens)
         return [
             TextPair(whole.ids, whole.type_ids, prompt, row["passage"], truncated=False)

@@ -158,7 +158,6 @@ class _RowHead:
 
 
 def _label_margin(logits: torch.Tensor) -> torch.Tensor:
-    """The one label's logit, or the second's over the first's."""
     logits = logits.float()
     return logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
 
@@ -178,9 +177,7 @@ def read_head(source: CheckpointFiles, device: torch.device | None = None) -> He
     rows = source.profile.read_answers(source.tokenizer, directory)
     for key in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
         if getattr(config, key, None) not in (None, 1, 1.0):
-            raise CheckpointError(
-                f"{directory}: config.json scales its logits by {key}; that readout is not known here"
-            )
+            raise CheckpointError(f"{directory}: config.json scales its logits by {key}, a readout not known here")
     name, tied = "lm_head.weight", "model.embed_tokens.weight"
     # transformers prefers a stored head to a tied one, too.
     if name not in tensors and config.tie_word_embeddings and tied in tensors:

@@ -158,7 +158,7 @@ def test_a_query_is_tokenized_once_whatever_its_passages(model: str, monkeypatch
     each = reader(model)
     monkeypatch.setattr(Tokenizers, "encode", counted)
     prompt = each.prompt(QUERY, "Prefer short answers.")
-    pairs = each.pairs(prompt, [f"passage {i}" for i in range(100)])
+    pairs = each.pairs([(prompt, f"passage {i}") for i in range(100)])
     assert len(pairs) == 100
     assert alone.count(QUERY) == 1
     assert len(alone) <= 4  # the query, the instruction, and the instruction in its words
@@ -168,7 +168,7 @@ def test_a_query_is_tokenized_once_whatever_its_passages(model: str, monkeypatch
 def test_pairs_of_one_prompt_are_those_of_whole_texts() -> None:
     for model in MADE:
         texts = [(QUERY, None, passage) for passage in ("p", "", LONG)]
-        together = reader(model).pairs(reader(model).prompt(QUERY), [passage for _, _, passage in texts])
+        together = reader(model).pairs([(reader(model).prompt(QUERY), passage) for _, _, passage in texts])
         assert [pair.ids for pair in together] == [reader(model).read([one])[0].ids for one in texts]
         assert {pair.prompt.num_query_tokens for pair in together} == {reader(model).count(QUERY)}
 
