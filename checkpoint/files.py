@@ -1,8 +1,7 @@
 """A checkpoint's files: found in a directory or on the hub, the small ones read, configuration fields checked.
 
-A field that changes the arithmetic and is not applied makes scores that are not the model's. So every field of a
-configuration is applied, known not to matter for a score, has the value that the model's class gives it when it is
-missing, or is an error that names it.
+A field that changes the arithmetic and is not applied makes scores that are not the model's: a field is applied, known
+not to matter for a score, has the value that the model's class gives it when it is missing, or is an error.
 """
 
 from __future__ import annotations
@@ -40,9 +39,7 @@ def resolve(name: str, *, with_code: bool = False) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=[*HUB_PATTERNS, *(["*.py"] if with_code else [])]))
     except Exception as exc:  # the hub client raises many unrelated types; each means the same here
-        raise CheckpointError(
-            f"checkpoint {name!r}: no local directory, and the hub did not provide it ({one_line(exc)})"
-        ) from exc
+        raise CheckpointError(f"checkpoint {name!r}: no directory, and the hub gave none ({one_line(exc)})") from exc
 
 
 def read_json(path: Path, *, optional: bool = False, kind: Any = dict[str, Any]) -> Any:
@@ -112,7 +109,7 @@ def check_fields(where: str, raw: Mapping[str, Any], defaults: Mapping[str, Any]
             fits, expected = value == known[key], repr(known[key])
         if not (fits or key in applied or key in HARMLESS or key.startswith("_")):
             raise CheckpointError(
-                f"{where}: {key} is {_short(value)}; expected {expected}. It is not applied here; if it changes no "
+                f"{where}: {key} is {value!r:.80}; expected {expected}. It is not applied here; if it changes no "
                 "score, remove it from the file"
             )
 
@@ -131,10 +128,5 @@ def read_fields(where: str, raw: Mapping[str, Any], kinds: Mapping[str, Any]) ->
             expected = f"{exc}".replace("Expected", "expected", 1)
             if get_origin(kinds[key]) is Literal:
                 expected = f"expected one of {', '.join(map(str, get_args(kinds[key])))}"
-            raise CheckpointError(f"{where}: {key} is {_short(value)}; {expected}") from exc
+            raise CheckpointError(f"{where}: {key} is {value!r:.80}; {expected}") from exc
     return values
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

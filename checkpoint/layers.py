@@ -1,9 +1,8 @@
 """All of a T5Gemma 2 stack that encoder and decoder share; the oracle in the tests is transformers' own model.
 
-Steps between matrix products (norms, rotation, softmax) are fused by torch.compile where that pays, attention is one
-softmax over given keys, and weights are laid out once as the machine reads them: handed plain ones, oneDNN re-orders
-them on every call, which costs a tenth of a large batch and most of a small one. Its operators are those that
-torch.compile emits, pinned with torch by constraints.txt; a build or device without them multiplies plain weights.
+Weights are laid out once as the machine reads them: handed plain ones, oneDNN re-orders them on every call, which costs
+a tenth of a large batch and most of a small one. Its operators are those that torch.compile emits, pinned with torch by
+constraints.txt; a build or device without them multiplies plain weights.
 """
 
 from __future__ import annotations
@@ -64,9 +63,9 @@ class Pointwise:
 
         self.num_compilations = 0
         self.compiled = compiled
-        self.rms_norm = self._for_any_rows(rms_norm, rows=(0,))
-        self.add_norm = self._for_any_rows(add_norm, rows=(0, 1))
-        self.norm_rotate = self._for_any_rows(norm_rotate, rows=(0, 2, 3))
+        self.rms_norm: Callable[..., Tensor] = self._for_any_rows(rms_norm, rows=(0,))
+        self.add_norm: Callable[..., tuple[Tensor, Tensor]] = self._for_any_rows(add_norm, rows=(0, 1))
+        self.norm_rotate: Callable[..., Tensor] = self._for_any_rows(norm_rotate, rows=(0, 2, 3))
         self.masked_softmax = self._for_any_rows(masked_softmax, rows=(0, 1), keys=2)
 
     def _for_any_rows(self, function: _Steps, rows: tuple[int, ...], keys: int | None = None) -> _Steps:
@@ -213,9 +212,7 @@ class _Layer:
 class Stack:
     """One half's embedding, layers and final norm: all that the encoder and the decoder compute alike."""
 
-    def __init__(
-        self, config: Any, half: str, tensors: dict[str, Tensor], eoi_id: int, *, compiled: bool = False
-    ) -> None:
+    def __init__(self, config: Any, half: str, tensors: dict[str, Tensor], eoi: int, *, compiled: bool = False) -> None:
         """Takes tensors of `half` out of `tensors` as it packs them, so that two copies never stand in memory."""
         from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2RotaryEmbedding
 
@@ -242,7 +239,7 @@ class Stack:
 
         self.config = config
         self.embedding = take("embed_tokens")  # (vocab, dim)
-        self._eoi_id, self._eoi_row = eoi_id, tensors.pop(f"{half}.embed_tokens.eoi_embedding")
+        self._eoi_id, self._eoi_row = eoi, tensors.pop(f"{half}.embed_tokens.eoi_embedding")
         self._scale = torch.tensor(self.embedding.shape[1] ** 0.5, dtype=self.embedding.dtype)
         final = norm("norm")
         self.layers = [layer(f"layers.{i}") for i in range(config.num_hidden_layers)]
@@ -271,8 +268,7 @@ class Stack:
     def queries(self, layer: _Layer, x: Tensor, rotation: Rotation) -> Tensor:
         """(tokens, dim) -> (tokens, num_heads, head_dim), normed, rotated and scaled."""
         raw = layer.q(x).view(len(x), -1, self.config.head_dim)
-        q: Tensor = self.pointwise.norm_rotate(raw, layer.q_norm, *rotation)
-        return q
+        return self.pointwise.norm_rotate(raw, layer.q_norm, *rotation)
 
     def keys_values(self, layer: _Layer, x: Tensor) -> tuple[Tensor, Tensor]:
         """(tokens, dim) -> raw keys and values, (tokens, num_kv, head_dim) each."""
@@ -284,5 +280,4 @@ class Stack:
         layer = self.layers[index]
         hidden, normed = self.pointwise.add_norm(hidden, layer.o(attended), layer.post_attention, layer.pre_mlp)
         update = layer.down(layer.gated(normed))
-        hidden, normed = self.pointwise.add_norm(hidden, update, layer.post_mlp, self._norms[index + 1])
-        return hidden, normed
+        return self.pointwise.add_norm(hidden, update, layer.post_mlp, self._norms[index + 1])

@@ -1,5 +1,4 @@
 """One opened checkpoint: configuration, settings, tokenizer, identity, and the tensors of either half.
-
 Source of tensor names: transformers' T5Gemma2ForConditionalGeneration; the vision tower is in neither half.
 """
 
@@ -142,10 +141,8 @@ class Checkpoint:
     def text(self) -> TextTokenizer:
         tokenizer = TextTokenizer(self.path, self.settings, neutralise=self.neutralise)
         rows = self.decoder_config.vocab_size
-        if tokenizer.max_id >= rows:
-            raise CheckpointError(
-                f"{self.path}: the tokenizer's largest token is {tokenizer.max_id}; the embedding has {rows} rows"
-            )
+        if (top := tokenizer.max_id) >= rows:
+            raise CheckpointError(f"{self.path}: the tokenizer's largest token is {top}; the embedding has {rows} rows")
         return tokenizer
 
     @cached_property
@@ -191,16 +188,11 @@ class Checkpoint:
         """Hashes the encoder's weights at the first call: about a second per gigabyte."""
         weights = self._tensors.digest_of(tensor_shapes("encoder", self.encoder_config))
         tokenizer = hashlib.sha256((self.path / "tokenizer.json").read_bytes()).digest()
-        shared: dict[str, Any] = {
-            "max_passage_tokens": self.settings.max_passage_tokens,
-            "passage_template": self.settings.passage_template,
-            "pooling_version": POOLING_VERSION,
-        }
-        config = shared | {
-            "config": {key: getattr(self.encoder_config, key) for key in NUMERIC_KEYS},
-            "eoi_token_index": self.eoi_id,
-            "neutralise": self.neutralise,
-        }
+        template, limit = self.settings.passage_template, self.settings.max_passage_tokens
+        shared: dict[str, Any] = {"max_passage_tokens": limit, "passage_template": template}
+        shared["pooling_version"] = POOLING_VERSION
+        config = shared | {"eoi_token_index": self.eoi_id, "neutralise": self.neutralise}
+        config["config"] = {key: getattr(self.encoder_config, key) for key in NUMERIC_KEYS}
         rest = json.dumps(config, sort_keys=True, ensure_ascii=True, separators=(",", ":")).encode()
         fingerprint = hashlib.sha256(weights + tokenizer + rest).hexdigest()
         return EncoderIdentity(fingerprint=fingerprint, checkpoint=self.name, dim=self.dim, **shared)

@@ -1,7 +1,6 @@
 """Templates, answers and limits of a checkpoint: KaLM's, unless its files say otherwise.
-
-`preread.json` is ours. KaLM-Reranker-V1-*-R2 brings the configuration of its sentence-transformers module
-(KaLMCrossEncoderModule) and sentence-transformers' own file, whose default prompt is that module's instruction.
+`preread.json` is ours. KaLM-Reranker-V1-*-R2 brings the configuration of its sentence-transformers module and
+sentence-transformers' own file, whose default prompt is that module's instruction.
 """
 
 from __future__ import annotations
@@ -75,16 +74,14 @@ class CheckpointSettings:
         settings = cls(**_kalm_values(directory, kinds) | read_fields(str(path), own, kinds))
         for key, needed, optional in (("passage_template", "passage", ""), ("prompt_template", "query", "instruction")):
             try:
-                found = set(template_fields(getattr(settings, key)))
+                found = sorted(set(template_fields(getattr(settings, key))))
             except ValueError as exc:
                 raise CheckpointError(
                     f"{path}: {key} is not a template ({exc}); braces of the text itself are doubled"
                 ) from exc
             allowed = sorted({needed, optional or needed})
-            if needed not in found or not found.issubset(allowed):
-                raise CheckpointError(
-                    f"{path}: {key} has the fields {sorted(found)}; expected {[needed]}, allowed {allowed}"
-                )
+            if needed not in found or not set(found) <= set(allowed):
+                raise CheckpointError(f"{path}: {key} has the fields {found}; expected {[needed]}, allowed {allowed}")
         return settings
 
 

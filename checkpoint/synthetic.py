@@ -1,7 +1,4 @@
-"""Checkpoints with random weights, for capacity planning, tests and benchmarks.
-
-They load like real ones and rank like dice. The same arguments give the same bytes on every processor.
-"""
+"""Checkpoints with random weights: they load like real ones, rank like dice, and have the same bytes everywhere."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """Single tensors straight from safetensors files, sharded or not, 8- and 4-bit floats read as plain numbers.
 
 Every tensor of a checkpoint is used, known to be unused, or an error that names it: one that is left over would make
-scores that are not the model's. Cross-encoders read them by the names they are stored under; of T5Gemma 2 each half
-reads its own by their canonical names, so that neither ever holds the other half or the vision tower.
+scores that are not the model's. Of T5Gemma 2 each half reads its own alone, by their canonical names.
 
 Two writers' quantized layouts are read, by the names of the tensors. A module `m` with a weight of shape (out, in) has
 
@@ -82,7 +81,7 @@ class _Part:
     shape: tuple[int, ...]
     dtype: str  # as safetensors calls it
 
-    def rows(self, first: int, last: int) -> Tensor:
+    def rows(self, first: int = 0, last: int | None = None) -> Tensor:
         # Each call has its own mapping: pages of a mapping count as ours for as long as it lives.
         with _opened(self.path) as shard:
             try:
@@ -118,28 +117,25 @@ class _Weight:
                 f"expected one of {sorted(FLOAT_TYPES)}; {REMEDY}"
             )
 
-    def rows(self, first: int, last: int) -> Tensor:
+    def rows(self, first: int = 0, last: int | None = None) -> Tensor:
         """Rows [first, last) as stored, or in float32 where they were quantized."""
         values = self.values.rows(first, last)
         if self.scale is None:
             return values
         if self.global_scale is None:
             one = math.prod(self.scale.shape) == 1
-            scale = self.scale.rows(0, 1) if one else self.scale.rows(first, last)
+            scale = self.scale.rows() if one else self.scale.rows(first, last)
             return values.float() * scale.float().reshape(-1, 1)
         codes = torch.stack([values & 0xF, values >> 4], dim=-1).flatten(-2)  # (rows, in)
         scales = self.scale.rows(first, last).float().repeat_interleave(BLOCK, dim=-1)
-        overall = self.global_scale.rows(0, 1).float().reshape(())
+        overall = self.global_scale.rows().float().reshape(())
         weight: Tensor = _E2M1[codes.long()] * scales
         return weight.div_(overall) if self.divides else weight.mul_(overall)
-
-    def all_rows(self) -> Tensor:
-        return self.rows(0, math.prod(self.shape[:1]))
 
     def chunks(self) -> Iterator[Tensor]:
         """Consecutive rows, at most CHUNK_BYTES (as float32) at a time."""
         if not self.shape:
-            yield self.rows(0, 1).reshape(1)
+            yield self.rows().reshape(1)
             return
         step = max(1, CHUNK_BYTES // max(4 * math.prod(self.shape[1:]), 1))
         for first in range(0, self.shape[0], step):
@@ -172,16 +168,14 @@ class StoredTensors:
         unused = []
         for name in sorted(self.weights):
             match = _PREFIX.match(name)
-            known = f"{match[1] or match[2]}.{match[3]}.{name[match.end() :]}" if match else ""
-            known = "lm_head.weight" if name == "lm_head.out_proj.weight" else known
-            if known not in canonical:
+            key = f"{match[1] or match[2]}.{match[3]}.{name[match.end() :]}" if match else ""
+            key = "lm_head.weight" if name == "lm_head.out_proj.weight" else key
+            if key not in canonical:
                 unused += [] if _VISION.match(name) else [name]
-            elif names.setdefault(known, name) != name:
-                raise CheckpointError(
-                    f"{directory}: {names[known]} and {name} are the same tensor {known}; expected one"
-                )
+            elif names.setdefault(key, name) != name:
+                raise CheckpointError(f"{directory}: {names[key]} and {name} are the same tensor {key}; expected one")
         self.refuse_unused(unused)
-        self.weights = {known: self.weights[name] for known, name in names.items()}
+        self.weights = {key: self.weights[name] for key, name in names.items()}
 
     def __contains__(self, name: str) -> bool:
         return name in self.weights
@@ -218,29 +212,25 @@ class StoredTensors:
         """Raises CheckpointError naming missing tensors, or one of another shape, or one that cannot be read."""
         self.refuse_missing(shapes.keys() - self.weights.keys())
         for name, shape in shapes.items():
-            weight = self.weights[name]
-            if weight.shape != shape:
-                raise CheckpointError(
-                    f"{weight.values.path}: {name} has the shape {weight.shape}; config.json says {shape}"
-                )
-            weight.check_format()
+            one = self.weights[name]
+            if one.shape != shape:
+                raise CheckpointError(f"{one.values.path}: {name} has the shape {one.shape}; config.json says {shape}")
+            one.check_format()
 
     def rows(self, name: str, indices: Sequence[int]) -> Tensor:
         """Rows of a matrix in float32, (len(indices), width), without reading the rest."""
-        weight = self.weights[name]
-        weight.check_format()
-        count = weight.shape[0] if len(weight.shape) == 2 else 0
+        one = self.weights[name]
+        one.check_format()
+        count = one.shape[0] if len(one.shape) == 2 else 0
         if not all(0 <= index < count for index in indices):
-            raise CheckpointError(
-                f"{weight.values.path}: {name} has the shape {weight.shape}; expected row {max(indices)}"
-            )
-        return torch.cat([weight.rows(index, index + 1) for index in indices]).float()
+            raise CheckpointError(f"{one.values.path}: {name} has the shape {one.shape}; expected row {max(indices)}")
+        return torch.cat([one.rows(index, index + 1) for index in indices]).float()
 
     def read(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """A whole tensor, chunk by chunk, so the peak is the result plus one chunk."""
         weight = self.weights[name]
         if _BUFFERS.search(name) and weight.scale is None:
-            return weight.all_rows()
+            return weight.rows()
         weight.check_format()
         tensor, row = torch.empty(weight.shape or (1,), dtype=dtype), 0
         for chunk in weight.chunks():
@@ -334,7 +324,8 @@ def _declares_quantization(directory: Path) -> bool:
         if not isinstance(scheme, dict):
             raise CheckpointError(f"{where}: {scheme!r}; expected an object")
         method, inner = str(scheme.get("quant_method", "unknown")), scheme.get("quantization")
-        facts = {"quantization_status": "compressed"} | scheme | (inner if isinstance(inner, dict) else {})
+        facts: dict[str, Any] = scheme | (inner if isinstance(inner, dict) else {})
+        facts.setdefault("quantization_status", "compressed")
         if method not in READ:
             raise CheckpointError(f"{where}: the weights are quantized ({method}); {REMEDY}")
         for key, allowed in READ[method].items():

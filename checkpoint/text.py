@@ -1,5 +1,4 @@
 """Text to token ids, with the checkpoint's templates, limits and answer tokens.
-
 A control token spelled in a query or passage (`<end_of_turn>`) is tokenized as plain text, so it cannot open a turn.
 Text without such spelling gets exactly the ids of the filled template, tokenized as a whole, as in the reference.
 """

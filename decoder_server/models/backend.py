@@ -1,5 +1,4 @@
 """The contract between the engine and a model: a prompt and passages become pairs, pairs become margins.
-
 A backend reads passages as pooled states (fbnl) or as text (cross_encoder); the engine only carries them.
 """
 

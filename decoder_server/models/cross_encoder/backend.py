@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from checkpoint.files import CheckpointError, one_line
 from decoder_server.models.backend import TextSettings, sigmoid
 from decoder_server.models.cross_encoder.files import CheckpointFiles
+from decoder_server.models.cross_encoder.profiles import Padding
 from decoder_server.models.cross_encoder.templates import TextPair, TextPrompt, Texts
 
 # Padded tokens per pass, by device: above it a pass is no faster per token.
@@ -43,12 +44,11 @@ class CrossEncoder:
         self.checkpoint_name = checkpoint_name  # as it was opened
         self.runtime = runtime  # torch, onnx or onnx-int8
         self.dtype_name, self.device_name = runner.dtype_name, runner.device_name
-        self.notice = ""  # empty where the profile names no licence
-        if profile.license:
-            limits = "; not for commercial use" if "-NC" in profile.license else ""
-            self.notice = f"{checkpoint_name} is under the licence {profile.license}{limits}"
-        self._max_passage = profile.max_passage_tokens or profile.max_tokens
-        self.settings = TextSettings(profile.default_instruction, self._max_passage, profile.max_query_tokens)
+        limits = "; not for commercial use" if "-NC" in profile.license else ""
+        notice = f"{checkpoint_name} is under the licence {profile.license}{limits}"
+        self.notice = notice if profile.license else ""
+        most = profile.max_passage_tokens or profile.max_tokens
+        self.settings = TextSettings(profile.default_instruction, most, profile.max_query_tokens)
         self._source, self._reader, self._runner = source, source.reader, runner
 
     @cached_property
@@ -74,7 +74,7 @@ class CrossEncoder:
 
     def cut(self, text: str, max_tokens: int | None = None, *, keep_end: bool = False) -> str:
         """A text's beginning, or end, of at most `max_tokens` (None: as many as a passage may have)."""
-        return self._reader.cut(text, max_tokens or self._max_passage, keep_end=keep_end)[0]
+        return self._reader.cut(text, max_tokens or self.settings.max_passage_tokens, keep_end=keep_end)[0]
 
     def score(self, pairs: Sequence[TextPair]) -> NDArray[np.float32]:
         """Margins (len(pairs),) of one padded pass; NaN where not finite."""
@@ -144,11 +144,7 @@ def batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
 
 
 def pad(
-    rows: Sequence[Sequence[int]],
-    types: Sequence[Sequence[int] | None] | None = None,
-    *,
-    side: Literal["left", "right"],
-    pad_id: int,
+    rows: Sequence[Sequence[int]], types: Sequence[Sequence[int] | None] | None = None, *, side: Padding, pad_id: int
 ) -> dict[str, NDArray[np.int64]]:
     """A model's possible inputs, (batch, longest) each; of `position_ids` a row's first real token is at 0."""
     length = max(len(row) for row in rows)

@@ -1,10 +1,6 @@
 """A causal language model that answers in one column of its vocabulary, rewritten as a classifier with one score.
-
-    with staged(Path("ctxl-1b")) as folder:
-        CausalSource.open("ContextualAI/ctxl-rerank-v2-instruct-multilingual-1b").convert(folder)
-
 A source whose classifier would have a meaningless score is rejected before its weights are read; those are read a
-tensor at a time and written in shards of at most SHARD_BYTES. Neither model runs here: tuning.health.parity does that.
+tensor at a time and written in shards. Neither model runs here: tuning.health.parity does that.
 """
 
 from __future__ import annotations
@@ -26,12 +22,12 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 
 from checkpoint.files import CheckpointError, read_json, resolve
+from checkpoint.model import HEAD
 from decoder_server.models.cross_encoder.files import CheckpointFiles
 from decoder_server.models.cross_encoder.profiles import FILE_NAME as PROFILE_FILE
 from decoder_server.models.cross_encoder.profiles import Profile, builtin_profiles
 
 TARGETS = {f"{family}ForCausalLM": f"{family}ForSequenceClassification" for family in ("Qwen3", "Mistral")}
-HEAD = "lm_head.weight"
 HEAD_BIAS = "lm_head.bias"
 EMBEDDING = "model.embed_tokens.weight"
 SCORE = "score.weight"
@@ -132,7 +128,7 @@ class CausalSource:
                     raise CheckpointError(f"{weight.values.path}: {told}")
                 yield name, row.clone()
             else:
-                yield name, self.files.tensors.read(name) if weight.scale else weight.all_rows()
+                yield name, self.files.tensors.read(name) if weight.scale else weight.rows()
             advance(1)
 
     def _config(self) -> dict[str, Any]:
@@ -154,14 +150,9 @@ class CausalSource:
     def _profile_row(self) -> str:
         """The recipe that the result carries: the source's template and limits with the new head."""
         kept = ("template", "instruction_format", "add_special_tokens", "strip", "max_tokens", "license")
-        rows: dict[str, object] = {
-            "models": [f"{self.name.rstrip('/')} (as a classifier)"],
-            "architectures": [self.target],
-            "head": "score",
-            "padding": "left",
-            "note": f"row {COLUMN} of {self.head} of {self.name}",
-            **{key: getattr(self.files.profile, key) for key in kept},
-        }
+        note, model = f"row {COLUMN} of {self.head} of {self.name}", f"{self.name.rstrip('/')} (as a classifier)"
+        rows: dict[str, object] = {"models": [model], "architectures": [self.target], "head": "score", "note": note}
+        rows |= {key: getattr(self.files.profile, key) for key in kept} | {"padding": "left"}
         # JSON's strings, numbers, booleans and lists are TOML's too.
         lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in rows.items()]
         return "# This checkpoint's recipe; written by `preread convert-ctxl`.\n[[profile]]\n" + "\n".join(lines) + "\n"
@@ -230,9 +221,8 @@ def staged(target: Path) -> Iterator[Path]:
             for path in folder.iterdir():
                 path.unlink()
             yield folder
-            for path in folder.iterdir():
+            for path in (*folder.iterdir(), folder):
                 _sync(path)
-            _sync(folder)
             _check_free(target)
             folder.rename(target)  # over an empty folder too
             _sync(target.parent)

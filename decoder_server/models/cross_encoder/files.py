@@ -1,5 +1,4 @@
 """A cross-encoder's files, checked against each other before a large tensor is read, and its transformers model.
-
 What a checkpoint declares about its own arithmetic (config.json and sentence-transformers' files next to it) is applied
 by transformers or by the profile, or is an error. Nothing in a loaded model is random.
 """
@@ -16,12 +15,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from tokenizers import Tokenizer
 
 from checkpoint.files import STORAGE, CheckpointError, check_fields, one_line, read_json
+from checkpoint.model import HEAD
 from checkpoint.tensors import StoredTensors
 from decoder_server.models.cross_encoder.profiles import GENERIC, Profile
 from decoder_server.models.cross_encoder.templates import PairReader
@@ -54,11 +54,7 @@ _OTHER_HEADS = re.compile(
 )
 PROJECTOR = ("projector.0.weight", "projector.2.weight")  # listwise: two layers without biases, a ReLU between them
 # Tensors that a head reads besides the transformers model, and an output embedding that it has no use for.
-READ_BY_HEAD = {
-    "score": ("score.weight", "lm_head.weight"),
-    "vocabulary": ("lm_head.weight",),
-    "listwise": (*PROJECTOR, "lm_head.weight"),
-}
+READ_BY_HEAD = {"score": ("score.weight", HEAD), "vocabulary": (HEAD,), "listwise": (*PROJECTOR, HEAD)}
 TOKENIZER_FILES = (
     "tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spm.model", "tokenizer.model",
     "tekken.json",
@@ -82,9 +78,7 @@ class CheckpointFiles:
     trust_remote_code: bool
 
     @classmethod
-    def open(
-        cls, directory: Path, raw: dict[str, Any], profile: Profile, *, trust_remote_code: bool
-    ) -> CheckpointFiles:
+    def open(cls, directory: Path, raw: dict[str, Any], profile: Profile, *, trust_remote_code: bool) -> Self:
         """Reads all but the weights."""
         from transformers import AutoTokenizer
 
@@ -100,14 +94,10 @@ class CheckpointFiles:
         except Exception as exc:  # a missing file, a broken one and an unknown class raise unrelated types
             raise CheckpointError(f"{directory}: no tokenizer that can be read ({one_line(exc)})") from exc
         if len(tokenizer.encode("a query and a passage", add_special_tokens=False).ids) == 0:
-            raise CheckpointError(
-                f"{directory}: the tokenizer reads every text as nothing; its files are not all there"
-            )
-        size = tokenizer.get_vocab_size(with_added_tokens=True)
-        if size > config.vocab_size:
-            raise CheckpointError(
-                f"{directory}: the tokenizer has {size} tokens; the embedding has {config.vocab_size} rows"
-            )
+            raise CheckpointError(f"{directory}: the tokenizer reads every text as nothing; files are missing")
+        size, rows = tokenizer.get_vocab_size(with_added_tokens=True), config.vocab_size
+        if size > rows:
+            raise CheckpointError(f"{directory}: the tokenizer has {size} tokens; the embedding has {rows} rows")
         # Encoders that count positions from the pad id want the configuration's; elsewhere padding is masked.
         candidates = (raw.get("pad_token_id"), loaded.pad_token_id, loaded.eos_token_id, 0)
         pad_id = next(id_ for id_ in candidates if isinstance(id_, int) and id_ >= 0)

@@ -67,9 +67,7 @@ def _placed(runtime: str, device: str | None, dtype: str | None) -> tuple[torch.
         if device not in (None, "auto", "cpu"):
             raise ValueError(f"device is {device!r}; the runtime {runtime!r} computes on the CPU")
         if dtype not in (None, "auto", "float32"):
-            raise ValueError(
-                f"dtype is {dtype!r}; the runtime {runtime!r} computes in float32 around its int8 products"
-            )
+            raise ValueError(f"dtype is {dtype!r}; the runtime {runtime!r} computes in float32 around int8 products")
         device, dtype = "cpu", "float32"
     where, number_format = choose_device(device, dtype)
     if where.type == "cpu" and not cpu_multiplies_bfloat16():

@@ -1,8 +1,6 @@
 """A checkpoint in ONNX Runtime on the CPU: exported to a graph in float32 or dynamic int8, kept on disk, and run.
-
-A decoder's graph ends in the last token's hidden state, so its head stays in float32 outside; an encoder's ends in
-its logits, with the head's nodes left in float32. A graph is made once per weights, profile and versions, and found
-again until one of them changes.
+A decoder's graph ends in the last token's hidden state, an encoder's in its logits; the head stays in float32, outside
+or inside. A graph is made once per weights, profile and versions.
 """
 
 from __future__ import annotations
@@ -48,8 +46,7 @@ _LAYER = re.compile(r"\.layers?\.\d+\.")
 
 def load_onnx(source: CheckpointFiles, *, quantized: bool, cache_dir: Path | None) -> _OnnxRunner:
     """A runner over the graph of these weights, exported first where there is none yet.
-    Raises CheckpointError for an architecture that cannot be exported or a place that cannot be written, ValueError
-    where the packages are not installed or the model is listwise.
+    Raises CheckpointError where it cannot be exported or kept, ValueError without its packages or for a listwise model.
     """
     if source.profile.listwise:
         raise ValueError(f"{source.directory}: a listwise model runs in the torch runtime only")

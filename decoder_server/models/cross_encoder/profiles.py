@@ -1,7 +1,5 @@
-"""The recipe of a reranker: template, readout, padding, limits, activation. One row per model.
-
-The rows are in profiles.toml; a user's file has the same form. A checkpoint goes by the profile that a caller names, by
-its exact id, by its own file, or by its config.json.
+"""The recipe of a reranker: template, readout, padding, limits, activation.
+One row per model, in profiles.toml; a user's file has the same form.
 """
 
 from __future__ import annotations
@@ -120,12 +118,8 @@ class Profile:
         total = min(max_tokens or self.max_tokens, most)
         # Query and instruction may take half together, so that something of every passage is always read.
         share = total // 4 if self.takes_instruction else total // 2
-        return dataclasses.replace(
-            self,
-            max_tokens=total,
-            max_query_tokens=max(1, min(self.max_query_tokens, share)),
-            max_instruction_tokens=max(1, min(self.max_instruction_tokens, share)),
-        )
+        query, told = (max(1, min(most, share)) for most in (self.max_query_tokens, self.max_instruction_tokens))
+        return dataclasses.replace(self, max_tokens=total, max_query_tokens=query, max_instruction_tokens=told)
 
     def read_answers(self, tokenizer: Tokenizer, directory: Path) -> tuple[int, ...]:
         """Token ids of the answers, checked against the published ones."""

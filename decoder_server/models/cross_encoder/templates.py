@@ -1,8 +1,6 @@
 """Query, instruction and passage to the token ids a model reads, by its profile's template and limits.
-
-Control tokens spelled in texts from outside are tokenized as plain text; text without such spelling gets exactly the
-ids of the filled template. An over-long passage loses tokens at its own end, so query, instruction and whatever the
-template puts behind them always survive.
+An over-long passage loses tokens at its own end, so query, instruction and whatever the template puts behind them
+always survive.
 """
 
 from __future__ import annotations
@@ -89,8 +87,7 @@ class PairReader:
         query = self._clean(query)
         cut, num_query = self.cut(query, profile.max_query_tokens)
         truncated = len(cut) < len(query)
-        if truncated:
-            num_query = self.count(cut)
+        num_query = self.count(cut) if truncated else num_query
         text = ""
         instruction = profile.default_instruction if instruction is None else instruction
         if (instruction or profile.default_instruction) and profile.takes_instruction:

@@ -1,7 +1,5 @@
 """A checkpoint in torch: the transformers model, and the head that turns its last hidden state into a margin.
-
-A decoder's head is one row of weights for a score head or a single answer token, two for a pair of answers, in float32:
-the whole vocabulary is never multiplied.
+A decoder's head is one or two rows of weights, in float32: the whole vocabulary is never multiplied.
 """
 
 from __future__ import annotations
@@ -47,8 +45,7 @@ class _TorchRunner:
         # Left padding with a mask and positions: the last column is every row's last token, whatever pads them.
         batch = pad([p.ids for p in pairs], [p.type_ids for p in pairs], side=self._side, pad_id=self._pad_id)
         inputs = [torch.from_numpy(batch[name]).to(self._device) for name in self.body.names]
-        result: NDArray[np.float32] = self._head(self.body(*inputs)).cpu().numpy()
-        return result
+        return self._head(self.body(*inputs)).cpu().numpy()
 
 
 class _ListwiseRunner:
