@@ -49,8 +49,7 @@ def _group_numbers(controller: str, root: Path, *alternatives: tuple[str, ...]) 
     for group in _control_groups(controller, root):
         for files in alternatives:
             words = [word for file in files for line in _lines(group / file)[:1] for word in line.split()]
-            # Not max, nor nothing to read.
-            if len(words) == 2 and all(word.removeprefix("-").isdecimal() for word in words):
+            if len(words) == 2 and all(word.removeprefix("-").isdecimal() for word in words):  # not max
                 yield int(words[0]), int(words[1])
 
 
@@ -63,9 +62,7 @@ def _control_groups(controller: str, root: Path) -> Iterator[Path]:
     for line in _lines(root / "proc/self/mountinfo"):
         mounted, _, kind = line.partition(" - ")
         fields, kinds = mounted.split(), kind.split()
-        if len(fields) < 5 or len(kinds) < 3:
-            continue
-        key = {"cgroup": controller, "cgroup2": ""}.get(kinds[0])
+        key = {"cgroup": controller, "cgroup2": ""}.get(kinds[0]) if len(fields) > 4 and len(kinds) > 2 else None
         if key is None or key not in own or (key and key not in kinds[2].split(",")):
             continue
         # In mountinfo a space is \040.

@@ -76,9 +76,8 @@ class CheckpointSettings:
             try:
                 found = sorted(set(template_fields(getattr(settings, key))))
             except ValueError as exc:
-                raise CheckpointError(
-                    f"{path}: {key} is not a template ({exc}); braces of the text itself are doubled"
-                ) from exc
+                told = f"{key} is not a template ({exc}); braces of the text itself are doubled"
+                raise CheckpointError(f"{path}: {told}") from exc
             allowed = sorted({needed, optional or needed})
             if needed not in found or not set(found) <= set(allowed):
                 raise CheckpointError(f"{path}: {key} has the fields {found}; expected {[needed]}, allowed {allowed}")

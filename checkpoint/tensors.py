@@ -110,7 +110,6 @@ class _Weight:
         return shape if self.global_scale is None else (*shape[:-1], 2 * shape[-1])
 
     def check_format(self) -> None:
-        """Raises CheckpointError where a weight is stored in a format that says nothing without its scales."""
         if self.scale is None and self.values.dtype not in FLOAT_TYPES:
             raise CheckpointError(
                 f"{self.values.path}: {self.values.name} is stored as {self.values.dtype}; "
@@ -287,9 +286,8 @@ def _opened(path: Path) -> safe_open:
 def _safetensors_files(directory: Path) -> list[Path]:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if (directory / name).exists():
-            raise CheckpointError(
-                f"{directory}: {name} is there and would not be applied; merge the adapter into the weights first"
-            )
+            told = f"{name} is there and would not be applied; merge the adapter into the weights first"
+            raise CheckpointError(f"{directory}: {told}")
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if index.exists():
         weight_map = read_json(index).get("weight_map")

@@ -206,10 +206,9 @@ class TextTokenizer:
         """The largest id that a text can become."""
         # Gemma 3's tokenizer has a control token for images beyond the last row of the embedding; where control tokens
         # in texts are read as plain text, no text becomes it.
-        vocabulary = self._both.exact.get_vocab(with_added_tokens=True)
         used = set(self._both.controls.findall(self._settings.passage_template + self._settings.prompt_template))
         unreachable = self._both.control_ids.keys() - used if self._neutralise else set()
-        return max(id_ for text, id_ in vocabulary.items() if text not in unreachable)
+        return max(id_ for text, id_ in self._both.exact.get_vocab().items() if text not in unreachable)
 
     def passages(self, texts: Sequence[str]) -> list[TokenizedPassage]:
         """Passages as the encoder reads them, cut right at `max_passage_tokens` (template included)."""

@@ -97,9 +97,8 @@ class CrossEncoder:
 
     def activation(self, margins: NDArray[np.float32]) -> NDArray[np.float32]:
         """Scores as the model publishes them, computed in float32."""
-        margins = np.asarray(margins, dtype=np.float32)
-        identity = self.profile.activation == "identity"
-        return margins if identity else sigmoid(margins / np.float32(self.profile.temperature))
+        margins, profile = np.asarray(margins, dtype=np.float32), self.profile
+        return margins if profile.activation == "identity" else sigmoid(margins / np.float32(profile.temperature))
 
     def bounded(self, margins: NDArray[np.float32]) -> NDArray[np.float32]:
         """Scores in 0..1 for interfaces that demand them, in the order of the margins.

@@ -107,9 +107,8 @@ class CausalSource:
             _write_json(folder / "model.safetensors.index.json", index)
         _write_json(folder / "config.json", self._config())
         source = self.files.directory
-        for name in _TOKENIZER_FILES:
-            if (source / name).exists():
-                shutil.copyfile(source / name, folder / name)
+        for name in (name for name in _TOKENIZER_FILES if (source / name).exists()):
+            shutil.copyfile(source / name, folder / name)
         path = folder / "tokenizer_config.json"
         _write_json(path, read_json(path, optional=True) | {"pad_token": self.pad_token, "padding_side": "left"})
         (folder / PROFILE_FILE).write_text(self._profile_row(), encoding="utf-8")
@@ -148,7 +147,6 @@ class CausalSource:
         }
 
     def _profile_row(self) -> str:
-        """The recipe that the result carries: the source's template and limits with the new head."""
         kept = ("template", "instruction_format", "add_special_tokens", "strip", "max_tokens", "license")
         note, model = f"row {COLUMN} of {self.head} of {self.name}", f"{self.name.rstrip('/')} (as a classifier)"
         rows: dict[str, object] = {"models": [model], "architectures": [self.target], "head": "score", "note": note}
@@ -169,9 +167,8 @@ def _pad(name: str, files: CheckpointFiles) -> tuple[str, int]:
         raise CheckpointError(f"{name}: neither tokenizer nor config.json has a pad or eos token; padding needs one")
     token = str(files.loaded.convert_ids_to_tokens(pad))
     if files.reader.read([("q", "", "p")])[0].ids[-1] == pad:
-        raise CheckpointError(
-            f"{name}: prompts end in the padding token {token!r}; a classifier would read the token before it"
-        )
+        told = f"prompts end in the padding token {token!r}; a classifier would read the token before it"
+        raise CheckpointError(f"{name}: {told}")
     return token, pad
 
 

@@ -177,9 +177,8 @@ def _check_modules(directory: Path, profile: Profile) -> None:
         ids = profile.answer_ids if any(isinstance(answer, str) for answer in given) else given
         for key, expected in zip(("true_token_id", "false_token_id"), (*ids, None), strict=False):
             if ids and found.get(key) != expected:
-                raise CheckpointError(
-                    f"{path}: {key} is {found.get(key)!r}; the profile {profile.model!r} reads token {expected!r}"
-                )
+                told = f"{key} is {found.get(key)!r}; the profile {profile.model!r} reads token {expected!r}"
+                raise CheckpointError(f"{path}: {told}")
 
 
 def load_transformer(

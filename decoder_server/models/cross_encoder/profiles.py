@@ -105,9 +105,8 @@ class Profile:
             )
         labels = _num_labels(config)
         if self.head in ("classifier", "score") and labels != self.num_labels:
-            raise CheckpointError(
-                f"{name}: config.json has {labels} labels; the profile {self.model!r} needs {self.num_labels}"
-            )
+            told = f"has {labels} labels; the profile {self.model!r} needs {self.num_labels}"
+            raise CheckpointError(f"{name}: config.json {told}")
 
     def limited(self, config: Mapping[str, Any], max_tokens: int | None) -> Profile:
         """This profile with limits that the checkpoint can hold, or with the given one."""
@@ -163,9 +162,8 @@ class Profile:
         if wanted == GENERIC:
             return None
         if not wanted.endswith(".toml"):
-            raise CheckpointError(
-                f"profile is {wanted!r}; expected a TOML file, {GENERIC!r}, or one of {', '.join(sorted(builtin))}"
-            )
+            models = ", ".join(sorted(builtin))
+            raise CheckpointError(f"profile is {wanted!r}; expected a TOML file, {GENERIC!r}, or one of {models}")
         rows = _load(Path(wanted).expanduser())
         if name not in rows and len(rows) > 1:
             raise CheckpointError(f"{wanted}: has profiles for {', '.join(rows)}; none for {name!r}")
@@ -184,9 +182,8 @@ class Profile:
             )
         labels = _num_labels(config)
         if labels not in (1, 2):
-            raise CheckpointError(
-                f"{name}: config.json has {labels} labels; a reranker has 1, or 2 with the second relevant"
-            )
+            told = f"has {labels} labels; a reranker has 1, or 2 with the second relevant"
+            raise CheckpointError(f"{name}: config.json {told}")
         limits = [int(config.get("max_position_embeddings") or 512) - _offset(config), MAX_GENERIC_TOKENS]
         # The input that sentence-transformers cuts at, where it or the tokenizer says so.
         for file, key in (("sentence_bert_config", "max_seq_length"), ("tokenizer_config", "model_max_length")):
@@ -283,7 +280,6 @@ def _num_labels(config: Mapping[str, Any]) -> int:
 
 
 def _offset(config: Mapping[str, Any]) -> int:
-    """Positions that are never used."""
     return int(config.get("pad_token_id") or 0) + 1 if config.get("model_type") in OFFSET_POSITIONS else 0
 
 
@@ -300,7 +296,6 @@ def _declared_activation(directory: Path, raw: Mapping[str, Any], labels: int) -
         return "sigmoid"
     name = str(saved).rpartition(".")[2]
     if name not in ACTIVATIONS:
-        raise CheckpointError(
-            f"{directory}: the activation function is {saved!r}; expected {' or '.join(ACTIVATIONS)}, or a profile"
-        )
+        told = f"the activation function is {saved!r}; expected {' or '.join(ACTIVATIONS)}, or a profile"
+        raise CheckpointError(f"{directory}: {told}")
     return cast(Activation, ACTIVATIONS[name])

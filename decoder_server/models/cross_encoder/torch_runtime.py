@@ -166,9 +166,8 @@ def read_head(source: CheckpointFiles, device: torch.device | None = None) -> He
     directory, config, tensors = source.directory, source.config, source.tensors
     if source.profile.head == "score":
         if "score.weight" not in tensors:
-            raise CheckpointError(
-                f"{directory}: score.weight is not in the checkpoint and would be random; convert the original first"
-            )
+            told = "score.weight is not in the checkpoint and would be random; convert the original first"
+            raise CheckpointError(f"{directory}: {told}")
         tensors.check({"score.weight": (1, config.hidden_size)})
         return _RowHead(tensors.rows("score.weight", [0]).to(device))
     rows = source.profile.read_answers(source.tokenizer, directory)
