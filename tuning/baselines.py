@@ -1,8 +1,7 @@
 """Rankings to compare with: a run file's, BM25's through bm25s, and a known model's.
 
-BM25 with bm25s' defaults (Lucene's BM25, k1 1.5, b 0.75; words of two and more letters or digits, lower case, no
-stemming) and English stop words. `minilm` is all-MiniLM-L6-v2 (Apache-2.0), an optional package with its weights:
-cosine of query and passage, each cut at the model's 256 tokens.
+BM25: bm25s' defaults (Lucene's, k1 1.5, b 0.75; words of two and more letters or digits, lower case, no stemming) and
+English stop words. `minilm`: all-MiniLM-L6-v2 (Apache-2.0, an optional package), cosine, texts cut at its 256 tokens.
 """
 
 from __future__ import annotations
@@ -98,8 +97,8 @@ def teacher_run(
         encoded = model.encode([texts[key] for key in part], normalize_embeddings=True, show_progress_bar=False)
         vectors |= dict(zip(part, np.asarray(encoded), strict=True))
         advance(len(part))
-
-    def score(q: str, p: str) -> float:
-        return float(vectors["passage", p] @ vectors["query", q]) if p in passages else np.nan
-
-    return {q: rank([p for p, _ in ranking], [score(q, p) for p, _ in ranking]) for q, ranking in first.items()}
+    run: Run = {}
+    for q, ranking in first.items():
+        ids = [p for p, _ in ranking]
+        run[q] = rank(ids, [vectors["passage", p] @ vectors["query", q] if p in passages else np.nan for p in ids])
+    return run

@@ -31,10 +31,6 @@ def _integers(text: str) -> tuple[int, ...]:
         raise ValueError(f"{text!r}; expected integers with commas between them, such as 1,4,16") from None
 
 
-def _cascades(text: str) -> tuple[tuple[Stage, ...], ...]:
-    return () if text.split() == ["none"] else tuple(map(parse_stages, text.split()))
-
-
 class _Settings(Config):
     def __post_init__(self) -> None:
         try:
@@ -115,7 +111,7 @@ class GridSettings(MeasuringSettings):
         None,
         "Stages, blanks between cascades: 32:20,4 scores all at 32, and the best 20 at 4; none: no cascades.",
         metavar="STAGES ...",
-        parse=_cascades,
+        parse=lambda text: () if text.split() == ["none"] else tuple(map(parse_stages, text.split())),
         shown_default="four shapes",
     )
     overlap_k: int = knob(10, "How many of the top are compared with r = 1's.", at_least=1)

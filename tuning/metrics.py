@@ -72,27 +72,17 @@ class Interval:
     def __str__(self) -> str:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class _Difference(Interval):
     """A mean difference over queries, system minus baseline."""
 
     p_value: float  # two-sided, that the true difference is 0
-
-    @property
-    def significant(self) -> bool:
-        """The 95% interval excludes 0."""
-        return self.low > 0 or self.high < 0
+    significant: bool  # the 95% interval excludes 0
 
     @property
     def mark(self) -> str:
         return " " if not self.significant else "▲" if self.mean > 0 else "▼"
-
-    def to_json(self) -> dict[str, Any]:
-        return super().to_json() | {"significant": self.significant}
 
 
 class Bootstrap:
@@ -132,7 +122,8 @@ class Bootstrap:
         below, above = int((drawn <= 0).sum()), int((drawn >= 0).sum())
         low, high = np.percentile(drawn, _BOUNDS).tolist()
         p_value = min(1.0, 2 * (min(below, above) + 1) / (len(drawn) + 1))
-        return _Difference(float(self._means[column] - self._means[baseline]), low, high, p_value)
+        mean = float(self._means[column] - self._means[baseline])
+        return _Difference(mean, low, high, p_value, low > 0 or high < 0)
 
     def share(self, column: int, baseline: int) -> Interval | None:
         """column / baseline, paired, over draws where the baseline is not 0; None where its mean is."""
@@ -195,10 +186,10 @@ class Quality:
 
     def measures_json(self, **compared: Mapping[str, Interval | None] | None) -> dict[str, Any]:
         """`measures`, each with its comparisons by key, None left out, and `per_query`, null where undefined."""
-        found = {name: interval.to_json() for name, interval in self.measures.items()}
+        found = {name: asdict(interval) for name, interval in self.measures.items()}
         for key, intervals in compared.items():
             for name, interval in intervals.items() if intervals is not None else ():
-                found[name][key] = interval.to_json() if interval is not None else None
+                found[name][key] = asdict(interval) if interval is not None else None
         rounded = {
             name: [round(v, 6) if v == v else None for v in own.tolist()] for name, own in self.per_query.items()
         }

@@ -26,15 +26,12 @@ from cache.open import open_store
 from cache.record import Record
 from checkpoint import EncoderIdentity
 from decoder_server.models.backend import Backend, Prompt
-from encoder_worker.passage_encoder import PassageEncoder
 from tuning.progress import SILENT, StageProgress
 from tuning.rerank import score_passages
 from tuning.sweep.margins import Codecs, Margins
 from tuning.sweep.settings import Configuration, Reading, SweepSettings
 
-_COUNT_BATCH = 1024
 _WRITE_BATCH = 256
-_COUNT_STAGE = "count (passages)"
 
 _Samples = NDArray[np.float64]  # seconds, (rounds * num_queries,): the same index is the same query and round
 
@@ -48,48 +45,14 @@ class StoredSize:
     collection_bytes: int  # all records and the codec's table
     num_passages: int
 
-
-@dataclass(frozen=True)
-class Lengths:
-    """Tokens of every window of every passage of a collection."""
-
-    windows: list[tuple[int, ...]]
-
     @classmethod
-    def of_texts(
-        cls, encoder: PassageEncoder, texts: Sequence[str], *, split: bool = False, progress: StageProgress = SILENT
-    ) -> Lengths:
-        """By tokenizing them; nothing is encoded. Empty texts are not stored."""
-        advance = progress.begin(_COUNT_STAGE, len(texts))
-        windows: list[tuple[int, ...]] = []
-        for start in range(0, len(texts), _COUNT_BATCH):
-            part = texts[start : start + _COUNT_BATCH]
-            windows += [one.window_tokens for one in encoder.tokenize(part, split=split) if one.failed is None]
-            advance(len(part))
-        return cls(windows)
-
-    @classmethod
-    def of_stored(cls, collection: Collection, progress: StageProgress = SILENT) -> Lengths:
-        """From stored records; states are not decoded."""
-        advance = progress.begin(_COUNT_STAGE, collection.stats().num_passages)
-        windows = []
-        for _, record in collection.store.scan(collection.name):
-            if isinstance(record, Record):
-                windows.append(record.window_tokens)
-            advance(1)
-        return cls(windows)
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(map(sum, self.windows))
-
-    def size(self, ratio: int, codec: Codec) -> StoredSize:
-        """The collection's records at a stored ratio, header and window lengths included."""
-        states = [sum(-(-tokens // ratio) for tokens in windows) for windows in self.windows]
-        code_bytes, num_passages = codec.code_size_bytes, len(self.windows)
-        num_bytes = sum(Record.num_bytes(n, code_bytes, len(w)) for n, w in zip(states, self.windows, strict=True))
-        per_token = sum(states) * code_bytes / max(1, self.num_tokens)
-        return StoredSize(num_bytes / max(1, num_passages), per_token, num_bytes + len(codec.table()), num_passages)
+    def of(cls, lengths: Sequence[tuple[int, ...]], ratio: int, codec: Codec) -> StoredSize:
+        """Of whole records, header included; `lengths`: tokens of every window of every passage."""
+        states = [sum(-(-tokens // ratio) for tokens in windows) for windows in lengths]
+        size = codec.code_size_bytes
+        num_bytes = sum(Record.num_bytes(n, size, len(w)) for n, w in zip(states, lengths, strict=True))
+        per_token = sum(states) * size / max(1, sum(map(sum, lengths)))
+        return cls(num_bytes / max(1, len(states)), per_token, num_bytes + len(codec.table()), len(states))
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
-"""Margins of every candidate of every query, for each stored ratio, codec and read ratio; computed ones are kept.
+"""Margins of every candidate for each stored ratio, codec and read ratio, kept once computed; how good the orders are.
 
-States go through the real codec and back, as a collection would give them.
+States go through the real codec and back, as a collection would give them. The reference is r = 1, without a codec, in
+float32; its ranking replaces judgements where there are none.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from operator import attrgetter
@@ -19,11 +20,17 @@ from cache.codecs import Codec
 from cache.errors import CodecError
 from decoder_server.models.backend import Backend, Prompt
 from encoder_worker.writing import num_training_states
+from preread.values import Stage
 from tuning import EvaluationError
+from tuning.metrics import HEADLINE, Bootstrap, PerQuery, Quality, kendall_tau, per_query
 from tuning.progress import SILENT, Advance, StageProgress
 from tuning.rerank import Pairs, States, score_passages
-from tuning.sweep.settings import Configuration
+from tuning.sweep.settings import Configuration, Reading, SweepSettings
 from tuning.sweep.workdir import SpilledStates, WorkDir
+from tuning.trec import Qrels, Run, order
+
+TAU, AUC = "Kendall tau", "ROC-AUC"
+_NUM_TAUGHT = 10  # of the reference's ranking, the places that count as relevant where there are no judgements
 
 
 @dataclass(frozen=True)
@@ -99,8 +106,7 @@ class Codecs:
         if not codec.needs_training:
             return _TrainedCodec(codec, 0.0, 0)
         name = f"codecs/r{ratio}-{factory}"
-        kept = self.work.load(name)
-        if kept is not None:
+        if (kept := self.work.load(name)) is not None:
             seconds, num_sample = float(kept["seconds"]), int(kept["num_sample"])
             codec = Codec.from_table(factory, self.states.dim, kept["table"].tobytes())
         else:
@@ -119,17 +125,12 @@ class Margins:
     """Flat margins (num_pairs,) by unit; NaN where a candidate has no states or its margin is not finite."""
 
     def __init__(self, work: WorkDir, states: SpilledStates, pairs: Pairs, prompts: Mapping[str, Prompt]) -> None:
-        """`prompts`: of each query."""
-        self.pairs = pairs
+        self.pairs, self.states, self.prompts, self._work = pairs, states, prompts, work
         self.values: dict[Configuration, NDArray[np.float32]] = {}
-        self._work = work
-        self.states = states
-        self.prompts = prompts
         # Cut the same way each time, so that a resumed run scores the same batches.
         self._chunks = [pairs.rows(ids) for ids in states.chunk_ids(list(pairs.places))]
 
     def reference(self, backend: Backend, progress: StageProgress = SILENT) -> NDArray[np.float32]:
-        """Margins of the states at their source's ratio, without a codec."""
         advance, ratio = progress.begin("reference (pairs)", self.pairs.num), self.states.ratio
         (flat,) = self._score(backend, {"reference/": ratio}, ratio, None, advance)
         return flat
@@ -141,8 +142,7 @@ class Margins:
         advance = progress.begin("score (pairs)", self.pairs.num * len(units))
         for (ratio, factory), grouped in groupby(units, key=attrgetter("stored_as")):
             own = {f"r{ratio}-{factory}/{unit.reading}-": unit for unit in grouped}
-            trained = codecs.get(ratio, factory)
-            if trained is None:
+            if (trained := codecs.get(ratio, factory)) is None:
                 advance(self.pairs.num * len(own))
                 continue
             read = {name: unit.reading.ratios[0] for name, unit in own.items()}
@@ -175,3 +175,73 @@ class Margins:
                     self._work.save(name, margins=margins)
                 flat[[index for *_, index in rows]] = margins
         return flats
+
+
+@dataclass(frozen=True)
+class Judgements:
+    """Relevance grades, and the grade that counts as relevant for measures without grades."""
+
+    qrels: Qrels
+    taught: bool  # by the reference, not by people
+    min_grade: int
+
+    @classmethod
+    def of(cls, qrels: Qrels, min_grade: int, reference: NDArray[np.float32], pairs: Pairs) -> Judgements:
+        """People's; where there are none, the reference's best ten as 10 down to 1. EvaluationError: none scored."""
+        if qrels:
+            return cls(qrels, False, min_grade)
+        taught: Qrels = {}
+        for query_id, own in pairs.split(reference).items():
+            found = pairs.candidates[query_id]
+            best = [row for row in order(own).tolist() if np.isfinite(own[row])][:_NUM_TAUGHT]
+            if best:
+                taught[query_id] = {found[row]: _NUM_TAUGHT - place for place, row in enumerate(best)}
+        if not taught:
+            raise EvaluationError("the reference scored no candidate: every margin is NaN")
+        return cls(taught, True, 1)
+
+    def measure(
+        self,
+        first: Run,
+        reference: NDArray[np.float32],
+        margins: Margins,
+        configurations: Iterable[Configuration],
+        settings: SweepSettings,
+        progress: StageProgress = SILENT,
+    ) -> tuple[Quality, Quality, dict[Configuration, Quality]]:
+        """The first stage, the reference, and every configuration whose margins are there, against the reference."""
+        pairs = margins.pairs
+        measured = [one for one in configurations if all(unit in margins.values for unit in one.units())]
+        advance = progress.begin("measure (configurations)", len(measured) + 2)
+        readings = [(Reading((Stage(1),)), [reference])]
+        readings += [(one.reading, [margins.values[unit] for unit in one.units()]) for one in measured]
+        runs = [first]
+        for reading, flats in readings:
+            split = [pairs.split(flat) for flat in flats]
+            runs.append({q: reading.ranking(found, [own[q] for own in split]) for q, found in pairs.candidates.items()})
+        values = []
+        for run in runs:
+            values.append(self._per_query(run, runs[1], settings))
+            advance(1)
+        boots = Bootstrap.by_measure(values, seed=settings.seed, num_resamples=settings.num_resamples)
+        first_stage, finest, *others = (Quality.of(run, values[i], boots, i, 1) for i, run in enumerate(runs))
+        return first_stage, finest, dict(zip(measured, others, strict=True))
+
+    def _per_query(self, run: Run, reference: Run, settings: SweepSettings) -> PerQuery:
+        # For MRR only the best passage of the reference's judgements counts.
+        values = per_query(self.qrels, run, 10, _NUM_TAUGHT if self.taught else self.min_grade)
+        others, k = list[tuple[float, float, float]](), settings.overlap_k
+        for query_id, grades in self.qrels.items():
+            best = [p for p, _ in reference[query_id]]
+            place = {p: place for place, (p, _) in enumerate(run[query_id])}
+            mine = np.array([place[p] for p in best], dtype=np.intp)  # 0 for the best, in the reference's order
+            relevant = np.array([grades.get(p, 0) >= self.min_grade for p in best], dtype=bool)
+            # Of the reference's top k, the share that is in this one's; not defined of nothing.
+            overlap = float((mine[:k] < k).sum() / min(k, len(mine))) if len(mine) else float("nan")
+            # Share of (relevant, other) pairs in right order, Mann and Whitney's U over its most; needs such pairs.
+            num_relevant, num_pairs = int(relevant.sum()), int(relevant.sum()) * int((~relevant).sum())
+            num_wrong = int(mine[relevant].sum()) - num_relevant * (num_relevant - 1) // 2  # others before each, summed
+            auc = 1 - num_wrong / num_pairs if num_pairs else float("nan")
+            others.append((kendall_tau(mine, np.arange(len(mine))), overlap, auc))
+        named = dict(zip((TAU, settings.overlap_name, AUC), np.array(others).T, strict=True))
+        return {name: values[name] for name in (HEADLINE, "MRR@10")} | named

@@ -15,7 +15,7 @@ from preread_edge.outputs import write_output
 from tuning import MissingExtra
 from tuning.config import Limits
 from tuning.metrics import HEADLINE
-from tuning.sweep.quality import AUC, TAU
+from tuning.sweep.margins import AUC, TAU
 from tuning.sweep.report import Choice, SweepReport, SweepRow
 from tuning.trec import Run
 

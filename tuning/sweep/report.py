@@ -17,7 +17,7 @@ from tuning.config import Limits
 from tuning.metrics import HEADLINE, Quality
 from tuning.report import format_json, plain_table, print_parts
 from tuning.sweep.costs import IndexingCost, Latency, StoredSize
-from tuning.sweep.quality import AUC, TAU
+from tuning.sweep.margins import AUC, TAU
 from tuning.sweep.settings import Configuration, SweepSettings
 from tuning.trec import Qrels, write_runs
 

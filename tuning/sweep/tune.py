@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from cache.record import Record
 from cache.states import text_digest
 from checkpoint import Checkpoint
 from checkpoint.compute import hardware
@@ -27,14 +28,14 @@ from tuning.metrics import Quality
 from tuning.progress import SILENT, StageProgress
 from tuning.report import Counts
 from tuning.rerank import Pairs
-from tuning.sweep.costs import CostTimer, IndexingCost, Lengths
-from tuning.sweep.margins import Codecs, Margins
-from tuning.sweep.quality import Judgements
+from tuning.sweep.costs import CostTimer, IndexingCost, StoredSize
+from tuning.sweep.margins import Codecs, Judgements, Margins
 from tuning.sweep.report import SweepReport, SweepRow
 from tuning.sweep.settings import Configuration, SweepSettings, units_of
 from tuning.sweep.workdir import SpilledStates, WorkDir
 
 _WORK_VERSION = 1  # raised when the contents of a work directory mean something else
+_COUNT_BATCH = 1024
 _SPILL_CHUNK_BYTES = 32 << 20  # how much a killed run encodes again at most
 
 
@@ -137,11 +138,7 @@ class _Sweep(Experiment):
         self.margins.fill(self.backend, units_of(configurations), self.codecs, self.progress)
         measured = judgements.measure(first, reference, self.margins, configurations, settings, self.progress)
         first_quality, reference_quality, quality = measured
-        if self.from_states is not None:
-            lengths = Lengths.of_stored(self.from_states, self.progress)
-        else:
-            texts = list(judged.passages.values())
-            lengths = Lengths.of_texts(self.encoder, texts, split=settings.split, progress=self.progress)
+        lengths = self._lengths()
         return SweepReport(
             **self.identity(),
             hardware=hardware(),
@@ -150,9 +147,9 @@ class _Sweep(Experiment):
             taught=judgements.taught,
             first_stage_name=name,
             num_queries=len(judged.queries),
-            num_passages=len(lengths.windows),
+            num_passages=len(lengths),
             num_candidates=self.pairs.num,
-            mean_tokens=lengths.num_tokens / max(1, len(lengths.windows)),
+            mean_tokens=sum(map(sum, lengths)) / max(1, len(lengths)),
             rows=self._rows(quality, lengths),
             notes=self._notes(judgements),
             first_stage=first_quality,
@@ -163,7 +160,22 @@ class _Sweep(Experiment):
             passages={p: text for p, text in judged.passages.items() if p in self.pairs.places},
         )
 
-    def _rows(self, quality: dict[Configuration, Quality], lengths: Lengths) -> list[SweepRow]:
+    def _lengths(self) -> list[tuple[int, ...]]:
+        """Tokens of every window of every passage, from stored records or by tokenizing texts; nothing is encoded."""
+        stored, found = self.from_states, list[tuple[int, ...]]()
+        texts = list(self.judged.passages.values())
+        advance = self.progress.begin("count (passages)", len(texts) if stored is None else stored.stats().num_passages)
+        for start in range(0, len(texts), _COUNT_BATCH):
+            part = texts[start : start + _COUNT_BATCH]
+            tokenized = self.encoder.tokenize(part, split=self.settings.split)
+            found += [one.window_tokens for one in tokenized if one.failed is None]
+            advance(len(part))
+        for _, record in stored.store.scan(stored.name) if stored is not None else ():
+            found += [record.window_tokens] if isinstance(record, Record) else []
+            advance(1)
+        return found
+
+    def _rows(self, quality: dict[Configuration, Quality], lengths: Sequence[tuple[int, ...]]) -> list[SweepRow]:
         """Quality and cost; indexing is extrapolated from the passages that were encoded and written here."""
         times = encoder_seconds = None
         if self.settings.timed_queries and quality:
@@ -171,7 +183,7 @@ class _Sweep(Experiment):
             identity, directory = self.checkpoint.identity, self.work.path / "store"
             times.measure(list(quality), self.codecs, identity, directory, self.progress)
         if self.from_states is None and self.states.num_tokens:
-            encoder_seconds = self.states.seconds / self.states.num_tokens * lengths.num_tokens
+            encoder_seconds = self.states.seconds / self.states.num_tokens * sum(map(sum, lengths))
         rows = []
         for one, own in quality.items():
             trained = self.codecs.get(*one.stored_as)
@@ -179,8 +191,8 @@ class _Sweep(Experiment):
             latency = codec_seconds = store_seconds = None
             if times is not None:
                 latency = times.latency(one)
-                codec_seconds, store_seconds = (each * len(lengths.windows) for each in times.writing[one.stored_as])
-            size = lengths.size(one.stored_ratio, trained.codec)
+                codec_seconds, store_seconds = (each * len(lengths) for each in times.writing[one.stored_as])
+            size = StoredSize.of(lengths, one.stored_ratio, trained.codec)
             cost = IndexingCost(encoder_seconds, codec_seconds, trained.train_seconds, store_seconds)
             rows.append(SweepRow(one, own, size, latency, cost))
         return rows

@@ -31,7 +31,7 @@ from tuning.config import EvaluationSettings, Limits
 from tuning.evaluate import evaluate
 from tuning.judged import JudgedCollection
 from tuning.metrics import HEADLINE
-from tuning.sweep.quality import AUC, TAU
+from tuning.sweep.margins import AUC, TAU
 from tuning.sweep.report import SweepReport, SweepRow
 from tuning.sweep.workdir import SpilledStates
 from tuning.trec import RunFile
