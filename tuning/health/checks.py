@@ -1,7 +1,6 @@
 """Checks of one model's scores, as sections of lines: comparisons of two passes, behaviour alone, published scores.
 
-Differences are measured in spreads, the standard deviation of the reference's margins over the pairs: logits of
-different models are not comparable.
+Differences are in spreads, the reference's standard deviation over the pairs: models' logits do not compare.
 """
 
 from __future__ import annotations
@@ -144,8 +143,7 @@ def _batch(scorer: Scorer, pairs: Sequence[TextTriple]) -> CheckLine:
         return CheckLine(BATCH, Verdict.SKIP, detail="a listwise model's scores depend on the other candidates")
     some = _mixed(pairs)
     alone, together = (np.asarray(one, dtype=np.float64) for one in (scorer.one_by_one(some), scorer.together(some)))
-    missing = int((~(np.isfinite(alone) & np.isfinite(together))).sum())
-    if missing:
+    if missing := int((~(np.isfinite(alone) & np.isfinite(together))).sum()):
         return CheckLine(BATCH, Verdict.FAIL, detail=f"{missing} of {len(some)} pairs are not finite")
     most = _MAX_BATCH_DELTA.get(scorer.number_format, _MAX_BATCH_DELTA["bfloat16"]) * float(alone.std())
     delta = float(np.abs(alone - together).max())
@@ -178,7 +176,6 @@ class _Published:
     max_delta: float
 
     def line(self, scorer: Scorer) -> CheckLine:
-        """These scores against the model's."""
         margins = scorer.margins(self.texts)
         got = margins if self.are_margins else scorer.scores(margins)
         delta = float(np.abs(got - np.array(self.expected, dtype=np.float32)).max())

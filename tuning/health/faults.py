@@ -1,9 +1,8 @@
 """The plain model, and known ways to serve a model wrongly, with the scores they give.
 
-The plain model is transformers' classes in float32, one unpadded pair a pass, the published readout written out. It
-shares no code with the serving path, but for the readers of files: the tokenizer with its templates, and tensors, which
-are all in the model or rejected. A pattern in the numbers suggests a fault; doing the same wrong thing to the plain
-model and getting the served numbers proves it. Whether there is a fault is for tolerances to decide.
+The plain model is transformers' classes in float32, one unpadded pair a pass; with the serving path it shares only the
+readers of files. A pattern in the numbers suggests a fault; doing the same to the plain model and getting the served
+numbers proves it. Whether there is a fault is for tolerances to decide.
 """
 
 from __future__ import annotations
@@ -36,13 +35,10 @@ class PlainModel:
         from transformers import AutoTokenizer
 
         kind = "AutoModelForCausalLM" if profile.head == "vocabulary" else "AutoModelForSequenceClassification"
-        trust = trust_remote_code
-        self.model: Any = load_transformer(
-            directory, torch.float32, torch.device(device), kind=kind, trust_remote_code=trust
-        )
-        open_tokenizer: Any = AutoTokenizer.from_pretrained
+        options, open_tokenizer = {"trust_remote_code": trust_remote_code}, cast(Any, AutoTokenizer.from_pretrained)
+        self.model: Any = load_transformer(directory, torch.float32, torch.device(device), kind=kind, **options)
         with quiet():
-            loaded = open_tokenizer(directory, local_files_only=True, trust_remote_code=trust)
+            loaded = open_tokenizer(directory, local_files_only=True, **options)
         self.profile = profile
         self.tokenizer = loaded.backend_tokenizer
         self.pad_id = self.model.config.pad_token_id or loaded.pad_token_id or 0
@@ -81,44 +77,29 @@ class PlainModel:
             return float(logits[yes] - logits[no[0]] if no else logits[yes])
         return float(logits[0] if len(logits) == 1 else logits[1] - logits[0])
 
-    @torch.inference_mode()
-    def last_hidden(self, pair: TextPair) -> Tensor:
-        """The hidden state that the head reads, (hidden,): the last token's of a decoder, else the first one's."""
-        states = self.model.base_model(**self.inputs(pair)).last_hidden_state[0]  # (tokens, hidden)
-        return cast(Tensor, states[-1] if self.profile.head in ("score", "vocabulary") else states[0])
-
 
 _SOFTMAX_OVER_HIDDEN = (
-    "softmax over the hidden vector: the scores are what a softmax over the last hidden state gives, as when a runtime "
-    "finds no classification head and takes the hidden size for a number of labels; load the head"
+    "softmax over the hidden vector, as when a runtime finds no head and takes the hidden size for labels; load one"
 )
 _DOUBLE_SIGMOID = (
-    "double sigmoid: a sigmoid was taken of scores that were probabilities already, so all of them lie between "
-    "sigmoid(0) = 0.50 and sigmoid(1) = 0.73; make the runtime return logits, or the activation identity"
+    "double sigmoid: one of scores that were probabilities already, so all lie between sigmoid(0) = 0.50 and "
+    "sigmoid(1) = 0.73; make the runtime return logits, or the activation identity"
 )
-_SIGMOID_FOR_LOGIT = (
-    "sigmoid where the logit is expected: the runtime applies the activation itself; make it return logits"
-)
+_SIGMOID_FOR_LOGIT = "sigmoid where the logit is expected, which the runtime applies itself: make it return logits"
 _MISSING_TEMPLATE = (
-    "missing template: the model reads bare texts and not the prompt it was trained with; the order may survive while "
-    "the spread changes; serve it with its profile's template"
+    "missing template: the model reads bare texts, not the prompt it was trained with; use its profile's template"
 )
 _WRONG_PADDING = (
     "wrong padding side or a missing attention mask: pairs score right alone and wrong batched with longer ones; "
     "encoders that read their first token need padding on the right, decoders that read their last need it on the left"
 )
 _DROPPED_POOLER = (
-    "dropped pooler: the head is applied to the first token's hidden state without the dense layer and tanh before it; "
-    "convert the checkpoint again with its pooler"
+    "dropped pooler: the head is applied without the dense layer and tanh before it; convert again with the pooler"
 )
 _QUERY_CUT = (
-    "the query is cut off: the passage stands before it and truncation takes the end of the whole prompt; "
-    "cut the passage instead"
+    "the query is cut off: the passage stands first and truncation takes the prompt's end; cut the passage instead"
 )
-_LOST_SPREAD = (
-    "the order is kept while the spread is not: usually a missing or different template, or an activation applied "
-    "inside the runtime"
-)
+_LOST_SPREAD = "the order is kept, the spread is not: usually another template, none, or an activation in the runtime"
 _NOT_FINITE = "some scores are not finite: float16 overflows most of these models; use bfloat16 or float32"
 NONE_FINITE = (
     "the scores are not finite, not one of them: weights that are NaN or infinite, or a number format that overflows; "
@@ -167,9 +148,9 @@ class Evidence:
             return _SOFTMAX_OVER_HIDDEN
         if self.alone.failed_in(BATCH) and self.alone_agrees is not False:
             return _WRONG_PADDING
-        # A reference that is not finite proves nothing.
-        known = self.compare_failed and self.reference is not None and np.isfinite(self.reference).all()
-        reference = self.reference if known else None
+        reference = self.reference if self.compare_failed else None
+        if reference is not None and not np.isfinite(reference).all():  # proves nothing
+            reference = None
         if reference is not None and plain is not None:
             apart = _rms(self.margins - reference)
             for words, margins in _attempts(plain, self.pairs, reference):
@@ -193,9 +174,12 @@ def _attempts(plain: PlainModel, pairs: Sequence[TextTriple], reference: Margins
     """Each fault, in words, with the margins that the plain model gives when it is made to commit it."""
     yield _SIGMOID_FOR_LOGIT, sigmoid(reference)
     read = plain.read(pairs)
-    hidden = [plain.last_hidden(pair).float().softmax(-1) for pair in read]
+    token = -1 if plain.profile.head in ("score", "vocabulary") else 0  # whose hidden state the head reads
+    with torch.inference_mode():
+        hidden = [plain.model.base_model(**plain.inputs(pair)).last_hidden_state[0, token] for pair in read]
     for index in (0, 1):  # the first label's share, or the second's as of two labels
-        yield _SOFTMAX_OVER_HIDDEN, np.array([float(row[index]) for row in hidden], dtype=np.float32)
+        shares = [float(row.float().softmax(-1)[index]) for row in hidden]
+        yield _SOFTMAX_OVER_HIDDEN, np.array(shares, dtype=np.float32)
     if (hook := _without_pooler(plain.model)) is not None:
         with hook:  # removes it at the end
             margins = plain.margins(pairs)
@@ -207,15 +191,12 @@ def _attempts(plain: PlainModel, pairs: Sequence[TextTriple], reference: Margins
         yield _MISSING_TEMPLATE, plain.margins(pairs, profile=dataclasses.replace(bare, template=template))
     # Every pair padded to the longest on the other side, without a mask or position for it.
     longest = max(len(pair.ids) for pair in read)
-    padded = []
+    padded, pad, fill = [], torch.nn.functional.pad, {"input_ids": plain.pad_id}
     for pair in read:
-        extra, fill = longest - len(pair.ids), {"input_ids": plain.pad_id}
+        extra = longest - len(pair.ids)
         sides = (extra, 0) if plain.profile.padding == "right" else (0, extra)
-        inputs = {
-            name: torch.nn.functional.pad(value, sides, value=fill.get(name, 0))
-            for name, value in plain.inputs(pair).items()
-        }
-        padded.append(plain.margin(inputs))
+        inputs = plain.inputs(pair).items()
+        padded.append(plain.margin({name: pad(value, sides, value=fill.get(name, 0)) for name, value in inputs}))
     yield _WRONG_PADDING, np.array(padded, dtype=np.float32)
 
 

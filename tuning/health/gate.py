@@ -1,8 +1,6 @@
-"""The whole check of one model, loaded as it would be served, or loaded already.
+"""The whole check of one model, loaded as it would be served, or loaded already (`preread serve --check`).
 
-report = check("BAAI/bge-reranker-v2-m3")
 report = check(ModelConfig("BAAI/bge-reranker-v2-m3", dtype="bfloat16"))
-report = health_gate(backend)                                # what `preread serve --check` runs
 """
 
 from __future__ import annotations
@@ -53,8 +51,7 @@ def check(
 
     `against`: fp32, the same weights in float32; or another directory or hub id, whose float32 scores it must give.
     `pairs`: None: the built-in hundred. `codec`, `ratio`: how passages are stored; fbnl only. Raises CheckpointError,
-    ValueError for a model that cannot be loaded or a setting that it does not have, EvaluationError for pairs that it
-    cannot score at all.
+    ValueError: not to be loaded, or without a setting that is given; EvaluationError: pairs that it cannot score.
     """
     config = model if isinstance(model, ModelConfig) else ModelConfig(str(model))
     kind, foreign = "fbnl checkpoints", dict[str, object](codec=codec, ratio=ratio)
@@ -67,10 +64,8 @@ def check(
     backend, trust = load_model(replace(config, kv_caches=NO_KV_CACHES)), config.trust_remote_code
     one = _Check(_scorer(backend, ratio), pairs or PairSet.read(), progress)
     if against not in _FLOAT32_NAMES:
-        plain = ModelConfig(
-            against, device=config.device, dtype="float32", trust_remote_code=trust, kv_caches=NO_KV_CACHES
-        )
-        one.other = (against, _scorer(load_model(plain)))
+        options: dict[str, Any] = {"device": config.device, "trust_remote_code": trust, "kv_caches": NO_KV_CACHES}
+        one.other = (against, _scorer(load_model(ModelConfig(against, dtype="float32", **options))))
     if isinstance(one.served, FbnlScorer):
         return _check_fbnl(one, one.served, codec or DEFAULT_CODEC)
     return _check_cross(one, one.served, trust)
@@ -166,10 +161,9 @@ class _Check:
 
 def _check_cross(check: _Check, served: CrossScorer, trust_remote_code: bool = False) -> HealthReport:
     model, number_format = served.model, served.number_format
-    check.pairs, check.notes = _fitting(model, check.pairs)
+    _leave_out_unfit(check, model)
     margins = check.begin()
-    reference, notes = _reference(model, trust_remote_code)
-    check.notes += notes
+    reference = _reference(check, model, trust_remote_code)
     expected = check.score("plain float32", reference)
     own = check.compare(f"{number_format} against plain float32", margins, expected)
     evidence = check.finish(margins, expected, compare_failed=own.failed)
@@ -196,9 +190,9 @@ def _check_cross(check: _Check, served: CrossScorer, trust_remote_code: bool = F
     )
 
 
-def _fitting(model: CrossEncoder, pairs: PairSet) -> tuple[PairSet, list[str]]:
-    """The pairs that the model can read, and a note about the others."""
-    fitting, reason = [], ""
+def _leave_out_unfit(check: _Check, model: CrossEncoder) -> None:
+    """Keeps the pairs that the model can read, with a note about the others."""
+    pairs, fitting, reason = check.pairs, [], ""
     for number, pair in enumerate(pairs.pairs, 1):
         try:
             model.read([pair])
@@ -209,12 +203,13 @@ def _fitting(model: CrossEncoder, pairs: PairSet) -> tuple[PairSet, list[str]]:
     if len(fitting) < MIN_PAIRS:
         unfit = f"{num_others} of {len(pairs)} pairs do not fit {model.checkpoint_name}"
         raise EvaluationError(f"{unfit}; the first, {reason}")
-    note = f"{num_others} pairs do not fit and are left out; the first, {reason}"
-    return PairSet(pairs.name, fitting), [note] if num_others else []
+    if num_others:
+        check.notes.append(f"{num_others} pairs do not fit and are left out; the first, {reason}")
+    check.pairs = PairSet(pairs.name, fitting)
 
 
-def _reference(model: CrossEncoder, trust_remote_code: bool) -> tuple[PlainModel | CrossScorer, list[str]]:
-    """The weights by the book, and notes: under the table's profile, or its file's, else the one that is served."""
+def _reference(check: _Check, model: CrossEncoder, trust_remote_code: bool) -> PlainModel | CrossScorer:
+    """The weights by the book: under the table's profile, or its file's, else the one that is served."""
     name, profile, directory = model.checkpoint_name, model.profile, resolve(model.checkpoint_name)
     try:
         own = Profile.named(name, directory=directory)
@@ -222,21 +217,17 @@ def _reference(model: CrossEncoder, trust_remote_code: bool) -> tuple[PlainModel
         own = None
     if own is not None:
         profile = own.limited(read_json(directory / "config.json"), model.profile.max_tokens)
-    notes = []
     if profile != model.profile:
-        notes.append(f"served by the profile {model.profile.model}; compared with its own, {profile.model}")
+        check.notes.append(f"served by the profile {model.profile.model}; compared with its own, {profile.model}")
     if not profile.listwise:
-        return PlainModel(directory, profile, model.device_name, trust_remote_code), notes
+        return PlainModel(directory, profile, model.device_name, trust_remote_code)
     # The score is the list's: nothing plainer than the model itself.
-    same = open_cross_encoder(name, dtype="float32", profile=profile, trust_remote_code=trust_remote_code)
-    return CrossScorer(same), [*notes, "listwise: scores depend on the other candidates of a request"]
+    check.notes.append("listwise: scores depend on the other candidates of a request")
+    return CrossScorer(open_cross_encoder(name, dtype="float32", profile=profile, trust_remote_code=trust_remote_code))
 
 
 def _check_fbnl(check: _Check, served: FbnlScorer, codec: str, *, every_format: bool = True) -> HealthReport:
-    """One ratio and codec of an fbnl checkpoint: alone, number formats, stored and cached states, published margins.
-
-    With `every_format` bfloat16 is compared with float32 even where float32 is served.
-    """
+    """With `every_format` bfloat16 is compared with float32 even where float32 is served."""
     margins = check.begin()
     reference, narrow, format_failed = margins, None, False
     if served.number_format != "float32":

@@ -1,7 +1,7 @@
 """The pairs that scores are compared on, and models as the checks see them: texts in, margins out.
 
-Pairs are a file of the user's, or the hundred that come with preread: twenty questions with five passages each, from
-the answer to nonsense; eight in English, eight in Korean, four that mix both; nine of them have an instruction.
+The built-in hundred: twenty questions with five passages each, from the answer to nonsense; eight in English, eight in
+Korean, four that mix both; nine of them have an instruction.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,6 @@ from decoder_server.models.fbnl.backend import FbnlBackend
 from decoder_server.models.fbnl.kv_cache import StatePair
 from encoder_worker.config import CollectionSettings
 from encoder_worker.passage_encoder import PassageEncoder
-from encoder_worker.sources import Place
 from encoder_worker.writing import Target
 from tuning import EvaluationError
 from tuning.progress import Advance, ignore
@@ -64,25 +63,23 @@ class PairSet:
 
         Raises EvaluationError naming the line that is no pair.
         """
-        pairs = [_pair(where, row) for where, row in JudgedFile(path or _BUILT_IN).rows()]
+        pairs = []
+        for where, row in JudgedFile(path or _BUILT_IN).rows():
+            passage = next((name for name in _PASSAGE_FIELDS if name in row), None)
+            if "query" not in row or passage is None:
+                raise EvaluationError(f"{where}: fields {', '.join(row) or 'none'}; expected query and passage")
+            for name in ("query", passage, "instruction"):
+                value = row.get(name)
+                default = name == "instruction" and value in (None, "")  # the model's
+                if not default and (not isinstance(value, str) or not value.strip()):
+                    raise EvaluationError(f"{where}: {name} is {value!r}; expected a text")
+            pairs.append(TextTriple(row["query"], row.get("instruction"), row[passage]))
         if len(pairs) < MIN_PAIRS:
             raise EvaluationError(f"{path}: {len(pairs)} pairs; expected at least {MIN_PAIRS}")
         return cls(str(path) if path is not None else "built-in pairs", pairs)
 
     def __len__(self) -> int:
         return len(self.pairs)
-
-
-def _pair(where: Place, row: dict[str, Any]) -> TextTriple:
-    passage = next((name for name in _PASSAGE_FIELDS if name in row), None)
-    if "query" not in row or passage is None:
-        raise EvaluationError(f"{where}: fields {', '.join(row) or 'none'}; expected query and passage")
-    for name in ("query", passage, "instruction"):
-        value = row.get(name)
-        default = name == "instruction" and value in (None, "")  # the model's
-        if not default and (not isinstance(value, str) or not value.strip()):
-            raise EvaluationError(f"{where}: {name} is {value!r}; expected a text")
-    return TextTriple(row["query"], row.get("instruction"), row[passage])
 
 
 class Scorer(ABC):
@@ -161,8 +158,7 @@ class FbnlScorer(Scorer):
         found: dict[str, PassageStates] = {}
         for chunk in EncodedStates(self.encoder, texts, ratio or self.ratio).chunks(list(texts)):
             found |= chunk
-        missing = [number for number in texts if number not in found]
-        if missing:
+        if missing := [number for number in texts if number not in found]:
             which = "of all passages" if not found else f"of the passage of pair {missing[0]}"
             raise EvaluationError(f"the encoder's states {which} are not finite: there is nothing to score")
         return [found[number] for number in texts]
