@@ -125,7 +125,6 @@ def evaluate(
         codec=stored.manifest.codec if stored is not None else None,
         settings=settings,
         counts=_counts(judged, first, settings.min_grade, reranked),
-        query_ids=list(judged.qrels),
         qrels=judged.qrels,
         systems=systems,
         refused=judged.refused,

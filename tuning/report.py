@@ -122,7 +122,6 @@ class EvaluationReport:
     instruction: str
     settings: EvaluationSettings
     counts: Counts
-    query_ids: list[str]
     qrels: Qrels = field(repr=False)
     systems: list[System]
     refused: tuple[Refused, ...] = ()  # lines of the judged files that were left out
@@ -152,7 +151,7 @@ class EvaluationReport:
                 "counts": asdict(self.counts),
                 "notes": self.counts.notes(),
                 "refused": refused,
-                "query_ids": self.query_ids,
+                "query_ids": list(self.qrels),
                 "systems": [system.to_json() for system in self.systems],
             }
         )

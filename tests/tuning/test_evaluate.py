@@ -40,7 +40,7 @@ def report(beir: Path, tiny: Path) -> EvaluationReport:
 
 def test_the_report_says_what_was_found(report: EvaluationReport) -> None:
     assert [system.name for system in report.systems] == ["BM25", "r = 1", "r = 4"]
-    assert report.query_ids == ["q1", "q2", "q3", "q4"]
+    assert list(report.qrels) == ["q1", "q2", "q3", "q4"]
     counts = report.counts
     assert (counts.num_queries, counts.num_passages, counts.num_judgements) == (4, 7, 8)
     assert counts.notes() == [

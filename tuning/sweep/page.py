@@ -33,6 +33,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7
 INK, FAINT = "#1f2933", "#9aa5b1"
 _FRONT, _CHOSEN = "#52606d", "#c81e1e"
 _SIZE = (6.4, 4.9)  # inches, legend included
+_LEGEND: Any = {"fontsize": 8.5, "loc": "outside lower center", "ncols": 4, "columnspacing": 1.4}  # out of data's way
 _SVG = "http://www.w3.org/2000/svg"
 _NUM_SHOWN = 5  # examples of each kind
 _NUM_MOVED = 3
@@ -93,7 +94,7 @@ def _duration(seconds: float | None) -> str:
 def _examples_of(report: SweepReport, row: SweepRow) -> dict[str, Any]:
     """The queries that changed most, the most changed first: their nDCG@10 with the reference and here."""
     before, after = (one.per_query[HEADLINE].tolist() for one in (report.reference, row.quality))
-    values = {q: (a, b) for q, a, b in zip(report.query_ids, before, after, strict=True)}
+    values = {q: (a, b) for q, a, b in zip(report.qrels, before, after, strict=True)}
     change = {q: b - a for q, (a, b) in values.items()}
     order = sorted(change, key=lambda q: (change[q], q))
     lost = [q for q in order if change[q] < 0]
@@ -192,7 +193,7 @@ def _over_ratio(axes: Any, report: SweepReport, _: SweepRow | None) -> None:
     ticks = sorted(set(ratios.values()))
     axes.set_xticks(ticks, [str(ratio) for ratio in ticks])
     axes.minorticks_off()
-    _legend(axes, axes.get_legend_handles_labels()[0])
+    axes.figure.legend(handles=axes.get_legend_handles_labels()[0], **_LEGEND)
 
 
 def _scatter(
@@ -221,12 +222,8 @@ def _scatter(
         handles.append(Line2D([], [], color=FAINT, marker="D", ls="", label="cascade"))
     handles.append(Line2D([], [], color=_FRONT, lw=1.2, label="Pareto front"))
     lines, labels = axes.get_legend_handles_labels()
-    _legend(axes, handles + [line for line, label in zip(lines, labels, strict=True) if not label.startswith("_")])
-
-
-def _legend(axes: Any, handles: list[Any]) -> None:
-    """Below the axes, out of the data's way."""
-    axes.figure.legend(handles=handles, fontsize=8.5, loc="outside lower center", ncols=4, columnspacing=1.4)
+    handles += [line for line, label in zip(lines, labels, strict=True) if not label.startswith("_")]
+    axes.figure.legend(handles=handles, **_LEGEND)
 
 
 def _with_titles(svg: bytes, name: str, report: SweepReport) -> str:

@@ -131,7 +131,6 @@ class SweepReport:
     first_stage: Quality
     reference: Quality
     rows: list[SweepRow]
-    query_ids: list[str]
     qrels: Qrels = field(repr=False)
     queries: dict[str, str] = field(repr=False)
     passages: dict[str, str] = field(repr=False)  # texts of candidates, where there are any
@@ -178,7 +177,7 @@ class SweepReport:
                 **{name: getattr(self, name) for name in plain.split()},
                 "settings": asdict(self.settings),
                 "notes": self.notes,
-                "query_ids": self.query_ids,
+                "query_ids": list(self.qrels),
                 "first_stage": {"name": self.first_stage_name, "quality": _quality_json(self.first_stage)},
                 "reference": {"quality": _quality_json(self.reference)},
                 "limits": asdict(limits),
@@ -223,7 +222,7 @@ class SweepReport:
         `model`: the checkpoint, where it is not the one that comes with preread. `control_tokens`: whether the measured
         encoder read control tokens in texts, which its fingerprint says.
         """
-        one, quality = row.configuration, row.quality
+        one, quality, split = row.configuration, row.quality, self.settings.split
         low, high = quality.loss_bounds
         head = (
             f"# {one.name}: chosen by preread tune on {self.num_queries} queries of {self.collection}.\n"
@@ -235,16 +234,11 @@ class SweepReport:
                 f"\n# A rerank of {self.settings.top_k}: p50 {row.timing.p50_seconds * 1000:.1f} ms, "
                 f"p99 {row.timing.p99_seconds * 1000:.1f} ms on {self.hardware['processor']} ({self.dtype})."
             )
-        index: dict[str, Any] = {"compression-ratio": one.stored_ratio, "codec": one.codec}
-        if self.settings.split:
-            index["split"] = True
-        ratio = one.reading.ratios[0]
-        serve = {"stages": str(one.reading)} if one.reading.is_cascade else {"read-ratio": ratio}
-        blocks = [head]
-        if model is not None:
-            blocks.append(f"model = {json.dumps(model)}")
-        if control_tokens:
-            blocks.append("read-control-tokens = true")
+        index = {"compression-ratio": one.stored_ratio, "codec": one.codec, **({"split": True} if split else {})}
+        reading = one.reading
+        serve = {"stages": str(reading)} if reading.is_cascade else {"read-ratio": reading.ratios[0]}
+        blocks = [head, *([f"model = {json.dumps(model)}"] if model is not None else [])]
+        blocks += ["read-control-tokens = true"] if control_tokens else []
         for name, values in (("index", index), ("serve", serve)):
             # JSON's strings, integers and booleans are TOML's.
             blocks.append("\n".join([f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]))

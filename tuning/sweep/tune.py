@@ -79,13 +79,9 @@ class _Sweep(Experiment):
 
     def inputs(self) -> dict[str, Any]:
         """Everything that states and margins depend on."""
-        ids = sorted(self.pairs.places)
-        digests: Sequence[bytes | None]
-        if self.from_states is not None:
-            digests = self.from_states.digests(ids)
-        else:
-            ids = [p for p in ids if p in self.judged.passages]
-            digests = [text_digest(self.judged.passages[p]) for p in ids]
+        stored, texts = self.from_states, self.judged.passages
+        ids = [p for p in sorted(self.pairs.places) if stored is not None or p in texts]
+        digests = stored.digests(ids) if stored is not None else [text_digest(texts[p]) for p in ids]
         passages = [[p, digest.hex() if digest is not None else None] for p, digest in zip(ids, digests, strict=True)]
         candidates = [[q, self.judged.queries[q], found] for q, found in self.pairs.candidates.items()]
         return {
@@ -95,7 +91,7 @@ class _Sweep(Experiment):
             "fingerprint": self.checkpoint.identity.fingerprint,
             "weights": self.checkpoint.weights_digest(),
             "checkpoint_settings": asdict(self.checkpoint.settings),
-            "states_of": self.from_states.manifest.binding if self.from_states is not None else None,
+            "states_of": stored.manifest.binding if stored is not None else None,
             "dtype": self.backend.dtype_name,
             "device": self.backend.device_name,
             "split": self.settings.split,
@@ -121,9 +117,8 @@ class _Sweep(Experiment):
 
     @cached_property
     def margins(self) -> Margins:
-        prompts = {
-            q: self.backend.prompt(self.judged.queries[q], self.settings.instruction) for q in self.first_stage[1]
-        }
+        prompt, queries = self.backend.prompt, self.judged.queries
+        prompts = {q: prompt(queries[q], self.settings.instruction) for q in self.pairs.candidates}
         return Margins(self.work, self.states, self.pairs, prompts)
 
     def report(self) -> SweepReport:
@@ -154,7 +149,6 @@ class _Sweep(Experiment):
             notes=self._notes(judgements),
             first_stage=first_quality,
             reference=reference_quality,
-            query_ids=list(judgements.qrels),
             qrels=judgements.qrels,
             queries=judged.queries,
             passages={p: text for p, text in judged.passages.items() if p in self.pairs.places},
@@ -213,11 +207,11 @@ class _Sweep(Experiment):
             num_unscored_pairs=nan - without_states,
         )
         notes = counts.notes(taught=judgements.taught)
-        if num_not_finite:
-            notes.append(f"{num_not_finite:,} candidate passages have states that are NaN or infinite: ranked last")
-        if failed:
-            fate = "gave no states (NaN, infinite, or out of memory): ranked last"
-            notes.append(f"{len(failed):,} candidate passages {fate}")
+        for number, told in (
+            (num_not_finite, "have states that are NaN or infinite"),
+            (len(failed), "gave no states (NaN, infinite, or out of memory)"),
+        ):
+            notes += [f"{number:,} candidate passages {told}: ranked last"] if number else []
         if self.from_states is not None:
             manifest = self.from_states.manifest
             notes.append(

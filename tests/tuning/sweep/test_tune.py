@@ -76,7 +76,7 @@ def test_measures_are_those_of_the_orders(sweep: Sweep, judged: JudgedCollection
     report = sweep()
     for row in report.rows:
         values = row.quality.per_query
-        for i, q in enumerate(report.query_ids):
+        for i, q in enumerate(report.qrels):
             mine = [p for p, _ in row.quality.run[q]]
             theirs = [p for p, _ in report.reference.run[q]]
             grades = judged.qrels[q]
@@ -162,7 +162,7 @@ def test_without_judgements_the_reference_judges(sweep: Sweep, judged: JudgedCol
     assert report.taught
     assert report.reference.measures[HEADLINE].mean == pytest.approx(1)
     assert report.reference.measures["MRR@10"].mean == 1
-    assert report.query_ids == ["q1", "q2", "q3"]  # q4 has no candidates
+    assert list(report.qrels) == ["q1", "q2", "q3"]  # q4 has no candidates
     assert "1 queries have no candidates: left out" in report.notes
     best, second = [p for p, _ in report.reference.run["q1"]][:2]
     assert (report.qrels["q1"][best], report.qrels["q1"][second]) == (10, 9)
