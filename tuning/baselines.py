@@ -39,11 +39,7 @@ def first_stage(judged: JudgedCollection, top_k: int, progress: StageProgress = 
 def search(
     passages: Mapping[str, str], queries: Mapping[str, str], top_k: int, progress: StageProgress = SILENT
 ) -> Run:
-    """BM25's best `top_k` passages of each query, best first, equal scores in corpus order.
-
-    A passage that shares no word with the query is no candidate, so a query may have few or none.
-    Raises MissingExtra where bm25s is not installed.
-    """
+    """BM25's best of each query, equal scores in corpus order; those without a shared word are none. MissingExtra."""
     try:
         import bm25s
     except ImportError as exc:

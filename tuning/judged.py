@@ -75,8 +75,7 @@ def read_judged(
     Raises EvaluationError: a file that is missing, cannot be read or holds nothing of use; no query left to run. A line
     that cannot be used is in `refused`, and left out.
     """
-    folder = Path(folder) if folder is not None else None
-    if folder is not None and not folder.is_dir():
+    if folder is not None and not (folder := Path(folder)).is_dir():
         raise EvaluationError(f"{folder}: no such folder; expected corpus.jsonl, queries.jsonl and qrels (BEIR)")
     corpus_path = _find(folder, corpus, _CORPUS_NAMES, "corpus", needed=need_corpus)
     queries_path = _find(folder, queries, _QUERY_NAMES, "queries", needed=True)
@@ -124,13 +123,10 @@ def _find(
 
 def _read_corpus(path: Path, refused: list[Refused]) -> dict[str, str]:
     """{passage_id: text} of any file that `preread index` reads."""
-    file = JudgedFile(path, refused)
     try:
-        passages = _texts(file, Source([path]))
+        return _texts(JudgedFile(path, refused), Source([path]), "passages")
     except SourceError as exc:
         raise EvaluationError(str(exc)) from exc
-    file.require(passages, "passages")
-    return passages
 
 
 def _read_queries(path: Path, refused: list[Refused]) -> tuple[dict[str, str], dict[str, str]]:
@@ -145,13 +141,14 @@ def _read_queries(path: Path, refused: list[Refused]) -> tuple[dict[str, str], d
                 splits.setdefault(item.passage_id, row.get("split"))
             yield item
 
-    texts = _texts(file, items())
-    file.require(texts, "queries")
+    texts = _texts(file, items(), "queries")
     return texts, {q: split for q in texts if isinstance(split := splits[q], str)}
 
 
-def _texts(file: JudgedFile, items: Iterable[SourcePassage | Refused]) -> dict[str, str]:
-    """{id: text}; the first of several with one id counts, as in an index run."""
+def _texts(file: JudgedFile, items: Iterable[SourcePassage | Refused], kind: str) -> dict[str, str]:
+    """{id: text}, at least one; the first of several with one id counts, as in an index run."""
     seen = SeenIds()
     once = (seen.once(item) if isinstance(item, SourcePassage) else item for item in items)
-    return {item.passage_id: item.text for item in file.usable(once)}
+    texts = {item.passage_id: item.text for item in file.usable(once)}
+    file.require(texts, kind)
+    return texts

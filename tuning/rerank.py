@@ -58,8 +58,7 @@ class EncodedStates:
         tokenized = self.encoder.tokenize([self.texts[p] for p in known], split=self.split)
         passages = [(p, passage) for p, passage in zip(known, tokenized, strict=True) if passage.failed is None]
         advance = progress.begin("encode (tokens)", sum(passage.num_tokens for passage in tokenized))
-        # The longest first, so that memory runs out at once or not at all, and the time left is
-        # estimated too high rather than too low.
+        # The longest first: memory runs out at once or not at all, and the time left is estimated high, not low.
         passages.sort(key=lambda one: -one[1].num_tokens)
         sized = ((one, one[1].num_states(self.ratio) * 4 * self.encoder.dim) for one in passages)
         for chunk in chunked(sized, self.chunk_bytes):
@@ -167,10 +166,7 @@ def rerank(
 def score_passages(
     backend: Backend, passages: Sequence[tuple[Prompt, PassageStates]], advance: Advance = ignore
 ) -> NDArray[np.float32]:
-    """Margins (len(passages),), the best window of a passage counts, NaN where one is not finite.
-
-    Pairs of all queries are batched together by length, each batch up to the device's token budget.
-    """
+    """Margins (len(passages),): the best window counts, NaN where one is not finite; batches mix queries, by length."""
     pairs: list[Pair] = []
     owners: list[int] = []
     for index, (prompt, states) in enumerate(passages):

@@ -158,10 +158,7 @@ def read_run(path: Path) -> RunFile:
 
 
 def run_lines(query_id: str, ranking: Sequence[tuple[str, float]], tag: str) -> list[str]:
-    """A run file's lines of one query. Scores fall strictly, also as float32, so that every tool keeps this order.
-
-    Scores that do so read back as the same numbers. Raises as `check_ids`.
-    """
+    """A run file's lines of one query; scores are lowered until they fall strictly, as in `rank`. As `check_ids`."""
     check_ids(query_id, *(passage_id for passage_id, _ in ranking))
     scores = _falling(score for _, score in ranking)
     return [
@@ -202,8 +199,8 @@ def order(scores: NDArray[np.floating]) -> NDArray[np.intp]:
 def rank(candidates: Sequence[str], scores: NDArray[np.floating] | Sequence[float]) -> list[tuple[str, float]]:
     """Candidates by falling score; equal scores stay in candidate order, candidates without a score come last.
 
-    The scores returned fall strictly, even in float32, so that no tool reorders them; one changes only where it is
-    equal or nearly equal to the one before it. `scores`: (num_candidates,), NaN where there is none.
+    The scores returned fall strictly, even in float32, so that no tool reorders them: (nearly) equal ones are lowered.
+    `scores`: (num_candidates,), NaN where there is none.
     """
     values = np.asarray(scores, dtype=np.float64)
     rows = order(values)

@@ -1,7 +1,7 @@
 """Checks whether a served model's scores are the right ones for its weights.
 
-A model served in the wrong way usually still returns numbers; these are compared with a plain float32 pass
-over the same weights, and with the symptoms of known faults. `check("preread/models/preread-mini").passed`
+A model served in the wrong way usually still returns numbers; these are compared with a plain float32 pass over the
+same weights, and with the symptoms of known faults. `check("preread/models/preread-mini").passed`
 """
 
 from tuning.health.gate import check, health_gate

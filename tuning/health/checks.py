@@ -167,8 +167,6 @@ def _swapped(scorer: Scorer) -> CheckLine:
 
 @dataclass(frozen=True)
 class _Published:
-    """Texts, their published scores, and whether those are logits."""
-
     texts: list[TextTriple]
     source: str
     expected: Sequence[float]

@@ -92,8 +92,6 @@ def _scorer(model: Backend, ratio: int | None = None) -> FbnlScorer | CrossScore
 
 @dataclass
 class _Check:
-    """Sections about one model, as they come about."""
-
     served: FbnlScorer | CrossScorer
     pairs: PairSet
     progress: StageProgress

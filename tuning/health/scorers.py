@@ -59,10 +59,7 @@ class PairSet:
 
     @classmethod
     def read(cls, path: Path | None = None) -> PairSet:
-        """JSON lines of `query`, `passage` (or `text`, `document`) and perhaps `instruction`; None: the built-in pairs.
-
-        Raises EvaluationError naming the line that is no pair.
-        """
+        """JSON lines of query, passage (text, document), maybe instruction; None: built-in. EvaluationError: a line."""
         pairs = []
         for where, row in JudgedFile(path or _BUILT_IN).rows():
             passage = next((name for name in _PASSAGE_FIELDS if name in row), None)
@@ -137,10 +134,7 @@ class CrossScorer(Scorer):
 
 
 class FbnlScorer(Scorer):
-    """Both halves of an fbnl checkpoint in one number format, without caches, and the ratio that passages are read at.
-
-    The encoder is loaded on the decoder's device and in its format.
-    """
+    """Both halves of an fbnl checkpoint, on the decoder's device and in its format, uncached, read at one ratio."""
 
     def __init__(self, backend: FbnlBackend, ratio: int | None = None) -> None:
         super().__init__(backend.checkpoint_name, backend.dtype_name, backend.settings.max_passage_tokens)

@@ -1,9 +1,8 @@
 """Bytes, seconds of a rerank and seconds of indexing of each configuration, on this machine.
 
-A rerank of one query is the store's read (a `faiss:` directory, its pages warm, decoding included), pooling to the
-ratio it is read at, and the decoder: no network, no queue, no other request. The decoder's time depends on how many
-states it reads and not on their codec, so it is measured once per reading, the store once per stored ratio and codec,
-and a configuration's sample is the sum for the same query and round.
+A rerank is one query's read from a `faiss:` directory with warm pages, decoding included, pooling, and the decoder: no
+network, no queue. The decoder's time depends on how many states it reads, not on their codec: it is measured once per
+reading, the store once per stored ratio and codec, and a sample is their sum for the same query and round.
 """
 
 from __future__ import annotations
@@ -82,8 +81,6 @@ class IndexingCost:
 
 
 class _Query(NamedTuple):
-    """A query to time."""
-
     prompt: Prompt
     passage_ids: list[str]  # its candidates that have states
     margins: Mapping[int, NDArray[np.float32]]  # by read ratio; decides which candidates a cascade keeps
@@ -96,8 +93,7 @@ class CostTimer:
         """Draws the queries from those that have candidates with states."""
         # By stored ratio and codec, seconds a passage: states to codes, and the whole write.
         self.writing: dict[tuple[int, str], tuple[float, float]] = {}
-        self._backend = backend
-        self._states = margins.states
+        self._backend, self._states = backend, margins.states
         self._store: dict[tuple[int, str], _Samples] = {}  # by stored ratio and codec
         self._pool: dict[tuple[int, int], _Samples] = {}  # by stored and read ratio, all candidates
         self._decoder: dict[Reading, _Samples] = {}  # all stages

@@ -35,9 +35,7 @@ _NUM_TAUGHT = 10  # of the reference's ranking, the places that count as relevan
 
 @dataclass(frozen=True)
 class _TrainedCodec:
-    """A codec for one stored ratio, and the cost of its training."""
-
-    codec: Codec
+    codec: Codec  # for one stored ratio
     train_seconds: float
     num_sample: int  # states it was trained on; 0 where it needs none
 

@@ -219,8 +219,7 @@ class SweepReport:
     def config_toml(self, row: SweepRow, model: str | None = None, *, control_tokens: bool = False) -> str:
         """A configuration as the file that `preread index --config` and `preread serve --config` take.
 
-        `model`: the checkpoint, where it is not the one that comes with preread. `control_tokens`: whether the measured
-        encoder read control tokens in texts, which its fingerprint says.
+        `model`: where it is not preread's own. `control_tokens`: whether the measured encoder read them in texts.
         """
         one, quality, split = row.configuration, row.quality, self.settings.split
         low, high = quality.loss_bounds

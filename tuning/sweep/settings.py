@@ -46,10 +46,7 @@ class Reading:
         return [count for count, _ in Plan(self.stages, cascade=self.is_cascade).reads(num_candidates)]
 
     def order(self, margins: Sequence[NDArray[np.floating]]) -> NDArray[np.intp]:
-        """Rows of the candidates, best first, after all stages; those that reached a later stage rank first.
-
-        `margins`: (num_candidates,) per stage, of all candidates; a stage uses those that came that far.
-        """
+        """Rows, best first; those that reached a later stage rank first. `margins`: (num_candidates,) per stage."""
         rows = order(margins[0])
         for before, own in zip(self.stages, margins[1:], strict=False):
             going = np.sort(rows[: before.keep])  # in candidate order, so that equal margins stay in it
@@ -103,15 +100,12 @@ class SweepSettings(GridSettings):
     """Settings of a sweep, and the grid that they mean."""
 
     def resolved(self, source_ratio: int, dim: int) -> SweepSettings:
-        """The same with the defaults that None stands for, for states that come at `source_ratio`.
-
-        Raises EvaluationError for a ratio that cannot be given, CodecError for a codec that does not fit `dim`.
-        """
+        """With defaults for None, of states at `source_ratio`. EvaluationError, CodecError: a ratio, codec is unfit."""
         stored = self.stored_ratios or doublings(source_ratio, _COARSEST_STORED)
         for ratio in stored:
             if ratio % source_ratio:
-                expected = f"the states are at {source_ratio}, expected a multiple of it"
-                raise EvaluationError(f"stored ratio is {ratio}; {expected}")
+                at = f"the states are at {source_ratio}"
+                raise EvaluationError(f"stored ratio is {ratio}; {at}, expected a multiple of it")
         read = self.read_ratios or doublings(min(stored), COARSEST)
         known = ", ".join(map(str, sorted(stored)))
         for ratio in read:

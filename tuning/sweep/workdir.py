@@ -1,7 +1,6 @@
 """A sweep's work directory, so that a run that was killed goes on: one folder per set of inputs.
 
-A file of arrays is whole or absent. States are appended to one file: that is whole when the process dies, not when the
-power does, and then the damage is found on reading.
+A file of arrays is whole or absent. States are appended to one file: if the power fails, reading finds the damage.
 """
 
 from __future__ import annotations
@@ -72,9 +71,7 @@ class WorkDir:
 
 
 class _Extent(NamedTuple):
-    """Where one passage's states lie in the file."""
-
-    start: int
+    start: int  # row in the file
     num_states: int
     window_tokens: tuple[int, ...]
     truncated: bool
@@ -89,16 +86,14 @@ class SpilledStates:
     """
 
     def __init__(self, directory: Path, ratio: int, dim: int, chunk_bytes: int = 128 << 20) -> None:
-        self.ratio = ratio
-        self.dim = dim
+        self.ratio, self.dim, self._chunk_bytes = ratio, dim, chunk_bytes
         self.seconds = 0.0  # that the source took, over all runs
         self.num_not_finite = 0  # passages left out because their states hold NaN or infinity
-        self._chunk_bytes = chunk_bytes
-        self._data = directory / "states.f32"
-        self._index = directory / "passages.jsonl"
+        self.num_tokens = 0
+        self.truncated: set[str] = set()
+        self._data, self._index = directory / "states.f32", directory / "passages.jsonl"
         self._extents: dict[str, _Extent] = {}
-        self._num_rows = 0
-        self._complete = False
+        self._num_rows, self._complete = 0, False
         content = self._index.read_bytes() if self._index.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
         try:
@@ -119,14 +114,6 @@ class SpilledStates:
     def passage_ids(self) -> list[str]:
         """In file order."""
         return list(self._extents)
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(sum(extent.window_tokens) for extent in self._extents.values())
-
-    @property
-    def truncated(self) -> set[str]:
-        return {p for p, extent in self._extents.items() if extent.truncated}
 
     def fill(self, source: StateSource, passage_ids: Sequence[str], progress: StageProgress = SILENT) -> None:
         """Takes states that are missing here from the source, a chunk at a time. Does nothing where it is complete."""
@@ -182,3 +169,5 @@ class SpilledStates:
         for p, num_states, windows, truncated, digest in line["passages"]:
             self._extents[p] = _Extent(self._num_rows, num_states, tuple(windows), truncated, bytes.fromhex(digest))
             self._num_rows += num_states
+            self.num_tokens += sum(windows)
+            self.truncated |= {p} if truncated else set()
