@@ -96,5 +96,6 @@ def teacher_run(
     run: Run = {}
     for q, ranking in first.items():
         ids = [p for p, _ in ranking]
-        run[q] = rank(ids, [vectors["passage", p] @ vectors["query", q] if p in passages else np.nan for p in ids])
+        scores = [float(vectors["passage", p] @ vectors["query", q]) if p in passages else np.nan for p in ids]
+        run[q] = rank(ids, scores)
     return run

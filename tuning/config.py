@@ -91,7 +91,7 @@ class EvaluationSettings(MeasuringSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GridSettings(MeasuringSettings):
+class SweepSettings(MeasuringSettings):
     """Settings of a sweep. Of the grid None stands for a default by checkpoint."""
 
     stored_ratios: tuple[int, ...] | None = knob(
@@ -127,6 +127,10 @@ class GridSettings(MeasuringSettings):
         super().__post_init__()
         if self.codecs is not None and (not self.codecs or len(set(self.codecs)) != len(self.codecs)):
             raise EvaluationError(f"codecs is {self.codecs}; expected at least one, each once")
+
+    @property
+    def overlap_name(self) -> str:
+        return f"top-{self.overlap_k} overlap"
 
 
 @dataclass(frozen=True)

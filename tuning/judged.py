@@ -75,7 +75,8 @@ def read_judged(
     Raises EvaluationError: a file that is missing, cannot be read or holds nothing of use; no query left to run. A line
     that cannot be used is in `refused`, and left out.
     """
-    if folder is not None and not (folder := Path(folder)).is_dir():
+    folder = Path(folder) if folder is not None else None
+    if folder is not None and not folder.is_dir():
         raise EvaluationError(f"{folder}: no such folder; expected corpus.jsonl, queries.jsonl and qrels (BEIR)")
     corpus_path = _find(folder, corpus, _CORPUS_NAMES, "corpus", needed=need_corpus)
     queries_path = _find(folder, queries, _QUERY_NAMES, "queries", needed=True)

@@ -165,24 +165,15 @@ class Quality:
         return self.measures[HEADLINE].mean
 
     @property
-    def loss(self) -> float:
+    def loss(self) -> Interval:
         """Share of the baseline's nDCG@10 that is lost; below 0 where it is better."""
-        return 1 - self._kept.mean
+        kept = (self.share[HEADLINE] if self.share is not None else None) or Interval(1.0, 1.0, 1.0)
+        return Interval(1 - kept.mean, 1 - kept.high, 1 - kept.low)
 
     @property
     def gain(self) -> float:
         """The loss with its sign reversed, for people: a change, and never -0."""
-        return round(-self.loss, 9) + 0.0
-
-    @property
-    def loss_bounds(self) -> tuple[float, float]:
-        """The 95% interval of `loss`."""
-        return 1 - self._kept.high, 1 - self._kept.low
-
-    @property
-    def _kept(self) -> Interval:
-        share = self.share[HEADLINE] if self.share is not None else None
-        return share or Interval(1.0, 1.0, 1.0)
+        return round(-self.loss.mean, 9) + 0.0
 
     def measures_json(self, **compared: Mapping[str, Interval | None] | None) -> dict[str, Any]:
         """`measures`, each with its comparisons by key, None left out, and `per_query`, null where undefined."""

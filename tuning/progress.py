@@ -46,25 +46,21 @@ class TerminalProgress(StageProgress):
     """One bar a stage with the time left, on standard error; nothing where that is no terminal."""
 
     def __init__(self) -> None:
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("elapsed"), TimeElapsedColumn(), TextColumn("left"))
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description:>15}"), BarColumn(), MofNCompleteColumn(), TextColumn("elapsed"))
+        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        hidden = not console.is_terminal
+        # Stages alternate: a rate over the last seconds would see only one of them move.
         self._bars = Progress(
-            TextColumn("{task.description:>15}"),
-            *columns,
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            # Stages alternate: a rate over the last seconds would see only one of them move.
-            speed_estimate_period=3600,
-            transient=True,
+            *columns, *times, console=console, disable=hidden, transient=True, speed_estimate_period=3600
         )
 
     def __enter__(self) -> Self:
-        if self._bars.console.is_terminal:
-            self._bars.start()
+        self._bars.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bars.console.is_terminal:  # else it never started, and stopping it would print an empty line
-            self._bars.stop()
+        self._bars.stop()
 
     def begin(self, stage: str, total: int) -> Advance:
         return partial(self._bars.advance, self._bars.add_task(stage, total=total))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,7 +149,7 @@ def convert_ctxl(ctx: click.Context, /, source: str, target: Path, formats: str,
         if not all(row.passed for row in rows):
             click.echo(f"FAILED: the scores differ by more than rounding; {target} was not made", err=True)
             ctx.exit(BAD_ITEMS)  # raises, and so the folder goes
-        parities = [row.as_json() for row in rows]
+        parities = [asdict(row) for row in rows]
         record = {"source": source, "head": opened.head, "pairs": compared.name, "parity": parities}
         text = json.dumps(record, ensure_ascii=False, indent=2) + "\n"
         (folder / "conversion.json").write_text(text, encoding="utf-8")

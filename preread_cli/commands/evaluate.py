@@ -18,7 +18,7 @@ from preread_cli.flags import option
 from preread_cli.models import compute_options, model_argument, model_option
 from preread_cli.terminal import print_some
 from preread_edge.outputs import is_stdout, write_output
-from tuning.config import EvaluationSettings, GridSettings, Limits, MeasuringSettings
+from tuning.config import EvaluationSettings, Limits, MeasuringSettings, SweepSettings
 
 if TYPE_CHECKING:
     from tuning.health import HealthReport
@@ -83,7 +83,7 @@ def evaluate(**options: Any) -> None:
 
 
 @click.command()
-@_judged_options(GridSettings)
+@_judged_options(SweepSettings)
 @option("--ignore-qrels", is_flag=True, help="Take the ranking at r = 1 for the judgement, as where there are none.")
 @flags.collection(help="Take the passages of this indexed collection instead of a corpus.")
 @flags.knob_options(Limits)
@@ -114,7 +114,6 @@ def tune(ctx: click.Context, /, **options: Any) -> None:
       preread serve --config preread-tune/preread.toml
     """
     import tuning.sweep.page  # noqa: F401 - packages that it lacks show now, not after hours
-    from tuning.sweep.settings import SweepSettings
     from tuning.sweep.tune import tune as run
 
     settings, limits = flags.from_options(SweepSettings, options), flags.from_options(Limits, options)

@@ -14,7 +14,7 @@ from preread_cli.commands.index import index
 from preread_cli.commands.serve import encode_worker, serve
 from preread_cli.flags import from_options
 from preread_edge.settings import Config, knob
-from tuning.config import EvaluationSettings, GridSettings, Limits
+from tuning.config import EvaluationSettings, Limits, SweepSettings
 
 PAIRS = [
     (serve, DecoderConfig),
@@ -24,7 +24,7 @@ PAIRS = [
     (index, IndexOptions),
     (index, CollectionSettings),
     (evaluate, EvaluationSettings),
-    (tune, GridSettings),
+    (tune, SweepSettings),
     (tune, Limits),
 ]
 # Of a model, which `--model NAME=CHECKPOINT,KEY=VALUE` names.

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +35,8 @@ class PlainModel:
         from transformers import AutoTokenizer
 
         kind = "AutoModelForCausalLM" if profile.head == "vocabulary" else "AutoModelForSequenceClassification"
-        options, open_tokenizer = {"trust_remote_code": trust_remote_code}, cast(Any, AutoTokenizer.from_pretrained)
+        options: Any = {"trust_remote_code": trust_remote_code}
+        open_tokenizer: Any = AutoTokenizer.from_pretrained
         self.model: Any = load_transformer(directory, torch.float32, torch.device(device), kind=kind, **options)
         with quiet():
             loaded = open_tokenizer(directory, local_files_only=True, **options)
@@ -46,15 +47,12 @@ class PlainModel:
         self._typed = "token_type_ids" in loaded.model_input_names
         self._answers = profile.read_answers(self.tokenizer, directory) if profile.head == "vocabulary" else ()
 
-    def read(self, pairs: Sequence[TextTriple], profile: Profile | None = None) -> list[TextPair]:
-        return PairReader(self.tokenizer, profile or self.profile).read(pairs)
-
     def margins(
         self, pairs: Sequence[TextTriple], advance: Advance = ignore, profile: Profile | None = None
     ) -> Margins:
         """Margins (len(pairs),), by this model's profile, or by another that has another template."""
         margins = np.empty(len(pairs), dtype=np.float32)
-        for row, pair in enumerate(self.read(pairs, profile)):
+        for row, pair in enumerate(PairReader(self.tokenizer, profile or self.profile).read(pairs)):
             margins[row] = self.margin(self.inputs(pair))
             advance(1)
         return margins
@@ -173,7 +171,7 @@ def _rms(values: Margins) -> float:
 def _attempts(plain: PlainModel, pairs: Sequence[TextTriple], reference: Margins) -> Iterator[tuple[str, Margins]]:
     """Each fault, in words, with the margins that the plain model gives when it is made to commit it."""
     yield _SIGMOID_FOR_LOGIT, sigmoid(reference)
-    read = plain.read(pairs)
+    read = PairReader(plain.tokenizer, plain.profile).read(pairs)
     token = -1 if plain.profile.head in ("score", "vocabulary") else 0  # whose hidden state the head reads
     with torch.inference_mode():
         hidden = [plain.model.base_model(**plain.inputs(pair)).last_hidden_state[0, token] for pair in read]

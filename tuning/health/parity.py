@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -40,6 +39,7 @@ class ParityRow:
     allowed_delta: float
     tau: float
     rank_agreement: float  # share of places that the same pair holds; equal scores stay in input order
+    passed: bool
 
     @classmethod
     def of(cls, dtype: str, original: Margins, converted: Margins) -> ParityRow:
@@ -49,14 +49,8 @@ class ParityRow:
         allowed = _MAX_DELTA[dtype] * (1.0 if dtype == "float32" else max(1.0, float(np.abs(original).max())))
         places = np.argsort(-original, kind="stable") == np.argsort(-converted, kind="stable")
         delta, tau = float(np.abs(original - converted).max()), kendall_tau(original, converted)
-        return cls(dtype, len(original), delta, allowed, tau, float(places.mean()))
-
-    @property
-    def passed(self) -> bool:
-        return self.max_delta <= self.allowed_delta and self.tau >= _MIN_TAU[self.dtype]
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self) | {"passed": self.passed}
+        passed = delta <= allowed and tau >= _MIN_TAU[dtype]
+        return cls(dtype, len(original), delta, allowed, tau, float(places.mean()), passed)
 
 
 @torch.inference_mode()

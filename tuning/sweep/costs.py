@@ -25,10 +25,11 @@ from cache.open import open_store
 from cache.record import Record
 from checkpoint import EncoderIdentity
 from decoder_server.models.backend import Backend, Prompt
+from tuning.config import SweepSettings
 from tuning.progress import SILENT, StageProgress
 from tuning.rerank import score_passages
 from tuning.sweep.margins import Codecs, Margins
-from tuning.sweep.settings import Configuration, Reading, SweepSettings
+from tuning.sweep.settings import Configuration, Reading
 
 _WRITE_BATCH = 256
 

@@ -22,10 +22,11 @@ from decoder_server.models.backend import Backend, Prompt
 from encoder_worker.writing import num_training_states
 from preread.values import Stage
 from tuning import EvaluationError
+from tuning.config import SweepSettings
 from tuning.metrics import HEADLINE, Bootstrap, PerQuery, Quality, kendall_tau, per_query
 from tuning.progress import SILENT, Advance, StageProgress
 from tuning.rerank import Pairs, States, score_passages
-from tuning.sweep.settings import Configuration, Reading, SweepSettings
+from tuning.sweep.settings import Configuration, Reading
 from tuning.sweep.workdir import SpilledStates, WorkDir
 from tuning.trec import Qrels, Run, order
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from tuning import EvaluationError
-from tuning.config import Limits
+from tuning.config import Limits, SweepSettings
 from tuning.metrics import HEADLINE, Quality
 from tuning.report import format_json, plain_table, print_parts
 from tuning.sweep.costs import IndexingCost, Latency, StoredSize
 from tuning.sweep.margins import AUC, TAU
-from tuning.sweep.settings import Configuration, SweepSettings
+from tuning.sweep.settings import Configuration
 from tuning.trec import Qrels, write_runs
 
 _FORMAT_VERSION = 1
@@ -63,40 +64,33 @@ class Choice:
     explanation: str  # its values over those limits
 
     @classmethod
-    def judge(cls, limits: Limits, row: SweepRow) -> Choice:
-        loss = row.quality.loss_bounds[1] if limits.sure else row.quality.loss
-        size, broken, told = row.size.bytes_per_passage, dict[str, float](), []
-        if limits.max_loss is not None and loss > limits.max_loss:
-            broken["max_loss"] = (loss - limits.max_loss) * 100
-            up_to = "up to " if limits.sure else ""
-            told.append(f"it loses {up_to}{loss:.2%}, expected at most {limits.max_loss:.2%}")
-        if limits.max_bytes is not None and size > limits.max_bytes:
-            broken["max_bytes"] = size / max(limits.max_bytes, 1e-9) - 1
-            told.append(f"{size:,.0f} bytes a passage, expected at most {limits.max_bytes:,.0f}")
-        if (most := limits.max_latency_seconds) is not None:
-            assert row.timing is not None  # the command refuses such a limit where nothing is timed
-            p99 = row.timing.p99_seconds
-            if p99 > most:
-                broken["max_latency"] = p99 / max(most, 1e-9) - 1
-                told.append(f"p99 {p99 * 1000:.1f} ms, expected at most {most * 1000:g} ms")
-        return cls(row, broken, "; ".join(told))
-
-    @classmethod
     def among(cls, limits: Limits, rows: Sequence[SweepRow]) -> Choice:
         """The preferred that keeps all limits, or whose worst excess is least. Raises EvaluationError without rows."""
         if not rows:
             raise EvaluationError("no configuration could be measured; the notes say why")
-
-        def rank(one: Choice) -> tuple[float, ...]:
-            keys = {
-                "bytes": one.row.size.bytes_per_passage,
-                "latency": one.row.timing.p50_seconds if one.row.timing is not None else 0.0,
-                "quality": -one.row.quality.headline,
-            }
-            excess = max(one.broken.values(), default=-1.0)
-            return (excess, keys.pop(limits.decides_by), keys.get("quality", 0.0), *keys.values())
-
-        return min((cls.judge(limits, row) for row in rows), key=rank)
+        ranked: list[tuple[tuple[float, ...], Choice]] = []
+        for row in rows:
+            loss = row.quality.loss.high if limits.sure else row.quality.loss.mean
+            size, broken, told = row.size.bytes_per_passage, dict[str, float](), []
+            if limits.max_loss is not None and loss > limits.max_loss:
+                broken["max_loss"] = (loss - limits.max_loss) * 100
+                up_to = "up to " if limits.sure else ""
+                told.append(f"it loses {up_to}{loss:.2%}, expected at most {limits.max_loss:.2%}")
+            if limits.max_bytes is not None and size > limits.max_bytes:
+                broken["max_bytes"] = size / max(limits.max_bytes, 1e-9) - 1
+                told.append(f"{size:,.0f} bytes a passage, expected at most {limits.max_bytes:,.0f}")
+            if (most := limits.max_latency_seconds) is not None:
+                assert row.timing is not None  # the command refuses such a limit where nothing is timed
+                p99 = row.timing.p99_seconds
+                if p99 > most:
+                    broken["max_latency"] = p99 / max(most, 1e-9) - 1
+                    told.append(f"p99 {p99 * 1000:.1f} ms, expected at most {most * 1000:g} ms")
+            p50 = row.timing.p50_seconds if row.timing is not None else 0.0
+            keys = {"bytes": size, "latency": p50, "quality": -row.quality.headline}
+            excess, first = max(broken.values(), default=-1.0), keys.pop(limits.decides_by)
+            order = (excess, first, keys.get("quality", 0.0), *keys.values())
+            ranked.append((order, cls(row, broken, "; ".join(told))))
+        return min(ranked, key=itemgetter(0))[1]
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[bool]:
@@ -222,11 +216,11 @@ class SweepReport:
         `model`: where it is not preread's own. `control_tokens`: whether the measured encoder read them in texts.
         """
         one, quality, split = row.configuration, row.quality, self.settings.split
-        low, high = quality.loss_bounds
+        loss = quality.loss
         head = (
             f"# {one.name}: chosen by preread tune on {self.num_queries} queries of {self.collection}.\n"
-            f"# nDCG@10 {quality.headline:.4f}, {quality.loss:.2%} below r = {self.reference_ratio} "
-            f"[{low:.2%}, {high:.2%}]; {row.size.bytes_per_passage:,.0f} bytes a passage."
+            f"# nDCG@10 {quality.headline:.4f}, {loss.mean:.2%} below r = {self.reference_ratio} "
+            f"[{loss.low:.2%}, {loss.high:.2%}]; {row.size.bytes_per_passage:,.0f} bytes a passage."
         )
         if row.timing is not None:
             head += (

@@ -15,7 +15,7 @@ from cache.errors import CodecError
 from decoder_server.engine.plan import Plan
 from preread.values import Stage, format_stages, parse_stages
 from tuning import EvaluationError
-from tuning.config import COARSEST, GridSettings, doublings
+from tuning.config import COARSEST, SweepSettings, doublings
 from tuning.trec import order, rank
 
 _COARSEST_STORED = 8  # of the default stored ratios: coarser ones hardly save any more bytes
@@ -95,49 +95,42 @@ def units_of(configurations: Iterable[Configuration]) -> list[Configuration]:
     return sorted(found, key=lambda unit: (unit.stored_ratio, codecs[unit.codec], unit.reading.ratios))
 
 
-@dataclass(frozen=True, kw_only=True)
-class SweepSettings(GridSettings):
-    """Settings of a sweep, and the grid that they mean."""
+def resolved(settings: SweepSettings, source_ratio: int, dim: int) -> SweepSettings:
+    """With defaults for None, of states at `source_ratio`. EvaluationError, CodecError: a ratio, codec is unfit."""
+    stored = settings.stored_ratios or doublings(source_ratio, _COARSEST_STORED)
+    for ratio in stored:
+        if ratio % source_ratio:
+            at = f"the states are at {source_ratio}"
+            raise EvaluationError(f"stored ratio is {ratio}; {at}, expected a multiple of it")
+    read = settings.read_ratios or doublings(min(stored), COARSEST)
+    known = ", ".join(map(str, sorted(stored)))
+    for ratio in read:
+        if all(ratio % one for one in stored):
+            raise EvaluationError(f"read ratio is {ratio}; no stored ratio of {known} can give it")
+    for reading in map(Reading, settings.cascades or ()):
+        if not any(map(reading.can_be_of, stored)):
+            raise EvaluationError(f"cascade is {reading}; no stored ratio of {known} can give all its ratios")
+    cascades, codecs = settings.cascades, list(settings.codecs or ("Flat", "SQfp16", "SQ8", "B32,SQ4"))
+    most, some, few = settings.top_k // 2, 2 * settings.top_k // 5, settings.top_k // 5
+    if cascades is None:  # of 100 candidates, the first is the one that KaLM-Reranker-V1 published
+        shapes = (f"32:{few},2", f"32:{some},4", f"16:{few},1", f"32:{most},8:{few},1") if few else ()
+        cascades = tuple(map(parse_stages, shapes))
+    for codec in codecs:
+        Codec(codec, dim)
+    for share in (4, 8) if settings.codecs is None else ():  # to an eighth of a byte per number, where `dim` can be cut
+        with suppress(CodecError):
+            codecs.append(Codec(f"PQ{dim // share}", dim).factory)
+    return replace(settings, stored_ratios=stored, read_ratios=read, cascades=cascades, codecs=tuple(codecs))
 
-    def resolved(self, source_ratio: int, dim: int) -> SweepSettings:
-        """With defaults for None, of states at `source_ratio`. EvaluationError, CodecError: a ratio, codec is unfit."""
-        stored = self.stored_ratios or doublings(source_ratio, _COARSEST_STORED)
-        for ratio in stored:
-            if ratio % source_ratio:
-                at = f"the states are at {source_ratio}"
-                raise EvaluationError(f"stored ratio is {ratio}; {at}, expected a multiple of it")
-        read = self.read_ratios or doublings(min(stored), COARSEST)
-        known = ", ".join(map(str, sorted(stored)))
-        for ratio in read:
-            if all(ratio % one for one in stored):
-                raise EvaluationError(f"read ratio is {ratio}; no stored ratio of {known} can give it")
-        for reading in map(Reading, self.cascades or ()):
-            if not any(map(reading.can_be_of, stored)):
-                raise EvaluationError(f"cascade is {reading}; no stored ratio of {known} can give all its ratios")
-        cascades, codecs = self.cascades, list(self.codecs or ("Flat", "SQfp16", "SQ8", "B32,SQ4"))
-        most, some, few = self.top_k // 2, 2 * self.top_k // 5, self.top_k // 5
-        if cascades is None:  # of 100 candidates, the first is the one that KaLM-Reranker-V1 published
-            shapes = (f"32:{few},2", f"32:{some},4", f"16:{few},1", f"32:{most},8:{few},1") if few else ()
-            cascades = tuple(map(parse_stages, shapes))
-        for codec in codecs:
-            Codec(codec, dim)
-        for share in (4, 8) if self.codecs is None else ():  # to an eighth of a byte per number, where `dim` can be cut
-            with suppress(CodecError):
-                codecs.append(Codec(f"PQ{dim // share}", dim).factory)
-        return replace(self, stored_ratios=stored, read_ratios=read, cascades=cascades, codecs=tuple(codecs))
 
-    def grid(self) -> list[Configuration]:
-        """Every combination that can be, of resolved settings: a read ratio is a multiple of the stored one."""
-        readings = [Reading((Stage(ratio),)) for ratio in sorted(self.read_ratios or ())]
-        readings += map(Reading, self.cascades or ())
-        return [
-            Configuration(stored, codec, reading)
-            for stored in sorted(self.stored_ratios or ())
-            for codec in self.codecs or ()
-            for reading in readings
-            if reading.can_be_of(stored)
-        ]
-
-    @property
-    def overlap_name(self) -> str:
-        return f"top-{self.overlap_k} overlap"
+def grid(settings: SweepSettings) -> list[Configuration]:
+    """Every combination that can be, of resolved settings: a read ratio is a multiple of the stored one."""
+    readings = [Reading((Stage(ratio),)) for ratio in sorted(settings.read_ratios or ())]
+    readings += map(Reading, settings.cascades or ())
+    return [
+        Configuration(stored, codec, reading)
+        for stored in sorted(settings.stored_ratios or ())
+        for codec in settings.codecs or ()
+        for reading in readings
+        if reading.can_be_of(stored)
+    ]

@@ -22,6 +22,7 @@ from checkpoint import Checkpoint
 from checkpoint.compute import hardware
 from decoder_server.models.fbnl.backend import FbnlBackend
 from tuning import EvaluationError
+from tuning.config import SweepSettings
 from tuning.evaluate import Experiment
 from tuning.judged import JudgedCollection
 from tuning.metrics import Quality
@@ -31,7 +32,7 @@ from tuning.rerank import Pairs
 from tuning.sweep.costs import CostTimer, IndexingCost, StoredSize
 from tuning.sweep.margins import Codecs, Judgements, Margins
 from tuning.sweep.report import SweepReport, SweepRow
-from tuning.sweep.settings import Configuration, SweepSettings, units_of
+from tuning.sweep.settings import Configuration, grid, resolved, units_of
 from tuning.sweep.workdir import SpilledStates, WorkDir
 
 _WORK_VERSION = 1  # raised when the contents of a work directory mean something else
@@ -72,7 +73,7 @@ class _Sweep(Experiment):
         # Its states are the source; None: passages are encoded.
         self.from_states = self.judged.stored if not self.judged.passages else None
         ratio = self.from_states.manifest.compression_ratio if self.from_states is not None else 1
-        self.settings = self.settings.resolved(ratio, self.checkpoint.dim)
+        self.settings = resolved(self.settings, ratio, self.checkpoint.dim)
         self.pairs = Pairs(self.first_stage[1])
         if not self.pairs.num:
             raise EvaluationError("no query has any candidate; a run file with --run names some")
@@ -129,7 +130,7 @@ class _Sweep(Experiment):
             exact = FbnlBackend(self.checkpoint, device=self.device, dtype="float32")
         reference = self.margins.reference(exact, self.progress)
         judgements = Judgements.of(judged.qrels, settings.min_grade, reference, self.pairs)
-        configurations = self.codecs.with_fallback(settings.grid())
+        configurations = self.codecs.with_fallback(grid(settings))
         self.margins.fill(self.backend, units_of(configurations), self.codecs, self.progress)
         measured = judgements.measure(first, reference, self.margins, configurations, settings, self.progress)
         first_quality, reference_quality, quality = measured

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from preread.values import parse_stages
+from tuning.config import SweepSettings
 from tuning.judged import JudgedCollection, read_judged
 from tuning.sweep.report import SweepReport
-from tuning.sweep.settings import SweepSettings
 from tuning.sweep.tune import tune
 
 SETTINGS = SweepSettings(

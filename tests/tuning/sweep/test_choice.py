@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tuning import EvaluationError
 from tuning.config import Limits
+from tuning.metrics import Interval
 from tuning.sweep.report import Choice, SweepRow, front
 
 POINTS = st.lists(st.tuples(st.integers(0, 6).map(float), st.integers(0, 6).map(float)), max_size=12)
@@ -29,9 +30,9 @@ def test_on_the_front_is_what_no_other_beats(points: list[tuple[float, float]]) 
 
 def row(quality: float, loss: float, num_bytes: float, ms: float, worst: float | None = None) -> SweepRow:
     """The fields that a choice looks at."""
-    bounds = (0.0, worst if worst is not None else loss)
+    lost = Interval(loss, 0.0, worst if worst is not None else loss)
     shape: Any = SimpleNamespace(
-        quality=SimpleNamespace(headline=quality, loss=loss, loss_bounds=bounds),
+        quality=SimpleNamespace(headline=quality, loss=lost),
         size=SimpleNamespace(bytes_per_passage=num_bytes),
         timing=SimpleNamespace(p50_seconds=ms / 1000, p99_seconds=2 * ms / 1000),
     )

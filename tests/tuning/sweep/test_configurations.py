@@ -7,14 +7,17 @@ import pytest
 from cache.errors import CodecError
 from preread.values import parse_stages
 from tuning import EvaluationError
-from tuning.sweep.settings import Configuration, SweepSettings, units_of
+from tuning.config import SweepSettings
+from tuning.sweep.settings import Configuration, resolved, units_of
+from tuning.sweep.settings import grid as grid_of
 
 
 def grid(
     stored: tuple[int, ...], codecs: tuple[str, ...], read: tuple[int, ...], cascades: list[str]
 ) -> list[Configuration]:
     stages = tuple(map(parse_stages, cascades))
-    return SweepSettings(stored_ratios=stored, codecs=codecs, read_ratios=read, cascades=stages).grid()
+    settings = SweepSettings(stored_ratios=stored, codecs=codecs, read_ratios=read, cascades=stages)
+    return grid_of(settings)
 
 
 def test_a_grid_has_what_can_be_read() -> None:
@@ -32,15 +35,15 @@ def test_cascades_share_the_units_of_plain_readings() -> None:
 
 
 def test_what_is_left_open_follows_from_the_states() -> None:
-    settings = SweepSettings(top_k=100).resolved(1, 64)
+    settings = resolved(SweepSettings(top_k=100), 1, 64)
     assert settings.stored_ratios == (1, 2, 4, 8)
     assert settings.read_ratios == (1, 2, 4, 8, 16, 32)
     assert settings.codecs == ("Flat", "SQfp16", "SQ8", "B32,SQ4", "PQ16", "PQ8")
     assert settings.cascades is not None
     assert settings.cascades[0] == parse_stages("32:20,2")  # the published one
-    assert SweepSettings().resolved(16, 7).stored_ratios == (16,)
-    assert SweepSettings().resolved(1, 7).codecs == ("Flat", "SQfp16", "SQ8", "B32,SQ4", "PQ1")
-    assert SweepSettings(top_k=4).resolved(1, 64).cascades == ()
+    assert resolved(SweepSettings(), 16, 7).stored_ratios == (16,)
+    assert resolved(SweepSettings(), 1, 7).codecs == ("Flat", "SQfp16", "SQ8", "B32,SQ4", "PQ1")
+    assert resolved(SweepSettings(top_k=4), 1, 64).cascades == ()
 
 
 @pytest.mark.parametrize(
@@ -68,9 +71,9 @@ def test_bad_settings_are_named(values: dict[str, object], message: str) -> None
 )
 def test_ratios_that_cannot_be_given_are_named(values: dict[str, object], message: str) -> None:
     with pytest.raises(EvaluationError, match=message):
-        SweepSettings(**values).resolved(4, 64)  # type: ignore[arg-type]
+        resolved(SweepSettings(**values), 4, 64)  # type: ignore[arg-type]
 
 
 def test_a_codec_that_faiss_does_not_know_is_refused_before_anything_is_encoded() -> None:
     with pytest.raises(CodecError, match="'ZIP9' is unknown, expected one of Flat"):
-        SweepSettings(codecs=("Flat", "ZIP9")).resolved(1, 64)
+        resolved(SweepSettings(codecs=("Flat", "ZIP9")), 1, 64)

@@ -68,7 +68,7 @@ def test_flat_states_give_what_an_evaluation_gives(sweep: Sweep, judged: JudgedC
             ours = dict(rows[f"1 Flat read {ratio}"].quality.run[q])
             assert ours == pytest.approx(dict(ranking), abs=1e-4)  # other batches, other last digits
     assert rows["1 Flat read 1"].quality.run == report.reference.run
-    assert rows["1 Flat read 1"].quality.loss == 0
+    assert rows["1 Flat read 1"].quality.loss.mean == 0
     assert rows["1 Flat read 1"].quality.measures[TAU].mean == 1
 
 
@@ -247,7 +247,7 @@ _KILLED = """
 import sys
 from pathlib import Path
 from tuning.judged import read_judged
-from tuning.sweep.settings import SweepSettings
+from tuning.config import SweepSettings
 from tuning.sweep.tune import tune
 settings = SweepSettings(codecs=("Flat", "SQ8", "SQfp16"), cascades=(), timed_queries=0, num_resamples=300)
 tune(read_judged(sys.argv[1]), sys.argv[2], settings, work_dir=sys.argv[3], device="cpu", dtype="float32")
