@@ -42,20 +42,13 @@ class JudgedCollection:
     def without_judgements(self) -> JudgedCollection:
         return replace(self, qrels={}, num_judgements_of_unknown_queries=0, unknown_queries=())
 
-    def only(self, query_ids: Iterable[str]) -> JudgedCollection:
-        """The same collection with fewer queries, in its order."""
-        chosen = set(query_ids)
-        return replace(
-            self,
-            queries={q: text for q, text in self.queries.items() if q in chosen},
-            qrels={q: grades for q, grades in self.qrels.items() if q in chosen},
-        )
-
     def sample(self, max_queries: int | None, seed: int) -> JudgedCollection:
         """At most `max_queries` queries (None: all), drawn without replacement; the same seed draws the same."""
         if max_queries is None or len(self.queries) <= max_queries:
             return self
-        return self.only(random.Random(seed).sample(sorted(self.queries), max_queries))
+        chosen = set(random.Random(seed).sample(sorted(self.queries), max_queries))
+        queries = {q: text for q, text in self.queries.items() if q in chosen}
+        return replace(self, queries=queries, qrels={q: own for q, own in self.qrels.items() if q in chosen})
 
 
 def read_judged(

@@ -120,7 +120,17 @@ class HealthReport:
         for section in self.sections:
             parts += [Text(f"\n{section.title}", style="bold"), _table(section)]
         if self.farthest:
-            parts += [Text("\nfarthest apart", style="bold"), _farthest(self.farthest)]
+            table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2), header_style="dim")
+            for heading in ("margin", "expected"):
+                table.add_column(heading, justify="right", no_wrap=True, min_width=8)
+            table.add_column("query / passage", no_wrap=True)
+            for pair in self.farthest:
+                query, passage = (Text(" ".join(pair[name].split())) for name in ("query", "passage"))
+                # Cut by the cells that a text takes on a terminal, not by its characters.
+                query.truncate(_MAX_CELLS // 2, overflow="ellipsis")
+                passage.truncate(_MAX_CELLS - 3 - _MAX_CELLS // 2, overflow="ellipsis")
+                table.add_row(f"{pair['margin']:+.3f}", f"{pair['expected']:+.3f}", query + Text(" / ") + passage)
+            parts += [Text("\nfarthest apart", style="bold"), table]
         if self.notes:
             parts += [Text(), *(Text(f"Note: {note}.") for note in self.notes)]
         if self.causes:
@@ -144,19 +154,4 @@ def _table(section: Section) -> Table:
         state = Text(line.state.value, style=_STYLES[line.state])
         told = "; ".join(filter(None, (line.expected, line.detail)))
         table.add_row(Text(f"  {line.name}"), state, Text(value), Text(told))
-    return table
-
-
-def _farthest(pairs: Sequence[dict[str, Any]]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2), header_style="dim")
-    for heading in ("margin", "expected"):
-        table.add_column(heading, justify="right", no_wrap=True, min_width=8)
-    table.add_column("query / passage", no_wrap=True)
-    half = _MAX_CELLS // 2
-    for pair in pairs:
-        query, passage = (Text(" ".join(pair[name].split())) for name in ("query", "passage"))
-        # Cut by the cells that a text takes on a terminal, not by its characters.
-        query.truncate(half, overflow="ellipsis")
-        passage.truncate(_MAX_CELLS - 3 - half, overflow="ellipsis")
-        table.add_row(f"{pair['margin']:+.3f}", f"{pair['expected']:+.3f}", query + Text(" / ") + passage)
     return table
