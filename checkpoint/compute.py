@@ -1,7 +1,5 @@
 """The machine: cores and memory that this process may use, device, number format, and settings for steady inference."""
 
-from __future__ import annotations
-
 import ctypes
 import math
 import os

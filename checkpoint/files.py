@@ -4,8 +4,6 @@ A field that changes the arithmetic and is not applied makes scores that are not
 not to matter for a score, has the value that the model's class gives it when it is missing, or is an error.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path

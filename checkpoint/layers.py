@@ -5,8 +5,6 @@ a tenth of a large batch and most of a small one. Its operators are those that t
 constraints.txt; a build or device without them multiplies plain weights.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import os

@@ -1,7 +1,5 @@
 """Checkpoints with random weights: they load like real ones, rank like dice, and have the same bytes everywhere."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from dataclasses import dataclass

@@ -18,8 +18,6 @@ float-quantized and nvfp4-pack-quantized compressors; vLLM's modelopt and compre
 scheme is an error: its weights would load as numbers of another meaning.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import re

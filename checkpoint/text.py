@@ -3,8 +3,6 @@ A control token spelled in a query or passage (`<end_of_turn>`) is tokenized as 
 Text without such spelling gets exactly the ids of the filled template, tokenized as a whole, as in the reference.
 """
 
-from __future__ import annotations
-
 import re
 import string
 from collections.abc import Iterable, Mapping, Sequence

@@ -4,8 +4,6 @@ A remote encoder may fail later without costing readiness: stored states are ran
 go out of service together. One that never answered is a wrong address, key or proxy, at which a rollout should stop.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from collections.abc import Callable, Sequence

@@ -4,8 +4,6 @@
 encoder does not answer. Owns two executors: one thread for the model, a few for tokenizing and the store.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import ssl

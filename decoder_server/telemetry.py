@@ -4,8 +4,6 @@ Counters and histograms are filled as requests and forward passes end. Values th
 when a scrape comes in, on the scrape's thread. Traces are in tracing.py, which needs an extra.
 """
 
-from __future__ import annotations
-
 import collections
 import logging
 import time

@@ -4,8 +4,6 @@ Spans are written when a request has ended, from the times it left behind: servi
 Needs the `tracing` extra; nothing imports this unless tracing is on.
 """
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 

@@ -1,7 +1,5 @@
 """What an encoder worker and an indexing run can be told, checked once; a help text reads it without the encoder."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field

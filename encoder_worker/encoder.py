@@ -4,8 +4,6 @@ Reads like the model's definition (transformers' modeling_t5gemma2 is the oracle
 blocks of queries against the keys their window reaches: time and memory grow with a passage's length, not its square.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import groupby
 from typing import NamedTuple

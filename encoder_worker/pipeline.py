@@ -6,8 +6,6 @@ read -> check, compare digests, tokenize     ahead of the model (reading.py)
 -> acknowledge                               in the order of reading
 """
 
-from __future__ import annotations
-
 import asyncio
 import threading
 from asyncio import Future

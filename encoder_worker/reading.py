@@ -1,7 +1,5 @@
 """Passages on their way to the model: checked, compared with the collection, tokenized, a batch at a time."""
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import threading

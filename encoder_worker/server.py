@@ -3,8 +3,6 @@
 Until that pass has succeeded health says NOT_SERVING. Owns one thread for the model and a few for tokenizer and store.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from collections import Counter as Tally

@@ -1,7 +1,5 @@
 """Encoded passages into a collection: found as it is, or made when the first states are there."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable, Sequence

@@ -4,8 +4,6 @@ Retried are Overloaded with a server's hint and Unavailable: nothing was done, o
 calls of a client share a budget (gRPC's retry throttling, proposal A6): no service in trouble is buried under retries.
 """
 
-from __future__ import annotations
-
 import ipaddress
 import math
 import os

@@ -3,8 +3,6 @@
 Frozen and plain: no protobuf, no HTTP, light to import. preread.wire and the edges of the servers translate.
 """
 
-from __future__ import annotations
-
 import operator
 import re
 from collections.abc import Iterable, Iterator, Sequence

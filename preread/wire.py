@@ -1,7 +1,5 @@
 """Protobuf from and to the values of preread.values and preread.errors; no other file of the client knows messages."""
 
-from __future__ import annotations
-
 import asyncio
 import functools
 import operator

@@ -4,8 +4,6 @@ A key is a flag without its dashes; at the top for every command that has it, in
 one, where it wins. doctor reads [serve] too. A key that no command has is an error.
 """
 
-from __future__ import annotations
-
 import difflib
 import re
 import tomllib

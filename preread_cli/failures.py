@@ -7,8 +7,6 @@
 70 an unexpected error, a fault of this code (EX_SOFTWARE of sysexits.h); 130 interrupted
 """
 
-from __future__ import annotations
-
 import sys
 import traceback
 from typing import IO, Any, Self

@@ -1,7 +1,5 @@
 """Flags: made from knobs, shared by commands; `--some-flag` can be set as PREREAD_SOME_FLAG, the command line wins."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from functools import partial, reduce

@@ -1,7 +1,5 @@
 """`preread`: one name in front of every command, which is imported when it is called: a help text never loads torch."""
 
-from __future__ import annotations
-
 import errno
 import importlib
 import io

@@ -1,7 +1,5 @@
 """A server's process: log, keys, both halves, the lines it prints, the signals that stop it. Importing it loads all."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import hashlib

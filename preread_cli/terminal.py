@@ -1,7 +1,5 @@
 """Output for people in a terminal: sizes, the first of many lines, a bar while something runs."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized

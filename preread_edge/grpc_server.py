@@ -4,8 +4,6 @@ Keys come before messages: every method reads raw bytes from a stream, unary one
 An error of preread.errors ends the call with its status and details, any other with INTERNAL and without its text.
 """
 
-from __future__ import annotations
-
 import asyncio
 import functools
 import inspect

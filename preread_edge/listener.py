@@ -1,7 +1,5 @@
 """HTTP for hostile networks: deadlines, bounds, no message with two readings. Knows uvicorn's and h11's insides."""
 
-from __future__ import annotations
-
 import asyncio
 import secrets
 import socket

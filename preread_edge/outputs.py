@@ -4,8 +4,6 @@ A path that names an open descriptor (/dev/stdout, /dev/fd/3; - is stdout) means
 file that `>>` opened for appending. Imports no package.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import re

@@ -4,8 +4,6 @@
 Imports only the standard library: a help text must not load gRPC or torch.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import operator
 from collections.abc import Callable, Iterator
@@ -73,7 +71,8 @@ class Config:
         """In the order of the fields."""
         for one in dataclasses.fields(cls):
             if given := one.metadata.get("knob"):
-                kind, flag = str(one.type).removesuffix(" | None"), given.flag or "--" + one.name.replace("_", "-")
+                kind = str(getattr(one.type, "__name__", one.type)).removesuffix(" | None")
+                flag = given.flag or "--" + one.name.replace("_", "-")
                 yield dataclasses.replace(given, name=one.name, kind=kind, default=one.default, flag=flag)
 
 

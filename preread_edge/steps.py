@@ -4,8 +4,6 @@ Parsing holds the interpreter, so a thread alone does not keep the event loop, o
 runs here calls its `step` often; two thirds of the time then belong to others, whatever its number of callers.
 """
 
-from __future__ import annotations
-
 import asyncio
 import threading
 import time

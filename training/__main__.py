@@ -1,7 +1,5 @@
 """`python -m training`: data, start, train, make, opposed. `preread evaluate` measures a checkpoint."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import os

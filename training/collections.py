@@ -1,7 +1,5 @@
 """Judged collections in the BEIR layout, their held-out split, Debian's descriptions, and instructions."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import json

@@ -3,8 +3,6 @@
 Files, BM25, metrics and rankings are those of `preread evaluate` (package tuning).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

@@ -5,8 +5,6 @@ passages in the order in which the file first names each text. A step is a funct
 resumed run continues exactly.
 """
 
-from __future__ import annotations
-
 import random
 from array import array
 from collections.abc import Iterable, Iterator

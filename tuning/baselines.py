@@ -4,8 +4,6 @@ BM25: bm25s' defaults (Lucene's, k1 1.5, b 0.75; words of two and more letters o
 English stop words. `minilm`: all-MiniLM-L6-v2 (Apache-2.0, an optional package), cosine, texts cut at its 256 tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path

@@ -4,8 +4,6 @@ report = evaluate("examples/corpus", "preread/models/preread-mini", EvaluationSe
 report.baseline.measures["nDCG@10"].mean, report.reranked(4).measures["nDCG@10"].mean
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property

@@ -1,7 +1,5 @@
 """How far a long run is: stages with totals; several may run at a time."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial

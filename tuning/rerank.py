@@ -3,8 +3,6 @@
 States come a chunk at a time, because the unpooled states of a whole collection do not fit into memory.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

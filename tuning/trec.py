@@ -6,8 +6,6 @@ Not ir_measures' readers: they know no BEIR columns and no tabs, drop ranks and 
 an extra that `preread rerank` does without.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence

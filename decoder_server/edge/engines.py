@@ -4,8 +4,6 @@ Clients pair scores with documents by position or by count: a request of texts a
 every text after one left out would get another's score. With ids each candidate has a status instead.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version

@@ -4,8 +4,6 @@ Methods raise; preread_edge.grpc_server ends the call with the status and detail
 `truncate` false, which proto3 cannot tell from absent, cut texts all the same: TEI's own servers truncate by default.
 """
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
 import time

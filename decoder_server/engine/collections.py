@@ -1,7 +1,5 @@
 """Collections by name or alias: each is opened once, and again when its name means another one."""
 
-from __future__ import annotations
-
 import logging
 import time
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """One served model, as the edges know it: check -> plan -> admit -> fetch -> score -> rank, awaited in order."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Container, Mapping, Sequence

@@ -3,8 +3,6 @@
 Every candidate is scored alone, so that its time is its own, on the model's thread between forward passes.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Sequence

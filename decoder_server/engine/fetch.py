@@ -3,8 +3,6 @@
 Read in chunks, each handed on as it arrives and the next read when the scheduler has room for it.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import math

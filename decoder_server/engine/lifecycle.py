@@ -3,8 +3,6 @@
 Times are on time.monotonic's clock. Metrics, logs and spans are observers, in decoder_server.telemetry.
 """
 
-from __future__ import annotations
-
 import asyncio
 import re
 import time

@@ -3,8 +3,6 @@
 Everything a worker sends is checked before use.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import struct

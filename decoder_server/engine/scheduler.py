@@ -117,7 +117,7 @@ class SchedulerStats:
 
 
 @dataclass(slots=True, eq=False)
-class _Passage:
+class _Submission:
     """One submission, the windows of one passage."""
 
     queue: RequestQueue
@@ -136,7 +136,7 @@ class _Passage:
             self.future.exception()  # retrieved: the request may have ended for another reason
 
 
-_Queued = tuple[_Passage, Pair]
+_Queued = tuple[_Submission, Pair]
 
 
 @dataclass(slots=True, eq=False)
@@ -224,7 +224,7 @@ class Scheduler:
         """Queues the pairs of one passage; their margins: NaN for a logit that is not finite, None: the pass failed."""
         if self._stopped:
             raise Unavailable(STOPPED)
-        passage = _Passage(queue, len(pairs), asyncio.get_running_loop().create_future())
+        passage = _Submission(queue, len(pairs), asyncio.get_running_loop().create_future())
         queue.waiting.extend((passage, pair) for pair in pairs)
         queue.num_tokens += sum(pair.num_tokens for pair in pairs)
         if not queue.computing and queue.since is None:

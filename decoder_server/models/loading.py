@@ -1,7 +1,5 @@
 """From a configuration to a loaded model. Runs on the model's thread."""
 
-from __future__ import annotations
-
 from decoder_server.config import ModelConfig
 from decoder_server.models.backend import Backend
 

@@ -1,7 +1,5 @@
 """Passages out of files: every item of an input is a SourcePassage or a Refused; nothing is dropped in silence."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum

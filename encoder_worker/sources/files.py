@@ -4,8 +4,6 @@ gzip and zstd are known by their first bytes, not by name. CSV is RFC 4180: a qu
 quotes and line ends. TSV is what search collections use (MS MARCO): no quoting, a tab always separates.
 """
 
-from __future__ import annotations
-
 import csv
 import gzip
 import io

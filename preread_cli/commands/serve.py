@@ -1,7 +1,5 @@
 """`preread serve`, both halves in one process, and `preread encode-worker`, the encoder for other machines."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from typing import Any

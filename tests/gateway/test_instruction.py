@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from tokenizers import Tokenizer
 
 from benchmarks.synthetic import make_cross_encoder
-from decoder_server.edge import grpc as messages
+from decoder_server.engine.engine import Engine
 from decoder_server.models.cross_encoder.loading import open_cross_encoder
 from preread import Client
 from preread.v1 import rerank_pb2, rerank_pb2_grpc
@@ -74,7 +74,7 @@ def test_grpc_and_a_client_from_before(
         warmed.append(request.instruction)
         return Warmed("", 0, 0, (), ())
 
-    monkeypatch.setattr(messages, "warm", warm)
+    monkeypatch.setattr(Engine, "warm", warm)
     with grpc.insecure_channel(f"127.0.0.1:{running.server.port}") as channel:
         stub = rerank_pb2_grpc.RerankServiceStub(channel)
         for given in (None, ""):

@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 from google.rpc import status_pb2
 from grpc_status import rpc_status
 
-from preread.v1 import rerank_pb2, rerank_pb2_grpc
+from preread.v1 import encoder_pb2_grpc, rerank_pb2, rerank_pb2_grpc
 
 Answer = Callable[[Any, grpc.ServicerContext], Any]
 
@@ -61,6 +61,15 @@ class ScriptedService(rerank_pb2_grpc.RerankServiceServicer):
         yield from self._next(request, context)
 
 
+class ReadingWorker(encoder_pb2_grpc.EncoderServiceServicer):
+    """Reads uploads to their end; what a client sends is what ends them."""
+
+    def Upsert(self, request_iterator: Any, context: grpc.ServicerContext) -> Iterator[Any]:  # noqa: N802
+        for _ in request_iterator:
+            pass
+        yield from ()
+
+
 class Scripted:
     """The service, and where it listens."""
 
@@ -68,6 +77,7 @@ class Scripted:
         self.service = ScriptedService()
         self.server = grpc.server(ThreadPoolExecutor(8))
         rerank_pb2_grpc.add_RerankServiceServicer_to_server(self.service, self.server)
+        encoder_pb2_grpc.add_EncoderServiceServicer_to_server(ReadingWorker(), self.server)
         add = self.server.add_insecure_port if credentials is None else self.server.add_secure_port
         self.port = add("127.0.0.1:0", *([] if credentials is None else [credentials]))
         self.address = f"127.0.0.1:{self.port}"

@@ -5,8 +5,6 @@ readers of files. A pattern in the numbers suggests a fault; doing the same to t
 numbers proves it. Whether there is a fault is for tolerances to decide.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 report = check(ModelConfig("BAAI/bge-reranker-v2-m3", dtype="bfloat16"))
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace

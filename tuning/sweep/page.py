@@ -3,8 +3,6 @@
 Importing it raises MissingExtra where matplotlib or Jinja2 is not installed.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable
 from pathlib import Path

@@ -3,8 +3,6 @@
 report = tune(read_judged("examples/scifact"), "preread/models/preread-mini", SweepSettings(), work_dir="work")
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 A file of arrays is whole or absent. States are appended to one file: if the power fails, reading finds the damage.
 """
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import io

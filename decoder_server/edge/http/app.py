@@ -4,8 +4,6 @@ POST of every reranking path: body -> dialect -> engine -> the dialect's answer.
 Logs the request's id and an exception's type and place, never a request's text.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import dataclasses

@@ -4,8 +4,6 @@ An upload is one JSON document, or NDJSON read line by line as it arrives. Lines
 takes passages, so that its backpressure reaches the client's socket.
 """
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence

@@ -3,8 +3,6 @@
 Everything but /score requests once per body. The paths of all dialects are here too.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import time

@@ -3,8 +3,6 @@
 Each answers in the words of the clients that read it: OpenAI's, TEI's and infinity's.
 """
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
 import time

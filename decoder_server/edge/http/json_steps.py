@@ -5,8 +5,6 @@ deep. A hostile one is rejected before anything is made of it, and every other i
 one long string's characters, that json reads in a millisecond each.
 """
 
-from __future__ import annotations
-
 import codecs
 import json
 import re

@@ -1,7 +1,5 @@
 """/openapi.json, generated: paths from the table of operations, schemas from the structs that read and write bodies."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """The cross_encoder backend: query and passage read together, as text; margins in padded batches by token budget."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Protocol

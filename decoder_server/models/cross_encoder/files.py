@@ -3,8 +3,6 @@ What a checkpoint declares about its own arithmetic (config.json and sentence-tr
 by transformers or by the profile, or is an error. Nothing in a loaded model is random.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import dataclasses

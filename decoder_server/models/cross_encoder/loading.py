@@ -1,7 +1,5 @@
 """A name to a loaded cross-encoder: finds the files, chooses the profile, checks both, loads."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 

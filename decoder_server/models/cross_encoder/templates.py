@@ -3,8 +3,6 @@ An over-long passage loses tokens at its own end, so query, instruction and what
 always survive.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

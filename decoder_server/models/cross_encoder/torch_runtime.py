@@ -2,8 +2,6 @@
 A decoder's head is one or two rows of weights, in float32: the whole vocabulary is never multiplied.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial

@@ -4,8 +4,6 @@ An entry is admitted at its second miss, and into a full cache only if it missed
 (TinyLFU, as Moka does it). Everything that changes its value is in its key, and the caches go with the model.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
