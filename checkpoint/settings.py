@@ -3,12 +3,10 @@
 sentence-transformers' own file, whose default prompt is that module's instruction.
 """
 
-from __future__ import annotations
-
 import string
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Self, get_type_hints
 
 from msgspec import Meta
 
@@ -56,7 +54,7 @@ class CheckpointSettings:
     max_query_tokens: _Count = 512
 
     @classmethod
-    def load(cls, directory: Path) -> CheckpointSettings:
+    def load(cls, directory: Path) -> Self:
         """Reads `preread.json` and KaLM's own files, where they are there; a key of `preread.json` wins."""
         path = directory / FILE_NAME
         listed = read_json(directory / "modules.json", optional=True, kind=list[dict[str, Any]])

@@ -1,7 +1,5 @@
 """Indexing as one call: a source of passages into a collection, with a report, progress and an estimate beforehand."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import random
@@ -15,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from cache.record import HEADER_BYTES
 from cache.store import Store
@@ -164,7 +162,7 @@ class Progress:
     passages_per_second: float = 0.0  # encoded, over the last minute
     eta_seconds: float | None = None
 
-    def since(self, then: Progress) -> Progress:
+    def since(self, then: Self) -> Self:
         """With speed and time left by an earlier moment."""
         seconds, eta = self.seconds - then.seconds, None
         if not seconds:

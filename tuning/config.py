@@ -1,9 +1,8 @@
 """What an evaluation and a sweep can be told, checked once. The command line makes its options from these fields."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, replace
+from typing import Self
 
 from preread.values import Stage, parse_stages
 from preread_edge.settings import Config, knob
@@ -82,7 +81,7 @@ class EvaluationSettings(MeasuringSettings):
         metavar="minilm",
     )
 
-    def with_ratios(self, stored: int) -> EvaluationSettings:
+    def with_ratios(self, stored: int) -> Self:
         """The same, with the ratios that None stands for; EvaluationError where one is no multiple of `stored`."""
         for ratio in self.ratios or ():
             if ratio % stored:

@@ -4,12 +4,11 @@ Passages are read by the reader that indexes them, and queries and judgements by
 would refuse are left out, and listed.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Self
 
 from cache.collection import Collection
 from encoder_worker.reading import SeenIds
@@ -39,10 +38,10 @@ class JudgedCollection:
     candidates: RunFile | None = None  # the first stage's ranking; None: BM25's
     stored: Collection | None = None  # the same passages, indexed: their states, and where there are none their texts
 
-    def without_judgements(self) -> JudgedCollection:
+    def without_judgements(self) -> Self:
         return replace(self, qrels={}, num_judgements_of_unknown_queries=0, unknown_queries=())
 
-    def sample(self, max_queries: int | None, seed: int) -> JudgedCollection:
+    def sample(self, max_queries: int | None, seed: int) -> Self:
         """At most `max_queries` queries (None: all), drawn without replacement; the same seed draws the same."""
         if max_queries is None or len(self.queries) <= max_queries:
             return self

@@ -5,8 +5,6 @@ has no cutoff for it. The percentile bootstrap (Efron & Tibshirani 1993; for ret
 with replacement; all systems see the same draws, so differences are paired.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
@@ -104,7 +102,7 @@ class Bootstrap:
         self._resampled = np.concatenate(resampled)  # (num_resamples, num_columns)
 
     @classmethod
-    def by_measure(cls, rows: Sequence[PerQuery], *, seed: int, num_resamples: int) -> dict[str, Bootstrap]:
+    def by_measure(cls, rows: Sequence[PerQuery], *, seed: int, num_resamples: int) -> dict[str, Self]:
         """With a column for each row, over the queries where a measure is defined (not NaN) for all of them."""
         found = {}
         for name in rows[0]:

@@ -1,13 +1,11 @@
 """An evaluation as values, as JSON, as TREC files and as a table: systems, measures, intervals, notes."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.table import Table
@@ -72,7 +70,7 @@ class Counts:
     num_unscored_pairs: int = _noted("scores were not finite: those candidates are ranked last")
 
     @classmethod
-    def of(cls, judged: JudgedCollection, first: Run, min_grade: int, **of_candidates: int) -> Counts:
+    def of(cls, judged: JudgedCollection, first: Run, min_grade: int, **of_candidates: int) -> Self:
         """Of the judged data; counts of candidates, which depend on the scoring, are added as they are."""
         grades, stored, given = list(judged.qrels.values()), judged.stored, judged.candidates
         known = set(judged.passages)

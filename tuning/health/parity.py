@@ -3,12 +3,11 @@
 Runs transformers' own classes, one loaded at a time. Does not know how the conversion was done.
 """
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -42,7 +41,7 @@ class ParityRow:
     passed: bool
 
     @classmethod
-    def of(cls, dtype: str, original: Margins, converted: Margins) -> ParityRow:
+    def of(cls, dtype: str, original: Margins, converted: Margins) -> Self:
         """Raises CheckpointError where a score is not finite."""
         if not (np.isfinite(original).all() and np.isfinite(converted).all()):
             raise CheckpointError(f"a score is not finite in {dtype}: nothing to compare")

@@ -1,13 +1,11 @@
 """The outcome of a check, as values, as JSON and as a table: lines in sections, likely causes in words."""
 
-from __future__ import annotations
-
 import enum
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console, Group
 from rich.padding import Padding
@@ -28,7 +26,7 @@ class Verdict(enum.Enum):
     NOTE = "note"  # shown, not judged
 
     @classmethod
-    def of(cls, good: object) -> Verdict:
+    def of(cls, good: object) -> Self:
         return cls.PASS if good else cls.FAIL
 
 

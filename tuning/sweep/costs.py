@@ -5,15 +5,13 @@ network, no queue. The decoder's time depends on how many states it reads, not o
 reading, the store once per stored ratio and codec, and a sample is their sum for the same query and round.
 """
 
-from __future__ import annotations
-
 import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +44,7 @@ class StoredSize:
     num_passages: int
 
     @classmethod
-    def of(cls, lengths: Sequence[tuple[int, ...]], ratio: int, codec: Codec) -> StoredSize:
+    def of(cls, lengths: Sequence[tuple[int, ...]], ratio: int, codec: Codec) -> Self:
         """Of whole records, header included; `lengths`: tokens of every window of every passage."""
         states = [sum(-(-tokens // ratio) for tokens in windows) for windows in lengths]
         size = codec.code_size_bytes

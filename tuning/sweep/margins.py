@@ -4,13 +4,12 @@ States go through the real codec and back, as a collection would give them. The 
 float32; its ranking replaces judgements where there are none.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from operator import attrgetter
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -185,7 +184,7 @@ class Judgements:
     min_grade: int
 
     @classmethod
-    def of(cls, qrels: Qrels, min_grade: int, reference: NDArray[np.float32], pairs: Pairs) -> Judgements:
+    def of(cls, qrels: Qrels, min_grade: int, reference: NDArray[np.float32], pairs: Pairs) -> Self:
         """People's; where there are none, the reference's best ten as 10 down to 1. EvaluationError: none scored."""
         if qrels:
             return cls(qrels, False, min_grade)

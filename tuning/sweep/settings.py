@@ -1,11 +1,10 @@
 """The grid of a sweep: a stored ratio, a codec, and how stored states are read, at one ratio or in stages."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,7 +82,7 @@ class Configuration:
     def stored_as(self) -> tuple[int, str]:
         return self.stored_ratio, self.codec
 
-    def units(self) -> list[Configuration]:
+    def units(self) -> list[Self]:
         """By stage, the configuration that reads at that ratio alone: margins are computed for each of these."""
         return [replace(self, reading=Reading((Stage(ratio),))) for ratio in self.reading.ratios]
 

@@ -3,8 +3,6 @@ A source whose classifier would have a meaningless score is rejected before its 
 tensor at a time and written in shards. Neither model runs here: tuning.health.parity does that.
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 import math
@@ -15,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -56,7 +54,7 @@ class CausalSource:
     pad_token_id: int
 
     @classmethod
-    def open(cls, name: str) -> CausalSource:
+    def open(cls, name: str) -> Self:
         """A directory or hub id."""
         path = resolve(name)
         config = read_json(path / "config.json")

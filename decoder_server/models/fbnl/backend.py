@@ -1,10 +1,9 @@
 """The fbnl backend: stored passage states, read by the decoder half of a checkpoint."""
 
-from __future__ import annotations
-
 import copy
 import struct
 from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
 import torch
@@ -46,7 +45,7 @@ class FbnlBackend:
         self._decoder = Decoder(checkpoint.decoder_config, tensors, checkpoint.eoi_id, compiled=fused)
         self._contexts = Contexts(self._decoder, budgets, self._device, self._dtype)
 
-    def with_caches(self, budgets: KvCacheConfig) -> FbnlBackend:
+    def with_caches(self, budgets: KvCacheConfig) -> Self:
         """The same weights with caches of another size, empty."""
         other = copy.copy(self)
         other._contexts = Contexts(self._decoder, budgets, self._device, self._dtype)
