@@ -88,10 +88,7 @@ def evaluate(**options: Any) -> None:
 @flags.collection(help="Take the passages of this indexed collection instead of a corpus.")
 @flags.knob_options(Limits)
 @option(
-    "--out",
-    **_INTO,
-    default=Path("preread-tune"),
-    help="For report.html, tune.json, plots, the chosen preread.toml.",
+    "--out", **_INTO, default=Path("preread-tune"), help="For report.html, tune.json, plots, the chosen preread.toml."
 )
 @option("--work-dir", **_INTO, help="For states and margins, for a run that goes on.  [default: work/ in --out]")
 @option("--all", "show_all", is_flag=True, help="Show every configuration in the terminal, not the best ones alone.")
