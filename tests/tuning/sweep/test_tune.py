@@ -216,6 +216,11 @@ def test_a_collection_without_texts_is_its_own_reference(sweep: Sweep, judged: J
     store.close()
 
 
+def test_a_passage_without_a_token_is_not_counted(sweep: Sweep, judged: JudgedCollection) -> None:
+    more = replace(judged, passages=judged.passages | {"blank": " \n"})
+    assert sweep(judged=more).num_passages == len(judged.passages)
+
+
 def test_states_that_are_nan_cost_their_passage_alone(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
