@@ -1,7 +1,5 @@
 """Texts to pooled states, in the steps that run on different threads: tokenize, plan batches, encode."""
 
-from __future__ import annotations
-
 import logging
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,7 +37,7 @@ class BatchLimits:
             raise ValueError(f"max_padding is {self.max_padding}; expected 0 to below 1")
 
     @classmethod
-    def for_device(cls, device_name: str, max_batch_tokens: int | None = None) -> BatchLimits:
+    def for_device(cls, device_name: str, max_batch_tokens: int | None = None) -> "BatchLimits":
         """The defaults of a device (`cpu`, `cuda:0`), with another budget where one is given."""
         usual, free_padding_tokens = _BATCH_TOKENS.get(device_name.split(":")[0], _BATCH_TOKENS["cpu"])
         return cls(max_batch_tokens or usual, free_padding_tokens=free_padding_tokens)
@@ -79,7 +77,7 @@ class EncodingFailed(Exception):  # noqa: N818 - says what happened
 class Tokenized:
     """One text as token windows: one, or several when it was split."""
 
-    windows: tuple[array[int], ...]  # 4 bytes a token: lists of int take nine times that
+    windows: "tuple[array[int], ...]"  # 4 bytes a token: lists of int take nine times that
     truncated: bool
     text_digest: bytes
     failed: EncodingFailed | None = None  # why there is nothing to encode
@@ -95,7 +93,7 @@ class Tokenized:
     def num_states(self, ratio: int) -> int:
         return sum(-(-num_tokens // ratio) for num_tokens in self.window_tokens)
 
-    def join(self, windows: Mapping[int, States | EncodingFailed], ratio: int) -> Encoded:
+    def join(self, windows: Mapping[int, States | EncodingFailed], ratio: int) -> "Encoded":
         """The passage out of its encoded windows by number, or why the first failing one failed."""
         if self.failed is not None:
             return self.failed
@@ -132,7 +130,7 @@ class PassageEncoder:
         max_passage_tokens: int | None = None,
         max_batch_tokens: int | None = None,
         read_control_tokens: bool = False,
-    ) -> PassageEncoder:
+    ) -> "PassageEncoder":
         """Loads the encoder half of a checkpoint, which is opened here where `model` is its directory or hub id.
 
         Only then do these count: `max_passage_tokens` and `read_control_tokens` (in texts, as KaLM's own code does).

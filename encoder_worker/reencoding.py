@@ -3,8 +3,6 @@
 Passages go to a new collection, whose table learns from a random sample of them; the old one serves until names move.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -60,7 +58,7 @@ def reencode(
     stop: threading.Event | None = None,
     on_progress: Callable[[int, int], None] = lambda num_done, num_passages: None,
     limits: PipelineLimits | None = None,
-) -> Reencoding:
+) -> "Reencoding":
     """Writes every passage into the collection `into`; when all are there the name and aliases of `source` mean it.
 
     A passage of which the old table cut something is encoded from its text, by the encoder that wrote it, which `load`

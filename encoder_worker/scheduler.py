@@ -3,8 +3,6 @@
 Texts of several calls share a forward pass. What a cancelled call still had waiting is dropped before the next pass.
 """
 
-from __future__ import annotations
-
 import asyncio
 import random
 import time
@@ -29,7 +27,7 @@ _MAX_UNREAD = 2  # passes that a stream may leave unread before the model comput
 class _Sequence:
     """One text, or one token window of a text that was split."""
 
-    stream: EncodeStream
+    stream: "EncodeStream"
     key: Any
     text: Tokenized
     window: int  # its number
@@ -42,7 +40,7 @@ class EncodeStream:
     """The texts of one call, each by a key of the caller."""
 
     ratio: int
-    queue: _Queue
+    queue: "_Queue"
     wake: asyncio.Event  # of the scheduler
     num_tokens: int = 0
     unread: asyncio.Queue[list[tuple[Any, Encoded]] | Exception] = field(default_factory=asyncio.Queue)

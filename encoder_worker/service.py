@@ -1,7 +1,5 @@
 """EncoderService on grpc.aio: uploads into a collection, texts to states, what the store holds."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import math
@@ -143,7 +141,7 @@ class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
             )
 
     @asynccontextmanager
-    async def _call(self, collection: str = "") -> AsyncIterator[Worker]:
+    async def _call(self, collection: str = "") -> "AsyncIterator[Worker]":
         """Errors of the store become those of a call; preread_edge.grpc_server ends it with any PrereadError."""
         if self.worker is None:
             raise errors.Unavailable("this worker is loading its model, or stopping", retry_after_seconds=RETRY_SECONDS)

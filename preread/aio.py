@@ -1,7 +1,5 @@
 """The async client, and the template of the sync one: scripts/generate-client writes preread/sync.py from this file."""
 
-from __future__ import annotations
-
 from asyncio import sleep
 from collections.abc import AsyncIterator, Iterable
 from time import monotonic
@@ -57,7 +55,7 @@ class AsyncClient(BaseClient):
 
     def rerank_stream(
         self, query: str, candidates: wire.Candidates, **options: Unpack[RerankOptions]
-    ) -> AsyncRerankingStream:
+    ) -> "AsyncRerankingStream":
         """Like rerank, but yields results as they are scored, in no particular order; never retried."""
         request = rerank_pb2.RerankStreamRequest(request=wire.pack_request(query, candidates, options))
         call = self._server.start("RerankStream", request, self._server.seconds(options.get("timeout")))

@@ -1,7 +1,5 @@
 """Arguments of a call, checked before they go on the wire. The server checks what a value means."""
 
-from __future__ import annotations
-
 import math
 import operator
 import re
@@ -118,7 +116,7 @@ class Argument:
             raise self.wrong("a list")
         return self.value
 
-    def each(self) -> Iterator[Argument]:
+    def each(self) -> "Iterator[Argument]":
         return (Argument(f"{self.field}[{i}]", value) for i, value in enumerate(self.items()))
 
     def texts(self) -> list[str]:
@@ -144,7 +142,7 @@ class Argument:
             raise TypeError(f"{self.field} has neither id nor text; found {self._keys()}")
         return found
 
-    def _of(self, name: str) -> Argument:
+    def _of(self, name: str) -> "Argument":
         return Argument(f"{self.field}.{name}", getattr(self.value, name))
 
     def _row(self, expected: str) -> tuple[str | None, str | None]:

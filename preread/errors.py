@@ -4,8 +4,6 @@
 A candidate that cannot be scored is no error: its result has a status. Imports no gRPC.
 """
 
-from __future__ import annotations
-
 import copyreg
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -27,7 +25,7 @@ class PrereadError(Exception):
     """Base of everything a call can raise; .code, .reason, .metadata, .address."""
 
     status: ClassVar[str] = "UNKNOWN"  # of the class: gRPC's status code by name
-    by_status: ClassVar[dict[str, type[PrereadError]]] = {}  # ServerError for any other
+    by_status: ClassVar[dict[str, "type[PrereadError]"]] = {}  # ServerError for any other
 
     def __init_subclass__(cls, *, status: str = "") -> None:
         if status:

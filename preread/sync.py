@@ -1,7 +1,5 @@
 """The sync client. Written by scripts/generate-client from preread/aio.py: edit that file."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from time import monotonic, sleep
 from typing import Any, Self, Unpack
@@ -56,7 +54,7 @@ class Client(BaseClient):
 
     def rerank_stream(
         self, query: str, candidates: wire.Candidates, **options: Unpack[RerankOptions]
-    ) -> RerankingStream:
+    ) -> "RerankingStream":
         """Like rerank, but yields results as they are scored, in no particular order; never retried."""
         request = rerank_pb2.RerankStreamRequest(request=wire.pack_request(query, candidates, options))
         call = self._server.start("RerankStream", request, self._server.seconds(options.get("timeout")))

@@ -4,8 +4,6 @@ A page from elsewhere reaches a server on its user's machine in two ways: by a r
 declares in Origin, and under a name that was made to point here (DNS rebinding), which Host shows.
 """
 
-from __future__ import annotations
-
 import hmac
 import logging
 import re
@@ -34,7 +32,7 @@ class Scope(Enum):
     ADMIN = "admin"  # delete, drop, move aliases
 
     @staticmethod
-    def needed_by(method: str) -> tuple[Scope, ...]:
+    def needed_by(method: str) -> "tuple[Scope, ...]":
         """The scopes of which any one lets a key call the gRPC method; none: no key is needed."""
         return next((scopes for start, scopes in reversed(_NEEDED.items()) if method.startswith(start)), (Scope.ADMIN,))
 
@@ -60,7 +58,7 @@ class ApiKeys:
     keys: tuple[tuple[bytes, frozenset[Scope]], ...] = ()  # SHA-256 digest, all that is kept of a key, and its scopes
 
     @classmethod
-    def parse(cls, values: Iterable[str]) -> ApiKeys:
+    def parse(cls, values: Iterable[str]) -> "ApiKeys":
         """Keys of the command line and the environment, each as `split` reads it. Raises ValueError."""
         return cls(tuple(_make_key(*cls.split(value)) for value in values))
 
@@ -72,7 +70,7 @@ class ApiKeys:
         return (scopes, key) if is_scoped else (Scope.ADMIN.value, value)
 
     @classmethod
-    def read(cls, path: Path) -> ApiKeys:
+    def read(cls, path: Path) -> "ApiKeys":
         """Keys of a file of lines `SCOPES KEY`; # starts a comment. Raises OSError, and ValueError with the line."""
         keys = []
         for number, line in enumerate(path.read_text().splitlines(), start=1):
@@ -117,7 +115,7 @@ class ApiKeys:
             expected = "API keys, or a loopback address: a text with control tokens writes the prompt"
             raise ValueError(f"{problem}; expected {expected}")
 
-    def __add__(self, other: ApiKeys) -> ApiKeys:
+    def __add__(self, other: "ApiKeys") -> "ApiKeys":
         return ApiKeys(self.keys + other.keys)
 
 

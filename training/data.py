@@ -1,7 +1,5 @@
 """Raw collections and Debian descriptions -> training groups, without passages relevant to a held-out query."""
 
-from __future__ import annotations
-
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -42,7 +40,7 @@ class _Draft:
     opposed: bool = False
     reading: str | None = None  # the query for the teacher, which reads no instruction, where it is another
 
-    def contrary(self, rng: random.Random) -> _Draft:
+    def contrary(self, rng: random.Random) -> "_Draft":
         """Under an instruction that asks for the contrary: labels change places."""
         wording = rng.choice(collections.TASKS["opposed"])
         return _Draft(self.query, wording, self.negatives, self.positives, opposed=True)

@@ -38,9 +38,6 @@ class JudgedCollection:
     candidates: RunFile | None = None  # the first stage's ranking; None: BM25's
     stored: Collection | None = None  # the same passages, indexed: their states, and where there are none their texts
 
-    def without_judgements(self) -> Self:
-        return replace(self, qrels={}, num_judgements_of_unknown_queries=0, unknown_queries=())
-
     def sample(self, max_queries: int | None, seed: int) -> Self:
         """At most `max_queries` queries (None: all), drawn without replacement; the same seed draws the same."""
         if max_queries is None or len(self.queries) <= max_queries:

@@ -3,8 +3,6 @@
 A request reserves its estimated cost: its states are fetched once it is admitted, and the estimate learns from them.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +24,7 @@ DEADLINE_SHARE = 0.8
 class _Reservation:
     """The tokens of one admitted request; gives them back as its candidates finish, stage by stage."""
 
-    admission: Admission
+    admission: "Admission"
     left: list[int]  # candidates of each stage
     each: list[float]  # tokens of one of them
 

@@ -3,8 +3,6 @@
 A default of the server that a collection cannot give, because it is stored coarser, moves to the next that it can.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from itertools import accumulate
@@ -40,7 +38,7 @@ class Plan:
         counts = accumulate((stage.keep for stage in self.stages[:-1]), min, initial=num_candidates)
         return [(count, stage.compression_ratio) for count, stage in zip(counts, self.stages, strict=True)]
 
-    def coarser(self) -> list[Plan]:
+    def coarser(self) -> "list[Plan]":
         """This plan, then coarser ones: a cascade without its last stages, then ratios doubled up to MAX_RATIO."""
         plans = [Plan(self.stages[:n], self.cascade) for n in range(len(self.stages), 0, -1)]
         ratio = self.stages[0].compression_ratio

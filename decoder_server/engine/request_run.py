@@ -3,8 +3,6 @@
 Each stage of a cascade scores the best of the stage before at a finer ratio; a plain request has one stage.
 """
 
-from __future__ import annotations
-
 import asyncio
 import heapq
 import time
@@ -77,7 +75,7 @@ class RequestRun:
                 passages = self.fetcher.at_ratio(self.wanted, best, cascade.ratio)
 
     async def _scored(
-        self, queue: RequestQueue, passages: Passages, cascade: CascadeState, stop_at: float | None
+        self, queue: RequestQueue, passages: Passages, cascade: "CascadeState", stop_at: float | None
     ) -> AsyncGenerator[list[_Scored], None]:
         """Results of one stage, as passages arrive and passes end; fewer when it is time to stop."""
         num_prompt_tokens, activate = self.wanted.prompt.num_tokens, self.backend.activate
@@ -112,7 +110,7 @@ class RequestRun:
             return [one async for chunk in passages for one in chunk]
         return await anext(passages, [])
 
-    def _submit(self, queue: RequestQueue, one: FetchedPassage, cascade: CascadeState) -> _Margins:
+    def _submit(self, queue: RequestQueue, one: FetchedPassage, cascade: "CascadeState") -> _Margins:
         self.num_tokens += sum(pair.num_tokens for pair in one.pairs)
         if self.max_tokens is not None and self.num_tokens > self.max_tokens:
             expected = f"at most {self.max_tokens}, prompt tokens and states over all candidates"

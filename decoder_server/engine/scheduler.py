@@ -5,8 +5,6 @@ would finish if the machine were shared equally. Equal requests go first come, f
 large one that has more than that left, but not forever: virtual time passes with all work done.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import math
@@ -120,7 +118,7 @@ class SchedulerStats:
 class _Submission:
     """One submission, the windows of one passage."""
 
-    queue: RequestQueue
+    queue: "RequestQueue"
     num_pairs: int
     future: asyncio.Future[list[float | None]]
     margins: list[float | None] = field(default_factory=list)

@@ -142,7 +142,7 @@ def _inputs(options: Mapping[str, Any], out: Path | None, *, need_qrels: bool = 
     judged = read_judged(options["folder"], need_corpus=need_corpus, need_qrels=need_qrels, **given)
     print_some("refused", judged.refused, err=True)
     if options.get("ignore_qrels"):
-        judged = judged.without_judgements()
+        judged = replace(judged, qrels={}, num_judgements_of_unknown_queries=0, unknown_queries=())
     for folder in (out, options["run_out"]):
         if folder is not None:  # now, not after hours
             folder.mkdir(parents=True, exist_ok=True)

@@ -3,8 +3,6 @@
 Differences are in spreads, the reference's standard deviation over the pairs: models' logits do not compare.
 """
 
-from __future__ import annotations
-
 import re
 import tomllib
 from collections.abc import Callable, Sequence
@@ -35,7 +33,7 @@ class Tolerance:
     min_distinct: float = 0.5  # share of the reference's distinct values; bfloat16 keeps about 0.85 of 100
 
     @classmethod
-    def of(cls, number_format: str) -> Tolerance:
+    def of(cls, number_format: str) -> "Tolerance":
         """By dtype or runtime name: float32, bfloat16, or anything with int8 in it."""
         return INT8 if "int8" in number_format else BFLOAT16 if number_format == "bfloat16" else FLOAT32
 

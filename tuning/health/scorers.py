@@ -4,8 +4,6 @@ The built-in hundred: twenty questions with five passages each, from the answer 
 Korean, four that mix both; nine of them have an instruction.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import closing
@@ -58,7 +56,7 @@ class PairSet:
     pairs: Sequence[TextTriple]
 
     @classmethod
-    def read(cls, path: Path | None = None) -> PairSet:
+    def read(cls, path: Path | None = None) -> "PairSet":
         """JSON lines of query, passage (text, document), maybe instruction; None: built-in. EvaluationError: a line."""
         pairs = []
         for where, row in JudgedFile(path or _BUILT_IN).rows():
@@ -143,7 +141,7 @@ class FbnlScorer(Scorer):
         self.encoder = PassageEncoder.load(self.checkpoint, device=backend.device_name, dtype=backend.dtype_name)
         self.ratio = ratio or self.checkpoint.settings.default_compression_ratio
 
-    def in_format(self, dtype: str) -> FbnlScorer:
+    def in_format(self, dtype: str) -> "FbnlScorer":
         return FbnlScorer(FbnlBackend(self.checkpoint, device=self.backend.device_name, dtype=dtype), self.ratio)
 
     def states(self, pairs: Sequence[TextTriple], ratio: int | None = None) -> list[PassageStates]:

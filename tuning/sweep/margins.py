@@ -79,11 +79,6 @@ class Codecs:
         self.left_out[ratio, factory] = reason
         self._made.pop((ratio, factory), None)
 
-    def with_fallback(self, configurations: Sequence[Configuration]) -> list[Configuration]:
-        """The same, the default codec in place of one that cannot be trained; each once. Raises as `get`."""
-        usable = ((one, self.get(*one.stored_as) is not None) for one in configurations)
-        return list(dict.fromkeys(one if good else replace(one, codec=DEFAULT_CODEC) for one, good in usable))
-
     def notes(self) -> list[str]:
         """One sentence for each codec that was left out or may be better than measured."""
         notes = []

@@ -1,7 +1,5 @@
 """A sweep's outcome: measured rows, Pareto fronts and the choice, as values, JSON, TREC files, TOML and a table."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -64,11 +62,12 @@ class Choice:
     explanation: str  # its values over those limits
 
     @classmethod
-    def among(cls, limits: Limits, rows: Sequence[SweepRow]) -> Choice:
+    def among(cls, limits: Limits, rows: Sequence[SweepRow]) -> "Choice":
         """The preferred that keeps all limits, or whose worst excess is least. Raises EvaluationError without rows."""
         if not rows:
             raise EvaluationError("no configuration could be measured; the notes say why")
         ranked: list[tuple[tuple[float, ...], Choice]] = []
+        preferred = limits.prefer or ("bytes" if limits.max_loss is not None else "quality")
         for row in rows:
             loss = row.quality.loss.high if limits.sure else row.quality.loss.mean
             size, broken, told = row.size.bytes_per_passage, dict[str, float](), []
@@ -87,7 +86,7 @@ class Choice:
                     told.append(f"p99 {p99 * 1000:.1f} ms, expected at most {most * 1000:g} ms")
             p50 = row.timing.p50_seconds if row.timing is not None else 0.0
             keys = {"bytes": size, "latency": p50, "quality": -row.quality.headline}
-            excess, first = max(broken.values(), default=-1.0), keys.pop(limits.decides_by)
+            excess, first = max(broken.values(), default=-1.0), keys.pop(preferred)
             order = (excess, first, keys.get("quality", 0.0), *keys.values())
             ranked.append((order, cls(row, broken, "; ".join(told))))
         return min(ranked, key=itemgetter(0))[1]

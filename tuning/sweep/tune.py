@@ -6,7 +6,7 @@ report = tune(read_judged("examples/scifact"), "preread/models/preread-mini", Sw
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from cache import DEFAULT_CODEC
 from cache.record import Record
 from cache.states import text_digest
 from checkpoint import Checkpoint
@@ -128,7 +129,9 @@ class _Sweep(Experiment):
             exact = FbnlBackend(self.checkpoint, device=self.device, dtype="float32")
         reference = self.margins.reference(exact, self.progress)
         judgements = Judgements.of(judged.qrels, settings.min_grade, reference, self.pairs)
-        configurations = self.codecs.with_fallback(grid(settings))
+        # The default codec stands in for one that cannot be trained; each configuration once.
+        usable = ((one, self.codecs.get(*one.stored_as) is not None) for one in grid(settings))
+        configurations = list(dict.fromkeys(one if good else replace(one, codec=DEFAULT_CODEC) for one, good in usable))
         self.margins.fill(self.backend, units_of(configurations), self.codecs, self.progress)
         measured = judgements.measure(first, reference, self.margins, configurations, settings, self.progress)
         first_quality, reference_quality, quality = measured

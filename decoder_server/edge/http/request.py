@@ -4,8 +4,6 @@ The class that a body is read into checks it, and describes it in /openapi.json.
 ignored. The types here are what msgspec does not have: text that UTF-8 can hold, counts written as 3.0.
 """
 
-from __future__ import annotations
-
 import asyncio
 import math
 import re
@@ -113,7 +111,7 @@ class Problem(Exception):  # noqa: N818 - most are made of an error
             self.headers["retry-after-ms"] = str(max(1, math.ceil(seconds * 1000)))
 
     @classmethod
-    def of(cls, error: Exception) -> Problem:
+    def of(cls, error: Exception) -> "Problem":
         """An error of this edge, an engine, the encoder worker, which has an address, the store; or a bug."""
         own = message = str(error)  # own: less the server that it came from, where the caller is at fault
         if isinstance(error, errors.PrereadError) and error.address:

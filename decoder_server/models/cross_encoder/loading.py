@@ -11,7 +11,7 @@ from decoder_server.models.cross_encoder.backend import CrossEncoder, Runner
 from decoder_server.models.cross_encoder.files import CheckpointFiles
 from decoder_server.models.cross_encoder.onnx_runtime import load_onnx
 from decoder_server.models.cross_encoder.profiles import Profile
-from decoder_server.models.cross_encoder.torch_runtime import load_torch
+from decoder_server.models.cross_encoder.torch_runtime import ListwiseRunner, TorchRunner
 
 log = logging.getLogger(__name__)
 RUNTIMES = ("torch", "onnx", "onnx-int8")
@@ -46,7 +46,7 @@ def open_cross_encoder(
     limited = chosen.limited(config, max_tokens)
     source = CheckpointFiles.open(directory, config, limited, trust_remote_code=trust_remote_code)
     if runtime == "torch":
-        runner: Runner = load_torch(source, where, number_format)
+        runner: Runner = (ListwiseRunner if limited.listwise else TorchRunner)(source, where, number_format)
     else:
         runner = load_onnx(source, quantized=runtime == "onnx-int8", cache_dir=cache_dir)
     model = CrossEncoder(source, runner, checkpoint_name=name, runtime=runtime)

@@ -3,8 +3,6 @@ A decoder's graph ends in the last token's hidden state, an encoder's in its log
 or inside. A graph is made once per weights, profile and versions.
 """
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import hashlib
@@ -44,7 +42,7 @@ BUT_NOT = (".attention.output.dense",)
 _LAYER = re.compile(r"\.layers?\.\d+\.")
 
 
-def load_onnx(source: CheckpointFiles, *, quantized: bool, cache_dir: Path | None) -> _OnnxRunner:
+def load_onnx(source: CheckpointFiles, *, quantized: bool, cache_dir: Path | None) -> "_OnnxRunner":
     """A runner over the graph of these weights, exported first where there is none yet.
     Raises CheckpointError where it cannot be exported or kept, ValueError without its packages or for a listwise model.
     """

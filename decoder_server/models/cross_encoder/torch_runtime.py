@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from checkpoint.compute import dtype_name
 from checkpoint.files import CheckpointError
 from checkpoint.text import single_token
-from decoder_server.models.cross_encoder.backend import Runner, pad
+from decoder_server.models.cross_encoder.backend import pad
 from decoder_server.models.cross_encoder.files import PROJECTOR, CheckpointFiles
 from decoder_server.models.cross_encoder.templates import TextPair, TextPrompt
 
@@ -22,12 +22,7 @@ _cosine = partial(torch.nn.functional.cosine_similarity, dim=-1)  # (rows, dim) 
 Head = Callable[[torch.Tensor], torch.Tensor]  # (batch, hidden or labels) -> margins (batch,), in float32
 
 
-def load_torch(source: CheckpointFiles, device: torch.device, dtype: torch.dtype) -> Runner:
-    """Reads the head, then the weights: a wrong head fails fast."""
-    return (_ListwiseRunner if source.profile.listwise else _TorchRunner)(source, device, dtype)
-
-
-class _TorchRunner:
+class TorchRunner:
     """One padded pass of an encoder with its own head, or of a decoder whose last token is read out."""
 
     def __init__(self, source: CheckpointFiles, device: torch.device, dtype: torch.dtype) -> None:
@@ -46,7 +41,7 @@ class _TorchRunner:
         return self._head(self.body(*inputs)).cpu().numpy()
 
 
-class _ListwiseRunner:
+class ListwiseRunner:
     """A decoder with a projector over its marker tokens: all passages of a query in one sequence.
     A passage's margin is the cosine of its marker and the query's, so it depends on the other passages; nothing here
     may be kept per pair. Longer lists are read in blocks, and the query's vector is the mean over blocks, weighted by
