@@ -27,8 +27,9 @@ import numpy as np
 
 from benchmarks.common import report, start
 from benchmarks.servers import serving
-from cache.collection import Collection, Manifest, StoredPassage
+from cache.collection import Collection, StoredPassage
 from cache.errors import CollectionNotFound
+from cache.manifest import Manifest
 from cache.open import open_store
 from cache.store import Store
 from checkpoint import Checkpoint, EncoderIdentity

@@ -30,7 +30,8 @@ from benchmarks.charts import line, panels, ticks
 from benchmarks.common import median_seconds, read_result, report, start
 from benchmarks.redis_server import redis_url
 from benchmarks.servers import QUERY
-from cache.collection import Collection, Manifest, StoredPassage
+from cache.collection import Collection, StoredPassage
+from cache.manifest import Manifest
 from cache.open import open_store
 from cache.states import PassageStates, text_digest
 from checkpoint import Checkpoint

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from cache.collection import Collection, Manifest, StoredPassage
+from cache.collection import Collection, StoredPassage
+from cache.manifest import Manifest
 from cache.open import open_store
 from cache.states import PassageStates, num_pooled, text_digest
 from checkpoint import Checkpoint

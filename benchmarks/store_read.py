@@ -26,7 +26,8 @@ import torch
 from benchmarks.common import median_seconds, report, start
 from benchmarks.redis_server import redis_url
 from cache.codecs import Codec
-from cache.collection import Collection, Manifest, StoredPassage
+from cache.collection import Collection, StoredPassage
+from cache.manifest import Manifest
 from cache.open import open_store
 from cache.states import EncodedPassage, PassageStates, text_digest
 from checkpoint import TokenizedPrompt

@@ -35,9 +35,10 @@ from pathlib import Path
 
 import numpy as np
 
-from cache.collection import Collection, Manifest, StoredPassage
+from cache.collection import Collection, StoredPassage
 from cache.errors import CacheError
 from cache.faiss.store import FaissStore
+from cache.manifest import Manifest
 from cache.record import Damaged, Record
 from cache.states import PassageStates, text_digest
 from cache.store import Store

@@ -32,9 +32,9 @@ from typing import Any
 
 import numpy as np
 
-from cache.collection import Manifest
 from cache.errors import CollectionExists
 from cache.faiss.store import FaissStore
+from cache.manifest import Manifest
 from cache.record import Record
 
 DIM = 8
