@@ -107,7 +107,7 @@ def plans() -> list[tuple[str, dict[str, Any]]]:
 
 def measure(client: Client, judged: JudgedCollection, found: Run, name: str) -> list[list[object]]:
     """A row for the first stage and for each plan."""
-    ask(client, judged, found, name, compression_ratio=RATIOS[-1])  # fills the tier in front of the store
+    ask(client, judged, found, name, compression_ratio=RATIOS[-1])  # fills the read cache
     runs, costs = [found], [Cost([0], [0], [0.0], [0.0])]
     for _, plan in plans():
         run, cost = ask(client, judged, found, name, **plan)

@@ -5,9 +5,9 @@
 
 A real `preread serve` and its clients, two processes on the same cores. Each client is one connection
 that asks again as soon as it is answered, for stored candidates of 344 tokens at r = 4 that the server
-holds in every tier. `overhead` is what of a request's time was neither in the model nor waiting for its
+holds in every cache. `overhead` is what of a request's time was neither in the model nor waiting for its
 turn there. The model-bound rate is that of the model alone, before the server starts: its score() over
-such pairs, tiers hot, at the best of several batch sizes. nano has random weights in the shape of
+such pairs, caches warm, at the best of several batch sizes. nano has random weights in the shape of
 KaLM-Reranker-V1-Nano; mini is the shipped model, whose passes are so short that what is beside them shows.
 """
 

@@ -1,9 +1,9 @@
-"""Peak memory of each part on a Nano-shaped random checkpoint: halves, passes and tiers, each in a fresh process.
+"""Peak memory of each part on a Nano-shaped random checkpoint: halves, passes and caches, each in a fresh process.
 
     python -m benchmarks.memory [--quick]
 
-What modules and the tokenizer took before is subtracted; from a pass and a tier, also what was loaded
-before them. `own` is what a part is meant to take: a half its weights, a tier its budget, which it is
+What modules and the tokenizer took before is subtracted; from a pass and a cache, also what was loaded
+before them. `own` is what a part is meant to take: a half its weights, a cache its budget, which it is
 offered half as much again as it holds. Passes are of one batch of benchmarks.side_by_side: ten
 candidates of 344 tokens at r = 4.
 """
@@ -90,7 +90,7 @@ def run_pass(variant: str, directory: Path, dtype: str) -> None:
 
 
 def fill_states_tier(directory: Path, dtype: str) -> None:
-    """The tier in front of the store."""
+    """The read cache."""
     import numpy as np
 
     from cache.collection import Collection, StoredPassage

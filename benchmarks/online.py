@@ -2,10 +2,10 @@
 
     python -m benchmarks.online [--candidates 1,10,100] [--quick]
 
-    prefix    candidates by id; every tier holds what they need
-    keys      the same without the tier of prefixes
-    states    no tier but that of stored states
-    store     no tier at all: every request reads the embedded store
+    prefix    candidates by id; every cache holds what they need
+    keys      the same without the prefix cache
+    states    no cache but that of stored states
+    store     no cache at all: every request reads the embedded store
     texts     inline texts seen for the first time: encoded on demand, then scored
 
 Nano-shaped random weights; server and client are separate processes on the same cores. Passages have

@@ -9,7 +9,7 @@ for its place for the queue's seconds, and the flood takes part of the cores tha
 measured on, so an admitted one should take at most three times them.
 
 Every request has another query length and other candidates of a pool that was encoded before, so
-that batches are of ever new sizes and the server's tiers are full when the flood begins.
+that batches are of ever new sizes and the server's caches are full when the flood begins.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Every variant to score the same candidates on the same weights; side_by_side and scaling time them.
 
-    transformers          transformers: encode and decode per call, full vocabulary at every position
+    transformers             transformers: encode and decode per call, full vocabulary at every position
     joint                    a cross-encoder of like size: the text encoder over prompt + passage
     cached, full vocabulary  transformers' decoder over cached states, full vocabulary
     preread, texts           our encoder and our decoder, nothing kept
     preread                  cached states, our decoder
-    preread, keys            every layer's passage keys and values in their tier
-    preread, prefix          the constant beginning of the prompt over each passage in its tier as well
+    preread, keys            every layer's passage keys and values in the KV cache
+    preread, prefix          the constant beginning of the prompt over each passage in the prefix cache as well
     … cold                   the access that fills the cache
     … int8                   kept as int8, not as computed
 
@@ -56,14 +56,14 @@ class Models:
         self._tiered: dict[tuple[str, bool], FbnlBackend] = {}
 
     def tiered(self, form: str, *, prefix: bool) -> FbnlBackend:
-        """Our decoder with the tier of keys, and that of prefixes where asked for, each as large as it likes."""
+        """Our decoder with the KV cache, and the prefix cache where asked for, each as large as it likes."""
         if (form, prefix) not in self._tiered:
             budgets = KvCacheConfig(TIER_BYTES, TIER_BYTES if prefix else 0, form)
             self._tiered[form, prefix] = self.backend.with_caches(budgets)
         return self._tiered[form, prefix]
 
     def forget(self) -> None:
-        """Empties all tiers."""
+        """Empties all caches."""
         self._tiered.clear()
 
     def operations(self, variant: str, passage_tokens: int, ratio: int) -> int:
@@ -115,17 +115,17 @@ class Candidates:
             self._models.backend.score(self._pairs(some))
 
     def kept(self, count: int, form: str, *, prefix: bool) -> None:
-        """Our decoder over what the tiers hold; what they lack it computes and keeps, if it is asked for again."""
+        """Our decoder over what the caches hold; what they lack it computes and keeps, if it is asked for again."""
         for some in self._batches(count):
             self._models.tiered(form, prefix=prefix).score(self._pairs(some))
 
     def fill(self, count: int, form: str, *, prefix: bool) -> None:
-        """All that passes need is in the tiers."""
+        """All that passes need is in the caches."""
         for some in self._batches(min(count, len(self._states))):
             self._models.tiered(form, prefix=prefix).fill(self._pairs(some))
 
     def empty(self, count: int, form: str, *, prefix: bool) -> None:
-        """Nothing is in the tiers, and every passage was asked for once."""
+        """Nothing is in the caches, and every passage was asked for once."""
         self._models.forget()
         self.kept(min(count, len(self._states)), form, prefix=prefix)
 
