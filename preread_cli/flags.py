@@ -108,7 +108,7 @@ client = options_of(
 )
 
 
-def client_settings(given: Mapping[str, Any]) -> preread.ClientOptions:
+def client_settings(given: Mapping[str, Any]) -> "preread.ClientOptions":  # evaluated, it would load gRPC
     """Of `client` and --timeout-seconds. Raises ValueError: a certificate without its key, or the reverse."""
     from preread_edge.access import ApiKeys
 
