@@ -29,7 +29,7 @@ class KvCacheConfig(Config):
     max_prefix_bytes: int = knob(
         256 * MIB,
         "Memory for the prefix cache, instructions read over passages, per model: a query under the same instruction "
-        "goes on from there; 0: no cache.",
+        "continues from there; 0: no cache.",
         flag="--prefix-cache-bytes", at_least=0,
     )  # fmt: skip
     form: str = knob(
@@ -100,7 +100,7 @@ class HttpConfig(ListenConfig):
     allowed_hosts: tuple[str, ...] = knob(
         (),
         "A name that HTTP callers may use for this server (.example.com: and every name below it), next to loopback's "
-        "and the address of the connection. Where keys are required, any will do. May be repeated.",
+        "and the address of the connection. If keys are required, any name is accepted. May be repeated.",
         flag="--allowed-host", metavar="NAME",
     )  # fmt: skip
     allowed_origins: tuple[str, ...] = knob(
@@ -138,8 +138,8 @@ class DecoderConfig(ServerConfig):
     )  # fmt: skip
     degrade: bool = knob(
         False,
-        "Score a request at a coarser ratio when it would miss its deadline, or the queue fills; the response says "
-        "so, and preread_degraded_requests_total counts it.",
+        "Score at a coarser ratio when a request would miss its deadline or the queue fills; the response says so, "
+        "and preread_degraded_requests_total counts it.",
     )
     degrade_queue_share: float = knob(
         0.5, "With --degrade: share of the queue limits above which requests are scored coarser.",

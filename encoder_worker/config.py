@@ -42,10 +42,10 @@ class PipelineLimits:
 class IndexOptions(Config):
     """How to index; none of it changes a state except `split`."""
 
-    alias: str | None = knob(None, "Point this name at the collection when everything was read.", metavar="NAME")
+    alias: str | None = knob(None, "Point this name at the collection once all input was read.", metavar="NAME")
     split: bool = knob(False, "Split longer passages into windows instead of cutting them.")
     strict: bool = knob(False, "Stop at the first item that would be refused.")
-    force: bool = knob(False, "Encode also what is stored with the same text.")
+    force: bool = knob(False, "Also encode passages stored with the same text.")
     allow_clipped: bool = False  # as an encoder worker's
     limits: PipelineLimits = field(default_factory=PipelineLimits)
 

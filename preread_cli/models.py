@@ -50,7 +50,7 @@ models_option = option(
     "models",
     multiple=True,
     metavar="[NAME=]DIR|HUB_ID[,KEY=VALUE]",
-    help="A model to serve; repeated, several, the first being the default. DIR or HUB_ID is a T5Gemma 2 reranker, "
+    help="A model to serve; may be repeated, the first is the default. DIR or HUB_ID is a T5Gemma 2 reranker, "
     f"which scores stored states, or a cross-encoder, which reads text. KEY: {_SHOWN_KEYS}. Without it, the small one "
     "that comes with preread.",
 )

@@ -82,7 +82,7 @@ class ListenConfig(Config):
 
     host: str = knob("127.0.0.1", "Address to listen on; 0.0.0.0 for every interface.")
     max_connections: int = knob(
-        1024, "gRPC calls, and HTTP connections, at a time; more are told when to retry, probes get in.", at_least=1
+        1024, "gRPC calls, and HTTP connections, at a time; others are told when to retry, probes pass.", at_least=1
     )
 
 

@@ -47,9 +47,9 @@ class MeasuringSettings(_Settings):
     instruction: str | None = knob(
         None, 'Task instruction, instead of the checkpoint\'s own; "" for none.', metavar="TEXT"
     )
-    max_queries: int | None = knob(None, "Draw that many queries.", at_least=1)
+    max_queries: int | None = knob(None, "Use a random sample of this many queries.", at_least=1)
     min_grade: int = knob(1, "Grade from which a passage counts as relevant.", at_least=1)
-    seed: int = knob(0, "Of the drawn queries, training samples and the bootstrap.")
+    seed: int = knob(0, "Seed of query draws, training samples and the bootstrap.")
     num_resamples: int = NUM_RESAMPLES
 
     def __post_init__(self) -> None:
@@ -98,7 +98,7 @@ class SweepSettings(MeasuringSettings):
     )
     codecs: tuple[str, ...] | None = knob(
         None,
-        "Codecs, blanks between them.",
+        "Codecs, separated by spaces.",
         metavar="CODEC ...",
         parse=lambda text: tuple(text.split()),  # a FAISS factory string may hold commas
         shown_default="Flat SQfp16 SQ8 B32,SQ4 and PQ at two sizes",
@@ -108,7 +108,7 @@ class SweepSettings(MeasuringSettings):
     )
     cascades: tuple[tuple[Stage, ...], ...] | None = knob(
         None,
-        "Stages, blanks between cascades: 32:20,4 scores all at 32, and the best 20 at 4; none: no cascades.",
+        "Cascades, separated by spaces: 32:20,4 scores all at 32, and the best 20 at 4; none: no cascades.",
         metavar="STAGES ...",
         parse=lambda text: () if text.split() == ["none"] else tuple(map(parse_stages, text.split())),
         shown_default="four shapes",
@@ -138,22 +138,22 @@ class Limits(_Settings):
 
     max_loss: float | None = knob(
         None,
-        "Choose: nDCG@10 lost against r = 1, at most. 1%",
+        "Most nDCG@10 to lose against r = 1, such as 1%.",
         metavar="PERCENT",
         at_least=0,
         parse=lambda text: _quantity(text, {"%": 0.01}, "a percentage, such as 1%"),
     )
-    sure: bool = knob(False, "The worse end of the loss's 95% interval must keep --max-loss, not its mean.")
+    sure: bool = knob(False, "Hold --max-loss against the worse end of the 95% interval, not the mean.")
     max_bytes: float | None = knob(
         None,
-        "Choose: stored bytes of a passage in the mean, at most. 8KiB",
+        "Most stored bytes per passage, on average, such as 8KiB.",
         metavar="BYTES",
         at_least=0,
         parse=lambda text: _quantity(text, _SIZES, "a number of bytes, such as 8KiB or 8192"),
     )
     max_latency_seconds: float | None = knob(
         None,
-        "Choose: p99 of a rerank of --top-k, at most. 50ms",
+        "Highest p99 of a rerank of --top-k, such as 50ms.",
         flag="--max-latency",
         metavar="TIME",
         at_least=0,

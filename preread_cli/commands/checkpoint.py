@@ -28,17 +28,17 @@ _FORMATS = click.Choice(["both", "float32", "bfloat16"])  # of numbers
 @model_argument
 @flags.knob_options(LoadConfig, only=["max_passage_tokens", "read_control_tokens"])
 @option("--make-random", metavar="|".join(SHAPES), type=click.Choice(SHAPES), help="Write random weights to DIR first.")
-@option("--seed", metavar="N", default=0, help="With --make-random.")
+@option("--seed", metavar="N", default=0, help="Seed for --make-random.")
 @flags.as_json
 def checkpoint(model: str, make_random: str | None, seed: int, as_json: bool, **options: Any) -> None:
     """Describe a checkpoint, or make a random one.
 
     Shows what each half loads, limits, templates, answer tokens, and the fingerprint that binds
-    collections to it. Fails with the reason where it cannot be served. Without DIR, describes the
+    collections to it. Fails, saying why, if it cannot be served. Without DIR, describes the
     checkpoint that comes with preread.
 
     \b
-    --make-random writes weights that load like real ones and rank like dice, to measure speed and
+    --make-random writes weights that load like real ones and rank at random, to measure speed and
     memory before downloading anything. nano has the shape of KaLM-Reranker-V1-Nano (0.9 GB in bfloat16).
     """
     import torch

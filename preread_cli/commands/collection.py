@@ -99,9 +99,9 @@ def _described(row: dict[str, Any]) -> str:
 
 
 @click.command()
-@flags.collection(required=True, help="The set of passages to use.")
+@flags.collection(required=True, help="The collection to verify.")
 @option("--remove-damaged", is_flag=True, help="Remove what is damaged, so that `preread index` encodes it again.")
-@option("--max-shown", type=click.IntRange(min=0), default=20, help="Show this many damaged passages.")
+@option("--max-shown", type=click.IntRange(min=0), default=20, help="Show at most this many damaged passages.")
 @flags.as_json
 @flags.store
 @click.pass_context
@@ -231,7 +231,7 @@ def _alias(alias: str, collection: str | None, remove: bool, store: str) -> None
 @click.argument("collection")
 @flags.store
 def _compact(collection: str, store: str) -> None:
-    """Give back the space of deleted and replaced passages.
+    """Free the space of deleted and replaced passages.
 
     For embedded stores (faiss:); Redis frees it at once.
     """
@@ -257,7 +257,7 @@ def _compact(collection: str, store: str) -> None:
 @flags.store
 @click.pass_context
 def _reencode(ctx: click.Context, /, collection: str, **options: Any) -> None:
-    """Train COLLECTION's codec again, and encode again what it had cut.
+    """Train COLLECTION's codec again, and re-encode the passages it clipped.
 
     For a codec that was trained on few or odd passages (`preread stats` shows the share of clipped numbers). Writes a
     new collection next to the old one: what was cut is encoded from the kept texts, the rest is taken over. When all

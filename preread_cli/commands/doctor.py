@@ -47,7 +47,7 @@ def doctor(ctx: click.Context, /, **options: Any) -> None:
     Takes the settings of `preread serve`, every model too, also from --config. Changes nothing, and makes no store.
 
     \b
-    Exit codes: 0 nothing in the way (warnings are allowed), 1 something that serving will stumble over.
+    Exit codes: 0 ready to serve (warnings are allowed), 1 a problem that would stop or spoil serving.
     """
     findings = list(_findings(options))
     if options["as_json"]:
@@ -217,13 +217,13 @@ def _worker(options: Mapping[str, Any], address: str, identity: EncoderIdentity 
 
 
 @click.command()
-@option("--timeout-seconds", type=flags.SECONDS, default=5.0, help="For the answer.")
-@option("--service", metavar="NAME", default="", help="In place of readiness: live, or a reranking server's encoder.")
+@option("--timeout-seconds", type=flags.SECONDS, default=5.0, help="Time to wait for the answer.")
+@option("--service", metavar="NAME", default="", help="Instead of readiness: live, or a reranking server's encoder.")
 @flags.client
 def health(**given: Any) -> None:
     """Ask a server, of either kind, whether it is ready.
 
-    Exit codes: 0 ready, 2 no such service, 3 not ready or not there.
+    Exit codes: 0 ready, 2 no such service, 3 not ready or unreachable.
     """
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc

@@ -84,14 +84,14 @@ def evaluate(**options: Any) -> None:
 
 @click.command()
 @_judged_options(SweepSettings)
-@option("--ignore-qrels", is_flag=True, help="Take the ranking at r = 1 for the judgement, as where there are none.")
+@option("--ignore-qrels", is_flag=True, help="Judge by the ranking at r = 1, as is done without judgements.")
 @flags.collection(help="Take the passages of this indexed collection instead of a corpus.")
 @flags.knob_options(Limits)
 @option(
     "--out", **_INTO, default=Path("preread-tune"), help="For report.html, tune.json, plots, the chosen preread.toml."
 )
-@option("--work-dir", **_INTO, help="For states and margins, for a run that goes on.  [default: work/ in --out]")
-@option("--all", "show_all", is_flag=True, help="Show every configuration in the terminal, not the best ones alone.")
+@option("--work-dir", **_INTO, help="Keeps states and margins: a killed run resumes.  [default: work/ in --out]")
+@option("--all", "show_all", is_flag=True, help="Show every configuration in the terminal, not only the best.")
 @click.pass_context
 def tune(ctx: click.Context, /, **options: Any) -> None:
     """Choose stored ratio, codec and read ratio by measuring them.
@@ -191,8 +191,8 @@ def _show_sweep(report: SweepReport, limits: Limits, out: Path, model: str | Non
 )
 @flags.pairs
 @_json_file_option
-@option("--runtime", metavar="NAME", default="torch", help="Runtime of a cross-encoder, as serve is given it.")
-@option("--profile", metavar="NAME|TOML", default="", help="A cross-encoder's recipe, instead of the one it goes by.")
+@option("--runtime", metavar="NAME", default="torch", help="Runtime of a cross-encoder, as in `preread serve`.")
+@option("--profile", metavar="NAME|TOML", default="", help="A cross-encoder's profile, instead of its default one.")
 @option("--max-tokens", type=flags.COUNT, help="A cross-encoder's limit, instead of its profile's.")
 @option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the checkpoint.")
 @flags.knob_options(CollectionSettings, only=["codec"])

@@ -34,7 +34,7 @@ FEW_TRAINING_STATES = 1000
 @click.command()
 @click.argument("inputs", metavar="INPUT...", nargs=-1, required=True)
 @config_option
-@flags.collection(required=True, help="The set of passages to write; made when it does not exist.")
+@flags.collection(required=True, help="The set of passages to write; created if it does not exist.")
 @flags.store
 @model_option
 @option("--format", type=click.Choice(FORMATS), help="What the inputs are.  [default: by name]")
@@ -56,7 +56,7 @@ def index(ctx: click.Context, /, **options: Any) -> None:
     """Read passages from files and store their states.
 
     \b
-    INPUT is a file, a BEIR folder, or - for standard input (with --format); gzip and zstd are seen through.
+    INPUT is a file, a BEIR folder, or - for standard input (with --format); gzip and zstd are decompressed.
       .jsonl     {"id": ..., "text": ..., "title": ...} per line
       .tsv .csv  with a header line, or two columns: id and text
       .parquet   one passage per row

@@ -45,8 +45,8 @@ _query_options = flags.options_of(
         default=0,
         help="Score at this multiple of the stored ratio; 0: at the server's own default.",
     ),
-    option("--model-name", metavar="NAME", default="", help="Which of the server's models; without it, the first."),
-    option("--timeout-seconds", type=flags.SECONDS, default=300.0, help="For one request."),
+    option("--model-name", metavar="NAME", default="", help="Model to use, of those served.  [default: the first]"),
+    option("--timeout-seconds", type=flags.SECONDS, default=300.0, help="Time limit of one request."),
     flags.as_json,
     flags.store,
     flags.client,
@@ -60,7 +60,7 @@ _query_options = flags.options_of(
 @option("--candidates", metavar="FILE", help='Rank these texts: one per line, or JSON lines with "id", "text" or both.')
 @option("--queries", metavar="FILE", help='Rank for these: id<TAB>text per line, or JSON lines with "id" and "text".')
 @option("--run", "run_file", metavar="FILE", help="With --queries: candidates of each query, a first stage's TREC run.")
-@option("--depth", type=flags.COUNT, default=100, help="With --run: how many candidates of each query.")
+@option("--depth", type=flags.COUNT, default=100, help="With --run: candidates to take per query.")
 @option("--output", metavar="FILE", default="-", help="With --queries: where the TREC run goes; - is standard output.")
 @option("--top-n", type=click.IntRange(min=0), help="Show this many; 0 is all.  [default: 10; with --queries all]")
 @option(

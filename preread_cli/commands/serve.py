@@ -28,9 +28,9 @@ _process_options = flags.options_of(
         "the environment. Without any key every client that reaches the port may call.",
     ),
     option("--api-keys-file", type=flags.FILE, help="Keys that may call, one a line: SCOPES KEY."),
-    option("--log-format", type=click.Choice(["text", "json"]), default="text", help="For people or machines."),
-    option("--log-level", type=_LEVELS, default="info", help="Of the log, on standard error; info is a line per call."),
-    option("--metrics-port", type=flags.PORT, help="Answer Prometheus here; 0 takes a free port."),
+    option("--log-format", type=click.Choice(["text", "json"]), default="text", help="For people, or for machines."),
+    option("--log-level", type=_LEVELS, default="info", help="Log level, on standard error; info: a line per call."),
+    option("--metrics-port", type=flags.PORT, help="Port for Prometheus metrics; 0 takes a free one."),
     option("--metrics-host", default="127.0.0.1", help="Address of --metrics-port."),
     option("--grace-seconds", type=_GRACE, default=30.0, help="How long calls in flight have after SIGTERM or SIGHUP."),
 )
@@ -57,7 +57,7 @@ def serve(ctx: click.Context, /, **options: Any) -> None:
 
     \b
     Answers gRPC on --port, and HTTP on --http-port, from the states in --store. Texts that come
-    with a request, and ids that are not stored but come with a text, are encoded by a second half
+    with a request, and ids that are not stored but come with a text, are encoded by an encoder
     in this process, or by the worker at --encoder-address (`preread encode-worker`), or not at all
     with --no-encoder.
 
