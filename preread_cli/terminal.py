@@ -53,12 +53,3 @@ def print_some(
     num_more = (len(lines) if isinstance(lines, Sized) else num_lines) - max_shown
     if num_more > 0:
         click.echo(f"{title}: {num_more:,} more{more}", err=err)
-
-
-def human_bytes(size: float) -> str:
-    """1536 -> 1.5 KiB."""
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:,.0f} {unit}" if unit == "B" else f"{size:,.1f} {unit}"
-        size /= 1024
-    return f"{size:,.1f} GiB"

@@ -18,6 +18,12 @@ from typing import IO, Any
 _DESCRIPTOR = re.compile(r"/dev/(?P<name>stdout|stderr)|/(?:dev|proc/self)/fd/(?P<number>\d{1,9})")
 
 
+def human_bytes(num_bytes: float) -> str:
+    """1536 -> 1.5 KiB."""
+    fitting = ((unit, 1 << e) for unit, e in (("GiB", 30), ("MiB", 20), ("KiB", 10)) if num_bytes >= 1 << e)
+    return next((f"{num_bytes / size:,.1f} {unit}" for unit, size in fitting), f"{num_bytes:,.0f} B")
+
+
 def is_stdout(path: str | Path) -> bool:
     """Whether what is written there appears on standard output."""
     return _descriptor(path) == 1

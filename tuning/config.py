@@ -170,6 +170,11 @@ class Limits(_Settings):
     def given(self) -> bool:
         return any(one is not None for one in (self.max_loss, self.max_bytes, self.max_latency_seconds))
 
+    @property
+    def decides_by(self) -> str:
+        """Orders the configurations that keep every limit."""
+        return self.prefer or ("bytes" if self.max_loss is not None else "quality")
+
 
 def doublings(first: int, last: int) -> tuple[int, ...]:
     """`first`, twice that and so on, to `last` at most; `first` in any case."""

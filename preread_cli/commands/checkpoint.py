@@ -14,7 +14,8 @@ from preread_cli import flags
 from preread_cli.failures import BAD_ITEMS
 from preread_cli.flags import option
 from preread_cli.models import model_argument
-from preread_cli.terminal import human_bytes, print_json
+from preread_cli.terminal import print_json
+from preread_edge.outputs import human_bytes
 from preread_edge.settings import LoadConfig
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from preread_cli.config_file import masked
 from preread_cli.failures import BAD_ITEMS, INTERRUPTED, CommandFailed
 from preread_cli.flags import option
 from preread_cli.models import compute_options, load_encoder, model_option
-from preread_cli.terminal import human_bytes, print_json, print_some, progress_bar
-from preread_edge.outputs import open_output
+from preread_cli.terminal import print_json, print_some, progress_bar
+from preread_edge.outputs import human_bytes, open_output
 
 if TYPE_CHECKING:
     from cache.store import Store

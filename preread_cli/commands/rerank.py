@@ -22,8 +22,8 @@ from preread.values import Candidate, Reranking, RerankOptions, Result, format_s
 from preread_cli import flags
 from preread_cli.failures import BAD_ITEMS, CommandFailed
 from preread_cli.flags import option
-from preread_cli.terminal import human_bytes, print_json, print_some, progress_bar
-from preread_edge.outputs import open_output
+from preread_cli.terminal import print_json, print_some, progress_bar
+from preread_edge.outputs import human_bytes, open_output
 
 if TYPE_CHECKING:
     from encoder_worker.sources import Place

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from preread_edge.outputs import write_output
+from preread_edge.outputs import human_bytes, write_output
 from tuning import MissingExtra
 from tuning.config import Limits
 from tuning.metrics import HEADLINE
@@ -57,7 +57,7 @@ def write_page(folder: Path, report: SweepReport, limits: Limits, choice: Choice
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=undefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"ms": lambda seconds: f"{seconds * 1000:,.1f}", "duration": _duration, "size": _size}
+    environment.filters |= {"ms": lambda seconds: f"{seconds * 1000:,.1f}", "duration": _duration, "size": human_bytes}
     fronts = sorted((row for row, *on in report.marked if any(on)), key=lambda row: row.size.bytes_per_passage)
     shown = [row for row in fronts if choice is None or row is not choice.row][:_NUM_CONFIGURATIONS]
     if choice is not None:
@@ -73,12 +73,6 @@ def write_page(folder: Path, report: SweepReport, limits: Limits, choice: Choice
         examples=[_examples_of(report, row) for row in shown],
     )
     write_output(folder / "report.html", page)
-
-
-def _size(num_bytes: float) -> str:
-    """1536 -> 1.5 KiB."""
-    fitting = ((unit, 1 << e) for unit, e in (("GiB", 30), ("MiB", 20), ("KiB", 10)) if num_bytes >= 1 << e)
-    return next((f"{num_bytes / size:,.1f} {unit}" for unit, size in fitting), f"{num_bytes:,.0f} B")
 
 
 def _duration(seconds: float | None) -> str:
@@ -154,7 +148,7 @@ def _against_bytes(axes: Any, report: SweepReport, chosen: SweepRow | None) -> N
     points = [(row.size.bytes_per_passage, small, row.configuration.codec) for row, small, _ in report.marked]
     _scatter(axes, report, points, report.codecs, chosen)
     axes.xaxis.set_major_locator(LogLocator(base=4))
-    axes.xaxis.set_major_formatter(lambda value, _: _size(value).replace(".0 ", " "))
+    axes.xaxis.set_major_formatter(lambda value, _: human_bytes(value).replace(".0 ", " "))
     axes.minorticks_off()
 
 

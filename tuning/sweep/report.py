@@ -67,7 +67,6 @@ class Choice:
         if not rows:
             raise EvaluationError("no configuration could be measured; the notes say why")
         ranked: list[tuple[tuple[float, ...], Choice]] = []
-        preferred = limits.prefer or ("bytes" if limits.max_loss is not None else "quality")
         for row in rows:
             loss = row.quality.loss.high if limits.sure else row.quality.loss.mean
             size, broken, told = row.size.bytes_per_passage, dict[str, float](), []
@@ -86,7 +85,7 @@ class Choice:
                     told.append(f"p99 {p99 * 1000:.1f} ms, expected at most {most * 1000:g} ms")
             p50 = row.timing.p50_seconds if row.timing is not None else 0.0
             keys = {"bytes": size, "latency": p50, "quality": -row.quality.headline}
-            excess, first = max(broken.values(), default=-1.0), keys.pop(preferred)
+            excess, first = max(broken.values(), default=-1.0), keys.pop(limits.decides_by)
             order = (excess, first, keys.get("quality", 0.0), *keys.values())
             ranked.append((order, cls(row, broken, "; ".join(told))))
         return min(ranked, key=itemgetter(0))[1]
