@@ -58,7 +58,7 @@ class PrereadError(Exception):
         return error
 
     def __reduce__(self) -> Any:
-        return copyreg.__newobj__, (type(self), str(self)), self.__dict__  # type: ignore[attr-defined]
+        return copyreg.__newobj__, (type(self), str(self)), self.__dict__  # type: ignore[attr-defined]  # not in typeshed
 
 
 class InvalidRequest(PrereadError, ValueError, status="INVALID_ARGUMENT"):

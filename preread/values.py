@@ -68,7 +68,7 @@ def id_text(value: object) -> str | None:
     if isinstance(value, str):
         return str.__str__(value)  # of a subclass, numpy's or an enum's, the string itself
     try:
-        return None if isinstance(value, bool) else str(operator.index(value))  # type: ignore[arg-type]  # raises
+        return None if isinstance(value, bool) else str(operator.index(value))  # type: ignore[arg-type]  # it raises TypeError
     except TypeError:
         return None
 

@@ -162,13 +162,14 @@ class _Process:
             await asyncio.wait([starting])
             return False
         await starting
-        # A full collection goes through half a million objects of models and libraries, and stops every thread for up
-        # to a second; a body of 125,000 lists sets one off. So what is loaded by now is left out.
-        gc.collect()
-        gc.freeze()
         return True
 
     def listens(self, server: DecoderServer | EncoderServer) -> None:
+        """Says where a server that has started listens, and leaves what it loaded out of garbage collections."""
+        # A full one goes through half a million objects of models and libraries, and stops every thread for up to a
+        # second; a body of 125,000 lists sets one off.
+        gc.collect()
+        gc.freeze()
         secured = (", TLS" if server.config.tls_cert_file else "") + (", API keys" if server.keys.keys else "")
         _say(f"listening    {join(server.config.host, server.port)} (gRPC{secured})")
 

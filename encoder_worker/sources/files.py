@@ -218,7 +218,7 @@ def open_bytes(name: str, stdin: BinaryIO | None = None) -> Iterator[tuple[Binar
     try:
         stream, magic = buffered, buffered.peek(4)[:4]
         if magic.startswith(_GZIP):
-            stream = io.BufferedReader(gzip.GzipFile(fileobj=buffered), _BUFFER_BYTES)  # type: ignore[arg-type]
+            stream = io.BufferedReader(gzip.GzipFile(fileobj=buffered), _BUFFER_BYTES)  # type: ignore[arg-type]  # is raw enough
         elif magic == _ZSTD:
             # Arrow's reader: unlike zstandard's it tells a truncated stream from a whole one, and unlike
             # a decompressobj it never inflates more than was asked for.

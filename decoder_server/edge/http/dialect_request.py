@@ -97,7 +97,7 @@ class RerankBody(Struct, kw_only=True):
     @classmethod
     def pack(cls, responses: Sequence[DialectResponse]) -> Any:
         """The document that answers the body."""
-        raise NotImplementedError
+        raise NotImplementedError  # every dialect has another document
 
     def request(
         self,
