@@ -185,18 +185,16 @@ class Fetcher:
         request.trace.fetches.append((start, time.monotonic(), len(chunk)))
         fetched, misses, kept = [], [], []
         for one in read:
-            if one.digest is None:
+            if one.digest is None or request.on_miss in ("skip", "fail"):  # of the store alone
                 fetched.append(one)
             elif self.on_demand is None:
                 # Requested encoding that is impossible is a failure; by default it is a miss.
                 status: Status = "failed" if request.on_miss == "encode" else one.status
                 fetched.append(replace(one, status=status, message=f"{one.message}; no encoder worker is configured"))
             elif states := self.on_demand.kept(one.digest, request.base_ratio):
-                kept.append(replace(one, status="hit", passage=states, message=""))
-            elif request.on_miss in ("encode", None):
-                misses.append(one)
+                kept.append(replace(one, status="encoded", passage=states, message=""))
             else:
-                fetched.append(one)
+                misses.append(one)
         if kept:
             fetched += await self._call(self._with_pairs, request, ratio, kept)
         return fetched, misses

@@ -92,7 +92,7 @@ async def test_texts_score_as_if_they_had_been_stored(serve, worker, texts, by_h
             assert (b.num_states, b.compression_ratio) == (a.num_states, a.compression_ratio)
         # Without a collection the ratio is the checkpoint's default, here 4 too.
         alone = by_index(await serving.rerank(inline=inline, collection=""))
-        assert [r.status for r in alone] == [HIT] * 20
+        assert [r.status for r in alone] == [ENCODED] * 20  # for the request before, and kept
         assert [r.margin for r in alone] == pytest.approx([r.margin for r in encoded], abs=1e-5)
         assert len(worker.asked) == 20
 
@@ -162,11 +162,33 @@ async def test_who_leaves_does_not_take_anothers_encoding_along(serve, worker) -
         assert worker.asked == ["shared"]
 
 
-async def test_on_miss_skip_encodes_nothing(serve, worker) -> None:
+@pytest.mark.parametrize("text", ["new", ""])
+async def test_skip_and_fail_look_at_the_store_alone_whoever_asked_before(serve, worker, refused, texts, text) -> None:
+    """A text that is not stored, or that the stored states are not of."""
+    candidates = [rerank_pb2.Candidate(passage_id="p1"), rerank_pb2.Candidate(text=text or "new")]
+    if not text:
+        candidates[1].passage_id = "p2"
+    skip, fail = common_pb2.ON_MISS_SKIP, common_pb2.ON_MISS_FAIL
     async with serve(encoder_address=worker.address) as serving:
-        answer = await serving.rerank(ids=["p1"], inline=["new"], on_miss=common_pb2.ON_MISS_SKIP)
-        assert [r.status for r in by_index(answer)] == [HIT, MISSING]
-        assert worker.asked == []
+        for _ in range(2):
+            asked = len(worker.asked)
+            answer = await serving.rerank(candidates=candidates, on_miss=skip)
+            assert [r.status for r in by_index(answer)] == [HIT, MISSING]
+            await refused(serving.rerank(candidates=candidates, on_miss=fail), grpc.StatusCode.FAILED_PRECONDITION)
+            assert len(worker.asked) == asked
+            encoded = await serving.rerank(candidates=candidates)  # keeps its states in memory
+            assert [r.status for r in by_index(encoded)] == [HIT, ENCODED]
+        assert worker.asked == ["new"]
+        fields = {"model": serving.engine.name, "status": "encoded"}
+        assert serving.server.metrics.registry.get_sample_value("preread_candidates_total", fields) == 2
+
+
+async def test_the_status_says_where_states_came_from(serve, worker, texts) -> None:
+    for cache_bytes in (0, 1 << 20):  # the read cache in front of the store makes no other status
+        async with serve(encoder_address=worker.address, max_store_cache_bytes=cache_bytes) as serving:
+            for _ in range(3):
+                answer = await serving.rerank(ids=["p1"], inline=["new"])
+                assert [r.status for r in by_index(answer)] == [HIT, ENCODED]
 
 
 async def test_asking_to_encode_without_a_worker_fails_each_candidate_with_the_reason(serve) -> None:

@@ -118,7 +118,7 @@ def test_a_person_picks_a_collection_with_the_keyboard(running: Any, browser: An
     WebDriverWait(browser, 30).until(lambda b: b.find_elements(By.CSS_SELECTOR, "#results li"))
     cards = browser.find_elements(By.CSS_SELECTOR, "#results li")
     assert {card.find_element(By.CSS_SELECTOR, ".id").text for card in cards} == {"p0", "p1"}
-    assert {card.find_element(By.CSS_SELECTOR, ".status").text for card in cards} == {"cached"}
+    assert {card.find_element(By.CSS_SELECTOR, ".status").text for card in cards} == {"stored"}
     assert {card.find_element(By.CSS_SELECTOR, ".text").text for card in cards} == {texts[0], texts[1]}
     rows = [line.text.split() for line in browser.find_elements(By.CSS_SELECTOR, "#overview tr")]
     assert rows[0] == ["ratio", "4", "8", "16", "32"]

@@ -106,5 +106,5 @@ def test_without_an_encoder_texts_are_refused_clearly(run):
 
     for one in (error, skipped):
         assert one["message"].startswith("documents[0]")
-        assert "no encoder worker is configured" in one["message"]
+        assert "start the server with --encoder-address" in one["message"]
     assert [result["relevance_score"] for result in empty["results"]] == [0.0, 0.0]

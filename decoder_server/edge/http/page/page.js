@@ -3,7 +3,7 @@
 const $ = (id) => document.getElementById(id);
 const RATIOS = [1, 2, 4, 8, 16, 32];
 const FIRST = 8; // of a collection
-const STATUS = { hit: "cached", encoded: "encoded now", too_long: "too long" };
+const STATUS = { hit: "stored", encoded: "encoded on demand", too_long: "too long" };
 const stored = new Map([["", 1]]); // ratio of every collection; texts are encoded at 1
 
 function make(tag, className, text) {
